@@ -9,7 +9,7 @@ Today there is one version, its workers are those of the deployment, and what is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -76,9 +76,9 @@ class RouterParts:
         assert isinstance(keeper, Keeper | None)
         return keeper
 
-    def render_metrics(self) -> tuple[bytes, str]:
-        """(text, media type) of the metrics."""
-        return self.metrics.render(self.catalogue.views(), num_in_flight=len(self.api.in_flight))
+    def scrape(self) -> Callable[[], tuple[bytes, str]]:
+        """Return what writes (text, media type) of the metrics, on a thread."""
+        return self.metrics.scrape(self.catalogue.views(), num_in_flight=len(self.api.in_flight))
 
 
 async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink | None) -> RouterParts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -119,7 +120,8 @@ class Routes:
         return Response(body, 503, {"retry-after": "1"}, media_type="application/json")
 
     async def metrics(self) -> Response:
-        body, media_type = self._metrics.render(self._api.catalogue.views(), num_in_flight=len(self._api.in_flight))
+        scrape = self._metrics.scrape(self._api.catalogue.views(), num_in_flight=len(self._api.in_flight))
+        body, media_type = await asyncio.to_thread(scrape)
         return Response(body, media_type=media_type)
 
     async def version(self) -> Response:

@@ -167,7 +167,7 @@ async def _scale(scaling: Scaling) -> None:
 def _admin(config: RouterConfig, parts: RouterParts, keys: ApiKeys, lifeline: Reporter | None) -> ASGIApp:
     dispatchers = [version.dispatcher for version in parts.catalogue]
     return build_admin(
-        Admin(dispatchers, parts.render_metrics, config.drain_timeout, lifeline),
+        Admin(dispatchers, parts.scrape, config.drain_timeout, lifeline),
         keys,
         [*scaling_routes(parts.scaling), *(adapter_routes(parts.adapters) if parts.adapters is not None else ())],
     )

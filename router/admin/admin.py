@@ -15,6 +15,7 @@ web page in a browser of this machine is kept out by what browsers send: an Orig
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class Admin:
     """The endpoints."""
 
     dispatchers: Sequence[AdminOperations]  # of every version
-    render: Callable[[], tuple[bytes, str]]  # (text, media type) of the metrics
+    scrape: Callable[[], Callable[[], tuple[bytes, str]]]  # what writes (text, media type) of the metrics, on a thread
     drain_s: float  # a drained worker's limit where the caller gives none
     launcher: AdminLauncher | None
 
@@ -162,7 +163,7 @@ class Admin:
         return JSONResponse({"state": "restarting"}, 202)
 
     async def metrics(self, request: Request) -> Response:
-        body, media_type = self.render()
+        body, media_type = await asyncio.to_thread(self.scrape())
         return Response(body, media_type=media_type)
 
 

@@ -10,7 +10,7 @@ and imports no other folder: requests and pools are seen through protocols.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import Counter, Histogram
@@ -245,12 +245,15 @@ class RouterMetrics:
 
     # --- the scrape ----------------------------------------------------------------------------------------
 
-    def render(self, models: ModelPools, *, num_in_flight: int) -> tuple[bytes, str]:
-        """(text, media type) of /metrics."""
-        return exposition([*self._own(), *self._pools(models, num_in_flight)])
+    def scrape(self, models: ModelPools, *, num_in_flight: int) -> Callable[[], tuple[bytes, str]]:
+        """Look at the pools. Returns what writes (text, media type) of /metrics.
+
+        That takes tens of milliseconds, in which tokens would wait: it is for a thread.
+        """
+        pools = [*with_aliases(self._gaps.family(), self._model_name), *self._pools(models, num_in_flight)]
+        return lambda: exposition([*self._own(), *pools])
 
     def _own(self) -> Iterator[Metric]:
-        yield from with_aliases(self._gaps.family(), self._model_name)
         metrics = (value for value in vars(self).values() if isinstance(value, (Counter, Histogram)))
         for metric in metrics:
             for family in metric.collect():

@@ -203,6 +203,6 @@ async def test_the_client_retries_what_may_succeed_and_not_what_cannot() -> None
         served.script.refuse = StreamError("it killed two workers", "poison_request", 500)
         with pytest.raises(openai.InternalServerError):
             await retrying.completions.create(model=MODEL, prompt="hi")
-        text, _ = served.metrics.render([(MODEL, served.dispatcher.view())], num_in_flight=0)
+        text, _ = served.metrics.scrape([(MODEL, served.dispatcher.view())], num_in_flight=0)()
     assert b'kvferry_requests_total{code="429"} 3.0' in text
     assert b'kvferry_requests_total{code="500"} 1.0' in text

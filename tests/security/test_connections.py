@@ -39,7 +39,7 @@ def _post(path: str = "/v1/completions", **fields: object) -> bytes:
 
 def _count(served: Served, name: str) -> float:
     """A counter's value, over all of its labels."""
-    text = served.metrics.render([("toy", served.dispatcher.pools)], num_in_flight=0)[0].decode()
+    text = served.metrics.scrape([("toy", served.dispatcher.pools)], num_in_flight=0)()[0].decode()
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
 

@@ -69,7 +69,8 @@ def operations() -> Operations:
 def client(
     dispatcher: Operations, keys: tuple[str, ...] = (), launcher: Launcher | None = None, **headers: str
 ) -> httpx.AsyncClient:
-    app = build_admin(Admin([dispatcher], lambda: (b"kvferry_x 1\n", "text/plain"), 30.0, launcher), ApiKeys(keys))
+    operations = Admin([dispatcher], lambda: lambda: (b"kvferry_x 1\n", "text/plain"), 30.0, launcher)
+    app = build_admin(operations, ApiKeys(keys))
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:9", headers=headers)
 
 

@@ -26,7 +26,7 @@ from ..placement.test_candidates import SAMPLES
 @asynccontextmanager
 async def listener(fleet: Fleet, keys: tuple[str, ...] = ()) -> AsyncIterator[str]:
     sock = listen(Address("127.0.0.1", 0))
-    app = build_admin(Admin([fleet.dispatcher], lambda: (b"", "text/plain"), 30.0, None), ApiKeys(keys))
+    app = build_admin(Admin([fleet.dispatcher], lambda: lambda: (b"", "text/plain"), 30.0, None), ApiKeys(keys))
     async with HttpServer(app).serving(sock):
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
 

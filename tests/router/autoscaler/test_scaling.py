@@ -228,7 +228,7 @@ def test_without_a_launcher_roles_change_and_the_rest_is_a_metric() -> None:
     assert not site.told
     metrics = RecordingMetrics("m", site.record)
     metrics.replicas = site.scaling.replicas
-    text = metrics.render([("m", site.fleet.dispatcher.view())], num_in_flight=0)[0].decode()
+    text = metrics.scrape([("m", site.fleet.dispatcher.view())], num_in_flight=0)()[0].decode()
     desired = site.scaling.desired
     assert desired is not None
     assert f'kvferry_desired_replicas{{pool="prefill"}} {desired.prefill}.0' in text
@@ -266,7 +266,7 @@ def test_a_load_comes_through_an_event_as_it_was() -> None:
 def admin(site: Site) -> httpx.AsyncClient:
     operations = site.fleet.dispatcher
     app = build_admin(
-        Admin([operations], lambda: (b"", "text/plain"), 30.0, None), ApiKeys(), scaling_routes(site.scaling)
+        Admin([operations], lambda: lambda: (b"", "text/plain"), 30.0, None), ApiKeys(), scaling_routes(site.scaling)
     )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:9")
 

@@ -179,7 +179,7 @@ async def test_operators_see_and_drain_the_workers_of_every_version() -> None:
     fleets = [Fleet(), Fleet()]
     fleets[0].join("s-0")
     fleets[1].join("l-0")
-    app = build_admin(Admin([fleet.dispatcher for fleet in fleets], lambda: (b"", ""), 30.0, None), ApiKeys())
+    app = build_admin(Admin([fleet.dispatcher for fleet in fleets], lambda: lambda: (b"", ""), 30.0, None), ApiKeys())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:9") as client:
         known = (await client.get("/admin/workers")).json()
         assert [worker["worker_id"] for worker in known["workers"]] == ["s-0", "l-0"]
@@ -192,7 +192,7 @@ def test_gauges_name_the_model_of_each_worker() -> None:
     fleets["small"].join("s-0")
     fleets["large"].join("l-0")
     models = [(name, fleet.dispatcher.view()) for name, fleet in fleets.items()]
-    text = RouterMetrics("small").render(models, num_in_flight=0)[0].decode()
+    text = RouterMetrics("small").scrape(models, num_in_flight=0)()[0].decode()
     assert 'vllm:num_requests_running{engine="s-0",model_name="small"}' in text
     assert 'vllm:num_requests_running{engine="l-0",model_name="large"}' in text
     assert text.count("# TYPE kvferry_queued_requests gauge") == 1

@@ -164,12 +164,12 @@ async def test_a_failure_is_an_error_of_the_call() -> None:
 async def test_a_call_is_logged_counted_and_charged() -> None:
     served = _serve()
     await _embed(served, input=["a", "bb"])
-    text = served.metrics.render([], num_in_flight=0)[0].decode()
+    text = served.metrics.scrape([], num_in_flight=0)()[0].decode()
     assert "kvferry_prompt_tokens_total 3.0" in text and "kvferry_generation_tokens_total 0.0" in text
     assert 'kvferry_request_success_total{finished_reason="stop"} 2.0' in text
     for request in served.dispatcher.requests:
         served.metrics.on_finished(request)
-    assert "kvferry_embeddings_total 2.0" in served.metrics.render([], num_in_flight=0)[0].decode()
+    assert "kvferry_embeddings_total 2.0" in served.metrics.scrape([], num_in_flight=0)()[0].decode()
 
 
 async def test_a_client_that_leaves_aborts_all_of_its_inputs() -> None:

@@ -48,7 +48,7 @@ def _status(**fields: object) -> WorkerStatus:
 
 
 def _samples(metrics: RouterMetrics, view: _View | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    body, media_type = metrics.render([("m", view or _View())], num_in_flight=0)
+    body, media_type = metrics.scrape([("m", view or _View())], num_in_flight=0)()
     assert media_type.startswith("text/plain")
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -203,7 +203,7 @@ def test_instances_share_nothing() -> None:
 
 
 def test_every_family_has_a_help_text_and_no_creation_times() -> None:
-    body, _ = RouterMetrics("m").render([("m", _View())], num_in_flight=0)
+    body, _ = RouterMetrics("m").scrape([("m", _View())], num_in_flight=0)()
     families = list(text_string_to_metric_families(body.decode()))
     assert all(family.documentation for family in families)
     assert b"_created" not in body

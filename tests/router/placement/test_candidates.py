@@ -143,7 +143,7 @@ def test_of_a_request_that_is_placed_again_and_again_the_latest_is_kept() -> Non
 
 
 def test_every_reason_and_every_policy_has_a_series_of_its_own() -> None:
-    text = RouterMetrics("m").render([("m", PoolView())], num_in_flight=0)[0].decode()
+    text = RouterMetrics("m").scrape([("m", PoolView())], num_in_flight=0)()[0].decode()
     for policy in (*get_args(PolicyName), ISOLATION):
         for reason in Reason:
             assert f'kvferry_placements_total{{policy="{policy}",reason="{reason.value}"}}' in text
