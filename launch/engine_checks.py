@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..common.config import NO_INT8_LATENTS, EngineConfig
+from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.config import ModelConfig
 from ..models.experts import expert_plan
 from ..models.native import not_in_native
 from ..models.quantization import chosen_quantization
-from ..sizing.memory import RANK_BYTES, cache_token_bytes, weight_bytes
+from ..sizing.memory import RANK_BYTES, cache_token_bytes, check_latent_dtype, weight_bytes
 from ..sizing.weights import item_bytes
 from .host import Host
 from .plan import Deployment
@@ -72,10 +72,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     if is_cuda and model.latent is not None:
         num_heads = model.num_qo_heads // engine.tensor_parallel_size
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
-        if engine.kv_cache_dtype == "fp8":
-            raise ConfigError("kv_cache_dtype: fp8 has no kernels here for latents; use auto")
-    if engine.kv_cache_dtype == "int8" and model.latent is not None:
-        raise ConfigError(NO_INT8_LATENTS)
+    check_latent_dtype(engine, model)
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":

@@ -5,7 +5,7 @@ Pure: what a checkpoint holds comes from its config, and no file but a draft mod
 
 from __future__ import annotations
 
-from ..common.config import EngineConfig
+from ..common.config import NO_INT8_LATENTS, EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import row_items
 from ..kvcache.draft_pages import num_draft_pages
@@ -32,6 +32,14 @@ def check_cache_dtype(engine: EngineConfig, *, is_cpu: bool) -> None:
         raise ConfigError("kv_cache_dtype: fp8 needs a GPU: the CPU's attention reads no 8-bit floats; use int8")
     if not is_cpu and engine.kv_cache_dtype == "int8":
         raise ConfigError("kv_cache_dtype: int8 is read on CPUs alone; use fp8")
+
+
+def check_latent_dtype(engine: EngineConfig, model: ModelConfig) -> None:
+    """Refuse a type of the cache that latents are not kept in, on any device. Raises ConfigError."""
+    if model.latent is not None and engine.kv_cache_dtype == "int8":
+        raise ConfigError(NO_INT8_LATENTS)
+    if model.latent is not None and engine.kv_cache_dtype == "fp8":
+        raise ConfigError("kv_cache_dtype: fp8 has no kernels here for latents; use auto")
 
 
 def cache_item_bytes(engine: EngineConfig, model: ModelConfig) -> int:

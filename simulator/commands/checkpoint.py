@@ -20,7 +20,7 @@ from ...models.files import resolve_config
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
-from ...sizing.memory import GPU_BATCHED_TOKENS, check_cache_dtype
+from ...sizing.memory import GPU_BATCHED_TOKENS, check_cache_dtype, check_latent_dtype
 from ...tools.load.arguments import positive_float
 from ..costs.network import Link, Network
 from ..scenario import Fleet
@@ -38,6 +38,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     engine = _engine(options, gpu, model_dir)
     check_cache_dtype(engine, is_cpu=gpu.is_cpu)
     model = ModelConfig.from_dir(model_dir)
+    check_latent_dtype(engine, model)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
     return model, engine, gpu

@@ -15,6 +15,7 @@ from kvferry.common.expert_plan import ExpertPlan
 from kvferry.simulator.commands.size import main
 from kvferry.sizing.cpu_rates import CpuRates
 
+from ..deepseek import write_for_cuda
 from ..sizing.models import write_config
 
 
@@ -77,6 +78,23 @@ def test_mistakes_are_one_line(model: str, words: list[str], why: str, capsys: p
     assert main([model, *words]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"kvferry size: {why}") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--gpu", "H100", "--kv-cache-dtype", "fp8"], "fp8 has no kernels here for latents"),
+        (["--gpu", "cpu", "--memory-gb", "8", "--kv-cache-dtype", "int8"], "int8 keeps keys and values of heads"),
+    ],
+)
+def test_latents_are_sized_in_no_type_that_a_worker_refuses(
+    tmp_path: Path, words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_for_cuda(tmp_path / "latents")
+    rates = tmp_path / "rates.json"
+    rates.write_bytes(msgspec.json.encode(CpuRates(((1, 1e-10), (8, 1.2e-10)), 1e-9, 1e-9, 1e-11, 1e-10, 1e-3)))
+    assert main([str(path), *words, *(["--cpu-rates", str(rates)] if "cpu" in words else [])]) == 2
+    assert why in capsys.readouterr().err
 
 
 def test_the_command_takes_a_model_and_imports_no_torch(model: str) -> None:
