@@ -79,18 +79,23 @@ class Pace:
         """Return what a step takes in which these rows feed one token each; of none, what one takes."""
         return self.row_times.of(max(1, num_rows))
 
-    def room_s(self, num_rows: int, prompt_tokens: int) -> float:
+    def room_s(self, num_rows: int, prompts: list[int]) -> float:
         """Return the seconds that may come between two tokens of so many answers beside their own step.
 
-        `prompt_tokens`: of the prompts here that are not ready, without what was found in a cache.
+        `prompts`: tokens of each prompt here that is not ready, without what was found in a cache. Those that wait
+        elsewhere are taken to be as long.
         """
         decode_s = self.decode_s(num_rows)
-        waiting_s = None if self.tokens_behind is None else (prompt_tokens + self.tokens_behind) * self.token_s
-        return max(0.0, longest_step_s(self.objective_s, decode_s, num_rows, waiting_s) - decode_s)
+        waiting_s, num_waiting = None, 1.0
+        if self.tokens_behind is not None:
+            here = sum(prompts)
+            waiting_s = (here + self.tokens_behind) * self.token_s
+            num_waiting = len(prompts) * (1 + self.tokens_behind / max(1, here))
+        return max(0.0, longest_step_s(self.objective_s, decode_s, num_rows, waiting_s, num_waiting) - decode_s)
 
-    def chunk_tokens(self, num_rows: int, prompt_tokens: int) -> int:
+    def chunk_tokens(self, num_rows: int, prompts: list[int]) -> int:
         """Return how many prompt tokens a step takes along that has so many rows of running answers."""
-        return max(MIN_CHUNK_TOKENS, int(self.room_s(num_rows, prompt_tokens) / self.token_s))
+        return max(MIN_CHUNK_TOKENS, int(self.room_s(num_rows, prompts) / self.token_s))
 
 
 def chunk_rows(pending: list[Sequence], budget: int) -> list[BatchRow]:

@@ -148,8 +148,8 @@ class DecodeScheduler:
         budget = self._max_num_batched_tokens - len(rows)
         pending = [seq for seq in self.queues.running if seq.num_uncomputed_tokens > 1]
         is_paced = bool(rows) or self._is_background
-        tokens = sum(seq.num_uncached_tokens for seq in pending)
-        chunks = chunk_rows(pending, min(budget, self.pace.chunk_tokens(len(rows), tokens)) if is_paced else budget)
+        prompts = [seq.num_uncached_tokens for seq in pending]
+        chunks = chunk_rows(pending, min(budget, self.pace.chunk_tokens(len(rows), prompts)) if is_paced else budget)
         if self.speculation is not None and rows:
             budget -= sum(row.num_scheduled_tokens for row in chunks)
             self.speculation.draft(rows, budget, self.room_for)

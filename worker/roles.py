@@ -95,8 +95,8 @@ class RolePair:
         decode = self.decode.scheduler
         if not decode.num_running:
             return MAX_STEP_S
-        tokens = sum(prompt.seq.num_uncached_tokens for prompt in self.prefill.scheduler.prompts)
-        return min(MAX_STEP_S, decode.pace.room_s(decode.num_running, tokens))
+        prompts = [prompt.seq.num_uncached_tokens for prompt in self.prefill.scheduler.prompts]
+        return min(MAX_STEP_S, decode.pace.room_s(decode.num_running, prompts))
 
     @property
     def is_step_vain(self) -> bool:

@@ -122,10 +122,11 @@ class SloEstimates:
         harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
         budget = decode.hello.max_num_batched_tokens
         if decode.num_running and alone_s:
-            waiting_s = None
+            waiting_s, num_waiting = None, 1.0
             if demand.local_tokens_behind is not None:
                 waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
-            limit_s = longest_step_s(demand.objectives.tpot_s, step_s, decode.num_running, waiting_s)
+                num_waiting = waiting_s / alone_s  # as long as this one
+            limit_s = longest_step_s(demand.objectives.tpot_s, step_s, decode.num_running, waiting_s, num_waiting)
             tokens = self._predictor.chunk_tokens(
                 decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
             )

@@ -130,7 +130,7 @@ def test_steps_of_prompts_are_short_while_answers_run() -> None:
     bench.send(LocalTask(spec=bench.spec("answer", 6)))
     bench.step()
     bench.step()
-    assert bench.prefill.scheduler.max_step_s == bench.role.scheduler.pace.room_s(1, 60) < 0.1
+    assert bench.prefill.scheduler.max_step_s == bench.role.scheduler.pace.room_s(1, [60]) < 0.1
 
 
 def test_a_prompt_does_not_take_the_blocks_that_an_answer_waits_for() -> None:
