@@ -157,7 +157,7 @@ class WorkerConfig(Settings):
         0, ge=0, le=19
     )  # of the process while it decodes nothing: it yields the cores to those who do
     labels: tuple[tuple[str, str], ...] = ()  # where it is, from wide to narrow; empty: its host's name
-    calibrate: bool = True  # measure a few steps at start-up
+    calibration_s: float = Field(1.2, ge=0)  # of steps that it measures at start-up; 0: none
     drain_timeout: float = Field(30.0, ge=0)  # from SIGTERM until what still runs is left to other workers
     secret_file: Path | None = None  # read at start and at each reload; None: the secret is in the environment
     log_level: LogLevel = "info"

@@ -19,8 +19,6 @@ from ..wire.workers import StepSample
 from .engine import Engine
 from .samples import MAX_SAMPLES, step_sample
 
-# A longer calibration gives the router a better first guess and makes every start longer; real steps teach it anyway.
-LIMIT_S = 1.2  # of the whole; a step that would probably take longer than what is left is not begun
 _CONTEXT_TOKENS = 1024  # of what is called long
 _NUM_MEASURED = 2  # runs of each kind of step, after one for warmth
 _LONG_S = 0.05  # a step that takes longer is measured once, and at once if it takes what was expected
@@ -68,14 +66,18 @@ def probes(max_num_batched_tokens: int, max_num_seqs: int) -> list[Probe]:
     return list(dict.fromkeys(fitting))
 
 
-def calibrate(engine: Engine, pool: BlockPool) -> tuple[StepSample, ...]:
-    """Measure steps and return them in the order in which they ran. The pool is as before."""
+def calibrate(engine: Engine, pool: BlockPool, limit_s: float) -> tuple[StepSample, ...]:
+    """Measure steps and return them in the order in which they ran. The pool is as before.
+
+    `limit_s`: of the whole; a step that would probably take longer than what is left is not begun. A longer
+    calibration gives the router a better first guess and makes every start longer; real steps teach it anyway.
+    """
     began = time.perf_counter()
     config = engine.config
     bench = _Bench(engine, pool)
     samples: list[StepSample] = []
     for probe in probes(config.max_num_batched_tokens, config.max_num_seqs):
-        left_s = LIMIT_S - (time.perf_counter() - began)
+        left_s = limit_s - (time.perf_counter() - began)
         if bench.fits(probe) and bench.expected_s(probe) < left_s:
             samples += bench.measure(probe)
     bench.close()

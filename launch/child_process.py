@@ -3,8 +3,9 @@
     started -> (event "ready") -> is_ready, beats -> lifeline closed -> exited
                                    hung: no beat for so long, or beats that say that its event loop has not moved
 
-It leads a session of its own: Ctrl-C reaches the launcher alone, and a child's own children end with it. Whether a run
-is to end, and whether another follows, is decided in process.py.
+It leads a process group of its own: Ctrl-C reaches the launcher alone, and a child's own children end with it. It is
+forked where a fork server has its imports, and else started afresh. Whether a run is to end, and whether another
+follows, is decided in process.py.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from ..common.clock import Clock
 from ..common.lifeline import MAX_EVENT_BYTES, Event, decode_event, lifeline_pair
+from .forking import ForkServer
 
 _STDERR = 2
 
@@ -28,7 +31,18 @@ _STDERR = 2
 class Command(NamedTuple):
     argv: tuple[str, ...]
     env: Mapping[str, str]
-    fds: tuple[int, ...] = ()  # the child inherits them under the same numbers
+    fds: Mapping[str, int] = MappingProxyType({})  # descriptors that the child inherits, by the flag that tells it
+    name: str = ""  # of the child, for `ps`
+    fork_server: ForkServer | None = None  # it may have the imports of the program
+
+
+class Process(Protocol):
+    """A process, in whatever way it was started."""
+
+    @property
+    def pid(self) -> int: ...
+    def send_signal(self, number: signal.Signals) -> None: ...
+    async def wait(self) -> int | None: ...
 
 
 class ChildProcess:
@@ -36,7 +50,7 @@ class ChildProcess:
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: Process,
         lifeline: socket.socket,
         clock: Clock,
         hang_after_s: float,
@@ -71,8 +85,8 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    async def wait(self) -> int:
-        """Wait until it has exited; returns the exit code, or the signal's number below zero."""
+    async def wait(self) -> int | None:
+        """Wait until it has exited; returns the exit code, or the signal's number below zero. None: nobody knows."""
         return await self._process.wait()
 
     async def closes_within(self, seconds: float) -> bool:
@@ -142,7 +156,7 @@ async def running(
     on_event: Callable[[dict[str, object]], None],
     stderr_fd: int | None = None,
 ) -> AsyncIterator[ChildProcess]:
-    """Start the program; after the block its session is gone. `stderr_fd`: where it writes until told otherwise."""
+    """Start the program; after the block its group is gone. `stderr_fd`: where it writes until told otherwise."""
     ours, theirs = lifeline_pair()
     with ours:
         with theirs:
@@ -154,19 +168,21 @@ async def running(
             child.end()
 
 
-async def _spawn(command: Command, theirs: socket.socket, stderr_fd: int | None) -> asyncio.subprocess.Process:
-    argv, fds = [*command.argv, "--lifeline-fd", str(theirs.fileno())], [theirs.fileno(), *command.fds]
+async def _spawn(command: Command, theirs: socket.socket, stderr_fd: int | None) -> Process:
+    argv, fds, fork_server = command.argv, {"--lifeline-fd": theirs.fileno(), **command.fds}, command.fork_server
     with contextlib.ExitStack() as stack:
         if stderr_fd is not None:
-            fds.append(shown := os.dup(_STDERR))
-            stack.callback(os.close, shown)
-            argv += ["--stderr-fd", str(shown)]
+            fds["--stderr-fd"] = os.dup(_STDERR)
+            stack.callback(os.close, fds["--stderr-fd"])
+        if fork_server is not None and fork_server.can_start(argv):
+            return await fork_server.start(argv, fds, command.env, stderr_fd, title=f"{argv[2]} {command.name}")
         return await asyncio.create_subprocess_exec(
             *argv,
+            *(word for flag, fd in fds.items() for word in (flag, str(fd))),
             env=dict(command.env),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=stderr_fd,
-            pass_fds=fds,
+            pass_fds=list(fds.values()),
             process_group=0,
         )
 

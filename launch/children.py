@@ -23,6 +23,7 @@ from ..common.config import (
 from ..settings.fields import ENV_PREFIX
 from ..wire.address import Address
 from .child_process import Command
+from .forking import ForkServer
 from .plan import WorkerPlan
 from .process import Child, ChildState, ChildTimes
 
@@ -31,6 +32,22 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _NOT_SHAREABLE = "expandable_segments"
 ROUTER_PROGRAM = (sys.executable, "-m", "kvferry.router")
 WORKER_PROGRAM = (sys.executable, "-m", "kvferry.worker")
+# All that is large. A worker imports torch after it has started its other ranks, thus not with its program.
+_IMPORTS = {
+    ROUTER_PROGRAM: ("kvferry.router.process",),
+    WORKER_PROGRAM: ("kvferry.worker.process", "kvferry.worker.build", "kvferry.worker.worker"),
+}
+
+
+# Requests wait for a worker that comes back, and the routers know from its last life how fast it is.
+_RECOVERY_CALIBRATION_S = 0.3
+
+
+def make_fork_server(env: Mapping[str, str], *, with_workers: bool) -> ForkServer:
+    """Make what starts routers, and workers too. Those with GPUs start afresh: CUDA is theirs from the first import."""
+    programs = (ROUTER_PROGRAM, WORKER_PROGRAM) if with_workers else (ROUTER_PROGRAM,)
+    imports = {program[-1]: _IMPORTS[program] for program in programs}
+    return ForkServer(child_environment(env, (), loopback=True), imports)
 
 
 class RouterChild:
@@ -47,6 +64,7 @@ class RouterChild:
         sockets: Callable[[], Mapping[str, socket.socket]],
         program: tuple[str, ...] = ROUTER_PROGRAM,
         times: ChildTimes | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         """`sockets`: by the flag that hands each over, asked for at each start."""
         times = times or ChildTimes()
@@ -54,6 +72,7 @@ class RouterChild:
         self._config = config
         self._env = env
         self._program = program
+        self._fork_server = fork_server
         self._sockets = sockets
         self._on_event = on_event
         self._pools: dict[str, object] | None = None  # what it said last, in this life
@@ -93,11 +112,13 @@ class RouterChild:
         config = self._config
         if self.child.was_ready.is_set():
             config = config.model_copy(update={"control_port": self.control.port})
-        argv = [*self._program, "--config-json", config.model_dump_json()]
-        sockets = self._sockets()
-        for flag, sock in sockets.items():
-            argv += [flag, str(sock.fileno())]
-        return Command(tuple(argv), self._env, tuple(sock.fileno() for sock in sockets.values()))
+        return Command(
+            (*self._program, "--config-json", config.model_dump_json()),
+            self._env,
+            {flag: sock.fileno() for flag, sock in self._sockets().items()},
+            self.child.name,
+            self._fork_server,
+        )
 
 
 def worker_child(
@@ -109,14 +130,22 @@ def worker_child(
     *,
     program: tuple[str, ...] = WORKER_PROGRAM,
     times: ChildTimes | None = None,
+    fork_server: ForkServer | None = None,
 ) -> Child:
     """A worker under supervision. `controls`: the routers' control sockets, all known before it is run."""
+    name = worker.config.worker_id
 
     def command() -> Command:
-        config = worker.config.model_copy(update={"routers": controls()})
-        return Command((*program, "--config-json", config.model_dump_json()), worker_environment(env, worker))
+        update: dict[str, object] = {"routers": controls()}
+        if child.is_recovering:
+            update["calibration_s"] = min(_RECOVERY_CALIBRATION_S, worker.config.calibration_s)
+        config = worker.config.model_copy(update=update)
+        argv = (*program, "--config-json", config.model_dump_json())
+        own = None if worker.gpus else fork_server
+        return Command(argv, worker_environment(env, worker), name=name, fork_server=own)
 
-    return Child(worker.config.worker_id, command, clock, times=times, on_event=on_event)
+    child = Child(name, command, clock, times=times, on_event=on_event)
+    return child
 
 
 def child_environment(

@@ -9,7 +9,7 @@ from ..common.clock import Clock
 from ..common.cores import CoreBoard
 from ..common.errors import ConfigError, KVFerryError
 from ..wire.address import Address
-from .children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, worker_child
+from .children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, make_fork_server, worker_child
 from .fleet import Fleet
 from .launcher import child_times
 from .plan import Deployment, WorkerPlan
@@ -54,6 +54,7 @@ class LocalLauncher:
         self._reload = Reload()
         self._cores = CoreBoard(2 * max(1, deployment.max_workers))
         self._fleet = Fleet(deployment, self._cores)
+        self._fork_server = make_fork_server(env, with_workers=any(not plan.gpus for plan in deployment.workers))
         self._scale_requests = ScaleRequests(
             self._fleet,
             clock,
@@ -70,6 +71,7 @@ class LocalLauncher:
             display,
             program=router_program,
             times=times,
+            fork_server=self._fork_server,
             on_restart_wanted=self._restart_as_asked,
             on_scale_event=self._scale_requests.on_event,
             on_reloaded=self._reload.on_event,
@@ -88,6 +90,7 @@ class LocalLauncher:
             self.routers.on_event,
             program=self._worker_program,
             times=self._times,
+            fork_server=self._fork_server,
         )
 
     # --- from outside ---------------------------------------------------------------------------------------------
@@ -130,6 +133,7 @@ class LocalLauncher:
         elif name is not None and name not in {child.name for child in (*workers, *self.routers.children)}:
             tell(f"no restart: there is no process {name}")
         else:
+            self._fork_server.renew()  # the programs may be newer than it is
             work = roll(self.routers, workers, self._fleet.roles, self._clock, tell, only=name)
             self._rolling = self._front.create_task(work)
             return await asyncio.shield(self._rolling)  # whoever asked may leave
@@ -160,6 +164,7 @@ class LocalLauncher:
             await self._stopper.run(self._run())
         finally:
             self._display.done()
+            await self._fork_server.close()
             self._cores.close()
 
     async def _run(self) -> None:

@@ -70,6 +70,7 @@ class Child:
         self.state = ChildState.STARTING
         self.num_restarts = 0
         self.shall_drain = False  # when `run` is cancelled
+        self.is_recovering = False  # the next life takes the place of one that served and ended unasked
         # Where the next life writes until `show_stderr`; None: where this process does.
         self.stderr_fd: int | None = None
         self.was_ready = asyncio.Event()
@@ -90,12 +91,13 @@ class Child:
         return self._process.pid if self._process is not None else None
 
     async def run(self) -> None:
-        """Keep the process running until cancelled or retired; then its session is gone. Raises if it cannot start."""
+        """Keep the process running until cancelled or retired; then its group is gone. Raises if it cannot start."""
         try:
             while not self._retired.is_set():
                 reason = await self._live()
                 if self._retired.is_set():
                     return
+                self.is_recovering = self.was_ready.is_set() and self._drains_until is None
                 delay_s = 0.0 if self._drains_until is not None else self._count_failure(reason)
                 self.state, self._drains_until = ChildState.WAITING, None
                 if delay_s and await self._is_hurried(min(delay_s, _EXCUSE_S)):
@@ -203,6 +205,8 @@ class Child:
         code = await process.wait()
         if hung is not None:
             return hung
+        if code is None:
+            return "ended; who could say how has ended too"
         return f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
 
     async def _watch(self, process: ChildProcess) -> str | None:

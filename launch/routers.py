@@ -22,6 +22,7 @@ from ..common.lifeline import Event
 from ..settings.sockets import listen
 from ..wire.address import Address
 from .children import ROUTER_PROGRAM, RouterChild
+from .forking import ForkServer
 from .process import Child, ChildState, ChildTimes
 from .progress import Display
 
@@ -41,6 +42,7 @@ class RouterGroup:
         *,
         program: tuple[str, ...] = ROUTER_PROGRAM,
         times: ChildTimes | None = None,
+        fork_server: ForkServer | None = None,
         on_restart_wanted: Callable[[], None] = lambda: None,
         on_scale_event: Callable[[str, dict[str, object]], None] = lambda name, event: None,
         on_reloaded: Callable[[str, dict[str, object]], None] = lambda name, event: None,
@@ -76,6 +78,7 @@ class RouterGroup:
                 sockets=functools.partial(self._sockets_of, index),
                 program=program,
                 times=times,
+                fork_server=fork_server,
             )
             for index in range(num_routers)
         ]

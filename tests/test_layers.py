@@ -69,7 +69,8 @@ router/admin         common router/state router/access router/autoscaler router/
 router               common wire settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages
 router               router/responses router/embeddings router/batches router/admin
-launch               common wire settings models kvcache sizing engine/cpu
+launch/forking       common
+launch               common wire settings models kvcache sizing engine/cpu launch/forking
 tools/load           common
 tools/chaos          common models tools/load
 simulator            common wire kvcache engine transfer/protocol transfer/send decode worker

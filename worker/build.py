@@ -88,7 +88,7 @@ def build_deps(
         call_soon=outlets.call_soon,
         on_failure=outlets.on_failure,
         processes=own_marks + followers.processes,
-        samples=calibrate(engine, pool) if config.calibrate else (),
+        samples=calibrate(engine, pool, config.calibration_s) if config.calibration_s else (),
         probe=probe(engine, pool) if config.engine.mixed_quantization else (),
     )
 

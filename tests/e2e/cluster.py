@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ COMMAND_LIMIT_S = 180.0
 WAIT_LIMIT_S = 120.0
 _POLL_SHARE = 0.2  # of what was waited already, until the next look
 _MAX_POLL_S = 0.5
+_FORKED = re.compile(r"^kvferry\.(?:router|worker) (\S+)$")
+_WORKER_ID = re.compile(r'"worker_id":"([^"]+)"')
 
 
 def free_port() -> int:
@@ -92,6 +95,21 @@ class Cluster:
         found = psutil.Process(self.process.pid).children(recursive=True)
         found += [psutil.Process(worker.pid) for worker in self.workers if worker.poll() is None]
         return [child for child in found if word in " ".join(child.cmdline())]
+
+    def programs(self, name: str = "") -> list[psutil.Process]:
+        """The routers and workers whose names begin so: a worker's is its id, `p-0` or `d-0`."""
+        return [child for child in self.children() if (own := program_name(child)) and own.startswith(name)]
+
+
+def program_name(process: psutil.Process) -> str | None:
+    """The name of a router or worker, forked or started afresh; None: it is neither."""
+    words = " ".join(process.cmdline()).rstrip()
+    if forked := _FORKED.search(words):
+        return forked[1]
+    if "--config-json" not in words:
+        return None
+    worker = _WORKER_ID.search(words)
+    return worker[1] if worker else "router"
 
 
 def wait_until(condition: object, what: str, limit_s: float = WAIT_LIMIT_S) -> None:

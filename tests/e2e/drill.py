@@ -209,4 +209,4 @@ class LocalDrill(Drill):
         super().settle(quarantine_ends=quarantine_ends)
 
     def _children(self, worker_id: str) -> list[psutil.Process]:
-        return self.cluster.children(f'"worker_id":"{worker_id}"')
+        return self.cluster.programs(worker_id)

@@ -65,7 +65,7 @@ def test_a_killed_router_answers_each_line_of_a_batch_once(cluster: Cluster) -> 
         )
         at_kill = until(client, batch.id, 1)
         assert at_kill.status == "in_progress"
-        [router] = [child for child in cluster.children("--config-json") if "kvferry.router" in child.cmdline()]
+        [router] = cluster.programs("router")
         os.kill(router.pid, signal.SIGKILL)
         ended = until(client, batch.id, 1 << 30)
         assert ended.status == "completed" and ended.request_counts is not None and ended.error_file_id is None

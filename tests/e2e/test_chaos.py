@@ -109,7 +109,7 @@ def test_a_decode_worker_that_comes_back_from_a_pause_after_its_streams_went_on_
         drill.learn()
         drill.arm("decode.step=stop@40")
         drill.check(drill.stream())
-        [stopped] = [child for child in cluster.children("decode") if child.status() == "stopped"]
+        [stopped] = [child for child in cluster.programs("d-") if child.status() == "stopped"]
         stopped.send_signal(signal.SIGCONT)
         drill.settle()
         ready = {"pool": "decode", "state": "ready"}

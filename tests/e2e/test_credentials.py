@@ -95,7 +95,7 @@ def test_a_revoked_key_is_refused_after_sighup_and_other_streams_go_on(site: Sit
     assert ask(site.cluster, alice) == 401  # not yet
     site.cluster.command("reload")
     assert ask(site.cluster, alice) == 200
-    pids = {child.pid for child in site.cluster.children("--config-json")}
+    pids = {child.pid for child in site.cluster.programs()}
     stream = LongStream(site.cluster, bob)
     revoke_keys(site.key_file, "alice")
     site.cluster.process.send_signal(signal.SIGHUP)
@@ -103,7 +103,7 @@ def test_a_revoked_key_is_refused_after_sighup_and_other_streams_go_on(site: Sit
     wait_until(lambda: all(ask(site.cluster, alice) == 401 for _ in range(8)), "the refusal")
     assert stream.is_whole()
     assert ask(site.cluster, bob) == 200
-    assert {child.pid for child in site.cluster.children("--config-json")} == pids
+    assert {child.pid for child in site.cluster.programs()} == pids
 
 
 def test_a_key_file_that_is_wrong_leaves_all_as_it_was(site: Site) -> None:
@@ -143,7 +143,7 @@ def test_a_secret_is_rotated_on_a_running_deployment_and_no_request_fails(site: 
         asking.join()
     assert stream.is_whole()
     assert len(statuses) > 3 and set(statuses) == {200}
-    environments = [child.environ() for child in site.cluster.children("--config-json")]
+    environments = [child.environ() for child in site.cluster.children()]
     assert all("KVFERRY_SECRET" not in environ for environ in environments)
 
 

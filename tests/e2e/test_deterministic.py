@@ -61,7 +61,7 @@ async def _together(cluster: Cluster, *, kill: bool) -> list[Choices]:
             body = _body(0) | {"stream": True, "max_tokens": 600}
             async with client.stream("POST", "/v1/completions", json=body) as stream:
                 await anext(stream.aiter_bytes())
-                cluster.children('"role":"decode"')[0].send_signal(signal.SIGKILL)
+                cluster.programs("d-")[0].send_signal(signal.SIGKILL)
 
         tasks = [asyncio.ensure_future(one(index)) for index in range(len(LENGTHS))]
         if kill:
@@ -90,7 +90,7 @@ def _die_until_one_resumes(cluster: Cluster, expected: list[object]) -> None:
     """Kill decode workers until one died in the middle of a stream."""
     for _ in range(_MAX_KILLS):
         assert asyncio.run(_together(cluster, kill=True)) == expected
-        wait_until(lambda: len(cluster.children('"role":"decode"')) == NUM_DECODE, "a new decode worker")
+        wait_until(lambda: len(cluster.programs("d-")) == NUM_DECODE, "a new decode worker")
         if cluster.metric("kvferry_resumes_total") > 0:
             return
     raise AssertionError(f"{_MAX_KILLS} decode workers died, and no stream was resumed")

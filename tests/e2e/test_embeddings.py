@@ -81,14 +81,14 @@ def test_prefill_workers_embed_whatever_comes_and_whoever_dies(tmp_path: Path) -
             asyncio.run(_embed_and_kill(cluster, model_dir, salt))
             if cluster.metric("kvferry_retries_total", 'reason="worker_lost"') > 0:
                 return
-            wait_until(lambda: len(cluster.children('"role":"prefill"')) == 2, "a new prefill worker")
+            wait_until(lambda: len(cluster.programs("p-")) == 2, "a new prefill worker")
         raise AssertionError("no worker died while it computed")
 
 
 async def _embed_and_kill(cluster: Cluster, model_dir: Path, salt: int) -> None:
     """Every call is answered, with the right vectors, although a worker is killed while they are computed."""
     before = cluster.metric("kvferry_embeddings_total")
-    [victim, _] = cluster.children('"role":"prefill"')
+    [victim, _] = cluster.programs("p-")
     async with httpx.AsyncClient(base_url=cluster.base_url, timeout=240.0) as client:
         prompts = [_prompts([1900, 900], 17 * salt + number) for number in range(NUM_CALLS)]
         bodies = [{"input": inputs, "encoding_format": "base64"} for inputs in prompts]

@@ -153,7 +153,7 @@ def _worker_config(name: str, kind: Kind, model: ExactnessModel, control: int) -
         transfer=TransferConfig(open_within_s=60.0, lease_s=60.0),  # none lapses in a busy machine's first steps
         routers=routers,
         log_level="warning",
-        calibrate=False,
+        calibration_s=0.0,
     )
 
 

@@ -169,7 +169,7 @@ async def _together(cluster: Cluster, *, kill: bool) -> list[object]:
         async def kill_one() -> None:
             async with client.stream("POST", "/v1/completions", json=_body(0) | {"stream": True}) as stream:
                 await anext(stream.aiter_bytes())
-                cluster.children('"role":"decode"')[0].send_signal(signal.SIGKILL)
+                cluster.programs("d-")[0].send_signal(signal.SIGKILL)
 
         tasks = [asyncio.ensure_future(one(index)) for index in range(6)]
         if kill:
@@ -188,7 +188,7 @@ def test_answers_are_the_same_to_the_bit_though_a_decode_worker_dies(cluster: Cl
     for _ in range(_MAX_KILLS):  # until one died in the middle of a stream
         before = cluster.metric("kvferry_resumes_total")
         assert asyncio.run(_together(cluster, kill=True)) == expected
-        wait_until(lambda: len(cluster.children('"role":"decode"')) == NUM_DECODE, "a new decode worker")
+        wait_until(lambda: len(cluster.programs("d-")) == NUM_DECODE, "a new decode worker")
         if cluster.metric("kvferry_resumes_total") > before:
             return
     raise AssertionError(f"{_MAX_KILLS} decode workers died, and no stream was resumed")

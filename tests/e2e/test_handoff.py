@@ -22,6 +22,7 @@ from .cluster import Cluster, free_port, run_all, serve, wait_until
 
 COMMON = ("--served-model-name", "tiny", "--dtype", "float32")
 BROKEN_TRANSPORT = Path(__file__).parent / "broken_transport.py"
+FORK_SERVER = "kvferry.launch.forking.server"
 BLOCK_SIZE = 16
 BLOCK_BYTES = 2 * 2 * 2 * 16 * BLOCK_SIZE * 4  # layers, K and V, heads, head_dim, tokens, float32
 POOL_BYTES = 2100 * BLOCK_BYTES
@@ -117,15 +118,39 @@ def test_a_killed_worker_is_back_and_the_stream_is_whole(cluster: Cluster) -> No
     prompt = _tokens(15, 100)
     expected = _complete(cluster, prompt, max_tokens=24)["choices"]
     for role in ("prefill", "decode"):
-        [victim] = cluster.children(f'"role":"{role}"')
-        victim.send_signal(signal.SIGKILL)
-        assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
+        with _replaced(cluster, role):
+            assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
 
-        def is_back(role: str = role, old: int = victim.pid) -> bool:
-            pids = [child.pid for child in cluster.children(f'"role":"{role}"')]
-            return pids not in ([], [old]) and cluster.client.get("/ready").status_code == 200
 
-        wait_until(is_back, f"a new {role} worker")
+def test_a_deployment_whose_fork_server_is_killed_serves_and_heals(cluster: Cluster) -> None:
+    """Nobody notices until a worker is to be started; then there is another one."""
+    prompt = _tokens(17, 100)
+    expected = _complete(cluster, prompt, max_tokens=24)["choices"]
+    [first] = cluster.children(FORK_SERVER)
+    first.send_signal(signal.SIGKILL)
+    assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
+    for role in ("decode", "prefill"):  # of the lost one, and then of the new one
+        with _replaced(cluster, role):
+            assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
+    [second] = cluster.children(FORK_SERVER)
+    assert second.pid != first.pid
+    assert _complete(cluster, prompt, max_tokens=24)["choices"] == expected
+
+
+@contextlib.contextmanager
+def _replaced(cluster: Cluster, role: str) -> Iterator[None]:
+    """Kill the only worker of a role before the block; after it another one has taken its place."""
+
+    def pid() -> int | None:
+        [worker] = [each for each in cluster.status()["processes"] if each["role"] == role]
+        return int(worker["pid"]) if worker["state"] == "ready" else None
+
+    victim = pid()
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    yield
+    wait_until(lambda: pid() not in (None, victim), f"a new {role} worker")
+    wait_until(lambda: cluster.client.get("/ready").status_code == 200, "readiness")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from kvferry.benchmarks.restart.load import Ask, Cut, Tally, asking, keep_asking
 from kvferry.common.config import SECRET_VARIABLE
 
 from ..checkpoints import write_checkpoint
-from .cluster import Cluster, serve, wait_until
+from .cluster import Cluster, program_name, serve, wait_until
 
 MODEL = "tiny"
 NUM_TOKENS = 48
@@ -117,9 +117,9 @@ def test_sigterm_lets_a_running_answer_end_and_then_ends_everything(patient: Clu
 def _program_pids(cluster: Cluster) -> dict[str, set[int]]:
     """The processes that run now, by worker id; routers under one name."""
     pids: dict[str, set[int]] = {}
-    for child in cluster.children("--config-json"):
-        worker = re.search(r'"worker_id":"([^"]+)"', " ".join(child.cmdline()))
-        pids.setdefault(worker[1] if worker else "router", set()).add(child.pid)
+    for child in cluster.programs():
+        name = program_name(child) or ""
+        pids.setdefault("router" if name.startswith("router") else name, set()).add(child.pid)
     return pids
 
 

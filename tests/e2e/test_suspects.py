@@ -14,16 +14,17 @@ POISON = 420
 
 
 def test_who_dies_of_a_known_suspect_is_started_again_without_a_pause(tmp_path: Path) -> None:
-    """The first loss may be the worker's own fault, the second and third are not: the launcher hears so."""
-    model, failpoints, log = write_tiny_model(tmp_path / "tiny"), tmp_path / "failpoints", tmp_path / "log"
-    env = {FAILPOINTS_VARIABLE: f"@{failpoints}"}
+    """The first loss may be the worker's own fault, the second and third are not: the launcher hears so.
+
+    Each life ends in its sixth step: one that ends as soon as it was asked has not been seen to compute anything.
+    """
+    model, log = write_tiny_model(tmp_path / "tiny"), tmp_path / "log"
+    env = {FAILPOINTS_VARIABLE: f"decode.step=kill@6:{POISON}"}
     with serve(model, log, *FLAGS, "--prefill", "0", env=env) as cluster:
-        failpoints.write_text(f"decode.step=kill@*:{POISON}")
-        body = {"prompt": [*range(10, 40), POISON], "max_tokens": 8, "temperature": 0}
+        body = {"prompt": [*range(10, 40), POISON], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
         answer = cluster.client.post("/v1/completions", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "poison_request")
-        failpoints.unlink()
         wait_until(lambda: cluster.client.get("/ready").status_code == 200, "the worker is back")
-        assert cluster.post("/v1/completions", body)["choices"], "it was not the prompt"
+        assert cluster.post("/v1/completions", body | {"max_tokens": 4})["choices"], "it was not the prompt"
         restarts = [line for line in log.read_text().splitlines() if "d-0" in line and "starting again" in line]
         assert len(restarts) == 3 and not any("in 1 s" in line for line in restarts), "only the first one counts"

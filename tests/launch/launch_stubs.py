@@ -86,7 +86,8 @@ def run_worker(config: dict[str, Any], lifeline: Lifeline) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     follower = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-    note(engine, config["worker_id"], follower=follower.pid, routers=config["routers"])
+    facts = {"routers": config["routers"], "calibration_s": config["calibration_s"]}
+    note(engine, config["worker_id"], follower=follower.pid, **facts)
     if fault == "unknown model":
         lifeline.failed("no such model")
         sys.exit(2)

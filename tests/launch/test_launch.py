@@ -194,6 +194,8 @@ async def test_killed_worker_comes_back_under_its_name(tmp_path: Path) -> None:
         assert "SIGKILL" in str(recorder.of("p-0", "restart")[0]["reason"])
         assert len(lives(tmp_path, "d-0")) == 1
         await until_gone([first["follower"]])
+        calibrations_s = [life["calibration_s"] for life in lives(tmp_path, "p-0")]
+        assert calibrations_s == [1.2, 0.3], "somebody may wait for the second"
 
 
 async def test_restarted_router_keeps_its_ports(tmp_path: Path) -> None:
@@ -230,6 +232,7 @@ async def test_rolling_restart_takes_one_after_the_other_and_waits_for_it(tmp_pa
         assert all(event["delay_s"] == 0 for _, event in recorder.events[num_before:] if event["event"] == "restart")
         assert sum("one is under way" in note for note in recorder.notes) == 1
         assert [note for note in recorder.notes if " 3/5: " in note] == ["rolling restart 3/5: d-0 drains"]
+        assert lives(tmp_path, "d-0")[-1]["calibration_s"] == 1.2, "others serve meanwhile"
 
 
 async def test_rolling_restart_stops_at_what_does_not_come_back(tmp_path: Path) -> None:

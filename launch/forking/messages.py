@@ -1,0 +1,39 @@
+"""Packets between a launcher and its fork server, on sockets that nobody else holds.
+
+launcher  Start, with descriptors: the reports' socket, those that flags tell of, standard error  ->  fork server
+launcher  <-  Started, with a pidfd; then Ended. Or Refused                          fork server, on that socket
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_PACKET_BYTES = 2**17  # what one argument of a program may have, too
+MAX_FDS = 16
+
+
+class Start(msgspec.Struct, frozen=True):
+    """Run `python -m module args`. Each of `flags` is followed by the number of the descriptor that came for it."""
+
+    module: str
+    imports: tuple[str, ...]  # modules that it will need
+    args: tuple[str, ...]
+    flags: tuple[str, ...]
+    has_stderr: bool  # the last descriptor is where it writes errors to, else it does as the launcher
+    env: dict[str, str]
+    title: str  # what `ps` shows
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    pid: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    error: str  # of the system
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    code: int  # the exit code, or the signal's number below zero
+
+
+Report = Started | Refused | Ended
