@@ -1,9 +1,9 @@
 // One token's attention over a sequence's pages, for a few KV heads and the query heads that share them.
 //
 // Keys come in tiles: scores of all the heads, their softmax, then the values, weighted. Keys and values are read once,
-// and it is their reading that takes the time: a block's heads stand side by side, and are fetched as they stand. Values
-// are weighted head by head, a step from block to block that no processor's own look-ahead follows; so those of a block
-// are read in order behind its keys, and stay near.
+// and it is their reading that takes the time: blocks are scattered, and no processor's own look-ahead follows. A head's
+// keys are fetched while those of an earlier block are multiplied; all heads' at once would be waited for. Values are
+// weighted head by head, a step from block to block; so those of a block are read in order behind its keys, and stay near.
 // How scores are computed, and how sums of values stand in memory, is the instruction set's affair.
 #pragma once
 
@@ -108,17 +108,11 @@ protected:
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
 
-    // Pages are scattered, so that the processor cannot guess what comes next: it is told. For the keys of a block from
-    // `key` on: those some blocks further on, and where these are a token's first ones, all up to there.
-    void fetch_ahead(const Pages& pages, int kv_heads, long key, bool is_first, long last) const {
-        if (pages.are_near) return;
+    // At the first of a block's keys, fetch those of a head some blocks further on.
+    void fetch_ahead(const Pages& pages, long key, long last) const {
         const long size = pages.block_size, ahead = key + kBlocksAhead * size;
-        for (long block = is_first ? key : ahead; block < std::min(last, ahead + size); block += size) {
-            const Element* keys = pages.key(block);
-            for (const Element* from : {keys, keys + pages.values}) {
-                for (long at = 0; at < kv_heads * size * head_dim_; at += kLine) _mm_prefetch(from + at, _MM_HINT_T1);
-            }
-        }
+        if (pages.are_near || key % size != 0 || ahead >= last) return;
+        fetch_lines(pages.key(ahead), size * head_dim_ * sizeof(Element));
     }
 
     // Read the values of keys [first, last), block by block, for nothing but to have them near.
@@ -211,8 +205,11 @@ private:
         add_up(stored, kv_heads, start, first, last, sinks, [&](const Pages& pages, long begin, long, long end) {
             const long step = std::min(16L, pages.block_size);
             for (long key = begin; key < end; key += step) {
-                if (key % pages.block_size == 0) fetch_ahead(pages, kv_heads, key, key == start, last);
-                for (int kv = 0; kv < kv_heads; kv++) score(pages.of_head(kv), begin, key, end, kv * group_);
+                for (int kv = 0; kv < kv_heads; kv++) {
+                    const Pages own = pages.of_head(kv);
+                    fetch_ahead(own, key, last);
+                    score(own, begin, key, end, kv * group_);
+                }
                 read_values(pages, kv_heads, key, std::min(key + step, end));
             }
         });

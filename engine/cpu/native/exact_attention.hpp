@@ -29,11 +29,10 @@ public:
             long key = begin + (visible - begin) / kTileColumns * kTileColumns;
             for (; key < end; key += kTileColumns) {
                 const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);
-                for (long at = from / pages.block_size * pages.block_size; at < to; at += pages.block_size) {
-                    if (at >= key) fetch_ahead(pages, kv_heads, at, at <= first, last);
-                }
                 for (int kv = 0; kv < kv_heads; kv++) {
-                    score(pages.of_head(kv), from, to, last, kv * group_, key - begin);
+                    const Pages own = pages.of_head(kv);
+                    for (long at = from; at < to; at += 16) fetch_ahead(own, at, last);
+                    score(own, from, to, last, kv * group_, key - begin);
                 }
                 read_values(pages, kv_heads, from, to);
             }

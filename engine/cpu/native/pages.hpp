@@ -74,13 +74,9 @@ struct StoredPages {
     std::int8_t* numbers(char* head, long index) const { return (std::int8_t*)head + index % block_size * head_dim; }
     float* scale(char* head, long index) const { return (float*)(head + block_size * head_dim) + index % block_size; }
 
-    // The block of `key` for heads from this one on, if there is that key: pages are scattered, no processor guesses it.
-    void fetch(int kv_heads, long key, long last) const {
-        if (key >= last) return;
-        const char* const keys = block(key);
-        for (const char* from : {keys, keys + values}) {
-            for (long at = 0; at < kv_heads * head_bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T1);
-        }
+    // A head's keys in the block of `key`, if there is that key: pages are scattered, no processor guesses it.
+    void fetch(int head, long key, long last) const {
+        if (key < last) fetch_lines(block(key) + head * head_bytes, head_bytes);
     }
 
     // A token's key or value to its place among whole numbers; `head`: of its block. What is not finite makes all of it NaN.
@@ -102,9 +98,9 @@ public:
         const Pages near = room(stored, kv_heads, end);
         for (long first = begin, next; first < end; first = next) {
             next = std::min(end, (first / stored.block_size + 1) * stored.block_size);
-            stored.fetch(kv_heads, next, end);
             for (int part = 0; part < 2; part++) {
                 for (int head = 0; head < kv_heads; head++) {
+                    if (part == 0) stored.fetch(head, next, end);
                     Element* const rows = const_cast<Element*>(near.of_head(head).key(first)) + part * near.values;
                     widen(stored, stored.block(first) + part * stored.values + head * stored.head_bytes, first, next, rows);
                 }
