@@ -21,7 +21,6 @@
 #include "sets/avx2_attention.hpp"
 #endif
 
-constexpr int kBlocksAhead = 2;  // fetched before they are needed
 constexpr long kNearValues = 64 << 10;  // of a tile, for all KV heads: they stay near while its keys are read
 
 // job<HEADS>(head) for `count` heads from `head` on, so many at a time as registers hold.
@@ -107,13 +106,6 @@ protected:
     }
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
-
-    // At the first of a block's keys, fetch those of a head some blocks further on.
-    void fetch_ahead(const Pages& pages, long key, long last) const {
-        const long size = pages.block_size, ahead = key + kBlocksAhead * size;
-        if (pages.are_near || key % size != 0 || ahead >= last) return;
-        fetch_lines(pages.key(ahead), size * head_dim_ * sizeof(Element));
-    }
 
     // Read the values of keys [first, last), block by block, for nothing but to have them near.
     void read_values(const Pages& pages, int kv_heads, long first, long last) const {
@@ -206,9 +198,8 @@ private:
             const long step = std::min(16L, pages.block_size);
             for (long key = begin; key < end; key += step) {
                 for (int kv = 0; kv < kv_heads; kv++) {
-                    const Pages own = pages.of_head(kv);
-                    fetch_ahead(own, key, last);
-                    score(own, begin, key, end, kv * group_);
+                    if (!pages.are_near) stored.of_head(kv).fetch_ahead(key, last);
+                    score(pages.of_head(kv), begin, key, end, kv * group_);
                 }
                 read_values(pages, kv_heads, key, std::min(key + step, end));
             }

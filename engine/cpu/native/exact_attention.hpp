@@ -30,9 +30,8 @@ public:
             for (; key < end; key += kTileColumns) {
                 const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);
                 for (int kv = 0; kv < kv_heads; kv++) {
-                    const Pages own = pages.of_head(kv);
-                    for (long at = from; at < to; at += 16) fetch_ahead(own, at, last);
-                    score(own, from, to, last, kv * group_, key - begin);
+                    for (long at = from; at < to && !pages.are_near; at += 16) stored.of_head(kv).fetch_ahead(at, last);
+                    score(pages.of_head(kv), from, to, last, kv * group_, key - begin);
                 }
                 read_values(pages, kv_heads, from, to);
             }

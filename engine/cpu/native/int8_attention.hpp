@@ -66,7 +66,7 @@ private:
         for (long key = begin; key < end; key += step) {
             const long count = std::min(step, end - key);
             for (int kv = 0; kv < kv_heads; kv++) {
-                if (key % pages.block_size == 0) pages.fetch(kv, key + kBlocksAhead * pages.block_size, last);
+                pages.of_head(kv).fetch_ahead(key, last);
                 char* const keys = pages.block(key) + kv * pages.head_bytes;
                 score_16(kv, pages.numbers(keys, key), load(pages.scale(keys, key), lanes(count)), int(count), key - begin);
             }

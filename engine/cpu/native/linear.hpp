@@ -48,18 +48,25 @@ struct Rows {
 // Groups of rows times a tile each. A row's sums do not depend on the other rows: they are added up in the same order
 // whatever their number.
 //
-// The first group of rows waits for the weights, the others find them near. While these compute, the next tile comes.
+// Up to kRowsTogether rows are one group, which passes over a tile stretch by stretch: all of them multiply weights that are
+// at their nearest, and what comes next is fetched as evenly as for a few rows. Of more rows the first group waits for a
+// tile's weights and the others find them near; while these compute, the next tile comes.
 class ElementProducts : public RowGroups {
 public:
-    static constexpr int kRows = kRowsAtOnce;  // of a group, at most
+    static constexpr int kRows = kRowsTogether;  // of a group, at most
 
-    ElementProducts(const Rows& x, const Tiles& w) : RowGroups(x.count, kRows), x_(x), w_(w) {}
+    ElementProducts(const Rows& x, const Tiles& w)
+        : RowGroups(x.count, x.count <= kRowsTogether ? kRowsTogether : kRowsAtOnce), x_(x), w_(w) {}
 
     // sums [rows][stride], 64 of each: of a group's rows and a tile
     void set(long index, long group, float* sums, long stride = kTileColumns) const {
         const Range rows = this->rows(group);
         const Element *weights = w_.tile(index), *next = w_.tile(index + 1);
         const int count = int(rows.last - rows.first);
+        if constexpr (kRowsTogether > kRowsAtOnce) {
+            if (count > 2 * kRowsAtOnce) return pass<4>(weights, sums, stride);
+            if (count > kRowsAtOnce) return pass<2>(weights, sums, stride);
+        }
         const auto add = [&]<int PARTS>(const Element* ahead) {
             const Element* x = x_.values + rows.first * x_.stride;
             add_products<true, PARTS>(count, x, x_.stride, weights, w_.pairs, sums, stride, ahead);
@@ -72,6 +79,27 @@ public:
     }
 
 private:
+    // Sums of all rows, in PARTS smaller groups, of which each fetches its part of a later stretch, pair by pair.
+    template <int PARTS>
+    void pass(const Element* weights, float* sums, long stride) const {
+        const RowGroups groups(count_, (count_ + PARTS - 1) / PARTS);
+        for (long first = 0; first < w_.pairs; first += kStretchPairs, weights += kStretchPairs * 2 * kTileColumns) {
+            const long pairs = std::min(kStretchPairs, w_.pairs - first);
+            const Element* ahead = weights + near_lines(kRowsAtOnce) * kLine;
+            for (long group = 0; group < PARTS; group++, ahead += pairs * kFetchedLines<PARTS> * kLine) {
+                const Range rows = groups.rows(group);
+                const int count = int(rows.last - rows.first);
+                const Element* x = x_.values + rows.first * x_.stride + 2 * first;
+                float* const part = sums + rows.first * stride;
+                if (first == 0) add_products<true, PARTS>(count, x, x_.stride, weights, pairs, part, stride, ahead);
+                else add_products<false, PARTS>(count, x, x_.stride, weights, pairs, part, stride, ahead);
+            }
+        }
+    }
+
+    // Their weights take 4 KiB. Twice as many are up to a twentieth slower, four times as many a third.
+    static constexpr long kStretchPairs = 16;
+
     const Rows& x_;
     const Tiles& w_;
 };

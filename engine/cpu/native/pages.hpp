@@ -18,6 +18,7 @@
 #include "vectors.hpp"
 
 constexpr long kTileKeys = 256;  // a multiple of every block size
+constexpr int kBlocksAhead = 2;  // fetched before they are needed
 
 // What numbers are multiples of where the largest by size shall be `most`; NaN where one is not finite, 0 where all are next
 // to nothing.
@@ -74,9 +75,10 @@ struct StoredPages {
     std::int8_t* numbers(char* head, long index) const { return (std::int8_t*)head + index % block_size * head_dim; }
     float* scale(char* head, long index) const { return (float*)(head + block_size * head_dim) + index % block_size; }
 
-    // A head's keys in the block of `key`, if there is that key: pages are scattered, no processor guesses it.
-    void fetch(int head, long key, long last) const {
-        if (key < last) fetch_lines(block(key) + head * head_bytes, head_bytes);
+    // At the first of a block's keys, fetch those of this head some blocks further on: no processor guesses where they are.
+    void fetch_ahead(long key, long last) const {
+        const long ahead = key + kBlocksAhead * block_size;
+        if (key % block_size == 0 && ahead < last) fetch_lines(block(ahead), head_bytes);
     }
 
     // A token's key or value to its place among whole numbers; `head`: of its block. What is not finite makes all of it NaN.
@@ -100,9 +102,10 @@ public:
             next = std::min(end, (first / stored.block_size + 1) * stored.block_size);
             for (int part = 0; part < 2; part++) {
                 for (int head = 0; head < kv_heads; head++) {
-                    if (part == 0) stored.fetch(head, next, end);
+                    const long at = part * stored.values + head * stored.head_bytes;
                     Element* const rows = const_cast<Element*>(near.of_head(head).key(first)) + part * near.values;
-                    widen(stored, stored.block(first) + part * stored.values + head * stored.head_bytes, first, next, rows);
+                    if (next < end) fetch_lines(stored.block(next) + at, stored.head_bytes);
+                    widen(stored, stored.block(first) + at, first, next, rows);
                 }
             }
         }

@@ -8,7 +8,8 @@
 #include "tile_unit.hpp"
 
 constexpr int kRowsAtOnce = 32;
-constexpr long kPanelRows = 256;       // a multiple of it
+constexpr int kRowsTogether = kRowsAtOnce;
+constexpr long kPanelRows = 256;       // a multiple of kRowsAtOnce
 constexpr int kMostParts = 8;          // of the next tile, one of which a group of rows fetches
 constexpr int kProductInputs = 32;     // inputs of a product are a multiple of it
 constexpr bool kSumsInRegisters = false;  // pair by pair; else by the matrix unit, 16 pairs at a time

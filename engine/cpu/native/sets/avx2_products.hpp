@@ -5,7 +5,8 @@
 #pragma once
 
 constexpr int kRowsAtOnce = 5;         // a sixth leaves no register for weights: 65 GFLOP/s where five have 90
-constexpr long kPanelRows = 60;        // a multiple of it
+constexpr int kRowsTogether = kRowsAtOnce;  // it passes over stretches by itself
+constexpr long kPanelRows = 60;        // a multiple of kRowsAtOnce
 constexpr int kMostParts = 4;          // of the next tile, one of which a group of rows fetches
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time

@@ -3,7 +3,8 @@
 #pragma once
 
 constexpr int kRowsAtOnce = 6;         // their 24 sums, a pair's four vectors and one input stay in registers
-constexpr long kPanelRows = 60;        // a multiple of it
+constexpr int kRowsTogether = 24;      // more are multiplied no sooner stretch by stretch than tile by tile
+constexpr long kPanelRows = 60;        // a multiple of kRowsAtOnce
 constexpr int kMostParts = 4;          // of the next tile, one of which a group of rows fetches
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
