@@ -189,6 +189,7 @@ def plot(found: Sequence[Reused], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.reuse", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--trace", default="mooncake-conversation", help="name or path")
     parser.add_argument("--requests", type=positive_int, default=None, help="default: all")
     parser.add_argument("--rate", type=positive_float, default=None, help="mean requests per second; as recorded")

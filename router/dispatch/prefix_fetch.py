@@ -12,7 +12,10 @@ from ..state.pools import Pools
 from ..state.request import RouterRequest
 from ..state.worker import RouterWorker
 
-MAX_FETCH_S = 2.0  # for a worker that was slower than expected: the rest of the prefix is computed
+# Of the time that computing takes which a fetch is to spare: whoever lends computes meanwhile, and answers between its
+# steps. What is not there by then is computed, and so much later. Less gives up long prefixes that are on their way.
+_FETCH_SHARE = 0.5
+_LEAST_FETCH_S = 2.0
 
 
 def may_fetch(source: RouterWorker, reader: RouterWorker) -> bool:
@@ -31,14 +34,16 @@ def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, read
     if source is None or not may_fetch(source, reader):
         return None
     found = pools.prefix_index.match(request.block_hashes)
-    num_blocks = found.get(source.link.number, 0)
-    if num_blocks <= found.get(reader.link.number, 0):
+    num_blocks, num_held = found.get(source.link.number, 0), found.get(reader.link.number, 0)
+    if num_blocks <= num_held:
         return None
+    size = source.hello.spec.block_size
+    spared_s = pools.predictor.prefill_s(reader.link.number, (num_blocks - num_held) * size, num_held * size)
     return FetchFrom(
         worker_id=source.worker_id,
         kv_address=source.hello.kv_address,
-        num_tokens=num_blocks * source.hello.spec.block_size,
-        within_s=MAX_FETCH_S,
+        num_tokens=num_blocks * size,
+        within_s=max(_LEAST_FETCH_S, _FETCH_SHARE * spared_s),
     )
 
 

@@ -15,7 +15,7 @@ from ...common.errors import InvalidTransition
 from ...common.request import BlockId
 from ...wire.tasks import FetchFrom
 
-ANSWER_WITHIN_S = 0.5
+_ANSWER_SHARE = 0.5  # of the time that a fetch has: whoever lends answers between steps, or may be gone
 
 
 class FetchState(Enum):
@@ -37,7 +37,7 @@ class FetchFailure(Enum):
     """A reason why a fetch ended with less than it was to bring."""
 
     REFUSED = "refused"  # by the lender, in words
-    NO_ANSWER = "no_answer"  # to the question, in ANSWER_WITHIN_S
+    NO_ANSWER = "no_answer"  # to the question, in half of the time that there is
     MISFIT = "misfit"  # the answer cannot be what was asked for, or promises no checksums where they are needed
     NO_ROOM = "no_room"  # for the blocks, here
     LEASE_OVER = "lease_over"  # before all was here
@@ -76,6 +76,7 @@ class Fetch:
     began_at: float
     held: list[BlockId] = field(default_factory=list)  # leading blocks that we have, pinned until the end
     num_found: int = 0  # leading blocks that need not be asked for
+    num_parts: int = 0  # that came
     num_bytes: int = 0
     is_spare: bool = False  # another worker keeps the prompt's KV
     part: Part | None = None
@@ -93,7 +94,7 @@ class Fetch:
             return FetchFailure.LATE
         if part is None:
             return None
-        if self.state is FetchState.ASKING and now - part.asked_at >= ANSWER_WITHIN_S:
+        if self.state is FetchState.ASKING and now - part.asked_at >= _ANSWER_SHARE * self.source.within_s:
             return FetchFailure.NO_ANSWER
         is_over = part.deadline is not None and now >= part.deadline
         return FetchFailure.LEASE_OVER if self.state is FetchState.READING and is_over else None

@@ -39,7 +39,9 @@ from .fetch import Fetch, FetchFailure, FetchState, Part
 from .given_up import GivenUp
 from .ranks import Reading
 
-PART_BYTES = 128 << 20  # of all ranks, read under one lease: what is here of a prefix is of use if the rest fails
+# Of all ranks, read under one lease: what is here of a prefix is of use if the rest fails. Each further part is twice
+# as large: whoever lends answers between its steps, and a long prefix comes by few answers.
+PART_BYTES = 512 << 20
 MAX_PART_BLOCKS = 4096
 
 
@@ -102,7 +104,7 @@ class Fetches:
         size = self._endpoint.spec.block_size
         fetch = Fetch(key, source, hashes[: source.num_tokens // size], on_end, self._clock.now(), is_spare=spare)
         self._skip_held(fetch)
-        if fetch.num_found == len(fetch.hashes) or not self._room():
+        if fetch.num_found == len(fetch.hashes) or not self._room(fetch):
             self._pool.free(fetch.held)
             return False
         self.num_fetches += 1
@@ -128,14 +130,15 @@ class Fetches:
             fetch.held += found
             fetch.num_found += 1
 
-    def _room(self) -> int:
-        """Blocks that a part may take."""
-        return max(0, min(self._part_blocks, self._pool.num_free_blocks - self._reserve()))
+    def _room(self, fetch: Fetch) -> int:
+        """Count the blocks that the next part may take."""
+        most = min(self._part_blocks << fetch.num_parts, MAX_PART_BLOCKS)
+        return max(0, min(most, self._pool.num_free_blocks - self._reserve()))
 
     def _ask(self, fetch: Fetch) -> None:
         """Ask for the next part."""
         first = fetch.num_found
-        hashes = list(fetch.hashes[first : first + self._room()])
+        hashes = list(fetch.hashes[first : first + self._room(fetch)])
         if not hashes:
             self._fail(fetch, FetchFailure.NO_ROOM)
             return
@@ -222,6 +225,7 @@ class Fetches:
         for block, block_hash in zip(part.blocks, part.hashes, strict=False):
             self._pool.publish(block, block_hash, spare=fetch.is_spare)
         self._over(fetch, part)
+        fetch.num_parts += 1
         fetch.held += part.blocks
         fetch.num_found += len(part.blocks)
         fetch.num_bytes += self._endpoint.spec.worker_bytes(len(part.blocks), self._endpoint.tp_size)

@@ -12,6 +12,7 @@ from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.fetch import fetch as fetch_module
 from kvferry.transfer.fetch import reader
 from kvferry.transfer.fetch.fetch import FetchFailure, FetchState
+from kvferry.transfer.fetch.lending import HASH_BYTES
 from kvferry.wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused
 
 from .fetch_hosts import HASHES, LEASE_S, SPEC, Pair
@@ -66,6 +67,22 @@ def test_a_long_prefix_comes_in_parts() -> None:
     pair.settle()
     assert _num_held(pair, 5) == 5
     assert pair.ended == ["q"] and pair.fetches.num_failures == 0
+
+
+def test_each_part_is_twice_as_large_as_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, sizes = Pair(num_blocks=24, part_blocks=1), list[int]()
+    lend = pair.lending.on_message
+
+    def on_message(session: str, message: KVFetch | KVFetchDone) -> None:
+        if isinstance(message, KVFetch):
+            sizes.append(len(message.hashes) // HASH_BYTES)
+        lend(session, message)
+
+    monkeypatch.setattr(pair.lending, "on_message", on_message)
+    pair.lender.store(HASHES[:6])
+    pair.begin(HASHES[:6])
+    pair.settle()
+    assert sizes == [1, 2, 3] and _num_held(pair, 6) == 6
 
 
 def test_what_is_here_of_a_prefix_stays_when_the_rest_fails() -> None:
@@ -154,9 +171,13 @@ def test_the_lease_counts_from_the_question_and_not_from_the_answer(pair: Pair) 
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for(pair: Pair) -> None:
-    pair.begin(HASHES[:2])
-    pair.advance(fetch_module.ANSWER_WITHIN_S)
+    pair.begin(HASHES[:2], within_s=2.0)
+    pair.advance(0.9)
     pair.tick()
+    assert not pair.ended
+    pair.advance(0.1)  # the other half is for reading
+    pair.tick()
+    assert pair.fetches.failures == {FetchFailure.NO_ANSWER: 1}
     assert pair.ended == ["q"] and not pair.fetches.references()
     pair.lender.store(HASHES[:2])
     pair.settle()  # the question and its end arrive after all
