@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 # A queued prompt is due this many times its own predicted time after it came, so that short ones go first and none
 # starves. Larger favours short prompts more, smaller is closer to first come, first served.
 PROMPT_DUE_STRETCH = 3.0
@@ -20,29 +22,49 @@ _LEAST_ADDED = 1.25  # of what the answers alone take, beside _MANY_ANSWERS and 
 _MANY_ANSWERS = 8
 _MOST_STRETCH = 12.0
 _MIN_STEP_S = 0.02
-# Where prompts wait for others: a shorter step would compute too few tokens to be of help, and streams come first.
-_MIN_HELPING_STEP_S = 0.03
-_LEAST_HELPING_STRETCH = 1.5
+# Where prompts wait for others, streams come first: pools are parted for their sake. A shorter step would compute too
+# few tokens to be of help. Where lone answers are fast it follows them: measured with benchmarks.serve at eight and
+# sixteen in flight on processors that take 7 and 13 ms for one on a core. On the faster, 30 ms make answers twice as
+# slow as 2.25 times does, which has first tokens a second later; 2 times has them later yet, and answers no faster.
+# Between 2.25 and 2.75 either is exchanged for the other.
+_MOST_HELPING_STEP_S = 0.03
+_HELPING_STRETCH_OF_ONE = 2.5  # of a lone answer's step
+_HELPING_STRETCH = 1.5
 
 
-def longest_step_s(
-    objective_s: float | None, decode_s: float, num_answers: int, waiting_s: float | None, num_waiting: float = 1.0
-) -> float:
-    """Return how long a step may take that computes prompts beside so many running answers (seconds).
+@dataclass(slots=True, frozen=True)
+class RunningAnswers:
+    """Answers of which each gets a token in every step."""
 
-    `objective_s`: the time per token of the strictest answer in it. `decode_s`: of a step with its answers alone.
-    `waiting_s`: what all prompts take that wait for this worker; of those that have begun what they took so far as
-    well, so that none slows down towards its end. None: they wait for prefill workers, and this one only helps.
-    `num_waiting`: how many they are; of so many equal ones the k-th waits for k.
+    number: int
+    step_s: float  # of a step with these alone
+    lone_step_s: float  # with one of them alone; 0: not known yet
+
+
+@dataclass(slots=True, frozen=True)
+class WaitingPrompts:
+    """Prompts that wait for a worker, those included that have begun."""
+
+    seconds: float  # what all take, with what they took so far, so that none slows down towards its end
+    number: float  # of so many equal ones the k-th waits for k
+
+
+def longest_step_s(objective_s: float | None, answers: RunningAnswers, waiting: WaitingPrompts | None) -> float:
+    """Return how long a step may take that computes prompts beside running answers (seconds).
+
+    `objective_s`: the time per token of the strictest of them. `waiting` None: prompts wait for prefill workers, and
+    this one only helps.
     """
     if objective_s is not None:
         return _OBJECTIVE_SHARE * objective_s
-    if waiting_s is None:
-        return max(_MIN_HELPING_STEP_S, _LEAST_HELPING_STRETCH * decode_s)
-    waited_s = waiting_s * (1 + max(1.0, num_waiting)) / 2
-    shared_s = decode_s + waited_s / min(_MOST_STEPS, _LEAST_STEPS + _STEPS_PER_ANSWER * num_answers)
-    least_s = decode_s * (1 + _LEAST_ADDED * min(1.0, num_answers / _MANY_ANSWERS))
-    return max(_MIN_STEP_S, min(max(shared_s, least_s), _MOST_STRETCH * decode_s))
+    step_s = answers.step_s
+    if waiting is None:
+        of_one_s = _HELPING_STRETCH_OF_ONE * answers.lone_step_s or _MOST_HELPING_STEP_S
+        return max(min(of_one_s, _MOST_HELPING_STEP_S), _HELPING_STRETCH * step_s)
+    waited_s = waiting.seconds * (1 + max(1.0, waiting.number)) / 2
+    shared_s = step_s + waited_s / min(_MOST_STEPS, _LEAST_STEPS + _STEPS_PER_ANSWER * answers.number)
+    least_s = step_s * (1 + _LEAST_ADDED * min(1.0, answers.number / _MANY_ANSWERS))
+    return max(_MIN_STEP_S, min(max(shared_s, least_s), _MOST_STRETCH * step_s))
 
 
 # A step of background requests alone is cut to about this: who comes while it runs waits for its end. Larger ones

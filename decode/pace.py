@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..common.batch import Batch, BatchRow, RowKind, StepOutput
-from ..common.pacing import MIN_CHUNK_TOKENS, longest_step_s
+from ..common.pacing import MIN_CHUNK_TOKENS, RunningAnswers, WaitingPrompts, longest_step_s
 from ..common.request import Sequence
 
 _INITIAL_TOKEN_S = 1e-3  # until chunks have been seen
@@ -85,13 +85,13 @@ class Pace:
         `prompts`: tokens of each prompt here that is not ready, without what was found in a cache. Those that wait
         elsewhere are taken to be as long.
         """
-        decode_s = self.decode_s(num_rows)
-        waiting_s, num_waiting = None, 1.0
+        answers = RunningAnswers(num_rows, self.decode_s(num_rows), self.decode_s(1))
+        waiting = None
         if self.tokens_behind is not None:
             here = sum(prompts)
-            waiting_s = (here + self.tokens_behind) * self.token_s
-            num_waiting = len(prompts) * (1 + self.tokens_behind / max(1, here))
-        return max(0.0, longest_step_s(self.objective_s, decode_s, num_rows, waiting_s, num_waiting) - decode_s)
+            seconds = (here + self.tokens_behind) * self.token_s
+            waiting = WaitingPrompts(seconds, len(prompts) * (1 + self.tokens_behind / max(1, here)))
+        return max(0.0, longest_step_s(self.objective_s, answers, waiting) - answers.step_s)
 
     def chunk_tokens(self, num_rows: int, prompts: list[int]) -> int:
         """Return how many prompt tokens a step takes along that has so many rows of running answers."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...common.pacing import MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH, longest_step_s
+from ...common.pacing import MIN_CHUNK_TOKENS, PROMPT_DUE_STRETCH, RunningAnswers, WaitingPrompts, longest_step_s
 from ..state.demand import Demand, Prediction
 from ..state.predictor import Predictor, Way, distance
 from ..state.views import PoolView, WorkerView
@@ -122,11 +122,13 @@ class SloEstimates:
         harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
         budget = decode.hello.max_num_batched_tokens
         if decode.num_running and alone_s:
-            waiting_s, num_waiting = None, 1.0
+            lone_s = self._predictor.decode_step_s(decode.session, 1, decode.context // decode.num_running)
+            waiting = None
             if demand.local_tokens_behind is not None:
                 waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
-                num_waiting = waiting_s / alone_s  # as long as this one
-            limit_s = longest_step_s(demand.objectives.tpot_s, step_s, decode.num_running, waiting_s, num_waiting)
+                waiting = WaitingPrompts(waiting_s, waiting_s / alone_s)  # others as long as this one
+            answers = RunningAnswers(decode.num_running, step_s, lone_s)
+            limit_s = longest_step_s(demand.objectives.tpot_s, answers, waiting)
             tokens = self._predictor.chunk_tokens(
                 decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
             )

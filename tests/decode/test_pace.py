@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.batch import Batch
-from kvferry.common.pacing import MIN_CHUNK_TOKENS, longest_step_s
+from kvferry.common.pacing import MIN_CHUNK_TOKENS, RunningAnswers, WaitingPrompts, longest_step_s
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.pace import Pace
 from kvferry.decode.scheduler import DecodeScheduler
@@ -39,7 +39,7 @@ def slow_pace() -> Pace:
 
 
 def test_without_one_a_step_takes_so_many_milliseconds_or_half_a_decode_step_more() -> None:
-    for tokens_behind, step_s in ((0, 0.02), (None, 0.03)):
+    for tokens_behind, step_s in ((0, 0.02), (None, 2.5 * ROW_S)):
         pace = taught(Pace(tokens_behind=tokens_behind))
         assert abs(ROW_S + pace.chunk_tokens(4, [100]) * TOKEN_S - step_s) < 0.002
     assert abs(0.1 + slow_pace().chunk_tokens(4, [500]) * TOKEN_S - 0.15) < 0.01
@@ -54,15 +54,27 @@ def test_without_one_a_step_takes_so_many_milliseconds_or_half_a_decode_step_mor
 def test_the_more_waits_and_the_fewer_read_the_longer_a_step_may_take(
     waiting_s: float, decode_s: float, num_answers: int, num_waiting: float
 ) -> None:
-    seconds = longest_step_s(None, decode_s, num_answers, waiting_s, num_waiting)
-    beside_more = longest_step_s(None, decode_s, num_answers + 1, waiting_s, num_waiting)
+    def longest_s(number: int, seconds: float, num_waiting: float) -> float:
+        answers = RunningAnswers(number, decode_s, decode_s)
+        return longest_step_s(None, answers, WaitingPrompts(seconds, num_waiting))
+
+    seconds = longest_s(num_answers, waiting_s, num_waiting)
+    beside_more = longest_s(num_answers + 1, waiting_s, num_waiting)
     least = 1 + 1.25 * min(1.0, (num_answers + 1) / 8)  # more of it beside more answers: prompts come more often
     assert beside_more <= max(seconds, least * decode_s * (1 + 1e-9))
-    assert seconds <= longest_step_s(None, decode_s, num_answers, 2 * waiting_s, num_waiting)
-    assert seconds <= longest_step_s(None, decode_s, num_answers, waiting_s, 2 * num_waiting)
+    assert seconds <= longest_s(num_answers, 2 * waiting_s, num_waiting)
+    assert seconds <= longest_s(num_answers, waiting_s, 2 * num_waiting)
     assert decode_s <= seconds <= max(0.02, 12 * decode_s), "answers never stand still"
     if num_answers >= 8:
         assert 2.25 * decode_s <= seconds, "prompts move on"
+
+
+@given(step_s=st.floats(1e-4, 1.0), lone_share=st.floats(0.05, 1.0))
+def test_who_only_helps_keeps_answers_near_the_pace_of_a_lone_one(step_s: float, lone_share: float) -> None:
+    lone_s = lone_share * step_s
+    seconds = longest_step_s(None, RunningAnswers(4, step_s, lone_s), None)
+    assert seconds <= max(1.5 * step_s, 2.5 * lone_s) and seconds <= max(1.5 * step_s, 0.03)
+    assert seconds >= 1.5 * step_s, "prompts move on"
 
 
 def test_what_waits_is_spread_over_a_number_of_steps_the_routers_queue_too() -> None:
