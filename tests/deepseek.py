@@ -9,18 +9,12 @@ Weights have the scales of `checkpoints.py`: attention is peaked, and the best t
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from kvferry.models.checkpoint import tensor_shapes
-from kvferry.models.config import ModelConfig
-
+from .checkpoint_shapes import drawn, write_by_shapes
 from .checkpoints import write_tokenizer
 
 SHAPE: dict[str, object] = {
@@ -78,21 +72,11 @@ def write_deepseek(
         if name.endswith("inv_freq"):
             continue
         with torch.no_grad():
-            parameter.copy_(_drawn(name, tuple(parameter.shape), generator))
+            parameter.copy_(drawn(name, tuple(parameter.shape), generator))
     model.save_pretrained(path)
     if tokenizer:
         write_tokenizer(path, int(str({**SHAPE, **fields}["vocab_size"])))
     return path
-
-
-def _drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    spread = torch.randn(shape, generator=generator)
-    if name.endswith("norm.weight"):
-        return (4.0 if name == "model.norm.weight" else 1.0) + 0.1 * spread
-    if len(shape) == 1:
-        return 0.1 * spread
-    scale = 3.0 if name.endswith(("q_proj.weight", "q_b_proj.weight")) else 1.0
-    return spread * (scale / math.sqrt(shape[-1]))
 
 
 def write_for_cuda(path: Path, **fields: object) -> Path:
@@ -101,14 +85,3 @@ def write_for_cuda(path: Path, **fields: object) -> Path:
     architecture = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16"}
     own |= {"rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "rope_interleave": True}
     return write_by_shapes(path, {**SHAPE, **architecture, **own, **fields})
-
-
-def write_by_shapes(path: Path, config: dict[str, object]) -> Path:
-    """Write a checkpoint in bfloat16 of the names and shapes that the product reads of a config.json."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
-    shapes = tensor_shapes(ModelConfig.from_dir(path))
-    tensors = {name: _drawn(name, shape, generator).bfloat16() for name, shape in shapes.items()}
-    save_file(tensors, path / "model.safetensors")
-    return path

@@ -1,8 +1,8 @@
 """The native modules of FlashInfer that kvferry uses on a Hopper card, by short names.
 
     page rope norm silu sampling     whatever the model's heads are
-    fa2_128 fa3_128_window decode_64_fp8 fa3_128_fp8 …
-                                     attention: kind, head size, with a sliding window, pages in 8 bits
+    fa2_128 fa3_128_window fa2_64_window_cap decode_64_fp8 fa3_128_fp8 …
+                                     attention: kind, head size, with a sliding window, capped scores, pages in 8 bits
 
     fa3mla_512_64                    attention over latents of so many numbers, and so many that are turned
 
@@ -23,6 +23,7 @@ ATTENTION = (
     *("fa2_128", "fa3_128", "fa2_128_window", "fa3_128_window", "fa2_128_fp8", "fa3_128_fp8"),
     *("fa2_64", "fa3_64", "fa2_64_window", "fa3_64_window", "fa2_64_fp8", "fa2_64_window_fp8", "fa3_64_fp8"),
     *("decode_64", "decode_64_window", "decode_64_fp8", "decode_64_window_fp8"),
+    *("fa2_64_cap", "fa3_64_cap", "fa2_64_window_cap", "fa3_64_window_cap"),
 )
 LATENT = "fa3mla_512_64"
 MODULES = (*FUSED, *ATTENTION, LATENT)
@@ -39,12 +40,12 @@ def spec_of(name: str) -> Any:
         queries = torch.bfloat16
         return modules.gen_batch_mla_module("fa3", queries, queries, queries, torch.int32, 512, 64, False)
     kind, head_dim, *flags = name.split("_")
-    if kind not in ("fa2", "fa3", "decode") or not head_dim.isdigit() or not {"window", "fp8"}.issuperset(flags):
+    if kind not in ("fa2", "fa3", "decode") or not head_dim.isdigit() or not {"window", "cap", "fp8"}.issuperset(flags):
         raise ValueError(f"no module is called {name!r}")
     pages = torch.float8_e4m3fn if "fp8" in flags else torch.bfloat16
     queries = pages if kind == "fa3" else torch.bfloat16
     dtypes = (queries, pages, torch.bfloat16, torch.int32)
-    shape = (int(head_dim), int(head_dim), 0, "window" in flags, False)  # no position encoding, no soft cap
+    shape = (int(head_dim), int(head_dim), 0, "window" in flags, "cap" in flags)  # no position encoding
     if kind == "decode":
         return modules.gen_batch_decode_module(*dtypes, *shape)
     if kind == "fa2":

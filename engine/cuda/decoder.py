@@ -53,7 +53,9 @@ class FusedDecoder:
         self._slots = decoder.adapters.rows if isinstance(decoder.adapters, DeviceSlots) else None
         self._real_rows: RealRows | None = None  # None: no experts count them
         for grouped in filter(None, (_grouped(layer.feed_forward) for layer in decoder.layers)):
-            grouped.silu_and_mul, self._real_rows = kernels.silu_and_mul, grouped.rows
+            self._real_rows = grouped.rows
+            if grouped.is_silu:
+                grouped.activate = kernels.silu_and_mul
         self._has_latents = decoder.config.latent is not None
         num_positions = 0 if self._has_latents else decoder.config.max_model_len
         self._cos_sin = cos_sin_table(decoder.rotary, num_positions, decoder.dtype)

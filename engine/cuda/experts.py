@@ -1,6 +1,6 @@
 """Experts on CUDA: rows are sorted by their experts, and one product goes through all of these.
 
-    choose -> sort the choices by expert -> x of each -> [gate, up] of all experts -> SiLU -> down -> back, summed
+    choose -> sort the choices by expert -> x of each -> [gate, up] of all experts -> activation -> down -> back, summed
 
 Where a group of rows ends is known on the device alone, and every shape follows from the number of rows: nothing is
 read back, so a step can be captured. A row's sum is taken in float32, in the order of its experts, as `SparseMLP` does.
@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 
 import structlog
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.decoder import Decoder
 from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
+from ..nn.stacked_experts import StackedExpert
 from ..nn.weight import DenseWeight
 
 log = structlog.get_logger(__name__)
@@ -53,8 +53,9 @@ class GroupedExperts:
     def __init__(self, block: SparseMLP, rows: RealRows) -> None:
         self._block = block
         self.rows = rows
-        self._up = _stacked([expert.gate_up_proj for expert in block.experts])  # [experts, 2 * inner, hidden]
-        self._down = _stacked([expert.down_proj for expert in block.experts])  # [experts, hidden, inner]
+        up, down = ([getattr(expert, name) for expert in block.experts] for name in ("gate_up_proj", "down_proj"))
+        self._up, self._up_bias = _stacked(up), _biases(up)  # [experts, 2 * inner, hidden], [experts + 1, 2 * inner]
+        self._down, self._down_bias = _stacked(down), _biases(down)  # [experts, hidden, inner], [experts + 1, hidden]
         num_experts, device = block.gate.experts.num_experts, self._up.device
         block.taken = block.taken.to(device)
         self._own = torch.arange(len(self._up), device=device)
@@ -63,7 +64,9 @@ class GroupedExperts:
         places[list(block.held)] = torch.arange(len(self._up))
         self._places = places.to(device)
         self._has_all = len(self._up) == num_experts and block.replicas is None
-        self.silu_and_mul: Callable[[Tensor], Tensor] = _silu_and_mul
+        expert = block.experts[0]
+        self.is_silu = isinstance(expert, GatedMLP)
+        self.activate: Callable[[Tensor], Tensor] = expert.activated
 
     def __call__(self, x: Tensor) -> Tensor:
         block = self._block
@@ -84,9 +87,14 @@ class GroupedExperts:
         replicas = self._block.replicas
         places = self._places[chosen.flatten() if replicas is None else replicas.own(x, chosen)]
         by_expert = places.argsort(stable=True)
-        ends = torch.searchsorted(places[by_expert], self._own, right=True, out_int32=True)
+        experts = places[by_expert]
+        ends = torch.searchsorted(experts, self._own, right=True, out_int32=True)
         gate_up = torch._grouped_mm(x[by_expert // chosen.shape[1]], self._up.transpose(1, 2), offs=ends)
-        sorted_results = torch._grouped_mm(self.silu_and_mul(gate_up), self._down.transpose(1, 2), offs=ends)
+        if self._up_bias is not None:
+            gate_up += self._up_bias[experts]
+        sorted_results = torch._grouped_mm(self.activate(gate_up), self._down.transpose(1, 2), offs=ends)
+        if self._down_bias is not None:
+            sorted_results += self._down_bias[experts]
         results = torch.empty_like(sorted_results).index_copy_(0, by_expert, sorted_results)
         if not self._has_all:  # what no expert here has computed is any number
             results.masked_fill_((places == len(self._up)).unsqueeze(1), 0.0)
@@ -94,11 +102,6 @@ class GroupedExperts:
         for choice, result in enumerate(results.view(*chosen.shape, -1).unbind(1)):
             total.add_(result.float().mul_(weights[:, choice : choice + 1]))
         return total
-
-
-def _silu_and_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, 1)
-    return F.silu(gate.float()).mul_(up).to(gate.dtype)
 
 
 def _stacked(linears: Sequence[Linear]) -> Tensor:
@@ -109,6 +112,12 @@ def _stacked(linears: Sequence[Linear]) -> Tensor:
     for weight, part in zip(dense, stack.unbind(), strict=True):
         weight.plain = part
     return stack
+
+
+def _biases(linears: Sequence[Linear]) -> Tensor | None:
+    """Return biases one below the other, with a row for what another rank computes; None: there are none."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.stack([*biases, torch.zeros_like(biases[0])]) if biases else None
 
 
 def group(decoder: Decoder, device: torch.device) -> None:
@@ -133,11 +142,14 @@ def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
     if not all(block.experts for block in blocks):
         return "this rank holds none in some layer"
     for expert in (expert for block in blocks for expert in block.experts):
-        if not isinstance(expert, GatedMLP) or not expert.is_silu:
+        is_stacked = isinstance(expert, StackedExpert)
+        if not is_stacked and not (isinstance(expert, GatedMLP) and expert.is_silu):
             return "their activation is another"
         for linear in (expert.gate_up_proj, expert.down_proj):
             weight = linear.weight
-            if not isinstance(weight, DenseWeight) or weight.dtype != torch.bfloat16 or linear.bias is not None:
+            if linear.bias is not None and not is_stacked:
+                return "they have biases"
+            if not isinstance(weight, DenseWeight) or weight.dtype != torch.bfloat16:
                 return "their weights are not plain ones in bfloat16"
             if weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE):
                 return f"their sizes are no multiples of {2 * _MULTIPLE}"

@@ -58,14 +58,15 @@ class GatedMLP:
         return self.down_proj.weight.num_inputs
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(self._activated(x))
+        return self.down_proj(self.activated(self.gate_up_proj(x)))
 
     def partial(self, x: Tensor) -> Tensor:
         """Return this rank's part of the result."""
-        return self.down_proj.partial(self._activated(x))
+        return self.down_proj.partial(self.activated(self.gate_up_proj(x)))
 
-    def _activated(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, 1)
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """[rows, 2 inner], gates before ups -> [rows, inner]."""
+        gate, up = gate_up.chunk(2, 1)
         return self._activation(gate.float()).mul_(up).to(gate.dtype)  # in float32, rounded once
 
     def leaves(self) -> Iterator[Leaf]:

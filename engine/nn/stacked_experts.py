@@ -44,9 +44,13 @@ class StackedExpert:
 
     def partial(self, x: Tensor) -> Tensor:
         """Return this rank's part of the result."""
-        gate_up = self.gate_up_proj(x).float()
-        gate, up = gate_up[:, ::2].clamp(max=self._limit), gate_up[:, 1::2].clamp(-self._limit, self._limit)
-        return self.down_proj((gate * torch.sigmoid(gate * self._alpha) * (up + 1)).to(x.dtype))
+        return self.down_proj(self.activated(self.gate_up_proj(x)))
+
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """[rows, 2 inner], gate and up in turns -> [rows, inner]."""
+        gate, up = gate_up[:, ::2].float(), gate_up[:, 1::2].float()
+        gate, up = gate.clamp(max=self._limit), up.clamp(-self._limit, self._limit)
+        return (gate * torch.sigmoid(gate * self._alpha) * (up + 1)).to(gate_up.dtype)
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.gate_up_proj, self.down_proj)  # type: ignore[misc]  # both are `_StackedLinear`

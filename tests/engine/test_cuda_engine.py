@@ -15,8 +15,9 @@ from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 
+from ..checkpoint_shapes import GEMMA_2, GPT_OSS, QWEN3_MOE, write_by_shapes
 from ..checkpoints import Family, write_checkpoint
-from ..deepseek import EXPERTS, write_by_shapes, write_for_cuda
+from ..deepseek import EXPERTS, write_for_cuda
 from ..engine_driver import Driver, engine_config, prompts
 
 pytestmark = [
@@ -27,7 +28,7 @@ pytestmark = [
 
 SURE_GAP = 0.25  # of log-probability; below it 16 bits may choose another token than float32
 NUM_TOKENS = 24
-VARIANTS: dict[str, tuple[Family | Literal["deepseek", "qwen3_moe"], dict[str, object]]] = {
+VARIANTS: dict[str, tuple[Family | Literal["deepseek", "shapes"], dict[str, object]]] = {
     "llama": ("llama", {"num_qo_heads": 8, "num_kv_heads": 2}),
     "few queries a head": ("llama", {"num_qo_heads": 3, "num_kv_heads": 3, "hidden_size": 192}),
     "mistral window": ("mistral", {"num_qo_heads": 4, "num_kv_heads": 1, "sliding_window": 20}),
@@ -35,30 +36,10 @@ VARIANTS: dict[str, tuple[Family | Literal["deepseek", "qwen3_moe"], dict[str, o
     "qwen3": ("qwen3", {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 128}),
     "latents": ("deepseek", {}),
     "latents and experts": ("deepseek", EXPERTS["v3"]),
-    "experts": ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "experts": ("shapes", QWEN3_MOE),
+    "sinks": ("shapes", GPT_OSS),
+    "capped scores": ("shapes", GEMMA_2),
     "latents, queries at once": ("deepseek", {"q_lora_rank": None, "num_attention_heads": 2, "num_key_value_heads": 2}),
-}
-
-
-QWEN3_MOE: dict[str, object] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-    "bos_token_id": 0,
-    "eos_token_id": 1,
 }
 
 
@@ -69,8 +50,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if family == "deepseek":
             write_for_cuda(root / name, **fields)
             continue
-        if family == "qwen3_moe":
-            write_by_shapes(root / name, QWEN3_MOE | fields)
+        if family == "shapes":
+            write_by_shapes(root / name, fields)
             continue
         shape = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "dtype": "bfloat16"} | fields
         write_checkpoint(root / name, family, tokenizer=False, **shape)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ....common.errors import ConfigError
 from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
-from .flashinfer_package import check_narrow, import_flashinfer, to_e4m3, window_left
+from .flashinfer_package import check_narrow, heed_sinks_, import_flashinfer, to_e4m3, window_left
 from .page_index import PageIndex, StepIndex, smallest_step, upload_step
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class FlashInferAttention:
         """
         check_pages(pages, num_qo_heads)
         if narrow_queries:
-            check_narrow(pages)
+            check_narrow(pages, scores)
         self._narrows = narrow_queries
         self._query_dtype = query_dtype or pages.dtype
         if self._query_dtype not in (torch.bfloat16, torch.float16):
@@ -68,10 +68,8 @@ class FlashInferAttention:
         num_layers, _, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
         if self._head_dim not in _HEAD_DIMS:
             raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
-        if scores.sinks is not None or scores.cap is not None:
-            what = "sinks" if scores.sinks is not None else "capped scores"
-            raise ConfigError(f"attention with {what} does not run on CUDA; use --device cpu")
-        self._scale = scores.scale_of(self._head_dim)
+        self._scale, self._cap = scores.scale_of(self._head_dim), scores.cap
+        self._sinks = None if scores.sinks is None else [sinks.float() for sinks in scores.sinks]
         self._flashinfer = flashinfer = import_flashinfer("attention")
         self._pages = pages
         self._scales = list(kv_scales or [(1.0, 1.0)] * num_layers)
@@ -144,6 +142,7 @@ class FlashInferAttention:
             q_data_type=self._query_dtype,
             kv_data_type=self._pages.dtype,
             sm_scale=self._scale,
+            logits_soft_cap=self._cap,
         )
 
     def _plan_prefill(self, step: StepIndex, indices: Tensor, last_page_len: Tensor) -> None:
@@ -163,6 +162,7 @@ class FlashInferAttention:
                 kv_data_type=self._pages.dtype,
                 o_data_type=self._query_dtype,
                 sm_scale=self._scale,
+                logits_soft_cap=self._cap,
                 seq_lens=step.chunk_kv_lens,
             )
 
@@ -190,7 +190,10 @@ class FlashInferAttention:
         layer_id: int,
     ) -> None:
         k_scale, v_scale = self._scales[layer_id]
-        wrapper.run(q, self._pages[layer_id], k_scale=k_scale, v_scale=v_scale, out=out)
+        pages, sinks = self._pages[layer_id], None if self._sinks is None else self._sinks[layer_id]
+        found = wrapper.run(q, pages, k_scale=k_scale, v_scale=v_scale, out=out, return_lse=sinks is not None)
+        if sinks is not None:
+            heed_sinks_(out, found[1], sinks)
 
     def _write(self, k: Tensor, v: Tensor, layer_id: int, index: PageIndex) -> None:
         """Write K and V [num_tokens, num_kv_heads, head_dim] into the layer's pages."""

@@ -17,6 +17,7 @@ from kvferry.engine.nn.weights import load_weights
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 
+from ...checkpoint_shapes import GPT_OSS, write_by_shapes
 from ...deepseek import EXPERTS, write_for_cuda
 from .test_pieces import Twins
 
@@ -29,9 +30,13 @@ CUDA = torch.device("cuda", 0)
 NUM_CHOSEN = 2
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_for_cuda(tmp_path_factory.mktemp("models") / "model", **EXPERTS["v3"])
+@pytest.fixture(scope="module", params=["deepseek", "gpt-oss"])
+def model_dir(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Gated experts, and such with biases and a clamped activation."""
+    path = tmp_path_factory.mktemp("models") / "model"
+    if request.param == "deepseek":
+        return write_for_cuda(path, **EXPERTS["v3"])
+    return write_by_shapes(path, GPT_OSS | {"num_experts_per_tok": NUM_CHOSEN})
 
 
 EVEN = ExpertPlan(8, 2)
@@ -69,11 +74,12 @@ def test_experts_together_yield_what_they_do_one_by_one(
         group_of = Twins(num_ranks) if num_ranks > 1 else None
         alone, together = _blocks(model_dir, Communicator(rank, num_ranks, group_of), plan)  # type: ignore[arg-type]
         for block in (alone, together):
-            assert block.gate.score_bias is not None
+            bias = block.gate.score_bias if block.gate.bias is None else block.gate.bias
+            assert bias is not None
             if chosen == "the same":
-                block.gate.score_bias.copy_(torch.arange(8.0))
+                bias.copy_(10 * torch.arange(8.0))
             elif chosen == "ties":
-                block.gate.score_bias.zero_()
+                bias.zero_()
                 block.gate.weight.plain.zero_()  # type: ignore[attr-defined]
         for count in (1, 5, 80):
             x = _rows(count)

@@ -6,6 +6,7 @@ arrays are: a kernel that runs after another plan was uploaded there is an error
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class _Plan:
     causal: bool
     window_left: int
     scale: float
+    cap: float | None
     q_dtype: torch.dtype
     kv_dtype: torch.dtype
     o_dtype: torch.dtype
@@ -81,18 +83,28 @@ class _Wrapper:
         k_scale: float | None = None,
         v_scale: float | None = None,
         out: Tensor | None = None,
-    ) -> Tensor:
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         assert isinstance(paged_kv_cache, Tensor) and not args and out is not None and self._plan is not None
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device) if return_lse else None
         scale = self._plan.scale * (q_scale or 1.0) * (k_scale or 1.0)
-        self._attend(q, paged_kv_cache, out, self._buffers, scale)  # type: ignore[arg-type]
-        return out if v_scale in (None, 1.0) else out.mul_(v_scale)
+        self._attend(q, paged_kv_cache, (out, lse), self._buffers, scale)  # type: ignore[arg-type]
+        if v_scale not in (None, 1.0):
+            out.mul_(v_scale)
+        return out if lse is None else (out, lse)
 
-    def _attend(self, q: Tensor, pages: Tensor, out: Tensor, index: tuple[Tensor, ...], scale: float) -> None:
-        """`index`: indptr, indices and last_page_len on the device."""
+    def _attend(
+        self, q: Tensor, pages: Tensor, results: tuple[Tensor, Tensor | None], index: tuple[Tensor, ...], scale: float
+    ) -> None:
+        """`results`: out, and the logarithms of sums if asked for. `index`: indptr, indices and last_page_len on the
+        device.
+        """
+        out, log_sums = results
         plan = self._plan
         check(plan is not None, "run before plan")
         assert plan is not None
-        queries, cache, result = rows("q", q, plan.q_dtype), rows("pages", pages, plan.kv_dtype), whole("out", out)
+        queries, cache = rows("q", q, plan.q_dtype), rows("pages", pages, plan.kv_dtype)
+        result, sums = whole("out", out), None if log_sums is None else whole("lse", log_sums, torch.float32)
         check(out.dtype == plan.o_dtype, f"out is {out.dtype}, planned {plan.o_dtype}")
         check(out.shape == q.shape == (plan.qo_indptr[-1], plan.num_qo_heads, plan.head_dim), f"q {tuple(q.shape)}")
         check(q.stride(0) * q.element_size() % 16 == 0, "rows of q are no multiple of 16 bytes apart")
@@ -106,15 +118,22 @@ class _Wrapper:
             check(there.owner == plan.owner, "the workspace holds another wrapper's plan")
             check(len(there.kv_indptr) == len(plan.kv_indptr), "the workspace holds a plan of other rows")
             check(tuple(indptr[: len(there.kv_indptr)].tolist()) == there.kv_indptr, "indptr is not the planned one")
-            attend(queries, cache, result, there, indices, last.tolist(), scale)
+            attend(queries, cache, (result, sums), there, indices, last.tolist(), scale)
 
         launch(kernel)
 
 
 def attend(
-    q: Tensor, pages: Tensor, out: Tensor, plan: _Plan, indices: Tensor, last_page_len: list[int], scale: float
+    q: Tensor,
+    pages: Tensor,
+    results: tuple[Tensor, Tensor | None],
+    plan: _Plan,
+    indices: Tensor,
+    last_page_len: list[int],
+    scale: float,
 ) -> None:
     """Attend row by row, in float32."""
+    out, log_sums = results
     group = plan.num_qo_heads // plan.num_kv_heads
     for row, last in enumerate(last_page_len[: len(plan.kv_indptr) - 1]):
         begin, end = plan.qo_indptr[row], plan.qo_indptr[row + 1]
@@ -124,11 +143,15 @@ def attend(
         keys, values = raw.float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :count].unbind()  # [kv_heads, keys, dim]
         queries = q[begin:end].float().view(end - begin, plan.num_kv_heads, group, plan.head_dim).permute(1, 2, 0, 3)
         scores = torch.einsum("hgqd,hkd->hgqk", queries, keys) * scale
+        if plan.cap is not None:
+            scores = plan.cap * torch.tanh(scores / plan.cap)
         distance = torch.arange(count - (end - begin), count).unsqueeze(1) - torch.arange(count)
         hidden = distance < 0
         if plan.window_left >= 0:
             hidden |= distance > plan.window_left
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+        if log_sums is not None:  # to base 2, as the kernels write them
+            log_sums[begin:end] = (scores.logsumexp(-1) / math.log(2)).permute(2, 0, 1).flatten(1)
         found = torch.einsum("hgqk,hkd->qhgd", weights, values)
         out[begin:end] = found.reshape(end - begin, plan.num_qo_heads, plan.head_dim).to(out.dtype)
 
@@ -139,8 +162,9 @@ def _note(kind: str, plan: _Plan) -> None:
     check(plan.o_dtype in _SIXTEEN_BITS, f"no kernel writes {plan.o_dtype}")
     if plan.q_dtype.itemsize == 1:
         check(kind == "fa3" and plan.kv_dtype == plan.q_dtype, f"8-bit queries on {kind} over {plan.kv_dtype}")
-    window = "_window" if plan.window_left >= 0 else ""
-    ASKED_FOR.add(f"{kind}_{plan.head_dim}{window}" + "_fp8" * (plan.kv_dtype.itemsize == 1))
+        check(plan.cap is None, "8-bit queries with capped scores")
+    flags = {"window": plan.window_left >= 0, "cap": plan.cap is not None, "fp8": plan.kv_dtype.itemsize == 1}
+    ASKED_FOR.add("_".join([kind, str(plan.head_dim), *(flag for flag, is_set in flags.items() if is_set)]))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
@@ -178,6 +202,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         kv_data_type: torch.dtype | None = None,
         o_data_type: torch.dtype | None = None,
         sm_scale: float | None = None,
+        logits_soft_cap: float | None = None,
         non_blocking: bool = True,
     ) -> None:
         kv_indptr, num_rows = host_ints("indptr", indptr), len(last_page_len)
@@ -208,6 +233,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
             causal=False,
             window_left=window_left,
             scale=sm_scale,
+            cap=logits_soft_cap,
             q_dtype=q_data_type,
             kv_dtype=kv_data_type or q_data_type,
             o_dtype=o_data_type or q_data_type,
@@ -254,6 +280,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         causal: bool = False,
         sm_scale: float | None = None,
         window_left: int = -1,
+        logits_soft_cap: float | None = None,
         q_data_type: Any = "float16",
         kv_data_type: torch.dtype | None = None,
         o_data_type: torch.dtype | None = None,
@@ -286,6 +313,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
             causal=True,
             window_left=window_left,
             scale=sm_scale,
+            cap=logits_soft_cap,
             q_dtype=q_data_type,
             kv_dtype=kv_data_type or q_data_type,
             o_dtype=o_data_type or q_data_type,

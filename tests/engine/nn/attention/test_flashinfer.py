@@ -55,6 +55,34 @@ def test_flashinfer_agrees_with_the_cpu_backend(num_qo_heads: int, window: int |
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not has_flashinfer, reason="needs the extra kvferry[gpu]")
+@pytest.mark.parametrize("num_qo_heads", [2, 8])
+def test_sinks_are_heeded_and_scores_capped(num_qo_heads: int) -> None:
+    """Capped low enough to matter, and with sinks that take next to nothing, some, and nearly all."""
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    generator = torch.Generator().manual_seed(3)
+    pages = torch.randn(2, 16, 2, 2, 16, 64, generator=generator).bfloat16()
+    heads = torch.randn(12, num_qo_heads + 4, 64, generator=generator).bfloat16()
+    sinks = [torch.linspace(-9, 9, num_qo_heads).bfloat16(), torch.linspace(7, -7, num_qo_heads).bfloat16()]
+    q, k, v = torch.split(heads, [num_qo_heads, 2, 2], 1)
+    cap = 1.5 if num_qo_heads == 8 else None  # kernels for both: of tensor cores alone
+    both = Scores(scale=0.3, cap=cap, sinks=sinks)
+    for window, own in ((5, Scores(sinks=sinks)), (5, Scores(cap=cap)), (None, both)):
+        there = [sink.cuda() for sink in own.sinks or ()]
+        cpu = CPUAttention(pages.float(), num_qo_heads, [None, window], own)
+        on_gpu = Scores(scale=own.scale, cap=own.cap, sinks=there or None)
+        gpu = FlashInferAttention(pages.cuda(), num_qo_heads, [None, window], scores=on_gpu)
+        cpu.plan(_metadata())
+        gpu.plan(_metadata())
+        for layer in range(2):
+            expected = cpu.forward(q.float(), k.float(), v.float(), layer)
+            out = gpu.forward(q.cuda(), k.cuda(), v.cuda(), layer).cpu().float()
+            torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
 def _e4m3(x: Tensor, scale: float) -> Tensor:
     return x.float().div(scale).clamp(-448, 448).to(torch.float8_e4m3fn).float().mul(scale)
 
@@ -186,6 +214,15 @@ def test_queries_in_8_bits_need_pages_in_8_bits() -> None:
 
     with pytest.raises(ConfigError, match="needs pages in 8 bits: --kv-cache-dtype fp8"):
         FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.bfloat16), 4, [None], narrow_queries=True)
+
+
+def test_queries_in_8_bits_do_not_go_with_sinks_and_caps() -> None:
+    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
+
+    pages = torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for scores, what in ((Scores(cap=50.0), "capped scores"), (Scores(sinks=[torch.zeros(4)]), "sinks")):
+        with pytest.raises(ConfigError, match=f"attends without {what}, which the model has; use auto"):
+            FlashInferAttention(pages, 4, [None], query_dtype=torch.bfloat16, narrow_queries=True, scores=scores)
 
 
 def test_numbers_too_large_for_8_bits_are_cut_off() -> None:
