@@ -37,8 +37,6 @@ _IMPORTS = {
     ROUTER_PROGRAM: ("kvferry.router.process",),
     WORKER_PROGRAM: ("kvferry.worker.process", "kvferry.worker.build", "kvferry.worker.worker"),
 }
-
-
 # Requests wait for a worker that comes back, and the routers know from its last life how fast it is.
 _RECOVERY_CALIBRATION_S = 0.3
 

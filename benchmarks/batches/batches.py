@@ -27,10 +27,8 @@ from rich.table import Table
 
 from kvferry.benchmarks.batches.client import BatchClient, JsonObject, done_of, line
 from kvferry.benchmarks.restart.load import Ask, asking, keeping
-from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.cores import process_tree, processes
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import RESULTS_DIR, report_console
@@ -69,7 +67,7 @@ async def kill_in_the_middle(system: System, num_lines: int, num_tokens: int) ->
         lines = [line(f"line-{n}", system.model, _prompt(n), num_tokens) for n in range(num_lines)]
         batch_id = await client.start(lines)
         at_kill = await client.until(batch_id, num_lines // 3)
-        os.kill(_router_pid(system), signal.SIGKILL)
+        os.kill(system.program_pid("router"), signal.SIGKILL)
         batch = await client.until(batch_id, 1 << 62)
         answers = await client.answers(batch["output_file_id"])
         failed = await client.answers(batch["error_file_id"])
@@ -142,13 +140,6 @@ async def _ttft_s(ask: Ask, prompt: str) -> float:
 def _prompt(number: int) -> str:
     rng = random.Random(number)
     return f"{number}. Tell us about " + ", ".join(rng.choice(_TOPICS) for _ in range(60)) + "."
-
-
-def _router_pid(system: System) -> int:
-    for process in process_tree([system.process.pid], processes()):
-        if b"\0kvferry.router\0" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
-            return process.pid
-    raise ConfigError("there is no router's process")
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -143,7 +143,7 @@ async def _until_flowing(streams: list[_Stream]) -> None:
 
 async def _hit(system: System, worker_id: str, by: signal.Signals) -> _Hit:
     """Send the signal and wait until the router has noticed."""
-    pid = system.worker_pid(worker_id)
+    pid = system.program_pid(worker_id)
     perf_s, wall_s = perf_counter(), time.time()
     os.kill(pid, by)
     lost = await system.wait_for_line("worker_lost", wall_s, worker_id, _NOTICED_WITHIN_S)

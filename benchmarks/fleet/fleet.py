@@ -118,6 +118,7 @@ def plot(sizes: Sequence[FleetRun], lengths: Sequence[FleetRun], path: Path) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.fleet", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--trace", default="azure-2023-conv", help="name or path")
     parser.add_argument("--workers", type=positive_int, default=1000, help="of the whole run")
     parser.add_argument("--requests", type=positive_int, default=1_000_000, help="of the whole run")

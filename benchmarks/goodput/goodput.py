@@ -131,6 +131,7 @@ def run(benches: list[Bench], num_processes: int, num_level_requests: int | None
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.goodput", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--traces", nargs="+", default=list(SETUP.traces), help="names or paths")
     parser.add_argument("--part", choices=("whole", "first", "second"), default="second")
     parser.add_argument("--requests", type=positive_int, default=None, help="of each trace, to search on; default: all")

@@ -1,9 +1,9 @@
 """Step and prompt times on this machine's CPU, computed from what was measured on it, beside an engine's own.
 
 Computed twice: from what each part of a step takes (`probe.py`), which the bar is for, and from two rates, of large
-products and of reads of memory (`shared/rates.py`). Both are taken before and after each model, as a machine's speed
-changes within minutes. The engine is a worker's, with its scheduler and step loop. Of rates, steps and prompts the best
-counts: whatever else runs only takes away.
+products and of reads of memory (`shared/rates.py`). Both are taken before and after each model, and the better of these
+two is what it is computed from: a machine's speed changes within minutes. The engine is a worker's, with its scheduler
+and step loop. Of steps and prompts the best counts: whatever else runs only takes away.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def measure(
     cpu = torch.device("cpu")
     (folder := scratch / "probe").mkdir()
     probe = Probe(folder, threads, tell)
-    rates, measured = list[MeasuredRates](), list[_Measured]()
+    rates, rows = list[MeasuredRates](), list[CpuRow]()
 
     def take_rates() -> None:
         probe.measure(4 * rounds)
@@ -80,10 +80,11 @@ def measure(
 
     take_rates()
     for name in names:
-        measured += _measure_model(name, scratch, threads, rounds, tell)
+        measured = list(_measure_model(name, scratch, threads, rounds, tell))
         take_rates()
-    best, probed = best_of(rates), probe.rates()
-    return best, probed, [_row(each, best, probed) for each in measured]
+        around, probed = best_of(rates[-2:]), probe.rates(sittings=2)
+        rows += [_row(each, around, probed) for each in measured]
+    return best_of(rates), probe.rates(), rows
 
 
 def _measure_model(

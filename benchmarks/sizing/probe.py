@@ -67,7 +67,7 @@ class Probe:
         self._folder = folder
         self._tell = tell
         self._runs: dict[str, Callable[[], float]] = {}
-        self._least_ms: dict[str, float] = {}
+        self._sittings: list[Mapping[str, float]] = []  # milliseconds by case
         for name, shape in SHAPES.items():
             for layers in LAYERS[name]:
                 tell(f"probe: {name}, {layers} layers")
@@ -77,12 +77,12 @@ class Probe:
     def measure(self, rounds: int) -> None:
         """Take some seconds."""
         self._tell(f"probe: {rounds} rounds")
-        found = least_ms(self._runs, rounds)
-        self._least_ms = {case: min(took, self._least_ms.get(case, took)) for case, took in found.items()}
+        self._sittings.append(least_ms(self._runs, rounds))
 
-    def rates(self) -> CpuRates:
-        """Return what follows from the sittings so far. Raises ConfigError on a machine that was too busy."""
-        return rates_of(self._least_ms, self._folder)
+    def rates(self, sittings: int = 0) -> CpuRates:
+        """Return what follows from so many last sittings, or from all. Raises ConfigError: the machine was too busy."""
+        found = self._sittings[-sittings:]
+        return rates_of({case: min(one[case] for one in found) for case in found[0]}, self._folder)
 
 
 def rates_of(found_ms: Mapping[str, float], folder: Path) -> CpuRates:

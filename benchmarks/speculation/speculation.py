@@ -171,7 +171,7 @@ async def _kill(system: System, every_s: float, killed: list[str]) -> None:
         await asyncio.sleep(every_s)
         worker_id = f"d-{len(killed) % 2}"
         with suppress(ConfigError, ProcessLookupError):  # it has not come back yet
-            os.kill(system.worker_pid(worker_id), signal.SIGKILL)
+            os.kill(system.program_pid(worker_id), signal.SIGKILL)
             killed.append(worker_id)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from kvferry.common.config import SECRET_VARIABLE
 from kvferry.common.errors import ConfigError
 from kvferry.launch.command_socket import ask
 from kvferry.launch.running import runtime_dir, socket_of
+from kvferry.tools.chaos.programs import program_name
 
 START_LIMIT_S = 240.0  # these bounds are for machines that are slow and busy: what works never waits so long
 STOP_LIMIT_S = 60.0
@@ -28,8 +28,6 @@ COMMAND_LIMIT_S = 180.0
 WAIT_LIMIT_S = 120.0
 _POLL_SHARE = 0.2  # of what was waited already, until the next look
 _MAX_POLL_S = 0.5
-_FORKED = re.compile(r"^kvferry\.(?:router|worker) (\S+)$")
-_WORKER_ID = re.compile(r'"worker_id":"([^"]+)"')
 
 
 def free_port() -> int:
@@ -99,17 +97,6 @@ class Cluster:
     def programs(self, name: str = "") -> list[psutil.Process]:
         """The routers and workers whose names begin so: a worker's is its id, `p-0` or `d-0`."""
         return [child for child in self.children() if (own := program_name(child)) and own.startswith(name)]
-
-
-def program_name(process: psutil.Process) -> str | None:
-    """The name of a router or worker, forked or started afresh; None: it is neither."""
-    words = " ".join(process.cmdline()).rstrip()
-    if forked := _FORKED.search(words):
-        return forked[1]
-    if "--config-json" not in words:
-        return None
-    worker = _WORKER_ID.search(words)
-    return worker[1] if worker else "router"
 
 
 def wait_until(condition: object, what: str, limit_s: float = WAIT_LIMIT_S) -> None:

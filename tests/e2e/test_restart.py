@@ -27,9 +27,10 @@ from openai import AsyncOpenAI
 
 from kvferry.benchmarks.restart.load import Ask, Cut, Tally, asking, keep_asking, undisturbed
 from kvferry.common.config import SECRET_VARIABLE
+from kvferry.tools.chaos.programs import program_name
 
 from ..checkpoints import write_checkpoint
-from .cluster import Cluster, program_name, serve, wait_until
+from .cluster import Cluster, serve, wait_until
 
 MODEL = "tiny"
 NUM_TOKENS = 48

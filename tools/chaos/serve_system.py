@@ -10,16 +10,19 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 
+import psutil
+
 from ...common.errors import ConfigError
 from ..load.cores import process_tree, processes
 from ..load.http_client import HttpClient, HttpError
 from ..load.server_process import ServerProcess, free_port, running
+from .programs import program_name
 
 _START_TIMEOUT_S = 120.0
 _SAMPLE = re.compile(r"^([\w:]+)(?:\{(.*)\})? (\S+)$")
@@ -102,16 +105,14 @@ class System:
         self._log_offset += whole
         self._lines += filter(None, map(parse_log_line, text[:whole].splitlines()))
 
-    def worker_pid(self, worker_id: str) -> int:
-        """The process of a worker that runs now."""
+    def program_pid(self, name: str) -> int:
+        """Return a process that runs now, of the worker with this id or of one of the routers, `router`."""
         for process in process_tree([self.process.pid], processes()):
-            command = Path(f"/proc/{process.pid}/cmdline")
-            try:
-                if f'"worker_id":"{worker_id}"' in command.read_text():
+            with suppress(psutil.Error):  # ended meanwhile
+                own = program_name(psutil.Process(process.pid)) or ""
+                if own == name or own.startswith(f"{name}-"):
                     return process.pid
-            except OSError:
-                continue  # ended meanwhile
-        raise ConfigError(f"no process of worker {worker_id}")
+        raise ConfigError(f"no process of {name}")
 
     def resident_mib(self) -> float:
         """Return the memory of all processes of the system together; shared pages count in each."""
