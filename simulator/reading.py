@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..common.request import BlockId
 from ..transfer.protocol.rank_messages import ReadOutcome
 from ..wire.grants import RegionInfo
 from .costs.network import Port
-
-if TYPE_CHECKING:
-    from .worker import SimWorker
+from .neighbour import Neighbour
 
 
 class SimReading:
     """Implements `transfer.fetch.ranks.Reading` for all ranks of a worker. Its port receives."""
 
-    def __init__(self, worker: SimWorker, *, block_bytes: int, port: Port) -> None:
+    def __init__(self, worker: Neighbour, *, block_bytes: int, port: Port) -> None:
         self._worker = worker
         self._block_bytes = block_bytes
         self._port = port

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
+from ..router.autoscaler.load_record import LoadRecord
 from ..router.state.observer import NullObserver
 from ..router.state.outcome import ServiceOutcome
 from ..router.state.request import RequestStatus, RouterRequest
 from ..tools.load.stats import describe
 from .jobs import Job
+from .kernel import Kernel
 from .outcome import FleetSample, Outcome, RequestOutcome
 from .scenario import Scenario
-
-if TYPE_CHECKING:
-    from .worker import SimWorker
-    from .world import World
+from .worker import SimWorker
 
 
 class Recorder(NullObserver):
     """One per world."""
 
-    def __init__(self, world: World, scenario: Scenario) -> None:
-        self._world = world
+    def __init__(
+        self,
+        scenario: Scenario,
+        kernel: Kernel,
+        *,
+        unloaded_s: Callable[[int], float],
+        on_closed: Callable[[Job], None],
+    ) -> None:
+        """`unloaded_s`: of a prompt's tokens, the time to its first token where nothing else is."""
         self._scenario = scenario
+        self._kernel = kernel
+        self._unloaded_s = unloaded_s
+        self._on_closed = on_closed
+        self.load: LoadRecord | None = None  # an autoscaler's, which is told, too
         self._open: dict[str, tuple[Job, RouterRequest]] = {}
         self._requests: list[RequestOutcome] = []
         self._fleet: list[FleetSample] = []
@@ -52,25 +62,25 @@ class Recorder(NullObserver):
 
     def on_finished(self, request: RouterRequest) -> None:
         job, _ = self._open[request.request_id]
-        if self._world.launcher is not None:
-            self._world.launcher.record.on_finished(request)
+        if self.load is not None:
+            self.load.on_finished(request)
         finished = request.status is RequestStatus.FINISHED
         self._close(job, request, "finished" if finished else "failed", request.error_code)
 
     def on_submitted(self, request: RouterRequest) -> None:
-        if self._world.launcher is not None:
-            self._world.launcher.record.on_submitted(request)
+        if self.load is not None:
+            self.load.on_submitted(request)
 
     def on_outcome(self, outcome: ServiceOutcome) -> None:
-        if self._world.launcher is not None:
-            self._world.launcher.record.on_outcome(outcome)
+        if self.load is not None:
+            self.load.on_outcome(outcome)
 
     def on_retry(self, stage: str, reason: str) -> None:
         self.num_retries += 1
 
     def _close(self, job: Job, request: RouterRequest, ended: str, error: str = "") -> None:
         del self._open[job.request_id]
-        self._world.forget(job)
+        self._on_closed(job)
         self._requests.append(self._outcome_of(job, request, ended, error))
 
     def _outcome_of(self, job: Job, request: RouterRequest, ended: str, error: str) -> RequestOutcome:
@@ -88,7 +98,7 @@ class Recorder(NullObserver):
             ttft_s=None if first_s is None else first_s - job.arrival_s,
             tpot_s=tpot_s,
             end_s=stamps.get("finished"),
-            unloaded_s=self._world.unloaded_s(job.num_prompt_tokens),
+            unloaded_s=self._unloaded_s(job.num_prompt_tokens),
             num_cached_tokens=request.num_cached_tokens,
             num_attempts=request.attempt_number + 1,
             is_local=request.prefill_worker is None,
@@ -99,20 +109,20 @@ class Recorder(NullObserver):
     # --- the fleet ------------------------------------------------------------------------------------------
 
     def on_worker_ended(self, worker: SimWorker) -> None:
-        self._workers.append((worker, self._world.kernel.now()))
+        self._workers.append((worker, self._kernel.now()))
 
     def on_wasted(self, seconds: float) -> None:
         self._wasted_s += seconds
 
-    def sample(self) -> None:
-        roles = [worker.role for worker in self._world.workers.values() if not worker.draining]
-        num_queued = self._world.num_queued()
+    def sample(self, workers: Iterable[SimWorker], *, num_queued: int, num_pending: int) -> None:
+        """`num_pending`: workers that are wished for, and not there yet."""
+        roles = [worker.role for worker in workers if not worker.draining]
         self._fleet.append(
             FleetSample(
-                self._world.kernel.now(),
+                self._kernel.now(),
                 roles.count("prefill"),
                 roles.count("decode"),
-                self._world.launcher.num_pending if self._world.launcher is not None else 0,
+                num_pending,
                 num_queued,
                 len(self._open),
             )
@@ -120,12 +130,12 @@ class Recorder(NullObserver):
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def outcome(self, last_arrival_s: float, cpu_s: float) -> Outcome:
+    def outcome(self, alive: Iterable[SimWorker], last_arrival_s: float, cpu_s: float) -> Outcome:
         for job, request in list(self._open.values()):
             self._requests.append(self._outcome_of(job, request, "lost", ""))
         self._requests.sort()
-        now = self._world.kernel.now()
-        workers = self._workers + [(worker, now) for worker in self._world.workers.values()]
+        now = self._kernel.now()
+        workers = self._workers + [(worker, now) for worker in alive]
         worker_s = self._wasted_s + sum(
             max(0.0, min(end_s, last_arrival_s) - worker.wished_s) for worker, end_s in workers
         )
@@ -148,7 +158,7 @@ class Recorder(NullObserver):
             num_accepted_tokens=sum(counted.accepted_tokens for counted in drafts),
             num_preemptions=sum(worker.core.decode.scheduler.num_preemptions for worker, _ in workers),
             num_retries=self.num_retries,
-            num_events=self._world.kernel.num_events,
+            num_events=self._kernel.num_events,
             busy_share=sum(worker.engine.busy_s for worker, _ in workers) / alive_s if alive_s else 0.0,
             cpu_s=cpu_s,
             router_s=self.router_s,

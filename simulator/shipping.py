@@ -10,7 +10,6 @@ Only its writes are not there: when the last byte is across is computed as the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..common.config import TransferConfig
 from ..transfer.protocol.handoff import Endpoint, open_mac
@@ -23,9 +22,7 @@ from ..wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpen
 from ..wire.results import ChoiceTokens
 from ..wire.workers import TransferReport
 from .costs.network import Link, Port
-
-if TYPE_CHECKING:
-    from .worker import SimWorker
+from .neighbour import Neighbour
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +64,7 @@ class SimShipping:
     """Implements `prefill.shipments.Shipping` for all ranks of a worker. Its port sends."""
 
     def __init__(
-        self, worker: SimWorker, endpoint: Endpoint, config: TransferConfig, *, block_bytes: int, port: Port
+        self, worker: Neighbour, endpoint: Endpoint, config: TransferConfig, *, block_bytes: int, port: Port
     ) -> None:
         self._worker = worker
         self._endpoint = endpoint
@@ -83,7 +80,7 @@ class SimShipping:
     def open(self, request_id: str, attempt: int, grant: GrantInfo) -> int:
         worker, endpoint = self._worker, self._endpoint
         link, port = worker.path_to(grant.kv_address)
-        open_id = worker.world.next_number()
+        open_id = worker.next_number()
         self._shipments[open_id] = _Shipment(open_id, request_id, attempt, grant, link, port)
         worker.to_target(
             grant.kv_address,

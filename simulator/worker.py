@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -34,13 +33,11 @@ from .costs.network import Link, Port
 from .engine import Engine
 from .held_tokens import HeldTokens
 from .jobs import SimDrafts
+from .neighbour import Cluster
 from .reading import SimReading
 from .scenario import Drafts
 from .setup import TRANSPORT, VERSION, WorkerSpec, calibration, core_config, hello_of, regions
 from .shipping import SimShipping
-
-if TYPE_CHECKING:
-    from .world import World
 
 TICK_S = 0.1
 IDLE_TICKS = 10
@@ -52,7 +49,7 @@ class SimWorker:
     """Implements `worker.effects.Effects` for its core."""
 
     def __init__(
-        self, world: World, spec: WorkerSpec, worker_id: str, role: RoleName, life: int, labels: Labels
+        self, world: Cluster[SimWorker], spec: WorkerSpec, worker_id: str, role: RoleName, life: int, labels: Labels
     ) -> None:
         kernel = world.kernel
         self.world = world
@@ -117,7 +114,6 @@ class SimWorker:
     # --- events -------------------------------------------------------------------------------------------------
 
     def after(self, delay_s: float, handler: Callable[..., object], *args: object) -> None:
-        """Call back then, unless this worker is dead by that time."""
         self.world.kernel.after(delay_s, self._call, handler, args)
 
     def _call(self, handler: Callable[..., object], args: tuple[object, ...]) -> None:
@@ -203,13 +199,14 @@ class SimWorker:
 
     # --- other workers ------------------------------------------------------------------------------------------
 
+    def next_number(self) -> int:
+        return self.world.next_number()
+
     def path_to(self, address: str) -> tuple[Link, Port]:
-        """Return the way to a worker, and the port that it ends at."""
         other = self.world.at(address)
         return (self.world.link(self, other), other.receiving) if other is not None else (self.world.no_link, Port())
 
     def path_from(self, address: str) -> tuple[Link, Port]:
-        """Return the way from a worker, and the port that it begins at."""
         other = self.world.at(address)
         return (self.world.link(other, self), other.sending) if other is not None else (self.world.no_link, Port())
 
@@ -239,7 +236,6 @@ class SimWorker:
             self._shipping.on_answer(message)
 
     def notify(self, kv_address: str, message: KVArrived) -> None:
-        """Tell a worker that all of a shipment is in its memory."""
         target = self.world.at(kv_address)
         if target is not None:
             target._call(target.core.on_arrived, (0, message))
@@ -260,7 +256,6 @@ class SimWorker:
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """Return when the step that runs began, and when it ends."""
         return self.now(), self.engine.step_end_s
 
     def rotate(self, generation: int) -> None:

@@ -52,7 +52,7 @@ class World:
         self._num_arrived = 0
         self._is_over = False  # the last one has come
         self._last_arrival_s = 0.0
-        self.recorder = Recorder(self, scenario)
+        self.recorder = Recorder(scenario, self.kernel, unloaded_s=self.unloaded_s, on_closed=self.forget)
         predictor = Predictor()
         config = router_config(scenario)
         maker = scenario.router.make_policy or make_policy
@@ -75,7 +75,10 @@ class World:
         for index in range(fleet.decode):
             self.start(f"decode-{index}", "decode")
         scaled = scenario.scaled
-        self.launcher = SimLauncher(self, scaled, config, predictor) if scaled is not None else None
+        self.launcher: SimLauncher | None = None
+        if scaled is not None:
+            self.launcher = SimLauncher(self, scaled, config, predictor)
+            self.recorder.load = self.launcher.record
 
     # --- workers --------------------------------------------------------------------------------------------
 
@@ -174,10 +177,6 @@ class World:
             self.recorder.refuse(job, request, str(error))
         self.recorder.on_submit_took(process_time() - began_s)
 
-    def num_queued(self) -> int:
-        """Count the requests in the central queue."""
-        return self.dispatcher.view().num_queued
-
     def forget(self, job: Job) -> None:
         """Forget a job that has ended. Workers may still hear of it for a moment."""
         self.kernel.after(10.0, self.jobs.pop, job.request_id)
@@ -201,7 +200,8 @@ class World:
         for change in self.scenario.role_changes:
             self.kernel.at(change.at_s, self.set_role, change.worker, change.role)
         self.kernel.run(self._has_ended)
-        return self.recorder.outcome(self._last_arrival_s, process_time() - began_s)
+        cpu_s = process_time() - began_s
+        return self.recorder.outcome(self.workers.values(), self._last_arrival_s, cpu_s)
 
     def set_role(self, worker_id: str, role: str) -> None:
         worker = self.workers.get(worker_id)
@@ -232,5 +232,9 @@ class World:
         self.kernel.after(ROUTER_TICK_S, self._tick)
 
     def _sample(self) -> None:
-        self.recorder.sample()
+        self.recorder.sample(
+            self.workers.values(),
+            num_queued=self.dispatcher.view().num_queued,
+            num_pending=self.launcher.num_pending if self.launcher is not None else 0,
+        )
         self.kernel.after(_SAMPLE_EVERY_S, self._sample)

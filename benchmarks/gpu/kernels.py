@@ -28,11 +28,11 @@ from kvferry.common.request import SamplingParams
 from kvferry.engine.cuda.adapters import DeviceSlots
 from kvferry.engine.cuda.kernels import FusedKernels, Kernels
 from kvferry.engine.cuda.sampling import DeviceSampler
-from kvferry.engine.nn.adapters import AdapterWeights, LinearPart, Pair
 from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
 from kvferry.engine.nn.attention.choose import make_attention
 from kvferry.engine.nn.layers import Linear
 from kvferry.engine.nn.sampling import SampleRow, sample
+from kvferry.engine.nn.slot_matrices import AdapterWeights, LinearPart, Pair
 from kvferry.engine.nn.weight import DenseWeight
 
 _QO_HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16

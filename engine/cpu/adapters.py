@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.adapters import AdapterWeights, LinearPart, Pair
 from ..nn.layers import Linear
+from ..nn.slot_matrices import AdapterWeights, LinearPart, Pair
 
 _STRIP = 16
 _TILE_INPUTS = 32  # what a linear's inputs are padded to

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ..nn.adapters import AdaptedModel, AdapterSlots, AdapterWeights, Pair
+from ..nn.adapters import AdaptedModel, AdapterSlots
 from ..nn.layers import Linear
+from ..nn.slot_matrices import AdapterWeights, Pair
 
 
 class RowSlots:

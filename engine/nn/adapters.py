@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,35 +21,11 @@ from torch import Tensor
 from ...common.adapter import NO_ADAPTER
 from ...common.errors import ConfigError
 from ...models.adapter import AdaptedModule, StoredTensor, check_pair, read_adapter
-
-if TYPE_CHECKING:
-    from .layers import Linear
+from .layers import Linear
+from .slot_matrices import AdapterWeights, LinearPart, Pair, SlotMatrices
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _RANK_STEP = 16  # ranks are computed in whole ones of it, with zeros behind: products of few different shapes
-
-
-@dataclass(frozen=True, slots=True)
-class LinearPart:
-    """A rank's share of one module in a linear: `rows` of what the linear yields."""
-
-    module: str
-    shape: tuple[int, int]  # of the whole module: outputs, inputs
-    rows: slice
-    outputs: tuple[slice, ...]  # of the module, as they stand in `rows`
-    first_input: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One part's share of an adapter, on the host, in the model's type and the form of its `SlotMatrices`."""
-
-    down: Tensor  # A [rank, inputs]
-    up: Tensor  # B [outputs, rank], scaled
-
-
-class AdapterWeights(dict[str, Pair]):
-    """`AdapterWeights` are a rank's share of an adapter on the host, by module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,32 +34,6 @@ class Group:
 
     slot: int
     tokens: slice | Tensor  # packed tokens, int64
-
-
-class SlotMatrices(Protocol):
-    """One linear's matrices of all slots, in the form that products are made of."""
-
-    parts: tuple[LinearPart, ...]
-
-    def hold(self, weights: AdapterWeights, ranks: Mapping[str, int]) -> None:
-        """Make room in `weights` for those of this linear's parts that have a rank."""
-        ...
-
-    def write(self, target: Tensor, matrix: Tensor) -> None:
-        """Write a matrix of any type to its place in a pair."""
-        ...
-
-    def put(self, slot: int, weights: AdapterWeights) -> None:
-        """Take what `weights` has for this linear's parts; zeros, or a rank of 0, for the others."""
-        ...
-
-    def clear(self, slot: int) -> None:
-        """Hold no adapter's memory for a slot any longer."""
-        ...
-
-    def add_(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add to [num_tokens, outputs] what the step's adapters make of [num_tokens, inputs]. Returns y."""
-        ...
 
 
 class LinearAdapters:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapters import LinearPart, SlotMatrices
 from .builder import Builder
+from .slot_matrices import LinearPart, SlotMatrices
 from .weight import DenseWeight, Weight, WeightSlot
 
 _REFINED_LOGITS = 16  # best of a row, made once more in float32: more take time, fewer leave rounded ones that tie

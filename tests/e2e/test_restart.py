@@ -245,8 +245,8 @@ def test_a_stream_outlives_its_decode_worker(
             os.kill(pid, number)
         text += "".join(pieces)
     assert text == site.wanted
-    wait_until(lambda: not psutil.pid_exists(pid), f"the end of {name}")
-    assert f"{name}: {why}" in site.cluster.log.read_text()
+    wait_until(lambda: f"{name}: {why}" in site.cluster.log.read_text(), f"the end of {name} is told")
+    assert not psutil.pid_exists(pid)
     assert site.num_retries() - before == {reason: 1}
 
 

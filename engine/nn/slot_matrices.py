@@ -1,0 +1,58 @@
+"""What stands beside one linear where its modules can be adapted: a pair of matrices for each module and slot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """A rank's share of one module in a linear: `rows` of what the linear yields."""
+
+    module: str
+    shape: tuple[int, int]  # of the whole module: outputs, inputs
+    rows: slice
+    outputs: tuple[slice, ...]  # of the module, as they stand in `rows`
+    first_input: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One part's share of an adapter, on the host, in the model's type and the form of its `SlotMatrices`."""
+
+    down: Tensor  # A [rank, inputs]
+    up: Tensor  # B [outputs, rank], scaled
+
+
+class AdapterWeights(dict[str, Pair]):
+    """`AdapterWeights` are a rank's share of an adapter on the host, by module."""
+
+
+class SlotMatrices(Protocol):
+    """One linear's matrices of all slots, in the form that products are made of."""
+
+    parts: tuple[LinearPart, ...]
+
+    def hold(self, weights: AdapterWeights, ranks: Mapping[str, int]) -> None:
+        """Make room in `weights` for those of this linear's parts that have a rank."""
+        ...
+
+    def write(self, target: Tensor, matrix: Tensor) -> None:
+        """Write a matrix of any type to its place in a pair."""
+        ...
+
+    def put(self, slot: int, weights: AdapterWeights) -> None:
+        """Take what `weights` has for this linear's parts; zeros, or a rank of 0, for the others."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Hold no adapter's memory for a slot any longer."""
+        ...
+
+    def add_(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add to [num_tokens, outputs] what the step's adapters make of [num_tokens, inputs]. Returns y."""
+        ...
