@@ -21,6 +21,7 @@ from .preflight import Check, Level, Preflight
 
 _TRIAL = "from kvferry.transfer.backends.nixl import NixlBackend; NixlBackend('doctor').close()"
 _TRIAL_TIMEOUT_S = 60.0
+_NETWORK_DEVICES = Path("/sys/class/net")
 _MIN_OPEN_FILES = 4096
 _MIN_SHARED_MEMORY_BYTES = 256 << 20
 _MIN_MEMORY_BYTES = 2 << 30
@@ -38,7 +39,7 @@ def examine(settings: ServeSettings, env: Mapping[str, str]) -> Iterator[Check]:
             yield _memory()
             yield _shared_memory()
             yield _open_files()
-            yield _opened(trial)
+            yield _opened(trial, Level.FAIL if settings.transfer == "nixl" else Level.WARN)
         finally:
             trial.kill()
 
@@ -57,15 +58,26 @@ def _torch(env: Mapping[str, str]) -> Iterator[Check]:
         yield Check("gpu", Level.OK, f"{names}, FlashInfer {_version(FLASHINFER.name)}")
 
 
-def _opened(trial: subprocess.Popen[str]) -> Check:
+def _opened(trial: subprocess.Popen[str], otherwise: Level) -> Check:
+    """Look what became of the trial. `otherwise`: how bad it is that no agent opens."""
     try:
         output, errors = trial.communicate(timeout=_TRIAL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return Check("nixl", Level.FAIL, f"no answer in {_TRIAL_TIMEOUT_S:g} s", "try --transfer ucx")
+        return Check("nixl", otherwise, f"no answer in {_TRIAL_TIMEOUT_S:g} s", "try --transfer ucx")
     if trial.returncode == 0:
         return Check("nixl", Level.OK, "an agent with UCX opens")
     last = (errors.strip() or output.strip() or f"exit code {trial.returncode}").splitlines()[-1]
-    return Check("nixl", Level.FAIL, last, nixl().missing)
+    return Check("nixl", otherwise, last, _remedy())
+
+
+def _remedy() -> str:
+    """Say what helps where NIXL opens no agent."""
+    library = nixl()
+    if not library.is_installed:
+        return library.missing
+    if not _NETWORK_DEVICES.is_dir():
+        return f"UCX looks for network devices in {_NETWORK_DEVICES}, which is not there: mount /sys"
+    return "see what UCX says: UCX_LOG_LEVEL=info kvferry doctor; or try --transfer ucx"
 
 
 def _fabric() -> Check:

@@ -18,6 +18,7 @@ import pytest
 from kvferry.cli import main
 from kvferry.common import extras
 from kvferry.common.config import environment
+from kvferry.common.extras import nixl
 from kvferry.launch import host
 from kvferry.launch.host import Host
 from kvferry.launch.preflight import Level, Preflight
@@ -338,6 +339,24 @@ def test_what_is_right_is_refused_by_none(site: Site, capsys: pytest.CaptureFixt
     assert code == 0, report
     with pytest.raises(AssertionError, match="it was started"):
         main(["serve", *words])
+
+
+@pytest.mark.parametrize(
+    ("is_installed", "has_devices", "remedy"),
+    [(False, True, "pip install 'nixl"), (True, False, "mount /sys"), (True, True, "UCX_LOG_LEVEL=info")],
+)
+def test_nixl_that_opens_no_agent_is_told_with_what_helps(
+    is_installed: bool, has_devices: bool, remedy: str, site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.patch.setattr("kvferry.launch.doctor._TRIAL", "raise SystemExit('no agent')")
+    library = nixl() if is_installed else nixl()._replace(modules=("nowhere",))
+    site.patch.setattr("kvferry.launch.doctor.nixl", lambda: library)
+    site.patch.setattr("kvferry.launch.doctor._NETWORK_DEVICES", site.folder / ("" if has_devices else "none"))
+    words = [str(site.model), "--port", "0", "--pid-file", str(site.folder / "pid"), "--transfer"]
+    code, report = outcome(capsys, "doctor", *words, "ucx")
+    assert code == 0  # whoever does not use it can do without
+    assert re.search(rf"^warn  nixl .*no agent -> .*{remedy}", report, re.MULTILINE), report
+    assert outcome(capsys, "doctor", *words, "nixl")[0] == 1
 
 
 def test_a_gpu_without_flashinfer_is_refused_before_weights_are_read(site: Site) -> None:
