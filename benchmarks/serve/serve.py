@@ -78,9 +78,11 @@ class Plan:
     timeout_s: float
     quiet_limit_s: float
     quiet_sample_s: float = 1.0
+    has_long_split: bool = False  # long prompts to a split peer, too
 
     def cells_of(self, system: str) -> list[Cell]:
-        return [cell for cell in self.cells if cell.input_len <= _LONG_INPUT_LEN or system not in _NOT_FOR_LONG]
+        takes_long = self.has_long_split or system not in _NOT_FOR_LONG
+        return [cell for cell in self.cells if takes_long or cell.input_len <= _LONG_INPUT_LEN]
 
     def num_runs_of(self, cell: Cell) -> int:
         return self.num_runs if cell.input_len <= _LONG_INPUT_LEN else 1
@@ -212,6 +214,7 @@ def _plan(flags: argparse.Namespace) -> Plan:
         seed=flags.seed,
         timeout_s=flags.run_timeout,
         quiet_limit_s=flags.quiet_limit,
+        has_long_split=flags.long_split,
     )
 
 
@@ -264,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--kvferry-flags", default="", metavar="TEXT", help="further flags of `kvferry serve`, in one argument")
     add("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0], help="(default: %(default)s)")
+    add("--long-split", action="store_true", help=f"prompts of over {_LONG_INPUT_LEN} tokens to a split vLLM, too")
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     add("--run-timeout", type=float, default=900.0, metavar="S", help="for one run (default: %(default)g)")
     add(

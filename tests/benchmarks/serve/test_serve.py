@@ -98,9 +98,10 @@ def test_system_that_does_not_start_is_recorded_and_the_next_is_measured(setup: 
     assert "a core for each of its two servers" in pd.problems[0]
 
 
-def test_very_long_prompts_are_not_for_a_split_vllm(setup: Setup, tmp_path: Path) -> None:
+def test_very_long_prompts_are_for_a_split_vllm_where_that_is_asked_for(setup: Setup, tmp_path: Path) -> None:
     plan = measurement(setup, tmp_path / "s.json", SHORT, LONG).plan
     assert plan.cells_of("vllm-pd") == [SHORT]
+    assert replace(plan, has_long_split=True).cells_of("vllm-pd") == [SHORT, LONG]
     assert plan.cells_of("kvferry-pd") == [SHORT, LONG]
     assert plan.num_runs_of(LONG) == 1
 
