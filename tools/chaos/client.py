@@ -35,8 +35,27 @@ class _Logprobs(msgspec.Struct):
         return [list(entry) for entry in zip(self.tokens, self.token_logprobs, tops, strict=True)]
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str = ""
+
+
+class _Call(msgspec.Struct):
+    function: _Function
+    index: int = 0
+
+    def __str__(self) -> str:
+        """Return what the call says, without its id, which is another each time."""
+        name = self.function.name
+        return ("" if name is None else f"\n{self.index} {name} ") + self.function.arguments
+
+
 class _Text(msgspec.Struct):
     content: str | None = None
+    tool_calls: list[_Call] = []
+
+    def __str__(self) -> str:
+        return (self.content or "") + "".join(map(str, self.tool_calls))
 
 
 class _Choice(msgspec.Struct):
@@ -52,7 +71,7 @@ class _Choice(msgspec.Struct):
     @property
     def all_text(self) -> str:
         part = self.delta or self.message
-        return (part.content if part is not None else self.text) or ""
+        return str(part) if part is not None else self.text or ""
 
 
 class _Usage(msgspec.Struct):

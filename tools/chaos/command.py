@@ -18,7 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -37,7 +37,7 @@ from ..load.report import report_console
 from ..load.tiny_model import write_tiny_model
 from .events import Event, Note, encode_event
 from .load import Load
-from .requests import Ask, plan_asks
+from .requests import ASK_KINDS, Ask, plan_asks
 from .serve_system import System, serving
 from .system import LogTail, settle
 from .tally import Tally, print_tally, tally
@@ -61,6 +61,7 @@ class Options:
     every_s: float
     concurrency: int
     num_asks: int
+    ask_kinds: tuple[str, ...]
     seed: int
     blows: tuple[str, ...]
     serve_flags: tuple[str, ...]
@@ -71,6 +72,9 @@ class Options:
     @property
     def num_workers(self) -> int:
         return self.num_prefill + self.num_decode
+
+    def asks(self, model: str, vocab_size: int) -> list[Ask]:
+        return plan_asks(self.num_asks, self.seed, model=model, vocab_size=vocab_size, kinds=self.ask_kinds)
 
     @property
     def flags(self) -> list[str]:
@@ -116,13 +120,9 @@ def run(options: Options, console: Console) -> Tally:
         if model_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             model_dir = write_tiny_model(folder / "tiny", num_experts=options.num_experts)
-        asks = plan_asks(
-            options.num_asks, options.seed, model=model_dir.name, vocab_size=ModelConfig.from_dir(model_dir).vocab_size
-        )
-        tell = stack.enter_context(_history(options.history_path))
-        chaos = _Chaos(options, model_dir, tell, console)
-        asks = chaos.learn(asks)
-        return chaos.disturb(asks)
+        asks = options.asks(model_dir.name, ModelConfig.from_dir(model_dir).vocab_size)
+        chaos = _Chaos(options, model_dir, stack.enter_context(_history(options.history_path)), console)
+        return chaos.disturb(chaos.learn(asks))
 
 
 @contextmanager
@@ -131,11 +131,11 @@ def _history(path: Path | None) -> Iterator[Callable[[Event], None]]:
         yield lambda event: None
         return
     with path.open("wb") as file:
-        yield lambda event: _write(file.write, event)
 
+        def tell(event: Event) -> None:
+            file.write(encode_event(event))
 
-def _write(write: Callable[[bytes], object], event: Event) -> None:
-    write(encode_event(event))
+        yield tell
 
 
 class _Chaos:
@@ -246,9 +246,7 @@ def parse_options(argv: Sequence[str]) -> Options:
             raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
     if parsed.experts and (parsed.experts < 2 or parsed.model is not None):
         raise ConfigError("--experts: two or more, of the tiny model; a model of --model has its own")
-    blows = tuple(parsed.blows.split(","))
-    if not set(blows) <= set(KNOWN_KINDS):
-        raise ConfigError(f"--blows {parsed.blows}: these are known: {', '.join(KNOWN_KINDS)}")
+    blows = _known("--blows", parsed.blows, KNOWN_KINDS)
     return Options(
         model=parsed.model,
         num_experts=parsed.experts,
@@ -258,6 +256,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         every_s=parsed.every,
         concurrency=parsed.concurrency,
         num_asks=parsed.num_requests,
+        ask_kinds=_known("--requests", parsed.requests or ",".join(ASK_KINDS), ASK_KINDS),
         seed=parsed.seed,
         blows=blows,
         serve_flags=tuple(shlex.split(parsed.serve_flags)),
@@ -265,6 +264,12 @@ def parse_options(argv: Sequence[str]) -> Options:
         history_path=parsed.history,
         log_dir=parsed.log_dir or Path(tempfile.mkdtemp(prefix="chaos-logs-")),
     )
+
+
+def _known(flag: str, text: str, known: Collection[str]) -> tuple[str, ...]:
+    if not set(text.split(",")) <= set(known):
+        raise ConfigError(f"{flag} {text}: these are known: {', '.join(known)}")
+    return tuple(text.split(","))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -284,12 +289,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
     blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker (default: %(default)s)"
     add("--blows", default=",".join(KINDS), metavar="KINDS", help=blows)
+    add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
     add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word: '--dtype bfloat16'")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add("--history", type=Path, metavar="FILE", help="write every event here, a JSON line each")
     add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from .events import Cut, Delta, Done, Failed, History, Note, Request, Usage, read_history
 
-NATURAL_ENDS = ("stop", "length")
+NATURAL_ENDS = ("stop", "length", "tool_calls")
 _ENDS = (Done, Failed, Cut)
 
 

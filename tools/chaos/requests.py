@@ -7,7 +7,7 @@ between two sendings without touching the answer (priority, cache salt) is added
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .events import ChoiceAnswer
@@ -22,6 +22,25 @@ _RECORDS: Body = {
     "type": "array",
     "items": {"type": "object", "properties": {"id": {"type": "integer"}, "on": {"type": "boolean"}}},
 }
+_TOOLS: list[Body] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": fields,
+                "required": list(fields),
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name, fields in (
+        ("find", {"text": {"type": "string", "maxLength": 40}, "limit": {"type": "integer"}}),
+        ("move", {"where": {"enum": ["left", "right", "nowhere"]}, "now": {"type": "boolean"}}),
+    )
+]
+_ONE_TOOL: Body = {"type": "function", "function": {"name": "move"}}
 _WORDS = "the a worker block stream token dies goes on 42 again never once in order elsewhere Zwerg".split()
 
 
@@ -52,10 +71,10 @@ class Ask:
         return self.body | extra
 
 
-def plan_asks(count: int, seed: int, *, model: str, vocab_size: int) -> list[Ask]:
-    """`count` distinct requests, all kinds in turn."""
+def plan_asks(count: int, seed: int, *, model: str, vocab_size: int, kinds: Sequence[str] = ()) -> list[Ask]:
+    """`count` distinct requests, these kinds in turn; none named: all."""
     source = random.Random(seed)
-    makers = list(_KINDS.items())
+    makers = [(kind, ASK_KINDS[kind]) for kind in kinds or ASK_KINDS]
     return [_make(number, *makers[number % len(makers)], source, model, vocab_size) for number in range(count)]
 
 
@@ -106,7 +125,12 @@ def _penalties(source: random.Random) -> Body:
     }
 
 
-_KINDS: dict[str, Callable[[random.Random], Body]] = {
+def _tools(source: random.Random) -> Body:
+    choice = source.choice(("required", "required", "auto", _ONE_TOOL))
+    return {**_warm(source), "tools": _TOOLS, "tool_choice": choice, "parallel_tool_calls": source.random() < 0.5}
+
+
+ASK_KINDS: dict[str, Callable[[random.Random], Body]] = {
     "greedy": lambda source: {"temperature": 0},
     "seeded": _warm,
     "choices": lambda source: {**_warm(source), "n": source.choice((2, 3))},
@@ -116,6 +140,7 @@ _KINDS: dict[str, Callable[[random.Random], Body]] = {
     "penalties": _penalties,
     "chat": _warm,
     "chat logprobs": lambda source: {"temperature": 0, "logprobs": True, "top_logprobs": 2},
+    "chat tools": _tools,
     "guided": lambda source: {**_warm(source), "guided_regex": _SENTENCES},
     "guided choices": lambda source: {**_warm(source), "n": 2, "guided_json": _RECORDS},
     "whole": _warm,

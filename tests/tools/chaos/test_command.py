@@ -21,8 +21,9 @@ import pytest
 from kvferry.common.errors import ConfigError
 from kvferry.tools.chaos import command as chaos
 from kvferry.tools.chaos.client import send
+from kvferry.tools.chaos.command import parse_options
 from kvferry.tools.chaos.events import ChoiceAnswer, Cut, Delta, Done, Event, Failed, Note, Request, Sent, Usage
-from kvferry.tools.chaos.history import Counted, Verdict
+from kvferry.tools.chaos.history import Counted, Verdict, judge
 from kvferry.tools.chaos.load import Load, Result, collect
 from kvferry.tools.chaos.requests import Ask, plan_asks
 from kvferry.tools.chaos.serve_system import parse_metrics
@@ -52,6 +53,13 @@ def test_every_way_to_ask_is_among_them() -> None:
         assert any(field in body for body in bodies), field
     assert {body["stream"] for body in bodies} == {True, False}
     assert all("seed" in body and body["return_token_ids"] for body in bodies)
+
+
+def test_some_ways_to_ask_may_be_named() -> None:
+    asks = plan_asks(4, 0, model="m", vocab_size=400, kinds=("guided", "chat tools"))
+    assert [ask.kind for ask in asks] == ["guided", "chat tools"] * 2
+    with pytest.raises(ConfigError, match=r"--requests guided,sung: these are known: greedy, .*chat tools"):
+        parse_options(["--requests", "guided,sung"])
 
 
 def test_a_stop_string_is_taken_from_the_middle_of_the_answer() -> None:
@@ -90,6 +98,26 @@ async def test_a_stream_is_told_chunk_by_chunk() -> None:
     assert [type(told) for told in request.events] == [Delta, Delta, Usage, Done]
     assert request.answer() == [ChoiceAnswer("ab", [1, 2], [], "length")]
     assert request.answer_id == "abc"
+
+
+async def test_calls_of_tools_are_text_without_their_ids() -> None:
+    def chunk(ids: list[int], finish: str | None = None, **delta: object) -> bytes:
+        return event(
+            id="chatcmpl-abc", choices=[{"index": 0, "delta": delta, "token_ids": ids, "finish_reason": finish}]
+        )
+
+    def call(index: int, **function: str) -> dict[str, object]:
+        return {"index": index, "id": "call_another_each_time", "function": function}
+
+    pieces = [
+        chunk([1], content="so: "),
+        chunk([2], tool_calls=[call(0, name="find", arguments="{")]),
+        chunk([3], tool_calls=[call(0, arguments="}"), call(1, name="move", arguments="{}")]),
+        chunk([], "tool_calls"),
+    ]
+    request = await _ask(Script([*pieces, usage(3, 3), DONE]))
+    assert request.answer() == [ChoiceAnswer("so: \n0 find {}\n1 move {}", [1, 2, 3], [], "tool_calls")]
+    assert judge(request, request).breaches == []
 
 
 async def test_log_probabilities_come_token_by_token() -> None:
