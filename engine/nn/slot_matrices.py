@@ -1,4 +1,4 @@
-"""What stands beside one linear where its modules can be adapted: a pair of matrices for each module and slot."""
+"""`SlotMatrices` stand beside a linear whose modules can be adapted: a pair of them for each module and slot."""
 
 from __future__ import annotations
 
