@@ -147,23 +147,22 @@ class Engine:
     def _complete(self, step: Step, num_steps: int) -> None:
         """Give the core what the first `num_steps` steps have yielded: they are over."""
         if step.stopped_s is not None:
-            self._give(step, stopped_output(step.batch, step.stopped_s - step.start_s, step.swap_s))
-            return
+            output = stopped_output(step.batch, step.stopped_s - step.start_s, step.swap_s)
+            return self._give(step, output, 1, output.step_s)
         self._take_blocks(step, num_steps - 1)
         self._sample(step, num_steps)
-        last_s = step.step_s(num_steps - 1)
         self._learn(step, num_steps - 1)
         if num_steps < step.most_steps:
             rows = [RowOutput(((TOKEN,) * num_steps,))] * len(step.batch.rows)
         else:
             rows = [yielded(row, self._jobs[row.seq.request_id], num_steps) for row in step.batch.rows]
-        num_tokens = step.batch.num_tokens
-        self._num_steps += num_steps
-        self._last = (last_s, num_tokens)
-        self.busy_s += step.seconds(num_steps)
-        self._give(step, StepOutput(rows, last_s, num_tokens, step.swap_s, step.draft_s))
+        output = StepOutput(rows, step.step_s(num_steps - 1), step.batch.num_tokens, step.swap_s, step.draft_s)
+        self._give(step, output, num_steps, step.seconds(num_steps))
 
-    def _give(self, step: Step, output: StepOutput) -> None:
+    def _give(self, step: Step, output: StepOutput, num_steps: int, taken_s: float) -> None:
+        self._num_steps += num_steps
+        self._last = (output.step_s, output.num_tokens)
+        self.busy_s += taken_s
         self._step = None
         self._core.steps.complete(step.batch, output)
 
