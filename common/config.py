@@ -27,6 +27,7 @@ KVCacheDtype = Literal["auto", "bfloat16", "fp8", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx2"]  # engine/cpu/compiler.py
 Attention = Literal["auto", "flashinfer", "flashinfer_fp8", "cpu"]
+ExpertExchange = Literal["sum", "all_to_all"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # The first two are made while a plain checkpoint is loaded; the others say what the checkpoint is.
 QuantizationName = Literal["int8", "int4", "gguf", "compressed-tensors", "gptq", "awq", "fp8"]
@@ -94,6 +95,7 @@ class EngineConfig(Settings):
     tensor_parallel_size: PositiveInt = 1
     enable_expert_parallel: bool = False  # a rank's experts are whole ones, not parts of all
     expert_plan: Path | None = None  # file that says which ones (expert_plan.py); None: an even split
+    expert_exchange: ExpertExchange = "sum"  # how whole experts' rows and results go between ranks
     block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens
     max_model_len: PositiveInt | None = None  # None: the model's own
     max_num_seqs: PositiveInt = 64

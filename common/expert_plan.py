@@ -22,11 +22,14 @@ _MAX_BYTES = 64 << 20  # of a file: far more than any model's plan takes
 
 @dataclass(slots=True, frozen=True)
 class ExpertPlan:
-    """An `ExpertPlan` says which experts each rank holds; layers that it does not name are split evenly."""
+    """An `ExpertPlan` says which experts each rank holds, layers that it does not name being split evenly, and how rows
+    come to them: every rank has all, or they are exchanged.
+    """
 
     num_experts: int
     num_ranks: int
     layers: Mapping[int, Held] = field(default_factory=dict)
+    is_exchanged: bool = False  # rows are sent to their experts' ranks; of no file
 
     def held(self, layer: int) -> Held:
         return self.layers.get(layer) or even_split(self.num_experts, self.num_ranks)
@@ -34,7 +37,8 @@ class ExpertPlan:
     @property
     def name(self) -> str:
         """Name how sums over the ranks are split: equal names, equal sums."""
-        return f"ep {hashlib.sha256(self.text().encode()).hexdigest()[:16]}" if self.layers else "ep"
+        split = f"ep {hashlib.sha256(self.text().encode()).hexdigest()[:16]}" if self.layers else "ep"
+        return f"{split} exchanged" if self.is_exchanged else split
 
     def fullest(self, sparse_layers: Sequence[bool]) -> dict[int, tuple[int, ...]]:
         """Return by sparse layer what the rank holds that holds most."""

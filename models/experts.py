@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..common.config import EngineConfig
@@ -173,12 +173,27 @@ def expert_plan(
     engine: EngineConfig, experts: ExpertsConfig | None, sparse_layers: Sequence[bool]
 ) -> ExpertPlan | None:
     """Return which experts a worker's ranks hold; None: a part of each, or there are none. Raises ConfigError."""
+    check_exchange(engine)
     if not engine.enable_expert_parallel or experts is None:
         if engine.expert_plan is not None:
             raise ConfigError("expert_plan: needs a mixture of experts, and enable_expert_parallel")
         return None
     num_experts, num_ranks = experts.num_experts, engine.tensor_parallel_size
-    if engine.expert_plan is None:
-        return ExpertPlan(num_experts, num_ranks)
-    layers = [layer for layer, is_sparse in enumerate(sparse_layers) if is_sparse]
-    return read_plan(engine.expert_plan, num_ranks=num_ranks, num_experts=num_experts, sparse_layers=layers)
+    plan = ExpertPlan(num_experts, num_ranks)
+    if engine.expert_plan is not None:
+        layers = [layer for layer, is_sparse in enumerate(sparse_layers) if is_sparse]
+        plan = read_plan(engine.expert_plan, num_ranks=num_ranks, num_experts=num_experts, sparse_layers=layers)
+    return replace(plan, is_exchanged=engine.expert_exchange == "all_to_all")
+
+
+def check_exchange(engine: EngineConfig) -> None:
+    """Refuse to exchange tokens where no rank has whole experts that another one lacks. Raises ConfigError."""
+    if engine.expert_exchange == "sum":
+        return
+    if not engine.enable_expert_parallel:
+        raise ConfigError(f"expert_exchange: {engine.expert_exchange} needs enable_expert_parallel")
+    if engine.tensor_parallel_size == 1:
+        raise ConfigError(
+            f"expert_exchange: {engine.expert_exchange} needs a tensor_parallel_size above 1; a pool may have its own: "
+            "prefill.expert_exchange, decode.expert_exchange"
+        )

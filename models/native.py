@@ -6,10 +6,12 @@ from .config import ModelConfig
 from .quantization import Quantization
 
 
-def not_in_native(config: ModelConfig, quantization: Quantization | None, *, is_float32: bool) -> list[str]:
+def not_in_native(
+    config: ModelConfig, quantization: Quantization | None, *, is_float32: bool, is_exchanged: bool = False
+) -> list[str]:
     """Name each part of a model, in float32 or bfloat16, that C++ has not; nothing: it computes the model.
 
-    `quantization`: what is served (`chosen_quantization`).
+    `quantization`: what is served (`chosen_quantization`). `is_exchanged`: rows of experts are, between ranks.
     """
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     has = {
@@ -17,6 +19,7 @@ def not_in_native(config: ModelConfig, quantization: Quantization | None, *, is_
         and (family.norms != "before" or config.residual_multiplier != 1.0),
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "experts in float32": is_float32 and config.experts is not None,
+        "experts whose tokens are exchanged": is_exchanged and config.experts is not None,
         "quantized weights in float32": is_float32 and quantization is not None and not quantization.is_float8,
         "latent attention": config.latent is not None,
         "heads of such a size": config.latent is None and config.head_dim % 16 != 0,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from ..common.config import Attention, CpuIsa, Device, KVCacheDtype, Settings, SpeculativeConfig
+from ..common.config import Attention, CpuIsa, Device, ExpertExchange, KVCacheDtype, Settings, SpeculativeConfig
 from .option import ALL, ENGINES, SERVE, Option
 from .values import Count, Share, parse_number, parse_object
 
@@ -24,6 +24,15 @@ class EngineSettings(Settings):
     expert_plan: Annotated[
         Path | None, Option("Engine", "File that says which ones (kvferry experts plan). Default: even.", ENGINES)
     ] = None
+    expert_exchange: Annotated[
+        ExpertExchange,
+        Option(
+            "Engine",
+            "How tokens meet whole experts. sum: each rank has all tokens, and results are summed; all_to_all: each "
+            "token is sent to the ranks of its experts.",
+            ENGINES,
+        ),
+    ] = "sum"
     block_size: Annotated[
         Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(parse_number)],
         Option("Engine", "Tokens in a KV block.", ENGINES),

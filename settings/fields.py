@@ -8,7 +8,7 @@ layers are merged is `load`'s business.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import model_validator
 
@@ -106,14 +106,20 @@ class ServeSettings(
             for pool in pools
         }
         plans = {pool.expert_plan or self.expert_plan for pool in pools}
+        exchanges = {pool.expert_exchange or self.expert_exchange for pool in pools}
         if self.deterministic and self.prefill.workers and sizes[0] != sizes[1]:
             raise ValueError(
                 f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
                 "sums over ranks are rounded as they are split"
             )
-        if self.deterministic and self.prefill.workers and max(sizes) > 1 and max(len(splits), len(plans)) > 1:
-            name = "enable_expert_parallel" if len(splits) > 1 else "expert_plan"
-            raise ValueError(f"deterministic: both pools need the same {name}: sums are rounded as split")
+        named: dict[str, set[Any]] = {
+            "enable_expert_parallel": splits,
+            "expert_plan": plans,
+            "expert_exchange": exchanges,
+        }
+        unlike = [name for name, values in named.items() if len(values) > 1]
+        if self.deterministic and self.prefill.workers and max(sizes) > 1 and unlike:
+            raise ValueError(f"deterministic: both pools need the same {unlike[0]}: sums are rounded as split")
         if self.speculative_config is not None and not self.deterministic:
             raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")
         if self.speculative_config is not None and self.speculative_config.model is not None and max(sizes) > 1:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
-from ..common.config import Attention, AutoscaleMode, QuantizationName, Settings
+from ..common.config import Attention, AutoscaleMode, ExpertExchange, QuantizationName, Settings
 from .option import FRONTS, SERVE, Option
 from .values import Count, Share, Texts, check_windows, on_or_off, parse_number
 
@@ -21,6 +21,7 @@ class PoolSettings(Settings):
     tensor_parallel_size: PositiveInt | None = None
     enable_expert_parallel: bool | None = None
     expert_plan: Path | None = None
+    expert_exchange: ExpertExchange | None = None
     quantization: QuantizationName | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None

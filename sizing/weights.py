@@ -3,7 +3,8 @@
     rows of the vocabulary   embedding and head: as many on every rank, the last one's padded
     outputs                  a rank's part of them; fused parts (q, k and v; gate and up) are one matrix of one form
     inputs                   a rank's part of `o_proj`'s and `down_proj`'s
-    whole                    norms, and biases that are added behind a sum over the ranks
+    whole                    norms, and biases that are added behind a sum over the ranks; a shared expert, where tokens
+                             are exchanged
     tiles                    on a CPU: columns in 64s, inputs in 32s, scales in as few bytes as say the same
 
 Pure: what a checkpoint holds comes from its config.
@@ -66,6 +67,10 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
+def _is_shared(name: str) -> bool:
+    return ".shared_experts." in name
+
+
 def _is_gate(name: str) -> bool:
     return any(gate in name for gate in _GATES)
 
@@ -87,7 +92,9 @@ class WeightCounter:
         self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
         is_float32 = self._item_bytes == ITEM_BYTES["float32"]
-        self._has_tiles = not (self._on_gpu or not_in_native(model, quantization, is_float32=is_float32))
+        self._is_exchanged = engine.expert_exchange == "all_to_all" and num_ranks > 1
+        missing = not_in_native(model, quantization, is_float32=is_float32, is_exchanged=self._is_exchanged)
+        self._has_tiles = not (self._on_gpu or missing)
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
         self._has_float8 = self._on_gpu and has_float8
         plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None
@@ -109,7 +116,11 @@ class WeightCounter:
 
     def adapted_sizes(self) -> int:
         """Sum the inputs and the outputs of all linears that an adapter may change: of each part its own inputs."""
-        adapted = [matrix for matrix in self._matrices() if not is_expert(matrix.modules[0])]
+        adapted = [
+            matrix
+            for matrix in self._matrices()
+            if not (is_expert(matrix.modules[0]) or (self._is_exchanged and _is_shared(matrix.modules[0])))
+        ]
         return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in adapted)
 
     @property
@@ -159,6 +170,8 @@ class WeightCounter:
             if held and is_expert(module):
                 if int(path.rpartition(".")[2]) in held[_layer(module)]:
                     yield whole
+            elif self._is_exchanged and _is_shared(module):
+                yield whole
             elif last in _BY_INPUTS:
                 yield whole._replace(num_inputs=whole.num_inputs // self._num_ranks, num_parts=self._num_ranks)
             elif last in _WHOLE:

@@ -118,7 +118,8 @@ class NativeModel:
         if self.dtype not in _DTYPES:
             raise NativeUnavailable(f"no C++ for {self.dtype}")
         is_float32 = self.dtype == torch.float32
-        _check_parts(decoder.config, is_float32=is_float32)
+        plan = self.expert_plan = decoder.expert_plan
+        _check_parts(decoder.config, is_float32=is_float32, is_exchanged=plan is not None and plan.is_exchanged)
         blocks = [_known_blocks(layer) for layer in decoder.layers]
         weights = [check_known(linear, self.dtype) for linear in decoder.linears()]
         self.comm = decoder.head.rows.comm
@@ -131,7 +132,6 @@ class NativeModel:
         }
         self._keep: list[object] = [decoder, weights]
         self.bounded_ = decoder.bounded_  # of logits
-        self.expert_plan = decoder.expert_plan
         self._linears: list[tuple[Linear, _Linear]] = []  # of the layers, with their descriptions
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
@@ -253,9 +253,9 @@ def _common_library(comm: Communicator, cache: Path, isa: CpuIsa, *, is_float32:
     return library
 
 
-def _check_parts(config: ModelConfig, *, is_float32: bool) -> None:
+def _check_parts(config: ModelConfig, *, is_float32: bool, is_exchanged: bool) -> None:
     """Raise NativeUnavailable for what a family has and C++ has not."""
-    if missing := not_in_native(config, config.quantization, is_float32=is_float32):
+    if missing := not_in_native(config, config.quantization, is_float32=is_float32, is_exchanged=is_exchanged):
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 

@@ -6,7 +6,8 @@ Where a group of rows ends is known on the device alone, and every shape follows
 read back, so a step can be captured. A row's sum is taken in float32, in the order of its experts, as `SparseMLP` does.
 
 What torch has for it waits for the host on cards but Hopper and Blackwell, and takes bfloat16 in whole 16 bytes.
-Other cards and other weights keep `SparseMLP`'s loop over experts, whose steps are not captured; `group` says which.
+Other cards and other weights, and rows that are exchanged between ranks, keep `SparseMLP`'s loop over experts, whose
+steps are not captured; `group` says which.
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..nn.decoder import Decoder
+from ..nn.exchange import ExchangedMLP
 from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
@@ -137,6 +139,8 @@ def group(decoder: Decoder, device: torch.device) -> None:
 
 
 def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
+    if any(isinstance(block, ExchangedMLP) for block in blocks):
+        return "rows are exchanged between ranks, and how many the host must know"
     if torch.cuda.get_device_capability(device)[0] not in _MAJORS:
         return "no grouped product of torch's runs on this card without waiting for the host"
     if not all(block.experts for block in blocks):

@@ -12,6 +12,7 @@ Loading, packing and torch's runners, exact ones too, take it as it is. C++ runs
 from __future__ import annotations
 
 from .builder import Builder
+from .exchange import ExchangedMLP
 from .experts import SparseMLP
 from .feed_forward import FeedForward, GatedMLP
 from .latent import LatentAttention
@@ -27,6 +28,8 @@ def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
 
 def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForward:
     if (experts := builder.config.experts_of(layer_id)) is not None:
-        plan = builder.expert_plan
-        return SparseMLP(builder, layer, experts, None if plan is None else plan.held(layer_id))
+        if (plan := builder.expert_plan) is None:
+            return SparseMLP(builder, layer, experts)
+        make = ExchangedMLP if plan.is_exchanged else SparseMLP
+        return make(builder, layer, experts, plan.held(layer_id))
     return GatedMLP(builder, f"{layer}.mlp", builder.config.intermediate_size)

@@ -3,9 +3,9 @@
     gate: scores, the best of them  ->  rows grouped by expert  ->  each expert's gated MLP  ->  the weighted sum
 
 A row's sum is taken in the order of its experts. Ranks have a part of each expert, or each its own whole experts
-(`Builder.expert_plan`); either way every rank chooses for all rows, and one sum over the ranks follows. An expert that
-several ranks hold is computed by one of them for each row. Which one, the row's own numbers say, which all ranks have
-alike (`Replicas`): it depends on neither the other rows nor their order.
+(`Builder.expert_plan`); either way every rank chooses for all rows, and one sum over the ranks follows, unless rows
+are exchanged (`exchange.py`). An expert that several ranks hold is computed by one of them for each row. Which one, the
+row's own numbers say, which all ranks have alike (`Replicas`): it depends on neither the other rows nor their order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .layers import Linear
 from .stacked_experts import ExpertStack, StackedExpert
 from .weight import DenseWeight, Leaf, WeightSlot
 
-_TILE = 16  # rows up to which each expert multiplies all of them: see `SparseMLP`
+TILE = 16  # rows up to which each expert multiplies all of them: see `SparseMLP`
 
 
 class Gate(Linear):
@@ -86,20 +86,33 @@ class Replicas:
 
     def own(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Return the choices in one row; those that other ranks compute are the number of experts."""
-        # As `ExpertMath::share_out` does: how many of a row's numbers are positive is as good as random.
-        turn = (x > 0).sum(1, keepdim=True) % self.copies[chosen]
+        turn = turns(x, self.copies[chosen])
         return torch.where(turn == self.turn[chosen], chosen, len(self.turn)).flatten()
+
+
+def turns(x: Tensor, copies: Tensor) -> Tensor:
+    """Return which of the ranks that hold it computes each choice. `copies`: how many there are, of its expert."""
+    # As `ExpertMath::share_out` does: how many of a row's numbers are positive is as good as random.
+    return (x > 0).sum(1, keepdim=True) % copies
 
 
 class SparseMLP:
     """Implements `FeedForward`.
 
-    Up to _TILE rows go through each expert that one of them chose, whole: reading it takes longer than multiplying, and
+    Up to TILE rows go through each expert that one of them chose, whole: reading it takes longer than multiplying, and
     of 16 rows a result does not depend on the other 15 (`cpu/tiled.py`), which is what exact steps are made of.
     """
 
-    def __init__(self, builder: Builder, layer: str, experts: ExpertsConfig, held: Held | None = None) -> None:
-        """`held`: each rank's experts; None: a part of all."""
+    def __init__(
+        self,
+        builder: Builder,
+        layer: str,
+        experts: ExpertsConfig,
+        held: Held | None = None,
+        *,
+        has_whole_shared: bool = False,
+    ) -> None:
+        """`held`: each rank's experts; None: a part of all. `has_whole_shared`: all of the shared one."""
         self.comm = builder.comm
         self.gate = Gate(builder, f"{layer}.{experts.gate}", experts)
         self.taken = torch.zeros(experts.num_experts, dtype=torch.int64)  # by rows, so far; read by any thread
@@ -129,31 +142,41 @@ class SparseMLP:
         for expert in self.experts:
             expert.gate_up_proj.takes_some_rows = expert.down_proj.takes_some_rows = True
         self._by_number = dict(zip(self.held, self.experts, strict=True))
-        self.shared = (
-            GatedMLP(builder, f"{layer}.{experts.shared}", experts.shared_size) if experts.shared_size else None
-        )
+        self.shared: GatedMLP | None = None
+        if experts.shared_size:
+            shared_by = own if has_whole_shared else builder
+            self.shared = GatedMLP(shared_by, f"{layer}.{experts.shared}", experts.shared_size)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.grouped is not None:
             return self.grouped(x)
         chosen, weights = self.gate.choose(x)
-        total = torch.zeros_like(x, dtype=torch.float32)
         own = chosen.flatten()
-        counts = torch.bincount(own, minlength=len(self.taken)).cpu()
+        counts = self._counts(own)
         self.taken += counts
         if self.replicas is not None:
             own = self.replicas.own(x, chosen)
-            counts = torch.bincount(own, minlength=len(self.taken)).cpu()
+            counts = self._counts(own)
+        total = self._part(x, own, counts, weights)
+        if self.shared is not None:
+            total += self.shared.partial(x)
+        return self.comm.all_reduce(total.to(x.dtype))
+
+    def _counts(self, chosen: Tensor) -> Tensor:
+        """Count each expert's choices, on the host."""
+        return torch.bincount(chosen, minlength=len(self.taken)).cpu()
+
+    def _part(self, x: Tensor, own: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        """Return this rank's part of each row's sum, in float32. `own`: rows' choices in a line; `counts`: of them."""
+        total = torch.zeros_like(x, dtype=torch.float32)
         by_expert = own.argsort(stable=True)
         for index, places in enumerate(torch.split(by_expert, counts.tolist())):
             expert = self._by_number.get(index)
             if expert is not None and len(places):
-                rows = places // chosen.shape[1]
-                y = expert.partial(x)[rows] if len(x) <= _TILE else expert.partial(x[rows])
+                rows = places // weights.shape[1]
+                y = expert.partial(x)[rows] if len(x) <= TILE else expert.partial(x[rows])
                 total.index_add_(0, rows, y.float() * weights.flatten()[places].unsqueeze(1))
-        if self.shared is not None:
-            total += self.shared.partial(x)
-        return self.comm.all_reduce(total.to(x.dtype))
+        return total
 
     def of_ranks(self, taken: Tensor) -> list[int]:
         """Return how much of `taken` each rank computed; none where each has a part of every expert."""

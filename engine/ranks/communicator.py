@@ -1,4 +1,4 @@
-"""Sums and joins of tensors over the ranks, and how ranks find each other for them.
+"""Sums, joins and exchanges of tensors over the ranks, and how ranks find each other for them.
 
     rank 0   host_store   opens a rendezvous on a free port of loopback
     rank i   join_store   joins it
@@ -33,6 +33,9 @@ class _Collectives(Protocol):
 
     def allreduce(self, tensors: list[Tensor], options: AllreduceOptions = ..., /) -> Work: ...
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], /) -> Work: ...
+    def alltoall_base(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], /
+    ) -> Work: ...
 
 
 class Communicator:
@@ -101,6 +104,26 @@ class Communicator:
         import torch
 
         return torch.cat(self._gather(x), -1)
+
+    def all_gather_rows(self, x: Tensor) -> Tensor:
+        """Join [rows, n] of each rank, equally many, to [rows * size, n], in rank order."""
+        if self._group is None:
+            return x
+        import torch
+
+        return torch.cat(self._gather(x))
+
+    def all_to_all(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send rank i `sent[i]` rows of `x`, those for rank 0 first; return `received[i]` rows of each, in rank order.
+
+        How many come is known to whoever calls: nobody tells here.
+        """
+        if self._group is None:
+            return x
+        rows = x.new_empty(sum(received), *x.shape[1:])
+        with _Collective(self.rank):
+            self._group.alltoall_base(rows, x.contiguous(), received, sent).wait()
+        return rows
 
     def _gather(self, x: Tensor) -> list[Tensor]:
         """Return each rank's tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,11 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     for name in ("plan", "none"):
         with pytest.raises(ConfigError, match=f"expert_plan: .*{name} cannot be read"):
             _read(tmp_path / name)
+
+
+def test_results_of_an_exchange_have_a_name_of_their_own() -> None:
+    """They are added up in another order: exact workers pair with none whose name differs."""
+    plans = [ExpertPlan(4, 2), ExpertPlan(4, 2, {0: ((0, 1, 2), (1, 2, 3))})]
+    names = [replace(plan, is_exchanged=is_exchanged).name for plan in plans for is_exchanged in (False, True)]
+    assert names[:2] == ["ep", "ep exchanged"] and len(set(names)) == 4
+    assert replace(plans[1], is_exchanged=True).text() == plans[1].text(), "a file is of either"

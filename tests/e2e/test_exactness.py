@@ -21,7 +21,14 @@ from typing import Literal
 import httpx
 import pytest
 
-from kvferry.common.config import SECRET_VARIABLE, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
+from kvferry.common.config import (
+    SECRET_VARIABLE,
+    EngineConfig,
+    ExpertExchange,
+    RouterConfig,
+    TransferConfig,
+    WorkerConfig,
+)
 
 from . import reference
 from .cluster import Cluster, free_port, run_all, wait_until
@@ -51,6 +58,7 @@ class Kind:
     role: Literal["prefill", "decode"]
     ranks: int = 1
     has_whole_experts: bool = False  # on each rank, where the model has any: shared out else
+    exchange: ExpertExchange = "sum"  # of whole experts' tokens
     num_blocks: int = 16384  # the prompts of several tests at once
 
 
@@ -61,6 +69,7 @@ WORKERS = {
     "d-wide": Kind(role="decode", ranks=2, has_whole_experts=True),
     "d-small": Kind(role="decode", num_blocks=SMALL_POOL),
 }
+EXCHANGING = {"d-exchange": Kind(role="decode", ranks=2, has_whole_experts=True, exchange="all_to_all")}
 
 
 def prompts_of(lengths: list[int]) -> list[list[int]]:
@@ -80,6 +89,7 @@ class Fleet:
     cluster: Cluster
     pins: Path
     teacher: reference.Teacher
+    is_sparse: bool
 
     def check(
         self,
@@ -112,7 +122,8 @@ class Fleet:
 @pytest.fixture(scope="module", params=FAMILIES)
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp(request.param)
-    with open_fleet(folder, write_exactness_model(folder / "model", request.param), WORKERS) as opened:
+    model = write_exactness_model(folder / "model", request.param)
+    with open_fleet(folder, model, WORKERS | (EXCHANGING if model.is_sparse else {})) as opened:
         yield opened
 
 
@@ -132,7 +143,7 @@ def open_fleet(folder: Path, model: ExactnessModel, workers: Mapping[str, Kind])
     with run_all(commands, folder / "log", f"http://127.0.0.1:{http}", env=env) as cluster:
         is_ready = 'state="ready"'
         wait_until(lambda: cluster.metric("kvferry_worker_state", is_ready) == len(workers), "every worker")
-        yield Fleet(cluster, pins, reference.Teacher(model.path))
+        yield Fleet(cluster, pins, reference.Teacher(model.path), model.is_sparse)
 
 
 def _worker_config(name: str, kind: Kind, model: ExactnessModel, control: int) -> WorkerConfig:
@@ -144,6 +155,7 @@ def _worker_config(name: str, kind: Kind, model: ExactnessModel, control: int) -
         tensor_parallel_size=kind.ranks,
         kv_cache_memory_bytes=kind.num_blocks * model.block_bytes,
         enable_expert_parallel=kind.has_whole_experts and model.is_sparse,
+        expert_exchange=kind.exchange,
     )
     routers = (f"127.0.0.1:{control}",)
     return WorkerConfig(
@@ -209,6 +221,9 @@ def test_tensor_parallel_prefill_then_prefix_hits_on_the_decode_side(fleet: Flee
 def test_tensor_parallel_on_both_sides(fleet: Fleet, salt: str) -> None:
     before = fleet.num_fallbacks()
     fleet.check("two ranks to two", "p-wide d-wide", salt)
+    if fleet.is_sparse:
+        fleet.check("two ranks to two that exchange tokens", "p-wide d-exchange", salt + "2")
+        fleet.check("one rank to two that exchange tokens", "p-0 d-exchange", salt + "1")
     assert fleet.num_fallbacks() == before
 
 

@@ -1,4 +1,6 @@
-"""Experts between workers that split them otherwise: the tokens of `transformers`, for 32 prompts of up to 3,000."""
+"""Experts between workers that split them, or exchange their tokens, otherwise: the tokens of `transformers`, for 32
+prompts of up to 3,000. A rank that dies while tokens are exchanged takes its worker with it, and no stream.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from kvferry.tools.load.tiny_model import write_tiny_model
 
 from . import reference
 from .cluster import serve, wait_until
+from .drill import Drill, LocalDrill
 from .exactness_models import HEADS_BLOCK_BYTES, ExactnessModel
 from .test_exactness import LENGTHS, NUM_TOKENS, Fleet, Kind, _complete, open_fleet
 
@@ -23,13 +27,13 @@ _VOCABULARY = 420  # ids from 4 on that the model has in any case
 PROMPTS = [
     [(7 * i * i + 13 * i * n + 31 * n) % _VOCABULARY + 4 for i in range(size)] for n, size in enumerate(LENGTHS, 1)
 ]
-# A prefill worker of each kind, and the decode workers that split experts otherwise than one of them.
+# A prefill worker of each kind, and decode workers that split experts, or exchange their tokens, otherwise.
 WORKERS = {
     "p-0": Kind(role="prefill"),
     "p-shared": Kind(role="prefill", ranks=2),
     "p-whole": Kind(role="prefill", ranks=2, has_whole_experts=True),
     "d-0": Kind(role="decode"),
-    "d-whole": Kind(role="decode", ranks=2, has_whole_experts=True),
+    "d-exchange": Kind(role="decode", ranks=2, has_whole_experts=True, exchange="all_to_all"),
 }
 # Three of eight experts on both ranks in the first layer, all of them in the second.
 PLAN = ExpertPlan(8, 2, {0: ((0, 1, 2, 4, 6), (1, 3, 4, 5, 6, 7)), 1: (tuple(range(8)),) * 2})
@@ -70,8 +74,30 @@ def fleet(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield opened
 
 
-@pytest.mark.parametrize("workers", ["p-shared d-whole", "p-0 d-whole", "p-whole d-0"])
+@pytest.mark.parametrize("workers", ["p-shared d-exchange", "p-0 d-exchange", "p-whole d-exchange", "p-whole d-0"])
 def test_pools_may_split_experts_otherwise(fleet: Fleet, workers: str) -> None:
     before = fleet.num_fallbacks()
     fleet.check(workers, workers, salt=workers, prompts=PROMPTS)
     assert fleet.num_fallbacks() == before
+
+
+@pytest.mark.slow
+def test_streams_are_whole_though_a_rank_dies_that_exchanges_tokens(model_dir: Path, tmp_path: Path) -> None:
+    """To the byte: exact steps stay exact, and go on at the other worker."""
+    flags = ["--served-model-name", "tiny", "--device", "cpu", "--deterministic", "--prefill", "0", "--decode", "2"]
+    flags += ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--expert-exchange", "all_to_all"]
+    env = Drill.environment(tmp_path / "failpoints")
+    with serve(model_dir, tmp_path / "log", *flags, "--kv-cache-memory-bytes", "8MiB", env=env) as cluster:
+        drill = LocalDrill(tmp_path / "failpoints", 2, cluster=cluster)
+        drill.settle()
+        drill.learn()
+        drill.check(drill.stream(when_flowing=partial(_kill_second_rank, drill)))
+        assert drill.killed
+        drill.settle(quarantine_ends=False)
+
+
+def _kill_second_rank(drill: LocalDrill) -> None:
+    [leader] = drill.cluster.programs("d-0")
+    [rank] = [child for child in leader.children() if "follower_process" in " ".join(child.cmdline())]
+    rank.kill()
+    drill.killed["d-0"] = leader  # which follows it

@@ -28,6 +28,7 @@ from ..transformers_checkpoints import SMALL, write_model
 from .transformers_reference import reference_logprobs
 
 LENGTHS = [1, 2, 15, 16, 17, 40, 100, 300, 1, 33]
+NUM_FED = 7  # tokens of an answer: all but the last
 SURE_GAP = 1e-4  # of a log-probability; below it two right implementations may disagree on the best token
 QWEN3 = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -97,30 +98,38 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "whole_experts", "plan"),
+    ("variant", "whole_experts", "plan", "exchange"),
     [
-        ("qwen3 one dense", True, None),
-        ("gpt-oss", False, None),
-        ("gpt-oss", True, PLAN),
-        ("qwen3 ties", True, PLAN),
-        ("qwen3 all to the same", True, PLAN),
+        ("qwen3 one dense", True, None, "sum"),
+        ("qwen3 one dense", True, None, "all_to_all"),
+        ("gpt-oss", False, None, "sum"),
+        ("gpt-oss", True, PLAN, "all_to_all"),
+        ("qwen3 ties", True, PLAN, "all_to_all"),
+        ("qwen3 all to the same", True, PLAN, "sum"),
+        ("qwen3 all to the same", True, PLAN, "all_to_all"),
+        ("mixtral window", True, None, "all_to_all"),
     ],
     ids=str,
 )
 def test_ranks_share_experts(
-    models: Path, tmp_path: Path, variant: str, whole_experts: bool, plan: ExpertPlan | None
+    models: Path, tmp_path: Path, variant: str, whole_experts: bool, plan: ExpertPlan | None, exchange: str
 ) -> None:
     split: dict[str, object] = {"tensor_parallel_size": 2, "enable_expert_parallel": whole_experts}
+    split["expert_exchange"] = exchange
     if plan is not None:
         (tmp_path / "plan.json").write_text(plan.text())
         split["expert_plan"] = tmp_path / "plan.json"
     config = engine_config(models / variant, **split)
+    experts, num_fed = ModelConfig.from_dir(models / variant).experts, sum(LENGTHS) + NUM_FED * len(LENGTHS)
+    assert experts is not None
     group = RankGroup.start(config, num_blocks=128)
     try:
         engine = Engine(config, tp_size=2, num_blocks=128, group=group)
         answers = _answers(engine)
         for layer in engine.expert_loads():
-            held = (range(4), range(4, 8)) if plan is None else plan.held(layer.layer)
+            half = len(layer.taken) // 2
+            held = (range(half), range(half, 2 * half)) if plan is None else plan.held(layer.layer)
+            assert sum(layer.taken) == num_fed * experts.num_chosen
             loads = [sum(layer.taken[i] / sum(i in own for own in held) for i in own) for own in held]
             assert list(layer.of_ranks) == (list(map(int, loads)) if whole_experts else [])
     finally:

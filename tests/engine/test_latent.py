@@ -117,14 +117,17 @@ def test_exact_results_are_the_same_bits_in_any_company_and_chunks(checkpoints: 
 
 
 @pytest.mark.slow
-def test_two_ranks_say_what_one_says_and_each_has_all_latents(checkpoints: Path) -> None:
-    pair = RankPair(checkpoints / "v3")
+@pytest.mark.parametrize("name", ["v3", "v3 with experts"])
+def test_two_ranks_say_what_one_says_and_each_has_all_latents(checkpoints: Path, name: str) -> None:
+    """Experts' tokens are exchanged: each rank then has the shared one whole."""
+    exchange = {"enable_expert_parallel": True, "expert_exchange": "all_to_all"} if name != "v3" else {}
+    pair = RankPair(checkpoints / name, **exchange)
     try:
         assert pair.received() == b"made this with 1 heads of 1"
         asked = prompts([1, 20, 33, 130])
-        assert _answers(pair.engine, asked, 16) == [_expected(checkpoints / "v3", prompt) for prompt in asked]
-        assert pair.engine.spec.fingerprint == make_engine(checkpoints / "v3").spec.fingerprint
-        assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(checkpoints / "v3"))
+        assert _answers(pair.engine, asked, 16) == [_expected(checkpoints / name, prompt) for prompt in asked]
+        assert pair.engine.spec.fingerprint == make_engine(checkpoints / name).spec.fingerprint
+        assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(checkpoints / name))
     finally:
         pair.group.close()
 

@@ -11,7 +11,7 @@ from kvferry.common.config import EngineConfig, RouterConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.expert_plan import ExpertPlan
 from kvferry.launch.children import worker_environment
-from kvferry.launch.engine_checks import check_engine, check_model
+from kvferry.launch.engine_checks import check_engine, check_model, lacks_native
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
@@ -236,6 +236,21 @@ def test_a_plan_of_experts_is_refused_before_the_start(tmp_path: Path) -> None:
             check_model(planned(expert_plan=tmp_path / "plan"), other)
 
 
+def test_an_exchange_is_refused_where_there_is_nothing_to_exchange(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "30b-a3b")
+
+    def asked(num_ranks: int = 2, *, whole: bool = True, exchange: str = "all_to_all") -> Deployment:
+        return planned(tensor_parallel_size=num_ranks, enable_expert_parallel=whole, expert_exchange=exchange)
+
+    check_model(asked(), model)
+    with pytest.raises(ConfigError, match="all_to_all needs enable_expert_parallel"):
+        check_model(asked(whole=False), model)
+    with pytest.raises(ConfigError, match="needs a tensor_parallel_size above 1"):
+        check_model(asked(1), model)
+    engines = [asked(exchange=exchange).workers[0].config.engine for exchange in ("sum", "all_to_all")]
+    assert [lacks_native(engine, model) for engine in engines] == [[], ["experts whose tokens are exchanged"]]
+
+
 def test_a_pools_own_plan_is_found_from_any_folder() -> None:
     pool = PoolSettings(tensor_parallel_size=2, enable_expert_parallel=True, expert_plan=Path("plan.json"))
     workers = planned(decode=1).workers, plan(ServeSettings(decode=pool), Path("/models/moe"), "moe").workers
@@ -374,6 +389,7 @@ BY_HAND = {"control_host", "control_port", "router", "handoff_host", "handoff_po
 OTHER_VALUES: dict[str, object] = {
     "dtype": "bfloat16",
     "quantization": "int8",
+    "expert_exchange": "all_to_all",
     "mixed_quantization": ["plain"],
     "load_format": "dummy",
     "special_tokens_in_messages": "text",

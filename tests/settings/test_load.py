@@ -256,3 +256,11 @@ def test_exact_answers_need_one_plan_of_experts(tmp_path: Path) -> None:
     load_text(tmp_path, text + "expert_plan: plan.json\n")
     with pytest.raises(ConfigError, match="both pools need the same expert_plan"):
         load_text(tmp_path, text + "decode:\n  expert_plan: plan.json\n")
+
+
+def test_exact_answers_need_one_exchange_of_experts_tokens(tmp_path: Path) -> None:
+    text = "tensor_parallel_size: 2\nenable_expert_parallel: true\ndecode:\n  expert_exchange: all_to_all\n"
+    settings = load_text(tmp_path, text).settings
+    assert (settings.expert_exchange, settings.decode.expert_exchange) == ("sum", "all_to_all")
+    with pytest.raises(ConfigError, match="both pools need the same expert_exchange"):
+        load_text(tmp_path, "deterministic: true\n" + text)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvferry.common.expert_plan import ExpertPlan
+from kvferry.engine.cuda.decoder import FusedDecoder
 from kvferry.engine.cuda.experts import GroupedExperts, RealRows, group
+from kvferry.engine.cuda.kernels import FusedKernels
 from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.exchange import ExchangedMLP
 from kvferry.engine.nn.experts import SparseMLP
 from kvferry.engine.nn.weights import load_weights
 from kvferry.engine.ranks.communicator import Communicator
@@ -108,3 +115,60 @@ def test_a_graph_of_experts_follows_its_rows(model_dir: Path) -> None:
     graph.replay()
     torch.testing.assert_close(y.float(), alone(x).float(), rtol=2e-2, atol=2e-2)
     assert int(together.taken.sum()) == 4 * NUM_CHOSEN
+
+
+class Lockstep:
+    """Stands for the collectives of ranks that are threads, on one device."""
+
+    def __init__(self, rank: int, met: threading.Barrier, posted: dict[int, Any]) -> None:
+        self._rank, self._met, self._posted = rank, met, posted
+
+    def _swap(self, own: object) -> list[Any]:
+        self._posted[self._rank] = own
+        self._met.wait(60.0)
+        found = [self._posted[rank] for rank in range(self._met.parties)]
+        self._met.wait(60.0)
+        return found
+
+    def allreduce(self, tensors: list[Tensor], options: object = None) -> Lockstep:
+        first, *others = self._swap(tensors[0].clone())
+        tensors[0].copy_(sum(others, first))
+        return self
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Lockstep:
+        for output, part in zip(outputs[0], self._swap(inputs[0].clone()), strict=True):
+            output.copy_(part)
+        return self
+
+    def alltoall_base(self, output: Tensor, input: Tensor, received: list[int], sent: list[int]) -> Lockstep:
+        parts = [of_rank[self._rank] for of_rank in self._swap(torch.split(input, sent))]
+        assert [len(part) for part in parts] == received
+        output.copy_(torch.cat(parts))
+        return self
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+
+@pytest.mark.parametrize("plan", [EVEN, REPLICATED])
+def test_exchanged_experts_yield_what_one_rank_does_and_are_in_no_graph(model_dir: Path, plan: ExpertPlan) -> None:
+    alone, _ = _blocks(model_dir, Communicator())
+    met, posted, model = threading.Barrier(2), dict[int, Any](), ModelConfig.from_dir(model_dir)
+
+    @torch.inference_mode()
+    def run(rank: int) -> list[Tensor]:
+        comm = Communicator(rank, 2, Lockstep(rank, met, posted))  # type: ignore[arg-type]
+        exchanged = replace(plan, is_exchanged=True)
+        decoder = Decoder(model, comm, dtype=torch.bfloat16, device=CUDA, expert_plan=exchanged)
+        load_weights(decoder, model_dir, load_format="auto", seed=0)
+        group(decoder, CUDA)
+        assert not FusedDecoder(decoder, FusedKernels()).can_be_captured
+        block = decoder.layers[1].feed_forward
+        assert isinstance(block, ExchangedMLP) and block.grouped is None
+        return [block(_rows(count)) for count in (1, 5, 80)]
+
+    with ThreadPoolExecutor(2) as ranks:
+        for results in ranks.map(run, range(2)):
+            for y, count in zip(results, (1, 5, 80), strict=True):
+                with torch.inference_mode():
+                    torch.testing.assert_close(y.float(), alone(_rows(count)).float(), rtol=2e-2, atol=2e-2)

@@ -25,6 +25,7 @@ from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, make_engine, prompts
 from ...kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from ...quantized import SHAPE, write_pair
+from .threads import on_ranks
 
 ANSWER_S = 60.0
 
@@ -258,6 +259,23 @@ def test_one_rank_needs_no_group() -> None:
     comm = Communicator()
     x = torch.ones(2, 2)
     assert comm.all_reduce(x) is x and comm.all_gather(x) is x and comm.minimum(7, x.device) == 7
+    assert comm.all_gather_rows(x) is x and comm.all_to_all(x, [2], [2]) is x
+
+
+@pytest.mark.parametrize(
+    "table", [[[0, 2, 1], [0, 0, 0], [3, 0, 2]], [[0] * 3] * 3, [[1, 0, 0], [0, 0, 40], [0, 0, 0]]]
+)
+def test_ranks_exchange_as_many_rows_as_they_say(table: list[list[int]]) -> None:
+    import torch
+
+    def job(comm: Communicator) -> torch.Tensor:
+        own = table[comm.rank]
+        rows = torch.tensor([[comm.rank, to] for to, count in enumerate(own) for _ in range(count)], dtype=torch.int64)
+        rows = rows.view(-1, 2)
+        return comm.all_to_all(rows, own, [sent[comm.rank] for sent in table])
+
+    for rank, rows in enumerate(on_ranks(3, job)):
+        assert rows.tolist() == [[sender, rank] for sender, sent in enumerate(table) for _ in range(sent[rank])]
 
 
 def test_frames_arrive_whole_and_a_cut_one_ends_the_stream() -> None:
