@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..common.config import EngineConfig
+from ..common.config import EngineConfig, ExpertExchange
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .cpu import CpuSteps
@@ -156,7 +156,8 @@ class Sizer:
         exposed_s = max(link_s / layers, link_s - prompt_s * (layers - 1) / layers)
         return Handoff(num_bytes, link_s, exposed_s, "link" if link_s > prompt_s else "compute")
 
-    def exchanged_bytes(self, num_tokens: int) -> float:
-        """Return the bytes that each rank sends to the others in a step of so many tokens."""
-        num_ranks = self.engine.tensor_parallel_size
-        return exchanged_bytes(num_tokens, num_ranks, item_bytes(self.engine, self.model), self.model)
+    def exchanged_bytes(self, num_tokens: int, exchange: ExpertExchange | None = None) -> float:
+        """Return the bytes that each rank sends to the others in a step of so many tokens. None: as it is served."""
+        engine, exchange = self.engine, exchange or self.engine.expert_exchange
+        item = item_bytes(engine, self.model)
+        return exchanged_bytes(num_tokens, engine.tensor_parallel_size, item, self.model, exchange)

@@ -98,5 +98,7 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
         inner = 3 * experts.intermediate_size // engine.tensor_parallel_size
         rows = min(num_tokens, _EXPERT_ROWS) * experts.num_chosen
         activations += rows * (3 * model.hidden_size + inner) * item_bytes(engine, model)
+        if engine.expert_exchange == "all_to_all":  # at worst all rows come to one rank, and their sums go back
+            activations += num_tokens * model.hidden_size * (item_bytes(engine, model) + ITEM_BYTES["float32"])
     logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * ITEM_BYTES["float32"]
     return _GPU_BASE_BYTES + activations + logits

@@ -2,7 +2,8 @@
 
     params      numbers of matrices: of layers, of routed experts, of the head that rows which sample are multiplied by
     pairs       (query, key) pairs of causal attention: n (n + 1) / 2 for n tokens, fewer with a sliding window
-    exchanged   each rank's share of two sums over the ranks in a layer, and of one behind the embedding
+    exchanged   each rank's share of two sums over the ranks in a layer, and of one behind the embedding; or, in place
+                of the sum behind a layer's experts, the rows that it sends to other ranks (engine/nn/exchange.py)
 
 Not counted, as they take next to nothing: norms' weights, biases, sampling. Pure.
 """
@@ -12,10 +13,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from ..common.config import ExpertExchange
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
 from .weights import is_expert
 
+_EXCHANGES = 4  # in place of a sum: numbers of rows, rows to their experts, results back, a join of all
+_SUM_BYTES, _CHOICE_BYTES = 4, 8  # of a number that comes back; of an expert's number and its weight
 _SUMS = 2  # over the ranks in each layer: behind attention's output, and behind the feed-forward
 
 
@@ -69,11 +73,29 @@ def num_values(model: ModelConfig) -> int:
     return model.num_layers * (6 * model.hidden_size + 3 * queries + 4 * keys + 3 * inner)
 
 
-def num_sums(model: ModelConfig) -> int:
-    """Count a step's sums over the ranks."""
-    return _SUMS * model.num_layers + 1
+def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
+    """Count a step's sums over the ranks, and what takes their place."""
+    num_sparse = sum(model.sparse_layers) if exchange == "all_to_all" else 0
+    return _SUMS * model.num_layers + 1 + num_sparse * (_EXCHANGES - 1)
 
 
-def exchanged_bytes(num_tokens: int, num_ranks: int, item_bytes: int, model: ModelConfig) -> float:
+def exchanged_bytes(
+    num_tokens: int, num_ranks: int, item_bytes: int, model: ModelConfig, exchange: ExpertExchange = "sum"
+) -> float:
     """Return the bytes that each rank sends in a step of so many tokens: rings, 2 (n - 1) / n of each sum."""
-    return num_sums(model) * num_tokens * model.hidden_size * item_bytes * 2 * (num_ranks - 1) / num_ranks
+    ring = model.hidden_size * item_bytes * 2 * (num_ranks - 1) / num_ranks
+    num_sparse = sum(model.sparse_layers) if exchange == "all_to_all" and num_ranks > 1 else 0
+    routed = _routed_bytes(num_ranks, item_bytes, model) if num_sparse else 0.0
+    return num_tokens * ((num_sums(model) - num_sparse) * ring + num_sparse * routed)
+
+
+def _routed_bytes(num_ranks: int, item_bytes: int, model: ModelConfig) -> float:
+    """Return a rank's bytes for each token of a step where it has 1 / n of the tokens and of the experts: rows to ranks
+    with an expert that they chose, sums back in float32, finished rows to all. Experts are taken to be chosen evenly.
+    """
+    experts = model.experts
+    assert experts is not None
+    count, chosen = experts.num_experts, experts.num_chosen
+    missed = math.comb(count - count // num_ranks, chosen) / math.comb(count, chosen)
+    to_one = model.hidden_size * (item_bytes + _SUM_BYTES) + chosen * _CHOICE_BYTES
+    return (num_ranks - 1) / num_ranks * ((1 - missed) * to_one + model.hidden_size * item_bytes)

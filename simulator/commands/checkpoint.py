@@ -13,9 +13,10 @@ from typing import get_args
 import msgspec
 from pydantic import ValidationError
 
-from ...common.config import Dtype, EngineConfig, KVCacheDtype, QuantizationName
+from ...common.config import Dtype, EngineConfig, ExpertExchange, KVCacheDtype, QuantizationName
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
+from ...models.experts import check_exchange
 from ...models.files import resolve_config
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
@@ -41,6 +42,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     check_latent_dtype(engine, model)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
+    check_exchange(engine)
     return model, engine, gpu
 
 
@@ -52,6 +54,7 @@ def _engine(options: argparse.Namespace, gpu: Gpu, model_dir: Path) -> EngineCon
         "tensor_parallel_size": options.tensor_parallel_size,
         "enable_expert_parallel": options.enable_expert_parallel,
         "expert_plan": options.expert_plan,
+        "expert_exchange": options.expert_exchange,
         "block_size": options.block_size or _BLOCK_TOKENS,
         "max_num_seqs": options.max_num_seqs,
         "gpu_memory_utilization": options.gpu_memory_utilization,
@@ -139,6 +142,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--revision", help="of a model of the hub")
     group.add_argument("--enable-expert-parallel", action="store_true", help="each rank has whole experts")
     group.add_argument("--expert-plan", type=Path, metavar="FILE", help="which ones (kvferry experts plan)")
+    group.add_argument("--expert-exchange", choices=get_args(ExpertExchange), default="sum", help="as of serve")
     group.add_argument("--quantization", choices=get_args(QuantizationName), help="as of serve")
     group.add_argument("--dtype", choices=get_args(Dtype), default="auto")
     group.add_argument("--kv-cache-dtype", choices=get_args(KVCacheDtype), default="auto")

@@ -16,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import mean
+from typing import get_args
 
 import structlog
 
-from ...common.config import EngineConfig
+from ...common.config import EngineConfig, ExpertExchange
 from ...common.errors import ConfigError, KVFerryError
 from ...models.config import ModelConfig
 from ...sizing.figures import Sizer
@@ -81,10 +82,20 @@ def size(options: argparse.Namespace) -> dict[str, object]:
         "decode_batch": asdict(sizer.decode(batch.num_rows)),
         "prompt": asdict(sizer.prompt(prompt)),
         "handoff": asdict(sizer.handoff(prompt, link)) | {"link_bytes_per_s": link},
-        "exchanged_bytes": {"alone": sizer.exchanged_bytes(1), "batch": sizer.exchanged_bytes(batch.num_rows)},
+        "exchanged_bytes": _exchanged(sizer, batch.num_rows),
     }
     scenario = Scenario(traffic, fleet_of(sizer, link), Router(policy="slo"), goals)
     return figures | _fleet_figures(options, scenario, gpu, engine, prompt, output)
+
+
+def _exchanged(sizer: Sizer, num_rows: int) -> dict[str, object]:
+    """Return what a rank sends in a step of one row, and of so many; by either exchange where experts are whole."""
+    steps = {"alone": 1, "batch": num_rows}
+    figures: dict[str, object] = {name: sizer.exchanged_bytes(count) for name, count in steps.items()}
+    if sizer.engine.enable_expert_parallel:
+        for exchange in get_args(ExpertExchange):
+            figures[exchange] = {name: sizer.exchanged_bytes(count, exchange) for name, count in steps.items()}
+    return figures
 
 
 def _fleet_figures(

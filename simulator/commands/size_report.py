@@ -16,7 +16,7 @@ _TERMS = {
     "weights": "reading weights",
     "attention": "prompts' attention",
     "cache": "reading KV",
-    "exchange": "sums over ranks",
+    "exchange": "between ranks",
     "launches": "starting kernels",
 }
 
@@ -59,8 +59,14 @@ def _times(figures: Mapping[str, Any]) -> Iterator[Row]:
     yield "its time on the links, ms", milliseconds(handoff["link_s"] * 1e3), "", rate
     yield "of that behind the prefill, ms", milliseconds(handoff["exposed_s"] * 1e3), "", handoff["binding"]
     if figures["tensor_parallel_size"] > 1:
-        yield "sent by a rank in a step of 1 row", _bytes(exchanged["alone"]), "", ""
-        yield f"sent by a rank in a step of {batch['num_rows']:,} rows", _bytes(exchanged["batch"]), "", ""
+        for step, rows in (("alone", "1 row"), ("batch", f"{batch['num_rows']:,} rows")):
+            yield f"sent by a rank in a step of {rows}", _bytes(exchanged[step]), "", _by_exchange(exchanged, step)
+
+
+def _by_exchange(exchanged: Mapping[str, Any], step: str) -> str:
+    """Return what either way to exchange experts' tokens would send; empty: there is one alone."""
+    found = {way: exchanged[way][step] for way in ("sum", "all_to_all") if way in exchanged}
+    return ", ".join(f"{way} {_bytes(count)}" for way, count in found.items())
 
 
 def _time(name: str, time: Mapping[str, Any]) -> Row:

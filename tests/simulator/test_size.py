@@ -108,6 +108,21 @@ def test_the_command_takes_a_model_and_imports_no_torch(model: str) -> None:
     assert json.loads(result.stdout)["hardware"]["name"] == "H200"
 
 
+def test_what_either_exchange_of_experts_tokens_sends_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(write_config(tmp_path / "moe", "30b-a3b")), "--gpu", "H100", "--tensor-parallel-size", "4"]
+    words += ["--enable-expert-parallel"]
+    summed, exchanged = (
+        figures(capsys, *words, *more)["exchanged_bytes"] for more in ([], ["--expert-exchange", "all_to_all"])
+    )
+    assert summed["alone"] == exchanged["sum"]["alone"] < exchanged["alone"] == summed["all_to_all"]["alone"]  # type: ignore[index]
+    assert main(words) == 0
+    assert ", all_to_all " in capsys.readouterr().out
+    assert main([*words[:-1], "--expert-exchange", "all_to_all"]) == 2
+    assert "expert_exchange: all_to_all needs enable_expert_parallel" in capsys.readouterr().err
+
+
 def test_replicas_of_experts_take_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path / "moe", "30b-a3b")
     own = tuple(range(80)), tuple(range(48, 128))  # a quarter more than 64 each

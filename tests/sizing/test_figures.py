@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.sizing.figures import Sizer
 from kvferry.sizing.hardware import GPUS, Gpu, gpu_named, measured_cpu
 from kvferry.sizing.steps import StepWork
+from kvferry.sizing.work import exchanged_bytes
 
 from .models import model_of
 
@@ -71,6 +73,30 @@ def test_a_token_uses_a_few_experts(tmp_path: Path) -> None:
     assert sizer.shape.active_params + 151936 * 2048 == pytest.approx(3.35e9, rel=0.01)  # and looked-up rows
     alone, many = sizer.decode(1).bound_s, sizer.decode(200).bound_s
     assert alone < 3 * 2 * 3.35e9 / 3.35e12 < many, "all rows together choose nearly all experts"
+
+
+def test_an_exchange_of_tokens_sends_less_between_many_ranks(tmp_path: Path) -> None:
+    """By hand, of 128 experts of which each token takes eight: rows in bfloat16, sums in float32."""
+    model = model_of(tmp_path, "30b-a3b")
+    whole: dict[str, object] = {"enable_expert_parallel": True}
+    summed, exchanged = (
+        Sizer(engine_of(4, **whole, expert_exchange=exchange), model, H100, 1024) for exchange in ("sum", "all_to_all")
+    )
+    attended, by_sum = 49 * 2048 * 2 * 2 * 3 / 4, 48 * 2048 * 2 * 2 * 3 / 4
+    is_there = 1 - math.comb(96, 8) / math.comb(128, 8)  # an expert that a token takes on a rank with a quarter of them
+    sent = 48 * 3 / 4 * (is_there * (2048 * (2 + 4) + 8 * 8) + 2048 * 2)
+    assert summed.exchanged_bytes(10) == pytest.approx(10 * (attended + by_sum))
+    assert exchanged.exchanged_bytes(10) == pytest.approx(10 * (attended + sent))
+    assert summed.exchanged_bytes(10) == exchanged.exchanged_bytes(10, "sum")
+    assert exchanged.shape.num_sums == summed.shape.num_sums + 48 * 3
+    assert exchanged.decode(1).expected_s > summed.decode(1).expected_s, "four collectives for one"
+    for item_bytes, least in ((2, 22), (4, 14)):  # ranks from which on it is less
+        of_both = [
+            [exchanged_bytes(1, num_ranks, item_bytes, model, exchange) for num_ranks in (least - 4, least + 4)]
+            for exchange in ("sum", "all_to_all")
+        ]
+        (few_sum, many_sum), (few, many) = of_both
+        assert few > few_sum and many < many_sum
 
 
 def test_what_binds_changes_with_the_rows(llama_8b: ModelConfig) -> None:

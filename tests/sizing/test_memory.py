@@ -118,7 +118,7 @@ def _taken(config: object, num_ranks: int) -> int:
 
 
 def _splits(path: Path, model: ModelConfig, num_ranks: int) -> list[dict[str, object]]:
-    """Of experts: parts, whole ones, and a plan by which the first rank has one more."""
+    """Of experts: parts, whole ones, a plan by which the first rank has one more, and tokens that are exchanged."""
     if model.experts is None or num_ranks == 1:
         return [{}]
     first, second = even_split(model.experts.num_experts, num_ranks)
@@ -126,7 +126,7 @@ def _splits(path: Path, model: ModelConfig, num_ranks: int) -> list[dict[str, ob
     plan = ExpertPlan(model.experts.num_experts, num_ranks, dict.fromkeys(layers, ((*first, second[-1]), second)))
     (path / "plan.json").write_text(plan.text())
     whole: dict[str, object] = {"enable_expert_parallel": True}
-    return [{}, whole, whole | {"expert_plan": path / "plan.json"}]
+    return [{}, whole, whole | {"expert_plan": path / "plan.json"}, whole | {"expert_exchange": "all_to_all"}]
 
 
 @pytest.mark.slow
