@@ -109,7 +109,9 @@ def pack_weights(
         _tell_of_widened_experts(decoder, [*quantization.widened_experts] or ["MXFP4"])
     if device.type == "cuda":
         from .cuda.experts import group
+        from .cuda.int4 import pack
 
+        pack(decoder, device)
         group(decoder, device)
     if device.type != "cpu":
         return None

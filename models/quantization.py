@@ -22,6 +22,12 @@ Sharing = Literal["tensor", "group", "block"]  # what has a scale of its own
 
 TIED_HEAD = "model.embed_tokens"  # the name of a head that is the embedding's matrix
 MXFP4_GROUP = 32  # inputs that share a scale
+# Rows of a step that a GPU multiplies by nibbles as they are; more are multiplied by widened numbers. Of 4096 x 4096 on
+# an RTX A6000 both took the same then (torchao's README of HQQ, "tinygemm" and "hqq_ref"); not measured here. A faster
+# widening, or memory that is faster beside the multipliers, asks for less.
+CARD_ROWS = 128
+CARD_OUTPUTS = 8  # of which a GPU's product of nibbles takes multiples
+_CARD_GROUPS = (32, 256)  # the least inputs of a group that it takes, and the most
 _INT4_GROUP = 128  # of `--quantization int4`: what most checkpoints of 4 bits have; smaller ones are better and larger
 
 
@@ -35,6 +41,21 @@ class Form(NamedTuple):
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         scales = (2 if self.has_minima else 1) * num_inputs // self.group_size
         return num_outputs * (num_inputs * self.bits // 8 + 4 * scales)
+
+    @property
+    def card_group(self) -> int:
+        """Return the inputs of a group as a GPU multiplies by it; 0: it multiplies by widened numbers alone.
+
+        Larger groups are several of the same scale.
+        """
+        size = math.gcd(self.group_size, _CARD_GROUPS[1])
+        return size if size >= _CARD_GROUPS[0] else 0
+
+    def card_bytes(self, num_outputs: int, num_inputs: int) -> int:
+        """Count a matrix as a GPU multiplies by it: of 8 bits as if of twice the inputs in 4, and groups have zeros."""
+        halves = self.bits // 4
+        results = 0 if self.has_minima or self.group_size < num_inputs else 4
+        return num_outputs * (halves * (num_inputs // 2 + 4 * num_inputs // self.card_group) + results)
 
 
 class GgufKind(NamedTuple):

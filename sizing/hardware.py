@@ -17,6 +17,8 @@ What of a peak is reached is an assumption, the same for every policy that is co
     mfu           0.55 of the arithmetic, for prompts: large products reach about 0.7, the rest of a layer none of it
     mbu           0.7 of the memory's bandwidth, in decode steps: optimized stacks are said to reach 0.7 to 0.85, others
                   0.6 (open-source-ai.tech, "model bandwidth utilization")
+    nibble_share  0.62 of that where weights are nibbles, and once more for each 16 rows: gpt-fast's README has 863 GB/s
+                  on an A100 in 4 bits, 1,397 plain; int4mm.cu of torch reads them for each 16 rows
     layer_s       30 us of a layer's kernels beside its products and reads, and sum_s 10 us of a sum over ranks however
                   short: less is what fused kernels reach, more what an engine without CUDA graphs takes
 
@@ -46,6 +48,8 @@ class Gpu:
     host_gb_per_s: float = 64.0  # bytes in one direction, to and from host memory
     mfu: float = 0.55
     mbu: float = 0.7
+    nibble_share: float = 0.62
+    nibble_rows: int = 16  # 0: all at once, and none are widened
     layer_s: float = 30e-6
     sum_s: float = 10e-6
     attention_share: float = 1.0  # of the products' rate that a prompt's attention reaches
@@ -64,7 +68,7 @@ class Gpu:
     @property
     def at_peak(self) -> Gpu:
         """Return one that reaches its peaks and starts kernels in no time: what nothing can be faster than."""
-        return replace(self, mfu=1.0, mbu=1.0, layer_s=0.0, sum_s=0.0, rates=None)
+        return replace(self, mfu=1.0, mbu=1.0, nibble_share=1.0, nibble_rows=0, layer_s=0.0, sum_s=0.0, rates=None)
 
 
 GPUS = {

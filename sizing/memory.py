@@ -23,6 +23,8 @@ _EXPERT_ROWS = 4096  # of a step that are sorted by their experts at once: `engi
 # Tokens of a step: enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them
 # waiting for long.
 GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
+# Weights in 4 or 8 bits are widened 128 MiB at a time (`engine/cuda/int4.py`), by graphs in memory of their own.
+_WIDENING_BYTES = 1 << 29
 _LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
 
 
@@ -100,5 +102,7 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
         activations += rows * (3 * model.hidden_size + inner) * item_bytes(engine, model)
         if engine.expert_exchange == "all_to_all":  # at worst all rows come to one rank, and their sums go back
             activations += num_tokens * model.hidden_size * (item_bytes(engine, model) + ITEM_BYTES["float32"])
+    counted = rank_weights(engine.model_copy(update={"device": "cuda"}), model)
+    widening = _WIDENING_BYTES if counted.nibbles else 0
     logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * ITEM_BYTES["float32"]
-    return _GPU_BASE_BYTES + activations + logits
+    return _GPU_BASE_BYTES + activations + logits + widening

@@ -50,6 +50,8 @@ class ModelShape:
     kernels_s: float = 0.0  # of a step, whatever it computes: launches, collectives, sampling
     mfu: float | None = None  # share of a GPU's peak that its prompts reach; None: the GPU's usual one
     is_float8: bool = False  # its products with weights
+    nibble_bytes: float = 0.0  # of weights in 4 or 8 bits, of a GPU: what few rows are multiplied by
+    widened_bytes: float = 0.0  # moved to widen these, in a step of more rows
     head_params: float = 0.0  # of num_params, that only rows which sample are multiplied by
     resident_bytes: float | None = None  # of weights; None: those that a step reads
     reserve_bytes: float = _RESERVE_BYTES  # of each GPU: activations of a full budget, CUDA graphs, the runtime
@@ -119,6 +121,8 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         experts_per_token=0 if experts is None else experts.num_chosen,
         expert_share=weights.experts / weights.read,
         is_float8=quantization is not None and quantization.is_float8,
+        nibble_bytes=num_ranks * weights.nibbles,
+        widened_bytes=num_ranks * weights.widened,
         kernels_s=model.num_layers * gpu.layer_s,
         head_params=params.head,
         resident_bytes=num_ranks * weights.total,

@@ -1,7 +1,8 @@
 """Step times of a worker's engine: a roofline of published figures, or what a live worker was seen to take.
 
     a step computes prompt chunks and decode rows together, its kernels one after the other:
-        products     of all tokens with the weights: arithmetic, or reading the weights once, whichever takes longer
+        products     of all tokens with the weights: arithmetic, or reading the weights once, whichever takes longer;
+                     of weights in 4 or 8 bits on a GPU reading them for each 16 rows, or widening them before
         attention    of prompts: arithmetic on every pair of tokens; of decode rows: reading every attended token's KV
         exchange     sums over the GPUs that share the model: their bytes, and a constant for each; ways to experts
         launches     a constant
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..common.errors import ConfigError
+from ..models.quantization import CARD_ROWS
 from .hardware import Gpu
 from .shapes import ModelShape
 
@@ -87,6 +89,7 @@ class Roofline:
     _s_per_row: float = field(init=False)  # more, of a row that samples: the head's
     _s_per_pair: float = field(init=False)  # a prompt's token attends to another
     _s_per_context: float = field(init=False)  # a decode row attends to a token: read its KV, multiply meanwhile
+    _s_to_widen: float = field(init=False)  # weights in 4 or 8 bits, where a step has many tokens
     _s_per_exchange: float = field(init=False)  # of a token
     _s_per_row_exchange: float = field(init=False)  # more, of a decode row whose experts are on other GPUs
     _fixed_s: float = field(init=False)  # of a step: launches, and sums over ranks however short
@@ -104,6 +107,7 @@ class Roofline:
         self._s_per_pair = model.prefill_flops_per_pair / attention_flops
         read_s = model.kv_bytes_per_token * model.read_share / (self.num_gpus * gpu.bytes_per_s)
         self._s_per_context = max(read_s, model.decode_flops_per_pair / attention_flops)
+        self._s_to_widen = model.widened_bytes / (self.num_gpus * gpu.bytes_per_s) if gpu.nibble_rows else 0.0
         self._s_per_exchange = model.exchanged_bytes / (gpu.nvlink_gb_per_s * 1e9)
         self._s_per_row_exchange = model.row_exchange_s / self.num_gpus
         self._fixed_s = model.kernels_s + model.num_sums * gpu.sum_s
@@ -120,15 +124,21 @@ class Roofline:
     def _read_s(self, num_tokens: int) -> float:
         read_s = self._reads.get(num_tokens)
         if read_s is None:
-            read_s = self.model.bytes_read(num_tokens) / (self.num_gpus * self.gpu.bytes_per_s)
+            count, model, gpu = self.model.bytes_read(num_tokens), self.model, self.gpu
+            if gpu.nibble_rows and num_tokens <= CARD_ROWS:
+                count += model.nibble_bytes * (max(1.0, num_tokens / gpu.nibble_rows) / gpu.nibble_share - 1)
+            read_s = count / (self.num_gpus * gpu.bytes_per_s)
             self._reads[num_tokens] = read_s
         return read_s
+
+    def _widening_s(self, num_tokens: int) -> float:
+        return self._s_to_widen if num_tokens > CARD_ROWS else 0.0
 
     def terms(self, work: StepWork) -> Terms:
         rows = work.decode_rows + work.draft_tokens
         tokens = work.prefill_tokens + rows  # prompts' and rows' tokens share one read of the weights
         return Terms(
-            products=tokens * self._s_per_token + rows * self._s_per_row,
+            products=tokens * self._s_per_token + rows * self._s_per_row + self._widening_s(tokens),
             weights=self._read_s(tokens),
             attention=work.prefill_pairs * self._s_per_pair,
             cache=work.decode_context * self._s_per_context,
@@ -140,7 +150,8 @@ class Roofline:
         """Return `terms(work).total_s`, in a third of the time: a simulation asks for millions."""
         rows = work.decode_rows + work.draft_tokens
         tokens = work.prefill_tokens + rows
-        products_s = max(tokens * self._s_per_token + rows * self._s_per_row, self._read_s(tokens))
+        products_s = tokens * self._s_per_token + rows * self._s_per_row + self._widening_s(tokens)
+        products_s = max(products_s, self._read_s(tokens))
         attention_s = work.prefill_pairs * self._s_per_pair + work.decode_context * self._s_per_context
         return self._fixed_s + products_s + attention_s + self._exchange_s(tokens, rows)
 

@@ -22,7 +22,7 @@ from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
 from ..models.experts import expert_plan
 from ..models.native import not_in_native
-from ..models.quantization import MXFP4_GROUP, TIED_HEAD, Form, Quantization
+from ..models.quantization import CARD_OUTPUTS, MXFP4_GROUP, TIED_HEAD, Form, Quantization
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
@@ -37,6 +37,9 @@ _BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its hea
 # Bytes of a scale in a CPU's tiles (engine/cpu/factors.py): half precision where the file has it, a byte and a share of
 # a float32 in GGUF's blocks of 256 inputs, else a float32.
 _HALF, _FULL = 2.0, 4.0
+# Bytes that are moved for a number, by its bits, where a GPU widens it and multiplies by it (`engine/cuda/int4.py`):
+# signs and halves are set apart (7), scaled (4) and, of 8 bits, both halves added (6), then read (2).
+_WIDENING = {4: 13, 8: 30}
 _GGUF_SCALES = {"Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25}
 
 
@@ -55,6 +58,8 @@ class WeightBytes(NamedTuple):
     total: int
     read: int  # by a decode step of many rows: not the rows that tokens are looked up in, but where they are the head
     experts: int  # routed ones
+    nibbles: int = 0  # of those that are read, what a GPU multiplies few rows by
+    widened: int = 0  # moved, in place of these, by a step of more rows
 
 
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
@@ -112,7 +117,14 @@ class WeightCounter:
             sum(size for _, size in sizes) + self._vector_bytes() + (self._head_bytes() if has_own_head else embedding)
         )
         experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
-        return WeightBytes(read + embedding if has_own_head else read, read, experts)
+        nibbles = [(matrix, size, form) for matrix, size in sizes if (form := self._card_form(matrix)) is not None]
+        return WeightBytes(
+            total=read + embedding if has_own_head else read,
+            read=read,
+            experts=experts,
+            nibbles=sum(size for _, size, _ in nibbles),
+            widened=sum(own.num_outputs * own.num_inputs * _WIDENING[form.bits] for own, _, form in nibbles),
+        )
 
     def adapted_sizes(self) -> int:
         """Sum the inputs and the outputs of all linears that an adapter may change: of each part its own inputs."""
@@ -214,14 +226,25 @@ class WeightCounter:
             return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
         if form is None:
             return self._plain_bytes(matrix)
-        is_whole = form.group_size == matrix.num_inputs * matrix.num_parts
-        form = form._replace(group_size=matrix.num_inputs) if is_whole else form
+        form = _of_rank(form, matrix)
         if self._on_gpu:
-            return form.num_bytes(matrix.num_outputs, matrix.num_inputs)
+            count = form.num_bytes if self._card_form(matrix) is None else form.card_bytes
+            return count(matrix.num_outputs, matrix.num_inputs)
         num_groups = matrix.num_inputs // form.group_size
         numbers = num_groups * _padded(form.group_size, _GROUP_UNIT) * form.bits // 8
         scales = num_groups * (2 if form.has_minima else 1) * self._scale_bytes(matrix.modules[0], form)
         return round(_padded(matrix.num_outputs, _TILE_OUTPUTS) * (numbers + scales))
+
+    def _card_form(self, matrix: _Matrix) -> Form | None:
+        """Return the form of a matrix that a GPU multiplies by as it is; None: it has another, or is widened."""
+        if not self._on_gpu or self._quantization is None or self._item_bytes != ITEM_BYTES["bfloat16"]:
+            return None
+        experts = self._model.experts
+        if experts is not None and experts.is_stacked and is_expert(matrix.modules[0]):
+            return None
+        form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
+        form = None if form is None else _of_rank(form, matrix)
+        return form if form is not None and form.card_group and matrix.num_outputs % CARD_OUTPUTS == 0 else None
 
     def _stacked_bytes(self, matrix: _Matrix) -> int:
         """Count an expert's of a stack: C++ has it as a checkpoint in MXFP4 has it, of whole groups on every rank."""
@@ -262,6 +285,12 @@ class WeightCounter:
                 return _FULL if form.has_minima else _HALF
             case _:
                 return _FULL
+
+
+def _of_rank(form: Form, matrix: _Matrix) -> Form:
+    """Return the form of a rank's part: of whole rows it has whole ones."""
+    is_whole = form.group_size == matrix.num_inputs * matrix.num_parts
+    return form._replace(group_size=matrix.num_inputs) if is_whole else form
 
 
 def _layer(module: str) -> str:

@@ -36,7 +36,7 @@ engine/ranks         common models kvcache
 engine/nn/attention  common
 engine/nn            common models engine/ranks engine/nn/attention
 engine/cpu           common models engine/ranks engine/nn/attention engine/nn
-engine/cuda          common kvcache engine/nn/attention engine/nn
+engine/cuda          common models kvcache engine/nn/attention engine/nn
 engine               common wire models kvcache engine/ranks engine/nn/attention engine/nn engine/cpu engine/cuda
 transfer/backends    common wire
 transfer/protocol    common wire transfer/backends

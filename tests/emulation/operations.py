@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import stream
+from . import nibbles, stream
 from .memory import DeviceTensor, download, fresh, host_of, is_cuda, upload
 from .stream import note_launch
 
@@ -258,4 +258,6 @@ _OWN_KERNELS: dict[str, Callable[..., Any]] = {
     "aten::mm.dtype": _mm_in_dtype,
     "aten::_scaled_mm": _scaled_mm,
     "aten::_grouped_mm": _grouped_mm,
+    "aten::_convert_weight_to_int4pack": nibbles.convert_weight_to_int4pack,
+    "aten::_weight_int4pack_mm": nibbles.weight_int4pack_mm,
 }

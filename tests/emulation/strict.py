@@ -192,3 +192,56 @@ def test_latents_are_attended_to_as_planned() -> None:
         flashinfer.append_paged_mla_kv_cache(
             *(q[:, 0, :256], q[:, 0, :64], index, index, pages[..., :256], pages[..., :64], index, index, index[:1])
         )
+
+
+INT4 = torch.ops.aten._weight_int4pack_mm
+
+
+def _packed(num_inputs: int = 128, tiles: int = 8) -> torch.Tensor:
+    numbers = torch.zeros(16, num_inputs // 2, dtype=torch.uint8, device=CUDA)
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack(numbers, tiles)
+    return packed
+
+
+def test_nibbles_are_multiplied_by() -> None:
+    packed = _packed()
+    assert packed.shape == (2, 1, 32, 4) and packed.dtype == torch.int32
+    factors = torch.tensor([0.5, 1.0], device=CUDA).bfloat16().expand(4, 16, 2).contiguous()
+    x = torch.ones(3, 128, dtype=torch.bfloat16, device=CUDA)
+    assert INT4(x, packed, 32, factors).tolist() == [[128 * (0.5 * -8 + 1)] * 16] * 3
+
+
+@pytest.mark.parametrize(
+    "what", ["float32", "turned", "group", "inputs", "scales", "order of scales", "no rows", "card"]
+)
+def test_products_of_nibbles_are_refused_that_cuda_refuses(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, factors = _packed(), torch.ones(4, 16, 2, dtype=torch.bfloat16, device=CUDA)
+    x, group_size = torch.ones(3, 128, dtype=torch.bfloat16, device=CUDA), 32
+    match what:
+        case "float32":
+            x = x.float()
+        case "turned":
+            x = torch.ones(128, 3, dtype=torch.bfloat16, device=CUDA).t()
+        case "group":
+            group_size = 16
+        case "inputs":
+            x = torch.ones(3, 256, dtype=torch.bfloat16, device=CUDA)
+        case "scales":
+            factors = factors.float()
+        case "order of scales":
+            factors = torch.ones(16, 4, 2, dtype=torch.bfloat16, device=CUDA).transpose(0, 1)
+        case "no rows":
+            x = x[:0]
+        case "card":
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(RuntimeError, match="int4"):
+        INT4(x, packed, group_size, factors)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tiles"),
+    [((16, 64), torch.int32, 8), ((12, 64), torch.uint8, 8), ((16, 48), torch.uint8, 4), ((16, 64), torch.uint8, 1)],
+)
+def test_numbers_are_not_packed_that_cuda_does_not_pack(shape: tuple[int, int], dtype: torch.dtype, tiles: int) -> None:
+    with pytest.raises(RuntimeError, match="int4"):
+        torch.ops.aten._convert_weight_to_int4pack(torch.zeros(shape, dtype=dtype, device=CUDA), tiles)
