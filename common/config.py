@@ -29,9 +29,9 @@ CpuIsa = Literal["auto", "amx", "avx512_bf16", "avx2"]  # engine/cpu/compiler.py
 Attention = Literal["auto", "flashinfer", "flashinfer_fp8", "cpu"]
 ExpertExchange = Literal["sum", "all_to_all"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-# The first two are made while a plain checkpoint is loaded; the others say what the checkpoint is.
+# int8, int4 and fp8 are made while a plain checkpoint is loaded; the others, and fp8, say what the checkpoint is.
 QuantizationName = Literal["int8", "int4", "gguf", "compressed-tensors", "gptq", "awq", "fp8"]
-WeightsForm = Literal["plain", "int8", "int4"]  # of one plain checkpoint's weights
+WeightsForm = Literal["plain", "int8", "int4", "fp8"]  # of one plain checkpoint's weights
 TransferName = Literal["nixl", "ucx"]
 PolicyName = Literal["slo", "least_loaded", "kv_cost", "round_robin"]
 Checksum = Literal["auto", "on", "off"]

@@ -19,6 +19,7 @@ from ..common.config import NO_DETERMINISTIC_CUDA, NO_INT8_LATENTS, CoreSlot, Cp
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
+from ..models.quantization import FLOAT8_CAPABILITY
 from .cpu.adapters import SlotMemory
 from .cpu.compiler import NativeUnavailable
 from .cpu.decoder import NativeDecoder
@@ -63,6 +64,9 @@ def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
+    if (quantization := model.quantization) is not None:
+        has_products = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+        quantization.check_float8(has_products=has_products, is_float32=choose_dtype(config, model) == torch.float32)
     if config.kv_cache_dtype == "int8" and model.latent is not None:
         raise ConfigError(NO_INT8_LATENTS)
 

@@ -26,6 +26,7 @@ class Gpu:
     name: str
     total_bytes: int
     free_bytes: int
+    capability: tuple[int, int] | None = None  # None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
-    query = [tool, "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    fields = "index,uuid,name,memory.total,memory.free,compute_cap"
+    query = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -76,8 +78,10 @@ def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
 def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
     by_name: dict[str, Gpu] = {}
     for line in csv.strip().splitlines():
-        index, uuid, name, total_mib, free_mib = (part.strip() for part in line.split(","))
-        gpu = Gpu(index, name, int(total_mib) << 20, int(free_mib) << 20)
+        index, uuid, name, total_mib, free_mib, capability = (part.strip() for part in line.split(","))
+        major, _, minor = capability.partition(".")
+        known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+        gpu = Gpu(index, name, int(total_mib) << 20, int(free_mib) << 20, known)
         by_name |= {index: gpu, uuid: gpu}
     if visible is None:
         return tuple(gpu for name, gpu in by_name.items() if name == gpu.index)

@@ -26,9 +26,11 @@ from ..common.config import (
 )
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
+from ..models.quantization import FLOAT8_CAPABILITY, chosen_quantization
 from ..settings.fields import ServeSettings
 from ..settings.pools import PoolSettings
 from ..sizing.memory import GPU_BATCHED_TOKENS, check_cache_dtype, gpu_reserve_bytes, weight_bytes
+from ..sizing.weights import ITEM_BYTES, item_bytes
 from .host import Host
 
 # Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
@@ -174,12 +176,25 @@ def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = 
     threads, num_ranks = max(1, host.num_cpus // max(1, deployment.num_ranks)), max(1, deployment.max_ranks)
     device = _device(deployment, host)
     workers = deployment.workers if device == "cpu" else tuple(_assign_gpus(deployment.workers, host, model))
+    if model is not None:
+        for worker in workers:
+            _check_float8(worker, device, host, model)
     return replace(
         deployment,
         workers=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in workers),
         templates=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in deployment.templates),
         gpus=tuple(gpu.index for gpu in host.gpus) if device == "cuda" else (),
     )
+
+
+def _check_float8(worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, model: ModelConfig) -> None:
+    """Refuse to round to 8-bit floats where they are not multiplied by. Raises ConfigError."""
+    engine = worker.config.engine
+    if (quantization := chosen_quantization(model.quantization, engine.quantization)) is not None:
+        known = [gpu.capability for gpu in host.gpus if gpu.index in worker.gpus and gpu.capability is not None]
+        has_products = device == "cuda" and min(known, default=FLOAT8_CAPABILITY) >= FLOAT8_CAPABILITY
+        is_float32 = item_bytes(engine, model) == ITEM_BYTES["float32"]
+        quantization.check_float8(has_products=has_products, is_float32=is_float32)
 
 
 def _fit_worker(

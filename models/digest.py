@@ -32,6 +32,7 @@ from .checkpoint import safetensors_files
 from .config import ModelConfig
 from .default import cache_dir
 from .files import write_whole
+from .quantization import AT_LOAD
 
 _READ_BYTES = 8 << 20  # at once: enough for several threads
 _MAX_THREADS = 8
@@ -78,12 +79,13 @@ def model_digest(
     `mixed`: the forms that may take part in one KV cache; what any of them made has the name of them all.
     """
     digest = blake3(b"kvferry model 2")
-    eos_token_ids = sorted(ModelConfig.from_dir(model_dir).eos_token_ids)
+    model = ModelConfig.from_dir(model_dir)
+    eos_token_ids = sorted(model.eos_token_ids)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     digest.update(json.dumps([config, eos_token_ids], sort_keys=True).encode())
     if mixed:
         digest.update(f"mixed:{','.join(sorted(set(mixed)))}".encode())
-    elif quantization in ("int8", "int4"):
+    elif quantization in AT_LOAD and model.quantization is None:  # fp8 may be the checkpoint's own
         digest.update(f"rounded:{quantization}".encode())
     if load_format == "dummy":
         digest.update(f"dummy:{seed}".encode())

@@ -20,12 +20,14 @@ Shape = tuple[int, ...]
 Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]
 Sharing = Literal["tensor", "group", "block"]  # what has a scale of its own
 
+AT_LOAD = ("int8", "int4", "fp8")  # what `--quantization` rounds a plain checkpoint to
 TIED_HEAD = "model.embed_tokens"  # the name of a head that is the embedding's matrix
 MXFP4_GROUP = 32  # inputs that share a scale
 # Rows of a step that a GPU multiplies by nibbles as they are; more are multiplied by widened numbers. Of 4096 x 4096 on
 # an RTX A6000 both took the same then (torchao's README of HQQ, "tinygemm" and "hqq_ref"); not measured here. A faster
 # widening, or memory that is faster beside the multipliers, asks for less.
 CARD_ROWS = 128
+FLOAT8_CAPABILITY = (9, 0)  # of GPUs whose products of 8-bit floats take a scale for each row and each column
 CARD_OUTPUTS = 8  # of which a GPU's product of nibbles takes multiples
 _CARD_GROUPS = (32, 256)  # the least inputs of a group that it takes, and the most
 _INT4_GROUP = 128  # of `--quantization int4`: what most checkpoints of 4 bits have; smaller ones are better and larger
@@ -90,11 +92,16 @@ class Storage:
     block: tuple[int, int] = (0, 0)  # outputs and inputs that share a scale
     scale_name: str = "weight_scale"
     one_less: bool = False  # GPTQ: zeros are stored less one
-    kind: str = ""  # GGUF's
+    kind: str = ""  # GGUF's; of plain ones "float8": what they are rounded to at load
+
+    @property
+    def is_float8(self) -> bool:
+        """Tell whether its numbers are 8-bit floats, in the checkpoint or once they are loaded."""
+        return self.layout == "float8" or (self.layout == "plain" and self.kind == "float8")
 
     def form(self, name: str, num_inputs: int) -> Form | None:
         """Return the matrix's form in memory; None: plain numbers. Raises ConfigError where groups do not fit."""
-        if self.layout == "float8":
+        if self.is_float8:
             return None
         if self.layout == "gguf":
             size, _, form = GGUF_KINDS[self.kind]
@@ -199,9 +206,29 @@ class Quantization:
         sizes = math.gcd(*(form.group_size for form in forms))
         return Form(max(form.bits for form in forms), sizes, any(form.has_minima for form in forms))
 
+    def rounds_to_float8(self, modules: Iterable[str]) -> bool:
+        """Tell whether the matrix that these are fused into is rounded to 8-bit floats while it is loaded."""
+        storages = [self.storage(module) for module in modules]
+        return all(kept is not None and kept.layout == "plain" and kept.is_float8 for kept in storages)
+
+    @property
+    def is_rounded_float8(self) -> bool:
+        return self.is_float8 and all(rule.storage is None or rule.storage.layout == "plain" for rule in self.rules)
+
     @property
     def is_float8(self) -> bool:
-        return any(rule.storage is not None and rule.storage.layout == "float8" for rule in self.rules)
+        return any(rule.storage is not None and rule.storage.is_float8 for rule in self.rules)
+
+    def check_float8(self, *, has_products: bool, is_float32: bool) -> None:
+        """Refuse to round to 8-bit floats for what does not multiply by them. Raises ConfigError."""
+        if self.is_rounded_float8 and not has_products:
+            major, minor = FLOAT8_CAPABILITY
+            raise ConfigError(
+                f"quantization = fp8: only GPUs of capability {major}.{minor} or more multiply by 8-bit floats; "
+                "use int8 or int4, which CPUs and other GPUs have too"
+            )
+        if self.is_rounded_float8 and is_float32:
+            raise ConfigError("quantization = fp8: its products are of bfloat16; give --dtype bfloat16")
 
 
 def matrix_storage(quantization: Quantization | None, name: str, shape: Shape) -> Storage | None:
@@ -213,10 +240,16 @@ def matrix_storage(quantization: Quantization | None, name: str, shape: Shape) -
 
 
 def quantized_at_load(name: str) -> Quantization:
-    """Return what `--quantization` int8 or int4 makes of a plain checkpoint.
+    """Return what `--quantization` int8, int4 or fp8 makes of a plain checkpoint.
 
-    The head has 8 bits either way: small models live in it.
+    With whole numbers the head has 8 bits either way: small models live in it. With floats it is plain, as on every
+    GPU; so are routed experts, of which there is a grouped product of plain numbers alone, and what makes heads of
+    latents.
     """
+    if name == "fp8":
+        plain_ones = ("lm_head", "kv_b_proj", "experts", *GATES)
+        rules = [*(Rule(module, None) for module in plain_ones), Rule("Linear", Storage(layout="plain", kind="float8"))]
+        return Quantization(name=name, method=name, rules=tuple(rules))
     head = Storage(layout="plain", bits=8)
     linear = Storage(layout="plain", bits=8 if name == "int8" else 4)
     plain = (Rule(gate, None) for gate in GATES)
@@ -234,7 +267,7 @@ def chosen_quantization(stored: Quantization | None, asked: str | None) -> Quant
         return stored
     if stored is not None:
         raise ConfigError(f"quantization = {asked}: the checkpoint is {stored.name} already; leave it away")
-    if asked in ("int8", "int4"):
+    if asked in AT_LOAD:
         return quantized_at_load(asked)
     raise ConfigError(f"quantization = {asked}: the checkpoint's config.json has no such quantization_config")
 

@@ -37,7 +37,8 @@ class ModelSettings(Settings):
         QuantizationName | None,
         Option(
             "Model",
-            "int8, int4: round a plain checkpoint's weights at start; gguf: the built-in model's as its file has them. "
+            "int8, int4, fp8 (Hopper GPUs): round a plain checkpoint's weights at start; gguf: the built-in model's as "
+            "its file has them. "
             "Default: the checkpoint's own.",
             ALL,
         ),
@@ -46,8 +47,8 @@ class ModelSettings(Settings):
         WeightsForms,
         Option(
             "Model",
-            "plain, int8, int4: forms of the weights whose workers may exchange KV, as a plain prefill worker and a "
-            "decode worker in int4. Default: all workers have one.",
+            "plain, int8, int4, fp8: forms of the weights whose workers may exchange KV, as a plain prefill worker and "
+            "a decode worker in int4. Default: all workers have one.",
             ENGINES,
         ),
     ] = ()

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
+from ..models.quantization import chosen_quantization
 from .hardware import Gpu
 from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, rank_weights
-from .weights import item_bytes
+from .weights import ITEM_BYTES, item_bytes
 from .work import (
     count_params,
     exchanged_bytes,
@@ -98,13 +99,16 @@ def _dense(
 def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -> ModelShape:
     """Return the figures of one worker's model, of all its ranks together, near so many tokens of context.
 
-    Raises ConfigError for a quantization that does not go with the checkpoint.
+    Raises ConfigError for a quantization that does not go with the checkpoint, or with the GPU.
     """
     num_ranks = engine.tensor_parallel_size
     params = count_params(model)
     weights = rank_weights(engine, model, has_float8=gpu.fp8_tflops is not None)
     num_params = params.layers + params.experts + params.head
-    quantization, experts = model.quantization, model.experts
+    quantization, experts = chosen_quantization(model.quantization, engine.quantization), model.experts
+    if quantization is not None:
+        is_float32 = item_bytes(engine, model) == ITEM_BYTES["float32"]
+        quantization.check_float8(has_products=gpu.fp8_tflops is not None, is_float32=is_float32)
     chosen = 0.0 if experts is None else experts.num_chosen / experts.num_experts
     keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
     pair = flops_per_pair(model)

@@ -101,7 +101,9 @@ class WeightCounter:
         missing = not_in_native(model, quantization, is_float32=is_float32, is_exchanged=self._is_exchanged)
         self._has_tiles = not (self._on_gpu or missing)
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
-        self._has_float8 = self._on_gpu and has_float8
+        self._has_float8 = self._on_gpu and (
+            has_float8 or (quantization is not None and quantization.is_rounded_float8)
+        )
         plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None
         held = plan.fullest(model.sparse_layers) if plan is not None else {}
         # Of a rank with whole experts, these, by number of the layer; of the one that holds most.
@@ -267,7 +269,7 @@ class WeightCounter:
 
     def _is_float8(self, module: str) -> bool:
         storage = self._quantization.storage(module) if self._quantization is not None else None
-        return storage is not None and storage.layout == "float8"
+        return storage is not None and storage.is_float8
 
     def _scale_bytes(self, module: str, form: Form) -> float:
         """Return the bytes of a scale in a CPU's tiles."""

@@ -3,8 +3,9 @@
     y[t, o] = (sum over i of x8[t, i] * w8[o, i]) * scale of t * scale of o
 
 A token's scale is made of the token, so a result does not depend on what else a step computes, but for the order of
-sums. A checkpoint with a scale for each output is multiplied by its own numbers: the largest of an output is 448 there,
-so that its scale is found again. Where it has one scale for more, numbers are rounded anew.
+sums. Weights that were rounded while they were loaded (`engine/nn/float8.py`) are multiplied by as they are. So is a
+checkpoint with a scale for each output: the largest of an output is 448 there, so its scale is found again. Where it
+has one scale for more, numbers are rounded anew.
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
 """
@@ -12,27 +13,34 @@ Not run on a card: shown on an emulated device, which takes the arguments that C
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from ...models.quantization import FLOAT8_CAPABILITY
 from ..nn.decoder import Decoder
+from ..nn.float8 import RoundedWeight, to_float8
 from ..nn.layers import ColumnParallelLinear, Linear
 from ..nn.weight import DenseWeight, WeightSlot
 
-_MAX = 448.0  # the largest number of the type
 _MULTIPLE = 16  # numbers: of which CUDA's product takes rows and columns
-_MIN_CAPABILITY = (9, 0)  # whose products take a scale for each row and each column
 
 
 class Float8Weight:
     """Implements `Weight`, of a rank whose weights are loaded."""
 
-    def __init__(self, plain: Tensor) -> None:
-        self.num_outputs, self.num_inputs = plain.shape
-        self.dtype = plain.dtype
-        self._numbers, scales = to_float8(plain)  # [out, in]
-        self._scales = scales.view(1, -1)  # [1, out]
+    def __init__(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        """`numbers`: [out, in] in 8-bit floats; `scales`: of each output, [out, 1] float32."""
+        self.num_outputs, self.num_inputs = numbers.shape
+        self.dtype = dtype
+        self._numbers = numbers
+        self._scales = scales.view(1, -1)
+
+    @classmethod
+    def rounded(cls, plain: Tensor) -> Self:
+        """Make one of a plain matrix."""
+        return cls(*to_float8(plain), plain.dtype)
 
     def slots(
         self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
@@ -49,40 +57,36 @@ class Float8Weight:
         """Do nothing: a weight is packed when it is made."""
 
 
-def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, m] -> the nearest 8-bit floats [n, m], and the scale of each row, [n, 1] float32. A row of zeros stays so."""
-    scales = rows.abs().amax(1, keepdim=True).float().div_(_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
-    scaled = (rows.float() / scales).clamp_(-_MAX, _MAX)  # a quotient may be rounded up
-    return scaled.to(torch.float8_e4m3fn), scales
-
-
 def narrow(decoder: Decoder, device: torch.device) -> int:
-    """Trade loaded weights that the checkpoint has in 8-bit floats for such, one by one.
+    """Trade loaded weights that are 8-bit floats, in the checkpoint or since they were loaded, for such, one by one.
 
-    Those that CUDA's product does not take stay as they are. Returns how many were traded: none on a card without it.
+    Those that CUDA's product does not take become plain numbers. Returns how many were traded: none on a card without
+    it.
     """
-    if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         return 0
     count = 0
     for linear in _stored_so(decoder):
         weight = linear.weight
-        if (
-            isinstance(weight, DenseWeight)
-            and weight.dtype == torch.bfloat16
-            and not any(size % _MULTIPLE for size in (weight.num_outputs, weight.num_inputs))
-        ):
-            linear.weight = Float8Weight(weight.take())
+        is_taken = weight.dtype == torch.bfloat16 and not any(
+            size % _MULTIPLE for size in (weight.num_outputs, weight.num_inputs)
+        )
+        if isinstance(weight, RoundedWeight):
+            linear.weight = Float8Weight(*weight.take(), weight.dtype) if is_taken else DenseWeight(weight.widened())
+            count += is_taken
+        elif isinstance(weight, DenseWeight) and is_taken:
+            linear.weight = Float8Weight.rounded(weight.take())
             count += 1
     return count
 
 
 def _stored_so(decoder: Decoder) -> Iterator[Linear]:
-    """Yield the layers' linears of which the checkpoint has every part in 8-bit floats."""
+    """Yield the layers' linears of which every part is in 8-bit floats."""
     quantization = decoder.config.quantization
     for linear in decoder.linears():
         if quantization is None or linear is decoder.head.linear:  # logits have kernels of their own
             continue
         modules = [part.name for part in linear.parts] if isinstance(linear, ColumnParallelLinear) else [linear.name]
         stored = [quantization.storage(module) for module in modules]
-        if all(each is not None and each.layout == "float8" for each in stored):
+        if all(each is not None and each.is_float8 for each in stored):
             yield linear

@@ -13,6 +13,7 @@ from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
 from ...models.quantization import Form
 from ..ranks.communicator import Communicator
+from .float8 import RoundedWeight
 from .grouped import GroupedWeight
 from .weight import DenseWeight, Weight
 
@@ -33,6 +34,9 @@ class Builder:
         `num_ranks`: how many share each output's inputs. Raises ConfigError where one cannot have whole groups.
         """
         form = self._form(modules, num_inputs * num_ranks)
+        quantization = self.config.quantization
+        if quantization is not None and quantization.rounds_to_float8(modules):
+            return RoundedWeight(num_outputs, num_inputs, dtype=self.dtype, device=self.device)
         if form is None:
             return DenseWeight(self.empty(num_outputs, num_inputs))
         group_size = num_inputs if form.group_size == num_inputs * num_ranks else form.group_size

@@ -1,7 +1,8 @@
 """A weight: one matrix of a product, as its checkpoint stores it and as it is best multiplied by.
 
 Which checkpoint tensors fill the matrix, how torch multiplies by it, and in which form it is kept for that are known to
-its `Weight` alone. `Builder.weight` chooses the scheme: `DenseWeight`, the numbers themselves, or `GroupedWeight`.
+its `Weight` alone. `Builder.weight` chooses the scheme: `DenseWeight`, the numbers themselves, `GroupedWeight`, or
+`RoundedWeight`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .float8 import RoundedRows
     from .grouped import GroupedRows
 
 
@@ -28,6 +30,7 @@ class WeightSlot:
     dim: int = 0
     start: int = 0
     grouped: GroupedRows | None = None  # what is filled instead where the matrix is quantized: `target` is its numbers
+    rounded: RoundedRows | None = None  # of a matrix that is rounded to 8-bit floats while it is loaded
     scales: Tensor | None = None  # of MXFP4, whose numbers `target` [experts, out, in / 2] then is: of their groups
 
 

@@ -68,7 +68,7 @@ def load_weights(
             _fill_from_mxfp4(slot, files)
         elif storage is not None:
             _fill_unpacked(slot, storage, files, decoder.dtype)
-        elif slot.grouped is not None:
+        elif slot.grouped is not None or slot.rounded is not None:
             file, name = files[slot.name]
             check_shape(slot.name, tuple(file.get_slice(name).get_shape()), slot.shape)
             _put(slot, file.get_tensor(name), quantization)
@@ -149,6 +149,10 @@ def _check_extra_biases(files: Mapping[str, tuple[_TensorFile, str]], optional: 
 
 def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight, quantization: Quantization | None) -> None:
     """Fill with this rank's part of a whole tensor: widened, or rounded, where the slot is of the other kind."""
+    if slot.rounded is not None:
+        assert isinstance(matrix, Tensor), "plain checkpoints alone are rounded"
+        slot.rounded.put(matrix, slot.dim, slot.start)
+        return
     if slot.grouped is None:
         plain = matrix.dequantized() if isinstance(matrix, GroupedWeight) else matrix
         slot.target.copy_(plain.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))

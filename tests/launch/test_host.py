@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvferry.launch.host import free_memory_bytes, parse_gpus, read_host, usable_cpus, why_not_bindable
 
-SMI = "0, GPU-aa, NVIDIA H200, 143771, 143000\n1, GPU-bb, NVIDIA H200, 143771, 1000\n"
+SMI = "0, GPU-aa, NVIDIA H200, 143771, 143000, 9.0\n1, GPU-bb, NVIDIA H200, 143771, 1000, [N/A]\n"
 
 
 def make_root(tmp_path: Path, files: dict[str, str]) -> Path:
@@ -50,6 +50,7 @@ def test_all_gpus_are_visible_by_default() -> None:
     gpus = parse_gpus(SMI, None)
     assert [gpu.index for gpu in gpus] == ["0", "1"]
     assert gpus[1].free_bytes == 1000 << 20
+    assert [gpu.capability for gpu in gpus] == [(9, 0), None]
 
 
 def test_visible_devices_select_and_order_gpus() -> None:

@@ -181,6 +181,30 @@ def test_queries_in_8_bits_need_keys_in_8_bits() -> None:
     check_engine(engine.model_copy(update={"kv_cache_dtype": "fp8"}), MODEL)
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "capability", "fields", "reason"),
+    [
+        (0, None, {}, r"only GPUs of capability 9\.0 or more multiply by 8-bit floats; use int8 or int4"),
+        (1, (8, 9), {}, r"only GPUs of capability 9\.0"),
+        (1, (9, 0), {"dtype": "float32"}, "give --dtype bfloat16"),
+        (1, (9, 0), {}, ""),
+        (1, (10, 0), {}, ""),
+        (1, None, {}, ""),  # the worker looks itself
+    ],
+)
+def test_8_bit_floats_need_a_gpu_that_multiplies_by_them(
+    num_gpus: int, capability: tuple[int, int] | None, fields: dict[str, object], reason: str
+) -> None:
+    gpus = tuple(replace(gpu, capability=capability) for gpu in host(num_gpus).gpus)
+    machine = replace(host(), gpus=gpus)
+    deployment = planned(0, 1, quantization="fp8", **fields)
+    if not reason:
+        assert fit_to_host(deployment, machine, MODEL).workers[0].config.engine.quantization == "fp8"
+        return
+    with pytest.raises(ConfigError, match=reason):
+        fit_to_host(deployment, machine, MODEL)
+
+
 def test_latents_that_cuda_has_no_kernels_for_are_refused_before_a_start(tmp_path: Path) -> None:
     engine = EngineConfig(model_dir=tmp_path, served_model_name="m", device="cuda", max_num_batched_tokens=8192)
     latent = LatentConfig(

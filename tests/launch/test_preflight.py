@@ -164,6 +164,11 @@ def no_gpu(site: Site) -> Words:
     return ["--device", "cuda"]
 
 
+@case(r"quantization = fp8: only GPUs of capability 9\.0 or more multiply by 8-bit floats; use int8 or int4")
+def weights_in_8_bit_floats_on_a_cpu(site: Site) -> Words:
+    return ["--quantization", "fp8", "--dtype", "bfloat16"]
+
+
 @case("kv_cache_dtype: fp8 needs a GPU")
 def eight_bits_on_a_cpu(site: Site) -> Words:
     return ["--kv-cache-dtype", "fp8"]

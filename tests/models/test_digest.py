@@ -228,5 +228,6 @@ def test_weights_that_are_rounded_are_another_model_unless_they_may_be_mixed(tmp
     def digest(quantization: str | None, *mixed: str) -> str:
         return model_digest(model_dir, "auto", 0, quantization, mixed)
 
-    assert len({digest(None), digest("int8"), digest("int4"), digest(None, "plain", "int4")}) == 4
+    forms = (digest(None), digest("int8"), digest("int4"), digest("fp8"), digest(None, "plain", "int4"))
+    assert len(set(forms)) == 5
     assert digest("int4", "plain", "int4") == digest(None, "int4", "plain") != digest(None, "int8", "plain")

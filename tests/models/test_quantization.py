@@ -104,6 +104,22 @@ def test_groups_of_int4_are_the_largest_that_divide() -> None:
     assert found.form(["lm_head"], 576) == found.form([TIED_HEAD], 576) == Form(8, 576, has_minima=False)
 
 
+def test_8_bit_floats_leave_plain_what_decides_much_or_has_no_product() -> None:
+    found = quantized_at_load("fp8")
+    plain = ("lm_head", TIED_HEAD, "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.up_proj")
+    assert not any(found.rounds_to_float8([module]) for module in (*plain, "model.layers.0.self_attn.kv_b_proj"))
+    assert found.rounds_to_float8([UP, "model.layers.0.mlp.gate_proj"]) and found.form([UP], 4096) is None
+    assert found.rounds_to_float8(["model.layers.3.mlp.shared_experts.up_proj"])
+    assert found.is_float8 and found.is_rounded_float8 and found.name == "fp8"
+    stored = _read({"quant_method": "fp8"})
+    assert stored.is_float8 and not stored.is_rounded_float8 and not stored.rounds_to_float8([UP])
+    assert chosen_quantization(stored, "fp8") is stored
+    assert chosen_quantization(None, "fp8") == found
+    stored.check_float8(has_products=False, is_float32=True)
+    with pytest.raises(ConfigError, match="use int8 or int4"):
+        found.check_float8(has_products=False, is_float32=False)
+
+
 def test_what_is_asked_for_goes_with_the_checkpoint() -> None:
     stored = _read(GPTQ)
     assert chosen_quantization(stored, None) is stored and chosen_quantization(stored, "gptq") is stored

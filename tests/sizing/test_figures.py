@@ -158,6 +158,27 @@ def test_figures_move_as_they_must(
         assert one.decode(rows).bound_s <= plain.decode(rows).bound_s
 
 
+def test_8_bit_floats_made_at_load_are_counted(llama_8b: ModelConfig) -> None:
+    plain, narrow = (Sizer(engine_of(quantization=name), llama_8b, H100, 4096) for name in (None, "fp8"))
+    linears = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+    outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
+    assert plain.memory().weights - narrow.memory().weights == linears - 4 * outputs
+    assert narrow.prompt(4096).expected_s < 0.6 * plain.prompt(4096).expected_s
+    assert narrow.decode(1).expected_s < 0.7 * plain.decode(1).expected_s
+    for gpu in (gpu_named("A100-80GB"), measured_cpu(64, 100, 2)):
+        with pytest.raises(ConfigError, match="use int8 or int4"):
+            Sizer(engine_of(quantization="fp8", device="cpu" if gpu.is_cpu else "cuda"), llama_8b, gpu, 4096)
+
+
+def test_4_bits_are_read_for_every_16_rows_and_widened_for_many(llama_8b: ModelConfig) -> None:
+    plain, narrow = (Sizer(engine_of(quantization=name), llama_8b, H100, 2048) for name in (None, "int4"))
+    assert narrow.memory().weights < 0.4 * plain.memory().weights  # the head and the embedding are plain
+    assert narrow.decode(1).expected_s < 0.7 * plain.decode(1).expected_s
+    few, more, many = (narrow.steps.terms(StepWork(0, 0, rows, 0)) for rows in (16, 64, CARD_ROWS + 1))
+    assert few.weights < more.weights and few.products < 1e-3 < many.products
+    assert narrow.decode(CARD_ROWS + 1).expected_s > plain.decode(CARD_ROWS + 1).expected_s
+
+
 def test_terms_add_up_to_the_step(llama_8b: ModelConfig) -> None:
     steps = Sizer(engine_of(2), llama_8b, H100, 512).steps
     for work in (StepWork(64, 2048), StepWork(0, 0, 32, 9000), StepWork(128, 8256, 16, 700)):

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from kvferry.common.errors import ConfigError
 from kvferry.common.request import SamplingParams
-from kvferry.engine.cuda.float8 import Float8Weight, to_float8
+from kvferry.engine.cuda.float8 import Float8Weight
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
+from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.float8 import RoundedWeight, to_float8
+from kvferry.engine.nn.layers import ColumnParallelLinear, Linear
+from kvferry.engine.nn.weight import DenseWeight
+from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.ranks.communicator import Communicator
+from kvferry.models.config import ModelConfig
+from kvferry.models.quantization import quantized_at_load
 
+from ...checkpoint_shapes import QWEN3_MOE, write_by_shapes
+from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts
-from ...quantized import write_pair
+from ...quantized import SHAPE, write_pair
 
 on_gpu = [
     pytest.mark.gpu,
@@ -49,7 +63,7 @@ def test_a_checkpoints_own_numbers_are_found_again(device: str, has_bias: bool) 
     numbers[torch.arange(48), torch.randint(0, 64, (48,), generator=generator)] = 448.0
     stored, scales = numbers.to(torch.float8_e4m3fn).float(), torch.rand(48, 1, generator=generator) * 1e-2
     plain = (stored * scales).bfloat16()
-    weight = Float8Weight(plain.to(device))
+    weight = Float8Weight.rounded(plain.to(device))
     assert torch.equal(weight._numbers.cpu().float(), stored)
     x = torch.randn(5, 64, generator=generator).bfloat16()
     bias = torch.randn(48, generator=generator).bfloat16() if has_bias else None
@@ -63,18 +77,171 @@ def test_a_checkpoints_own_numbers_are_found_again(device: str, has_bias: bool) 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_a_checkpoint_in_8_bits_answers_as_its_plain_twin(tmp_path: Path, format_name: str, device: str) -> None:
     narrow, plain = write_pair(tmp_path, format_name)
+    engine = _engine(narrow, device=device)
+    # One of two layers' gate is plain in the last format, so what it is fused with stays plain too.
+    assert _num_narrow(engine) == 8 - (format_name == "fp8 block")
+    assert 0 < _distance(_logprobs(engine), _logprobs(_engine(plain, device="cpu", dtype="float32"))) < CLOSE
+
+
+# --- rounded while they are loaded -----------------------------------------------------------------------------------
+
+
+def _rounded_twin(path: Path, twin: Path) -> Path:
+    """Write a checkpoint of the numbers that a plain one's are rounded to, each output by its largest, in float32."""
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            scales = tensor.abs().amax(1, keepdim=True).float() / 448
+            tensors[name] = (tensor.float() / scales).to(torch.float8_e4m3fn).float() * scales
+        else:
+            tensors[name] = tensor.float()
+    save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
+    return twin
+
+
+class _Reference:
+    """Multiplies in float32, by a matrix of a rounded twin and by each token's inputs in 8 bits."""
+
+    def __init__(self, linear: Linear, tensors: dict[str, Tensor], device: str) -> None:
+        names = [part.name for part in linear.parts] if isinstance(linear, ColumnParallelLinear) else [linear.name]
+        self._matrix = torch.cat([tensors[f"{name}.weight"] for name in names]).to(device)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        scales = x.double().abs().amax(1, keepdim=True) / 448
+        rounded = (x.double() / scales).float().to(torch.float8_e4m3fn).double() * scales
+        return torch.nn.functional.linear(rounded.float(), self._matrix).to(x.dtype)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_a_plain_checkpoint_answers_as_its_rounded_numbers(tmp_path: Path, device: str) -> None:
+    """Beside all of it in float32, and beside products in float32 by inputs that are rounded as well."""
+    path, other = (write_checkpoint(tmp_path / name, tokenizer=False, shape=SHAPE) for name in ("plain", "twin"))
+    twin = _rounded_twin(path, other)
+    engine = _engine(path, device=device, quantization="fp8")
+    assert _num_narrow(engine) == 8 and engine.model_config.weights_form == "fp8"
+    assert engine.spec.model != _engine(path, device=device).spec.model
+    ours = _logprobs(engine)
+    assert 0 < _distance(ours, _logprobs(_engine(twin, device="cpu", dtype="float32"))) < CLOSE
+    reference, tensors = _engine(path, device=device, enforce_eager=True), load_file(twin / "model.safetensors")
+    for linear in _linears(reference):
+        if linear.name.endswith("_proj"):
+            linear.weight = _Reference(linear, tensors, device)  # type: ignore[assignment]
+    assert _distance(ours, _logprobs(reference)) < CLOSE / 5
+    for linear in _linears(engine):
+        if isinstance(linear.weight, Float8Weight):
+            meant = linear.weight._numbers.float() * linear.weight._scales.view(-1, 1)
+            expected = _Reference(linear, tensors, "cpu")._matrix
+            torch.testing.assert_close(meant.cpu(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_captured_steps_yield_the_tokens_of_launched_ones(tmp_path: Path, device: str) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE)
+    answers = []
+    for eager in (False, True):
+        driver = Driver(_engine(path, device=device, quantization="fp8", enforce_eager=eager))
+        answers.append(driver.generate([driver.add(prompt) for prompt in prompts([5, 16, 31], 250)]))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_experts_stay_plain_and_are_grouped(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "experts"
+    write_by_shapes(path, QWEN3_MOE)
+    engine = _engine(path, device=device, quantization="fp8")
+    assert isinstance(engine.runner, CudaRunner) and engine.runner.pieces is not None, "steps are not captured"
+    kinds = {linear.name: type(linear.weight) for linear in _linears(engine)}
+    assert {kind for name, kind in kinds.items() if ".experts." in name or name.endswith(".gate")} == {DenseWeight}
+    assert {kind for name, kind in kinds.items() if name.endswith(("qkv_proj", "o_proj"))} == {Float8Weight}
+
+
+class _FakeRank(Communicator):
+    """A rank whose collectives are never used: only its shards matter."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def _rounded(path: Path, rank: int, size: int, load_format: str) -> dict[str, RoundedWeight]:
+    config = replace(ModelConfig.from_dir(path), quantization=quantized_at_load("fp8"))
+    decoder = Decoder(config, _FakeRank(rank, size), dtype=torch.bfloat16, device=torch.device("cpu"))
+    load_weights(decoder, path, load_format=load_format, seed=3)
+    weights = {linear.name: linear.weight for linear in decoder.linears()}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, RoundedWeight)}
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_ranks_have_the_numbers_and_scales_of_one(tmp_path: Path, load_format: str) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE)
+    whole = _rounded(path, 0, 1, load_format)
+    assert len(whole) == 8
+    for rank in range(2):
+        for name, part in _rounded(path, rank, 2, load_format).items():
+            one = whole[name]
+            if part.num_inputs < one.num_inputs:
+                own = slice(rank * part.num_inputs, (rank + 1) * part.num_inputs)
+                assert torch.equal(part.scales, one.scales)
+                assert torch.equal(part.numbers.float(), one.numbers[:, own].float())
+                continue
+            sizes = (256, 128, 128) if name.endswith("qkv_proj") else (512, 512)  # outputs of the fused parts
+            starts = [sum(sizes[:index]) for index in range(len(sizes))]
+            firsts = [start + rank * size // 2 for start, size in zip(starts, sizes, strict=True)]
+            rows = [torch.arange(first, first + size // 2) for first, size in zip(firsts, sizes, strict=True)]
+            own_rows = torch.cat(rows)
+            assert torch.equal(part.scales, one.scales[own_rows])
+            assert torch.equal(part.numbers.float(), one.numbers.float()[own_rows])
+
+
+def test_the_reference_multiplies_by_the_numbers_that_it_stands_for() -> None:
+    weight = RoundedWeight(32, 64, dtype=torch.float32, device=torch.device("cpu"))
+    [slot] = weight.slots("linear", (32, 64))
+    assert slot.rounded is not None
+    plain, x = torch.randn(32, 64), torch.randn(5, 64)
+    slot.rounded.put(plain, 0, 0)
+    torch.testing.assert_close(weight.product(x, None), x @ weight.widened().t())
+    assert float((weight.widened() - plain).abs().max() / plain.abs().max()) < 2**-4
+    with pytest.raises(AssertionError, match="only GPUs"):
+        weight.pack()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_other_devices_and_types_are_refused(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE)
+    with pytest.raises(ConfigError, match="its products are of bfloat16"):
+        _engine(path, device=device, quantization="fp8", dtype="float32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    with pytest.raises(ConfigError, match=r"only GPUs of capability 9\.0 or more .* use int8 or int4"):
+        _engine(path, device=device, quantization="fp8")
+
+
+def test_cpus_are_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE)
+    with pytest.raises(ConfigError, match=r"only GPUs of capability 9\.0 or more .* use int8 or int4"):
+        _engine(path, device="cpu", quantization="fp8")
+
+
+def _engine(path: Path, **fields: object) -> Engine:
+    defaults: dict[str, object] = {"dtype": "bfloat16", "max_num_seqs": 8, "max_model_len": 512}
+    return Engine(engine_config(path, **(defaults | fields)), num_blocks=64)
+
+
+def _logprobs(engine: Engine) -> Tensor:
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=8)
-    found = []
-    for path, fields in ((narrow, {"device": device, "dtype": "bfloat16"}), (plain, {"dtype": "float32"})):
-        engine = Engine(engine_config(path, max_num_seqs=8, max_model_len=512, **fields), num_blocks=64)
-        driver = Driver(engine)
-        driver.step([(driver.add(prompts([60], 250)[0], sampling), 60)])
-        found.append([entry.logprob or 0.0 for entry in driver.outputs[0].rows[0].prompt_logprobs])
-        if device == fields.get("device"):
-            assert isinstance(engine.runner, CudaRunner)
-            weights = [linear.weight for linear in engine.runner._decoder.plain.linears()]
-            # One of two layers' gate is plain in the last format, so what it is fused with stays plain too.
-            assert sum(isinstance(weight, Float8Weight) for weight in weights) == 8 - (format_name == "fp8 block")
-    ours, theirs = (torch.tensor(each) for each in found)
-    distance = (ours - theirs).square().mean().sqrt() / (theirs.max() - theirs.min())
-    assert 0 < float(distance) < CLOSE
+    driver = Driver(engine)
+    driver.step([(driver.add(prompts([60], 250)[0], sampling), 60)])
+    return torch.tensor([entry.logprob or 0.0 for entry in driver.outputs[0].rows[0].prompt_logprobs])
+
+
+def _linears(engine: Engine) -> list[Linear]:
+    assert isinstance(engine.runner, CudaRunner)
+    return list(engine.runner._decoder.plain.linears())
+
+
+def _num_narrow(engine: Engine) -> int:
+    return sum(isinstance(linear.weight, Float8Weight) for linear in _linears(engine))
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """RMS, of the range."""
+    return float((ours - theirs).square().mean().sqrt() / (theirs.max() - theirs.min()))

@@ -16,7 +16,7 @@ from kvferry.engine.cuda.int4 import Int4Weight, takes
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.grouped import GroupedWeight
-from kvferry.models.quantization import CARD_ROWS
+from kvferry.models.quantization import CARD_ROWS, Form
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts
@@ -135,7 +135,9 @@ def test_ranks_have_their_parts_of_one(device: str) -> None:
 @cuda
 def test_the_numbers_are_given_up(device: str) -> None:
     grouped = _on(device, _weight(4, 64))
-    Int4Weight(grouped)
+    form = Form(4, 64, has_minima=False)
+    packed = Int4Weight(grouped)
+    assert packed._packed.nbytes + packed._factors.nbytes == form.card_bytes(48, 256) == 48 * (128 + 4 * 4)
     assert not grouped.numbers.numel() and not grouped.scales.numel() and grouped.minima is None
 
 

@@ -1,0 +1,77 @@
+"""Matrices in 8-bit floats (e4m3) with a scale for each output, rounded while a plain checkpoint is loaded.
+
+    w[o, i] = numbers[o, i] * scales[o]          the largest number of an output is 448, the largest of the type
+
+A scale is made of a whole output of the whole model, so ranks that share its inputs have the numbers of one rank. A
+matrix takes its 8 bits from the start on: a model is loaded whose plain weights the memory does not hold.
+GPUs have products of it (`engine/cuda/float8.py`); the one here is the reference, by the numbers that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .weight import WeightSlot
+
+_MAX = 448.0  # the largest number of the type
+_ROWS = 1024  # that are rounded at once: more take more memory beside the weights while these are loaded
+
+
+def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, m] -> the nearest 8-bit floats [n, m], and the scale of each row, [n, 1] float32. A row of zeros stays so."""
+    scales = rows.abs().amax(1, keepdim=True).float().div_(_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+    scaled = (rows.float() / scales).clamp_(-_MAX, _MAX)  # a quotient may be rounded up
+    return scaled.to(torch.float8_e4m3fn), scales
+
+
+class RoundedWeight:
+    """Implements `Weight`, until it is traded for the form that a GPU multiplies by."""
+
+    def __init__(self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_outputs, self.num_inputs, self.dtype = num_outputs, num_inputs, dtype
+        self.numbers = torch.zeros(num_outputs, num_inputs, dtype=torch.float8_e4m3fn, device=device)
+        self.scales = torch.ones(num_outputs, 1, device=device)
+
+    def slots(
+        self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
+    ) -> Iterator[WeightSlot]:
+        own = RoundedRows(self.numbers[rows], self.scales[rows])
+        yield WeightSlot(f"{name}.weight", shape, own.numbers, dim, start, rounded=own)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.widened(), bias)
+
+    def pack(self) -> None:
+        raise AssertionError("only GPUs have it")
+
+    def widened(self) -> Tensor:
+        return (self.numbers.float() * self.scales).to(self.dtype)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Give numbers and scales up to the caller, who has a form of its own for them."""
+        taken = self.numbers, self.scales
+        self.numbers, self.scales = self.numbers.new_empty(0), self.scales.new_empty(0)
+        return taken
+
+
+@dataclass(slots=True, frozen=True)
+class RoundedRows:
+    """Some rows of a `RoundedWeight`, which a `WeightSlot` fills."""
+
+    numbers: Tensor
+    scales: Tensor
+
+    def put(self, matrix: Tensor, dim: int, start: int) -> None:
+        """Round this rank's part of a whole plain matrix, from `start` on in `dim`, by the scales of whole outputs."""
+        first = start if dim == 1 else 0
+        whole = matrix if dim == 1 else matrix.narrow(0, start, len(self.numbers))
+        parts = (torch.split(tensor, _ROWS) for tensor in (whole, self.numbers, self.scales))
+        for plain, numbers, scales in zip(*parts, strict=True):
+            rounded, own_scales = to_float8(plain.to(numbers.device))
+            numbers.copy_(rounded.narrow(1, first, numbers.shape[1]))
+            scales.copy_(own_scales)
