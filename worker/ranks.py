@@ -100,10 +100,10 @@ class Followers:
             self.group.close()
 
     def _on_lost(self, reason: str) -> None:
-        """End although a step on the GPU may wait for that rank. On the rank group's thread."""
-        if self._config.engine.device == "cpu":
-            return  # the step's collective has failed at once
+        """End, whether a step notices or none runs. On the rank group's thread."""
         self._on_failure(WorkerLost(reason))
+        if self._config.engine.device == "cpu":
+            return  # a step's collective fails at once; on a GPU it may wait for that rank
         leave = threading.Timer(LEAVE_S, os._exit, (1,))
         leave.daemon = True
         leave.start()

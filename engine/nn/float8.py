@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weight import WeightSlot
+from .weight import Weight, WeightSlot
 
 _MAX = 448.0  # the largest number of the type
 _ROWS = 1024  # that are rounded at once: more take more memory beside the weights while these are loaded
@@ -41,7 +41,7 @@ class RoundedWeight:
         self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
     ) -> Iterator[WeightSlot]:
         own = RoundedRows(self.numbers[rows], self.scales[rows])
-        yield WeightSlot(f"{name}.weight", shape, own.numbers, dim, start, rounded=own)
+        yield WeightSlot(f"{name}.weight", shape, own.numbers, dim, start, own)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.widened(), bias)
@@ -61,13 +61,14 @@ class RoundedWeight:
 
 @dataclass(slots=True, frozen=True)
 class RoundedRows:
-    """Some rows of a `RoundedWeight`, which a `WeightSlot` fills."""
+    """Implements `Rows`, of a `RoundedWeight`."""
 
     numbers: Tensor
     scales: Tensor
 
-    def put(self, matrix: Tensor, dim: int, start: int) -> None:
-        """Round this rank's part of a whole plain matrix, from `start` on in `dim`, by the scales of whole outputs."""
+    def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
+        """Round a plain matrix by the scales of whole outputs."""
+        assert isinstance(matrix, Tensor), "plain checkpoints alone are rounded"
         first = start if dim == 1 else 0
         whole = matrix if dim == 1 else matrix.narrow(0, start, len(self.numbers))
         parts = (torch.split(tensor, _ROWS) for tensor in (whole, self.numbers, self.scales))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from .weight import DenseWeight, WeightSlot
+from .weight import DenseWeight, Weight, WeightSlot
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # what 4 bits mean
 _ZERO = 8  # what a symmetrical nibble stands above the number that it means
@@ -205,13 +205,15 @@ class GroupedWeight:
 
 @dataclass(slots=True, frozen=True)
 class GroupedRows:
-    """Some rows of a `GroupedWeight`, which a `WeightSlot` fills."""
+    """Implements `Rows`, of a `GroupedWeight`."""
 
     weight: GroupedWeight
     rows: slice
 
-    def put(self, part: GroupedWeight) -> None:
-        self.weight.put(self.rows, part)
+    def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
+        assert isinstance(matrix, GroupedWeight), "plain numbers are rounded before"
+        length = self.weight.num_inputs if dim == 1 else len(self.weight.numbers[self.rows])
+        self.weight.put(self.rows, matrix.narrow(dim, start, length))
 
 
 def _same_order(one: Tensor | None, other: Tensor | None) -> bool:

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .float8 import RoundedRows
-    from .grouped import GroupedRows
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,9 +25,19 @@ class WeightSlot:
     target: Tensor  # a view of this rank's parameter
     dim: int = 0
     start: int = 0
-    grouped: GroupedRows | None = None  # what is filled instead where the matrix is quantized: `target` is its numbers
-    rounded: RoundedRows | None = None  # of a matrix that is rounded to 8-bit floats while it is loaded
+    rows: Rows | None = None  # what is filled where the matrix has a form of its own: `target` is its numbers
     scales: Tensor | None = None  # of MXFP4, whose numbers `target` [experts, out, in / 2] then is: of their groups
+
+
+class Rows(Protocol):
+    """Some rows of a `Weight` that is no plain matrix."""
+
+    def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
+        """Take this rank's part of a whole matrix, from `start` in `dim`; it is in this form, or can be brought to it.
+
+        Raises ConfigError where ranks cannot share it so.
+        """
+        ...
 
 
 class Leaf(Protocol):

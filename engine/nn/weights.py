@@ -68,7 +68,7 @@ def load_weights(
             _fill_from_mxfp4(slot, files)
         elif storage is not None:
             _fill_unpacked(slot, storage, files, decoder.dtype)
-        elif slot.grouped is not None or slot.rounded is not None:
+        elif slot.rows is not None:
             file, name = files[slot.name]
             check_shape(slot.name, tuple(file.get_slice(name).get_shape()), slot.shape)
             _put(slot, file.get_tensor(name), quantization)
@@ -149,22 +149,15 @@ def _check_extra_biases(files: Mapping[str, tuple[_TensorFile, str]], optional: 
 
 def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight, quantization: Quantization | None) -> None:
     """Fill with this rank's part of a whole tensor: widened, or rounded, where the slot is of the other kind."""
-    if slot.rounded is not None:
-        assert isinstance(matrix, Tensor), "plain checkpoints alone are rounded"
-        slot.rounded.put(matrix, slot.dim, slot.start)
-        return
-    if slot.grouped is None:
+    if slot.rows is None:
         plain = matrix.dequantized() if isinstance(matrix, GroupedWeight) else matrix
         slot.target.copy_(plain.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
         return
-    if not isinstance(matrix, GroupedWeight):
-        form = quantization.form([slot.name.removesuffix(".weight")], slot.shape[1]) if quantization else None
-        assert form is not None, slot.name
-        matrix = GroupedWeight.quantized(
-            matrix, bits=form.bits, group_size=form.group_size, symmetric=not form.has_minima
-        )
-    length = slot.grouped.weight.num_inputs if slot.dim == 1 else len(slot.target)
-    slot.grouped.put(matrix.narrow(slot.dim, slot.start, length))
+    form = quantization.form([slot.name.removesuffix(".weight")], slot.shape[1]) if quantization is not None else None
+    if form is not None and not isinstance(matrix, GroupedWeight):
+        symmetric = not form.has_minima
+        matrix = GroupedWeight.quantized(matrix, bits=form.bits, group_size=form.group_size, symmetric=symmetric)
+    slot.rows.put(matrix, slot.dim, slot.start)
 
 
 def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]]:

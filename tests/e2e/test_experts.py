@@ -82,8 +82,8 @@ def test_pools_may_split_experts_otherwise(fleet: Fleet, workers: str) -> None:
 
 
 @pytest.mark.slow
-def test_streams_are_whole_though_a_rank_dies_that_exchanges_tokens(model_dir: Path, tmp_path: Path) -> None:
-    """To the byte: exact steps stay exact, and go on at the other worker."""
+def test_a_rank_that_dies_takes_its_worker_with_it_and_no_stream(model_dir: Path, tmp_path: Path) -> None:
+    """To the byte: exact steps stay exact, and go on at the other worker. It may die while nothing is computed."""
     flags = ["--served-model-name", "tiny", "--device", "cpu", "--deterministic", "--prefill", "0", "--decode", "2"]
     flags += ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--expert-exchange", "all_to_all"]
     env = Drill.environment(tmp_path / "failpoints")
@@ -91,13 +91,16 @@ def test_streams_are_whole_though_a_rank_dies_that_exchanges_tokens(model_dir: P
         drill = LocalDrill(tmp_path / "failpoints", 2, cluster=cluster)
         drill.settle()
         drill.learn()
-        drill.check(drill.stream(when_flowing=partial(_kill_second_rank, drill)))
+        drill.check(drill.stream(when_flowing=partial(_kill_second_rank, drill, "d-0")))
         assert drill.killed
+        drill.settle(quarantine_ends=False)
+        _kill_second_rank(drill, "d-1")
+        wait_until(lambda: not drill.killed["d-1"].is_running(), "the end of a worker that computed nothing")
         drill.settle(quarantine_ends=False)
 
 
-def _kill_second_rank(drill: LocalDrill) -> None:
-    [leader] = drill.cluster.programs("d-0")
+def _kill_second_rank(drill: LocalDrill, name: str) -> None:
+    [leader] = drill.cluster.programs(name)
     [rank] = [child for child in leader.children() if "follower_process" in " ".join(child.cmdline())]
     rank.kill()
-    drill.killed["d-0"] = leader  # which follows it
+    drill.killed[name] = leader  # which follows it
