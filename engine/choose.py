@@ -30,11 +30,11 @@ from .nn.adapters import AdapterSlots
 from .nn.attention.base import AttentionBackend, LayerPages, Scores
 from .nn.attention.choose import make_attention
 from .nn.decoder import Decoder
-from .nn.grouped import GroupedWeight
+from .nn.loading import Progress, read_kv_scales
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
-from .nn.weight import DenseWeight, Weight
-from .nn.weights import Progress, read_kv_scales
+from .weights.grouped import GroupedWeight
+from .weights.weight import DenseWeight, Weight
 
 if TYPE_CHECKING:
     from .nn.attention.device import DeviceAttention
@@ -117,6 +117,7 @@ def pack_weights(
 
         pack(decoder, device)
         group(decoder, device)
+        torch.cuda.empty_cache()  # what was traded: the KV cache's size follows from what the card has free
     if device.type != "cpu":
         return None
     if native and (model := _native_model(decoder, isa)) is not None:

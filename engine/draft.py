@@ -27,9 +27,9 @@ from ..models.digest import ModelDigest
 from ..models.draft import check_draft
 from .choose import choose_runner, pack_weights
 from .nn.decoder import Decoder
+from .nn.loading import Progress, load_weights
 from .nn.plan import StepPlan
 from .nn.runner import Runner
-from .nn.weights import Progress, load_weights
 from .ranks.communicator import Communicator
 
 

@@ -39,10 +39,10 @@ from .mask_thread import MaskThread
 from .masks import with_forced, with_masks_heeded
 from .nn.decoder import Decoder
 from .nn.experts import SparseMLP
+from .nn.loading import Progress, load_weights
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer, StepStopped
 from .nn.sampling import sample_rows
-from .nn.weights import Progress, load_weights
 from .pooling import with_pooled
 from .ranks.communicator import Communicator, connect
 from .ranks.group import RankGroup

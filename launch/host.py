@@ -18,6 +18,7 @@ from pathlib import Path
 from ..common.extras import torch_cuda_version
 
 _NVIDIA_SMI_TIMEOUT_S = 10.0
+_GPU_FIELDS = "index,uuid,name,memory.total,memory.free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +67,22 @@ def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
-    fields = "index,uuid,name,memory.total,memory.free,compute_cap"
-    query = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return parse_gpus(output, env.get("CUDA_VISIBLE_DEVICES"))
+    for fields in (f"{_GPU_FIELDS},compute_cap", _GPU_FIELDS):  # drivers of before 2022 do not know the last one
+        query = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return ()
+        if done.returncode == 0:
+            return parse_gpus(done.stdout, env.get("CUDA_VISIBLE_DEVICES"))
+    return ()
 
 
 def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
     by_name: dict[str, Gpu] = {}
     for line in csv.strip().splitlines():
-        index, uuid, name, total_mib, free_mib, capability = (part.strip() for part in line.split(","))
-        major, _, minor = capability.partition(".")
+        index, uuid, name, total_mib, free_mib, *capability = (part.strip() for part in line.split(","))
+        major, _, minor = "".join(capability).partition(".")
         known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
         gpu = Gpu(index, name, int(total_mib) << 20, int(free_mib) << 20, known)
         by_name |= {index: gpu, uuid: gpu}

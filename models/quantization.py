@@ -2,7 +2,7 @@
 
     config.json's quantization_config, or --quantization  ->  Quantization  ->  Storage of a module  ->  tensors, Form
 
-What is said here is known without torch; `engine/nn/formats.py` unpacks the tensors.
+What is said here is known without torch; `engine/weights/formats.py` unpacks the tensors.
 """
 
 from __future__ import annotations

@@ -115,9 +115,8 @@ class WeightCounter:
         embedding = self._vocabulary_rows * model.hidden_size * self._item_bytes
         has_own_head = not (model.tie_embeddings and self._on_gpu)  # a CPU packs a tied one a second time
         sizes = [(matrix, self._matrix_bytes(matrix)) for matrix in self._matrices()]
-        read = (
-            sum(size for _, size in sizes) + self._vector_bytes() + (self._head_bytes() if has_own_head else embedding)
-        )
+        read = sum(size for _, size in sizes) + self._vector_bytes()
+        read += self._head_bytes() if has_own_head else embedding
         experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
         nibbles = [(matrix, size, form) for matrix, size in sizes if (form := self._card_form(matrix)) is not None]
         return WeightBytes(
@@ -130,11 +129,8 @@ class WeightCounter:
 
     def adapted_sizes(self) -> int:
         """Sum the inputs and the outputs of all linears that an adapter may change: of each part its own inputs."""
-        adapted = [
-            matrix
-            for matrix in self._matrices()
-            if not (is_expert(matrix.modules[0]) or (self._is_exchanged and _is_shared(matrix.modules[0])))
-        ]
+        left_out = (is_expert, _is_shared) if self._is_exchanged else (is_expert,)
+        adapted = [each for each in self._matrices() if not any(is_one(each.modules[0]) for is_one in left_out)]
         return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in adapted)
 
     @property

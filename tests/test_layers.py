@@ -34,10 +34,12 @@ sizing               common models kvcache
 grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
-engine/nn            common models engine/ranks engine/nn/attention
-engine/cpu           common models engine/ranks engine/nn/attention engine/nn
-engine/cuda          common models kvcache engine/nn/attention engine/nn
-engine               common wire models kvcache engine/ranks engine/nn/attention engine/nn engine/cpu engine/cuda
+engine/weights       common models
+engine/nn            common models engine/ranks engine/nn/attention engine/weights
+engine/cpu           common models engine/ranks engine/nn/attention engine/weights engine/nn
+engine/cuda          common models kvcache engine/nn/attention engine/weights engine/nn
+engine               common wire models kvcache engine/ranks engine/nn/attention engine/weights engine/nn engine/cpu
+engine               engine/cuda
 transfer/backends    common wire
 transfer/protocol    common wire transfer/backends
 transfer/fetch       common wire kvcache transfer/backends transfer/protocol
@@ -174,6 +176,12 @@ def test_every_row_is_of_a_room_and_names_what_the_room_imports() -> None:
 
 def test_no_rooms_import_one_another_in_a_circle() -> None:
     graphlib.TopologicalSorter(allowed()).prepare()
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    """Names that types alone need count as well."""
+    files = {path: {target for module in imports(path) if (target := file_of(module))} - {path} for path in product()}
+    graphlib.TopologicalSorter(files).prepare()
 
 
 def test_no_folder_depends_on_what_lies_above_it() -> None:

@@ -33,7 +33,7 @@ from kvferry.engine.nn.attention.choose import make_attention
 from kvferry.engine.nn.layers import Linear
 from kvferry.engine.nn.sampling import SampleRow, sample
 from kvferry.engine.nn.slot_matrices import AdapterWeights, LinearPart, Pair
-from kvferry.engine.nn.weight import DenseWeight
+from kvferry.engine.weights.weight import DenseWeight
 
 _QO_HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16
 _LATENT, _TURNED, _LATENT_HEADS = 512, 64, 16

@@ -58,7 +58,7 @@ def _stored(name: str, matrix: Tensor, kind: str) -> dict[str, Tensor]:
     """Return the tensors that stand for a matrix [out, in], by their names."""
     import torch
 
-    from kvferry.engine.nn.grouped import GroupedWeight
+    from kvferry.engine.weights.grouped import GroupedWeight
 
     size = matrix.shape[1] if kind == "int8" else _GROUP
     rounded = GroupedWeight.quantized(matrix, bits=int(kind[-1]), group_size=size, symmetric=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..nn.experts import Gate
-from ..nn.grouped import GroupedWeight
 from ..nn.layers import Linear
-from ..nn.weight import DenseWeight
+from ..weights.grouped import GroupedWeight
+from ..weights.weight import DenseWeight
 from .compiler import NativeUnavailable
 from .factors import half_powers, smallest
 

@@ -24,7 +24,7 @@ from ..nn.feed_forward import FeedForward, GatedMLP
 from ..nn.layers import RMSNorm
 from ..nn.mixer import Attention
 from ..nn.rotary import RotaryEmbedding
-from ..nn.weight import DenseWeight
+from ..weights.weight import DenseWeight
 from .adapters import DeviceSlots
 from .experts import GroupedExperts, RealRows
 from .kernels import Kernels

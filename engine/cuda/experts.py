@@ -26,7 +26,7 @@ from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
 from ..nn.stacked_experts import StackedExpert
-from ..nn.weight import DenseWeight
+from ..weights.weight import DenseWeight
 
 log = structlog.get_logger(__name__)
 

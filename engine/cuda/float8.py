@@ -3,8 +3,8 @@
     y[t, o] = (sum over i of x8[t, i] * w8[o, i]) * scale of t * scale of o
 
 A token's scale is made of the token, so a result does not depend on what else a step computes, but for the order of
-sums. Weights that were rounded while they were loaded (`engine/nn/float8.py`) are multiplied by as they are. So is a
-checkpoint with a scale for each output: the largest of an output is 448 there, so its scale is found again. Where it
+sums. Weights that were rounded while they were loaded (`engine/weights/float8.py`) are multiplied by as they are. So is
+a checkpoint with a scale for each output: the largest of an output is 448 there, so its scale is found again. Where it
 has one scale for more, numbers are rounded anew.
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...models.quantization import FLOAT8_CAPABILITY
 from ..nn.decoder import Decoder
-from ..nn.float8 import RoundedWeight, to_float8
 from ..nn.layers import ColumnParallelLinear, Linear
-from ..nn.weight import DenseWeight, WeightSlot
+from ..weights.float8 import RoundedWeight, to_float8
+from ..weights.weight import DenseWeight, WeightSlot
 
 _MULTIPLE = 16  # numbers: of which CUDA's product takes rows and columns
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...common.adapter import NO_ADAPTER
 from ..nn.attention.device import DeviceAttention, GraphAttention
 from ..nn.attention.page_index import PageIndex
-from ..nn.weights import Progress
+from ..nn.loading import Progress
 from .decoder import FusedDecoder
 from .rows import StepArrays
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ...models.quantization import CARD_OUTPUTS, CARD_ROWS, Form
 from ..nn.decoder import Decoder
-from ..nn.grouped import GroupedWeight, join_nibbles
-from ..nn.weight import WeightSlot
+from ..weights.grouped import GroupedWeight, join_nibbles
+from ..weights.weight import WeightSlot
 
 log = structlog.get_logger(__name__)
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..nn.attention.device import DeviceAttention
+from ..nn.loading import Progress
 from ..nn.runner import OnLayer
-from ..nn.weights import Progress
 from .decoder import FusedDecoder
 
 # Tokens of a step, padded. Larger steps take so long to compute that launches hide behind them; each size costs memory

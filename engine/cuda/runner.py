@@ -22,10 +22,10 @@ from ...common.config import EngineConfig
 from ...common.request import SampledToken, SamplingParams
 from ..nn.attention.device import DeviceAttention
 from ..nn.decoder import Decoder
+from ..nn.loading import Progress
 from ..nn.plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_adapters
 from ..nn.runner import OnLayer
 from ..nn.sampling import SampleRow, prompt_logprobs
-from ..nn.weights import Progress
 from .decoder import FusedDecoder
 from .graphs import CudaDecodeDevice
 from .kernels import FusedKernels

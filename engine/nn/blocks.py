@@ -2,7 +2,7 @@
 
     mixer           `mixer.py`         tokens meet the tokens before them
     feed-forward    `feed_forward.py`  each token by itself
-    weight          `weight.py`        the matrix of a product; `Builder.weight` chooses
+    weight          `engine/weights/`  the matrix of a product; `Builder.weight` chooses
 
 A new kind of block is a class that implements its protocol, and a line here that chooses it by the model's config.
 Loading, packing and torch's runners, exact ones too, take it as it is. C++ runs models of the kinds that it knows

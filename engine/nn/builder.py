@@ -13,9 +13,9 @@ from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
 from ...models.quantization import Form
 from ..ranks.communicator import Communicator
-from .float8 import RoundedWeight
-from .grouped import GroupedWeight
-from .weight import DenseWeight, Weight
+from ..weights.float8 import RoundedWeight
+from ..weights.grouped import GroupedWeight
+from ..weights.weight import DenseWeight, Weight
 
 
 @dataclass(slots=True, frozen=True)

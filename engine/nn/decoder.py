@@ -15,6 +15,7 @@ from torch import Tensor
 from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
 from ..ranks.communicator import Communicator
+from ..weights.weight import Leaf, WeightSlot
 from .adapters import AdapterSlots
 from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer
@@ -22,7 +23,6 @@ from .builder import Builder
 from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, Sinks
 from .mixer import Rope
 from .rotary import RotaryEmbedding
-from .weight import Leaf, WeightSlot
 
 Ropes = tuple[Rope, Rope]  # of a step: for layers that see all keys, for those with a window
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from ...common.expert_plan import Held, copies_of, shares
 from ...models.experts import ExpertsConfig
 from ..ranks.communicator import Communicator
+from ..weights.weight import DenseWeight, Leaf, WeightSlot
 from .builder import Builder
 from .feed_forward import GatedMLP
 from .layers import Linear
 from .stacked_experts import ExpertStack, StackedExpert
-from .weight import DenseWeight, Leaf, WeightSlot
 
 TILE = 16  # rows up to which each expert multiplies all of them: see `SparseMLP`
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.config import Activation
+from ..weights.weight import Leaf
 from .builder import Builder
 from .layers import ColumnParallelLinear, RowParallelLinear, column_parts
-from .weight import Leaf
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ...models.latent import LatentConfig
 from ..ranks.communicator import Communicator
+from ..weights.weight import Leaf, WeightSlot
 from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
 from .mixer import Rope
 from .rotary import rotate_
-from .weight import Leaf, WeightSlot
 
 _NORM_EPS = 1e-6  # of latents, whatever the model's other norms have
 

@@ -1,7 +1,7 @@
 """The pieces that blocks are made of, each holding one tensor-parallel rank's share and knowing how to load it.
 
 No autograd and no torch modules: a layer is a few tensors and a call. Each yields its `WeightSlot`s, which say
-which part of which checkpoint tensor goes where; `weights.py` fills them.
+which part of which checkpoint tensor goes where; `loading.py` fills them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..weights.weight import DenseWeight, Weight, WeightSlot
 from .builder import Builder
 from .slot_matrices import LinearPart, SlotMatrices
-from .weight import DenseWeight, Weight, WeightSlot
 
 _REFINED_LOGITS = 16  # best of a row, made once more in float32: more take time, fewer leave rounded ones that tie
 

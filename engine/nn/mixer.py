@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, ParallelRMSNorm, RMSNorm, RowParallelLinear, Sinks, column_parts
 from .rotary import rotate_
-from .weight import Leaf
 
 Rope = tuple[Tensor, Tensor]  # cosines and signed sines of a step's positions, as `RotaryEmbedding` makes them
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...models.experts import ExpertsConfig
 from ...models.quantization import MXFP4_GROUP
+from ..weights.grouped import E2M1, GroupedWeight
+from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot
 from .builder import Builder
-from .grouped import E2M1, GroupedWeight
 from .layers import Linear
-from .weight import DenseWeight, Leaf, Weight, WeightSlot
 
 
 class _StackedLinear(Linear):

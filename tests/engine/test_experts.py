@@ -16,7 +16,7 @@ from kvferry.common.expert_plan import ExpertPlan
 from kvferry.common.request import SamplingParams
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.checkpoint import check_checkpoint

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 
-from kvferry.launch.host import free_memory_bytes, parse_gpus, read_host, usable_cpus, why_not_bindable
+import pytest
+
+from kvferry.launch.host import find_gpus, free_memory_bytes, parse_gpus, read_host, usable_cpus, why_not_bindable
 
 SMI = "0, GPU-aa, NVIDIA H200, 143771, 143000, 9.0\n1, GPU-bb, NVIDIA H200, 143771, 1000, [N/A]\n"
 
@@ -58,6 +61,21 @@ def test_visible_devices_select_and_order_gpus() -> None:
     assert [gpu.index for gpu in parse_gpus(SMI, "GPU-bb")] == ["1"]
     assert parse_gpus(SMI, "") == ()
     assert parse_gpus("", None) == ()
+
+
+@pytest.mark.parametrize(
+    ("knows", "capabilities"), [("compute_cap", [(9, 0), None]), ("memory.free", [None, None]), ("nothing", [])]
+)
+def test_an_old_driver_does_not_know_what_cards_can_do(
+    knows: str, capabilities: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails altogether has no cards."""
+    tool = tmp_path / "nvidia-smi"
+    (tmp_path / "out").write_text(SMI if knows == "compute_cap" else re.sub(r", [^,]*$", "", SMI, flags=re.MULTILINE))
+    tool.write_text(f'#!/bin/sh\ncase "$1" in *{knows}) cat {tmp_path}/out;; *) exit 2;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert [gpu.capability for gpu in find_gpus({})] == capabilities
 
 
 def test_taken_port_is_told() -> None:

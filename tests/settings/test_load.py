@@ -245,6 +245,8 @@ def test_weights_of_two_forms_are_asked_for_by_name(tmp_path: Path) -> None:
     assert settings.mixed_quantization == ("plain", "int4") and settings.decode.overrides() == {"quantization": "int4"}
     with pytest.raises(ConfigError, match="not with deterministic"):
         load(flags=mixed | {"deterministic": Raw(True, "--deterministic")}, env={}, file=None)
+    narrow = {"decode.quantization": Raw("fp8", "--f"), "mixed_quantization": Raw(["plain,fp8"], "--m")}
+    assert load(flags=narrow, env={}, file=None).settings.mixed_quantization == ("plain", "fp8")
     with pytest.raises(ConfigError, match="int5"):
         load(flags=both | {"mixed_quantization": Raw(["plain", "int5"], "--mixed-quantization")}, env={}, file=None)
     with pytest.raises(ConfigError, match="give --mixed-quantization plain,int4"):

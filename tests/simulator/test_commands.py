@@ -46,13 +46,13 @@ def test_a_checkpoint_is_simulated_as_it_is_sized(tmp_path: Path, capsys: pytest
     """A model's config.json is enough; integers are read faster than bfloat16."""
     model = str(write_config(tmp_path / "llama", "8b"))
     tpot_ms = []
-    for name, more in (("plain", []), ("int8", ["--quantization", "int8"])):
+    for name, more in (("plain", []), *((name, ["--quantization", name]) for name in ("int8", "int4"))):
         figures = tmp_path / f"{name}.json"
         words = [*SMALL, "--model", model, "--gpu", "L4", "--tensor-parallel-size", "1", "--link-gb-per-s", "5"]
         assert main([*words, *more, "--json", str(figures)]) == 0
         [found] = json.loads(figures.read_text())["runs"]
         tpot_ms.append(found["tpot_ms"]["p50"])
-    assert tpot_ms[1] < 0.7 * tpot_ms[0]
+    assert tpot_ms[1] < tpot_ms[0] and tpot_ms[2] < 0.7 * tpot_ms[0]
     assert "LlamaForCausalLM" in capsys.readouterr().out
 
 

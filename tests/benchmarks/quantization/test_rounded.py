@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from kvferry.benchmarks.quantization.rounded import write_rounded
-from kvferry.engine.nn.formats import unpack
-from kvferry.engine.nn.grouped import GroupedWeight
+from kvferry.engine.weights.formats import unpack
+from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.models.checkpoint import check_checkpoint, safetensors_files
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir

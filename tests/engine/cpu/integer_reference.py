@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvferry.engine.nn.grouped import E2M1, GroupedWeight, split_nibbles
+from kvferry.engine.weights.grouped import E2M1, GroupedWeight, split_nibbles
 
 Floats = npt.NDArray[np.float32]
 Whole = npt.NDArray[np.int64]

@@ -24,8 +24,8 @@ from kvferry.engine.cpu.packing import Packed, Packer, check_known
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.grouped import GroupedWeight
 from kvferry.engine.nn.layers import Linear
+from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.models.default import cache_dir
 
 from ...checkpoints import put_nan, write_checkpoint

@@ -22,9 +22,9 @@ from kvferry.engine.nn.builder import Builder
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.deterministic import torch_results
 from kvferry.engine.nn.feed_forward import GatedMLP
-from kvferry.engine.nn.weight import DenseWeight
-from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import cache_dir
 

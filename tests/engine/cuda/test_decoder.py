@@ -13,7 +13,7 @@ from kvferry.engine.nn import decoder as decoders
 from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 

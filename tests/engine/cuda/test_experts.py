@@ -20,7 +20,7 @@ from kvferry.engine.cuda.kernels import FusedKernels
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.exchange import ExchangedMLP
 from kvferry.engine.nn.experts import SparseMLP
-from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 

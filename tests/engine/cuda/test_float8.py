@@ -17,11 +17,11 @@ from kvferry.engine.cuda.float8 import Float8Weight
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.float8 import RoundedWeight, to_float8
 from kvferry.engine.nn.layers import ColumnParallelLinear, Linear
-from kvferry.engine.nn.weight import DenseWeight
-from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.weights.float8 import RoundedWeight, to_float8
+from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.config import ModelConfig
 from kvferry.models.quantization import quantized_at_load
 

@@ -15,7 +15,7 @@ from kvferry.engine.cuda import int4
 from kvferry.engine.cuda.int4 import Int4Weight, takes
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
-from kvferry.engine.nn.grouped import GroupedWeight
+from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.models.quantization import CARD_ROWS, Form
 
 from ...checkpoints import write_checkpoint

@@ -15,7 +15,7 @@ from kvferry.engine.cuda.kernels import FusedKernels
 from kvferry.engine.cuda.pieces import PieceGraphs
 from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 

@@ -21,11 +21,11 @@ from kvferry.engine.nn.builder import Builder
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.feed_forward import GatedMLP
 from kvferry.engine.nn.layers import ColumnParallelLinear, Part, RowParallelLinear
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.nn.mixer import Rope
 from kvferry.engine.nn.torch_runner import TorchRunner
-from kvferry.engine.nn.weight import DenseWeight, Leaf, WeightSlot
-from kvferry.engine.nn.weights import load_weights
 from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.weights.weight import DenseWeight, Leaf, WeightSlot
 from kvferry.models.config import ModelConfig
 
 from ...checkpoints import write_checkpoint

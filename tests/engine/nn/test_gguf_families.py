@@ -30,7 +30,7 @@ from ...engine_driver import make_engine
 from ...gguf_files import plain_tokens, write_as_gguf
 from ...quantized import write_gguf
 from ...transformers_checkpoints import SMALL, write_model
-from .test_formats import BFLOAT16, assert_as_transformers
+from ..weights.test_formats import BFLOAT16, assert_as_transformers
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 150_000.0}
 GEMMA3_ROPE = {

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.grouped import GroupedWeight
 from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import gguf_model_dir
@@ -23,7 +23,7 @@ from kvferry.models.files import resolve_model
 
 from ...checkpoints import Family
 from ...quantized import SHAPE, write_gguf
-from .test_formats import assert_as_transformers
+from ..weights.test_formats import assert_as_transformers
 
 # As llama.cpp mixes them: values and the last matrix in more bits.
 Q4_K_M = {"": "Q4_K", "v_proj": "Q6_K", "0.mlp.down_proj": "Q6_K", "lm_head": "Q6_K"}

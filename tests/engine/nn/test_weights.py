@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.loading import load_weights, read_kv_scales
 from kvferry.engine.nn.mixer import Attention
-from kvferry.engine.nn.weight import DenseWeight
-from kvferry.engine.nn.weights import load_weights, read_kv_scales
 from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.checkpoint import check_checkpoint, safetensors_files
 from kvferry.models.config import ModelConfig
 

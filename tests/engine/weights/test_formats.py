@@ -13,11 +13,11 @@ from torch import Tensor
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import SamplingParams
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.gguf_blocks import unpack_blocks
-from kvferry.engine.nn.grouped import GroupedWeight
-from kvferry.engine.nn.weight import DenseWeight
-from kvferry.engine.nn.weights import load_weights
+from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.weights.gguf_blocks import unpack_blocks
+from kvferry.engine.weights.grouped import GroupedWeight
+from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 from kvferry.models.quantization import GGUF_KINDS

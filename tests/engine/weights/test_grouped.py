@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvferry.common.errors import ConfigError
-from kvferry.engine.nn.grouped import GroupedWeight, join_nibbles, split_nibbles
+from kvferry.engine.weights.grouped import GroupedWeight, join_nibbles, split_nibbles
 
 MATRIX = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
 SCHEMES = [

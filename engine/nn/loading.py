@@ -20,11 +20,11 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ...models.checkpoint import KV_SCALE, check_names, check_shape, full_name, safetensors_files, tensor_shapes
 from ...models.quantization import Quantization, Storage, matrix_storage, stored_shapes
+from ..weights.formats import unpack
+from ..weights.grouped import GroupedWeight
+from ..weights.weight import WeightSlot
 from .decoder import Decoder
-from .formats import unpack
-from .grouped import GroupedWeight
 from .stacked_experts import part_of_mxfp4, power_of_2, unpack_mxfp4
-from .weight import WeightSlot
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
 
