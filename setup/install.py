@@ -214,8 +214,8 @@ def has_gpu() -> bool:
 
 
 def has_compiler() -> bool:
-    """A C++ compiler is there, or would be of no use: what it compiles is for x86 alone."""
-    return platform.machine() != "x86_64" or any(map(shutil.which, ("c++", "g++", "clang++")))
+    """A C++ compiler is there, or would be of no use: what it compiles is for x86 and ARM alone."""
+    return platform.machine() not in ("x86_64", "aarch64") or any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Puts the compiled C++ into a wheel, a library for each instruction set: who installs it needs no compiler.
 
-`pyproject.toml` names these commands. Built without a compiler, or not on x86, a wheel has none and is for any.
+They are those of the machine that builds it, x86 or ARM. `pyproject.toml` names these commands. Built without a
+compiler, or elsewhere, a wheel has none and is for any.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _command() -> tuple[str, ...] | None:
         command: tuple[str, ...] = compiler.find_compiler()
     except compiler.NativeUnavailable:
         return None
-    return command if platform.machine() == "x86_64" else None
+    return command if platform.machine() in ("x86_64", "aarch64") else None
 
 
 def _compiler() -> ModuleType:

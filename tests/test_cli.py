@@ -118,7 +118,7 @@ def test_layout_says_what_there_is_no_cpp_for(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ((), r"ok +kernels +native, avx2_float32"),
+        ((), r"ok +kernels +native, (avx2|neon)_float32"),
         (("--quantization", "int8"), r"torch, .+ slower: there is no C\+\+ for quantized weights in float32"),
     ],
 )

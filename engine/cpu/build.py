@@ -7,9 +7,13 @@ avx512_bf16  AVX-512 with bfloat16 products
 avx2         AVX2 with FMA, bfloat16 widened
 avx2_float32 the same for models in float32, which is not widened
 
-A processor that has one has those below. Float32 has AVX2 alone: products of bfloat16 do nothing for it, and vectors of
-twice the width not always. What the functions mean stands with the source; their callers' side is `model.py` and
-`decoder.py`.
+neon_bf16    ARM's NEON with products of bfloat16 and of bytes (Armv8.6, or 8.2 with both)
+neon         NEON with products of signed bytes (Armv8.2 with `asimddp`), bfloat16 widened
+neon_float32 the same for models in float32
+
+A processor that has one has those of its kind below. Float32 has AVX2 and NEON alone: products of bfloat16 do nothing
+for it, and vectors of twice the width not always. What the functions mean stands with the source; their callers' side
+is `model.py` and `decoder.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from pathlib import Path
 
 from ...common.config import CpuIsa
 from ...common.errors import ConfigError
-from ...common.processor import processor_fields
-from .compiler import FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compiler, prebuilt
+from ...common.processor import processor_features
+from .compiler import ALL_SETS, FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compiler, prebuilt
 
 
 def load(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) -> ctypes.CDLL:
@@ -46,12 +50,13 @@ def usable_sets(isa: CpuIsa = "auto", *, is_float32: bool = False) -> list[str]:
         if not found:
             raise NativeUnavailable(f"the processor lacks {_names(min(sets.values(), key=len) - features)}")
         return found
-    if missing := SETS[isa] - features:
+    if missing := ALL_SETS[isa] - features:
         raise ConfigError(f"cpu_isa: {isa} needs {_names(missing)}, which this processor lacks; use auto")
     if not is_float32:
         return [isa]
     if (name := f"{isa}_float32") not in sets:
-        raise ConfigError(f"cpu_isa: {isa} computes bfloat16 alone; for float32 use auto or avx2")
+        others = " or ".join(["auto", *(each.removesuffix("_float32") for each in sets)])
+        raise ConfigError(f"cpu_isa: {isa} computes bfloat16 alone; for float32 use {others}")
     return [name]
 
 
@@ -85,5 +90,5 @@ def _names(features: frozenset[str]) -> str:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """Return the processor's features by Linux's names; none where it is not x86."""
-    return frozenset(processor_fields().get("flags", "").split())
+    """Return the processor's features by Linux's names."""
+    return processor_features()

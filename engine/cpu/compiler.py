@@ -14,10 +14,12 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +33,22 @@ _LINK = ("-O3", "-fPIC", "-pthread", "-shared", "-s", "-static-libstdc++", "-sta
 _FLOAT32 = "-DKVFERRY_FLOAT32"
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
-SETS = {  # what a processor needs, by Linux's names; the best set first
+_NEON = frozenset({"asimddp", "atomics"})
+X86_SETS = {  # what a processor needs, by Linux's names; the best set first
     "amx": _AVX512 | {"amx_tile", "amx_int8", "amx_bf16"},
     "avx512_bf16": _AVX512,
     "avx2": _AVX2,
 }
-FLOAT32_SETS = {"avx2_float32": _AVX2}  # libraries of models in float32
+X86_FLOAT32_SETS = {"avx2_float32": _AVX2}  # libraries of models in float32
+ARM_SETS = {"neon_bf16": _NEON | {"bf16", "i8mm"}, "neon": _NEON}
+ARM_FLOAT32_SETS = {"neon_float32": _NEON}
+IS_ARM = platform.machine() == "aarch64"
+SETS = ARM_SETS if IS_ARM else X86_SETS  # of this machine's kind
+FLOAT32_SETS = ARM_FLOAT32_SETS if IS_ARM else X86_FLOAT32_SETS
+ALL_SETS = ChainMap(X86_SETS, X86_FLOAT32_SETS, ARM_SETS, ARM_FLOAT32_SETS)
+_ARM = "-march=armv8.2-a"
+_ARM_OF_ZIG = "-mcpu=generic"  # which knows processors alone, and takes the same extensions
+_EXTENSIONS = {"asimddp": "dotprod", "atomics": "lse"}  # ARM's features by compilers' names, where these are others
 _BUILD_TIMEOUT_S = (
     600.0  # a compiler that hangs keeps a start waiting for so long; zig's first use takes a minute or two
 )
@@ -52,7 +64,8 @@ def find_compiler() -> tuple[str, ...]:
         if found := shutil.which(name):
             return (found,)
         if name == _ZIG and importlib.util.find_spec(_ZIG) is not None:
-            return (sys.executable, "-m", _ZIG, "c++", "-target", "x86_64-linux-gnu.2.28")  # any glibc since 2018
+            target = f"{'aarch64' if IS_ARM else 'x86_64'}-linux-gnu.2.28"  # any glibc since 2018
+            return (sys.executable, "-m", _ZIG, "c++", "-target", target)
     raise NativeUnavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
 
 
@@ -75,9 +88,12 @@ def compiled(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
 
 
 def _flags(isa: str) -> list[str]:
-    features = sorted((SETS | FLOAT32_SETS)[isa])
-    names = (name.replace("avx512_", "avx512").replace("_", "-") for name in features)
-    return [*_FLAGS, *(f"-m{name}" for name in names), *([_FLOAT32] if isa in FLOAT32_SETS else [])]
+    features = sorted(ALL_SETS[isa])
+    if ALL_SETS[isa] >= _NEON:
+        machine = ["+".join([_ARM, *(_EXTENSIONS.get(name, name) for name in features)])]
+    else:
+        machine = [f"-m{name.replace('avx512_', 'avx512').replace('_', '-')}" for name in features]
+    return [*_FLAGS, *machine, *([_FLOAT32] if isa in X86_FLOAT32_SETS | ARM_FLOAT32_SETS else [])]
 
 
 def _source_hash(isa: str) -> str:
@@ -108,7 +124,8 @@ def _turn_in(folder: Path) -> Iterator[None]:
 def _build(compiler: tuple[str, ...], isa: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as folder:
         part, whole = os.path.join(folder, "part.o"), os.path.join(folder, "whole.so")
-        _run([*compiler, *_flags(isa), "-c", "-o", part, str(_SOURCE / "decoder.cpp")])
+        flags = [flag.replace(_ARM, _ARM_OF_ZIG) if _ZIG in compiler else flag for flag in _flags(isa)]
+        _run([*compiler, *flags, "-c", "-o", part, str(_SOURCE / "decoder.cpp")])
         _run([*compiler, *_LINK, "-o", whole, part])  # apart: zig has one C++ library for all sets then
         os.replace(whole, library)
 

@@ -19,6 +19,7 @@ from kvferry.engine.nn.plan import plan_step
 
 from ..checkpoints import Shape, write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, prompts
+from .cpu.widened import WIDENED
 from .cuda.emulation import LookingAhead
 from .transformers_reference import reference_logprobs
 
@@ -51,7 +52,7 @@ KINDS = {
     "native exact float32": Kind("NativeRunner", FLOAT32, {"dtype": "float32", "deterministic": True}),
     "native": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16"}),
     "native exact": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "deterministic": True}),
-    "native avx2": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "cpu_isa": "avx2", "deterministic": True}),
+    "native widened": Kind("NativeRunner", BFLOAT16, {"dtype": "bfloat16", "cpu_isa": WIDENED, "deterministic": True}),
     "cuda's decode steps, emulated": Kind("AheadRunner", FLOAT32, {"dtype": "float32"}),
     "cuda": Kind("CudaRunner", BFLOAT16, {"dtype": "bfloat16", "device": "cuda", "max_num_seqs": 16}, marks=GPU),
 }

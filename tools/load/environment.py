@@ -16,12 +16,15 @@ from pathlib import Path
 import kvferry
 
 from ...common.clock import wall_time_s
-from ...common.processor import processor_fields
+from ...common.processor import processor_features, processor_fields
 
 _PACKAGES = ("torch", "nixl-cu12", "uvicorn", "msgspec")
 _SECRET_FLAGS = ("--api-key",)
 # As /proc/cpuinfo calls them.
-_EXTENSIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+_EXTENSIONS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimddp", "bf16", "i8mm", "sve"),
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,9 +87,8 @@ def _gpus() -> tuple[str, ...]:
 
 def _cpu_name() -> str:
     """Name the processor and those of its extensions that products are fast by: many share a name."""
-    told = processor_fields()
-    has = set(told.get("flags", "").split())
-    return " ".join([told.get("model name", platform.machine()), *(name for name in _EXTENSIONS if name in has)])
+    name, has = processor_fields().get("model name", platform.machine()), processor_features()
+    return " ".join([name, *(extension for extension in _EXTENSIONS if extension in has)])
 
 
 def _output(*command: str) -> str | None:

@@ -47,7 +47,7 @@ void strip_products(const Element* x, long stride, const Element* strip, long pa
     for (long pair = 0; pair < pairs; pair += 2, strip += 4 * kStrip) {
         const Pairs one = load_pairs(strip), other = load_pairs(strip + 2 * kStrip);
 #pragma GCC unroll 4
-        for (int at = 0; at < 4 * kStrip; at += kLine) _mm_prefetch((const char*)(strip + kStripAhead + at), _MM_HINT_T0);
+        for (int at = 0; at < 4 * kStrip; at += kLine) fetch_line(strip + kStripAhead + at);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
             const Element* inputs = x + i * stride + 2 * pair;

@@ -17,8 +17,10 @@
 
 #ifdef __AVX512BF16__
 #include "sets/avx512_attention.hpp"
+#elif defined(KVFERRY_NEON_BF16)
+#include "sets/neon_attention.hpp"
 #else
-#include "sets/avx2_attention.hpp"
+#include "sets/widened_attention.hpp"
 #endif
 
 constexpr long kNearValues = 64 << 10;  // of a tile, for all KV heads: they stay near while its keys are read

@@ -23,8 +23,8 @@ constexpr long kBytesAhead = NUMBERS == kBytes ? 8192 : 4096;
 inline void fetch(const std::uint8_t* at, int lines, bool is_near) {
 #pragma GCC unroll 4
     for (int i = 0; i < lines; i++) {
-        if (is_near) _mm_prefetch((const char*)(at + 64 * i), _MM_HINT_T0);
-        else _mm_prefetch((const char*)(at + 64 * i), _MM_HINT_T1);
+        if (is_near) fetch_line(at + 64 * i);
+        else fetch_line<Near::kSecond>(at + 64 * i);
     }
 }
 

@@ -8,11 +8,10 @@
 //     last_sum<MOST>(sum, start)
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
+#include "processor.hpp"
 #include "vectors.hpp"
 
 constexpr long kSegment = 32;  // inputs of a group whose products are added up as whole numbers
@@ -22,6 +21,10 @@ inline std::int32_t four_bytes(const std::int8_t* source) {
     std::memcpy(&bytes, source, sizeof bytes);
     return bytes;
 }
+
+#ifdef __ARM_NEON
+#include "sets/neon_integers.hpp"
+#else
 
 // By what 4 bits of e2m1 are: twice what they mean, and 12 more.
 inline __m128i e2m1_table() { return _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0); }
@@ -208,5 +211,7 @@ inline void store_whole(std::int8_t* target, Vector values) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i*)target, bytes);
 }
+
+#endif
 
 #endif

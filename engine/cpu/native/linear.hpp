@@ -24,8 +24,10 @@ constexpr int kFetchedLines = PARTS == 0 ? 0 : kPairLines / std::max(1, PARTS);
 #include "sets/amx_products.hpp"
 #elif defined(__AVX512BF16__)
 #include "sets/avx512_products.hpp"
+#elif defined(KVFERRY_NEON_BF16)
+#include "sets/neon_products.hpp"
 #else
-#include "sets/avx2_products.hpp"
+#include "sets/widened_products.hpp"
 #endif
 #ifndef KVFERRY_FLOAT32
 #include "widened_linear.hpp"

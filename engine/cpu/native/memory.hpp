@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "processor.hpp"
+
 template <class Value>
 struct LineAllocator {
     using value_type = Value;
@@ -27,7 +29,11 @@ struct LineAllocator {
 // Ask for lines that will be read soon. Not by the compiler's own function: what calls nothing but that does nothing in a
 // compiler's eyes, and is left out.
 inline void fetch_lines(const void* from, std::size_t bytes) {
+#ifdef __ARM_NEON
+    for (std::size_t at = 0; at < bytes; at += 64) fetch_line((const char*)from + at);
+#else
     for (std::size_t at = 0; at < bytes; at += 64) asm volatile("prefetcht0 %0" : : "m"(((const char*)from)[at]));
+#endif
 }
 
 template <class Value>

@@ -41,12 +41,12 @@ public:
             head = scratch;
         }
         const float *cos = cos_.data() + token * turned, *sin = sin_.data() + token * turned;
-        const __m256 scale = _mm256_set1_ps(by);
+        const Eight scale = repeat_8(by);
         for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
-            const __m256 low = _mm256_loadu_ps(head + i), high = _mm256_loadu_ps(head + half + i);
-            const __m256 c = _mm256_loadu_ps(cos + i), s = _mm256_loadu_ps(sin + half + i);
-            store(out + i, _mm256_fmsub_ps(low, c, high * s) * scale);
-            store(out + half + i, _mm256_fmadd_ps(high, c, low * s) * scale);
+            const Eight low = load_8(head + i), high = load_8(head + half + i);
+            const Eight c = load_8(cos + i), s = load_8(sin + half + i);
+            store(out + i, fms(low, c, high * s) * scale);
+            store(out + half + i, fma(high, c, low * s) * scale);
         }
         for (long i = turned; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
     }

@@ -7,8 +7,6 @@
 // between steps, and when the processor is shared, a waiting thread costs nothing.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -16,6 +14,8 @@
 #include <functional>
 #include <thread>
 #include <vector>
+
+#include "processor.hpp"
 
 struct Range {
     long first, last;
@@ -150,7 +150,7 @@ private:
         do {
             for (int i = 0; i < 32; i++) {
                 if (value.load(std::memory_order_acquire) != old) return;
-                _mm_pause();
+                relax();
             }
         } while (std::chrono::steady_clock::now() < deadline);
         value.wait(old, std::memory_order_acquire);

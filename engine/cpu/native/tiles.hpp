@@ -6,7 +6,7 @@
 //
 // A tile is 64 columns. In it, pair after pair of inputs, stand the 64 columns' two weights each, 256 bytes a pair.
 // VDPBF16PS takes them as four vectors, each multiplied by one pair of a row's inputs that is broadcast; AVX2 widens them
-// to float32 first. An AMX tile is the same memory: 16 pairs of 16 columns are 16 rows of 64 bytes, 256 bytes apart; hence
+// to float32 first. BFMMLA takes two columns' four weights, of a pair and the next one. An AMX tile is the same memory: 16 pairs of 16 columns are 16 rows of 64 bytes, 256 bytes apart; hence
 // inputs in 32s.
 #pragma once
 

@@ -2,29 +2,37 @@
 // sets. The loads, stores and operations themselves are those of one set, in sets/.
 //
 // An element is what weights, keys, values and inputs of products are stored as: bfloat16, or float32 where the library
-// is compiled for that (KVFERRY_FLOAT32), with vectors of AVX2.
+// is compiled for that (KVFERRY_FLOAT32), with vectors of AVX2 or NEON.
 #pragma once
-
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "memory.hpp"
+#include "processor.hpp"
 
 using bf16 = std::uint16_t;
 
 #ifdef KVFERRY_FLOAT32
 using Element = float;
-#include "sets/avx2.hpp"
-#include "sets/float32_pairs.hpp"
-#elif defined(__AVX512BF16__)
-using Element = bf16;
-#include "sets/avx512.hpp"
 #else
 using Element = bf16;
+#endif
+
+#ifdef __ARM_NEON
+#include "sets/neon.hpp"
+#elif defined(__AVX512BF16__) && !defined(KVFERRY_FLOAT32)
+#include "sets/avx512.hpp"
+#else
 #include "sets/avx2.hpp"
+#endif
+
+#ifdef KVFERRY_FLOAT32
+#include "sets/float32_pairs.hpp"
+#elif defined(__ARM_NEON)
+#include "sets/neon_pairs.hpp"
+#elif !defined(__AVX512BF16__)
 #include "sets/avx2_pairs.hpp"
 #endif
 

@@ -14,8 +14,16 @@ import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.cpu import build, compiler
-from kvferry.engine.cpu.compiler import SETS, NativeUnavailable
+from kvferry.engine.cpu.compiler import (
+    ARM_FLOAT32_SETS,
+    ARM_SETS,
+    X86_FLOAT32_SETS,
+    X86_SETS,
+    NativeUnavailable,
+)
 from kvferry.models.default import cache_dir
+
+from .widened import WIDENED
 
 COPYING_COMPILER = """
 import os, sys
@@ -42,6 +50,18 @@ def _features(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset(names))
 
 
+@pytest.fixture
+def _on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SETS", X86_SETS)
+    monkeypatch.setattr(build, "FLOAT32_SETS", X86_FLOAT32_SETS)
+
+
+@pytest.fixture
+def _on_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SETS", ARM_SETS)
+    monkeypatch.setattr(build, "FLOAT32_SETS", ARM_FLOAT32_SETS)
+
+
 def _no_lock(file: int, how: int) -> None:
     raise OSError(errno.ENOLCK, "this file system has none")
 
@@ -54,6 +74,7 @@ def test_concurrent_first_uses_build_one_library(
     """Without locks they race for the file: a stand-in for the compiler takes what the real one made, bit by bit."""
     if not has_locks:
         monkeypatch.setattr("fcntl.flock", _no_lock)
+    made = compiler.compiled(WIDENED, compiler.find_compiler(), cache_dir())
     builds: list[str] = []
     build_library = compiler._build
 
@@ -62,7 +83,6 @@ def test_concurrent_first_uses_build_one_library(
         build_library(command, isa, library)
 
     monkeypatch.setattr(compiler, "_build", counted)
-    made = compiler.compiled("avx2", compiler.find_compiler(), cache_dir())
     stand_in = tmp_path / "cxx"
     stand_in.write_text(f"#!{sys.executable}\n{COPYING_COMPILER}")
     stand_in.chmod(0o755)
@@ -72,7 +92,7 @@ def test_concurrent_first_uses_build_one_library(
 
     def load() -> None:
         try:
-            build.load(tmp_path / "new", "avx2")
+            build.load(tmp_path / "new", WIDENED)
         except BaseException as error:
             failures.append(error)
 
@@ -87,21 +107,24 @@ def test_concurrent_first_uses_build_one_library(
     assert len(builds) == 1 or not has_locks
 
 
+@pytest.mark.usefixtures("_on_x86")
 def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _features(monkeypatch, *SETS["avx2"])
+    _features(monkeypatch, *X86_SETS["avx2"])
     monkeypatch.setattr(compiler, "_COMPILERS", ("no-such-compiler",))
     with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler is installed \(no-such-compiler\)"):
         build.load(tmp_path)
 
 
+@pytest.mark.usefixtures("_on_x86")
 def test_a_processor_without_any_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _features(monkeypatch, "avx", "f16c", "sse2")
     with pytest.raises(NativeUnavailable, match="the processor lacks avx2, fma"):
         build.load(tmp_path)
 
 
+@pytest.mark.usefixtures("_on_x86")
 def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _features(monkeypatch, *SETS["avx512_bf16"])
+    _features(monkeypatch, *X86_SETS["avx512_bf16"])
     failing = tmp_path / "cxx"
     failing.write_text(f"#!{sys.executable}\nimport sys\nif '-o' in sys.argv:\n    sys.exit('no such target')\n")
     failing.chmod(0o755)
@@ -115,13 +138,14 @@ def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
 # --- which set --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_on_x86")
 @pytest.mark.parametrize(
     ("features", "sets"),
     [
-        (SETS["amx"], ["amx", "avx512_bf16", "avx2"]),
-        (SETS["avx512_bf16"], ["avx512_bf16", "avx2"]),
-        (SETS["avx512_bf16"] - {"avx512_bf16"}, ["avx2"]),
-        (SETS["avx2"] | {"amx_bf16"}, ["avx2"]),
+        (X86_SETS["amx"], ["amx", "avx512_bf16", "avx2"]),
+        (X86_SETS["avx512_bf16"], ["avx512_bf16", "avx2"]),
+        (X86_SETS["avx512_bf16"] - {"avx512_bf16"}, ["avx2"]),
+        (X86_SETS["avx2"] | {"amx_bf16"}, ["avx2"]),
     ],
 )
 def test_the_best_set_comes_first(features: frozenset[str], sets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,15 +155,70 @@ def test_the_best_set_comes_first(features: frozenset[str], sets: list[str], mon
     assert build.describe("avx2").startswith("avx2, ")
 
 
+@pytest.mark.usefixtures("_on_arm")
+@pytest.mark.parametrize(
+    ("features", "sets"),
+    [
+        (ARM_SETS["neon_bf16"] | {"fp", "asimd", "sve"}, ["neon_bf16", "neon"]),
+        (ARM_SETS["neon"] | {"fp", "asimd", "i8mm"}, ["neon"]),
+    ],
+)
+def test_the_best_set_of_arm_comes_first(
+    features: frozenset[str], sets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _features(monkeypatch, *features)
+    assert build.usable_sets() == sets
+    assert build.usable_sets("neon") == ["neon"]
+    assert build.usable_sets(is_float32=True) == build.usable_sets("neon", is_float32=True) == ["neon_float32"]
+    with pytest.raises(ConfigError, match="cpu_isa: avx2 needs avx2, f16c, fma, which this processor lacks; use auto"):
+        build.usable_sets("avx2")
+
+
+@pytest.mark.usefixtures("_on_arm")
+def test_what_an_old_processor_of_arm_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, "fp", "asimd", "crc32")
+    with pytest.raises(NativeUnavailable, match="the processor lacks asimddp, atomics"):
+        build.load(tmp_path)
+    with pytest.raises(ConfigError, match="cpu_isa: neon_bf16 needs asimddp, atomics, bf16, i8mm, which"):
+        build.usable_sets("neon_bf16")
+
+
+@pytest.mark.usefixtures("_on_arm")
+def test_bfloat16_is_not_asked_for_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    _features(monkeypatch, *ARM_SETS["neon_bf16"])
+    with pytest.raises(ConfigError, match="neon_bf16 computes bfloat16 alone; for float32 use auto or neon"):
+        build.usable_sets("neon_bf16", is_float32=True)
+
+
+def test_each_compiler_is_told_of_arms_extensions_as_it_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> str:
+        commands.append(command)
+        Path(command[command.index("-o") + 1]).touch()
+        return ""
+
+    monkeypatch.setattr(compiler, "_run", run)
+    for command in (("g++",), ("python", "-m", "ziglang", "c++")):
+        compiler._build(command, "neon_bf16", tmp_path / "library.so")
+    [by_gcc, _, by_zig, _] = commands
+    assert "-march=armv8.2-a+dotprod+lse+bf16+i8mm" in by_gcc
+    assert "-mcpu=generic+dotprod+lse+bf16+i8mm" in by_zig
+
+
+@pytest.mark.usefixtures("_on_x86")
 def test_a_set_that_the_processor_lacks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _features(monkeypatch, *SETS["avx512_bf16"])
+    _features(monkeypatch, *X86_SETS["avx512_bf16"])
     for ask in (build.describe, lambda isa: build.load(tmp_path, isa)):
         with pytest.raises(ConfigError, match="cpu_isa: amx needs amx_bf16, amx_int8, amx_tile, which this processor"):
             ask("amx")
 
 
+@pytest.mark.usefixtures("_on_x86")
 def test_tiles_that_the_kernel_refuses_leave_the_next_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _features(monkeypatch, *SETS["amx"])
+    _features(monkeypatch, *X86_SETS["amx"])
     monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
     monkeypatch.setattr(build, "compiled", lambda isa, compiler, folder: folder / isa)
 
@@ -156,8 +235,9 @@ def test_tiles_that_the_kernel_refuses_leave_the_next_set(tmp_path: Path, monkey
         build.load(tmp_path, "amx")
 
 
+@pytest.mark.usefixtures("_on_x86")
 def test_an_old_compiler_leaves_the_next_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _features(monkeypatch, *SETS["amx"])
+    _features(monkeypatch, *X86_SETS["amx"])
 
     asked: list[str] = []
 
@@ -182,10 +262,10 @@ def test_a_prebuilt_library_of_this_source_needs_no_compiler(tmp_path: Path, mon
     monkeypatch.setattr(compiler, "PREBUILT", tmp_path)
     monkeypatch.setattr(compiler, "_COMPILERS", ())
     with pytest.raises(NativeUnavailable, match="no C"):
-        build.load(tmp_path / "none", "avx2")
+        build.load(tmp_path / "none", WIDENED)
     shutil.copyfile(path, tmp_path / path.name)
-    assert build.load(tmp_path / "none", "avx2")._name == str(tmp_path / path.name)
-    assert build.describe("avx2") == "avx2, prebuilt"
-    (tmp_path / path.name).rename(tmp_path / "kernels-avx2-0123456789ab-0123456789ab.so")  # of another source
+    assert build.load(tmp_path / "none", WIDENED)._name == str(tmp_path / path.name)
+    assert build.describe(WIDENED) == f"{WIDENED}, prebuilt"
+    (tmp_path / path.name).rename(tmp_path / f"kernels-{WIDENED}-0123456789ab-0123456789ab.so")  # of another source
     with pytest.raises(NativeUnavailable, match="no C"):
-        build.load(tmp_path / "none", "avx2")
+        build.load(tmp_path / "none", WIDENED)

@@ -9,7 +9,7 @@ import torch
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import FLOAT32_SETS, SETS, NativeUnavailable
+from kvferry.engine.cpu.compiler import X86_FLOAT32_SETS, X86_SETS, NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.nn.torch_runner import TorchRunner
 from kvferry.models.default import cache_dir
@@ -79,8 +79,9 @@ def test_whole_numbers_and_experts_are_left_to_torch(checkpoints: Path, tmp_path
 
 
 def test_a_set_without_float32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_cpu_flags", lambda: SETS["amx"])
-    assert build.usable_sets(is_float32=True) == build.usable_sets("avx2", is_float32=True) == list(FLOAT32_SETS)
+    monkeypatch.setattr(build, "FLOAT32_SETS", X86_FLOAT32_SETS)
+    monkeypatch.setattr(build, "_cpu_flags", lambda: X86_SETS["amx"])
+    assert build.usable_sets(is_float32=True) == build.usable_sets("avx2", is_float32=True) == ["avx2_float32"]
     with pytest.raises(ConfigError, match="cpu_isa: amx computes bfloat16 alone; for float32 use auto or avx2"):
         build.usable_sets("amx", is_float32=True)
 

@@ -28,6 +28,7 @@ from kvferry.models.families import FAMILIES
 from ...engine_driver import Driver, engine_config, prompts
 from ...transformers_checkpoints import SMALL, write_model
 from .judged import JUDGED, judged
+from .widened import WIDENED
 
 QWEN3 = SMALL | {
     "num_experts": 16,
@@ -96,7 +97,7 @@ def _error(found: list[SampledToken], expected: list[SampledToken]) -> float:
         ({"num_threads": 3}, TOLERANCE),
         ({"quantization": "int8"}, ROUNDED),
         ({"quantization": "int4"}, ROUNDED),
-        ({"cpu_isa": "avx2"}, TOLERANCE),
+        ({"cpu_isa": WIDENED}, TOLERANCE),
     ],
     ids=str,
 )
@@ -128,7 +129,7 @@ def test_choices_of_deepseek(
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"deterministic": True}, {"cpu_isa": "avx2"}, {"cpu_isa": "avx2", "deterministic": True}], ids=str
+    "fields", [{}, {"deterministic": True}, {"cpu_isa": WIDENED}, {"cpu_isa": WIDENED, "deterministic": True}], ids=str
 )
 def test_stacked_experts_and_sinks(gpt_oss: Path, fields: dict[str, object]) -> None:
     """With biases, in turns, clamped; attention with sinks, in layers with a window and without."""

@@ -3,23 +3,15 @@
 // Every operation gives the bits that sets/avx512.hpp gives, denormals apart: those are not flushed here.
 #pragma once
 
+#include "eights.hpp"
+#include "lanes.hpp"
+
 struct Vector {  // 16 float32
     __m256 low, high;
 };
 struct Words {  // 16 times 32 bits
     __m256i low, high;
 };
-struct Lanes {  // some of 16
-    int first, last;
-};
-using Values = int;  // the first few of 32 elements
-
-inline Lanes between(long first, long last) {  // within 16, whatever the ends
-    return {int(std::clamp(first, 0L, 16L)), int(std::clamp(last, 0L, 16L))};
-}
-inline Lanes lanes(long left) { return between(0, left); }  // those that hold values when `left` remain
-inline Values first_values(long left) { return Values(std::min(left, 32L)); }
-inline bool is_all(Lanes lanes) { return lanes.first == 0 && lanes.last == 16; }
 
 inline Vector operator+(Vector a, Vector b) { return {a.low + b.low, a.high + b.high}; }
 inline Vector operator-(Vector a, Vector b) { return {a.low - b.low, a.high - b.high}; }
@@ -142,6 +134,10 @@ inline float sum_of(Vector x) {  // halves, quarters and so on: the order is eve
     const __m128 two = four + _mm_movehl_ps(four, four);
     return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
 }
+
+// A vector's bits, and the vector that bits are.
+inline Words words_of(Vector x) { return {_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)}; }
+inline Vector meant_by(Words x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
 
 inline void transpose_8(const __m256i* v, __m256i* t) {
     __m256i w[8], x[8];

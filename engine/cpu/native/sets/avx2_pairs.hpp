@@ -8,6 +8,16 @@ inline __m256 odds(__m256i pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(std::int32_t(0xffff0000))));
 }
 
+// Of 8 pairs in memory.
+inline Eight evens(const bf16* pairs) { return evens(_mm256_loadu_si256((const __m256i*)pairs)); }
+inline Eight odds(const bf16* pairs) { return odds(_mm256_loadu_si256((const __m256i*)pairs)); }
+
+// 16 values in order, from vectors of the even and the odd ones.
+inline Vector interleaved(Eight evens, Eight odds) {
+    const __m256 outer = _mm256_unpacklo_ps(evens, odds), inner = _mm256_unpackhi_ps(evens, odds);
+    return {_mm256_permute2f128_ps(outer, inner, 0x20), _mm256_permute2f128_ps(outer, inner, 0x31)};
+}
+
 inline Pairs load_pairs(const bf16* source) {
     return {_mm256_loadu_si256((const __m256i*)source), _mm256_loadu_si256((const __m256i*)(source + 16))};
 }

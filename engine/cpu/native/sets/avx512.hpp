@@ -1,6 +1,8 @@
 // Vectors of 16 in AVX-512 with its bfloat16 products: one register each.
 #pragma once
 
+#include "eights.hpp"
+
 using Vector = __m512;     // 16 float32; + - * / are the compiler's
 using Pairs = __m512i;     // 16 pairs of bfloat16
 using Lanes = __mmask16;   // some of 16

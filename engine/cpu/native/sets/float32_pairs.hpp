@@ -8,8 +8,6 @@ struct Pairs {  // 16 pairs
     Vector first, second;
 };
 
-inline void store(float* target, __m256 values) { _mm256_storeu_ps(target, values); }
-
 inline Pairs load_pairs(const float* source) { return {load(source), load(source + 16)}; }
 inline Pairs load_pairs(const float* source, Values values) {
     return {load(source, lanes(values)), load(source + 16, lanes(values - 16))};
@@ -33,13 +31,11 @@ inline Pairs zip(const float* one, const float* other) {
 // Of 16 rows' 32 values each: those of one row stand in one lane then, its neighbours as pairs.
 inline void transpose_16(Pairs* v) {
     Words early[16], late[16];
-    const auto words = [](Vector x) { return Words{_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)}; };
-    const auto vector = [](Words x) { return Vector{_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; };
-    for (int i = 0; i < 16; i++) early[i] = words(v[i].first), late[i] = words(v[i].second);
+    for (int i = 0; i < 16; i++) early[i] = words_of(v[i].first), late[i] = words_of(v[i].second);
     transpose_16(early);
     transpose_16(late);
     for (int i = 0; i < 8; i++) {
-        v[i] = {vector(early[2 * i]), vector(early[2 * i + 1])};
-        v[8 + i] = {vector(late[2 * i]), vector(late[2 * i + 1])};
+        v[i] = {meant_by(early[2 * i]), meant_by(early[2 * i + 1])};
+        v[8 + i] = {meant_by(late[2 * i]), meant_by(late[2 * i + 1])};
     }
 }

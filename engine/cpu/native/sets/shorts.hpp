@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __ARM_NEON
+#include "neon_shorts.hpp"
+#else
+
 inline std::int32_t two_shorts(const std::int16_t* source) {
     std::int32_t two;
     std::memcpy(&two, source, sizeof two);
@@ -99,5 +103,7 @@ inline void store_two_in_order(const float* sums, int head_dim, Vector scale, El
         store(out + at, whole * scale);
     }
 }
+
+#endif
 
 #endif

@@ -1,4 +1,5 @@
-// The inner loop in AVX2 with FMA, in the order of sets/avx512_products.hpp: of a pair the second product, then the first.
+// The inner loop by float32, of AVX2 and NEON, in the order of sets/avx512_products.hpp: of a pair the second product, then
+// the first.
 //
 // Registers hold the sums of one row and 64 columns, of three and 32, or of five and 16. Inputs are widened once for all
 // columns, a stretch of pairs at a time; weights where they are multiplied, once for all rows.
@@ -22,43 +23,39 @@ struct MatrixUnit {  // there is none
 
 // 8 columns' first or second weights of a pair, of `eight` 0 or 1 from 16 columns on.
 #ifdef KVFERRY_FLOAT32
-inline __m256 first_weights(const float* pairs, int eight) { return _mm256_loadu_ps(pairs + 8 * eight); }
-inline __m256 second_weights(const float* pairs, int eight) { return _mm256_loadu_ps(pairs + 16 + 8 * eight); }
+inline Eight first_weights(const float* pairs, int eight) { return load_8(pairs + 8 * eight); }
+inline Eight second_weights(const float* pairs, int eight) { return load_8(pairs + 16 + 8 * eight); }
 #else
-inline __m256 first_weights(const bf16* pairs, int eight) {
-    return evens(_mm256_loadu_si256((const __m256i*)(pairs + 16 * eight)));
-}
-inline __m256 second_weights(const bf16* pairs, int eight) {
-    return odds(_mm256_loadu_si256((const __m256i*)(pairs + 16 * eight)));
-}
+inline Eight first_weights(const bf16* pairs, int eight) { return evens(pairs + 16 * eight); }
+inline Eight second_weights(const bf16* pairs, int eight) { return odds(pairs + 16 * eight); }
 #endif
 
 // As `add_products` below, of COLUMNS columns and at most a stretch of pairs. `inputs` [ROWS][2 * kStretch].
 template <int ROWS, int COLUMNS, int LINES>
 void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
                  const Element* ahead) {
-    constexpr auto kHint = COLUMNS == kTileColumns ? _MM_HINT_T0 : _MM_HINT_T1;
+    constexpr Near kNear = COLUMNS == kTileColumns ? Near::kFirst : Near::kSecond;
     constexpr int kVectors = COLUMNS / 8;
-    __m256 sum[ROWS][kVectors];
+    Eight sum[ROWS][kVectors];
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++) {
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; i++) {
-            sum[row][i] = is_fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + row * stride + 8 * i);
+            sum[row][i] = is_fresh ? repeat_8(0.0f) : load_8(sums + row * stride + 8 * i);
         }
     }
     // Two vectors of columns at a time: an input is broadcast once for both.
-    const auto add = [&](const float* inputs, int i, __m256 one, __m256 other) __attribute__((always_inline)) {
+    const auto add = [&](const float* inputs, int i, Eight one, Eight other) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; row++) {
-            const __m256 input = _mm256_broadcast_ss(inputs + row * 2 * kStretch);
-            sum[row][i] = _mm256_fmadd_ps(input, one, sum[row][i]);
-            sum[row][i + 1] = _mm256_fmadd_ps(input, other, sum[row][i + 1]);
+            const Eight input = repeat_8(inputs + row * 2 * kStretch);
+            sum[row][i] = fma(input, one, sum[row][i]);
+            sum[row][i + 1] = fma(input, other, sum[row][i + 1]);
         }
     };
     for (long pair = 0; pair < pairs; pair++, weights += 2 * kTileColumns, inputs += 2, ahead += LINES * kLine) {
 #pragma GCC unroll 8
-        for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)(ahead + kLine * i), kHint);
+        for (int i = 0; i < LINES; i++) fetch_line<kNear>(ahead + kLine * i);
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; i += 2) {
             const Element* source = weights + 16 * i;
@@ -70,7 +67,7 @@ void add_stretch(const float* inputs, const Element* weights, long pairs, float*
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kVectors; i++) _mm256_storeu_ps(sums + row * stride + 8 * i, sum[row][i]);
+        for (int i = 0; i < kVectors; i++) store(sums + row * stride + 8 * i, sum[row][i]);
     }
 }
 

@@ -1,4 +1,4 @@
-// One token's attention in AVX2 with FMA: what of it depends on the registers there are.
+// One token's attention by float32, of AVX2 and NEON: what of it depends on the registers there are.
 //
 // Keys and values are widened once for all heads. Sums of a head are 8 lanes wide; of a token's weighted values the even
 // dimensions of 16 stand before the odd ones, because that is how pairs are widened (float32: all in order). Keys are
@@ -15,28 +15,22 @@ constexpr int kManyDimensions = HEADS == 1 ? 64 : HEADS == 4 ? 16 : 32;  // sums
 
 // 16 elements in the order in which they are cheapest to widen.
 struct Sixteen {
-    __m256 early, late;
+    Eight early, late;
 };
 
 #ifdef KVFERRY_FLOAT32
-inline Sixteen sixteen(const float* source) { return {_mm256_loadu_ps(source), _mm256_loadu_ps(source + 8)}; }
+inline Sixteen sixteen(const float* source) { return {load_8(source), load_8(source + 8)}; }
 inline Vector in_order(Sixteen x) { return {x.early, x.late}; }
 #else
-inline Sixteen sixteen(const bf16* source) {
-    const __m256i pairs = _mm256_loadu_si256((const __m256i*)source);
-    return {evens(pairs), odds(pairs)};
-}
-inline Vector in_order(Sixteen x) {
-    const __m256 outer = _mm256_unpacklo_ps(x.early, x.late), inner = _mm256_unpackhi_ps(x.early, x.late);
-    return {_mm256_permute2f128_ps(outer, inner, 0x20), _mm256_permute2f128_ps(outer, inner, 0x31)};
-}
+inline Sixteen sixteen(const bf16* source) { return {evens(source), odds(source)}; }
+inline Vector in_order(Sixteen x) { return interleaved(x.early, x.late); }
 #endif
 
 inline void set_query(const Element* query, int head_dim, Query* target) {
     for (int at = 0; at < head_dim; at += 16) {
         const Sixteen part = sixteen(query + at);
-        _mm256_storeu_ps(target + at, part.early);
-        _mm256_storeu_ps(target + at + 8, part.late);
+        store(target + at, part.early);
+        store(target + at + 8, part.late);
     }
 }
 
@@ -46,31 +40,21 @@ inline const Weight* weights_to_add(const Element* weights, long count, float* m
     return memory;
 }
 
-// Lane i of the 8 is the sum of all lanes of v[i].
-inline __m256 sums_of_8(const __m256* v) {
-    const auto halved = [](__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); };
-    const __m256 even = halved(halved(v[0], v[4]), halved(v[2], v[6]));  // in each half parts of 0, 2, 4, 6
-    const __m256 odd = halved(halved(v[1], v[5]), halved(v[3], v[7]));
-    const auto whole = [](__m256 x) { return _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1); };
-    const __m128 a = whole(even), b = whole(odd);
-    return _mm256_set_m128(_mm_unpackhi_ps(a, b), _mm_unpacklo_ps(a, b));
-}
-
 // scores[h * score_stride + i] = query h times key i of 16 keys; of those past `count`, times the last one.
 template <int HEADS>
 void score_16(const Query* queries, long query_stride, const Element* keys, int head_dim, int count, float* scores,
               long score_stride) {
     constexpr int kKeys = HEADS == 4 ? 2 : HEADS == 1 ? 8 : 4;  // whose sums stay in registers
-    __m256 sums[HEADS][16];
+    Eight sums[HEADS][16];
 #pragma GCC unroll 1
     for (int first = 0; first < 16; first += kKeys) {
         const Element* key[kKeys];
-        __m256 sum[kKeys][HEADS];
+        Eight sum[kKeys][HEADS];
 #pragma GCC unroll 8
         for (int i = 0; i < kKeys; i++) {
             key[i] = keys + std::min(first + i, count - 1) * head_dim;
 #pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) sum[i][h] = _mm256_setzero_ps();
+            for (int h = 0; h < HEADS; h++) sum[i][h] = repeat_8(0.0f);
         }
         for (int at = 0; at < head_dim; at += 16) {
 #pragma GCC unroll 8
@@ -79,8 +63,8 @@ void score_16(const Query* queries, long query_stride, const Element* keys, int 
 #pragma GCC unroll 4
                 for (int h = 0; h < HEADS; h++) {
                     const Query* query = queries + h * query_stride + at;
-                    sum[i][h] = _mm256_fmadd_ps(part.late, _mm256_loadu_ps(query + 8), sum[i][h]);
-                    sum[i][h] = _mm256_fmadd_ps(part.early, _mm256_loadu_ps(query), sum[i][h]);
+                    sum[i][h] = fma(part.late, load_8(query + 8), sum[i][h]);
+                    sum[i][h] = fma(part.early, load_8(query), sum[i][h]);
                 }
             }
         }
@@ -91,8 +75,8 @@ void score_16(const Query* queries, long query_stride, const Element* keys, int 
         }
     }
     for (int h = 0; h < HEADS; h++) {
-        _mm256_storeu_ps(scores + h * score_stride, sums_of_8(sums[h]));
-        _mm256_storeu_ps(scores + h * score_stride + 8, sums_of_8(sums[h] + 8));
+        store(scores + h * score_stride, sums_of_8(sums[h]));
+        store(scores + h * score_stride + 8, sums_of_8(sums[h] + 8));
     }
 }
 
@@ -106,7 +90,7 @@ public:
         for (int h = 0; h < HEADS; h++) {
 #pragma GCC unroll 8
             for (int i = 0; i < kVectors; i++) {
-                sum_[h][i] = _mm256_loadu_ps(sums + h * stride + 8 * i) * _mm256_set1_ps(factors[h]);
+                sum_[h][i] = load_8(sums + h * stride + 8 * i) * repeat_8(factors[h]);
             }
         }
     }
@@ -122,7 +106,7 @@ public:
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
 #pragma GCC unroll 8
-            for (int i = 0; i < kVectors; i++) _mm256_storeu_ps(sums + h * stride + 8 * i, sum_[h][i]);
+            for (int i = 0; i < kVectors; i++) ::store(sums + h * stride + 8 * i, sum_[h][i]);
         }
     }
 
@@ -135,14 +119,14 @@ private:
             const Sixteen value = sixteen(values + 8 * i);
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) {
-                const __m256 weight = _mm256_broadcast_ss(weights + h * stride);
-                sum_[h][i] = _mm256_fmadd_ps(weight, value.early, sum_[h][i]);
-                sum_[h][i + 1] = _mm256_fmadd_ps(weight, value.late, sum_[h][i + 1]);
+                const Eight weight = repeat_8(weights + h * stride);
+                sum_[h][i] = fma(weight, value.early, sum_[h][i]);
+                sum_[h][i + 1] = fma(weight, value.late, sum_[h][i + 1]);
             }
         }
     }
 
-    __m256 sum_[HEADS][kVectors];
+    Eight sum_[HEADS][kVectors];
     const int head_dim_;
 };
 
