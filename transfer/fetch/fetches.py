@@ -11,10 +11,8 @@ did not bring is computed. The cache is all that the two share, so a fetch holds
 longer than a lease lasts.
 
 When a read is done on all ranks we look at the clock: until then the blocks were pinned over there (`lending.py`), so
-that what we have is what was asked for, whatever happened meanwhile to either process. Blocks of ours into which
-something may still land belong to nobody else until every rank says that it is over (`given_up.py`).
-
-Pure over BlockPool and Clock, for all ranks. The caller holds the worker's lock.
+that what we have is what was asked for. Blocks of ours into which something may still land belong to nobody else until
+every rank says that it is over (`given_up.py`). Pure over BlockPool and Clock; the caller holds the worker's lock.
 """
 
 from __future__ import annotations
