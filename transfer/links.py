@@ -61,7 +61,7 @@ class KVLinks:
             self._channels[kv_address] = [message]
             task = asyncio.get_running_loop().create_task(self._run(kv_address))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._on_ended)
 
     async def _run(self, kv_address: str) -> None:
         try:
@@ -85,6 +85,12 @@ class KVLinks:
         finally:
             del self._channels[kv_address]
             self._on_lost(kv_address)
+
+    def _on_ended(self, task: asyncio.Task[None]) -> None:
+        """Tell why a link ended that should not have: with a worker whose other rank is gone, messages find nobody."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("kv_link_failed", error=f"{type(error).__name__}: {error}")
 
     async def close(self) -> None:
         for task in list(self._tasks):

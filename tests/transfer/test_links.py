@@ -1,0 +1,35 @@
+"""The control sockets of handoffs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from structlog.testing import capture_logs
+
+from kvferry.common.errors import WorkerLost
+from kvferry.tools.load.server_process import free_port
+from kvferry.transfer.links import KVLinks
+from kvferry.wire.credentials import SharedSecret
+from kvferry.wire.handoff import KVRenew
+
+
+@pytest.mark.parametrize("reason", ["", "rank 1 ended"])
+async def test_a_link_whose_end_cannot_be_told_is_logged(reason: str) -> None:
+    """Nobody listens there, so that it ends at once."""
+    lost: list[str] = []
+
+    def on_lost(kv_address: str) -> None:
+        lost.append(kv_address)
+        if reason:
+            raise WorkerLost(reason)
+
+    address = f"127.0.0.1:{free_port()}"
+    links = KVLinks("p-0", SharedSecret(b"x" * 32), lambda *_: None, on_lost)
+    with capture_logs() as logs:
+        links.send(address, KVRenew(opens=()))
+        await asyncio.wait(links._tasks, timeout=20.0)
+        await asyncio.sleep(0)  # what is called back then
+    assert lost == [address]
+    told = [line["error"] for line in logs if line["event"] == "kv_link_failed"]
+    assert told == ([f"WorkerLost: {reason}"] if reason else [])
