@@ -26,6 +26,7 @@ from ..common.lifeline import MAX_EVENT_BYTES, Event, decode_event, lifeline_pai
 from .forking import ForkServer
 
 _STDERR = 2
+_REAPED_WITHIN_S = 5.0  # after SIGKILL: moments, unless its disk stands still
 
 
 class Command(NamedTuple):
@@ -166,6 +167,7 @@ async def running(
             yield child
         finally:
             child.end()
+            await within(_REAPED_WITHIN_S, child.wait())
 
 
 async def _spawn(command: Command, theirs: socket.socket, stderr_fd: int | None) -> Process:

@@ -31,6 +31,11 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Somebody may be writing the last one."""
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+
+
 def note(config: dict[str, Any], name: str, **facts: object) -> None:
     """Append a line about this life to a file beside the model, for the test to read."""
     line = {"name": name, "pid": os.getpid(), "config": config, "env": dict(os.environ), **facts}
@@ -66,10 +71,10 @@ def run_router(config: dict[str, Any], lifeline: Lifeline, http_fd: int) -> None
     lifeline.listen(hear)
     told, num_wished = None, 0
     while True:
-        for wish in wishes.read_text().splitlines()[num_wished:] if wishes.exists() else ():
+        for wish in whole_lines(wishes)[num_wished:]:
             num_wished += 1
             lifeline.send(json.loads(wish))
-        workers = {life["name"]: life["pid"] for life in map(json.loads, lives.read_text().splitlines())}
+        workers = {life["name"]: life["pid"] for life in map(json.loads, whole_lines(lives))}
         workers.pop("router")
         if workers != told:
             lifeline.send({"event": "pools", "reasons": [], "workers": workers})

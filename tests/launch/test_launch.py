@@ -30,6 +30,8 @@ from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.wire.address import Address
 
+from .launch_stubs import whole_lines
+
 STUBS = str(Path(__file__).parent / "launch_stubs.py")
 ROUTER = (sys.executable, STUBS, "router")
 WORKER = (sys.executable, STUBS, "worker")
@@ -101,8 +103,8 @@ def deployment(
 
 
 def lives(tmp_path: Path, name: str | None = None) -> list[dict[str, Any]]:
-    text = (tmp_path / "lives.jsonl").read_text()
-    return [life for line in text.splitlines() if (life := json.loads(line))["name"] == (name or life["name"])]
+    lines = whole_lines(tmp_path / "lives.jsonl")
+    return [life for line in lines if (life := json.loads(line))["name"] == (name or life["name"])]
 
 
 def processes(tmp_path: Path) -> list[int]:
@@ -357,9 +359,8 @@ def test_back_off_doubles_up_to_its_bound() -> None:
 
 LAUNCH = """
 import asyncio, sys
-sys.path.insert(0, {tests!r})
-import test_launch as t
 from pathlib import Path
+from kvferry.tests.launch import test_launch as t
 
 async def main():
     recorder = t.Recorder()
@@ -373,8 +374,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 async def test_children_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
-    script = LAUNCH.format(tests=str(Path(__file__).parent))
-    launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=subprocess.PIPE)
+    launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", LAUNCH, str(tmp_path), stdout=subprocess.PIPE)
     assert launcher.stdout is not None
     assert await asyncio.wait_for(launcher.stdout.readline(), WAIT_S) == b"serving\n"
     pids = processes(tmp_path)
@@ -452,7 +452,7 @@ async def test_a_reload_reaches_every_process_and_restarts_none(tmp_path: Path) 
     async with running(deployment(tmp_path, routers=2), recorder) as launcher:
         before = processes(tmp_path)
         assert await launcher.reload() == []
-        heard = [json.loads(line) for line in (tmp_path / "heard.jsonl").read_text().splitlines()]
+        heard = [json.loads(line) for line in whole_lines(tmp_path / "heard.jsonl")]
         assert len({event["pid"] for event in heard if event["event"] == "reload"}) == 2
         assert recorder.notes[-1] == "keys and secrets are read again"
         assert processes(tmp_path) == before

@@ -22,6 +22,7 @@ from kvferry.launch.process import ChildTimes
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 
+from .launch_stubs import whole_lines
 from .test_launch import ROUTER, WAIT_S, Recorder, lives, running, until_gone, until_lives
 
 T = TypeVar("T")
@@ -70,8 +71,7 @@ class StubRequests:
         return self._seq
 
     def heard(self) -> list[dict[str, Any]]:
-        path = self._folder / "heard.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in whole_lines(self._folder / "heard.jsonl")]
 
     def fleets(self) -> list[dict[str, Any]]:
         """Every word about the fleet that a router was told."""
@@ -168,6 +168,7 @@ async def test_one_router_decides_and_all_hear_of_it(tmp_path: Path) -> None:
 
 async def test_the_next_router_decides_when_the_first_has_gone(tmp_path: Path) -> None:
     async with scaling(fitted(tmp_path, routers=2), tmp_path) as (launcher, wishes, recorder):
+        await recorder.until_ready("router-1", 1)  # else the first one's next life may be there before it
         first, second = (child.pid for child in launcher.routers.children)
         assert first is not None
         os.kill(first, 9)
