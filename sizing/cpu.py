@@ -8,6 +8,8 @@
     layer       a layer's calls and the threads' meetings, by however many rows
     step        Python, sampling and all else that is there once
 
+Of the last layer a prompt's tokens need keys and values alone: behind these only rows that sample are computed.
+
 None of the rates is a model's: `benchmarks/sizing/probe.py` takes them from shapes of its own, with plain weights
 and a number of threads. Pure.
 """
@@ -29,16 +31,21 @@ class CpuSteps(Roofline):
     def _products_s(self, params: float, rows: float) -> float:
         return params * self.rates.product_s(rows) / self.num_gpus if rows else 0.0
 
+    def _experts_s(self, params: float, tokens: float) -> float:
+        if not params or not tokens:
+            return 0.0
+        model = self.model
+        chosen = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
+        return self._products_s(params * chosen / model.num_experts, tokens * model.experts_per_token / chosen)
+
     def terms(self, work: StepWork) -> Terms:
         model, rates, sampled = self.model, self.rates, work.decode_rows + work.draft_tokens
         tokens = work.prefill_tokens + sampled
         experts = model.num_params * model.expert_share if model.num_experts else 0.0
-        products_s = self._products_s(model.num_params - experts - model.head_params, tokens)
-        if experts and tokens:
-            chosen = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
-            rows = tokens * model.experts_per_token / chosen
-            products_s += self._products_s(experts * chosen / model.num_experts, rows)
-        products_s += self._products_s(model.head_params, sampled or 1)
+        rows, last_experts = sampled or 1, min(experts, model.last_experts)
+        products_s = self._products_s(model.num_params - experts - model.head_params - model.last_params, tokens)
+        products_s += self._experts_s(experts - last_experts, tokens) + self._experts_s(last_experts, rows)
+        products_s += self._products_s(model.last_params + model.head_params, rows)
         score_s = rates.score_s + model.head_dim * rates.score_item_s
         return Terms(
             products=products_s + tokens * model.values_per_token * rates.value_s / self.num_gpus,

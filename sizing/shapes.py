@@ -21,6 +21,7 @@ from .work import (
     count_params,
     exchanged_bytes,
     flops_per_pair,
+    num_causal_pairs,
     num_prompt_pairs,
     num_sums,
     num_values,
@@ -62,8 +63,11 @@ class ModelShape:
     num_sums: int = 0  # over the GPUs, in a step
     row_exchange_s: float = 0.0  # of a decode row among one GPU's: to its experts' GPUs and back, in all layers
     head_dim: int = 0
-    scores_per_pair: float = 0.0  # of a prompt's query token and key token: heads of all layers
+    scores_per_pair: float = 0.0  # of a prompt's query token and key token: heads of all layers but the last
     values_per_token: float = 0.0  # of activations, read or written beside products
+    # Of the last layer, what rows that sample alone go through where C++ computes: behind keys and values; its experts.
+    last_params: float = 0.0
+    last_experts: float = 0.0
 
     @property
     def active_params(self) -> float:
@@ -111,6 +115,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         quantization.check_float8(has_products=gpu.fp8_tflops is not None, is_float32=is_float32)
     chosen = 0.0 if experts is None else experts.num_chosen / experts.num_experts
     keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
+    scored = pairs - num_causal_pairs(context, model.sliding_windows[-1])
     pair = flops_per_pair(model)
     return ModelShape(
         name=model.architecture,
@@ -136,8 +141,10 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         exchanged_bytes=exchanged_bytes(1, num_ranks, item_bytes(engine, model), model, engine.expert_exchange),
         num_sums=num_sums(model, engine.expert_exchange) if num_ranks > 1 else 0,
         head_dim=model.head_dim,
-        scores_per_pair=2 * model.num_qo_heads * pairs / (context * (context + 1)),
+        scores_per_pair=2 * model.num_qo_heads * scored / (context * (context + 1)),
         values_per_token=num_values(model),
+        last_params=params.last,
+        last_experts=params.last_experts,
     )
 
 

@@ -11,6 +11,7 @@ Not counted, as they take next to nothing: norms' weights, biases, sampling. Pur
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 from ..common.config import ExpertExchange
@@ -20,6 +21,7 @@ from .weights import is_expert
 
 _EXCHANGES = 4  # in place of a sum: numbers of rows, rows to their experts, results back, a join of all
 _SUM_BYTES, _CHOICE_BYTES = 4, 8  # of a number that comes back; of an expert's number and its weight
+_PROJECTED = re.compile(r"\.(q|k|v|qkv|q_a|q_b|kv_b)_proj|\.kv_a_proj_with_mqa")  # of all tokens, in every layer
 _SUMS = 2  # over the ranks in each layer: behind attention's output, and behind the feed-forward
 
 
@@ -29,13 +31,19 @@ class Params(NamedTuple):
     layers: int  # without routed experts
     experts: int  # routed ones, all of them
     head: int  # multiplied by the rows that sample, alone
+    last: int  # of `layers`, what stands behind the last one's queries, keys and values
+    last_experts: int  # of `experts`, the last layer's
 
 
 def count_params(model: ModelConfig) -> Params:
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(model).items() if len(shape) >= 2}
     sizes = {name: size for name, size in sizes.items() if ".layers." in name}
-    experts = sum(size for name, size in sizes.items() if is_expert(name))
-    return Params(sum(sizes.values()) - experts, experts, model.vocab_size * model.hidden_size)
+    experts = {name: size for name, size in sizes.items() if is_expert(name)}
+    num_experts, behind = sum(experts.values()), f".layers.{model.num_layers - 1}."
+    last = sum(size for name, size in sizes.items() if behind in name and not _PROJECTED.search(name))
+    last_experts = sum(size for name, size in experts.items() if behind in name)
+    head = model.vocab_size * model.hidden_size
+    return Params(sum(sizes.values()) - num_experts, num_experts, head, last - last_experts, last_experts)
 
 
 def flops_per_pair(model: ModelConfig) -> int:

@@ -63,11 +63,12 @@ def prefill_work(model: ModelConfig, num_tokens: int, item_bytes: int) -> Work:
     """A prompt from nothing to its first token, in one pass over the weights whatever the chunks are.
 
     FLOP: 2 P n for the products, 4 * num_qo_heads * head_dim for each causal pair and layer (2 L H D n^2 without a
-    window), and the head for the one row that samples.
+    window), and the head for the one row that samples. The last layer is counted whole: an engine that computes that
+    row alone behind its keys and values has so much less to do.
     """
     pairs = num_prompt_pairs(num_tokens, model)
-    weights, _, head = count_params(model)
+    params = count_params(model)
     return Work(
-        flops=2 * weights * num_tokens + flops_per_pair(model) * pairs + 2 * head,
-        num_bytes=(weights + head) * item_bytes,
+        flops=2 * params.layers * num_tokens + flops_per_pair(model) * pairs + 2 * params.head,
+        num_bytes=(params.layers + params.head) * item_bytes,
     )

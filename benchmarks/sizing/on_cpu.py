@@ -1,7 +1,7 @@
 """Step and prompt times on this machine's CPU, computed from what was measured on it, beside an engine's own.
 
 Computed twice: from what each part of a step takes (`probe.py`), which the bar is for, and from two rates, of large
-products and of reads of memory (`shared/rates.py`). Both are taken before and after each model, and the better of these
+products and of reads of memory (`shared/rates.py`). Both are taken before and after each case, and the better of these
 two is what it is computed from: a machine's speed changes within minutes. The engine is a worker's, with its scheduler
 and step loop. Of steps and prompts the best counts: whatever else runs only takes away.
 """
@@ -74,16 +74,15 @@ def measure(
     rates, rows = list[MeasuredRates](), list[CpuRow]()
 
     def take_rates() -> None:
-        probe.measure(4 * rounds)
+        probe.measure(2 * rounds)
         tell("rates")
         rates.append(measure_rates(cpu, torch.bfloat16))
 
     take_rates()
     for name in names:
-        measured = list(_measure_model(name, scratch, threads, rounds, tell))
-        take_rates()
-        around, probed = best_of(rates[-2:]), probe.rates(sittings=2)
-        rows += [_row(each, around, probed) for each in measured]
+        for measured in _measure_model(name, scratch, threads, rounds, tell):
+            take_rates()
+            rows.append(_row(measured, best_of(rates[-2:]), probe.rates(sittings=2)))
     return best_of(rates), probe.rates(), rows
 
 

@@ -43,8 +43,10 @@ def test_a_step_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     cache = 8 * 1000 * 2 * 32 * 8 * 128 * 2
     rows = (params.layers + params.head) * 120e-12 + 8 * values * 1e-9 + cache * 1e-10 + 1e-3
     assert sizer.decode(8).expected_s == pytest.approx(rows, rel=1e-6)
-    scores = 64 * 65 / 2 * 32 * 32 * (1e-9 + 128 * 1e-11)
-    prompt = params.layers * 640e-12 + params.head * 100e-12 + 64 * values * 1e-9 + scores + 1e-3
+    scores = 64 * 65 / 2 * 31 * 32 * (1e-9 + 128 * 1e-11)  # behind the last layer's keys there is one row
+    assert params.last == 4096 * 4096 + 3 * 4096 * 14336
+    prompt = (params.layers - params.last) * 640e-12 + (params.last + params.head) * 100e-12 + 64 * values * 1e-9
+    prompt += scores + 1e-3
     assert sizer.prompt(64).expected_s == pytest.approx(prompt, rel=1e-6)
     assert sizer.decode(8).bound_s < sizer.decode(8).expected_s
     narrow = Sizer(ENGINE.model_copy(update={"kv_cache_dtype": "int8"}), model, probed_cpu(64, RATES), 1000)
@@ -61,3 +63,4 @@ def test_experts_are_multiplied_by_the_rows_that_chose_them(tmp_path: Path) -> N
     alone = (params.layers + params.head + params.experts * 8 / 128) * 100e-12
     alone += num_values(model) * 1e-9 + 1000 * 2 * 48 * 4 * 128 * 2 * 1e-10 + 1e-3
     assert sizer.decode(1).expected_s == pytest.approx(alone, rel=1e-2)
+    assert params.last_experts == params.experts / 48
