@@ -1,9 +1,10 @@
 """Step and prompt times on this machine's CPU, computed from what was measured on it, beside an engine's own.
 
 Computed twice: from what each part of a step takes (`probe.py`), which the bar is for, and from two rates, of large
-products and of reads of memory (`shared/rates.py`). Both are taken before and after each case, and the better of these
-two is what it is computed from: a machine's speed changes within minutes. The engine is a worker's, with its scheduler
-and step loop. Of steps and prompts the best counts: whatever else runs only takes away.
+products and of reads of memory (`shared/rates.py`). A machine's speed changes within a minute, so a case and these are
+taken in turns: a round is computed from what was taken right before and behind it, and the one with the median error
+counts. The engine is a worker's, with its scheduler and step loop. Of a round's steps the best counts: whatever else
+runs only takes away.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvferry.benchmarks.shared.long_model import with_positions
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
@@ -23,13 +26,17 @@ from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.figures import Sizer, Time
 from kvferry.sizing.hardware import Gpu, measured_cpu, probed_cpu
 
+if TYPE_CHECKING:
+    from kvferry.benchmarks.engine.load import LoadedEngine  # which imports torch
+
 WITHIN = 0.15
 MODELS = ("built-in", "llama-small", "llama-wide")
 _DECODE = ((1, 128), (1, 2048), (8, 512))  # rows, tokens of context
 _PREFILL = (512, 2048)
 _POSITIONS = 4096
 _MEMORY_GB = 1e3  # as much as it takes: it is not what is asked here
-_STEPS = 48
+_STEPS, _PROMPTS = 48, 2  # of a case in a round
+_PROBE_ROUNDS = 3  # some two seconds
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,12 +60,12 @@ class CpuRow:
 
 
 @dataclass(slots=True, frozen=True)
-class _Measured:
+class _Case:
     model: str
     config: EngineConfig
     num_rows: int  # 0: a prompt
     context: int
-    seconds: float
+    run: Callable[[], float]  # seconds
 
 
 def measure(
@@ -74,21 +81,24 @@ def measure(
     rates, rows = list[MeasuredRates](), list[CpuRow]()
 
     def take_rates() -> None:
-        probe.measure(2 * rounds)
-        tell("rates")
+        probe.measure(_PROBE_ROUNDS)
         rates.append(measure_rates(cpu, torch.bfloat16))
 
-    take_rates()
-    for name in names:
-        for measured in _measure_model(name, scratch, threads, rounds, tell):
+    def in_turns(case: _Case) -> CpuRow:
+        found = []
+        for _ in range(rounds):
             take_rates()
-            rows.append(_row(measured, best_of(rates[-2:]), probe.rates(sittings=2)))
+            seconds = case.run()
+            take_rates()
+            found.append(_row(case, seconds, best_of(rates[-2:]), probe.rates(sittings=2)))
+        return sorted(found, key=lambda row: row.error)[rounds // 2]
+
+    for name in names:
+        rows += [in_turns(case) for case in _cases(name, scratch, threads, tell)]
     return best_of(rates), probe.rates(), rows
 
 
-def _measure_model(
-    name: str, scratch: Path, threads: int, rounds: int, tell: Callable[[str], None]
-) -> Iterator[_Measured]:
+def _cases(name: str, scratch: Path, threads: int, tell: Callable[[str], None]) -> Iterator[_Case]:
     from kvferry.benchmarks.engine.load import LoadedEngine
     from kvferry.engine.engine import Engine
 
@@ -109,25 +119,33 @@ def _measure_model(
         loaded.prefill(64)
         for rows, context in _DECODE:
             tell(f"{name}: decode {rows}@{context}")
-            times = [t for _ in range(rounds) for t in loaded.decode(rows, context, _STEPS).step_s]
-            yield _Measured(name, config, rows, context + _STEPS // 2, min(times))
+            run = partial(_least_step_s, loaded, rows, context)
+            yield _Case(name, config, rows, context + _STEPS // 2, run)
         for tokens in _PREFILL:
             tell(f"{name}: prefill {tokens}")
-            yield _Measured(name, config, 0, tokens, min(loaded.prefill(tokens).elapsed_s for _ in range(rounds)))
+            yield _Case(name, config, 0, tokens, partial(_least_prompt_s, loaded, tokens))
     finally:
         loaded.close()
 
 
-def _row(measured: _Measured, rates: MeasuredRates, probed: CpuRates) -> CpuRow:
+def _least_step_s(loaded: LoadedEngine, rows: int, context: int) -> float:
+    return min(loaded.decode(rows, context, _STEPS).step_s)
+
+
+def _least_prompt_s(loaded: LoadedEngine, num_tokens: int) -> float:
+    return min(loaded.prefill(num_tokens).elapsed_s for _ in range(_PROMPTS))
+
+
+def _row(measured: _Case, seconds: float, rates: MeasuredRates, probed: CpuRates) -> CpuRow:
     two = measured_cpu(_MEMORY_GB, rates.read_bytes_per_s / 1e9, rates.matmul_flops_per_s / 1e12)
     time, by_two = (_computed(measured, cpu) for cpu in (probed_cpu(_MEMORY_GB, probed), two))
     rows = measured.num_rows
     case = f"TPOT, {rows} rows at {measured.context}" if rows else f"prefill of {measured.context}"
     by_two_ms = by_two.expected_s * 1e3
-    return CpuRow(measured.model, case, measured.seconds * 1e3, time.expected_s * 1e3, by_two_ms, time.binding)
+    return CpuRow(measured.model, case, seconds * 1e3, time.expected_s * 1e3, by_two_ms, time.binding)
 
 
-def _computed(measured: _Measured, cpu: Gpu) -> Time:
+def _computed(measured: _Case, cpu: Gpu) -> Time:
     from kvferry.models.config import ModelConfig
 
     sizer = Sizer(measured.config, ModelConfig.from_dir(measured.config.model_dir), cpu, measured.context)

@@ -92,11 +92,21 @@ class Cluster:
         """The server's processes whose command line contains `word`."""
         found = psutil.Process(self.process.pid).children(recursive=True)
         found += [psutil.Process(worker.pid) for worker in self.workers if worker.poll() is None]
-        return [child for child in found if word in " ".join(child.cmdline())]
+        running = []
+        for child in found:
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if word in " ".join(child.cmdline()):
+                    running.append(child)
+        return running
 
     def programs(self, name: str = "") -> list[psutil.Process]:
         """The routers and workers whose names begin so: a worker's is its id, `p-0` or `d-0`."""
-        return [child for child in self.children() if (own := program_name(child)) and own.startswith(name)]
+        running = []
+        for child in self.children():
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if (own := program_name(child)) and own.startswith(name):
+                    running.append(child)
+        return running
 
 
 def wait_until(condition: object, what: str, limit_s: float = WAIT_LIMIT_S) -> None:
