@@ -86,8 +86,8 @@ def measure(
 
     def in_turns(case: _Case) -> CpuRow:
         found = []
+        take_rates()
         for _ in range(rounds):
-            take_rates()
             seconds = case.run()
             take_rates()
             found.append(_row(case, seconds, best_of(rates[-2:]), probe.rates(sittings=2)))
