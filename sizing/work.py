@@ -83,8 +83,12 @@ def num_values(model: ModelConfig) -> int:
 
 def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
     """Count a step's sums over the ranks, and what takes their place."""
-    num_sparse = sum(model.sparse_layers) if exchange == "all_to_all" else 0
-    return _SUMS * model.num_layers + 1 + num_sparse * (_EXCHANGES - 1)
+    return _SUMS * model.num_layers + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
+
+
+def _num_exchanged(model: ModelConfig, exchange: ExpertExchange) -> int:
+    """Count the layers whose experts' tokens are exchanged."""
+    return sum(model.sparse_layers) if exchange == "all_to_all" else 0
 
 
 def exchanged_bytes(
@@ -92,9 +96,9 @@ def exchanged_bytes(
 ) -> float:
     """Return the bytes that each rank sends in a step of so many tokens: rings, 2 (n - 1) / n of each sum."""
     ring = model.hidden_size * item_bytes * 2 * (num_ranks - 1) / num_ranks
-    num_sparse = sum(model.sparse_layers) if exchange == "all_to_all" and num_ranks > 1 else 0
-    routed = _routed_bytes(num_ranks, item_bytes, model) if num_sparse else 0.0
-    return num_tokens * ((num_sums(model) - num_sparse) * ring + num_sparse * routed)
+    num_exchanged = _num_exchanged(model, exchange)
+    routed = _routed_bytes(num_ranks, item_bytes, model) if num_exchanged else 0.0
+    return num_tokens * ((num_sums(model) - num_exchanged) * ring + num_exchanged * routed)
 
 
 def _routed_bytes(num_ranks: int, item_bytes: int, model: ModelConfig) -> float:
