@@ -123,6 +123,11 @@ class EngineConfig(Settings):
     seed: int = 0
     num_threads: PositiveInt | None = None  # CPU threads of one rank; None: set by the launcher
 
+    @property
+    def exchanges_experts(self) -> bool:
+        """Tell whether a rank sends tokens to the ranks of their experts alone, instead of summing over all."""
+        return self.expert_exchange == "all_to_all"
+
 
 class TransferConfig(Settings):
     """Settings of the handoff, with its times in seconds. Lease arithmetic: transfer/send/sender.py."""

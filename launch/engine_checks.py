@@ -60,7 +60,7 @@ def lacks_native(engine: EngineConfig, model: ModelConfig) -> list[str]:
     Raises ConfigError for a quantization that does not go with the checkpoint.
     """
     quantization = chosen_quantization(model.quantization, engine.quantization)
-    is_exchanged = engine.expert_exchange == "all_to_all"
+    is_exchanged = engine.exchanges_experts
     return not_in_native(model, quantization, is_float32=is_float32(engine, model), is_exchanged=is_exchanged)
 
 

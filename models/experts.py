@@ -183,12 +183,12 @@ def expert_plan(
     if engine.expert_plan is not None:
         layers = [layer for layer, is_sparse in enumerate(sparse_layers) if is_sparse]
         plan = read_plan(engine.expert_plan, num_ranks=num_ranks, num_experts=num_experts, sparse_layers=layers)
-    return replace(plan, is_exchanged=engine.expert_exchange == "all_to_all")
+    return replace(plan, is_exchanged=engine.exchanges_experts)
 
 
 def check_exchange(engine: EngineConfig) -> None:
     """Refuse to exchange tokens where no rank has whole experts that another one lacks. Raises ConfigError."""
-    if engine.expert_exchange == "sum":
+    if not engine.exchanges_experts:
         return
     if not engine.enable_expert_parallel:
         raise ConfigError(f"expert_exchange: {engine.expert_exchange} needs enable_expert_parallel")

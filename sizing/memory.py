@@ -100,7 +100,7 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
         inner = 3 * experts.intermediate_size // engine.tensor_parallel_size
         rows = min(num_tokens, _EXPERT_ROWS) * experts.num_chosen
         activations += rows * (3 * model.hidden_size + inner) * item_bytes(engine, model)
-        if engine.expert_exchange == "all_to_all":  # at worst all rows come to one rank, and their sums go back
+        if engine.exchanges_experts:  # at worst all rows come to one rank, and their sums go back
             activations += num_tokens * model.hidden_size * (item_bytes(engine, model) + ITEM_BYTES["float32"])
     counted = rank_weights(engine.model_copy(update={"device": "cuda"}), model)
     widening = _WIDENING_BYTES if counted.nibbles else 0

@@ -97,7 +97,7 @@ class WeightCounter:
         self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
         is_float32 = self._item_bytes == ITEM_BYTES["float32"]
-        self._is_exchanged = engine.expert_exchange == "all_to_all" and num_ranks > 1
+        self._is_exchanged = engine.exchanges_experts and num_ranks > 1
         missing = not_in_native(model, quantization, is_float32=is_float32, is_exchanged=self._is_exchanged)
         self._has_tiles = not (self._on_gpu or missing)
         self._quantization = quantization if self._on_gpu or self._has_tiles else None

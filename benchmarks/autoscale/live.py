@@ -256,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
     add("--seed", type=int, default=0)
     add("--log-dir", type=Path)
-    add("--save", type=Path, default=RESULTS_DIR / "autoscale-live.json", metavar="FILE")
+    add("--json", type=Path, default=RESULTS_DIR / "autoscale-live.json", metavar="FILE")
     return parser
 
 

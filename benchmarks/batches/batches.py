@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gap", type=float, default=1.5, help="seconds between them, in the mean")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--log-dir", type=Path, default=Path("/tmp/kvferry-batches"))
-    parser.add_argument("--save", type=Path, default=RESULTS_DIR / "batches.json", metavar="FILE")
+    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "batches.json", metavar="FILE")
     options = parser.parse_args(argv)
     environment = describe_environment(parser.prog, sys.argv[1:] if argv is None else argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
             work = measure_pairs(system, options.rounds, options.requests, options.gap, options.max_tokens)
             pairs = asyncio.run(work)
     result = {"killed": asdict(killed), "pairs": [asdict(pair) for pair in pairs]}
-    save_json({**result, "environment": asdict(environment)}, options.save)
+    save_json({**result, "environment": asdict(environment)}, options.json)
     report_console().print(_table(killed, pairs))
     return 0 if killed.num_answered == killed.num_lines and not killed.num_doubled else 1
 

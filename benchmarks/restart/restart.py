@@ -80,14 +80,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--log-dir", type=Path, default=Path("/tmp/kvferry-restart"))
-    parser.add_argument("--save", type=Path, default=RESULTS_DIR / "restart.json", metavar="FILE")
+    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "restart.json", metavar="FILE")
     options = parser.parse_args(argv)
     environment = describe_environment(parser.prog, sys.argv[1:] if argv is None else argv)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_tiny_model(Path(folder) / "tiny")
         with serving("restart", model_dir, _FLAGS, options.log_dir) as system:
             result = asyncio.run(measure_restarts(system, options.rounds, options.clients, options.max_tokens))
-    save_json({"result": asdict(result), "environment": asdict(environment)}, options.save)
+    save_json({"result": asdict(result), "environment": asdict(environment)}, options.json)
     report_console().print(_table(result))
     return 1 if result.tally.num_failures else 0
 

@@ -34,7 +34,7 @@ from .cluster import Cluster, serve, wait_until
 
 MODEL = "tiny"
 NUM_TOKENS = 48
-LONG_TOKENS = 4000  # take some seconds on the quickest processor: longer than a drain may last
+LONG_TOKENS = 8000  # take some seconds on the quickest processor: longer than a drain may last
 PROMPTS = [f"{'The router places each request. ' * (1 + n % 3)}{n}" for n in range(9)]
 FLAGS = ("--served-model-name", MODEL, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB")
 LIMIT_S = 240.0
