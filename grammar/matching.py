@@ -142,23 +142,24 @@ def _only_bit(mask: bytes) -> int | None:
 
 
 def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
+    """Compile a grammar that nobody has checked yet. Raises RequestError, as `compile_checked` and `check_size` do."""
+    check_size(grammar)
+    return compile_checked(vocabulary, grammar)
+
+
+def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     """Return a matcher at the start of an answer, its first mask computed: that is the one which may take long.
 
-    Raises RequestError whose `param` is a path within the grammar (`limits.check_size`).
+    The grammar is known to be within its bounds: to check a large one keeps the GIL for milliseconds, which a worker's
+    streams would notice. Raises RequestError whose `param` is a path within the grammar (`limits.check_size`).
     """
-    facts = check_size(grammar)
     try:
         source = source_of(grammar)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"is not of its kind: {_clipped(str(error))}", param="", code="invalid_grammar") from None
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
-    reason = _reason(matcher) if matcher.is_error() else ""
-    for other in _in_other_words(grammar, facts) if reason else ():
-        matcher = LLMatcher(vocabulary.tokenizer, source_of(other), log_level=0, limits=vocabulary.limits)
-        if not matcher.is_error():
-            break
     if matcher.is_error():
-        raise _refusal(reason, facts)
+        matcher = _in_other_words(vocabulary, grammar, _reason(matcher))
     first = AnswerMatcher(matcher, vocabulary.mask_bytes)
     try:
         mask = first.mask()
@@ -169,7 +170,17 @@ def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     return first
 
 
-def _in_other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
+def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LLMatcher:
+    """Return a matcher of the first schema in other words that can be followed. Raises RequestError: `reason`."""
+    facts = check_size(grammar)
+    for other in _other_words(grammar, facts):
+        matcher = LLMatcher(vocabulary.tokenizer, source_of(other), log_level=0, limits=vocabulary.limits)
+        if not matcher.is_error():
+            return matcher
+    raise _refusal(reason, facts)
+
+
+def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
     """Yield schemas whose instances are instances of this one, the nearest to it first."""
     if grammar.kind != "json_schema":
         return
