@@ -19,7 +19,7 @@ settings.register_profile("kvferry", deadline=None)
 settings.load_profile("kvferry")
 
 TESTS = Path(__file__).parent
-LONGEST = ("e2e", "simulation", "benchmarks", "security", "simulator")
+LONGEST = ("emulation", "e2e", "simulation", "benchmarks", "security", "simulator")
 
 
 def pytest_configure() -> None:
