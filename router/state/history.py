@@ -22,6 +22,7 @@ MAX_FAILED = 200
 MAX_SLOWEST = 50
 _SLOW_FOR_S = 3600.0
 _TENANT_DIGITS = 12  # of a name that is a hash: enough to tell tenants apart
+_ID_PREFIXES = ("chatcmpl-", "cmpl-", "msg_", "resp_", "batch_req_")  # of the ids in answers
 
 Kind = Literal["recent", "slowest", "failed"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -155,7 +156,8 @@ class RequestHistory:
 
 def is_named(request_id: str, name: str) -> bool:
     """`name`: the id itself, or the call's, under which its client knows it (the first prompt's of a batch)."""
-    call = name.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    prefix = next((known for known in _ID_PREFIXES if name.startswith(known)), "")
+    call = name.removeprefix(prefix)
     return request_id in (call, f"{call}-0")
 
 

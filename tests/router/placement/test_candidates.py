@@ -293,7 +293,7 @@ def test_records_are_found_by_class_and_by_the_id_that_a_client_has() -> None:
     history.add(ended("a1b2-0", class_="batch"))
     history.add(ended("a1b2-1"))
     assert ids(history, "recent", "batch") == ["a1b2-0"]
-    for name in ("a1b2-0", "a1b2", "cmpl-a1b2", "chatcmpl-a1b2"):
+    for name in ("a1b2-0", "a1b2", "cmpl-a1b2", "chatcmpl-a1b2", "msg_a1b2", "resp_a1b2", "batch_req_a1b2"):
         found = history.find(name)
         assert found is not None and found.request_id == "a1b2-0"
     assert history.find("a1b") is None
