@@ -195,7 +195,8 @@ class Dispatcher:
     def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]:
         """Return the summaries of requests that have ended lately; `limit` of them at most."""
         now = self._clock.now()
-        return [record.summary(now) for record in self._in_flight.history.list(kind, request_class, limit)]
+        records = self._in_flight.history.list(kind, request_class, limit, now_s=now)
+        return [record.summary(now) for record in records]
 
     def request(self, request_id: str) -> dict[str, object] | None:
         """Return all that is known of a request that lives or has ended lately."""

@@ -126,21 +126,29 @@ class RequestHistory:
         self._recent.append(record)
         if record.status == "failed":
             self._failed.append(record)
+        self._forget_slow(record.ended_s or 0.0)
         ttft_s = record.outcome.ttft_s
         if ttft_s is not None and (len(self._slowest) < MAX_SLOWEST or ttft_s > _ttft_s(self._slowest[-1])):
-            since_s = (record.ended_s or 0.0) - _SLOW_FOR_S
-            kept = [other for other in self._slowest if (other.ended_s or 0.0) >= since_s]
-            self._slowest = sorted([*kept, record], key=_ttft_s, reverse=True)[:MAX_SLOWEST]
+            self._slowest = sorted([*self._slowest, record], key=_ttft_s, reverse=True)[:MAX_SLOWEST]
         return record.outcome
 
-    def list(self, kind: Kind, request_class: str | None = None, limit: int = 100) -> list[Record]:
-        """The newest first; of the slowest, the slowest."""
+    def _forget_slow(self, now_s: float) -> None:
+        since_s = now_s - _SLOW_FOR_S
+        if any((record.ended_s or 0.0) < since_s for record in self._slowest):
+            self._slowest = [record for record in self._slowest if (record.ended_s or 0.0) >= since_s]
+
+    def list(
+        self, kind: Kind, request_class: str | None = None, limit: int = 100, *, now_s: float | None = None
+    ) -> list[Record]:
+        """The newest first; of the slowest, the slowest. `now_s`: the time, where it may be later than the last end."""
         match kind:
             case "recent":
                 records: Iterable[Record] = reversed(self._recent)
             case "failed":
                 records = reversed(self._failed)
             case "slowest":
+                if now_s is not None:
+                    self._forget_slow(now_s)
                 records = self._slowest
         found = (one for one in records if request_class is None or one.outcome.request_class == request_class)
         return [record for record, _ in zip(found, range(limit), strict=False)]

@@ -288,6 +288,15 @@ def test_what_was_slow_an_hour_ago_makes_room() -> None:
     assert ids(history, "slowest") == ["new"]
 
 
+def test_what_was_slow_an_hour_ago_makes_room_for_what_is_quicker_and_for_nothing() -> None:
+    history = RequestHistory()
+    for number in range(MAX_SLOWEST):
+        history.add(ended(f"old-{number}", ttft_s=50.0))
+    history.add(ended("new", ttft_s=1.0, at_s=5000.0))
+    assert ids(history, "slowest") == ["new"]
+    assert history.list("slowest", now_s=5000.0 + 3602.0) == []
+
+
 def test_records_are_found_by_class_and_by_the_id_that_a_client_has() -> None:
     history = RequestHistory()
     history.add(ended("a1b2-0", class_="batch"))
