@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -25,6 +26,7 @@ from .access.hosts import HostNames
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits, Quotas
 from .admin.adapters import LOAD_PATH, UNLOAD_PATH, AdapterEndpoints, AdapterOperations
+from .admin.json_body import client_body
 from .api.body import MAX_BODY_BYTES
 from .api.generation import Api
 from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware
@@ -99,7 +101,7 @@ def build_app(
     app.add_exception_handler(HTTPException, _on_http_error)
     add_routes(app, routes)
     if adapters is not None:
-        endpoints = AdapterEndpoints(adapters)
+        endpoints = AdapterEndpoints(adapters, partial(client_body, api.body_room))
         app.add_api_route(LOAD_PATH, endpoints.load, methods=["POST"])
         app.add_api_route(UNLOAD_PATH, endpoints.unload, methods=["POST"])
     for method, path, endpoint in batches.table():

@@ -9,6 +9,8 @@ The admin listener has them wherever adapters are served; the public one only wh
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from starlette.requests import Request
@@ -29,14 +31,18 @@ class AdapterOperations(Protocol):
     async def unload(self, name: str) -> None: ...
 
 
+ReadBody = Callable[[Request, AbstractSet[str]], Awaitable[dict[str, object]]]  # with these fields and no others
+
+
 class AdapterEndpoints:
     """The endpoints as methods."""
 
-    def __init__(self, adapters: AdapterOperations) -> None:
+    def __init__(self, adapters: AdapterOperations, read_body: ReadBody = json_body) -> None:
         self._adapters = adapters
+        self._read_body = read_body
 
     async def load(self, request: Request) -> Response:
-        body = await json_body(request, _LOAD_FIELDS)
+        body = await self._read_body(request, _LOAD_FIELDS)
         name, path, base = _text(body, "lora_name"), _text(body, "lora_path"), body.get("base_model_name")
         in_place = body.get("load_inplace", False)
         if not isinstance(in_place, bool):
@@ -47,7 +53,7 @@ class AdapterEndpoints:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
-        body = await json_body(request, {"lora_name", "lora_int_id"})
+        body = await self._read_body(request, {"lora_name", "lora_int_id"})
         name = _text(body, "lora_name")
         await self._adapters.unload(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -1,13 +1,15 @@
-"""The JSON object that an operator sends with an order: small, and without fields that are not known."""
+"""The JSON object that comes with an order, an operator's or a client's: small, without fields that are not known."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set as AbstractSet
 
 from starlette.requests import Request
 
 from ...common.errors import RequestError
+from ..api.body import BodyRoom, read_body
+from ..api.middleware import context_of
+from ..helpers.strict_json import parse_json
 from ..state.errors import clip
 
 _MAX_BYTES = 4096
@@ -20,12 +22,18 @@ async def json_body(request: Request, known: AbstractSet[str], *, may_be_empty: 
         data += piece
         if len(data) > _MAX_BYTES:
             raise RequestError(f"the body is longer than {_MAX_BYTES} bytes", code="body_too_large", status=413)
-    try:
-        body = json.loads(data) if data or not may_be_empty else {}
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise RequestError("the body is not a JSON object", code="invalid_json")
+    return _object(data, known) if data or not may_be_empty else {}
+
+
+async def client_body(room: BodyRoom, request: Request, known: AbstractSet[str]) -> dict[str, object]:
+    """Read it as a client's body: within its time, and of a type that no web page may send unasked."""
+    with room.held() as held:
+        data = await read_body(context_of(request.scope).headers, request.receive, held, max_bytes=_MAX_BYTES)
+    return _object(data, known)
+
+
+def _object(data: bytes, known: AbstractSet[str]) -> dict[str, object]:
+    body = parse_json(data)
     if unknown := body.keys() - known:
         raise RequestError(f"unknown field: {clip(min(unknown))}", param=min(unknown)[:64], code="unknown_field")
     return body

@@ -13,6 +13,7 @@ from ..router.fakes import Script, serve
 
 PAGE = "https://chat.example"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+JSON = {"content-type": "application/json"}
 PREFLIGHT = {
     "origin": PAGE,
     "access-control-request-method": "POST",
@@ -127,6 +128,37 @@ async def test_what_a_preflight_asks_for_is_repeated_only_where_it_is_names(name
     async with serve(allowed_origins=(PAGE,)).client() as client:
         answer = await client.options("/v1/models", headers=raw)
     assert answer.headers["access-control-allow-headers"] == "authorization"
+
+
+class Adapters:
+    """Notes what is loaded and unloaded."""
+
+    def __init__(self) -> None:
+        self.orders: list[str] = []
+
+    async def load(self, name: str, path: str, *, in_place: bool, base: str | None = None) -> None:
+        self.orders.append(f"+{name}")
+
+    async def unload(self, name: str) -> None:
+        self.orders.append(f"-{name}")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_a_page_changes_no_adapter_with_what_it_may_send_unasked(kind: str) -> None:
+    adapters = Adapters()
+    headers = {"origin": PAGE, "content-type": kind} if kind else {"origin": PAGE}
+    async with serve(adapters=adapters).client() as client:
+        for order in ("load", "unload"):
+            body = b'{"lora_name": "a", "lora_path": "/a"}' if order == "load" else b'{"lora_name": "a"}'
+            path = f"/v1/{order}_lora_adapter"
+            answer = await client.post(path, content=body, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+            for wrong in (b"[" * 4000, b'{"lora_name": "a", "lora_path": "\\ud800"}'):
+                assert (await client.post(path, content=wrong, headers=JSON)).status_code == 400
+            assert (await client.post(path, content=b" " * 5000, headers=JSON)).status_code == 413
+            assert not adapters.orders[order == "unload" :]
+            assert (await client.post(path, content=body, headers=JSON)).status_code == 200
+    assert adapters.orders == ["+a", "-a"]
 
 
 def test_all_origins_need_keys_and_an_origin_has_no_path(model: RouterConfig) -> None:

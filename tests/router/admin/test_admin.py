@@ -157,7 +157,8 @@ async def test_a_worker_is_drained_within_the_limit_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"[]", b"{", b'{"timeout": 1}', b'{"timeout_s": -1}', b'{"timeout_s": true}', b'{"timeout_s": 1e9}']
+    "body",
+    [b"[]", b"[" * 4000, b"{", b'{"timeout": 1}', b'{"timeout_s": -1}', b'{"timeout_s": true}', b'{"timeout_s": 1e9}'],
 )
 async def test_a_wrong_body_is_refused(body: bytes) -> None:
     dispatcher = operations()
