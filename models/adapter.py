@@ -271,8 +271,8 @@ class _Scales:
         self._is_rs = fields.flag("use_rslora", default=False)
         self._rank, self._alpha = _by_pattern(fields, "rank_pattern", rank), _by_pattern(fields, "alpha_pattern", alpha)
 
-    def of(self, module: str) -> tuple[int, float]:
-        rank, alpha = int(self._rank(module)), self._alpha(module)
+    def of(self, module: str) -> tuple[float, float]:
+        rank, alpha = self._rank(module), self._alpha(module)
         return rank, alpha / (math.sqrt(rank) if self._is_rs else rank)
 
 
@@ -294,7 +294,7 @@ def _module(path: Path, name: str, pair: Mapping[str, StoredTensor], scales: _Sc
     down, up = pair["A"], pair["B"]
     rank, scale = scales.of(name)
     if down.shape[0] != rank or up.shape[1] != rank:
-        raise ConfigError(f"{path}: {name} has matrices of ranks {down.shape[0]} and {up.shape[1]}, not {rank}")
+        raise ConfigError(f"{path}: {name} has matrices of ranks {down.shape[0]} and {up.shape[1]}, not {rank:g}")
     if rank > MAX_RANK:
         raise ConfigError(f"{path}: {name} has rank {rank}; at most {MAX_RANK} is served")
-    return AdaptedModule(name, rank, scale, down, up)
+    return AdaptedModule(name, int(rank), scale, down, up)

@@ -37,8 +37,11 @@ class AdapterNames:
         self._catalogue.add_adapter(name, self._read(path), base)
 
     def _read(self, path: str) -> AdapterUse:
-        where = Path(path).expanduser().absolute()
-        adapter = inspect_adapter(where)
+        try:
+            where = Path(path).expanduser().absolute()
+            adapter = inspect_adapter(where)
+        except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, or of nobody's folder
+            raise ConfigError(f"{clip(path, 256)} cannot be read: {error}") from error
         try:
             adapter.check(self._model, self._max_rank)
         except ConfigError as error:

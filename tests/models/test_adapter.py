@@ -27,6 +27,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "changed base weights": ({"init_lora_weights": "pissa_niter_4"}, "changed base weights"),
     "another rank": ({"r": 4}, "ranks 8 and 8, not 4"),
     "a rank that is none": ({"r": 0}, "r = 0: must be a whole number"),
+    "a part of a rank": ({"rank_pattern": {"q_proj": 0.5}}, "ranks 8 and 8, not 0.5"),
     "no number": ({"lora_alpha": "x"}, "lora_alpha = 'x': must be a number"),
     "no pattern": ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
     "tensors beyond its targets": ({"target_modules": ["q_proj"]}, "does not name"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 
 from kvferry.common.errors import ProtocolError, RequestError
+from kvferry.models.config import ModelConfig
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.app import build_app
+from kvferry.router.catalogue.adapters import AdapterNames
 from kvferry.router.catalogue.catalogue import Catalogue
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.dispatch.control import ControlServer
@@ -26,6 +29,7 @@ from kvferry.wire.fields import Message
 from kvferry.wire.hello import Refused
 from kvferry.wire.workers import WorkerHello
 
+from ...checkpoints import write_checkpoint
 from ..fakes import FakeDispatcher, Inline, Script, catalogue_of, toy_tokenizer
 from ..fleet import Fleet, hello, status
 
@@ -95,6 +99,15 @@ async def test_every_version_is_listed() -> None:
         listed = (await client.get("/v1/models")).json()["data"]
         assert [(model["id"], model["max_model_len"]) for model in listed] == [("small", 32), ("large", 512)]
         assert (await client.get("/v1/models/large")).json()["id"] == "large"
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/a", "a" * 300, "a\0b", "/nowhere"])
+async def test_an_adapter_that_cannot_be_there_is_a_400(path: str, tmp_path: Path) -> None:
+    model = ModelConfig.from_dir(write_checkpoint(tmp_path, tokenizer=False))
+    adapters = AdapterNames(Site().catalogue, model, 8)
+    with pytest.raises(RequestError) as refusal:
+        await adapters.load("a", path, in_place=False)
+    assert (refusal.value.status, refusal.value.param) == (400, "lora_path")
 
 
 async def test_the_router_is_ready_when_every_version_is() -> None:
