@@ -93,8 +93,7 @@ class DiskTier:
         self.num_failures = 0
         self.num_read_blocks = 0
         self.num_written_blocks = 0
-        for block_hash, slot in disk.stored():
-            self.index.put(block_hash, slot)
+        self.index.restore(disk.stored())
 
     # --- reading -------------------------------------------------------------------------------------------------
 

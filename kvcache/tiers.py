@@ -100,11 +100,14 @@ class TierIndex:
         if self._listener is not None:
             self._listener.evicted(block_hash, self._tier)
 
-    def put(self, block_hash: bytes, slot: int) -> None:
-        """Enter a block that its slot held when we came."""
-        self._free.remove(slot)
-        self._filling[block_hash] = slot
-        self.fill(block_hash)
+    def restore(self, stored: Iterable[tuple[bytes, int]]) -> None:
+        """Enter the blocks that slots held when we came: each hash once, and its slot. There may be a million."""
+        slots = dict(stored)
+        taken = set(slots.values())
+        self._free = [slot for slot in self._free if slot not in taken]
+        for block_hash, slot in slots.items():
+            self._filling[block_hash] = slot
+            self.fill(block_hash)
 
     def discard(self, block_hash: bytes) -> None:
         """Free the slot, which does not hold the block. Nobody reads it."""

@@ -48,6 +48,28 @@ def test_a_slot_is_found_once_it_is_filled() -> None:
     assert _key(2) not in index and index.reserve(_key(3)) == other
 
 
+class _Counted(int):
+    """A slot that counts how often one is compared."""
+
+    num_compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        _Counted.num_compared += 1
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+
+def test_what_slots_held_before_is_found_in_work_that_grows_with_its_number() -> None:
+    index = TierIndex(2000)
+    index.restore([(_key(number), _Counted(number)) for number in range(0, 2000, 2)])
+    assert _Counted.num_compared <= 4000
+    assert index.find(_key(6)) == 6 and index.find(_key(7)) is None
+    assert (len(index), index.num_free) == (1000, 1000)
+    index.check()
+    assert index.reserve(_key(7)) == 1
+
+
 def test_the_least_recently_used_is_evicted_and_what_is_read_is_passed_over() -> None:
     index = TierIndex(3)
     _filled(index, 1, 2, 3)
