@@ -70,7 +70,7 @@ class MessageForm:
         changes = list(self._blocks.push(self._turns.read(index, piece)))
         if piece.finish is not None:
             changes += self._blocks.close()
-        events += [event for change in changes for event in _events_of(change, self._call_id(change.block))]
+        events += [event for change in changes for event in self._events_of(change)]
         if piece.finish is not None:
             reason, sequence = self._end(piece)
             delta = {"stop_reason": reason, "stop_sequence": sequence}
@@ -108,8 +108,28 @@ class MessageForm:
                 return {"type": "tool_use", **called}
         return {"type": "text", "text": block.text}
 
+    def _events_of(self, change: BlockEvent) -> list[Fields]:
+        block = change.block
+        match change.action, block.kind:
+            case "begin", "text":
+                content: Fields = {"type": "text", "text": ""}
+            case "begin", "reasoning":
+                content = {"type": "thinking", "thinking": "", "signature": ""}
+            case "begin", _:
+                content = {"type": "tool_use", "id": self._call_id(block), "name": block.name, "input": {}}
+            case "grow", "text":
+                return [_delta(block, {"type": "text_delta", "text": change.text})]
+            case "grow", "reasoning":
+                return [_delta(block, {"type": "thinking_delta", "thinking": change.text})]
+            case "grow", _:
+                return [_delta(block, {"type": "input_json_delta", "partial_json": change.text})]
+            case _:
+                return [{"type": "content_block_stop", "index": block.index}]
+        return [{"type": "content_block_start", "index": block.index, "content_block": content}]
+
     def _call_id(self, block: Block) -> str:
-        return self._turns.call_id(0, block.number) if block.kind == "call" else ""
+        """Return a call's id, which is made of the whole prompt: not for every piece of its arguments."""
+        return self._turns.call_id(0, block.number)
 
     def _end(self, piece: TextPiece) -> tuple[str, str | None]:
         """Return why the answer ended, and the stop sequence where one did it."""
@@ -131,26 +151,6 @@ class MessageForm:
             "cache_read_input_tokens": num_cached,
             "output_tokens": usage.completion_tokens,
         }
-
-
-def _events_of(change: BlockEvent, call_id: str) -> list[Fields]:
-    block = change.block
-    match change.action, block.kind:
-        case "begin", "text":
-            content: Fields = {"type": "text", "text": ""}
-        case "begin", "reasoning":
-            content = {"type": "thinking", "thinking": "", "signature": ""}
-        case "begin", _:
-            content = {"type": "tool_use", "id": call_id, "name": block.name, "input": {}}
-        case "grow", "text":
-            return [_delta(block, {"type": "text_delta", "text": change.text})]
-        case "grow", "reasoning":
-            return [_delta(block, {"type": "thinking_delta", "thinking": change.text})]
-        case "grow", _:
-            return [_delta(block, {"type": "input_json_delta", "partial_json": change.text})]
-        case _:
-            return [{"type": "content_block_stop", "index": block.index}]
-    return [{"type": "content_block_start", "index": block.index, "content_block": content}]
 
 
 def _delta(block: Block, delta: Fields) -> Fields:

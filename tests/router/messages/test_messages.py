@@ -10,6 +10,7 @@ import pytest
 from kvferry.common.errors import CapacityError
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.state.errors import StreamError
+from kvferry.router.turns.turn import call_id
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
 
@@ -121,6 +122,21 @@ async def test_blocks_of_reasoning_text_and_calls_come_in_their_order() -> None:
     events = await _events(seeded, tools=TOOLS, temperature=0)
     assert _joined(events) == answer["content"]  # ids too: both drew the same seed
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+async def test_a_calls_id_is_made_once_of_the_prompt_not_with_each_piece_of_its_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def noted(seed: int, prompt_token_ids: Any, choice: int, index: int, *, is_short: bool = False) -> str:
+        made.append(index)
+        return call_id(seed, prompt_token_ids, choice, index, is_short=is_short)
+
+    monkeypatch.setattr("kvferry.router.api.chat_turns.call_id", noted)
+    events = await _events(_served(f"{CALL}{CALL}"), tools=TOOLS)
+    assert len([event for event in events if event["type"] == "content_block_delta"]) > 4
+    assert made == [0, 1]
 
 
 async def test_a_conversation_with_calls_and_results_becomes_a_chat() -> None:
