@@ -189,9 +189,8 @@ def _tool(raw: object, where: str) -> object:
         )
     if not isinstance(raw.get("input_schema"), dict):
         raise RequestError(f"{where}.input_schema must be an object", param=f"{where}.input_schema")
-    function = {"name": raw.get("name"), "parameters": raw["input_schema"]}
-    if raw.get("description") is not None:
-        function["description"] = raw["description"]
+    function: dict[str, object] = {"name": raw.get("name"), "parameters": raw["input_schema"]}
+    function |= {name: raw[name] for name in ("description", "strict") if raw.get(name) is not None}
     return {"type": "function", "function": function}
 
 

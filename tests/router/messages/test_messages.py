@@ -166,6 +166,13 @@ async def test_a_conversation_with_calls_and_results_becomes_a_chat() -> None:
     )
 
 
+async def test_a_tool_may_be_strict() -> None:
+    response = await _post(_served(), tools=[{**TOOLS[0], "strict": True}])
+    assert response.headers["x-kvferry-ignored"] == "tools.strict"  # as a chat says it, where no grammar is followed
+    assert (await _post(_served(), tools=[{**TOOLS[0], "strict": "yes"}])).status_code == 400
+    assert "x-kvferry-ignored" not in (await _post(_served(), tools=TOOLS)).headers
+
+
 async def test_thinking_is_an_effort() -> None:
     served = _served()  # the toy template has enable_thinking
     await _whole(served, thinking={"type": "enabled", "budget_tokens": 1024})
