@@ -2,6 +2,7 @@
 
     system, messages with blocks ─> messages    text, tool_use, tool_result, thinking; others are refused by name
     tools, tool_choice, stop_sequences ─> the chat's fields of that meaning
+    a last message of the assistant    ─> the beginning of the answer, which goes on with it
 
 What is checked here is what has no counterpart; the chat's own checks follow.
 """
@@ -44,7 +45,10 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, *, needs_max
     if needs_max_tokens and raw.get("max_tokens") is None:
         raise RequestError("'max_tokens' is required", param="max_tokens", code="missing_required_parameter")
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
-    body["messages"] = [*_system(raw.get("system")), *_messages(raw.get("messages"))]
+    messages = body["messages"] = [*_system(raw.get("system")), *_messages(raw.get("messages"))]
+    last = messages[-1]
+    if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
+        body["continue_final_message"] = True
     if raw.get("stop_sequences"):
         body["stop"] = raw["stop_sequences"]
     if raw.get("tools"):

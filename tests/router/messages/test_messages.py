@@ -166,6 +166,19 @@ async def test_a_conversation_with_calls_and_results_becomes_a_chat() -> None:
     )
 
 
+@pytest.mark.parametrize("content", ["{", [{"type": "text", "text": "{"}]])
+async def test_a_last_message_of_the_assistant_begins_the_answer(content: Any) -> None:
+    served = _served('"a": 1}')
+    messages = [*BODY["messages"], {"role": "assistant", "content": content}]
+    answer = await _whole(served, messages=messages)
+    assert bytes(served.request.prompt_token_ids) == b"<user>hi<assistant>{"
+    assert answer["content"] == [{"type": "text", "text": '"a": 1}'}]
+    counted = await _post(served, "/v1/messages/count_tokens", messages=messages)
+    assert counted.json() == {"input_tokens": len("<user>hi<assistant>{")}
+    await _whole(served, messages=[*BODY["messages"], {"role": "assistant", "content": ""}])
+    assert bytes(served.request.prompt_token_ids) == b"<user>hi<assistant><assistant>"
+
+
 async def test_a_tool_may_be_strict() -> None:
     response = await _post(_served(), tools=[{**TOOLS[0], "strict": True}])
     assert response.headers["x-kvferry-ignored"] == "tools.strict"  # as a chat says it, where no grammar is followed
