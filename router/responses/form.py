@@ -117,9 +117,8 @@ class ResponseForm:
         blocks = self._blocks.blocks if piece is not None else []
         last = len(blocks) - 1
         output = [self._item(block, status if block.index == last else "completed") for block in blocks]
-        repeated = {name: self._request.get(name) or default for name, default in _REPEATED.items()}
-        if self._request.get("parallel_tool_calls") is False:
-            repeated["parallel_tool_calls"] = False
+        asked = {name: self._request.get(name) for name in _REPEATED}
+        repeated = {name: default if asked[name] is None else asked[name] for name, default in _REPEATED.items()}
         return {
             "id": self._context.answer_id,
             "object": "response",

@@ -166,9 +166,10 @@ async def test_what_asks_for_nothing_is_accepted() -> None:
         "text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled", "background": False,
         "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low", "summary": "auto"},
         "top_logprobs": 0, "service_tier": "auto", "parallel_tool_calls": False,
-        "stream_options": None, "tool_choice": "auto",
+        "stream_options": None, "tool_choice": "auto", "temperature": 0,
     }  # fmt: skip
     answer = await _whole(_served(), **fields)
+    assert (answer["temperature"], answer["top_p"]) == (0, None)
     assert answer["parallel_tool_calls"] is False and answer["reasoning"] == {"effort": "low", "summary": "auto"}
 
 
