@@ -18,6 +18,7 @@ from ..state.errors import clip
 MAX_COMMAS = 500_000
 MAX_OBJECTS = 50_000
 MAX_DEPTH = 32
+_WHOLE_NUMBERS = range(-(2**63), 2**64)  # what messages, and answers that repeat a part of a body, have room for
 _COUNTED_BYTES = 2**20
 
 
@@ -54,6 +55,13 @@ def _float(text: str) -> float:
     return value
 
 
+def _int(text: str) -> int:
+    value = int(text)
+    if value not in _WHOLE_NUMBERS:
+        raise _Fault
+    return value
+
+
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+', re.DOTALL)
 
 
@@ -65,7 +73,9 @@ def parse_json(data: bytes, max_commas: int = MAX_COMMAS) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise _invalid(f"not UTF-8 at byte {error.start}") from None
     try:
-        decoder = json.JSONDecoder(object_pairs_hook=_Objects(), parse_constant=_constant, parse_float=_float)
+        decoder = json.JSONDecoder(
+            object_pairs_hook=_Objects(), parse_constant=_constant, parse_float=_float, parse_int=_int
+        )
         value = decoder.decode(text)
         # Perhaps half a surrogate pair, or deeper than anything that this API takes.
         suspicious = "\\ud" in text or "\\uD" in text or (_may_be_deep(text) and _is_deep(value))
@@ -139,8 +149,8 @@ def _first_fault(text: str) -> tuple[str, int] | None:
                 if last_string in keys:
                     return f"the key {clip(last_string)} stands twice in one object", last_start
                 keys.add(last_string)
-        elif token != "," and not _is_plain(token):
-            return f"{clip(token, 24)} is not a number that JSON has", start
+        elif token != "," and (why := _why_not_plain(token)):
+            return f"{clip(token, 24)} {why}", start
     return None
 
 
@@ -161,12 +171,14 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _is_plain(token: str) -> bool:
-    """true, false, null or a finite number of sane length."""
+def _why_not_plain(token: str) -> str:
+    """Tell what is wrong; nothing for true, false, null and numbers of sane size."""
     if token in ("true", "false", "null"):
-        return True
+        return ""
     try:
         value = json.loads(token)
     except ValueError:
-        return False
-    return isinstance(value, (int, float)) and math.isfinite(value)
+        return "is not a number that JSON has"
+    if isinstance(value, int):
+        return "" if value in _WHOLE_NUMBERS else "is a whole number of more than 64 bits"
+    return "" if isinstance(value, float) and math.isfinite(value) else "is not a number that JSON has"

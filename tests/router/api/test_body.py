@@ -106,6 +106,8 @@ async def test_a_charset_may_stand_behind_the_content_type() -> None:
         (b'{"a":\n -Infinity}', "'-Infinity' is not a number that JSON has at line 2 column 2"),
         (b'{"a": 1e999}', "'1e999' is not a number"),
         (b'{"a": %s}' % (b"1" * 5000), "is not a number"),
+        (b'{"a": [1, 18446744073709551616]}', "'18446744073709551616' is a whole number of more than 64 bits at"),
+        (b'{"a": -9223372036854775809}', "is a whole number of more than 64 bits"),
         (b'{"a": 1, "b": {"a": 2}, "a": 3}', "the key 'a' stands twice in one object at line 1 column 25"),
         (b'{"a": {"b": 1, "\\u0062": 2}}', "the key 'b' stands twice in one object"),
         (b'{"a": "\\ud800"}', "a lone surrogate in a string at line 1 column 7"),
@@ -130,6 +132,11 @@ def test_what_json_parsers_let_pass_is_refused_with_its_position(body: bytes, me
 def test_escaped_surrogate_pairs_and_escaped_backslashes_are_fine() -> None:
     body = rb'{"a": "\ud83d\ude00", "b": "\\ud800", "c": {"a": 1}}'
     assert parse_json(body) == {"a": "\U0001f600", "b": "\\ud800", "c": {"a": 1}}
+
+
+def test_whole_numbers_have_sixty_four_bits() -> None:
+    body = b'{"a": [18446744073709551615, -9223372036854775808, 0, -1]}'
+    assert parse_json(body) == {"a": [2**64 - 1, -(2**63), 0, -1]}
 
 
 _values = st.recursive(
