@@ -26,6 +26,7 @@ MAX_FAULTS = 100  # told of one input
 _MAX_ID_CHARS = 512
 _READ_LINES, _READ_BYTES = 256, 4 * 2**20  # in one go of a thread
 _KEYS = frozenset({"custom_id", "method", "url", "body"})
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows' programs put before a text
 
 CheckModel = Callable[[str | None], object]  # raises RequestError for a model that is not served
 
@@ -92,7 +93,7 @@ def _raw_lines(file: BinaryIO) -> Iterator[_RawLine]:
             while not piece.endswith(b"\n") and (piece := file.readline(MAX_LINE_BYTES)):
                 offset += len(piece)
             yield _RawLine(number, start, None)
-        elif data := piece.strip():
+        elif data := piece.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").strip():
             yield _RawLine(number, start + piece.index(data), data)
 
 

@@ -96,6 +96,19 @@ async def _failed(client: openai.AsyncOpenAI, data: bytes) -> list[tuple[Any, ..
     return [(each.line, each.code, each.param) for each in batch.errors.data]
 
 
+async def test_an_input_may_be_written_on_windows(tmp_path: Path) -> None:
+    script = Script(choose=lambda request: bytes(request.prompt_token_ids).decode())
+    async with batch_server(tmp_path, script) as (_, address), client_of(address) as client:
+        data = b"\xef\xbb\xbf" + jsonl(line("a"), line("b")).replace(b"\n", b"\r\n")
+        uploaded = await client.files.create(file=data, purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        batch = await until_ended(client, batch.id)
+        found = await answers(client, batch.output_file_id)
+        assert [each["response"]["body"]["choices"][0]["text"] for each in found] == ["a", "b"]
+
+
 async def test_a_wrong_input_fails_the_batch_with_the_lines_numbers(tmp_path: Path) -> None:
     async with batch_server(tmp_path) as (served, address), client_of(address) as client:
         assert await _failed(client, b"") == [(None, "empty_file", None)]
