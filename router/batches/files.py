@@ -81,7 +81,12 @@ class FileStore:
             expires_at=int(now_s + min(lifetime_s or self.folder.retention_s, self.folder.retention_s)),
         )
         self.folder.place(part, self._data(stored.id))
-        self.folder.write(self._about(stored.id), msgspec.json.encode(stored))
+        try:
+            self.folder.write(self._about(stored.id), msgspec.json.encode(stored))
+        except OSError:
+            if file_id is None:  # nobody knows of its bytes
+                self._data(stored.id).unlink(missing_ok=True)
+            raise
         return stored
 
     def get(self, file_id: str, owner: str) -> StoredFile:

@@ -12,15 +12,21 @@ on threads.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import structlog
+
 from ...common.errors import ConfigError, RequestError
 
 _PART_AGE_S = 3600.0  # what nobody has written to for so long was left by a router that was killed
+
+log = structlog.get_logger(__name__)
 
 
 class DataFolder:
@@ -49,12 +55,16 @@ class DataFolder:
     def write(self, target: Path, data: bytes, *, lasts: bool = True) -> None:
         """Replace a file by another at once. `lasts`: it is there after a power failure too."""
         part = self.new_part()
-        with part.open("wb") as file:
-            file.write(data)
-            if lasts:
-                file.flush()
-                os.fsync(file.fileno())
-        self.place(part, target, lasts=lasts)
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                if lasts:
+                    file.flush()
+                    os.fsync(file.fileno())
+            self.place(part, target, lasts=lasts)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
     def place(self, part: Path, target: Path, *, lasts: bool = True) -> None:
         """Give what was written its name."""
@@ -99,6 +109,23 @@ def no_room(max_bytes: int) -> RequestError:
         status=507,
         kind="server_error",
     )
+
+
+@contextlib.contextmanager
+def refusing_full_disk() -> Iterator[None]:
+    """Refuse what a client wants to keep where the disk itself is full, which the folder's bound does not tell."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("data_disk_full", error=str(error))
+        raise RequestError(
+            "the disk of the server's folder for files is full",
+            code="insufficient_storage",
+            status=507,
+            kind="server_error",
+        ) from error
 
 
 class _Entry:

@@ -17,6 +17,7 @@ from ..api.middleware import context_of
 from ..state.errors import clip
 from .creation import new_record
 from .files import INPUT
+from .folder import refusing_full_disk
 from .keeper import Keeper
 from .record import BatchRecord
 from .run import RunDeps
@@ -80,12 +81,13 @@ class BatchRoutes:
         deps, owner = self._ready, self._owner(request)
         headers = context_of(request.scope).headers
         self._check_form(headers)
-        async with received(headers, request.receive, deps.store.folder) as (form, part):
-            lifetime_s = form.check()
-            assert form.filename is not None
-            stored = await asyncio.to_thread(
-                deps.files.add, part, owner=owner, filename=form.filename, purpose=INPUT, lifetime_s=lifetime_s
-            )
+        with refusing_full_disk():
+            async with received(headers, request.receive, deps.store.folder) as (form, part):
+                lifetime_s = form.check()
+                assert form.filename is not None
+                stored = await asyncio.to_thread(
+                    deps.files.add, part, owner=owner, filename=form.filename, purpose=INPUT, lifetime_s=lifetime_s
+                )
         return _json(stored.shown())
 
     async def files(self, request: Request) -> Response:
@@ -121,7 +123,8 @@ class BatchRoutes:
             data = await read_body(headers, request.receive, held, max_bytes=_MAX_BODY_BYTES)
             raw = await deps.json.parse(data)
         record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model)
-        await asyncio.to_thread(self._create, deps, record)
+        with refusing_full_disk():
+            await asyncio.to_thread(self._create, deps, record)
         assert self.keeper is not None
         self.keeper.look_now()
         return _json(record.shown())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from kvferry.router.batches import upload
+from kvferry.router.batches.folder import DataFolder
 
 from .batch_server import batch_server
 
@@ -110,6 +112,30 @@ async def test_the_folder_has_a_bound(tmp_path: Path) -> None:
         [stored] = (await client.get("/v1/files")).json()["data"]
         await client.delete(f"/v1/files/{stored['id']}")
         assert (await post(60_000)).status_code == 200
+
+
+async def test_a_full_disk_is_told_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: DataFolder, target: Path, data: bytes, *, lasts: bool = True) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def broken(file: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+        kept = (await client.post("/v1/files", content=form(FILE, PURPOSE), headers=FORM)).json()
+        batch = {"input_file_id": kept["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        before = stored_in(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(DataFolder, "write", full)
+            for answer in (
+                await client.post("/v1/files", content=form(FILE, PURPOSE), headers=FORM),
+                await client.post("/v1/batches", json=batch),
+            ):
+                assert (answer.status_code, answer.json()["error"]["code"]) == (507, "insufficient_storage")
+                assert "the disk" in answer.json()["error"]["message"]
+        monkeypatch.setattr(upload, "_sync", broken)
+        assert (await client.post("/v1/files", content=form(FILE, PURPOSE), headers=FORM)).status_code == 500
+        assert stored_in(tmp_path) == before
 
 
 async def test_a_file_that_is_too_large_is_refused_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
