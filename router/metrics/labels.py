@@ -12,7 +12,9 @@ CLOSED: dict[str, frozenset[str]] = {
         "stale_attempt unknown_request unknown_choice old_session wrong_worker out_of_turn "
         "duplicate mismatch overflow prompt_logprobs".split()
     ),
-    "code": frozenset("200 400 401 404 405 408 413 415 429 499 500 503 504".split()),
+    "code": frozenset(
+        "200 204 206 400 401 403 404 405 408 413 415 416 429 499 500 501 503 504 505 507".split()  # files have parts
+    ),
     "rejected": frozenset("queue_full objective deadline displaced late draining quota".split()),
     "resumed": frozenset({"ok", "failed", "aborted"}),
     "slow": frozenset({"head", "body", "idle", "read", "framing"}),

@@ -155,12 +155,14 @@ def test_known_labels_stay() -> None:
     metrics.on_retry("transfer", "handoff_failed")
     metrics.on_fallback("local_prefill")
     metrics.on_dropped("stale_attempt")
-    metrics.on_response(429)
+    codes = (204, 206, 403, 416, 429, 501, 505, 507)  # answers of this program that are not all day's
+    for code in codes:
+        metrics.on_response(code)
     samples = _samples(metrics)
     assert samples[_key("kvferry_retries_total", stage="transfer", reason="handoff_failed")] == 1
     assert samples[_key("kvferry_fallback_total", kind="local_prefill")] == 1
     assert samples[_key("kvferry_dropped_messages_total", kind="stale_attempt")] == 1
-    assert samples[_key("kvferry_requests_total", code="429")] == 1
+    assert all(samples[_key("kvferry_requests_total", code=str(code))] == 1 for code in codes)
 
 
 def test_workers_gauges_are_their_last_heartbeats() -> None:
