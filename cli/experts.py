@@ -120,9 +120,9 @@ def _summed(workers: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
 def ask_workers(admin: str | None, admin_key: str | None) -> list[dict[str, Any]]:
     """Return what a router knows of each worker's experts. Raises KVFerryError; ConfigError where it knows nothing."""
     from ..router.admin.explain_view import fetch
-    from .operate import running_admin
+    from .operate import running_admins
 
-    address = admin if admin is not None else running_admin()
+    address = admin if admin is not None else running_admins()[0]
     workers: list[dict[str, Any]] = fetch(address, "/admin/experts", (admin_key or "").partition(",")[0])["workers"]
     if not workers:
         raise ConfigError(f"{address}: no worker has told of experts: the model has none, or nothing was computed yet")

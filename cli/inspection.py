@@ -58,20 +58,23 @@ def explain(
 ) -> None:
     """Show why a request went where it went, what was expected of it and which phase spent its time.
 
-    Without --admin: of the deployment of this user that runs on this machine.
+    Without --admin: of the deployment of this user that runs on this machine, of all of its routers.
     """
     from rich.console import Console
 
-    from ..router.admin.explain_view import fetch, list_path, path_of, show, show_list
-    from .operate import running_admin
+    from ..router.admin.explain_view import fetch, fetch_first, list_path, path_of, show, show_list
+    from .operate import running_admins
 
-    address = admin if admin is not None else running_admin()
+    admins = [admin] if admin is not None else running_admins()
     console, key = Console(highlight=False), (admin_key or "").partition(",")[0]
     console.width = max(console.width, _WIDE)  # ids are for copying: a narrow terminal wraps lines, but cuts none
-    if request_id is None:
+    if request_id is not None:
+        show(console, fetch_first(admins, path_of(request_id), key))
+        return
+    for address in admins:
+        if len(admins) > 1:
+            console.print(address)
         show_list(console, fetch(address, list_path(kind), key)["requests"])
-    else:
-        show(console, fetch(address, path_of(request_id), key))
 
 
 @with_settings("serve", environment)

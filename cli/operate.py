@@ -79,12 +79,12 @@ def drain(port: Port = None, pid_file: PidFile = None) -> None:
     print("the deployment has ended")
 
 
-def running_admin() -> str:
-    """The first router's admin listener of the one deployment that runs. Raises ConfigError."""
+def running_admins() -> list[str]:
+    """Return each router's admin listener of the one deployment that runs. Raises ConfigError."""
     admins = _one(None, None)["admin"]
     if not admins:
         raise ConfigError("admin: the deployment has no admin listener: start it with --admin-port, or give --admin")
-    return str(admins[0])
+    return list(map(str, admins))
 
 
 def _one(port: int | None, pid_file: Path | None) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from kvferry.cli.operate import drain, reload, restart, running_admin, status
+from kvferry.cli.operate import drain, reload, restart, running_admins, status
 from kvferry.common.errors import ConfigError, KVFerryError
 from kvferry.launch.running import make_runtime_dir, runtime_dir, socket_of
 
@@ -119,7 +119,7 @@ def test_of_several_deployments_one_has_to_be_named() -> None:
 @pytest.mark.usefixtures("serving")
 def test_a_deployment_without_an_admin_listener_is_told_how_to_get_one() -> None:
     with pytest.raises(ConfigError, match="no admin listener: start it with --admin-port"):
-        running_admin()
+        running_admins()
 
 
 @pytest.mark.usefixtures("other")

@@ -38,6 +38,17 @@ def fetch(admin: str, path: str, key: str) -> dict[str, Any]:
     return found
 
 
+def fetch_first(admins: Sequence[str], path: str, key: str) -> dict[str, Any]:
+    """Return what the first of several routers answers that knows it. Raises KVFerryError where none does."""
+    errors: list[str] = []
+    for admin in admins:
+        try:
+            return fetch(admin, path, key)
+        except KVFerryError as error:
+            errors.append(str(error))
+    raise KVFerryError("; ".join(dict.fromkeys(errors)))
+
+
 def _message_of(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.load(error)["error"]["message"])

@@ -13,7 +13,7 @@ from rich.console import Console
 from kvferry.common.errors import KVFerryError
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
-from kvferry.router.admin.explain_view import fetch, list_path, path_of, show, show_list
+from kvferry.router.admin.explain_view import fetch, fetch_first, list_path, path_of, show, show_list
 from kvferry.router.http.http_server import HttpServer
 from kvferry.settings.sockets import listen
 from kvferry.wire.address import Address
@@ -77,6 +77,15 @@ async def test_requests_are_listed() -> None:
     async with listener(served_fleet()) as address:
         text = await printed(address, list_path("slowest"))
     assert "r-0" in text and "p-0 -> d-0" in text and "250.0" in text
+
+
+async def test_of_several_routers_the_one_is_found_that_knows_a_request() -> None:
+    async with listener(Fleet()) as other, listener(served_fleet()) as address:
+        for admins in ([other, address], [address, other], ["http://127.0.0.1:9", address]):
+            assert (await asyncio.to_thread(fetch_first, admins, path_of("r-0"), ""))["request_id"] == "r-0"
+        with pytest.raises(KVFerryError, match="is not under way here") as told:
+            await asyncio.to_thread(fetch_first, [other, address], path_of("r-9"), "")
+        assert str(told.value).count("not under way") == 1
 
 
 async def test_what_goes_wrong_is_said_in_the_listeners_words() -> None:
