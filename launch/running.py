@@ -53,9 +53,20 @@ def socket_of(folder: Path, pid: int) -> Path:
 
 
 def running_pids(folder: Path) -> list[int]:
-    """Processes of deployments that seem to run: they have a socket, and exist."""
-    names = [path.stem for path in folder.glob("*.sock")] if folder.is_dir() else []
+    """Processes of deployments that seem to run: they have a socket, and exist.
+
+    A folder of somebody else's has none: his socket could name any address, and get an operator's key there.
+    """
+    names = [path.stem for path in folder.glob("*.sock")] if _is_ours(folder) else []
     return sorted(int(name) for name in names if name.isdigit() and is_alive(int(name)))
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def is_alive(pid: int) -> bool:

@@ -110,6 +110,14 @@ def test_without_a_deployment_a_command_says_so() -> None:
         reload(port=8001)
 
 
+@pytest.mark.usefixtures("serving")
+def test_sockets_in_a_folder_of_somebody_else_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(ConfigError, match="no deployment of this user runs on this machine"):
+        running_admins()
+
+
 @pytest.mark.usefixtures("serving", "other")
 def test_of_several_deployments_one_has_to_be_named() -> None:
     with pytest.raises(ConfigError, match=r"2 deployments run: (?=.*8001)(?=.*8002).*--port or --pid-file"):
