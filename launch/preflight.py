@@ -15,6 +15,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import NamedTuple
 
 from ..common.errors import ConfigError
@@ -132,12 +133,10 @@ class Preflight:
         settings = self._settings
         if settings.pid_file is not None:
             check_pid_file(settings.pid_file, runtime_dir(self._env))
-        folder = absolute(settings.disk_cache_dir)
-        if folder is not None:
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                raise ConfigError(f"disk_cache_dir: {folder} cannot be made or written to")
-        return "pid file and caches can be written"
+        for name, given in (("disk_cache_dir", settings.disk_cache_dir), ("data_dir", settings.data_dir)):
+            if (folder := absolute(given)) is not None:
+                _check_folder(name, folder)
+        return "pid file, caches and data can be written"
 
     # --- of the model ---------------------------------------------------------------------------------------------
 
@@ -212,6 +211,13 @@ class Preflight:
             found = "ray; whoever reaches the nodes' UCX ports can read and write the workers' memory"
             return Check("launcher", Level.WARN, found, "keep the nodes on a network of your own")
         return settings.launcher
+
+
+def _check_folder(setting: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to. Raises ConfigError."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{setting}: {folder} cannot be made or written to")
 
 
 def check_platform() -> str:

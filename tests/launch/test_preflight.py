@@ -270,6 +270,11 @@ def disk_cache_in_a_file(site: Site) -> Words:
     return ["--disk-cache-dir", site.file("file", "") + "/cache"]
 
 
+@case("data_dir: .* cannot be made or written to")
+def data_in_a_file(site: Site) -> Words:
+    return ["--data-dir", site.file("file", "") + "/data"]
+
+
 @case("there is no prefix cache to keep there")
 def disk_cache_without_a_prefix_cache(site: Site) -> Words:
     return ["--disk-cache-dir", str(site.folder / "cache"), "--no-enable-prefix-caching"]
