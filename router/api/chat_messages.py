@@ -54,23 +54,23 @@ def _message(item: object, where: str, ignored: list[str] | None) -> dict[str, o
     _check_role(message, where)
     if message["role"] == "developer":
         message["role"] = "system"  # OpenAI's newer name for it; templates know the older one
-    message["content"] = _content(message.get("content"), str(message["role"]), f"{where}.content")
+    message["content"] = _content(message.get("content"), str(message["role"]), f"{where}.content", ignored)
     for name in ("name", "tool_call_id"):
         value = message.get(name)
         if value is not None and (not isinstance(value, str) or len(value) > 256):
             raise RequestError(f"{where}.{name} must be a string of at most 256 characters", param=f"{where}.{name}")
     if _FIELDS_OF_ANSWERS & message.keys():
-        _take_answer(message, where)
+        _take_answer(message, where, ignored)
     return message
 
 
-def _take_answer(message: dict[str, object], where: str) -> None:
+def _take_answer(message: dict[str, object], where: str, ignored: list[str] | None) -> None:
     """Check what only an answer of the model has."""
     if message["role"] != "assistant":
         name = min(_FIELDS_OF_ANSWERS & message.keys())
         raise RequestError(f"{where}.{name} is for assistant messages only", param=f"{where}.{name}")
     if "tool_calls" in message:
-        message["tool_calls"] = parse_calls(message["tool_calls"], f"{where}.tool_calls")
+        message["tool_calls"] = parse_calls(message["tool_calls"], f"{where}.tool_calls", ignored)
     for name in ("reasoning_content", "reasoning"):
         if not isinstance(message.get(name, ""), str):
             raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
@@ -86,18 +86,18 @@ def _check_role(message: dict[str, object], where: str) -> None:
         raise RequestError(f"{where}.role {seen}; it must be one of {', '.join(ROLES)}", param=f"{where}.role")
 
 
-def _content(content: object, role: str, where: str) -> str:
+def _content(content: object, role: str, where: str, ignored: list[str] | None) -> str:
     match content:
         case str():
             return content
         case None if role == "assistant":
             return ""
         case list():
-            return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
+            return "".join(_part(part, f"{where}[{index}]", ignored) for index, part in enumerate(content))
     raise RequestError(f"{where} must be a string or a list of text parts", param=where)
 
 
-def _part(part: object, where: str) -> str:
+def _part(part: object, where: str, ignored: list[str] | None) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise RequestError(f"{where} must be an object with a type", param=where)
     if part["type"] != "text":
@@ -109,7 +109,9 @@ def _part(part: object, where: str) -> str:
     text = part.get("text")
     if not isinstance(text, str):
         raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
-    extra = part.keys() - {"type", "text"}
-    if extra:
-        raise unknown_field(min(extra), frozenset({"type", "text"}), where)
+    extra = sorted(part.keys() - {"type", "text"})
+    if extra and ignored is None:
+        raise unknown_field(extra[0], frozenset({"type", "text"}), where)
+    if ignored is not None:
+        ignored += [f"{where}.{name}" for name in extra]
     return text

@@ -117,7 +117,7 @@ class Api:
         """Tell the client, the metrics and, once for each name, the log."""
         context.ignored += names
         self.observer.on_ignored_fields(len(names))
-        for name in map(clip, names):
+        for name in map(clip, names[:_MAX_LOGGED_NAMES]):
             if name not in self.logged_names and len(self.logged_names) < _MAX_LOGGED_NAMES:
                 self.logged_names.add(name)
                 log.warning("field_ignored", field=name, request_id=context.request_id)

@@ -139,7 +139,7 @@ def _chat(
 ) -> tuple[list[dict[str, object]], ToolUse, Chat, dict[str, str]]:
     """The messages and tools as checked, what is to be rendered, and which special tokens are hidden in it."""
     messages = parse_messages(body.messages or [], ignored)
-    use = _tool_use(version, body)
+    use = _tool_use(version, body, ignored)
     check_num_bytes(sum(len(str(message["content"])) for message in messages), version.model.max_model_len)
     continues = bool(body.continue_final_message)
     if continues and messages[-1]["role"] != "assistant":
@@ -175,10 +175,10 @@ def _without_effect(version: Version, body: ChatBody | TokenizeBody) -> tuple[st
     return ("reasoning_effort",) if has_effort and not version.dialect.switches else ()
 
 
-def _tool_use(version: Version, body: ChatBody | TokenizeBody) -> ToolUse:
+def _tool_use(version: Version, body: ChatBody | TokenizeBody, ignored: list[str] | None) -> ToolUse:
     if isinstance(body, TokenizeBody):
-        return parse_tool_use(body.tools, None, None)
-    use = parse_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+        return parse_tool_use(body.tools, None, None, ignored)
+    use = parse_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, ignored)
     if use.choice == "auto" and not version.model.chooses_tools:
         message = "tool_choice 'auto' is switched off on this server (enable_auto_tool_choice)"
         raise RequestError(message, param="tool_choice", code="unsupported_value")

@@ -45,7 +45,7 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, *, needs_max
     if needs_max_tokens and raw.get("max_tokens") is None:
         raise RequestError("'max_tokens' is required", param="max_tokens", code="missing_required_parameter")
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
-    messages = body["messages"] = [*_system(raw.get("system")), *_messages(raw.get("messages"))]
+    messages = body["messages"] = [*_system(raw.get("system")), *_messages(raw.get("messages"), ignored)]
     last = messages[-1]
     if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
         body["continue_final_message"] = True
@@ -84,21 +84,23 @@ def _system(raw: object) -> list[dict[str, object]]:
     return [{"role": "system", "content": _text(raw, "system")}]
 
 
-def _messages(raw: object) -> list[dict[str, object]]:
+def _messages(raw: object, ignored: list[str] | None) -> list[dict[str, object]]:
     if not isinstance(raw, list) or not raw:
         raise RequestError("messages must be an array that is not empty", param="messages")
     messages: list[dict[str, object]] = []
     for index, each in enumerate(raw):
-        messages += _message(each, f"messages[{index}]")
+        messages += _message(each, f"messages[{index}]", ignored)
     return messages
 
 
-def _message(raw: object, where: str) -> list[dict[str, object]]:
+def _message(raw: object, where: str, ignored: list[str] | None) -> list[dict[str, object]]:
     if not isinstance(raw, dict):
         raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    extra = raw.keys() - {"role", "content"}
-    if extra:
-        raise unknown_field(min(extra), frozenset({"role", "content"}), where)
+    extra = sorted(raw.keys() - {"role", "content"})
+    if extra and ignored is None:
+        raise unknown_field(extra[0], frozenset({"role", "content"}), where)
+    if ignored is not None:
+        ignored += [f"{where}.{name}" for name in extra]
     role, content = raw.get("role"), raw.get("content")
     if role not in ("user", "assistant", "system"):
         raise RequestError(f"{where}.role must be 'user' or 'assistant', got {shown(role)}", param=f"{where}.role")

@@ -66,23 +66,26 @@ class ToolUse:
         return [tool.as_dict() for tool in self.tools]
 
 
-def parse_tool_use(tools: object, choice: object, parallel: bool | None) -> ToolUse:
-    """Check the three fields of a chat's body. Raises RequestError that names the place and the rule."""
-    known = _tools(tools)
+def parse_tool_use(tools: object, choice: object, parallel: bool | None, ignored: list[str] | None = None) -> ToolUse:
+    """Check the three fields of a chat's body. Raises RequestError that names the place and the rule.
+
+    Unknown fields of tools are refused, unless a list takes their names.
+    """
+    known = _tools(tools, ignored)
     kind, name = _choice(choice, known)
     if kind == "none":
         return ToolUse()
     return ToolUse(known, kind, name, parallel is not False)
 
 
-def _tools(raw: object) -> tuple[Tool, ...]:
+def _tools(raw: object, ignored: list[str] | None) -> tuple[Tool, ...]:
     if raw is None:
         return ()
     if not isinstance(raw, list):
         raise invalid("tools", f"must be an array, got {shown(raw)}")
     if len(raw) > MAX_TOOLS:
         raise invalid("tools", f"has {len(raw)} tools; at most {MAX_TOOLS} are taken")
-    tools = tuple(_tool(each, f"tools[{index}]") for index, each in enumerate(raw))
+    tools = tuple(_tool(each, f"tools[{index}]", ignored) for index, each in enumerate(raw))
     size = len(msgspec.json.encode([tool.as_dict() for tool in tools]))
     if size > MAX_TOOLS_BYTES:
         raise invalid("tools", f"has {size} bytes; at most {MAX_TOOLS_BYTES} are taken")
@@ -94,7 +97,7 @@ def _tools(raw: object) -> tuple[Tool, ...]:
     return tools
 
 
-def _tool(raw: object, where: str) -> Tool:
+def _tool(raw: object, where: str, ignored: list[str] | None) -> Tool:
     if not isinstance(raw, dict):
         raise invalid(where, f"must be an object, got {shown(raw)}")
     if raw.get("type") != "function":
@@ -107,9 +110,9 @@ def _tool(raw: object, where: str) -> Tool:
     function = raw.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{where}.function", f"must be an object, got {shown(function)}")
-    only(raw, {"type", "function"}, where)
+    only(raw, {"type", "function"}, where, ignored)
     where += ".function"
-    only(function, {"name", "description", "parameters", "strict"}, where)
+    only(function, {"name", "description", "parameters", "strict"}, where, ignored)
     name, description, strict = function.get("name"), function.get("description"), function.get("strict")
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         raise invalid(f"{where}.name", f"{_NAME_RULE}, got {shown(name)}")
@@ -162,11 +165,14 @@ def _choice(raw: object, tools: Sequence[Tool]) -> tuple[Choice, str | None]:
     raise invalid("tool_choice", f"{rule}, got {shown(raw)}")
 
 
-def only(raw: Mapping[str, object], known: set[str], where: str) -> None:
-    """Refuse every other field."""
+def only(raw: Mapping[str, object], known: set[str], where: str, ignored: list[str] | None = None) -> None:
+    """Refuse every other field, unless a list takes their names."""
     for name in raw:
         if name not in known:
             param = f"{where}.{name}"
+            if ignored is not None:
+                ignored.append(param)
+                continue
             raise RequestError(f"unknown field {clip(param)}", param=param[:128], code="unknown_parameter")
 
 

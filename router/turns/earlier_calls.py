@@ -16,33 +16,36 @@ MAX_ARGUMENTS_CHARS = 2**20  # of one call: parsed in a few milliseconds
 _MAX_NAME_CHARS = 256
 
 
-def parse_calls(raw: object, where: str) -> list[dict[str, object]]:
-    """Return the calls as chat templates know them. Raises RequestError that names the place."""
+def parse_calls(raw: object, where: str, ignored: list[str] | None = None) -> list[dict[str, object]]:
+    """Return the calls as chat templates know them. Raises RequestError that names the place.
+
+    Unknown fields are refused, unless a list takes their names.
+    """
     if not isinstance(raw, list):
         raise invalid(where, f"must be an array, got {shown(raw)}")
     if len(raw) > MAX_CALLS:
         raise invalid(where, f"has {len(raw)} calls; at most {MAX_CALLS} are taken")
-    return [_call(each, f"{where}[{index}]") for index, each in enumerate(raw)]
+    return [_call(each, f"{where}[{index}]", ignored) for index, each in enumerate(raw)]
 
 
-def _call(raw: object, where: str) -> dict[str, object]:
+def _call(raw: object, where: str, ignored: list[str] | None) -> dict[str, object]:
     if not isinstance(raw, dict):
         raise invalid(where, f"must be an object, got {shown(raw)}")
-    only(raw, {"id", "type", "function", "index"}, where)
+    only(raw, {"id", "type", "function", "index"}, where, ignored)
     if raw.get("type", "function") != "function":
         raise invalid(f"{where}.type", f"must be 'function', got {shown(raw['type'])}")
     function = raw.get("function")
     if not isinstance(function, dict):
         raise invalid(f"{where}.function", f"must be an object, got {shown(function)}")
-    call: dict[str, object] = {"type": "function", "function": _function(function, f"{where}.function")}
+    call: dict[str, object] = {"type": "function", "function": _function(function, f"{where}.function", ignored)}
     call_id = raw.get("id")
     if call_id is not None:
         call["id"] = _name(call_id, f"{where}.id")
     return call
 
 
-def _function(raw: dict[str, object], where: str) -> dict[str, object]:
-    only(raw, {"name", "arguments"}, where)
+def _function(raw: dict[str, object], where: str, ignored: list[str] | None) -> dict[str, object]:
+    only(raw, {"name", "arguments"}, where, ignored)
     return {"name": _name(raw.get("name"), f"{where}.name"), "arguments": _arguments(raw.get("arguments"), where)}
 
 

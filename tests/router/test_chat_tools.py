@@ -322,7 +322,7 @@ async def test_an_effort_goes_to_the_template_that_knows_it() -> None:
 
 
 async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> None:
-    served = serve(Script("x"), unknown_fields="warn")
+    served = serve(Script("x"), unknown_fields="warn", model=ServedModel(MODEL, 4096, VOCAB_SIZE))
     async with served.client() as client:
         response = await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1, "a\r\nb": 2})
         assert response.status_code == 200 and response.headers["x-kvferry-ignored"] == "temprature,a??b"
@@ -330,6 +330,20 @@ async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> 
         response = await client.post("/v1/chat/completions", json={"messages": named})
         assert response.headers["x-kvferry-ignored"] == "messages[0].id"
         assert "kvferry_ignored_fields_total 3.0" in (await client.get("/metrics")).text
+        part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+        tool = {"type": "function", "function": {"name": "f", "examples": []}, "defer_loading": True}
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "thought": "x"}
+        chat = [{"role": "user", "content": [part]}, {"role": "assistant", "tool_calls": [call]}, *CHAT]
+        response = await client.post("/v1/chat/completions", json={"messages": chat, "tools": [tool]})
+        assert set(response.headers["x-kvferry-ignored"].split(",")) == {
+            "messages[0].content[0].cache_control",
+            "messages[1].tool_calls[0].thought",
+            "tools[0].defer_loading",
+            "tools[0].function.examples",
+        }
+        message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi", "id": "m"}]}
+        response = await client.post("/v1/messages", json=message)
+        assert response.headers["x-kvferry-ignored"] == "messages[0].id"
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "suffix": "x"})).status_code == 400
     async with serve(Script("x")).client() as client:
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1})).status_code == 400
