@@ -19,6 +19,7 @@ from .translate import Message
 MAX_BYTES = 64 * 2**20  # of all conversations together; more keeps them longer under load
 MAX_BYTES_OF_ONE = 4 * 2**20
 MAX_AGE_S = 3600.0
+_OBJECT_BYTES = 256  # of a message or a part of a call in memory, beside its text: a dict and what is in it
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,7 +41,7 @@ class KeptResponses:
 
     def keep(self, response_id: str, tenant: bytes, messages: Sequence[Message]) -> None:
         """Keep a conversation, unless it is very long."""
-        num_bytes = len(msgspec.json.encode(messages))
+        num_bytes = _num_bytes(messages)
         if num_bytes > min(MAX_BYTES_OF_ONE, self._max_bytes):
             return
         self._by_id[response_id] = _Conversation(tenant, tuple(messages), num_bytes, self._clock.now())
@@ -70,3 +71,9 @@ class KeptResponses:
                 return
             del self._by_id[response_id]
             self.num_bytes -= oldest.num_bytes
+
+
+def _num_bytes(messages: Sequence[Message]) -> int:
+    """Return what messages take: of many short ones, ten times their text."""
+    calls = [calls for message in messages if isinstance(calls := message.get("tool_calls"), list)]
+    return len(msgspec.json.encode(messages)) + _OBJECT_BYTES * (len(messages) + 2 * sum(map(len, calls)))

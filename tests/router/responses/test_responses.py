@@ -9,7 +9,7 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.responses.kept import MAX_AGE_S, KeptResponses
-from kvferry.router.responses.translate import input_messages
+from kvferry.router.responses.translate import Message, input_messages
 from kvferry.router.state.errors import StreamError
 from kvferry.tests.fake_clock import FakeClock
 
@@ -208,3 +208,14 @@ def test_what_is_kept_has_bounds_of_memory_and_time_and_belongs_to_a_key() -> No
         kept.find("resp_9", b"one")
     kept.keep("resp_new", b"one", [])
     assert kept.num_bytes < 10
+
+
+def test_short_messages_count_for_what_they_take_in_memory() -> None:
+    kept = KeptResponses(FakeClock(0.0))
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+    messages: list[Message] = [{"role": "assistant", "content": "", "tool_calls": [call] * 128} for _ in range(100)]
+    kept.keep("resp_0", b"", messages[:10])
+    assert kept.num_bytes > 10 * 128 * 500
+    kept.keep("resp_1", b"", messages)
+    with pytest.raises(RequestError):
+        kept.find("resp_1", b"")
