@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from ..common.config import Settings
 from .option import ALL, ENGINES, FRONTS, Option
-from .values import Count, Texts, check_adapters
+from .values import Adapters, Count
 
 
 class AdapterSettings(Settings):
@@ -18,7 +18,7 @@ class AdapterSettings(Settings):
         bool, Option("Adapters", "Serve adapters (LoRA) beside the model, each under a name of its own.", ALL)
     ] = False
     lora_modules: Annotated[
-        Annotated[Texts, AfterValidator(check_adapters)],
+        Adapters,
         Option("Adapters", "NAME=DIRECTORY of an adapter as peft saves it, served from the start; several.", FRONTS),
     ] = ()
     max_loras: Annotated[int, Field(ge=1, le=1024), Option("Adapters", "Adapters in a step at once.", ENGINES)] = 8

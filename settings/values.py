@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from ..common.config import RequestClass, WeightsForm
 from ..common.errors import ConfigError
@@ -92,6 +92,20 @@ def check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def _adapters(value: object) -> object:
+    """Read texts and mappings of adapters (YAML), one or several; also as JSON in one text (variable)."""
+    if isinstance(value, str):
+        value = parse_object(value) if value.lstrip().startswith(("{", "[")) else _split(value)
+    entries = [value] if isinstance(value, Mapping) else value
+    if not isinstance(entries, list | tuple):
+        return entries
+    return [_as_text(each) if isinstance(each, Mapping) else each for each in entries]
+
+
+def _as_text(entry: Mapping[object, object]) -> str:
+    return json.dumps({str(key): value for key, value in entry.items()}, default=str)
+
+
 def _as_pair(text: str) -> str:
     """Read vLLM's other form of an adapter, `{"name": ..., "path": ...}`; its base model is ours."""
     if not text.startswith("{"):
@@ -99,6 +113,8 @@ def _as_pair(text: str) -> str:
     fields = parse_object(text)
     if not isinstance(fields, dict) or not {"name", "path"} <= fields.keys() <= {"name", "path", "base_model_name"}:
         raise ValueError('each is NAME=DIRECTORY or {"name": NAME, "path": DIRECTORY}')
+    if "=" in str(fields["name"]):
+        raise ValueError("a name has no =")
     return f"{fields['name']}={fields['path']}"
 
 
@@ -116,6 +132,7 @@ def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
 Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Adapters = Annotated[tuple[str, ...], BeforeValidator(_adapters), AfterValidator(check_adapters)]
 WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Classes = Annotated[tuple[RequestClass, ...], BeforeValidator(parse_classes)]

@@ -266,3 +266,36 @@ def test_exact_answers_need_one_exchange_of_experts_tokens(tmp_path: Path) -> No
     assert (settings.expert_exchange, settings.decode.expert_exchange) == ("sum", "all_to_all")
     with pytest.raises(ConfigError, match="both pools need the same expert_exchange"):
         load_text(tmp_path, "deterministic: true\n" + text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[fr=/a/fr, de=/a/de]",
+        "fr=/a/fr,de=/a/de",
+        '[{name: fr, path: /a/fr, base_model_name: m}, "de=/a/de"]',
+        "\n  - {name: fr, path: /a/fr}\n  - name: de\n    path: /a/de",
+    ],
+)
+def test_adapters_may_be_texts_or_mappings_in_a_file(tmp_path: Path, text: str) -> None:
+    settings = load_text(tmp_path, f"enable_lora: true\nlora_modules: {text}\n").settings
+    assert settings.lora_modules == ("fr=/a/fr", "de=/a/de")
+
+
+@pytest.mark.parametrize(
+    ("text", "adapters"),
+    [
+        ("fr=/a/fr, de=/a/de", ("fr=/a/fr", "de=/a/de")),
+        ('{"name": "fr", "path": "/a/fr"}', ("fr=/a/fr",)),
+        ('[{"name": "fr", "path": "/a/fr"}, "de=/a/de"]', ("fr=/a/fr", "de=/a/de")),
+    ],
+)
+def test_adapters_may_be_json_in_a_variable(text: str, adapters: tuple[str, ...]) -> None:
+    env = {"KVFERRY_ENABLE_LORA": "1", "KVFERRY_LORA_MODULES": text}
+    assert load(flags={}, env=env, file=None).settings.lora_modules == adapters
+
+
+@pytest.mark.parametrize("text", ["{name: fr}", "[{name: a=b, path: /a}]", "[{2001-01-01: x}]", "3"])
+def test_what_names_no_adapter_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.yaml:2: lora_modules"):
+        load_text(tmp_path, f"enable_lora: true\nlora_modules: {text}\n")
