@@ -1,7 +1,8 @@
 """The calls of earlier turns, in an assistant's message.
 
 Clients send a call's arguments as JSON in a string, templates want the object: it is parsed here. What a model wrote
-wrongly stays a string, so that the client can send it back.
+wrongly stays a string, so that the client can send it back; so does what no template is given: nested deeper than a
+schema may be, or with numbers that a message to the template's process has no room for.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import msgspec
 
 from ..state.errors import clip, shown
-from .definitions import invalid, only
+from .definitions import MAX_DEPTH, invalid, only
 
 MAX_CALLS = 128  # in one message
 MAX_ARGUMENTS_CHARS = 2**20  # of one call: parsed in a few milliseconds
 _MAX_NAME_CHARS = 256
+_WHOLE_NUMBERS = range(-(2**63), 2**64)
 
 
 def parse_calls(raw: object, where: str, ignored: list[str] | None = None) -> list[dict[str, object]]:
@@ -68,7 +70,19 @@ def _object_in(text: str) -> object:
         found: object = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         return text
-    return found if isinstance(found, dict) else text
+    return found if isinstance(found, dict) and _is_plain(found) else text
+
+
+def _is_plain(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (each.values() if isinstance(each, dict) else each if isinstance(each, list) else () for each in level)
+        level = [child for part in parts for child in part]
+        if any(isinstance(child, int) and child not in _WHOLE_NUMBERS for child in level):
+            return False
+        if not level:
+            return True
+    return False
 
 
 def _name(raw: object, where: str) -> str:
