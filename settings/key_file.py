@@ -15,6 +15,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, time
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,10 +86,16 @@ def add_key(path: Path, key_id: str, expires: datetime | None) -> str:
 
 def revoke_keys(path: Path, key_id: str) -> int:
     """Take all keys of this id out of the file; how many there were. Other lines stay as they are."""
-    found = [lines for entry, lines in _read(path, "file") if entry.id == key_id]
+    entries = _read(path, "file")
+    for (_, (_, end)), (_, (first, _)) in pairwise(entries):
+        if first < end:
+            raise ConfigError(f"file: {path}:{first + 1}: two keys stand in one line; give each lines of its own")
+    found = [lines for entry, lines in entries if entry.id == key_id]
     if found:
         kept = path.read_text(encoding="utf-8").splitlines(keepends=True)
         for first, end in reversed(found):
+            while kept[end - 1].strip()[:1] in ("", "#"):  # a remark before the next key is that one's
+                end -= 1
             del kept[first:end]
         _write(path, "".join(kept))
     return len(found)

@@ -144,6 +144,26 @@ def test_revoking_leaves_all_other_lines_as_they_are(tmp_path: Path) -> None:
     assert read_key_file(path, "file") == ()
 
 
+def test_revoking_leaves_the_remark_before_the_next_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    alice, bob = (f"- id: {name}\n  hash: {HASH}\n" for name in ("alice", "bob"))
+    path.write_text(f"{alice}\n# of sales, until March\n{bob}# the end\n")
+    assert revoke_keys(path, "alice") == 1
+    assert path.read_text() == f"\n# of sales, until March\n{bob}# the end\n"
+    assert revoke_keys(path, "bob") == 1
+    assert path.read_text() == "\n# of sales, until March\n# the end\n"
+
+
+def test_keys_that_share_a_line_are_not_revoked_together(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    path.write_text(text := f"[{{id: alice, hash: '{HASH}'}}, {{id: bob, hash: '{HASH}'}}]\n")
+    with pytest.raises(ConfigError, match=r"keys\.yaml:1: two keys stand in one line"):
+        revoke_keys(path, "alice")
+    assert path.read_text() == text
+
+
 @pytest.mark.slow
 @given(st.lists(st.sampled_from("abc"), max_size=8), st.sampled_from("abc"))
 def test_what_is_left_after_revoking_is_what_was_there(names: list[str], gone: str) -> None:
