@@ -10,6 +10,7 @@ Brackets and strings are looked at, not more: what is balanced may still be no J
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -103,11 +104,18 @@ def ends_with_part_of(text: str, mark: str) -> int:
 
 
 def loads(text: str) -> object:
-    """Return the value, or None for what is no JSON."""
+    """Return the value, or None for what is no JSON, as NaN is none, and for what is larger than any number."""
     try:
-        value: object = json.loads(text)
+        value: object = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
     return value
 
 

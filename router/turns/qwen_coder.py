@@ -14,6 +14,7 @@ Arguments are told a parameter at a time, as JSON of the type that the tool's sc
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from .json_syntaxes import after_mark, find_mark
 from .json_text import dumps, loads, skip_blank
@@ -68,15 +69,50 @@ class QwenCoderSyntax:
         """Return the value as JSON: a string, unless the schema wants something else and the text is that."""
         properties = self._schemas.get(name, {}).get("properties")
         schema = properties.get(parameter) if isinstance(properties, dict) else None
-        kinds = schema.get("type") if isinstance(schema, dict) else "string"
-        if kinds == "string":
+        kinds = _kinds(schema) if isinstance(schema, dict) else {"string"}
+        if kinds == {"string"}:
             return dumps(text)
         stripped = text.strip()
-        if stripped.lower() in _TRUTH:
-            return dumps(_TRUTH[stripped.lower()])
-        value = loads(stripped)
-        is_text = value is None or (isinstance(value, str) and kinds is None)
-        return dumps(text if is_text else value)
+        is_word = stripped.lower() in _TRUTH
+        value = _TRUTH[stripped.lower()] if is_word else loads(stripped)
+        if "string" in kinds:
+            is_text = _kinds_of(value).isdisjoint(kinds - {"string"})
+        else:
+            is_text = not kinds and isinstance(value, str)
+        return dumps(text if is_text or (value is None and not is_word) else value)
+
+
+def _kinds(schema: Mapping[str, object]) -> set[str]:
+    """Return the types that a schema names, those of its alternatives too; empty: any."""
+    kinds = schema.get("type")
+    if isinstance(kinds, str | list):
+        return {kinds} if isinstance(kinds, str) else {kind for kind in kinds if isinstance(kind, str)}
+    members = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(members, list):
+        return {kind for member in members for kind in _kinds_of(member)}
+    alternatives = schema.get("anyOf", schema.get("oneOf"))
+    if not isinstance(alternatives, list):
+        return set()
+    named = [_kinds(each) if isinstance(each, dict) else set[str]() for each in alternatives]
+    return set[str]().union(*named) if all(named) else set()
+
+
+def _kinds_of(value: object) -> set[str]:
+    """Return the types that a value is of."""
+    match value:
+        case None:
+            return {"null"}
+        case bool():
+            return {"boolean"}
+        case int():
+            return {"integer", "number"}
+        case float():
+            return {"number", "integer"} if value.is_integer() else {"number"}
+        case str():
+            return {"string"}
+        case list():
+            return {"array"}
+    return {"object"}
 
 
 def _arguments(written: list[str], end: str) -> str:

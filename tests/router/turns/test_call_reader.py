@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 
 from kvferry.router.turns.call_reader import CallPiece, CallReader, joined_calls, read_calls
+from kvferry.router.turns.qwen_coder import QwenCoderSyntax
 from kvferry.router.turns.syntax import Call, Syntax
 
 from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
@@ -107,6 +109,41 @@ HERMES, BARE, MISTRAL, CODER = (FORMS[name].syntax for name in ("hermes", "json"
 )
 def test_a_text_and_its_calls(syntax: Syntax, text: str, content: str, calls: list[tuple[str, str]]) -> None:
     assert read_calls(text, syntax) == (content, [Call(*call) for call in calls])
+
+
+OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}  # as pydantic writes a text that may be missing
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "7", "7"),
+        ({"type": "integer"}, "7", 7),
+        ({"type": "number"}, "NaN", "NaN"),
+        ({"type": "number"}, "-1e999", "-1e999"),
+        ({"type": "boolean"}, "True", True),
+        ({"type": "array"}, "[1, 2]", [1, 2]),
+        ({}, "7", 7),
+        ({}, '"7"', '"7"'),
+        (OPTIONAL, "7", "7"),
+        (OPTIONAL, "true", "true"),
+        (OPTIONAL, "[1]", "[1]"),
+        (OPTIONAL, "null", None),
+        ({"type": ["string", "null"]}, "7", "7"),
+        ({"type": ["string", "integer"]}, "7", 7),
+        ({"type": ["string", "integer"]}, "7.5", "7.5"),
+        ({"oneOf": [{"type": "integer"}, {"type": "null"}]}, "7", 7),
+        ({"anyOf": [{"$ref": "#/$defs/a"}, {"type": "string"}]}, "7", 7),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": [1, 2]}, "1", 1),
+        ({"const": "1"}, "1", "1"),
+        (True, "7", "7"),
+    ],
+)
+def test_a_coders_parameter_is_of_a_type_that_its_schema_names(schema: Any, text: str, value: object) -> None:
+    syntax = QwenCoderSyntax({"f": {"type": "object", "properties": {"a": schema}}})
+    content, [call] = read_calls(f"<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>", syntax)
+    assert (content, json.loads(call.arguments)) == ("", {"a": value})
 
 
 def test_arguments_leave_as_they_are_written() -> None:
