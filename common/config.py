@@ -47,9 +47,9 @@ AutoscaleMode = Literal["off", "advise", "on"]
 
 
 class Settings(BaseModel):
-    """Base of the settings: frozen, unknown keys refused."""
+    """Base of the settings: frozen, unknown keys refused, and numbers that JSON has, as which children get them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SpeculativeConfig(Settings):

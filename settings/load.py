@@ -26,6 +26,7 @@ _RULES = {  # in our words
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "extra_forbidden": "is not known here",
+    "finite_number": "must be a finite number",
 }
 _NO_SETTINGS = (SECRET_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE)
 

@@ -268,6 +268,15 @@ def test_exact_answers_need_one_exchange_of_experts_tokens(tmp_path: Path) -> No
         load_text(tmp_path, "deterministic: true\n" + text)
 
 
+@pytest.mark.parametrize("key", ["scale_down_after", "ttft_objective_ms", "ttft_stretch"])
+@pytest.mark.parametrize("text", [".inf", "inf", ".nan"])
+def test_a_number_without_end_is_refused(tmp_path: Path, key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"cluster\.yaml:1: {key}: must be a finite number, not "):
+        load_text(tmp_path, f"{key}: {text}\n")
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        load_text(tmp_path, f"classes: {{batch: {{deadline_s: {text}}}}}\n")
+
+
 @pytest.mark.parametrize(
     "text",
     [
