@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from ..common.config import RouterConfig, WorkerConfig, environment
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, ProtocolError
 from ..common.imports import kept_imports
 from ..settings.fields import ServeSettings
 from ..settings.flags import with_settings
@@ -159,7 +159,10 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     check_platform()
     if not settings.router:
         raise ConfigError(f"router: a {role} worker needs --router HOST:PORT, the control socket of its router")
-    routers = [Address.parse(text) for text in settings.router]
+    try:
+        routers = [Address.parse(text) for text in settings.router]
+    except ProtocolError as error:
+        raise ConfigError(f"router: {error}") from None
     secrets = read_secrets(settings.secret_file, environment())
     _check_secret(settings, secrets, [Address(settings.handoff_host, settings.handoff_port), *routers])
     check_transfer(settings)

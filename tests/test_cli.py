@@ -224,6 +224,8 @@ def test_without_a_secret_a_process_by_hand_starts_only_if_told_that_this_is_ins
 
 def test_worker_by_hand_needs_a_router(run: Run) -> None:
     assert_refused(run("decode"), "needs --router HOST:PORT")
+    for router in ("10.0.0.1", "10.0.0.1:http", "10.0.0.1:\u00b2", f"10.0.0.1:{'9' * 5000}"):
+        assert_refused(run("decode", "--router", router), "kvferry: router: '.*' is not host:port")
 
 
 def test_config_show_tells_origins_and_hides_keys(run: Run, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         host, _, port = text.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
+        if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
             raise ProtocolError(f"{text!r} is not host:port")
         return cls(host.strip("[]"), int(port))
 
