@@ -22,6 +22,7 @@ from .objectives import ObjectiveSettings
 from .option import Option
 from .output import OutputSettings
 from .pools import PoolSettings, PoolsSettings
+from .values import MAX_PORT
 
 ENV_PREFIX = "KVFERRY_"
 
@@ -57,6 +58,8 @@ class ServeSettings(
         self._check_adapters()
         if self.ray_address is not None and self.launcher != "ray":
             raise ValueError("ray_address: only with --launcher ray")
+        if self.admin_port and self.admin_port + self.routers - 1 > MAX_PORT:
+            raise ValueError(f"admin_port: each router has one, and {self.routers} from here on are beyond {MAX_PORT}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError("max_model_len: must hold a prompt token and an answer token, so at least 2")
         return self

@@ -17,6 +17,7 @@ from ..common.config import RequestClass, WeightsForm
 from ..common.errors import ConfigError
 from .windows import Window
 
+MAX_PORT = 65535
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
@@ -130,7 +131,7 @@ def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Adapters = Annotated[tuple[str, ...], BeforeValidator(_adapters), AfterValidator(check_adapters)]
 WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]

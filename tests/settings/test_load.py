@@ -308,3 +308,10 @@ def test_adapters_may_be_json_in_a_variable(text: str, adapters: tuple[str, ...]
 def test_what_names_no_adapter_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.yaml:2: lora_modules"):
         load_text(tmp_path, f"enable_lora: true\nlora_modules: {text}\n")
+
+
+def test_every_router_needs_a_port_of_its_own_for_operators(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.yaml:1: admin_port: each router has one, and 3 from here on"):
+        load_text(tmp_path, "admin_port: 65534\nrouters: 3\n")
+    assert load_text(tmp_path, "admin_port: 65534\nrouters: 2\n").settings.admin_port == 65534
+    assert load_text(tmp_path, "admin_port: 0\nrouters: 3\n").settings.admin_port == 0
