@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import get_args
 
 import structlog
 
-from ...common.config import AutoscaleConfig, PoolBounds
+from ...common.config import AutoscaleConfig, PolicyName, PoolBounds
 from ...common.errors import ConfigError, KVFerryError
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS, is_published
-from ...tools.load.arguments import positive_float, positive_int
+from ...tools.load.arguments import natural, positive_float, positive_int
 from ...tools.load.environment import describe_environment
 from ...tools.load.plot import check_plot_path
 from ...tools.load.report import report_console
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.plot is not None:
             check_plot_path(options.plot)
-        runs = [_run(name, options) for name in options.policy.split(",")]
+        runs = [_run(name, options) for name in _policies(options.policy)]
     except KVFerryError as error:
         print(f"kvferry simulate: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -61,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plot is not None:
         plot_runs(runs, options.plot)
     return 0
+
+
+def _policies(text: str) -> list[str]:
+    names, known = [name.strip() for name in text.split(",")], (*get_args(PolicyName), "colocated")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"policy: {name!r} is none of {', '.join(known)}")
+    return names
 
 
 def _run(policy: str, options: argparse.Namespace) -> Run:
@@ -208,7 +217,7 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_fleet(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prefill", type=int, default=2, help="workers; 0: colocated")
+    group.add_argument("--prefill", type=natural, default=2, help="workers; 0: colocated")
     group.add_argument("--decode", type=positive_int, default=2, help="workers")
     group.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)}; with a checkpoint also {CPU}, measured")
     text = f"published figures: {', '.join(MODELS)}; or a checkpoint as of serve, whose config.json is enough"
@@ -221,7 +230,7 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-num-seqs", type=positive_int, default=256)
     group.add_argument("--prefill-tokens", type=positive_int, help="largest step of a prefill worker; default: 8192")
     group.add_argument("--decode-tokens", type=positive_int, help="largest step of a decode worker; default: 2048")
-    group.add_argument("--adapters", type=int, default=0, help="that requests name, few often and many rarely")
+    group.add_argument("--adapters", type=natural, default=0, help="that requests name, few often and many rarely")
     group.add_argument("--adapter-mb", type=positive_float, default=100.0, help="of an adapter's file")
     group.add_argument("--max-loras", type=positive_int, default=8, help="adapters in a step, on each worker")
     group.add_argument("--max-cpu-loras", type=positive_int, help="in its host memory (default: --max-loras)")
@@ -232,13 +241,13 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fail", type=_failure, action="append", default=[], metavar="WORKER@AT[+BACK_AFTER]")
     group.add_argument("--autoscale", type=positive_int, metavar="N", help="the autoscaler decides, up to N workers")
     group.add_argument("--start-s", type=positive_float, default=60.0, help="that a new worker takes to start")
-    group.add_argument("--spare-workers", type=int, default=0)
+    group.add_argument("--spare-workers", type=natural, default=0)
 
 
 def _add_goals(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--policy", default="slo", help="one or more, with commas; also: colocated")
     group.add_argument("--no-local-prefill", action="store_true")
-    group.add_argument("--max-local-prefill-tokens", type=int, default=0)
+    group.add_argument("--max-local-prefill-tokens", type=natural, default=0)
     group.add_argument("--ttft-objective-ms", type=positive_float, default=1000.0)
     group.add_argument("--ttft-stretch", type=positive_float, default=3.0)
     group.add_argument("--tpot-objective-ms", type=positive_float, default=50.0)

@@ -56,6 +56,31 @@ def test_a_checkpoint_is_simulated_as_it_is_sized(tmp_path: Path, capsys: pytest
     assert "LlamaForCausalLM" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--policy", "slo,fastest"],
+            "policy: 'fastest' is none of slo, least_loaded, kv_cost, round_robin, colocated",
+        ),
+        (["--policy", ""], "policy: '' is none of"),
+    ],
+)
+def test_an_unknown_policy_is_refused_by_name(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--prefill", "--adapters", "--spare-workers", "--max-local-prefill-tokens"])
+def test_there_are_no_fewer_than_none(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, flag, "-1"])
+    assert ended.value.code == 2
+    assert f"argument {flag}: -1 is below 0" in capsys.readouterr().err
+
+
 def test_flags_of_a_checkpoint_are_refused_with_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--quantization", "int8"]) == 2
     assert "quantization: llama-3.1-70b stands for published figures" in capsys.readouterr().err

@@ -13,6 +13,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def positive_float(text: str) -> float:
     """A number above 0."""
     value = float(text)
