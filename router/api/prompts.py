@@ -222,20 +222,21 @@ def _encode(version: Version, texts: Sequence[str], add_special_tokens: bool) ->
 
 
 def _decode(version: Version, token_ids: list[int]) -> str:
-    _checked(version, token_ids)
+    _checked(version, token_ids, "tokens")
     return version.tokenizer.decode(token_ids, False)
 
 
-def _checked(version: Version, ids: list[int]) -> PromptText:
+def _checked(version: Version, ids: list[int], param: str = "prompt") -> PromptText:
     model = version.model
     if len(ids) > model.max_model_len:
         raise RequestError(
             f"{len(ids)} token ids are more than the context of {model.max_model_len}",
+            param=param,
             code="context_length_exceeded",
         )
     if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
         bad = min(ids) if min(ids) < 0 else max(ids)
-        raise RequestError(f"token id {bad} is not in the vocabulary of {model.vocab_size} tokens", param="prompt")
+        raise RequestError(f"token id {bad} is not in the vocabulary of {model.vocab_size} tokens", param=param)
     return PromptText(ids)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from ...common.errors import RequestError
 from ..api.fields import not_supported, unknown_field
+from ..api.values import MAX_STOP_CHARS, MAX_STOPS
 from ..state.errors import clip, shown
 
 _SAME = ("model", "stream", "temperature", "top_p", "top_k", "max_tokens", "cache_salt", "priority")
@@ -50,7 +51,7 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, *, needs_max
     if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
         body["continue_final_message"] = True
     if raw.get("stop_sequences"):
-        body["stop"] = raw["stop_sequences"]
+        body["stop"] = _sequences(raw["stop_sequences"])
     if raw.get("tools"):
         body["tools"] = _tools(raw["tools"])
     _take_choice(raw.get("tool_choice"), body)
@@ -76,6 +77,17 @@ def _check_fields(raw: Mapping[str, object], ignored: list[str] | None) -> None:
             if ignored is None:
                 raise unknown_field(name, _KNOWN)
             ignored.append(name)
+
+
+def _sequences(raw: object) -> object:
+    if not isinstance(raw, list) or len(raw) > MAX_STOPS or not all(_is_stop(each) for each in raw):
+        rule = f"must be an array of at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters"
+        raise RequestError(f"stop_sequences {rule}, got {shown(raw)}", param="stop_sequences", code="invalid_value")
+    return raw
+
+
+def _is_stop(value: object) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= MAX_STOP_CHARS
 
 
 def _system(raw: object) -> list[dict[str, object]]:

@@ -57,8 +57,8 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, earlier: Seq
         raise RequestError(f"instructions must be a string, got {shown(instructions)}", param="instructions")
     system: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
     body["messages"] = [*system, *earlier, *input_messages(raw.get("input"))]
-    if raw.get("max_output_tokens") is not None:
-        body["max_completion_tokens"] = raw["max_output_tokens"]
+    if (limit := raw.get("max_output_tokens")) is not None:
+        body["max_completion_tokens"] = _limit(limit)
     if raw.get("tools"):
         body["tools"] = _tools(raw["tools"])
     if raw.get("tool_choice") is not None:
@@ -66,6 +66,13 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, earlier: Seq
     _take_text(raw.get("text"), body)
     _take_reasoning(raw.get("reasoning"), body)
     return body
+
+
+def _limit(value: object) -> int:
+    if type(value) is not int or value < 1:
+        text = f"'max_output_tokens' should be a whole number of at least 1, got {shown(value)}"
+        raise RequestError(text, param="max_output_tokens", code="invalid_value")
+    return value
 
 
 def _check_fields(raw: Mapping[str, object], ignored: list[str] | None) -> None:
