@@ -18,9 +18,10 @@ from torch import Tensor
 from ..common.config import NO_DETERMINISTIC_CUDA, NO_INT8_LATENTS, CoreSlot, CpuIsa, EngineConfig
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
+from ..kvcache.pages import free_memory_bytes
 from ..models.config import ModelConfig
 from ..models.quantization import FLOAT8_CAPABILITY
-from .cpu.adapters import SlotMemory
+from .cpu.adapters import SlotMemory, StripFactors
 from .cpu.compiler import NativeUnavailable
 from .cpu.decoder import NativeDecoder
 from .cpu.model import NativeModel
@@ -30,6 +31,8 @@ from .nn.adapters import AdapterSlots
 from .nn.attention.base import AttentionBackend, LayerPages, Scores
 from .nn.attention.choose import make_attention
 from .nn.decoder import Decoder
+from .nn.expert_adapters import ExpertSlots, TorchFactors
+from .nn.experts import SparseMLP
 from .nn.loading import Progress, read_kv_scales
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
@@ -86,16 +89,24 @@ def make_adapters(
     if not config.enable_lora:
         return None
     num_slots, max_rank = config.max_loras, config.max_lora_rank
+    layers = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, SparseMLP)]
     if device.type == "cuda":
         from .cuda.adapters import DeviceSlots
 
-        return DeviceSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
-    if native_model is None:
-        return AdapterSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
-    memory = SlotMemory(num_slots, decoder.dtype)
-    slots = AdapterSlots(native_model, num_slots=num_slots, max_rank=max_rank, device=device, make=memory.make)
-    memory.allocate()
-    native_model.adapt(slots, memory)
+        slots: AdapterSlots = DeviceSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
+        slots.experts = ExpertSlots(layers)
+    elif native_model is None:
+        slots = AdapterSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
+        for block in layers:
+            block.step = slots.step
+        slots.experts = ExpertSlots(layers, TorchFactors(slots.step, num_slots, decoder.dtype), free_memory_bytes)
+    else:
+        memory = SlotMemory(num_slots, decoder.dtype)
+        slots = AdapterSlots(native_model, num_slots=num_slots, max_rank=max_rank, device=device, make=memory.make)
+        memory.allocate()
+        native_model.adapt(slots, memory)
+        form = StripFactors(num_slots, max_rank, decoder.dtype, native_model.point_to)
+        slots.experts = ExpertSlots(layers, form, free_memory_bytes)
     return slots
 
 

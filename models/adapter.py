@@ -44,7 +44,7 @@ _REFUSED_SETTINGS = {
     "lora_bias": "biases are added to what a module yields",
     "fan_in_fan_out": "the matrices are of transposed modules",
     "layer_replication": "layers would be added to the model",
-    "target_parameters": "parameters outside of linear modules are adapted",
+    "target_parameters": "parameters outside of linear modules are adapted, stacked experts among them",
     "trainable_token_indices": "embeddings are adapted",
     "alora_invocation_tokens": "it would be applied to a part of the prompt alone",
     "use_qalora": "inputs are pooled first",
@@ -95,8 +95,6 @@ class Adapter:
             raise ConfigError(f"its rank is {self.rank}; --max-lora-rank is {max_rank}")
         shapes = tensor_shapes(model)
         for module in self.modules:
-            if ".experts." in module.name:
-                raise ConfigError(f"it adapts {module.name}; adapters of experts are not served")
             shape = shapes.get(f"{module.name}.weight")
             if shape is None or len(shape) != 2 or not module.name.startswith("model.layers."):
                 raise ConfigError(f"it adapts {module.name}, which is no linear module of this model's layers")

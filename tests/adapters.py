@@ -33,13 +33,16 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
     config: dict[str, object] | None = None,
     ranks: dict[str, int] | None = None,
+    only: str = "",
 ) -> Path:
-    """Write random matrices, as peft's `save_pretrained` would. `ranks`: its rank_pattern."""
+    """Write random matrices, as peft's `save_pretrained` would. `ranks`: its rank_pattern. `only`: a pattern that
+    modules' names must have.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, weight in sorted(load_file(model_dir / "model.safetensors").items()):
         module = name.removesuffix(".weight")
-        if module == name or module.rpartition(".")[2] not in targets:
+        if module == name or module.rpartition(".")[2] not in targets or not re.search(only, module):
             continue
         own = next((r for pattern, r in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
         size_out, size_in = weight.shape

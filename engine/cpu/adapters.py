@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import mmap
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -159,3 +159,45 @@ class StripAdapters:
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
         """C++ adds: torch makes this linear's products for nobody."""
         return y
+
+
+class StripFactors:
+    """Implements `nn.expert_adapters.ExpertForm`: strips for experts, as large as what an adapter has for them."""
+
+    def __init__(
+        self, num_slots: int, max_rank: int, dtype: torch.dtype, point_to: Callable[[Linear, int], None]
+    ) -> None:
+        """`point_to`: has C++ read from a linear's `_Adapters` at an address, from then on."""
+        self.dtype = dtype
+        self._memory = _ExactMemory(num_slots, dtype)
+        self._max_rank = max_rank
+        self._point_to = point_to
+
+    def make(self, linear: Linear) -> ExpertStrips:
+        linear.adapters = made = ExpertStrips(linear, self._memory, self._max_rank)
+        self._point_to(linear, ctypes.addressof(made.described))
+        return made
+
+    def begin(self, num_values: int) -> None:
+        self._memory.get(num_values)
+
+
+class _ExactMemory(SlotMemory):
+    """Memory of one adapter after another, of the system: it goes back there when nobody has the adapter."""
+
+    def get(self, num_values: int) -> None:
+        self._rest = _huge_pages(num_values, self.dtype)
+
+    def begin(self, weights: AdapterWeights) -> None:
+        """Go on in what is there: it is of these weights already."""
+
+
+class ExpertStrips(StripAdapters):
+    """Implements `nn.slot_matrices.ExpertMatrices`."""
+
+    def num_values(self, ranks: Mapping[str, int]) -> int:
+        return sum(
+            whole_strips(ranks[part.module]) * (self._inputs + _num_columns(part))
+            for part in self.parts
+            if part.module in ranks
+        )

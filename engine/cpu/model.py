@@ -133,6 +133,7 @@ class NativeModel:
         self._keep: list[object] = [decoder, weights]
         self.bounded_ = decoder.bounded_  # of logits
         self._linears: list[tuple[Linear, _Linear]] = []  # of the layers, with their descriptions
+        self._of_experts: dict[int, _Linear] = {}  # those of linears that are given some of a step's rows, by id
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
@@ -193,12 +194,18 @@ class NativeModel:
         return _GatedMLP(self._linear(gate_up, gate_up.bias), self._linear(down, bias))
 
     def _experts(self, sparse: SparseMLP) -> _Experts:
-        config, shared = sparse.gate.experts, sparse.shared
+        config = sparse.gate.experts
+        experts = (_GatedMLP * len(sparse.experts))(*map(self._mlp, sparse.experts))
+        for expert, target in zip(sparse.experts, experts, strict=True):
+            self._of_experts |= {id(expert.gate_up_proj): target.gate_up, id(expert.down_proj): target.down}
+        shared = None if sparse.shared is None else self._mlp(sparse.shared)
+        if sparse.shared is not None and shared is not None:
+            self._linears += [(sparse.shared.gate_up_proj, shared.gate_up), (sparse.shared.down_proj, shared.down)]
         return _Experts(
             gate=self._linear(sparse.gate, sparse.gate.bias),
             score_bias=address(sparse.gate.score_bias),
-            experts=(_GatedMLP * len(sparse.experts))(*map(self._mlp, sparse.experts)),
-            shared=None if shared is None else ctypes.pointer(self._mlp(shared)),
+            experts=experts,
+            shared=None if shared is None else ctypes.pointer(shared),
             num_experts=config.num_experts,
             num_chosen=config.num_chosen,
             count=len(sparse.experts),
@@ -239,6 +246,10 @@ class NativeModel:
         for linear, target in self._linears:
             if isinstance(linear.adapters, StripAdapters):
                 target.adapters = ctypes.addressof(linear.adapters.described)
+
+    def point_to(self, linear: Linear, adapters: int) -> None:
+        """Let an expert's products have the adapters that stand at an address; of a step's slots nothing changes."""
+        self._of_experts[id(linear)].adapters = adapters
 
 
 def _common_library(comm: Communicator, cache: Path, isa: CpuIsa, *, is_float32: bool) -> ctypes.CDLL:

@@ -5,12 +5,12 @@
 Slots are allocated once, at the largest rank, so that a load finds memory. A linear that is fused of several modules
 has a pair of matrices for each of them. Of a module that ranks share, A is cut like the inputs and B like the outputs:
 what a rank adds belongs into the sum over the ranks that there is anyway. Rows without an adapter are not touched.
+Nothing is set aside for experts (`expert_adapters.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,22 +18,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...common.adapter import NO_ADAPTER
 from ...common.errors import ConfigError
 from ...models.adapter import AdaptedModule, StoredTensor, check_pair, read_adapter
+from .expert_adapters import ExpertSlots
 from .layers import Linear
-from .slot_matrices import AdapterWeights, LinearPart, Pair, SlotMatrices
+from .slot_matrices import AdapterWeights, Pair, Place, SlotMatrices
+from .step_groups import StepGroups, add_groups_
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _RANK_STEP = 16  # ranks are computed in whole ones of it, with zeros behind: products of few different shapes
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Tokens of one adapter among those of a product."""
-
-    slot: int
-    tokens: slice | Tensor  # packed tokens, int64
 
 
 class LinearAdapters:
@@ -77,54 +70,12 @@ class LinearAdapters:
             up[:, rank:padded] = 0
             self.ranks[index][slot] = padded
 
+    def factors(self, index: int, slot: int) -> tuple[Tensor, Tensor] | None:
+        rank = self.ranks[index][slot]
+        return None if rank == 0 else (self.down[index][slot, :rank], self.up[index][slot, :, :rank])
+
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
-        for group in self._step.current:
-            rows = x if self._step.whole else x[group.tokens]
-            for part, downs, ups, ranks in zip(self.parts, self.down, self.up, self.ranks, strict=True):
-                rank = ranks[group.slot]
-                if rank == 0:
-                    continue
-                added = (rows @ downs[group.slot, :rank].T) @ ups[group.slot, :, :rank].T
-                target = y[:, part.rows]
-                if self._step.whole:
-                    added = added[group.tokens]
-                if isinstance(group.tokens, slice):
-                    target[group.tokens] += added
-                else:
-                    target.index_add_(0, group.tokens, added)
-        return y
-
-
-class StepGroups:
-    """The adapters of the tokens that are being computed, all of a step's or a tile of them."""
-
-    def __init__(self) -> None:
-        self.current: Sequence[Group] = ()
-        self.whole = False  # products are made of all rows, of as many at a time whoever they are, and taken from those
-        self._tiles: list[list[Group]] = []
-
-    def begin(self, slots: Tensor | None, *, tile: int | None = None) -> None:
-        """Take a step's slots, [num_tokens]; None: no row has an adapter. With `tile`, `turn_to` follows."""
-        self.whole = tile is not None
-        self.current, self._tiles = (), []
-        if slots is not None and tile is None:
-            self.current = _groups(slots)
-        elif slots is not None and tile is not None:
-            self._tiles = [_groups(part) for part in torch.split(slots, tile)]
-
-    def turn_to(self, tile: int) -> None:
-        """Let the next products be those of a tile's tokens."""
-        self.current = self._tiles[tile] if self._tiles else ()
-
-
-def _groups(slots: Tensor) -> list[Group]:
-    """Group the tokens of each slot; neighbours are a slice, which costs no copy. `slots`: [num_tokens]."""
-    groups = []
-    for slot in sorted(set(slots.tolist()) - {NO_ADAPTER}):
-        tokens = (slots == slot).nonzero().flatten()
-        first, last = int(tokens[0]), int(tokens[-1]) + 1
-        groups.append(Group(slot, slice(first, last) if last - first == len(tokens) else tokens))
-    return groups
+        return add_groups_(y, x, self._step, self.parts, self.factors)
 
 
 class AdaptedModel(Protocol):
@@ -150,7 +101,8 @@ class AdapterSlots:
         self.step = StepGroups()
         self.linears: list[SlotMatrices] = []
         self._make = make or partial(LinearAdapters, step=self.step)
-        self._parts: dict[str, tuple[LinearPart, int, SlotMatrices]] = {}  # by module; with a rank's inputs
+        self._parts: dict[str, Place] = {}  # by module
+        self.experts = ExpertSlots()  # whoever has some puts others here
         try:
             for linear in model.linears():
                 if not linear.takes_some_rows and any(True for _ in linear.parts_of_rank()):
@@ -162,7 +114,7 @@ class AdapterSlots:
         linear.adapters = self._make(linear, num_slots=self.num_slots, max_rank=self.max_rank, device=device)
         self.linears.append(linear.adapters)
         num_inputs = linear.weight.num_inputs
-        self._parts |= {part.module: (part, num_inputs, linear.adapters) for part in linear.adapters.parts}
+        self._parts |= {part.module: Place(part, num_inputs, linear.adapters) for part in linear.adapters.parts}
 
     def read(self, path: Path) -> tuple[str, AdapterWeights]:
         """Read this rank's share of an adapter from its files, and the digest of all of both. Raises ConfigError."""
@@ -171,18 +123,26 @@ class AdapterSlots:
         return adapter.digest, weights
 
     def _hold(self, weights: AdapterWeights, modules: Sequence[AdaptedModule]) -> None:
+        of_experts = {}
         for module in modules:
-            if (found := self._parts.get(module.name)) is None:
-                raise ConfigError(f"it adapts {module.name}, to which no adapter is applied")
-            check_pair(module, found[0].shape)
+            if (place := self._parts.get(module.name)) is None:
+                if module.name not in self.experts:
+                    raise ConfigError(f"it adapts {module.name}, to which no adapter is applied")
+                place = self.experts.find(module.name)
+                of_experts[module.name] = module.rank
+            if place is not None:
+                check_pair(module, place.part.shape)
             if module.rank > self.max_rank:
                 raise ConfigError(f"its rank is {module.rank}; --max-lora-rank is {self.max_rank}")
         ranks = {module.name: module.rank for module in modules}
         for linear in self.linears:
             linear.hold(weights, ranks)
+        self.experts.hold(weights, of_experts)
 
     def _take(self, weights: AdapterWeights, module: AdaptedModule, stored: StoredTensor, data: memoryview) -> None:
-        part, num_inputs, matrices = self._parts[module.name]
+        if (place := self._parts.get(module.name) or self.experts.find(module.name)) is None:
+            return  # another rank has this expert
+        part, num_inputs, matrices = place
         matrix = torch.frombuffer(data, dtype=_DTYPES[stored.dtype]).view(stored.shape)
         pair = weights[module.name]
         if stored is module.down:
@@ -196,8 +156,10 @@ class AdapterSlots:
         """Empty a slot that no step uses."""
         for linear in self.linears:
             linear.clear(slot)
+        self.experts.clear(slot)
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
         """Fill a slot that no step uses."""
         for linear in self.linears:
             linear.put(slot, weights)
+        self.experts.put(slot, weights)

@@ -11,9 +11,10 @@ besides its home that hold some of these:
     sum         T h 2 b (n - 1) / n                              a ring, to and fro
     exchange    T (m (h b + 8 k + 4 h) + (n - 1) h b) / n        rows and choices, sums back, and the join
 
-With m = (n - 1) (1 - (1 - 1 / n)^k), of many experts that are chosen evenly, the exchange is less for n above 2.5 k or
-so in bfloat16, 1.5 k in float32: for two chosen ones from 6 ranks on (float32: 4), for eight from 21 (13). It is four
-collectives against one, so on few ranks the sum is quicker. `sizing/work.py` counts both.
+A row with an adapter takes its slot along, 4 bytes. With m = (n - 1) (1 - (1 - 1 / n)^k), of many experts that are
+chosen evenly, the exchange is less for n above 2.5 k or so in bfloat16, 1.5 k in float32: for two chosen ones from 6
+ranks on (float32: 4), for eight from 21 (13). It is four collectives against one, so on few ranks the sum is quicker.
+`sizing/work.py` counts both.
 
 Every rank chooses for all rows, as with a sum: the gate is small beside the experts, and a product of fewer rows may
 round otherwise, so that equal scores come in another order. Each heeds the choices of its own rows alone and tells how
@@ -51,7 +52,9 @@ class ExchangedMLP(SparseMLP):
         mine = slice(first, min(len(x), first + share))
         total = self._routed(x, mine)
         if self.shared is not None and len(total):
-            total += self.shared.partial(x)[mine] if len(x) <= TILE else self.shared.partial(x[mine])
+            slots = None if self.step is None else self.step.slots(len(x))
+            is_few = len(x) <= TILE
+            total += self.shared.partial(x)[mine] if is_few else self._of_rows(self.shared, x, mine, slots)
         own = F.pad(total.to(x.dtype), (0, 0, 0, share - len(total)))
         return self.comm.all_gather_rows(own)[: len(x)]
 
@@ -64,8 +67,11 @@ class ExchangedMLP(SparseMLP):
         to, row = is_there.any(2).nonzero().unbind(1)  # rank after rank, row after row
         sent, received = self._tell(torch.bincount(to, minlength=self.comm.size))
         asked = torch.where(is_there[to, row], chosen[row], len(self.taken))
-        there = self.comm.all_to_all(_packed(rows[row], asked, weights[row]), sent, received)
-        computed = self._computed(*_unpacked(there, x, chosen.shape[1]), at_least=len(x))
+        slots = None if self.step is None else self.step.slots(len(x))
+        of_sent = None if slots is None else slots[mine][row]
+        there = self.comm.all_to_all(_packed(rows[row], asked, weights[row], of_sent), sent, received)
+        arrived = _unpacked(there, x, chosen.shape[1], has_slots=slots is not None)
+        computed = self._computed(*arrived, at_least=len(x))
         back = self.comm.all_to_all(computed, received, sent)
         total = torch.zeros_like(rows, dtype=torch.float32)
         for places, part in zip(torch.split(row, sent), torch.split(back, sent), strict=True):  # in the order of ranks
@@ -77,14 +83,17 @@ class ExchangedMLP(SparseMLP):
         told = self.comm.all_gather_rows(going.unsqueeze(0)).cpu()
         return told[self.comm.rank].tolist(), told[:, self.comm.rank].tolist()
 
-    def _computed(self, x: Tensor, asked: Tensor, weights: Tensor, *, at_least: int) -> Tensor:
+    def _computed(self, x: Tensor, asked: Tensor, weights: Tensor, slots: Tensor | None, *, at_least: int) -> Tensor:
         """Return this rank's part of what was asked of it. `at_least`: rows of the step."""
         count, num_none = len(x), len(self.taken)
         if at_least <= TILE:
             more = (0, 0, 0, at_least - count)
             x, asked, weights = F.pad(x, more), F.pad(asked, more, value=num_none), F.pad(weights, more)
         own = asked.flatten()
-        return self._part(x, own, self._counts(own), weights)[:count]
+        if self.step is None or slots is None:
+            return self._part(x, own, self._counts(own), weights)[:count]
+        with self.step.given(slots):
+            return self._part(x, own, self._counts(own), weights)[:count]
 
 
 class Holders:
@@ -102,14 +111,17 @@ class Holders:
         return self._ranks[chosen, turns(x, self._copies[chosen])]
 
 
-def _packed(x: Tensor, asked: Tensor, weights: Tensor) -> Tensor:
-    """Return rows and what is asked of each as bytes, [rows, bytes]: they go together."""
-    parts = (x, asked.int(), weights.float())
+def _packed(x: Tensor, asked: Tensor, weights: Tensor, slots: Tensor | None) -> Tensor:
+    """Return rows, what is asked of each and its adapter's slot as bytes, [rows, bytes]: they go together."""
+    parts = [x, asked.int(), weights.float(), *([] if slots is None else [slots.int().unsqueeze(1)])]
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
 
 
-def _unpacked(rows: Tensor, like: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+def _unpacked(
+    rows: Tensor, like: Tensor, num_chosen: int, *, has_slots: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return what `_packed` was given. `like`: has the type and width of x."""
-    sizes = [like.shape[1] * like.element_size(), 4 * num_chosen, 4 * num_chosen]
-    x, asked, weights = (part.contiguous() for part in torch.split(rows, sizes, 1))
-    return x.view(like.dtype), asked.view(torch.int32).long(), weights.view(torch.float32)
+    sizes = [like.shape[1] * like.element_size(), 4 * num_chosen, 4 * num_chosen, 4 * has_slots]
+    x, asked, weights, slots = (part.contiguous() for part in torch.split(rows, sizes, 1))
+    of_rows = slots.view(torch.int32).flatten() if has_slots else None
+    return x.view(like.dtype), asked.view(torch.int32).long(), weights.view(torch.float32), of_rows

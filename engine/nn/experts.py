@@ -24,6 +24,7 @@ from .builder import Builder
 from .feed_forward import GatedMLP
 from .layers import Linear
 from .stacked_experts import ExpertStack, StackedExpert
+from .step_groups import StepGroups
 
 TILE = 16  # rows up to which each expert multiplies all of them: see `SparseMLP`
 
@@ -114,6 +115,8 @@ class SparseMLP:
     ) -> None:
         """`held`: each rank's experts; None: a part of all. `has_whole_shared`: all of the shared one."""
         self.comm = builder.comm
+        self.name = layer
+        self.step: StepGroups | None = None  # tells which adapter a row has; None: no row has one
         self.gate = Gate(builder, f"{layer}.{experts.gate}", experts)
         self.taken = torch.zeros(experts.num_experts, dtype=torch.int64)  # by rows, so far; read by any thread
         self._shares: Tensor | None = None  # [ranks, num_experts]: see `of_ranks`
@@ -169,18 +172,43 @@ class SparseMLP:
     def _part(self, x: Tensor, own: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         """Return this rank's part of each row's sum, in float32. `own`: rows' choices in a line; `counts`: of them."""
         total = torch.zeros_like(x, dtype=torch.float32)
+        slots = None if self.step is None else self.step.slots(len(x))
         by_expert = own.argsort(stable=True)
         for index, places in enumerate(torch.split(by_expert, counts.tolist())):
             expert = self._by_number.get(index)
             if expert is not None and len(places):
                 rows = places // weights.shape[1]
-                y = expert.partial(x)[rows] if len(x) <= TILE else expert.partial(x[rows])
+                y = expert.partial(x)[rows] if len(x) <= TILE else self._of_rows(expert, x, rows, slots)
                 total.index_add_(0, rows, y.float() * weights.flatten()[places].unsqueeze(1))
         return total
+
+    def _of_rows(
+        self, expert: GatedMLP | StackedExpert, x: Tensor, rows: Tensor | slice, slots: Tensor | None
+    ) -> Tensor:
+        """Return what an expert makes of some rows of x. `slots`: of the adapters of all of x; None: no row has one."""
+        is_adapted = expert.gate_up_proj.adapters is not None or expert.down_proj.adapters is not None
+        if self.step is None or slots is None or not is_adapted:
+            return expert.partial(x[rows])
+        with self.step.given(slots[rows]):
+            return expert.partial(x[rows])
 
     def of_ranks(self, taken: Tensor) -> list[int]:
         """Return how much of `taken` each rank computed; none where each has a part of every expert."""
         return [] if self._shares is None else (self._shares @ taken.double()).long().tolist()
+
+    def adapted_linears(self) -> Iterator[Linear]:
+        """Yield those of this rank's linears that are given some of a step's rows."""
+        blocks = self.experts if self.shared is None else [*self.experts, self.shared]
+        for linear in (linear for block in blocks for linear in (block.gate_up_proj, block.down_proj)):
+            if linear.takes_some_rows:
+                yield linear
+
+    def adapted_modules(self) -> Iterator[str]:
+        """Yield the names of these linears' modules in the checkpoint, on all ranks."""
+        experts = self.gate.experts
+        yield from (part.module for linear in self.adapted_linears() for part in linear.parts_of_rank())
+        for index in range(0 if experts.is_stacked else experts.num_experts):
+            yield from (f"{self.name}.{experts.expert(index)}.{part}" for part in experts.parts)
 
     def leaves(self) -> Iterator[Leaf]:
         yield self.gate

@@ -1,10 +1,13 @@
-"""`SlotMatrices` stand beside a linear whose modules can be adapted: a pair of them for each module and slot."""
+"""`SlotMatrices` stand beside a linear whose modules can be adapted: a pair of them for each module and slot.
+
+`ExpertMatrices` do so beside a linear of an expert, where nothing is set aside before an adapter has something for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -31,6 +34,8 @@ class Pair:
 class AdapterWeights(dict[str, Pair]):
     """`AdapterWeights` are a rank's share of an adapter on the host, by module."""
 
+    experts: Sequence[ExpertMatrices] = ()  # of linears of experts that it adapts, which read these very pairs
+
 
 class SlotMatrices(Protocol):
     """One linear's matrices of all slots, in the form that products are made of."""
@@ -55,4 +60,20 @@ class SlotMatrices(Protocol):
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
         """Add to [num_tokens, outputs] what the step's adapters make of [num_tokens, inputs]. Returns y."""
+        ...
+
+
+class Place(NamedTuple):
+    """A `Place` says where a module's matrices go on this rank."""
+
+    part: LinearPart
+    num_inputs: int  # this rank's
+    matrices: SlotMatrices
+
+
+class ExpertMatrices(SlotMatrices, Protocol):
+    """An expert's linear has them from the first adapter on that adapts it. A slot points to what the host holds."""
+
+    def num_values(self, ranks: Mapping[str, int]) -> int:
+        """Count the values that `hold` takes."""
         ...

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from ..adapters import merge, write_adapter
-from ..checkpoints import write_checkpoint
+from ..checkpoints import write_checkpoint, write_tokenizer
 from ..engine_driver import Driver, make_engine, prompts
+from ..transformers_checkpoints import SMALL, write_model
 from .cluster import Cluster, serve
 
 NUM_TOKENS = 8
@@ -145,3 +146,27 @@ def test_ranks_share_adapters(models: Models) -> None:
     with serve(models.dir, models.folder / "log-tp", *FLAGS, *LORA, *flags) as cluster:
         assert [ask(cluster, "two", prompt) for prompt in models.prompts] == models.wanted["two"]
         assert [ask(cluster, "tiny", prompt) for prompt in models.prompts] == models.wanted["tiny"]
+
+
+def test_experts_are_adapted_over_handoffs(tmp_path: Path) -> None:
+    import transformers
+
+    fields = SMALL | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+    model_dir = write_model(tmp_path / "moe", transformers.Qwen3MoeConfig(**fields))
+    write_tokenizer(model_dir, 512)
+    parts = ("gate_proj", "up_proj", "down_proj")
+    paths = {
+        "all": write_adapter(tmp_path / "all", model_dir, rank=16, targets=parts, rslora=True),
+        "some": write_adapter(tmp_path / "some", model_dir, rank=4, targets=parts, only=r"experts\.[1-4]\.", seed=1),
+    }
+    dirs = {name: merge(model_dir, path, tmp_path / f"m-{name}") for name, path in paths.items()} | {"tiny": model_dir}
+    wanted = {}
+    for name, path in dirs.items():
+        driver = Driver(make_engine(path, max_model_len=256))
+        wanted[name] = [driver.generate([driver.add(prompt)])[0] for prompt in prompts(LENGTHS)]
+    modules = [flag for name, path in paths.items() for flag in ("--lora-modules", f"{name}={path}")]
+    calls = [(name, index) for index in range(len(LENGTHS)) for name in dirs]
+    with serve(model_dir, tmp_path / "log", *FLAGS, *LORA, *modules) as cluster, ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda call: ask(cluster, call[0], prompts(LENGTHS)[call[1]]), calls))
+    assert found == [wanted[name][index] for name, index in calls]
+    assert wanted["all"] != wanted["some"] != wanted["tiny"]

@@ -103,33 +103,54 @@ void narrow_rows(const Rows& x, const Adapters& adapters, Element* narrowed, con
     });
 }
 
+// Strips of a part's columns.
+inline long num_strips(const AdapterPart& part) { return (part.outputs + kStrip - 1) / kStrip; }
+
+// finish(row, column, mask, sums) with narrowed B^T of these strips of one part, for all rows that have it.
+template <class Finish>
+void widen_strips(const Rows& x, const Adapters& adapters, long index, Range strips, const Element* narrowed,
+                  Finish finish) {
+    const AdapterPart& part = adapters.parts[index];
+    const long stride = adapters.num_parts * adapters.max_rank;
+    each_run(x, [&](long first, long last, long slot) {
+        const long rank = part.ranks[slot];
+        if (rank == 0) return;
+        const Element* inputs = narrowed + first * stride + index * adapters.max_rank;
+        for (long strip = strips.first; strip < strips.last; strip++) {
+            const Lanes mask = lanes(part.outputs - strip * kStrip);
+            strip_products(inputs, stride, last - first, part.up[slot] + strip * kStrip * rank, rank / 2,
+                           [&](long row, Vector sums) { finish(first + row, part.first + strip * kStrip, mask, sums); });
+        }
+    });
+}
+
 // y += `factor` narrowed B^T: this thread's strips of the columns, for all rows.
 template <class By>
 void add_widened(float* y, long y_stride, const Rows& x, const Adapters& adapters, const Element* narrowed, float factor,
                  const By& by) {
     const Vector times = repeat(factor);
-    const auto strips = [](const AdapterPart& part) { return (part.outputs + kStrip - 1) / kStrip; };
     long count = 0, before = 0;
-    for (long index = 0; index < adapters.num_parts; index++) count += strips(adapters.parts[index]);
+    for (long index = 0; index < adapters.num_parts; index++) count += num_strips(adapters.parts[index]);
     const Range mine = by.part(count);
-    const long stride = adapters.num_parts * adapters.max_rank;
-    for (long index = 0; index < adapters.num_parts; before += strips(adapters.parts[index]), index++) {
-        const AdapterPart& part = adapters.parts[index];
-        const long begin = std::max(0L, mine.first - before), end = std::min(strips(part), mine.last - before);
-        if (begin >= end) continue;
-        each_run(x, [&](long first, long last, long slot) {
-            const long rank = part.ranks[slot];
-            if (rank == 0) return;
-            const Element* inputs = narrowed + first * stride + index * adapters.max_rank;
-            for (long strip = begin; strip < end; strip++) {
-                const Lanes mask = lanes(part.outputs - strip * kStrip);
-                float* target = y + first * y_stride + part.first + strip * kStrip;
-                strip_products(inputs, stride, last - first, part.up[slot] + strip * kStrip * rank,
-                               rank / 2, [&](long row, Vector sums) {
-                                   float* place = target + row * y_stride;
-                                   store(place, load(place, mask) + times * sums, mask);
-                               });
-            }
+    for (long index = 0; index < adapters.num_parts; index++) {
+        const long own = num_strips(adapters.parts[index]);
+        const Range strips{std::max(0L, mine.first - before), std::min(own, mine.last - before)};
+        before += own;
+        if (strips.first >= strips.last) continue;
+        widen_strips(x, adapters, index, strips, narrowed, [&](long row, long column, Lanes mask, Vector sums) {
+            float* place = y + row * y_stride + column;
+            store(place, load(place, mask) + times * sums, mask);
         });
     }
+}
+
+// Whether a row has something for this linear. Slots of a step's rows are filled before it, and change not while it runs.
+inline bool has_adapted(const Adapters* adapters, const std::int32_t* slots, long rows) {
+    if (adapters == nullptr || slots == nullptr) return false;
+    for (long row = 0; row < rows; row++) {
+        for (long index = 0; slots[row] >= 0 && index < adapters->num_parts; index++) {
+            if (adapters->parts[index].ranks[slots[row]] > 0) return true;
+        }
+    }
+    return false;
 }

@@ -4,110 +4,28 @@
 //   slots:     what rows ask of experts, expert after expert, row after row: an expert's are rows of a product
 //   together:  gate and up of all slots -> activation -> down, added to y expert after expert
 //
+// What an adapter has for an expert is added to the expert's own products, slot by slot.
+//
 // Threads share out rows, then the columns of all experts, and meet three times. An expert that no row chose is not
 // read. A row's sums are those of its own experts in their order, whatever other rows there are.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "expert_slots.hpp"
 #include "panel.hpp"
-
-struct Choice {
-    std::int32_t expert;
-    std::int32_t place;  // in this rank's experts; -1: another one's
-    float weight;
-};
-
-constexpr long kSlotBytes = 32 << 20;  // what gate and up of all slots may take: more rows at once read weights less often
-
-// Rows that go through experts at once.
-inline long expert_rows(const Model& m, const Strides& s) {
-    long chosen = 1;
-    for (long i = 0; i < m.num_layers; i++) {
-        if (m.layers[i].experts != nullptr) chosen = std::max<long>(chosen, m.layers[i].experts->num_chosen + 1);
-    }
-    return std::max<long>(kPanelRows, kSlotBytes / (chosen * s.gate_up * long(sizeof(float))));
-}
-
-// An expert's slots.
-struct Slots {
-    const GatedMlp* mlp;
-    long first, count;
-};
-
-// Which experts the rows take: one thread's own copy.
-class Grouping {
-public:
-    void set(const Experts& e, const Choice* chosen, long rows) {
-        parts.clear();
-        row.clear();
-        weight.clear();
-        starts_.assign(e.count + 1, 0);
-        for (long i = 0; i < rows * e.num_chosen; i++) {
-            if (chosen[i].place >= 0) starts_[chosen[i].place + 1]++;
-        }
-        for (long i = 0; i < e.count; i++) {
-            starts_[i + 1] += starts_[i];
-            if (starts_[i] < starts_[i + 1]) parts.push_back({e.experts + i, starts_[i], starts_[i + 1] - starts_[i]});
-        }
-        row.resize(starts_[e.count]);
-        weight.resize(row.size());
-        for (long i = 0; i < rows * e.num_chosen; i++) {
-            const Choice& choice = chosen[i];
-            if (choice.place < 0) continue;
-            const long slot = starts_[choice.place]++;
-            row[slot] = std::int32_t(i / e.num_chosen);
-            weight[slot] = choice.weight;
-        }
-        if (e.shared == nullptr) return;
-        parts.push_back({e.shared, long(row.size()), rows});
-        for (long i = 0; i < rows; i++) {
-            row.push_back(std::int32_t(i));
-            weight.push_back(1.0f);
-        }
-    }
-
-    std::vector<Slots> parts;  // of experts that a row takes, in order
-    std::vector<std::int32_t> row;
-    std::vector<float> weight;  // of each slot
-
-private:
-    std::vector<long> starts_;
-};
-
-// What threads share, for a number of rows.
-struct ExpertMemory {
-    void reserve(long rows, const Strides& s, long num_chosen) {
-        const long slots = rows * (num_chosen + 1);
-        if (long(chosen.size()) < rows * num_chosen) chosen.resize(rows * num_chosen);
-        if (long(normed.size()) < rows * s.normed) normed.resize(rows * s.normed);
-        if (long(gate_up.size()) < slots * s.gate_up) gate_up.resize(slots * s.gate_up);
-        if (long(activated.size()) < slots * s.activated) activated.resize(slots * s.activated);
-    }
-    std::vector<Choice> chosen;
-    Lines<Element> normed, activated;  // padding of `normed` stays zero
-    Lines<float> gate_up;
-};
-
-// One thread's own.
-struct ExpertScratch {
-    Grouping grouping;
-    Lines<Element> inputs;
-    Lines<float> logits;
-    std::vector<float> ranked, worth;
-    std::vector<char> is_out;
-};
 
 class ExpertMath {
 public:
     ExpertMath(const Model& model, const Strides& strides, const PanelMath& math) : m_(model), s_(strides), math_(math) {}
 
-    // What `by` (team.hpp) does of it; x may be y.
+    // What `by` (team.hpp) does of it; x may be y. `adapters`: the slot of each row's; null: no row has one.
     template <class By>
     void add(const Experts& e, const Element* norm, const float* x, float* y, long rows, ExpertMemory& all,
-             ExpertScratch& own, By& by) const {
+             ExpertScratch& own, By& by, const std::int32_t* adapters) const {
         const Range mine = by.part(rows);
         for (long first = mine.first; first < mine.last; first += kPanelRows) {
             const long count = std::min(kPanelRows, mine.last - first);
@@ -117,16 +35,23 @@ public:
         }
         by.meet();
         const Grouping& grouping = own.grouping;
-        own.grouping.set(e, all.chosen.data(), rows);
+        own.grouping.set(e, all.chosen.data(), rows, adapters);
         if (e.taken != nullptr && mine.first == 0 && mine.last > 0) count_taken(e, all.chosen.data(), rows);
         add_gate_up(grouping, all, own, by);
+        if (adapters != nullptr) narrow(grouping, &GatedMlp::gate_up, all, own, by);
         by.meet();
         for (const Slots& slots : grouping.parts) {
             const long inner = slots.mlp->gate_up.weight.columns / 2;
+            const Range vectors = by.part(padded(inner, kTileInputs) / 16);
+            if (adapters != nullptr) adapt_gate_up(grouping, slots, vectors, all);
             math_.activate(e, all.gate_up.data() + slots.first * s_.gate_up, all.activated.data() + slots.first * s_.activated,
-                           inner, slots.count, by.part(padded(inner, kTileInputs) / 16));
+                           inner, slots.count, vectors);
         }
         by.meet();
+        if (adapters != nullptr && has_adapted_down(grouping)) {
+            narrow(grouping, &GatedMlp::down, all, own, by);
+            by.meet();
+        }
         for (const Slots& slots : grouping.parts) {  // a column's sums are one thread's: what experts add is added in order
             const Linear& down = slots.mlp->down;
             Some mine{by.part(down.weight.count())};
@@ -140,6 +65,7 @@ public:
                     store(target + i, fma(values, weight, load(target + i)));
                 }
             });
+            if (adapters != nullptr) adapt_down(grouping, slots, mine.tiles, all, y);
         }
         by.meet();
     }
@@ -160,6 +86,66 @@ private:
             const Rows inputs = gather(grouping, slots, all, own);
             math_.set(all.gate_up.data() + slots.first * s_.gate_up, s_.gate_up, inputs, gate_up, some);
         }
+    }
+
+    // x A^T of slots that are shared out, of gate and up or of down.
+    template <class By>
+    void narrow(const Grouping& grouping, Linear GatedMlp::*which, ExpertMemory& all, ExpertScratch& own,
+                const By& by) const {
+        const Range mine = by.part(long(grouping.row.size()));
+        for (const Slots& slots : grouping.parts) {
+            const long first = std::max(slots.first, mine.first), last = std::min(slots.first + slots.count, mine.last);
+            if (first >= last) continue;
+            const Slots some{slots.mlp, first, last - first};
+            const Adapters* adapters = (slots.mlp->*which).adapters;
+            if (!has_adapted(adapters, grouping.adapters_from(first), some.count)) continue;
+            Rows inputs = which == &GatedMlp::down
+                              ? Rows{all.activated.data() + first * s_.activated, s_.activated, some.count}
+                              : gather(grouping, some, all, own);
+            inputs.slots = grouping.adapters_from(first);
+            narrow_rows(inputs, *adapters, narrowed(*adapters, first, all), Alone());
+        }
+    }
+
+    static Element* narrowed(const Adapters& adapters, long slot, ExpertMemory& all) {
+        return all.narrowed.data() + slot * adapters.num_parts * adapters.max_rank;
+    }
+
+    // To what is activated next: these vectors of gate's and of up's columns.
+    void adapt_gate_up(const Grouping& grouping, const Slots& slots, Range vectors, ExpertMemory& all) const {
+        const Adapters* adapters = slots.mlp->gate_up.adapters;
+        const std::int32_t* of_slots = grouping.adapters_from(slots.first);
+        if (!has_adapted(adapters, of_slots, slots.count)) return;
+        float* const y = all.gate_up.data() + slots.first * s_.gate_up;
+        const Element* inputs = narrowed(*adapters, slots.first, all);
+        for (long index = 0; index < adapters->num_parts; index++) {
+            const Range strips{vectors.first, std::min(vectors.last, num_strips(adapters->parts[index]))};
+            widen_strips({nullptr, 0, slots.count, of_slots}, *adapters, index, strips, inputs,
+                         [&](long row, long column, Lanes mask, Vector sums) {
+                             float* place = y + row * s_.gate_up + column;
+                             store(place, load(place, mask) + sums, mask);
+                         });
+        }
+    }
+
+    bool has_adapted_down(const Grouping& grouping) const {
+        return std::any_of(grouping.parts.begin(), grouping.parts.end(), [&](const Slots& slots) {
+            return has_adapted(slots.mlp->down.adapters, grouping.adapters_from(slots.first), slots.count);
+        });
+    }
+
+    void adapt_down(const Grouping& grouping, const Slots& slots, Range tiles, ExpertMemory& all, float* y) const {
+        const Adapters* adapters = slots.mlp->down.adapters;
+        const std::int32_t* of_slots = grouping.adapters_from(slots.first);
+        if (!has_adapted(adapters, of_slots, slots.count)) return;
+        constexpr long kStrips = kTileColumns / kStrip;
+        const Range strips{tiles.first * kStrips, std::min(tiles.last * kStrips, num_strips(adapters->parts[0]))};
+        widen_strips({nullptr, 0, slots.count, of_slots}, *adapters, 0, strips, narrowed(*adapters, slots.first, all),
+                     [&](long row, long column, Lanes mask, Vector sums) {
+                         const long slot = slots.first + row;
+                         float* place = y + grouping.row[slot] * s_.hidden + column;
+                         store(place, fma(sums, repeat(grouping.weight[slot]), load(place, mask)), mask);
+                     });
     }
 
     Rows gather(const Grouping& grouping, const Slots& slots, const ExpertMemory& all, ExpertScratch& own) const {

@@ -100,7 +100,7 @@ private:
             w_.math.adapt(y, w_.strides.hidden, part, o, w_.shared, by);
             by.meet();
         });
-        if (layer.experts != nullptr) stages_.add_experts(layer, x, x, attended.count, by);
+        if (layer.experts != nullptr) stages_.add_experts(layer, x, x, attended.count, by, attended.slots);
     }
 
     static constexpr std::size_t kLayersToStop = 4;  // to look once in so many: two more meetings each time

@@ -99,7 +99,7 @@ private:
                 w_.math.adapt(target, w_.strides.hidden, part, o, w_.own(by).panel, alone);
             }
             by.meet();
-            stages_.add_experts(layer, x, x, attended.count, by);
+            stages_.add_experts(layer, x, x, attended.count, by, attended.slots);
         });
     }
 

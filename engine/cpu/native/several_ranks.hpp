@@ -77,7 +77,7 @@ private:
         threads_.run([&](Team::Member& by) {
             add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, by);
             by.meet();
-            if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), rows, by);
+            if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), rows, by, attended.slots);
             add_mlp(layer, x, attended, by);
         });
         w_.model.sum_over_ranks(partial(0), size);

@@ -74,11 +74,14 @@ public:
 
     // y += a sparse layer's experts of norm(x). Threads share out columns whatever the number of rows: each expert has a
     // few of them.
-    void add_experts(const Layer& layer, const float* x, float* y, long rows, Team::Member& by) {
+    // `adapters`: the slot of each row's; null: no row has one.
+    void add_experts(const Layer& layer, const float* x, float* y, long rows, Team::Member& by,
+                     const std::int32_t* adapters) {
         for (long first = 0; first < rows; first += w_.rows_of_experts) {
             const long count = std::min(w_.rows_of_experts, rows - first), at = first * w_.strides.hidden;
             ExpertScratch& own = w_.own(by).experts;
-            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, count, w_.experts, own, by);
+            const std::int32_t* of_rows = adapters == nullptr ? nullptr : adapters + first;
+            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, count, w_.experts, own, by, of_rows);
         }
     }
 

@@ -44,7 +44,8 @@ struct Workspace {
         for (const Layer& layer : layers) {
             if (layer.experts == nullptr) continue;
             const long rows = std::min(rows_of_experts, std::max(step.num_tokens, step.num_wanted));
-            experts.reserve(rows, strides, layer.experts->num_chosen);
+            const long narrowed = step.slots.empty() ? 0 : 2 * model.adapter_rank;  // of gate and up
+            experts.reserve(rows, strides, layer.experts->num_chosen, narrowed);
         }
     }
 

@@ -230,7 +230,9 @@ def _to_the_first(self: Holders, x: Tensor, chosen: Tensor) -> Tensor:
     return self._ranks[chosen, 0] * 0
 
 
-def _without_padding(self: ExchangedMLP, x: Tensor, asked: Tensor, weights: Tensor, *, at_least: int) -> Tensor:
+def _without_padding(
+    self: ExchangedMLP, x: Tensor, asked: Tensor, weights: Tensor, slots: Tensor | None, *, at_least: int
+) -> Tensor:
     own = asked.flatten()
     return self._part(x, own, self._counts(own), weights)
 
