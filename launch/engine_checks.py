@@ -6,14 +6,17 @@ The engine refuses the same things, in the same words where it can; that costs s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
+from ..models.adapter import Adapter, inspect_adapter
 from ..models.config import ModelConfig
 from ..models.experts import expert_plan
 from ..models.native import not_in_native
 from ..models.quantization import chosen_quantization
+from ..sizing.adapters import expert_adapter_bytes, expert_modules
 from ..sizing.memory import RANK_BYTES, cache_token_bytes, check_latent_dtype, weight_bytes
 from ..sizing.weights import item_bytes
 from .host import Host
@@ -99,7 +102,8 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
 
 def check_memory(deployment: Deployment, host: Host, model: ModelConfig) -> str:
     """Say what the workers of this host will take of its main memory. Raises ConfigError where it is not there."""
-    taken = sum(worker.num_ranks * _rank_memory(worker.config.engine, model) for worker in deployment.workers)
+    adapters = _expert_adapters(deployment, model)
+    taken = sum(worker.num_ranks * _rank_memory(worker.config.engine, model, adapters) for worker in deployment.workers)
     found = f"{taken / _GIB:.1f} of {host.free_memory_bytes / _GIB:.1f} GiB free"
     if taken > host.free_memory_bytes:
         raise ConfigError(
@@ -109,9 +113,30 @@ def check_memory(deployment: Deployment, host: Host, model: ModelConfig) -> str:
     return found
 
 
-def _rank_memory(engine: EngineConfig, model: ModelConfig) -> int:
-    """Main memory of one rank: the program, what the host keeps for it and, on a CPU, weights and KV cache."""
+def _expert_adapters(deployment: Deployment, model: ModelConfig) -> list[Adapter]:
+    """Return those adapters that are served from the start and have something for experts. Raises ConfigError."""
+    if model.experts is None:
+        return []
+    found = []
+    for name, _, path in (text.partition("=") for text in deployment.router.lora_modules):
+        try:
+            adapter = inspect_adapter(Path(path))
+        except ConfigError as error:
+            raise ConfigError(f"lora_modules: {name}: {error}") from error
+        if not (modules := expert_modules(adapter)):
+            continue
+        if any(worker.config.engine.device == "cuda" for worker in deployment.workers):
+            raise ConfigError(
+                f"lora_modules: {name} adapts {modules[0].name}; adapters of experts are not served on a GPU"
+            )
+        found.append(adapter)
+    return found
+
+
+def _rank_memory(engine: EngineConfig, model: ModelConfig, adapters: list[Adapter]) -> int:
+    """Main memory of one rank: the program, what the host keeps for it and, on a CPU, weights, cache and adapters."""
     kept = RANK_BYTES + (engine.swap_space or 0) + (engine.host_cache_memory_bytes or 0)
     if engine.device == "cuda":
         return kept
+    kept += expert_adapter_bytes(engine, model, adapters)
     return kept + weight_bytes(engine, model) + (engine.kv_cache_memory_bytes or 0)

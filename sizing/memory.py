@@ -74,7 +74,10 @@ def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
 
 def adapter_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Count the bytes of one rank's slots for adapters; each has room for the largest rank in every linear."""
+    """Count the bytes of one rank's slots for adapters; each has room for the largest rank in every linear.
+
+    None has room for experts (`adapters.py`).
+    """
     if not engine.enable_lora:
         return 0
     counter = WeightCounter(engine, model, None, engine.tensor_parallel_size)
