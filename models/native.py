@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import ModelConfig
+from .latent import LatentConfig
 from .quantization import Quantization
 
 
@@ -14,15 +15,22 @@ def not_in_native(
     `quantization`: what is served (`chosen_quantization`). `is_exchanged`: rows of experts are, between ranks.
     """
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
+    is_sparse = config.experts is not None and any(config.sparse_layers)
     has = {
-        "experts in such a residual stream": config.experts is not None
+        "experts in such a residual stream": is_sparse
         and (family.norms != "before" or config.residual_multiplier != 1.0),
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
-        "experts in float32": is_float32 and config.experts is not None,
-        "experts whose tokens are exchanged": is_exchanged and config.experts is not None,
+        "experts in float32": is_float32 and is_sparse,
+        "experts whose tokens are exchanged": is_exchanged and is_sparse,
         "quantized weights in float32": is_float32 and quantization is not None and not quantization.is_float8,
-        "latent attention": config.latent is not None,
+        "latents of such sizes": config.latent is not None and not _has_known_sizes(config.latent),
         "heads of such a size": config.latent is None and config.head_dim % 16 != 0,
         "so small a turned part of heads": config.rope.fraction != 1.0 and turned % 16 != 0,
     }
     return [name for name, is_there in has.items() if is_there]
+
+
+def _has_known_sizes(latent: LatentConfig) -> bool:
+    """Tell whether latents fill pairs of vectors, and heads' parts and values whole ones."""
+    parts = latent.rope_dim, latent.nope_dim, latent.value_dim
+    return latent.kv_rank % 32 == 0 and all(size % 16 == 0 for size in parts)

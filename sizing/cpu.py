@@ -4,7 +4,8 @@
                 and between them neither alone
     values      numbers of activations that norms, rotation and gates read or write, a layer and token
     scores      of a prompt: an exponential for each query head and pair, and products over the head's numbers
-    cache       a decode row's keys and values, read at their own rate: products of few rows with short vectors
+    cache       a decode row's keys and values, read at their own rate: products of few rows with short vectors;
+                latents, which all heads share, while they are multiplied as a prompt's keys are
     layer       a layer's calls and the threads' meetings, by however many rows
     step        Python, sampling and all else that is there once
 
@@ -38,6 +39,12 @@ class CpuSteps(Roofline):
         chosen = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
         return self._products_s(params * chosen / model.num_experts, tokens * model.experts_per_token / chosen)
 
+    @property
+    def _cached_s(self) -> float:
+        """Return what it takes to read a token of a row's context."""
+        model = self.model
+        return model.kv_bytes_per_token * model.read_share * model.cache_byte_work * self.rates.cache_byte_s
+
     def terms(self, work: StepWork) -> Terms:
         model, rates, sampled = self.model, self.rates, work.decode_rows + work.draft_tokens
         tokens = work.prefill_tokens + sampled
@@ -51,12 +58,7 @@ class CpuSteps(Roofline):
             products=products_s + tokens * model.values_per_token * rates.value_s / self.num_gpus,
             weights=0.0,  # read meanwhile: in what products take
             attention=work.prefill_pairs * model.scores_per_pair * score_s / self.num_gpus,
-            cache=work.decode_context
-            * model.kv_bytes_per_token
-            * model.read_share
-            * model.cache_byte_work
-            * rates.cache_byte_s
-            / self.num_gpus,
+            cache=work.decode_context * max(self._cached_s, model.row_scores_per_pair * score_s) / self.num_gpus,
             exchange=tokens * self._s_per_exchange,
             launches=rates.step_s + model.num_layers * rates.layer_s,
         )

@@ -59,6 +59,7 @@ class ModelShape:
     reserve_bytes: float = _RESERVE_BYTES  # of each GPU: activations of a full budget, CUDA graphs, the runtime
     read_share: float = 1.0  # of kept tokens that a row's attention reads: less with sliding windows
     cache_byte_work: float = 1.0  # of a cached byte on a CPU, in that of one of bfloat16's
+    row_scores_per_pair: float = 0.0  # of a decode row and a latent, as a CPU multiplies them: heads of all layers
     exchanged_bytes: float = 0.0  # that each GPU sends for one token, where several share the model
     num_sums: int = 0  # over the GPUs, in a step
     row_exchange_s: float = 0.0  # of a decode row among one GPU's: to its experts' GPUs and back, in all layers
@@ -140,7 +141,8 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         cache_byte_work=_INT8_BYTE_WORK if engine.kv_cache_dtype == "int8" else 1.0,
         exchanged_bytes=exchanged_bytes(1, num_ranks, item_bytes(engine, model), model, engine.expert_exchange),
         num_sums=num_sums(model, engine.expert_exchange) if num_ranks > 1 else 0,
-        head_dim=model.head_dim,
+        head_dim=pair // (4 * model.num_qo_heads),  # of latents, the mean of a key's numbers and a value's
+        row_scores_per_pair=0.0 if model.latent is None else model.num_qo_heads * keys / context,
         scores_per_pair=2 * model.num_qo_heads * scored / (context * (context + 1)),
         values_per_token=num_values(model),
         last_params=params.last,

@@ -23,6 +23,7 @@ from ..models.config import ModelConfig
 from ..models.experts import expert_plan
 from ..models.native import not_in_native
 from ..models.quantization import CARD_OUTPUTS, MXFP4_GROUP, TIED_HEAD, Form, Quantization
+from .scales import scale_bytes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
@@ -34,13 +35,9 @@ _WHOLE = ("kv_a_proj_with_mqa", "q_a_proj")  # on every rank
 _BY_INPUTS = ("o_proj", "down_proj", "w2")
 _GATES = (".gate.", ".router.")  # of a mixture of experts: float32, and whole on every rank
 _BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
-# Bytes of a scale in a CPU's tiles (engine/cpu/factors.py): half precision where the file has it, a byte and a share of
-# a float32 in GGUF's blocks of 256 inputs, else a float32.
-_HALF, _FULL = 2.0, 4.0
 # Bytes that are moved for a number, by its bits, where a GPU widens it and multiplies by it (`engine/cuda/int4.py`):
 # signs and halves are set apart (7), scaled (4) and, of 8 bits, both halves added (6), then read (2).
 _WIDENING = {4: 13, 8: 30}
-_GGUF_SCALES = {"Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25}
 
 
 class _Matrix(NamedTuple):
@@ -130,7 +127,8 @@ class WeightCounter:
     def adapted_sizes(self) -> int:
         """Sum the inputs and the outputs of all linears that an adapter may change: of each part its own inputs."""
         left_out = (is_expert, _is_shared) if self._is_exchanged else (is_expert,)
-        adapted = [each for each in self._matrices() if not any(is_one(each.modules[0]) for is_one in left_out)]
+        own = (each for each in self._matrices() if not _makes_heads(each))
+        adapted = [each for each in own if not any(is_one(each.modules[0]) for is_one in left_out)]
         return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in adapted)
 
     @property
@@ -217,7 +215,7 @@ class WeightCounter:
         experts = self._model.experts
         if experts is not None and experts.is_stacked and is_expert(matrix.modules[0]):
             return self._stacked_bytes(matrix)
-        if self._quantization is None:
+        if self._quantization is None or _makes_heads(matrix):
             return self._plain_bytes(matrix)
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         if form is None and self._has_float8 and all(self._is_float8(module) for module in matrix.modules):
@@ -238,7 +236,8 @@ class WeightCounter:
         if not self._on_gpu or self._quantization is None or self._item_bytes != ITEM_BYTES["bfloat16"]:
             return None
         experts = self._model.experts
-        if experts is not None and experts.is_stacked and is_expert(matrix.modules[0]):
+        is_stacked = experts is not None and experts.is_stacked and is_expert(matrix.modules[0])
+        if is_stacked or _makes_heads(matrix):
             return None
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         form = None if form is None else _of_rank(form, matrix)
@@ -258,7 +257,11 @@ class WeightCounter:
         return _padded(matrix.num_outputs, _TILE_OUTPUTS) * num_groups * (MXFP4_GROUP // 2 + 1)
 
     def _plain_bytes(self, matrix: _Matrix) -> int:
-        outputs, inputs = matrix.num_outputs, matrix.num_inputs
+        outputs, inputs, latent = matrix.num_outputs, matrix.num_inputs, self._model.latent
+        if self._has_tiles and latent is not None and _makes_heads(matrix):
+            both = (latent.kv_rank, latent.nope_dim), (latent.value_dim, latent.kv_rank)
+            of_head = sum(self._plain_bytes(_Matrix((), *shape)) for shape in both)
+            return outputs // (latent.nope_dim + latent.value_dim) * of_head
         if self._has_tiles:
             outputs, inputs = _padded(outputs, _TILE_OUTPUTS), _padded(inputs, _TILE_INPUTS)
         return outputs * inputs * self._item_bytes
@@ -268,27 +271,20 @@ class WeightCounter:
         return storage is not None and storage.is_float8
 
     def _scale_bytes(self, module: str, form: Form) -> float:
-        """Return the bytes of a scale in a CPU's tiles."""
         assert self._quantization is not None
-        storage = self._quantization.storage(module)
-        if storage is None:
-            return _FULL
-        match storage.layout:
-            case "gguf":
-                return _GGUF_SCALES.get(storage.kind, _HALF)
-            case "plain":  # an eighth of a weight's own number has no more digits than that
-                is_short = self._model.dtype == "bfloat16" and self._engine.load_format != "dummy"
-                return _HALF if form.bits == 4 and is_short else _FULL
-            case "gptq" | "awq" | "packed":
-                return _FULL if form.has_minima else _HALF
-            case _:
-                return _FULL
+        is_short = self._model.dtype == "bfloat16" and self._engine.load_format != "dummy"
+        return scale_bytes(self._quantization.storage(module), form, is_short=is_short)
 
 
 def _of_rank(form: Form, matrix: _Matrix) -> Form:
     """Return the form of a rank's part: of whole rows it has whole ones."""
     is_whole = form.group_size == matrix.num_inputs * matrix.num_parts
     return form._replace(group_size=matrix.num_inputs) if is_whole else form
+
+
+def _makes_heads(matrix: _Matrix) -> bool:
+    """Tell whether it makes heads of latents: plain numbers, however they are stored; on a CPU tiles of each head."""
+    return any(module.endswith(".kv_b_proj") for module in matrix.modules)
 
 
 def _layer(module: str) -> str:

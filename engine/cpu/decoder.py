@@ -20,7 +20,8 @@ from ...common.cores import SharedCores
 from ..nn.attention.base import LayerPages
 from ..nn.runner import StepStopped
 from ..ranks.communicator import Communicator
-from .model import Model, NativeModel, SumOverRanks
+from .described import Model, SumOverRanks
+from .model import NativeModel
 
 _TILE = 64  # columns; what rows of hidden states and logits are padded to
 

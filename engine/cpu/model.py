@@ -1,10 +1,10 @@
-"""A loaded model as C++ takes it: every matrix packed, every block described, field by field as in `native/model.hpp`.
+"""A loaded model as C++ takes it: every matrix packed, every block described (`described.py`).
 
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
-It has code for layers of `Attention` and of `GatedMLP` or `SparseMLP`, stacked experts too, over plain weights in
-bfloat16 or float32 and over quantized ones (`packing.py`), each linear as it is; a model of other blocks is left to
-torch.
+It has code for layers of `Attention` or `LatentAttention` and of `GatedMLP` or `SparseMLP`, stacked experts too, over
+plain weights in bfloat16 or float32 and over quantized ones (`packing.py`), each linear as it is; a model of other
+blocks is left to torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..nn.adapters import AdapterSlots
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
+from ..nn.latent import LatentAttention
 from ..nn.layers import Linear, RMSNorm
 from ..nn.mixer import Attention
 from ..nn.stacked_experts import StackedExpert
@@ -30,83 +31,12 @@ from ..ranks.communicator import Communicator
 from .adapters import SlotMemory, StripAdapters, whole_strips
 from .build import load
 from .compiler import NativeUnavailable
-from .packing import Packer, Tiles, address, check_known, two_apart
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [("weight", Tiles), ("bias", ctypes.c_void_p), ("adapters", ctypes.c_void_p)]
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = [
-        ("qkv", _Linear),
-        ("o", _Linear),
-        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")),
-        *((name, ctypes.c_int64) for name in ("has_whole_norms", "window")),
-    ]
-
-
-class _GatedMLP(ctypes.Structure):
-    _fields_ = [("gate_up", _Linear), ("down", _Linear)]
-
-
-_COUNTS = (
-    "num_experts",
-    "num_chosen",
-    "count",
-    "num_groups",
-    "num_chosen_groups",
-    "is_sigmoid",
-    "is_normalised",
-)
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = [
-        ("gate", _Linear),
-        ("score_bias", ctypes.c_void_p),
-        ("experts", ctypes.POINTER(_GatedMLP)),
-        ("shared", ctypes.POINTER(_GatedMLP)),
-        *((name, ctypes.c_int64) for name in _COUNTS),
-        *((name, ctypes.c_double) for name in ("scale", "limit", "alpha")),
-        *((name, ctypes.c_void_p) for name in ("taken", "place", "copies", "turn")),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("input_norm", ctypes.c_void_p),
-        ("mixed_norm", ctypes.c_void_p),
-        ("attention", _Attention),
-        ("mlp_norm", ctypes.c_void_p),
-        ("output_norm", ctypes.c_void_p),
-        ("mlp", _GatedMLP),
-        ("is_local", ctypes.c_int64),
-        ("experts", ctypes.POINTER(_Experts)),
-        ("pages", ctypes.c_void_p),
-    ]
-
+from .described import SIZES, AttentionParts, ExpertParts, LatentParts, LayerParts, LinearParts, MLPParts, Model
+from .packing import Packer, address, check_known, two_apart
 
 _DTYPES = (torch.bfloat16, torch.float32)  # elements, of which a library knows one
-SumOverRanks = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 _SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
-_SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
-
-
-class Model(ctypes.Structure):
-    """The C++ `Model`. Whoever has pages fills in the layers' and their numbers."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_SIZES, "page_bytes", "block_size", "has_int8_pages")),
-        *((name, ctypes.c_int64) for name in ("rotary_dim", "has_gelu")),
-        *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
-        *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor", "score_cap")),
-        *((name, ctypes.c_void_p) for name in ("inv_freq", "local_inv_freq", "embedding", "final_norm")),
-        ("head", Tiles),
-        ("layers", ctypes.POINTER(_Layer)),
-        ("sum_over_ranks", SumOverRanks),
-        *((name, ctypes.c_int64) for name in ("num_ranks", "first_token", "num_tokens", "adapter_rank")),
-    ]
+_Blocks = tuple[Attention | LatentAttention, GatedMLP | SparseMLP]
 
 
 class NativeModel:
@@ -125,36 +55,32 @@ class NativeModel:
         self.comm = decoder.head.rows.comm
         self.library = _common_library(self.comm, cache, isa, is_float32=is_float32)
         self.name = Path(self.library._name).stem  # instruction set, source and compiler
-        pack = Packer(self.library, self.dtype)
+        self._pack = Packer(self.library, self.dtype)
         self._packed = {
-            id(weight): pack(weight, in_turns=linear.in_turns)
+            id(weight): self._pack(weight, in_turns=linear.in_turns)
             for weight, linear in zip(weights, decoder.linears(), strict=True)
         }
         self._keep: list[object] = [decoder, weights]
         self.bounded_ = decoder.bounded_  # of logits
-        self._linears: list[tuple[Linear, _Linear]] = []  # of the layers, with their descriptions
-        self._of_experts: dict[int, _Linear] = {}  # those of linears that are given some of a step's rows, by id
+        self._linears: list[tuple[Linear, LinearParts]] = []  # of the layers, with their descriptions
+        self._of_experts: dict[int, LinearParts] = {}  # those of linears that are given some of a step's rows, by id
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
-    def _describe(self, decoder: Decoder, blocks: list[tuple[Attention, GatedMLP | SparseMLP]]) -> Model:
+    def _describe(self, decoder: Decoder, blocks: list[_Blocks]) -> Model:
         config = decoder.config
-        layers = (_Layer * config.num_layers)()
+        layers = (LayerParts * config.num_layers)()
         parts = zip(decoder.layers, blocks, config.sliding_windows, layers, strict=True)
         for layer, (attention, feed_forward), window, target in parts:
             for name in ("input_norm", "mixed_norm", "mlp_norm", "output_norm"):
-                norm: RMSNorm | None = getattr(layer, name)
-                setattr(target, name, None if norm is None else address(norm.weight))
+                setattr(target, name, _weight_of(getattr(layer, name)))
             target.is_local = layer.is_local and config.local_rope is not None
-            target.attention.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
+            if isinstance(attention, LatentAttention):
+                target.attention.latents = ctypes.pointer(self._latents(attention))
+            else:
+                self._describe_heads(attention, target.attention, window or 0)
             target.attention.o = self._linear(attention.o_proj, attention.o_proj.sum_bias)
-            if norms := attention.head_norms or attention.whole_norms:
-                target.attention.q_norm, target.attention.k_norm = (address(norm.weight) for norm in norms)
-            target.attention.has_whole_norms = bool(attention.whole_norms)
-            if attention.sinks is not None:
-                target.attention.sinks = address(attention.sinks.weight)
-            target.attention.window = window or 0
-            self._linears += [(attention.qkv_proj, target.attention.qkv), (attention.o_proj, target.attention.o)]
+            self._linears.append((attention.o_proj, target.attention.o))
             if isinstance(feed_forward, GatedMLP):
                 target.mlp = self._mlp(feed_forward)
                 gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
@@ -177,8 +103,10 @@ class NativeModel:
         if decoder.local_rotary is not None:
             model.local_rope_factor = decoder.local_rotary.attention_factor
             model.local_inv_freq = address(decoder.local_rotary.inv_freq)
-        for name in set(_SIZES) - {"intermediate_size"}:
+        for name in set(SIZES) - {"intermediate_size"}:
             setattr(model, name, getattr(config, name) // (self.comm.size if name in _SPLIT else 1))
+        if config.latent is not None:
+            model.num_kv_heads = model.num_qo_heads
         model.intermediate_size = max(mlp.num_inner for _, block in blocks for mlp in _mlps(block))
         model.first_token, model.num_tokens = decoder.embedding.start, decoder.embedding.stop - decoder.embedding.start
         model.inv_freq = address(decoder.rotary.inv_freq)
@@ -188,20 +116,52 @@ class NativeModel:
         model.layers = layers
         return model
 
-    def _mlp(self, mlp: GatedMLP | StackedExpert) -> _GatedMLP:
+    def _describe_heads(self, attention: Attention, target: AttentionParts, window: int) -> None:
+        target.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
+        if norms := attention.head_norms or attention.whole_norms:
+            target.q_norm, target.k_norm = (address(norm.weight) for norm in norms)
+        target.has_whole_norms = bool(attention.whole_norms)
+        if attention.sinks is not None:
+            target.sinks = address(attention.sinks.weight)
+        target.window = window
+        self._linears.append((attention.qkv_proj, target.qkv))
+
+    def _latents(self, attention: LatentAttention) -> LatentParts:
+        latent, norm = attention.latent, attention.kv_norm
+        packed = [self._pack.heads(matrices) for matrices in attention.heads.take()]
+        self._keep += packed
+        of_keys, of_values = (each.tiles for each in packed)
+        described = LatentParts(
+            inputs=self._linear(attention.a_proj, attention.a_proj.bias),
+            queries=self._linear(attention.q_proj, None),
+            to_keys=of_keys,
+            to_values=of_values,
+            kv_norm=address(norm.weight),
+            q_norm=_weight_of(attention.q_norm),
+            kv_rank=latent.kv_rank,
+            nope_dim=latent.nope_dim,
+            value_dim=latent.value_dim,
+            q_rank=latent.q_rank or 0,
+            is_interleaved=latent.is_interleaved,
+            norm_eps=norm.eps,
+        )
+        self._linears += [(attention.a_proj, described.inputs), (attention.q_proj, described.queries)]
+        return described
+
+    def _mlp(self, mlp: GatedMLP | StackedExpert) -> MLPParts:
         gate_up, down = mlp.gate_up_proj, mlp.down_proj
         bias = down.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
-        return _GatedMLP(self._linear(gate_up, gate_up.bias), self._linear(down, bias))
+        return MLPParts(self._linear(gate_up, gate_up.bias), self._linear(down, bias))
 
-    def _experts(self, sparse: SparseMLP) -> _Experts:
+    def _experts(self, sparse: SparseMLP) -> ExpertParts:
         config = sparse.gate.experts
-        experts = (_GatedMLP * len(sparse.experts))(*map(self._mlp, sparse.experts))
+        experts = (MLPParts * len(sparse.experts))(*map(self._mlp, sparse.experts))
         for expert, target in zip(sparse.experts, experts, strict=True):
             self._of_experts |= {id(expert.gate_up_proj): target.gate_up, id(expert.down_proj): target.down}
         shared = None if sparse.shared is None else self._mlp(sparse.shared)
         if sparse.shared is not None and shared is not None:
             self._linears += [(sparse.shared.gate_up_proj, shared.gate_up), (sparse.shared.down_proj, shared.down)]
-        return _Experts(
+        return ExpertParts(
             gate=self._linear(sparse.gate, sparse.gate.bias),
             score_bias=address(sparse.gate.score_bias),
             experts=experts,
@@ -229,11 +189,11 @@ class NativeModel:
         self._keep.append(places)
         return places
 
-    def _linear(self, linear: Linear, bias: Tensor | None) -> _Linear:
+    def _linear(self, linear: Linear, bias: Tensor | None) -> LinearParts:
         if bias is not None:
             bias = two_apart(bias) if linear.in_turns else bias
             self._keep.append(bias := bias.to(self.dtype))  # a gate's is float32
-        return _Linear(self._packed[id(linear.weight)].tiles, address(bias))
+        return LinearParts(self._packed[id(linear.weight)].tiles, address(bias))
 
     def linears(self) -> Iterator[Linear]:
         """Yield those that C++ adds adapters to."""
@@ -270,13 +230,17 @@ def _check_parts(config: ModelConfig, *, is_float32: bool, is_exchanged: bool) -
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 
-def _known_blocks(layer: DecoderLayer) -> tuple[Attention, GatedMLP | SparseMLP]:
+def _known_blocks(layer: DecoderLayer) -> _Blocks:
     mixer, feed_forward = layer.mixer, layer.feed_forward
     # A subclass computes something else.
-    if type(mixer) is not Attention or type(feed_forward) not in (GatedMLP, SparseMLP):
+    if type(mixer) not in (Attention, LatentAttention) or type(feed_forward) not in (GatedMLP, SparseMLP):
         raise NativeUnavailable(f"no C++ for layers of {type(mixer).__name__} and {type(feed_forward).__name__}")
-    assert isinstance(feed_forward, GatedMLP | SparseMLP)
+    assert isinstance(mixer, Attention | LatentAttention) and isinstance(feed_forward, GatedMLP | SparseMLP)
     return mixer, feed_forward
+
+
+def _weight_of(norm: RMSNorm | None) -> int | None:
+    return None if norm is None else address(norm.weight)
 
 
 def _mlps(block: GatedMLP | SparseMLP) -> list[GatedMLP | StackedExpert]:

@@ -11,6 +11,7 @@ import ctypes
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.experts import Gate
@@ -21,6 +22,7 @@ from .compiler import NativeUnavailable
 from .factors import half_powers, smallest
 
 _INTEGER_SIZES = ("columns", "inputs", "bits", "group", "has_minima", "factor_size", "span", "is_e2m1")
+_TILE_OUTPUTS = 64
 _GROUP_UNIT = 8  # inputs of which a group is made, if it is not a whole row
 
 
@@ -93,6 +95,12 @@ class Packer:
             return self._grouped(weight.take(), in_turns)
         matrix = weight.take().to(self._dtype)
         return self._dense(two_apart(matrix) if in_turns else matrix)
+
+    def heads(self, matrices: Tensor) -> Packed:
+        """Pack matrices [heads, outputs, inputs] one behind the other; each fills tiles of its own, of which some
+        outputs may be zeros.
+        """
+        return self._dense(F.pad(matrices, (0, 0, 0, -matrices.shape[1] % _TILE_OUTPUTS)).flatten(0, 1).contiguous())
 
     def _dense(self, matrix: Tensor) -> Packed:
         assert matrix.is_contiguous()

@@ -52,6 +52,14 @@ class LatentHeads:
     def slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{self.name}.weight", self.shape, self.plain, 0, self.start)
 
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Give the matrices up to the caller, who has a form of its own for them: [heads, kv_rank, nope_dim], which
+        yields what asks latents, and [heads, value_dim, kv_rank].
+        """
+        taken = self.of_keys.transpose(1, 2), self.of_values
+        self.plain = self.of_keys = self.of_values = torch.empty(0, dtype=self.plain.dtype)
+        return taken
+
 
 class LatentAttention:
     """Implements `Mixer`. Each rank makes the latents, which it needs all of, and has some of the heads."""

@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "v3 without a rank of queries": ("v3", {"q_lora_rank": None}),
     "v3 biased, pairs half a head apart": ("v3", {"attention_bias": True, "rope_interleave": False}),
     "v3 yarn": ("v3", {"rope_parameters": YARN}),
+    "v3 in C++": ("v3", {"qk_rope_head_dim": 16, "v_head_dim": 32}),
     "v3 with experts": ("v3", EXPERTS["v3"]),
     "v2": ("v2", {}),
     "v2 with experts": ("v2", EXPERTS["v2"]),

@@ -38,6 +38,31 @@ CONFIGS: dict[str, dict[str, object]] = {
         "max_position_embeddings": 40960,
         "torch_dtype": "bfloat16",
     },
+    # DeepSeek-V2-Lite: 15.7 billion parameters, of which a token uses 2.4 billion (its model card).
+    "v2-lite": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "first_k_dense_replace": 1,
+        "vocab_size": 102400,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "bfloat16",
+    },
 }
 
 

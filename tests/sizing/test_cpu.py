@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,15 @@ def test_experts_are_multiplied_by_the_rows_that_chose_them(tmp_path: Path) -> N
     alone += num_values(model) * 1e-9 + 1000 * 2 * 48 * 4 * 128 * 2 * 1e-10 + 1e-3
     assert sizer.decode(1).expected_s == pytest.approx(alone, rel=1e-2)
     assert params.last_experts == params.experts / 48
+
+
+@pytest.mark.parametrize(("byte_s", "token_s"), [(1e-9, 27 * 576 * 2 * 1e-9), (1e-11, 27 * 16 * (1e-9 + 544 * 1e-11))])
+def test_a_latent_is_read_once_and_multiplied_for_all_heads(tmp_path: Path, byte_s: float, token_s: float) -> None:
+    """Whichever takes longer; a prompt's products are over 576 numbers of a key and 512 of a value."""
+    rates = replace(RATES, cache_byte_s=byte_s)
+    sizer = Sizer(ENGINE, model_of(tmp_path, "v2-lite"), probed_cpu(64, rates), 1000)
+    _, more_s = sizer.steps.run(8, 8000)
+    assert more_s == pytest.approx(8 * token_s, rel=1e-6)
+    pairs = StepWork(prefill_tokens=2, prefill_pairs=3), StepWork(prefill_tokens=2, prefill_pairs=1003)
+    scores_s = sizer.steps.step_s(pairs[1]) - sizer.steps.step_s(pairs[0])
+    assert scores_s == pytest.approx(1000 * 26 * 16 * (1e-9 + 544 * 1e-11), rel=1e-6)  # the last layer has none

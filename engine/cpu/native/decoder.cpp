@@ -4,6 +4,7 @@
 // thread at a time, with helpers of its own, as many as the machine has to spare (cores.hpp).
 //
 //   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> act -> down
+//            where a layer keeps latents, in place of qkv and before o: latents.hpp
 //   logits:  norm -> head
 //
 // Each way to share this out among threads is a class: few_tokens.hpp, many_tokens.hpp, several_ranks.hpp. What they share
@@ -34,6 +35,11 @@ public:
         use_large_pages(model.head, deadline);
         for (const Layer& layer : w_.layers) {
             for (const Linear& w : {layer.attention.qkv, layer.attention.o}) use_large_pages(w.weight, deadline);
+            if (const Latents* w = layer.attention.latents) {
+                for (const Tiles& tiles : {w->inputs.weight, w->queries.weight, w->to_keys, w->to_values}) {
+                    use_large_pages(tiles, deadline);
+                }
+            }
             each_mlp(layer, [&](const GatedMlp& mlp) {
                 for (const Linear& w : {mlp.gate_up, mlp.down}) use_large_pages(w.weight, deadline);
             });

@@ -81,6 +81,9 @@ private:
         float* projected = w_.shared.qkv.data();
         const Rows normed = w_.math.normalize(w_.residual(tokens.first), count, layer.input_norm, w_.own(by).panel,
                                               step.slots_from(tokens.first));
+        if (layer.attention.latents != nullptr) {
+            return stages_.place_latents(step, index, tokens, normed, w_.shared, by, by);
+        }
         w_.math.set(projected, stride, normed, qkv, by);
         w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
         by.meet();
@@ -92,7 +95,8 @@ private:
     // From attention to a layer's end.
     void finish(const Layer& layer, float* x, const Rows& attended, Team::Member& by) {
         each_panel(attended.count, [&](Range tokens) {
-            const Rows part = attended.from(tokens.first, tokens.last - tokens.first);
+            const Rows own = attended.from(tokens.first, tokens.last - tokens.first);
+            const Rows part = stages_.values_of(layer, own, w_.shared, by);
             float* y = x + tokens.first * w_.strides.hidden;
             if (layer.experts == nullptr) return w_.math.finish(layer, y, part, w_.own(by).panel, w_.shared, by);
             const Linear& o = layer.attention.o;

@@ -18,7 +18,9 @@ struct HeadScratch {
         : attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
           int8_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
           exact_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
-          prompt_attention(group, int(m.head_dim), float(m.score_cap), is_exact), head(m.head_dim), row(m.head_dim) {}
+          prompt_attention(group, int(m.head_dim), int(m.latents() ? m.latents()->kv_rank : m.head_dim), float(m.score_cap),
+                           is_exact),
+          head(m.head_dim), row(m.head_dim) {}
     Attention attention;
     Int8Attention int8_attention;
     ExactAttention exact_attention;
@@ -75,11 +77,36 @@ public:
         }
     }
 
+    // The same of latents: what is kept to its slot, each head's turned part to `queries`, and what W_K takes of it to `asked`.
+    void place_latent(const Layer& layer, const Row& row, long token, const float* products, Element* queries, Element* asked,
+                      HeadScratch& own) const {
+        const Latents& w = *layer.attention.latents;
+        const long position = row.start + token - row.token, rank = w.kv_rank, nope = w.nope_dim;
+        const auto turn = [&](const float* part, float by, Element* target) {
+            if (w.is_interleaved) part = by_halves(part, own.head.data());
+            rotations_[layer.is_local ? 1 : 0].turn_part(part, token, by, target);
+        };
+        put(pages(layer, 0, row), position, 0, own, [&](Element* kept) {
+            const Vector factor = repeat(inverse_rms(products, rank, float(w.norm_eps)));
+            for (long i = 0; i < rank; i += 16) store(kept + i, load(products + i) * factor * load(w.kv_norm + i));
+            turn(products + rank, 1.0f, kept + rank);
+        });
+        const float* query = products + w.queries_at();
+        for (long head = 0; head < m_.num_qo_heads; head++, query += nope + m_.rotary_dim) {
+            for (long i = 0; i < nope; i += 16) store(asked + head * w.asked_dim() + i, load(query + i));
+            turn(query + nope, float(m_.query_factor), queries + head * m_.head_dim + rank);
+        }
+    }
+
     // `heads`: the first of the piece's queries, `stride` from token to token; the result takes their place.
     void attend(const Layer& layer, const Piece& piece, Element* heads, long stride, HeadScratch& own) const {
         const Row& row = *piece.row;
         const StoredPages pages = this->pages(layer, piece.kv_head, row);
         const long window = layer.attention.window, position = row.start + piece.first;
+        if (layer.attention.latents != nullptr) {
+            PromptAttention& attention = own.prompt_attention;
+            return attention.attend_latents(pages, heads, piece.kv_heads, piece.tokens, position, heads, stride);
+        }
         const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
         if (piece.tokens == 1 && !is_exact_) {
             const long first = PromptAttention::first_key(position, window);
@@ -108,11 +135,15 @@ public:
         const Element* sinks = piece.part > 0 || layer.attention.sinks == nullptr ? nullptr
                                                                                   : layer.attention.sinks + piece.kv_head * group();
         memory += piece.part * part_size(m_, piece.kv_heads);
+        if (layer.attention.latents != nullptr) {
+            return own.prompt_attention.attend_part(pages, queries, piece.kv_heads, keys, memory);
+        }
         own.attention.attend_part(pages, piece.kv_heads, queries, keys.first, keys.last, sinks, memory);
     }
 
     // All parts' results to `out`.
     void join(const Piece& piece, const float* memory, Element* out, HeadScratch& own) const {
+        if (m_.latents() != nullptr) return own.prompt_attention.join(memory, piece.parts, piece.kv_heads, out);
         own.attention.join(memory, piece.parts, piece.kv_heads, out);
     }
 
@@ -130,7 +161,19 @@ private:
         return {weight + head * m_.head_dim, inverse_rms(squares, num_heads * m_.head_dim * m_.num_ranks, eps)};
     }
 
+    // First numbers of each turned pair before second ones, to `scratch`.
+    const float* by_halves(const float* pairs, float* scratch) const {
+        const long half = m_.rotary_dim / 2;
+        for (long i = 0; i < half; i++) scratch[i] = pairs[2 * i], scratch[half + i] = pairs[2 * i + 1];
+        return scratch;
+    }
+
+    // Of latents, which are one head's key and value, whichever head asks.
     StoredPages pages(const Layer& layer, long kv_head, const Row& row) const {
+        if (m_.latents() != nullptr) {
+            const long bytes = m_.block_size * m_.head_dim * long(sizeof(Element));
+            return {layer.pages, bytes, 0, m_.page_bytes, row.blocks, m_.block_size, m_.head_dim, false};
+        }
         const long token_bytes = m_.has_int8_pages ? m_.head_dim + sizeof(float) : m_.head_dim * sizeof(Element);
         const long head_bytes = m_.block_size * token_bytes;
         return {layer.pages + kv_head * head_bytes, head_bytes,   m_.num_kv_heads * head_bytes, m_.page_bytes, row.blocks,

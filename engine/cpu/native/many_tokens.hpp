@@ -73,6 +73,9 @@ private:
         Alone alone;
         const Rows normed = w_.math.normalize(w_.residual(tokens.first), tokens.last - tokens.first, layer.input_norm, panel,
                                               step.slots_from(tokens.first));
+        if (layer.attention.latents != nullptr) {
+            return stages_.place_latents(step, index, tokens, normed, panel, alone, by);
+        }
         w_.math.set(panel.qkv.data(), stride, normed, qkv, alone);
         w_.math.adapt(panel.qkv.data(), stride, normed, qkv, panel, alone);
         stages_.place(step, index, tokens, panel.qkv.data(), by);
@@ -82,7 +85,8 @@ private:
     void finish(const Step& step, const Layer& layer, Range tokens, const Team::Member& by) {
         Panel& panel = w_.own(by).panel;
         Alone alone;
-        const Rows attended = w_.attended_rows(step).from(tokens.first, tokens.last - tokens.first);
+        const Rows own = w_.attended_rows(step).from(tokens.first, tokens.last - tokens.first);
+        const Rows attended = stages_.values_of(layer, own, panel, alone);
         w_.math.finish(layer, w_.residual(tokens.first), attended, panel, panel, alone);
     }
 
@@ -93,7 +97,8 @@ private:
             const Linear& o = layer.attention.o;
             Alone alone;
             for (long first = mine.first; first < mine.last; first += kPanelRows) {
-                const Rows part = attended.from(first, std::min(kPanelRows, mine.last - first));
+                const Rows own = attended.from(first, std::min(kPanelRows, mine.last - first));
+                const Rows part = stages_.values_of(layer, own, w_.own(by).panel, alone);
                 float* target = x + first * w_.strides.hidden;
                 w_.math.add(target, part, o, alone, 1.0f);
                 w_.math.adapt(target, w_.strides.hidden, part, o, w_.own(by).panel, alone);

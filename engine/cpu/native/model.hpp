@@ -20,13 +20,30 @@ struct Linear {
     const Adapters* adapters;  // null: none
 };
 
-// A layer is a mixer, of the one kind that there is code for, and a gated MLP or experts (engine/nn/blocks.py).
+// Attention over latents (engine/nn/latent.py): of a token one vector is kept, which serves all heads as key and, but for
+// its last numbers, which positions turn, as value. latents.hpp has what is computed.
+struct Latents {
+    Linear inputs;   // the latent, its turned part and, where there is q_norm, what queries are made of: of all ranks
+    Linear queries;  // [heads][nope_dim + turned part], of what q_norm norms, or of the hidden state
+    Tiles to_keys, to_values;  // W_K and W_V, head after head: each fills tiles of its own
+    const Element *kv_norm, *q_norm;  // the second null: none
+    std::int64_t kv_rank, nope_dim, value_dim, q_rank;
+    std::int64_t is_interleaved;  // a turned pair's two numbers are neighbours among the products
+    double norm_eps;
+
+    long queries_at() const { return padded(inputs.weight.columns, kTileColumns); }  // behind the others' products
+    long asked_dim() const { return padded(nope_dim, kTileInputs); }  // of a head, as W_K takes it
+};
+
+// A layer is a mixer, attention over heads' keys and values or over latents, and a gated MLP or experts
+// (engine/nn/blocks.py).
 struct AttentionBlock {
     Linear qkv, o;
     const Element *q_norm, *k_norm;  // of each head; null: none
     const Element* sinks;            // of the query heads: a score that no value goes with; null: none
     std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
     std::int64_t window;           // 0: none
+    const Latents* latents;        // in place of `qkv` and norms; null: none
 };
 
 struct GatedMlp {
@@ -59,7 +76,8 @@ struct Layer {
 };
 
 struct Model {
-    // intermediate_size: of the widest gated MLP, dense or an expert's
+    // intermediate_size: of the widest gated MLP, dense or an expert's. Of latents each query head counts as a KV head, and
+    // head_dim is the size of what is kept.
     std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
     std::int64_t page_bytes, block_size;
     std::int64_t has_int8_pages;                      // in place of elements
@@ -80,7 +98,11 @@ struct Model {
     std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
 
     long qo_size() const { return num_qo_heads * head_dim; }
-    long qkv_size() const { return (num_qo_heads + 2 * num_kv_heads) * head_dim; }
+    long qkv_size() const {
+        if (latents() != nullptr) return latents()->queries_at() + latents()->queries.weight.columns;
+        return (num_qo_heads + 2 * num_kv_heads) * head_dim;
+    }
+    const Latents* latents() const { return layers[0].attention.latents; }  // of one shape in all layers; null: none
 };
 
 // Ask for 2 MiB pages under the weights: a core reads them a tenth to a third faster. Where the kernel refuses, nothing

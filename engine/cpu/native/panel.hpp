@@ -14,8 +14,11 @@ struct Strides {
         : hidden(padded(m.hidden_size, kTileColumns)), normed(of_inputs(m.hidden_size)), attended(of_inputs(m.qo_size())),
           activated(of_inputs(m.intermediate_size)),
           qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(2 * m.intermediate_size, kTileColumns)),
-          narrowed(kMaxAdapterParts * m.adapter_rank) {}
+          narrowed(kMaxAdapterParts * m.adapter_rank), q_normed(m.latents() ? of_inputs(m.latents()->q_rank) : 0),
+          asked(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->asked_dim()) : 0),
+          answered(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->value_dim) : 0) {}
     const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
+    const long q_normed, asked, answered;  // of latents alone
 
 private:
     // Whole lines, and an odd number of them: rows that lie an even number apart share few places of the near cache.
@@ -26,9 +29,11 @@ private:
 struct Panel {
     explicit Panel(const Strides& s)
         : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
-          gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed) {}
+          gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed),
+          q_normed(kPanelRows * s.q_normed), asked(kPanelRows * s.asked), answered(kPanelRows * s.answered) {}
     Lines<Element> normed, activated, narrowed;
     Lines<float> qkv, gate_up, added;
+    Lines<Element> q_normed, asked, answered;
 };
 
 class PanelMath {

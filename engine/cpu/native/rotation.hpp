@@ -34,21 +34,27 @@ public:
     // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`.
     // `scratch` [head_dim].
     void turn(const float* head, const Element* norm, float factor, long token, float by, float* scratch, Element* out) const {
-        const long d = m_.head_dim, turned = m_.rotary_dim, half = turned / 2;
+        const long d = m_.head_dim;
         if (norm != nullptr) {
             const Vector offset = repeat(float(m_.norm_offset));
             for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * repeat(factor) * (load(norm + i) + offset));
             head = scratch;
         }
+        turn_part(head, token, by, out);
+        for (long i = m_.rotary_dim; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
+    }
+
+    // The turned part of a head alone.
+    void turn_part(const float* part, long token, float by, Element* out) const {
+        const long turned = m_.rotary_dim, half = turned / 2;
         const float *cos = cos_.data() + token * turned, *sin = sin_.data() + token * turned;
         const Eight scale = repeat_8(by);
         for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
-            const Eight low = load_8(head + i), high = load_8(head + half + i);
+            const Eight low = load_8(part + i), high = load_8(part + half + i);
             const Eight c = load_8(cos + i), s = load_8(sin + half + i);
             store(out + i, fms(low, c, high * s) * scale);
             store(out + half + i, fma(high, c, low * s) * scale);
         }
-        for (long i = turned; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
     }
 
 private:

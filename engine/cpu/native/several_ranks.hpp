@@ -46,6 +46,9 @@ private:
         each_panel(step.num_tokens, [&](long first, long rows) {
             const Rows normed =
                 w_.math.normalize(w_.residual(first), rows, layer.input_norm, w_.own(by).panel, step.slots_from(first));
+            if (layer.attention.latents != nullptr) {
+                return stages_.place_latents(step, index, {first, first + rows}, normed, w_.shared, by, by);
+            }
             w_.math.set(projected, stride, normed, qkv, by);
             w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
             by.meet();
@@ -89,10 +92,11 @@ private:
     void add_attended(const Layer& layer, const Rows& attended, Team::Member& by) {
         const Linear o = without_bias(layer.attention.o);
         each_panel(attended.count, [&](long first, long count) {
-            const Rows panel = attended.from(first, count);
+            const Rows panel = stages_.values_of(layer, attended.from(first, count), w_.shared, by);
             w_.math.add(partial(first), panel, o, by, 1.0f);
             w_.math.adapt(partial(first), w_.strides.hidden, panel, o, w_.shared, by);
-            if (attended.slots != nullptr) by.meet();  // the next panel's narrowed rows take the place of these
+            // The next panel's narrowed rows, or values, take the place of these.
+            if (attended.slots != nullptr || layer.attention.latents != nullptr) by.meet();
         });
     }
 

@@ -40,6 +40,34 @@ public:
         });
     }
 
+    // Products and places of a panel with latents, to what attention takes, when all have met. `common`: what `by` share;
+    // `self`: who of the step's threads this is.
+    template <class By>
+    void place_latents(const Step& step, std::size_t index, Range tokens, const Rows& normed, Panel& common, By& by,
+                       const Team::Member& self) {
+        const Layer& layer = w_.layers[index];
+        const Latents& latents = *layer.attention.latents;
+        ThreadSpace& own = w_.own(self);
+        w_.latent_math.project(latents, normed, own.panel, common, by);
+        by.meet();
+        const Range mine = by.part(normed.count);
+        each(step, {tokens.first + mine.first, tokens.first + mine.last}, [&](const Row& row, long token) {
+            const long i = token - tokens.first;
+            w_.heads.place_latent(layer, row, token, common.qkv.data() + i * w_.strides.qkv, attended(token),
+                                  common.asked.data() + i * w_.strides.asked, own.heads);
+        });
+        by.meet();
+        w_.latent_math.ask(latents, normed.count, common, attended(tokens.first), by);
+        by.meet();
+    }
+
+    // What `o` multiplies of some rows' attention, when all have met.
+    template <class By>
+    Rows values_of(const Layer& layer, const Rows& attended, Panel& common, By& by) const {
+        const Latents* latents = layer.attention.latents;
+        return latents == nullptr ? attended : w_.latent_math.answer(*latents, attended, common, by);
+    }
+
     // A layer's keys and values are in the pages.
     static void report(const Step& step, std::size_t index, const Team::Member& by) {
         if (by.rank() == 0 && step.on_layer != nullptr) step.on_layer(int(index));

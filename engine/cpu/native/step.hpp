@@ -14,8 +14,8 @@ struct Row {
     const std::int32_t* blocks;
 };
 
-// Attention of `tokens` tokens of a row, from the row's token `first` on, for `kv_heads` KV heads from `kv_head` on. One
-// token's may be cut by its keys into parts, which are joined by whoever is done last.
+// Attention of `tokens` tokens of a row, from the row's token `first` on, for `kv_heads` KV heads from `kv_head` on; of
+// latents, for so many query heads. One token's may be cut by its keys into parts, which are joined by whoever is done last.
 struct Piece {
     const Row* row;
     long first, tokens;
@@ -62,8 +62,29 @@ inline void set_adapters(Step& step, const std::int32_t* adapters) {
     for (long i = 0; i < step.num_wanted; i++) step.last_slots.push_back(step.slots[step.wanted[i]]);
 }
 
+// Query heads of a piece of several tokens over latents, at most: fewer heads of more tokens fill a tile's rows as well,
+// and better where there are many heads.
+constexpr long kLatentHeads = 40;
+constexpr long kLeastLatentHeads = 8;  // of a lone token: fewer are multiplied sooner than latents are packed for them
+
+// The same of latents, which are packed once for all heads of a piece.
+inline void add_latent_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Model& model) {
+    const long count = tokens.last - tokens.first;
+    const RowGroups by_heads(model.num_qo_heads, count == 1 ? PromptAttention::kRows : kLatentHeads);
+    for (long group = 0; group < by_heads.groups(); group++) {
+        const Range heads = by_heads.rows(group);
+        const int num_heads = int(heads.last - heads.first);
+        const RowGroups parts(count, PromptAttention::tokens_at_once(num_heads));
+        for (long part = 0; part < parts.groups(); part++) {
+            const Range mine = parts.rows(part);
+            pieces.push_back({&row, tokens.first + mine.first, mine.last - mine.first, int(heads.first), num_heads});
+        }
+    }
+}
+
 // A row's tokens in pieces as equal as they can be.
 inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Model& model) {
+    if (model.latents() != nullptr) return add_latent_pieces(pieces, row, tokens, model);
     const long at_once = PromptAttention::tokens_at_once(int(model.num_qo_heads / model.num_kv_heads));
     const int parts = int((tokens.last - tokens.first - 1) / at_once) + 1;
     for (int kv_head = 0; kv_head < model.num_kv_heads; kv_head++) {
@@ -75,6 +96,7 @@ inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens,
 }
 
 constexpr long kLeastPartKeys = 512;  // fewer are attended to sooner than parts are joined
+constexpr long kLeastPartLatents = kTileKeys;  // all heads' products take many times as long as a head's
 
 // What a part of a piece leaves: for each of its query heads the sums of values, the largest score and the sum of weights.
 inline long part_size(const Model& model, int kv_heads) {
@@ -84,10 +106,11 @@ inline long part_size(const Model& model, int kv_heads) {
 // Pieces of more than half of a thread's part of all are cut by their keys, so that threads end together.
 inline void cut_pieces(std::vector<Piece>& pieces, Step& step, const Model& model, int threads, long all) {
     std::vector<Piece> cut;
+    const long least = model.latents() != nullptr ? kLeastPartLatents : kLeastPartKeys;
     long splits = 0, memory = 0;
     for (const Piece& piece : pieces) {
         const long wanted = (piece.cost() * 2 * threads + all - 1) / std::max(all, 1L);
-        const int parts = piece.tokens > 1 ? 1 : int(std::min(wanted, piece.keys() / kLeastPartKeys));
+        const int parts = piece.tokens > 1 ? 1 : int(std::min(wanted, piece.keys() / least));
         if (parts <= 1) {
             cut.push_back(piece);
             continue;
@@ -102,12 +125,27 @@ inline void cut_pieces(std::vector<Piece>& pieces, Step& step, const Model& mode
     step.num_splits = std::max(step.num_splits, splits), step.split_memory = std::max(step.split_memory, memory);
 }
 
+// A lone token's pieces over latents that are more than a thread's part of all, and not cut by keys, are split by heads.
+inline void split_heads(std::vector<Piece>& pieces, int threads, long all) {
+    std::vector<Piece> split;
+    for (const Piece& piece : pieces) {
+        const long wanted = (piece.cost() * threads + all - 1) / std::max(all, 1L), most = piece.kv_heads / kLeastLatentHeads;
+        const int parts = piece.tokens > 1 || piece.parts > 1 ? 1 : int(std::max(1L, std::min(wanted, most)));
+        for (int part = 0; part < parts; part++) {
+            const Range heads = share(piece.kv_heads, part, parts);
+            split.push_back(piece);
+            split.back().kv_head += int(heads.first), split.back().kv_heads = int(heads.last - heads.first);
+        }
+    }
+    pieces = std::move(split);
+}
+
 // Several KV heads of one token become a piece, whose keys are read faster than head by head, as long as no thread has
 // more than its part of all by that, or it may be cut. The dearest come first, so that threads end together.
 inline void share_pieces(std::vector<Piece>& pieces, Step& step, const Model& model, int threads, bool may_cut) {
     long all = 0;
     for (const Piece& piece : pieces) all += piece.cost();
-    const int most = kv_heads_at_once(model);
+    const int most = model.latents() != nullptr ? 0 : kv_heads_at_once(model);  // of latents a piece has all that it can
     std::size_t kept = 0;
     for (const Piece& piece : pieces) {
         Piece* last = kept == 0 ? nullptr : &pieces[kept - 1];
@@ -121,6 +159,7 @@ inline void share_pieces(std::vector<Piece>& pieces, Step& step, const Model& mo
     }
     pieces.resize(kept);
     if (may_cut) cut_pieces(pieces, step, model, threads, all);
+    if (model.latents() != nullptr) split_heads(pieces, threads, all);
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost() > b.cost(); });
 }
 

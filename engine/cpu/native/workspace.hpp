@@ -8,6 +8,7 @@
 
 #include "experts.hpp"
 #include "heads.hpp"
+#include "latents.hpp"
 #include "model.hpp"
 #include "panel.hpp"
 #include "step.hpp"
@@ -67,6 +68,7 @@ struct Workspace {
     const Strides strides{model};
     const PanelMath math{model, strides, is_exact};
     const ExpertMath expert_math{model, strides, math};
+    const LatentMath latent_math{model, strides, math};
     const long rows_of_experts{expert_rows(model, strides)};  // that go through them at once
     HeadMath heads;
     Lines<float> residuals;

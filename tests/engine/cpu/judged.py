@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.engine.engine import Engine
 
@@ -22,3 +24,11 @@ def judged(engine: Engine) -> list[SampledToken]:
                 seq.token_ids[-1] = 7  # whatever nearly ties
         found += [entry for row in driver.outputs[-1].rows for entry in row.prompt_logprobs]
     return found
+
+
+def error_of(found: list[SampledToken], expected: list[SampledToken]) -> float:
+    """Return the median of how far log-probabilities are apart, of the tokens that both judge."""
+    pairs = [(one, other) for one, other in zip(found, expected, strict=True) if one.token_id == other.token_id]
+    assert len(pairs) > 0.95 * len(expected) > 250  # what is said may nearly tie
+    errors = [abs(one.logprob - other.logprob) for one, other in pairs if one.logprob and other.logprob]
+    return median(errors)

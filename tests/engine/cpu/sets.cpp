@@ -114,6 +114,7 @@ void models() {
             run_model(own, std::string(name) + (has_int8 ? " over int8 pages" : ""));
         }
     }
+    run_model({.head_dim = 96, .inner = 192, .has_latents = true}, "latents");
 #ifndef KVFERRY_FLOAT32
     Shape whole = plain;
     whole.bits = 8;

@@ -109,8 +109,10 @@ struct Shape {
     bool has_extras = false;  // norms of heads, sinks, a cap, biases, gelu
     bool has_int8_pages = false;
     long bits = 0;  // of weights in whole numbers; 0: elements
+    bool has_latents = false;
 };
 
+constexpr long kTurned = 32, kNope = 48, kValue = 80, kAsking = 40;  // of latents: parts of heads, what queries are made of
 constexpr long kHidden = 96, kHeads = 4, kKvHeads = 2, kVocab = 100, kLayers = 2, kBlock = 16, kBlocks = 64;
 
 // A model of random weights with pages for a few sequences.
@@ -121,7 +123,9 @@ public:
         for (Layer& layer : layers_) {
             layer = {};
             layer.input_norm = vector(kHidden, 1.0f), layer.mlp_norm = vector(kHidden, 1.0f);
-            layer.attention.qkv = linear((kHeads + 2 * kKvHeads) * d, kHidden), layer.attention.o = linear(kHidden, kHeads * d);
+            if (shape.has_latents) layer.attention.latents = latents();
+            else layer.attention.qkv = linear((kHeads + 2 * kKvHeads) * d, kHidden);
+            layer.attention.o = linear(kHidden, kHeads * (shape.has_latents ? kValue : d));
             layer.mlp.gate_up = linear(2 * shape.inner, kHidden), layer.mlp.down = linear(kHidden, shape.inner);
             layer.attention.window = shape.window;
             if (!shape.has_extras) continue;
@@ -141,6 +145,10 @@ public:
         model_.inv_freq = frequencies_.data(), model_.embedding = vector(kVocab * kHidden, 1.0f);
         model_.final_norm = vector(kHidden, 1.0f), model_.head = linear(kVocab, kHidden).weight;
         model_.layers = layers_.data(), model_.num_ranks = 1, model_.num_tokens = kVocab;
+        if (shape.has_latents) {
+            model_.num_kv_heads = kHeads, model_.rotary_dim = kTurned;
+            model_.page_bytes = kBlock * token_bytes;
+        }
         pages_.resize(kLayers * kBlocks * model_.page_bytes);
         for (long i = 0; i < kLayers; i++) layers_[i].pages = pages_.data() + i * kBlocks * model_.page_bytes;
     }
@@ -177,6 +185,19 @@ private:
         return memory_.back().data();
     }
 
+    const Latents* latents() {
+        const long d = shape_.head_dim, rank = d - kTurned;
+        latents_.push_back(std::make_unique<Latents>());
+        Latents& made = *latents_.back();
+        made.inputs = linear(d + kAsking, kHidden), made.queries = linear(kHeads * (kNope + kTurned), kAsking);
+        made.to_keys = linear(kHeads * padded(rank, kTileColumns), kNope).weight;
+        made.to_values = linear(kHeads * padded(kValue, kTileColumns), rank).weight;
+        made.kv_norm = vector(rank, 1.0f), made.q_norm = vector(kAsking, 1.0f);
+        made.kv_rank = rank, made.nope_dim = kNope, made.value_dim = kValue, made.q_rank = kAsking;
+        made.is_interleaved = 1, made.norm_eps = 1e-6;
+        return &made;
+    }
+
     Linear linear(long columns, long inputs) {
 #ifndef KVFERRY_FLOAT32
         if (shape_.bits != 0) {
@@ -196,6 +217,7 @@ private:
 #ifndef KVFERRY_FLOAT32
     std::vector<std::unique_ptr<WholeWeight>> whole_;
 #endif
+    std::vector<std::unique_ptr<Latents>> latents_;
     std::vector<float> frequencies_;
     std::vector<Layer> layers_;
     Lines<char> pages_;

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from kvferry.models.families import FAMILIES
 
 from ...engine_driver import Driver, engine_config, prompts
 from ...transformers_checkpoints import SMALL, write_model
-from .judged import JUDGED, judged
+from .judged import JUDGED, error_of, judged
 from .widened import WIDENED
 
 QWEN3 = SMALL | {
@@ -83,13 +82,6 @@ def _expected(model_dir: Path) -> list[SampledToken]:
     return judged(_engine(model_dir, dtype="float32"))
 
 
-def _error(found: list[SampledToken], expected: list[SampledToken]) -> float:
-    pairs = [(one, other) for one, other in zip(found, expected, strict=True) if one.token_id == other.token_id]
-    assert len(pairs) > 0.95 * len(expected) > 250  # what is said may nearly tie
-    errors = [abs(one.logprob - other.logprob) for one, other in pairs if one.logprob and other.logprob]
-    return median(errors)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "tolerance"),
@@ -105,7 +97,7 @@ def test_experts_compute_what_torch_computes(qwen3: Path, fields: dict[str, obje
     expected = judged(_engine(qwen3, dtype="float32", quantization=fields.get("quantization")))
     engine = _engine(qwen3, dtype="bfloat16", **fields)
     assert isinstance(engine.runner, NativeRunner)
-    assert _error(judged(engine), expected) < tolerance
+    assert error_of(judged(engine), expected) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -125,7 +117,7 @@ def test_choices_of_deepseek(
     expected = judged(_engine(tmp_path, dtype="float32", load_format="dummy"))
     engine = _engine(tmp_path, dtype="bfloat16", load_format="dummy")
     assert isinstance(engine.runner, NativeRunner)
-    assert _error(judged(engine), expected) < TOLERANCE
+    assert error_of(judged(engine), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -135,7 +127,7 @@ def test_stacked_experts_and_sinks(gpt_oss: Path, fields: dict[str, object]) -> 
     """With biases, in turns, clamped; attention with sinks, in layers with a window and without."""
     engine = _engine(gpt_oss, dtype="bfloat16", **fields)
     assert isinstance(engine.runner, NativeRunner)
-    assert _error(judged(engine), _expected(gpt_oss)) < LARGER
+    assert error_of(judged(engine), _expected(gpt_oss)) < LARGER
 
 
 def _plan(model: ModelConfig) -> ExpertPlan:
@@ -185,7 +177,7 @@ def test_experts_in_mxfp4_are_multiplied_as_they_are(gpt_oss: Path, tmp_path: Pa
         described = engine.runner.decoder._model
         down = described.layers[0].experts.contents.experts[0].down.weight
         assert down.integers.contents.is_e2m1
-        assert _error(judged(engine), expected) < LARGER
+        assert error_of(judged(engine), expected) < LARGER
     finally:
         if group is not None:
             group.close()
@@ -205,7 +197,7 @@ def test_two_ranks_share_experts(model: str, split: str, tmp_path: Path, request
     try:
         engine = Engine(config, tp_size=2, num_blocks=64, group=group)
         assert isinstance(engine.runner, NativeRunner)
-        assert _error(judged(engine), _expected(model_dir)) < tolerance
+        assert error_of(judged(engine), _expected(model_dir)) < tolerance
     finally:
         group.close()
 

@@ -1,0 +1,104 @@
+"""The structures of `native/model.hpp` as `ctypes` has them, field by field: a model as C++ reads it."""
+
+from __future__ import annotations
+
+import ctypes
+
+from .packing import Tiles
+
+
+class LinearParts(ctypes.Structure):
+    """The C++ `Linear`."""
+
+    _fields_ = [("weight", Tiles), ("bias", ctypes.c_void_p), ("adapters", ctypes.c_void_p)]
+
+
+class LatentParts(ctypes.Structure):
+    """The C++ `Latents`."""
+
+    _fields_ = [
+        *((name, LinearParts) for name in ("inputs", "queries")),
+        *((name, Tiles) for name in ("to_keys", "to_values")),
+        *((name, ctypes.c_void_p) for name in ("kv_norm", "q_norm")),
+        *((name, ctypes.c_int64) for name in ("kv_rank", "nope_dim", "value_dim", "q_rank", "is_interleaved")),
+        ("norm_eps", ctypes.c_double),
+    ]
+
+
+class AttentionParts(ctypes.Structure):
+    """The C++ `AttentionBlock`."""
+
+    _fields_ = [
+        ("qkv", LinearParts),
+        ("o", LinearParts),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")),
+        *((name, ctypes.c_int64) for name in ("has_whole_norms", "window")),
+        ("latents", ctypes.POINTER(LatentParts)),
+    ]
+
+
+class MLPParts(ctypes.Structure):
+    """The C++ `GatedMlp`."""
+
+    _fields_ = [("gate_up", LinearParts), ("down", LinearParts)]
+
+
+_COUNTS = (
+    "num_experts",
+    "num_chosen",
+    "count",
+    "num_groups",
+    "num_chosen_groups",
+    "is_sigmoid",
+    "is_normalised",
+)
+
+
+class ExpertParts(ctypes.Structure):
+    """The C++ `Experts`."""
+
+    _fields_ = [
+        ("gate", LinearParts),
+        ("score_bias", ctypes.c_void_p),
+        ("experts", ctypes.POINTER(MLPParts)),
+        ("shared", ctypes.POINTER(MLPParts)),
+        *((name, ctypes.c_int64) for name in _COUNTS),
+        *((name, ctypes.c_double) for name in ("scale", "limit", "alpha")),
+        *((name, ctypes.c_void_p) for name in ("taken", "place", "copies", "turn")),
+    ]
+
+
+class LayerParts(ctypes.Structure):
+    """The C++ `Layer`."""
+
+    _fields_ = [
+        ("input_norm", ctypes.c_void_p),
+        ("mixed_norm", ctypes.c_void_p),
+        ("attention", AttentionParts),
+        ("mlp_norm", ctypes.c_void_p),
+        ("output_norm", ctypes.c_void_p),
+        ("mlp", MLPParts),
+        ("is_local", ctypes.c_int64),
+        ("experts", ctypes.POINTER(ExpertParts)),
+        ("pages", ctypes.c_void_p),
+    ]
+
+
+SumOverRanks = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
+
+
+class Model(ctypes.Structure):
+    """The C++ `Model`. Whoever has pages fills in the layers' and their numbers."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (*SIZES, "page_bytes", "block_size", "has_int8_pages")),
+        *((name, ctypes.c_int64) for name in ("rotary_dim", "has_gelu")),
+        *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
+        *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor", "score_cap")),
+        *((name, ctypes.c_void_p) for name in ("inv_freq", "local_inv_freq", "embedding", "final_norm")),
+        ("head", Tiles),
+        ("layers", ctypes.POINTER(LayerParts)),
+        ("sum_over_ranks", SumOverRanks),
+        *((name, ctypes.c_int64) for name in ("num_ranks", "first_token", "num_tokens", "adapter_rank")),
+    ]

@@ -1,0 +1,27 @@
+"""Bytes of a scale of quantized weights in a CPU's tiles (engine/cpu/factors.py).
+
+They are half precision where the file has it, a byte and a share of a float32 in GGUF's blocks of 256 inputs, else a
+float32.
+"""
+
+from __future__ import annotations
+
+from ..models.quantization import Form, Storage
+
+_HALF, _FULL = 2.0, 4.0
+_GGUF_SCALES = {"Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25}
+
+
+def scale_bytes(storage: Storage | None, form: Form, *, is_short: bool) -> float:
+    """Return the bytes of a scale of a matrix that is stored so. `is_short`: its plain numbers are bfloat16's."""
+    if storage is None:
+        return _FULL
+    match storage.layout:
+        case "gguf":
+            return _GGUF_SCALES.get(storage.kind, _HALF)
+        case "plain":  # an eighth of a weight's own number has no more digits than that
+            return _HALF if form.bits == 4 and is_short else _FULL
+        case "gptq" | "awq" | "packed":
+            return _FULL if form.has_minima else _HALF
+        case _:
+            return _FULL
