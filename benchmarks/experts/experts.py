@@ -2,6 +2,7 @@
 
     python -m kvferry.benchmarks.experts                       # a Qwen3-MoE of 1.4 GB, random weights, one thread
     python -m kvferry.benchmarks.experts --quantization int8 --rows 1,8
+    python -m kvferry.benchmarks.experts --model deepseek-v2 --context 4096 --prompts 512 [--torch]
     python -m kvferry.benchmarks.experts --write DIR           # only the checkpoint, for servers side by side
 
 A step of one row has to read the shared matrices, the head, the experts that its token chooses and its keys and values;
@@ -25,7 +26,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks_of, timed
+from kvferry.benchmarks.experts.models import MODELS
+from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks_of, prefilling, timed
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
@@ -42,26 +44,6 @@ from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
 
 MAX_OF_FLOOR = 1.2
 _MEMORY_GB = 1e3  # as much as it takes: it is not what is asked here
-_SHAPE: dict[str, object] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_act": "silu",
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "norm_topk_prob": True,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-    "eos_token_id": 1,
-}
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,13 +60,23 @@ class Row:
 
 
 @dataclass(slots=True, frozen=True)
+class Prompt:
+    """A whole prompt."""
+
+    num_tokens: int
+    ms: float  # least by the clock
+
+
+@dataclass(slots=True, frozen=True)
 class Report:
+    model: str
     runner: str
     quantization: str
     num_threads: int
     context: int
     rates: MeasuredRates
     rows: tuple[Row, ...]
+    prompts: tuple[Prompt, ...]
     num_rounds: int
     environment: Environment
 
@@ -99,10 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = Console(stderr=True)
     if flags.write is not None:
-        _write_checkpoint(flags.write)
+        _write_checkpoint(flags.write, MODELS[flags.model])
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_SHAPE), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[flags.model]), encoding="utf-8")
         try:
             report = _measure(flags, Path(folder), argv)
         except ConfigError as error:
@@ -130,9 +122,11 @@ def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report
     )
     torch.set_num_threads(flags.threads)
     rates = [measure_rates(torch.device("cpu"), torch.bfloat16)]
-    counts = [int(count) for count in flags.rows.split(",")]
-    engine = Engine(config, num_blocks=num_blocks_of([(max(counts), flags.context)], config.block_size))
+    counts, prompts = ([int(count) for count in flag.split(",") if count] for flag in (flags.rows, flags.prompts))
+    cases = [(max(counts), flags.context), *((1, tokens) for tokens in prompts)]
+    engine = Engine(config, num_blocks=num_blocks_of(cases, config.block_size), native=not flags.torch)
     runs = {str(count): timed(decoding(engine, count, flags.context)) for count in counts}
+    runs |= {f"prompt {tokens}": timed(prefilling(engine, tokens)) for tokens in prompts}
     found = least_ms(runs, flags.rounds)
     rates.append(measure_rates(torch.device("cpu"), torch.bfloat16))
     best = best_of(rates)
@@ -140,24 +134,26 @@ def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report
     shape = shape_of(config, engine.model_config, cpu, flags.context)
     floors = {n: shape.bytes_read(n) + n * flags.context * shape.kv_bytes_per_token for n in counts}
     return Report(
+        model=flags.model,
         runner=type(engine.runner).__name__,
         quantization=engine.model_config.weights_form,
         num_threads=flags.threads,
         context=flags.context,
         rates=best,
         rows=tuple(Row(n, found[str(n)], floors[n] / best.read_bytes_per_s * 1e3) for n in counts),
+        prompts=tuple(Prompt(tokens, found[f"prompt {tokens}"]) for tokens in prompts),
         num_rounds=flags.rounds,
         environment=describe_environment("python -m kvferry.benchmarks.experts", argv),
     )
 
 
-def _write_checkpoint(path: Path) -> None:
-    """Write the shape with random weights and the built-in model's tokenizer."""
+def _write_checkpoint(path: Path, config: dict[str, object]) -> None:
+    """Write the model with random weights and the built-in model's tokenizer."""
     import torch
     from safetensors.torch import save_file
 
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(_SHAPE), encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, shape in tensor_shapes(ModelConfig.from_dir(path)).items():
         drawn = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
@@ -168,12 +164,14 @@ def _write_checkpoint(path: Path) -> None:
 
 
 def _print(report: Report, console: Console) -> None:
-    title = f"Qwen3-MoE, 32 experts, 4 chosen; {report.runner}, {report.quantization}, {report.num_threads} thread(s), "
+    title = f"{report.model}; {report.runner}, {report.quantization}, {report.num_threads} thread(s), "
     title += f"{report.rates.read_bytes_per_s / 1e9:.1f} GB/s"
     table = Table("rows", "step, ms", "floor, ms", "of it", title=title, title_justify="left")
     for row in report.rows:
         table.add_row(str(row.num_rows), milliseconds(row.step_ms), milliseconds(row.floor_ms), f"{row.of_floor:.2f}")
     console.print(table)
+    for prompt in report.prompts:
+        console.print(f"a prompt of {prompt.num_tokens} tokens: {prompt.ms:.0f} ms")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,9 +179,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.experts", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
+    add("--model", choices=list(MODELS), default="qwen3-moe", help="(default: %(default)s)")
+    add("--torch", action="store_true", help="computed by torch in place of C++")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--quantization", metavar="NAME", help="int8 or int4, rounded at load (default: none)")
     add("--rows", default="1,2,8", metavar="N,...", help="of a step (default: %(default)s)")
+    add("--prompts", default="", metavar="TOKENS,...", help="whole ones besides (default: none)")
     add("--context", type=int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
     add("--rounds", type=int, default=40, help="(default: %(default)s)")
     add("--write", type=Path, metavar="DIR", help="write the model there, and measure nothing")
