@@ -93,6 +93,7 @@ public:
     static long first_key(long position, long window) { return window == 0 ? 0 : std::max(0L, position + 1 - window); }
 
 private:
+    static constexpr int kFetchedParts = 4;  // a line for each pair
     static constexpr long kAhead = 32;  // latents that come while others are packed: all heads' work is on what is near
 
     long part_stride() const { return padded(head_dim_, 32) + 2; }  // as step.hpp counts
@@ -110,7 +111,9 @@ private:
         std::fill_n(sums_.begin(), rows * value_tiles_ * kTileColumns, 0.0f);
         for (long begin = keys.first; begin < keys.last; begin += kKeys) {
             const long count = std::min(kKeys, keys.last - begin);
-            pack(near_.of(stored, 1, begin, begin + count), begin, count, keys.last);
+            const Pages pages = near_.of(stored, 1, begin, begin + count);
+            pack(pages, begin, count, keys.last);
+            later_ = pages.values == 0 ? Later{pages, begin + count, std::min(begin + count + kKeys, keys.last)} : Later{};
             for (long row = 0; row < rows; row += kRowsAtOnce) {
                 attend_rows(row, std::min(rows - row, long(kRowsAtOnce)), position, window, begin, count);
             }
@@ -157,6 +160,29 @@ private:
 
     // --- a few rows and a tile --------------------------------------------------------------------------
 
+    // Latents of the next tile, which products of this one fetch, so many as they have pairs: packing alone would wait for
+    // memory, and products leave it idle.
+    struct Later {
+        Pages pages{};
+        long next = 0, last = 0;
+
+        // Those of a block that come next; null: none are left.
+        const Element* take(long pairs) {
+            if (next >= last) return nullptr;
+            const Element* const found = pages.key(next);
+            const long count = std::max(1L, pairs * kFetchedLines<kFetchedParts> * kLine / pages.head_dim);
+            next = std::min(next + count, (next / pages.block_size + 1) * pages.block_size);
+            return found;
+        }
+    };
+
+    template <bool FRESH>
+    void multiply(long rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride) {
+        const Element* const ahead = later_.take(pairs);
+        if (ahead == nullptr) add_products<FRESH, 0>(int(rows), x, x_stride, weights, pairs, sums, stride, nullptr);
+        else add_products<FRESH, kFetchedParts>(int(rows), x, x_stride, weights, pairs, sums, stride, ahead);
+    }
+
     void attend_rows(long row, long rows, long position, long window, long begin, long count) {
         const long first = position + row / num_heads_, last = position + (row + rows - 1) / num_heads_;
         const long visible = std::min(last + 1 - begin, count);  // to the last of the rows
@@ -165,8 +191,8 @@ private:
         alignas(64) Element weights[kRowsAtOnce * kKeys];
         const long width = padded(visible, kTileColumns);
         for (long key = 0; key < width; key += kTileColumns) {
-            add_products<true, 0>(int(rows), queries_.data() + row * inputs_, inputs_, keys_.data() + key * inputs_,
-                                  inputs_ / 2, scores + key, kKeys, nullptr);
+            multiply<true>(rows, queries_.data() + row * inputs_, inputs_, keys_.data() + key * inputs_, inputs_ / 2,
+                           scores + key, kKeys);
         }
         for (long i = 0; i < rows; i++) {
             const long at = position + (row + i) / num_heads_;
@@ -175,8 +201,8 @@ private:
             if (factor != 1.0f) scale(sums(row + i), factor);
         }
         for (int tile = 0; tile < value_tiles_; tile++) {
-            add_products<false, 0>(int(rows), weights, kKeys, values_.data() + tile * (kKeys * kTileColumns), width / 2,
-                                   sums(row) + tile * kTileColumns, value_tiles_ * kTileColumns, nullptr);
+            multiply<false>(rows, weights, kKeys, values_.data() + tile * (kKeys * kTileColumns), width / 2,
+                            sums(row) + tile * kTileColumns, value_tiles_ * kTileColumns);
         }
     }
 
@@ -193,4 +219,5 @@ private:
     Lines<float> sums_;
     NearPages near_;
     RunningSoftmax softmax_;
+    Later later_;
 };
