@@ -56,9 +56,11 @@ def read_trace(path: Path, *, length_scale: float = 1.0, rate_scale: float = 1.0
         if scale <= 0:
             raise ConfigError(f"{name} {scale}: must be above 0")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except OSError as error:
         raise ConfigError(f"--trace {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--trace {path}: no text in UTF-8: {error.reason} at byte {error.start}") from error
     rows = list(_read_mooncake(path, text) if text.lstrip().startswith("{") else _read_azure(path, text))
     if not rows:
         raise ConfigError(f"--trace {path}: no requests in it")

@@ -61,6 +61,15 @@ def test_file_that_is_no_trace_is_refused_with_the_line(tmp_path: Path, text: st
         read_trace(written(tmp_path, text))
 
 
+def test_bytes_that_are_no_text_are_refused_and_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"no text in UTF-8: .* at byte 0"):
+        read_trace(path)
+    path.write_text(AZURE, encoding="utf-8-sig")
+    assert read_trace(path)[0] == TraceRow(0.0, 374, 44)
+
+
 def test_missing_file_and_senseless_scales_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         read_trace(tmp_path / "absent")
