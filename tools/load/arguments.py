@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive_int(text: str) -> int:
@@ -22,7 +23,15 @@ def natural(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A number above 0."""
+    """A number above 0, and not infinite."""
+    value = positive_or_infinite(text)
+    if math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
+def positive_or_infinite(text: str) -> float:
+    """A number above 0, of something that may be without a bound."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")

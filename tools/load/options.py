@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from ...common.errors import ConfigError
-from .arguments import positive_float, positive_int
+from .arguments import natural, positive_float, positive_int, positive_or_infinite
 from .endpoint import EndpointName
 from .plot import check_plot_path
 from .stats import Slo
@@ -178,7 +178,10 @@ def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--request-rate", type=positive_float, metavar="PER_S", help="open loop: Poisson arrivals; inf: all at once"
+        "--request-rate",
+        type=positive_or_infinite,
+        metavar="PER_S",
+        help="open loop: Poisson arrivals; inf: all at once",
     )
     group.add_argument("--max-concurrency", type=positive_int, metavar="N", help="closed loop: N in flight")
     group.add_argument(
@@ -187,7 +190,7 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--duration", type=positive_float, metavar="S", help="send nothing new after this long")
     group.add_argument(
         "--num-warmups",
-        type=int,
+        type=natural,
         default=1,
         metavar="N",
         help="requests before the run, not counted (default: %(default)s)",
