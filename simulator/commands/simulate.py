@@ -24,7 +24,7 @@ from ...common.errors import ConfigError, KVFerryError
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS, is_published
-from ...tools.load.arguments import natural, positive_float, positive_int
+from ...tools.load.arguments import natural, positive_float, positive_int, share
 from ...tools.load.environment import describe_environment
 from ...tools.load.plot import check_plot_path
 from ...tools.load.report import report_console
@@ -192,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_goals(parser.add_argument_group("router and objectives"))
     group = parser.add_argument_group("run")
     group.add_argument("--capacity", action="store_true", help="search the highest rate at which --share is good")
-    group.add_argument("--share", type=positive_float, default=0.9, help="of requests, for --capacity and --oracle")
+    group.add_argument("--share", type=share, default=0.9, help="of requests, for --capacity and --oracle")
     group.add_argument("--oracle", action="store_true", help="also show the bound that no router can beat")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--step-by-step", action="store_true", help="every decode step is an event: slow, same results")
@@ -213,7 +213,7 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--day-s", type=positive_float, help="a sinusoidal day of so many seconds")
     text = "of the requests that want their prompt's embedding instead of an answer"
     group.add_argument("--embedding-share", type=float, default=0.0, metavar="X", help=text)
-    group.add_argument("--day-low", type=positive_float, default=0.2, help="its lowest rate, as a share of the highest")
+    group.add_argument("--day-low", type=share, default=0.2, help="its lowest rate, as a share of the highest")
 
 
 def _add_fleet(group: argparse._ArgumentGroup) -> None:

@@ -81,6 +81,14 @@ def test_there_are_no_fewer_than_none(flag: str, capsys: pytest.CaptureFixture[s
     assert f"argument {flag}: -1 is below 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--share", "--day-low"])
+def test_a_share_is_not_more_than_the_whole(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, flag, "1.5"])
+    assert ended.value.code == 2
+    assert f"argument {flag}: 1.5 is more than 1" in capsys.readouterr().err
+
+
 def test_flags_of_a_checkpoint_are_refused_with_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--quantization", "int8"]) == 2
     assert "quantization: llama-3.1-70b stands for published figures" in capsys.readouterr().err

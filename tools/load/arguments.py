@@ -36,3 +36,11 @@ def positive_or_infinite(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def share(text: str) -> float:
+    """A part of a whole: above 0, and 1 at most."""
+    value = positive_or_infinite(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1")
+    return value
