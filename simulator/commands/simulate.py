@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,10 @@ from ..sources import SOURCES
 from ..traffic import rows_of
 from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_worker
 from .simulate_report import Run, plot_runs, print_runs, save_runs
+
+_NUMBER = r"(\d+(?:\.\d*)?)"
+_SPIKE = re.compile(f"{_NUMBER}:{_NUMBER}:{_NUMBER}", re.ASCII)
+_FAILURE = re.compile(rf"((?:prefill|decode)-\d+)@{_NUMBER}(?:\+{_NUMBER})?", re.ASCII)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,14 +177,15 @@ def _scaled(options: argparse.Namespace) -> Scaled | None:
 
 
 def _spike(text: str) -> Spike:
-    at_s, duration_s, factor = text.split(":")
-    return Spike(float(at_s), float(duration_s), float(factor))
+    if (found := _SPIKE.fullmatch(text)) is None or not float(found[3]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not AT:SECONDS:FACTOR, as in 20:5:3")
+    return Spike(float(found[1]), float(found[2]), float(found[3]))
 
 
 def _failure(text: str) -> Failure:
-    worker, _, times = text.partition("@")
-    at_s, _, back_s = times.partition("+")
-    return Failure(worker, float(at_s), float(back_s) if back_s else None)
+    if (found := _FAILURE.fullmatch(text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WORKER@AT[+BACK_AFTER], as in decode-0@20+60")
+    return Failure(found[1], float(found[2]), float(found[3]) if found[3] else None)
 
 
 def make_parser() -> argparse.ArgumentParser:

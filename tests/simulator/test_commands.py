@@ -37,6 +37,27 @@ def test_spikes_and_failures_are_read_from_flags(capsys: pytest.CaptureFixture[s
     assert "least_loaded" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flag", "text", "form"),
+    [
+        ("--spike", "2", "AT:SECONDS:FACTOR, as in 20:5:3"),
+        ("--spike", "2:1:0", "AT:SECONDS:FACTOR"),
+        ("--spike", "2:1:nan", "AT:SECONDS:FACTOR"),
+        ("--spike", "2:1:-3", "AT:SECONDS:FACTOR"),
+        ("--fail", "prefill-0", "WORKER@AT[+BACK_AFTER], as in decode-0@20+60"),
+        ("--fail", "p-0@2", "WORKER@AT[+BACK_AFTER]"),
+        ("--fail", "decode-0@nan", "WORKER@AT[+BACK_AFTER]"),
+    ],
+)
+def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
+    flag: str, text: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, flag, text])
+    assert ended.value.code == 2
+    assert f"argument {flag}: {text!r} is not {form}" in capsys.readouterr().err
+
+
 def test_the_highest_good_rate_is_searched(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--capacity", "--policy", "least_loaded"]) == 0
     assert "least_loaded at " in capsys.readouterr().out
