@@ -25,7 +25,7 @@ from ...common.errors import ConfigError, KVFerryError
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS, is_published
-from ...tools.load.arguments import natural, positive_float, positive_int, share
+from ...tools.load.arguments import natural, output_file, positive_float, positive_int, share
 from ...tools.load.environment import describe_environment
 from ...tools.load.plot import check_plot_path
 from ...tools.load.report import report_console
@@ -202,8 +202,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--oracle", action="store_true", help="also show the bound that no router can beat")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--step-by-step", action="store_true", help="every decode step is an event: slow, same results")
-    group.add_argument("--json", type=Path, metavar="FILE")
-    group.add_argument("--plot", type=Path, metavar="FILE", help=".svg or .png")
+    group.add_argument("--json", type=output_file, metavar="FILE")
+    group.add_argument("--plot", type=output_file, metavar="FILE", help=".svg or .png")
     return parser
 
 

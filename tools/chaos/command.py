@@ -29,7 +29,7 @@ from rich.console import Console
 
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
-from ..load.arguments import positive_float, positive_int
+from ..load.arguments import output_file, positive_float, positive_int
 from ..load.environment import describe_environment
 from ..load.http_client import HttpError
 from ..load.json_file import save_json
@@ -291,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--blows", default=",".join(KINDS), metavar="KINDS", help=blows)
     add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
     add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word: '--dtype bfloat16'")
-    add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add("--history", type=Path, metavar="FILE", help="write every event here, a JSON line each")
+    add("--json", type=output_file, metavar="FILE", help="write all figures here")
+    add("--history", type=output_file, metavar="FILE", help="write every event here, a JSON line each")
     add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")
     return parser

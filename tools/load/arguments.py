@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from pathlib import Path
 
 
 def positive_int(text: str) -> int:
@@ -44,3 +46,16 @@ def share(text: str) -> float:
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text} is more than 1")
     return value
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written once there is something to write, which may be after an hour."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory")
+    nearest = path if path.exists() else next(folder for folder in path.parents if folder.exists())
+    if nearest is not path and not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {nearest} is no directory")
+    if not os.access(nearest, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: {nearest} cannot be written")
+    return path

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from ...common.errors import ConfigError
-from .arguments import natural, positive_float, positive_int, positive_or_infinite
+from .arguments import natural, output_file, positive_float, positive_int, positive_or_infinite
 from .endpoint import EndpointName
 from .plot import check_plot_path
 from .stats import Slo
@@ -204,5 +204,5 @@ def _add_report_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tpot-slo-ms", type=positive_float, metavar="MS", help="a good request's mean token time is within this"
     )
-    group.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="draw the distributions here (.svg or .png)")
+    group.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
+    group.add_argument("--plot", type=output_file, metavar="FILE", help="draw the distributions here (.svg or .png)")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,17 @@ def test_requests_can_come_all_at_once_and_without_warmup() -> None:
     options = parse_options(["--request-rate", "inf", "--num-warmups", "0"])
     assert options.request_rate == math.inf
     assert options.num_warmups == 0
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures"
+    figures.write_text("")
+    for path, why in ((tmp_path, "is a directory"), (figures / "x.svg", f"{figures} is no directory")):
+        with pytest.raises(SystemExit) as ended:
+            parse_options([flag, str(path)])
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err
+    assert parse_options(["--json", str(figures)]).json_path == figures
