@@ -171,6 +171,20 @@ def test_taken_port_is_one_line(run: Run) -> None:
         assert_refused(run("serve", "--port", port), rf"127.0.0.1:{port}: Address already in use; port 0 takes any")
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("bench", ("--num-requests", "0"), "0 is not above 0"),
+        ("chaos", ("--minutes", "nan"), "nan is not above 0"),
+        ("simulate", ("--prefill", "-1"), "-1 is below 0"),
+        ("size", ("--rate", "0"), "0 is not above 0"),
+    ],
+)
+def test_a_programs_bad_value_is_one_line(run: Run, command: str, words: tuple[str, str], message: str) -> None:
+    expected = rf"kvferry {command}: argument {words[0]}: {message} \(kvferry {command} --help\)"
+    assert_refused(run(command, *words), expected)
+
+
 def test_unknown_model_is_one_line(run: Run) -> None:
     assert_refused(run("serve", "./no-such-model", "--port", "0"), "no-such-model")
 

@@ -25,7 +25,7 @@ from ...common.errors import ConfigError, KVFerryError
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS, is_published
-from ...tools.load.arguments import natural, output_file, positive_float, positive_int, share
+from ...tools.load.arguments import Parser, natural, output_file, positive_float, positive_int, share
 from ...tools.load.environment import describe_environment
 from ...tools.load.plot import check_plot_path
 from ...tools.load.report import report_console
@@ -189,9 +189,7 @@ def _failure(text: str) -> Failure:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kvferry simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="kvferry simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_traffic(parser.add_argument_group("traffic"))
     _add_fleet(parser.add_argument_group("fleet"))
     add_model_flags(parser.add_argument_group("a checkpoint instead of published figures"))

@@ -25,7 +25,7 @@ from ...common.errors import ConfigError, KVFerryError
 from ...models.config import ModelConfig
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu
-from ...tools.load.arguments import positive_float, positive_int, share
+from ...tools.load.arguments import Parser, positive_float, positive_int, share
 from ..oracle import bound
 from ..ratio import LeastFleet, least_fleet, matched
 from ..scenario import Goals, Router, Scenario, Traffic
@@ -160,9 +160,7 @@ def _traffic(options: argparse.Namespace, model: ModelConfig) -> Traffic:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kvferry size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="kvferry size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="as of serve; its config.json is enough")
     group = parser.add_argument_group("worker")
     group.add_argument("--gpu", help=f"{', '.join(GPUS)}, or {CPU} with what was measured on it")

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
-from ..load.arguments import output_file, positive_float, positive_int
+from ..load.arguments import Parser, output_file, positive_float, positive_int
 from ..load.environment import describe_environment
 from ..load.http_client import HttpError
 from ..load.json_file import save_json
@@ -273,7 +273,7 @@ def _known(flag: str, text: str, known: Collection[str]) -> tuple[str, ...]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kvferry chaos",
         description="Kill workers of a deployment of its own under load; exit code 1 if anything is lost or changed.",
     )

@@ -1,4 +1,4 @@
-"""Values of command-line flags, as types for argparse."""
+"""The parser of a program's command line, and values of its flags, as types for argparse."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import argparse
 import math
 import os
 from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
 
 
 def positive_int(text: str) -> int:

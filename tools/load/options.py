@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from ...common.errors import ConfigError
-from .arguments import natural, output_file, positive_float, positive_int, positive_or_infinite
+from .arguments import Parser, natural, output_file, positive_float, positive_int, positive_or_infinite
 from .endpoint import EndpointName
 from .plot import check_plot_path
 from .stats import Slo
@@ -106,7 +106,7 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kvferry bench",
         description="Load an OpenAI-compatible endpoint and report TTFT, TPOT, ITL, throughput and goodput.",
     )
