@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from statistics import median
 
+from kvferry.common.config import EngineConfig
 from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
+from kvferry.engine.ranks.group import RankGroup
 
 from ...engine_driver import Driver, prompts
 
@@ -24,6 +27,17 @@ def judged(engine: Engine) -> list[SampledToken]:
                 seq.token_ids[-1] = 7  # whatever nearly ties
         found += [entry for row in driver.outputs[-1].rows for entry in row.prompt_logprobs]
     return found
+
+
+def judged_by_ranks(config: EngineConfig) -> list[SampledToken]:
+    """Return what several ranks in C++ judge."""
+    group = RankGroup.start(config, num_blocks=64)
+    try:
+        engine = Engine(config, tp_size=config.tensor_parallel_size, num_blocks=64, group=group)
+        assert isinstance(engine.runner, NativeRunner)
+        return judged(engine)
+    finally:
+        group.close()
 
 
 def error_of(found: list[SampledToken], expected: list[SampledToken]) -> float:

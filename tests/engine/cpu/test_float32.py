@@ -52,11 +52,16 @@ def test_prompts_and_answers_are_those_of_torch(checkpoints: Path, variant: str,
         for run, seqs in zip(runs, (ours, theirs), strict=True):
             run.driver.step(list(zip(seqs, counts, strict=True)))
         assert [seq.token_ids for seq in ours] == [seq.token_ids for seq in theirs]
-        logits, wanted = (run.logits[-1] for run in runs)
-        assert (logits - wanted[: len(logits)]).abs().max() <= TOLERANCE * (wanted.max() - wanted.min())
-        pages, wanted = (run.engine.kv_pages for run in runs)
-        assert (pages - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+        assert_near(runs, TOLERANCE)
     assert runs[0].native_steps == len(steps)
+
+
+def assert_near(runs: list[Recorded], tolerance: float) -> None:
+    """The last logits and the pages of the first are the second's, within this part of their range."""
+    logits, wanted = (run.logits[-1] for run in runs)
+    assert (logits - wanted[: len(logits)]).abs().max() <= tolerance * (wanted.max() - wanted.min())
+    pages, wanted = (run.engine.kv_pages for run in runs)
+    assert (pages - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 @pytest.mark.slow

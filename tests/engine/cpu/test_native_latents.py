@@ -13,14 +13,13 @@ from kvferry.engine.cpu import build
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
-from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.default import cache_dir
 
 from ...engine_driver import engine_config, prompts
-from .judged import error_of, judged
+from .judged import error_of, judged, judged_by_ranks
 from .latent_models import VARIANTS, write_models
 from .test_build import SAMPLING, Recorded, assert_exact
-from .test_cut_attention import gap_of_threads
+from .test_cut_attention import assert_no_number_shows, gap_of_threads
 
 # The median of a log-probability's error, where log-probabilities spread over some 20 and torch is 0.1 to 0.2 off.
 OF_TORCH = 1.2  # of what torch in bfloat16 is off
@@ -114,16 +113,7 @@ def test_what_an_earlier_owner_left_is_not_seen(checkpoints: Path, deterministic
 
 
 def test_a_latent_that_is_no_number_is_not_hidden(checkpoints: Path) -> None:
-    run = Recorded(checkpoints / "v3", is_native=True, num_threads=2)
-    (seq,) = run.prefill((3000,))
-    for place in (0, 90, 180):
-        pages = run.engine.kv_pages[0, seq.block_table[place]]
-        before = pages.clone()
-        pages.fill_(torch.nan)
-        run.driver.step([(seq, 1)])
-        assert run.logits[-1].isnan().all() and not run.driver.outputs[-1].rows[0].is_finite
-        pages.copy_(before)
-        seq.num_computed_tokens -= 1
+    assert_no_number_shows(checkpoints / "v3")
 
 
 @pytest.mark.slow
@@ -143,13 +133,7 @@ def test_two_ranks_have_all_latents_and_half_of_the_heads(
 ) -> None:
     model_dir = checkpoints / variant
     config = engine_config(model_dir, dtype="bfloat16", tensor_parallel_size=2, num_threads=2, **fields)
-    group = RankGroup.start(config, num_blocks=64)
-    try:
-        engine = Engine(config, tp_size=2, num_blocks=64, group=group)
-        assert isinstance(engine.runner, NativeRunner)
-        found = judged(engine)
-    finally:
-        group.close()
+    found = judged_by_ranks(config)
     quantization = fields.get("quantization")
     expected = _expected(model_dir, None if quantization is None else str(quantization))
     assert error_of(found, expected) < (_tolerance(model_dir) if quantization is None else ROUNDED)

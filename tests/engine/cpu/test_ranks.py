@@ -9,15 +9,13 @@ import torch
 
 from kvferry.engine.cpu import build, model
 from kvferry.engine.cpu.compiler import NativeUnavailable
-from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.communicator import Communicator
-from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.default import cache_dir
 
 from ...checkpoints import Family, write_checkpoint
 from ...engine_driver import engine_config
-from .judged import judged
+from .judged import judged, judged_by_ranks
 
 TOLERANCE = 0.15  # of a log-probability; those of these models spread over some 20
 
@@ -49,13 +47,7 @@ def test_two_ranks_compute_what_one_computes(tmp_path: Path, family: Family, fie
     model_dir = write_checkpoint(tmp_path, family, **shape)  # type: ignore[arg-type]
     expected = judged(Engine(engine_config(model_dir, **common), num_blocks=64))
     config = engine_config(model_dir, tensor_parallel_size=2, num_threads=2, **common)
-    group = RankGroup.start(config, num_blocks=64)
-    try:
-        engine = Engine(config, tp_size=2, num_blocks=64, group=group)
-        assert isinstance(engine.runner, NativeRunner)
-        found = judged(engine)
-    finally:
-        group.close()
+    found = judged_by_ranks(config)
     known = [
         index for index, (one, other) in enumerate(zip(found, expected, strict=True)) if one.token_id == other.token_id
     ]
