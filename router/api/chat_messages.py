@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...common.errors import RequestError
 from ..state.errors import clip, shown
 from ..turns.earlier_calls import parse_calls
-from .fields import not_supported, unknown_field
+from .fields import not_supported, take_only, unknown_field
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
@@ -109,9 +109,5 @@ def _part(part: object, where: str, ignored: list[str] | None) -> str:
     text = part.get("text")
     if not isinstance(text, str):
         raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
-    extra = sorted(part.keys() - {"type", "text"})
-    if extra and ignored is None:
-        raise unknown_field(extra[0], frozenset({"type", "text"}), where)
-    if ignored is not None:
-        ignored += [f"{where}.{name}" for name in extra]
+    take_only(part.keys(), frozenset({"type", "text"}), where, ignored)
     return text

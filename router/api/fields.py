@@ -7,6 +7,7 @@ it, unless its value asks for what happens anyway. `IGNORED` are labels for the 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Set as AbstractSet
 
 from pydantic_core import ErrorDetails
 
@@ -86,6 +87,15 @@ def _same(value: object, harmless: object) -> bool:
 def not_supported(name: str, harmless: tuple[object, ...] = ()) -> RequestError:
     hint = f" (only {' or '.join(map(repr, harmless))})" if harmless else ""
     return RequestError(f"'{name}' is not supported by this server{hint}", param=name, code="unsupported_parameter")
+
+
+def take_only(given: AbstractSet[str], known: frozenset[str], where: str, ignored: list[str] | None) -> None:
+    """Refuse the first of other fields, unless a list takes their names."""
+    extra = sorted(given - known)
+    if extra and ignored is None:
+        raise unknown_field(extra[0], known, where)
+    if ignored is not None:
+        ignored += [f"{where}.{name}" for name in extra]
 
 
 def unknown_field(name: str, known: frozenset[str], where: str = "") -> RequestError:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 
 from ...common.errors import RequestError
-from ..api.fields import not_supported, unknown_field
+from ..api.fields import not_supported, take_only, unknown_field
 from ..api.values import MAX_STOP_CHARS, MAX_STOPS
 from ..state.errors import clip, shown
 
@@ -108,11 +108,7 @@ def _messages(raw: object, ignored: list[str] | None) -> list[dict[str, object]]
 def _message(raw: object, where: str, ignored: list[str] | None) -> list[dict[str, object]]:
     if not isinstance(raw, dict):
         raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    extra = sorted(raw.keys() - {"role", "content"})
-    if extra and ignored is None:
-        raise unknown_field(extra[0], frozenset({"role", "content"}), where)
-    if ignored is not None:
-        ignored += [f"{where}.{name}" for name in extra]
+    take_only(raw.keys(), frozenset({"role", "content"}), where, ignored)
     role, content = raw.get("role"), raw.get("content")
     if role not in ("user", "assistant", "system"):
         raise RequestError(f"{where}.role must be 'user' or 'assistant', got {shown(role)}", param=f"{where}.role")
