@@ -6,12 +6,17 @@ A matcher is the state of one answer, and no state of the system: one that has n
 brought up to them, and one of another attempt or worker is made anew from them. So a preemption, several choices, a
 handoff after the first token and a resume after a worker's death need no message about grammars. What compiles them is
 in `grammar/`; this module knows no library and no tokenizer.
+
+A prefill worker chooses first tokens and no others. It compiles nothing: the mask of first tokens was found where the
+grammar was checked, and comes with the task (`FirstMask`).
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence as TokenIds
-from typing import Annotated, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -19,6 +24,7 @@ from .errors import KVFerryError
 
 # Between the parts of a JSON text: one space, or a line's end with at most 32 spaces behind it.
 WHITE_SPACE = r"\x20|\n\x20{0,32}"
+MAX_MASK_BYTES = 1 << 17  # of a vocabulary of a million tokens
 MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (wire/frames.py)
 
 
@@ -27,6 +33,13 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     kind: Annotated[str, msgspec.Meta(max_length=64)]  # one of `grammar.source.KINDS`
     text: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]  # UTF-8
+
+
+class CheckedGrammar(NamedTuple):
+    """A grammar that can be followed."""
+
+    grammar: Grammar
+    first_mask: bytes  # which tokens an answer may begin with (`pack_mask`)
 
 
 class GrammarBroken(KVFerryError):
@@ -85,3 +98,45 @@ class Grammars(Protocol):
     def get(self, grammar: Grammar) -> CompiledGrammar:
         """Return the grammar at once, and begin to compile it if nobody has. Who waits for it is woken."""
         ...
+
+
+def pack_mask(mask: bytes) -> bytes:
+    """Compress a mask (`Matcher.mask`): most of them let a few tokens through, or all but a few."""
+    return zlib.compress(mask, 1)
+
+
+def unpack_mask(packed: bytes) -> bytes:
+    """Return the mask. Raises ValueError for bytes that are none, or for one of more than MAX_MASK_BYTES."""
+    inflater = zlib.decompressobj()
+    try:
+        mask = inflater.decompress(packed, MAX_MASK_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"no mask: {error}") from None
+    if not inflater.eof or len(mask) % 4:
+        raise ValueError("no mask: it is cut short, too long, or no words of 32 bits")
+    return mask
+
+
+@dataclass(frozen=True, slots=True)
+class FirstMask:
+    """Implements `CompiledGrammar` and `Matcher` as far as first tokens need them: what may come next is known."""
+
+    words: bytes  # `Matcher.mask`
+    is_ready: Final = True
+    is_late: Final = False
+    failure: Final = ""
+
+    def matcher(self) -> FirstMask:
+        return self
+
+    def mask(self) -> bytes:
+        return self.words
+
+    def forced(self) -> int | None:
+        return None
+
+    def accept(self, token_ids: TokenIds[int]) -> None:
+        raise GrammarBroken("nothing is known of what follows a first token")
+
+    def rollback(self, num_tokens: int) -> None:
+        raise GrammarBroken("no token has been taken")

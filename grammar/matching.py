@@ -147,12 +147,23 @@ def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     return compile_checked(vocabulary, grammar)
 
 
+def find_first_mask(vocabulary: Vocabulary, grammar: Grammar) -> bytes:
+    """Compile a grammar that nobody has checked yet, and return the mask of first tokens. Raises as the above."""
+    check_size(grammar)
+    return _begun(vocabulary, grammar)[1]
+
+
 def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     """Return a matcher at the start of an answer, its first mask computed: that is the one which may take long.
 
     The grammar is known to be within its bounds: to check a large one keeps the GIL for milliseconds, which a worker's
     streams would notice. Raises RequestError whose `param` is a path within the grammar (`limits.check_size`).
     """
+    return _begun(vocabulary, grammar)[0]
+
+
+def _begun(vocabulary: Vocabulary, grammar: Grammar) -> tuple[AnswerMatcher, bytes]:
+    """Return a matcher at the start of an answer, and the mask of its first token."""
     try:
         source = source_of(grammar)
     except (ValueError, RecursionError) as error:
@@ -167,7 +178,7 @@ def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
         mask = b""
     if not any(mask):
         raise RequestError("has no answer that could follow it", param="", code="invalid_grammar")
-    return first
+    return first, mask
 
 
 def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LLMatcher:

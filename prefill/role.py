@@ -128,13 +128,12 @@ class PrefillRole:
             self._refuse(router_id, spec, *refusal)
             return
         seq = self._contents.sequence(spec, spec.choices[0])
-        if message.sample:
-            seq.grammar = self._served.grammar(spec)
+        seq.grammar = message.first_grammar()
         seq.pending_choices, seq.samples = spec.choices, message.sample
         seq.is_retained_elsewhere = not message.retains_prefix
         task = self._add(router_id, spec, seq, grant, message.fetch)
-        if task is not None and task.open_id is None and not (seq.can_sample and seq.may_begin):
-            self._tasks.open(task, grant)  # its grant would lapse while its grammar is compiled, or its adapter loaded
+        if task is not None and task.open_id is None and not seq.may_begin:
+            self._tasks.open(task, grant)  # its grant would lapse while its adapter is loaded
 
     def _on_embed(self, router_id: str, message: EmbedTask) -> None:
         """Take a prompt whose embedding is wanted. Either role may: it needs no other worker."""

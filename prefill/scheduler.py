@@ -104,8 +104,8 @@ class PrefillScheduler:
         return [p for p in self.prompts if p.started_s is None and p.expires_s is not None and now >= p.expires_s]
 
     def failed(self) -> list[tuple[Prompt, tuple[str, str]]]:
-        """Return the prompts whose grammar cannot be compiled, or adapter be loaded, and why."""
-        whys = [(prompt, failed_part(prompt.seq.grammar, prompt.seq.held_adapter)) for prompt in self.prompts]
+        """Return the prompts whose adapter cannot be loaded, and why."""
+        whys = [(prompt, failed_part(None, prompt.seq.held_adapter)) for prompt in self.prompts]
         return [(prompt, why) for prompt, why in whys if why is not None]
 
     def schedule(self) -> tuple[Batch, list[Prompt]] | None:

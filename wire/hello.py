@@ -11,8 +11,8 @@ from .fields import Message, Name, Nonce, Text
 # (`WorkerHello.quantization`). Version 7 says where an adapter's bytes are (`RequestSpec.adapter_path`) and which
 # adapters a worker has (`WorkerStatus.adapters`). Version 8 tells how often experts are chosen
 # (`WorkerStatus.experts`). Version 9 tells a worker how long the prompts are that wait for it
-# (`LocalTask.tokens_behind`).
-PROTOCOL_VERSION = 9
+# (`LocalTask.tokens_behind`). Version 10 has the mask of first tokens come with a prompt (`PrefillTask.first_mask`).
+PROTOCOL_VERSION = 10
 
 
 class Challenge(Message):

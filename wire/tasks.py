@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
+from ..common.grammar import MAX_MASK_BYTES, FirstMask, unpack_mask
 from ..common.request import Pooling, RequestSpec
 from .fields import Choices, Count, Message, Name
 from .grants import GrantInfo
+
+PackedMask = Annotated[bytes, msgspec.Meta(max_length=MAX_MASK_BYTES)]
 
 
 class ReserveKV(Message):
@@ -43,6 +48,18 @@ class PrefillTask(Message):
     sample: bool = True  # False when resuming: ship the prompt's KV alone
     fetch: FetchFrom | None = None
     retains_prefix: bool = True  # False: the decode worker caches the prompt's KV, a copy here is evicted first
+    first_mask: PackedMask = b""  # of the tokens to sample (`common.grammar.pack_mask`); empty: there is no grammar
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
+        if bool(self.first_mask) != (self.sample and self.spec.grammar is not None):
+            raise ValueError("a mask of first tokens comes where they are sampled by a grammar, and only there")
+        if self.first_mask:
+            unpack_mask(self.first_mask)
+
+    def first_grammar(self) -> FirstMask | None:
+        """Return what the first tokens follow; None: no grammar."""
+        return FirstMask(unpack_mask(self.first_mask)) if self.first_mask else None
 
 
 class EmbedTask(Message):

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from kvferry.common.grammar import Grammar
+from kvferry.common.grammar import Grammar, pack_mask
 from kvferry.common.kv_spec import KVCacheSpec, Shard
 from kvferry.common.request import Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
@@ -149,7 +149,12 @@ def valid_messages() -> list[Message]:
         CacheChange(seq=1, stored=b"h" * 32, evicted=b"e" * 16, tier="host"),
         ReserveKV(spec=spec, max_local_tokens=8),
         LocalTask(spec=spec),
-        PrefillTask(spec=spec, grant=grant, fetch=FetchFrom(worker_id="d-1", kv_address="127.0.0.1:2", num_tokens=32)),
+        PrefillTask(
+            spec=spec,
+            grant=grant,
+            fetch=FetchFrom(worker_id="d-1", kv_address="127.0.0.1:2", num_tokens=32),
+            first_mask=pack_mask(b"\1" * 64),
+        ),
         EmbedTask(spec=spec, pooling=Pooling.MEAN),
         Abort(**about, unless_arrived=True, choices=(0, 2)),
         LiveRequests(attempts=(("r-1", 1),)),

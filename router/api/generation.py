@@ -17,7 +17,7 @@ import structlog
 from fastapi import Request
 
 from ...common.clock import Clock, wall_time_s
-from ...common.grammar import Grammar
+from ...common.grammar import CheckedGrammar
 from ...common.request import Pooling, SamplingParams
 from ..access.quota import Quotas
 from ..catalogue.catalogue import Catalogue
@@ -192,7 +192,7 @@ class Api:
         body: GenerationBody,
         prompts: Sequence[PromptText],
         limits: Sequence[int],
-        grammar: Grammar | None,
+        grammar: CheckedGrammar | None,
         turns: TurnOptions | None = None,
     ) -> Answer:
         sampling = [self._sampling(version.model, body, limit) for limit in limits]
@@ -216,7 +216,7 @@ class Api:
         version: Version,
         requests: Iterable[RouterRequest],
         *,
-        grammar: Grammar | None = None,
+        grammar: CheckedGrammar | None = None,
         pooling: Pooling | None = None,
     ) -> list[TokenStream]:
         """Hand the requests of a call to the dispatcher, all or none."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ...common.clock import wall_time_s
-from ...common.grammar import Grammar
+from ...common.grammar import CheckedGrammar, Grammar
 from ..catalogue.version import Version
 from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
@@ -26,25 +26,24 @@ Prompts = TypeVar("Prompts")
 
 async def beside_grammar(
     prompts: Awaitable[Prompts], version: Version, body: GenerationBody
-) -> tuple[Prompts, Grammar | None]:
+) -> tuple[Prompts, CheckedGrammar | None]:
     """Return the prompts, and the grammar, which another process compiles while they are made."""
     if body.asked_grammar is None:
         return await prompts, None
     return await asyncio.gather(prompts, checked_grammar(version, body))
 
 
-async def checked_grammar(version: Version, body: GenerationBody) -> Grammar | None:
+async def checked_grammar(version: Version, body: GenerationBody) -> CheckedGrammar | None:
     """Return the grammar that the answers follow; None: any text. Raises RequestError for one that cannot be kept."""
     asked = body.asked_grammar
     if asked is None:
         return None
     if version.grammars is None:
         raise not_supported(asked.param)
-    await version.grammars.check(asked.grammar, asked.param)
-    return asked.grammar
+    return await version.grammars.check(asked.grammar, asked.param)
 
 
-async def forced_calls(version: Version, use: ToolUse) -> Grammar:
+async def forced_calls(version: Version, use: ToolUse) -> CheckedGrammar:
     """Return the grammar of calls that must come. Raises RequestError where it cannot be kept.
 
     A `response_format` beside it is that of text, of which there is none.
@@ -53,20 +52,19 @@ async def forced_calls(version: Version, use: ToolUse) -> Grammar:
     assert grammar is not None
     if version.grammars is None:
         raise not_supported("tool_choice", ("auto", "none"))
-    await version.grammars.check(grammar, "tools")
-    return grammar
+    return await version.grammars.check(grammar, "tools")
 
 
 @dataclass(slots=True, frozen=True)
 class ChatGrammar:
     """A chat's grammar, as far as it can be had."""
 
-    grammar: Grammar | None  # None: any text
+    grammar: CheckedGrammar | None  # None: any text
     is_free: bool = True  # the answer may begin with text, and so with reasoning
     ignored: tuple[str, ...] = ()  # wishes for it that cannot be kept
 
 
-async def chat_grammar(version: Version, use: ToolUse, asked: Grammar | None) -> ChatGrammar:
+async def chat_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | None) -> ChatGrammar:
     """Return what an answer with these tools follows; `asked`: what it follows where it does not call.
 
     Raises RequestError for tools whose schemas cannot be kept.
@@ -82,12 +80,11 @@ async def chat_grammar(version: Version, use: ToolUse, asked: Grammar | None) ->
         if asked is None:
             grammar = free_grammar(use, version.dialect, special_id)
         else:
-            grammar = answering_grammar(use, version.dialect, special_id, asked)
+            grammar = answering_grammar(use, version.dialect, special_id, asked.grammar)
     if grammar is None:
         return ChatGrammar(asked, asked is None, ("tools.strict",) if asked is None else ("tools",))
     assert version.grammars is not None
-    await version.grammars.check(grammar, "tools")
-    return ChatGrammar(grammar, is_free=asked is None)
+    return ChatGrammar(await version.grammars.check(grammar, "tools"), is_free=asked is None)
 
 
 def turn_options(version: Version, body: ChatBody, chat: ChatPrompt, *, is_free: bool) -> TurnOptions:

@@ -4,8 +4,8 @@
     small             ─> the quick process: milliseconds
     large, or what was too much for the quick one ─> the long process: what is left of two seconds, or a refusal
 
-Workers compile a grammar again, on threads that nothing can end: what has come through here in bounded time and memory
-does there, too.
+Decode workers compile a grammar again, on threads that nothing can end: what has come through here in bounded time and
+memory does there, too. Prefill workers do not: they get the mask of first tokens that was found here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 import msgspec
 
 from ...common.errors import CapacityError, RequestError
-from ...common.grammar import Grammar
+from ...common.grammar import CheckedGrammar, Grammar
 from .helper import Helper, HelperLost
 from .wire import COMPILE_GRAMMAR, REFUSAL, SET_VOCABULARY, HelperRefusal, VocabularySetup
 
@@ -32,8 +32,8 @@ MAX_KNOWN = 4096  # grammars that compiled: agents ask with the same tools again
 class GrammarChecker(Protocol):
     """Tells whether a grammar can be followed."""
 
-    async def check(self, grammar: Grammar, param: str) -> None:
-        """Raises RequestError, about the field `param` of the body, for a grammar that cannot."""
+    async def check(self, grammar: Grammar, param: str) -> CheckedGrammar:
+        """Return the grammar. Raises RequestError, about the field `param` of the body, for one that cannot."""
         ...
 
     def close(self) -> None: ...
@@ -51,31 +51,29 @@ class GrammarCompilers:
             return Helper((SET_VOCABULARY, msgspec.msgpack.encode(setup)))
 
         self.quick, self.long = helper(0), helper(_LONG_NICENESS)
-        self._known: OrderedDict[bytes, None] = OrderedDict()  # by digest, the latest used last
+        self._known: OrderedDict[bytes, bytes] = OrderedDict()  # digest -> packed first mask, the latest used last
 
-    async def check(self, grammar: Grammar, param: str) -> None:
+    async def check(self, grammar: Grammar, param: str) -> CheckedGrammar:
         payload = msgspec.msgpack.encode(grammar)
         digest = hashlib.blake2b(payload, digest_size=16).digest()
-        if digest in self._known:
-            self._known.move_to_end(digest)
-            return
-        is_small = len(payload) <= QUICK_BYTES
-        if not (is_small and await self._is_quick(payload, param)):
-            try:
-                await _ask(self.long, payload, param, TIME_LIMIT_S - QUICK_LIMIT_S * is_small)
-            except _TooMuch as error:
-                raise RequestError(f"'{param}' {error}", param=param, code="unsupported_grammar") from None
-        self._known[digest] = None
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+        if (mask := self._known.get(digest)) is None:
+            mask = self._known[digest] = await self._first_mask(payload, param)
+            if len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
+        self._known.move_to_end(digest)
+        return CheckedGrammar(grammar, mask)
 
-    async def _is_quick(self, payload: bytes, param: str) -> bool:
-        """False: it was too much for the quick process."""
+    async def _first_mask(self, payload: bytes, param: str) -> bytes:
+        limit_s = TIME_LIMIT_S
+        if len(payload) <= QUICK_BYTES:
+            try:
+                return await _ask(self.quick, payload, param, QUICK_LIMIT_S)
+            except _TooMuch:
+                limit_s -= QUICK_LIMIT_S
         try:
-            await _ask(self.quick, payload, param, QUICK_LIMIT_S)
-        except _TooMuch:
-            return False
-        return True
+            return await _ask(self.long, payload, param, limit_s)
+        except _TooMuch as error:
+            raise RequestError(f"'{param}' {error}", param=param, code="unsupported_grammar") from None
 
     def close(self) -> None:
         self.quick.close()
@@ -86,8 +84,8 @@ class _TooMuch(Exception):
     """The process was killed at the limit, or has ended by the grammar."""
 
 
-async def _ask(helper: Helper, payload: bytes, param: str, limit_s: float) -> None:
-    """Have a process compile the grammar. Raises _TooMuch where it does not."""
+async def _ask(helper: Helper, payload: bytes, param: str, limit_s: float) -> bytes:
+    """Have a process compile the grammar, and return its packed first mask. Raises _TooMuch where it does not."""
     try:
         kind, answer = await helper.ask(COMPILE_GRAMMAR, payload, limit_s)
     except HelperLost as error:
@@ -97,7 +95,7 @@ async def _ask(helper: Helper, payload: bytes, param: str, limit_s: float) -> No
             raise _TooMuch("takes more memory, or a deeper stack, than there is to compile it") from None
         raise CapacityError(f"'{param}' could not be compiled: {error}", status=503) from None
     if kind != REFUSAL:
-        return
+        return answer
     refusal = msgspec.msgpack.decode(answer, type=HelperRefusal)
     if refusal.kind == "model":
         raise RequestError(f"'{param}': {refusal.message}", param=param, code="unsupported_grammar")

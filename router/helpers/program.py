@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 from ...common.errors import ConfigError, RequestError
-from ...common.grammar import Grammar
+from ...common.grammar import Grammar, pack_mask
 from .wire import (
     COMMAS,
     COMPILE_GRAMMAR,
@@ -100,12 +100,11 @@ class _Program:
             self._unusable = str(error)
 
     def _compile(self, payload: bytes) -> bytes:
-        from ...grammar.matching import compile_grammar
+        from ...grammar.matching import find_first_mask
 
         if self._vocabulary is None:
             raise ConfigError(self._unusable)
-        compile_grammar(self._vocabulary, msgspec.msgpack.decode(payload, type=Grammar))
-        return b""
+        return pack_mask(find_first_mask(self._vocabulary, msgspec.msgpack.decode(payload, type=Grammar)))
 
     def _set_template(self, payload: bytes) -> None:
         from ...models.chat_template import ChatTemplate

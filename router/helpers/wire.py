@@ -4,7 +4,7 @@
 "t" a `TemplateSetup`, once, at the start       no answer
 "c" a `ChatSpec`                             ─> "v" the prompt, as UTF-8
 "s" a `VocabularySetup`, once, at the start     no answer
-"g" a `Grammar`                              ─> "v" nothing: it can be followed
+"g" a `Grammar`                              ─> "v" its packed first mask: it can be followed
 any of them                                  ─> "e" a `HelperRefusal`: why not
                                                 "!" once: it is ready, its setup done where it is started with `SETUP`
 """

@@ -215,6 +215,7 @@ class Attempt:
             sample=not self.request.is_resume,
             fetch=self.fetch,
             retains_prefix=self.decode_retains is not True,
+            first_mask=self.request.first_mask,
         )
         self.prefill.link.send(task)
 

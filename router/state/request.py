@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...common.errors import InvalidTransition
-from ...common.grammar import Grammar
+from ...common.grammar import CheckedGrammar
 from ...common.request import FinishReason, Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids, reuses_prefix
 from .adapter_use import AdapterUse
 from .choice_state import ChoiceState
@@ -78,7 +78,7 @@ class RouterRequest:
     tenant: str = ""  # who it is from, as far as fairness goes
     model: str = ""  # the served name; empty: whatever the workers serve
     adapter: AdapterUse | None = None  # None: the model as it is
-    grammar: Grammar | None = None  # that the answers follow
+    grammar: CheckedGrammar | None = None  # that the answers follow
     pooling: Pooling | None = None  # the prompt's embedding is wanted, pooled so, and no token; None: an answer is
     is_background: bool = False  # it makes way for all others
     status: RequestStatus = RequestStatus.QUEUED
@@ -149,6 +149,11 @@ class RouterRequest:
         self.timestamps.setdefault("first_token", now_s)
         self.choices[0].end_now(FinishReason.STOP)
 
+    @property
+    def first_mask(self) -> bytes:
+        """Return which tokens an answer may begin with, as it is sent; empty: any, or answers go on."""
+        return b"" if self.grammar is None or self.is_resume else self.grammar.first_mask
+
     def spec(self, remaining_s: float | None) -> RequestSpec:
         """Return this attempt as workers get it: the unfinished choices with their accepted tokens."""
         choices = self.unfinished
@@ -169,5 +174,5 @@ class RouterRequest:
             model=self.model,
             adapter="" if self.adapter is None else self.adapter.digest,
             adapter_path="" if self.adapter is None else self.adapter.path,
-            grammar=self.grammar,
+            grammar=None if self.grammar is None else self.grammar.grammar,
         )

@@ -8,7 +8,7 @@ from functools import partial
 import msgspec
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.grammar import Grammar, Grammars
+from kvferry.common.grammar import Grammar, Grammars, pack_mask
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.common.served import Served
@@ -25,6 +25,7 @@ from kvferry.wire.tasks import Abort, PrefillTask
 from kvferry.wire.workers import LiveRequests
 
 BLOCK, EOS = 4, 2
+FIRST_MASK = b"\6\0\0\1" * 2
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
 REGION = RegionInfo(
     rank=0,
@@ -130,7 +131,8 @@ class _Bench:
             open_within_s=2.0,
             mac=b"",
         )
-        return PrefillTask(spec=request, grant=grant, sample=sample)
+        mask = pack_mask(FIRST_MASK) if sample and grammar is not None else b""
+        return PrefillTask(spec=request, grant=grant, sample=sample, first_mask=mask)
 
     def begin(self) -> Batch | None:
         batch = self.role.schedule()

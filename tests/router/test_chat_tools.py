@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.common.grammar import Grammar
+from kvferry.common.grammar import CheckedGrammar, Grammar
 from kvferry.router.catalogue.version import ServedModel
 
 from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, serve
@@ -189,8 +189,9 @@ class Checker:
     def __init__(self) -> None:
         self.checked: list[tuple[Grammar, str]] = []
 
-    async def check(self, grammar: Grammar, param: str) -> None:
+    async def check(self, grammar: Grammar, param: str) -> CheckedGrammar:
         self.checked.append((grammar, param))
+        return CheckedGrammar(grammar, b"any")
 
     def close(self) -> None: ...
 
@@ -204,7 +205,7 @@ async def test_a_call_that_must_come_follows_a_grammar_and_does_not_reason() -> 
     assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == ['{"query": "x"}', "{}"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
     ((grammar, param),) = checker.checked
-    assert served.request.grammar == grammar and param == "tools" and b'"const": "search"' in grammar.text
+    assert served.request.grammar == (grammar, b"any") and param == "tools" and b'"const": "search"' in grammar.text
     message, _ = await _streamed(served, tool_choice="required")
     assert len(message["calls"]) == 2
     await _whole(served, tool_choice="auto")
@@ -215,7 +216,7 @@ async def test_the_form_of_text_is_for_answers_that_have_text() -> None:
     text = '[{"name": "search", "arguments": {}}]'
     served = serve(Script(text), model=ServedModel(MODEL, LONG, VOCAB_SIZE), grammars=Checker())
     await _whole(served, tool_choice="required", response_format={"type": "json_object"})
-    assert served.request.grammar is not None and served.request.grammar.kind == "json_schema"
+    assert served.request.grammar is not None and served.request.grammar.grammar.kind == "json_schema"
 
 
 def _strict() -> list[dict[str, Any]]:
@@ -240,7 +241,8 @@ async def test_an_answer_that_may_call_follows_what_can_be_kept(
     checker = Checker()
     served = serve(Script("text"), model=ServedModel(MODEL, LONG, VOCAB_SIZE, tool_parser=parser), grammars=checker)
     response = await _post(served, **fields)
-    grammar = served.request.grammar
+    checked = served.request.grammar
+    grammar = None if checked is None else checked.grammar
     assert (None if grammar is None else grammar.kind) == kind
     assert grammar is None or begins in grammar.text
     assert response.headers.get("x-kvferry-ignored") == ignored

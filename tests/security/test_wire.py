@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import zlib
 from contextlib import nullcontext
 
 import msgspec
@@ -11,12 +12,13 @@ import pytest
 from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames
 from kvferry.benchmarks.fuzz.messages import valid_messages
 from kvferry.common.errors import ProtocolError
+from kvferry.common.grammar import MAX_MASK_BYTES, pack_mask
 from kvferry.common.request import RequestSpec, SamplingParams
 from kvferry.wire.codec import encode
 from kvferry.wire.fields import Message
 from kvferry.wire.handoff import KVArrived
 from kvferry.wire.results import Embedding
-from kvferry.wire.tasks import EmbedTask
+from kvferry.wire.tasks import EmbedTask, PrefillTask
 
 MAX_GROWTH = 32  # bytes in memory for each byte of a frame
 
@@ -114,6 +116,27 @@ def test_a_request_that_contradicts_itself_does_not_become_one(fields: dict[str,
     assert DECODERS[1].decode(msgspec.msgpack.encode({"type": "LocalTask", "spec": sound}))
     with pytest.raises(ProtocolError):
         DECODERS[1].decode(frame)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        b"",  # though the first token is to follow a grammar
+        b"no mask",
+        pack_mask(b"\1" * 64)[:-1],
+        pack_mask(b"\1" * 63),
+        pack_mask(b"\0" * (MAX_MASK_BYTES + 4)),
+        zlib.compress(b"\0" * 2**26),
+        b"m" * (MAX_MASK_BYTES + 1),
+    ],
+)
+def test_a_mask_of_first_tokens_is_whole_and_bounded(mask: bytes) -> None:
+    sound = next(message for message in valid_messages() if isinstance(message, PrefillTask))
+    fields = msgspec.msgpack.decode(encode(sound))
+    assert DECODERS[1].decode(msgspec.msgpack.encode(fields | {"first_mask": pack_mask(b"\1" * MAX_MASK_BYTES)}))
+    for other in ({"first_mask": mask}, {"sample": False}):
+        with pytest.raises(ProtocolError):
+            DECODERS[1].decode(msgspec.msgpack.encode(fields | other))
 
 
 def test_a_drafts_state_is_bounded() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence as TokenIds
 from random import Random
 from typing import TYPE_CHECKING
 
-from kvferry.common.grammar import Grammar, GrammarBroken
+from kvferry.common.grammar import CheckedGrammar, Grammar, GrammarBroken, pack_mask
 
 from .oracle import VOCAB_SIZE, allowed_after, next_state
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 LATE_S = 0.01
 _LATE_SHARE = 0.1  # of masks
 MAX_COMPILE_S = 0.05  # some steps: requests overtake those whose grammar is not ready
+
+
+def checked_grammar(start: int) -> CheckedGrammar:
+    """Return the grammar that begins in this state, as a router's helper hands it on."""
+    return CheckedGrammar(Grammar("sim", b"%d" % start), pack_mask(mask_of(allowed_after(start))))
 
 
 def mask_of(tokens: TokenIds[int]) -> bytes:

@@ -6,18 +6,22 @@ from collections.abc import Container
 from dataclasses import replace
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.grammar import Matcher
+from kvferry.common.grammar import FirstMask, Matcher
 from kvferry.common.request import SampledToken, Sequence
 from kvferry.decode.results import StepResults
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine import masks
+from kvferry.wire.tasks import PrefillTask
 
+from .oracle import VOCAB_SIZE
 from .planting import Planted
 
 
 def _matcher_of_first_choice(seq: Sequence) -> Matcher:
     """All choices of a request share the matcher that the first of them made."""
     assert seq.grammar is not None
+    if isinstance(seq.grammar, FirstMask):
+        return seq.grammar
     if seq.matcher is None:
         shared = getattr(seq.grammar, "shared", None)
         if shared is None:
@@ -35,7 +39,7 @@ def _take_last_token(seq: Sequence, matcher: Matcher) -> None:
 
 def _force_the_first(seq: Sequence, run: list[int]) -> tuple[int, ...]:
     """One of several tokens that may come is taken for the only one."""
-    if seq.matcher is None:
+    if seq.matcher is None or isinstance(seq.matcher, FirstMask):
         return ()
     seq.matcher.accept(run)
     seq.num_matched_tokens += len(run)
@@ -65,6 +69,11 @@ def _take_postponed(results: StepResults, batch: Batch, output: StepOutput) -> N
 _take = StepResults.take
 
 
+def _first_mask_of_any(task: PrefillTask) -> FirstMask | None:
+    """The grammar that a task comes with is passed over: any token may be the first."""
+    return None if task.spec.grammar is None else FirstMask(b"\xff" * (VOCAB_SIZE // 8))
+
+
 BUGS = (
     Planted("a mask of another choice", frozenset({"G1"}), patches=((masks, "matcher_of", _matcher_of_first_choice),)),
     Planted(
@@ -91,6 +100,11 @@ BUGS = (
         "a token is drawn without its mask",
         frozenset({"I6"}),
         patches=((StepResults, "take", _take_postponed),),
+    ),
+    Planted(
+        "a first token is drawn by another mask",
+        frozenset({"G1"}),
+        patches=((PrefillTask, "first_grammar", _first_mask_of_any),),
     ),
     Planted(
         "nobody waits for a grammar",

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import RequestError
-from kvferry.common.grammar import Grammar
 from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
 from kvferry.router.state.classes import RequestClasses
 from kvferry.router.state.request import RouterRequest
@@ -37,6 +36,7 @@ from .contents import Contents
 from .disk import DiskFile
 from .fabric import Fabric
 from .faults import Faults, Sky
+from .grammars import checked_grammar
 from .kernel import Kernel
 from .network import End, Network, Path
 from .oracle import Oracle
@@ -252,7 +252,7 @@ class World:
             objectives=objectives,
             timeout_s=min((limit_s for limit_s in limits if limit_s is not None), default=None),
             is_background=ask.is_background,
-            grammar=None if ask.grammar is None else Grammar("sim", b"%d" % ask.grammar),
+            grammar=None if ask.grammar is None else checked_grammar(ask.grammar),
             pooling=ask.pooling,
             adapter=adapter_use(ask.adapter),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 from kvferry.common.batch import Batch
+from kvferry.common.grammar import pack_mask
 from kvferry.common.request import RequestSpec
 from kvferry.prefill.role import PrefillRole
 from kvferry.transfer.protocol.handoff import Endpoint
@@ -98,7 +99,8 @@ class BothBench(Bench):
             open_within_s=2.0,
             mac=b"",
         )
-        return PrefillTask(spec=spec, grant=grant)
+        mask = b"" if spec.grammar is None else pack_mask(b"\xff" * 64)
+        return PrefillTask(spec=spec, grant=grant, first_mask=mask)
 
     def step(self, token: int = 9) -> Batch | None:
         batch = self.both.schedule()

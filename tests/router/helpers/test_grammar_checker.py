@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from kvferry.common.errors import CapacityError, RequestError
-from kvferry.common.grammar import Grammar
+from kvferry.common.grammar import Grammar, unpack_mask
+from kvferry.grammar.matching import Vocabulary, compile_grammar
 from kvferry.router.helpers import grammar_checker
 from kvferry.router.helpers.grammar_checker import QUICK_BYTES, GrammarCompilers
 from kvferry.router.helpers.helper import HelperLost
@@ -61,10 +62,21 @@ async def test_small_and_large_grammars_have_processes_of_their_own(tmp_path: Pa
 
 async def test_what_is_known_asks_nobody(tmp_path: Path) -> None:
     async with _checking(tmp_path) as checker:
-        await checker.check(Grammar("regex", b"a+"), "guided_regex")
+        first = await checker.check(Grammar("regex", b"a+"), "guided_regex")
         checker.close()
-        await checker.check(Grammar("regex", b"a+"), "guided_regex")
+        assert await checker.check(Grammar("regex", b"a+"), "guided_regex") == first
         assert checker.quick.pid is None
+
+
+@pytest.mark.parametrize("grammar", [Grammar("regex", b"a+"), Grammar("choice", b'["b", "cc"]'), LARGE])
+async def test_a_checked_grammar_has_the_mask_of_first_tokens_that_workers_find(
+    tmp_path: Path, grammar: Grammar
+) -> None:
+    async with _checking(tmp_path) as checker:
+        checked = await checker.check(grammar, "guided")
+    vocabulary = Vocabulary.from_dir(tmp_path, vocab_size=512, eos_token_ids=EOS)
+    assert checked.grammar == grammar
+    assert unpack_mask(checked.first_mask) == compile_grammar(vocabulary, grammar).mask()
 
 
 async def test_a_refusal_names_the_field_and_the_place_in_it(tmp_path: Path) -> None:
