@@ -1,8 +1,7 @@
 """The workers that a load takes: how many of each role, by matching rates first and by simulation then.
 
     matched(scenario)               worker seconds of a mean request in each role: what an oracle would need
-    best_split(scenario, workers)   of so many workers, the split that keeps the objectives at the highest rate
-    least_fleet(scenario)           the fewest workers, and their split, that keep them at the traffic's rate
+    least_fleet(scenario)           the fewest workers that keep the objectives at the traffic's rate, in the best split
 
 Rates say where to begin: lengths that vary, queues, a cache that fills up, and prompts that the policy leaves to decode
 workers move the best split, which simulations find from there.
@@ -18,7 +17,7 @@ from ..common.errors import ConfigError
 from .oracle import Bound, bound
 from .outcome import Outcome
 from .scenario import Scenario
-from .simulate import at_rate, capacity, simulate
+from .simulate import simulate
 
 _GROWTH = 8  # a fleet that is too small grows by so small a part of itself: larger parts pass the least one by more
 MOST_WORKERS = 512  # where the search for a fleet ends
@@ -33,15 +32,6 @@ class Split:
 
     def __str__(self) -> str:
         return f"{self.prefill}:{self.decode}"
-
-
-@dataclass(slots=True, frozen=True)
-class BestSplit:
-    """The best split of so many workers, and the one that matched rates alone."""
-
-    split: Split
-    matched: Split
-    rate_per_s: float
 
 
 @dataclass(slots=True, frozen=True)
@@ -69,27 +59,10 @@ def matched(rates: Bound, num_workers: int) -> Split:
     return Split(prefill, num_workers - prefill)
 
 
-def best_split(scenario: Scenario, num_workers: int, *, share: float = 0.9, precision: float = 0.02) -> BestSplit:
-    """Search every split for the highest rate that keeps the objectives, from the one that matches rates outwards.
-
-    Most splits cost one simulation: one that does not keep a rate a little above the best so far cannot be better.
-    """
-    rates = bound(with_split(scenario, Split(1, 1)), share=share)
-    start = matched(rates, num_workers)
-    best, rate = start, 0.0
-    for split in sorted(_splits(num_workers), key=lambda split: abs(split.prefill - start.prefill)):
-        candidate, wanted = with_split(scenario, split), rate * (1 + precision)
-        if rate and simulate(at_rate(candidate, wanted)).attainment < share:
-            continue
-        guess = wanted or num_workers / (rates.prefill_s + rates.decode_s)
-        found = capacity(candidate, share=share, precision=precision, start_per_s=guess).rate_per_s
-        if found > rate:
-            best, rate = split, found
-    return BestSplit(best, start, rate)
-
-
 def least_fleet(scenario: Scenario, *, share: float = 0.9) -> LeastFleet:
     """Search the fewest workers at the traffic's rate: growing ones first, then between the last two.
+
+    Of the splits of as many workers it is one beside which no other keeps the objectives of more requests.
 
     Raises ConfigError where the objectives are not kept however many there are.
     """
@@ -127,11 +100,9 @@ def least_fleet(scenario: Scenario, *, share: float = 0.9) -> LeastFleet:
             count, found = middle, candidate
         else:
             low = middle + 1
+    while (better := max((found, *_beside(found)), key=lambda split: outcome(split).attainment)) != found:
+        found = better
     return LeastFleet(found, outcome(found), tuple((split, one.attainment) for split, one in tried.items()))
-
-
-def _splits(num_workers: int) -> list[Split]:
-    return [Split(prefill, num_workers - prefill) for prefill in range(1, num_workers)] or [Split(0, 1)]
 
 
 def _beside(split: Split) -> Iterator[Split]:

@@ -6,7 +6,8 @@
 published   figures that others published of their engines, within 25 % (published.py); misses are listed as they are
 cpu         TPOT and prefill on this machine from what each part of a step takes there, within 15 % (on_cpu.py): on a
             quiet machine
-ratio       the split that the search finds, beside the best of all splits by whole simulation, on two traces
+ratio       the split of the fleet that the search finds, beside every split of as many workers by whole simulation, on
+            two traces
 
 Exit code: 0; 1 with --check when a bar is missed.
 """
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures |= {"rows": [asdict(row) | {"error": row.error} for row in measured]}
             met &= all(row.is_met for row in measured)
         else:
-            found = [ratio_of(trace, flags.workers, flags.requests, tell) for trace in TRACES]
+            found = [ratio_of(trace, rate, flags.requests, tell) for trace in TRACES for rate in flags.request_rates]
             shown.print(_ratio_table(found))
             figures = {"traces": [asdict(one) | {"is_best": one.is_best} for one in found]}
             met &= all(one.is_best for one in found)
@@ -99,10 +100,13 @@ def _cpu_table(rows: Sequence[on_cpu.CpuRow], rates: MeasuredRates) -> Table:
 
 
 def _ratio_table(found: Sequence[Ratio]) -> Table:
-    table = _table("good requests/s of each P:D split, simulated whole", "trace", "splits", "by rates", "chosen", "")
+    title = "good requests at this rate with each P:D split of as many workers, simulated whole"
+    table = _table(title, "trace", "for", "splits", "by rates", "chosen", "")
     for one in found:
-        splits = ", ".join(f"{split} {rate:.1f}" for split, rate in one.rates)
-        table.add_row(one.trace, splits, one.matched, one.chosen, "the best" if one.is_best else "MISSED")
+        splits = ", ".join(f"{split} {share:.1%}" for split, share in one.shares)
+        table.add_row(
+            one.trace, f"{one.rate_per_s:g}/s", splits, one.matched, one.chosen, "the best" if one.is_best else "MISSED"
+        )
     return table
 
 
@@ -122,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=os.cpu_count(), metavar="N", help="of the CPU (default: all cores)")
     add("--rounds", type=int, default=3, metavar="N", help="of each case on the CPU (default: %(default)s)")
     add("--rates", type=Path, metavar="FILE", help="write what `kvferry size --cpu-rates` takes")
-    add("--workers", type=int, default=6, metavar="N", help="that are split (default: %(default)s)")
-    add("--requests", type=int, default=1000, metavar="N", help="of each simulation (default: %(default)s)")
+    add("--request-rates", type=float, nargs="+", default=(60.0, 120.0), metavar="X", help="(default: %(default)s)")
+    add("--requests", type=int, default=2000, metavar="N", help="of each simulation (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 when a bar is missed")
     add("--json", type=Path, default=RESULTS_DIR / "sizing.json", metavar="FILE", help="(default: %(default)s)")
     return parser

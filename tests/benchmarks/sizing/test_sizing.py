@@ -43,9 +43,9 @@ def test_parts_are_kept_beside_one_another(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_split_is_best_when_none_is_better_by_more_than_the_search_tells_apart() -> None:
-    rates = (("1:3", 10.0), ("2:2", 9.9), ("3:1", 9.0))
-    assert Ratio("t", "3:1", "2:2", rates).is_best
-    assert not Ratio("t", "2:2", "3:1", rates).is_best
+    shares = (("1:3", 0.95), ("2:2", 0.945), ("3:1", 0.9))
+    assert Ratio("t", 60.0, "3:1", "2:2", shares).is_best
+    assert not Ratio("t", 60.0, "2:2", "3:1", shares).is_best
 
 
 def test_a_probe_finds_the_rates_of_which_its_times_are_made(tmp_path: Path) -> None:
