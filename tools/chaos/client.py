@@ -54,9 +54,6 @@ class _Text(msgspec.Struct):
     content: str | None = None
     tool_calls: list[_Call] = []
 
-    def __str__(self) -> str:
-        return (self.content or "") + "".join(map(str, self.tool_calls))
-
 
 class _Choice(msgspec.Struct):
     index: int = 0
@@ -71,7 +68,12 @@ class _Choice(msgspec.Struct):
     @property
     def all_text(self) -> str:
         part = self.delta or self.message
-        return str(part) if part is not None else self.text or ""
+        return (self.text if part is None else part.content) or ""
+
+    @property
+    def all_calls(self) -> str:
+        part = self.delta or self.message
+        return "" if part is None else "".join(map(str, part.tool_calls))
 
 
 class _Usage(msgspec.Struct):
@@ -167,6 +169,7 @@ class _Reader:
             at_s=self._now(),
             choice=choice.index,
             text=choice.all_text,
+            calls=choice.all_calls,
             token_ids=choice.token_ids or [],
             logprobs=logprobs.of_tokens() if logprobs is not None else [],
             offsets=logprobs.text_offset if logprobs is not None else [],

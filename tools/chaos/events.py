@@ -32,6 +32,7 @@ class Delta(_Event):
     request: int
     choice: int
     text: str = ""
+    calls: str = ""  # of tools: one chunk may add to them and to the text, in no order
     token_ids: list[int] = []
     logprobs: list[object] = []  # one for each token, where asked for
     offsets: list[int] = []  # where each token begins in the choice's text, where told
@@ -89,6 +90,7 @@ class ChoiceAnswer:
     logprobs: list[object] = field(default_factory=list)
     finish: str | None = None
     stop_reason: str | int | None = None
+    calls: str = ""
 
 
 class Request:
@@ -128,6 +130,7 @@ class Request:
             if isinstance(event, Delta) and 0 <= event.choice < len(choices):
                 choice = choices[event.choice]
                 choice.text += event.text
+                choice.calls += event.calls
                 choice.token_ids += event.token_ids
                 choice.logprobs += event.logprobs
                 choice.finish = event.finish or choice.finish
@@ -136,7 +139,11 @@ class Request:
 
     def chunk_times_s(self) -> list[float]:
         """Return the times at which something was delivered, chunk by chunk."""
-        return [event.at_s for event in self.events if isinstance(event, Delta) and (event.token_ids or event.text)]
+        return [
+            event.at_s
+            for event in self.events
+            if isinstance(event, Delta) and (event.token_ids or event.text or event.calls)
+        ]
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ answer.
 I6  tokens of a choice come once, in order, without a gap; nothing after the finish reason
 I8  every request ends once, and in a way that its client can tell: all finish reasons and [DONE], or a proper error
 I9  usage counts the tokens that were delivered, and the router has exactly one row for the request which says the same
-EQ  text, tokens, log probabilities, finish and stop reasons equal the reference's
+EQ  text, calls, tokens, log probabilities, finish and stop reasons equal the reference's
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _compare(request: Request, reference: Request, verdict: Verdict) -> Iterable
     for number, (got, wanted) in enumerate(zip(request.answer(), reference.answer(), strict=True)):
         if got.token_ids != wanted.token_ids:
             yield f"choice {number}: {_count_difference(got.token_ids, wanted.token_ids, verdict)}"
-        for name in ("text", "logprobs", "finish", "stop_reason"):
+        for name in ("text", "calls", "logprobs", "finish", "stop_reason"):
             ours, theirs = getattr(got, name), getattr(wanted, name)
             if ours != theirs:
                 yield f"choice {number}: {name} {_first_difference(ours, theirs)}"

@@ -100,7 +100,7 @@ async def test_a_stream_is_told_chunk_by_chunk() -> None:
     assert request.answer_id == "abc"
 
 
-async def test_calls_of_tools_are_text_without_their_ids() -> None:
+async def test_calls_of_tools_are_told_beside_the_text_and_without_their_ids() -> None:
     def chunk(ids: list[int], finish: str | None = None, **delta: object) -> bytes:
         return event(
             id="chatcmpl-abc", choices=[{"index": 0, "delta": delta, "token_ids": ids, "finish_reason": finish}]
@@ -113,11 +113,16 @@ async def test_calls_of_tools_are_text_without_their_ids() -> None:
         chunk([1], content="so: "),
         chunk([2], tool_calls=[call(0, name="find", arguments="{")]),
         chunk([3], tool_calls=[call(0, arguments="}"), call(1, name="move", arguments="{}")]),
+        chunk([4], content="and"),
         chunk([], "tool_calls"),
     ]
-    request = await _ask(Script([*pieces, usage(3, 3), DONE]))
-    assert request.answer() == [ChoiceAnswer("so: \n0 find {}\n1 move {}", [1, 2, 3], [], "tool_calls")]
+    request = await _ask(Script([*pieces, usage(3, 4), DONE]))
+    calls = "\n0 find {}\n1 move {}"
+    assert request.answer() == [ChoiceAnswer("so: and", [1, 2, 3, 4], [], "tool_calls", calls=calls)]
     assert judge(request, request).breaches == []
+    last = chunk([3, 4], tool_calls=[call(0, arguments="}"), call(1, name="move", arguments="{}")], content="and")
+    in_one = await _ask(Script([*pieces[:2], last, *pieces[4:], usage(3, 4), DONE]))
+    assert judge(in_one, request).breaches == [], "what one chunk adds to both has no order"
 
 
 async def test_log_probabilities_come_token_by_token() -> None:
