@@ -118,6 +118,8 @@ class Batch:
     swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block, slot in host memory)
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (slot, block)
     may_postpone: bool = False  # a row that decodes or verifies may yield nothing, as its mask is late
+    # Returns when the tokens of the step before have left. None: they have, or nothing in this one would hold them up.
+    wait_left: Callable[[], object] | None = None
     # Returns what may come next in each row that samples, in their order, when that is known (`GrammarMask`).
     masks: Callable[[], Rows[GrammarMask | None]] | None = None  # None: anything in every row
 

@@ -83,6 +83,11 @@ class CompiledGrammar(Protocol):
         ...
 
     @property
+    def is_costly(self) -> bool:
+        """Tell whether it takes milliseconds to match a token, during which no other thread runs Python."""
+        ...
+
+    @property
     def failure(self) -> str:
         """Say why it never will be ready; empty: it is, or will be."""
         ...
@@ -124,6 +129,7 @@ class FirstMask:
     words: bytes  # `Matcher.mask`
     is_ready: Final = True
     is_late: Final = False
+    is_costly: Final = False
     failure: Final = ""
 
     def matcher(self) -> FirstMask:

@@ -134,6 +134,8 @@ class DecodeRole:
         # A worker that is lost in its first step with a request must have said that it has it: else nobody would find
         # out which request it is that ends workers.
         self._wait_left = self._leaving() if has_adopted and self._leaving is not None else None
+        if batch is not None and self._leaving is not None and _has_costly_grammar(batch):
+            batch.wait_left = self._wait_left or self._leaving()
         return batch
 
     def _drop_expired(self) -> None:
@@ -254,3 +256,7 @@ class DecodeRole:
         self.receiver.check()
         self.scheduler.check()
         self._requests.check()
+
+
+def _has_costly_grammar(batch: Batch) -> bool:
+    return any(row.seq.grammar is not None and row.seq.grammar.is_costly for row in batch.rows)

@@ -91,8 +91,14 @@ def with_forced(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
 
 
 def forced_after(seq: Sequence, run: TokenIds[int]) -> tuple[int, ...]:
-    """Return the tokens that must follow a run, which comes next. A token with log-probabilities is never forced."""
+    """Return the tokens that must follow a run, which comes next.
+
+    None are forced where log-probabilities are wanted of them, or where it would take long to find them out: they come
+    one by one, by their masks.
+    """
     if seq.sampling.logprobs is not None or seq.matcher is None or seq.num_matched_tokens != seq.num_output_tokens:
+        return ()
+    if seq.grammar is not None and seq.grammar.is_costly:  # all of the step's tokens would wait for that
         return ()
     forced: list[int] = []
     try:

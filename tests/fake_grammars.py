@@ -28,7 +28,7 @@ class FakeGrammar:
 
     def __init__(self, *, is_ready: bool) -> None:
         self.is_ready = is_ready
-        self.is_late = False
+        self.is_late = self.is_costly = False
         self.failure = ""
 
     def matcher(self) -> FakeMatcher:

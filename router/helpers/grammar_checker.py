@@ -25,7 +25,6 @@ from .wire import COMPILE_GRAMMAR, REFUSAL, SET_VOCABULARY, HelperRefusal, Vocab
 TIME_LIMIT_S = 2.0  # of a grammar, in both processes
 QUICK_BYTES = 4 * 2**10  # a schema of some dozen properties: a few milliseconds
 QUICK_LIMIT_S = 0.3  # larger: one costly grammar holds up more small ones; smaller: more processes are ended
-_LONG_NICENESS = 10  # larger: streams notice less of large grammars; smaller: fewer are refused on a busy machine
 MAX_KNOWN = 4096  # grammars that compiled: agents ask with the same tools again and again
 
 
@@ -46,11 +45,11 @@ class GrammarCompilers:
     """
 
     def __init__(self, model_dir: Path, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        def helper(niceness: int) -> Helper:
-            setup = VocabularySetup(str(model_dir), vocab_size, sorted(eos_token_ids), niceness)
+        def helper(*, gives_way: bool) -> Helper:
+            setup = VocabularySetup(str(model_dir), vocab_size, sorted(eos_token_ids), gives_way)
             return Helper((SET_VOCABULARY, msgspec.msgpack.encode(setup)))
 
-        self.quick, self.long = helper(0), helper(_LONG_NICENESS)
+        self.quick, self.long = helper(gives_way=False), helper(gives_way=True)
         self._known: OrderedDict[bytes, bytes] = OrderedDict()  # digest -> packed first mask, the latest used last
 
     async def check(self, grammar: Grammar, param: str) -> CheckedGrammar:

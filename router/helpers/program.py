@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ...models.chat_template import ChatTemplate
 
 MEMORY_BYTES = 4 * 2**30
+_NICENESS = 10  # larger: streams notice less of large grammars; smaller: fewer are refused on a busy machine
 
 
 class _ProgramOverrun(Exception):
@@ -57,6 +58,7 @@ class _Program:
         self._special_tokens: dict[str, str] = {}
         self._vocabulary: Vocabulary | None = None
         self._unusable = ""  # why the vocabulary is
+        self._gives_way = False
         self._work = {PARSE_JSON: self._parse, RENDER_CHAT: self._render, COMPILE_GRAMMAR: self._compile}
         self._setups = {SET_TEMPLATE: self._set_template, SET_VOCABULARY: self._set_vocabulary}
 
@@ -67,6 +69,15 @@ class _Program:
         return kind in self._setups
 
     def answer(self, kind: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        """Return kind and payload of the answer."""
+        if kind != COMPILE_GRAMMAR or not self._gives_way:
+            return self._answer(kind, payload)
+        from .aside import done_aside
+
+        answer = done_aside(lambda: b"".join(self._answer(kind, payload)))
+        return answer[:1], answer[1:]
+
+    def _answer(self, kind: bytes, payload: bytes) -> tuple[bytes, bytes]:
         try:
             return VALUE, self._work[kind](payload)
         except RequestError as error:
@@ -90,7 +101,9 @@ class _Program:
         from ...grammar.matching import Vocabulary
 
         setup = msgspec.msgpack.decode(payload, type=VocabularySetup)
-        os.nice(setup.niceness)
+        self._gives_way = setup.gives_way
+        if self._gives_way:
+            os.nice(_NICENESS)
         ends = frozenset(setup.eos_token_ids)
         try:
             self._vocabulary = Vocabulary.from_dir(

@@ -48,7 +48,7 @@ class VocabularySetup(msgspec.Struct):
     model_dir: str
     vocab_size: int
     eos_token_ids: list[int]
-    niceness: int = 0  # of the process
+    gives_way: bool = False  # grammars are compiled aside (`aside.py`), and with a niceness where that fails
 
 
 class ChatSpec(msgspec.Struct):

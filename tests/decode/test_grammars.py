@@ -177,3 +177,14 @@ def test_a_row_that_was_postponed_is_computed_again() -> None:
         assert bench.tokens("a") == {0: [(0, 9)]}
     assert _forcing(bench) == (RowKind.DECODE, 6, [9])
     assert bench.tokens("a") == {0: [(0, 9), (1, 9)]}
+
+
+def test_a_costly_grammar_waits_for_the_tokens_of_the_step_before() -> None:
+    bench, grammars = Bench(), FakeGrammars(are_ready=True)
+    bench.role = bench.make_role(grammars=grammars, leaving=lambda: lambda: None)
+    bench.send(LocalTask(spec=bench.spec("a", 9, grammar=GRAMMAR)))
+    for is_costly in (False, True):
+        grammars.known[GRAMMAR].is_costly = is_costly
+        batch = bench.role.schedule()
+        assert batch is not None and (batch.wait_left is not None) == is_costly
+        bench.complete(batch)

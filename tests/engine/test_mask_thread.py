@@ -47,7 +47,8 @@ class _Grammar:
     is_ready = True
     is_late = False
 
-    def __init__(self, word: int, *, is_open: bool = True) -> None:
+    def __init__(self, word: int, *, is_open: bool = True, is_costly: bool = False) -> None:
+        self.is_costly = is_costly
         self.gate = threading.Event()
         if is_open:
             self.gate.set()
@@ -123,6 +124,24 @@ def test_chunks_and_steps_that_may_postpone_nothing_wait(num_tokens: int, may_po
     rows = [_row(_Grammar(2)), _row(slow, num_tokens)]
     assert _words(_begin(thread, rows, may_postpone=may_postpone)()) == [b"\2", b"\1"]
     opened.join()
+
+
+def test_a_costly_matcher_begins_when_the_tokens_of_the_step_before_have_left() -> None:
+    thread, costly, plain = MaskThread(patience_s=HUNG_S), _Grammar(1, is_costly=True), _Grammar(2)
+    left, waits = threading.Event(), list[int]()
+
+    def wait_left() -> None:
+        assert left.wait(HUNG_S)
+        waits.append(costly.made.num_masks)
+
+    batch = Batch([_row(plain), _row(costly)], may_postpone=True, wait_left=wait_left)
+    thread.begin(batch)
+    while not plain.made.num_masks:
+        pass
+    assert not costly.made.num_masks and not waits
+    left.set()
+    assert batch.masks is not None and _words(batch.masks()) == [b"\2", b"\1"]
+    assert waits == [0], "and nobody else waits"
 
 
 def test_without_grammars_there_are_no_masks() -> None:

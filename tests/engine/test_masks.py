@@ -38,6 +38,7 @@ class _Matcher:
 
 class _Grammar:
     failure = ""
+    is_costly = False
 
     def __init__(self, *, is_ready: bool = True, is_late: bool = False) -> None:
         self.is_ready = is_ready
@@ -132,6 +133,15 @@ def test_forced_tokens_that_were_not_taken_are_forgotten() -> None:
     seq.token_ids += (15, 16)
     assert next_mask(seq) == bytes((1, 15, 16)) and grammar.num_made == 2
     assert forced_after(seq, (17,)) == ()
+
+
+def test_nothing_is_forced_where_it_takes_long_to_match_a_token() -> None:
+    grammar = _Grammar()
+    grammar.is_costly = True
+    seq = _sequence(grammar, 1)
+    assert _forced(seq, 15) == () and grammar.log == [[1]], "the engine's thread has matched nothing"
+    seq.token_ids.append(15)
+    assert next_mask(seq) == bytes((1, 15)) and grammar.num_made == 1
 
 
 def test_a_drawn_token_that_does_not_fit_forces_nothing() -> None:

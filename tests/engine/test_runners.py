@@ -223,7 +223,7 @@ class _Residues:
     """A grammar in which the n-th token of an answer leaves n when divided by seven; `breaks_at` it is broken."""
 
     is_ready = True
-    is_late = False
+    is_late = is_costly = False
     failure = ""
 
     def __init__(self, breaks_at: int = 99) -> None:

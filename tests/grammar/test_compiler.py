@@ -63,6 +63,17 @@ def test_a_grammar_is_there_at_once_and_ready_later(bench: _Bench) -> None:
     assert mask is not None and any(mask)
 
 
+@pytest.mark.parametrize(("bound_s", "is_costly"), [(0.0, True), (LIMIT_S, False)])
+def test_what_takes_long_to_compile_is_costly_to_match(
+    bench: _Bench, monkeypatch: pytest.MonkeyPatch, bound_s: float, is_costly: bool
+) -> None:
+    monkeypatch.setattr(compiler, "COSTLY_S", bound_s)
+    bench.may_load.set()
+    found = bench.compiler.get(Grammar("regex", b"a+"))
+    bench.wait()
+    assert found.is_ready and found.is_costly == is_costly
+
+
 def test_an_equal_grammar_is_compiled_once_and_the_vocabulary_read_once(bench: _Bench) -> None:
     bench.may_load.set()
     first = bench.compiler.get(Grammar("regex", b"a"))

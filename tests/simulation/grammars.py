@@ -70,6 +70,7 @@ class SimGrammar:
 
     def __init__(self, start: int, seen: Counter[str]) -> None:
         self.is_ready = self.is_late = False
+        self.is_costly = start % 4 == 0
         self._start = start
         self._seen = seen
 
