@@ -10,7 +10,7 @@ workers move the best split, which simulations find from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..common.errors import ConfigError
@@ -19,6 +19,9 @@ from .outcome import Outcome
 from .scenario import Scenario
 from .simulate import simulate
 
+_FEW = 8  # workers, of which all splits are compared
+_CHANCE = 0.02  # of good requests in one draw of the arrivals. Smaller: a better split may be passed over
+_DRAWS = 4  # that decide between such splits. Fewer: chance does; more: it takes longer
 _GROWTH = 8  # a fleet that is too small grows by so small a part of itself: larger parts pass the least one by more
 MOST_WORKERS = 512  # where the search for a fleet ends
 
@@ -102,7 +105,35 @@ def least_fleet(scenario: Scenario, *, share: float = 0.9) -> LeastFleet:
             low = middle + 1
     while (better := max((found, *_beside(found)), key=lambda split: outcome(split).attainment)) != found:
         found = better
+    found = _settled(scenario, found, outcome)
     return LeastFleet(found, outcome(found), tuple((split, one.attainment) for split, one in tried.items()))
+
+
+def _settled(scenario: Scenario, best: Split, outcome: Callable[[Split], Outcome]) -> Split:
+    """Return the best of the splits that are about as good as this one, over several draws of arrivals.
+
+    `outcome`: of a split in the first draw. Small fleets have few splits: all are looked at.
+    """
+    num_workers = best.prefill + best.decode
+    splits = _beside(best) if num_workers > _FEW else _splits(num_workers)
+    near = [one for one in splits if one != best and outcome(one).attainment > outcome(best).attainment - _CHANCE]
+    if not near:
+        return best
+
+    def good(split: Split) -> float:
+        return sum(simulate(_drawn(with_split(scenario, split), number)).attainment for number in range(_DRAWS))
+
+    return max((best, *near), key=good)
+
+
+def _drawn(scenario: Scenario, number: int) -> Scenario:
+    """Return the scenario with other arrivals and step times; 0: with its own."""
+    traffic = replace(scenario.traffic, seed=scenario.traffic.seed + number)
+    return replace(scenario, traffic=traffic, seed=scenario.seed + number)
+
+
+def _splits(num_workers: int) -> Iterator[Split]:
+    return (Split(prefill, num_workers - prefill) for prefill in range(1, num_workers))
 
 
 def _beside(split: Split) -> Iterator[Split]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import mean
+
 import pytest
 
 from kvferry.common.errors import ConfigError
@@ -27,11 +30,12 @@ def test_the_split_is_the_best_of_all_by_simulation(trace: str, rate_per_s: floa
     found = least_fleet(offered)
     num_workers = sum_of(found.split)
     assert num_workers > 2, "there is a choice"
-    shares = [
-        simulate(with_split(offered, Split(prefill, num_workers - prefill))).attainment
-        for prefill in range(1, num_workers)
-    ]
-    assert found.outcome.attainment == max(shares)
+    shares = {}
+    for split in (Split(prefill, num_workers - prefill) for prefill in range(1, num_workers)):
+        of_split = with_split(offered, split)
+        draws = [replace(of_split, traffic=replace(offered.traffic, seed=seed), seed=seed) for seed in range(4)]
+        shares[split] = mean(simulate(draw).attainment for draw in draws)
+    assert shares[found.split] >= max(shares.values()) - 0.01
 
 
 def test_the_least_fleet_keeps_the_objectives_and_one_fewer_does_not() -> None:
