@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ import kvferry
 # No test asserts a time: Hypothesis would fail an example that takes 200 ms, which a busy machine makes of any.
 settings.register_profile("kvferry", deadline=None)
 settings.load_profile("kvferry")
+
+# Tests are more processes than there are cores. Threads of torch's OpenMP that wait for one another would spin for
+# milliseconds on cores that others need. It is read as torch is imported; what tests start inherits it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 TESTS = Path(__file__).parent
 LONGEST = ("emulation", "e2e", "simulation", "benchmarks", "security", "simulator")

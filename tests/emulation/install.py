@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 
 from . import stream
-from .memory import CUDA, DeviceTensor, fresh, is_cuda, is_pinned, pin, pinned_copy, to_device, upload
+from .memory import CUDA, DeviceTensor, blank, fresh, is_cuda, is_pinned, pin, pinned_copy, to_device, upload
 
 STAND_INS = Path(__file__).parent / "standins"
 _CAPABILITY = (9, 0)  # a Hopper card's
@@ -101,6 +101,13 @@ def _replace_tensor_functions() -> None:
         upload(target, host, non_blocking=False, what="torch.tensor")
         return DeviceTensor(target)
 
+    def zeros(*shape: Any, dtype: Any = None, device: Any = None, pin_memory: bool = False) -> Tensor:
+        sizes = shape if isinstance(shape[0], int) else shape[0]
+        if not is_cuda(device) or stream.is_capturing():
+            return make_zeros(*shape, dtype=dtype, device=device, pin_memory=pin_memory)
+        stream.note_launch(None)
+        return blank(sizes, dtype)
+
     class Generator(make_generator):  # type: ignore[misc, valid-type]
         """Draws the CPU's numbers for either device."""
 
@@ -122,8 +129,10 @@ def _replace_tensor_functions() -> None:
 
     for name in ("empty", "zeros", "ones", "full"):
         setattr(torch, name, pinning(getattr(torch, name)))
+    make_zeros = torch.zeros
     for owner, name, replacement in (
         (torch, "tensor", tensor),
+        (torch, "zeros", zeros),
         (torch, "Generator", Generator),
         (Tensor, "to", to),
         (Tensor, "pin_memory", lambda self, device=None: pinned_copy(self)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -127,6 +130,13 @@ def fresh(host: Tensor) -> DeviceTensor:
     elif host.dtype != torch.bool and not host.is_floating_point() and host.numel() < _MAX_FILLED:
         host.fill_(_GARBAGE_INT)
     return DeviceTensor(host)
+
+
+def blank(shape: Sequence[int], dtype: torch.dtype | None) -> DeviceTensor:
+    """Make zeros that take memory where they are written to: a workspace of 256 MiB is hardly used here."""
+    dtype = dtype or torch.get_default_dtype()
+    area = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return DeviceTensor(torch.frombuffer(area, dtype=torch.uint8).view(dtype)[: math.prod(shape)].view(*shape))
 
 
 # --- pinned memory ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -12,6 +13,7 @@ from .stream import COUNTS
 
 # With AMX torch's products of a row depend on how many rows there are, which graphs pad and tests compare.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+importlib.import_module("torch.distributed.tensor")  # torch does at the first device tensor, too late for `gc.freeze`
 try:
     install()
 except CannotEmulate as error:
