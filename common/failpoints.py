@@ -19,6 +19,7 @@ import re
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ POINTS = frozenset(
     }
 )
 EXIT_CODE = 1
+_SLOW_S = 0.004  # many times what a small model's step takes
 _MEMORY_SLACK_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
 _ENTRY = re.compile(
@@ -71,6 +73,10 @@ def _raise() -> None:
     raise Failpoint("a failpoint")
 
 
+def _slow() -> None:
+    time.sleep(_SLOW_S)
+
+
 def _run_out_of_memory() -> None:
     """Take what a limit on the address space leaves, until the kernel refuses: MemoryError."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -86,6 +92,7 @@ _ACTIONS: dict[str, Callable[[], None]] = {
     "exit": _exit,
     "stop": _stop,
     "raise": _raise,
+    "slow": _slow,
     "memory": _run_out_of_memory,
     "flip": lambda: None,  # the caller spoils its own data
 }

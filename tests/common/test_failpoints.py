@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_a_point_acts_at_its_count_alone() -> None:
 def test_a_star_acts_at_each_hit_that_carries_the_value() -> None:
     points = Failpoints("decode.step=flip@*:7", "d-0")
     assert [points.hit("decode.step", values) for values in ([1, 7], [1], [], [7])] == [True, False, False, True]
+
+
+def test_who_is_slow_waits_and_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert Failpoints("decode.step=slow@*", "d-0").hit("decode.step")
+    assert len(slept) == 1
 
 
 def test_only_hits_with_the_value_are_counted() -> None:

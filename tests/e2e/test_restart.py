@@ -26,7 +26,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from kvferry.benchmarks.restart.load import Ask, Cut, Tally, asking, keep_asking, undisturbed
-from kvferry.common.config import SECRET_VARIABLE
+from kvferry.common.config import FAILPOINTS_VARIABLE, SECRET_VARIABLE
 from kvferry.tools.chaos.programs import program_name
 
 from ..checkpoints import write_checkpoint
@@ -34,7 +34,8 @@ from .cluster import Cluster, serve, wait_until
 
 MODEL = "tiny"
 NUM_TOKENS = 48
-LONG_TOKENS = 8000  # take some seconds on the quickest processor: longer than a drain may last
+LONG_TOKENS = 800  # take some seconds as steps are SLOW: longer than a drain may last
+SLOW = {FAILPOINTS_VARIABLE: "decode.step=slow@*"}  # by waiting, not by computing
 PROMPTS = [f"{'The router places each request. ' * (1 + n % 3)}{n}" for n in range(9)]
 FLAGS = ("--served-model-name", MODEL, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB")
 LIMIT_S = 240.0
@@ -88,7 +89,9 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster whose running answers have time to end."""
     folder = tmp_path_factory.mktemp("patient")
     flags = (*FLAGS, "--prefill", "2", "--decode", "2", "--routers", "2")
-    with serve(write_checkpoint(folder / MODEL, max_model_len=2 * LONG_TOKENS), folder / "log", *flags) as cluster:
+    with serve(
+        write_checkpoint(folder / MODEL, max_model_len=2 * LONG_TOKENS), folder / "log", *flags, env=SLOW
+    ) as cluster:
         yield cluster
 
 
@@ -175,7 +178,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     flags = (*FLAGS, "--prefill", "2", "--decode", "2", "--routers", "2", "--drain-timeout", "1", "--admin-port", "0")
     model_dir = write_checkpoint(folder / MODEL, max_model_len=2 * LONG_TOKENS)
-    with serve(model_dir, folder / "log", *flags, env={SECRET_VARIABLE: SECRET}) as cluster:
+    with serve(model_dir, folder / "log", *flags, env=SLOW | {SECRET_VARIABLE: SECRET}) as cluster:
         with _long_stream(cluster) as stream:
             wanted = "".join(stream.pieces())
         yield Site(cluster, cluster.admin_urls, wanted)
