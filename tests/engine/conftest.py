@@ -1,0 +1,27 @@
+"""What holds for all tests of engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kvferry.engine.ranks import group
+
+from .forked_ranks import RankForks
+
+
+@pytest.fixture(scope="session")
+def rank_forks() -> Iterator[RankForks]:
+    forks = RankForks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_are_forks(request: pytest.FixtureRequest, rank_forks: RankForks) -> Iterator[None]:
+    """Other ranks import nothing anew, but in the tests of how they are started."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "ranks":
+            patch.setattr(group, "subprocess", rank_forks)
+        yield
