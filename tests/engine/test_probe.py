@@ -9,6 +9,7 @@ import pytest
 from kvferry.common.errors import ConfigError
 from kvferry.engine.probe import probe
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.models.default import cache_dir
 from kvferry.models.probes import kept_probes
 
 from ..checkpoints import write_checkpoint
@@ -17,8 +18,12 @@ from ..engine_driver import make_engine
 
 @pytest.mark.slow
 def test_a_probe_tells_weights_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_dir = write_checkpoint(tmp_path / "model", tokenizer=False)
+    (tmp_path / "cache").mkdir()
+    make_engine(model_dir)  # if it compiles anything, then where that is kept
+    for library in cache_dir().glob("kernels-*.so"):
+        (tmp_path / "cache" / library.name).symlink_to(library)
     monkeypatch.setenv("KVFERRY_CACHE", str(tmp_path / "cache"))
-    model_dir = write_checkpoint(tmp_path, tokenizer=False)
     found = []
     for quantization in (None, None, "int8", "int4"):
         engine = make_engine(model_dir, quantization=quantization, mixed_quantization=("plain", "int8", "int4"))
