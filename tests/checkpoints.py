@@ -136,7 +136,7 @@ def _write_by_own_classes(path: Path, family: str, shape: Shape, config: dict[st
         own |= {"mm_tokens_per_image": 4, "image_token_index": 510, "boi_token_index": 508, "eoi_token_index": 509}
     else:
         own = _own_fields(family, shape) | config
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own))  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own))
     generator = torch.Generator().manual_seed(shape.seed)
     dtype = getattr(torch, shape.dtype)
     model.to(dtype)

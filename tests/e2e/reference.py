@@ -34,7 +34,7 @@ def _load(model_dir: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
-    model.eval()  # type: ignore[no-untyped-call]  # transformers
+    model.eval()
     return cast(torch.nn.Module, model)
 
 
