@@ -34,7 +34,7 @@ def _prompts(lengths: list[int], salt: int = 0) -> list[list[int]]:
 def _model(model_dir: Path) -> torch.nn.Module:
     import transformers
 
-    model = transformers.AutoModel.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModel.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
     assert isinstance(model, torch.nn.Module)
     return model
 

@@ -48,7 +48,7 @@ GROWING_LENGTHS = [200 + n for n in range(8)]
 # Three answers at once need more than SMALL_POOL, however slowly the prompts come.
 NUM_GROWING_TOKENS = 400
 SMALL_POOL = 80  # blocks
-PINNED_ROUTER = Path(__file__).parent / "pinned_router.py"
+PINNED_ROUTER, FORKED_WORKERS = (Path(__file__).with_name(f"{name}.py") for name in ("pinned_router", "forked_workers"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +136,8 @@ def open_fleet(folder: Path, model: ExactnessModel, workers: Mapping[str, Kind])
     )
     pins.write_text("p-0 d-0")
     commands = [[sys.executable, str(PINNED_ROUTER), "--config-json", router.model_dump_json()]]
-    for name, kind in workers.items():
-        config = _worker_config(name, kind, model, control)
-        commands.append([sys.executable, "-m", "kvferry.worker", "--config-json", config.model_dump_json()])
+    configs = [_worker_config(name, kind, model, control) for name, kind in workers.items()]
+    commands.append([sys.executable, str(FORKED_WORKERS), *(config.model_dump_json() for config in configs)])
     env = {PIN_VARIABLE: str(pins), SECRET_VARIABLE: "a secret for these tests", "OMP_NUM_THREADS": "1"}
     with run_all(commands, folder / "log", f"http://127.0.0.1:{http}", env=env) as cluster:
         is_ready = 'state="ready"'
