@@ -12,13 +12,15 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kvferry
-from kvferry.engine.cpu.compiler import FLOAT32_SETS, SETS
+from kvferry.engine.cpu.compiler import ALL_SETS, FLOAT32_SETS, SETS
+from kvferry.models.default import cache_dir
 
 from .test_layers import FOLDERS
 
@@ -40,6 +42,31 @@ COMES_WITH = {
 }
 
 PEERS = {"llama-cpp"}  # benchmarks run these by an interpreter of their own
+# Compiles without optimising, and what it has compiled before it has kept: whoever changes no C++ waits for none.
+HASTY_COMPILER = """#!{python}
+import hashlib, os, shutil, subprocess, sys
+from pathlib import Path
+
+command, kept = [{found!r}, *sys.argv[1:], "-O0"], Path({kept!r})
+if "-c" not in command:
+    os.execv(command[0], command)
+made, source = Path(command[command.index("-o") + 1]), Path(sys.argv[-1])
+digest = hashlib.sha256(subprocess.check_output([command[0], "--version"]))
+digest.update(repr([word for word in command if word not in (str(made), str(source))]).encode())
+for path in sorted(path for path in source.parent.rglob("*") if path.is_file()):
+    digest.update(path.read_bytes())
+known = kept / f"{{digest.hexdigest()[:32]}}.o"
+if known.is_file():
+    known.touch()
+else:
+    subprocess.run(command, check=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    part = shutil.copyfile(made, kept / f"{{known.name}}.{{os.getpid()}}")
+    os.replace(part, known)
+    for old in sorted(kept.glob("*.o"), key=os.path.getmtime)[:-{most}]:
+        old.unlink(missing_ok=True)
+shutil.copyfile(known, made)
+"""
 
 
 def normalized(requirement: str) -> str:
@@ -54,6 +81,7 @@ def declared(*extras: str) -> set[str]:
     return {normalized(requirement) for group in groups for requirement in group}
 
 
+@cache
 def imported(*folders: str) -> set[str]:
     """Distributions of the third-party modules that these folders (and the root) import anywhere."""
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
@@ -113,11 +141,12 @@ def copy_of_checkout(target: Path) -> Path:
 
 
 def hasty_compiler(folder: Path) -> Path:
-    """Put before the compiler, where there is one, one that does not optimise: all source is compiled for each set."""
+    """Put before the compiler, where there is one, a hasty one: all source is compiled for each set."""
     folder.mkdir()
     if found := next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None):
         script = folder / "c++"
-        script.write_text(f'#!/bin/sh\nexec {found} "$@" -O0\n')
+        kept, most = str(cache_dir() / "hasty"), 4 * len(ALL_SETS)
+        script.write_text(HASTY_COMPILER.format(python=sys.executable, found=found, kept=kept, most=most))
         script.chmod(0o755)
     return folder
 
