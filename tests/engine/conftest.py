@@ -8,18 +8,18 @@ import pytest
 
 from kvferry.engine.ranks import group
 
-from .forked_ranks import RankForks
+from ..forks import Forks
 
 
 @pytest.fixture(scope="session")
-def rank_forks() -> Iterator[RankForks]:
-    forks = RankForks()
+def rank_forks() -> Iterator[Forks]:
+    forks = Forks("kvferry.engine.follower")
     yield forks
     forks.close()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ranks_are_forks(request: pytest.FixtureRequest, rank_forks: RankForks) -> Iterator[None]:
+def ranks_are_forks(request: pytest.FixtureRequest, rank_forks: Forks) -> Iterator[None]:
     """Other ranks import nothing anew, but in the tests of how they are started."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.parent.name != "ranks":

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import select
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from kvferry.transfer.backends.nixl import NixlBackend
 from kvferry.transfer.backends.nixl_api import load_api
 from kvferry.wire.grants import RegionInfo
 
+from .peer_forks import PEERS
+
 LAYERS, BLOCKS = 4, 32
 SHAPE = [LAYERS, BLOCKS, 2, 3, 16, 64]  # pages of 24 KiB
 PAGE_BYTES = 2 * 3 * 16 * 64 * 4
@@ -38,10 +39,10 @@ class Peer:
 
     def __init__(self, name: str, agent: str) -> None:
         script = Path(__file__).parent / "backend_peer.py"
-        self.process = subprocess.Popen(
+        self.process = PEERS.Popen(
             [sys.executable, str(script), name, agent, json.dumps(SHAPE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=PEERS.PIPE,
+            stdout=PEERS.PIPE,
             text=True,
         )
         self.region = msgspec.msgpack.decode(bytes.fromhex(str(self.read()["region"])), type=RegionInfo)

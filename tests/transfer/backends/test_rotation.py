@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,8 @@ from kvferry.transfer.backends.choose import allows_own_copies
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.wire.grants import RegionInfo
 
+from .peer_forks import PEERS
+
 SHAPE = [4, 256, 2, 4, 16, 64]  # 32 MiB in pages of 32 KiB: more than sockets hold
 NUM_BYTES = 16 << 20  # of a page of ones, every second byte is zero
 _incarnations = itertools.count(900)
@@ -31,11 +32,11 @@ class Process:
 
     def __init__(self, name: str, worker: str) -> None:
         script = Path(__file__).parent / "backend_peer.py"
-        self.popen = subprocess.Popen(
+        self.popen = PEERS.Popen(
             [sys.executable, str(script), name, f"{worker}.{next(_incarnations)}.0.0", json.dumps(SHAPE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # UCX says that its peers are gone
+            stdin=PEERS.PIPE,
+            stdout=PEERS.PIPE,
+            stderr=PEERS.DEVNULL,  # UCX says that its peers are gone
             text=True,
             env={**os.environ, "UCX_TLS": "tcp", "OMP_NUM_THREADS": "1"},
         )
