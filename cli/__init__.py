@@ -18,9 +18,9 @@ from typing import Annotated, NoReturn, cast
 
 from .. import __version__
 from ..common.errors import ConfigError, KVFerryError
-from ..common.imports import kept_imports
+from ..common.imports import interruptible_imports, kept_imports
 
-with kept_imports():
+with kept_imports(), interruptible_imports():
     import typer
 
     from . import experts, inspection, keys, operate, serve, tools

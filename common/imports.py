@@ -1,8 +1,10 @@
-"""Imports without collections of garbage between them."""
+"""Imports without collections of garbage between them, and that an interrupt ends without a word."""
 
 from __future__ import annotations
 
 import gc
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,3 +18,26 @@ def kept_imports() -> Iterator[None]:
     finally:
         gc.freeze()  # nor need later collections go through it
         gc.enable()
+
+
+def ended_by_interrupts() -> None:
+    """Let an interrupt (Ctrl-C) end this process at once from here on, where Python would raise an exception.
+
+    For a process that is being started: whatever runs then would be told as a traceback, and where Python ignores
+    exceptions, as behind a fork, the interrupt would be lost. A handler that is set later is called as usual.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def interruptible_imports() -> Iterator[None]:
+    """Import within: an interrupt ends the process there instead of telling which module was being imported."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # whoever imports us looks after interrupts
+        return
+    ended_by_interrupts()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

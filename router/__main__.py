@@ -2,9 +2,10 @@
 
 import sys
 
-from ..common.imports import kept_imports
+from ..common.imports import ended_by_interrupts, kept_imports
 
 if __name__ == "__main__":
+    ended_by_interrupts()
     with kept_imports():
         from .process import main
     sys.exit(main())

@@ -326,6 +326,18 @@ def test_interrupt_while_it_starts_ends_serve_with_zero() -> None:
     assert process.returncode == 0
 
 
+def test_an_interrupt_while_the_command_is_being_imported_is_no_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "kvferry", "status"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "typer" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Traceback" not in said
+
+
 def test_keys_are_drawn_listed_and_revoked_by_whose_they_are(run: Run, tmp_path: Path) -> None:
     """The file holds hashes alone: a key is shown once, by the command that draws it."""
     file = tmp_path / "keys.yaml"

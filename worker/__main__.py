@@ -1,8 +1,9 @@
 """Run `python -m kvferry.worker`: a worker process, as a launcher starts it."""
 
-from ..common.imports import kept_imports
+from ..common.imports import ended_by_interrupts, kept_imports
 
 if __name__ == "__main__":
+    ended_by_interrupts()
     with kept_imports():
         from .process import exit_process, main
     exit_process(main())

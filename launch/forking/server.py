@@ -25,7 +25,7 @@ from typing import NamedTuple
 import msgspec
 from setproctitle import setproctitle
 
-from ...common.imports import kept_imports
+from ...common.imports import ended_by_interrupts, kept_imports
 from .messages import MAX_FDS, MAX_PACKET_BYTES, Ended, Refused, Report, Start, Started
 
 _STDERR = 2
@@ -143,6 +143,7 @@ def _run(job: _Job) -> None:
 
 
 def main() -> None:
+    ended_by_interrupts()  # children too, until they say otherwise
     asks = socket.socket(fileno=int(sys.argv[1]))
     os.set_inheritable(asks.fileno(), False)
     if (job := Server(asks, sys.argv[2:]).serve()) is not None:

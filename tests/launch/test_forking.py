@@ -106,6 +106,18 @@ async def test_a_child_gets_signals(forks: ForkServer, told: Told) -> None:
     assert await ended(process) == -signal.SIGKILL
 
 
+async def test_an_interrupt_ends_a_child_that_is_starting_and_says_nothing(
+    forks: ForkServer, told: Told, tmp_path: Path
+) -> None:
+    """It has no handler yet: as an exception the interrupt could be lost behind a fork, or be told as a traceback."""
+    with (tmp_path / "errors").open("wb") as errors:
+        process = await start(forks, told, "wait", stderr_fd=errors.fileno())
+    await told.facts()
+    process.send_signal(signal.SIGINT)
+    assert await ended(process) == -signal.SIGINT
+    assert (tmp_path / "errors").read_text() == ""
+
+
 async def test_children_go_on_without_their_server_and_the_next_start_brings_up_another(
     forks: ForkServer, told: Told
 ) -> None:
