@@ -9,7 +9,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -91,7 +91,7 @@ class FileStore:
 
     def get(self, file_id: str, owner: str) -> StoredFile:
         """Raises RequestError (404) for what is not there, or is somebody else's."""
-        stored = self._read(self._about(file_id)) if _ID.fullmatch(file_id) else None
+        stored = self.folder.record(self._about(file_id), StoredFile) if _ID.fullmatch(file_id) else None
         if stored is None or stored.owner != owner or stored.expires_at <= self._now_s():
             raise RequestError(f"there is no file {clip(file_id)}", param="id", code="file_not_found", status=404)
         return stored
@@ -102,8 +102,7 @@ class FileStore:
     def owned(self, owner: str, purpose: str | None = None) -> list[StoredFile]:
         """Return the owner's files, the newest first."""
         now_s = self._now_s()
-        found = [stored for path in self.folder.files.glob("*.json") if (stored := self._read(path)) is not None]
-        found = [each for each in found if each.owner == owner and each.expires_at > now_s]
+        found = [each for each in self._all() if each.owner == owner and each.expires_at > now_s]
         if purpose is not None:
             found = [each for each in found if each.purpose == purpose]
         return sorted(found, key=lambda each: (each.created_ns, each.id), reverse=True)
@@ -115,9 +114,8 @@ class FileStore:
     def sweep(self) -> None:
         """Delete what has expired, and bytes of which nothing is known."""
         now_s = self._now_s()
-        for path in list(self.folder.files.glob("*.json")):
-            stored = self._read(path)
-            if stored is not None and stored.expires_at <= now_s:
+        for stored in self._all():
+            if stored.expires_at <= now_s:
                 self._remove(stored.id)
         for path in list(self.folder.files.glob("*.data")):
             with contextlib.suppress(FileNotFoundError):
@@ -134,8 +132,5 @@ class FileStore:
     def _data(self, file_id: str) -> Path:
         return self.folder.files / f"{file_id}.data"
 
-    def _read(self, path: Path) -> StoredFile | None:
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=StoredFile)
-        except (FileNotFoundError, msgspec.DecodeError):
-            return None
+    def _all(self) -> Iterator[StoredFile]:
+        return self.folder.records(list(self.folder.files.glob("*.json")), StoredFile)

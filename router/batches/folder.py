@@ -17,14 +17,18 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 import structlog
 
 from ...common.errors import ConfigError, RequestError
 
 _PART_AGE_S = 3600.0  # what nobody has written to for so long was left by a router that was killed
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +42,7 @@ class DataFolder:
         self.max_bytes = max_bytes
         self.retention_s = retention_s
         self.num_incoming = 0  # bytes that are being uploaded through this router
+        self._unread: set[Path] = set()  # records of which a line in the log tells that nobody can read them
         try:
             for folder in (path, self.files, self.batches, self._parts):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,6 +76,33 @@ class DataFolder:
         part.replace(target)
         if lasts:
             sync_folder(target.parent)
+
+    def record(self, path: Path, kind: type[T]) -> T | None:
+        """Return what a record says; None where there is none, or what is there is none. Raises OSError."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self._tell_unread(path, str(error))
+            return None
+
+    def records(self, paths: Iterable[Path], kind: type[T]) -> Iterator[T]:
+        """Yield the records that can be read: one that cannot be hides no other."""
+        for path in paths:
+            try:
+                record = self.record(path, kind)
+            except OSError as error:
+                self._tell_unread(path, error.strerror or str(error))
+                continue
+            if record is not None:
+                yield record
+
+    def _tell_unread(self, path: Path, why: str) -> None:
+        """Tell once: it is looked at again every second."""
+        if path not in self._unread:
+            self._unread.add(path)
+            log.error("record_unreadable", path=str(path), error=why)
 
     def num_bytes(self) -> int:
         """Return what everything that is whole takes. A file with two names counts once."""

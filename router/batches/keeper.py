@@ -71,7 +71,7 @@ class Keeper:
                 if self._now_s() >= sweep_s:
                     sweep_s = self._now_s() + SWEEP_S
                     await asyncio.to_thread(self._sweep)
-            except OSError:
+            except Exception:  # whatever it is, batches are looked at again: nobody else would
                 log.exception("batches_folder_failed")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
@@ -79,13 +79,14 @@ class Keeper:
             self._news.clear()
 
     async def _look(self) -> None:
-        store = self._deps.store
-        for record in await asyncio.to_thread(store.unended):
-            running = self._running.get(record.id)
-            if running is None:
-                running = await self._begin(record)
-            if running is not None:
-                await self._check(running.run)
+        for record in await asyncio.to_thread(self._deps.store.unended):
+            try:
+                running = self._running.get(record.id) or await self._begin(record)
+                if running is not None:
+                    await self._check(running.run)
+            except OSError:  # of this batch's own folder: others go on
+                log.exception("batch_unreachable", batch_id=record.id)
+                self._not_before_s[record.id] = self._now_s() + RETRY_S
 
     async def _begin(self, record: BatchRecord) -> _Running | None:
         if len(self._running) >= MAX_RUNS or self._now_s() < self._not_before_s.get(record.id, 0.0):

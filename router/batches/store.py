@@ -74,11 +74,7 @@ class BatchStore:
         self.folder.write(self.path(record.id) / "batch.json", msgspec.json.encode(record), lasts=lasts)
 
     def read(self, batch_id: str) -> BatchRecord | None:
-        try:
-            data = (self.path(batch_id) / "batch.json").read_bytes()
-            return msgspec.json.decode(data, type=BatchRecord)
-        except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
-            return None
+        return self.folder.record(self.path(batch_id) / "batch.json", BatchRecord)
 
     def get(self, batch_id: str, owner: str) -> BatchRecord:
         """Raises RequestError (404) for what is not there, or is somebody else's."""
@@ -103,14 +99,12 @@ class BatchStore:
         return sum(record.owner == owner for record in self.unended())
 
     def _all(self, skip: set[str] | None = None) -> Iterator[BatchRecord]:
-        for path in list(self.folder.batches.iterdir()):
-            if skip and path.name in skip:
-                continue
-            record = self.read(path.name) if _ID.fullmatch(path.name) else None
-            if record is not None:
-                if record.has_ended:
-                    self._ended.add(record.id)
-                yield record
+        names = [path.name for path in self.folder.batches.iterdir()]
+        wanted = [name for name in names if _ID.fullmatch(name) and not (skip and name in skip)]
+        for record in self.folder.records([self.path(name) / "batch.json" for name in wanted], BatchRecord):
+            if record.has_ended:
+                self._ended.add(record.id)
+            yield record
 
     # --- who runs it ----------------------------------------------------------------------------------------
 
@@ -158,7 +152,7 @@ class BatchStore:
         """Delete batches that ended long ago, and what was never created."""
         oldest_s = self._now_s() - self.folder.retention_s
         for record in list(self._all()):
-            if record.has_ended and record.stamps[record.status] < oldest_s:
+            if record.has_ended and record.stamps.get(record.status, record.created_at) < oldest_s:
                 shutil.rmtree(self.path(record.id), ignore_errors=True)
                 self._ended.discard(record.id)
         for path in list(self.folder.batches.glob(f"{_NEW}*")):

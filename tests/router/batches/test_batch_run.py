@@ -305,6 +305,15 @@ def test_what_is_old_is_deleted(tmp_path: Path) -> None:
     deps.store.sweep()
     deps.files.sweep()
     assert not deps.store.owned("o") and not folder.num_bytes()
+    # Somebody's hand was in this one: it is as old as its beginning.
+    record.stamps, record.created_at = {}, int(now[0])
+    deps.store.path(record.id).mkdir()
+    deps.store.save(record)
+    deps.store.sweep()
+    assert deps.store.owned("o")
+    now[0] += folder.retention_s + 1
+    deps.store.sweep()
+    assert not deps.store.owned("o")
 
 
 def test_states_follow_their_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,53 @@ async def _failed(client: openai.AsyncOpenAI, data: bytes) -> list[tuple[Any, ..
     assert batch.status == "failed" and batch.failed_at is not None and batch.errors is not None
     assert batch.errors.data is not None
     return [(each.line, each.code, each.param) for each in batch.errors.data]
+
+
+def _spoil(path: Path, kind: str) -> None:
+    """Leave something in a record's place that nobody can read, as a disk or somebody's hand may."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "link to itself":
+            path.symlink_to(path.name)
+        case "no text":
+            path.write_bytes(b'{"id": "\xff"}')
+        case "no record":
+            path.write_bytes(b"{}")
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to itself", "no text", "no record"])
+async def test_what_cannot_be_read_holds_up_no_other_batch_and_no_other_file(tmp_path: Path, kind: str) -> None:
+    _spoil(tmp_path / "batches" / f"batch_{'0' * 32}" / "batch.json", kind)
+    _spoil(tmp_path / "files" / f"file-{'0' * 24}.json", kind)
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a")), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        batch = await until_ended(client, batch.id)
+        assert batch.status == "completed"
+        assert [each.id async for each in client.batches.list()] == [batch.id]
+        assert {each.id async for each in client.files.list()} == {uploaded.id, batch.output_file_id}
+
+
+async def test_a_batch_whose_lock_cannot_be_taken_holds_up_no_other(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a")), purpose="batch")
+        call: dict[str, Any] = {
+            "input_file_id": uploaded.id,
+            "endpoint": "/v1/completions",
+            "completion_window": "24h",
+        }
+        done = await until_ended(client, (await client.batches.create(**call)).id)
+        record = json.loads((tmp_path / "batches" / done.id / "batch.json").read_bytes())
+        stuck = tmp_path / "batches" / f"batch_{'0' * 32}"
+        (stuck / "lock").mkdir(parents=True)
+        record |= {"id": stuck.name, "status": "in_progress", "created_ns": 0}
+        (stuck / "batch.json").write_text(json.dumps(record))
+        later = await client.batches.create(**call)
+        assert (await until_ended(client, later.id)).status == "completed"
 
 
 async def test_an_input_may_be_written_on_windows(tmp_path: Path) -> None:
