@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ..common.config import Checksum, Settings, TransferName
 from .option import ALL, ENGINES, ROUTER, SERVE, WORKERS, Option
-from .values import Port, Texts
+from .values import Host, Port, Texts
 
 
 class ClusterSettings(Settings):
@@ -31,11 +31,11 @@ class ClusterSettings(Settings):
         bool,
         Option("Cluster", "Do without a secret: every process of this machine may join.", ROUTER + WORKERS),
     ] = False
-    control_host: Annotated[str, Option("Cluster", "Address of the socket for workers.", ROUTER)] = "127.0.0.1"
+    control_host: Annotated[Host, Option("Cluster", "Address of the socket for workers.", ROUTER)] = "127.0.0.1"
     control_port: Annotated[Port, Option("Cluster", "Port of that socket.", ROUTER)] = 7001
     router: Annotated[Texts, Option("Cluster", "host:port of a router's control socket; repeatable.", WORKERS)] = ()
     handoff_host: Annotated[
-        str, Option("Cluster", "Address of this worker for other workers.", WORKERS, flag="host")
+        Host, Option("Cluster", "Address of this worker for other workers.", WORKERS, flag="host")
     ] = "127.0.0.1"
     handoff_port: Annotated[Port, Option("Cluster", "Port of it; 0: any free one.", WORKERS, flag="port")] = 0
     worker_id: Annotated[

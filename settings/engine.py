@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from ..common.config import Attention, CpuIsa, Device, ExpertExchange, KVCacheDtype, Settings, SpeculativeConfig
 from .option import ALL, ENGINES, SERVE, Option
-from .values import Count, Share, parse_number, parse_object
+from .values import Count, NumThreads, Share, parse_number, parse_object
 
 
 class EngineSettings(Settings):
@@ -105,7 +105,7 @@ class EngineSettings(Settings):
         bool, Option("Engine", "No CUDA graphs: decode steps launch every kernel from Python.", ENGINES)
     ] = False
     num_threads: Annotated[
-        Count | None,
+        NumThreads | None,
         Option(
             "Engine", "CPU threads of a rank. Default: its part of the cores, and the cores of idle workers.", ENGINES
         ),

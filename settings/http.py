@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field
 
 from ..common.config import Settings, UnknownFields
 from .option import ALL, FRONTS, SERVE, Option
-from .values import Count, Port, Texts, check_origins
+from .values import Count, Host, NumRouters, Port, Texts, check_origins
 
 
 class HttpSettings(Settings):
     """The listeners."""
 
-    host: Annotated[str, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"
+    host: Annotated[Host, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"
     port: Annotated[Port, Option("HTTP", "Port of the API; 0: any free one.", FRONTS)] = 8000
     api_key_file: Annotated[
         Path | None,
@@ -58,12 +58,12 @@ class HttpSettings(Settings):
     admin_port: Annotated[
         Port | None, Option("HTTP", "Port of the admin listener; 0: any free one. Default: none.", FRONTS)
     ] = None
-    admin_host: Annotated[str, Option("HTTP", "Address of the admin listener.", FRONTS)] = "127.0.0.1"
+    admin_host: Annotated[Host, Option("HTTP", "Address of the admin listener.", FRONTS)] = "127.0.0.1"
     admin_key_file: Annotated[
         Path | None, Option("HTTP", "File of keys of the admin listener; read again on a reload.", FRONTS)
     ] = None
     admin_key: Annotated[Texts, Option("HTTP", "Key of the admin listener; repeatable.", FRONTS)] = ()
-    routers: Annotated[PositiveInt, Option("HTTP", "Router processes behind the one address.", SERVE)] = 1
+    routers: Annotated[NumRouters, Option("HTTP", "Router processes behind the one address.", SERVE)] = 1
     drain_timeout: Annotated[
         Annotated[float, Field(ge=0, le=86400)],
         Option("HTTP", "Seconds that running answers get after SIGTERM.", ALL),

@@ -15,7 +15,7 @@ from ..common.config import (
     ToolParserName,
 )
 from .option import ALL, ENGINES, FRONTS, Option
-from .values import Count, WeightsForms
+from .values import Count, Name, WeightsForms
 
 
 class ModelSettings(Settings):
@@ -28,7 +28,7 @@ class ModelSettings(Settings):
         ),
     ] = None
     revision: Annotated[str | None, Option("Model", "Branch, tag or commit on the hub.", ALL)] = None
-    served_model_name: Annotated[str | None, Option("Model", "The model's name in the API.", ALL)] = None
+    served_model_name: Annotated[Name | None, Option("Model", "The model's name in the API.", ALL)] = None
     max_model_len: Annotated[
         Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
     ] = None

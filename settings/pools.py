@@ -9,15 +9,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from ..common.config import Attention, AutoscaleMode, ExpertExchange, QuantizationName, Settings
 from .option import FRONTS, SERVE, Option
-from .values import Count, Share, Texts, check_windows, on_or_off, parse_number
+from .values import Count, NumThreads, NumWorkers, Share, Texts, check_windows, on_or_off, parse_number
 
 
 class PoolSettings(Settings):
     """One pool: how many workers, and what they do not share with the other pool."""
 
-    workers: Annotated[int, Field(ge=0)] = 1
-    min_workers: Annotated[int, Field(ge=0)] | None = None  # None: 1, or 0 for a pool that starts with none
-    max_workers: Annotated[int, Field(ge=0)] | None = None  # None: what the pools start with, however they share it
+    workers: NumWorkers = 1
+    min_workers: NumWorkers | None = None  # None: 1, or 0 for a pool that starts with none
+    max_workers: NumWorkers | None = None  # None: what the pools start with, however they share it
     tensor_parallel_size: PositiveInt | None = None
     enable_expert_parallel: bool | None = None
     expert_plan: Path | None = None
@@ -29,7 +29,7 @@ class PoolSettings(Settings):
     kv_cache_memory_bytes: Count | None = None
     enable_prefix_caching: bool | None = None
     attention_backend: Attention | None = None
-    num_threads: Count | None = None
+    num_threads: NumThreads | None = None
 
     def overrides(self) -> dict[str, object]:
         return self.model_dump(exclude_none=True, exclude={"workers", "min_workers", "max_workers"})
@@ -52,9 +52,7 @@ class PoolsSettings(Settings):
         Annotated[AutoscaleMode, BeforeValidator(on_or_off)],
         Option("Pools", "Let pools grow, shrink and lend each other workers; advise: only say so.", FRONTS),
     ] = "off"
-    spare_workers: Annotated[
-        Annotated[int, Field(ge=0)], Option("Pools", "Ready workers beyond what the load needs.", FRONTS)
-    ] = 0
+    spare_workers: Annotated[NumWorkers, Option("Pools", "Ready workers beyond what the load needs.", FRONTS)] = 0
     scale_schedule: Annotated[
         Annotated[Texts, AfterValidator(check_windows)],
         Option("Pools", "Other bounds at a time: 'mon-fri 08:00-18:00 prefill>=4 decode>=2'; repeatable.", FRONTS),

@@ -86,6 +86,23 @@ def check_windows(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def check_host(text: str) -> str:
+    """Refuse what no address and no name can be: to look it up would fail with something else than an OSError."""
+    try:
+        is_name = bool(text.encode("idna")) and text.isprintable() and not any(map(str.isspace, text))
+    except UnicodeError:  # a label of it is empty, too long or spelled so that no name has it
+        is_name = False
+    if not is_name:
+        raise ValueError("must be an address or a name of a host")
+    return text
+
+
+def check_name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
 def check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
@@ -131,6 +148,12 @@ def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
+# More than any one machine or cluster has, so that a slip of the finger is told and not planned for.
+NumThreads = Annotated[PositiveInt, Field(le=4096), BeforeValidator(parse_number)]
+NumRouters = Annotated[PositiveInt, Field(le=1000)]
+NumWorkers = Annotated[int, Field(ge=0, le=10_000)]
+Host = Annotated[str, AfterValidator(check_host)]
+Name = Annotated[str, AfterValidator(check_name)]
 Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Adapters = Annotated[tuple[str, ...], BeforeValidator(_adapters), AfterValidator(check_adapters)]

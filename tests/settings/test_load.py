@@ -135,6 +135,14 @@ MISTAKES = [
         "policy: slow",
         ":1: policy: must be 'slo', 'least_loaded', 'kv_cost' or 'round_robin', not 'slow'; did you mean slo?",
     ),
+    ("decode: 99999999999999999999999", ":1: decode.workers: must be less than or equal to 10000"),
+    ("prefill:\n  max_workers: 1000000", ":2: prefill.max_workers: must be less than or equal to 10000"),
+    ("routers: 1000000", ":1: routers: must be less than or equal to 1000"),
+    ("num_threads: 99999999999999999999999", ":1: num_threads: must be less than or equal to 4096"),
+    ("host: ../x", ":1: host: must be an address or a name of a host, not '../x'"),
+    ("admin_host: ''", ":1: admin_host: must be an address or a name of a host, not ''"),
+    ('control_host: "a\\0b"', ":1: control_host: must be an address or a name of a host"),
+    ("served_model_name: ' '", ":1: served_model_name: must not be blank, not ' '"),
     ("launcher: kubernetes", ":1: launcher: must be 'local' or 'ray', not 'kubernetes'"),
 ]
 
