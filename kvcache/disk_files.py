@@ -106,20 +106,25 @@ def open_file(config: EngineConfig, fingerprint: str, *, slot_bytes: int, rank: 
 
 
 def _private_directory(directory: Path) -> Path:
-    """Make the directory, or check that nobody else may look into it: it holds what users wrote."""
+    """Make the directory, or check that it is ours alone: it holds what users wrote."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = directory.stat()
-        if info.st_uid != os.geteuid():
-            raise ConfigError(f"disk_cache_dir: {directory} belongs to user {info.st_uid}, not to us ({os.geteuid()})")
-        if stat.S_IMODE(info.st_mode) & 0o077:
-            raise ConfigError(
-                f"disk_cache_dir: others may look into {directory} (mode {stat.S_IMODE(info.st_mode):o}): chmod 700 "
-                "it, or name a directory that does not exist yet"
-            )
+        check_private(directory)
     except OSError as error:
         raise ConfigError(f"disk_cache_dir: cannot use {directory}: {error.strerror}") from error
     return directory
+
+
+def check_private(directory: Path) -> None:
+    """Refuse a directory that is another user's, or that others may look into. Raises ConfigError and OSError."""
+    info = directory.stat()
+    if info.st_uid != os.geteuid():
+        raise ConfigError(f"disk_cache_dir: {directory} belongs to user {info.st_uid}, not to us ({os.geteuid()})")
+    if stat.S_IMODE(info.st_mode) & 0o077:
+        raise ConfigError(
+            f"disk_cache_dir: others may look into {directory} (mode {stat.S_IMODE(info.st_mode):o}): chmod 700 "
+            "it, or name a directory that does not exist yet"
+        )
 
 
 def _lock_one(directory: Path, name: str) -> int:

@@ -136,6 +136,10 @@ class Preflight:
         for name, given in (("disk_cache_dir", settings.disk_cache_dir), ("data_dir", settings.data_dir)):
             if (folder := absolute(given)) is not None:
                 _check_folder(name, folder)
+        if (folder := absolute(settings.disk_cache_dir)) is not None and folder.exists():
+            from ..kvcache.disk_files import check_private
+
+            check_private(folder)
         return "pid file, caches and data can be written"
 
     # --- of the model ---------------------------------------------------------------------------------------------

@@ -270,6 +270,14 @@ def disk_cache_in_a_file(site: Site) -> Words:
     return ["--disk-cache-dir", site.file("file", "") + "/cache"]
 
 
+@case("disk_cache_dir: others may look into .*chmod 700")
+def disk_cache_that_others_may_read(site: Site) -> Words:
+    folder = site.folder / "cache"
+    folder.mkdir()
+    folder.chmod(0o755)
+    return ["--disk-cache-dir", str(folder)]
+
+
 @case("data_dir: .* cannot be made or written to")
 def data_in_a_file(site: Site) -> Words:
     return ["--data-dir", site.file("file", "") + "/data"]
