@@ -76,13 +76,17 @@ class Drafts:
     # and drafts cost nothing to make.
     model_share: float = 0.0
 
-    @property
-    def config(self) -> SpeculativeConfig:
-        """Return what workers are told. Raises ConfigError."""
+    def check(self) -> None:
+        """Raise ConfigError for what is no share."""
         if not 0 < self.acceptance <= 1:
             raise ConfigError(f"draft_acceptance = {self.acceptance:g} is no share: more than 0, and 1 at most")
         if not 0 <= self.model_share < 1:
             raise ConfigError(f"draft_model_share = {self.model_share:g}: a draft model takes less than the model does")
+
+    @property
+    def config(self) -> SpeculativeConfig:
+        """Return what workers are told. Raises ConfigError."""
+        self.check()
         method, model = ("draft_model", Path(".")) if self.model_share else ("ngram", None)
         try:
             return SpeculativeConfig(method=method, model=model, num_speculative_tokens=self.num_tokens)

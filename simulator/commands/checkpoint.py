@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from ...common.config import Dtype, EngineConfig, ExpertExchange, KVCacheDtype, QuantizationName
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
-from ...models.experts import check_exchange
+from ...models.experts import check_exchange, expert_plan
 from ...models.files import resolve_config
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
@@ -43,6 +43,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
     check_exchange(engine)
+    expert_plan(engine, model.experts, model.sparse_layers)  # a file that is named is read, whether it matters or not
     return model, engine, gpu
 
 

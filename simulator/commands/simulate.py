@@ -86,12 +86,23 @@ def _run(policy: str, options: argparse.Namespace) -> Run:
         scenario = replace(scenario, router=replace(scenario.router, policy="least_loaded"))
     else:
         scenario = replace(scenario, router=replace(scenario.router, policy=policy))
+    _check_failures(policy, scenario)
     if not options.capacity:
         return policy, scenario, simulate(scenario)
     found = capacity(scenario, share=options.share, start_per_s=options.rate)
     if found.outcome is None:
         raise KVFerryError(f"{policy}: at no rate down to {found.tried[-1][0]:.3g}/s is {options.share:.0%} good")
     return f"{policy} at {found.rate_per_s:.2f}/s", at_rate(scenario, found.rate_per_s), found.outcome
+
+
+def _check_failures(policy: str, scenario: Scenario) -> None:
+    """Refuse to kill a worker that is never there. An autoscaler may start any."""
+    counts = {"prefill": scenario.fleet.prefill, "decode": scenario.fleet.decode}
+    for failure in scenario.failures:
+        role, _, number = failure.worker.partition("-")
+        if scenario.scaled is None and (int(number) >= counts[role] or number != str(int(number))):
+            known = ", ".join(f"{role}-0 to {role}-{count - 1}" for role, count in counts.items() if count)
+            raise ConfigError(f"fail: {policy} has no worker {failure.worker}: it has {known}")
 
 
 def scenario_of(options: argparse.Namespace) -> Scenario:
@@ -130,6 +141,7 @@ def _fleet(options: argparse.Namespace, traffic: Traffic) -> Fleet:
     drafts = None
     if options.draft_acceptance is not None:
         drafts = Drafts(options.draft_acceptance, options.num_speculative_tokens, options.draft_model_share)
+        drafts.check()  # before room is divided by it
     return replace(
         worker,
         prefill=options.prefill,
@@ -169,6 +181,8 @@ def _scaled(options: argparse.Namespace) -> Scaled | None:
     if options.autoscale is None:
         return None
     most = options.autoscale
+    if most < options.prefill + options.decode:
+        raise ConfigError(f"autoscale: at most {most}, but --prefill and --decode begin with more")
     pool = PoolBounds(at_least=1, at_most=most)
     config = AutoscaleConfig(
         mode="on", prefill=pool, decode=pool, max_workers=most, spare_workers=options.spare_workers

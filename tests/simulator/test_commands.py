@@ -58,6 +58,31 @@ def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
     assert f"argument {flag}: {text!r} is not {form}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fail", "prefill-99@1"], "fail: slo has no worker prefill-99: it has prefill-0 to prefill-"),
+        (["--fail", "decode-00@1"], "fail: slo has no worker decode-00: it has"),
+        (
+            ["--fail", "prefill-0@1", "--policy", "colocated"],
+            "fail: colocated has no worker prefill-0: it has decode-0 to decode-",
+        ),
+        (
+            ["--draft-acceptance", "0.5", "--draft-model-share", "-1"],
+            "draft_model_share = -1: a draft model takes",
+        ),
+        (["--draft-acceptance", "0.5", "--draft-model-share", "nan"], "draft_model_share = nan: a draft model takes"),
+        (["--draft-acceptance", "2"], "draft_acceptance = 2 is no share"),
+        (["--autoscale", "1"], "autoscale: at most 1, but --prefill and --decode begin with more"),
+    ],
+)
+def test_what_would_change_nothing_or_cannot_be_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--policy", "slo", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_highest_good_rate_is_searched(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--capacity", "--policy", "least_loaded"]) == 0
     assert "least_loaded at " in capsys.readouterr().out

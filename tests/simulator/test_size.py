@@ -71,6 +71,10 @@ def test_nothing_is_priced_that_has_no_price(model: str, capsys: pytest.CaptureF
         (["--gpu", "H100", "--context", "999999"], "context: 999,999 tokens are more than the model's 131,072"),
         (["--gpu", "H100", "--tensor-parallel-size", "3"], "tensor_parallel_size = 3 does not divide"),
         (["--gpu", "H100", "--memory-gb", "18"], "LlamaForCausalLM has 16 GB of weights; 1 x H100 have 18 GB"),
+        (
+            ["--gpu", "H100", "--expert-plan", "/nowhere"],
+            "expert_plan: needs a mixture of experts, and enable_",
+        ),
         (["--gpu", "H100", "--quantization", "awq"], "quantization = awq: the checkpoint's config.json has no such"),
     ],
 )

@@ -59,6 +59,7 @@ def _run(options: Options, argv: Sequence[str]) -> BenchReport:
 
 async def run_bench(options: Options, argv: Sequence[str]) -> BenchReport:
     """One whole run against a server that is up."""
+    _trace_of(options)  # what is wrong with a file is told before anybody is asked
     endpoint = Endpoint(
         options.base_url,
         model=options.model or "",
@@ -141,10 +142,16 @@ def plan_requests(options: Options) -> Iterator[PlannedRequest]:
 
 
 def _rows(options: Options) -> Iterator[TraceRow]:
-    if options.trace is not None:
-        yield from read_trace(options.trace, length_scale=options.trace_scale, rate_scale=options.trace_rate_scale)
+    if (trace := _trace_of(options)) is not None:
+        yield from trace
     else:
         yield from itertools.repeat(TraceRow(0.0, options.input_len, options.output_len))
+
+
+def _trace_of(options: Options) -> Sequence[TraceRow] | None:
+    if options.trace is None:
+        return None
+    return read_trace(options.trace, length_scale=options.trace_scale, rate_scale=options.trace_rate_scale)
 
 
 def _prompt_source(options: Options, seed: int) -> PromptSource:

@@ -163,6 +163,17 @@ async def test_trace_is_replayed_with_its_lengths_and_times(tmp_path: Path) -> N
     assert report.workload == "lengths of trace.jsonl times 0.5"
 
 
+async def test_what_is_wrong_with_a_trace_is_told_before_anybody_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(TRACE + "{\n")
+    async with scripted_server(serve_well) as server:
+        assert await bench(server, "--trace", str(path)) == 2
+        assert not server.requests
+    assert f"--trace {path}, line 3" in capsys.readouterr().err
+
+
 def test_trace_can_give_lengths_alone(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(TRACE)
