@@ -71,8 +71,9 @@ def _line(error: Exception) -> str:
     if not isinstance(error, _USAGE_ERROR):
         return str(error)
     context = getattr(error, "ctx", None)
-    hint = f" (kvferry {' '.join(context.command_path.split()[1:])} --help)" if context is not None else ""
-    return f"{error.format_message()}{hint}"  # type: ignore[attr-defined]
+    hint = f" ({context.command_path} --help)" if context is not None else ""
+    message = error.format_message().strip() or "which command?"  # type: ignore[attr-defined]  # blank: help was shown
+    return f"{message}{hint}"
 
 
 def _show_version(wanted: bool) -> None:

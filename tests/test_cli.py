@@ -106,6 +106,13 @@ def test_each_command_has_help(run: Run, command: str) -> None:
     assert "--help" in result.stdout
 
 
+@pytest.mark.parametrize("command", [(), ("keys",), ("config",), ("experts",)])
+def test_where_a_command_is_missing_the_help_says_which_there_are(run: Run, command: tuple[str, ...]) -> None:
+    result = run(*command)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"kvferry: which command? ({' '.join(['kvferry', *command])} --help)"
+
+
 def test_layout_says_what_there_is_no_cpp_for(run: Run, tmp_path: Path) -> None:
     write_deepseek(tmp_path, tokenizer=True)
     arguments = ("--port", "0", "--device", "cpu", "--dtype", "bfloat16")
