@@ -32,7 +32,9 @@ class TextOptions:
     keep_tokens: bool = False  # logprobs or token ids were asked for
     shown_tokens: frozenset[str] = frozenset()  # special tokens that are text nevertheless
     reasoning: Literal["", "outside", "inside"] = ""  # where a text begins whose tokens of reasoning are counted
-    one_call: Callable[[], TurnReader] | None = None  # makes the reader of a text that ends with its first call
+    # Makes the reader of a text that may call: no stop string counts that stands in a call, for it would cut arguments.
+    calls: Callable[[], TurnReader] | None = None
+    has_one_call: bool = False  # the text ends with its first call
 
 
 @dataclass(slots=True)
@@ -61,15 +63,16 @@ class ChoiceText:
     """The state of one choice. After `finish` is set it takes nothing more."""
 
     __slots__ = (
+        "_calls",
         "_detokenizer",
         "_length",
         "_offsets",
-        "_one_call",
         "_options",
         "_reasoning",
         "_stop_reason",
         "_stops",
         "_tokens",
+        "_unclear",
         "finish",
         "is_plain",
         "num_tokens",
@@ -80,10 +83,11 @@ class ChoiceText:
         self._options = options
         self._stops = StopMatcher(options.stops, include_stop=options.include_stop) if options.stops else None
         self._reasoning = ReasoningCount(begins_inside=options.reasoning == "inside") if options.reasoning else None
-        self._one_call = options.one_call() if options.one_call is not None else None
+        self._calls = options.calls() if options.calls is not None else None
         self.is_plain = options.max_tokens != 0 and not (
-            options.stops or options.keep_tokens or options.reasoning or options.one_call
+            options.stops or options.keep_tokens or options.reasoning or options.calls
         )
+        self._unclear = ""  # a call's beginning or none, in which stop strings would count
         self._tokens: list[SampledToken] = []  # not reported yet, as are their offsets
         self._offsets: list[int] = []
         self._length = 0  # characters made so far, held ones included
@@ -133,13 +137,29 @@ class ChoiceText:
                 if self._reasoning is not None:
                     self._reasoning.push(text, self.num_tokens)
                 shown += self._show(text)
-                if self._one_call is not None and self._one_call.push(text).ends_call:
-                    self.finish = self.finish or FinishReason.STOP
             if self.finish is not None:
                 return shown
         if finish is not None:
             shown += self._end(finish)
         return shown
+
+    def _read_call(self, text: str, *, is_final: bool = False) -> str:
+        """Return what of `text` may be seen now, of a text that may call: no stop string counts in a call."""
+        assert self._calls is not None
+        self._length += len(text)
+        was_in_call = self._calls.is_in_call
+        ends_call = self._calls.push(text).ends_call
+        text = self._unclear + text
+        self._unclear = ""
+        if self._stops is not None and (was_in_call or self._calls.is_in_call):
+            text = self._stops.release() + text
+        elif self._stops is not None and self._calls.is_unclear and not is_final:
+            self._unclear, text = text, ""
+        else:
+            text = self._cut(text)
+        if ends_call and self._options.has_one_call:
+            self.finish = self.finish or FinishReason.STOP
+        return text
 
     def _hides_last(self, tokens: Sequence[SampledToken], finish: str | None) -> bool:
         """The token that made the worker stop (end of sequence, a stop token) is counted and reported, not shown."""
@@ -149,9 +169,14 @@ class ChoiceText:
             self._stop_reason = tokens[-1].token_id
         return not self._options.include_stop
 
-    def _show(self, text: str) -> str:
+    def _show(self, text: str, *, is_final: bool = False) -> str:
         """Return what of `text` may be seen now, and end the choice where a stop string is complete."""
+        if self._calls is not None:
+            return self._read_call(text, is_final=is_final)
         self._length += len(text)
+        return self._cut(text)
+
+    def _cut(self, text: str) -> str:
         if self._stops is None or self.num_tokens < self._options.min_tokens:
             return text
         shown = self._stops.push(text)
@@ -160,7 +185,7 @@ class ChoiceText:
         return shown
 
     def _end(self, finish: str) -> str:
-        shown = self._show(self._detokenizer.flush())
+        shown = self._show(self._detokenizer.flush(), is_final=True)
         if self.finish is not None:  # the last half character completed a stop string
             return shown
         self.finish = finish

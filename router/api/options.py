@@ -95,8 +95,11 @@ def turn_options(version: Version, body: ChatBody, chat: ChatPrompt, *, is_free:
 
 
 def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | None) -> TextOptions:
+    has_one_call = turns is not None and not turns.use.is_parallel
+    is_call = turns is not None and turns.use.is_forced  # and nothing else, from the first letter to the last
+    reads_calls = turns is not None and (has_one_call or (bool(body.stop) and bool(turns.use.tools)))
     return TextOptions(
-        stops=tuple(body.stop or ()),
+        stops=() if is_call else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         min_tokens=body.min_tokens or 0,
         max_tokens=max_tokens,
@@ -105,7 +108,8 @@ def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | Non
         keep_tokens=body.computed_logprobs is not None or bool(body.return_token_ids),
         shown_tokens=frozenset() if turns is None else turns.shown_tokens,
         reasoning="" if turns is None else turns.reasoning,
-        one_call=None if turns is None or turns.use.is_parallel else turns.reader,
+        calls=turns.reader if turns is not None and reads_calls else None,
+        has_one_call=has_one_call,
     )
 
 

@@ -40,6 +40,14 @@ class TurnReader:
     def is_plain(self) -> bool:
         return self.reasoning is None and self._calls is None
 
+    @property
+    def is_in_call(self) -> bool:
+        return self._calls is not None and self._calls.is_in_call
+
+    @property
+    def is_unclear(self) -> bool:
+        return self._calls is not None and self._calls.is_unclear
+
     def push(self, text: str, *, is_final: bool = False) -> TurnDelta:
         reasoning = ""
         if self.reasoning is not None:

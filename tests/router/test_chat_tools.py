@@ -95,6 +95,34 @@ async def test_a_stream_says_the_same_as_the_whole_answer() -> None:
     assert len(deltas) > 10  # as they are written
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("stop", ["a", '"', "}", "\n{", "name", "tool_call", "<"])
+async def test_a_stop_string_ends_what_is_said_and_cuts_no_call(stop: str, parallel: bool) -> None:
+    """A call's arguments are data: the client would get JSON without an end."""
+    call = {"name": "search", "arguments": '{"query": "a\\"b"}'}
+    choice = await _whole(_served(f"So:\n{CALL}"), stop=[stop], parallel_tool_calls=parallel)
+    assert [each["function"] for each in choice["message"]["tool_calls"]] == [call]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("So:", "tool_calls")
+    message, _ = await _streamed(_served(f"So:\n{CALL}"), stop=[stop], parallel_tool_calls=parallel)
+    assert [each["function"] for each in message["calls"].values()] == [call]
+
+
+async def test_a_stop_string_counts_before_and_behind_calls_and_in_what_only_begins_like_one() -> None:
+    for text, content in ((f"a.b\n{CALL}", "a"), (f"a{CALL}b.c", "ab"), ("a <tool_cal.l>", "a <tool_cal")):
+        choice = await _whole(_served(text), stop=["."])
+        assert (choice["message"]["content"], choice["stop_reason"]) == (content, ".")
+        message, _ = await _streamed(_served(text), stop=["."])
+        assert message["content"] == content
+
+
+async def test_calls_that_must_come_are_not_cut_by_a_stop_string() -> None:
+    text = '[{"name": "search", "arguments": {"query": "a"}}]'
+    served = serve(Script(text), model=ServedModel(MODEL, LONG, VOCAB_SIZE), grammars=Checker())
+    choice = await _whole(served, tool_choice="required", stop=["search", "a", "]"])
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "search", "arguments": '{"query": "a"}'}
+
+
 async def test_without_parallel_calls_the_first_one_is_told() -> None:
     served = _served(TWO_CALLS)
     answer = (await _post(served, parallel_tool_calls=False)).json()
