@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -20,6 +21,8 @@ from .rewriting import rewritten
 from .simplify import simplified
 from .source import source_of
 
+_EMBEDDED = re.compile(r"%json\s*+(?=\{)")  # a schema within a grammar
+_DECODER = json.JSONDecoder()
 _UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]*)"')
 # Of what the library quotes of a grammar, and of its words about it, clients are shown the beginning.
 _MAX_REASON_CHARS = 400
@@ -192,20 +195,41 @@ def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LL
 
 
 def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
-    """Yield schemas whose instances are instances of this one, the nearest to it first."""
-    if grammar.kind != "json_schema":
-        return
-    given: object = json.loads(grammar.text)
+    """Yield grammars whose schemas have instances of this one's alone, the nearest to it first."""
+    texts, given = _schemas_in(grammar)
+    is_dynamic = "$dynamicRef" in facts.paths or grammar.kind == "lark"
     before = grammar.text
-    for schema in (
-        simplified(given, is_dynamic="$dynamicRef" in facts.paths),
-        simplified(rewritten(given, splits_one_of=False), is_dynamic=True),
-        simplified(rewritten(given, splits_one_of=True), is_dynamic=True),
-    ):
-        text = json.dumps(schema, ensure_ascii=False).encode()
-        if schema is not False and text != before and len(text) <= MAX_GRAMMAR_BYTES:
-            yield Grammar("json_schema", text)
+    ways: tuple[Callable[[object], object], ...] = (
+        lambda schema: simplified(schema, is_dynamic=is_dynamic),
+        lambda schema: simplified(rewritten(schema, splits_one_of=False), is_dynamic=True),
+        lambda schema: simplified(rewritten(schema, splits_one_of=True), is_dynamic=True),
+    )
+    for say in ways:
+        schemas = [say(schema) for schema in given]
+        said = [json.dumps(schema, ensure_ascii=False) for schema in schemas]
+        text = "".join(chain.from_iterable(zip_longest(texts, said, fillvalue=""))).encode()
+        if False not in schemas and text != before and len(text) <= MAX_GRAMMAR_BYTES:
+            yield Grammar(grammar.kind, text)
         before = text
+
+
+def _schemas_in(grammar: Grammar) -> tuple[list[str], list[object]]:
+    """Return the schemas of a grammar, and the texts around them: one more, or none where there is no schema."""
+    text = grammar.text.decode()
+    if grammar.kind == "json_schema":
+        return ["", ""], [json.loads(text)]
+    texts, schemas, at = list[str](), list[object](), 0
+    for found in _EMBEDDED.finditer(text) if grammar.kind == "lark" else ():
+        if found.end() <= at:
+            continue  # it stands in a schema
+        try:
+            schema, end = _DECODER.raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            continue
+        texts.append(text[at : found.end()])
+        schemas.append(schema)
+        at = end
+    return [*texts, text[at:]], schemas
 
 
 def _refusal(reason: str, facts: SchemaFacts) -> RequestError:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ...common.clock import wall_time_s
+from ...common.errors import RequestError
 from ...common.grammar import CheckedGrammar, Grammar
 from ..catalogue.version import Version
+from ..helpers.grammar_checker import GrammarChecker
 from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
+from ..turns.json_text import dumps
 from ..turns.lazy import answering_grammar, free_grammar, is_guidable
 from .answer import Answer
 from .chat_turns import TurnOptions
@@ -52,7 +55,7 @@ async def forced_calls(version: Version, use: ToolUse) -> CheckedGrammar:
     assert grammar is not None
     if version.grammars is None:
         raise not_supported("tool_choice", ("auto", "none"))
-    return await version.grammars.check(grammar, "tools")
+    return await _checked_calls(version.grammars, grammar, use)
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,7 +87,19 @@ async def chat_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | N
     if grammar is None:
         return ChatGrammar(asked, asked is None, ("tools.strict",) if asked is None else ("tools",))
     assert version.grammars is not None
-    return ChatGrammar(await version.grammars.check(grammar, "tools"), is_free=asked is None)
+    return ChatGrammar(await _checked_calls(version.grammars, grammar, use), is_free=asked is None)
+
+
+async def _checked_calls(grammars: GrammarChecker, grammar: Grammar, use: ToolUse) -> CheckedGrammar:
+    """Return the grammar. Raises RequestError where calls cannot follow it, about the tool whose schema is why, if any."""
+    try:
+        return await grammars.check(grammar, "tools")
+    except RequestError:
+        for index, tool in enumerate(use.tools):
+            if use.name in (None, tool.name) if use.is_forced else tool.is_strict:
+                own = Grammar("json_schema", dumps(tool.parameters).encode("utf-8", "replace"))
+                await grammars.check(own, f"tools[{index}].function.parameters")
+        raise
 
 
 def turn_options(version: Version, body: ChatBody, chat: ChatPrompt, *, is_free: bool) -> TurnOptions:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvferry.common.errors import RequestError
 from kvferry.common.grammar import CheckedGrammar, Grammar
 from kvferry.router.catalogue.version import ServedModel
 
@@ -212,13 +213,16 @@ async def test_a_refusal_has_openais_shape(fields: dict[str, Any], param: str) -
 
 
 class Checker:
-    """Takes every grammar."""
+    """Takes every grammar without a certain word."""
 
-    def __init__(self) -> None:
+    def __init__(self, wrong: bytes = b"") -> None:
         self.checked: list[tuple[Grammar, str]] = []
+        self._wrong = wrong
 
     async def check(self, grammar: Grammar, param: str) -> CheckedGrammar:
         self.checked.append((grammar, param))
+        if self._wrong and self._wrong in grammar.text:
+            raise RequestError(f"'{param}' cannot be kept", param=f"{param}.here", code="unsupported_grammar")
         return CheckedGrammar(grammar, b"any")
 
     def close(self) -> None: ...
@@ -377,3 +381,22 @@ async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> 
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "suffix": "x"})).status_code == 400
     async with serve(Script("x")).client() as client:
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1})).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("strict", "choice", "wrong", "param"),
+    [
+        (True, "auto", b"uniqueItems", "tools[1].function.parameters.here"),
+        (False, "required", b"uniqueItems", "tools[1].function.parameters.here"),
+        (True, "auto", b'"const": "search"', "tools.here"),  # all of them together
+    ],
+)
+async def test_a_schema_that_cannot_be_kept_is_refused_by_the_tool_that_has_it(
+    strict: bool, choice: str, wrong: bytes, param: str
+) -> None:
+    other = {"name": "other", "strict": strict, "parameters": {"type": "object", "uniqueItems": True}}
+    served = serve(Script("x"), model=ServedModel(MODEL, LONG, VOCAB_SIZE), grammars=Checker(wrong))
+    body = {"messages": CHAT, "tools": [*TOOLS, {"type": "function", "function": other}], "tool_choice": choice}
+    async with served.client() as client:
+        response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param

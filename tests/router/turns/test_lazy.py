@@ -131,6 +131,28 @@ def test_references_stay_within_their_tool(vocabulary: Vocabulary) -> None:
         assert _takes(first.fork(), vocabulary, f"<tool_call>{call}</tool_call>") == wanted
 
 
+@pytest.mark.parametrize("dialect", ["hermes", "json"])
+def test_schemas_of_tools_are_put_in_other_words_as_those_of_answers_are(vocabulary: Vocabulary, dialect: str) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["point", "line"]}, "length": {"type": "integer"}},
+        "required": ["kind"],
+        "if": {"properties": {"kind": {"const": "line"}}},
+        "then": {"required": ["length"]},
+    }
+    tool = {"type": "function", "function": {"name": "draw", "strict": True, "parameters": parameters}}
+    use = parse_tool_use([tool, TOOLS[0]], "auto", None)
+    first = compile_grammar(vocabulary, free_grammar(use, Dialect(dialect), _no_special))
+    mark = ("<tool_call>", "</tool_call>") if dialect == "hermes" else ("", "")
+    for arguments, wanted in (
+        ({"kind": "point"}, True),
+        ({"kind": "line"}, False),
+        ({"kind": "line", "length": 3}, True),
+    ):
+        call = json.dumps({"name": "draw", "arguments": arguments})
+        assert _takes(first.fork(), vocabulary, call.join(mark)) == wanted
+
+
 def test_a_schema_that_cannot_be_kept_is_refused(vocabulary: Vocabulary) -> None:
     tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"uniqueItems": True}}}
     with pytest.raises(RequestError, match="uniqueItems"):
