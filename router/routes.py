@@ -50,7 +50,9 @@ class Routes:
         return await self._api.chat(request)
 
     async def responses(self, request: Request) -> Reply:
-        return await self._api.chat(request, ResponsesSurface(self._kept, context_of(request.scope).tenant))
+        context = context_of(request.scope)
+        surface = ResponsesSurface(self._kept, context.tenant, keeps=not context.is_background)
+        return await self._api.chat(request, surface)
 
     async def messages(self, request: Request) -> Reply:
         return await self._api.chat(request, MessagesSurface())

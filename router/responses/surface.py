@@ -19,16 +19,18 @@ class ResponsesSurface:
 
     id_prefix = "resp_"
 
-    def __init__(self, kept: KeptResponses, tenant: bytes) -> None:
+    def __init__(self, kept: KeptResponses, tenant: bytes, *, keeps: bool = True) -> None:
+        """`keeps`: the answer, unless the request says otherwise. A batch's many would drive others' out."""
         self._kept = kept
         self._tenant = tenant
+        self._keeps = keeps
         self._raw: Mapping[str, object] = {}
         self._messages: Sequence[Message] = ()  # without instructions, which hold for one call
         self._numbers = itertools.count()
         self.events = event_format(self._numbers)
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
-        self._raw = raw
+        self._raw = raw if self._keeps else {**raw, "store": False}
         previous = raw.get("previous_response_id")
         earlier = () if previous is None else self._kept.find(previous, self._tenant)
         body = chat_body(raw, ignored, earlier)

@@ -88,6 +88,20 @@ async def test_chats_and_responses_are_batched_too(tmp_path: Path) -> None:
             assert answer["response"]["status_code"] == 200
 
 
+async def test_a_batchs_responses_are_not_kept_beside_those_of_conversations(tmp_path: Path) -> None:
+    """Its thousands of lines would drive out what clients go on with in the same minute."""
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a", "/v1/responses", input="hi")), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/responses", completion_window="24h"
+        )
+        (answer,) = await answers(client, (await until_ended(client, batch.id)).output_file_id)
+        response = answer["response"]["body"]
+        assert response["status"] == "completed" and response["store"] is False
+        with pytest.raises(openai.NotFoundError, match="is not kept here"):
+            await client.responses.create(model="toy", input="more", previous_response_id=response["id"])
+
+
 async def _failed(client: openai.AsyncOpenAI, data: bytes) -> list[tuple[Any, ...]]:
     uploaded = await client.files.create(file=data, purpose="batch")
     batch = await client.batches.create(input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h")
