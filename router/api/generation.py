@@ -40,7 +40,7 @@ from .options import beside_grammar, chat_grammar, form_context, text_options, t
 from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
-from .surface import ChatSurface, OpenAISurface, Translation
+from .surface import ChatSurface, OpenAISurface, Translation, naming_fields
 
 _MAX_LOGGED_NAMES = 256  # clients make them up
 _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
@@ -146,14 +146,15 @@ class Api:
         """Answer a chat, in OpenAI's words or in those of another surface."""
         surface = surface or OpenAISurface()
         context = self.begin(request)
-        with self.body_room.held() as held:
+        with self.body_room.held() as held, naming_fields(surface.field_names):
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             context.marks["read"] = self.clock.now()
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
             chat, asked = await beside_grammar(prompts, version, body)
             follows = await chat_grammar(version, chat.use, asked)
         context.marks["tokenize"] = self.clock.now()
-        limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
+        with naming_fields(surface.field_names):
+            limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
         if ignored := (*chat.ignored, *follows.ignored):
             self._tell_ignored(context, ignored)
         turns = turn_options(version, body, chat, is_free=follows.is_free)
@@ -164,7 +165,7 @@ class Api:
 
     async def count_chat(self, request: Request, surface: ChatSurface) -> int:
         """Return how many tokens a chat's prompt has."""
-        with self.body_room.held() as held:
+        with self.body_room.held() as held, naming_fields(surface.field_names):
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             return len((await self.prompts.chat(version, body, held.num_bytes)).prompt.token_ids)
 

@@ -5,9 +5,12 @@ another body ─> chat_body ─> a chat's body ─> checked, admitted, answered 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from ...common.errors import RequestError
 from .chat import ChatForm
 from .chat_turns import ChatTurns
 from .events import OPENAI_EVENTS, EventFormat
@@ -19,8 +22,17 @@ from .schemas import ChatBody
 Translation = Callable[[dict[str, object], list[str] | None], dict[str, object]]
 
 
+# What the names of a chat's fields are in another body: a pattern, and what stands there.
+FieldNames = Sequence[tuple[re.Pattern[str], str]]
+
+
 class ChatSurface(Protocol):
     """One call's translator."""
+
+    @property
+    def field_names(self) -> FieldNames:
+        """The chat's fields that have other names in a body of this surface."""
+        ...
 
     @property
     def id_prefix(self) -> str:
@@ -42,6 +54,7 @@ class OpenAISurface:
 
     id_prefix = "chatcmpl-"
     events = OPENAI_EVENTS
+    field_names: FieldNames = ()
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         return raw
@@ -50,3 +63,23 @@ class OpenAISurface:
         last = chat.messages[-1]
         echoed = str(last["content"]) if body.echo and last["role"] == "assistant" else ""
         return ChatForm(context, turns, echoed=echoed)
+
+
+@contextlib.contextmanager
+def naming_fields(names: FieldNames) -> Iterator[None]:
+    """Have what is wrong with a chat's body told by the names that its client has given."""
+    try:
+        yield
+    except RequestError as error:
+        if not names:
+            raise
+        param = None if error.param is None else _renamed(error.param, names)
+        raise RequestError(
+            _renamed(str(error), names), param=param, code=error.code, status=error.status, kind=error.kind
+        ) from None
+
+
+def _renamed(text: str, names: FieldNames) -> str:
+    for pattern, own in names:
+        text = pattern.sub(own, text)
+    return text

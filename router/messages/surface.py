@@ -7,7 +7,7 @@ from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.schemas import ChatBody
 from .form import MESSAGE_EVENTS, MessageForm
-from .translate import chat_body
+from .translate import FIELD_NAMES, chat_body
 
 
 class MessagesSurface:
@@ -15,6 +15,7 @@ class MessagesSurface:
 
     id_prefix = "msg_"
     events = MESSAGE_EVENTS
+    field_names = FIELD_NAMES
 
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only

@@ -10,10 +10,12 @@ What is checked here is what has no counterpart; the chat's own checks follow.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from ...common.errors import RequestError
 from ..api.fields import not_supported, take_only, unknown_field
+from ..api.surface import FieldNames
 from ..api.values import MAX_STOP_CHARS, MAX_STOPS
 from ..state.errors import clip, shown
 
@@ -36,6 +38,14 @@ _KNOWN = frozenset(
         *(*_SAME, "messages", "system", "stop_sequences", "tools", "tool_choice", "metadata", "thinking"),
         *("output_config", "output_format"),
     }
+)
+FIELD_NAMES: FieldNames = (
+    (re.compile(r"\btools\[(\d+)\]\.function\.parameters\b"), r"tools[\1].input_schema"),
+    (re.compile(r"\btools\[(\d+)\]\.function\b"), r"tools[\1]"),
+    (re.compile(r"\btool_choice\.function\.name\b"), "tool_choice.name"),
+    (re.compile(r"\bresponse_format\.json_schema\.schema\b"), "output_config.format.schema"),
+    (re.compile(r"\bresponse_format\b"), "output_config.format"),
+    (re.compile(r"\breasoning_effort\b"), "output_config.effort"),
 )
 _THINKING = {"enabled": "medium", "adaptive": "medium", "disabled": "none"}  # as efforts
 

@@ -11,13 +11,14 @@ from ..api.prompts import ChatPrompt
 from ..api.schemas import ChatBody
 from .form import ResponseForm, event_format
 from .kept import KeptResponses
-from .translate import Message, chat_body
+from .translate import FIELD_NAMES, Message, chat_body
 
 
 class ResponsesSurface:
     """Translates one call."""
 
     id_prefix = "resp_"
+    field_names = FIELD_NAMES
 
     def __init__(self, kept: KeptResponses, tenant: bytes, *, keeps: bool = True) -> None:
         """`keeps`: the answer, unless the request says otherwise. A batch's many would drive others' out."""

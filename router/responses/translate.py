@@ -8,10 +8,13 @@ What is checked here is what has no counterpart; the chat's own checks follow.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from ...common.errors import RequestError
+from ..api.chat_messages import ROLES
 from ..api.fields import not_supported, unknown_field
+from ..api.surface import FieldNames
 from ..state.errors import clip, shown
 
 Message = dict[str, object]
@@ -45,6 +48,15 @@ _KNOWN = frozenset(
         *("text", "reasoning", "include", "previous_response_id"),
     }
 )
+FIELD_NAMES: FieldNames = (
+    (re.compile(r"\btools\[(\d+)\]\.function\b"), r"tools[\1]"),
+    (re.compile(r"\btool_choice\.function\.name\b"), "tool_choice.name"),
+    (re.compile(r"\bresponse_format(?:\.json_schema)?\b"), "text.format"),
+    (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
+    (re.compile(r"\bmax_tokens asks\b"), "max_output_tokens asks"),
+    (re.compile(r"'verbosity'"), "'text.verbosity'"),
+    (re.compile(r"^verbosity$"), "text.verbosity"),
+)
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -56,7 +68,9 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, earlier: Seq
     if instructions is not None and not isinstance(instructions, str):
         raise RequestError(f"instructions must be a string, got {shown(instructions)}", param="instructions")
     system: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-    body["messages"] = [*system, *earlier, *input_messages(raw.get("input"))]
+    body["messages"] = messages = [*system, *earlier, *input_messages(raw.get("input"))]
+    if not messages:
+        raise RequestError("input must not be empty", param="input")
     if (limit := raw.get("max_output_tokens")) is not None:
         body["max_completion_tokens"] = _limit(limit)
     if raw.get("tools"):
@@ -106,18 +120,23 @@ def _add_item(messages: list[Message], raw: object, where: str) -> None:
         raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
     match raw.get("type", "message"):
         case "message":
+            if (role := raw.get("role")) not in ROLES:
+                rule = f"must be one of {', '.join(ROLES)}"
+                raise RequestError(f"{where}.role {rule}, got {shown(role)}", param=f"{where}.role")
             text = _text(raw.get("content"), f"{where}.content")
-            if raw.get("role") == "assistant":
+            if role == "assistant":
                 message = _assistant(messages, is_new_text=True)
                 message["content"] = text
             else:
-                messages.append({"role": raw.get("role"), "content": text})
+                messages.append({"role": role, "content": text})
         case "function_call":
-            function = {"name": raw.get("name"), "arguments": raw.get("arguments")}
+            _check_call(raw, where)
+            function = {"name": raw["name"], "arguments": raw.get("arguments")}
             calls = _assistant(messages).setdefault("tool_calls", [])
             assert isinstance(calls, list)
             calls.append({"id": raw.get("call_id"), "type": "function", "function": function})
         case "function_call_output":
+            _check_call_id(raw, where)
             text = _text(raw.get("output"), f"{where}.output")
             messages.append({"role": "tool", "tool_call_id": raw.get("call_id"), "content": text})
         case "reasoning":
@@ -128,6 +147,22 @@ def _add_item(messages: list[Message], raw: object, where: str) -> None:
             raise RequestError(
                 f"{where}: items of type {shown(kind)} are not supported", param=where, code="unsupported_content"
             )
+
+
+def _check_call(raw: Mapping[str, object], where: str) -> None:
+    """Refuse by its own names what the chat would refuse by others."""
+    name, arguments = raw.get("name"), raw.get("arguments")
+    if not isinstance(name, str) or not name:
+        raise RequestError(f"{where}.name must be the name of a function, got {shown(name)}", param=f"{where}.name")
+    if not isinstance(arguments, str | dict | None):
+        raise RequestError(f"{where}.arguments must be a string, got {shown(arguments)}", param=f"{where}.arguments")
+    _check_call_id(raw, where)
+
+
+def _check_call_id(raw: Mapping[str, object], where: str) -> None:
+    call_id = raw.get("call_id")
+    if call_id is not None and not (isinstance(call_id, str) and call_id):
+        raise RequestError(f"{where}.call_id must be a string, got {shown(call_id)}", param=f"{where}.call_id")
 
 
 def _assistant(messages: list[Message], *, is_new_text: bool = False) -> Message:
