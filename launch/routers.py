@@ -3,9 +3,10 @@
     bind once ─> the descriptor goes to every router ─> each accepts from the same queue
     bind one admin port for each router: there an operator asks a certain one
 
-The launcher holds the socket for as long as it runs. A router that restarts loses no connection that waits to be
-accepted: the others take it, or the next life does. Workers connect to every router, at ports that each keeps over
-its restarts. What a router sees of its workers comes over its lifeline.
+The launcher holds the socket until it is told to end. A router that restarts loses no connection that waits to be
+accepted: the others take it, or the next life does. At the end launcher and routers let go of it at once: who comes
+then is refused, in place of waiting for an answer that nobody will give. Workers connect to every router, at ports that
+each keeps over its restarts. What a router sees of its workers comes over its lifeline.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class RouterGroup:
         self._on_blameless = on_blameless
         self._changed = asyncio.Event()
         self._http: socket.socket | None = None
+        self._address: Address | None = None  # of that socket
         self._admin: list[socket.socket] = []  # one for each router, or none
         secrets = {API_KEY_VARIABLE: ",".join(config.api_key), ADMIN_KEY_VARIABLE: ",".join(config.admin_key)}
         env = {**env, **secrets}
@@ -90,12 +92,12 @@ class RouterGroup:
     @property
     def is_bound(self) -> bool:
         """The listening socket is there."""
-        return self._http is not None
+        return self._address is not None
 
     @property
     def http(self) -> Address:
-        assert self._http is not None
-        return Address(self._config.host, self._http.getsockname()[1])
+        assert self._address is not None
+        return self._address
 
     @property
     def admins(self) -> list[Address]:
@@ -112,10 +114,12 @@ class RouterGroup:
         config = self._config
         with contextlib.ExitStack() as stack:
             self._http = stack.enter_context(listen(Address(config.host, config.port)))
+            self._address = Address(config.host, self._http.getsockname()[1])
             for index in range(len(self.routers) if config.admin_port is not None else 0):
                 address = Address(config.admin_host, config.admin_port + index if config.admin_port else 0)
                 self._admin.append(stack.enter_context(listen(address, setting="admin_port")))
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_held(self._http))
                 for child in self.children:
                     tasks.create_task(child.run())
 
@@ -180,3 +184,9 @@ class RouterGroup:
         if event["event"] in ("ready", "restart") and any(child.name == name for child in self.children):
             self._on_scale_event(name, event)
         self._changed.set()
+
+
+async def _held(sock: socket.socket) -> None:
+    """Keep a socket open until cancelled, as the children are, which may take long to end."""
+    with sock:
+        await asyncio.Event().wait()

@@ -267,6 +267,19 @@ async def test_a_drain_that_lasts_is_cut_short_by_a_second_signal(tmp_path: Path
 
 
 @pytest.mark.slow
+async def test_who_comes_while_workers_drain_is_refused_and_waits_for_nobody(tmp_path: Path) -> None:
+    recorder = Recorder()
+    async with running(deployment(tmp_path, "stubborn"), recorder) as launcher:
+        await recorder.until(lambda: bool(recorder.serving))
+        (http,), (router,) = recorder.serving, lives(tmp_path, "router")
+        launcher.drain()
+        await until_gone([router["pid"]])
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(http.host, http.port)
+        assert launcher.status()["http"] == f"http://{http}" and launcher.status()["state"] == "ending"
+        launcher.drain()
+
+
 async def test_what_served_for_a_while_comes_back_at_once_and_a_crash_loop_waits_longer_each_time(
     tmp_path: Path,
 ) -> None:
