@@ -138,7 +138,7 @@ class Admin:
         kind, limit = query.get("kind", "recent"), query.get("limit", "100")
         if kind not in KINDS:
             raise RequestError(f"kind: {clip(kind)} is none of {', '.join(KINDS)}", param="kind")
-        if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_RECENT:
+        if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= MAX_RECENT:
             raise RequestError(f"limit: a number from 1 to {MAX_RECENT}", param="limit")
         lists = [dispatcher.requests(kind, query.get("class"), int(limit)) for dispatcher in self.dispatchers]
         return JSONResponse({"requests": list(islice(_joined(kind, lists), int(limit)))})

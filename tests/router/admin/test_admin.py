@@ -209,7 +209,19 @@ async def test_requests_are_listed_by_kind_and_class() -> None:
     assert answer.json() == {"requests": [{"kind": "slowest", "class": "batch", "limit": 7}]}
 
 
-@pytest.mark.parametrize("query", ["kind=all", "limit=0", "limit=1001", "limit=x", "limit=%EF%BC%95", "since=1"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "kind=all",
+        "limit=0",
+        "limit=1001",
+        "limit=x",
+        "limit=%EF%BC%95",
+        "since=1",
+        f"limit={10**30:040}",
+        "limit=00000000015000",
+    ],
+)
 async def test_a_wrong_question_about_requests_is_a_400_that_names_it(query: str) -> None:
     async with client(operations()) as c:
         answer = await c.get(f"/admin/requests?{query}")
