@@ -18,6 +18,7 @@ from ..common.errors import ConfigError
 from .windows import Window
 
 MAX_PORT = 65535
+MAX_COUNT = 2**53  # that a worker can tell a router (wire/fields.py)
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
@@ -147,7 +148,7 @@ def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name}={path}" for name, path in zip(names, paths, strict=True))
 
 
-Count = Annotated[PositiveInt, BeforeValidator(parse_number)]
+Count = Annotated[PositiveInt, Field(le=MAX_COUNT), BeforeValidator(parse_number)]
 # More than any one machine or cluster has, so that a slip of the finger is told and not planned for.
 NumThreads = Annotated[PositiveInt, Field(le=4096), BeforeValidator(parse_number)]
 NumRouters = Annotated[PositiveInt, Field(le=1000)]

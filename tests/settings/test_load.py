@@ -137,6 +137,7 @@ MISTAKES = [
     ),
     ("decode: 99999999999999999999999", ":1: decode.workers: must be less than or equal to 10000"),
     ("prefill:\n  max_workers: 1000000", ":2: prefill.max_workers: must be less than or equal to 10000"),
+    ("max_num_seqs: 99999999999999999999", ":1: max_num_seqs: must be less than or equal to 9007199254740992"),
     ("routers: 1000000", ":1: routers: must be less than or equal to 1000"),
     ("num_threads: 99999999999999999999999", ":1: num_threads: must be less than or equal to 4096"),
     ("host: ../x", ":1: host: must be an address or a name of a host, not '../x'"),
