@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ..common.config import Checksum, Settings, TransferName
 from .option import ALL, ENGINES, ROUTER, SERVE, WORKERS, Option
-from .values import Host, Port, Texts
+from .values import Host, Name, Port, Texts
 
 
 class ClusterSettings(Settings):
@@ -39,5 +39,6 @@ class ClusterSettings(Settings):
     ] = "127.0.0.1"
     handoff_port: Annotated[Port, Option("Cluster", "Port of it; 0: any free one.", WORKERS, flag="port")] = 0
     worker_id: Annotated[
-        str | None, Option("Cluster", "Name of this worker in logs and metrics. Default: host and process id.", WORKERS)
+        Name | None,
+        Option("Cluster", "Name of this worker in logs and metrics. Default: host and process id.", WORKERS),
     ] = None

@@ -18,7 +18,8 @@ from ..common.errors import ConfigError
 from .windows import Window
 
 MAX_PORT = 65535
-MAX_COUNT = 2**53  # that a worker can tell a router (wire/fields.py)
+MAX_COUNT = 2**53  # as on the wire (wire/fields.py), where names are bounded too
+MAX_NAME_CHARS = 200  # a transfer agent has numbers behind its worker's
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
@@ -101,6 +102,8 @@ def check_host(text: str) -> str:
 def check_name(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be blank")
+    if len(text) > MAX_NAME_CHARS:
+        raise ValueError(f"has {len(text)} characters; the limit is {MAX_NAME_CHARS}")
     return text
 
 

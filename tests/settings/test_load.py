@@ -143,6 +143,8 @@ MISTAKES = [
     ("host: ../x", ":1: host: must be an address or a name of a host, not '../x'"),
     ("admin_host: ''", ":1: admin_host: must be an address or a name of a host, not ''"),
     ('control_host: "a\\0b"', ":1: control_host: must be an address or a name of a host"),
+    (f"served_model_name: {'x' * 201}", ":1: served_model_name: has 201 characters; the limit is 200"),
+    (f"worker_id: {'x' * 201}", ":1: worker_id: has 201 characters; the limit is 200"),
     ("served_model_name: ' '", ":1: served_model_name: must not be blank, not ' '"),
     ("launcher: kubernetes", ":1: launcher: must be 'local' or 'ray', not 'kubernetes'"),
 ]
