@@ -91,7 +91,7 @@ async def chat_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | N
 
 
 async def _checked_calls(grammars: GrammarChecker, grammar: Grammar, use: ToolUse) -> CheckedGrammar:
-    """Return the grammar. Raises RequestError where calls cannot follow it, about the tool whose schema is why, if any."""
+    """Return the grammar. Raises RequestError where calls cannot follow it, about the tool whose schema is why."""
     try:
         return await grammars.check(grammar, "tools")
     except RequestError:
