@@ -17,12 +17,14 @@ from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.common.request import Pooling, SamplingParams
 from kvferry.common.vectors import values_of
 from kvferry.engine.engine import Engine
+from kvferry.engine.ranks import group
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.ranks.frames import FrameKind, FrameSocket
 from kvferry.engine.ranks.group import RankGroup
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, make_engine, prompts
+from ...forks import Forks
 from ...kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from ...quantized import SHAPE, write_pair
 from .threads import on_ranks
@@ -81,6 +83,12 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch, rank_forks: Forks) -> None:
+    """Have the other rank import nothing anew, where its start is not what is tested."""
+    monkeypatch.setattr(group, "subprocess", rank_forks)
+
+
+@pytest.fixture
 def pair(model_dir: Path) -> Iterator[RankPair]:
     pair = RankPair(model_dir)
     try:
@@ -123,6 +131,7 @@ def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: Ra
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("name", "asked"), [("awq", None), ("gptq 8 asymmetric", None), (None, "int8"), (None, "int4")]
 )
@@ -142,6 +151,7 @@ def test_two_ranks_share_quantized_weights(tmp_path: Path, name: str | None, ask
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_ranks_embed_as_one(pair: RankPair, model_dir: Path) -> None:
     sums = []
     for engine in (pair.engine, make_engine(model_dir)):
@@ -156,6 +166,7 @@ def test_two_ranks_embed_as_one(pair: RankPair, model_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_every_rank_swaps_its_part_of_the_blocks(pair: RankPair, model_dir: Path) -> None:
     assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(model_dir))
 
