@@ -38,6 +38,9 @@ from ..traffic import rows_of
 from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_worker
 from .simulate_report import Run, plot_runs, print_runs, save_runs
 
+# Of what a run sets aside memory for, by flag: more is no fleet, and no machine simulates it.
+_MOST = {"prefill": 10**5, "decode": 10**5, "tensor_parallel_size": 1024, "num_blocks": 10**7, "adapters": 10**6}
+_MOST_LENGTH_SCALE = 1e6
 _NUMBER = r"(\d+(?:\.\d*)?)"
 _SPIKE = re.compile(f"{_NUMBER}:{_NUMBER}:{_NUMBER}", re.ASCII)
 _FAILURE = re.compile(rf"((?:prefill|decode)-\d+)@{_NUMBER}(?:\+{_NUMBER})?", re.ASCII)
@@ -106,6 +109,9 @@ def _check_failures(policy: str, scenario: Scenario) -> None:
 
 
 def scenario_of(options: argparse.Namespace) -> Scenario:
+    for name, most in (*_MOST.items(), ("length_scale", _MOST_LENGTH_SCALE)):
+        if (value := getattr(options, name)) is not None and value > most:
+            raise ConfigError(f"{name}: {value:,} is more than {most:,}")
     goals = Goals(options.ttft_objective_ms / 1e3, options.ttft_stretch, options.tpot_objective_ms / 1e3)
     traffic = Traffic(
         trace=options.trace,

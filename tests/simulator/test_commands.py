@@ -73,6 +73,10 @@ def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
         ),
         (["--draft-acceptance", "0.5", "--draft-model-share", "nan"], "draft_model_share = nan: a draft model takes"),
         (["--draft-acceptance", "2"], "draft_acceptance = 2 is no share"),
+        (["--tensor-parallel-size", "2000"], "tensor_parallel_size: 2,000 is more than 1,024"),
+        (["--num-blocks", "1000000000"], "num_blocks: 1,000,000,000 is more than 10,000,000"),
+        (["--prefill", "200000"], "prefill: 200,000 is more than 100,000"),
+        (["--length-scale", "1e23"], "length_scale: 1e+23 is more than 1,000,000.0"),
         (["--autoscale", "1"], "autoscale: at most 1, but --prefill and --decode begin with more"),
     ],
 )
@@ -125,6 +129,14 @@ def test_there_are_no_fewer_than_none(flag: str, capsys: pytest.CaptureFixture[s
         main([*SMALL, flag, "-1"])
     assert ended.value.code == 2
     assert f"argument {flag}: -1 is below 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--decode", "--adapters", "--block-size", "--decode-tokens"])
+def test_no_count_is_larger_than_any_array(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, flag, "99999999999999999999999"])
+    assert ended.value.code == 2
+    assert f"argument {flag}: 99999999999999999999999 is more than 1000000000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--share", "--day-low"])

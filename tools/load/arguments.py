@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+_MOST = 10**9  # of anything that is counted: more is a slip of the finger, and fits into no array
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line, as all commands do."""
@@ -18,10 +20,9 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    return natural(text)
 
 
 def natural(text: str) -> int:
@@ -29,6 +30,8 @@ def natural(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
+    if value > _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {_MOST}")
     return value
 
 
