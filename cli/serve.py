@@ -19,6 +19,7 @@ from ..settings.fields import ServeSettings
 from ..settings.flags import with_settings
 from ..settings.load import Loaded
 from ..settings.pools import PoolSettings
+from ..settings.values import check_host
 from .deployment import description, greeting
 
 if TYPE_CHECKING:
@@ -161,7 +162,9 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
         raise ConfigError(f"router: a {role} worker needs --router HOST:PORT, the control socket of its router")
     try:
         routers = [Address.parse(text) for text in settings.router]
-    except ProtocolError as error:
+        for address in routers:
+            check_host(address.host)
+    except (ProtocolError, ValueError) as error:
         raise ConfigError(f"router: {error}") from None
     secrets = read_secrets(settings.secret_file, environment())
     _check_secret(settings, secrets, [Address(settings.handoff_host, settings.handoff_port), *routers])

@@ -247,6 +247,7 @@ def test_worker_by_hand_needs_a_router(run: Run) -> None:
     assert_refused(run("decode"), "needs --router HOST:PORT")
     for router in ("10.0.0.1", "10.0.0.1:http", "10.0.0.1:\u00b2", f"10.0.0.1:{'9' * 5000}"):
         assert_refused(run("decode", "--router", router), "kvferry: router: '.*' is not host:port")
+    assert_refused(run("decode", "--router", "..:7001"), "kvferry: router: must be an address or a name of a host")
 
 
 def test_config_show_tells_origins_and_hides_keys(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -23,8 +24,14 @@ _Row = Mapping[str, Any]
 def fetch(admin: str, path: str, key: str) -> dict[str, Any]:
     """Return what GET `path` answers. Raises KVFerryError with the listener's own words."""
     base = admin if "://" in admin else f"http://{admin}"
-    request = urllib.request.Request(base.rstrip("/") + path)
-    if not base.startswith(("http://", "https://")):
+    try:
+        parts = urllib.parse.urlsplit(base)
+        is_address = parts.scheme in ("http", "https") and bool((parts.hostname or "").encode("idna"))
+        is_address = is_address and parts.port != 0  # beyond 65535 it raises; what connects would take another port
+        request = urllib.request.Request(base.rstrip("/") + path)
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise KVFerryError(f"--admin: {admin} is no HTTP address")
     if key:
         request.add_header("Authorization", f"Bearer {key}")
@@ -33,7 +40,7 @@ def fetch(admin: str, path: str, key: str) -> dict[str, Any]:
             found: dict[str, Any] = json.load(answer)
     except urllib.error.HTTPError as error:
         raise KVFerryError(_message_of(error)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise KVFerryError(f"no answer from {base}{path}: {error}") from None
     return found
 

@@ -124,12 +124,18 @@ class HttpClient:
     """Requests to one host. Not safe for use by several event loops."""
 
     def __init__(self, base_url: str, *, connect_timeout_s: float = 10.0) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"base URL {base_url!r}: expected http://HOST[:PORT] or https://HOST[:PORT]")
+        form = f"base URL {base_url!r}: expected http://HOST[:PORT] or https://HOST[:PORT]"
+        try:
+            parts = urlsplit(base_url)
+            host, port = parts.hostname or "", parts.port
+            is_address = bool(host.encode("idna")) and port != 0
+        except ValueError as error:  # a port beyond 65535, a host that no name is
+            raise ConfigError(f"{form}: {error}") from None
+        if parts.scheme not in ("http", "https") or not is_address:
+            raise ConfigError(form)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._host = parts.hostname
-        self._port = parts.port or (443 if self._tls else 80)
+        self._host = host
+        self._port = port or (443 if self._tls else 80)
         self._authority = parts.netloc.rpartition("@")[2]
         self._prefix = parts.path.rstrip("/")
         self._connect_timeout_s = connect_timeout_s

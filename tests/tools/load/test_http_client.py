@@ -94,7 +94,9 @@ async def test_cancelled_request_closes_its_connection() -> None:
         assert client._idle == []
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://"])
-def test_base_url_without_scheme_and_host_is_refused(url: str) -> None:
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://..:80", "http://[::1", "http://h:99999", "http://h:0"]
+)
+def test_base_url_without_scheme_host_and_port_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="base URL"):
         HttpClient(url)
