@@ -25,7 +25,7 @@ import msgspec
 from kvferry.common.imports import kept_imports
 
 _MAX_BYTES = 2**17
-_FREE_FD = 100  # from here on nothing else is open
+_FREE_FD = 100  # from here on nothing else is open, but what a program is to get by such numbers
 
 
 class _Start(msgspec.Struct):
@@ -123,7 +123,8 @@ def _reap(number: int, frame: FrameType | None) -> None:
 
 def _run(start: _Start, fds: Sequence[int]) -> None:
     """Be the program."""
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, _FREE_FD) for fd in fds]
+    free_fd = max([_FREE_FD, *(1 + fd for fd in start.fds)])
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, free_fd) for fd in fds]
     for fd, name in zip(high, start.fds, strict=True):
         os.dup2(fd, name)
         os.close(fd)
