@@ -16,10 +16,11 @@ POISON = 420
 def test_who_dies_of_a_known_suspect_is_started_again_without_a_pause(tmp_path: Path) -> None:
     """The first loss may be the worker's own fault, the second and third are not: the launcher hears so.
 
-    Each life ends in its thirtieth step: one that ends before a token has left has not been seen to compute anything.
+    Each life ends in its sixth step, and steps are slow: one that ends before a token of it has left has not been seen to
+    compute anything, and is not counted.
     """
     model, log = write_tiny_model(tmp_path / "tiny"), tmp_path / "log"
-    env = {FAILPOINTS_VARIABLE: f"decode.step=kill@30:{POISON}"}
+    env = {FAILPOINTS_VARIABLE: f"decode.stepped=slow@*, decode.step=kill@6:{POISON}"}
     with serve(model, log, *FLAGS, "--prefill", "0", env=env) as cluster:
         body = {"prompt": [*range(10, 40), POISON], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
         answer = cluster.client.post("/v1/completions", json=body)
