@@ -22,8 +22,8 @@ import psutil
 
 from ...common.priority import give_way
 
-_LOOK_S = 0.1  # larger: work waits longer on a busy machine; smaller: a burst of steps passes for one
-_LEAST_SHARE = 0.25  # of a core since the last look
+_LOOK_S = 0.2  # larger: work waits longer on a busy machine; smaller: a burst of steps passes for one
+_LEAST_SHARE = 0.1  # of a core since the last look
 _PR_SET_PDEATHSIG = 1
 
 
