@@ -16,7 +16,7 @@ POISON = 420
 def test_who_dies_of_a_known_suspect_is_started_again_without_a_pause(tmp_path: Path) -> None:
     """The first loss may be the worker's own fault, the second and third are not: the launcher hears so.
 
-    Each life ends in its sixth step, and steps are slow: one that ends before a token of it has left has not been seen to
+    Each life ends in its sixth step, and steps are slow: one that ends before a token has left it has not been seen to
     compute anything, and is not counted.
     """
     model, log = write_tiny_model(tmp_path / "tiny"), tmp_path / "log"
