@@ -52,6 +52,11 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.float() - theirs.float()).abs().max() / (theirs.max() - theirs.min()))
 
 
+def _rms(ours: Tensor, theirs: Tensor) -> float:
+    """The distance of whole models, whose layers round to bfloat16: their worst number is another on each processor."""
+    return float((ours - theirs).square().mean().sqrt() / (theirs.max() - theirs.min()))
+
+
 @cuda
 @pytest.mark.parametrize("num_rows", [0, 1, 5, CARD_ROWS, CARD_ROWS + 1, 150])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -203,10 +208,9 @@ def test_a_checkpoint_answers_as_its_widened_numbers(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     widened = _engine(stored)
     assert _num_packed(widened) == 0
-    assert 0 < _distance(ours, _logprobs(widened, num_tokens)) < CLOSE
+    assert 0 < _rms(ours, _logprobs(widened, num_tokens)) < CLOSE / 2
     monkeypatch.undo()
-    exact = _logprobs(_engine(plain, device="cpu", dtype="float32"), num_tokens)
-    assert float((ours - exact).square().mean().sqrt() / (exact.max() - exact.min())) < CLOSE / 2
+    assert _rms(ours, _logprobs(_engine(plain, device="cpu", dtype="float32"), num_tokens)) < CLOSE / 2
 
 
 @pytest.mark.parametrize("asked", ["int4", "int8"])
@@ -225,7 +229,7 @@ def test_weights_rounded_at_load_answer_as_the_widened_ones(
         {"event": "quantized_weights", "log_level": "warning", "widened": 8, "reason": "an older card"},
     ]
     monkeypatch.undo()
-    assert _distance(_logprobs(found, 60), _logprobs(widened, 60)) < CLOSE
+    assert _rms(_logprobs(found, 60), _logprobs(widened, 60)) < CLOSE / 2
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=engine_gpu)])
