@@ -5,6 +5,8 @@
 // columns, a stretch of pairs at a time; weights where they are multiplied, once for all rows.
 #pragma once
 
+#include <numeric>
+
 constexpr int kRowsAtOnce = 5;         // a sixth leaves no register for weights: 65 GFLOP/s where five have 90
 constexpr int kRowsTogether = kRowsAtOnce;  // it passes over stretches by itself
 constexpr long kPanelRows = 60;        // a multiple of kRowsAtOnce
@@ -30,7 +32,10 @@ inline Eight first_weights(const bf16* pairs, int eight) { return evens(pairs + 
 inline Eight second_weights(const bf16* pairs, int eight) { return odds(pairs + 16 * eight); }
 #endif
 
-// As `add_products` below, of COLUMNS columns and at most a stretch of pairs. `inputs` [ROWS][2 * kStretch].
+constexpr int kPairsAtOnce = 4;  // share what is fetched beside them; a number of pairs is a multiple of it
+
+// As `add_products` below, of COLUMNS columns and at most a stretch of pairs, with LINES fetched beside kPairsAtOnce of them.
+// `inputs` [ROWS][2 * kStretch].
 template <int ROWS, int COLUMNS, int LINES>
 void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
                  const Element* ahead) {
@@ -53,15 +58,20 @@ void add_stretch(const float* inputs, const Element* weights, long pairs, float*
             sum[row][i + 1] = fma(input, other, sum[row][i + 1]);
         }
     };
-    for (long pair = 0; pair < pairs; pair++, weights += 2 * kTileColumns, inputs += 2, ahead += LINES * kLine) {
+    constexpr int kTurns = kPairsAtOnce / std::gcd(kPairsAtOnce, LINES);  // pairs until a whole number has been fetched
+    constexpr auto lines_before = [](int turn) { return turn * LINES / kPairsAtOnce; };
+    for (long pair = 0; pair < pairs; pair += kTurns, ahead += lines_before(kTurns) * kLine) {
+#pragma GCC unroll 4
+        for (int turn = 0; turn < kTurns; turn++, weights += 2 * kTileColumns, inputs += 2) {
 #pragma GCC unroll 8
-        for (int i = 0; i < LINES; i++) fetch_line<kNear>(ahead + kLine * i);
+            for (int i = lines_before(turn); i < lines_before(turn + 1); i++) fetch_line<kNear>(ahead + kLine * i);
 #pragma GCC unroll 8
-        for (int i = 0; i < kVectors; i += 2) {
-            const Element* source = weights + 16 * i;
-            add(inputs + 1, i, second_weights(source, 0), second_weights(source, 1));
-            asm("" : "+r"(source));  // read again: there is no register to keep them in
-            add(inputs, i, first_weights(source, 0), first_weights(source, 1));
+            for (int i = 0; i < kVectors; i += 2) {
+                const Element* source = weights + 16 * i;
+                add(inputs + 1, i, second_weights(source, 0), second_weights(source, 1));
+                asm("" : "+r"(source));  // read again: there is no register to keep them in
+                add(inputs, i, first_weights(source, 0), first_weights(source, 1));
+            }
         }
     }
 #pragma GCC unroll 8
@@ -71,18 +81,15 @@ void add_stretch(const float* inputs, const Element* weights, long pairs, float*
     }
 }
 
-// A stretch of pairs and all columns, in passes that share out what is fetched ahead: at once it would hold up the first.
+// A stretch of pairs and all columns, in passes that share out evenly what is fetched ahead, LINES beside a pair: more than
+// memory gives would hold up some, and memory would be idle beside others.
 template <int ROWS, int LINES>
 void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
                  const Element* ahead) {
     constexpr int kColumns = ROWS == 1 ? 64 : ROWS <= 3 ? 32 : 16, kPasses = kTileColumns / kColumns;
-    constexpr int kFetching = std::min(kPasses, LINES), kLines = LINES / std::max(1, kFetching);
-    for (int pass = 0; pass < kFetching; pass++, ahead += kLines * pairs * kLine) {
-        const int column = pass * kColumns;
+    constexpr int kLines = kPairsAtOnce * LINES / kPasses;
+    for (int column = 0; column < kTileColumns; column += kColumns, ahead += kLines * pairs / kPairsAtOnce * kLine) {
         add_stretch<ROWS, kColumns, kLines>(inputs, weights + 2 * column, pairs, sums + column, stride, is_fresh, ahead);
-    }
-    for (int column = kFetching * kColumns; column < kTileColumns; column += kColumns) {
-        add_stretch<ROWS, kColumns, 0>(inputs, weights + 2 * column, pairs, sums + column, stride, is_fresh, nullptr);
     }
 }
 
