@@ -97,7 +97,11 @@ class Keeper:
         lock = await asyncio.to_thread(store.lock, record.id)
         if lock is None:
             return None
-        current = await asyncio.to_thread(store.read, record.id)  # its last holder may have gone on since
+        try:
+            current = await asyncio.to_thread(store.read, record.id)  # its last holder may have gone on since
+        except BaseException:
+            lock.release()
+            raise
         if current is None or current.has_ended:
             lock.release()
             return None

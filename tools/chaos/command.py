@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import shlex
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from rich.console import Console
 
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
-from ..load.arguments import Parser, output_file, positive_float, positive_int
+from ..load.arguments import Parser, output_file, positive_float, positive_int, shell_words
 from ..load.environment import describe_environment
 from ..load.http_client import HttpError
 from ..load.json_file import save_json
@@ -259,7 +258,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         ask_kinds=_known("--requests", parsed.requests or ",".join(ASK_KINDS), ASK_KINDS),
         seed=parsed.seed,
         blows=blows,
-        serve_flags=tuple(shlex.split(parsed.serve_flags)),
+        serve_flags=parsed.serve_flags,
         json_path=parsed.json,
         history_path=parsed.history,
         log_dir=parsed.log_dir or Path(tempfile.mkdtemp(prefix="chaos-logs-")),
@@ -290,7 +289,13 @@ def make_parser() -> argparse.ArgumentParser:
     blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker (default: %(default)s)"
     add("--blows", default=",".join(KINDS), metavar="KINDS", help=blows)
     add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
-    add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word: '--dtype bfloat16'")
+    add(
+        "--serve-flags",
+        type=shell_words,
+        default=(),
+        metavar="FLAGS",
+        help="for `kvferry serve`, in one word: '--dtype bfloat16'",
+    )
     add("--json", type=output_file, metavar="FILE", help="write all figures here")
     add("--history", type=output_file, metavar="FILE", help="write every event here, a JSON line each")
     add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +34,14 @@ def natural(text: str) -> int:
     if value > _MOST:
         raise argparse.ArgumentTypeError(f"{text} is more than {_MOST}")
     return value
+
+
+def shell_words(text: str) -> tuple[str, ...]:
+    """Words as a shell parts them."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be parted into words: {error}") from error
 
 
 def positive_float(text: str) -> float:

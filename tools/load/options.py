@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from ...common.config import API_KEY_VARIABLE, environment
 from ...common.errors import ConfigError
 from .arguments import Parser, natural, output_file, positive_float, positive_int, positive_or_infinite
 from .endpoint import EndpointName
@@ -81,7 +82,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     return Options(
         base_url=flags.base_url,
         model=flags.model,
-        api_key=flags.api_key,
+        api_key=flags.api_key or _key_of_environment(),
         endpoint=flags.endpoint,
         prompt=flags.prompt or ("text" if flags.endpoint == "chat" else "ids"),
         vocab_size=flags.vocab_size,
@@ -105,6 +106,11 @@ def parse_options(argv: Sequence[str]) -> Options:
     )
 
 
+def _key_of_environment() -> str | None:
+    """Return the first key there: a key that is given as a flag is moved there before this program runs."""
+    return environment().get(API_KEY_VARIABLE, "").partition(",")[0] or None
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="kvferry bench",
@@ -120,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--base-url", default="http://127.0.0.1:8000", help="without /v1 (default: %(default)s)")
     group.add_argument("--model", help="name in the requests (default: the only one that the server lists)")
-    group.add_argument("--api-key", help="sent as bearer token")
+    group.add_argument("--api-key", help=f"sent as bearer token (default: {API_KEY_VARIABLE})")
     group.add_argument(
         "--endpoint",
         choices=get_args(EndpointName),

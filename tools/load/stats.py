@@ -62,9 +62,9 @@ class Slo:
 
     def is_met(self, record: RequestRecord) -> bool:
         """A single-token answer has no TPOT and cannot miss its limit."""
-        ttft_s, tpot_s = record.ttft_s, record.tpot_s
-        if not record.is_ok or ttft_s is None:
+        if not record.is_ok or (ttft_s := record.ttft_s) is None:
             return False
+        tpot_s = record.tpot_s
         if self.ttft_ms is not None and ttft_s * 1e3 > self.ttft_ms:
             return False
         return self.tpot_ms is None or tpot_s is None or tpot_s * 1e3 <= self.tpot_ms

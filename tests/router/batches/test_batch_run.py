@@ -241,6 +241,26 @@ async def test_one_router_runs_a_batch_and_another_takes_it_over(tmp_path: Path)
     assert record.completed == 3
 
 
+async def test_a_batch_that_could_not_be_read_is_free_for_a_later_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deps = deps_of(tmp_path, Caller())
+    batch_id = create(deps, 1)
+    tried = asyncio.Event()
+
+    def unreadable(batch_id: str) -> None:
+        tried.set()
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deps.store, "read", unreadable)
+        async with Keeper(deps).keeping():
+            await tried.wait()
+    lock = deps.store.lock(batch_id)
+    assert lock is not None
+    lock.release()
+
+
 async def test_a_batch_for_another_model_is_left_alone_until_its_time_is_over(tmp_path: Path) -> None:
     now = [1000.0]
     caller = Caller()

@@ -420,6 +420,13 @@ def test_flags_of_the_system_are_handed_through(tmp_path: Path) -> None:
     assert options.flags[-2:] == ["--dtype", "bfloat16"]
 
 
+def test_flags_of_the_system_with_an_open_quote_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        chaos.parse_options(["--serve-flags", "--dtype 'x"])
+    assert ended.value.code == 2
+    assert "cannot be parted into words: No closing quotation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--minutes", "--every", "--concurrency"])
 def test_a_number_that_is_not_above_zero_is_refused(flag: str) -> None:
     with pytest.raises(SystemExit) as ended:

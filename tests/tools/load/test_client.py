@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.common.config import API_KEY_VARIABLE
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.client import main, plan_requests, run_bench
 from kvferry.tools.load.options import parse_options
@@ -100,6 +101,15 @@ async def test_run_without_a_single_answer_is_told_by_the_exit_code(capsys: pyte
         code = await bench(server, "--model", "m", "--num-requests", "3", "--num-warmups", "0")
     assert code == 1
     assert "3 failed: connection closed before the end of the answer" in capsys.readouterr().out
+
+
+async def test_a_key_that_left_the_command_line_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, "first,second")
+    for flags, key in (([], "first"), (["--api-key", "own"], "own")):
+        async with scripted_server(serve_well) as server:
+            argv = ["--base-url", server.base_url, "--num-requests", "1", *flags]
+            await run_bench(parse_options(argv), argv)
+        assert {request.headers["authorization"] for request in server.requests} == {f"bearer {key}"}
 
 
 async def test_server_without_return_token_ids_is_asked_without_them() -> None:

@@ -84,6 +84,12 @@ def test_limit_is_still_kept_when_met_exactly() -> None:
     assert Slo(ttft_ms=500).is_met(finished(0.5, []))
 
 
+def test_an_answer_that_failed_before_its_first_token_is_no_good_one() -> None:
+    record = finished(0.1, [0.1], error="stream without a token")
+    record.chunk_times_s.clear()
+    assert not Slo(ttft_ms=100).is_met(record)
+
+
 def test_short_answers_are_counted() -> None:
     records = [finished(0.1, [0.1]), finished(0.1, [0.1], asked=5)]
     assert summarize(records, duration_s=1.0, client_cpu_s=0.0, slo=Slo()).num_short == 1
