@@ -169,6 +169,8 @@ class Reply(Response):
 
     async def _whole(self, pieces: list[list[TextPiece]]) -> bytes:
         num_named = sum(1 + len(token.top) for batch in pieces for piece in batch for token in piece.tokens)
+        scored = (token for stream in self._answer.streams for token in stream.prompt_logprobs)
+        num_named += self._answer.num_choices * sum(1 + len(token.top) for token in scored)
         num_bytes = sum(len(request.embedding) for request in self._answer.requests)
         if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE or num_bytes > _VECTOR_BYTES_INLINE:
             return await asyncio.to_thread(self._encode, pieces)

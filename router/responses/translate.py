@@ -57,6 +57,8 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"'verbosity'"), "'text.verbosity'"),
     (re.compile(r"^verbosity$"), "text.verbosity"),
 )
+_TEXT = frozenset({"format", "verbosity"})
+_REASONING = frozenset({"effort", "summary", "generate_summary"})  # what is asked of summaries changes nothing
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -77,8 +79,8 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, earlier: Seq
         body["tools"] = _tools(raw["tools"])
     if raw.get("tool_choice") is not None:
         body["tool_choice"] = _choice(raw["tool_choice"])
-    _take_text(raw.get("text"), body)
-    _take_reasoning(raw.get("reasoning"), body)
+    _take_text(raw.get("text"), body, ignored)
+    _take_reasoning(raw.get("reasoning"), body, ignored)
     return body
 
 
@@ -142,7 +144,9 @@ def _add_item(messages: list[Message], raw: object, where: str) -> None:
         case "reasoning":
             text = "".join(_text(raw[name], f"{where}.{name}") for name in ("summary", "content") if raw.get(name))
             if text:
-                _assistant(messages, is_new_text=True)["reasoning_content"] = text
+                message = _assistant(messages, is_new_text=True)
+                before = message.get("reasoning_content")
+                message["reasoning_content"] = f"{before}\n{text}" if before else text
         case kind:
             raise RequestError(
                 f"{where}: items of type {shown(kind)} are not supported", param=where, code="unsupported_content"
@@ -213,18 +217,24 @@ def _choice(raw: object) -> object:
     return raw
 
 
-def _take_text(raw: object, body: dict[str, object]) -> None:
+def _check_parts(raw: Mapping[str, object], where: str, known: frozenset[str], ignored: list[str] | None) -> None:
+    for name in raw:
+        if name not in known:
+            if ignored is None:
+                raise unknown_field(name, known, where)
+            ignored.append(f"{where}.{name}")
+
+
+def _take_text(raw: object, body: dict[str, object], ignored: list[str] | None) -> None:
     if raw is None:
         return
     if not isinstance(raw, dict):
         raise RequestError(f"text must be an object, got {shown(raw)}", param="text")
-    for name, value in raw.items():
-        if name == "format" and value is not None:
-            body["response_format"] = _format(value)
-        if name == "verbosity" and value is not None:
-            body["verbosity"] = value
-        if name not in ("format", "verbosity"):
-            raise unknown_field(name, frozenset({"format", "verbosity"}), "text")
+    _check_parts(raw, "text", _TEXT, ignored)
+    if raw.get("format") is not None:
+        body["response_format"] = _format(raw["format"])
+    if raw.get("verbosity") is not None:
+        body["verbosity"] = raw["verbosity"]
 
 
 def _format(raw: object) -> object:
@@ -234,10 +244,11 @@ def _format(raw: object) -> object:
     return {"type": "json_schema", "json_schema": {name: value for name, value in raw.items() if name != "type"}}
 
 
-def _take_reasoning(raw: object, body: dict[str, object]) -> None:
+def _take_reasoning(raw: object, body: dict[str, object], ignored: list[str] | None) -> None:
     if raw is None:
         return
     if not isinstance(raw, dict):
         raise RequestError(f"reasoning must be an object, got {shown(raw)}", param="reasoning")
+    _check_parts(raw, "reasoning", _REASONING, ignored)
     if raw.get("effort") is not None:
         body["reasoning_effort"] = raw["effort"]

@@ -70,6 +70,13 @@ def share(text: str) -> float:
 
 def output_file(text: str) -> Path:
     """A file that can be written once there is something to write, which may be after an hour."""
+    try:
+        return _writable(text)
+    except OSError as error:  # its folder cannot be looked into, or the name is too long
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+
+
+def _writable(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a directory")

@@ -60,6 +60,14 @@ class _Chunk(msgspec.Struct):
     message: str | None = None  # where `object` is "error"
 
 
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -241,7 +249,10 @@ class Endpoint:
         head, body = await self._client.read("GET", "/v1/models", headers=self._headers)
         if head.status != 200:
             raise ConfigError(f"/v1/models answered {head.status}: name the model with --model")
-        return [str(entry["id"]) for entry in msgspec.json.decode(body)["data"]]
+        try:
+            return [entry.id for entry in msgspec.json.decode(body, type=_Models).data]
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"/v1/models is no list of models ({error}): name the model with --model") from error
 
     def close(self) -> None:
         self._client.close()

@@ -9,7 +9,7 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.responses.kept import MAX_AGE_S, KeptResponses
-from kvferry.router.responses.translate import Message, input_messages
+from kvferry.router.responses.translate import Message, chat_body, input_messages
 from kvferry.router.state.errors import StreamError
 from kvferry.tests.fake_clock import FakeClock
 
@@ -152,6 +152,8 @@ async def test_what_is_not_kept_is_not_found() -> None:
         ({"input": [{"type": "function_call", "name": "f", "arguments": 5}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "call_id": 5, "output": ""}]}, "input[0].call_id"),
         ({"reasoning": {"effort": "enormous"}}, "reasoning.effort"),
+        ({"reasoning": {"effrot": "high"}}, "reasoning.effrot"),
+        ({"text": {"verbosty": "low"}}, "text.verbosty"),
         ({"tools": [{**TOOLS[0], "name": "a b"}]}, "tools[0].name"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "tool_choice.name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -180,6 +182,21 @@ async def test_what_asks_for_nothing_is_accepted() -> None:
     answer = await _whole(_served(), **fields)
     assert (answer["temperature"], answer["top_p"]) == (0, None)
     assert answer["parallel_tool_calls"] is False and answer["reasoning"] == {"effort": "low", "summary": "auto"}
+
+
+def test_unknown_parts_are_told_where_they_may_be_ignored() -> None:
+    ignored: list[str] = []
+    asked = {"input": "x", "reasoning": {"effrot": "high", "effort": "low"}, "text": {"verbosty": "low"}}
+    body = chat_body(asked, ignored, [])
+    assert body["reasoning_effort"] == "low"
+    assert ignored == ["text.verbosty", "reasoning.effrot"]
+
+
+def test_thoughts_that_follow_one_another_are_all_kept() -> None:
+    items = [
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]} for text in "ab"
+    ]
+    assert input_messages(items) == [{"role": "assistant", "content": "", "reasoning_content": "a\nb"}]
 
 
 def test_items_of_a_turn_become_one_message() -> None:

@@ -103,6 +103,13 @@ async def test_run_without_a_single_answer_is_told_by_the_exit_code(capsys: pyte
     assert "3 failed: connection closed before the end of the answer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"data": 5}'])
+async def test_what_lists_no_models_is_said(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    async with scripted_server(lambda _: Script([body])) as server:
+        assert await bench(server, "--num-requests", "1") == 2
+    assert "/v1/models is no list of models" in capsys.readouterr().err
+
+
 async def test_a_key_that_left_the_command_line_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, "first,second")
     for flags, key in (([], "first"), (["--api-key", "own"], "own")):

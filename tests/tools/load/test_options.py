@@ -38,7 +38,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
 ) -> None:
     figures = tmp_path / "figures"
     figures.write_text("")
-    for path, why in ((tmp_path, "is a directory"), (figures / "x.svg", f"{figures} is no directory")):
+    for path, why in (
+        (tmp_path, "is a directory"),
+        (figures / "x.svg", f"{figures} is no directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
         with pytest.raises(SystemExit) as ended:
             parse_options([flag, str(path)])
         assert ended.value.code == 2
