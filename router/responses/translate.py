@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from ...common.errors import RequestError
 from ..api.chat_messages import ROLES
-from ..api.fields import not_supported, unknown_field
+from ..api.fields import not_supported, take_only, unknown_field
 from ..api.surface import FieldNames
 from ..state.errors import clip, shown
 
@@ -217,20 +217,12 @@ def _choice(raw: object) -> object:
     return raw
 
 
-def _check_parts(raw: Mapping[str, object], where: str, known: frozenset[str], ignored: list[str] | None) -> None:
-    for name in raw:
-        if name not in known:
-            if ignored is None:
-                raise unknown_field(name, known, where)
-            ignored.append(f"{where}.{name}")
-
-
 def _take_text(raw: object, body: dict[str, object], ignored: list[str] | None) -> None:
     if raw is None:
         return
     if not isinstance(raw, dict):
         raise RequestError(f"text must be an object, got {shown(raw)}", param="text")
-    _check_parts(raw, "text", _TEXT, ignored)
+    take_only(raw.keys(), _TEXT, "text", ignored)
     if raw.get("format") is not None:
         body["response_format"] = _format(raw["format"])
     if raw.get("verbosity") is not None:
@@ -249,6 +241,6 @@ def _take_reasoning(raw: object, body: dict[str, object], ignored: list[str] | N
         return
     if not isinstance(raw, dict):
         raise RequestError(f"reasoning must be an object, got {shown(raw)}", param="reasoning")
-    _check_parts(raw, "reasoning", _REASONING, ignored)
+    take_only(raw.keys(), _REASONING, "reasoning", ignored)
     if raw.get("effort") is not None:
         body["reasoning_effort"] = raw["effort"]
