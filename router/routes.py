@@ -92,7 +92,10 @@ class Routes:
         prompts = self._api.prompts
         with self._api.body_room.held() as held:
             body, version = await self._api.body(request, held, TokenizeBody)
-            ids = await prompts.tokenize(version, body, held.num_bytes)
+            ids, ignored = await prompts.tokenize(
+                version, body, held.num_bytes, refuses_unknown=self._api.refuses_unknown
+            )
+        self._api.tell_ignored(context_of(request.scope), ignored)
         names = await prompts.names(version, ids) if body.return_token_strs else None
         limit = version.model.max_model_len
         return _json(Tokenized(count=len(ids), max_model_len=limit, tokens=ids, token_strs=names))

@@ -171,10 +171,17 @@ class ChoiceText:
 
     def _show(self, text: str, *, is_final: bool = False) -> str:
         """Return what of `text` may be seen now, and end the choice where a stop string is complete."""
-        if self._calls is not None:
+        if self._calls is None:
+            self._length += len(text)
+            return self._cut(text)
+        if self._stops is None:
             return self._read_call(text, is_final=is_final)
-        self._length += len(text)
-        return self._cut(text)
+        shown = ""
+        for char in text[:-1]:  # a call may begin within it, behind a stop string
+            shown += self._read_call(char)
+            if self.finish is not None:
+                return shown
+        return shown + self._read_call(text[-1:], is_final=is_final)
 
     def _cut(self, text: str) -> str:
         if self._stops is None or self.num_tokens < self._options.min_tokens:

@@ -18,6 +18,7 @@ class CompletionForm:
         self._context = context
         self._options = context.options
         self._echoed: dict[int, str] = {}  # by prompt: a prompt of token ids is decoded once
+        self._scored: dict[int, CompletionLogprobs] = {}  # by prompt: its choices share what is said of it
 
     @property
     def has_plain_chunks(self) -> bool:
@@ -98,10 +99,12 @@ class CompletionForm:
     def _echoed_logprobs(self, index: int) -> CompletionLogprobs | None:
         if self._options.num_logprobs is None:
             return None
-        prompt = self._context.answer.prompt_of(index)
-        scored = self._context.answer.stream_of(index).prompt_logprobs
-        context, num_top = self._context, self._options.num_logprobs
-        return echoed_logprobs(prompt.token_ids, scored, context.tokenizer, context.token_name, num_top)
+        position, num_top = index // self._context.answer.num_choices, self._options.num_logprobs
+        if position not in self._scored:
+            context, text = self._context, self._echoed_text(index)
+            ids, scored = context.answer.prompt_of(index).token_ids, context.answer.stream_of(index).prompt_logprobs
+            self._scored[position] = echoed_logprobs(ids, text, scored, context.tokenizer, context.token_name, num_top)
+        return self._scored[position]
 
     def _prompt_ids(self, index: int) -> list[int] | UnsetType:
         return self._context.answer.prompt_of(index).token_ids if self._options.return_token_ids else UNSET

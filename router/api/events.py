@@ -58,6 +58,10 @@ class EventWriter:
         events = [self._event(index, piece) for index, piece in pieces]
         return events[0] if len(events) == 1 else b"".join(events)
 
+    def begins_choice(self, pieces: Sequence[tuple[int, TextPiece]]) -> bool:
+        """Return whether a piece is its choice's first, with which goes what is said of the prompt."""
+        return any(index not in self._seen for index, _ in pieces)
+
     def fast_writer(self, encoder: ChunkEncoder) -> FastWriter | None:
         """Return a writer for the middle of a lone choice, once its first piece is written; None: not mere text."""
         around = self._around.get(0)

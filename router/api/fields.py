@@ -7,6 +7,7 @@ it, unless its value asks for what happens anyway. `IGNORED` are labels for the 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 from pydantic_core import ErrorDetails
@@ -60,8 +61,15 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_fields(body: dict[str, object], known: frozenset[str], ignored: list[str] | None = None) -> dict[str, object]:
-    """The fields that are left to validate: neither ignored ones nor unsupported ones that ask for nothing.
+def check_fields(
+    body: Mapping[str, object],
+    known: frozenset[str],
+    ignored: list[str] | None = None,
+    *,
+    unsupported: Mapping[str, tuple[object, ...]] = UNSUPPORTED,
+    labels: frozenset[str] = IGNORED,
+) -> dict[str, object]:
+    """The fields that are left to validate: neither labels nor unsupported ones that ask for nothing.
 
     Unknown ones are refused; where `ignored` is given, it gets their names.
     """
@@ -69,14 +77,14 @@ def check_fields(body: dict[str, object], known: frozenset[str], ignored: list[s
     for name, value in body.items():
         if name in known:
             kept[name] = value
-        elif name in UNSUPPORTED:
-            if value is not None and not any(_same(value, harmless) for harmless in UNSUPPORTED[name]):
-                raise not_supported(name, UNSUPPORTED[name])
-        elif name not in IGNORED:
+        elif name in unsupported:
+            if value is not None and not any(_same(value, harmless) for harmless in unsupported[name]):
+                raise not_supported(name, unsupported[name])
+        elif name not in labels:
             if ignored is not None:
                 ignored.append(name)
                 continue
-            raise unknown_field(name, known | IGNORED)
+            raise unknown_field(name, known | labels)
     return kept
 
 

@@ -109,12 +109,11 @@ class Api:
         if translate is not None:
             raw = await self.prompts.run(size, translate, raw, ignored)
         body = await self.prompts.run(size, validate, kind, raw, ignored)
-        if ignored:
-            self._tell_ignored(context, ignored)
+        self.tell_ignored(context, ignored or ())
         return body, self.catalogue.version(body.model)
 
-    def _tell_ignored(self, context: RequestContext, names: Sequence[str]) -> None:
-        """Tell the client, the metrics and, once for each name, the log."""
+    def tell_ignored(self, context: RequestContext, names: Sequence[str]) -> None:
+        """Tell the client, the metrics and, once for each name, the log, where fields have no effect."""
         context.ignored += names
         self.observer.on_ignored_fields(len(names))
         for name in map(clip, names[:_MAX_LOGGED_NAMES]):
@@ -146,17 +145,16 @@ class Api:
         """Answer a chat, in OpenAI's words or in those of another surface."""
         surface = surface or OpenAISurface()
         context = self.begin(request)
-        with self.body_room.held() as held, naming_fields(surface.field_names):
+        with self.body_room.held() as held, naming_fields(surface.own_names):
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             context.marks["read"] = self.clock.now()
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
             chat, asked = await beside_grammar(prompts, version, body)
             follows = await chat_grammar(version, chat.use, asked)
         context.marks["tokenize"] = self.clock.now()
-        with naming_fields(surface.field_names):
+        with naming_fields(surface.own_names):
             limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
-        if ignored := (*chat.ignored, *follows.ignored):
-            self._tell_ignored(context, ignored)
+        self.tell_ignored(context, list(map(surface.own_names, (*chat.ignored, *follows.ignored))))
         turns = turn_options(version, body, chat, is_free=follows.is_free)
         answer = await self._answer(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
         shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)
@@ -165,9 +163,11 @@ class Api:
 
     async def count_chat(self, request: Request, surface: ChatSurface) -> int:
         """Return how many tokens a chat's prompt has."""
-        with self.body_room.held() as held, naming_fields(surface.field_names):
+        with self.body_room.held() as held, naming_fields(surface.own_names):
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
-            return len((await self.prompts.chat(version, body, held.num_bytes)).prompt.token_ids)
+            chat = await self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
+        self.tell_ignored(context_of(request.scope), list(map(surface.own_names, chat.ignored)))
+        return len(chat.prompt.token_ids)
 
     def begin(self, request: Request) -> RequestContext:
         """Return the call's context, with its class and the time that it has. Raises where the server ends."""

@@ -49,14 +49,22 @@ def _top_by_name(token: SampledToken, name: Name, num_top: int) -> dict[str, flo
 
 
 def echoed_logprobs(
-    prompt_token_ids: Sequence[int], scored: Sequence[SampledToken], tokenizer: Tokenizer, name: Name, num_top: int
+    prompt_token_ids: Sequence[int],
+    text: str,
+    scored: Sequence[SampledToken],
+    tokenizer: Tokenizer,
+    name: Name,
+    num_top: int,
 ) -> CompletionLogprobs:
-    """The prompt's own tokens, as an echoed completion begins. The first token has nothing before it: null."""
+    """The prompt's own tokens, as an echoed completion begins with its `text`. Nothing is before the first: null."""
     offsets, length = [], 0
     detokenizer = Detokenizer(tokenizer)
     for token_id in prompt_token_ids:
         offsets.append(length)
-        length += len(detokenizer.push((token_id,)))
+        shown = detokenizer.push((token_id,))
+        if token_id in tokenizer.special_ids and text.startswith(spelled := tokenizer.token_text(token_id), length):
+            shown = spelled  # by the client: those that the model wants around a text are not in it
+        length += len(shown)
     rest = completion_logprobs(scored, offsets[1:], name, num_top)
     return CompletionLogprobs(
         text_offset=offsets,

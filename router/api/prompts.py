@@ -76,12 +76,16 @@ class PromptReader:
         prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
         return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *_without_effect(version, body)])
 
-    async def tokenize(self, version: Version, body: TokenizeBody, size: int) -> list[int]:
+    async def tokenize(
+        self, version: Version, body: TokenizeBody, size: int, *, refuses_unknown: bool = True
+    ) -> tuple[list[int], Sequence[str]]:
+        """The tokens, and the names of ignored fields."""
         if body.messages is not None:
-            return (await self.chat(version, body, size)).prompt.token_ids
+            chat = await self.chat(version, body, size, refuses_unknown=refuses_unknown)
+            return chat.prompt.token_ids, chat.ignored
         add_special_tokens = body.add_special_tokens is not False
         prompts = await self.run(size, _encode, version, [body.prompt or ""], add_special_tokens)
-        return prompts[0].token_ids
+        return prompts[0].token_ids, ()
 
     async def names(self, version: Version, token_ids: list[int]) -> list[str]:
         """Each token's text."""

@@ -169,24 +169,32 @@ class Reply(Response):
 
     async def _whole(self, pieces: list[list[TextPiece]]) -> bytes:
         num_named = sum(1 + len(token.top) for batch in pieces for piece in batch for token in piece.tokens)
-        scored = (token for stream in self._answer.streams for token in stream.prompt_logprobs)
-        num_named += self._answer.num_choices * sum(1 + len(token.top) for token in scored)
+        num_named += self._num_named_of_prompts()
         num_bytes = sum(len(request.embedding) for request in self._answer.requests)
         if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE or num_bytes > _VECTOR_BYTES_INLINE:
             return await asyncio.to_thread(self._encode, pieces)
         return self._encode(pieces)
+
+    def _num_named_of_prompts(self) -> int:
+        scored = (token for stream in self._answer.streams for token in stream.prompt_logprobs)
+        return self._answer.num_choices * sum(1 + len(token.top) for token in scored)
 
     def _encode(self, pieces: list[list[TextPiece]]) -> bytes:
         return msgspec.json.encode(self._form.whole(list(map(TextPiece.joined, pieces))))
 
     async def _send_stream(self, context: RequestContext, send: Send) -> None:
         writer, write = EventWriter(self._form, self._events), context.write
+        num_named = 0  # in what is said of the prompts where a choice begins
         while pieces := await self._answer.next():
             is_first = context.status is None
             if is_first:
                 timing = (b"server-timing", server_timing(context, self._answer.requests))
                 await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
-            events = writer.events(pieces)
+                num_named = self._num_named_of_prompts()
+            if num_named > _NAMED_INLINE and writer.begins_choice(pieces):
+                events = await asyncio.to_thread(writer.events, pieces)
+            else:
+                events = writer.events(pieces)
             if len(events) > _WRITE_BYTES:
                 await _write_in_parts(write, events)
             elif events:

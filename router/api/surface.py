@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from ...common.errors import RequestError
+from ..turns.places import Places
 from .chat import ChatForm
 from .chat_turns import ChatTurns
 from .events import OPENAI_EVENTS, EventFormat
@@ -30,11 +31,6 @@ class ChatSurface(Protocol):
     """One call's translator."""
 
     @property
-    def field_names(self) -> FieldNames:
-        """The chat's fields that have other names in a body of this surface."""
-        ...
-
-    @property
     def id_prefix(self) -> str:
         """The beginning of the answer's id."""
         ...
@@ -46,6 +42,10 @@ class ChatSurface(Protocol):
         """Return the same request as a chat's body. Raises RequestError."""
         ...
 
+    def own_names(self, text: str) -> str:
+        """Return the text with the names of this surface's fields in place of the chat's."""
+        ...
+
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form: ...
 
 
@@ -54,10 +54,12 @@ class OpenAISurface:
 
     id_prefix = "chatcmpl-"
     events = OPENAI_EVENTS
-    field_names: FieldNames = ()
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         return raw
+
+    def own_names(self, text: str) -> str:
+        return text
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
         last = chat.messages[-1]
@@ -66,20 +68,20 @@ class OpenAISurface:
 
 
 @contextlib.contextmanager
-def naming_fields(names: FieldNames) -> Iterator[None]:
+def naming_fields(own_names: Callable[[str], str]) -> Iterator[None]:
     """Have what is wrong with a chat's body told by the names that its client has given."""
     try:
         yield
     except RequestError as error:
-        if not names:
+        param = None if error.param is None else own_names(error.param)
+        text = own_names(str(error))
+        if (text, param) == (str(error), error.param):
             raise
-        param = None if error.param is None else _renamed(error.param, names)
-        raise RequestError(
-            _renamed(str(error), names), param=param, code=error.code, status=error.status, kind=error.kind
-        ) from None
+        raise RequestError(text, param=param, code=error.code, status=error.status, kind=error.kind) from None
 
 
-def _renamed(text: str, names: FieldNames) -> str:
+def renamed(text: str, names: FieldNames, places: Places | None) -> str:
+    """Return the text with other names of fields and, where they are known, of places."""
     for pattern, own in names:
         text = pattern.sub(own, text)
-    return text
+    return text if places is None else places.own_names(text)

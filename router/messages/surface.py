@@ -6,22 +6,33 @@ from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.schemas import ChatBody
+from ..api.surface import renamed
+from ..turns.places import Places
 from .form import MESSAGE_EVENTS, MessageForm
 from .translate import FIELD_NAMES, chat_body
 
 
 class MessagesSurface:
-    """Translates any call. For counting, a body may leave its limit out."""
+    """Translates one call. For counting, a body may leave its limit out."""
 
     id_prefix = "msg_"
     events = MESSAGE_EVENTS
-    field_names = FIELD_NAMES
 
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only
+        self._places: Places | None = None  # while this surface's own names are looked at
+        self._effort_name = "output_config.effort"
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
-        return chat_body(raw, ignored, needs_max_tokens=not self._counts_only)
+        if raw.get("thinking") is not None:
+            self._effort_name = "thinking"
+        body, self._places = chat_body(raw, ignored, needs_max_tokens=not self._counts_only)
+        return body
+
+    def own_names(self, text: str) -> str:
+        if text == "reasoning_effort":
+            return self._effort_name
+        return renamed(text, FIELD_NAMES, self._places)
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
         return MessageForm(context, turns)

@@ -18,7 +18,7 @@ from ..api.events import EventFormat
 from ..api.form import FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, Blocks
-from .translate import Message
+from ..turns.places import Message
 
 Fields = dict[str, object]
 

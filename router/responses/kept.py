@@ -14,7 +14,7 @@ import msgspec
 from ...common.clock import Clock
 from ...common.errors import RequestError
 from ..state.errors import clip
-from .translate import Message
+from ..turns.places import Message
 
 MAX_BYTES = 64 * 2**20  # of all conversations together; more keeps them longer under load
 MAX_BYTES_OF_ONE = 4 * 2**20

@@ -9,16 +9,17 @@ from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.schemas import ChatBody
+from ..api.surface import renamed
+from ..turns.places import Message, Places
 from .form import ResponseForm, event_format
 from .kept import KeptResponses
-from .translate import FIELD_NAMES, Message, chat_body
+from .translate import FIELD_NAMES, chat_body
 
 
 class ResponsesSurface:
     """Translates one call."""
 
     id_prefix = "resp_"
-    field_names = FIELD_NAMES
 
     def __init__(self, kept: KeptResponses, tenant: bytes, *, keeps: bool = True) -> None:
         """`keeps`: the answer, unless the request says otherwise. A batch's many would drive others' out."""
@@ -27,6 +28,7 @@ class ResponsesSurface:
         self._keeps = keeps
         self._raw: Mapping[str, object] = {}
         self._messages: Sequence[Message] = ()  # without instructions, which hold for one call
+        self._places: Places | None = None  # while this surface's own names are looked at
         self._numbers = itertools.count()
         self.events = event_format(self._numbers)
 
@@ -34,11 +36,13 @@ class ResponsesSurface:
         self._raw = raw if self._keeps else {**raw, "store": False}
         previous = raw.get("previous_response_id")
         earlier = () if previous is None else self._kept.find(previous, self._tenant)
-        body = chat_body(raw, ignored, earlier)
-        messages = body["messages"]
-        assert isinstance(messages, list)
+        body, self._places = chat_body(raw, ignored, earlier)
+        messages = [each.message for each in self._places.messages]
         self._messages = messages[1:] if raw.get("instructions") else messages
         return body
+
+    def own_names(self, text: str) -> str:
+        return renamed(text, FIELD_NAMES, self._places)
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
         return ResponseForm(context, turns, self._raw, self._numbers, self._on_end)

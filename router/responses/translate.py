@@ -12,12 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ...common.errors import RequestError
-from ..api.chat_messages import ROLES
-from ..api.fields import not_supported, take_only, unknown_field
+from ..api.fields import check_fields, not_supported, take_only
 from ..api.surface import FieldNames
-from ..state.errors import clip, shown
-
-Message = dict[str, object]
+from ..state.errors import shown
+from ..turns.places import Message, PlacedMessage, Places
+from .items import CALL_NAMES, input_messages
 
 _SAME = ("model", "stream", "temperature", "top_p", "user", "parallel_tool_calls", "cache_salt", "priority", "seed")
 _IGNORED = frozenset(
@@ -54,24 +53,35 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"\bresponse_format(?:\.json_schema)?\b"), "text.format"),
     (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
     (re.compile(r"\bmax_tokens asks\b"), "max_output_tokens asks"),
+    (re.compile(r"^messages$"), "input"),
     (re.compile(r"'verbosity'"), "'text.verbosity'"),
     (re.compile(r"^verbosity$"), "text.verbosity"),
 )
 _TEXT = frozenset({"format", "verbosity"})
 _REASONING = frozenset({"effort", "summary", "generate_summary"})  # what is asked of summaries changes nothing
-_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-def chat_body(raw: Mapping[str, object], ignored: list[str] | None, earlier: Sequence[Message]) -> dict[str, object]:
-    """Return the chat's body; `earlier` are the messages before this input. Raises RequestError."""
-    _check_fields(raw, ignored)
+def chat_body(
+    raw: Mapping[str, object], ignored: list[str] | None, earlier: Sequence[Message]
+) -> tuple[dict[str, object], Places]:
+    """Return the chat's body, and where its messages stand in this one; `earlier` are those before this input.
+
+    Raises RequestError.
+    """
+    check_fields(raw, _KNOWN, ignored, unsupported=_UNSUPPORTED, labels=_IGNORED)
+    include = raw.get("include")
+    if include is not None and not (isinstance(include, list) and all(map(_HARMLESS_INCLUDES.__contains__, include))):
+        raise not_supported("include")
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
     instructions = raw.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
         raise RequestError(f"instructions must be a string, got {shown(instructions)}", param="instructions")
-    system: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-    body["messages"] = messages = [*system, *earlier, *input_messages(raw.get("input"))]
-    if not messages:
+    placed = [PlacedMessage(message, "previous_response_id") for message in earlier]
+    placed += input_messages(raw.get("input"))
+    if instructions:
+        placed.insert(0, PlacedMessage({"role": "system", "content": instructions}, "instructions", {"content": ""}))
+    body["messages"] = [each.message for each in placed]
+    if not placed:
         raise RequestError("input must not be empty", param="input")
     if (limit := raw.get("max_output_tokens")) is not None:
         body["max_completion_tokens"] = _limit(limit)
@@ -81,7 +91,7 @@ def chat_body(raw: Mapping[str, object], ignored: list[str] | None, earlier: Seq
         body["tool_choice"] = _choice(raw["tool_choice"])
     _take_text(raw.get("text"), body, ignored)
     _take_reasoning(raw.get("reasoning"), body, ignored)
-    return body
+    return body, Places(placed, CALL_NAMES)
 
 
 def _limit(value: object) -> int:
@@ -89,114 +99,6 @@ def _limit(value: object) -> int:
         text = f"'max_output_tokens' should be a whole number of at least 1, got {shown(value)}"
         raise RequestError(text, param="max_output_tokens", code="invalid_value")
     return value
-
-
-def _check_fields(raw: Mapping[str, object], ignored: list[str] | None) -> None:
-    for name, value in raw.items():
-        if name in _UNSUPPORTED:
-            if value is not None and value not in _UNSUPPORTED[name]:
-                raise not_supported(name, _UNSUPPORTED[name])
-        elif name not in _KNOWN and name not in _IGNORED:
-            if ignored is None:
-                raise unknown_field(name, _KNOWN)
-            ignored.append(name)
-    include = raw.get("include")
-    if include is not None and not (isinstance(include, list) and all(map(_HARMLESS_INCLUDES.__contains__, include))):
-        raise not_supported("include")
-
-
-def input_messages(raw: object) -> list[Message]:
-    """Return the input as messages: a call joins the assistant's message that it follows."""
-    if isinstance(raw, str):
-        return [{"role": "user", "content": raw}]
-    if not isinstance(raw, list):
-        raise RequestError(f"input must be a string or an array of items, got {shown(raw)}", param="input")
-    messages: list[Message] = []
-    for index, each in enumerate(raw):
-        _add_item(messages, each, f"input[{index}]")
-    return messages
-
-
-def _add_item(messages: list[Message], raw: object, where: str) -> None:
-    if not isinstance(raw, dict):
-        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    match raw.get("type", "message"):
-        case "message":
-            if (role := raw.get("role")) not in ROLES:
-                rule = f"must be one of {', '.join(ROLES)}"
-                raise RequestError(f"{where}.role {rule}, got {shown(role)}", param=f"{where}.role")
-            text = _text(raw.get("content"), f"{where}.content")
-            if role == "assistant":
-                message = _assistant(messages, is_new_text=True)
-                message["content"] = text
-            else:
-                messages.append({"role": role, "content": text})
-        case "function_call":
-            _check_call(raw, where)
-            function = {"name": raw["name"], "arguments": raw.get("arguments")}
-            calls = _assistant(messages).setdefault("tool_calls", [])
-            assert isinstance(calls, list)
-            calls.append({"id": raw.get("call_id"), "type": "function", "function": function})
-        case "function_call_output":
-            _check_call_id(raw, where)
-            text = _text(raw.get("output"), f"{where}.output")
-            messages.append({"role": "tool", "tool_call_id": raw.get("call_id"), "content": text})
-        case "reasoning":
-            text = "".join(_text(raw[name], f"{where}.{name}") for name in ("summary", "content") if raw.get(name))
-            if text:
-                message = _assistant(messages, is_new_text=True)
-                before = message.get("reasoning_content")
-                message["reasoning_content"] = f"{before}\n{text}" if before else text
-        case kind:
-            raise RequestError(
-                f"{where}: items of type {shown(kind)} are not supported", param=where, code="unsupported_content"
-            )
-
-
-def _check_call(raw: Mapping[str, object], where: str) -> None:
-    """Refuse by its own names what the chat would refuse by others."""
-    name, arguments = raw.get("name"), raw.get("arguments")
-    if not isinstance(name, str) or not name:
-        raise RequestError(f"{where}.name must be the name of a function, got {shown(name)}", param=f"{where}.name")
-    if not isinstance(arguments, str | dict | None):
-        raise RequestError(f"{where}.arguments must be a string, got {shown(arguments)}", param=f"{where}.arguments")
-    _check_call_id(raw, where)
-
-
-def _check_call_id(raw: Mapping[str, object], where: str) -> None:
-    call_id = raw.get("call_id")
-    if call_id is not None and not (isinstance(call_id, str) and call_id):
-        raise RequestError(f"{where}.call_id must be a string, got {shown(call_id)}", param=f"{where}.call_id")
-
-
-def _assistant(messages: list[Message], *, is_new_text: bool = False) -> Message:
-    """Return the assistant's message that goes on; a new one after others', or where its text is there already."""
-    last = messages[-1] if messages else None
-    if last is None or last["role"] != "assistant" or (is_new_text and (last["content"] or "tool_calls" in last)):
-        messages.append({"role": "assistant", "content": ""})
-    return messages[-1]
-
-
-def _text(raw: object, where: str) -> str:
-    if isinstance(raw, str):
-        return raw
-    if not isinstance(raw, list):
-        raise RequestError(f"{where} must be a string or an array of text parts", param=where)
-    texts = []
-    for at, part in enumerate(raw):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "refusal":
-            texts.append(str(part.get("refusal", "")))
-        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            seen = clip(kind) if isinstance(kind, str) else shown(part)
-            raise RequestError(
-                f"{where}[{at}]: content of type {seen} is not supported, only text",
-                param=f"{where}[{at}]",
-                code="unsupported_content",
-            )
-    return "".join(texts)
 
 
 def _tools(raw: object) -> list[object]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -168,6 +170,31 @@ async def test_echoed_logprobs_begin_with_null_and_count_offsets_through() -> No
         assert [token for part in found for token in part["tokens"]] == ["h", "i", "a"]
         assert [value for part in found for value in part["token_logprobs"]] == [None, -0.5, -0.5]
         assert [offset for part in found for offset in part["text_offset"]] == [0, 1, 2]
+
+
+async def test_offsets_count_special_tokens_that_the_prompt_spells() -> None:
+    served = serve(Script("a", ends_with_eos=False))
+    for num_choices in (1, 2):
+        chunks = await _stream(served, prompt="h</s>i", echo=True, logprobs=0, max_tokens=1, n=num_choices)
+        first = next(chunk["choices"][0] for chunk in chunks)
+        assert (first["text"], first["logprobs"]["text_offset"]) == ("h</s>i", [0, 1, 5])
+        assert chunks[-1]["choices"][0]["logprobs"]["text_offset"] == [6]
+
+
+async def test_a_long_prompts_names_are_looked_up_on_a_thread_and_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"prompt": "h" * 200, "echo": True, "logprobs": 0, "max_tokens": 2, "n": 3}
+    inline = await _stream(serve(Script("ab")), **fields)
+    threads: list[object] = []
+
+    async def to_thread(function: Callable[..., bytes], *args: object) -> bytes:
+        threads.append(function)
+        return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+    monkeypatch.setattr("kvferry.router.api.reply._NAMED_INLINE", 500)
+    monkeypatch.setattr("asyncio.to_thread", to_thread)
+    aside = await _stream(serve(Script("ab")), **fields)
+    assert [chunk["choices"] for chunk in aside] == [chunk["choices"] for chunk in inline]
+    assert 1 <= len(threads) <= 3  # as choices begin, and not with every token
 
 
 async def test_prompt_logprobs_in_vllms_form() -> None:

@@ -378,6 +378,9 @@ async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> 
         message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi", "id": "m"}]}
         response = await client.post("/v1/messages", json=message)
         assert response.headers["x-kvferry-ignored"] == "messages[0].id"
+        for path in ("/v1/messages/count_tokens", "/tokenize"):
+            response = await client.post(path, json={"messages": [{**CHAT[0], "id": 7}]})
+            assert (response.status_code, response.headers["x-kvferry-ignored"]) == (200, "messages[0].id")
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "suffix": "x"})).status_code == 400
     async with serve(Script("x")).client() as client:
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1})).status_code == 400

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.request import SampledToken
 from kvferry.models.tokenizer import Detokenizer
 from kvferry.router.api.choice import ChoiceText, TextOptions, TextPiece
+from kvferry.router.turns.definitions import parse_tool_use
+from kvferry.router.turns.dialect import Dialect
 
 from ..fakes import EOS, ids_of, toy_tokenizer
 
@@ -15,6 +20,19 @@ from ..fakes import EOS, ids_of, toy_tokenizer
 def _choice(**options: object) -> ChoiceText:
     merged: dict[str, object] = {"max_tokens": 100, **options}
     return ChoiceText(Detokenizer(toy_tokenizer()), TextOptions(**merged))  # type: ignore[arg-type]
+
+
+class WordDetokenizer:
+    """Each id is a word of `words`."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+
+    def push(self, ids: Iterable[int]) -> str:
+        return "".join(self._words[token_id] for token_id in ids)
+
+    def flush(self) -> str:
+        return ""
 
 
 def _tokens(text: str) -> tuple[SampledToken, ...]:
@@ -110,3 +128,14 @@ def test_the_answer_does_not_depend_on_how_tokens_arrive(
 
     expected = answer([1] * len(text.encode()), keep_tokens=True)
     assert answer(sizes, keep_tokens=True) == answer(sizes, keep_tokens=False) == expected
+
+
+def test_a_stop_string_counts_that_ends_within_the_token_that_begins_a_call() -> None:
+    use = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, None)
+    reader = Dialect.of_template("{{ tools }}<tool_call></tool_call>").reader(use, begins_inside=False)
+    words = ["So", ".E", 'ND<tool_call>{"name', '": "f"}</tool_call>']
+    options = TextOptions(stops=("END",), calls=lambda: reader, max_tokens=100)
+    choice = ChoiceText(cast(Detokenizer, WordDetokenizer(words)), options)
+    shown = [choice.push((SampledToken(number),), None) for number in range(3)]
+    assert "".join(piece.text for piece in shown) == "So."
+    assert (choice.finish, shown[-1].stop_reason, choice.num_tokens) == ("stop", "END", 3)

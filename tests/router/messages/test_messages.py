@@ -211,6 +211,10 @@ async def test_thinking_is_an_effort() -> None:
         ({"output_config": {"format": {"type": "text"}}}, "output_config.format"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "always"}}, "thinking"),
+        ({"thinking": {"type": "enabled", "budget": 5}}, "unknown field 'thinking.budget'; did you mean"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens must be a whole number"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice 'any' needs tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name must be the name of a tool"),
         ({"mcp_servers": [{}]}, "'mcp_servers' is not supported"),
         ({"stop_sequences": ["a"] * 17}, "stop_sequences must be an array of at most 16 strings"),
         ({"stop_sequences": "a"}, "stop_sequences must be an array"),
@@ -225,6 +229,47 @@ async def test_a_refusal_has_anthropics_shape(fields: dict[str, Any], part: str)
     error = response.json()
     assert set(error) == {"type", "error"} and error["type"] == "error"
     assert error["error"]["type"] == "invalid_request_error" and part in error["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [
+        ({"type": "tool_use", "id": "a", "input": {}}, "name"),
+        ({"type": "tool_use", "id": "a", "name": "f", "input": 5}, "input"),
+        ({"type": "tool_use", "id": 5, "name": "f", "input": {}}, "id"),
+    ],
+)
+async def test_what_is_wrong_with_a_call_has_the_clients_place_and_name(block: dict[str, Any], name: str) -> None:
+    said = [{"type": "text", "text": "Look."}, block]
+    result = {"type": "tool_result", "tool_use_id": "z", "content": "found"}
+    messages = [
+        *BODY["messages"],
+        {"role": "user", "content": [result, result]},  # two messages of a chat
+        {"role": "assistant", "content": said},
+    ]
+    response = await _post(_served(), system="Be brief.", messages=messages)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(f"messages[2].content[1].{name} ")
+
+
+async def test_what_is_wrong_with_a_result_has_the_clients_place_and_name() -> None:
+    result = {"type": "tool_result", "tool_use_id": 5, "content": "found"}
+    response = await _post(_served(), system="x", messages=[{"role": "user", "content": [result]}])
+    assert response.json()["error"]["message"].startswith("messages[0].content[0].tool_use_id must be a string")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"system": "</s>"}, "system"),
+        ({"system": "x", "messages": [{"role": "user", "content": "</s>"}]}, "messages[0].content"),
+    ],
+)
+async def test_a_special_token_is_refused_by_the_clients_name(fields: dict[str, Any], name: str) -> None:
+    response = await _post(_served(model={"special_tokens": "refuse"}), **fields)
+    assert response.status_code == 400 and response.json()["error"]["message"].startswith(
+        f"{name} has the special token"
+    )
 
 
 async def test_other_errors_have_it_too() -> None:

@@ -8,15 +8,18 @@ import pytest
 
 from kvferry.common.errors import RequestError
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.responses.items import input_messages
 from kvferry.router.responses.kept import MAX_AGE_S, KeptResponses
-from kvferry.router.responses.translate import Message, chat_body, input_messages
+from kvferry.router.responses.translate import chat_body
 from kvferry.router.state.errors import StreamError
+from kvferry.router.turns.places import Message
 from kvferry.tests.fake_clock import FakeClock
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
 
 BODY: dict[str, Any] = {"model": MODEL, "input": "hi"}
 TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
+CALLED = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
 
 
@@ -151,6 +154,10 @@ async def test_what_is_not_kept_is_not_found() -> None:
         ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input[0].name"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": 5}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "call_id": 5, "output": ""}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call", "arguments": "{}"}], "instructions": "Be brief."}, "input[0].name"),
+        ({"input": [CALLED, {**CALLED, "name": "f" * 257}]}, "input[1].name"),
+        ({"input": [*[CALLED] * 2, {**CALLED, "call_id": "c" * 257}]}, "input[2].call_id"),
+        ({"input": [{"role": "user", "content": "x"}] * 4097}, "input"),
         ({"reasoning": {"effort": "enormous"}}, "reasoning.effort"),
         ({"reasoning": {"effrot": "high"}}, "reasoning.effrot"),
         ({"text": {"verbosty": "low"}}, "text.verbosty"),
@@ -187,7 +194,7 @@ async def test_what_asks_for_nothing_is_accepted() -> None:
 def test_unknown_parts_are_told_where_they_may_be_ignored() -> None:
     ignored: list[str] = []
     asked = {"input": "x", "reasoning": {"effrot": "high", "effort": "low"}, "text": {"verbosty": "low"}}
-    body = chat_body(asked, ignored, [])
+    body, _ = chat_body(asked, ignored, [])
     assert body["reasoning_effort"] == "low"
     assert ignored == ["text.verbosty", "reasoning.effrot"]
 
@@ -196,7 +203,9 @@ def test_thoughts_that_follow_one_another_are_all_kept() -> None:
     items = [
         {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]} for text in "ab"
     ]
-    assert input_messages(items) == [{"role": "assistant", "content": "", "reasoning_content": "a\nb"}]
+    assert [each.message for each in input_messages(items)] == [
+        {"role": "assistant", "content": "", "reasoning_content": "a\nb"}
+    ]
 
 
 def test_items_of_a_turn_become_one_message() -> None:
@@ -211,7 +220,7 @@ def test_items_of_a_turn_become_one_message() -> None:
         {"type": "message", "role": "assistant", "content": "One."},
         {"type": "message", "role": "assistant", "content": "Two."},
     ]
-    messages = input_messages(items)
+    messages = [each.message for each in input_messages(items)]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant", "assistant"]
     assert (messages[1]["content"], messages[1]["reasoning_content"]) == ("Look.", "Hm.")
     calls = messages[1]["tool_calls"]

@@ -1,0 +1,115 @@
+"""The messages of /v1/messages, with blocks, as a chat's messages. Other blocks are refused by name."""
+
+from __future__ import annotations
+
+from ...common.errors import RequestError
+from ..api.fields import take_only
+from ..state.errors import clip, shown
+from ..turns.places import Message, PlacedMessage
+
+CALL_NAMES = {"function.name": "name", "function.arguments": "input", "function": ""}
+_NAMES_OF_ANSWERS = {"reasoning_content": "content", "tool_calls": "content"}
+_NAMES_OF_RESULTS = {"tool_call_id": "tool_use_id"}
+
+
+def system_messages(raw: object) -> list[PlacedMessage]:
+    """Return the system's prompt as a message, where there is one."""
+    if raw is None or raw in ("", []):
+        return []
+    return [PlacedMessage({"role": "system", "content": _text(raw, "system")}, "system", {"content": ""})]
+
+
+def chat_messages(raw: object, ignored: list[str] | None) -> list[PlacedMessage]:
+    """Return the messages as a chat's: each result of a tool is a message there. Raises RequestError."""
+    if not isinstance(raw, list) or not raw:
+        raise RequestError("messages must be an array that is not empty", param="messages")
+    messages: list[PlacedMessage] = []
+    for index, each in enumerate(raw):
+        messages += _message(each, f"messages[{index}]", ignored)
+    return messages
+
+
+def _message(raw: object, where: str, ignored: list[str] | None) -> list[PlacedMessage]:
+    if not isinstance(raw, dict):
+        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
+    take_only(raw.keys(), frozenset({"role", "content"}), where, ignored)
+    role, content = raw.get("role"), raw.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise RequestError(f"{where}.role must be 'user' or 'assistant', got {shown(role)}", param=f"{where}.role")
+    if isinstance(content, str):
+        return [PlacedMessage({"role": role, "content": content}, where)]
+    if not isinstance(content, list):
+        raise RequestError(f"{where}.content must be a string or an array of blocks", param=f"{where}.content")
+    blocks = [_block(each, f"{where}.content[{at}]") for at, each in enumerate(content)]
+    return [_assistant(blocks, where)] if role == "assistant" else _user(str(role), blocks, where)
+
+
+def _assistant(blocks: list[tuple[str, dict[str, object]]], where: str) -> PlacedMessage:
+    message: Message = {"role": "assistant", "content": ""}
+    placed = PlacedMessage(message, where, _NAMES_OF_ANSWERS)
+    calls: list[dict[str, object]] = []
+    for at, (kind, block) in enumerate(blocks):
+        match kind:
+            case "text":
+                message["content"] = f"{message['content']}{block['text']}"
+            case "thinking":
+                message["reasoning_content"] = f"{message.get('reasoning_content', '')}{block.get('thinking', '')}"
+            case "tool_use":
+                function = {"name": block.get("name"), "arguments": block.get("input")}
+                calls.append({"id": block.get("id"), "type": "function", "function": function})
+                placed.calls.append(f"{where}.content[{at}]")
+            case "redacted_thinking":
+                pass
+            case _:
+                raise _no_block(kind, f"{where}.content[{at}]")
+    if calls:
+        message["tool_calls"] = calls
+    return placed
+
+
+def _user(role: str, blocks: list[tuple[str, dict[str, object]]], where: str) -> list[PlacedMessage]:
+    messages: list[PlacedMessage] = []
+    texts: list[str] = []
+    for at, (kind, block) in enumerate(blocks):
+        match kind:
+            case "text":
+                texts.append(str(block["text"]))
+            case "tool_result":
+                content = block.get("content")
+                text = "" if content is None else _text(content, f"{where}.content[{at}].content")
+                result: Message = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
+                messages.append(PlacedMessage(result, f"{where}.content[{at}]", _NAMES_OF_RESULTS))
+            case _:
+                raise _no_block(kind, f"{where}.content[{at}]")
+    if texts or not messages:
+        messages.append(PlacedMessage({"role": role, "content": "\n".join(texts)}, where))
+    return messages
+
+
+def _block(raw: object, where: str) -> tuple[str, dict[str, object]]:
+    if not isinstance(raw, dict) or not isinstance(kind := raw.get("type"), str):
+        raise RequestError(f"{where} must be an object with a type", param=where)
+    if kind == "text" and not isinstance(raw.get("text"), str):
+        raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
+    return kind, raw
+
+
+def _text(raw: object, where: str) -> str:
+    """Return a string, or text blocks as one."""
+    if isinstance(raw, str):
+        return raw
+    if not isinstance(raw, list):
+        raise RequestError(f"{where} must be a string or an array of text blocks", param=where)
+    texts = []
+    for at, each in enumerate(raw):
+        kind, block = _block(each, f"{where}[{at}]")
+        if kind != "text":
+            raise _no_block(kind, f"{where}[{at}]")
+        texts.append(str(block["text"]))
+    return "\n".join(texts)
+
+
+def _no_block(kind: str, where: str) -> RequestError:
+    return RequestError(
+        f"{where}: blocks of type {clip(kind)} are not supported here", param=where, code="unsupported_content"
+    )

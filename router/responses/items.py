@@ -1,0 +1,91 @@
+"""The items of /v1/responses' input as a chat's messages. Other items are refused by name."""
+
+from __future__ import annotations
+
+from ...common.errors import RequestError
+from ..api.chat_messages import ROLES
+from ..state.errors import clip, shown
+from ..turns.places import Message, PlacedMessage
+
+CALL_NAMES = {"function.name": "name", "function.arguments": "arguments", "function": "", "id": "call_id"}
+_NAMES_OF_ANSWERS = {"tool_calls": ""}
+_NAMES_OF_RESULTS = {"tool_call_id": "call_id", "content": "output"}
+_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+
+
+def input_messages(raw: object) -> list[PlacedMessage]:
+    """Return the input as messages: a call joins the assistant's message that it follows."""
+    if isinstance(raw, str):
+        return [PlacedMessage({"role": "user", "content": raw}, "input", {"content": ""})]
+    if not isinstance(raw, list):
+        raise RequestError(f"input must be a string or an array of items, got {shown(raw)}", param="input")
+    messages: list[PlacedMessage] = []
+    for index, each in enumerate(raw):
+        _add_item(messages, each, f"input[{index}]")
+    return messages
+
+
+def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
+    if not isinstance(raw, dict):
+        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
+    match raw.get("type", "message"):
+        case "message":
+            if (role := raw.get("role")) not in ROLES:
+                rule = f"must be one of {', '.join(ROLES)}"
+                raise RequestError(f"{where}.role {rule}, got {shown(role)}", param=f"{where}.role")
+            text = _text(raw.get("content"), f"{where}.content")
+            if role == "assistant":
+                _assistant(messages, where, is_new_text=True).message["content"] = text
+            else:
+                messages.append(PlacedMessage({"role": role, "content": text}, where))
+        case "function_call":
+            function = {"name": raw.get("name"), "arguments": raw.get("arguments")}
+            placed = _assistant(messages, where)
+            calls = placed.message.setdefault("tool_calls", [])
+            assert isinstance(calls, list)
+            placed.calls.append(where)
+            calls.append({"id": raw.get("call_id"), "type": "function", "function": function})
+        case "function_call_output":
+            text = _text(raw.get("output"), f"{where}.output")
+            result: Message = {"role": "tool", "tool_call_id": raw.get("call_id"), "content": text}
+            messages.append(PlacedMessage(result, where, _NAMES_OF_RESULTS))
+        case "reasoning":
+            text = "".join(_text(raw[name], f"{where}.{name}") for name in ("summary", "content") if raw.get(name))
+            if text:
+                message = _assistant(messages, where, is_new_text=True).message
+                before = message.get("reasoning_content")
+                message["reasoning_content"] = f"{before}\n{text}" if before else text
+        case kind:
+            raise RequestError(
+                f"{where}: items of type {shown(kind)} are not supported", param=where, code="unsupported_content"
+            )
+
+
+def _assistant(messages: list[PlacedMessage], where: str, *, is_new_text: bool = False) -> PlacedMessage:
+    """Return the assistant's message that goes on; a new one after others', or where its text is there already."""
+    last = messages[-1].message if messages else None
+    if last is None or last["role"] != "assistant" or (is_new_text and (last["content"] or "tool_calls" in last)):
+        messages.append(PlacedMessage({"role": "assistant", "content": ""}, where, _NAMES_OF_ANSWERS))
+    return messages[-1]
+
+
+def _text(raw: object, where: str) -> str:
+    if isinstance(raw, str):
+        return raw
+    if not isinstance(raw, list):
+        raise RequestError(f"{where} must be a string or an array of text parts", param=where)
+    texts = []
+    for at, part in enumerate(raw):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal":
+            texts.append(str(part.get("refusal", "")))
+        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            seen = clip(kind) if isinstance(kind, str) else shown(part)
+            raise RequestError(
+                f"{where}[{at}]: content of type {seen} is not supported, only text",
+                param=f"{where}[{at}]",
+                code="unsupported_content",
+            )
+    return "".join(texts)
