@@ -54,6 +54,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (KVFerryError, _USAGE_ERROR) as error:
         code = CONFIG_EXIT_CODE if isinstance(error, ConfigError | _USAGE_ERROR) else 1
         print(f"kvferry: {_line(error)}", file=sys.stderr)
+    except PermissionError as error:  # of a path of the operator's: even to ask what is there may not be allowed
+        if error.filename is None:
+            raise
+        code = CONFIG_EXIT_CODE
+        print(f"kvferry: {error.filename}: {error.strerror}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

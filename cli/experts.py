@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from ..common.config import ADMIN_KEY_VARIABLE
 from ..common.errors import ConfigError
 
 _HOTTEST = 3  # experts of a worker that the table names
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Layer(msgspec.Struct):
+    layer: Count
+    taken: Annotated[list[Count], msgspec.Meta(min_length=1)]
+
+
+class _Worker(msgspec.Struct):
+    role: str
+    ranks: Annotated[int, msgspec.Meta(ge=1)]
+    layers: list[_Layer]
+
+
+class _Answer(msgspec.Struct):
+    """An answer of /admin/experts, as far as a plan needs it."""
+
+    workers: list[_Worker]
+
 
 app = typer.Typer(help="Look at the experts of a mixture, and plan replicas of the busiest.", no_args_is_help=True)
 Admin = Annotated[str | None, typer.Option(help="A router's admin listener.", metavar="URL")]
@@ -78,7 +98,7 @@ def plan(
     workers = [worker for worker in workers if pool in (None, worker["role"])]
     sizes = sorted({int(worker["ranks"]) for worker in workers})
     if not workers:
-        raise ConfigError(f"pool: no worker of {pool} has told of experts")
+        raise ConfigError("no worker has told of experts" if pool is None else f"pool: no worker of {pool} has")
     if ranks is None and len(sizes) > 1:
         raise ConfigError(f"workers have {' and '.join(map(str, sizes))} ranks; choose with --pool or --ranks")
     taken = _summed(workers)
@@ -98,10 +118,14 @@ def plan(
 
 def _saved(file: Path) -> list[dict[str, Any]]:
     try:
-        workers = json.loads(file.read_text(encoding="utf-8"))["workers"]
-        return [{key: worker[key] for key in ("role", "ranks", "layers")} for worker in workers]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is no answer of /admin/experts: {type(error).__name__}: {error}") from None
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        workers = msgspec.json.decode(content, type=_Answer).workers
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no answer of /admin/experts: {error}") from None
+    return [msgspec.to_builtins(worker) for worker in workers]
 
 
 def _summed(workers: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:

@@ -219,8 +219,12 @@ class Preflight:
 
 def _check_folder(setting: str, folder: Path) -> None:
     """Refuse a folder that cannot be made or written to. Raises ConfigError."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        is_writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError:  # a folder above it may not be read
+        is_writable = False
+    if not is_writable:
         raise ConfigError(f"{setting}: {folder} cannot be made or written to")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from ..common.config import CACHE_VARIABLE, environment
@@ -53,7 +54,7 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=60.0) as answer:
             content: bytes = answer.read()
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise ConfigError(f"trace: cannot download {url}: {error}; give a path instead") from error
     return content
 
@@ -88,15 +89,21 @@ def fetch(
     """Download it unless it is there. What is not the published file, byte for byte, is refused."""
     source = sources[name]
     path = cache_dir / f"{name}{Path(source.sample).suffix}"
-    if path.exists() and _digest(path.read_bytes()) == source.sha256:
-        return path
+    try:
+        if path.exists() and _digest(path.read_bytes()) == source.sha256:
+            return path
+    except OSError as error:
+        raise ConfigError(f"trace {name}: {path} cannot be read: {error.strerror}") from error
     content = download(source.url)
     if (digest := _digest(content)) != source.sha256:
         raise ConfigError(f"trace {name}: {source.url} has SHA-256 {digest}, expected {source.sha256}")
-    cache_dir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"trace {name}: cannot be kept at {path}: {error.strerror}") from error
     return path
 
 

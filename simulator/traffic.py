@@ -28,6 +28,8 @@ def rows_of(traffic: Traffic) -> tuple[TraceRow, ...]:
     if traffic.part != "whole":
         half_s = rows[-1].arrival_s / 2
         rows = tuple(row for row in rows if (row.arrival_s >= half_s) == (traffic.part == "second"))
+        if not rows:
+            raise ConfigError(f"the {traffic.part} half of the trace has no requests")
         rows = tuple(replace(row, arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows)
     if traffic.length_scale != 1.0:
         rows = tuple(row.scaled(length=traffic.length_scale, rate=1.0) for row in rows)

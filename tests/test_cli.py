@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -401,8 +402,36 @@ def test_experts_show_tells_the_busiest(run: Run, monkeypatch: pytest.MonkeyPatc
     assert shown.returncode == 2 and "no worker has told of experts" in shown.stderr
 
 
+def test_a_path_that_may_not_be_looked_at_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_dir = Path.is_dir
+
+    def guarded(path: Path) -> bool:
+        if path.name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", guarded)
+    refused = run("serve", "/root/secret", "--dry-run")
+    assert (refused.returncode, refused.stderr) == (2, "kvferry: /root/secret: Permission denied\n")
+
+
+WRONG_COUNTS = [
+    ([], "no worker has told of experts"),
+    ([{"role": "decode", "ranks": 1, "layers": [{}]}], "missing required field `layer` - at `$.workers[0].layers[0]`"),
+    ([{"role": "decode", "ranks": "x", "layers": []}], "got `str` - at `$.workers[0].ranks`"),
+    ([{"role": "decode", "ranks": 1, "layers": [{"layer": 0, "taken": [-1]}]}], ">= 0"),
+]
+
+
 def test_experts_plan_writes_what_serve_takes(run: Run, tmp_path: Path) -> None:
     saved, plan = tmp_path / "counts.json", tmp_path / "plan.json"
+    names = itertools.count()
+
+    def wrong(workers: object) -> str:
+        path = tmp_path / f"wrong-{next(names)}.json"
+        path.write_text(json.dumps({"workers": workers}))
+        return str(path)
+
     saved.write_text(json.dumps({"workers": [_experts_of("d-0", [8, 1, 1, 2], [9, 3])] * 2}))
     done = run("experts", "plan", str(plan), "--replicas", "2", "--from", str(saved))
     assert done.returncode == 0, done.stderr
@@ -412,8 +441,10 @@ def test_experts_plan_writes_what_serve_takes(run: Run, tmp_path: Path) -> None:
     assert sorted(map(len, found.held(2))) == [3, 3]
     for words, message in (
         (["--replicas", "1"], "use 0"),
-        (["--replicas", "0", "--pool", "prefill"], "no worker of prefill has told of experts"),
+        (["--replicas", "0", "--pool", "prefill"], "no worker of prefill has"),
         (["--replicas", "0", "--from", str(plan)], "is no answer of /admin/experts"),
+        (["--replicas", "0", "--from", str(tmp_path)], "cannot be read: Is a directory"),
+        *((["--replicas", "0", "--from", wrong(workers)], message) for workers, message in WRONG_COUNTS),
     ):
         refused = run("experts", "plan", str(plan), "--from", str(saved), *words)
         assert refused.returncode == 2 and message in refused.stderr

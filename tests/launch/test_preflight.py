@@ -283,6 +283,17 @@ def data_in_a_file(site: Site) -> Words:
     return ["--data-dir", site.file("file", "") + "/data"]
 
 
+@case("data_dir: .* cannot be made or written to")
+def data_below_a_folder_that_may_not_be_looked_into(site: Site) -> Words:
+    def exists(path: Path) -> bool:
+        if path.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return os.path.exists(path)
+
+    site.patch.setattr(Path, "exists", exists)
+    return ["--data-dir", str(site.folder / "secret")]
+
+
 @case("there is no prefix cache to keep there")
 def disk_cache_without_a_prefix_cache(site: Site) -> Words:
     return ["--disk-cache-dir", str(site.folder / "cache"), "--no-enable-prefix-caching"]

@@ -46,6 +46,19 @@ def test_a_trace_is_downloaded_once(tmp_path: Path) -> None:
     assert asked == ["https://example.org/x"]
 
 
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    content, file = b"a trace", tmp_path / "file"
+    known = {"x": sources.Source("https://example.org/x", hashlib.sha256(content).hexdigest(), "CC0", "x.csv")}
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"trace x: .*file/x\.csv"):
+        sources.fetch("x", file, known, download=lambda url: content)
+
+
+def test_a_half_without_requests_is_said() -> None:
+    with pytest.raises(ConfigError, match="the first half of the trace has no requests"):
+        rows_of(Traffic(ROWS[:1], part="first"))
+
+
 def test_what_is_neither_a_name_nor_a_file_is_refused() -> None:
     with pytest.raises(ConfigError, match="azure-2023-code"):
         sources.trace_path("no-such-trace")

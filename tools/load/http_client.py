@@ -202,4 +202,9 @@ class HttpClient:
         if body:
             lines += ["content-type: application/json", f"content-length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+        try:
+            head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        except UnicodeEncodeError as error:
+            seen = error.object[error.start : error.end]
+            raise HttpError(f"{seen!r} cannot stand in the head of a request: a path or a key has it") from None
+        return head + body

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .endpoint import RequestRecord
 from .environment import Environment
@@ -69,7 +70,8 @@ def distribution_cells(distribution: Distribution) -> list[str]:
 
 
 def _latency_table(report: BenchReport) -> Table:
-    table = Table(title=f"{report.model} at {report.base_url}\n{report.load}; {report.workload}", title_justify="left")
+    title = Text(f"{report.model} at {report.base_url}\n{report.load}; {report.workload}")
+    table = Table(title=title, title_justify="left")
     table.add_column("ms")
     for column in ("mean", "p50", "p90", "p99", "max", "count"):
         table.add_column(column, justify="right")

@@ -1,13 +1,15 @@
 """A server under test as a child process: started with a log file, awaited, and ended with all that it started.
 
 Every child leads a process group of its own. Its descendants are noted before it is asked to end, and those that
-outlive it are killed one by one: a server that is left over would spoil every later measurement.
+outlive it are killed one by one: a server that is left over would spoil every later measurement. Where who started it
+is killed, the child is asked to end by the kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,18 @@ _POLL_S = 0.25
 _TERM_S = 30.0
 _KILL_S = 10.0
 _LOG_TAIL_CHARS = 1500
+# Becomes the command: its process's number, its arguments and its environment are those of this one, which is told to
+# end with its parent. That may have ended already.
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"cannot start {sys.argv[2]}: {error.strerror}")
+"""
 
 
 class ServerProcess:
@@ -37,10 +51,12 @@ class ServerProcess:
         self.name = name
         self.log_path = log_path
         self._term_s = term_s
+        if shutil.which(command[0]) is None:
+            raise ConfigError(f"{name}: cannot start {command[0]}: there is no such program")
         with log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    command,
+                    _tied(command),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -100,8 +116,11 @@ def running(
     name: str, command: Sequence[str], log_dir: Path, env: Mapping[str, str] | None = None, *, term_s: float = _TERM_S
 ) -> Iterator[ServerProcess]:
     """The child while the block runs; at its end it has `term_s` before it is killed."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    with _ended_by_sigterm():
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"logs cannot be written to {log_dir}: {error.strerror}") from error
+    with _ended_by_signals():
         process = ServerProcess(name, command, log_dir / f"{name}.log", env or {}, term_s)
         try:
             yield process
@@ -110,16 +129,29 @@ def running(
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that no server outlives whoever measures it. Where it has a handler: that one."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a terminal's end unwind the stack, so that no server outlives whoever measures it.
+
+    Where one has a handler: that one.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ours = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    for each in ours:
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _tied(command: Sequence[str]) -> Sequence[str]:
+    """Return a command that ends with its parent. That is a thread to the kernel: no other than the main one lasts."""
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return command
+    return [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *command]
 
 
 def _alive(tree: Sequence[Process]) -> list[Process]:

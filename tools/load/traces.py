@@ -84,19 +84,19 @@ def _read_mooncake(path: Path, text: str) -> Iterator[TraceRow]:
 
 
 def _read_azure(path: Path, text: str) -> Iterator[TraceRow]:
-    reader = csv.DictReader(text.splitlines())
-    missing = [column for column in _AZURE_COLUMNS if column not in (reader.fieldnames or ())]
-    if missing:
-        raise ConfigError(
-            f"--trace {path}: neither JSON lines nor a CSV with the columns {', '.join(_AZURE_COLUMNS)}"
-            f" (missing: {', '.join(missing)})"
-        )
-    for number, row in enumerate(reader, start=2):
-        try:
+    reader = csv.DictReader(text.splitlines(), restval="")
+    try:
+        missing = [column for column in _AZURE_COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ConfigError(
+                f"--trace {path}: neither JSON lines nor a CSV with the columns {', '.join(_AZURE_COLUMNS)}"
+                f" (missing: {', '.join(missing)})"
+            )
+        for row in reader:
             arrival_s = _seconds_of_day_and_time(row["TIMESTAMP"])
             yield TraceRow(arrival_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"--trace {path}, line {number}: {error}") from error
+    except (csv.Error, ValueError) as error:
+        raise ConfigError(f"--trace {path}, line {reader.line_num}: {error}") from error
 
 
 def _seconds_of_day_and_time(text: str) -> float:

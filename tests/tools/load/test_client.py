@@ -89,6 +89,12 @@ async def test_failed_requests_are_counted_and_shown(capsys: pytest.CaptureFixtu
     assert "2 failed: HTTP 429: no room for [b]it" in output
 
 
+async def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    async with scripted_server(serve_well) as server:
+        assert await bench(server, "--model", "[b]m[/x]", "--num-requests", "1") == 0
+    assert "[b]m[/x] at http://" in capsys.readouterr().out
+
+
 async def test_run_without_a_single_answer_is_told_by_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     is_probe = True
 

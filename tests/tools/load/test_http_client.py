@@ -100,3 +100,9 @@ async def test_cancelled_request_closes_its_connection() -> None:
 def test_base_url_without_scheme_host_and_port_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="base URL"):
         HttpClient(url)
+
+
+async def test_what_cannot_stand_in_a_head_is_said() -> None:
+    client = HttpClient("http://127.0.0.1:9")
+    with pytest.raises(HttpError, match="'\u20ac' cannot stand in the head of a request"):
+        await client.read("GET", "/", headers={"authorization": "Bearer \u20ac"})

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,48 @@ def test_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="deaf"),
     ):
         server.wait_until_healthy("http://127.0.0.1:1/", timeout_s=0)
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from kvferry.tools.load.server_process import running
+command = [sys.executable, "-c", "import signal; print('x', flush=True); signal.pause()"]
+with running("child", command, Path(sys.argv[1])) as child:
+    while not child.log_path.read_bytes():
+        time.sleep(0.01)
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
+def test_a_server_ends_with_whoever_started_it(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        assert pid in processes()
+        owner.send_signal(number)
+        owner.wait(30)
+    give_up_s = time.monotonic() + 30
+    while (left := processes().get(pid)) is not None and not left.is_zombie and time.monotonic() < give_up_s:
+        time.sleep(0.01)
+    assert left is None or left.is_zombie
+
+
+def test_a_program_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match="absent: cannot start no-such-program"),
+        running("absent", ["no-such-program"], tmp_path),
+    ):
+        pass
+
+
+def test_logs_that_cannot_be_written_are_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="logs cannot be written to"), running("x", ["true"], tmp_path / "file"):
+        pass
 
 
 def test_whole_tree_is_killed_when_it_does_not_end(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ def test_scales_shrink_lengths_and_blocks_and_make_arrivals_denser(tmp_path: Pat
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
         (AZURE + "2023-11-17 00:00:02,many,1\n", "line 4"),
         (AZURE + "yesterday,1,1\n", "line 4"),
+        (AZURE + "2023-11-17 00:00:02,5\n", "line 4"),
+        ("ContextTokens,GeneratedTokens,TIMESTAMP\n5,6\n", "line 2"),
+        (AZURE + "2023-11-17 00:00:02,%s,1\n" % ("1" * 140_000), "line 3: field larger than field limit"),
         ('{"timestamp": 0, "input_length": 5}\n', "line 1.*output_length"),
     ],
 )
