@@ -55,9 +55,10 @@ def test_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
 
 
 OWNER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from kvferry.tools.load.server_process import running
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may have been ignored, as nohup does
 command = [sys.executable, "-c", "import signal; print('x', flush=True); signal.pause()"]
 with running("child", command, Path(sys.argv[1])) as child:
     while not child.log_path.read_bytes():
@@ -75,7 +76,10 @@ def test_a_server_ends_with_whoever_started_it(number: signal.Signals, tmp_path:
         pid = int(owner.stdout.readline())
         assert pid in processes()
         owner.send_signal(number)
-        owner.wait(30)
+        try:
+            owner.wait(30)
+        finally:
+            owner.kill()
     give_up_s = time.monotonic() + 30
     while (left := processes().get(pid)) is not None and not left.is_zombie and time.monotonic() < give_up_s:
         time.sleep(0.01)
