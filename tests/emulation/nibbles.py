@@ -8,6 +8,8 @@ c = lane % 4. Of two tiles these are the eight nibbles of a word, as the kernel 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,22 @@ def _check_card() -> None:
     _check(torch.cuda.get_device_capability() >= (8, 0), "not available for build")
 
 
-def _inputs(num_words: int) -> Tensor:
-    """Return which input of a run each nibble is, [lanes, words, 8]."""
-    columns = [
-        [[32 * word + 16 * tile + 2 * (lane % 4) + own for tile, own in _PLACES] for word in range(num_words)]
+@lru_cache
+def _numbers(num_words: int) -> Tensor:
+    """Return which number of a run of eight outputs each nibble is, [lanes * words * 8]."""
+    numbers = [
+        32 * num_words * (lane // 4) + 32 * word + 16 * tile + 2 * (lane % 4) + own
         for lane in range(32)
+        for word in range(num_words)
+        for tile, own in _PLACES
     ]
-    return torch.tensor(columns)
+    return torch.tensor(numbers)
+
+
+@lru_cache
+def _nibbles(num_words: int) -> Tensor:
+    """Return which nibble each number is: the other way round."""
+    return _numbers(num_words).argsort()
 
 
 def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int) -> Tensor:
@@ -42,8 +53,8 @@ def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int) -> Tensor:
     _check(k % (16 * inner_k_tiles) == 0, f"{k} inputs are no multiple of {16 * inner_k_tiles}")
     _check(n % 8 == 0, f"{n} outputs: torch's meta function promises fewer tiles than CUDA's returns")
     nibbles = torch.stack((weight >> 4, weight & 15), 2).view(n // 8, 8, -1, 16 * inner_k_tiles)
-    rows = (torch.arange(32) // 4).view(32, 1, 1)
-    words = nibbles.transpose(1, 2)[:, :, rows, _inputs(inner_k_tiles // 2)].long()  # [.., lanes, words, 8]
+    runs = nibbles.transpose(1, 2).flatten(2).index_select(2, _numbers(inner_k_tiles // 2))
+    words = runs.view(*runs.shape[:2], 32, -1, 8).long()
     joined = (words << torch.arange(0, 32, 4)).sum(-1)
     return torch.where(joined >= 2**31, joined - 2**32, joined).to(torch.int32)
 
@@ -61,9 +72,8 @@ def weight_int4pack_mm(x: Tensor, packed: Tensor, group_size: int, scale_and_zer
     _check(scale_and_zeros.shape == (k // group_size, n, 2), f"scales of {tuple(scale_and_zeros.shape)}")
     _check(scale_and_zeros.dtype == torch.bfloat16 and scale_and_zeros.is_contiguous(), "scales in bfloat16, in order")
     nibbles = (packed.long().unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15  # [n / 8, runs, lanes, words, 8]
-    numbers = torch.empty(len(packed), packed.shape[1], 8, 16 * inner_k_tiles)
-    numbers[:, :, (torch.arange(32) // 4).view(32, 1, 1), _inputs(packed.shape[3])] = nibbles.float() - 8
-    groups = numbers.transpose(1, 2).reshape(n, -1, group_size)
+    numbers = nibbles.float().flatten(2).index_select(2, _nibbles(packed.shape[3])) - 8
+    groups = numbers.view(*packed.shape[:2], 8, -1).transpose(1, 2).reshape(n, -1, group_size)
     factors = scale_and_zeros.transpose(0, 1).float()
     # Rounded once, as a fused product and sum is.
     matrix = (groups * factors[..., :1] + factors[..., 1:]).to(torch.bfloat16).view(n, k)
