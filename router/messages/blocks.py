@@ -55,9 +55,12 @@ def _assistant(blocks: list[tuple[str, dict[str, object]]], where: str) -> Place
             case "thinking":
                 message["reasoning_content"] = f"{message.get('reasoning_content', '')}{block.get('thinking', '')}"
             case "tool_use":
-                function = {"name": block.get("name"), "arguments": block.get("input")}
+                given, place = block.get("input"), f"{where}.content[{at}]"
+                if not isinstance(given, dict | str | None):  # a string, as some clients keep it, is read by the chat
+                    raise RequestError(f"{place}.input must be an object, got {shown(given)}", param=f"{place}.input")
+                function = {"name": block.get("name"), "arguments": given}
                 calls.append({"id": block.get("id"), "type": "function", "function": function})
-                placed.calls.append(f"{where}.content[{at}]")
+                placed.calls.append(place)
             case "redacted_thinking":
                 pass
             case _:

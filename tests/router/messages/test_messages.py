@@ -232,14 +232,14 @@ async def test_a_refusal_has_anthropics_shape(fields: dict[str, Any], part: str)
 
 
 @pytest.mark.parametrize(
-    ("block", "name"),
+    ("block", "fault"),
     [
-        ({"type": "tool_use", "id": "a", "input": {}}, "name"),
-        ({"type": "tool_use", "id": "a", "name": "f", "input": 5}, "input"),
-        ({"type": "tool_use", "id": 5, "name": "f", "input": {}}, "id"),
+        ({"type": "tool_use", "id": "a", "input": {}}, "name must be a string"),
+        ({"type": "tool_use", "id": "a", "name": "f", "input": 5}, "input must be an object, got 5"),
+        ({"type": "tool_use", "id": 5, "name": "f", "input": {}}, "id must be a string"),
     ],
 )
-async def test_what_is_wrong_with_a_call_has_the_clients_place_and_name(block: dict[str, Any], name: str) -> None:
+async def test_what_is_wrong_with_a_call_has_the_clients_place_and_name(block: dict[str, Any], fault: str) -> None:
     said = [{"type": "text", "text": "Look."}, block]
     result = {"type": "tool_result", "tool_use_id": "z", "content": "found"}
     messages = [
@@ -249,7 +249,7 @@ async def test_what_is_wrong_with_a_call_has_the_clients_place_and_name(block: d
     ]
     response = await _post(_served(), system="Be brief.", messages=messages)
     assert response.status_code == 400
-    assert response.json()["error"]["message"].startswith(f"messages[2].content[1].{name} ")
+    assert response.json()["error"]["message"].startswith(f"messages[2].content[1].{fault}")
 
 
 async def test_what_is_wrong_with_a_result_has_the_clients_place_and_name() -> None:
