@@ -21,6 +21,7 @@ from kvferry.common.errors import ConfigError
 from kvferry.launch.command_socket import ask
 from kvferry.launch.running import runtime_dir, socket_of
 from kvferry.tools.chaos.programs import program_name
+from kvferry.tools.load.server_process import tied
 
 START_LIMIT_S = 240.0  # these bounds are for machines that are slow and busy: what works never waits so long
 STOP_LIMIT_S = 60.0
@@ -129,7 +130,11 @@ def serve(model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | 
     command += ["--port", str(port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(env or {})}
+            tied(command),  # a test run that is killed leaves nothing behind
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
         )
     base_url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=base_url, timeout=240.0) as client:

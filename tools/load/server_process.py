@@ -56,7 +56,7 @@ class ServerProcess:
         with log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    _tied(command),
+                    tied(command),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -147,7 +147,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
 
 
-def _tied(command: Sequence[str]) -> Sequence[str]:
+def tied(command: Sequence[str]) -> Sequence[str]:
     """Return a command that ends with its parent. That is a thread to the kernel: no other than the main one lasts."""
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return command
