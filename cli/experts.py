@@ -98,7 +98,7 @@ def plan(
     workers = [worker for worker in workers if pool in (None, worker["role"])]
     sizes = sorted({int(worker["ranks"]) for worker in workers})
     if not workers:
-        raise ConfigError("no worker has told of experts" if pool is None else f"pool: no worker of {pool} has")
+        raise ConfigError(f"{'no worker' if pool is None else f'pool: no worker of {pool}'} has told of experts")
     if ranks is None and len(sizes) > 1:
         raise ConfigError(f"workers have {' and '.join(map(str, sizes))} ranks; choose with --pool or --ranks")
     taken = _summed(workers)

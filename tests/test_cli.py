@@ -441,7 +441,7 @@ def test_experts_plan_writes_what_serve_takes(run: Run, tmp_path: Path) -> None:
     assert sorted(map(len, found.held(2))) == [3, 3]
     for words, message in (
         (["--replicas", "1"], "use 0"),
-        (["--replicas", "0", "--pool", "prefill"], "no worker of prefill has"),
+        (["--replicas", "0", "--pool", "prefill"], "no worker of prefill has told of experts"),
         (["--replicas", "0", "--from", str(plan)], "is no answer of /admin/experts"),
         (["--replicas", "0", "--from", str(tmp_path)], "cannot be read: Is a directory"),
         *((["--replicas", "0", "--from", wrong(workers)], message) for workers, message in WRONG_COUNTS),

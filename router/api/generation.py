@@ -114,6 +114,8 @@ class Api:
 
     def tell_ignored(self, context: RequestContext, names: Sequence[str]) -> None:
         """Tell the client, the metrics and, once for each name, the log, where fields have no effect."""
+        if not names:
+            return
         context.ignored += names
         self.observer.on_ignored_fields(len(names))
         for name in map(clip, names[:_MAX_LOGGED_NAMES]):
@@ -139,7 +141,7 @@ class Api:
         limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
         answer = await self._answer(context, version, body, prompts, limits, grammar)
         shown = form_context(f"cmpl-{context.request_id}", version, body, answer)
-        return self._reply(body, answer, CompletionForm(shown))
+        return self.reply(answer, CompletionForm(shown), body)
 
     async def chat(self, request: Request, surface: ChatSurface | None = None) -> Reply:
         """Answer a chat, in OpenAI's words or in those of another surface."""
@@ -158,8 +160,7 @@ class Api:
         turns = turn_options(version, body, chat, is_free=follows.is_free)
         answer = await self._answer(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
         shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)
-        form = surface.form(shown, ChatTurns(answer, turns), body, chat)
-        return self._reply(body, answer, form, surface.events)
+        return self.reply(answer, surface.form(shown, ChatTurns(answer, turns), body, chat), body, surface.events)
 
     async def count_chat(self, request: Request, surface: ChatSurface) -> int:
         """Return how many tokens a chat's prompt has."""
@@ -275,17 +276,16 @@ class Api:
                 is_background=context.is_background,
             )
 
-    def reply(self, answer: Answer, form: Form) -> Reply:
-        """Answer with one JSON body."""
-        return Reply(answer, form, stream=False, include_usage=False, in_flight=self.in_flight, observer=self.observer)
-
-    def _reply(self, body: GenerationBody, answer: Answer, form: Form, events: EventFormat = OPENAI_EVENTS) -> Reply:
-        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    def reply(
+        self, answer: Answer, form: Form, body: GenerationBody | None = None, events: EventFormat = OPENAI_EVENTS
+    ) -> Reply:
+        """Answer with one JSON body, or as a stream where `body` asks for one."""
+        options = None if body is None else body.stream_options
         return Reply(
             answer,
             form,
-            stream=bool(body.stream),
-            include_usage=include_usage,
+            stream=body is not None and bool(body.stream),
+            include_usage=options is not None and bool(options.include_usage),
             in_flight=self.in_flight,
             observer=self.observer,
             events=events,

@@ -59,7 +59,7 @@ class PromptReader:
         return await self.run(size, _completion, version, body)
 
     async def chat(
-        self, version: Version, body: ChatBody | TokenizeBody, size: int, *, refuses_unknown: bool = True
+        self, version: Version, body: ChatBody | TokenizeBody, size: int, *, refuses_unknown: bool
     ) -> ChatPrompt:
         """The messages as checked, and the prompt that they make."""
         if version.renderer is None:
@@ -77,7 +77,7 @@ class PromptReader:
         return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *_without_effect(version, body)])
 
     async def tokenize(
-        self, version: Version, body: TokenizeBody, size: int, *, refuses_unknown: bool = True
+        self, version: Version, body: TokenizeBody, size: int, *, refuses_unknown: bool
     ) -> tuple[list[int], Sequence[str]]:
         """The tokens, and the names of ignored fields."""
         if body.messages is not None:

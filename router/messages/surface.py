@@ -21,17 +21,17 @@ class MessagesSurface:
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only
         self._places: Places | None = None  # while this surface's own names are looked at
-        self._effort_name = "output_config.effort"
+        self._has_effort = False  # of its own: else it is thinking's
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
-        if raw.get("thinking") is not None:
-            self._effort_name = "thinking"
         body, self._places = chat_body(raw, ignored, needs_max_tokens=not self._counts_only)
+        config = raw.get("output_config")
+        self._has_effort = isinstance(config, dict) and config.get("effort") is not None
         return body
 
     def own_names(self, text: str) -> str:
-        if text == "reasoning_effort":
-            return self._effort_name
+        if text == "reasoning_effort" and not self._has_effort:
+            return "thinking"
         return renamed(text, FIELD_NAMES, self._places)
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:

@@ -46,6 +46,8 @@ def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
             placed.calls.append(where)
             calls.append({"id": raw.get("call_id"), "type": "function", "function": function})
         case "function_call_output":
+            if raw.get("call_id") == "":
+                raise RequestError(f"{where}.call_id must be a string, got ''", param=f"{where}.call_id")
             text = _text(raw.get("output"), f"{where}.output")
             result: Message = {"role": "tool", "tool_call_id": raw.get("call_id"), "content": text}
             messages.append(PlacedMessage(result, where, _NAMES_OF_RESULTS))

@@ -245,8 +245,6 @@ def parse_options(argv: Sequence[str]) -> Options:
             raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
     if parsed.experts and (parsed.experts < 2 or parsed.model is not None):
         raise ConfigError("--experts: two or more, of the tiny model; a model of --model has its own")
-    if parsed.log_dir is not None and parsed.log_dir.exists() and not parsed.log_dir.is_dir():
-        raise ConfigError(f"--log-dir {parsed.log_dir} is no directory")
     blows = _known("--blows", parsed.blows, KNOWN_KINDS)
     return Options(
         model=parsed.model,

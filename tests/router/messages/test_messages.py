@@ -9,6 +9,7 @@ import pytest
 
 from kvferry.common.errors import CapacityError
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.messages.surface import MessagesSurface
 from kvferry.router.state.errors import StreamError
 from kvferry.router.turns.turn import call_id
 
@@ -192,6 +193,20 @@ async def test_thinking_is_an_effort() -> None:
     assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
     await _whole(served, thinking={"type": "disabled"})
     assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"thinking": {"type": "adaptive"}}, "thinking"),
+        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "output_config.effort"),
+    ],
+)
+def test_an_effort_goes_by_the_name_of_what_asks_for_it(fields: dict[str, Any], name: str) -> None:
+    surface = MessagesSurface()
+    surface.chat_body({**BODY, **fields}, None)
+    assert surface.own_names("reasoning_effort") == name
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ async def test_what_is_not_kept_is_not_found() -> None:
         ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input[0].name"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": 5}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "call_id": 5, "output": ""}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "", "output": ""}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call", "arguments": "{}"}], "instructions": "Be brief."}, "input[0].name"),
         ({"input": [CALLED, {**CALLED, "name": "f" * 257}]}, "input[1].name"),
         ({"input": [*[CALLED] * 2, {**CALLED, "call_id": "c" * 257}]}, "input[2].call_id"),
