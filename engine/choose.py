@@ -101,11 +101,11 @@ def make_adapters(
             block.step = slots.step
         slots.experts = ExpertSlots(layers, TorchFactors(slots.step, num_slots, decoder.dtype), free_memory_bytes)
     else:
-        memory = SlotMemory(num_slots, decoder.dtype)
+        memory = SlotMemory(native_model.library, num_slots, decoder.dtype)
         slots = AdapterSlots(native_model, num_slots=num_slots, max_rank=max_rank, device=device, make=memory.make)
         memory.allocate()
         native_model.adapt(slots, memory)
-        form = StripFactors(num_slots, max_rank, decoder.dtype, native_model.point_to)
+        form = StripFactors(memory, max_rank, native_model.point_to)
         slots.experts = ExpertSlots(layers, form, free_memory_bytes)
     return slots
 

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.layers import Linear
@@ -37,6 +36,16 @@ class _Adapters(ctypes.Structure):
     _fields_ = [("parts", _AdapterPart * MAX_PARTS), ("num_parts", ctypes.c_int64), ("max_rank", ctypes.c_int64)]
 
 
+class _StoredMatrix(ctypes.Structure):
+    """The C++ `StoredMatrix`: one as an adapter's file has it."""
+
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("is_float32", "columns", "inputs", "stride")),
+        ("scale", ctypes.c_double),
+    ]
+
+
 def whole_strips(columns: int) -> int:
     return -(-columns // _STRIP) * _STRIP
 
@@ -52,8 +61,12 @@ class SlotMemory:
     reading its file. A piece serves the next adapter when neither a slot nor the host's cache has its last one.
     """
 
-    def __init__(self, num_slots: int, dtype: torch.dtype) -> None:
-        self.num_slots, self.dtype = num_slots, dtype
+    def __init__(self, library: ctypes.CDLL, num_slots: int, dtype: torch.dtype) -> None:
+        """`dtype`: the type of the library's elements."""
+        self.library, self.num_slots, self.dtype = library, num_slots, dtype
+        self.write_strips = library.kvferry_write_strips
+        self.write_strips.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p)
+        self.write_strips.restype = None
         self.piece_size = 0  # values
         self._free: list[Tensor] = []
         self._rest = torch.empty(0, dtype=dtype)
@@ -95,6 +108,17 @@ def _huge_pages(count: int, dtype: torch.dtype) -> Tensor:
     return whole[start : start + num_bytes].view(dtype)
 
 
+class _PartSlots:
+    """Where each slot's matrices of one part are, and their ranks."""
+
+    __slots__ = ("down", "ranks", "up")
+
+    def __init__(self, num_slots: int) -> None:
+        self.down = (ctypes.c_void_p * num_slots)()
+        self.up = (ctypes.c_void_p * num_slots)()
+        self.ranks = (ctypes.c_int32 * num_slots)()
+
+
 class StripAdapters:
     """Implements `nn.adapters.SlotMatrices`: a linear's matrices of all slots, where `described` says."""
 
@@ -105,16 +129,15 @@ class StripAdapters:
         self._is_first = memory.piece_size == 0
         self._inputs = -(-linear.weight.num_inputs // _TILE_INPUTS) * _TILE_INPUTS
         rank = whole_strips(max_rank)
-        self._addresses = torch.zeros(len(self.parts), 2, memory.num_slots, dtype=torch.int64)
-        self._ranks = torch.zeros(len(self.parts), memory.num_slots, dtype=torch.int32)
+        self._slots = [_PartSlots(memory.num_slots) for _ in self.parts]
         self._held: list[AdapterWeights | None] = [None] * memory.num_slots
         self.described = _Adapters(num_parts=len(self.parts), max_rank=rank)
         for index, part in enumerate(self.parts):
             memory.piece_size += rank * (self._inputs + _num_columns(part))
             self.described.parts[index] = _AdapterPart(
-                down=self._addresses[index, 0].data_ptr(),
-                up=self._addresses[index, 1].data_ptr(),
-                ranks=self._ranks[index].data_ptr(),
+                down=ctypes.addressof(self._slots[index].down),
+                up=ctypes.addressof(self._slots[index].up),
+                ranks=ctypes.addressof(self._slots[index].ranks),
                 first=part.rows.start,
                 outputs=part.rows.stop - part.rows.start,
                 pairs=self._inputs // 2,
@@ -130,31 +153,28 @@ class StripAdapters:
         ups = [self._memory.take(_num_columns(part), rank) for part, rank in zip(adapted, sizes, strict=True)]
         weights |= {part.module: Pair(down, up) for part, down, up in zip(adapted, downs, ups, strict=True)}
 
-    def write(self, target: Tensor, matrix: Tensor) -> None:
-        columns, inputs = target.shape[0] * _STRIP, target.shape[1] * 2
-        matrix = matrix.to(target.dtype)
-        if matrix.shape != (columns, inputs):
-            matrix = F.pad(matrix, (0, inputs - matrix.shape[1], 0, columns - len(matrix)))
-        matrix = matrix.contiguous()
-        if target.dtype == torch.float32:  # 16 first inputs, then 16 second ones
-            pairs = matrix.view(columns // _STRIP, _STRIP, inputs // 2, 2).permute(0, 2, 3, 1)
-            target.view(pairs.shape).copy_(pairs)
-        else:  # a column's two inputs side by side: one word
-            words = matrix.view(torch.int32).view(columns // _STRIP, _STRIP, inputs // 2)
-            target.view(torch.int32).copy_(words.transpose(1, 2))
+    def write(self, target: Tensor, matrix: Tensor, scale: float) -> None:
+        is_float32 = matrix.dtype != target.dtype
+        if is_float32 and matrix.dtype != torch.float32:
+            matrix = matrix.float()
+        if matrix.stride(1) != 1:
+            matrix = matrix.contiguous()
+        columns, inputs = matrix.shape
+        stored = _StoredMatrix(matrix.data_ptr(), is_float32, columns, inputs, matrix.stride(0), scale)
+        self._memory.write_strips(ctypes.byref(stored), target.shape[0], target.shape[1], target.data_ptr())
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
         self._held[slot] = weights
-        for index, part in enumerate(self.parts):
+        for part, slots in zip(self.parts, self._slots, strict=True):
             pair = weights.get(part.module)
-            self._ranks[index, slot] = 0 if pair is None else len(pair.down) * _STRIP
+            slots.ranks[slot] = 0 if pair is None else len(pair.down) * _STRIP
             if pair is not None:
-                self._addresses[index, 0, slot] = pair.down.data_ptr()
-                self._addresses[index, 1, slot] = pair.up.data_ptr()
+                slots.down[slot], slots.up[slot] = pair.down.data_ptr(), pair.up.data_ptr()
 
     def clear(self, slot: int) -> None:
         self._held[slot] = None
-        self._ranks[:, slot] = 0
+        for slots in self._slots:
+            slots.ranks[slot] = 0
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
         """C++ adds: torch makes this linear's products for nobody."""
@@ -164,12 +184,10 @@ class StripAdapters:
 class StripFactors:
     """Implements `nn.expert_adapters.ExpertForm`: strips for experts, as large as what an adapter has for them."""
 
-    def __init__(
-        self, num_slots: int, max_rank: int, dtype: torch.dtype, point_to: Callable[[Linear, int], None]
-    ) -> None:
+    def __init__(self, memory: SlotMemory, max_rank: int, point_to: Callable[[Linear, int], None]) -> None:
         """`point_to`: has C++ read from a linear's `_Adapters` at an address, from then on."""
-        self.dtype = dtype
-        self._memory = _ExactMemory(num_slots, dtype)
+        self.dtype = memory.dtype
+        self._memory = _ExactMemory(memory)
         self._max_rank = max_rank
         self._point_to = point_to
 
@@ -184,6 +202,10 @@ class StripFactors:
 
 class _ExactMemory(SlotMemory):
     """Memory of one adapter after another, of the system: it goes back there when nobody has the adapter."""
+
+    def __init__(self, other: SlotMemory) -> None:
+        """Have as many slots, and the same library."""
+        super().__init__(other.library, other.num_slots, other.dtype)
 
     def get(self, num_values: int) -> None:
         self._rest = _huge_pages(num_values, self.dtype)

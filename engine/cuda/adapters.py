@@ -24,7 +24,7 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ..nn.adapters import AdaptedModel, AdapterSlots
 from ..nn.layers import Linear
-from ..nn.slot_matrices import AdapterWeights, Pair
+from ..nn.slot_matrices import AdapterWeights, Pair, scaled
 
 
 class RowSlots:
@@ -56,9 +56,9 @@ class StackedMatrices:
                 down = torch.empty(rank, self._down.shape[-1], dtype=up.dtype)
                 weights[part.module] = Pair(down, torch.empty(rank, up.shape[-1], dtype=up.dtype).t())
 
-    def write(self, target: Tensor, matrix: Tensor) -> None:
+    def write(self, target: Tensor, matrix: Tensor, scale: float) -> None:
         """Raises ConfigError where numbers are not finite."""
-        target.copy_(matrix)
+        target.copy_(scaled(matrix, scale))
         if not bool(target.isfinite().all()):
             raise ConfigError("it has numbers that are not finite, which would reach others' answers on a GPU")
 

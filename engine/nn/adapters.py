@@ -22,7 +22,7 @@ from ...common.errors import ConfigError
 from ...models.adapter import AdaptedModule, StoredTensor, check_pair, read_adapter
 from .expert_adapters import ExpertSlots
 from .layers import Linear
-from .slot_matrices import AdapterWeights, Pair, Place, SlotMatrices
+from .slot_matrices import AdapterWeights, Pair, Place, SlotMatrices, scaled
 from .step_groups import StepGroups, add_groups_
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,8 +49,8 @@ class LinearAdapters:
                     torch.empty(ups.shape[1], rank, dtype=ups.dtype),
                 )
 
-    def write(self, target: Tensor, matrix: Tensor) -> None:
-        target.copy_(matrix)
+    def write(self, target: Tensor, matrix: Tensor, scale: float) -> None:
+        target.copy_(scaled(matrix, scale))
 
     def clear(self, slot: int) -> None:
         """Keep the memory: what is in it is copied over."""
@@ -146,11 +146,11 @@ class AdapterSlots:
         matrix = torch.frombuffer(data, dtype=_DTYPES[stored.dtype]).view(stored.shape)
         pair = weights[module.name]
         if stored is module.down:
-            matrices.write(pair.down, matrix[:, part.first_input : part.first_input + num_inputs])
+            matrices.write(pair.down, matrix[:, part.first_input : part.first_input + num_inputs], 1.0)
             return
         outputs = [matrix[some] for some in part.outputs]
         matrix = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        matrices.write(pair.up, matrix.float() * module.scale)
+        matrices.write(pair.up, matrix, module.scale)
 
     def clear(self, slot: int) -> None:
         """Empty a slot that no step uses."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...common.errors import ConfigError
 from .layers import Linear
-from .slot_matrices import AdapterWeights, ExpertMatrices, Pair, Place
+from .slot_matrices import AdapterWeights, ExpertMatrices, Pair, Place, scaled
 from .step_groups import StepGroups, add_groups_
 
 # An adapter may take so much of what is free: ranks of one machine load the same one at the same time, and steps need
@@ -153,8 +153,8 @@ class LinearFactors:
                 down = self._form.take(rank, self._num_inputs)
                 weights[part.module] = Pair(down, self._form.take(part.rows.stop - part.rows.start, rank))
 
-    def write(self, target: Tensor, matrix: Tensor) -> None:
-        target.copy_(matrix)
+    def write(self, target: Tensor, matrix: Tensor, scale: float) -> None:
+        target.copy_(scaled(matrix, scale))
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
         for pairs, part in zip(self._pairs, self.parts, strict=True):

@@ -31,6 +31,11 @@ class Pair:
     up: Tensor  # B [outputs, rank], scaled
 
 
+def scaled(matrix: Tensor, scale: float) -> Tensor:
+    """Return a matrix times a number: in float32, if it is another than 1."""
+    return matrix if scale == 1.0 else matrix.float() * scale
+
+
 class AdapterWeights(dict[str, Pair]):
     """`AdapterWeights` are a rank's share of an adapter on the host, by module."""
 
@@ -46,8 +51,8 @@ class SlotMatrices(Protocol):
         """Make room in `weights` for those of this linear's parts that have a rank."""
         ...
 
-    def write(self, target: Tensor, matrix: Tensor) -> None:
-        """Write a matrix of any type to its place in a pair."""
+    def write(self, target: Tensor, matrix: Tensor, scale: float) -> None:
+        """Write `scale` times a matrix of any type to its place in a pair."""
         ...
 
     def put(self, slot: int, weights: AdapterWeights) -> None:

@@ -20,6 +20,7 @@
 #include "several_ranks.hpp"
 #include "stages.hpp"
 #include "step.hpp"
+#include "strips.hpp"
 #include "threads.hpp"
 #include "workspace.hpp"
 
@@ -115,6 +116,11 @@ long kvferry_integers_size(const IntegerTiles* w) { return w->count() * w->tile_
 
 void kvferry_pack_integers(const IntegerTiles* w, const IntegerMatrix* matrix, std::uint8_t* target) {
     pack_integers(*w, *matrix, target);
+}
+
+// An adapter's matrix to `strips` strips of `pairs` pairs of inputs.
+void kvferry_write_strips(const StoredMatrix* matrix, long strips, long pairs, Element* target) {
+    write_strips(*matrix, strips, pairs, target);
 }
 
 // `x` [rows][stride], padded with zeros to 32 inputs -> `y` [rows][columns padded to 64]: the tiles [first, last) alone.
