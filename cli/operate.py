@@ -160,3 +160,13 @@ def _show(deployment: Mapping[str, Any]) -> None:
             f"waits: {waits}" if waits else "",
         )
     console.print(table)
+    if (experts := deployment.get("experts")) is not None:
+        console.print(_experts(experts), markup=False, soft_wrap=True)
+
+
+def _experts(experts: Mapping[str, Any]) -> str:
+    """Say how evenly experts are chosen, on the worker where that is worst; `kvferry experts show` has all."""
+    of_rank = experts["rank_imbalance"]
+    rank = "" if of_rank is None else f", the busiest rank {of_rank:.2f} times"
+    times = f"{experts['imbalance']:.2f} times"
+    return f"experts, of late: a layer's busiest one is chosen {times} as often as the mean{rank}"

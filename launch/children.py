@@ -89,6 +89,18 @@ class RouterChild:
         reasons = self._pools["reasons"]
         return [str(reason) for reason in reasons] if isinstance(reasons, list) else []
 
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """Return the present role of each worker that the router has as ready."""
+        roles = (self._pools or {}).get("roles")
+        return {str(name): str(role) for name, role in roles.items()} if isinstance(roles, dict) else {}
+
+    @property
+    def experts(self) -> Mapping[str, object] | None:
+        """Return how evenly the workers' experts are chosen, where any of them has told."""
+        experts = (self._pools or {}).get("experts")
+        return experts if isinstance(experts, dict) else None
+
     def sees(self, workers: Sequence[Child]) -> bool:
         """Say whether the router has the present lives of these workers as ready; those that leave do not count."""
         if self._pools is None:

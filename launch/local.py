@@ -134,7 +134,8 @@ class LocalLauncher:
             tell(f"no restart: there is no process {name}")
         else:
             self._fork_server.renew()  # the programs may be newer than it is
-            work = roll(self.routers, workers, self._fleet.roles, self._clock, tell, only=name)
+            roles = self.routers.roles_now(self._fleet.roles)
+            work = roll(self.routers, workers, roles, self._clock, tell, only=name)
             self._rolling = self._front.create_task(work)
             return await asyncio.shield(self._rolling)  # whoever asked may leave
         return False
@@ -150,7 +151,7 @@ class LocalLauncher:
         return failures
 
     def status(self) -> dict[str, object]:
-        roles = self._fleet.roles
+        roles = self.routers.roles_now(self._fleet.roles)
         workers = [describe_child(child, roles.get(child.name, "leaving")) for child in self.workers]
         ending = "ending" if self._stopper.stopped else "restarting" if self._is_rolling else "serving"
         state = "starting" if self._front is None else ending

@@ -118,10 +118,12 @@ class RayLauncher:
         return failures + [f"{name}: no answer" for name, ok in zip(actors, answers, strict=False) if not ok]
 
     def status(self) -> dict[str, object]:
+        roles: dict[str, str] = {name: worker.plan.config.role for name, worker in self._workers.items()}
+        roles = self._routers.roles_now(roles) if self._routers is not None else roles
         workers = [
             {
                 "name": worker.worker_id,
-                "role": worker.plan.config.role,
+                "role": roles[worker.worker_id],
                 "state": "waits for a node" if worker.actor is None else "leaving" if worker.retired.is_set() else "up",
             }
             for worker in self._workers.values()

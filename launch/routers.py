@@ -155,6 +155,16 @@ class RouterGroup:
         """The one that decides about the fleet: the first that runs."""
         return next((child for child in self.children if child.state is ChildState.READY), None)
 
+    def roles_now(self, roles: Mapping[str, str]) -> dict[str, str]:
+        """Return the present role of each of these workers: routers change them. `roles`: those that they began in."""
+        seen = next((router.roles for router in self.routers if router.roles), {})
+        return {name: seen.get(name, role) for name, role in roles.items()}
+
+    @property
+    def experts(self) -> Mapping[str, object] | None:
+        """Return how evenly experts are chosen, as the first router says that knows; None: the model has none."""
+        return next((router.experts for router in self.routers if router.experts is not None), None)
+
     def tell(self, event: Event, *, to: Child | None = None) -> None:
         """Say something to every router that runs, or to this one."""
         for child in self.children if to is None else (to,):

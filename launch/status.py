@@ -20,6 +20,7 @@ def describe_deployment(
         "launcher": launcher,
         "http": f"http://{http}" if http is not None else None,
         "admin": [f"http://{admin}" for admin in routers.admins] if routers is not None else [],
+        "experts": routers.experts if routers is not None else None,
         "processes": [*rows, *workers],
     }
 

@@ -41,6 +41,7 @@ from .http.connection_limits import Connections
 from .http.http_server import HttpServer
 from .pulse import Pulse
 from .shutdown import Stop, wind_down
+from .state.expert_load import most_uneven
 
 REPORT_EVERY_S = 0.1
 _SCALE_TICK_S = 0.25
@@ -138,7 +139,8 @@ async def _until_stopped(stop: Stop, control: ControlServer) -> None:
 
 
 async def _report(lifeline: Reporter | None, parts: RouterParts, http: Address, control: Address) -> None:
-    """Report that the event loop moves, how late it is, and who is ready whenever that changes."""
+    """Report that the event loop moves, how late it is, and, whenever that changes, who is ready in which
+    role and how evenly experts are chosen."""
     catalogue, clock = parts.catalogue, parts.clock
     pulse = Pulse(clock)
     if lifeline is not None:
@@ -149,8 +151,13 @@ async def _report(lifeline: Reporter | None, parts: RouterParts, http: Address, 
         pulse.moved()
         due_s = clock.now() + REPORT_EVERY_S
         workers = [worker for _, view in catalogue.views() for worker in view.workers]
-        ready = {worker.worker_id: worker.hello.pid for worker in workers if worker.is_ready}
-        pools = {"event": "pools", "reasons": catalogue.ready(), "workers": ready}
+        pools = {
+            "event": "pools",
+            "reasons": catalogue.ready(),
+            "workers": {worker.worker_id: worker.hello.pid for worker in workers if worker.is_ready},
+            "roles": {worker.worker_id: worker.role for worker in workers if worker.is_ready},
+            "experts": most_uneven(worker.expert_load for worker in workers),
+        }
         if lifeline is not None and pools != reported:
             lifeline.send(pools)
             reported = pools

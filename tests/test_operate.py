@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,17 @@ def test_a_deployment_that_is_just_ending_hides_no_other(capsys: pytest.CaptureF
         status(port=8001)
     assert end.value.exit_code == 0
     assert "http://127.0.0.1:8001: serving" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("of_rank", "told"), [(None, "the mean\n"), (1.2, "the mean, the busiest rank 1.20 times")])
+def test_how_evenly_experts_are_chosen_is_a_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], of_rank: float | None, told: str
+) -> None:
+    known = STATUS | {"experts": {"imbalance": 1.8, "rank_imbalance": of_rank}}
+    with contextmanager(listen)(socket_of(folder, os.getpid()), json.dumps(known).encode() + b"\n"):
+        with pytest.raises(typer.Exit):
+            status()
+    assert f"a layer's busiest one is chosen 1.80 times as often as {told}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("ending")

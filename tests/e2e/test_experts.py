@@ -60,6 +60,7 @@ def test_replicas_on_a_prefill_worker_change_nothing(model_dir: Path, tmp_path: 
             "a report of experts",
         )
         assert 1 <= cluster.metric("kvferry_expert_rank_imbalance", 'pool="prefill"') < 2
+        assert 1 <= cluster.status()["experts"]["rank_imbalance"] < 2
         [admin] = cluster.admin_urls
         words = ["experts", "plan", str(again), "--replicas", "4", "--pool", "prefill", "--admin", admin]
         subprocess.run([sys.executable, "-m", "kvferry", *words], check=True, timeout=240.0)

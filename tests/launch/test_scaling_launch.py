@@ -121,6 +121,18 @@ async def test_wished_workers_start_under_fresh_names_and_are_drained_when_they_
     await until_gone([life["pid"] for life in lives(tmp_path)])
 
 
+async def test_status_tells_what_routers_see_of_workers(tmp_path: Path) -> None:
+    async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, _):
+        assert launcher.status()["experts"] is None
+        uneven = {"imbalance": 1.8, "rank_imbalance": 1.2}
+        workers = {child.name: child.pid for child in launcher.workers}
+        wishes.say(event="pools", reasons=[], workers=workers, roles={"p-0": "decode", "d-0": "decode"}, experts=uneven)
+        await until(lambda: launcher.status()["experts"])
+        rows: Any = launcher.status()["processes"]
+        assert launcher.status()["experts"] == uneven
+        assert {row["name"]: row["role"] for row in rows} == {"router": "router", "p-0": "decode", "d-0": "decode"}
+
+
 async def test_no_more_than_the_deployments_bound_are_started(tmp_path: Path) -> None:
     async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, _):
         told = await wishes.until(seq=wishes.scale(prefill=3, decode=5))
