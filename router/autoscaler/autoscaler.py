@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 
 from .correction import Correction
 from .forecast import RateForecast
@@ -185,12 +186,27 @@ class Autoscaler:
         wanted = Counts(sizes["prefill"], sizes["decode"])
         lately = _largest(self._most_needed(load.now_s - self._settings.flip_after_s), self._settings.spare_workers)
         wanted = lend(wanted, have, lately, bounds, fleet)
-        return self._within(wanted, bounds, have, needed), _explain(forecast, have, wanted)
+        wanted = self._within(wanted, bounds, have, needed)
+        return wanted, _explain(forecast, have, wanted)
 
     def _bounds(self, load: LoadSnapshot) -> dict[Pool, Bounds]:
         usual: dict[Pool, Bounds] = {"prefill": self._settings.prefill, "decode": self._settings.decode}
         ahead_s = load.start_s + load.interval_s
-        return {pool: self._schedule.soon(pool, usual[pool], load.weekday, load.day_s, ahead_s) for pool in POOLS}
+        bounds = {
+            pool: self._schedule.soon(pool, own, load.weekday, load.day_s, ahead_s) if own.at_most else own
+            for pool, own in usual.items()  # windows make no pool that the deployment does not have
+        }
+        least = Counts(bounds["prefill"].at_least, bounds["decode"].at_least)
+        if least.total > self._settings.total:
+            least = self._shared(least)
+            bounds = {pool: replace(own, at_least=least.in_pool(pool)) for pool, own in bounds.items()}
+        return bounds
+
+    def _shared(self, least: Counts) -> Counts:
+        """Return as much of the windows' minima as both pools may have together: else nobody could come or go."""
+        prefill, decode, total = self._settings.prefill, self._settings.decode, self._settings.total
+        splits = [Counts(count, total - count) for count in range(prefill.at_least, total - decode.at_least + 1)]
+        return max(splits, key=lambda split: _poorest(split, least), default=least)
 
     def _within(self, wanted: Counts, bounds: dict[Pool, Bounds], have: Counts, needed: Counts | None = None) -> Counts:
         """Inside both pools' bounds; where both together are too many, shared so that the poorer one is best off."""
@@ -255,7 +271,7 @@ def _explain(forecast: ScaleForecast, have: Counts, wanted: Counts) -> str:
         if then > now:
             lines.append(f"{pool} grows from {now} to {then}")
         elif then < now:
-            lines.append(
-                f"{pool} shrinks from {now} to {then}: {forecast.with_headroom.in_pool(pool)} were enough for a while"
-            )
+            enough = forecast.with_headroom.in_pool(pool)
+            why = f": {enough} were enough for a while" if enough <= then else ""  # else the other pool needs it more
+            lines.append(f"{pool} shrinks from {now} to {then}{why}")
     return f"{rates}; {'; '.join(lines)}"

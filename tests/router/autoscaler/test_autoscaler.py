@@ -180,6 +180,29 @@ def test_an_operators_counts_end_by_themselves_after_their_time() -> None:
     assert world.counts().prefill > 4
 
 
+@pytest.mark.parametrize(
+    ("window", "counts"),
+    [
+        ("00:00-00:00 prefill>=2 decode>=7", Counts(2, 6)),
+        ("00:00-00:00 decode>=9", Counts(1, 7)),
+    ],
+)
+def test_minima_that_are_too_many_together_are_met_as_far_as_the_bound_of_both_pools(
+    window: str, counts: Counts
+) -> None:
+    made = make_settings(schedule=(window,), prefill=Bounds(1, 4), decode=Bounds(1, 4), total=8)
+    world = World(made, lambda now: 15.0).run(120)
+    assert world.counts() == counts
+    assert "grows" not in world.decisions[-1][1].reason  # it cannot
+
+
+def test_a_schedule_makes_no_pool_that_the_deployment_does_not_have() -> None:
+    made = make_settings(schedule=("00:00-00:00 prefill>=2",), prefill=Bounds(0, 0), decode=Bounds(1, 4), total=4)
+    world = World(made, lambda now: 15.0, prefill=0).run(120)
+    assert {decision.prefill for _, decision, _ in world.decisions} == {0}
+    assert world.counts().decode > 1
+
+
 @pytest.mark.slow
 def test_a_schedule_holds_workers_ready_when_its_window_begins() -> None:
     made = make_settings(schedule=("00:30-01:00 prefill>=6 decode>=4",), shrink_after_s=60.0)
