@@ -84,8 +84,7 @@ def _run(policy: str, options: argparse.Namespace) -> Run:
     """`colocated` stands for the same workers without a prefill pool."""
     scenario = scenario_of(options)
     if policy == "colocated":
-        workers = options.prefill + options.decode
-        scenario = replace(scenario, fleet=replace(scenario.fleet, prefill=0, decode=workers))
+        scenario = _colocated(scenario)
         scenario = replace(scenario, router=replace(scenario.router, policy="least_loaded"))
     else:
         scenario = replace(scenario, router=replace(scenario.router, policy=policy))
@@ -96,6 +95,15 @@ def _run(policy: str, options: argparse.Namespace) -> Run:
     if found.outcome is None:
         raise KVFerryError(f"{policy}: at no rate down to {found.tried[-1][0]:.3g}/s is {options.share:.0%} good")
     return f"{policy} at {found.rate_per_s:.2f}/s", at_rate(scenario, found.rate_per_s), found.outcome
+
+
+def _colocated(scenario: Scenario) -> Scenario:
+    """Return it with as many workers and no prefill pool, which then no autoscaler makes, as in a deployment."""
+    fleet, scaled = scenario.fleet, scenario.scaled
+    if scaled is not None:
+        none = scaled.config.model_copy(update={"prefill": PoolBounds(at_least=0, at_most=0)})
+        scaled = replace(scaled, config=none)
+    return replace(scenario, fleet=replace(fleet, prefill=0, decode=fleet.prefill + fleet.decode), scaled=scaled)
 
 
 def _check_failures(policy: str, scenario: Scenario) -> None:
@@ -130,7 +138,7 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         max_local_prefill_tokens=options.max_local_prefill_tokens,
         knows_objectives=not options.no_objectives,
     )
-    return Scenario(
+    scenario = Scenario(
         traffic=traffic,
         fleet=_fleet(options, traffic),
         router=router,
@@ -140,6 +148,7 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         seed=options.seed,
         jumps=not options.step_by_step,
     )
+    return scenario if options.prefill else _colocated(scenario)
 
 
 def _fleet(options: argparse.Namespace, traffic: Traffic) -> Fleet:

@@ -9,6 +9,7 @@ import pytest
 import structlog
 
 from kvferry.simulator.commands.simulate import main
+from kvferry.simulator.commands.simulate_report import Run
 
 from ..sizing.models import write_config
 
@@ -30,6 +31,17 @@ def test_policies_are_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFix
     assert [run["name"] for run in runs] == ["slo", "colocated"]
     assert all(run["num_requests"] == 40 and run["attainment"] > 0.9 for run in runs)
     assert plot.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("words", [["--policy", "colocated"], ["--prefill", "0"]])
+def test_an_autoscaler_makes_no_prefill_pool_where_there_is_none(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Run] = []
+    monkeypatch.setattr("kvferry.simulator.commands.simulate.print_runs", lambda found, console: runs.extend(found))
+    assert main([*SMALL, "--requests", "120", "--autoscale", "4", "--start-s", "1", *words]) == 0
+    [(_, _, outcome)] = runs
+    assert {sample.num_prefill for sample in outcome.fleet} == {0}
 
 
 def test_spikes_and_failures_are_read_from_flags(capsys: pytest.CaptureFixture[str]) -> None:
