@@ -15,6 +15,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,10 +253,13 @@ def check_kernels(deployment: Deployment, model: ModelConfig) -> str | Check:
     except NativeUnavailable as error:
         reason = str(error)
     else:
-        missing = lacks_native(engine, model)
-        if not missing:
+        missing = {one.config.role: lacks_native(one.config.engine, model) for one in deployment.workers}
+        slow = [role for role, parts in missing.items() if parts]
+        if not slow:
             return found
-        reason = f"there is no C++ for {', '.join(missing)}"
+        reason = f"there is no C++ for {', '.join(dict.fromkeys(chain.from_iterable(missing.values())))}"
+        if len(slow) < len(missing):
+            reason += f" (of {slow[0]} workers alone)"
     return Check("kernels", Level.WARN, f"torch, several times slower: {reason}")
 
 

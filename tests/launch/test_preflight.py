@@ -21,13 +21,15 @@ from kvferry.common.config import environment
 from kvferry.common.extras import nixl
 from kvferry.launch import host
 from kvferry.launch.host import Host
-from kvferry.launch.preflight import Level, Preflight
+from kvferry.launch.plan import plan
+from kvferry.launch.preflight import Check, Level, Preflight, check_kernels
 from kvferry.launch.running import socket_of
 from kvferry.models.checkpoint import check_checkpoint, tensor_shapes
 from kvferry.models.config import ModelConfig
 from kvferry.settings.fields import ServeSettings
 
 from ..checkpoints import Shape, write_checkpoint
+from ..sizing.models import write_config
 
 Words = list[str]
 
@@ -399,6 +401,17 @@ def test_a_gpu_without_flashinfer_is_refused_before_weights_are_read(site: Site)
     assert re.search(
         r"device: a GPU is used, and flashinfer-python is not installed: .* -m pip install 'flash", failed.found
     )
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_each_pools_own_kernels_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+    monkeypatch.setattr("kvferry.launch.preflight.describe", lambda isa, *, is_float32: "avx2")
+    folder = write_config(tmp_path, "30b-a3b")
+    exchanging = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "expert_exchange": "all_to_all"}
+    settings = ServeSettings.model_validate({pool: exchanging, "dtype": "bfloat16"})
+    check = check_kernels(plan(settings, folder, "moe"), ModelConfig.from_dir(folder))
+    assert isinstance(check, Check) and check.level is Level.WARN
+    assert check.found.endswith(f"no C++ for experts whose tokens are exchanged (of {pool} workers alone)")
 
 
 def test_a_model_on_the_hub_is_not_fetched_to_be_looked_at(site: Site) -> None:
