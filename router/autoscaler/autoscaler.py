@@ -67,6 +67,11 @@ class Autoscaler:
     def release(self) -> None:
         self._held = None
 
+    def lapse(self, now_s: float) -> None:
+        """Release counts whose time is over."""
+        if self._held is not None and self._held[1] is not None and now_s >= self._held[1]:
+            self._held = None
+
     @property
     def held(self) -> tuple[Counts, float | None] | None:
         return self._held
@@ -95,8 +100,7 @@ class Autoscaler:
         fleet = tuple(sorted((m.worker_id, m.pool) for m in load.members if m.state is MemberState.READY))
         if fleet != self._fleet:
             self._fleet, self._changed_s = fleet, load.now_s
-        if self._held is not None and self._held[1] is not None and load.now_s >= self._held[1]:
-            self._held = None
+        self.lapse(load.now_s)
 
     def _learn(self, load: LoadSnapshot, forecast: ScaleForecast) -> None:
         settled = load.now_s - self._changed_s >= self._settings.settle_s

@@ -100,7 +100,7 @@ class Scaling:
         self._is_leader = is_leader
         self._on_held(event.get("held"), now)
         desired = event.get("desired")
-        if not self._is_leader and isinstance(desired, list) and len(desired) == 2:
+        if not self._is_leader and self._is_decided and isinstance(desired, list) and len(desired) == 2:
             self._shown = Counts(int(desired[0]), int(desired[1])), str(event.get("reason", ""))
 
     def _on_held(self, held: object, now: float) -> None:
@@ -136,6 +136,11 @@ class Scaling:
             self._launcher({"event": "hold", "counts": None})
         else:
             self._autoscaler.release()
+
+    @property
+    def _is_decided(self) -> bool:
+        """Say whether this or another router decides anything."""
+        return self._config.mode != "off" or self._autoscaler.held is not None
 
     @property
     def desired(self) -> Counts | None:
@@ -177,6 +182,9 @@ class Scaling:
     def tick(self) -> None:
         """Called several times a second."""
         now = self._clock.now()
+        self._autoscaler.lapse(now)
+        if not self._is_decided:
+            self._shown, self._decision = None, None
         if now - self._decided_s < self._config.scale_interval:
             return
         interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.scale_interval), now
@@ -185,11 +193,9 @@ class Scaling:
         if not self._is_leader and self._launcher is not None:
             self._launcher(seen.as_event())
             return
-        if self._config.mode == "off" and self._autoscaler.held is None:
-            self._shown, self._decision = None, None
-            return
-        self._decide(view, seen.joined(self._seen), interval_s)
-        self._seen = []
+        if self._is_decided:
+            self._decide(view, seen.joined(self._seen), interval_s)
+            self._seen = []
 
     def _decide(self, view: PoolView, seen: SeenLoad, interval_s: float) -> None:
         now = self._clock.now()

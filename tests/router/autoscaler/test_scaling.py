@@ -184,6 +184,23 @@ def test_switched_off_it_decides_nothing_but_an_operators_counts_hold() -> None:
     assert site.wishes()[-1]["add"] == {"prefill": 1, "decode": 1}
 
 
+@pytest.mark.parametrize("leader", [True, False])
+def test_switched_off_nothing_is_wanted_once_an_operators_counts_are_over(leader: bool) -> None:
+    site = Site("off")
+    site.join("p-0", "d-0")
+    site.run(2, rate=60)
+    held: Any = {"leader": leader, "held": [1, 2, 4.0], "desired": [1, 2]}
+    site.fleet_is(**held)
+    site.run(3, rate=60)
+    assert site.scaling.describe()["desired"] == {"prefill": 1, "decode": 2}
+    site.run(3, rate=60)
+    described = site.scaling.describe()
+    assert (described["desired"], described["held"]) == (None, None)
+    assert {tuple(wish["desired"]) for wish in site.wishes()} <= {(1, 2)}
+    site.fleet_is(**held | {"held": None})  # another router was asked, and the launcher told all
+    assert site.scaling.describe()["desired"] is None
+
+
 def test_fewer_workers_are_a_wish_too_and_name_who_leaves(site: Site) -> None:
     site.join("d-1", "d-2")
     site.fleet_is()
