@@ -1,6 +1,6 @@
 """The keeper runs the batches of a folder that no other router runs.
 
-    each TICK_S: batches that have not ended ─> lock free? ─> run      its window over, or asked to cancel? ─> stop
+    each TICK_S: batches that have not ended ─> lock free? ─> run      its window over, or asked to cancel? ─> end it
     each SWEEP_S: what has expired is deleted
 
 Several routers may share a folder, also on several machines where its file system has locks: each batch is run by one,
@@ -23,7 +23,7 @@ from .store import BatchLock
 
 TICK_S = 1.0  # until a batch of a router that has ended is taken over, or a cancellation is seen by another one
 SWEEP_S = 300.0
-MAX_RUNS = 16  # batches at once: each holds where its lines are in memory
+MAX_RUNS = 16  # batches at once, and one that ends: each holds where its lines are in memory
 RETRY_S = 10.0  # before a batch goes on that ended in an error, as of a full disk
 
 log = structlog.get_logger(__name__)
@@ -81,22 +81,33 @@ class Keeper:
     async def _look(self) -> None:
         for record in await asyncio.to_thread(self._deps.store.unended):
             try:
-                running = self._running.get(record.id) or await self._begin(record)
-                if running is not None:
-                    await self._check(running.run)
+                end = await self._due_end(record)
+                running = self._running.get(record.id)
+                if running is None:
+                    await self._begin(record, end)
+                elif end is not None:
+                    running.run.stop(end)
             except OSError:  # of this batch's own folder: others go on
                 log.exception("batch_unreachable", batch_id=record.id)
                 self._not_before_s[record.id] = self._now_s() + RETRY_S
 
-    async def _begin(self, record: BatchRecord) -> _Running | None:
-        if len(self._running) >= MAX_RUNS or self._now_s() < self._not_before_s.get(record.id, 0.0):
-            return None
-        if not self._is_ours(record):
-            return None
+    async def _due_end(self, record: BatchRecord) -> BatchStatus | None:
+        """Return how the batch shall end now; None: it may go on."""
+        if await asyncio.to_thread(self._deps.store.cancel_asked_s, record.id) is not None:
+            return BatchStatus.CANCELLING
+        return BatchStatus.EXPIRED if self._deps.now_s() >= record.expires_at else None
+
+    async def _begin(self, record: BatchRecord, end: BatchStatus | None) -> None:
+        """Run a batch that nobody runs, or end it: that takes no model, and waits for nobody else's lines."""
+        room = MAX_RUNS + (end is not None)
+        if len(self._running) >= room or self._now_s() < self._not_before_s.get(record.id, 0.0):
+            return
+        if end is None and not self._is_ours(record):
+            return
         store = self._deps.store
         lock = await asyncio.to_thread(store.lock, record.id)
         if lock is None:
-            return None
+            return
         try:
             current = await asyncio.to_thread(store.read, record.id)  # its last holder may have gone on since
         except BaseException:
@@ -104,26 +115,19 @@ class Keeper:
             raise
         if current is None or current.has_ended:
             lock.release()
-            return None
+            return
         run = BatchRun(current, self._deps)
-        task = asyncio.create_task(self._run(run, lock))
-        self._running[record.id] = _Running(run, lock, task)
-        return self._running[record.id]
+        if end is not None:
+            run.stop(end)
+        self._running[record.id] = _Running(run, lock, asyncio.create_task(self._run(run, lock)))
 
     def _is_ours(self, record: BatchRecord) -> bool:
-        """Return whether its model is served here; what has expired needs none."""
+        """Return whether its model is served here."""
         try:
             self._deps.check_model(record.model)
         except RequestError:
-            return self._deps.now_s() >= record.expires_at
+            return False
         return True
-
-    async def _check(self, run: BatchRun) -> None:
-        record = run.record
-        if await asyncio.to_thread(self._deps.store.cancel_asked_s, record.id) is not None:
-            run.stop(BatchStatus.CANCELLING)
-        elif self._deps.now_s() >= record.expires_at:
-            run.stop(BatchStatus.EXPIRED)
 
     async def _run(self, run: BatchRun, lock: BatchLock) -> None:
         batch_id = run.record.id

@@ -87,7 +87,7 @@ class BatchRun:
         if record.status is BatchStatus.VALIDATING and not await self._validate():
             return
         if not self._lines:
-            self._lines, _ = await self._read(lambda name: None)  # it was served when the batch began
+            self._lines, _ = await self._read(_any_model)  # it was served when the batch began
         journal = await asyncio.to_thread(Journal, self.deps.store.journal(record.id))
         self._count(journal)
         if record.status in (BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING):  # of the latter all should be there
@@ -99,7 +99,8 @@ class BatchRun:
     async def _validate(self) -> bool:
         """Return whether there is something to do."""
         record = self.record
-        self._lines, faults = await self._read(self.deps.check_model)
+        is_asked = self._stopped_by is None  # else its lines need no model
+        self._lines, faults = await self._read(self.deps.check_model if is_asked else _any_model)
         if faults:
             record.errors = faults
             await self._end(BatchStatus.FAILED)
@@ -240,6 +241,10 @@ class BatchRun:
         log.info("batch_ended", batch_id=record.id, status=status, total=record.total, failed=record.failed)
         with contextlib.suppress(OSError):
             await _unhurried(self.deps.store.clear, record.id)
+
+
+def _any_model(_name: str | None) -> None:
+    """Check nothing, of lines that were checked before or are not asked."""
 
 
 async def _unhurried(function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
