@@ -42,6 +42,7 @@ class DataFolder:
         self.max_bytes = max_bytes
         self.retention_s = retention_s
         self.num_incoming = 0  # bytes that are being uploaded through this router
+        self.num_arrived = 0  # these, and those of uploads that were kept
         self._unread: set[Path] = set()  # records of which a line in the log tells that nobody can read them
         try:
             for folder in (path, self.files, self.batches, self._parts):
@@ -108,10 +109,6 @@ class DataFolder:
         """Return what everything that is whole takes. A file with two names counts once."""
         entries = [*_entries(self.files), *_entries(self.batches)]
         return sum({entry.inode: entry.num_bytes for entry in entries}.values())
-
-    def room(self) -> int:
-        """Return how many bytes may still be added."""
-        return max(0, self.max_bytes - self.num_bytes() - self.num_incoming)
 
     def sweep_parts(self) -> None:
         """Remove what routers have left half-written."""

@@ -159,8 +159,8 @@ async def received(
 ) -> AsyncIterator[tuple[Form, Path]]:
     """Yield an upload that is whole, and the part that holds its file: whoever wants it renames it."""
     boundary = boundary_of(headers)
-    room = await asyncio.to_thread(folder.room)
-    limit = min(MAX_FILE_BYTES, room)
+    incoming = _Incoming(folder)
+    limit = min(MAX_FILE_BYTES, await asyncio.to_thread(incoming.measure))
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit + _MAX_FRAMING_BYTES:
         raise too_large(MAX_FILE_BYTES) if limit == MAX_FILE_BYTES else no_room(folder.max_bytes)
@@ -168,32 +168,59 @@ async def received(
     try:
         with part.open("wb") as file:
             form = Form(boundary, file, MAX_FILE_BYTES)
-            await _receive(receive, form, folder, room)
+            await _receive(receive, form, incoming)
             await asyncio.to_thread(_sync, file)
         yield form, part
+        incoming.is_kept = True
     finally:
+        incoming.end()
         await asyncio.to_thread(part.unlink, missing_ok=True)
 
 
-async def _receive(receive: Receive, form: Form, folder: DataFolder, room: int) -> None:
-    held, taken = bytearray(), 0
-    try:
-        while True:
-            piece, has_more = await _next(receive)
-            held += piece
-            taken += len(piece)
-            folder.num_incoming += len(piece)
-            if taken > room:
-                raise no_room(folder.max_bytes)
-            if len(held) >= WRITE_BYTES or not has_more:
-                await asyncio.to_thread(form.feed, bytes(held))
-                held.clear()
-            if not has_more:
-                return
-            if taken > form.num_bytes + len(held) + _MAX_FRAMING_BYTES:
-                raise RequestError("the form has more around its file than in it", code="invalid_form")
-    finally:
-        folder.num_incoming -= taken
+class _Incoming:
+    """The bytes of one upload, which share the folder's room with all others that come meanwhile."""
+
+    def __init__(self, folder: DataFolder) -> None:
+        self.num_bytes = 0
+        self.is_kept = False
+        self._folder = folder
+        # Of this moment: an upload that finds its place while the folder is measured rather counts twice than never.
+        self._num_before, self._num_arrived = folder.num_incoming, folder.num_arrived
+        self._room = 0
+
+    def measure(self) -> int:
+        """Return how many bytes may still be added. Waits for the disk."""
+        self._room = max(0, self._folder.max_bytes - self._folder.num_bytes() - self._num_before)
+        return self._room
+
+    def add(self, num_bytes: int) -> None:
+        """Count what has come. Raises RequestError (507) where it, and what others have brought, fill the room."""
+        self.num_bytes += num_bytes
+        self._folder.num_incoming += num_bytes
+        self._folder.num_arrived += num_bytes
+        if self._folder.num_arrived - self._num_arrived > self._room:
+            raise no_room(self._folder.max_bytes)
+
+    def end(self) -> None:
+        """Count it no longer: it is a file of the folder now, or gone."""
+        self._folder.num_incoming -= self.num_bytes
+        if not self.is_kept:
+            self._folder.num_arrived -= self.num_bytes
+
+
+async def _receive(receive: Receive, form: Form, incoming: _Incoming) -> None:
+    held = bytearray()
+    while True:
+        piece, has_more = await _next(receive)
+        held += piece
+        incoming.add(len(piece))
+        if len(held) >= WRITE_BYTES or not has_more:
+            await asyncio.to_thread(form.feed, bytes(held))
+            held.clear()
+        if not has_more:
+            return
+        if incoming.num_bytes > form.num_bytes + len(held) + _MAX_FRAMING_BYTES:
+            raise RequestError("the form has more around its file than in it", code="invalid_form")
 
 
 async def _next(receive: Receive) -> tuple[bytes, bool]:

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from kvferry.common.errors import RequestError
 from kvferry.router.batches import upload
 from kvferry.router.batches.folder import DataFolder
 
-from .batch_server import batch_server
+from .batch_server import batch_server, data_folder
 
 BOUNDARY = "b0undary"
 FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -112,6 +113,36 @@ async def test_the_folder_has_a_bound(tmp_path: Path) -> None:
         [stored] = (await client.get("/v1/files")).json()["data"]
         await client.delete(f"/v1/files/{stored['id']}")
         assert (await post(60_000)).status_code == 200
+
+
+async def test_uploads_side_by_side_have_no_more_room_than_one(tmp_path: Path) -> None:
+    folder = data_folder(tmp_path, 100_000)
+    body = form(('name="file"; filename="a"', b"x" * 60_000), PURPOSE)
+    turns = [asyncio.Event(), asyncio.Event()]
+    headers = {name.encode(): value.encode() for name, value in FORM.items()}
+    begun = asyncio.Semaphore(0)
+
+    async def store(turn: asyncio.Event) -> None:
+        async def receive() -> dict[str, Any]:
+            begun.release()
+            await turn.wait()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async with upload.received(headers, receive, folder) as (_, part):
+            folder.place(part, folder.files / part.name)
+
+    uploads = [asyncio.create_task(store(turn)) for turn in turns]
+    for _ in uploads:
+        await begun.acquire()  # both have found room
+    turns[0].set()
+    await uploads[0]
+    turns[1].set()
+    with pytest.raises(RequestError) as refused:
+        await uploads[1]
+    assert refused.value.status == 507 and folder.num_bytes() == 60_000 and not folder.num_incoming
+    next(folder.files.iterdir()).unlink()
+    await store(turns[1])
+    assert folder.num_bytes() == 60_000
 
 
 async def test_a_full_disk_is_told_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
