@@ -32,6 +32,20 @@ async def test_a_file_is_uploaded_listed_read_and_deleted(tmp_path: Path) -> Non
                 await call(uploaded.id)
 
 
+@pytest.mark.parametrize("num_bytes", [0, 1, 2**16, 2**17])
+async def test_a_connection_that_has_read_a_file_takes_the_next_request(tmp_path: Path, num_bytes: int) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=b"x" * num_bytes, purpose="batch")
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        for _ in range(10):
+            writer.write(f"GET /v1/files/{uploaded.id}/content HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200") and b"\r\ncontent-length: %d\r\n" % num_bytes in head
+            assert b"\r\ncontent-disposition: attachment; filename=" in head
+            assert await reader.readexactly(num_bytes) == b"x" * num_bytes
+        writer.close()
+
+
 async def test_a_batch_is_answered_line_by_line_in_the_order_of_its_input(tmp_path: Path) -> None:
     script = Script(choose=lambda request: bytes(request.prompt_token_ids).decode())
     async with batch_server(tmp_path, script) as (served, address), client_of(address) as client:
