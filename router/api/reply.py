@@ -58,7 +58,8 @@ class InFlight:
         self.is_closing = False
 
     def __len__(self) -> int:
-        return len(self._replies)
+        """Return how many clients wait for one: nobody waits for a batch's lines."""
+        return sum(not reply.is_background for reply in self._replies)
 
     def check_open(self) -> None:
         if self.is_closing:
@@ -93,6 +94,7 @@ class Reply(Response):
     ) -> None:
         self.background = None
         self.status_code = 200
+        self.is_background = answer.streams[0].request.is_background
         self._answer = answer
         self._form = form
         self._stream = stream

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -44,6 +45,20 @@ async def test_a_connection_that_has_read_a_file_takes_the_next_request(tmp_path
             assert b"\r\ncontent-disposition: attachment; filename=" in head
             assert await reader.readexactly(num_bytes) == b"x" * num_bytes
         writer.close()
+
+
+async def test_lines_of_a_batch_are_no_answers_that_clients_wait_for(tmp_path: Path) -> None:
+    async with batch_server(tmp_path, Script(hold_at=0)) as (served, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a"), line("b")), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        await served.dispatcher.held.wait()
+        async with httpx.AsyncClient() as plain:
+            metrics = await plain.get(f"http://{address}/metrics")
+        assert "kvferry_in_flight_requests 0.0" in metrics.text
+        served.dispatcher.go.set()
+        assert (await until_ended(client, batch.id)).status == "completed"
 
 
 async def test_a_batch_is_answered_line_by_line_in_the_order_of_its_input(tmp_path: Path) -> None:
