@@ -2,7 +2,7 @@
 
     enter   a request begins          a place and a request are taken, before its body is read
     charge  its prompt is known       prompt and longest answer are taken
-    settle  it has ended              what was not generated is given back
+    settle  it has ended              what was not generated is given back, and prompts that no worker has got
     leave                             the place is given back; a charge that nobody settled, whole
 
 The two rates are buckets that fill evenly and hold a minute's worth. A request that costs more than a full bucket goes

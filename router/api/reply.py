@@ -228,10 +228,12 @@ class Reply(Response):
         finishes = [choice.finish or self._unfinished_reason(context) for choice in answer.choices]
         num_prompt = sum(len(prompt.token_ids) for prompt in answer.prompts)
         num_completion = sum(choice.num_tokens for choice in answer.choices)
-        self._observer.on_answer(num_prompt, num_completion, finishes)
-        if context.allowance is not None:
-            context.allowance.settle(num_prompt + num_completion)
         requests = answer.requests
+        # What was refused while it waited has cost nothing, and its client may be told to come again.
+        sent = [request.num_prompt_tokens for request in requests if "prefill_start" in request.timestamps]
+        self._observer.on_answer(sum(sent), num_completion, finishes)
+        if context.allowance is not None:
+            context.allowance.settle(sum(sent) + num_completion)
         log.info(
             "request_finished",
             request_id=context.request_id,

@@ -96,6 +96,7 @@ class Script:
     ends_with_eos: bool = True
     tokens_per_update: int = 1
     fail_after: int | None = None  # updates, then `error`
+    fails_queued: bool = False  # with `error`, before a worker hears of it
     error: StreamError = field(default_factory=lambda: StreamError("worker d-1 was lost", "worker_lost", 503))
     refuse: Exception | None = None  # raised by submit
     vanish_after: int | None = None  # updates, then the stream ends with no finish reason: a bug
@@ -153,6 +154,10 @@ class FakeDispatcher:
         if request.sampling.prompt_logprobs is not None:
             k = request.sampling.prompt_logprobs
             request.prompt_logprobs.extend(token(token_id, k) for token_id in request.prompt_token_ids[1:])
+        if self.script.fails_queued:
+            request.advance(RequestStatus.FAILED, self.clock.now())
+            stream.fail(self.script.error)
+            return
         self.clock.advance(0.01)
         request.timestamps["prefill_start"] = self.clock.now()
         request.num_cached_tokens = self.script.num_cached_tokens

@@ -16,6 +16,7 @@ from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.access.quota import QuotaLimits
 from kvferry.router.api.middleware import OPEN_PATHS
+from kvferry.router.state.errors import StreamError
 
 from ..router.fakes import Script, Served, listening, serve
 
@@ -211,6 +212,20 @@ async def test_a_key_over_its_tokens_is_refused_before_the_dispatcher_hears_of_i
         assert (await _ask(client, "key-one", max_tokens=40, n=2)).status_code == 429
         assert len(served.dispatcher.requests) == num
         assert (await _ask(client, "key-two", max_tokens=40, n=2)).status_code == 200
+
+
+async def test_a_key_does_not_pay_for_what_no_worker_has_got() -> None:
+    late = StreamError("it waits too long", "rate_limit_exceeded", 429)
+    script = Script("ab", fails_queued=True, error=late)
+    served = serve(script, api_keys=KEYS, quota=QuotaLimits(tokens_per_minute=100))
+    async with served.client() as client:
+        for _ in range(3):
+            refused = await _ask(client, "key-one", prompt="x" * 80, max_tokens=10)
+            assert refused.status_code == 429 and "waits too long" in refused.json()["error"]["message"]
+        script.fails_queued = False
+        assert (await _ask(client, "key-one", prompt="x" * 80, max_tokens=10)).status_code == 200
+        text = (await client.get("/metrics", headers=_bearer("key-one"))).text
+    assert "kvferry_prompt_tokens_total 80.0" in text
 
 
 async def test_a_key_may_have_so_many_requests_at_once() -> None:

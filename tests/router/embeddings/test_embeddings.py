@@ -36,6 +36,7 @@ async def _play(self: FakeDispatcher, request: RouterRequest, stream: TokenStrea
         request.advance(RequestStatus.FAILED, self.clock.now())
         stream.fail(self.script.error)
         return
+    request.timestamps["prefill_start"] = self.clock.now()
     request.end_embedded(array("f", _vector(request)).tobytes(), self.clock.now())
     request.advance(RequestStatus.FINISHED, self.clock.now())
     stream.wake()
