@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..common.clock import SystemClock
 from . import ray_calls
 from .plan import WorkerPlan
 from .process import ChildTimes
@@ -97,8 +98,9 @@ class RayWorker:
         assert self.actor is not None
         site = self._site
         config = self.plan.config.model_copy(update={"routers": site.routers.controls, "secret_file": None})
-        num_ends = 0
+        clock, num_ends = SystemClock(), 0
         while True:
+            began_s = clock.now()
             arguments = (config.model_dump_json(), site.secrets(), site.entry, site.loopback)
             self.work = work = self.actor.run.remote(*arguments)
             try:
@@ -107,7 +109,9 @@ class RayWorker:
                 reason = str(error).strip().splitlines()[-1]
             if self.retired.is_set():
                 return
-            num_ends += 1
+            # Nobody tells here when it began to serve. One that ran for longer than the longest pause did not fail at
+            # once: it drained, or served before it ended.
+            num_ends = 1 if clock.now() - began_s > site.times.max_backoff_s else num_ends + 1
             self._tell_restart(reason, delay_s := site.times.backoff_s(num_ends))
             await asyncio.sleep(delay_s)
 

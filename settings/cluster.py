@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ..common.config import Checksum, Settings, TransferName
 from .option import ALL, ENGINES, ROUTER, SERVE, WORKERS, Option
-from .values import Host, Name, Port, Texts
+from .values import Host, Name, Names, Port
 
 
 class ClusterSettings(Settings):
@@ -33,7 +33,7 @@ class ClusterSettings(Settings):
     ] = False
     control_host: Annotated[Host, Option("Cluster", "Address of the socket for workers.", ROUTER)] = "127.0.0.1"
     control_port: Annotated[Port, Option("Cluster", "Port of that socket.", ROUTER)] = 7001
-    router: Annotated[Texts, Option("Cluster", "host:port of a router's control socket; repeatable.", WORKERS)] = ()
+    router: Annotated[Names, Option("Cluster", "host:port of a router's control socket; repeatable.", WORKERS)] = ()
     handoff_host: Annotated[
         Host, Option("Cluster", "Address of this worker for other workers.", WORKERS, flag="host")
     ] = "127.0.0.1"

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from ..common.config import Settings, UnknownFields
 from .option import ALL, FRONTS, SERVE, Option
-from .values import Count, Host, NumRouters, Port, Texts, check_origins
+from .values import Count, Host, Names, NumRouters, Port, Texts, check_origins
 
 
 class HttpSettings(Settings):
@@ -23,11 +23,11 @@ class HttpSettings(Settings):
     ] = None
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
     allowed_hosts: Annotated[
-        Texts,
+        Names,
         Option("HTTP", "Name by which clients reach a server without keys, as through a proxy; repeatable.", FRONTS),
     ] = ()
     allowed_origins: Annotated[
-        Annotated[Texts, AfterValidator(check_origins)],
+        Annotated[Names, AfterValidator(check_origins)],
         Option("HTTP", "Origin of web pages that may ask; *: any, with API keys. Repeatable. Default: none.", FRONTS),
     ] = ()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +31,9 @@ def parse_number(value: object) -> object:
     """Read `32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    number = float(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else 0.5
-    if not number.is_integer():
+    match = re.fullmatch(r"\s*(-?\d{1,40}(?:\.\d{1,40})?)\s*([A-Za-z]*)\s*", value)
+    number = Fraction(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else None
+    if number is None or number.denominator != 1:  # 4.1GB are whole bytes, which 4.1 as a float is not
         raise ValueError("must be a whole number, perhaps with a unit such as 32K or 2GiB")
     return int(number)
 
@@ -160,6 +161,7 @@ Host = Annotated[str, AfterValidator(check_host)]
 Name = Annotated[str, AfterValidator(check_name)]
 Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_each)]  # that have no comma
 Adapters = Annotated[tuple[str, ...], BeforeValidator(_adapters), AfterValidator(check_adapters)]
 WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]
 Share = Annotated[float, Field(gt=0, le=1)]

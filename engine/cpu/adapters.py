@@ -109,7 +109,7 @@ def _huge_pages(count: int, dtype: torch.dtype) -> Tensor:
 
 
 class _PartSlots:
-    """Where each slot's matrices of one part are, and their ranks."""
+    """`_PartSlots` say where each slot's matrices of one part are, and of which rank."""
 
     __slots__ = ("down", "ranks", "up")
 

@@ -157,6 +157,8 @@ def _fleet(options: argparse.Namespace, traffic: Traffic) -> Fleet:
     if options.draft_acceptance is not None:
         drafts = Drafts(options.draft_acceptance, options.num_speculative_tokens, options.draft_model_share)
         drafts.check()  # before room is divided by it
+    elif options.draft_model_share:
+        raise ConfigError("draft-model-share: without --draft-acceptance nothing is drafted")
     return replace(
         worker,
         prefill=options.prefill,

@@ -71,7 +71,8 @@ def in_words(scenario: Scenario, outcome: Outcome) -> str:
 
 def _cells(scenario: Scenario, outcome: Outcome) -> list[str]:
     ttft, tpot, ended = outcome.ttft_ms, outcome.tpot_ms, outcome.ended
-    gpus = max((f.num_prefill + f.num_decode for f in outcome.fleet), default=0) * scenario.fleet.gpus_per_worker
+    at_first = scenario.fleet.prefill + scenario.fleet.decode  # all that a run without a span of time has
+    gpus = max((f.num_prefill + f.num_decode for f in outcome.fleet), default=at_first) * scenario.fleet.gpus_per_worker
     return [
         f"{outcome.attainment:.1%}",
         f"{outcome.goodput_per_s:.2f}",

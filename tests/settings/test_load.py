@@ -40,6 +40,13 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
     assert loaded.origins["block_size"] == DEFAULT
 
 
+def test_a_flag_of_names_takes_several_at_once_as_the_variable_does() -> None:
+    flags = {"allowed_hosts": Raw(["a.example,b.example", "c.example"], "--allowed-hosts")}
+    assert load(flags=flags, env={}, file=None).settings.allowed_hosts == ("a.example", "b.example", "c.example")
+    env = {"KVFERRY_ALLOWED_HOSTS": "a.example,b.example"}
+    assert load(flags={}, env=env, file=None).settings.allowed_hosts == ("a.example", "b.example")
+
+
 def test_pool_is_a_number_or_a_section(tmp_path: Path) -> None:
     settings = load_text(tmp_path, "prefill: 2\ndecode:\n  workers: 3\n  max_num_seqs: 1K\n").settings
     assert settings.prefill.workers == 2
@@ -82,13 +89,16 @@ def test_environment_reaches_pools_lists_and_switches() -> None:
         ("1GB", 10**9),
         ("7", 7),
         (" 8 ", 8),
+        ("4.1GB", 4_100_000_000),  # as a float it is none
+        ("2.01k", 2010),
+        ("9007199254740993", 2**53 + 1),
     ],
 )
 def test_numbers_take_units(text: str, number: int) -> None:
     assert parse_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["1.0001k", "k", "1X", "1e3", "0x10", ""])
+@pytest.mark.parametrize("text", ["1.0001k", "k", "1X", "1e3", "0x10", "", "9" * 5000])
 def test_what_is_no_whole_number_is_refused_with_the_rule(text: str) -> None:
     with pytest.raises(ValueError, match="must be a whole number, perhaps with a unit"):
         parse_number(text)

@@ -84,6 +84,7 @@ def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
             "draft_model_share = -1: a draft model takes",
         ),
         (["--draft-acceptance", "0.5", "--draft-model-share", "nan"], "draft_model_share = nan: a draft model takes"),
+        (["--draft-model-share", "0.1"], "draft-model-share: without --draft-acceptance nothing is drafted"),
         (["--draft-acceptance", "2"], "draft_acceptance = 2 is no share"),
         (["--tensor-parallel-size", "2000"], "tensor_parallel_size: 2,000 is more than 1,024"),
         (["--num-blocks", "1000000000"], "num_blocks: 1,000,000,000 is more than 10,000,000"),
@@ -97,6 +98,15 @@ def test_what_would_change_nothing_or_cannot_be_is_refused(
 ) -> None:
     assert main([*SMALL, "--policy", "slo", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_request_is_served_by_all_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*SMALL, "--requests", "1", "--tensor-parallel-size", "4"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ slo"))
+    assert "8" in [cell.strip() for cell in row.split("│")]
 
 
 def test_the_highest_good_rate_is_searched(capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,7 +218,7 @@ class _Chaos:
         loop = asyncio.get_running_loop()
         end_s, next_s = loop.time() + 60 * options.minutes, loop.time() + _FIRST_BLOW_AFTER_S
         while next_s < end_s:
-            await asyncio.sleep(next_s - loop.time())
+            await asyncio.wait([loading], timeout=next_s - loop.time())
             next_s += options.every_s
             if loading.done():
                 break  # it raised: see below
@@ -226,7 +226,7 @@ class _Chaos:
             if strike is not None:
                 what = f"{strike.at_s:6.1f} s  {strike.kind:5} {strike.worker_id}"
                 self._console.print(f"{what}, {len(load.results)} requests so far", style="dim", highlight=False)
-        await asyncio.sleep(max(0.0, end_s - loop.time()))
+        await asyncio.wait([loading], timeout=max(0.0, end_s - loop.time()))
         over.set()
         await loading
 
