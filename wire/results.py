@@ -32,8 +32,8 @@ class NoCapacity(Message):
 
 
 class TaskRefused(Message):
-    """A task was not begun. `reason`: blocks, never_fits, draining, incompatible, stale, expired, wrong_role, or one of
-    served.UNSERVED."""
+    """A task was not begun, or its answer ended. `reason`: blocks, never_fits, draining, incompatible, stale, expired,
+    wrong_role, or one of served.UNSERVED."""
 
     request_id: Name
     attempt: Count

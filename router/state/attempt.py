@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from ...common.served import UNSERVED
 from ...wire.codec import RequestMessage
 from ...wire.grants import GrantInfo
 from ...wire.results import (
@@ -132,9 +133,10 @@ class Attempt:
         match message:
             case Grant() | NoCapacity():
                 return status is RequestStatus.RESERVED and worker is self.decode
-            case TaskRefused():
+            case TaskRefused(reason=reason):
                 doer = self.decode if self.prefill is None else self.prefill
-                return status is RequestStatus.PREFILLING and worker is doer
+                is_late = reason in UNSERVED and worker is self.decode  # its grammar or adapter has failed
+                return is_late or (status is RequestStatus.PREFILLING and worker is doer)
             case HandoffDone():
                 return self.is_prefilling_remotely and worker is self.decode
             case HandoffFailed():

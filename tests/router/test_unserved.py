@@ -7,9 +7,9 @@ import pytest
 from kvferry.common.served import UNSERVED
 from kvferry.router.state.errors import StreamError
 from kvferry.wire.results import NoCapacity, TaskRefused
-from kvferry.wire.tasks import Abort, PrefillTask, ReserveKV
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 
-from .fleet import Fleet
+from .fleet import Fleet, config, received, tokens
 
 
 def test_every_attempt_names_the_model() -> None:
@@ -39,3 +39,28 @@ async def test_what_is_not_served_ends_at_once_with_the_workers_words(reason: st
     assert (info.value.code, info.value.status) == ("not_served", 500)
     assert decode.take(Abort).attempt == 0
     assert not fleet.dispatcher.view().num_in_flight
+
+
+@pytest.mark.parametrize("reason", ["adapter", "grammar"])
+@pytest.mark.parametrize("is_local", [False, True])
+async def test_what_the_decode_worker_cannot_have_ends_an_answer_that_has_begun(reason: str, is_local: bool) -> None:
+    """Its grammar is compiled, and its adapter loaded, beside the prompt; one whose answer waits may be loaded anew."""
+    fleet = Fleet(config(local_prefill=is_local, expect_prefill=not is_local))
+    task: PrefillTask | LocalTask
+    if is_local:
+        decode = fleet.join("d-0")
+        stream = fleet.submit()
+        task = decode.take(LocalTask)
+        fleet.step(decode, task, tokens(0, 0, 1))
+    else:
+        prefill, decode = fleet.join("p-0"), fleet.join("d-0")
+        stream, task = fleet.decode(prefill, decode)
+    busy = fleet.submit()  # its worker is never idle: silence would say nothing
+    about = {"request_id": task.spec.request_id, "attempt": 0}
+    refused = TaskRefused(**about, reason=reason, detail="it cannot be had")  # type: ignore[arg-type]
+    fleet.dispatcher.on_message(decode, refused)
+    assert not fleet.observer.dropped
+    assert [len(update.tokens) for update in received(stream)] == [1]
+    with pytest.raises(StreamError, match="worker d-0 does not serve this request: it cannot be had") as info:
+        await anext(stream)
+    assert info.value.code == "not_served" and not busy.request.is_finished
