@@ -8,7 +8,7 @@ An answer comes from another process: nothing is read by it that was not looked 
 from __future__ import annotations
 
 from ...wire.fetches import KVFetch, KVFetchable
-from ..protocol.handoff import Endpoint, check_compatible
+from ..protocol.handoff import Endpoint, check_compatible, check_pools
 from ..protocol.shards import shards_of
 from .fetch import Part
 
@@ -42,7 +42,9 @@ def check_answer(part: Part, message: KVFetchable, endpoint: Endpoint, *, needs_
     for region, shard in zip(ranks, shards_of(ranks, spec), strict=True):
         if shard != spec.shard(region.rank, tp_size):  # each rank reads whole pages from the one with its number
             return f"{shard} at {region.agent}, {spec.shard(region.rank, tp_size)} here"
-    num_blocks = min(region.num_blocks for region in ranks)
+    if (misfit := check_pools(ranks, spec)) is not None:
+        return misfit
+    num_blocks = ranks[0].num_blocks
     if not 0 < len(blocks) <= len(part.hashes) or len(set(blocks)) < len(blocks) or max(blocks) >= num_blocks:
         return f"block ids are not up to {len(part.hashes)} distinct ids below {num_blocks}"
     return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,6 +25,8 @@ from ...common.kv_spec import KVCacheSpec
 from ...wire.grants import GrantInfo, RegionInfo
 from ..backends.base import Indices
 from .shards import check_regions
+
+_MAX_PAGES = 2**31 - 1  # of a rank: `page_indices` numbers them in 32 bits
 
 # Why a KVOpen is refused, as it is counted:
 REJECTS = (
@@ -75,14 +78,21 @@ def check_grant(local: Endpoint, grant: GrantInfo) -> str | None:
             return reason
     if [region.rank for region in ranks] != list(range(len(ranks))):
         return f"ranks {[region.rank for region in ranks]} in the grant, want 0 to {len(ranks) - 1}"
-    misfit = check_regions(ranks, spec)
-    if misfit is not None:
-        return misfit
-    return _check_blocks(grant)
+    return check_regions(ranks, spec) or check_pools(ranks, spec) or _check_blocks(grant)
+
+
+def check_pools(ranks: Sequence[RegionInfo], spec: KVCacheSpec) -> str | None:
+    """Say why these regions are no pool whose pages can be numbered; None: they are. All ranks have the same blocks."""
+    sizes = {region.num_blocks for region in ranks}
+    if len(sizes) > 1:
+        return f"pools of {sorted(sizes)} blocks, want as many on each rank"
+    if (num_pages := max(sizes) * spec.num_layers) > _MAX_PAGES:
+        return f"{num_pages} pages at {ranks[0].agent}, at most {_MAX_PAGES} can be numbered"
+    return None
 
 
 def _check_blocks(grant: GrantInfo) -> str | None:
-    num_blocks = min(region.num_blocks for region in grant.ranks)
+    num_blocks = grant.ranks[0].num_blocks
     if any(block >= num_blocks for block in grant.block_ids) or len(set(grant.block_ids)) != len(grant.block_ids):
         return f"the grant's block ids are not distinct ids below {num_blocks}"
     held, rest = divmod(grant.num_computed_tokens, grant.spec.block_size)

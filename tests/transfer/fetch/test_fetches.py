@@ -298,6 +298,7 @@ def test_answers_that_no_lender_gives_are_refused(pair: Pair) -> None:
         {"ranks": ()},
         {"ranks": (region, region)},
         {"ranks": (msgspec.structs.replace(region, shard=Shard(0, 1, 0, 1)),)},
+        {"ranks": (msgspec.structs.replace(region, num_blocks=2**40),)},
     ):
         pair.begin(HASHES[:3])
         question = pair.to_lender.popleft()

@@ -103,6 +103,14 @@ def test_equal_workers_and_other_tp_sizes_fit() -> None:
             {"ranks": (msgspec.structs.replace(_region(0, 1), shard=Shard(0, 2, 1, 4)),)},
             f"page_bytes {SPEC.page_bytes() // 4 * 3} by the spec, {SPEC.page_bytes()} at d-0.1.0.0",
         ),
+        (
+            {"ranks": (_region(0, 2), msgspec.structs.replace(_region(1, 2), num_blocks=9))},
+            "pools of [8, 9] blocks, want as many on each rank",
+        ),
+        (
+            {"ranks": (msgspec.structs.replace(_region(0, 1), num_blocks=2**30),)},
+            "2147483648 pages at d-0.1.0.0, at most 2147483647 can be numbered",
+        ),
     ],
 )
 def test_a_grant_that_cannot_be_shipped_under_is_named(change: dict[str, object], words: str) -> None:
