@@ -35,6 +35,7 @@ from ..wire.frames import max_frame_bytes
 from .courtesy import Courtesy
 from .ranks import Followers
 from .sessions import RouterSessions
+from .tasks import begin
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -153,7 +154,7 @@ class WorkerProcess:
             self._loop.call_soon_threadsafe(function)
 
     def _on_failure(self, error: BaseException) -> None:
-        """The engine's or the transfer's thread has ended: nothing works any more. Called on that thread."""
+        """A thread of ours, or a task of the network's, has failed: nothing works any more. Called there."""
         log.error("worker_failed", worker_id=self._config.worker_id, error=f"{type(error).__name__}: {error}")
         self._call_soon(lambda: self._end(1))
 
@@ -193,11 +194,12 @@ class WorkerProcess:
             on_message=worker.on_router_message,
             on_lost=worker.on_router_lost,
             status=worker.status,
+            on_failure=self._on_failure,
             on_joined=worker.on_router_joined,
         )
         self._sessions.refused.add_done_callback(self._on_refused)
         self._sessions.start()
-        self._ticking = self._loop.create_task(self._tick())
+        self._ticking = begin(self._tick(), self._on_failure)
         # Not before: whoever waits for this worker waits for its start.
         self._courtesy = Courtesy(self._config.niceness, os.getpid(), *self._followers.pids)
         self._yield_cores()

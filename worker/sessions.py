@@ -23,6 +23,7 @@ from ..wire.credentials import SharedSecret
 from ..wire.fields import Message
 from ..wire.hello import Refused
 from ..wire.workers import Goodbye, WorkerHello, WorkerStatus
+from .tasks import begin
 
 ROUTER_GONE_S = 5.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
@@ -46,14 +47,17 @@ class RouterSessions:
         on_message: Callable[[str, Message], None],
         on_lost: Callable[[str], None],
         status: Callable[[str], WorkerStatus],
+        on_failure: Callable[[BaseException], None],
         on_joined: Callable[[str], None] = lambda router_id: None,
     ) -> None:
+        """`on_failure`: a message could not be dealt with; no session with its router is opened again."""
         self._addresses = addresses
         self._hello = hello
         self._secret = secret
         self._max_frame_bytes = max_frame_bytes
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_failure = on_failure
         self._on_joined = on_joined
         self._status = status
         self._channels: dict[str, Channel] = {}
@@ -66,7 +70,7 @@ class RouterSessions:
         self.refused: asyncio.Future[str] = self._loop.create_future()  # a router will not have this worker
 
     def start(self) -> None:
-        self._tasks = [self._loop.create_task(self._keep(address)) for address in self._addresses]
+        self._tasks = [begin(self._keep(address), self._on_failure) for address in self._addresses]
 
     def send(self, router_id: str, message: Message) -> None:
         """Queue a message to a router; dropped if its session has ended."""

@@ -6,17 +6,22 @@ import asyncio
 import contextlib
 import socket
 
+from kvferry.common.errors import InvalidTransition
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, serve, server_address
 from kvferry.wire.codec import Decoder, WorkerToRouter, encode
 from kvferry.wire.credentials import NO_SECRET
 from kvferry.wire.results import HandoffDone
-from kvferry.wire.workers import WorkerHello, WorkerStatus
+from kvferry.wire.workers import Drain, WorkerHello, WorkerStatus
 from kvferry.worker.sessions import RouterSessions
 
 from ..router.fleet import hello, status
 
 _decoder: Decoder[WorkerHello | WorkerStatus] = Decoder(WorkerToRouter)
+
+
+def _not_expected(error: BaseException) -> None:
+    raise AssertionError from error
 
 
 async def test_each_router_gets_the_heartbeat_that_is_made_for_it() -> None:
@@ -47,6 +52,7 @@ async def test_each_router_gets_the_heartbeat_that_is_made_for_it() -> None:
         on_message=lambda router, message: None,
         on_lost=lambda router: None,
         status=lambda router: status(state=f"for {router}"),
+        on_failure=_not_expected,
     )
     sessions.start()
     async with asyncio.timeout(60):
@@ -90,6 +96,7 @@ async def test_what_the_loop_is_asked_for_after_a_message_finds_it_written() -> 
         on_message=lambda router, message: None,
         on_lost=lambda router: None,
         status=lambda router: status(),
+        on_failure=_not_expected,
     )
     sessions.start()
     async with asyncio.timeout(60):
@@ -98,3 +105,33 @@ async def test_what_the_loop_is_asked_for_after_a_message_finds_it_written() -> 
     server.close()
     size = 4 + len(encode(HandoffDone(request_id="a", attempt=0)))
     assert found == [2 * size]
+
+
+async def test_a_message_that_cannot_be_dealt_with_is_told_and_not_the_silent_end_of_a_session() -> None:
+    """Kept and awaited by nobody, the session's task would end in silence, and its router miss the worker for good."""
+    failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+    async def on_channel(channel: Channel) -> None:
+        channel.send(Drain(deadline_s=1.0))
+        channel.flush()
+        await failed
+
+    def odd(router: str, message: object) -> None:
+        raise InvalidTransition("from nowhere")
+
+    server = await serve(Address("127.0.0.1", 0), "r", on_channel)
+    sessions = RouterSessions(
+        (str(server_address(server, "127.0.0.1")),),
+        hello("w", "decode"),
+        secret=NO_SECRET,
+        max_frame_bytes=1 << 20,
+        on_message=odd,
+        on_lost=lambda router: None,
+        status=lambda router: status(),
+        on_failure=failed.set_result,
+    )
+    sessions.start()
+    async with asyncio.timeout(10):
+        assert isinstance(await failed, InvalidTransition)
+    await sessions.close()
+    server.close()
