@@ -32,6 +32,7 @@ DEFAULT_CLASS = "default"  # of requests that name no class
 GREEDY_BELOW = 1e-5
 MIN_TEMPERATURE = 0.01
 MIN_REPETITION_PENALTY = 0.01
+WHOLE_NUMBERS = range(-(2**63), 2**64)  # that messages, and answers that repeat a part of a body, have room for
 
 
 class FinishReason(StrEnum):

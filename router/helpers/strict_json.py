@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterable
 
 from ...common.errors import RequestError
+from ...common.request import WHOLE_NUMBERS
 from ..state.errors import clip
 
 MAX_COMMAS = 500_000
 MAX_OBJECTS = 50_000
 MAX_DEPTH = 32
-_WHOLE_NUMBERS = range(-(2**63), 2**64)  # what messages, and answers that repeat a part of a body, have room for
 _COUNTED_BYTES = 2**20
 
 
@@ -57,7 +57,7 @@ def _float(text: str) -> float:
 
 def _int(text: str) -> int:
     value = int(text)
-    if value not in _WHOLE_NUMBERS:
+    if value not in WHOLE_NUMBERS:
         raise _Fault
     return value
 
@@ -180,5 +180,5 @@ def _why_not_plain(token: str) -> str:
     except ValueError:
         return "is not a number that JSON has"
     if isinstance(value, int):
-        return "" if value in _WHOLE_NUMBERS else "is a whole number of more than 64 bits"
+        return "" if value in WHOLE_NUMBERS else "is a whole number of more than 64 bits"
     return "" if isinstance(value, float) and math.isfinite(value) else "is not a number that JSON has"

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import msgspec
 
+from ...common.request import WHOLE_NUMBERS
 from ..state.errors import clip, shown
 from .definitions import MAX_DEPTH, invalid, only
 
 MAX_CALLS = 128  # in one message
 MAX_ARGUMENTS_CHARS = 2**20  # of one call: parsed in a few milliseconds
 _MAX_NAME_CHARS = 256
-_WHOLE_NUMBERS = range(-(2**63), 2**64)
 
 
 def parse_calls(raw: object, where: str, ignored: list[str] | None = None) -> list[dict[str, object]]:
@@ -78,7 +78,7 @@ def _is_plain(value: object) -> bool:
     for _ in range(MAX_DEPTH):
         parts = (each.values() if isinstance(each, dict) else each if isinstance(each, list) else () for each in level)
         level = [child for part in parts for child in part]
-        if any(isinstance(child, int) and child not in _WHOLE_NUMBERS for child in level):
+        if any(isinstance(child, int) and child not in WHOLE_NUMBERS for child in level):
             return False
         if not level:
             return True
