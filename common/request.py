@@ -141,11 +141,12 @@ def unpack_ids(data: bytes) -> list[int]:
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """One sampled token; `logprob` and `top` (best first) only where logprobs were asked for."""
+    """One sampled token, or one of a prompt; `logprob` and `top` (best first) only where logprobs were asked for."""
 
     token_id: int
     logprob: float | None = None
     top: Annotated[tuple[tuple[int, float], ...], msgspec.Meta(max_length=64)] = ()
+    rank: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a prompt's: its place among all tokens, from 1 on; 0: not told
 
     @property
     def is_nan(self) -> bool:

@@ -88,7 +88,7 @@ def status(**fields: int | float | str) -> WorkerStatus:
 
 def valid_messages() -> list[Message]:
     """One of every type, with something in every field."""
-    token = SampledToken(5, -0.25, ((5, -0.25), (6, -1.5)))
+    token = SampledToken(5, -0.25, ((5, -0.25), (6, -1.5)), 1)
     choices = (ChoiceTokens(0, 0, (token,)), ChoiceTokens(1, 3, (token, token), "length"))
     sampling = SamplingParams(temperature=0.5, logit_bias={7: -1.0}, stop_token_ids=(2,), logprobs=2, prompt_logprobs=1)
     spec = RequestSpec(

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -167,11 +168,21 @@ class Logprobs:
         top = tuple(zip(self._best_ids[slot][:count], self._best_values[slot][:count], strict=True))
         return tuple([SampledToken(i, float(self._values[slot, i]), top) for i in token_ids])
 
+    def ranks(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the rank of a token of each row, if all report: how many are as likely, itself among them (vLLM)."""
+        own = self._values.gather(1, torch.tensor(token_ids, device=self._values.device).unsqueeze(1))
+        ranks: list[int] = (self._values >= own).sum(-1).tolist()
+        return ranks
+
 
 def prompt_logprobs(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[SampledToken]:
     """Judge by row i of `logits` [n, vocab] the prompt token `wanted[i][0]`, and report the `wanted[i][1]` best."""
     logprobs = Logprobs(logits, [count for _, count in wanted])
-    return [logprobs.tokens(row, (token_id,))[0] for row, (token_id, _) in enumerate(wanted)]
+    ranks = logprobs.ranks([token_id for token_id, _ in wanted])
+    return [
+        replace(logprobs.tokens(row, (token_id,))[0], rank=rank)
+        for row, ((token_id, _), rank) in enumerate(zip(wanted, ranks, strict=True))
+    ]
 
 
 def prompt_logprobs_each(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[SampledToken]:

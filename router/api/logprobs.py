@@ -97,11 +97,14 @@ def _top_logprob(token_id: int, logprob: float | None, tokenizer: Tokenizer, nam
 
 
 def prompt_logprobs(scored: Sequence[SampledToken], tokenizer: Tokenizer, num_top: int) -> PromptLogprobs:
-    """vLLM's `prompt_logprobs`: one entry for each prompt token, null for the first."""
+    """vLLM's `prompt_logprobs`: one entry for each prompt token, null for the first.
+
+    The best are ranked as they come; of tokens that are as likely as the last of them, the prompt's own stands behind.
+    """
     entries: PromptLogprobs = [None]
     for token in scored:
         ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(token.top[:num_top], 1)}
-        ranked.setdefault(token.token_id, (finite(token.logprob), 0))
+        ranked.setdefault(token.token_id, (finite(token.logprob), token.rank))
         entries.append(
             {
                 str(token_id): PromptLogprob(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import httpx
+import msgspec
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -49,6 +50,7 @@ EOS = 256
 BOS = 257
 MAX_MODEL_LEN = 512
 VOCAB_SIZE = 260
+PROMPT_RANK = 9  # of each token of a prompt
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}{% if enable_thinking %}<think>{% endif %}{{ date_string }}"
@@ -153,7 +155,8 @@ class FakeDispatcher:
     async def _play(self, request: RouterRequest, stream: TokenStream) -> None:
         if request.sampling.prompt_logprobs is not None:
             k = request.sampling.prompt_logprobs
-            request.prompt_logprobs.extend(token(token_id, k) for token_id in request.prompt_token_ids[1:])
+            scored = [token(token_id, k) for token_id in request.prompt_token_ids[1:]]
+            request.prompt_logprobs.extend(msgspec.structs.replace(one, rank=PROMPT_RANK) for one in scored)
         if self.script.fails_queued:
             request.advance(RequestStatus.FAILED, self.clock.now())
             stream.fail(self.script.error)

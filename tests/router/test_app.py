@@ -15,7 +15,20 @@ from kvferry.common.errors import CapacityError, RequestError
 from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.catalogue.version import ServedModel
 
-from .fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, ids_of, listening, serve, texts
+from .fakes import (
+    EOS,
+    MAX_MODEL_LEN,
+    MODEL,
+    PROMPT_RANK,
+    VOCAB_SIZE,
+    Script,
+    Served,
+    events,
+    ids_of,
+    listening,
+    serve,
+    texts,
+)
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -202,6 +215,8 @@ async def test_prompt_logprobs_in_vllms_form() -> None:
     first, second = answer["choices"][0]["prompt_logprobs"]
     assert first is None
     assert second == {str(ord("i")): {"logprob": -0.5, "rank": 1, "decoded_token": "i"}}
+    [_, alone] = (await _complete(serve(Script("a")), prompt_logprobs=0))["choices"][0]["prompt_logprobs"]
+    assert alone == {str(ord("i")): {"logprob": -0.5, "rank": PROMPT_RANK, "decoded_token": "i"}}
 
 
 async def test_token_ids_on_request() -> None:

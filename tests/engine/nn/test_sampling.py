@@ -245,6 +245,13 @@ def test_prompt_logprobs_are_about_the_tokens_that_followed() -> None:
     assert [entry.token_id for entry in entries] == [7, 8, 9]
     assert [entry.logprob for entry in entries] == pytest.approx([float(expected[i, 7 + i]) for i in range(3)])
     assert [len(entry.top) for entry in entries] == [0, 2, 1]
+    assert [entry.rank for entry in entries] == [int((expected[i] >= expected[i, 7 + i]).sum()) for i in range(3)]
+
+
+def test_a_prompt_token_ranks_behind_those_that_are_as_likely() -> None:
+    """So no rank of the best ones, which are told in their order, is told twice."""
+    [entry] = prompt_logprobs(torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0]]), [(4, 2)])
+    assert entry.rank == 4 and len(entry.top) == 2
 
 
 def test_tokens_of_no_probability_are_never_drawn() -> None:
