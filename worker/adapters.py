@@ -90,8 +90,7 @@ class AdapterCache:
                 if one is not None:
                     one.gives_way = False
         self.is_settled = not wanted and not any(held is not None and held.is_loading for held in self._slots)
-        if self.is_settled:
-            self._forget_unused(live)
+        self._forget_unused(live)
 
     def _lacks(self, held: _Held) -> bool:
         return held.slot is None and not held.is_loading and not held.failure
@@ -146,8 +145,11 @@ class AdapterCache:
         return tuple(forgotten)
 
     def _forget_unused(self, live: dict[str, None]) -> None:
-        for digest in [digest for digest, held in self._known.items() if held.slot is None and digest not in live]:
-            del self._known[digest]
+        """Whoever asks for one again waits from then on."""
+        known = [held for held in self._known.values() if held.slot is None and not held.is_loading]
+        for held in known:
+            if held.digest not in live:
+                del self._known[held.digest]
 
     def check(self) -> None:
         """Assert that slots and adapters agree, and that host memory has no more than it may."""

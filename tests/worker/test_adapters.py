@@ -87,6 +87,25 @@ def test_who_runs_keeps_its_slot_and_takes_no_more_once_another_one_has_waited()
     assert second.is_open
 
 
+def test_who_was_not_waited_for_is_forgotten_though_others_wait() -> None:
+    cache, loader, clock = make()
+    first = cache.get("aa", "/a")
+    cache.serve(set(), ["aa"])
+    loader.end()
+    cache.get("bb", "/b")
+    for number in range(5):
+        cache.get(f"x{number}", "/x")
+        cache.serve({"aa"}, ["aa", "bb", f"x{number}"])
+    cache.serve({"aa"}, ["aa", "bb"])
+    assert len(cache._known) == 2
+    clock.advance(PATIENCE_S / 2)
+    cache.serve({"aa"}, ["aa"])  # nobody waits for bb any more
+    clock.advance(PATIENCE_S / 2)
+    cache.get("bb", "/b")
+    cache.serve({"aa"}, ["aa", "bb"])
+    assert takes_more(first)  # who asks anew has just begun to wait
+
+
 def test_a_failure_is_told_once_and_tried_again_by_the_next_request() -> None:
     cache, loader, _ = make()
     held = cache.get("aa", "/a")
