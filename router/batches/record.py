@@ -1,10 +1,10 @@
 """A batch's record: what `batch.json` says, and the states that it goes through.
 
 validating ──> in_progress ──> finalizing ──> completed
-    │   │          │   │            │
-    │   │          │   └────────────┼──────> expired      its window is over: what was answered is in its files
-    │   └──────────┴────> cancelling ──────> cancelled    likewise
-    └──────────────────────────────────────> failed       its input is wrong, and no line was asked
+    │   │          │   │   │        │
+    │   │          │   └───┼────────┼──────> expired      its window is over: what was answered is in its files
+    │   └──────────┴───────┼> cancelling ──> cancelled    likewise
+    └──────────────────────┴───────────────> failed       its input is wrong, and no line was asked; or it is gone
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class BatchStatus(StrEnum):
     IN_PROGRESS = "in_progress"  # its lines are well formed, and are asked
     FINALIZING = "finalizing"  # every line has an answer; its files are being written
     COMPLETED = "completed"  # its files are there
-    FAILED = "failed"  # its input is wrong: `errors` says where
+    FAILED = "failed"  # its input is wrong, `errors` says where; or gone, and what was answered is in its files
     EXPIRED = "expired"  # its window was over before every line had an answer
     CANCELLING = "cancelling"  # its owner wants no more; its files are being written
     CANCELLED = "cancelled"  # what was answered before that is in its files
@@ -30,7 +30,7 @@ class BatchStatus(StrEnum):
 _S = BatchStatus
 _NEXT: dict[BatchStatus, frozenset[BatchStatus]] = {
     _S.VALIDATING: frozenset({_S.IN_PROGRESS, _S.FAILED, _S.CANCELLING, _S.EXPIRED}),
-    _S.IN_PROGRESS: frozenset({_S.FINALIZING, _S.CANCELLING, _S.EXPIRED}),
+    _S.IN_PROGRESS: frozenset({_S.FINALIZING, _S.FAILED, _S.CANCELLING, _S.EXPIRED}),
     _S.FINALIZING: frozenset({_S.COMPLETED}),
     _S.CANCELLING: frozenset({_S.CANCELLED}),
     _S.COMPLETED: frozenset(),

@@ -36,6 +36,7 @@ MAX_TRIES = 3  # of a line that the server could not answer; one that found no r
 _PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0  # before another try; it doubles
 _END_OF = {BatchStatus.FINALIZING: BatchStatus.COMPLETED, BatchStatus.CANCELLING: BatchStatus.CANCELLED}
 _NO_ROOM = frozenset({429, 503})
+_GONE = InputFault("input_gone", "the batch's input file is gone from the server's data folder")
 _REASONS = {
     BatchStatus.EXPIRED: ("batch_expired", "the completion window was over before this request was answered"),
     BatchStatus.CANCELLED: ("batch_cancelled", "the batch was cancelled before this request was answered"),
@@ -74,6 +75,7 @@ class BatchRun:
     _has_finished: asyncio.Event = field(default_factory=asyncio.Event)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped_by: BatchStatus | None = None  # CANCELLING or EXPIRED
+    _is_input_gone: bool = False  # somebody's hand: there are no `_lines`, and no more can be asked
     _told_s: float = 0.0
 
     def stop(self, by: BatchStatus) -> None:
@@ -101,7 +103,7 @@ class BatchRun:
         record = self.record
         is_asked = self._stopped_by is None  # else its lines need no model
         self._lines, faults = await self._read(self.deps.check_model if is_asked else _any_model)
-        if faults:
+        if faults and not (self._is_input_gone and self._stopped_by):  # a stopped one has its own end
             record.errors = faults
             await self._end(BatchStatus.FAILED)
             return False
@@ -112,7 +114,11 @@ class BatchRun:
 
     async def _read(self, check_model: CheckModel) -> tuple[list[InputLine], list[InputFault]]:
         store, record = self.deps.store, self.record
-        return await read_input(store.input(record.id), record.endpoint, self.deps.json, check_model)
+        try:
+            return await read_input(store.input(record.id), record.endpoint, self.deps.json, check_model)
+        except FileNotFoundError:  # it does not come back: another try would end here too
+            self._is_input_gone = True
+            return [], [_GONE]
 
     # --- asking ---------------------------------------------------------------------------------------------
 
@@ -179,7 +185,8 @@ class BatchRun:
                 await _unhurried(partial(self.deps.store.save, lasts=False), self.record)
 
     def _count(self, journal: Journal) -> None:
-        self.record.total = len(self._lines)
+        if not self._is_input_gone:  # else the record knows it, from when the input was checked
+            self.record.total = len(self._lines)
         self.record.completed = journal.num_ok
         self.record.failed = len(journal.places) - journal.num_ok
 
@@ -187,13 +194,17 @@ class BatchRun:
 
     async def _finalize(self, journal: Journal) -> None:
         """Write the files, then say that they are there."""
-        record, is_whole = self.record, len(journal.places) == len(self._lines)
+        record, is_whole = self.record, 0 < self.record.total == len(journal.places)
+        is_cut = self._is_input_gone and not is_whole
+        if is_cut:
+            record.errors = [_GONE]
         if record.status in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS):  # else an earlier router came so far
             if self._stopped_by is BatchStatus.CANCELLING:
                 await self._advance(BatchStatus.CANCELLING)
             elif is_whole:
                 await self._advance(BatchStatus.FINALIZING)
-        end = _END_OF.get(record.status, BatchStatus.EXPIRED)
+        is_due = not is_cut or self._stopped_by is BatchStatus.EXPIRED
+        end = _END_OF.get(record.status, BatchStatus.EXPIRED if is_due else BatchStatus.FAILED)
         record.output_file_id, record.error_file_id = await _unhurried(self._write_files, journal, end)
         await self._end(end)
 
@@ -204,10 +215,12 @@ class BatchRun:
         try:
             with parts[True].open("wb") as outputs, parts[False].open("wb") as errors:
                 files = {True: outputs, False: errors}
-                for number, answer, is_ok in journal.answers(range(len(self._lines))):
-                    text = _unanswered(self._lines[number], end) if answer is None else answer
+                for number, answer, is_ok in journal.answers(range(self.record.total)):
                     self.record.failed += answer is None
-                    files[is_ok].write(text + b"\n")
+                    if answer is not None:
+                        files[is_ok].write(answer + b"\n")
+                    elif self._lines:  # else nobody knows its custom_id any more
+                        files[is_ok].write(_unanswered(self._lines[number], end) + b"\n")
                 for file in files.values():
                     file.flush()
                     os.fsync(file.fileno())

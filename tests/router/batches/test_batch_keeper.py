@@ -1,4 +1,4 @@
-"""The keeper of a router's batches: an end that is due waits for nobody else's lines and for no model."""
+"""The keeper of a router's batches: an end that is due waits for nobody else's lines, for no model and for no input."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kvferry.router.batches import keeper as keeper_module
 from kvferry.router.batches.call import CallAnswer
 from kvferry.router.batches.keeper import Keeper
 from kvferry.router.batches.record import BatchRecord, BatchStatus
-from kvferry.router.batches.run import RunDeps
+from kvferry.router.batches.run import BatchRun, RunDeps
 
-from .test_batch_run import Caller, create, deps_of, output
+from .test_batch_run import Caller, create, deps_of, output, run_of
 
 SOON_S = 10.0
 
@@ -59,3 +59,69 @@ async def test_a_batch_is_cancelled_without_its_model(tmp_path: Path) -> None:
         record = await ended(keeper, deps, batch_id)
     assert record.status is BatchStatus.CANCELLED and (record.total, record.failed) == (2, 2)
     assert not caller.asked and len(output(deps, record.error_file_id)) == 2
+
+
+@pytest.mark.parametrize("end", [BatchStatus.FAILED, BatchStatus.CANCELLED, BatchStatus.EXPIRED])
+async def test_a_batch_whose_input_is_gone_ends(tmp_path: Path, end: BatchStatus) -> None:
+    caller = Caller()
+    deps = deps_of(tmp_path, caller, lambda: 2000.0 if end is BatchStatus.EXPIRED else 1000.0)
+    deps.store.input(batch_id := create(deps, 2)).unlink()
+    if end is BatchStatus.CANCELLED:
+        deps.store.ask_to_cancel(batch_id, "o")
+    keeper = Keeper(deps)
+    async with keeper.keeping():
+        record = await ended(keeper, deps, batch_id)
+    assert record.status is end and not caller.asked and not deps.store.num_unended("o")
+    assert [(fault.code, "is gone" in fault.message) for fault in record.errors] == [("input_gone", True)]
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "end"),
+    [
+        (None, BatchStatus.FAILED),
+        (BatchStatus.CANCELLING, BatchStatus.CANCELLED),
+        (BatchStatus.EXPIRED, BatchStatus.EXPIRED),
+    ],
+)
+async def test_what_was_answered_before_the_input_was_gone_is_kept(
+    tmp_path: Path, stopped_by: BatchStatus | None, end: BatchStatus
+) -> None:
+    deps = deps_of(tmp_path, Caller())
+    batch_id = create(deps, 3)
+
+    def lose_input(name: str) -> CallAnswer | None:
+        deps.store.input(batch_id).unlink(missing_ok=True)
+        return None
+
+    first = run_of(replace(deps, caller=Caller(lose_input), slots=asyncio.Semaphore(1)), batch_id)
+    with pytest.raises(ExceptionGroup):  # the next line cannot be read
+        await first.run()
+    again = run_of(deps, batch_id)
+    if stopped_by is not None:
+        again.stop(stopped_by)
+    await again.run()
+    record = again.record
+    assert record.status is end and record.errors[0].code == "input_gone"
+    assert (record.total, record.completed, record.failed) == (3, 1, 2)
+    assert [answer["custom_id"] for answer in output(deps, record.output_file_id)] == ["0"]
+    assert record.error_file_id is None
+
+
+async def test_a_batch_whose_lines_all_have_answers_needs_its_input_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deps = deps_of(tmp_path, Caller())
+    first = run_of(deps, batch_id := create(deps, 2))
+
+    async def full(self: BatchRun, journal: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchRun, "_finalize", full)
+        with pytest.raises(OSError, match="no space"):
+            await first.run()
+    deps.store.input(batch_id).unlink()
+    again = run_of(deps, batch_id)
+    await again.run()
+    assert again.record.status is BatchStatus.COMPLETED and not again.record.errors
+    assert len(output(deps, again.record.output_file_id)) == 2
