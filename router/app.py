@@ -12,15 +12,13 @@ import asyncio
 import random
 from functools import partial
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..common.clock import Clock, SystemClock
 from ..common.config import UnknownFields
-from ..common.errors import RequestError
 from .access.cors import Cors
 from .access.hosts import HostNames
 from .access.keys import ApiKeys
@@ -29,7 +27,7 @@ from .admin.adapters import LOAD_PATH, UNLOAD_PATH, AdapterEndpoints, AdapterOpe
 from .admin.json_body import client_body
 from .api.body import MAX_BODY_BYTES
 from .api.generation import Api
-from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware
+from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware, on_no_endpoint
 from .batches.call import EndpointCalls
 from .batches.files import FileStore
 from .batches.folder import DataFolder
@@ -42,7 +40,6 @@ from .messages.form import error_body
 from .metrics.metrics import RouterMetrics
 from .routes import COUNT_PATH, Routes, add_routes
 from .state.classes import RequestClasses
-from .state.errors import failure_of, unknown_path
 
 
 def build_app(
@@ -98,7 +95,7 @@ def build_app(
     app.state.api = api
     batches = _batches(api, routes, metrics, keys, cors, data, max_batch_requests)
     app.state.keeper = batches.keeper
-    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(HTTPException, on_no_endpoint)
     add_routes(app, routes)
     if adapters is not None:
         endpoints = AdapterEndpoints(adapters, partial(client_body, api.body_room))
@@ -168,16 +165,3 @@ class _Application(FastAPI):
             await self._middleware.serve(endpoint, scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    """Answer what Starlette itself refuses: a path or a method that does not exist."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        failure = failure_of(unknown_path(request.url.path))
-    else:
-        message = f"{request.method[:16]} {request.url.path[:64]}: {error.detail}"
-        failure = failure_of(RequestError(message, code="method_not_allowed", status=error.status_code))
-    response = Response(failure.body, failure.status, error.headers)
-    response.raw_headers.extend(failure.headers)
-    return response

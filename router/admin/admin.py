@@ -32,8 +32,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...common.errors import KVFerryError, RequestError
 from ..access.hosts import is_of_this_machine
 from ..access.keys import ApiKeys
-from ..api.middleware import check_head, send_failure
-from ..state.errors import clip, failure_of, unknown_path
+from ..api.middleware import check_head, failure_response, on_no_endpoint, send_failure
+from ..state.errors import clip, failure_of
 from ..state.expert_load import ExpertLoad
 from ..state.history import KINDS, MAX_RECENT, Kind
 from ..state.views import PoolView, WorkerView
@@ -72,7 +72,7 @@ def build_admin(admin: Admin, keys: ApiKeys, more: Sequence[Route] = ()) -> ASGI
         Route("/admin/metrics", admin.metrics, methods=["GET"]),
         *more,
     ]
-    handlers: Mapping[Any, Any] = {HTTPException: _on_http_error, KVFerryError: _on_error}
+    handlers: Mapping[Any, Any] = {HTTPException: on_no_endpoint, KVFerryError: _on_error}
     return _Guard(Starlette(routes=routes, exception_handlers=handlers), keys)
 
 
@@ -232,15 +232,5 @@ def _limit_of(body: dict[str, object], default_s: float) -> float:
     return float(limit_s)
 
 
-async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 404:
-        return await _on_error(request, unknown_path(request.url.path))
-    message = f"{request.method[:16]} is not for this path: {error.detail}"
-    return await _on_error(request, RequestError(message, code="method_not_allowed", status=error.status_code))
-
-
 async def _on_error(_request: Request, error: KVFerryError) -> Response:
-    failure = failure_of(error)
-    response = Response(failure.body, failure.status)
-    response.raw_headers.extend(failure.headers)
-    return response
+    return failure_response(failure_of(error))

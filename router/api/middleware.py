@@ -16,7 +16,10 @@ from functools import partial
 from typing import Protocol
 
 import structlog
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...common.clock import Clock
@@ -26,7 +29,7 @@ from ..access.hosts import HostNames
 from ..access.keys import ApiKeys
 from ..access.quota import Allowance, QuotaExceeded
 from ..http.stream_writer import CHUNK_ENCODER, ChunkEncoder
-from ..state.errors import HttpFailure, StreamError, failure_of
+from ..state.errors import HttpFailure, StreamError, failure_of, unknown_path
 from ..state.objectives import DEFAULT_CLASS
 from .body import ClientGone
 
@@ -245,6 +248,31 @@ class MiddlewareAdapter:
 
     async def _endpoint(self, request: Request) -> ASGIApp:
         return self._app
+
+
+async def on_no_endpoint(request: Request, error: Exception) -> Response:
+    """Answer what Starlette itself refuses: a path that does not exist, or a method that is not the path's."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return failure_response(failure_of(unknown_path(request.url.path)))
+    message = f"{request.method[:16]} {request.url.path[:64]}: {error.detail}"
+    failure = failure_of(RequestError(message, code="method_not_allowed", status=error.status_code))
+    return failure_response(replace(failure, more_headers=((b"allow", ", ".join(_methods(request)).encode()),)))
+
+
+def _methods(request: Request) -> list[str]:
+    """Return all methods of a path: each may have a route of its own, and Starlette's error names one route's."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted(methods)
+
+
+def failure_response(failure: HttpFailure) -> Response:
+    response = Response(failure.body, failure.status)
+    response.raw_headers.extend(failure.headers)
+    return response
 
 
 async def send_part(send: Send, part: bytes) -> None:

@@ -500,6 +500,22 @@ async def test_unknown_paths_and_methods_have_the_same_shape() -> None:
     assert response.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v1/files", "GET, POST"),
+        ("PUT", "/v1/files/file-1", "DELETE, GET"),
+        ("DELETE", "/metrics", "GET, HEAD"),
+        ("GET", "/v1/completions", "POST"),
+        ("PUT", "/v1/batches/b/cancel", "POST"),
+    ],
+)
+async def test_a_wrong_method_is_told_all_that_the_path_has(method: str, path: str, allowed: str) -> None:
+    async with serve().client() as client:
+        response = await client.request(method, path)
+    assert response.status_code == 405 and response.headers.get_list("allow") == [allowed]
+
+
 async def test_what_can_be_got_can_be_asked_for_by_its_head() -> None:
     served = serve()
     async with listening(served.app) as address, httpx.AsyncClient(base_url=f"http://{address}") as client:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.routing import Route
 
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
@@ -195,6 +196,16 @@ async def test_other_paths_and_methods_are_refused_in_the_same_shape() -> None:
     assert (unknown.status_code, wrong.status_code) == (404, 405)
     assert error_of(unknown)["code"] == "unknown_url"
     assert error_of(wrong)["code"] == "method_not_allowed"
+    assert unknown.headers.get("allow") is None and wrong.headers["allow"] == "POST"
+
+
+async def test_a_wrong_method_is_told_all_that_the_path_has() -> None:
+    more = [Route("/admin/scaling", lambda request: None, methods=[method]) for method in ("GET", "POST", "DELETE")]
+    app = build_admin(Admin([operations()], lambda: lambda: (b"", ""), 1.0, None), ApiKeys(), more)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as c:
+        wrong = await c.put("/admin/scaling")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "DELETE, GET, HEAD, POST"
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
