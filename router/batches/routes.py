@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from ...common.errors import CapacityError, RequestError
 from ..api.body import BodyRoom, read_body
 from ..api.middleware import context_of
 from ..state.errors import clip
+from .content import content
 from .creation import new_record
-from .files import INPUT, StoredFile
+from .files import INPUT
 from .folder import refusing_full_disk
 from .keeper import Keeper
 from .record import BatchRecord
@@ -26,7 +26,6 @@ from .upload import received
 
 MAX_UNENDED = 100  # batches of one owner that have not ended
 _MAX_BODY_BYTES = 64 * 2**10
-_PIECE_BYTES = 64 * 2**10  # of a file, read and sent in one go
 _MAX_FILES, _MAX_BATCHES, _BATCHES_SHOWN = 10_000, 100, 20  # of a page, as OpenAI's
 
 
@@ -110,7 +109,7 @@ class BatchRoutes:
     async def content(self, request: Request, file_id: str) -> Response:
         files = self._ready.files
         stored = await asyncio.to_thread(files.get, file_id, self._owner(request))
-        return _content(files.path(stored), stored)
+        return content(files.path(stored), stored)
 
     async def delete(self, request: Request, file_id: str) -> Response:
         await asyncio.to_thread(self._ready.files.delete, file_id, self._owner(request))
@@ -178,19 +177,6 @@ class BatchRoutes:
             ("GET", "/v1/batches/{batch_id}", self.batch),
             ("POST", "/v1/batches/{batch_id}/cancel", self.cancel),
         ]
-
-
-def _content(path: Path, stored: StoredFile) -> Response:
-    """Return a file, whose end is told with its last byte.
-
-    A `FileResponse` that sends nothing but whole pieces looks for another one at the end. A client that knows the
-    length has its answer by then, and its next request on this connection would come before the end of this one.
-    """
-    response = FileResponse(path, media_type="application/octet-stream", filename=stored.filename)
-    if not stored.num_bytes:
-        return Response(headers=dict(response.headers))
-    response.chunk_size = _PIECE_BYTES if stored.num_bytes % _PIECE_BYTES else _PIECE_BYTES - 1
-    return response
 
 
 def _page(found: list[Item], request: Request, usual: int, most: int) -> tuple[list[Item], bool]:
