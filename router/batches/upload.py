@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -33,6 +34,8 @@ _MAX_PARTS = 16
 _MAX_NAME_CHARS = 255
 _MAX_FRAMING_BYTES = 64 * 2**10  # of the body, beside the file
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f]|[\ud800-\udfff]")
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send is not worth a line
 
 
 class Form:

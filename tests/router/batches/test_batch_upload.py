@@ -55,7 +55,7 @@ def stored_in(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(("body", "headers", "status", "text"), REFUSED)
 async def test_a_wrong_upload_is_refused_and_leaves_nothing(
-    tmp_path: Path, body: bytes, headers: dict[str, str], status: int, text: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, body: bytes, headers: dict[str, str], status: int, text: str
 ) -> None:
     async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
         answer = await client.post("/v1/files", content=body, headers=headers)
@@ -63,6 +63,7 @@ async def test_a_wrong_upload_is_refused_and_leaves_nothing(
         assert text in answer.json()["error"]["message"]
         assert (await client.get("/v1/files")).json()["data"] == []
     assert not stored_in(tmp_path)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]  # the client is told, and nobody else
 
 
 async def test_names_of_files_are_made_harmless(tmp_path: Path) -> None:
