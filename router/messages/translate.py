@@ -13,11 +13,14 @@ import json
 import re
 from collections.abc import Mapping
 
+import msgspec
+
 from ...common.errors import RequestError
 from ..api.fields import check_fields, not_supported, take_only
 from ..api.surface import FieldNames
 from ..api.values import MAX_STOP_CHARS, MAX_STOPS
 from ..state.errors import shown
+from ..turns.json_text import loads
 from ..turns.places import Places
 from .blocks import CALL_NAMES, chat_messages, system_messages
 
@@ -184,10 +187,11 @@ def _thinking(thinking: object, ignored: list[str] | None) -> str:
     return _THINKING[kind]
 
 
-def input_of(arguments: str) -> dict[str, object]:
-    """Return a call's arguments as the object that clients expect; what is none stands in one field."""
-    try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {"arguments": arguments}
+def input_of(arguments: str) -> msgspec.Raw:
+    """Return a call's arguments as the object that clients expect; what is none stands in one field.
+
+    Of half a surrogate pair, which no client could send back, a question mark is left.
+    """
+    found = loads(arguments)
+    shown = found if isinstance(found, dict) else {"arguments": arguments}
+    return msgspec.Raw(json.dumps(shown, ensure_ascii=False).encode("utf-8", "replace"))

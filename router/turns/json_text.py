@@ -120,4 +120,14 @@ def _finite(text: str) -> float:
 
 
 def dumps(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """Return the value as JSON; escaped where it has half a surrogate pair, which models write and no answer has."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if _is_unicode(text) else json.dumps(value)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -135,8 +135,8 @@ def _whole_call(text: str, is_name: NameCheck) -> Call | None:
             return Call(name, "{}")
         case dict() as arguments:
             return Call(name, dumps(arguments))
-        case str() as arguments:
-            return Call(name, arguments or "{}")
+        case str() as arguments:  # half a surrogate pair is in no answer
+            return Call(name, arguments.encode("utf-8", "replace").decode() or "{}")
     return None
 
 

@@ -125,6 +125,12 @@ async def test_blocks_of_reasoning_text_and_calls_come_in_their_order() -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+async def test_half_a_character_of_two_escapes_in_a_call_is_no_failure() -> None:
+    call = CALL.replace('"x"', r'"\ud83d", "n": 123456789012345678901234567890')
+    (block,) = (await _whole(_served(call), tools=TOOLS))["content"]
+    assert block["input"] == {"query": "?", "n": 123456789012345678901234567890}
+
+
 async def test_a_calls_id_is_made_once_of_the_prompt_not_with_each_piece_of_its_arguments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

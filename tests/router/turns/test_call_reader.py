@@ -44,6 +44,20 @@ def test_joined_deltas_are_the_whole_answer_wherever_the_text_is_cut(name: str) 
     assert num_calls > 100
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", r'<tool_call>{"arguments": {"text": "\ud83d"}, "name": "search"}</tool_call>'),
+        ("hermes", r'<tool_call>{"name": "search", "arguments": "\ud83d"}</tool_call>'),
+        ("qwen3_coder", "<function=search>\n<parameter=filter>\n" r'{"text": "\ud83d"}' "\n</parameter>\n</function>"),
+    ],
+)
+def test_half_a_character_of_two_escapes_can_be_answered(name: str, text: str) -> None:
+    syntax = QwenCoderSyntax({"search": {"properties": {"filter": {"type": "object"}}}})
+    _, (call,) = read_calls(text, syntax if name == "qwen3_coder" else FORMS[name].syntax)
+    assert call.arguments.encode()
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_written_in_the_form_is_read_back(name: str) -> None:
     form, rng = FORMS[name], random.Random(f"{name} sound")
