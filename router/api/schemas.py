@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from ...common.errors import RequestError
 from ...common.request import MAX_CHOICES, SamplingParams
 from ..catalogue.defaults import SamplingDefaults
-from .fields import check_fields, invalid_field
+from .fields import check_fields, invalid_field, take_only
 from .grammars import FIELDS as GRAMMAR_FIELDS
 from .grammars import AskedGrammar, asked_grammar
 from .values import AnyIds, Effort, Inputs, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
@@ -28,6 +28,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # no chunk is padded
     continuous_usage_stats: bool | None = None
 
 
@@ -279,11 +280,20 @@ def validate(kind: type[Body], raw: dict[str, object], ignored: list[str] | None
     Unknown fields are refused too, unless there is a list that takes their names.
     """
     try:
-        body = kind.model_validate(check_fields(raw, frozenset(kind.model_fields), ignored))
+        fields = check_fields(raw, frozenset(kind.model_fields), ignored)
+        if isinstance(options := fields.get("stream_options"), dict):
+            fields["stream_options"] = _known_options(options, ignored)
+        body = kind.model_validate(fields)
     except ValidationError as error:
         raise invalid_field(error.errors(include_url=False)[0]) from None
     body.check()
     return body
+
+
+def _known_options(options: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
+    known = frozenset(StreamOptions.model_fields)
+    take_only(options.keys(), known, "stream_options", ignored)
+    return {name: options[name] for name in options.keys() & known}
 
 
 def _given(value: Value | None, default: Value) -> Value:

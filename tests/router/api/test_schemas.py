@@ -190,6 +190,16 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(typo: str, right
     assert str(error) == f"unknown field '{typo}'; did you mean '{right}'?"
 
 
+def test_options_of_a_stream_are_fields_like_others() -> None:
+    assert _chat(stream=True, stream_options={"include_usage": True, "include_obfuscation": False}).stream_options
+    refusals = [_refusal(stream=True, stream_options={name: True}) for name in ("include_obfuscation", "include_usge")]
+    assert [each.param for each in refusals] == ["stream_options.include_obfuscation", "stream_options.include_usge"]
+    assert str(refusals[1]).endswith("did you mean 'include_usage'?")
+    ignored: list[str] = []
+    validate(CompletionBody, {"prompt": "hi", "stream": True, "stream_options": {"include_usge": True}}, ignored)
+    assert ignored == ["stream_options.include_usge"]
+
+
 def test_an_endless_field_name_does_not_come_back_whole() -> None:
     error = _refusal(**{"x" * 10_000 + "\r\n": 1})
     assert len(str(error)) < 200 and "\n" not in str(error)
