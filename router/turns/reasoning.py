@@ -1,7 +1,8 @@
 """A model's reasoning, told apart from its answer: what stands between `<think>` and `</think>`.
 
-A template may open the tag itself, in the prompt: the text then begins inside. White space around the tags belongs to
-the form and is left out. What comes out does not depend on how the text is cut.
+A template may open the tag itself, in the prompt: the text then begins inside, and a tag that the model writes first
+all the same is none of its thoughts. White space around the tags belongs to the form and is left out. What comes out
+does not depend on how the text is cut.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ReasoningReader:
     """The state of one choice."""
 
     def __init__(self, *, begins_inside: bool) -> None:
-        self._state: Literal["start", "inside", "outside"] = "inside" if begins_inside else "start"
+        self._state: Literal["start", "inside", "outside"] = "start"
         self._rest = ""  # held back: a part of a tag, or white space beside one
         self._is_blank = True  # nothing of the present part was told
         self.has_begun = begins_inside
@@ -63,7 +64,7 @@ class ReasoningReader:
         if text.startswith(BEGIN):
             self._state, self._rest, self.has_begun = "inside", text[len(BEGIN) :], True
         elif is_final or not BEGIN.startswith(text):
-            self._state, self._is_blank = "outside", False
+            self._state, self._is_blank = ("inside", True) if self.has_begun else ("outside", False)
 
     def _reasoning(self, *, is_final: bool) -> str:
         found = self._rest.find(END)

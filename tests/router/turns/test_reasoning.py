@@ -28,6 +28,8 @@ def _read(text: str, *, begins_inside: bool, cuts: list[int]) -> tuple[str, str]
     [
         ("<think>\nHm.\n</think>\n\nYes.", False, "Hm.", "Yes."),
         ("Hm.</think>Yes.\n", True, "Hm.", "Yes.\n"),
+        ("<think>\nHm.\n</think>\nYes.", True, "Hm.", "Yes."),
+        (" <thin</think>Yes.", True, "<thin", "Yes."),
         ("Yes.", False, "", "Yes."),
         ("Yes <think> no </think>", False, "", "Yes <think> no </think>"),
         ("<think>cut", False, "cut", ""),
