@@ -17,7 +17,7 @@ from ..api.choice import TextPiece
 from ..api.events import EventFormat
 from ..api.form import FormContext
 from ..state.errors import HttpFailure
-from ..turns.blocks import Block, BlockEvent, Blocks
+from ..turns.blocks import Block, BlockEvent, BlockKind, Blocks
 from ..turns.places import Message
 
 Fields = dict[str, object]
@@ -203,12 +203,11 @@ class ResponseForm:
         return [*ended, self._of("response.output_item.done", output_index=block.index, item=item)]
 
     def _message(self) -> Message:
-        """Return the answer as a chat's message."""
+        """Return the answer as a chat's message, with its thoughts: a template tells them while calls are answered."""
         blocks = self._blocks.blocks
-        message: Message = {
-            "role": "assistant",
-            "content": "".join(block.text for block in blocks if block.kind == "text"),
-        }
+        message: Message = {"role": "assistant", "content": self._joined("text")}
+        if thoughts := self._joined("reasoning"):
+            message["reasoning_content"] = thoughts
         calls = [
             {
                 "id": self._call_id(block),
@@ -219,6 +218,9 @@ class ResponseForm:
             if block.kind == "call"
         ]
         return {**message, "tool_calls": calls} if calls else message
+
+    def _joined(self, kind: BlockKind) -> str:
+        return "".join(block.text for block in self._blocks.blocks if block.kind == kind)
 
 
 def _status(piece: TextPiece) -> str:

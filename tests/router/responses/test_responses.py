@@ -8,6 +8,7 @@ import pytest
 
 from kvferry.common.errors import RequestError
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.helpers.chat_renderer import Chat
 from kvferry.router.responses.items import input_messages
 from kvferry.router.responses.kept import MAX_AGE_S, KeptResponses
 from kvferry.router.responses.translate import chat_body
@@ -15,7 +16,7 @@ from kvferry.router.state.errors import StreamError
 from kvferry.router.turns.places import Message
 from kvferry.tests.fake_clock import FakeClock
 
-from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
+from ..fakes import MODEL, VOCAB_SIZE, Inline, Script, Served, serve, typed_events
 
 BODY: dict[str, Any] = {"model": MODEL, "input": "hi"}
 TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
@@ -123,6 +124,22 @@ async def test_calls_of_an_earlier_response_are_answered() -> None:
     await _whole(served, input=[output], previous_response_id=first["id"])
     assert "<tool_call>" in _prompt(served)
     assert _prompt(served).endswith("<user><tool_response>\nfound\n</tool_response><assistant>")
+
+
+async def test_a_response_goes_on_as_if_its_items_were_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = _served(f"<think>Hm.</think>Look.\n{CALL}", model={"reasoning_parser": "think"})
+    rendered: list[Any] = []
+
+    async def noting(renderer: Inline, chat: Chat) -> str:
+        rendered.append(list(chat.messages))
+        return "prompt"
+
+    monkeypatch.setattr(Inline, "render", noting)
+    first = await _whole(served, tools=TOOLS)
+    output = {"type": "function_call_output", "call_id": first["output"][-1]["call_id"], "output": "found"}
+    await _whole(served, tools=TOOLS, input=[output], previous_response_id=first["id"])
+    await _whole(served, tools=TOOLS, input=[{"role": "user", "content": "hi"}, *first["output"], output])
+    assert rendered[1] == rendered[2] and "Hm." in str(rendered[1])
 
 
 async def test_what_is_not_kept_is_not_found() -> None:
