@@ -2,7 +2,7 @@
 
 tools            ─> a text at the end of the system message
 calls made       ─> `<tool_call>` in the assistant's message
-their results    ─> `<tool_response>` in a user's message
+their results    ─> `<tool_response>` in a user's message, which goes on with what he says next
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ def told_in_text(
     is_after_result = False
     for message in messages:
         is_result = message["role"] == "tool"
-        if not is_result:
-            told.append(_called(message))
+        text = f"<tool_response>\n{message['content']}\n</tool_response>" if is_result else str(message["content"])
+        if is_after_result and (is_result or message["role"] == "user"):
+            # All results of a turn and what the user says to them: some templates want users to take turns.
+            told[-1]["content"] = f"{told[-1]['content']}\n{text}"
         else:
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if is_after_result:  # all results of a turn in one message: some templates want users to take turns
-                told[-1]["content"] = f"{told[-1]['content']}\n{text}"
-            else:
-                told.append({"role": "user", "content": text})
+            told.append({"role": "user", "content": text} if is_result else _called(message))
         is_after_result = is_result
     if not tools:
         return told

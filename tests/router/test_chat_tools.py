@@ -9,6 +9,7 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import CheckedGrammar, Grammar
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.turns.told import told_in_text
 
 from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, serve
 
@@ -299,6 +300,23 @@ async def test_tokenize_counts_tools_too() -> None:
         bare = (await client.post("/tokenize", json={"messages": CHAT})).json()["count"]
         told = (await client.post("/tokenize", json={"messages": CHAT, "tools": TOOLS})).json()["count"]
     assert told > bare + 100
+
+
+def test_a_user_who_goes_on_after_results_takes_one_turn() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    told = told_in_text(
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "found"},
+            {"role": "user", "content": "so?"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "And?"},
+        ],
+        [],
+    )
+    assert [message["role"] for message in told] == ["user", "assistant"] * 2 + ["user"]
+    assert told[2]["content"] == "<tool_response>\nfound\n</tool_response>\nso?"
 
 
 # --- reasoning --------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ async def test_a_conversation_with_calls_and_results_becomes_a_chat() -> None:
     await _whole(served, messages=messages)
     assert bytes(served.request.prompt_token_ids).decode() == (
         '<user>hi<assistant>Look.\n<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
-        "<user><tool_response>\nfound\n</tool_response><user>so?<assistant>"
+        "<user><tool_response>\nfound\n</tool_response>\nso?<assistant>"
     )
 
 
