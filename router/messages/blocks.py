@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain, groupby
+
 from ...common.errors import RequestError
 from ..api.fields import take_only
 from ..state.errors import clip, shown
@@ -20,13 +23,29 @@ def system_messages(raw: object) -> list[PlacedMessage]:
 
 
 def chat_messages(raw: object, ignored: list[str] | None) -> list[PlacedMessage]:
-    """Return the messages as a chat's: each result of a tool is a message there. Raises RequestError."""
+    """Return the messages as a chat's: each result of a tool is a message there. Raises RequestError.
+
+    Neighbours of one role are one turn, as Anthropic has it: many templates want roles to take turns.
+    """
     if not isinstance(raw, list) or not raw:
         raise RequestError("messages must be an array that is not empty", param="messages")
-    messages: list[PlacedMessage] = []
-    for index, each in enumerate(raw):
-        messages += _message(each, f"messages[{index}]", ignored)
-    return messages
+    each = (_message(one, f"messages[{index}]", ignored) for index, one in enumerate(raw))
+    return [_turn(list(group)) for _, group in groupby(chain.from_iterable(each), _side)]
+
+
+def _side(placed: PlacedMessage) -> object:
+    """Return whose text it is; of what has calls or thoughts, whose order would be lost, something of its own."""
+    message = placed.message
+    is_text = message["role"] in ("user", "assistant") and message.keys() == {"role", "content"}
+    return message["role"] if is_text else id(placed)
+
+
+def _turn(neighbours: Sequence[PlacedMessage]) -> PlacedMessage:
+    first = neighbours[0]
+    if len(neighbours) > 1:
+        between = "\n" if first.message["role"] == "user" else ""  # as between blocks of a message
+        first.message["content"] = between.join(str(placed.message["content"]) for placed in neighbours)
+    return first
 
 
 def _message(raw: object, where: str, ignored: list[str] | None) -> list[PlacedMessage]:
@@ -80,6 +99,8 @@ def _user(role: str, blocks: list[tuple[str, dict[str, object]]], where: str) ->
             case "tool_result":
                 content = block.get("content")
                 text = "" if content is None else _text(content, f"{where}.content[{at}].content")
+                if _is_error(block, f"{where}.content[{at}]"):
+                    text = f"Error: {text}" if text else "Error"  # a chat has no other place for it
                 result: Message = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
                 messages.append(PlacedMessage(result, f"{where}.content[{at}]", _NAMES_OF_RESULTS))
             case _:
@@ -87,6 +108,13 @@ def _user(role: str, blocks: list[tuple[str, dict[str, object]]], where: str) ->
     if texts or not messages:
         messages.append(PlacedMessage({"role": role, "content": "\n".join(texts)}, where))
     return messages
+
+
+def _is_error(result: dict[str, object], where: str) -> bool:
+    is_error = result.get("is_error")
+    if not isinstance(is_error, bool | None):
+        raise RequestError(f"{where}.is_error must be a boolean, got {shown(is_error)}", param=f"{where}.is_error")
+    return bool(is_error)
 
 
 def _block(raw: object, where: str) -> tuple[str, dict[str, object]]:

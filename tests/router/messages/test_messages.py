@@ -173,6 +173,23 @@ async def test_a_conversation_with_calls_and_results_becomes_a_chat() -> None:
     )
 
 
+async def test_neighbours_of_one_role_are_one_turn() -> None:
+    served = _served()
+    texts = [("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d"), ("user", "e")]
+    await _whole(served, messages=[{"role": role, "content": text} for role, text in texts])
+    assert bytes(served.request.prompt_token_ids).decode() == "<user>a\nb<assistant>cd<user>e<assistant>"
+
+
+@pytest.mark.parametrize(("content", "told"), [("no such file", "Error: no such file"), ([], "Error")])
+async def test_the_model_is_told_that_a_tool_has_failed(content: Any, told: str) -> None:
+    served = _served()
+    call = {"type": "tool_use", "id": "a", "name": "search", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a", "is_error": True, "content": content}
+    messages = [*BODY["messages"], {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    await _whole(served, messages=messages)
+    assert f"<tool_response>\n{told}\n</tool_response>" in bytes(served.request.prompt_token_ids).decode()
+
+
 @pytest.mark.parametrize("content", ["{", [{"type": "text", "text": "{"}]])
 async def test_a_last_message_of_the_assistant_begins_the_answer(content: Any) -> None:
     served = _served('"a": 1}')
