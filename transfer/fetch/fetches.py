@@ -155,6 +155,8 @@ class Fetches:
             return
         part = fetch.part
         match message:
+            case KVFetchRefused(reason="gone") if fetch.num_parts:
+                self._fail(fetch, FetchFailure.EVICTED, f"block {part.first} of {len(fetch.hashes)} is gone there")
             case KVFetchRefused():
                 self._fail(fetch, FetchFailure.REFUSED, message.reason)
             case KVFetchSums(rank=rank, checksum=checksum):
@@ -227,15 +229,12 @@ class Fetches:
         fetch.held += part.blocks
         fetch.num_found += len(part.blocks)
         fetch.num_bytes += self._endpoint.spec.worker_bytes(len(part.blocks), self._endpoint.tp_size)
-        has_all = len(part.blocks) == len(part.hashes)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes):
             self._end(fetch)
-        elif has_all:
+        else:  # also where less came than was asked for: perhaps no more could be lent at once
             fetch.advance(FetchState.ASKING)
             self._ask(fetch)
-        else:
-            self._fail(fetch, FetchFailure.EVICTED, f"block {fetch.num_found} of {len(fetch.hashes)} is gone there")
 
     # --- ends -----------------------------------------------------------------------------------------------------
 

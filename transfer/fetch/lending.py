@@ -8,8 +8,9 @@ that it sent, ours from the question's receipt, so what it takes for good was pi
 holds however long either side stands still, and without a word from it: a connection that ends therefore unpins
 nothing, and neither does anything else but the reader's word that it will not use what it reads.
 
-Only published blocks are lent, which nobody writes to. The states of the other side are in `fetches.py`. Pure over
-BlockPool and Clock; the caller holds the worker's lock.
+Where not all that is asked for may be lent at once, its beginning is. Only published blocks are lent, which nobody
+writes to. The states of the other side are in `fetches.py`. Pure over BlockPool and Clock; the caller holds the
+worker's lock.
 """
 
 from __future__ import annotations
@@ -86,22 +87,20 @@ class Lending:
         if message.fetch_id in self._leases:
             return  # it was answered
         refusal = self._refusal(message)
-        most = int(MAX_LENT_SHARE * self._pool.num_blocks) - self._num_lent
-        hashes = _split(message.hashes)[: max(0, most)] if refusal is None else []
+        hashes = _split(message.hashes)[: self._most] if refusal is None else []
         if not self._lift(hashes, lambda: self._answer(session, message)):
             self._answer(session, message, refusal)
 
     def _answer(self, session: str, message: KVFetch, refusal: str | None = None) -> None:
         if message.fetch_id in self._leases:
             return  # it was asked again meanwhile
-        blocks = self._pool.match_prefix(_split(message.hashes)) if refusal is None else []
-        if not blocks:
-            reason = refusal if refusal is not None else "gone"
-            self._to_peer(session, KVFetchRefused(fetch_id=message.fetch_id, reason=reason))
-        elif not self._has_room(blocks):
-            self._to_peer(session, KVFetchRefused(fetch_id=message.fetch_id, reason="full"))
-        else:
+        found = self._pool.match_prefix(_split(message.hashes)) if refusal is None else []
+        blocks = self._lendable(found)
+        if blocks:
             self._lend(session, message, blocks)
+        else:
+            reason = refusal if refusal is not None else "full" if found else "gone"
+            self._to_peer(session, KVFetchRefused(fetch_id=message.fetch_id, reason=reason))
 
     def _refusal(self, message: KVFetch) -> str | None:
         theirs = Endpoint(message.spec, message.version, message.transport, message.tp_size)
@@ -114,10 +113,19 @@ class Lending:
             return "checksum"
         return None
 
-    def _has_room(self, blocks: list[BlockId]) -> bool:
-        pool = self._pool
-        left = pool.num_free_blocks - pool.num_evictable(blocks)
-        return self._num_lent + len(blocks) <= MAX_LENT_SHARE * pool.num_blocks and left >= self._reserve()
+    @property
+    def _most(self) -> int:
+        """Return how many more blocks may be lent."""
+        return max(0, int(MAX_LENT_SHARE * self._pool.num_blocks) - self._num_lent)
+
+    def _lendable(self, blocks: list[BlockId]) -> list[BlockId]:
+        """Return the leading blocks that may be lent: the reader asks for the rest when it has given these back."""
+        blocks, spare = blocks[: self._most], self._pool.num_free_blocks - self._reserve()
+        if spare < 0:
+            return []
+        while (excess := self._pool.num_evictable(blocks) - spare) > 0:
+            blocks = blocks[:-excess]
+        return blocks
 
     def _lend(self, session: str, message: KVFetch, blocks: list[BlockId]) -> None:
         self._pool.pin(blocks)

@@ -123,21 +123,38 @@ def test_lent_blocks_are_not_evicted_while_the_lease_lasts(pair: Pair) -> None:
     assert not len(pair.lending) and pair.lender.pool.num_owned_blocks == 0
 
 
-def test_more_than_a_share_of_the_pool_is_not_lent(pair: Pair) -> None:
+def test_more_than_a_share_of_the_pool_is_lent_one_share_after_the_other(pair: Pair) -> None:
     pair.lender.store(HASHES[:4])
     pair.begin(HASHES[:4])
     pair.deliver(to_lender=True)
-    assert isinstance(pair.to_fetcher[-1], KVFetchRefused)
-    assert not len(pair.lending)
-
-
-def test_blocks_that_the_lender_needs_for_its_own_are_not_lent() -> None:
-    pair = Pair()
-    pair.lending._reserve = lambda: 11
-    pair.lender.store(HASHES[:2])
-    pair.begin(HASHES[:2])
+    answer = pair.to_fetcher[0]
+    assert isinstance(answer, KVFetchable) and len(answer.block_ids) == 3
     pair.settle()
-    assert pair.fetches.num_failures == 1 and not len(pair.lending)
+    assert pair.ended == ["q"] and pair.fetches.num_failures == 0
+    assert _num_held(pair, 4) == 4
+    assert not len(pair.lending) and pair.lender.pool.num_owned_blocks == 0
+    pair.check()
+
+
+def test_where_a_share_of_the_pool_is_lent_already_nothing_is(pair: Pair) -> None:
+    pair.lender.store(HASHES[:4])
+    pair.begin(HASHES[:3])
+    pair.deliver(to_lender=True)
+    pair.to_fetcher.clear()
+    pair.begin(HASHES[3:4], key="r")
+    pair.deliver(to_lender=True)
+    refused = pair.to_fetcher[-1]
+    assert isinstance(refused, KVFetchRefused) and refused.reason == "full"
+
+
+@pytest.mark.parametrize(("reserve", "lent"), [(9, 3), (10, 2), (12, 0), (13, 0)])
+def test_no_more_is_lent_than_leaves_the_lender_what_it_needs(reserve: int, lent: int) -> None:
+    pair = Pair()
+    pair.lending._reserve = lambda: reserve
+    pair.lender.store(HASHES[:3])
+    pair.begin(HASHES[:3])
+    pair.deliver(to_lender=True)
+    assert pair.lending.num_lent_blocks == lent
 
 
 def test_a_lease_that_is_over_before_the_read_has_ended_brings_nothing(pair: Pair) -> None:
