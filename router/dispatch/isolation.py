@@ -41,6 +41,10 @@ class Claim:
             return True
         return self.attempt_number is not None and request.attempt_number != self.attempt_number
 
+    @property
+    def is_waiting(self) -> bool:
+        return self.tracked.request.status is RequestStatus.QUEUED
+
 
 class Isolation:
     """Claims workers and says when they are empty. `sweep` comes before every round of placing."""
@@ -54,8 +58,7 @@ class Isolation:
     def sweep(self, now_s: float) -> None:
         """Give back what is claimed in vain."""
         for claim in list(self.claims):
-            is_waiting = claim.tracked.request.status is RequestStatus.QUEUED
-            if claim.is_finished or (is_waiting and not self._is_there(claim)):
+            if claim.is_finished or (claim.is_waiting and self._is_in_vain(claim, now_s)):
                 self._release(claim, now_s)
 
     def place(self, tracked: TrackedRequest, now_s: float, *, has_others: bool) -> Placement | None:
@@ -115,6 +118,10 @@ class Isolation:
         views = {worker: worker.view(now_s) for worker in workers}
         fitting = [worker for worker, view in views.items() if fits(view, demand)]
         return sorted(fitting, key=lambda worker: _emptiness(views[worker]))
+
+    def _is_in_vain(self, claim: Claim, now_s: float) -> bool:
+        """Tell whether its request is not to run yet, as one that makes way for others, or cannot run there."""
+        return claim.tracked.is_put_off(now_s) or not self._is_there(claim)
 
     def _is_there(self, claim: Claim) -> bool:
         """Tell whether its workers live, take work, and have the roles that they were claimed for."""

@@ -10,7 +10,7 @@ from kvferry.common.request import unpack_ids
 from kvferry.router.dispatch.background import QUIET_S
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
-from kvferry.wire.tasks import Abort, PrefillTask, ReserveKV
+from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 
 from ..fleet import Fleet, Link, config, text, token, tokens
 
@@ -81,6 +81,30 @@ def test_one_whose_client_leaves_while_it_is_suspended_is_gone() -> None:
     batch.abort()
     assert state(batch) is RequestStatus.ABORTED
     assert fleet.dispatcher.breaches() == []
+
+
+def test_a_suspect_that_makes_way_keeps_no_worker_from_others() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    busy = fleet.join("d-0", max_num_seqs=1)
+    beside = fleet.submit(is_background=True)
+    busy.take(LocalTask)
+    for worker_id in ("d-a", "d-b"):
+        d = fleet.join(worker_id)
+        if worker_id == "d-a":
+            suspect = fleet.submit(is_background=True)
+        d.take(LocalTask)
+        fleet.clock.advance(0.05)
+        fleet.beat(busy, num_running=1, steps=int(fleet.clock.now() * 100))
+        fleet.dispatcher.worker_left(d, "killed")
+    tracked = fleet.dispatcher._in_flight.get(suspect.request.request_id)
+    assert tracked is not None and tracked.must_run_alone and state(suspect) is RequestStatus.QUEUED
+    other = fleet.submit()  # the worker was being emptied for the suspect
+    assert state(beside) is state(suspect) is RequestStatus.QUEUED
+    fleet.wait(0.2, busy)
+    assert state(other) is RequestStatus.PREFILLING
+    other.abort()
+    fleet.wait(QUIET_S + 0.5, busy)
+    assert RequestStatus.PREFILLING in (state(beside), state(suspect)) and not fleet.dispatcher.breaches()
 
 
 @pytest.mark.slow
