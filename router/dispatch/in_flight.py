@@ -148,6 +148,7 @@ class InFlightRequests:
         if not tracked.request.unfinished:  # its tokens are all here
             return
         tracked.is_suspended = True
+        tracked.search.note_hope()  # it looks for no worker until it goes on
         if tracked.attempt is not None:
             self._take_back(tracked, tracked.attempt)
             self._queue_again(tracked, now_s)

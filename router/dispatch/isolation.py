@@ -74,6 +74,10 @@ class Isolation:
         decode, *prefill = claim.workers
         return Placement(prefill[0].worker_id if prefill else None, decode.worker_id, Reason.ALONE)
 
+    def has_claim(self, tracked: TrackedRequest) -> bool:
+        """Return whether workers are kept for it."""
+        return any(claim.tracked is tracked for claim in self.claims)
+
     def _claim(self, tracked: TrackedRequest, demand: Demand, now_s: float, has_others: bool) -> Claim | None:
         open_decodes = self._open("decode")
         num_decodes = len(open_decodes) + len(self.claims)

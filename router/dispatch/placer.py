@@ -119,6 +119,8 @@ class Placer:
             placement = self._isolation.place(tracked, now_s, has_others=has_others)
             if placement is not None:
                 self._place(tracked, placement, now_s, decided_by=ISOLATION)
+            elif self._isolation.has_claim(tracked):
+                tracked.search.note_hope()
             elif not self._isolation.claims:
                 self._note_hopeless(tracked, now_s)
 
@@ -154,7 +156,7 @@ class Placer:
         decode = self._pools.named(placement.decode_worker)
         assert decode is not None
         self._in_flight.queue.take(tracked)
-        tracked.search.lacks_s = tracked.search.misfit_s = None
+        tracked.search.note_hope()
         computing = self._pools.named(placement.computing_worker)
         assert computing is not None
         attempt = Attempt(

@@ -109,6 +109,10 @@ class Search:
         if pair is not None:
             self.failed_pairs[pair] = what
 
+    def note_hope(self) -> None:
+        """Note that there are workers that can take it, now or when they have room, or that it looks for none."""
+        self.lacks_s = self.misfit_s = None
+
     def forgive_pairs(self) -> None:
         """Forget the failed pairs: there is no other one, and what failed once may not fail again."""
         self.failed_pairs.clear()

@@ -8,6 +8,7 @@ import pytest
 
 from kvferry.common.request import unpack_ids
 from kvferry.router.dispatch.background import QUIET_S
+from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
@@ -105,6 +106,20 @@ def test_a_suspect_that_makes_way_keeps_no_worker_from_others() -> None:
     other.abort()
     fleet.wait(QUIET_S + 0.5, busy)
     assert RequestStatus.PREFILLING in (state(beside), state(suspect)) and not fleet.dispatcher.breaches()
+
+
+def test_one_that_is_suspended_is_not_given_up_for_a_worker_that_it_lacked_before() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    small, large = fleet.join("d-0", num_blocks=2), fleet.join("d-1")
+    batch = fleet.submit(100, is_background=True)
+    fleet.step(large, large.take(LocalTask), tokens(0, 0, 2))
+    fleet.dispatcher.worker_left(large, "killed")
+    fleet.wait(0.5, small)  # which cannot hold it
+    fleet.submit(4)
+    large = fleet.join("d-1")
+    for _ in range(round(WORKER_WAIT_S) + 1):
+        fleet.wait(1.0, small, large, num_running=1, steps=int(fleet.clock.now() * 10))
+    assert state(batch) is RequestStatus.QUEUED
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
+from kvferry.router.dispatch.isolation import PATIENCE_S
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.failures import CLEARED_BY_STEPS
 from kvferry.router.state.request import RequestStatus
@@ -251,6 +253,26 @@ def test_a_worker_that_changes_its_role_is_not_kept_for_a_suspect() -> None:
     other = fleet.join("d-1")
     assert other.take(LocalTask).spec.request_id == stream.request.request_id
     assert not busy.sent and not fleet.dispatcher.breaches()
+
+
+def test_a_suspect_for_which_a_worker_is_being_emptied_is_not_given_up() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    busy = fleet.join("d-0", num_blocks=1, max_num_seqs=1)
+    fleet.submit(4, max_tokens=4)
+    busy.take(LocalTask)
+    stream = suspect_beside(fleet, busy)
+
+    def wait(seconds: float, *alive: Link) -> None:
+        for _ in range(round(seconds)):
+            fleet.wait(1.0, *alive, num_running=1, steps=int(fleet.clock.now() * 100))
+
+    wait(WORKER_WAIT_S - 5.0, busy)  # it is too small for the suspect
+    large = Link("d-1", 99)
+    fleet.dispatcher.worker_joined(large, hello("d-1", "decode", max_num_seqs=1))
+    wait(6.0, busy, large)  # it has work of another router
+    assert stream.request.status is RequestStatus.QUEUED
+    wait(PATIENCE_S, busy, large)
+    assert large.take(LocalTask).spec.request_id == stream.request.request_id
 
 
 async def test_a_third_worker_that_is_lost_with_the_request_alone_on_it_proves_it() -> None:
