@@ -33,17 +33,21 @@ def embedders(
     """Return the workers to choose from, or what the prompt waits for.
 
     `stands_in`: decode workers may do the work of prefill workers. `near`: the ready workers of a role that are looked
-    at; None: all of them.
+    at first; None: all of them.
     """
-    ready = near or view.ready
-    prefills = ready("prefill") if expects_prefill else []
-    fitting = [worker for worker in prefills if fits_prefill(worker, demand)]
+
+    def fitting_of(role: str) -> list[WorkerView]:
+        nearest = [worker for worker in near(role) if fits_prefill(worker, demand)] if near is not None else []
+        return nearest or [worker for worker in view.ready(role) if fits_prefill(worker, demand)]
+
+    fitting = fitting_of("prefill") if expects_prefill else []
     reason = Reason.EMBEDDING
     if not fitting and (stands_in or not expects_prefill):
-        fitting = [worker for worker in ready("decode") if fits_prefill(worker, demand)]
+        fitting = fitting_of("decode")
         reason = Reason.NO_PREFILL_WORKER if expects_prefill else Reason.COLOCATED
     if not fitting:
-        return Wait(_lack(view, has_prefills=bool(prefills), expects_prefill=expects_prefill, stands_in=stands_in))
+        has_prefills = expects_prefill and view.num_ready("prefill") > 0
+        return Wait(_lack(view, has_prefills=has_prefills, expects_prefill=expects_prefill, stands_in=stands_in))
     roomy = [worker for worker in fitting if _has_room(worker, demand, max_wait_s)]
     return Embedders(roomy, reason) if roomy else Wait(Lack.PREFILL_ROOM)
 

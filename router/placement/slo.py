@@ -79,6 +79,7 @@ class SloPolicy:
         if not fitting:
             return Wait(Lack.FIT)
         prefills = [worker for worker in view.nearest("prefill", _NEAR, holders) if fits_prefill(worker, demand)]
+        prefills = prefills or [worker for worker in view.ready("prefill") if fits_prefill(worker, demand)]
         lack = self._lack(prefills, fitting, demand, view)
         if lack is not None:
             return lack
@@ -150,7 +151,7 @@ class SloPolicy:
         if self._may_prefill_locally:
             return None
         if not prefills:
-            return Wait(Lack.FIT if view.ready("prefill") else Lack.PREFILL_WORKER)
+            return Wait(Lack.FIT if view.num_ready("prefill") else Lack.PREFILL_WORKER)
         if not any(may_hand_over(prefill, decode, demand) for prefill in prefills for decode in decodes):
             return Wait(Lack.PAIR)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,6 +66,17 @@ def place(demand: Demand, *workers: WorkerView, **options: object) -> Placement 
 
 def test_an_idle_decode_worker_computes_the_prompt_itself() -> None:
     assert place(DEMAND, P0, D0) == Placement(None, "d-0", Reason.SOONER)
+
+
+@pytest.mark.parametrize("is_embedding", [False, True])
+def test_a_prefill_worker_that_is_large_enough_is_found_behind_all_that_are_not(is_embedding: bool) -> None:
+    small = [
+        replace(P0, session=10 + number, hello=msgspec.structs.replace(P0.hello, num_blocks=4)) for number in range(7)
+    ]
+    large = replace(P1, session=30, ahead_tokens=10, num_bound=1, backlog_s=0.01)
+    demand = replace(DEMAND, is_embedding=is_embedding)
+    placement = place(demand, *small, large, D0, local_prefill=False)
+    assert isinstance(placement, Placement) and placement.computing_worker == "p-1"
 
 
 @pytest.mark.parametrize(("share", "prefill"), [(0.02, None), (0.2, "p-0")])
