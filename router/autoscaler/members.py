@@ -26,7 +26,7 @@ class FleetMembers:
         self._planned: dict[str, Pool] = {}  # that should be there, by the pool they began in
         self._leaving: frozenset[str] = frozenset()
         self._given: dict[str, tuple[Pool, float]] = {}  # roles that workers were given a moment ago, until when
-        self._first_seen: dict[str, float] = {}  # workers that start; -1: they have
+        self._first_seen: dict[str, float] | None = None  # workers that start; -1: they have; None: no word came yet
 
     def __contains__(self, worker_id: str) -> bool:
         """Say whether the launcher means this worker to be there."""
@@ -37,8 +37,11 @@ class FleetMembers:
         workers, leaving, seq = event.get("workers"), event.get("leaving"), event.get("seq")
         self._planned = {str(name): _pool(role) for name, role in workers.items()} if isinstance(workers, dict) else {}
         self._leaving = frozenset(map(str, leaving)) if isinstance(leaving, list) else frozenset()
+        # To a router that comes later the first word names workers of any age.
+        began_s = -1.0 if self._first_seen is None and isinstance(seq, int) and seq >= 0 else now_s
         self.seq = seq if isinstance(seq, int) else -1
-        self._first_seen = {name: self._first_seen.get(name, now_s) for name in self._planned}
+        known = self._first_seen or {}
+        self._first_seen = {name: known.get(name, began_s) for name in self._planned}
 
     def give_role(self, worker_id: str, pool: Pool, now_s: float) -> None:
         """Count a worker in this pool until it has had time to say so itself."""
@@ -63,14 +66,18 @@ class FleetMembers:
         return Member(worker.worker_id, pool, state, load, worker.hello.can_change_role)
 
     def measure_starts(self, view: PoolView, now_s: float) -> None:
-        """Measure how long new workers take, from the launcher's word until they are ready here."""
+        """Measure how long new workers take, from the launcher's word until they are ready here.
+
+        Called in every router: one that decides later would take the time until then for a start.
+        """
+        first_seen = self._first_seen or {}
         for worker in view.workers:
-            began_s = self._first_seen.get(worker.worker_id)
+            began_s = first_seen.get(worker.worker_id)
             if worker.is_ready and began_s is not None and began_s >= 0:
                 if now_s > began_s and self.seq >= 0:
                     took_s = max(1.0, now_s - began_s)
                     self.start_s = took_s if self.start_s is None else 0.5 * (self.start_s + took_s)
-                self._first_seen[worker.worker_id] = -1.0
+                first_seen[worker.worker_id] = -1.0
 
 
 def _pool(role: object) -> Pool:

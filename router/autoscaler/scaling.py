@@ -189,6 +189,7 @@ class Scaling:
             return
         interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.scale_interval), now
         view = self._dispatcher.view()
+        self._fleet.measure_starts(view, now)
         seen = self._record.take(view.num_queued)
         if not self._is_leader and self._launcher is not None:
             self._launcher(seen.as_event())
@@ -199,7 +200,6 @@ class Scaling:
 
     def _decide(self, view: PoolView, seen: SeenLoad, interval_s: float) -> None:
         now = self._clock.now()
-        self._fleet.measure_starts(view, now)
         ready = [worker for worker in view.workers if worker.is_ready]
         if not self._times.choose(ready):
             return

@@ -328,3 +328,29 @@ def test_a_router_refuses_prefill_workers_where_there_is_no_such_pool() -> None:
     )
     with pytest.raises(RequestError, match="no prefill workers"):
         scaling.hold(Counts(1, 1), None)
+
+
+def test_a_router_that_comes_later_takes_no_workers_connecting_for_its_start() -> None:
+    site = Site()
+    site.fleet_is(seq=3, starting={"p-0": "prefill", "d-0": "decode"})  # they have been there for long
+    site.fleet.clock.advance(0.5)
+    site.join("p-0", "d-0")
+    site.interval()
+    assert site.scaling.describe()["start_s"] is None
+    site.fleet_is(seq=4, starting={"d-1": "decode"})
+    site.fleet.clock.advance(39.0)
+    site.join("d-1")
+    site.interval()
+    assert site.scaling.describe()["start_s"] == 40.0
+
+
+def test_a_router_that_decides_later_knows_how_long_starts_took(site: Site) -> None:
+    site.join("p-0", "d-0")
+    site.fleet_is(leader=False)
+    site.fleet_is(leader=False, seq=0, starting={"d-1": "decode"})
+    site.fleet.clock.advance(39.0)
+    site.join("d-1")
+    site.run(600, rate=0)
+    site.fleet_is(leader=True, seq=0)
+    site.interval()
+    assert site.scaling.describe()["start_s"] == 40.0
