@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .attempt import Attempt
 from .demand import Promise
 from .failures import CLEARED_BY_STEPS, STRIKES_UNTIL_ALONE, Charge, WorkerLife
-from .request import RouterRequest
+from .request import RequestStatus, RouterRequest
 from .search import Search
 from .token_stream import TokenStream
 from .worker import RouterWorker
@@ -72,6 +72,8 @@ class TrackedRequest:
     def run_locally(self, now_s: float) -> None:
         """Let the attempt's decode worker compute the prompt."""
         assert self.attempt is not None
+        if self.request.status is not RequestStatus.QUEUED:
+            self.attempt.prediction = None  # it was of a handoff
         self.attempt.run_locally(now_s)
         self.search.end()
 

@@ -9,6 +9,7 @@ import pytest
 from kvferry.common.errors import CapacityError, ProtocolError, RequestError
 from kvferry.common.request import BACKGROUND_PRIORITY, SampledToken, unpack_ids
 from kvferry.router.state.errors import StreamError
+from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.wire.results import ChoiceTokens, PromptLogprobs, TaskRefused, WorkerFailure
@@ -190,6 +191,20 @@ def test_a_decode_worker_that_holds_the_prompt_computes_the_rest_itself() -> Non
     assert not p.sent and not fleet.observer.fallbacks
     fleet.step(d, task, tokens(0, 0, 1))
     assert state(stream) is RequestStatus.DECODING and stream.request.prefill_worker is None
+
+
+def test_what_was_said_of_a_handoff_is_not_held_against_a_worker_that_holds_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(Predictor, "on_first_token", lambda self, way, *times, **more: told.append(way))
+    fleet = Fleet(config(policy="slo", max_local_prefill_tokens=5))
+    fleet.join("p-0")
+    d = fleet.join("d-0")
+    fleet.submit()
+    fleet.refuse(d, "held")
+    fleet.step(d, d.take(LocalTask), tokens(0, 0, 1))
+    assert not told
 
 
 def test_a_draining_decode_worker_gets_no_more_requests() -> None:
