@@ -20,7 +20,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..common.errors import ConfigError
-from .checkpoint import Shape, parse_header, read_header, tensor_shapes
+from .checkpoint import Shape, full_name, parse_header, read_header, tensor_shapes
 from .config import ModelConfig
 from .config_fields import ConfigFields
 from .digest import file_digest
@@ -70,7 +70,7 @@ class StoredTensor:
 class AdaptedModule:
     """One linear module's pair of matrices."""
 
-    name: str  # in the model's checkpoint, without ".weight"
+    name: str  # in the model's checkpoint, whatever stood around its layers in training; without ".weight"
     rank: int
     scale: float
     down: StoredTensor  # A [rank, inputs]
@@ -113,8 +113,7 @@ Take = Callable[[AdaptedModule, StoredTensor, memoryview], None]  # of a module,
 
 def inspect_adapter(path: Path) -> Adapter:
     """Read all but the numbers, and the digest from a side file where there is one. Raises ConfigError."""
-    config = _read_config(path)
-    weights = _weights_file(path)
+    config, weights = _read_config(path), _weights_file(path)
     begin, header = read_header(weights)
     size = weights.stat().st_size
     return Adapter(_digest(config, file_digest(weights)), _modules(path, config, begin, header, size), size)
@@ -126,8 +125,7 @@ def read_adapter(path: Path, begin: Callable[[Sequence[AdaptedModule]], None], t
     `begin` is told the modules, then `take` each matrix in the file's order, in memory that the next one overwrites: a
     gigabyte in memory of its own takes longer than all else. The digest is of the bytes that were taken.
     """
-    config = _read_config(path)
-    weights = _weights_file(path)
+    config, weights = _read_config(path), _weights_file(path)
     try:
         with weights.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -200,7 +198,10 @@ def _modules(
         raise ConfigError(f"{path} adapts no module")
     _check_targets(path, fields, pairs)
     scales = _Scales(fields)
-    return tuple(_module(path, name, pair, scales) for name, pair in sorted(pairs.items()))
+    modules = tuple(_module(path, name, pair, scales) for name, pair in sorted(pairs.items()))
+    if len({module.name for module in modules}) == len(modules):
+        return modules
+    raise ConfigError(f"{path} adapts a module under two names")
 
 
 def _checked_fields(path: Path, config: bytes) -> ConfigFields:
@@ -295,4 +296,4 @@ def _module(path: Path, name: str, pair: Mapping[str, StoredTensor], scales: _Sc
         raise ConfigError(f"{path}: {name} has matrices of ranks {down.shape[0]} and {up.shape[1]}, not {rank:g}")
     if rank > MAX_RANK:
         raise ConfigError(f"{path}: {name} has rank {rank}; at most {MAX_RANK} is served")
-    return AdaptedModule(name, int(rank), scale, down, up)
+    return AdaptedModule(full_name(name), int(rank), scale, down, up)

@@ -121,6 +121,26 @@ def test_scales_follow_alpha_rank_and_patterns(model_dir: Path, tmp_path: Path) 
     assert {m.scale for m in rs.modules} == {8 / math.sqrt(16)}
 
 
+@pytest.mark.parametrize("other", ["model.language_model.layers.", "language_model.model.layers.", "layers."])
+def test_an_adapter_of_a_model_around_or_without_the_head_adapts_its_layers(
+    model_dir: Path, tmp_path: Path, other: str
+) -> None:
+    """A model that sees, before and since transformers 5, and one that embeds name their layers otherwise."""
+    prefix = f"{other.replace('.', chr(92) + '.')}1"
+    path = write_adapter(tmp_path, model_dir, alpha=16, config={"alpha_pattern": {f"{prefix}.mlp.up_proj": 24}})
+    plain = inspect_adapter(path)
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("model.model.layers.", f"model.{other}"): t for name, t in tensors.items()}, file)
+    found = inspect_adapter(path)
+    found.check(ModelConfig.from_dir(model_dir), 8)
+    assert [module.name for module in found.modules] == [module.name for module in plain.modules]
+    assert {m.name: m.scale for m in found.modules}["model.layers.1.mlp.up_proj"] == 3.0
+    save_file(tensors | load_file(file), file)
+    with pytest.raises(ConfigError, match="a module under two names"):
+        inspect_adapter(path)
+
+
 def test_the_digest_covers_settings_and_every_number(model_dir: Path, tmp_path: Path) -> None:
     path = write_adapter(tmp_path, model_dir)
     first = inspect_adapter(path)
