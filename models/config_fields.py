@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 
+# Null says of these that there is none: no window, no cap. Of others it says nothing.
+_TOLD_BY_NULL = {"attn_logit_softcapping", "final_logit_softcapping", "sliding_window"}
+
 
 class ConfigFields:
     """Typed reads of config.json: an error names the file, the key and the value."""
@@ -17,8 +20,8 @@ class ConfigFields:
         self.raw = raw
 
     def with_defaults(self, defaults: Mapping[str, object]) -> ConfigFields:
-        """Add what is not told. Null counts as told of a window alone: there it means that there is none."""
-        untold = {key for key in defaults if key != "sliding_window" and not self.has(key)}
+        """Add what is not told."""
+        untold = {key for key in defaults if key not in _TOLD_BY_NULL and not self.has(key)}
         told = {key: value for key, value in self.raw.items() if key not in untold}
         return ConfigFields(self.path, {**defaults, **told})
 

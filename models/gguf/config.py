@@ -158,9 +158,7 @@ def _gemma(fields: GgufFields, config: Json) -> Json:
         "query_pre_attn_scalar": (
             config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
         ),
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        **caps,
+        **caps,  # what a file does not tell is its family's
         **_windows(fields, config["num_hidden_layers"]),
     }
     if fields.architecture == "gemma2":

@@ -183,6 +183,14 @@ def test_gemma3_is_the_text_of_a_model_that_sees(tmp_path: Path) -> None:
     assert config.score_scale == 256**-0.5 and config.activation == "gelu_tanh"
 
 
+def test_a_cap_that_is_null_is_none(tmp_path: Path) -> None:
+    gemma2 = {"architectures": ["Gemma2ForCausalLM"], "rope_theta": 10000.0}
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    told, untold = _load(tmp_path, gemma2 | caps), _load(tmp_path, gemma2)
+    assert (told.score_cap, told.logits_cap) == (None, None)
+    assert (untold.score_cap, untold.logits_cap) == (50.0, 30.0)
+
+
 def test_phi4_turns_a_part_of_each_head(tmp_path: Path) -> None:
     config = _published(tmp_path, PHI4_MINI)
     assert config.rope.fraction == 0.75 and len(config.rope.long_factors) == 48
