@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
+from .rope import rotary_fields
 
 # What FlashInfer has kernels for: the large models' latents, and heads that fill tiles of so many queries evenly, for
 # others would leave a tile's last query without its last key.
@@ -100,8 +101,8 @@ def read_latent(fields: ConfigFields) -> LatentConfig:
 
 def _score_factor(fields: ConfigFields) -> float:
     """Return what scores are multiplied by besides, where positions are stretched."""
-    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
-    if scaling is None or (scaling.raw.get("rope_type") or scaling.raw.get("type") or "default") == "default":
+    scaling = rotary_fields(fields)
+    if (scaling.raw.get("rope_type") or scaling.raw.get("type") or "default") == "default":
         return 1.0
     share = scaling.raw.get("mscale_all_dim")
     if not share:

@@ -13,6 +13,7 @@ from .families import Family
 RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn"]
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -45,11 +46,8 @@ class RopeConfig:
 def read_ropes(
     fields: ConfigFields, family: Family, max_model_len: int, head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Read the rotary positions, and those of layers with a window where they are others. Raises ConfigError.
-
-    `rope_parameters` holds everything in newer checkpoints; older ones have `rope_scaling` and a top-level theta.
-    """
-    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling") or ConfigFields(fields.path, {})
+    """Read the rotary positions, and those of layers with a window where they are others. Raises ConfigError."""
+    scaling = rotary_fields(fields)
     theta = fields.number("rope_theta", 10_000.0)
     if not family.has_local_rope:
         return _read_rope(fields, scaling, family, theta, max_model_len, head_dim), None
@@ -62,6 +60,24 @@ def read_ropes(
         _read_rope(fields, full, family, theta, max_model_len, head_dim),
         _read_rope(fields, local, family, local_theta, max_model_len, head_dim),
     )
+
+
+def rotary_fields(fields: ConfigFields) -> ConfigFields:
+    """Return what config.json says of rotary positions, for all layers or for each type of layer. Raises ConfigError.
+
+    `rope_parameters` holds everything in newer checkpoints; older ones have `rope_scaling` and a top-level theta. Where
+    there are both somebody added the scaling, as model cards advise: it goes first, as in `transformers`.
+    """
+    told, added = (fields.mapping(key) or ConfigFields(fields.path, {}) for key in ("rope_parameters", "rope_scaling"))
+    if not added.raw or not told.raw:
+        return added if added.raw else told
+    if (full := told.mapping(_LAYER_TYPES[0])) is not None:
+        return ConfigFields(fields.path, {**told.raw, _LAYER_TYPES[0]: _rescaled(full, added)})
+    return ConfigFields(fields.path, _rescaled(told, added))
+
+
+def _rescaled(told: ConfigFields, added: ConfigFields) -> dict[str, object]:
+    return {key: told.raw[key] for key in _BESIDE_SCALING if told.has(key)} | dict(added.raw)
 
 
 def _read_rope(

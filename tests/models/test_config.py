@@ -107,6 +107,21 @@ def test_rotary_parameters_in_the_newer_place(tmp_path: Path) -> None:
     assert config.rope.theta == 500.0
 
 
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_a_scaling_that_was_added_to_the_newer_place_goes_first(tmp_path: Path, key: str) -> None:
+    """Model cards tell so of yarn."""
+    told: dict[str, object] = {"rope_type": "default", "rope_theta": 500.0}
+    added = {"rope_theta": ..., "rope_scaling": {key: "yarn", "factor": 4.0}}
+    flat = _load(tmp_path, added | {"rope_parameters": told}).rope
+    assert (flat.kind, flat.factor, flat.theta) == ("yarn", 4.0, 500.0)
+    gemma3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_act": ..., "head_dim": 64}
+    by_type = {"full_attention": told, "sliding_attention": told | {"rope_theta": 50.0}}
+    config = _load(tmp_path, gemma3 | added | {"rope_parameters": by_type})
+    assert (config.rope.kind, config.rope.factor, config.rope.theta) == ("yarn", 4.0, 500.0)
+    assert config.local_rope is not None
+    assert (config.local_rope.kind, config.local_rope.theta) == ("default", 50.0)
+
+
 @pytest.mark.parametrize(
     ("scaling", "longest"),
     [
