@@ -147,9 +147,20 @@ def _default_of(found: object, file: Path) -> str:
     if isinstance(found, list) and all(isinstance(item, dict) for item in found):
         named = {item.get("name"): item.get("template") for item in found}
         if isinstance(source := named.get("default"), str):
-            return source
+            return _with_tool_use(source, named.get("tool_use"))
         raise ConfigError(f"{file}: none of the chat templates {sorted(map(str, named))} is named default")
     raise ConfigError(f"{file}: chat_template is neither a string nor a list of named templates")
+
+
+def _with_tool_use(default: str, tool_use: object) -> str:
+    """Make one template of two: a chat with tools is written by the one that is for them, as in `transformers`.
+
+    Each begins a line, and lacks the line's end that is taken off a template, as if it stood alone.
+    """
+    if not isinstance(tool_use, str):
+        return default
+    parts = (source.removesuffix("\n") for source in (tool_use, default))
+    return "{% if tools %}\n" + "{%+ else %}\n".join(parts) + "{%+ endif %}"
 
 
 # ---- the environment

@@ -222,6 +222,29 @@ def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
         load_chat_template(tmp_path, {"chat_template": named[:1]})
 
 
+TOOL_USE = """
+{%- macro kind(of) %}{{ of.type }}{% if of.inner %}[{{ kind(of.inner) }}]{% endif %}{% endmacro %}
+{% set messages = messages[1:] %}
+ <tool_call> {{ kind({'type': 'array', 'inner': {'type': 'int'}}) }}
+  {% for tool in tools %}
+{{ tool.name }}
+  {% endfor %}
+
+"""
+
+
+@pytest.mark.parametrize("default", [CHATML, "\n  {% for m in messages %}\n  {{ m.content }}  {% endfor %}\n", " a  "])
+def test_a_chat_with_tools_is_written_by_the_template_for_them(tmp_path: Path, default: str) -> None:
+    named = [{"name": "default", "template": default}, {"name": "tool_use", "template": TOOL_USE}]
+    template = load_chat_template(tmp_path, {"chat_template": named})
+    assert template is not None
+    assert template.render(HELLO) == ChatTemplate(default).render(HELLO)
+    tools = [{"name": "f"}]
+    told = template.render(HELLO, tools=tools)
+    assert told == ChatTemplate(TOOL_USE).render(HELLO, tools=tools)
+    assert "array[int]" in told and "f\n" in told
+
+
 def test_a_model_may_have_no_template(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path, {}) is None
 
