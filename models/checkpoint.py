@@ -112,13 +112,20 @@ def full_name(name: str) -> str:
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:
-    """List the files of a checkpoint, from its index where it has one. Raises ConfigError if there are none."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        return [model_dir / name for name in _indexed_names(index)]
-    single = model_dir / "model.safetensors"
-    if single.is_file():
+    """List the files of a checkpoint. Raises ConfigError if there are none.
+
+    One file for all goes before an index that does not name it, as in `transformers`: whoever saves a model in one file
+    leaves the index of an earlier one in several where it is, and their files on the hub.
+    """
+    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
+    names = _indexed_names(index) if index.is_file() else []
+    if single.is_file() and single.name not in names:
         return [single]
+    for name in names:
+        if Path(name).name != name or not (model_dir / name).is_file():
+            raise ConfigError(f"{index} names {name!r}, which is no file beside it")
+    if names:
+        return [model_dir / name for name in names]
     raise ConfigError(
         f"{model_dir} has neither model.safetensors nor model.safetensors.index.json: "
         "convert the checkpoint to safetensors, or use --load-format dummy for random weights"
@@ -128,13 +135,9 @@ def safetensors_files(model_dir: Path) -> list[Path]:
 def _indexed_names(index: Path) -> list[str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        return sorted({str(name) for name in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index} is not an index of safetensors files: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-            raise ConfigError(f"{index} names {name!r}, which is no file beside it")
-    return names
 
 
 def check_names(wanted: set[str], found: set[str], model_dir: Path, config: ModelConfig) -> None:

@@ -133,7 +133,7 @@ def _download(name: str, revision: str | None, progress: Progress | None) -> Pat
     if outside := sorted(name for name in names if Path(name).name != name):
         raise ConfigError(f"the index of {name} names {outside[0]!r}, which is no file beside it")
     missing = sorted(name for name in names if not (path / name).is_file())
-    if missing:
+    if missing and not (path / "model.safetensors").is_file():  # else the index is an earlier checkpoint's
         raise ConfigError(f"the cached copy of {name} lacks {missing[0]}; start once with a network to complete it")
     if progress:
         progress(what, 1.0)

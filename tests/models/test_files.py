@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvferry.common.errors import ConfigError
+from kvferry.models import files
 from kvferry.models.files import read_json, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -237,3 +238,15 @@ def test_a_missing_file_reads_as_its_default_or_is_an_error(tmp_path: Path) -> N
     assert read_json(tmp_path / "gone.json", default={"a": 1}) == {"a": 1}
     with pytest.raises(ConfigError, match=r"cannot read .*gone\.json"):
         read_json(tmp_path / "gone.json")
+
+
+def test_an_earlier_checkpoints_index_needs_no_files_beside_one_file_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_snapshot", lambda *_: tmp_path)
+    for name, data in REPOSITORIES["org/partial"].items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=r"lacks model-1\.safetensors"):
+        resolve_model("org/partial")
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model("org/partial").dir == tmp_path

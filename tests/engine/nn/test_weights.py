@@ -131,6 +131,18 @@ def test_an_index_names_only_files_beside_it(tmp_path: Path, name: object) -> No
         safetensors_files(tmp_path)
 
 
+def test_one_file_for_all_goes_before_an_earlier_checkpoints_index(tmp_path: Path) -> None:
+    shard, single = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model.safetensors"
+    single.touch()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": shard.name}}))
+    assert safetensors_files(tmp_path) == [single]
+    shard.touch()
+    assert safetensors_files(tmp_path) == [single]
+    index.write_text(json.dumps({"weight_map": {"x": shard.name, "y": single.name}}))
+    assert safetensors_files(tmp_path) == [shard, single]
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, tokenizer=False)
     (path / "model.safetensors").write_bytes(b"\xff" * 100)
