@@ -16,7 +16,7 @@ from typing import Literal
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
 from .experts import ExpertsConfig, read_experts, read_sparse_layers
-from .families import FAMILIES, Bias, Family, architecture_of, nearest
+from .families import FAMILIES, Bias, Family, architecture_of, nearest, needs_code
 from .latent import LatentConfig, read_latent
 from .quantization import Quantization
 from .quantization_config import read_quantization
@@ -211,7 +211,7 @@ def _has_bias(fields: ConfigFields, bias: Bias) -> bool:
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
     """Refuse settings under which this engine would give wrong answers, or run the checkpoint's own code."""
-    if fields.has("auto_map"):
+    if needs_code(fields.raw):
         raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
     if fields.flag("use_bidirectional_attention", default=False):
         raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")

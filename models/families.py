@@ -213,3 +213,18 @@ def nearest(name: str) -> str | None:
 
 def _stem(architecture: str) -> str:
     return architecture.partition("For")[0].lower()
+
+
+def needs_code(config: Mapping[str, object]) -> bool:
+    """Tell whether a config.json asks for Python code in place of which there is none here.
+
+    Checkpoints of known families often carry the code of the time before libraries knew them (Phi-3, DeepSeek-V2): the
+    class that it names is the architecture's, which is built in. transformers takes its own class there, too.
+    """
+    if "auto_map" not in config:
+        return False
+    code, declared = config["auto_map"], config.get("architectures")
+    architecture = declared[0] if isinstance(declared, list) and declared else None
+    named = code.get("AutoModelForCausalLM") if isinstance(code, Mapping) else None
+    is_known = isinstance(named, str) and named.rpartition(".")[2] == architecture and architecture in FAMILIES
+    return not is_known

@@ -20,6 +20,7 @@ from pathlib import Path
 from ..common.config import QuantizationName
 from ..common.errors import ConfigError
 from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir, gguf_model_dir
+from .families import needs_code
 from .gguf.files import gguf_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -113,9 +114,10 @@ def _checked(model: ResolvedModel) -> ResolvedModel:
 
 
 def check_no_code(path: Path) -> None:
-    """Refuse a model that asks for Python code from its own repository: without it, answers would be wrong."""
+    """Refuse a model that needs Python code from its own repository: without it, answers would be wrong."""
     for name in _MAY_ASK_FOR_CODE:
-        if "auto_map" in read_json(path / name, default={}):
+        asked = read_json(path / name, default={})
+        if needs_code(asked) if name == "config.json" else "auto_map" in asked:
             raise ConfigError(
                 f"{path} needs Python code from its own repository (auto_map in {name}), "
                 "which kvferry never runs; use a model of a built-in architecture"

@@ -207,6 +207,18 @@ def test_a_model_that_brings_code_is_refused(tmp_path: Path) -> None:
         resolve_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_code_of_a_built_in_architecture_is_not_needed(tmp_path: Path, architecture: str) -> None:
+    code = {"AutoConfig": "configuration.Config", "AutoModelForCausalLM": f"modeling.{architecture}"}
+    config = {"architectures": [architecture], "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert resolve_model(str(tmp_path)).dir == tmp_path
+    for other in (config | {"architectures": ["OddForCausalLM"]}, {"auto_map": code}, config | {"auto_map": [1]}):
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match="kvferry never runs"):
+            resolve_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["./nowhere/at-all", "nowhere", "a/b/c", "/nowhere", "../x/y", ""])
 def test_a_name_that_is_neither_says_what_was_looked_for(name: str) -> None:
     with pytest.raises(ConfigError, match="no such directory, and a hub id has the form org/name"):
