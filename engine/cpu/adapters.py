@@ -187,7 +187,7 @@ class StripFactors:
     def __init__(self, memory: SlotMemory, max_rank: int, point_to: Callable[[Linear, int], None]) -> None:
         """`point_to`: has C++ read from a linear's `_Adapters` at an address, from then on."""
         self.dtype = memory.dtype
-        self._memory = _ExactMemory(memory)
+        self._memory = _ExactMemory(memory.library, memory.num_slots, memory.dtype)
         self._max_rank = max_rank
         self._point_to = point_to
 
@@ -202,10 +202,6 @@ class StripFactors:
 
 class _ExactMemory(SlotMemory):
     """Memory of one adapter after another, of the system: it goes back there when nobody has the adapter."""
-
-    def __init__(self, other: SlotMemory) -> None:
-        """Have as many slots, and the same library."""
-        super().__init__(other.library, other.num_slots, other.dtype)
 
     def get(self, num_values: int) -> None:
         self._rest = _huge_pages(num_values, self.dtype)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 from ...common.errors import RequestError
-from ...common.request import WHOLE_NUMBERS
+from ...common.request import WHOLE_NUMBERS, is_unicode
 from ..state.errors import clip
 
 MAX_COMMAS = 500_000
@@ -134,7 +134,7 @@ def _first_fault(text: str) -> tuple[str, int] | None:
     for token, start in _tokens(text):
         if token[0] == '"':
             last_string, last_start = _unescape(token), start
-            if not _is_encodable(last_string):
+            if not is_unicode(last_string):
                 return "a lone surrogate in a string", start
         elif token in "{[":
             scopes.append(set() if token == "{" else None)
@@ -161,14 +161,6 @@ def _tokens(text: str) -> Iterable[tuple[str, int]]:
 def _unescape(token: str) -> str:
     text: str = json.loads(token, strict=False) if "\\" in token else token[1:-1]
     return text
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _why_not_plain(token: str) -> str:

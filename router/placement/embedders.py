@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..state.demand import Demand, Lack, Reason, Wait
 from ..state.views import PoolView, WorkerView
-from .policy import fits_prefill, has_decode_room, has_prefill_room
+from .policy import fits_prefill, fitting_workers, has_decode_room, has_prefill_room
 
 
 class Embedders(NamedTuple):
@@ -37,8 +37,7 @@ def embedders(
     """
 
     def fitting_of(role: str) -> list[WorkerView]:
-        nearest = [worker for worker in near(role) if fits_prefill(worker, demand)] if near is not None else []
-        return nearest or [worker for worker in view.ready(role) if fits_prefill(worker, demand)]
+        return fitting_workers(view, role, near(role) if near is not None else (), fits_prefill, demand)
 
     fitting = fitting_of("prefill") if expects_prefill else []
     reason = Reason.EMBEDDING

@@ -6,6 +6,7 @@ respect is here: who can hold a request at all, who has room for it now, and how
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..state.demand import Demand, Lack, Placement, Wait
@@ -40,6 +41,14 @@ def fits_decode(worker: WorkerView, demand: Demand) -> bool:
 def fits_prefill(worker: WorkerView, demand: Demand) -> bool:
     blocks = worker.hello.spec.num_blocks_for(demand.num_prompt_tokens)
     return worker.session not in demand.unfit and blocks <= worker.hello.num_blocks
+
+
+def fitting_workers(
+    view: PoolView, role: str, near: Sequence[WorkerView], fits: Callable[[WorkerView, Demand], bool], demand: Demand
+) -> list[WorkerView]:
+    """Return the workers that could hold the request: of those nearby, or of all ready ones where none of them can."""
+    nearest = [worker for worker in near if fits(worker, demand)]
+    return nearest or [worker for worker in view.ready(role) if fits(worker, demand)]
 
 
 def has_decode_room(worker: WorkerView, demand: Demand) -> bool:

@@ -27,6 +27,7 @@ from .policy import (
     MAX_BIND_WAIT_S,
     fits_decode,
     fits_prefill,
+    fitting_workers,
     has_decode_room,
     has_prefill_room,
     may_hand_over,
@@ -74,12 +75,11 @@ class SloPolicy:
         decodes = view.nearest("decode", _NEAR, holders)
         if not decodes:
             return Wait(Lack.DECODE_WORKER)
-        fitting = [worker for worker in decodes if fits_decode(worker, demand)]
-        fitting = fitting or [worker for worker in view.ready("decode") if fits_decode(worker, demand)]
+        fitting = fitting_workers(view, "decode", decodes, fits_decode, demand)
         if not fitting:
             return Wait(Lack.FIT)
-        prefills = [worker for worker in view.nearest("prefill", _NEAR, holders) if fits_prefill(worker, demand)]
-        prefills = prefills or [worker for worker in view.ready("prefill") if fits_prefill(worker, demand)]
+        nearest = view.nearest("prefill", _NEAR, holders)
+        prefills = fitting_workers(view, "prefill", nearest, fits_prefill, demand)
         lack = self._lack(prefills, fitting, demand, view)
         if lack is not None:
             return lack

@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ...common.request import is_unicode
+
 State = Literal["open", "done", "broken"]
 
 # Possessive: one pass, whatever follows.
@@ -122,12 +124,4 @@ def _finite(text: str) -> float:
 def dumps(value: object) -> str:
     """Return the value as JSON; escaped where it has half a surrogate pair, which models write and no answer has."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if _is_unicode(text) else json.dumps(value)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text if is_unicode(text) else json.dumps(value)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 
 from kvferry.common.errors import InvalidTransition
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, serve, server_address
 from kvferry.wire.codec import Decoder, WorkerToRouter, encode
 from kvferry.wire.credentials import NO_SECRET
+from kvferry.wire.fields import Message
 from kvferry.wire.results import HandoffDone
 from kvferry.wire.workers import Drain, WorkerHello, WorkerStatus
 from kvferry.worker.sessions import RouterSessions
@@ -22,6 +24,23 @@ _decoder: Decoder[WorkerHello | WorkerStatus] = Decoder(WorkerToRouter)
 
 def _not_expected(error: BaseException) -> None:
     raise AssertionError from error
+
+
+def _sessions(
+    address: str,
+    on_message: Callable[[str, Message], None] = lambda router, message: None,
+    on_failure: Callable[[BaseException], None] = _not_expected,
+) -> RouterSessions:
+    return RouterSessions(
+        (address,),
+        hello("w", "decode"),
+        secret=NO_SECRET,
+        max_frame_bytes=1 << 20,
+        on_message=on_message,
+        on_lost=lambda router: None,
+        status=lambda router: status(),
+        on_failure=on_failure,
+    )
 
 
 async def test_each_router_gets_the_heartbeat_that_is_made_for_it() -> None:
@@ -88,16 +107,7 @@ async def test_what_the_loop_is_asked_for_after_a_message_finds_it_written() -> 
         joined.set()
 
     server = await serve(Address("127.0.0.1", 0), "r", on_channel)
-    sessions = RouterSessions(
-        (str(server_address(server, "127.0.0.1")),),
-        hello("w", "decode"),
-        secret=NO_SECRET,
-        max_frame_bytes=1 << 20,
-        on_message=lambda router, message: None,
-        on_lost=lambda router: None,
-        status=lambda router: status(),
-        on_failure=_not_expected,
-    )
+    sessions = _sessions(str(server_address(server, "127.0.0.1")))
     sessions.start()
     async with asyncio.timeout(60):
         await joined.wait()
@@ -120,16 +130,7 @@ async def test_a_message_that_cannot_be_dealt_with_is_told_and_not_the_silent_en
         raise InvalidTransition("from nowhere")
 
     server = await serve(Address("127.0.0.1", 0), "r", on_channel)
-    sessions = RouterSessions(
-        (str(server_address(server, "127.0.0.1")),),
-        hello("w", "decode"),
-        secret=NO_SECRET,
-        max_frame_bytes=1 << 20,
-        on_message=odd,
-        on_lost=lambda router: None,
-        status=lambda router: status(),
-        on_failure=failed.set_result,
-    )
+    sessions = _sessions(str(server_address(server, "127.0.0.1")), on_message=odd, on_failure=failed.set_result)
     sessions.start()
     async with asyncio.timeout(10):
         assert isinstance(await failed, InvalidTransition)

@@ -42,13 +42,13 @@ def in_strips(matrix: Tensor, columns: int, inputs: int) -> Tensor:
     return (pairs.transpose(2, 3) if matrix.dtype == torch.float32 else pairs).reshape(columns // 16, inputs // 2, 32)
 
 
-def written(library: ctypes.CDLL, dtype: torch.dtype, matrix: Tensor, scale: float, inputs: int) -> Tensor:
+def check_strips(library: ctypes.CDLL, dtype: torch.dtype, matrix: Tensor, inputs: int, scale: float) -> None:
     memory = SlotMemory(library, 1, dtype)
     strips = StripAdapters(Linear("w", DenseWeight(torch.zeros(32, inputs, dtype=dtype))), memory, 16)
     columns = whole_strips(len(matrix))
     target = torch.full((columns // 16, inputs // 2, 32), 7.0, dtype=dtype)
     strips.write(target, matrix, scale)
-    return target
+    assert torch.equal(target, in_strips(scaled(matrix, scale).to(dtype), columns, inputs))
 
 
 @st.composite
@@ -67,9 +67,7 @@ def matrices(draw: st.DrawFn) -> tuple[Tensor, int]:
 def test_float32_lies_in_halves(
     float32_library: ctypes.CDLL, matrix_and_inputs: tuple[Tensor, int], scale: float
 ) -> None:
-    matrix, inputs = matrix_and_inputs
-    found = written(float32_library, torch.float32, matrix, scale, inputs)
-    assert torch.equal(found, in_strips(scaled(matrix, scale).float(), whole_strips(len(matrix)), inputs))
+    check_strips(float32_library, torch.float32, *matrix_and_inputs, scale)
 
 
 @given(matrices(), st.sampled_from([1.0, 0.5, 1 / 3, -7.25]))
@@ -77,7 +75,4 @@ def test_float32_lies_in_halves(
 def test_elements_are_rounded_once_and_lie_in_pairs(
     library: ctypes.CDLL, matrix_and_inputs: tuple[Tensor, int], scale: float
 ) -> None:
-    matrix, inputs = matrix_and_inputs
-    found = written(library, torch.bfloat16, matrix, scale, inputs)
-    wanted = in_strips(scaled(matrix, scale).to(torch.bfloat16), whole_strips(len(matrix)), inputs)
-    assert torch.equal(found, wanted)
+    check_strips(library, torch.bfloat16, *matrix_and_inputs, scale)
