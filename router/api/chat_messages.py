@@ -1,7 +1,8 @@
 """Chat messages: what a message may hold, as plain dicts for the chat template.
 
 Text and calls of tools only. Content is a string or a list of text parts; every other kind of part is refused by name.
-What an assistant message of an earlier answer carries as null (as the openai client dumps it) is taken for absent.
+What an assistant message of an earlier answer carries as null (as the openai client dumps it) is taken for absent; a
+refusal that another server gave is what the assistant said.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 
 _FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
-_FIELDS_OF_ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning"})  # of the assistant's
+_FIELDS_OF_ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning", "refusal"})  # of the assistant's
+_KINDS = ("text",)  # of parts: each holds its text in the field of its name
+_KINDS_OF_ANSWERS = ("text", "refusal")
 # Fields that exist elsewhere: refused unless null or empty.
-_UNSUPPORTED = frozenset({"function_call", "audio", "refusal", "annotations"})
+_UNSUPPORTED = frozenset({"function_call", "audio", "annotations"})
 
 
 # Book-keeping that libraries leave in the messages that they keep.
@@ -71,12 +74,14 @@ def _take_answer(message: dict[str, object], where: str, ignored: list[str] | No
         raise RequestError(f"{where}.{name} is for assistant messages only", param=f"{where}.{name}")
     if "tool_calls" in message:
         message["tool_calls"] = parse_calls(message["tool_calls"], f"{where}.tool_calls", ignored)
-    for name in ("reasoning_content", "reasoning"):
+    for name in ("reasoning_content", "reasoning", "refusal"):
         if not isinstance(message.get(name, ""), str):
             raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
     if "reasoning" in message:  # templates know the older name
         message.setdefault("reasoning_content", message.pop("reasoning"))
         message.pop("reasoning", None)
+    if refusal := message.pop("refusal", None):
+        message["content"] = f"{message['content']}{refusal}"
 
 
 def _check_role(message: dict[str, object], where: str) -> None:
@@ -93,21 +98,23 @@ def _content(content: object, role: str, where: str, ignored: list[str] | None) 
         case None if role == "assistant":
             return ""
         case list():
-            return "".join(_part(part, f"{where}[{index}]", ignored) for index, part in enumerate(content))
+            kinds = _KINDS_OF_ANSWERS if role == "assistant" else _KINDS
+            return "".join(_part(part, kinds, f"{where}[{index}]", ignored) for index, part in enumerate(content))
     raise RequestError(f"{where} must be a string or a list of text parts", param=where)
 
 
-def _part(part: object, where: str, ignored: list[str] | None) -> str:
+def _part(part: object, kinds: tuple[str, ...], where: str, ignored: list[str] | None) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise RequestError(f"{where} must be an object with a type", param=where)
-    if part["type"] != "text":
+    kind = part["type"]
+    if kind not in kinds:
         raise RequestError(
-            f"{where}: content of type {clip(part['type'])} is not supported, only text",
+            f"{where}: content of type {clip(kind)} is not supported, only text",
             param=where,
             code="unsupported_content",
         )
-    text = part.get("text")
+    text = part.get(kind)
     if not isinstance(text, str):
-        raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
-    take_only(part.keys(), frozenset({"type", "text"}), where, ignored)
+        raise RequestError(f"{where}.{kind} must be a string", param=f"{where}.{kind}")
+    take_only(part.keys(), frozenset({"type", kind}), where, ignored)
     return text

@@ -117,8 +117,7 @@ class ResponseForm:
         blocks = self._blocks.blocks if piece is not None else []
         last = len(blocks) - 1
         output = [self._item(block, status if block.index == last else "completed") for block in blocks]
-        asked = {name: self._request.get(name) for name in _REPEATED}
-        repeated = {name: default if asked[name] is None else asked[name] for name, default in _REPEATED.items()}
+        repeated = {name: _repeated(self._request.get(name), default) for name, default in _REPEATED.items()}
         return {
             "id": self._context.answer_id,
             "object": "response",
@@ -221,6 +220,15 @@ class ResponseForm:
 
     def _joined(self, kind: BlockKind) -> str:
         return "".join(block.text for block in self._blocks.blocks if block.kind == kind)
+
+
+def _repeated(asked: object, default: object) -> object:
+    """Return what a response says of a field: the request's value, an object's own defaults where it has none."""
+    if asked is None:
+        return default
+    if isinstance(asked, dict) and isinstance(default, dict):
+        return default | {name: value for name, value in asked.items() if value is not None}
+    return asked
 
 
 def _status(piece: TextPiece) -> str:

@@ -28,7 +28,7 @@ def input_messages(raw: object) -> list[PlacedMessage]:
 def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
     if not isinstance(raw, dict):
         raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    match raw.get("type", "message"):
+    match raw.get("type") or "message":  # clients dump an absent type as null
         case "message":
             if (role := raw.get("role")) not in ROLES:
                 rule = f"must be one of {', '.join(ROLES)}"

@@ -297,6 +297,15 @@ def test_an_answer_dumped_by_the_client_can_be_sent_back() -> None:
     assert parse_messages([dumped]) == [{"role": "assistant", "content": "a"}]
 
 
+def test_a_refusal_of_another_server_is_what_the_assistant_said() -> None:
+    parts = [{"type": "text", "text": "No: "}, {"type": "refusal", "refusal": "I may not."}]
+    for message, said in (
+        ({"content": None, "refusal": "I may not."}, "I may not."),
+        ({"content": parts}, "No: I may not."),
+    ):
+        assert parse_messages([{"role": "assistant", **message}]) == [{"role": "assistant", "content": said}]
+
+
 def test_calls_of_earlier_turns_are_the_templates_objects() -> None:
     function = {"name": "f", "arguments": '{"a": 1}'}
     call = {"id": "c", "type": "function", "function": function}
@@ -336,6 +345,8 @@ def test_reasoning_of_earlier_turns_has_one_name() -> None:
         (_calling(name="f", argumnets="{}"), "messages[0].tool_calls[0].function.argumnets"),
         ({"role": "user", "content": "hi", "tool_calls": [{}]}, "messages[0].tool_calls"),
         ({"role": "assistant", "content": "", "reasoning_content": 5}, "messages[0].reasoning_content"),
+        ({"role": "assistant", "content": "", "refusal": 5}, "messages[0].refusal"),
+        ({"role": "user", "content": [{"type": "refusal", "refusal": "a"}]}, "messages[0].content[0]"),
     ],
 )
 def test_a_wrong_message_is_refused_at_its_place(message: object, param: str) -> None:

@@ -209,6 +209,12 @@ async def test_what_asks_for_nothing_is_accepted() -> None:
     assert answer["parallel_tool_calls"] is False and answer["reasoning"] == {"effort": "low", "summary": "auto"}
 
 
+async def test_a_response_repeats_the_defaults_of_what_is_asked_in_part() -> None:
+    answer = await _whole(_served(), text={"verbosity": "medium", "format": None}, reasoning={"effort": "low"})
+    assert answer["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
+    assert answer["reasoning"] == {"effort": "low", "summary": None}
+
+
 def test_unknown_parts_are_told_where_they_may_be_ignored() -> None:
     ignored: list[str] = []
     asked = {"input": "x", "reasoning": {"effrot": "high", "effort": "low"}, "text": {"verbosty": "low"}}
@@ -223,6 +229,12 @@ def test_thoughts_that_follow_one_another_are_all_kept() -> None:
     ]
     assert [each.message for each in input_messages(items)] == [
         {"role": "assistant", "content": "", "reasoning_content": "a\nb"}
+    ]
+
+
+def test_an_item_whose_type_is_null_is_a_message() -> None:
+    assert [each.message for each in input_messages([{"type": None, "role": "user", "content": "hi"}])] == [
+        {"role": "user", "content": "hi"}
     ]
 
 
