@@ -71,6 +71,7 @@ class Scaling:
         self._is_leader = launcher is None
         self._seen: list[SeenLoad] = []  # by other routers
         self._decided_s = clock.now()
+        self._is_wanted = False  # a decision, by an operator: at the next tick
         self._seq = 0
         self._asked_s: float | None = None  # when the launcher was asked for what it has not answered yet
         self._shown: tuple[Counts, str] | None = None
@@ -129,7 +130,7 @@ class Scaling:
             self._launcher({"event": "hold", "counts": [counts.prefill, counts.decode], "for_s": for_s})
         else:
             self._autoscaler.hold(counts, None if for_s is None else self._clock.now() + for_s)
-        self._decided_s = -self._config.scale_interval  # at the next tick
+        self._is_wanted = True
 
     def release(self) -> None:
         if self._launcher is not None:
@@ -185,8 +186,9 @@ class Scaling:
         self._autoscaler.lapse(now)
         if not self._is_decided:
             self._shown, self._decision = None, None
-        if now - self._decided_s < self._config.scale_interval:
+        if now - self._decided_s < self._config.scale_interval and not self._is_wanted:
             return
+        self._is_wanted = False
         interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.scale_interval), now
         view = self._dispatcher.view()
         self._fleet.measure_starts(view, now)

@@ -354,3 +354,13 @@ def test_a_router_that_decides_later_knows_how_long_starts_took(site: Site) -> N
     site.fleet_is(leader=True, seq=0)
     site.interval()
     assert site.scaling.describe()["start_s"] == 40.0
+
+
+def test_what_an_operator_asks_for_between_two_intervals_counts_as_no_longer_than_it_was(site: Site) -> None:
+    site.run(60, rate=20)
+    seen = site.scaling.describe()["forecast"]
+    site.load(10)
+    site.fleet.clock.advance(0.5)
+    site.scaling.hold(Counts(2, 2), None)
+    site.scaling.tick()
+    assert site.scaling.describe()["forecast"] == seen
