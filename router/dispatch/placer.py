@@ -252,6 +252,17 @@ class Placer:
         other = self._policy.prefill_for(self._pools.picture(now_s), demand, decode)
         return None if other is None else self._pools.named(other.worker_id)
 
+    def redirect(self, tracked: TrackedRequest, worker: RouterWorker, now_s: float) -> None:
+        """Let another worker than was planned compute the prompt, which reads what it lacks itself."""
+        attempt = tracked.attempt
+        assert attempt is not None
+        if (planned := attempt.fetch) is not None:
+            attempt.fetch = fetch_from(self._pools, tracked.request, planned.worker_id, worker)
+        if worker is attempt.decode:
+            tracked.run_locally(now_s)
+        else:
+            tracked.send_task(now_s, worker)
+
     def check_fits(self, request: RouterRequest) -> None:
         """Raises RequestError (400) if none of the workers that are there could ever run the request."""
         demand = Demand(

@@ -130,13 +130,13 @@ class WorkerMessages:
         """Let another prefill worker use the grant, which nobody has opened, while it lasts."""
         other = None if tracked.must_run_alone else self._placer.prefill_for_grant(tracked, now)
         if other is not None:
-            tracked.send_task(now, other)
+            self._placer.redirect(tracked, other, now)
         else:
             self._in_flight.retry(tracked, Blame("refused", why, is_counted=False))
 
     def _on_no_capacity(self, tracked: TrackedRequest, worker: RouterWorker, message: NoCapacity, now: float) -> None:
         if message.reason == "held":
-            tracked.run_locally(now)
+            self._placer.redirect(tracked, worker, now)
             return
         if message.reason in ("stale", "incarnation"):
             text = f"decode worker {worker.worker_id} refused a reservation: {message.reason}"
