@@ -102,8 +102,9 @@ class UcxBackend:
         )
 
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
-        if remote.agent in self._pieces:
+        if remote.agent in self._pieces and self._own.reaches(remote.agent):
             return
+        self._fail_all(remote.agent)  # of a connection that has broken
         self._own.connect(remote.agent, remote.agent_metadata)
         self._pieces[remote.agent] = pieces
 
@@ -111,10 +112,14 @@ class UcxBackend:
         self._pieces.pop(agent, None)
         self._own.forget(agent)
 
-    def _end_agent(self) -> None:
+    def _fail_all(self, agent: str | None = None) -> None:
+        """Fail what is under way to an agent, which will not be answered; None: to any."""
         for handle in self._handles.values():
-            if handle.state is TransferState.PENDING:
+            if handle.state is TransferState.PENDING and agent in (None, handle.agent):
                 handle.state = TransferState.FAILED
+
+    def _end_agent(self) -> None:
+        self._fail_all()
         self._handles.clear()
         self._target.clear()
         self._reading.clear()

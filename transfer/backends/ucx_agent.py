@@ -201,6 +201,7 @@ class UcxAgent:
             self.num_malformed += 1
 
     def _on_hello(self, hello: UcxHello) -> None:
-        if hello.agent not in self._endpoints:
+        """Take the way back, unless there is one: over one that is broken nothing is answered."""
+        if not self.reaches(hello.agent):
             with contextlib.suppress(TransferError):  # it is gone again
                 self._open_endpoint(hello.agent, hello.address)

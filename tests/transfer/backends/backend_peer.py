@@ -6,16 +6,20 @@ in   fill              fill them with ones
 in   number            fill page n with n, and say so
 in   progress          let what is on its way come in, if anything does
 in   rotate N          replace the agent
+in   cut               break every TCP connection of this process, as a network does
 in   post REGION       begin to write every page onto the same page over there, and make no progress
 in   poll              progress until that write has ended
 out                    after each, one line of JSON with the notifications, the number of bytes that are not zero and a
-                       hash of the pages; the region at the start and after `rotate`; the write's state
+                       hash of the pages; the region at the start and after `rotate`; the write's state; what was cut
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import socket
 import sys
 import time
 
@@ -46,6 +50,8 @@ class Peer:
         elif command == "rotate":
             self.region = self.backend.rotate(int(argument))
             return {"region": msgspec.msgpack.encode(self.region).hex()}
+        elif command == "cut":
+            return {"num_cut": cut_connections()}
         elif command == "post":
             return {"state": self.post(msgspec.msgpack.decode(bytes.fromhex(argument), type=RegionInfo))}
         elif command == "poll":
@@ -85,6 +91,17 @@ class Peer:
             rounds += 1
             time.sleep(0.0005)
         return state.value
+
+
+def cut_connections() -> int:
+    """Return how many there were."""
+    num_cut = 0
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(number))) as found:
+            if found.family == socket.AF_INET and found.type == socket.SOCK_STREAM and found.getpeername():
+                found.shutdown(socket.SHUT_RDWR)
+                num_cut += 1
+    return num_cut
 
 
 def main(name: str, agent: str, shape: list[int]) -> None:
