@@ -94,10 +94,11 @@ def open_file(config: EngineConfig, fingerprint: str, *, slot_bytes: int, rank: 
         raise ConfigError(f"disk_cache_bytes: {config.disk_cache_bytes:,} is less than a block's {slot_bytes:,} bytes")
     directory = _private_directory(config.disk_cache_dir)
     head = b"\n".join((_MAGIC, fingerprint.encode(), f"{rank}/{tp_size} {num_slots} {slot_bytes}".encode()))
+    head = head.ljust(_ALIGN, b"\0")
     num_bytes = _data_start(num_slots) + num_slots * slot_bytes
-    fd = _lock_one(directory, f"{fingerprint}-{rank}of{tp_size}")
+    fd = _lock_one(directory, f"{fingerprint}-{rank}of{tp_size}", head)
     try:
-        if os.pread(fd, _ALIGN, 0) != head.ljust(_ALIGN, b"\0") or os.fstat(fd).st_size != num_bytes:
+        if os.pread(fd, _ALIGN, 0) != head or os.fstat(fd).st_size != num_bytes:
             _make(fd, head, num_bytes, directory)
         return DiskFile(fd, num_slots, slot_bytes)
     except BaseException:
@@ -127,20 +128,42 @@ def check_private(directory: Path) -> None:
         )
 
 
-def _lock_one(directory: Path, name: str) -> int:
-    """Lock the first file of this name that no other process has: a worker finds its own again."""
-    for number in range(_MAX_FILES):
-        path = directory / f"{name}.{number}.kv"
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise ConfigError(f"disk_cache_dir: cannot open {path}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _lock_one(directory: Path, name: str, head: bytes) -> int:
+    """Lock a file of this name that no other process has: one with our head if there is any, else the first.
+
+    So a worker finds its own again, also where one with a tier of another size, which would begin it anew, comes first.
+    """
+    paths = [directory / f"{name}.{number}.kv" for number in range(_MAX_FILES)]
+    for path in (*(path for path in paths if _begins_with(path, head)), *paths):
+        fd = _lock(path)
+        if fd is not None:
             return fd
-        except OSError:
-            os.close(fd)
     raise ConfigError(f"disk_cache_dir: {_MAX_FILES} processes use {directory} already")
+
+
+def _begins_with(path: Path, head: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(head)) == head
+    except OSError:
+        return False
+
+
+def _lock(path: Path) -> int | None:
+    """Open a file that is ours alone; None: another process has it. Raises ConfigError."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(f"disk_cache_dir: cannot open {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError as error:  # as of a network's file system without locks
+        os.close(fd)
+        raise ConfigError(f"disk_cache_dir: cannot lock {path}: {error.strerror}; take a local disk") from error
+    return fd
 
 
 def _make(fd: int, head: bytes, num_bytes: int, directory: Path) -> None:
@@ -155,7 +178,7 @@ def _make(fd: int, head: bytes, num_bytes: int, directory: Path) -> None:
                 "remove files of models that are not served any more"
             )
         os.posix_fallocate(fd, 0, num_bytes)
-        os.pwrite(fd, head.ljust(_ALIGN, b"\0"), 0)
+        os.pwrite(fd, head, 0)
     except OSError as error:
         raise ConfigError(f"disk_cache_dir: no room of {num_bytes:,} bytes in {directory}: {error.strerror}") from error
 

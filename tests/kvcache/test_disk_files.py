@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import subprocess
@@ -120,6 +121,29 @@ def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o755)
     with pytest.raises(ConfigError, match=r"others may look into .*chmod 700"):
+        _open(tmp_path)
+
+
+def test_a_worker_finds_its_own_file_again_whichever_starts_first(tmp_path: Path) -> None:
+    """Workers that are started by hand may have tiers of different sizes in one directory."""
+    large, small = _open(tmp_path), _open(tmp_path, num_bytes=2 * SLOT)
+    large.write(3, A, _data(1))
+    small.write(1, B, _data(2))
+    for file in (large, small):
+        file.close()
+    small, large = _open(tmp_path, num_bytes=2 * SLOT), _open(tmp_path)
+    assert list(small.stored()) == [(B, 1)] and list(large.stored()) == [(A, 3)]
+    for file in (large, small):
+        file.close()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ConfigError, match=r"cannot lock .*f0-0of1\.0\.kv: Function not implemented; take a local disk"):
         _open(tmp_path)
 
 
