@@ -66,6 +66,7 @@ class RouterSessions:
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self._lost_timers: dict[str, asyncio.TimerHandle] = {}
+        self._twins: set[str] = set()  # addresses of routers that are reached by others as well
         self.are_ending = False  # the whole deployment stops: a session's end is no trouble
         self.refused: asyncio.Future[str] = self._loop.create_future()  # a router will not have this worker
 
@@ -121,11 +122,22 @@ class RouterSessions:
                 self._refuse(f"router {address}: {error}")
                 return
             else:
-                failures = 0
-                await self._converse(channel)
+                if channel.peer_id in self._channels:
+                    failures = len(_BACKOFF_S)  # another try is for a router that comes in its place
+                    self._leave_twin(address, channel)
+                else:
+                    failures = 0
+                    await self._converse(channel)
                 if self.refused.done():
                     return
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+
+    def _leave_twin(self, address: str, channel: Channel) -> None:
+        """Open no second session with a router that has one by another of its addresses: it would end the first."""
+        channel.abort()
+        if address not in self._twins:
+            self._twins.add(address)
+            log.warning("router_named_twice", router=channel.peer_id, address=address)
 
     def _refuse(self, reason: str) -> None:
         if not self.refused.done():

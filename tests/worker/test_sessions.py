@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 
-from kvferry.common.errors import InvalidTransition
+from kvferry.common.errors import InvalidTransition, WorkerLost
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, serve, server_address
 from kvferry.wire.codec import Decoder, WorkerToRouter, encode
@@ -27,12 +27,12 @@ def _not_expected(error: BaseException) -> None:
 
 
 def _sessions(
-    address: str,
+    *addresses: str,
     on_message: Callable[[str, Message], None] = lambda router, message: None,
     on_failure: Callable[[BaseException], None] = _not_expected,
 ) -> RouterSessions:
     return RouterSessions(
-        (address,),
+        addresses,
         hello("w", "decode"),
         secret=NO_SECRET,
         max_frame_bytes=1 << 20,
@@ -136,3 +136,33 @@ async def test_a_message_that_cannot_be_dealt_with_is_told_and_not_the_silent_en
         assert isinstance(await failed, InvalidTransition)
     await sessions.close()
     server.close()
+
+
+async def test_a_router_that_is_named_by_two_addresses_has_one_session() -> None:
+    """It would end the older one at each hello, and the worker open that again, for ever."""
+    num_hellos, is_left = 0, asyncio.Event()
+
+    async def on_channel(channel: Channel) -> None:
+        nonlocal num_hellos
+        try:
+            message = _decoder.decode(await channel.recv())
+        except WorkerLost:
+            is_left.set()
+            return
+        assert isinstance(message, WorkerHello)
+        num_hellos += 1
+        if num_hellos > 1:
+            is_left.set()
+        with contextlib.suppress(WorkerLost):
+            while True:
+                await channel.recv()
+
+    server = await serve(Address("127.0.0.1", 0), "r", on_channel)
+    port = server_address(server, "127.0.0.1").port
+    sessions = _sessions(f"127.0.0.1:{port}", f"localhost:{port}")
+    sessions.start()
+    async with asyncio.timeout(60):
+        await is_left.wait()
+    await sessions.close()
+    server.close()
+    assert num_hellos == 1
