@@ -3,13 +3,15 @@
     channel hello (shared secret) ─> WorkerHello ─ checked ─> session ─> messages both ways ... ─> ended: worker lost
                                           └─ does not fit ─> Refused, naming both values
 
-One session is one life of one worker's connection; a newer session of the same worker ends the older. Frames are
+One session is one life of one worker's connection; a newer session of the same worker ends the older. A life that was
+ended so by another life does not come back: it is another worker of the same name, or a lost one's ghost. Frames are
 decoded here, into closed message types, and handed to the dispatcher of the worker's group; a bad one ends its session.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import count
 
@@ -30,6 +32,7 @@ from .worker_group import WorkerGroup, find_group
 TICK_S = 0.1
 LATE_TICK_S = 1.0
 SLICE_BYTES = 8 * 2**10  # of one session's messages in a row: a few milliseconds of work at most
+_MOST_REPLACED = 16  # lives of one worker that are remembered: more at once have one name
 
 log = structlog.get_logger(__name__)
 
@@ -76,6 +79,7 @@ class ControlServer:
         self._decoder: Decoder[Message] = Decoder(WorkerToRouter)
         self._numbers = count(1)
         self._sessions: dict[str, WorkerSession] = {}
+        self._replaced: dict[str, deque[int]] = {}  # by worker: incarnations that were here when another one came
         self._server: asyncio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
 
@@ -128,7 +132,7 @@ class ControlServer:
         """Hold one worker's session, from its hello to its end."""
         hello, group = await self._receive_hello(channel)
         session = WorkerSession(channel, hello, next(self._numbers), group)
-        self._replace(hello.worker_id)
+        self._replace(hello)
         self._sessions[hello.worker_id] = session
         group.dispatcher.worker_joined(session, hello)
         log.info("worker_joined", worker_id=hello.worker_id, role=hello.role, session=session.number, pid=hello.pid)
@@ -168,6 +172,9 @@ class ControlServer:
         if hello.worker_id != channel.peer_id:
             reason = f"worker id {hello.worker_id!r} is not the connection's {channel.peer_id!r}"
             raise ProtocolError(reason, kind="mismatch")
+        if hello.incarnation in self._replaced.get(hello.worker_id, ()):
+            reason = f"worker id {hello.worker_id!r} is another worker's, which joined later: give each its own"
+            raise ProtocolError(reason, kind="mismatch")
 
         def peer_in(group: WorkerGroup) -> WorkerHello | None:
             sessions = self._sessions.values()
@@ -175,9 +182,12 @@ class ControlServer:
 
         return find_group(hello, self._groups, peer_in)
 
-    def _replace(self, worker_id: str) -> None:
-        old = self._sessions.get(worker_id)
+    def _replace(self, hello: WorkerHello) -> None:
+        old = self._sessions.get(hello.worker_id)
         if old is not None:
+            if old.hello.incarnation != hello.incarnation:
+                replaced = self._replaced.setdefault(hello.worker_id, deque(maxlen=_MOST_REPLACED))
+                replaced.append(old.hello.incarnation)
             self._end(old, "replaced by a newer session")
             old.abort()
 

@@ -149,6 +149,20 @@ async def test_a_new_life_of_a_worker_ends_the_older_session() -> None:
         await r.until(lambda: [w.hello.incarnation for w in r.dispatcher.view().workers] == [2])
 
 
+async def test_two_workers_of_one_name_do_not_end_each_other_for_ever() -> None:
+    async with router() as r:
+        await r.join("d-0", incarnation=1)
+        await r.until(lambda: r.ids() == ["d-0"])
+        later = await r.join("d-0", incarnation=2)
+        await r.until(lambda: [w.hello.incarnation for w in r.dispatcher.view().workers] == [2])
+        answer = await (await r.join("d-0", incarnation=1)).recv()
+        assert isinstance(answer, Refused) and "worker id 'd-0' is another worker's" in answer.reason
+        later.channel.abort()
+        await r.until(lambda: r.ids() == [])
+        await r.join("d-0", incarnation=2)
+        await r.until(lambda: r.ids() == ["d-0"])
+
+
 async def test_a_worker_that_does_not_fit_is_told_both_values() -> None:
     async with router() as r:
         stranger = await r.join("d-0", model="another")
