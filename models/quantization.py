@@ -166,13 +166,16 @@ class Storage:
 class Rule:
     """The storage of the modules that a target names; None: plain numbers."""
 
-    target: str  # "Linear": every one; "re:" and an expression; a module's name, or some parts of it in a row
+    # "Linear": every one but a gate; "re:" and an expression; a module's name, or some parts of it in a row.
+    target: str
     storage: Storage | None
 
     def names(self, module: str) -> bool:
         if self.target.startswith("re:"):
             return re.match(self.target[3:], module) is not None
-        return self.target == "Linear" or f".{self.target}." in f".{module}."
+        if self.target == "Linear":  # tools leave gates plain without a word: many libraries have no linear there
+            return not module.endswith(GATES)
+        return f".{self.target}." in f".{module}."
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -247,14 +250,13 @@ def quantized_at_load(name: str) -> Quantization:
     latents.
     """
     if name == "fp8":
-        plain_ones = ("lm_head", "kv_b_proj", "experts", *GATES)
+        plain_ones = ("lm_head", "kv_b_proj", "experts")
         rules = [*(Rule(module, None) for module in plain_ones), Rule("Linear", Storage(layout="plain", kind="float8"))]
         return Quantization(name=name, method=name, rules=tuple(rules))
     head = Storage(layout="plain", bits=8)
     linear = Storage(layout="plain", bits=8 if name == "int8" else 4)
-    plain = (Rule(gate, None) for gate in GATES)
     return Quantization(
-        name=name, method=name, rules=(Rule("lm_head", head), *plain, Rule("Linear", linear)), modules={TIED_HEAD: head}
+        name=name, method=name, rules=(Rule("lm_head", head), Rule("Linear", linear)), modules={TIED_HEAD: head}
     )
 
 

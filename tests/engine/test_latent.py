@@ -133,9 +133,12 @@ def test_two_ranks_say_what_one_says_and_each_has_all_latents(checkpoints: Path,
         pair.group.close()
 
 
-def test_weights_in_8_bit_blocks_say_what_the_numbers_that_they_stand_for_say(checkpoints: Path) -> None:
-    """Rows of blocks may be cut short, as those of `kv_a_proj_with_mqa` are in the large models."""
-    source, narrow, plain = (checkpoints / name for name in ("v3", "narrow", "plain"))
+@pytest.mark.parametrize("variant", ["v3", "v3 with experts"])
+def test_weights_in_8_bit_blocks_say_what_the_numbers_that_they_stand_for_say(
+    checkpoints: Path, tmp_path: Path, variant: str
+) -> None:
+    """Rows of blocks may be cut short, as those of `kv_a_proj_with_mqa` are in the large models; gates are plain."""
+    source, narrow, plain = checkpoints / variant, tmp_path / "narrow", tmp_path / "plain"
     tensors = load_file(source / "model.safetensors")
     stored, meant = dict(tensors), dict(tensors)
     for name, matrix in tensors.items():

@@ -86,6 +86,17 @@ def test_heads_and_excluded_modules_are_plain() -> None:
     assert _read(_compressed() | {"ignore": ["re:.*up_proj"]}).storage(UP) is None
 
 
+def test_gates_of_experts_are_plain_unless_they_are_named() -> None:
+    gates = [f"model.layers.3.{gate}" for gate in ("mlp.gate", "block_sparse_moe.gate", "mlp.router")]
+    fp8: dict[str, object] = {"quant_method": "fp8"}
+    for config in (GPTQ, AWQ, fp8, _compressed()):
+        found = _read(config)
+        assert not any(found.storage(gate) for gate in gates)
+        assert found.storage("model.layers.3.mlp.gate_proj") == found.storage(UP) is not None
+    named = _read(GPTQ | {"modules_in_block_to_quantize": [["mlp.gate", "mlp.up_proj"]]})
+    assert named.storage("model.layers.3.mlp.gate") is not None
+
+
 def test_fused_parts_take_the_form_that_holds_each_exactly() -> None:
     kinds = {"q": "Q4_K", "k": "Q4_0", "v": "Q6_K"}
     found = _read({"quant_method": "gguf", "modules": kinds})
