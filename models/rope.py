@@ -92,23 +92,27 @@ def _read_rope(
     original = scaling.count(
         "original_max_position_embeddings", fields.count("original_max_position_embeddings", max_model_len)
     )
-    if kind == "default":
-        nested = [key for key, value in scaling.raw.items() if isinstance(value, dict)]
-        if nested:
-            raise ConfigError(f"{fields.path}: rotary parameters for each layer type ({nested}) are not supported")
-        return RopeConfig(theta=theta, fraction=fraction)
-    if kind == "linear":
-        return RopeConfig(kind="linear", theta=theta, factor=scaling.number("factor"), original_max_len=max_model_len)
-    if kind == "llama3":
-        return _llama3(scaling, theta, original)
-    if kind == "yarn":
-        return _yarn(scaling, theta, original, max_model_len)
-    if kind in ("longrope", "su"):
-        rope = _longrope(scaling, theta, original, max_model_len, int(head_dim * fraction) // 2)
-        return replace(rope, fraction=fraction)
-    raise ConfigError(
-        f"{fields.path}: rotary scaling {kind!r} is not supported; these are: default, linear, llama3, longrope, yarn"
-    )
+    match kind:
+        case "default":
+            nested = [key for key, value in scaling.raw.items() if isinstance(value, dict)]
+            if nested:
+                raise ConfigError(f"{fields.path}: rotary parameters for each layer type ({nested}) are not supported")
+            rope = RopeConfig(theta=theta)
+        case "linear":
+            factor = scaling.number("factor")
+            rope = RopeConfig(kind="linear", theta=theta, factor=factor, original_max_len=max_model_len)
+        case "llama3":
+            rope = _llama3(scaling, theta, original)
+        case "yarn":
+            rope = _yarn(scaling, theta, original, max_model_len)
+        case "longrope" | "su":
+            rope = _longrope(scaling, theta, original, max_model_len, int(head_dim * fraction) // 2)
+        case _:
+            raise ConfigError(
+                f"{fields.path}: rotary scaling {kind!r} is not supported; "
+                "these are: default, linear, llama3, longrope, yarn"
+            )
+    return replace(rope, fraction=fraction)
 
 
 def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:
@@ -140,7 +144,7 @@ def _longrope(scaling: ConfigFields, theta: float, original: int, max_model_len:
 
 def _yarn(scaling: ConfigFields, theta: float, original: int, max_model_len: int) -> RopeConfig:
     factor = scaling.number("factor", max_model_len / original)
-    if scaling.has("mscale") and scaling.has("mscale_all_dim"):
+    if scaling.raw.get("mscale") and scaling.raw.get("mscale_all_dim"):  # 0 says, like null, that there is none
         default = _yarn_mscale(factor, scaling.number("mscale")) / _yarn_mscale(
             factor, scaling.number("mscale_all_dim")
         )

@@ -25,6 +25,7 @@ LONGROPE = {
     "long_factor": [1.0, 4.0, 9.0, 20.0],
     "partial_rotary_factor": 0.5,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "llama": ("llama", {"hidden_size": 96, "num_qo_heads": 6, "num_kv_heads": 2}),
     "llama tied": ("llama", {"tie_embeddings": True, "num_layers": 3}),
@@ -48,18 +49,10 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "mistral window": ("mistral", {"sliding_window": 20}),
     "qwen2": ("qwen2", {"tie_embeddings": True}),
     "qwen2 window": ("qwen2", {"sliding_window": 13, "num_layers": 3}),
-    "qwen2 yarn": (
+    "qwen2 yarn": ("qwen2", {"config": {"rope_parameters": YARN | {"rope_theta": 5000.0}}}),
+    "qwen2 yarn without a second scale": (
         "qwen2",
-        {
-            "config": {
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "rope_theta": 5000.0,
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                }
-            }
-        },
+        {"config": {"rope_parameters": YARN | {"rope_theta": 5000.0, "mscale": 0.7, "mscale_all_dim": 0}}},
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "granite": ("granite", {"tie_embeddings": True}),

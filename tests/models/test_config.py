@@ -217,6 +217,13 @@ def test_phi4_turns_a_part_of_each_head(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_any_scaling_turns_a_part_of_each_head(tmp_path: Path, kind: str) -> None:
+    scaling = {"type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = _published(tmp_path, PHI4_MINI | {"rope_scaling": scaling})
+    assert (config.rope.kind, config.rope.fraction) == (kind, 0.75)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
