@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 from jinja2.exceptions import SecurityError
 
 from ..common.clock import Clock, SystemClock, wall_time_s
@@ -51,6 +51,12 @@ class ChatTemplate:
         self._template = _compile(source, origin, now)
         self.source = source
         self.origin = origin
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names that it looks up in what it is given. Its texts, and fields of messages, are none."""
+        syntax_tree = self._template.environment.parse(self.source)
+        return frozenset(meta.find_undeclared_variables(syntax_tree))
 
     def render(
         self,

@@ -13,6 +13,7 @@ from typing import Self
 from ... import __version__
 from ...common.config import ReasoningParserName, SpecialTokens, ToolParserName
 from ...common.request import Pooling
+from ...models.chat_template import ChatTemplate
 from ...models.special_text import SpecialText
 from ...models.tokenizer import Tokenizer
 from ..dispatch.dispatcher import Dispatcher
@@ -74,8 +75,7 @@ class Version(WorkerGroup):
         if renderer is None and tokenizer.chat_template is not None:
             renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens)
         special_text = tokenizer.special_text() if model.special_tokens != "allow" else None
-        source = tokenizer.chat_template.source if tokenizer.chat_template is not None else None
-        dialect = Dialect.of_template(source, model.tool_parser, model.reasoning_parser)
+        dialect = _dialect(model, tokenizer.chat_template)
         return cls(expected, dispatcher, model, tokenizer, dialect, renderer, special_text, grammars)
 
     def with_adapter(self, name: str, adapter: AdapterUse) -> Self:
@@ -86,3 +86,8 @@ class Version(WorkerGroup):
     def served_name(self) -> str:
         """Return the model's name, which its workers know."""
         return self.parent or self.model.name
+
+
+def _dialect(model: ServedModel, template: ChatTemplate | None) -> Dialect:
+    source, variables = (None, frozenset[str]()) if template is None else (template.source, template.variables)
+    return Dialect.of_template(source, model.tool_parser, model.reasoning_parser, variables=variables)

@@ -6,7 +6,7 @@ An operator may say so; what he leaves open is read off the chat template, which
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from ...common.config import ReasoningParserName, ToolParserName
@@ -28,7 +28,7 @@ _SIGNS = (
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
     (re.compile(r"<\|python_tag\|>|<\|start_header_id\|>"), "llama3_json"),
 )
-_TOOLS = re.compile(r"\btools\b")
+_SWITCHES = frozenset({"reasoning_effort", "enable_thinking", "thinking"})
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,16 +46,18 @@ class Dialect:
         source: str | None,
         tool_parser: ToolParserName = "auto",
         reasoning_parser: ReasoningParserName = "auto",
+        *,
+        variables: Set[str] = frozenset(),
     ) -> Dialect:
-        """Read a dialect off a chat template; names other than `auto` go before it."""
+        """Read a dialect off a chat template and the variables that it has; names other than `auto` go before it."""
         source = source or ""
-        takes_tools = _TOOLS.search(source) is not None
+        takes_tools = "tools" in variables  # Phi-4-mini's has `message['tools']`, which clients do not send
         by_sign = (name for sign, name in _SIGNS if sign.search(source) is not None)
         found = cls(
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
             reasoning_parser="think" if END in source else "none",
             takes_tools=takes_tools,
-            switches=frozenset(re.findall(r"\b(?:reasoning_effort|enable_thinking|thinking)\b", source)),
+            switches=_SWITCHES & variables,
         )
         if tool_parser != "auto":
             found = replace(found, tool_parser=_ALIASES.get(tool_parser, tool_parser))

@@ -132,7 +132,9 @@ def test_the_answer_does_not_depend_on_how_tokens_arrive(
 
 def test_a_stop_string_counts_that_ends_within_the_token_that_begins_a_call() -> None:
     use = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, None)
-    reader = Dialect.of_template("{{ tools }}<tool_call></tool_call>").reader(use, begins_inside=False)
+    reader = Dialect.of_template("{{ tools }}<tool_call></tool_call>", variables={"tools"}).reader(
+        use, begins_inside=False
+    )
     words = ["So", ".E", 'ND<tool_call>{"name', '": "f"}</tool_call>']
     options = TextOptions(stops=("END",), calls=lambda: reader, max_tokens=100)
     choice = ChoiceText(cast(Detokenizer, WordDetokenizer(words)), options)

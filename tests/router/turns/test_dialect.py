@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvferry.models.chat_template import ChatTemplate
@@ -11,7 +13,18 @@ from kvferry.router.turns.dialect import Dialect
 QWEN = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools> in <tool_call></tool_call>{% endif %}{{ messages[0].content }}"
 )
+# Phi-4-mini's: tools are a message's field.
+PHI4_MINI = (
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not "
+    "none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + "
+    "'<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
 USE = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, None)
+
+
+def _dialect(source: str, *parsers: Any) -> Dialect:
+    return Dialect.of_template(source, *parsers, variables=ChatTemplate(source).variables)
 
 
 @pytest.mark.parametrize(
@@ -25,15 +38,23 @@ USE = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, No
         ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
         ("<|start_header_id|>{{ tools }}", "llama3_json", True, "none"),
         ("{{ tools | tojson }}", "json", True, "none"),
+        ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", "json", True, "none"),
+        (PHI4_MINI, "hermes", False, "none"),
+        ("You have no tools.{% set thinking = false %}{{ message.thinking }}", "hermes", False, "none"),
     ],
 )
 def test_a_template_shows_its_dialect(source: str | None, parser: str, takes_tools: bool, reasoning: str) -> None:
-    dialect = Dialect.of_template(source)
+    dialect = Dialect.of_template(None) if source is None else _dialect(source)
     assert (dialect.tool_parser, dialect.takes_tools, dialect.reasoning_parser) == (parser, takes_tools, reasoning)
 
 
+def test_switches_are_variables_of_the_template() -> None:
+    source = "{{ message.thinking }} thinking {% if enable_thinking is defined %}{{ reasoning_effort }}{% endif %}"
+    assert _dialect(source).switches == {"enable_thinking", "reasoning_effort"}
+
+
 def test_an_operator_knows_better() -> None:
-    dialect = Dialect.of_template(QWEN, "qwen3_xml", "qwen3")
+    dialect = _dialect(QWEN, "qwen3_xml", "qwen3")
     assert (dialect.tool_parser, dialect.reasoning_parser) == ("qwen3_coder", "think")
 
 
@@ -46,7 +67,7 @@ def test_reasoning_begins_where_the_prompt_left_it() -> None:
 
 
 def test_special_tokens_that_are_read_stay_in_the_text() -> None:
-    assert Dialect.of_template("{{ tools }}[TOOL_CALLS]").shown_marks(USE) == {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}
+    assert _dialect("{{ tools }}[TOOL_CALLS]").shown_marks(USE) == {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}
     assert Dialect.of_template("</think>").shown_marks(ToolUse()) == {"<think>", "</think>"}
 
 

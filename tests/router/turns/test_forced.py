@@ -84,7 +84,7 @@ def test_references_within_a_tools_schema_lead_to_its_new_place() -> None:
 
 
 def test_a_forced_text_is_read_as_calls_whatever_the_models_form() -> None:
-    dialect = Dialect.of_template("{{ tools }}[TOOL_CALLS]</think>").without_reasoning
+    dialect = Dialect.of_template("{{ tools }}[TOOL_CALLS]</think>", variables={"tools"}).without_reasoning
     for text, names in (
         ('[{"name": "search", "arguments": {"a": 1}}, {"name": "wait", "arguments": {}}]', ["search", "wait"]),
         ('{\n  "name": "wait",\n  "arguments": {}\n}', ["wait"]),
