@@ -10,7 +10,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
 from ...common.errors import RequestError
@@ -18,10 +18,10 @@ from ...models.special_text import SpecialText
 from ...models.tokenizer import check_num_bytes, check_text_size
 from ..catalogue.infill import InfillForm
 from ..catalogue.version import Version
-from ..helpers.chat_renderer import Chat
+from ..helpers.chat_renderer import Chat, Renderer
 from ..state.errors import clip
 from ..turns.definitions import ToolUse, parse_tool_use
-from ..turns.told import told_in_text
+from ..turns.told import told_by_user, told_in_text
 from .answer import PromptText
 from .chat_messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
@@ -71,7 +71,7 @@ class PromptReader:
         ignored: list[str] | None = None if refuses_unknown else []
         messages, use, chat, hidden = await self.run(size, _chat, version, body, ignored)
         continued = str(messages[-1]["content"]) if chat.continue_final_message else ""
-        text = await version.renderer.render(chat)
+        text = await _rendered(version.renderer, chat, has_own_system=messages[0]["role"] == "system")
         # The template writes the special tokens itself.
         prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
         return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *_without_effect(version, body)])
@@ -161,6 +161,16 @@ def _chat(
         shown, tools = told_in_text(shown, tools), []
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return messages, use, Chat(shown, kwargs, prompted, continues, tools), hidden
+
+
+async def _rendered(renderer: Renderer, chat: Chat, *, has_own_system: bool) -> str:
+    """Render a chat; where the template refuses a system message that is not the client's own, without one."""
+    try:
+        return await renderer.render(chat)
+    except RequestError:
+        if has_own_system or chat.messages[0]["role"] != "system":
+            raise
+    return await renderer.render(replace(chat, messages=told_by_user(chat.messages)))
 
 
 def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[str, object]:

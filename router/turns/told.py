@@ -1,6 +1,6 @@
 """Tools for templates that know of none: told in a system message, in Hermes' form, which small models learn first.
 
-tools            ─> a text at the end of the system message
+tools            ─> a text at the end of the system message, or before the user's first where there can be none
 calls made       ─> `<tool_call>` in the assistant's message
 their results    ─> `<tool_response>` in a user's message, which goes on with what he says next
 """
@@ -47,6 +47,16 @@ def told_in_text(
     if told and told[0]["role"] == "system":
         return [{**told[0], "content": f"{told[0]['content']}\n\n{preamble}"}, *told[1:]]
     return [{"role": "system", "content": preamble}, *told]
+
+
+def told_by_user(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Return the messages with a first system message at the beginning of what the user says next.
+
+    For templates that know no system's role, as Gemma 2's, and refuse it.
+    """
+    if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
+        return list(messages)
+    return [{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
 
 
 def _called(message: Mapping[str, object]) -> dict[str, object]:

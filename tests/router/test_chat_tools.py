@@ -8,10 +8,11 @@ import pytest
 
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import CheckedGrammar, Grammar
+from kvferry.models.chat_template import ChatTemplate
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.turns.told import told_in_text
 
-from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, events, serve
+from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Inline, Script, Served, events, serve, toy_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 TOOLS = [
@@ -317,6 +318,32 @@ def test_a_user_who_goes_on_after_results_takes_one_turn() -> None:
     )
     assert [message["role"] for message in told] == ["user", "assistant"] * 2 + ["user"]
     assert told[2]["content"] == "<tool_response>\nfound\n</tool_response>\nso?"
+
+
+# Gemma 2's, as far as it refuses.
+WITHOUT_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+)
+
+
+async def test_tools_are_told_by_the_user_where_a_template_takes_no_system_message() -> None:
+    renderer = Inline(toy_tokenizer())
+    renderer._template = ChatTemplate(WITHOUT_SYSTEM)
+    served = serve(Script(CALL), model=ServedModel(MODEL, LONG, VOCAB_SIZE), renderer=renderer)
+    choice = await _whole(served)
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "search"
+    prompt = bytes(served.request.prompt_token_ids).decode()
+    assert prompt.startswith("<user># Tools") and prompt.endswith("</tool_call>\n\nhi")
+    asked = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "search", "arguments": "{}"}}]}
+    await _whole(served, messages=[*CHAT, asked, {"role": "tool", "tool_call_id": "a", "content": "found"}])
+    assert bytes(served.request.prompt_token_ids).endswith(b"<user><tool_response>\nfound\n</tool_response>")
+    async with served.client() as client:
+        body = {"messages": [{"role": "system", "content": "Be brief."}, *CHAT], "tools": TOOLS}
+        refused = await client.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["message"] == "System role not supported"
 
 
 # --- reasoning --------------------------------------------------------------------------------------------
