@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from .latent import LatentConfig, read_latent
 from .quantization import Quantization
 from .quantization_config import read_quantization
 from .rope import RopeConfig, read_ropes
+from .tokenizer_files import read_end_tokens
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -72,7 +73,10 @@ class ModelConfig:
         raw = _read_json(model_dir / "config.json")
         generation_path = model_dir / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.is_file() else {}
-        return _parse(ConfigFields(model_dir / "config.json", raw), generation)
+        config = _parse(ConfigFields(model_dir / "config.json", raw), generation)
+        # Chats that were taught to a base model end by the tokenizer's token; the other files often stay the base's.
+        ends = {end for end in read_end_tokens(model_dir) if end < config.vocab_size}
+        return replace(config, eos_token_ids=config.eos_token_ids | ends)
 
     @property
     def rotary_dim(self) -> int:

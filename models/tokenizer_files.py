@@ -1,7 +1,7 @@
 """A model directory's files say what its tokenizer is.
 
     tokenizer.json                                  the library's own: load_backend
-    tokenizer_config.json, special_tokens_map.json  which token has which role: read_special_tokens
+    tokenizer_config.json, special_tokens_map.json  which token has which role: read_special_tokens, read_end_tokens
 
 The library is imported where a file is read, so that whoever only checks texts need not wait for it.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ..common.errors import ConfigError
 from .files import read_json
@@ -60,3 +62,26 @@ def read_special_tokens(path: Path, config: Mapping[str, object]) -> dict[str, s
         if role.endswith("_token") and isinstance(token, str):
             found[role] = token
     return found
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _AddedTokens(msgspec.Struct):
+    """All that is kept of a tokenizer.json: the rest is passed over, which takes some tens of milliseconds."""
+
+    added_tokens: list[_AddedToken] = []
+
+
+def read_end_tokens(path: Path) -> list[int]:
+    """Return the id of a model directory's eos_token; none where there is no such token, or no tokenizer.json."""
+    token = read_special_tokens(path, read_json(path / "tokenizer_config.json", default={})).get("eos_token")
+    if token is None:
+        return []
+    try:
+        found = msgspec.json.decode((path / "tokenizer.json").read_bytes(), type=_AddedTokens)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return []  # whoever needs the tokenizer says what is wrong with it
+    return [added.id for added in found.added_tokens if added.content == token]

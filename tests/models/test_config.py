@@ -56,6 +56,20 @@ def test_qwen2_has_biases_on_q_k_v_alone(tmp_path: Path) -> None:
     assert config.qkv_bias and not config.o_bias and not config.qk_norm
 
 
+@pytest.mark.parametrize("written", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_answers_end_at_the_tokenizers_end_token_too(tmp_path: Path, written: object) -> None:
+    """Chats that are taught to a base model end by a token that generation_config.json of the base does not name."""
+    added = [{"id": 3, "content": "<|endoftext|>"}, {"id": 5, "content": "<|im_end|>", "special": True}]
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": {"vocab": {"a": 0}}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": written}))
+    assert _load(tmp_path, {}, {"eos_token_id": 3}).eos_token_ids == {3, 5}
+    assert _load(tmp_path, {"vocab_size": 4}, {"eos_token_id": 3}).eos_token_ids == {3}
+    for text in ('{"added_tokens": []}', "{", '{"added_tokens": {}}'):
+        tokenizer.write_text(text)
+        assert _load(tmp_path, {}, {"eos_token_id": 3}).eos_token_ids == {3}
+
+
 def test_generation_config_wins_for_end_tokens(tmp_path: Path) -> None:
     assert _load(tmp_path, {}, {"eos_token_id": [7, 9]}).eos_token_ids == {7, 9}
 
