@@ -129,7 +129,8 @@ def load_chat_template(
     if override is not None:
         return _from_file(override)
     if (file := model_dir / "chat_template.jinja").is_file():
-        return _from_file(file)
+        tool_use = model_dir / "additional_chat_templates" / "tool_use.jinja"
+        return _from_file(file, tool_use if tool_use.is_file() else None)
     file = model_dir / "chat_template.json"
     found = read_json(file, default={}).get("chat_template")
     if found is None:
@@ -138,12 +139,15 @@ def load_chat_template(
     return None if found is None else ChatTemplate(_default_of(found, file), origin=str(file))
 
 
-def _from_file(file: Path) -> ChatTemplate:
+def _from_file(file: Path, tool_use: Path | None = None) -> ChatTemplate:
+    return ChatTemplate(_with_tool_use(_text_of(file), tool_use and _text_of(tool_use)), origin=str(file))
+
+
+def _text_of(file: Path) -> str:
     try:
-        source = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template {file}: {error}") from error
-    return ChatTemplate(source, origin=str(file))
 
 
 def _default_of(found: object, file: Path) -> str:

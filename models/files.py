@@ -25,8 +25,9 @@ from .gguf.files import gguf_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
-# Subfolders, but for the one of an embedding model's pooling (1_Pooling), and second copies of the weights.
-_UNWANTED = ("[!1]*/*", "1/*", "1[!_]*/*", "consolidated*.safetensors")
+# Subfolders, and second copies of the weights. Folders that begin with "1_" or "add" are those of an embedding model's
+# pooling (1_Pooling) and of further chat templates (additional_chat_templates).
+_UNWANTED = ("[!1a]*/*", "1/*", "1[!_]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*", "consolidated*.safetensors")
 _MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MAX_JSON_BYTES = 256 << 20
 

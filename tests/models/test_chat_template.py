@@ -245,6 +245,20 @@ def test_a_chat_with_tools_is_written_by_the_template_for_them(tmp_path: Path, d
     assert "array[int]" in told and "f\n" in told
 
 
+def test_further_templates_stand_in_a_folder_of_files(tmp_path: Path) -> None:
+    """As transformers writes them now."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    template = load_chat_template(tmp_path, {})
+    assert template is not None and "tools" in template.variables
+    tools = [{"name": "f"}]
+    assert template.render(HELLO, tools=tools) == ChatTemplate(TOOL_USE).render(HELLO, tools=tools)
+    assert template.render(HELLO) == ChatTemplate(CHATML).render(HELLO)
+    other = load_chat_template(tmp_path, {}, override=tmp_path / "chat_template.jinja")
+    assert other is not None and "tools" not in other.variables
+
+
 def test_a_model_may_have_no_template(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path, {}) is None
 

@@ -28,6 +28,9 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "original/params.json": b"{}",
         "16bit/config.json": b"{}",
         "1_Pooling/config.json": b"{}",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+        "adapter/config.json": b"{}",
+        "a/config.json": b"{}",
     },
     "org/code": {"config.json": b'{"auto_map": {"AutoModel": "modeling.Model"}}'},
     "org/partial": {
@@ -135,7 +138,8 @@ def cache(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("hub")
     (model,) = _resolve_apart([("org/model", None)], cache, HF_ENDPOINT=hub)
     pooling = ["1_Pooling", "1_Pooling/config.json"]
-    assert model["files"] == [*pooling, "chat_template.jinja", "config.json", "model.safetensors"]
+    further = ["additional_chat_templates", "additional_chat_templates/tool_use.jinja"]
+    assert model["files"] == [*pooling, *further, "chat_template.jinja", "config.json", "model.safetensors"]
     assert model["name"] == "org/model"
     seen: Any = model["seen"]
     fractions = [fraction for _, fraction in seen]
