@@ -24,7 +24,7 @@ from ..turns.definitions import ToolUse, parse_tool_use
 from ..turns.told import told_by_user, told_in_text
 from .answer import PromptText
 from .chat_messages import parse_messages
-from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
+from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, TokenizeBody
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
 NUM_THREADS = 2
@@ -256,15 +256,20 @@ def _checked(version: Version, ids: list[int], param: str = "prompt") -> PromptT
 
 def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
     """Return what is asked for, else OpenAI's 16 as far as they fit."""
-    rest = _rest(prompt, body.max_tokens, max_model_len)
-    return min(DEFAULT_COMPLETION_TOKENS, rest) if body.max_tokens is None else body.max_tokens
+    asked = _asked(body)
+    rest = _rest(prompt, asked, max_model_len)
+    return min(DEFAULT_COMPLETION_TOKENS, rest) if asked is None else asked
 
 
 def max_chat_tokens(body: ChatBody, prompt: PromptText, max_model_len: int) -> int:
     """Return what is asked for, else what is left of the context."""
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    asked = _asked(body)
     rest = _rest(prompt, asked, max_model_len)
     return rest if asked is None else asked
+
+
+def _asked(body: GenerationBody) -> int | None:
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
 def _rest(prompt: PromptText, asked: int | None, max_model_len: int) -> int:

@@ -44,6 +44,7 @@ class GenerationBody(BaseModel):
     stop: Stops | None = None
     seed: Seed | None = None
     max_tokens: int | None = Field(None, ge=0)
+    max_completion_tokens: int | None = Field(None, ge=1)  # a chat gives the limit by this name
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -103,6 +104,12 @@ class GenerationBody(BaseModel):
             raise RequestError("stream_options is only for stream: true", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise RequestError(
+                f"max_tokens {self.max_tokens} and max_completion_tokens {self.max_completion_tokens} differ: give one",
+                param="max_completion_tokens",
+            )
 
     def sampling(self, defaults: SamplingDefaults, *, seed: int, max_tokens: int, vocab_size: int) -> SamplingParams:
         """Return what the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
@@ -180,7 +187,6 @@ class CompletionBody(GenerationBody):
 
 class ChatBody(GenerationBody):
     messages: list[object]  # checked by chat_messages.py, which knows the parts of a message
-    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     chat_template_kwargs: TemplateKwargs | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
@@ -202,12 +208,6 @@ class ChatBody(GenerationBody):
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.max_tokens == 0:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise RequestError(
-                f"max_tokens {self.max_tokens} and max_completion_tokens {self.max_completion_tokens} differ: give one",
-                param="max_completion_tokens",
-            )
         check_template_switches(self.add_generation_prompt, self.continue_final_message)
 
 

@@ -310,6 +310,13 @@ async def test_a_chat_may_be_limited_by_either_name(field: str) -> None:
     assert answer["choices"][0]["message"]["content"] == "He"
 
 
+@pytest.mark.parametrize("fields", [{"max_completion_tokens": 2}, {"max_tokens": 2, "max_completion_tokens": 2}])
+async def test_a_completion_may_be_limited_by_a_chats_name_too(fields: dict[str, int]) -> None:
+    served = serve(Script("Hello"))
+    answer = await _complete(served, prompt="ab", **fields)
+    assert answer["choices"][0]["text"] == "He" and served.request.sampling.max_tokens == 2
+
+
 async def test_a_chats_template_takes_only_known_arguments() -> None:
     served = serve()
     await _chat(served, chat_template_kwargs={"enable_thinking": True})

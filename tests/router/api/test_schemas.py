@@ -215,6 +215,7 @@ def test_rules_between_fields() -> None:
     assert _chat_refusal(top_logprobs=2, logprobs=False).param == "top_logprobs"
     assert _chat_refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"
     assert _chat_refusal(continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
+    assert _refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"
     _chat(max_tokens=3, max_completion_tokens=3)
     _completion(max_tokens=0, echo=True)
 
