@@ -187,6 +187,7 @@ class Sequence:
     pooling: Pooling | None = None  # of the prompt's hidden states, which are wanted and not a next token
     num_computed_tokens: int = 0  # tokens whose KV exists in block_table
     num_cached_tokens: int = 0  # computed tokens that came from the prefix cache
+    has_begun: bool = False  # it had blocks before: what it finds in the cache may be its own work
     is_fetching: bool = False  # KV of it is on its way from another worker: it is not begun
     num_promoted_tokens: int = 0  # the last cached tokens, whose KV is not there before the first step has begun
     block_table: list[BlockId] = field(default_factory=list)

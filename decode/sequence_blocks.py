@@ -219,7 +219,8 @@ class SequenceBlocks:
             seq.num_computed_tokens = min(seq.num_computed_tokens, self.swap.num_saved_tokens(seq))
         seq.num_published_blocks = next((n for n in range(num_found) if n not in found.hits), num_found)
         if seq.num_output_tokens == 0:
-            seq.num_cached_tokens = num_hit_tokens
+            seq.num_cached_tokens = min(num_hit_tokens, seq.num_cached_tokens) if seq.has_begun else num_hit_tokens
+        seq.has_begun = True
         self.prefix_queries += seq.num_tokens
         self.prefix_hits += num_hit_tokens
 

@@ -96,6 +96,25 @@ def test_the_youngest_is_preempted_for_the_oldest_and_comes_back_through_the_pre
     pool.check()
 
 
+@pytest.mark.parametrize("num_cached", [0, 2 * BLOCK])
+def test_what_a_preempted_prompt_finds_of_its_own_was_not_cached_for_it(num_cached: int) -> None:
+    scheduler, pool = _scheduler(num_blocks=14, budget=4)
+    if num_cached:
+        scheduler.add(_prompt("before", num_cached + 1, first=500))
+        while scheduler.num_running or scheduler.num_waiting:
+            _step(scheduler)
+            for seq in [seq for seq in scheduler.queues.running if seq.num_output_tokens]:
+                scheduler.remove(seq)
+    old, prompt = _adopted(scheduler, pool, "old", 4), _prompt("p", 40, arrival=1, first=500)
+    scheduler.add(prompt)
+    while not scheduler.num_preemptions:
+        _step(scheduler)
+    assert not prompt.block_table
+    scheduler.remove(old)
+    _step(scheduler)
+    assert prompt.num_computed_tokens > num_cached and prompt.num_cached_tokens == num_cached
+
+
 def test_a_preempted_sequence_keeps_its_tokens_and_is_not_served_before_older_ones() -> None:
     scheduler, pool = _scheduler(num_blocks=4)
     _adopted(scheduler, pool, "old", 8, arrival=0)
