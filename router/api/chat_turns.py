@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ...common.request import FinishReason
 from ..turns.definitions import ToolUse
 from ..turns.dialect import Dialect
+from ..turns.reasoning import ReasoningCounter
 from ..turns.turn import TurnDelta, TurnReader, call_id
 from .answer import Answer
 from .choice import TextPiece
@@ -34,11 +34,13 @@ class TurnOptions:
         return self.dialect.shown_marks(self.use)
 
     @property
-    def reasoning(self) -> Literal["", "outside", "inside"]:
-        """The side of the reasoning's tag on which the answer's text begins; empty: nothing is told apart."""
-        if not self.dialect.reasons:
-            return ""
-        return "inside" if self.begins_inside else "outside"
+    def has_marks(self) -> bool:
+        """Tell whether the text has calls, or marks of another kind, in which no stop string counts."""
+        return bool(self.use.tools) or self.dialect.has_channels
+
+    def count(self) -> ReasoningCounter | None:
+        """Make what counts one choice's tokens of reasoning; None: nothing is told apart."""
+        return self.dialect.count(begins_inside=self.begins_inside)
 
 
 class ChatTurns:
@@ -54,7 +56,7 @@ class ChatTurns:
         """Return what the piece adds to the choice's turn."""
         turn = self._readers[index].push(piece.text, is_final=piece.finish is not None)
         if not self._options.shows_reasoning:
-            turn.reasoning = ""
+            turn.forget_thoughts()
         return turn
 
     def finish(self, index: int, piece: TextPiece) -> str | None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ...common.request import FinishReason, SampledToken
 from ...models.tokenizer import Detokenizer
-from ..turns.reasoning import ReasoningCount
+from ..turns.reasoning import ReasoningCounter
 from ..turns.turn import TurnReader
 from .stops import StopMatcher
 
@@ -31,7 +30,7 @@ class TextOptions:
     skip_special_tokens: bool = True
     keep_tokens: bool = False  # logprobs or token ids were asked for
     shown_tokens: frozenset[str] = frozenset()  # special tokens that are text nevertheless
-    reasoning: Literal["", "outside", "inside"] = ""  # where a text begins whose tokens of reasoning are counted
+    reasoning: Callable[[], ReasoningCounter | None] | None = None  # makes what counts its tokens of reasoning
     # Makes the reader of a text that may call: no stop string counts that stands in a call, for it would cut arguments.
     calls: Callable[[], TurnReader] | None = None
     has_one_call: bool = False  # the text ends with its first call
@@ -82,7 +81,7 @@ class ChoiceText:
         self._detokenizer = detokenizer
         self._options = options
         self._stops = StopMatcher(options.stops, include_stop=options.include_stop) if options.stops else None
-        self._reasoning = ReasoningCount(begins_inside=options.reasoning == "inside") if options.reasoning else None
+        self._reasoning = options.reasoning() if options.reasoning is not None else None
         self._calls = options.calls() if options.calls is not None else None
         self.is_plain = options.max_tokens != 0 and not (
             options.stops or options.keep_tokens or options.reasoning or options.calls

@@ -112,7 +112,7 @@ def turn_options(version: Version, body: ChatBody, chat: ChatPrompt, *, is_free:
 def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | None) -> TextOptions:
     has_one_call = turns is not None and not turns.use.is_parallel
     is_call = turns is not None and turns.use.is_forced  # and nothing else, from the first letter to the last
-    reads_calls = turns is not None and (has_one_call or (bool(body.stop) and bool(turns.use.tools)))
+    reads_calls = turns is not None and (has_one_call or (bool(body.stop) and turns.has_marks))
     return TextOptions(
         stops=() if is_call else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -122,7 +122,7 @@ def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | Non
         skip_special_tokens=body.skip_special_tokens is not False,
         keep_tokens=body.computed_logprobs is not None or bool(body.return_token_ids),
         shown_tokens=frozenset() if turns is None else turns.shown_tokens,
-        reasoning="" if turns is None else turns.reasoning,
+        reasoning=turns.count if turns is not None and turns.dialect.reasons else None,
         calls=turns.reader if turns is not None and reads_calls else None,
         has_one_call=has_one_call,
     )

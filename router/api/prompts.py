@@ -20,6 +20,7 @@ from ..catalogue.infill import InfillForm
 from ..catalogue.version import Version
 from ..helpers.chat_renderer import Chat, Renderer
 from ..state.errors import clip
+from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use
 from ..turns.told import told_by_user, told_in_text
 from .answer import PromptText
@@ -72,6 +73,9 @@ class PromptReader:
         messages, use, chat, hidden = await self.run(size, _chat, version, body, ignored)
         continued = str(messages[-1]["content"]) if chat.continue_final_message else ""
         text = await _rendered(version.renderer, chat, has_own_system=messages[0]["role"] == "system")
+        has_grammar = use.is_forced or (isinstance(body, ChatBody) and body.asked_grammar is not None)
+        if chat.add_generation_prompt and has_grammar:
+            text += version.dialect.grammar_opening
         # The template writes the special tokens itself.
         prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
         return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *_without_effect(version, body)])
@@ -159,6 +163,8 @@ def _chat(
         shown, tools = both[: len(messages)], both[len(messages) :]
     if not version.dialect.takes_tools:
         shown, tools = told_in_text(shown, tools), []
+    if version.dialect.has_channels:
+        shown, tools = channel_messages(shown), described_tools(tools)
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return messages, use, Chat(shown, kwargs, prompted, continues, tools), hidden
 
@@ -178,7 +184,7 @@ def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[st
     effort = body.reasoning_effort if isinstance(body, ChatBody) else None
     if effort is not None:
         if "reasoning_effort" in version.dialect.switches:
-            kwargs.setdefault("reasoning_effort", effort)
+            kwargs.setdefault("reasoning_effort", version.dialect.effort(effort))
         for switch in version.dialect.switches & {"enable_thinking", "thinking"}:  # they know only whether
             kwargs.setdefault(switch, effort != "none")
     return kwargs

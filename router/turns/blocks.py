@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .call_reader import CallPiece
-from .turn import TurnDelta
+from .turn import Thought, TurnDelta
 
 BlockKind = Literal["reasoning", "text", "call"]
 
@@ -43,13 +43,14 @@ class Blocks:
     _is_open: bool = False  # the last one
 
     def push(self, delta: TurnDelta) -> Iterator[BlockEvent]:
-        if delta.reasoning:
-            yield from self._grow("reasoning", delta.reasoning)
         for part in delta.parts:
-            if isinstance(part, CallPiece):
-                yield from self._call(part)
-            else:
-                yield from self._grow("text", part)
+            match part:
+                case CallPiece():
+                    yield from self._call(part)
+                case Thought():
+                    yield from self._grow("reasoning", part.text)
+                case str():
+                    yield from self._grow("text", part)
 
     def close(self) -> Iterator[BlockEvent]:
         """End the last block."""

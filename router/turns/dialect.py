@@ -1,4 +1,4 @@
-"""A model's turns are written in its dialect: which form its calls have, whether it reasons in tags.
+"""A model's turns are written in its dialect: which form its calls have, whether it reasons in tags or channels.
 
 An operator may say so; what he leaves open is read off the chat template, which teaches the model the same form.
 """
@@ -10,19 +10,28 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from ...common.config import ReasoningParserName, ToolParserName
+from . import channels
 from .call_reader import CallReader
 from .definitions import ToolUse
 from .json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
 from .qwen_coder import QwenCoderSyntax
-from .reasoning import BEGIN, END, MARKS, ReasoningReader
+from .reasoning import BEGIN, END, MARKS, ReasoningCount, ReasoningCounter, ReasoningReader
 from .syntax import Syntax
-from .turn import TurnReader
+from .turn import TaggedReader, TurnReader
 
 _PYTHON_TAG = "<|python_tag|>"
 # vLLM's names for what is the same form.
-_ALIASES: Mapping[str, str] = {"llama4_json": "llama3_json", "qwen3_xml": "qwen3_coder", "qwen3": "think"}
+_ALIASES: Mapping[str, str] = {
+    "llama4_json": "llama3_json",
+    "openai": "channels",
+    "openai_gptoss": "channels",
+    "qwen3": "think",
+    "qwen3_xml": "qwen3_coder",
+}
+_CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # what gpt-oss was not taught, by the nearest
 # What a template of each family has in it; the first that is found names the form.
 _SIGNS = (
+    (re.compile(re.escape(channels.CHANNEL)), "channels"),
     (re.compile(r"<function="), "qwen3_coder"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
@@ -36,7 +45,7 @@ class Dialect:
     """The dialect of one model, as far as answers are read by it."""
 
     tool_parser: str = "hermes"
-    reasoning_parser: str = "none"  # think; deepseek_r1: the answer begins inside, tag or not
+    reasoning_parser: str = "none"  # think; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
     takes_tools: bool = False  # the template tells the model of tools itself
     switches: frozenset[str] = frozenset()  # by which the template lets the model reason
 
@@ -53,9 +62,10 @@ class Dialect:
         source = source or ""
         takes_tools = "tools" in variables  # Phi-4-mini's has `message['tools']`, which clients do not send
         by_sign = (name for sign, name in _SIGNS if sign.search(source) is not None)
+        reasoning = "channels" if channels.CHANNEL in source else "think" if END in source else "none"
         found = cls(
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
-            reasoning_parser="think" if END in source else "none",
+            reasoning_parser=reasoning,
             takes_tools=takes_tools,
             switches=_SWITCHES & variables,
         )
@@ -63,7 +73,23 @@ class Dialect:
             found = replace(found, tool_parser=_ALIASES.get(tool_parser, tool_parser))
         if reasoning_parser != "auto":
             found = replace(found, reasoning_parser=_ALIASES.get(reasoning_parser, reasoning_parser))
+        elif found.tool_parser == "channels":  # calls are messages among the others
+            found = replace(found, reasoning_parser="channels")
         return found
+
+    @property
+    def has_channels(self) -> bool:
+        """Tell whether answers are messages in channels, calls among them."""
+        return self.reasoning_parser == "channels"
+
+    @property
+    def grammar_opening(self) -> str:
+        """Return what the prompt of an answer ends with that follows a grammar from its first token on."""
+        return channels.OPENING if self.has_channels else ""
+
+    def effort(self, asked: str) -> str:
+        """Return an effort of reasoning as the template is told it."""
+        return _CHANNEL_EFFORTS.get(asked, asked) if self.has_channels else asked
 
     def syntax(self, use: ToolUse) -> Syntax:
         names = frozenset(tool.name for tool in use.tools)
@@ -91,10 +117,14 @@ class Dialect:
 
     def shown_marks(self, use: ToolUse) -> frozenset[str]:
         """Return the tokens that must be in an answer's text, special or not."""
+        if self.has_channels:
+            return channels.MARKS
         return (self.syntax(use).marks if use.tools else frozenset()) | (MARKS if self.reasons else frozenset())
 
     def begins_inside(self, prompt: str, continued: str = "") -> bool:
         """Return whether an answer to this prompt begins in the middle of reasoning; `continued`: what it goes on."""
+        if self.has_channels:
+            return False
         if continued:
             return continued.rfind(BEGIN) > continued.rfind(END)
         ending = prompt[-64:].rstrip()
@@ -102,9 +132,18 @@ class Dialect:
 
     def reader(self, use: ToolUse, *, begins_inside: bool) -> TurnReader:
         """Make what reads one choice of an answer."""
+        if self.has_channels:
+            names = frozenset(tool.name for tool in use.tools)
+            return channels.ChannelReader(names, has_one_call=not use.is_parallel)
         reasoning = ReasoningReader(begins_inside=begins_inside) if self.reasons else None
         calls = CallReader(self.syntax(use)) if use.tools else None
-        return TurnReader(reasoning, calls, has_one_call=not use.is_parallel)
+        return TaggedReader(reasoning, calls, has_one_call=not use.is_parallel)
+
+    def count(self, *, begins_inside: bool) -> ReasoningCounter | None:
+        """Make what counts one choice's tokens of reasoning; None: nothing is told apart."""
+        if self.has_channels:
+            return channels.ChannelCount()
+        return ReasoningCount(begins_inside=begins_inside) if self.reasons else None
 
     @property
     def has_short_ids(self) -> bool:

@@ -7,12 +7,22 @@ does not depend on how the text is cut.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 from .json_text import ends_with_part_of
 
 BEGIN, END = "<think>", "</think>"
 MARKS = frozenset({BEGIN, END})
+
+
+class ReasoningCounter(Protocol):
+    """A counter is told the text of each of a choice's tokens."""
+
+    num_tokens: int  # that are reasoning
+
+    def push(self, text: str, num_tokens: int) -> None:
+        """Take the text of one more token; `num_tokens`: the choice's, with it."""
+        ...
 
 
 class ReasoningCount:

@@ -5,40 +5,92 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from .call_reader import CallDelta, CallPiece, CallReader
+from .call_reader import CallPiece, CallReader
 from .reasoning import ReasoningReader
 
 _ID_CHARS = 24
 
 
-@dataclass(slots=True)
-class TurnDelta(CallDelta):
-    """The parts of a turn by which a piece of text lets it grow."""
+@dataclass(slots=True, frozen=True)
+class Thought:
+    """A piece of a turn's reasoning."""
 
-    reasoning: str = ""
+    text: str
+
+
+Part = str | CallPiece | Thought  # a string is content
+
+
+@dataclass(slots=True)
+class TurnDelta:
+    """The parts of a turn by which a piece of text lets it grow, in their order."""
+
+    parts: list[Part] = field(default_factory=list)
     ends_call: bool = False  # the first call is over
 
     def __bool__(self) -> bool:
-        return bool(self.reasoning or self.parts)
+        return bool(self.parts)
+
+    @property
+    def content(self) -> str:
+        return "".join([part for part in self.parts if isinstance(part, str)])
+
+    @property
+    def reasoning(self) -> str:
+        return "".join([part.text for part in self.parts if isinstance(part, Thought)])
+
+    @property
+    def calls(self) -> list[CallPiece]:
+        return [part for part in self.parts if isinstance(part, CallPiece)]
+
+    def forget_thoughts(self) -> None:
+        self.parts = [part for part in self.parts if not isinstance(part, Thought)]
 
 
-class TurnReader:
-    """The state of one choice. Without readers all text is content."""
+class TurnReader(Protocol):
+    """A reader takes the text of one choice, piece by piece."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether all text is content."""
+        ...
+
+    @property
+    def has_called(self) -> bool: ...
+
+    @property
+    def is_in_call(self) -> bool:
+        """Tell whether what came last is a call, or the form of one: no stop string counts in it."""
+        ...
+
+    @property
+    def is_unclear(self) -> bool:
+        """Tell whether what came last may turn out to be one."""
+        ...
+
+    def push(self, text: str, *, is_final: bool = False) -> TurnDelta:
+        """Take what comes next; the last text is final."""
+        ...
+
+
+class TaggedReader:
+    """Reads reasoning in tags, then calls in their own form. Without readers all text is content."""
 
     def __init__(
         self, reasoning: ReasoningReader | None = None, calls: CallReader | None = None, *, has_one_call: bool = False
     ) -> None:
         """`has_one_call`: no call after the first is told."""
-        self.reasoning = reasoning
+        self._reasoning = reasoning
         self._calls = calls
         self._has_one_call = has_one_call
         self.has_called = False
 
     @property
     def is_plain(self) -> bool:
-        return self.reasoning is None and self._calls is None
+        return self._reasoning is None and self._calls is None
 
     @property
     def is_in_call(self) -> bool:
@@ -49,17 +101,20 @@ class TurnReader:
         return self._calls is not None and self._calls.is_unclear
 
     def push(self, text: str, *, is_final: bool = False) -> TurnDelta:
-        reasoning = ""
-        if self.reasoning is not None:
-            reasoning, text = self.reasoning.push(text, is_final=is_final)
+        delta = TurnDelta()
+        if self._reasoning is not None:
+            reasoning, text = self._reasoning.push(text, is_final=is_final)
+            if reasoning:
+                delta.parts.append(Thought(reasoning))
         if self._calls is None:
-            return TurnDelta([text] if text else [], reasoning)
+            if text:
+                delta.parts.append(text)
+            return delta
         parts = self._calls.push(text, is_final=is_final).parts
-        ends_call = self._calls.has_finished
-        if self._has_one_call:
-            parts = [part for part in parts if isinstance(part, str) or part.index == 0]
-        self.has_called = self.has_called or any(isinstance(part, CallPiece) for part in parts)
-        return TurnDelta(parts, reasoning, ends_call)
+        delta.ends_call = self._calls.has_finished
+        delta.parts += [part for part in parts if isinstance(part, str) or part.index == 0 or not self._has_one_call]
+        self.has_called = self.has_called or bool(delta.calls)
+        return delta
 
 
 def call_id(seed: int, prompt_token_ids: Sequence[int], choice: int, index: int, *, is_short: bool = False) -> str:

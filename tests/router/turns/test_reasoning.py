@@ -9,7 +9,7 @@ import pytest
 from kvferry.router.turns.call_reader import CallReader
 from kvferry.router.turns.json_syntaxes import HermesSyntax
 from kvferry.router.turns.reasoning import ReasoningReader
-from kvferry.router.turns.turn import TurnReader, call_id
+from kvferry.router.turns.turn import TaggedReader, call_id
 
 WORDS = ("<think>", "</think>", "<thi", "</thin", "nk>", " ", "\n", "so", "ü", "<tool_call>", '{"name": "f"}')
 
@@ -56,7 +56,7 @@ def test_a_cut_at_any_place_changes_nothing() -> None:
 
 def test_calls_come_after_the_reasoning() -> None:
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    reader = TurnReader(ReasoningReader(begins_inside=False), CallReader(HermesSyntax()), has_one_call=True)
+    reader = TaggedReader(ReasoningReader(begins_inside=False), CallReader(HermesSyntax()), has_one_call=True)
     delta = reader.push(f"<think>Not {call}</think>Now:{call}{call}", is_final=True)
     assert (delta.reasoning, delta.content) == (f"Not {call}", "Now:")
     assert [(piece.name, piece.arguments) for piece in delta.calls] == [("f", "{}")]
