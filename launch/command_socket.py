@@ -42,7 +42,8 @@ async def command_socket(path: Path, launcher: Launcher) -> AsyncIterator[None]:
         yield
     finally:
         server.close()
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # a runtime folder may go at its user's logout
+            os.unlink(path)
 
 
 def _bind(path: Path) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -520,6 +521,13 @@ async def test_one_process_is_restarted_by_its_name(tmp_path: Path) -> None:
         }
         assert not await launcher.restart(told.append, "p-9")
         assert told[-1] == "no restart: there is no process p-9"
+
+
+async def test_a_runtime_folder_that_is_gone_spoils_no_end(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    async with running(deployment(tmp_path), Recorder()) as launcher, command_socket(folder / "1.sock", launcher):
+        shutil.rmtree(folder)  # as $XDG_RUNTIME_DIR at the logout of its user
 
 
 async def test_commands_reach_a_deployment_through_its_socket(tmp_path: Path) -> None:
