@@ -9,6 +9,7 @@ nearest right name. The YAML is read with its line numbers and without tags that
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,11 @@ _RULES = {  # in our words
     "finite_number": "must be a finite number",
 }
 _NO_SETTINGS = (SECRET_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE)
+# Kubernetes sets these in each container for every Service of the namespace, such as one that is called `kvferry`.
+_SERVICE_VARIABLE = re.compile(
+    r"KVFERRY(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://\S+")  # of NAME_PORT, which for some names is a setting too
 
 
 class Raw(NamedTuple):
@@ -69,17 +75,21 @@ def value_of(settings: BaseModel, dotted_key: str) -> object:
 
 
 def read_environment(env: Mapping[str, str], mistakes: list[str]) -> dict[str, Raw]:
-    """Read every KVFERRY_ variable but the three that are no settings; an unknown one is added to the mistakes."""
+    """Read every KVFERRY_ variable but those that are no settings; an unknown one is added to the mistakes."""
     keys = {ENV_PREFIX + name.upper(): key for name, key in setting_keys().items()}
     found: dict[str, Raw] = {}
     for name, value in env.items():
-        if not name.startswith(ENV_PREFIX) or name in _NO_SETTINGS:
+        if not name.startswith(ENV_PREFIX) or name in _NO_SETTINGS or _is_of_a_service(name, value):
             continue
         if name in keys:
             found[keys[name]] = Raw(value, name)
         else:
             mistakes.append(f"{name}: unknown variable{_nearest(name, keys)}")
     return found
+
+
+def _is_of_a_service(name: str, value: str) -> bool:
+    return bool(_SERVICE_VARIABLE.fullmatch(name)) or (name.endswith("_PORT") and bool(_SERVICE_URL.fullmatch(value)))
 
 
 def read_yaml(path: Path, mistakes: list[str]) -> dict[str, Raw]:

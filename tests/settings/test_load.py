@@ -191,6 +191,23 @@ def test_unknown_variable_is_refused() -> None:
         load(flags={}, env={"KVFERRY_PREFIL": "2"}, file=None)
 
 
+@pytest.mark.parametrize("service", ["KVFERRY", "KVFERRY_CONTROL", "KVFERRY_DECODE_0"])
+def test_what_kubernetes_sets_for_a_service_is_no_setting(service: str) -> None:
+    env = {
+        f"{service}_SERVICE_HOST": "10.96.0.7",
+        f"{service}_SERVICE_PORT": "80",
+        f"{service}_SERVICE_PORT_HTTP_ADMIN": "8001",
+        f"{service}_PORT": "tcp://10.96.0.7:80",
+        f"{service}_PORT_80_TCP": "tcp://10.96.0.7:80",
+        f"{service}_PORT_80_TCP_PROTO": "tcp",
+        f"{service}_PORT_80_TCP_PORT": "80",
+        f"{service}_PORT_80_TCP_ADDR": "10.96.0.7",
+        "KVFERRY_HOST": "127.0.0.2",
+    }
+    loaded = load(flags={}, env=env, file=None)
+    assert {key for key, origin in loaded.origins.items() if origin != "default"} == {"host"}
+
+
 def test_bad_flag_is_told_by_its_name() -> None:
     with pytest.raises(ConfigError, match=r"^--port: must be less than"):
         load(flags={"port": Raw("70000", "--port")}, env={}, file=None)
