@@ -79,6 +79,15 @@ async def test_requests_are_listed() -> None:
     assert "r-0" in text and "p-0 -> d-0" in text and "250.0" in text
 
 
+async def test_an_operators_key_goes_to_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    async with listener(served_fleet(), ("key",)) as address:
+        assert (await asyncio.to_thread(fetch, address, path_of("r-0"), "key"))["request_id"] == "r-0"
+
+
 async def test_of_several_routers_the_one_is_found_that_knows_a_request() -> None:
     async with listener(Fleet()) as other, listener(served_fleet()) as address:
         for admins in ([other, address], [address, other], ["http://127.0.0.1:9", address]):
