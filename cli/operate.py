@@ -81,20 +81,20 @@ def drain(port: Port = None, pid_file: PidFile = None) -> None:
 
 def running_admins() -> list[str]:
     """Return each router's admin listener of the one deployment that runs. Raises ConfigError."""
-    admins = _one(None, None)["admin"]
+    admins = _one(None, None, flags="--admin")["admin"]
     if not admins:
         raise ConfigError("admin: the deployment has no admin listener: start it with --admin-port, or give --admin")
     return list(map(str, admins))
 
 
-def _one(port: int | None, pid_file: Path | None) -> Mapping[str, Any]:
+def _one(port: int | None, pid_file: Path | None, *, flags: str = "--port or --pid-file") -> Mapping[str, Any]:
     found = _running(port, pid_file)
     if not found:
         which = f"port {port}" if port is not None else str(pid_file) if pid_file is not None else "this user"
         raise ConfigError(f"no deployment of {which} runs on this machine")
     if len(found) > 1:
-        rows = ", ".join(f"{each['http']} (process {each['pid']})" for each in found)
-        raise ConfigError(f"{len(found)} deployments run: {rows}; choose one with --port or --pid-file")
+        rows = ", ".join(f"{each['http']} (process {each['pid']}{_admin(each)})" for each in found)
+        raise ConfigError(f"{len(found)} deployments run: {rows}; choose one with {flags}")
     return found[0]
 
 
@@ -145,10 +145,10 @@ def _show(deployment: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    admins = f", admin {', '.join(deployment['admin'])}" if deployment["admin"] else ""
     address = deployment["http"] or "not listening yet"
     console.print(
-        f"{deployment['model']} at {address}: {deployment['state']}{admins} (process {deployment['pid']})", markup=False
+        f"{deployment['model']} at {address}: {deployment['state']}{_admin(deployment)} (process {deployment['pid']})",
+        markup=False,
     )
     table = Table(box=None, pad_edge=False)
     for title in ("name", "role", "state", "pid", "restarts", ""):
@@ -162,6 +162,10 @@ def _show(deployment: Mapping[str, Any]) -> None:
     console.print(table)
     if (experts := deployment.get("experts")) is not None:
         console.print(_experts(experts), markup=False, soft_wrap=True)
+
+
+def _admin(deployment: Mapping[str, Any]) -> str:
+    return f", admin {', '.join(deployment['admin'])}" if deployment["admin"] else ""
 
 
 def _experts(experts: Mapping[str, Any]) -> str:

@@ -30,7 +30,14 @@ STATUS = {
 }
 
 
-REFUSAL = {"pid": os.getppid(), "http": "http://127.0.0.1:8002", "ok": False, "error": "the key file is wrong"}
+ADMIN = "http://127.0.0.1:8003"
+REFUSAL = {
+    "pid": os.getppid(),
+    "http": "http://127.0.0.1:8002",
+    "admin": [ADMIN],
+    "ok": False,
+    "error": "the key file is wrong",
+}
 
 
 @pytest.fixture
@@ -133,6 +140,13 @@ def test_sockets_in_a_folder_of_somebody_else_are_not_asked(monkeypatch: pytest.
 def test_of_several_deployments_one_has_to_be_named() -> None:
     with pytest.raises(ConfigError, match=r"2 deployments run: (?=.*8001)(?=.*8002).*--port or --pid-file"):
         drain()
+
+
+@pytest.mark.usefixtures("serving", "other")
+def test_who_asks_one_of_several_admin_listeners_is_told_their_addresses_and_the_flag() -> None:
+    wanted = rf"2 deployments run: .*8002 \(process \d+, admin {ADMIN}\).*; choose one with --admin$"
+    with pytest.raises(ConfigError, match=wanted):
+        running_admins()
 
 
 @pytest.mark.usefixtures("serving")
