@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import kvferry
+from kvferry.router.autoscaler.load_record import LoadRecord, RecordingMetrics, Replicas
+from kvferry.router.autoscaler.scale_types import Counts
+
+from .router.fleet import Fleet
 
 ROOT = Path(kvferry.__file__).resolve().parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+METRIC = re.compile(r"\b(?:kvferry_|vllm:)[a-z_]+[a-z]")
 FILE = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|toml|yaml))`")
 
 
@@ -28,3 +33,12 @@ def missing(page: Path) -> Iterator[str]:
 def test_every_link_and_file_name_leads_somewhere() -> None:
     assert PAGES
     assert [line for page in PAGES for line in missing(page)] == []
+
+
+def test_every_metric_that_is_named_is_scraped() -> None:
+    metrics = RecordingMetrics("tiny", LoadRecord())
+    metrics.replicas = lambda: Replicas(Counts(1, 1), Counts(1, 1))
+    body, _ = metrics.scrape([("tiny", Fleet().dispatcher.view())], num_in_flight=0)()
+    known = set(re.findall(r"^# TYPE (\S+)", body.decode(), re.MULTILINE))
+    named = {(page.name, name) for page in PAGES for name in METRIC.findall(page.read_text(encoding="utf-8"))}
+    assert named and {(page, name) for page, name in named if name not in known} == set()
