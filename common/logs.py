@@ -7,12 +7,13 @@ name, an id) cannot end a line, colour a terminal or fill a disk: control charac
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, TextIO
+from typing import Literal, TextIO, cast
 
 import msgspec
 import structlog
@@ -32,6 +33,21 @@ _REQUEST = (
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
+class _Lines:
+    """A stream whose lines may get lost: that the log's disk is full, or its reader gone, ends nobody who serves."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def configure_logging(
     level: str = "info", *, log_format: LogFormat = "auto", stream: TextIO | None = None, **context: str
 ) -> None:
@@ -47,7 +63,8 @@ def configure_logging(
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(_number(level)),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),  # past the standard library: a line for each request
+        # Past the standard library: there is a line for each request.
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Lines(stream))),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)

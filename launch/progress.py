@@ -92,7 +92,8 @@ class LogDisplay:
 
     def greet(self, greeting: str, facts: Mapping[str, object]) -> None:
         if self._is_text:
-            print(greeting, flush=True)
+            with contextlib.suppress(OSError):  # as of a line of the log: whoever read it may be gone
+                print(greeting, flush=True)
         else:
             log.info("serving", **facts)
 

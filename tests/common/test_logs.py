@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -39,6 +41,21 @@ def test_line_is_a_json_object_with_the_context_of_its_process() -> None:
     assert (line["event"], line["worker_id"], line["request_id"], line["tokens"]) == ("request_finished", "d-0", "r", 3)
     assert line["level"] == "info"
     assert line["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize("why", [errno.ENOSPC, errno.EPIPE])
+@pytest.mark.parametrize("method", ["write", "flush"])
+def test_a_line_that_cannot_be_written_ends_nothing(why: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_text: str) -> int:
+        raise OSError(why, os.strerror(why))
+
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, method, fail)
+    configure_logging("info", stream=stream, process="launcher")
+    structlog.get_logger().info("worker_lost", worker_id="d-0")
+    monkeypatch.undo()  # there is room again
+    structlog.get_logger().info("worker_joined", worker_id="d-0")
+    assert json.loads(stream.getvalue().splitlines()[-1])["event"] == "worker_joined"
 
 
 def test_libraries_log_the_same_way() -> None:
