@@ -115,16 +115,15 @@ async def _run(launcher: Launcher, pid_path: Path | None, display: Display) -> N
 def router(loaded: Loaded) -> None:
     """Start a router by hand; workers connect to its control socket."""
     from ..launch.children import ROUTER_PROGRAM
-    from ..launch.host import why_not_bindable
     from ..launch.plan import plan_router
     from ..launch.reload import read_credentials
     from ..models.files import resolve_model
     from ..settings.exposure import check_exposure
+    from ..settings.sockets import listen
     from ..wire.address import Address
 
     settings = loaded.settings
-    if why := why_not_bindable(settings.host, settings.port):
-        raise ConfigError(f"port: cannot listen at {Address(settings.host, settings.port)}: {why}")
+    listen(Address(settings.host, settings.port)).close()
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
     config = plan_router(settings, resolved.dir, settings.served_model_name or resolved.served_name)
     config = config.model_copy(update={"control_host": settings.control_host, "control_port": settings.control_port})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,18 +88,6 @@ def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
     if visible is None:
         return tuple(gpu for name, gpu in by_name.items() if name == gpu.index)
     return tuple(by_name[name] for name in (part.strip() for part in visible.split(",")) if name in by_name)
-
-
-def why_not_bindable(host: str, port: int) -> str | None:
-    """Say why a server cannot listen at host:port; None if it can."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def _read(path: Path) -> str:

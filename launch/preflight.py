@@ -8,12 +8,14 @@ failed. Nothing is started here, and nothing is written but a model that is miss
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import platform
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -34,9 +36,10 @@ from ..models.tokenizer import Tokenizer
 from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
+from ..settings.sockets import open_listener
 from ..wire.address import Address
 from .engine_checks import check_engine, check_memory, check_model, is_float32, lacks_native
-from .host import Host, read_host, why_not_bindable
+from .host import Host, read_host
 from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials
 from .running import check_pid_file, runtime_dir
@@ -124,10 +127,14 @@ class Preflight:
         if settings.admin_port is not None:
             ports = range(settings.admin_port, settings.admin_port + (settings.routers if settings.admin_port else 1))
             addresses += [("admin_port", Address(settings.admin_host, port)) for port in ports]
-        for setting, address in addresses:
-            if why := why_not_bindable(address.host, address.port):
-                hint = "; port 0 takes any free one" if "in use" in why else ""
-                raise ConfigError(f"{setting}: cannot listen at {address}: {why}{hint}")
+        with ExitStack() as stack:  # all at once: they must not be one another's
+            for setting, address in addresses:
+                try:
+                    stack.enter_context(open_listener(address))
+                except OSError as error:
+                    hint = "; port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
+                    why = error.strerror or error
+                    raise ConfigError(f"{setting}: cannot listen at {address}: {why}{hint}") from error
         return ", ".join(str(address) for _, address in addresses)
 
     def _check_files(self) -> str:

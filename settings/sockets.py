@@ -12,18 +12,25 @@ _BACKLOG = 2048
 _SEND_BUFFER_BYTES = 128 * 2**10  # in the kernel for each connection: a client that does not read is noticed
 
 
-def listen(address: Address, *, setting: str = "port") -> socket.socket:
-    """Open a listening socket for HTTP; port 0 takes a free one. Raises ConfigError that names `setting`."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def open_listener(address: Address) -> socket.socket:
+    """Open a listening socket; port 0 takes a free one. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # accepted sockets inherit it
         sock.bind((address.host, address.port))
         sock.listen(_BACKLOG)
-    except OSError as error:
+    except OSError:
         sock.close()
+        raise
+    return sock
+
+
+def listen(address: Address, *, setting: str = "port") -> socket.socket:
+    """Open a listening socket for HTTP. Raises ConfigError that names `setting`."""
+    try:
+        return open_listener(address)
+    except OSError as error:
         flag = "--" + setting.replace("_", "-")
         text = f"{setting}: cannot listen on {address}: {error.strerror or error}; set another {flag}"
         raise ConfigError(text) from error
-    return sock

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
 
-from kvferry.launch.host import find_gpus, free_memory_bytes, parse_gpus, read_host, usable_cpus, why_not_bindable
+from kvferry.launch.host import find_gpus, free_memory_bytes, parse_gpus, read_host, usable_cpus
 
 SMI = "0, GPU-aa, NVIDIA H200, 143771, 143000, 9.0\n1, GPU-bb, NVIDIA H200, 143771, 1000, [N/A]\n"
 
@@ -76,12 +75,6 @@ def test_an_old_driver_does_not_know_what_cards_can_do(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert [gpu.capability for gpu in find_gpus({})] == capabilities
-
-
-def test_taken_port_is_told() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        assert why_not_bindable("127.0.0.1", server.getsockname()[1]) == "Address already in use"
-    assert why_not_bindable("127.0.0.1", 0) is None
 
 
 def test_this_machine_can_be_read() -> None:

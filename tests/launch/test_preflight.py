@@ -214,6 +214,13 @@ def taken_admin_port_of_the_second_router(site: Site) -> Words:
     return ["--routers", "2", "--admin-port", str(_taken(site) - 1)]
 
 
+@case(r"admin_port: cannot listen at 127.0.0.1:\d+: Address already in use")
+def admin_port_that_is_the_clients(site: Site) -> Words:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return ["--port", str(port), "--admin-port", str(port)]
+
+
 @case("port: cannot listen at 192.0.2.1:0: Cannot assign requested address")
 def address_of_another_machine(site: Site) -> Words:
     return ["--host", "192.0.2.1", "--api-key", "key"]
