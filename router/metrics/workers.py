@@ -55,9 +55,9 @@ _COUNTERS = {
 # By a label: the field holds (value, count) pairs. A value that is not known here counts as "other".
 _COUNTERS_BY = {"grant_rejects": ("grant_rejects", "Grants that were refused when used", "reason")}
 _VALUES = {"reason": tuple("ended mac reused draining fenced_peer checksum incompatible process".split())}
-# Told in `kvferry_blocks` and `kvferry_worker_state`, or nobody's business.
+# Told in `kvferry_blocks`, `kvferry_worker_state`, the label `pool` and `_experts`, or nobody's business.
 _TOLD_ELSEWHERE = frozenset(
-    "seq state step_tokens "
+    "seq state step_tokens role samples adapters experts "
     "num_blocks num_free_blocks num_cached_blocks num_granted_blocks num_quarantined_blocks".split()
 )
 

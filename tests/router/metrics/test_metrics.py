@@ -213,6 +213,15 @@ def test_every_family_has_a_help_text_and_no_creation_times() -> None:
     assert len(names) == len(set(names))
 
 
+def test_every_family_of_heartbeats_has_a_number() -> None:
+    view = _View((_Worker("d-0", "decode", _status()),))
+    body, _ = RouterMetrics("m").scrape([("m", view)], num_in_flight=0)()
+    families = [
+        each for each in text_string_to_metric_families(body.decode()) if each.name.startswith("kvferry_worker_")
+    ]
+    assert families and all(family.samples for family in families)
+
+
 def test_every_value_of_a_closed_label_is_there_from_the_start() -> None:
     samples = _samples(RouterMetrics("m"))
     for reason in ("queue_full", "objective", "deadline", "displaced", "late"):
