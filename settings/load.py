@@ -24,10 +24,15 @@ from .values import parse_classes
 
 DEFAULT = "default"
 _RULES = {  # in our words
+    "dict_type": "must be a mapping",
     "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "extra_forbidden": "is not known here",
     "finite_number": "must be a finite number",
+    "model_type": "must be a mapping",
+    "path_type": "must be a path",
+    "tuple_type": "must be a list",
 }
 _NO_SETTINGS = (SECRET_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE)
 # Kubernetes sets these in each container for every Service of the namespace, such as one that is called `kvferry`.
@@ -123,7 +128,10 @@ def _entries(mapping: yaml.MappingNode, path: Path, prefix: str, mistakes: list[
     sections = {key.partition(".")[0] for key in keys if "." in key}
     for key_node, node in mapping.value:
         origin = f"{path}:{key_node.start_mark.line + 1}"
-        key = prefix + str(getattr(key_node, "value", ""))
+        if not isinstance(key_node, yaml.ScalarNode):
+            mistakes.append(f"{origin}: a key must be the name of a setting")
+            continue
+        key = prefix + key_node.value
         if key in sections and isinstance(node, yaml.MappingNode):
             yield from _entries(node, path, f"{key}.", mistakes)
             continue
