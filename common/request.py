@@ -134,15 +134,6 @@ def pack_ids(token_ids: Iterable[int]) -> bytes:
     return array("i", token_ids).tobytes()
 
 
-def is_unicode(text: str) -> bool:
-    """Tell whether a text can be sent: it has no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def unpack_ids(data: bytes) -> list[int]:
     ids = array("i")
     ids.frombytes(data)

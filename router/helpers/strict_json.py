@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable
 
 from ...common.errors import RequestError
-from ...common.request import WHOLE_NUMBERS, is_unicode
-from ..state.errors import clip
+from ...common.request import WHOLE_NUMBERS
+from ..state.errors import clip, is_unicode
 
 MAX_COMMAS = 500_000
 MAX_OBJECTS = 50_000

@@ -97,6 +97,15 @@ def shown(value: object) -> str:
     return clip(str(value)).strip("'")
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be sent: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def clip(text: str, limit: int = 64) -> str:
     """`text` as it may stand in a message: quoted, control characters escaped, not longer than about `limit`."""
     quoted = ascii(text if len(text) <= limit else text[:limit] + "...")

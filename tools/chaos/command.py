@@ -289,13 +289,8 @@ def make_parser() -> argparse.ArgumentParser:
     blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker (default: %(default)s)"
     add("--blows", default=",".join(KINDS), metavar="KINDS", help=blows)
     add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
-    add(
-        "--serve-flags",
-        type=shell_words,
-        default=(),
-        metavar="FLAGS",
-        help="for `kvferry serve`, in one word: '--dtype bfloat16'",
-    )
+    flags = "for `kvferry serve`, in one word: '--dtype bfloat16'"
+    add("--serve-flags", type=shell_words, default=(), metavar="FLAGS", help=flags)
     add("--json", type=output_file, metavar="FILE", help="write all figures here")
     add("--history", type=output_file, metavar="FILE", help="write every event here, a JSON line each")
     add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")
