@@ -22,7 +22,7 @@ from ..helpers.chat_renderer import Chat, Renderer
 from ..state.errors import clip
 from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use
-from ..turns.told import told_by_user, told_in_text
+from ..turns.told import has_several_calls, told_by_user, told_in_text, told_singly
 from .answer import PromptText
 from .chat_messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -170,13 +170,17 @@ def _chat(
 
 
 async def _rendered(renderer: Renderer, chat: Chat, *, has_own_system: bool) -> str:
-    """Render a chat; where the template refuses a system message that is not the client's own, without one."""
+    """Render a chat; where the template refuses it, with its calls apart, or without our own system message."""
     try:
         return await renderer.render(chat)
     except RequestError:
-        if has_own_system or chat.messages[0]["role"] != "system":
+        if has_several_calls(chat.messages):
+            messages = told_singly(chat.messages)
+        elif not has_own_system and chat.messages[0]["role"] == "system":
+            messages = list(told_by_user(chat.messages))
+        else:
             raise
-    return await renderer.render(replace(chat, messages=told_by_user(chat.messages)))
+    return await renderer.render(replace(chat, messages=messages))
 
 
 def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[str, object]:

@@ -8,6 +8,7 @@ their results    ─> `<tool_response>` in a user's message, which goes on with 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from .json_text import dumps
 
@@ -57,6 +58,44 @@ def told_by_user(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, 
     if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
         return list(messages)
     return [{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
+
+
+def told_singly(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Return the messages with one call in each, and its results behind it.
+
+    For templates that refuse several calls at once, as Llama 3's, though the model makes them.
+    """
+    told: list[Mapping[str, object]] = []
+    at = 0
+    while at < len(messages):
+        message, at = messages[at], at + 1
+        if (calls := _several_calls(message)) is None:
+            told.append(message)
+            continue
+        results = list(takewhile(lambda each: each["role"] == "tool", messages[at:]))
+        at += len(results)
+        for index, call in enumerate(calls):
+            # What the assistant said and thought comes once, before its first call.
+            told.append({**message, "tool_calls": [call]} if index == 0 else _call_alone(call))
+            is_last = index == len(calls) - 1
+            own = [each for each in results if is_last or each.get("tool_call_id") == call.get("id", "")]
+            told += own
+            results = [each for each in results if each not in own]
+    return told
+
+
+def has_several_calls(messages: Sequence[Mapping[str, object]]) -> bool:
+    """Tell whether a message has more than one call."""
+    return any(_several_calls(message) is not None for message in messages)
+
+
+def _several_calls(message: Mapping[str, object]) -> list[dict[str, object]] | None:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) and len(calls) > 1 else None
+
+
+def _call_alone(call: Mapping[str, object]) -> dict[str, object]:
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _called(message: Mapping[str, object]) -> dict[str, object]:

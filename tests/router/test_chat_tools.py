@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import CheckedGrammar, Grammar
 from kvferry.models.chat_template import ChatTemplate
+from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.turns.told import told_in_text
 
+from . import fakes
 from .fakes import MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Inline, Script, Served, events, serve, toy_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -344,6 +347,49 @@ async def test_tools_are_told_by_the_user_where_a_template_takes_no_system_messa
         body = {"messages": [{"role": "system", "content": "Be brief."}, *CHAT], "tools": TOOLS}
         refused = await client.post("/v1/chat/completions", json=body)
     assert refused.status_code == 400 and refused.json()["error"]["message"] == "System role not supported"
+
+
+# Llama 3's, as far as it tells calls and refuses them.
+ONE_CALL_AT_ONCE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}{% if 'tool_calls' in message %}"
+    "{% if message.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls at once') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}{{ message.tool_calls[0].function | tojson }}"
+    "{% else %}<{{ message.role }}>{{ message.content }}{% endif %}{% endfor %}"
+)
+
+
+def _called(*names: str) -> dict[str, Any]:
+    calls = [{"id": name, "function": {"name": name, "arguments": "{}"}} for name in names]
+    return {"role": "assistant", "content": "So.", "tool_calls": calls}
+
+
+def _result(name: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": name, "content": f"{name}!"}
+
+
+@pytest.mark.parametrize(
+    ("results", "told"),
+    [
+        (("a", "b"), "<assistant>So.A<tool>a!<assistant>B<tool>b!"),
+        (("b", "a"), "<assistant>So.A<tool>a!<assistant>B<tool>b!"),
+        (("b", "x"), "<assistant>So.A<assistant>B<tool>b!<tool>x!"),
+        ((), "<assistant>So.A<assistant>B"),
+    ],
+)
+async def test_calls_are_told_apart_where_a_template_takes_one_at_once(
+    results: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer that made both must not be the end of its conversation."""
+    (fakes.write_model_dir(tmp_path) / "chat_template.jinja").write_text(ONE_CALL_AT_ONCE)
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    monkeypatch.setattr(fakes, "toy_tokenizer", lambda: tokenizer)
+    served = _served("ok")
+    history = [*CHAT, _called("a", "b"), *map(_result, results), _called("c"), _result("c"), *CHAT]
+    await _whole(served, messages=history)
+    prompt = bytes(served.request.prompt_token_ids).decode()
+    for name in "abc":
+        prompt = prompt.replace(f'{{"name": "{name}", "arguments": {{}}}}', name.upper())
+    assert prompt.partition("<user>")[2] == f"hi{told}<assistant>So.C<tool>c!<user>hi"
 
 
 # --- reasoning --------------------------------------------------------------------------------------------
