@@ -62,7 +62,8 @@ class Dialect:
         source = source or ""
         takes_tools = "tools" in variables  # Phi-4-mini's has `message['tools']`, which clients do not send
         by_sign = (name for sign, name in _SIGNS if sign.search(source) is not None)
-        reasoning = "channels" if channels.CHANNEL in source else "think" if END in source else "none"
+        has_tags = BEGIN in source or END in source  # OLMo 3's has the first alone
+        reasoning = "channels" if channels.CHANNEL in source else "think" if has_tags else "none"
         found = cls(
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
             reasoning_parser=reasoning,

@@ -51,9 +51,11 @@ BOS = 257
 MAX_MODEL_LEN = 512
 VOCAB_SIZE = 260
 PROMPT_RANK = 9  # of each token of a prompt
+# The tag is spelled so that the template has no sign of reasoning, which tests ask for by name.
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}{% if enable_thinking %}<think>{% endif %}{{ date_string }}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if enable_thinking %}<{{ 'think' }}>{% endif %}{{ date_string }}"
 )
 
 

@@ -20,6 +20,11 @@ PHI4_MINI = (
     "'<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
+# The end of OLMo 3's, of the models that think: it opens the tag, and knows of no end.
+OLMO3_THINK = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>' }}{% endif %}{% endfor %}"
+)
 USE = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, None)
 
 
@@ -40,6 +45,7 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools | tojson }}", "json", True, "none"),
         ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", "json", True, "none"),
         (PHI4_MINI, "hermes", False, "none"),
+        (OLMO3_THINK, "hermes", False, "think"),
         ("You have no tools.{% set thinking = false %}{{ message.thinking }}", "hermes", False, "none"),
     ],
 )
@@ -64,6 +70,14 @@ def test_reasoning_begins_where_the_prompt_left_it() -> None:
     assert dialect.begins_inside("...", "<think>so far") and not dialect.begins_inside("...", "<think>so</think>far")
     always = Dialect.of_template("</think>", reasoning_parser="deepseek_r1")
     assert always.begins_inside("...") and not always.begins_inside("...</think>\n")
+
+
+def test_an_answer_is_told_apart_where_the_template_opens_the_tag_alone() -> None:
+    prompt = ChatTemplate(OLMO3_THINK).render([{"role": "user", "content": "hi"}])
+    dialect = _dialect(OLMO3_THINK)
+    reader = dialect.reader(ToolUse(), begins_inside=dialect.begins_inside(prompt))
+    turn = reader.push("Okay, hm.\n</think>Hello!", is_final=True)
+    assert (turn.reasoning, turn.content) == ("Okay, hm.", "Hello!")
 
 
 def test_special_tokens_that_are_read_stay_in_the_text() -> None:
