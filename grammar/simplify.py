@@ -22,6 +22,8 @@ _EMPTY: dict[str, tuple[object, ...]] = {
     "dependencies": ({},),
     "unevaluatedProperties": (True, {}),
     "unevaluatedItems": (True, {}),
+    # OpenAPI's and Pydantic's: how a text is shown or taken, or what bears its name. Of the text they demand nothing.
+    "format": ("password", "binary", "path", "file-path", "directory-path"),
 }
 # Keyword -> those without any of which it is passed over, by the specification.
 _NEEDS = {

@@ -326,6 +326,10 @@ def test_what_cannot_be_kept_is_refused_by_its_place(
         schema(True),
         schema({"uniqueItems": False, "maxItems": 3.0, "minContains": 1, "unevaluatedItems": False}),
         schema({"properties": {"x-guidance": {"type": "string"}}}),
+        schema({"properties": {"p": {"type": "string", "format": "path"}, "s": {"format": "password"}}}),
+        schema({"type": "string", "format": "ipvanyaddress"}),
+        schema({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}),
+        schema({"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308}),
     ],
 )
 def test_what_looks_bad_and_is_not_is_served(vocabulary: Vocabulary, grammar: Grammar) -> None:

@@ -123,6 +123,9 @@ def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: obj
             [{}, {"a": 1, "b": 2}, 1],
         ),
         ({"format": "json-pointer", "type": "string"}, ["", "/a/b~0c"], ["a", "/~2"]),
+        ({"format": "base64", "type": "string"}, ["", "YQ==", "YWJj", "YW/+"], ["YQ=", "YQ", "Y_-Q"]),
+        ({"format": "base64url", "type": "string"}, ["YQ==", "Y_-Q"], ["YW/+"]),
+        ({"minimum": -(2**63), "exclusiveMaximum": 2.0**64}, [-(10**18), 0, 10**17], [-(2**64), 2**64]),
         (
             {"items": {"$dynamicRef": "#part"}, "$defs": {"x": {"$dynamicAnchor": "part", "type": "string"}}},
             [[], ["a"]],

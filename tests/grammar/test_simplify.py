@@ -20,6 +20,9 @@ INSTANCES: list[Any] = [
     [
         ({"uniqueItems": False}, {}),
         ({"uniqueItems": True}, {"uniqueItems": True}),
+        ({"format": "password", "type": "string"}, {"type": "string"}),
+        ({"properties": {"format": {"format": "path"}}}, {"properties": {"format": {}}}),
+        ({"format": "date"}, None),
         ({"if": {"type": "object"}}, {}),
         ({"then": {"type": "object"}, "else": False}, {}),
         ({"if": {"type": "object"}, "then": {"required": ["a"]}}, None),
