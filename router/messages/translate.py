@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import get_args
 
 import msgspec
 
 from ...common.errors import RequestError
 from ..api.fields import check_fields, not_supported, take_only
 from ..api.surface import FieldNames
-from ..api.values import MAX_STOP_CHARS, MAX_STOPS
+from ..api.values import MAX_STOP_CHARS, MAX_STOPS, Effort
 from ..state.errors import shown
 from ..turns.json_text import loads
 from ..turns.places import Places
@@ -58,6 +59,7 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"\breasoning_effort\b"), "output_config.effort"),
 )
 _THINKING = {"enabled": "medium", "adaptive": "medium", "disabled": "none"}  # as efforts
+_EFFORTS = (*get_args(Effort), "max")
 _OF_THINKING = frozenset({"type", "budget_tokens", "display"})  # no budget is kept, and thoughts are shown
 
 
@@ -167,7 +169,10 @@ def _output_config(raw: object) -> Mapping[str, object]:
 def _effort(thinking: object, output_config: Mapping[str, object], ignored: list[str] | None) -> object:
     asked = None if thinking is None else _thinking(thinking, ignored)
     effort = output_config.get("effort")
-    return asked if effort is None else "xhigh" if effort == "max" else effort
+    is_off = asked == _THINKING["disabled"] and effort in _EFFORTS  # an effort is about the answer as well
+    if effort is None or is_off:
+        return asked
+    return "xhigh" if effort == "max" else effort
 
 
 def _thinking(thinking: object, ignored: list[str] | None) -> str:

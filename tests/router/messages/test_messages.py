@@ -216,6 +216,20 @@ async def test_thinking_is_an_effort() -> None:
     assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
     await _whole(served, thinking={"type": "disabled"})
     assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
+    await _whole(served, output_config={"effort": "high"})
+    assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
+
+
+@pytest.mark.parametrize("effort", ["low", "medium", "max"])
+async def test_no_effort_switches_thinking_on_that_is_disabled(effort: str) -> None:
+    served = _served()
+    await _whole(served, thinking={"type": "disabled"}, output_config={"effort": effort})
+    assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
+
+
+async def test_an_effort_that_is_none_is_refused_with_thinking_off_too() -> None:
+    response = await _post(_served(), thinking={"type": "disabled"}, output_config={"effort": "silly"})
+    assert response.status_code == 400 and "output_config.effort" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
