@@ -70,7 +70,8 @@ class MistralSyntax:
         if named is not None:
             arguments = progress.scans.value(text, named.end())
             end = None if arguments.state == "open" and not is_final else arguments.end
-            return Segment((Call(named[1], text[named.end() : arguments.end]),), end)
+            written = progress.scans.escaped(text, named.end(), arguments.end)
+            return Segment((Call(named[1], written),), end)
         maybe = self._MAYBE_NAMED.match(text, len(self.BEGIN))
         if maybe is not None and maybe.end() == len(text) and not is_final:
             return Segment()

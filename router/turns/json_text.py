@@ -23,6 +23,8 @@ State = Literal["open", "done", "broken"]
 _PLAIN = re.compile(r"[\s0-9A-Za-z+\-.,:]++")
 _IN_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _BLANK = re.compile(r"\s*+")
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+("|\\?\Z)', re.DOTALL)
+_ESCAPE_OR_RAW = re.compile(r"\\[\x20-\U0010ffff]|\\?[\x00-\x1f]")
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,12 +73,30 @@ class _Walk:
             self.is_in_string = False
 
 
+@dataclass(slots=True)
+class _Escaping:
+    """A value in which line breaks and the like are escaped, as far as it is read."""
+
+    end: int
+    escaped: str = ""
+    inside: str = ""  # of which string its end is: a quote, and a backslash whose character is to come
+
+    def go_on(self, text: str, end: int) -> str:
+        rest = self.inside + text[self.end : end]
+        self.escaped += _STRING.sub(_escaped_string, rest)[len(self.inside) :]
+        for string in _STRING.finditer(rest):
+            self.inside = "" if string[1] == '"' else '"' + string[1]
+        self.end = end
+        return self.escaped
+
+
 class Scans:
     """Finds ends of values in a text that grows: each goes on where it came to, so a long value costs one pass."""
 
     def __init__(self) -> None:
         self._walks: dict[int, _Walk] = {}  # by where they began
         self._ends: dict[int, Scan] = {}  # of those that are over
+        self._escaping: dict[int, _Escaping] = {}
 
     def value(self, text: str, start: int) -> Scan:
         """Find the end of the object or array that begins at `start`."""
@@ -88,6 +108,13 @@ class Scans:
             self._ends[start] = scan
             del self._walks[start]
         return scan
+
+    def escaped(self, text: str, start: int, end: int) -> str:
+        """Return the value between these places as JSON takes it: models write line breaks in strings as they are.
+
+        What has been returned for less of the text is the beginning of what is returned for more.
+        """
+        return self._escaping.setdefault(start, _Escaping(start)).go_on(text, end)
 
 
 def skip_blank(text: str, at: int) -> int:
@@ -105,10 +132,27 @@ def ends_with_part_of(text: str, mark: str) -> int:
     return 0
 
 
+def escaped(text: str) -> str:
+    """Return a whole value as JSON takes it."""
+    return Scans().escaped(text, 0, len(text))
+
+
+def _escaped_string(string: re.Match[str]) -> str:
+    return _ESCAPE_OR_RAW.sub(_escape, string[0])
+
+
+def _escape(found: re.Match[str]) -> str:
+    """Escape a raw character, behind a backslash, too; what is an escape already stays."""
+    return found[0] if found[0][-1] >= " " else json.dumps(found[0][-1])[1:-1]
+
+
 def loads(text: str) -> object:
-    """Return the value, or None for what is no JSON, as NaN is none, and for what is larger than any number."""
+    """Return the value, or None for what is no JSON, as NaN is none, and for what is larger than any number.
+
+    Line breaks and the like may stand in strings as they are.
+    """
     try:
-        value: object = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        value: object = json.loads(escaped(text), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
     return value

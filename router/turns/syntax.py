@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .json_text import Scans, dumps, loads, skip_blank
+from .json_text import Scans, dumps, escaped, loads, skip_blank
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 _HEAD = re.compile(r'\{\s*+"name"\s*+:\s*+"([^"\\]*+)"\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)')
@@ -100,7 +100,7 @@ def read_json_call(text: str, at: int, is_name: NameCheck, scans: Scans, *, is_f
     head = _HEAD.match(text, at)
     if head is not None and is_name(head[1]):
         arguments = scans.value(text, head.end())
-        call = Call(head[1], text[head.end() : arguments.end])
+        call = Call(head[1], scans.escaped(text, head.end(), arguments.end))
         if arguments.state == "done":
             return JsonCall(call, _object_end(text, at, arguments.end, scans, is_final=is_final))
         return JsonCall(call, arguments.end if is_final or arguments.state == "broken" else None)
@@ -136,7 +136,7 @@ def _whole_call(text: str, is_name: NameCheck) -> Call | None:
         case dict() as arguments:
             return Call(name, dumps(arguments))
         case str() as arguments:  # half a surrogate pair is in no answer
-            return Call(name, arguments.encode("utf-8", "replace").decode() or "{}")
+            return Call(name, escaped(arguments.encode("utf-8", "replace").decode()) or "{}")
     return None
 
 

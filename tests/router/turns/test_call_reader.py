@@ -15,6 +15,7 @@ from kvferry.router.turns.syntax import Call, Syntax
 from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
 
 TEXTS = 1000
+HERMES, BARE, MISTRAL, CODER = (FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder"))
 
 
 def _streamed(text: str, syntax: Syntax, cuts: list[int]) -> tuple[str, list[CallPiece]]:
@@ -58,6 +59,39 @@ def test_half_a_character_of_two_escapes_can_be_answered(name: str, text: str) -
     assert call.arguments.encode()
 
 
+CODE = {"text": 'if a:\n\treturn "\\\\\n"', "parts": ["\r\n"]}
+WRITTEN = json.dumps(CODE, indent=1)
+RAW = WRITTEN.replace("\\n\\t", "\n\t").replace("\\r\\n", "\r\\\n")  # the last with a backslash before it
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", f'<tool_call>\n{{"name": "write.file", "arguments": {RAW}}}\n</tool_call>'),
+        ("hermes", f'<tool_call>\n{{"arguments": {RAW}, "name": "write.file"}}\n</tool_call>'),
+        ("hermes", f'<tool_call>{{"name": "write.file", "arguments": {json.dumps(RAW)}}}</tool_call>'),
+        ("llama3_json", f'{{"name": "write.file", "parameters": {RAW}}}'),
+        ("mistral", f"[TOOL_CALLS]write.file[ARGS]{RAW}"),
+        ("mistral", f'[TOOL_CALLS] [{{"name": "write.file", "arguments": {RAW}}}]'),
+    ],
+)
+def test_line_breaks_as_they_are_in_strings_are_escaped(name: str, text: str) -> None:
+    """Models write code so; a client's parser takes none of it."""
+    syntax = FORMS[name].syntax
+    content, (call,) = read_calls(text, syntax)
+    assert (content, call.name, json.loads(call.arguments)) == ("", "write.file", CODE)
+    for at in range(1, len(text)):
+        content, pieces = _streamed(text, syntax, [at])
+        assert (content, joined_calls(pieces)) == ("", [call])
+    content, pieces = _streamed(text, syntax, list(range(1, len(text))))
+    assert (content, joined_calls(pieces)) == ("", [call])
+
+
+def test_what_is_escaped_already_stays_as_it_is() -> None:
+    _, (call,) = read_calls(f'<tool_call>{{"name": "f", "arguments": {WRITTEN}}}</tool_call>', HERMES)
+    assert call.arguments == WRITTEN
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_written_in_the_form_is_read_back(name: str) -> None:
     form, rng = FORMS[name], random.Random(f"{name} sound")
@@ -81,9 +115,6 @@ def test_a_text_without_calls_is_content_to_the_last_character(name: str) -> Non
         content, calls = read_calls(text, FORMS[name].syntax)
         if not calls:
             assert content == text
-
-
-HERMES, BARE, MISTRAL, CODER = (FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder"))
 
 
 @pytest.mark.parametrize(
