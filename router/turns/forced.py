@@ -15,6 +15,7 @@ from .definitions import Tool, ToolUse
 from .json_text import dumps
 
 _REFERENCES = ("$ref", "$dynamicRef")
+_ANCHORS = ("$anchor", "$dynamicAnchor")
 # A schema with no other keywords means its properties and no others.
 _CLOSED = {"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema"}
 
@@ -35,7 +36,9 @@ def forced_grammar(use: ToolUse) -> Grammar | None:
 
 def call_schema(tool: Tool, place: str) -> dict[str, object]:
     """Return the schema of a call of this tool, for a place in a document."""
-    arguments = _moved(dict(tool.parameters), f"{place}/properties/arguments")
+    own_name = str(tool.parameters.get("$id", "")).removesuffix("#")
+    parameters = {name: value for name, value in tool.parameters.items() if name != "$id"}  # it is a part now
+    arguments = _moved(parameters, f"{place}/properties/arguments", own_name)
     assert isinstance(arguments, dict)
     # Left to itself, a model may go on inventing arguments that nobody declared.
     closing = {"additionalProperties": False} if arguments.keys() <= _CLOSED and "properties" in arguments else {}
@@ -47,16 +50,31 @@ def call_schema(tool: Tool, place: str) -> dict[str, object]:
     }
 
 
-def _moved(value: object, place: str) -> object:
-    """Return a schema for another place in a document: references to its own parts follow it there."""
+def _moved(value: object, place: str, own_name: str) -> object:
+    """Return a schema for another place in a document: references to its own parts follow it there.
+
+    `own_name`: by which such references may call it, too. A part with a name of its own is what its references are to.
+    """
     match value:
+        case {"$id": str(name)} if not name.startswith("#"):
+            return value
         case Mapping():
-            return {
-                name: f"{place}{child[1:]}"
-                if name in _REFERENCES and isinstance(child, str) and child.startswith("#")
-                else _moved(child, place)
-                for name, child in value.items()
-            }
+            return {name: _moved_value(name, child, place, own_name) for name, child in value.items()}
         case list():
-            return [_moved(child, place) for child in value]
+            return [_moved(child, place, own_name) for child in value]
     return value
+
+
+def _moved_value(keyword: str, value: object, place: str, own_name: str) -> object:
+    anchor_end = place[1:].replace("/", "-")  # another tool's parts may have the same anchors
+    if not isinstance(value, str):
+        is_data = keyword == "enum" and isinstance(value, list)
+        return value if is_data else _moved(value, place, own_name)
+    if keyword in _ANCHORS:
+        return f"{value}{anchor_end}"
+    if keyword not in _REFERENCES:
+        return value
+    reference = value.removeprefix(own_name) if value.startswith(f"{own_name}#") else value
+    if reference == "#" or reference.startswith("#/"):
+        return f"{place}{reference[1:]}"
+    return f"{reference}{anchor_end}" if reference.startswith("#") else reference

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
+import pytest
+
 from kvferry.router.turns.call_reader import read_calls
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
@@ -81,6 +84,63 @@ def test_references_within_a_tools_schema_lead_to_its_new_place() -> None:
         for part in moved.removeprefix("#/").split("/"):
             found = found[int(part)] if isinstance(found, list) else found[part]
         assert found["type"] == "object"
+
+
+def _tool(name: str, kind: object, reference: str, **more: object) -> dict[str, Any]:
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"$ref": reference}},
+        "required": ["a"],
+        "$defs": {"A": kind},
+        **more,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (
+            _tool("f", {"type": "integer"}, "#/$defs/A", **{"$id": "https://x.example/f"}),
+            _tool("g", {"type": "string"}, "#/$defs/A", **{"$id": "https://x.example/g"}),
+        ),
+        (
+            _tool("f", {"type": "integer"}, "https://x.example/f#/$defs/A", **{"$id": "https://x.example/f#"}),
+            _tool("g", {"type": "string"}, "g#/$defs/A", **{"$id": "g"}),
+        ),
+        (
+            _tool("f", {"type": "integer", "$anchor": "kind"}, "#kind"),
+            _tool("g", {"type": "string", "$anchor": "kind"}, "#kind"),
+        ),
+        (
+            _tool(
+                "f",
+                {"$id": "https://x.example/a", "$ref": "#/$defs/b", "$defs": {"b": {"type": "integer"}}},
+                "#/$defs/A",
+            ),
+            _tool("g", {"type": "string"}, "#/$defs/A"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_schemas_with_names_of_their_own_stand_beside_each_other(
+    number: dict[str, Any], text: dict[str, Any], parallel: bool
+) -> None:
+    """Each reference leads to its own tool's part: a library that follows it finds it, and finds the right one."""
+    grammar = forced_grammar(parse_tool_use([number, text], "required", parallel))
+    assert grammar is not None
+    schema = json.loads(grammar.text)
+    for name, value, is_valid in (("f", 1, True), ("g", "x", True), ("f", "x", False), ("g", 1, False)):
+        call = {"name": name, "arguments": {"a": value}}
+        answer = [call] if parallel else call
+        assert jsonschema.Draft202012Validator(schema).is_valid(answer) == is_valid
+
+
+def test_values_that_look_like_references_stay() -> None:
+    parameters = {"type": "object", "properties": {"a": {"enum": [{"$ref": "#/x"}]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    (call,) = _schema(parse_tool_use([tool], "required", False))["anyOf"]
+    assert call["properties"]["arguments"]["properties"] == parameters["properties"]
 
 
 def test_a_forced_text_is_read_as_calls_whatever_the_models_form() -> None:
