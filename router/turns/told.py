@@ -77,11 +77,18 @@ def told_singly(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, o
         for index, call in enumerate(calls):
             # What the assistant said and thought comes once, before its first call.
             told.append({**message, "tool_calls": [call]} if index == 0 else _call_alone(call))
-            is_last = index == len(calls) - 1
-            own = [each for each in results if is_last or each.get("tool_call_id") == call.get("id", "")]
+            own = _results_of(call, results)
             told += own
-            results = [each for each in results if each not in own]
+            results = [each for each in results if all(each is not one for one in own)]
+        told += results  # of calls that there are not: the template says what is wrong
     return told
+
+
+def _results_of(call: Mapping[str, object], results: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Return the results with the call's id; without ids each call has the next one."""
+    if "id" not in call:
+        return list(results[:1])
+    return [each for each in results if each.get("tool_call_id") == call["id"]]
 
 
 def has_several_calls(messages: Sequence[Mapping[str, object]]) -> bool:
