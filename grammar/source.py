@@ -54,4 +54,4 @@ def _lark(text: str) -> str:
 
 
 def _quoted(choice: str) -> str:
-    return json.dumps(choice, ensure_ascii=False)
+    return json.dumps(choice, ensure_ascii=False).replace("\x7f", "\\u007f")  # which Lark's strings have not as it is

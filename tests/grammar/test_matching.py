@@ -210,6 +210,7 @@ def _texts(vocabulary: Vocabulary, grammar: Grammar) -> set[str]:
     ("kind", "text", "answers"),
     [
         ("choice", '["yes", "no", "", "\\"q\\\\"]', {"yes", "no", "", '"q\\'}),
+        ("choice", '["\\u007f", "a\\u0000"]', {"\x7f", "a\0"}),
         ("regex", "a{1,2}|b", {"a", "aa", "b"}),
         ("lark", 'start: "x" ("y" | "z")', {"xy", "xz"}),
         ("lark", 'root ::= "x" ("y" | "z")\n', {"xy", "xz"}),
