@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from ..common.errors import RequestError
 from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar
@@ -17,6 +18,7 @@ from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar
 MAX_DEPTH = 32  # of objects and arrays in a schema
 MAX_PROPERTIES = 2_000  # in a schema, all objects together: the library takes about a second for as many
 MAX_ENUM_MEMBERS = 2_000  # in a schema, or choices
+MAX_PLACES = 4 * MAX_PROPERTIES  # of keywords that are kept for the text of a refusal
 MAX_REPEATS = 2_048  # `{n}` in a regular expression or a grammar: a mask then takes a millisecond at most
 _COUNTED = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 # Objects whose keys are names of the client's, not keywords.
@@ -31,8 +33,17 @@ class SchemaFacts:
 
     num_properties: int = 0
     num_enum_members: int = 0
-    paths: dict[str, str] = field(default_factory=dict)  # where each keyword stands first
+    places: dict[str, list[tuple[str, object]]] = field(default_factory=dict)  # of each keyword, with what it says
+    num_places: int = 0
     patterns: list[tuple[str, str]] = field(default_factory=list)  # (path, regular expression)
+
+    def place_of(self, keyword: str, reason: str) -> str | None:
+        """Return the path of the keyword that a reason is about: it names what stands there, or something does."""
+        places = self.places.get(keyword, [])
+        words = ((path, value.removeprefix("#")) for path, value in places if isinstance(value, str))
+        named = (path for path, word in words if word and word in reason)
+        given = (path for path, value in places if value not in (False, None))
+        return next(chain(named, given, (path for path, _ in places)), None)
 
 
 def check_size(grammar: Grammar) -> SchemaFacts:
@@ -54,14 +65,14 @@ def check_size(grammar: Grammar) -> SchemaFacts:
         _check_number(facts.num_enum_members, MAX_ENUM_MEMBERS, "enum members")
         for path, pattern in facts.patterns:
             _check_repeats(pattern, path)
-        if "x-guidance" in facts.paths:  # it would have keywords passed over
+        if "x-guidance" in facts.places:  # it would have keywords passed over
             raise keyword_refusal("x-guidance", facts)
     return facts
 
 
 def keyword_refusal(keyword: str, facts: SchemaFacts) -> RequestError:
     """Return the refusal of a keyword that cannot be kept."""
-    path = facts.paths.get(keyword, f".{keyword}")
+    path = facts.place_of(keyword, "") or f".{keyword}"
     return _refusal(f"has the keyword '{keyword}' at '{path[1:]}', which is not supported", path)
 
 
@@ -104,8 +115,9 @@ def _parts_of(
     """Note a schema's keywords, and yield the values under them that are, or hold, schemas."""
     for keyword, value in schema.items():
         here = f"{path}.{keyword}"
-        if len(facts.paths) < MAX_ENUM_MEMBERS:
-            facts.paths.setdefault(keyword, here)
+        if facts.num_places < MAX_PLACES:
+            facts.num_places += 1
+            facts.places.setdefault(keyword, []).append((here, None if isinstance(value, dict | list) else value))
         if keyword == "enum" and isinstance(value, list):
             facts.num_enum_members += len(value)
         elif keyword == "pattern" and isinstance(value, str):

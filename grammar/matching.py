@@ -197,7 +197,7 @@ def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LL
 def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
     """Yield grammars whose schemas have instances of this one's alone, the nearest to it first."""
     texts, given = _schemas_in(grammar)
-    is_dynamic = "$dynamicRef" in facts.paths or grammar.kind == "lark"
+    is_dynamic = "$dynamicRef" in facts.places or grammar.kind == "lark"
     before = grammar.text
     ways: tuple[Callable[[object], object], ...] = (
         lambda schema: simplified(schema, is_dynamic=is_dynamic),
@@ -237,8 +237,7 @@ def _refusal(reason: str, facts: SchemaFacts) -> RequestError:
     if (unknown := _UNIMPLEMENTED.search(reason)) is not None:
         return keyword_refusal(unknown[1], facts)
     for keyword in ("oneOf", "format", "$ref", "type"):
-        if _is_about(keyword, reason) and keyword in facts.paths:
-            path = facts.paths[keyword]
+        if _is_about(keyword, reason) and (path := facts.place_of(keyword, reason)) is not None:
             text = f"has the keyword '{keyword}' at '{path[1:]}', which cannot be kept: {reason}"
             return RequestError(text, param=path, code="unsupported_grammar")
     for path, pattern in facts.patterns:

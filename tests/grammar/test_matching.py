@@ -286,6 +286,22 @@ def _nested(depth: int) -> dict[str, Any]:
         (schema({"oneOf": [{"type": "string"}, {"pattern": "x"}]}), ".oneOf", "oneOf"),
         (schema({"x-guidance": {"lenient": True}, "not": {}}), ".x-guidance", "x-guidance"),
         (schema({"type": "foo"}), ".type", "Invalid type: foo"),
+        (
+            schema({"properties": {"a": {"format": "color"}, "b": {"format": "date"}}}),
+            ".properties.a.format",
+            "keyword 'format' at 'properties.a.format'",
+        ),
+        (schema({"type": "object", "properties": {"a": {"type": "bar"}}}), ".properties.a.type", "Invalid type: bar"),
+        (
+            schema({"properties": {"a": {"uniqueItems": True}, "b": {"uniqueItems": False}}}),
+            ".properties.a.uniqueItems",
+            "keyword 'uniqueItems'",
+        ),
+        (
+            schema({"properties": {"a": {"$ref": "#/nope"}, "b": {"$ref": "#/$defs/x"}}, "$defs": {"x": {}}}),
+            ".properties.a.$ref",
+            "does not exist",
+        ),
         (schema({"type": "integer", "minimum": 3, "maximum": 2}), "", "minimum"),
         (schema({"$ref": "#"}), "", "no answer"),
         (schema(False), "", "no answer"),
