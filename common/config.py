@@ -42,7 +42,7 @@ UnknownFields = Literal["refuse", "warn"]
 ToolParserName = Literal[
     "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "openai", "json"
 ]  # vLLM's names, where it has one
-ReasoningParserName = Literal["auto", "none", "think", "qwen3", "deepseek_r1", "openai_gptoss"]
+ReasoningParserName = Literal["auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss"]
 AutoscaleMode = Literal["off", "advise", "on"]
 
 

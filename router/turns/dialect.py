@@ -15,7 +15,7 @@ from .call_reader import CallReader
 from .definitions import ToolUse
 from .json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
 from .qwen_coder import QwenCoderSyntax
-from .reasoning import BEGIN, END, MARKS, ReasoningCount, ReasoningCounter, ReasoningReader
+from .reasoning import BRACKETS, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
 from .syntax import Syntax
 from .turn import TaggedReader, TurnReader
 
@@ -37,6 +37,12 @@ _SIGNS = (
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
     (re.compile(r"<\|python_tag\|>|<\|start_header_id\|>"), "llama3_json"),
 )
+_TAGS = (  # what a template of each form of reasoning has in it
+    (channels.CHANNEL, "channels"),
+    (BRACKETS.begin, "mistral"),
+    (THINK.begin, "think"),  # OLMo 3's has this one alone
+    (THINK.end, "think"),
+)
 _SWITCHES = frozenset({"reasoning_effort", "enable_thinking", "thinking"})
 
 
@@ -45,7 +51,8 @@ class Dialect:
     """The dialect of one model, as far as answers are read by it."""
 
     tool_parser: str = "hermes"
-    reasoning_parser: str = "none"  # think; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
+    # think; mistral: its tags; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
+    reasoning_parser: str = "none"
     takes_tools: bool = False  # the template tells the model of tools itself
     switches: frozenset[str] = frozenset()  # by which the template lets the model reason
 
@@ -62,11 +69,10 @@ class Dialect:
         source = source or ""
         takes_tools = "tools" in variables  # Phi-4-mini's has `message['tools']`, which clients do not send
         by_sign = (name for sign, name in _SIGNS if sign.search(source) is not None)
-        has_tags = BEGIN in source or END in source  # OLMo 3's has the first alone
-        reasoning = "channels" if channels.CHANNEL in source else "think" if has_tags else "none"
+        by_tag = (name for tag, name in _TAGS if tag in source)
         found = cls(
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
-            reasoning_parser=reasoning,
+            reasoning_parser=next(by_tag, "none"),
             takes_tools=takes_tools,
             switches=_SWITCHES & variables,
         )
@@ -112,6 +118,10 @@ class Dialect:
         return self.reasoning_parser != "none"
 
     @property
+    def _tags(self) -> Tags:
+        return BRACKETS if self.reasoning_parser == "mistral" else THINK
+
+    @property
     def without_reasoning(self) -> Dialect:
         """The dialect of an answer that follows a grammar from its first token on."""
         return replace(self, reasoning_parser="none")
@@ -120,23 +130,25 @@ class Dialect:
         """Return the tokens that must be in an answer's text, special or not."""
         if self.has_channels:
             return channels.MARKS
-        return (self.syntax(use).marks if use.tools else frozenset()) | (MARKS if self.reasons else frozenset())
+        tags = frozenset(self._tags) if self.reasons else frozenset()
+        return (self.syntax(use).marks if use.tools else frozenset()) | tags
 
     def begins_inside(self, prompt: str, continued: str = "") -> bool:
         """Return whether an answer to this prompt begins in the middle of reasoning; `continued`: what it goes on."""
         if self.has_channels:
             return False
+        begin, end = self._tags
         if continued:
-            return continued.rfind(BEGIN) > continued.rfind(END)
+            return continued.rfind(begin) > continued.rfind(end)
         ending = prompt[-64:].rstrip()
-        return ending.endswith(BEGIN) or (self.reasoning_parser == "deepseek_r1" and not ending.endswith(END))
+        return ending.endswith(begin) or (self.reasoning_parser == "deepseek_r1" and not ending.endswith(end))
 
     def reader(self, use: ToolUse, *, begins_inside: bool) -> TurnReader:
         """Make what reads one choice of an answer."""
         if self.has_channels:
             names = frozenset(tool.name for tool in use.tools)
             return channels.ChannelReader(names, has_one_call=not use.is_parallel)
-        reasoning = ReasoningReader(begins_inside=begins_inside) if self.reasons else None
+        reasoning = ReasoningReader(self._tags, begins_inside=begins_inside) if self.reasons else None
         calls = CallReader(self.syntax(use)) if use.tools else None
         return TaggedReader(reasoning, calls, has_one_call=not use.is_parallel)
 
@@ -144,7 +156,7 @@ class Dialect:
         """Make what counts one choice's tokens of reasoning; None: nothing is told apart."""
         if self.has_channels:
             return channels.ChannelCount()
-        return ReasoningCount(begins_inside=begins_inside) if self.reasons else None
+        return ReasoningCount(self._tags, begins_inside=begins_inside) if self.reasons else None
 
     @property
     def has_short_ids(self) -> bool:

@@ -1,4 +1,4 @@
-"""A model's reasoning, told apart from its answer: what stands between `<think>` and `</think>`.
+"""A model's reasoning, told apart from its answer: what stands between `<think>` and `</think>`, or tags like them.
 
 A template may open the tag itself, in the prompt: the text then begins inside, and a tag that the model writes first
 all the same is none of its thoughts. White space around the tags belongs to the form and is left out. What comes out
@@ -7,12 +7,20 @@ does not depend on how the text is cut.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from .json_text import ends_with_part_of
 
-BEGIN, END = "<think>", "</think>"
-MARKS = frozenset({BEGIN, END})
+
+class Tags(NamedTuple):
+    """Tags stand around a model's reasoning."""
+
+    begin: str
+    end: str
+
+
+THINK = Tags("<think>", "</think>")
+BRACKETS = Tags("[THINK]", "[/THINK]")  # Magistral's
 
 
 class ReasoningCounter(Protocol):
@@ -28,8 +36,8 @@ class ReasoningCounter(Protocol):
 class ReasoningCount:
     """A count of one choice's tokens that are reasoning, its tags among them."""
 
-    def __init__(self, *, begins_inside: bool) -> None:
-        self._reader: ReasoningReader | None = ReasoningReader(begins_inside=begins_inside)
+    def __init__(self, tags: Tags, *, begins_inside: bool) -> None:
+        self._reader: ReasoningReader | None = ReasoningReader(tags, begins_inside=begins_inside)
         self.num_tokens = 0
 
     def push(self, text: str, num_tokens: int) -> None:
@@ -46,7 +54,8 @@ class ReasoningCount:
 class ReasoningReader:
     """The state of one choice."""
 
-    def __init__(self, *, begins_inside: bool) -> None:
+    def __init__(self, tags: Tags = THINK, *, begins_inside: bool) -> None:
+        self._begin_tag, self._end_tag = tags
         self._state: Literal["start", "inside", "outside"] = "start"
         self._rest = ""  # held back: a part of a tag, or white space beside one
         self._is_blank = True  # nothing of the present part was told
@@ -71,19 +80,19 @@ class ReasoningReader:
 
     def _begin(self, *, is_final: bool) -> None:
         text = self._rest.lstrip()
-        if text.startswith(BEGIN):
-            self._state, self._rest, self.has_begun = "inside", text[len(BEGIN) :], True
-        elif is_final or not BEGIN.startswith(text):
+        if text.startswith(self._begin_tag):
+            self._state, self._rest, self.has_begun = "inside", text[len(self._begin_tag) :], True
+        elif is_final or not self._begin_tag.startswith(text):
             self._state, self._is_blank = ("inside", True) if self.has_begun else ("outside", False)
 
     def _reasoning(self, *, is_final: bool) -> str:
-        found = self._rest.find(END)
+        found = self._rest.find(self._end_tag)
         if found >= 0:
-            text, self._rest = self._rest[:found].rstrip(), self._rest[found + len(END) :]
+            text, self._rest = self._rest[:found].rstrip(), self._rest[found + len(self._end_tag) :]
         elif is_final:
             text, self._rest = self._rest, ""
         else:
-            size = ends_with_part_of(self._rest, END)
+            size = ends_with_part_of(self._rest, self._end_tag)
             text = self._rest[: len(self._rest) - size].rstrip()
             self._rest = self._rest[len(text) :]
         if self._is_blank:

@@ -80,6 +80,20 @@ def test_an_answer_is_told_apart_where_the_template_opens_the_tag_alone() -> Non
     assert (turn.reasoning, turn.content) == ("Okay, hm.", "Hello!")
 
 
+def test_tags_may_be_others() -> None:
+    dialect = _dialect("{{ tools }}[TOOL_CALLS][THINK]")
+    assert (dialect.tool_parser, dialect.reasoning_parser) == ("mistral", "mistral")
+    assert dialect.shown_marks(ToolUse()) == {"[THINK]", "[/THINK]"} and dialect.begins_inside("...[THINK]")
+    text = '[THINK]Hm.[/THINK]So.[TOOL_CALLS]f[ARGS]{"a": 1}'
+    told = dialect.reader(USE, begins_inside=False).push(text, is_final=True)
+    assert (told.reasoning, told.content) == ("Hm.", "So.") and [call.name for call in told.calls] == ["f"]
+    count = dialect.count(begins_inside=False)
+    assert count is not None
+    for number, piece in enumerate(("[THINK]", "Hm.", "[/THINK]", "So."), 1):
+        count.push(piece, number)
+    assert count.num_tokens == 3
+
+
 def test_special_tokens_that_are_read_stay_in_the_text() -> None:
     assert _dialect("{{ tools }}[TOOL_CALLS]").shown_marks(USE) == {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}
     assert Dialect.of_template("</think>").shown_marks(ToolUse()) == {"<think>", "</think>"}
