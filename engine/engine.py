@@ -87,6 +87,7 @@ class Engine:
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
         self._group = group
+        self._check_ranks = group.check if group is not None else lambda: None
         self._masks = MaskThread()
         comm = self._comm = self._connect(tp_rank, tp_size, store)
         decoder = self._loaded_decoder(dtype, progress)
@@ -94,7 +95,7 @@ class Engine:
         self.adapters = decoder.adapters = make_adapters(config, decoder, native_model, self._device)
         self._draft = self._draft_model(dtype, progress, native=native)
         self.spec = self._kv_cache_spec(kv_dtype)
-        comm.meet("loaded", group.check if group is not None else lambda: None)
+        comm.meet("loaded", self._check_ranks)
         self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
         # Not under inference mode: whoever moves pages writes to this tensor outside of it.
         self.kv_pages = allocate_pages(
@@ -126,7 +127,8 @@ class Engine:
         if self._group is not None:
             store = self._group.store
         assert store is not None, "a rank of several needs the group or the store"
-        return connect(store, tp_rank, tp_size, self._device, in_rank_order=self.config.deterministic)
+        in_rank_order = self.config.deterministic
+        return connect(store, tp_rank, tp_size, self._device, in_rank_order=in_rank_order, check=self._check_ranks)
 
     def _loaded_decoder(self, dtype: torch.dtype, progress: Progress | None) -> Decoder:
         config, model = self.config, self.model_config

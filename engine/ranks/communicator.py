@@ -67,18 +67,8 @@ class Communicator:
 
         Raises WorkerLost after that time, and what `check` raises meanwhile.
         """
-        if self._store is None:
-            return
-        with _Collective(self.rank):
-            self._store.set(f"{name}/{self.rank}", "")
-            until = time.monotonic() + LOAD_TIMEOUT_S
-            while not self._store.check([f"{name}/{rank}" for rank in range(self.size)]):
-                check()
-                if time.monotonic() > until:
-                    raise WorkerLost(
-                        f"tensor-parallel rank {self.rank}: others are not {name} after {LOAD_TIMEOUT_S:g} s"
-                    )
-                time.sleep(_LOOK_S)
+        if self._store is not None:
+            _meet(self._store, self.rank, self.size, name, check, LOAD_TIMEOUT_S)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -165,10 +155,31 @@ class _Collective:
             raise WorkerLost(f"tensor-parallel rank {self.rank}: a collective failed: {error}") from error
 
 
-def connect(store: Store, rank: int, size: int, device: torch.device, *, in_rank_order: bool = False) -> Communicator:
-    """Join the other ranks; returns when all of them have."""
+def _meet(store: Store, rank: int, size: int, name: str, check: Callable[[], None], limit_s: float) -> None:
+    with _Collective(rank):
+        store.set(f"{name}/{rank}", "")
+        until = time.monotonic() + limit_s
+        while not store.check([f"{name}/{other}" for other in range(size)]):
+            check()
+            if time.monotonic() > until:
+                raise WorkerLost(f"tensor-parallel rank {rank}: others are not {name} after {limit_s:g} s")
+            time.sleep(_LOOK_S)
+
+
+def connect(
+    store: Store,
+    rank: int,
+    size: int,
+    device: torch.device,
+    *,
+    in_rank_order: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Communicator:
+    """Join the other ranks; returns when all of them have. Raises WorkerLost, and what `check` raises meanwhile."""
     import torch.distributed as dist
 
+    # What joins them cannot be interrupted, and would say of a rank that has failed only that it does not come.
+    _meet(store, rank, size, "here", check, COLLECTIVE_TIMEOUT_S)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     with _Collective(rank):
         if device.type == "cuda":
