@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -122,9 +123,17 @@ class RankGroup:
         sock = self._sockets[rank - 1]
         frame = sock.receive()
         if frame is None or frame[0] != FrameKind.HELLO:
-            detail = frame[1].decode(errors="replace") if frame else f"no answer within {_START_TIMEOUT_S:g} s"
+            detail = frame[1].decode(errors="replace") if frame else self._silence(rank)
             raise WorkerLost(f"tensor-parallel rank {rank} did not start: {detail}")
         sock.set_timeout(None)
+
+    def _silence(self, rank: int) -> str:
+        """Say why nothing came of a rank's process: it has ended, or it waits for something."""
+        try:
+            code = self._processes[rank - 1].wait(_CLOSE_TIMEOUT_S)  # its socket closes a moment before it has ended
+        except subprocess.TimeoutExpired:
+            return f"no answer within {_START_TIMEOUT_S:g} s"
+        return f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
 
     def _read(self, rank: int) -> None:
         while (frame := self._sockets[rank - 1].receive()) is not None:

@@ -24,6 +24,19 @@ def config(tmp_path: Path) -> EngineConfig:
 
 
 @pytest.mark.slow
+def test_a_process_that_ends_at_its_start_is_told(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn = RankGroup._spawn
+
+    def killed(self: RankGroup, *others: Any) -> None:
+        spawn(self, *others)
+        self._processes[-1].kill()
+
+    monkeypatch.setattr(RankGroup, "_spawn", killed)
+    with pytest.raises(WorkerLost, match=r"rank 1 did not start: ended by SIGKILL$"):
+        RankGroup.start(config)
+
+
+@pytest.mark.slow
 def test_a_rank_that_cannot_make_its_engine_says_why(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch, rank_forks: Forks
 ) -> None:
