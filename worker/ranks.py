@@ -50,7 +50,7 @@ class Followers:
         self._on_failure = on_failure
         self._num_followers = config.engine.tensor_parallel_size - 1
         self._registered: dict[int, FollowerRegion] = {}  # by rank
-        self._are_ready = threading.Event()
+        self._are_heard = threading.Event()  # all have registered, or one has ended
         self.group: RankGroup | None = None
 
     def start(self) -> RankGroup | None:
@@ -76,8 +76,12 @@ class Followers:
         return self.group
 
     def wait_registered(self) -> None:
-        """Wait until the memory of all is registered. Raises ConfigError: it is not in time."""
-        if self.group is not None and not self._are_ready.wait(REGION_TIMEOUT_S):
+        """Wait until the memory of all is registered. Raises WorkerLost if one has ended, ConfigError if it is late."""
+        if self.group is None:
+            return
+        are_heard = self._are_heard.wait(REGION_TIMEOUT_S)
+        self.group.check()
+        if not are_heard:
             raise ConfigError(f"{self._num_followers} other ranks did not register within {REGION_TIMEOUT_S} s")
 
     @property
@@ -102,6 +106,7 @@ class Followers:
     def _on_lost(self, reason: str) -> None:
         """End, whether a step notices or none runs. On the rank group's thread."""
         self._on_failure(WorkerLost(reason))
+        self._are_heard.set()
         if self._config.engine.device == "cpu":
             return  # a step's collective fails at once; on a GPU it may wait for that rank
         leave = threading.Timer(LEAVE_S, os._exit, (1,))
@@ -113,7 +118,7 @@ class Followers:
         if isinstance(message, FollowerRegion):
             self._registered[rank] = message
             if len(self._registered) == self._num_followers:
-                self._are_ready.set()
+                self._are_heard.set()
         elif isinstance(message, TransferBroke):
             self._on_failure(KVFerryError(f"rank {rank}: {message.reason}"))
         else:
