@@ -60,6 +60,7 @@ def set_ucx_defaults(host: str) -> None:
     that address, and to the RDMA devices. Transports are left to UCX, so that GPUs and InfiniBand are found.
     """
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # else it takes SIGHUP, by which a worker reads its secret again
     # Between processes of a host UCX copies a piece of 512 KiB and then looks at every socket. A post here is bounded
     # by itself (sender.MAX_WRITE_BYTES), and what else waits can wait for its end.
     os.environ.setdefault("UCX_CMA_SEG_SIZE", "8m")
