@@ -20,6 +20,7 @@ import msgspec
 
 from ..common.adapter import AdapterTask
 from ..common.config import EngineConfig
+from ..common.logs import configure_logging
 from ..kvcache.disk_files import DiskThread
 from ..kvcache.disk_tier import DiskTask
 from .adapters import AdapterThread
@@ -54,6 +55,8 @@ def main(fd: int) -> int:
     if first is None:
         return 1
     start = msgspec.msgpack.decode(first[1], type=StartFollower)
+    if (logs := start.logs) is not None:
+        configure_logging(logs.level, log_format=logs.format, worker_id=logs.worker_id, rank=str(start.tp_rank))
     frames.send(FrameKind.HELLO)
     inbox: queue.SimpleQueue[tuple[FrameKind, bytes]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(frames, inbox), name="frames", daemon=True).start()

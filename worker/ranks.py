@@ -57,6 +57,7 @@ class Followers:
         """Start their processes. None: there are none."""
         if not self._num_followers:
             return None
+        from ..engine.ranks.frames import FollowerLogs
         from ..engine.ranks.group import RankGroup
 
         config = self._config
@@ -72,6 +73,7 @@ class Followers:
             handler_config=encode(setup),
             on_message=self._on_payload,
             on_lost=self._on_lost,
+            logs=FollowerLogs(level=config.log_level, format=config.log_format, worker_id=config.worker_id),
         )
         return self.group
 

@@ -14,6 +14,7 @@ from enum import IntEnum
 
 import msgspec
 
+from ...common.config import LogFormat, LogLevel
 from ...common.errors import KVFerryError
 
 _FRAME = struct.Struct("<BI")
@@ -30,6 +31,14 @@ class FrameKind(IntEnum):
     ADAPTER = 7  # to a follower: an AdapterTask; from it: the AdapterResult
 
 
+class FollowerLogs(msgspec.Struct, frozen=True, kw_only=True):
+    """`FollowerLogs` say how a follower logs: as its worker does, with its rank in each line."""
+
+    level: LogLevel
+    format: LogFormat
+    worker_id: str
+
+
 class StartFollower(msgspec.Struct, frozen=True, kw_only=True):
     """All that a follower needs to build its engine."""
 
@@ -40,6 +49,7 @@ class StartFollower(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int | None
     handler: str  # "module:function" that makes its FollowerHandler; empty: none
     handler_config: bytes
+    logs: FollowerLogs | None = None
 
 
 class FrameSocket:

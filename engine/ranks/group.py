@@ -28,7 +28,7 @@ from ...common.errors import WorkerLost
 from ...kvcache.disk_tier import DiskResult
 from ...models.config import ModelConfig
 from .communicator import host_store
-from .frames import FrameKind, FrameSocket, StartFollower
+from .frames import FollowerLogs, FrameKind, FrameSocket, StartFollower
 
 _START_TIMEOUT_S = 120.0  # interpreter and torch imports of a follower on a busy machine
 _CLOSE_TIMEOUT_S = 5.0  # for a rank to end by itself before it is killed
@@ -70,6 +70,7 @@ class RankGroup:
         handler_config: bytes = b"",
         on_message: Callable[[int, bytes], None] | None = None,
         on_lost: Callable[[str], None] = lambda reason: None,
+        logs: FollowerLogs | None = None,
     ) -> RankGroup:
         """Spawn ranks 1.. and wait until they run; they build their engines while rank 0 builds its own.
 
@@ -84,7 +85,7 @@ class RankGroup:
         group = cls(config.tensor_parallel_size, on_message, on_lost)
         try:
             for rank in range(1, group.size):
-                group._spawn(rank, config, num_blocks, handler, handler_config)
+                group._spawn(rank, config, num_blocks, handler, handler_config, logs)
             for rank in range(1, group.size):
                 group._await_hello(rank)
         except BaseException:
@@ -97,7 +98,13 @@ class RankGroup:
         return group
 
     def _spawn(
-        self, rank: int, config: EngineConfig, num_blocks: int | None, handler: str, handler_config: bytes
+        self,
+        rank: int,
+        config: EngineConfig,
+        num_blocks: int | None,
+        handler: str,
+        handler_config: bytes,
+        logs: FollowerLogs | None,
     ) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "kvferry.engine.follower_process", str(theirs.fileno())]
@@ -116,6 +123,7 @@ class RankGroup:
             num_blocks=num_blocks,
             handler=handler,
             handler_config=handler_config,
+            logs=logs,
         )
         self._sockets[-1].send(FrameKind.START, msgspec.msgpack.encode(start))
 
