@@ -23,8 +23,9 @@ def text_chunk(text: str, *, token_ids: list[int] | None = None, finish_reason: 
     return event(object="text_completion", choices=[choice])
 
 
-def chat_chunk(**delta: str) -> bytes:
-    return event(object="chat.completion.chunk", choices=[{"index": 0, "delta": delta, "finish_reason": None}])
+def chat_chunk(*, finish_reason: str | None = None, **delta: str) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return event(object="chat.completion.chunk", choices=[choice])
 
 
 def usage(num_prompt_tokens: int, num_output_tokens: int) -> bytes:

@@ -4,7 +4,8 @@ A request's life: sent -> first chunk with tokens -> further chunks -> usage -> 
 and is kept as one: a status that is not 200, an error event, an end without `[DONE]`, no end in time.
 
 Tokens of a chunk are counted by its `token_ids` where the server sends them (`return_token_ids`). Elsewhere a chunk
-counts as one token while it arrives, and the total is put right by `usage` at the end.
+counts as one token while it arrives, and the total is put right by `usage` at the end. An answer of one token that has
+no text (an end, the mark where thoughts begin) has its token in the chunk that ends it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Literal
 import msgspec
 
 from ...common.errors import ConfigError, KVFerryError
+from .chunks import Models, body_message, count_tokens, decode_chunk, error_message
 from .http_client import HttpClient, HttpError, ResponseHead
 from .sse import EventSplitter
 
@@ -28,47 +30,6 @@ Prompt = str | Sequence[int]
 PATHS: dict[EndpointName, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _MAX_ERROR_CHARS = 300
 
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    role: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    text: str | None = None
-    delta: _Delta | None = None
-    finish_reason: str | None = None
-    token_ids: list[int] | None = None
-
-
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = 0
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _PromptDetails | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: object = None
-    kind: str | None = msgspec.field(name="object", default=None)
-    message: str | None = None  # where `object` is "error"
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -110,7 +71,7 @@ class RequestRecord:
     @property
     def tpot_s(self) -> float | None:
         """Mean time of a token after the first; None when there is no second one."""
-        if self.num_output_tokens < 2:
+        if self.num_output_tokens < 2 or not self.chunk_times_s:  # `usage` may count what no chunk held
             return None
         return (self.chunk_times_s[-1] - self.chunk_times_s[0]) / (self.num_output_tokens - 1)
 
@@ -129,7 +90,7 @@ class RequestRecord:
 class _StreamReader:
     """Turns body bytes into the record's times and counts. Runs in the socket's callback: keeps errors, raises none."""
 
-    __slots__ = ("_body", "_events", "_record", "is_done", "problem")
+    __slots__ = ("_body", "_events", "_record", "ended_s", "is_done", "problem")
 
     def __init__(self, record: RequestRecord) -> None:
         self._record = record
@@ -137,6 +98,7 @@ class _StreamReader:
         self._body: list[bytes] = []  # of an answer that is no stream
         self.is_done = False
         self.problem: str | None = None
+        self.ended_s: float | None = None  # when the chunk with the reason of the answer's end came
 
     def on_head(self, head: ResponseHead) -> None:
         self._record.status = head.status
@@ -157,41 +119,30 @@ class _StreamReader:
 
     def _on_event(self, event: bytes, now_s: float) -> None:
         try:
-            chunk = _decode_chunk(event)
+            chunk = decode_chunk(event)
         except msgspec.MsgspecError as error:
             self.problem = self.problem or f"unreadable event ({error}): {event[:80].decode(errors='replace')}"
             return
         if chunk.error is not None or chunk.kind == "error":
-            self.problem = self.problem or f"error event: {_error_message(chunk.error or chunk.message)}"
+            self.problem = self.problem or f"error event: {error_message(chunk.error or chunk.message)}"
         if chunk.usage is not None:
             self._record.num_prompt_tokens = chunk.usage.prompt_tokens
             self._record.num_output_tokens = chunk.usage.completion_tokens
             details = chunk.usage.prompt_tokens_details
             self._record.num_cached_tokens = (details.cached_tokens if details is not None else 0) or 0
-        num_tokens = sum(map(_count_tokens, chunk.choices))
+        num_tokens = sum(map(count_tokens, chunk.choices))
         if num_tokens:
             self._record.chunk_times_s.append(now_s)
             self._record.chunk_tokens.append(num_tokens)
         for choice in chunk.choices:
+            if choice.finish_reason is not None:
+                self.ended_s = now_s
             if choice.token_ids:
                 self._record.counted_by = "token_ids"
                 if self._record.token_ids is not None:
                     self._record.token_ids += choice.token_ids
             if choice.finish_reason in ("error", "abort"):
                 self.problem = self.problem or f"finish_reason {choice.finish_reason!r}"
-
-
-def _count_tokens(choice: _Choice) -> int:
-    if choice.token_ids is not None:
-        return len(choice.token_ids)
-    if choice.delta is not None:
-        text = choice.delta.content or choice.delta.reasoning_content
-        if choice.delta.role is not None:
-            return 1 if text else 0  # chat begins with a chunk that only names the role
-    else:
-        text = choice.text
-    # Empty text before the end: the token's characters are not complete yet.
-    return 1 if text or choice.finish_reason is None else 0
 
 
 class Endpoint:
@@ -250,7 +201,7 @@ class Endpoint:
         if head.status != 200:
             raise ConfigError(f"/v1/models answered {head.status}: name the model with --model")
         try:
-            return [entry.id for entry in msgspec.json.decode(body, type=_Models).data]
+            return [entry.id for entry in msgspec.json.decode(body, type=Models).data]
         except msgspec.MsgspecError as error:
             raise ConfigError(f"/v1/models is no list of models ({error}): name the model with --model") from error
 
@@ -270,13 +221,18 @@ class Endpoint:
 
 def _check_end(reader: _StreamReader, record: RequestRecord) -> None:
     if record.status != 200:
-        raise StreamFailure(f"HTTP {record.status}: {_body_message(reader.error_text())}")
+        raise StreamFailure(f"HTTP {record.status}: {body_message(reader.error_text())}")
     if reader.problem is not None:
         raise StreamFailure(reader.problem)
     if not reader.is_done:
         raise StreamFailure(f"stream ended without [DONE] after {sum(record.chunk_tokens)} tokens")
-    if not record.chunk_times_s:
-        raise StreamFailure("stream without a token")
+    if record.chunk_times_s:
+        return
+    if record.num_output_tokens != 1 or reader.ended_s is None:
+        counted = f", of which its usage counts {record.num_output_tokens}" if record.num_output_tokens else ""
+        raise StreamFailure(f"stream without a token{counted}")
+    record.chunk_times_s.append(reader.ended_s)
+    record.chunk_tokens.append(1)
 
 
 def _settle_counts(record: RequestRecord) -> None:
@@ -286,16 +242,3 @@ def _settle_counts(record: RequestRecord) -> None:
         record.counted_by = "usage"
     else:
         record.num_output_tokens = sum(record.chunk_tokens)
-
-
-def _body_message(text: str) -> str:
-    """The sentence inside an OpenAI error body, or the body."""
-    try:
-        body = msgspec.json.decode(text)
-    except msgspec.MsgspecError:
-        return text
-    return _error_message(body.get("error", text) if isinstance(body, dict) else text)
-
-
-def _error_message(error: object) -> str:
-    return str(error["message"]) if isinstance(error, dict) and "message" in error else str(error)

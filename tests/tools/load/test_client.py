@@ -89,6 +89,20 @@ async def test_failed_requests_are_counted_and_shown(capsys: pytest.CaptureFixtu
     assert "2 failed: HTTP 429: no room for [b]it" in output
 
 
+async def test_an_answer_of_hidden_tokens_is_a_failed_request_of_the_file(tmp_path: Path) -> None:
+    def hide_all_but_one(request: Received) -> Script:
+        num_tokens = int(str(request.body["max_tokens"]))
+        text = [] if num_tokens > 1 else [text_chunk("a")]
+        return Script([*text, text_chunk("", finish_reason="length"), usage(5, num_tokens), DONE])
+
+    async with scripted_server(hide_all_but_one) as server:
+        flags = ("--model", "m", "--num-requests", "1", "--num-warmups", "0", "--json", str(tmp_path / "run.json"))
+        assert await bench(server, *flags) == 1
+    (request,) = json.loads((tmp_path / "run.json").read_text())["requests"]
+    assert (request["ttft_ms"], request["tpot_ms"]) == (None, None)
+    assert request["error"].startswith("stream without a token")
+
+
 async def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     async with scripted_server(serve_well) as server:
         assert await bench(server, "--model", "[b]m[/x]", "--num-requests", "1") == 0

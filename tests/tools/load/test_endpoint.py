@@ -53,6 +53,20 @@ async def test_chat_chunk_that_only_names_the_role_is_no_first_token() -> None:
     assert (record.chunk_tokens, record.num_output_tokens, record.is_ok) == ([1], 1, True)
 
 
+async def test_one_token_without_text_came_with_the_end() -> None:
+    pieces = [chat_chunk(role="assistant", content=""), chat_chunk(finish_reason="length"), usage(9, 1), DONE]
+    record = await ask_stream(pieces, "chat")
+    assert (record.error, record.chunk_tokens, record.num_output_tokens) == (None, [1], 1)
+    assert record.tpot_s is None
+
+
+async def test_tokens_that_no_chunk_held_are_no_answer() -> None:
+    pieces = [chat_chunk(role="assistant", content=""), chat_chunk(finish_reason="length"), usage(9, 64), DONE]
+    record = await ask_stream(pieces, "chat")
+    assert record.error == "stream without a token, of which its usage counts 64"
+    assert (record.ttft_s, record.tpot_s) == (None, None)
+
+
 async def test_several_events_in_one_piece_and_one_event_in_several_are_read_alike() -> None:
     stream = b"".join(answer(4))
     whole = await ask_stream([stream])
