@@ -23,7 +23,7 @@ def text_chunk(text: str, *, token_ids: list[int] | None = None, finish_reason: 
     return event(object="text_completion", choices=[choice])
 
 
-def chat_chunk(*, finish_reason: str | None = None, **delta: str) -> bytes:
+def chat_chunk(*, finish_reason: str | None = None, **delta: object) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return event(object="chat.completion.chunk", choices=[choice])
 

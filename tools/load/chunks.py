@@ -6,8 +6,9 @@ import msgspec
 
 
 class Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
+    content: object = None  # text, or a list of parts
+    reasoning_content: object = None  # thoughts; newer servers call them by the next name
+    reasoning: object = None
     role: str | None = None
 
 
@@ -52,8 +53,9 @@ def count_tokens(choice: Choice) -> int:
     if choice.token_ids is not None:
         return len(choice.token_ids)
     if choice.delta is not None:
-        text = choice.delta.content or choice.delta.reasoning_content
-        if choice.delta.role is not None:
+        delta = choice.delta
+        text = delta.content or delta.reasoning_content or delta.reasoning
+        if delta.role is not None:
             return 1 if text else 0  # chat begins with a chunk that only names the role
     else:
         text = choice.text

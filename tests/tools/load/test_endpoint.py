@@ -53,6 +53,20 @@ async def test_chat_chunk_that_only_names_the_role_is_no_first_token() -> None:
     assert (record.chunk_tokens, record.num_output_tokens, record.is_ok) == ([1], 1, True)
 
 
+@pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])
+async def test_thoughts_are_tokens_where_every_chunk_names_the_role(name: str) -> None:
+    thought = chat_chunk(role="assistant", **{"content": "", name: "hm"})
+    answered = chat_chunk(role="assistant", content="yes")
+    record = await ask_stream([chat_chunk(role="assistant", content=""), thought, thought, answered, DONE], "chat")
+    assert (record.error, record.chunk_tokens, record.num_output_tokens) == (None, [1, 1, 1], 3)
+
+
+async def test_content_may_be_a_list_of_parts() -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    record = await ask_stream([chat_chunk(role="assistant", content=parts), chat_chunk(content="yes"), DONE], "chat")
+    assert (record.error, record.chunk_tokens) == (None, [1, 1])
+
+
 async def test_one_token_without_text_came_with_the_end() -> None:
     pieces = [chat_chunk(role="assistant", content=""), chat_chunk(finish_reason="length"), usage(9, 1), DONE]
     record = await ask_stream(pieces, "chat")
