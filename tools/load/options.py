@@ -79,6 +79,8 @@ def parse_options(argv: Sequence[str]) -> Options:
             max_concurrency = 1
         if num_requests is None and flags.duration is None:
             num_requests = _DEFAULT_NUM_REQUESTS
+        if num_requests is None and flags.request_rate == float("inf"):
+            raise ConfigError("--request-rate inf sends all at once, which --duration does not end: add --num-requests")
     return Options(
         base_url=flags.base_url,
         model=flags.model,

@@ -230,6 +230,7 @@ def test_load_is_one_in_flight_and_100_requests_unless_told() -> None:
     [
         ("--request-rate 1 --max-concurrency 1", "give one of them"),
         ("--endpoint chat --prompt ids", "chat takes text"),
+        ("--request-rate inf --duration 5", "add --num-requests"),
         ("--json absent/run.json", "there is no directory absent"),
         ("--plot run.jpg", "must end in .svg or .png"),
     ],
