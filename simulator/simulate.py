@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..common.errors import ConfigError
 from .outcome import Outcome
 from .scenario import Scenario
 from .traffic import mean_rate, rows_of
@@ -31,7 +32,10 @@ def at_rate(scenario: Scenario, rate_per_s: float) -> Scenario:
 def capacity(
     scenario: Scenario, *, share: float = 0.9, precision: float = 0.02, start_per_s: float | None = None
 ) -> Capacity:
-    """Bisect over the rate, to `precision` of it. `start_per_s`: a guess; None: the trace's own rate."""
+    """Bisect over the rate, to `precision` of it. `start_per_s`: a guess; None: the trace's own rate.
+
+    Raises ConfigError where no rate is too high: so few requests are good even if all of them come at once.
+    """
     guess = mean_rate(rows_of(scenario.traffic)) if start_per_s is None else start_per_s
     tried: list[tuple[float, float]] = []
     good, bad, best = 0.0, float("inf"), None
@@ -41,6 +45,9 @@ def capacity(
         tried.append((rate, outcome.attainment))
         if outcome.attainment >= share:
             good, best = rate, outcome
+            if outcome.span_s < scenario.goals.tpot_s:  # to come still faster is nothing that anybody would notice
+                number = len(outcome.requests)
+                raise ConfigError(f"{number} requests are good even if all come at once: no rate is found by so few")
         else:
             bad = rate
         if good == 0.0 and rate < guess / 128:

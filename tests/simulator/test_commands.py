@@ -114,6 +114,13 @@ def test_the_highest_good_rate_is_searched(capsys: pytest.CaptureFixture[str]) -
     assert "least_loaded at " in capsys.readouterr().out
 
 
+def test_no_highest_rate_is_told_of_requests_that_are_good_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--requests", "2", "--capacity", "--policy", "least_loaded"]) == 2
+    seen = capsys.readouterr()
+    assert not seen.out
+    assert "2 requests are good even if all come at once" in seen.err
+
+
 def test_a_checkpoint_is_simulated_as_it_is_sized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model's config.json is enough; integers are read faster than bfloat16."""
     model = str(write_config(tmp_path / "llama", "8b"))
