@@ -1,7 +1,7 @@
 """Recorded traffic: when requests came and how long they were. Two published forms are read.
 
     Mooncake  JSON lines: timestamp (ms), input_length, output_length, hash_ids (one for each 512-token prefix block)
-    Azure     CSV: TIMESTAMP (date and time), ContextTokens, GeneratedTokens
+    Azure     CSV: TIMESTAMP (date and time, of 2024 with a zone), ContextTokens, GeneratedTokens
 
 Neither holds text; equal hash ids stand for equal blocks of a prompt, which the prompts made from them keep.
 """
@@ -9,6 +9,7 @@ Neither holds text; equal hash ids stand for equal blocks of a prompt, which the
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ import msgspec
 from ...common.errors import ConfigError
 
 MOONCAKE_BLOCK_TOKENS = 512
+_DAY_AND_TIME = re.compile(r"\s*(?P<whole>.*?)(?P<fraction>\.\d+)?(?P<zone>Z|[+-]\d\d:?\d\d)?\s*", re.ASCII)
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -100,6 +102,14 @@ def _read_azure(path: Path, text: str) -> Iterator[TraceRow]:
 
 
 def _seconds_of_day_and_time(text: str) -> float:
-    """`2023-11-16 18:17:03.9799600` -> seconds; seven decimals are more than datetime reads."""
-    whole, _, fraction = text.partition(".")
-    return datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp() + (float(f"0.{fraction}") if fraction else 0.0)
+    """Return the seconds of `2023-11-16 18:17:03.9799600`, or of `2024-05-10 00:00:00.009930+00:00`.
+
+    Any number of decimals, of which datetime reads six.
+    """
+    found = _DAY_AND_TIME.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is no date and time")
+    moment = datetime.fromisoformat(found["whole"] + (found["zone"] or ""))
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return moment.timestamp() + float(found["fraction"] or 0.0)

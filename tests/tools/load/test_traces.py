@@ -34,6 +34,17 @@ def test_mooncake_rows_come_in_order_of_arrival_from_zero_on(tmp_path: Path) -> 
     ]
 
 
+def test_azure_times_may_have_a_zone(tmp_path: Path) -> None:
+    text = """\
+TIMESTAMP,ContextTokens,GeneratedTokens
+2024-05-10 00:00:00.250000+00:00,2162,5
+2024-05-10 00:00:01+00:00,2399,6
+2024-05-10 02:00:01.7500000+02:00,76,15
+2024-05-10T00:00:02Z,2376,4
+"""
+    assert [row.arrival_s for row in read_trace(written(tmp_path, text))] == [0.0, 0.75, 1.5, 1.75]
+
+
 def test_azure_times_cross_midnight(tmp_path: Path) -> None:
     assert read_trace(written(tmp_path, AZURE)) == [TraceRow(0.0, 374, 44), TraceRow(1.75, 396, 109)]
 
