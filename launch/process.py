@@ -128,7 +128,7 @@ class Child:
                 self._drains_until = self._clock.now() + self._times.drain_s
                 self._signal(signal.SIGTERM)
                 if drain_s is not None and not await within(drain_s, self._process.wait()):
-                    self._signal(signal.SIGTERM)  # the second ends it at once
+                    self._signal(signal.SIGINT)  # the second ends it at once
             return await self._comes_back
         finally:
             self._comes_back = None

@@ -1,6 +1,7 @@
 """The router process ends in steps: who may finish what, and for how long.
 
-SIGTERM          running answers get the drain limit; each open connection may ask once more
+SIGTERM          running answers get the drain limit; each open connection may ask once more. What sends it to all
+                 processes of a service reaches a router twice, as the launcher tells it too: that is one
 SIGINT           they get a few seconds
 a second signal  none
 then             what is left ends with an error event
@@ -20,6 +21,7 @@ from .catalogue.catalogue import Catalogue
 from .http.http_server import HttpServer
 
 INTERRUPT_LIMIT_S = 3.0  # for running answers after SIGINT; less than the launcher's patience
+SAME_S = 1.0  # two SIGTERMs within are one; a launcher that is busy takes some tens of milliseconds to pass it on
 IDLE_S = 1.0  # an idle connection's last chance to ask, after SIGTERM
 
 log = structlog.get_logger(__name__)
@@ -33,6 +35,7 @@ class Stop:
         self.at_once = asyncio.Event()
         self.is_patient = False
         self._drain_s = drain_s
+        self._asked_s = 0.0
 
     @property
     def limit_s(self) -> float:
@@ -40,11 +43,12 @@ class Stop:
         return self._drain_s if self.is_patient else INTERRUPT_LIMIT_S
 
     def _on_signal(self, number: int) -> None:
-        if self.asked.is_set():
-            self.at_once.set()
-        else:
-            self.is_patient = number == signal.SIGTERM
+        now = asyncio.get_running_loop().time()
+        if not self.asked.is_set():
+            self.is_patient, self._asked_s = number == signal.SIGTERM, now
             self.asked.set()
+        elif not (number == signal.SIGTERM and self.is_patient and now < self._asked_s + SAME_S):
+            self.at_once.set()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stop]:
