@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 
 from ..common.grammar import WHITE_SPACE, Grammar
+from .gbnf import plain_gbnf
 
 KINDS = ("json_object", "json_schema", "regex", "choice", "lark")
 _ANY_OBJECT = '{"type": "object"}'
@@ -45,12 +46,17 @@ def _object(schema: str) -> str:
 
 
 def _lark(text: str) -> str:
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
+    if is_lark_syntax(text):
+        return text
+    plain = plain_gbnf(text)
     try:
-        return any_to_lark(text)
-    except GbnfToLarkError as error:
-        raise ValueError(str(error)) from None
+        return gbnf_to_lark(plain)
+    except RecursionError:
+        raise
+    except Exception as error:  # a missing rule is a bare Exception, a text that ends in an escape an IndexError
+        raise ValueError("it ends in its middle" if isinstance(error, IndexError) else str(error)) from None
 
 
 def _quoted(choice: str) -> str:

@@ -1,0 +1,36 @@
+r"""GBNF, as llama.cpp reads it, in words that llguidance's converter takes: of others it makes what is no grammar.
+
+[\u0041-\U0001F600]   it drops the zeros of an escape   the characters themselves
+([0-9]+)?             it drops the parentheses          ([0-9]+ "")?
+"""
+
+from __future__ import annotations
+
+import re
+
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+# A string, a class, a comment; or a repetition that ends a group which is repeated itself.
+_PART = re.compile(
+    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|(?P<last>[*+?}])(?P<end>(?:\s*\))+)(?=\s*[*+?{])', re.DOTALL
+)
+
+
+def plain_gbnf(text: str) -> str:
+    """Return a grammar in words that the converter takes. Raises ValueError for an escape that is no character."""
+    return _PART.sub(_reworded, text)
+
+
+def _reworded(part: re.Match[str]) -> str:
+    if part["last"]:
+        return f'{part["last"]} ""{part["end"]}'
+    return part[0] if part[0].startswith("#") else _ESCAPE.sub(_character, part[0])
+
+
+def _character(escape: re.Match[str]) -> str:
+    digits = escape[1] or escape[2]
+    if digits is None:
+        return escape[0]
+    code = int(digits, 16)
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        raise ValueError(f"{escape[0]} is no character")
+    return f"\\x{code:02x}" if code < 0x80 else chr(code)  # one of ASCII might mean something where it stands
