@@ -32,7 +32,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...common.errors import KVFerryError, RequestError
 from ..access.hosts import is_of_this_machine
 from ..access.keys import ApiKeys
-from ..api.middleware import check_head, failure_response, on_no_endpoint, send_failure
+from ..api.body import ClientGone
+from ..api.middleware import CLIENT_CLOSED, check_head, failure_response, on_no_endpoint, send_failure
 from ..state.errors import clip, failure_of
 from ..state.expert_load import ExpertLoad
 from ..state.history import KINDS, MAX_RECENT, Kind
@@ -72,7 +73,7 @@ def build_admin(admin: Admin, keys: ApiKeys, more: Sequence[Route] = ()) -> ASGI
         Route("/admin/metrics", admin.metrics, methods=["GET"]),
         *more,
     ]
-    handlers: Mapping[Any, Any] = {HTTPException: on_no_endpoint, KVFerryError: _on_error}
+    handlers: Mapping[Any, Any] = {HTTPException: on_no_endpoint, KVFerryError: _on_error, ClientGone: _on_gone}
     return _Guard(Starlette(routes=routes, exception_handlers=handlers), keys)
 
 
@@ -234,3 +235,7 @@ def _limit_of(body: dict[str, object], default_s: float) -> float:
 
 async def _on_error(_request: Request, error: KVFerryError) -> Response:
     return failure_response(failure_of(error))
+
+
+async def _on_gone(_request: Request, _error: ClientGone) -> Response:
+    return Response(status_code=CLIENT_CLOSED)  # nobody reads it

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Set as AbstractSet
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from ...common.errors import RequestError
-from ..api.body import BodyRoom, read_body
+from ..api.body import BODY_TIMEOUT_S, BodyRoom, ClientGone, read_body
 from ..api.middleware import context_of
 from ..helpers.strict_json import parse_json
 from ..state.errors import clip
@@ -16,13 +17,25 @@ _MAX_BYTES = 4096
 
 
 async def json_body(request: Request, known: AbstractSet[str], *, may_be_empty: bool = False) -> dict[str, object]:
-    """Raises RequestError (400, 413). An empty body may stand for an empty object."""
+    """Raises RequestError (400, 408, 413), or ClientGone. An empty body may stand for an empty object."""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            data = await _read(request)
+    except TimeoutError:
+        text = f"the request's body did not arrive within {BODY_TIMEOUT_S:g} s"
+        raise RequestError(text, code="request_timeout", status=408) from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    return _object(data, known) if data or not may_be_empty else {}
+
+
+async def _read(request: Request) -> bytes:
     data = b""
     async for piece in request.stream():
         data += piece
         if len(data) > _MAX_BYTES:
             raise RequestError(f"the body is longer than {_MAX_BYTES} bytes", code="body_too_large", status=413)
-    return _object(data, known) if data or not may_be_empty else {}
+    return data
 
 
 async def client_body(room: BodyRoom, request: Request, known: AbstractSet[str]) -> dict[str, object]:

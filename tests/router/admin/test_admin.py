@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import httpx
 import pytest
 from starlette.routing import Route
+from starlette.types import Message
 
 from kvferry.router.access.keys import ApiKeys
+from kvferry.router.admin import json_body
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.state.history import Kind
 from kvferry.router.state.views import PoolView
@@ -173,6 +176,31 @@ async def test_a_long_body_is_not_read() -> None:
     async with client(operations()) as c:
         answer = await c.post("/admin/workers/d-0/drain", content=b" " * 5000)
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(("leaves", "status"), [(True, 499), (False, 408)])
+async def test_a_body_that_does_not_come_holds_nothing(
+    leaves: bool, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_body, "BODY_TIMEOUT_S", 0.01)
+    parts: list[Message] = [{"type": "http.request", "body": b"{", "more_body": True}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if not parts and not leaves:
+            await asyncio.Event().wait()
+        return parts.pop() if parts else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    dispatcher = operations()
+    app = build_admin(Admin([dispatcher], lambda: lambda: (b"", ""), 1.0, None), ApiKeys())
+    path, headers = "/admin/workers/d-0/drain", [(b"host", b"127.0.0.1:9")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    await app(scope, receive, send)
+    assert sent[0]["status"] == status
+    assert not dispatcher.drained
 
 
 async def test_a_restart_is_the_launchers() -> None:
