@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from ..common.config import Settings
 from ..common.errors import ConfigError
@@ -39,12 +40,19 @@ def _moment(value: datetime | date | None) -> datetime | None:
     return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
 
+def _date(value: object) -> object:
+    """Refuse numbers, in quotes too: they would be seconds since 1970, and nobody who writes 2027 means those."""
+    if isinstance(value, int | float) or (isinstance(value, str) and "-" not in value):
+        raise PydanticCustomError("date", "must be a date such as 2027-01-31, or one with a time")
+    return value
+
+
 class KeyEntry(Settings):
     """One key of the file."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$")
     hash: str = Field(pattern=rf"^{_HASH}[0-9a-f]{{{2 * _DIGEST_BYTES}}}$")
-    expires: Annotated[datetime | date | None, AfterValidator(_moment)] = None
+    expires: Annotated[datetime | date | None, BeforeValidator(_date), AfterValidator(_moment)] = None
 
     @property
     def digest(self) -> bytes:
@@ -63,7 +71,13 @@ def digest_of(key: bytes) -> bytes:
 
 def read_key_file(path: Path, setting: str) -> tuple[KeyEntry, ...]:
     """Read the entries of a file, each checked. Raises ConfigError that names the line."""
-    return tuple(entry for entry, _ in _read(path, setting))
+    known: dict[bytes, KeyEntry] = {}
+    for entry, (first, _) in _read(path, setting):
+        if known.setdefault(entry.digest, entry) != entry:
+            raise ConfigError(
+                f"{setting}: {path}:{first + 1}: this key stands in the file already, with another id or expiry"
+            )
+    return tuple(known.values())
 
 
 def add_key(path: Path, key_id: str, expires: datetime | None) -> str:
@@ -123,6 +137,9 @@ def _lines(node: yaml.Node) -> tuple[int, int]:
 
 
 def _entry(node: yaml.Node, origin: str) -> KeyEntry:
+    names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if repeated := next((str(name) for name in names if names.count(name) > 1), ""):
+        raise ConfigError(f"{origin}: an entry has {repeated} once")
     loader = yaml.SafeLoader("")
     try:
         value: Any = loader.construct_object(node, deep=True)

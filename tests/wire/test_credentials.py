@@ -179,6 +179,7 @@ def test_what_is_left_after_revoking_is_what_was_there(names: list[str], gone: s
 
 
 HASH = "blake2b:" + "0" * 64
+NO_DATES = ("2027", "20271231", "'2027'", "12:30", "1830211200.5")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,10 @@ HASH = "blake2b:" + "0" * 64
         (f"- id: a\n  hash: {HASH}\n- id: 'b c'\n  hash: {HASH}", r":3: id: String should match"),
         ("- id: a\n  hash: sesame", r":1: hash: String should match"),
         (f"- id: a\n  hash: {HASH}\n  expires: soon", r":1: expires"),
+        *((f"- id: a\n  hash: {HASH}\n  expires: {when}", r":1: expires: must be a date") for when in NO_DATES),
+        (f"- id: a\n  hash: {HASH}\n- id: b\n  hash: {HASH}", r":3: this key stands in the file already"),
+        (f"- id: a\n  hash: {HASH}\n- id: a\n  hash: {HASH}\n  expires: 2027-01-31", r":3: this key stands"),
+        (f"- id: a\n  id: b\n  hash: {HASH}", r":1: an entry has id once"),
         (f"- id: a\n  hash: {HASH}\n  role: king", r":1: role: Extra inputs"),
         ("- [", "not YAML"),
         ("- !!python/object/apply:os.system ['true']", r":1: "),
@@ -200,6 +205,17 @@ def test_a_mistake_in_a_key_file_names_its_line(tmp_path: Path, text: str, messa
     path.chmod(0o600)
     with pytest.raises(ConfigError, match=rf"^api_key_file: {path}.*{message}"):
         read_key_file(path, "api_key_file")
+
+
+def test_a_key_that_stands_twice_is_one_and_may_be_revoked_where_another_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    entry = f"- id: a\n  hash: {HASH}\n"
+    path.write_text(2 * entry)
+    path.chmod(0o600)
+    assert [each.id for each in read_key_file(path, "file")] == ["a"]
+    path.write_text(entry + entry.replace("id: a", "id: b"))
+    assert revoke_keys(path, "b") == 1
+    assert path.read_text() == entry
 
 
 def test_an_id_that_no_file_could_hold_is_refused_before_it_is_written(tmp_path: Path) -> None:
