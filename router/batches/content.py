@@ -6,6 +6,7 @@ Range ─> not understood ─> as if it were not there
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from ...common.errors import RequestError
 from ..api.middleware import failure_response
 from ..state.errors import failure_of
-from .files import StoredFile
+from .files import StoredFile, no_file
 
 _PIECE_BYTES = 64 * 2**10  # of a file, read and sent in one go
 _RANGE = re.compile(r"([0-9]{0,99})-([0-9]{0,99})")  # first and last byte; without a first one: so many at the end
@@ -28,7 +29,7 @@ def content(path: Path, stored: StoredFile) -> Response:
     response = _Content(path, media_type="application/octet-stream", filename=stored.filename)
     if not stored.num_bytes:
         return Response(headers=dict(response.headers))
-    response.num_bytes = stored.num_bytes
+    response.file_id, response.num_bytes = stored.id, stored.num_bytes
     response.chunk_size = _PIECE_BYTES if stored.num_bytes % _PIECE_BYTES else _PIECE_BYTES - 1
     return response
 
@@ -38,11 +39,23 @@ class _Content(FileResponse):
 
     One that sends nothing but whole pieces looks for another one at the end. A client that knows the length has its
     answer by then, and its next request on this connection would come before the end of this one: hence `chunk_size`.
+
+    It looks for its file by name, and more than once: one that is deleted meanwhile is held open, and sent to its end.
     """
 
+    file_id = ""
     num_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            opened = await asyncio.to_thread(open, self.path, "rb")
+        except FileNotFoundError:
+            raise no_file(self.file_id) from None
+        with opened as file:
+            self.path = f"/dev/fd/{file.fileno()}"
+            await self._send(scope, receive, send)
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         asked = headers.get("range")
         ranges = None if asked is None else _ranges(asked, self.num_bytes)

@@ -93,7 +93,7 @@ class FileStore:
         """Raises RequestError (404) for what is not there, or is somebody else's."""
         stored = self.folder.record(self._about(file_id), StoredFile) if _ID.fullmatch(file_id) else None
         if stored is None or stored.owner != owner or stored.expires_at <= self._now_s():
-            raise RequestError(f"there is no file {clip(file_id)}", param="id", code="file_not_found", status=404)
+            raise no_file(file_id)
         return stored
 
     def path(self, stored: StoredFile) -> Path:
@@ -134,3 +134,8 @@ class FileStore:
 
     def _all(self) -> Iterator[StoredFile]:
         return self.folder.records(list(self.folder.files.glob("*.json")), StoredFile)
+
+
+def no_file(file_id: str) -> RequestError:
+    """Return the refusal of what is not there, or is somebody else's."""
+    return RequestError(f"there is no file {clip(file_id)}", param="id", code="file_not_found", status=404)

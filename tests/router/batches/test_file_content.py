@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import FileResponse
+
+from kvferry.router.batches.files import FileStore
 
 from .batch_server import batch_server, client_of
 
@@ -21,6 +25,28 @@ async def file_of(path: Path, data: bytes) -> AsyncIterator[tuple[httpx.AsyncCli
         uploaded = await openai.files.create(file=data, purpose="batch")
         async with httpx.AsyncClient(base_url=f"http://{address}") as client:
             yield client, f"/v1/files/{uploaded.id}/content"
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_a_file_that_is_deleted_while_it_is_asked_for(
+    is_open: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is whole or not there, whichever came first."""
+    place, method = (FileResponse, "__call__") if is_open else (FileStore, "path")
+    found = getattr(place, method)
+
+    def after_deleting(self: Any, *args: Any) -> Any:
+        for each in tmp_path.rglob("*.data"):
+            each.unlink()
+        return found(self, *args)
+
+    async with file_of(tmp_path, DATA) as (client, path):
+        monkeypatch.setattr(place, method, after_deleting)
+        answer = await client.get(path)
+    if is_open:
+        assert (answer.status_code, answer.content) == (200, DATA)
+    else:
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "file_not_found"
 
 
 async def test_a_range_that_is_not_understood_is_ignored(tmp_path: Path) -> None:
