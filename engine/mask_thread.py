@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 from ..common.batch import Batch, BatchRow, GrammarMask
-from ..common.priority import give_way
+from ..common.priority import CoreOffers, give_way
 from .masks import find_mask
 
 PATIENCE_S = 0.004  # after the forward pass. Larger: streams notice others' grammars; smaller: rows are computed twice
@@ -99,6 +99,8 @@ class MaskThread:
         before.shutdown(wait=False)
         if late.thread_id:
             give_way(late.thread_id)
+            offers = CoreOffers(late.thread_id)
+            late.future.add_done_callback(lambda _: offers.end())
 
 
 def _new_thread() -> ThreadPoolExecutor:

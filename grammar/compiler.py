@@ -20,7 +20,7 @@ import structlog
 from ..common.clock import Clock
 from ..common.errors import KVFerryError
 from ..common.grammar import Grammar
-from ..common.priority import give_way
+from ..common.priority import give_way, offering_core
 from .matching import AnswerMatcher, Vocabulary, compile_checked
 
 MAX_KEPT = 128  # of a megabyte or so each; larger: agents with many tools find theirs again
@@ -86,9 +86,15 @@ class GrammarCompiler:
             compiled = self._kept[grammar] = _Compiled(self._clock)
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        thread = self._small if len(grammar.text) <= SMALL_BYTES else self._large
-        thread.submit(self._compile, grammar, compiled)
+        if len(grammar.text) <= SMALL_BYTES:
+            self._small.submit(self._compile, grammar, compiled)
+        else:
+            self._large.submit(self._compile_aside, grammar, compiled)
         return compiled
+
+    def _compile_aside(self, grammar: Grammar, compiled: _Compiled) -> None:
+        with offering_core():
+            self._compile(grammar, compiled)
 
     def _compile(self, grammar: Grammar, compiled: _Compiled) -> None:
         try:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import psutil
 
-from ...common.priority import give_way
+from ...common.priority import CoreOffers, give_way
 
 _LOOK_S = 0.2  # larger: work waits longer on a busy machine; smaller: a burst of steps passes for one
 _LEAST_SHARE = 0.1  # of a core since the last look
@@ -52,6 +52,7 @@ def _be_aside(work: Callable[[], bytes], writer: int) -> None:
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # its parent may be killed at any time
         give_way(os.getpid())
+        CoreOffers(os.getpid())
         with os.fdopen(writer, "wb") as answer:
             answer.write(work())
         code = 0
