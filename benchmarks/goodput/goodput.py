@@ -143,7 +143,6 @@ def main() -> int:
     benches = [Bench(SETUP, trace, args.part, args.requests) for trace in args.traces]
     results = run(benches, args.processes, args.level_requests)
     print_goodput(results)
-    plot_goodput(results, args.plot)
     command = ["--traces", *args.traces, "--part", args.part]
     command += ["--requests", str(args.requests)] if args.requests is not None else []
     command += ["--level-requests", str(args.level_requests)] if args.level_requests is not None else []
@@ -156,4 +155,5 @@ def main() -> int:
         "traces": [asdict(result) for result in results],
     }
     save_json(body, args.json)
+    plot_goodput(results, args.plot)  # now that the tree's state is noted, of which pictures are a part
     return 0 if all(bar.is_met for bar in bars(results)) else 1
