@@ -204,7 +204,7 @@ def _own(vocab_size: int) -> dict[str, Values]:
             [chr(ord("a") + index) for index in range(MAX_STOPS)],
         ],
         "max_tokens": lengths,
-        "max_completion_tokens": lengths,
+        "max_completion_tokens": [length for length in lengths if length != 0],  # for none there is the older name
         "min_tokens": [None, 0, 1, 17, _FEW_TOKENS],
         "logit_bias": [
             None, {}, {"0": -100}, {str(last): 100}, {"1": 100, "3": 100}, {"5": 5e-324, "6": -1e-308},

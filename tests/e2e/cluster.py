@@ -21,7 +21,7 @@ from kvferry.common.errors import ConfigError
 from kvferry.launch.command_socket import ask
 from kvferry.launch.running import runtime_dir, socket_of
 from kvferry.tools.chaos.programs import program_name
-from kvferry.tools.load.server_process import tied
+from kvferry.tools.load.server_process import free_port, tied
 
 START_LIMIT_S = 240.0  # these bounds are for machines that are slow and busy: what works never waits so long
 STOP_LIMIT_S = 60.0
@@ -29,15 +29,6 @@ COMMAND_LIMIT_S = 180.0
 WAIT_LIMIT_S = 120.0
 _POLL_SHARE = 0.2  # of what was waited already, until the next look
 _MAX_POLL_S = 0.5
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @dataclass

@@ -18,9 +18,10 @@ import psutil
 import pytest
 
 from kvferry.settings.key_file import add_key, revoke_keys
+from kvferry.tools.load.server_process import free_port
 
 from ..checkpoints import write_checkpoint
-from .cluster import Cluster, free_port, serve, wait_until
+from .cluster import Cluster, serve, wait_until
 
 FLAGS = ("--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB", "--device", "cpu")
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the usual one reads every root certificate, for each connection

@@ -29,9 +29,10 @@ from kvferry.common.config import (
     TransferConfig,
     WorkerConfig,
 )
+from kvferry.tools.load.server_process import free_port
 
 from . import reference
-from .cluster import Cluster, free_port, run_all, wait_until
+from .cluster import Cluster, run_all, wait_until
 from .exactness_models import ExactnessModel, write_exactness_model
 from .pinned_router import PIN_VARIABLE
 

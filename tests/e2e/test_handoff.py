@@ -15,10 +15,11 @@ import pytest
 
 from kvferry.common.config import EngineConfig, WorkerConfig
 from kvferry.common.request import SamplingParams
+from kvferry.tools.load.server_process import free_port
 
 from ..checkpoints import write_checkpoint
 from ..engine_driver import Driver, make_engine
-from .cluster import Cluster, free_port, run_all, serve, wait_until
+from .cluster import Cluster, run_all, serve, wait_until
 
 COMMON = ("--served-model-name", "tiny", "--dtype", "float32")
 BROKEN_TRANSPORT = Path(__file__).parent / "broken_transport.py"

@@ -18,8 +18,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kvferry.tools.load.server_process import free_port
+
 from ..checkpoints import write_checkpoint
-from .cluster import START_LIMIT_S, Cluster, free_port, serve
+from .cluster import START_LIMIT_S, Cluster, serve
 
 FLAGS = ("--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB", "--device", "cpu")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours, the cursor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,6 +29,9 @@ _POLL_S = 0.25
 _TERM_S = 30.0
 _KILL_S = 10.0
 _LOG_TAIL_CHARS = 1500
+_PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LEAST_PORT = 10_000
+_PORT_TRIES = 64
 # Becomes the command: its process's number, its arguments and its environment are those of this one, which is told to
 # end with its parent. That may have ended already.
 _TIED = """
@@ -161,7 +165,20 @@ def _alive(tree: Sequence[Process]) -> list[Process]:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
+    """A port of the loopback interface that nobody uses now, and that no connection is given meanwhile."""
+    first = _first_of_connections()
+    for port in random.sample(range(_LEAST_PORT, first), min(_PORT_TRIES, first - _LEAST_PORT)):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _first_of_connections() -> int:
+    """Return the first port that the kernel gives to connections, at whose end nobody listens."""
+    try:
+        return max(int(_PORTS_OF_CONNECTIONS.read_text().split()[0]), _LEAST_PORT)
+    except (OSError, ValueError, IndexError):
+        return _LEAST_PORT

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.errors import ConfigError
+from kvferry.tools.load import server_process
 from kvferry.tools.load.cores import process_tree, processes
 from kvferry.tools.load.server_process import free_port, running
 
@@ -26,6 +28,19 @@ if len(sys.argv) > 1:
 print("x", flush=True)
 signal.pause()
 """
+
+
+def test_a_free_port_is_none_that_a_connection_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a connection of anybody may have it before the server listens there."""
+    ports = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if ports.exists():
+        first, last = map(int, ports.read_text().split())
+        assert all(not first <= free_port() <= last for _ in range(100))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        monkeypatch.setattr(server_process, "_LEAST_PORT", taken)
+        monkeypatch.setattr(server_process, "_first_of_connections", lambda: taken + 1)
+        assert free_port() != taken
 
 
 def test_healthy_server_is_awaited_and_ended(tmp_path: Path) -> None:
