@@ -150,7 +150,7 @@ class Dialect:
             return channels.ChannelReader(names, has_one_call=not use.is_parallel)
         reasoning = ReasoningReader(self._tags, begins_inside=begins_inside) if self.reasons else None
         calls = CallReader(self.syntax(use)) if use.tools else None
-        return TaggedReader(reasoning, calls, has_one_call=not use.is_parallel)
+        return TaggedReader(reasoning, calls, has_one_call=not use.is_parallel, has_calls_alone=use.is_forced)
 
     def count(self, *, begins_inside: bool) -> ReasoningCounter | None:
         """Make what counts one choice's tokens of reasoning; None: nothing is told apart."""

@@ -80,12 +80,18 @@ class TaggedReader:
     """Reads reasoning in tags, then calls in their own form. Without readers all text is content."""
 
     def __init__(
-        self, reasoning: ReasoningReader | None = None, calls: CallReader | None = None, *, has_one_call: bool = False
+        self,
+        reasoning: ReasoningReader | None = None,
+        calls: CallReader | None = None,
+        *,
+        has_one_call: bool = False,
+        has_calls_alone: bool = False,
     ) -> None:
-        """`has_one_call`: no call after the first is told."""
+        """`has_one_call`: no call after the first is told; `has_calls_alone`: what is no call is a part of one."""
         self._reasoning = reasoning
         self._calls = calls
         self._has_one_call = has_one_call
+        self._has_calls_alone = has_calls_alone
         self.has_called = False
 
     @property
@@ -112,9 +118,14 @@ class TaggedReader:
             return delta
         parts = self._calls.push(text, is_final=is_final).parts
         delta.ends_call = self._calls.has_finished
-        delta.parts += [part for part in parts if isinstance(part, str) or part.index == 0 or not self._has_one_call]
+        delta.parts += [part for part in parts if self._is_told(part)]
         self.has_called = self.has_called or bool(delta.calls)
         return delta
+
+    def _is_told(self, part: str | CallPiece) -> bool:
+        if isinstance(part, str):
+            return not self._has_calls_alone  # else it is cut within a call that nobody could read
+        return part.index == 0 or not self._has_one_call
 
 
 def call_id(seed: int, prompt_token_ids: Sequence[int], choice: int, index: int, *, is_short: bool = False) -> str:

@@ -129,6 +129,19 @@ async def test_calls_that_must_come_are_not_cut_by_a_stop_string() -> None:
     assert call["function"] == {"name": "search", "arguments": '{"query": "a"}'}
 
 
+@pytest.mark.parametrize(("max_tokens", "num_calls"), [(12, 0), (60, 1)])
+async def test_what_is_cut_of_calls_that_must_come_is_no_content(max_tokens: int, num_calls: int) -> None:
+    text = '[{"name": "search", "arguments": {"query": "a"}}, {"name": "search", "arguments": {}}]'
+    fields = {"tool_choice": "required", "max_tokens": max_tokens}
+    served = serve(Script(text), model=ServedModel(MODEL, LONG, VOCAB_SIZE), grammars=Checker())
+    choice = await _whole(served, **fields)
+    assert len(choice["message"].get("tool_calls", [])) == num_calls and not choice["message"]["content"]
+    assert choice["finish_reason"] == "length"
+    served = serve(Script(text), model=ServedModel(MODEL, LONG, VOCAB_SIZE), grammars=Checker())
+    message, _ = await _streamed(served, **fields)
+    assert (message["content"], len(message["calls"])) == ("", num_calls)
+
+
 async def test_without_parallel_calls_the_first_one_is_told() -> None:
     served = _served(TWO_CALLS)
     answer = (await _post(served, parallel_tool_calls=False)).json()
