@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Set as AbstractSet
 
 from starlette.requests import ClientDisconnect, Request
 
 from ...common.errors import RequestError
-from ..api.body import BODY_TIMEOUT_S, BodyRoom, ClientGone, read_body
+from ..api.body import BODY_TIMEOUT_S, BodyRoom, ClientGone, in_time, read_body
 from ..api.middleware import context_of
 from ..helpers.strict_json import parse_json
 from ..state.errors import clip
@@ -19,11 +18,8 @@ _MAX_BYTES = 4096
 async def json_body(request: Request, known: AbstractSet[str], *, may_be_empty: bool = False) -> dict[str, object]:
     """Raises RequestError (400, 408, 413), or ClientGone. An empty body may stand for an empty object."""
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with in_time(BODY_TIMEOUT_S):
             data = await _read(request)
-    except TimeoutError:
-        text = f"the request's body did not arrive within {BODY_TIMEOUT_S:g} s"
-        raise RequestError(text, code="request_timeout", status=408) from None
     except ClientDisconnect:
         raise ClientGone from None
     return _object(data, known) if data or not may_be_empty else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 
 from starlette.types import Receive
 
@@ -71,9 +71,16 @@ async def read_body(
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(f"{declared[:20].decode()} bytes", max_bytes)
+    async with in_time(timeout_s):
+        return await _read(receive, held, max_bytes)
+
+
+@contextlib.asynccontextmanager
+async def in_time(timeout_s: float) -> AsyncIterator[None]:
+    """Wait so long for a body. Raises RequestError (408) for one that has not arrived by then."""
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read(receive, held, max_bytes)
+            yield
     except TimeoutError:
         raise RequestError(
             f"the request's body did not arrive within {timeout_s:g} s", code="request_timeout", status=408

@@ -38,8 +38,8 @@ class TurnOptions:
         """Tell whether the text has calls, or marks of another kind, in which no stop string counts."""
         return bool(self.use.tools) or self.dialect.has_channels
 
-    def count(self) -> ReasoningCounter | None:
-        """Make what counts one choice's tokens of reasoning; None: nothing is told apart."""
+    def count(self) -> ReasoningCounter:
+        """Make what counts one choice's tokens of reasoning, where the model reasons."""
         return self.dialect.count(begins_inside=self.begins_inside)
 
 

@@ -30,7 +30,7 @@ class TextOptions:
     skip_special_tokens: bool = True
     keep_tokens: bool = False  # logprobs or token ids were asked for
     shown_tokens: frozenset[str] = frozenset()  # special tokens that are text nevertheless
-    reasoning: Callable[[], ReasoningCounter | None] | None = None  # makes what counts its tokens of reasoning
+    reasoning: Callable[[], ReasoningCounter] | None = None  # makes what counts its tokens of reasoning
     # Makes the reader of a text that may call: no stop string counts that stands in a call, for it would cut arguments.
     calls: Callable[[], TurnReader] | None = None
     has_one_call: bool = False  # the text ends with its first call

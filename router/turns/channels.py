@@ -53,7 +53,10 @@ class ChannelReader:
         self._told = set[Kind]()
         self._separator = ""  # before what comes next of the present message
         self.kind: Kind = "header"
-        self.has_called = False
+
+    @property
+    def has_called(self) -> bool:
+        return self._num_calls > 0
 
     @property
     def is_in_call(self) -> bool:
@@ -70,7 +73,6 @@ class ChannelReader:
         while self._begin(is_final=is_final) if self.kind == "header" else self._go_on(delta, is_final=is_final):
             pass
         delta.ends_call = self._num_ended > 0
-        self.has_called = self._num_calls > 0
         return delta
 
     # --- headers --------------------------------------------------------------------------------------------

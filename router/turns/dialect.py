@@ -152,11 +152,9 @@ class Dialect:
         calls = CallReader(self.syntax(use)) if use.tools else None
         return TaggedReader(reasoning, calls, has_one_call=not use.is_parallel, has_calls_alone=use.is_forced)
 
-    def count(self, *, begins_inside: bool) -> ReasoningCounter | None:
-        """Make what counts one choice's tokens of reasoning; None: nothing is told apart."""
-        if self.has_channels:
-            return channels.ChannelCount()
-        return ReasoningCount(self._tags, begins_inside=begins_inside) if self.reasons else None
+    def count(self, *, begins_inside: bool) -> ReasoningCounter:
+        """Make what counts one choice's tokens of reasoning, where the model reasons."""
+        return channels.ChannelCount() if self.has_channels else ReasoningCount(self._tags, begins_inside=begins_inside)
 
     @property
     def has_short_ids(self) -> bool:
