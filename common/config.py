@@ -40,7 +40,17 @@ LogFormat = Literal["auto", "text", "json"]
 SpecialTokens = Literal["allow", "text", "refuse"]
 UnknownFields = Literal["refuse", "warn"]
 ToolParserName = Literal[
-    "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "openai", "json"
+    "auto",
+    "hermes",
+    "llama3_json",
+    "llama4_json",
+    "mistral",
+    "qwen3_coder",
+    "qwen3_xml",
+    "deepseek_v3",
+    "deepseek_v31",
+    "openai",
+    "json",
 ]  # vLLM's names, where it has one
 ReasoningParserName = Literal["auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss"]
 AutoscaleMode = Literal["off", "advise", "on"]

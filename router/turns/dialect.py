@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ...common.config import ReasoningParserName, ToolParserName
 from . import channels
 from .call_reader import CallReader
+from .deepseek import BEGIN_CALLS, DeepSeekSyntax
 from .definitions import ToolUse
 from .json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
 from .qwen_coder import QwenCoderSyntax
@@ -22,6 +23,7 @@ from .turn import TaggedReader, TurnReader
 _PYTHON_TAG = "<|python_tag|>"
 # vLLM's names for what is the same form.
 _ALIASES: Mapping[str, str] = {
+    "deepseek_v31": "deepseek_v3",
     "llama4_json": "llama3_json",
     "openai": "channels",
     "openai_gptoss": "channels",
@@ -32,6 +34,7 @@ _CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # what gp
 # What a template of each family has in it; the first that is found names the form.
 _SIGNS = (
     (re.compile(re.escape(channels.CHANNEL)), "channels"),
+    (re.compile(BEGIN_CALLS), "deepseek_v3"),
     (re.compile(r"<function="), "qwen3_coder"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
@@ -105,6 +108,8 @@ class Dialect:
         match self.tool_parser:
             case "mistral":
                 return MistralSyntax()
+            case "deepseek_v3":
+                return DeepSeekSyntax()
             case "qwen3_coder":
                 return QwenCoderSyntax(use.schemas)
             case "llama3_json":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from .json_text import ends_with_part_of, skip_blank
 from .syntax import NAME, Call, Place, Progress, Segment, is_any_name, read_json_call, read_json_calls
@@ -18,6 +18,12 @@ def find_mark(text: str, mark: str) -> Place | None:
         return Place(start, is_sure=True)
     size = ends_with_part_of(text, mark)
     return Place(len(text) - size, is_sure=False) if size else None
+
+
+def find_first(text: str, marks: Iterable[str]) -> Place | None:
+    """Find the first of several marks."""
+    places = [place for mark in marks if (place := find_mark(text, mark)) is not None]
+    return min(places, key=lambda place: (place.start, not place.is_sure), default=None)
 
 
 class HermesSyntax:

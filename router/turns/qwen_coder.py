@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .json_syntaxes import after_mark, find_mark
+from .json_syntaxes import after_mark, find_first
 from .json_text import dumps, loads, skip_blank
 from .syntax import Call, Place, Progress, Schemas, Segment
 
@@ -36,8 +36,7 @@ class QwenCoderSyntax:
 
     def find(self, text: str, *, is_start: bool) -> Place | None:
         """Find either tag: the outer one is often left out."""
-        places = [place for mark in (_TOOL, _BEGIN) if (place := find_mark(text, mark)) is not None]
-        return min(places, key=lambda place: (place.start, not place.is_sure), default=None)
+        return find_first(text, (_TOOL, _BEGIN))
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         function = _FUNCTION.match(text)

@@ -14,7 +14,7 @@ FAMILIES = {
     "qwen": ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|endoftext|>"],
     "starcoder": ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"],
     "santacoder": ["<fim-prefix>", "<fim-suffix>", "<fim-middle>"],
-    "deepseek": ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"],  # noqa: RUF001
+    "deepseek": ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"],
     "code llama": ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"],
 }
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvferry.router.turns.deepseek import DeepSeekSyntax
 from kvferry.router.turns.json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
 from kvferry.router.turns.qwen_coder import QwenCoderSyntax
 from kvferry.router.turns.syntax import Schemas, Syntax
@@ -22,6 +23,8 @@ WORDS = (
     "Let me look", " ", "\n", "\n\n", "ü→😀", '{"a": 1}', "[1, 2]", "<tool", "<tool_call>", "</tool_call>",
     "<function=",
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+    "```",
 )  # fmt: skip
 VALUES: tuple[object, ...] = (
     "x", "", "a \"quoted\" \\ back", "{not} [json", "</tool_call>", "line\nbreak", "ü😀", 0, -1.5, True, None, [1, [2]],
@@ -68,11 +71,20 @@ def _coder(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     return call if rng.random() < 0.3 else f"<tool_call>\n{call}\n</tool_call>"
 
 
+def _deepseek(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    written = json.dumps(arguments, ensure_ascii=rng.random() < 0.5)
+    is_old, num_calls = rng.random() < 0.5, rng.randint(1, 2)
+    parts = f"function<｜tool▁sep｜>{name}\n```json\n{written}\n```" if is_old else f"{name}<｜tool▁sep｜>{written}"
+    calls = rng.choice(["", "\n"]).join([f"<｜tool▁call▁begin｜>{parts}<｜tool▁call▁end｜>"] * num_calls)
+    return calls if rng.random() < 0.2 else f"<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>"
+
+
 FORMS: dict[str, Form] = {
     "hermes": Form(HermesSyntax(), _hermes),
     "mistral": Form(MistralSyntax(), _mistral),
     "llama3_json": Form(BareJsonSyntax(NAMES, "<|python_tag|>"), _llama),
     "json": Form(BareJsonSyntax(NAMES), _bare),
+    "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
     "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
 }
 

@@ -15,7 +15,9 @@ from kvferry.router.turns.syntax import Call, Syntax
 from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
 
 TEXTS = 1000
-HERMES, BARE, MISTRAL, CODER = (FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder"))
+HERMES, BARE, MISTRAL, CODER, DEEPSEEK = (
+    FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder", "deepseek_v3")
+)
 
 
 def _streamed(text: str, syntax: Syntax, cuts: list[int]) -> tuple[str, list[CallPiece]]:
@@ -73,6 +75,7 @@ RAW = WRITTEN.replace("\\n\\t", "\n\t").replace("\\r\\n", "\r\\\n")  # the last 
         ("llama3_json", f'{{"name": "write.file", "parameters": {RAW}}}'),
         ("mistral", f"[TOOL_CALLS]write.file[ARGS]{RAW}"),
         ("mistral", f'[TOOL_CALLS] [{{"name": "write.file", "arguments": {RAW}}}]'),
+        ("deepseek_v3", f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>write.file\n```json\n{RAW}\n```"),
     ],
 )
 def test_line_breaks_as_they_are_in_strings_are_escaped(name: str, text: str) -> None:
@@ -150,6 +153,24 @@ def test_a_text_without_calls_is_content_to_the_last_character(name: str) -> Non
         (CODER, "<function=search>\n<parameter=query>\nab", "", [("search", '{"query": "ab')]),
         (CODER, "<function=search>\n</function>", "", [("search", "{}")]),
         (CODER, "<function name>", "<function name>", []),
+        (
+            DEEPSEEK,
+            "Look.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+            '{"a": "```"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n'
+            "```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            "Look.",
+            [("f", '{"a": "```"}'), ("g", "{}")],
+        ),
+        (
+            DEEPSEEK,
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
+            "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            "",
+            [("function", '{"a": 1}'), ("g", "{}")],
+        ),
+        (DEEPSEEK, '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "b', "", [("f", '{"a": "b')]),  # cut by a length
+        (DEEPSEEK, "<｜tool▁calls▁begin｜> none", "<｜tool▁calls▁begin｜> none", []),
+        (DEEPSEEK, "<｜tool▁call▁begin｜>f<｜tool▁call▁end｜>", "<｜tool▁call▁begin｜>f<｜tool▁call▁end｜>", []),
     ],
 )
 def test_a_text_and_its_calls(syntax: Syntax, text: str, content: str, calls: list[tuple[str, str]]) -> None:

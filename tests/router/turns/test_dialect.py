@@ -41,6 +41,8 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         (QWEN + "{{ content.split('</think>') }}", "hermes", True, "think"),
         ("{{ tools }}<tool_call><function=name>", "qwen3_coder", True, "none"),
         ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
+        ("{{ tools }}<think><｜tool▁calls▁begin｜>", "deepseek_v3", True, "think"),
+        ("<think><｜tool▁calls▁begin｜>", "hermes", False, "think"),
         ("<|start_header_id|>{{ tools }}", "llama3_json", True, "none"),
         ("{{ tools | tojson }}", "json", True, "none"),
         ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", "json", True, "none"),

@@ -1,0 +1,64 @@
+"""Calls in the forms of models, over a scripted dispatcher: by their parser's name or template, on every surface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvferry.router.catalogue.version import ServedModel
+
+from .fakes import MODEL, VOCAB_SIZE, Script, events, serve, typed_events
+
+CHAT = [{"role": "user", "content": "hi"}]
+PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}, "limit": {"type": "integer"}}}
+FUNCTION = {"name": "search", "parameters": PARAMETERS}
+CALLS = [("search", '{"query": "x", "limit": 2}'), ("search", '{"query": "y"}')]
+FORMS = {
+    "deepseek_v3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n"
+        '{"query": "x", "limit": 2}\n```<｜tool▁call▁end｜>\n'
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n{"query": "y"}\n```<｜tool▁call▁end｜>'
+        "<｜tool▁calls▁end｜>"
+    ),
+    "deepseek_v31": (
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>search<｜tool▁sep｜>{"query": "x", "limit": 2}<｜tool▁call▁end｜>'
+        '<｜tool▁call▁begin｜>search<｜tool▁sep｜>{"query": "y"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    ),
+}
+
+
+async def _post(parser: Any, text: str, path: str, **fields: Any) -> Any:
+    served = serve(Script(text), model=ServedModel(MODEL, 4096, VOCAB_SIZE, tool_parser=parser))
+    async with served.client() as client:
+        response = await client.post(path, json={"model": MODEL, **fields})
+    assert response.status_code == 200, response.text
+    return response
+
+
+@pytest.mark.parametrize("parser", FORMS)
+async def test_calls_in_every_form_are_the_same_on_every_surface_and_in_streams(parser: str) -> None:
+    text = FORMS[parser]
+    chat: dict[str, Any] = {"messages": CHAT, "tools": [{"type": "function", "function": FUNCTION}]}
+    (choice,) = (await _post(parser, text, "/v1/chat/completions", **chat)).json()["choices"]
+    told = [(call["function"]["name"], call["function"]["arguments"]) for call in choice["message"]["tool_calls"]]
+    assert (choice["message"]["content"], choice["finish_reason"], told) == (None, "tool_calls", CALLS)
+
+    chunks: Any = events((await _post(parser, text, "/v1/chat/completions", **chat, stream=True)).text)
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    pieces = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    for index, call in enumerate(CALLS):
+        own = [piece["function"] for piece in pieces if piece["index"] == index]
+        assert (own[0]["name"], "".join(piece["arguments"] for piece in own)) == call
+    assert not any(delta.get("content") for delta in deltas)
+
+    tools = [{"name": "search", "input_schema": PARAMETERS}]
+    path = "/v1/messages"
+    message = (await _post(parser, text, path, messages=CHAT, max_tokens=2000, tools=tools)).json()
+    assert [block["type"] for block in message["content"]] == ["tool_use", "tool_use"]
+    assert [block["input"] for block in message["content"]] == [{"query": "x", "limit": 2}, {"query": "y"}]
+
+    asked = {"input": "hi", "tools": [{"type": "function", **FUNCTION}], "stream": True}
+    streamed = typed_events((await _post(parser, text, "/v1/responses", **asked)).text)
+    items = [event["item"] for event in streamed if event["type"] == "response.output_item.done"]
+    assert [(item["name"], item["arguments"]) for item in items] == CALLS
