@@ -10,6 +10,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
@@ -22,7 +23,7 @@ from ..helpers.chat_renderer import Chat, Renderer
 from ..state.errors import clip
 from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use
-from ..turns.told import has_several_calls, told_by_user, told_in_text, told_singly
+from ..turns.told import told_in_text, told_otherwise, with_written_arguments
 from .answer import PromptText
 from .chat_messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -170,15 +171,14 @@ def _chat(
 
 
 async def _rendered(renderer: Renderer, chat: Chat, *, has_own_system: bool) -> str:
-    """Render a chat; where the template refuses it, with its calls apart, or without our own system message."""
+    """Render a chat; where the template refuses it, in another way that it may take."""
     try:
         return await renderer.render(chat)
     except RequestError:
-        if has_several_calls(chat.messages):
-            messages = told_singly(chat.messages)
-        elif not has_own_system and chat.messages[0]["role"] == "system":
-            messages = list(told_by_user(chat.messages))
-        else:
+        with suppress(RequestError):
+            if (written := with_written_arguments(chat.messages)) is not None:
+                return await renderer.render(replace(chat, messages=written))
+        if (messages := told_otherwise(chat.messages, has_own_system=has_own_system)) is None:
             raise
     return await renderer.render(replace(chat, messages=messages))
 

@@ -84,6 +84,30 @@ def told_singly(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, o
     return told
 
 
+def with_written_arguments(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]] | None:
+    """Return the messages with their calls' arguments as JSON; None: no call has any as an object.
+
+    For templates that join them to a text, as that of DeepSeek V3.1 with tools.
+    """
+    told = [_written_calls(message) for message in messages]
+    return None if all(new is old for new, old in zip(told, messages, strict=True)) else told
+
+
+def _written_calls(message: Mapping[str, object]) -> Mapping[str, object]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or all(isinstance(call["function"]["arguments"], str) for call in calls):
+        return message
+    written = []
+    for call in calls:
+        function = call["function"]
+        written.append({**call, "function": {**function, "arguments": _written(function["arguments"])}})
+    return {**message, "tool_calls": written}
+
+
+def _written(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else dumps(arguments)
+
+
 def _results_of(call: Mapping[str, object], results: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
     """Return the results with the call's id; without ids each call has the next one."""
     if "id" not in call:
@@ -91,9 +115,18 @@ def _results_of(call: Mapping[str, object], results: Sequence[Mapping[str, objec
     return [each for each in results if each.get("tool_call_id") == call["id"]]
 
 
-def has_several_calls(messages: Sequence[Mapping[str, object]]) -> bool:
-    """Tell whether a message has more than one call."""
-    return any(_several_calls(message) is not None for message in messages)
+def told_otherwise(
+    messages: Sequence[Mapping[str, object]], *, has_own_system: bool
+) -> list[Mapping[str, object]] | None:
+    """Return the messages for a template that has refused them; None: there is no other way to tell them.
+
+    `has_own_system`: the client has sent the system message, so that it is not for us to move.
+    """
+    if any(_several_calls(message) is not None for message in messages):
+        return told_singly(messages)
+    if not has_own_system and messages[0]["role"] == "system":
+        return told_by_user(messages)
+    return None
 
 
 def _several_calls(message: Mapping[str, object]) -> list[dict[str, object]] | None:
@@ -113,7 +146,6 @@ def _called(message: Mapping[str, object]) -> dict[str, object]:
     texts = [str(plain["content"])] if plain["content"] else []
     for call in calls:
         function = call["function"]
-        arguments = function["arguments"]
-        written = arguments if isinstance(arguments, str) else dumps(arguments)
+        written = _written(function["arguments"])
         texts.append(f'<tool_call>\n{{"name": {dumps(function["name"])}, "arguments": {written}}}\n</tool_call>')
     return {**plain, "content": "\n".join(texts)}

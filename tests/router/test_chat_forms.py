@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.catalogue.version import ServedModel
 
+from . import fakes
 from .fakes import MODEL, VOCAB_SIZE, Script, events, serve, typed_events
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -62,3 +65,29 @@ async def test_calls_in_every_form_are_the_same_on_every_surface_and_in_streams(
     streamed = typed_events((await _post(parser, text, "/v1/responses", **asked)).text)
     items = [event["item"] for event in streamed if event["type"] == "response.output_item.done"]
     assert [(item["name"], item["arguments"]) for item in items] == CALLS
+
+
+# DeepSeek V3.1's with tools, as far as it tells calls: it joins them with "+".
+JOINED = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}<{{ message.role }}>"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ call['function']['name'] + '|' + call['function']['arguments'] }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+async def test_earlier_arguments_are_a_text_where_the_template_wants_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first call is the end of its conversation: all that follows is refused."""
+    (fakes.write_model_dir(tmp_path) / "chat_template.jinja").write_text(JOINED)
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    monkeypatch.setattr(fakes, "toy_tokenizer", lambda: tokenizer)
+    served = serve(Script("ok"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    call = {"id": "a", "type": "function", "function": {"name": "search", "arguments": '{"query":"\u00e9"}'}}
+    asked = [*CHAT, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "a", "content": "x"}]
+    body = {"messages": asked, "tools": [{"type": "function", "function": FUNCTION}]}
+    async with served.client() as client:
+        response = await client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        assert 'search|{"query": "\u00e9"}<tool>x' in bytes(served.request.prompt_token_ids).decode()
