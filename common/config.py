@@ -49,6 +49,9 @@ ToolParserName = Literal[
     "qwen3_xml",
     "deepseek_v3",
     "deepseek_v31",
+    "pythonic",
+    "olmo3",
+    "llama4_pythonic",
     "openai",
     "json",
 ]  # vLLM's names, where it has one

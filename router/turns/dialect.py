@@ -15,6 +15,7 @@ from .call_reader import CallReader
 from .deepseek import BEGIN_CALLS, DeepSeekSyntax
 from .definitions import ToolUse
 from .json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
+from .pythonic import PythonicSyntax
 from .qwen_coder import QwenCoderSyntax
 from .reasoning import BRACKETS, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
 from .syntax import Syntax
@@ -27,6 +28,8 @@ _ALIASES: Mapping[str, str] = {
     "llama4_json": "llama3_json",
     "openai": "channels",
     "openai_gptoss": "channels",
+    "llama4_pythonic": "pythonic",
+    "olmo3": "pythonic",
     "qwen3": "think",
     "qwen3_xml": "qwen3_coder",
 }
@@ -35,6 +38,7 @@ _CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # what gp
 _SIGNS = (
     (re.compile(re.escape(channels.CHANNEL)), "channels"),
     (re.compile(BEGIN_CALLS), "deepseek_v3"),
+    (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
     (re.compile(r"<function="), "qwen3_coder"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
@@ -110,6 +114,8 @@ class Dialect:
                 return MistralSyntax()
             case "deepseek_v3":
                 return DeepSeekSyntax()
+            case "pythonic":
+                return PythonicSyntax(use.schemas)
             case "qwen3_coder":
                 return QwenCoderSyntax(use.schemas)
             case "llama3_json":

@@ -14,10 +14,10 @@ Arguments are told a parameter at a time, as JSON of the type that the tool's sc
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from .json_syntaxes import after_mark, find_first
 from .json_text import dumps, loads, skip_blank
+from .parameter_types import kinds_of, parameter_kinds
 from .syntax import Call, Place, Progress, Schemas, Segment
 
 _TOOL, _END_TOOL = "<tool_call>", "</tool_call>"
@@ -66,52 +66,17 @@ class QwenCoderSyntax:
 
     def _typed(self, name: str, parameter: str, text: str) -> str:
         """Return the value as JSON: a string, unless the schema wants something else and the text is that."""
-        properties = self._schemas.get(name, {}).get("properties")
-        schema = properties.get(parameter) if isinstance(properties, dict) else None
-        kinds = _kinds(schema) if isinstance(schema, dict) else {"string"}
-        if kinds == {"string"}:
+        kinds = parameter_kinds(self._schemas, name, parameter)
+        if kinds is None or kinds == {"string"}:
             return dumps(text)
         stripped = text.strip()
         is_word = stripped.lower() in _TRUTH
         value = _TRUTH[stripped.lower()] if is_word else loads(stripped)
         if "string" in kinds:
-            is_text = _kinds_of(value).isdisjoint(kinds - {"string"})
+            is_text = kinds_of(value).isdisjoint(kinds - {"string"})
         else:
             is_text = not kinds and isinstance(value, str)
         return dumps(text if is_text or (value is None and not is_word) else value)
-
-
-def _kinds(schema: Mapping[str, object]) -> set[str]:
-    """Return the types that a schema names, those of its alternatives too; empty: any."""
-    kinds = schema.get("type")
-    if isinstance(kinds, str | list):
-        return {kinds} if isinstance(kinds, str) else {kind for kind in kinds if isinstance(kind, str)}
-    members = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(members, list):
-        return {kind for member in members for kind in _kinds_of(member)}
-    alternatives = schema.get("anyOf", schema.get("oneOf"))
-    if not isinstance(alternatives, list):
-        return set()
-    named = [_kinds(each) if isinstance(each, dict) else set[str]() for each in alternatives]
-    return set[str]().union(*named) if all(named) else set()
-
-
-def _kinds_of(value: object) -> set[str]:
-    """Return the types that a value is of."""
-    match value:
-        case None:
-            return {"null"}
-        case bool():
-            return {"boolean"}
-        case int():
-            return {"integer", "number"}
-        case float():
-            return {"number", "integer"} if value.is_integer() else {"number"}
-        case str():
-            return {"string"}
-        case list():
-            return {"array"}
-    return {"object"}
 
 
 def _arguments(written: list[str], end: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .json_text import Scans, dumps, escaped, loads, skip_blank
+from .python_text import ValueWalk
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 _HEAD = re.compile(r'\{\s*+"name"\s*+:\s*+"([^"\\]*+)"\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)')
@@ -53,14 +54,15 @@ class Progress:
     One belongs to one segment of one text that grows.
     """
 
-    __slots__ = ("at", "calls", "inner", "scans", "written")
+    __slots__ = ("at", "calls", "inner", "scans", "walk", "written")
 
     def __init__(self) -> None:
         self.scans = Scans()
         self.calls: list[Call] = []  # that are over
         self.written: list[str] = []  # parameters of the last one, as JSON
         self.at = 0  # where the rest begins; 0: nothing was read
-        self.inner: Progress | None = None  # of the array that begins there
+        self.inner: Progress | None = None  # of the array, or the call, that begins there
+        self.walk: ValueWalk | None = None  # through the value that is being written in Python
 
 
 class Syntax(Protocol):

@@ -18,6 +18,9 @@ PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}, "lim
 FUNCTION = {"name": "search", "parameters": PARAMETERS}
 CALLS = [("search", '{"query": "x", "limit": 2}'), ("search", '{"query": "y"}')]
 FORMS = {
+    "olmo3": "<function_calls>\nsearch(query='x', limit=2)\nsearch(query=\"y\")\n</function_calls>",
+    "pythonic": '[search(query="x", limit=2), search(query="y")]',
+    "llama4_pythonic": '<|python_start|>[search(query="x", limit=2), search(query="y")]<|python_end|>',
     "deepseek_v3": (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n"
         '{"query": "x", "limit": 2}\n```<｜tool▁call▁end｜>\n'

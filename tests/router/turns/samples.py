@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvferry.router.turns.deepseek import DeepSeekSyntax
 from kvferry.router.turns.json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
+from kvferry.router.turns.pythonic import PythonicSyntax
 from kvferry.router.turns.qwen_coder import QwenCoderSyntax
 from kvferry.router.turns.syntax import Schemas, Syntax
 
@@ -24,7 +25,7 @@ WORDS = (
     "<function=",
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
-    "```",
+    "```", "<function_calls>", "</function_calls>", "search(", ")", "=", "'", "[search(query=",
 )  # fmt: skip
 VALUES: tuple[object, ...] = (
     "x", "", "a \"quoted\" \\ back", "{not} [json", "</tool_call>", "line\nbreak", "ü😀", 0, -1.5, True, None, [1, [2]],
@@ -79,12 +80,25 @@ def _deepseek(rng: random.Random, name: str, arguments: dict[str, object]) -> st
     return calls if rng.random() < 0.2 else f"<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>"
 
 
+def _pythonic(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    parts = rng.choice([", ", ","]).join(f"{key}={_python(rng, value)}" for key, value in arguments.items())
+    calls = [f"{name}({parts})"] * rng.randint(1, 2)
+    if rng.random() < 0.5:
+        return "<function_calls>\n" + "\n".join(calls) + "\n</function_calls>"
+    return rng.choice(["", "<|python_start|>"]) + f"[{', '.join(calls)}]" + rng.choice(["", "<|python_end|>"])
+
+
+def _python(rng: random.Random, value: object) -> str:
+    return repr(value) if rng.random() < 0.5 else json.dumps(value, ensure_ascii=rng.random() < 0.5)
+
+
 FORMS: dict[str, Form] = {
     "hermes": Form(HermesSyntax(), _hermes),
     "mistral": Form(MistralSyntax(), _mistral),
     "llama3_json": Form(BareJsonSyntax(NAMES, "<|python_tag|>"), _llama),
     "json": Form(BareJsonSyntax(NAMES), _bare),
     "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
+    "pythonic": Form(PythonicSyntax(SCHEMAS), _pythonic),
     "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
 }
 

@@ -15,8 +15,8 @@ from kvferry.router.turns.syntax import Call, Syntax
 from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
 
 TEXTS = 1000
-HERMES, BARE, MISTRAL, CODER, DEEPSEEK = (
-    FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder", "deepseek_v3")
+HERMES, BARE, MISTRAL, CODER, DEEPSEEK, PYTHONIC = (
+    FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder", "deepseek_v3", "pythonic")
 )
 
 
@@ -100,6 +100,8 @@ def test_what_is_written_in_the_form_is_read_back(name: str) -> None:
     form, rng = FORMS[name], random.Random(f"{name} sound")
     for _ in range(200):
         tool, arguments = rng.choice(NAMES), arguments_of(rng)
+        if name == "pythonic":  # where the schema wants a text, all is one
+            arguments = {key: value for key, value in arguments.items() if isinstance(value, str)}
         if name == "qwen3_coder":  # its form has no types but the schema's, and no way to quote its own tags
             properties = SCHEMAS[tool].get("properties", {})
             assert isinstance(properties, dict)
@@ -169,6 +171,24 @@ def test_a_text_without_calls_is_content_to_the_last_character(name: str) -> Non
             [("function", '{"a": 1}'), ("g", "{}")],
         ),
         (DEEPSEEK, '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "b', "", [("f", '{"a": "b')]),  # cut by a length
+        (
+            PYTHONIC,
+            "Look.\n<function_calls>\nf(a='it's', b=\"\\u00e9\\n\", c=[1, {'d': None}])\nsearch(limit=-2,)\n"
+            "</function_calls>",
+            "Look.",
+            [("f", '{"a": "it\'s", "b": "é\\n", "c": [1, {"d": null}]}'), ("search", '{"limit": -2}')],
+        ),
+        (
+            PYTHONIC,
+            "[search(query=Oslo, limit=true), search()]<|python_end|> ok",
+            " ok",
+            [("search", '{"query": "Oslo", "limit": true}'), ("search", "{}")],
+        ),
+        (PYTHONIC, "[search(query=7, limit=07)]", "", [("search", '{"query": "7", "limit": "07"}')]),
+        (PYTHONIC, '<function_calls>f(a=\'x\', b="""y"z\n', "", [("f", '{"a": "x"')]),  # cut by a length
+        (PYTHONIC, "[unknown(a=1)]", "[unknown(a=1)]", []),
+        (PYTHONIC, "Sure: [search(limit=1)]", "Sure: [search(limit=1)]", []),
+        (PYTHONIC, "[1, 2]", "[1, 2]", []),
         (DEEPSEEK, "<｜tool▁calls▁begin｜> none", "<｜tool▁calls▁begin｜> none", []),
         (DEEPSEEK, "<｜tool▁call▁begin｜>f<｜tool▁call▁end｜>", "<｜tool▁call▁begin｜>f<｜tool▁call▁end｜>", []),
     ],
@@ -212,6 +232,30 @@ def test_a_coders_parameter_is_of_a_type_that_its_schema_names(schema: Any, text
     assert (content, json.loads(call.arguments)) == ("", {"a": value})
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('""', ""),
+        ("'''it's \"so\"'''", 'it\'s "so"'),
+        (r"'\ud83d\ude00\x41\/\''", "\U0001f600A/'"),
+        ("'two\nlines'", "two\nlines"),
+        ("1e3", 1000.0),
+        ("(1, (2,))", [1, [2]]),
+        ("{'a': True, \"b\": null}", {"a": True, "b": None}),
+        ("[" * 5000 + "]" * 5000, "[" * 5000 + "]" * 5000),
+        ("1e999", "1e999"),
+        ("f'{x}'", "f'{x}'"),
+        ("[a, b]", "[a, b]"),
+        ("9" * 5000, "9" * 5000),
+    ],
+)
+def test_a_value_is_what_python_means_by_it(text: str, value: object) -> None:
+    text = f"<function_calls>\nf(a={text}, b = 1)\n</function_calls>"
+    content, (call,) = read_calls(text, PYTHONIC)
+    assert (content, json.loads(call.arguments)) == ("", {"a": value, "b": 1})
+    assert joined_calls(_streamed(text, PYTHONIC, list(range(1, len(text))))[1]) == [call]
+
+
 def test_arguments_leave_as_they_are_written() -> None:
     reader = CallReader(HERMES)
     assert not reader.push('<tool_call>{"name": "f", "arguments": ').calls
@@ -224,4 +268,6 @@ def test_arguments_leave_as_they_are_written() -> None:
 def test_a_long_call_takes_no_more_than_its_text() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 200_000
     assert read_calls(text, HERMES)[1][0].arguments == '{"a": "' + "x" * 200_000
+    text = "<function_calls>f(a=[" + "'x', " * 50_000
+    assert _streamed(text, PYTHONIC, list(range(1, len(text), 5)))[1] == [CallPiece(0, "f", "")]
     assert read_calls("[" * 100_000, BARE) == ("[" * 100_000, [])

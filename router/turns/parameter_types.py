@@ -1,0 +1,47 @@
+"""The types of a tool's parameters, for forms of calls whose text alone does not say which a value is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .syntax import Schemas
+
+
+def parameter_kinds(schemas: Schemas, tool: str, parameter: str) -> set[str] | None:
+    """Return the types that a tool's schema names for a parameter; empty: any; None: it does not know the parameter."""
+    properties = schemas.get(tool, {}).get("properties")
+    schema = properties.get(parameter) if isinstance(properties, dict) else None
+    return _kinds(schema) if isinstance(schema, dict) else None
+
+
+def _kinds(schema: Mapping[str, object]) -> set[str]:
+    """Return the types that a schema names, those of its alternatives too; empty: any."""
+    kinds = schema.get("type")
+    if isinstance(kinds, str | list):
+        return {kinds} if isinstance(kinds, str) else {kind for kind in kinds if isinstance(kind, str)}
+    members = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(members, list):
+        return {kind for member in members for kind in kinds_of(member)}
+    alternatives = schema.get("anyOf", schema.get("oneOf"))
+    if not isinstance(alternatives, list):
+        return set()
+    named = [_kinds(each) if isinstance(each, dict) else set[str]() for each in alternatives]
+    return set[str]().union(*named) if all(named) else set()
+
+
+def kinds_of(value: object) -> set[str]:
+    """Return the types that a value is of."""
+    match value:
+        case None:
+            return {"null"}
+        case bool():
+            return {"boolean"}
+        case int():
+            return {"integer", "number"}
+        case float():
+            return {"number", "integer"} if value.is_integer() else {"number"}
+        case str():
+            return {"string"}
+        case list():
+            return {"array"}
+    return {"object"}
