@@ -112,7 +112,8 @@ class CallReader:
         return self._is_in_segment
 
     def _tell(self, segment: Segment, delta: CallDelta) -> None:
-        for index, call in enumerate(segment.calls):
+        for index in range(max(0, len(self._told) - 1), len(segment.calls)):  # those before are over
+            call = segment.calls[index]
             number = self._num_before + index
             if index == len(self._told):
                 delta.parts.append(CallPiece(number, call.name, call.arguments))

@@ -6,9 +6,11 @@ import re
 from collections.abc import Container, Iterable
 
 from .json_text import ends_with_part_of, skip_blank
-from .syntax import NAME, Call, Place, Progress, Segment, is_any_name, read_json_call, read_json_calls
+from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, is_any_name, read_json_calls
 
 _SEPARATOR = re.compile(r"[\s;,]*+")
+_FENCE = re.compile(r"```(?:json)?+\s*+(?=[{\[])")
+_MAYBE_FENCE = re.compile(r"(?:`{1,2}|```(?:j(?:s(?:on?)?)?)?\s*+)?")
 
 
 def find_mark(text: str, mark: str) -> Place | None:
@@ -27,7 +29,10 @@ def find_first(text: str, marks: Iterable[str]) -> Place | None:
 
 
 class HermesSyntax:
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, once for each call."""
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, once for each call.
+
+    Models forget the tags between several calls, write an array, or put a fence of Markdown inside.
+    """
 
     BEGIN, END = "<tool_call>", "</tool_call>"
     marks = frozenset({BEGIN, END})
@@ -37,14 +42,36 @@ class HermesSyntax:
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         at = skip_blank(text, len(self.BEGIN))
-        if at == len(text) and not is_final:
+        fence = _FENCE.match(text, at)
+        at = at if fence is None else fence.end()
+        if not is_final and _MAYBE_FENCE.fullmatch(text, at) is not None:
             return Segment()
-        if at == len(text) or text[at] != "{":
+        if at == len(text) or text[at] not in "{[":
             return Segment(end=len(self.BEGIN))
-        read = read_json_call(text, at, is_any_name, progress.scans, is_final=is_final)
-        if read.call is None:
-            return Segment(end=read.end)
-        return Segment((read.call,), None if read.end is None else after_mark(text, read.end, self.END, is_final))
+        read = read_several(text, at, is_any_name, progress, is_final=is_final)
+        if not read.calls or read.end is None:
+            return read
+        end = read.end if fence is None else after_mark(text, read.end, "```", is_final)
+        return Segment(read.calls, None if end is None else after_mark(text, end, self.END, is_final))
+
+
+def read_several(text: str, at: int, is_name: NameCheck, progress: Progress, *, is_final: bool) -> Segment:
+    """Read calls, or arrays of them, one behind the other; Llama writes semicolons between them."""
+    calls = progress.calls
+    at = progress.at or at
+    while True:
+        progress.inner = progress.inner or Progress()
+        read = read_json_calls(text, at, is_name, progress.inner, is_final=is_final)
+        if not read.calls or read.end is None:
+            return Segment([*calls, *read.calls], at if calls and read.end is not None else read.end)
+        separator = _SEPARATOR.match(text, read.end)
+        assert separator is not None
+        after = separator.end()
+        if after == len(text) or text[after] != "{":
+            return Segment([*calls, *read.calls], read.end if after < len(text) or is_final else None)
+        calls += read.calls
+        progress.inner, progress.at = None, after
+        at = after
 
 
 def after_mark(text: str, at: int, mark: str, is_final: bool) -> int | None:
@@ -102,22 +129,9 @@ class BareJsonSyntax:
         return find_mark(text, self._tag) if self._tag else None
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
-        at = progress.at or skip_blank(text, len(self._tag) if self._tag and text.startswith(self._tag) else 0)
+        at = skip_blank(text, len(self._tag) if self._tag and text.startswith(self._tag) else 0)
         if at == len(text):
             return Segment(end=at) if is_final else Segment()
         if text[at] not in "{[":
             return Segment(end=max(at, 1))
-        calls = progress.calls
-        while True:  # Llama writes several with a semicolon between
-            progress.inner = progress.inner or Progress()
-            read = read_json_calls(text, at, self._names.__contains__, progress.inner, is_final=is_final)
-            if not read.calls or read.end is None:
-                return Segment([*calls, *read.calls], at if calls and read.end is not None else read.end)
-            separator = _SEPARATOR.match(text, read.end)
-            assert separator is not None
-            after = separator.end()
-            if after == len(text) or text[after] != "{":
-                return Segment([*calls, *read.calls], read.end if after < len(text) or is_final else None)
-            calls += read.calls
-            progress.inner, progress.at = None, after
-            at = after
+        return read_several(text, at, self._names.__contains__, progress, is_final=is_final)

@@ -43,6 +43,7 @@ def _hermes(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=rng.random() < 0.5)
     if rng.random() < 0.2:
         call = json.dumps({"arguments": arguments, "name": name})
+    call = rng.choice([call, call, f"{call}\n{call}", f"[{call}, {call}]", f"```json\n{call}\n```"])
     blank = rng.choice(["", "\n", " "])
     return f"<tool_call>{blank}{call}{blank}</tool_call>"
 
