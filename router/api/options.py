@@ -78,7 +78,7 @@ async def chat_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | N
     if not use.tools or (asked is None and not is_strict):
         return ChatGrammar(asked, is_free=asked is None)
     grammar: Grammar | None = None
-    if version.grammars is not None and is_guidable(version.dialect):
+    if version.grammars is not None and is_guidable(version.dialect, is_free=asked is None):
         special_id = version.tokenizer.special_id
         if asked is None:
             grammar = free_grammar(use, version.dialect, special_id)

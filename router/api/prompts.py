@@ -23,7 +23,7 @@ from ..helpers.chat_renderer import Chat, Renderer
 from ..state.errors import clip
 from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use
-from ..turns.told import told_in_text, told_otherwise, with_written_arguments
+from ..turns.told import told_in_content, told_in_text, told_otherwise, with_written_arguments
 from .answer import PromptText
 from .chat_messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -164,6 +164,8 @@ def _chat(
         shown, tools = both[: len(messages)], both[len(messages) :]
     if not version.dialect.takes_tools:
         shown, tools = told_in_text(shown, tools), []
+    if version.dialect.calls_in_content:
+        shown = told_in_content(shown)
     if version.dialect.has_channels:
         shown, tools = channel_messages(shown), described_tools(tools)
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt

@@ -14,22 +14,23 @@ from . import channels
 from .call_reader import CallReader
 from .deepseek import BEGIN_CALLS, DeepSeekSyntax
 from .definitions import ToolUse
-from .json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
+from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import QwenCoderSyntax
 from .reasoning import BRACKETS, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
 from .syntax import Syntax
 from .turn import TaggedReader, TurnReader
 
-_PYTHON_TAG = "<|python_tag|>"
 # vLLM's names for what is the same form.
 _ALIASES: Mapping[str, str] = {
     "deepseek_v31": "deepseek_v3",
+    "granite4": "hermes",
     "llama4_json": "llama3_json",
     "openai": "channels",
     "openai_gptoss": "channels",
     "llama4_pythonic": "pythonic",
     "olmo3": "pythonic",
+    "phi4_mini_json": "granite",
     "qwen3": "think",
     "qwen3_xml": "qwen3_coder",
 }
@@ -40,6 +41,7 @@ _SIGNS = (
     (re.compile(BEGIN_CALLS), "deepseek_v3"),
     (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
     (re.compile(r"<function="), "qwen3_coder"),
+    (re.compile(r"<\|tool_call\|>|functools\["), "granite"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
     (re.compile(r"<\|python_tag\|>|<\|start_header_id\|>"), "llama3_json"),
@@ -61,6 +63,7 @@ class Dialect:
     # think; mistral: its tags; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
     reasoning_parser: str = "none"
     takes_tools: bool = False  # the template tells the model of tools itself
+    tells_calls: bool = True  # the template tells the model of its earlier calls, too
     switches: frozenset[str] = frozenset()  # by which the template lets the model reason
 
     @classmethod
@@ -81,6 +84,7 @@ class Dialect:
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
             reasoning_parser=next(by_tag, "none"),
             takes_tools=takes_tools,
+            tells_calls="tool_calls" in source,
             switches=_SWITCHES & variables,
         )
         if tool_parser != "auto":
@@ -95,6 +99,11 @@ class Dialect:
     def has_channels(self) -> bool:
         """Tell whether answers are messages in channels, calls among them."""
         return self.reasoning_parser == "channels"
+
+    @property
+    def calls_in_content(self) -> bool:
+        """Tell whether earlier calls must be told as content, as Granite 3's templates have no place for them."""
+        return self.tool_parser == "granite" and self.takes_tools and not self.tells_calls
 
     @property
     def grammar_opening(self) -> str:
@@ -119,7 +128,9 @@ class Dialect:
             case "qwen3_coder":
                 return QwenCoderSyntax(use.schemas)
             case "llama3_json":
-                return BareJsonSyntax(names, _PYTHON_TAG)
+                return BareJsonSyntax(names, LLAMA_TAGS)
+            case "granite":
+                return BareJsonSyntax(names, GRANITE_TAGS)
             case "json":
                 return BareJsonSyntax(names)
         return HermesSyntax()

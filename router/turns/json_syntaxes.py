@@ -1,13 +1,17 @@
-"""The forms of calls that are JSON: of Hermes and Qwen, of Mistral, of Llama 3, and JSON alone."""
+"""The forms of calls that are JSON: of Hermes and Qwen, of Mistral, of Llama 3, of Granite 3, and JSON alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 from .json_text import ends_with_part_of, skip_blank
 from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, is_any_name, read_json_calls
 
+LLAMA_TAGS: Mapping[str, str] = {"<|python_tag|>": ""}
+# Of Granite 3.0 and 3.3, of 3.1 and 3.2, of Phi-4-mini as it was trained and as vLLM's template tells it.
+GRANITE_TAGS: Mapping[str, str] = {"<|tool_call|>": "<|/tool_call|>", "<tool_call>": "</tool_call>", "functools": ""}
+_NO_TAGS: Mapping[str, str] = {}
 _SEPARATOR = re.compile(r"[\s;,]*+")
 _FENCE = re.compile(r"```(?:json)?+\s*+(?=[{\[])")
 _MAYBE_FENCE = re.compile(r"(?:`{1,2}|```(?:j(?:s(?:on?)?)?)?\s*+)?")
@@ -114,24 +118,29 @@ class MistralSyntax:
 class BareJsonSyntax:
     """A call's object, or an array of them, and nothing before: only of tools that there are.
 
-    `tag` is what a model may put before it, wherever it stands (Llama's `<|python_tag|>`).
+    `tags` are what a model may put before it, wherever it stands (Llama's `<|python_tag|>`), and then behind it.
     """
 
-    def __init__(self, names: Container[str], tag: str = "") -> None:
+    def __init__(self, names: Container[str], tags: Mapping[str, str] = _NO_TAGS) -> None:
         self._names = names
-        self._tag = tag
-        self.marks = frozenset({tag} - {""})
+        self._tags = tags
+        self.marks = frozenset({*tags, *tags.values()} - {""})
 
     def find(self, text: str, *, is_start: bool) -> Place | None:
         start = skip_blank(text, 0)
         if is_start and (start == len(text) or text[start] in "{["):
             return Place(start, is_sure=start < len(text))
-        return find_mark(text, self._tag) if self._tag else None
+        return find_first(text, self._tags)
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
-        at = skip_blank(text, len(self._tag) if self._tag and text.startswith(self._tag) else 0)
+        tag = next((tag for tag in self._tags if text.startswith(tag)), "")
+        at = skip_blank(text, len(tag))
         if at == len(text):
             return Segment(end=at) if is_final else Segment()
         if text[at] not in "{[":
             return Segment(end=max(at, 1))
-        return read_several(text, at, self._names.__contains__, progress, is_final=is_final)
+        read = read_several(text, at, self._names.__contains__, progress, is_final=is_final)
+        end = self._tags.get(tag)
+        if not end or not read.calls or read.end is None:
+            return read
+        return Segment(read.calls, after_mark(text, read.end, end, is_final))

@@ -22,9 +22,14 @@ _BLANK = r"BLANK: /\s{0,2}/"
 _HEADER = "%llguidance {}"
 
 
-def is_guidable(dialect: Dialect) -> bool:
-    """Tell whether the dialect's calls are JSON behind a mark that can be told from text, or JSON alone."""
-    return dialect.tool_parser in ("hermes", "llama3_json", "json")
+def is_guidable(dialect: Dialect, *, is_free: bool) -> bool:
+    """Tell whether the dialect's calls are JSON behind a mark that can be told from text, or JSON alone.
+
+    `is_free`: an answer that does not call is any text, in which Granite's marks could stand.
+    """
+    return dialect.tool_parser in ("hermes", "llama3_json", "json") or (
+        dialect.tool_parser == "granite" and not is_free
+    )
 
 
 def free_grammar(use: ToolUse, dialect: Dialect, special_id: Callable[[str], int | None]) -> Grammar:

@@ -115,6 +115,22 @@ def _results_of(call: Mapping[str, object], results: Sequence[Mapping[str, objec
     return [each for each in results if each.get("tool_call_id") == call["id"]]
 
 
+def told_in_content(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Return the messages with their calls at the end of what they say: in an array, as Granite writes them.
+
+    For templates that tell of tools, but of no calls of them.
+    """
+    told = []
+    for message in messages:
+        plain = dict(message)
+        calls = plain.pop("tool_calls", None)
+        if isinstance(calls, list):
+            written = ", ".join(map(_call_object, calls))
+            plain["content"] = f"{plain['content']}<|tool_call|>[{written}]"
+        told.append(plain)
+    return told
+
+
 def told_otherwise(
     messages: Sequence[Mapping[str, object]], *, has_own_system: bool
 ) -> list[Mapping[str, object]] | None:
@@ -144,8 +160,11 @@ def _called(message: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(calls, list):
         return plain
     texts = [str(plain["content"])] if plain["content"] else []
-    for call in calls:
-        function = call["function"]
-        written = _written(function["arguments"])
-        texts.append(f'<tool_call>\n{{"name": {dumps(function["name"])}, "arguments": {written}}}\n</tool_call>')
+    texts += [f"<tool_call>\n{_call_object(call)}\n</tool_call>" for call in calls]
     return {**plain, "content": "\n".join(texts)}
+
+
+def _call_object(call: Mapping[str, object]) -> str:
+    function = call["function"]
+    assert isinstance(function, Mapping)
+    return f'{{"name": {dumps(function["name"])}, "arguments": {_written(function["arguments"])}}}'

@@ -17,7 +17,10 @@ CHAT = [{"role": "user", "content": "hi"}]
 PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}, "limit": {"type": "integer"}}}
 FUNCTION = {"name": "search", "parameters": PARAMETERS}
 CALLS = [("search", '{"query": "x", "limit": 2}'), ("search", '{"query": "y"}')]
+LIST = '[{"name": "search", "arguments": {"query": "x", "limit": 2}}, {"name": "search", "arguments": {"query": "y"}}]'
 FORMS = {
+    "granite": f"<|tool_call|>{LIST}",
+    "phi4_mini_json": f"functools{LIST}",
     "olmo3": "<function_calls>\nsearch(query='x', limit=2)\nsearch(query=\"y\")\n</function_calls>",
     "pythonic": '[search(query="x", limit=2), search(query="y")]',
     "llama4_pythonic": '<|python_start|>[search(query="x", limit=2), search(query="y")]<|python_end|>',
@@ -77,6 +80,29 @@ JOINED = (
     "{{ call['function']['name'] + '|' + call['function']['arguments'] }}"
     "{% endfor %}{% endfor %}"
 )
+
+
+# Granite 3's, as far as it tells messages: it knows of no calls.
+WITHOUT_CALLS = (
+    "{% if tools %}respond only with <|tool_call|> followed by a JSON list of {{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+)
+
+
+async def test_earlier_calls_are_content_where_the_template_tells_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fakes.write_model_dir(tmp_path) / "chat_template.jinja").write_text(WITHOUT_CALLS)
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    monkeypatch.setattr(fakes, "toy_tokenizer", lambda: tokenizer)
+    served = serve(Script("ok"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    calls = [{"id": name, "function": {"name": name, "arguments": '{"a":1}'}} for name in "ab"]
+    asked = {"role": "assistant", "content": "So.", "tool_calls": calls}
+    body = {"messages": [*CHAT, asked], "tools": [{"type": "function", "function": FUNCTION}]}
+    async with served.client() as client:
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    told = '[{"name": "a", "arguments": {"a": 1}}, {"name": "b", "arguments": {"a": 1}}]'
+    assert f"<assistant>So.<|tool_call|>{told}" in bytes(served.request.prompt_token_ids).decode()
 
 
 async def test_earlier_arguments_are_a_text_where_the_template_wants_one(

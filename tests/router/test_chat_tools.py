@@ -279,6 +279,8 @@ def _strict() -> list[dict[str, Any]]:
         ({"tools": _strict()}, "hermes", "lark", b"start: (before", None),
         ({"tools": _strict()}, "json", "lark", b"start: BLANK (text", None),
         ({"tools": _strict()}, "mistral", None, b"", "tools.strict"),
+        ({"tools": _strict()}, "granite", None, b"", "tools.strict"),
+        ({"response_format": {"type": "json_object"}}, "granite", "lark", b"start: answer |", None),
         ({"tools": _strict(), "tool_choice": "none"}, "hermes", None, b"", None),
         ({"response_format": {"type": "json_object"}}, "hermes", "lark", b"start: answer |", None),
         ({"response_format": {"type": "json_object"}}, "qwen3_coder", "json_object", b"", "tools"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvferry.router.turns.deepseek import DeepSeekSyntax
-from kvferry.router.turns.json_syntaxes import BareJsonSyntax, HermesSyntax, MistralSyntax
+from kvferry.router.turns.json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from kvferry.router.turns.pythonic import PythonicSyntax
 from kvferry.router.turns.qwen_coder import QwenCoderSyntax
 from kvferry.router.turns.syntax import Schemas, Syntax
@@ -25,7 +25,8 @@ WORDS = (
     "<function=",
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
-    "```", "<function_calls>", "</function_calls>", "search(", ")", "=", "'", "[search(query=",
+    "```", "functools", "<|tool_call|>",
+    "<function_calls>", "</function_calls>", "search(", ")", "=", "'", "[search(query=",
 )  # fmt: skip
 VALUES: tuple[object, ...] = (
     "x", "", "a \"quoted\" \\ back", "{not} [json", "</tool_call>", "line\nbreak", "ü😀", 0, -1.5, True, None, [1, [2]],
@@ -64,6 +65,11 @@ def _llama(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     return rng.choice(["", "<|python_tag|>"]) + _bare(rng, name, arguments)
 
 
+def _granite(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    begin, end = rng.choice(list(GRANITE_TAGS.items()))
+    return f"{begin}{_bare(rng, name, arguments)}{rng.choice(['', end])}"
+
+
 def _coder(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     parameters = "".join(
         f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
@@ -96,7 +102,8 @@ def _python(rng: random.Random, value: object) -> str:
 FORMS: dict[str, Form] = {
     "hermes": Form(HermesSyntax(), _hermes),
     "mistral": Form(MistralSyntax(), _mistral),
-    "llama3_json": Form(BareJsonSyntax(NAMES, "<|python_tag|>"), _llama),
+    "llama3_json": Form(BareJsonSyntax(NAMES, LLAMA_TAGS), _llama),
+    "granite": Form(BareJsonSyntax(NAMES, GRANITE_TAGS), _granite),
     "json": Form(BareJsonSyntax(NAMES), _bare),
     "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
     "pythonic": Form(PythonicSyntax(SCHEMAS), _pythonic),

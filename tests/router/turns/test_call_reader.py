@@ -15,8 +15,8 @@ from kvferry.router.turns.syntax import Call, Syntax
 from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
 
 TEXTS = 1000
-HERMES, BARE, MISTRAL, CODER, DEEPSEEK, PYTHONIC = (
-    FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder", "deepseek_v3", "pythonic")
+HERMES, BARE, MISTRAL, CODER, DEEPSEEK, PYTHONIC, GRANITE = (
+    FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder", "deepseek_v3", "pythonic", "granite")
 )
 
 
@@ -158,6 +158,16 @@ def test_a_text_without_calls_is_content_to_the_last_character(name: str) -> Non
         (BARE, '{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
         (BARE, '{"answer": 42}', '{"answer": 42}', []),
         (BARE, 'Sure: {"name": "search", "parameters": {}}', 'Sure: {"name": "search", "parameters": {}}', []),
+        (
+            GRANITE,
+            'So.\n<|tool_call|>[{"name": "search", "arguments": {"query": "x"}}, {"name": "a-b", "arguments": {}}]',
+            "So.",
+            [("search", '{"query": "x"}'), ("a-b", "{}")],
+        ),
+        (GRANITE, '<tool_call>[{"name": "search", "arguments": {}}]', "", [("search", "{}")]),
+        (GRANITE, '<|tool_call|>[{"name": "search"}]<|/tool_call|>ok', "ok", [("search", "{}")]),
+        (GRANITE, 'functools[{"name": "search", "arguments": {}}]', "", [("search", "{}")]),
+        (GRANITE, "functools.wraps and functools[0]", "functools.wraps and functools[0]", []),
         (MISTRAL, '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g{}', "", [("f", '{"a": 1}'), ("g", "{}")]),
         (MISTRAL, "[TOOL_CALLS] of mine", "[TOOL_CALLS] of mine", []),
         (

@@ -43,6 +43,8 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
         ("{{ tools }}<think><｜tool▁calls▁begin｜>", "deepseek_v3", True, "think"),
         ("<think><｜tool▁calls▁begin｜>", "hermes", False, "think"),
+        ("{{ tools }}respond only with <|tool_call|>", "granite", True, "none"),
+        ("{{ tools }}functools[...]", "granite", True, "none"),
         ("{{ tools }}<think><function_calls>", "pythonic", True, "think"),
         ("<|start_header_id|>{{ tools }}[func_name1(params_name1=params_value1)]", "pythonic", True, "none"),
         ("<|start_header_id|>{{ tools }}", "llama3_json", True, "none"),

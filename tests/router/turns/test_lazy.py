@@ -161,5 +161,7 @@ def test_a_schema_that_cannot_be_kept_is_refused(vocabulary: Vocabulary) -> None
 
 
 def test_forms_whose_calls_are_no_json_are_left_to_the_model() -> None:
-    assert not is_guidable(Dialect("qwen3_coder")) and not is_guidable(Dialect("mistral"))
+    for is_free in (True, False):
+        assert not any(is_guidable(Dialect(name), is_free=is_free) for name in ("qwen3_coder", "mistral"))
+        assert is_guidable(Dialect("granite"), is_free=is_free) != is_free
     assert answering_grammar(_use(), Dialect("hermes"), _no_special, Grammar("regex", b"a")) is None
