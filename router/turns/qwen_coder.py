@@ -14,10 +14,13 @@ Arguments are told a parameter at a time, as JSON of the type that the tool's sc
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Set
+from contextlib import suppress
 
 from .json_syntaxes import after_mark, find_first
 from .json_text import dumps, loads, skip_blank
 from .parameter_types import kinds_of, parameter_kinds
+from .python_text import literal
 from .syntax import Call, Place, Progress, Schemas, Segment
 
 _TOOL, _END_TOOL = "<tool_call>", "</tool_call>"
@@ -26,6 +29,9 @@ _BEGIN = "<function="
 _BEGUN = re.compile(r"<function=[A-Za-z0-9_.\-]{0,128}")
 _PARAMETER = re.compile(r"<parameter=([^<>\n]{1,256})>")
 _END_FUNCTION, _END_PARAMETER = "</function>", "</parameter>"
+_NEXT_PARAMETER, _NEXT_END = "\n<parameter=", f"\n{_END_FUNCTION}"
+_LITTLE_BLANK = re.compile(r"\s{0,64}+")
+_LINE_CHARS = 300  # of what such a line is known by: a name of a parameter at most, or an end, white space and an end
 _TRUTH = {"true": True, "false": False, "null": None, "none": None}
 
 
@@ -47,7 +53,9 @@ class QwenCoderSyntax:
         while True:
             start = skip_blank(text, at)
             if (parameter := _PARAMETER.match(text, start)) is not None:
-                value, end = _value(text, parameter.end())
+                properties = self._schemas.get(name, {}).get("properties")
+                progress.inner = progress.inner or Progress()
+                value, end = _value(text, parameter, properties, progress.inner, is_final=is_final)
                 if end is None:
                     if is_final:
                         cut = f"{dumps(parameter[1])}: {dumps(value)[:-1]}"  # a string without its end
@@ -55,6 +63,7 @@ class QwenCoderSyntax:
                     return Segment((Call(name, _arguments(written, "")),))
                 written.append(f"{dumps(parameter[1])}: {self._typed(name, parameter[1], value)}")
                 at = progress.at = end
+                progress.inner = None
             elif text.startswith(_END_FUNCTION, start):
                 call = Call(name, _arguments(written, "}"))
                 end = after_mark(text, start + len(_END_FUNCTION), _END_TOOL, is_final)
@@ -71,7 +80,7 @@ class QwenCoderSyntax:
             return dumps(text)
         stripped = text.strip()
         is_word = stripped.lower() in _TRUTH
-        value = _TRUTH[stripped.lower()] if is_word else loads(stripped)
+        value = _TRUTH[stripped.lower()] if is_word else _loads(stripped)
         if "string" in kinds:
             is_text = kinds_of(value).isdisjoint(kinds - {"string"})
         else:
@@ -84,12 +93,50 @@ def _arguments(written: list[str], end: str) -> str:
     return "{" + ", ".join(written) + end if written or end else ""
 
 
-def _value(text: str, start: int) -> tuple[str, int | None]:
-    """Return a parameter's text and where it ends; None: not yet. One line break on either side is the form's."""
-    end = text.find(_END_PARAMETER, start)
-    value = text[start:] if end < 0 else text[start:end]
-    value = value.removeprefix("\n")
-    return (value, None) if end < 0 else (value.removesuffix("\n"), end + len(_END_PARAMETER))
+def _loads(text: str) -> object:
+    """Return the value that is JSON, or a list or an object as Python writes it; None: it is neither."""
+    value = loads(text)
+    if value is None and text.startswith(("[", "{")):
+        with suppress(ValueError):
+            return literal(text)
+    return value
+
+
+def _value(
+    text: str, tag: re.Match[str], properties: object, progress: Progress, *, is_final: bool
+) -> tuple[str, int | None]:
+    """Return a parameter's text and where it ends; None: not yet. One line break on either side is the form's.
+
+    Where its end is left out, it ends before the tag of another of the tool's parameters, or before the call's end.
+    """
+    start = tag.end()
+    looked = max(start, progress.at)
+    closing = text.find(_END_PARAMETER, looked)
+    stop = closing if closing >= 0 else len(text)
+    others = properties.keys() - {tag[1]} if isinstance(properties, Mapping) else set[str]()
+    ends = [
+        end
+        for mark in (_NEXT_PARAMETER, _NEXT_END)
+        if (end := _find_line(text, mark, looked, stop, others, is_final=is_final)) is not None
+    ]
+    if ends:
+        return text[start : min(ends)].removeprefix("\n"), min(ends)
+    progress.at = len(text) - _LINE_CHARS
+    value = text[start:stop].removeprefix("\n")
+    return (value, None) if closing < 0 else (value.removesuffix("\n"), closing + len(_END_PARAMETER))
+
+
+def _find_line(text: str, mark: str, at: int, stop: int, others: Set[str], *, is_final: bool) -> int | None:
+    """Find a line between these places that begins with a tag of the form, and is none of a value's."""
+    while (at := text.find(mark, at, stop)) >= 0:
+        tag = _PARAMETER.match(text, at + 1)
+        behind = _LITTLE_BLANK.match(text, at + len(mark))
+        assert behind is not None
+        is_last = text.startswith(_END_TOOL, behind.end()) or (is_final and behind.end() == len(text))
+        if (mark == _NEXT_END and is_last) or (tag is not None and tag[1] in others):
+            return at
+        at += 1
+    return None
 
 
 def _may_begin(text: str) -> bool:

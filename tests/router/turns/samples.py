@@ -76,6 +76,8 @@ def _coder(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
         for key, value in arguments.items()
     )
     call = f"<function={name}>\n{parameters}</function>"
+    if rng.random() < 0.2:
+        call = call.replace("</parameter>\n", "")
     return call if rng.random() < 0.3 else f"<tool_call>\n{call}\n</tool_call>"
 
 

@@ -179,6 +179,19 @@ def test_a_text_without_calls_is_content_to_the_last_character(name: str) -> Non
         ),
         (CODER, "<function=search>\n<parameter=query>\nab", "", [("search", '{"query": "ab')]),
         (CODER, "<function=search>\n</function>", "", [("search", "{}")]),
+        (
+            CODER,
+            "<tool_call>\n<function=search>\n<parameter=query>\nx\n<parameter=a>\n<parameter=limit>\n7\n</function>\n"
+            "</tool_call>\n<tool_call>\n<function=search>\n<parameter=query>\n</function>",
+            "",
+            [("search", '{"query": "x\\n<parameter=a>", "limit": 7}'), ("search", '{"query": ""}')],
+        ),
+        (
+            CODER,
+            "<function=search>\n<parameter=query>\n</function>\nx</parameter>\n</function>",
+            "",
+            [("search", '{"query": "</function>\\nx"}')],
+        ),
         (CODER, "<function name>", "<function name>", []),
         (
             DEEPSEEK,
@@ -234,6 +247,10 @@ OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}  # as pydantic writ
         ({"type": "number"}, "-1e999", "-1e999"),
         ({"type": "boolean"}, "True", True),
         ({"type": "array"}, "[1, 2]", [1, 2]),
+        ({"type": "array"}, "['a', True]", ["a", True]),
+        ({"type": "object"}, "{'a': None}", {"a": None}),
+        ({"type": "object"}, "{a: None}", "{a: None}"),
+        ({"type": "string"}, "['a']", "['a']"),
         ({}, "7", 7),
         ({}, '"7"', '"7"'),
         (OPTIONAL, "7", "7"),
