@@ -35,8 +35,8 @@ class TurnOptions:
 
     @property
     def has_marks(self) -> bool:
-        """Tell whether the text has calls, or marks of another kind, in which no stop string counts."""
-        return bool(self.use.tools) or self.dialect.has_channels
+        """Tell whether the text has calls or thoughts, in which no stop string counts."""
+        return bool(self.use.tools) or self.dialect.reasons
 
     def count(self) -> ReasoningCounter:
         """Make what counts one choice's tokens of reasoning, where the model reasons."""

@@ -31,7 +31,8 @@ class TextOptions:
     keep_tokens: bool = False  # logprobs or token ids were asked for
     shown_tokens: frozenset[str] = frozenset()  # special tokens that are text nevertheless
     reasoning: Callable[[], ReasoningCounter] | None = None  # makes what counts its tokens of reasoning
-    # Makes the reader of a text that may call: no stop string counts that stands in a call, for it would cut arguments.
+    # Makes the reader of a text that may call or think: in a call a stop string would cut arguments, in a thought it
+    # would end the answer before it has begun.
     calls: Callable[[], TurnReader] | None = None
     has_one_call: bool = False  # the text ends with its first call
 
@@ -143,14 +144,13 @@ class ChoiceText:
         return shown
 
     def _read_call(self, text: str, *, is_final: bool = False) -> str:
-        """Return what of `text` may be seen now, of a text that may call: no stop string counts in a call."""
+        """Return what of `text` may be seen now, of a text that may call or think: no stop string counts there."""
         assert self._calls is not None
         self._length += len(text)
-        was_in_call = self._calls.is_in_call
         ends_call = self._calls.push(text).ends_call
         text = self._unclear + text
         self._unclear = ""
-        if self._stops is not None and (was_in_call or self._calls.is_in_call):
+        if self._stops is not None and self._calls.is_beside_text:
             text = self._stops.release() + text
         elif self._stops is not None and self._calls.is_unclear and not is_final:
             self._unclear, text = text, ""

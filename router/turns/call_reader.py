@@ -66,14 +66,14 @@ class CallReader:
         return self._num_before > 0 or len(self._told) > 1
 
     @property
-    def is_in_call(self) -> bool:
+    def is_inside(self) -> bool:
         """A call is being written: its name is told, or the mark before it stands."""
         return self._is_in_segment and (bool(self._told) or self._rest.startswith(tuple(self._syntax.marks)))
 
     @property
     def is_unclear(self) -> bool:
         """The last text may be a call's beginning, or none."""
-        return bool(self._rest) and not self.is_in_call
+        return bool(self._rest) and not self.is_inside
 
     def push(self, text: str, *, is_final: bool = False) -> CallDelta:
         """Take what comes next; the last text is final."""

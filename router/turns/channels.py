@@ -53,21 +53,27 @@ class ChannelReader:
         self._told = set[Kind]()
         self._separator = ""  # before what comes next of the present message
         self.kind: Kind = "header"
+        self._was_beside = False  # what came last may have ended a header, a thought or a call
 
     @property
     def has_called(self) -> bool:
         return self._num_calls > 0
 
     @property
-    def is_in_call(self) -> bool:
-        return self.kind == "call" or (self.kind == "header" and not self._is_first)
+    def is_beside_text(self) -> bool:
+        return self._is_beside or self._was_beside
 
     @property
     def is_unclear(self) -> bool:
-        return bool(self._rest) and not self.is_in_call
+        return bool(self._rest) and not self._is_beside
+
+    @property
+    def _is_beside(self) -> bool:
+        return self.kind in ("call", "thought") or (self.kind == "header" and not self._is_first)
 
     def push(self, text: str, *, is_final: bool = False) -> TurnDelta:
         """Take what comes next; the last text is final."""
+        self._was_beside = self._is_beside
         self._rest += text
         delta = TurnDelta()
         while self._begin(is_final=is_final) if self.kind == "header" else self._go_on(delta, is_final=is_final):

@@ -66,6 +66,16 @@ class ReasoningReader:
         """All that comes is the answer."""
         return self._state == "outside"
 
+    @property
+    def is_inside(self) -> bool:
+        """Tell whether what came last is reasoning, a tag, or the white space that the form has around it."""
+        return self._is_blank if self.is_outside else self.has_begun
+
+    @property
+    def is_unclear(self) -> bool:
+        """Tell whether what came last may be the beginning of a tag, or of the answer."""
+        return self._state == "start" and not self.has_begun and bool(self._rest)
+
     def push(self, text: str, *, is_final: bool = False) -> tuple[str, str]:
         """Take what comes next; return (reasoning, answer) as far as they grow by it. The last text is final."""
         self._rest += text

@@ -62,8 +62,8 @@ class TurnReader(Protocol):
     def has_called(self) -> bool: ...
 
     @property
-    def is_in_call(self) -> bool:
-        """Tell whether what came last is a call, or the form of one: no stop string counts in it."""
+    def is_beside_text(self) -> bool:
+        """Tell whether what came last is a call, a thought, or the form of one: no stop string counts in it."""
         ...
 
     @property
@@ -92,6 +92,7 @@ class TaggedReader:
         self._calls = calls
         self._has_one_call = has_one_call
         self._has_calls_alone = has_calls_alone
+        self._was_in_call = False  # what came last may have ended it
         self.has_called = False
 
     @property
@@ -99,15 +100,17 @@ class TaggedReader:
         return self._reasoning is None and self._calls is None
 
     @property
-    def is_in_call(self) -> bool:
-        return self._calls is not None and self._calls.is_in_call
+    def is_beside_text(self) -> bool:
+        is_inside = any(reader is not None and reader.is_inside for reader in (self._reasoning, self._calls))
+        return is_inside or self._was_in_call
 
     @property
     def is_unclear(self) -> bool:
-        return self._calls is not None and self._calls.is_unclear
+        return any(reader is not None and reader.is_unclear for reader in (self._reasoning, self._calls))
 
     def push(self, text: str, *, is_final: bool = False) -> TurnDelta:
         delta = TurnDelta()
+        self._was_in_call = self._calls is not None and self._calls.is_inside
         if self._reasoning is not None:
             reasoning, text = self._reasoning.push(text, is_final=is_final)
             if reasoning:

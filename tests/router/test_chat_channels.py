@@ -69,7 +69,7 @@ async def test_a_stream_says_the_same_as_the_whole_answer() -> None:
     assert "".join(each["function"]["arguments"] for each in calls) == '{"query": "x"}' and len(calls) > 3
 
 
-@pytest.mark.parametrize("stop", ["final", "<", "assistant", "end", "query", "|", "json"])
+@pytest.mark.parametrize("stop", ["final", "<", "assistant", "end", "query", "|", "json", "so"])
 async def test_a_stop_string_counts_in_no_mark_and_no_call(stop: str) -> None:
     (choice,) = (await _whole(_served(THOUGHT + CALL), tools=TOOLS, stop=[stop]))["choices"]
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"query": "x"}'

@@ -436,6 +436,29 @@ async def test_a_template_may_have_opened_the_tag() -> None:
     assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm.", "Yes.")
 
 
+@pytest.mark.parametrize("stop", ["so", "\n\n", "think", "\n", "<", "Hm"])
+@pytest.mark.parametrize("parallel", [True, False])
+async def test_a_stop_string_counts_in_no_thought(stop: str, parallel: bool) -> None:
+    for tools in (None, TOOLS):
+        fields: dict[str, Any] = {"tools": tools, "stop": [stop, "Yes"]}
+        if tools:
+            fields["parallel_tool_calls"] = parallel
+        choice = await _whole(_served(THOUGHT, reasoning_parser="think"), **fields)
+        message = choice["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Hm, so.", "")
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "Yes")
+        streamed, _ = await _streamed(_served(THOUGHT, reasoning_parser="think"), **fields)
+        assert streamed["content"] == ""
+
+
+async def test_a_stop_string_counts_in_an_answer_without_thoughts() -> None:
+    for text, content in (("  <thin so", "  <thin "), ("Yes, so.", "Yes, ")):
+        choice = await _whole(_served(text, reasoning_parser="think"), tools=None, stop=["so"])
+        assert (choice["message"]["content"], choice["stop_reason"]) == (content, "so")
+    choice = await _whole(_served("Hm, so.</think>Yes, so.", reasoning_parser="deepseek_r1"), tools=None, stop=["so"])
+    assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm, so.", "Yes, ")
+
+
 async def test_reasoning_may_be_left_out() -> None:
     choice = await _whole(_served(THOUGHT, reasoning_parser="think"), tools=None, include_reasoning=False)
     assert choice["message"] == {"role": "assistant", "content": "Yes.", "refusal": None}

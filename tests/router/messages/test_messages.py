@@ -110,6 +110,9 @@ async def test_why_it_ended() -> None:
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "lo")
     assert answer["content"] == [{"type": "text", "text": "Hel"}]
     assert (await _whole(_served(""), tools=TOOLS))["content"] == []
+    thinking = _served("<think>lo</think>\n\nHello", model={"reasoning_parser": "think"})
+    answer = await _whole(thinking, stop_sequences=["lo", "\n\n"], thinking={"type": "enabled", "budget_tokens": 1024})
+    assert [block.get("text", block.get("thinking")) for block in answer["content"]] == ["lo", "Hel"]
 
 
 async def test_blocks_of_reasoning_text_and_calls_come_in_their_order() -> None:
