@@ -204,7 +204,7 @@ class ChatBody(GenerationBody):
 
     def check(self) -> None:
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.max_tokens == 0:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")

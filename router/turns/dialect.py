@@ -14,6 +14,7 @@ from . import channels
 from .call_reader import CallReader
 from .deepseek import BEGIN_CALLS, DeepSeekSyntax
 from .definitions import ToolUse
+from .either_syntax import EitherSyntax
 from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import QwenCoderSyntax
@@ -63,6 +64,7 @@ class Dialect:
     # think; mistral: its tags; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
     reasoning_parser: str = "none"
     takes_tools: bool = False  # the template tells the model of tools itself
+    has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
     tells_calls: bool = True  # the template tells the model of its earlier calls, too
     switches: frozenset[str] = frozenset()  # by which the template lets the model reason
 
@@ -88,7 +90,9 @@ class Dialect:
             switches=_SWITCHES & variables,
         )
         if tool_parser != "auto":
-            found = replace(found, tool_parser=_ALIASES.get(tool_parser, tool_parser))
+            own = _ALIASES.get(tool_parser, tool_parser)
+            has_two_forms = not takes_tools and own not in ("hermes", "channels")
+            found = replace(found, tool_parser=own, has_two_forms=has_two_forms)
         if reasoning_parser != "auto":
             found = replace(found, reasoning_parser=_ALIASES.get(reasoning_parser, reasoning_parser))
         elif found.tool_parser == "channels":  # calls are messages among the others
@@ -115,9 +119,12 @@ class Dialect:
         return _CHANNEL_EFFORTS.get(asked, asked) if self.has_channels else asked
 
     def syntax(self, use: ToolUse) -> Syntax:
-        names = frozenset(tool.name for tool in use.tools)
         if use.is_forced:  # forced.py's form, whatever the model's
-            return BareJsonSyntax(names)
+            return BareJsonSyntax(frozenset(tool.name for tool in use.tools))
+        return EitherSyntax(self._own_syntax(use)) if self.has_two_forms else self._own_syntax(use)
+
+    def _own_syntax(self, use: ToolUse) -> Syntax:
+        names = frozenset(tool.name for tool in use.tools)
         match self.tool_parser:
             case "mistral":
                 return MistralSyntax()

@@ -213,6 +213,7 @@ def test_rules_between_fields() -> None:
     assert _refusal(suffix="x", echo=True).param == "echo"
     assert _chat_refusal(suffix="x").code == "unsupported_parameter"
     assert _chat_refusal(top_logprobs=2, logprobs=False).param == "top_logprobs"
+    assert _chat(top_logprobs=0).num_logprobs is None  # what OpenAI's clients send for none
     assert _chat_refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"
     assert _chat_refusal(continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
     assert _refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvferry.router.turns.deepseek import DeepSeekSyntax
+from kvferry.router.turns.either_syntax import EitherSyntax
 from kvferry.router.turns.json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from kvferry.router.turns.pythonic import PythonicSyntax
 from kvferry.router.turns.qwen_coder import QwenCoderSyntax
@@ -97,6 +98,10 @@ def _pythonic(rng: random.Random, name: str, arguments: dict[str, object]) -> st
     return rng.choice(["", "<|python_start|>"]) + f"[{', '.join(calls)}]" + rng.choice(["", "<|python_end|>"])
 
 
+def _told_otherwise(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    return rng.choice([_coder, _hermes])(rng, name, arguments)
+
+
 def _python(rng: random.Random, value: object) -> str:
     return repr(value) if rng.random() < 0.5 else json.dumps(value, ensure_ascii=rng.random() < 0.5)
 
@@ -110,6 +115,7 @@ FORMS: dict[str, Form] = {
     "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
     "pythonic": Form(PythonicSyntax(SCHEMAS), _pythonic),
     "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
+    "told otherwise": Form(EitherSyntax(QwenCoderSyntax(SCHEMAS)), _told_otherwise),
 }
 
 

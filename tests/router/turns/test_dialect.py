@@ -9,6 +9,7 @@ import pytest
 from kvferry.models.chat_template import ChatTemplate
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
+from kvferry.router.turns.lazy import is_guidable
 
 QWEN = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools> in <tool_call></tool_call>{% endif %}{{ messages[0].content }}"
@@ -68,6 +69,24 @@ def test_switches_are_variables_of_the_template() -> None:
 def test_an_operator_knows_better() -> None:
     dialect = _dialect(QWEN, "qwen3_xml", "qwen3")
     assert (dialect.tool_parser, dialect.reasoning_parser) == ("qwen3_coder", "think")
+
+
+@pytest.mark.parametrize("parser", ["deepseek_v31", "qwen3_coder", "llama3_json", "pythonic", "granite", "mistral", "json"])
+def test_calls_have_the_form_that_was_told_or_the_named_one_where_a_template_takes_no_tools(parser: str) -> None:
+    own = {
+        "deepseek_v31": "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+        "qwen3_coder": "<tool_call><function=f></function></tool_call>",
+        "pythonic": "[f()]",
+        "granite": '<|tool_call|>[{"name": "f", "arguments": {}}]',
+        "mistral": "[TOOL_CALLS]f{}",
+    }.get(parser, '{"name": "f", "parameters": {}}')
+    dialect = _dialect("{{ messages }}", parser)
+    told = 'So. <tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    for text in (own, told):
+        turn = dialect.reader(USE, begins_inside=False).push(text, is_final=True)
+        assert [(call.name, call.arguments) for call in turn.calls] == [("f", "{}")], text
+    assert not is_guidable(dialect, is_free=True)
+    assert not _dialect("{{ tools }}", parser).has_two_forms
 
 
 def test_reasoning_begins_where_the_prompt_left_it() -> None:

@@ -1,0 +1,30 @@
+"""Two forms of calls at once: the model's own, and the one that it was told of where its template knows no tools."""
+
+from __future__ import annotations
+
+from .json_syntaxes import HermesSyntax
+from .json_text import skip_blank
+from .syntax import Place, Progress, Segment, Syntax
+
+
+class EitherSyntax:
+    """Hermes' form (told.py tells it), and another one that an operator has named."""
+
+    def __init__(self, own: Syntax) -> None:
+        self._own, self._told = own, HermesSyntax()
+        self.marks = own.marks | HermesSyntax.marks
+
+    def find(self, text: str, *, is_start: bool) -> Place | None:
+        found = (syntax.find(text, is_start=is_start) for syntax in (self._own, self._told))
+        places = [place for place in found if place is not None]
+        return min(places, key=lambda place: (place.start, not place.is_sure), default=None)
+
+    def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
+        """Read it as Hermes' where JSON follows the tag, which Qwen3-Coder's form begins with, too."""
+        if not text.startswith(HermesSyntax.BEGIN):
+            return self._own.read(text, progress, is_final=is_final)
+        at = skip_blank(text, len(HermesSyntax.BEGIN))
+        if at == len(text) and not is_final:
+            return Segment()
+        syntax = self._own if text.startswith("<", at) else self._told
+        return syntax.read(text, progress, is_final=is_final)
