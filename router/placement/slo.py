@@ -206,8 +206,14 @@ class SloPolicy:
         return limit_s is not None and not demand.may_miss and demand.waited_s + one.ttft_s > limit_s
 
     def _breaks_pace(self, one: SloCandidate, demand: Demand) -> bool:
-        limit_s = demand.objectives.tpot_s
-        return limit_s is not None and one.tpot_s > _TPOT_MARGIN * limit_s
+        """Return whether tokens would come too slowly for it, or for streams there that are as urgent or more."""
+        limits = [limit_s for priority, limit_s in one.decode.paces if priority <= demand.priority]
+        if limits:  # what not even a stream alone would keep binds nobody else
+            alone_s = self._estimates.alone_s(one.decode)
+            limits = [limit_s for limit_s in limits if alone_s <= _TPOT_MARGIN * limit_s]
+        own_s = demand.objectives.tpot_s
+        limit_s = min(limits if own_s is None else [*limits, own_s], default=math.inf)
+        return one.tpot_s > _TPOT_MARGIN * limit_s
 
     def _is_better_off_waiting(self, one: SloCandidate, demand: Demand) -> bool:
         """Streams would lose their pace, and the request has time, or had its chance: it does not wait for ever."""

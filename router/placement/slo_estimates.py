@@ -122,12 +122,11 @@ class SloEstimates:
         harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
         budget = decode.hello.max_num_batched_tokens
         if decode.num_running and alone_s:
-            lone_s = self._predictor.decode_step_s(decode.session, 1, decode.context // decode.num_running)
             waiting = None
             if demand.local_tokens_behind is not None:
                 waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
                 waiting = WaitingPrompts(waiting_s, waiting_s / alone_s)  # others as long as this one
-            answers = RunningAnswers(decode.num_running, step_s, lone_s)
+            answers = RunningAnswers(decode.num_running, step_s, self.alone_s(decode))
             limit_s = longest_step_s(demand.objectives.tpot_s, answers, waiting)
             tokens = self._predictor.chunk_tokens(
                 decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
@@ -180,6 +179,10 @@ class SloEstimates:
             return None
         seconds = self._predictor.transfer_s(distance(source.hello, worker.hello), _block_bytes(more, worker))
         return _PrefixFetch(source, more, seconds) if seconds else None
+
+    def alone_s(self, decode: WorkerView) -> float:
+        """Return the time of a step with one stream, as long as those that run there."""
+        return self._predictor.decode_step_s(decode.session, 1, decode.context // max(1, decode.num_running))
 
     def tpot_s(self, decode: WorkerView, demand: Demand) -> float:
         """Return the time of a step in the middle of the answer, with all that runs there now."""

@@ -266,7 +266,7 @@ class Attempt:
         is_row = request.pooling is None  # in decode steps, later
         context = len(self.choices) * (request.num_prompt_tokens + longest) if is_row else 0
         work_s = self._work_s() if num_tokens else 0.0
-        load = RequestLoad(num_tokens, len(self.choices), blocks, self.placed_s, work_s, context)
+        load = RequestLoad(num_tokens, len(self.choices), blocks, self.placed_s, work_s, context, request.pace)
         decode.bind(request.request_id, load)
 
     def _bind_prefill(self, prefill: RouterWorker, now_s: float) -> None:

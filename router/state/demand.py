@@ -90,6 +90,7 @@ class Demand:
     queue_if_full: bool = False  # it has waited: a worker that others fill is asked all the same
     cached: Mapping[int, int] = field(default_factory=dict)  # session: tokens of the prompt's beginning that it holds
     objectives: Objectives = NO_OBJECTIVES
+    priority: int = 0  # lower goes first
     ttft_limit_s: float | None = None  # of its objectives, for a prompt as long as this
     waited_s: float = 0.0  # since it came
     expected_output: int = 0  # tokens of each choice

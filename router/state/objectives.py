@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from ...common.request import BACKGROUND_PRIORITY, DEFAULT_CLASS
 
-__all__ = ["BACKGROUND", "BACKGROUND_CLASS", "DEFAULT_CLASS", "DEFAULT_STRETCH", "NO_OBJECTIVES", "Objectives"]
+__all__ = ["BACKGROUND", "BACKGROUND_CLASS", "DEFAULT_CLASS", "DEFAULT_STRETCH", "NO_OBJECTIVES", "Objectives", "Pace"]
 
 DEFAULT_STRETCH = 3.0
+
+Pace = tuple[int, float]  # of a stream: its priority, and the mean time per token that it is to keep (seconds)
 
 
 @dataclass(slots=True, frozen=True)

@@ -24,7 +24,7 @@ from ...common.request import FinishReason, Pooling, RequestSpec, SampledToken, 
 from .adapter_use import AdapterUse
 from .choice_state import ChoiceState
 from .decisions import Decision
-from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
+from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives, Pace
 
 
 class RequestStatus(Enum):
@@ -137,6 +137,12 @@ class RouterRequest:
             self.timestamps.setdefault(_STAMP[to], now_s)
         else:
             self.timestamps[_STAMP[to]] = now_s
+
+    @property
+    def pace(self) -> Pace | None:
+        """The pace that its stream is to keep; None: it has no objective, or is no stream."""
+        tpot_s = None if self.pooling is not None else self.objectives.tpot_s
+        return None if tpot_s is None else (self.priority, tpot_s)
 
     @property
     def reuses_prefix(self) -> bool:

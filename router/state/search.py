@@ -66,6 +66,7 @@ class Search:
             queue_if_full=self.queue_if_full(now_s),
             cached=cached,
             objectives=request.objectives,
+            priority=request.priority,
             ttft_limit_s=limit_s,
             waited_s=waited_s,
             expected_output=pools.predictor.expected_output(request.sampling.max_tokens),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ...wire.workers import WorkerHello, WorkerStatus
 from .expert_load import ExpertLoad
+from .objectives import Pace
 
 Rank = tuple[float, int, int, int]
 
@@ -25,6 +26,7 @@ class RequestLoad:
     at_s: float = 0.0
     work_s: float = 0.0  # predicted, to prefill what is not cached
     context: int = 0  # tokens that a decode worker's row attends to at its start
+    pace: Pace | None = None  # of its stream; None: it has no objective, or streams nothing
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,6 +52,7 @@ class WorkerView:
     line: tuple[tuple[float, float], ...] = ()  # of `backlog_s`, by prompt in order: (due time, seconds left)
     context: int = 0  # tokens that a decode step attends to, those on their way included
     expert_load: ExpertLoad | None = None
+    paces: tuple[Pace, ...] = ()  # of this router's streams there, each once
 
     def wait_s(self, due_s: float) -> float:
         """Return the wait for prompts served before one that is due then; others' are, as far as is known."""

@@ -8,7 +8,7 @@ socket here: a `WorkerLink` is the session to send through.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -19,6 +19,7 @@ from ...wire.results import StepTokens
 from ...wire.workers import WorkerHello, WorkerStatus
 from .expert_load import ExpertLoad
 from .failures import WorkerLife
+from .objectives import Pace
 from .step_progress import StepProgress
 from .views import RequestLoad, WorkerView
 
@@ -65,6 +66,7 @@ class RouterWorker:
     # Of the loads, kept as they come and go: a view must not cost what a worker holds.
     _own_tokens: int = 0
     _own_choices: int = 0
+    _paces: Counter[Pace] = field(default_factory=Counter)
     _recent: dict[str, RequestLoad] = field(
         default_factory=dict
     )  # bound since the heartbeat, which cannot know of them
@@ -119,6 +121,8 @@ class RouterWorker:
         self._own_choices += load.num_choices
         if load.context:
             self._arriving[request_id] = load.context
+        if load.pace is not None:
+            self._paces[load.pace] += 1
         self.on_change(self)
 
     def release(self, request_id: str) -> None:
@@ -131,6 +135,8 @@ class RouterWorker:
             self._recent.pop(request_id, None)
             self._arriving.pop(request_id, None)
             self._arrived.discard(request_id)
+            if load.pace is not None:
+                self._paces -= Counter((load.pace,))  # those that nobody keeps any more are gone
             self.on_change(self)
 
     def note_prefilled(self, request_id: str) -> None:
@@ -222,6 +228,7 @@ class RouterWorker:
             line=line,
             context=self._context(),
             expert_load=self.expert_load,
+            paces=tuple(self._paces),
         )
 
     def _backlog_s(self, ahead_tokens: int, s_per_token: float) -> tuple[float, tuple[tuple[float, float], ...]]:

@@ -152,6 +152,19 @@ def test_a_request_waits_rather_than_breaking_the_pace_of_others_but_not_for_eve
     assert isinstance(place(demand, P0, STREAMING, D1), Placement)  # the other one is idle
 
 
+def test_the_pace_of_streams_as_urgent_as_a_request_binds_one_without_an_objective_too() -> None:
+    full = replace(STREAMING, paces=((0, BASE_S + 4.5 * ROW_S),))
+    for priority in (0, 10):
+        behind = replace(DEMAND, priority=priority)
+        assert place(behind, P0, full) == Wait(Lack.DECODE_ROOM)
+        assert place(behind, P0, full, D1) == Placement(None, "d-1", Reason.SOONER)
+    assert isinstance(place(replace(DEMAND, priority=-1), P0, full), Placement)
+    roomy = replace(STREAMING, paces=((0, BASE_S + 9 * ROW_S),))
+    assert isinstance(place(DEMAND, P0, roomy), Placement)
+    hopeless = replace(STREAMING, paces=((0, BASE_S / 2),))  # no stream keeps it, whoever waits
+    assert isinstance(place(DEMAND, P0, hopeless), Placement)
+
+
 def test_the_pair_is_chosen_for_both_objectives() -> None:
     fuller = replace(STREAMING, num_running=200, num_bound=200)
     demand = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=0.01))

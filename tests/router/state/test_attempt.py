@@ -6,11 +6,13 @@ import pytest
 
 from kvferry.common.request import SamplingParams
 from kvferry.router.state.attempt import Attempt, AttemptState
+from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.pools import Pools
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.search import QUEUE_IF_FULL_AFTER_S
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.tracked_request import TrackedRequest
+from kvferry.router.state.views import RequestLoad
 from kvferry.router.state.worker import RouterWorker
 from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
 
@@ -54,6 +56,20 @@ def test_a_state_implies_those_before_it_and_never_goes_back() -> None:
     for state in (AttemptState.COMPUTED, AttemptState.BEGUN, AttemptState.ARRIVED, AttemptState.COMPUTED):
         attempt.note(state)
     assert attempt.state is AttemptState.ARRIVED
+
+
+def test_a_decode_worker_has_the_paces_of_its_streams_until_they_leave() -> None:
+    scene = Scene()
+    scene.request.priority, scene.request.objectives = 3, Objectives(tpot_s=0.04)
+    attempt = scene.reserve()
+    other = RequestLoad(0, 1, 1, pace=(3, 0.04))
+    scene.decode.bind("other", other)
+    assert scene.decode.view(1.0).paces == ((3, 0.04),) and not scene.prefill.view(1.0).paces
+    attempt.leave()
+    assert scene.decode.view(1.0).paces == ((3, 0.04),)
+    scene.decode.release("other")
+    scene.decode.release("other")
+    assert scene.decode.view(1.0).paces == ()
 
 
 def test_an_ended_attempt_has_nothing_on_its_workers() -> None:
