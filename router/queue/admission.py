@@ -43,11 +43,11 @@ class Admission:
         self.observe(now_s)
         self.arrivals.add(request.priority, request.unloaded_s, now_s)
         victim = None
-        if self._queue.is_full:
+        if self._queue.is_full and not request.is_background:
             victim = self._queue.victim_for(request)
             if victim is None:
                 self._observer.on_rejected("queue_full")
-                text = f"{len(self._queue)} requests wait, the queue holds {self._queue.max_size}"
+                text = f"{self._queue.num_bounded} requests wait, the queue holds {self._queue.max_size}"
                 raise CapacityError(text, retry_after_s=self._retry_after_s(0.0, now_s))
         self._check_time(request, now_s)
         return victim

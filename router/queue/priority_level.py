@@ -90,10 +90,10 @@ class PriorityLevel:
         return self.timely.num_of(tenant) + self.late.num_of(tenant)
 
     def last_of(self, tenant: str) -> TrackedRequest | None:
-        """Return the tenant's last one due whose client has got nothing yet."""
+        """Return the tenant's last one due whose client waits and has got nothing yet."""
         for order in (self.late, self.timely):
             for ticket in order.backwards(tenant):
-                if not ticket.item.request.is_resume:
+                if not (ticket.item.request.is_resume or ticket.item.request.is_background):
                     return ticket.item
         return None
 

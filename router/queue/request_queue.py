@@ -8,8 +8,9 @@
     due time    inside a tenant: arrival + objective. A long prompt's objective is a multiple of its own time, so short
                 ones overtake it while it has time left; as its due time stands still, nobody is overtaken for ever
 
-Bounded for newcomers only: a request that comes back after a failed attempt was admitted before. Those that are put
-off, or that wait for a worker of their own, stand apart and do not count as waiting for room.
+Bounded for newcomers only: a request that comes back after a failed attempt was admitted before. Background requests
+are bounded by whoever asks them, and take nobody's place here. Requests that are put off, or that wait for a worker of
+their own, stand apart and do not count as waiting for room.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class RequestQueue:
         self.max_size = max_size
         self._by_arrival = by_arrival
         self.num_by_class: Counter[str] = Counter()
+        self._num_background = 0
         self._places: dict[TrackedRequest, Place] = {}
         self._levels: dict[int, PriorityLevel] = {}
         self._priorities: list[int] = []  # of the levels, sorted
@@ -61,14 +63,19 @@ class RequestQueue:
         return sum(self._levels[one].num_tokens for one in self._priorities[: bisect_right(self._priorities, priority)])
 
     @property
+    def num_bounded(self) -> int:
+        """The number of those that somebody waits for: `max_size` is theirs."""
+        return len(self) - self._num_background
+
+    @property
     def is_full(self) -> bool:
-        """A newcomer would have to be refused."""
-        return len(self) >= self.max_size
+        """A newcomer that somebody waits for would have to be refused."""
+        return self.num_bounded >= self.max_size
 
     # --- changes --------------------------------------------------------------------------------------------
 
     def add(self, tracked: TrackedRequest, *, apart: bool = False) -> None:
-        self.num_by_class[tracked.request.request_class] += 1
+        self._count(tracked, 1)
         if apart:
             self._apart[tracked] = None
         else:
@@ -80,7 +87,7 @@ class RequestQueue:
         if place is None:
             self.remove(tracked)
             return
-        self.num_by_class[tracked.request.request_class] -= 1
+        self._count(tracked, -1)
         self._levels[tracked.request.priority].take(place)
         tracked.is_charged = not place.is_late
         self._tidy(tracked.request.priority)
@@ -95,7 +102,11 @@ class RequestQueue:
             del self._apart[tracked]
         else:
             return
-        self.num_by_class[tracked.request.request_class] -= 1
+        self._count(tracked, -1)
+
+    def _count(self, tracked: TrackedRequest, change: int) -> None:
+        self.num_by_class[tracked.request.request_class] += change
+        self._num_background += change * tracked.request.is_background
 
     def _line_up(self, tracked: TrackedRequest) -> None:
         request = tracked.request

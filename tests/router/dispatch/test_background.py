@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from kvferry.common.errors import CapacityError
 from kvferry.common.request import unpack_ids
 from kvferry.router.dispatch.background import QUIET_S
 from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
@@ -60,6 +61,19 @@ def test_one_that_has_not_begun_waits_in_the_queue() -> None:
     fleet.wait(1.0, p, d)
     assert state(batch) is RequestStatus.QUEUED and fleet.dispatcher.view().num_queued == 1
     assert [type(message) for message in d.sent] == [ReserveKV]
+
+
+def test_suspended_ones_fill_no_queue() -> None:
+    fleet = Fleet(config(max_queue=2))
+    fleet.join("p-0"), fleet.join("d-0", max_num_seqs=1)
+    batches = [fleet.submit(is_background=True) for _ in range(4)]
+    others = [fleet.submit() for _ in range(3)]  # one is placed, two wait
+    assert [state(other) for other in others] == [RequestStatus.RESERVED, RequestStatus.QUEUED, RequestStatus.QUEUED]
+    with pytest.raises(CapacityError, match="2 requests wait, the queue holds 2"):
+        fleet.submit()
+    batches.append(fleet.submit(is_background=True))
+    assert {state(batch) for batch in batches} == {RequestStatus.QUEUED}
+    assert fleet.dispatcher.view().num_queued == 7 and fleet.dispatcher.breaches() == []
 
 
 def test_as_many_as_may_run_beside_others_the_oldest_first() -> None:
