@@ -6,6 +6,7 @@ ITL        gap between two neighbouring tokens, all requests together (0 inside 
 chunk gap  gap between two chunks: what a reader waits, whatever a chunk holds
 e2e        sent -> end of the answer
 goodput    requests per second that kept every limit given
+errors     those alike are counted together: what differs between their texts, such as times and ids, is "..."
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Summary:
     num_ok: int
     num_failed: int
     num_short: int  # answered with fewer tokens than asked for
-    errors: dict[str, int]  # message -> how often
+    errors: dict[str, int]  # message -> how often, the most frequent first
     duration_s: float
     ttft_ms: Distribution
     tpot_ms: Distribution
@@ -110,7 +111,7 @@ def summarize(records: Sequence[RequestRecord], *, duration_s: float, client_cpu
         num_ok=len(ok),
         num_failed=len(records) - len(ok),
         num_short=sum(record.num_output_tokens < record.num_asked_tokens for record in ok),
-        errors=dict(Counter(record.error or "not finished" for record in records if not record.is_ok).most_common()),
+        errors=_count_errors(record for record in records if not record.is_ok),
         duration_s=duration_s,
         ttft_ms=_describe_ms(record.ttft_s for record in ok),
         tpot_ms=_describe_ms(record.tpot_s for record in ok),
@@ -129,6 +130,22 @@ def summarize(records: Sequence[RequestRecord], *, duration_s: float, client_cpu
         client_cpu_s=client_cpu_s,
         client_cpu_us_per_token=client_cpu_s * 1e6 / num_output_tokens if num_output_tokens else None,
     )
+
+
+def _count_errors(failed: Iterable[RequestRecord]) -> dict[str, int]:
+    alike: dict[tuple[object, ...], list[list[str]]] = {}
+    for record in failed:
+        words = (record.error or "not finished").split(" ")
+        form = ("" if any(map(str.isdigit, word)) else word for word in words)
+        alike.setdefault((record.status, *form), []).append(words)
+    counts = Counter[str]()
+    for texts in alike.values():
+        counts[" ".join(_common(places) for places in zip(*texts, strict=True))] += len(texts)
+    return dict(counts.most_common())
+
+
+def _common(words: Sequence[str]) -> str:
+    return words[0] if len(set(words)) == 1 else "..."
 
 
 def _describe_ms(samples_s: Iterable[float | None]) -> Distribution:

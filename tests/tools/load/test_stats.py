@@ -67,6 +67,22 @@ def test_summary_counts_tokens_and_times_of_the_requests_that_succeeded() -> Non
     assert summary.goodput_per_s is None
 
 
+def test_errors_that_differ_in_their_figures_alone_are_counted_together() -> None:
+    def failed(status: int, error: str) -> RequestRecord:
+        record = finished(0.1, [], error=error)
+        record.status = status
+        return record
+
+    texts = [f"{number} requests wait: the limit is 1 s" for number in (3, 4, 12)]
+    records = [failed(429, f"HTTP 429: {text}") for text in texts]
+    records += [failed(503, "HTTP 503: 3 requests wait: the limit is 1 s"), failed(429, "HTTP 429: the queue is full")]
+    assert summarize(records, duration_s=1.0, client_cpu_s=0.0, slo=Slo()).errors == {
+        "HTTP 429: ... requests wait: the limit is 1 s": 3,
+        "HTTP 503: 3 requests wait: the limit is 1 s": 1,
+        "HTTP 429: the queue is full": 1,
+    }
+
+
 def test_good_requests_keep_every_limit_and_did_not_fail() -> None:
     records = [
         finished(0.1, [0.02]),
