@@ -44,6 +44,14 @@ def shell_words(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be parted into words: {error}") from error
 
 
+def finite_float(text: str) -> float:
+    """Any number but those that JSON has no words for."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
 def positive_float(text: str) -> float:
     """A number above 0, and not infinite."""
     value = positive_or_infinite(text)

@@ -10,7 +10,7 @@ from typing import get_args
 
 from ...common.config import API_KEY_VARIABLE, environment
 from ...common.errors import ConfigError
-from .arguments import Parser, natural, output_file, positive_float, positive_int, positive_or_infinite
+from .arguments import Parser, finite_float, natural, output_file, positive_float, positive_int, positive_or_infinite
 from .endpoint import EndpointName
 from .plot import check_plot_path
 from .stats import Slo
@@ -175,7 +175,7 @@ def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
         "--vocab-size", type=positive_int, default=4096, help="prompt ids are below this (default: %(default)s)"
     )
     group.add_argument("--ignore-eos", action="store_true", help="answers as long as asked for")
-    group.add_argument("--temperature", type=float, help="(default: the server's)")
+    group.add_argument("--temperature", type=finite_float, metavar="X", help="(default: the server's)")
     group.add_argument(
         "--seed",
         type=int,

@@ -21,6 +21,8 @@ from ...common.errors import ConfigError
 
 MOONCAKE_BLOCK_TOKENS = 512
 _DAY_AND_TIME = re.compile(r"\s*(?P<whole>.*?)(?P<fraction>\.\d+)?(?P<zone>Z|[+-]\d\d:?\d\d)?\s*", re.ASCII)
+_MOST_DAYS = 366  # between two requests of a trace: more is a time in another unit, or none
+_DAY_S = 86400.0
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -68,6 +70,12 @@ def read_trace(path: Path, *, length_scale: float = 1.0, rate_scale: float = 1.0
         raise ConfigError(f"--trace {path}: no requests in it")
     rows.sort(key=lambda row: row.arrival_s)
     start_s = rows[0].arrival_s
+    days = (rows[-1].arrival_s - start_s) / _DAY_S
+    if days > _MOST_DAYS:
+        raise ConfigError(
+            f"--trace {path}: {days:,.0f} days from its first request to its last, {_MOST_DAYS} at most: "
+            "are its times of one clock, and Mooncake's in milliseconds?"
+        )
     return [
         replace(row, arrival_s=row.arrival_s - start_s).scaled(length=length_scale, rate=rate_scale) for row in rows
     ]

@@ -14,6 +14,8 @@ from kvferry.tools.load.options import parse_options
         (("--trace-scale", "inf"), "argument --trace-scale: inf is not finite"),
         (("--trace-scale", "nan"), "argument --trace-scale: nan is not above 0"),
         (("--timeout", "1e999"), "argument --timeout: 1e999 is not finite"),
+        (("--temperature", "nan"), "argument --temperature: nan is not finite"),
+        (("--temperature", "1e999"), "argument --temperature: 1e999 is not finite"),
         (("--num-warmups", "-1"), "argument --num-warmups: -1 is below 0"),
     ],
 )

@@ -68,6 +68,8 @@ def test_scales_shrink_lengths_and_blocks_and_make_arrivals_denser(tmp_path: Pat
         ("ContextTokens,GeneratedTokens,TIMESTAMP\n5,6\n", "line 2"),
         (AZURE + "2023-11-17 00:00:02,%s,1\n" % ("1" * 140_000), "line 3: field larger than field limit"),
         ('{"timestamp": 0, "input_length": 5}\n', "line 1.*output_length"),
+        (MOONCAKE.replace("3000", "1764000000000"), "20,417 days .* 366 at most: are its times of one clock"),
+        (MOONCAKE.replace("3000", "1e30"), "days from its first request"),
     ],
 )
 def test_file_that_is_no_trace_is_refused_with_the_line(tmp_path: Path, text: str, message: str) -> None:
