@@ -60,7 +60,7 @@ def _in_torch(deployment: Deployment, model: ModelConfig) -> str:
 
 def _division(deployment: Deployment) -> str:
     """Say how the workers divide prompts and answers."""
-    objective_ms = deployment.router.tpot_objective_ms
+    objective_ms = deployment.workers[0].config.engine.tpot_objective_ms
     limit = f"{objective_ms:g} ms" if objective_ms else "50 ms, or four times its usual (--tpot-objective-ms)"
     if all(worker.config.role == "decode" for worker in deployment.workers):
         return f"Each worker computes prompts beside answers: a token takes up to {limit}. --prefill 1 steadies it."

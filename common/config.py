@@ -6,6 +6,7 @@ A YAML key is the flag's name with underscores; `KVFERRY_` + upper case is its e
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -197,6 +198,12 @@ class RequestClass(Settings):
     priority: int = Field(0, ge=-(2**31), lt=2**31)  # lower first; of requests that say none
     deadline_s: float | None = Field(None, gt=0, le=86400)  # for the whole answer
     weight: float = Field(1.0, ge=0.01, le=100)  # of a tenant's share
+
+
+def strictest_tpot_ms(default_ms: float | None, classes: Iterable[RequestClass]) -> float | None:
+    """Return the shortest objective for a time per token that any request may have; None: none has one."""
+    known = (default_ms, *(each.tpot_objective_ms for each in classes))
+    return min((objective_ms for objective_ms in known if objective_ms is not None), default=None)
 
 
 class PoolBounds(Settings):

@@ -23,6 +23,7 @@ from ..common.config import (
     Settings,
     TransferConfig,
     WorkerConfig,
+    strictest_tpot_ms,
 )
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
@@ -151,6 +152,7 @@ def plan_worker(
 ) -> WorkerConfig:
     given = {name: value for name, value in _shared(settings, EngineConfig).items() if value is not None}
     values = given | _paths(pool.overrides()) | {"model_dir": model_dir, "served_model_name": served_name}
+    values["tpot_objective_ms"] = strictest_tpot_ms(settings.tpot_objective_ms, settings.classes)
     values["host_cache_memory_bytes"] = settings.host_cache_memory_bytes
     values["swap_space"] = settings.swap_space if role == "decode" else 0  # a prompt that has begun is not preempted
     return WorkerConfig(

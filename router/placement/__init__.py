@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...common.config import RouterConfig
+from ...common.config import RouterConfig, strictest_tpot_ms
 from ..state.predictor import Predictor
 from .kv_cost import KVCost
 from .least_loaded import LeastLoaded
@@ -22,5 +22,7 @@ def make_policy(config: RouterConfig, predictor: Predictor) -> RoutingPolicy:
         "ttft_objective_s": config.ttft_objective_ms / 1e3 if config.ttft_objective_ms is not None else None,
     }
     if config.policy == SloPolicy.name:
-        return SloPolicy(predictor, fetches=True, **options)  # type: ignore[arg-type]
+        tpot_ms = strictest_tpot_ms(config.tpot_objective_ms, config.classes)
+        tpot_s = tpot_ms / 1e3 if tpot_ms is not None else None
+        return SloPolicy(predictor, fetches=True, tpot_objective_s=tpot_s, **options)  # type: ignore[arg-type]
     return _SIMPLE[config.policy](**options)  # type: ignore[arg-type]

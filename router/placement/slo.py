@@ -59,10 +59,11 @@ class SloPolicy:
         max_local_prefill_tokens: int = 0,
         expect_prefill: bool = True,
         ttft_objective_s: float | None = None,
+        tpot_objective_s: float | None = None,
         fetches: bool = False,
     ) -> None:
-        """`fetches`: workers read prefixes from each other."""
-        self._estimates = SloEstimates(predictor, fetches=fetches)
+        """`tpot_objective_s`: by it workers cut prompts beside streams. `fetches`: they read each other's prefixes."""
+        self._estimates = SloEstimates(predictor, fetches=fetches, tpot_objective_s=tpot_objective_s)
         self._may_prefill_locally = local_prefill or not expect_prefill
         self._max_local_prefill_tokens = max_local_prefill_tokens
         self._expect_prefill = expect_prefill

@@ -70,10 +70,11 @@ class PrefillEstimate:
 class SloEstimates:
     """Estimates every way with one predictor."""
 
-    def __init__(self, predictor: Predictor, *, fetches: bool) -> None:
-        """`fetches`: workers read prefixes from each other."""
+    def __init__(self, predictor: Predictor, *, fetches: bool, tpot_objective_s: float | None = None) -> None:
+        """Take what holds for all workers, as `SloPolicy` has it."""
         self._predictor = predictor
         self._fetches = fetches
+        self._tpot_objective_s = tpot_objective_s
 
     def prefill(self, worker: WorkerView, demand: Demand, sources: list[WorkerView], now_s: float) -> PrefillEstimate:
         """Estimate what the prompt takes on this worker, before it goes to any decode worker."""
@@ -127,7 +128,7 @@ class SloEstimates:
                 waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
                 waiting = WaitingPrompts(waiting_s, waiting_s / alone_s)  # others as long as this one
             answers = RunningAnswers(decode.num_running, step_s, self.alone_s(decode))
-            limit_s = longest_step_s(demand.objectives.tpot_s, answers, waiting)
+            limit_s = longest_step_s(self._objective_s(demand), answers, waiting)
             tokens = self._predictor.chunk_tokens(
                 decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
             )
@@ -179,6 +180,11 @@ class SloEstimates:
             return None
         seconds = self._predictor.transfer_s(distance(source.hello, worker.hello), _block_bytes(more, worker))
         return _PrefixFetch(source, more, seconds) if seconds else None
+
+    def _objective_s(self, demand: Demand) -> float | None:
+        """Return the strictest objective for a time per token that a worker's streams may have."""
+        known = (self._tpot_objective_s, demand.objectives.tpot_s)
+        return min((objective_s for objective_s in known if objective_s is not None), default=None)
 
     def alone_s(self, decode: WorkerView) -> float:
         """Return the time of a step with one stream, as long as those that run there."""

@@ -85,6 +85,14 @@ def test_objectives_reach_the_router_and_the_pace_of_answers_every_worker() -> N
     assert RouterConfig.model_validate_json(router.model_dump_json()) == router
 
 
+@pytest.mark.parametrize(("default_ms", "expected_ms"), [(50, 40.0), (None, 40.0), (20, 20.0)])
+def test_workers_keep_the_pace_of_the_strictest_class(default_ms: float | None, expected_ms: float) -> None:
+    classes = {"interactive": {"tpot_objective_ms": 40}, "slow": {"tpot_objective_ms": 90}, "batch": {"priority": 9}}
+    deployment = planned(tpot_objective_ms=default_ms, classes=classes)
+    assert deployment.router.tpot_objective_ms == default_ms
+    assert {worker.config.engine.tpot_objective_ms for worker in deployment.workers} == {expected_ms}
+
+
 def test_secret_does_not_show_in_a_deployment() -> None:
     assert "secret" not in repr(planned()).replace("secret_file", "")
 

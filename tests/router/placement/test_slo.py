@@ -114,6 +114,11 @@ def test_two_steps_of_prompts_at_most_are_bound_to_a_worker_that_has_streams() -
     few, many = (replace(STREAMING, ahead_tokens=n, unstarted_tokens=n) for n in (2 * room - 10, 2 * room + 10))
     assert place(demand, few, expect_prefill=False) == Placement(None, "d-0", Reason.COLOCATED)
     assert isinstance(place(demand, many, expect_prefill=False), Wait)
+    # Of a class without one, or with a looser one, no larger steps: workers cut them for the strictest.
+    for loose in (DEMAND, replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=0.05))):
+        assert isinstance(place(loose, few, expect_prefill=False, tpot_objective_s=0.02), Placement)
+        assert isinstance(place(loose, many, expect_prefill=False, tpot_objective_s=0.02), Wait)
+        assert isinstance(place(loose, many, expect_prefill=False), Placement)
     # Alone with prompts it computes them in whole steps.
     assert isinstance(place(demand, replace(many, num_running=0), expect_prefill=False), Placement)
 
