@@ -6,7 +6,7 @@ A YAML key is the flag's name with underscores; `KVFERRY_` + upper case is its e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -290,6 +290,11 @@ class RouterConfig(Settings):
     @property
     def needs_api_keys(self) -> bool:
         return bool(self.api_key) or self.api_key_file is not None
+
+
+def keys_of(env: Mapping[str, str], variable: str) -> tuple[str, ...]:
+    """Return the keys in a variable: commas part them, and spaces around them are none of theirs."""
+    return tuple(key.strip() for key in env.get(variable, "").split(",") if key.strip())
 
 
 def environment() -> dict[str, str]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import uvloop
 from pydantic import ValidationError
 
-from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, environment
+from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, environment, keys_of
 from ..common.errors import ConfigError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
@@ -65,14 +65,10 @@ def parse_config(text: str, env: Mapping[str, str]) -> RouterConfig:
         config = RouterConfig.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(f"--config-json: {error.errors(include_url=False, include_input=False)}") from None
-    api_keys, admin_keys = _keys(env, API_KEY_VARIABLE), _keys(env, ADMIN_KEY_VARIABLE)
+    api_keys, admin_keys = keys_of(env, API_KEY_VARIABLE), keys_of(env, ADMIN_KEY_VARIABLE)
     return config.model_copy(
         update={"api_key": (*config.api_key, *api_keys), "admin_key": (*config.admin_key, *admin_keys)}
     )
-
-
-def _keys(env: Mapping[str, str], variable: str) -> tuple[str, ...]:
-    return tuple(key.strip() for key in env.get(variable, "").split(",") if key.strip())
 
 
 def _inherited(fd: int | None) -> socket.socket | None:

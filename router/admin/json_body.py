@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from starlette.requests import ClientDisconnect, Request
 
 from ...common.errors import RequestError
-from ..api.body import BODY_TIMEOUT_S, BodyRoom, ClientGone, in_time, read_body
+from ..api.body import BODY_TIMEOUT_S, BodyRoom, ClientGone, in_time, read_body, too_large
 from ..api.middleware import context_of
 from ..helpers.strict_json import parse_json
 from ..state.errors import clip
@@ -30,7 +30,7 @@ async def _read(request: Request) -> bytes:
     async for piece in request.stream():
         data += piece
         if len(data) > _MAX_BYTES:
-            raise RequestError(f"the body is longer than {_MAX_BYTES} bytes", code="body_too_large", status=413)
+            raise too_large(f"more than {_MAX_BYTES} bytes", _MAX_BYTES)
     return data
 
 

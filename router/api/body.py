@@ -70,7 +70,7 @@ async def read_body(
     _check_kind(headers)
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > max_bytes:
-        raise _too_large(f"{declared[:20].decode()} bytes", max_bytes)
+        raise too_large(f"{declared[:20].decode()} bytes", max_bytes)
     async with in_time(timeout_s):
         return await _read(receive, held, max_bytes)
 
@@ -96,7 +96,7 @@ async def _read(receive: Receive, held: HeldBody, max_bytes: int) -> bytes:
         part: bytes = message.get("body", b"")
         held.add(len(part))
         if held.num_bytes > max_bytes:
-            raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+            raise too_large(f"more than {max_bytes} bytes", max_bytes)
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -116,7 +116,7 @@ def _unsupported(text: str) -> RequestError:
     return RequestError(text, code="unsupported_media_type", status=415)
 
 
-def _too_large(size: str, max_bytes: int) -> RequestError:
+def too_large(size: str, max_bytes: int) -> RequestError:
     return RequestError(
         f"the request's body has {size}; the limit is {max_bytes}", code="request_too_large", status=413
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ...common.config import API_KEY_VARIABLE, environment
+from ...common.config import API_KEY_VARIABLE, environment, keys_of
 from ...common.errors import ConfigError
 from .arguments import Parser, finite_float, natural, output_file, positive_float, positive_int, positive_or_infinite
 from .endpoint import EndpointName
@@ -110,7 +110,7 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 def _key_of_environment() -> str | None:
     """Return the first key there: a key that is given as a flag is moved there before this program runs."""
-    return environment().get(API_KEY_VARIABLE, "").partition(",")[0] or None
+    return next(iter(keys_of(environment(), API_KEY_VARIABLE)), None)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -176,6 +176,7 @@ async def test_a_long_body_is_not_read() -> None:
     async with client(operations()) as c:
         answer = await c.post("/admin/workers/d-0/drain", content=b" " * 5000)
     assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize(("leaves", "status"), [(True, 499), (False, 408)])

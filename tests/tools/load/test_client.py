@@ -130,8 +130,11 @@ async def test_what_lists_no_models_is_said(body: bytes, capsys: pytest.CaptureF
     assert "/v1/models is no list of models" in capsys.readouterr().err
 
 
-async def test_a_key_that_left_the_command_line_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(API_KEY_VARIABLE, "first,second")
+@pytest.mark.parametrize("keys", ["first,second", " first ,second", ",first"])
+async def test_the_first_key_of_the_environment_is_sent_as_the_router_reads_it(
+    keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, keys)
     for flags, key in (([], "first"), (["--api-key", "own"], "own")):
         async with scripted_server(serve_well) as server:
             argv = ["--base-url", server.base_url, "--num-requests", "1", *flags]
