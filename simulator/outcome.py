@@ -59,8 +59,6 @@ class Outcome:
     end_s: float
     gpu_hours: float  # of all workers, from their wish to their end or the last arrival
     usd: float | None  # None: the hardware has no price
-    num_queries: int  # prompt tokens looked up in workers' caches, and found there
-    num_hits: int
     num_preemptions: int
     num_adapter_loads: int
     num_draft_tokens: int  # that were verified, and of them those that were right

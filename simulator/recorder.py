@@ -151,8 +151,6 @@ class Recorder(NullObserver):
             end_s=now,
             gpu_hours=worker_s * fleet.gpus_per_worker / 3600,
             usd=None if fleet.usd_per_hour is None else worker_s * fleet.usd_per_hour / 3600,
-            num_queries=sum(worker.prefix_queries for worker, _ in workers),
-            num_hits=sum(worker.prefix_hits for worker, _ in workers),
             num_adapter_loads=sum(w.core.adapters.num_loads for w, _ in workers if w.core.adapters is not None),
             num_draft_tokens=sum(counted.draft_tokens for counted in drafts),
             num_accepted_tokens=sum(counted.accepted_tokens for counted in drafts),

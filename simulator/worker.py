@@ -280,11 +280,3 @@ class SimWorker:
     @property
     def num_unfinished(self) -> int:
         return self.core.num_unfinished
-
-    @property
-    def prefix_queries(self) -> int:
-        return self.core.roles.counters().prefix_queries
-
-    @property
-    def prefix_hits(self) -> int:
-        return self.core.roles.counters().prefix_hits

@@ -147,7 +147,7 @@ class WorkerMessages:
         elif message.reason == "draining":
             self.note_drain(worker)
         elif message.reason == "wrong_role":
-            self._note_role(tracked, worker, "prefill", now)
+            self._note_role(tracked, worker, "prefill")
         else:
             tracked.search.note_refusal(worker, message.retry_after_s, now)
         tracked.end_attempt(tell=False)  # nothing was reserved: the next one has its number
@@ -164,7 +164,7 @@ class WorkerMessages:
             case "never_fits":
                 tracked.search.unfit.add(worker.link.number)
             case "wrong_role":
-                self._note_role(tracked, worker, "prefill" if worker is attempt.decode else "decode", now)
+                self._note_role(tracked, worker, "prefill" if worker is attempt.decode else "decode")
             case "blocks":
                 tracked.search.note_refusal(worker, 0.0, now)
             case "expired":
@@ -179,10 +179,10 @@ class WorkerMessages:
         else:
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
 
-    def _note_role(self, tracked: TrackedRequest, worker: RouterWorker, role: str, now: float) -> None:
+    def _note_role(self, tracked: TrackedRequest, worker: RouterWorker, role: str) -> None:
         """Note that the worker changed its role: its next heartbeat says so, or one that crossed the task did."""
         if worker.hello.can_change_role:
-            worker.set_role(role, now)
+            worker.set_role(role)
         else:
             tracked.search.unfit.add(worker.link.number)
 

@@ -29,6 +29,7 @@ from .policy import (
     fits_prefill,
     fitting_workers,
     has_decode_room,
+    has_pair,
     has_prefill_room,
     may_hand_over,
     wait_for_room,
@@ -153,7 +154,7 @@ class SloPolicy:
             return None
         if not prefills:
             return Wait(Lack.FIT if view.num_ready("prefill") else Lack.PREFILL_WORKER)
-        if not any(may_hand_over(prefill, decode, demand) for prefill in prefills for decode in decodes):
+        if not has_pair(prefills, decodes, demand):
             return Wait(Lack.PAIR)
         return None
 
@@ -163,7 +164,7 @@ class SloPolicy:
             return []
         if not demand.failed_pairs and not demand.ungranted:
             return prefills
-        return [one for one in prefills if any(may_hand_over(one, decode, demand) for decode in decodes)]
+        return [one for one in prefills if has_pair([one], decodes, demand)]
 
     def _candidates(
         self, view: PoolView, demand: Demand, prefills: list[WorkerView], roomy: list[WorkerView]
@@ -250,7 +251,7 @@ class SloPolicy:
             return Reason.SHORT_PROMPT
         if not prefills:
             return Reason.NO_PREFILL_WORKER
-        if not any(may_hand_over(prefill, one.decode, demand) for prefill in prefills):
+        if not has_pair(prefills, [one.decode], demand):
             return Reason.FAILED_HANDOFF
         return Reason.SOONER
 

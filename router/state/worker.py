@@ -62,7 +62,6 @@ class RouterWorker:
     )  # its picture is out of date
     has_refused: bool = False  # something, since the last heartbeat
     named_role: str = ""  # a role that it has told before a heartbeat did
-    role_s: float = float("-inf")  # when its role changed
     # Of the loads, kept as they come and go: a view must not cost what a worker holds.
     _own_tokens: int = 0
     _own_choices: int = 0
@@ -88,10 +87,10 @@ class RouterWorker:
         """Return its active role."""
         return self.named_role or self.hello.role
 
-    def set_role(self, role: str, now_s: float) -> None:
+    def set_role(self, role: str) -> None:
         """Note its active role, in whatever message it named it."""
         if role and role != self.role:
-            self.named_role, self.role_s = role, now_s
+            self.named_role = role
             self.on_change(self)
 
     @property
@@ -183,7 +182,7 @@ class RouterWorker:
         self.status, self.status_s = status, now_s
         if status.experts:
             self.expert_load = ExpertLoad.after(self.expert_load, status.experts)
-        self.set_role(status.role, now_s)
+        self.set_role(status.role)
         for name in self._arrived:  # what decodes by now is in the heartbeat's own count
             self._arriving.pop(name, None)
         self._arrived.clear()
