@@ -113,16 +113,27 @@ def check_memory(deployment: Deployment, host: Host, model: ModelConfig) -> str:
     return found
 
 
+def read_adapters(deployment: Deployment, model: ModelConfig) -> list[tuple[str, Adapter]]:
+    """Read those that are served from the start, with their names. Raises ConfigError for what a router refuses."""
+    router, found = deployment.router, []
+    for name, _, path in (text.partition("=") for text in router.lora_modules):
+        try:
+            if name == router.served_model_name:
+                raise ConfigError(f"{name!r} is the name of the model")
+            adapter = inspect_adapter(Path(path))
+            adapter.check(model, router.max_lora_rank)
+        except (ConfigError, OSError) as error:
+            raise ConfigError(f"lora_modules: {name}: {error}") from error
+        found.append((name, adapter))
+    return found
+
+
 def _expert_adapters(deployment: Deployment, model: ModelConfig) -> list[Adapter]:
-    """Return those adapters that are served from the start and have something for experts. Raises ConfigError."""
+    """Return those that are served from the start and have something for experts. Raises ConfigError."""
     if model.experts is None:
         return []
     found = []
-    for name, _, path in (text.partition("=") for text in deployment.router.lora_modules):
-        try:
-            adapter = inspect_adapter(Path(path))
-        except ConfigError as error:
-            raise ConfigError(f"lora_modules: {name}: {error}") from error
+    for name, adapter in read_adapters(deployment, model):
         if not (modules := expert_modules(adapter)):
             continue
         if any(worker.config.engine.device == "cuda" for worker in deployment.workers):

@@ -38,7 +38,7 @@ from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
 from ..settings.sockets import open_listener
 from ..wire.address import Address
-from .engine_checks import check_engine, check_memory, check_model, is_float32, lacks_native
+from .engine_checks import check_engine, check_memory, check_model, is_float32, lacks_native, read_adapters
 from .host import Host, read_host
 from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials
@@ -170,6 +170,7 @@ class Preflight:
         settings, found = self._settings, self._resolved
         self.deployment = plan(settings, found.dir, settings.served_model_name or found.served_name, ())
         check_model(self.deployment, self.model)
+        read_adapters(self.deployment, self.model)
         speculative = settings.speculative_config
         if speculative is not None and speculative.model is not None:
             check_no_code(speculative.model)

@@ -28,6 +28,7 @@ from kvferry.models.checkpoint import check_checkpoint, tensor_shapes
 from kvferry.models.config import ModelConfig
 from kvferry.settings.fields import ServeSettings
 
+from ..adapters import write_adapter
 from ..checkpoints import Shape, write_checkpoint
 from ..sizing.models import write_config
 
@@ -129,6 +130,21 @@ def broken_tokenizer(site: Site) -> Words:
 @case("no/such/template")
 def missing_template(site: Site) -> Words:
     return ["--chat-template", "/no/such/template"]
+
+
+@case(r"lora_modules: fr: /no/such has no adapter_config\.json")
+def no_adapter(site: Site) -> Words:
+    return ["--enable-lora", "--lora-modules", "fr=/no/such"]
+
+
+@case("lora_modules: fr: its rank is 32; --max-lora-rank is 16")
+def adapter_of_too_large_a_rank(site: Site) -> Words:
+    return ["--enable-lora", "--lora-modules", f"fr={write_adapter(site.folder / 'fr', site.model, rank=32)}"]
+
+
+@case("lora_modules: tiny: 'tiny' is the name of the model")
+def adapter_of_the_models_name(site: Site) -> Words:
+    return ["--enable-lora", "--lora-modules", "tiny=/no/such"]
 
 
 @case("max_model_len: 4096 is more than the model's 2048")
