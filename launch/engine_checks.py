@@ -5,6 +5,8 @@ The engine refuses the same things, in the same words where it can; that costs s
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -111,6 +113,32 @@ def check_memory(deployment: Deployment, host: Host, model: ModelConfig) -> str:
             "(--kv-cache-memory-bytes)"
         )
     return found
+
+
+def check_disk(deployment: Deployment) -> str:
+    """Say what the caches of this host's workers take of its disks. Raises ConfigError where that is not free.
+
+    Files of caches count as free, as workers may go on with them; those of other models a worker finds when it starts.
+    """
+    needed: dict[Path, int] = {}
+    for worker in deployment.workers:
+        engine = worker.config.engine
+        if (folder := engine.disk_cache_dir) is not None:
+            needed[folder] = needed.get(folder, 0) + worker.num_ranks * engine.disk_cache_bytes
+    for folder, num_bytes in needed.items():
+        if num_bytes > (free := _free_bytes(folder)):
+            raise ConfigError(
+                f"disk_cache_bytes: {num_bytes:,} bytes are needed in {folder}, {free:,} are free; lower it"
+            )
+    return ", ".join(f"{num_bytes / _GIB:.1f} GiB in {folder}" for folder, num_bytes in needed.items()) or "no cache"
+
+
+def _free_bytes(folder: Path) -> float:
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        return shutil.disk_usage(there).free + sum(path.stat().st_blocks * 512 for path in folder.glob("*.kv"))
+    except OSError:  # it may not be looked into, which is told of the folder itself
+        return math.inf
 
 
 def read_adapters(deployment: Deployment, model: ModelConfig) -> list[tuple[str, Adapter]]:

@@ -38,7 +38,7 @@ from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
 from ..settings.sockets import open_listener
 from ..wire.address import Address
-from .engine_checks import check_engine, check_memory, check_model, is_float32, lacks_native, read_adapters
+from .engine_checks import check_disk, check_engine, check_memory, check_model, is_float32, lacks_native, read_adapters
 from .host import Host, read_host
 from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials
@@ -103,6 +103,7 @@ class Preflight:
             ("credentials", self._check_credentials, False),
             ("device", self._check_device, True),
             ("memory", self._check_memory, False),
+            ("disk", self._check_disk, False),
             ("kernels", lambda: check_kernels(self.deployment, self.model), False),
             ("transfer", lambda: check_transfer(self._settings), False),
             ("launcher", self._check_launcher, False),
@@ -215,6 +216,9 @@ class Preflight:
         if self._settings.launcher == "ray":
             return "the cluster's"
         return check_memory(self.deployment, self._host, self.model)
+
+    def _check_disk(self) -> str:
+        return "the cluster's" if self._settings.launcher == "ray" else check_disk(self.deployment)
 
     def _check_launcher(self) -> str | Check:
         settings = self._settings

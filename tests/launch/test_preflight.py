@@ -303,6 +303,11 @@ def disk_cache_that_others_may_read(site: Site) -> Words:
     return ["--disk-cache-dir", str(folder)]
 
 
+@case("disk_cache_bytes: 2,097,152 bytes are needed in .*cache, 1,048,576 are free; lower it")
+def disk_cache_larger_than_the_disk(site: Site) -> Words:
+    return _caching_on_a_full_disk(site)
+
+
 @case("data_dir: .* cannot be made or written to")
 def data_in_a_file(site: Site) -> Words:
     return ["--data-dir", site.file("file", "") + "/data"]
@@ -327,6 +332,13 @@ def disk_cache_without_a_prefix_cache(site: Site) -> Words:
 def _drafting(site: Site, shape: Shape) -> Words:
     draft = write_checkpoint(site.folder / "draft", shape=shape)
     return ["--speculative-config", json.dumps({"method": "draft_model", "model": str(draft)})]
+
+
+def _caching_on_a_full_disk(site: Site) -> Words:
+    """Two ranks that need 1 MiB each where as much is free in all."""
+    usage = shutil.disk_usage(site.folder)._replace(free=1 << 20)
+    site.patch.setattr(shutil, "disk_usage", lambda path: usage)
+    return ["--disk-cache-dir", str(site.folder / "cache"), "--disk-cache-bytes", "1MiB"]
 
 
 def _taken(site: Site) -> int:
@@ -393,6 +405,14 @@ def test_what_is_right_is_refused_by_none(site: Site, capsys: pytest.CaptureFixt
     assert code == 0, report
     with pytest.raises(AssertionError, match="it was started"):
         main(["serve", *words])
+
+
+def test_room_that_caches_have_already_is_not_asked_for_again(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["serve", str(site.model), "--port", "0", "--dry-run", *_caching_on_a_full_disk(site)]
+    (site.folder / "cache").mkdir(mode=0o700)
+    assert outcome(capsys, *words)[0] == 2
+    (site.folder / "cache" / "a-0of1.0.kv").write_bytes(bytes(1 << 20))
+    assert outcome(capsys, *words)[0] == 0
 
 
 @pytest.mark.parametrize(
