@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
+from .files import LFS_POINTER, refuse_pointer
 from .quantization import stored_shapes
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -192,7 +193,12 @@ def parse_header(path: Path, read: Callable[[int, int], bytes]) -> tuple[int, di
     try:
         prefix = read(0, 8)
         size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
-        header = json.loads(read(8, size)) if size <= _MAX_HEADER_BYTES else None
+        if size > _MAX_HEADER_BYTES:
+            refuse_pointer(path, read(0, len(LFS_POINTER)))
+            raise ConfigError(f"{path} cannot be read: it is not a safetensors file")
+        if len(text := read(8, size)) < size:
+            raise ConfigError(f"{path} has {8 + len(text)} bytes and a header of {size}: it was cut short, or damaged")
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):

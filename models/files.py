@@ -30,6 +30,8 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only
 _UNWANTED = ("[!1a]*/*", "1/*", "1[!_]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*", "consolidated*.safetensors")
 _MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MAX_JSON_BYTES = 256 << 20
+# How Git LFS begins what stands in a file's place before it is fetched (its docs/spec.md)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def resolve_model(
         return ResolvedModel(default_model_dir(progress, keeps_blocks=quantization == "gguf"), DEFAULT_MODEL_NAME)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
+        refuse_pointer(path, _beginning(path))
         return ResolvedModel(gguf_model_dir(path, progress), gguf_name(path))
     return _checked(_local(name))
 
@@ -83,7 +86,8 @@ def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[s
     try:
         if (size := path.stat().st_size) > _MAX_JSON_BYTES:
             raise ConfigError(f"{path} has {size} bytes; at most {_MAX_JSON_BYTES} are read")
-        value = json.loads(path.read_bytes())
+        refuse_pointer(path, data := path.read_bytes())
+        value = json.loads(data)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -91,6 +95,20 @@ def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[s
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds no JSON object")
     return value
+
+
+def refuse_pointer(path: Path, beginning: bytes) -> None:
+    """Raise ConfigError where a file that begins so is a pointer of Git LFS, with what brings the file itself."""
+    if beginning.startswith(LFS_POINTER):
+        raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder")
+
+
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _local(name: str) -> ResolvedModel:

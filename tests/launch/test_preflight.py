@@ -34,6 +34,8 @@ from ..sizing.models import write_config
 
 Words = list[str]
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "5" * 64 + "\nsize 269060552\n"
+
 
 class Site(NamedTuple):
     """What a case may spoil."""
@@ -95,6 +97,29 @@ def truncated_weights(site: Site) -> Words:
 def no_safetensors(site: Site) -> Words:
     (site.model / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     return []
+
+
+@case(r"has 108 bytes and a header of \d+: it was cut short")
+def truncated_header(site: Site) -> Words:
+    os.truncate(site.model / "model.safetensors", 108)
+    return []
+
+
+@case(r"model\.safetensors is a pointer of Git LFS, not the file itself: run `git lfs pull`")
+def weights_that_were_not_pulled(site: Site) -> Words:
+    (site.model / "model.safetensors").write_text(POINTER)
+    return []
+
+
+@case(r"tokenizer\.json is a pointer of Git LFS")
+def tokenizer_that_was_not_pulled(site: Site) -> Words:
+    (site.model / "tokenizer.json").write_text(POINTER)
+    return []
+
+
+@case(r"q8\.gguf is a pointer of Git LFS")
+def gguf_that_was_not_pulled(site: Site) -> Words:
+    return [site.file("q8.gguf", POINTER)]
 
 
 @case(r"tensor .* has shape \[128, 64\], config.json implies \[96, 64\]")
@@ -384,7 +409,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_all_three_refuse_in_the_same_words(name: str, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, message = CASES[name]
     words = spoil(site)
-    words = words if words and words[0].startswith("/no") else [str(site.model), *words]
+    words = words if words and words[0].startswith("/") else [str(site.model), *words]
     if "--port" not in words:
         words += ["--port", "0"]
     served, dry = outcome(capsys, "serve", *words), outcome(capsys, "serve", *words, "--dry-run")
