@@ -155,7 +155,7 @@ class Api:
             follows = await chat_grammar(version, chat.use, asked)
         context.marks["tokenize"] = self.clock.now()
         with naming_fields(surface.own_names):
-            limit = max_chat_tokens(body, chat.prompt, version.model.max_model_len)
+            limit = max_chat_tokens(body, chat.prompt, version)
         self.tell_ignored(context, list(map(surface.own_names, (*chat.ignored, *follows.ignored))))
         turns = turn_options(version, body, chat, is_free=follows.is_free)
         answer = await self._answer(context, version, body, [chat.prompt], [limit], follows.grammar, turns)

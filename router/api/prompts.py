@@ -273,11 +273,13 @@ def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_le
     return min(DEFAULT_COMPLETION_TOKENS, rest) if asked is None else asked
 
 
-def max_chat_tokens(body: ChatBody, prompt: PromptText, max_model_len: int) -> int:
-    """Return what is asked for, else what is left of the context."""
+def max_chat_tokens(body: ChatBody, prompt: PromptText, version: Version) -> int:
+    """Return what is asked for, else what is left of the context, as far as a worker holds it."""
     asked = _asked(body)
-    rest = _rest(prompt, asked, max_model_len)
-    return rest if asked is None else asked
+    rest = _rest(prompt, asked, version.model.max_model_len)
+    if asked is not None:
+        return asked
+    return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, rest)
 
 
 def _asked(body: GenerationBody) -> int | None:

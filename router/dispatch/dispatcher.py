@@ -170,6 +170,9 @@ class Dispatcher:
         self._placer.run(now)
         return stream
 
+    def longest_answer(self, num_prompt_tokens: int, num_choices: int, limit: int) -> int:
+        return self._pools.longest_answer(num_prompt_tokens, num_choices, limit)
+
     def ready(self) -> list[str]:
         """Return why this router cannot serve as configured; empty: it can."""
         reasons = []

@@ -104,6 +104,21 @@ class Pools:
             self._least_blocks = min((worker.hello.num_blocks for worker in self._workers.values()), default=0)
         return self._least_blocks
 
+    def longest_answer(self, num_prompt_tokens: int, num_choices: int, limit: int) -> int:
+        """Return how long each choice may become, `limit` tokens at most, for one decode worker to hold them all.
+
+        1 where none holds the prompt.
+        """
+        size = self.block_size
+        if not size or num_choices * -(-(num_prompt_tokens + limit) // size) <= self.least_blocks:
+            return limit
+        num_blocks = max((worker.hello.num_blocks for worker in self.with_role("decode")), default=None)
+        if num_blocks is None:
+            return limit
+        shared = num_prompt_tokens // size  # the rest is each choice's own, as in `Demand.blocks_to_end`
+        held = (shared + (num_blocks - shared) // num_choices) * size
+        return min(limit, max(held - num_prompt_tokens, 1))
+
     def claim(self, worker: RouterWorker) -> None:
         """Keep it for a request that runs alone."""
         worker.is_claimed = True

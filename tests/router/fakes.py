@@ -120,10 +120,14 @@ class FakeDispatcher:
         self.aborted: list[str] = []
         self.reasons: list[str] = []
         self.pools = PoolView()
+        self.room = 1 << 30  # tokens of a choice that a worker holds
         self.go = asyncio.Event()
         self.held = asyncio.Event()
         self.abort_seen = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def longest_answer(self, num_prompt_tokens: int, num_choices: int, limit: int) -> int:
+        return min(limit, self.room - num_prompt_tokens)
 
     def submit(self, request: RouterRequest) -> TokenStream:
         if self.script.refuse is not None:
@@ -269,6 +273,8 @@ class Submitter(Protocol):
     """What the API needs of a dispatcher."""
 
     def submit(self, request: RouterRequest) -> TokenStream: ...
+
+    def longest_answer(self, num_prompt_tokens: int, num_choices: int, limit: int) -> int: ...
 
     def ready(self) -> list[str]: ...
 

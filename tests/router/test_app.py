@@ -304,6 +304,15 @@ async def test_a_chat_may_use_the_rest_of_the_context() -> None:
     assert served.request.sampling.max_tokens == MAX_MODEL_LEN - len("<user>hi<assistant>")
 
 
+async def test_a_chat_without_a_limit_takes_no_more_than_a_worker_holds() -> None:
+    served = serve()
+    served.dispatcher.room = 50
+    await _chat(served)
+    assert served.request.sampling.max_tokens == 50 - len("<user>hi<assistant>")
+    await _chat(served, max_tokens=60)  # what a client asks for is never cut
+    assert served.request.sampling.max_tokens == 60
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 async def test_a_chat_may_be_limited_by_either_name(field: str) -> None:
     answer = await _chat(serve(Script("Hello")), **{field: 2})

@@ -50,6 +50,9 @@ class Router:
         self._submitted.set()
         return stream
 
+    def longest_answer(self, num_prompt_tokens: int, num_choices: int, limit: int) -> int:
+        return self.fleet.dispatcher.longest_answer(num_prompt_tokens, num_choices, limit)
+
     def ready(self) -> list[str]:
         return self.fleet.dispatcher.ready()
 

@@ -816,6 +816,27 @@ def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
     fleet.submit(100, max_tokens=8 * BLOCK_SIZE - 100)
 
 
+@pytest.mark.parametrize(("num_prompt", "num_choices"), [(1, 1), (20, 1), (64, 3), (70, 2), (16, 7), (127, 1)])
+def test_the_longest_answer_is_the_longest_that_is_taken(num_prompt: int, num_choices: int) -> None:
+    fleet = Fleet()
+    fleet.join("d-0", num_blocks=4)
+    fleet.join("d-1", num_blocks=8)
+    fleet.join("p-0", num_blocks=99)
+    longest = fleet.dispatcher.longest_answer(num_prompt, num_choices, 1000)
+    fleet.submit(num_prompt, n=num_choices, max_tokens=longest)
+    with pytest.raises(RequestError, match=r"KV blocks of 16 tokens.* has 8"):
+        fleet.submit(num_prompt, n=num_choices, max_tokens=longest + 1)
+    assert fleet.dispatcher.longest_answer(num_prompt, num_choices, 1) == 1
+
+
+def test_a_prompt_that_no_worker_holds_is_refused_whatever_its_answer() -> None:
+    fleet = Fleet()
+    assert fleet.dispatcher.longest_answer(200, 1, 1000) == 1000  # nobody is there who could say so
+    fleet.join("d-0", num_blocks=8)
+    with pytest.raises(RequestError, match="200 prompt tokens and 1 x up to 1 new ones need 13 KV blocks"):
+        fleet.submit(200, max_tokens=fleet.dispatcher.longest_answer(200, 1, 1000))
+
+
 def test_every_choice_needs_blocks_of_its_own() -> None:
     fleet = Fleet()
     fleet.join("d-0", num_blocks=8)
