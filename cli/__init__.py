@@ -20,26 +20,27 @@ from .. import __version__
 from ..common.errors import ConfigError, KVFerryError
 from ..common.imports import interruptible_imports, kept_imports
 
+CONFIG_EXIT_CODE = 2
+
 with kept_imports(), interruptible_imports():
     import typer
 
     from . import experts, inspection, keys, operate, serve, tools
     from .hidden_keys import hide_keys
 
-CONFIG_EXIT_CODE = 2
+    app = typer.Typer(
+        name="kvferry",
+        help="Serve large language models with prefill and decode on separate worker pools.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        cls=tools.Commands,
+    )
+    for module in (serve, operate, inspection, experts, keys, tools):
+        module.register(app)
+
 # Of the command line itself: an unknown option, a missing value. Typer shows its subclass alone.
 _USAGE_ERROR: type[Exception] = cast("type[Exception]", typer.BadParameter.__mro__[1])
-
-app = typer.Typer(
-    name="kvferry",
-    help="Serve large language models with prefill and decode on separate worker pools.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    cls=tools.Commands,
-)
-for module in (serve, operate, inspection, experts, keys, tools):
-    module.register(app)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         hide_keys()
         argv = sys.argv[1:]
     try:
-        code = app(args=_repeated(argv), prog_name="kvferry", standalone_mode=False)
+        with interruptible_imports():  # making all flags takes as long as importing
+            command = typer.main.get_command(app)
+        code = command(args=_repeated(argv), prog_name="kvferry", standalone_mode=False)
     except typer.Abort:
         code = 1
     except (KVFerryError, _USAGE_ERROR) as error:

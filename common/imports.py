@@ -31,7 +31,7 @@ def ended_by_interrupts() -> None:
 
 @contextmanager
 def interruptible_imports() -> Iterator[None]:
-    """Import within: an interrupt ends the process there instead of telling which module was being imported."""
+    """Import within: an interrupt ends the process there instead of telling what was being imported or made."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield  # whoever imports us looks after interrupts

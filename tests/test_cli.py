@@ -347,6 +347,23 @@ def test_an_interrupt_while_the_command_is_being_imported_is_no_traceback() -> N
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("step", ["typer.Typer.command", "typer.main.get_command"])
+def test_an_interrupt_while_flags_are_made_is_no_traceback(step: str) -> None:
+    owner, _, name = step.rpartition(".")
+    program = f"""
+import os, signal, typer
+original = {step}
+def interrupted(*args, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return original(*args, **options)
+{owner}.{name} = interrupted
+from kvferry.cli import main
+main(["status"])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+
+
 def test_keys_are_drawn_listed_and_revoked_by_whose_they_are(run: Run, tmp_path: Path) -> None:
     """The file holds hashes alone: a key is shown once, by the command that draws it."""
     file = tmp_path / "keys.yaml"
