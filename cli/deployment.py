@@ -104,6 +104,8 @@ def _place(worker: WorkerPlan) -> str:
     engine = worker.config.engine
     if worker.gpus:
         return f"GPU {','.join(worker.gpus)}"
+    if engine.num_threads is None:  # on Ray
+        return f"{engine.device}, threads by its node"
     threads = f"{engine.device}, {engine.num_threads} thread(s)"
     return threads if worker.max_threads is None else f"{threads}, {worker.max_threads} while the others are idle"
 

@@ -40,7 +40,7 @@ def status(
     if as_json:
         print(json.dumps(found, indent=2))
     elif not found:
-        print("no deployment of this user runs on this machine")
+        print(_none(port, pid_file))
     for deployment in [] if as_json else found:
         _show(deployment)
     raise typer.Exit(0 if found else _NOT_RUNNING_EXIT_CODE)
@@ -90,12 +90,16 @@ def running_admins() -> list[str]:
 def _one(port: int | None, pid_file: Path | None, *, flags: str = "--port or --pid-file") -> Mapping[str, Any]:
     found = _running(port, pid_file)
     if not found:
-        which = f"port {port}" if port is not None else str(pid_file) if pid_file is not None else "this user"
-        raise ConfigError(f"no deployment of {which} runs on this machine")
+        raise ConfigError(_none(port, pid_file))
     if len(found) > 1:
         rows = ", ".join(f"{each['http']} (process {each['pid']}{_admin(each)})" for each in found)
         raise ConfigError(f"{len(found)} deployments run: {rows}; choose one with {flags}")
     return found[0]
+
+
+def _none(port: int | None, pid_file: Path | None) -> str:
+    which = f"port {port}" if port is not None else str(pid_file) if pid_file is not None else "this user"
+    return f"no deployment of {which} runs on this machine"
 
 
 def _running(port: int | None, pid_file: Path | None) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ class ModelSettings(Settings):
         ),
     ] = "allow"
     enable_auto_tool_choice: Annotated[
-        bool, Option("Model", "Let the model decide whether it calls a tool; off: only where it must.", FRONTS)
+        bool, Option("Model", "Refuse requests whose model may choose whether it calls a tool.", FRONTS)
     ] = True
     tool_call_parser: Annotated[
         ToolParserName, Option("Model", "Form of the model's tool calls; auto: by the chat template.", FRONTS)

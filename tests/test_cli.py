@@ -335,6 +335,12 @@ def test_interrupt_while_it_starts_ends_serve_with_zero() -> None:
     assert process.returncode == 0
 
 
+def test_what_a_node_of_ray_decides_is_said_so(run: Run, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny")
+    plan = run("serve", model, "--port", "0", "--launcher", "ray", "--ray-address", "127.0.0.1:6379", "--dry-run")
+    assert ", auto, threads by its node, " in plan.stdout and "None" not in plan.stdout
+
+
 def test_an_interrupt_while_the_command_is_being_imported_is_no_traceback() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "kvferry", "status"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

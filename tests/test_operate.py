@@ -129,6 +129,14 @@ def test_without_a_deployment_a_command_says_so() -> None:
 
 
 @pytest.mark.usefixtures("serving")
+def test_status_names_the_port_that_nobody_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        status(port=8009)
+    assert ended.value.exit_code == 3
+    assert capsys.readouterr().out == "no deployment of port 8009 runs on this machine\n"
+
+
+@pytest.mark.usefixtures("serving")
 def test_sockets_in_a_folder_of_somebody_else_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
