@@ -33,9 +33,13 @@ def add(
     ] = None,
 ) -> None:
     """Draw a key, put its hash into the file and print it: it is kept nowhere. Then: kvferry reload."""
+    from ..common.clock import wall_time_s
     from ..settings.key_file import add_key
 
-    print(add_key(file, key_id, _moment(expires) if expires is not None else None))
+    until = _moment(expires) if expires is not None else None
+    if until is not None and until.timestamp() <= wall_time_s():
+        raise ConfigError(f"--expires: {until.isoformat()} is over: the key would never be good")
+    print(add_key(file, key_id, until))
 
 
 def revoke(key_id: Id, file: File) -> None:

@@ -41,24 +41,9 @@ LogFormat = Literal["auto", "text", "json"]
 SpecialTokens = Literal["allow", "text", "refuse"]
 UnknownFields = Literal["refuse", "warn"]
 ToolParserName = Literal[
-    "auto",
-    "hermes",
-    "llama3_json",
-    "llama4_json",
-    "mistral",
-    "qwen3_coder",
-    "qwen3_xml",
-    "deepseek_v3",
-    "deepseek_v31",
-    "granite",
-    "granite4",
-    "phi4_mini_json",
-    "pythonic",
-    "olmo3",
-    "llama4_pythonic",
-    "openai",
-    "json",
-]  # vLLM's names, where it has one
+    "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "deepseek_v3",
+    "deepseek_v31", "granite", "granite4", "phi4_mini_json", "pythonic", "olmo3", "llama4_pythonic", "openai", "json",
+]  # vLLM's names, where it has one  # fmt: skip
 ReasoningParserName = Literal["auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss"]
 AutoscaleMode = Literal["off", "advise", "on"]
 

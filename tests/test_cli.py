@@ -374,14 +374,17 @@ def test_keys_are_drawn_listed_and_revoked_by_whose_they_are(run: Run, tmp_path:
     """The file holds hashes alone: a key is shown once, by the command that draws it."""
     file = tmp_path / "keys.yaml"
     added = [run("keys", "add", name, "--file", str(file)) for name in ("alice", "alice", "bob")]
-    past = run("keys", "add", "carol", "--file", str(file), "--expires", "2020-01-31")
-    keys = [result.stdout.strip() for result in (*added, past)]
+    ending = run("keys", "add", "carol", "--file", str(file), "--expires", "2999-01-31")
+    keys = [result.stdout.strip() for result in (*added, ending)]
     assert len(set(keys)) == 4 and all(key.startswith("kvf-") for key in keys)
     assert not any(key in file.read_text() for key in keys) and file.stat().st_mode & 0o777 == 0o600
 
     rows = run("keys", "list", "--file", str(file)).stdout.splitlines()
     assert [row.split()[0] for row in rows] == ["alice", "alice", "bob", "carol"]
-    assert rows[2].endswith("no end") and rows[3].endswith("2020-01-31T00:00:00+00:00 (expired)")
+    assert rows[2].endswith("no end") and rows[3].endswith("2999-01-31T00:00:00+00:00")
+    file.write_text(file.read_text().replace("2999-01-31", "2020-01-31"))
+    rows = run("keys", "list", "--file", str(file)).stdout.splitlines()
+    assert rows[3].endswith("2020-01-31T00:00:00+00:00 (expired)")
 
     assert run("keys", "revoke", "alice", "--file", str(file)).stdout == "2 of alice revoked\n"
     rows = run("keys", "list", "--file", str(file)).stdout.splitlines()
@@ -393,6 +396,7 @@ def test_keys_are_drawn_listed_and_revoked_by_whose_they_are(run: Run, tmp_path:
     [
         (("revoke", "nobody"), "has no key of nobody"),
         (("add", "alice", "--expires", "soon"), "--expires: 'soon' is no date such as 2027-01-31"),
+        (("add", "alice", "--expires", "2020-01-31"), "2020-01-31T00:00:00+00:00 is over: the key would never"),
         (("add", "two words"), "id: 'two words' is not 1 to 64 letters, digits"),
     ],
 )

@@ -110,6 +110,10 @@ def _check_kind(headers: Mapping[bytes, bytes]) -> None:
     coding = headers.get(b"content-encoding", b"identity")
     if coding.strip().lower() != b"identity":  # a few bytes may unpack to gigabytes
         raise _unsupported(f"the body must come as it is, not with Content-Encoding: {clip(coding.decode('latin-1'))}")
+    transfer = headers.get(b"transfer-encoding", b"chunked")
+    if transfer.strip().lower() != b"chunked":  # RFC 9112, 6.1
+        text = f"the body may be chunked, and no more: not Transfer-Encoding: {clip(transfer.decode('latin-1'))}"
+        raise RequestError(text, code="unsupported_transfer_encoding", status=501)
 
 
 def _unsupported(text: str) -> RequestError:

@@ -228,7 +228,7 @@ class Api:
                 if index % _BATCH_STEP == _BATCH_STEP - 1:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
                 request.grammar, request.pooling = grammar, pooling
-                request.timeout_s = self._remaining_s(context)
+                request.timeout_s, request.allowed_s = self._remaining_s(context), context.timeout_s
                 streams.append(version.dispatcher.submit(request))
         except BaseException:
             for stream in streams:

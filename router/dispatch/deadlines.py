@@ -53,7 +53,9 @@ class Deadlines:
 
     def judge_deadline(self, tracked: TrackedRequest, now_s: float) -> StreamError | Blame | DeadlineVerdict | None:
         if tracked.deadline_s is not None and now_s >= tracked.deadline_s:
-            text = f"the request's {tracked.request.timeout_s:g} s are over, it was {tracked.request.status.value}"
+            request = tracked.request
+            allowed_s = request.timeout_s if request.allowed_s is None else request.allowed_s
+            text = f"the request's {allowed_s:g} s are over, it was {request.status.value}"
             return StreamError(text, "deadline_exceeded", 504)
         attempt = tracked.attempt
         if attempt is None:

@@ -72,7 +72,8 @@ class RouterRequest:
     n: int = 1
     priority: int = 0  # lower runs first
     cache_salt: bytes = b""
-    timeout_s: float | None = None
+    timeout_s: float | None = None  # from its submission on
+    allowed_s: float | None = None  # that, and what had passed of it before; None: nothing had
     request_class: str = DEFAULT_CLASS
     objectives: Objectives = NO_OBJECTIVES  # of its class
     tenant: str = ""  # who it is from, as far as fairness goes

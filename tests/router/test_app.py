@@ -586,7 +586,7 @@ async def test_a_request_id_is_cleaned_and_cut() -> None:
 async def test_a_clients_own_time_limit_becomes_the_requests() -> None:
     served = serve()
     await _headers(served, {"x-request-timeout-s": "2.5"})
-    assert served.request.timeout_s == 2.5
+    assert served.request.timeout_s == served.request.allowed_s == 2.5
     await _headers(served, {})
     assert served.request.timeout_s is None
 

@@ -93,6 +93,13 @@ async def test_other_content_types_are_refused(kind: str) -> None:
     assert caught.value.status == 415
 
 
+async def test_a_body_in_a_coding_beside_chunks_is_refused_by_its_name() -> None:
+    assert await _read(_request([b"{}"], {"transfer-encoding": "Chunked"})) == b"{}"
+    with pytest.raises(RequestError, match="Transfer-Encoding: 'gzip, chunked'") as caught:
+        await _read(_request([b"\x1f\x8b"], {"transfer-encoding": "gzip, chunked"}))
+    assert caught.value.status == 501
+
+
 async def test_a_charset_may_stand_behind_the_content_type() -> None:
     assert await _read(_request([b"{}"], {"content-type": "Application/JSON; charset=utf-8"})) == b"{}"
 

@@ -682,14 +682,15 @@ async def test_a_deadline_ends_the_request_with_an_error(started: bool) -> None:
     fleet = Fleet()
     p, d = fleet.join("p-0"), fleet.join("d-0")
     if started:
-        stream, task = fleet.start(p, d, timeout_s=2.0)
+        stream, task = fleet.start(p, d, timeout_s=2.0, allowed_s=2.5)
         assert task.spec.remaining_s == 2.0
     else:
         fleet.dispatcher.worker_left(d, "killed")
-        stream = fleet.submit(timeout_s=2.0)
+        stream = fleet.submit(timeout_s=2.0, allowed_s=2.5)
     fleet.wait(2.1, p, d)
     error = await failure(stream)
     assert (error.code, error.status) == ("deadline_exceeded", 504)
+    assert str(error).startswith("the request's 2.5 s are over")  # as it was asked for, not what was left of it
     assert state(stream) is RequestStatus.FAILED
     assert any(isinstance(message, Abort) for message in p.sent) == started
 

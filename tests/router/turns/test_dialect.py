@@ -71,7 +71,9 @@ def test_an_operator_knows_better() -> None:
     assert (dialect.tool_parser, dialect.reasoning_parser) == ("qwen3_coder", "think")
 
 
-@pytest.mark.parametrize("parser", ["deepseek_v31", "qwen3_coder", "llama3_json", "pythonic", "granite", "mistral", "json"])
+@pytest.mark.parametrize(
+    "parser", ["deepseek_v31", "qwen3_coder", "llama3_json", "pythonic", "granite", "mistral", "json"]
+)
 def test_calls_have_the_form_that_was_told_or_the_named_one_where_a_template_takes_no_tools(parser: str) -> None:
     own = {
         "deepseek_v31": "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
