@@ -96,8 +96,12 @@ def _fleet(figures: Mapping[str, Any]) -> Iterator[Row]:
         yield "cost", "-", "", "no price is known: --gpu-hour-cost"
         return
     source = f"{cost['gpu_hour']:g} for a GPU-hour"
-    yield "cost of a million output tokens", f"{cost['per_million_output_tokens']:.3g}", "", source
-    yield "cost of a million tokens, prompts' too", f"{cost['per_million_tokens']:.3g}", "", source
+    yield "cost of a million output tokens", _price(cost["per_million_output_tokens"]), "", source
+    yield "cost of a million tokens, prompts' too", _price(cost["per_million_tokens"]), "", source
+
+
+def _price(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"  # no powers of ten
 
 
 def _ratio(rates: Mapping[str, Any]) -> str:

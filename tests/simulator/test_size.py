@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def test_nothing_is_priced_that_has_no_price(model: str, capsys: pytest.CaptureF
     words = [model, "--gpu", "l4", "--quantization", "int8", "--rate", "1", "--no-simulation", "--link-gb-per-s", "10"]
     assert "cost" not in figures(capsys, *words)
     assert figures(capsys, *words, "--gpu-hour-cost", "0.5")["cost"]["gpu_hour"] == 0.5
+    assert main([*words, "--gpu-hour-cost", "50000"]) == 0
+    shown = capsys.readouterr().out
+    assert "e+" not in shown and re.search(r"cost of a million output tokens\W+\d+,\d{3}\b", shown)
 
 
 @pytest.mark.parametrize(
