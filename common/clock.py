@@ -6,8 +6,11 @@ and no deadline crosses the wire, durations only.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Protocol
+
+_STILL_S = 1.0  # nobody who looks several times a second is late by so much, but with the whole process
 
 
 class Clock(Protocol):
@@ -28,6 +31,34 @@ class SystemClock:
 
     def now(self) -> float:
         return time.clock_gettime(self._clock_id)
+
+
+class OwnTime:
+    """The time in which this process has run: none passes while it stands still, stopped or on a suspended machine.
+
+    It goes by being looked at, which must be several times a second. Who judges others by a clock takes this one: what
+    they have sent meanwhile is not read yet, and they may have stood still as well. Thread-safe.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._looked_s = clock.now()
+        self._still_s = 0.0
+
+    def now(self) -> float:
+        with self._lock:
+            now_s = self._clock.now()
+            if now_s - self._looked_s > _STILL_S:
+                self._still_s += now_s - self._looked_s
+            self._looked_s = now_s
+            return now_s - self._still_s
+
+    def look(self) -> bool:
+        """Say whether the process has stood still since the last look."""
+        before_s = self._still_s
+        self.now()
+        return self._still_s > before_s
 
 
 def wall_time_us() -> int:

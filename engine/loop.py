@@ -19,6 +19,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from ..common.batch import Batch, StepOutput
+from ..common.clock import Clock, OwnTime, SystemClock
 
 
 class StepRole(Protocol):
@@ -68,9 +69,14 @@ class EngineLoop:
         *,
         lock: threading.Condition | None = None,
         prepare: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
     ) -> None:
-        """`lock`: one that others have already. `prepare` runs first on the thread, which has GPU state of its own."""
+        """`lock`: one that others have already. `prepare` runs first on the thread, which has GPU state of its own.
+
+        `clock`: what a running step's age is taken by.
+        """
         self._prepare = prepare
+        self._own_time = OwnTime(clock if clock is not None else SystemClock())
         self.lock = lock if lock is not None else threading.Condition()
         self._role = role
         self._step = step
@@ -100,9 +106,12 @@ class EngineLoop:
 
     @property
     def busy_for_s(self) -> float:
-        """Return the seconds since the running step began; 0 when none runs."""
-        began = self._step_began
-        return 0.0 if began is None else time.perf_counter() - began
+        """Return the seconds since the running step began, but for those in which this process stood still.
+
+        0 when none runs. To be asked several times a second, else the process counts as standing still.
+        """
+        began, now = self._step_began, self._own_time.now()
+        return 0.0 if began is None else max(0.0, now - began)
 
     def figures(self) -> StepFigures:
         return StepFigures(self.num_steps, self.busy_for_s, self.last_step_s, self.last_step_tokens)
@@ -111,7 +120,7 @@ class EngineLoop:
         try:
             self._prepare()
             while (batch := self._next()) is not None:
-                self._step_began = time.perf_counter()
+                self._step_began = self._own_time.now()
                 self._role.begin_step(batch)
                 output = self._step(batch, self._role.on_layer)
                 self.last_step_s, self.last_step_tokens = output.step_s, output.num_tokens

@@ -20,6 +20,7 @@ from typing import Protocol
 import structlog
 from starlette.types import ASGIApp
 
+from ..common.clock import OwnTime
 from ..common.config import RouterConfig
 from ..common.errors import ConfigError
 from ..settings.exposure import check_exposure
@@ -142,7 +143,7 @@ async def _report(lifeline: Reporter | None, parts: RouterParts, http: Address, 
     """Report that the event loop moves, how late it is, and, whenever that changes, who is ready in which
     role and how evenly experts are chosen."""
     catalogue, clock = parts.catalogue, parts.clock
-    pulse = Pulse(clock)
+    pulse = Pulse(OwnTime(clock))
     if lifeline is not None:
         lifeline.ready(http=str(http), control=str(control))
         lifeline.beat_with(pulse.lag_s)

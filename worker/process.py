@@ -224,7 +224,8 @@ class WorkerProcess:
             await asyncio.sleep(TICK_S)
             self._worker.tick()
             self._yield_cores()
-            if ticks % LIFELINE_TICKS == 0 and self._lifeline is not None and not self._hangs():
+            hangs = self._hangs()  # asked at each tick: it is how a stop of this process is noticed
+            if ticks % LIFELINE_TICKS == 0 and self._lifeline is not None and not hangs:
                 self._lifeline.beat()
             if self._worker.has_drained and not self._ended.done():
                 log.info("worker_drained", worker_id=self._config.worker_id, num_left=self._worker.num_unfinished)

@@ -17,6 +17,7 @@ from itertools import count
 
 import structlog
 
+from ...common.clock import Clock, OwnTime, SystemClock
 from ...common.errors import ProtocolError, WorkerLost
 from ...wire.address import Address
 from ...wire.channel import HELLO_TIMEOUT_S, Channel, serve, server_address
@@ -30,7 +31,6 @@ from ..state.failures import ROUTER_STOPS
 from .worker_group import WorkerGroup, find_group
 
 TICK_S = 0.1
-LATE_TICK_S = 1.0
 SLICE_BYTES = 8 * 2**10  # of one session's messages in a row: a few milliseconds of work at most
 _MOST_REPLACED = 16  # lives of one worker that are remembered: more at once have one name
 
@@ -70,6 +70,7 @@ class ControlServer:
         frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         secret: SharedSecret = NO_SECRET,
         count_refusal: Callable[[str], None] = lambda kind: None,
+        clock: Clock | None = None,
     ) -> None:
         self._count_refusal = count_refusal
         self._groups = groups  # asked anew each time: the catalogue
@@ -77,6 +78,7 @@ class ControlServer:
         self._frame_bytes = frame_bytes
         self._secret = secret
         self._decoder: Decoder[Message] = Decoder(WorkerToRouter)
+        self._clock = clock if clock is not None else SystemClock()
         self._numbers = count(1)
         self._sessions: dict[str, WorkerSession] = {}
         self._replaced: dict[str, deque[int]] = {}  # by worker: incarnations that were here when another one came
@@ -119,13 +121,14 @@ class ControlServer:
         self._count_refusal(error.kind)
 
     async def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
+        own_time = OwnTime(self._clock)
         while True:
-            started_s = loop.time()
             await asyncio.sleep(TICK_S)
-            # After a stall of this process, heartbeats and answers lie unread: they are read before anyone is judged.
-            if loop.time() - started_s < LATE_TICK_S:
-                for group in self._groups:
+            has_stood_still = own_time.look()
+            for group in self._groups:
+                if has_stood_still:
+                    group.dispatcher.stood_still()
+                else:
                     group.dispatcher.tick()
 
     async def _on_channel(self, channel: Channel) -> None:

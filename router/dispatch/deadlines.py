@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ..state.attempt import Attempt, AttemptState
+from ..state.attempt import ANSWER_WITHIN_S, Attempt, AttemptState
 from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.pools import Pools
@@ -50,6 +50,10 @@ class Deadlines:
                 self._absent_s.pop(role, None)
             else:
                 self._absent_s.setdefault(role, now_s)
+
+    def forgive_workers(self, now_s: float) -> None:
+        for worker in self._pools:
+            worker.forgive_silence(now_s)
 
     def judge_deadline(self, tracked: TrackedRequest, now_s: float) -> StreamError | Blame | DeadlineVerdict | None:
         if tracked.deadline_s is not None and now_s >= tracked.deadline_s:
@@ -97,6 +101,14 @@ class Deadlines:
         if search.lacks_s is not None and now_s - search.lacks_s >= PAIR_WAIT_S:
             return DeadlineVerdict.TRY_AGAIN
         return None
+
+
+def forgive(attempt: Attempt, now_s: float) -> None:
+    """Let an answer and a token that are missing come as late as if they were missed from now on."""
+    if attempt.answer_due_s is not None:
+        attempt.answer_due_s = now_s + ANSWER_WITHIN_S
+    if attempt.gap_s is not None:
+        attempt.gap_s = now_s
 
 
 def _missing_answer(attempt: Attempt, now_s: float) -> Blame | None:

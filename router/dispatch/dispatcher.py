@@ -292,6 +292,10 @@ class Dispatcher:
         self._in_flight.is_due = True
         self._placer.run(now)
 
+    def stood_still(self) -> None:
+        """Give whoever is judged by a clock his time anew: this process has not run for a while, nor perhaps others."""
+        self._due_checks.forgive(self._clock.now())
+
     def _learn_path(self, source: RouterWorker, report: TransferReport) -> None:
         target = self._pools.named(report.decode_worker)
         if target is not None:

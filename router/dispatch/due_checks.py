@@ -7,7 +7,7 @@ from ..state.errors import StreamError
 from ..state.failures import Blame
 from ..state.request import RequestStatus
 from ..state.tracked_request import TrackedRequest
-from .deadlines import CHECK_AGAIN_S, Deadlines, DeadlineVerdict
+from .deadlines import CHECK_AGAIN_S, Deadlines, DeadlineVerdict, forgive
 from .in_flight import InFlightRequests
 from .placer import Placer
 from .relay import Relay
@@ -32,6 +32,16 @@ class DueChecks:
             self._check(tracked, now_s)
             if not tracked.request.is_finished:
                 self._in_flight.due_times.schedule(tracked, self._next_check_s(tracked, now_s))
+
+    def forgive(self, now_s: float) -> None:
+        """Wait anew for what workers and attempts are waited for.
+
+        What they have sent meanwhile lies unread, and one that stood still as well has yet to send.
+        """
+        self._deadlines.forgive_workers(now_s)
+        for tracked in self._in_flight:
+            if tracked.attempt is not None:
+                forgive(tracked.attempt, now_s)
 
     def _check(self, tracked: TrackedRequest, now_s: float) -> None:
         self._relay.check_held(tracked, now_s)

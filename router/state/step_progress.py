@@ -41,6 +41,10 @@ class StepProgress:
         if stepped or not (status.num_running or status.num_waiting):
             self._progress_s = now_s
 
+    def forgive(self, now_s: float) -> None:
+        """Count a standstill from now on."""
+        self._progress_s = now_s
+
     def hang(self, status: WorkerStatus, status_s: float, now_s: float, max_step_tokens: int) -> str | None:
         """Return why a worker counts as hung that still beats, or None. `status_s`: when its heartbeat came."""
         limit_s = self._step_limit_s(max_step_tokens)

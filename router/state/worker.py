@@ -54,6 +54,7 @@ class RouterWorker:
     expert_load: ExpertLoad | None = None  # None: it has told none
     is_draining: bool = False
     has_said_goodbye: bool = False  # the end of its session is no loss
+    forgiven_s: float = float("-inf")  # before that, its silence proves nothing
     stepped_s: float = 0.0  # when tokens came
     is_claimed: bool = False  # for a request that runs alone: it gets nothing else
     loads: dict[str, RequestLoad] = field(default_factory=dict)  # by request id, in the order of binding
@@ -198,11 +199,16 @@ class RouterWorker:
 
     def hang(self, now_s: float) -> str | None:
         """Return why this worker counts as hung, or None."""
-        if self.silent_s(now_s) > HEARTBEAT_LIMIT_S:
+        if min(self.silent_s(now_s), now_s - self.forgiven_s) > HEARTBEAT_LIMIT_S:
             return f"no heartbeat for {self.silent_s(now_s):.1f} s"
         if self.status is None or self.status.state == "starting":
             return None
         return self._steps.hang(self.status, self.status_s, now_s, self.hello.max_num_batched_tokens)
+
+    def forgive_silence(self, now_s: float) -> None:
+        """Wait for its next heartbeat, and for the end of its step, as if both were missed from now on."""
+        self.forgiven_s = now_s
+        self._steps.forgive(now_s)
 
     def view(self, now_s: float) -> WorkerView:
         ahead_tokens, s_per_token = self._ahead_tokens(), self._steps.s_per_token

@@ -7,11 +7,14 @@ One cluster serves all tests; the worker that died is back before the next one b
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from kvferry.router.state.worker import HEARTBEAT_LIMIT_S
 from kvferry.tools.load.tiny_model import write_tiny_model
 
 from .cluster import serve, serve_by_hand, wait_until
@@ -74,6 +77,29 @@ def test_streams_are_whole_though_workers_of_both_pools_die_at_once(
 ) -> None:
     drill.check(drill.stream(when_flowing=lambda: drill.kill(victims)))
     drill.settle(quarantine_ends=False)
+
+
+def test_streams_go_on_where_they_were_though_all_processes_stand_still_for_a_while(drill: LocalDrill) -> None:
+    """As in a paused container: nobody takes anybody for hung."""
+
+    def events() -> list[float]:
+        log = drill.cluster.log.read_text()
+        told = [log.count(f'"event":"{event}"') for event in ("worker_lost", "attempt_failed", "event_loop_stands")]
+        return [*told, drill.total("kvferry_retries_total")]
+
+    def stand_still() -> None:
+        launcher = psutil.Process(drill.cluster.process.pid)
+        processes = [launcher, *launcher.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        time.sleep(HEARTBEAT_LIMIT_S + 1.0)
+        for process in processes:
+            process.resume()
+
+    before = events()
+    drill.check(drill.stream(when_flowing=stand_still))
+    drill.settle(quarantine_ends=False)
+    assert events() == before
 
 
 def test_a_request_that_kills_every_worker_is_refused_and_takes_no_other_with_it(drill: LocalDrill) -> None:

@@ -7,6 +7,7 @@ import threading
 from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.engine.loop import EngineLoop
+from kvferry.tests.fake_clock import FakeClock
 
 
 class _Role:
@@ -67,3 +68,20 @@ def test_a_turn_is_told_when_its_step_is_complete() -> None:
     assert all(turn_s > 0 for turn_s in role.turns_s) and loop.lock is lock
     figures = loop.figures()
     assert (figures.steps, figures.busy_for_s, figures.step_s, figures.step_tokens) == (3, 0.0, 0.25, 1)
+
+
+def test_a_step_is_not_older_for_a_standstill_of_its_process() -> None:
+    clock, is_over, lock = FakeClock(), threading.Event(), threading.Condition()
+    role, ages_s = _Role(is_over, lock), []
+
+    def step(batch: Batch, on_layer: object) -> StepOutput:
+        for seconds in (0.5, 5.0, 0.25):
+            clock.advance(seconds)
+            ages_s.append(loop.busy_for_s)
+        return StepOutput([RowOutput(()) for _ in batch.rows], 0.25, batch.num_tokens)
+
+    loop = EngineLoop(role, step, lambda error: None, lock=lock, clock=clock)
+    loop.start()
+    assert is_over.wait(10)
+    loop.stop()
+    assert ages_s == [0.5, 0.5, 0.75] * 3

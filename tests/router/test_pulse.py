@@ -7,6 +7,7 @@ import threading
 import pytest
 from structlog.testing import capture_logs
 
+from kvferry.common.clock import OwnTime
 from kvferry.router.pulse import SLOW_S, Pulse
 from kvferry.tests.fake_clock import FakeClock
 
@@ -18,6 +19,15 @@ def test_lag_grows_until_the_loop_moves() -> None:
     assert pulse.lag_s() == 0.25
     pulse.moved()
     assert pulse.lag_s() == 0
+
+
+def test_a_loop_that_stood_still_with_its_whole_process_lags_by_nothing() -> None:
+    clock = FakeClock()
+    pulse = Pulse(OwnTime(clock))
+    clock.advance(0.5)
+    assert pulse.lag_s() == 0.5
+    clock.advance(12.0)
+    assert pulse.lag_s() == 0.5
 
 
 def _held_up(pulse: Pulse, clock: FakeClock, begun: threading.Event, over: threading.Event) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from kvferry.common.clock import SystemClock
+from kvferry.common.clock import Clock, SystemClock
 from kvferry.common.errors import ProtocolError, WorkerLost
 from kvferry.common.request import SamplingParams
 from kvferry.router.dispatch.control import ControlServer
@@ -19,6 +19,7 @@ from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, mismatch
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.request import RouterRequest
 from kvferry.router.state.worker import WorkerLink
+from kvferry.tests.fake_clock import FakeClock
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, connect
 from kvferry.wire.codec import Decoder, RouterToWorker
@@ -32,15 +33,22 @@ from kvferry.wire.tasks import LocalTask, ReserveKV
 from ..fleet import SPEC, config, hello, status, tokens
 
 SECRET = b"0123456789abcdef"
+CLOCK = SystemClock()
 EXPECTED = Expected(version="0", model="m", max_model_len=1024)
 
 
 class WatchedDispatcher(Dispatcher):
     """Wakes the test at each event."""
 
-    def __init__(self) -> None:
-        super().__init__(config(), LeastLoaded(), SystemClock())
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(config(), LeastLoaded(), clock)
         self.changed = asyncio.Event()
+        self.num_ticks = 0
+
+    def tick(self) -> None:
+        super().tick()
+        self.num_ticks += 1
+        self.changed.set()
 
     def on_message(self, link: WorkerLink, message: Message) -> None:
         super().on_message(link, message)
@@ -90,9 +98,11 @@ class Worker:
 
 
 @asynccontextmanager
-async def router(expected: Expected = EXPECTED) -> AsyncIterator[Router]:
-    dispatcher = WatchedDispatcher()
-    server = ControlServer([WorkerGroup(expected, dispatcher)], router_id="r-0", secret=SharedSecret(SECRET))
+async def router(expected: Expected = EXPECTED, clock: Clock = CLOCK) -> AsyncIterator[Router]:
+    dispatcher = WatchedDispatcher(clock)
+    server = ControlServer(
+        [WorkerGroup(expected, dispatcher)], router_id="r-0", secret=SharedSecret(SECRET), clock=clock
+    )
     address = await server.start(Address("127.0.0.1", 0))
     running = Router(dispatcher, server, address)
     try:
@@ -261,3 +271,15 @@ def test_without_an_expectation_workers_must_agree_with_each_other() -> None:
 def test_a_frame_holds_the_longest_prompt_with_all_its_choices() -> None:
     assert max_frame_bytes(1024) == DEFAULT_MAX_FRAME_BYTES
     assert max_frame_bytes(131072) > 131072 * 4 * 17
+
+
+async def test_workers_are_not_lost_by_a_standstill_of_their_router() -> None:
+    clock = FakeClock()
+    async with router(clock=clock) as r:
+        await r.join("d-0")
+        await r.until(lambda: r.ids() == ["d-0"])
+        await r.until(lambda: r.dispatcher.num_ticks > 0)
+        clock.advance(600.0)  # as of a suspended machine: the worker stood still as well
+        seen = r.dispatcher.num_ticks
+        await r.until(lambda: r.dispatcher.num_ticks > seen + 1)
+        assert r.ids() == ["d-0"]

@@ -228,6 +228,20 @@ def test_no_answer_to_a_reservation_starts_a_new_attempt() -> None:
     assert fleet.observer.retries == {("reserve", "no_answer"): 1}
 
 
+def test_an_answer_is_waited_for_anew_after_a_standstill() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    fleet.submit()
+    d.take(ReserveKV)
+    fleet.wait(3.0, p, d)
+    fleet.clock.advance(600.0)
+    fleet.dispatcher.stood_still()
+    fleet.wait(3.4, p, d)
+    assert not d.sent and not fleet.observer.retries
+    fleet.wait(0.2, p, d)
+    assert d.take(Abort).attempt == 0 and fleet.observer.retries == {("reserve", "no_answer"): 1}
+
+
 def test_a_grant_that_nobody_waits_for_is_given_back() -> None:
     fleet = Fleet()
     fleet.join("p-0")

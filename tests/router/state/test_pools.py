@@ -94,6 +94,16 @@ def test_a_worker_that_never_reported_hangs_too() -> None:
     assert worker.hang(12.0) is None and worker.hang(13.5) is not None
 
 
+def test_silence_and_a_late_step_count_from_where_they_are_forgiven() -> None:
+    worker = make()
+    worker.on_status(status(steps=5, num_running=1, step_tokens=64, step_s=0.1), 1.0)
+    worker.forgive_silence(20.0)
+    assert worker.hang(22.9) is None and worker.silent_s(22.0) == 21.0
+    assert "no heartbeat for 22.1 s" in str(worker.hang(23.1))
+    worker.on_status(status(steps=5, num_running=1, step_tokens=64, step_s=0.1), 23.2)
+    assert "no step has finished for 3.2 s" in str(worker.hang(23.2))
+
+
 def test_a_step_may_take_five_times_a_full_steps_time() -> None:
     worker = make()  # 64 tokens a step
     worker.on_status(status(steps=1, step_tokens=32, step_s=1.0), 1.0)
