@@ -1,6 +1,6 @@
 """A socket pair between the launcher and each child: the child reports over it, and dies when it closes.
 
-    child     ready | beat | progress | failed | reloaded                     ->   launcher
+    child     ready | beat | progress | failed | broke | reloaded             ->   launcher
     a router  pools | blameless | restart_all | load | scale | hold, too      ->   launcher
     launcher  reload | stderr | stopping                                      ->   child
     launcher  fleet | load | drain                                            ->   a router
@@ -113,6 +113,10 @@ class Lifeline:
     def failed(self, error: str) -> None:
         """Say that the process ends because of `error`, which a restart would meet again."""
         self.send({"event": "failed", "error": error})
+
+    def broke(self, error: str) -> None:
+        """Say that the process ends because of `error`, which a restart need not meet."""
+        self.send({"event": "broke", "error": error})
 
     def _run(self) -> None:
         self._serve_until_lost()

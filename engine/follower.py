@@ -20,6 +20,7 @@ import msgspec
 
 from ..common.adapter import AdapterTask
 from ..common.config import EngineConfig
+from ..common.errors import WorkerLost
 from ..common.logs import configure_logging
 from ..kvcache.disk_files import DiskThread
 from ..kvcache.disk_tier import DiskTask
@@ -63,7 +64,8 @@ def main(fd: int) -> int:
     try:
         _follow(start, frames, inbox)
     except Exception as error:  # the boundary of the process: rank 0 raises it as WorkerLost
-        frames.send(FrameKind.FAILED, describe(error).encode())
+        kind = FrameKind.BROKE if isinstance(error, WorkerLost) else FrameKind.FAILED
+        frames.send(kind, describe(error).encode())
         return 1
     return 0
 

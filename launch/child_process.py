@@ -62,6 +62,7 @@ class ChildProcess:
         self.ready_at = 0.0
         self.incarnation: object = None  # what it called itself when it was ready
         self.start_error: str | None = None
+        self.end_error: str | None = None  # why it ended, where it said so and may be started again
         self._process = process
         self._lifeline: socket.socket | None = lifeline  # our end, while it runs
         self._clock = clock
@@ -144,7 +145,9 @@ class ChildProcess:
             self.is_ready, self.ready_at, self.incarnation = True, now, event.get("incarnation")
         elif event["event"] == "failed":
             self.start_error = str(event.get("error", ""))
-        if event["event"] != "beat":
+        elif event["event"] == "broke":  # told as the reason of the next start
+            self.end_error = str(event.get("error", ""))
+        if event["event"] not in ("beat", "broke"):
             self._on_event(event)
 
 

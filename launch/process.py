@@ -205,6 +205,8 @@ class Child:
         code = await process.wait()
         if hung is not None:
             return hung
+        if process.end_error:
+            return process.end_error
         if code is None:
             return "ended; who could say how has ended too"
         return f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import structlog
 
 from ..common.config import WorkerConfig, environment
-from ..common.errors import ConfigError, KVFerryError
+from ..common.errors import ConfigError, KVFerryError, WorkerLost
 from ..common.imports import kept_imports
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
@@ -88,7 +88,8 @@ class WorkerProcess:
             self._say_goodbye()
             raise
         except KVFerryError as error:
-            return _refuse(self._config, self._lifeline, error)
+            may_pass = isinstance(error, WorkerLost) and not self._followers.have_said_why
+            return _refuse(self._config, self._lifeline, error, may_pass=may_pass)
         finally:
             await self._close()
 
@@ -280,13 +281,13 @@ def main() -> int:
     return asyncio.run(serve_worker(config, secret, lifeline))
 
 
-def _refuse(config: WorkerConfig, lifeline: Lifeline | None, error: KVFerryError) -> int:
+def _refuse(config: WorkerConfig, lifeline: Lifeline | None, error: KVFerryError, *, may_pass: bool = False) -> int:
     """Say why the worker cannot start: to the launcher where there is one, which tells it, else to the log."""
     if lifeline is not None:
-        lifeline.failed(str(error))
+        (lifeline.broke if may_pass else lifeline.failed)(str(error))
     else:
         log.error("worker_cannot_start", worker_id=config.worker_id, error=str(error))
-    return 2
+    return 1 if may_pass else 2
 
 
 def exit_process(code: int) -> NoReturn:

@@ -101,6 +101,11 @@ class Followers:
     def pids(self) -> tuple[int, ...]:
         return tuple(self.group.pids) if self.group is not None else ()
 
+    @property
+    def have_said_why(self) -> bool:
+        """Tell whether one has ended by an error of its own, which it would meet again."""
+        return self.group is not None and self.group.has_failed
+
     def close(self) -> None:
         if self.group is not None:
             self.group.close()

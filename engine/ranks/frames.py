@@ -29,6 +29,7 @@ class FrameKind(IntEnum):
     FAILED = 5  # from a follower: why it ends
     DISK = 6  # to a follower: a DiskTask; from it: the DiskResult
     ADAPTER = 7  # to a follower: an AdapterTask; from it: the AdapterResult
+    BROKE = 8  # from a follower: it ends, as another rank is gone
 
 
 class FollowerLogs(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,6 +52,7 @@ class RankGroup:
         self._sockets: list[FrameSocket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
+        self.has_failed = False  # a rank, by an error of its own; the others are gone because of it
         self._failures: list[str] = []
         self._closing = False
 
@@ -146,7 +147,8 @@ class RankGroup:
     def _read(self, rank: int) -> None:
         while (frame := self._sockets[rank - 1].receive()) is not None:
             kind, payload = frame
-            if kind == FrameKind.FAILED:
+            if kind in (FrameKind.FAILED, FrameKind.BROKE):
+                self.has_failed = self.has_failed or kind == FrameKind.FAILED
                 self._failures.append(f"rank {rank}: {payload.decode(errors='replace')}")
             elif kind == FrameKind.DISK and self.on_disk is not None:
                 self.on_disk(msgspec.msgpack.decode(payload, type=DiskResult))

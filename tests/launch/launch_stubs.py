@@ -96,6 +96,9 @@ def run_worker(config: dict[str, Any], lifeline: Lifeline) -> None:
     if fault == "unknown model":
         lifeline.failed("no such model")
         sys.exit(2)
+    if fault == "broke":
+        lifeline.broke("rank 1 ended")
+        sys.exit(1)
     if fault == "crash":
         sys.exit(3)
     lifeline.progress("loading", 0.5)

@@ -355,7 +355,11 @@ async def test_worker_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
-    [("unknown model", ConfigError, "no such model"), ("crash", WorkerLost, "did not start, 3 times: exit code 3")],
+    [
+        ("unknown model", ConfigError, "no such model"),
+        ("crash", WorkerLost, "did not start, 3 times: exit code 3"),
+        ("broke", WorkerLost, "did not start, 3 times: rank 1 ended"),
+    ],
 )
 async def test_what_cannot_start_ends_the_launch(
     tmp_path: Path, fault: str, error: type[Exception], message: str

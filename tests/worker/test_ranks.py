@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import queue
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
 
 from kvferry.common.config import LogLevel, WorkerConfig
 from kvferry.common.errors import WorkerLost
+from kvferry.common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
 from kvferry.engine.engine import Engine
+from kvferry.engine.ranks.group import RankGroup
+from kvferry.wire.credentials import NO_SECRET
+from kvferry.worker.process import serve_worker
 from kvferry.worker.ranks import Followers
 
 from ..checkpoints import write_checkpoint
@@ -40,6 +46,50 @@ def test_a_rank_that_fails_before_its_memory_is_registered_says_why(tmp_path: Pa
         assert "disk_cache_bytes" in str(failures.get_nowait())
     finally:
         followers.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code", "event", "error"),
+    [
+        ("killed", 1, "broke", "rank 1 did not start: ended by SIGKILL"),
+        ("no room", 2, "failed", "rank 1: disk_cache_bytes: "),
+    ],
+)
+async def test_a_worker_says_whether_its_ranks_may_start_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, code: int, event: str, error: str
+) -> None:
+    spawn = RankGroup._spawn
+
+    def faulty(self: RankGroup, *others: Any) -> None:
+        spawn(self, *others)
+        if fault == "killed":
+            self._processes[-1].kill()
+
+    monkeypatch.setattr(RankGroup, "_spawn", faulty)
+    more = {"disk_cache_dir": tmp_path / "cache", "disk_cache_bytes": 1 << 55} if fault == "no room" else {}
+    engine = engine_config(
+        write_checkpoint(tmp_path / "model"),
+        tensor_parallel_size=2,
+        kv_cache_memory_bytes=1 << 20,
+        host_cache_memory_bytes=1 << 20,
+        **more,
+    )
+    config = WorkerConfig(worker_id="d-0", role="decode", engine=engine, routers=("127.0.0.1:1",))
+    ours, theirs = lifeline_pair()
+    with ours:
+        assert await serve_worker(config, NO_SECRET, Lifeline(theirs, on_lost=lambda: None)) == code
+        told = [decode_event(packet) for packet in iter(lambda: _packet(ours), b"")]
+    [last] = [one for one in told if one is not None and one["event"] in ("failed", "broke")]
+    assert last["event"] == event and error in str(last["error"])
+
+
+def _packet(lifeline: socket.socket) -> bytes:
+    """What was said next; empty: nothing was."""
+    try:
+        return lifeline.recv(MAX_EVENT_BYTES)
+    except BlockingIOError:
+        return b""
 
 
 @pytest.mark.slow
