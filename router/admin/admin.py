@@ -187,7 +187,8 @@ def _avoided(view: PoolView) -> list[list[str]]:
 
 def _describe(worker: WorkerView) -> dict[str, object]:
     hello, status = worker.hello, worker.status
-    state = "starting" if status is None else "draining" if not worker.is_ready else status.state
+    leaves = status is not None and status.state == "ready" and not worker.is_ready
+    state = "starting" if status is None else "draining" if leaves else status.state
     known: dict[str, object] = {
         "worker_id": worker.worker_id,
         "role": worker.role,

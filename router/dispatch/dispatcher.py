@@ -285,7 +285,7 @@ class Dispatcher:
         for worker in self._pools:
             reason = worker.hang(now)
             if reason is not None:
-                self._sessions.drop(worker, reason, now)
+                self._sessions.drop_hung(worker, reason, now)
         self._admission.observe(now)
         self._due_checks.run(now)
         self._background.tick(now)

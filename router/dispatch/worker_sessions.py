@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...wire.workers import LiveRequests, WorkerHello
 from ..queue.admission import Admission
-from ..state.failures import OTHERS_FIRST_S
+from ..state.failures import OTHERS_FIRST_S, WorkerLife
 from ..state.pools import Pools
 from ..state.worker import RouterWorker, WorkerLink
 from .in_flight import InFlightRequests
@@ -33,6 +33,7 @@ class WorkerSessions:
         self._admission = admission
         self._losses = losses
         self._incarnations: dict[str, int] = {}  # the last one seen of each worker
+        self._stuck: dict[WorkerLife, int] = {}  # in which step each of those was that hung when it was last given up
 
     def begin(self, link: WorkerLink, hello: WorkerHello, now: float) -> None:
         """Take in a worker. A session of the same worker that is still open is over."""
@@ -43,9 +44,12 @@ class WorkerSessions:
             # When its last session broke, all that it had was placed anew or left to the decode worker.
             link.send(LiveRequests(attempts=()))
             self._losses.on_returned((hello.worker_id, hello.incarnation))
+        else:
+            self._stuck.pop((hello.worker_id, self._incarnations.get(hello.worker_id, 0)), None)
         self._incarnations[hello.worker_id] = hello.incarnation
         is_only = not self._pools.has_ready(hello.role)
-        self._pools.join(link, hello, now)
+        worker = self._pools.join(link, hello, now)
+        worker.stuck_step = self._stuck.get(worker.life)
         if is_only:
             self._in_flight.let_others_first(now + OTHERS_FIRST_S)
         self._admission.forecast.on_workers_changed()
@@ -58,6 +62,12 @@ class WorkerSessions:
         self._losses.on_left(worker, reason, now)
         self._admission.forecast.on_workers_changed()
         self._placer.run(now)
+
+    def drop_hung(self, worker: RouterWorker, reason: str, now: float) -> None:
+        """End the session of a worker that hangs. One that comes back in the same step has not got on."""
+        if worker.status is not None and worker.status.busy_for_s:
+            self._stuck[worker.life] = worker.status.steps
+        self.drop(worker, reason, now)
 
     def drop(self, worker: RouterWorker, reason: str, now: float) -> None:
         """End a session that is open."""

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from msgspec import structs
+
 from ...common.pacing import PROMPT_DUE_STRETCH
 from ...wire.fields import Message
 from ...wire.results import StepTokens
@@ -56,6 +58,7 @@ class RouterWorker:
     has_said_goodbye: bool = False  # the end of its session is no loss
     forgiven_s: float = float("-inf")  # before that, its silence proves nothing
     stepped_s: float = 0.0  # when tokens came
+    stuck_step: int | None = None  # the step that it was given up for: it takes nothing while that runs
     is_claimed: bool = False  # for a request that runs alone: it gets nothing else
     loads: dict[str, RequestLoad] = field(default_factory=dict)  # by request id, in the order of binding
     on_change: Callable[[RouterWorker], None] = field(
@@ -179,6 +182,10 @@ class RouterWorker:
         return ahead - done < self.hello.max_num_batched_tokens
 
     def on_status(self, status: WorkerStatus, now_s: float) -> None:
+        if self.stuck_step is not None and status.busy_for_s and status.steps == self.stuck_step:
+            status = structs.replace(status, state="starting")
+        else:
+            self.stuck_step = None
         self._steps.on_status(self.status, status, now_s)
         self.status, self.status_s = status, now_s
         if status.experts:

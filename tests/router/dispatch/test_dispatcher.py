@@ -228,6 +228,26 @@ def test_no_answer_to_a_reservation_starts_a_new_attempt() -> None:
     assert fleet.observer.retries == {("reserve", "no_answer"): 1}
 
 
+def test_a_worker_that_comes_back_in_the_step_that_it_hung_in_gets_nothing_before_that_has_ended() -> None:
+    fleet = Fleet()
+    d, step = fleet.join("d-0"), {"step_tokens": 64, "step_s": 0.1, "num_running": 1}
+    fleet.submit()
+    d.take(LocalTask)
+    fleet.beat(d, **step, steps=5)
+    fleet.beat(d, **step, steps=5, busy_for_s=3.5)
+    fleet.dispatcher.tick()
+    assert "a step runs for 3.5 s" in str(d.dropped)
+    back = Link("d-0", 9)
+    fleet.dispatcher.worker_joined(back, hello("d-0", "decode"))
+    back.take(LiveRequests)
+    for tenth in range(200):
+        fleet.wait(0.1, back, **step, steps=5, busy_for_s=3.6 + 0.1 * tenth)
+    assert not back.dropped and not back.sent
+    fleet.beat(back, **step, steps=6)
+    fleet.dispatcher.tick()
+    assert back.take(LocalTask).spec.attempt == 1
+
+
 def test_an_answer_is_waited_for_anew_after_a_standstill() -> None:
     fleet = Fleet()
     p, d = fleet.join("p-0"), fleet.join("d-0")
