@@ -1,7 +1,7 @@
 """`ForkServer` has children started by a process that has their imports (server.py), and is a launcher's hold on it.
 
 Where that process is lost its children go on and are watched as before; only how they end is not known any more. The
-next start brings up another one.
+next start brings up another one. One that hangs is ended where a start waits for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import structlog
 
 from .messages import MAX_PACKET_BYTES, Ended, Refused, Report, Start, Started
 
@@ -24,6 +25,10 @@ from .messages import MAX_PACKET_BYTES, Ended, Refused, Report, Start, Started
 _NO_POOLS = {"OPENBLAS_NUM_THREADS": "1"}
 _SERVER = (sys.executable, "-m", f"{__package__}.server")
 _MODULE_FLAG = (sys.executable, "-m")
+_START_S = 120.0  # to a server's first answer: interpreter and imports, on a machine that is busy
+_ANSWER_S = 30.0  # to any other and to its word of a child's end: milliseconds, but for the seconds of an import
+
+log = structlog.get_logger(__name__)
 
 
 class ForkedProcess:
@@ -47,8 +52,9 @@ class ForkedProcess:
     async def _watch(self, reports: socket.socket) -> int | None:
         try:
             with reports:
-                await _readable(reports.fileno())
-                report = _receive(reports)[0]
+                await _readable(reports.fileno(), self._pidfd)
+                is_told = await _is_readable(reports.fileno(), _ANSWER_S)  # not by a server that hangs
+                report = _receive(reports)[0] if is_told else None
             if isinstance(report, Ended):
                 return report.code
             await _readable(self._pidfd)  # the server has gone
@@ -66,6 +72,7 @@ class ForkServer:
         self._imports = {module: tuple(needed) for module, needed in imports.items()}
         self._processes: list[asyncio.subprocess.Process] = []  # the last one is asked, others have children left
         self._asks: socket.socket | None = None
+        self._has_answered = False  # the one that is asked
         self._starting = asyncio.Lock()  # one start at a time: nothing waits in the socket
 
     def can_start(self, argv: Sequence[str]) -> bool:
@@ -97,7 +104,7 @@ class ForkServer:
         raise ChildProcessError("the process that starts the others has ended, twice")
 
     async def _ask(self, start: Start, fds: Sequence[int]) -> ForkedProcess | None:
-        """Start a program; None where the server has ended. Raises OSError as `start` does."""
+        """Start a program; None where the server has ended, or hung. Raises OSError as `start` does."""
         ours, theirs = _packet_pair()
         with contextlib.ExitStack() as stack:
             stack.enter_context(ours)
@@ -107,7 +114,13 @@ class ForkServer:
                     socket.send_fds(asks, [msgspec.json.encode(start)], [theirs.fileno(), *fds])
                 except ConnectionError:
                     return None
-            await _readable(ours.fileno())
+            limit_s = _ANSWER_S if self._has_answered else _START_S
+            if not await _is_readable(ours.fileno(), limit_s):
+                log.warning("fork_server_hangs", pid=self._processes[-1].pid, limit_s=limit_s)
+                with contextlib.suppress(ProcessLookupError):  # else it could start the program as well, later
+                    self._processes[-1].kill()
+                return None
+            self._has_answered = True
             report, received = _receive(ours)
             if isinstance(report, Refused):
                 raise OSError(report.error)
@@ -128,7 +141,7 @@ class ForkServer:
                 )
                 stack.pop_all()
             self._processes = [old for old in self._processes if old.returncode is None] + [process]
-            self._asks = asks
+            self._asks, self._has_answered = asks, False
         return self._asks
 
     def renew(self) -> None:
@@ -151,15 +164,27 @@ def _packet_pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-async def _readable(fd: int) -> None:
-    """Wait until something can be read, an end too."""
+async def _readable(*fds: int) -> None:
+    """Wait until something can be read from one of them, an end too."""
     loop = asyncio.get_running_loop()
     is_readable = asyncio.Event()
-    loop.add_reader(fd, is_readable.set)
+    for fd in fds:
+        loop.add_reader(fd, is_readable.set)
     try:
         await is_readable.wait()
     finally:
-        loop.remove_reader(fd)
+        for fd in fds:
+            loop.remove_reader(fd)
+
+
+async def _is_readable(fd: int, limit_s: float) -> bool:
+    """Wait for it, for so long at most."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await _readable(fd)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _receive(reports: socket.socket) -> tuple[Report | None, list[int]]:

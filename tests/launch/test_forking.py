@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from kvferry.launch.children import ROUTER_PROGRAM, WORKER_PROGRAM, make_fork_server
-from kvferry.launch.forking import ForkedProcess, ForkServer, server
+from kvferry.launch.forking import ForkedProcess, ForkServer, client, server
 from kvferry.launch.forking.messages import MAX_PACKET_BYTES, Refused, Report, Start
 
 MODULE = "kvferry.tests.launch.forked"
@@ -104,6 +104,22 @@ async def test_a_child_gets_signals(forks: ForkServer, told: Told) -> None:
     await told.facts()
     process.send_signal(signal.SIGKILL)
     assert await ended(process) == -signal.SIGKILL
+
+
+async def test_a_server_that_hangs_hides_no_end_and_is_replaced_at_the_next_start(
+    forks: ForkServer, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await start(forks, told, "wait")
+    await told.facts()
+    [hung] = _servers()
+    hung.suspend()
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "_ANSWER_S", 0.2)
+        first.send_signal(signal.SIGKILL)
+        assert await ended(first) is None
+        second = await start(forks, told, "3")
+    await told.facts()
+    assert await ended(second) == 3 and not hung.is_running()
 
 
 async def test_an_interrupt_ends_a_child_that_is_starting_and_says_nothing(
