@@ -104,7 +104,8 @@ class AdapterCache:
             return
         log.warning("adapter_failed", adapter=digest, path=held.path, error=error)
         held.failure, self._slots[slot] = error, None
-        self._host.pop(digest, None)
+        if digest in self._host:  # on a rank where it was read: the next one to be forgotten
+            self._host.move_to_end(digest, last=False)
 
     def _give_slot(self, held: _Held, begun: set[str], live: dict[str, None]) -> bool:
         """Begin to load it. False: every slot is kept."""

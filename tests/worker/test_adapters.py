@@ -32,9 +32,9 @@ class FakeLoader:
         assert len(self.host) <= self.num_host
         self.tasks.append(task)
 
-    def end(self, error: str = "") -> None:
+    def end(self, error: str = "", *, on_every_rank: bool = True) -> None:
         task = self.tasks.pop(0)
-        if error:
+        if error and on_every_rank:
             self.host.discard(task.digest)
         self._results.append(AdapterResult(task.digest, task.slot, error))
 
@@ -119,6 +119,18 @@ def test_a_failure_is_told_once_and_tried_again_by_the_next_request() -> None:
     loader.end()
     cache.serve(set(), ["aa"])
     assert again.is_open
+
+
+def test_what_one_rank_alone_failed_to_load_takes_no_more_of_the_others_memory_than_what_was_loaded() -> None:
+    """The loader asserts that its host memory has no more than it may."""
+    cache, loader, _ = make(num_slots=1, num_host=2)
+    for digest in ("aa", "bb", "cc", "dd"):
+        held = cache.get(digest, "/a")
+        cache.serve(set(), [digest])
+        loader.end("no room" if digest in ("aa", "bb", "cc") else "", on_every_rank=False)
+        cache.serve(set(), [digest])
+        cache.check()
+    assert slot_of(held) == 0 and loader.host == {"aa", "dd"}
 
 
 def test_host_memory_spares_a_read() -> None:
