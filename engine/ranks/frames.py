@@ -18,6 +18,7 @@ from ...common.config import LogFormat, LogLevel
 from ...common.errors import KVFerryError
 
 _FRAME = struct.Struct("<BI")
+_TIME = struct.Struct("@ll")  # the system's timeval
 
 
 class FrameKind(IntEnum):
@@ -63,6 +64,13 @@ class FrameSocket:
     def set_timeout(self, seconds: float | None) -> None:
         """Set how long `receive` waits within a frame before it takes the other side for gone."""
         self._sock.settimeout(seconds)
+
+    def limit_sends(self, seconds: float) -> None:
+        """Take the other side for gone where it makes no room for a frame within so long. For sends that follow."""
+        whole = int(seconds)
+        self._sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(whole, round((seconds - whole) * 1_000_000))
+        )
 
     def send(self, kind: FrameKind, payload: bytes = b"") -> None:
         """Raises OSError when the other side is gone."""

@@ -27,10 +27,11 @@ from ...common.config import EngineConfig
 from ...common.errors import WorkerLost
 from ...kvcache.disk_tier import DiskResult
 from ...models.config import ModelConfig
-from .communicator import host_store
+from .communicator import COLLECTIVE_TIMEOUT_S, host_store
 from .frames import FollowerLogs, FrameKind, FrameSocket, StartFollower
 
 _START_TIMEOUT_S = 120.0  # interpreter and torch imports of a follower on a busy machine
+_SEND_TIMEOUT_S = COLLECTIVE_TIMEOUT_S  # for a rank to take what it is sent: one that does not stands still as well
 _CLOSE_TIMEOUT_S = 5.0  # for a rank to end by itself before it is killed
 
 
@@ -112,6 +113,7 @@ class RankGroup:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._sockets.append(FrameSocket(ours))
         self._sockets[-1].set_timeout(_START_TIMEOUT_S)
+        self._sockets[-1].limit_sends(_SEND_TIMEOUT_S)
         with theirs:
             self._processes.append(
                 subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
@@ -192,7 +194,8 @@ class RankGroup:
         """End the followers: in good order, after a while by force. Idempotent."""
         self._closing = True
         for sock in self._sockets:
-            with contextlib.suppress(OSError):  # it is gone already
+            with contextlib.suppress(OSError):  # it is gone already, or takes nothing
+                sock.limit_sends(_CLOSE_TIMEOUT_S)
                 sock.send(FrameKind.CLOSE)
         for process in self._processes:
             try:

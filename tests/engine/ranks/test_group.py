@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvferry.common.batch import Batch, BatchRow
@@ -179,6 +180,21 @@ def test_a_follower_that_dies_is_a_lost_worker(pair: RankPair) -> None:
     with pytest.raises(WorkerLost, match="tensor-parallel"):
         driver.step([(seq, 3)])
     assert pair.lost.get(timeout=ANSWER_S) == "rank 1 ended", "also to whoever waits for nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
+def test_a_rank_that_takes_nothing_any_more_is_lost_and_ended(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("_SEND_TIMEOUT_S", "_CLOSE_TIMEOUT_S"):
+        monkeypatch.setattr(group, limit, 0.5)
+    pair = RankPair(model_dir)
+    [pid] = pair.group.pids
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(WorkerLost, match="rank 1 is gone"):
+        while True:
+            pair.group.broadcast(bytes(1 << 16))
+    pair.group.close()
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_ranks_wait_for_one_another_longer_than_for_a_collective() -> None:
