@@ -257,10 +257,10 @@ def _sliding_windows(fields: ConfigFields, family: Family) -> tuple[int | None, 
     num_layers = fields.count("num_hidden_layers")
     if family.windows == "none" or not fields.has("sliding_window"):
         return (None,) * num_layers
-    if family.windows == "flagged" and not fields.flag("use_sliding_window", default=False):
+    if family.windows in ("flagged", "every flagged") and not fields.flag("use_sliding_window", default=False):
         return (None,) * num_layers
     window = fields.count("sliding_window")
-    if family.windows == "every":
+    if family.windows in ("every", "every flagged"):
         return (window,) * num_layers
     return tuple(window if is_sliding else None for is_sliding in _sliding_layers(fields, family, num_layers))
 

@@ -18,9 +18,9 @@ Bias = bool | str  # whether there is one, or the flag of config.json that says 
 Norms = Literal["before", "behind", "both"]
 # Of queries and keys: none, of each head, or of a token's whole projection.
 HeadNorms = Literal["none", "head", "whole"]
-# Which layers see a window of keys alone, if there is a window: none; each; those that `layer_types` names, with
-# `use_sliding_window`; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
-Windows = Literal["none", "every", "flagged", "typed"]
+# Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
+# that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
+Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
 
 _ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
 # The norms before the mixer, behind it, before the feed-forward and behind it, as a checkpoint names them.
@@ -124,7 +124,7 @@ FAMILIES = {
         o_bias="attention_bias",
         defaults={"sliding_window": 4096},
         head_norms="head",
-        windows="flagged",
+        windows="every flagged",
         experts=ExpertTraits(),
     ),
     "DeepseekV2ForCausalLM": Family(name="deepseek_v2", is_latent=True, mlp_bias="mlp_bias", experts=DEEPSEEK_V2),

@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 every second": ("Qwen3Moe", QWEN3 | {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
     "qwen3 one dense": ("Qwen3Moe", QWEN3 | {"mlp_only_layers": [0]}),
     "qwen3 of one": ("Qwen3Moe", QWEN3 | {"num_experts_per_tok": 1}),
+    "qwen3 window": ("Qwen3Moe", QWEN3 | {"use_sliding_window": True, "sliding_window": 20}),
     "qwen3 ties": ("Qwen3Moe", QWEN3),
     "qwen3 all to the same": ("Qwen3Moe", QWEN3),
     "mixtral": ("Mixtral", MIXTRAL),

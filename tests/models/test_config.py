@@ -26,6 +26,12 @@ SMOLLM2: dict[str, object] = {
     "torch_dtype": "bfloat16",
     "eos_token_id": 2,
 }
+QWEN3_MOE: dict[str, object] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+}
 
 
 def _load(path: Path, changes: dict[str, object], generation: dict[str, object] | None = None) -> ModelConfig:
@@ -108,6 +114,8 @@ def test_model_type_serves_where_architectures_are_missing(tmp_path: Path) -> No
             },
             [5] + [None] * 29,
         ),
+        (QWEN3_MOE | {"use_sliding_window": False}, [None] * 30),
+        (QWEN3_MOE | {"use_sliding_window": True, "max_window_layers": 28}, [5] * 30),
     ],
     ids=str,
 )
