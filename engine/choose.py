@@ -20,7 +20,6 @@ from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..kvcache.pages import free_memory_bytes
 from ..models.config import ModelConfig
-from ..models.quantization import FLOAT8_CAPABILITY
 from .cpu.adapters import SlotMemory, StripFactors
 from .cpu.compiler import NativeUnavailable
 from .cpu.decoder import NativeDecoder
@@ -36,6 +35,7 @@ from .nn.experts import SparseMLP
 from .nn.loading import Progress, read_kv_scales
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
+from .weights.float8 import has_products
 from .weights.grouped import GroupedWeight
 from .weights.weight import DenseWeight, Weight
 
@@ -68,8 +68,8 @@ def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
     if (quantization := model.quantization) is not None:
-        has_products = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
-        quantization.check_float8(has_products=has_products, is_float32=choose_dtype(config, model) == torch.float32)
+        is_float32 = choose_dtype(config, model) == torch.float32
+        quantization.check_float8(has_products=has_products(device), is_float32=is_float32)
     if config.kv_cache_dtype == "int8" and model.latent is not None:
         raise ConfigError(NO_INT8_LATENTS)
 

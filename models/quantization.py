@@ -209,6 +209,10 @@ class Quantization:
         sizes = math.gcd(*(form.group_size for form in forms))
         return Form(max(form.bits for form in forms), sizes, any(form.has_minima for form in forms))
 
+    def has_float8(self, modules: Iterable[str]) -> bool:
+        """Tell whether all parts of the matrix that these are fused into are 8-bit floats, stored or once loaded."""
+        return all(kept is not None and kept.is_float8 for kept in map(self.storage, modules))
+
     def rounds_to_float8(self, modules: Iterable[str]) -> bool:
         """Tell whether the matrix that these are fused into is rounded to 8-bit floats while it is loaded."""
         storages = [self.storage(module) for module in modules]

@@ -98,8 +98,11 @@ class WeightCounter:
         missing = not_in_native(model, quantization, is_float32=is_float32, is_exchanged=self._is_exchanged)
         self._has_tiles = not (self._on_gpu or missing)
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
-        self._has_float8 = self._on_gpu and (
-            has_float8 or (quantization is not None and quantization.is_rounded_float8)
+        is_bfloat16 = self._item_bytes == ITEM_BYTES["bfloat16"]
+        self._has_float8 = (
+            self._on_gpu
+            and is_bfloat16
+            and (has_float8 or (quantization is not None and quantization.is_rounded_float8))
         )
         plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None
         held = plan.fullest(model.sparse_layers) if plan is not None else {}
@@ -218,7 +221,7 @@ class WeightCounter:
         if self._quantization is None or _makes_heads(matrix):
             return self._plain_bytes(matrix)
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
-        if form is None and self._has_float8 and all(self._is_float8(module) for module in matrix.modules):
+        if form is None and self._has_float8 and self._quantization.has_float8(matrix.modules):
             return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
         if form is None:
             return self._plain_bytes(matrix)
@@ -265,10 +268,6 @@ class WeightCounter:
         if self._has_tiles:
             outputs, inputs = _padded(outputs, _TILE_OUTPUTS), _padded(inputs, _TILE_INPUTS)
         return outputs * inputs * self._item_bytes
-
-    def _is_float8(self, module: str) -> bool:
-        storage = self._quantization.storage(module) if self._quantization is not None else None
-        return storage is not None and storage.is_float8
 
     def _scale_bytes(self, module: str, form: Form) -> float:
         assert self._quantization is not None

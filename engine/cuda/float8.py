@@ -3,9 +3,9 @@
     y[t, o] = (sum over i of x8[t, i] * w8[o, i]) * scale of t * scale of o
 
 A token's scale is made of the token, so a result does not depend on what else a step computes, but for the order of
-sums. Weights that were rounded while they were loaded (`engine/weights/float8.py`) are multiplied by as they are. So is
-a checkpoint with a scale for each output: the largest of an output is 448 there, so its scale is found again. Where it
-has one scale for more, numbers are rounded anew.
+sums. Weights were rounded while they were loaded (`engine/weights/float8.py`) and are multiplied by as they are. Of a
+checkpoint with a scale for each output they are its own: the largest of an output is 448 there, so its scale is found
+again. Where it has one scale for more, numbers are rounded anew.
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
 """
@@ -13,18 +13,13 @@ Not run on a card: shown on an emulated device, which takes the arguments that C
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from ...models.quantization import FLOAT8_CAPABILITY
 from ..nn.decoder import Decoder
-from ..nn.layers import ColumnParallelLinear, Linear
-from ..weights.float8 import RoundedWeight, to_float8
+from ..weights.float8 import RoundedWeight, has_products, takes, to_float8
 from ..weights.weight import DenseWeight, WeightSlot
-
-_MULTIPLE = 16  # numbers: of which CUDA's product takes rows and columns
 
 
 class Float8Weight:
@@ -36,11 +31,6 @@ class Float8Weight:
         self.dtype = dtype
         self._numbers = numbers
         self._scales = scales.view(1, -1)
-
-    @classmethod
-    def rounded(cls, plain: Tensor) -> Self:
-        """Make one of a plain matrix."""
-        return cls(*to_float8(plain), plain.dtype)
 
     def slots(
         self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
@@ -58,35 +48,18 @@ class Float8Weight:
 
 
 def narrow(decoder: Decoder, device: torch.device) -> int:
-    """Trade loaded weights that are 8-bit floats, in the checkpoint or since they were loaded, for such, one by one.
+    """Trade the weights that were rounded to 8-bit floats for such as are multiplied by, one by one.
 
     Those that CUDA's product does not take become plain numbers. Returns how many were traded: none on a card without
     it.
     """
-    if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+    if not has_products(device):
         return 0
     count = 0
-    for linear in _stored_so(decoder):
+    for linear in decoder.linears():
         weight = linear.weight
-        is_taken = weight.dtype == torch.bfloat16 and not any(
-            size % _MULTIPLE for size in (weight.num_outputs, weight.num_inputs)
-        )
         if isinstance(weight, RoundedWeight):
+            is_taken = takes(weight.num_outputs, weight.num_inputs, weight.dtype)
             linear.weight = Float8Weight(*weight.take(), weight.dtype) if is_taken else DenseWeight(weight.widened())
             count += is_taken
-        elif isinstance(weight, DenseWeight) and is_taken:
-            linear.weight = Float8Weight.rounded(weight.take())
-            count += 1
     return count
-
-
-def _stored_so(decoder: Decoder) -> Iterator[Linear]:
-    """Yield the layers' linears of which every part is in 8-bit floats."""
-    quantization = decoder.config.quantization
-    for linear in decoder.linears():
-        if quantization is None or linear is decoder.head.linear:  # logits have kernels of their own
-            continue
-        modules = [part.name for part in linear.parts] if isinstance(linear, ColumnParallelLinear) else [linear.name]
-        stored = [quantization.storage(module) for module in modules]
-        if all(each is not None and each.is_float8 for each in stored):
-            yield linear

@@ -13,7 +13,7 @@ from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
 from ...models.quantization import Form
 from ..ranks.communicator import Communicator
-from ..weights.float8 import RoundedWeight
+from ..weights.float8 import RoundedWeight, has_products, takes
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import DenseWeight, Weight
 
@@ -34,8 +34,7 @@ class Builder:
         `num_ranks`: how many share each output's inputs. Raises ConfigError where one cannot have whole groups.
         """
         form = self._form(modules, num_inputs * num_ranks)
-        quantization = self.config.quantization
-        if quantization is not None and quantization.rounds_to_float8(modules):
+        if self._is_rounded(modules, num_outputs, num_inputs):
             return RoundedWeight(num_outputs, num_inputs, dtype=self.dtype, device=self.device)
         if form is None:
             return DenseWeight(self.empty(num_outputs, num_inputs))
@@ -58,6 +57,16 @@ class Builder:
     def head_form(self, name: str) -> Form | None:
         """Return the form of the head's matrix, which the checkpoint has as `name`; None: plain, as on every GPU."""
         return self._form([name], self.config.hidden_size) if self.device.type == "cpu" else None
+
+    def _is_rounded(self, modules: Sequence[str], num_outputs: int, num_inputs: int) -> bool:
+        """Tell whether a matrix takes 8-bit floats while it is loaded: one that is stored so where they are multiplied
+        by, so that it never takes the room of a plain one.
+        """
+        quantization = self.config.quantization
+        if quantization is None:
+            return False
+        is_taken = has_products(self.device) and takes(num_outputs, num_inputs, self.dtype)
+        return quantization.rounds_to_float8(modules) or (is_taken and quantization.has_float8(modules))
 
     def _form(self, modules: Sequence[str], num_inputs: int) -> Form | None:
         quantization = self.config.quantization

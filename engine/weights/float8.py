@@ -1,9 +1,10 @@
-"""Matrices in 8-bit floats (e4m3) with a scale for each output, rounded while a plain checkpoint is loaded.
+"""Matrices in 8-bit floats (e4m3) with a scale for each output, rounded while a checkpoint is loaded.
 
     w[o, i] = numbers[o, i] * scales[o]          the largest number of an output is 448, the largest of the type
 
 A scale is made of a whole output of the whole model, so ranks that share its inputs have the numbers of one rank. A
-matrix takes its 8 bits from the start on: a model is loaded whose plain weights the memory does not hold.
+matrix takes its 8 bits from the start on: a model is loaded whose plain weights the memory does not hold. A checkpoint
+that has such a scale itself keeps its numbers, where the largest of an output is 448.
 GPUs have products of it (`engine/cuda/float8.py`); the one here is the reference, by the numbers that it stands for.
 """
 
@@ -16,10 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.quantization import FLOAT8_CAPABILITY
 from .weight import Weight, WeightSlot
 
 _MAX = 448.0  # the largest number of the type
+_MULTIPLE = 16  # numbers: of which CUDA's product takes rows and columns
 _ROWS = 1024  # that are rounded at once: more take more memory beside the weights while these are loaded
+
+
+def has_products(device: torch.device) -> bool:
+    """Tell whether a device multiplies by 8-bit floats with a scale for each output."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+
+
+def takes(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
+    """Tell whether such a device's product takes a matrix. `dtype`: of the rows that it is multiplied by."""
+    return dtype == torch.bfloat16 and num_outputs % _MULTIPLE == 0 and num_inputs % _MULTIPLE == 0
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +81,7 @@ class RoundedRows:
 
     def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
         """Round a plain matrix by the scales of whole outputs."""
-        assert isinstance(matrix, Tensor), "plain checkpoints alone are rounded"
+        assert isinstance(matrix, Tensor), "whole numbers are not rounded"
         first = start if dim == 1 else 0
         whole = matrix if dim == 1 else matrix.narrow(0, start, len(self.numbers))
         parts = (torch.split(tensor, _ROWS) for tensor in (whole, self.numbers, self.scales))

@@ -24,6 +24,7 @@ from kvferry.engine.weights.float8 import RoundedWeight, to_float8
 from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.config import ModelConfig
 from kvferry.models.quantization import quantized_at_load
+from kvferry.sizing.memory import rank_weights
 
 from ...checkpoint_shapes import QWEN3_MOE, write_by_shapes
 from ...checkpoints import write_checkpoint
@@ -63,7 +64,7 @@ def test_a_checkpoints_own_numbers_are_found_again(device: str, has_bias: bool) 
     numbers[torch.arange(48), torch.randint(0, 64, (48,), generator=generator)] = 448.0
     stored, scales = numbers.to(torch.float8_e4m3fn).float(), torch.rand(48, 1, generator=generator) * 1e-2
     plain = (stored * scales).bfloat16()
-    weight = Float8Weight.rounded(plain.to(device))
+    weight = Float8Weight(*to_float8(plain.to(device)), plain.dtype)
     assert torch.equal(weight._numbers.cpu().float(), stored)
     x = torch.randn(5, 64, generator=generator).bfloat16()
     bias = torch.randn(48, generator=generator).bfloat16() if has_bias else None
@@ -81,6 +82,22 @@ def test_a_checkpoint_in_8_bits_answers_as_its_plain_twin(tmp_path: Path, format
     # One of two layers' gate is plain in the last format, so what it is fused with stays plain too.
     assert _num_narrow(engine) == 8 - (format_name == "fp8 block")
     assert 0 < _distance(_logprobs(engine), _logprobs(_engine(plain, device="cpu", dtype="float32"))) < CLOSE
+
+
+@pytest.mark.parametrize("format_name", ["compressed fp8 channel", "fp8 block"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_a_checkpoint_in_8_bits_never_takes_a_plain_ones_room(tmp_path: Path, format_name: str, device: str) -> None:
+    """A model whose plain weights the memory does not hold is loaded, in what `kvferry size` counts."""
+    path, _ = write_pair(tmp_path, format_name)
+    config = ModelConfig.from_dir(path)
+    decoder = Decoder(config, Communicator(), dtype=torch.bfloat16, device=torch.device(device))
+    load_weights(decoder, path, load_format="auto", seed=0)
+    weights = [linear.weight for linear in decoder.linears()]
+    rounded = [weight for weight in weights if isinstance(weight, RoundedWeight)]
+    assert len(rounded) == 8 - (format_name == "fp8 block")
+    taken = sum(slot.target.nbytes for slot in decoder.slots()) + sum(weight.scales.nbytes for weight in rounded)
+    engine = engine_config(path, device=device, dtype="bfloat16")
+    assert taken == rank_weights(engine, config, has_float8=True).total
 
 
 # --- rounded while they are loaded -----------------------------------------------------------------------------------
