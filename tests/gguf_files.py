@@ -3,7 +3,8 @@
     write_as_gguf(checkpoint, tmp_path / "m.gguf", {"": "Q8_0"})
 
 Names of tensors are those of the package `gguf` (its `get_tensor_name_map`); fields and what becomes of tensors follow
-llama.cpp's `conversion/`, by hand: rows of queries and keys in turns, norms of Gemma plus one, experts in stacks.
+llama.cpp's `conversion/`, by hand: rows of queries and keys in turns, norms of Gemma plus one, experts in stacks, what
+makes keys and values of latents apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from kvferry.models.token_bytes import _BYTE_ALPHABET
 
 from .checkpoints import SPECIAL_TOKENS
+from .gguf_latents import heads_apart, write_latents
 from .quantized import Array, interleaved, random_blocks
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ _ARCHITECTURES = {
     "Olmo3ForCausalLM": "olmo2",
     "GraniteForCausalLM": "granite",
     "GptOssForCausalLM": "gpt-oss",
+    "DeepseekV2ForCausalLM": "deepseek2",
+    "DeepseekV3ForCausalLM": "deepseek2",
 }
 _EXPERT = re.compile(r"(model\.layers\.\d+\.\w+)\.experts\.(\d+)\.(\w+)\.weight")
 _STACK = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
@@ -52,10 +56,12 @@ def write_as_gguf(
     *,
     fields: Callable[[gguf.GGUFWriter], None] | None = None,
     tensors_per_file: int = 0,
+    is_old: bool = False,
 ) -> Path:
     """Write a GGUF file with blocks of `kinds`, by the ends of matrices' names ("": all others), F32 where none is
     named. The checkpoint is given the same weights and is returned. `fields`: the tokenizer's in place of plain ones.
-    `tensors_per_file`: at most, in several files; 0: all are in one.
+    `tensors_per_file`: at most, in several files; 0: all are in one. `is_old`: of before May 2025, when what makes keys
+    and values of latents was one matrix.
     """
     import gguf
 
@@ -64,8 +70,11 @@ def write_as_gguf(
     own = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     writer = gguf.GGUFWriter(path, name, split_max_tensors=tensors_per_file)
     _write_fields(writer, config, name)
+    if name == "deepseek2":
+        write_latents(writer, config, is_old=is_old)
     (fields or plain_tokens(config["vocab_size"]))(writer)
     tensors = _Tensors(writer, gguf.get_tensor_name_map(own, config["num_hidden_layers"]), config, name, kinds or {})
+    tensors.are_heads_apart = not is_old
     meant = tensors.write(load_file(checkpoint / "model.safetensors"))
     save_file(meant, checkpoint / "model.safetensors", metadata={"format": "pt"})
     writer.write_header_to_file()
@@ -116,13 +125,14 @@ def _write_fields(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) ->
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    if name != "deepseek2":
+        writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if name not in ("phi3", "granite", "olmo2"):  # the converter of these tells no size of heads
+    if name not in ("phi3", "granite", "olmo2", "deepseek2"):  # the converter of these tells no size of heads
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     _write_rope(writer, config, name)
-    count = config.get("num_local_experts") or config.get("num_experts")
+    count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
     if count:
         writer.add_expert_count(count)
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -172,6 +182,8 @@ def _write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> N
 
 
 class _Tensors:
+    are_heads_apart = True
+
     def __init__(
         self, writer: gguf.GGUFWriter, names: gguf.TensorNameMap, config: dict[str, Any], name: str, kinds: Any
     ) -> None:
@@ -195,6 +207,9 @@ class _Tensors:
     def _add(self, key: str, values: Array) -> Array:
         if _STACK.fullmatch(key):
             return self._add_stack(key, values)
+        if key.endswith("kv_b_proj.weight") and self.are_heads_apart:
+            return self._add_apart(key.removesuffix("kv_b_proj.weight"), values)
+        key = key.replace("e_score_correction_bias", "e_score_correction.bias")
         module, _, suffix = key.rpartition(".")
         kind = self._kind(module) if values.ndim == 2 else "F32"
         rows, values = _of_kind(kind, self._rng, values)
@@ -228,6 +243,17 @@ class _Tensors:
         for part, own in parts.items():
             self._put(f"{layer}.{part}", ".weight", np.ascontiguousarray(own), kind)
         return plain.transpose(0, 2, 1)
+
+    def _add_apart(self, attention: str, values: Array) -> Array:
+        """Add what makes keys of latents, turned over, and what makes values."""
+        keys, values_of = heads_apart(values, self._config)
+        meant = []
+        for part, own in (("k_b_proj", keys.transpose(0, 2, 1)), ("v_b_proj", values_of)):
+            kind = self._kind(f"{attention}{part}")
+            rows, plain = _of_kind(kind, self._rng, np.ascontiguousarray(own).reshape(-1, own.shape[2]))
+            self._put(f"{attention}{part}", ".weight", rows.reshape(*own.shape[:2], -1), kind)
+            meant.append(plain.reshape(own.shape))
+        return np.concatenate((meant[0].transpose(0, 2, 1), meant[1]), 1).reshape(values.shape)
 
     def _kind(self, module: str) -> str:
         known = self._kinds

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # What a sparse layer's experts become: a tensor for each matrix of each expert, or gpt-oss's stacks.
@@ -38,8 +38,33 @@ _NORMS_BEHIND = {
 }
 _NORMS_BOTH = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_NORMS_BEHIND}
 _SPARSE = {"ffn_gate_inp": "mlp.gate"}
+_LATENT = {
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_SHARED = {
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+}
 
 _WINDOW = ("attention.sliding_window", "attention.sliding_window_pattern")
+_DEEPSEEK = (
+    "expert_gating_func",
+    "expert_group_count",
+    "expert_shared_count",
+    "expert_weights_norm",
+    "expert_weights_scale",
+    "leading_dense_block_count",
+    "rope.scaling.yarn_log_multiplier",
+)
 _EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 
 
@@ -56,6 +81,7 @@ class Architecture:
     experts: Experts = "none"
     expert_module: str = "mlp"
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    is_latent: bool = False  # attention is over latents: `latent.py`
 
 
 _LLAMA = {**_ATTENTION, **_MLP, **_NORMS}
@@ -111,6 +137,14 @@ ARCHITECTURES = {
         reads=("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
         permutes=True,
     ),
+    "deepseek2": Architecture(
+        family="DeepseekV2ForCausalLM",
+        model_type="deepseek_v2",
+        layer={**_LATENT, **_MLP, **_NORMS, **_SPARSE, **_SHARED},
+        reads=(*_EXPERTS, *_DEEPSEEK),
+        experts="single",
+        is_latent=True,
+    ),
     "gpt-oss": Architecture(
         family="GptOssForCausalLM",
         model_type="gpt_oss",
@@ -136,16 +170,20 @@ _MIXTRAL = Architecture(
     expert_module="block_sparse_moe",
     expert_parts=("w1", "w3", "w2"),
 )
+# A file of `deepseek2` whose experts are scored by a sigmoid.
+_DEEPSEEK_V3 = replace(ARCHITECTURES["deepseek2"], family="DeepseekV3ForCausalLM", model_type="deepseek_v3")
 # A file of `olmo2` with a window.
 _OLMO3 = Architecture(family="Olmo3ForCausalLM", model_type="olmo3", layer=ARCHITECTURES["olmo2"].layer, reads=_WINDOW)
 
 
-def architecture(name: str, *, num_experts: int, window: int) -> Architecture:
+def architecture(name: str, *, num_experts: int, window: int, has_sigmoid: bool) -> Architecture:
     """Return the architecture of a file. Raises ValueError, with the nearest that is read."""
     if name == "llama" and num_experts:
         return _MIXTRAL
     if name == "olmo2" and window:
         return _OLMO3
+    if name == "deepseek2" and has_sigmoid:
+        return _DEEPSEEK_V3
     if (found := ARCHITECTURES.get(name)) is None:
         near = nearest(name, ARCHITECTURES)
         raise ValueError(

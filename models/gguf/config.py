@@ -8,6 +8,7 @@ from typing import Any
 
 from .architectures import Architecture, architecture
 from .fields import GgufFields
+from .latent import has_sigmoid, latent_fields
 from .rope import rope_fields
 
 Json = dict[str, Any]
@@ -56,6 +57,7 @@ def gguf_architecture(fields: GgufFields) -> Architecture:
         fields.architecture,
         num_experts=fields.integer(fields.of_model("expert_count"), 0),
         window=fields.integer(fields.of_model("attention.sliding_window"), 0),
+        has_sigmoid=has_sigmoid(fields),
     )
     for name in sorted(_NEUTRAL.keys() - set(found.reads)):
         value = fields.find(fields.of_model(name))
@@ -74,9 +76,7 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
     found_layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
     if num_layers != len(found_layers):
         raise ValueError(f"{fields.of_model('block_count')} = {num_layers}, and it has {len(found_layers)} layers")
-    head_dim = fields.integer(fields.of_model("attention.key_length"), hidden_size // num_heads)
-    if (value_dim := fields.integer(fields.of_model("attention.value_length"), head_dim)) != head_dim:
-        raise ValueError(f"values of {value_dim} numbers beside keys of {head_dim} are not supported")
+    head_dim = _head_dim(fields, of, hidden_size // num_heads)
     special = {
         f"{name}_token_id": fields.integer(f"tokenizer.ggml.{key}_token_id")
         for name, key in SPECIAL.items()
@@ -106,6 +106,16 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
         config |= _expert_fields(fields)
     own = _OWN.get(fields.architecture)
     return config if own is None else config | own(fields, config)
+
+
+def _head_dim(fields: GgufFields, of: Architecture, default: int) -> int:
+    """Return the numbers of a head; of latents, those that positions turn."""
+    if of.is_latent:
+        return _count(fields, "rope.dimension_count")
+    head_dim = fields.integer(fields.of_model("attention.key_length"), default)
+    if (value_dim := fields.integer(fields.of_model("attention.value_length"), head_dim)) != head_dim:
+        raise ValueError(f"values of {value_dim} numbers beside keys of {head_dim} are not supported")
+    return head_dim
 
 
 def _count(fields: GgufFields, name: str) -> int:
@@ -222,6 +232,7 @@ def _phi3(fields: GgufFields, config: Json) -> Json:
 
 
 _OWN: dict[str, Callable[[GgufFields, Json], Json]] = {
+    "deepseek2": latent_fields,
     "gemma2": _gemma,
     "gemma3": _gemma,
     "gpt-oss": _gpt_oss,

@@ -26,6 +26,7 @@ from .config import (
 )
 from .experts import MXFP4, expert_tensors
 from .files import read_gguf
+from .latent import HALVES, latent_tensors
 from .rope import FACTORS
 from .tensors import ITEM_BYTES, Part, StoredTensor, less, shape_of, stored, undo_permutation
 from .tokenizer import write_gguf_tokenizer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
+_VECTORS = ("attn_sinks", "exp_probs_b")  # of which a checkpoint's name is no module's
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
 
@@ -92,15 +94,19 @@ def _stored_tensors(
     Raises ValueError, naming a tensor that is none of the architecture, or of a kind that is not read.
     """
     stacks: dict[str, dict[str, Part]] = {}  # by layer: the tensors of its experts
+    halves: dict[str, dict[str, Part]] = {}  # by layer: those that make keys and values of latents
     for source in sources:
         part = Part.whole(source)
         match = _LAYER.fullmatch(part.name)
         stack = _EXPERTS.fullmatch(match[2]) if match is not None and of.experts != "none" else None
         if match is not None and stack is not None:
             stacks.setdefault(match[1], {})[f"{stack[1]}.{match[3]}"] = part
+        elif match is not None and of.is_latent and match[2] in HALVES:
+            halves.setdefault(match[1], {})[match[2]] = part
         elif part.name not in FACTORS:
             yield _tensor(part, match, of, config, kept)
     yield from expert_tensors(stacks, of, kept)
+    yield from latent_tensors(halves, kept)
 
 
 def _tensor(
@@ -119,7 +125,7 @@ def _name(name: str, match: re.Match[str] | None, of: Architecture) -> str:
         return own
     if match is None or match[2] not in of.layer:
         raise ValueError(f"unknown tensor {name}")
-    suffix = "" if match[2] == "attn_sinks" else f".{match[3]}"
+    suffix = "" if match[2] in _VECTORS else f".{match[3]}"
     return f"model.layers.{match[1]}.{of.layer[match[2]]}{suffix}"
 
 

@@ -29,6 +29,7 @@ class _Rules:
     normal: bool = False  # the text is brought to Unicode's form NFC
     whole_words: bool = False  # a word that is a token is not merged from parts
     bos: bool = False  # unless the file says otherwise
+    before: tuple[str, ...] = ()  # patterns of parts that are set apart before there are words
 
 
 # Patterns and what goes with them are those of llama.cpp (`src/llama-vocab.cpp`) and of the models' own tokenizer.json.
@@ -40,6 +41,26 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = r"[^\r\n\p{L}\p{N}]?" + f"{_UPPER}*{_LOWER}+", r"[^\r\n\p{L}\p{N}]?" + f"{_UPPER}+{_LOWER}*"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# Letters that DeepSeek-V2 has words of: those with a case, but for these.
+_OTHER_LETTERS = (
+    r"\x{0560}-\x{0588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c8a}\x{2d00}-\x{2d2d}\x{a790}-\x{a7ff}\x{ab30}-\x{ab68}"
+    r"\x{10570}-\x{105bc}\x{10d50}-\x{10d8f}\x{16e40}-\x{16e7f}\x{1d400}-\x{1df1e}"
+)
+_DEEPSEEK_V2 = _Rules(
+    r"\p{N}",
+    before=(
+        r"[\r\n]",
+        rf"\s?(?:(?![{_OTHER_LETTERS}])[\p{{Lu}}\p{{Ll}}\p{{Lt}}])+",
+        r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+",
+        r"\s+$",
+        r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+",
+    ),
+)
+_DEEPSEEK_V3 = _Rules(
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    before=(r"\p{N}{1,3}", r"[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+"),
+)
 _DIGITS, _GPT2 = _Rules(lone_digits=True), _Rules()
 _LLAMA3, _CL100K = _Rules(_LLAMA3_WORDS, whole_words=True, bos=True), _Rules(_LLAMA3_WORDS)
 _RULES = {
@@ -51,6 +72,8 @@ _RULES = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "deepseek-llm": _DEEPSEEK_V2,
+    "deepseek-v3": _DEEPSEEK_V3,
     "dbrx": _CL100K,  # Phi-4, OLMo 2
     "smaug-bpe": _CL100K,
     "qwen2": _Rules(_LLAMA3_WORDS.replace("{1,3}", ""), normal=True),
@@ -114,7 +137,7 @@ def _bpe(tokens: list[str], pairs: list[str], rules: _Rules) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rules.whole_words))
     parts: list[pre_tokenizers.PreTokenizer] = []
     if rules.pattern:
-        parts.append(pre_tokenizers.Split(Regex(rules.pattern), "isolated"))
+        parts += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (*rules.before, rules.pattern)]
     elif rules.lone_digits:
         parts.append(pre_tokenizers.Digits(individual_digits=True))
     parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.pattern))

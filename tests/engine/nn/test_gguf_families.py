@@ -103,8 +103,13 @@ READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3
 
 def _checkpoint(path: Path, model: str, fields: dict[str, Any]) -> Path:
     kind, own = MODELS[model]
+    return write_drawn(path, kind, own | fields)
+
+
+def write_drawn(path: Path, kind: str, fields: dict[str, Any]) -> Path:
+    """Write a small checkpoint of transformers' class for this kind; every norm has weights of its own."""
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    write_model(path, getattr(transformers, f"{kind}Config")(**SMALL | special | own | fields))
+    write_model(path, getattr(transformers, f"{kind}Config")(**SMALL | special | fields))
     file, generator = path / "model.safetensors", torch.Generator().manual_seed(1)
     tensors = load_file(file)
     for name in sorted(tensors):

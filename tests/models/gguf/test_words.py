@@ -64,3 +64,21 @@ def test_digits_stand_alone_where_the_rules_say_so(tmp_path: Path, rules: str, p
     write_gguf_tokenizer(tmp_path / "tokenizer.json", GgufFields(gguf.GGUFReader(_write(tmp_path / "m.gguf", rules))))
     words = Backend.from_file(str(tmp_path / "tokenizer.json")).pre_tokenizer.pre_tokenize_str("1234")
     assert len(words) == parts
+
+
+TEXT = "x1 = 1234 + (y)\r\n  DeepSeek's Zwölf 東京は, ՀՅ"
+
+
+@pytest.mark.parametrize(
+    ("rules", "parts"),
+    [
+        ("deepseek-llm", "x|1| =| |1|2|3|4| +| (|y|)|\r|\n| | DeepSeek|'|s| Zw|ö|lf| |東京は|,| ՀՅ"),
+        ("deepseek-v3", "x|1| =| |123|4| +| (|y|)\r\n| | DeepSeek|'s| Zwölf| |東京は|,| ՀՅ"),
+    ],
+)
+def test_deepseeks_words(tmp_path: Path, rules: str, parts: str) -> None:
+    """V2's marks range over the Latin letters, too, and so part them from others within a word."""
+    write_gguf_tokenizer(tmp_path / "tokenizer.json", GgufFields(gguf.GGUFReader(_write(tmp_path / "m.gguf", rules))))
+    words = Backend.from_file(str(tmp_path / "tokenizer.json")).pre_tokenizer.pre_tokenize_str(TEXT)
+    found = [TEXT[start:end] for _, (start, end) in words]
+    assert found == parts.split("|")
