@@ -150,6 +150,7 @@ def _yarn(scaling: ConfigFields, theta: float, original: int, max_model_len: int
         )
     else:
         default = _yarn_mscale(factor, 1.0)
+    default *= scaling.number("attn_factor", 1.0)  # vLLM's word, as of DeepSeek-R1-0528-Qwen3-8B; transformers has none
     return RopeConfig(
         kind="yarn",
         theta=theta,

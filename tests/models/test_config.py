@@ -239,6 +239,14 @@ def test_phi4_turns_a_part_of_each_head(tmp_path: Path) -> None:
         )
 
 
+def test_yarns_temperature_has_a_factor(tmp_path: Path) -> None:
+    published = {"attn_factor": 0.8782488562869419}  # with DeepSeek-R1-0528-Qwen3-8B
+    for told, expected in (({}, 1.1386), (published, 1.0), (published | {"attention_factor": 1.25}, 1.25)):
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768} | told
+        config = _load(tmp_path, {"max_position_embeddings": 131072, "rope_scaling": scaling})
+        assert config.rope.attention_factor == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
 def test_any_scaling_turns_a_part_of_each_head(tmp_path: Path, kind: str) -> None:
     scaling = {"type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
