@@ -20,8 +20,8 @@ from .files import LFS_POINTER, refuse_pointer
 from .quantization import stored_shapes
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-# Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale.
-KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_scale")
+# Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale, or as what k_proj yields.
+KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_(?:scale|proj\.output_scale)")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BARE = ("embed_tokens.", "layers.", "norm.")

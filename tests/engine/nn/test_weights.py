@@ -160,9 +160,10 @@ def _with_scales(path: Path, scales: dict[str, float]) -> Path:
 
 def test_scales_of_a_cache_in_8_bits_are_read_and_not_taken_for_weights(tmp_path: Path) -> None:
     names = {"0.self_attn.k_scale": 0.5, "0.self_attn.v_proj.v_scale": 0.25, "1.self_attn.attn.v_scale": 2.0}
+    names |= {"1.self_attn.k_proj.output_scale": 0.125}
     path = _with_scales(tmp_path, names)
     _load(path)
-    assert read_kv_scales(path, 2) == [(0.5, 0.25), (1.0, 2.0)]
+    assert read_kv_scales(path, 2) == [(0.5, 0.25), (0.125, 2.0)]
 
 
 @pytest.mark.parametrize("name", ["0.self_attn.k_scale", "5.self_attn.k_scale"])
