@@ -11,13 +11,13 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
 from .files import LFS_POINTER, refuse_pointer
-from .quantization import stored_shapes
+from .quantization import MXFP4_GROUP, Quantization, Storage
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale, or as what k_proj yields.
@@ -66,6 +66,34 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
         experts = config.experts_of(layer)
         shapes |= _mlp_shapes(config, f"{name}.mlp") if experts is None else experts.shapes(name, hidden)
     return shapes
+
+
+def stored_shapes(quantization: Quantization | None, plain: Mapping[str, Shape]) -> tuple[dict[str, Shape], set[str]]:
+    """Return the tensors that a checkpoint must have, and the names of those that it may have besides.
+
+    `plain` are those that it would have in plain numbers.
+    """
+    required: dict[str, Shape] = {}
+    optional: set[str] = set()
+    for name, shape in plain.items():
+        storage, module = matrix_storage(quantization, name, shape), name.removesuffix(".weight")
+        if quantization is not None and quantization.has_mxfp4_experts and len(shape) == 3:
+            groups = (shape[0], shape[2], shape[1] // MXFP4_GROUP)  # experts' matrices alone have three dimensions
+            required |= {f"{name}_blocks": (*groups, MXFP4_GROUP // 2), f"{name}_scales": groups}
+        elif storage is None:
+            required[name] = shape
+        else:
+            required |= storage.tensors(module, shape[0], shape[1])
+            optional.update(storage.optional_tensors(module, shape[0], shape[1]))  # `|=` of keys copies the set
+    return required, optional - required.keys()
+
+
+def matrix_storage(quantization: Quantization | None, name: str, shape: Shape) -> Storage | None:
+    """Return how the checkpoint has what would be the tensor `name` of a plain one; None: as it is."""
+    if quantization is None or len(shape) != 2 or not name.endswith(".weight"):
+        return None
+    storage = quantization.storage(name.removesuffix(".weight"))
+    return None if storage is None or storage.layout == "plain" else storage
 
 
 def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -170,12 +170,37 @@ class Rule:
     target: str
     storage: Storage | None
 
+    @property
+    def is_name(self) -> bool:
+        return self.target != "Linear" and not self.target.startswith("re:")
+
     def names(self, module: str) -> bool:
         if self.target.startswith("re:"):
-            return re.match(self.target[3:], module) is not None
+            return re.match(self.target.removeprefix("re:"), module) is not None
         if self.target == "Linear":  # tools leave gates plain without a word: many libraries have no linear there
             return not module.endswith(GATES)
         return f".{self.target}." in f".{module}."
+
+
+class RuleIndex:
+    """An index finds the first rule that names a module by looking up parts of its name: a mixture of experts has tens
+    of thousands of modules, and its config.json may exclude hundreds by their names.
+    """
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self._others = [(place, rule) for place, rule in enumerate(rules) if not rule.is_name]
+        # Of rules that are names; of one name the first.
+        self._places = {rule.target: place for place, rule in reversed([*enumerate(rules)]) if rule.is_name}
+        self._sizes = sorted({name.count(".") + 1 for name in self._places})  # parts of these names
+
+    def first(self, module: str) -> Rule | None:
+        """Return the first rule that names the module; None: no rule does."""
+        parts = module.split(".")
+        runs = (".".join(parts[at : at + size]) for size in self._sizes for at in range(len(parts) - size + 1))
+        first = min((self._places[run] for run in runs if run in self._places), default=len(self._rules))
+        other = next((place for place, rule in self._others if place < first and rule.names(module)), first)
+        return self._rules[other] if other < len(self._rules) else None
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -188,12 +213,17 @@ class Quantization:
     modules: Mapping[str, Storage] = field(default_factory=dict, hash=False)  # before the rules; a tied head's too
     has_mxfp4_experts: bool = False  # stacks of them are in this format, by the names of their tensors
     widened_experts: tuple[str, ...] = ()  # kinds of blocks without code here: widened when a file was unpacked
+    _index: RuleIndex = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", RuleIndex(self.rules))
 
     def storage(self, module: str) -> Storage | None:
         """Return how the checkpoint has a linear's matrix; None: plainly."""
         if module in self.modules or module == TIED_HEAD:
             return self.modules.get(module)
-        return next((rule.storage for rule in self.rules if rule.names(module)), None)
+        rule = self._index.first(module)
+        return None if rule is None else rule.storage
 
     def form(self, modules: Iterable[str], num_inputs: int) -> Form | None:
         """Return the form of the matrix that these are fused into; None: plain numbers.
@@ -238,14 +268,6 @@ class Quantization:
             raise ConfigError("quantization = fp8: its products are of bfloat16; give --dtype bfloat16")
 
 
-def matrix_storage(quantization: Quantization | None, name: str, shape: Shape) -> Storage | None:
-    """Return how the checkpoint has what would be the tensor `name` of a plain one; None: as it is."""
-    if quantization is None or len(shape) != 2 or not name.endswith(".weight"):
-        return None
-    storage = quantization.storage(name.removesuffix(".weight"))
-    return None if storage is None or storage.layout == "plain" else storage
-
-
 def quantized_at_load(name: str) -> Quantization:
     """Return what `--quantization` int8, int4 or fp8 makes of a plain checkpoint.
 
@@ -276,23 +298,3 @@ def chosen_quantization(stored: Quantization | None, asked: str | None) -> Quant
     if asked in AT_LOAD:
         return quantized_at_load(asked)
     raise ConfigError(f"quantization = {asked}: the checkpoint's config.json has no such quantization_config")
-
-
-def stored_shapes(quantization: Quantization | None, plain: Mapping[str, Shape]) -> tuple[dict[str, Shape], set[str]]:
-    """Return the tensors that a checkpoint must have, and the names of those that it may have besides.
-
-    `plain` are those that it would have in plain numbers.
-    """
-    required: dict[str, Shape] = {}
-    optional: set[str] = set()
-    for name, shape in plain.items():
-        storage, module = matrix_storage(quantization, name, shape), name.removesuffix(".weight")
-        if quantization is not None and quantization.has_mxfp4_experts and len(shape) == 3:
-            groups = (shape[0], shape[2], shape[1] // MXFP4_GROUP)  # experts' matrices alone have three dimensions
-            required |= {f"{name}_blocks": (*groups, MXFP4_GROUP // 2), f"{name}_scales": groups}
-        elif storage is None:
-            required[name] = shape
-        else:
-            required |= storage.tensors(module, shape[0], shape[1])
-            optional |= storage.optional_tensors(module, shape[0], shape[1]).keys()
-    return required, optional - required.keys()

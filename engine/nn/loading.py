@@ -18,8 +18,17 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...models.checkpoint import KV_SCALE, check_names, check_shape, full_name, safetensors_files, tensor_shapes
-from ...models.quantization import Quantization, Storage, matrix_storage, stored_shapes
+from ...models.checkpoint import (
+    KV_SCALE,
+    check_names,
+    check_shape,
+    full_name,
+    matrix_storage,
+    safetensors_files,
+    stored_shapes,
+    tensor_shapes,
+)
+from ...models.quantization import Quantization, Storage
 from ..weights.formats import unpack
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import WeightSlot

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
@@ -15,6 +17,7 @@ from kvferry.models.quantization import (
     Form,
     Quantization,
     Rule,
+    RuleIndex,
     Storage,
     chosen_quantization,
     quantized_at_load,
@@ -145,3 +148,41 @@ def test_a_rules_target_is_a_run_of_a_names_parts() -> None:
     plain = Storage(layout="plain")
     assert Rule("mlp.up_proj", plain).names(UP) and Rule(UP, plain).names(UP) and Rule("Linear", plain).names(UP)
     assert not Rule("p.up_proj", plain).names(UP) and not Rule("re:mlp", plain).names(UP)
+
+
+TARGETS = [
+    "re:.*layers.1.mlp.up",
+    "mlp.up_proj",
+    "model.layers.1",
+    "lm_head",
+    "Linear",
+    UP,
+    "layers",
+    "re:.*down_proj$",
+]
+
+
+@given(st.permutations(TARGETS))
+def test_an_index_finds_the_first_rule_that_names_a_module(targets: list[str]) -> None:
+    rules = [Rule(target, Storage(layout="plain")) for target in targets[:5]]
+    index = RuleIndex(rules)
+    parts = ("mlp.up_proj", "mlp.down_proj", "mlp.gate", "mlp.experts.3.up_proj")
+    for module in ("lm_head", "x.up_proj", *(f"model.layers.{layer}.{part}" for layer in (0, 1, 11) for part in parts)):
+        assert index.first(module) is next((rule for rule in rules if rule.names(module)), None)
+
+
+def test_hundreds_of_excluded_modules_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Qwen3-235B-A22B-FP8, which has 36,000 modules: each was tried with each of 283 rules."""
+    excluded = [f"model.layers.{layer}.mlp.gate" for layer in range(94)]
+    found = _read({"quant_method": "fp8", "modules_to_not_convert": excluded})
+    tried: list[str] = []
+    names = Rule.names
+
+    def told(rule: Rule, module: str) -> bool:
+        tried.append(rule.target)
+        return names(rule, module)
+
+    monkeypatch.setattr(Rule, "names", told)
+    assert found.storage("model.layers.93.mlp.gate") is None
+    assert found.storage("model.layers.93.mlp.experts.127.gate_proj") is not None
+    assert tried == ["Linear"]

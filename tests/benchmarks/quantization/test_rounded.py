@@ -11,10 +11,9 @@ from safetensors import safe_open
 from kvferry.benchmarks.quantization.rounded import write_rounded
 from kvferry.engine.weights.formats import unpack
 from kvferry.engine.weights.grouped import GroupedWeight
-from kvferry.models.checkpoint import check_checkpoint, safetensors_files
+from kvferry.models.checkpoint import check_checkpoint, matrix_storage, safetensors_files
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
-from kvferry.models.quantization import matrix_storage
 
 _NAME = "model.layers.3.mlp.down_proj.weight"
 
