@@ -27,8 +27,6 @@ def is_guidable(dialect: Dialect, *, is_free: bool) -> bool:
 
     `is_free`: an answer that does not call is any text, in which Granite's marks could stand.
     """
-    if dialect.has_two_forms:  # one of them is text to the other's grammar
-        return False
     return dialect.tool_parser in ("hermes", "llama3_json", "json") or (
         dialect.tool_parser == "granite" and not is_free
     )

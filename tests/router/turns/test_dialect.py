@@ -87,7 +87,9 @@ def test_calls_have_the_form_that_was_told_or_the_named_one_where_a_template_tak
     for text in (own, told):
         turn = dialect.reader(USE, begins_inside=False).push(text, is_final=True)
         assert [(call.name, call.arguments) for call in turn.calls] == [("f", "{}")], text
-    assert not is_guidable(dialect, is_free=True)
+    strict = parse_tool_use([{"type": "function", "function": {"name": "f", "strict": True}}], None, None)
+    turn = dialect.reader(strict, begins_inside=False).push(told, is_final=True)
+    assert not turn.calls or not is_guidable(dialect, is_free=True), "it would pass by the grammar"
     assert not _dialect("{{ tools }}", parser).has_two_forms
 
 
