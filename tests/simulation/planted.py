@@ -313,7 +313,7 @@ class _UndoesDrain(RolePair):
         self.draining = False
 
 
-def _keep_first_role(self: RouterWorker, role: str, now_s: float) -> None:
+def _keep_first_role(self: RouterWorker, role: str) -> None:
     """The router goes by the role of the worker's hello."""
 
 
@@ -369,7 +369,12 @@ BUGS = (
     Planted(
         "deadlines do not matter", frozenset({"I10"}), patches=((Deadlines, "judge_deadline", _judge_without_deadline),)
     ),
-    Planted("given up early", frozenset({"I8"}), patches=((Deadlines, "judge_deadline", _give_up_early),)),
+    Planted(
+        "given up early",
+        frozenset({"I8"}),
+        patches=((Deadlines, "judge_deadline", _give_up_early),),
+        within_seeds=200,
+    ),
     Planted("attempts without end", frozenset({"I11"}), patches=((InFlightRequests, "_last_straw", _no_last_straw),)),
     Planted("lost workers do not matter", frozenset({"I16"}), patches=((Losses, "on_left", _forget_the_lost),)),
     Planted("choices share a partial block", frozenset({"I3"}), patches=((SequenceBlocks, "share", _share_all),)),

@@ -294,7 +294,7 @@ def test_metadata_that_is_not_a_peers_is_refused(backend: TransferBackend, peer:
 
 
 def test_missing_package_names_the_pip_line() -> None:
-    with pytest.raises(ConfigError, match="pip install 'nixl-cu1[23]=="):
+    with pytest.raises(ConfigError, match=r"pip install 'nixl-cu1[23]=="):
         load_api(["no_such_nixl"])
     with pytest.raises(ConfigError, match="not one of"):
         open_backend("rdma", "p-0.1.0.0")
