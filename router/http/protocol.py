@@ -29,6 +29,7 @@ from ..state.errors import failure_of
 from .connection_limits import Connections
 from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
 from .stream_writer import CHUNK_ENCODER, ChunkEncoder, StreamWriter, WriteCoalescer
+from .ways_out import Closer, PlainEncoder, Unframed
 
 HEAD_LIMIT_S = 5.0
 WRITE_LIMIT_S = 30.0
@@ -207,8 +208,11 @@ class DeadlineProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._await_nothing()
         self.books.work(self)
-        self.cycle.transport = _Closer(self)  # type: ignore[assignment]
-        self._chunk_encoder = self.scope[CHUNK_ENCODER] = ChunkEncoder(self.stream_writer, self.flow)  # type: ignore[literal-required]
+        is_plain = self.scope["http_version"] == "1.0"
+        write = Unframed(self.stream_writer.write) if is_plain else self.stream_writer.write
+        self.cycle.transport = Closer(write, self.end, self.transport.is_closing)  # type: ignore[assignment]
+        self._chunk_encoder = (PlainEncoder if is_plain else ChunkEncoder)(self.stream_writer, self.flow)
+        self.scope[CHUNK_ENCODER] = self._chunk_encoder  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self._message.add_content(len(body))
@@ -284,17 +288,3 @@ class DeadlineProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.end()
-
-
-class _Closer:
-    """A request's way to its transport: it writes to the stream writer, and leaves the end to the protocol."""
-
-    __slots__ = ("_protocol", "is_closing", "write")
-
-    def __init__(self, protocol: DeadlineProtocol) -> None:
-        self._protocol = protocol
-        self.write = protocol.stream_writer.write
-        self.is_closing = protocol.transport.is_closing
-
-    def close(self) -> None:
-        self._protocol.end()
