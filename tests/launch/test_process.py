@@ -20,13 +20,13 @@ TIMES = ChildTimes(hang_after_s=1.0, grace_s=1.0, first_backoff_s=0.05)
 # Stands still for `sys.argv[1]` seconds, again and again; a long time in steps, as Python code that runs would.
 PROGRAM = """
 import asyncio, sys, time
-from kvferry.common.clock import SystemClock
+from kvferry.common.clock import OwnTime, SystemClock
 from kvferry.common.lifeline import Lifeline
 from kvferry.router.pulse import Pulse
 
 async def main():
     lifeline = Lifeline.from_fds(int(sys.argv[3]), None)
-    pulse = Pulse(SystemClock())
+    pulse = Pulse(OwnTime(SystemClock()))
     lifeline.ready()
     lifeline.beat_with(pulse.lag_s)
     while True:
