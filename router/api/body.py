@@ -107,6 +107,11 @@ def _check_kind(headers: Mapping[bytes, bytes]) -> None:
     kind = headers.get(b"content-type", b"")
     if kind != b"application/json" and kind.partition(b";")[0].strip().lower() != b"application/json":
         raise _unsupported(f"the body must have Content-Type: application/json, got {clip(kind.decode('latin-1'))}")
+    check_codings(headers)
+
+
+def check_codings(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse a body that does not come as it is. Raises RequestError (415, 501)."""
     coding = headers.get(b"content-encoding", b"identity")
     if coding.strip().lower() != b"identity":  # a few bytes may unpack to gigabytes
         raise _unsupported(f"the body must come as it is, not with Content-Encoding: {clip(coding.decode('latin-1'))}")

@@ -20,7 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.types import Receive
 
 from ...common.errors import RequestError
-from ..api.body import ClientGone
+from ..api.body import ClientGone, check_codings
 from ..state.errors import clip
 from .files import INPUT
 from .folder import DataFolder, no_room
@@ -140,11 +140,8 @@ def too_large(max_bytes: int) -> RequestError:
 
 
 def boundary_of(headers: Mapping[bytes, bytes]) -> bytes:
-    """Return the boundary of a multipart body. Raises RequestError (415) for another kind of body."""
-    coding = headers.get(b"content-encoding", b"identity")
-    if coding.strip().lower() != b"identity":  # what is stored is what is read
-        text = f"the body must come as it is, not with Content-Encoding: {clip(coding.decode('latin-1'))}"
-        raise RequestError(text, code="unsupported_media_type", status=415)
+    """Return the boundary of a multipart body. Raises RequestError (415, 501) for another kind of body."""
+    check_codings(headers)  # what is stored is what is read
     kind, options = parse_options_header(headers.get(b"content-type", b""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 200:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .json_syntaxes import HermesSyntax
 from .json_text import skip_blank
-from .syntax import Place, Progress, Segment, Syntax
+from .syntax import Place, Progress, Segment, Syntax, first_place
 
 
 class EitherSyntax:
@@ -15,9 +15,7 @@ class EitherSyntax:
         self.marks = own.marks | HermesSyntax.marks
 
     def find(self, text: str, *, is_start: bool) -> Place | None:
-        found = (syntax.find(text, is_start=is_start) for syntax in (self._own, self._told))
-        places = [place for place in found if place is not None]
-        return min(places, key=lambda place: (place.start, not place.is_sure), default=None)
+        return first_place(syntax.find(text, is_start=is_start) for syntax in (self._own, self._told))
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         """Read it as Hermes' where JSON follows the tag, which Qwen3-Coder's form begins with, too."""

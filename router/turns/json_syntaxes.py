@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 
 from .json_text import ends_with_part_of, skip_blank
-from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, is_any_name, read_json_calls
+from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, first_place, is_any_name, read_json_calls
 
 LLAMA_TAGS: Mapping[str, str] = {"<|python_tag|>": ""}
 # Of Granite 3.0 and 3.3, of 3.1 and 3.2, of Phi-4-mini as it was trained and as vLLM's template tells it.
@@ -28,8 +28,7 @@ def find_mark(text: str, mark: str) -> Place | None:
 
 def find_first(text: str, marks: Iterable[str]) -> Place | None:
     """Find the first of several marks."""
-    places = [place for mark in marks if (place := find_mark(text, mark)) is not None]
-    return min(places, key=lambda place: (place.start, not place.is_sure), default=None)
+    return first_place(find_mark(text, mark) for mark in marks)
 
 
 class HermesSyntax:

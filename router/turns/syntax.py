@@ -8,7 +8,7 @@ So what a stream tells is the difference of two readings (call_reader.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,6 +38,12 @@ class Place:
 
     start: int
     is_sure: bool
+
+
+def first_place(places: Iterable[Place | None]) -> Place | None:
+    """Return the one that begins first, of two at one place the one that is sure; None: there is none."""
+    found = [place for place in places if place is not None]
+    return min(found, key=lambda place: (place.start, not place.is_sure), default=None)
 
 
 @dataclass(slots=True, frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from typing import Any, Protocol, cast
 
 import httpx
 import msgspec
+import pytest
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -267,6 +269,13 @@ class Inline:
 def toy_tokenizer() -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         return Tokenizer.from_dir(write_model_dir(Path(folder)))
+
+
+def use_template(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Let the servers that follow have this chat template."""
+    (write_model_dir(folder) / "chat_template.jinja").write_text(source)
+    tokenizer = Tokenizer.from_dir(folder)
+    monkeypatch.setattr(sys.modules[__name__], "toy_tokenizer", lambda: tokenizer)
 
 
 class Submitter(Protocol):

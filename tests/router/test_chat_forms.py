@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.catalogue.version import ServedModel
 
 from . import fakes
@@ -92,9 +91,7 @@ WITHOUT_CALLS = (
 async def test_earlier_calls_are_content_where_the_template_tells_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (fakes.write_model_dir(tmp_path) / "chat_template.jinja").write_text(WITHOUT_CALLS)
-    tokenizer = Tokenizer.from_dir(tmp_path)
-    monkeypatch.setattr(fakes, "toy_tokenizer", lambda: tokenizer)
+    fakes.use_template(tmp_path, monkeypatch, WITHOUT_CALLS)
     served = serve(Script("ok"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
     calls = [{"id": name, "function": {"name": name, "arguments": '{"a":1}'}} for name in "ab"]
     asked = {"role": "assistant", "content": "So.", "tool_calls": calls}
@@ -109,9 +106,7 @@ async def test_earlier_arguments_are_a_text_where_the_template_wants_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the first call is the end of its conversation: all that follows is refused."""
-    (fakes.write_model_dir(tmp_path) / "chat_template.jinja").write_text(JOINED)
-    tokenizer = Tokenizer.from_dir(tmp_path)
-    monkeypatch.setattr(fakes, "toy_tokenizer", lambda: tokenizer)
+    fakes.use_template(tmp_path, monkeypatch, JOINED)
     served = serve(Script("ok"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
     call = {"id": "a", "type": "function", "function": {"name": "search", "arguments": '{"query":"\u00e9"}'}}
     asked = [*CHAT, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "a", "content": "x"}]

@@ -10,7 +10,6 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import CheckedGrammar, Grammar
 from kvferry.models.chat_template import ChatTemplate
-from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.turns.told import told_in_text
 
@@ -395,9 +394,7 @@ async def test_calls_are_told_apart_where_a_template_takes_one_at_once(
     results: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer that made both must not be the end of its conversation."""
-    (fakes.write_model_dir(tmp_path) / "chat_template.jinja").write_text(ONE_CALL_AT_ONCE)
-    tokenizer = Tokenizer.from_dir(tmp_path)
-    monkeypatch.setattr(fakes, "toy_tokenizer", lambda: tokenizer)
+    fakes.use_template(tmp_path, monkeypatch, ONE_CALL_AT_ONCE)
     served = _served("ok")
     history = [*CHAT, _called("a", "b"), *map(_result, results), _called("c"), _result("c"), *CHAT]
     await _whole(served, messages=history)

@@ -119,15 +119,19 @@ def write_drawn(path: Path, kind: str, fields: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
-def test_config_and_log_probabilities_are_the_checkpoints(tmp_path: Path, model: str) -> None:
-    checkpoint = write_as_gguf(_checkpoint(tmp_path / "plain", model, {}), tmp_path / "m.gguf")
-    path = gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
+def assert_same_model(file: Path, checkpoint: Path, cache: Path) -> None:
+    path = gguf_model_dir(file, cache=cache)
     found, wanted = ModelConfig.from_dir(path), ModelConfig.from_dir(checkpoint)
     check_checkpoint(path, found)
     assert replace(found, dtype=wanted.dtype) == wanted
     assert_as_transformers(path, checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_config_and_log_probabilities_are_the_checkpoints(tmp_path: Path, model: str) -> None:
+    checkpoint = write_as_gguf(_checkpoint(tmp_path / "plain", model, {}), tmp_path / "m.gguf")
+    assert_same_model(tmp_path / "m.gguf", checkpoint, tmp_path / "cache")
 
 
 @pytest.mark.slow

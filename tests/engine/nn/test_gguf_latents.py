@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from kvferry.models.gguf.tensors import Part
 
 from ...gguf_files import plain_tokens, write_as_gguf
 from ..weights.test_formats import BFLOAT16, FLOAT32, assert_as_transformers
-from .test_gguf_families import YARN, write_drawn
+from .test_gguf_families import YARN, assert_same_model, write_drawn
 
 DEEPSEEK = {
     "num_hidden_layers": 3,
@@ -61,11 +60,7 @@ def _checkpoint(path: Path, model: str) -> Path:
 @pytest.mark.parametrize("model", MODELS)
 def test_config_and_log_probabilities_are_the_checkpoints(tmp_path: Path, model: str, is_old: bool) -> None:
     checkpoint = write_as_gguf(_checkpoint(tmp_path / "plain", model), tmp_path / "m.gguf", is_old=is_old)
-    path = gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
-    found, wanted = ModelConfig.from_dir(path), ModelConfig.from_dir(checkpoint)
-    check_checkpoint(path, found)
-    assert replace(found, dtype=wanted.dtype) == wanted
-    assert_as_transformers(path, checkpoint)
+    assert_same_model(tmp_path / "m.gguf", checkpoint, tmp_path / "cache")
 
 
 @pytest.mark.slow
