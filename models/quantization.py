@@ -272,12 +272,13 @@ def quantized_at_load(name: str) -> Quantization:
     """Return what `--quantization` int8, int4 or fp8 makes of a plain checkpoint.
 
     With whole numbers the head has 8 bits either way: small models live in it. With floats it is plain, as on every
-    GPU; so are routed experts, of which there is a grouped product of plain numbers alone, and what makes heads of
-    latents.
+    GPU; so is what makes heads of latents.
     """
     if name == "fp8":
-        plain_ones = ("lm_head", "kv_b_proj", "experts")
-        rules = [*(Rule(module, None) for module in plain_ones), Rule("Linear", Storage(layout="plain", kind="float8"))]
+        rules = [
+            *(Rule(module, None) for module in ("lm_head", "kv_b_proj")),
+            Rule("Linear", Storage(layout="plain", kind="float8")),
+        ]
         return Quantization(name=name, method=name, rules=tuple(rules))
     head = Storage(layout="plain", bits=8)
     linear = Storage(layout="plain", bits=8 if name == "int8" else 4)

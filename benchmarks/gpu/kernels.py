@@ -22,6 +22,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from kvferry.benchmarks.gpu.agreement import agreement, random_rows
+from kvferry.benchmarks.gpu.expert_products import check_experts, check_float8_experts
 from kvferry.benchmarks.shared.checks import run_checks
 from kvferry.common.adapter import NO_ADAPTER
 from kvferry.common.request import SamplingParams
@@ -38,11 +40,9 @@ from kvferry.engine.weights.weight import DenseWeight
 _QO_HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16
 _LATENT, _TURNED, _LATENT_HEADS = 512, 64, 16
 _HIDDEN, _MLP, _VOCAB = 4096, 14336, 128256
-_TOLERANCE = 2e-2  # relative and absolute: two roundings to bfloat16
 # (tokens before, tokens fed) of each row; rows of one token first.
 _ROWS = ((0, 1), (15, 1), (16, 1), (999, 1), (4095, 1), (0, 64), (700, 300), (33, 17))
 _MAX_POSITION = 8192
-_EXPERT = 768  # a Qwen3-30B-A3B's inner columns
 _LORA_RANKS = (8, 64, 13)
 _EPS = 1e-5
 _MIN_EQUAL_DRAWS = 0.99
@@ -87,7 +87,7 @@ def check_attention(device: torch.device, window: int | None) -> str:
         results.append((backend.forward(q, k, v, 0).float().cpu(), copy.float().cpu()))
     (out, written), (expected, expected_pages) = results
     torch.testing.assert_close(written, expected_pages, rtol=0, atol=0)
-    return _agreement(out, expected)
+    return agreement(out, expected)
 
 
 def check_latents(device: torch.device) -> str:
@@ -104,22 +104,22 @@ def check_latents(device: torch.device) -> str:
         results.append((backend.forward(q, kept, kept[..., :_LATENT], 0).float().cpu(), copy.float().cpu()))
     (out, written), (expected, expected_pages) = results
     torch.testing.assert_close(written, expected_pages, rtol=0, atol=0)
-    return _agreement(out, expected)
+    return agreement(out, expected)
 
 
 def check_norms(device: torch.device, kernels: Kernels) -> str:
-    x, residual = (_random(500, _HIDDEN, device=device, seed=seed) for seed in (1, 2))
-    weight = _random(_HIDDEN, device=device, seed=3)
-    _agreement(kernels.rms_norm(x, weight, _EPS), _norm(x, weight))
-    heads, head_weight = _random(500, _QO_HEADS, _HEAD_DIM, device=device, seed=9), weight[:_HEAD_DIM].contiguous()
+    x, residual = (random_rows(500, _HIDDEN, device=device, seed=seed) for seed in (1, 2))
+    weight = random_rows(_HIDDEN, device=device, seed=3)
+    agreement(kernels.rms_norm(x, weight, _EPS), _norm(x, weight))
+    heads, head_weight = random_rows(500, _QO_HEADS, _HEAD_DIM, device=device, seed=9), weight[:_HEAD_DIM].contiguous()
     expected = _norm(heads, head_weight)
     kernels.norm_heads_(heads, head_weight, _EPS)
-    _agreement(heads, expected)
+    agreement(heads, expected)
     total = x.float() + residual.float()
     expected = _norm(total, weight)
     kernels.add_norm_(x, residual, weight, _EPS)
-    _agreement(residual, total)
-    return _agreement(x, expected)
+    agreement(residual, total)
+    return agreement(x, expected)
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -132,11 +132,11 @@ def check_rotation(device: torch.device, kernels: Kernels) -> str:
     inverse = 500_000.0 ** (-torch.arange(half, device=device) / half)
     angles = torch.arange(_MAX_POSITION, device=device).unsqueeze(1) * inverse  # [positions, head_dim / 2]
     table = torch.cat((angles.cos(), angles.sin()), 1)
-    fused = _random(num_tokens, _QO_HEADS + 2 * _KV_HEADS, _HEAD_DIM, device=device, seed=5)
+    fused = random_rows(num_tokens, _QO_HEADS + 2 * _KV_HEADS, _HEAD_DIM, device=device, seed=5)
     q, k, v = torch.split(fused, [_QO_HEADS, _KV_HEADS, _KV_HEADS], 1)  # views of one product's rows, as in a layer
     expected = [_rotated(heads.float(), table[positions]) for heads in (q, k)] + [v.float()]
     kernels.rotate_(q, k, positions.int(), table)
-    return _agreement(torch.cat((q, k, v), 1), torch.cat(expected, 1))
+    return agreement(torch.cat((q, k, v), 1), torch.cat(expected, 1))
 
 
 def _rotated(heads: Tensor, cos_sin: Tensor) -> Tensor:
@@ -147,14 +147,14 @@ def _rotated(heads: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def check_activation(device: torch.device, kernels: Kernels) -> str:
-    gate_up = _random(300, 2 * _MLP, device=device, seed=7)
+    gate_up = random_rows(300, 2 * _MLP, device=device, seed=7)
     gate, up = gate_up.float().chunk(2, 1)
-    return _agreement(kernels.silu_and_mul(gate_up), torch.nn.functional.silu(gate) * up)
+    return agreement(kernels.silu_and_mul(gate_up), torch.nn.functional.silu(gate) * up)
 
 
 def check_logits(device: torch.device, kernels: Kernels, vocab_size: int = _VOCAB) -> str:
-    hidden = _random(64, _HIDDEN, device=device, seed=10)
-    weight = _random(vocab_size, _HIDDEN, device=device, seed=11).div_(_HIDDEN**0.5)
+    hidden = random_rows(64, _HIDDEN, device=device, seed=10)
+    weight = random_rows(vocab_size, _HIDDEN, device=device, seed=11).div_(_HIDDEN**0.5)
     expected = hidden.float().cpu() @ weight.float().cpu().t()  # a card may multiply float32 in fewer bits
     out = kernels.logits(hidden, weight).cpu()
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
@@ -181,15 +181,15 @@ class _AdaptedModel:
 
 def check_adapters(device: torch.device) -> str:
     num_rows, num_slots = 64, len(_LORA_RANKS)
-    linear = _Adapted("q", DenseWeight(_random(_HIDDEN, _HIDDEN, device=device, seed=12).div_(_HIDDEN**0.5)))
+    linear = _Adapted("q", DenseWeight(random_rows(_HIDDEN, _HIDDEN, device=device, seed=12).div_(_HIDDEN**0.5)))
     slots = DeviceSlots(_AdaptedModel(linear), num_slots=num_slots, max_rank=max(_LORA_RANKS), device=device)
     host = torch.device("cpu")
     pairs = []
     for slot, rank in enumerate(_LORA_RANKS):
-        down, up = (_random(*shape, device=host, seed=20 + slot) for shape in ((rank, _HIDDEN), (_HIDDEN, rank)))
+        down, up = (random_rows(*shape, device=host, seed=20 + slot) for shape in ((rank, _HIDDEN), (_HIDDEN, rank)))
         pairs.append(Pair(down.div_(_HIDDEN**0.5), up.div_(rank**0.5)))
         slots.put(slot, AdapterWeights({"q": pairs[-1]}))
-    x = _random(num_rows, _HIDDEN, device=device, seed=13)
+    x = random_rows(num_rows, _HIDDEN, device=device, seed=13)
     chosen = torch.full((num_rows,), NO_ADAPTER, dtype=torch.int32, device=device)
 
     def run() -> Tensor:
@@ -208,19 +208,7 @@ def check_adapters(device: torch.device) -> str:
     for row, slot in enumerate(chosen.tolist()):
         if slot != NO_ADAPTER:
             expected[row] += (wide[row] @ pairs[slot].down.float().t()) @ pairs[slot].up.float().t()
-    return _agreement(y.cpu(), expected)
-
-
-def check_experts(device: torch.device) -> str:
-    """Groups of any size, also none, through one product; what lies behind the last group is not looked at."""
-    sizes = [0, 5, 1, 300, 0, 64, 2]
-    num_rows = sum(sizes)
-    x = _random(num_rows + 7, _HIDDEN, device=device, seed=14)
-    weights = _random(len(sizes), _EXPERT, _HIDDEN, device=device, seed=15).div_(_HIDDEN**0.5)
-    ends = torch.tensor(sizes).cumsum(0).int().to(device)
-    y = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends)[:num_rows]
-    rows, matrices = torch.split(x[:num_rows].float().cpu(), sizes), weights.float().cpu()
-    return _agreement(y.cpu(), torch.cat([part @ matrix.t() for part, matrix in zip(rows, matrices, strict=True)]))
+    return agreement(y.cpu(), expected)
 
 
 def check_sampling(device: torch.device, kernels: Kernels, vocab_size: int = _VOCAB) -> str:
@@ -253,16 +241,6 @@ def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
     return SamplingParams(**{field: getattr(params, field) for field in params.__struct_fields__} | {"seed": seed})
 
 
-def _random(*shape: int, device: torch.device, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
-
-
-def _agreement(out: Tensor, expected: Tensor) -> str:
-    out = out.float()
-    torch.testing.assert_close(out, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
-    return f"largest difference {float((out - expected).abs().max()):.1e}"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.gpu.kernels")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
@@ -281,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             "logits": lambda: check_logits(device, kernels, flags.vocab_size),
             "adapters": lambda: check_adapters(device),
             "experts": lambda: check_experts(device),
+            "experts in 8 bits": lambda: check_float8_experts(device),
             "sampling": lambda: check_sampling(device, kernels, flags.vocab_size),
         }
         checks = run_checks(flags.json, named, console)

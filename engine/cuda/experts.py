@@ -5,9 +5,9 @@
 Where a group of rows ends is known on the device alone, and every shape follows from the number of rows: nothing is
 read back, so a step can be captured. A row's sum is taken in float32, in the order of its experts, as `SparseMLP` does.
 
-What torch has for it waits for the host on cards but Hopper and Blackwell, and takes bfloat16 in whole 16 bytes.
-Other cards and other weights, and rows that are exchanged between ranks, keep `SparseMLP`'s loop over experts, whose
-steps are not captured; `group` says which.
+Which weights are multiplied by so, and on which cards without waiting for the host, `stacks.py` knows. Other cards and
+weights, and rows that are exchanged between ranks, keep `SparseMLP`'s loop over experts, whose steps are not captured;
+`group` says which.
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
 """
@@ -26,12 +26,11 @@ from ..nn.experts import SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
 from ..nn.stacked_experts import StackedExpert
-from ..weights.weight import DenseWeight
+from ..weights.weight import Weight
+from . import stacks
 
 log = structlog.get_logger(__name__)
 
-_MAJORS = (9, 10)  # capabilities of the cards on which torch's product does not wait
-_MULTIPLE = 8  # numbers of 2 bytes, of which it takes rows and columns
 # Rows that are sorted at once: more take more memory, for each is there once for every expert that it takes; fewer read
 # the experts more often.
 _ROWS = 4096
@@ -55,17 +54,17 @@ class GroupedExperts:
     def __init__(self, block: SparseMLP, rows: RealRows) -> None:
         self._block = block
         self.rows = rows
-        up, down = ([getattr(expert, name) for expert in block.experts] for name in ("gate_up_proj", "down_proj"))
-        self._up, self._up_bias = _stacked(up), _biases(up)  # [experts, 2 * inner, hidden], [experts + 1, 2 * inner]
-        self._down, self._down_bias = _stacked(down), _biases(down)  # [experts, hidden, inner], [experts + 1, hidden]
-        num_experts, device = block.gate.experts.num_experts, self._up.device
+        up, down = _linears(block)
+        self._up, self._up_bias = stacks.stack(_weights(up)), _biases(up)  # of 2 * inner outputs each
+        self._down, self._down_bias = stacks.stack(_weights(down)), _biases(down)
+        num_experts, num_own, device = block.gate.experts.num_experts, len(block.experts), rows.count.device
         block.taken = block.taken.to(device)
-        self._own = torch.arange(len(self._up), device=device)
+        self._own = torch.arange(num_own, device=device)
         # Of each expert among this rank's; behind them: another rank computes it.
-        places = torch.full((num_experts + 1,), len(self._up))
-        places[list(block.held)] = torch.arange(len(self._up))
+        places = torch.full((num_experts + 1,), num_own)
+        places[list(block.held)] = torch.arange(num_own)
         self._places = places.to(device)
-        self._has_all = len(self._up) == num_experts and block.replicas is None
+        self._has_all = num_own == num_experts and block.replicas is None
         expert = block.experts[0]
         self.is_silu = isinstance(expert, GatedMLP)
         self.activate: Callable[[Tensor], Tensor] = expert.activated
@@ -91,29 +90,28 @@ class GroupedExperts:
         by_expert = places.argsort(stable=True)
         experts = places[by_expert]
         ends = torch.searchsorted(experts, self._own, right=True, out_int32=True)
-        gate_up = torch._grouped_mm(x[by_expert // chosen.shape[1]], self._up.transpose(1, 2), offs=ends)
+        gate_up = self._up.product(x, ends, by_expert // chosen.shape[1])
         if self._up_bias is not None:
             gate_up += self._up_bias[experts]
-        sorted_results = torch._grouped_mm(self.activate(gate_up), self._down.transpose(1, 2), offs=ends)
+        sorted_results = self._down.product(self.activate(gate_up), ends)
         if self._down_bias is not None:
             sorted_results += self._down_bias[experts]
         results = torch.empty_like(sorted_results).index_copy_(0, by_expert, sorted_results)
         if not self._has_all:  # what no expert here has computed is any number
-            results.masked_fill_((places == len(self._up)).unsqueeze(1), 0.0)
+            results.masked_fill_((places == len(self._own)).unsqueeze(1), 0.0)
         total = torch.zeros_like(x, dtype=torch.float32)
         for choice, result in enumerate(results.view(*chosen.shape, -1).unbind(1)):
             total.add_(result.float().mul_(weights[:, choice : choice + 1]))
         return total
 
 
-def _stacked(linears: Sequence[Linear]) -> Tensor:
-    """Move matrices into one tensor, of which they are parts from then on."""
-    weights = [linear.weight for linear in linears]
-    dense = [weight for weight in weights if isinstance(weight, DenseWeight)]
-    stack = torch.stack([weight.plain for weight in dense])
-    for weight, part in zip(dense, stack.unbind(), strict=True):
-        weight.plain = part
-    return stack
+def _linears(block: SparseMLP) -> tuple[list[Linear], list[Linear]]:
+    """Return what computes gate and up of each expert, and what computes its results."""
+    return [expert.gate_up_proj for expert in block.experts], [expert.down_proj for expert in block.experts]
+
+
+def _weights(linears: Sequence[Linear]) -> list[Weight]:
+    return [linear.weight for linear in linears]
 
 
 def _biases(linears: Sequence[Linear]) -> Tensor | None:
@@ -141,20 +139,14 @@ def group(decoder: Decoder, device: torch.device) -> None:
 def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
     if any(isinstance(block, ExchangedMLP) for block in blocks):
         return "rows are exchanged between ranks, and how many the host must know"
-    if torch.cuda.get_device_capability(device)[0] not in _MAJORS:
-        return "no grouped product of torch's runs on this card without waiting for the host"
     if not all(block.experts for block in blocks):
         return "this rank holds none in some layer"
     for expert in (expert for block in blocks for expert in block.experts):
         is_stacked = isinstance(expert, StackedExpert)
         if not is_stacked and not (isinstance(expert, GatedMLP) and expert.is_silu):
             return "their activation is another"
-        for linear in (expert.gate_up_proj, expert.down_proj):
-            weight = linear.weight
-            if linear.bias is not None and not is_stacked:
-                return "they have biases"
-            if not isinstance(weight, DenseWeight) or weight.dtype != torch.bfloat16:
-                return "their weights are not plain ones in bfloat16"
-            if weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE):
-                return f"their sizes are no multiples of {2 * _MULTIPLE}"
-    return ""
+        if not is_stacked and any(linear.bias is not None for linear in (expert.gate_up_proj, expert.down_proj)):
+            return "they have biases"
+    major, _ = torch.cuda.get_device_capability(device)
+    reasons = (stacks.obstacle(_weights(linears), major) for block in blocks for linears in _linears(block))
+    return next((reason for reason in reasons if reason), "")

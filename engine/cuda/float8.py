@@ -23,14 +23,14 @@ from ..weights.weight import DenseWeight, WeightSlot
 
 
 class Float8Weight:
-    """Implements `Weight`, of a rank whose weights are loaded."""
+    """Implements `Weight`, of a rank whose weights are loaded. `numbers` and `scales` may be traded for equal ones."""
 
     def __init__(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         """`numbers`: [out, in] in 8-bit floats; `scales`: of each output, [out, 1] float32."""
         self.num_outputs, self.num_inputs = numbers.shape
         self.dtype = dtype
-        self._numbers = numbers
-        self._scales = scales.view(1, -1)
+        self.numbers = numbers
+        self.scales = scales.view(1, -1)
 
     def slots(
         self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
@@ -40,7 +40,7 @@ class Float8Weight:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         numbers, scales = to_float8(x)
         return torch._scaled_mm(
-            numbers, self._numbers.t(), scales, self._scales, bias=bias, out_dtype=self.dtype, use_fast_accum=True
+            numbers, self.numbers.t(), scales, self.scales, bias=bias, out_dtype=self.dtype, use_fast_accum=True
         )
 
     def pack(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import nibbles, stream
+from . import nibbles, products, stream
 from .memory import DeviceTensor, download, fresh, host_of, is_cuda, upload
 from .stream import note_launch
 
@@ -192,72 +192,11 @@ def _is_gathering(key: Any) -> bool:
     return any(isinstance(part, Tensor) for part in (key if isinstance(key, tuple) else (key,)))
 
 
-# --- kernels that torch has for CUDA alone ---------------------------------------------------------------------------
-
-
-def _mm_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.to(dtype) @ b.to(dtype)
-
-
-def _scaled_mm(
-    a: Tensor,  # [m, k] float8_e4m3fn, rows side by side
-    b: Tensor,  # [k, n] float8_e4m3fn, columns side by side
-    scale_a: Tensor,  # [m, 1] float32
-    scale_b: Tensor,  # [1, n] float32
-    bias: Tensor | None = None,
-    scale_result: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    use_fast_accum: bool = False,
-) -> Tensor:
-    """Do as torch._scaled_mm with a scale for each row and each column, and refuse what CUDA's refuses."""
-    (m, k), n = a.shape, b.shape[1]
-    if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
-        raise RuntimeError(f"_scaled_mm of {a.dtype} and {b.dtype}")
-    if a.stride() != (k, 1) or b.stride() != (1, k):
-        raise RuntimeError(f"_scaled_mm: strides {a.stride()} and {b.stride()} are not row-major and column-major")
-    if k % 16 or n % 16:
-        raise RuntimeError(f"_scaled_mm: {k} inputs and {n} outputs are not multiples of 16")
-    for scale, shape in ((scale_a, (m, 1)), (scale_b, (1, n))):
-        if tuple(scale.shape) != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
-            raise RuntimeError(f"_scaled_mm: a scale of {tuple(scale.shape)} {scale.dtype} is not {shape} float32")
-    if out_dtype != torch.bfloat16:
-        raise RuntimeError("_scaled_mm with a scale for each row: its output is bfloat16 alone")
-    product = (a.float() @ b.float()) * scale_a * scale_b
-    return (product if bias is None else product + bias.float()).to(out_dtype)
-
-
-def _grouped_mm(
-    a: Tensor,  # [rows, k] bfloat16
-    b: Tensor,  # [groups, k, n] bfloat16
-    offs: Tensor | None = None,  # [groups] int32: where the rows of each end
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Do as torch._grouped_mm on a Hopper card, and refuse what CUDA's refuses; rows of no group are any numbers."""
-    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or out_dtype not in (None, torch.bfloat16):
-        raise RuntimeError(f"_grouped_mm of {a.dtype} and {b.dtype}")
-    if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1] or bias is not None:
-        raise RuntimeError(f"_grouped_mm of {tuple(a.shape)} and {tuple(b.shape)}")
-    if offs is None or offs.dtype != torch.int32 or offs.shape != (len(b),):
-        raise RuntimeError("_grouped_mm: an end for each group, in int32")
-    for each in (a, b):
-        far, near = max(each.stride()[-2:]), min(each.stride()[-2:])
-        if near != 1 or far % 8 or each.data_ptr() % 16:
-            raise RuntimeError(f"_grouped_mm: strides {each.stride()} are no multiples of 16 bytes")
-    result = a.new_full((len(a), b.shape[2]), float("nan"))
-    begin = 0
-    for end, matrix in zip(offs.tolist(), b, strict=True):
-        if end < begin or end > len(a):
-            raise RuntimeError(f"_grouped_mm: rows end at {offs.tolist()} of {len(a)}")
-        result[begin:end] = a[begin:end] @ matrix
-        begin = end
-    return result
-
-
 _OWN_KERNELS: dict[str, Callable[..., Any]] = {
-    "aten::mm.dtype": _mm_in_dtype,
-    "aten::_scaled_mm": _scaled_mm,
-    "aten::_grouped_mm": _grouped_mm,
+    "aten::mm.dtype": products.mm_in_dtype,
+    "aten::_scaled_mm": products.scaled_mm,
+    "aten::_grouped_mm": products.grouped_mm,
+    "aten::_scaled_grouped_mm": products.scaled_grouped_mm,
     "aten::_convert_weight_to_int4pack": nibbles.convert_weight_to_int4pack,
     "aten::_weight_int4pack_mm": nibbles.weight_int4pack_mm,
 }

@@ -134,6 +134,29 @@ def test_a_grouped_product_takes_what_cudas_takes() -> None:
             torch._grouped_mm(rows, groups, offs=offs)
 
 
+def test_a_grouped_product_in_8_bits_takes_what_cudas_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (torch.randn(*shape).to(torch.float8_e4m3fn).to(CUDA) for shape in ((6, 32), (2, 16, 32)))
+    rows, columns = torch.rand(6, device=CUDA), torch.rand(2, 16, device=CUDA)
+    ends, turned = torch.tensor([2, 5], dtype=torch.int32, device=CUDA), b.transpose(1, 2)
+    found = torch._scaled_grouped_mm(a, turned, rows, columns, offs=ends).float().cpu()
+    expected = (a.float()[2:5] @ b.float()[1].t() * rows[2:5].unsqueeze(1) * columns[1]).cpu()
+    torch.testing.assert_close(found[2:5], expected, rtol=1e-2, atol=1e-2)
+    assert bool(found[5:].isnan().all()), "rows of no group are any numbers"
+    for numbers, groups, row_scales, column_scales, offs in (
+        (a.bfloat16(), turned.bfloat16(), rows, columns, ends),
+        (a, turned.contiguous(), rows, columns, ends),
+        (a[:, :24], b[:, :, :24].transpose(1, 2), rows, columns, ends),
+        (a, turned, rows.unsqueeze(1), columns, ends),
+        (a, turned, rows, columns[:1], ends),
+        (a, turned, rows, columns, ends.long()),
+    ):
+        with pytest.raises(RuntimeError, match="grouped_mm"):
+            torch._scaled_grouped_mm(numbers, groups, row_scales, column_scales, offs=offs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    with pytest.raises(RuntimeError, match="no kernel for this card"):
+        torch._scaled_grouped_mm(a, turned, rows, columns, offs=ends)
+
+
 def test_norms_of_another_library_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine says which norms are meant before it imports the package; nobody has here."""
     monkeypatch.setattr(flashinfer.norm, "_USE_CUDA_NORM", False)

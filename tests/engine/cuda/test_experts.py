@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from kvferry.common.expert_plan import ExpertPlan
 from kvferry.engine.cuda.decoder import FusedDecoder
 from kvferry.engine.cuda.experts import GroupedExperts, RealRows, group
+from kvferry.engine.cuda.float8 import Float8Weight, narrow
 from kvferry.engine.cuda.kernels import FusedKernels
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.exchange import ExchangedMLP
@@ -23,6 +24,7 @@ from kvferry.engine.nn.experts import SparseMLP
 from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
+from kvferry.models.quantization import quantized_at_load
 
 from ...checkpoint_shapes import GPT_OSS, write_by_shapes
 from ...deepseek import EXPERTS, write_for_cuda
@@ -37,25 +39,41 @@ CUDA = torch.device("cuda", 0)
 NUM_CHOSEN = 2
 
 
-@pytest.fixture(scope="module", params=["deepseek", "gpt-oss"])
-def model_dir(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """Gated experts, and such with biases and a clamped activation."""
+class Checkpoint(NamedTuple):
+    path: Path
+    config: ModelConfig  # of what its weights are in memory
+
+
+@pytest.fixture(scope="module", params=["deepseek", "8 bits", "gpt-oss"])
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Checkpoint:
+    """Gated experts, such in 8-bit floats, and such with biases and a clamped activation."""
     path = tmp_path_factory.mktemp("models") / "model"
-    if request.param == "deepseek":
-        return write_for_cuda(path, **EXPERTS["v3"])
-    return write_by_shapes(path, GPT_OSS | {"num_experts_per_tok": NUM_CHOSEN})
+    if request.param == "gpt-oss":
+        write_by_shapes(path, GPT_OSS | {"num_experts_per_tok": NUM_CHOSEN})
+    else:
+        write_for_cuda(path, **EXPERTS["v3"])
+    config = ModelConfig.from_dir(path)
+    if request.param == "8 bits":
+        config = replace(config, quantization=quantized_at_load("fp8"))
+    return Checkpoint(path, config)
+
+
+def _decoder(checkpoint: Checkpoint, comm: Communicator, plan: ExpertPlan | None = None) -> Decoder:
+    decoder = Decoder(checkpoint.config, comm, dtype=torch.bfloat16, device=CUDA, expert_plan=plan)
+    load_weights(decoder, checkpoint.path, load_format="auto", seed=0)
+    narrow(decoder, CUDA)
+    return decoder
 
 
 EVEN = ExpertPlan(8, 2)
 REPLICATED = ExpertPlan(8, 2, {1: ((0, 1, 2, 3, 4), (0, 4, 5, 6, 7))})
 
 
-def _blocks(model_dir: Path, comm: Communicator, plan: ExpertPlan | None = None) -> tuple[SparseMLP, SparseMLP]:
+def _blocks(checkpoint: Checkpoint, comm: Communicator, plan: ExpertPlan | None = None) -> tuple[SparseMLP, SparseMLP]:
     """The same experts twice: one by one, and together."""
-    model, blocks = ModelConfig.from_dir(model_dir), []
+    blocks = []
     for is_grouped in (False, True):
-        decoder = Decoder(model, comm, dtype=torch.bfloat16, device=CUDA, expert_plan=plan)
-        load_weights(decoder, model_dir, load_format="auto", seed=0)
+        decoder = _decoder(checkpoint, comm, plan)
         block = decoder.layers[1].feed_forward
         assert isinstance(block, SparseMLP)
         if is_grouped:
@@ -73,13 +91,13 @@ def _rows(count: int) -> Tensor:
 @pytest.mark.parametrize("chosen", ["any", "the same", "ties"])
 @pytest.mark.parametrize("plan", [None, EVEN, REPLICATED])
 def test_experts_together_yield_what_they_do_one_by_one(
-    model_dir: Path, chosen: str, plan: ExpertPlan | None, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, chosen: str, plan: ExpertPlan | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvferry.engine.cuda.experts._ROWS", 32)
     num_ranks = 1 if plan is None else plan.num_ranks
     for rank in range(num_ranks):
         group_of = Twins(num_ranks) if num_ranks > 1 else None
-        alone, together = _blocks(model_dir, Communicator(rank, num_ranks, group_of), plan)  # type: ignore[arg-type]
+        alone, together = _blocks(checkpoint, Communicator(rank, num_ranks, group_of), plan)  # type: ignore[arg-type]
         for block in (alone, together):
             bias = block.gate.score_bias if block.gate.bias is None else block.gate.bias
             assert bias is not None
@@ -99,8 +117,8 @@ def test_experts_together_yield_what_they_do_one_by_one(
 
 
 @torch.inference_mode()
-def test_a_graph_of_experts_follows_its_rows(model_dir: Path) -> None:
-    alone, together = _blocks(model_dir, Communicator())
+def test_a_graph_of_experts_follows_its_rows(checkpoint: Checkpoint) -> None:
+    alone, together = _blocks(checkpoint, Communicator())
     x, grouped = _rows(6), together.grouped
     assert isinstance(grouped, GroupedExperts) and isinstance(grouped.rows, RealRows)
     grouped.rows.begin(6)
@@ -115,6 +133,25 @@ def test_a_graph_of_experts_follows_its_rows(model_dir: Path) -> None:
     graph.replay()
     torch.testing.assert_close(y.float(), alone(x).float(), rtol=2e-2, atol=2e-2)
     assert int(together.taken.sum()) == 4 * NUM_CHOSEN
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("checkpoint", ["8 bits"], indirect=True)
+def test_experts_in_8_bits_stay_so_and_take_no_room_twice(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, together = _blocks(checkpoint, Communicator())
+    for name in ("gate_up_proj", "down_proj"):
+        weights = [getattr(expert, name).weight for expert in together.experts]
+        assert all(isinstance(weight, Float8Weight) for weight in weights)
+        for tensors in ([weight.numbers for weight in weights], [weight.scales for weight in weights]):
+            places = [tensor.data_ptr() for tensor in tensors]
+            assert [place - places[0] for place in places] == [i * tensors[0].nbytes for i in range(len(tensors))]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    decoder = _decoder(checkpoint, Communicator())
+    group(decoder, CUDA)
+    block = decoder.layers[1].feed_forward
+    assert isinstance(block, SparseMLP) and block.grouped is None, "no kernel of that card takes them"
 
 
 class Lockstep:
@@ -151,16 +188,17 @@ class Lockstep:
 
 
 @pytest.mark.parametrize("plan", [EVEN, REPLICATED])
-def test_exchanged_experts_yield_what_one_rank_does_and_are_in_no_graph(model_dir: Path, plan: ExpertPlan) -> None:
-    alone, _ = _blocks(model_dir, Communicator())
-    met, posted, model = threading.Barrier(2), dict[int, Any](), ModelConfig.from_dir(model_dir)
+def test_exchanged_experts_yield_what_one_rank_does_and_are_in_no_graph(
+    checkpoint: Checkpoint, plan: ExpertPlan
+) -> None:
+    alone, _ = _blocks(checkpoint, Communicator())
+    met, posted = threading.Barrier(2), dict[int, Any]()
 
     @torch.inference_mode()
     def run(rank: int) -> list[Tensor]:
         comm = Communicator(rank, 2, Lockstep(rank, met, posted))  # type: ignore[arg-type]
         exchanged = replace(plan, is_exchanged=True)
-        decoder = Decoder(model, comm, dtype=torch.bfloat16, device=CUDA, expert_plan=exchanged)
-        load_weights(decoder, model_dir, load_format="auto", seed=0)
+        decoder = _decoder(checkpoint, comm, exchanged)
         group(decoder, CUDA)
         assert not FusedDecoder(decoder, FusedKernels()).can_be_captured
         block = decoder.layers[1].feed_forward

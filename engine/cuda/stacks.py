@@ -1,0 +1,94 @@
+"""A `Stack` holds one matrix of each of a rank's experts, by which rows sorted by expert are multiplied at once.
+
+    y[r, o] = sum over i of x[r, i] * matrices[expert of r][o, i]          `ends`: behind each expert's last row
+
+Plain numbers in bfloat16, or 8-bit floats with a scale for each output and each row (`float8.py`). Rows behind the last
+end have any numbers, and so have their results.
+
+Not run on a card: shown on an emulated device, which takes the arguments that CUDA's products take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..weights.float8 import to_float8
+from ..weights.weight import DenseWeight, Weight
+from .float8 import Float8Weight
+
+_PLAIN_MAJORS = (9, 10)  # capabilities of the cards on which torch's product does not wait for the host
+_FLOAT8_MAJORS = (9,)  # capabilities of those that its kernel of 8-bit floats is compiled for
+_MULTIPLE = 8  # numbers of 2 bytes, of which it takes rows and columns
+
+
+class Stack(Protocol):
+    def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
+        """Return [sorted rows, outputs] in bfloat16.
+
+        x: [rows, inputs] bfloat16. `ends`: [experts] int32. `order`: the row of x that each sorted row is; None: x is
+        sorted.
+        """
+        ...
+
+
+class PlainStack:
+    """Implements `Stack`."""
+
+    def __init__(self, weights: Sequence[DenseWeight]) -> None:
+        """Move matrices into one tensor, of which they are parts from then on."""
+        stack = torch.stack([weight.plain for weight in weights])
+        for weight, part in zip(weights, stack, strict=True):
+            weight.plain = part
+        self._matrices = stack.transpose(1, 2)
+
+    def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
+        return torch._grouped_mm(x if order is None else x[order], self._matrices, offs=ends)
+
+
+class Float8Stack:
+    """Implements `Stack`. A row is rounded once, however many experts take it."""
+
+    def __init__(self, weights: Sequence[Float8Weight]) -> None:
+        """Move matrices into one tensor, of which they are parts from then on."""
+        stack = torch.stack([_bytes(weight.numbers) for weight in weights]).view(torch.float8_e4m3fn)
+        self._scales = torch.cat([weight.scales for weight in weights])  # [experts, outputs]
+        for weight, numbers, scales in zip(weights, stack, self._scales, strict=True):
+            weight.numbers, weight.scales = numbers, scales.unsqueeze(0)
+        self._matrices = stack.transpose(1, 2)
+
+    def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
+        numbers, scales = to_float8(x)
+        if order is not None:
+            numbers, scales = _bytes(numbers)[order].view(numbers.dtype), scales[order]
+        return torch._scaled_grouped_mm(
+            numbers, self._matrices, scales.flatten(), self._scales, offs=ends, out_dtype=x.dtype, use_fast_accum=True
+        )
+
+
+def _bytes(numbers: Tensor) -> Tensor:
+    """Look at 8-bit floats as bytes: what only moves them has kernels for bytes in every torch."""
+    return numbers.view(torch.uint8)
+
+
+def stack(weights: Sequence[Weight]) -> Stack:
+    """Stack what has no `obstacle`."""
+    if isinstance(weights[0], Float8Weight):
+        return Float8Stack(cast(Sequence[Float8Weight], weights))
+    return PlainStack(cast(Sequence[DenseWeight], weights))
+
+
+def obstacle(weights: Sequence[Weight], major: int) -> str:
+    """Say why a card of this capability does not multiply by these at once; nothing: it does."""
+    if major not in _PLAIN_MAJORS:
+        return "no grouped product of torch's runs on this card without waiting for the host"
+    if all(isinstance(weight, Float8Weight) for weight in weights):
+        return "" if major in _FLOAT8_MAJORS else "no grouped product of 8-bit floats of torch's runs on this card"
+    if not all(isinstance(weight, DenseWeight) and weight.dtype == torch.bfloat16 for weight in weights):
+        return "their weights are neither all plain ones in bfloat16 nor all 8-bit floats"
+    if any(weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE) for weight in weights):
+        return f"their sizes are no multiples of {2 * _MULTIPLE}"
+    return ""

@@ -1,0 +1,99 @@
+"""Products that torch has for CUDA alone, as a Hopper card computes them: what CUDA's refuse is refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mm_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.to(dtype) @ b.to(dtype)
+
+
+def scaled_mm(
+    a: Tensor,  # [m, k] float8_e4m3fn, rows side by side
+    b: Tensor,  # [k, n] float8_e4m3fn, columns side by side
+    scale_a: Tensor,  # [m, 1] float32
+    scale_b: Tensor,  # [1, n] float32
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """Do as torch._scaled_mm with a scale for each row and each column, and refuse what CUDA's refuses."""
+    (m, k), n = a.shape, b.shape[1]
+    if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
+        raise RuntimeError(f"_scaled_mm of {a.dtype} and {b.dtype}")
+    if a.stride() != (k, 1) or b.stride() != (1, k):
+        raise RuntimeError(f"_scaled_mm: strides {a.stride()} and {b.stride()} are not row-major and column-major")
+    if k % 16 or n % 16:
+        raise RuntimeError(f"_scaled_mm: {k} inputs and {n} outputs are not multiples of 16")
+    for scale, shape in ((scale_a, (m, 1)), (scale_b, (1, n))):
+        if tuple(scale.shape) != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
+            raise RuntimeError(f"_scaled_mm: a scale of {tuple(scale.shape)} {scale.dtype} is not {shape} float32")
+    if out_dtype != torch.bfloat16:
+        raise RuntimeError("_scaled_mm with a scale for each row: its output is bfloat16 alone")
+    product = (a.float() @ b.float()) * scale_a * scale_b
+    return (product if bias is None else product + bias.float()).to(out_dtype)
+
+
+def grouped_mm(
+    a: Tensor,  # [rows, k] bfloat16
+    b: Tensor,  # [groups, k, n] bfloat16
+    offs: Tensor | None = None,  # [groups] int32: where the rows of each end
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Do as torch._grouped_mm on a Hopper card, and refuse what CUDA's refuses; rows of no group are any numbers."""
+    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or out_dtype not in (None, torch.bfloat16):
+        raise RuntimeError(f"_grouped_mm of {a.dtype} and {b.dtype}")
+    for each in (a, b):
+        far, near = max(each.stride()[-2:]), min(each.stride()[-2:])
+        if near != 1 or far % 8 or each.data_ptr() % 16:
+            raise RuntimeError(f"_grouped_mm: strides {each.stride()} are no multiples of 16 bytes")
+    return _by_groups(a, b, offs, bias)
+
+
+def scaled_grouped_mm(
+    a: Tensor,  # [rows, k] float8_e4m3fn, rows side by side
+    b: Tensor,  # [groups, k, n] float8_e4m3fn, columns side by side
+    scale_a: Tensor,  # [rows] float32
+    scale_b: Tensor,  # [groups, n] float32
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """Do as torch._scaled_grouped_mm with scales of rows and columns, a kernel that Hopper cards alone have."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise RuntimeError("_scaled_grouped_mm: no kernel for this card")
+    if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
+        raise RuntimeError(f"_scaled_grouped_mm of {a.dtype} and {b.dtype}")
+    if a.stride(1) != 1 or b.stride()[1] != 1 or a.stride(0) < a.shape[1] or b.stride(2) < b.shape[1]:
+        raise RuntimeError(f"_scaled_grouped_mm: strides {a.stride()} and {b.stride()}: not row-major and column-major")
+    if any(size % 16 for size in (a.shape[1], *b.shape[1:], a.stride(0), b.stride(2), a.data_ptr(), b.data_ptr())):
+        raise RuntimeError(f"_scaled_grouped_mm: sizes {b.shape}, strides or places are no multiples of 16")
+    for scale, shape in ((scale_a, (len(a),)), (scale_b, (len(b), b.shape[2]))):
+        if tuple(scale.shape) != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
+            raise RuntimeError(f"_scaled_grouped_mm: a scale {tuple(scale.shape)} {scale.dtype} is not {shape} float32")
+    if out_dtype not in (None, torch.bfloat16) or scale_result is not None:
+        raise RuntimeError("_scaled_grouped_mm: its output is bfloat16 alone, and has no scale")
+    product = _by_groups(a.float() * scale_a.unsqueeze(1), b.float() * scale_b.unsqueeze(1), offs, bias)
+    return product.bfloat16()
+
+
+def _by_groups(a: Tensor, b: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Multiply the rows of each group by its matrix; the others are any numbers."""
+    if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1] or bias is not None:
+        raise RuntimeError(f"_grouped_mm of {tuple(a.shape)} and {tuple(b.shape)}")
+    if offs is None or offs.dtype != torch.int32 or offs.shape != (len(b),):
+        raise RuntimeError("_grouped_mm: an end for each group, in int32")
+    result = a.new_full((len(a), b.shape[2]), float("nan"))
+    begin = 0
+    for end, matrix in zip(offs.tolist(), b, strict=True):
+        if end < begin or end > len(a):
+            raise RuntimeError(f"_grouped_mm: rows end at {offs.tolist()} of {len(a)}")
+        result[begin:end] = a[begin:end] @ matrix
+        begin = end
+    return result
