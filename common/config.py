@@ -43,8 +43,9 @@ UnknownFields = Literal["refuse", "warn"]
 ToolParserName = Literal[
     "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "deepseek_v3",
     "deepseek_v31", "granite", "granite4", "phi4_mini_json", "pythonic", "olmo3", "llama4_pythonic", "openai", "json",
+    "glm45", "glm47",
 ]  # vLLM's names, where it has one  # fmt: skip
-ReasoningParserName = Literal["auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss"]
+ReasoningParserName = Literal["auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss", "glm45"]
 AutoscaleMode = Literal["off", "advise", "on"]
 
 

@@ -15,6 +15,7 @@ from .call_reader import CallReader
 from .deepseek import BEGIN_CALLS, DeepSeekSyntax
 from .definitions import ToolUse
 from .either_syntax import EitherSyntax
+from .glm import GlmSyntax
 from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import QwenCoderSyntax
@@ -25,6 +26,8 @@ from .turn import TaggedReader, TurnReader
 # vLLM's names for what is the same form.
 _ALIASES: Mapping[str, str] = {
     "deepseek_v31": "deepseek_v3",
+    "glm45": "glm",
+    "glm47": "glm",
     "granite4": "hermes",
     "llama4_json": "llama3_json",
     "openai": "channels",
@@ -42,6 +45,7 @@ _SIGNS = (
     (re.compile(BEGIN_CALLS), "deepseek_v3"),
     (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
     (re.compile(r"<function="), "qwen3_coder"),
+    (re.compile(r"<arg_key>"), "glm"),
     (re.compile(r"<\|tool_call\|>|functools\["), "granite"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
@@ -94,7 +98,8 @@ class Dialect:
             has_two_forms = not takes_tools and own not in ("hermes", "channels")
             found = replace(found, tool_parser=own, has_two_forms=has_two_forms)
         if reasoning_parser != "auto":
-            found = replace(found, reasoning_parser=_ALIASES.get(reasoning_parser, reasoning_parser))
+            tags = "think" if reasoning_parser == "glm45" else _ALIASES.get(reasoning_parser, reasoning_parser)
+            found = replace(found, reasoning_parser=tags)
         elif found.tool_parser == "channels":  # calls are messages among the others
             found = replace(found, reasoning_parser="channels")
         return found
@@ -136,6 +141,8 @@ class Dialect:
                 return PythonicSyntax(use.schemas)
             case "qwen3_coder":
                 return QwenCoderSyntax(use.schemas)
+            case "glm":
+                return GlmSyntax(use.schemas)
             case "llama3_json":
                 return BareJsonSyntax(names, LLAMA_TAGS)
             case "granite":

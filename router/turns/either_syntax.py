@@ -6,6 +6,8 @@ from .json_syntaxes import HermesSyntax
 from .json_text import skip_blank
 from .syntax import Place, Progress, Segment, Syntax, first_place
 
+_JSON = ("{", "[", "`")  # or a fence around it
+
 
 class EitherSyntax:
     """Hermes' form (told.py tells it), and another one that an operator has named."""
@@ -18,11 +20,11 @@ class EitherSyntax:
         return first_place(syntax.find(text, is_start=is_start) for syntax in (self._own, self._told))
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
-        """Read it as Hermes' where JSON follows the tag, which Qwen3-Coder's form begins with, too."""
+        """Read it as Hermes' where JSON follows the tag, which Qwen3-Coder's form and GLM's begin with, too."""
         if not text.startswith(HermesSyntax.BEGIN):
             return self._own.read(text, progress, is_final=is_final)
         at = skip_blank(text, len(HermesSyntax.BEGIN))
         if at == len(text) and not is_final:
             return Segment()
-        syntax = self._own if text.startswith("<", at) else self._told
+        syntax = self._told if text.startswith(_JSON, at) else self._own
         return syntax.read(text, progress, is_final=is_final)

@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+from .json_text import dumps, loads
+from .python_text import literal
 from .syntax import Schemas
+
+_TRUTH = {"true": True, "false": False, "null": None, "none": None}
+
+
+def arguments_of(written: Sequence[str], end: str) -> str:
+    """Return the object of these parameters; nothing before there is one, or its end."""
+    return "{" + ", ".join(written) + end if written or end else ""
+
+
+def typed(schemas: Schemas, tool: str, parameter: str, text: str) -> str:
+    """Return a value as JSON: a string, unless the schema wants something else and the text is that."""
+    kinds = parameter_kinds(schemas, tool, parameter)
+    if kinds is None or kinds == {"string"}:
+        return dumps(text)
+    stripped = text.strip()
+    is_word = stripped.lower() in _TRUTH
+    value = _TRUTH[stripped.lower()] if is_word else _loads(stripped)
+    if "string" in kinds:
+        is_text = kinds_of(value).isdisjoint(kinds - {"string"})
+    else:
+        is_text = not kinds and isinstance(value, str)
+    return dumps(text if is_text or (value is None and not is_word) else value)
+
+
+def _loads(text: str) -> object:
+    """Return the value that is JSON, or a list or an object as Python writes it; None: it is neither."""
+    value = loads(text)
+    if value is None and text.startswith(("[", "{")):
+        with suppress(ValueError):
+            return literal(text)
+    return value
 
 
 def parameter_kinds(schemas: Schemas, tool: str, parameter: str) -> set[str] | None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
-from contextlib import suppress
 
 from .json_syntaxes import after_mark, find_first
-from .json_text import dumps, loads, skip_blank
-from .parameter_types import kinds_of, parameter_kinds
-from .python_text import literal
+from .json_text import dumps, skip_blank
+from .parameter_types import arguments_of, typed
 from .syntax import Call, Place, Progress, Schemas, Segment
 
 _TOOL, _END_TOOL = "<tool_call>", "</tool_call>"
@@ -32,7 +30,6 @@ _END_FUNCTION, _END_PARAMETER = "</function>", "</parameter>"
 _NEXT_PARAMETER, _NEXT_END = "\n<parameter=", f"\n{_END_FUNCTION}"
 _LITTLE_BLANK = re.compile(r"\s{0,64}+")
 _LINE_CHARS = 300  # of what such a line is known by: a name of a parameter at most, or an end, white space and an end
-_TRUTH = {"true": True, "false": False, "null": None, "none": None}
 
 
 class QwenCoderSyntax:
@@ -59,47 +56,19 @@ class QwenCoderSyntax:
                 if end is None:
                     if is_final:
                         cut = f"{dumps(parameter[1])}: {dumps(value)[:-1]}"  # a string without its end
-                        return Segment((Call(name, _arguments([*written, cut], "")),), len(text))
-                    return Segment((Call(name, _arguments(written, "")),))
-                written.append(f"{dumps(parameter[1])}: {self._typed(name, parameter[1], value)}")
+                        return Segment((Call(name, arguments_of([*written, cut], "")),), len(text))
+                    return Segment((Call(name, arguments_of(written, "")),))
+                written.append(f"{dumps(parameter[1])}: {typed(self._schemas, name, parameter[1], value)}")
                 at = progress.at = end
                 progress.inner = None
             elif text.startswith(_END_FUNCTION, start):
-                call = Call(name, _arguments(written, "}"))
+                call = Call(name, arguments_of(written, "}"))
                 end = after_mark(text, start + len(_END_FUNCTION), _END_TOOL, is_final)
                 return Segment((call,), end)
             elif not is_final and _may_go_on(text[start:]):
-                return Segment((Call(name, _arguments(written, "")),))
+                return Segment((Call(name, arguments_of(written, "")),))
             else:
-                return Segment((Call(name, _arguments(written, "}")),), len(text) if start == len(text) else at)
-
-    def _typed(self, name: str, parameter: str, text: str) -> str:
-        """Return the value as JSON: a string, unless the schema wants something else and the text is that."""
-        kinds = parameter_kinds(self._schemas, name, parameter)
-        if kinds is None or kinds == {"string"}:
-            return dumps(text)
-        stripped = text.strip()
-        is_word = stripped.lower() in _TRUTH
-        value = _TRUTH[stripped.lower()] if is_word else _loads(stripped)
-        if "string" in kinds:
-            is_text = kinds_of(value).isdisjoint(kinds - {"string"})
-        else:
-            is_text = not kinds and isinstance(value, str)
-        return dumps(text if is_text or (value is None and not is_word) else value)
-
-
-def _arguments(written: list[str], end: str) -> str:
-    """Return the object of these parameters; nothing before there is one, or its end."""
-    return "{" + ", ".join(written) + end if written or end else ""
-
-
-def _loads(text: str) -> object:
-    """Return the value that is JSON, or a list or an object as Python writes it; None: it is neither."""
-    value = loads(text)
-    if value is None and text.startswith(("[", "{")):
-        with suppress(ValueError):
-            return literal(text)
-    return value
+                return Segment((Call(name, arguments_of(written, "}")),), len(text) if start == len(text) else at)
 
 
 def _value(

@@ -23,6 +23,16 @@ FORMS = {
     "olmo3": "<function_calls>\nsearch(query='x', limit=2)\nsearch(query=\"y\")\n</function_calls>",
     "pythonic": '[search(query="x", limit=2), search(query="y")]',
     "llama4_pythonic": '<|python_start|>[search(query="x", limit=2), search(query="y")]<|python_end|>',
+    "glm45": (
+        "<tool_call>search\n<arg_key>query</arg_key>\n<arg_value>x</arg_value>\n"
+        "<arg_key>limit</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n"
+        "<tool_call>search\n<arg_key>query</arg_key>\n<arg_value>y</arg_value>\n</tool_call>"
+    ),
+    "glm47": (
+        "<tool_call>search<arg_key>query</arg_key><arg_value>x</arg_value>"
+        "<arg_key>limit</arg_key><arg_value>2</arg_value></tool_call>"
+        "<tool_call>search<arg_key>query</arg_key><arg_value>y</arg_value></tool_call>"
+    ),
     "deepseek_v3": (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n"
         '{"query": "x", "limit": 2}\n```<｜tool▁call▁end｜>\n'

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvferry.router.turns.deepseek import DeepSeekSyntax
 from kvferry.router.turns.either_syntax import EitherSyntax
+from kvferry.router.turns.glm import GlmSyntax
 from kvferry.router.turns.json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from kvferry.router.turns.pythonic import PythonicSyntax
 from kvferry.router.turns.qwen_coder import QwenCoderSyntax
@@ -27,6 +28,7 @@ WORDS = (
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
     "```", "functools", "<|tool_call|>",
+    "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
     "<function_calls>", "</function_calls>", "search(", ")", "=", "'", "[search(query=",
 )  # fmt: skip
 VALUES: tuple[object, ...] = (
@@ -82,6 +84,13 @@ def _coder(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     return call if rng.random() < 0.3 else f"<tool_call>\n{call}\n</tool_call>"
 
 
+def _glm(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    blank = rng.choice(["", "\n"])
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    pairs = [f"<arg_key>{key}</arg_key>{blank}<arg_value>{text}</arg_value>{blank}" for key, text in texts.items()]
+    return f"<tool_call>{name}{blank}{''.join(pairs)}</tool_call>"
+
+
 def _deepseek(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     written = json.dumps(arguments, ensure_ascii=rng.random() < 0.5)
     is_old, num_calls = rng.random() < 0.5, rng.randint(1, 2)
@@ -115,6 +124,7 @@ FORMS: dict[str, Form] = {
     "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
     "pythonic": Form(PythonicSyntax(SCHEMAS), _pythonic),
     "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
+    "glm": Form(GlmSyntax(SCHEMAS), _glm),
     "told otherwise": Form(EitherSyntax(QwenCoderSyntax(SCHEMAS)), _told_otherwise),
 }
 
