@@ -177,7 +177,7 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
         for name in found - wanted
         if not name.endswith("rotary_emb.inv_freq")
         and not (config.tie_embeddings and name == "lm_head.weight")
-        and not (config.family.is_nested and name.startswith(_SEEING))
+        and not (config.family.text_type is not None and name.startswith(_SEEING))
         and not KV_SCALE.fullmatch(name)
         and not _is_of_draft(name, config)
     )

@@ -20,7 +20,7 @@ from .families import FAMILIES, Bias, Family, architecture_of, nearest, needs_co
 from .latent import LatentConfig, read_latent
 from .quantization import Quantization
 from .quantization_config import read_quantization
-from .rope import RopeConfig, read_ropes
+from .rope import RopeConfig, read_ropes, read_unturned, read_windows
 from .tokenizer_files import read_end_tokens
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -58,7 +58,8 @@ class ModelConfig:
     experts: ExpertsConfig | None = None  # of the sparse layers
     sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
     family: Family = FAMILIES["LlamaForCausalLM"]
-    local_rope: RopeConfig | None = None  # of layers with a window; None: `rope`
+    local_rope: RopeConfig | None = None  # of `local_layers`; None: `rope`
+    local_layers: tuple[bool, ...] = ()  # by layer: those with a window, or those that turn no positions
     activation: Activation = "silu"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what a block adds to the residual stream
@@ -145,9 +146,7 @@ def _read_json(path: Path) -> dict[str, object]:
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture = _architecture(fields)
     family = FAMILIES[architecture]
-    if family.is_nested and (text := fields.mapping("text_config")) is not None:
-        fields = ConfigFields(fields.path, {**fields.raw, **text.raw})
-    fields = fields.with_defaults(family.defaults)
+    fields = _of_text(fields, family).with_defaults(family.defaults)
     _refuse_unsupported(fields)
     hidden_size = fields.count("hidden_size")
     num_qo_heads = fields.count("num_attention_heads")
@@ -162,6 +161,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
     max_model_len = fields.count("max_position_embeddings", 2048)
     rope, local_rope = read_ropes(fields, family, max_model_len, head_dim if latent is None else latent.rope_dim)
+    windows, unturned = read_windows(fields, family), read_unturned(fields, family)
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.count("num_hidden_layers"),
@@ -177,9 +177,10 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         qkv_bias=_has_bias(fields, family.qkv_bias),
         o_bias=_has_bias(fields, family.o_bias),
         mlp_bias=_has_bias(fields, family.mlp_bias),
-        qk_norm=family.head_norms != "none",
+        qk_norm=_has_head_norms(fields, family),
         tie_embeddings=fields.flag("tie_word_embeddings", default=False),
-        sliding_windows=_sliding_windows(fields, family),
+        sliding_windows=windows,
+        local_layers=unturned or tuple(window is not None for window in windows),
         eos_token_ids=_eos_token_ids(fields, generation),
         dtype=_dtype(fields),
         quantization=read_quantization(fields),
@@ -192,6 +193,16 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         activation=_activation(fields),
         **_factors(fields, family, hidden_size, latent),
     )
+
+
+def _of_text(fields: ConfigFields, family: Family) -> ConfigFields:
+    """Return what config.json says of the language model. Raises ConfigError where that is of another family."""
+    text = fields.mapping("text_config") if family.text_type is not None else None
+    if text is None:
+        return fields
+    if text.raw.get("model_type", family.text_type) != family.text_type:
+        raise text.refuse("model_type", f"text_config of this architecture is supported as {family.text_type} alone")
+    return ConfigFields(fields.path, {**fields.raw, **text.raw})
 
 
 def _architecture(fields: ConfigFields) -> str:
@@ -213,12 +224,19 @@ def _has_bias(fields: ConfigFields, bias: Bias) -> bool:
     return fields.flag(bias, default=False) if isinstance(bias, str) else bias
 
 
+def _has_head_norms(fields: ConfigFields, family: Family) -> bool:
+    is_flagged = family.head_norms == "flagged"
+    return fields.flag("use_qk_norm", default=False) if is_flagged else family.head_norms != "none"
+
+
 def _refuse_unsupported(fields: ConfigFields) -> None:
     """Refuse settings under which this engine would give wrong answers, or run the checkpoint's own code."""
     if needs_code(fields.raw):
         raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
     if fields.flag("use_bidirectional_attention", default=False):
         raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
+    if fields.has("clip_qkv"):
+        raise fields.refuse("clip_qkv", "bounds of queries, keys and values are not supported")
 
 
 def _num_draft_layers(fields: ConfigFields) -> int:
@@ -251,34 +269,6 @@ def _factors(fields: ConfigFields, family: Family, hidden_size: int, latent: Lat
         caps = {"score_cap": "attn_logit_softcapping", "logits_cap": "final_logit_softcapping"}
         found |= {name: fields.number(key) for name, key in caps.items() if fields.has(key)}
     return found
-
-
-def _sliding_windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
-    num_layers = fields.count("num_hidden_layers")
-    if family.windows == "none" or not fields.has("sliding_window"):
-        return (None,) * num_layers
-    if family.windows in ("flagged", "every flagged") and not fields.flag("use_sliding_window", default=False):
-        return (None,) * num_layers
-    window = fields.count("sliding_window")
-    if family.windows in ("every", "every flagged"):
-        return (window,) * num_layers
-    return tuple(window if is_sliding else None for is_sliding in _sliding_layers(fields, family, num_layers))
-
-
-def _sliding_layers(fields: ConfigFields, family: Family, num_layers: int) -> list[bool]:
-    layer_types = fields.raw.get("layer_types")
-    if layer_types is None and family.windows == "typed":
-        pattern = fields.count("sliding_window_pattern")
-        return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
-    if layer_types is None:
-        first = fields.raw.get("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise fields.refuse("max_window_layers", "must be a whole number")
-        return [layer >= first for layer in range(num_layers)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers or not all(t in known for t in layer_types):
-        raise fields.refuse("layer_types", f"must name one of {known} for each of {num_layers} layers")
-    return [kind == "sliding_attention" for kind in layer_types]
 
 
 def _eos_token_ids(fields: ConfigFields, generation: Mapping[str, object]) -> frozenset[int]:

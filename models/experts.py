@@ -41,6 +41,7 @@ class ExpertTraits:
 
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
 DEEPSEEK_V3 = ExpertTraits(scoring="sigmoid", normalised_default=True, first_dense=3)
+GLM_4 = replace(DEEPSEEK_V3, first_dense=1)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -160,6 +161,8 @@ def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tup
     if traits is None:
         return (False,) * num_layers
     step = fields.count("decoder_sparse_step", 1)
+    if fields.has("mlp_layer_types"):
+        return _typed_layers(fields, num_layers)
     first = fields.raw.get("first_k_dense_replace", traits.first_dense)
     dense = fields.raw.get("mlp_only_layers") or []
     if not isinstance(first, int) or first < 0:
@@ -167,6 +170,14 @@ def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tup
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise fields.refuse("mlp_only_layers", "must be a list of layers")
     return tuple(i >= first and (i + 1) % step == 0 and i not in dense for i in range(num_layers))
+
+
+def _typed_layers(fields: ConfigFields, num_layers: int) -> tuple[bool, ...]:
+    types = fields.raw["mlp_layer_types"]
+    known = ("dense", "sparse")
+    if not isinstance(types, list) or len(types) != num_layers or not all(each in known for each in types):
+        raise fields.refuse("mlp_layer_types", f"must name one of {known} for each of {num_layers} layers")
+    return tuple(each == "sparse" for each in types)
 
 
 def expert_plan(

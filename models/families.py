@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .experts import DEEPSEEK_V2, DEEPSEEK_V3, ExpertTraits
+from .experts import DEEPSEEK_V2, DEEPSEEK_V3, GLM_4, ExpertTraits
 
 Bias = bool | str  # whether there is one, or the flag of config.json that says so
 # Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
 Norms = Literal["before", "behind", "both"]
-# Of queries and keys: none, of each head, or of a token's whole projection.
-HeadNorms = Literal["none", "head", "whole"]
+# Of queries and keys: none, of each head, of each where `use_qk_norm` says so, or of a token's whole projection.
+HeadNorms = Literal["none", "head", "flagged", "whole"]
 # Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
 # that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
 Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
@@ -42,7 +42,7 @@ class Family:
 
     name: str  # the `model_type` of its config.json
     defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
-    is_nested: bool = False  # the language model is one part of several: config.json's `text_config`
+    text_type: str | None = None  # of the `text_config` that is the language model, beside parts that see
     norms: Norms = "before"
     norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
     head_norms: HeadNorms = "none"
@@ -56,6 +56,7 @@ class Family:
     experts: ExpertTraits | None = None  # in some or all layers
     has_local_rope: bool = False  # layers with a window turn positions by another base
     has_partial_rope: bool = False  # config.json may leave a part of each head unturned
+    has_unturned_layers: bool = False  # some layers turn nothing by positions
     scales_embeddings: bool = False  # by the root of their size
     has_multipliers: bool = False  # of embeddings, residual stream, scores and logits, in Granite's words
     has_score_scale: bool = False  # by `query_pre_attn_scalar` in place of the head's size; and caps
@@ -84,11 +85,11 @@ _GEMMA3: dict[str, object] = _GEMMA | {
 }
 
 
-def _gemma3(name: str, *, is_nested: bool) -> Family:
+def _gemma3(name: str, text_type: str | None = None) -> Family:
     return Family(
         name=name,
         defaults=_GEMMA3,
-        is_nested=is_nested,
+        text_type=text_type,
         norms="both",
         norm_offset=1.0,
         head_norms="head",
@@ -103,7 +104,26 @@ def _gemma3(name: str, *, is_nested: bool) -> Family:
 
 FAMILIES = {
     "LlamaForCausalLM": Family(name="llama", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "SmolLM3ForCausalLM": Family(
+        name="smollm3",
+        defaults={"no_rope_layer_interval": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        windows="flagged",
+        has_unturned_layers=True,
+    ),
+    "SeedOssForCausalLM": Family(
+        name="seed_oss",
+        defaults={"attention_bias": True, "head_dim": 128},
+        qkv_bias="attention_bias",
+        o_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+    ),
     "MistralForCausalLM": Family(name="mistral", defaults={"sliding_window": 4096}, windows="every"),
+    "Mistral3ForConditionalGeneration": Family(
+        name="mistral3", text_type="mistral", defaults={"sliding_window": 4096}, windows="every"
+    ),
     "Qwen2ForCausalLM": Family(name="qwen2", defaults={"sliding_window": 4096}, qkv_bias=True, windows="flagged"),
     "Qwen3ForCausalLM": Family(
         name="qwen3",
@@ -127,6 +147,35 @@ FAMILIES = {
         windows="every flagged",
         experts=ExpertTraits(),
     ),
+    "OlmoeForCausalLM": Family(
+        name="olmoe",
+        defaults={"rms_norm_eps": 1e-5},
+        head_norms="whole",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        experts=ExpertTraits(),
+    ),
+    "Glm4MoeForCausalLM": Family(
+        name="glm4_moe",
+        defaults={"n_shared_experts": 1, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5},
+        head_norms="flagged",
+        qkv_bias="attention_bias",
+        has_partial_rope=True,
+        experts=GLM_4,
+    ),
+    "Glm4MoeLiteForCausalLM": Family(
+        name="glm4_moe_lite",
+        defaults={
+            "n_shared_experts": 1,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 192,
+            "rms_norm_eps": 1e-5,
+            "routed_scaling_factor": 1.8,
+            "v_head_dim": 256,
+        },
+        is_latent=True,
+        experts=GLM_4,
+    ),
     "DeepseekV2ForCausalLM": Family(name="deepseek_v2", is_latent=True, mlp_bias="mlp_bias", experts=DEEPSEEK_V2),
     "DeepseekV3ForCausalLM": Family(name="deepseek_v3", is_latent=True, experts=DEEPSEEK_V3),
     "Gemma2ForCausalLM": Family(
@@ -141,8 +190,8 @@ FAMILIES = {
         scales_embeddings=True,
         has_score_scale=True,
     ),
-    "Gemma3ForCausalLM": _gemma3("gemma3_text", is_nested=False),
-    "Gemma3ForConditionalGeneration": _gemma3("gemma3", is_nested=True),
+    "Gemma3ForCausalLM": _gemma3("gemma3_text"),
+    "Gemma3ForConditionalGeneration": _gemma3("gemma3", "gemma3_text"),
     "GptOssForCausalLM": Family(
         name="gpt_oss",
         defaults={

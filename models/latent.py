@@ -16,8 +16,8 @@ from ..common.errors import ConfigError
 from .config_fields import ConfigFields
 from .rope import rotary_fields
 
-# What FlashInfer has kernels for: the large models' latents, and heads that fill tiles of so many queries evenly, for
-# others would leave a tile's last query without its last key.
+# What FlashInfer has kernels for: the large models' latents, and heads that fill tiles of so many queries evenly. Other
+# numbers would leave a tile's last query without its last key: some more attend, and are left out (`cuda_heads`).
 _CUDA_SIZES = (512, 64)
 _CUDA_TILE = 128
 # Tiles in a step. Its plan has room for 16,384; rows that fill none, and tiles whose keys are shared out, take some.
@@ -51,10 +51,9 @@ class LatentConfig:
                 f"device: cuda has kernels for latents of {_CUDA_SIZES[0]} + {_CUDA_SIZES[1]} numbers, the model's are "
                 f"{self.kv_rank} + {self.rope_dim}; use cpu"
             )
-        if _CUDA_TILE % num_heads:
-            raise ConfigError(
-                f"device: cuda attends to latents with 1, 2, 4 … {_CUDA_TILE} heads a rank, not {num_heads}"
-            )
+        if num_heads > _CUDA_TILE:
+            raise ConfigError(f"device: cuda attends to latents with up to {_CUDA_TILE} heads a rank, not {num_heads}")
+        num_heads = cuda_heads(num_heads)
         if max_tokens * num_heads > (most := _CUDA_TILES * _CUDA_TILE):
             raise ConfigError(
                 f"max_num_batched_tokens: {max_tokens} tokens of {num_heads} heads over latents are too many a step "
@@ -80,6 +79,11 @@ class LatentConfig:
             f"{name}.o_proj.weight": (hidden_size, num_heads * self.value_dim),
         }
         return shapes | {f"{name}.{part}.bias": (size,) for part, size in biased.items() if self.bias}
+
+
+def cuda_heads(num_heads: int) -> int:
+    """Return with how many heads CUDA's kernels attend for a rank of so many: a power of two."""
+    return 1 << (num_heads - 1).bit_length()
 
 
 def read_latent(fields: ConfigFields) -> LatentConfig:

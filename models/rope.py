@@ -1,4 +1,4 @@
-"""Rotary positions of a checkpoint, and their scalings, as config.json has them."""
+"""Rotary positions of a checkpoint and their scalings, and which layers turn none or see a window of keys alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..common.errors import ConfigError
 from .config_fields import ConfigFields
 from .families import Family
 
-RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn"]
+RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn", "none"]  # none: angles are 0
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
@@ -46,11 +46,12 @@ class RopeConfig:
 def read_ropes(
     fields: ConfigFields, family: Family, max_model_len: int, head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Read the rotary positions, and those of layers with a window where they are others. Raises ConfigError."""
+    """Read the rotary positions, and those of local layers where they are others. Raises ConfigError."""
     scaling = rotary_fields(fields)
     theta = fields.number("rope_theta", 10_000.0)
     if not family.has_local_rope:
-        return _read_rope(fields, scaling, family, theta, max_model_len, head_dim), None
+        unturned = RopeConfig(kind="none") if family.has_unturned_layers else None
+        return _read_rope(fields, scaling, family, theta, max_model_len, head_dim), unturned
     local_theta = fields.number("rope_local_base_freq", theta)
     if scaling.raw.keys() & set(_LAYER_TYPES):
         full, local = (scaling.mapping(name) or ConfigFields(fields.path, {}) for name in _LAYER_TYPES)
@@ -166,3 +167,48 @@ def _yarn(scaling: ConfigFields, theta: float, original: int, max_model_len: int
 def _yarn_mscale(factor: float, mscale: float) -> float:
     """Return the temperature of YaRN (Peng et al. 2023, section 3.4), as a factor on cos and sin."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def read_windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
+    """Return of each layer the keys that a token sees, itself included; None: all. Raises ConfigError."""
+    num_layers = fields.count("num_hidden_layers")
+    if family.windows == "none" or not fields.has("sliding_window"):
+        return (None,) * num_layers
+    if family.windows in ("flagged", "every flagged") and not fields.flag("use_sliding_window", default=False):
+        return (None,) * num_layers
+    window = fields.count("sliding_window")
+    if family.windows in ("every", "every flagged"):
+        return (window,) * num_layers
+    return tuple(window if is_sliding else None for is_sliding in _sliding_layers(fields, family, num_layers))
+
+
+def _sliding_layers(fields: ConfigFields, family: Family, num_layers: int) -> list[bool]:
+    layer_types = fields.raw.get("layer_types")
+    if layer_types is None and family.windows == "typed":
+        pattern = fields.count("sliding_window_pattern")
+        return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    if layer_types is None:
+        first = fields.raw.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise fields.refuse("max_window_layers", "must be a whole number")
+        return [layer >= first for layer in range(num_layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers or not all(t in known for t in layer_types):
+        raise fields.refuse("layer_types", f"must name one of {known} for each of {num_layers} layers")
+    return [kind == "sliding_attention" for kind in layer_types]
+
+
+def read_unturned(fields: ConfigFields, family: Family) -> tuple[bool, ...]:
+    """Return of each layer whether it turns nothing by positions; nothing: all turn. Raises ConfigError.
+
+    `no_rope_layers` has a 1 for each layer that turns; where it is left out, each `no_rope_layer_interval`th does not.
+    """
+    if not family.has_unturned_layers:
+        return ()
+    num_layers, turned = fields.count("num_hidden_layers"), fields.raw.get("no_rope_layers")
+    if turned is None:
+        step = fields.count("no_rope_layer_interval")
+        return tuple((layer + 1) % step == 0 for layer in range(num_layers))
+    if not isinstance(turned, list) or len(turned) < num_layers or not all(each in (0, 1) for each in turned):
+        raise fields.refuse("no_rope_layers", f"must have 0 or 1 for each of {num_layers} layers")
+    return tuple(not each for each in turned[:num_layers])

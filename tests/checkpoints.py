@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Family = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3"
-]
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
+    "smollm3", "seed_oss", "mistral3",
+]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (BOS, EOS, IM_START, IM_END)  # ids 0, 1, 2, 3
@@ -71,6 +72,9 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
         },
     },
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 2047},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": False},
+    "mistral": {"head_dim": 16, "sliding_window": None},
 }
 _CORPUS = (
     "The router places each request; a prefill worker computes the prompt and a decode worker streams the answer. "
@@ -128,15 +132,17 @@ def write_checkpoint(
 
 def _write_by_own_classes(path: Path, family: str, shape: Shape, config: dict[str, object]) -> None:
     """Let transformers write config.json and weights: its names, its defaults left out."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if family == "gemma3":
-        own = {"text_config": _own_fields("gemma3_text", shape) | config, "vision_config": _TINY_VISION}
+    if family in _NESTED:
+        text = _own_fields(_NESTED[family], shape) | {"model_type": _NESTED[family]} | config
+        own: dict[str, object] = {"text_config": text, "vision_config": _TINY_VISION[family]}
         own["tie_word_embeddings"] = shape.tie_embeddings
         own |= {"mm_tokens_per_image": 4, "image_token_index": 510, "boi_token_index": 508, "eoi_token_index": 509}
     else:
         own = _own_fields(family, shape) | config
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **own))
+    auto = AutoModelForImageTextToText if family in _NESTED else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(family, **own))
     generator = torch.Generator().manual_seed(shape.seed)
     dtype = getattr(torch, shape.dtype)
     model.to(dtype)
@@ -146,7 +152,8 @@ def _write_by_own_classes(path: Path, family: str, shape: Shape, config: dict[st
     model.save_pretrained(path)
 
 
-_TINY_VISION = {
+_NESTED = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # the language model beside a part that sees
+_SEEING: dict[str, object] = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -154,6 +161,7 @@ _TINY_VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_TINY_VISION = {"gemma3": _SEEING, "mistral3": _SEEING | {"model_type": "pixtral", "head_dim": 16}}
 
 
 def _own_fields(family: str, shape: Shape) -> dict[str, object]:

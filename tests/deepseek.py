@@ -1,4 +1,4 @@
-"""Small random checkpoints of DeepSeek-V2 and V3, written by transformers' own classes.
+"""Small random checkpoints of DeepSeek-V2 and V3, and of their like, written by transformers' own classes.
 
     write_deepseek(tmp_path / "model")                                  a V3 of 3 layers, all dense
     write_deepseek(tmp_path / "model", "v2", q_lora_rank=None)          another generation or shape
@@ -39,6 +39,8 @@ SHAPE: dict[str, object] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+Generation = Literal["v2", "v3", "glm4 lite"]
+_CLASSES: dict[Generation, str] = {"v2": "DeepseekV2", "v3": "DeepseekV3", "glm4 lite": "Glm4MoeLite"}
 TOKEN_SIZE = 32 + 8  # numbers that are kept of a token in a layer
 EXPERTS: dict[str, dict[str, object]] = {  # of the layers behind the first
     "v2": {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
@@ -56,24 +58,20 @@ YARN: dict[str, object] = {
 }
 
 
-def write_deepseek(
-    path: Path, generation: Literal["v2", "v3"] = "v3", *, tokenizer: bool = False, **fields: object
-) -> Path:
+def write_deepseek(path: Path, generation: Generation = "v3", *, tokenizer: bool = False, **fields: object) -> Path:
     """Write a checkpoint into `path` (made if missing) and return it; `fields` replace those of SHAPE."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+    import transformers
 
-    make_config, make_model = {
-        "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
-        "v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
-    }[generation]
-    model = make_model(make_config(**{**SHAPE, **fields}))
+    name = _CLASSES[generation]
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **fields})
+    model: torch.nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("inv_freq"):
             continue
         with torch.no_grad():
             parameter.copy_(drawn(name, tuple(parameter.shape), generator))
-    model.save_pretrained(path)
+    model.save_pretrained(path)  # type: ignore[operator]  # torch knows no such attribute of a module
     if tokenizer:
         write_tokenizer(path, int(str({**SHAPE, **fields}["vocab_size"])))
     return path

@@ -36,7 +36,7 @@ class DecoderLayer:
     def __init__(self, builder: Builder, layer_id: int) -> None:
         config, name = builder.config, f"model.layers.{layer_id}"
         self.layer_id = layer_id
-        self.is_local = config.sliding_windows[layer_id] is not None
+        self.is_local = config.local_layers[layer_id]
         self._dtype = builder.dtype
         self._multiplier = config.residual_multiplier
         self.input_norm, self.mixed_norm, self.mlp_norm, self.output_norm = (

@@ -42,6 +42,8 @@ def rotate_(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 def _inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> Tensor:  # [head_dim / 2] float32
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    if rope.kind == "none":
+        return torch.zeros_like(exponents)
     inv_freq = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return inv_freq / rope.factor

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from ..checkpoints import Family, Shape, write_checkpoint, write_tokenizer
-from ..deepseek import EXPERTS, TOKEN_SIZE, write_deepseek
+from ..deepseek import EXPERTS, TOKEN_SIZE, Generation, write_deepseek
 from ..transformers_checkpoints import SMALL, write_model
 
 MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
 HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
 LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
-_LATENT: dict[str, Literal["v2", "v3"]] = {"deepseek_v2": "v2", "deepseek_v3": "v3"}
+_LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
+    "deepseek_v2": ("v2", EXPERTS["v2"]),
+    "deepseek_v3": ("v3", EXPERTS["v3"]),
+    "glm4_moe_lite": ("glm4 lite", {"routed_scaling_factor": 1.8}),
+}
 _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 300}),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 300}),
 }
 
@@ -35,8 +50,8 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     """Write the checkpoint of a family, of weights whose best token mostly leads."""
     longest = {"max_position_embeddings": MAX_MODEL_LEN}
     if family in _LATENT:
-        generation = _LATENT[family]
-        write_deepseek(path, generation, tokenizer=True, **EXPERTS[generation], **longest)
+        generation, fields = _LATENT[family]
+        write_deepseek(path, generation, tokenizer=True, **fields, **longest)
         return ExactnessModel(path, LATENTS_BLOCK_BYTES, is_sparse=True)
     if family in _SPARSE:
         import transformers

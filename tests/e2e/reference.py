@@ -31,13 +31,14 @@ def greedy(model_dir: Path, prompts: list[list[int]], num_tokens: int) -> list[R
 
 
 def _load(model_dir: Path) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     # Scores of 3,000 tokens beside each other take a second to be given memory for: left to torch where it can do all.
-    config = AutoConfig.from_pretrained(model_dir)
+    config = transformers.AutoConfig.from_pretrained(model_dir)
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     attention = "eager" if is_capped or config.model_type == "gpt_oss" else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
+    own_class = getattr(transformers, config.architectures[0])  # the Auto classes have none for some that see, too
+    model = own_class.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
     model.eval()
     return cast(torch.nn.Module, model)
 

@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[Family | Literal["deepseek", "shapes"], dict[str, obje
     "experts": ("shapes", QWEN3_MOE),
     "sinks": ("shapes", GPT_OSS),
     "capped scores": ("shapes", GEMMA_2),
+    "latents, heads that fill no tile": ("deepseek", {"num_attention_heads": 5, "num_key_value_heads": 5}),
     "latents, queries at once": ("deepseek", {"q_lora_rank": None, "num_attention_heads": 2, "num_key_value_heads": 2}),
 }
 

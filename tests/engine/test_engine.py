@@ -59,6 +59,9 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {}),
     "phi3": ("phi3", {}),
+    "smollm3": ("smollm3", {}),
+    "seed-oss": ("seed_oss", {}),
+    "mistral beside a part that sees": ("mistral3", {}),
     "phi3 longrope": ("phi3", {"config": {"original_max_position_embeddings": 2048, "rope_scaling": LONGROPE}}),
     "gemma2": ("gemma2", {"head_dim": 32}),
     "gemma3": ("gemma3_text", {"head_dim": 32}),
@@ -95,7 +98,7 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["granite", "olmo2", "olmo3", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("variant", ["granite", "olmo2", "olmo3", "phi3", "smollm3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_long_prompts_and_exact_steps_are_those_of_transformers(checkpoints: Path, variant: str, exact: bool) -> None:
     driver = Driver(make_engine(checkpoints / variant, deterministic=exact))
@@ -115,7 +118,7 @@ def test_long_sequences_turn_by_factors_of_their_own(checkpoints: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["olmo2", "phi3", "gemma3"])
+@pytest.mark.parametrize("variant", ["olmo2", "phi3", "smollm3", "gemma3"])
 def test_two_ranks_say_what_transformers_says(checkpoints: Path, variant: str) -> None:
     config = engine_config(checkpoints / variant, tensor_parallel_size=2)
     asked = prompts([1, 33, 70])

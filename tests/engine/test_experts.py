@@ -39,6 +39,15 @@ GPT_OSS = {
     "rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}
     | {"rope_theta": 150_000.0},
 }
+OLMOE = {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32}
+GLM_4 = {
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 2.5,
+    "use_qk_norm": True,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Moe", QWEN3),
     "qwen3 normalised": ("Qwen3Moe", QWEN3 | {"norm_topk_prob": True, "attention_bias": True}),
@@ -50,6 +59,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 all to the same": ("Qwen3Moe", QWEN3),
     "mixtral": ("Mixtral", MIXTRAL),
     "gpt-oss": ("GptOss", GPT_OSS),
+    "olmoe": ("Olmoe", OLMOE),
+    "glm4": ("Glm4Moe", GLM_4),
+    "glm4 air": ("Glm4Moe", GLM_4 | {"use_qk_norm": False, "attention_bias": True, "routed_scaling_factor": 1.0}),
     "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 20}),
 }
 
@@ -109,6 +121,8 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> 
         ("qwen3 all to the same", True, PLAN, "sum"),
         ("qwen3 all to the same", True, PLAN, "all_to_all"),
         ("mixtral window", True, None, "all_to_all"),
+        ("olmoe", False, None, "sum"),
+        ("glm4", True, None, "all_to_all"),
     ],
     ids=str,
 )

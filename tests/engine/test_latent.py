@@ -14,7 +14,7 @@ from kvferry.engine.engine import Engine
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 
-from ..deepseek import EXPERTS, TOKEN_SIZE, YARN, write_deepseek
+from ..deepseek import EXPERTS, TOKEN_SIZE, YARN, Generation, write_deepseek
 from ..engine_driver import Driver, make_engine
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from .ranks.test_group import RankPair
@@ -23,13 +23,14 @@ from .transformers_reference import greedy_tokens
 NUM_TOKENS = 8
 SURE_GAP = 1e-3  # between two logits
 BLOCK = 32  # outputs and inputs that share a scale
-VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+VARIANTS: dict[str, tuple[Generation, dict[str, object]]] = {
     "v3": ("v3", {}),
     "v3 without a rank of queries": ("v3", {"q_lora_rank": None}),
     "v3 biased, pairs half a head apart": ("v3", {"attention_bias": True, "rope_interleave": False}),
     "v3 yarn": ("v3", {"rope_parameters": YARN}),
     "v3 in C++": ("v3", {"qk_rope_head_dim": 16, "v_head_dim": 32}),
     "v3 with experts": ("v3", EXPERTS["v3"]),
+    "glm4 lite": ("glm4 lite", {"routed_scaling_factor": 1.8}),
     "v2": ("v2", {}),
     "v2 with experts": ("v2", EXPERTS["v2"]),
     "v2 lite, biased, yarn": (

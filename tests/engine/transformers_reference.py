@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 def reference_model(model_dir: Path) -> torch.nn.Module:
     import transformers
 
-    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+    architecture = json.loads((model_dir / "config.json").read_text())["architectures"][0]
+    model: torch.nn.Module = getattr(transformers, architecture).from_pretrained(
         model_dir, attn_implementation="eager", dtype=torch.float32
     )
     return model.eval()

@@ -123,6 +123,69 @@ def test_sliding_windows(tmp_path: Path, changes: dict[str, object], expected: l
     assert list(_load(tmp_path, changes).sliding_windows) == expected
 
 
+def test_some_layers_turn_no_positions(tmp_path: Path) -> None:
+    smollm3: dict[str, object] = {"architectures": ["SmolLM3ForCausalLM"]}
+    config = _load(tmp_path, smollm3)
+    assert [layer for layer, is_local in enumerate(config.local_layers) if is_local] == list(range(3, 30, 4))
+    assert config.local_rope is not None and config.local_rope.kind == "none"
+    told = [1, 1, 0] * 12  # for more layers than there are
+    assert _load(tmp_path, smollm3 | {"no_rope_layers": told}).local_layers == (False, False, True) * 10
+    for value in ([1] * 29, [2] * 30, 4):
+        with pytest.raises(ConfigError, match="no_rope_layers"):
+            _load(tmp_path, smollm3 | {"no_rope_layers": value})
+    assert _load(tmp_path, {"no_rope_layers": told}).local_rope is None, "a Llama's config may say anything"
+
+
+def test_layers_are_dense_or_sparse_as_they_are_typed(tmp_path: Path) -> None:
+    glm: dict[str, object] = {
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
+    assert _load(tmp_path, glm).sparse_layers == (False, *[True] * 29)
+    assert _load(tmp_path, glm | {"first_k_dense_replace": 3}).sparse_layers == (*[False] * 3, *[True] * 27)
+    typed = _load(tmp_path, glm | {"mlp_layer_types": ["sparse", "dense"] * 15})
+    assert typed.sparse_layers == (True, False) * 15 and typed.experts is not None and typed.experts.shared_size == 32
+    for types in (["sparse"], ["moe"] * 30, "sparse"):
+        with pytest.raises(ConfigError, match="mlp_layer_types"):
+            _load(tmp_path, glm | {"mlp_layer_types": types})
+
+
+def test_norms_of_heads_are_there_where_the_config_says_so(tmp_path: Path) -> None:
+    glm: dict[str, object] = {"architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 8, "num_experts_per_tok": 2}
+    assert not _load(tmp_path, glm).qk_norm and _load(tmp_path, glm | {"use_qk_norm": True}).qk_norm
+    assert _load(tmp_path, glm).rope.fraction == 0.5
+
+
+def test_a_language_model_beside_others_must_be_of_its_family(tmp_path: Path) -> None:
+    text = {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    nested: dict[str, object] = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
+    config = _load(tmp_path, nested)
+    assert config.hidden_size == 64 and config.sliding_windows == (4096,) * config.num_layers
+    with pytest.raises(ConfigError, match=r"model_type = 'ministral3': text_config .* as mistral alone"):
+        _load(tmp_path, nested | {"text_config": text | {"model_type": "ministral3"}})
+
+
+def test_any_number_of_heads_up_to_a_tile_attends_to_latents_on_cuda(tmp_path: Path) -> None:
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2}
+    latent = _load(tmp_path, {"architectures": ["DeepseekV3ForCausalLM"], **experts}).latent
+    assert latent is not None
+    for num_heads in (1, 5, 20, 128):
+        latent.check_cuda(num_heads, 8192)
+    with pytest.raises(ConfigError, match="up to 128 heads a rank, not 129"):
+        latent.check_cuda(129, 8192)
+    with pytest.raises(ConfigError, match="possible: 60000"):
+        latent.check_cuda(20, 100_000)
+
+
+def test_bounds_of_queries_and_keys_are_refused(tmp_path: Path) -> None:
+    olmoe: dict[str, object] = {"architectures": ["OlmoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2}
+    assert _load(tmp_path, olmoe | {"clip_qkv": None}).qk_norm
+    with pytest.raises(ConfigError, match=r"clip_qkv = 8\.0"):
+        _load(tmp_path, olmoe | {"clip_qkv": 8.0})
+
+
 def test_rotary_parameters_in_the_newer_place(tmp_path: Path) -> None:
     parameters = {"rope_type": "default", "rope_theta": 500.0}
     config = _load(tmp_path, {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": parameters})

@@ -4,7 +4,8 @@
     LatentGraphAttention          one padded number of one-token rows, with buffers that never move: for a CUDA graph
 
 A layer's view of the page tensor, [blocks, block_size, latent and turned key], is what the wrapper takes as it is. For
-which latents and how many heads there are kernels stands in `models/latent.py`.
+which latents and how many heads there are kernels stands in `models/latent.py`: to other numbers of heads some are
+added, of zeros.
 
 Not run on a card: shown on an emulated device, which takes the arguments that FlashInfer takes.
 """
@@ -42,6 +43,7 @@ class FlashInferLatentAttention:
         self._flashinfer = import_flashinfer("attention")
         self._layers = pages[:, :, 0, 0]  # [num_layers, num_blocks, block_size, 576]
         self._num_heads = num_heads
+        self._num_run = 1 << (num_heads - 1).bit_length()  # as `cuda_heads` has it
         self._scale = scores.scale_of(LATENT_DIM + ROPE_DIM)
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
         self._wrapper = self._make_wrapper()
@@ -67,7 +69,7 @@ class FlashInferLatentAttention:
         """Plan rows whose arrays are on the host, in pinned memory, but for the page ids."""
         wrapper.plan(
             metadata=self._flashinfer.mla.MLAPlanMetadata.csr(qo_indptr, kv_indptr, kv_indices, kv_lens),
-            num_heads=self._num_heads,
+            num_heads=self._num_run,
             head_dim_ckv=LATENT_DIM,
             head_dim_kpe=ROPE_DIM,
             page_size=self._layers.shape[2],
@@ -116,7 +118,13 @@ class FlashInferLatentAttention:
         return out
 
     def _run(self, wrapper: Any, q: Tensor, out: Tensor, layer_id: int) -> None:
-        wrapper.run(query=q, kv_cache=self._layers[layer_id], out=out)
+        pages, num_more = self._layers[layer_id], self._num_run - self._num_heads
+        if not num_more:
+            wrapper.run(query=q, kv_cache=pages, out=out)
+            return
+        wider = out.new_empty(len(out), self._num_run, LATENT_DIM)
+        wrapper.run(query=torch.nn.functional.pad(q, (0, 0, 0, num_more)), kv_cache=pages, out=wider)
+        out.copy_(wider[:, : self._num_heads])
 
     def _write(self, k: Tensor, layer_id: int, index: PageIndex) -> None:
         """Write what is kept of tokens, [num_tokens, 1, 512 + 64], into the layer's pages."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...deepseek import EXPERTS, YARN, write_deepseek
+from ...deepseek import EXPERTS, YARN, Generation, write_deepseek
 
 SIZES: dict[str, object] = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48}
 MANY_HEADS: dict[str, object] = {"num_attention_heads": 48, "num_key_value_heads": 48}
-PLAIN: dict[str, tuple[str, dict[str, object]]] = {
+PLAIN: dict[str, tuple[Generation, dict[str, object]]] = {
     "v3": ("v3", {"q_lora_rank": 56}),
     "v3 biased, pairs half a head apart": (
         "v3",
@@ -27,11 +27,14 @@ PLAIN: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "v3, many heads": ("v3", MANY_HEADS | {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16}),
 }
-SPARSE = {f"{name} with experts": (name, EXPERTS[name]) for name in ("v2", "v3")}
+SPARSE: dict[str, tuple[Generation, dict[str, object]]] = {
+    "v2 with experts": ("v2", EXPERTS["v2"]),
+    "v3 with experts": ("v3", EXPERTS["v3"]),
+}
 VARIANTS = PLAIN | SPARSE
 
 
-def write_models(root: Path, variants: dict[str, tuple[str, dict[str, object]]]) -> Path:
+def write_models(root: Path, variants: dict[str, tuple[Generation, dict[str, object]]]) -> Path:
     """Write each into a folder of its name, long enough for attention that is cut into parts."""
     for name, (generation, fields) in variants.items():
         own = SIZES | {"max_position_embeddings": 4096} | fields

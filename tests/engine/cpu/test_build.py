@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "qwen3, the widest heads": ("qwen3", {"head_dim": 256, "num_qo_heads": 2, "num_kv_heads": 1}),
     "granite": ("granite", {}),
     "phi3": ("phi3", {"hidden_size": 128}),
+    "smollm3": ("smollm3", {}),
     "gemma3": ("gemma3_text", {"head_dim": 32}),
     "gemma2": ("gemma2", {"head_dim": 32}),
     "olmo2": ("olmo2", {}),

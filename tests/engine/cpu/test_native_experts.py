@@ -45,6 +45,21 @@ GPT_OSS = SMALL | {
     "sliding_window": 20,
     "swiglu_limit": 1.5,  # some are beyond
 }
+# Parts of theirs that the two others have not: shared experts beside heads of which a part is turned, norms of whole
+# projections.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Glm4Moe": SMALL
+    | {
+        "head_dim": 32,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "Olmoe": SMALL | {"num_experts": 16, "num_experts_per_tok": 3, "intermediate_size": 40},
+}
 TOLERANCE = 0.1  # the median of a log-probability's error; log-probabilities of these models spread over some 20
 ROUNDED = 0.15  # that with inputs of products in 8 bits
 LARGER = 0.2  # of gpt-oss's, whose rows are larger: torch in bfloat16 is 0.17 off
@@ -98,6 +113,17 @@ def test_experts_compute_what_torch_computes(qwen3: Path, fields: dict[str, obje
     engine = _engine(qwen3, dtype="bfloat16", **fields)
     assert isinstance(engine.runner, NativeRunner)
     assert error_of(judged(engine), expected) < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_compute_what_torch_computes(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    model_dir = write_model(tmp_path / "model", getattr(transformers, f"{kind}Config")(**OTHERS[kind]))
+    engine = _engine(model_dir, dtype="bfloat16")
+    assert isinstance(engine.runner, NativeRunner)
+    assert error_of(judged(engine), _expected(model_dir)) < TOLERANCE
 
 
 @pytest.mark.parametrize(
