@@ -49,6 +49,21 @@ GPT_OSS: dict[str, object] = SHAPE | {
     "num_experts_per_tok": 3,
     "attention_bias": True,
 }
+GLM_4: dict[str, object] = SHAPE | {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "use_qk_norm": True,
+}
+SMOLLM_3: dict[str, object] = SHAPE | {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "model_type": "smollm3",
+    "no_rope_layers": [1, 0],
+}
 GEMMA_2: dict[str, object] = SHAPE | {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",

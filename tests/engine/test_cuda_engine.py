@@ -15,7 +15,7 @@ from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 
-from ..checkpoint_shapes import GEMMA_2, GPT_OSS, QWEN3_MOE, write_by_shapes
+from ..checkpoint_shapes import GEMMA_2, GLM_4, GPT_OSS, QWEN3_MOE, SMOLLM_3, write_by_shapes
 from ..checkpoints import Family, write_checkpoint
 from ..deepseek import EXPERTS, write_for_cuda
 from ..engine_driver import Driver, engine_config, prompts
@@ -37,6 +37,8 @@ VARIANTS: dict[str, tuple[Family | Literal["deepseek", "shapes"], dict[str, obje
     "latents": ("deepseek", {}),
     "latents and experts": ("deepseek", EXPERTS["v3"]),
     "experts": ("shapes", QWEN3_MOE),
+    "experts, a part of each head turned": ("shapes", GLM_4),
+    "layers that turn nothing": ("shapes", SMOLLM_3),
     "sinks": ("shapes", GPT_OSS),
     "capped scores": ("shapes", GEMMA_2),
     "latents, heads that fill no tile": ("deepseek", {"num_attention_heads": 5, "num_key_value_heads": 5}),
