@@ -240,8 +240,8 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
 
 
 def _num_draft_layers(fields: ConfigFields) -> int:
-    key = "num_nextn_predict_layers"
-    return fields.count(key) if fields.raw.get(key) != 0 and fields.has(key) else 0
+    keys = ("num_nextn_predict_layers", "num_mtp_modules")
+    return next((fields.count(key) for key in keys if fields.has(key) and fields.raw[key] != 0), 0)
 
 
 def _activation(fields: ConfigFields) -> Activation:

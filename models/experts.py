@@ -37,11 +37,14 @@ class ExpertTraits:
     first_dense: int = 0  # layers, where config.json tells none
     gate: str = "gate"
     is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
+    has_bias_beside: bool = False  # what moves scores stands beside the gate in a checkpoint, not below it
 
 
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
 DEEPSEEK_V3 = ExpertTraits(scoring="sigmoid", normalised_default=True, first_dense=3)
 GLM_4 = replace(DEEPSEEK_V3, first_dense=1)
+MIXTRAL = ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True)
+MINIMAX_M2 = replace(MIXTRAL, scoring="sigmoid", has_bias_beside=True)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ class ExpertsConfig:
     shared_size: int = 0  # inner columns of what every token takes besides; 0: none
     gate_name: str = "gate"
     is_stacked: bool = False
+    has_bias_beside: bool = False
     alpha: float = 1.702  # of the gate within the stacked ones' sigmoid
     limit: float = 7.0  # of what their gate and up yield
 
@@ -72,6 +76,10 @@ class ExpertsConfig:
     @property
     def gate(self) -> str:
         return f"{self.module}.{self.gate_name}"
+
+    @property
+    def score_bias(self) -> str:
+        return f"{self.module if self.has_bias_beside else self.gate}.e_score_correction_bias"
 
     @property
     def shared(self) -> str:
@@ -92,7 +100,7 @@ class ExpertsConfig:
         """Return the tensors of a sparse layer, by their names in a checkpoint."""
         shapes: dict[str, Shape] = {f"{layer}.{self.gate}.weight": (self.num_experts, hidden_size)}
         if self.has_score_bias:
-            shapes[f"{layer}.{self.gate}.e_score_correction_bias"] = (self.num_experts,)
+            shapes[f"{layer}.{self.score_bias}"] = (self.num_experts,)
         if self.is_stacked:
             return shapes | self._stacked_shapes(layer, hidden_size)
         blocks = [(self.expert(index), self.parts, self.intermediate_size) for index in range(self.num_experts)]
@@ -144,6 +152,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         parts=traits.parts,
         gate_name=traits.gate,
         is_stacked=traits.is_stacked,
+        has_bias_beside=traits.has_bias_beside,
         alpha=fields.number("swiglu_alpha", 1.702),
         limit=fields.number("swiglu_limit", 7.0),
         scoring=traits.scoring,

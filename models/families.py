@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .experts import DEEPSEEK_V2, DEEPSEEK_V3, GLM_4, ExpertTraits
+from .experts import DEEPSEEK_V2, DEEPSEEK_V3, GLM_4, MINIMAX_M2, MIXTRAL, ExpertTraits
 
 Bias = bool | str  # whether there is one, or the flag of config.json that says so
 # Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
@@ -133,10 +133,13 @@ FAMILIES = {
         o_bias="attention_bias",
         windows="flagged",
     ),
-    "MixtralForCausalLM": Family(
-        name="mixtral",
-        windows="every",
-        experts=ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True),
+    "MixtralForCausalLM": Family(name="mixtral", windows="every", experts=MIXTRAL),
+    "MiniMaxM2ForCausalLM": Family(
+        name="minimax_m2",
+        defaults={"head_dim": 128, "rope_theta": 5_000_000.0},
+        head_norms="whole",
+        has_partial_rope=True,
+        experts=MINIMAX_M2,
     ),
     "Qwen3MoeForCausalLM": Family(
         name="qwen3_moe",

@@ -86,6 +86,8 @@ def _read_rope(
 ) -> RopeConfig:
     theta = scaling.number("rope_theta", theta)
     fraction = scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if family.has_partial_rope and fields.has("rotary_dim") and not scaling.has("partial_rotary_factor"):
+        fraction = fields.count("rotary_dim") / head_dim  # MiniMax-M2's word
     if fraction != 1.0 and not family.has_partial_rope:
         where = scaling if scaling.has("partial_rotary_factor") else fields
         raise where.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")

@@ -32,11 +32,12 @@ TILE = 16  # rows up to which each expert multiplies all of them: see `SparseMLP
 class Gate(Linear):
     """Chooses experts, in float32 whatever the weights are: near ties are common, and each decides about a block."""
 
-    def __init__(self, builder: Builder, name: str, experts: ExpertsConfig) -> None:
+    def __init__(self, builder: Builder, layer: str, experts: ExpertsConfig) -> None:
         shape = (experts.num_experts, builder.config.hidden_size)
         bias = torch.empty(shape[0], device=builder.device) if experts.is_stacked else None
-        super().__init__(name, DenseWeight(torch.empty(shape, device=builder.device)), bias)
+        super().__init__(f"{layer}.{experts.gate}", DenseWeight(torch.empty(shape, device=builder.device)), bias)
         self.experts = experts
+        self._score_bias_name = f"{layer}.{experts.score_bias}"
         self.score_bias: Tensor | None = None
         if experts.has_score_bias:
             self.score_bias = torch.empty(experts.num_experts, device=builder.device)
@@ -69,7 +70,7 @@ class Gate(Linear):
         if self.bias is not None:
             yield WeightSlot(f"{self.name}.bias", size[:1], self.bias)
         if self.score_bias is not None:
-            yield WeightSlot(f"{self.name}.e_score_correction_bias", size[:1], self.score_bias)
+            yield WeightSlot(self._score_bias_name, size[:1], self.score_bias)
 
 
 class Replicas:
@@ -117,7 +118,7 @@ class SparseMLP:
         self.comm = builder.comm
         self.name = layer
         self.step: StepGroups | None = None  # tells which adapter a row has; None: no row has one
-        self.gate = Gate(builder, f"{layer}.{experts.gate}", experts)
+        self.gate = Gate(builder, layer, experts)
         self.taken = torch.zeros(experts.num_experts, dtype=torch.int64)  # by rows, so far; read by any thread
         self._shares: Tensor | None = None  # [ranks, num_experts]: see `of_ranks`
         self.replicas: Replicas | None = None  # None: no expert has any

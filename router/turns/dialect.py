@@ -15,8 +15,8 @@ from .call_reader import CallReader
 from .deepseek import BEGIN_CALLS, DeepSeekSyntax
 from .definitions import ToolUse
 from .either_syntax import EitherSyntax
-from .glm import GlmSyntax
 from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
+from .paired import GLM, MINIMAX, PairedSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import QwenCoderSyntax
 from .reasoning import BRACKETS, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
@@ -46,6 +46,7 @@ _SIGNS = (
     (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
     (re.compile(r"<function="), "qwen3_coder"),
     (re.compile(r"<arg_key>"), "glm"),
+    (re.compile(r"<minimax:tool_call>"), "minimax_m2"),
     (re.compile(r"<\|tool_call\|>|functools\["), "granite"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
@@ -98,7 +99,8 @@ class Dialect:
             has_two_forms = not takes_tools and own not in ("hermes", "channels")
             found = replace(found, tool_parser=own, has_two_forms=has_two_forms)
         if reasoning_parser != "auto":
-            tags = "think" if reasoning_parser == "glm45" else _ALIASES.get(reasoning_parser, reasoning_parser)
+            is_think = reasoning_parser in ("glm45", "minimax_m2")  # names of forms of calls, too
+            tags = "think" if is_think else _ALIASES.get(reasoning_parser, reasoning_parser)
             found = replace(found, reasoning_parser=tags)
         elif found.tool_parser == "channels":  # calls are messages among the others
             found = replace(found, reasoning_parser="channels")
@@ -142,7 +144,9 @@ class Dialect:
             case "qwen3_coder":
                 return QwenCoderSyntax(use.schemas)
             case "glm":
-                return GlmSyntax(use.schemas)
+                return PairedSyntax(GLM, use.schemas)
+            case "minimax_m2":
+                return PairedSyntax(MINIMAX, use.schemas)
             case "llama3_json":
                 return BareJsonSyntax(names, LLAMA_TAGS)
             case "granite":

@@ -33,6 +33,10 @@ _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 2.5,
         },
     ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "partial_rotary_factor": 0.5},
+    ),
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 300}),
 }
 

@@ -38,7 +38,7 @@ from .pinned_router import PIN_VARIABLE
 
 # Each takes a minute. These have what differs between workers: biases, a window, norms of heads, two kinds of layers.
 # The others, as by FAMILIES="qwen2 qwen3 gemma2 granite olmo2 olmo3 phi3 smollm3 seed_oss mistral3 qwen3_moe mixtral
-# olmoe glm4_moe gpt_oss", are of parts that these have or that tests/engine tests; "deepseek_v3 glm4_moe_lite" too.
+# olmoe glm4_moe minimax_m2 gpt_oss deepseek_v3 glm4_moe_lite", are of parts that these have or that tests/engine tests.
 FAMILIES = os.environ.get("FAMILIES", "llama mistral gemma3_text").split()
 NUM_TOKENS = 24
 # Around the borders of blocks (16) and chunks (512), and in between.

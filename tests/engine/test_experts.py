@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", OLMOE),
     "glm4": ("Glm4Moe", GLM_4),
     "glm4 air": ("Glm4Moe", GLM_4 | {"use_qk_norm": False, "attention_bias": True, "routed_scaling_factor": 1.0}),
+    "minimax": ("MiniMaxM2", MIXTRAL | {"head_dim": 16, "partial_rotary_factor": 0.5}),
     "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 20}),
 }
 

@@ -158,6 +158,23 @@ def test_norms_of_heads_are_there_where_the_config_says_so(tmp_path: Path) -> No
     assert _load(tmp_path, glm).rope.fraction == 0.5
 
 
+def test_minimax_has_words_of_its_own(tmp_path: Path) -> None:
+    told: dict[str, object] = {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM"},
+        "head_dim": 128,
+        "rotary_dim": 64,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_mtp_modules": 3,
+    }
+    config = _load(tmp_path, told)
+    assert (config.rope.fraction, config.num_draft_layers) == (0.5, 3)
+    assert config.experts is not None and config.experts.scoring == "sigmoid" and config.experts.normalised
+    assert config.experts.score_bias == "block_sparse_moe.e_score_correction_bias"
+    assert _load(tmp_path, told | {"num_mtp_modules": 0}).num_draft_layers == 0
+
+
 def test_a_language_model_beside_others_must_be_of_its_family(tmp_path: Path) -> None:
     text = {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     nested: dict[str, object] = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}

@@ -33,6 +33,11 @@ FORMS = {
         "<arg_key>limit</arg_key><arg_value>2</arg_value></tool_call>"
         "<tool_call>search<arg_key>query</arg_key><arg_value>y</arg_value></tool_call>"
     ),
+    "minimax_m2": (
+        '<minimax:tool_call>\n<invoke name="search">\n<parameter name="query">x</parameter>\n'
+        '<parameter name="limit">2</parameter>\n</invoke>\n'
+        '<invoke name="search">\n<parameter name="query">y</parameter>\n</invoke>\n</minimax:tool_call>'
+    ),
     "deepseek_v3": (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n"
         '{"query": "x", "limit": 2}\n```<｜tool▁call▁end｜>\n'

@@ -58,6 +58,14 @@ OTHERS: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "attention_bias": True,
     },
+    "MiniMaxM2": SMALL
+    | {
+        "head_dim": 32,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 40,
+        "partial_rotary_factor": 0.5,
+    },
     "Olmoe": SMALL | {"num_experts": 16, "num_experts_per_tok": 3, "intermediate_size": 40},
 }
 TOLERANCE = 0.1  # the median of a log-probability's error; log-probabilities of these models spread over some 20

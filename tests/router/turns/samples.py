@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from kvferry.router.turns.deepseek import DeepSeekSyntax
 from kvferry.router.turns.either_syntax import EitherSyntax
-from kvferry.router.turns.glm import GlmSyntax
 from kvferry.router.turns.json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
+from kvferry.router.turns.paired import GLM, MINIMAX, PairedSyntax
 from kvferry.router.turns.pythonic import PythonicSyntax
 from kvferry.router.turns.qwen_coder import QwenCoderSyntax
 from kvferry.router.turns.syntax import Schemas, Syntax
@@ -28,6 +28,7 @@ WORDS = (
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
     "```", "functools", "<|tool_call|>",
+    "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="search">', "</invoke>", "</parameter>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
     "<function_calls>", "</function_calls>", "search(", ")", "=", "'", "[search(query=",
 )  # fmt: skip
@@ -91,6 +92,15 @@ def _glm(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     return f"<tool_call>{name}{blank}{''.join(pairs)}</tool_call>"
 
 
+def _minimax(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    blank = rng.choice(["", "\n"])
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    parameters = [f'<parameter name="{key}">{text}</parameter>{blank}' for key, text in texts.items()]
+    calls = [f'<invoke name="{name}">{blank}{"".join(parameters)}</invoke>{blank}'] * rng.randint(1, 2)
+    inner = "".join(calls)
+    return inner.rstrip() if rng.random() < 0.2 else f"<minimax:tool_call>{blank}{inner}</minimax:tool_call>"
+
+
 def _deepseek(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     written = json.dumps(arguments, ensure_ascii=rng.random() < 0.5)
     is_old, num_calls = rng.random() < 0.5, rng.randint(1, 2)
@@ -124,7 +134,8 @@ FORMS: dict[str, Form] = {
     "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
     "pythonic": Form(PythonicSyntax(SCHEMAS), _pythonic),
     "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
-    "glm": Form(GlmSyntax(SCHEMAS), _glm),
+    "glm": Form(PairedSyntax(GLM, SCHEMAS), _glm),
+    "minimax_m2": Form(PairedSyntax(MINIMAX, SCHEMAS), _minimax),
     "told otherwise": Form(EitherSyntax(QwenCoderSyntax(SCHEMAS)), _told_otherwise),
 }
 

@@ -42,6 +42,7 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         (QWEN + "{{ content.split('</think>') }}", "hermes", True, "think"),
         ("{{ tools }}<tool_call><function=name>", "qwen3_coder", True, "none"),
         ("{{ tools }}<think></think><tool_call>{name}<arg_key>{key}</arg_key>", "glm", True, "think"),
+        ("{{ tools }}<think><minimax:tool_call>", "minimax_m2", True, "think"),
         ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
         ("{{ tools }}<think><｜tool▁calls▁begin｜>", "deepseek_v3", True, "think"),
         ("<think><｜tool▁calls▁begin｜>", "hermes", False, "think"),
@@ -75,13 +76,15 @@ def test_an_operator_knows_better() -> None:
 
 
 @pytest.mark.parametrize(
-    "parser", ["deepseek_v31", "qwen3_coder", "glm45", "llama3_json", "pythonic", "granite", "mistral", "json"]
+    "parser",
+    ["deepseek_v31", "qwen3_coder", "glm45", "minimax_m2", "llama3_json", "pythonic", "granite", "mistral", "json"],
 )
 def test_calls_have_the_form_that_was_told_or_the_named_one_where_a_template_takes_no_tools(parser: str) -> None:
     own = {
         "deepseek_v31": "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
         "qwen3_coder": "<tool_call><function=f></function></tool_call>",
         "glm45": "<tool_call>f</tool_call>",
+        "minimax_m2": '<minimax:tool_call><invoke name="f"></invoke></minimax:tool_call>',
         "pythonic": "[f()]",
         "granite": '<|tool_call|>[{"name": "f", "arguments": {}}]',
         "mistral": "[TOOL_CALLS]f{}",
