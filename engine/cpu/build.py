@@ -67,22 +67,28 @@ def describe(isa: CpuIsa = "auto", *, is_float32: bool = False) -> str:
 
 
 def _load(folder: Path, isa: str) -> ctypes.CDLL:
-    library = _opened(found) if (found := prebuilt(isa)) is not None else None
-    library = library or _opened(compiled(isa, find_compiler(), folder))
-    if library is None:
-        raise NativeUnavailable(f"the library for {isa} cannot be loaded")
+    library = _prebuilt(isa) or _opened(compiled(isa, find_compiler(), folder))
     library.kvferry_may_run.restype = ctypes.c_bool
     if not library.kvferry_may_run():
         raise NativeUnavailable(f"the kernel does not let this process use {isa}")
     return library
 
 
-def _opened(path: Path) -> ctypes.CDLL | None:
-    """Return None where the library is of another machine: a prebuilt one may need a newer libc."""
+def _prebuilt(isa: str) -> ctypes.CDLL | None:
+    """Return None where none is there, or the one that is needs a newer libc."""
+    found = prebuilt(isa)
+    try:
+        return None if found is None else _opened(found)
+    except NativeUnavailable:
+        return None
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """Raises NativeUnavailable: the folder may not be for programs, or the file not whole."""
     try:
         return ctypes.CDLL(str(path))
-    except OSError:
-        return None
+    except OSError as error:  # which names the file
+        raise NativeUnavailable(f"the library cannot be loaded: {error}") from error
 
 
 def _names(features: frozenset[str]) -> str:

@@ -135,6 +135,16 @@ def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.usefixtures("_builds")
+def test_why_a_library_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+    """An empty one, as a machine may leave that lost its power; a folder that is mounted `noexec` says so likewise."""
+    path = compiler.compiled(WIDENED, compiler.find_compiler(), cache_dir())
+    (tmp_path / path.name).touch()
+    told = rf"the library cannot be loaded: {tmp_path}/{path.name}: file too short"
+    with pytest.raises(NativeUnavailable, match=told):
+        build.load(tmp_path, WIDENED)
+
+
 # --- which set --------------------------------------------------------------------------------------------------
 
 
