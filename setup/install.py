@@ -5,7 +5,7 @@
     torch of this Python, 2.11 or later, if it has one   ─> used as it is
     else torch.lock (and cuda.lock, if that is a CUDA build)
     serve.lock, NIXL for torch's CUDA, the built-in model, FlashInfer where a GPU and a CUDA torch are
-    zig.lock where no C++ compiler is: it compiles what runs on a CPU, the first time now
+    zig.lock where no C++ compiler is, or none of C++20: it compiles what runs on a CPU, the first time now
     kvferry itself, editable
 
 pip is used with its own settings. Every file is checked against the lock's hashes; an index of your own may have a
@@ -34,6 +34,8 @@ _LOOK = (
     "print(json.dumps([torch.__version__, torch.version.cuda, str(Path(torch.__file__).parent.parent)]))"
 )
 _COMPILE = "from kvferry.engine.cpu.build import load; from kvferry.models.default import cache_dir; load(cache_dir())"
+# Compilers know the flag -std=c++20 before they have all of its library: GCC 10 lacks this.
+_CPP20 = "#include <atomic>\nvoid wait(std::atomic<unsigned>& value) { value.wait(0); }\n"
 _SIZES = {
     "torch": "torch (200 MB for CPU, 800 MB with CUDA)",
     "cuda": "CUDA's libraries (2 GB)",
@@ -42,7 +44,7 @@ _SIZES = {
     "nixl-cu13": "NIXL for CUDA 13 (60 MB)",
     "gpu": "FlashInfer (1 GB with what it needs)",
     "model": "the built-in model (93 MB)",
-    "zig": "a C++ compiler, as this machine has none (100 MB)",
+    "zig": "a C++ compiler, as this machine has none of C++20 (100 MB)",
     "dev": "test tools, Ray and UCXX (150 MB)",
 }
 
@@ -214,8 +216,15 @@ def has_gpu() -> bool:
 
 
 def has_compiler() -> bool:
-    """A C++ compiler is there, or would be of no use: what it compiles is for x86 and ARM alone."""
-    return platform.machine() not in ("x86_64", "aarch64") or any(map(shutil.which, ("c++", "g++", "clang++")))
+    """A C++ compiler is there that is new enough, or would be of no use: what it compiles is for x86 and ARM alone."""
+    return platform.machine() not in ("x86_64", "aarch64") or any(map(_compiles, ("c++", "g++", "clang++")))
+
+
+def _compiles(name: str) -> bool:
+    if shutil.which(name) is None:
+        return False
+    command = [name, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=_CPP20, capture_output=True, text=True, check=False).returncode == 0
 
 
 if __name__ == "__main__":

@@ -84,6 +84,23 @@ def test_nixl_is_that_of_torchs_cuda(cuda: str | None, nixl: str) -> None:
     assert install.names_of_locks(torch, has_gpu=True, is_dev=True) == ["serve", nixl, "model", *flashinfer, "dev"]
 
 
+@pytest.mark.parametrize(
+    ("ages", "is_enough"),
+    [(("old", None), False), (("old", "new"), True), (("new", None), True), ((None, None), False)],
+)
+def test_a_compiler_of_an_older_language_is_none(
+    ages: tuple[str | None, str | None], is_enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several long-lived systems have GCC 8 to 10 as `c++`."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    for name, age in zip(("c++", "clang++"), ages, strict=True):
+        if age is not None:
+            (tmp_path / name).write_text(f"#!/bin/sh\nexit {int(age == 'old')}\n")
+            (tmp_path / name).chmod(0o755)
+    assert install.has_compiler() == is_enough
+
+
 @pytest.mark.slow
 def test_the_torch_of_an_environment_is_seen_from_one_that_is_made_in_it(tmp_path: Path) -> None:
     """`--system-site-packages` alone shows the packages of the interpreter that the first one was made with."""

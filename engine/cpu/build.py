@@ -24,7 +24,7 @@ from pathlib import Path
 from ...common.config import CpuIsa
 from ...common.errors import ConfigError
 from ...common.processor import processor_features
-from .compiler import ALL_SETS, FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compiler, prebuilt
+from .compiler import ALL_SETS, FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compiler, find_compilers, prebuilt
 
 
 def load(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) -> ctypes.CDLL:
@@ -67,7 +67,7 @@ def describe(isa: CpuIsa = "auto", *, is_float32: bool = False) -> str:
 
 
 def _load(folder: Path, isa: str) -> ctypes.CDLL:
-    library = _prebuilt(isa) or _opened(compiled(isa, find_compiler(), folder))
+    library = _prebuilt(isa) or _opened(_made(folder, isa))
     library.kvferry_may_run.restype = ctypes.c_bool
     if not library.kvferry_may_run():
         raise NativeUnavailable(f"the kernel does not let this process use {isa}")
@@ -81,6 +81,17 @@ def _prebuilt(isa: str) -> ctypes.CDLL | None:
         return None if found is None else _opened(found)
     except NativeUnavailable:
         return None
+
+
+def _made(folder: Path, isa: str) -> Path:
+    """Return what the first compiler makes that can: a system's own may be too old, and another beside it."""
+    reasons: list[NativeUnavailable] = []
+    for command in find_compilers():
+        try:
+            return compiled(isa, command, folder)
+        except NativeUnavailable as reason:
+            reasons.append(reason)
+    raise reasons[0]
 
 
 def _opened(path: Path) -> ctypes.CDLL:

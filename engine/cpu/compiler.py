@@ -59,14 +59,22 @@ class NativeUnavailable(Exception):
 
 
 def find_compiler() -> tuple[str, ...]:
-    """Find the command that compiles. Raises NativeUnavailable."""
+    """Find the command that is tried first. Raises NativeUnavailable."""
+    return find_compilers()[0]
+
+
+def find_compilers() -> list[tuple[str, ...]]:
+    """Find the commands that compile: the first may be too old. Raises NativeUnavailable where none is there."""
+    found: list[tuple[str, ...]] = []
     for name in _COMPILERS:
-        if found := shutil.which(name):
-            return (found,)
-        if name == _ZIG and importlib.util.find_spec(_ZIG) is not None:
+        if path := shutil.which(name):
+            found.append((path,))
+        elif name == _ZIG and importlib.util.find_spec(_ZIG) is not None:
             target = f"{'aarch64' if IS_ARM else 'x86_64'}-linux-gnu.2.28"  # any glibc since 2018
-            return (sys.executable, "-m", _ZIG, "c++", "-target", target)
-    raise NativeUnavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
+            found.append((sys.executable, "-m", _ZIG, "c++", "-target", target))
+    if not found:
+        raise NativeUnavailable(f"no C++ compiler is installed ({', '.join(_COMPILERS)})")
+    return found
 
 
 def prebuilt(isa: str) -> Path | None:

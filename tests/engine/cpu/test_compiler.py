@@ -136,6 +136,25 @@ def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("_builds")
+def test_a_compiler_that_is_too_old_leaves_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of GCC 9 and before, which several long-lived systems have as `c++`: here beside a newer one."""
+    made = compiler.compiled(WIDENED, compiler.find_compiler(), cache_dir())
+    old, new = tmp_path / "old-cxx", tmp_path / "new-cxx"
+    old.write_text(
+        f"#!{sys.executable}\nimport sys\nif '-o' in sys.argv:\n    sys.exit(\"unrecognized option '-std=c++20'\")\n"
+    )
+    new.write_text(f"#!{sys.executable}\n{COPYING_COMPILER}")
+    for stand_in in (old, new):
+        stand_in.chmod(0o755)
+    monkeypatch.setenv("MADE", str(made))
+    monkeypatch.setattr(compiler, "_COMPILERS", (str(old), str(new)))
+    assert Path(build.load(tmp_path / "cache", WIDENED)._name).parent == tmp_path / "cache"
+    monkeypatch.setattr(compiler, "_COMPILERS", (str(old), "no-such-compiler"))
+    with pytest.raises(NativeUnavailable, match=r"old-cxx failed: unrecognized option '-std=c\+\+20'"):
+        build.load(tmp_path / "none", WIDENED)
+
+
+@pytest.mark.usefixtures("_builds")
 def test_why_a_library_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     """An empty one, as a machine may leave that lost its power; a folder that is mounted `noexec` says so likewise."""
     path = compiler.compiled(WIDENED, compiler.find_compiler(), cache_dir())
@@ -229,7 +248,7 @@ def test_a_set_that_the_processor_lacks_is_refused_by_name(tmp_path: Path, monke
 @pytest.mark.usefixtures("_on_x86")
 def test_tiles_that_the_kernel_refuses_leave_the_next_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _features(monkeypatch, *X86_SETS["amx"])
-    monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
+    monkeypatch.setattr(build, "find_compilers", lambda: [("c++",)])
     monkeypatch.setattr(build, "compiled", lambda isa, compiler, folder: folder / isa)
 
     def opened(path: Path) -> SimpleNamespace:
