@@ -97,7 +97,7 @@ def _made(folder: Path, isa: str) -> Path:
 def _opened(path: Path) -> ctypes.CDLL:
     """Raises NativeUnavailable: the folder may not be for programs, or the file not whole."""
     try:
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path.absolute()))  # a name without a folder is looked for elsewhere
     except OSError as error:  # which names the file
         raise NativeUnavailable(f"the library cannot be loaded: {error}") from error
 
