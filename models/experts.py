@@ -134,10 +134,11 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
     size = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
     num_groups = num_chosen_groups = 1
     if method != "greedy" and fields.has("n_group"):
-        num_groups, num_chosen_groups = fields.count("n_group"), fields.count("topk_group")
+        num_groups = fields.count("n_group")
+        num_chosen_groups = min(fields.count("topk_group"), num_groups)
     if num_experts % num_groups:
         raise fields.refuse("n_group", f"must divide the {num_experts} experts")
-    if num_chosen > num_experts // num_groups * min(num_chosen_groups, num_groups):
+    if num_chosen > num_experts // num_groups * num_chosen_groups:
         raise fields.refuse("num_experts_per_tok", "is more than there are to choose from")
     if fields.number("moe_layer_freq", 1.0) != 1.0:
         raise fields.refuse("moe_layer_freq", "only sparse layers side by side are supported")

@@ -65,3 +65,9 @@ def test_the_first_layers_are_dense(tmp_path: Path) -> None:
     fields = ConfigFields(tmp_path, {"num_hidden_layers": 4, "first_k_dense_replace": 1})
     assert read_sparse_layers(fields, DEEPSEEK_V3) == (False, True, True, True)
     assert read_sparse_layers(ConfigFields(tmp_path, {"num_hidden_layers": 4}), DEEPSEEK_V3)[:3] == (False,) * 3
+
+
+def test_more_groups_than_there_are_are_all_of_them(tmp_path: Path) -> None:
+    fields = ConfigFields(tmp_path, COMMON | {"intermediate_size": 64, "n_group": 3, "topk_group": 5})
+    experts = read_experts(fields, DEEPSEEK_V3)
+    assert experts is not None and (experts.num_groups, experts.num_chosen_groups) == (3, 3)
