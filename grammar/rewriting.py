@@ -4,7 +4,7 @@
     if, then, else                        if and then, or not if, and else
     not                                   the opposite (negation.py)
     oneOf                                 one, and the opposites of the others
-    propertyNames                         patternProperties, and no additional ones
+    propertyNames                         properties or patternProperties, and no additional ones
     contains                              an item that fits among the first MAX_PLACES
     unevaluated...                        each way to follow the schema, written out (evaluated.py)
     $dynamicRef                           $ref, where a schema has no other resources
@@ -18,13 +18,13 @@ negation.py leaves out. What cannot be said in another way stays as it is, and i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 from .evaluated import without_unevaluated
 from .limits import DATA, NAMED
 from .negation import MAX_PLACES, all_of, any_of, negated, one_alone, other_types
+from .property_names import of_properties
 from .references import CannotRewrite, References, Schema
 
 _UNEVALUATED = frozenset({"unevaluatedProperties", "unevaluatedItems"})
@@ -70,7 +70,7 @@ class _Rewriting:
             "then": _without_if,
             "else": _without_if,
             "not": lambda schema: negated(schema["not"], references),
-            "propertyNames": _property_names,
+            "propertyNames": lambda schema: of_properties(schema["propertyNames"], references),
             "contains": self._contains,
         }
         if splits_one_of:
@@ -227,31 +227,3 @@ def _dependent_schemas(schema: dict[str, object]) -> Schema:
     if not isinstance(value, dict):
         raise CannotRewrite
     return all_of(any_of([{"properties": {name: False}}, part]) for name, part in value.items())
-
-
-def _property_names(schema: dict[str, object]) -> Schema:
-    names = schema["propertyNames"]
-    if isinstance(names, bool):
-        return True if names else {"maxProperties": 0}
-    if not isinstance(names, dict):
-        raise CannotRewrite
-    patterns = [_pattern(keyword, value) for keyword, value in names.items() if keyword != "type"]
-    if names.get("type", "string") != "string" or len(patterns) != 1:
-        raise CannotRewrite
-    return {"patternProperties": {patterns[0]: True}, "additionalProperties": False}
-
-
-def _pattern(keyword: str, value: object) -> str:
-    """Return the regular expression of a keyword about strings."""
-    match keyword, value:
-        case "pattern", str():
-            return value
-        case "const", str():
-            return f"^{re.escape(value)}$"
-        case "enum", list():
-            return f"^(?:{'|'.join(re.escape(word) for word in value if isinstance(word, str))})$"
-        case "maxLength", int() | float():
-            return rf"^[\s\S]{{0,{int(value)}}}$"
-        case "minLength", int() | float():
-            return rf"^[\s\S]{{{int(value)},}}$"
-    raise CannotRewrite

@@ -225,6 +225,15 @@ def test_every_kind_has_its_own_answers(vocabulary: Vocabulary, kind: str, text:
     assert _texts(vocabulary, Grammar(kind, text.encode())) == answers
 
 
+def test_each_of_a_few_names_comes_once_and_nothing_behind_them(vocabulary: Vocabulary) -> None:
+    """As zod writes a record of two names, all of which must be there."""
+    names = {"type": "string", "enum": ["a", "b"]}
+    record = {"type": "object", "propertyNames": names, "additionalProperties": {"const": 1}, "required": ["a", "b"]}
+    matcher = compile_grammar(vocabulary, schema(record))
+    matcher.accept(vocabulary.tokenizer.greedy_tokenize('{"a":1,"b":1'))
+    assert {vocabulary.tokenizer.decode_str([token]).strip(" ") for token in allowed(matcher)} == {"", "}", "\n"}
+
+
 def test_a_forced_token_is_the_only_one_that_may_come(model: tuple[Vocabulary, Tokenizer]) -> None:
     vocabulary, _ = model
     keys = {"the_first_of_them": {"const": "a longer text"}, "other": {"type": "integer"}}

@@ -122,6 +122,14 @@ def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: obj
             [{"a": 1}, {"b": 1, "c": 2}],
             [{}, {"a": 1, "b": 2}, 1],
         ),
+        (
+            {"propertyNames": {"$ref": "#/$defs/color"}, "$defs": {"color": {"enum": ["red", "blue", 3], "title": ""}}},
+            [{}, {"red": 1}, {"blue": 1, "red": 2}, [], "green"],
+            [{"green": 1}, {"red": 1, "3": 2}],
+        ),
+        ({"propertyNames": {"type": "string", "description": "a word"}}, [{}, {"a": 1}], []),
+        ({"propertyNames": {"minLength": 1, "maxLength": 2}}, [{}, {"a": 1, "bc": 2}, 3], [{"": 1}, {"abc": 1}]),
+        ({"propertyNames": {"const": 3}}, [{}, 3], [{"3": 1}]),
         ({"format": "json-pointer", "type": "string"}, ["", "/a/b~0c"], ["a", "/~2"]),
         ({"format": "base64", "type": "string"}, ["", "YQ==", "YWJj", "YW/+"], ["YQ=", "YQ", "Y_-Q"]),
         ({"format": "base64url", "type": "string"}, ["YQ==", "Y_-Q"], ["YW/+"]),
@@ -136,7 +144,10 @@ def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: obj
 def test_in_other_words_it_has_the_same_instances(schema: dict[str, Any], valid: list[Any], invalid: list[Any]) -> None:
     new = simplified(rewritten(schema, splits_one_of=True), is_dynamic=True)
     kept = json.dumps(new)
-    for keyword in ("if", "not", "oneOf", "contains", "dependentRequired", "unevaluatedProperties", "$dynamicRef"):
+    for keyword in (
+        *("if", "not", "oneOf", "contains", "propertyNames"),
+        *("dependentRequired", "unevaluatedProperties", "$dynamicRef"),
+    ):
         assert f'"{keyword}"' not in kept
     assert all(_follows(new, instance) for instance in valid)
     assert not any(_follows(new, instance) for instance in invalid)
@@ -150,6 +161,8 @@ def test_in_other_words_it_has_the_same_instances(schema: dict[str, Any], valid:
         {"oneOf": [{"pattern": "a"}, {"pattern": "b"}]},
         {"if": {"multipleOf": 3}, "then": {"minimum": 5}},
         {"propertyNames": {"maxLength": 3, "pattern": "^a"}},
+        {"propertyNames": {"format": "uuid"}},
+        {"propertyNames": {"$ref": "#/propertyNames"}},
         {"contains": {"type": "string"}, "minContains": 1000},
         {"not": {"$ref": "https://example.com/other"}},
         {"dependentRequired": 3},
