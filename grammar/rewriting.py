@@ -8,7 +8,8 @@
     contains                              an item that fits among the first MAX_PLACES
     unevaluated...                        each way to follow the schema, written out (evaluated.py)
     $dynamicRef                           $ref, where a schema has no other resources
-    format                                a pattern, or stricter formats
+    format                                a pattern, or stricter formats (formats.py)
+    pattern                               one that does not look around (formats.py)
     minimum, maximum ...                  the nearest that the library has numbers for
 
 The new schema has no instance that the given one has not: an answer that follows it is valid. It has all the others
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 from .evaluated import without_unevaluated
+from .formats import FORMATS, PATTERNS
 from .limits import DATA, NAMED
 from .negation import MAX_PLACES, all_of, any_of, negated, one_alone, other_types
 from .property_names import of_properties
@@ -35,23 +37,7 @@ _EXACT = frozenset({"dependentRequired", "dependentSchemas", "then", "else", "pr
 # Fewer instances of their schemas are more of the whole. They stay as given, as do branches of `oneOf` that would lose
 # instances: two that overlapped might not any more.
 _OPPOSED = frozenset({"if", "not"})
-_BASE64 = "^(?:[{0}]{{4}})*(?:[{0}]{{2}}==|[{0}]{{3}}=)?$"
 _MAX_BOUND = 10**18  # the library makes its bounds of 64 bits, and fails at the last ones
-_POINTER = r"(?:/(?:[^~/]|~[01])*)*"
-_FORMATS: dict[str, Schema] = {
-    "json-pointer": {"pattern": f"^{_POINTER}$"},
-    "relative-json-pointer": {"pattern": f"^(?:0|[1-9][0-9]*)(?:#|{_POINTER})$"},
-    "byte": {"pattern": _BASE64.format("A-Za-z0-9+/")},  # OpenAPI's; the next ones are Pydantic's
-    "base64": {"pattern": _BASE64.format("A-Za-z0-9+/")},
-    "base64url": {"pattern": _BASE64.format("A-Za-z0-9_-")},
-    "ipvanyaddress": {"anyOf": [{"format": "ipv4"}, {"format": "ipv6"}]},
-    "iri": {"format": "uri"},
-    "iri-reference": {"format": "uri"},
-    "uri-reference": {"format": "uri"},
-    "uri-template": {"format": "uri"},
-    "idn-email": {"format": "email"},
-    "idn-hostname": {"format": "hostname"},
-}
 
 
 def rewritten(schema: object, *, splits_one_of: bool) -> object:
@@ -117,7 +103,7 @@ class _Rewriting:
         return self.of(value, depth + 1)
 
     def _plain(self, schema: dict[str, object]) -> dict[str, object]:
-        """Return it without dynamic references, and with formats and bounds that the library knows."""
+        """Return it without dynamic references, and with formats, patterns and bounds that the library knows."""
         plain = self._bounded(schema)
         if "$ref" not in plain and str(plain.get("$dynamicRef")).startswith("#/"):
             plain["$ref"] = plain.pop("$dynamicRef")  # a path, not a name: it leads to one place
@@ -125,7 +111,9 @@ class _Rewriting:
             for dynamic, static in (("$dynamicRef", "$ref"), ("$dynamicAnchor", "$anchor")):
                 if dynamic in plain and static not in plain:
                     plain[static] = plain.pop(dynamic)
-        instead = _FORMATS.get(str(plain.get("format")))
+        if (pattern := PATTERNS.get(str(plain.get("pattern")))) is not None:
+            plain["pattern"] = pattern
+        instead = FORMATS.get(str(plain.get("format")))
         if isinstance(instead, dict):
             self._num_narrowed += 1
             del plain["format"]

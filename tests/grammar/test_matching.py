@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.common.grammar import Grammar, GrammarBroken
+from kvferry.grammar.formats import PATTERNS
 from kvferry.grammar.limits import MAX_ENUM_MEMBERS, MAX_PROPERTIES
 from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
 from kvferry.models.tokenizer import Tokenizer
@@ -362,6 +363,8 @@ def test_what_cannot_be_kept_is_refused_by_its_place(
         schema({"properties": {"x-guidance": {"type": "string"}}}),
         schema({"properties": {"p": {"type": "string", "format": "path"}, "s": {"format": "password"}}}),
         schema({"type": "string", "format": "ipvanyaddress"}),
+        *(schema({"type": "string", "pattern": pattern}) for pattern in PATTERNS),
+        schema({"type": "string", "format": "e164", "pattern": "^\\+(?:[0-9]){6,14}[0-9]$"}),  # as zod writes it
         schema({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}),
         schema({"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308}),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvferry.grammar.formats import PATTERNS
 from kvferry.grammar.negation import negated, pattern_of_others
 from kvferry.grammar.references import CannotRewrite, References
 from kvferry.grammar.rewriting import rewritten
@@ -133,6 +136,8 @@ def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: obj
         ({"format": "json-pointer", "type": "string"}, ["", "/a/b~0c"], ["a", "/~2"]),
         ({"format": "base64", "type": "string"}, ["", "YQ==", "YWJj", "YW/+"], ["YQ=", "YQ", "Y_-Q"]),
         ({"format": "base64url", "type": "string"}, ["YQ==", "Y_-Q"], ["YW/+"]),
+        ({"format": "nanoid", "type": "string"}, ["V1StGXR8_Z5jdHi6B-myT"], ["", "V1StGXR8 Z5jdHi6B-myT"]),
+        ({"format": "cidrv4", "type": "string"}, ["10.0.0.0/8", "255.1.2.99/32"], ["10.0.0.0", "1.2.3.4/33"]),
         ({"minimum": -(2**63), "exclusiveMaximum": 2.0**64}, [-(10**18), 0, 10**17], [-(2**64), 2**64]),
         (
             {"items": {"$dynamicRef": "#part"}, "$defs": {"x": {"$dynamicAnchor": "part", "type": "string"}}},
@@ -171,6 +176,25 @@ def test_in_other_words_it_has_the_same_instances(schema: dict[str, Any], valid:
 )
 def test_what_cannot_be_said_in_another_way_stays(schema: dict[str, Any]) -> None:
     assert rewritten(schema, splits_one_of=True) == schema
+
+
+@pytest.mark.parametrize(
+    ("parts", "most", "around"),
+    [
+        (["a", ".", "'", "-"], 5, "{}@b-.c.de"),
+        (["1W", "2Y", "3M", "4D", "T", "5H", "6,7S", "8S", "."], 5, "P{}"),
+        (["a@", "b.", "c", "..", "@"], 5, "{}d"),
+    ],
+)
+def test_a_published_pattern_takes_the_same_texts_without_looking_around(
+    parts: list[str], most: int, around: str
+) -> None:
+    words = ["".join(chosen) for count in range(most + 1) for chosen in itertools.product(parts, repeat=count)]
+    for given_pattern, other in PATTERNS.items():
+        assert "(?=" not in other and "(?!" not in other
+        for word in words:
+            text = around.format(word)
+            assert bool(re.search(given_pattern, text)) == bool(re.search(other, text)), text
 
 
 @pytest.mark.slow
