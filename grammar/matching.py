@@ -236,6 +236,10 @@ def _refusal(reason: str, facts: SchemaFacts) -> RequestError:
     """Return the refusal with the keyword that it is about, where the library names one."""
     if (unknown := _UNIMPLEMENTED.search(reason)) is not None:
         return keyword_refusal(unknown[1], facts)
+    for place, draft in facts.places.get("$schema", []):
+        if isinstance(draft, str) and "retriev" in reason and (draft.removesuffix("#") or "#") in reason:
+            text = f"has the keyword '$schema' at '{place[1:]}', which names no draft that is known: {_clipped(draft)}"
+            return RequestError(text, param=place, code="unsupported_grammar")
     for keyword in ("oneOf", "format", "$ref", "type"):
         if _is_about(keyword, reason) and (path := facts.place_of(keyword, reason)) is not None:
             text = f"has the keyword '{keyword}' at '{path[1:]}', which cannot be kept: {reason}"

@@ -5,6 +5,8 @@ It has the same instances afterwards. What cannot be said in another way stays, 
 
 from __future__ import annotations
 
+import re
+
 from .limits import DATA, NAMED
 
 _COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
@@ -12,6 +14,7 @@ _COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minPrope
 _APPLICATORS = frozenset(
     {"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "contains"}
 )
+_DRAFT = re.compile(r"https?://json-schema\.org/(?:(draft-0[4-7])/|(draft/20(?:19-09|20-12))/)?schema#?")
 # Keyword -> the values with which it demands nothing.
 _EMPTY: dict[str, tuple[object, ...]] = {
     "uniqueItems": (False,),
@@ -46,10 +49,19 @@ def simplified(schema: object, *, is_dynamic: bool) -> object:
         for keyword, value in schema.items()
         if not _says_nothing(keyword, value, schema) and (is_dynamic or keyword != "$dynamicAnchor")
     }
+    if isinstance(draft := kept.get("$schema"), str) and (named := _DRAFT.fullmatch(draft)) is not None:
+        kept |= {"$schema": _canonical(named)}
     for unevaluated, rest in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
         if unevaluated in kept and not _APPLICATORS & kept.keys():
             kept.setdefault(rest, kept.pop(unevaluated))  # what `rest` is about is evaluated
     return kept
+
+
+def _canonical(draft: re.Match[str]) -> str:
+    """Return the one name of a draft that the library knows: many write another scheme, or no draft for the latest."""
+    if draft[1] is not None:
+        return f"http://json-schema.org/{draft[1]}/schema#"
+    return f"https://json-schema.org/{draft[2] or 'draft/2020-12'}/schema"
 
 
 def _says_nothing(keyword: str, value: object, schema: dict[str, object]) -> bool:

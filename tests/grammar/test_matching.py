@@ -296,6 +296,7 @@ def _nested(depth: int) -> dict[str, Any]:
         (schema({"items": {"format": "color"}}), ".items.format", "keyword 'format'.*Unknown format: color"),
         (schema({"$ref": "#/$defs/x"}), ".$ref", "does not exist"),
         (schema({"$ref": "http://localhost/x"}), ".$ref", "does not fetch"),
+        (schema({"$schema": "http://localhost/x#", "items": {"$ref": "#/$defs/a"}}), ".$schema", "names no draft"),
         (schema({"properties": {"a": {"pattern": "^x(?=y)"}}}), ".properties.a.pattern", "look-around"),
         (schema({"oneOf": [{"type": "string"}, {"pattern": "x"}]}), ".oneOf", "oneOf"),
         (schema({"x-guidance": {"lenient": True}, "not": {}}), ".x-guidance", "x-guidance"),
@@ -363,6 +364,7 @@ def test_what_cannot_be_kept_is_refused_by_its_place(
         schema({"properties": {"x-guidance": {"type": "string"}}}),
         schema({"properties": {"p": {"type": "string", "format": "path"}, "s": {"format": "password"}}}),
         schema({"type": "string", "format": "ipvanyaddress"}),
+        schema({"$schema": "https://json-schema.org/draft-07/schema#", "items": [{"$ref": "#"}]}),
         *(schema({"type": "string", "pattern": pattern}) for pattern in PATTERNS),
         schema({"type": "string", "format": "e164", "pattern": "^\\+(?:[0-9]){6,14}[0-9]$"}),  # as zod writes it
         schema({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}),

@@ -60,3 +60,18 @@ def test_what_says_nothing_goes(schema: dict[str, Any], wanted: dict[str, Any] |
 def test_anchors_stay_where_something_refers_to_them() -> None:
     schema = {"$dynamicAnchor": "x", "items": {"$dynamicRef": "#x"}}
     assert simplified(schema, is_dynamic=True) == schema
+
+
+@pytest.mark.parametrize(
+    ("written", "known"),
+    [
+        ("https://json-schema.org/draft-07/schema#", "http://json-schema.org/draft-07/schema#"),
+        ("http://json-schema.org/draft-04/schema", "http://json-schema.org/draft-04/schema#"),
+        ("http://json-schema.org/draft/2019-09/schema#", "https://json-schema.org/draft/2019-09/schema"),
+        ("http://json-schema.org/schema#", "https://json-schema.org/draft/2020-12/schema"),
+        ("https://spec.openapis.org/oas/3.1/dialect/base", "https://spec.openapis.org/oas/3.1/dialect/base"),
+    ],
+)
+def test_a_draft_has_the_name_that_the_library_knows(written: str, known: str) -> None:
+    given = {"$schema": written, "properties": {"$schema": {"const": written}}}
+    assert simplified(given, is_dynamic=False) == {"$schema": known, "properties": {"$schema": {"const": written}}}
