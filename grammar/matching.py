@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ..common.errors import ConfigError, RequestError
 from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarBroken
+from .bounds import with_kept_bounds
 from .limits import SchemaFacts, check_size, keyword_refusal
 from .rewriting import rewritten
 from .simplify import simplified
@@ -168,7 +169,7 @@ def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
 def _begun(vocabulary: Vocabulary, grammar: Grammar) -> tuple[AnswerMatcher, bytes]:
     """Return a matcher at the start of an answer, and the mask of its first token."""
     try:
-        source = source_of(grammar)
+        source = _source(grammar)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"is not of its kind: {_clipped(str(error))}", param="", code="invalid_grammar") from None
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
@@ -188,7 +189,7 @@ def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LL
     """Return a matcher of the first schema in other words that can be followed. Raises RequestError: `reason`."""
     facts = check_size(grammar)
     for other in _other_words(grammar, facts):
-        matcher = LLMatcher(vocabulary.tokenizer, source_of(other), log_level=0, limits=vocabulary.limits)
+        matcher = LLMatcher(vocabulary.tokenizer, _source(other), log_level=0, limits=vocabulary.limits)
         if not matcher.is_error():
             return matcher
     raise _refusal(reason, facts)
@@ -206,11 +207,24 @@ def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
     )
     for say in ways:
         schemas = [say(schema) for schema in given]
-        said = [json.dumps(schema, ensure_ascii=False) for schema in schemas]
-        text = "".join(chain.from_iterable(zip_longest(texts, said, fillvalue=""))).encode()
+        text = _joined(texts, schemas)
         if False not in schemas and text != before and len(text) <= MAX_GRAMMAR_BYTES:
             yield Grammar(grammar.kind, text)
         before = text
+
+
+def _source(grammar: Grammar) -> str:
+    """Return the grammar as the library takes it, with bounds that it keeps. Raises ValueError, as `source_of` does."""
+    if b'"exclusiveM' in grammar.text and grammar.kind in ("json_schema", "lark"):
+        texts, schemas = _schemas_in(grammar)
+        grammar = Grammar(grammar.kind, _joined(texts, [with_kept_bounds(schema) for schema in schemas]))
+    return source_of(grammar)
+
+
+def _joined(texts: Sequence[str], schemas: Sequence[object]) -> bytes:
+    """Return the text of a grammar: one that stands before, between and behind its schemas, and these."""
+    said = [json.dumps(schema, ensure_ascii=False) for schema in schemas]
+    return "".join(chain.from_iterable(zip_longest(texts, said, fillvalue=""))).encode()
 
 
 def _schemas_in(grammar: Grammar) -> tuple[list[str], list[object]]:

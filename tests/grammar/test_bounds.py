@@ -1,0 +1,79 @@
+"""Bounds of numbers hold, the open ones too."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from kvferry.common.errors import RequestError
+from kvferry.common.grammar import Grammar, GrammarBroken
+from kvferry.grammar.bounds import with_kept_bounds
+from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
+from kvferry.tests.checkpoints import write_tokenizer
+
+BOUNDS = [-10, -1.5, -1, -0.5, 0, 0.25, 1, 1.5, 99, 99.99]
+NUMBERS = ["-10", "-1", "-1.0", "-0", "-0.0", "0", "0.0", "0.1", "1", "1.0", "1.2", "99", "99.5", "1e0", "-0.3", "-1.2"]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    path: Path = tmp_path_factory.mktemp("bytes")
+    write_tokenizer(path, 512)
+    return Vocabulary.from_dir(path, vocab_size=512, eos_token_ids=frozenset({1, 3}))
+
+
+def _takes(vocabulary: Vocabulary, first: AnswerMatcher, text: str) -> bool:
+    matcher = first.fork()
+    try:
+        matcher.accept(vocabulary.tokenizer.greedy_tokenize(text))
+    except GrammarBroken:
+        return False
+    return matcher.accepts_end
+
+
+@pytest.mark.parametrize("lower", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("upper", ["maximum", "exclusiveMaximum"])
+def test_no_number_beyond_a_bound_is_taken(vocabulary: Vocabulary, lower: str, upper: str) -> None:
+    num_taken = 0
+    for low, high in itertools.combinations(BOUNDS, 2):
+        schema = {"type": "number", lower: low, upper: high}
+        first = compile_grammar(vocabulary, Grammar("json_schema", json.dumps(schema).encode()))
+        for text in NUMBERS:
+            if _takes(vocabulary, first, text):
+                num_taken += 1
+                assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(text)), (schema, text)
+    assert num_taken > 100
+
+
+def test_bounds_of_a_schema_within_a_grammar_hold_too(vocabulary: Vocabulary) -> None:
+    text = 'start: "<" number ">"\nnumber: %json {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}'
+    first = compile_grammar(vocabulary, Grammar("lark", text.encode()))
+    assert _takes(vocabulary, first, "<0.3>") and not _takes(vocabulary, first, "<0>")
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, {"minimum": 1e-9, "maximum": 0.5}),
+        ({"exclusiveMaximum": 0, "minimum": -0.5}, {"maximum": -1e-9, "minimum": -0.5}),
+        ({"exclusiveMinimum": 0, "minimum": 0.1, "maximum": 0.5}, {"minimum": 0.1, "maximum": 0.5}),
+        ({"exclusiveMinimum": 0, "maximum": 1}, None),
+        ({"exclusiveMinimum": 0.5, "maximum": 1}, None),
+        ({"exclusiveMinimum": True, "minimum": 0, "maximum": 0.5}, None),
+        ({"properties": {"exclusiveMinimum": {"const": {"exclusiveMinimum": 0, "maximum": 0.5}}}}, None),
+    ],
+)
+def test_only_a_bound_that_the_library_does_not_keep_is_another(
+    schema: dict[str, Any], wanted: dict[str, Any] | None
+) -> None:
+    assert with_kept_bounds(schema) == (schema if wanted is None else wanted)
+
+
+def test_a_schema_that_is_no_json_is_refused_as_ever(vocabulary: Vocabulary) -> None:
+    with pytest.raises(RequestError):
+        compile_grammar(vocabulary, Grammar("json_schema", b'{"exclusiveMinimum": '))
