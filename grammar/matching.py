@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ..common.errors import ConfigError, RequestError
 from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarBroken
-from .bounds import with_kept_bounds
+from .kept import MAY_BE, in_kept_words
 from .limits import SchemaFacts, check_size, keyword_refusal
 from .rewriting import rewritten
 from .simplify import simplified
@@ -214,10 +214,10 @@ def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
 
 
 def _source(grammar: Grammar) -> str:
-    """Return the grammar as the library takes it, with bounds that it keeps. Raises ValueError, as `source_of` does."""
-    if b'"exclusiveM' in grammar.text and grammar.kind in ("json_schema", "lark"):
+    """Return the grammar as the library takes it, in words that it keeps. Raises ValueError, as `source_of` does."""
+    if grammar.kind in ("json_schema", "lark") and MAY_BE.search(grammar.text) is not None:
         texts, schemas = _schemas_in(grammar)
-        grammar = Grammar(grammar.kind, _joined(texts, [with_kept_bounds(schema) for schema in schemas]))
+        grammar = Grammar(grammar.kind, _joined(texts, [in_kept_words(schema) for schema in schemas]))
     return source_of(grammar)
 
 

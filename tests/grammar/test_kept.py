@@ -1,7 +1,8 @@
-"""Bounds of numbers hold, the open ones too."""
+"""Bounds of numbers hold, the open ones too, and dates are those of the calendar."""
 
 from __future__ import annotations
 
+import calendar
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import Grammar, GrammarBroken
-from kvferry.grammar.bounds import with_kept_bounds
+from kvferry.grammar.kept import in_kept_words
 from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
 from kvferry.tests.checkpoints import write_tokenizer
 
@@ -50,6 +51,28 @@ def test_no_number_beyond_a_bound_is_taken(vocabulary: Vocabulary, lower: str, u
     assert num_taken > 100
 
 
+@pytest.mark.parametrize(("name", "end"), [("date", ""), ("date-time", "T23:59:59.5+01:00")])
+def test_the_days_of_a_year_are_those_of_the_calendar(vocabulary: Vocabulary, name: str, end: str) -> None:
+    first = compile_grammar(vocabulary, Grammar("json_schema", json.dumps({"format": name, "type": "string"}).encode()))
+    for year in (1, 4, 96, 1900, 2000, 2023, 2024, 2026, 2100, 2400, 9996):
+        for month in range(1, 13):
+            last = calendar.monthrange(year, month)[1]
+            for day in (0, 1, 28, 29, 30, 31, 32):
+                text = f'"{year:04}-{month:02}-{day:02}{end}"'
+                assert _takes(vocabulary, first, text) == (1 <= day <= last), text
+
+
+def test_a_date_with_a_pattern_of_its_own_follows_both(vocabulary: Vocabulary) -> None:
+    schema = {"format": "date", "type": "string", "pattern": "^20", "allOf": [{"pattern": "-29$"}]}
+    first = compile_grammar(vocabulary, Grammar("json_schema", json.dumps(schema).encode()))
+    taken = [
+        each
+        for each in ("2024-02-29", "2023-02-29", "1924-02-29", "2024-02-28")
+        if _takes(vocabulary, first, f'"{each}"')
+    ]
+    assert taken == ["2024-02-29"]
+
+
 def test_bounds_of_a_schema_within_a_grammar_hold_too(vocabulary: Vocabulary) -> None:
     text = 'start: "<" number ">"\nnumber: %json {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}'
     first = compile_grammar(vocabulary, Grammar("lark", text.encode()))
@@ -64,14 +87,16 @@ def test_bounds_of_a_schema_within_a_grammar_hold_too(vocabulary: Vocabulary) ->
         ({"exclusiveMinimum": 0, "minimum": 0.1, "maximum": 0.5}, {"minimum": 0.1, "maximum": 0.5}),
         ({"exclusiveMinimum": 0, "maximum": 1}, None),
         ({"exclusiveMinimum": 0.5, "maximum": 1}, None),
+        ({"properties": {"format": {"enum": ["date"]}}}, None),
+        ({"format": "time"}, None),
         ({"exclusiveMinimum": True, "minimum": 0, "maximum": 0.5}, None),
         ({"properties": {"exclusiveMinimum": {"const": {"exclusiveMinimum": 0, "maximum": 0.5}}}}, None),
     ],
 )
-def test_only_a_bound_that_the_library_does_not_keep_is_another(
+def test_only_what_the_library_does_not_keep_is_said_otherwise(
     schema: dict[str, Any], wanted: dict[str, Any] | None
 ) -> None:
-    assert with_kept_bounds(schema) == (schema if wanted is None else wanted)
+    assert in_kept_words(schema) == (schema if wanted is None else wanted)
 
 
 def test_a_schema_that_is_no_json_is_refused_as_ever(vocabulary: Vocabulary) -> None:
