@@ -2,6 +2,7 @@ r"""GBNF, as llama.cpp reads it, in words that llguidance's converter takes: of 
 
 [\u0041-\U0001F600]   it drops the zeros of an escape   the characters themselves
 ([0-9]+)?             it drops the parentheses          ([0-9]+ "")?
+start                 it calls `root` so                start-
 """
 
 from __future__ import annotations
@@ -9,18 +10,29 @@ from __future__ import annotations
 import re
 
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
-# A string, a class, a comment; or a repetition that ends a group which is repeated itself.
+_START_RULE = re.compile(r"^\s*start\s*::=", re.MULTILINE)
+# A string, a class, a comment; a rule's name; or a repetition that ends a group which is repeated itself.
 _PART = re.compile(
-    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|(?P<last>[*+?}])(?P<end>(?:\s*\))+)(?=\s*[*+?{])', re.DOTALL
+    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|'
+    r"(?P<start>(?<![\w-])start(?![\w-]))|(?P<last>[*+?}])(?P<end>(?:\s*\))+)(?=\s*[*+?{])",
+    re.DOTALL,
 )
+
+
+def has_start_rule(text: str) -> bool:
+    """Tell whether a rule of GBNF is named as every grammar of Lark begins."""
+    return _START_RULE.search(text) is not None
 
 
 def plain_gbnf(text: str) -> str:
     """Return a grammar in words that the converter takes. Raises ValueError for an escape that is no character."""
-    return _PART.sub(_reworded, text)
+    has_start = has_start_rule(text)
+    return _PART.sub(lambda part: _reworded(part, has_start), text)
 
 
-def _reworded(part: re.Match[str]) -> str:
+def _reworded(part: re.Match[str], has_start: bool) -> str:
+    if part["start"] and has_start:
+        return "start-"
     if part["last"]:
         return f'{part["last"]} ""{part["end"]}'
     return part[0] if part[0].startswith("#") else _ESCAPE.sub(_character, part[0])

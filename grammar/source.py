@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 
 from ..common.grammar import WHITE_SPACE, Grammar
-from .gbnf import plain_gbnf
+from .gbnf import has_start_rule, plain_gbnf
 
 KINDS = ("json_object", "json_schema", "regex", "choice", "lark")
 _ANY_OBJECT = '{"type": "object"}'
@@ -48,7 +48,7 @@ def _object(schema: str) -> str:
 def _lark(text: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
-    if is_lark_syntax(text):
+    if is_lark_syntax(text) and not has_start_rule(text):
         return text
     plain = plain_gbnf(text)
     try:
