@@ -1,7 +1,8 @@
 """The adapters of a worker: which of them have a slot in the engine, which wait for one, and who makes way.
 
     get ─> wanted ─(a free slot, or the least recently used one)─> loading ─> ready ─> makes way for another one
-                                                                     └─> failed: its requests are refused
+                                                                     ├─> failed: its requests are refused
+                                                                     └─> late: the same, until it comes after all
 
 An adapter with a running sequence keeps its slot. One whose requests wait keeps it too, until another one has waited
 for `PATIENCE_S`: then the least recently used takes no new sequences, and makes way when its last one has ended. All of
@@ -17,11 +18,14 @@ from dataclasses import dataclass
 import structlog
 
 from ..common.adapter import AdapterLoader, AdapterTask
-from ..common.clock import Clock
+from ..common.clock import Clock, OwnTime
 
 # Without a slot for so long, an adapter closes another one to new sequences. Shorter: more loads, and steps with fewer
 # rows while sequences drain. Longer: the first token of rare adapters comes later under load.
 PATIENCE_S = 1.0
+# A load that takes longer is not waited for: a file system that does not answer, or a rank. Shorter refuses what a slow
+# disk brings in the end; longer than five times the router's `STALL_LIMIT_S`, and it gives up its requests before.
+LOAD_LIMIT_S = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +41,7 @@ class _Held:
     gives_way: bool = False
     failure: str = ""
     wanted_s: float | None = None  # since when it has been waiting for a slot
+    late_s: float = 0.0  # when its load counts as late, by the time in which we have run
 
     @property
     def is_open(self) -> bool:
@@ -49,6 +54,7 @@ class AdapterCache:
     def __init__(self, loader: AdapterLoader, clock: Clock) -> None:
         self._loader = loader
         self._clock = clock
+        self._own_time = OwnTime(clock)
         self._known: OrderedDict[str, _Held] = OrderedDict()  # by digest, the latest used last
         self._slots: list[_Held | None] = [None] * loader.num_slots  # ready or loading there
         self._host: OrderedDict[str, None] = OrderedDict()  # digests in host memory, the latest used last
@@ -57,7 +63,7 @@ class AdapterCache:
 
     def get(self, digest: str, path: str) -> _Held:
         held = self._known.get(digest)
-        if held is None or held.failure:  # its file may have been mended
+        if held is None or (held.failure and not held.is_loading):  # its file may have been mended
             held = self._known[digest] = _Held(digest, path)
         self._known.move_to_end(digest)
         if digest in self._host:
@@ -82,6 +88,8 @@ class AdapterCache:
             return
         live = dict.fromkeys([*sorted(begun), *waiting])
         wanted = [held for digest in live if (held := self._known.get(digest)) is not None and self._lacks(held)]
+        if self._refuse_late(wanted):
+            wanted = []
         for held in wanted:
             if not self._give_slot(held, begun, live):
                 break
@@ -100,12 +108,24 @@ class AdapterCache:
         assert held is not None and held.digest == digest and held.is_loading, (digest, slot)
         held.is_loading = False
         if not error:
-            held.slot, held.wanted_s = slot, None
+            held.slot, held.wanted_s, held.failure = slot, None, ""
             return
         log.warning("adapter_failed", adapter=digest, path=held.path, error=error)
         held.failure, self._slots[slot] = error, None
         if digest in self._host:  # on a rank where it was read: the next one to be forgotten
             self._host.move_to_end(digest, last=False)
+
+    def _refuse_late(self, wanted: list[_Held]) -> bool:
+        """Let nobody wait for a load that is late, nor behind it: what loads is one thread, which is not to be had."""
+        now_s = self._own_time.now()
+        late = [held for held in self._slots if held is not None and held.is_loading and now_s >= held.late_s]
+        for held in late:
+            if not held.failure:
+                held.failure = f"loading {held.path} takes more than {LOAD_LIMIT_S:g} s"
+                log.warning("adapter_late", adapter=held.digest, path=held.path, limit_s=LOAD_LIMIT_S)
+        for held in wanted if late else ():
+            held.failure = f"{late[0].failure}, and it would be loaded after that"
+        return bool(late)
 
     def _give_slot(self, held: _Held, begun: set[str], live: dict[str, None]) -> bool:
         """Begin to load it. False: every slot is kept."""
@@ -119,6 +139,7 @@ class AdapterCache:
             self._slots[victim.slot], victim.slot, victim.gives_way = None, None, False
         slot = self._slots.index(None)
         self._slots[slot], held.is_loading = held, True
+        held.late_s = self._own_time.now() + LOAD_LIMIT_S
         self.num_loads += 1
         self._loader.submit(AdapterTask(held.digest, held.path, slot, self._keep(held.digest)))
         return True
@@ -159,5 +180,5 @@ class AdapterCache:
             assert held is None or self._known[held.digest] is held
         for held in self._known.values():
             assert held.slot is None or self._slots[held.slot] is held
-            assert not (held.failure and (held.slot is not None or held.is_loading))
+            assert not (held.failure and held.slot is not None)
         assert len(self._host) <= self._loader.num_host

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.adapter import AdapterResult, AdapterTask, HeldAdapter
-from kvferry.worker.adapters import PATIENCE_S, AdapterCache
+from kvferry.worker.adapters import LOAD_LIMIT_S, PATIENCE_S, AdapterCache
 
 from ..fake_clock import FakeClock
 
@@ -119,6 +119,57 @@ def test_a_failure_is_told_once_and_tried_again_by_the_next_request() -> None:
     loader.end()
     cache.serve(set(), ["aa"])
     assert again.is_open
+
+
+def run(cache: AdapterCache, clock: FakeClock, seconds: float, waiting: list[str]) -> None:
+    """Let time pass as on a worker that runs: it looks several times a second."""
+    for _ in range(int(seconds / 0.5)):
+        clock.advance(0.5)
+        cache.serve(set(), waiting)
+        cache.check()
+
+
+def test_a_load_that_does_not_end_is_not_waited_for_nor_what_would_come_behind_it() -> None:
+    cache, loader, clock = make(num_slots=3, num_host=3)
+    ready = cache.get("cc", "/c")
+    cache.serve(set(), ["cc"])
+    loader.end()
+    held = cache.get("aa", "/a")
+    run(cache, clock, LOAD_LIMIT_S, ["aa"])
+    assert held.failure == ""
+    run(cache, clock, 0.5, ["aa"])
+    assert held.failure == "loading /a takes more than 60 s"
+    assert cache.get("aa", "/a") is held, "who asks meanwhile is told the same at once"
+    behind = cache.get("bb", "/b")
+    cache.serve(set(), ["bb"])
+    assert behind.failure == "loading /a takes more than 60 s, and it would be loaded after that"
+    assert [task.digest for task in loader.tasks] == ["aa"] and ready.is_open, "no slot is given up for it"
+
+
+def test_a_late_load_that_ends_after_all_serves_and_so_does_what_comes_behind_it() -> None:
+    cache, loader, clock = make(num_slots=2, num_host=2)
+    held = cache.get("aa", "/a")
+    run(cache, clock, LOAD_LIMIT_S + 1, ["aa"])
+    assert held.failure
+    loader.end()
+    again = cache.get("bb", "/b")
+    cache.serve(set(), ["bb"])
+    assert held.is_open and held.failure == "" and cache.get("aa", "/a") is held
+    loader.end()
+    cache.serve(set(), ["bb"])
+    assert again.is_open
+
+
+def test_no_load_is_late_because_the_worker_stood_still() -> None:
+    cache, loader, clock = make()
+    held = cache.get("aa", "/a")
+    cache.serve(set(), ["aa"])
+    clock.advance(10 * LOAD_LIMIT_S)
+    cache.serve(set(), ["aa"])
+    assert held.failure == ""
+    loader.end()
+    cache.serve(set(), ["aa"])
+    assert held.is_open
 
 
 def test_what_one_rank_alone_failed_to_load_takes_no_more_of_the_others_memory_than_what_was_loaded() -> None:
