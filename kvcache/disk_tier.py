@@ -5,12 +5,12 @@
     host memory's next to be evicted ── written ahead ──> found here
 
 The disk does one operation after the other on a thread of its own, behind `Disk`; a step never waits for it. After
-several failures in a row it is left alone for a while.
+several failures in a row it is left alone for a while, in which it counts as empty: to routers and whoever else asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ import msgspec
 from ..common.clock import Clock
 from ..common.request import Sequence as TokenSequence
 from .copy_costs import smooth
-from .tiers import Lookahead, TierIndex
+from .tiers import Lookahead, TierIndex, TierListener
 
 _MAX_WRITES = 32  # under way: a slow disk keeps so many slots of host memory busy
 _IDLE_WINDOW = 2048  # blocks looked at when the engine gets idle: more are found, for a longer look with the lock held
@@ -28,6 +28,7 @@ _MAX_WAIT_S = 1.0  # for a disk whose speed, or ours, is not known yet; longer r
 # sequences wait for a disk that is broken.
 _MAX_FAILURES = 4
 _PAUSE_S = 30.0
+DISK = "disk"  # the tier as routers know it
 
 
 class DiskTask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -90,6 +91,7 @@ class DiskTier:
         self._block_s: float | None = None  # one read
         self._num_failed_in_row = 0
         self._paused_until_s: float | None = None
+        self._listener: TierListener | None = None
         self.num_failures = 0
         self.num_read_blocks = 0
         self.num_written_blocks = 0
@@ -98,7 +100,10 @@ class DiskTier:
     # --- reading -------------------------------------------------------------------------------------------------
 
     def has(self, block_hash: bytes) -> bool:
-        return self.index.find(block_hash) is not None or self.host.is_filling(block_hash)
+        """Tell whether the block can be read from here, or is being read."""
+        if self.host.is_filling(block_hash):
+            return True
+        return not self._is_paused and self.index.find(block_hash) is not None
 
     def knows(self, seq: TokenSequence) -> bool:
         return seq in self._tickets
@@ -201,12 +206,18 @@ class DiskTier:
         self._num_failed_in_row += 1
         self._report(result)
         if self._num_failed_in_row >= _MAX_FAILURES:
+            is_news = self._paused_until_s is None
             self._paused_until_s = self._clock.now() + _PAUSE_S
+            if is_news and self._listener is not None:
+                for block_hash in self.index:
+                    self._listener.evicted(block_hash, DISK)
 
     @property
     def _is_paused(self) -> bool:
         if self._paused_until_s is not None and self._clock.now() >= self._paused_until_s:
             self._paused_until_s = None
+            for block_hash in self.index:
+                self.stored(block_hash, DISK)
         return self._paused_until_s is not None
 
     def _write_ahead(self, is_idle: bool) -> None:
@@ -235,6 +246,26 @@ class DiskTier:
         self.host.pin(block_hash)
         self._num_writes += 1
         self.disk.submit(DiskTask(True, block_hash, host_slot, disk_slot))
+
+    # --- what others are told ------------------------------------------------------------------------------------
+
+    def report_to(self, listener: TierListener) -> None:
+        """Report to `listener` what can be read from here, and what no longer."""
+        self._listener = listener
+        self.index.report_to(self, DISK)
+
+    def readable(self) -> Iterator[bytes]:
+        """Yield the hashes of what can be read from here now."""
+        return iter(()) if self._is_paused else iter(self.index)
+
+    def stored(self, block_hash: bytes, tier: str) -> None:
+        """Pass on what the index has gained. Implements `TierListener`, as `evicted`."""
+        if self._paused_until_s is None and self._listener is not None:
+            self._listener.stored(block_hash, tier)
+
+    def evicted(self, block_hash: bytes, tier: str) -> None:
+        if self._paused_until_s is None and self._listener is not None:
+            self._listener.evicted(block_hash, tier)
 
     def check(self) -> None:
         """Assert that the books agree."""

@@ -14,6 +14,7 @@ from itertools import islice
 
 from ..wire.workers import CacheChange
 from .blocks import BlockPool
+from .disk_tier import DISK
 from .prefix_cache import PrefixCache
 
 DEVICE = "device"  # the tier of the block pool
@@ -96,8 +97,8 @@ def open_journal(pool: BlockPool, cache: PrefixCache) -> CacheJournal:
     journal = CacheJournal()
     journal.add_tier(DEVICE, pool.published)
     pool.listener = journal
-    tiers = {"host": cache.host} | ({"disk": cache.disk.index} if cache.disk is not None else {})
-    for tier, index in tiers.items():
-        journal.add_tier(tier, index.__iter__)
+    journal.add_tier("host", cache.host.__iter__)
+    if cache.disk is not None:
+        journal.add_tier(DISK, cache.disk.readable)
     cache.report_to(journal)
     return journal

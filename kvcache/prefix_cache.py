@@ -79,7 +79,7 @@ class PrefixCache:
         """Report to `listener` what comes and goes in the tiers below the device."""
         self.host.report_to(listener, "host")
         if self.disk is not None:
-            self.disk.index.report_to(listener, "disk")
+            self.disk.report_to(listener)
 
     # --- a sequence's blocks -------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class PrefixCache:
 
     def has_below(self, block_hash: bytes) -> bool:
         """Tell whether a tier below the device has the block, from where a hit promotes it."""
-        return block_hash in self.host or (self.disk is not None and block_hash in self.disk.index)
+        return block_hash in self.host or (self.disk is not None and self.disk.has(block_hash))
 
     def has_in_host(self, block_hash: bytes) -> bool:
         return self.host.find(block_hash) is not None

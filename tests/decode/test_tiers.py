@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.kvcache.disk_tier import DiskTask
+from kvferry.kvcache.journal import open_journal
 
 from .tagged import BLOCK, TaggedScheduler
 
@@ -135,6 +136,38 @@ def test_a_prompt_computes_what_the_disk_does_not_bring(how: str) -> None:
     assert bench.num_computed - computed == 5 * BLOCK + 1
     assert bench.cache.num_failures >= 1
     _run(bench)
+
+
+def test_a_disk_that_is_left_alone_counts_as_empty_until_it_is_used_again() -> None:
+    """For routers that knew it before, and for one that comes meanwhile. Hosts and devices are told of as ever."""
+    bench = _first_on_disk()
+    journal = open_journal(bench.pool, bench.cache)
+    told: dict[str, dict[str, set[bytes]]] = {}
+
+    def drain() -> None:
+        for router, change in journal.drain():
+            held = told.setdefault(router, {}).setdefault(change.tier, set())
+            held |= {change.stored[at : at + 16] for at in range(0, len(change.stored), 16)}
+            held -= {change.evicted[at : at + 16] for at in range(0, len(change.evicted), 16)}
+
+    journal.router_joined("before")
+    drain()
+    on_disk, disk = bench.prompt("again", 5 * BLOCK, 2, first=0).block_hashes[:4], bench.cache.disk
+    assert disk is not None and told["before"]["disk"] == set(disk.index) >= set(on_disk)
+    bench.disk.fails = lambda task: "Input/output error"
+    assert bench.begin() is None
+    _run(bench)
+    assert disk.num_failures >= 4 and len(disk.index), "most of what it holds was not tried"
+    journal.router_joined("meanwhile")
+    drain()
+    assert told["before"]["disk"] == set() == told["meanwhile"].get("disk", set())
+    assert told["before"]["host"] == told["meanwhile"]["host"] == set(bench.cache.host)
+    assert not any(bench.cache.has_below(value) for value in disk.index if value not in bench.cache.host)
+    bench.disk.fails = lambda task: ""
+    bench.clock.advance(30)
+    _run(bench)
+    drain()
+    assert told["before"]["disk"] == told["meanwhile"]["disk"] == set(disk.index) != set()
 
 
 @pytest.mark.slow
