@@ -1,7 +1,8 @@
 """The workers as the autoscaler counts them: those that are connected here, and those that the launcher is starting.
 
     launcher's word ─> planned ─(connects, ready)─> READY ─(told to end, or ends by itself)─> DRAINING
-                       PENDING                       └─ of its new pool from the moment that it is given a role
+                       PENDING <─(a step hangs)──────┤
+                                                     └─ of its new pool from the moment that it is given a role
 
 Without a launcher those that are connected are all.
 """
@@ -58,10 +59,12 @@ class FleetMembers:
 
     def _member(self, worker: WorkerView) -> Member:
         pool = self._given[worker.worker_id][0] if worker.worker_id in self._given else _pool(worker.role)
-        if worker.worker_id in self._leaving or (worker.status is not None and not worker.is_ready):
+        if worker.is_ready and worker.worker_id not in self._leaving:
+            state = MemberState.READY
+        elif worker.worker_id in self._leaving or (worker.status is not None and worker.status.state != "starting"):
             state = MemberState.DRAINING
         else:
-            state = MemberState.READY if worker.is_ready else MemberState.PENDING
+            state = MemberState.PENDING
         load = worker.num_running + worker.num_bound + worker.ahead_tokens / max(1, worker.hello.max_num_batched_tokens)
         return Member(worker.worker_id, pool, state, load, worker.hello.can_change_role)
 

@@ -218,6 +218,19 @@ def test_a_worker_that_drains_is_not_counted_and_shall_not_come_back(site: Site)
     assert site.scaling.current() == Counts(1, 1)
 
 
+def test_a_worker_that_takes_nothing_until_a_hanging_step_ends_is_not_given_up(site: Site) -> None:
+    """It comes back by itself, or its launcher starts it again: nobody is started in its place, nor it ended."""
+    site.join("d-1")
+    site.fleet_is()
+    site.load(1)
+    num_wishes = len(site.wishes())
+    site.interval(d_1={"state": "starting"})
+    assert all(not wish["lost"] for wish in site.wishes()[num_wishes:])
+    assert site.scaling.current() == Counts(1, 2)
+    site.interval()
+    assert site.scaling.current() == Counts(1, 2)
+
+
 def test_one_that_the_launcher_retires_is_no_loss(site: Site) -> None:
     site.join("d-1")
     site.fleet_is(leaving=("d-1",))
