@@ -5,6 +5,7 @@ It has bounded memory and ends when the router is gone. What it cannot end by it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -171,7 +172,11 @@ def main() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    with socket.socket(fileno=sys.stdin.fileno()) as sock, sock.makefile("rb") as requests:
+    with (
+        socket.socket(fileno=sys.stdin.fileno()) as sock,
+        sock.makefile("rb") as requests,
+        contextlib.suppress(BrokenPipeError, ConnectionResetError),  # the router has ended before its answer
+    ):
         _serve(requests, sock, has_setup=sys.argv[1:] == [SETUP])
     return 0
 

@@ -10,6 +10,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -21,7 +22,7 @@ import pytest
 
 from kvferry.router.helpers.helper import Helper, HelperLost
 from kvferry.router.helpers.program import MEMORY_BYTES
-from kvferry.router.helpers.wire import COMMAS, PARSE_JSON, REFUSAL, VALUE, HelperRefusal
+from kvferry.router.helpers.wire import COMMAS, FRAME, PARSE_JSON, REFUSAL, VALUE, HelperRefusal
 
 LIMIT_S = 240.0
 
@@ -46,6 +47,18 @@ async def _gone(pid: int) -> None:
             while True:
                 os.kill(pid, 0)
                 await asyncio.sleep(0.01)
+
+
+def test_a_program_whose_router_is_gone_when_it_answers_ends_without_a_word() -> None:
+    ours, its = socket.socketpair()
+    with ours, its:
+        command = [sys.executable, "-m", "kvferry.router.helpers.program"]
+        program = subprocess.Popen(command, stdin=its.fileno(), stderr=subprocess.PIPE)
+        its.close()
+        ours.sendall(FRAME.pack(PARSE_JSON, len(_body())) + _body())  # read as soon as it is ready
+        ours.close()
+        _, said = program.communicate(timeout=LIMIT_S)
+    assert (program.returncode, said) == (0, b"")
 
 
 async def test_many_ask_at_once_and_each_gets_its_own_answer() -> None:
