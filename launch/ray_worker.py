@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..common.clock import SystemClock
+from ..common.clock import OwnTime, SystemClock
 from . import ray_calls
 from .plan import WorkerPlan
 from .process import ChildTimes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .ray_calls import WorkerActor
 
 _PING_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.25  # while one is not answered
 _HANG_AFTER_S = 30.0
 _START_S = 600.0  # until an actor says its first word: its node may be starting, and its files may be far away
 _CALL_S = 10.0  # for one call to the cluster
@@ -126,10 +127,9 @@ class RayWorker:
             await asyncio.sleep(_PING_EVERY_S)
             ping = actor.ping.options(max_task_retries=0).remote()
             try:
-                async with asyncio.timeout(limit_s):
-                    await ping
-                limit_s = _HANG_AFTER_S
-            except TimeoutError:
+                if await _comes(ping, limit_s):
+                    limit_s = _HANG_AFTER_S
+                    continue
                 self._tell_restart(f"no sign of life for {limit_s:g} s", 0.0)
                 await ray_calls.in_thread(lambda: ray.kill(actor, no_restart=False), _HANG_AFTER_S)
                 limit_s = _START_S
@@ -145,6 +145,24 @@ class RayWorker:
         if self.actor is not None:
             ray.kill(self.actor, no_restart=True)
         ray_calls.free_place(self.place)
+
+
+async def _comes(ping: ObjectRef[int], limit_s: float) -> bool:
+    """Say whether the answer comes in the time, but for what this process does not run of it. Raises RayError."""
+
+    async def answered() -> None:
+        await ping
+
+    own_time, answer = OwnTime(SystemClock()), asyncio.ensure_future(answered())
+    until_s = own_time.now() + limit_s
+    try:
+        while own_time.now() < until_s:
+            if (await asyncio.wait((answer,), timeout=min(_LOOK_EVERY_S, limit_s)))[0]:
+                answer.result()
+                return True
+        return False
+    finally:
+        answer.cancel()
 
 
 async def _ready(place: PlacementGroup) -> None:

@@ -1,13 +1,15 @@
-"""A worker of a Ray cluster whose `run` ends: how soon is it run again? The actor is a stub; no cluster is there."""
+"""A worker of a Ray cluster: how soon is it run again, when is it ended? Its actor is a stub; no cluster is there."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 
+from kvferry.launch import ray_calls, ray_worker
 from kvferry.launch.process import ChildTimes
 from kvferry.launch.ray_worker import RaySite, RayWorker
 
@@ -55,13 +57,64 @@ class Actor:
         return 1
 
 
+class Pinged:
+    """Its `ping` is answered at once, but for the second one, which is left to `second`."""
+
+    def __init__(self, second: Callable[[asyncio.Future[int]], None]) -> None:
+        self._second = second
+        self._num_pings = 0
+        self.third = asyncio.Event()
+
+    @property
+    def ping(self) -> Pinged:
+        return self
+
+    def options(self, **_: object) -> Pinged:
+        return self
+
+    def remote(self) -> asyncio.Future[int]:
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._num_pings += 1
+        if self._num_pings == 2:
+            self._second(answer)
+        else:
+            answer.set_result(1)
+        if self._num_pings == 3:
+            self.third.set()
+        return answer
+
+
+def site(told: list[dict[str, object]]) -> RaySite:
+    routers = cast(Any, Routers())
+    return RaySite(routers, lambda: (), "m:f", True, 1.0, TIMES, on_event=lambda _, event: told.append(event))
+
+
+def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.Future[int]], None]) -> list[object]:
+    """Return why its actor was killed, after three pings."""
+    monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.01)
+    monkeypatch.setattr(ray_worker, "_HANG_AFTER_S", 0.8)
+
+    async def in_thread(function: Callable[[], None], limit_s: float) -> bool:
+        return True
+
+    monkeypatch.setattr(ray_calls, "in_thread", in_thread)
+
+    async def run() -> list[object]:
+        told: list[dict[str, object]] = []
+        worker = RayWorker(cast(Any, Plan()), cast(Any, None), site(told))
+        worker.actor = cast(Any, actor := Pinged(second))
+        watching = asyncio.ensure_future(worker._watch())
+        await asyncio.wait_for(actor.third.wait(), 60.0)
+        watching.cancel()
+        return [event["reason"] for event in told]
+
+    return asyncio.run(run())
+
+
 def delays_after(lives_s: list[float]) -> list[float]:
     async def run() -> list[float]:
         told: list[dict[str, object]] = []
-        site = RaySite(
-            cast(Any, Routers()), lambda: (), "m:f", True, 1.0, TIMES, on_event=lambda _, event: told.append(event)
-        )
-        worker = RayWorker(cast(Any, Plan()), cast(Any, None), site)
+        worker = RayWorker(cast(Any, Plan()), cast(Any, None), site(told))
         worker.actor = cast(Any, Actor([*lives_s, 0.0], worker.retired))
         await asyncio.wait_for(worker._keep_running(), 30.0)
         return [cast(float, event["delay_s"]) for event in told]
@@ -75,3 +128,22 @@ def test_who_ends_again_and_again_waits_longer() -> None:
 
 def test_who_ran_longer_than_the_longest_pause_has_not_failed_before() -> None:
     assert delays_after([0.0, 0.0, 0.1, 0.0]) == [0.01, 0.02, 0.01, 0.02]
+
+
+def test_an_actor_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert killed_by_watch(monkeypatch, lambda answer: None) == ["no sign of life for 0.8 s"]
+
+
+def test_no_actor_is_ended_because_the_launcher_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer has come meanwhile, and nobody has looked."""
+
+    def stand_still(answer: asyncio.Future[int]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def stand() -> None:
+            time.sleep(1.2)
+            loop.call_soon_threadsafe(answer.set_result, 1)
+
+        loop.call_later(0.05, stand)
+
+    assert killed_by_watch(monkeypatch, stand_still) == []
