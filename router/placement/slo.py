@@ -10,7 +10,8 @@ disturbed and nothing has to be shipped, and under load it takes what room the s
 each way brings is estimated in slo_estimates.py; where nothing is known yet all times are zero, and what is left is
 least loaded.
 
-A request waits in the queue, rather than breaking the pace of those that stream, as long as it can still make it.
+A request waits in the queue, rather than breaking the pace of those that stream, as long as it can still make it. For
+its own pace it does not wait: others that ask for less would be placed before it for ever. Once it streams, they wait.
 """
 
 from __future__ import annotations
@@ -194,32 +195,38 @@ class SloPolicy:
 
     # --- which one ------------------------------------------------------------------------------------------
 
-    def _order(self, one: SloCandidate, demand: Demand) -> tuple[bool, bool, float, bool, Rank, Rank]:
+    def _order(self, one: SloCandidate, demand: Demand) -> tuple[bool, int, float, bool, Rank, Rank]:
         is_elsewhere = one.prefill is None or one.prefill.session != demand.computed_on
         rank = one.prefill.prefill_rank if one.prefill is not None else _NOBODY
         return (one.is_avoided, self._misses(one, demand), one.cost_s, is_elsewhere, one.decode.decode_rank, rank)
 
-    def _misses(self, one: SloCandidate, demand: Demand) -> bool:
-        return self._comes_late(one, demand) or self._breaks_pace(one, demand)
+    def _misses(self, one: SloCandidate, demand: Demand) -> int:
+        """Return 0 where all objectives are kept, 1 where its own pace alone is not, else 2."""
+        if self._comes_late(one, demand) or self._breaks_others_pace(one, demand):
+            return 2
+        own_s = demand.objectives.tpot_s
+        return int(own_s is not None and one.tpot_s > _TPOT_MARGIN * own_s)
 
     def _comes_late(self, one: SloCandidate, demand: Demand) -> bool:
         """Return whether its first token would come late, and need not."""
         limit_s = demand.ttft_limit_s
         return limit_s is not None and not demand.may_miss and demand.waited_s + one.ttft_s > limit_s
 
-    def _breaks_pace(self, one: SloCandidate, demand: Demand) -> bool:
-        """Return whether tokens would come too slowly for it, or for streams there that are as urgent or more."""
+    def _breaks_others_pace(self, one: SloCandidate, demand: Demand) -> bool:
+        """Return whether tokens would come too slowly for streams there that are as urgent as it or more."""
         limits = [limit_s for priority, limit_s in one.decode.paces if priority <= demand.priority]
-        if limits:  # what not even a stream alone would keep binds nobody else
-            alone_s = self._estimates.alone_s(one.decode)
-            limits = [limit_s for limit_s in limits if alone_s <= _TPOT_MARGIN * limit_s]
-        own_s = demand.objectives.tpot_s
-        limit_s = min(limits if own_s is None else [*limits, own_s], default=math.inf)
+        if one.decode.num_others and demand.objectives.tpot_s is not None:
+            limits.append(demand.objectives.tpot_s)  # other routers' streams: theirs are like those that come here
+        if not limits:
+            return False
+        # What not even a stream alone would keep binds nobody else.
+        alone_s = self._estimates.alone_s(one.decode)
+        limit_s = min((limit_s for limit_s in limits if alone_s <= _TPOT_MARGIN * limit_s), default=math.inf)
         return one.tpot_s > _TPOT_MARGIN * limit_s
 
     def _is_better_off_waiting(self, one: SloCandidate, demand: Demand) -> bool:
         """Streams would lose their pace, and the request has time, or had its chance: it does not wait for ever."""
-        if not self._breaks_pace(one, demand) or not one.decode.num_running:
+        if not self._breaks_others_pace(one, demand):
             return False
         patience_s = _DEFAULT_PATIENCE_S if demand.ttft_limit_s is None else _PATIENCE * demand.ttft_limit_s
         return demand.waited_s < patience_s

@@ -152,9 +152,28 @@ def test_local_prompts_can_be_forbidden() -> None:
 def test_a_request_waits_rather_than_breaking_the_pace_of_others_but_not_for_ever() -> None:
     objectives = Objectives(ttft_s=1.0, tpot_s=BASE_S + 4.5 * ROW_S)
     demand = replace(DEMAND, objectives=objectives, ttft_limit_s=1.0)
-    assert place(demand, P0, STREAMING) == Wait(Lack.DECODE_ROOM)
-    assert isinstance(place(replace(demand, waited_s=3.5), P0, STREAMING), Placement)
-    assert isinstance(place(demand, P0, STREAMING, D1), Placement)  # the other one is idle
+    others = replace(STREAMING, num_others=1)  # of another router: their pace is not known here
+    for full in (replace(STREAMING, paces=((0, BASE_S + 4.5 * ROW_S),)), others):
+        assert place(demand, P0, full) == Wait(Lack.DECODE_ROOM)
+        assert isinstance(place(replace(demand, waited_s=3.5), P0, full), Placement)
+        assert isinstance(place(demand, P0, full, D1), Placement)  # the other one is idle
+
+
+def test_a_request_does_not_wait_for_its_own_pace_where_looser_ones_would_go_before_it() -> None:
+    demand = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=BASE_S + 4.5 * ROW_S), ttft_limit_s=1.0)
+    for paces in ((), ((0, 1.0),), ((10, BASE_S + 4.5 * ROW_S),)):  # none, a looser one, one of less urgent streams
+        loose = replace(STREAMING, paces=paces)
+        assert place(demand, P0, loose) == Placement("p-0", "d-0", Reason.HANDOFF)
+        # Where it breaks its own pace alone, it breaks nobody's.
+        kept = replace(D1, num_running=4, num_bound=4, context=400, paces=((0, BASE_S + 4.5 * ROW_S),))
+        busier = replace(loose, num_running=6, num_bound=6)
+        assert place(demand, P0, busier, kept) == Placement("p-0", "d-0", Reason.HANDOFF)
+
+
+def test_a_pace_that_not_even_a_lone_answer_keeps_makes_nobody_wait() -> None:
+    hopeless = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=BASE_S / 2), ttft_limit_s=1.0)
+    for full in (replace(STREAMING, paces=((0, BASE_S / 2),)), replace(STREAMING, num_others=4)):
+        assert isinstance(place(hopeless, P0, full), Placement)
 
 
 def test_the_pace_of_streams_as_urgent_as_a_request_binds_one_without_an_objective_too() -> None:
