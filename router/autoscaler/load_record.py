@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client.metrics_core import Metric
 
 from ..metrics.metrics import RouterMetrics
 from ..metrics.pools import ModelPools
 from ..metrics.workers import gauge
+from ..state.objectives import DEFAULT_CLASS, Objectives
 from ..state.outcome import ServiceOutcome
 from ..state.request import RouterRequest
 from .scale_types import POOLS, AnswerLengths, Counts, Kept
@@ -51,7 +52,7 @@ class SeenLoad:
             "event": "load",
             "num_prompts": len(self.prompts),
             "prompts": list(_even_choice(self.prompts, _MOST_SENT)),
-            "answers": [list(answer) for answer in _even_choice(self.answers, _MOST_SENT)],
+            "answers": [_as_list(answer) for answer in _even_choice(self.answers, _MOST_SENT)],
             "ttft": [self.ttft.num_met, self.ttft.num_seen],
             "tpot": [self.tpot.num_met, self.tpot.num_seen],
             "num_queued": self.num_queued,
@@ -68,7 +69,7 @@ class SeenLoad:
         queued = event.get("num_queued")
         return cls(
             tuple(prompts),
-            tuple(AnswerLengths(*_ints(lengths)) for lengths in answers) if isinstance(answers, list) else (),
+            tuple(map(_as_answer, answers)) if isinstance(answers, list) else (),
             Kept(*kept[0]),
             Kept(*kept[1]),
             queued if isinstance(queued, int) else 0,
@@ -82,6 +83,21 @@ def _sum(parts: Iterable[Kept]) -> Kept:
 
 def _even_choice(items: Sequence[_T], count: int) -> Sequence[_T]:
     return items if len(items) <= count else [items[index * len(items) // count] for index in range(count)]
+
+
+def _as_list(answer: AnswerLengths) -> list[object]:
+    own = answer.objectives
+    return [*answer[:3], None if own is None else [own.ttft_s, own.ttft_stretch, own.tpot_s]]
+
+
+def _as_answer(value: Sequence[Any]) -> AnswerLengths:
+    prompt, cached, output, own = value
+    return AnswerLengths(prompt, cached, output, None if own is None else _sized_by(*own))
+
+
+def _sized_by(ttft_s: float | None, ttft_stretch: float, tpot_s: float | None) -> Objectives:
+    """Return what of objectives sizes pools: classes that differ in nothing else are one."""
+    return Objectives(ttft_s=ttft_s, ttft_stretch=ttft_stretch, tpot_s=tpot_s)
 
 
 def _ints(value: object) -> list[int]:
@@ -104,8 +120,15 @@ class LoadRecord:
     def on_finished(self, request: RouterRequest) -> None:
         has_answer = request.num_output_tokens or request.embedding  # which is a prompt's work, and no token's
         if has_answer and len(self._answers) < _MOST:
+            own = request.objectives
+            is_default = request.request_class == DEFAULT_CLASS
             self._answers.append(
-                AnswerLengths(request.num_prompt_tokens, request.num_cached_tokens, request.num_output_tokens)
+                AnswerLengths(
+                    request.num_prompt_tokens,
+                    request.num_cached_tokens,
+                    request.num_output_tokens,
+                    None if is_default else _sized_by(own.ttft_s, own.ttft_stretch, own.tpot_s),
+                )
             )
 
     def on_outcome(self, outcome: ServiceOutcome) -> None:

@@ -49,11 +49,12 @@ class Member:
 
 
 class AnswerLengths(NamedTuple):
-    """The lengths of one finished request, in tokens."""
+    """The lengths of one finished request, in tokens, and what it was to get."""
 
     num_prompt_tokens: int
     num_cached_tokens: int  # of the prompt: from a prefix cache
     num_output_tokens: int  # of all its choices
+    objectives: Objectives | None = None  # of its class; None: of the class "default"
 
 
 @dataclass(slots=True, frozen=True)
@@ -135,7 +136,7 @@ class AutoscalerSettings:
     prefill: Bounds
     decode: Bounds
     total: int
-    objectives: Objectives
+    objectives: Objectives  # of the class "default"
     schedule: tuple[str, ...] = ()  # "HH:MM-HH:MM prefill>=4 decode>=2", see autoscaler_schedule.py
     spare_workers: int = 0  # ready beyond the need
     target: float = 0.99  # share of requests that are to meet each objective

@@ -2,11 +2,11 @@
 
 Prefill is a queue of N servers. Its service times are those of the sampled prompts, so a few long ones among many
 short ones count as what they are: by their variance (Pollaczek and Khinchine, with Erlang's C for N servers, as Allen
-and Cunneen combine them), and each prompt is held against its own objective.
+and Cunneen combine them). Each prompt is held against the objective of its class, and each class has its share in time.
 
 Decode is a crowd. By Little's law rate x length x step time sequences run at once, and as their number is that of a
 queue without waiting (M/G/infinity), it scatters as Poisson's, and their KV as shot noise (Campbell). N workers are
-enough when a step with an unlucky share of the crowd keeps the objective and fits the cache.
+enough when a step with an unlucky share of the crowd keeps the strictest objective in it and fits the cache.
 
 Everything here is deterministic: the same load gives the same answer.
 """
@@ -47,26 +47,28 @@ class PrefillLoad:
     """Prompts as work: what each takes of a worker, and how long it may wait."""
 
     work_s: tuple[float, ...]
-    slack_s: tuple[float, ...]  # of its objective, after its own time
+    slack_s: tuple[tuple[float, ...], ...]  # by class: of each one's objective, after its own time
     mean_tokens: float  # of whole prompts, cached tokens included
 
     @classmethod
     def from_answers(
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> PrefillLoad:
-        ttft_s = objectives.ttft_s if objectives.ttft_s is not None else _DEFAULT_TTFT_S
         prompts = [(max(1, a.num_prompt_tokens - a.num_cached_tokens), a.num_cached_tokens) for a in answers]
         alone = [times.prefill_s(new, context) for new, context in prompts]
         mean_new = sum(new for new, _ in prompts) / len(prompts) if prompts else 0.0
         saved = _saved_s(round(mean_new), times, limits)
+        slack_s: dict[Objectives | None, list[float]] = {}
+        for answer, own in zip(answers, alone, strict=True):
+            slack_s.setdefault(answer.objectives, []).append(_ttft_limit_s(answer, objectives, own) - own)
         return cls(
             tuple(max(0.25 * own, own - saved) for own in alone),
-            tuple(max(ttft_s, objectives.ttft_stretch * own) - own for own in alone),
+            tuple(tuple(each) for each in slack_s.values()),
             sum(a.num_prompt_tokens for a in answers) / len(answers) if answers else 0.0,
         )
 
     def kept(self, rate: float, num_workers: int) -> float:
-        """The share of prompts that start in time; 0 where the queue grows without end."""
+        """The share of the worst class's prompts that start in time; 0 where the queue grows without end."""
         mean_s = sum(self.work_s) / len(self.work_s)
         offered = rate * mean_s
         utilization = offered / num_workers if num_workers else math.inf
@@ -75,14 +77,24 @@ class PrefillLoad:
         variation = sum(x * x for x in self.work_s) / len(self.work_s) / (mean_s * mean_s) - 1.0
         waiting = erlang_c(num_workers, offered)
         wait_s = 0.5 * (1.0 + max(0.0, variation)) * mean_s / (num_workers * (1.0 - utilization))
-        late = sum(math.exp(-max(0.0, slack) / wait_s) for slack in self.slack_s) / len(self.slack_s)
-        return 1.0 - waiting * late
+        late = (sum(math.exp(-max(0.0, slack) / wait_s) for slack in each) / len(each) for each in self.slack_s)
+        return 1.0 - waiting * max(late)
 
     def needed(self, rate: float, target: float) -> int:
         if not self.work_s or rate <= 0:
             return 0
         floor = max(1, math.ceil(rate * sum(self.work_s) / len(self.work_s)))
         return _least(floor, lambda count: self.kept(rate, count) >= target)
+
+
+def _ttft_limit_s(answer: AnswerLengths, default: Objectives, alone_s: float) -> float:
+    """Return the limit of a prompt that takes `alone_s`; infinite for one of a class that sets none."""
+    own = answer.objectives
+    if own is None:
+        ttft_s = default.ttft_s if default.ttft_s is not None else _DEFAULT_TTFT_S
+        return max(ttft_s, default.ttft_stretch * alone_s)
+    limit_s = own.ttft_limit_s(alone_s)
+    return math.inf if limit_s is None else limit_s
 
 
 def _saved_s(mean_new: int, times: StepTimes, limits: WorkerLimits) -> float:
@@ -101,7 +113,7 @@ class DecodeLoad:
     mean_square_held: float
     times: StepTimes
     limits: WorkerLimits
-    tpot_s: float
+    tpot_s: float  # the strictest, as answers of all classes share steps
 
     @classmethod
     def from_answers(
@@ -112,7 +124,7 @@ class DecodeLoad:
         held = [a.num_output_tokens * (a.num_prompt_tokens + a.num_output_tokens / 2) for a in answers]
         squares = [_square_held(a.num_prompt_tokens, a.num_output_tokens) for a in answers]
         mean_context = sum(held) / max(1, sum(outputs))
-        wanted = objectives.tpot_s if objectives.tpot_s is not None else _DEFAULT_TPOT_S
+        wanted = min((_tpot_s(a, objectives) for a in answers if a.num_output_tokens), default=_DEFAULT_TPOT_S)
         possible = _LEAST_STRETCH * times.decode_step_s(1, round(mean_context))
         return cls(sum(outputs) / count, sum(held) / count, sum(squares) / count, times, limits, max(wanted, possible))
 
@@ -144,6 +156,14 @@ class DecodeLoad:
         if self.mean_output <= 0 or rate <= 0:
             return 0
         return _least(1, lambda count: self.fits(rate, count, target))
+
+
+def _tpot_s(answer: AnswerLengths, default: Objectives) -> float:
+    """Return the time per token that an answer is to keep; infinite for one of a class that sets none."""
+    own = answer.objectives
+    if own is None:
+        return default.tpot_s if default.tpot_s is not None else _DEFAULT_TPOT_S
+    return math.inf if own.tpot_s is None else own.tpot_s
 
 
 def _square_held(prompt: int, output: int) -> float:

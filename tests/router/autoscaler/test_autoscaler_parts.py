@@ -5,20 +5,22 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.request import Pooling, SamplingParams
+from kvferry.common.request import Pooling, SampledToken, SamplingParams
 from kvferry.router.autoscaler.forecast import DayProfile, RateForecast
 from kvferry.router.autoscaler.lengths import LengthSample
-from kvferry.router.autoscaler.load_record import LoadRecord
+from kvferry.router.autoscaler.load_record import LoadRecord, SeenLoad
 from kvferry.router.autoscaler.scale_types import DAY_S, AnswerLengths, Bounds, WorkerLimits
 from kvferry.router.autoscaler.schedule import Schedule
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
-from kvferry.router.state.objectives import Objectives
+from kvferry.router.state.objectives import NO_OBJECTIVES, Objectives
 from kvferry.router.state.request import RouterRequest
 
 from .scale_world import LIMITS, LinearTimes
@@ -151,6 +153,37 @@ def test_an_objective_that_no_fleet_can_keep_asks_for_no_fleet_without_end() -> 
     assert PrefillLoad.from_answers(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
 
 
+def test_each_class_has_its_share_of_prompts_in_time_however_few_are_of_it() -> None:
+    """The strict ones are a twentieth: if all were late the rest would make up for it."""
+    strict = Objectives(ttft_s=0.08, ttft_stretch=1.0)
+    answers = [AnswerLengths(500, 0, 100, strict if index % 20 == 0 else None) for index in range(400)]
+    mixed = PrefillLoad.from_answers(answers, LinearTimes(), FULL_STEPS, OBJECTIVES)
+    alone = PrefillLoad.from_answers(answers[::20], LinearTimes(), FULL_STEPS, OBJECTIVES)
+    assert mixed.needed(100.0, 0.9) == alone.needed(100.0, 0.9)
+    loose = PrefillLoad.from_answers(answers[1:20], LinearTimes(), FULL_STEPS, OBJECTIVES)
+    assert mixed.needed(100.0, 0.9) > loose.needed(100.0, 0.9)
+
+
+def test_answers_keep_the_strictest_pace_of_their_classes() -> None:
+    strict = Objectives(tpot_s=0.015)
+    answers = [AnswerLengths(500, 0, 100, strict if index == 0 else None) for index in range(50)]
+    mixed = DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
+    default = DecodeLoad.from_answers(answers[1:], LinearTimes(), LIMITS, OBJECTIVES)
+    assert (mixed.tpot_s, default.tpot_s) == (0.015, 0.03)
+    assert mixed.needed(40.0, 0.99) > default.needed(40.0, 0.99)
+
+
+def test_a_class_without_objectives_asks_for_its_work_to_be_done_and_no_more() -> None:
+    answers = [AnswerLengths(4000, 0, 100, Objectives(priority=10))] * 50
+    prompts = PrefillLoad.from_answers(answers, LinearTimes(), FULL_STEPS, OBJECTIVES)
+    assert prompts.kept(2.0, 1) == 1.0 and prompts.needed(2.0, 0.99) == 1
+    assert prompts.kept(3.0, 1) == 0.0 and prompts.needed(3.0, 0.99) == 2  # it takes 0.4 s
+    urgent = [answer._replace(objectives=None) for answer in answers]
+    assert PrefillLoad.from_answers(urgent, LinearTimes(), FULL_STEPS, OBJECTIVES).needed(2.0, 0.99) > 1
+    crowd = DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
+    assert crowd.tpot_s == math.inf and crowd.needed(40.0, 0.99) == 3  # their memory is what they need
+
+
 def test_cached_tokens_are_no_work() -> None:
     cold = PrefillLoad.from_answers([AnswerLengths(8000, 0, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
     warm = PrefillLoad.from_answers([AnswerLengths(8000, 7000, 100)] * 20, LinearTimes(), LIMITS, OBJECTIVES)
@@ -233,3 +266,15 @@ def test_an_embedding_is_the_work_of_a_prompt_and_of_no_answer() -> None:
     assert seen.prompts == (40,) and seen.answers == (AnswerLengths(40, 0, 0),)
     load = DecodeLoad.from_answers(seen.answers, LinearTimes(), LIMITS, OBJECTIVES)
     assert load.needed(100.0, 0.9) == 0
+
+
+def test_answers_of_other_classes_say_what_they_were_to_get_to_other_routers_too() -> None:
+    record, fast = LoadRecord(), Objectives(ttft_s=0.5, tpot_s=0.02, priority=-1)
+    for name, objectives in (("default", OBJECTIVES), ("fast", fast), ("batch", NO_OBJECTIVES)):
+        request = RouterRequest(name, range(40), SamplingParams(max_tokens=1), objectives=objectives)
+        request.request_class = name
+        request.choices[0].tokens.append(SampledToken(1))
+        record.on_finished(request)
+    seen = record.take(0)
+    assert [answer.objectives for answer in seen.answers] == [None, replace(fast, priority=0), NO_OBJECTIVES]
+    assert SeenLoad.from_event(msgspec.json.decode(msgspec.json.encode(seen.as_event()))).answers == seen.answers
