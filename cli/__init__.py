@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, NoReturn, cast
 
 from .. import __version__
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         with interruptible_imports():  # making all flags takes as long as importing
             command = typer.main.get_command(app)
+        _check_once(argv)
         code = command(args=_repeated(argv), prog_name="kvferry", standalone_mode=False)
     except typer.Abort:
         code = 1
@@ -72,6 +74,15 @@ def _repeated(words: Sequence[str]) -> list[str]:
         follows = len(done) > 1 and done[-2] == "--lora-modules" and not word.startswith("-")
         done += ["--lora-modules", word] if follows and ("=" in word or word.startswith("{")) else [word]
     return done
+
+
+def _check_once(words: Sequence[str]) -> None:
+    """Raise ConfigError for a second name: vLLM serves a model by all of them, here the last would be the only one."""
+    flag = "--served-model-name"
+    names = [name for word, name in pairwise(words) if word == flag]
+    names += [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
+    if len(names := sorted(set(names))) > 1:
+        raise ConfigError(f"{flag}: a deployment serves its model by one name, not by {' and '.join(names)}")
 
 
 def _line(error: Exception) -> str:

@@ -28,7 +28,7 @@ class ModelSettings(Settings):
         ),
     ] = None
     revision: Annotated[str | None, Option("Model", "Branch, tag or commit on the hub.", ALL)] = None
-    served_model_name: Annotated[Name | None, Option("Model", "The model's name in the API.", ALL)] = None
+    served_model_name: Annotated[Name | None, Option("Model", "The model's one name in the API.", ALL)] = None
     max_model_len: Annotated[
         Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
     ] = None

@@ -173,6 +173,14 @@ def test_adapters_may_be_given_in_each_of_the_forms_that_vllm_takes(run: Run, wo
     assert "max_loras: 2" in shown.stdout
 
 
+@pytest.mark.parametrize("second", [("--served-model-name", "b"), ("--served-model-name=b",)])
+def test_a_second_name_of_the_model_is_refused_and_not_taken_for_the_only_one(
+    run: Run, second: tuple[str, ...]
+) -> None:
+    assert_refused(run("config", "show", "--served-model-name", "a", *second), "by one name, not by a and b")
+    assert run("config", "show", "--served-model-name", "a", "--served-model-name", "a").returncode == 0
+
+
 def test_taken_port_is_one_line(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
