@@ -17,7 +17,7 @@ from typing import NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
+from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE, RequestClass
 from ..common.errors import ConfigError
 from .fields import ENV_PREFIX, ServeSettings, setting_keys
 from .values import parse_classes
@@ -185,7 +185,9 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
             continue
         if inner := names[len(key.split(".")) :]:
             message = f"{_inside(raw.value, inner)}: {message}"
-        if names:
+        if item["type"] == "extra_forbidden":  # the key is what is wrong, whatever its value
+            message += _nearest(names[-1], set(RequestClass.model_fields) if key == "classes" else set())
+        elif names and not message.startswith("'"):  # else it begins with what is wrong
             choices = str(item.get("ctx", {}).get("expected", "")).split("'")[1::2]
             value = item["input"] if inner else raw.value
             message += f", not {value!r}{_nearest(str(value), choices)}"

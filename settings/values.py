@@ -72,6 +72,8 @@ def parse_object(value: object) -> object:
 def _parse_class(text: str) -> dict[str, str]:
     name, _, rest = text.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if not all(sign for _, sign, _ in pairs):
+        raise ValueError(f"{text!r} is not like 'batch:priority=10,deadline_s=600'")
     return {"name": name.strip(), **{key.strip(): value.strip() for key, _, value in pairs}}
 
 

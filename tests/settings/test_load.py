@@ -142,6 +142,11 @@ MISTAKES = [
     ("[a, b]: 1", ":1: a key must be the name of a setting"),
     ("seed: 2020-99-99", ":1: "),
     ("classes:\n  batch:\n    prio: 3", ":1: classes: batch.prio: is not known here"),
+    (
+        "classes: {a: {ttft_objective: 5}}",
+        ":1: classes: a.ttft_objective: is not known here; did you mean ttft_objective",
+    ),
+    ("classes: ['a:b']", ":1: classes: 'a:b' is not like 'batch:priority=10,deadline_s=600'"),
     ("classes: {Batch: {}}", ":1: classes: Batch.name: String should match pattern"),
     ("classes: {default: {priority: 1}}", ":1: classes: 'default' is what the other settings"),
     ("classes: [batch, 'batch:priority=3']", ":1: classes: each name once"),
@@ -358,3 +363,11 @@ def test_every_router_needs_a_port_of_its_own_for_operators(tmp_path: Path) -> N
         load_text(tmp_path, "admin_port: 65534\nrouters: 3\n")
     assert load_text(tmp_path, "admin_port: 65534\nrouters: 2\n").settings.admin_port == 65534
     assert load_text(tmp_path, "admin_port: 0\nrouters: 3\n").settings.admin_port == 0
+
+
+@pytest.mark.parametrize("text", ["soon", "08:00-25:00 decode>=2"])
+def test_a_window_that_is_none_is_told_once(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(flags={"scale_schedule": Raw([text], "--scale-schedule")}, env={}, file=None)
+    assert str(caught.value).startswith(f"--scale-schedule: '{text}' ")
+    assert "[" not in str(caught.value)
