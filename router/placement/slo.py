@@ -83,6 +83,9 @@ class SloPolicy:
             return Wait(Lack.FIT)
         nearest = view.nearest("prefill", _NEAR, holders)
         prefills = fitting_workers(view, "prefill", nearest, fits_prefill, demand)
+        if prefills and not has_pair(prefills, fitting, demand):  # of those nearby: one further away may do
+            prefills = fitting_workers(view, "prefill", (), fits_prefill, demand)
+            fitting = fitting_workers(view, "decode", (), fits_decode, demand)
         lack = self._lack(prefills, fitting, demand, view)
         if lack is not None:
             return lack

@@ -79,6 +79,23 @@ def test_a_prefill_worker_that_is_large_enough_is_found_behind_all_that_are_not(
     assert isinstance(placement, Placement) and placement.computing_worker == "p-1"
 
 
+@pytest.mark.parametrize("local_prefill", [False, True])
+def test_where_each_handoff_nearby_has_failed_workers_further_away_are_tried(local_prefill: bool) -> None:
+    """Of the nearest prefill workers one alone holds the prompt, and no decode worker nearby can be granted to."""
+    small = [
+        replace(P0, session=10 + number, hello=msgspec.structs.replace(P0.hello, num_blocks=4)) for number in range(6)
+    ]
+    failed = replace(DEMAND, failed_pairs=frozenset({(P0.session, STREAMING.session)}))
+    far = replace(P1, ahead_tokens=10, num_bound=1, backlog_s=0.01)
+    placement = place(failed, P0, *small, far, STREAMING, local_prefill=local_prefill)
+    assert placement == Placement("p-1", "d-0", Reason.HANDOFF)
+    busier = [replace(STREAMING, session=40 + number) for number in range(6)]
+    ungranted = replace(DEMAND, ungranted=frozenset(one.session for one in busier))
+    free = replace(D1, num_running=5, num_bound=5, context=500)
+    placement = place(ungranted, P0, *busier, free, local_prefill=local_prefill)
+    assert placement == Placement("p-0", "d-1", Reason.HANDOFF)
+
+
 @pytest.mark.parametrize(("share", "prefill"), [(0.02, None), (0.2, "p-0")])
 def test_a_hair_does_not_move_a_prompt_away_from_an_idle_decode_worker(share: float, prefill: str | None) -> None:
     slo, view = policy(), PoolView((P0, D0))
