@@ -1,7 +1,7 @@
 """A reload: every process reads its keys and secrets again, none restarts, nobody is cut off.
 
 files read here first: a mistake in them is told, and no process hears of it
-─> reload to each process that is up ─> its word that it has done so, or why not
+─> reload to each process ─> the word of each that is up that it has done so, or why not
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Reload:
     """Asks children to read their files again, and takes what they answer."""
 
     def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
         self._waiting: dict[str, asyncio.Future[str]] = {}
 
     def on_event(self, name: str, event: Mapping[str, object]) -> None:
@@ -38,18 +39,23 @@ class Reload:
             answer.set_result(str(event.get("error", "")))
 
     async def ask(self, children: Sequence[Child]) -> list[str]:
-        """Let each child reload and say why some could not; empty: all have. Those that start read the files anyway."""
-        asked = [child for child in children if child.state is ChildState.READY]
-        loop = asyncio.get_running_loop()
-        self._waiting = {child.name: loop.create_future() for child in asked}
-        for child in asked:
-            child.send({"event": "reload"})
-        if asked:
-            await asyncio.wait(self._waiting.values(), timeout=_ANSWER_S)
-        failures = [
-            f"{name}: {answer.result() if answer.done() else 'no answer'}"
-            for name, answer in self._waiting.items()
-            if not answer.done() or answer.result()
-        ]
-        self._waiting = {}
+        """Let each child reload and say why some could not; empty: all have.
+
+        Those that start may have read the files already: they hear it, too, and obey when they can. What they make of
+        it is in their logs, as nobody waits for that.
+        """
+        async with self._one_at_a_time:  # an answer does not say whose question it is of
+            asked = [child for child in children if child.state is ChildState.READY]
+            loop = asyncio.get_running_loop()
+            self._waiting = {child.name: loop.create_future() for child in asked}
+            for child in children:
+                child.send({"event": "reload"})
+            if asked:
+                await asyncio.wait(self._waiting.values(), timeout=_ANSWER_S)
+            failures = [
+                f"{name}: {answer.result() if answer.done() else 'no answer'}"
+                for name, answer in self._waiting.items()
+                if not answer.done() or answer.result()
+            ]
+            self._waiting = {}
         return failures

@@ -45,6 +45,8 @@ def reloading(
     if launcher is not None:
         launcher.listen(on_event)
     loop.add_signal_handler(signal.SIGHUP, _reload, credentials, launcher)
+    with contextlib.suppress(ConfigError):  # SIGHUP was lost until here: files may be newer than what was read at start
+        credentials.reload()
     try:
         yield
     finally:

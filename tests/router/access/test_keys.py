@@ -11,6 +11,7 @@ from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.access.keys import ApiKeys
+from kvferry.router.access.reload import reloading
 from kvferry.settings.key_file import add_key, revoke_keys
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
@@ -100,3 +101,13 @@ def test_a_reload_that_fails_changes_nothing(tmp_path: Path) -> None:
     credentials.reload()
     assert code_of(credentials.clients, key) == code_of(credentials.operators, operator) == "invalid_api_key"
     assert credentials.secret.said.startswith(b"another")
+
+
+async def test_what_changed_while_a_router_started_holds_when_it_is_up(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    key = add_key(path, "alice", None)
+    config = RouterConfig(model_dir=tmp_path, served_model_name="m", api_key_file=path)
+    credentials = RouterCredentials.from_config(config, {})
+    revoke_keys(path, "alice")  # and SIGHUP, of which nobody took notice yet
+    with reloading(credentials, None, lambda event: None):
+        assert code_of(credentials.clients, key) == "invalid_api_key"
