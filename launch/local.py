@@ -12,6 +12,7 @@ from ..wire.address import Address
 from .children import ROUTER_PROGRAM, WORKER_PROGRAM, child_environment, make_fork_server, worker_child
 from .fleet import Fleet
 from .launcher import child_times
+from .orphans import taking_orphans
 from .plan import Deployment, WorkerPlan
 from .process import Child, ChildTimes
 from .progress import Display
@@ -162,7 +163,8 @@ class LocalLauncher:
 
     async def run(self) -> None:
         try:
-            await self._stopper.run(self._run())
+            async with taking_orphans():
+                await self._stopper.run(self._run())
         finally:
             self._display.done()
             await self._fork_server.close()
