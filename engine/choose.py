@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common.config import NO_DETERMINISTIC_CUDA, NO_INT8_LATENTS, CoreSlot, CpuIsa, EngineConfig
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
-from ..kvcache.pages import free_memory_bytes
+from ..common.machine import free_memory_bytes
 from ..models.config import ModelConfig
 from .cpu.adapters import SlotMemory, StripFactors
 from .cpu.compiler import NativeUnavailable

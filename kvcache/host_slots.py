@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
-from .pages import free_memory_bytes
+from ..common.machine import free_memory_bytes
 
 # Defaults of a rank's host memory, where settings give no sizes. More keeps more preempted sequences, or prefixes, from
 # being computed again, and takes memory, pinned on CUDA, from everything else on the machine.

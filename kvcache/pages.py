@@ -15,6 +15,7 @@ import torch
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
+from ..common.machine import free_memory_bytes
 from .blocks import MIN_CACHE_TOKENS, too_small_a_cache
 
 _HUGE_PAGE_BYTES = 2 << 20
@@ -100,12 +101,3 @@ def _default_bytes(config: EngineConfig, device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free - (1 - config.gpu_memory_utilization) * total))
     return min(_CPU_BYTES, int(_CPU_SHARE * free_memory_bytes()))
-
-
-def free_memory_bytes() -> int:
-    """Return MemAvailable of Linux: free, and what the page cache would give back."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo does not tell the free memory: set --kv-cache-memory-bytes")

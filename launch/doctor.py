@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..common.extras import FLASHINFER, nixl, torch_cuda_version
+from ..common.machine import free_memory_bytes
 from ..settings.fields import ServeSettings
-from .host import find_gpus, free_memory_bytes
+from .host import find_gpus
 from .preflight import Check, Level, Preflight
 
 _TRIAL = "from kvferry.transfer.backends.nixl import NixlBackend; NixlBackend('doctor').close()"

@@ -1,20 +1,17 @@
 """A machine's cores, free memory and GPUs, as far as this process may use them.
 
-Read from the kernel and the driver's own tool, so that the launcher needs no torch. Containers count: a control
-group's limits stand in for the machine's.
+Read from the kernel (common/machine.py) and the driver's own tool, so that the launcher needs no torch.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..common.extras import torch_cuda_version
+from ..common.machine import free_memory_bytes, usable_cpus
 
 _NVIDIA_SMI_TIMEOUT_S = 10.0
 _GPU_FIELDS = "index,uuid,name,memory.total,memory.free"
@@ -38,27 +35,6 @@ class Host:
 
 def read_host(env: Mapping[str, str]) -> Host:
     return Host(usable_cpus(), free_memory_bytes(), find_gpus(env) if torch_cuda_version() else ())
-
-
-def usable_cpus(root: Path = Path("/")) -> int:
-    """Cores in this process's affinity mask, less where its control group has a quota."""
-    count = len(os.sched_getaffinity(0))
-    quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit() and period.isdigit():
-        count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
-def free_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that can be taken without swapping, within the control group's limit."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
-    free = int(match[1]) * 1024 if match else 0
-    group = root / "sys/fs/cgroup"
-    limit, used = _read(group / "memory.max"), _read(group / "memory.current")
-    if limit.isdigit() and used.isdigit():
-        reclaimable = re.search(r"^inactive_file (\d+)", _read(group / "memory.stat"), re.MULTILINE)
-        free = min(free, int(limit) - int(used) + (int(reclaimable[1]) if reclaimable else 0))
-    return max(free, 0)
 
 
 def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
@@ -88,10 +64,3 @@ def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
     if visible is None:
         return tuple(gpu for name, gpu in by_name.items() if name == gpu.index)
     return tuple(by_name[name] for name in (part.strip() for part in visible.split(",")) if name in by_name)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

@@ -22,9 +22,10 @@ from ..common.config import WorkerConfig
 from ..common.errors import ConfigError
 from ..common.extras import RAY
 from ..common.logs import configure_logging
+from ..common.machine import usable_cpus
 from ..wire.credentials import SharedSecret
 from .children import worker_environment
-from .host import Gpu, Host, usable_cpus
+from .host import Gpu, Host
 from .plan import WorkerPlan
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from kvferry.benchmarks.shared.checks import Check, run_check, write_checks
 from kvferry.benchmarks.shared.reference import Answer, answer_gaps
 from kvferry.benchmarks.shared.shapes import SHAPES, write_checkpoint, write_shape
 from kvferry.common.errors import ConfigError
-from kvferry.launch.host import usable_cpus
+from kvferry.common.machine import usable_cpus
 from kvferry.tools.load.prompts import PromptSource
 from kvferry.tools.load.server_process import free_port, running
 
