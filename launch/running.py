@@ -1,6 +1,6 @@
 """A running deployment is found by a Unix socket in this user's runtime folder, and by a pid file if it has one.
 
-$XDG_RUNTIME_DIR/kvferry/PID.sock, else /tmp/kvferry-UID/PID.sock; nobody else may enter the folder
+$XDG_RUNTIME_DIR/kvferry/PID.sock, else /tmp/kvferry-UID/PID.sock, with TMPDIR there; nobody else may enter the folder
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import os
 import select
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,7 +21,10 @@ def runtime_dir(env: Mapping[str, str]) -> Path:
     """The folder of the sockets of this user's deployments; it need not exist."""
     if base := env.get("XDG_RUNTIME_DIR"):
         return Path(base) / "kvferry"
-    return Path(tempfile.gettempdir()) / f"kvferry-{os.getuid()}"
+    # Not Python's own choice, which leaves a folder that is full for another: a deployment stays where it was.
+    named = (env.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    base = next((folder for folder in named if folder and os.path.isdir(folder)), "/tmp")
+    return Path(base) / f"kvferry-{os.getuid()}"
 
 
 def make_runtime_dir(env: Mapping[str, str]) -> Path:

@@ -10,6 +10,7 @@ A tenant may have several keys, so that one can be replaced by another without a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -166,5 +167,6 @@ def _write(path: Path, text: str) -> None:
             file.write(text)
         os.replace(new, path)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, and on a disk that only can be read not even that is told
+            new.unlink()
         raise ConfigError(f"file: cannot write {path}: {error.strerror}") from error

@@ -197,3 +197,12 @@ def test_sockets_of_ended_processes_are_swept_when_the_next_deployment_starts(le
     make_runtime_dir(os.environ)
     assert not gone.exists()
     assert left_over.exists()  # its process is there, whosever it is
+
+
+def test_a_temporary_folder_in_which_nothing_can_be_written_is_left_for_no_other() -> None:
+    """As one that is full: another folder's deployments are not the ones that were meant."""
+    full = {"TMPDIR": "/proc"}
+    assert runtime_dir(full).parent == Path("/proc")
+    with pytest.raises(ConfigError, match=r"cannot make /proc/.*; set XDG_RUNTIME_DIR to a folder of yours"):
+        make_runtime_dir(full)
+    assert runtime_dir({"TMPDIR": "/nowhere"}).parent == Path("/tmp")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -111,3 +113,15 @@ async def test_what_changed_while_a_router_started_holds_when_it_is_up(tmp_path:
     revoke_keys(path, "alice")  # and SIGHUP, of which nobody took notice yet
     with reloading(credentials, None, lambda event: None):
         assert code_of(credentials.clients, key) == "invalid_api_key"
+
+
+def test_a_key_file_on_a_disk_that_can_only_be_read_is_a_mistake_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)  # for a file that is not there, too
+    with pytest.raises(ConfigError, match=r"cannot write .*keys: Read-only file system"):
+        add_key(tmp_path / "keys", "alice", None)
