@@ -16,7 +16,7 @@ from .orphans import taking_orphans
 from .plan import Deployment, WorkerPlan
 from .process import Child, ChildTimes
 from .progress import Display
-from .reload import Reload, read_credentials
+from .reload import Reload, outcome, read_credentials
 from .rolling import roll
 from .routers import RouterGroup
 from .scale_requests import ScaleRequests
@@ -148,7 +148,7 @@ class LocalLauncher:
             failures = [str(error)]
         else:
             failures = await self._reload.ask([*self.routers.children, *self.workers])
-        self._display.note(f"reload failed: {'; '.join(failures)}" if failures else "keys and secrets are read again")
+        self._display.note(outcome(failures))
         return failures
 
     def status(self) -> dict[str, object]:

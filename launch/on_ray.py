@@ -21,7 +21,7 @@ from .plan import Deployment, WorkerPlan, fit_to_host
 from .process import ChildTimes
 from .progress import Display
 from .ray_worker import RaySite, RayWorker
-from .reload import Reload, read_credentials
+from .reload import Reload, outcome, read_credentials
 from .routers import RouterGroup
 from .scale_requests import ScaleRequests
 from .status import describe_deployment
@@ -102,6 +102,11 @@ class RayLauncher:
         self._display.note(_NO_RESTART)
 
     async def reload(self) -> list[str]:
+        failures = await self._read_again()
+        self._display.note(outcome(failures))
+        return failures
+
+    async def _read_again(self) -> list[str]:
         """Read the files again, here and in every process. Workers get the secrets from here: their nodes may lack the
         file."""
         if self._routers is None:

@@ -25,6 +25,11 @@ def read_credentials(config: RouterConfig, env: Mapping[str, str]) -> tuple[byte
     return read_secrets(config.secret_file, env)
 
 
+def outcome(failures: Sequence[str]) -> str:
+    """Say how a reload went, as the operator's log has it."""
+    return f"reload failed: {'; '.join(failures)}" if failures else "keys and secrets are read again"
+
+
 class Reload:
     """Asks children to read their files again, and takes what they answer."""
 

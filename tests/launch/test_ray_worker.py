@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from kvferry.launch import ray_calls, ray_worker
+from kvferry.common.clock import SystemClock
+from kvferry.launch import RayLauncher, ray_calls, ray_worker
+from kvferry.launch.plan import plan
 from kvferry.launch.process import ChildTimes
+from kvferry.launch.progress import LogDisplay
 from kvferry.launch.ray_worker import RaySite, RayWorker
+from kvferry.settings.fields import ServeSettings
 
 pytest.importorskip("ray")
 
@@ -147,3 +152,17 @@ def test_no_actor_is_ended_because_the_launcher_stood_still(monkeypatch: pytest.
         loop.call_later(0.05, stand)
 
     assert killed_by_watch(monkeypatch, stand_still) == []
+
+
+def test_a_reload_that_fails_is_told_in_the_log_of_the_launcher(tmp_path: Path) -> None:
+    """SIGHUP has no other answer."""
+    notes: list[str] = []
+
+    class Shown(LogDisplay):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    deployment = plan(ServeSettings(port=0), tmp_path, "m", (b"s" * 16,))
+    launcher = RayLauncher(deployment, {}, SystemClock(), Shown(is_text=False))
+    assert asyncio.run(launcher.reload()) == ["nothing serves yet"]
+    assert notes == ["reload failed: nothing serves yet"]
