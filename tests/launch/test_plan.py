@@ -229,7 +229,7 @@ def test_latents_that_cuda_has_no_kernels_for_are_refused_before_a_start(tmp_pat
     check_engine(engine, model)
     for reason, fields, changes in (
         ("512 . 64", {}, {"latent": replace(latent, kv_rank=256)}),
-        ("not 12", {}, {"num_qo_heads": 12}),
+        ("not 130", {}, {"num_qo_heads": 130}),
         ("possible: 15000", {"max_num_batched_tokens": 1 << 14}, {}),
         ("no kernels here for latents", {"kv_cache_dtype": "fp8"}, {}),
     ):
