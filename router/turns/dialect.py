@@ -23,20 +23,24 @@ from .reasoning import BRACKETS, THINK, ReasoningCount, ReasoningCounter, Reason
 from .syntax import Syntax
 from .turn import TaggedReader, TurnReader
 
-# vLLM's names for what is the same form.
-_ALIASES: Mapping[str, str] = {
+# vLLM's names for what is the same form, of calls and of reasoning.
+_CALL_ALIASES: Mapping[str, str] = {
     "deepseek_v31": "deepseek_v3",
     "glm45": "glm",
     "glm47": "glm",
     "granite4": "hermes",
     "llama4_json": "llama3_json",
     "openai": "channels",
-    "openai_gptoss": "channels",
     "llama4_pythonic": "pythonic",
     "olmo3": "pythonic",
     "phi4_mini_json": "granite",
-    "qwen3": "think",
     "qwen3_xml": "qwen3_coder",
+}
+_REASONING_ALIASES: Mapping[str, str] = {
+    "glm45": "think",
+    "minimax_m2": "think",
+    "openai_gptoss": "channels",
+    "qwen3": "think",
 }
 _CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # what gpt-oss was not taught, by the nearest
 # What a template of each family has in it; the first that is found names the form.
@@ -95,13 +99,11 @@ class Dialect:
             switches=_SWITCHES & variables,
         )
         if tool_parser != "auto":
-            own = _ALIASES.get(tool_parser, tool_parser)
+            own = _CALL_ALIASES.get(tool_parser, tool_parser)
             has_two_forms = not takes_tools and own not in ("hermes", "channels")
             found = replace(found, tool_parser=own, has_two_forms=has_two_forms)
         if reasoning_parser != "auto":
-            is_think = reasoning_parser in ("glm45", "minimax_m2")  # names of forms of calls, too
-            tags = "think" if is_think else _ALIASES.get(reasoning_parser, reasoning_parser)
-            found = replace(found, reasoning_parser=tags)
+            found = replace(found, reasoning_parser=_REASONING_ALIASES.get(reasoning_parser, reasoning_parser))
         elif found.tool_parser == "channels":  # calls are messages among the others
             found = replace(found, reasoning_parser="channels")
         return found

@@ -1,4 +1,4 @@
-"""Forms of calls in tags: a name, then names and values of parameters, as GLM and MiniMax-M2 write them.
+"""Forms of calls in tags: a name, then names and values of parameters, as GLM, MiniMax-M2 and Qwen3-Coder write them.
 
     <tool_call>search                                   <minimax:tool_call>
     <arg_key>query</arg_key>                            <invoke name="search">
@@ -6,8 +6,8 @@
     </tool_call>                                        </invoke>
                                                         </minimax:tool_call>
 
-White space between tags may be left out. Arguments are told a parameter at a time, as JSON of the type that the tool's
-schema names.
+Qwen3-Coder's is in qwen_coder.py. White space between tags may be left out. Arguments are told a parameter at a time,
+as JSON of the type that the tool's schema names.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ class Part:
     begun: str
 
 
-def _literal(text: str) -> Part:
+def literal(text: str) -> Part:
     return Part(re.escape(text), _beginning(text))
+
+
+def around(tag: str) -> Part:
+    """Return the part of a tag around calls, which may be left out."""
+    return Part(rf"(?:{tag}\s*+)?", _beginning(tag))
 
 
 def _beginning(*texts: str) -> str:
@@ -69,7 +74,7 @@ class PairedForm:
 
 
 _BLANK = Part(r"\s*+", r"\s*+")
-_NAME = Part(f"({NAME.pattern})", r"[A-Za-z0-9_.\-]{0,128}")
+CALL_NAME = Part(f"({NAME.pattern})", r"[A-Za-z0-9_.\-]{0,128}")
 
 
 def _glm() -> PairedForm:
@@ -81,8 +86,8 @@ def _glm() -> PairedForm:
     named = Part(r"([^<>]{1,256})", r"[^<>]{0,256}")
     return PairedForm(
         places=(tool,),
-        head=TagPattern.of(_literal(tool), _BLANK, _NAME, _BLANK, behind),
-        pair=TagPattern.of(_literal(key), named, _literal(end_key), _BLANK, _literal(value), other=end),
+        head=TagPattern.of(literal(tool), _BLANK, CALL_NAME, _BLANK, behind),
+        pair=TagPattern.of(literal(key), named, literal(end_key), _BLANK, literal(value), other=end),
         end_value=end_value,
         end_call=end,
         more_marks=frozenset({key, end_key, value, end_value}),
@@ -91,12 +96,11 @@ def _glm() -> PairedForm:
 
 def _minimax() -> PairedForm:
     outer, call, parameter, end = "<minimax:tool_call>", '<invoke name="', '<parameter name="', "</invoke>"
-    around = Part(rf"(?:{outer}\s*+)?", _beginning(outer))
     named = Part(r'([^"<>\n]{1,256})', r'[^"<>\n]{0,256}')
     return PairedForm(
         places=(outer, call),
-        head=TagPattern.of(around, _literal(call), _NAME, _literal('">')),
-        pair=TagPattern.of(_literal(parameter), named, _literal('">'), other=end),
+        head=TagPattern.of(around(outer), literal(call), CALL_NAME, literal('">')),
+        pair=TagPattern.of(literal(parameter), named, literal('">'), other=end),
         end_value="</parameter>",
         end_call=end,
         end_outer="</minimax:tool_call>",
@@ -135,7 +139,8 @@ class PairedSyntax:
                 if not is_final and form.pair.begun.fullmatch(text, start) is not None:
                     return Segment((Call(name, arguments_of(written, "")),))
                 return Segment((Call(name, arguments_of(written, "}")),), len(text) if start == len(text) else at)
-            value, stop = self._value(text, pair.end(), progress)
+            progress.inner = progress.inner or Progress()
+            value, stop = self._value(text, pair, name, progress.inner, is_final=is_final)
             if stop is None and is_final:
                 cut = f"{dumps(pair[1])}: {dumps(value)[:-1]}"  # a string without its end
                 return Segment((Call(name, arguments_of([*written, cut], "")),), len(text))
@@ -143,13 +148,14 @@ class PairedSyntax:
                 return Segment((Call(name, arguments_of(written, "")),))
             written.append(f"{dumps(pair[1])}: {typed(self._schemas, name, pair[1], value)}")
             at = progress.at = stop
+            progress.inner = None
 
-    def _value(self, text: str, start: int, progress: Progress) -> tuple[str, int | None]:
-        """Return a parameter's text and where its end tag ends; None: it has none yet."""
-        progress.inner = progress.inner or Progress()
-        end = text.find(self._form.end_value, max(start, progress.inner.at))
+    def _value(
+        self, text: str, tag: re.Match[str], tool: str, progress: Progress, *, is_final: bool
+    ) -> tuple[str, int | None]:
+        """Return a parameter's text and where it ends; None: not yet. `tag`: what names it, of a call of `tool`."""
+        end = text.find(self._form.end_value, max(tag.end(), progress.at))
         if end < 0:
-            progress.inner.at = len(text) - len(self._form.end_value)
-            return text[start:], None
-        progress.inner = None
-        return text[start:end], end + len(self._form.end_value)
+            progress.at = len(text) - len(self._form.end_value)
+            return text[tag.end() :], None
+        return text[tag.end() : end], end + len(self._form.end_value)
