@@ -12,8 +12,9 @@ from .fields import Message, Name, Nonce, Text
 # adapters a worker has (`WorkerStatus.adapters`). Version 8 tells how often experts are chosen
 # (`WorkerStatus.experts`). Version 9 tells a worker how long the prompts are that wait for it
 # (`LocalTask.tokens_behind`). Version 10 has the mask of first tokens come with a prompt (`PrefillTask.first_mask`).
-# Version 11 tells the rank of a prompt's token (`SampledToken.rank`).
-PROTOCOL_VERSION = 11
+# Version 11 tells the rank of a prompt's token (`SampledToken.rank`). Version 12 has heartbeats count adapters that are
+# being loaded (`WorkerStatus.loading_adapters`).
+PROTOCOL_VERSION = 12
 
 
 class Challenge(Message):

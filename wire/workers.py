@@ -110,6 +110,7 @@ class WorkerStatus(Message):
     draft_tokens: Count = 0  # proposed and fed since start
     accepted_tokens: Count = 0  # proposed tokens that were the ones drawn
     adapters: Digests = ()  # in the engine's slots
+    loading_adapters: Count = 0  # into slots, by loads that are not late
     draft_prompt_tokens: Count = 0  # computed by a draft model while this worker decodes: they came without its KV
     experts: ExpertLoads = ()  # in a heartbeat every few seconds, where choices were made since the last one
 

@@ -78,6 +78,11 @@ class AdapterCache:
         """Return the digests of those that have a slot."""
         return tuple(held.digest for held in self._slots if held is not None and held.slot is not None)
 
+    @property
+    def num_loading(self) -> int:
+        """Return how many are being loaded within their limit: whoever waits for one is no sign of a standstill."""
+        return sum(held is not None and held.is_loading and not held.failure for held in self._slots)
+
     def serve(self, begun: set[str], waiting: Iterable[str]) -> None:
         """Take what was loaded, and load what is wanted. `begun`: those that sequences or the running step compute
         with; `waiting`: those of all other requests, in their order.

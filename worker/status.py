@@ -46,6 +46,7 @@ def make_status(core: WorkerCore, router_id: str, steps: StepFigures) -> WorkerS
         role=roles.active_role,
         samples=core.samples.take(router_id),
         adapters=core.adapters.loaded if core.adapters is not None else (),
+        loading_adapters=core.adapters.num_loading if core.adapters is not None else 0,
         experts=core.expert_reports.due(router_id),
         share=core.shares.share(router_id, roles.routers),
     )

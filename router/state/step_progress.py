@@ -19,7 +19,7 @@ class StepProgress:
 
     _largest_step: tuple[int, float] = (0, 0.0)  # tokens, seconds
     _prefill_step: tuple[int, float] = (0, 0.0)  # the latest one that was no mere decode step
-    _progress_s: float = 0.0  # when a step last finished, or nothing was to do
+    _progress_s: float = 0.0  # when a step last finished, or none was to be
 
     @property
     def prefill_step_s(self) -> float:
@@ -38,7 +38,9 @@ class StepProgress:
             self._largest_step = (status.step_tokens, status.step_s)
         if stepped and status.step_tokens >= _PREFILL_STEP_TOKENS:
             self._prefill_step = (status.step_tokens, status.step_s)
-        if stepped or not (status.num_running or status.num_waiting):
+        # What waits may wait for an adapter: its worker gives up a load that takes long (`worker.adapters`).
+        loads = status.loading_adapters and not status.num_running
+        if stepped or loads or not (status.num_running or status.num_waiting):
             self._progress_s = now_s
 
     def forgive(self, now_s: float) -> None:

@@ -136,9 +136,9 @@ def test_a_load_that_does_not_end_is_not_waited_for_nor_what_would_come_behind_i
     loader.end()
     held = cache.get("aa", "/a")
     run(cache, clock, LOAD_LIMIT_S, ["aa"])
-    assert held.failure == ""
+    assert held.failure == "" and cache.num_loading == 1
     run(cache, clock, 0.5, ["aa"])
-    assert held.failure == "loading /a takes more than 60 s"
+    assert held.failure == "loading /a takes more than 60 s" and cache.num_loading == 0
     assert cache.get("aa", "/a") is held, "who asks meanwhile is told the same at once"
     behind = cache.get("bb", "/b")
     cache.serve(set(), ["bb"])

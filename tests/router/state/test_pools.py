@@ -150,6 +150,24 @@ def test_work_that_only_waits_may_wait_for_a_fence() -> None:
     assert worker.hang(17.0) is not None
 
 
+def test_work_may_wait_for_an_adapter_for_as_long_as_its_worker_loads_it() -> None:
+    worker = make()
+    worker.on_status(status(steps=5, step_tokens=64, step_s=0.1), 1.0)
+    for second in range(2, 60):
+        worker.on_status(status(steps=5, num_waiting=1, loading_adapters=1), float(second))
+        assert worker.hang(float(second)) is None
+    for second in range(60, 75):  # loaded: what waits has to begin now
+        worker.on_status(status(steps=5, num_waiting=1), float(second))
+    assert "no step has finished" in str(worker.hang(74.5))
+
+
+def test_running_work_that_stands_still_beside_a_load_is_a_hang() -> None:
+    worker = make()
+    for second in range(1, 6):
+        worker.on_status(status(steps=5, num_running=1, loading_adapters=1, step_s=0.1, step_tokens=64), float(second))
+    assert "no step has finished" in str(worker.hang(5.0))
+
+
 def test_an_idle_worker_does_not_hang_however_long_it_idles() -> None:
     worker = make()
     for second in range(1, 100):
