@@ -27,6 +27,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BARE = ("embed_tokens.", "layers.", "norm.")
 # A language model that is one part of several, by its tensors' names before and since transformers 5.
 _NESTED = {"language_model.": "", "model.language_model.": "model."}
+_DRAFT = "mtp."  # of further layers that predict further tokens, where they are not numbered with the others
 # The other parts, which see; nothing of them is read.
 _SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
@@ -100,7 +101,7 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     hidden, family = config.hidden_size, config.family
     heads, kv_heads = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
-    if family.is_fused:
+    if family.fusion == "all":
         sizes = {"qkv_proj": sum(sizes.values())}
     shapes: dict[str, Shape] = {}
     for part, size in sizes.items():
@@ -117,7 +118,7 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
 
 def _mlp_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     hidden, size = config.hidden_size, config.intermediate_size
-    sizes = {"gate_up_proj": 2 * size} if config.family.is_fused else {"gate_proj": size, "up_proj": size}
+    sizes = {"gate_up_proj": 2 * size} if config.family.fusion != "none" else {"gate_proj": size, "up_proj": size}
     shapes: dict[str, Shape] = {}
     for part, outputs in sizes.items():
         shapes |= _linear(f"{name}.{part}", outputs, hidden, bias=config.mlp_bias)
@@ -177,7 +178,7 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
         for name in found - wanted
         if not name.endswith("rotary_emb.inv_freq")
         and not (config.tie_embeddings and name == "lm_head.weight")
-        and not (config.family.text_type is not None and name.startswith(_SEEING))
+        and not (config.family.text_types and name.startswith(_SEEING))
         and not KV_SCALE.fullmatch(name)
         and not _is_of_draft(name, config)
     )
@@ -189,6 +190,8 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
 
 def _is_of_draft(name: str, config: ModelConfig) -> bool:
     match = _LAYER.match(name)
+    if name.startswith(_DRAFT):
+        return config.num_draft_layers > 0
     return match is not None and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers
 
 

@@ -1,6 +1,6 @@
 """A checkpoint's word about its model: `config.json` and `generation_config.json`, read once and checked.
 
-How families differ is a table (`families.py`); what a single checkpoint chooses is read here. Anything that this
+How families differ is a table (`families/table.py`); what a single checkpoint chooses is read here. Anything that this
 engine would compute wrongly is refused here by name, before a weight is read.
 """
 
@@ -16,7 +16,9 @@ from typing import Literal
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
 from .experts import ExpertsConfig, read_experts, read_sparse_layers
-from .families import FAMILIES, Bias, Family, architecture_of, nearest, needs_code
+from .families.family import Bias, Family
+from .families.lookup import architecture_of, nearest, needs_code
+from .families.table import FAMILIES
 from .latent import LatentConfig, read_latent
 from .quantization import Quantization
 from .quantization_config import read_quantization
@@ -112,8 +114,8 @@ class ModelConfig:
     @property
     def longest_model_len(self) -> int:
         """Count the positions that the rotary embedding covers: more than declared where its scaling allows more."""
-        scaled = int(self.rope.factor * self.rope.original_max_len)
-        return max(self.max_model_len, scaled)
+        ropes = [self.rope] if self.local_rope is None else [self.rope, self.local_rope]
+        return max(self.max_model_len, *(int(rope.factor * rope.original_max_len) for rope in ropes))
 
     def check_tp_size(self, tp_size: int, *, whole_experts: bool = False) -> None:
         """Check that ranks can share each count evenly. Raises ConfigError naming the first one that they cannot."""
@@ -197,11 +199,12 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
 
 def _of_text(fields: ConfigFields, family: Family) -> ConfigFields:
     """Return what config.json says of the language model. Raises ConfigError where that is of another family."""
-    text = fields.mapping("text_config") if family.text_type is not None else None
+    text = fields.mapping("text_config") if family.text_types else None
     if text is None:
         return fields
-    if text.raw.get("model_type", family.text_type) != family.text_type:
-        raise text.refuse("model_type", f"text_config of this architecture is supported as {family.text_type} alone")
+    if text.raw.get("model_type", family.text_types[0]) not in family.text_types:
+        known = " or ".join(family.text_types)
+        raise text.refuse("model_type", f"text_config of this architecture is supported as {known} alone")
     return ConfigFields(fields.path, {**fields.raw, **text.raw})
 
 

@@ -2,49 +2,29 @@
 
     scores = softmax or sigmoid (gate x)  ->  the best `num_chosen` of the best groups  ->  their weighted sum
 
-`ExpertTraits` says how a family's entry in `families.py` differs, `ExpertsConfig` what one checkpoint has.
+`families.experts.ExpertTraits` says how families differ, `ExpertsConfig` what one checkpoint has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..common.expert_plan import ExpertPlan, read_plan
 from .config_fields import ConfigFields
+from .families.experts import ExpertTraits, Scoring
 
-Scoring = Literal["softmax", "sigmoid"]
 Shape = tuple[int, ...]
 
 # A matrix that is small and decides much: never rounded by `--quantization`.
 GATES = ("mlp.gate", "block_sparse_moe.gate", "mlp.router")
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k")
+_FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index")
+_SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _METHODS = (None, "greedy", "group_limited_greedy", "noaux_tc")
-
-
-@dataclass(slots=True, frozen=True, kw_only=True)
-class ExpertTraits:
-    """A family's experts, as far as its table tells of them."""
-
-    module: str = "mlp"  # of a sparse layer
-    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's matrices
-    scoring: Scoring = "softmax"
-    normalised: bool | None = None  # None: as `norm_topk_prob` says
-    normalised_default: bool = False
-    first_dense: int = 0  # layers, where config.json tells none
-    gate: str = "gate"
-    is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
-    has_bias_beside: bool = False  # what moves scores stands beside the gate in a checkpoint, not below it
-
-
-DEEPSEEK_V2 = ExpertTraits(normalised=False)
-DEEPSEEK_V3 = ExpertTraits(scoring="sigmoid", normalised_default=True, first_dense=3)
-GLM_4 = replace(DEEPSEEK_V3, first_dense=1)
-MIXTRAL = ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True)
-MINIMAX_M2 = replace(MIXTRAL, scoring="sigmoid", has_bias_beside=True)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -64,22 +44,13 @@ class ExpertsConfig:
     shared_size: int = 0  # inner columns of what every token takes besides; 0: none
     gate_name: str = "gate"
     is_stacked: bool = False
-    has_bias_beside: bool = False
+    score_bias: str | None = None  # its name in a layer: `ExpertTraits.score_bias`
     alpha: float = 1.702  # of the gate within the stacked ones' sigmoid
     limit: float = 7.0  # of what their gate and up yield
 
     @property
-    def has_score_bias(self) -> bool:
-        """Tell whether a score is moved for the choice alone, not for the weight (DeepSeek-V3, section 2.1.2)."""
-        return self.scoring == "sigmoid"
-
-    @property
     def gate(self) -> str:
         return f"{self.module}.{self.gate_name}"
-
-    @property
-    def score_bias(self) -> str:
-        return f"{self.module if self.has_bias_beside else self.gate}.e_score_correction_bias"
 
     @property
     def shared(self) -> str:
@@ -99,7 +70,7 @@ class ExpertsConfig:
     def shapes(self, layer: str, hidden_size: int) -> dict[str, Shape]:
         """Return the tensors of a sparse layer, by their names in a checkpoint."""
         shapes: dict[str, Shape] = {f"{layer}.{self.gate}.weight": (self.num_experts, hidden_size)}
-        if self.has_score_bias:
+        if self.score_bias is not None:
             shapes[f"{layer}.{self.score_bias}"] = (self.num_experts,)
         if self.is_stacked:
             return shapes | self._stacked_shapes(layer, hidden_size)
@@ -128,9 +99,9 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         return None
     if (method := fields.raw.get("topk_method")) not in _METHODS:
         raise fields.refuse("topk_method", f"is not supported; these are: {', '.join(map(str, _METHODS[1:]))}")
-    key = next((key for key in _COUNTS if fields.has(key)), _COUNTS[0])
-    num_experts = fields.count(key)
-    num_chosen = fields.count("num_experts_per_tok")
+    num_experts, num_chosen = (
+        fields.count(next((key for key in keys if fields.has(key)), keys[0])) for keys in (_COUNTS, _CHOSEN_COUNTS)
+    )
     size = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
     num_groups = num_chosen_groups = 1
     if method != "greedy" and fields.has("n_group"):
@@ -153,7 +124,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         parts=traits.parts,
         gate_name=traits.gate,
         is_stacked=traits.is_stacked,
-        has_bias_beside=traits.has_bias_beside,
+        score_bias=None if traits.score_bias is None else f"{traits.module}.{traits.score_bias}",
         alpha=fields.number("swiglu_alpha", 1.702),
         limit=fields.number("swiglu_limit", 7.0),
         scoring=traits.scoring,
@@ -161,7 +132,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         scale=fields.number("routed_scaling_factor", 1.0),
         num_groups=num_groups,
         num_chosen_groups=num_chosen_groups,
-        shared_size=size * fields.count("n_shared_experts") if fields.raw.get("n_shared_experts") else 0,
+        shared_size=size * next((fields.count(key) for key in _SHARED_COUNTS if fields.raw.get(key)), 0),
     )
 
 
@@ -170,16 +141,20 @@ def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tup
     num_layers = fields.count("num_hidden_layers")
     if traits is None:
         return (False,) * num_layers
-    step = fields.count("decoder_sparse_step", 1)
+    step = fields.count("decoder_sparse_step", fields.count("moe_layer_interval", 1))
     if fields.has("mlp_layer_types"):
         return _typed_layers(fields, num_layers)
-    first = fields.raw.get("first_k_dense_replace", traits.first_dense)
+    key = next((key for key in _FIRST_SPARSE if fields.has(key)), _FIRST_SPARSE[0])
+    first, last = fields.raw.get(key, traits.first_dense), fields.raw.get("moe_layer_end_index", -1)
     dense = fields.raw.get("mlp_only_layers") or []
     if not isinstance(first, int) or first < 0:
-        raise fields.refuse("first_k_dense_replace", "must be a number of layers")
+        raise fields.refuse(key, "must be a number of layers")
+    if not isinstance(last, int) or last < -1:
+        raise fields.refuse("moe_layer_end_index", "must be the number of a layer, or -1 for the last one")
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise fields.refuse("mlp_only_layers", "must be a list of layers")
-    return tuple(i >= first and (i + 1) % step == 0 and i not in dense for i in range(num_layers))
+    end = num_layers if last == -1 else last + 1
+    return tuple(first <= i < end and (i + 1) % step == 0 and i not in dense for i in range(num_layers))
 
 
 def _typed_layers(fields: ConfigFields, num_layers: int) -> tuple[bool, ...]:

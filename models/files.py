@@ -20,7 +20,7 @@ from pathlib import Path
 from ..common.config import QuantizationName
 from ..common.errors import ConfigError
 from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir, gguf_model_dir
-from .families import needs_code
+from .families.lookup import needs_code
 from .gguf.files import gguf_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -157,7 +157,7 @@ class Storage:
             "gptq": {"g_idx": (num_inputs,), "bias": (num_outputs,)},
             "packed": {"weight_shape": (2,), "weight_g_idx": (num_inputs,)},
             "integers": {"input_scale": (1,), "input_zero_point": (1,)},
-            "float8": {"input_scale": (1,)},
+            "float8": {"input_scale": (1,), "activation_scale": (1,)},
         }
         return {f"{name}.{suffix}": shape for suffix, shape in suffixes.get(self.layout, {}).items()}
 

@@ -59,9 +59,11 @@ def _awq(fields: ConfigFields) -> Quantization:
 def _fp8(fields: ConfigFields) -> Quantization:
     _choice(fields, "fmt", "e4m3", ("e4m3",))
     block = fields.raw.get("weight_block_size")
-    storage = Storage(layout="float8", sharing="tensor")
+    # Transformers writes the key with or without blocks, and names scales alike; other tools write none.
+    scale_name = "weight_scale_inv" if "weight_block_size" in fields.raw else "weight_scale"
+    storage = Storage(layout="float8", sharing="tensor", scale_name=scale_name)
     if block is not None:
-        storage = Storage(layout="float8", sharing="block", block=_block(fields, block), scale_name="weight_scale_inv")
+        storage = Storage(layout="float8", sharing="block", block=_block(fields, block), scale_name=scale_name)
     excluded = [*_excluded(fields, "modules_to_not_convert"), *_excluded(fields, "ignored_layers")]
     return _named(fields, storage, [_HEAD, *excluded, Rule("Linear", storage)])
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
-from .families import Family
+from .families.family import Family
 
 RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn", "none"]  # none: angles are 0
 
@@ -33,6 +33,9 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()  # of each frequency, up to the original length (longrope)
     long_factors: tuple[float, ...] = ()  # of each frequency, beyond it (longrope)
     fraction: float = 1.0  # of a head that is turned, from its beginning on
+    has_neighbours: bool = False  # a pair's two numbers are neighbours in a head, not half a head apart
+    query_beta: float = 0.0  # queries are 1 + query_beta * log(1 + position // query_len) times as large
+    query_len: int = 1
 
     def is_long(self, max_model_len: int) -> bool:
         """Tell whether all positions are turned as those of long sequences.
@@ -50,8 +53,10 @@ def read_ropes(
     scaling = rotary_fields(fields)
     theta = fields.number("rope_theta", 10_000.0)
     if not family.has_local_rope:
-        unturned = RopeConfig(kind="none") if family.has_unturned_layers else None
-        return _read_rope(fields, scaling, family, theta, max_model_len, head_dim), unturned
+        rope, unturned = _read_rope(fields, scaling, family, theta, max_model_len, head_dim), RopeConfig(kind="none")
+        if family.unturned == "without window" and any(read_windows(fields, family)):
+            return unturned, rope
+        return rope, unturned if family.unturned == "named" else None
     local_theta = fields.number("rope_local_base_freq", theta)
     if scaling.raw.keys() & set(_LAYER_TYPES):
         full, local = (scaling.mapping(name) or ConfigFields(fields.path, {}) for name in _LAYER_TYPES)
@@ -115,7 +120,13 @@ def _read_rope(
                 f"{fields.path}: rotary scaling {kind!r} is not supported; "
                 "these are: default, linear, llama3, longrope, yarn"
             )
-    return replace(rope, fraction=fraction)
+    rope = replace(rope, fraction=fraction, has_neighbours=family.has_neighbours)
+    beta = "llama_4_scaling_beta"
+    if not scaling.has(beta):
+        return rope
+    if not family.scales_queries:
+        raise scaling.refuse(beta, "queries that grow with their positions are not supported in this family")
+    return replace(rope, query_beta=scaling.number(beta), query_len=original)
 
 
 def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:
@@ -205,7 +216,7 @@ def read_unturned(fields: ConfigFields, family: Family) -> tuple[bool, ...]:
 
     `no_rope_layers` has a 1 for each layer that turns; where it is left out, each `no_rope_layer_interval`th does not.
     """
-    if not family.has_unturned_layers:
+    if family.unturned != "named":
         return ()
     num_layers, turned = fields.count("num_hidden_layers"), fields.raw.get("no_rope_layers")
     if turned is None:

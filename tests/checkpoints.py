@@ -23,7 +23,7 @@ from torch import Tensor
 
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
-    "smollm3", "seed_oss", "mistral3",
+    "smollm3", "seed_oss", "mistral3", "ministral3", "glm", "glm4", "ernie4_5", "exaone4", "cwm",
 ]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
@@ -75,6 +75,28 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
     "smollm3": {"no_rope_layer_interval": 2},
     "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_out_bias": False},
     "mistral": {"head_dim": 16, "sliding_window": None},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "glm": {"head_dim": 32},
+    "glm4": {"head_dim": 32},
+    "ernie4_5": {"head_dim": 16, "use_bias": True},
+    "exaone4": {"head_dim": 16, "sliding_window": 20, "num_hidden_layers": 4},
+    "cwm": {
+        "head_dim": 16,
+        "sliding_window": 20,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 4,
+    },
 }
 _CORPUS = (
     "The router places each request; a prefill worker computes the prompt and a decode worker streams the answer. "
@@ -152,7 +174,7 @@ def _write_by_own_classes(path: Path, family: str, shape: Shape, config: dict[st
     model.save_pretrained(path)
 
 
-_NESTED = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # the language model beside a part that sees
+_NESTED = {"gemma3": "gemma3_text", "mistral3": "ministral3"}  # the language model beside a part that sees
 _SEEING: dict[str, object] = {
     "hidden_size": 16,
     "intermediate_size": 16,

@@ -39,8 +39,8 @@ SHAPE: dict[str, object] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-Generation = Literal["v2", "v3", "glm4 lite"]
-_CLASSES: dict[Generation, str] = {"v2": "DeepseekV2", "v3": "DeepseekV3", "glm4 lite": "Glm4MoeLite"}
+Generation = Literal["v2", "v3", "glm4 lite", "youtu"]
+_CLASSES: dict[Generation, str] = {"v2": "DeepseekV2", "v3": "DeepseekV3", "glm4 lite": "Glm4MoeLite", "youtu": "Youtu"}
 TOKEN_SIZE = 32 + 8  # numbers that are kept of a token in a layer
 EXPERTS: dict[str, dict[str, object]] = {  # of the layers behind the first
     "v2": {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},

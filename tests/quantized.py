@@ -166,6 +166,13 @@ def _float8(strategy: str, name: str = "weight_scale") -> Callable[[np.random.Ge
     return make
 
 
+def _float8_of_transformers(rng: np.random.Generator, size_out: int, size_in: int) -> Matrix:
+    """One scale for all, as Ministral 3's checkpoints have it, and one for inputs, which nobody uses here."""
+    tensors, meant = _float8("tensor", "weight_scale_inv")(rng, size_out, size_in)
+    scalar = torch.from_numpy(np.asarray(tensors["weight_scale_inv"])).reshape(())
+    return tensors | {"weight_scale_inv": scalar, "activation_scale": torch.tensor(0.5)}, meant
+
+
 def _compressed_float8(strategy: str) -> Format:
     weights: dict[str, object] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
     weights |= {"block_structure": [128, 128]} if strategy == "block" else {}
@@ -184,6 +191,10 @@ FORMATS = {
     "compressed fp8 tensor": _compressed_float8("tensor"),
     "compressed fp8 channel": _compressed_float8("channel"),
     "compressed fp8 block": _compressed_float8("block"),
+    "fp8 tensor": Format({"quant_method": "fp8", "activation_scheme": "static"}, _float8("tensor"), ()),
+    "fp8 tensor by transformers": Format(
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}, _float8_of_transformers, ()
+    ),
     "fp8 block": Format(
         {
             "quant_method": "fp8",

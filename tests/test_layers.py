@@ -28,7 +28,8 @@ common
 wire                 common
 settings             common wire
 models/gguf          common
-models               common models/gguf
+models/families
+models               common models/gguf models/families
 kvcache              common wire
 sizing               common models kvcache
 grammar              common models

@@ -90,6 +90,9 @@ class NativeModel:
         scale = 1.0 if config.score_scale is None else config.score_scale * config.head_dim**0.5
         model = Model(
             rotary_dim=2 * len(decoder.rotary.inv_freq),
+            has_neighbours=config.rope.has_neighbours,
+            query_len=config.rope.query_len,
+            query_beta=config.rope.query_beta,
             has_gelu=config.activation == "gelu_tanh",
             norm_eps=config.rms_norm_eps,
             norm_offset=config.family.norm_offset,

@@ -157,7 +157,9 @@ def _is_fused(decoder: Decoder) -> bool:
     """Tell whether there are kernels for all that lies between two blocks, and for attention's own parts."""
     config, family = decoder.config, decoder.config.family
     is_plain = family.norms == "before" and not family.norm_offset and family.head_norms != "whole"
-    is_turned_at_once = config.local_rope is None and config.rope.fraction == 1.0
+    rope = config.rope
+    is_turned_at_once = config.local_rope is None and rope.fraction == 1.0
+    is_turned_at_once = is_turned_at_once and not rope.has_neighbours and not rope.query_beta
     has_multipliers = config.embedding_multiplier != 1.0 or config.residual_multiplier != 1.0
     return is_plain and is_turned_at_once and not has_multipliers and config.activation == "silu"
 
@@ -173,7 +175,7 @@ def cos_sin_table(rotary: RotaryEmbedding, num_positions: int, dtype: torch.dtyp
     table = torch.empty(num_positions, 2 * len(rotary.inv_freq), device=device)
     for start in range(0, num_positions, _TABLE_ROWS):
         positions = torch.arange(start, min(start + _TABLE_ROWS, num_positions), device=device)
-        cos, signed_sin = rotary(positions, dtype)  # [rows, 1, head_dim], halves (cos, cos) and (-sin, sin)
+        cos, signed_sin, _ = rotary(positions, dtype)  # [rows, 1, head_dim], halves (cos, cos) and (-sin, sin)
         half = cos.shape[-1] // 2
         table[start : start + len(positions)] = torch.cat((cos[:, 0, :half], signed_sin[:, 0, half:]), 1)
     return table

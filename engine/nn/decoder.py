@@ -21,8 +21,7 @@ from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer
 from .builder import Builder
 from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, Sinks
-from .mixer import Rope
-from .rotary import RotaryEmbedding
+from .rotary import Rope, RotaryEmbedding
 
 Ropes = tuple[Rope, Rope]  # of a step: for layers that see all keys, for those with a window
 

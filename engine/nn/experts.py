@@ -39,7 +39,7 @@ class Gate(Linear):
         self.experts = experts
         self._score_bias_name = f"{layer}.{experts.score_bias}"
         self.score_bias: Tensor | None = None
-        if experts.has_score_bias:
+        if experts.score_bias is not None:
             self.score_bias = torch.empty(experts.num_experts, device=builder.device)
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ class GatedMLP:
         config = builder.config
         bias = config.mlp_bias
         gate, up, down = (f"{name}.{part}" for part in names)
-        parts = column_parts([gate, up], [size, size], fused=f"{name}.gate_up_proj" if config.family.is_fused else None)
+        fused = None if config.family.fusion == "none" else f"{name}.gate_up_proj"
+        parts = column_parts([gate, up], [size, size], fused=fused)
         self.is_silu = config.activation == "silu"
         self._activation = _ACTIVATIONS[config.activation]
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)

@@ -23,8 +23,7 @@ from ..weights.weight import Leaf, WeightSlot
 from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
-from .mixer import Rope
-from .rotary import rotate_
+from .rotary import Rope, by_halves
 
 _NORM_EPS = 1e-6  # of latents, whatever the model's other norms have
 
@@ -98,14 +97,12 @@ class LatentAttention:
         turned = projected[..., latent.kv_rank :]
         turned[:, :num_heads] = self._by_halves(q[..., latent.nope_dim :])
         turned[:, num_heads] = self._by_halves(kept[:, latent.kv_rank : latent.token_size])
-        rotate_(turned, *rope)
+        rope.turn_(turned, num_heads)
         return projected
 
     def _by_halves(self, x: Tensor) -> Tensor:
         """[..., rope_dim] as the checkpoint has it -> the two of each pair half of it apart, as `rotate_` has them."""
-        if not self.latent.is_interleaved:
-            return x
-        return x.reshape(*x.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
+        return by_halves(x) if self.latent.is_interleaved else x
 
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
         """Return sums of latents, [num_tokens, heads * kv_rank]."""

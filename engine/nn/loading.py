@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -103,8 +103,11 @@ def _open_files(model_dir: Path) -> dict[str, tuple[_TensorFile, str]]:
 
 
 def _fill_from_file(slot: WeightSlot, file: _TensorFile, name: str) -> None:
-    source = file.get_slice(name)
-    check_shape(slot.name, tuple(source.get_shape()), slot.shape)
+    stored = file.get_slice(name)
+    found, source = tuple(stored.get_shape()), cast("_TensorSlice | Tensor", stored)
+    check_shape(slot.name, found, slot.shape)
+    if len(found) != len(slot.shape):  # a vector that stands in dimensions of one besides
+        source = file.get_tensor(name).view(slot.shape)
     length = slot.target.shape[slot.dim]
     index = tuple(
         slice(slot.start, slot.start + length) if dim == slot.dim else slice(0, size)

@@ -12,9 +12,7 @@ from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, ParallelRMSNorm, RMSNorm, RowParallelLinear, Sinks, column_parts
-from .rotary import rotate_
-
-Rope = tuple[Tensor, Tensor]  # cosines and signed sines of a step's positions, as `RotaryEmbedding` makes them
+from .rotary import Rope, by_halves
 
 
 class Mixer(Protocol):
@@ -53,7 +51,9 @@ class Attention:
         self.num_kv_heads = config.num_kv_heads // num_ranks
         num_q, num_kv = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
         names = [f"{name}.{part}_proj" for part in "qkv"]
-        parts = column_parts(names, [num_q, num_kv, num_kv], fused=f"{name}.qkv_proj" if family.is_fused else None)
+        parts = column_parts(
+            names, [num_q, num_kv, num_kv], fused=f"{name}.qkv_proj" if family.fusion == "all" else None
+        )
         self.qkv_proj = ColumnParallelLinear(
             builder, f"{name}.qkv_proj", config.hidden_size, parts, bias=config.qkv_bias
         )
@@ -66,6 +66,7 @@ class Attention:
         elif config.qk_norm:
             self.head_norms = tuple(RMSNorm(builder, f"{name}.{part}_norm", config.head_dim) for part in ("q", "k"))
         self.sinks = Sinks(builder, f"{name}.sinks") if family.has_sinks else None
+        self._has_neighbours = config.rope.has_neighbours
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return queries, keys and values as attention takes them, [num_tokens, heads of all three, head_dim]."""
@@ -78,7 +79,11 @@ class Attention:
         if self.whole_norms:
             for part, norm in zip(torch.split(heads, [num_q, num_kv, num_kv], 1), self.whole_norms, strict=False):
                 part.copy_(norm(part.flatten(1)).view_as(part))
-        rotate_(heads[:, : num_q + num_kv], *rope)
+        asking = heads[:, : num_q + num_kv]
+        if self._has_neighbours:
+            turned = asking[..., : rope.cos.shape[-1]]
+            turned.copy_(by_halves(turned))
+        rope.turn_(asking, num_q)
         return heads
 
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:

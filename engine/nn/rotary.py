@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,23 +11,50 @@ from torch import Tensor
 from ...models.rope import RopeConfig
 
 
+class Rope(NamedTuple):
+    """Cosines and sines turn a step's queries and keys."""
+
+    cos: Tensor  # [num_tokens, 1, turned part of head_dim]
+    signed_sin: Tensor
+    query_scale: Tensor | None = None  # [num_tokens, 1, 1]: of queries, once they are turned
+
+    def turn_(self, heads: Tensor, num_q: int) -> None:
+        """Turn [num_tokens, heads, head_dim] in place, of which the first `num_q` are queries."""
+        rotate_(heads, self.cos, self.signed_sin)
+        if self.query_scale is not None:
+            heads[:, :num_q].mul_(self.query_scale)
+
+
 class RotaryEmbedding:
     """Cosines and sines of a step's positions, made once for all of its layers."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device, *, max_model_len: int = 0) -> None:
         """`max_model_len`: what sequences may grow to, by which a scaling may choose its frequencies."""
+        self.rope = rope
         self.attention_factor = rope.attention_factor
         self.inv_freq = _inverse_frequencies(rope, int(head_dim * rope.fraction), max_model_len).to(device)
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[num_tokens] -> cos and signed sin, each [num_tokens, 1, turned part of head_dim], for `rotate_`.
-
-        Rounded to `dtype` as in the reference implementation, but float32 to calculate with.
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """[num_tokens] -> what turns them, rounded to `dtype` as in the reference implementation, but float32 to
+        calculate with.
         """
         angles = positions.to(torch.float32).unsqueeze(1) * self.inv_freq  # [num_tokens, head_dim / 2]
         cos = angles.cos().mul_(self.attention_factor).to(dtype).float()
         sin = angles.sin().mul_(self.attention_factor).to(dtype).float()
-        return torch.cat((cos, cos), 1).unsqueeze(1), torch.cat((-sin, sin), 1).unsqueeze(1)
+        cos, signed_sin = torch.cat((cos, cos), 1).unsqueeze(1), torch.cat((-sin, sin), 1).unsqueeze(1)
+        return Rope(cos, signed_sin, self._query_scale(positions, dtype))
+
+    def _query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return Llama 4's temperature of attention (transformers: `get_llama_4_attn_scale`); None: always 1."""
+        if not self.rope.query_beta:
+            return None
+        multiples = torch.floor(positions.float() / self.rope.query_len)
+        return (1 + self.rope.query_beta * torch.log1p(multiples)).to(dtype)[:, None, None]
+
+
+def by_halves(x: Tensor) -> Tensor:
+    """[..., d] with the two of each pair side by side -> half of it apart, as `rotate_` has them."""
+    return x.reshape(*x.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
 
 
 def rotate_(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers
 _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
     "deepseek_v3": ("v3", EXPERTS["v3"]),
+    "youtu": ("youtu", {}),
     "glm4_moe_lite": ("glm4 lite", {"routed_scaling_factor": 1.8}),
 }
 _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,6 +38,16 @@ _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxM2",
         {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "partial_rotary_factor": 0.5},
     ),
+    "ernie4_5_moe": ("Ernie4_5_Moe", {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 32}),
+    "exaone_moe": (
+        "ExaoneMoe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "sliding_window": 300},
+    ),
+    "dots1": (
+        "Dots1",
+        {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_shared_experts": 1},
+    ),
+    "solar_open": ("SolarOpen", {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}),
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 300}),
 }
 
@@ -56,7 +67,7 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     if family in _LATENT:
         generation, fields = _LATENT[family]
         write_deepseek(path, generation, tokenizer=True, **fields, **longest)
-        return ExactnessModel(path, LATENTS_BLOCK_BYTES, is_sparse=True)
+        return ExactnessModel(path, LATENTS_BLOCK_BYTES, is_sparse=family != "youtu")
     if family in _SPARSE:
         import transformers
 

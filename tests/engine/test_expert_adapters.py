@@ -25,8 +25,8 @@ from kvferry.engine.nn.experts import SparseMLP
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.adapter import inspect_adapter
 from kvferry.models.config import ModelConfig
-from kvferry.models.experts import DEEPSEEK_V2
-from kvferry.models.families import FAMILIES
+from kvferry.models.families.experts import DEEPSEEK_V2
+from kvferry.models.families.table import FAMILIES
 
 from ..adapters import merge, merged_model, write_adapter
 from ..deepseek import EXPERTS, write_deepseek

@@ -48,6 +48,16 @@ GLM_4 = {
     "routed_scaling_factor": 2.5,
     "use_qk_norm": True,
 }
+EXAONE = QWEN3 | {"num_hidden_layers": 4, "sliding_window": 20, "routed_scaling_factor": 2.5}
+ERNIE: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 32,
+    "moe_layer_interval": 2,
+    "moe_layer_end_index": 2,
+}
+SOLAR_OPEN = {key: GLM_4[key] for key in GLM_4.keys() - {"use_qk_norm"}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Moe", QWEN3),
     "qwen3 normalised": ("Qwen3Moe", QWEN3 | {"norm_topk_prob": True, "attention_bias": True}),
@@ -63,6 +73,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Moe", GLM_4),
     "glm4 air": ("Glm4Moe", GLM_4 | {"use_qk_norm": False, "attention_bias": True, "routed_scaling_factor": 1.0}),
     "minimax": ("MiniMaxM2", MIXTRAL | {"head_dim": 16, "partial_rotary_factor": 0.5}),
+    "exaone": ("ExaoneMoe", EXAONE),
+    "ernie4.5": ("Ernie4_5_Moe", ERNIE),
+    "dots1": ("Dots1", GLM_4 | {"head_dim": 16, "first_k_dense_replace": 1, "n_shared_experts": 2}),
+    "solar open": ("SolarOpen", SOLAR_OPEN),
     "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 20}),
 }
 

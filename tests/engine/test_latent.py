@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[Generation, dict[str, object]]] = {
     "v3 in C++": ("v3", {"qk_rope_head_dim": 16, "v_head_dim": 32}),
     "v3 with experts": ("v3", EXPERTS["v3"]),
     "glm4 lite": ("glm4 lite", {"routed_scaling_factor": 1.8}),
+    "youtu": ("youtu", {"tie_word_embeddings": True}),
     "v2": ("v2", {}),
     "v2 with experts": ("v2", EXPERTS["v2"]),
     "v2 lite, biased, yarn": (

@@ -158,6 +158,47 @@ def test_norms_of_heads_are_there_where_the_config_says_so(tmp_path: Path) -> No
     assert _load(tmp_path, glm).rope.fraction == 0.5
 
 
+def test_exaone_turns_positions_in_layers_with_a_window_alone(tmp_path: Path) -> None:
+    exaone: dict[str, object] = {"architectures": ["Exaone4ForCausalLM"], "sliding_window": 5}
+    config = _load(tmp_path, exaone | {"sliding_window_pattern": 4})
+    assert config.local_layers == tuple((layer + 1) % 4 != 0 for layer in range(30))
+    assert config.rope.kind == "none" and config.local_rope is not None and config.local_rope.kind == "default"
+    for changes in ({"sliding_window": None}, {"layer_types": ["full_attention"] * 30}):
+        config = _load(tmp_path, exaone | changes)
+        assert config.rope.kind == "default" and config.local_rope is None and not any(config.local_layers)
+
+
+def test_queries_grow_with_their_positions_where_a_family_has_it(tmp_path: Path) -> None:
+    growing = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+    growing |= {"llama_4_scaling_beta": 0.1}
+    told: dict[str, object] = {"rope_parameters": growing, "architectures": ["Ministral3ForCausalLM"]}
+    rope = _load(tmp_path, told).rope
+    assert (rope.query_beta, rope.query_len, rope.kind) == (0.1, 16384, "yarn")
+    with pytest.raises(ConfigError, match=r"llama_4_scaling_beta = 0\.1: queries that grow"):
+        _load(tmp_path, told | {"architectures": ["MistralForCausalLM"]})
+
+
+def test_experts_may_be_in_some_layers_between_others(tmp_path: Path) -> None:
+    told: dict[str, object] = {
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 3,
+        "moe_layer_interval": 2,
+    }
+    config = _load(tmp_path, told | {"moe_layer_end_index": -1})
+    assert [layer for layer, is_sparse in enumerate(config.sparse_layers) if is_sparse] == list(range(3, 30, 2))
+    assert config.experts is not None and config.experts.shared_size == 64 and config.experts.scoring == "softmax"
+    assert config.experts.score_bias == "mlp.moe_statics.e_score_correction_bias"
+    config = _load(tmp_path, told | {"moe_layer_end_index": 7})
+    assert [layer for layer, is_sparse in enumerate(config.sparse_layers) if is_sparse] == [3, 5, 7]
+    for key, value in (("moe_layer_start_index", -1), ("moe_layer_end_index", "7")):
+        with pytest.raises(ConfigError, match=f"{key} = "):
+            _load(tmp_path, told | {key: value})
+
+
 def test_minimax_has_words_of_its_own(tmp_path: Path) -> None:
     told: dict[str, object] = {
         "architectures": ["MiniMaxM2ForCausalLM"],
@@ -180,8 +221,8 @@ def test_a_language_model_beside_others_must_be_of_its_family(tmp_path: Path) ->
     nested: dict[str, object] = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
     config = _load(tmp_path, nested)
     assert config.hidden_size == 64 and config.sliding_windows == (4096,) * config.num_layers
-    with pytest.raises(ConfigError, match=r"model_type = 'ministral3': text_config .* as mistral alone"):
-        _load(tmp_path, nested | {"text_config": text | {"model_type": "ministral3"}})
+    with pytest.raises(ConfigError, match=r"model_type = 'qwen3': text_config .* as mistral or ministral3 alone"):
+        _load(tmp_path, nested | {"text_config": text | {"model_type": "qwen3"}})
 
 
 def test_any_number_of_heads_up_to_a_tile_attends_to_latents_on_cuda(tmp_path: Path) -> None:
@@ -341,7 +382,7 @@ def test_any_scaling_turns_a_part_of_each_head(tmp_path: Path, kind: str) -> Non
             {"architectures": ["MinistralForCausalLM"]},
             "'MinistralForCausalLM' is not supported; these are: LlamaForCausalLM",
         ),
-        ({"architectures": ["MinistralForCausalLM"]}, "; the nearest is MistralForCausalLM"),
+        ({"architectures": ["MinistralForCausalLM"]}, "; the nearest is Ministral3ForCausalLM"),
         ({"architectures": ["GPT2LMHeadModel"]}, "Phi3ForCausalLM$"),
         ({"architectures": ..., "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),

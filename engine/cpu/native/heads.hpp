@@ -20,7 +20,7 @@ struct HeadScratch {
           exact_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
           prompt_attention(group, int(m.head_dim), int(m.latents() ? m.latents()->kv_rank : m.head_dim), float(m.score_cap),
                            is_exact),
-          head(m.head_dim), row(m.head_dim) {}
+          head(2 * m.head_dim), row(m.head_dim) {}
     Attention attention;
     Int8Attention int8_attention;
     ExactAttention exact_attention;
@@ -62,7 +62,7 @@ public:
         const Squares all = attention.has_whole_norms && squares == nullptr ? this->squares(heads) : squares ? *squares : Squares{};
         for (long head = 0; head < qo; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.q_norm, heads, head, all.queries, qo);
-            rotation.turn(heads, norm.weight, norm.factor, token, float(m_.query_factor), own.head.data(), queries + head * d);
+            rotation.turn(heads, norm.weight, norm.factor, token, rotation.query_factor(token), own.head.data(), queries + head * d);
         }
         for (long head = 0; head < kv; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.k_norm, heads, head, all.keys, kv);
@@ -81,10 +81,11 @@ public:
     void place_latent(const Layer& layer, const Row& row, long token, const float* products, Element* queries, Element* asked,
                       HeadScratch& own) const {
         const Latents& w = *layer.attention.latents;
+        const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
         const long position = row.start + token - row.token, rank = w.kv_rank, nope = w.nope_dim;
         const auto turn = [&](const float* part, float by, Element* target) {
-            if (w.is_interleaved) part = by_halves(part, own.head.data());
-            rotations_[layer.is_local ? 1 : 0].turn_part(part, token, by, target);
+            if (w.is_interleaved) part = rotation.by_halves(part, own.head.data());
+            rotation.turn_part(part, token, by, target);
         };
         put(pages(layer, 0, row), position, 0, own, [&](Element* kept) {
             const Vector factor = repeat(inverse_rms(products, rank, float(w.norm_eps)));
@@ -94,7 +95,7 @@ public:
         const float* query = products + w.queries_at();
         for (long head = 0; head < m_.num_qo_heads; head++, query += nope + m_.rotary_dim) {
             for (long i = 0; i < nope; i += 16) store(asked + head * w.asked_dim() + i, load(query + i));
-            turn(query + nope, float(m_.query_factor), queries + head * m_.head_dim + rank);
+            turn(query + nope, rotation.query_factor(token), queries + head * m_.head_dim + rank);
         }
     }
 
@@ -159,13 +160,6 @@ private:
         if (weight == nullptr) return {nullptr, 1.0f};
         if (!attention.has_whole_norms) return {weight, inverse_rms(values, m_.head_dim, eps)};
         return {weight + head * m_.head_dim, inverse_rms(squares, num_heads * m_.head_dim * m_.num_ranks, eps)};
-    }
-
-    // First numbers of each turned pair before second ones, to `scratch`.
-    const float* by_halves(const float* pairs, float* scratch) const {
-        const long half = m_.rotary_dim / 2;
-        for (long i = 0; i < half; i++) scratch[i] = pairs[2 * i], scratch[half + i] = pairs[2 * i + 1];
-        return scratch;
     }
 
     // Of latents, which are one head's key and value, whichever head asks.

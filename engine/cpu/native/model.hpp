@@ -82,9 +82,12 @@ struct Model {
     std::int64_t page_bytes, block_size;
     std::int64_t has_int8_pages;                      // in place of elements
     std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on
+    std::int64_t has_neighbours;                      // a turned pair's two numbers are neighbours among the products
+    std::int64_t query_len;                           // positions after which queries grow: `Rotation::prepare`
     std::int64_t has_gelu;                            // in place of silu
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
     double rope_factor, local_rope_factor;
+    double query_beta;                                // 0: they do not grow
     double embedding_factor, added_factor, query_factor;  // of what enters the residual stream, is added to it, asks keys
     double score_cap;                                     // what scores come near to and never reach; 0: none
     const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none

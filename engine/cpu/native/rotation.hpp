@@ -14,6 +14,7 @@ public:
 
     void reserve(long num_tokens) {
         if (inv_freq_ == nullptr) return;
+        if (long(query_factors_.size()) < num_tokens) query_factors_.resize(num_tokens);
         if (long(cos_.size()) < num_tokens * m_.rotary_dim) cos_.resize(num_tokens * m_.rotary_dim);
         if (long(sin_.size()) < num_tokens * m_.rotary_dim) sin_.resize(num_tokens * m_.rotary_dim);
     }
@@ -29,10 +30,15 @@ public:
             sin[i + half] = rounded(std::sin(angle) * factor_);
             sin[i] = -sin[i + half];
         }
+        const double growth = m_.query_beta == 0 ? 0 : m_.query_beta * std::log1p(double(position / m_.query_len));
+        query_factors_[token] = float(m_.query_factor * (1 + growth));
     }
 
+    // Of a token's queries: the model's, and Llama 4's for its position.
+    float query_factor(long token) const { return query_factors_[token]; }
+
     // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`.
-    // `scratch` [head_dim].
+    // `scratch` [2][head_dim].
     void turn(const float* head, const Element* norm, float factor, long token, float by, float* scratch, Element* out) const {
         const long d = m_.head_dim;
         if (norm != nullptr) {
@@ -40,8 +46,15 @@ public:
             for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * repeat(factor) * (load(norm + i) + offset));
             head = scratch;
         }
-        turn_part(head, token, by, out);
+        turn_part(m_.has_neighbours ? by_halves(head, scratch + d) : head, token, by, out);
         for (long i = m_.rotary_dim; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
+    }
+
+    // First numbers of each turned pair before second ones, to `scratch`.
+    const float* by_halves(const float* pairs, float* scratch) const {
+        const long half = m_.rotary_dim / 2;
+        for (long i = 0; i < half; i++) scratch[i] = pairs[2 * i], scratch[half + i] = pairs[2 * i + 1];
+        return scratch;
     }
 
     // The turned part of a head alone.
@@ -62,4 +75,5 @@ private:
     const float* inv_freq_;  // null: no layer turns by it
     const float factor_;     // of cosines and sines
     Lines<float> cos_, sin_;  // [tokens][rotary_dim]
+    std::vector<float> query_factors_;
 };

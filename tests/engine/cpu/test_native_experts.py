@@ -21,8 +21,8 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import cache_dir
-from kvferry.models.experts import DEEPSEEK_V2, DEEPSEEK_V3, ExpertTraits
-from kvferry.models.families import FAMILIES
+from kvferry.models.families.experts import DEEPSEEK_V2, DEEPSEEK_V3, ExpertTraits
+from kvferry.models.families.table import FAMILIES
 
 from ...engine_driver import Driver, engine_config, prompts
 from ...transformers_checkpoints import SMALL, write_model
@@ -46,7 +46,7 @@ GPT_OSS = SMALL | {
     "swiglu_limit": 1.5,  # some are beyond
 }
 # Parts of theirs that the two others have not: shared experts beside heads of which a part is turned, norms of whole
-# projections.
+# projections; pairs of neighbours, and what moves the scores of a softmax.
 OTHERS: dict[str, dict[str, Any]] = {
     "Glm4Moe": SMALL
     | {
@@ -66,11 +66,20 @@ OTHERS: dict[str, dict[str, Any]] = {
         "intermediate_size": 40,
         "partial_rotary_factor": 0.5,
     },
+    "Ernie4_5_Moe": SMALL
+    | {
+        "moe_num_experts": 16,
+        "moe_k": 3,
+        "moe_intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+    },
     "Olmoe": SMALL | {"num_experts": 16, "num_experts_per_tok": 3, "intermediate_size": 40},
 }
 TOLERANCE = 0.1  # the median of a log-probability's error; log-probabilities of these models spread over some 20
 ROUNDED = 0.15  # that with inputs of products in 8 bits
 LARGER = 0.2  # of gpt-oss's, whose rows are larger: torch in bfloat16 is 0.17 off
+LARGE = {"Ernie4_5_Moe"}  # as well: torch is 0.11 off
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,7 +140,7 @@ def test_other_families_compute_what_torch_computes(tmp_path: Path, kind: str) -
     model_dir = write_model(tmp_path / "model", getattr(transformers, f"{kind}Config")(**OTHERS[kind]))
     engine = _engine(model_dir, dtype="bfloat16")
     assert isinstance(engine.runner, NativeRunner)
-    assert error_of(judged(engine), _expected(model_dir)) < TOLERANCE
+    assert error_of(judged(engine), _expected(model_dir)) < (LARGER if kind in LARGE else TOLERANCE)
 
 
 @pytest.mark.parametrize(

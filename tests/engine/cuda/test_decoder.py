@@ -103,6 +103,6 @@ def test_the_table_of_turns_is_what_is_made_for_a_step(tmp_path: Path) -> None:
     table = cos_sin_table(decoder.rotary, 9000, torch.bfloat16)
     assert table.shape == (9000, decoder.config.head_dim)
     positions = torch.tensor([0, 1, 8191, 8192, 8999])
-    cos, signed_sin = decoder.rotary(positions, torch.bfloat16)
+    cos, signed_sin, _ = decoder.rotary(positions, torch.bfloat16)
     half = decoder.config.head_dim // 2
     assert torch.equal(table[positions], torch.cat((cos[:, 0, :half], signed_sin[:, 0, half:]), 1))

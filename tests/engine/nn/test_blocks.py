@@ -22,7 +22,7 @@ from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.feed_forward import GatedMLP
 from kvferry.engine.nn.layers import ColumnParallelLinear, Part, RowParallelLinear
 from kvferry.engine.nn.loading import load_weights
-from kvferry.engine.nn.mixer import Rope
+from kvferry.engine.nn.rotary import Rope
 from kvferry.engine.nn.torch_runner import TorchRunner
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.weights.weight import DenseWeight, Leaf, WeightSlot

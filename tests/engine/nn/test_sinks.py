@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvferry.models.families import FAMILIES
+from kvferry.models.families.table import FAMILIES
 
 from ...engine_driver import Driver, make_engine, prompts
 

@@ -1,71 +1,26 @@
 """The families of models that run: one decoder, and a line for each family that says how it differs from it.
 
 A family of known parts takes its entry in FAMILIES and nothing else. What one needs that no other has is a block
-(`engine/nn/blocks.py`), and a field here that chooses it.
+(`engine/nn/blocks.py`), and a field of `Family` that chooses it.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import replace
 
-from .experts import DEEPSEEK_V2, DEEPSEEK_V3, GLM_4, MINIMAX_M2, MIXTRAL, ExpertTraits
-
-Bias = bool | str  # whether there is one, or the flag of config.json that says so
-# Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
-Norms = Literal["before", "behind", "both"]
-# Of queries and keys: none, of each head, of each where `use_qk_norm` says so, or of a token's whole projection.
-HeadNorms = Literal["none", "head", "flagged", "whole"]
-# Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
-# that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
-Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
-
-_ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
-# The norms before the mixer, behind it, before the feed-forward and behind it, as a checkpoint names them.
-_NORM_NAMES: dict[Norms, tuple[str | None, str | None, str | None, str | None]] = {
-    "before": ("input_layernorm", None, "post_attention_layernorm", None),
-    "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "both": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
-
-
-@dataclass(slots=True, frozen=True, kw_only=True)
-class Family:
-    """A family says how it differs from a Llama without biases."""
-
-    name: str  # the `model_type` of its config.json
-    defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
-    text_type: str | None = None  # of the `text_config` that is the language model, beside parts that see
-    norms: Norms = "before"
-    norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
-    head_norms: HeadNorms = "none"
-    qkv_bias: Bias = False
-    o_bias: Bias = False
-    mlp_bias: Bias = False
-    is_fused: bool = False  # a checkpoint has q, k and v in one tensor, and gate and up in another
-    has_sinks: bool = False  # a weight of each head that no token's value goes with
-    is_latent: bool = False  # attention is over latents: `latent.py`
-    windows: Windows = "none"
-    experts: ExpertTraits | None = None  # in some or all layers
-    has_local_rope: bool = False  # layers with a window turn positions by another base
-    has_partial_rope: bool = False  # config.json may leave a part of each head unturned
-    has_unturned_layers: bool = False  # some layers turn nothing by positions
-    scales_embeddings: bool = False  # by the root of their size
-    has_multipliers: bool = False  # of embeddings, residual stream, scores and logits, in Granite's words
-    has_score_scale: bool = False  # by `query_pre_attn_scalar` in place of the head's size; and caps
-
-    @property
-    def norm_names(self) -> tuple[str | None, str | None, str | None, str | None]:
-        """Return the names of a layer's norms: before the mixer, behind it, before the feed-forward, behind it."""
-        return _NORM_NAMES[self.norms]
-
+from .experts import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DOTS_1,
+    ERNIE,
+    EXAONE,
+    GLM_4,
+    MINIMAX_M2,
+    MIXTRAL,
+    SOLAR_OPEN,
+    ExpertTraits,
+)
+from .family import Family
 
 _GEMMA: dict[str, object] = {
     "head_dim": 256,
@@ -85,11 +40,38 @@ _GEMMA3: dict[str, object] = _GEMMA | {
 }
 
 
-def _gemma3(name: str, text_type: str | None = None) -> Family:
+# Heads and norms of GLM-4.
+_GLM4 = Family(
+    name="glm",
+    defaults={"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-7},
+    qkv_bias="attention_bias",
+    fusion="mlp",
+    has_partial_rope=True,
+    has_neighbours=True,
+)
+_ERNIE = Family(
+    name="ernie4_5",
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True},
+    qkv_bias="use_bias",
+    o_bias="use_bias",
+    mlp_bias="use_bias",
+    has_neighbours=True,
+)
+_EXAONE4 = Family(
+    name="exaone4",
+    defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
+    norms="behind",
+    head_norms="head",
+    windows="typed",
+    unturned="without window",
+)
+
+
+def _gemma3(name: str, *text_types: str) -> Family:
     return Family(
         name=name,
         defaults=_GEMMA3,
-        text_type=text_type,
+        text_types=text_types,
         norms="both",
         norm_offset=1.0,
         head_norms="head",
@@ -111,7 +93,7 @@ FAMILIES = {
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
         windows="flagged",
-        has_unturned_layers=True,
+        unturned="named",
     ),
     "SeedOssForCausalLM": Family(
         name="seed_oss",
@@ -122,8 +104,13 @@ FAMILIES = {
     ),
     "MistralForCausalLM": Family(name="mistral", defaults={"sliding_window": 4096}, windows="every"),
     "Mistral3ForConditionalGeneration": Family(
-        name="mistral3", text_type="mistral", defaults={"sliding_window": 4096}, windows="every"
+        name="mistral3",
+        text_types=("mistral", "ministral3"),
+        defaults={"sliding_window": 4096},
+        windows="every",
+        scales_queries=True,
     ),
+    "Ministral3ForCausalLM": Family(name="ministral3", windows="every", scales_queries=True),
     "Qwen2ForCausalLM": Family(name="qwen2", defaults={"sliding_window": 4096}, qkv_bias=True, windows="flagged"),
     "Qwen3ForCausalLM": Family(
         name="qwen3",
@@ -195,6 +182,43 @@ FAMILIES = {
     ),
     "Gemma3ForCausalLM": _gemma3("gemma3_text"),
     "Gemma3ForConditionalGeneration": _gemma3("gemma3", "gemma3_text"),
+    "GlmForCausalLM": _GLM4,
+    "Glm4ForCausalLM": replace(
+        _GLM4,
+        name="glm4",
+        norms="both",
+        own_norm_names=(
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm",
+        ),
+    ),
+    "Ernie4_5ForCausalLM": replace(_ERNIE, defaults={"head_dim": 128, **_ERNIE.defaults}),
+    "Ernie4_5_MoeForCausalLM": replace(_ERNIE, name="ernie4_5_moe", experts=ERNIE),
+    "Exaone4ForCausalLM": _EXAONE4,
+    "ExaoneMoeForCausalLM": replace(_EXAONE4, name="exaone_moe", norms="before", experts=EXAONE),
+    "Dots1ForCausalLM": Family(
+        name="dots1",
+        defaults={"max_window_layers": 62, "sliding_window": 4096, "use_sliding_window": True},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        head_norms="head",
+        windows="flagged",
+        experts=DOTS_1,
+    ),
+    "SolarOpenForCausalLM": Family(
+        name="solar_open",
+        defaults={"head_dim": 128, "n_shared_experts": 1, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+        qkv_bias="attention_bias",
+        experts=SOLAR_OPEN,
+    ),
+    "YoutuForCausalLM": Family(name="youtu", is_latent=True, defaults={"tie_word_embeddings": True}),
+    "CwmForCausalLM": Family(
+        name="cwm",
+        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "sliding_window": 8192},
+        windows="typed",
+    ),
     "GptOssForCausalLM": Family(
         name="gpt_oss",
         defaults={
@@ -244,39 +268,8 @@ FAMILIES = {
     "Phi3ForCausalLM": Family(
         name="phi3",
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        is_fused=True,
+        fusion="all",
         windows="every",
         has_partial_rope=True,
     ),
 }
-
-
-def architecture_of(model_type: object) -> str | None:
-    """Return the architecture of a family by its name."""
-    return next((name for name, family in FAMILIES.items() if family.name == model_type), None)
-
-
-def nearest(name: str) -> str | None:
-    """Return the known architecture whose name is most like another's; None where none is."""
-    stems = {_stem(known): known for known in reversed(FAMILIES)}
-    found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
-    return stems[found[0]] if found else None
-
-
-def _stem(architecture: str) -> str:
-    return architecture.partition("For")[0].lower()
-
-
-def needs_code(config: Mapping[str, object]) -> bool:
-    """Tell whether a config.json asks for Python code in place of which there is none here.
-
-    Checkpoints of known families often carry the code of the time before libraries knew them (Phi-3, DeepSeek-V2): the
-    class that it names is the architecture's, which is built in. transformers takes its own class there, too.
-    """
-    if "auto_map" not in config:
-        return False
-    code, declared = config["auto_map"], config.get("architectures")
-    architecture = declared[0] if isinstance(declared, list) and declared else None
-    named = code.get("AutoModelForCausalLM") if isinstance(code, Mapping) else None
-    is_known = isinstance(named, str) and named.rpartition(".")[2] == architecture and architecture in FAMILIES
-    return not is_known

@@ -1,0 +1,37 @@
+"""Families' experts differ in how a token's are chosen, and in how a checkpoint names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Scoring = Literal["softmax", "sigmoid"]
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ExpertTraits:
+    """A family's experts, as far as its table tells of them."""
+
+    module: str = "mlp"  # of a sparse layer
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's matrices
+    scoring: Scoring = "softmax"
+    normalised: bool | None = None  # None: as `norm_topk_prob` says
+    normalised_default: bool = False
+    first_dense: int = 0  # layers, where config.json tells none
+    gate: str = "gate"
+    is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
+    # What moves scores for the choice alone, not for the weights (DeepSeek-V3, section 2.1.2), by its name in `module`.
+    score_bias: str | None = None
+
+
+DEEPSEEK_V2 = ExpertTraits(normalised=False)
+DEEPSEEK_V3 = ExpertTraits(
+    scoring="sigmoid", normalised_default=True, first_dense=3, score_bias="gate.e_score_correction_bias"
+)
+ERNIE = ExpertTraits(normalised=True, first_dense=1, score_bias="moe_statics.e_score_correction_bias")
+GLM_4 = replace(DEEPSEEK_V3, first_dense=1)
+EXAONE = replace(GLM_4, score_bias="e_score_correction_bias")
+SOLAR_OPEN = replace(DEEPSEEK_V3, first_dense=0)
+DOTS_1 = replace(SOLAR_OPEN, normalised_default=False)
+MIXTRAL = ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True)
+MINIMAX_M2 = replace(MIXTRAL, scoring="sigmoid", score_bias="e_score_correction_bias")

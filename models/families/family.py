@@ -1,0 +1,69 @@
+"""A family of models differs from others in these fields alone: one decoder runs them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .experts import ExpertTraits
+
+Bias = bool | str  # whether there is one, or the flag of config.json that says so
+# Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
+Norms = Literal["before", "behind", "both"]
+# Of queries and keys: none, of each head, of each where `use_qk_norm` says so, or of a token's whole projection.
+HeadNorms = Literal["none", "head", "flagged", "whole"]
+# Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
+# that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
+Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
+# Which layers turn nothing by positions: none; those that `no_rope_layers` names; where some have a window, all others.
+Unturned = Literal["none", "named", "without window"]
+# What a checkpoint has in one tensor: nothing; gate and up; these, and q, k and v in another.
+Fusion = Literal["none", "mlp", "all"]
+NormNames = tuple[str | None, str | None, str | None, str | None]
+
+# The norms before the mixer, behind it, before the feed-forward and behind it, as a checkpoint names them.
+_NORM_NAMES: dict[Norms, NormNames] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Family:
+    """A family says how it differs from a Llama without biases."""
+
+    name: str  # the `model_type` of its config.json
+    defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
+    text_types: tuple[str, ...] = ()  # of the `text_config` that is the language model, beside parts that see
+    norms: Norms = "before"
+    own_norm_names: NormNames | None = None  # in place of those that others have
+    norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
+    head_norms: HeadNorms = "none"
+    qkv_bias: Bias = False
+    o_bias: Bias = False
+    mlp_bias: Bias = False
+    fusion: Fusion = "none"
+    has_sinks: bool = False  # a weight of each head that no token's value goes with
+    is_latent: bool = False  # attention is over latents: `latent.py`
+    windows: Windows = "none"
+    experts: ExpertTraits | None = None  # in some or all layers
+    has_local_rope: bool = False  # layers with a window turn positions by another base
+    has_partial_rope: bool = False  # config.json may leave a part of each head unturned
+    has_neighbours: bool = False  # a turned pair's two numbers are neighbours, not half a head apart
+    unturned: Unturned = "none"
+    scales_queries: bool = False  # by their positions, where `llama_4_scaling_beta` says how much
+    scales_embeddings: bool = False  # by the root of their size
+    has_multipliers: bool = False  # of embeddings, residual stream, scores and logits, in Granite's words
+    has_score_scale: bool = False  # by `query_pre_attn_scalar` in place of the head's size; and caps
+
+    @property
+    def norm_names(self) -> NormNames:
+        """Return the names of a layer's norms: before the mixer, behind it, before the feed-forward, behind it."""
+        return self.own_norm_names or _NORM_NAMES[self.norms]

@@ -1,0 +1,41 @@
+"""Architectures by what a checkpoint says of itself: by its family's name, by one that is like it, by its code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from .table import FAMILIES
+
+_ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
+
+
+def architecture_of(model_type: object) -> str | None:
+    """Return the architecture of a family by its name."""
+    return next((name for name, family in FAMILIES.items() if family.name == model_type), None)
+
+
+def nearest(name: str) -> str | None:
+    """Return the known architecture whose name is most like another's; None where none is."""
+    stems = {_stem(known): known for known in reversed(FAMILIES)}
+    found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
+    return stems[found[0]] if found else None
+
+
+def _stem(architecture: str) -> str:
+    return architecture.partition("For")[0].lower()
+
+
+def needs_code(config: Mapping[str, object]) -> bool:
+    """Tell whether a config.json asks for Python code in place of which there is none here.
+
+    Checkpoints of known families often carry the code of the time before libraries knew them (Phi-3, DeepSeek-V2): the
+    class that it names is the architecture's, which is built in. transformers takes its own class there, too.
+    """
+    if "auto_map" not in config:
+        return False
+    code, declared = config["auto_map"], config.get("architectures")
+    architecture = declared[0] if isinstance(declared, list) and declared else None
+    named = code.get("AutoModelForCausalLM") if isinstance(code, Mapping) else None
+    is_known = isinstance(named, str) and named.rpartition(".")[2] == architecture and architecture in FAMILIES
+    return not is_known
