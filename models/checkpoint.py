@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
+from .families.nested import NESTED
 from .files import LFS_POINTER, refuse_pointer
 from .quantization import MXFP4_GROUP, Quantization, Storage
 
@@ -29,7 +30,9 @@ _BARE = ("embed_tokens.", "layers.", "norm.")
 _NESTED = {"language_model.": "", "model.language_model.": "model."}
 _DRAFT = "mtp."  # of further layers that predict further tokens, where they are not numbered with the others
 # The other parts, which see; nothing of them is read.
-_SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_SEEING = tuple(
+    f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")
+)
 
 Shape = tuple[int, ...]
 
@@ -178,7 +181,7 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
         for name in found - wanted
         if not name.endswith("rotary_emb.inv_freq")
         and not (config.tie_embeddings and name == "lm_head.weight")
-        and not (config.family.text_types and name.startswith(_SEEING))
+        and not (config.architecture in NESTED and name.startswith(_SEEING))
         and not KV_SCALE.fullmatch(name)
         and not _is_of_draft(name, config)
     )

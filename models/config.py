@@ -17,7 +17,8 @@ from ..common.errors import ConfigError
 from .config_fields import ConfigFields
 from .experts import ExpertsConfig, read_experts, read_sparse_layers
 from .families.family import Bias, Family
-from .families.lookup import architecture_of, nearest, needs_code
+from .families.lookup import ARCHITECTURES, architecture_of, nearest, needs_code
+from .families.nested import NESTED
 from .families.table import FAMILIES
 from .latent import LatentConfig, read_latent
 from .quantization import Quantization
@@ -147,8 +148,9 @@ def _read_json(path: Path) -> dict[str, object]:
 
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture = _architecture(fields)
-    family = FAMILIES[architecture]
-    fields = _of_text(fields, family).with_defaults(family.defaults)
+    text_architecture, fields = _of_text(fields, architecture)
+    family = FAMILIES[text_architecture]
+    fields = fields.with_defaults(family.defaults)
     _refuse_unsupported(fields)
     hidden_size = fields.count("hidden_size")
     num_qo_heads = fields.count("num_attention_heads")
@@ -197,15 +199,17 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
     )
 
 
-def _of_text(fields: ConfigFields, family: Family) -> ConfigFields:
-    """Return what config.json says of the language model. Raises ConfigError where that is of another family."""
-    text = fields.mapping("text_config") if family.text_types else None
-    if text is None:
-        return fields
-    if text.raw.get("model_type", family.text_types[0]) not in family.text_types:
-        known = " or ".join(family.text_types)
+def _of_text(fields: ConfigFields, architecture: str) -> tuple[str, ConfigFields]:
+    """Return the language model's architecture, and what config.json says of it. Raises ConfigError for another one."""
+    if architecture not in NESTED:
+        return architecture, fields
+    texts = NESTED[architecture].texts
+    text = fields.mapping("text_config") or ConfigFields(fields.path, {})  # older ones say everything in one place
+    name = text.raw.get("model_type", next(iter(texts)))
+    if not isinstance(name, str) or name not in texts:
+        known = " or ".join(texts)
         raise text.refuse("model_type", f"text_config of this architecture is supported as {known} alone")
-    return ConfigFields(fields.path, {**fields.raw, **text.raw})
+    return texts[name], ConfigFields(fields.path, {**fields.raw, **text.raw})
 
 
 def _architecture(fields: ConfigFields) -> str:
@@ -214,10 +218,10 @@ def _architecture(fields: ConfigFields) -> str:
     if name is None:  # older checkpoints name the family alone
         model_type = fields.raw.get("model_type")
         name = architecture_of(model_type) or model_type
-    if name not in FAMILIES:
+    if name not in ARCHITECTURES:
         near = nearest(name) if isinstance(name, str) else None
         raise ConfigError(
-            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(FAMILIES)}"
+            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
             + (f"; the nearest is {near}" if near is not None else "")
         )
     return str(name)

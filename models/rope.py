@@ -101,7 +101,9 @@ def _read_rope(
         "original_max_position_embeddings", fields.count("original_max_position_embeddings", max_model_len)
     )
     match kind:
-        case "default":
+        case (
+            "default" | "mrope"
+        ):  # of text a position's three numbers are one (Wang et al. 2024, Qwen2-VL, section 2.1)
             nested = [key for key, value in scaling.raw.items() if isinstance(value, dict)]
             if nested:
                 raise ConfigError(f"{fields.path}: rotary parameters for each layer type ({nested}) are not supported")

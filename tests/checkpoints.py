@@ -24,6 +24,7 @@ from torch import Tensor
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
     "smollm3", "seed_oss", "mistral3", "ministral3", "glm", "glm4", "ernie4_5", "exaone4", "cwm",
+    "qwen2_5_vl", "qwen3_vl",
 ]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
@@ -86,6 +87,11 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
             "mscale_all_dim": 1.0,
             "llama_4_scaling_beta": 0.1,
         },
+    },
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl_text": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_theta": 1e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True},
     },
     "glm": {"head_dim": 32},
     "glm4": {"head_dim": 32},
@@ -174,7 +180,13 @@ def _write_by_own_classes(path: Path, family: str, shape: Shape, config: dict[st
     model.save_pretrained(path)
 
 
-_NESTED = {"gemma3": "gemma3_text", "mistral3": "ministral3"}  # the language model beside a part that sees
+# The language model beside a part that sees.
+_NESTED = {
+    "gemma3": "gemma3_text",
+    "mistral3": "ministral3",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+}
 _SEEING: dict[str, object] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -183,7 +195,14 @@ _SEEING: dict[str, object] = {
     "image_size": 28,
     "patch_size": 14,
 }
-_TINY_VISION = {"gemma3": _SEEING, "mistral3": _SEEING | {"model_type": "pixtral", "head_dim": 16}}
+_QWEN_SEEING: dict[str, object] = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1}
+_QWEN_SEEING |= {"patch_size": 14, "out_hidden_size": 64}
+_TINY_VISION = {
+    "gemma3": _SEEING,
+    "mistral3": _SEEING | {"model_type": "pixtral", "head_dim": 16},
+    "qwen2_5_vl": _QWEN_SEEING | {"fullatt_block_indexes": [0]},
+    "qwen3_vl": _QWEN_SEEING | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4},
+}
 
 
 def _own_fields(family: str, shape: Shape) -> dict[str, object]:

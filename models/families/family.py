@@ -41,7 +41,6 @@ class Family:
 
     name: str  # the `model_type` of its config.json
     defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
-    text_types: tuple[str, ...] = ()  # of the `text_config` that is the language model, beside parts that see
     norms: Norms = "before"
     own_norm_names: NormNames | None = None  # in place of those that others have
     norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean

@@ -5,19 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+from .nested import NESTED
 from .table import FAMILIES
 
+ARCHITECTURES = (*FAMILIES, *NESTED)
 _ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
 
 
 def architecture_of(model_type: object) -> str | None:
     """Return the architecture of a family by its name."""
-    return next((name for name, family in FAMILIES.items() if family.name == model_type), None)
+    known = {own.name: architecture for table in (NESTED, FAMILIES) for architecture, own in table.items()}
+    return known.get(model_type) if isinstance(model_type, str) else None
 
 
 def nearest(name: str) -> str | None:
     """Return the known architecture whose name is most like another's; None where none is."""
-    stems = {_stem(known): known for known in reversed(FAMILIES)}
+    stems = {_stem(known): known for known in reversed(ARCHITECTURES)}
     found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
     return stems[found[0]] if found else None
 
@@ -37,5 +40,5 @@ def needs_code(config: Mapping[str, object]) -> bool:
     code, declared = config["auto_map"], config.get("architectures")
     architecture = declared[0] if isinstance(declared, list) and declared else None
     named = code.get("AutoModelForCausalLM") if isinstance(code, Mapping) else None
-    is_known = isinstance(named, str) and named.rpartition(".")[2] == architecture and architecture in FAMILIES
+    is_known = isinstance(named, str) and named.rpartition(".")[2] == architecture and architecture in ARCHITECTURES
     return not is_known

@@ -67,23 +67,6 @@ _EXAONE4 = Family(
 )
 
 
-def _gemma3(name: str, *text_types: str) -> Family:
-    return Family(
-        name=name,
-        defaults=_GEMMA3,
-        text_types=text_types,
-        norms="both",
-        norm_offset=1.0,
-        head_norms="head",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        windows="typed",
-        has_local_rope=True,
-        scales_embeddings=True,
-        has_score_scale=True,
-    )
-
-
 FAMILIES = {
     "LlamaForCausalLM": Family(name="llama", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
     "SmolLM3ForCausalLM": Family(
@@ -103,13 +86,6 @@ FAMILIES = {
         mlp_bias="mlp_bias",
     ),
     "MistralForCausalLM": Family(name="mistral", defaults={"sliding_window": 4096}, windows="every"),
-    "Mistral3ForConditionalGeneration": Family(
-        name="mistral3",
-        text_types=("mistral", "ministral3"),
-        defaults={"sliding_window": 4096},
-        windows="every",
-        scales_queries=True,
-    ),
     "Ministral3ForCausalLM": Family(name="ministral3", windows="every", scales_queries=True),
     "Qwen2ForCausalLM": Family(name="qwen2", defaults={"sliding_window": 4096}, qkv_bias=True, windows="flagged"),
     "Qwen3ForCausalLM": Family(
@@ -180,8 +156,19 @@ FAMILIES = {
         scales_embeddings=True,
         has_score_scale=True,
     ),
-    "Gemma3ForCausalLM": _gemma3("gemma3_text"),
-    "Gemma3ForConditionalGeneration": _gemma3("gemma3", "gemma3_text"),
+    "Gemma3ForCausalLM": Family(
+        name="gemma3_text",
+        defaults=_GEMMA3,
+        norms="both",
+        norm_offset=1.0,
+        head_norms="head",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        windows="typed",
+        has_local_rope=True,
+        scales_embeddings=True,
+        has_score_scale=True,
+    ),
     "GlmForCausalLM": _GLM4,
     "Glm4ForCausalLM": replace(
         _GLM4,

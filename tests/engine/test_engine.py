@@ -63,6 +63,8 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "seed-oss": ("seed_oss", {}),
     "ministral3": ("ministral3", {}),
     "ministral3 beside a part that sees": ("mistral3", {}),
+    "qwen2 beside a part that sees": ("qwen2_5_vl", {}),
+    "qwen3 beside a part that sees": ("qwen3_vl", {"tie_embeddings": True}),
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "ernie4.5": ("ernie4_5", {"tie_embeddings": True}),

@@ -383,7 +383,7 @@ def test_any_scaling_turns_a_part_of_each_head(tmp_path: Path, kind: str) -> Non
             "'MinistralForCausalLM' is not supported; these are: LlamaForCausalLM",
         ),
         ({"architectures": ["MinistralForCausalLM"]}, "; the nearest is Ministral3ForCausalLM"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "Phi3ForCausalLM$"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "Qwen3VLForConditionalGeneration$"),
         ({"architectures": ..., "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

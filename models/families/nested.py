@@ -1,0 +1,26 @@
+"""Architectures of several parts, of which one is a language model of a known family: that part alone is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Nested:
+    """A model has a language model beside parts that see."""
+
+    name: str  # the `model_type` of its config.json
+    # The language model's architecture, by the `model_type` of `text_config`; the first where none is told.
+    texts: Mapping[str, str]
+
+
+NESTED = {
+    "Mistral3ForConditionalGeneration": Nested(
+        name="mistral3",
+        texts={"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+    ),
+    "Gemma3ForConditionalGeneration": Nested(name="gemma3", texts={"gemma3_text": "Gemma3ForCausalLM"}),
+    "Qwen2_5_VLForConditionalGeneration": Nested(name="qwen2_5_vl", texts={"qwen2_5_vl_text": "Qwen2ForCausalLM"}),
+    "Qwen3VLForConditionalGeneration": Nested(name="qwen3_vl", texts={"qwen3_vl_text": "Qwen3ForCausalLM"}),
+}
