@@ -24,6 +24,7 @@ from ..state.errors import shown
 from ..turns.json_text import loads
 from ..turns.places import Places
 from .blocks import CALL_NAMES, chat_messages, system_messages
+from .context import edit_context
 
 _SAME = ("model", "stream", "temperature", "top_p", "top_k", "max_tokens", "cache_salt", "priority")
 # Labels, and hints to a cache that is always on.
@@ -37,7 +38,6 @@ _IGNORED = frozenset(
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "compaction": ({},),
     "container": (),
-    "context_management": ({},),
     "fallback_credit_token": (),
     "fallbacks": ([],),
     "mcp_servers": ([],),
@@ -46,7 +46,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 _KNOWN = frozenset(
     {
         *(*_SAME, "messages", "system", "stop_sequences", "tools", "tool_choice", "metadata", "thinking"),
-        *("output_config", "output_format"),
+        *("output_config", "output_format", "context_management"),
     }
 )
 FIELD_NAMES: FieldNames = (
@@ -72,6 +72,7 @@ def chat_body(
         raise RequestError("'max_tokens' is required", param="max_tokens", code="missing_required_parameter")
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
     placed = [*system_messages(raw.get("system")), *chat_messages(raw.get("messages"), ignored)]
+    edit_context(raw.get("context_management"), placed, ignored)
     body["messages"] = [each.message for each in placed]
     last = placed[-1].message
     if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:

@@ -1,0 +1,77 @@
+"""The `context_management` of /v1/messages: which thoughts of earlier turns the model is told of.
+
+clear_thinking_20251015, keep all ─> nothing changes      keep the last n turns' ─> older thoughts are left out
+
+Other edits, which shorten a prompt by what they count of its tokens, are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...common.errors import RequestError
+from ..api.fields import take_only
+from ..state.errors import shown
+from ..turns.places import PlacedMessage
+
+_CLEAR_THINKING = "clear_thinking_20251015"
+_KEPT_TURNS = 1  # where an edit does not say how many
+
+
+def edit_context(raw: object, messages: Sequence[PlacedMessage], ignored: list[str] | None) -> None:
+    """Take out of the messages what the edits leave out. Raises RequestError."""
+    if raw is None:
+        return
+    if not isinstance(raw, dict):
+        raise RequestError(f"context_management must be an object, got {shown(raw)}", param="context_management")
+    take_only(raw.keys(), frozenset({"edits"}), "context_management", ignored)
+    edits = raw.get("edits") or []
+    if not isinstance(edits, list):
+        where = "context_management.edits"
+        raise RequestError(f"{where} must be an array, got {shown(edits)}", param=where)
+    for index, each in enumerate(edits):
+        kept = _kept_turns(each, f"context_management.edits[{index}]", ignored)
+        if kept is not None:
+            _clear_thinking(messages, kept)
+
+
+def _kept_turns(raw: object, where: str, ignored: list[str] | None) -> int | None:
+    """Return of how many turns the thoughts are kept; None: of all."""
+    if not isinstance(raw, dict):
+        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
+    if raw.get("type") != _CLEAR_THINKING:
+        raise RequestError(
+            f"{where}: edits of type {shown(raw.get('type'))} are not supported, only {_CLEAR_THINKING!r}",
+            param=f"{where}.type",
+            code="unsupported_value",
+        )
+    take_only(raw.keys(), frozenset({"type", "keep"}), where, ignored)
+    match raw.get("keep"):
+        case None:
+            return _KEPT_TURNS
+        case "all" | {"type": "all"}:
+            return None
+        case {"type": "thinking_turns", "value": int(number)} if type(number) is int and number >= 1:
+            return number
+        case keep:
+            rule = 'must be "all" or {"type": "thinking_turns", "value": a whole number of at least 1}'
+            raise RequestError(f"{where}.keep {rule}, got {shown(keep)}", param=f"{where}.keep", code="invalid_value")
+
+
+def _clear_thinking(messages: Sequence[PlacedMessage], kept: int) -> None:
+    """Leave out all thoughts but those of the last turns that have any: a turn goes on behind results of tools."""
+    num_kept, is_counted = 0, False
+    for index in range(len(messages) - 1, -1, -1):
+        message = messages[index].message
+        if "reasoning_content" in message:
+            num_kept += not is_counted
+            is_counted = True
+            if num_kept > kept:
+                del message["reasoning_content"]
+        elif message["role"] == "user" and not _is_beside_results(messages, index):
+            is_counted = False
+
+
+def _is_beside_results(messages: Sequence[PlacedMessage], index: int) -> bool:
+    """Tell whether a user's text came with results of tools."""
+    return index > 0 and messages[index - 1].message["role"] == "tool"

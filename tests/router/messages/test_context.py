@@ -1,0 +1,86 @@
+"""What coding agents ask of /v1/messages about their context: which thoughts of earlier turns are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.messages.translate import chat_body
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, serve
+
+CALL = {"type": "tool_use", "id": "a", "name": "search", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "found"}
+ASKED = {"type": "text", "text": "and now?"}
+
+
+def _thought(text: str, *blocks: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "thinking", "thinking": text, "signature": ""}, *blocks]}
+
+
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": "hi"},
+    _thought("one", {"type": "text", "text": "Hello."}),
+    {"role": "user", "content": "look"},
+    _thought("two", CALL),
+    {"role": "user", "content": [RESULT, {"type": "text", "text": "a reminder"}]},
+    _thought("three", CALL),
+    {"role": "user", "content": [RESULT]},
+    {"role": "assistant", "content": "There."},
+    {"role": "user", "content": [ASKED]},
+]
+BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 400, "messages": MESSAGES}
+
+
+def _thoughts(**edit: Any) -> list[Any]:
+    management = {"edits": [{"type": "clear_thinking_20251015", **edit}]}
+    body, _ = chat_body({**BODY, "context_management": management}, None, needs_max_tokens=True)
+    messages = body["messages"]
+    assert isinstance(messages, list) and len(messages) == 9 + 1  # a reminder beside a result is a message of a chat
+    return [message["reasoning_content"] for message in messages if "reasoning_content" in message]
+
+
+@pytest.mark.parametrize("keep", ["all", {"type": "all"}, {"type": "thinking_turns", "value": 2}])
+def test_all_thoughts_are_kept_where_that_is_asked(keep: Any) -> None:
+    assert _thoughts(keep=keep) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("edit", [{}, {"keep": {"type": "thinking_turns", "value": 1}}])
+def test_older_thoughts_are_left_out_and_those_of_a_turn_stay_together(edit: dict[str, Any]) -> None:
+    assert _thoughts(**edit) == ["two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("management", "place"),
+    [
+        ("all", "context_management"),
+        ({"edits": {}, "x": 1}, "context_management.x"),
+        ({"edits": "all"}, "context_management.edits"),
+        ({"edits": ["all"]}, "context_management.edits[0]"),
+        ({"edits": [{"type": "clear_tool_uses_20250919"}]}, "context_management.edits[0]: edits of type"),
+        ({"edits": [{"type": "clear_thinking_20251015", "keep": 0}]}, "context_management.edits[0].keep"),
+        (
+            {"edits": [{"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 0}}]},
+            "context_management.edits[0].keep",
+        ),
+    ],
+)
+async def test_other_edits_are_refused_by_their_place(management: Any, place: str) -> None:
+    served = serve(Script("Hello"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    async with served.client() as client:
+        response = await client.post("/v1/messages", json={**BODY, "context_management": management})
+    assert response.status_code == 400 and place in response.json()["error"]["message"]
+
+
+async def test_a_coding_agents_request_is_answered() -> None:
+    served = serve(Script("Hello"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    fields = {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}
+    keep_all = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    managements: tuple[Any, ...] = (keep_all, {"edits": []}, {}, None)
+    async with served.client() as client:
+        for management in managements:
+            body = {**BODY, **fields, "context_management": management}
+            response = await client.post("/v1/messages?beta=true", json=body)
+            assert response.status_code == 200 and "x-kvferry-ignored" not in response.headers, response.text
