@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import chain, groupby
 
@@ -13,13 +14,20 @@ from ..turns.places import Message, PlacedMessage
 CALL_NAMES = {"function.name": "name", "function.arguments": "input", "function": ""}
 _NAMES_OF_ANSWERS = {"reasoning_content": "content", "tool_calls": "content"}
 _NAMES_OF_RESULTS = {"tool_call_id": "tool_use_id"}
+# Claude Code's note for those who bill it, in a block before its prompt. It is another one in each conversation, or in
+# each request: with it no two prompts would begin alike, and no prefix would be found in a cache.
+_BILLED = re.compile(r"\Ax-anthropic-billing-header:[^\n]*+\n?")
 
 
 def system_messages(raw: object) -> list[PlacedMessage]:
     """Return the system's prompt as a message, where there is one."""
     if raw is None or raw in ("", []):
         return []
-    return [PlacedMessage({"role": "system", "content": _text(raw, "system")}, "system", {"content": ""})]
+    text = _text(raw, "system")
+    prompt = _BILLED.sub("", text)
+    if text and not prompt:
+        return []
+    return [PlacedMessage({"role": "system", "content": prompt}, "system", {"content": ""})]
 
 
 def chat_messages(raw: object, ignored: list[str] | None) -> list[PlacedMessage]:

@@ -1,4 +1,4 @@
-"""What coding agents ask of /v1/messages about their context: which thoughts of earlier turns are left out."""
+"""What coding agents ask of /v1/messages about their context: what is left out of a prompt."""
 
 from __future__ import annotations
 
@@ -84,3 +84,20 @@ async def test_a_coding_agents_request_is_answered() -> None:
             body = {**BODY, **fields, "context_management": management}
             response = await client.post("/v1/messages?beta=true", json=body)
             assert response.status_code == 200 and "x-kvferry-ignored" not in response.headers, response.text
+
+
+@pytest.mark.parametrize("note", ["cc_version=2.1.197.b97; cc_entrypoint=cli;", "cc_version=2.1.197.eee; cch=fa690;"])
+@pytest.mark.parametrize("is_one_text", [False, True])
+async def test_a_note_for_billing_is_no_part_of_the_prompt(note: str, is_one_text: bool) -> None:
+    texts = [f"x-anthropic-billing-header: {note}", "You are an agent.", "x-anthropic-billing-header: as said above"]
+    system: Any = "\n".join(texts) if is_one_text else [{"type": "text", "text": text} for text in texts]
+    served = serve(Script("Hello"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    told = "<system>You are an agent.\nx-anthropic-billing-header: as said above<user>hi<assistant>"
+    async with served.client() as client:
+        body = {**BODY, "messages": MESSAGES[:1], "system": system}
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+        assert bytes(served.request.prompt_token_ids).decode() == told
+        counted = await client.post("/v1/messages/count_tokens", json=body)
+        assert counted.json() == {"input_tokens": len(told)}
+        assert (await client.post("/v1/messages", json={**body, "system": texts[0]})).status_code == 200
+    assert bytes(served.request.prompt_token_ids) == b"<user>hi<assistant>"
