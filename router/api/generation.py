@@ -156,7 +156,7 @@ class Api:
         context.marks["tokenize"] = self.clock.now()
         with naming_fields(surface.own_names):
             limit = max_chat_tokens(body, chat.prompt, version)
-        self.tell_ignored(context, list(map(surface.own_names, (*chat.ignored, *follows.ignored))))
+        self.tell_ignored(context, [*surface.left_out, *map(surface.own_names, (*chat.ignored, *follows.ignored))])
         turns = turn_options(version, body, chat, is_free=follows.is_free)
         answer = await self._answer(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
         shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)

@@ -38,6 +38,11 @@ class ChatSurface(Protocol):
     @property
     def events(self) -> EventFormat: ...
 
+    @property
+    def left_out(self) -> Sequence[str]:
+        """The places of what the model is not told of, for a body that was read."""
+        ...
+
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         """Return the same request as a chat's body. Raises RequestError."""
         ...
@@ -54,6 +59,7 @@ class OpenAISurface:
 
     id_prefix = "chatcmpl-"
     events = OPENAI_EVENTS
+    left_out = ()
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         return raw

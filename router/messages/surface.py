@@ -17,6 +17,7 @@ class MessagesSurface:
 
     id_prefix = "msg_"
     events = MESSAGE_EVENTS
+    left_out = ()
 
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only

@@ -19,6 +19,7 @@ from ..api.form import FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, BlockKind, Blocks
 from ..turns.places import Message
+from .tools import ResponseTools
 
 Fields = dict[str, object]
 
@@ -72,12 +73,14 @@ class ResponseForm:
         context: FormContext,
         turns: ChatTurns,
         request: Mapping[str, object],
+        tools: ResponseTools,
         numbers: Iterator[int],
         on_end: Callable[[str, Message], None],
     ) -> None:
         self._context = context
         self._turns = turns
         self._request = request
+        self._tools = tools
         self._on_end = on_end
         self._blocks = Blocks()
         self._numbers = numbers
@@ -156,7 +159,7 @@ class ResponseForm:
             case "reasoning":
                 item |= {"type": "reasoning", "summary": [], "content": [_part(block, block.text)]}
             case "call":
-                called = {"call_id": self._call_id(block), "name": block.name, "arguments": block.text}
+                called = {"call_id": self._call_id(block), **self._tools.named(block.name), "arguments": block.text}
                 item |= {"type": "function_call", **called, "status": status}
             case _:
                 item |= {
@@ -194,7 +197,8 @@ class ResponseForm:
 
     def _ended(self, block: Block, at: Fields, status: str) -> list[Fields]:
         if block.kind == "call":
-            ended = [self._of(f"{_stem(block)}.done", **at, name=block.name, arguments=block.text)]
+            name = self._tools.named(block.name)["name"]
+            ended = [self._of(f"{_stem(block)}.done", **at, name=name, arguments=block.text)]
         else:
             ended = [self._of(f"{_stem(block)}.done", **at, text=block.text, **_logprobs(block))]
             ended.append(self._of("response.content_part.done", **at, part=_part(block, block.text)))

@@ -6,6 +6,7 @@ from ...common.errors import RequestError
 from ..api.chat_messages import ROLES
 from ..state.errors import clip, shown
 from ..turns.places import Message, PlacedMessage
+from .tools import told_name
 
 CALL_NAMES = {"function.name": "name", "function.arguments": "arguments", "function": "", "id": "call_id"}
 _NAMES_OF_ANSWERS = {"tool_calls": ""}
@@ -39,7 +40,7 @@ def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
             else:
                 messages.append(PlacedMessage({"role": role, "content": text}, where))
         case "function_call":
-            function = {"name": raw.get("name"), "arguments": raw.get("arguments")}
+            function = {"name": told_name(raw.get("namespace"), raw.get("name")), "arguments": raw.get("arguments")}
             placed = _assistant(messages, where)
             calls = placed.message.setdefault("tool_calls", [])
             assert isinstance(calls, list)

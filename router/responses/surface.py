@@ -13,6 +13,7 @@ from ..api.surface import renamed
 from ..turns.places import Message, Places
 from .form import ResponseForm, event_format
 from .kept import KeptResponses
+from .tools import ResponseTools, response_tools
 from .translate import FIELD_NAMES, chat_body
 
 
@@ -29,6 +30,7 @@ class ResponsesSurface:
         self._raw: Mapping[str, object] = {}
         self._messages: Sequence[Message] = ()  # without instructions, which hold for one call
         self._places: Places | None = None  # while this surface's own names are looked at
+        self._tools = ResponseTools()
         self._numbers = itertools.count()
         self.events = event_format(self._numbers)
 
@@ -36,16 +38,21 @@ class ResponsesSurface:
         self._raw = raw if self._keeps else {**raw, "store": False}
         previous = raw.get("previous_response_id")
         earlier = () if previous is None else self._kept.find(previous, self._tenant)
-        body, self._places = chat_body(raw, ignored, earlier)
+        self._tools = response_tools(raw.get("tools"))
+        body, self._places = chat_body(raw, ignored, earlier, self._tools)
         messages = [each.message for each in self._places.messages]
         self._messages = messages[1:] if raw.get("instructions") else messages
         return body
 
+    @property
+    def left_out(self) -> Sequence[str]:
+        return self._tools.left_out
+
     def own_names(self, text: str) -> str:
-        return renamed(text, FIELD_NAMES, self._places)
+        return renamed(self._tools.own_names(text), FIELD_NAMES, self._places)
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
-        return ResponseForm(context, turns, self._raw, self._numbers, self._on_end)
+        return ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
 
     def _on_end(self, response_id: str, answer: Message) -> None:
         if self._raw.get("store") is not False:

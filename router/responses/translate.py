@@ -17,11 +17,13 @@ from ..api.surface import FieldNames
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage, Places
 from .items import CALL_NAMES, input_messages
+from .tools import ResponseTools
 
 _SAME = ("model", "stream", "temperature", "top_p", "user", "parallel_tool_calls", "cache_salt", "priority", "seed")
 _IGNORED = frozenset(
     {
         *("metadata", "store", "safety_identifier", "service_tier", "stream_options"),
+        *("client_metadata",),  # Codex's
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     }
 )
@@ -48,7 +50,6 @@ _KNOWN = frozenset(
     }
 )
 FIELD_NAMES: FieldNames = (
-    (re.compile(r"\btools\[(\d+)\]\.function\b"), r"tools[\1]"),
     (re.compile(r"\btool_choice\.function\.name\b"), "tool_choice.name"),
     (re.compile(r"\bresponse_format(?:\.json_schema)?\b"), "text.format"),
     (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
@@ -62,7 +63,7 @@ _REASONING = frozenset({"effort", "summary", "generate_summary"})  # what is ask
 
 
 def chat_body(
-    raw: Mapping[str, object], ignored: list[str] | None, earlier: Sequence[Message]
+    raw: Mapping[str, object], ignored: list[str] | None, earlier: Sequence[Message], tools: ResponseTools
 ) -> tuple[dict[str, object], Places]:
     """Return the chat's body, and where its messages stand in this one; `earlier` are those before this input.
 
@@ -85,8 +86,8 @@ def chat_body(
         raise RequestError("input must not be empty", param="input")
     if (limit := raw.get("max_output_tokens")) is not None:
         body["max_completion_tokens"] = _limit(limit)
-    if raw.get("tools"):
-        body["tools"] = _tools(raw["tools"])
+    if tools.functions:
+        body["tools"] = tools.functions
     if raw.get("tool_choice") is not None:
         body["tool_choice"] = _choice(raw["tool_choice"])
     _take_text(raw.get("text"), body, ignored)
@@ -99,18 +100,6 @@ def _limit(value: object) -> int:
         text = f"'max_output_tokens' should be a whole number of at least 1, got {shown(value)}"
         raise RequestError(text, param="max_output_tokens", code="invalid_value")
     return value
-
-
-def _tools(raw: object) -> list[object]:
-    if not isinstance(raw, list):
-        raise RequestError(f"tools must be an array, got {shown(raw)}", param="tools")
-    tools: list[object] = []
-    for index, each in enumerate(raw):
-        if not isinstance(each, dict):
-            raise RequestError(f"tools[{index}] must be an object, got {shown(each)}", param=f"tools[{index}]")
-        function = {name: value for name, value in each.items() if name not in ("type", "defer_loading")}
-        tools.append({"type": each.get("type"), "function": function})
-    return tools
 
 
 def _choice(raw: object) -> object:

@@ -19,8 +19,9 @@ from .syntax import Schemas
 MAX_TOOLS = 128  # OpenAI's limit
 MAX_TOOLS_BYTES = 256 * 2**10  # as JSON: more than a prompt of 64k tokens
 MAX_DEPTH = 24  # of a schema: a chat template takes values nested a little deeper
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_NAME_RULE = "must be 1 to 64 letters, digits, '_', '-' or '.'"
+MAX_NAME_CHARS = 64
+_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
+_NAME_RULE = f"must be 1 to {MAX_NAME_CHARS} letters, digits, '_', '-' or '.'"
 
 Choice = Literal["none", "auto", "required", "named"]
 

@@ -16,6 +16,7 @@ from kvferry.router.api.chat_messages import parse_messages
 from kvferry.router.api.fields import IGNORED, UNSUPPORTED
 from kvferry.router.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
 from kvferry.router.catalogue.defaults import SamplingDefaults
+from kvferry.router.responses.tools import ResponseTools
 from kvferry.router.responses.translate import chat_body
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -161,7 +162,7 @@ def test_every_field_of_responses_is_known_or_refused_by_name() -> None:
     names = {*ResponseCreateParamsBase.__required_keys__, *ResponseCreateParamsBase.__optional_keys__, "stream"}
     for name in names:
         try:
-            chat_body({"input": "hi", name: "x"}, None, ())
+            chat_body({"input": "hi", name: "x"}, None, (), ResponseTools())
         except RequestError as error:
             assert error.code != "unknown_parameter", name
 

@@ -11,6 +11,7 @@ from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.helpers.chat_renderer import Chat
 from kvferry.router.responses.items import input_messages
 from kvferry.router.responses.kept import MAX_AGE_S, KeptResponses
+from kvferry.router.responses.tools import ResponseTools
 from kvferry.router.responses.translate import chat_body
 from kvferry.router.state.errors import StreamError
 from kvferry.router.turns.places import Message
@@ -218,7 +219,7 @@ async def test_a_response_repeats_the_defaults_of_what_is_asked_in_part() -> Non
 def test_unknown_parts_are_told_where_they_may_be_ignored() -> None:
     ignored: list[str] = []
     asked = {"input": "x", "reasoning": {"effrot": "high", "effort": "low"}, "text": {"verbosty": "low"}}
-    body, _ = chat_body(asked, ignored, [])
+    body, _ = chat_body(asked, ignored, [], ResponseTools())
     assert body["reasoning_effort"] == "low"
     assert ignored == ["text.verbosty", "reasoning.effrot"]
 

@@ -1,0 +1,95 @@
+"""Tools of /v1/responses as agents send them: namespaces, and what only OpenAI runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvferry.router.catalogue.version import ServedModel
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
+
+FUNCTION = {"type": "function", "name": "read", "parameters": {"type": "object", "properties": {}}, "strict": False}
+NOTES = {"type": "namespace", "name": "mcp__notes__", "description": "Notes.", "tools": [FUNCTION]}
+SEARCH = {"type": "web_search", "external_web_access": True}
+CALL = '<tool_call>\n{"name": "mcp__notes__read", "arguments": {"id": 7}}\n</tool_call>'
+CALLED = {"name": "read", "namespace": "mcp__notes__", "arguments": '{"id": 7}'}
+
+
+def _served(text: str = "Hello") -> Served:
+    return serve(Script(text), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+
+
+async def _post(served: Served, **fields: Any) -> Any:
+    async with served.client() as client:
+        return await client.post("/v1/responses", json={"model": MODEL, "input": "hi", **fields})
+
+
+def _prompt(served: Served) -> str:
+    return bytes(served.request.prompt_token_ids).decode()
+
+
+async def test_what_only_openai_runs_is_left_out_beside_functions_and_told() -> None:
+    served = _served()
+    response = await _post(served, tools=[SEARCH, FUNCTION], client_metadata={"thread_id": "1"})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-kvferry-ignored"] == "tools[0]"
+    assert '"read"' in _prompt(served) and "web_search" not in _prompt(served)
+    assert "x-kvferry-ignored" not in (await _post(served, tools=[FUNCTION])).headers
+
+
+async def test_a_namespaces_function_is_called_by_both_names() -> None:
+    served = _served(CALL)
+    answer = (await _post(served, tools=[FUNCTION, NOTES])).json()
+    assert '"mcp__notes__read"' in _prompt(served) and '"read"' in _prompt(served)
+    (item,) = answer["output"]
+    assert {name: item[name] for name in CALLED} == CALLED
+    events = typed_events((await _post(served, tools=[FUNCTION, NOTES], stream=True)).text)
+    for kind in ("response.output_item.added", "response.output_item.done"):
+        (event,) = [each for each in events if each["type"] == kind]
+        assert (event["item"]["name"], event["item"]["namespace"]) == ("read", "mcp__notes__")
+    (done,) = [each for each in events if each["type"] == "response.function_call_arguments.done"]
+    assert done["name"] == "read"
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+async def test_an_earlier_call_in_a_namespace_is_told_as_it_was_made(is_kept: bool) -> None:
+    served = _served(CALL)
+    first = (await _post(served, tools=[NOTES])).json()
+    (call,) = first["output"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "found"}
+    if is_kept:
+        again = {"input": [result], "previous_response_id": first["id"]}
+    else:
+        again = {"input": [{"role": "user", "content": "hi"}, call, result]}
+    assert (await _post(served, tools=[NOTES], **again)).status_code == 200
+    assert f"{CALL}<user><tool_response>\nfound" in _prompt(served)
+
+
+async def test_a_name_that_is_too_long_with_its_namespace_stands_alone() -> None:
+    served = _served('<tool_call>\n{"name": "read", "arguments": {}}\n</tool_call>')
+    answer = (await _post(served, tools=[{**NOTES, "name": "n" * 60}])).json()
+    (item,) = answer["output"]
+    assert (item["name"], item["namespace"]) == ("read", "n" * 60)
+
+
+@pytest.mark.parametrize(
+    ("tools", "param"),
+    [
+        ([SEARCH], "tools[0].type"),
+        ([SEARCH, {**FUNCTION, "name": "a b"}], "tools[1].name"),
+        ([SEARCH, {"type": "file_search"}], "tools[1].type"),
+        ([FUNCTION, {**NOTES, "tools": [FUNCTION, {"type": "custom", "name": "patch"}]}], "tools[1].tools[1].type"),
+        ([FUNCTION, {**NOTES, "tools": [{**FUNCTION, "strict": 1}]}], "tools[1].tools[0].strict"),
+        ([{**NOTES, "tools": [NOTES]}], "tools[0].tools[0].type"),
+        ([{**NOTES, "tools": None}], "tools[0].tools"),
+        ([{**NOTES, "name": 5}], "tools[0].name"),
+        ([FUNCTION, 5], "tools[1]"),
+        (5, "tools"),
+    ],
+)
+async def test_a_refusal_names_the_clients_place(tools: Any, param: str) -> None:
+    response = await _post(_served(), tools=tools)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param) and error["message"].startswith(param)
