@@ -19,6 +19,7 @@ from ..api.form import FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, BlockKind, Blocks
 from ..turns.places import Message
+from .kept import item_id
 from .tools import ResponseTools
 
 Fields = dict[str, object]
@@ -63,7 +64,7 @@ def _error_event(numbers: Iterator[int], failure: HttpFailure) -> bytes:
 class ResponseForm:
     """One answer; it has one choice.
 
-    `numbers` are its events'. `on_end` gets the assistant's message when the answer has ended.
+    `numbers` are its events'. `on_end` gets the assistant's message and the items when the answer has ended.
     """
 
     has_plain_chunks = False
@@ -75,7 +76,7 @@ class ResponseForm:
         request: Mapping[str, object],
         tools: ResponseTools,
         numbers: Iterator[int],
-        on_end: Callable[[str, Message], None],
+        on_end: Callable[[str, Message, Sequence[Fields]], None],
     ) -> None:
         self._context = context
         self._turns = turns
@@ -99,7 +100,7 @@ class ResponseForm:
             for change in self._blocks.close():
                 events += self._changed(change, status)
             events.append(self._of(f"response.{status}", response=self._response(status, piece)))
-            self._on_end(self._context.answer_id, self._message())
+            self._on_end(self._context.answer_id, self._message(), self._items(status))
         return events
 
     def usage_chunk(self) -> object:
@@ -109,17 +110,15 @@ class ResponseForm:
         (piece,) = pieces
         for _ in self._blocks.push(self._turns.read(0, piece)):
             pass
-        self._on_end(self._context.answer_id, self._message())
-        return self._response(_status(piece), piece)
+        status = _status(piece)
+        self._on_end(self._context.answer_id, self._message(), self._items(status))
+        return self._response(status, piece)
 
     def _of(self, kind: str, **fields: object) -> Fields:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}
 
     def _response(self, status: str, piece: TextPiece | None) -> Fields:
         is_cut = status == "incomplete"
-        blocks = self._blocks.blocks if piece is not None else []
-        last = len(blocks) - 1
-        output = [self._item(block, status if block.index == last else "completed") for block in blocks]
         repeated = {name: _repeated(self._request.get(name), default) for name, default in _REPEATED.items()}
         return {
             "id": self._context.answer_id,
@@ -130,7 +129,7 @@ class ResponseForm:
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": self._context.model,
-            "output": output,
+            "output": [] if piece is None else self._items(status),
             **repeated,
             "store": self._request.get("store") is not False,
             "usage": self._usage() if piece is not None else None,
@@ -149,9 +148,15 @@ class ResponseForm:
 
     # --- items ---------------------------------------------------------------------------------------------
 
+    def _items(self, status: str) -> list[Fields]:
+        """Return the items so far; `status` is the last one's."""
+        blocks = self._blocks.blocks
+        last = len(blocks) - 1
+        return [self._item(block, status if block.index == last else "completed") for block in blocks]
+
     def _item_id(self, block: Block) -> str:
-        prefix = {"reasoning": "rs", "text": "msg", "call": "fc"}[block.kind]
-        return f"{prefix}_{self._context.answer_id.removeprefix('resp_')}_{block.index}"
+        kind = {"reasoning": "rs", "text": "msg", "call": "fc"}[block.kind]
+        return item_id(kind, self._context.answer_id, block.index)
 
     def _item(self, block: Block, status: str) -> Fields:
         item: Fields = {"id": self._item_id(block)}

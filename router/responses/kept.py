@@ -1,12 +1,15 @@
 """Earlier turns of /v1/responses, for as long as this router keeps them: `previous_response_id` goes on with one.
 
+Items of their answers are found by their ids, as clients that keep none of their own refer to them.
+
 Memory and time have bounds: the oldest leave first. Another router does not know them, and a restart forgets them.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -16,16 +19,27 @@ from ...common.errors import RequestError
 from ..state.errors import clip
 from ..turns.places import Message
 
+RESPONSE_PREFIX = "resp_"
 MAX_BYTES = 64 * 2**20  # of all conversations together; more keeps them longer under load
 MAX_BYTES_OF_ONE = 4 * 2**20
 MAX_AGE_S = 3600.0
 _OBJECT_BYTES = 256  # of a message or a part of a call in memory, beside its text: a dict and what is in it
 
 
+Item = Mapping[str, object]
+_ITEM_ID = re.compile(r"[a-z]+_([0-9a-zA-Z-]+)_\d+")
+
+
+def item_id(kind: str, response_id: str, index: int) -> str:
+    """Return the id of an answer's item, which tells the answer's."""
+    return f"{kind}_{response_id.removeprefix(RESPONSE_PREFIX)}_{index}"
+
+
 @dataclass(slots=True, frozen=True)
 class _Conversation:
     tenant: bytes
     messages: tuple[Message, ...]
+    items: tuple[Item, ...]
     num_bytes: int
     kept_s: float
 
@@ -39,19 +53,19 @@ class KeptResponses:
         self._by_id: OrderedDict[str, _Conversation] = OrderedDict()
         self.num_bytes = 0
 
-    def keep(self, response_id: str, tenant: bytes, messages: Sequence[Message]) -> None:
-        """Keep a conversation, unless it is very long."""
-        num_bytes = _num_bytes(messages)
+    def keep(self, response_id: str, tenant: bytes, messages: Sequence[Message], items: Sequence[Item] = ()) -> None:
+        """Keep a conversation and the items of its last answer, unless it is very long."""
+        num_bytes = _num_bytes(messages) + len(msgspec.json.encode(items)) + 2 * _OBJECT_BYTES * len(items)
         if num_bytes > min(MAX_BYTES_OF_ONE, self._max_bytes):
             return
-        self._by_id[response_id] = _Conversation(tenant, tuple(messages), num_bytes, self._clock.now())
+        self._by_id[response_id] = _Conversation(tenant, tuple(messages), tuple(items), num_bytes, self._clock.now())
         self.num_bytes += num_bytes
         self._forget_old()
 
     def find(self, response_id: object, tenant: bytes) -> Sequence[Message]:
         """Return the messages so far. Raises RequestError (404). May be called from any thread."""
-        found = self._by_id.get(response_id) if isinstance(response_id, str) else None
-        if found is None or found.tenant != tenant or found.kept_s < self._oldest_s():
+        found = self._find(response_id, tenant)
+        if found is None:
             seen = clip(response_id) if isinstance(response_id, str) else repr(type(response_id).__name__)
             raise RequestError(
                 f"previous_response_id: the response {seen} is not kept here (any more); send its items as input",
@@ -60,6 +74,16 @@ class KeptResponses:
                 status=404,
             )
         return found.messages
+
+    def find_item(self, item_id: object, tenant: bytes) -> Item | None:
+        """Return an answer's item; None: it is not kept. May be called from any thread."""
+        named = _ITEM_ID.fullmatch(item_id) if isinstance(item_id, str) else None
+        found = None if named is None else self._find(f"{RESPONSE_PREFIX}{named[1]}", tenant)
+        return None if found is None else next((each for each in found.items if each["id"] == item_id), None)
+
+    def _find(self, response_id: object, tenant: bytes) -> _Conversation | None:
+        found = self._by_id.get(response_id) if isinstance(response_id, str) else None
+        return None if found is None or found.tenant != tenant or found.kept_s < self._oldest_s() else found
 
     def _oldest_s(self) -> float:
         return self._clock.now() - MAX_AGE_S

@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
+from ...common.errors import RequestError
 from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.schemas import ChatBody
 from ..api.surface import renamed
+from ..state.errors import shown
 from ..turns.places import Message, Places
 from .form import ResponseForm, event_format
-from .kept import KeptResponses
+from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, Item, KeptResponses
 from .tools import ResponseTools, response_tools
 from .translate import FIELD_NAMES, chat_body
 
@@ -20,7 +24,7 @@ from .translate import FIELD_NAMES, chat_body
 class ResponsesSurface:
     """Translates one call."""
 
-    id_prefix = "resp_"
+    id_prefix = RESPONSE_PREFIX
 
     def __init__(self, kept: KeptResponses, tenant: bytes, *, keeps: bool = True) -> None:
         """`keeps`: the answer, unless the request says otherwise. A batch's many would drive others' out."""
@@ -39,7 +43,8 @@ class ResponsesSurface:
         previous = raw.get("previous_response_id")
         earlier = () if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
-        body, self._places = chat_body(raw, ignored, earlier, self._tools)
+        told = {**raw, "input": self._with_items(raw.get("input"))}
+        body, self._places = chat_body(told, ignored, earlier, self._tools)
         messages = [each.message for each in self._places.messages]
         self._messages = messages[1:] if raw.get("instructions") else messages
         return body
@@ -54,6 +59,24 @@ class ResponsesSurface:
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
         return ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
 
-    def _on_end(self, response_id: str, answer: Message) -> None:
+    def _with_items(self, given: object) -> object:
+        """Return the input with items in place of references to them. Raises RequestError that names the place."""
+        if not isinstance(given, list):
+            return given
+        items, num_bytes = list(given), 0
+        for index, each in enumerate(given):
+            if not isinstance(each, dict) or each.get("type") != "item_reference":
+                continue
+            where = f"input[{index}]"
+            items[index] = found = self._kept.find_item(each.get("id"), self._tenant)
+            if found is None:
+                text = f"{where}: the item {shown(each.get('id'))} is not kept here (any more); send the item itself"
+                raise RequestError(text, param=where, code="item_not_found")
+            num_bytes += len(msgspec.json.encode(found))
+            if num_bytes > MAX_BYTES_OF_ONE:  # one long item may be named thousands of times
+                raise RequestError(f"{where}: items of more than {MAX_BYTES_OF_ONE} bytes are referred to", param=where)
+        return items
+
+    def _on_end(self, response_id: str, answer: Message, items: Sequence[Item]) -> None:
         if self._raw.get("store") is not False:
-            self._kept.keep(response_id, self._tenant, [*self._messages, answer])
+            self._kept.keep(response_id, self._tenant, [*self._messages, answer], items)

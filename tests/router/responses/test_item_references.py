@@ -1,0 +1,83 @@
+"""References of /v1/responses to items of earlier answers, as the AI SDK of Vercel sends a turn that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.responses.kept import MAX_BYTES_OF_ONE, KeptResponses
+from kvferry.router.responses.surface import ResponsesSurface
+from kvferry.tests.fake_clock import FakeClock
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
+
+TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
+CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+ASKED = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+BODY: dict[str, Any] = {"model": MODEL, "input": [ASKED], "tools": TOOLS}
+
+
+def _served(**options: Any) -> Served:
+    model = ServedModel(MODEL, 4096, VOCAB_SIZE, reasoning_parser="think")
+    return serve(Script(f"<think>Hm.</think>Look.\n{CALL}"), model=model, **options)
+
+
+def _prompt(served: Served) -> str:
+    return bytes(served.request.prompt_token_ids).decode()
+
+
+async def _answer(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any]]:
+    response = await client.post("/v1/responses", json={**BODY, **fields})
+    assert response.status_code == 200, response.text
+    if fields.get("stream"):
+        output: list[dict[str, Any]] = typed_events(response.text)[-1]["response"]["output"]
+    else:
+        output = response.json()["output"]
+    return output
+
+
+def _reference(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "item_reference", "id": item["id"]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_referred", [2, 3])
+async def test_items_of_an_earlier_answer_may_be_referred_to(stream: bool, num_referred: int) -> None:
+    served = _served()
+    async with served.client() as client:
+        items = await _answer(client, stream=stream)
+        assert [item["type"] for item in items] == ["reasoning", "message", "function_call"]
+        result = {"type": "function_call_output", "call_id": items[2]["call_id"], "output": "found"}
+        given = [*map(_reference, items[:num_referred]), *items[num_referred:]]
+        await _answer(client, stream=stream, input=[ASKED, *given, result])
+        referred = _prompt(served)
+        await _answer(client, input=[ASKED, *items, result])
+    assert _prompt(served) == referred and f"Look.\n{CALL}<user><tool_response>\nfound" in referred
+
+
+async def test_what_is_not_kept_is_refused_by_its_place() -> None:
+    served = _served(keys=ApiKeys(("key-1", "key-2")))
+    async with served.client(authorization="Bearer key-1") as client:
+        (mine, *_) = await _answer(client)
+        (unstored, *_) = await _answer(client, store=False)
+    async with served.client(authorization="Bearer key-2") as client:
+        for item_id in (mine["id"], unstored["id"], f"{mine['id']}0", "", None, 5):
+            body = {**BODY, "input": [ASKED, {"type": "item_reference", "id": item_id}]}
+            response = await client.post("/v1/responses", json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"], error["code"]) == (400, "input[1]", "item_not_found")
+
+
+def test_references_do_not_make_a_prompt_without_bounds() -> None:
+    kept = KeptResponses(FakeClock(0.0))
+    item = {"id": "rs_a_0", "type": "reasoning", "content": [{"type": "reasoning_text", "text": "x" * 2**20}]}
+    kept.keep("resp_a", b"", [], [item])
+    assert kept.num_bytes > 2**20
+    reference, surface = _reference(item), ResponsesSurface(kept, b"")
+    surface.chat_body({"input": [reference] * 2}, None)
+    with pytest.raises(Exception, match=rf"input\[3\]: items of more than {MAX_BYTES_OF_ONE} bytes"):
+        surface.chat_body({"input": [reference] * 4096}, None)
