@@ -16,7 +16,7 @@ from ..api.events import EventFormat
 from ..api.form import FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, Blocks
-from .translate import input_of
+from .translate import NO_THREADS, input_of
 
 Fields = dict[str, object]
 
@@ -35,7 +35,10 @@ _ERRORS = {
 def error_body(failure: HttpFailure) -> bytes:
     """Return an error in Anthropic's shape."""
     kind = _ERRORS.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
-    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": failure.message}})
+    error: Fields = {"type": kind, "message": failure.message}
+    if failure.code == NO_THREADS:
+        error["details"] = {"error_code": NO_THREADS, "unsupported": [failure.param]}
+    return msgspec.json.encode({"type": "error", "error": error})
 
 
 def _encode(events: Sequence[object]) -> bytes:

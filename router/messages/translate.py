@@ -41,12 +41,11 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "fallback_credit_token": (),
     "fallbacks": ([],),
     "mcp_servers": ([],),
-    "thread": ({},),
 }
 _KNOWN = frozenset(
     {
         *(*_SAME, "messages", "system", "stop_sequences", "tools", "tool_choice", "metadata", "thinking"),
-        *("output_config", "output_format", "context_management"),
+        *("output_config", "output_format", "context_management", "thread"),
     }
 )
 FIELD_NAMES: FieldNames = (
@@ -58,6 +57,7 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"\bresponse_format\b"), "output_config.format"),
     (re.compile(r"\breasoning_effort\b"), "output_config.effort"),
 )
+NO_THREADS = "thread_unsupported_request"  # Anthropic's: its libraries then send the whole conversation
 _THINKING = {"enabled": "medium", "adaptive": "medium", "disabled": "none"}  # as efforts
 _EFFORTS = (*get_args(Effort), "max")
 _OF_THINKING = frozenset({"type", "budget_tokens", "display"})  # no budget is kept, and thoughts are shown
@@ -70,6 +70,8 @@ def chat_body(
     check_fields(raw, _KNOWN, ignored, unsupported=_UNSUPPORTED, labels=_IGNORED)
     if needs_max_tokens and raw.get("max_tokens") is None:
         raise RequestError("'max_tokens' is required", param="max_tokens", code="missing_required_parameter")
+    if raw.get("thread"):
+        raise RequestError("'thread' is not supported by this server", param="thread", code=NO_THREADS)
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
     placed = [*system_messages(raw.get("system")), *chat_messages(raw.get("messages"), ignored)]
     edit_context(raw.get("context_management"), placed, ignored)

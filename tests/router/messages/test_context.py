@@ -101,3 +101,17 @@ async def test_a_note_for_billing_is_no_part_of_the_prompt(note: str, is_one_tex
         assert counted.json() == {"input_tokens": len(told)}
         assert (await client.post("/v1/messages", json={**body, "system": texts[0]})).status_code == 200
     assert bytes(served.request.prompt_token_ids) == b"<user>hi<assistant>"
+
+
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+async def test_threads_are_refused_so_that_clients_send_the_whole_conversation(thread: dict[str, Any]) -> None:
+    served = serve(Script("Hello"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    async with served.client() as client:
+        response = await client.post("/v1/messages?beta=true", json={**BODY, "thread": thread})
+        assert response.status_code == 400
+        assert response.json()["error"] == {
+            "type": "invalid_request_error",
+            "message": "'thread' is not supported by this server",
+            "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+        }
+        assert (await client.post("/v1/messages", json={**BODY, "thread": None})).status_code == 200
