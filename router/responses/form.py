@@ -193,8 +193,8 @@ class ResponseForm:
 
     def _begun(self, block: Block, at: Fields) -> list[Fields]:
         item = self._item(block, "in_progress")
-        if block.kind != "call":
-            item["content"] = []
+        began: Fields = {"arguments": ""} if block.kind == "call" else {"content": []}
+        item |= began  # the first delta has what is there already
         added = [self._of("response.output_item.added", output_index=block.index, item=item)]
         if block.kind != "call":
             added.append(self._of("response.content_part.added", **at, part=_part(block, "")))

@@ -109,6 +109,17 @@ async def test_reasoning_text_and_calls_are_items_in_their_order() -> None:
     assert (done["name"], done["arguments"]) == ("search", '{"query": "x"}')
 
 
+@pytest.mark.parametrize("tokens_per_update", [1, 7, 1000])
+async def test_an_item_is_added_before_it_has_anything_and_deltas_have_all_of_it(tokens_per_update: int) -> None:
+    events = await _events(_served(f"Look.\n{CALL}{CALL}", tokens_per_update=tokens_per_update), tools=TOOLS)
+    added = [event["item"] for event in events if event["type"] == "response.output_item.added"]
+    assert [item.get("arguments", item.get("content")) for item in added] == [[], "", ""]
+    said = ["", "", ""]
+    for event in events:
+        said[event.get("output_index", 0)] += event.get("delta", "")
+    assert said == ["Look.", '{"query": "x"}', '{"query": "x"}']
+
+
 async def test_a_response_goes_on_with_an_earlier_one() -> None:
     served = _served()
     first = await _whole(served, instructions="Be brief.")
