@@ -11,6 +11,7 @@ import typer
 
 from ..common.config import ADMIN_KEY_VARIABLE
 from ..common.errors import ConfigError
+from .console import make_console
 
 _HOTTEST = 3  # experts of a worker that the table names
 
@@ -57,7 +58,6 @@ def show(admin: Admin = None, admin_key: AdminKey = None) -> None:
 
     Without --admin: of the deployment of this user that runs on this machine.
     """
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -72,7 +72,7 @@ def show(admin: Admin = None, admin_key: AdminKey = None) -> None:
             "" if of_rank is None else f"{of_rank:.2f}x",
             ", ".join(_hottest(worker)),
         )
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def plan(

@@ -16,6 +16,7 @@ import typer
 
 from ..common.config import environment
 from ..common.errors import ConfigError, KVFerryError
+from .console import make_console
 
 _STATUS_LIMIT_S = 5.0
 _NOT_RUNNING_EXIT_CODE = 3  # as init scripts say it
@@ -145,10 +146,9 @@ def _last(answers: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _show(deployment: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = make_console()
     address = deployment["http"] or "not listening yet"
     console.print(
         f"{deployment['model']} at {address}: {deployment['state']}{_admin(deployment)} (process {deployment['pid']})",

@@ -49,7 +49,12 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
         return Path(own).expanduser()
     if xdg := environ.get("XDG_CACHE_HOME"):
         return Path(xdg).expanduser() / "kvferry"
-    return Path("~/.cache/kvferry").expanduser()
+    try:
+        return Path("~/.cache/kvferry").expanduser()
+    except RuntimeError:  # a container may run under a number that no list of users has
+        raise ConfigError(
+            "this user has no home directory to keep files in: set KVFERRY_CACHE to a directory"
+        ) from None
 
 
 def default_model_dir(

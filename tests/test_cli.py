@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -435,6 +436,20 @@ def test_experts_show_tells_the_busiest(run: Run, monkeypatch: pytest.MonkeyPatc
     workers.clear()
     shown = run("experts", "show", "--admin", "127.0.0.1:9")
     assert shown.returncode == 2 and "no worker has told of experts" in shown.stderr
+
+
+def test_rows_of_status_are_whole_where_no_terminal_says_how_wide_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvferry.cli.operate import _show
+
+    name, waits = "decode-worker-0", "the model's weights from a file system of the network that answers slowly today"
+    row: dict[str, object] = {"name": name, "role": "decode", "state": "starting", "pid": 4_194_304}
+    row |= {"restarts": 3, "waits_for": [waits]}
+    deployment = {"http": None, "model": "tiny", "state": "starting", "admin": [], "pid": 1, "processes": [row]}
+    shown = io.StringIO()
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stdout", shown)
+    _show(deployment)
+    assert any(name in line and waits in line for line in shown.getvalue().splitlines())
 
 
 def test_a_path_that_may_not_be_looked_at_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

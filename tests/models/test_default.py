@@ -186,6 +186,15 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path, tiny_
         default_model_dir(cache=tiny_gguf / "below-a-file", source=tiny_gguf)
 
 
+def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(ConfigError, match="set KVFERRY_CACHE"):
+        cache_dir({})
+
+
 def test_the_cache_is_where_the_environment_says() -> None:
     assert cache_dir({"KVFERRY_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
     assert cache_dir({"XDG_CACHE_HOME": "/b"}) == Path("/b/kvferry")
