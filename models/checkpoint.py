@@ -68,7 +68,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
         else:
             shapes |= config.latent.shapes(f"{name}.self_attn", hidden, config.num_qo_heads)
         experts = config.experts_of(layer)
-        shapes |= _mlp_shapes(config, f"{name}.mlp") if experts is None else experts.shapes(name, hidden)
+        shapes |= _mlp_shapes(config, name) if experts is None else experts.shapes(name, hidden)
     return shapes
 
 
@@ -119,13 +119,14 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     return shapes
 
 
-def _mlp_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
-    hidden, size = config.hidden_size, config.intermediate_size
-    sizes = {"gate_up_proj": 2 * size} if config.family.fusion != "none" else {"gate_proj": size, "up_proj": size}
+def _mlp_shapes(config: ModelConfig, layer: str) -> dict[str, Shape]:
+    hidden, size, names = config.hidden_size, config.intermediate_size, config.family.mlp
+    name = f"{layer}.{names.module}"
+    sizes = {names.fused: 2 * size} if config.family.fusion != "none" else {"gate_proj": size, "up_proj": size}
     shapes: dict[str, Shape] = {}
     for part, outputs in sizes.items():
         shapes |= _linear(f"{name}.{part}", outputs, hidden, bias=config.mlp_bias)
-    return shapes | _linear(f"{name}.down_proj", hidden, size, bias=config.mlp_bias)
+    return shapes | _linear(f"{name}.{names.down}", hidden, size, bias=config.mlp_bias)
 
 
 def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..common.errors import ConfigError
+from .architecture import read_architecture
 from .config_fields import ConfigFields
 from .experts import ExpertsConfig, read_experts, read_sparse_layers
 from .families.family import Bias, Family
-from .families.lookup import ARCHITECTURES, architecture_of, nearest, needs_code
-from .families.nested import NESTED
 from .families.table import FAMILIES
 from .latent import LatentConfig, read_latent
 from .quantization import Quantization
@@ -147,11 +146,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
-    architecture = _architecture(fields)
-    text_architecture, fields = _of_text(fields, architecture)
-    family = FAMILIES[text_architecture]
-    fields = fields.with_defaults(family.defaults)
-    _refuse_unsupported(fields)
+    architecture, family, fields = read_architecture(fields)
     hidden_size = fields.count("hidden_size")
     num_qo_heads = fields.count("num_attention_heads")
     num_kv_heads = fields.count("num_key_value_heads", num_qo_heads)
@@ -173,7 +168,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=fields.count("intermediate_size"),
+        intermediate_size=fields.count(family.mlp.size),
         vocab_size=fields.count("vocab_size"),
         max_model_len=max_model_len,
         rope=rope,
@@ -199,34 +194,6 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
     )
 
 
-def _of_text(fields: ConfigFields, architecture: str) -> tuple[str, ConfigFields]:
-    """Return the language model's architecture, and what config.json says of it. Raises ConfigError for another one."""
-    if architecture not in NESTED:
-        return architecture, fields
-    texts = NESTED[architecture].texts
-    text = fields.mapping("text_config") or ConfigFields(fields.path, {})  # older ones say everything in one place
-    name = text.raw.get("model_type", next(iter(texts)))
-    if not isinstance(name, str) or name not in texts:
-        known = " or ".join(texts)
-        raise text.refuse("model_type", f"text_config of this architecture is supported as {known} alone")
-    return texts[name], ConfigFields(fields.path, {**fields.raw, **text.raw})
-
-
-def _architecture(fields: ConfigFields) -> str:
-    declared = fields.raw.get("architectures")
-    name = declared[0] if isinstance(declared, list) and declared else None
-    if name is None:  # older checkpoints name the family alone
-        model_type = fields.raw.get("model_type")
-        name = architecture_of(model_type) or model_type
-    if name not in ARCHITECTURES:
-        near = nearest(name) if isinstance(name, str) else None
-        raise ConfigError(
-            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
-            + (f"; the nearest is {near}" if near is not None else "")
-        )
-    return str(name)
-
-
 def _has_bias(fields: ConfigFields, bias: Bias) -> bool:
     return fields.flag(bias, default=False) if isinstance(bias, str) else bias
 
@@ -234,16 +201,6 @@ def _has_bias(fields: ConfigFields, bias: Bias) -> bool:
 def _has_head_norms(fields: ConfigFields, family: Family) -> bool:
     is_flagged = family.head_norms == "flagged"
     return fields.flag("use_qk_norm", default=False) if is_flagged else family.head_norms != "none"
-
-
-def _refuse_unsupported(fields: ConfigFields) -> None:
-    """Refuse settings under which this engine would give wrong answers, or run the checkpoint's own code."""
-    if needs_code(fields.raw):
-        raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
-    if fields.flag("use_bidirectional_attention", default=False):
-        raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
-    if fields.has("clip_qkv"):
-        raise fields.refuse("clip_qkv", "bounds of queries, keys and values are not supported")
 
 
 def _num_draft_layers(fields: ConfigFields) -> int:

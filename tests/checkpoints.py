@@ -24,7 +24,7 @@ from torch import Tensor
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
     "smollm3", "seed_oss", "mistral3", "ministral3", "glm", "glm4", "ernie4_5", "exaone4", "cwm",
-    "qwen2_5_vl", "qwen3_vl",
+    "qwen2_5_vl", "qwen3_vl", "granitemoehybrid",
 ]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
@@ -57,6 +57,16 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.1,
         "logits_scaling": 2.0,
+    },
+    "granitemoehybrid": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "layer_types": ["attention", "attention"],
+        "position_embedding_type": "rope",
     },
     "olmo2": {},
     "olmo3": {

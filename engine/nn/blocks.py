@@ -32,4 +32,6 @@ def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForwar
             return SparseMLP(builder, layer, experts)
         make = ExchangedMLP if plan.is_exchanged else SparseMLP
         return make(builder, layer, experts, plan.held(layer_id))
-    return GatedMLP(builder, f"{layer}.mlp", builder.config.intermediate_size)
+    own = builder.config.family.mlp
+    names = ("gate_proj", "up_proj", own.down)
+    return GatedMLP(builder, f"{layer}.{own.module}", builder.config.intermediate_size, names)

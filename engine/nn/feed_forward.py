@@ -46,7 +46,7 @@ class GatedMLP:
         config = builder.config
         bias = config.mlp_bias
         gate, up, down = (f"{name}.{part}" for part in names)
-        fused = None if config.family.fusion == "none" else f"{name}.gate_up_proj"
+        fused = None if config.family.fusion == "none" else f"{name}.{config.family.mlp.fused}"
         parts = column_parts([gate, up], [size, size], fused=fused)
         self.is_silu = config.activation == "silu"
         self._activation = _ACTIVATIONS[config.activation]

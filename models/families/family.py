@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .experts import ExpertTraits
 
@@ -35,6 +35,15 @@ _NORM_NAMES: dict[Norms, NormNames] = {
 }
 
 
+class MlpNames(NamedTuple):
+    """A dense layer's gated MLP has these names in a checkpoint."""
+
+    module: str = "mlp"
+    fused: str = "gate_up_proj"  # gate and up in one tensor
+    down: str = "down_proj"
+    size: str = "intermediate_size"  # its inner columns in config.json
+
+
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Family:
     """A family says how it differs from a Llama without biases."""
@@ -49,6 +58,7 @@ class Family:
     o_bias: Bias = False
     mlp_bias: Bias = False
     fusion: Fusion = "none"
+    mlp: MlpNames = MlpNames()
     has_sinks: bool = False  # a weight of each head that no token's value goes with
     is_latent: bool = False  # attention is over latents: `latent.py`
     windows: Windows = "none"

@@ -20,7 +20,7 @@ from .experts import (
     SOLAR_OPEN,
     ExpertTraits,
 )
-from .family import Family
+from .family import Family, MlpNames
 
 _GEMMA: dict[str, object] = {
     "head_dim": 256,
@@ -227,6 +227,15 @@ FAMILIES = {
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
+        has_multipliers=True,
+    ),
+    "GraniteMoeHybridForCausalLM": Family(  # those that have neither experts nor states
+        name="granitemoehybrid",
+        defaults={"position_embedding_type": "none"},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        fusion="mlp",
+        mlp=MlpNames("shared_mlp", "input_linear", "output_linear", "shared_intermediate_size"),
         has_multipliers=True,
     ),
     "Olmo2ForCausalLM": Family(

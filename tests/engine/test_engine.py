@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "granite": ("granite", {"tie_embeddings": True}),
+    "granite4": ("granitemoehybrid", {"tie_embeddings": True}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {}),
     "phi3": ("phi3", {}),

@@ -199,6 +199,25 @@ def test_experts_may_be_in_some_layers_between_others(tmp_path: Path) -> None:
             _load(tmp_path, told | {key: value})
 
 
+def test_granite_4_is_read_where_it_has_neither_experts_nor_states(tmp_path: Path) -> None:
+    told: dict[str, object] = {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "layer_types": ["attention"] * 30,
+        "num_local_experts": 0,
+        "position_embedding_type": "rope",
+        "shared_intermediate_size": 96,
+    }
+    assert _load(tmp_path, told).intermediate_size == 96
+    for changes, message in (
+        ({"layer_types": ["mamba"] * 27 + ["attention"] * 3}, "layer_types: layers of mamba are not supported"),
+        ({"num_local_experts": 64}, "num_local_experts = 64: experts are not supported in this family"),
+        ({"position_embedding_type": "nope"}, "position_embedding_type = 'nope': only rotary positions"),
+        ({"position_embedding_type": ...}, "position_embedding_type = 'none': only rotary positions"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _load(tmp_path, told | changes)
+
+
 def test_minimax_has_words_of_its_own(tmp_path: Path) -> None:
     told: dict[str, object] = {
         "architectures": ["MiniMaxM2ForCausalLM"],

@@ -1,0 +1,70 @@
+"""A config.json names an architecture: its family is found here, and what no family here can do is refused.
+
+A model of several parts (`families/nested.py`) is read as its language model.
+"""
+
+from __future__ import annotations
+
+from ..common.errors import ConfigError
+from .config_fields import ConfigFields
+from .families.family import Family
+from .families.lookup import ARCHITECTURES, architecture_of, nearest, needs_code
+from .families.nested import NESTED
+from .families.table import FAMILIES
+
+_LAYER_KINDS = {"attention", "full_attention", "sliding_attention"}
+
+
+def read_architecture(fields: ConfigFields) -> tuple[str, Family, ConfigFields]:
+    """Return the architecture, the language model's family, and what is said of it. Raises ConfigError."""
+    architecture = _architecture(fields)
+    text_architecture, fields = _of_text(fields, architecture)
+    family = FAMILIES[text_architecture]
+    fields = fields.with_defaults(family.defaults)
+    _refuse_unsupported(fields, family)
+    return architecture, family, fields
+
+
+def _architecture(fields: ConfigFields) -> str:
+    declared = fields.raw.get("architectures")
+    name = declared[0] if isinstance(declared, list) and declared else None
+    if name is None:  # older checkpoints name the family alone
+        model_type = fields.raw.get("model_type")
+        name = architecture_of(model_type) or model_type
+    if name not in ARCHITECTURES:
+        near = nearest(name) if isinstance(name, str) else None
+        raise ConfigError(
+            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
+            + (f"; the nearest is {near}" if near is not None else "")
+        )
+    return str(name)
+
+
+def _of_text(fields: ConfigFields, architecture: str) -> tuple[str, ConfigFields]:
+    """Return the language model's architecture, and what config.json says of it. Raises ConfigError for another one."""
+    if architecture not in NESTED:
+        return architecture, fields
+    texts = NESTED[architecture].texts
+    text = fields.mapping("text_config") or ConfigFields(fields.path, {})  # older ones say everything in one place
+    name = text.raw.get("model_type", next(iter(texts)))
+    if not isinstance(name, str) or name not in texts:
+        known = " or ".join(texts)
+        raise text.refuse("model_type", f"text_config of this architecture is supported as {known} alone")
+    return texts[name], ConfigFields(fields.path, {**fields.raw, **text.raw})
+
+
+def _refuse_unsupported(fields: ConfigFields, family: Family) -> None:
+    """Refuse settings under which this engine would give wrong answers, or run the checkpoint's own code."""
+    if needs_code(fields.raw):
+        raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
+    if fields.flag("use_bidirectional_attention", default=False):
+        raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
+    kinds = fields.raw.get("layer_types")
+    if isinstance(kinds, list) and (unknown := sorted({str(kind) for kind in kinds} - _LAYER_KINDS)):
+        raise ConfigError(f"{fields.path}: layer_types: layers of {', '.join(unknown)} are not supported")
+    if family.experts is None and fields.raw.get("num_local_experts"):
+        raise fields.refuse("num_local_experts", "experts are not supported in this family")
+    if "position_embedding_type" in family.defaults and fields.raw["position_embedding_type"] != "rope":
+        raise fields.refuse("position_embedding_type", "only rotary positions are supported")
+    if fields.has("clip_qkv"):
+        raise fields.refuse("clip_qkv", "bounds of queries, keys and values are not supported")
