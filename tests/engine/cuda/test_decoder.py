@@ -22,6 +22,7 @@ from ..nn.test_blocks import Experts
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 20
+GROWING = {"rope_theta": 10_000.0, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -68,6 +69,8 @@ def _attention(decoder: Decoder) -> CPUAttention:
         ("granite", Shape(num_layers=3), {}),
         ("olmo2", Shape(num_layers=3), {}),
         ("phi3", Shape(num_layers=3), {}),
+        ("ernie4_5", Shape(num_layers=3), {}),
+        ("ministral3", Shape(num_layers=3), {"rope_parameters": GROWING}),
         ("gemma3_text", Shape(num_layers=3, head_dim=32), {}),
     ],
 )
