@@ -107,12 +107,12 @@ class PromptReader:
 
 
 def _completion(version: Version, body: CompletionBody) -> list[PromptText]:
-    if body.suffix:
-        return _infilled(version, body)
-    prompts = _completion_prompts(version, body, add_special_tokens=body.add_special_tokens is not False)
+    add_special_tokens = body.add_special_tokens is not False
+    prompts = _infilled(version, body) if body.suffix else _completion_prompts(version, body, add_special_tokens)
     for prompt in prompts:
         if not prompt.token_ids:
             raise RequestError("the prompt is empty: it has no tokens", param="prompt")
+        version.check_ids(prompt.token_ids, "prompt", of_text=True)
     return prompts
 
 
@@ -127,12 +127,12 @@ def _infilled(version: Version, body: CompletionBody) -> list[PromptText]:
         )
     begin = tokenizer.encode("", body.add_special_tokens is not False)
     [suffix] = _encode(version, [body.suffix or ""], add_special_tokens=False)
-    prefixes = _completion_prompts(version, body, add_special_tokens=False)
+    prefixes = _completion_prompts(version, body, False)
     body.stop_token_ids = [*dict.fromkeys([*(body.stop_token_ids or ()), *form.ends])]
     return [PromptText(form.prompt(begin, each.token_ids, suffix.token_ids), each.text) for each in prefixes]
 
 
-def _completion_prompts(version: Version, body: CompletionBody, *, add_special_tokens: bool) -> list[PromptText]:
+def _completion_prompts(version: Version, body: CompletionBody, add_special_tokens: bool) -> list[PromptText]:
     prompt = body.prompt
     if isinstance(prompt, str):
         return _encode(version, [prompt], add_special_tokens)
@@ -234,12 +234,15 @@ def _spells_special(
 
 
 def _encode_chat(version: Version, text: str, hidden: dict[str, str], add_special_tokens: bool) -> PromptText:
-    if not hidden:
-        return _encode(version, [text], add_special_tokens)[0]
-    assert version.special_text is not None
-    shown = version.special_text.shown(text, hidden)
-    check_text_size(shown, version.model.max_model_len)
-    return PromptText(version.special_text.encode(text, hidden, add_special_tokens), shown)
+    if hidden:
+        assert version.special_text is not None
+        shown = version.special_text.shown(text, hidden)
+        check_text_size(shown, version.model.max_model_len)
+        prompt = PromptText(version.special_text.encode(text, hidden, add_special_tokens), shown)
+    else:
+        [prompt] = _encode(version, [text], add_special_tokens)
+    version.check_ids(prompt.token_ids, "messages", of_text=True)
+    return prompt
 
 
 def _encode(version: Version, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
@@ -253,16 +256,13 @@ def _decode(version: Version, token_ids: list[int]) -> str:
 
 
 def _checked(version: Version, ids: list[int], param: str = "prompt") -> PromptText:
-    model = version.model
-    if len(ids) > model.max_model_len:
+    if len(ids) > (limit := version.model.max_model_len):
         raise RequestError(
-            f"{len(ids)} token ids are more than the context of {model.max_model_len}",
+            f"{len(ids)} token ids are more than the context of {limit}",
             param=param,
             code="context_length_exceeded",
         )
-    if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
-        bad = min(ids) if min(ids) < 0 else max(ids)
-        raise RequestError(f"token id {bad} is not in the vocabulary of {model.vocab_size} tokens", param=param)
+    version.check_ids(ids, param)
     return PromptText(ids)
 
 

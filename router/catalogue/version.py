@@ -7,11 +7,13 @@ its workers    what each of them must be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 from ... import __version__
 from ...common.config import ReasoningParserName, SpecialTokens, ToolParserName
+from ...common.errors import RequestError
 from ...common.request import Pooling
 from ...models.chat_template import ChatTemplate
 from ...models.special_text import SpecialText
@@ -21,6 +23,7 @@ from ..dispatch.worker_group import Expected, WorkerGroup
 from ..helpers.chat_renderer import ChatRenderer, Renderer
 from ..helpers.grammar_checker import GrammarChecker
 from ..state.adapter_use import AdapterUse
+from ..state.errors import clip
 from ..turns.dialect import Dialect
 from .defaults import SamplingDefaults
 
@@ -81,6 +84,19 @@ class Version(WorkerGroup):
     def with_adapter(self, name: str, adapter: AdapterUse) -> Self:
         """Return it as requests for one of its adapters see it: all is shared but the name."""
         return replace(self, model=replace(self.model, name=name), adapter=adapter, parent=self.model.name)
+
+    def check_ids(self, ids: Sequence[int], param: str, *, of_text: bool = False) -> None:
+        """Refuse ids that the model has no row for: a worker would end by one. Raises RequestError (400).
+
+        Text has such ids, too: fine-tunes add tokens, for padding most of all, and leave the embedding as it was.
+        """
+        size = self.model.vocab_size
+        if not ids or (of_text and self.tokenizer.vocab_size <= size) or 0 <= min(ids) <= max(ids) < size:
+            return
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        what = f"token {clip(self.tokenizer.token_text(bad))} ({bad})" if of_text else f"token id {bad}"
+        where = "" if param == "prompt" else f"{param}: "
+        raise RequestError(f"{where}{what} is not in the vocabulary of {size} tokens", param=param)
 
     @property
     def served_name(self) -> str:

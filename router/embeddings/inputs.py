@@ -36,15 +36,13 @@ def _texts(version: Version, texts: list[str], names: list[str], body: Embedding
     encoded = version.tokenizer.encode_all(texts, body.add_special_tokens is not False)
     for ids, name in zip(encoded, names, strict=True):
         _check_length(ids, name, max_model_len)
+        version.check_ids(ids, name, of_text=True)
     return list(map(PromptText, encoded, texts))
 
 
 def _ids(version: Version, ids: list[int], name: str) -> PromptText:
     _check_length(ids, name, version.model.max_model_len)
-    if not 0 <= min(ids) <= max(ids) < version.model.vocab_size:
-        bad = min(ids) if min(ids) < 0 else max(ids)
-        text = f"{name}: token id {bad} is not in the vocabulary of {version.model.vocab_size} tokens"
-        raise RequestError(text, param=name)
+    version.check_ids(ids, name)
     return PromptText(ids)
 
 
