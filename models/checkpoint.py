@@ -18,6 +18,7 @@ from ..common.errors import ConfigError
 from .config import ModelConfig
 from .families.nested import NESTED
 from .files import LFS_POINTER, refuse_pointer
+from .module_names import full_name
 from .quantization import MXFP4_GROUP, Quantization, Storage
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -25,9 +26,6 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_(?:scale|proj\.output_scale)")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_BARE = ("embed_tokens.", "layers.", "norm.")
-# A language model that is one part of several, by its tensors' names before and since transformers 5.
-_NESTED = {"language_model.": "", "model.language_model.": "model."}
 _DRAFT = "mtp."  # of further layers that predict further tokens, where they are not numbered with the others
 # The other parts, which see; nothing of them is read.
 _SEEING = tuple(
@@ -132,17 +130,6 @@ def _mlp_shapes(config: ModelConfig, layer: str) -> dict[str, Shape]:
 def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:
     weight: dict[str, Shape] = {f"{name}.weight": (size_out, size_in)}
     return weight | {f"{name}.bias": (size_out,)} if bias else weight
-
-
-def full_name(name: str) -> str:
-    """Return a tensor's name in a language model with a head.
-
-    Its own may be that of a part of a larger model, or lack a prefix: embedding models are often saved without a head.
-    """
-    for prefix, own in _NESTED.items():
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    return f"model.{name}" if name.startswith(_BARE) else name
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:

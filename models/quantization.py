@@ -8,13 +8,13 @@ What is said here is known without torch; `engine/weights/formats.py` unpacks th
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ..common.errors import ConfigError
 from .experts import GATES
+from .module_names import matches
 
 Shape = tuple[int, ...]
 Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]
@@ -104,8 +104,7 @@ class Storage:
         if self.is_float8:
             return None
         if self.layout == "gguf":
-            size, _, form = GGUF_KINDS[self.kind]
-            group_size = size
+            group_size, _, form = GGUF_KINDS[self.kind]
         else:
             group_size = self.group_size or num_inputs
             if self.layout == "plain" and self.bits == 4:
@@ -169,6 +168,7 @@ class Rule:
     # "Linear": every one but a gate; "re:" and an expression; a module's name, or some parts of it in a row.
     target: str
     storage: Storage | None
+    is_nested: bool = False  # the language model is a part of a larger one, and names may say so
 
     @property
     def is_name(self) -> bool:
@@ -176,7 +176,7 @@ class Rule:
 
     def names(self, module: str) -> bool:
         if self.target.startswith("re:"):
-            return re.match(self.target.removeprefix("re:"), module) is not None
+            return matches(self.target.removeprefix("re:"), module, is_nested=self.is_nested)
         if self.target == "Linear":  # tools leave gates plain without a word: many libraries have no linear there
             return not module.endswith(GATES)
         return f".{self.target}." in f".{module}."
@@ -245,7 +245,7 @@ class Quantization:
 
     def rounds_to_float8(self, modules: Iterable[str]) -> bool:
         """Tell whether the matrix that these are fused into is rounded to 8-bit floats while it is loaded."""
-        storages = [self.storage(module) for module in modules]
+        storages = map(self.storage, modules)
         return all(kept is not None and kept.layout == "plain" and kept.is_float8 for kept in storages)
 
     @property

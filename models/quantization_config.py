@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
+from .module_names import full_name
 from .quantization import GGUF_KINDS, Quantization, Rule, Storage
 
 _HEAD = Rule("lm_head", None)
@@ -22,7 +24,11 @@ def read_quantization(config: ConfigFields) -> Quantization | None:
     method = fields.raw.get("quant_method")
     if not isinstance(method, str) or method not in _READERS:
         raise config.refuse("quantization_config", f"of its quant_method, these are read: {', '.join(_READERS)}")
-    return _READERS[method](fields)
+    found = _READERS[method](fields)
+    if not config.has("text_config"):
+        return found
+    rules = [Rule(full_name(rule.target), rule.storage, is_nested=True) for rule in found.rules]
+    return replace(found, rules=tuple(rules))
 
 
 def _gptq(fields: ConfigFields) -> Quantization:

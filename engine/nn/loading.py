@@ -22,12 +22,12 @@ from ...models.checkpoint import (
     KV_SCALE,
     check_names,
     check_shape,
-    full_name,
     matrix_storage,
     safetensors_files,
     stored_shapes,
     tensor_shapes,
 )
+from ...models.module_names import full_name
 from ...models.quantization import Quantization, Storage
 from ..weights.formats import unpack
 from ..weights.grouped import GroupedWeight

@@ -89,6 +89,27 @@ def test_heads_and_excluded_modules_are_plain() -> None:
     assert _read(_compressed() | {"ignore": ["re:.*up_proj"]}).storage(UP) is None
 
 
+@pytest.mark.parametrize(
+    ("ignored", "plain"),
+    [
+        ("language_model.lm_head", "lm_head"),
+        ("lm_head", "lm_head"),
+        ("language_model.model.layers.0.mlp.up_proj", UP),
+        ("model.language_model.layers.0.mlp.up_proj", UP),
+        ("re:language_model.*0.mlp.up_proj$", UP),
+        ("re:^model.language_model.layers.0.mlp.up_proj", UP),
+        ("re:.*lm_head", "lm_head"),
+    ],
+)
+def test_a_language_model_within_a_larger_one_is_named_as_a_part_of_it(ignored: str, plain: str) -> None:
+    config = _compressed() | {"ignore": ["vision_tower.layers.0.mlp.up_proj", ignored]}
+    raw: dict[str, object] = {"text_config": {"model_type": "mistral"}, "quantization_config": config}
+    found = read_quantization(ConfigFields(Path("config.json"), raw))
+    assert found is not None
+    assert [module for module in ("lm_head", UP) if found.storage(module) is None] == [plain]
+    assert found.storage("model.layers.1.mlp.up_proj") is not None
+
+
 def test_gates_of_experts_are_plain_unless_they_are_named() -> None:
     gates = [f"model.layers.3.{gate}" for gate in ("mlp.gate", "block_sparse_moe.gate", "mlp.router")]
     fp8: dict[str, object] = {"quant_method": "fp8"}

@@ -1,0 +1,28 @@
+"""Names of a language model's tensors and modules: checkpoints spell them in several ways."""
+
+from __future__ import annotations
+
+import re
+
+_BARE = ("embed_tokens.", "layers.", "norm.")
+# A language model that is one part of several, by its tensors' names before and since transformers 5.
+_NESTED = {"language_model.": "", "model.language_model.": "model."}
+
+
+def full_name(name: str) -> str:
+    """Return a tensor's name in a language model with a head.
+
+    Its own may be that of a part of a larger model, or lack a prefix: embedding models are often saved without a head.
+    """
+    for prefix, own in _NESTED.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return f"model.{name}" if name.startswith(_BARE) else name
+
+
+def matches(expression: str, module: str, *, is_nested: bool) -> bool:
+    """Tell whether an expression fits a module's name, or one that it has as a part of a larger model."""
+    names = [module]
+    if is_nested:
+        names += [prefix + module.removeprefix(own) for prefix, own in _NESTED.items() if module.startswith(own)]
+    return any(re.match(expression, name) for name in names)
