@@ -26,7 +26,8 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_(?:scale|proj\.output_scale)")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_DRAFT = "mtp."  # of further layers that predict further tokens, where they are not numbered with the others
+# Further layers, that predict further tokens, where they are not numbered with the others: EXAONE's, and ERNIE's.
+_DRAFT = ("mtp.", "model.mtp_")
 # The other parts, which see; nothing of them is read.
 _SEEING = tuple(
     f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")
@@ -182,7 +183,7 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
 def _is_of_draft(name: str, config: ModelConfig) -> bool:
     match = _LAYER.match(name)
     if name.startswith(_DRAFT):
-        return config.num_draft_layers > 0
+        return True
     return match is not None and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers
 
 

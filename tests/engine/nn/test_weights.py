@@ -108,6 +108,14 @@ def test_a_tied_models_spare_head_and_old_rotary_buffers_are_ignored(tmp_path: P
     _load(path)
 
 
+@pytest.mark.parametrize("name", ["mtp.layers.0.enorm.weight", "model.mtp_block.0.mlp.up_proj.weight"])
+def test_layers_that_predict_further_tokens_are_not_read(tmp_path: Path, name: str) -> None:
+    path = write_checkpoint(tmp_path, tokenizer=False)
+    _change(path, add=name)
+    check_checkpoint(path, ModelConfig.from_dir(path))
+    _load(path)
+
+
 def test_a_model_that_was_saved_without_its_head_has_shorter_names(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "qwen3", tokenizer=False, tie_embeddings=True)
     whole = {slot.name: slot.target.clone() for slot in _load(path).slots()}
