@@ -22,7 +22,7 @@ from .families.table import FAMILIES
 from .latent import LatentConfig, read_latent
 from .quantization import Quantization
 from .quantization_config import read_quantization
-from .rope import RopeConfig, read_ropes, read_unturned, read_windows
+from .rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
 from .tokenizer_files import read_end_tokens
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -43,7 +43,7 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    max_model_len: int  # positions that the checkpoint declares
+    max_model_len: int  # positions that the checkpoint declares: `read_max_len`
     rope: RopeConfig
     rms_norm_eps: float
     qkv_bias: bool
@@ -158,7 +158,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         num_kv_heads, head_dim = 1, latent.token_size
     elif head_dim % 2:
         raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
-    max_model_len = fields.count("max_position_embeddings", 2048)
+    max_model_len = read_max_len(fields)
     rope, local_rope = read_ropes(fields, family, max_model_len, head_dim if latent is None else latent.rope_dim)
     windows, unturned = read_windows(fields, family), read_unturned(fields, family)
     return ModelConfig(

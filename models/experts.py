@@ -25,6 +25,7 @@ _CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k")
 _FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index")
 _SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _METHODS = (None, "greedy", "group_limited_greedy", "noaux_tc")
+_SCORINGS = {"softmax": "softmax", "sigmoid": "sigmoid", "noaux_tc": "sigmoid"}  # the last one is dots.llm1's word
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -99,6 +100,8 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         return None
     if (method := fields.raw.get("topk_method")) not in _METHODS:
         raise fields.refuse("topk_method", f"is not supported; these are: {', '.join(map(str, _METHODS[1:]))}")
+    if fields.has("scoring_func") and _SCORINGS.get(str(fields.raw["scoring_func"])) != traits.scoring:
+        raise fields.refuse("scoring_func", f"experts of this family are scored by {traits.scoring}")
     num_experts, num_chosen = (
         fields.count(next((key for key in keys if fields.has(key)), keys[0])) for keys in (_COUNTS, _CHOSEN_COUNTS)
     )

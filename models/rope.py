@@ -46,6 +46,21 @@ class RopeConfig:
         return self.kind == "longrope" and max_model_len > self.original_max_len
 
 
+def read_max_len(fields: ConfigFields) -> int:
+    """Return the positions that the checkpoint declares, as far as they are turned as here. Raises ConfigError.
+
+    Dual chunk attention (Qwen2.5-1M) counts positions anew in each chunk, but for those that the next one begins with.
+    Within the first chunk it is none.
+    """
+    declared = fields.count("max_position_embeddings", 2048)
+    if (chunks := fields.mapping("dual_chunk_attention_config")) is None:
+        return declared
+    size, overlap = chunks.count("chunk_size", 8192), chunks.count("local_size", 1024)
+    if overlap >= size:
+        raise chunks.refuse("local_size", f"must be below chunk_size = {size}")
+    return min(declared, size - overlap)
+
+
 def read_ropes(
     fields: ConfigFields, family: Family, max_model_len: int, head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:

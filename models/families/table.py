@@ -96,7 +96,12 @@ FAMILIES = {
         o_bias="attention_bias",
         windows="flagged",
     ),
-    "MixtralForCausalLM": Family(name="mixtral", windows="every", experts=MIXTRAL),
+    "MixtralForCausalLM": Family(
+        name="mixtral",
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+        windows="every",
+        experts=MIXTRAL,
+    ),
     "MiniMaxM2ForCausalLM": Family(
         name="minimax_m2",
         defaults={"head_dim": 128, "rope_theta": 5_000_000.0},

@@ -235,6 +235,49 @@ def test_minimax_has_words_of_its_own(tmp_path: Path) -> None:
     assert _load(tmp_path, told | {"num_mtp_modules": 0}).num_draft_layers == 0
 
 
+def test_mixtral_turns_positions_slowly_unless_it_says_otherwise(tmp_path: Path) -> None:
+    told = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+    config = _load(tmp_path, told | {"rope_theta": ..., "rms_norm_eps": ...})
+    assert (config.rope.theta, config.rms_norm_eps) == (1_000_000.0, 1e-5)
+    assert _load(tmp_path, told | {"rope_theta": 10_000.0}).rope.theta == 10_000
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scoring", "is_read"),
+    [
+        ("DeepseekV2ForCausalLM", "softmax", True),
+        ("DeepseekV2ForCausalLM", "sigmoid", False),
+        ("DeepseekV3ForCausalLM", "sigmoid", True),
+        ("DeepseekV3ForCausalLM", "softmax", False),
+        ("DeepseekV3ForCausalLM", "sqrtsoftplus", False),
+        ("Dots1ForCausalLM", "noaux_tc", True),
+        ("MiniMaxM2ForCausalLM", "sigmoid", True),
+    ],
+)
+def test_another_family_s_scores_are_refused(tmp_path: Path, architecture: str, scoring: str, is_read: bool) -> None:
+    told = {"architectures": [architecture], "n_routed_experts": 8, "num_experts_per_tok": 2, "scoring_func": scoring}
+    if is_read:
+        experts = _load(tmp_path, told).experts
+        assert experts is not None and experts.scoring == ("softmax" if scoring == "softmax" else "sigmoid")
+        return
+    with pytest.raises(ConfigError, match=f"scoring_func = '{scoring}': experts of this family are scored by"):
+        _load(tmp_path, told)
+
+
+def test_attention_over_chunks_is_served_within_the_first_one(tmp_path: Path) -> None:
+    chunks: dict[str, object] = {"chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144}
+    told: dict[str, object] = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_position_embeddings": 1_010_000,
+        "dual_chunk_attention_config": chunks,
+    }
+    config = _load(tmp_path, told)
+    assert config.max_model_len == config.longest_model_len == 253_952
+    assert _load(tmp_path, told | {"max_position_embeddings": 32_768}).max_model_len == 32_768
+    with pytest.raises(ConfigError, match="local_size = 262144: must be below chunk_size"):
+        _load(tmp_path, told | {"dual_chunk_attention_config": chunks | {"local_size": 262_144}})
+
+
 def test_a_language_model_beside_others_must_be_of_its_family(tmp_path: Path) -> None:
     text = {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     nested: dict[str, object] = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
