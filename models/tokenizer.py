@@ -19,7 +19,7 @@ from .chat_template import ChatTemplate, load_chat_template
 from .files import check_no_code, read_json
 from .special_text import SpecialText
 from .token_bytes import DecoderRules
-from .tokenizer_files import load_backend, read_special_tokens
+from .tokenizer_files import add_tokens, load_backend, read_special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -65,10 +65,12 @@ class Tokenizer:
         check_no_code(path)
         backend, decoder = load_backend(path)
         config = read_json(path / "tokenizer_config.json", default={})
+        special_tokens = read_special_tokens(path, config)
+        add_tokens(backend, config, special_tokens)
         return cls(
             backend,
             decoder,
-            special_tokens=read_special_tokens(path, config),
+            special_tokens=special_tokens,
             chat_template=load_chat_template(path, config, override=Path(chat_template) if chat_template else None),
         )
 

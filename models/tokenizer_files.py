@@ -1,6 +1,7 @@
 """A model directory's files say what its tokenizer is.
 
     tokenizer.json                                  the library's own: load_backend
+    tokenizer_config.json                           tokens that are found as a whole in any text, besides: add_tokens
     tokenizer_config.json, special_tokens_map.json  which token has which role: read_special_tokens, read_end_tokens
 
 The library is imported where a file is read, so that whoever only checks texts need not wait for it.
@@ -8,7 +9,7 @@ The library is imported where a file is read, so that whoever only checks texts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from .files import read_json
 from .token_bytes import DecoderRules, decoder_rules
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
 
@@ -64,6 +66,55 @@ def read_special_tokens(path: Path, config: Mapping[str, object]) -> dict[str, s
     return found
 
 
+def add_tokens(backend: Backend, config: Mapping[str, object], roles: Mapping[str, str]) -> None:
+    """Let `backend` find what tokenizer_config.json (`config`) calls added tokens, and those that begin and end texts.
+
+    Both go before tokenizer.json, as in `transformers`: whoever gives a model other tokens may edit the one file alone.
+    No token gets another id than it is told with, and none that is special in either file is an ordinary one.
+    """
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    told = {token.content: token for token in _told_tokens(backend, config, known)}
+    for content in (roles[role] for role in ("bos_token", "eos_token") if role in roles):
+        token = told.get(content) or known.get(content)
+        if content in told or backend.token_to_id(content) is not None:
+            told[content] = _as_special(content, token)
+    backend.add_tokens([token for content, token in told.items() if repr(token) != repr(known.get(content))])
+
+
+def _told_tokens(
+    backend: Backend, config: Mapping[str, object], known: Mapping[str, AddedToken]
+) -> Iterator[AddedToken]:
+    """Yield the tokens of `added_tokens_decoder`; no new one that would get another id than it has there."""
+    from tokenizers import AddedToken
+
+    entries = config.get("added_tokens_decoder")
+    if not isinstance(entries, dict):
+        return
+    free = max(
+        [backend.get_vocab_size(with_added_tokens=False), *(at + 1 for at in backend.get_added_tokens_decoder())]
+    )
+    for key, entry in sorted(entries.items(), key=lambda told: int(told[0]) if told[0].isdecimal() else -1):
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(content, str) or not content:
+            continue
+        found = backend.token_to_id(content)
+        if key != str(free if found is None else found):
+            continue
+        free += found is None
+        flags = {name: entry.get(name) is True for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        is_special = entry.get("special") is True or (content in known and known[content].special)
+        yield AddedToken(content, special=is_special, **flags)
+
+
+def _as_special(content: str, token: AddedToken | None) -> AddedToken:
+    from tokenizers import AddedToken
+
+    if token is None:
+        return AddedToken(content, normalized=False, special=True)
+    flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(content, special=True, **flags)
+
+
 class _AddedToken(msgspec.Struct):
     id: int
     content: str
@@ -75,13 +126,28 @@ class _AddedTokens(msgspec.Struct):
     added_tokens: list[_AddedToken] = []
 
 
+class _Vocabulary(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]] = {}
+
+
+class _Model(msgspec.Struct):
+    """`_Model` keeps the vocabulary: the token that ends texts may be no added one."""
+
+    model: _Vocabulary
+
+
 def read_end_tokens(path: Path) -> list[int]:
     """Return the id of a model directory's eos_token; none where there is no such token, or no tokenizer.json."""
     token = read_special_tokens(path, read_json(path / "tokenizer_config.json", default={})).get("eos_token")
     if token is None:
         return []
     try:
-        found = msgspec.json.decode((path / "tokenizer.json").read_bytes(), type=_AddedTokens)
+        data = (path / "tokenizer.json").read_bytes()
+        found = msgspec.json.decode(data, type=_AddedTokens)
+        if ids := [added.id for added in found.added_tokens if added.content == token]:
+            return ids
+        vocab = msgspec.json.decode(data, type=_Model).model.vocab
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return []  # whoever needs the tokenizer says what is wrong with it
-    return [added.id for added in found.added_tokens if added.content == token]
+    tokens = vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+    return [tokens[token]] if token in tokens else []
