@@ -10,7 +10,6 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
@@ -23,7 +22,8 @@ from ..helpers.chat_renderer import Chat, Renderer
 from ..state.errors import clip
 from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use
-from ..turns.told import told_in_content, told_in_text, told_otherwise, with_written_arguments
+from ..turns.rendering import Render, rendered
+from ..turns.told import told_in_content, told_in_text
 from .answer import PromptText
 from .chat_messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -73,7 +73,7 @@ class PromptReader:
         ignored: list[str] | None = None if refuses_unknown else []
         messages, use, chat, hidden = await self.run(size, _chat, version, body, ignored)
         continued = str(messages[-1]["content"]) if chat.continue_final_message else ""
-        text = await _rendered(version.renderer, chat, has_own_system=messages[0]["role"] == "system")
+        text = await rendered(_render_in(version.renderer, chat), chat.messages, messages[0]["role"] == "system")
         has_grammar = use.is_forced or (isinstance(body, ChatBody) and body.asked_grammar is not None)
         if chat.add_generation_prompt and has_grammar:
             text += version.dialect.grammar_opening
@@ -172,17 +172,9 @@ def _chat(
     return messages, use, Chat(shown, kwargs, prompted, continues, tools), hidden
 
 
-async def _rendered(renderer: Renderer, chat: Chat, *, has_own_system: bool) -> str:
-    """Render a chat; where the template refuses it, in another way that it may take."""
-    try:
-        return await renderer.render(chat)
-    except RequestError:
-        with suppress(RequestError):
-            if (written := with_written_arguments(chat.messages)) is not None:
-                return await renderer.render(replace(chat, messages=written))
-        if (messages := told_otherwise(chat.messages, has_own_system=has_own_system)) is None:
-            raise
-    return await renderer.render(replace(chat, messages=messages))
+def _render_in(renderer: Renderer, chat: Chat) -> Render:
+    """Return what renders the chat with other messages."""
+    return lambda messages: renderer.render(replace(chat, messages=messages))
 
 
 def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[str, object]:
