@@ -16,6 +16,7 @@ from ..api.events import EventFormat
 from ..api.form import FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, Blocks
+from .full import FULL, full_context
 from .translate import NO_THREADS, input_of
 
 Fields = dict[str, object]
@@ -35,7 +36,8 @@ _ERRORS = {
 def error_body(failure: HttpFailure) -> bytes:
     """Return an error in Anthropic's shape."""
     kind = _ERRORS.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
-    error: Fields = {"type": kind, "message": failure.message}
+    message = full_context(failure.message) if failure.code == FULL else failure.message
+    error: Fields = {"type": kind, "message": message}
     if failure.code == NO_THREADS:
         error["details"] = {"error_code": NO_THREADS, "unsupported": [failure.param]}
     return msgspec.json.encode({"type": "error", "error": error})
