@@ -43,6 +43,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "truncation": ("disabled",),
 }
 _HARMLESS_INCLUDES = ("reasoning.encrypted_content",)  # nothing is encrypted here
+_OF_LEFT_OUT = ("web_search_call.action.sources", "web_search_call.results")  # of a tool that the model is not told of
 _KNOWN = frozenset(
     {
         *(*_SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens"),
@@ -70,9 +71,7 @@ def chat_body(
     Raises RequestError.
     """
     check_fields(raw, _KNOWN, ignored, unsupported=_UNSUPPORTED, labels=_IGNORED)
-    include = raw.get("include")
-    if include is not None and not (isinstance(include, list) and all(map(_HARMLESS_INCLUDES.__contains__, include))):
-        raise not_supported("include")
+    _check_include(raw.get("include"), tools.left_out)
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
     instructions = raw.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
@@ -93,6 +92,15 @@ def chat_body(
     _take_text(raw.get("text"), body, ignored)
     _take_reasoning(raw.get("reasoning"), body, ignored)
     return body, Places(placed, CALL_NAMES)
+
+
+def _check_include(raw: object, left_out: list[str]) -> None:
+    """Refuse what is not there to be included; what belongs to tools that are left out is left out, too."""
+    if raw is None:
+        return
+    if not isinstance(raw, list) or not all(each in (*_HARMLESS_INCLUDES, *_OF_LEFT_OUT) for each in raw):
+        raise not_supported("include")
+    left_out += [f"include[{index}]" for index, each in enumerate(raw) if each in _OF_LEFT_OUT]
 
 
 def _limit(value: object) -> int:

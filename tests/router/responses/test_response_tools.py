@@ -74,6 +74,17 @@ async def test_a_name_that_is_too_long_with_its_namespace_stands_alone() -> None
     assert (item["name"], item["namespace"]) == ("read", "n" * 60)
 
 
+async def test_what_is_asked_of_a_tool_that_is_left_out_is_left_out() -> None:
+    """Vercel's AI SDK asks for the sources of its web search tool."""
+    served = _served()
+    include = ["reasoning.encrypted_content", "web_search_call.action.sources"]
+    response = await _post(served, tools=[SEARCH, FUNCTION], include=include)
+    assert response.status_code == 200
+    assert response.headers["x-kvferry-ignored"] == "tools[0],include[1]"
+    refused = await _post(served, tools=[SEARCH, FUNCTION], include=[*include, "message.output_text.logprobs"])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include")
+
+
 @pytest.mark.parametrize(
     ("tools", "param"),
     [
