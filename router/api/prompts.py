@@ -188,9 +188,11 @@ def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[st
     return kwargs
 
 
-def _without_effect(version: Version, body: ChatBody | TokenizeBody) -> tuple[str, ...]:
-    has_effort = isinstance(body, ChatBody) and body.reasoning_effort is not None
-    return ("reasoning_effort",) if has_effort and not version.dialect.switches else ()
+def _without_effect(version: Version, body: ChatBody | TokenizeBody) -> list[str]:
+    if not isinstance(body, ChatBody):
+        return []
+    names = ["reasoning_effort"] if body.reasoning_effort is not None and not version.dialect.switches else []
+    return [*names, "verbosity"] if body.verbosity in ("low", "high") else names  # medium is what happens
 
 
 def _tool_use(version: Version, body: ChatBody | TokenizeBody, ignored: list[str] | None) -> ToolUse:

@@ -197,6 +197,7 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -265,9 +266,8 @@ class DetokenizeBody(BaseModel):
 
 def check_template_switches(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
     if continue_final_message and add_generation_prompt:
-        raise RequestError(
-            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
-        )
+        text = "continue_final_message and add_generation_prompt exclude each other"
+        raise RequestError(text, param="continue_final_message")
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody)

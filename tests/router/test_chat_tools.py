@@ -481,6 +481,21 @@ async def test_an_effort_goes_to_the_template_that_knows_it() -> None:
     assert not bytes(served.request.prompt_token_ids).endswith(b"<think>")
 
 
+@pytest.mark.parametrize(("verbosity", "told"), [("low", "verbosity"), ("high", "verbosity"), ("medium", None)])
+async def test_a_verbosity_has_no_effect_and_that_is_told(verbosity: str, told: str | None) -> None:
+    served = _served("x")
+    response = await _post(served, tools=None, verbosity=verbosity)
+    assert response.headers.get("x-kvferry-ignored") == told
+    async with served.client() as client:
+        text = {"verbosity": verbosity}
+        response = await client.post("/v1/responses", json={"input": "hi", "text": text})
+        refused = await client.post("/v1/responses", json={"input": "hi", "text": {"verbosity": "loud"}})
+    assert (response.status_code, response.json()["text"]["verbosity"]) == (200, verbosity)
+    assert response.headers.get("x-kvferry-ignored") == (told and f"text.{told}")
+    error = refused.json()["error"]
+    assert (error["param"], error["message"][:26]) == ("text.verbosity", "'text.verbosity' should be")
+
+
 async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> None:
     served = serve(Script("x"), unknown_fields="warn", model=ServedModel(MODEL, 4096, VOCAB_SIZE))
     async with served.client() as client:
