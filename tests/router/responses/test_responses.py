@@ -63,7 +63,7 @@ async def test_a_response_has_openais_shape() -> None:
     assert item == {"type": "message", "role": "assistant", "content": content, "status": "completed"}
     assert answer["usage"] == {
         "input_tokens": len("<system>Be brief.<user>hi<assistant>"),
-        "input_tokens_details": {"cached_tokens": 3},
+        "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
         "output_tokens": 6,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": len("<system>Be brief.<user>hi<assistant>") + 6,
