@@ -21,6 +21,7 @@ from .catalogue.version import Version
 from .embeddings.endpoint import embed
 from .messages.surface import MessagesSurface
 from .metrics.metrics import RouterMetrics
+from .responses.endpoints import KeptEndpoints
 from .responses.kept import KeptResponses
 from .responses.surface import ResponsesSurface
 
@@ -42,6 +43,7 @@ class Routes:
         paths = _PATHS + _PATHS_OF_DATA * has_data
         self._root = msgspec.json.encode({"server": "kvferry", "paths": paths})
         self._kept = KeptResponses(api.clock)
+        self.kept = KeptEndpoints(self._kept)
 
     async def completions(self, request: Request) -> Reply:
         return await self._api.complete(request)
@@ -137,6 +139,9 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"], openapi_extra=_takes(CompletionBody))
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
     app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
+    app.add_api_route("/v1/responses/{response_id}", routes.kept.show, methods=["GET"])
+    app.add_api_route("/v1/responses/{response_id}", routes.kept.delete, methods=["DELETE"])
+    app.add_api_route("/v1/responses/{response_id}/input_items", routes.kept.items, methods=["GET"])
     app.add_api_route("/v1/messages", routes.messages, methods=["POST"])
     app.add_api_route("/v1/embeddings", routes.embeddings, methods=["POST"], openapi_extra=_takes(EmbeddingBody))
     app.add_api_route(COUNT_PATH, routes.count_messages, methods=["POST"])

@@ -64,7 +64,7 @@ def _error_event(numbers: Iterator[int], failure: HttpFailure) -> bytes:
 class ResponseForm:
     """One answer; it has one choice.
 
-    `numbers` are its events'. `on_end` gets the assistant's message and the items when the answer has ended.
+    `numbers` are its events'. `on_end` gets the assistant's message and the response when the answer has ended.
     """
 
     has_plain_chunks = False
@@ -76,7 +76,7 @@ class ResponseForm:
         request: Mapping[str, object],
         tools: ResponseTools,
         numbers: Iterator[int],
-        on_end: Callable[[str, Message, Sequence[Fields]], None],
+        on_end: Callable[[str, Message, Fields], None],
     ) -> None:
         self._context = context
         self._turns = turns
@@ -99,8 +99,9 @@ class ResponseForm:
             status = _status(piece)
             for change in self._blocks.close():
                 events += self._changed(change, status)
-            events.append(self._of(f"response.{status}", response=self._response(status, piece)))
-            self._on_end(self._context.answer_id, self._message(), self._items(status))
+            response = self._response(status, piece)
+            events.append(self._of(f"response.{status}", response=response))
+            self._on_end(self._context.answer_id, self._message(), response)
         return events
 
     def usage_chunk(self) -> object:
@@ -111,8 +112,9 @@ class ResponseForm:
         for _ in self._blocks.push(self._turns.read(0, piece)):
             pass
         status = _status(piece)
-        self._on_end(self._context.answer_id, self._message(), self._items(status))
-        return self._response(status, piece)
+        response = self._response(status, piece)
+        self._on_end(self._context.answer_id, self._message(), response)
+        return response
 
     def _of(self, kind: str, **fields: object) -> Fields:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}

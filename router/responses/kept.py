@@ -1,6 +1,6 @@
 """Earlier turns of /v1/responses, for as long as this router keeps them: `previous_response_id` goes on with one.
 
-Items of their answers are found by their ids, as clients that keep none of their own refer to them.
+Items of answers are found by their ids, as clients that keep none of their own refer to them, and responses whole.
 
 Memory and time have bounds: the oldest leave first. Another router does not know them, and a restart forgets them.
 """
@@ -40,6 +40,7 @@ class _Conversation:
     tenant: bytes
     messages: tuple[Message, ...]
     items: tuple[Item, ...]
+    response: bytes
     num_bytes: int
     kept_s: float
 
@@ -53,12 +54,21 @@ class KeptResponses:
         self._by_id: OrderedDict[str, _Conversation] = OrderedDict()
         self.num_bytes = 0
 
-    def keep(self, response_id: str, tenant: bytes, messages: Sequence[Message], items: Sequence[Item] = ()) -> None:
-        """Keep a conversation and the items of its last answer, unless it is very long."""
+    def keep(
+        self,
+        response_id: str,
+        tenant: bytes,
+        messages: Sequence[Message],
+        items: Sequence[Item] = (),
+        response: bytes = b"{}",
+    ) -> None:
+        """Keep a conversation and its last answer, its items and the whole of it as JSON, unless it is very long."""
         num_bytes = _num_bytes(messages) + len(msgspec.json.encode(items)) + 2 * _OBJECT_BYTES * len(items)
+        num_bytes += len(response)
         if num_bytes > min(MAX_BYTES_OF_ONE, self._max_bytes):
             return
-        self._by_id[response_id] = _Conversation(tenant, tuple(messages), tuple(items), num_bytes, self._clock.now())
+        kept_s = self._clock.now()
+        self._by_id[response_id] = _Conversation(tenant, tuple(messages), tuple(items), response, num_bytes, kept_s)
         self.num_bytes += num_bytes
         self._forget_old()
 
@@ -80,6 +90,26 @@ class KeptResponses:
         named = _ITEM_ID.fullmatch(item_id) if isinstance(item_id, str) else None
         found = None if named is None else self._find(f"{RESPONSE_PREFIX}{named[1]}", tenant)
         return None if found is None else next((each for each in found.items if each["id"] == item_id), None)
+
+    def response(self, response_id: str, tenant: bytes) -> bytes:
+        """Return a response as it was answered. Raises RequestError (404)."""
+        return self._named(response_id, tenant).response
+
+    def input(self, response_id: str, tenant: bytes) -> Sequence[Message]:
+        """Return the messages that a response answers. Raises RequestError (404)."""
+        return self._named(response_id, tenant).messages[:-1]
+
+    def forget(self, response_id: str, tenant: bytes) -> None:
+        """Raises RequestError (404)."""
+        self.num_bytes -= self._named(response_id, tenant).num_bytes
+        del self._by_id[response_id]
+
+    def _named(self, response_id: str, tenant: bytes) -> _Conversation:
+        found = self._find(response_id, tenant)
+        if found is None:
+            text = f"the response {clip(response_id)} is not kept here (any more)"
+            raise RequestError(text, param="response_id", code="response_not_found", status=404)
+        return found
 
     def _find(self, response_id: object, tenant: bytes) -> _Conversation | None:
         found = self._by_id.get(response_id) if isinstance(response_id, str) else None

@@ -15,8 +15,8 @@ from ..api.schemas import ChatBody
 from ..api.surface import renamed
 from ..state.errors import shown
 from ..turns.places import Message, Places
-from .form import ResponseForm, event_format
-from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, Item, KeptResponses
+from .form import Fields, ResponseForm, event_format
+from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses
 from .tools import ResponseTools, response_tools
 from .translate import FIELD_NAMES, chat_body
 
@@ -77,6 +77,8 @@ class ResponsesSurface:
                 raise RequestError(f"{where}: items of more than {MAX_BYTES_OF_ONE} bytes are referred to", param=where)
         return items
 
-    def _on_end(self, response_id: str, answer: Message, items: Sequence[Item]) -> None:
+    def _on_end(self, response_id: str, answer: Message, response: Fields) -> None:
         if self._raw.get("store") is not False:
-            self._kept.keep(response_id, self._tenant, [*self._messages, answer], items)
+            items, encoded = response["output"], msgspec.json.encode(response)
+            assert isinstance(items, list)
+            self._kept.keep(response_id, self._tenant, [*self._messages, answer], items, encoded)

@@ -1,0 +1,106 @@
+"""Responses that are kept are shown, with what they answer, and forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.responses.kept import KeptResponses
+from kvferry.tests.fake_clock import FakeClock
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
+
+CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
+PATH = "/v1/responses"
+
+
+def _served(text: str = "Hello", **options: Any) -> Served:
+    return serve(Script(text), model=ServedModel(MODEL, 4096, VOCAB_SIZE, reasoning_parser="think"), **options)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_response_is_shown_as_it_was_answered(is_streamed: bool) -> None:
+    async with _served().client() as client:
+        body = {"input": "hi", "instructions": "Be brief.", "metadata": {"a": "b"}, "stream": is_streamed}
+        answer = await client.post(PATH, json=body)
+        said: Any = typed_events(answer.text)[-1]["response"] if is_streamed else answer.json()
+        shown = await client.get(f"{PATH}/{said['id']}")
+    assert (shown.status_code, shown.json()) == (200, said)
+
+
+async def test_what_a_response_answers_is_told_as_items_earlier_turns_included() -> None:
+    served = _served(f"<think>Hm.</think>{CALL}")
+    async with served.client() as client:
+        first = (await client.post(PATH, json={"input": "hi", "tools": TOOLS, "instructions": "Be brief."})).json()
+        served.script.text = "There."
+        (call,) = [item for item in first["output"] if item["type"] == "function_call"]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "found"}
+        said = {"role": "developer", "content": "Be kind."}
+        body = {"input": [result, said], "tools": TOOLS, "previous_response_id": first["id"]}
+        second = (await client.post(PATH, json=body)).json()
+        path = f"{PATH}/{second['id']}/input_items"
+        items = (await client.get(path, params={"order": "asc"})).json()
+        newest = (await client.get(path, params={"limit": 2})).json()
+        older = (await client.get(path, params={"after": newest["last_id"]})).json()
+    user, thought, called, found, kind = items["data"]
+    assert (user["role"], user["content"]) == ("user", [{"type": "input_text", "text": "hi"}])
+    assert (thought["type"], thought["content"][0]["text"]) == ("reasoning", "Hm.")
+    assert (called["type"], called["call_id"], called["name"]) == ("function_call", call["call_id"], "search")
+    assert called["arguments"] == call["arguments"]
+    assert (found["type"], found["call_id"], found["output"]) == ("function_call_output", call["call_id"], "found")
+    assert (kind["role"], kind["content"][0]["text"]) == ("developer", "Be kind.")
+    assert (items["object"], items["has_more"]) == ("list", False)
+    assert (items["first_id"], items["last_id"]) == (user["id"], kind["id"])
+    assert (newest["data"], newest["has_more"]) == ([kind, found], True)
+    assert (older["data"], older["has_more"]) == ([called, thought, user], False)
+
+
+async def test_what_is_forgotten_or_anothers_is_not_found() -> None:
+    served = _served(keys=ApiKeys(("key-1", "key-2")))
+    async with served.client(authorization="Bearer key-1") as client:
+        said = (await client.post(PATH, json={"input": "hi"})).json()
+        unkept = (await client.post(PATH, json={"input": "hi", "store": False})).json()
+        async with served.client(authorization="Bearer key-2") as other:
+            for method, end in (("GET", ""), ("GET", "/input_items"), ("DELETE", "")):
+                _assert_not_found(await other.request(method, f"{PATH}/{said['id']}{end}"))
+        deleted = await client.delete(f"{PATH}/{said['id']}")
+        assert deleted.json() == {"id": said["id"], "object": "response", "deleted": True}
+        for name in (said["id"], unkept["id"], "x"):
+            _assert_not_found(await client.get(f"{PATH}/{name}"))
+            _assert_not_found(await client.delete(f"{PATH}/{name}"))
+        body = {"input": "more", "previous_response_id": said["id"]}
+        assert (await client.post(PATH, json=body)).status_code == 404
+
+
+def _assert_not_found(response: Any) -> None:
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (404, "response_not_found", "response_id")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ("/input_items?limit=0", "limit"),
+        ("/input_items?limit=101", "limit"),
+        ("/input_items?order=up", "order"),
+        ("/input_items?after=x", "after"),
+        ("?stream=true", "stream"),
+    ],
+)
+async def test_a_refusal_names_the_parameter(asked: str, param: str) -> None:
+    async with _served().client() as client:
+        said = (await client.post(PATH, json={"input": "hi"})).json()
+        refused = await client.get(f"{PATH}/{said['id']}{asked}")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_what_is_forgotten_takes_no_memory() -> None:
+    kept = KeptResponses(FakeClock(0.0))
+    kept.keep("resp_a", b"", [{"role": "user", "content": "hi"}], [], b"x" * 5000)
+    assert kept.num_bytes > 5000
+    kept.forget("resp_a", b"")
+    assert kept.num_bytes == 0
