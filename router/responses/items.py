@@ -34,10 +34,11 @@ def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
             if (role := raw.get("role")) not in ROLES:
                 rule = f"must be one of {', '.join(ROLES)}"
                 raise RequestError(f"{where}.role {rule}, got {shown(role)}", param=f"{where}.role")
-            text = _text(raw.get("content"), f"{where}.content")
             if role == "assistant":
+                text = _text(raw.get("content"), f"{where}.content")
                 _assistant(messages, where, is_new_text=True).message["content"] = text
             else:
+                text = _text(raw.get("content"), f"{where}.content", between="\n")
                 messages.append(PlacedMessage({"role": role, "content": text}, where))
         case "function_call":
             function = {"name": told_name(raw.get("namespace"), raw.get("name")), "arguments": raw.get("arguments")}
@@ -49,7 +50,7 @@ def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
         case "function_call_output":
             if raw.get("call_id") == "":
                 raise RequestError(f"{where}.call_id must be a string, got ''", param=f"{where}.call_id")
-            text = _text(raw.get("output"), f"{where}.output")
+            text = _text(raw.get("output"), f"{where}.output", between="\n")
             result: Message = {"role": "tool", "tool_call_id": raw.get("call_id"), "content": text}
             messages.append(PlacedMessage(result, where, _NAMES_OF_RESULTS))
         case "reasoning":
@@ -72,7 +73,8 @@ def _assistant(messages: list[PlacedMessage], where: str, *, is_new_text: bool =
     return messages[-1]
 
 
-def _text(raw: object, where: str) -> str:
+def _text(raw: object, where: str, between: str = "") -> str:
+    """Return a string, or text parts as one, with `between` between them."""
     if isinstance(raw, str):
         return raw
     if not isinstance(raw, list):
@@ -91,4 +93,4 @@ def _text(raw: object, where: str) -> str:
                 param=f"{where}[{at}]",
                 code="unsupported_content",
             )
-    return "".join(texts)
+    return between.join(texts)

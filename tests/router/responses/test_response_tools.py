@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.responses.items import input_messages
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
 
@@ -104,3 +105,16 @@ async def test_a_refusal_names_the_clients_place(tools: Any, param: str) -> None
     response = await _post(_served(), tools=tools)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param) and error["message"].startswith(param)
+
+
+def test_parts_that_are_told_together_stand_on_lines_of_their_own() -> None:
+    """A tool's output in parts was one word, where /v1/messages tells lines; an answer in parts is one text."""
+    parts = [{"type": "input_text", "text": text} for text in ("one", "two")]
+    said = [{"type": "output_text", "text": text} for text in ("Look", "ing.")]
+    items = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": said},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": parts},
+    ]
+    assert [each.message["content"] for each in input_messages(items)] == ["one\ntwo", "Looking.", "one\ntwo"]
