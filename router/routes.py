@@ -26,9 +26,11 @@ from .responses.kept import KeptResponses
 from .responses.surface import ResponsesSurface
 
 COUNT_PATH = "/v1/messages/count_tokens"
+_COUNT_RESPONSE_PATH = "/v1/responses/input_tokens"
 _PATHS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", COUNT_PATH, "/v1/embeddings",
-    "/v1/models", "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics", "/version", "/openapi.json",
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", _COUNT_RESPONSE_PATH, "/v1/messages", COUNT_PATH,
+    "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics",
+    "/version", "/openapi.json",
 )  # fmt: skip
 _PATHS_OF_DATA = ("/v1/files", "/v1/batches")  # where there is a folder for them
 
@@ -65,6 +67,12 @@ class Routes:
     async def count_messages(self, request: Request) -> Response:
         num_tokens = await self._api.count_chat(request, MessagesSurface(counts_only=True))
         return Response(msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json")
+
+    async def count_response(self, request: Request) -> Response:
+        surface = ResponsesSurface(self._kept, context_of(request.scope).tenant, keeps=False)
+        num_tokens = await self._api.count_chat(request, surface)
+        counted = {"object": "response.input_tokens", "input_tokens": num_tokens}
+        return Response(msgspec.json.encode(counted), media_type="application/json")
 
     async def models(self) -> Response:
         return _json(ModelList(data=[self._model(version) for version in self._api.catalogue.shown()]))
@@ -139,6 +147,7 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"], openapi_extra=_takes(CompletionBody))
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
     app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
+    app.add_api_route(_COUNT_RESPONSE_PATH, routes.count_response, methods=["POST"])
     app.add_api_route("/v1/responses/{response_id}", routes.kept.show, methods=["GET"])
     app.add_api_route("/v1/responses/{response_id}", routes.kept.delete, methods=["DELETE"])
     app.add_api_route("/v1/responses/{response_id}/input_items", routes.kept.items, methods=["GET"])

@@ -167,7 +167,7 @@ class Api:
         with self.body_room.held() as held, naming_fields(surface.own_names):
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
             chat = await self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
-        self.tell_ignored(context_of(request.scope), list(map(surface.own_names, chat.ignored)))
+        self.tell_ignored(context_of(request.scope), [*surface.left_out, *map(surface.own_names, chat.ignored)])
         return len(chat.prompt.token_ids)
 
     def begin(self, request: Request) -> RequestContext:

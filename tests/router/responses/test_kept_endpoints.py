@@ -1,4 +1,4 @@
-"""Responses that are kept are shown, with what they answer, and forgotten."""
+"""Responses that are kept are shown, with what they answer, and forgotten; inputs are counted."""
 
 from __future__ import annotations
 
@@ -96,6 +96,18 @@ async def test_a_refusal_names_the_parameter(asked: str, param: str) -> None:
         said = (await client.post(PATH, json={"input": "hi"})).json()
         refused = await client.get(f"{PATH}/{said['id']}{asked}")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+async def test_the_tokens_of_an_input_are_counted_as_they_are_answered() -> None:
+    served = _served()
+    async with served.client() as client:
+        first = (await client.post(PATH, json={"input": "hi"})).json()
+        body = {"input": "more", "tools": [*TOOLS, {"type": "web_search"}], "previous_response_id": first["id"]}
+        counted = await client.post(f"{PATH}/input_tokens", json=body)
+        num_requests = len(served.dispatcher.requests)
+        answered = (await client.post(PATH, json=body)).json()
+    assert counted.json() == {"object": "response.input_tokens", "input_tokens": answered["usage"]["input_tokens"]}
+    assert counted.headers["x-kvferry-ignored"] == "tools[1]" and num_requests == 1
 
 
 def test_what_is_forgotten_takes_no_memory() -> None:
