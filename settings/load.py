@@ -17,7 +17,7 @@ from typing import NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE, RequestClass
+from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE, RequestClass, SpeculativeConfig
 from ..common.errors import ConfigError
 from .fields import ENV_PREFIX, ServeSettings, setting_keys
 from .values import parse_classes
@@ -34,6 +34,8 @@ _RULES = {  # in our words
     "path_type": "must be a path",
     "tuple_type": "must be a list",
 }
+# Settings whose values have keys of their own.
+_PARTS: dict[str, type[BaseModel]] = {"classes": RequestClass, "speculative_config": SpeculativeConfig}
 _NO_SETTINGS = (SECRET_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE)
 # Kubernetes sets these in each container for every Service of the namespace, such as one that is called `kvferry`.
 _SERVICE_VARIABLE = re.compile(
@@ -183,10 +185,11 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
         if raw is None:
             yield f"{key}: {message}"
             continue
-        if inner := names[len(key.split(".")) :]:
-            message = f"{_inside(raw.value, inner)}: {message}"
+        inner = names[len(key.split(".")) :]
+        if place := _inside(key, raw.value, inner):
+            message = f"{place}: {message}"
         if item["type"] == "extra_forbidden":  # the key is what is wrong, whatever its value
-            message += _nearest(names[-1], set(RequestClass.model_fields) if key == "classes" else set())
+            message += _nearest(names[-1], set(_PARTS[key].model_fields) if key in _PARTS else set())
         elif names and not message.startswith("'"):  # else it begins with what is wrong
             choices = str(item.get("ctx", {}).get("expected", "")).split("'")[1::2]
             value = item["input"] if inner else raw.value
@@ -195,13 +198,16 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
         yield f"{raw.origin}: {key}: {message}" if ":" in raw.origin else f"{raw.origin}: {message}"
 
 
-def _inside(value: object, names: list[str]) -> str:
-    """Name a place in a value with parts: `batch.weight` for the part `weight` of the class `batch`."""
-    first, *rest = names
-    entries = parse_classes(value)
-    if first.isdigit() and isinstance(entries, list) and int(first) < len(entries):
-        first = str(entries[int(first)].get("name", first)) if isinstance(entries[int(first)], Mapping) else first
-    return ".".join([first, *rest])
+def _inside(key: str, value: object, names: list[str]) -> str:
+    """Name a place in a value with parts: `batch.weight` for the part `weight` of the class `batch`.
+
+    One of a list of texts has no name: what it is is told, not where it stands.
+    """
+    entries = parse_classes(value) if key == "classes" and names else None  # without: it could not be read
+    if isinstance(entries, list) and names[0].isdigit() and int(names[0]) < len(entries):
+        entry = entries[int(names[0])]
+        names = [str(entry.get("name", names[0])), *names[1:]] if isinstance(entry, Mapping) else names
+    return "" if len(names) == 1 and names[0].isdigit() else ".".join(names)
 
 
 def _nearest(word: str, known: Mapping[str, str] | set[str] | list[str]) -> str:

@@ -138,6 +138,19 @@ MISTAKES = [
     ("secret_file: [1]", ":1: secret_file: must be a path, not [1]"),
     ("router: {a: 1}", ":1: router: must be a list, not {'a': 1}"),
     ("speculative_config: 5", ":1: speculative_config: must be a mapping, not 5"),
+    (
+        'speculative_config: \'{"method": "ngrams"}\'',
+        """:1: speculative_config: method: must be 'ngram' or 'draft_model', not 'ngrams'; did you mean ngram?""",
+    ),
+    (
+        """speculative_config: '{"method": "ngram", "num_speculative_token": 3}'""",
+        ":1: speculative_config: num_speculative_token: is not known here; did you mean num_speculative_tokens?",
+    ),
+    (
+        "speculative_config: {method: ngram, num_speculative_tokens: 99}",
+        ":1: speculative_config: num_speculative_tokens: must be less than or equal to 16, not 99",
+    ),
+    ("mixed_quantization: 'a:b'", ":1: mixed_quantization: must be 'plain', 'int8', 'int4' or 'fp8', not 'a:b'"),
     ("port: [1]", ":1: port: must be a whole number, not [1]"),
     ("[a, b]: 1", ":1: a key must be the name of a setting"),
     ("seed: 2020-99-99", ":1: "),
