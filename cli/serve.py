@@ -153,6 +153,7 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     from ..launch.preflight import check_kernels, check_platform, check_transfer
     from ..models.config import ModelConfig
     from ..models.files import resolve_model
+    from ..settings.sockets import listen
     from ..wire.address import Address
     from ..wire.credentials import read_secrets
 
@@ -166,7 +167,9 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     except (ProtocolError, ValueError) as error:
         raise ConfigError(f"router: {error}") from None
     secrets = read_secrets(settings.secret_file, environment())
-    _check_secret(settings, secrets, [Address(settings.handoff_host, settings.handoff_port), *routers])
+    handoff = Address(settings.handoff_host, settings.handoff_port)
+    _check_secret(settings, secrets, [handoff, *routers])
+    listen(handoff, setting="handoff_port" if handoff.port else "handoff_host", flag="--port").close()
     check_transfer(settings)
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
     name = settings.served_model_name or resolved.served_name

@@ -1,7 +1,8 @@
-"""Sockets that listen for HTTP."""
+"""Sockets that listen, and whether they can."""
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from ..common.errors import ConfigError
@@ -26,11 +27,11 @@ def open_listener(address: Address) -> socket.socket:
     return sock
 
 
-def listen(address: Address, *, setting: str = "port") -> socket.socket:
-    """Open a listening socket for HTTP. Raises ConfigError that names `setting`."""
+def listen(address: Address, *, setting: str = "port", flag: str | None = None) -> socket.socket:
+    """Open a listening socket for HTTP. Raises ConfigError that names `setting` and its flag."""
     try:
         return open_listener(address)
     except OSError as error:
-        flag = "--" + setting.replace("_", "-")
-        text = f"{setting}: cannot listen on {address}: {error.strerror or error}; set another {flag}"
-        raise ConfigError(text) from error
+        flag = flag or "--" + setting.replace("_", "-")
+        hint = f"; set another {flag}" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"{setting}: cannot listen on {address}: {error.strerror or error}{hint}") from error

@@ -260,6 +260,18 @@ def test_worker_by_hand_needs_a_router(run: Run) -> None:
     assert_refused(run("decode", "--router", "..:7001"), "kvferry: router: must be an address or a name of a host")
 
 
+def test_worker_by_hand_whose_address_is_taken_or_elsewhere_is_refused_before_it_loads(
+    run: Run, tmp_path: Path
+) -> None:
+    command = ("decode", "./no-such-model", "--router", "127.0.0.1:7001")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = rf"handoff_port: cannot listen on 127.0.0.1:{port}: Address already in use; set another --port$"
+        assert_refused(run(*command, "--insecure-loopback", "--port", str(port)), refused)
+    refused = r"handoff_host: cannot listen on 192.0.2.1:0: Cannot assign requested address$"
+    assert_refused(run(*command, "--host", "192.0.2.1", KVFERRY_SECRET="s" * 16), refused)
+
+
 def test_config_show_tells_origins_and_hides_keys(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("seed: 7\ndecode:\n  workers: 3\n")

@@ -15,7 +15,7 @@ from itertools import count
 
 import structlog
 
-from ..common.errors import ProtocolError, WorkerLost
+from ..common.errors import ConfigError, ProtocolError, WorkerLost
 from ..wire.address import Address
 from ..wire.channel import Channel, connect, serve, server_address
 from ..wire.codec import Decoder, DecodeToPrefill, FetcherToLender, LenderToFetcher, PrefillToDecode
@@ -117,10 +117,14 @@ class KVServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> Address:
-        """Listen; the address tells the port where 0 was asked for."""
-        self._server = await serve(
-            Address(host, port), self._worker_id, self._accept, secret=self._secret, max_frame_bytes=MAX_FRAME_BYTES
-        )
+        """Listen; the address tells the port where 0 was asked for. Raises ConfigError where that cannot be."""
+        address = Address(host, port)
+        try:
+            self._server = await serve(
+                address, self._worker_id, self._accept, secret=self._secret, max_frame_bytes=MAX_FRAME_BYTES
+            )
+        except OSError as error:
+            raise ConfigError(f"handoff_port: cannot listen on {address}: {error.strerror or error}") from error
         return server_address(self._server, host)
 
     def send(self, session: str, message: Message) -> None:

@@ -7,11 +7,22 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from kvferry.common.errors import WorkerLost
+from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.tools.load.server_process import free_port
-from kvferry.transfer.links import KVLinks
+from kvferry.transfer.links import KVLinks, KVServer
 from kvferry.wire.credentials import SharedSecret
 from kvferry.wire.handoff import KVRenew
+
+
+async def test_a_port_that_is_taken_meanwhile_is_told_as_a_setting() -> None:
+    """A worker looks at it before it loads, and listens behind that."""
+    servers = [KVServer(name, SharedSecret(b"x" * 32), lambda *_: None, lambda *_: None) for name in ("d-0", "d-1")]
+    address = await servers[0].start("127.0.0.1", 0)
+    try:
+        with pytest.raises(ConfigError, match=f"handoff_port: cannot listen on {address}: .*already in use"):
+            await servers[1].start(address.host, address.port)
+    finally:
+        await servers[0].close()
 
 
 @pytest.mark.parametrize("reason", ["", "rank 1 ended"])
