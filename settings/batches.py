@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
 from ..common.config import Settings
 from .option import FRONTS, Option
-from .values import Count, parse_number
+from .values import Count, FilePath, parse_number
 
 
 class BatchSettings(Settings):
     """/v1/files and /v1/batches."""
 
     data_dir: Annotated[
-        Path | None,
+        FilePath | None,
         Option(
             "Batches",
             "Folder for /v1/files and /v1/batches, which survive a restart in it. Default: none, both are refused.",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from ..common.config import Checksum, Settings, TransferName
 from .option import ALL, ENGINES, ROUTER, SERVE, WORKERS, Option
-from .values import Host, Name, Names, Port
+from .values import FilePath, Host, Name, Names, Port
 
 
 class ClusterSettings(Settings):
@@ -24,7 +23,7 @@ class ClusterSettings(Settings):
         str | None, Option("Cluster", "A running Ray cluster; without one, one is embedded.", SERVE)
     ] = None
     secret_file: Annotated[
-        Path | None,
+        FilePath | None,
         Option("Cluster", "File with the secret that router and workers share; a second line is believed too.", ALL),
     ] = None
     insecure_loopback: Annotated[

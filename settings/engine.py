@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from ..common.config import Attention, CpuIsa, Device, ExpertExchange, KVCacheDtype, Settings, SpeculativeConfig
 from .option import ALL, ENGINES, SERVE, Option
-from .values import Count, NumThreads, Share, parse_number, parse_object
+from .values import Count, FilePath, NumThreads, Share, parse_number, parse_object
 
 
 class EngineSettings(Settings):
@@ -22,7 +21,7 @@ class EngineSettings(Settings):
         Option("Engine", "Give each rank of a worker whole experts instead of a part of each.", ENGINES),
     ] = False
     expert_plan: Annotated[
-        Path | None, Option("Engine", "File that says which ones (kvferry experts plan). Default: even.", ENGINES)
+        FilePath | None, Option("Engine", "File that says which ones (kvferry experts plan). Default: even.", ENGINES)
     ] = None
     expert_exchange: Annotated[
         ExpertExchange,
@@ -64,7 +63,7 @@ class EngineSettings(Settings):
         ),
     ] = None
     disk_cache_dir: Annotated[
-        Path | None,
+        FilePath | None,
         Option("Engine", "Directory on a local disk for cached KV that host memory evicts. Default: none.", ENGINES),
     ] = None
     disk_cache_bytes: Annotated[Count, Option("Engine", "Room that a rank takes there.", ENGINES)] = 10 << 30

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from ..common.config import Settings, UnknownFields
 from .option import ALL, FRONTS, SERVE, Option
-from .values import Count, Host, Names, NumRouters, Port, Texts, check_origins
+from .values import Count, FilePath, Host, Names, NumRouters, Port, Texts, check_origins
 
 
 class HttpSettings(Settings):
@@ -18,7 +17,7 @@ class HttpSettings(Settings):
     host: Annotated[Host, Option("HTTP", "Address of the API.", FRONTS)] = "127.0.0.1"
     port: Annotated[Port, Option("HTTP", "Port of the API; 0: any free one.", FRONTS)] = 8000
     api_key_file: Annotated[
-        Path | None,
+        FilePath | None,
         Option("HTTP", "File of keys that clients must send (kvferry keys); read again on a reload.", FRONTS),
     ] = None
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
@@ -60,7 +59,7 @@ class HttpSettings(Settings):
     ] = None
     admin_host: Annotated[Host, Option("HTTP", "Address of the admin listener.", FRONTS)] = "127.0.0.1"
     admin_key_file: Annotated[
-        Path | None, Option("HTTP", "File of keys of the admin listener; read again on a reload.", FRONTS)
+        FilePath | None, Option("HTTP", "File of keys of the admin listener; read again on a reload.", FRONTS)
     ] = None
     admin_key: Annotated[Texts, Option("HTTP", "Key of the admin listener; repeatable.", FRONTS)] = ()
     routers: Annotated[NumRouters, Option("HTTP", "Router processes behind the one address.", SERVE)] = 1

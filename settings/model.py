@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from ..common.config import (
@@ -15,7 +14,7 @@ from ..common.config import (
     ToolParserName,
 )
 from .option import ALL, ENGINES, FRONTS, Option
-from .values import Count, Name, WeightsForms
+from .values import Count, FilePath, Name, WeightsForms
 
 
 class ModelSettings(Settings):
@@ -53,7 +52,7 @@ class ModelSettings(Settings):
         ),
     ] = ()
     load_format: Annotated[LoadFormat, Option("Model", "dummy: random weights.", ENGINES)] = "auto"
-    chat_template: Annotated[Path | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
+    chat_template: Annotated[FilePath | None, Option("Model", "Jinja file instead of the model's own.", FRONTS)] = None
     special_tokens_in_messages: Annotated[
         SpecialTokens,
         Option(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from ..common.config import LogFormat, LogLevel, Settings
 from .option import ALL, SERVE, Option
+from .values import FilePath
 
 
 class OutputSettings(Settings):
@@ -17,6 +17,6 @@ class OutputSettings(Settings):
         LogFormat, Option("Output", "Log lines for people or programs; auto: text on a terminal.", ALL)
     ] = "auto"
     pid_file: Annotated[
-        Path | None,
+        FilePath | None,
         Option("Output", "File for this process's id while it runs: kvferry status --pid-file FILE.", SERVE),
     ] = None

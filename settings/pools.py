@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from ..common.config import Attention, AutoscaleMode, ExpertExchange, QuantizationName, Settings
 from .option import FRONTS, SERVE, Option
-from .values import Count, NumThreads, NumWorkers, Share, Texts, check_windows, on_or_off, parse_number
+from .values import Count, FilePath, NumThreads, NumWorkers, Share, Texts, check_windows, on_or_off, parse_number
 
 
 class PoolSettings(Settings):
@@ -20,7 +19,7 @@ class PoolSettings(Settings):
     max_workers: NumWorkers | None = None  # None: what the pools start with, however they share it
     tensor_parallel_size: PositiveInt | None = None
     enable_expert_parallel: bool | None = None
-    expert_plan: Path | None = None
+    expert_plan: FilePath | None = None
     expert_exchange: ExpertExchange | None = None
     quantization: QuantizationName | None = None
     max_num_seqs: Count | None = None

@@ -110,6 +110,13 @@ def check_name(text: str) -> str:
     return text
 
 
+def _check_path(value: object) -> object:
+    """Refuse the path of an unset variable (`--data-dir "$DIR"`): it would be the folder that the command runs in."""
+    if value == "":
+        raise ValueError("must be a path")
+    return value
+
+
 def check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
@@ -154,6 +161,7 @@ def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name}={path}" for name, path in zip(names, paths, strict=True))
 
 
+FilePath = Annotated[Path, BeforeValidator(_check_path)]  # of a file or a folder
 Count = Annotated[PositiveInt, Field(le=MAX_COUNT), BeforeValidator(parse_number)]
 # More than any one machine or cluster has, so that a slip of the finger is told and not planned for.
 NumThreads = Annotated[PositiveInt, Field(le=4096), BeforeValidator(parse_number)]

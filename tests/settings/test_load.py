@@ -136,6 +136,8 @@ MISTAKES = [
     ("port: !!python/object/apply:os.getpid []", ":1: could not determine a constructor"),
     ("served_model_name: [a]", ":1: served_model_name: must be a valid string"),
     ("secret_file: [1]", ":1: secret_file: must be a path, not [1]"),
+    ("data_dir: ''", ":1: data_dir: must be a path, not ''"),
+    ("decode: {expert_plan: ''}", ":1: decode.expert_plan: must be a path, not ''"),
     ("router: {a: 1}", ":1: router: must be a list, not {'a': 1}"),
     ("speculative_config: 5", ":1: speculative_config: must be a mapping, not 5"),
     (
@@ -229,6 +231,12 @@ def test_what_kubernetes_sets_for_a_service_is_no_setting(service: str) -> None:
     }
     loaded = load(flags={}, env=env, file=None)
     assert {key for key, origin in loaded.origins.items() if origin != "default"} == {"host"}
+
+
+@pytest.mark.parametrize("name", ["data_dir", "disk_cache_dir", "api_key_file", "secret_file", "chat_template"])
+def test_path_of_an_unset_variable_is_not_the_folder_that_the_command_runs_in(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^KVFERRY_{name.upper()}: must be a path, not ''$"):
+        load(flags={}, env={f"KVFERRY_{name.upper()}": ""}, file=None)
 
 
 def test_bad_flag_is_told_by_its_name() -> None:
