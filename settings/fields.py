@@ -129,8 +129,12 @@ class ServeSettings(
             raise ValueError("speculative_config: a draft model needs tensor_parallel_size 1")
 
     def _check_adapters(self) -> None:
-        if self.lora_modules and not self.enable_lora:
-            raise ValueError("lora_modules: needs enable_lora")
+        for name, is_given in (
+            ("lora_modules", self.lora_modules),
+            ("allow_runtime_lora_updating", self.allow_runtime_lora_updating),
+        ):
+            if is_given and not self.enable_lora:
+                raise ValueError(f"{name}: needs enable_lora")
         if self.allow_runtime_lora_updating and self.routers > 1:
             raise ValueError("allow_runtime_lora_updating: with one router; of several only the asked one would know")
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from ..common.config import Settings, UnknownFields
 from .option import ALL, FRONTS, SERVE, Option
-from .values import Count, FilePath, Host, Names, NumRouters, Port, Texts, check_origins
+from .values import Count, FilePath, Host, Names, NumRouters, Port, Texts, check_host_names, check_origins
 
 
 class HttpSettings(Settings):
@@ -22,7 +22,7 @@ class HttpSettings(Settings):
     ] = None
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
     allowed_hosts: Annotated[
-        Names,
+        Annotated[Names, AfterValidator(check_host_names)],
         Option("HTTP", "Name by which clients reach a server without keys, as through a proxy; repeatable.", FRONTS),
     ] = ()
     allowed_origins: Annotated[

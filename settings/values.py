@@ -117,6 +117,14 @@ def _check_path(value: object) -> object:
     return value
 
 
+def check_host_names(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what no request's Host can be once its port is off: all requests would be refused beside such a name."""
+    for text in texts:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", text):
+            raise ValueError(f"{text} is no name such as chat.example: without scheme, port, path and *")
+    return texts
+
+
 def check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
