@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import BeforeValidator
+
 from ..common.config import Checksum, Settings, TransferName
 from .option import ALL, ENGINES, ROUTER, SERVE, WORKERS, Option
-from .values import FilePath, Host, Name, Names, Port
+from .values import FilePath, Host, Name, Names, Port, on_or_off
 
 
 class ClusterSettings(Settings):
@@ -14,7 +16,8 @@ class ClusterSettings(Settings):
 
     transfer: Annotated[TransferName, Option("Cluster", "What moves KV between workers.", ENGINES)] = "nixl"
     kv_checksum: Annotated[
-        Checksum, Option("Cluster", "Check shipped blocks before use; auto: in host memory, not on GPUs.", ENGINES)
+        Annotated[Checksum, BeforeValidator(on_or_off)],
+        Option("Cluster", "Check shipped blocks before use; auto: in host memory, not on GPUs.", ENGINES),
     ] = "auto"
     launcher: Annotated[Literal["local", "ray"], Option("Cluster", "Processes here, or actors on Ray.", SERVE)] = (
         "local"

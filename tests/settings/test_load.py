@@ -301,6 +301,11 @@ def test_a_scaling_mode_may_be_a_bare_word(tmp_path: Path, text: str, mode: str)
     assert load_text(tmp_path, f"autoscale: {text}\n").settings.autoscale == mode
 
 
+@pytest.mark.parametrize(("text", "checksum"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'off'", "off")])
+def test_whether_checksums_are_compared_may_be_a_bare_word(tmp_path: Path, text: str, checksum: str) -> None:
+    assert load_text(tmp_path, f"kv_checksum: {text}\n").settings.kv_checksum == checksum
+
+
 def test_a_schedule_is_checked_before_anything_starts(tmp_path: Path) -> None:
     good = load_text(tmp_path, "scale_schedule: mon-fri 08:00-18:00 decode>=2\n")
     assert good.settings.scale_schedule == ("mon-fri 08:00-18:00 decode>=2",)
