@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import secrets
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, ProtocolError
 from ..common.extras import FLASHINFER, RAY, UCXX, nixl
 from ..engine.cpu.build import describe
 from ..engine.cpu.compiler import NativeUnavailable
@@ -45,6 +46,7 @@ from .reload import read_credentials
 from .running import check_pid_file, runtime_dir
 
 _PLATFORMS = ("x86_64", "aarch64")
+_RAY_LIMIT_S = 5.0  # for a connection to its head
 
 
 class Level(StrEnum):
@@ -225,9 +227,24 @@ class Preflight:
         if settings.launcher == "ray" and not RAY.is_installed:
             raise ConfigError(f"launcher: {RAY.missing}")
         if settings.ray_address is not None:
+            check_ray_head(settings.ray_address)
             found = "ray; whoever reaches the nodes' UCX ports can read and write the workers' memory"
             return Check("launcher", Level.WARN, found, "keep the nodes on a network of your own")
         return settings.launcher
+
+
+def check_ray_head(text: str) -> None:
+    """Refuse the address of a Ray cluster at which nobody listens: Ray itself would go on trying. Raises ConfigError."""
+    if text in ("auto", "local"):  # Ray looks itself
+        return
+    try:
+        address = Address.parse(text.removeprefix("ray://"))
+    except ProtocolError:
+        raise ConfigError(f"ray_address: {text!r} is neither HOST:PORT nor ray://HOST:PORT") from None
+    try:
+        socket.create_connection((address.host, address.port), _RAY_LIMIT_S).close()
+    except OSError as error:
+        raise ConfigError(f"ray_address: nobody answers at {address}: {error}") from error
 
 
 def _check_folder(setting: str, folder: Path) -> None:

@@ -358,8 +358,15 @@ def test_interrupt_while_it_starts_ends_serve_with_zero() -> None:
 
 def test_what_a_node_of_ray_decides_is_said_so(run: Run, tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
-    plan = run("serve", model, "--port", "0", "--launcher", "ray", "--ray-address", "127.0.0.1:6379", "--dry-run")
+    command = ["serve", str(model), "--port", "0", "--launcher", "ray", "--dry-run", "--ray-address"]
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        plan = run(*command, f"127.0.0.1:{port}")
     assert ", auto, threads by its node, " in plan.stdout and "None" not in plan.stdout
+    refused = run(*command, f"127.0.0.1:{port}")
+    assert refused.returncode == 2 and f"ray_address: nobody answers at 127.0.0.1:{port}" in refused.stderr
+    refused = run(*command, "head")
+    assert refused.returncode == 2 and "ray_address: 'head' is neither HOST:PORT nor ray://HOST:PORT" in refused.stderr
 
 
 def test_an_interrupt_while_the_command_is_being_imported_is_no_traceback() -> None:

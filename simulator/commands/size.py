@@ -155,7 +155,8 @@ def _traffic(options: argparse.Namespace, model: ModelConfig) -> Traffic:
         longer = row.scaled(length=prompt_scale, rate=1.0) if prompt_scale != 1.0 else row
         prompt = min(longer.num_prompt_tokens, longest - output)
         scaled.append(replace(longer, num_prompt_tokens=prompt, num_output_tokens=output))
-    requests = options.requests or max(_LEAST_REQUESTS, round((options.rate or 0.0) * _TRAFFIC_S))
+    seconds = 0.0 if options.no_simulation else _TRAFFIC_S  # means alone matter then, of a trace's lengths
+    requests = options.requests or max(_LEAST_REQUESTS, round((options.rate or 0.0) * seconds))
     return Traffic(tuple(scaled), arrivals="poisson", rate_per_s=options.rate, num_requests=requests)
 
 
