@@ -117,6 +117,7 @@ def router(loaded: Loaded) -> None:
     from ..launch.children import ROUTER_PROGRAM
     from ..launch.plan import plan_router
     from ..launch.reload import read_credentials
+    from ..models.config import ModelConfig
     from ..models.files import resolve_model
     from ..settings.exposure import check_exposure
     from ..settings.sockets import listen
@@ -125,6 +126,7 @@ def router(loaded: Loaded) -> None:
     settings = loaded.settings
     listen(Address(settings.host, settings.port)).close()
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
+    ModelConfig.from_dir(resolved.dir).check_length(settings.max_model_len)  # workers of that length are refused else
     config = plan_router(settings, resolved.dir, settings.served_model_name or resolved.served_name)
     config = config.model_copy(update={"control_host": settings.control_host, "control_port": settings.control_port})
     secrets = read_credentials(config, environment())

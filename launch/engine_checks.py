@@ -44,9 +44,7 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
                 f"{model.num_qo_heads} query heads and {_rest(counts)} evenly; possible: "
                 f"{', '.join(map(str, splits))}"
             )
-        length = worker.config.engine.max_model_len
-        if length is not None and length > model.longest_model_len:
-            raise ConfigError(f"max_model_len: {length} is more than the model's {model.longest_model_len}")
+        model.check_length(worker.config.engine.max_model_len)
 
 
 def _rest(counts: Mapping[str, int]) -> str:

@@ -234,7 +234,7 @@ class Preflight:
 
 
 def check_ray_head(text: str) -> None:
-    """Refuse the address of a Ray cluster at which nobody listens: Ray itself would go on trying. Raises ConfigError."""
+    """Refuse the address of a cluster at which nobody listens, and which Ray would go on trying. Raises ConfigError."""
     if text in ("auto", "local"):  # Ray looks itself
         return
     try:

@@ -117,6 +117,11 @@ class ModelConfig:
         ropes = [self.rope] if self.local_rope is None else [self.rope, self.local_rope]
         return max(self.max_model_len, *(int(rope.factor * rope.original_max_len) for rope in ropes))
 
+    def check_length(self, asked: int | None) -> None:
+        """Check that the model has so many positions. Raises ConfigError."""
+        if asked is not None and asked > self.longest_model_len:
+            raise ConfigError(f"max_model_len: {asked} is more than the model's {self.longest_model_len}")
+
     def check_tp_size(self, tp_size: int, *, whole_experts: bool = False) -> None:
         """Check that ranks can share each count evenly. Raises ConfigError naming the first one that they cannot."""
         counts = self.shared_counts(whole_experts=whole_experts)

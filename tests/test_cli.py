@@ -253,6 +253,11 @@ def test_without_a_secret_a_process_by_hand_starts_only_if_told_that_this_is_ins
     assert len(started) == 2
 
 
+def test_router_by_hand_of_more_positions_than_the_model_has_is_refused(run: Run, tmp_path: Path) -> None:
+    command = ("router", write_model(tmp_path / "tiny"), "--port", "0", "--insecure-loopback")
+    assert_refused(run(*command, "--max-model-len", "100000"), "max_model_len: 100000 is more than the model's 2048")
+
+
 def test_worker_by_hand_needs_a_router(run: Run) -> None:
     assert_refused(run("decode"), "needs --router HOST:PORT")
     for router in ("10.0.0.1", "10.0.0.1:http", "10.0.0.1:\u00b2", f"10.0.0.1:{'9' * 5000}"):
