@@ -65,6 +65,9 @@ def set_ucx_defaults(host: str) -> None:
     # by itself (sender.MAX_WRITE_BYTES), and what else waits can wait for its end.
     os.environ.setdefault("UCX_CMA_SEG_SIZE", "8m")
     os.environ.setdefault("UCX_CMA_TX_QUOTA", "64")
+    # Else a connection to a host that swallows what it is sent, as a firewall does, holds the transfer thread for as
+    # long as TCP tries, some two minutes, and with it the handoffs with everybody else.
+    os.environ.setdefault("UCX_TCP_CONN_NB", "y")
     if devices := devices_of(host):
         os.environ.setdefault("UCX_NET_DEVICES", ",".join(devices))
 
