@@ -48,6 +48,7 @@ class KVLinks:
         self._on_lost = on_lost
         self._channels: dict[str, Channel | list[Message]] = {}  # open, or what waits for the link to open
         self._log = PeerLog("kv_link_refused")
+        self._unreached = PeerLog("kv_link_not_made")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, kv_address: str, message: Message) -> None:
@@ -63,11 +64,19 @@ class KVLinks:
             self._tasks.add(task)
             task.add_done_callback(self._on_ended)
 
-    async def _run(self, kv_address: str) -> None:
+    async def _connect(self, kv_address: str) -> Channel:
+        """Open a link. One that never was is told: routers only see that nobody opened a grant in time."""
         try:
-            channel = await connect(
+            return await connect(
                 Address.parse(kv_address), self._worker_id, secret=self._secret, max_frame_bytes=MAX_FRAME_BYTES
             )
+        except WorkerLost as error:
+            self._unreached.warn(kv_address, "unreached", detail=str(error))
+            raise
+
+    async def _run(self, kv_address: str) -> None:
+        try:
+            channel = await self._connect(kv_address)
             waiting = self._channels[kv_address]
             assert isinstance(waiting, list)
             self._channels[kv_address] = channel

@@ -34,6 +34,25 @@ _from_router: Decoder[RouterToWorker] = Decoder(RouterToWorker)
 log = structlog.get_logger(__name__)
 
 
+class _Unreached:
+    """Tells once of a router that cannot be reached, and why: one that is only late, at its start, is no trouble."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._since: float | None = None  # None: it was reached
+        self._is_told = False
+
+    def note(self, reason: str, now: float) -> None:
+        if self._since is None:
+            self._since = now
+        elif not self._is_told and now - self._since >= ROUTER_GONE_S:
+            self._is_told = True
+            log.warning("router_unreached", router=self._address, reason=reason, seconds=round(now - self._since, 1))
+
+    def over(self) -> None:
+        self._since, self._is_told = None, False
+
+
 class RouterSessions:
     """Lives on the network thread; `send` may be called from any thread."""
 
@@ -107,7 +126,7 @@ class RouterSessions:
             channel.send(self._status(router_id))
 
     async def _keep(self, address: str) -> None:
-        failures = 0
+        failures, unreached = 0, _Unreached(address)
         while True:
             try:
                 channel = await connect(
@@ -116,12 +135,15 @@ class RouterSessions:
                     secret=self._secret,
                     max_frame_bytes=self._max_frame_bytes,
                 )
-            except WorkerLost:
+            except WorkerLost as error:
                 failures += 1
+                if not self.are_ending:
+                    unreached.note(str(error), self._loop.time())
             except ProtocolError as error:
                 self._refuse(f"router {address}: {error}")
                 return
             else:
+                unreached.over()
                 if channel.peer_id in self._channels:
                     failures = len(_BACKOFF_S)  # another try is for a router that comes in its place
                     self._leave_twin(address, channel)

@@ -44,3 +44,16 @@ async def test_a_link_whose_end_cannot_be_told_is_logged(reason: str) -> None:
     assert lost == [address]
     told = [line["error"] for line in logs if line["event"] == "kv_link_failed"]
     assert told == ([f"WorkerLost: {reason}"] if reason else [])
+
+
+async def test_a_worker_that_cannot_be_reached_is_told_once_and_why() -> None:
+    """Routers see no more than that nobody opened a grant in time."""
+    address = f"127.0.0.1:{free_port()}"
+    links = KVLinks("p-0", SharedSecret(b"x" * 32), lambda *_: None, lambda _: None)
+    with capture_logs() as logs:
+        for _ in range(2):
+            links.send(address, KVRenew(opens=()))
+            await asyncio.wait(links._tasks, timeout=20.0)
+    [told] = [line for line in logs if line["log_level"] == "warning"]
+    assert (told["event"], told["peer"]) == ("kv_link_not_made", address)
+    assert f"no connection to {address}: " in told["detail"]

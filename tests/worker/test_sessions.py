@@ -7,11 +7,15 @@ import contextlib
 import socket
 from collections.abc import Callable
 
+import pytest
+from structlog.testing import capture_logs
+
 from kvferry.common.errors import InvalidTransition, WorkerLost
+from kvferry.tools.load.server_process import free_port
 from kvferry.wire.address import Address
-from kvferry.wire.channel import Channel, serve, server_address
+from kvferry.wire.channel import Channel, connect, serve, server_address
 from kvferry.wire.codec import Decoder, WorkerToRouter, encode
-from kvferry.wire.credentials import NO_SECRET
+from kvferry.wire.credentials import NO_SECRET, SharedSecret
 from kvferry.wire.fields import Message
 from kvferry.wire.results import HandoffDone
 from kvferry.wire.workers import Drain, WorkerHello, WorkerStatus
@@ -166,3 +170,28 @@ async def test_a_router_that_is_named_by_two_addresses_has_one_session() -> None
     await sessions.close()
     server.close()
     assert num_hellos == 1
+
+
+async def test_a_router_that_cannot_be_reached_is_told_once_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a worker with a wrong address says that it is ready, and nothing more for ever."""
+    num_tries, tried_often = 0, asyncio.Event()
+
+    async def count(address: Address, own_id: str, *, secret: SharedSecret, max_frame_bytes: int) -> Channel:
+        nonlocal num_tries
+        num_tries += 1
+        if num_tries == 4:
+            tried_often.set()
+        return await connect(address, own_id, secret=secret, max_frame_bytes=max_frame_bytes)
+
+    monkeypatch.setattr("kvferry.worker.sessions.connect", count)
+    monkeypatch.setattr("kvferry.worker.sessions.ROUTER_GONE_S", 0.0)
+    address = f"127.0.0.1:{free_port()}"
+    with capture_logs() as logs:
+        sessions = _sessions(address)
+        sessions.start()
+        async with asyncio.timeout(60):
+            await tried_often.wait()
+        await sessions.close()
+    [told] = [line for line in logs if line["event"] == "router_unreached"]
+    assert told["log_level"] == "warning" and told["router"] == address
+    assert f"no connection to {address}: " in told["reason"]
