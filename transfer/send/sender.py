@@ -229,9 +229,10 @@ class KVSender:
     def _poll(self) -> None:
         now = self._clock.now()
         self.made_progress = False
-        for write, state in self._writes.poll():
+        pending = []
+        for write, state in self._writes.poll(now):
             if state is TransferState.PENDING:
-                self._check_write(write, now)
+                pending.append(write)
                 continue
             self.made_progress = True
             if write.shipment.state is ShipmentState.ENDED:
@@ -242,10 +243,14 @@ class KVSender:
                 write.shipment.num_bytes += write.handle.num_bytes
                 write.shipment.last_done_at = now
                 self.num_bytes += write.handle.num_bytes
+        for write in pending:
+            self._check_write(write, now)
 
     def _check_write(self, write: Write, now: float) -> None:
-        if write.shipment.state is ShipmentState.SHIPPING and now - write.posted_at > self._config.write_timeout_s:
-            self._endings.fail(write.shipment, f"a write is not done after {self._config.write_timeout_s} s")
+        if write.shipment.state is not ShipmentState.SHIPPING:
+            return
+        if now - self._writes.stands_since(write) > self._config.write_timeout_s:
+            self._endings.fail(write.shipment, f"no write was done for {self._config.write_timeout_s} s")
 
     def _settle(self, shipment: Shipment) -> None:
         """Tell the arrival, again and again, or the end."""

@@ -38,6 +38,7 @@ class Writes:
         self._max_in_flight_bytes = max_in_flight_bytes
         self._under_way: list[Write] = []  # in the order of the posts
         self._in_flight_bytes: Counter[tuple[str, int]] = Counter()  # by decode worker
+        self._moved_at: dict[str, float] = {}  # when a write to this agent was last done
         self._shipments: Iterable[Shipment] = ()  # that have not ended
 
     def __bool__(self) -> bool:
@@ -64,7 +65,7 @@ class Writes:
         shipment.num_writes += 1
         self._in_flight_bytes[shipment.peer] += handle.num_bytes
 
-    def poll(self) -> Iterator[tuple[Write, TransferState]]:
+    def poll(self, now: float) -> Iterator[tuple[Write, TransferState]]:
         """The state of each. What has ended is taken off the books before it is told."""
         for write in list(self._under_way):
             state = self._backend.poll(write.handle)
@@ -72,7 +73,15 @@ class Writes:
                 self._backend.release(write.handle)
                 self._under_way.remove(write)
                 self._uncount(write)
+            if state is TransferState.DONE:
+                self._moved_at[write.agent] = now
             yield write, state
+        if not self._under_way:
+            self._moved_at.clear()
+
+    def stands_since(self, write: Write) -> float:
+        """Return since when nothing is known to have moved on its way: writes to one agent share a link."""
+        return max(write.posted_at, self._moved_at.get(write.agent, write.posted_at))
 
     def disown(self, shipment: Shipment) -> None:
         """The shipment has ended: what is under way is on nobody's account."""

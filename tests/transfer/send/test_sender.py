@@ -51,9 +51,10 @@ class Prefill:
         copies_itself: bool = False,
         max_write_bytes: int = 1 << 20,
         max_in_flight_bytes: int = 1 << 20,
+        bytes_per_s: float | None = None,
     ) -> None:
         self.clock = clock or FakeClock(100.0)
-        self.network = LocalNetwork()
+        self.network = LocalNetwork(self.clock, bytes_per_s)
         self.decode = LocalBackend(AGENT, self.network)
         self.remote = _pages(0.0)
         self.region = self.decode.register(self.remote, rank=0, tp_size=1, generation=4)
@@ -461,6 +462,36 @@ def test_a_stuck_write_ends_unclean_while_the_lease_is_renewed(prefill: Prefill)
     assert isinstance(prefill.said[-1], KVClosed) and prefill.said[-1].clean  # it has landed after all
     prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
     assert prefill.sender.step() is None
+
+
+def test_a_slow_link_is_no_dead_one() -> None:
+    """What was posted together ends one after the other: the last write waits for the others, and none is stuck."""
+    prefill = Prefill(max_write_bytes=SPEC.page_bytes(), bytes_per_s=SPEC.page_bytes())
+    grant = prefill.opened()
+    prefill.ready(grant)
+    prefill.sender.finish(1, FIRST)
+    for _ in range(7):  # six pages, a second each
+        prefill.sender.step()
+        prefill.clock.advance(1.0)
+        prefill.sender.on_message(KVRenewed(opens=((grant.grant_id, 1, 3.0),)))
+    prefill.sender.step()
+    assert prefill.num_written == 6 and len(prefill.arrivals()) >= 1
+    assert not any(isinstance(message, KVClosed) for message in prefill.said)
+
+
+def test_a_link_that_dies_after_a_write_is_noticed() -> None:
+    prefill = Prefill(max_write_bytes=SPEC.page_bytes())
+    grant = prefill.opened()
+    prefill.ready(grant, range(1))
+    prefill.sender.step()
+    prefill.network.set_fault(AGENT, LocalFault.HOLD)
+    prefill.ready(grant, range(1, 3))
+    for _ in range(3):
+        prefill.sender.step()
+        prefill.clock.advance(1.0)
+        prefill.sender.on_message(KVRenewed(opens=((grant.grant_id, 1, 3.0),)))
+    prefill.sender.step()
+    assert not prefill.closed().clean
 
 
 def test_a_closing_shipment_with_a_stuck_write_ends_unclean(prefill: Prefill) -> None:
