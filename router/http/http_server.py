@@ -12,9 +12,11 @@ from starlette.types import ASGIApp
 
 from .connection_limits import Connections
 from .leaving import Connection
-from .protocol import DeadlineProtocol
+from .protocol import WRITE_LIMIT_S, DeadlineProtocol
 
 KEEP_ALIVE_S = 75
+VANISHED_S = 2 * WRITE_LIMIT_S  # no sign of life: later than one that only does not read is cut for that
+_PROBE_EVERY_S = 10
 _FLUSH_S = 2  # for the last bytes of the last answers
 _LEFT_POLL_S = 0.02
 
@@ -44,6 +46,7 @@ class HttpServer:
     @contextlib.asynccontextmanager
     async def serving(self, sock: socket.socket) -> AsyncIterator[HttpServer]:
         """Accept connections on `sock` until the block ends or `stop` is called."""
+        _notice_who_vanishes(sock)
         task = asyncio.create_task(self._server.serve(sockets=[sock]))
         try:
             yield self
@@ -71,6 +74,18 @@ class HttpServer:
     def stop(self) -> None:
         """End what idles; the answers under way may flush."""
         self._server.should_exit = True
+
+
+def _notice_who_vanishes(sock: socket.socket) -> None:
+    """End connections of clients whose machine or network is gone: nothing else tells while their answer is computed.
+
+    What is set on a socket that listens holds for those that it accepts.
+    """
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, round(VANISHED_S / 2))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * VANISHED_S))
 
 
 class _Uvicorn(uvicorn.Server):

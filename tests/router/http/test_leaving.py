@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
 
-from kvferry.router.http.http_server import HttpServer
+from kvferry.router.http.http_server import VANISHED_S, HttpServer
 from kvferry.settings.sockets import listen
 from kvferry.wire.address import Address
 
@@ -153,3 +154,16 @@ async def test_half_a_head_is_waited_for() -> None:
         s.front.leave(0.0)
         client.writer.write(b"\r\n")
         assert b"connection: close" in await client.head()
+
+
+async def test_a_client_whose_machine_is_gone_is_noticed_by_its_silence() -> None:
+    """Nothing else tells, neither while its answer is computed nor while what was written is sent again and again."""
+    async with site() as there:
+        client = await there.connect()
+        client.ask()
+        await client.whole()
+        [accepted] = there.front.connections
+        sock = accepted.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * VANISHED_S
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < VANISHED_S
