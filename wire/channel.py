@@ -28,6 +28,7 @@ from .seals import SEAL_BYTES
 
 HELLO_TIMEOUT_S = 5.0
 MAX_PENDING_HELLOS = 64  # connections that have not proved anything yet; more are closed unheard
+_NEXT_ADDRESS_S = 0.25  # of a name with several: one that swallows what it is sent would take all the time (RFC 8305)
 _DEAD_LINK_S = 5  # a peer's machine acknowledges nothing for so long
 _PROBE_EVERY_S = 2
 _MAX_QUEUED_BYTES = 64 << 20  # a peer that reads nothing loses its connection here
@@ -105,7 +106,9 @@ async def connect(
     """Open a channel. Raises WorkerLost (not there, or gone) or ProtocolError (refused)."""
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(address.host, address.port, limit=READ_BUFFER_BYTES)
+            reader, writer = await asyncio.open_connection(
+                address.host, address.port, limit=READ_BUFFER_BYTES, happy_eyeballs_delay=_NEXT_ADDRESS_S
+            )
             try:
                 _tune(writer)
                 frames = FrameReader(reader, str(address))
@@ -115,7 +118,7 @@ async def connect(
                 writer.transport.abort()
                 raise
     except (OSError, TimeoutError) as error:
-        raise WorkerLost(f"no connection to {address}: {error or 'timed out'}") from error
+        raise WorkerLost(f"no connection to {address}: {str(error) or 'timed out'}") from error
 
 
 async def serve(

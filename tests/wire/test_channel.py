@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
@@ -114,6 +116,41 @@ async def test_a_message_over_the_bound_is_our_own_error() -> None:
         with pytest.raises(ProtocolError, match="> 64"):
             channel.send(NoCapacity(request_id="x" * 200, attempt=0, reason="blocks"))
         channel.abort()
+
+
+@contextlib.contextmanager
+def _swallowing() -> Iterator[tuple[str, int]]:
+    """An address that answers no connection, as behind a firewall: its queue is full, and nobody takes from it."""
+    with socket.socket() as listener, contextlib.ExitStack() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            full = waiting.enter_context(socket.socket())
+            full.setblocking(False)
+            full.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+def _resolve_to(*sockaddrs: tuple[str, int]) -> Callable[..., Awaitable[list[object]]]:
+    async def getaddrinfo(*_: object, **__: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", each) for each in sockaddrs]
+
+    return getaddrinfo
+
+
+async def test_a_name_is_reached_by_the_address_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with await serve(Address("127.0.0.1", 0), "server", _echo) as server:
+        with _swallowing() as dead:
+            answers = server.sockets[0].getsockname()
+            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", _resolve_to(dead, answers))
+            channel = await connect(Address("router.example", 7001), "client")
+        assert channel.peer_id == "server"
+        await channel.close()
+
+
+async def test_who_does_not_answer_is_said_to_have_timed_out() -> None:
+    with _swallowing() as dead, pytest.raises(WorkerLost, match="timed out"):
+        await connect(Address(*dead), "client", timeout_s=0.05)
 
 
 async def test_nobody_there_is_a_lost_worker() -> None:
