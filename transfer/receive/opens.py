@@ -124,13 +124,17 @@ class Opens:
             return self._refuse_second(session, message, reservation, reservation.writer)
         if draining:
             return Refusal("draining", "draining")
-        if self._reservations.quarantine_s(self._clock.now(), message.incarnation) > FENCE_AFTER_S:
+        if self.is_fenced(message.incarnation):
             return Refusal("fenced_peer", "fenced_peer")
         if self._config.kv_checksum == "on" and not message.has_checksums:
             return Refusal("checksum", "checksums are required here (kv_checksum: on) and not made there")
         theirs = Endpoint(message.spec, message.version, message.transport, message.tp_size)
         reason = check_compatible(self._endpoint, theirs)
         return Refusal("incompatible", reason) if reason is not None else None
+
+    def is_fenced(self, incarnation: int) -> bool:
+        """Tell whether this life of a prefill worker opens nothing, as what it began here has no end yet."""
+        return self._reservations.quarantine_s(self._clock.now(), incarnation) > FENCE_AFTER_S
 
     def _refuse_second(self, session: str, message: KVOpen, reservation: Reservation, writer: Writer) -> Refusal | None:
         told = (message.open_id, message.incarnation, session)

@@ -198,6 +198,8 @@ class KVReceiver:
         """Take a message from the connection `session`, a new name for each connection."""
         match message:
             case KVOpen():
+                if self.opens.is_fenced(message.incarnation):
+                    self.rotation.hurry()
                 if self.rotation.timer.is_idle:
                     self.opens.open(session, message, self.rotation.regions, self.draining)
                 else:
@@ -218,8 +220,7 @@ class KVReceiver:
         reservation = self.reservations.of_open(message.grant_id, message.open_id)
         if reservation is None:
             self.counters.stale_messages += 1
-            session = self.reservations.session_of_ended(message.open_id)
-            if session is not None:
+            if (session := self.reservations.session_of_ended(message.open_id)) is not None:
                 self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
             return
         self._arrivals.on_arrived(reservation, decode_rank, message, verdict)

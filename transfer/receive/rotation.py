@@ -65,6 +65,11 @@ class Rotation:
         """A reservation was refused that would fit without the quarantine."""
         self._wanted_until = self._clock.now() + _WANTED_S
 
+    def hurry(self) -> None:
+        """The writer of a quarantine asks to write again, as over a connection that broke and was made anew."""
+        self.want()
+        self.step()
+
     def step(self) -> None:
         """Act if it is time."""
         if self._rotate is None or (self.timer.is_idle and not self._reservations.num_quarantined_blocks):

@@ -51,7 +51,7 @@ class Scene(NamedTuple):
     quarantined: tuple[Quarantined, ...]
     num_open: int
     num_closing: int  # given up a moment ago, and not freed by a rotation: they have to end by themselves
-    is_wanted: bool  # a reservation was refused that would fit without the quarantine
+    is_wanted: bool  # a reservation was refused that would fit without the quarantine, or a writer asks again
 
 
 class RotationTimer:

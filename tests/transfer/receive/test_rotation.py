@@ -84,6 +84,21 @@ def test_an_old_quarantine_of_another_host_is_freed_by_a_rotation_alone(host: Ho
     assert host.holds_nothing() and isinstance(host.said_to_peer()[-1], KVDone)
 
 
+def test_a_writer_that_asks_again_waits_for_a_rotation_and_not_for_its_quarantine_to_be_old(host: Host) -> None:
+    """Its connection broke, and a new one would work. Asked again at once, nobody is to pay for a second rotation."""
+    host.left("a")
+    host.wait(1.1)
+    host.open(host.grant("b", first=100))
+    assert host.rotations == [1] and not any(isinstance(said, KVRefused) for said in host.said_to_peer())
+    assert host.finish_rotation() == 3
+    [opened] = [said for said in host.said_to_peer() if isinstance(said, KVOpened)][-1:]
+    assert opened.generation == 1 and [region.generation for region in opened.ranks] == [1]
+    host.left("c")
+    host.wait(1.1)
+    host.open(host.grant("d", first=200))
+    assert host.rotations == [1] and only(host.said_to_peer(), KVRefused).reason == "fenced_peer"
+
+
 def test_a_writer_of_this_host_is_not_fenced_while_it_lives(host: Host) -> None:
     host.left("a", here=True)
     host.left("b", incarnation=8)
