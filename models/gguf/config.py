@@ -271,5 +271,8 @@ def gguf_tokenizer_config(fields: GgufFields, max_model_len: object) -> Json:
         "model_max_length": max_model_len,
         "clean_up_tokenization_spaces": False,
     }
-    template = fields.find("tokenizer.chat_template")
-    return config if template is None else config | {"chat_template": template}
+    template, tool_use = (fields.find(f"tokenizer.chat_template{name}") for name in ("", ".tool_use"))
+    if template is None:
+        return config
+    named = [{"name": "default", "template": template}, {"name": "tool_use", "template": tool_use}]
+    return config | {"chat_template": template if tool_use is None else named}
