@@ -252,7 +252,7 @@ def _decode(version: Version, token_ids: list[int]) -> str:
 def _checked(version: Version, ids: list[int], param: str = "prompt") -> PromptText:
     if len(ids) > (limit := version.model.max_model_len):
         raise RequestError(
-            f"{len(ids)} token ids are more than the context of {limit}",
+            f"This model's maximum context length is {limit} tokens; these are {len(ids)} token ids",
             param=param,
             code="context_length_exceeded",
         )
@@ -286,8 +286,8 @@ def _rest(prompt: PromptText, asked: int | None, max_model_len: int) -> int:
     wanted = 1 if asked is None else max(asked, 1)
     if num_prompt + wanted > max_model_len:
         more = f"and max_tokens asks for {asked} more ({num_prompt + wanted} in all)" if asked else "and leaves no room"
-        raise RequestError(
-            f"the context is {max_model_len} tokens; the prompt has {num_prompt} {more}. "
+        raise RequestError(  # it begins as OpenAI's, by which clients know it
+            f"This model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} {more}. "
             "Shorten the prompt, ask for fewer tokens, or start the server with a larger --max-model-len",
             code="context_length_exceeded",
         )

@@ -493,6 +493,23 @@ async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers() -> None:
     assert error["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize(("num_chars", "asked"), [(9, 9999), (MAX_MODEL_LEN, 1), (1_000_000, 1)])
+async def test_a_full_context_is_told_in_words_that_clients_know(path: str, num_chars: int, asked: int) -> None:
+    """litellm has no code to know it by: its fallbacks to models with more room, and aider, look for these words."""
+    text = "x" * num_chars
+    body: dict[str, object] = {"prompt": text, "max_tokens": asked}
+    if path == "/v1/responses":
+        body = {"input": text, "max_output_tokens": asked}
+    elif path == "/v1/chat/completions":
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": asked}
+    async with serve().client() as client:
+        response = await client.post(path, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert f"This model's maximum context length is {MAX_MODEL_LEN} tokens" in error["message"]
+
+
 async def test_an_empty_prompt_is_refused() -> None:
     assert (await _refused(serve(), 400, prompt=""))["param"] == "prompt"
 
