@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
+from .families.module_names import full_name
 from .families.nested import NESTED
 from .files import LFS_POINTER, refuse_pointer
-from .module_names import full_name
 from .quantization import MXFP4_GROUP, Quantization, Storage
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit

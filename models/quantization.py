@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from ..common.errors import ConfigError
 from .experts import GATES
-from .module_names import matches
+from .families.module_names import matches
 
 Shape = tuple[int, ...]
 Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..common.errors import ConfigError
 from .config_fields import ConfigFields
-from .module_names import full_name
+from .families.module_names import full_name
 from .quantization import GGUF_KINDS, Quantization, Rule, Storage
 
 _HEAD = Rule("lm_head", None)

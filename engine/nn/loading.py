@@ -27,7 +27,7 @@ from ...models.checkpoint import (
     stored_shapes,
     tensor_shapes,
 )
-from ...models.module_names import full_name
+from ...models.families.module_names import full_name
 from ...models.quantization import Quantization, Storage
 from ..weights.formats import unpack
 from ..weights.grouped import GroupedWeight
