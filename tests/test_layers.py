@@ -36,7 +36,7 @@ grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
 engine/weights       common models
-engine/nn            common models engine/ranks engine/nn/attention engine/weights
+engine/nn            common models models/families engine/ranks engine/nn/attention engine/weights
 engine/cpu           common models engine/ranks engine/nn/attention engine/weights engine/nn
 engine/cuda          common models kvcache engine/nn/attention engine/weights engine/nn
 engine               common wire models kvcache engine/ranks engine/nn/attention engine/weights engine/nn engine/cpu
