@@ -272,7 +272,7 @@ def check_num_bytes(num_bytes: int, max_tokens: int) -> None:
     limit = MAX_BYTES_PER_TOKEN * max_tokens + _SLACK_BYTES
     if num_bytes > limit:
         raise RequestError(
-            f"This model's maximum context length is {max_tokens} tokens; the prompt has at least {num_bytes} bytes, "
-            f"and a context of {max_tokens} tokens takes at most {limit}",
+            f"the prompt has at least {num_bytes} bytes; a context of {max_tokens} tokens takes at most {limit}. "
+            f"This model's maximum context length is {max_tokens} tokens",
             code="context_length_exceeded",
         )

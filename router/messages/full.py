@@ -7,9 +7,11 @@ import re
 FULL = "context_length_exceeded"
 
 # The refusals' own words, with their numbers.
-_LIMIT = r"This model's maximum context length is (?P<limit>\d+) tokens; the prompt has "
-_OF_CONTEXT = re.compile(_LIMIT + r"(?P<prompt>\d+)(?: and max_tokens asks for (?P<asked>\d+))?")
-_OF_BYTES = re.compile(_LIMIT + r"at least \d+ bytes")
+_OF_CONTEXT = re.compile(
+    r"This model's maximum context length is (?P<limit>\d+) tokens; the prompt has (?P<prompt>\d+)"
+    r"(?: and max_tokens asks for (?P<asked>\d+))?"
+)
+_OF_BYTES = re.compile(r"the prompt has at least \d+ bytes; a context of (?P<limit>\d+) tokens")
 _OF_WORKERS = re.compile(
     r"(?P<prompt>\d+) prompt tokens and 1 x up to (?P<asked>\d+) new ones need \d+ KV blocks of (?P<size>\d+) tokens; "
     r"the largest \w+ worker has (?P<blocks>\d+)"
