@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
+# Tokenizers of other libraries, of which transformers makes a tokenizer.json.
+_OTHER_KINDS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+
 
 def load_backend(path: Path) -> tuple[Backend, DecoderRules]:
     """Read tokenizer.json, for the library and for the rules by which its tokens become bytes. Raises ConfigError."""
@@ -43,7 +46,7 @@ def load_backend(path: Path) -> tuple[Backend, DecoderRules]:
 
 def _missing_tokenizer(path: Path) -> str:
     """Say what is there in place of tokenizer.json, and how to write one."""
-    found = next((name for name in ("tokenizer.model", "spiece.model", "vocab.json") if (path / name).is_file()), None)
+    found = next((name for name in _OTHER_KINDS if (path / name).is_file()), None)
     if found is None:
         return f"{path} has no tokenizer.json"
     return (

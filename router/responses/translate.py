@@ -24,6 +24,7 @@ _IGNORED = frozenset(
     {
         *("metadata", "store", "safety_identifier", "service_tier", "stream_options"),
         *("client_metadata",),  # Codex's
+        *("max_tool_calls",),  # of built-in tools, which there are not
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     }
 )
@@ -35,7 +36,6 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "context_management": ([],),
     "conversation": (),
     "image": (),
-    "max_tool_calls": (),
     "moderation": (),
     "multi_agent": (),
     "prompt": (),

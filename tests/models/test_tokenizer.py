@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -278,9 +279,10 @@ def _rendered(tokenizer: Tokenizer) -> str:
     return tokenizer.chat_template.render(chat, special_tokens=tokenizer.special_tokens)
 
 
-def test_a_directory_with_a_sentencepiece_file_alone_names_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(ConfigError, match=r"has tokenizer\.model but no tokenizer\.json; .*save_pretrained"):
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "tiktoken.model"])
+def test_a_directory_with_another_librarys_tokenizer_alone_names_the_way_out(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\n")
+    with pytest.raises(ConfigError, match=rf"has {re.escape(name)} but no tokenizer\.json; .*save_pretrained"):
         Tokenizer.from_dir(tmp_path)
 
 

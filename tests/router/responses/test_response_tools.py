@@ -33,7 +33,7 @@ def _prompt(served: Served) -> str:
 
 async def test_what_only_openai_runs_is_left_out_beside_functions_and_told() -> None:
     served = _served()
-    response = await _post(served, tools=[SEARCH, FUNCTION], client_metadata={"thread_id": "1"})
+    response = await _post(served, tools=[SEARCH, FUNCTION], client_metadata={"thread_id": "1"}, max_tool_calls=3)
     assert response.status_code == 200, response.text
     assert response.headers["x-kvferry-ignored"] == "tools[0]"
     assert '"read"' in _prompt(served) and "web_search" not in _prompt(served)
