@@ -62,7 +62,7 @@ def _refuse_unsupported(fields: ConfigFields, family: Family) -> None:
     kinds = fields.raw.get("layer_types")
     if isinstance(kinds, list) and (unknown := sorted({str(kind) for kind in kinds} - _LAYER_KINDS)):
         raise ConfigError(f"{fields.path}: layer_types: layers of {', '.join(unknown)} are not supported")
-    if family.experts is None and fields.raw.get("num_local_experts"):
+    if "num_local_experts" in family.defaults and fields.raw["num_local_experts"]:
         raise fields.refuse("num_local_experts", "experts are not supported in this family")
     if "position_embedding_type" in family.defaults and fields.raw["position_embedding_type"] != "rope":
         raise fields.refuse("position_embedding_type", "only rotary positions are supported")

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from .. import __version__
@@ -73,6 +74,10 @@ class Routes:
         num_tokens = await self._api.count_chat(request, surface)
         counted = {"object": "response.input_tokens", "input_tokens": num_tokens}
         return Response(msgspec.json.encode(counted), media_type="application/json")
+
+    async def only_post(self) -> Response:
+        """Answer for a path that looks like a response's id and is none."""
+        raise HTTPException(405, headers={"allow": "POST"})
 
     async def models(self) -> Response:
         return _json(ModelList(data=[self._model(version) for version in self._api.catalogue.shown()]))
@@ -148,6 +153,7 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"], openapi_extra=_takes(ChatBody))
     app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
     app.add_api_route(_COUNT_RESPONSE_PATH, routes.count_response, methods=["POST"])
+    app.add_api_route(_COUNT_RESPONSE_PATH, routes.only_post, methods=["GET", "DELETE"], include_in_schema=False)
     app.add_api_route("/v1/responses/{response_id}", routes.kept.show, methods=["GET"])
     app.add_api_route("/v1/responses/{response_id}", routes.kept.delete, methods=["DELETE"])
     app.add_api_route("/v1/responses/{response_id}/input_items", routes.kept.items, methods=["GET"])

@@ -107,7 +107,7 @@ async def connect(
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(
-                address.host, address.port, limit=READ_BUFFER_BYTES, happy_eyeballs_delay=_NEXT_ADDRESS_S
+                address.host, address.port, limit=READ_BUFFER_BYTES, **_several_addresses()
             )
             try:
                 _tune(writer)
@@ -119,6 +119,12 @@ async def connect(
                 raise
     except (OSError, TimeoutError) as error:
         raise WorkerLost(f"no connection to {address}: {str(error) or 'timed out'}") from error
+
+
+def _several_addresses() -> dict[str, float]:
+    """Return what makes a connection try a name's next address. A Ray actor's loop is uvloop's, which knows no way."""
+    has_it = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
+    return {"happy_eyeballs_delay": _NEXT_ADDRESS_S} if has_it else {}
 
 
 async def serve(

@@ -236,7 +236,7 @@ FAMILIES = {
     ),
     "GraniteMoeHybridForCausalLM": Family(  # those that have neither experts nor states
         name="granitemoehybrid",
-        defaults={"position_embedding_type": "none"},
+        defaults={"num_local_experts": 8, "position_embedding_type": "none"},
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         fusion="mlp",

@@ -452,7 +452,11 @@ OTHER_VALUES: dict[str, object] = {
 }
 
 
-NEEDED: dict[str, dict[str, object]] = {"lora_modules": {"enable_lora": True}}  # others that a setting goes with
+# Others that a setting goes with.
+NEEDED: dict[str, dict[str, object]] = {
+    "allow_runtime_lora_updating": {"enable_lora": True},
+    "lora_modules": {"enable_lora": True},
+}
 
 
 @pytest.mark.parametrize("name", sorted(ServeSettings.model_fields.keys() - OF_THE_LAUNCHER - BY_HAND))

@@ -125,9 +125,15 @@ async def test_status_tells_what_routers_see_of_workers(tmp_path: Path) -> None:
     async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, _):
         assert launcher.status()["experts"] is None
         uneven = {"imbalance": 1.8, "rank_imbalance": 1.2}
-        workers = {child.name: child.pid for child in launcher.workers}
-        wishes.say(event="pools", reasons=[], workers=workers, roles={"p-0": "decode", "d-0": "decode"}, experts=uneven)
-        await until(lambda: launcher.status()["experts"])
+        roles = {"p-0": "decode", "d-0": "decode"}
+
+        def say_and_ask() -> object:
+            """Say it again and again: what the router says of workers that have just come takes its place."""
+            workers = {child.name: child.pid for child in launcher.workers}
+            wishes.say(event="pools", reasons=[], workers=workers, roles=roles, experts=uneven)
+            return launcher.status()["experts"]
+
+        await until(say_and_ask)
         rows: Any = launcher.status()["processes"]
         assert launcher.status()["experts"] == uneven
         assert {row["name"]: row["role"] for row in rows} == {"router": "router", "p-0": "decode", "d-0": "decode"}
