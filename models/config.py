@@ -164,8 +164,9 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
     elif head_dim % 2:
         raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
     max_model_len = read_max_len(fields)
-    rope, local_rope = read_ropes(fields, family, max_model_len, head_dim if latent is None else latent.rope_dim)
     windows, unturned = read_windows(fields, family), read_unturned(fields, family)
+    rotary_dim = head_dim if latent is None else latent.rope_dim
+    rope, local_rope = read_ropes(fields, family, max_model_len, rotary_dim, has_windows=any(windows))
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.count("num_hidden_layers"),

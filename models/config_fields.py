@@ -28,6 +28,10 @@ class ConfigFields:
     def has(self, key: str) -> bool:
         return self.raw.get(key) is not None
 
+    def told(self, keys: tuple[str, ...]) -> str:
+        """Return the first of some names of one thing that is told; none is: the first."""
+        return next(filter(self.has, keys), keys[0])
+
     def refuse(self, key: str, why: str) -> ConfigError:
         return ConfigError(f"{self.path}: {key} = {self.raw.get(key)!r}: {why}")
 

@@ -102,9 +102,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         raise fields.refuse("topk_method", f"is not supported; these are: {', '.join(map(str, _METHODS[1:]))}")
     if fields.has("scoring_func") and _SCORINGS.get(str(fields.raw["scoring_func"])) != traits.scoring:
         raise fields.refuse("scoring_func", f"experts of this family are scored by {traits.scoring}")
-    num_experts, num_chosen = (
-        fields.count(next((key for key in keys if fields.has(key)), keys[0])) for keys in (_COUNTS, _CHOSEN_COUNTS)
-    )
+    num_experts, num_chosen = (fields.count(fields.told(keys)) for keys in (_COUNTS, _CHOSEN_COUNTS))
     size = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
     num_groups = num_chosen_groups = 1
     if method != "greedy" and fields.has("n_group"):
@@ -147,7 +145,7 @@ def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tup
     step = fields.count("decoder_sparse_step", fields.count("moe_layer_interval", 1))
     if fields.has("mlp_layer_types"):
         return _typed_layers(fields, num_layers)
-    key = next((key for key in _FIRST_SPARSE if fields.has(key)), _FIRST_SPARSE[0])
+    key = fields.told(_FIRST_SPARSE)
     first, last = fields.raw.get(key, traits.first_dense), fields.raw.get("moe_layer_end_index", -1)
     dense = fields.raw.get("mlp_only_layers") or []
     if not isinstance(first, int) or first < 0:

@@ -62,14 +62,17 @@ def read_max_len(fields: ConfigFields) -> int:
 
 
 def read_ropes(
-    fields: ConfigFields, family: Family, max_model_len: int, head_dim: int
+    fields: ConfigFields, family: Family, max_model_len: int, head_dim: int, *, has_windows: bool
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Read the rotary positions, and those of local layers where they are others. Raises ConfigError."""
+    """Read the rotary positions, and those of local layers where they are others. Raises ConfigError.
+
+    `has_windows`: some layers see a window of keys alone.
+    """
     scaling = rotary_fields(fields)
     theta = fields.number("rope_theta", 10_000.0)
     if not family.has_local_rope:
         rope, unturned = _read_rope(fields, scaling, family, theta, max_model_len, head_dim), RopeConfig(kind="none")
-        if family.unturned == "without window" and any(read_windows(fields, family)):
+        if family.unturned == "without window" and has_windows:
             return unturned, rope
         return rope, unturned if family.unturned == "named" else None
     local_theta = fields.number("rope_local_base_freq", theta)
