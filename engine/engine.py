@@ -30,7 +30,7 @@ from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
-from ..models.experts import expert_plan
+from ..models.parts.experts import expert_plan
 from ..models.quantization import chosen_quantization
 from ..wire.workers import ExpertCounts, ExpertLoads
 from .choose import check_kernels, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights

@@ -15,8 +15,8 @@ from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.adapter import Adapter, inspect_adapter
 from ..models.config import ModelConfig
-from ..models.experts import expert_plan
 from ..models.native import not_in_native
+from ..models.parts.experts import expert_plan
 from ..models.quantization import chosen_quantization
 from ..sizing.adapters import expert_adapter_bytes, expert_modules
 from ..sizing.memory import RANK_BYTES, cache_token_bytes, check_latent_dtype, weight_bytes

@@ -22,10 +22,10 @@ from blake3 import blake3
 from ..common.errors import ConfigError
 from .checkpoint import Shape, parse_header, read_header, tensor_shapes
 from .config import ModelConfig
-from .config_fields import ConfigFields
 from .digest import file_digest
 from .families.module_names import full_name
 from .files import read_json
+from .parts.config_fields import ConfigFields
 
 MAX_RANK = 256  # vLLM's largest --max-lora-rank that is common; a larger one would take memory in every slot
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

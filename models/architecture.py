@@ -6,11 +6,11 @@ A model of several parts (`families/nested.py`) is read as its language model.
 from __future__ import annotations
 
 from ..common.errors import ConfigError
-from .config_fields import ConfigFields
 from .families.family import Family
 from .families.lookup import ARCHITECTURES, architecture_of, nearest, needs_code
 from .families.nested import NESTED
 from .families.table import FAMILIES
+from .parts.config_fields import ConfigFields
 
 _LAYER_KINDS = {"attention", "full_attention", "sliding_attention"}
 

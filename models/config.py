@@ -15,14 +15,14 @@ from typing import Literal
 
 from ..common.errors import ConfigError
 from .architecture import read_architecture
-from .config_fields import ConfigFields
-from .experts import ExpertsConfig, read_experts, read_sparse_layers
 from .families.family import Bias, Family
 from .families.table import FAMILIES
-from .latent import LatentConfig, read_latent
+from .parts.config_fields import ConfigFields
+from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
+from .parts.latent import LatentConfig, read_latent
+from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
 from .quantization import Quantization
 from .quantization_config import read_quantization
-from .rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
 from .tokenizer_files import read_end_tokens
 
 Activation = Literal["silu", "gelu_tanh"]

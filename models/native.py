@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .config import ModelConfig
-from .latent import LatentConfig
+from .parts.latent import LatentConfig
 from .quantization import Quantization
 
 

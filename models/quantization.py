@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ..common.errors import ConfigError
-from .experts import GATES
 from .families.module_names import matches
+from .parts.experts import GATES
 
 Shape = tuple[int, ...]
 Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]

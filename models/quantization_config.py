@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Literal
 
 from ..common.errors import ConfigError
-from .config_fields import ConfigFields
 from .families.module_names import full_name
+from .parts.config_fields import ConfigFields
 from .quantization import GGUF_KINDS, Quantization, Rule, Storage
 
 _HEAD = Rule("lm_head", None)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 from ..common.config import EngineConfig
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
-from ..models.experts import expert_plan
 from ..models.native import not_in_native
+from ..models.parts.experts import expert_plan
 from ..models.quantization import CARD_OUTPUTS, MXFP4_GROUP, TIED_HEAD, Form, Quantization
 from .scales import scale_bytes
 

@@ -29,18 +29,19 @@ wire                 common
 settings             common wire
 models/gguf          common
 models/families
-models               common models/gguf models/families
+models/parts         common models/families
+models               common models/gguf models/families models/parts
 kvcache              common wire
-sizing               common models kvcache
+sizing               common models models/parts kvcache
 grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
 engine/weights       common models
-engine/nn            common models models/families engine/ranks engine/nn/attention engine/weights
+engine/nn            common models models/families models/parts engine/ranks engine/nn/attention engine/weights
 engine/cpu           common models engine/ranks engine/nn/attention engine/weights engine/nn
 engine/cuda          common models kvcache engine/nn/attention engine/weights engine/nn
-engine               common wire models kvcache engine/ranks engine/nn/attention engine/weights engine/nn engine/cpu
-engine               engine/cuda
+engine               common wire models models/parts kvcache engine/ranks engine/nn/attention engine/weights
+engine               engine/nn engine/cpu engine/cuda
 transfer/backends    common wire
 transfer/protocol    common wire transfer/backends
 transfer/fetch       common wire kvcache transfer/backends transfer/protocol
@@ -73,13 +74,13 @@ router               common wire settings models router/state router/metrics rou
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages
 router               router/responses router/embeddings router/batches router/admin
 launch/forking       common
-launch               common wire settings models kvcache sizing engine/cpu launch/forking
+launch               common wire settings models models/parts kvcache sizing engine/cpu launch/forking
 tools/load           common
 tools/chaos          common models tools/load
 simulator            common wire kvcache engine transfer/protocol transfer/send decode worker
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
 simulator            sizing
-simulator/commands   common models sizing tools/load simulator simulator/costs
+simulator/commands   common models models/parts sizing tools/load simulator simulator/costs
 cli                  common wire settings models sizing router/admin launch
 __main__             cli
 simulator/costs      common wire sizing

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.expert_plan import Held, copies_of
-from ...models.experts import ExpertsConfig
+from ...models.parts.experts import ExpertsConfig
 from .builder import Builder
 from .experts import TILE, SparseMLP, turns
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.expert_plan import Held, copies_of, shares
-from ...models.experts import ExpertsConfig
+from ...models.parts.experts import ExpertsConfig
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight, Leaf, WeightSlot
 from .builder import Builder

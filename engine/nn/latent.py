@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...models.latent import LatentConfig
+from ...models.parts.latent import LatentConfig
 from ..ranks.communicator import Communicator
 from ..weights.weight import Leaf, WeightSlot
 from .attention.base import AttentionBackend

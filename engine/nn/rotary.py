@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...models.rope import RopeConfig
+from ...models.parts.rope import RopeConfig
 
 
 class Rope(NamedTuple):

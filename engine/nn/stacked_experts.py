@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ...models.experts import ExpertsConfig
+from ...models.parts.experts import ExpertsConfig
 from ...models.quantization import MXFP4_GROUP
 from ..weights.grouped import E2M1, GroupedWeight
 from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot

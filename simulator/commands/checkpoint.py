@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from ...common.config import Dtype, EngineConfig, ExpertExchange, KVCacheDtype, QuantizationName
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
-from ...models.experts import check_exchange, expert_plan
 from ...models.files import resolve_config
+from ...models.parts.experts import check_exchange, expert_plan
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu

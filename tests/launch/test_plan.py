@@ -15,8 +15,8 @@ from kvferry.launch.engine_checks import check_engine, check_model, lacks_native
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
-from kvferry.models.latent import LatentConfig
-from kvferry.models.rope import RopeConfig
+from kvferry.models.parts.latent import LatentConfig
+from kvferry.models.parts.rope import RopeConfig
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import cache_token_bytes, gpu_reserve_bytes, weight_bytes

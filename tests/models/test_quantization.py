@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
-from kvferry.models.config_fields import ConfigFields
+from kvferry.models.parts.config_fields import ConfigFields
 from kvferry.models.quantization import (
     GGUF_KINDS,
     TIED_HEAD,

@@ -4,7 +4,7 @@
     LatentGraphAttention          one padded number of one-token rows, with buffers that never move: for a CUDA graph
 
 A layer's view of the page tensor, [blocks, block_size, latent and turned key], is what the wrapper takes as it is. For
-which latents and how many heads there are kernels stands in `models/latent.py`: to other numbers of heads some are
+which latents and how many heads there are kernels stands in `models/parts/latent.py`: to other numbers some heads are
 added, of zeros.
 
 Not run on a card: shown on an emulated device, which takes the arguments that FlashInfer takes.

@@ -12,9 +12,9 @@ from kvferry.engine.nn.builder import Builder
 from kvferry.engine.nn.experts import SparseMLP
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
-from kvferry.models.config_fields import ConfigFields
-from kvferry.models.experts import read_experts, read_sparse_layers
 from kvferry.models.families.experts import DEEPSEEK_V2, DEEPSEEK_V3
+from kvferry.models.parts.config_fields import ConfigFields
+from kvferry.models.parts.experts import read_experts, read_sparse_layers
 
 from ...checkpoints import write_checkpoint
 from ...transformers_checkpoints import SMALL, draw

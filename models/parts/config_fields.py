@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..common.errors import ConfigError
+from ...common.errors import ConfigError
 
 # Null says of these that there is none: no window, no cap. Of others it says nothing.
 _TOLD_BY_NULL = {"attn_logit_softcapping", "final_logit_softcapping", "sliding_window"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..common.errors import ConfigError
+from ...common.errors import ConfigError
 from .config_fields import ConfigFields
 from .rope import rotary_fields
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..common.config import EngineConfig
-from ..common.errors import ConfigError
-from ..common.expert_plan import ExpertPlan, read_plan
+from ...common.config import EngineConfig
+from ...common.errors import ConfigError
+from ...common.expert_plan import ExpertPlan, read_plan
+from ..families.experts import ExpertTraits, Scoring
 from .config_fields import ConfigFields
-from .families.experts import ExpertTraits, Scoring
 
 Shape = tuple[int, ...]
 

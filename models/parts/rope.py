@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..common.errors import ConfigError
+from ...common.errors import ConfigError
+from ..families.family import Family
 from .config_fields import ConfigFields
-from .families.family import Family
 
 RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn", "none"]  # none: angles are 0
 
