@@ -74,7 +74,7 @@ def _division(deployment: Deployment) -> str:
 
 def description(deployment: Deployment, model: ModelConfig) -> str:
     """Return the plan, a line for each process."""
-    from ..sizing.memory import cache_token_bytes, weight_bytes
+    from ..sizing.memory import block_tokens, cache_token_bytes, weight_bytes
     from ..wire.address import Address
 
     router = deployment.router
@@ -88,11 +88,12 @@ def description(deployment: Deployment, model: ModelConfig) -> str:
     for worker in deployment.workers:
         engine = worker.config.engine
         cache = engine.kv_cache_memory_bytes
-        per_block = cache_token_bytes(engine, model) * engine.block_size
+        block_size = block_tokens(engine, model)
+        per_block = cache_token_bytes(engine, model) * block_size
         room = "from free memory"
         if cache is not None:
             blocks = cache // per_block
-            room = f"{_size(cache)} = {blocks} blocks = {blocks * engine.block_size} tokens"
+            room = f"{_size(cache)} = {blocks} blocks = {blocks * block_size} tokens"
         lines.append(
             f"{worker.config.worker_id:7} {worker.config.role}, {worker.num_ranks} rank(s), {_place(worker)}, "
             f"weights {_size(weight_bytes(engine, model))}, KV cache {room}"

@@ -19,6 +19,9 @@ NO_DETERMINISTIC_CUDA = (
     "deterministic: only on CPUs; on a GPU, kernels are chosen by how many tokens are computed together. Use "
     "--device cpu, or leave it off: no token is lost or doubled, but one that nearly tied may change on resume"
 )
+BLOCK_SIZE = 16  # tokens, where nothing else is said
+LONG_BLOCK_SIZES = (256, 512, 1024, 2048)  # for models that keep states alone
+BlockSize = Literal[8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 NO_INT8_LATENTS = "kv_cache_dtype: int8 keeps keys and values of heads, not latents; use auto"
 CACHE_VARIABLE = "KVFERRY_CACHE"  # where `default_model` keeps what it made
 FAILPOINTS_VARIABLE = "KVFERRY_FAILPOINTS"  # faults of a drill, see failpoints.py
@@ -101,7 +104,7 @@ class EngineConfig(Settings):
     enable_expert_parallel: bool = False  # a rank's experts are whole ones, not parts of all
     expert_plan: Path | None = None  # file that says which ones (expert_plan.py); None: an even split
     expert_exchange: ExpertExchange = "sum"  # how whole experts' rows and results go between ranks
-    block_size: Literal[8, 16, 32, 64, 128] = 16  # tokens
+    block_size: BlockSize | None = None  # tokens; None: 16, or as a model's states demand (models/parts/states.py)
     max_model_len: PositiveInt | None = None  # None: the model's own
     max_num_seqs: PositiveInt = 64
     max_num_batched_tokens: PositiveInt = 512
@@ -127,6 +130,11 @@ class EngineConfig(Settings):
     load_format: LoadFormat = "auto"
     seed: int = 0
     num_threads: PositiveInt | None = None  # CPU threads of one rank; None: set by the launcher
+
+    @property
+    def block_tokens(self) -> int:
+        """Count the tokens of a block, for a model that keeps no states."""
+        return self.block_size or BLOCK_SIZE
 
     @property
     def exchanges_experts(self) -> bool:

@@ -20,6 +20,7 @@ from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..common.machine import free_memory_bytes
 from ..models.config import ModelConfig
+from ..models.parts.states import check_states
 from .cpu.adapters import SlotMemory, StripFactors
 from .cpu.compiler import NativeUnavailable
 from .cpu.decoder import NativeDecoder
@@ -65,6 +66,8 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
 
 def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
+    if model.states is not None:
+        check_states(config, is_cuda=device.type == "cuda")
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
     if (quantization := model.quantization) is not None:
@@ -197,7 +200,7 @@ def choose_runner(
         return NativeRunner(native, decoder.final_norm, num_layers=model.num_layers, eos_token_ids=model.eos_token_ids)
     with torch.inference_mode():
         make = TiledRunner if config.deterministic else TorchRunner
-        return make(decoder, attention, block_size=config.block_size)
+        return make(decoder, attention, block_size=config.block_tokens)
 
 
 def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> AttentionBackend:
@@ -207,7 +210,7 @@ def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> Att
         config.attention_backend,
         pages,
         model.num_qo_heads // decoder.head.rows.comm.size,
-        model.sliding_windows,
+        model.kv_windows,
         query_dtype=decoder.dtype,
         kv_scales=read_kv_scales(config.model_dir, model.num_layers) if has_scales else None,
         deterministic=config.deterministic,

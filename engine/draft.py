@@ -115,7 +115,7 @@ class DraftModel:
 
     def _plan(self, stretches: Sequence[_Stretch], *, samples: bool) -> StepPlan:
         input_ids, starts, lengths, block_ids, ends = (array("i") for _ in range(5))
-        size = self._config.block_size
+        size = self._config.block_tokens
         for token_ids, start, block_table in stretches:
             input_ids.extend(token_ids)
             starts.append(start)

@@ -24,7 +24,6 @@ from torch import Tensor
 from ..common.batch import Batch, GpuEvent, RowOutput, StepOutput, drawn_output, stopped_output
 from ..common.config import CoreSlot, EngineConfig
 from ..common.errors import ConfigError
-from ..common.kv_spec import KVCacheSpec
 from ..common.request import SampledToken
 from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
@@ -43,6 +42,7 @@ from .nn.loading import Progress, load_weights
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer, StepStopped
 from .nn.sampling import sample_rows
+from .page_spec import block_spec, with_block_size
 from .pooling import with_pooled
 from .ranks.communicator import Communicator, connect
 from .ranks.group import RankGroup
@@ -86,6 +86,7 @@ class Engine:
         check_kernels(config, self.model_config, self._device)
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
+        config = self.config = with_block_size(config, self.model_config, kv_dtype)
         self._group = group
         self._check_ranks = group.check if group is not None else lambda: None
         self._masks = MaskThread()
@@ -94,7 +95,7 @@ class Engine:
         native_model = pack_weights(decoder, self._device, native=native, isa=config.cpu_isa)
         self.adapters = decoder.adapters = make_adapters(config, decoder, native_model, self._device)
         self._draft = self._draft_model(dtype, progress, native=native)
-        self.spec = self._kv_cache_spec(kv_dtype)
+        self.spec = block_spec(self.model_config, config.block_tokens, kv_dtype, self._draft)
         comm.meet("loaded", self._check_ranks)
         self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
         # Not under inference mode: whoever moves pages writes to this tensor outside of it.
@@ -113,7 +114,11 @@ class Engine:
         self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
         blocks = [layer.feed_forward for layer in decoder.layers]
         self._sparse = {layer: block for layer, block in enumerate(blocks) if isinstance(block, SparseMLP)}
-        pages = self.kv_pages[: self.model_config.num_layers]
+        self._num_layer_pages = len(self.model_config.kv_layers)
+        pages = self.kv_pages[: self._num_layer_pages]
+        if decoder.states is not None:
+            decoder.states.attach(self.kv_pages[self._num_layer_pages :])
+        self._keeps_states = decoder.states is not None
         self.runner = choose_runner(config, decoder, native_model, pages, cores=cores, progress=progress)
         if self._draft is not None:
             self._draft.attach(self.kv_pages, cores)
@@ -144,19 +149,6 @@ class Engine:
             return None
         return DraftModel(config, self.model_config, dtype=dtype, device=self._device, native=native, progress=progress)
 
-    def _kv_cache_spec(self, dtype: torch.dtype) -> KVCacheSpec:
-        model = self.model_config
-        num_draft_pages = self._draft.num_pages if self._draft is not None else 0
-        return KVCacheSpec(
-            model="",  # known at the end of the start, as is how results are rounded
-            num_layers=model.num_layers + num_draft_pages,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            block_size=self.config.block_size,
-            dtype=str(dtype).removeprefix("torch."),
-            layout="HND" if model.latent is None else "latent",
-        )
-
     def _num_blocks_for_memory(self, tp_size: int) -> int:
         return num_blocks_for_memory(
             self.config, self.spec, self._device, tp_size=tp_size, max_model_len=self.max_model_len
@@ -170,10 +162,12 @@ class Engine:
         began = time.perf_counter()
         self._draft_s = 0.0
         plan = None
+        if self._keeps_states:  # computed once more, a token would be in the state twice
+            batch = replace(batch, may_postpone=False)
         if self._draft is None:
             self._masks.begin(batch)
         if self._group is not None:
-            plan = plan_step(batch, self.config.block_size)
+            plan = plan_step(batch, self.config.block_tokens)
             self._group.send_step(msgspec.msgpack.encode(plan))
         self.host_slots.copy(batch.swap_out, batch.swap_in)
         if not batch.rows:
@@ -200,11 +194,14 @@ class Engine:
             if self._draft is not None:
                 self._draft_s = self._draft.propose(batch)
                 self._masks.begin(batch)  # which look at what is drafted
-            plan = plan or plan_step(batch, self.config.block_size)
+            plan = plan or plan_step(batch, self.config.block_tokens)
             logits = self.runner.forward(plan, on_layer)
             states = next(logits) if plan.pooled_rows else None
             if self._draft is not None:
-                self._keep_up(self._draft, batch, on_layer)
+                self._draft_s += self._draft.keep_up(batch)
+            if on_layer is not None:  # a draft model's pages, or those of states, are complete all at once
+                for page in range(self._num_layer_pages, self.spec.num_layers):
+                    on_layer(page)
             sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
@@ -213,13 +210,6 @@ class Engine:
                 rows = with_pooled(batch, rows, states)
         self.runner.wait()
         return rows
-
-    def _keep_up(self, draft: DraftModel, batch: Batch, on_layer: OnLayer | None) -> None:
-        """Let the draft model compute what the layers were fed; its pages are complete, all at once, when it has."""
-        self._draft_s += draft.keep_up(batch)
-        if on_layer is not None:
-            for page in range(self.model_config.num_layers, self.spec.num_layers):
-                on_layer(page)
 
     def _prompt_logprobs(self, batch: Batch, logits: Iterator[Tensor]) -> Iterator[tuple[SampledToken, ...]]:
         """Yield each row's entries; `logits` has what `prompt_rows` asked for."""

@@ -17,9 +17,10 @@ from ..models.adapter import Adapter, inspect_adapter
 from ..models.config import ModelConfig
 from ..models.native import not_in_native
 from ..models.parts.experts import expert_plan
+from ..models.parts.states import check_states
 from ..models.quantization import chosen_quantization
 from ..sizing.adapters import expert_adapter_bytes, expert_modules
-from ..sizing.memory import RANK_BYTES, cache_token_bytes, check_latent_dtype, weight_bytes
+from ..sizing.memory import RANK_BYTES, block_tokens, cache_token_bytes, check_latent_dtype, weight_bytes
 from ..sizing.weights import item_bytes
 from .host import Host
 from .plan import Deployment
@@ -77,6 +78,8 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         num_heads = model.num_qo_heads // engine.tensor_parallel_size
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
+    if model.states is not None:
+        check_states(engine, is_cuda=is_cuda)
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":
@@ -85,7 +88,8 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         )
     if engine.kv_cache_dtype == "bfloat16" and item_bytes(engine, model) != 2:
         raise ConfigError("kv_cache_dtype: bfloat16 does not go with a model in float32; use auto")
-    block_bytes = cache_token_bytes(engine, model) * engine.block_size
+    block_size = block_tokens(engine, model)
+    block_bytes = cache_token_bytes(engine, model) * block_size
     if not engine.enable_prefix_caching and (engine.disk_cache_dir is not None or engine.host_cache_memory_bytes):
         raise ConfigError("host_cache_memory_bytes, disk_cache_dir: there is no prefix cache to keep there; enable it")
     staging = engine.host_cache_memory_bytes
@@ -96,7 +100,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         )
     if engine.kv_cache_memory_bytes is not None:
         longest = min(engine.max_model_len or model.max_model_len, MIN_CACHE_TOKENS)
-        if why := too_small_a_cache(engine.kv_cache_memory_bytes, block_bytes, -(-longest // engine.block_size)):
+        if why := too_small_a_cache(engine.kv_cache_memory_bytes, block_bytes, -(-longest // block_size)):
             raise ConfigError(why)
 
 

@@ -62,7 +62,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
         shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.family.norm_names if norm is not None}
-        if config.latent is None:
+        if config.states is not None and config.states.layers[layer]:
+            shapes |= config.states.shapes(f"{name}.linear_attn", hidden)
+        elif config.latent is None:
             shapes |= _attention_shapes(config, f"{name}.self_attn")
         else:
             shapes |= config.latent.shapes(f"{name}.self_attn", hidden, config.num_qo_heads)
@@ -103,6 +105,8 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     hidden, family = config.hidden_size, config.family
     heads, kv_heads = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    if family.has_attention_gates:
+        sizes["q_proj"] *= 2
     if family.fusion == "all":
         sizes = {"qkv_proj": sum(sizes.values())}
     shapes: dict[str, Shape] = {}

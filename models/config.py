@@ -21,6 +21,7 @@ from .parts.config_fields import ConfigFields
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
 from .parts.latent import LatentConfig, read_latent
 from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
+from .parts.states import StatesConfig, read_states
 from .quantization import Quantization
 from .quantization_config import read_quantization
 from .tokenizer_files import read_end_tokens
@@ -57,6 +58,7 @@ class ModelConfig:
     quantization: Quantization | None = None  # of its matrices; None: plain numbers
     num_draft_layers: int = 0  # of the checkpoint, behind the model's own: they predict further tokens and are not read
     latent: LatentConfig | None = None  # attention over latents, each the one KV head; None: over heads
+    states: StatesConfig | None = None  # of layers that keep one; None: all keep keys and values
     experts: ExpertsConfig | None = None  # of the sparse layers
     sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
     family: Family = FAMILIES["LlamaForCausalLM"]
@@ -92,6 +94,17 @@ class ModelConfig:
         return 2 if self.latent is None else 1
 
     @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """List the layers that keep keys and values, or latents."""
+        states = self.states
+        return tuple(layer for layer in range(self.num_layers) if states is None or not states.layers[layer])
+
+    @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """Return of each layer that keeps keys the keys that a token sees, itself included; None: all."""
+        return tuple(self.sliding_windows[layer] for layer in self.kv_layers)
+
+    @property
     def weights_form(self) -> str:
         """Return the name by which workers tell their weights' forms apart."""
         return self.quantization.name if self.quantization is not None else "plain"
@@ -99,6 +112,8 @@ class ModelConfig:
     def shared_counts(self, *, whole_experts: bool = False) -> dict[str, int]:
         """Return what ranks share, by its name in config.json; with whole experts, the number of these."""
         counts = {"num_attention_heads": self.num_qo_heads}
+        if self.states is not None:
+            counts["layers with states"] = 1  # whole, on one rank
         if self.latent is None:  # else every rank has the one head
             counts["num_key_value_heads"] = self.num_kv_heads
         if self.experts is None or not all(self.sparse_layers):
@@ -191,6 +206,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         quantization=read_quantization(fields),
         num_draft_layers=_num_draft_layers(fields),
         latent=latent,
+        states=read_states(fields, family),
         experts=read_experts(fields, family.experts),
         sparse_layers=read_sparse_layers(fields, family.experts),
         family=family,

@@ -17,6 +17,7 @@ def not_in_native(
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     is_sparse = config.experts is not None and any(config.sparse_layers)
     has = {
+        "layers that keep a state": config.states is not None,
         "experts in such a residual stream": is_sparse
         and (family.norms != "before" or config.residual_multiplier != 1.0),
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.

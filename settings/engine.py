@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from ..common.config import Attention, CpuIsa, Device, ExpertExchange, KVCacheDtype, Settings, SpeculativeConfig
+from ..common.config import (
+    Attention,
+    BlockSize,
+    CpuIsa,
+    Device,
+    ExpertExchange,
+    KVCacheDtype,
+    Settings,
+    SpeculativeConfig,
+)
 from .option import ALL, ENGINES, SERVE, Option
 from .values import Count, FilePath, NumThreads, Share, parse_number, parse_object
 
@@ -33,9 +42,13 @@ class EngineSettings(Settings):
         ),
     ] = "sum"
     block_size: Annotated[
-        Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(parse_number)],
-        Option("Engine", "Tokens in a KV block.", ENGINES),
-    ] = 16
+        Annotated[BlockSize, BeforeValidator(parse_number)] | None,
+        Option(
+            "Engine",
+            "Tokens in a KV block; more than 128 for models that keep states. Default: 16, or as the states demand.",
+            ENGINES,
+        ),
+    ] = None
     max_num_seqs: Annotated[Count, Option("Engine", "Sequences in one step.", ENGINES)] = 64
     max_num_batched_tokens: Annotated[
         Count | None,

@@ -16,7 +16,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .cpu import CpuSteps
 from .hardware import Gpu
-from .memory import cache_token_bytes
+from .memory import block_tokens, cache_token_bytes
 from .shapes import ModelShape, shape_of
 from .steps import Roofline, StepWork, Terms
 from .weights import item_bytes
@@ -92,7 +92,8 @@ class Sizer:
         return self.steps.model
 
     def memory(self) -> Memory:
-        shape, num_ranks, block_size = self.shape, self.engine.tensor_parallel_size, self.engine.block_size
+        shape, num_ranks = self.shape, self.engine.tensor_parallel_size
+        block_size = block_tokens(self.engine, self.model)
         num_blocks = self.steps.num_blocks(block_size)
         token = cache_token_bytes(self.engine, self.model)
         parts = {

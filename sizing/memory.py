@@ -10,8 +10,10 @@ from ..common.errors import ConfigError
 from ..common.kv_spec import row_items
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.config import ModelConfig
+from ..models.parts.states import block_size_of
 from ..models.quantization import chosen_quantization
 from .weights import ITEM_BYTES, WeightBytes, WeightCounter, item_bytes
+from .work import num_visible_keys
 
 # A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
 RANK_BYTES = 400 << 20
@@ -57,11 +59,30 @@ def draft_models(engine: EngineConfig) -> list[ModelConfig]:
 
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
+    layer = _layer_token_bytes(engine, model)
+    if model.states is not None:
+        size = block_tokens(engine, model)
+        return layer * (len(model.kv_layers) + model.states.num_pages(size * layer))
+    drafts = (num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
+    return layer * (model.num_layers + sum(drafts))
+
+
+def block_tokens(engine: EngineConfig, model: ModelConfig) -> int:
+    """Return the tokens of a block. Raises ConfigError."""
+    return block_size_of(engine, model.states, len(model.kv_layers) * _layer_token_bytes(engine, model))
+
+
+def kept_bytes_read(engine: EngineConfig, model: ModelConfig, context: int) -> float:
+    """Return the bytes of a sequence's keys, values and states that one of its decode steps reads, on one rank."""
+    keys = _layer_token_bytes(engine, model) * num_visible_keys(context, model)
+    return keys + (0 if model.states is None else 2 * model.states.num_bytes)  # a state is written, too
+
+
+def _layer_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes of a token's keys and values in one layer that keeps some, on one rank."""
     heads = model.num_kv_heads // (1 if model.latent is not None else engine.tensor_parallel_size)
-    dtype = engine.kv_cache_dtype
-    num_pages = model.num_layers + sum(num_draft_pages(model, draft, dtype) for draft in draft_models(engine))
-    row_bytes = row_items(model.head_dim, dtype) * cache_item_bytes(engine, model)
-    return model.num_kv_parts * num_pages * heads * row_bytes
+    row_bytes = row_items(model.head_dim, engine.kv_cache_dtype) * cache_item_bytes(engine, model)
+    return model.num_kv_parts * heads * row_bytes
 
 
 def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:

@@ -15,7 +15,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from ..models.quantization import chosen_quantization
 from .hardware import Gpu
-from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, rank_weights
+from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, kept_bytes_read, rank_weights
 from .weights import ITEM_BYTES, item_bytes
 from .work import (
     count_params,
@@ -117,12 +117,12 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
     chosen = 0.0 if experts is None else experts.num_chosen / experts.num_experts
     keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
     scored = pairs - num_causal_pairs(context, model.sliding_windows[-1])
-    pair = flops_per_pair(model)
+    pair, token_bytes = flops_per_pair(model), cache_token_bytes(engine, model)
     return ModelShape(
         name=model.architecture,
         num_params=num_params,
         num_layers=model.num_layers,
-        kv_bytes_per_token=num_ranks * cache_token_bytes(engine, model),
+        kv_bytes_per_token=num_ranks * token_bytes,
         prefill_flops_per_pair=2 * pair * pairs / (context * (context + 1)),
         decode_flops_per_pair=pair * keys / context,
         weight_bytes=num_ranks * weights.read / num_params,
@@ -137,7 +137,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         head_params=params.head,
         resident_bytes=num_ranks * weights.total,
         reserve_bytes=RANK_BYTES if gpu.is_cpu else gpu_reserve_bytes(engine, model, engine.max_num_batched_tokens),
-        read_share=keys / (context * model.num_layers),
+        read_share=kept_bytes_read(engine, model, context) / (context * token_bytes),
         cache_byte_work=_INT8_BYTE_WORK if engine.kv_cache_dtype == "int8" else 1.0,
         exchanged_bytes=exchanged_bytes(1, num_ranks, item_bytes(engine, model), model, engine.expert_exchange),
         num_sums=num_sums(model, engine.expert_exchange) if num_ranks > 1 else 0,

@@ -60,12 +60,12 @@ def num_causal_pairs(num_tokens: int, window: int | None) -> int:
 
 def num_prompt_pairs(num_tokens: int, model: ModelConfig) -> int:
     """Count the pairs of a prompt in all layers together."""
-    return sum(num_causal_pairs(num_tokens, window) for window in model.sliding_windows)
+    return sum(num_causal_pairs(num_tokens, window) for window in model.kv_windows)
 
 
 def num_visible_keys(context: float, model: ModelConfig) -> float:
     """Count keys that one query reads in all layers together, with `context` tokens up to and including itself."""
-    return sum(context if window is None else min(context, window) for window in model.sliding_windows)
+    return sum(context if window is None else min(context, window) for window in model.kv_windows)
 
 
 def num_values(model: ModelConfig) -> int:

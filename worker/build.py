@@ -67,7 +67,7 @@ def build_deps(
     own_marks = (own_mark(),) if outgoing.copies_itself else ()
     clock = SystemClock()
     pool = BlockPool(
-        engine.num_blocks, config.engine.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
+        engine.num_blocks, engine.spec.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
     )
     return WorkerDeps(
         config=config,

@@ -148,7 +148,7 @@ def _engine(flags: argparse.Namespace, model_dir: Path, max_rank: int, load_form
         max_lora_rank=max_rank,
         load_format=load_format,
     )
-    return Engine(config, num_blocks=num_blocks_of([(flags.rows, flags.context)], config.block_size))
+    return Engine(config, num_blocks=num_blocks_of([(flags.rows, flags.context)], config.block_tokens))
 
 
 def _deepened(model_dir: Path, target: Path, times: float) -> Path:

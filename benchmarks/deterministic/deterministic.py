@@ -126,7 +126,7 @@ def _engine(flags: argparse.Namespace, model_dir: Path, rows: list[tuple[int, in
         num_threads=flags.threads,
         deterministic=deterministic,
     )
-    num_blocks = max(num_rows * (tokens // config.block_size + 1) for num_rows, tokens in rows)
+    num_blocks = max(num_rows * (tokens // config.block_tokens + 1) for num_rows, tokens in rows)
     engine = Engine(config, num_blocks=num_blocks)
     engine.kv_pages.normal_(generator=torch.Generator().manual_seed(_KV_SEED))
     return engine

@@ -134,7 +134,7 @@ def _measure_engine(
 
     most_rows = max((rows for rows, _ in cases.decode), default=1)
     config = config.model_copy(update={"max_num_seqs": max(config.max_num_seqs, most_rows)})
-    engine = Engine(config, num_blocks=cases.num_blocks(config.block_size))
+    engine = Engine(config, num_blocks=cases.num_blocks(config.block_tokens))
     device = engine.kv_pages.device
     dtype = torch.float32 if item_bytes(config, engine.model_config) == 4 else torch.bfloat16  # of the weights
     watch = CoreWatch(lambda: ())

@@ -166,7 +166,9 @@ class LoadedEngine:
     def __init__(self, engine: Engine, *, seed: int = 0) -> None:
         self.engine = engine
         config = engine.config
-        self.pool = BlockPool(engine.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.pool = BlockPool(
+            engine.num_blocks, config.block_tokens, enable_prefix_caching=config.enable_prefix_caching
+        )
         self._random = random.Random(seed)
         _fill_pages(engine.kv_pages)
         # One for all prompts: it learns the speed and cuts chunks by it, as a worker's does over its life.

@@ -124,7 +124,7 @@ def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report
     rates = [measure_rates(torch.device("cpu"), torch.bfloat16)]
     counts, prompts = ([int(count) for count in flag.split(",") if count] for flag in (flags.rows, flags.prompts))
     cases = [(max(counts), flags.context), *((1, tokens) for tokens in prompts)]
-    engine = Engine(config, num_blocks=num_blocks_of(cases, config.block_size), native=not flags.torch)
+    engine = Engine(config, num_blocks=num_blocks_of(cases, config.block_tokens), native=not flags.torch)
     runs = {str(count): timed(decoding(engine, count, flags.context)) for count in counts}
     runs |= {f"prompt {tokens}": timed(prefilling(engine, tokens)) for tokens in prompts}
     found = least_ms(runs, flags.rounds)

@@ -102,7 +102,7 @@ def _engines(flags: argparse.Namespace, model_dir: Path) -> Iterator[tuple[str, 
             cpu_isa=isa,
         )
         rows = [*flags.decode, *((1, tokens) for tokens in flags.prefill)]
-        engine = Engine(config, num_blocks=num_blocks_of(rows, config.block_size), native=name != _TORCH)
+        engine = Engine(config, num_blocks=num_blocks_of(rows, config.block_tokens), native=name != _TORCH)
         engine.kv_pages.normal_(generator=torch.Generator().manual_seed(_KV_SEED))
         yield name, engine
 

@@ -105,7 +105,7 @@ def _measure(flags: argparse.Namespace, kind: str, file: Path) -> Iterator[Case]
             }
         )
         sizes = [*flags.decode, *((1, tokens) for tokens in flags.prefill)]
-        engine = Engine(config, num_blocks=num_blocks_of(sizes, config.block_size))
+        engine = Engine(config, num_blocks=num_blocks_of(sizes, config.block_tokens))
     num_cells = max(rows * (tokens + 64) for rows, tokens in sizes)
     with _peer(flags.peer, file, flags.threads, num_cells) as ask:
         for tokens in flags.prefill:

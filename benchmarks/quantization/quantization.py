@@ -131,7 +131,7 @@ def _read(flags: argparse.Namespace, kind: str) -> tuple[list[SampledToken], str
     config = config_of(kind, flags.model, dtype=flags.dtype, threads=flags.threads)
     model_dir = config.model_dir
     ids = Tokenizer.from_dir(model_dir).encode(_TEXT.read_text(encoding="utf-8"))[: flags.tokens]
-    engine = Engine(config, num_blocks=len(ids) // config.block_size + 1)
+    engine = Engine(config, num_blocks=len(ids) // config.block_tokens + 1)
     seq = Sequence(RequestId("text"), 0, 0, ids, len(ids), SamplingParams(prompt_logprobs=1))
     seq.block_table = list(range(engine.num_blocks))
     tokens: list[SampledToken] = []

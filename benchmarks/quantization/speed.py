@@ -80,7 +80,7 @@ def _engine(flags: argparse.Namespace, kind: str) -> Engine:
 
     config = config_of(kind, None, dtype="bfloat16", threads=flags.threads, cpu_isa=flags.cpu_isa)
     sizes = [*flags.decode, *((1, tokens) for tokens in flags.prefill)]
-    return Engine(config, num_blocks=num_blocks_of(sizes, config.block_size))
+    return Engine(config, num_blocks=num_blocks_of(sizes, config.block_tokens))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,7 +62,7 @@ def gaps_by_engine(model_dir: Path, answers: Many[Answer], num_threads: int) -> 
         num_threads=num_threads,
         max_num_batched_tokens=longest,
     )
-    engine = Engine(config, num_blocks=-(-longest // config.block_size))
+    engine = Engine(config, num_blocks=-(-longest // config.block_tokens))
     sampling = SamplingParams(temperature=0.0, prompt_logprobs=1)
     gaps = []
     for answer in answers:

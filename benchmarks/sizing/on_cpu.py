@@ -114,7 +114,7 @@ def _cases(name: str, scratch: Path, threads: int, tell: Callable[[str], None]) 
     )
     tell(f"{name}: loading")
     longest = max(rows * (context + 2 * _STEPS) for rows, context in _DECODE)
-    loaded = LoadedEngine(Engine(config, num_blocks=2 * longest // config.block_size), seed=0)
+    loaded = LoadedEngine(Engine(config, num_blocks=2 * longest // config.block_tokens), seed=0)
     try:
         loaded.prefill(64)
         for rows, context in _DECODE:

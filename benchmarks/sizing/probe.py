@@ -116,7 +116,7 @@ def _engine(folder: Path, shape: dict[str, int], layers: int, threads: int) -> E
         load_format="dummy",
         max_num_batched_tokens=_MAX_TOKENS,
     )
-    return Engine(config, num_blocks=2 * num_blocks_of([(_LONG_ROWS, _LONG)], config.block_size))
+    return Engine(config, num_blocks=2 * num_blocks_of([(_LONG_ROWS, _LONG)], config.block_tokens))
 
 
 def _cases(engine: Engine) -> dict[str, Callable[[], None]]:

@@ -131,9 +131,9 @@ class FusedDecoder:
         for part, norm in zip((q, k), own.head_norms, strict=False):
             self._kernels.norm_heads_(part, norm.weight, norm.eps)
         self._kernels.rotate_(q, k, positions, self._cos_sin)
-        out = attention.forward(q, k, v, own.layer_id)
+        out = attention.forward(q, k, v, own.page)
         if on_layer is not None:
-            on_layer(own.layer_id)
+            on_layer(own.page)
         return own.output(out.view(x.shape[0], num_q * dim))
 
     def _feed_forward(self, block: FeedForward, x: Tensor) -> Tensor:

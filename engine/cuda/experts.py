@@ -80,7 +80,7 @@ class GroupedExperts:
         totals = [self._part(*part) for part in zip(*parts, strict=True)]
         total = totals[0] if len(totals) == 1 else torch.cat(totals)
         if block.shared is not None:
-            total += block.shared.partial(x)
+            total += block.of_shared(block.shared, x)
         return block.comm.all_reduce(total.to(x.dtype))
 
     def _part(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

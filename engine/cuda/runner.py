@@ -92,7 +92,7 @@ class CudaRunner:
             self._attention,
             self._device,
             sizes=graph_sizes(config.max_num_seqs),
-            max_pages_per_row=-(-max_model_len // config.block_size),
+            max_pages_per_row=-(-max_model_len // config.block_tokens),
             spare_block=spare_block,
         )
         if not config.enforce_eager and self._decoder.can_be_captured:

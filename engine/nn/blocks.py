@@ -12,18 +12,25 @@ Loading, packing and torch's runners, exact ones too, take it as it is. C++ runs
 from __future__ import annotations
 
 from .builder import Builder
+from .delta_net import GatedDeltaNet
 from .exchange import ExchangedMLP
 from .experts import SparseMLP
 from .feed_forward import FeedForward, GatedMLP
 from .latent import LatentAttention
-from .mixer import Attention, Mixer
+from .mixer import Attention, GatedAttention, Mixer
 
 
 def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
     """Make the mixer of layer `layer_id`, whose tensors' names begin with `layer`."""
-    if (latent := builder.config.latent) is not None:
-        return LatentAttention(builder, f"{layer}.self_attn", layer_id, latent)
-    return Attention(builder, f"{layer}.self_attn", layer_id)
+    config = builder.config
+    if builder.states is not None and builder.states.config.layers[layer_id]:
+        index = sum(builder.states.config.layers[:layer_id])
+        return GatedDeltaNet(builder, f"{layer}.linear_attn", index, builder.states)
+    page = config.kv_layers.index(layer_id)
+    if config.latent is not None:
+        return LatentAttention(builder, f"{layer}.self_attn", page, config.latent)
+    make = GatedAttention if config.family.has_attention_gates else Attention
+    return make(builder, f"{layer}.self_attn", page)
 
 
 def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForward:

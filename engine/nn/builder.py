@@ -16,6 +16,7 @@ from ..ranks.communicator import Communicator
 from ..weights.float8 import RoundedWeight, has_products, takes
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import DenseWeight, Weight
+from .states import LayerStates
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,6 +28,7 @@ class Builder:
     dtype: torch.dtype
     device: torch.device
     expert_plan: ExpertPlan | None = None  # a rank's experts are whole ones, these; None: parts of all
+    states: LayerStates | None = None  # of layers that keep one; None: no layer does
 
     def weight(self, modules: Sequence[str], num_outputs: int, num_inputs: int, *, num_ranks: int = 1) -> Weight:
         """Make an empty matrix of the checkpoint's `modules`, in the form that these have.

@@ -22,6 +22,7 @@ from .blocks import make_feed_forward, make_mixer
 from .builder import Builder
 from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, Sinks
 from .rotary import Rope, RotaryEmbedding
+from .states import LayerStates
 
 Ropes = tuple[Rope, Rope]  # of a step: for layers that see all keys, for those with a window
 
@@ -34,7 +35,8 @@ class DecoderLayer:
 
     def __init__(self, builder: Builder, layer_id: int) -> None:
         config, name = builder.config, f"model.layers.{layer_id}"
-        self.layer_id = layer_id
+        # Of a block; None: what the layer keeps lies in pages that all such layers share.
+        self.page = config.kv_layers.index(layer_id) if layer_id in config.kv_layers else None
         self.is_local = config.local_layers[layer_id]
         self._dtype = builder.dtype
         self._multiplier = config.residual_multiplier
@@ -55,8 +57,8 @@ class DecoderLayer:
 
     def mix(self, projected: Tensor, backend: AttentionBackend, on_layer: Callable[[int], None] | None) -> Tensor:
         mixed = self.mixer.mix(projected, backend)
-        if on_layer is not None:
-            on_layer(self.layer_id)
+        if on_layer is not None and self.page is not None:
+            on_layer(self.page)
         return mixed
 
     def finish_(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -90,7 +92,8 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.expert_plan = expert_plan
-        builder = Builder(config, comm, dtype, device, expert_plan)
+        self.states = None if config.states is None else LayerStates(config.states)
+        builder = Builder(config, comm, dtype, device, expert_plan, self.states)
         self.embedding = ParallelEmbedding(builder, "model.embed_tokens")
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]
         self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)

@@ -73,6 +73,16 @@ class Gate(Linear):
             yield WeightSlot(self._score_bias_name, size[:1], self.score_bias)
 
 
+class SharedGate(Linear):
+    """Weighs what the shared expert yields, in float32 as the other experts are."""
+
+    def __init__(self, builder: Builder, name: str) -> None:
+        super().__init__(name, DenseWeight(torch.empty(1, builder.config.hidden_size, device=builder.device)))
+
+    def slots(self) -> Iterator[WeightSlot]:
+        yield from self.weight.slots(self.name, (1, self.weight.num_inputs))
+
+
 class Replicas:
     """A rank's share of the experts that several ranks hold."""
 
@@ -150,6 +160,9 @@ class SparseMLP:
         if experts.shared_size:
             shared_by = own if has_whole_shared else builder
             self.shared = GatedMLP(shared_by, f"{layer}.{experts.shared}", experts.shared_size)
+        self.shared_gate: SharedGate | None = None
+        if experts.shared_gate is not None:
+            self.shared_gate = SharedGate(builder, f"{layer}.{experts.shared_gate}")
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.grouped is not None:
@@ -163,8 +176,13 @@ class SparseMLP:
             counts = self._counts(own)
         total = self._part(x, own, counts, weights)
         if self.shared is not None:
-            total += self.shared.partial(x)
+            total += self.of_shared(self.shared, x)
         return self.comm.all_reduce(total.to(x.dtype))
+
+    def of_shared(self, shared: GatedMLP, x: Tensor) -> Tensor:
+        """Return this rank's part of what every token takes."""
+        y = shared.partial(x)
+        return y if self.shared_gate is None else y * self.shared_gate(x.float()).sigmoid()
 
     def _counts(self, chosen: Tensor) -> Tensor:
         """Count each expert's choices, on the host."""
@@ -219,3 +237,5 @@ class SparseMLP:
             yield from expert.leaves()
         if self.shared is not None:
             yield from self.shared.leaves()
+        if self.shared_gate is not None:
+            yield self.shared_gate

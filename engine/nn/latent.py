@@ -63,9 +63,9 @@ class LatentHeads:
 class LatentAttention:
     """Implements `Mixer`. Each rank makes the latents, which it needs all of, and has some of the heads."""
 
-    def __init__(self, builder: Builder, name: str, layer_id: int, latent: LatentConfig) -> None:
+    def __init__(self, builder: Builder, name: str, page: int, latent: LatentConfig) -> None:
         config = builder.config
-        self.layer_id = layer_id
+        self.page = page
         self.latent = latent
         self.num_heads = config.num_qo_heads // builder.comm.size
         num_q = config.num_qo_heads * (latent.nope_dim + latent.rope_dim)
@@ -107,7 +107,7 @@ class LatentAttention:
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
         """Return sums of latents, [num_tokens, heads * kv_rank]."""
         q, kept = torch.split(projected, [self.num_heads, 1], 1)
-        return backend.forward(q, kept, kept[..., : self.latent.kv_rank], self.layer_id).flatten(1)
+        return backend.forward(q, kept, kept[..., : self.latent.kv_rank], self.page).flatten(1)
 
     def output(self, mixed: Tensor) -> Tensor:
         return self.o_proj(self.heads.answered(mixed.view(len(mixed), self.num_heads, self.latent.kv_rank)))

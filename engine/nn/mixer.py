@@ -42,26 +42,27 @@ class Mixer(Protocol):
 class Attention:
     """Implements `Mixer`: QKV projection, norms of queries and keys or none, rotation, attention over pages, output."""
 
-    def __init__(self, builder: Builder, name: str, layer_id: int) -> None:
+    def __init__(self, builder: Builder, name: str, page: int, *, num_q: int | None = None) -> None:
+        """`page`: of a block, the layer's. `num_q`: numbers that a token's queries are made with; None: theirs."""
         config, num_ranks = builder.config, builder.comm.size
         family = config.family
-        self.layer_id = layer_id
+        self.page = page
         self.head_dim = config.head_dim
         self.num_qo_heads = config.num_qo_heads // num_ranks
         self.num_kv_heads = config.num_kv_heads // num_ranks
-        num_q, num_kv = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        own_q, num_kv = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
         names = [f"{name}.{part}_proj" for part in "qkv"]
         parts = column_parts(
-            names, [num_q, num_kv, num_kv], fused=f"{name}.qkv_proj" if family.fusion == "all" else None
+            names, [num_q or own_q, num_kv, num_kv], fused=f"{name}.qkv_proj" if family.fusion == "all" else None
         )
         self.qkv_proj = ColumnParallelLinear(
             builder, f"{name}.qkv_proj", config.hidden_size, parts, bias=config.qkv_bias
         )
-        self.o_proj = RowParallelLinear(builder, f"{name}.o_proj", num_q, config.hidden_size, bias=config.o_bias)
+        self.o_proj = RowParallelLinear(builder, f"{name}.o_proj", own_q, config.hidden_size, bias=config.o_bias)
         self.head_norms: tuple[RMSNorm, ...] = ()
         self.whole_norms: tuple[RMSNorm, ...] = ()  # of all of a token's queries, and of its keys
         if config.qk_norm and family.head_norms == "whole":
-            sizes = (("q", num_q), ("k", num_kv))
+            sizes = (("q", own_q), ("k", num_kv))
             self.whole_norms = tuple(ParallelRMSNorm(builder, f"{name}.{part}_norm", size) for part, size in sizes)
         elif config.qk_norm:
             self.head_norms = tuple(RMSNorm(builder, f"{name}.{part}_norm", config.head_dim) for part in ("q", "k"))
@@ -71,7 +72,11 @@ class Attention:
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return queries, keys and values as attention takes them, [num_tokens, heads of all three, head_dim]."""
         num_q, num_kv = self.num_qo_heads, self.num_kv_heads
-        heads = self.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, self.head_dim)
+        return self._turned(self.qkv_proj(x).view(x.shape[0], num_q + 2 * num_kv, self.head_dim), rope)
+
+    def _turned(self, heads: Tensor, rope: Rope) -> Tensor:
+        """Norm and turn queries and keys in place."""
+        num_q, num_kv = self.num_qo_heads, self.num_kv_heads
         if self.head_norms:
             q_norm, k_norm = self.head_norms
             heads[:, :num_q] = q_norm(heads[:, :num_q])
@@ -90,7 +95,7 @@ class Attention:
         """Return attention's output, [num_tokens, num_qo_heads * head_dim]."""
         num_q, num_kv = self.num_qo_heads, self.num_kv_heads
         q, k, v = torch.split(projected, [num_q, num_kv, num_kv], 1)
-        return backend.forward(q, k, v, self.layer_id).flatten(1)
+        return backend.forward(q, k, v, self.page).flatten(1)
 
     def output(self, mixed: Tensor) -> Tensor:
         return self.o_proj(mixed)
@@ -102,3 +107,24 @@ class Attention:
         yield from self.whole_norms
         if self.sinks is not None:
             yield self.sinks
+
+
+class GatedAttention(Attention):
+    """Attention whose heads' outputs are multiplied by gates, which a checkpoint has beside each head's queries."""
+
+    def __init__(self, builder: Builder, name: str, page: int) -> None:
+        super().__init__(builder, name, page, num_q=2 * builder.config.num_qo_heads * builder.config.head_dim)
+
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        """Return queries, keys, values and gates, [num_tokens, heads of all four, head_dim]."""
+        num_q, num_kv = self.num_qo_heads, self.num_kv_heads
+        heads = self.qkv_proj(x).view(x.shape[0], 2 * num_q + 2 * num_kv, self.head_dim)
+        asking, rest = torch.split(heads, [2 * num_q, 2 * num_kv], 1)
+        turned = self._turned(torch.cat((asking[:, ::2], rest), 1), rope)
+        return torch.cat((turned, asking[:, 1::2]), 1)
+
+    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+        """Return attention's output times the gates, [num_tokens, num_qo_heads * head_dim]."""
+        sizes = [self.num_qo_heads + 2 * self.num_kv_heads, self.num_qo_heads]
+        heads, gates = torch.split(projected, sizes, 1)
+        return super().mix(heads, backend) * gates.flatten(1).sigmoid()

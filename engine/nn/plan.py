@@ -74,6 +74,16 @@ def token_adapters(plan: StepPlan) -> Tensor | None:
     return torch.repeat_interleave(_int32(plan.adapters), _int32(plan.lengths))
 
 
+def step_rows(plan: StepPlan, block_size: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield of each row the tokens that are computed, those that are fed, and its blocks as far as these need them."""
+    starts, lengths, block_ids = (_int32(part).tolist() for part in (plan.starts, plan.lengths, plan.block_ids))
+    page = 0
+    for start, length in zip(starts, lengths, strict=True):
+        end = page - (-(start + length) // block_size)
+        yield start, length, block_ids[page:end]
+        page = end
+
+
 def logit_rows(plan: StepPlan) -> list[Tensor]:
     """List the packed tokens whose logits are needed: the sample rows, if any, then the prompt rows in parts."""
     prompt_rows = _int32(plan.prompt_rows)

@@ -61,6 +61,8 @@ class TorchRunner:
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         input_ids, positions, metadata = step_tensors(plan, self._block_size)
         self._attention.plan(metadata)
+        if self.decoder.states is not None:
+            self.decoder.states.begin(plan, self._block_size)
         if self.decoder.adapters is not None:
             self.decoder.adapters.step.begin(token_adapters(plan), tile=self._tile)
         hidden = self._model.forward(_padded(input_ids), _padded(positions), self._attention, on_layer)

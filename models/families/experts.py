@@ -22,6 +22,9 @@ class ExpertTraits:
     is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
     # What moves scores for the choice alone, not for the weights (DeepSeek-V3, section 2.1.2), by its name in `module`.
     score_bias: str | None = None
+    shared: str = "shared_experts"  # what every token takes besides, in `module`
+    shared_size_key: str | None = None  # of its inner columns in config.json; None: it is as large as so many experts
+    shared_gate: str | None = None  # a vector in `module`, whose sigmoid with a token is the shared one's weight
 
 
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
@@ -33,5 +36,11 @@ GLM_4 = replace(DEEPSEEK_V3, first_dense=1)
 EXAONE = replace(GLM_4, score_bias="e_score_correction_bias")
 SOLAR_OPEN = replace(DEEPSEEK_V3, first_dense=0)
 DOTS_1 = replace(SOLAR_OPEN, normalised_default=False)
+QWEN_NEXT_EXPERTS = ExpertTraits(
+    normalised_default=True,
+    shared="shared_expert",
+    shared_size_key="shared_expert_intermediate_size",
+    shared_gate="shared_expert_gate",
+)
 MIXTRAL = ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True)
 MINIMAX_M2 = replace(MIXTRAL, scoring="sigmoid", score_bias="e_score_correction_bias")

@@ -20,6 +20,8 @@ Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
 Unturned = Literal["none", "named", "without window"]
 # What a checkpoint has in one tensor: nothing; gate and up; these, and q, k and v in another.
 Fusion = Literal["none", "mlp", "all"]
+# How a checkpoint has the inputs of layers with states: in a tensor of each kind, or key head by key head in one.
+States = Literal["apart", "grouped"]
 NormNames = tuple[str | None, str | None, str | None, str | None]
 
 # The norms before the mixer, behind it, before the feed-forward and behind it, as a checkpoint names them.
@@ -60,6 +62,8 @@ class Family:
     fusion: Fusion = "none"
     mlp: MlpNames = MlpNames()
     has_sinks: bool = False  # a weight of each head that no token's value goes with
+    states: States | None = None  # some layers keep one in place of keys and values: `parts/states.py`
+    has_attention_gates: bool = False  # numbers beside each head's query multiply what it attends to
     is_latent: bool = False  # attention is over latents: `latent.py`
     windows: Windows = "none"
     experts: ExpertTraits | None = None  # in some or all layers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .alike import ERNIE4, EXAONE4, GEMMA, GEMMA3, GLM4, QWEN_NEXT
 from .experts import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
@@ -17,55 +18,11 @@ from .experts import (
     GLM_4,
     MINIMAX_M2,
     MIXTRAL,
+    QWEN_NEXT_EXPERTS,
     SOLAR_OPEN,
     ExpertTraits,
 )
 from .family import Family, MlpNames
-
-_GEMMA: dict[str, object] = {
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-}
-_GEMMA3: dict[str, object] = _GEMMA | {
-    "max_position_embeddings": 131_072,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "rope_local_base_freq": 10_000.0,
-    "rope_theta": 1_000_000.0,
-    "sliding_window_pattern": 6,
-    "vocab_size": 262_208,
-}
-
-
-# Heads and norms of GLM-4.
-_GLM4 = Family(
-    name="glm",
-    defaults={"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-7},
-    qkv_bias="attention_bias",
-    fusion="mlp",
-    has_partial_rope=True,
-    has_neighbours=True,
-)
-_ERNIE = Family(
-    name="ernie4_5",
-    defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True},
-    qkv_bias="use_bias",
-    o_bias="use_bias",
-    mlp_bias="use_bias",
-    has_neighbours=True,
-)
-_EXAONE4 = Family(
-    name="exaone4",
-    defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
-    norms="behind",
-    head_norms="head",
-    windows="typed",
-    unturned="without window",
-)
-
 
 FAMILIES = {
     "LlamaForCausalLM": Family(name="llama", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
@@ -95,6 +52,12 @@ FAMILIES = {
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         windows="flagged",
+    ),
+    "Qwen3NextForCausalLM": replace(QWEN_NEXT, experts=QWEN_NEXT_EXPERTS),
+    "Qwen3_5ForCausalLM": replace(
+        QWEN_NEXT,
+        name="qwen3_5_text",
+        states="apart",
     ),
     "MixtralForCausalLM": Family(
         name="mixtral",
@@ -151,8 +114,7 @@ FAMILIES = {
     "DeepseekV3ForCausalLM": Family(name="deepseek_v3", is_latent=True, experts=DEEPSEEK_V3),
     "Gemma2ForCausalLM": Family(
         name="gemma2",
-        defaults=_GEMMA
-        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
+        defaults=GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
         norms="both",
         norm_offset=1.0,
         qkv_bias="attention_bias",
@@ -163,7 +125,7 @@ FAMILIES = {
     ),
     "Gemma3ForCausalLM": Family(
         name="gemma3_text",
-        defaults=_GEMMA3,
+        defaults=GEMMA3,
         norms="both",
         norm_offset=1.0,
         head_norms="head",
@@ -174,9 +136,9 @@ FAMILIES = {
         scales_embeddings=True,
         has_score_scale=True,
     ),
-    "GlmForCausalLM": _GLM4,
+    "GlmForCausalLM": GLM4,
     "Glm4ForCausalLM": replace(
-        _GLM4,
+        GLM4,
         name="glm4",
         norms="both",
         own_norm_names=(
@@ -186,10 +148,10 @@ FAMILIES = {
             "post_mlp_layernorm",
         ),
     ),
-    "Ernie4_5ForCausalLM": replace(_ERNIE, defaults={"head_dim": 128, **_ERNIE.defaults}),
-    "Ernie4_5_MoeForCausalLM": replace(_ERNIE, name="ernie4_5_moe", experts=ERNIE),
-    "Exaone4ForCausalLM": _EXAONE4,
-    "ExaoneMoeForCausalLM": replace(_EXAONE4, name="exaone_moe", norms="before", experts=EXAONE),
+    "Ernie4_5ForCausalLM": replace(ERNIE4, defaults={"head_dim": 128, **ERNIE4.defaults}),
+    "Ernie4_5_MoeForCausalLM": replace(ERNIE4, name="ernie4_5_moe", experts=ERNIE),
+    "Exaone4ForCausalLM": EXAONE4,
+    "ExaoneMoeForCausalLM": replace(EXAONE4, name="exaone_moe", norms="before", experts=EXAONE),
     "Dots1ForCausalLM": Family(
         name="dots1",
         defaults={"max_window_layers": 62, "sliding_window": 4096, "use_sliding_window": True},

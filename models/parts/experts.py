@@ -43,6 +43,8 @@ class ExpertsConfig:
     num_groups: int = 1  # of neighbours
     num_chosen_groups: int = 1
     shared_size: int = 0  # inner columns of what every token takes besides; 0: none
+    shared_name: str = "shared_experts"
+    shared_gate: str | None = None  # in a layer: `ExpertTraits.shared_gate`; None: what it yields is taken as it is
     gate_name: str = "gate"
     is_stacked: bool = False
     score_bias: str | None = None  # its name in a layer: `ExpertTraits.score_bias`
@@ -55,7 +57,7 @@ class ExpertsConfig:
 
     @property
     def shared(self) -> str:
-        return f"{self.module}.shared_experts"
+        return f"{self.module}.{self.shared_name}"
 
     def expert(self, index: int) -> str:
         """Return the name of an expert in its layer."""
@@ -73,6 +75,8 @@ class ExpertsConfig:
         shapes: dict[str, Shape] = {f"{layer}.{self.gate}.weight": (self.num_experts, hidden_size)}
         if self.score_bias is not None:
             shapes[f"{layer}.{self.score_bias}"] = (self.num_experts,)
+        if self.shared_gate is not None:
+            shapes[f"{layer}.{self.shared_gate}.weight"] = (1, hidden_size)
         if self.is_stacked:
             return shapes | self._stacked_shapes(layer, hidden_size)
         blocks = [(self.expert(index), self.parts, self.intermediate_size) for index in range(self.num_experts)]
@@ -133,8 +137,16 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         scale=fields.number("routed_scaling_factor", 1.0),
         num_groups=num_groups,
         num_chosen_groups=num_chosen_groups,
-        shared_size=size * next((fields.count(key) for key in _SHARED_COUNTS if fields.raw.get(key)), 0),
+        shared_size=_shared_size(fields, traits, size),
+        shared_name=traits.shared,
+        shared_gate=None if traits.shared_gate is None else f"{traits.module}.{traits.shared_gate}",
     )
+
+
+def _shared_size(fields: ConfigFields, traits: ExpertTraits, size: int) -> int:
+    if traits.shared_size_key is not None:
+        return fields.count(traits.shared_size_key)
+    return size * next((fields.count(key) for key in _SHARED_COUNTS if fields.raw.get(key)), 0)
 
 
 def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tuple[bool, ...]:

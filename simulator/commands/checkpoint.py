@@ -18,6 +18,7 @@ from ...common.errors import ConfigError
 from ...models.config import ModelConfig
 from ...models.files import resolve_config
 from ...models.parts.experts import check_exchange, expert_plan
+from ...models.parts.states import check_states
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
@@ -29,7 +30,6 @@ from ..scenario import Fleet
 _LINK_LATENCY_S = 0.0005  # as of the simulator's network
 _LINK_SHARE = 0.8  # of a port's published rate that RDMA reaches
 _CPU_BATCHED_TOKENS = 512  # as a worker's default on a CPU
-_BLOCK_TOKENS = 16  # as a worker's default
 
 
 def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig, Gpu]:
@@ -40,6 +40,8 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     check_cache_dtype(engine, is_cpu=gpu.is_cpu)
     model = ModelConfig.from_dir(model_dir)
     check_latent_dtype(engine, model)
+    if model.states is not None:
+        check_states(engine, is_cuda=not gpu.is_cpu)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
     check_exchange(engine)
@@ -56,7 +58,7 @@ def _engine(options: argparse.Namespace, gpu: Gpu, model_dir: Path) -> EngineCon
         "enable_expert_parallel": options.enable_expert_parallel,
         "expert_plan": options.expert_plan,
         "expert_exchange": options.expert_exchange,
-        "block_size": options.block_size or _BLOCK_TOKENS,
+        "block_size": options.block_size,
         "max_num_seqs": options.max_num_seqs,
         "gpu_memory_utilization": options.gpu_memory_utilization,
     }

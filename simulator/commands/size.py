@@ -166,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("worker")
     group.add_argument("--gpu", help=f"{', '.join(GPUS)}, or {CPU} with what was measured on it")
     group.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="N", help="GPUs of a worker")
-    group.add_argument("--block-size", type=positive_int, default=16, metavar="N", help="tokens")
+    group.add_argument("--block-size", type=positive_int, metavar="N", help="tokens; default: as in serving")
     group.add_argument("--max-num-seqs", type=positive_int, default=256, metavar="N", help="of a decode step")
     add_model_flags(group)
     group = parser.add_argument_group("load")

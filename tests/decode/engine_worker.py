@@ -30,7 +30,7 @@ class EngineWorker:
         max_num_seqs: int = 8,
     ) -> None:
         self.engine = Engine(config, num_blocks=num_blocks)
-        self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.pool = BlockPool(num_blocks, config.block_tokens, enable_prefix_caching=config.enable_prefix_caching)
         self.answers: Answers = {}
         spec, clock = self.engine.spec, FakeClock()
         receiver = KVReceiver(

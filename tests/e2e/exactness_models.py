@@ -8,12 +8,14 @@ from typing import Any, cast
 
 from ..checkpoints import Family, Shape, write_checkpoint, write_tokenizer
 from ..deepseek import EXPERTS, TOKEN_SIZE, Generation, write_deepseek
-from ..transformers_checkpoints import SMALL, write_model
+from ..transformers_checkpoints import SMALL, STATES, write_model
 
 MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
 HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
 LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
+_STATE_PAGES = 5  # of 4,096 bytes: three layers' states of 1 + 3 * 128 + 4 * 16 * 16 numbers
+STATES_BLOCK_BYTES = (1 + _STATE_PAGES) * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # pages, K and V, heads, head_dim, tokens
 _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
     "deepseek_v3": ("v3", EXPERTS["v3"]),
@@ -51,6 +53,19 @@ _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 300}),
 }
 
+_STATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5_text": ("Qwen3_5Text", {}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+}
+
 
 @dataclass(frozen=True)
 class ExactnessModel:
@@ -59,6 +74,7 @@ class ExactnessModel:
     path: Path
     block_bytes: int  # of KV, in float32
     is_sparse: bool  # some layers are mixtures of experts
+    keeps_states: bool = False  # some layers do, which one rank computes
 
 
 def write_exactness_model(path: Path, family: str) -> ExactnessModel:
@@ -68,6 +84,13 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         generation, fields = _LATENT[family]
         write_deepseek(path, generation, tokenizer=True, **fields, **longest)
         return ExactnessModel(path, LATENTS_BLOCK_BYTES, is_sparse=family != "youtu")
+    if family in _STATES:
+        import transformers
+
+        name, fields = _STATES[family]
+        write_model(path, getattr(transformers, f"{name}Config")(**SMALL | STATES | fields | longest), seed=1)
+        write_tokenizer(path, SMALL["vocab_size"])
+        return ExactnessModel(path, STATES_BLOCK_BYTES, is_sparse="num_experts" in fields, keeps_states=True)
     if family in _SPARSE:
         import transformers
 

@@ -14,7 +14,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +39,8 @@ from .pinned_router import PIN_VARIABLE
 # Each takes a minute. These have what differs between workers: biases, a window, norms of heads, two kinds of layers.
 # The others, as by FAMILIES="qwen2 qwen3 gemma2 granite granitemoehybrid olmo2 olmo3 phi3 smollm3 seed_oss mistral3
 # ministral3 glm glm4 qwen2_5_vl qwen3_vl ernie4_5 exaone4 cwm qwen3_moe mixtral olmoe glm4_moe minimax_m2 ernie4_5_moe
-# exaone_moe dots1 solar_open gpt_oss deepseek_v3 glm4_moe_lite youtu", are of parts that these have or that
-# tests/engine tests.
+# exaone_moe dots1 solar_open gpt_oss deepseek_v3 glm4_moe_lite youtu qwen3_5_text qwen3_next", are of parts that
+# these have or that tests/engine tests.
 FAMILIES = os.environ.get("FAMILIES", "llama mistral gemma3_text").split()
 NUM_TOKENS = 24
 # Around the borders of blocks (16) and chunks (512), and in between.
@@ -126,7 +126,12 @@ class Fleet:
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp(request.param)
     model = write_exactness_model(folder / "model", request.param)
-    with open_fleet(folder, model, WORKERS | (EXCHANGING if model.is_sparse else {})) as opened:
+    workers = WORKERS | (EXCHANGING if model.is_sparse else {})
+    if model.keeps_states:  # on one rank: in place of wide workers there are second ones
+        workers = {
+            name: replace(kind, ranks=1, has_whole_experts=False, exchange="sum") for name, kind in workers.items()
+        }
+    with open_fleet(folder, model, workers) as opened:
         yield opened
 
 
@@ -155,6 +160,7 @@ def _worker_config(name: str, kind: Kind, model: ExactnessModel, control: int) -
         dtype="float32",
         num_threads=1,
         tensor_parallel_size=kind.ranks,
+        block_size=16,
         kv_cache_memory_bytes=kind.num_blocks * model.block_bytes,
         enable_expert_parallel=kind.has_whole_experts and model.is_sparse,
         expert_exchange=kind.exchange,

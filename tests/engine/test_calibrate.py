@@ -27,7 +27,7 @@ def _engine(model_dir: Path, num_blocks: int, **fields: int) -> Engine:
 
 def test_prompts_and_answers_are_measured_and_nothing_is_left_in_the_pool(model_dir: Path) -> None:
     engine = _engine(model_dir, 512)
-    pool = BlockPool(512, engine.config.block_size)
+    pool = BlockPool(512, engine.spec.block_size)
     samples = calibrate(engine, pool, 1.2)
     pool.check()
     assert pool.num_free_blocks == 512 and pool.num_cached_blocks == 0
@@ -38,7 +38,7 @@ def test_prompts_and_answers_are_measured_and_nothing_is_left_in_the_pool(model_
 
 def test_what_does_not_fit_is_left_out(model_dir: Path) -> None:
     engine = _engine(model_dir, 16, max_num_seqs=2, max_num_batched_tokens=32)
-    pool = BlockPool(16, engine.config.block_size)
+    pool = BlockPool(16, engine.spec.block_size)
     samples = calibrate(engine, pool, 1.2)
     assert samples and all(sample.decode_rows <= 2 and sample.prefill_tokens <= 32 for sample in samples)
     assert pool.num_free_blocks == 16
@@ -46,7 +46,7 @@ def test_what_does_not_fit_is_left_out(model_dir: Path) -> None:
 
 def test_in_no_time_at_all_nothing_is_measured(model_dir: Path) -> None:
     engine = _engine(model_dir, 64)
-    assert calibrate(engine, BlockPool(64, engine.config.block_size), 0.0) == ()
+    assert calibrate(engine, BlockPool(64, engine.spec.block_size), 0.0) == ()
 
 
 def test_each_probe_is_within_a_step() -> None:

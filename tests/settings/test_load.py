@@ -33,11 +33,11 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
     env = {"KVFERRY_PORT": "2", "KVFERRY_SEED": "2", "HOME": "/"}
     loaded = load(flags={"port": Raw("3", "--port")}, env=env, file=file)
     assert (loaded.settings.port, loaded.settings.seed, loaded.settings.host) == (3, 2, "from-file")
-    assert loaded.settings.block_size == 16
+    assert loaded.settings.max_num_seqs == 64
     assert loaded.origins["port"] == "--port"
     assert loaded.origins["seed"] == "KVFERRY_SEED"
     assert loaded.origins["host"] == f"{file}:3"
-    assert loaded.origins["block_size"] == DEFAULT
+    assert loaded.origins["max_num_seqs"] == DEFAULT
 
 
 def test_a_flag_of_names_takes_several_at_once_as_the_variable_does() -> None:
@@ -115,7 +115,7 @@ MISTAKES = [
     ("port: here", ":1: port: must be a whole number"),
     ("\n\ntransfer: nixel", ":3: transfer: must be 'nixl' or 'ucx', not 'nixel'; did you mean nixl?"),
     ("dtype: bflot16", "did you mean bfloat16?"),
-    ("block_size: 17", ":1: block_size: must be 8, 16, 32, 64 or 128, not 17"),
+    ("block_size: 17", ":1: block_size: must be 8, 16, 32, 64, 128, 256, 512, 1024 or 2048, not 17"),
     ("gpu_memory_utilization: 90", ":1: gpu_memory_utilization: must be less than or equal to 1, not 90"),
     ("max_num_seqs: 0", ":1: max_num_seqs: must be greater than 0, not 0"),
     (

@@ -148,7 +148,7 @@ def test_memory_is_that_of_a_live_rank(tmp_path: Path, name: str, dtype: str, nu
                 swap_space=0,
                 **split,
             )
-            said = weight_bytes(config, model) + NUM_BLOCKS * config.block_size * cache_token_bytes(config, model)
+            said = weight_bytes(config, model) + NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
             assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), (precision, split)
 
 
@@ -169,5 +169,5 @@ def test_adapters_have_room_for_the_largest(tmp_path: Path, name: str, num_ranks
             load_format="dummy",
             swap_space=0,
         )
-        said = weight_bytes(config, model) + NUM_BLOCKS * config.block_size * cache_token_bytes(config, model)
+        said = weight_bytes(config, model) + NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
         assert said == pytest.approx(_taken(config, num_ranks), rel=0.03)

@@ -1,0 +1,200 @@
+"""Gated delta nets: a mixer whose layers keep a state of one size in place of keys and values.
+
+    queries, keys, values   a convolution over the last few tokens' rows, then silu; of queries and keys the direction
+    memory S                S' = a S;  S = S' + k b (v - k S');  what a head yields is q S
+    decay a, strength b     of each token and head: exp(-A softplus(.)), sigmoid(.)
+    output                  normed by head, times the silu of a gate
+
+Yang, Kautz, Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule": equation 10 for the memory,
+section 3.3 for `_by_chunks`, which takes many tokens in few products (the WY form). All of it is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...models.parts.states import StatesConfig
+from ..weights.weight import Leaf, WeightSlot
+from .attention.base import AttentionBackend
+from .builder import Builder
+from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
+from .rotary import Rope
+from .states import LayerStates, Stretch
+
+_CHUNK = 64  # tokens that are taken at once; more products of fewer tokens below, triangles of more numbers above
+_SMALL = 1e-6  # is added to a square length before its root is divided by
+
+
+class _Heads(NamedTuple):
+    """Each token asks, shows and says these: first dimensions [num_tokens], then heads of values."""
+
+    q: Tensor  # [..., heads, key_dim], of length key_dim ** -0.5
+    k: Tensor  # [..., heads, key_dim], of length 1
+    v: Tensor  # [..., heads, value_dim]
+    log_decay: Tensor  # [..., heads], at most 0
+    strength: Tensor  # [..., heads], in (0, 1)
+
+    def part(self, tokens: Tensor | slice) -> _Heads:
+        return _Heads(*(each[tokens] for each in self))
+
+
+class StateWeights:
+    """The weights of a layer that are no matrices: the convolution's, and how fast each head forgets. In float32."""
+
+    def __init__(self, builder: Builder, name: str, states: StatesConfig) -> None:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=builder.device)
+
+        self.name = name
+        self.convolution = empty(states.num_convolved, 1, states.kernel_size)
+        self.log_rate, self.rate_bias = empty(states.num_value_heads), empty(states.num_value_heads)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        parts = {"conv1d.weight": self.convolution, "A_log": self.log_rate, "dt_bias": self.rate_bias}
+        for part, tensor in parts.items():
+            yield WeightSlot(f"{self.name}.{part}", tuple(tensor.shape), tensor)
+
+
+class GatedDeltaNet:
+    """Implements `Mixer`, of all heads on one rank."""
+
+    def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
+        """`index`: among the layers with states."""
+        config, hidden = states.config, builder.config.hidden_size
+        self._index, self._states, self._config = index, states, config
+        heads, convolved = config.num_value_heads, config.num_convolved
+        rows = {"in_proj_qkv": convolved, "in_proj_z": config.num_values}
+        rates = {"in_proj_b": heads, "in_proj_a": heads}
+        if config.is_grouped:
+            rows, rates = {"in_proj_qkvz": convolved + config.num_values}, {"in_proj_ba": 2 * heads}
+        self.rows_proj, self.rates_proj = (
+            ColumnParallelLinear(
+                builder,
+                f"{name}.{fused}",
+                hidden,
+                [Part(f"{name}.{part}", size) for part, size in parts.items()],
+                bias=False,
+            )
+            for fused, parts in (("in_proj_qkvz", rows), ("in_proj_ba", rates))
+        )
+        self.weights = StateWeights(builder, name, config)
+        self.norm = RMSNorm(builder, f"{name}.norm", config.value_dim)
+        self.norm.offset = 0.0  # whatever the family's other norms have
+        self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", config.num_values, hidden, bias=False)
+
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        """Return rows for the convolution, gates, strengths and decays, [num_tokens, numbers of all]."""
+        rows, rates = self.rows_proj(x), self.rates_proj(x)
+        if self._config.is_grouped:
+            rows, rates = self._by_kind(rows), rates.view(len(rates), self._config.num_key_heads, 2, -1)
+            rates = rates.transpose(1, 2).flatten(1)
+        return torch.cat((rows, rates), 1)
+
+    def _by_kind(self, rows: Tensor) -> Tensor:
+        """Bring what stands key head by key head into the order of kinds: queries, keys, values, gates."""
+        config = self._config
+        values = config.num_values // config.num_key_heads
+        by_head = rows.view(len(rows), config.num_key_heads, -1)
+        parts = torch.split(by_head, [config.key_dim] * 2 + [values] * 2, 2)
+        return torch.cat([part.flatten(1) for part in parts], 1)
+
+    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+        """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
+        config, states = self._config, self._states
+        sizes = [config.num_convolved, config.num_values, config.num_value_heads, config.num_value_heads]
+        rows, gates, strengths, rates = torch.split(projected[: states.num_tokens].float(), sizes, 1)
+        strengths = strengths.sigmoid()
+        decays = -self.weights.log_rate.exp() * F.softplus(rates + self.weights.rate_bias)
+        said = rows.new_empty(len(rows), config.num_value_heads, config.value_dim)
+        if states.singles is not None:
+            self._step(said, rows, decays, strengths)
+        for stretch in states.stretches:
+            self._pass(stretch, said, rows, decays, strengths)
+        said = self.norm.in_type_of(said).flatten(1).mul_(F.silu(gates))
+        return F.pad(said, (0, 0, 0, len(projected) - len(said))).to(projected.dtype)
+
+    def _step(self, said: Tensor, rows: Tensor, decays: Tensor, strengths: Tensor) -> None:
+        """Take the rows of one token, all at once."""
+        singles = self._states.singles
+        assert singles is not None
+        tokens = singles.tokens
+        inputs, memory = self._states.read(self._index, singles.sources, singles.starts)
+        inputs = torch.cat((inputs, rows[tokens].unsqueeze(1)), 1)  # [n, kernel_size, num_convolved]
+        convolved = (inputs * self.weights.convolution.squeeze(1).T).sum(1)
+        heads = self._heads(convolved, decays[tokens], strengths[tokens])
+        said[tokens] = _by_token(heads, memory)
+        self._states.write(self._index, singles.targets, singles.starts + 1, inputs[:, 1:], memory)
+
+    def _pass(self, stretch: Stretch, said: Tensor, rows: Tensor, decays: Tensor, strengths: Tensor) -> None:
+        """Take tokens of one row, which follow each other."""
+        tokens, number = slice(stretch.first, stretch.end), torch.tensor([stretch.start])
+        inputs, memory = self._states.read(self._index, torch.tensor([stretch.source]), number)
+        inputs = torch.cat((inputs[0], rows[tokens]))  # [kernel_size - 1 + n, num_convolved]
+        convolved = F.conv1d(inputs.T.unsqueeze(0), self.weights.convolution, groups=len(self.weights.convolution))
+        heads = self._heads(convolved[0].T, decays[tokens], strengths[tokens])
+        said[tokens] = _by_chunks(heads, memory[0])
+        kept = inputs[len(inputs) - self._config.kernel_size + 1 :]
+        end = number + stretch.end - stretch.first
+        self._states.write(self._index, torch.tensor([stretch.target]), end, kept.unsqueeze(0), memory)
+
+    def _heads(self, convolved: Tensor, decays: Tensor, strengths: Tensor) -> _Heads:
+        config = self._config
+        q, k, v = torch.split(F.silu(convolved), [config.num_keys, config.num_keys, config.num_values], 1)
+        repeats = config.num_value_heads // config.num_key_heads
+        q, k = (_directions(each.view(len(each), config.num_key_heads, -1), repeats) for each in (q, k))
+        v = v.view(len(v), config.num_value_heads, -1)
+        return _Heads(q * config.key_dim**-0.5, k, v, decays, strengths)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        return self.out_proj(mixed)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield from (self.rows_proj, self.rates_proj, self.weights, self.norm, self.out_proj)
+
+
+def _directions(heads: Tensor, repeats: int) -> Tensor:
+    """Return vectors of length 1, each for as many heads of values as share it."""
+    directions = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + _SMALL)
+    return directions.repeat_interleave(repeats, dim=1)
+
+
+def _by_token(heads: _Heads, memory: Tensor) -> Tensor:
+    """Take one token of each row, [n, ...]; `memory` [n, heads, key_dim, value_dim] is updated. Returns what is read of
+    it, [n, heads, value_dim].
+    """
+    memory.mul_(heads.log_decay.exp()[..., None, None])
+    error = heads.v - torch.einsum("nhk,nhkv->nhv", heads.k, memory)
+    memory += torch.einsum("nhk,nhv->nhkv", heads.k, error * heads.strength.unsqueeze(-1))
+    return torch.einsum("nhk,nhkv->nhv", heads.q, memory)
+
+
+def _by_chunks(heads: _Heads, memory: Tensor) -> Tensor:
+    """Take tokens that follow each other, [n, ...]; `memory` [heads, key_dim, value_dim] is updated. Returns what each
+    read of it, [n, heads, value_dim].
+    """
+    chunks = [_chunk(heads.part(slice(i, i + _CHUNK)), memory) for i in range(0, len(heads.q), _CHUNK)]
+    return torch.cat(chunks, 1).transpose(0, 1)
+
+
+def _chunk(heads: _Heads, memory: Tensor) -> Tensor:
+    """Take up to _CHUNK tokens. What token i corrects is v_i - k_i S', of which each earlier token's part is known but
+    for its own correction: a triangle of equations, solved at once.
+    """
+    q, k, v = (each.transpose(0, 1) for each in heads[:3])  # [heads, n, numbers]
+    strength, since = heads.strength.T.unsqueeze(-1), heads.log_decay.cumsum(0).T  # [heads, n, 1], [heads, n]
+    later = torch.ones(k.shape[1], k.shape[1], dtype=torch.bool, device=k.device).triu(1)
+    # Of what token j wrote, what is left when token i reads.
+    left = (since.unsqueeze(2) - since.unsqueeze(1)).masked_fill(later, -torch.inf).exp()
+    reached = since.exp().unsqueeze(-1)  # [heads, n, 1]: of what was there before the chunk
+    triangle = strength * (k @ k.transpose(1, 2)) * left
+    wanted = strength * (v - reached * (k @ memory))
+    corrections = torch.linalg.solve_triangular(triangle, wanted, upper=False, unitriangular=True)
+    read: Tensor = reached * (q @ memory) + ((q @ k.transpose(1, 2)) * left) @ corrections
+    at_end = (since[:, -1:] - since).exp().unsqueeze(-1)
+    memory.mul_(since[:, -1].exp()[:, None, None]).add_((k * at_end).transpose(1, 2) @ corrections)
+    return read

@@ -1,0 +1,71 @@
+"""Several families have these in common; `table.py` says what else each has."""
+
+from __future__ import annotations
+
+from .family import Family
+
+GEMMA: dict[str, object] = {
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+GEMMA3: dict[str, object] = GEMMA | {
+    "max_position_embeddings": 131_072,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rope_local_base_freq": 10_000.0,
+    "rope_theta": 1_000_000.0,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262_208,
+}
+
+
+# Heads and norms of GLM-4.
+GLM4 = Family(
+    name="glm",
+    defaults={"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-7},
+    qkv_bias="attention_bias",
+    fusion="mlp",
+    has_partial_rope=True,
+    has_neighbours=True,
+)
+ERNIE4 = Family(
+    name="ernie4_5",
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True},
+    qkv_bias="use_bias",
+    o_bias="use_bias",
+    mlp_bias="use_bias",
+    has_neighbours=True,
+)
+EXAONE4 = Family(
+    name="exaone4",
+    defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
+    norms="behind",
+    head_norms="head",
+    windows="typed",
+    unturned="without window",
+)
+
+# Of four layers three keep a state, one has gated attention.
+QWEN_NEXT = Family(
+    name="qwen3_next",
+    defaults={
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "partial_rotary_factor": 0.25,
+    },
+    head_norms="head",
+    norm_offset=1.0,
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    has_partial_rope=True,
+    has_attention_gates=True,
+    states="grouped",
+)

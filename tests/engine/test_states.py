@@ -1,0 +1,185 @@
+"""Layers that keep a state compute what transformers' own classes compute, in whatever steps and blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import transformers
+
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.errors import ConfigError
+from kvferry.engine.engine import Engine
+from kvferry.engine.nn.states import ForeignStateError
+from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.config import ModelConfig
+
+from ..engine_driver import GREEDY, Driver, make_engine
+from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
+from ..transformers_checkpoints import SMALL, STATES, write_model
+from .transformers_reference import reference_logprobs
+
+NUM_TOKENS = 20  # past the end of a block
+NEAR = 1e-3  # logits that a rounding may bring into the other order
+EXPERTS: dict[str, object] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "qwen3.5": ("Qwen3_5Text", {}),
+    "qwen3.5, as many keys as values": ("Qwen3_5Text", {"linear_num_key_heads": 4, "linear_value_head_dim": 32}),
+    "qwen3.5, a longer convolution": ("Qwen3_5Text", {"linear_conv_kernel_dim": 6, "tie_word_embeddings": True}),
+    "qwen3 next": ("Qwen3Next", EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "qwen3 next, some dense": (
+        "Qwen3Next",
+        EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 5},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, (kind, fields) in VARIANTS.items():
+        write_model(root / name, getattr(transformers, f"{kind}Config")(**SMALL | STATES | fields))
+    return root
+
+
+def prompts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(4, 512, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _answers(engine: Engine, asked: list[list[int]], chunk: int) -> list[list[int]]:
+    driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=NUM_TOKENS)
+    return driver.generate([driver.add(prompt, sampling) for prompt in asked], chunk=chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
+    asked = prompts([1, 2, 15, 16, 17, 70, 200])
+    answers = []
+    for block_size, chunk in ((16, 10**9), (8, 7), (None, 64)):
+        engine = make_engine(checkpoints / variant, block_size=block_size)
+        answers.append(_answers(engine, asked, chunk))
+        for prompt, answer in zip(asked, answers[-1], strict=True):
+            following = reference_logprobs(checkpoints / variant, (*prompt, *answer[:-1]))[len(prompt) - 1 :]
+            chosen = following.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+            assert bool((following.amax(1) - chosen <= NEAR).all()), (block_size, chunk)
+    assert sum(map(list.__eq__, answers[0], answers[1])) >= 5  # one or two nearly tie somewhere
+
+
+def test_a_checkpoint_has_the_tensors_that_its_config_tells_of(checkpoints: Path) -> None:
+    for variant in VARIANTS:
+        check_checkpoint(checkpoints / variant, ModelConfig.from_dir(checkpoints / variant))
+
+
+def test_a_part_of_a_larger_model_is_the_same(checkpoints: Path, tmp_path: Path) -> None:
+    text = SMALL | STATES | {"model_type": "qwen3_5_text"}
+    seeing = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "patch_size": 14}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=seeing | {"out_hidden_size": 64})
+    model = transformers.Qwen3_5ForConditionalGeneration(config)
+    alone = transformers.Qwen3_5ForCausalLM.from_pretrained(checkpoints / "qwen3.5")
+    model.model.language_model.load_state_dict(alone.model.state_dict())
+    model.lm_head.load_state_dict(alone.lm_head.state_dict())
+    model.save_pretrained(tmp_path)
+    check_checkpoint(tmp_path, ModelConfig.from_dir(tmp_path))
+    asked = prompts([30])
+    assert _answers(make_engine(tmp_path), asked, 7) == _answers(make_engine(checkpoints / "qwen3.5"), asked, 7)
+
+
+def test_states_lie_behind_keys_and_values_in_pages_that_are_shipped_last(checkpoints: Path) -> None:
+    engine = make_engine(checkpoints / "qwen3.5", block_size=16)
+    states = engine.model_config.states
+    assert states is not None and states.layers == (True, True, True, False)
+    # The last three tokens' queries, keys and values, four heads' matrices, and the number of tokens.
+    assert states.layer_size == 3 * (2 * 2 * 16 + 4 * 16) + 4 * 16 * 16 + 1
+    page_bytes = 2 * 2 * 16 * 16 * 4
+    assert engine.spec.num_layers == 1 + -(-3 * states.layer_size * 4 // page_bytes)
+    assert engine.spec.block_bytes() == engine.kv_pages[:, 0].numel() * 4
+    driver, told = Driver(engine), list[int]()
+    driver.step([(driver.add(range(4, 44)), 40)], told.append)
+    assert told == list(range(engine.spec.num_layers))
+
+
+def test_a_block_is_as_long_as_what_it_keeps_demands(checkpoints: Path) -> None:
+    spec = make_engine(checkpoints / "qwen3.5").spec
+    states = ModelConfig.from_dir(checkpoints / "qwen3.5").states
+    assert states is not None
+    assert spec.block_size == 128  # 256 bytes of keys and values a token, 17 KB of states
+    assert spec.page_bytes() >= states.num_bytes > spec.page_bytes() // 2
+
+
+def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path) -> None:
+    [asked] = prompts([40])
+    clean = _answers(make_engine(checkpoints / "qwen3.5"), [asked], 7)
+    engine = make_engine(checkpoints / "qwen3.5")
+    engine.kv_pages.fill_(torch.nan)
+    assert _answers(engine, [asked], 7) == clean
+
+
+def test_a_state_goes_with_its_block(checkpoints: Path) -> None:
+    engine = make_engine(checkpoints / "qwen3.5", swap_space=2**22, block_size=16)
+    assert swapped_in_the_middle(engine) == undisturbed(engine)
+    driver = Driver(engine)
+    [prompt] = prompts([20])
+    seq = driver.add(prompt)
+    driver.step([(seq, 20)])
+    alone = driver.add([*prompt, seq.token_ids[-1]])
+    driver.step([(alone, 21)])
+    assert driver.step_fork(seq) == alone.token_ids[-1]
+
+
+def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: Path) -> None:
+    engine = make_engine(checkpoints / "qwen3.5", block_size=16)
+    driver = Driver(engine)
+    seq = driver.add(range(4, 24))
+    driver.step([(seq, 19)])
+    driver.step([(seq, 1)])
+    seq.num_computed_tokens -= 1
+    with pytest.raises(ForeignStateError, match=r"states of \[20.0\] tokens in place of \[19\]"):
+        engine.step(Batch([BatchRow(seq, 1)], may_postpone=True))
+
+
+def test_no_row_is_postponed(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(checkpoints / "qwen3.5")
+    driver, begun = Driver(engine), list[bool]()
+    monkeypatch.setattr(engine._masks, "begin", lambda batch: begun.append(batch.may_postpone))
+    seq = driver.add(range(4, 24))
+    driver.grow(seq, 20)
+    batch = Batch([BatchRow(seq, 20)], may_postpone=True)
+    engine.step(batch)
+    assert begun == [False] and batch.may_postpone
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"deterministic": True}, "deterministic: layers that keep a state have no exact steps"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: layers that keep a state are computed by one rank"),
+    ],
+)
+def test_what_is_not_built_is_refused(checkpoints: Path, fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        make_engine(checkpoints / "qwen3.5", **fields)
+
+
+def test_long_blocks_are_for_states(tmp_path: Path) -> None:
+    write_model(tmp_path, transformers.Qwen3Config(**SMALL))
+    with pytest.raises(ConfigError, match="block_size: 256 tokens are for models that keep states"):
+        make_engine(tmp_path, block_size=256)
+    assert make_engine(tmp_path).spec.block_size == 16
+
+
+def test_bfloat16_is_near_float32(checkpoints: Path) -> None:
+    [asked] = prompts([60])
+    sampling = msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = make_engine(checkpoints / "qwen3.5", dtype=dtype)
+        driver = Driver(engine)
+        driver.grow(seq := driver.add(asked, sampling), len(asked))
+        [row] = engine.step(Batch([BatchRow(seq, len(asked))])).rows
+        found[dtype] = torch.tensor([token.logprob for token in row.prompt_logprobs])
+    assert (found["float32"] - found["bfloat16"]).abs().median() < 0.2  # of some 8 on average
