@@ -11,21 +11,20 @@ from dataclasses import replace
 import structlog
 
 from ...common.config import RouterConfig
-from ...common.errors import RequestError
 from ..placement.candidates import EXPLAIN_EVERY, candidates
-from ..placement.policy import RoutingPolicy, fits_decode, fits_prefill
+from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission
 from ..state.attempt import Attempt
 from ..state.decisions import Candidate, Decision, note
-from ..state.demand import Demand, Lack, Placement, Reason, Wait
+from ..state.demand import Lack, Placement, Reason, Wait
 from ..state.errors import StreamError
 from ..state.observer import Observer
 from ..state.pools import Pools
 from ..state.request import RequestStatus, RouterRequest
-from ..state.search import max_num_tokens
 from ..state.tracked_request import TrackedRequest
-from ..state.views import PoolView, WorkerView
+from ..state.views import PoolView
 from ..state.worker import RouterWorker
+from .fits import check_fits, fits_nowhere
 from .in_flight import InFlightRequests
 from .isolation import Isolation
 from .prefix_fetch import fetch_from
@@ -217,7 +216,7 @@ class Placer:
             if search.misfit_s is None:  # the worker that could hold it, or one like it, may come back
                 search.misfit_s = now_s
         elif wait.lack is Lack.FIT:
-            text = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"
+            text = fits_nowhere(request, self._pools)
             self._in_flight.fail(tracked, StreamError(text, "context_length_exceeded", 400))
         elif wait.lack is not Lack.PAIR:
             tracked.search.lacks_s = None
@@ -265,35 +264,4 @@ class Placer:
 
     def check_fits(self, request: RouterRequest) -> None:
         """Raises RequestError (400) if none of the workers that are there could ever run the request."""
-        demand = Demand(
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_tokens=request.num_prompt_tokens,
-            max_num_tokens=max_num_tokens(request, self._pools),
-            num_choices=request.n,
-        )
-        spec = self._pools.spec
-        if spec is not None and demand.blocks_to_end(spec) <= self._pools.least_blocks:
-            return
-        view = self._pools.picture(0.0)
-        if request.pooling is not None:
-            if view.workers and not any(fits_prefill(worker, demand) for worker in view.workers):
-                spec = view.workers[0].hello.spec
-                raise _too_large(demand, spec.num_blocks_for(demand.num_prompt_tokens), list(view.workers))
-            return
-        decodes = [worker for worker in view.workers if worker.role == "decode"]
-        prefills = [worker for worker in view.workers if worker.role == "prefill"]
-        if decodes and not any(fits_decode(worker, demand) for worker in decodes):
-            raise _too_large(demand, demand.blocks_to_end(decodes[0].hello.spec), decodes)
-        if self._needs_prefill_worker and prefills and not any(fits_prefill(worker, demand) for worker in prefills):
-            raise _too_large(demand, prefills[0].hello.spec.num_blocks_for(demand.num_prompt_tokens), prefills)
-
-
-def _too_large(demand: Demand, num_blocks: int, workers: list[WorkerView]) -> RequestError:
-    new_tokens = demand.max_num_tokens - demand.num_prompt_tokens
-    return RequestError(
-        f"{demand.num_prompt_tokens} prompt tokens and {demand.num_choices} x up to {new_tokens} new ones need "
-        f"{num_blocks} KV blocks of {workers[0].hello.spec.block_size} tokens; the largest {workers[0].role} worker "
-        f"has {max(worker.hello.num_blocks for worker in workers)}",
-        param="max_tokens",
-        code="context_length_exceeded",
-    )
+        check_fits(request, self._pools, needs_prefill_worker=self._needs_prefill_worker)

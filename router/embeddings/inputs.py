@@ -50,5 +50,8 @@ def _check_length(ids: list[int], name: str, max_model_len: int) -> None:
     if not ids:
         raise RequestError(f"{name} is empty: it has no tokens", param=name)
     if len(ids) > max_model_len:
-        text = f"{name} has {len(ids)} tokens, more than the context of {max_model_len}"
+        text = (
+            f"{name} has {len(ids)} tokens, more than the context of {max_model_len}. "
+            f"This model's maximum context length is {max_model_len} tokens"  # words by which clients know it
+        )
         raise RequestError(text, param=name, code="context_length_exceeded")

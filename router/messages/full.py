@@ -24,7 +24,7 @@ def full_context(message: str) -> str:
         words = _words(int(found["prompt"]), int(found["asked"] or 1), int(found["limit"]))
     elif found := _OF_BYTES.match(message):
         words = f"prompt is too long: at least {found['limit']} tokens > {int(found['limit']) - 1} maximum"
-    elif found := _OF_WORKERS.match(message):
+    elif found := _OF_WORKERS.search(message):
         words = _words(int(found["prompt"]), int(found["asked"]), int(found["size"]) * int(found["blocks"]))
     else:
         words = ""

@@ -851,6 +851,18 @@ def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
     fleet.submit(100, max_tokens=8 * BLOCK_SIZE - 100)
 
 
+async def test_what_no_worker_holds_is_told_in_words_that_clients_know() -> None:
+    words = "This model's maximum context length is 128 tokens"
+    fleet = Fleet()
+    early = fleet.submit(100, max_tokens=99)  # before there is anybody who could say so
+    fleet.join("d-0", num_blocks=8)
+    with pytest.raises(RequestError, match=words):
+        fleet.submit(100, max_tokens=99)
+    fleet.wait(0.2)
+    told = await failure(early)
+    assert words in str(told) and (told.code, told.status) == ("context_length_exceeded", 400)
+
+
 @pytest.mark.parametrize(("num_prompt", "num_choices"), [(1, 1), (20, 1), (64, 3), (70, 2), (16, 7), (127, 1)])
 def test_the_longest_answer_is_the_longest_that_is_taken(num_prompt: int, num_choices: int) -> None:
     fleet = Fleet()

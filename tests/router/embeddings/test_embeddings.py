@@ -125,6 +125,7 @@ async def test_the_models_pooling_goes_to_the_workers() -> None:
         ({"input": ["a", "x" * 513, "b"]}, "input[1]", "input[1] has 513 tokens, more than the context of 512"),
         ({"input": ["a", "x" * 99_999]}, "input[1]", "input[1]: the prompt has at least"),
         ({"input": [[5] * 513]}, "input[0]", "input[0] has 513 tokens"),
+        ({"input": [[5] * 513]}, "input[0]", "This model's maximum context length is 512 tokens"),
         ({"input": [[5], [6, VOCAB_SIZE]]}, "input[1]", f"input[1]: token id {VOCAB_SIZE} is not in the vocabulary"),
         ({"input": [5, -1]}, "input", "input: token id -1"),
         ({"input": ["a"] * 2049}, "input", "at most 2048 inputs in one call, got 2049"),
