@@ -106,7 +106,7 @@ def _encoded(chat: Chat, limits: RenderLimits) -> bytes:
 
 async def _ask(helper: Helper, payload: bytes, limits: RenderLimits) -> str:
     try:
-        kind, answer = await helper.ask(RENDER_CHAT, payload, limits.max_s + _SLACK_S)
+        kind, answer = await helper.ask_again(RENDER_CHAT, payload, limits.max_s + _SLACK_S)
     except HelperLost as error:
         if error.is_late:
             raise _RenderOverrun(f"rendering the chat took more than {limits.max_s:g} s") from None

@@ -59,6 +59,15 @@ class Helper:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
+    async def ask_again(self, kind: bytes, payload: bytes, limit_s: float) -> tuple[bytes, bytes]:
+        """Ask, and where the process ends, once more: it may have been killed by no fault of the work's."""
+        try:
+            return await self.ask(kind, payload, limit_s)
+        except HelperLost as error:
+            if not error.has_ended:
+                raise
+        return await self.ask(kind, payload, limit_s)
+
     async def ask(self, kind: bytes, payload: bytes, limit_s: float) -> tuple[bytes, bytes]:
         """Kind and payload of the answer. The limit counts from when its turn comes. Raises HelperLost."""
         ask = _Ask(kind, payload, limit_s, asyncio.get_running_loop().create_future())

@@ -24,7 +24,7 @@ class JsonParser:
         if len(data) <= INLINE_BYTES:
             return parse_json(data, max_commas)
         try:
-            kind, payload = await self.helper.ask(PARSE_JSON, COMMAS.pack(max_commas) + data, TIME_LIMIT_S)
+            kind, payload = await self.helper.ask_again(PARSE_JSON, COMMAS.pack(max_commas) + data, TIME_LIMIT_S)
         except HelperLost:
             raise CapacityError(f"a body of {len(data)} bytes could not be parsed", status=503) from None
         if kind == REFUSAL:

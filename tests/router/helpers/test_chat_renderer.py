@@ -126,16 +126,34 @@ async def test_what_the_sandbox_cannot_end_is_killed_and_the_next_chat_is_render
         assert await renderer.render(_chat()) == "ok"
 
 
-async def test_a_process_that_ends_is_the_servers_fault() -> None:
+@asynccontextmanager
+async def _losing_its_process(num_times: int) -> AsyncIterator[asyncio.Task[str]]:
+    """A rendering whose process is killed, and so are those that are started for it."""
     async with _rendering(CHATML) as renderer:
         await renderer.render(_chat("x" * QUICK_BYTES))
-        os.kill(renderer.long.pid or 0, signal.SIGSTOP)
+        pid = renderer.long.pid or 0
+        os.kill(pid, signal.SIGSTOP)
         rendering = asyncio.create_task(renderer.render(_chat("x" * QUICK_BYTES)))
         await asyncio.sleep(0)
-        os.kill(renderer.long.pid or 0, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        for _ in range(num_times - 1):
+            while renderer.long.pid in (None, pid):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            pid = renderer.long.pid or 0
+            os.kill(pid, signal.SIGKILL)
+        yield rendering
+
+
+async def test_a_process_that_ends_is_the_servers_fault() -> None:
+    async with _losing_its_process(2) as rendering:
         with pytest.raises(CapacityError) as caught:
             await rendering
         assert caught.value.status == 503
+
+
+async def test_a_chat_whose_process_is_killed_is_rendered_by_another() -> None:
+    async with _losing_its_process(1) as rendering:
+        assert await rendering == _here(CHATML, _chat("x" * QUICK_BYTES))
 
 
 async def test_a_bomb_holds_up_nobody_else(tmp_path: Path) -> None:
