@@ -7,6 +7,9 @@ Of system messages after the first, which agents send, templates refuse some, or
 several at the beginning   ─> one, with a blank line between
 a later one                ─> the turn of the user beside it; one of its own where there is none
                               or, where a template wants roles to take turns, the end of the result before it
+Templates as Mistral's and Gemma's want these two to take turns, which agents do not keep to:
+messages of one role       ─> one, with a blank line between
+a user's after results     ─> as it stands, behind a word of the assistant's
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from contextlib import suppress
 from itertools import groupby, takewhile
 
 from ...common.errors import RequestError
-from .told import told_otherwise, with_written_arguments
+from .told import told_in_turns, told_otherwise, with_written_arguments
 
 Fields = Mapping[str, object]
 Render = Callable[[Sequence[Fields]], Awaitable[str]]  # raises RequestError for what the template does not take
@@ -27,6 +30,18 @@ async def rendered(render: Render, messages: Sequence[Fields], has_own_system: b
 
     `has_own_system`: the client has sent the first system message.
     """
+    try:
+        return await _rendered(render, messages, has_own_system)
+    except RequestError:
+        if told_in_turns([message for message in messages if not _is_system(message)]) is None:
+            raise
+        with suppress(RequestError):
+            return await _rendered(lambda told: render(told_in_turns(told) or told), messages, has_own_system)
+        raise
+
+
+async def _rendered(render: Render, messages: Sequence[Fields], has_own_system: bool) -> str:
+    """Render the messages; where the template refuses or drops later system messages, told in another way."""
     if not any(_is_system(message) for message in messages[1:]):
         return await _rendered_calls(render, messages, has_own_system)
     with suppress(RequestError):

@@ -12,6 +12,7 @@ from itertools import takewhile
 
 from .json_text import dumps
 
+_BETWEEN = "Done."  # an empty turn is refused by some, and nothing that a model learns to say
 _PREAMBLE = """# Tools
 
 You may call one or more functions to help with the user's request.
@@ -82,6 +83,30 @@ def told_singly(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, o
             results = [each for each in results if all(each is not one for one in own)]
         told += results  # of calls that there are not: the template says what is wrong
     return told
+
+
+def told_in_turns(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]] | None:
+    """Return the messages so that user and assistant take turns; None: they do.
+
+    For templates that refuse others, as Mistral's and Gemma's. Those of one role become one. What a user says to
+    results, and not to an answer, stands behind a short one: at the end of a result it would be the tool's word.
+    """
+    told: list[Mapping[str, object]] = []
+    for message in messages:
+        last = told[-1] if told else {"role": ""}
+        if message["role"] == "user" and (last["role"] == "tool" or "tool_calls" in last):
+            told += [{"role": "assistant", "content": _BETWEEN}, message]
+        elif message["role"] == last["role"] != "tool" and "tool_calls" not in last:
+            told[-1] = {**message, **_joined_texts(last, message)}
+        else:
+            told.append(message)
+    return None if told == list(messages) else told
+
+
+def _joined_texts(*messages: Mapping[str, object]) -> dict[str, object]:
+    """Return what several messages of one role say, and think, as one message has it."""
+    names = [name for name in ("content", "reasoning_content") if any(name in message for message in messages)]
+    return {name: "\n\n".join(str(text) for each in messages if (text := each.get(name))) for name in names}
 
 
 def with_written_arguments(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]] | None:

@@ -1,4 +1,4 @@
-"""System messages after the first, over a scripted dispatcher: none is lost, and no chat refused for it."""
+"""System messages after the first, and roles that take no turns: nothing is lost, and no chat is refused for it."""
 
 from __future__ import annotations
 
@@ -91,6 +91,49 @@ async def test_every_system_message_is_told_whatever_the_template_takes(
     template, messages, told = CASES[case]
     fakes.use_template(tmp_path, monkeypatch, template)
     assert await _prompt(serve(Script("ok")), messages) == told
+
+
+TURNS: dict[str, tuple[list[Any], str]] = {
+    "users": ([USER, {"role": "user", "content": "Now."}], "<user>Say: Be brief.\n\nNow."),
+    "users around a system": (
+        [FIRST, USER, LATER, {"role": "user", "content": "Now."}],
+        "<system>You are an agent.<user>Say: Be brief.\n\nBe brief.\n\nNow.",
+    ),
+    "assistants": ([USER, ANSWER, ANSWER, USER], "<user>Say: Be brief.<assistant>Hello.\n\nHello.<user>Say: Be brief."),
+    "an assistant that calls": (
+        [USER, ANSWER, CALL, RESULT, ANSWER, USER],
+        "<user>Say: Be brief.<assistant>Hello.<tool>found<assistant>Hello.<user>Say: Be brief.",
+    ),
+    "behind a result": (
+        [USER, CALL, RESULT, USER],
+        "<user>Say: Be brief.<assistant><tool>found<assistant>Done.<user>Say: Be brief.",
+    ),
+    "behind a result and a system": (
+        [USER, CALL, RESULT, LATER, USER],
+        "<user>Say: Be brief.<assistant><tool>found<assistant>Done.<user>Be brief.\n\nSay: Be brief.",
+    ),
+    "behind a call": (
+        [USER, CALL, USER],
+        "<user>Say: Be brief.<assistant><assistant>Done.<user>Say: Be brief.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+async def test_a_template_that_wants_turns_is_told_turns(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages, told = TURNS[case]
+    fakes.use_template(tmp_path, monkeypatch, REFUSES)
+    assert await _prompt(serve(Script("ok")), messages) == told
+
+
+async def test_a_template_that_takes_any_turns_is_told_them_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.use_template(tmp_path, monkeypatch, EACH)
+    told = "<user>Say: Be brief.<assistant><tool>found<user>Say: Be brief."
+    assert await _prompt(serve(Script("ok")), [USER, CALL, RESULT, USER]) == told
 
 
 async def test_what_a_template_refuses_for_another_reason_is_refused(
