@@ -18,8 +18,8 @@ from .either_syntax import EitherSyntax
 from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from .paired import GLM, MINIMAX, PairedSyntax
 from .pythonic import PythonicSyntax
-from .qwen_coder import QwenCoderSyntax
-from .reasoning import BRACKETS, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
+from .qwen_coder import SEED, QwenCoderSyntax
+from .reasoning import BRACKETS, SEED_THINK, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
 from .syntax import Syntax
 from .turn import TaggedReader, TurnReader
 
@@ -48,6 +48,7 @@ _SIGNS = (
     (re.compile(re.escape(channels.CHANNEL)), "channels"),
     (re.compile(BEGIN_CALLS), "deepseek_v3"),
     (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
+    (re.compile(r"<seed:tool_call>"), "seed_oss"),
     (re.compile(r"<function="), "qwen3_coder"),
     (re.compile(r"<arg_key>"), "glm"),
     (re.compile(r"<minimax:tool_call>"), "minimax_m2"),
@@ -59,9 +60,11 @@ _SIGNS = (
 _TAGS = (  # what a template of each form of reasoning has in it
     (channels.CHANNEL, "channels"),
     (BRACKETS.begin, "mistral"),
+    (SEED_THINK.begin, "seed_oss"),
     (THINK.begin, "think"),  # OLMo 3's has this one alone
     (THINK.end, "think"),
 )
+_TAGS_OF: Mapping[str, Tags] = {"mistral": BRACKETS, "seed_oss": SEED_THINK}
 _SWITCHES = frozenset({"reasoning_effort", "enable_thinking", "thinking"})
 
 
@@ -70,7 +73,7 @@ class Dialect:
     """The dialect of one model, as far as answers are read by it."""
 
     tool_parser: str = "hermes"
-    # think; mistral: its tags; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
+    # think; mistral, seed_oss: their tags; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
     reasoning_parser: str = "none"
     takes_tools: bool = False  # the template tells the model of tools itself
     has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
@@ -145,6 +148,8 @@ class Dialect:
                 return PythonicSyntax(use.schemas)
             case "qwen3_coder":
                 return QwenCoderSyntax(use.schemas)
+            case "seed_oss":
+                return QwenCoderSyntax(use.schemas, SEED)
             case "glm":
                 return PairedSyntax(GLM, use.schemas)
             case "minimax_m2":
@@ -163,7 +168,7 @@ class Dialect:
 
     @property
     def _tags(self) -> Tags:
-        return BRACKETS if self.reasoning_parser == "mistral" else THINK
+        return _TAGS_OF.get(self.reasoning_parser, THINK)
 
     @property
     def without_reasoning(self) -> Dialect:

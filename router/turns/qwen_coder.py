@@ -8,7 +8,8 @@
     </function>
     </tool_call>
 
-Arguments are told a parameter at a time, as JSON of the type that the tool's schema names.
+Seed-OSS writes the same with `<seed:tool_call>` around it. Arguments are told a parameter at a time, as JSON of the
+type that the tool's schema names.
 """
 
 from __future__ import annotations
@@ -19,26 +20,31 @@ from collections.abc import Mapping, Set
 from .paired import CALL_NAME, PairedForm, PairedSyntax, Part, TagPattern, around, literal
 from .syntax import Progress, Schemas
 
-_TOOL, _END_TOOL = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
 _PARAMETER_NAME = Part(r"([^<>\n]{1,256})", r"[^<>\n]{0,256}")
-_FORM = PairedForm(
-    places=(_TOOL, _FUNCTION),  # the outer tag is often left out
-    head=TagPattern.of(around(_TOOL), literal(_FUNCTION), CALL_NAME, literal(">")),
-    pair=TagPattern.of(literal(_PARAMETER), _PARAMETER_NAME, literal(">"), other=_END_FUNCTION),
-    end_value=_END_PARAMETER,
-    end_call=_END_FUNCTION,
-    end_outer=_END_TOOL,
-)
+
+
+def _form(outer: str) -> PairedForm:
+    return PairedForm(
+        places=(f"<{outer}>", _FUNCTION),  # the outer tag is often left out
+        head=TagPattern.of(around(f"<{outer}>"), literal(_FUNCTION), CALL_NAME, literal(">")),
+        pair=TagPattern.of(literal(_PARAMETER), _PARAMETER_NAME, literal(">"), other=_END_FUNCTION),
+        end_value=_END_PARAMETER,
+        end_call=_END_FUNCTION,
+        end_outer=f"</{outer}>",
+    )
+
+
+CODER, SEED = _form("tool_call"), _form("seed:tool_call")
 _NEXT_PARAMETER, _NEXT_END = f"\n{_PARAMETER}", f"\n{_END_FUNCTION}"
 _LITTLE_BLANK = re.compile(r"\s{0,64}+")
 _LINE_CHARS = 300  # of what such a line is known by: a name of a parameter at most, or an end, white space and an end
 
 
 class QwenCoderSyntax(PairedSyntax):
-    def __init__(self, schemas: Schemas) -> None:
-        super().__init__(_FORM, schemas)
+    def __init__(self, schemas: Schemas, form: PairedForm = CODER) -> None:
+        super().__init__(form, schemas)
 
     def _value(
         self, text: str, tag: re.Match[str], tool: str, progress: Progress, *, is_final: bool
@@ -55,7 +61,7 @@ class QwenCoderSyntax(PairedSyntax):
         ends = [
             end
             for mark in (_NEXT_PARAMETER, _NEXT_END)
-            if (end := _find_line(text, mark, looked, stop, others, is_final=is_final)) is not None
+            if (end := self._find_line(text, mark, looked, stop, others, is_final=is_final)) is not None
         ]
         if ends:
             return text[tag.end() : min(ends)].removeprefix("\n"), min(ends)
@@ -63,15 +69,14 @@ class QwenCoderSyntax(PairedSyntax):
         value = text[tag.end() : stop].removeprefix("\n")
         return (value, None) if closing < 0 else (value.removesuffix("\n"), closing + len(_END_PARAMETER))
 
-
-def _find_line(text: str, mark: str, at: int, stop: int, others: Set[str], *, is_final: bool) -> int | None:
-    """Find a line between these places that begins with a tag of the form, and is none of a value's."""
-    while (at := text.find(mark, at, stop)) >= 0:
-        tag = _FORM.pair.whole.match(text, at + 1)
-        behind = _LITTLE_BLANK.match(text, at + len(mark))
-        assert behind is not None
-        is_last = text.startswith(_END_TOOL, behind.end()) or (is_final and behind.end() == len(text))
-        if (mark == _NEXT_END and is_last) or (tag is not None and tag[1] in others):
-            return at
-        at += 1
-    return None
+    def _find_line(self, text: str, mark: str, at: int, stop: int, others: Set[str], *, is_final: bool) -> int | None:
+        """Find a line between these places that begins with a tag of the form, and is none of a value's."""
+        while (at := text.find(mark, at, stop)) >= 0:
+            tag = self._form.pair.whole.match(text, at + 1)
+            behind = _LITTLE_BLANK.match(text, at + len(mark))
+            assert behind is not None
+            is_last = text.startswith(self._form.end_outer, behind.end()) or (is_final and behind.end() == len(text))
+            if (mark == _NEXT_END and is_last) or (tag is not None and tag[1] in others):
+                return at
+            at += 1
+        return None

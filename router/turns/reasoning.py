@@ -20,6 +20,7 @@ class Tags(NamedTuple):
 
 
 THINK = Tags("<think>", "</think>")
+SEED_THINK = Tags("<seed:think>", "</seed:think>")  # Seed-OSS's
 BRACKETS = Tags("[THINK]", "[/THINK]")  # Magistral's
 
 

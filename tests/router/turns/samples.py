@@ -12,7 +12,7 @@ from kvferry.router.turns.either_syntax import EitherSyntax
 from kvferry.router.turns.json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from kvferry.router.turns.paired import GLM, MINIMAX, PairedSyntax
 from kvferry.router.turns.pythonic import PythonicSyntax
-from kvferry.router.turns.qwen_coder import QwenCoderSyntax
+from kvferry.router.turns.qwen_coder import SEED, QwenCoderSyntax
 from kvferry.router.turns.syntax import Schemas, Syntax
 
 NAMES = ("search", "get_weather", "write.file", "a-b")
@@ -28,6 +28,7 @@ WORDS = (
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
     "```", "functools", "<|tool_call|>",
+    "<seed:tool_call>", "</seed:tool_call>", "<seed",
     "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="search">', "</invoke>", "</parameter>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
     "<function_calls>", "</function_calls>", "search(", ")", "=", "'", "[search(query=",
@@ -85,6 +86,10 @@ def _coder(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     return call if rng.random() < 0.3 else f"<tool_call>\n{call}\n</tool_call>"
 
 
+def _seed(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    return _coder(rng, name, arguments).replace("tool_call>", "seed:tool_call>")
+
+
 def _glm(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     blank = rng.choice(["", "\n"])
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
@@ -134,6 +139,7 @@ FORMS: dict[str, Form] = {
     "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
     "pythonic": Form(PythonicSyntax(SCHEMAS), _pythonic),
     "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
+    "seed_oss": Form(QwenCoderSyntax(SCHEMAS, SEED), _seed),
     "glm": Form(PairedSyntax(GLM, SCHEMAS), _glm),
     "minimax_m2": Form(PairedSyntax(MINIMAX, SCHEMAS), _minimax),
     "told otherwise": Form(EitherSyntax(QwenCoderSyntax(SCHEMAS)), _told_otherwise),

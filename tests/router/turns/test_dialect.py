@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from kvferry.models.chat_template import ChatTemplate
+from kvferry.router.turns.call_reader import joined_calls
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.lazy import is_guidable
+from kvferry.router.turns.syntax import Call
 
 QWEN = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools> in <tool_call></tool_call>{% endif %}{{ messages[0].content }}"
@@ -43,6 +45,7 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools }}<tool_call><function=name>", "qwen3_coder", True, "none"),
         ("{{ tools }}<think></think><tool_call>{name}<arg_key>{key}</arg_key>", "glm", True, "think"),
         ("{{ tools }}<think><minimax:tool_call>", "minimax_m2", True, "think"),
+        ("{{ tools }}<seed:think><seed:tool_call><function=name>", "seed_oss", True, "seed_oss"),
         ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
         ("{{ tools }}<think><｜tool▁calls▁begin｜>", "deepseek_v3", True, "think"),
         ("<think><｜tool▁calls▁begin｜>", "hermes", False, "think"),
@@ -77,12 +80,24 @@ def test_an_operator_knows_better() -> None:
 
 @pytest.mark.parametrize(
     "parser",
-    ["deepseek_v31", "qwen3_coder", "glm45", "minimax_m2", "llama3_json", "pythonic", "granite", "mistral", "json"],
+    [
+        "deepseek_v31",
+        "qwen3_coder",
+        "seed_oss",
+        "glm45",
+        "minimax_m2",
+        "llama3_json",
+        "pythonic",
+        "granite",
+        "mistral",
+        "json",
+    ],
 )
 def test_calls_have_the_form_that_was_told_or_the_named_one_where_a_template_takes_no_tools(parser: str) -> None:
     own = {
         "deepseek_v31": "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
         "qwen3_coder": "<tool_call><function=f></function></tool_call>",
+        "seed_oss": "<seed:tool_call><function=f></function></seed:tool_call>",
         "glm45": "<tool_call>f</tool_call>",
         "minimax_m2": '<minimax:tool_call><invoke name="f"></invoke></minimax:tool_call>',
         "pythonic": "[f()]",
@@ -139,3 +154,15 @@ def test_a_template_gets_the_tools() -> None:
     told = ChatTemplate(QWEN).render([{"role": "user", "content": "hi"}], tools=USE.told())
     assert told.startswith('<tools>[{"type": "function", "function": {"name": "f"') and told.endswith("hi")
     assert ChatTemplate(QWEN).render([{"role": "user", "content": "hi"}]) == "hi"
+
+
+def test_a_turn_of_seed_oss_is_read_however_it_is_cut() -> None:
+    dialect = _dialect("{{ tools }}<seed:think></seed:think><seed:tool_call><function=name>")
+    assert dialect.shown_marks(USE) == {"<seed:think>", "</seed:think>", "<seed:tool_call>", "</seed:tool_call>"}
+    assert dialect.begins_inside("assistant\n<seed:think>") and not dialect.begins_inside("...</seed:think>")
+    text = "<seed:think>\nHm.\n</seed:think>So.\n<seed:tool_call>\n<function=f>\n</function>\n</seed:tool_call>\n"
+    for cut in range(len(text) + 1):
+        reader = dialect.reader(USE, begins_inside=False)
+        told = [reader.push(text[:cut]), reader.push(text[cut:]), reader.push("", is_final=True)]
+        assert ["".join(getattr(each, name) for each in told) for name in ("reasoning", "content")] == ["Hm.", "So."]
+        assert joined_calls([call for each in told for call in each.calls]) == [Call("f", "{}")]
