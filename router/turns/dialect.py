@@ -19,7 +19,7 @@ from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSynta
 from .paired import GLM, MINIMAX, PairedSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import SEED, QwenCoderSyntax
-from .reasoning import BRACKETS, SEED_THINK, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
+from .reasoning import BRACKETS, RESPONSE, SEED_THINK, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
 from .syntax import Syntax
 from .turn import TaggedReader, TurnReader
 
@@ -75,6 +75,7 @@ class Dialect:
     tool_parser: str = "hermes"
     # think; mistral, seed_oss: their tags; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
     reasoning_parser: str = "none"
+    answers_in_tags: bool = False  # behind its thoughts
     takes_tools: bool = False  # the template tells the model of tools itself
     has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
     tells_calls: bool = True  # the template tells the model of its earlier calls, too
@@ -97,6 +98,7 @@ class Dialect:
         found = cls(
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
             reasoning_parser=next(by_tag, "none"),
+            answers_in_tags=RESPONSE.begin in source,
             takes_tools=takes_tools,
             tells_calls="tool_calls" in source,
             switches=_SWITCHES & variables,
@@ -197,7 +199,10 @@ class Dialect:
         if self.has_channels:
             names = frozenset(tool.name for tool in use.tools)
             return channels.ChannelReader(names, has_one_call=not use.is_parallel)
-        reasoning = ReasoningReader(self._tags, begins_inside=begins_inside) if self.reasons else None
+        around = RESPONSE if self.answers_in_tags else None
+        reasoning = (
+            ReasoningReader(self._tags, begins_inside=begins_inside, answer_tags=around) if self.reasons else None
+        )
         calls = CallReader(self.syntax(use)) if use.tools else None
         return TaggedReader(reasoning, calls, has_one_call=not use.is_parallel, has_calls_alone=use.is_forced)
 

@@ -1,8 +1,8 @@
 """A model's reasoning, told apart from its answer: what stands between `<think>` and `</think>`, or tags like them.
 
 A template may open the tag itself, in the prompt: the text then begins inside, and a tag that the model writes first
-all the same is none of its thoughts. White space around the tags belongs to the form and is left out. What comes out
-does not depend on how the text is cut.
+all the same is none of its thoughts. Some models put the answer behind their thoughts in tags, too. White space around
+the tags belongs to the form and is left out. What comes out does not depend on how the text is cut.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Tags(NamedTuple):
 THINK = Tags("<think>", "</think>")
 SEED_THINK = Tags("<seed:think>", "</seed:think>")  # Seed-OSS's
 BRACKETS = Tags("[THINK]", "[/THINK]")  # Magistral's
+RESPONSE = Tags("<response>", "</response>")  # around the answers of Granite 3.3 and ERNIE 4.5
 
 
 class ReasoningCounter(Protocol):
@@ -55,8 +56,11 @@ class ReasoningCount:
 class ReasoningReader:
     """The state of one choice."""
 
-    def __init__(self, tags: Tags = THINK, *, begins_inside: bool) -> None:
+    def __init__(self, tags: Tags = THINK, *, begins_inside: bool, answer_tags: Tags | None = None) -> None:
+        """`answer_tags` may stand around an answer behind thoughts."""
         self._begin_tag, self._end_tag = tags
+        self._answer_tags = answer_tags
+        self._answer_state: Literal["start", "tagged", "plain"] = "plain" if answer_tags is None else "start"
         self._state: Literal["start", "inside", "outside"] = "start"
         self._rest = ""  # held back: a part of a tag, or white space beside one
         self._is_blank = True  # nothing of the present part was told
@@ -86,7 +90,7 @@ class ReasoningReader:
         if self._state == "inside":
             reasoning = self._reasoning(is_final=is_final)
         if self._state == "outside":
-            answer = self._answer()
+            answer = self._answer(is_final=is_final)
         return reasoning, answer
 
     def _begin(self, *, is_final: bool) -> None:
@@ -95,6 +99,8 @@ class ReasoningReader:
             self._state, self._rest, self.has_begun = "inside", text[len(self._begin_tag) :], True
         elif is_final or not self._begin_tag.startswith(text):
             self._state, self._is_blank = ("inside", True) if self.has_begun else ("outside", False)
+            if not self.has_begun:
+                self._answer_state = "plain"
 
     def _reasoning(self, *, is_final: bool) -> str:
         found = self._rest.find(self._end_tag)
@@ -114,8 +120,29 @@ class ReasoningReader:
             self._state, self._is_blank = "outside", True
         return text
 
-    def _answer(self) -> str:
+    def _answer(self, *, is_final: bool) -> str:
         text = self._rest.lstrip() if self._is_blank else self._rest
         self._rest = ""
+        if self._answer_tags is not None and self._answer_state != "plain":
+            text = self._untagged(text, self._answer_tags, is_final=is_final)
         self._is_blank = self._is_blank and not text
         return text
+
+    def _untagged(self, text: str, tags: Tags, *, is_final: bool) -> str:
+        """Return the answer's text without its tags, as far as it is clear which text is none of them."""
+        if self._answer_state == "start":
+            if not is_final and tags.begin.startswith(text):
+                self._rest = text
+                return ""
+            self._answer_state = "tagged" if text.startswith(tags.begin) else "plain"
+            text = text.removeprefix(tags.begin).lstrip()
+        if self._answer_state == "plain":
+            return text
+        stripped = text.rstrip()
+        has_end = stripped.endswith(tags.end)
+        if is_final:
+            return stripped.removesuffix(tags.end).rstrip() if has_end else text
+        at = len(stripped) - len(tags.end) if has_end else len(text) - ends_with_part_of(text, tags.end)
+        shown = text[:at].rstrip()
+        self._rest = text[len(shown) :]
+        return shown

@@ -166,3 +166,35 @@ def test_a_turn_of_seed_oss_is_read_however_it_is_cut() -> None:
         told = [reader.push(text[:cut]), reader.push(text[cut:]), reader.push("", is_final=True)]
         assert ["".join(getattr(each, name) for each in told) for name in ("reasoning", "content")] == ["Hm.", "So."]
         assert joined_calls([call for each in told for call in each.calls]) == [Call("f", "{}")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "content"),
+    [
+        ("\n\n<response>\nSo.\n\nYes.\n</response>\n", "So.\n\nYes."),
+        ("<response>So.", "So."),
+        ("<response> </response>", ""),
+        ("<response>a </response> b</response>", "a </response> b"),
+        ("<response>a</respons", "a</respons"),
+        ("\nSo: <response>.</response>", "So: <response>.</response>"),
+        ("<resp", "<resp"),
+        ("", ""),
+    ],
+)
+def test_tags_around_an_answer_behind_thoughts_are_no_content(answer: str, content: str) -> None:
+    """As Granite 3.3 and ERNIE 4.5 write them."""
+    dialect = _dialect("Write <think></think> and <response></response>.")
+    text = f"<think>\nHm. <response>\n</think>{answer}"
+    for cut in range(len(text) + 1):
+        for size in (1, 7, len(text)):
+            reader = dialect.reader(ToolUse(), begins_inside=False)
+            told = [reader.push(text[at : min(at + size, cut)]) for at in range(0, cut, size)]
+            told += [reader.push(text[cut:]), reader.push("", is_final=True)]
+            assert "".join(each.reasoning for each in told) == "Hm. <response>"
+            assert "".join(each.content for each in told) == content
+
+
+def test_tags_without_thoughts_before_them_are_what_the_client_asked_for() -> None:
+    for dialect in (_dialect("<think></think><response></response>"), _dialect("<response></response>")):
+        told = dialect.reader(ToolUse(), begins_inside=False).push("<response>So.</response>", is_final=True)
+        assert told.content == "<response>So.</response>"
