@@ -59,6 +59,10 @@ class ChatTurns:
             turn.forget_thoughts()
         return turn
 
+    def is_beside_text(self, index: int) -> bool:
+        """Tell whether what came last of a choice is none of its content, nor may become some."""
+        return self._readers[index].is_beside_text
+
     def finish(self, index: int, piece: TextPiece) -> str | None:
         """Return the reason as clients know it: a turn that ended by itself with calls ended for them."""
         if piece.finish == FinishReason.STOP and self._readers[index].has_called:

@@ -20,6 +20,7 @@ from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, BlockKind, Blocks
 from ..turns.places import Message
 from .kept import item_id
+from .logprobs import Logprobs, TokenReader
 from .tools import ResponseTools
 
 Fields = dict[str, object]
@@ -37,6 +38,7 @@ _REPEATED: Mapping[str, object] = {
     "text": {"format": {"type": "text"}},
     "tool_choice": "auto",
     "tools": [],
+    "top_logprobs": 0,
     "top_p": None,
     "truncation": "disabled",
     "user": None,
@@ -83,7 +85,9 @@ class ResponseForm:
         self._request = request
         self._tools = tools
         self._on_end = on_end
+        self._reader = TokenReader(context, turns)
         self._blocks = Blocks()
+        self._logprobs: dict[int, Logprobs] = {}  # of text, by the block's place
         self._numbers = numbers
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Fields]:
@@ -92,9 +96,10 @@ class ResponseForm:
             response = self._response("in_progress", None)
             events += [self._of("response.created", response=response)]
             events += [self._of("response.in_progress", response=response)]
-        changes = list(self._blocks.push(self._turns.read(index, piece)))
-        for change in changes:
-            events += self._changed(change, "completed")
+        for turn, logprobs in self._reader.read(piece):
+            for change in self._blocks.push(turn):
+                told = self._take(change, logprobs)
+                events += self._changed(change, "completed", told)
         if piece.finish is not None:
             status = _status(piece)
             for change in self._blocks.close():
@@ -109,8 +114,9 @@ class ResponseForm:
 
     def whole(self, pieces: Sequence[TextPiece]) -> Fields:
         (piece,) = pieces
-        for _ in self._blocks.push(self._turns.read(0, piece)):
-            pass
+        for turn, logprobs in self._reader.read(piece):
+            for change in self._blocks.push(turn):
+                self._take(change, logprobs)
         status = _status(piece)
         response = self._response(status, piece)
         self._on_end(self._context.answer_id, self._message(), response)
@@ -167,7 +173,7 @@ class ResponseForm:
         item: Fields = {"id": self._item_id(block)}
         match block.kind:
             case "reasoning":
-                item |= {"type": "reasoning", "summary": [], "content": [_part(block, block.text)]}
+                item |= {"type": "reasoning", "summary": [], "content": [self._part(block)]}
             case "call":
                 called = {"call_id": self._call_id(block), **self._tools.named(block.name), "arguments": block.text}
                 item |= {"type": "function_call", **called, "status": status}
@@ -175,7 +181,7 @@ class ResponseForm:
                 item |= {
                     "type": "message",
                     "role": "assistant",
-                    "content": [_part(block, block.text)],
+                    "content": [self._part(block)],
                     "status": status,
                 }
         return item
@@ -183,8 +189,20 @@ class ResponseForm:
     def _call_id(self, block: Block) -> str:
         return self._turns.call_id(0, block.number)
 
-    def _changed(self, change: BlockEvent, status: str) -> list[Fields]:
-        """Return a block's events; `status` is what its end means."""
+    def _take(self, change: BlockEvent, logprobs: Logprobs) -> Logprobs:
+        """Return those of the log probabilities that are the change's, and keep them."""
+        if change.action != "grow" or change.block.kind != "text":
+            return []
+        told = list(logprobs)
+        logprobs.clear()
+        self._logprobs.setdefault(change.block.index, []).extend(told)
+        return told
+
+    def _part(self, block: Block) -> Fields:
+        return _part(block, block.text, self._logprobs.get(block.index, []))
+
+    def _changed(self, change: BlockEvent, status: str, logprobs: Logprobs | None = None) -> list[Fields]:
+        """Return a block's events; `status` is what its end means, `logprobs` are of what it grew by."""
         block = change.block
         at: Fields = {"item_id": self._item_id(block), "output_index": block.index}
         if block.kind != "call":
@@ -193,7 +211,8 @@ class ResponseForm:
             case "begin":
                 return self._begun(block, at)
             case "grow":
-                return [self._of(f"{_stem(block)}.delta", **at, delta=change.text, **_logprobs(block))]
+                shown: Fields = {"logprobs": logprobs or []} if block.kind == "text" else {}
+                return [self._of(f"{_stem(block)}.delta", **at, delta=change.text, **shown)]
         return self._ended(block, at, status)
 
     def _begun(self, block: Block, at: Fields) -> list[Fields]:
@@ -202,7 +221,7 @@ class ResponseForm:
         item |= began  # the first delta has what is there already
         added = [self._of("response.output_item.added", output_index=block.index, item=item)]
         if block.kind != "call":
-            added.append(self._of("response.content_part.added", **at, part=_part(block, "")))
+            added.append(self._of("response.content_part.added", **at, part=_part(block)))
         return added
 
     def _ended(self, block: Block, at: Fields, status: str) -> list[Fields]:
@@ -210,8 +229,10 @@ class ResponseForm:
             name = self._tools.named(block.name)["name"]
             ended = [self._of(f"{_stem(block)}.done", **at, name=name, arguments=block.text)]
         else:
-            ended = [self._of(f"{_stem(block)}.done", **at, text=block.text, **_logprobs(block))]
-            ended.append(self._of("response.content_part.done", **at, part=_part(block, block.text)))
+            part = self._part(block)
+            shown = {"logprobs": part["logprobs"]} if block.kind == "text" else {}
+            ended = [self._of(f"{_stem(block)}.done", **at, text=block.text, **shown)]
+            ended.append(self._of("response.content_part.done", **at, part=part))
         item = self._item(block, status)
         return [*ended, self._of("response.output_item.done", output_index=block.index, item=item)]
 
@@ -254,11 +275,7 @@ def _stem(block: Block) -> str:
     return f"response.{stems[block.kind]}"
 
 
-def _part(block: Block, text: str) -> Fields:
+def _part(block: Block, text: str = "", logprobs: Sequence[object] = ()) -> Fields:
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _logprobs(block: Block) -> Fields:
-    return {"logprobs": []} if block.kind == "text" else {}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}

@@ -39,15 +39,15 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "moderation": (),
     "multi_agent": (),
     "prompt": (),
-    "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
+_LOGPROBS = "message.output_text.logprobs"
 _HARMLESS_INCLUDES = ("reasoning.encrypted_content",)  # nothing is encrypted here
 _OF_LEFT_OUT = ("web_search_call.action.sources", "web_search_call.results")  # of a tool that the model is not told of
 _KNOWN = frozenset(
     {
         *(*_SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens"),
-        *("text", "reasoning", "include", "previous_response_id"),
+        *("text", "reasoning", "include", "previous_response_id", "top_logprobs"),
     }
 )
 FIELD_NAMES: FieldNames = (
@@ -71,7 +71,7 @@ def chat_body(
     Raises RequestError.
     """
     check_fields(raw, _KNOWN, ignored, unsupported=_UNSUPPORTED, labels=_IGNORED)
-    _check_include(raw.get("include"), tools.left_out)
+    includes = _includes(raw.get("include"), tools.left_out)
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
     instructions = raw.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
@@ -89,18 +89,25 @@ def chat_body(
         body["tools"] = tools.functions
     if raw.get("tool_choice") is not None:
         body["tool_choice"] = _choice(raw["tool_choice"])
+    if _LOGPROBS in includes or raw.get("top_logprobs") not in (None, 0):
+        body |= {"logprobs": True, "top_logprobs": raw.get("top_logprobs")}
     _take_text(raw.get("text"), body, ignored)
     _take_reasoning(raw.get("reasoning"), body, ignored)
     return body, Places(placed, CALL_NAMES)
 
 
-def _check_include(raw: object, left_out: list[str]) -> None:
-    """Refuse what is not there to be included; what belongs to tools that are left out is left out, too."""
+def _includes(raw: object, left_out: list[str]) -> Sequence[object]:
+    """Return what is to be included; what belongs to tools that are left out is left out, too.
+
+    Raises RequestError for what is not there.
+    """
     if raw is None:
-        return
-    if not isinstance(raw, list) or not all(each in (*_HARMLESS_INCLUDES, *_OF_LEFT_OUT) for each in raw):
+        return ()
+    known = (_LOGPROBS, *_HARMLESS_INCLUDES, *_OF_LEFT_OUT)
+    if not isinstance(raw, list) or not all(each in known for each in raw):
         raise not_supported("include")
     left_out += [f"include[{index}]" for index, each in enumerate(raw) if each in _OF_LEFT_OUT]
+    return raw
 
 
 def _limit(value: object) -> int:

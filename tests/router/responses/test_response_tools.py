@@ -82,7 +82,7 @@ async def test_what_is_asked_of_a_tool_that_is_left_out_is_left_out() -> None:
     response = await _post(served, tools=[SEARCH, FUNCTION], include=include)
     assert response.status_code == 200
     assert response.headers["x-kvferry-ignored"] == "tools[0],include[1]"
-    refused = await _post(served, tools=[SEARCH, FUNCTION], include=[*include, "message.output_text.logprobs"])
+    refused = await _post(served, tools=[SEARCH, FUNCTION], include=[*include, "file_search_call.results"])
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include")
 
 
