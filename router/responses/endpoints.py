@@ -14,6 +14,7 @@ from ..api.middleware import context_of
 from ..state.errors import clip
 from ..turns.places import Message
 from .kept import RESPONSE_PREFIX, KeptResponses
+from .tools import Names, own_name
 
 _USUAL_ITEMS, _MOST_ITEMS = 20, 100  # of a page, as OpenAI has it
 
@@ -34,9 +35,10 @@ class KeptEndpoints:
 
     async def items(self, request: Request, response_id: str) -> Response:
         """Return what a response answers, earlier turns included, page by page: the newest first, unless asked."""
-        messages = self._kept.input(response_id, context_of(request.scope).tenant)
+        tenant = context_of(request.scope).tenant
+        messages, names = self._kept.input(response_id, tenant), self._kept.names(response_id, tenant)
         name = response_id.removeprefix(RESPONSE_PREFIX)
-        found = [{"id": f"{kind}_{name}_in{at}", **item} for at, (kind, item) in enumerate(_items(messages))]
+        found = [{"id": f"{kind}_{name}_in{at}", **item} for at, (kind, item) in enumerate(_items(messages, names))]
         page, has_more = _page(found, request.query_params)
         ids = [each["id"] for each in page] or [None]
         shown = {"object": "list", "data": page, "first_id": ids[0], "last_id": ids[-1], "has_more": has_more}
@@ -47,7 +49,7 @@ class KeptEndpoints:
         return _json(msgspec.json.encode({"id": response_id, "object": "response", "deleted": True}))
 
 
-def _items(messages: Sequence[Message]) -> Iterator[tuple[str, Fields]]:
+def _items(messages: Sequence[Message], names: Names) -> Iterator[tuple[str, Fields]]:
     """Yield the items that messages came as, each with the beginning of its id."""
     for message in messages:
         role, text, calls = message["role"], message["content"], message.get("tool_calls")
@@ -64,7 +66,8 @@ def _items(messages: Sequence[Message]) -> Iterator[tuple[str, Fields]]:
                 content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
             yield "msg", {"type": "message", "role": role, "content": content, "status": "completed"}
         for call in calls if isinstance(calls, list) else ():
-            called = {"call_id": call["id"], **call["function"]}
+            function = call["function"]
+            called = {"call_id": call["id"], **function, **own_name(names, function["name"])}
             yield "fc", {"type": "function_call", **called, "status": "completed"}
 
 

@@ -18,6 +18,7 @@ from ...common.clock import Clock
 from ...common.errors import RequestError
 from ..state.errors import clip
 from ..turns.places import Message
+from .tools import Names
 
 RESPONSE_PREFIX = "resp_"
 MAX_BYTES = 64 * 2**20  # of all conversations together; more keeps them longer under load
@@ -41,6 +42,7 @@ class _Conversation:
     messages: tuple[Message, ...]
     items: tuple[Item, ...]
     response: bytes
+    names: Names
     num_bytes: int
     kept_s: float
 
@@ -61,14 +63,21 @@ class KeptResponses:
         messages: Sequence[Message],
         items: Sequence[Item] = (),
         response: bytes = b"{}",
+        names: Names | None = None,
     ) -> None:
-        """Keep a conversation and its last answer, its items and the whole of it as JSON, unless it is very long."""
+        """Keep a conversation and its last answer, its items and the whole of it as JSON, unless it is very long.
+
+        `names` are those of namespaces' functions that it may have called.
+        """
+        names = names or {}
         num_bytes = _num_bytes(messages) + len(msgspec.json.encode(items)) + 2 * _OBJECT_BYTES * len(items)
-        num_bytes += len(response)
+        num_bytes += len(response) + len(msgspec.json.encode(names)) + _OBJECT_BYTES * len(names)
         if num_bytes > min(MAX_BYTES_OF_ONE, self._max_bytes):
             return
         kept_s = self._clock.now()
-        self._by_id[response_id] = _Conversation(tenant, tuple(messages), tuple(items), response, num_bytes, kept_s)
+        self._by_id[response_id] = _Conversation(
+            tenant, tuple(messages), tuple(items), response, names, num_bytes, kept_s
+        )
         self.num_bytes += num_bytes
         self._forget_old()
 
@@ -98,6 +107,11 @@ class KeptResponses:
     def input(self, response_id: str, tenant: bytes) -> Sequence[Message]:
         """Return the messages that a response answers. Raises RequestError (404)."""
         return self._named(response_id, tenant).messages[:-1]
+
+    def names(self, response_id: object, tenant: bytes) -> Names:
+        """Return the names of namespaces' functions in it; none if it is not kept. May be called from any thread."""
+        found = self._find(response_id, tenant)
+        return {} if found is None else found.names
 
     def forget(self, response_id: str, tenant: bytes) -> None:
         """Raises RequestError (404)."""

@@ -17,7 +17,7 @@ from ..state.errors import shown
 from ..turns.places import Message, Places
 from .form import Fields, ResponseForm, event_format
 from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses
-from .tools import ResponseTools, response_tools
+from .tools import Names, ResponseTools, names_of_calls, response_tools
 from .translate import FIELD_NAMES, chat_body
 
 
@@ -35,6 +35,7 @@ class ResponsesSurface:
         self._messages: Sequence[Message] = ()  # without instructions, which hold for one call
         self._places: Places | None = None  # while this surface's own names are looked at
         self._tools = ResponseTools()
+        self._names: Names = {}  # in the conversation, with earlier turns
         self._numbers = itertools.count()
         self.events = event_format(self._numbers)
 
@@ -44,6 +45,8 @@ class ResponsesSurface:
         earlier = () if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
         told = {**raw, "input": self._with_items(raw.get("input"))}
+        names = self._kept.names(previous, self._tenant)
+        self._names = {**names, **names_of_calls(told["input"]), **self._tools.names}
         body, self._places = chat_body(told, ignored, earlier, self._tools)
         messages = [each.message for each in self._places.messages]
         self._messages = messages[1:] if raw.get("instructions") else messages
@@ -81,4 +84,4 @@ class ResponsesSurface:
         if self._raw.get("store") is not False:
             items, encoded = response["output"], msgspec.json.encode(response)
             assert isinstance(items, list)
-            self._kept.keep(response_id, self._tenant, [*self._messages, answer], items, encoded)
+            self._kept.keep(response_id, self._tenant, [*self._messages, answer], items, encoded, self._names)

@@ -20,6 +20,8 @@ _CHAT_TOOL = re.compile(r"\btools\[(\d+)\](?:\.function\b)?")
 _HOSTED = frozenset({"web_search", "web_search_preview", "image_generation"})
 _UNTOLD = frozenset({"type", "defer_loading"})  # fields of a function: all of them are loaded
 
+Names = dict[str, tuple[str, str]]  # a function's -> its namespace and name there
+
 
 @dataclass(slots=True)
 class ResponseTools:
@@ -28,14 +30,11 @@ class ResponseTools:
     functions: list[dict[str, object]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    names: dict[str, tuple[str, str]] = field(default_factory=dict)  # a function's -> its namespace and name there
+    names: Names = field(default_factory=dict)
 
     def named(self, name: str) -> dict[str, str]:
         """Return a called function's name as the client knows it."""
-        if name not in self.names:
-            return {"name": name}
-        namespace, own = self.names[name]
-        return {"name": own, "namespace": namespace}
+        return own_name(self.names, name)
 
     def own_names(self, text: str) -> str:
         """Return the text with the client's places in place of the chat's."""
@@ -46,12 +45,31 @@ class ResponseTools:
         return self.places[index] if index < len(self.places) else found[0]
 
 
+def own_name(names: Mapping[str, tuple[str, str]], name: str) -> dict[str, str]:
+    """Return a function's name as the client knows it."""
+    if name not in names:
+        return {"name": name}
+    namespace, own = names[name]
+    return {"name": own, "namespace": namespace}
+
+
 def told_name(namespace: object, name: object) -> object:
     """Return what the model is told that a namespace's function is called: by its own name where both are too long."""
     if not isinstance(namespace, str) or not isinstance(name, str):
         return name
     joined = f"{namespace.rstrip('_')}__{name.lstrip('_')}"
     return joined if len(joined) <= MAX_NAME_CHARS else name
+
+
+def names_of_calls(items: object) -> Names:
+    """Return the names of the namespaces' functions that are called in an input."""
+    found: Names = {}
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict) and item.get("type") == "function_call":
+            told, own = told_name(item.get("namespace"), item.get("name")), item.get("name")
+            if isinstance(told, str) and isinstance(own, str) and isinstance(item.get("namespace"), str):
+                found[told] = (item["namespace"], own)
+    return found
 
 
 def response_tools(raw: object) -> ResponseTools:

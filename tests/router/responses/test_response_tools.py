@@ -68,6 +68,26 @@ async def test_an_earlier_call_in_a_namespace_is_told_as_it_was_made(is_kept: bo
     assert f"{CALL}<user><tool_response>\nfound" in _prompt(served)
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+async def test_an_earlier_call_in_a_namespace_is_shown_by_both_names(is_kept: bool) -> None:
+    served = _served(CALL)
+    first = (await _post(served, tools=[FUNCTION, NOTES])).json()
+    (call,) = first["output"]
+    served.script.text = "There."
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "found"}
+    plain = {"type": "function_call", "call_id": "a", "name": "read", "arguments": "{}"}
+    told = [result, plain, {**result, "call_id": "a"}]
+    again: dict[str, Any] = {"input": told, "previous_response_id": first["id"]}
+    if not is_kept:
+        again = {"input": [{"role": "user", "content": "hi"}, call, *told]}
+    second = (await _post(served, **again)).json()
+    async with served.client() as client:
+        items = (await client.get(f"/v1/responses/{second['id']}/input_items", params={"order": "asc"})).json()["data"]
+    (shown, other) = [item for item in items if item["type"] == "function_call"]
+    assert {name: shown[name] for name in CALLED} == {**CALLED, "arguments": call["arguments"]}
+    assert other["name"] == "read" and "namespace" not in other
+
+
 async def test_a_name_that_is_too_long_with_its_namespace_stands_alone() -> None:
     served = _served('<tool_call>\n{"name": "read", "arguments": {}}\n</tool_call>')
     answer = (await _post(served, tools=[{**NOTES, "name": "n" * 60}])).json()
