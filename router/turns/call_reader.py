@@ -59,11 +59,18 @@ class CallReader:
         self._blank = ""  # white space that may be a call's
         self._is_start = True
         self._is_after_call = False
+        self._num_passed = 0  # characters before `_rest`
+        self.calls_at: int | None = None  # where the calls begin that no content follows
 
     @property
     def has_finished(self) -> bool:
         """Nothing more belongs to the first call."""
         return self._num_before > 0 or len(self._told) > 1
+
+    @property
+    def num_clear(self) -> int:
+        """The characters at the text's beginning that nothing which comes can make a part of calls at its end."""
+        return self._num_passed if self.calls_at is None else self.calls_at
 
     @property
     def is_inside(self) -> bool:
@@ -95,6 +102,7 @@ class CallReader:
             assert not is_final
             return False
         passed, self._rest = self._rest[: segment.end], self._rest[segment.end :]
+        self._num_passed += len(passed)
         if segment.calls:
             self._num_before += len(segment.calls)
             self._told, self._is_after_call = [], True
@@ -108,6 +116,7 @@ class CallReader:
         start = len(self._rest) if place is None or (is_final and not place.is_sure) else place.start
         self._say(self._rest[:start], delta)
         self._rest = self._rest[start:]
+        self._num_passed += start
         self._is_in_segment = place is not None and place.is_sure
         return self._is_in_segment
 
@@ -119,6 +128,7 @@ class CallReader:
                 delta.parts.append(CallPiece(number, call.name, call.arguments))
                 self._told.append(call)
                 self._blank, self._is_start = "", False
+                self.calls_at = self._num_passed if self.calls_at is None else self.calls_at
             elif len(call.arguments) > len(told := self._told[index].arguments):
                 delta.parts.append(CallPiece(number, None, call.arguments[len(told) :]))
                 self._told[index] = call
@@ -130,6 +140,7 @@ class CallReader:
         if shown:
             delta.say(shown)
             self._is_start = self._is_after_call = False
+            self.calls_at = None
 
 
 def read_calls(text: str, syntax: Syntax) -> tuple[str, Sequence[Call]]:

@@ -19,7 +19,17 @@ from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSynta
 from .paired import GLM, MINIMAX, PairedSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import SEED, QwenCoderSyntax
-from .reasoning import BRACKETS, RESPONSE, SEED_THINK, THINK, ReasoningCount, ReasoningCounter, ReasoningReader, Tags
+from .reasoning import (
+    BRACKETS,
+    RESPONSE,
+    SEED_THINK,
+    THINK,
+    DraftReader,
+    ReasoningCount,
+    ReasoningCounter,
+    ReasoningReader,
+    Tags,
+)
 from .syntax import Syntax
 from .turn import TaggedReader, TurnReader
 
@@ -203,8 +213,10 @@ class Dialect:
         reasoning = (
             ReasoningReader(self._tags, begins_inside=begins_inside, answer_tags=around) if self.reasons else None
         )
-        calls = CallReader(self.syntax(use)) if use.tools else None
-        return TaggedReader(reasoning, calls, has_one_call=not use.is_parallel, has_calls_alone=use.is_forced)
+        syntax = self.syntax(use) if use.tools else None
+        calls = CallReader(syntax) if syntax is not None else None
+        drafts = DraftReader(syntax) if syntax is not None and reasoning is not None and syntax.marks else None
+        return TaggedReader(reasoning, calls, drafts, has_one_call=not use.is_parallel, has_calls_alone=use.is_forced)
 
     def count(self, *, begins_inside: bool) -> ReasoningCounter:
         """Make what counts one choice's tokens of reasoning, where the model reasons."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+from .call_reader import CallReader
 from .json_text import ends_with_part_of
+from .syntax import Syntax
 
 
 class Tags(NamedTuple):
@@ -146,3 +148,42 @@ class ReasoningReader:
         shown = text[:at].rstrip()
         self._rest = text[len(shown) :]
         return shown
+
+
+class DraftReader:
+    """Reads the thoughts of one choice, where it may call: calls among them are drafts, or its answer.
+
+        <think> ... <tool_call>...</tool_call> so I will ... </think>   a draft: all of it is thought
+        <think> ... <tool_call>...</tool_call>                          the thoughts ended before the call
+
+    Models of several families forget the end of their thoughts, in long conversations most of all. What may be such an
+    answer waits until something else follows it, so thoughts without calls come as they are written.
+    """
+
+    def __init__(self, syntax: Syntax) -> None:
+        self._reader = CallReader(syntax)
+        self._waiting = ""  # thoughts that are not told
+        self._num_told = 0  # characters before it
+
+    def push(self, text: str) -> str:
+        """Take more thoughts; return those that are told by it."""
+        self._waiting += text
+        self._reader.push(text)
+        return self._tell(len(self._waiting[: self._reader.num_clear - self._num_told].rstrip()))
+
+    def end(self) -> tuple[str, str]:
+        """Return the rest of thoughts that are at their end, and the answer that they end with."""
+        self._reader.push("", is_final=True)
+        if self._reader.calls_at is None:
+            return self.release(), ""
+        thoughts = self._tell(self._reader.calls_at - self._num_told)
+        return thoughts.rstrip(), self.release()
+
+    def release(self) -> str:
+        """Return what waits: it is thought."""
+        return self._tell(len(self._waiting))
+
+    def _tell(self, size: int) -> str:
+        told, self._waiting = self._waiting[:size], self._waiting[size:]
+        self._num_told += size
+        return told

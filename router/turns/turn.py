@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .call_reader import CallPiece, CallReader
-from .reasoning import ReasoningReader
+from .reasoning import DraftReader, ReasoningReader
 
 _ID_CHARS = 24
 
@@ -83,12 +83,14 @@ class TaggedReader:
         self,
         reasoning: ReasoningReader | None = None,
         calls: CallReader | None = None,
+        drafts: DraftReader | None = None,
         *,
         has_one_call: bool = False,
         has_calls_alone: bool = False,
     ) -> None:
         """`has_one_call`: no call after the first is told; `has_calls_alone`: what is no call is a part of one."""
         self._reasoning = reasoning
+        self._drafts = drafts
         self._calls = calls
         self._has_one_call = has_one_call
         self._has_calls_alone = has_calls_alone
@@ -113,6 +115,8 @@ class TaggedReader:
         self._was_in_call = self._calls is not None and self._calls.is_inside
         if self._reasoning is not None:
             reasoning, text = self._reasoning.push(text, is_final=is_final)
+            if self._drafts is not None:
+                reasoning, text = self._without_answer(self._drafts, reasoning, text, is_final=is_final)
             if reasoning:
                 delta.parts.append(Thought(reasoning))
         if self._calls is None:
@@ -124,6 +128,17 @@ class TaggedReader:
         delta.parts += [part for part in parts if self._is_told(part)]
         self.has_called = self.has_called or bool(delta.calls)
         return delta
+
+    def _without_answer(self, drafts: DraftReader, reasoning: str, text: str, *, is_final: bool) -> tuple[str, str]:
+        """Return the thoughts, and the text with the calls that thoughts without an end tag end with."""
+        assert self._reasoning is not None
+        reasoning = drafts.push(reasoning)
+        if self._reasoning.is_outside:
+            return reasoning + drafts.release(), text
+        if not is_final:
+            return reasoning, text
+        rest, answer = drafts.end()
+        return reasoning + rest, answer
 
     def _is_told(self, part: str | CallPiece) -> bool:
         if isinstance(part, str):

@@ -229,6 +229,18 @@ async def test_a_refusal_has_openais_shape(fields: dict[str, Any], param: str) -
     assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
+async def test_a_call_behind_thoughts_that_never_end_is_called() -> None:
+    text = '<think>I look it up.\n<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+    served = _served(text, reasoning_parser="think")
+    choice = await _whole(served)
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("I look it up.", None)
+    assert (call["function"]["arguments"], choice["finish_reason"]) == ('{"query": "x"}', "tool_calls")
+    message, _ = await _streamed(served)
+    assert message["calls"] == {0: {**call, "id": message["calls"][0]["id"]}}
+    assert message["finish_reason"] == "tool_calls"
+
+
 class Checker:
     """Takes every grammar without a certain word."""
 

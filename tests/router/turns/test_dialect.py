@@ -198,3 +198,43 @@ def test_tags_without_thoughts_before_them_are_what_the_client_asked_for() -> No
     for dialect in (_dialect("<think></think><response></response>"), _dialect("<response></response>")):
         told = dialect.reader(ToolUse(), begins_inside=False).push("<response>So.</response>", is_final=True)
         assert told.content == "<response>So.</response>"
+
+
+DRAFT = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "num_calls"),
+    [
+        (f"Hm, so.\n{DRAFT}", "Hm, so.", "", 1),
+        (f"Hm.{DRAFT}\n{DRAFT}\n", "Hm.", "", 2),
+        (DRAFT, "", "", 1),
+        (f"First {DRAFT} or [x] < y.\n\n{DRAFT}", f"First {DRAFT} or [x] < y.", "", 1),
+        (f"First {DRAFT} or not.", f"First {DRAFT} or not.", "", 0),
+        (f"First {DRAFT}\n</think>So.", f"First {DRAFT}", "So.", 0),
+        (f"First {DRAFT}</think>So.{DRAFT}", f"First {DRAFT}", "So.", 1),
+        ("A <tool_call> is meant, <tool_", "A <tool_call> is meant, <tool_", "", 0),
+        ('Hm.<tool_call>{"name": "f", "arguments": {"a": 1', "Hm.", "", 1),
+    ],
+)
+def test_thoughts_that_never_end_end_before_the_calls_at_their_end(
+    text: str, reasoning: str, content: str, num_calls: int
+) -> None:
+    dialect = _dialect("{{ tools }}<think></think><tool_call>")
+    text = f"<think>\n{text}"
+    for size in range(1, len(text) + 1):
+        reader = dialect.reader(USE, begins_inside=False)
+        told = [reader.push(text[at : at + size]) for at in range(0, len(text), size)]
+        told.append(reader.push("", is_final=True))
+        assert "".join(each.reasoning for each in told) == reasoning, size
+        assert "".join(each.content for each in told) == content
+        calls = joined_calls([call for each in told for call in each.calls])
+        assert [call.name for call in calls] == ["f"] * num_calls and reader.has_called == bool(num_calls)
+
+
+def test_thoughts_are_told_as_they_come_but_for_what_may_be_a_call() -> None:
+    reader = _dialect("{{ tools }}<think></think><tool_call>").reader(USE, begins_inside=True)
+    told = [
+        reader.push(text).reasoning for text in ("Hm,", " so: <", "tool", " or <tool_call>", " it is.", DRAFT, " No.")
+    ]
+    assert told == ["Hm,", " so:", "", " <tool or", " <tool_call> it is.", "", f"{DRAFT} No."]

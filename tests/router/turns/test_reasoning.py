@@ -6,10 +6,12 @@ import random
 
 import pytest
 
-from kvferry.router.turns.call_reader import CallReader
+from kvferry.router.turns.call_reader import CallReader, joined_calls
 from kvferry.router.turns.json_syntaxes import HermesSyntax
-from kvferry.router.turns.reasoning import ReasoningReader
+from kvferry.router.turns.reasoning import DraftReader, ReasoningReader
 from kvferry.router.turns.turn import TaggedReader, call_id
+
+from .samples import FORMS, text_of
 
 WORDS = ("<think>", "</think>", "<thi", "</thin", "nk>", " ", "\n", "so", "ü", "<tool_call>", '{"name": "f"}')
 
@@ -68,3 +70,27 @@ def test_a_calls_id_is_its_requests() -> None:
     others = [call_id(8, [1, 2], 0, 0), call_id(7, [1, 3], 0, 0), call_id(7, [1, 2], 1, 0), call_id(7, [1, 2], 0, 1)]
     assert len({one, *others}) == 5
     assert call_id(7, [1], 0, 0, is_short=True).isalnum() and len(call_id(7, [1], 0, 0, is_short=True)) == 9
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.syntax.marks])
+def test_calls_at_the_end_of_thoughts_are_the_same_wherever_the_text_is_cut(name: str) -> None:
+    rng, form, num_calls, num_drafts = random.Random(7), FORMS[name], 0, 0
+
+    def read(text: str, size: int) -> tuple[str, str, object]:
+        syntax = form.syntax
+        reader = TaggedReader(ReasoningReader(begins_inside=True), CallReader(syntax), DraftReader(syntax))
+        told = [reader.push(text[at : at + size]) for at in range(0, len(text), size)]
+        told.append(reader.push("", is_final=True))
+        calls = joined_calls([call for each in told for call in each.calls])
+        return "".join(each.reasoning for each in told), "".join(each.content for each in told), calls
+
+    for _ in range(150):
+        text = f"Hm.\n{text_of(rng, form)}"
+        whole = read(text, len(text))
+        num_calls, num_drafts = num_calls + bool(whole[2]), num_drafts + ("</think>" not in text and not whole[2])
+        for size in (1, 2, 3, 7):
+            assert read(text, size) == whole, (text, size)
+        thought, answer, calls = read(f"{text} No.", 3)
+        if "</think>" not in text and not thought.endswith(" No."):
+            assert calls and not answer, text  # what is cut off within a call goes on in it
+    assert num_calls > 20 and num_drafts > 20
