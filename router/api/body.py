@@ -1,4 +1,4 @@
-"""A request's body: read with bounds and a deadline.
+"""A request's body: read with bounds and a deadline; and what every kind of body says.
 
 Bodies of all calls together have a bound too: `BodyRoom` holds what is read until it has become token ids. What the
 bytes say is `strict_json.py`'s.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Protocol
 
 from starlette.types import Receive
 
@@ -129,3 +131,24 @@ def too_large(size: str, max_bytes: int) -> RequestError:
     return RequestError(
         f"the request's body has {size}; the limit is {max_bytes}", code="request_too_large", status=413
     )
+
+
+class CallBody(Protocol):
+    """Fields that bodies of every kind of work have."""
+
+    @property
+    def num_choices(self) -> int: ...
+    @property
+    def priority(self) -> int | None: ...
+    @property
+    def cache_salt(self) -> str | None: ...
+    @property
+    def user(self) -> object: ...
+
+
+def tenant_of(key: bytes, body: CallBody) -> str:
+    """Return whose share of the service it counts for: its key's; where there are none, whom it names."""
+    if key:
+        return key.hex()
+    named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
+    return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""

@@ -7,7 +7,6 @@ they are taken all or none.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,14 +29,14 @@ from ..state.objectives import BACKGROUND, DEFAULT_CLASS
 from ..state.request import RouterRequest
 from ..state.token_stream import TokenStream
 from .answer import NO_GAPS, Answer, GapObserver, PromptText
-from .body import MAX_BODY_BYTES, BodyRoom, HeldBody, read_body
+from .body import MAX_BODY_BYTES, BodyRoom, CallBody, HeldBody, read_body, tenant_of
 from .chat_turns import ChatTurns, TurnOptions
 from .completions import CompletionForm
 from .events import OPENAI_EVENTS, EventFormat
 from .form import Form
 from .middleware import RequestContext, ResponseObserver, context_of
 from .options import beside_grammar, chat_grammar, form_context, text_options, turn_options
-from .prompts import PromptReader, max_chat_tokens, max_completion_tokens
+from .prompts import PromptReader, asked_max_tokens, max_chat_tokens, max_completion_tokens
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from .surface import ChatSurface, OpenAISurface, Translation, naming_fields
@@ -56,19 +55,6 @@ class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
     def on_ignored_fields(self, number: int) -> None:
         """Fields of a body had no effect."""
         ...
-
-
-class CallBody(Protocol):
-    """Fields that bodies of every kind of work have."""
-
-    @property
-    def num_choices(self) -> int: ...
-    @property
-    def priority(self) -> int | None: ...
-    @property
-    def cache_salt(self) -> str | None: ...
-    @property
-    def user(self) -> object: ...
 
 
 @dataclass(slots=True)
@@ -270,10 +256,11 @@ class Api:
                 cache_salt=salt,
                 request_class=context.request_class,
                 objectives=objectives,
-                tenant=_tenant_of(context, body),
+                tenant=tenant_of(context.tenant, body),
                 model=version.served_name,
                 adapter=version.adapter,
                 is_background=context.is_background,
+                fills_context=isinstance(body, ChatBody) and asked_max_tokens(body) is None,
             )
 
     def reply(
@@ -290,11 +277,3 @@ class Api:
             observer=self.observer,
             events=events,
         )
-
-
-def _tenant_of(context: RequestContext, body: CallBody) -> str:
-    """Return whose share of the service it counts for: its key's; where there are no keys, whom it names."""
-    if context.tenant:
-        return context.tenant.hex()
-    named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
-    return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""

@@ -262,21 +262,22 @@ def _checked(version: Version, ids: list[int], param: str = "prompt") -> PromptT
 
 def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
     """Return what is asked for, else OpenAI's 16 as far as they fit."""
-    asked = _asked(body)
+    asked = asked_max_tokens(body)
     rest = _rest(prompt, asked, max_model_len)
     return min(DEFAULT_COMPLETION_TOKENS, rest) if asked is None else asked
 
 
 def max_chat_tokens(body: ChatBody, prompt: PromptText, version: Version) -> int:
     """Return what is asked for, else what is left of the context, as far as a worker holds it."""
-    asked = _asked(body)
+    asked = asked_max_tokens(body)
     rest = _rest(prompt, asked, version.model.max_model_len)
     if asked is not None:
         return asked
     return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, rest)
 
 
-def _asked(body: GenerationBody) -> int | None:
+def asked_max_tokens(body: GenerationBody) -> int | None:
+    """Return the limit by the name that it has; None: it is left to the server."""
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 

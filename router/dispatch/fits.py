@@ -38,6 +38,18 @@ def check_fits(request: RouterRequest, pools: Pools, *, needs_prefill_worker: bo
         raise _too_large(demand, prefills[0].hello.spec.num_blocks_for(demand.num_prompt_tokens), prefills)
 
 
+def has_shortened(request: RouterRequest, pools: Pools) -> bool:
+    """Shorten the answers of a request that fits nowhere, if they are as long as there was room for; tell whether.
+
+    Its limit was the model's, as no worker was there that could say what it holds.
+    """
+    longest = pools.longest_answer(request.num_prompt_tokens, request.n, request.sampling.max_tokens)
+    if not request.fills_context or longest >= request.sampling.max_tokens or longest < request.sampling.min_tokens:
+        return False
+    request.shorten(longest)
+    return True
+
+
 def fits_nowhere(request: RouterRequest, pools: Pools) -> str:
     """Return what is told of a request that was taken, and that none of the workers can hold."""
     what = f"no worker can hold {request.num_prompt_tokens} prompt tokens and the answer of {request.n} choices"

@@ -24,7 +24,7 @@ from ..state.request import RequestStatus, RouterRequest
 from ..state.tracked_request import TrackedRequest
 from ..state.views import PoolView
 from ..state.worker import RouterWorker
-from .fits import check_fits, fits_nowhere
+from .fits import check_fits, fits_nowhere, has_shortened
 from .in_flight import InFlightRequests
 from .isolation import Isolation
 from .prefix_fetch import fetch_from
@@ -215,6 +215,8 @@ class Placer:
         if wait.lack is Lack.FIT and has_fit:
             if search.misfit_s is None:  # the worker that could hold it, or one like it, may come back
                 search.misfit_s = now_s
+        elif wait.lack is Lack.FIT and has_shortened(request, self._pools):
+            self._in_flight.is_due = True
         elif wait.lack is Lack.FIT:
             text = fits_nowhere(request, self._pools)
             self._in_flight.fail(tracked, StreamError(text, "context_length_exceeded", 400))

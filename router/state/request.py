@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from ...common.errors import InvalidTransition
 from ...common.grammar import CheckedGrammar
 from ...common.request import FinishReason, Pooling, RequestSpec, SampledToken, SamplingParams, pack_ids, reuses_prefix
@@ -59,7 +61,7 @@ _STAMP = {
 
 @dataclass(slots=True, eq=False)
 class RouterRequest:
-    """One prompt with its `n` choices. The fields up to `is_background` are the caller's, the rest the dispatcher's.
+    """One prompt with its `n` choices. The fields up to `fills_context` are the caller's, the rest the dispatcher's.
 
     `timestamps` (seconds of the dispatcher's clock): queued, reserved (a decode worker was asked), prefill_start (the
     task was sent), first_token, arrived (the KV is on the decode worker), first_decode, last_token, finished. The
@@ -82,6 +84,7 @@ class RouterRequest:
     grammar: CheckedGrammar | None = None  # that the answers follow
     pooling: Pooling | None = None  # the prompt's embedding is wanted, pooled so, and no token; None: an answer is
     is_background: bool = False  # it makes way for all others
+    fills_context: bool = False  # its longest answer is what there was room for: less will do
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter
@@ -138,6 +141,13 @@ class RouterRequest:
             self.timestamps.setdefault(_STAMP[to], now_s)
         else:
             self.timestamps[_STAMP[to]] = now_s
+
+    def shorten(self, max_tokens: int) -> None:
+        """Let its answers be no longer than this. No token of them has come yet."""
+        assert not self.is_resume
+        self.sampling = msgspec.structs.replace(self.sampling, max_tokens=max_tokens)
+        for choice in self.choices:
+            choice.max_tokens = max_tokens
 
     @property
     def pace(self) -> Pace | None:

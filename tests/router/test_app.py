@@ -510,6 +510,24 @@ async def test_a_full_context_is_told_in_words_that_clients_know(path: str, num_
     assert f"This model's maximum context length is {MAX_MODEL_LEN} tokens" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "fills"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, True),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 9}, False),
+        ("/v1/responses", {"input": "hi"}, True),
+        ("/v1/completions", {"prompt": "hi"}, False),
+    ],
+)
+async def test_a_chat_without_a_limit_takes_less_than_the_context(
+    path: str, fields: dict[str, object], fills: bool
+) -> None:
+    served = serve()
+    async with served.client() as client:
+        assert (await client.post(path, json=fields)).status_code == 200
+    assert served.request.fills_context is fills
+
+
 async def test_an_empty_prompt_is_refused() -> None:
     assert (await _refused(serve(), 400, prompt=""))["param"] == "prompt"
 

@@ -863,6 +863,22 @@ async def test_what_no_worker_holds_is_told_in_words_that_clients_know() -> None
     assert words in str(told) and (told.code, told.status) == ("context_length_exceeded", 400)
 
 
+async def test_an_answer_as_long_as_the_context_becomes_what_a_worker_holds_that_comes_later() -> None:
+    fleet = Fleet()
+    fitted, fixed, large = (
+        fleet.submit(num_prompt, max_tokens=999, fills_context=fills)
+        for num_prompt, fills in ((100, True), (100, False), (200, True))
+    )
+    p, d = fleet.join("p-0"), fleet.join("d-0", num_blocks=8)
+    fleet.wait(0.2)
+    for refused_one in (fixed, large):
+        assert (await failure(refused_one)).code == "context_length_exceeded"
+    fleet.grant(d)
+    (task,) = [each for each in p.sent if isinstance(each, PrefillTask)]
+    assert task.spec.request_id == fitted.request.request_id
+    assert task.spec.sampling.max_tokens == fitted.request.choices[0].max_tokens == 8 * BLOCK_SIZE - 100
+
+
 @pytest.mark.parametrize(("num_prompt", "num_choices"), [(1, 1), (20, 1), (64, 3), (70, 2), (16, 7), (127, 1)])
 def test_the_longest_answer_is_the_longest_that_is_taken(num_prompt: int, num_choices: int) -> None:
     fleet = Fleet()
