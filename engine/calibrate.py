@@ -79,7 +79,8 @@ def calibrate(engine: Engine, pool: BlockPool, limit_s: float) -> tuple[StepSamp
     for probe in probes(config.max_num_batched_tokens, config.max_num_seqs):
         left_s = limit_s - (time.perf_counter() - began)
         if bench.fits(probe) and bench.expected_s(probe) < left_s:
-            samples += bench.measure(probe)
+            with engine.measuring():
+                samples += bench.measure(probe)
     bench.close()
     log.info("calibrated", steps=len(samples), seconds=round(time.perf_counter() - began, 3))
     return tuple(samples[:MAX_SAMPLES])

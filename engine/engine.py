@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice, repeat
 from typing import TYPE_CHECKING
@@ -118,7 +119,7 @@ class Engine:
         pages = self.kv_pages[: self._num_layer_pages]
         if decoder.states is not None:
             decoder.states.attach(self.kv_pages[self._num_layer_pages :])
-        self._keeps_states = decoder.states is not None
+        self._states = decoder.states
         self.runner = choose_runner(config, decoder, native_model, pages, cores=cores, progress=progress)
         if self._draft is not None:
             self._draft.attach(self.kv_pages, cores)
@@ -162,7 +163,7 @@ class Engine:
         began = time.perf_counter()
         self._draft_s = 0.0
         plan = None
-        if self._keeps_states:  # computed once more, a token would be in the state twice
+        if self._states is not None:  # computed once more, a token would be in the state twice
             batch = replace(batch, may_postpone=False)
         if self._draft is None:
             self._masks.begin(batch)
@@ -179,6 +180,15 @@ class Engine:
                 return stopped_output(batch, time.perf_counter() - began, self.host_slots.copy_s)
         step_s = time.perf_counter() - began
         return StepOutput(rows, step_s, batch.num_tokens, self.host_slots.copy_s, self._draft_s)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Let steps begin behind tokens that no step has computed: how long they take is all that is wanted."""
+        if self._states is not None:
+            self._states.are_checked = False
+        yield
+        if self._states is not None:
+            self._states.are_checked = True
 
     def stop(self) -> None:
         """Have the running step end soon, if it can: none of its rows is wanted any more. From any thread."""

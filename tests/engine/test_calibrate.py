@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
+from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.config import EngineConfig
 from kvferry.engine.calibrate import calibrate, probes
 from kvferry.engine.engine import Engine
+from kvferry.engine.nn.states import ForeignStateError
 from kvferry.engine.samples import MAX_SAMPLES
 from kvferry.kvcache.blocks import BlockPool
 
 from ..checkpoints import write_checkpoint
+from ..engine_driver import Driver
+from ..transformers_checkpoints import SMALL, STATES, write_model
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,16 @@ def test_prompts_and_answers_are_measured_and_nothing_is_left_in_the_pool(model_
     assert 0 < len(samples) <= MAX_SAMPLES and all(sample.step_s > 0 for sample in samples)
     assert {sample.decode_rows for sample in samples if not sample.prefill_tokens} >= {1, 4}
     assert {sample.prefill_tokens for sample in samples} >= {0, 64}
+
+
+def test_states_that_no_step_left_are_measured_with_and_told_from_others_afterwards(tmp_path: Path) -> None:
+    write_model(tmp_path, transformers.Qwen3_5TextConfig(**SMALL | STATES))
+    engine = _engine(tmp_path, 512, block_size=16)
+    assert any(sample.decode_rows for sample in calibrate(engine, BlockPool(512, 16), 1.2))
+    seq = Driver(engine).add(range(4, 24))
+    seq.block_table, seq.num_computed_tokens = [0, 1], 19
+    with pytest.raises(ForeignStateError):
+        engine.step(Batch([BatchRow(seq, 1)]))
 
 
 def test_what_does_not_fit_is_left_out(model_dir: Path) -> None:
