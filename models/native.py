@@ -20,6 +20,9 @@ def not_in_native(
         "layers that keep a state": config.states is not None,
         "experts in such a residual stream": is_sparse
         and (family.norms != "before" or config.residual_multiplier != 1.0),
+        "a gate of the shared expert": is_sparse
+        and config.experts is not None
+        and config.experts.shared_gate is not None,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "experts in float32": is_float32 and is_sparse,
         "experts whose tokens are exchanged": is_exchanged and is_sparse,

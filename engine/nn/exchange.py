@@ -54,7 +54,8 @@ class ExchangedMLP(SparseMLP):
         if self.shared is not None and len(total):
             slots = None if self.step is None else self.step.slots(len(x))
             is_few = len(x) <= TILE
-            total += self.shared.partial(x)[mine] if is_few else self._of_rows(self.shared, x, mine, slots)
+            y = self.shared.partial(x)[mine] if is_few else self._of_rows(self.shared, x, mine, slots)
+            total += self.gated(y, x[mine])
         own = F.pad(total.to(x.dtype), (0, 0, 0, share - len(total)))
         return self.comm.all_gather_rows(own)[: len(x)]
 

@@ -181,7 +181,10 @@ class SparseMLP:
 
     def of_shared(self, shared: GatedMLP, x: Tensor) -> Tensor:
         """Return this rank's part of what every token takes."""
-        y = shared.partial(x)
+        return self.gated(shared.partial(x), x)
+
+    def gated(self, y: Tensor, x: Tensor) -> Tensor:
+        """Weigh what the shared expert yields for rows of x, where it has a gate."""
         return y if self.shared_gate is None else y * self.shared_gate(x.float()).sigmoid()
 
     def _counts(self, chosen: Tensor) -> Tensor:

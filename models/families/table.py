@@ -53,6 +53,13 @@ FAMILIES = {
         o_bias="attention_bias",
         windows="flagged",
     ),
+    "Qwen2MoeForCausalLM": Family(
+        name="qwen2_moe",
+        defaults={"qkv_bias": True, "sliding_window": 4096},
+        qkv_bias="qkv_bias",
+        windows="flagged",
+        experts=replace(QWEN_NEXT_EXPERTS, normalised_default=False),
+    ),
     "Qwen3NextForCausalLM": replace(QWEN_NEXT, experts=QWEN_NEXT_EXPERTS),
     "Qwen3_5ForCausalLM": replace(
         QWEN_NEXT,
