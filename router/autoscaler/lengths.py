@@ -19,7 +19,7 @@ from itertools import count
 from .scale_types import AnswerLengths
 
 # Answers whose mean is within some 2 % of all answers'. Fewer leave a pool of many workers one short, which full caches
-# turn into minutes of missed objectives; more take longer in each decision: 12 ms of a core with these.
+# turn into minutes of missed objectives; more take longer in each decision: 7 ms of a core with these.
 _SIZE = 2048
 _USUAL_GAIN = 0.02  # weight of the newest interval in the usual number of answers; larger takes a crowd for usual
 

@@ -18,6 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
+import numpy.typing as npt
+
 from ..state.objectives import Objectives
 from .scale_types import AnswerLengths, StepTimes, WorkerLimits
 
@@ -31,6 +34,8 @@ _LEAST_STRETCH = 1.25  # of a step with one row, as no fleet makes tokens come f
 _ROUNDS = 30  # at most, until step time and crowd agree
 _TOLERANCE = 1e-3  # relative change of the step time that ends the rounds
 
+_Numbers = npt.NDArray[np.float64]
+
 
 def erlang_c(num_servers: int, offered: float) -> float:
     """The chance that an arrival finds all servers busy; `offered`: arrivals per mean service time."""
@@ -42,59 +47,64 @@ def erlang_c(num_servers: int, offered: float) -> float:
     return blocked / (1.0 - offered / num_servers * (1.0 - blocked))
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class PrefillLoad:
-    """Prompts as work: what each takes of a worker, and how long it may wait."""
+    """Prompts as work: what they take of a worker, and how long each may wait."""
 
-    work_s: tuple[float, ...]
-    slack_s: tuple[tuple[float, ...], ...]  # by class: of each one's objective, after its own time
+    mean_s: float  # of what a prompt takes
+    variation: float  # of that: its variance, over the square of the mean
+    slack_s: tuple[_Numbers, ...]  # by class: of each one's objective, after its own time
     mean_tokens: float  # of whole prompts, cached tokens included
 
     @classmethod
     def from_answers(
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> PrefillLoad:
-        prompts = [(max(1, a.num_prompt_tokens - a.num_cached_tokens), a.num_cached_tokens) for a in answers]
-        alone = [times.prefill_s(new, context) for new, context in prompts]
-        mean_new = sum(new for new, _ in prompts) / len(prompts) if prompts else 0.0
-        saved = _saved_s(round(mean_new), times, limits)
-        slack_s: dict[Objectives | None, list[float]] = {}
-        for answer, own in zip(answers, alone, strict=True):
-            slack_s.setdefault(answer.objectives, []).append(_ttft_limit_s(answer, objectives, own) - own)
+        if not answers:
+            return cls(0.0, 0.0, (), 0.0)
+        prompts, cached, _ = _lengths(answers)
+        new = np.maximum(1.0, prompts - cached)
+        new_tokens, contexts = (each.astype(int).tolist() for each in (new, cached))
+        alone_s = np.array(list(map(times.prefill_s, new_tokens, contexts)), np.float64)
+        work_s = np.maximum(0.25 * alone_s, alone_s - _saved_s(round(float(new.mean())), times, limits))
+        mean_s = float(work_s.mean())
+        classes = [a.objectives for a in answers]
+        of_class = {own: np.array([each is own or each == own for each in classes]) for own in dict.fromkeys(classes)}
         return cls(
-            tuple(max(0.25 * own, own - saved) for own in alone),
-            tuple(tuple(each) for each in slack_s.values()),
-            sum(a.num_prompt_tokens for a in answers) / len(answers) if answers else 0.0,
+            mean_s,
+            max(0.0, float((work_s * work_s).mean()) / (mean_s * mean_s) - 1.0),
+            tuple(_slack_s(own, objectives, alone_s[theirs]) for own, theirs in of_class.items()),
+            float(prompts.mean()),
         )
 
     def kept(self, rate: float, num_workers: int) -> float:
         """The share of the worst class's prompts that start in time; 0 where the queue grows without end."""
-        mean_s = sum(self.work_s) / len(self.work_s)
-        offered = rate * mean_s
+        offered = rate * self.mean_s
         utilization = offered / num_workers if num_workers else math.inf
         if utilization >= _MAX_UTILIZATION:
             return 0.0
-        variation = sum(x * x for x in self.work_s) / len(self.work_s) / (mean_s * mean_s) - 1.0
         waiting = erlang_c(num_workers, offered)
-        wait_s = 0.5 * (1.0 + max(0.0, variation)) * mean_s / (num_workers * (1.0 - utilization))
-        late = (sum(math.exp(-max(0.0, slack) / wait_s) for slack in each) / len(each) for each in self.slack_s)
-        return 1.0 - waiting * max(late)
+        wait_s = 0.5 * (1.0 + self.variation) * self.mean_s / (num_workers * (1.0 - utilization))
+        return 1.0 - waiting * max(float(np.exp(np.maximum(0.0, each) / -wait_s).mean()) for each in self.slack_s)
 
     def needed(self, rate: float, target: float) -> int:
-        if not self.work_s or rate <= 0:
+        if not self.slack_s or rate <= 0:
             return 0
-        floor = max(1, math.ceil(rate * sum(self.work_s) / len(self.work_s)))
+        floor = max(1, math.ceil(rate * self.mean_s))
         return _least(floor, lambda count: self.kept(rate, count) >= target)
 
 
-def _ttft_limit_s(answer: AnswerLengths, default: Objectives, alone_s: float) -> float:
-    """Return the limit of a prompt that takes `alone_s`; infinite for one of a class that sets none."""
-    own = answer.objectives
-    if own is None:
-        ttft_s = default.ttft_s if default.ttft_s is not None else _DEFAULT_TTFT_S
-        return max(ttft_s, default.ttft_stretch * alone_s)
-    limit_s = own.ttft_limit_s(alone_s)
-    return math.inf if limit_s is None else limit_s
+def _lengths(answers: Sequence[AnswerLengths]) -> _Numbers:
+    """Return the tokens of prompts, those of them that were cached, and those of the answers."""
+    return np.array([a[:3] for a in answers], np.float64).reshape(-1, 3).T
+
+
+def _slack_s(own: Objectives | None, default: Objectives, alone_s: _Numbers) -> _Numbers:
+    """Return how long prompts of a class may wait that take `alone_s`; without end where it sets no limit."""
+    ttft_s, stretch = (default.ttft_s, default.ttft_stretch) if own is None else (own.ttft_s, own.ttft_stretch)
+    if ttft_s is None:
+        ttft_s = _DEFAULT_TTFT_S if own is None else math.inf
+    return np.maximum(ttft_s, stretch * alone_s) - alone_s
 
 
 def _saved_s(mean_new: int, times: StepTimes, limits: WorkerLimits) -> float:
@@ -119,14 +129,15 @@ class DecodeLoad:
     def from_answers(
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> DecodeLoad:
-        count = max(1, len(answers))
-        outputs = [a.num_output_tokens for a in answers]
-        held = [a.num_output_tokens * (a.num_prompt_tokens + a.num_output_tokens / 2) for a in answers]
-        squares = [_square_held(a.num_prompt_tokens, a.num_output_tokens) for a in answers]
-        mean_context = sum(held) / max(1, sum(outputs))
-        wanted = min((_tpot_s(a, objectives) for a in answers if a.num_output_tokens), default=_DEFAULT_TPOT_S)
-        possible = _LEAST_STRETCH * times.decode_step_s(1, round(mean_context))
-        return cls(sum(outputs) / count, sum(held) / count, sum(squares) / count, times, limits, max(wanted, possible))
+        count, (prompts, _, outputs) = max(1, len(answers)), _lengths(answers)
+        held = float((outputs * (prompts + outputs / 2)).sum())
+        # The integral of the squared context over an answer's tokens.
+        squares = float((outputs * (prompts * prompts + prompts * outputs + outputs * outputs / 3)).sum())
+        num_outputs = float(outputs.sum())
+        classes = {a.objectives for a in answers if a.num_output_tokens}
+        wanted = min((_tpot_s(own, objectives) for own in classes), default=_DEFAULT_TPOT_S)
+        possible = _LEAST_STRETCH * times.decode_step_s(1, round(held / max(1, num_outputs)))
+        return cls(num_outputs / count, held / count, squares / count, times, limits, max(wanted, possible))
 
     def fits(self, rate: float, num_workers: int, target: float) -> bool:
         """Return whether a step keeps the objective, and the KV fits the cache, in all but 1 - `target` of the time."""
@@ -158,17 +169,11 @@ class DecodeLoad:
         return _least(1, lambda count: self.fits(rate, count, target))
 
 
-def _tpot_s(answer: AnswerLengths, default: Objectives) -> float:
-    """Return the time per token that an answer is to keep; infinite for one of a class that sets none."""
-    own = answer.objectives
+def _tpot_s(own: Objectives | None, default: Objectives) -> float:
+    """Return the time per token that a class's answers are to keep; infinite for one that sets none."""
     if own is None:
         return default.tpot_s if default.tpot_s is not None else _DEFAULT_TPOT_S
     return math.inf if own.tpot_s is None else own.tpot_s
-
-
-def _square_held(prompt: int, output: int) -> float:
-    """The integral of the squared context over an answer's tokens."""
-    return output * (prompt * prompt + prompt * output + output * output / 3)
 
 
 def _least(start: int, is_enough: Callable[[int], bool]) -> int:
