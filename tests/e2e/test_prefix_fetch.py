@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import pytest
 import pytest_asyncio
@@ -24,6 +23,7 @@ from kvferry import __version__
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import FAILPOINTS_VARIABLE, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from kvferry.common.request import SamplingParams
+from kvferry.launch.forking import ForkedProcess, ForkServer
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected, WorkerGroup
@@ -37,6 +37,7 @@ from kvferry.wire.workers import WorkerStatus
 from ..checkpoints import write_checkpoint
 from . import reference
 
+WORKER = "kvferry.worker"
 NUM_TOKENS = 20
 BLOCK_SIZE = 16
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, head_dim, tokens, float32
@@ -70,7 +71,8 @@ class Fleet:
     dispatcher: Dispatcher
     policy: Fixed
     failpoints: Path  # a file that may come later
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, ForkedProcess] = field(default_factory=dict)
+    ends: dict[str, asyncio.Task[int | None]] = field(default_factory=dict)  # exit codes
 
     def worker(self, worker_id: str) -> RouterWorker:
         found = self.dispatcher._pools.named(worker_id)
@@ -97,7 +99,7 @@ class Fleet:
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         async with asyncio.timeout(60):
             while not condition():
-                ended = [name for name, process in self.processes.items() if process.poll() not in (None, -9)]
+                ended = [name for name, end in self.ends.items() if end.done() and end.result() != -signal.SIGKILL]
                 assert not ended, f"{what}: {ended} ended"
                 await asyncio.sleep(0.02)
 
@@ -111,13 +113,9 @@ class Fleet:
         return found.get(self.worker(worker_id).link.number) == len(request.block_hashes)
 
 
-def _start(command: list[str], output: BinaryIO, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdout=output, stderr=output, env=env)
-
-
 @asynccontextmanager
 async def fleet(model: Path, folder: Path, backend: Literal["nixl", "ucx"], *names: str) -> AsyncIterator[Fleet]:
-    """A router in this process, and workers in theirs."""
+    """A router in this process, and workers in theirs, which are forks as a launcher's are."""
     policy = Fixed()
     config = RouterConfig(model_dir=model, served_model_name="tiny")
     dispatcher = Dispatcher(config, policy, SystemClock())
@@ -129,6 +127,7 @@ async def fleet(model: Path, folder: Path, backend: Literal["nixl", "ucx"], *nam
     engine = EngineConfig(
         model_dir=model, served_model_name="tiny", dtype="float32", num_threads=1, kv_cache_memory_bytes=8 << 20
     )
+    forks = ForkServer(env, {WORKER: ("kvferry.worker.process", "kvferry.worker.build", "kvferry.worker.worker")})
     with (folder / "log").open("wb") as output:
         for name in names:
             worker = WorkerConfig(
@@ -139,18 +138,21 @@ async def fleet(model: Path, folder: Path, backend: Literal["nixl", "ucx"], *nam
                 routers=(str(address),),
                 log_level="warning",
             )
-            command = [sys.executable, "-m", "kvferry.worker", "--config-json", worker.model_dump_json()]
-            running.processes[name] = await asyncio.to_thread(_start, command, output, env)
+            argv = [sys.executable, "-m", WORKER, "--config-json", worker.model_dump_json()]
+            process = await forks.start(argv, {}, env, output.fileno(), f"{WORKER} {name}")
+            running.processes[name], running.ends[name] = process, asyncio.create_task(process.wait())
         try:
             await running.until(lambda: len(dispatcher.view().workers) == len(names), "all workers join")
             await running.until(lambda: all(worker.is_ready for worker in dispatcher.view().workers), "all are ready")
             yield running
         finally:
             for process in running.processes.values():
-                process.send_signal(signal.SIGCONT)
-                process.terminate()
-            for process in running.processes.values():
-                await asyncio.to_thread(process.wait, 20)
+                with suppress(ProcessLookupError):  # it has ended
+                    process.send_signal(signal.SIGCONT)
+                    process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                await asyncio.gather(*running.ends.values())
+            await forks.close()
             await server.close()
 
 
@@ -226,4 +228,5 @@ async def test_a_source_that_dies_or_hangs_costs_time_and_nothing_else(running: 
     assert (tokens, num_cached) == (expected[2].tokens, 0)
     await running.until(lambda: running.status("p-1").failed_fetches == 1, "a heartbeat of p-1")
     assert running.status("p-1").fetched_bytes == num_fetched
-    assert running.processes["d-0"].wait(5) == -signal.SIGKILL
+    async with asyncio.timeout(5):
+        assert await running.ends["d-0"] == -signal.SIGKILL
