@@ -63,14 +63,17 @@ class Fork:
 
 
 class Forks:
-    """Starts programs as `subprocess` does. Its process is there from the first of them to `close`."""
+    """Starts programs as `subprocess` does. Its process is there from the first of them to `close`.
+
+    `asks`: where one is asked that runs `serve` already, and ends with this process.
+    """
 
     PIPE, DEVNULL, TimeoutExpired = subprocess.PIPE, subprocess.DEVNULL, subprocess.TimeoutExpired
 
-    def __init__(self, *imports: str) -> None:
+    def __init__(self, *imports: str, asks: socket.socket | None = None) -> None:
         self._imports = imports
         self._process: subprocess.Popen[bytes] | None = None
-        self._asks: socket.socket | None = None
+        self._asks = asks
 
     def Popen(
         self,
@@ -143,6 +146,11 @@ def main() -> None:
     with kept_imports():
         for module in sys.argv[2:]:
             importlib.import_module(module)
+    serve(asks)
+
+
+def serve(asks: socket.socket) -> None:
+    """Fork what is asked for until nobody can ask any more. In a fork, run its program first."""
     signal.signal(signal.SIGCHLD, _reap)
     while True:
         packet, fds, _, _ = socket.recv_fds(asks, _MAX_BYTES, 8)

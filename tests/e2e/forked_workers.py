@@ -1,19 +1,23 @@
 """Run `python forked_workers.py CONFIG...`: workers as forks of one process with their imports, as a launcher's are.
 
-Torch's imports alone take a second of a core for each. SIGTERM goes to all of them; this program ends when all have
-ended, or with the first one that ends unasked, and then takes the others with it.
+Torch's imports alone take a second of a core for each. A worker's other ranks are forks as well, of a process that is
+forked before the worker has threads. SIGTERM goes to all workers; this program ends when all have ended, or with the
+first one that ends unasked, and then takes the others with it.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
+import socket
 import sys
 from contextlib import suppress
 from types import FrameType
 
 from kvferry.common.imports import kept_imports
+from kvferry.tests.forks import Forks, serve
 from kvferry.worker.process import exit_process, main
 
 
@@ -22,8 +26,22 @@ def fork(config: str) -> int:
     if pid := os.fork():
         return pid
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if json.loads(config)["engine"]["tensor_parallel_size"] > 1:
+        fork_ranks()
     sys.argv = ["kvferry.worker", "--config-json", config]
     exit_process(main())
+
+
+def fork_ranks() -> None:
+    """Have this worker's other ranks start as forks of one more process."""
+    asks, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        asks.close()
+        serve(theirs)
+        os._exit(0)
+    theirs.close()
+    group = importlib.import_module("kvferry.engine.ranks.group")
+    vars(group)["subprocess"] = Forks(asks=asks)
 
 
 def run(configs: list[str]) -> int:
@@ -60,6 +78,6 @@ def run(configs: list[str]) -> int:
 if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a fork would be without the others of its pool
     with kept_imports():
-        for module in ("kvferry.worker.build", "kvferry.worker.worker"):
+        for module in ("kvferry.worker.build", "kvferry.worker.worker", "kvferry.engine.follower"):
             importlib.import_module(module)
     exit_process(run(sys.argv[1:]) & 0xFF)
