@@ -20,12 +20,13 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..common.errors import ConfigError
-from .checkpoint import Shape, parse_header, read_header, tensor_shapes
+from .checkpoint import Shape, tensor_shapes
 from .config import ModelConfig
 from .digest import file_digest
 from .families.module_names import full_name
 from .files import read_json
 from .parts.config_fields import ConfigFields
+from .stored.safetensors import parse_header, read_header
 
 MAX_RANK = 256  # vLLM's largest --max-lora-rank that is common; a larger one would take memory in every slot
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

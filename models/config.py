@@ -24,12 +24,13 @@ from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, rea
 from .parts.states import StatesConfig, read_states
 from .quantization import Quantization
 from .quantization_config import read_quantization
+from .stored.safetensors import stored_dtype
 from .tokenizer_files import read_end_tokens
 
 Activation = Literal["silu", "gelu_tanh"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_ACTIVATIONS: dict[object, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[object, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -269,7 +270,9 @@ def _eos_token_ids(fields: ConfigFields, generation: Mapping[str, object]) -> fr
 
 
 def _dtype(fields: ConfigFields) -> str:
-    value = fields.raw.get("dtype") or fields.raw.get("torch_dtype") or "float32"
+    value = fields.raw.get("dtype") or fields.raw.get("torch_dtype") or "auto"
+    if value == "auto":  # what a library may be asked for, saved by mistake: nothing is told
+        return stored_dtype(fields.path.parent) or "float32"
     if value not in _DTYPES:
         raise ConfigError(f"{fields.path}: dtype {value!r} is not supported; these are: {', '.join(_DTYPES)}")
     return str(value)

@@ -28,11 +28,11 @@ import msgspec
 from blake3 import blake3
 
 from ..common.errors import ConfigError
-from .checkpoint import safetensors_files
 from .config import ModelConfig
 from .default import cache_dir
 from .files import write_whole
 from .quantization import AT_LOAD
+from .stored.safetensors import safetensors_files
 
 _READ_BYTES = 8 << 20  # at once: enough for several threads
 _MAX_THREADS = 8

@@ -22,6 +22,7 @@ from ..common.errors import ConfigError
 from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir, gguf_model_dir
 from .families.lookup import needs_code
 from .gguf.files import gguf_name
+from .stored.pointer import LFS_POINTER, refuse_pointer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
@@ -30,8 +31,6 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only
 _UNWANTED = ("[!1a]*/*", "1/*", "1[!_]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*", "consolidated*.safetensors")
 _MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MAX_JSON_BYTES = 256 << 20
-# How Git LFS begins what stands in a file's place before it is fetched (its docs/spec.md)
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +94,6 @@ def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[s
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds no JSON object")
     return value
-
-
-def refuse_pointer(path: Path, beginning: bytes) -> None:
-    """Raise ConfigError where a file that begins so is a pointer of Git LFS, with what brings the file itself."""
-    if beginning.startswith(LFS_POINTER):
-        raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder")
 
 
 def _beginning(path: Path) -> bytes:

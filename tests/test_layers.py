@@ -30,14 +30,16 @@ settings             common wire
 models/gguf          common
 models/families
 models/parts         common models/families
-models               common models/gguf models/families models/parts
+models/stored        common
+models               common models/gguf models/families models/parts models/stored
 kvcache              common wire
 sizing               common models models/parts kvcache
 grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
 engine/weights       common models
-engine/nn            common models models/families models/parts engine/ranks engine/nn/attention engine/weights
+engine/nn            common models models/families models/parts models/stored engine/ranks engine/nn/attention
+engine/nn            engine/weights
 engine/cpu           common models engine/ranks engine/nn/attention engine/weights engine/nn
 engine/cuda          common models kvcache engine/nn/attention engine/weights engine/nn
 engine               common wire models models/parts kvcache engine/ranks engine/nn/attention engine/weights

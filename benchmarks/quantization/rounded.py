@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvferry.models.checkpoint import safetensors_files
 from kvferry.models.default import default_model_dir
+from kvferry.models.stored.safetensors import safetensors_files
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,12 +23,12 @@ from ...models.checkpoint import (
     check_names,
     check_shape,
     matrix_storage,
-    safetensors_files,
     stored_shapes,
     tensor_shapes,
 )
 from ...models.families.module_names import full_name
 from ...models.quantization import Quantization, Storage
+from ...models.stored.safetensors import safetensors_files
 from ..weights.formats import unpack
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import WeightSlot

@@ -39,6 +39,8 @@ class ConfigFields:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
+        if isinstance(value, float) and value.is_integer():  # tools that work in floats write 32768.0
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.refuse(key, "must be a whole number of at least 1")
         return value

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
@@ -74,6 +76,25 @@ def test_answers_end_at_the_tokenizers_end_token_too(tmp_path: Path, written: ob
     for text in ('{"added_tokens": []}', "{", '{"added_tokens": {}}'):
         tokenizer.write_text(text)
         assert _load(tmp_path, {}, {"eos_token_id": 3}).eos_token_ids == {3}
+
+
+def test_numbers_and_names_may_be_written_as_other_tools_write_them(tmp_path: Path) -> None:
+    config = _load(tmp_path, {"max_position_embeddings": 32768.0, "hidden_act": "swish"})
+    assert (config.max_model_len, config.activation) == (32768, "silu")
+    for value in (32768.5, float("inf"), -1.0):
+        with pytest.raises(ConfigError, match=r"max_position_embeddings = .*: must be a whole number"):
+            _load(tmp_path, {"max_position_embeddings": value})
+
+
+@pytest.mark.parametrize("told", [..., None, "auto"])
+def test_a_type_that_is_not_told_is_that_of_the_weights(tmp_path: Path, told: object) -> None:
+    assert _load(tmp_path, {"torch_dtype": told}).dtype == "float32"
+    for dtype in ("bfloat16", "float16", "float32"):
+        save_file({"embed_tokens.weight": torch.zeros(1, dtype=getattr(torch, dtype))}, tmp_path / "model.safetensors")
+        assert _load(tmp_path, {"torch_dtype": told}).dtype == dtype
+    assert _load(tmp_path, {"torch_dtype": "bfloat16"}).dtype == "bfloat16"
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
+    assert _load(tmp_path, {"torch_dtype": told}).dtype == "float32", "whoever loads the weights tells of them"
 
 
 def test_generation_config_wins_for_end_tokens(tmp_path: Path) -> None:

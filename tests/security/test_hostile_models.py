@@ -13,10 +13,10 @@ import structlog
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.models.chat_template import ChatTemplate
-from kvferry.models.checkpoint import safetensors_files
 from kvferry.models.config import ModelConfig
 from kvferry.models.files import resolve_model
 from kvferry.models.render_budget import RenderLimits, TemplateOverrun
+from kvferry.models.stored.safetensors import safetensors_files
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.process import main
 

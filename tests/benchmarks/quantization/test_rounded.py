@@ -11,9 +11,10 @@ from safetensors import safe_open
 from kvferry.benchmarks.quantization.rounded import write_rounded
 from kvferry.engine.weights.formats import unpack
 from kvferry.engine.weights.grouped import GroupedWeight
-from kvferry.models.checkpoint import check_checkpoint, matrix_storage, safetensors_files
+from kvferry.models.checkpoint import check_checkpoint, matrix_storage
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
+from kvferry.models.stored.safetensors import safetensors_files
 
 _NAME = "model.layers.3.mlp.down_proj.weight"
 

@@ -15,8 +15,9 @@ from kvferry.engine.nn.loading import load_weights, read_kv_scales
 from kvferry.engine.nn.mixer import Attention
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.weights.weight import DenseWeight
-from kvferry.models.checkpoint import check_checkpoint, safetensors_files
+from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
+from kvferry.models.stored.safetensors import safetensors_files
 
 from ...checkpoints import write_checkpoint
 
