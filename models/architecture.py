@@ -32,6 +32,9 @@ def _architecture(fields: ConfigFields) -> str:
     if name is None:  # older checkpoints name the family alone
         model_type = fields.raw.get("model_type")
         name = architecture_of(model_type) or model_type
+    if isinstance(name, str) and name.endswith("Model"):  # saved without its head, as embedding models are
+        whole = name.removesuffix("Model") + "ForCausalLM"
+        name = whole if whole in FAMILIES else name
     if name not in ARCHITECTURES:
         near = nearest(name) if isinstance(name, str) else None
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Literal
 from ..common.errors import ConfigError
 from .architecture import read_architecture
 from .families.family import Bias, Family
+from .families.module_names import is_bare
 from .families.table import FAMILIES
 from .parts.config_fields import ConfigFields
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
@@ -24,7 +25,7 @@ from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, rea
 from .parts.states import StatesConfig, read_states
 from .quantization import Quantization
 from .quantization_config import read_quantization
-from .stored.safetensors import stored_dtype
+from .stored.safetensors import read_header, safetensors_files, stored_dtype
 from .tokenizer_files import read_end_tokens
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -72,6 +73,7 @@ class ModelConfig:
     score_scale: float | None = None  # of a query's product with a key; None: by the head's size
     score_cap: float | None = None  # what scores come near to and never reach
     logits_cap: float | None = None
+    has_head: bool = True  # False: an embedding model; for the logits of a step, which mean nothing, heads are tied
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelConfig:
@@ -81,6 +83,8 @@ class ModelConfig:
         generation = _read_json(generation_path) if generation_path.is_file() else {}
         config = _parse(ConfigFields(model_dir / "config.json", raw), generation)
         # Chats that were taught to a base model end by the tokenizer's token; the other files often stay the base's.
+        if not config.tie_embeddings and _lacks_head(model_dir):
+            config = replace(config, tie_embeddings=True, has_head=False)
         ends = {end for end in read_end_tokens(model_dir) if end < config.vocab_size}
         return replace(config, eos_token_ids=config.eos_token_ids | ends)
 
@@ -166,6 +170,17 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
+def _lacks_head(model_dir: Path) -> bool:
+    """Tell whether weights were saved without a head, and by themselves, as embedding models' are."""
+    try:
+        files = safetensors_files(model_dir)
+        if not any(map(is_bare, read_header(files[0])[1])):  # of large models one header is read, not all
+            return False
+        return not any(name.startswith("lm_head.") for file in files for name in read_header(file)[1])
+    except ConfigError:  # whoever loads the weights says what is wrong with them
+        return False
+
+
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture, family, fields = read_architecture(fields)
     hidden_size = fields.count("hidden_size")
@@ -213,6 +228,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         family=family,
         local_rope=local_rope,
         activation=_activation(fields),
+        has_head=True,
         **_factors(fields, family, hidden_size, latent),
     )
 

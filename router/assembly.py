@@ -137,6 +137,7 @@ def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCo
         quantization=quantization.name if quantization is not None else "",
         max_model_len=config.max_model_len or model_config.max_model_len,
         vocab_size=model_config.vocab_size,
+        generates=model_config.has_head,
         hidden_size=model_config.hidden_size,
         pooling=read_pooling(config.model_dir),
         defaults=SamplingDefaults.from_dir(config.model_dir),

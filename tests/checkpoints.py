@@ -254,6 +254,16 @@ def put_nan(path: Path, tensor: str, row: int) -> Path:
     return path
 
 
+def write_embedding_model(path: Path, *, architecture: str = "Qwen3ForCausalLM") -> Path:
+    """Write a Qwen3 without a head, whose tensors' names lack a prefix, and return it."""
+    write_checkpoint(path, "qwen3", config={"architectures": [architecture]})
+    tensors = load_file(path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def random_tensors(family: Family, shape: Shape) -> dict[str, Tensor]:
     """The checkpoint's tensors by name."""
     generator = torch.Generator().manual_seed(shape.seed)

@@ -9,6 +9,11 @@ _BARE = ("embed_tokens.", "layers.", "norm.")
 _NESTED = {"language_model.": "", "model.language_model.": "model."}
 
 
+def is_bare(name: str) -> bool:
+    """Tell whether a tensor's name is that in a language model by itself, as one without a head is saved."""
+    return name.startswith(_BARE)
+
+
 def full_name(name: str) -> str:
     """Return a tensor's name in a language model with a head.
 
@@ -17,7 +22,7 @@ def full_name(name: str) -> str:
     for prefix, own in _NESTED.items():
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)
-    return f"model.{name}" if name.startswith(_BARE) else name
+    return f"model.{name}" if is_bare(name) else name
 
 
 def matches(expression: str, module: str, *, is_nested: bool) -> bool:

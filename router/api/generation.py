@@ -96,7 +96,7 @@ class Api:
             raw = await self.prompts.run(size, translate, raw, ignored)
         body = await self.prompts.run(size, validate, kind, raw, ignored)
         self.tell_ignored(context, ignored or ())
-        return body, self.catalogue.version(body.model)
+        return body, self.catalogue.version(body.model, generates=isinstance(body, GenerationBody))
 
     def tell_ignored(self, context: RequestContext, names: Sequence[str]) -> None:
         """Tell the client, the metrics and, once for each name, the log, where fields have no effect."""

@@ -60,10 +60,18 @@ class Catalogue:
     def __iter__(self) -> Iterator[Version]:
         return iter(self._by_name.values())
 
-    def version(self, name: str | None) -> Version:
-        """Return the version that a request for this model gets. Raises RequestError (404)."""
-        if name is None:
-            return self._default
+    def version(self, name: str | None, *, generates: bool = False) -> Version:
+        """Return the version that a request for this model gets. Raises RequestError (404).
+
+        `generates`: the request asks for an answer, which a model without a head has not (400).
+        """
+        version = self._default if name is None else self._named(name)
+        if generates and not version.model.generates:
+            text = f"the model '{version.model.name}' has no head: it makes embeddings alone (/v1/embeddings)"
+            raise RequestError(text, param="model")
+        return version
+
+    def _named(self, name: str) -> Version:
         version = self._by_name.get(name) or self._adapted.get(name)
         if version is None:
             names = ", ".join(f"'{known.model.name}'" for known in self.shown()[:_MAX_LISTED])

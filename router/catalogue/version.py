@@ -42,6 +42,7 @@ class ServedModel:
     tool_parser: ToolParserName = "auto"
     reasoning_parser: ReasoningParserName = "auto"
     quantization: str = ""  # of its weights; empty: plain numbers
+    generates: bool = True  # False: it embeds alone
     hidden_size: int = 0  # the length of its embeddings
     pooling: Pooling = Pooling.LAST  # of its embeddings
 

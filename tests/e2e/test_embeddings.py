@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..checkpoints import write_checkpoint
+from ..checkpoints import write_checkpoint, write_embedding_model
 from .cluster import Cluster, serve, wait_until
 
 FLAGS = ("--served-model-name", "tiny", "--device", "cpu", "--dtype", "float32", "--max-num-batched-tokens", "256")
@@ -124,6 +124,21 @@ def test_workers_of_both_phases_embed_means(tmp_path: Path) -> None:
         [short] = _vectors(_embed(cluster, prompts[-1:], dimensions=8))
         expected = torch.nn.functional.normalize(_expected(model_dir, prompts[-1], mean=True)[:8], dim=0)
         assert float(short @ expected) >= LEAST_COSINE
+
+
+def test_an_embedding_model_has_no_head_and_gives_no_answers(tmp_path: Path) -> None:
+    """As Qwen3-Embedding-8B is stored: config.json ties no head, the weights have none, their names lack a prefix."""
+    model_dir = write_embedding_model(tmp_path / "model")
+    with serve(model_dir, tmp_path / "log", *FLAGS, "--prefill", "1", "--decode", "1") as cluster:
+        prompts = _prompts([1, 17, 300])
+        _check(model_dir, prompts, _embed(cluster, prompts))
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+        bodies: dict[str, dict[str, object]] = {"completions": {"prompt": "a"}, "responses": {"input": "a"}}
+        bodies |= {"chat/completions": chat, "messages": chat}
+        for path, body in bodies.items():
+            answer = httpx.post(f"{cluster.base_url}/v1/{path}", json={"model": "tiny", **body})
+            assert answer.status_code == 400, answer.text
+            assert "makes embeddings alone (/v1/embeddings)" in answer.json()["error"]["message"]
 
 
 async def _beside_an_answer(cluster: Cluster, prompts: list[list[int]]) -> dict[str, Any]:

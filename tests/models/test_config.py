@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
+from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
+from kvferry.models.draft import check_draft
+
+from ..checkpoints import write_embedding_model
 
 SMOLLM2: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -95,6 +99,25 @@ def test_a_type_that_is_not_told_is_that_of_the_weights(tmp_path: Path, told: ob
     assert _load(tmp_path, {"torch_dtype": "bfloat16"}).dtype == "bfloat16"
     (tmp_path / "model.safetensors").write_bytes(b"no header")
     assert _load(tmp_path, {"torch_dtype": told}).dtype == "float32", "whoever loads the weights tells of them"
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen3Model"])
+def test_an_embedding_model_may_have_no_head(tmp_path: Path, architecture: str) -> None:
+    model_dir = write_embedding_model(tmp_path / "model", architecture=architecture)
+    config = ModelConfig.from_dir(model_dir)
+    check_checkpoint(model_dir, config)
+    assert not config.has_head and config.architecture == "Qwen3ForCausalLM"
+    with pytest.raises(ConfigError, match=r"speculative_config: .* has no head"):
+        check_draft(model_dir, model_dir, 100)
+    tensors = load_file(model_dir / "model.safetensors")
+    whole = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(whole, model_dir / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"1 tensors are missing: lm_head\.weight"):  # of one that generates
+        check_checkpoint(model_dir, ModelConfig.from_dir(model_dir))
+    for of_embedding in ("embed_tokens.weight", "model.embed_tokens.weight"):
+        head = {"lm_head.weight": tensors["embed_tokens.weight"], of_embedding: tensors["embed_tokens.weight"] * 2}
+        save_file(head, model_dir / "model.safetensors")
+        assert ModelConfig.from_dir(model_dir).has_head
 
 
 def test_generation_config_wins_for_end_tokens(tmp_path: Path) -> None:
