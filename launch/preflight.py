@@ -30,7 +30,7 @@ from ..models.checkpoint import check_checkpoint
 from ..models.config import ModelConfig
 from ..models.default import Progress
 from ..models.draft import check_draft
-from ..models.files import ResolvedModel, check_no_code, is_on_hub, resolve_model
+from ..models.files import ResolvedModel, check_no_code, find_model, resolve_model
 from ..models.probes import kept_probes, probe_distance
 from ..models.quantization import chosen_quantization
 from ..models.tokenizer import Tokenizer
@@ -156,10 +156,10 @@ class Preflight:
     # --- of the model ---------------------------------------------------------------------------------------------
 
     def _check_model(self) -> str | Check:
-        settings = self._settings
-        if not self._fetches and is_on_hub(settings.model):
-            return Check("model", Level.OK, f"{settings.model}: looked up on the hub when it is served")
-        found = resolve_model(settings.model, settings.revision, self._progress, quantization=settings.quantization)
+        settings, find = self._settings, resolve_model if self._fetches else find_model
+        found = find(settings.model, settings.revision, self._progress, quantization=settings.quantization)
+        if found is None:
+            return Check("model", Level.OK, f"{settings.model}: fetched from the hub when it is served")
         self._resolved = found
         self.model = ModelConfig.from_dir(found.dir)
         quantization = chosen_quantization(self.model.quantization, settings.quantization)

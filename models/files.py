@@ -70,6 +70,36 @@ def resolve_model(
     return _checked(_local(name))
 
 
+def find_model(
+    name: str | None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    *,
+    quantization: QuantizationName | None = None,
+) -> ResolvedModel | None:
+    """Do as `resolve_model`, but ask no hub; None: a model of the hub is not here, or not as a whole."""
+    if name is None or not is_on_hub(name):
+        return resolve_model(name, revision, progress, quantization=quantization)
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+            local_files_only=True,
+        )
+    except errors.LocalEntryNotFoundError:
+        return None
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{name!r} is no hub id: {_first_line(error)}") from error
+    path = Path(found)
+    has_weights = (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file()
+    is_whole = has_weights and (path / "config.json").is_file() and not _missing_shards(name, path)
+    return _checked(ResolvedModel(path, name)) if is_whole else None
+
+
 def resolve_config(name: str | None, revision: str | None = None) -> Path:
     """Find the folder of a model's config.json, fetching that and nothing else. Raises ConfigError."""
     if name is None or not is_on_hub(name):
@@ -141,17 +171,22 @@ def _download(name: str, revision: str | None, progress: Progress | None) -> Pat
     if progress:
         progress(what, 0.0)
     path = _snapshot(name, revision, progress)
-    index = read_json(path / "model.safetensors.index.json", default={})
-    shards = index.get("weight_map", {})
-    names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
-    if outside := sorted(name for name in names if Path(name).name != name):
-        raise ConfigError(f"the index of {name} names {outside[0]!r}, which is no file beside it")
-    missing = sorted(name for name in names if not (path / name).is_file())
-    if missing and not (path / "model.safetensors").is_file():  # else the index is an earlier checkpoint's
+    if missing := _missing_shards(name, path):
         raise ConfigError(f"the cached copy of {name} lacks {missing[0]}; start once with a network to complete it")
     if progress:
         progress(what, 1.0)
     return path
+
+
+def _missing_shards(name: str, path: Path) -> list[str]:
+    """List the files of weights that a snapshot's index names and that are not in it. Raises ConfigError."""
+    if (path / "model.safetensors").is_file():  # an index beside it is an earlier checkpoint's
+        return []
+    shards = read_json(path / "model.safetensors.index.json", default={}).get("weight_map", {})
+    names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+    if outside := sorted(shard for shard in names if Path(shard).name != shard):
+        raise ConfigError(f"the index of {name} names {outside[0]!r}, which is no file beside it")
+    return sorted(shard for shard in names if not (path / shard).is_file())
 
 
 def _snapshot(name: str, revision: str | None, progress: Progress | None, *, wanted: tuple[str, ...] = _WANTED) -> Path:

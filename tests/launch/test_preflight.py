@@ -484,7 +484,7 @@ def test_each_pools_own_kernels_are_looked_at(tmp_path: Path, monkeypatch: pytes
 
 def test_a_model_on_the_hub_is_not_fetched_to_be_looked_at(site: Site) -> None:
     checks = list(Preflight(ServeSettings(model="some/model", port=0), environment(), fetches=False).checks())
-    assert checks[-1].found == "some/model: looked up on the hub when it is served"
+    assert checks[-1].found == "some/model: fetched from the hub when it is served"
     assert all(check.level is Level.OK for check in checks)
 
 

@@ -86,6 +86,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 PROGRAM = """
 import json, sys
+from pathlib import Path
 from kvferry.common.errors import ConfigError
 from kvferry.models.files import resolve_model
 for name, revision in json.loads(sys.argv[1]):
@@ -93,7 +94,7 @@ for name, revision in json.loads(sys.argv[1]):
     try:
         model = resolve_model(name, revision, lambda what, fraction: seen.append([what, fraction]))
         print(json.dumps({"name": model.served_name, "seen": seen, "dir": str(model.dir),
-                          "files": sorted(str(f.relative_to(model.dir)) for f in model.dir.rglob("*"))}))
+                          "files": sorted(str(f.relative_to(model.dir)) for f in Path(model.dir).rglob("*"))}))
     except ConfigError as error:
         print(json.dumps({"error": str(error)}))
 """
@@ -179,6 +180,21 @@ def test_each_refusal_of_the_hub_is_one_line_that_says_what_to_do(hub: str, tmp_
     for answer, text in zip(answers, expected, strict=True):
         assert text in str(answer["error"])
         assert "\n" not in str(answer["error"])
+
+
+@pytest.mark.slow
+def test_a_model_is_found_where_it_was_downloaded_and_no_hub_is_asked(cache: Path, hub: str, tmp_path: Path) -> None:
+    program = PROGRAM.replace("import resolve_model", "import ResolvedModel, find_model").replace(
+        "resolve_model(", 'ResolvedModel("nowhere", name) if find_model(name, revision) is None else find_model('
+    )
+    names = [("org/model", None), ("org/model", COMMIT), ("org/model", "v9"), ("org/other", None)]
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    model, pinned, other, absent = _resolve_apart(names, cache, program, **nobody)
+    assert str(model["dir"]) == str(pinned["dir"]) and "model.safetensors" in str(model["files"])
+    assert other["dir"] == absent["dir"] == "nowhere"
+    _resolve_apart([("org/partial", None)], tmp_path, HF_ENDPOINT=hub)
+    [partial] = _resolve_apart([("org/partial", None)], tmp_path, program, **nobody)
+    assert partial["dir"] == "nowhere", "a start completes it"
 
 
 @pytest.mark.slow
