@@ -56,6 +56,15 @@ _DEEPSEEK_V2 = _Rules(
         r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+",
     ),
 )
+_DEEPSEEK_CODER = _Rules(
+    r"\p{N}",
+    before=(
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+",
+    ),
+)
 _DEEPSEEK_V3 = _Rules(
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -72,7 +81,9 @@ _RULES = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
     "deepseek-llm": _DEEPSEEK_V2,
+    "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-v3": _DEEPSEEK_V3,
     "dbrx": _CL100K,  # Phi-4, OLMo 2
     "smaug-bpe": _CL100K,

@@ -20,7 +20,7 @@ CORPUS = (
     "Zwölf Boxkämpfer ÉCOLE naïve; Привет, МИР! 東京は今日も雨。 العربية हिन्दी e\u0301 ١٢٣٤   \n \n end "
 )
 # Under these transformers knows rules, too; `qwen2` brings texts to NFC besides, as Qwen's own tokenizer.json does.
-KNOWN = ("gpt-2", "llama-bpe", "dbrx", "smaug-bpe", "gpt-4o", "tekken", "qwen2", "deepseek-r1-qwen")
+KNOWN = ("gpt-2", "llama-bpe", "dbrx", "smaug-bpe", "gpt-4o", "tekken", "qwen2", "deepseek-r1-qwen", "falcon3")
 
 
 def _write(path: Path, rules: str) -> Path:
@@ -73,6 +73,7 @@ TEXT = "x1 = 1234 + (y)\r\n  DeepSeek's Zwölf 東京は, ՀՅ"
     ("rules", "parts"),
     [
         ("deepseek-llm", "x|1| =| |1|2|3|4| +| (|y|)|\r|\n| | DeepSeek|'|s| Zw|ö|lf| |東京は|,| ՀՅ"),
+        ("deepseek-coder", "x|1| = |1|2|3|4| +| (|y|)|\r|\n| | DeepSeek|'|s| Zwölf| |東京は|,| ՀՅ"),
         ("deepseek-v3", "x|1| =| |123|4| +| (|y|)\r\n| | DeepSeek|'s| Zwölf| |東京は|,| ՀՅ"),
     ],
 )
