@@ -34,7 +34,7 @@ def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
     """
     found: dict[str, Shape] = {}
     for path in safetensors_files(model_dir):
-        found |= _read_shapes(path)
+        found |= _read_shapes(path, config)
     wanted, optional = stored_shapes(config.quantization, tensor_shapes(config))
     check_names(set(wanted), set(found) - optional, model_dir, config)
     for name, shape in wanted.items():
@@ -168,7 +168,8 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _read_shapes(path: Path) -> dict[str, Shape]:
+def _read_shapes(path: Path, config: ModelConfig) -> dict[str, Shape]:
+    """Return the tensors in a file; of a stack of experts, those that each expert's would be."""
     begin, header = read_header(path)
     try:
         shapes = {full_name(name): tuple(int(n) for n in _list(entry["shape"])) for name, entry in header.items()}
@@ -178,7 +179,13 @@ def _read_shapes(path: Path) -> dict[str, Shape]:
     size = path.stat().st_size
     if size != end:
         raise ConfigError(f"{path} has {size} bytes where its header tells of {end}: it was cut short, or damaged")
-    return shapes
+    if (experts := config.experts) is None or experts.stacks is None:
+        return shapes
+    found: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        parts = experts.parts_of(name, shape, config.hidden_size)
+        found |= {part.name: part.shape for part in parts} if parts else {name: shape}
+    return found
 
 
 def _list(value: object) -> list[int]:

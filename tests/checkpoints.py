@@ -24,7 +24,7 @@ from torch import Tensor
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
     "smollm3", "seed_oss", "mistral3", "ministral3", "glm", "glm4", "ernie4_5", "exaone4", "cwm",
-    "qwen2_5_vl", "qwen3_vl", "granitemoehybrid",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "granitemoehybrid",
 ]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
@@ -101,6 +101,13 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
     "qwen3_vl_text": {
         "head_dim": 16,
+        "rope_parameters": {"rope_theta": 1e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True},
+    },
+    "qwen3_vl_moe_text": {
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
         "rope_parameters": {"rope_theta": 1e6, "mrope_section": [3, 3, 2], "mrope_interleaved": True},
     },
     "glm": {"head_dim": 32},
@@ -196,6 +203,7 @@ _NESTED = {
     "mistral3": "ministral3",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
 }
 _SEEING: dict[str, object] = {
     "hidden_size": 16,
@@ -212,6 +220,7 @@ _TINY_VISION = {
     "mistral3": _SEEING | {"model_type": "pixtral", "head_dim": 16},
     "qwen2_5_vl": _QWEN_SEEING | {"fullatt_block_indexes": [0]},
     "qwen3_vl": _QWEN_SEEING | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4},
+    "qwen3_vl_moe": _QWEN_SEEING | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4},
 }
 
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,24 +33,10 @@ from ..weights.formats import unpack
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import WeightSlot
 from .decoder import Decoder
+from .expert_files import TensorFile, TensorSlice, with_parts
 from .stacked_experts import part_of_mxfp4, power_of_2, unpack_mxfp4
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
-
-
-class _TensorSlice(Protocol):
-    """A tensor in a file: read by slice."""
-
-    def get_shape(self) -> list[int]: ...
-    def __getitem__(self, index: tuple[slice, ...]) -> Tensor: ...
-
-
-class _TensorFile(Protocol):
-    """An open safetensors file."""
-
-    def keys(self) -> list[str]: ...
-    def get_slice(self, name: str) -> _TensorSlice: ...
-    def get_tensor(self, name: str) -> Tensor: ...
 
 
 def load_weights(
@@ -59,7 +45,7 @@ def load_weights(
     """Fill every parameter of this rank. Raises ConfigError naming tensors that are missing, extra or misshapen."""
     slots = list(decoder.slots())
     total = sum(slot.target.numel() for slot in slots)
-    files = {} if load_format == "dummy" else _open_files(model_dir)
+    files = {} if load_format == "dummy" else with_parts(_open_files(model_dir), decoder.config)
     quantization = decoder.config.quantization
     if load_format != "dummy":
         shapes = {slot.name: slot.shape for slot in slots}
@@ -88,23 +74,23 @@ def load_weights(
             progress("loading weights", done / total)
 
 
-def _open_files(model_dir: Path) -> dict[str, tuple[_TensorFile, str]]:
+def _open_files(model_dir: Path) -> dict[str, tuple[TensorFile, str]]:
     """Return tensor name -> the open (mapped, not read) file that holds it, and the name that it has there."""
     from safetensors import SafetensorError, safe_open
 
-    by_name: dict[str, tuple[_TensorFile, str]] = {}
+    by_name: dict[str, tuple[TensorFile, str]] = {}
     for path in safetensors_files(model_dir):
         try:
-            file: _TensorFile = safe_open(path, framework="pt")
+            file: TensorFile = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         by_name |= {full_name(name): (file, name) for name in file.keys()}  # noqa: SIM118  # a file is no mapping
     return by_name
 
 
-def _fill_from_file(slot: WeightSlot, file: _TensorFile, name: str) -> None:
+def _fill_from_file(slot: WeightSlot, file: TensorFile, name: str) -> None:
     stored = file.get_slice(name)
-    found, source = tuple(stored.get_shape()), cast("_TensorSlice | Tensor", stored)
+    found, source = tuple(stored.get_shape()), cast("TensorSlice | Tensor", stored)
     check_shape(slot.name, found, slot.shape)
     if len(found) != len(slot.shape):  # a vector that stands in dimensions of one besides
         source = file.get_tensor(name).view(slot.shape)
@@ -116,7 +102,7 @@ def _fill_from_file(slot: WeightSlot, file: _TensorFile, name: str) -> None:
     slot.target.copy_(source[index])
 
 
-def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[_TensorFile, str]]) -> None:
+def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[TensorFile, str]]) -> None:
     """Fill expert after expert: all of them in plain numbers are a layer's worth of memory."""
     (blocks, name), (scales, scales_name) = (files[f"{slot.name}_{kind}"] for kind in ("blocks", "scales"))
     first = slot.start if slot.dim == 0 else 0
@@ -133,7 +119,7 @@ def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[_TensorFile, st
 
 
 def _fill_unpacked(
-    slot: WeightSlot, storage: Storage, files: Mapping[str, tuple[_TensorFile, str]], dtype: torch.dtype
+    slot: WeightSlot, storage: Storage, files: Mapping[str, tuple[TensorFile, str]], dtype: torch.dtype
 ) -> None:
     """Fill from the tensors that stand for the matrix of a module."""
     module = slot.name.removesuffix(".weight")
@@ -151,7 +137,7 @@ def _fill_unpacked(
         raise ConfigError(f"{module}: {error}") from error
 
 
-def _check_extra_biases(files: Mapping[str, tuple[_TensorFile, str]], optional: set[str]) -> None:
+def _check_extra_biases(files: Mapping[str, tuple[TensorFile, str]], optional: set[str]) -> None:
     """Refuse biases that config.json does not tell of, unless they are zeros, as some tools write them."""
     for name in sorted(name for name in optional & files.keys() if name.endswith(".bias")):
         file, own_name = files[name]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Scoring = Literal["softmax", "sigmoid"]
+
+
+class Stacks(NamedTuple):
+    """A sparse layer's experts are stored in two tensors for all: gates before ups, and downs."""
+
+    gate_up: str = "mlp.experts.gate_up_proj"  # its name in a layer
+    down: str = "mlp.experts.down_proj"
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -20,6 +27,7 @@ class ExpertTraits:
     first_dense: int = 0  # layers, where config.json tells none
     gate: str = "gate"
     is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
+    stacks: Stacks | None = None  # None: a tensor for each matrix
     # What moves scores for the choice alone, not for the weights (DeepSeek-V3, section 2.1.2), by its name in `module`.
     score_bias: str | None = None
     shared: str = "shared_experts"  # what every token takes besides, in `module`
@@ -27,6 +35,13 @@ class ExpertTraits:
     shared_gate: str | None = None  # a vector in `module`, whose sigmoid with a token is the shared one's weight
 
 
+QWEN3_VL = ExpertTraits(normalised=True, stacks=Stacks())
+GRANITE = ExpertTraits(
+    module="block_sparse_moe",
+    gate="router.layer",
+    normalised=True,
+    stacks=Stacks("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+)
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
 DEEPSEEK_V3 = ExpertTraits(
     scoring="sigmoid", normalised_default=True, first_dense=3, score_bias="gate.e_score_correction_bias"

@@ -16,9 +16,11 @@ from .experts import (
     ERNIE,
     EXAONE,
     GLM_4,
+    GRANITE,
     MINIMAX_M2,
     MIXTRAL,
     QWEN_NEXT_EXPERTS,
+    QWEN3_VL,
     SOLAR_OPEN,
     ExpertTraits,
 )
@@ -87,6 +89,14 @@ FAMILIES = {
         head_norms="head",
         windows="every flagged",
         experts=ExpertTraits(),
+    ),
+    "Qwen3VLMoeTextForCausalLM": Family(
+        name="qwen3_vl_moe_text",
+        defaults={"rope_theta": 500_000.0},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        head_norms="head",
+        experts=QWEN3_VL,
     ),
     "OlmoeForCausalLM": Family(
         name="olmoe",
@@ -202,6 +212,13 @@ FAMILIES = {
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
         has_multipliers=True,
+    ),
+    "GraniteMoeForCausalLM": Family(
+        name="granitemoe",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        has_multipliers=True,
+        experts=GRANITE,
     ),
     "GraniteMoeHybridForCausalLM": Family(  # those that have neither experts nor states
         name="granitemoehybrid",

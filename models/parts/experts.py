@@ -9,23 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ...common.config import EngineConfig
 from ...common.errors import ConfigError
 from ...common.expert_plan import ExpertPlan, read_plan
-from ..families.experts import ExpertTraits, Scoring
+from ..families.experts import ExpertTraits, Scoring, Stacks
 from .config_fields import ConfigFields
 
 Shape = tuple[int, ...]
 
 # A matrix that is small and decides much: never rounded by `--quantization`.
-GATES = ("mlp.gate", "block_sparse_moe.gate", "mlp.router")
+GATES = ("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k")
 _FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index")
 _SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _METHODS = (None, "greedy", "group_limited_greedy", "noaux_tc")
 _SCORINGS = {"softmax": "softmax", "sigmoid": "sigmoid", "noaux_tc": "sigmoid"}  # the last one is dots.llm1's word
+
+
+class StackPart(NamedTuple):
+    """One expert's matrix is a part of a tensor that all experts are stored in."""
+
+    name: str  # that a tensor of its own would have
+    shape: Shape  # [out, in]
+    expert: int  # its number
+    start: int  # its first output in the stack
+    is_transposed: bool
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -47,6 +58,7 @@ class ExpertsConfig:
     shared_gate: str | None = None  # in a layer: `ExpertTraits.shared_gate`; None: what it yields is taken as it is
     gate_name: str = "gate"
     is_stacked: bool = False
+    stacks: Stacks | None = None
     score_bias: str | None = None  # its name in a layer: `ExpertTraits.score_bias`
     alpha: float = 1.702  # of the gate within the stacked ones' sigmoid
     limit: float = 7.0  # of what their gate and up yield
@@ -86,6 +98,28 @@ class ExpertsConfig:
             shapes[f"{layer}.{name}.{gate}.weight"] = shapes[f"{layer}.{name}.{up}.weight"] = (size, hidden_size)
             shapes[f"{layer}.{name}.{down}.weight"] = (hidden_size, size)
         return shapes
+
+    def parts_of(self, name: str, shape: Shape, hidden_size: int) -> list[StackPart]:
+        """Return the matrices that the checkpoint has in the tensor `name` of such a shape; none: it is no stack.
+
+        Qwen3-VL's are published as [experts, in, out], and saved again by transformers as [experts, out, in].
+        """
+        if self.stacks is None or len(shape) != 3:
+            return []
+        gate, up, down = self.parts
+        inner, is_down = self.intermediate_size, name.endswith(f".{self.stacks.down}")
+        if not is_down and not name.endswith(f".{self.stacks.gate_up}"):
+            return []
+        parts, num_outputs, num_inputs = ((down,), hidden_size, inner) if is_down else ((gate, up), inner, hidden_size)
+        layer, whole = name.removesuffix(self.stacks.down if is_down else self.stacks.gate_up), shape[1:]
+        right = (len(parts) * num_outputs, num_inputs)
+        if whole not in (right, right[::-1]):
+            return []
+        return [
+            StackPart(f"{layer}{self.expert(i)}.{part}.weight", (num_outputs, num_inputs), i, start, whole != right)
+            for i in range(shape[0])
+            for part, start in zip(parts, (0, num_outputs), strict=False)
+        ]
 
     def _stacked_shapes(self, layer: str, hidden: int) -> dict[str, Shape]:
         n, inner, name = self.num_experts, self.intermediate_size, f"{layer}.{self.module}.experts"
@@ -129,6 +163,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         parts=traits.parts,
         gate_name=traits.gate,
         is_stacked=traits.is_stacked,
+        stacks=traits.stacks,
         score_bias=None if traits.score_bias is None else f"{traits.module}.{traits.score_bias}",
         alpha=fields.number("swiglu_alpha", 1.702),
         limit=fields.number("swiglu_limit", 7.0),

@@ -49,6 +49,11 @@ _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxM2",
         {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "partial_rotary_factor": 0.5},
     ),
+    "granitemoe": (
+        "GraniteMoe",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "residual_multiplier": 0.22}
+        | {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "logits_scaling": 0.5},
+    ),
     "ernie4_5_moe": ("Ernie4_5_Moe", {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 32}),
     "exaone_moe": (
         "ExaoneMoe",
@@ -110,4 +115,4 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     window = 300 if family == "mistral" else None
     shape = Shape(max_model_len=MAX_MODEL_LEN, sliding_window=window, biases=family == "llama")
     write_checkpoint(path, cast("Family", family), shape=shape)
-    return ExactnessModel(path, HEADS_BLOCK_BYTES, is_sparse=False)
+    return ExactnessModel(path, HEADS_BLOCK_BYTES, is_sparse=family == "qwen3_vl_moe")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import SamplingParams, Sequence
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.group import RankGroup
+from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.config import ModelConfig
 
 from ..checkpoints import Family, write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
@@ -66,6 +70,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "ministral3 beside a part that sees": ("mistral3", {}),
     "qwen2 beside a part that sees": ("qwen2_5_vl", {}),
     "qwen3 beside a part that sees": ("qwen3_vl", {"tie_embeddings": True}),
+    "qwen3 moe beside a part that sees": ("qwen3_vl_moe", {"tie_embeddings": True}),
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "ernie4.5": ("ernie4_5", {"tie_embeddings": True}),
@@ -88,6 +93,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (family, fields) in VARIANTS.items():
         write_checkpoint(root / name, family, tokenizer=False, **fields)  # type: ignore[arg-type]
     return root
+
+
+def test_stacked_experts_are_read_as_they_were_published(checkpoints: Path, tmp_path: Path) -> None:
+    """Qwen3-VL's matrices are transposed on the hub; transformers saves them the other way round."""
+    source = checkpoints / "qwen3 moe beside a part that sees"
+    tensors = load_file(source / "model.safetensors")
+    stacks = {name for name in tensors if ".experts." in name}
+    assert len(stacks) == 4 and {tensors[name].shape[1:] for name in stacks} == {(96, 64), (64, 48)}
+    published = {name: tensor.mT.contiguous() if name in stacks else tensor for name, tensor in tensors.items()}
+    shutil.copytree(source, tmp_path / "model")
+    save_file(published, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    check_checkpoint(tmp_path / "model", ModelConfig.from_dir(tmp_path / "model"))
+    asked = prompts([1, 17, 70])
+    engines = [make_engine(path) for path in (source, tmp_path / "model")]
+    expected, found = (driver.generate([driver.add(prompt) for prompt in asked]) for driver in map(Driver, engines))
+    assert found == expected
 
 
 def _assert_as_transformers(model_dir: Path, asked: list[list[int]], answers: list[list[int]]) -> None:
