@@ -106,8 +106,8 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     shapes |= _linear(f"{name}.o_proj", hidden, heads, bias=config.o_bias)
     if config.qk_norm:
         is_whole = family.head_norms == "whole"
-        for part, size in (("q", heads), ("k", kv_heads)):
-            shapes[f"{name}.{part}_norm.weight"] = (size if is_whole else config.head_dim,)
+        for norm, size in zip(family.head_norm_names, (heads, kv_heads), strict=True):
+            shapes[f"{name}.{norm}.weight"] = (size if is_whole else config.head_dim,)
     if family.has_sinks:
         shapes[f"{name}.sinks"] = (config.num_qo_heads,)
     return shapes

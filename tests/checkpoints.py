@@ -24,7 +24,7 @@ from torch import Tensor
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
     "smollm3", "seed_oss", "mistral3", "ministral3", "glm", "glm4", "ernie4_5", "exaone4", "cwm",
-    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "granitemoehybrid",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "granitemoehybrid", "hunyuan_v1_dense",
 ]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
@@ -67,6 +67,10 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
         "shared_intermediate_size": 96,
         "layer_types": ["attention", "attention"],
         "position_embedding_type": "rope",
+    },
+    "hunyuan_v1_dense": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10_000.0},
     },
     "olmo2": {},
     "olmo3": {
@@ -250,7 +254,7 @@ def _random_parameter(name: str, parameter: Tensor, generator: torch.Generator, 
         values /= math.sqrt(parameter.shape[1])
         return values * 3.0 if "q_proj" in name or "qkv_proj" in name else values
     if name.endswith("norm.weight"):
-        mean = 4.0 if name.endswith("model.norm.weight") else 2.0 if "q_norm" in name else 1.0
+        mean = 4.0 if name.endswith("model.norm.weight") else 2.0 if "q_norm" in name or "query_l" in name else 1.0
         return mean - int(is_gemma) + 0.1 * values
     return values * (1.0 if name.endswith("sinks") else 0.1)
 

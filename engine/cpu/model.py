@@ -91,6 +91,7 @@ class NativeModel:
         model = Model(
             rotary_dim=2 * len(decoder.rotary.inv_freq),
             has_neighbours=config.rope.has_neighbours,
+            norms_turned=config.family.head_norms == "turned",
             query_len=config.rope.query_len,
             query_beta=config.rope.query_beta,
             has_gelu=config.activation == "gelu_tanh",

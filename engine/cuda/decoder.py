@@ -156,7 +156,7 @@ def _grouped(block: FeedForward) -> GroupedExperts | None:
 def _is_fused(decoder: Decoder) -> bool:
     """Tell whether there are kernels for all that lies between two blocks, and for attention's own parts."""
     config, family = decoder.config, decoder.config.family
-    is_plain = family.norms == "before" and not family.norm_offset and family.head_norms != "whole"
+    is_plain = family.norms == "before" and not family.norm_offset and family.head_norms not in ("turned", "whole")
     rope, is_one_rope = config.rope, config.local_rope is None
     is_turned_at_once = is_one_rope and rope.fraction == 1.0 and not rope.has_neighbours and not rope.query_beta
     has_multipliers = config.embedding_multiplier != 1.0 or config.residual_multiplier != 1.0

@@ -62,11 +62,14 @@ class Attention:
         self.head_norms: tuple[RMSNorm, ...] = ()
         self.whole_norms: tuple[RMSNorm, ...] = ()  # of all of a token's queries, and of its keys
         if config.qk_norm and family.head_norms == "whole":
-            sizes = (("q", own_q), ("k", num_kv))
-            self.whole_norms = tuple(ParallelRMSNorm(builder, f"{name}.{part}_norm", size) for part, size in sizes)
+            sizes = zip(family.head_norm_names, (own_q, num_kv), strict=True)
+            self.whole_norms = tuple(ParallelRMSNorm(builder, f"{name}.{norm}", size) for norm, size in sizes)
         elif config.qk_norm:
-            self.head_norms = tuple(RMSNorm(builder, f"{name}.{part}_norm", config.head_dim) for part in ("q", "k"))
+            self.head_norms = tuple(
+                RMSNorm(builder, f"{name}.{norm}", config.head_dim) for norm in family.head_norm_names
+            )
         self.sinks = Sinks(builder, f"{name}.sinks") if family.has_sinks else None
+        self._turns_first = family.head_norms == "turned"
         self._has_neighbours = config.rope.has_neighbours
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
@@ -77,10 +80,8 @@ class Attention:
     def _turned(self, heads: Tensor, rope: Rope) -> Tensor:
         """Norm and turn queries and keys in place."""
         num_q, num_kv = self.num_qo_heads, self.num_kv_heads
-        if self.head_norms:
-            q_norm, k_norm = self.head_norms
-            heads[:, :num_q] = q_norm(heads[:, :num_q])
-            heads[:, num_q : num_q + num_kv] = k_norm(heads[:, num_q : num_q + num_kv])
+        if not self._turns_first:
+            self._norm_heads_(heads)
         if self.whole_norms:
             for part, norm in zip(torch.split(heads, [num_q, num_kv, num_kv], 1), self.whole_norms, strict=False):
                 part.copy_(norm(part.flatten(1)).view_as(part))
@@ -89,7 +90,15 @@ class Attention:
             turned = asking[..., : rope.cos.shape[-1]]
             turned.copy_(by_halves(turned))
         rope.turn_(asking, num_q)
+        if self._turns_first:
+            self._norm_heads_(heads)
         return heads
+
+    def _norm_heads_(self, heads: Tensor) -> None:
+        start = 0
+        for norm, count in zip(self.head_norms, (self.num_qo_heads, self.num_kv_heads), strict=False):
+            heads[:, start : start + count] = norm(heads[:, start : start + count])
+            start += count
 
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
         """Return attention's output, [num_tokens, num_qo_heads * head_dim]."""

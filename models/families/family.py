@@ -11,8 +11,9 @@ from .experts import ExpertTraits
 Bias = bool | str  # whether there is one, or the flag of config.json that says so
 # Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
 Norms = Literal["before", "behind", "both"]
-# Of queries and keys: none, of each head, of each where `use_qk_norm` says so, or of a token's whole projection.
-HeadNorms = Literal["none", "head", "flagged", "whole"]
+# Of queries and keys: none, of each head, of each where `use_qk_norm` says so, of each once it is turned by positions,
+# or of a token's whole projection.
+HeadNorms = Literal["none", "head", "flagged", "turned", "whole"]
 # Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
 # that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
 Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
@@ -56,6 +57,7 @@ class Family:
     own_norm_names: NormNames | None = None  # in place of those that others have
     norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
     head_norms: HeadNorms = "none"
+    head_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     qkv_bias: Bias = False
     o_bias: Bias = False
     mlp_bias: Bias = False
@@ -69,6 +71,7 @@ class Family:
     experts: ExpertTraits | None = None  # in some or all layers
     has_local_rope: bool = False  # layers with a window turn positions by another base
     has_partial_rope: bool = False  # config.json may leave a part of each head unturned
+    has_alpha: bool = False  # rotary scaling that is called dynamic may have one, and is fixed then
     has_neighbours: bool = False  # a turned pair's two numbers are neighbours, not half a head apart
     unturned: Unturned = "none"
     scales_queries: bool = False  # by their positions, where `llama_4_scaling_beta` says how much

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .alike import ERNIE4, EXAONE4, GEMMA, GEMMA3, GLM4, QWEN_NEXT
+from .alike import ERNIE4, EXAONE4, GLM4, QWEN_NEXT
+from .defaults import GEMMA, GEMMA3
 from .experts import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
@@ -228,6 +229,15 @@ FAMILIES = {
         fusion="mlp",
         mlp=MlpNames("shared_mlp", "input_linear", "output_linear", "shared_intermediate_size"),
         has_multipliers=True,
+    ),
+    "HunYuanDenseV1ForCausalLM": Family(
+        name="hunyuan_v1_dense",
+        defaults={"rms_norm_eps": 1e-5},
+        head_norms="turned",
+        head_norm_names=("query_layernorm", "key_layernorm"),
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        has_alpha=True,
     ),
     "Olmo2ForCausalLM": Family(
         name="olmo2",

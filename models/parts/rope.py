@@ -126,6 +126,8 @@ def _read_rope(
             if nested:
                 raise ConfigError(f"{fields.path}: rotary parameters for each layer type ({nested}) are not supported")
             rope = RopeConfig(theta=theta)
+        case "dynamic" if family.has_alpha and scaling.has("alpha"):  # a stretched base, for all lengths
+            rope = RopeConfig(theta=_stretched(scaling, theta, head_dim))
         case "linear":
             factor = scaling.number("factor")
             rope = RopeConfig(kind="linear", theta=theta, factor=factor, original_max_len=max_model_len)
@@ -147,6 +149,14 @@ def _read_rope(
     if not family.scales_queries:
         raise scaling.refuse(beta, "queries that grow with their positions are not supported in this family")
     return replace(rope, query_beta=scaling.number(beta), query_len=original)
+
+
+def _stretched(scaling: ConfigFields, theta: float, head_dim: int) -> float:
+    """Return the base by Hunyuan's fixed alpha (transformers: `compute_ntk_alpha_rope_parameters`)."""
+    try:
+        return float(theta * scaling.number("alpha") ** (head_dim / (head_dim - 2)))
+    except (OverflowError, ZeroDivisionError):
+        raise scaling.refuse("alpha", f"gives no base for heads of {head_dim}") from None
 
 
 def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:

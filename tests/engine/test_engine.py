@@ -29,6 +29,7 @@ LONGROPE = {
     "long_factor": [1.0, 4.0, 9.0, 20.0],
     "partial_rotary_factor": 0.5,
 }
+THETA = {"rope_theta": 10_000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "llama": ("llama", {"hidden_size": 96, "num_qo_heads": 6, "num_kv_heads": 2}),
@@ -62,6 +63,8 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "granite": ("granite", {"tie_embeddings": True}),
     "granite4": ("granitemoehybrid", {"tie_embeddings": True}),
     "olmo2": ("olmo2", {}),
+    "hunyuan": ("hunyuan_v1_dense", {}),
+    "hunyuan, any length": ("hunyuan_v1_dense", {"config": {"rope_parameters": {"rope_type": "default"} | THETA}}),
     "olmo3": ("olmo3", {}),
     "phi3": ("phi3", {}),
     "smollm3": ("smollm3", {}),

@@ -466,6 +466,23 @@ def test_phi4_turns_a_part_of_each_head(tmp_path: Path) -> None:
         )
 
 
+def test_hunyuans_dynamic_scaling_is_fixed_by_its_alpha(tmp_path: Path) -> None:
+    hunyuan = {"architectures": ["HunYuanDenseV1ForCausalLM"], "head_dim": 128, "rope_theta": 10000.0}
+    scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0}  # as with its 7B
+    config = _load(tmp_path, hunyuan | {"rope_scaling": scaling})
+    assert config.rope.kind == "default" and config.rope.theta == pytest.approx(10000.0 * 1000.0 ** (128 / 126))
+    refused: tuple[dict[str, object], ...] = (
+        {"architectures": ["LlamaForCausalLM"]},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    )
+    for changes in refused:
+        with pytest.raises(ConfigError, match="'dynamic' is not supported"):
+            _load(tmp_path, hunyuan | {"rope_scaling": scaling} | changes)
+    for head_dim, alpha in ((2, 1000.0), (128, 1e307)):
+        with pytest.raises(ConfigError, match=r"alpha = .*: gives no base"):
+            _load(tmp_path, hunyuan | {"head_dim": head_dim, "rope_scaling": scaling | {"alpha": alpha}})
+
+
 def test_yarns_temperature_has_a_factor(tmp_path: Path) -> None:
     published = {"attn_factor": 0.8782488562869419}  # with DeepSeek-R1-0528-Qwen3-8B
     for told, expected in (({}, 1.1386), (published, 1.0), (published | {"attention_factor": 1.25}, 1.25)):

@@ -83,6 +83,7 @@ struct Model {
     std::int64_t has_int8_pages;                      // in place of elements
     std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on
     std::int64_t has_neighbours;                      // a turned pair's two numbers are neighbours among the products
+    std::int64_t norms_turned;                        // norms of heads come after their turn, not before it
     std::int64_t query_len;                           // positions after which queries grow: `Rotation::prepare`
     std::int64_t has_gelu;                            // in place of silu
     double norm_eps, norm_offset;                     // a norm's weights mean so much more

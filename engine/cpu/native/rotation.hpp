@@ -37,12 +37,19 @@ public:
     // Of a token's queries: the model's, and Llama 4's for its position.
     float query_factor(long token) const { return query_factors_[token]; }
 
-    // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`.
-    // `scratch` [2][head_dim].
-    void turn(const float* head, const Element* norm, float factor, long token, float by, float* scratch, Element* out) const {
+    // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`; or
+    // turned first, and then normed. `scratch` [2][head_dim].
+    template <class Out>
+    void turn(const float* head, const Element* norm, float factor, long token, float by, float* scratch, Out* out) const {
         const long d = m_.head_dim;
+        const Vector offset = repeat(float(m_.norm_offset));
+        if (norm != nullptr && m_.norms_turned) {
+            turn(head, nullptr, 1.0f, token, 1.0f, scratch, scratch);
+            const Vector all = repeat(inverse_rms(scratch, d, float(m_.norm_eps)) * by);
+            for (long i = 0; i < d; i += 16) store(out + i, load(scratch + i) * all * (load(norm + i) + offset));
+            return;
+        }
         if (norm != nullptr) {
-            const Vector offset = repeat(float(m_.norm_offset));
             for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * repeat(factor) * (load(norm + i) + offset));
             head = scratch;
         }
@@ -58,7 +65,8 @@ public:
     }
 
     // The turned part of a head alone.
-    void turn_part(const float* part, long token, float by, Element* out) const {
+    template <class Out>
+    void turn_part(const float* part, long token, float by, Out* out) const {
         const long turned = m_.rotary_dim, half = turned / 2;
         const float *cos = cos_.data() + token * turned, *sin = sin_.data() + token * turned;
         const Eight scale = repeat_8(by);

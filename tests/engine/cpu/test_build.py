@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "gemma3": ("gemma3_text", {"head_dim": 32}),
     "gemma2": ("gemma2", {"head_dim": 32}),
     "olmo2": ("olmo2", {}),
+    "hunyuan": ("hunyuan_v1_dense", {}),
     "olmo3": ("olmo3", {}),
     "yarn": (
         "qwen2",

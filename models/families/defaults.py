@@ -1,0 +1,20 @@
+"""Families have these numbers where a config.json does not tell them: several share each, as Gemma's do."""
+
+from __future__ import annotations
+
+GEMMA: dict[str, object] = {
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+GEMMA3: dict[str, object] = GEMMA | {
+    "max_position_embeddings": 131_072,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rope_local_base_freq": 10_000.0,
+    "rope_theta": 1_000_000.0,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262_208,
+}
