@@ -70,7 +70,7 @@ def is_expert(name: str) -> bool:
 
 
 def _is_shared(name: str) -> bool:
-    return ".shared_expert" in name
+    return ".shared_expert" in name or ".shared_mlp." in name
 
 
 def _is_gate(name: str) -> bool:

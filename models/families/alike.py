@@ -21,6 +21,15 @@ ERNIE4 = Family(
     mlp_bias="use_bias",
     has_neighbours=True,
 )
+HUNYUAN_DENSE = Family(
+    name="hunyuan_v1_dense",
+    defaults={"rms_norm_eps": 1e-5},
+    head_norms="turned",
+    head_norm_names=("query_layernorm", "key_layernorm"),
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    has_alpha=True,
+)
 EXAONE4 = Family(
     name="exaone4",
     defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},

@@ -42,6 +42,7 @@ GRANITE = ExpertTraits(
     normalised=True,
     stacks=Stacks("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
 )
+HUNYUAN = ExpertTraits(gate="gate.wg", shared="shared_mlp", normalised=True)
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
 DEEPSEEK_V3 = ExpertTraits(
     scoring="sigmoid", normalised_default=True, first_dense=3, score_bias="gate.e_score_correction_bias"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .alike import ERNIE4, EXAONE4, GLM4, QWEN_NEXT
+from .alike import ERNIE4, EXAONE4, GLM4, HUNYUAN_DENSE, QWEN_NEXT
 from .defaults import GEMMA, GEMMA3
 from .experts import (
     DEEPSEEK_V2,
@@ -18,6 +18,7 @@ from .experts import (
     EXAONE,
     GLM_4,
     GRANITE,
+    HUNYUAN,
     MINIMAX_M2,
     MIXTRAL,
     QWEN_NEXT_EXPERTS,
@@ -230,14 +231,12 @@ FAMILIES = {
         mlp=MlpNames("shared_mlp", "input_linear", "output_linear", "shared_intermediate_size"),
         has_multipliers=True,
     ),
-    "HunYuanDenseV1ForCausalLM": Family(
-        name="hunyuan_v1_dense",
-        defaults={"rms_norm_eps": 1e-5},
-        head_norms="turned",
-        head_norm_names=("query_layernorm", "key_layernorm"),
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        has_alpha=True,
+    "HunYuanDenseV1ForCausalLM": HUNYUAN_DENSE,
+    "HunYuanMoEV1ForCausalLM": replace(
+        HUNYUAN_DENSE,
+        name="hunyuan_v1_moe",
+        defaults={"n_shared_experts": 1, **HUNYUAN_DENSE.defaults},
+        experts=HUNYUAN,
     ),
     "Olmo2ForCausalLM": Family(
         name="olmo2",

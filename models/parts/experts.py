@@ -20,11 +20,16 @@ from .config_fields import ConfigFields
 Shape = tuple[int, ...]
 
 # A matrix that is small and decides much: never rounded by `--quantization`.
-GATES = ("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router")
+GATES = ("mlp.gate", "mlp.gate.wg", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k")
+_CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k", "moe_topk")
 _FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index")
 _SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_BY_LAYER = (
+    "moe_topk",
+    "moe_intermediate_size",
+    "num_experts",
+)  # Hunyuan lists a number for each layer
 _METHODS = (None, "greedy", "group_limited_greedy", "noaux_tc")
 _SCORINGS = {"softmax": "softmax", "sigmoid": "sigmoid", "noaux_tc": "sigmoid"}  # the last one is dots.llm1's word
 
@@ -136,6 +141,8 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
     """Return the experts of a family that has some; None: all of its layers are dense. Raises ConfigError."""
     if traits is None:
         return None
+    alike = {key: value[0] for key in _BY_LAYER if isinstance(value := fields.raw.get(key), list) and _is_one(value)}
+    fields = ConfigFields(fields.path, {**fields.raw, **alike})  # other lists are refused where they are read
     if (method := fields.raw.get("topk_method")) not in _METHODS:
         raise fields.refuse("topk_method", f"is not supported; these are: {', '.join(map(str, _METHODS[1:]))}")
     if fields.has("scoring_func") and _SCORINGS.get(str(fields.raw["scoring_func"])) != traits.scoring:
@@ -182,6 +189,10 @@ def _shared_size(fields: ConfigFields, traits: ExpertTraits, size: int) -> int:
     if traits.shared_size_key is not None:
         return fields.count(traits.shared_size_key)
     return size * next((fields.count(key) for key in _SHARED_COUNTS if fields.raw.get(key)), 0)
+
+
+def _is_one(numbers: list[object]) -> bool:
+    return bool(numbers) and all(number == numbers[0] for number in numbers)
 
 
 def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tuple[bool, ...]:

@@ -54,6 +54,7 @@ _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "residual_multiplier": 0.22}
         | {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "logits_scaling": 0.5},
     ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {"num_experts": 8, "moe_topk": 3, "intermediate_size": 32}),
     "ernie4_5_moe": ("Ernie4_5_Moe", {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 32}),
     "exaone_moe": (
         "ExaoneMoe",

@@ -41,6 +41,7 @@ GPT_OSS = {
 }
 GRANITE = {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "residual_multiplier": 0.22}
 GRANITE |= {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "logits_scaling": 2.0}
+HUNYUAN = {"num_experts": 8, "moe_topk": 3, "intermediate_size": 32}
 OLMOE = {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32}
 GLM_4 = {
     "num_hidden_layers": 3,
@@ -63,6 +64,7 @@ SOLAR_OPEN = {key: GLM_4[key] for key in GLM_4.keys() - {"use_qk_norm"}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Moe", QWEN3),
     "granite": ("GraniteMoe", GRANITE),
+    "hunyuan": ("HunYuanMoEV1", HUNYUAN),
     "qwen3 normalised": ("Qwen3Moe", QWEN3 | {"norm_topk_prob": True, "attention_bias": True}),
     "qwen3 every second": ("Qwen3Moe", QWEN3 | {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
     "qwen3 one dense": ("Qwen3Moe", QWEN3 | {"mlp_only_layers": [0]}),
@@ -141,6 +143,7 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> 
         ("mixtral window", True, None, "all_to_all"),
         ("olmoe", False, None, "sum"),
         ("granite", True, PLAN, "all_to_all"),
+        ("hunyuan", True, PLAN, "all_to_all"),
         ("glm4", True, None, "all_to_all"),
     ],
     ids=str,

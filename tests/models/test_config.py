@@ -483,6 +483,20 @@ def test_hunyuans_dynamic_scaling_is_fixed_by_its_alpha(tmp_path: Path) -> None:
             _load(tmp_path, hunyuan | {"head_dim": head_dim, "rope_scaling": scaling | {"alpha": alpha}})
 
 
+def test_hunyuan_counts_experts_by_layer(tmp_path: Path) -> None:
+    hunyuan: dict[str, object] = {"architectures": ["HunYuanMoEV1ForCausalLM"], "num_experts": 64}
+    told: dict[str, object] = {
+        "moe_topk": [8] * 30,
+        "moe_intermediate_size": [3072] * 30,
+        "num_shared_expert": [1] * 30,
+    }
+    experts = _load(tmp_path, hunyuan | told).experts  # as with A13B
+    assert experts is not None
+    assert (experts.num_chosen, experts.intermediate_size, experts.shared_size) == (8, 3072, 3072)
+    with pytest.raises(ConfigError, match=r"moe_topk = \[8, .*whole number"):
+        _load(tmp_path, hunyuan | told | {"moe_topk": [8] * 29 + [4]})
+
+
 def test_yarns_temperature_has_a_factor(tmp_path: Path) -> None:
     published = {"attn_factor": 0.8782488562869419}  # with DeepSeek-R1-0528-Qwen3-8B
     for told, expected in (({}, 1.1386), (published, 1.0), (published | {"attention_factor": 1.25}, 1.25)):

@@ -48,6 +48,7 @@ GPT_OSS = SMALL | {
 # Parts of theirs that the two others have not: shared experts beside heads of which a part is turned, norms of whole
 # projections; pairs of neighbours, and what moves the scores of a softmax.
 OTHERS: dict[str, dict[str, Any]] = {
+    "HunYuanMoEV1": SMALL | {"num_experts": 8, "moe_topk": 3, "intermediate_size": 32},
     "Glm4Moe": SMALL
     | {
         "head_dim": 32,
