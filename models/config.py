@@ -209,7 +209,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         vocab_size=fields.count("vocab_size"),
         max_model_len=max_model_len,
         rope=rope,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.number(fields.told(("rms_norm_eps", "layer_norm_eps")), 1e-6),
         qkv_bias=_has_bias(fields, family.qkv_bias),
         o_bias=_has_bias(fields, family.o_bias),
         mlp_bias=_has_bias(fields, family.mlp_bias),
@@ -265,6 +265,8 @@ def _factors(fields: ConfigFields, family: Family, hidden_size: int, latent: Lat
             found[name] = fields.number(name, 1.0)
         found["logits_divisor"] = fields.number("logits_scaling", 1.0)
         found["score_scale"] = fields.number("attention_multiplier", 1.0)
+    if family.has_logit_scale:
+        found["logits_divisor"] = 1 / fields.number("logit_scale")
     if latent is not None:
         found["score_scale"] = latent.score_scale
     if family.has_score_scale:

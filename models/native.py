@@ -24,6 +24,8 @@ def not_in_native(
         and config.experts is not None
         and config.experts.shared_gate is not None,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
+        "mixer and feed-forward side by side": family.norms == "shared",
+        "norms that take a mean off": family.has_layer_norms,
         "experts in float32": is_float32 and is_sparse,
         "experts whose tokens are exchanged": is_exchanged and is_sparse,
         "quantized weights in float32": is_float32 and quantization is not None and not quantization.is_float8,

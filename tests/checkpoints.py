@@ -24,7 +24,7 @@ from torch import Tensor
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
     "smollm3", "seed_oss", "mistral3", "ministral3", "glm", "glm4", "ernie4_5", "exaone4", "cwm",
-    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "granitemoehybrid", "hunyuan_v1_dense",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "granitemoehybrid", "hunyuan_v1_dense", "cohere2",
 ]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
@@ -72,6 +72,7 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10_000.0},
     },
+    "cohere2": {"sliding_window": 20, "num_hidden_layers": 4, "logit_scale": 1.0},
     "olmo2": {},
     "olmo3": {
         "num_hidden_layers": 4,

@@ -40,6 +40,7 @@ class DecoderLayer:
         self.is_local = config.local_layers[layer_id]
         self._dtype = builder.dtype
         self._multiplier = config.residual_multiplier
+        self._is_side_by_side = config.family.norms == "shared"
         self.input_norm, self.mixed_norm, self.mlp_norm, self.output_norm = (
             None if norm is None else RMSNorm(builder, f"{name}.{norm}", config.hidden_size)
             for norm in config.family.norm_names
@@ -62,6 +63,9 @@ class DecoderLayer:
         return mixed
 
     def finish_(self, x: Tensor, mixed: Tensor) -> Tensor:
+        if self._is_side_by_side:
+            fed = self.feed_forward(self._normed(self.input_norm, x))
+            return x.add_(self.mixer.output(mixed)).add_(fed)
         x.add_(self._normed(self.mixed_norm, self.mixer.output(mixed)), alpha=self._multiplier)
         fed = self.feed_forward(self._normed(self.mlp_norm, x))
         return x.add_(self._normed(self.output_norm, fed), alpha=self._multiplier)

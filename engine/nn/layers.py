@@ -203,12 +203,15 @@ def _refine(logits: Tensor, hidden: Tensor, rows: Tensor) -> None:
 
 
 class RMSNorm:
-    """x / rms(x) * weight over the last dimension, computed in float32. Some families' weights mean one more."""
+    """x / rms(x) * weight over the last dimension, computed in float32. Some families' weights mean one more, and some
+    take the mean off x first.
+    """
 
     def __init__(self, builder: Builder, name: str, size: int) -> None:
         self.name = name
         self.eps = builder.config.rms_norm_eps
         self.offset = builder.config.family.norm_offset
+        self.takes_mean_off = builder.config.family.has_layer_norms
         self.weight = builder.empty(size)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -216,6 +219,8 @@ class RMSNorm:
         return self.in_type_of(x).to(self.weight.dtype)
 
     def in_type_of(self, x: Tensor) -> Tensor:
+        if self.takes_mean_off:
+            return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), eps=self.eps).to(x.dtype)
         if self.offset:
             return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).mul_(self._factors()).to(x.dtype)
         if x.dtype == self.weight.dtype:

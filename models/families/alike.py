@@ -36,7 +36,7 @@ EXAONE4 = Family(
     norms="behind",
     head_norms="head",
     windows="typed",
-    unturned="without window",
+    unturned="beside windows",
 )
 
 # Of four layers three keep a state, one has gated attention.

@@ -1,4 +1,4 @@
-"""Families have these numbers where a config.json does not tell them: several share each, as Gemma's do."""
+"""Families have these numbers where a config.json does not tell them: transformers' classes have the same."""
 
 from __future__ import annotations
 
@@ -17,4 +17,17 @@ GEMMA3: dict[str, object] = GEMMA | {
     "rope_theta": 1_000_000.0,
     "sliding_window_pattern": 6,
     "vocab_size": 262_208,
+}
+COHERE2: dict[str, object] = {
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "tie_word_embeddings": True,
+}
+OLMO3: dict[str, object] = {
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
 }

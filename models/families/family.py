@@ -9,16 +9,17 @@ from typing import Literal, NamedTuple
 from .experts import ExpertTraits
 
 Bias = bool | str  # whether there is one, or the flag of config.json that says so
-# Where a layer's norms stand: before mixer and feed-forward, behind them, or both.
-Norms = Literal["before", "behind", "both"]
+# Where a layer's norms stand: before mixer and feed-forward, behind them, or both; or one for both.
+Norms = Literal["before", "behind", "both", "shared"]
 # Of queries and keys: none, of each head, of each where `use_qk_norm` says so, of each once it is turned by positions,
 # or of a token's whole projection.
 HeadNorms = Literal["none", "head", "flagged", "turned", "whole"]
 # Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
 # that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
 Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
-# Which layers turn nothing by positions: none; those that `no_rope_layers` names; where some have a window, all others.
-Unturned = Literal["none", "named", "without window"]
+# Which layers turn nothing by positions: none; those that `no_rope_layers` names; where some have a window, all others;
+# those that have no window.
+Unturned = Literal["none", "named", "beside windows", "without window"]
 # What a checkpoint has in one tensor: nothing; gate and up; these, and q, k and v in another.
 Fusion = Literal["none", "mlp", "all"]
 # How a checkpoint has the inputs of layers with states: in a tensor of each kind, or key head by key head in one.
@@ -29,6 +30,7 @@ NormNames = tuple[str | None, str | None, str | None, str | None]
 _NORM_NAMES: dict[Norms, NormNames] = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
     "behind": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "shared": ("input_layernorm", None, None, None),
     "both": (
         "input_layernorm",
         "post_attention_layernorm",
@@ -55,6 +57,7 @@ class Family:
     defaults: Mapping[str, object] = field(default_factory=dict, hash=False)  # what config.json need not tell
     norms: Norms = "before"
     own_norm_names: NormNames | None = None  # in place of those that others have
+    has_layer_norms: bool = False  # what is normed has its mean taken off first
     norm_offset: float = 0.0  # what a norm's weights stand below the factors that they mean
     head_norms: HeadNorms = "none"
     head_norm_names: tuple[str, str] = ("q_norm", "k_norm")
@@ -77,6 +80,7 @@ class Family:
     scales_queries: bool = False  # by their positions, where `llama_4_scaling_beta` says how much
     scales_embeddings: bool = False  # by the root of their size
     has_multipliers: bool = False  # of embeddings, residual stream, scores and logits, in Granite's words
+    has_logit_scale: bool = False  # logits are multiplied by `logit_scale`
     has_score_scale: bool = False  # by `query_pre_attn_scalar` in place of the head's size; and caps
 
     @property

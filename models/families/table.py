@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .alike import ERNIE4, EXAONE4, GLM4, HUNYUAN_DENSE, QWEN_NEXT
-from .defaults import GEMMA, GEMMA3
+from .defaults import COHERE2, GEMMA, GEMMA3, OLMO3
 from .experts import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
@@ -208,6 +208,18 @@ FAMILIES = {
         has_sinks=True,
         windows="typed",
     ),
+    "Cohere2ForCausalLM": Family(
+        name="cohere2",
+        defaults=COHERE2,
+        norms="shared",
+        has_layer_norms=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        windows="typed",
+        has_neighbours=True,
+        unturned="without window",
+        has_logit_scale=True,
+    ),
     "GraniteForCausalLM": Family(
         name="granite",
         qkv_bias="attention_bias",
@@ -248,12 +260,7 @@ FAMILIES = {
     ),
     "Olmo3ForCausalLM": Family(
         name="olmo3",
-        defaults={
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500_000.0,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 4,
-        },
+        defaults=OLMO3,
         norms="behind",
         head_norms="whole",
         qkv_bias="attention_bias",

@@ -71,8 +71,9 @@ def read_ropes(
     scaling = rotary_fields(fields)
     theta = fields.number("rope_theta", 10_000.0)
     if not family.has_local_rope:
-        rope, unturned = _read_rope(fields, scaling, family, theta, max_model_len, head_dim), RopeConfig(kind="none")
-        if family.unturned == "without window" and has_windows:
+        rope = _read_rope(fields, scaling, family, theta, max_model_len, head_dim)
+        unturned = RopeConfig(kind="none", has_neighbours=family.has_neighbours)
+        if family.unturned == "without window" or (family.unturned == "beside windows" and has_windows):
             return unturned, rope
         return rope, unturned if family.unturned == "named" else None
     local_theta = fields.number("rope_local_base_freq", theta)

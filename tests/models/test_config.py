@@ -483,6 +483,16 @@ def test_hunyuans_dynamic_scaling_is_fixed_by_its_alpha(tmp_path: Path) -> None:
             _load(tmp_path, hunyuan | {"head_dim": head_dim, "rope_scaling": scaling | {"alpha": alpha}})
 
 
+def test_cohere2_turns_where_it_has_a_window_and_scales_its_logits(tmp_path: Path) -> None:
+    command: dict[str, object] = {"architectures": ["Cohere2ForCausalLM"], "rms_norm_eps": ..., "layer_norm_eps": 1e-4}
+    config = _load(tmp_path, command | {"num_hidden_layers": 4, "logit_scale": 0.25})
+    assert config.sliding_windows == (4096, 4096, 4096, None) and config.local_layers == (True, True, True, False)
+    assert (config.rope.kind, config.local_rope and config.local_rope.kind) == ("none", "default")
+    assert (config.logits_divisor, config.rms_norm_eps) == (4.0, 1e-4)
+    whole = _load(tmp_path, command | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    assert whole.rope.kind == "none" and whole.local_layers == (False,)
+
+
 def test_hunyuan_counts_experts_by_layer(tmp_path: Path) -> None:
     hunyuan: dict[str, object] = {"architectures": ["HunYuanMoEV1ForCausalLM"], "num_experts": 64}
     told: dict[str, object] = {
