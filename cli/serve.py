@@ -49,6 +49,8 @@ def serve(
     """
     import asyncio
 
+    if not dry_run:
+        _ignore_reloads()
     with kept_imports():
         from ..common.logs import configure_logging, resolve_format
         from ..launch.preflight import Preflight
@@ -72,6 +74,14 @@ def serve(
             asyncio.run(_run(launcher, settings.pid_file, display))
     finally:
         display.done()
+
+
+def _ignore_reloads() -> None:
+    """Let SIGHUP end nothing until a program takes it: what will start reads the files itself, as they are then.
+
+    The program that takes this process's place inherits that.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _launcher(settings: ServeSettings, deployment: Deployment, model: ModelConfig, display: Display) -> Launcher:
@@ -123,6 +133,7 @@ def router(loaded: Loaded) -> None:
     from ..settings.sockets import listen
     from ..wire.address import Address
 
+    _ignore_reloads()
     settings = loaded.settings
     listen(Address(settings.host, settings.port)).close()
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
@@ -159,6 +170,7 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     from ..wire.address import Address
     from ..wire.credentials import read_secrets
 
+    _ignore_reloads()
     check_platform()
     if not settings.router:
         raise ConfigError(f"router: a {role} worker needs --router HOST:PORT, the control socket of its router")

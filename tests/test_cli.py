@@ -403,6 +403,33 @@ main(["status"])
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("kvferry.launch.preflight.Preflight._check_ports", ("serve",)),
+        ("kvferry.models.files.resolve_model", ("router", "--port", "0", "--insecure-loopback")),
+        ("kvferry.models.files.resolve_model", ("decode", "--router", "127.0.0.1:7001", "--insecure-loopback")),
+    ],
+)
+def test_a_reload_while_a_start_is_checked_ends_nothing(step: str, words: tuple[str, ...]) -> None:
+    owner, _, name = step.rpartition(".")
+    program = f"""
+import os, signal
+import kvferry.launch.preflight, kvferry.models.files
+from kvferry.cli import main
+from kvferry.common.errors import ConfigError
+def asked_to_reload(*args, **options):
+    os.kill(os.getpid(), signal.SIGHUP)
+    raise ConfigError("it went on")
+{owner}.{name} = asked_to_reload
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may have been ignored, as nohup does
+main([*{words}])
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (2, "kvferry: it went on\n")
+
+
 def test_keys_are_drawn_listed_and_revoked_by_whose_they_are(run: Run, tmp_path: Path) -> None:
     """The file holds hashes alone: a key is shown once, by the command that draws it."""
     file = tmp_path / "keys.yaml"
