@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(options.config_json, env)
         configure_logging(config.log_level, log_format=config.log_format, process="router")
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            http, admin = _inherited(options.http_fd), _inherited(options.admin_fd)
-            credentials = RouterCredentials.from_config(config, env)
-            serving = serve_router(
-                config, credentials, lifeline, http_socket=http, admin_socket=admin, on_ready=collect_rarely
-            )
-            return runner.run(serving)
+        http, admin = _inherited(options.http_fd), _inherited(options.admin_fd)
+        credentials = RouterCredentials.from_config(config, env)
+        serving = serve_router(
+            config, credentials, lifeline, http_socket=http, admin_socket=admin, on_ready=collect_rarely
+        )
+        # Not closed: that would wait for a thread whose file does not open. The process ends next (`exit_process`).
+        return asyncio.Runner(loop_factory=uvloop.new_event_loop).run(serving)
     except ConfigError as error:
         if lifeline is not None:
             lifeline.failed(str(error))  # who started us tells it

@@ -1,9 +1,10 @@
 """Run `python -m kvferry.worker`: a worker process, as a launcher starts it."""
 
+from ..common.exits import exit_process
 from ..common.imports import ended_by_interrupts, kept_imports
 
 if __name__ == "__main__":
     ended_by_interrupts()
     with kept_imports():
-        from .process import exit_process, main
+        from .process import main
     exit_process(main())

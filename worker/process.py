@@ -16,9 +16,8 @@ import contextlib
 import os
 import secrets
 import signal
-import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -278,7 +277,8 @@ def main() -> int:
         secret = SharedSecret(*read_secrets(config.secret_file, environment()))
     except ConfigError as error:
         return _refuse(config, lifeline, error)
-    return asyncio.run(serve_worker(config, secret, lifeline))
+    # Not closed: that would wait for a name that is still being resolved. The process ends next (`exit_process`).
+    return asyncio.Runner().run(serve_worker(config, secret, lifeline))
 
 
 def _refuse(config: WorkerConfig, lifeline: Lifeline | None, error: KVFerryError, *, may_pass: bool = False) -> int:
@@ -288,10 +288,3 @@ def _refuse(config: WorkerConfig, lifeline: Lifeline | None, error: KVFerryError
     else:
         log.error("worker_cannot_start", worker_id=config.worker_id, error=str(error))
     return 1 if may_pass else 2
-
-
-def exit_process(code: int) -> NoReturn:
-    """Everything is closed: the interpreter's own end would take a second to take the libraries apart."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

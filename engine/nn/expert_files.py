@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...models.config import ModelConfig
-from ...models.experts import StackPart
+from ...models.parts.experts import StackPart
 
 
 class TensorSlice(Protocol):

@@ -21,8 +21,8 @@ from .experts import (
     HUNYUAN,
     MINIMAX_M2,
     MIXTRAL,
-    QWEN_NEXT_EXPERTS,
     QWEN3_VL,
+    QWEN_NEXT_EXPERTS,
     SOLAR_OPEN,
     ExpertTraits,
 )

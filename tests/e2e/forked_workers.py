@@ -16,9 +16,10 @@ import sys
 from contextlib import suppress
 from types import FrameType
 
+from kvferry.common.exits import exit_process
 from kvferry.common.imports import kept_imports
 from kvferry.tests.forks import Forks, serve
-from kvferry.worker.process import exit_process, main
+from kvferry.worker.process import main
 
 
 def fork(config: str) -> int:
