@@ -9,7 +9,9 @@ under way, and finds no KV of what it was before.
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -19,6 +21,8 @@ from ...models.config import ModelConfig
 from ..state.adapter_use import AdapterUse
 from ..state.errors import clip
 from .catalogue import Catalogue
+
+_MAX_READS = 4  # at once
 
 log = structlog.get_logger(__name__)
 
@@ -30,7 +34,9 @@ class AdapterNames:
         self._catalogue = catalogue
         self._model = model
         self._max_rank = max_rank
-        self._turns = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by name, while somebody has it
+        # A file of a mount that hangs holds one of these, and none of the threads by which the router does all else.
+        self._reading = ThreadPoolExecutor(_MAX_READS, thread_name_prefix="adapters")
 
     def add(self, name: str, path: str, base: str | None = None) -> None:
         """Serve an adapter. Reads its files. Raises ConfigError."""
@@ -50,7 +56,7 @@ class AdapterNames:
 
     async def load(self, name: str, path: str, *, in_place: bool, base: str | None = None) -> None:
         """Serve an adapter from now on. Raises RequestError (400, 404), and leaves what there was then."""
-        async with self._turns:
+        async with self._turn(name):
             known = self._catalogue.adapter(name)
             if known is not None and not in_place:
                 raise RequestError(
@@ -59,7 +65,7 @@ class AdapterNames:
                     param="lora_name",
                 )
             try:
-                found = await asyncio.to_thread(self._read, path)
+                found = await asyncio.get_running_loop().run_in_executor(self._reading, self._read, path)
                 self._catalogue.add_adapter(name, found, base)
             except ConfigError as error:
                 raise RequestError(str(error), param="lora_path") from error
@@ -67,7 +73,11 @@ class AdapterNames:
 
     async def unload(self, name: str) -> None:
         """Serve it no longer; answers under way go on. Raises RequestError (404)."""
-        async with self._turns:
+        async with self._turn(name):
             if not self._catalogue.remove_adapter(name):
                 raise RequestError(f"The lora adapter {clip(name)} cannot be found.", param="lora_name", status=404)
             log.info("adapter_unloaded", name=name)
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        """Return what lets one after the other load and unload under this name."""
+        return self._turns.setdefault(name, asyncio.Lock())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from kvferry.wire.fields import Message
 from kvferry.wire.hello import Refused
 from kvferry.wire.workers import WorkerHello
 
+from ...adapters import write_adapter
 from ...checkpoints import write_checkpoint
 from ..fakes import FakeDispatcher, Inline, Script, catalogue_of, toy_tokenizer
 from ..fleet import Fleet, hello, status
@@ -108,6 +111,39 @@ async def test_an_adapter_that_cannot_be_there_is_a_400(path: str, tmp_path: Pat
     with pytest.raises(RequestError) as refusal:
         await adapters.load("a", path, in_place=False)
     assert (refusal.value.status, refusal.value.param) == (400, "lora_path")
+
+
+async def test_adapters_whose_files_do_not_open_keep_neither_other_names_nor_other_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a mount that hangs; what has the name of one of them waits for it."""
+    model_dir = write_checkpoint(tmp_path / "model", "qwen3", tokenizer=False)
+    good = write_adapter(tmp_path / "good", model_dir, rank=4)
+    opens, is_file = threading.Event(), Path.is_file
+
+    def is_file_or_hangs(path: Path) -> bool:
+        return opens.wait() if "hangs" in path.parts else is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file_or_hangs)
+    adapters = AdapterNames(Site().catalogue, ModelConfig.from_dir(model_dir), 8)
+
+    def load(name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(adapters.load(name, str(tmp_path / "hangs"), in_place=False))
+
+    loads = [load("a")]
+    try:
+        async with asyncio.timeout(60):
+            await adapters.load("b", str(good), in_place=False)
+            await adapters.unload("b")
+            loads += [load(f"c{number}") for number in range(40)]
+            await asyncio.sleep(0)
+            assert await asyncio.to_thread(lambda: "done") == "done"
+            removal = asyncio.create_task(adapters.unload("a"))
+            assert not (await asyncio.wait([removal], timeout=0.05))[0]
+    finally:
+        opens.set()
+    ends = await asyncio.gather(*loads, removal, return_exceptions=True)
+    assert all(isinstance(end, RequestError) for end in ends)
 
 
 async def test_the_router_is_ready_when_every_version_is() -> None:
