@@ -73,11 +73,13 @@ class ServeSettings(
         for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
             low, high = pool.min_workers or 0, pool.workers if pool.max_workers is None else pool.max_workers
             if not low <= pool.workers <= high:
+                broken = "min_workers" if low > pool.workers else "max_workers"
                 raise ValueError(
-                    f"{name}: {pool.workers} workers are not between its min_workers {low} and its max_workers {high}"
+                    f"{name}.{broken}: the pool's {pool.workers} workers are not between its min_workers {low} and its "
+                    f"max_workers {high}"
                 )
         if self.decode.min_workers == 0:
-            raise ValueError("decode: at least one decode worker is needed; give --decode-min 1")
+            raise ValueError("decode.min_workers: at least one decode worker is needed; give --decode-min 1")
         if self.decode.workers < 1:
             raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
         if self.prefill.workers == 0 and not self.local_prefill:

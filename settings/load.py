@@ -32,6 +32,7 @@ _RULES = {  # in our words
     "finite_number": "must be a finite number",
     "model_type": "must be a mapping",
     "path_type": "must be a path",
+    "string_pattern_mismatch": "must be 1 to 32 lower-case letters, digits, - and _, with neither of these two first",
     "tuple_type": "must be a list",
 }
 # Settings whose values have keys of their own.
@@ -180,7 +181,7 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
         key = next((key for n in range(len(names), 0, -1) if (key := ".".join(names[:n])) in merged), ".".join(names))
         if not key:  # a rule between settings: its text begins with the setting that breaks it
             key, _, message = message.partition(": ")
-            key = key if key in merged else f"{key}.workers"
+            key = key if key in merged or f"{key}.workers" not in setting_keys().values() else f"{key}.workers"
         raw = merged.get(key)
         if raw is None:
             yield f"{key}: {message}"

@@ -125,6 +125,16 @@ MISTAKES = [
     ("max_model_len: 1", ":1: max_model_len: must hold a prompt token and an answer token"),
     ("prefill:\n  workers: -1", ":2: prefill.workers: must be greater than or equal to 0, not -1"),
     ("decode: 0", ":1: decode.workers: at least one decode worker is needed; for one pool that does both: --prefill 0"),
+    (
+        "decode:\n  min_workers: 2",
+        ":2: decode.min_workers: the pool's 1 workers are not between its min_workers 2 and its",
+    ),
+    (
+        "prefill:\n  max_workers: 0",
+        ":2: prefill.max_workers: the pool's 1 workers are not between its min_workers 0 and",
+    ),
+    ("seed: 1\ndecode:\n  min_workers: 0", ":3: decode.min_workers: at least one decode worker is needed"),
+    ("classes:\n  Foo Bar: {}", ":1: classes: Foo Bar.name: must be 1 to 32 lower-case letters, digits, - and _"),
     ("prefill: 0\nlocal_prefill: false", ":2: local_prefill: without prefill workers every prompt is local"),
     ("ray_address: auto", ":1: ray_address: only with --launcher ray"),
     ("api_key: ['a,b']", ":1: api_key: a key has"),
@@ -167,7 +177,10 @@ MISTAKES = [
         ":1: classes: a.ttft_objective: is not known here; did you mean ttft_objective",
     ),
     ("classes: ['a:b']", ":1: classes: 'a:b' is not like 'batch:priority=10,deadline_s=600'"),
-    ("classes: {Batch: {}}", ":1: classes: Batch.name: String should match pattern"),
+    (
+        "classes: {Batch: {}}",
+        ":1: classes: Batch.name: must be 1 to 32 lower-case letters, digits, - and _, with neither",
+    ),
     ("classes: {default: {priority: 1}}", ":1: classes: 'default' is what the other settings"),
     ("classes: [batch, 'batch:priority=3']", ":1: classes: each name once"),
     ("ttft_stretch: 0.5", ":1: ttft_stretch: must be greater than or equal to 1, not 0.5"),
@@ -247,6 +260,15 @@ def test_path_of_an_unset_variable_is_not_the_folder_that_the_command_runs_in(na
 def test_bad_flag_is_told_by_its_name() -> None:
     with pytest.raises(ConfigError, match=r"^--port: must be less than"):
         load(flags={"port": Raw("70000", "--port")}, env={}, file=None)
+
+
+def test_a_rule_about_a_setting_that_was_not_given_names_it() -> None:
+    """Drafts imply `deterministic`, which wants pools of equal ranks."""
+    speculative = Raw({"method": "ngram", "num_speculative_tokens": 3}, "--speculative-config")
+    with pytest.raises(ConfigError, match=r"^deterministic: both pools need the same tensor_parallel_size"):
+        load(
+            flags={"speculative_config": speculative, "prefill.tensor_parallel_size": Raw(2, "--p")}, env={}, file=None
+        )
 
 
 def test_missing_file_is_told(tmp_path: Path) -> None:
