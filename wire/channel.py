@@ -155,7 +155,7 @@ async def serve(
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 _tune(writer)
-                frames = FrameReader(reader, "connecting peer")
+                frames = FrameReader(reader, _name_of(writer))
                 peer = await prove_to_client(frames, writer, own_id, secret)
                 return Channel(frames, writer, peer, max_frame_bytes)
         finally:
@@ -171,7 +171,8 @@ async def serve(
         except ProtocolError as error:
             on_refused(error)
         except TimeoutError:
-            on_refused(ProtocolError("hello timed out", kind="hello"))
+            text = f"{_name_of(writer)} did not say all of a hello within {HELLO_TIMEOUT_S:g} s"
+            on_refused(ProtocolError(text, kind="hello"))
         except (WorkerLost, OSError):
             pass  # whoever read the channel has acted on it
         except asyncio.CancelledError:
@@ -180,6 +181,12 @@ async def serve(
             writer.close()
 
     return await asyncio.start_server(accept, address.host, address.port, limit=READ_BUFFER_BYTES)
+
+
+def _name_of(writer: asyncio.StreamWriter) -> str:
+    """Return what a peer is called that has not proved yet who it is."""
+    found = writer.get_extra_info("peername")
+    return f"connecting peer {Address(*found[:2])}" if isinstance(found, tuple) else "connecting peer"
 
 
 def server_address(server: asyncio.Server, host: str) -> Address:

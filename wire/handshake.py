@@ -67,7 +67,7 @@ async def prove_to_client(
     _write(writer, Challenge(protocol=PROTOCOL_VERSION, nonce=nonce))
     hello = _hello_decoder.decode(await frames.next(HELLO_MAX_BYTES))
     if not isinstance(hello, Hello):
-        raise ProtocolError("the peer did not answer the challenge")
+        raise ProtocolError(f"{frames.peer} did not answer the challenge")
     proven = [
         value
         for value in secret.accepted

@@ -160,8 +160,15 @@ class ControlServer:
                 await asyncio.sleep(0)
 
     async def _receive_hello(self, channel: Channel) -> tuple[WorkerHello, WorkerGroup]:
-        async with asyncio.timeout(HELLO_TIMEOUT_S):
-            hello = self._decoder.decode(await channel.recv())
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = self._decoder.decode(await channel.recv())
+        except TimeoutError:
+            reason = (
+                f"{channel.peer_id} is connected and said no WorkerHello within {HELLO_TIMEOUT_S:g} s: "
+                "its larger packets may not pass on the way to here; compare MTUs"
+            )
+            raise ProtocolError(reason, kind="hello") from None
         if not isinstance(hello, WorkerHello):
             raise ProtocolError(f"{channel.peer_id} began with {type(hello).__name__}, not with WorkerHello")
         try:

@@ -290,6 +290,21 @@ async def test_what_the_server_says_cannot_be_sent_back_to_it() -> None:
     assert [error.kind for error in refused] == ["seal"]
 
 
+async def test_a_connection_that_says_no_hello_is_told_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvferry.wire.channel.HELLO_TIMEOUT_S", 0.05)
+    refused: asyncio.Future[ProtocolError] = asyncio.get_running_loop().create_future()
+    async with await serve(
+        Address("127.0.0.1", 0), "s", _echo, secret=SharedSecret(b"s"), on_refused=refused.set_result
+    ) as server:
+        address = server_address(server, "127.0.0.1")
+        _, writer = await asyncio.open_connection(address.host, address.port)
+        own = Address(*writer.get_extra_info("sockname"))
+        async with asyncio.timeout(60):
+            error = await refused
+        writer.close()
+    assert str(error) == f"connecting peer {own} did not say all of a hello within 0.05 s" and error.kind == "hello"
+
+
 async def test_connections_that_say_no_hello_are_bounded_and_time_out_for_others() -> None:
     refused: list[ProtocolError] = []
     async with await serve(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from kvferry.common.clock import Clock, SystemClock
 from kvferry.common.errors import ProtocolError, WorkerLost
@@ -124,6 +126,21 @@ async def test_a_request_is_served_over_real_sockets() -> None:
         decode.channel.send(StepTokens(updates=(update,)))
         received = [update async for update in stream]
         assert received[-1].finish == "length" and sum(len(update.tokens) for update in received) == 2
+
+
+async def test_a_worker_whose_hello_does_not_arrive_is_named_with_what_it_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a way that loses large packets: the first, small messages pass."""
+    monkeypatch.setattr("kvferry.router.dispatch.control.HELLO_TIMEOUT_S", 0.05)
+    with capture_logs() as logs:
+        async with router() as running:
+            worker = await running.connect("d-0")
+            with pytest.raises(WorkerLost):
+                await worker.recv()
+    refusals = [entry["reason"] for entry in logs if entry["event"] == "worker_refused"]
+    assert len(refusals) == 1
+    assert re.match(r"d-0 is connected and said no WorkerHello within 0.05 s: .*MTU", refusals[0])
 
 
 async def test_both_workers_are_asked() -> None:
