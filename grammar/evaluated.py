@@ -59,21 +59,22 @@ def _ways(schema: object, references: References, depth: int) -> list[_Way]:
     if "$dynamicRef" in schema or (depth and "$id" in schema):  # what it names is another's
         raise CannotRewrite
     choices = itertools.chain(([_own(schema)],), _choices(schema, references, depth + 1))
-    return [_closed(way, schema) for way in _together(choices)]
+    return [_closed(way, schema, references) for way in _together(choices)]
 
 
 def _own(schema: dict[str, object]) -> _Way:
     """Return what the schema says itself, without those that it applies to the same instance."""
     properties, patterns = schema.get("properties"), schema.get("patternProperties")
-    prefix, contains = schema.get("prefixItems"), schema.get("contains")
+    contains, has_places = schema.get("contains"), isinstance(schema.get("items"), list)  # as earlier drafts have it
+    first = schema.get("items" if has_places else "prefixItems")
     left_out = {*_NAMES, *_APPLICATORS, "unevaluatedProperties", "unevaluatedItems"}
     return _Way(
         holds=({keyword: value for keyword, value in schema.items() if keyword not in left_out},),
         names=frozenset(properties) if isinstance(properties, dict) else frozenset(),
         patterns=frozenset(patterns) if isinstance(patterns, dict) else frozenset(),
         all_properties="additionalProperties" in schema,
-        num_items=len(prefix) if isinstance(prefix, list) else 0,
-        all_items="items" in schema,
+        num_items=len(first) if isinstance(first, list) else 0,
+        all_items=("additionalItems" if has_places else "items") in schema,
         contained=(contains,) if isinstance(contains, dict | bool) else (),
     )
 
@@ -126,7 +127,7 @@ def _together(choices: Iterable[list[_Way]]) -> list[_Way]:
     return ways
 
 
-def _closed(way: _Way, schema: dict[str, object]) -> _Way:
+def _closed(way: _Way, schema: dict[str, object], references: References) -> _Way:
     """Return the way with the schema's own word on what has not been looked at."""
     properties, items = schema.get("unevaluatedProperties"), schema.get("unevaluatedItems")
     if isinstance(properties, dict | bool):
@@ -140,7 +141,7 @@ def _closed(way: _Way, schema: dict[str, object]) -> _Way:
         way = replace(way, all_properties=True)
     if isinstance(items, dict | bool):
         if not way.all_items:
-            rest = {"prefixItems": [True] * way.num_items, "items": any_of([*way.contained, items])}
+            rest = references.listed([True] * way.num_items, any_of([*way.contained, items]))
             way = replace(way, holds=(*way.holds, rest))
         way = replace(way, all_items=True)
     return way

@@ -110,11 +110,11 @@ def _negations(keyword: str, schema: dict[str, object], references: References, 
             yield from _not_one(value, opposite)
         case "prefixItems", list():
             for place, part in enumerate(value):
-                yield _item(opposite(part), place)
+                yield _item(opposite(part), place, references)
         case "items", dict() | bool():
             first = len(prefix) if isinstance(prefix := schema.get("prefixItems"), list) else 0
             for place in range(first, first + MAX_PLACES):
-                yield _item(opposite(value), place)
+                yield _item(opposite(value), place, references)
         case "contains", dict() | bool() if not {"minContains", "maxContains"} & schema.keys():
             yield {"type": "array", "items": opposite(value)}
         case "$ref", str():
@@ -127,11 +127,11 @@ def _negations(keyword: str, schema: dict[str, object], references: References, 
             raise CannotRewrite
 
 
-def _item(schema: Schema, place: int) -> Schema:
+def _item(schema: Schema, place: int, references: References) -> Schema:
     """Lists with an item like this at a place."""
     if schema is False:
         return False
-    return {"type": "array", "prefixItems": [*[True] * place, schema], "minItems": place + 1}
+    return {"type": "array", **references.listed([*[True] * place, schema]), "minItems": place + 1}
 
 
 def _not_of_type(types: Sequence[object]) -> Schema:

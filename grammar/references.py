@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 from urllib.parse import unquote
 
 Schema: TypeAlias = dict[str, object] | bool
+
+_LISTS_BY_ITEMS = re.compile(r"draft-0[1-7]|2019-09")  # drafts whose `items` has one schema for each place, too
 
 
 class CannotRewrite(Exception):
@@ -19,6 +22,8 @@ class References:
     def __init__(self, root: object) -> None:
         self._root = root
         self._anchors: dict[str, Schema] = {}
+        draft = root.get("$schema") if isinstance(root, dict) else None
+        self._lists_by_items = isinstance(draft, str) and _LISTS_BY_ITEMS.search(draft) is not None
         self._has_resources = False  # parts with names of their own, from which references count
         has_dynamic = False
         for is_root, part in _parts(root):
@@ -28,6 +33,13 @@ class References:
                 if isinstance(name := part.get(keyword), str):
                     self._anchors[name] = part
         self.is_dynamic = has_dynamic and self._has_resources  # a name's place depends on the way that led to it
+
+    def listed(self, first: Sequence[Schema], rest: Schema = True) -> dict[str, object]:
+        """Return the draft's keywords of lists whose first items are such, and all others as `rest` says."""
+        if not first:
+            return {} if rest is True else {"items": rest}
+        places, others = ("items", "additionalItems") if self._lists_by_items else ("prefixItems", "items")
+        return {places: list(first)} | ({} if rest is True else {others: rest})
 
     def target(self, reference: str) -> Schema:
         """Return the schema that it names. Raises CannotRewrite where there is none here."""

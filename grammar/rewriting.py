@@ -158,7 +158,7 @@ class _Rewriting:
         if most is None:
             if least == 0:
                 return True
-            some = [_places(True, place, wanted, least, True) for place in range(MAX_PLACES)]
+            some = [_places(True, place, wanted, least, True, self._references) for place in range(MAX_PLACES)]
             return any_of([no_array, *(some if wanted is not False else [])])
         other = negated(wanted, self._references)
         counts = range(least, min(most, _MAX_CONTAINED) + 1)
@@ -166,7 +166,7 @@ class _Rewriting:
             [
                 no_array,
                 *(
-                    _places(other, place, wanted, count, other)
+                    _places(other, place, wanted, count, other, self._references)
                     for count in counts
                     for place in (range(MAX_PLACES) if count else range(1))
                 ),
@@ -184,14 +184,12 @@ def _without_if(schema: dict[str, object]) -> Schema:
     return True
 
 
-def _places(before: Schema, num_before: int, wanted: Schema, count: int, behind: Schema) -> Schema:
+def _places(
+    before: Schema, num_before: int, wanted: Schema, count: int, behind: Schema, references: References
+) -> Schema:
     """Lists with so many items before `count` that are wanted, and any number behind them."""
-    found: dict[str, object] = {"type": "array", "minItems": num_before + count}
-    if num_before + count:
-        found["prefixItems"] = [before] * num_before + [wanted] * count
-    if behind is not True:
-        found["items"] = behind
-    return found
+    first = [before] * num_before + [wanted] * count
+    return {"type": "array", "minItems": num_before + count, **references.listed(first, behind)}
 
 
 def _count(schema: dict[str, object], keyword: str, default: int | None) -> int | None:

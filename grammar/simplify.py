@@ -51,7 +51,8 @@ def simplified(schema: object, *, is_dynamic: bool) -> object:
     }
     if isinstance(draft := kept.get("$schema"), str) and (named := _DRAFT.fullmatch(draft)) is not None:
         kept |= {"$schema": _canonical(named)}
-    for unevaluated, rest in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+    other_items = "additionalItems" if isinstance(kept.get("items"), list) else "items"
+    for unevaluated, rest in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", other_items)):
         if unevaluated in kept and not _APPLICATORS & kept.keys():
             kept.setdefault(rest, kept.pop(unevaluated))  # what `rest` is about is evaluated
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -279,6 +280,63 @@ def test_white_space_of_json_is_bounded(vocabulary: Vocabulary) -> None:
 
     assert all(takes(text) for text in ("[1]", "[ 1 ]", "[\n  1\n]", "[\n" + 32 * " " + "1]"))
     assert not any(takes(text) for text in ("[  1]", "[\n\n1]", "[\n" + 33 * " " + "1]", "[\t1]", " [1]", "[1] "))
+
+
+LETTER_LISTS = [list(letters) for length in range(4) for letters in itertools.product("abc", repeat=length)]
+LETTERS: dict[str, Any] = {"type": "array", "items": {"enum": ["a", "b", "c"]}}
+DRAFTS = [
+    *("http://json-schema.org/draft-06/schema#", "http://json-schema.org/draft-07/schema#"),
+    *("https://json-schema.org/draft/2019-09/schema", "https://json-schema.org/draft/2020-12/schema"),
+]
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"contains": {"const": "a"}},
+        {"not": {"items": {"const": "a"}}},
+    ],
+)
+def test_lists_follow_their_schema_in_the_words_of_each_draft(
+    vocabulary: Vocabulary, draft: str, words: dict[str, Any]
+) -> None:
+    asked = {"$schema": draft, **LETTERS, **words}
+    _check_lists(vocabulary, asked)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"allOf": [{"minItems": 1}]},
+        {"additionalItems": {"const": "b"}, "allOf": [{}]},
+    ],
+)
+def test_what_an_earlier_draft_has_for_places_leaves_other_items_unevaluated(
+    vocabulary: Vocabulary, words: dict[str, Any]
+) -> None:
+    draft = "https://json-schema.org/draft/2019-09/schema"
+    asked = {"$schema": draft, "type": "array", "items": [{"const": "a"}], "unevaluatedItems": False, **words}
+    _check_lists(vocabulary, asked)
+
+
+def _check_lists(vocabulary: Vocabulary, asked: dict[str, Any]) -> None:
+    """Exactly the lists of letters that are valid may be answers."""
+    first = compile_grammar(vocabulary, schema(asked))
+    validator = jsonschema.validators.validator_for(asked)(asked)
+
+    def takes(value: list[str]) -> bool:
+        matcher = first.fork()
+        try:
+            matcher.accept(vocabulary.tokenizer.greedy_tokenize(json.dumps(value)))
+        except GrammarBroken:
+            return False
+        return matcher.accepts_end
+
+    assert [value for value in LETTER_LISTS if takes(value)] == [
+        value for value in LETTER_LISTS if validator.is_valid(value)
+    ]
 
 
 def _nested(depth: int) -> dict[str, Any]:
