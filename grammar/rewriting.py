@@ -5,6 +5,7 @@
     not                                   the opposite (negation.py)
     oneOf                                 one, and the opposites of the others
     propertyNames                         properties or patternProperties, and no additional ones
+    uniqueItems                           the orders of a few values, each once (unique_items.py)
     contains                              an item that fits among the first MAX_PLACES
     unevaluated...                        each way to follow the schema, written out (evaluated.py)
     $dynamicRef                           $ref, where a schema has no other resources
@@ -28,12 +29,13 @@ from .limits import DATA, NAMED
 from .negation import MAX_PLACES, all_of, any_of, negated, one_alone, other_types
 from .property_names import of_properties
 from .references import CannotRewrite, References, Schema
+from .unique_items import of_unique
 
 _UNEVALUATED = frozenset({"unevaluatedProperties", "unevaluatedItems"})
 _MAX_CONTAINED = 16  # items that `contains` counts
 _MAX_DEPTH = 48  # of schemas that are written within one another
 # Rewriting these keeps all instances.
-_EXACT = frozenset({"dependentRequired", "dependentSchemas", "then", "else", "propertyNames"})
+_EXACT = frozenset({"dependentRequired", "dependentSchemas", "then", "else", "propertyNames", "uniqueItems"})
 # Fewer instances of their schemas are more of the whole. They stay as given, as do branches of `oneOf` that would lose
 # instances: two that overlapped might not any more.
 _OPPOSED = frozenset({"if", "not"})
@@ -58,6 +60,7 @@ class _Rewriting:
             "not": lambda schema: negated(schema["not"], references),
             "propertyNames": lambda schema: of_properties(schema["propertyNames"], references),
             "contains": self._contains,
+            "uniqueItems": lambda schema: of_unique(schema, references),
         }
         if splits_one_of:
             self._rules["oneOf"] = self._one_of

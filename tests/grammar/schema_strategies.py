@@ -50,6 +50,7 @@ def _containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, An
         "propertyNames": st.sampled_from([True, False, {"pattern": "^a"}, {"enum": ["a", "b"]}, {"maxLength": 1}]),
         "unevaluatedProperties": st.booleans() | inner,
         "unevaluatedItems": st.booleans() | inner,
+        "uniqueItems": st.booleans(),
         "$ref": st.just("#/$defs/other"),
     }
     counts = st.integers(0, 2)

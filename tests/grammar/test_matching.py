@@ -296,6 +296,10 @@ DRAFTS = [
     [
         {"contains": {"const": "a"}},
         {"not": {"items": {"const": "a"}}},
+        {"uniqueItems": True},
+        {"uniqueItems": True, "maxItems": 2, "minItems": 1},
+        {"uniqueItems": True, "items": {"$ref": "#/$defs/letter"}, "$defs": {"letter": LETTERS["items"]}},
+        {"uniqueItems": True, "items": {"type": "string", "pattern": "^[abc]$"}, "maxItems": 1},
     ],
 )
 def test_lists_follow_their_schema_in_the_words_of_each_draft(

@@ -121,6 +121,17 @@ def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: obj
             [{"d": 1}, {"b": 1, "c": 2}, {"x1": "y"}],
         ),
         (
+            {"uniqueItems": True, "items": {"enum": [1, 1.0, True, None]}},
+            [[], [1], [1, True], [None, True, 1], 3],
+            [[1, 1], [1, 1.0], [None, 1, None], ["a"]],
+        ),
+        (
+            {"uniqueItems": True, "maxItems": 2, "items": {"enum": list("abcde")}},
+            [[], ["e"], ["e", "a"]],
+            [["e", "e"], ["a", "b", "c"]],
+        ),
+        ({"uniqueItems": True, "items": {"type": "boolean"}}, [[], [True, False]], [[True, True], [1]]),
+        (
             {"oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
             [{"a": 1}, {"b": 1, "c": 2}],
             [{}, {"a": 1, "b": 2}, 1],
@@ -162,6 +173,10 @@ def test_in_other_words_it_has_the_same_instances(schema: dict[str, Any], valid:
     "schema",
     [
         {"uniqueItems": True},
+        {"uniqueItems": True, "items": {"enum": list("abcde")}},
+        {"uniqueItems": True, "items": {"enum": ["a", "b"]}, "prefixItems": [True]},
+        {"uniqueItems": True, "items": {"enum": [["a"], "b"]}},
+        {"uniqueItems": True, "items": {"$ref": "#/items"}},
         {"not": {"pattern": "a"}},
         {"oneOf": [{"pattern": "a"}, {"pattern": "b"}]},
         {"if": {"multipleOf": 3}, "then": {"minimum": 5}},
