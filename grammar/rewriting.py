@@ -1,6 +1,6 @@
 """A JSON schema in the keywords that the library keeps, where it has others.
 
-    dependentRequired, dependentSchemas   the property is absent, or ...
+    dependentRequired, dependentSchemas   the property is absent, or ...; `dependencies` of earlier drafts are either
     if, then, else                        if and then, or not if, and else
     not                                   the opposite (negation.py)
     oneOf                                 one, and the opposites of the others
@@ -54,6 +54,7 @@ class _Rewriting:
         self._rules: dict[str, Callable[[dict[str, object]], Schema]] = {
             "dependentRequired": _dependent_required,
             "dependentSchemas": _dependent_schemas,
+            "dependencies": _dependencies,
             "if": self._conditional,
             "then": _without_if,
             "else": _without_if,
@@ -216,3 +217,13 @@ def _dependent_schemas(schema: dict[str, object]) -> Schema:
     if not isinstance(value, dict):
         raise CannotRewrite
     return all_of(any_of([{"properties": {name: False}}, part]) for name, part in value.items())
+
+
+def _dependencies(schema: dict[str, object]) -> Schema:
+    value = schema["dependencies"]
+    if not isinstance(value, dict):
+        raise CannotRewrite
+    required = {name: others for name, others in value.items() if isinstance(others, list)}
+    schemas = {name: part for name, part in value.items() if name not in required}
+    found = (_dependent_required({"dependentRequired": required}), _dependent_schemas({"dependentSchemas": schemas}))
+    return all_of(found)

@@ -121,6 +121,14 @@ def test_the_opposite_has_the_other_instances(schema: dict[str, Any], other: obj
             [{"d": 1}, {"b": 1, "c": 2}, {"x1": "y"}],
         ),
         (
+            {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "dependencies": {"a": ["b"], "c": {"properties": {"a": {"const": 1}}}},
+            },
+            [{}, {"b": 1}, {"a": 1, "b": 2}, {"c": 0}, {"c": 0, "a": 1, "b": 2}, 3],
+            [{"a": 1}, {"c": 0, "a": 2, "b": 2}, {"c": 0, "a": 1}],
+        ),
+        (
             {"uniqueItems": True, "items": {"enum": [1, 1.0, True, None]}},
             [[], [1], [1, True], [None, True, 1], 3],
             [[1, 1], [1, 1.0], [None, 1, None], ["a"]],
@@ -186,6 +194,7 @@ def test_in_other_words_it_has_the_same_instances(schema: dict[str, Any], valid:
         {"contains": {"type": "string"}, "minContains": 1000},
         {"not": {"$ref": "https://example.com/other"}},
         {"dependentRequired": 3},
+        {"dependencies": 3},
         {"format": "regex"},
     ],
 )
