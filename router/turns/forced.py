@@ -16,6 +16,8 @@ from .json_text import dumps
 
 _REFERENCES = ("$ref", "$dynamicRef")
 _ANCHORS = ("$anchor", "$dynamicAnchor")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # their keys are no keywords
+_DATA = ("enum", "const", "default", "examples", "example")
 # A schema with no other keywords means its properties and no others.
 _CLOSED = {"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema"}
 
@@ -67,9 +69,12 @@ def _moved(value: object, place: str, own_name: str) -> object:
 
 def _moved_value(keyword: str, value: object, place: str, own_name: str) -> object:
     anchor_end = place[1:].replace("/", "-")  # another tool's parts may have the same anchors
+    if keyword in _NAMED and isinstance(value, Mapping):
+        return {name: _moved(part, place, own_name) for name, part in value.items()}
+    if keyword in _DATA:
+        return value
     if not isinstance(value, str):
-        is_data = keyword == "enum" and isinstance(value, list)
-        return value if is_data else _moved(value, place, own_name)
+        return _moved(value, place, own_name)
     if keyword in _ANCHORS:
         return f"{value}{anchor_end}"
     if keyword not in _REFERENCES:

@@ -143,6 +143,23 @@ def test_values_that_look_like_references_stay() -> None:
     assert call["properties"]["arguments"]["properties"] == parameters["properties"]
 
 
+def test_a_value_is_data_and_a_property_of_that_name_is_none() -> None:
+    """A `const` that looks like a reference is what must come; references beside it, under the same word, are moved."""
+    looks_so = {"$ref": "#/x", "$anchor": "a"}
+    parameters = {
+        "type": "object",
+        "$defs": {"x": {"type": "string"}},
+        "properties": {
+            "a": {"const": looks_so, "default": looks_so, "examples": [looks_so]},
+            "const": {"$ref": "#/$defs/x"},
+        },
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    arguments = _schema(parse_tool_use(tools, _named("f"), None))["anyOf"][0]["properties"]["arguments"]
+    assert arguments["properties"]["a"] == parameters["properties"]["a"]  # type: ignore[index]
+    assert arguments["properties"]["const"] == {"$ref": "#/anyOf/0/properties/arguments/$defs/x"}
+
+
 def test_a_forced_text_is_read_as_calls_whatever_the_models_form() -> None:
     dialect = Dialect.of_template("{{ tools }}[TOOL_CALLS]</think>", variables={"tools"}).without_reasoning
     for text, names in (
