@@ -42,11 +42,11 @@ from .nn.experts import SparseMLP
 from .nn.loading import Progress, load_weights
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer, StepStopped
-from .nn.sampling import sample_rows
 from .page_spec import block_spec, with_block_size
 from .pooling import with_pooled
 from .ranks.communicator import Communicator, connect
 from .ranks.group import RankGroup
+from .sampling.sampling import sample_rows
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -292,7 +292,7 @@ def test_config_show_tells_origins_and_hides_keys(run: Run, tmp_path: Path) -> N
     ):
         assert line in result.stdout.splitlines()
     assert "hidden" not in result.stdout
-    assert "block_size: 16  # default" in result.stdout
+    assert "max_num_seqs: 64  # default" in result.stdout
 
 
 def test_a_switch_that_is_off_by_default_is_turned_on_and_off_again(run: Run, tmp_path: Path) -> None:

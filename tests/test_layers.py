@@ -38,12 +38,13 @@ grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
 engine/weights       common models
+engine/sampling      common
 engine/nn            common models models/families models/parts models/stored engine/ranks engine/nn/attention
-engine/nn            engine/weights
-engine/cpu           common models engine/ranks engine/nn/attention engine/weights engine/nn
-engine/cuda          common models kvcache engine/nn/attention engine/weights engine/nn
+engine/nn            engine/weights engine/sampling
+engine/cpu           common models engine/ranks engine/nn/attention engine/weights engine/sampling engine/nn
+engine/cuda          common models kvcache engine/nn/attention engine/weights engine/sampling engine/nn
 engine               common wire models models/parts kvcache engine/ranks engine/nn/attention engine/weights
-engine               engine/nn engine/cpu engine/cuda
+engine               engine/sampling engine/nn engine/cpu engine/cuda
 transfer/backends    common wire
 transfer/protocol    common wire transfer/backends
 transfer/fetch       common wire kvcache transfer/backends transfer/protocol

@@ -15,7 +15,7 @@ from ..nn.deterministic import one_thread
 from ..nn.layers import RMSNorm
 from ..nn.plan import StepPlan, logit_rows, pooled_rows
 from ..nn.runner import OnLayer
-from ..nn.sampling import SampleRow, prompt_logprobs, prompt_logprobs_each, sample, sample_each
+from ..sampling.sampling import SampleRow, prompt_logprobs, prompt_logprobs_each, sample, sample_each
 from .decoder import NativeDecoder, Step
 
 

@@ -23,8 +23,8 @@ from ..nn.decoder import Decoder
 from ..nn.deterministic import one_thread, torch_results
 from ..nn.latent import LatentHeads
 from ..nn.layers import Linear
-from ..nn.sampling import SampleRow, prompt_logprobs_each, sample_each
 from ..nn.torch_runner import TorchRunner
+from ..sampling.sampling import SampleRow, prompt_logprobs_each, sample_each
 
 _ROWS = 16  # of a product: more pads a lone token with more that is computed for nothing, fewer slow down prompts
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..nn.sampling import SampleRow
+from ..sampling.sampling import SampleRow
 
 
 @dataclass(slots=True, frozen=True)

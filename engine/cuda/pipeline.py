@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...common.batch import Batch, RowOutput, row_output
 from ...kvcache.pages import copy_blocks
-from ..nn.sampling import sample_rows
+from ..sampling.sampling import sample_rows
 from .rows import BlockTables, DecodeRow, Forecast, StepArrays, fill, foretell, padded_size, put_token_ids, rows_of
 from .sampling import DeviceSampler, Draws
 

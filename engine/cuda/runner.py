@@ -25,7 +25,7 @@ from ..nn.decoder import Decoder
 from ..nn.loading import Progress
 from ..nn.plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_adapters
 from ..nn.runner import OnLayer
-from ..nn.sampling import SampleRow, prompt_logprobs
+from ..sampling.sampling import SampleRow, prompt_logprobs
 from .decoder import FusedDecoder
 from .graphs import CudaDecodeDevice
 from .kernels import FusedKernels

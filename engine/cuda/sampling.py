@@ -1,4 +1,4 @@
-"""Turns logits into tokens on a GPU: the rules of `nn/sampling.py`, without waiting for the device.
+"""Turns logits into tokens on a GPU: the rules of `engine/sampling/sampling.py`, without waiting for the device.
 
     launch: edits -> best and drawn tokens, log-probabilities -> one array of int32 on its way to the host
     Draws.read, once that has come: SampledTokens
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...common.request import SampledToken
-from ..nn.sampling import SampleRow, uniform
+from ..sampling.sampling import SampleRow, uniform
 from .edits import Edits, collect_edits
 from .kernels import Kernels
 
@@ -180,7 +180,7 @@ class DeviceSampler:
         return best.index_copy(0, index, drawn), largest.isfinite().index_copy(0, index, is_finite)
 
     def _draw(self, logits: Tensor, largest: Tensor, rows: Sequence[SampleRow], most: int) -> tuple[Tensor, Tensor]:
-        """Choose tokens as `nn.sampling._draw` does. `largest` [rows, 1]: of each row's logits."""
+        """Choose tokens as `engine.sampling.sampling._draw` does. `largest` [rows, 1]: of each row's logits."""
         params, vocab_size = [row.params for row in rows], logits.shape[1]
         min_p = torch.tensor([p.min_p for p in params]).log().numpy()  # min_p = 0: -inf, keeps all
         top_p = [min(max(p.top_p, _MIN_TOP_P), 1.0) for p in params]

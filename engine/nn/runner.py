@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...common.batch import Batch, GpuEvent, RowOutput
 from ...common.request import SampledToken
+from ..sampling.sampling import SampleRow
 from .plan import StepPlan
-from .sampling import SampleRow
 
 OnLayer = Callable[[int], None]
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...common.batch import Batch, RowOutput
 from ...common.request import SampledToken
+from ..sampling.sampling import SampleRow, prompt_logprobs, sample
 from .attention.base import AttentionBackend
 from .decoder import Decoder
 from .plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_adapters
 from .runner import OnLayer
-from .sampling import SampleRow, prompt_logprobs, sample
 
 _MIN_ROWS = 4  # below, the processor's matrix products are slower and round a row differently
 

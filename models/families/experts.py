@@ -58,5 +58,6 @@ QWEN_NEXT_EXPERTS = ExpertTraits(
     shared_size_key="shared_expert_intermediate_size",
     shared_gate="shared_expert_gate",
 )
+QWEN3_5_EXPERTS = replace(QWEN_NEXT_EXPERTS, normalised=True, stacks=Stacks())
 MIXTRAL = ExpertTraits(module="block_sparse_moe", parts=("w1", "w3", "w2"), normalised=True)
 MINIMAX_M2 = replace(MIXTRAL, scoring="sigmoid", score_bias="e_score_correction_bias")

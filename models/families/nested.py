@@ -23,6 +23,9 @@ NESTED = {
     "Gemma3ForConditionalGeneration": Nested(name="gemma3", texts={"gemma3_text": "Gemma3ForCausalLM"}),
     "Qwen2_5_VLForConditionalGeneration": Nested(name="qwen2_5_vl", texts={"qwen2_5_vl_text": "Qwen2ForCausalLM"}),
     "Qwen3_5ForConditionalGeneration": Nested(name="qwen3_5", texts={"qwen3_5_text": "Qwen3_5ForCausalLM"}),
+    "Qwen3_5MoeForConditionalGeneration": Nested(
+        name="qwen3_5_moe", texts={"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
+    ),
     "Qwen3VLMoeForConditionalGeneration": Nested(
         name="qwen3_vl_moe", texts={"qwen3_vl_moe_text": "Qwen3VLMoeTextForCausalLM"}
     ),

@@ -21,6 +21,7 @@ from .experts import (
     HUNYUAN,
     MINIMAX_M2,
     MIXTRAL,
+    QWEN3_5_EXPERTS,
     QWEN3_VL,
     QWEN_NEXT_EXPERTS,
     SOLAR_OPEN,
@@ -65,10 +66,13 @@ FAMILIES = {
         experts=replace(QWEN_NEXT_EXPERTS, normalised_default=False),
     ),
     "Qwen3NextForCausalLM": replace(QWEN_NEXT, experts=QWEN_NEXT_EXPERTS),
-    "Qwen3_5ForCausalLM": replace(
+    "Qwen3_5ForCausalLM": replace(QWEN_NEXT, name="qwen3_5_text", states="apart"),
+    "Qwen3_5MoeForCausalLM": replace(
         QWEN_NEXT,
-        name="qwen3_5_text",
+        name="qwen3_5_moe_text",
+        defaults={"intermediate_size": 512, **QWEN_NEXT.defaults},  # of no layer: all have experts
         states="apart",
+        experts=QWEN3_5_EXPERTS,
     ),
     "MixtralForCausalLM": Family(
         name="mixtral",

@@ -68,16 +68,21 @@ _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 300}),
 }
 
+_GATED_SHARED: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 _STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5Text", {}),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeText",
+        _GATED_SHARED,
+    ),
     "qwen3_next": (
         "Qwen3Next",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-        },
+        _GATED_SHARED,
     ),
 }
 

@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3.5": ("Qwen3_5Text", {}),
     "qwen3.5, as many keys as values": ("Qwen3_5Text", {"linear_num_key_heads": 4, "linear_value_head_dim": 32}),
     "qwen3.5, a longer convolution": ("Qwen3_5Text", {"linear_conv_kernel_dim": 6, "tie_word_embeddings": True}),
+    "qwen3.5 moe": ("Qwen3_5MoeText", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "qwen3 next": ("Qwen3Next", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "qwen3 next, some dense": (
         "Qwen3Next",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.engine.cuda.kernels import FusedKernels, Kernels, TorchKernels
 from kvferry.engine.cuda.sampling import DeviceSampler, invert
-from kvferry.engine.nn.sampling import SampleRow, sample
+from kvferry.engine.sampling.sampling import SampleRow, sample
 
 VOCAB = 700
 EOS = frozenset({1, 3})

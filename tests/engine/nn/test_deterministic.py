@@ -24,8 +24,8 @@ from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.cpu.tiled import TiledDecoder, TiledRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.layers import Linear
-from kvferry.engine.nn.sampling import SampleRow, sample_each
 from kvferry.engine.ranks.group import RankGroup
+from kvferry.engine.sampling.sampling import SampleRow, sample_each
 
 from ...checkpoints import Family, write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts

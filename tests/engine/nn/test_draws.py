@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvferry.common.request import SamplingParams
-from kvferry.engine.nn import draws
-from kvferry.engine.nn.draws import draw
+from kvferry.engine.sampling import draws
+from kvferry.engine.sampling.draws import draw
 
 SIZE = 3000
 ROUNDING = 2.0**-20  # of a sum of many float32 near 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.engine.cuda.sampling import DeviceSampler
-from kvferry.engine.nn.sampling import SampleRow, sample, sample_each
+from kvferry.engine.sampling.sampling import SampleRow, sample, sample_each
 
 VOCAB = 50
 EOS = frozenset({0, 1})
