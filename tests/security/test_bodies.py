@@ -128,14 +128,23 @@ async def test_a_large_body_says_what_a_small_one_says() -> None:
         parser.close()
 
 
-async def test_a_parser_that_died_is_replaced() -> None:
+@pytest.mark.parametrize("num_kills", [1, 2])
+async def test_a_parser_that_died_is_replaced(num_kills: int) -> None:
+    """Its body is parsed by the next one, unless that dies, too."""
     parser = JsonParser()
     body = json.dumps({"a": "x" * INLINE_BYTES}).encode()
     try:
         await parser.parse(body)
-        os.kill(parser.helper.pid or 0, signal.SIGSTOP)
+        pid = parser.helper.pid or 0
+        os.kill(pid, signal.SIGSTOP)
         parsing = asyncio.create_task(parser.parse(body))
         await asyncio.sleep(0)
+        os.kill(pid, signal.SIGKILL)
+        if num_kills == 1:
+            assert await parsing == json.loads(body)
+            return
+        while parser.helper.pid in (None, pid):  # noqa: ASYNC110
+            await asyncio.sleep(0)
         os.kill(parser.helper.pid or 0, signal.SIGKILL)
         with pytest.raises(CapacityError) as caught:
             await parsing
