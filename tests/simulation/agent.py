@@ -11,9 +11,9 @@ from kvferry.transfer.backends.base import Piece, TransferHandle, TransferState,
 from kvferry.wire.grants import GrantId, RegionInfo
 from kvferry.wire.handoff import KVArrived
 
-from .engine import Memory
 from .fabric import Fabric, Flight, Right, Run
 from .kernel import Process
+from .memory import Memory
 
 if TYPE_CHECKING:
     import torch

@@ -1,9 +1,4 @@
-"""The model of a simulated worker: pages hold tags, a step checks every page that it reads and writes its own.
-
-A page is a list of tags, one for each token slot (see `oracle.py`), or several such runs where ranks share out the
-heads (`heads.py`). Whatever reaches a page that it should not, a late write, a copy too early, a block with two owners,
-is a wrong tag for the next row that reads it.
-"""
+"""The model of a simulated worker's steps: each checks every page that it reads, and writes its own (`memory.py`)."""
 
 from __future__ import annotations
 
@@ -19,97 +14,8 @@ from .adapters import SimLoader
 from .breach import Breach
 from .drafting import Drafts
 from .grammars import mask_of
+from .memory import Memory
 from .oracle import VOCAB_SIZE, Answer, Oracle, sampled, state_of
-
-_NOTHING = -1
-
-
-class Memory:
-    """The KV allocation of one life of a worker, or of one of its ranks. Page index: layer * num_blocks + block."""
-
-    __slots__ = ("_host", "block_size", "num_blocks", "num_layers", "pages", "sections")
-
-    def __init__(self, num_layers: int, num_blocks: int, block_size: int, sections: tuple[int, ...] = (0,)) -> None:
-        """`sections`: what each run of `block_size` tags of a page is, as the bytes lie."""
-        self.num_layers = num_layers
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.sections = sections
-        self.pages = [[_NOTHING] * block_size * len(sections) for _ in range(num_layers * num_blocks)]
-        self._host: dict[int, list[list[int]]] = {}  # by slot: a block's pages
-
-    @property
-    def page_len(self) -> int:
-        """Tags of a page."""
-        return self.block_size * len(self.sections)
-
-    def sections_at(self, first: int, count: int) -> tuple[int, ...] | None:
-        """Return whose tags [first, first + count) of a page are; None: these are no whole sections of it."""
-        size = self.block_size
-        if first % size or count % size or first + count > self.page_len:
-            return None
-        return self.sections[first // size : (first + count) // size]
-
-    def write(self, layer: int, block: int, slot: int, tags: list[int]) -> None:
-        """What a step computes for neighbouring tokens of a block."""
-        self.pages[layer * self.num_blocks + block][slot : slot + len(tags)] = tags
-
-    def copy_block(self, source: int, target: int) -> None:
-        for base in range(0, len(self.pages), self.num_blocks):
-            self.pages[base + target] = list(self.pages[base + source])
-
-    def block(self, block: int) -> list[list[int]]:
-        """Return a block's pages, layer by layer."""
-        return [list(self.pages[base + block]) for base in range(0, len(self.pages), self.num_blocks)]
-
-    def put(self, block: int, pages: list[list[int]]) -> None:
-        """The reverse of `block`."""
-        for layer, page in enumerate(pages):
-            self.pages[layer * self.num_blocks + block] = list(page)
-
-    def content(self, block: int) -> list[list[int]]:
-        """Return a block's tags layer by layer, the same however many ranks share them out."""
-        return self.block(block)
-
-    def host_block(self, slot: int) -> list[list[int]]:
-        return self._host[slot]
-
-    def fill_host(self, slot: int, pages: list[list[int]]) -> None:
-        self._host[slot] = pages
-
-    def swap_out(self, block: int, slot: int) -> None:
-        self._host[slot] = self.block(block)
-
-    def swap_in(self, slot: int, block: int) -> None:
-        if slot not in self._host:
-            raise Breach("H2", f"block {block} is copied from slot {slot}, which nobody filled")
-        self.put(block, self._host[slot])
-
-    def check(
-        self,
-        table: list[int],
-        answer: Answer,
-        end: int,
-        reader: str,
-        layers: range | None = None,
-        invariant: str = "H2",
-    ) -> None:
-        """Positions [0, end) of an answer are in these blocks, in every layer, or in these."""
-        size, tags = self.block_size, answer.tags
-        bases = [layer * self.num_blocks for layer in layers or range(self.num_layers)]
-        for index in range(-(-end // size)):
-            begin = index * size
-            length = min(size, end - begin)
-            expected = tags[begin : begin + length]
-            for base in bases:
-                page = self.pages[base + table[index]]
-                if (page if length == size else page[:length]) != expected:
-                    layer = base // self.num_blocks
-                    raise Breach(
-                        invariant,
-                        f"{reader} reads block {table[index]} (its block {index}, layer {layer}): "
-                        f"{page[:length]} instead of {expected}",
-                    )
 
 
 class _Work(NamedTuple):
@@ -148,12 +54,13 @@ class Engine:
         self._oracles = oracles
         self._adapters = adapters
         self._postponed = postponed
+        self._keeps_states = memory.states_from < memory.num_layers
         self._work: list[_Work] = []
         self._copied: set[int] = set()
         self.num_steps = 0
 
     def begin(self, batch: Batch) -> None:
-        """Take over the batch; copy blocks out, in, and between."""
+        """Take over the batch; copy blocks out, in, and between, and see what states the rows go on from."""
         for block, slot in batch.swap_out:
             self._memory.swap_out(block, slot)
         for slot, block in batch.swap_in:
@@ -162,6 +69,8 @@ class Engine:
             self._memory.copy_block(source, target)
         self._copied = {source for source, _ in (*batch.block_copies, *batch.swap_out)}  # read before they are written
         self._work = [self._work_of(row) for row in batch.rows]
+        for work in self._work:
+            self._check_states(work)
         self._check_masks([row for row in batch.rows if row.samples])
 
     def _work_of(self, row: BatchRow) -> _Work:
@@ -181,6 +90,17 @@ class Engine:
         draft_tags = [*answer.tags[first:start], *tags[max(0, first - start) :]][: last - first]
         choices = row.choices if row.samples else ()
         return _Work(seq, answer, list(seq.block_table), start, end, choices, tags, scores, first, draft_tags)
+
+    def _check_states(self, work: _Work) -> None:
+        """A row's state is that behind the token before its first one, whatever else its blocks hold."""
+        memory, before = self._memory, work.start - 1
+        if before < 0:
+            return
+        for layer in range(memory.states_from, memory.num_layers):
+            page = memory.pages[layer * memory.num_blocks + work.table[before // memory.block_size]]
+            if page[0] != work.answer.tags[before]:
+                text = f"{self._name} goes on with {work.seq.request_id} from a state {page[0]}"
+                raise Breach("H2", f"{text}, which is not behind its {work.start} tokens")
 
     def _check_masks(self, rows: list[BatchRow]) -> None:
         """What may come next is what the answer's own grammar says at this place."""
@@ -203,7 +123,7 @@ class Engine:
         memory = self._memory
         size = memory.block_size
         for work in self._work:
-            is_own = layer < self._num_own_layers
+            is_own = layer < self._num_own_layers or layer >= memory.states_from
             start, tags = (work.start, work.tags) if is_own else (work.draft_start, work.draft_tags)
             position, end = start, start + len(tags)
             while position < end:
@@ -212,7 +132,10 @@ class Engine:
                 count = min(size - slot, end - position)
                 self._check_owned(block, work)
                 first = position - start
-                memory.write(layer, block, slot, tags[first : first + count])
+                if layer < memory.states_from:
+                    memory.write(layer, block, slot, tags[first : first + count])
+                else:
+                    memory.write(layer, block, 0, [tags[first + count - 1]] * size)
                 position += count
 
     def _check_owned(self, block: int, work: _Work) -> None:
@@ -227,7 +150,8 @@ class Engine:
         for row, work in zip(batch.rows, self._work, strict=True):
             self._adapters.check(work.seq)
             self._check_read(work)
-            if row.seq.grammar and row.num_known_tokens == 1 and batch.may_postpone and self._postponed():
+            may_postpone = batch.may_postpone and not self._keeps_states  # as `Engine.step` has it
+            if row.seq.grammar and row.num_known_tokens == 1 and may_postpone and self._postponed():
                 rows.append(RowOutput((), is_postponed=True))
                 continue
             if row.draft:
@@ -244,6 +168,9 @@ class Engine:
     def _check_read(self, work: _Work) -> None:
         """The model has read all that is known; its draft model that, or no more than what lies in full blocks."""
         reader, own = f"{self._name} for {work.seq.request_id}", self._num_own_layers
+        if self._keeps_states:
+            self._memory.check(work.table, work.answer, work.end, reader)
+            return
         self._memory.check(work.table, work.answer, work.end, reader, range(own))
         if own < self._memory.num_layers:
             size = self._memory.block_size

@@ -19,8 +19,8 @@ from kvferry.transfer.receive.reservation import Reservation
 from kvferry.transfer.send.ranks import SENDING, LayerShipper
 
 from .breach import Breach
-from .engine import Memory
 from .heads import HeadsMemory
+from .memory import Memory
 from .oracle import Answer
 from .turns import TransferTurns
 

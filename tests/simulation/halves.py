@@ -19,6 +19,7 @@ WAYS = (
     *("embedded prompts", "embedded after a retry"),
     *("drafted tokens", "accepted drafted tokens", "draft model's prompt tokens"),
     *("workers added", "workers removed", "roles changed by the autoscaler"),
+    "rows behind states",
     *("promoted blocks", "demoted blocks", "disk read", "disk write failed"),
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from kvferry.common.kv_spec import KVCacheSpec
 
 from .breach import Breach
-from .engine import Memory
+from .memory import Memory
 from .oracle import Answer
 
 

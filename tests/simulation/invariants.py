@@ -1,7 +1,7 @@
 """The predicates: cheap ones after every event, whole books every now and then, all of them at the end.
 
 Names are in `breach.py`. What is checked elsewhere: H1, H3, H6, H10 at each landing and H11 at each adoption
-(`landings.py`), H2 at each adoption and each read (`engine.py`, `heads.py`), I18, I19 and a part of I12 at each message
+(`landings.py`), H2 at each adoption and each read (`memory.py`, `heads.py`), I18, I19 and a part of I12 at each message
 (`role_rules.py`), I6, I8, I9 at each client (`clients.py`), I15, I16, H8 when all is over (`world.py`).
 """
 

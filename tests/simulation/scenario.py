@@ -29,8 +29,10 @@ from .clients import Manners
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
 WITH_DRAFT = msgspec.structs.replace(SPEC, num_layers=3, draft="d")  # the last layer is a draft model's
+WITH_STATES = msgspec.structs.replace(SPEC, model="s", num_layers=3)  # the last layer keeps states
 MAX_MODEL_LEN = 80
 LEASE_S = TransferConfig().lease_s
+_STATES_SHARE = 0.3  # of the fleets that neither draft nor have several ranks
 _HEADS_SHARE = 0.3  # of the fleets whose ranks do not hold the same pages
 
 
@@ -112,6 +114,11 @@ class Scenario:
     doubling: float = 0.0  # chance that a message that may be doubled is
 
     @property
+    def keeps_states(self) -> bool:
+        """Tell whether the last layer keeps a state in place of keys and values."""
+        return self.spec.model == WITH_STATES.model
+
+    @property
     def shares_heads(self) -> bool:
         """Tell whether pages are of heads, which a worker's ranks share out."""
         return self.spec.num_kv_heads > 1
@@ -169,6 +176,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
     base = _with_draft_model(Random(f"draft model {seed}"), base)
     base = _with_ranks(Random(f"ranks {seed}"), base)
     base = _with_heads(Random(f"heads {seed}"), base)
+    base = _with_states(Random(f"states {seed}"), base)
     base = _with_autoscaler(Random(f"autoscaler {seed}"), base)
     if not faulted:
         return base
@@ -200,6 +208,13 @@ def _with_heads(random: Random, scenario: Scenario) -> Scenario:
     num_ranks = random.choice(((1, 2), (2, 1), (2, 2), (1, 2), (2, 1), (2, 2), (2, 4), (4, 2)))
     spec = msgspec.structs.replace(scenario.spec, num_kv_heads=max(num_ranks))
     return replace(scenario, spec=spec, num_ranks=num_ranks)
+
+
+def _with_states(random: Random, scenario: Scenario) -> Scenario:
+    """Some fleets' models keep states, which one rank computes without drafts."""
+    if scenario.spec is not SPEC or scenario.speculative is not None or random.random() > _STATES_SHARE:
+        return scenario
+    return replace(scenario, spec=WITH_STATES, num_ranks=(1, 1))
 
 
 def _with_autoscaler(random: Random, scenario: Scenario) -> Scenario:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Memory
+from .memory import Memory
 
 _MASK = (1 << 64) - 1
 

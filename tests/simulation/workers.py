@@ -42,13 +42,14 @@ from .agent import Agent
 from .breach import Breach
 from .disk import SimDisk
 from .drafting import Drafts
-from .engine import Engine, Memory
+from .engine import Engine
 from .followers import Follower
 from .grammars import LateMasks, SimGrammars
 from .heads import HeadsMemory
 from .invariants import check_counts, check_holders, check_reservations
 from .kernel import Process, ProcessClock
 from .landings import Landings
+from .memory import Memory
 from .network import End
 from .oracle import EOS
 from .role_rules import RoleRules
@@ -128,7 +129,8 @@ class Worker:
         scenario = self.world.scenario
         if scenario.shares_heads:
             return HeadsMemory(scenario.spec, num_blocks, self.num_ranks)
-        return Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size)
+        states_from = SPEC.num_layers if scenario.keeps_states else None
+        return Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size, states_from=states_from)
 
     def memory_of(self, rank: int) -> Memory:
         """What a rank computes: its heads, or the same pages as all others."""
@@ -441,6 +443,8 @@ class Worker:
         self._tells_layers = self.core.roles.stepping == "prefill"
         self.core.steps.begin_step(batch)
         self.engine.begin(batch)
+        if world.scenario.keeps_states:
+            world.tally.seen["rows behind states"] += sum(row.start > 0 for row in batch.rows)
         step_s = world.draw_step_s(batch.num_tokens)
         if self._tells_layers:
             num_layers = self.memory.num_layers
