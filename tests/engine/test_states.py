@@ -17,9 +17,11 @@ from kvferry.engine.nn.states import ForeignStateError
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 
+from ..adapters import merge, write_adapter
 from ..engine_driver import GREEDY, Driver, make_engine
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from ..transformers_checkpoints import SMALL, STATES, write_model
+from .test_adapters import put, sequence
 from .transformers_reference import reference_logprobs
 
 NUM_TOKENS = 20  # past the end of a block
@@ -184,3 +186,16 @@ def test_bfloat16_is_near_float32(checkpoints: Path) -> None:
         [row] = engine.step(Batch([BatchRow(seq, len(asked))])).rows
         found[dtype] = torch.tensor([token.logprob for token in row.prompt_logprobs])
     assert (found["float32"] - found["bfloat16"]).abs().median() < 0.2  # of some 8 on average
+
+
+def test_adapters_go_beside_layers_with_states(checkpoints: Path, tmp_path: Path) -> None:
+    model_dir = checkpoints / "qwen3.5"
+    targets = ("in_proj_qkv", "in_proj_z", "out_proj", "q_proj", "o_proj", "up_proj")
+    adapter = write_adapter(tmp_path / "adapter", model_dir, rank=8, targets=targets, seed=3, alpha=32)
+    engine = make_engine(model_dir, enable_lora=True, max_loras=2)
+    put(engine, 1, adapter)
+    driver, merged = Driver(engine), Driver(make_engine(merge(model_dir, adapter, tmp_path / "merged")))
+    asked = prompts([40, 17])
+    wanted = merged.generate([merged.add(prompt) for prompt in asked])
+    assert driver.generate([sequence(driver, prompt, 1) for prompt in asked], chunk=9) == wanted
+    assert [answer[: len(wanted[0])] for answer in _answers(engine, asked, 9)] != wanted
