@@ -13,7 +13,6 @@ from .families.table import FAMILIES
 from .parts.config_fields import ConfigFields
 
 _LAYER_KINDS = {"attention", "full_attention", "sliding_attention"}
-_STATE_KINDS = {"linear_attention", "full_attention"}
 
 
 def read_architecture(fields: ConfigFields) -> tuple[str, Family, ConfigFields]:
@@ -63,9 +62,8 @@ def _refuse_unsupported(fields: ConfigFields, family: Family) -> None:
         raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
     if fields.flag("use_bidirectional_attention", default=False):
         raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
-    kinds = fields.raw.get("layer_types")
-    known = _LAYER_KINDS if family.states is None else _STATE_KINDS
-    if isinstance(kinds, list) and (unknown := sorted({str(kind) for kind in kinds} - known)):
+    kinds = fields.raw.get("layer_types") if family.states is None else None  # else `parts/states.py` checks them
+    if isinstance(kinds, list) and (unknown := sorted({str(kind) for kind in kinds} - _LAYER_KINDS)):
         raise ConfigError(f"{fields.path}: layer_types: layers of {', '.join(unknown)} are not supported")
     if "num_local_experts" in family.defaults and fields.raw["num_local_experts"]:
         raise fields.refuse("num_local_experts", "experts are not supported in this family")

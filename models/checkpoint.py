@@ -53,7 +53,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
         shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.family.norm_names if norm is not None}
-        if config.states is not None and config.states.layers[layer]:
+        if config.states is not None and config.page_of(layer) is None:
             shapes |= config.states.shapes(f"{name}.linear_attn", hidden)
         elif config.latent is None:
             shapes |= _attention_shapes(config, f"{name}.self_attn")

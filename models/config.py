@@ -82,9 +82,9 @@ class ModelConfig:
         generation_path = model_dir / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.is_file() else {}
         config = _parse(ConfigFields(model_dir / "config.json", raw), generation)
-        # Chats that were taught to a base model end by the tokenizer's token; the other files often stay the base's.
         if not config.tie_embeddings and _lacks_head(model_dir):
             config = replace(config, tie_embeddings=True, has_head=False)
+        # Chats that were taught to a base model end by the tokenizer's token; the other files often stay the base's.
         ends = {end for end in read_end_tokens(model_dir) if end < config.vocab_size}
         return replace(config, eos_token_ids=config.eos_token_ids | ends)
 
@@ -103,6 +103,10 @@ class ModelConfig:
         """List the layers that keep keys and values, or latents."""
         states = self.states
         return tuple(layer for layer in range(self.num_layers) if states is None or not states.layers[layer])
+
+    def page_of(self, layer: int) -> int | None:
+        """Return which page of a block a layer's keys and values are; None: it keeps a state."""
+        return self.kv_layers.index(layer) if layer in self.kv_layers else None
 
     @property
     def kv_windows(self) -> tuple[int | None, ...]:

@@ -23,10 +23,10 @@ from .mixer import Attention, GatedAttention, Mixer
 def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
     """Make the mixer of layer `layer_id`, whose tensors' names begin with `layer`."""
     config = builder.config
-    if builder.states is not None and builder.states.config.layers[layer_id]:
+    if (page := config.page_of(layer_id)) is None:
+        assert builder.states is not None
         index = sum(builder.states.config.layers[:layer_id])
         return GatedDeltaNet(builder, f"{layer}.linear_attn", index, builder.states)
-    page = config.kv_layers.index(layer_id)
     if config.latent is not None:
         return LatentAttention(builder, f"{layer}.self_attn", page, config.latent)
     make = GatedAttention if config.family.has_attention_gates else Attention

@@ -36,7 +36,7 @@ class DecoderLayer:
     def __init__(self, builder: Builder, layer_id: int) -> None:
         config, name = builder.config, f"model.layers.{layer_id}"
         # Of a block; None: what the layer keeps lies in pages that all such layers share.
-        self.page = config.kv_layers.index(layer_id) if layer_id in config.kv_layers else None
+        self.page = config.page_of(layer_id)
         self.is_local = config.local_layers[layer_id]
         self._dtype = builder.dtype
         self._multiplier = config.residual_multiplier

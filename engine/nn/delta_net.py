@@ -67,11 +67,6 @@ class GatedDeltaNet:
         """`index`: among the layers with states."""
         config, hidden = states.config, builder.config.hidden_size
         self._index, self._states, self._config = index, states, config
-        heads, convolved = config.num_value_heads, config.num_convolved
-        rows = {"in_proj_qkv": convolved, "in_proj_z": config.num_values}
-        rates = {"in_proj_b": heads, "in_proj_a": heads}
-        if config.is_grouped:
-            rows, rates = {"in_proj_qkvz": convolved + config.num_values}, {"in_proj_ba": 2 * heads}
         self.rows_proj, self.rates_proj = (
             ColumnParallelLinear(
                 builder,
@@ -80,7 +75,7 @@ class GatedDeltaNet:
                 [Part(f"{name}.{part}", size) for part, size in parts.items()],
                 bias=False,
             )
-            for fused, parts in (("in_proj_qkvz", rows), ("in_proj_ba", rates))
+            for fused, parts in (("in_proj_qkvz", config.row_parts), ("in_proj_ba", config.rate_parts))
         )
         self.weights = StateWeights(builder, name, config)
         self.norm = RMSNorm(builder, f"{name}.norm", config.value_dim)

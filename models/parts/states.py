@@ -87,17 +87,28 @@ class StatesConfig:
             (page, slice(max(0, start - page * page_bytes), min(page_bytes, end - page * page_bytes))) for page in pages
         ]
 
+    @property
+    def row_parts(self) -> dict[str, int]:
+        """Return the matrices of a token's row and gates, with their outputs."""
+        convolved, gates = self.num_convolved, self.num_values
+        return (
+            {"in_proj_qkvz": convolved + gates} if self.is_grouped else {"in_proj_qkv": convolved, "in_proj_z": gates}
+        )
+
+    @property
+    def rate_parts(self) -> dict[str, int]:
+        """Return the matrices of a token's strengths and decays, with their outputs."""
+        heads = self.num_value_heads
+        return {"in_proj_ba": 2 * heads} if self.is_grouped else {"in_proj_b": heads, "in_proj_a": heads}
+
     def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
         """Return the tensors of a layer's mixer `name`, by their names in a checkpoint."""
-        convolved, heads = self.num_convolved, self.num_value_heads
-        sizes = {"in_proj_qkv": convolved, "in_proj_z": self.num_values, "in_proj_b": heads, "in_proj_a": heads}
-        if self.is_grouped:
-            sizes = {"in_proj_qkvz": convolved + self.num_values, "in_proj_ba": 2 * heads}
+        sizes = self.row_parts | self.rate_parts
         shapes: dict[str, Shape] = {f"{name}.{part}.weight": (size, hidden_size) for part, size in sizes.items()}
         return shapes | {
-            f"{name}.conv1d.weight": (convolved, 1, self.kernel_size),
-            f"{name}.A_log": (heads,),
-            f"{name}.dt_bias": (heads,),
+            f"{name}.conv1d.weight": (self.num_convolved, 1, self.kernel_size),
+            f"{name}.A_log": (self.num_value_heads,),
+            f"{name}.dt_bias": (self.num_value_heads,),
             f"{name}.norm.weight": (self.value_dim,),
             f"{name}.out_proj.weight": (hidden_size, self.num_values),
         }
@@ -142,7 +153,7 @@ def block_size_of(engine: EngineConfig, states: StatesConfig | None, kv_token_by
     if states is None:
         if engine.block_size in LONG_BLOCK_SIZES:
             raise ConfigError(f"block_size: {engine.block_size} tokens are for models that keep states; at most 128")
-        return engine.block_size or BLOCK_SIZE
+        return engine.block_tokens
     if engine.block_size is not None:
         return engine.block_size
     fits = [size for size in (BLOCK_SIZE, 32, 64, 128, *LONG_BLOCK_SIZES) if size * kv_token_bytes >= states.num_bytes]
