@@ -21,7 +21,7 @@ import torch
 from ..common.adapter import AdapterResult, AdapterTask
 from ..common.errors import KVFerryError
 from .nn.adapters import AdapterSlots
-from .nn.slot_matrices import AdapterWeights
+from .weights.slot_matrices import AdapterWeights
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -37,7 +37,7 @@ sizing               common models models/parts kvcache
 grammar              common models
 engine/ranks         common models kvcache
 engine/nn/attention  common
-engine/weights       common models
+engine/weights       common models models/parts
 engine/sampling      common
 engine/nn            common models models/families models/parts models/stored engine/ranks engine/nn/attention
 engine/nn            engine/weights engine/sampling

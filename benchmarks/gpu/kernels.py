@@ -33,8 +33,8 @@ from kvferry.engine.cuda.sampling import DeviceSampler
 from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
 from kvferry.engine.nn.attention.choose import make_attention
 from kvferry.engine.nn.layers import Linear
-from kvferry.engine.nn.slot_matrices import AdapterWeights, LinearPart, Pair
 from kvferry.engine.sampling.sampling import SampleRow, sample
+from kvferry.engine.weights.slot_matrices import AdapterWeights, LinearPart, Pair
 from kvferry.engine.weights.weight import DenseWeight
 
 _QO_HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..nn.layers import Linear
-from ..nn.slot_matrices import AdapterWeights, LinearPart, Pair
+from ..weights.slot_matrices import AdapterWeights, LinearPart, Pair
 
 _STRIP = 16
 _TILE_INPUTS = 32  # what a linear's inputs are padded to

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ..nn.adapters import AdaptedModel, AdapterSlots
 from ..nn.layers import Linear
-from ..nn.slot_matrices import AdapterWeights, Pair, scaled
+from ..weights.slot_matrices import AdapterWeights, Pair, scaled
 
 
 class RowSlots:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...common.errors import ConfigError
 from ...models.adapter import AdaptedModule, StoredTensor, check_pair, read_adapter
+from ..weights.slot_matrices import AdapterWeights, Pair, Place, SlotMatrices, scaled
 from .expert_adapters import ExpertSlots
 from .layers import Linear
-from .slot_matrices import AdapterWeights, Pair, Place, SlotMatrices, scaled
 from .step_groups import StepGroups, add_groups_
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

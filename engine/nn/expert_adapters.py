@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
+from ..weights.slot_matrices import AdapterWeights, ExpertMatrices, Pair, Place, scaled
 from .layers import Linear
-from .slot_matrices import AdapterWeights, ExpertMatrices, Pair, Place, scaled
 from .step_groups import StepGroups, add_groups_
 
 # An adapter may take so much of what is free: ranks of one machine load the same one at the same time, and steps need

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..weights.slot_matrices import LinearPart, SlotMatrices
 from ..weights.weight import DenseWeight, Weight, WeightSlot
 from .builder import Builder
-from .slot_matrices import LinearPart, SlotMatrices
 
 _REFINED_LOGITS = 16  # best of a row, made once more in float32: more take time, fewer leave rounded ones that tie
 

@@ -29,11 +29,11 @@ from ...models.checkpoint import (
 from ...models.families.module_names import full_name
 from ...models.quantization import Quantization, Storage
 from ...models.stored.safetensors import safetensors_files
+from ..weights.expert_files import TensorFile, TensorSlice, with_parts
 from ..weights.formats import unpack
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import WeightSlot
 from .decoder import Decoder
-from .expert_files import TensorFile, TensorSlice, with_parts
 from .stacked_experts import part_of_mxfp4, power_of_2, unpack_mxfp4
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]

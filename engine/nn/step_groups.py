@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.adapter import NO_ADAPTER
-from .slot_matrices import LinearPart
+from ..weights.slot_matrices import LinearPart
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.request import SamplingParams, Sequence
 from kvferry.engine.adapters import open_adapters
 from kvferry.engine.engine import Engine
-from kvferry.engine.nn.slot_matrices import AdapterWeights
 from kvferry.engine.ranks.group import RankGroup
+from kvferry.engine.weights.slot_matrices import AdapterWeights
 from kvferry.models.adapter import inspect_adapter, read_adapter
 
 from ..adapters import ALL, merge, merged_model, write_adapter

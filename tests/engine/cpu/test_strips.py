@@ -15,7 +15,7 @@ from kvferry.engine.cpu import build as native
 from kvferry.engine.cpu.adapters import SlotMemory, StripAdapters, whole_strips
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.nn.layers import Linear
-from kvferry.engine.nn.slot_matrices import scaled
+from kvferry.engine.weights.slot_matrices import scaled
 from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.default import cache_dir
 
