@@ -65,9 +65,5 @@ def _refuse_unsupported(fields: ConfigFields, family: Family) -> None:
     kinds = fields.raw.get("layer_types") if family.states is None else None  # else `parts/states.py` checks them
     if isinstance(kinds, list) and (unknown := sorted({str(kind) for kind in kinds} - _LAYER_KINDS)):
         raise ConfigError(f"{fields.path}: layer_types: layers of {', '.join(unknown)} are not supported")
-    if "num_local_experts" in family.defaults and fields.raw["num_local_experts"]:
-        raise fields.refuse("num_local_experts", "experts are not supported in this family")
-    if "position_embedding_type" in family.defaults and fields.raw["position_embedding_type"] != "rope":
-        raise fields.refuse("position_embedding_type", "only rotary positions are supported")
     if fields.has("clip_qkv"):
         raise fields.refuse("clip_qkv", "bounds of queries, keys and values are not supported")

@@ -46,7 +46,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     hidden = config.hidden_size
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        f"model.{config.family.final_norm}.weight": (hidden,),
     }
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
@@ -54,7 +54,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
         name = f"model.layers.{layer}"
         shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.family.norm_names if norm is not None}
         if config.states is not None and config.page_of(layer) is None:
-            shapes |= config.states.shapes(f"{name}.linear_attn", hidden)
+            shapes |= config.states.shapes(f"{name}.{config.states.module}", hidden)
         elif config.latent is None:
             shapes |= _attention_shapes(config, f"{name}.self_attn")
         else:
@@ -103,7 +103,7 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for part, size in sizes.items():
         shapes |= _linear(f"{name}.{part}", size, hidden, bias=config.qkv_bias)
-    shapes |= _linear(f"{name}.o_proj", hidden, heads, bias=config.o_bias)
+    shapes |= _linear(f"{name}.{family.output_name}", hidden, heads, bias=config.o_bias)
     if config.qk_norm:
         is_whole = family.head_norms == "whole"
         for norm, size in zip(family.head_norm_names, (heads, kv_heads), strict=True):
@@ -116,7 +116,7 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
 def _mlp_shapes(config: ModelConfig, layer: str) -> dict[str, Shape]:
     hidden, size, names = config.hidden_size, config.intermediate_size, config.family.mlp
     name = f"{layer}.{names.module}"
-    sizes = {names.fused: 2 * size} if config.family.fusion != "none" else {"gate_proj": size, "up_proj": size}
+    sizes = {names.fused: 2 * size} if config.family.fusion != "none" else {names.gate: size, names.up: size}
     shapes: dict[str, Shape] = {}
     for part, outputs in sizes.items():
         shapes |= _linear(f"{name}.{part}", outputs, hidden, bias=config.mlp_bias)

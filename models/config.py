@@ -22,7 +22,9 @@ from .parts.config_fields import ConfigFields
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
 from .parts.latent import LatentConfig, read_latent
 from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
-from .parts.states import StatesConfig, read_states
+from .parts.short_convolutions import inner_size
+from .parts.state_kinds import read_states
+from .parts.states import StatesConfig
 from .quantization import Quantization
 from .quantization_config import read_quantization
 from .stored.safetensors import read_header, safetensors_files, stored_dtype
@@ -31,6 +33,7 @@ from .tokenizer_files import read_end_tokens
 Activation = Literal["silu", "gelu_tanh"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_HEAD_NORM_FLAGS: dict[str, Bias] = {"none": False, "flagged": "use_qk_norm"}  # of others: there are norms
 _ACTIVATIONS: dict[object, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -209,16 +212,16 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=fields.count(family.mlp.size),
+        intermediate_size=inner_size(fields, family),
         vocab_size=fields.count("vocab_size"),
         max_model_len=max_model_len,
         rope=rope,
-        rms_norm_eps=fields.number(fields.told(("rms_norm_eps", "layer_norm_eps")), 1e-6),
-        qkv_bias=_has_bias(fields, family.qkv_bias),
-        o_bias=_has_bias(fields, family.o_bias),
-        mlp_bias=_has_bias(fields, family.mlp_bias),
-        qk_norm=_has_head_norms(fields, family),
-        tie_embeddings=fields.flag("tie_word_embeddings", default=False),
+        rms_norm_eps=fields.number(fields.told(("rms_norm_eps", "layer_norm_eps", "norm_eps")), 1e-6),
+        qkv_bias=_has(fields, family.qkv_bias),
+        o_bias=_has(fields, family.o_bias),
+        mlp_bias=_has(fields, family.mlp_bias),
+        qk_norm=_has(fields, _HEAD_NORM_FLAGS.get(family.head_norms, True)),
+        tie_embeddings=fields.flag(fields.told(("tie_embedding", "tie_word_embeddings")), default=False),
         sliding_windows=windows,
         local_layers=unturned or tuple(window is not None for window in windows),
         eos_token_ids=_eos_token_ids(fields, generation),
@@ -237,18 +240,13 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
     )
 
 
-def _has_bias(fields: ConfigFields, bias: Bias) -> bool:
+def _has(fields: ConfigFields, bias: Bias) -> bool:
     return fields.flag(bias, default=False) if isinstance(bias, str) else bias
 
 
-def _has_head_norms(fields: ConfigFields, family: Family) -> bool:
-    is_flagged = family.head_norms == "flagged"
-    return fields.flag("use_qk_norm", default=False) if is_flagged else family.head_norms != "none"
-
-
 def _num_draft_layers(fields: ConfigFields) -> int:
-    keys = ("num_nextn_predict_layers", "num_mtp_modules")
-    return next((fields.count(key) for key in keys if fields.has(key) and fields.raw[key] != 0), 0)
+    key = fields.told(("num_nextn_predict_layers", "num_mtp_modules"))
+    return fields.count(key) if fields.raw.get(key) else 0
 
 
 def _activation(fields: ConfigFields) -> Activation:

@@ -32,7 +32,7 @@ _GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/in
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj"))
 _WHOLE = ("kv_a_proj_with_mqa", "q_a_proj")  # on every rank
-_BY_INPUTS = ("o_proj", "down_proj", "w2")
+_BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2")
 _GATES = (".gate.", ".router.")  # of a mixture of experts: float32, and whole on every rank
 _BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
 # Bytes that are moved for a number, by its bits, where a GPU widens it and multiplies by it (`engine/cuda/int4.py`):

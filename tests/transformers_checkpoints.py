@@ -46,7 +46,7 @@ def draw(model: torch.nn.Module, *, seed: int = 0) -> None:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name:
-                tensor.fill_(4.0 if name == "model.norm.weight" else 1.0)
+                tensor.fill_(4.0 if name in ("model.norm.weight", "model.embedding_norm.weight") else 1.0)
             elif tensor.dim() >= 2:
                 gain = 3.0 if "q_proj" in name or name.endswith((".gate.weight", ".router.weight")) else 1.0
                 tensor.normal_(0, gain / math.sqrt(tensor.shape[-1]), generator=generator)

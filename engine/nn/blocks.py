@@ -11,13 +11,28 @@ Loading, packing and torch's runners, exact ones too, take it as it is. C++ runs
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ...models.parts.delta_nets import DeltaNetsConfig
+from ...models.parts.mamba import MambaConfig
+from ...models.parts.short_convolutions import ShortConvolutionsConfig
+from ...models.parts.states import StatesConfig
 from .builder import Builder
+from .convolution import ShortConvolution
 from .delta_net import GatedDeltaNet
 from .exchange import ExchangedMLP
 from .experts import SparseMLP
 from .feed_forward import FeedForward, GatedMLP
 from .latent import LatentAttention
+from .mamba import Mamba
 from .mixer import Attention, GatedAttention, Mixer
+from .states import LayerStates
+
+_STATEFUL: dict[type[StatesConfig], Callable[[Builder, str, int, LayerStates], Mixer]] = {
+    DeltaNetsConfig: GatedDeltaNet,
+    MambaConfig: Mamba,
+    ShortConvolutionsConfig: ShortConvolution,
+}
 
 
 def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
@@ -25,8 +40,9 @@ def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
     config = builder.config
     if (page := config.page_of(layer_id)) is None:
         assert builder.states is not None
-        index = sum(builder.states.config.layers[:layer_id])
-        return GatedDeltaNet(builder, f"{layer}.linear_attn", index, builder.states)
+        states = builder.states.config
+        index = sum(states.layers[:layer_id])
+        return _STATEFUL[type(states)](builder, f"{layer}.{states.module}", index, builder.states)
     if config.latent is not None:
         return LatentAttention(builder, f"{layer}.self_attn", page, config.latent)
     make = GatedAttention if config.family.has_attention_gates else Attention
@@ -39,6 +55,7 @@ def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForwar
             return SparseMLP(builder, layer, experts)
         make = ExchangedMLP if plan.is_exchanged else SparseMLP
         return make(builder, layer, experts, plan.held(layer_id))
-    own = builder.config.family.mlp
-    names = ("gate_proj", "up_proj", own.down)
-    return GatedMLP(builder, f"{layer}.{own.module}", builder.config.intermediate_size, names)
+    family, size = builder.config.family, builder.config.intermediate_size
+    own = family.mlp
+    fused = None if family.fusion == "none" else own.fused
+    return GatedMLP(builder, f"{layer}.{own.module}", size, (own.gate, own.up, own.down), fused=fused)

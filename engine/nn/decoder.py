@@ -100,7 +100,7 @@ class Decoder:
         builder = Builder(config, comm, dtype, device, expert_plan, self.states)
         self.embedding = ParallelEmbedding(builder, "model.embed_tokens")
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]
-        self.final_norm = RMSNorm(builder, "model.norm", config.hidden_size)
+        self.final_norm = RMSNorm(builder, f"model.{config.family.final_norm}", config.hidden_size)
         self.head = ParallelHead(builder, self.embedding)
         length, local = config.max_model_len, config.local_rope
         self.rotary = RotaryEmbedding(config.rope, config.rotary_dim, device, max_model_len=length)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.parts.states import StatesConfig
+from ...models.parts.delta_nets import DeltaNetsConfig
 from ..weights.weight import Leaf, WeightSlot
 from .attention.base import AttentionBackend
 from .builder import Builder
@@ -46,7 +46,7 @@ class _Heads(NamedTuple):
 class StateWeights:
     """The weights of a layer that are no matrices: the convolution's, and how fast each head forgets. In float32."""
 
-    def __init__(self, builder: Builder, name: str, states: StatesConfig) -> None:
+    def __init__(self, builder: Builder, name: str, states: DeltaNetsConfig) -> None:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=builder.device)
 
@@ -66,6 +66,7 @@ class GatedDeltaNet:
     def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
         """`index`: among the layers with states."""
         config, hidden = states.config, builder.config.hidden_size
+        assert isinstance(config, DeltaNetsConfig)
         self._index, self._states, self._config = index, states, config
         self.rows_proj, self.rates_proj = (
             ColumnParallelLinear(

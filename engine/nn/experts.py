@@ -159,7 +159,10 @@ class SparseMLP:
         self.shared: GatedMLP | None = None
         if experts.shared_size:
             shared_by = own if has_whole_shared else builder
-            self.shared = GatedMLP(shared_by, f"{layer}.{experts.shared}", experts.shared_size)
+            name = f"{layer}.{experts.shared}"
+            self.shared = GatedMLP(
+                shared_by, name, experts.shared_size, experts.shared_parts, fused=experts.shared_fused
+            )
         self.shared_gate: SharedGate | None = None
         if experts.shared_gate is not None:
             self.shared_gate = SharedGate(builder, f"{layer}.{experts.shared_gate}")

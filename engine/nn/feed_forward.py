@@ -41,13 +41,16 @@ class GatedMLP:
         name: str,
         size: int,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        *,
+        fused: str | None = None,
     ) -> None:
-        """`size`: inner columns, of all ranks. `names`: of the three matrices in the checkpoint."""
+        """`size`: inner columns, of all ranks. `names`: of the three matrices in the checkpoint, where it has no tensor
+        `fused` of gate and up.
+        """
         config = builder.config
         bias = config.mlp_bias
         gate, up, down = (f"{name}.{part}" for part in names)
-        fused = None if config.family.fusion == "none" else f"{name}.{config.family.mlp.fused}"
-        parts = column_parts([gate, up], [size, size], fused=fused)
+        parts = column_parts([gate, up], [size, size], fused=None if fused is None else f"{name}.{fused}")
         self.is_silu = config.activation == "silu"
         self._activation = _ACTIVATIONS[config.activation]
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)

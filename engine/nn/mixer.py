@@ -58,7 +58,9 @@ class Attention:
         self.qkv_proj = ColumnParallelLinear(
             builder, f"{name}.qkv_proj", config.hidden_size, parts, bias=config.qkv_bias
         )
-        self.o_proj = RowParallelLinear(builder, f"{name}.o_proj", own_q, config.hidden_size, bias=config.o_bias)
+        self.o_proj = RowParallelLinear(
+            builder, f"{name}.{family.output_name}", own_q, config.hidden_size, bias=config.o_bias
+        )
         self.head_norms: tuple[RMSNorm, ...] = ()
         self.whole_norms: tuple[RMSNorm, ...] = ()  # of all of a token's queries, and of its keys
         if config.qk_norm and family.head_norms == "whole":

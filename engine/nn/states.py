@@ -7,6 +7,7 @@ layer together; of a longer one each block's part goes by itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,8 +79,8 @@ class LayerStates:
     def read(self, index: int, blocks: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states of the `index`th such layer behind `starts` tokens, float32, each with room of its own.
 
-        They are the last rows [n, kernel_size - 1, num_convolved] and memories [n, num_value_heads, key_dim,
-        value_dim]; zeros where there are no tokens. Raises ForeignStateError.
+        They are the last rows [n, kernel_size - 1, num_convolved] and memories [n, *memory_shape]; zeros where there
+        are no tokens. Raises ForeignStateError.
         """
         config, count = self.config, len(blocks)
         found = torch.cat([piece[blocks] for piece in self._pieces[index]], 1)
@@ -87,10 +88,10 @@ class LayerStates:
         if self.are_checked and not bool((begins | (found[:, 0] == starts)).all()):
             raise ForeignStateError(f"states of {found[:, 0].tolist()} tokens in place of {starts.tolist()}")
         found = torch.where(begins.unsqueeze(1), 0.0, found)  # what lies in a new block may be no number
-        inputs, memory = torch.split(found[:, 1:], [config.num_inputs, config.num_values * config.key_dim], 1)
+        inputs, memory = torch.split(found[:, 1:], [config.num_inputs, math.prod(config.memory_shape)], 1)
         return (
             inputs.reshape(count, config.kernel_size - 1, config.num_convolved),
-            memory.reshape(count, config.num_value_heads, config.key_dim, config.value_dim),
+            memory.reshape(count, *config.memory_shape),
         )
 
     def write(self, index: int, blocks: Tensor, ends: Tensor, inputs: Tensor, memory: Tensor) -> None:

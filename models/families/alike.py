@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .family import Family
+from dataclasses import replace
+
+from .experts import LFM2_EXPERTS
+from .family import Family, MlpNames
 
 # Heads and norms of GLM-4.
 GLM4 = Family(
@@ -39,6 +42,28 @@ EXAONE4 = Family(
     unturned="beside windows",
 )
 
+# Some layers attend, the others are convolutions over the last few tokens.
+LFM2 = Family(
+    name="lfm2",
+    defaults={
+        "block_ffn_dim_multiplier": 1.0,
+        "block_multiple_of": 256,
+        "conv_L_cache": 3,
+        "max_position_embeddings": 128_000,
+        "norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    own_norm_names=("operator_norm", None, "ffn_norm", None),
+    head_norms="head",
+    head_norm_names=("q_layernorm", "k_layernorm"),
+    output_name="out_proj",
+    final_norm="embedding_norm",
+    mlp=MlpNames(module="feed_forward", gate="w1", up="w3", down="w2", is_adjusted=True),
+    states="short convolutions",
+)
+LFM2_MOE = replace(LFM2, name="lfm2_moe", mlp=LFM2.mlp._replace(is_adjusted=False), experts=LFM2_EXPERTS)
+
 # Of four layers three keep a state, one has gated attention.
 QWEN_NEXT = Family(
     name="qwen3_next",
@@ -58,5 +83,5 @@ QWEN_NEXT = Family(
     o_bias="attention_bias",
     has_partial_rope=True,
     has_attention_gates=True,
-    states="grouped",
+    states="grouped delta nets",
 )

@@ -20,6 +20,7 @@ class ExpertTraits:
     """A family's experts, as far as its table tells of them."""
 
     module: str = "mlp"  # of a sparse layer
+    is_optional: bool = False  # where config.json tells of 0 experts, all layers are dense
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's matrices
     scoring: Scoring = "softmax"
     normalised: bool | None = None  # None: as `norm_topk_prob` says
@@ -31,6 +32,9 @@ class ExpertTraits:
     # What moves scores for the choice alone, not for the weights (DeepSeek-V3, section 2.1.2), by its name in `module`.
     score_bias: str | None = None
     shared: str = "shared_experts"  # what every token takes besides, in `module`
+    shared_is_beside: bool = False  # it is in the layer
+    shared_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_fused: str | None = None  # a tensor of its gate and up
     shared_size_key: str | None = None  # of its inner columns in config.json; None: it is as large as so many experts
     shared_gate: str | None = None  # a vector in `module`, whose sigmoid with a token is the shared one's weight
 
@@ -41,6 +45,22 @@ GRANITE = ExpertTraits(
     gate="router.layer",
     normalised=True,
     stacks=Stacks("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+)
+GRANITE_HYBRID = replace(
+    GRANITE,
+    is_optional=True,
+    shared="shared_mlp",
+    shared_is_beside=True,
+    shared_parts=("gate_proj", "up_proj", "output_linear"),
+    shared_fused="input_linear",
+    shared_size_key="shared_intermediate_size",
+)
+LFM2_EXPERTS = ExpertTraits(
+    module="feed_forward",
+    parts=("w1", "w3", "w2"),
+    scoring="sigmoid",
+    normalised_default=True,
+    score_bias="expert_bias",
 )
 HUNYUAN = ExpertTraits(gate="gate.wg", shared="shared_mlp", normalised=True)
 DEEPSEEK_V2 = ExpertTraits(normalised=False)

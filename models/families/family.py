@@ -18,12 +18,12 @@ HeadNorms = Literal["none", "head", "flagged", "turned", "whole"]
 # that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
 Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
 # Which layers turn nothing by positions: none; those that `no_rope_layers` names; where some have a window, all others;
-# those that have no window.
-Unturned = Literal["none", "named", "beside windows", "without window"]
+# those that have no window; all, unless `position_embedding_type` is "rope".
+Unturned = Literal["none", "named", "beside windows", "without window", "untyped"]
 # What a checkpoint has in one tensor: nothing; gate and up; these, and q, k and v in another.
 Fusion = Literal["none", "mlp", "all"]
-# How a checkpoint has the inputs of layers with states: in a tensor of each kind, or key head by key head in one.
-States = Literal["apart", "grouped"]
+# What layers that keep a state are. Of grouped delta nets a checkpoint has the inputs head by head in one tensor.
+States = Literal["delta nets", "grouped delta nets", "short convolutions", "mamba"]
 NormNames = tuple[str | None, str | None, str | None, str | None]
 
 # The norms before the mixer, behind it, before the feed-forward and behind it, as a checkpoint names them.
@@ -47,6 +47,9 @@ class MlpNames(NamedTuple):
     fused: str = "gate_up_proj"  # gate and up in one tensor
     down: str = "down_proj"
     size: str = "intermediate_size"  # its inner columns in config.json
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    is_adjusted: bool = False  # `size` is told of an MLP without a gate: `parts/short_convolutions.py`
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class Family:
     fusion: Fusion = "none"
     mlp: MlpNames = MlpNames()
     has_sinks: bool = False  # a weight of each head that no token's value goes with
+    output_name: str = "o_proj"  # of the matrix behind attention
+    final_norm: str = "norm"
     states: States | None = None  # some layers keep one in place of keys and values: `parts/states.py`
     has_attention_gates: bool = False  # numbers beside each head's query multiply what it attends to
     is_latent: bool = False  # attention is over latents: `latent.py`

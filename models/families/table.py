@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .alike import ERNIE4, EXAONE4, GLM4, HUNYUAN_DENSE, QWEN_NEXT
+from .alike import ERNIE4, EXAONE4, GLM4, HUNYUAN_DENSE, LFM2, LFM2_MOE, QWEN_NEXT
 from .defaults import COHERE2, GEMMA, GEMMA3, OLMO3
 from .experts import (
     DEEPSEEK_V2,
@@ -18,6 +18,7 @@ from .experts import (
     EXAONE,
     GLM_4,
     GRANITE,
+    GRANITE_HYBRID,
     HUNYUAN,
     MINIMAX_M2,
     MIXTRAL,
@@ -66,12 +67,12 @@ FAMILIES = {
         experts=replace(QWEN_NEXT_EXPERTS, normalised_default=False),
     ),
     "Qwen3NextForCausalLM": replace(QWEN_NEXT, experts=QWEN_NEXT_EXPERTS),
-    "Qwen3_5ForCausalLM": replace(QWEN_NEXT, name="qwen3_5_text", states="apart"),
+    "Qwen3_5ForCausalLM": replace(QWEN_NEXT, name="qwen3_5_text", states="delta nets"),
     "Qwen3_5MoeForCausalLM": replace(
         QWEN_NEXT,
         name="qwen3_5_moe_text",
         defaults={"intermediate_size": 512, **QWEN_NEXT.defaults},  # of no layer: all have experts
-        states="apart",
+        states="delta nets",
         experts=QWEN3_5_EXPERTS,
     ),
     "MixtralForCausalLM": Family(
@@ -238,15 +239,20 @@ FAMILIES = {
         has_multipliers=True,
         experts=GRANITE,
     ),
-    "GraniteMoeHybridForCausalLM": Family(  # those that have neither experts nor states
+    "GraniteMoeHybridForCausalLM": Family(
         name="granitemoehybrid",
-        defaults={"num_local_experts": 8, "position_embedding_type": "none"},
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         fusion="mlp",
         mlp=MlpNames("shared_mlp", "input_linear", "output_linear", "shared_intermediate_size"),
         has_multipliers=True,
+        unturned="untyped",
+        states="mamba",
+        experts=GRANITE_HYBRID,
     ),
+    "Lfm2ForCausalLM": LFM2,
+    "Lfm2MoeForCausalLM": LFM2_MOE,
     "HunYuanDenseV1ForCausalLM": HUNYUAN_DENSE,
     "HunYuanMoEV1ForCausalLM": replace(
         HUNYUAN_DENSE,

@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 GATES = ("mlp.gate", "mlp.gate.wg", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k", "moe_topk")
-_FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index")
+_FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 _SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _BY_LAYER = (
     "moe_topk",
@@ -59,7 +59,9 @@ class ExpertsConfig:
     num_groups: int = 1  # of neighbours
     num_chosen_groups: int = 1
     shared_size: int = 0  # inner columns of what every token takes besides; 0: none
-    shared_name: str = "shared_experts"
+    shared: str = "mlp.shared_experts"  # in a layer
+    shared_parts: tuple[str, str, str] = ExpertTraits().shared_parts
+    shared_fused: str | None = None
     shared_gate: str | None = None  # in a layer: `ExpertTraits.shared_gate`; None: what it yields is taken as it is
     gate_name: str = "gate"
     is_stacked: bool = False
@@ -71,10 +73,6 @@ class ExpertsConfig:
     @property
     def gate(self) -> str:
         return f"{self.module}.{self.gate_name}"
-
-    @property
-    def shared(self) -> str:
-        return f"{self.module}.{self.shared_name}"
 
     def expert(self, index: int) -> str:
         """Return the name of an expert in its layer."""
@@ -96,12 +94,11 @@ class ExpertsConfig:
             shapes[f"{layer}.{self.shared_gate}.weight"] = (1, hidden_size)
         if self.is_stacked:
             return shapes | self._stacked_shapes(layer, hidden_size)
-        blocks = [(self.expert(index), self.parts, self.intermediate_size) for index in range(self.num_experts)]
+        for index in range(self.num_experts):
+            shapes |= _mlp_shapes(f"{layer}.{self.expert(index)}", self.parts, self.intermediate_size, hidden_size)
         if self.shared_size:
-            blocks.append((self.shared, ExpertTraits().parts, self.shared_size))
-        for name, (gate, up, down), size in blocks:
-            shapes[f"{layer}.{name}.{gate}.weight"] = shapes[f"{layer}.{name}.{up}.weight"] = (size, hidden_size)
-            shapes[f"{layer}.{name}.{down}.weight"] = (hidden_size, size)
+            name = f"{layer}.{self.shared}"
+            shapes |= _mlp_shapes(name, self.shared_parts, self.shared_size, hidden_size, self.shared_fused)
         return shapes
 
     def parts_of(self, name: str, shape: Shape, hidden_size: int) -> list[StackPart]:
@@ -137,9 +134,18 @@ class ExpertsConfig:
         }
 
 
+def _mlp_shapes(
+    name: str, parts: tuple[str, str, str], size: int, hidden_size: int, fused: str | None = None
+) -> dict[str, Shape]:
+    gate, up, down = parts
+    sizes = {gate: size, up: size} if fused is None else {fused: 2 * size}
+    shapes: dict[str, Shape] = {f"{name}.{part}.weight": (outputs, hidden_size) for part, outputs in sizes.items()}
+    return shapes | {f"{name}.{down}.weight": (hidden_size, size)}
+
+
 def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsConfig | None:
     """Return the experts of a family that has some; None: all of its layers are dense. Raises ConfigError."""
-    if traits is None:
+    if traits is None or _has_none(fields, traits):
         return None
     alike = {key: value[0] for key in _BY_LAYER if isinstance(value := fields.raw.get(key), list) and _is_one(value)}
     fields = ConfigFields(fields.path, {**fields.raw, **alike})  # other lists are refused where they are read
@@ -180,9 +186,15 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         num_groups=num_groups,
         num_chosen_groups=num_chosen_groups,
         shared_size=_shared_size(fields, traits, size),
-        shared_name=traits.shared,
+        shared=traits.shared if traits.shared_is_beside else f"{traits.module}.{traits.shared}",
+        shared_parts=traits.shared_parts,
+        shared_fused=traits.shared_fused,
         shared_gate=None if traits.shared_gate is None else f"{traits.module}.{traits.shared_gate}",
     )
+
+
+def _has_none(fields: ConfigFields, traits: ExpertTraits) -> bool:
+    return traits.is_optional and fields.raw.get(fields.told(_COUNTS)) == 0
 
 
 def _shared_size(fields: ConfigFields, traits: ExpertTraits, size: int) -> int:
@@ -198,7 +210,7 @@ def _is_one(numbers: list[object]) -> bool:
 def read_sparse_layers(fields: ConfigFields, traits: ExpertTraits | None) -> tuple[bool, ...]:
     """Return of each layer whether experts take the place of its gated MLP. Raises ConfigError."""
     num_layers = fields.count("num_hidden_layers")
-    if traits is None:
+    if traits is None or _has_none(fields, traits):
         return (False,) * num_layers
     step = fields.count("decoder_sparse_step", fields.count("moe_layer_interval", 1))
     if fields.has("mlp_layer_types"):

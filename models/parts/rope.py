@@ -75,6 +75,8 @@ def read_ropes(
         unturned = RopeConfig(kind="none", has_neighbours=family.has_neighbours)
         if family.unturned == "without window" or (family.unturned == "beside windows" and has_windows):
             return unturned, rope
+        if family.unturned == "untyped" and fields.raw.get("position_embedding_type") != "rope":
+            return unturned, None
         return rope, unturned if family.unturned == "named" else None
     local_theta = fields.number("rope_local_base_freq", theta)
     if scaling.raw.keys() & set(_LAYER_TYPES):

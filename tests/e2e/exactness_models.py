@@ -14,8 +14,10 @@ MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
 HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
 LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
-_STATE_PAGES = 5  # of 4,096 bytes: three layers' states of 1 + 3 * 128 + 4 * 16 * 16 numbers
-STATES_BLOCK_BYTES = (1 + _STATE_PAGES) * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # pages, K and V, heads, head_dim, tokens
+# Pages of 4,096 bytes that three layers' states take: of each 1 + 3 * 128 + 4 * 16 * 16 numbers in a gated delta net,
+# 1 + 2 * 64 in a convolution, 1 + 3 * 160 + 4 * 16 * 32 in a layer of Mamba's.
+_STATE_PAGES = {"lfm2": 1, "lfm2_moe": 1, "granite4": 8, "granite4_moe": 8}
+_PAGE_BYTES = 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # K and V, heads, head_dim, tokens
 _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
     "deepseek_v3": ("v3", EXPERTS["v3"]),
@@ -74,6 +76,16 @@ _GATED_SHARED: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
+_LFM2_LAYERS = ["conv", "full_attention", "conv", "conv"]
+_MAMBA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "mamba_n_heads": 4,
+    "mamba_d_state": 16,
+    "shared_intermediate_size": 48,
+    "attention_multiplier": 0.25,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+}
 _STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5Text", {}),
     "qwen3_5_moe_text": (
@@ -84,6 +96,19 @@ _STATES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Next",
         _GATED_SHARED,
     ),
+    "lfm2": ("Lfm2", {"layer_types": _LFM2_LAYERS}),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            "layer_types": _LFM2_LAYERS,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+        },
+    ),
+    "granite4": ("GraniteMoeHybrid", _MAMBA),
+    "granite4_moe": ("GraniteMoeHybrid", _MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3}),
 }
 
 
@@ -110,7 +135,9 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         name, fields = _STATES[family]
         write_model(path, getattr(transformers, f"{name}Config")(**SMALL | STATES | fields | longest), seed=1)
         write_tokenizer(path, SMALL["vocab_size"])
-        return ExactnessModel(path, STATES_BLOCK_BYTES, is_sparse="num_experts" in fields, keeps_states=True)
+        is_sparse = any(fields.get(key) for key in ("num_experts", "num_local_experts"))
+        block_bytes = (1 + _STATE_PAGES.get(family, 5)) * _PAGE_BYTES
+        return ExactnessModel(path, block_bytes, is_sparse=is_sparse, keeps_states=True)
     if family in _SPARSE:
         import transformers
 

@@ -27,12 +27,35 @@ from .transformers_reference import reference_logprobs
 NUM_TOKENS = 20  # past the end of a block
 NEAR = 1e-3  # logits that a rounding may bring into the other order
 EXPERTS: dict[str, object] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+LFM2: dict[str, object] = {
+    "layer_types": ["conv", "conv", "full_attention", "conv"],
+    "block_multiple_of": 16,
+    "intermediate_size": 150,
+    "conv_bias": True,
+}
+MAMBA: dict[str, object] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "mamba_n_heads": 4,
+    "mamba_d_state": 24,
+    "shared_intermediate_size": 48,
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3.5": ("Qwen3_5Text", {}),
     "qwen3.5, as many keys as values": ("Qwen3_5Text", {"linear_num_key_heads": 4, "linear_value_head_dim": 32}),
     "qwen3.5, a longer convolution": ("Qwen3_5Text", {"linear_conv_kernel_dim": 6, "tie_word_embeddings": True}),
     "qwen3.5 moe": ("Qwen3_5MoeText", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "qwen3 next": ("Qwen3Next", EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "lfm2": ("Lfm2", LFM2),
+    "lfm2 moe": ("Lfm2Moe", LFM2 | EXPERTS | {"num_dense_layers": 1, "routed_scaling_factor": 2.5}),
+    "granite 4": ("GraniteMoeHybrid", MAMBA | {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    "granite 4, with experts": (
+        "GraniteMoeHybrid",
+        MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3, "mamba_n_groups": 2, "mamba_proj_bias": True},
+    ),
     "qwen3 next, some dense": (
         "Qwen3Next",
         EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 5},

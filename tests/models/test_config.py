@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
-from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.checkpoint import check_checkpoint, tensor_shapes
 from kvferry.models.config import ModelConfig
 from kvferry.models.draft import check_draft
+from kvferry.models.parts.mamba import MambaConfig
 
 from ..checkpoints import write_embedding_model
 
@@ -243,7 +244,7 @@ def test_experts_may_be_in_some_layers_between_others(tmp_path: Path) -> None:
             _load(tmp_path, told | {key: value})
 
 
-def test_granite_4_is_read_where_it_has_neither_experts_nor_states(tmp_path: Path) -> None:
+def test_granite_4_has_layers_of_mamba_and_experts_or_has_not(tmp_path: Path) -> None:
     told: dict[str, object] = {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "layer_types": ["attention"] * 30,
@@ -251,15 +252,65 @@ def test_granite_4_is_read_where_it_has_neither_experts_nor_states(tmp_path: Pat
         "position_embedding_type": "rope",
         "shared_intermediate_size": 96,
     }
-    assert _load(tmp_path, told).intermediate_size == 96
+    plain = _load(tmp_path, told)
+    assert (plain.intermediate_size, plain.states, plain.experts, plain.rope.kind) == (96, None, None, "default")
+    hybrid = told | {
+        "layer_types": ["mamba"] * 27 + ["attention"] * 3,
+        "mamba_d_conv": 4,
+        "mamba_d_head": "auto",
+        "mamba_d_state": 128,
+        "mamba_expand": 2,
+        "mamba_n_groups": 1,
+        "mamba_n_heads": 48,
+        "num_experts_per_tok": 6,
+        "num_local_experts": 64,
+        "position_embedding_type": "nope",
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+    config = _load(tmp_path, hybrid)
+    assert isinstance(config.states, MambaConfig) and config.states.layers == (True,) * 27 + (False,) * 3
+    assert config.states.num_heads * config.states.head_dim == 2 * config.hidden_size
+    assert config.rope.kind == "none" and config.local_rope is None
+    assert config.experts is not None and config.experts.shared == "shared_mlp" and all(config.sparse_layers)
+    names = tensor_shapes(config)
+    assert names["model.layers.29.shared_mlp.input_linear.weight"] == (192, config.hidden_size)
+    assert "model.layers.0.mamba.conv1d.bias" in names and "model.layers.0.self_attn.q_proj.weight" not in names
     for changes, message in (
-        ({"layer_types": ["mamba"] * 27 + ["attention"] * 3}, "layer_types: layers of mamba are not supported"),
-        ({"num_local_experts": 64}, "num_local_experts = 64: experts are not supported in this family"),
-        ({"position_embedding_type": "nope"}, "position_embedding_type = 'nope': only rotary positions"),
-        ({"position_embedding_type": ...}, "position_embedding_type = 'none': only rotary positions"),
+        ({"mamba_d_head": 5}, "mamba_d_head = 5: 48 heads of 5 numbers are not the"),
+        ({"mamba_n_groups": 5}, "mamba_n_groups = 5: must divide mamba_n_heads = 48"),
+        ({"time_step_limit": [0.0, 1.0]}, r"time_step_limit = \[0.0, 1.0\]: bounds of time steps are not supported"),
+        ({"layer_types": ["mamba"] * 30}, "a model without a layer that keeps keys and values is not supported"),
+        (
+            {"layer_types": ["moe"] * 30},
+            r"layer_types = .*: must name one of \['attention', .*\] for each of 30",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
-            _load(tmp_path, told | changes)
+            _load(tmp_path, hybrid | changes)
+
+
+def test_lfm2_tells_its_mlp_and_its_layers_in_words_of_its_own(tmp_path: Path) -> None:
+    told: dict[str, object] = {
+        "architectures": ["Lfm2ForCausalLM"],
+        "block_auto_adjust_ff_dim": True,
+        "block_ff_dim": 6656,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_multiple_of": 256,
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "full_attn_idxs": [2, 5],
+        "norm_eps": 1e-05,
+        "num_hidden_layers": 6,
+        "tie_embedding": False,
+    }
+    config = _load(tmp_path, told)
+    assert config.intermediate_size == 4608 and not config.tie_embeddings and config.rms_norm_eps == 1e-5
+    assert config.states is not None and config.states.layers == (True, True, False, True, True, False)
+    assert _load(tmp_path, told | {"block_auto_adjust_ff_dim": False}).intermediate_size == 6656
+    types = ["conv", "full_attention"] * 3
+    assert _load(tmp_path, told | {"layer_types": types}).kv_layers == (1, 3, 5)
+    with pytest.raises(ConfigError, match=r"full_attn_idxs = .*: must list the layers that attend, of 6"):
+        _load(tmp_path, told | {"full_attn_idxs": [6]})
 
 
 def test_minimax_has_words_of_its_own(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Convolutions over the last few tokens of each row of a step, whose earlier tokens' rows are kept in states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...models.parts.short_convolutions import ShortConvolutionsConfig
+from ..weights.weight import Leaf, WeightSlot
+from .attention.base import AttentionBackend
+from .builder import Builder
+from .layers import ColumnParallelLinear, Part, RowParallelLinear
+from .rotary import Rope
+from .states import LayerStates
+
+
+@dataclass(slots=True, frozen=True)
+class StepPart:
+    """Tokens of a step that go through a layer at once: one of each of some rows, or some of one row."""
+
+    tokens: Tensor | slice  # in the packed line
+    convolved: Tensor  # [num_tokens, num_convolved] float32
+    memory: Tensor  # [rows, *memory_shape] float32; whoever takes the part updates it in place
+    is_stretch: bool  # of one row, tokens that follow each other
+
+
+class Convolution:
+    """Implements `Leaf`: a layer's convolution of each number by itself, in float32."""
+
+    def __init__(self, builder: Builder, name: str, states: LayerStates, index: int, *, has_bias: bool) -> None:
+        """`index`: of the layer, among those with states."""
+        config, self._states, self._index = states.config, states, index
+        shape = (config.num_convolved, 1, config.kernel_size)
+        self.name = name
+        self.weight = torch.empty(shape, dtype=torch.float32, device=builder.device)
+        self.bias = torch.empty(shape[0], dtype=torch.float32, device=builder.device) if has_bias else None
+
+    def parts(self, rows: Tensor) -> Iterator[StepPart]:
+        """Convolve a step's rows [num_tokens, num_convolved] float32, with those of the tokens before them.
+
+        What a part's memory holds when the next part is asked for is kept. Raises ForeignStateError.
+        """
+        states, index, reach = self._states, self._index, self.weight.shape[2] - 1
+        if (singles := states.singles) is not None:
+            inputs, memory = states.read(index, singles.sources, singles.starts)
+            inputs = torch.cat((inputs, rows[singles.tokens].unsqueeze(1)), 1)  # [n, kernel_size, num_convolved]
+            convolved = (inputs * self.weight.squeeze(1).T).sum(1)
+            yield StepPart(
+                singles.tokens, convolved if self.bias is None else convolved + self.bias, memory, is_stretch=False
+            )
+            states.write(index, singles.targets, singles.starts + 1, inputs[:, 1:], memory)
+        for stretch in states.stretches:
+            tokens, start = slice(stretch.first, stretch.end), torch.tensor([stretch.start])
+            inputs, memory = states.read(index, torch.tensor([stretch.source]), start)
+            inputs = torch.cat((inputs[0], rows[tokens]))  # [kernel_size - 1 + n, num_convolved]
+            convolved = F.conv1d(inputs.T.unsqueeze(0), self.weight, self.bias, groups=len(self.weight))
+            yield StepPart(tokens, convolved[0].T, memory, is_stretch=True)
+            kept = inputs[len(inputs) - reach :].unsqueeze(0)
+            states.write(index, torch.tensor([stretch.target]), start + stretch.end - stretch.first, kept, memory)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{self.name}.weight", tuple(self.weight.shape), self.weight)
+        if self.bias is not None:
+            yield WeightSlot(f"{self.name}.bias", tuple(self.bias.shape), self.bias)
+
+
+class ShortConvolution:
+    """Implements `Mixer`: c * convolution(b * x), all three of a token (Liquid AI 2025, "LFM2 Technical Report")."""
+
+    def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
+        """`index`: among the layers with states."""
+        config, hidden = states.config, builder.config.hidden_size
+        assert isinstance(config, ShortConvolutionsConfig)
+        self._states, has_bias = states, config.has_bias
+        part = Part(f"{name}.in_proj", 3 * hidden)
+        self.in_proj = ColumnParallelLinear(builder, part.name, hidden, [part], bias=has_bias)
+        self.convolution = Convolution(builder, f"{name}.conv", states, index, has_bias=has_bias)
+        self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", hidden, hidden, bias=has_bias)
+
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        """Return b, c and x, [num_tokens, 3 * hidden_size]."""
+        return self.in_proj(x)
+
+    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+        """Return [num_tokens, hidden_size]; zeros of tokens that are padding."""
+        b, c, x = projected[: self._states.num_tokens].float().chunk(3, 1)
+        said = torch.zeros_like(projected[:, : c.shape[1]])
+        for part in self.convolution.parts(b * x):
+            said[part.tokens] = (c[part.tokens] * part.convolved).to(said.dtype)
+        return said
+
+    def output(self, mixed: Tensor) -> Tensor:
+        return self.out_proj(mixed)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield from (self.in_proj, self.convolution, self.out_proj)

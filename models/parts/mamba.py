@@ -1,0 +1,99 @@
+"""Mamba's second kind of layers, as config.json tells them (Dao, Gu 2024, "Transformers are SSMs", section 7).
+
+memory   of each head a matrix [state_dim, head_dim]: decayed, and added to, by every token
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .config_fields import ConfigFields
+from .states import Shape, StatesConfig, stateful_layers
+
+_INFINITY = {"__float__": "Infinity"}
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class MambaConfig(StatesConfig):
+    """The layers of this kind."""
+
+    num_heads: int
+    head_dim: int
+    num_groups: int  # of heads that are read and written alike
+    state_dim: int
+    conv_bias: bool
+    proj_bias: bool  # of both products
+
+    @property
+    def module(self) -> str:
+        return "mamba"
+
+    @property
+    def num_values(self) -> int:
+        """Count the numbers of a token's values; its gates are as many."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def num_keys(self) -> int:
+        """Count the numbers of what a token writes by; of what it reads by there are as many."""
+        return self.num_groups * self.state_dim
+
+    @property
+    def num_convolved(self) -> int:
+        """Count the numbers of a token's values, and of what it writes and reads by."""
+        return self.num_values + 2 * self.num_keys
+
+    @property
+    def memory_shape(self) -> Shape:
+        return self.num_heads, self.state_dim, self.head_dim
+
+    def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
+        projected = self.num_values + self.num_convolved + self.num_heads
+        shapes: dict[str, Shape] = {
+            f"{name}.in_proj.weight": (projected, hidden_size),
+            f"{name}.conv1d.weight": (self.num_convolved, 1, self.kernel_size),
+            f"{name}.A_log": (self.num_heads,),
+            f"{name}.D": (self.num_heads,),
+            f"{name}.dt_bias": (self.num_heads,),
+            f"{name}.norm.weight": (self.num_values,),
+            f"{name}.out_proj.weight": (hidden_size, self.num_values),
+        }
+        if self.conv_bias:
+            shapes[f"{name}.conv1d.bias"] = (self.num_convolved,)
+        if self.proj_bias:
+            shapes |= {f"{name}.in_proj.bias": (projected,), f"{name}.out_proj.bias": (hidden_size,)}
+        return shapes
+
+
+def read_mamba(fields: ConfigFields) -> MambaConfig | None:
+    """Return the layers of this kind, if there are any. Raises ConfigError."""
+    key = fields.told(("layer_types", "layers_block_type"))
+    layers = stateful_layers(fields, key, fields.raw.get(key), {"mamba", "linear_attention"})
+    if not any(layers):
+        return None
+    num_heads, num_groups = fields.count("mamba_n_heads"), fields.count("mamba_n_groups", 1)
+    size = int(fields.number("mamba_expand", 2) * fields.count("hidden_size"))
+    told = None if fields.raw.get("mamba_d_head") == "auto" else fields.raw.get("mamba_d_head")
+    head_dim = size // num_heads if told is None else fields.count("mamba_d_head")
+    if num_heads * head_dim != size:
+        raise fields.refuse("mamba_d_head", f"{num_heads} heads of {head_dim} numbers are not the {size} of a token")
+    if num_heads % num_groups:
+        raise fields.refuse("mamba_n_groups", f"must divide mamba_n_heads = {num_heads}")
+    if fields.has("time_step_limit") and not _is_unlimited(fields.raw["time_step_limit"]):
+        raise fields.refuse("time_step_limit", "bounds of time steps are not supported")
+    return MambaConfig(
+        layers=layers,
+        kernel_size=fields.count("mamba_d_conv", 4),
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_groups=num_groups,
+        state_dim=fields.count("mamba_d_state"),
+        conv_bias=fields.flag("mamba_conv_bias", default=True),
+        proj_bias=fields.flag("mamba_proj_bias", default=False),
+    )
+
+
+def _is_unlimited(limits: object) -> bool:
+    # JSON has no infinity, so libraries write it in several ways.
+    return isinstance(limits, list) and limits[:1] == [0] and limits[1:] in ([math.inf], ["inf"], [_INFINITY])

@@ -1,0 +1,76 @@
+"""Gated convolutions over the last few tokens, as config.json tells them (Liquid AI 2025, "LFM2 Technical Report").
+
+A token's row is as wide as the residual stream, and there is no memory: the rows of the last tokens are the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..families.family import Family
+from .config_fields import ConfigFields
+from .states import Shape, StatesConfig, stateful_layers
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ShortConvolutionsConfig(StatesConfig):
+    """The layers that are such convolutions."""
+
+    hidden_size: int
+    has_bias: bool  # each of the two products, and the convolution
+
+    @property
+    def module(self) -> str:
+        return "conv"
+
+    @property
+    def num_convolved(self) -> int:
+        return self.hidden_size
+
+    @property
+    def memory_shape(self) -> Shape:
+        return (0,)
+
+    def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {
+            f"{name}.conv.weight": (hidden_size, 1, self.kernel_size),
+            f"{name}.in_proj.weight": (3 * hidden_size, hidden_size),
+            f"{name}.out_proj.weight": (hidden_size, hidden_size),
+        }
+        biases = {f"{weight.removesuffix('weight')}bias": (shape[0],) for weight, shape in shapes.items()}
+        return shapes | biases if self.has_bias else shapes
+
+
+def read_short_convolutions(fields: ConfigFields) -> ShortConvolutionsConfig:
+    """Raises ConfigError."""
+    key = fields.told(("layer_types", "full_attn_idxs"))
+    types = fields.raw.get(key)
+    if key == "full_attn_idxs":
+        others = types if isinstance(types, list) else []
+        count = fields.count("num_hidden_layers")
+        if not others or not all(layer in range(count) for layer in others):
+            raise fields.refuse(key, f"must list the layers that attend, of {count}")
+        types = ["full_attention" if layer in others else "conv" for layer in range(count)]
+    return ShortConvolutionsConfig(
+        layers=stateful_layers(fields, key, types, {"conv"}),
+        kernel_size=fields.count("conv_L_cache"),
+        hidden_size=fields.count("hidden_size"),
+        has_bias=fields.flag("conv_bias", default=False),
+    )
+
+
+def inner_size(fields: ConfigFields, family: Family) -> int:
+    """Return the inner columns of a dense layer's gated MLP. Raises ConfigError.
+
+    LFM2's config.json tells those of an MLP without a gate, of as many weights.
+    """
+    if not family.mlp.is_adjusted:
+        return fields.count(family.mlp.size)
+    size = fields.count(fields.told(("block_ff_dim", family.mlp.size)))
+    if not fields.flag("block_auto_adjust_ff_dim", default=True):
+        return size
+    size = 2 * size // 3
+    if fields.has("block_ffn_dim_multiplier"):
+        step = fields.count("block_multiple_of")
+        size = -(-int(fields.number("block_ffn_dim_multiplier") * size) // step) * step
+    return size
