@@ -165,7 +165,7 @@ def _chat(
     if not version.dialect.takes_tools:
         shown, tools = told_in_text(shown, tools), []
     if version.dialect.calls_in_content:
-        shown = told_in_content(shown)
+        shown = told_in_content(shown, as_python=version.dialect.tool_parser == "lfm2")
     if version.dialect.has_channels:
         shown, tools = channel_messages(shown), described_tools(tools)
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt

@@ -58,6 +58,7 @@ _SIGNS = (
     (re.compile(re.escape(channels.CHANNEL)), "channels"),
     (re.compile(BEGIN_CALLS), "deepseek_v3"),
     (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
+    (re.compile(r"<\|tool_(?:list|call)_start\|>|List of tools: "), "lfm2"),
     (re.compile(r"<seed:tool_call>"), "seed_oss"),
     (re.compile(r"<function="), "qwen3_coder"),
     (re.compile(r"<arg_key>"), "glm"),
@@ -130,8 +131,8 @@ class Dialect:
 
     @property
     def calls_in_content(self) -> bool:
-        """Tell whether earlier calls must be told as content, as Granite 3's templates have no place for them."""
-        return self.tool_parser == "granite" and self.takes_tools and not self.tells_calls
+        """Tell whether earlier calls are told as content: Granite 3's and LFM2's templates have no place for them."""
+        return self.tool_parser in ("granite", "lfm2") and self.takes_tools and not self.tells_calls
 
     @property
     def grammar_opening(self) -> str:
@@ -156,7 +157,7 @@ class Dialect:
                 return MistralSyntax()
             case "deepseek_v3":
                 return DeepSeekSyntax()
-            case "pythonic":
+            case "pythonic" | "lfm2":
                 return PythonicSyntax(use.schemas)
             case "qwen3_coder":
                 return QwenCoderSyntax(use.schemas)

@@ -1,4 +1,4 @@
-"""Calls as Python's: of OLMo 3, and of Llama 3.2 and others whose templates ask for a list.
+"""Calls as Python's: of OLMo 3, of LFM2, and of Llama 3.2 and others whose templates ask for a list.
 
     <function_calls>              [search(query="x", limit=2), search(query='y')]
     search(query="x", limit=2)
@@ -20,7 +20,13 @@ from .python_text import ValueWalk, literal
 from .syntax import NAME, Call, JsonCall, NameCheck, Place, Progress, Schemas, Segment, is_any_name
 
 _TAG = "<function_calls>"
-_ENDS = {_TAG: "</function_calls>", "<|python_start|>": "<|python_end|>", "<|python_tag|>": ""}
+_ENDS = {
+    _TAG: "</function_calls>",
+    "<|tool_call_start|>": "<|tool_call_end|>",
+    "<|python_start|>": "<|python_end|>",
+    "<|python_tag|>": "",
+}
+_SURE = (_TAG, "<|tool_call_start|>")  # what stands behind is a call, whatever its name
 _HEAD = re.compile(rf"({NAME.pattern})\s*+\(\s*+")
 _MAY_BE_HEAD = re.compile(rf"(?:{NAME.pattern}\s*+)?+")
 _KEY = re.compile(r"([A-Za-z_]\w{0,255})\s*+=")
@@ -48,7 +54,7 @@ class PythonicSyntax:
         is_list = text.startswith("[", opening)
         if not is_list and begin != _TAG:
             return Segment(end=max(len(begin), 1))
-        is_name: NameCheck = is_any_name if begin == _TAG else self._schemas.__contains__
+        is_name: NameCheck = is_any_name if begin in _SURE else self._schemas.__contains__
         calls, at = progress.calls, progress.at or opening + is_list
         while True:
             separator = _SEPARATOR.match(text, at)

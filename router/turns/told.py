@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from typing import Any
 
 from .json_text import dumps
 
@@ -140,8 +141,9 @@ def _results_of(call: Mapping[str, object], results: Sequence[Mapping[str, objec
     return [each for each in results if each.get("tool_call_id") == call["id"]]
 
 
-def told_in_content(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Return the messages with their calls at the end of what they say: in an array, as Granite writes them.
+def told_in_content(messages: Sequence[Mapping[str, object]], *, as_python: bool) -> list[dict[str, object]]:
+    """Return the messages with their calls at the end of what they say: in an array, as Granite writes them, or
+    `as_python`, as LFM2 does.
 
     For templates that tell of tools, but of no calls of them.
     """
@@ -150,10 +152,18 @@ def told_in_content(messages: Sequence[Mapping[str, object]]) -> list[dict[str, 
         plain = dict(message)
         calls = plain.pop("tool_calls", None)
         if isinstance(calls, list):
-            written = ", ".join(map(_call_object, calls))
-            plain["content"] = f"{plain['content']}<|tool_call|>[{written}]"
+            written = ", ".join(map(_python_call if as_python else _call_object, calls))
+            begin, end = ("<|tool_call_start|>", "<|tool_call_end|>") if as_python else ("<|tool_call|>", "")
+            plain["content"] = f"{plain['content']}{begin}[{written}]{end}"
         told.append(plain)
     return told
+
+
+def _python_call(call: Mapping[str, Any]) -> str:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    if isinstance(arguments, dict):
+        arguments = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"{name}({arguments})"
 
 
 def told_otherwise(

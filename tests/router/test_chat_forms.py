@@ -23,6 +23,7 @@ FORMS = {
     "olmo3": "<function_calls>\nsearch(query='x', limit=2)\nsearch(query=\"y\")\n</function_calls>",
     "pythonic": '[search(query="x", limit=2), search(query="y")]',
     "llama4_pythonic": '<|python_start|>[search(query="x", limit=2), search(query="y")]<|python_end|>',
+    "lfm2": '<|tool_call_start|>[search(query="x", limit=2), search(query="y")]<|tool_call_end|>',
     "glm45": (
         "<tool_call>search\n<arg_key>query</arg_key>\n<arg_value>x</arg_value>\n"
         "<arg_key>limit</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n"
@@ -103,18 +104,27 @@ WITHOUT_CALLS = (
 )
 
 
+# LFM2's, as far as it tells messages: neither does it.
+LISTED = (
+    "{% if tools %}List of tools: <|tool_list_start|>{{ tools | tojson }}<|tool_list_end|>{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+)
+AS_JSON = '<|tool_call|>[{"name": "a", "arguments": {"a": 1}}, {"name": "b", "arguments": {"a": 1}}]'
+AS_PYTHON = "<|tool_call_start|>[a(a=1), b(a=1)]<|tool_call_end|>"
+
+
+@pytest.mark.parametrize(("template", "told"), [(WITHOUT_CALLS, AS_JSON), (LISTED, AS_PYTHON)])
 async def test_earlier_calls_are_content_where_the_template_tells_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, told: str
 ) -> None:
-    fakes.use_template(tmp_path, monkeypatch, WITHOUT_CALLS)
+    fakes.use_template(tmp_path, monkeypatch, template)
     served = serve(Script("ok"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
     calls = [{"id": name, "function": {"name": name, "arguments": '{"a":1}'}} for name in "ab"]
     asked = {"role": "assistant", "content": "So.", "tool_calls": calls}
     body = {"messages": [*CHAT, asked], "tools": [{"type": "function", "function": FUNCTION}]}
     async with served.client() as client:
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-    told = '[{"name": "a", "arguments": {"a": 1}}, {"name": "b", "arguments": {"a": 1}}]'
-    assert f"<assistant>So.<|tool_call|>{told}" in bytes(served.request.prompt_token_ids).decode()
+    assert f"<assistant>So.{told}" in bytes(served.request.prompt_token_ids).decode()
 
 
 async def test_earlier_arguments_are_a_text_where_the_template_wants_one(

@@ -119,6 +119,8 @@ def _pythonic(rng: random.Random, name: str, arguments: dict[str, object]) -> st
     calls = [f"{name}({parts})"] * rng.randint(1, 2)
     if rng.random() < 0.5:
         return "<function_calls>\n" + "\n".join(calls) + "\n</function_calls>"
+    if rng.random() < 0.3:
+        return f"<|tool_call_start|>[{', '.join(calls)}]<|tool_call_end|>"
     return rng.choice(["", "<|python_start|>"]) + f"[{', '.join(calls)}]" + rng.choice(["", "<|python_end|>"])
 
 

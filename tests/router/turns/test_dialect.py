@@ -53,6 +53,8 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools }}functools[...]", "granite", True, "none"),
         ("{{ tools }}<think><function_calls>", "pythonic", True, "think"),
         ("<|start_header_id|>{{ tools }}[func_name1(params_name1=params_value1)]", "pythonic", True, "none"),
+        ("{{ 'List of tools: <|tool_list_start|>' + tools + '<|tool_list_end|>' }}", "lfm2", True, "none"),
+        ("{{ 'List of tools: [' + tools + ']' }}{{ content.split('</think>') }}", "lfm2", True, "think"),
         ("<|start_header_id|>{{ tools }}", "llama3_json", True, "none"),
         ("{{ tools | tojson }}", "json", True, "none"),
         ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", "json", True, "none"),
