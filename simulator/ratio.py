@@ -14,16 +14,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..common.errors import ConfigError
+from ..sizing.steps import StepModel, StepWork
+from ..tools.load.traces import TraceRow
 from .oracle import Bound, bound
 from .outcome import Outcome
 from .scenario import Scenario
 from .simulate import simulate
+from .traffic import arrivals
 
 _FEW = 8  # workers, of which all splits are compared
 _CHANCE = 0.02  # of good requests in one draw of the arrivals. Smaller: a better split may be passed over
 _DRAWS = 4  # that decide between such splits. Fewer: chance does; more: it takes longer
 _GROWTH = 8  # a fleet that is too small grows by so small a part of itself: larger parts pass the least one by more
 MOST_WORKERS = 512  # where the search for a fleet ends
+_NO_NUMBER = "no number of workers makes a step, or a lone prompt, faster"
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,6 +74,7 @@ def least_fleet(scenario: Scenario, *, share: float = 0.9) -> LeastFleet:
     Raises ConfigError where the objectives are not kept however many there are.
     """
     assert scenario.traffic.rate_per_s is not None
+    _check_possible(scenario, share)
     rates = bound(with_split(scenario, Split(1, 1)), share=share)
     tried: dict[Split, Outcome] = {}
 
@@ -93,7 +98,7 @@ def least_fleet(scenario: Scenario, *, share: float = 0.9) -> LeastFleet:
         if count >= MOST_WORKERS:
             raise ConfigError(
                 f"rate: with {count} workers {outcome(found).attainment:.0%} of the requests keep the objectives, "
-                f"not {share:.0%}: no number of workers makes a step, or a lone prompt, faster"
+                f"not {share:.0%}: {_NO_NUMBER}"
             )
         low, count = count + 1, min(MOST_WORKERS, count + max(1, count // _GROWTH))
     while low < count:  # fewer than low do not do
@@ -107,6 +112,26 @@ def least_fleet(scenario: Scenario, *, share: float = 0.9) -> LeastFleet:
         found = better
     found = _settled(scenario, found, outcome)
     return LeastFleet(found, outcome(found), tuple((split, one.attainment) for split, one in tried.items()))
+
+
+def _check_possible(scenario: Scenario, share: float) -> None:
+    """Refuse an objective that answers miss even alone, before fleets are tried. Raises ConfigError."""
+    steps, goal_s = scenario.fleet.step_model(), scenario.goals.tpot_s
+    rows = [row for _, row in arrivals(scenario.traffic)]
+    paces = sorted(_lone_step_s(steps, row) for row in rows)
+    pace_s = paces[math.ceil(share * len(paces)) - 1]
+    if pace_s > goal_s:
+        raise ConfigError(
+            f"rate: alone an answer has a token every {pace_s * 1e3:.3g} ms, where the objective is {goal_s * 1e3:.3g} "
+            f"ms: {_NO_NUMBER}"
+        )
+
+
+def _lone_step_s(steps: StepModel, row: TraceRow) -> float:
+    """Return the time per token of an answer by itself; an answer of one token has none."""
+    if row.num_output_tokens < 2:
+        return 0.0
+    return steps.step_s(StepWork(0, 0, 1, row.num_prompt_tokens + row.num_output_tokens // 2))
 
 
 def _settled(scenario: Scenario, best: Split, outcome: Callable[[Split], Outcome]) -> Split:

@@ -51,6 +51,13 @@ def sum_of(split: Split) -> int:
 
 def test_objectives_that_no_number_of_workers_keeps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvferry.simulator.ratio.MOST_WORKERS", 4)
-    impossible = scenario("azure-2023-conv", 30, rate_per_s=1.0)
-    with pytest.raises(ConfigError, match="no number of workers makes a step, or a lone prompt, faster"):
-        least_fleet(Scenario(impossible.traffic, impossible.fleet, impossible.router, Goals(0.3, 2.0, 0.001)))
+    possible = scenario("azure-2023-conv", 30, rate_per_s=1.0)
+    with pytest.raises(ConfigError, match=r"with 4 workers .* no number of workers makes a step, or a lone pro"):
+        least_fleet(replace(possible, goals=Goals(1e-6, 1.0, 0.05)))
+
+
+def test_a_pace_that_no_lone_answer_has_is_refused_before_a_fleet_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("kvferry.simulator.ratio.simulate")
+    possible = scenario("azure-2023-conv", 30, rate_per_s=1.0)
+    with pytest.raises(ConfigError, match=r"alone an answer has a token every .* ms, where the objective is 1 ms"):
+        least_fleet(replace(possible, goals=Goals(0.3, 2.0, 0.001)))
