@@ -118,7 +118,7 @@ class JobContents:
 def make_job(
     number: int, row: TraceRow, arrival_s: float, block_tokens: int, *, hashed: bool, adapter: AdapterUse | None = None
 ) -> Job:
-    """`hashed`: some prefix may be found again. A trace's block is one or more of ours."""
+    """`hashed`: some prefix may be found again."""
     num_blocks = (row.num_prompt_tokens + row.num_output_tokens) // block_tokens
     salt = 0 if adapter is None else int(adapter.digest, 16) << 48  # no adapter finds another's blocks
     hashes = _hashes(number, row, block_tokens, num_blocks, salt) if hashed else [b""] * num_blocks  # nobody looks
@@ -126,13 +126,11 @@ def make_job(
 
 
 def _hashes(number: int, row: TraceRow, block_tokens: int, num_blocks: int, salt: int) -> list[bytes]:
-    parts = row.block_tokens // block_tokens
-    shared = min(row.num_prompt_tokens // block_tokens, len(row.block_ids) * parts)
-    hashes = [
-        _hash(salt + block_id * parts + part)
-        for block_id in row.block_ids[: -(-shared // parts)]
-        for part in range(parts)
-    ][:shared]
+    """Return a hash for each block. The trace's block in which one of the prompt's ends tells all that is before it."""
+    parts = -(-row.block_tokens // block_tokens)
+    shared = min(row.num_prompt_tokens, len(row.block_ids) * row.block_tokens) // block_tokens
+    lasts = [((place + 1) * block_tokens - 1) // row.block_tokens for place in range(shared)]
+    hashes = [_hash(salt + row.block_ids[last] * parts + place % parts) for place, last in enumerate(lasts)]
     own = (1 << 63) + (number << 20)  # of this request alone
     hashes += [_hash(own + place) for place in range(len(hashes), num_blocks)]
     return hashes

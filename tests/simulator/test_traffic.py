@@ -113,6 +113,15 @@ def test_a_traces_blocks_become_the_hashes_of_a_jobs_blocks() -> None:
     assert len(set(halves.block_hashes)) == len(halves.block_hashes) == 4
 
 
+@pytest.mark.parametrize("block_tokens", [100, 512, 600, 1024, 2048])
+def test_blocks_of_any_length_are_shared_as_far_as_prompts_are_equal(block_tokens: int) -> None:
+    rows = [TraceRow(0.0, 3000, 10, block_ids=(0, 1, 2, 3, last, 9 + last)) for last in (4, 5)]
+    one, other = (make_job(n, row, 0.0, block_tokens, hashed=True).block_hashes for n, row in enumerate(rows))
+    assert len(set(one)) == len(one) == 3010 // block_tokens
+    same = [mine == theirs for mine, theirs in zip(one, other, strict=True)]
+    assert sum(same) == 4 * 512 // block_tokens and same == sorted(same, reverse=True)
+
+
 def test_an_infinite_cache_finds_leading_blocks_alone() -> None:
     rows = [TraceRow(0, 1536, 1, (7, 8, 9)), TraceRow(1, 1537, 1, (7, 8, 9)), TraceRow(2, 1536, 1, (1, 8, 9))]
     assert infinite_cache(rows) == [0, 1536, 0]
