@@ -38,12 +38,13 @@ def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
     rows = [row for _, row in arrivals(scenario.traffic)]
     cached = infinite_cache(rows)
     block_tokens = fleet.block_tokens or (rows[0].block_tokens if rows[0].block_ids else 64)
-    kv_tokens = fleet.blocks(block_tokens) * block_tokens
+    num_blocks = fleet.blocks(block_tokens)
     costs = []
     for row, hit in zip(rows, cached, strict=True):
         prefill_s = _prompt_s(steps, row.num_prompt_tokens, hit, fleet.prefill_tokens)
         context = row.num_prompt_tokens + row.num_output_tokens / 2
-        token_s = _token_s(steps, context, scenario.goals.tpot_s, min(fleet.max_num_seqs, kv_tokens / context))
+        held = max(context / block_tokens, -(-row.num_prompt_tokens // block_tokens))  # whole blocks, from the start
+        token_s = _token_s(steps, context, scenario.goals.tpot_s, min(fleet.max_num_seqs, num_blocks / held))
         costs.append((prefill_s, max(0, row.num_output_tokens - 1) * token_s))
     served = sorted(costs, key=sum)[: max(1, round(share * len(costs)))]
     prefill_s, decode_s = (sum(cost[part] for cost in served) / len(served) for part in (0, 1))

@@ -33,7 +33,7 @@ class Memory:
     cache_token: int  # of one token's keys and values
     num_blocks: int
     num_tokens: int
-    num_contexts: float  # sequences of the context's length that fit
+    num_contexts: float  # sequences of the context's length that fit, each in blocks of its own
     binding: str  # what takes most: weights, workspace, KV
 
 
@@ -108,7 +108,7 @@ class Sizer:
             cache_token=token,
             num_blocks=num_blocks,
             num_tokens=num_blocks * block_size,
-            num_contexts=num_blocks * block_size / self.context,
+            num_contexts=num_blocks / -(-self.context // block_size),
             binding=max(parts, key=lambda part: parts[part]),
         )
 
@@ -150,9 +150,11 @@ class Sizer:
         return Batch(low, "TPOT objective")
 
     def handoff(self, num_tokens: int, link_bytes_per_s: float) -> Handoff:
-        """Return what a prompt's handoff takes over links of such a rate, one for each rank."""
+        """Return what a prompt's handoff takes over links of such a rate, one for each rank: blocks are sent whole."""
         num_ranks, layers = self.engine.tensor_parallel_size, self.model.num_layers
-        num_bytes = num_tokens * num_ranks * cache_token_bytes(self.engine, self.model)
+        block_size = block_tokens(self.engine, self.model)
+        num_sent = -(-num_tokens // block_size) * block_size
+        num_bytes = num_sent * num_ranks * cache_token_bytes(self.engine, self.model)
         link_s, prompt_s = num_bytes / num_ranks / link_bytes_per_s, self.prompt(num_tokens).expected_s
         exposed_s = max(link_s / layers, link_s - prompt_s * (layers - 1) / layers)
         return Handoff(num_bytes, link_s, exposed_s, "link" if link_s > prompt_s else "compute")

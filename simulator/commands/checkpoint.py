@@ -22,7 +22,7 @@ from ...models.parts.states import check_states
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
-from ...sizing.memory import GPU_BATCHED_TOKENS, check_cache_dtype, check_latent_dtype
+from ...sizing.memory import GPU_BATCHED_TOKENS, block_tokens, check_cache_dtype, check_latent_dtype
 from ...tools.load.arguments import positive_float
 from ..costs.network import Link, Network
 from ..scenario import Fleet
@@ -124,7 +124,7 @@ def link_bytes_per_s(options: argparse.Namespace, gpu: Gpu) -> float:
 
 def fleet_of(sizer: Sizer, link: float) -> Fleet:
     """Return one worker of each role. `link`: as `link_bytes_per_s` has it."""
-    engine = sizer.engine
+    engine, model = sizer.engine, sizer.model
     return Fleet(
         prefill=1,
         decode=1,
@@ -132,8 +132,10 @@ def fleet_of(sizer: Sizer, link: float) -> Fleet:
         model=sizer.shape,
         gpus_per_worker=engine.tensor_parallel_size,
         steps=sizer.steps,
+        # A prompt is found, sent and kept in steps of them; short blocks are simulated as longer ones, in less time.
+        block_tokens=None if model.states is None else block_tokens(engine, model),
         max_num_seqs=engine.max_num_seqs,
-        max_model_len=sizer.model.longest_model_len,
+        max_model_len=model.longest_model_len,
         prefill_tokens=batched_tokens(sizer.gpu, "prefill"),
         decode_tokens=batched_tokens(sizer.gpu, "decode"),
         network=Network(Link(link * engine.tensor_parallel_size, _LINK_LATENCY_S)),

@@ -165,7 +165,7 @@ def _fleet(options: argparse.Namespace, traffic: Traffic) -> Fleet:
         decode=options.decode,
         steps=fit(read_samples(options.steps), noise=not options.no_noise) if options.steps else worker.steps,
         num_blocks=options.num_blocks,
-        block_tokens=options.block_size,
+        block_tokens=options.block_size or worker.block_tokens,
         max_num_seqs=options.max_num_seqs,
         prefill_tokens=options.prefill_tokens or worker.prefill_tokens,
         decode_tokens=options.decode_tokens or worker.decode_tokens,
@@ -261,7 +261,7 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps", type=Path, metavar="FILE", help="samples of a live worker's steps, instead of a GPU")
     group.add_argument("--no-noise", action="store_true", help="with --steps: every step takes what the fit says")
     group.add_argument("--num-blocks", type=positive_int, help="of a worker; default: what fits into its memory")
-    group.add_argument("--block-size", type=positive_int, help="tokens; default: 512 where the trace has blocks, or 64")
+    group.add_argument("--block-size", type=positive_int, help="tokens; default: as states demand, the trace's, or 64")
     group.add_argument("--max-num-seqs", type=positive_int, default=256)
     group.add_argument("--prefill-tokens", type=positive_int, help="largest step of a prefill worker; default: 8192")
     group.add_argument("--decode-tokens", type=positive_int, help="largest step of a decode worker; default: 2048")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from kvferry.simulator.commands.simulate import main
+from kvferry.simulator.commands.simulate import main, make_parser, scenario_of
 from kvferry.simulator.commands.simulate_report import Run
 
 from ..sizing.models import write_config
@@ -133,6 +133,15 @@ def test_a_checkpoint_is_simulated_as_it_is_sized(tmp_path: Path, capsys: pytest
         tpot_ms.append(found["tpot_ms"]["p50"])
     assert tpot_ms[1] < tpot_ms[0] and tpot_ms[2] < 0.7 * tpot_ms[0]
     assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_a_model_with_states_is_simulated_in_its_own_blocks(tmp_path: Path) -> None:
+    model = str(write_config(tmp_path / "states", "states"))
+    worker = ["--gpu", "cpu", "--memory-gb", "16", "--memory-gb-per-s", "300", "--tflops", "20"]
+    words = [*SMALL, "--tensor-parallel-size", "1", "--model", model, *worker]
+    for more, block_tokens in (([], 2048), (["--block-size", "512"], 512)):
+        fleet = scenario_of(make_parser().parse_args([*words, *more])).fleet
+        assert fleet.block_tokens == block_tokens
 
 
 @pytest.mark.parametrize(

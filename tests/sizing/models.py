@@ -63,6 +63,20 @@ CONFIGS: dict[str, dict[str, object]] = {
         "max_position_embeddings": 4096,
         "torch_dtype": "bfloat16",
     },
+    # Qwen3.5-0.8B's language model: 18 of 24 layers keep a state.
+    "states": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 16,
+        "vocab_size": 248320,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 262144,
+        "torch_dtype": "bfloat16",
+    },
 }
 
 

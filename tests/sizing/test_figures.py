@@ -67,6 +67,18 @@ def test_a_70b_on_four(llama_70b: ModelConfig) -> None:
     assert sizer.exchanged_bytes(1) == 161 * 8192 * 2 * 2 * 3 / 4
 
 
+def test_short_sequences_take_a_whole_block_of_a_model_with_states(tmp_path: Path) -> None:
+    model, cpu = model_of(tmp_path, "states"), measured_cpu(16.0, 300.0, 20.0)
+    engine = engine_of(device="cpu")
+    short, long = Sizer(engine, model, cpu, 100), Sizer(engine, model, cpu, 2049)
+    memory = short.memory()
+    assert memory.num_tokens == 2048 * memory.num_blocks
+    assert memory.num_contexts == memory.num_blocks == 2 * long.memory().num_contexts
+    assert short.handoff(100, 1e9).num_bytes == 2048 * memory.cache_token == long.handoff(2049, 1e9).num_bytes / 2
+    patient = short.batch(1e3)
+    assert patient.num_rows == min(256, memory.num_blocks)
+
+
 def test_a_token_uses_a_few_experts(tmp_path: Path) -> None:
     model = model_of(tmp_path, "30b-a3b")
     sizer = Sizer(engine_of(), model, H100, 1024)
