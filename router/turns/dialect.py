@@ -12,18 +12,22 @@ from dataclasses import dataclass, replace
 from ...common.config import ReasoningParserName, ToolParserName
 from . import channels
 from .call_reader import CallReader
-from .deepseek import BEGIN_CALLS, DeepSeekSyntax
+from .deepseek import DEEPSEEK, HUNYUAN, DeepSeekSyntax
 from .definitions import ToolUse
 from .either_syntax import EitherSyntax
-from .json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
+from .json_syntaxes import COMMAND_TAGS, GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
 from .paired import GLM, MINIMAX, PairedSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import SEED, QwenCoderSyntax
 from .reasoning import (
+    ANSWER,
     BRACKETS,
+    COMMAND_RESPONSE,
+    COMMAND_THINK,
     RESPONSE,
     SEED_THINK,
     THINK,
+    AnswerTags,
     DraftReader,
     ReasoningCount,
     ReasoningCounter,
@@ -48,6 +52,7 @@ _CALL_ALIASES: Mapping[str, str] = {
 }
 _REASONING_ALIASES: Mapping[str, str] = {
     "glm45": "think",
+    "hunyuan_a13b": "think",
     "minimax_m2": "think",
     "openai_gptoss": "channels",
     "qwen3": "think",
@@ -56,7 +61,9 @@ _CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # what gp
 # What a template of each family has in it; the first that is found names the form.
 _SIGNS = (
     (re.compile(re.escape(channels.CHANNEL)), "channels"),
-    (re.compile(BEGIN_CALLS), "deepseek_v3"),
+    (re.compile(DEEPSEEK.begin_calls), "deepseek_v3"),
+    (re.compile(r"<\|START_ACTION\|>"), "cohere_command3"),
+    (re.compile(r"<tool_calls>"), "hunyuan_a13b"),
     (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
     (re.compile(r"<\|tool_(?:list|call)_start\|>|List of tools: "), "lfm2"),
     (re.compile(r"<seed:tool_call>"), "seed_oss"),
@@ -72,10 +79,17 @@ _TAGS = (  # what a template of each form of reasoning has in it
     (channels.CHANNEL, "channels"),
     (BRACKETS.begin, "mistral"),
     (SEED_THINK.begin, "seed_oss"),
+    (COMMAND_THINK.begin, "cohere_command3"),
     (THINK.begin, "think"),  # OLMo 3's has this one alone
     (THINK.end, "think"),
 )
-_TAGS_OF: Mapping[str, Tags] = {"mistral": BRACKETS, "seed_oss": SEED_THINK}
+_TAGS_OF: Mapping[str, Tags] = {"mistral": BRACKETS, "seed_oss": SEED_THINK, "cohere_command3": COMMAND_THINK}
+_ANSWER_TAGS = (  # what a template has in it whose model's answers stand in tags
+    (RESPONSE.begin, RESPONSE),
+    (COMMAND_RESPONSE.begin, COMMAND_RESPONSE),
+    ("<|extra_0|>", ANSWER),  # Hunyuan's ends of turns: templates tell of no answers in tags
+    ("<｜hy_Assistant", ANSWER),
+)
 _SWITCHES = frozenset({"reasoning_effort", "enable_thinking", "thinking"})
 
 
@@ -84,9 +98,10 @@ class Dialect:
     """The dialect of one model, as far as answers are read by it."""
 
     tool_parser: str = "hermes"
-    # think; mistral, seed_oss: their tags; deepseek_r1: the answer begins inside, tag or not; channels: gpt-oss's
+    # think; mistral, seed_oss, cohere_command3: their tags; deepseek_r1: the answer begins inside, tag or not;
+    # channels: gpt-oss's
     reasoning_parser: str = "none"
-    answers_in_tags: bool = False  # behind its thoughts
+    answer_tags: AnswerTags | None = None  # around its answers
     takes_tools: bool = False  # the template tells the model of tools itself
     has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
     tells_calls: bool = True  # the template tells the model of its earlier calls, too
@@ -109,7 +124,7 @@ class Dialect:
         found = cls(
             tool_parser=next(by_sign, "json") if takes_tools else "hermes",  # told.py's form where it takes none
             reasoning_parser=next(by_tag, "none"),
-            answers_in_tags=RESPONSE.begin in source,
+            answer_tags=next((tags for sign, tags in _ANSWER_TAGS if sign in source), None),
             takes_tools=takes_tools,
             tells_calls="tool_calls" in source,
             switches=_SWITCHES & variables,
@@ -171,6 +186,10 @@ class Dialect:
                 return BareJsonSyntax(names, LLAMA_TAGS)
             case "granite":
                 return BareJsonSyntax(names, GRANITE_TAGS)
+            case "cohere_command3":
+                return BareJsonSyntax(names, COMMAND_TAGS)
+            case "hunyuan_a13b":
+                return DeepSeekSyntax(HUNYUAN)
             case "json":
                 return BareJsonSyntax(names)
         return HermesSyntax()
@@ -210,9 +229,10 @@ class Dialect:
         if self.has_channels:
             names = frozenset(tool.name for tool in use.tools)
             return channels.ChannelReader(names, has_one_call=not use.is_parallel)
-        around = RESPONSE if self.answers_in_tags else None
         reasoning = (
-            ReasoningReader(self._tags, begins_inside=begins_inside, answer_tags=around) if self.reasons else None
+            ReasoningReader(self._tags, begins_inside=begins_inside, answer_tags=self.answer_tags)
+            if self.reasons
+            else None
         )
         syntax = self.syntax(use) if use.tools else None
         calls = CallReader(syntax) if syntax is not None else None

@@ -1,4 +1,4 @@
-"""The forms of calls that are JSON: of Hermes and Qwen, of Mistral, of Llama 3, of Granite 3, and JSON alone."""
+"""The forms of calls that are JSON: of Hermes and Qwen, Mistral, Llama 3, Granite 3, Command, and JSON alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, first_place
 LLAMA_TAGS: Mapping[str, str] = {"<|python_tag|>": ""}
 # Of Granite 3.0 and 3.3, of 3.1 and 3.2, of Phi-4-mini as it was trained and as vLLM's template tells it.
 GRANITE_TAGS: Mapping[str, str] = {"<|tool_call|>": "<|/tool_call|>", "<tool_call>": "</tool_call>", "functools": ""}
+COMMAND_TAGS: Mapping[str, str] = {"<|START_ACTION|>": "<|END_ACTION|>"}  # of Command R7B and A
 _NO_TAGS: Mapping[str, str] = {}
 _SEPARATOR = re.compile(r"[\s;,]*+")
 _FENCE = re.compile(r"```(?:json)?+\s*+(?=[{\[])")

@@ -24,7 +24,20 @@ class Tags(NamedTuple):
 THINK = Tags("<think>", "</think>")
 SEED_THINK = Tags("<seed:think>", "</seed:think>")  # Seed-OSS's
 BRACKETS = Tags("[THINK]", "[/THINK]")  # Magistral's
-RESPONSE = Tags("<response>", "</response>")  # around the answers of Granite 3.3 and ERNIE 4.5
+COMMAND_THINK = Tags("<|START_THINKING|>", "<|END_THINKING|>")  # of Command R7B and A
+
+
+class AnswerTags(NamedTuple):
+    """Tags stand around a model's answer."""
+
+    begin: str
+    end: str
+    needs_thoughts: bool  # they are the model's form behind its thoughts alone
+
+
+RESPONSE = AnswerTags("<response>", "</response>", needs_thoughts=True)  # of Granite 3.3 and ERNIE 4.5
+ANSWER = AnswerTags("<answer>", "</answer>", needs_thoughts=False)  # of Hunyuan
+COMMAND_RESPONSE = AnswerTags("<|START_RESPONSE|>", "<|END_RESPONSE|>", needs_thoughts=False)
 
 
 class ReasoningCounter(Protocol):
@@ -58,8 +71,8 @@ class ReasoningCount:
 class ReasoningReader:
     """The state of one choice."""
 
-    def __init__(self, tags: Tags = THINK, *, begins_inside: bool, answer_tags: Tags | None = None) -> None:
-        """`answer_tags` may stand around an answer behind thoughts."""
+    def __init__(self, tags: Tags = THINK, *, begins_inside: bool, answer_tags: AnswerTags | None = None) -> None:
+        """`answer_tags` may stand around an answer."""
         self._begin_tag, self._end_tag = tags
         self._answer_tags = answer_tags
         self._answer_state: Literal["start", "tagged", "plain"] = "plain" if answer_tags is None else "start"
@@ -81,7 +94,8 @@ class ReasoningReader:
     @property
     def is_unclear(self) -> bool:
         """Tell whether what came last may be the beginning of a tag, or of the answer."""
-        return self._state == "start" and not self.has_begun and bool(self._rest)
+        is_start = self._answer_state == "start" if self.is_outside else self._state == "start" and not self.has_begun
+        return is_start and bool(self._rest)
 
     def push(self, text: str, *, is_final: bool = False) -> tuple[str, str]:
         """Take what comes next; return (reasoning, answer) as far as they grow by it. The last text is final."""
@@ -101,7 +115,7 @@ class ReasoningReader:
             self._state, self._rest, self.has_begun = "inside", text[len(self._begin_tag) :], True
         elif is_final or not self._begin_tag.startswith(text):
             self._state, self._is_blank = ("inside", True) if self.has_begun else ("outside", False)
-            if not self.has_begun:
+            if not self.has_begun and (self._answer_tags is None or self._answer_tags.needs_thoughts):
                 self._answer_state = "plain"
 
     def _reasoning(self, *, is_final: bool) -> str:
@@ -130,14 +144,16 @@ class ReasoningReader:
         self._is_blank = self._is_blank and not text
         return text
 
-    def _untagged(self, text: str, tags: Tags, *, is_final: bool) -> str:
+    def _untagged(self, text: str, tags: AnswerTags, *, is_final: bool) -> str:
         """Return the answer's text without its tags, as far as it is clear which text is none of them."""
         if self._answer_state == "start":
             if not is_final and tags.begin.startswith(text):
                 self._rest = text
                 return ""
-            self._answer_state = "tagged" if text.startswith(tags.begin) else "plain"
-            text = text.removeprefix(tags.begin).lstrip()
+            has_begin = text.startswith(tags.begin)  # the prompt may have it
+            self._answer_state = "plain" if tags.needs_thoughts and not has_begin else "tagged"
+            if has_begin:
+                self._is_blank, text = True, text.removeprefix(tags.begin).lstrip()
         if self._answer_state == "plain":
             return text
         stripped = text.rstrip()

@@ -16,9 +16,12 @@ from .json_text import Scans, dumps, escaped, loads, skip_blank
 from .python_text import ValueWalk
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
-_HEAD = re.compile(r'\{\s*+"name"\s*+:\s*+"([^"\\]*+)"\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)')
+_HEAD = re.compile(
+    r'\{\s*+(?:"tool_call_id"\s*+:\s*+"[^"\\]*+"\s*+,\s*+)?+"(?:tool_)?+name"\s*+:\s*+"([^"\\]*+)"'
+    r'\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)'
+)
 _FIRST_KEY = re.compile(r'\{\s*+"([^"\\]*+)"')
-_KEYS = {"name", "arguments", "parameters", "type", "id"}
+_KEYS = {"name", "arguments", "parameters", "type", "id", "tool_name", "tool_call_id"}  # the last two: Command's
 _CLOSING = re.compile(r"\s*+\}")
 
 Schemas = Mapping[str, Mapping[str, object]]  # a tool's parameters by its name
@@ -136,7 +139,8 @@ def _object_end(text: str, start: int, arguments_end: int, scans: Scans, *, is_f
 
 def _whole_call(text: str, is_name: NameCheck) -> Call | None:
     value = loads(text)
-    if not isinstance(value, dict) or not isinstance(name := value.get("name"), str) or not is_name(name):
+    name = value.get("name", value.get("tool_name")) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(name, str) or not is_name(name):
         return None
     match value.get("arguments", value.get("parameters")):
         case None:

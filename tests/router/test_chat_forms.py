@@ -45,6 +45,12 @@ FORMS = {
         '<｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n{"query": "y"}\n```<｜tool▁call▁end｜>'
         "<｜tool▁calls▁end｜>"
     ),
+    "hunyuan_a13b": f"<tool_calls>{LIST}</tool_calls>",
+    "cohere_command3": (
+        "<|START_ACTION|>[\n"
+        '    {"tool_call_id": "0", "tool_name": "search", "parameters": {"query": "x", "limit": 2}},\n'
+        '    {"tool_call_id": "1", "tool_name": "search", "parameters": {"query": "y"}}\n]<|END_ACTION|>'
+    ),
     "deepseek_v31": (
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>search<｜tool▁sep｜>{"query": "x", "limit": 2}<｜tool▁call▁end｜>'
         '<｜tool▁call▁begin｜>search<｜tool▁sep｜>{"query": "y"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'

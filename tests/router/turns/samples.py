@@ -7,9 +7,16 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvferry.router.turns.deepseek import DeepSeekSyntax
+from kvferry.router.turns.deepseek import HUNYUAN, DeepSeekSyntax
 from kvferry.router.turns.either_syntax import EitherSyntax
-from kvferry.router.turns.json_syntaxes import GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
+from kvferry.router.turns.json_syntaxes import (
+    COMMAND_TAGS,
+    GRANITE_TAGS,
+    LLAMA_TAGS,
+    BareJsonSyntax,
+    HermesSyntax,
+    MistralSyntax,
+)
 from kvferry.router.turns.paired import GLM, MINIMAX, PairedSyntax
 from kvferry.router.turns.pythonic import PythonicSyntax
 from kvferry.router.turns.qwen_coder import SEED, QwenCoderSyntax
@@ -28,6 +35,7 @@ WORDS = (
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
     "```", "functools", "<|tool_call|>",
+    "<tool_calls>", "</tool_calls>", "search\n```json\n", "<|START_ACTION|>", "<|END_ACTION|>", "<|START",
     "<seed:tool_call>", "</seed:tool_call>", "<seed",
     "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="search">', "</invoke>", "</parameter>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
@@ -114,6 +122,23 @@ def _deepseek(rng: random.Random, name: str, arguments: dict[str, object]) -> st
     return calls if rng.random() < 0.2 else f"<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>"
 
 
+def _hunyuan(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    written, num_calls, blank = json.dumps(arguments), rng.randint(1, 2), rng.choice(["", "\n"])
+    if rng.random() < 0.5:
+        calls = json.dumps([{"name": name, "arguments": arguments}] * num_calls)
+        return f"<tool_calls>{blank}{calls}{blank}</tool_calls>"
+    calls = blank.join([f"<tool_call>{name}\n```json\n{written}\n```{blank}</tool_call>"] * num_calls)
+    return calls if rng.random() < 0.2 else f"<tool_calls>{blank}{calls}{blank}</tool_calls>"
+
+
+def _command(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    call = {"tool_call_id": "0", "tool_name": name, "parameters": arguments}
+    if rng.random() < 0.3:
+        del call["tool_call_id"]
+    written = json.dumps([call] * rng.randint(1, 2), indent=rng.choice([None, 4]))
+    return f"<|START_ACTION|>{written}{rng.choice(['', '<|END_ACTION|>'])}"
+
+
 def _pythonic(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     parts = rng.choice([", ", ","]).join(f"{key}={_python(rng, value)}" for key, value in arguments.items())
     calls = [f"{name}({parts})"] * rng.randint(1, 2)
@@ -139,6 +164,8 @@ FORMS: dict[str, Form] = {
     "granite": Form(BareJsonSyntax(NAMES, GRANITE_TAGS), _granite),
     "json": Form(BareJsonSyntax(NAMES), _bare),
     "deepseek_v3": Form(DeepSeekSyntax(), _deepseek),
+    "hunyuan_a13b": Form(DeepSeekSyntax(HUNYUAN), _hunyuan),
+    "cohere_command3": Form(BareJsonSyntax(NAMES, COMMAND_TAGS), _command),
     "pythonic": Form(PythonicSyntax(SCHEMAS), _pythonic),
     "qwen3_coder": Form(QwenCoderSyntax(SCHEMAS), _coder),
     "seed_oss": Form(QwenCoderSyntax(SCHEMAS, SEED), _seed),

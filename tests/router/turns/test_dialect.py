@@ -47,6 +47,9 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools }}<think><minimax:tool_call>", "minimax_m2", True, "think"),
         ("{{ tools }}<seed:think><seed:tool_call><function=name>", "seed_oss", True, "seed_oss"),
         ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
+        ("{{ tools }}<tool_calls>[...]</tool_calls><think>\n\n</think>", "hunyuan_a13b", True, "think"),
+        ("{{ tools }}<tool_calls><tool_call>name\n```json", "hunyuan_a13b", True, "none"),
+        ("{{ tools }}<|START_THINKING|><|START_ACTION|>", "cohere_command3", True, "cohere_command3"),
         ("{{ tools }}<think><｜tool▁calls▁begin｜>", "deepseek_v3", True, "think"),
         ("<think><｜tool▁calls▁begin｜>", "hermes", False, "think"),
         ("{{ tools }}respond only with <|tool_call|>", "granite", True, "none"),
@@ -145,6 +148,42 @@ def test_tags_may_be_others() -> None:
     for number, piece in enumerate(("[THINK]", "Hm.", "[/THINK]", "So."), 1):
         count.push(piece, number)
     assert count.num_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "thoughts", "calls"),
+    [
+        ("<|extra_0|></think>", "<think>\nHm.\n</think>\n<answer>\nHi.\n</answer>", "Hm.", []),
+        ("<｜hy_Assistant｜></think>", "<answer>\nHi.\n</answer>", "", []),
+        (
+            "{{ tools }}<tool_calls><think>",
+            '<think>Hm.</think>Hi.<tool_calls>\n<tool_call>f\n```json\n{"a": 1}\n```</tool_call>\n</tool_calls>',
+            "Hm.",
+            [("f", '{"a": 1}')],
+        ),
+        (
+            "{{ tools }}<|START_THINKING|><|START_ACTION|><|START_RESPONSE|>",
+            '<|START_THINKING|>Hm.<|END_THINKING|>Hi.<|START_ACTION|>[{"tool_name": "f", "parameters": {"a": 1}}]'
+            "<|END_ACTION|>",
+            "Hm.",
+            [("f", '{"a": 1}')],
+        ),
+        ("<|START_THINKING|><|START_RESPONSE|>", "<|START_RESPONSE|>Hi.<|END_RESPONSE|>", "", []),
+        ("<|START_THINKING|><|START_RESPONSE|>", "Hi.<|END_RESPONSE|>", "", []),
+        ("<|START_THINKING|><|START_RESPONSE|>", "Hi.", "", []),
+    ],
+)
+def test_answers_of_hunyuan_and_command_are_told_apart_wherever_they_are_cut(
+    source: str, text: str, thoughts: str, calls: list[tuple[str, str]]
+) -> None:
+    for size in (1, 2, 3, 7, len(text)):
+        reader = _dialect(source).reader(USE, begins_inside=False)
+        told = [reader.push(text[at : at + size]) for at in range(0, len(text), size)]
+        told.append(reader.push("", is_final=True))
+        assert "".join(each.reasoning for each in told) == thoughts
+        assert "".join(each.content for each in told) == "Hi.", size
+        found = joined_calls([call for each in told for call in each.calls])
+        assert [(call.name, call.arguments) for call in found] == calls
 
 
 def test_special_tokens_that_are_read_stay_in_the_text() -> None:
