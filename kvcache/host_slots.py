@@ -26,7 +26,10 @@ _CUDA_SHARE = 0.1  # of the machine's free memory, for swapping, at most
 _CUDA_CACHE_BYTES = 8 << 30  # for the prefix cache, at most
 _CUDA_CACHE_SHARE = 0.1  # of the machine's free memory, for the prefix cache, at most
 _STAGING_SHARE = 0.25  # of a CPU's KV cache: what is read from disk comes there first
-_MIN_STAGING_BLOCKS = 64  # fewer would leave a long prompt's reads waiting for one another
+# At least; fewer would leave a long prompt's reads waiting for one another. Blocks of models with states are long, and
+# tens of megabytes each: as many of them as of short ones would take more than the KV cache does.
+_MIN_STAGING_TOKENS = 1024
+_MIN_STAGING_BLOCKS = 4
 _CPU_SHARE = 0.1  # of the KV cache, for swapping: a copy there only moves blocks within the same memory
 _BLOCKS_AT_ONCE = 16  # gathered on a GPU in one piece: memory is scarce where blocks are swapped
 # Pinned at once: torch rounds pinned memory up to a power of two, so one piece of 9 GiB would take 16.
@@ -62,7 +65,8 @@ def num_host_blocks(
         num_bytes = min(_CUDA_CACHE_BYTES, int(_CUDA_CACHE_SHARE * free_memory_bytes() / tp_size))
         count = num_bytes // spec.block_bytes(tp_size)
     else:  # the device's memory is the host's
-        count = max(_MIN_STAGING_BLOCKS, int(_STAGING_SHARE * num_blocks)) if has_disk else 0
+        least = max(_MIN_STAGING_BLOCKS, spec.num_blocks_for(_MIN_STAGING_TOKENS))
+        count = max(least, int(_STAGING_SHARE * num_blocks)) if has_disk else 0
     if has_disk and count < 2:
         raise ConfigError(
             f"disk_cache_dir: blocks are read into host memory first, and host_cache_memory_bytes = "

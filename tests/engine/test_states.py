@@ -137,6 +137,16 @@ def test_a_block_is_as_long_as_what_it_keeps_demands(checkpoints: Path) -> None:
     assert spec.page_bytes() >= states.num_bytes > spec.page_bytes() // 2
 
 
+@pytest.mark.parametrize(("num_blocks", "num_staged"), [(8, 8), (64, 16)])
+def test_what_is_read_from_a_disk_comes_into_a_quarter_of_the_cache(
+    checkpoints: Path, tmp_path: Path, num_blocks: int, num_staged: int
+) -> None:
+    engine = make_engine(
+        checkpoints / "qwen3.5", num_blocks=num_blocks, disk_cache_dir=tmp_path, host_cache_memory_bytes=None
+    )
+    assert engine.spec.block_size == 128 and engine.num_host_blocks == num_staged  # or 1,024 tokens
+
+
 def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path) -> None:
     [asked] = prompts([40])
     clean = _answers(make_engine(checkpoints / "qwen3.5"), [asked], 7)
