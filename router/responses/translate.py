@@ -52,6 +52,7 @@ _KNOWN = frozenset(
 )
 FIELD_NAMES: FieldNames = (
     (re.compile(r"\btool_choice\.function\.name\b"), "tool_choice.name"),
+    (re.compile(r'"function": \{"name": \.\.\.\}'), '"name": ...'),
     (re.compile(r"\bresponse_format(?:\.json_schema)?\b"), "text.format"),
     (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
     (re.compile(r"\bmax_tokens asks\b"), "max_output_tokens asks"),

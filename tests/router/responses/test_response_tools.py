@@ -40,6 +40,14 @@ async def test_what_only_openai_runs_is_left_out_beside_functions_and_told() -> 
     assert "x-kvferry-ignored" not in (await _post(served, tools=[FUNCTION])).headers
 
 
+async def test_a_refused_choice_is_told_the_form_that_is_taken() -> None:
+    """A chat's form would be refused in the same words."""
+    named = {"type": "function", "name": "read"}
+    for refused in ({"type": "function"}, {"type": "allowed_tools", "mode": "auto", "tools": [named]}):
+        error = (await _post(_served(), tools=[FUNCTION], tool_choice=refused)).json()["error"]
+        assert error["param"] == "tool_choice" and 'or {"type": "function", "name": ...}, got' in error["message"]
+
+
 async def test_a_namespaces_function_is_called_by_both_names() -> None:
     served = _served(CALL)
     answer = (await _post(served, tools=[FUNCTION, NOTES])).json()
