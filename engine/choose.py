@@ -67,7 +67,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
 def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
     if model.states is not None:
-        check_states(config, is_cuda=device.type == "cuda")
+        check_states(config)
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
     if (quantization := model.quantization) is not None:
@@ -181,13 +181,14 @@ def choose_runner(
     native_model: NativeModel | None,  # as `pack_weights` made it of `decoder`
     pages: LayerPages,  # the model's part of what `kvcache.pages.allocate_pages` makes
     *,
+    whole: Tensor | None = None,  # all of that, where the model's part is not all
     cores: CoreSlot | None = None,
     progress: Progress | None = None,
 ) -> Runner:
     """Make this rank's runner; it compiles now what the first request would wait for. Raises ConfigError."""
     attention = _attention(config, decoder, pages)
     if isinstance(pages, Tensor) and pages.device.type == "cuda":
-        return _cuda_runner(config, decoder, attention, pages, progress)
+        return _cuda_runner(config, decoder, attention, pages if whole is None else whole, progress)
     if native_model is not None:
         native = NativeDecoder(
             native_model,
@@ -212,7 +213,7 @@ def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> Att
         model.num_qo_heads // decoder.head.rows.comm.size,
         model.kv_windows,
         query_dtype=decoder.dtype,
-        kv_scales=read_kv_scales(config.model_dir, model.num_layers) if has_scales else None,
+        kv_scales=_kv_scales(config, model) if has_scales else None,
         deterministic=config.deterministic,
         scores=Scores(
             scale=model.score_scale,
@@ -221,6 +222,12 @@ def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> Att
             value_dim=None if model.latent is None else model.latent.kv_rank,
         ),
     )
+
+
+def _kv_scales(config: EngineConfig, model: ModelConfig) -> list[tuple[float, float]]:
+    """Return k_scale and v_scale of each layer that keeps keys and values."""
+    scales = read_kv_scales(config.model_dir, model.num_layers)
+    return [scales[layer] for layer in model.kv_layers]
 
 
 def _cuda_runner(

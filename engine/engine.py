@@ -120,7 +120,9 @@ class Engine:
         if decoder.states is not None:
             decoder.states.attach(self.kv_pages[self._num_layer_pages :])
         self._states = decoder.states
-        self.runner = choose_runner(config, decoder, native_model, pages, cores=cores, progress=progress)
+        self.runner = choose_runner(
+            config, decoder, native_model, pages, whole=self.kv_pages, cores=cores, progress=progress
+        )
         if self._draft is not None:
             self._draft.attach(self.kv_pages, cores)
             self.spec = msgspec.structs.replace(self.spec, draft=self._draft.digest)

@@ -79,7 +79,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
     if model.states is not None:
-        check_states(engine, is_cuda=is_cuda)
+        check_states(engine)
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":

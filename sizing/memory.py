@@ -22,6 +22,7 @@ RANK_BYTES = 400 << 20
 # memory at its first long step, more is cache that is not there.
 _GPU_BASE_BYTES = 3 << 29
 _EXPERT_ROWS = 4096  # of a step that are sorted by their experts at once: `engine/cuda/experts.py`
+_STATE_ROWS = 64  # of one token whose states are taken at once: `engine/nn/states.py`
 # Tokens of a step: enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them
 # waiting for long.
 GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
@@ -126,7 +127,24 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
         activations += rows * (3 * model.hidden_size + inner) * item_bytes(engine, model)
         if engine.exchanges_experts:  # at worst all rows come to one rank, and their sums go back
             activations += num_tokens * model.hidden_size * (item_bytes(engine, model) + ITEM_BYTES["float32"])
+    if model.states is not None:
+        activations += _state_bytes(engine, model, num_tokens)
     counted = rank_weights(engine.model_copy(update={"device": "cuda"}), model)
     widening = _WIDENING_BYTES if counted.nibbles else 0
     logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * ITEM_BYTES["float32"]
     return _GPU_BASE_BYTES + activations + logits + widening
+
+
+def _state_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
+    """About what a layer with states takes of a GPU while it computes a step of `num_tokens`."""
+    states, wide = model.states, ITEM_BYTES["float32"]
+    assert states is not None
+    # Of each token what is projected, twice while it is put in order; what heads yield, its norm, gates and their silu.
+    step = 2 * (states.num_convolved + states.num_values) * item_bytes(engine, model) + 4 * states.num_values * wide
+    # Of a block's tokens what the convolution takes and yields, and queries, keys and values of each head of values.
+    heads = 2 * states.num_value_heads * states.key_dim + states.num_values
+    stretch = (4 * states.num_convolved + 2 * heads) * wide
+    rows = min(engine.max_num_seqs, _STATE_ROWS)  # a state as it was read, as products take it, and as it is written
+    return (
+        num_tokens * step + min(num_tokens, block_tokens(engine, model)) * stretch + 4 * rows * states.layer_size * wide
+    )

@@ -29,14 +29,14 @@ STATES: dict[str, Any] = {
 }
 
 
-def write_model(path: Path, config: Any, *, seed: int = 0) -> Path:
+def write_model(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model of a transformers config, its matrices drawn with the scale that keeps activations near 1."""
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32)
     draw(model, seed=seed)
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     return path
 
 

@@ -19,6 +19,7 @@ from ..nn.attention.page_index import PageIndex
 from ..nn.loading import Progress
 from .decoder import FusedDecoder
 from .rows import StepArrays
+from .states import DeviceStates
 
 _WARM_UPS = 2  # before a capture: kernels are compiled and libraries take their workspaces
 
@@ -35,7 +36,9 @@ class CudaDecodeDevice:
         sizes: tuple[int, ...],
         max_pages_per_row: int,
         spare_block: int,
+        states: DeviceStates | None = None,
     ) -> None:
+        """`states`: of the model's layers; None: all keep keys and values."""
         self.sizes = sizes
         self._decoder = decoder
         self._attention = attention
@@ -54,6 +57,7 @@ class CudaDecodeDevice:
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._is_adapted = False  # the step that was uploaded last
         self._spare_block = spare_block
+        self._states = states
 
     def _index(self, size: int) -> PageIndex:
         buffers = self._buffers
@@ -100,6 +104,8 @@ class CudaDecodeDevice:
     def _run(self, size: int) -> Tensor:
         buffers, attention = self._buffers, self._attentions[size]
         adapters = buffers.adapters[:size] if self._is_adapted else None
+        if self._states is not None:
+            self._states.begin_rows(self._index(size))
         return self._decoder.forward(buffers.input_ids[:size], buffers.positions[:size], attention, None, adapters)
 
     # --- steps ------------------------------------------------------------------------------------------------
@@ -145,12 +151,16 @@ class CudaDecodeDevice:
         else:
             graph, hidden = captured
             graph.replay()
+        if self._states is not None:
+            self._states.report()
         return self._decoder.logits(hidden[:num_rows])
 
     def wait(self, queue_more: Callable[[], None]) -> None:
         self._done.record()
         queue_more()
         self._done.synchronize()
+        if self._states is not None:
+            self._states.check()
 
 
 class _Buffers:

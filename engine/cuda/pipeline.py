@@ -54,7 +54,10 @@ class DecodeDevice(Protocol):
         ...
 
     def wait(self, queue_more: Callable[[], None]) -> None:
-        """Call `queue_more`, then return when what was queued before it is done."""
+        """Call `queue_more`, then return when what was queued before it is done.
+
+        Raises ForeignStateError where a row went on from a state that is not its own.
+        """
         ...
 
 
@@ -64,7 +67,7 @@ class DecodePipeline:
     def __init__(
         self, device: DecodeDevice, sampler: DeviceSampler, pages: Tensor, *, spare_block: int, max_model_len: int
     ) -> None:
-        """`spare_block`: of `pages`, owned by no sequence; padding rows write there."""
+        """`pages`: all of a block. `spare_block`: of them, owned by no sequence; padding rows write there."""
         self._device = device
         self._sampler = sampler
         self._pages = pages

@@ -33,6 +33,7 @@ from .pieces import PieceGraphs
 from .pipeline import DecodePipeline
 from .rows import graph_sizes
 from .sampling import DeviceSampler
+from .states import DeviceStates
 
 
 class CudaRunner:
@@ -50,7 +51,7 @@ class CudaRunner:
     ) -> None:
         """Compile kernels and capture graphs: minutes where nothing is in FlashInfer's cache.
 
-        The last block of `pages` is owned by no sequence: padding rows and warm-ups write there.
+        `pages`: all of a block. The last block is owned by no sequence: padding rows and warm-ups write there.
         """
         model, tp_size = decoder.config, decoder.head.rows.comm.size
         self._device = pages.device
@@ -58,11 +59,14 @@ class CudaRunner:
         self._attention = attention
         kernels = FusedKernels()
         self._decoder = FusedDecoder(decoder, kernels)
+        states, block_size = decoder.states, pages.shape[4]
+        self._states = None if states is None else DeviceStates(states, self._device, block_size)
         self._sampler = DeviceSampler(self._device, kernels, model.eos_token_ids)
         self._warm_up(progress)
         self.decode_pipeline = self._decode_pipeline(config, model.max_model_len, progress) if tp_size == 1 else None
         self.pieces: PieceGraphs | None = None
-        if not config.enforce_eager and self._decoder.can_be_captured:
+        # Between two pieces attention alone depends on a batch's rows; layers with states would as well.
+        if not config.enforce_eager and self._decoder.can_be_captured and self._states is None:
             self.pieces = PieceGraphs(self._decoder, attention, self._device)
             self.pieces.capture(progress)
 
@@ -78,6 +82,8 @@ class CudaRunner:
     def _warm_up_model(self) -> None:
         """Run the model while attention is still planned for its own warm-up: three tokens on the spare block."""
         tokens = torch.zeros(3, dtype=torch.int64, device=self._device)
+        if self._states is not None:
+            self._states.begin_smallest(self._pages.shape[1] - 1)
         self._decoder.logits(self._decoder.forward(tokens, tokens.int(), self._attention))
 
     def _warm_up_sampling(self) -> None:
@@ -94,6 +100,7 @@ class CudaRunner:
             sizes=graph_sizes(config.max_num_seqs),
             max_pages_per_row=-(-max_model_len // config.block_tokens),
             spare_block=spare_block,
+            states=self._states,
         )
         if not config.enforce_eager and self._decoder.can_be_captured:
             device.capture(progress)
@@ -111,7 +118,13 @@ class CudaRunner:
         input_ids, _, metadata = step_tensors(plan, self._pages.shape[4])
         slots = token_adapters(plan)
         more = [input_ids, pooled_rows(plan), *logit_rows(plan), *([] if slots is None else [slots])]
+        step = None
+        if self._states is not None:
+            step, singles = self._states.step(plan)
+            more.append(singles)
         arrays = self._attention.plan_with(metadata, more)
+        if self._states is not None and step is not None:
+            self._states.begin(step, arrays.pop())
         adapters = None if slots is None else arrays.pop()
         ids, pooled, *parts = (array.long() for array in arrays)
         hidden = self._hidden(ids, on_layer, adapters)
@@ -123,7 +136,10 @@ class CudaRunner:
         self._decoder.note(len(ids))
         if self.pieces is not None and self.pieces.fits(len(ids)):
             return self.pieces.run(ids, positions, on_layer, adapters)
-        return self._decoder.forward(ids, positions, self._attention, on_layer, adapters)
+        hidden = self._decoder.forward(ids, positions, self._attention, on_layer, adapters)
+        if self._states is not None:
+            self._states.report()
+        return hidden
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
         draws = self._sampler.launch(logits, rows)
@@ -134,8 +150,13 @@ class CudaRunner:
         return prompt_logprobs(logits, targets)
 
     def wait(self) -> None:
-        """Return when everything queued so far is done: copies, and chunks without a sample, have not waited yet."""
+        """Return when everything queued so far is done: copies, and chunks without a sample, have not waited yet.
+
+        Raises ForeignStateError.
+        """
         torch.cuda.current_stream(self._device).synchronize()
+        if self._states is not None:
+            self._states.check()
 
     def stop(self) -> None:
         """A step runs to its end, which is milliseconds away."""

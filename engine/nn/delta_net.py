@@ -24,7 +24,7 @@ from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
 from .rotary import Rope
-from .states import LayerStates, Stretch
+from .states import LayerStates, Singles, Stretch
 
 _CHUNK = 64  # tokens that are taken at once; more products of fewer tokens below, triangles of more numbers above
 _SMALL = 1e-6  # is added to a square length before its root is divided by
@@ -103,40 +103,57 @@ class GatedDeltaNet:
         """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
         config, states = self._config, self._states
         sizes = [config.num_convolved, config.num_values, config.num_value_heads, config.num_value_heads]
-        rows, gates, strengths, rates = torch.split(projected[: states.num_tokens].float(), sizes, 1)
-        strengths = strengths.sigmoid()
-        decays = -self.weights.log_rate.exp() * F.softplus(rates + self.weights.rate_bias)
-        said = rows.new_empty(len(rows), config.num_value_heads, config.value_dim)
-        if states.singles is not None:
-            self._step(said, rows, decays, strengths)
+        rows, gates, strengths, rates = torch.split(projected[: states.num_tokens], sizes, 1)
+        strengths = strengths.float().sigmoid()
+        decays = -self.weights.log_rate.exp() * F.softplus(rates.float() + self.weights.rate_bias)
+        said = strengths.new_empty(len(rows), config.num_value_heads, config.value_dim)
+        for singles in states.singles:
+            self._step(singles, said, rows, decays, strengths)
         for stretch in states.stretches:
             self._pass(stretch, said, rows, decays, strengths)
-        said = self.norm.in_type_of(said).flatten(1).mul_(F.silu(gates))
+        said = self.norm.in_type_of(said).flatten(1).mul_(F.silu(gates.float()))
         return F.pad(said, (0, 0, 0, len(projected) - len(said))).to(projected.dtype)
 
-    def _step(self, said: Tensor, rows: Tensor, decays: Tensor, strengths: Tensor) -> None:
-        """Take the rows of one token, all at once."""
-        singles = self._states.singles
-        assert singles is not None
+    def _step(self, singles: Singles, said: Tensor, rows: Tensor, decays: Tensor, strengths: Tensor) -> None:
+        """Take rows of one token, all at once."""
         tokens = singles.tokens
-        inputs, memory = self._states.read(self._index, singles.sources, singles.starts)
-        inputs = torch.cat((inputs, rows[tokens].unsqueeze(1)), 1)  # [n, kernel_size, num_convolved]
+        inputs, memory, known = self._states.read(self._index, singles.sources, singles.starts)
+        inputs = torch.cat((inputs, rows[tokens].float().unsqueeze(1)), 1)  # [n, kernel_size, num_convolved]
         convolved = (inputs * self.weights.convolution.squeeze(1).T).sum(1)
         heads = self._heads(convolved, decays[tokens], strengths[tokens])
         said[tokens] = _by_token(heads, memory)
-        self._states.write(self._index, singles.targets, singles.starts + 1, inputs[:, 1:], memory)
+        self._states.write(self._index, singles.targets, known + 1, inputs[:, 1:], memory)
 
     def _pass(self, stretch: Stretch, said: Tensor, rows: Tensor, decays: Tensor, strengths: Tensor) -> None:
-        """Take tokens of one row, which follow each other."""
-        tokens, number = slice(stretch.first, stretch.end), torch.tensor([stretch.start])
-        inputs, memory = self._states.read(self._index, torch.tensor([stretch.source]), number)
-        inputs = torch.cat((inputs[0], rows[tokens]))  # [kernel_size - 1 + n, num_convolved]
-        convolved = F.conv1d(inputs.T.unsqueeze(0), self.weights.convolution, groups=len(self.weights.convolution))
-        heads = self._heads(convolved[0].T, decays[tokens], strengths[tokens])
+        """Take tokens of one row, which follow each other. Blocks are named by slices, for which a GPU waits for no
+        index.
+        """
+        tokens, source, target = (
+            slice(first, end)
+            for first, end in (
+                (stretch.first, stretch.end),
+                (stretch.source, stretch.source + 1),
+                (stretch.target, stretch.target + 1),
+            )
+        )
+        start = torch.full((1,), stretch.start, device=rows.device)
+        inputs, memory, known = self._states.read(self._index, source, start)
+        inputs = torch.cat((inputs[0], rows[tokens].float()))  # [kernel_size - 1 + n, num_convolved]
+        heads = self._heads(self._convolved(inputs), decays[tokens], strengths[tokens])
         said[tokens] = _by_chunks(heads, memory[0])
         kept = inputs[len(inputs) - self._config.kernel_size + 1 :]
-        end = number + stretch.end - stretch.first
-        self._states.write(self._index, torch.tensor([stretch.target]), end, kept.unsqueeze(0), memory)
+        self._states.write(self._index, target, known + (stretch.end - stretch.first), kept.unsqueeze(0), memory)
+
+    def _convolved(self, inputs: Tensor) -> Tensor:
+        """[kernel_size - 1 + n, num_convolved] -> [n, num_convolved]. Products of float32 on any device, where a GPU's
+        library of convolutions may round to fewer bits.
+        """
+        first, *others = self.weights.convolution.squeeze(1).T
+        count = len(inputs) - len(others)
+        convolved: Tensor = inputs[:count] * first
+        for shift, factors in enumerate(others, 1):
+            convolved.addcmul_(inputs[shift : shift + count], factors)
+        return convolved
 
     def _heads(self, convolved: Tensor, decays: Tensor, strengths: Tensor) -> _Heads:
         config = self._config
@@ -156,7 +173,7 @@ class GatedDeltaNet:
 def _directions(heads: Tensor, repeats: int) -> Tensor:
     """Return vectors of length 1, each for as many heads of values as share it."""
     directions = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + _SMALL)
-    return directions.repeat_interleave(repeats, dim=1)
+    return directions.unsqueeze(2).expand(-1, -1, repeats, -1).flatten(1, 2)
 
 
 def _by_token(heads: _Heads, memory: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 A step begins by saying where each row's state lies: that behind its tokens so far in the block of the last of them,
 those behind its new tokens in the blocks that these lie in, one at each block's end. Rows of one token go through a
 layer together; of a longer one each block's part goes by itself.
+
+Each state tells of how many tokens it is. One that is of others than its row says is *foreign*: on a CPU the step ends
+there, on a GPU they are counted and looked at with the step's tokens (`engine/cuda/states.py`). What is left of such a
+row is of no number of tokens, so that wherever it has gone by then, nobody goes on from it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +20,13 @@ from torch import Tensor
 
 from ...models.parts.states import StatesConfig
 from .plan import StepPlan, step_rows
+
+# Rows of one token that are taken at once. More take more memory beside the cache; fewer are more launches on a GPU,
+# where the states of 64 rows of a large model take longer to read than all launches of a layer.
+_ROWS = 64
+
+# Is told which of the states that were read are foreign, [n] bool, and of both how many tokens they are of.
+Judge = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class ForeignStateError(RuntimeError):
@@ -34,13 +45,34 @@ class Stretch:
 
 
 @dataclass(slots=True, frozen=True)
-class Singles:
-    """Rows of one token each."""
+class StepStates:
+    """A step's rows as the host knows them."""
 
-    tokens: Tensor  # [n] int64, in the packed line
+    num_tokens: int
+    singles: list[tuple[int, int, int, int]]  # of rows of one token: what `Singles` has of each
+    stretches: list[Stretch]
+
+
+@dataclass(slots=True, frozen=True)
+class Singles:
+    """Rows of one token each, few enough to be taken at once."""
+
+    tokens: Tensor | slice  # [n] int64, in the packed line
     starts: Tensor  # [n] int64, tokens before each in its sequence
     sources: Tensor  # [n] int64
     targets: Tensor  # [n] int64
+
+    def parts(self) -> list[Singles]:
+        """Cut many rows: a row's state is megabytes in large models, and is there several times while it is taken."""
+        columns = (self.starts, self.sources, self.targets)
+        if isinstance(self.tokens, slice):
+            tokens: list[Tensor | slice] = [
+                slice(first, min(first + _ROWS, self.tokens.stop)) for first in range(0, self.tokens.stop, _ROWS)
+            ]
+        else:
+            tokens = [*torch.split(self.tokens, _ROWS)]
+        cut = (torch.split(column, _ROWS) for column in columns)
+        return [Singles(*part) for part in zip(tokens, *cut, strict=True)]
 
 
 class LayerStates:
@@ -51,7 +83,8 @@ class LayerStates:
         self.config = config
         self.num_tokens = 0  # of the step
         self.are_checked = True  # whether each is that of the tokens which a row says are computed
-        self.singles: Singles | None = None
+        self.judge: Judge = refuse_foreign
+        self.singles: list[Singles] = []
         self.stretches: list[Stretch] = []
         self._pieces: list[list[Tensor]] = []  # by layer: its state's parts, each [num_blocks, numbers] float32
 
@@ -64,42 +97,63 @@ class LayerStates:
         ]
 
     def begin(self, plan: StepPlan, block_size: int) -> None:
-        """Take a step's rows."""
-        singles: list[tuple[int, int, int, int]] = []
-        self.stretches, token = [], 0
-        for start, length, table in step_rows(plan, block_size):
-            if length == 1:
-                singles.append((token, start, table[max(0, start - 1) // block_size], table[start // block_size]))
-            else:
-                self.stretches += _stretches(token, start, length, table, block_size)
-            token += length
-        self.num_tokens = token
-        self.singles = Singles(*torch.tensor(singles).unbind(1)) if singles else None
+        """Take a step's rows, where the pages are in the host's memory."""
+        step = step_states(plan, block_size)
+        self.take(step, Singles(*torch.tensor(step.singles).unbind(1)) if step.singles else None)
 
-    def read(self, index: int, blocks: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, step: StepStates, singles: Singles | None) -> None:
+        """Take a step's rows. `singles`: those of one token, where the pages are."""
+        self.num_tokens, self.stretches = step.num_tokens, step.stretches
+        self.singles = [] if singles is None else singles.parts()
+
+    def read(self, index: int, blocks: Tensor | slice, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the states of the `index`th such layer behind `starts` tokens, float32, each with room of its own.
 
         They are the last rows [n, kernel_size - 1, num_convolved] and memories [n, *memory_shape]; zeros where there
-        are no tokens. Raises ForeignStateError.
+        are no tokens. Then of how many tokens each is, [n] float32: no number of a foreign one. Raises
+        ForeignStateError where `judge` does.
         """
-        config, count = self.config, len(blocks)
+        config, count = self.config, len(starts)
         found = torch.cat([piece[blocks] for piece in self._pieces[index]], 1)
-        begins = starts == 0
-        if self.are_checked and not bool((begins | (found[:, 0] == starts)).all()):
-            raise ForeignStateError(f"states of {found[:, 0].tolist()} tokens in place of {starts.tolist()}")
-        found = torch.where(begins.unsqueeze(1), 0.0, found)  # what lies in a new block may be no number
+        begins, tags = starts == 0, found[:, 0]
+        is_foreign = (tags != starts) & (starts > 0)
+        if self.are_checked:
+            self.judge(is_foreign, tags, starts)
+        known = starts.float().masked_fill_(is_foreign, torch.nan)
+        found = found.masked_fill_(begins.unsqueeze(1), 0.0)  # what lies in a new block may be no number
         inputs, memory = torch.split(found[:, 1:], [config.num_inputs, math.prod(config.memory_shape)], 1)
         return (
             inputs.reshape(count, config.kernel_size - 1, config.num_convolved),
             memory.reshape(count, *config.memory_shape),
+            known,
         )
 
-    def write(self, index: int, blocks: Tensor, ends: Tensor, inputs: Tensor, memory: Tensor) -> None:
+    def write(self, index: int, blocks: Tensor | slice, ends: Tensor, inputs: Tensor, memory: Tensor) -> None:
         """Leave the states behind `ends` tokens in these blocks; their parts are those that `read` returns."""
-        rows = torch.cat((ends.unsqueeze(1).float(), inputs.flatten(1), memory.flatten(1)), 1)
+        rows = torch.cat((ends.unsqueeze(1), inputs.flatten(1), memory.flatten(1)), 1)
         sizes = [piece.shape[1] for piece in self._pieces[index]]
         for piece, part in zip(self._pieces[index], torch.split(rows, sizes, 1), strict=True):
             piece[blocks] = part
+
+
+def refuse_foreign(is_foreign: Tensor, tags: Tensor, starts: Tensor) -> None:
+    """Raise ForeignStateError if there are foreign states, which is known on a CPU at once."""
+    if bool(is_foreign.any()):
+        raise ForeignStateError(f"states of {tags.tolist()} tokens in place of {starts.long().tolist()}")
+
+
+def step_states(plan: StepPlan, block_size: int) -> StepStates:
+    """Say where each of a step's rows finds its state, and where it leaves some."""
+    singles: list[tuple[int, int, int, int]] = []
+    stretches: list[Stretch] = []
+    token = 0
+    for start, length, table in step_rows(plan, block_size):
+        if length == 1:
+            singles.append((token, start, table[max(0, start - 1) // block_size], table[start // block_size]))
+        else:
+            stretches += _stretches(token, start, length, table, block_size)
+        token += length
+    return StepStates(token, singles, stretches)
 
 
 def _stretches(token: int, start: int, length: int, table: Sequence[int], block_size: int) -> list[Stretch]:

@@ -120,10 +120,8 @@ def block_size_of(engine: EngineConfig, states: StatesConfig | None, kv_token_by
     return fits[0] if fits else LONG_BLOCK_SIZES[-1]
 
 
-def check_states(engine: EngineConfig, *, is_cuda: bool) -> None:
+def check_states(engine: EngineConfig) -> None:
     """Refuse what is not built of models that keep states. Raises ConfigError."""
-    if is_cuda:
-        raise ConfigError("device: cuda has no kernels here for layers that keep a state: they run on CPUs alone")
     if engine.tensor_parallel_size > 1:
         raise ConfigError("tensor_parallel_size: layers that keep a state are computed by one rank alone; use 1")
     if engine.deterministic:

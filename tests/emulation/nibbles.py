@@ -76,6 +76,6 @@ def weight_int4pack_mm(x: Tensor, packed: Tensor, group_size: int, scale_and_zer
     groups = numbers.view(*packed.shape[:2], 8, -1).transpose(1, 2).reshape(n, -1, group_size)
     factors = scale_and_zeros.transpose(0, 1).float()
     # Rounded once, as a fused product and sum is.
-    matrix = (groups * factors[..., :1] + factors[..., 1:]).to(torch.bfloat16).view(n, k)
+    matrix = (groups * factors[..., :1] + factors[..., 1:]).to(torch.bfloat16).reshape(n, k)
     product: Tensor = (x.float() @ matrix.float().T).to(torch.bfloat16)
     return product

@@ -17,6 +17,7 @@ from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
 from kvferry.models.parts.latent import LatentConfig
 from kvferry.models.parts.rope import RopeConfig
+from kvferry.models.parts.states import StatesConfig
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import cache_token_bytes, gpu_reserve_bytes, weight_bytes
@@ -235,6 +236,44 @@ def test_latents_that_cuda_has_no_kernels_for_are_refused_before_a_start(tmp_pat
     ):
         with pytest.raises(ConfigError, match=reason):
             check_engine(engine.model_copy(update=fields), replace(model, **changes))
+
+
+STATES = StatesConfig(
+    layers=(True, True, True, False) * 8,
+    num_key_heads=16,
+    num_value_heads=32,
+    key_dim=128,
+    value_dim=128,
+    kernel_size=4,
+    is_grouped=False,
+)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_states_are_served_on_either_device_by_one_rank_and_no_exact_steps(tmp_path: Path, device: str) -> None:
+    engine = EngineConfig.model_validate({"model_dir": tmp_path, "served_model_name": "m", "device": device})
+    model = replace(MODEL, states=STATES)
+    check_engine(engine, model)
+    check_engine(engine.model_copy(update={"kv_cache_dtype": "fp8"}), model)
+    for reason, fields in (
+        ("states? are computed by one rank alone", {"tensor_parallel_size": 2}),
+        ("no exact steps, and so no speculation", {"deterministic": True}),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_engine(engine.model_copy(update=fields), model)
+
+
+def test_the_reserve_has_room_for_states_that_are_computed_with() -> None:
+    """Of 8,192 tokens rows twice and what heads yield, and 64 sequences' states of a layer: 2.2 MB each."""
+    engine = planned(max_num_seqs=256).workers[0].config.engine
+    few, many = (gpu_reserve_bytes(engine, replace(MODEL, states=STATES), n) for n in (16, 8192))
+    plain_few, plain_many = (gpu_reserve_bytes(engine, MODEL, n) for n in (16, 8192))
+    assert 4 * 64 * STATES.layer_size * 4 < few - plain_few < 0.6 * GIB
+    assert 1.2 * GIB < many - plain_many < 2.0 * GIB
+    fewer = engine.model_copy(update={"max_num_seqs": 8})
+    logits = 4 * (256 - 8) * MODEL.vocab_size * 4
+    saved = gpu_reserve_bytes(engine, replace(MODEL, states=STATES), 16) - logits
+    assert saved - gpu_reserve_bytes(fewer, replace(MODEL, states=STATES), 16) == 4 * 56 * STATES.layer_size * 4
 
 
 def test_cuda_without_a_gpu_is_refused() -> None:
