@@ -156,8 +156,21 @@ class Sizer:
         num_sent = -(-num_tokens // block_size) * block_size
         num_bytes = num_sent * num_ranks * cache_token_bytes(self.engine, self.model)
         link_s, prompt_s = num_bytes / num_ranks / link_bytes_per_s, self.prompt(num_tokens).expected_s
-        exposed_s = max(link_s / layers, link_s - prompt_s * (layers - 1) / layers)
+        behind_s = link_s * self._behind_layers(num_tokens)
+        exposed_s = max(behind_s, link_s - prompt_s * (layers - 1) / layers)
         return Handoff(num_bytes, link_s, exposed_s, "link" if link_s > prompt_s else "compute")
+
+    def _behind_layers(self, num_tokens: int) -> float:
+        """Return which part of a handoff is shipped when all is computed: the last layer's, or states of the last
+        step's blocks, which follow all layers.
+        """
+        states = self.model.states
+        if states is None:
+            return 1 / self.model.num_layers
+        block_size = block_tokens(self.engine, self.model)
+        of_block = states.num_bytes / (block_size * cache_token_bytes(self.engine, self.model))
+        last_step = (num_tokens - 1) % self.engine.max_num_batched_tokens + 1
+        return of_block * -(-last_step // block_size) / -(-num_tokens // block_size)
 
     def exchanged_bytes(self, num_tokens: int, exchange: ExpertExchange | None = None) -> float:
         """Return the bytes that each rank sends to the others in a step of so many tokens. None: as it is served."""

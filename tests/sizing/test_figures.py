@@ -79,6 +79,22 @@ def test_short_sequences_take_a_whole_block_of_a_model_with_states(tmp_path: Pat
     assert patient.num_rows == min(256, memory.num_blocks)
 
 
+def test_a_sequence_with_states_takes_whole_blocks(tmp_path: Path) -> None:
+    """Each has a state, so that blocks are long: a short sequence takes a whole one, and a whole one is shipped."""
+    model = model_of(tmp_path, "with-states")
+    short, long = (Sizer(engine_of(), model, H100, context) for context in (1100, 2049))
+    memory = short.memory()
+    assert memory.num_tokens == 2048 * memory.num_blocks
+    assert memory.num_contexts == memory.num_blocks == 2 * long.memory().num_contexts
+    assert short.handoff(1100, 40e9).num_bytes == 2048 * memory.cache_token
+    assert short.handoff(2049, 40e9).num_bytes == 4096 * memory.cache_token
+    assert model.states is not None
+    # States follow all layers of a step: those of the last one's blocks cross when all is computed.
+    for num_tokens, num_blocks in ((1100, 1), (8192, 4), (8200, 1)):
+        exposed_s = short.handoff(num_tokens, 40e9).exposed_s
+        assert exposed_s == pytest.approx(num_blocks * model.states.num_bytes / 40e9), num_tokens
+
+
 def test_a_token_uses_a_few_experts(tmp_path: Path) -> None:
     model = model_of(tmp_path, "30b-a3b")
     sizer = Sizer(engine_of(), model, H100, 1024)
