@@ -27,6 +27,7 @@ from .rotary import Rope
 from .states import LayerStates, Singles, Stretch
 
 _CHUNK = 64  # tokens that are taken at once; more products of fewer tokens below, triangles of more numbers above
+_CHUNKS = 32  # that a GPU takes at once, to launch less and in larger pieces; a CPU's cache holds one of large models
 _SMALL = 1e-6  # is added to a square length before its root is divided by
 
 
@@ -190,7 +191,9 @@ def _by_chunks(heads: _Heads, memory: Tensor) -> Tensor:
     """Take tokens that follow each other, [n, ...]; `memory` [heads, key_dim, value_dim] is updated. Returns what each
     read of it, [n, heads, value_dim].
     """
-    chunks = [_chunk(heads.part(slice(i, i + _CHUNK)), memory) for i in range(0, len(heads.q), _CHUNK)]
+    is_cpu = memory.device.type == "cpu"
+    take, step = (_chunk, _CHUNK) if is_cpu else (_solved_chunks, _CHUNK * _CHUNKS)
+    chunks = [take(heads.part(slice(i, i + step)), memory) for i in range(0, len(heads.q), step)]
     return torch.cat(chunks, 1).transpose(0, 1)
 
 
@@ -200,9 +203,7 @@ def _chunk(heads: _Heads, memory: Tensor) -> Tensor:
     """
     q, k, v = (each.transpose(0, 1) for each in heads[:3])  # [heads, n, numbers]
     strength, since = heads.strength.T.unsqueeze(-1), heads.log_decay.cumsum(0).T  # [heads, n, 1], [heads, n]
-    later = torch.ones(k.shape[1], k.shape[1], dtype=torch.bool, device=k.device).triu(1)
-    # Of what token j wrote, what is left when token i reads.
-    left = (since.unsqueeze(2) - since.unsqueeze(1)).masked_fill(later, -torch.inf).exp()
+    left = _left(since)
     reached = since.exp().unsqueeze(-1)  # [heads, n, 1]: of what was there before the chunk
     triangle = strength * (k @ k.transpose(1, 2)) * left
     wanted = strength * (v - reached * (k @ memory))
@@ -211,3 +212,40 @@ def _chunk(heads: _Heads, memory: Tensor) -> Tensor:
     at_end = (since[:, -1:] - since).exp().unsqueeze(-1)
     memory.mul_(since[:, -1].exp()[:, None, None]).add_((k * at_end).transpose(1, 2) @ corrections)
     return read
+
+
+def _left(since: Tensor) -> Tensor:
+    """[..., n] decays' logarithms from a chunk's beginning on -> [..., n, n]: of what token j wrote, what is left when
+    token i reads; nothing of what is written later.
+    """
+    later = torch.ones(since.shape[-1], since.shape[-1], dtype=torch.bool, device=since.device).triu(1)
+    return (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+
+
+def _solved_chunks(heads: _Heads, memory: Tensor) -> Tensor:
+    """Do as `_chunk` does, of several ones. Their triangles are solved at once, for the values and for the keys that
+    meet the memory before a chunk, so that what is left to do chunk after chunk are a few products.
+    """
+    count, size = len(heads.q), min(_CHUNK, len(heads.q))
+    q, k, v, log_decay, strength = (_in_chunks(each, size) for each in heads)
+    strength, since = strength.unsqueeze(-1), log_decay.cumsum(2)  # [chunks, heads, size, 1], [chunks, heads, size]
+    left, reached = _left(since), since.exp().unsqueeze(-1)
+    triangle = strength * (k @ k.transpose(2, 3)) * left
+    wanted = strength * torch.cat((v, reached * k), 3)
+    solved = torch.linalg.solve_triangular(triangle, wanted, upper=False, unitriangular=True)
+    values, keys = torch.split(solved, [v.shape[3], k.shape[3]], 3)
+    within, asked = (q @ k.transpose(2, 3)) * left, reached * q
+    at_end = (k * (since[..., -1:] - since).exp().unsqueeze(-1)).transpose(2, 3)
+    ends = since[..., -1].exp()[..., None, None]
+    read = []
+    for chunk in range(len(values)):
+        corrections = torch.baddbmm(values[chunk], keys[chunk], memory, alpha=-1)
+        read.append(torch.baddbmm(asked[chunk] @ memory, within[chunk], corrections))
+        memory.mul_(ends[chunk]).baddbmm_(at_end[chunk], corrections)
+    return torch.cat(read, 1)[:, :count]
+
+
+def _in_chunks(x: Tensor, size: int) -> Tensor:
+    """[n, heads, ...] -> [chunks, heads, size, ...]; behind the end tokens of zeros, which change and read nothing."""
+    x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % size))
+    return x.view(-1, size, *x.shape[1:]).transpose(1, 2)

@@ -269,7 +269,7 @@ def test_the_reserve_has_room_for_states_that_are_computed_with() -> None:
     few, many = (gpu_reserve_bytes(engine, replace(MODEL, states=STATES), n) for n in (16, 8192))
     plain_few, plain_many = (gpu_reserve_bytes(engine, MODEL, n) for n in (16, 8192))
     assert 4 * 64 * STATES.layer_size * 4 < few - plain_few < 0.6 * GIB
-    assert 1.2 * GIB < many - plain_many < 2.0 * GIB
+    assert 1.5 * GIB < many - plain_many < 2.2 * GIB
     fewer = engine.model_copy(update={"max_num_seqs": 8})
     logits = 4 * (256 - 8) * MODEL.vocab_size * 4
     saved = gpu_reserve_bytes(engine, replace(MODEL, states=STATES), 16) - logits
