@@ -182,9 +182,11 @@ def _by_token(heads: _Heads, memory: Tensor) -> Tensor:
     it, [n, heads, value_dim].
     """
     memory.mul_(heads.log_decay.exp()[..., None, None])
-    error = heads.v - torch.einsum("nhk,nhkv->nhv", heads.k, memory)
-    memory += torch.einsum("nhk,nhv->nhkv", heads.k, error * heads.strength.unsqueeze(-1))
-    return torch.einsum("nhk,nhkv->nhv", heads.q, memory)
+    matrices = memory.view(-1, *memory.shape[2:])  # of all rows' heads
+    q, k, v, strength = (each.reshape(len(matrices), 1, -1) for each in (heads.q, heads.k, heads.v, heads.strength))
+    corrections = torch.baddbmm(v, k, matrices, alpha=-1).mul_(strength)
+    matrices.baddbmm_(k.transpose(1, 2), corrections)
+    return (q @ matrices).view_as(heads.v)
 
 
 def _by_chunks(heads: _Heads, memory: Tensor) -> Tensor:

@@ -120,11 +120,12 @@ class LayerStates:
         if self.are_checked:
             self.judge(is_foreign, tags, starts)
         known = starts.float().masked_fill_(is_foreign, torch.nan)
-        found = found.masked_fill_(begins.unsqueeze(1), 0.0)  # what lies in a new block may be no number
-        inputs, memory = torch.split(found[:, 1:], [config.num_inputs, math.prod(config.memory_shape)], 1)
+        # What lies in a new block may be no number. Each part is moved into a piece of its own meanwhile.
+        parts = torch.split(found[:, 1:], [config.num_inputs, math.prod(config.memory_shape)], 1)
+        inputs, memory = (part.masked_fill(begins.unsqueeze(1), 0.0) for part in parts)
         return (
-            inputs.reshape(count, config.kernel_size - 1, config.num_convolved),
-            memory.reshape(count, *config.memory_shape),
+            inputs.view(count, config.kernel_size - 1, config.num_convolved),
+            memory.view(count, *config.memory_shape),
             known,
         )
 
