@@ -141,10 +141,9 @@ def _state_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> i
     assert states is not None
     # Of each token what is projected, twice while it is put in order; what heads yield, its norm, gates and their silu.
     step = 2 * (states.num_convolved + states.num_values) * item_bytes(engine, model) + 4 * states.num_values * wide
-    # Of a block's tokens what the convolution takes and yields; queries, keys and values of each head of values, as
-    # they are, in chunks, and what chunks make of them.
-    heads = 2 * states.num_value_heads * states.key_dim + states.num_values
-    stretch = 4 * (states.num_convolved + heads) * wide
+    # Of a block's tokens what the convolution takes and yields; what heads compute with, as it is, in chunks, and what
+    # chunks make of it.
+    stretch = 4 * (states.num_convolved + states.num_of_heads) * wide
     rows = min(engine.max_num_seqs, _STATE_ROWS)  # a state as it was read, as products take it, and as it is written
     return (
         num_tokens * step + min(num_tokens, block_tokens(engine, model)) * stretch + 4 * rows * states.layer_size * wide

@@ -34,7 +34,9 @@ def write_model(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = 
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # what is not drawn below stays as the class begins it, at random in some
+        model = auto.from_config(config, dtype=torch.float32)
     draw(model, seed=seed)
     model.to(dtype).save_pretrained(path)
     return path

@@ -160,7 +160,9 @@ def _is_fused(decoder: Decoder) -> bool:
     rope, is_one_rope = config.rope, config.local_rope is None
     is_turned_at_once = is_one_rope and rope.fraction == 1.0 and not rope.has_neighbours and not rope.query_beta
     has_multipliers = config.embedding_multiplier != 1.0 or config.residual_multiplier != 1.0
-    return is_plain and is_turned_at_once and not has_multipliers and config.activation == "silu"
+    if has_multipliers or config.states is not None:
+        return False
+    return is_plain and is_turned_at_once and config.activation == "silu"
 
 
 def _norm(norm: RMSNorm | None) -> RMSNorm:

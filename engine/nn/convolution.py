@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.parts.short_convolutions import ShortConvolutionsConfig
@@ -40,32 +39,58 @@ class Convolution:
         self.bias = torch.empty(shape[0], dtype=torch.float32, device=builder.device) if has_bias else None
 
     def parts(self, rows: Tensor) -> Iterator[StepPart]:
-        """Convolve a step's rows [num_tokens, num_convolved] float32, with those of the tokens before them.
+        """Convolve a step's rows [num_tokens, num_convolved], with those of the tokens before them.
 
-        What a part's memory holds when the next part is asked for is kept. Raises ForeignStateError.
+        What a part's memory holds when the next part is asked for is kept. Raises ForeignStateError where the states'
+        `judge` does.
         """
-        states, index, reach = self._states, self._index, self.weight.shape[2] - 1
-        if (singles := states.singles) is not None:
-            inputs, memory = states.read(index, singles.sources, singles.starts)
-            inputs = torch.cat((inputs, rows[singles.tokens].unsqueeze(1)), 1)  # [n, kernel_size, num_convolved]
+        states, index = self._states, self._index
+        for singles in states.singles:
+            inputs, memory, known = states.read(index, singles.sources, singles.starts)
+            inputs = torch.cat((inputs, rows[singles.tokens].float().unsqueeze(1)), 1)  # [n, kernel_size, ...]
             convolved = (inputs * self.weight.squeeze(1).T).sum(1)
-            yield StepPart(
-                singles.tokens, convolved if self.bias is None else convolved + self.bias, memory, is_stretch=False
-            )
-            states.write(index, singles.targets, singles.starts + 1, inputs[:, 1:], memory)
+            convolved = convolved if self.bias is None else convolved + self.bias
+            yield StepPart(singles.tokens, convolved, memory, is_stretch=False)
+            states.write(index, singles.targets, known + 1, inputs[:, 1:], memory)
         for stretch in states.stretches:
-            tokens, start = slice(stretch.first, stretch.end), torch.tensor([stretch.start])
-            inputs, memory = states.read(index, torch.tensor([stretch.source]), start)
-            inputs = torch.cat((inputs[0], rows[tokens]))  # [kernel_size - 1 + n, num_convolved]
-            convolved = F.conv1d(inputs.T.unsqueeze(0), self.weight, self.bias, groups=len(self.weight))
-            yield StepPart(tokens, convolved[0].T, memory, is_stretch=True)
-            kept = inputs[len(inputs) - reach :].unsqueeze(0)
-            states.write(index, torch.tensor([stretch.target]), start + stretch.end - stretch.first, kept, memory)
+            # Blocks are named by slices, for which a GPU waits for no index.
+            tokens, source, target = stretch.tokens, stretch.source, stretch.target
+            start = torch.full((1,), stretch.start, device=rows.device)
+            inputs, memory, known = states.read(index, slice(source, source + 1), start)
+            inputs = torch.cat((inputs[0], rows[tokens].float()))  # [kernel_size - 1 + n, num_convolved]
+            yield StepPart(tokens, self._convolved(inputs), memory, is_stretch=True)
+            kept = inputs[len(inputs) - self.weight.shape[2] + 1 :].unsqueeze(0)
+            states.write(index, slice(target, target + 1), known + (stretch.end - stretch.first), kept, memory)
+
+    def _convolved(self, inputs: Tensor) -> Tensor:
+        """[kernel_size - 1 + n, num_convolved] -> [n, num_convolved]. Products of float32 on any device, where a GPU's
+        library of convolutions may round to fewer bits.
+        """
+        first, *others = self.weight.squeeze(1).T
+        count = len(inputs) - len(others)
+        convolved: Tensor = inputs[:count] * first
+        for shift, factors in enumerate(others, 1):
+            convolved.addcmul_(inputs[shift : shift + count], factors)
+        return convolved if self.bias is None else convolved.add_(self.bias)
 
     def slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{self.name}.weight", tuple(self.weight.shape), self.weight)
         if self.bias is not None:
             yield WeightSlot(f"{self.name}.bias", tuple(self.bias.shape), self.bias)
+
+
+class Vectors:
+    """Implements `Leaf`: weights of a layer that are no matrices, in float32."""
+
+    def __init__(self, builder: Builder, name: str, sizes: Mapping[str, int]) -> None:
+        self.name = name
+        self.by_name = {
+            part: torch.empty(size, dtype=torch.float32, device=builder.device) for part, size in sizes.items()
+        }
+
+    def slots(self) -> Iterator[WeightSlot]:
+        for part, tensor in self.by_name.items():
+            yield WeightSlot(f"{self.name}.{part}", tuple(tensor.shape), tensor)
 
 
 class ShortConvolution:

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.parts.delta_nets import DeltaNetsConfig
-from ..weights.weight import Leaf, WeightSlot
+from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
+from .convolution import Convolution, Vectors
 from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
 from .rotary import Rope
-from .states import LayerStates, Singles, Stretch
+from .states import LayerStates
 
 _CHUNK = 64  # tokens that are taken at once; more products of fewer tokens below, triangles of more numbers above
 _CHUNKS = 32  # that a GPU takes at once, to launch less and in larger pieces; a CPU's cache holds one of large models
@@ -44,23 +45,6 @@ class _Heads(NamedTuple):
         return _Heads(*(each[tokens] for each in self))
 
 
-class StateWeights:
-    """The weights of a layer that are no matrices: the convolution's, and how fast each head forgets. In float32."""
-
-    def __init__(self, builder: Builder, name: str, states: DeltaNetsConfig) -> None:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=builder.device)
-
-        self.name = name
-        self.convolution = empty(states.num_convolved, 1, states.kernel_size)
-        self.log_rate, self.rate_bias = empty(states.num_value_heads), empty(states.num_value_heads)
-
-    def slots(self) -> Iterator[WeightSlot]:
-        parts = {"conv1d.weight": self.convolution, "A_log": self.log_rate, "dt_bias": self.rate_bias}
-        for part, tensor in parts.items():
-            yield WeightSlot(f"{self.name}.{part}", tuple(tensor.shape), tensor)
-
-
 class GatedDeltaNet:
     """Implements `Mixer`, of all heads on one rank."""
 
@@ -68,7 +52,7 @@ class GatedDeltaNet:
         """`index`: among the layers with states."""
         config, hidden = states.config, builder.config.hidden_size
         assert isinstance(config, DeltaNetsConfig)
-        self._index, self._states, self._config = index, states, config
+        self._states, self._config = states, config
         self.rows_proj, self.rates_proj = (
             ColumnParallelLinear(
                 builder,
@@ -79,7 +63,8 @@ class GatedDeltaNet:
             )
             for fused, parts in (("in_proj_qkvz", config.row_parts), ("in_proj_ba", config.rate_parts))
         )
-        self.weights = StateWeights(builder, name, config)
+        self.convolution = Convolution(builder, f"{name}.conv1d", states, index, has_bias=False)
+        self.vectors = Vectors(builder, name, dict.fromkeys(("A_log", "dt_bias"), config.num_value_heads))
         self.norm = RMSNorm(builder, f"{name}.norm", config.value_dim)
         self.norm.offset = 0.0  # whatever the family's other norms have
         self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", config.num_values, hidden, bias=False)
@@ -102,59 +87,18 @@ class GatedDeltaNet:
 
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
         """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
-        config, states = self._config, self._states
+        config, vectors = self._config, self.vectors.by_name
         sizes = [config.num_convolved, config.num_values, config.num_value_heads, config.num_value_heads]
-        rows, gates, strengths, rates = torch.split(projected[: states.num_tokens], sizes, 1)
+        rows, gates, strengths, rates = torch.split(projected[: self._states.num_tokens], sizes, 1)
         strengths = strengths.float().sigmoid()
-        decays = -self.weights.log_rate.exp() * F.softplus(rates.float() + self.weights.rate_bias)
+        decays = -vectors["A_log"].exp() * F.softplus(rates.float() + vectors["dt_bias"])
         said = strengths.new_empty(len(rows), config.num_value_heads, config.value_dim)
-        for singles in states.singles:
-            self._step(singles, said, rows, decays, strengths)
-        for stretch in states.stretches:
-            self._pass(stretch, said, rows, decays, strengths)
+        for part in self.convolution.parts(rows):
+            heads = self._heads(part.convolved, decays[part.tokens], strengths[part.tokens])
+            read = _by_chunks(heads, part.memory[0]) if part.is_stretch else _by_token(heads, part.memory)
+            said[part.tokens] = read
         said = self.norm.in_type_of(said).flatten(1).mul_(F.silu(gates.float()))
         return F.pad(said, (0, 0, 0, len(projected) - len(said))).to(projected.dtype)
-
-    def _step(self, singles: Singles, said: Tensor, rows: Tensor, decays: Tensor, strengths: Tensor) -> None:
-        """Take rows of one token, all at once."""
-        tokens = singles.tokens
-        inputs, memory, known = self._states.read(self._index, singles.sources, singles.starts)
-        inputs = torch.cat((inputs, rows[tokens].float().unsqueeze(1)), 1)  # [n, kernel_size, num_convolved]
-        convolved = (inputs * self.weights.convolution.squeeze(1).T).sum(1)
-        heads = self._heads(convolved, decays[tokens], strengths[tokens])
-        said[tokens] = _by_token(heads, memory)
-        self._states.write(self._index, singles.targets, known + 1, inputs[:, 1:], memory)
-
-    def _pass(self, stretch: Stretch, said: Tensor, rows: Tensor, decays: Tensor, strengths: Tensor) -> None:
-        """Take tokens of one row, which follow each other. Blocks are named by slices, for which a GPU waits for no
-        index.
-        """
-        tokens, source, target = (
-            slice(first, end)
-            for first, end in (
-                (stretch.first, stretch.end),
-                (stretch.source, stretch.source + 1),
-                (stretch.target, stretch.target + 1),
-            )
-        )
-        start = torch.full((1,), stretch.start, device=rows.device)
-        inputs, memory, known = self._states.read(self._index, source, start)
-        inputs = torch.cat((inputs[0], rows[tokens].float()))  # [kernel_size - 1 + n, num_convolved]
-        heads = self._heads(self._convolved(inputs), decays[tokens], strengths[tokens])
-        said[tokens] = _by_chunks(heads, memory[0])
-        kept = inputs[len(inputs) - self._config.kernel_size + 1 :]
-        self._states.write(self._index, target, known + (stretch.end - stretch.first), kept.unsqueeze(0), memory)
-
-    def _convolved(self, inputs: Tensor) -> Tensor:
-        """[kernel_size - 1 + n, num_convolved] -> [n, num_convolved]. Products of float32 on any device, where a GPU's
-        library of convolutions may round to fewer bits.
-        """
-        first, *others = self.weights.convolution.squeeze(1).T
-        count = len(inputs) - len(others)
-        convolved: Tensor = inputs[:count] * first
-        for shift, factors in enumerate(others, 1):
-            convolved.addcmul_(inputs[shift : shift + count], factors)
-        return convolved
 
     def _heads(self, convolved: Tensor, decays: Tensor, strengths: Tensor) -> _Heads:
         config = self._config
@@ -168,7 +112,7 @@ class GatedDeltaNet:
         return self.out_proj(mixed)
 
     def leaves(self) -> Iterator[Leaf]:
-        yield from (self.rows_proj, self.rates_proj, self.weights, self.norm, self.out_proj)
+        yield from (self.rows_proj, self.rates_proj, self.convolution, self.vectors, self.norm, self.out_proj)
 
 
 def _directions(heads: Tensor, repeats: int) -> Tensor:

@@ -11,7 +11,7 @@ few products. All of it is computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,29 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.parts.mamba import MambaConfig
-from ..weights.weight import Leaf, WeightSlot
+from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
-from .convolution import Convolution
+from .convolution import Convolution, Vectors
 from .layers import ColumnParallelLinear, Part, RowParallelLinear
 from .rotary import Rope
 from .states import LayerStates
 
 _CHUNK = 64  # tokens that are taken at once; more products of fewer tokens below, triangles of more numbers above
-
-
-class Vectors:
-    """Implements `Leaf`: weights of a layer that are no matrices, in float32."""
-
-    def __init__(self, builder: Builder, name: str, sizes: Mapping[str, int]) -> None:
-        self.name = name
-        self.by_name = {
-            part: torch.empty(size, dtype=torch.float32, device=builder.device) for part, size in sizes.items()
-        }
-
-    def slots(self) -> Iterator[WeightSlot]:
-        for part, tensor in self.by_name.items():
-            yield WeightSlot(f"{self.name}.{part}", tuple(tensor.shape), tensor)
 
 
 class _Heads(NamedTuple):

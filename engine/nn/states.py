@@ -43,6 +43,10 @@ class Stretch:
     source: int  # the block with the state before them, if there are any
     target: int  # the block with the state behind them
 
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.end)
+
 
 @dataclass(slots=True, frozen=True)
 class StepStates:

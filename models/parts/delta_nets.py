@@ -45,6 +45,10 @@ class DeltaNetsConfig(StatesConfig):
         return self.num_value_heads, self.key_dim, self.value_dim
 
     @property
+    def num_of_heads(self) -> int:
+        return self.num_values + 2 * self.num_value_heads * self.key_dim
+
+    @property
     def row_parts(self) -> dict[str, int]:
         """Return the matrices of a token's row and gates, with their outputs."""
         convolved, gates = self.num_convolved, self.num_values

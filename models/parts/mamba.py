@@ -48,6 +48,10 @@ class MambaConfig(StatesConfig):
     def memory_shape(self) -> Shape:
         return self.num_heads, self.state_dim, self.head_dim
 
+    @property
+    def num_of_heads(self) -> int:
+        return self.num_values + 2 * self.num_heads * self.state_dim
+
     def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
         projected = self.num_values + self.num_convolved + self.num_heads
         shapes: dict[str, Shape] = {

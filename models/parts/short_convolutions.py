@@ -31,6 +31,14 @@ class ShortConvolutionsConfig(StatesConfig):
     def memory_shape(self) -> Shape:
         return (0,)
 
+    @property
+    def num_values(self) -> int:
+        return self.hidden_size
+
+    @property
+    def num_of_heads(self) -> int:
+        return 0
+
     def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {
             f"{name}.conv.weight": (hidden_size, 1, self.kernel_size),

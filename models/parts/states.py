@@ -53,6 +53,16 @@ class StatesConfig(ABC):
     def memory_shape(self) -> Shape:
         """Return the shape of a layer's memory."""
 
+    @property
+    @abstractmethod
+    def num_values(self) -> int:
+        """Count the numbers of a token that such a layer's mixer yields before its last product."""
+
+    @property
+    @abstractmethod
+    def num_of_heads(self) -> int:
+        """Count the numbers that a token's heads compute with: values, and what they are written and read by."""
+
     @abstractmethod
     def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
         """Return the tensors of a layer's mixer `name`, by their names in a checkpoint."""

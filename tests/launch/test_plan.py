@@ -15,9 +15,9 @@ from kvferry.launch.engine_checks import check_engine, check_model, lacks_native
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
+from kvferry.models.parts.delta_nets import DeltaNetsConfig
 from kvferry.models.parts.latent import LatentConfig
 from kvferry.models.parts.rope import RopeConfig
-from kvferry.models.parts.states import StatesConfig
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import cache_token_bytes, gpu_reserve_bytes, weight_bytes
@@ -238,7 +238,7 @@ def test_latents_that_cuda_has_no_kernels_for_are_refused_before_a_start(tmp_pat
             check_engine(engine.model_copy(update=fields), replace(model, **changes))
 
 
-STATES = StatesConfig(
+STATES = DeltaNetsConfig(
     layers=(True, True, True, False) * 8,
     num_key_heads=16,
     num_value_heads=32,
