@@ -23,10 +23,14 @@ from kvferry.launch.running import runtime_dir, socket_of
 from kvferry.tools.chaos.programs import program_name
 from kvferry.tools.load.server_process import free_port, tied
 
+from ..forks import Fork, Forks
+from .forked_command import IMPORTS, NAME
+
 START_LIMIT_S = 240.0  # these bounds are for machines that are slow and busy: what works never waits so long
 STOP_LIMIT_S = 60.0
 COMMAND_LIMIT_S = 180.0
 WAIT_LIMIT_S = 120.0
+FORKS = Forks(*IMPORTS)
 _POLL_SHARE = 0.2  # of what was waited already, until the next look
 _MAX_POLL_S = 0.5
 
@@ -35,11 +39,11 @@ _MAX_POLL_S = 0.5
 class Cluster:
     """A running server. `log` holds what it and its children print."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Fork
     base_url: str
     log: Path
     client: httpx.Client
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)  # those without a launcher
+    workers: list[Fork] = field(default_factory=list)  # those without a launcher
 
     def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         """A successful answer's body; the server's own error otherwise."""
@@ -114,19 +118,35 @@ def wait_until(condition: object, what: str, limit_s: float = WAIT_LIMIT_S) -> N
 
 
 @contextlib.contextmanager
-def serve(model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Cluster]:
-    """Start `kvferry serve` and wait until it is ready; afterwards nothing of it may be left."""
+def serve(
+    model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | None = None, is_fork: bool = True
+) -> Iterator[Cluster]:
+    """Start `kvferry serve` and wait until it is ready; afterwards nothing of it may be left.
+
+    `is_fork`: its processes have their imports from one of the tests' (forked_command.py), else it is the command. That
+    alone can start itself anew, to hide keys among its flags.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "kvferry", "serve", *([str(model_dir)] if model_dir else [])]
-    command += ["--port", str(port), *flags]
+    words = ["serve", *([str(model_dir)] if model_dir else []), "--port", str(port), *flags]
+    environment = {**os.environ, **(env or {})}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            tied(command),  # a test run that is killed leaves nothing behind
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **(env or {})},
-        )
+        process: subprocess.Popen[bytes] | Fork
+        if is_fork:
+            process = FORKS.Popen(
+                [sys.executable, "-m", NAME, *words],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+        else:
+            process = subprocess.Popen(
+                tied([sys.executable, "-m", "kvferry", *words]),  # a test run that is killed leaves nothing behind
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
     base_url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=base_url, timeout=240.0) as client:
         cluster = Cluster(process, base_url, log, client)
@@ -147,7 +167,7 @@ def serve_by_hand(
     shared: tuple[str, ...] = (),
     env: dict[str, str] | None = None,
 ) -> Iterator[Cluster]:
-    """A router and workers (id to role), each started by its own command: nobody watches them or starts them again.
+    """A router and workers (id to role), each by a command of its own: nobody watches them or starts them again.
 
     `flags` are for the workers, `shared` are for the router as well.
     """
@@ -160,7 +180,7 @@ def serve_by_hand(
         },
     }
     model = (str(model_dir), "--served-model-name", "tiny")
-    commands = [[sys.executable, "-m", "kvferry", command, *model, *shared, *words] for command, *words in own.values()]
+    commands = [[sys.executable, "-m", NAME, command, *model, *shared, *words] for command, *words in own.values()]
     environment = {SECRET_VARIABLE: "a secret for these tests", **(env or {})}
     with run_all(commands, log, f"http://127.0.0.1:{port}", env=environment) as cluster:
         yield cluster
@@ -170,13 +190,16 @@ def serve_by_hand(
 def run_all(
     commands: Sequence[Sequence[str]], log: Path, base_url: str, *, env: Mapping[str, str] | None = None
 ) -> Iterator[Cluster]:
-    """Run a router's command and those of its workers until the block ends; they are ready when it begins."""
-    processes: list[subprocess.Popen[bytes]] = []
+    """Run a router's program and those of its workers until the block ends; they are ready when it begins.
+
+    Each is a fork of the process that has the imports.
+    """
+    processes: list[Fork] = []
     environment = {**os.environ, **(env or {})}
     with log.open("wb") as output, httpx.Client(base_url=base_url, timeout=240.0) as client:
         try:
             for command in commands:
-                processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+                processes.append(FORKS.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
             cluster = Cluster(processes[0], base_url, log, client, processes[1:])
             _wait_ready(cluster)
             yield cluster

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from .cluster import FORKS
+
 
 @pytest.fixture(scope="session", autouse=True)
 def handoffs() -> Iterator[None]:
@@ -14,3 +16,10 @@ def handoffs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVFERRY_POLICY", "least_loaded")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks() -> Iterator[None]:
+    """The process whose forks deployments are ends with the tests."""
+    yield
+    FORKS.close()

@@ -11,14 +11,14 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 from contextlib import suppress
 from types import FrameType
 
 from kvferry.common.exits import exit_process
 from kvferry.common.imports import kept_imports
-from kvferry.tests.forks import Forks, serve
+from kvferry.engine.ranks import group
+from kvferry.tests.forks import Forks
 from kvferry.worker.process import main
 
 
@@ -28,21 +28,9 @@ def fork(config: str) -> int:
         return pid
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if json.loads(config)["engine"]["tensor_parallel_size"] > 1:
-        fork_ranks()
+        vars(group)["subprocess"] = Forks.here()
     sys.argv = ["kvferry.worker", "--config-json", config]
     exit_process(main())
-
-
-def fork_ranks() -> None:
-    """Have this worker's other ranks start as forks of one more process."""
-    asks, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
-        asks.close()
-        serve(theirs)
-        os._exit(0)
-    theirs.close()
-    group = importlib.import_module("kvferry.engine.ranks.group")
-    vars(group)["subprocess"] = Forks(asks=asks)
 
 
 def run(configs: list[str]) -> int:

@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_secret(secret, OLD)
     model_dir = write_checkpoint(folder / "tiny", max_model_len=4096)
     flags = (*FLAGS, "--api-key-file", str(keys), "--secret-file", str(secret), "--routers", "2")
-    with serve(model_dir, folder / "log", *flags) as cluster:
+    with serve(model_dir, folder / "log", *flags, is_fork=False) as cluster:  # a fork's environment is not in /proc
         yield Site(cluster, keys, secret)
 
 
@@ -162,9 +162,9 @@ class Alone(NamedTuple):
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     folder = tmp_path_factory.mktemp("alone")
     path = folder / "pid"
-    flags = (*FLAGS, "--api-key", KEY, f"--admin-key={ADMIN_KEY}", "--admin-port", str(free_port()))
-    model_dir = write_checkpoint(folder / "tiny")
-    with serve(model_dir, folder / "log", *flags, "--prefill", "0", "--pid-file", str(path)) as cluster:
+    flags: tuple[str, ...] = (*FLAGS, "--api-key", KEY, f"--admin-key={ADMIN_KEY}", "--admin-port", str(free_port()))
+    flags = (*flags, "--prefill", "0", "--pid-file", str(path))
+    with serve(write_checkpoint(folder / "tiny"), folder / "log", *flags, is_fork=False) as cluster:
         yield Alone(cluster, path)
 
 

@@ -102,6 +102,6 @@ def test_a_rank_that_dies_takes_its_worker_with_it_and_no_stream(model_dir: Path
 
 def _kill_second_rank(drill: LocalDrill, name: str) -> None:
     [leader] = drill.cluster.programs(name)
-    [rank] = [child for child in leader.children() if "follower_process" in " ".join(child.cmdline())]
+    [rank] = [child for child in leader.children(recursive=True) if "follower_process" in " ".join(child.cmdline())]
     rank.kill()
     drill.killed[name] = leader  # which follows it

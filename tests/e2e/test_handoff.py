@@ -20,6 +20,7 @@ from kvferry.tools.load.server_process import free_port
 from ..checkpoints import write_checkpoint
 from ..engine_driver import Driver, make_engine
 from .cluster import Cluster, run_all, serve, wait_until
+from .forked_command import NAME as FORKED_COMMAND
 
 COMMON = ("--served-model-name", "tiny", "--dtype", "float32")
 BROKEN_TRANSPORT = Path(__file__).parent / "broken_transport.py"
@@ -37,7 +38,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     log = tmp_path_factory.mktemp("cluster") / "log"
-    with serve(model_dir, log, *COMMON, "--kv-cache-memory-bytes", str(POOL_BYTES)) as cluster:
+    with serve(model_dir, log, *COMMON, "--kv-cache-memory-bytes", str(POOL_BYTES), is_fork=False) as cluster:
         yield cluster
 
 
@@ -167,8 +168,8 @@ def _by_hand(model_dir: Path, log: Path, *router_flags: str) -> Iterator[Cluster
     router = [*shared, "--port", str(http), "--control-port", str(control), *router_flags]
     decode = [*shared, "--router", address, "--kv-cache-memory-bytes", "16MiB", "--dtype", "float32"]
     commands = [
-        [sys.executable, "-m", "kvferry", "router", *router],
-        [sys.executable, "-m", "kvferry", "decode", *decode],
+        [sys.executable, "-m", FORKED_COMMAND, "router", *router],
+        [sys.executable, "-m", FORKED_COMMAND, "decode", *decode],
         [sys.executable, str(BROKEN_TRANSPORT), "--config-json", broken.model_dump_json()],
     ]
     with run_all(commands, log, f"http://127.0.0.1:{http}") as cluster:

@@ -36,6 +36,8 @@ from kvferry.wire.workers import WorkerStatus
 
 from ..checkpoints import write_checkpoint
 from . import reference
+from .cluster import FORKS
+from .forked_command import forking
 
 WORKER = "kvferry.worker"
 NUM_TOKENS = 20
@@ -128,7 +130,8 @@ async def fleet(model: Path, folder: Path, backend: Literal["nixl", "ucx"], *nam
         model_dir=model, served_model_name="tiny", dtype="float32", num_threads=1, kv_cache_memory_bytes=8 << 20
     )
     forks = ForkServer(env, {WORKER: ("kvferry.worker.process", "kvferry.worker.build", "kvferry.worker.worker")})
-    with (folder / "log").open("wb") as output:
+    with (folder / "log").open("wb") as output, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "create_subprocess_exec", forking(FORKS))
         for name in names:
             worker = WorkerConfig(
                 worker_id=name,

@@ -68,7 +68,7 @@ def test_two_nodes_answer_the_same_and_a_killed_actor_comes_back(ray_address: st
     references = reference.greedy(model_dir, prompts, 12)
     flags = ["--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB"]
     flags += ["--launcher", "ray", "--ray-address", ray_address]
-    with serve(model_dir, tmp_path / "log", *flags) as cluster:
+    with serve(model_dir, tmp_path / "log", *flags, is_fork=False) as cluster:
         reference.assert_equal(asyncio.run(_answer(cluster, references)), references, "ray")
         wait_until(lambda: cluster.metric("kvferry_kv_transfer_bytes_count") == len(references), "every report")
         assert cluster.metric("kvferry_fallback_total") == 0, cluster.log.read_text()
@@ -98,7 +98,7 @@ def test_ray_may_lose_its_head_while_tokens_flow(tmp_path: Path) -> None:
     flags = ["--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB"]
     with ray_cluster() as nodes:
         flags += ["--launcher", "ray", "--ray-address", str(nodes.address)]
-        with serve(model_dir, tmp_path / "log", *flags) as cluster:
+        with serve(model_dir, tmp_path / "log", *flags, is_fork=False) as cluster:
             [head] = nodes.head_node.all_processes["gcs_server"]
             tally = asyncio.run(_ask_without_head(cluster, head.process.pid))
             assert tally.failures == []
@@ -127,7 +127,8 @@ def test_ray_pools_grow_lend_and_shrink_without_a_failed_request(tmp_path: Path)
     with ray_cluster() as nodes:
         nodes.add_node(num_cpus=1)
         flags = (*autoscale.FLAGS, "--launcher", "ray", "--ray-address", str(nodes.address))
-        with serve(write_checkpoint(tmp_path / autoscale.MODEL), tmp_path / "log", *flags) as cluster:
+        model_dir = write_checkpoint(tmp_path / autoscale.MODEL)
+        with serve(model_dir, tmp_path / "log", *flags, is_fork=False) as cluster:
             operator = autoscale.Operator.of(cluster)
             work = partial(autoscale.grow_flip_and_shrink, operator)
             autoscale.check(cluster, asyncio.run(autoscale.under_load(cluster, work)))

@@ -111,7 +111,7 @@ def _lines(cluster: Cluster) -> list[str]:
 @pytest.mark.slow
 def test_elsewhere_every_line_is_json_and_with_text_none_is(tmp_path: Path) -> None:
     model_dir = write_checkpoint(tmp_path / "tiny")
-    with serve(model_dir, tmp_path / "json", *FLAGS, "--prefill", "0") as cluster:
+    with serve(model_dir, tmp_path / "json", *FLAGS, "--prefill", "0", is_fork=False) as cluster:
         cluster.post("/v1/completions", {"prompt": "hi", "max_tokens": 2})
     events = [json.loads(line)["event"] for line in _lines(cluster)]
     assert {"serving", "request_finished", "everything has ended"} <= set(events)
