@@ -7,6 +7,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from .install import CannotEmulate, install
 from .stream import COUNTS
@@ -18,6 +19,11 @@ try:
     install()
 except CannotEmulate as error:
     raise pytest.UsageError(str(error)) from error
+
+
+# Its products are too small to be shared: two threads of OpenMP took some five times what one takes, to wait for each
+# other.
+torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

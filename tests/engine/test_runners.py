@@ -154,9 +154,15 @@ def test_layers_are_told_of_in_order_and_are_written_by_then(model_dir: Path, na
     assert bool(written.flatten(2).any(-1).all())
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("lengths", [[5, 3], [300, 100], [1600, 40]], ids=["few", "by layers", "many"])
-@every_kind
+@pytest.mark.parametrize(
+    ("name", "num_threads"),
+    [
+        pytest.param(name, num_threads, marks=kind.marks)
+        for name, kind in KINDS.items()
+        for num_threads in ((1,) if kind.runner == "CudaRunner" else (1, 2))  # a card's steps are none of the host's
+    ],
+)
 def test_a_step_that_nobody_wants_ends_early_or_whole(
     model_dir: Path, name: str, lengths: list[int], num_threads: int
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -182,9 +183,21 @@ def _num_packed(engine: Engine) -> int:
     return sum(isinstance(weight, Int4Weight) for weight in weights)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def _be_an_older_card(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+class Engines(NamedTuple):
+    """Engines of one checkpoint: as it is stored on this card and on an older one, and of its numbers on the CPU."""
+
+    packed: Engine
+    widened: Engine
+    plain: Engine
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
         "gptq 4",
         "gptq 4 act-order",
         "gptq 4 asymmetric act-order",
@@ -196,21 +209,26 @@ def _num_packed(engine: Engine) -> int:
         "compressed int8 channel",
     ],
 )
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    stored, plain = write_pair(tmp_path_factory.mktemp("pair"), request.param)
+    packed = _engine(stored)
+    with pytest.MonkeyPatch.context() as patch:
+        _be_an_older_card(patch)
+        widened = _engine(stored)
+    return Engines(packed, widened, _engine(plain, device="cpu", dtype="float32"))
+
+
 @pytest.mark.parametrize("num_tokens", [40, 100])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=engine_gpu)])
 def test_a_checkpoint_answers_as_its_widened_numbers(
-    tmp_path: Path, name: str, num_tokens: int, device: str, monkeypatch: pytest.MonkeyPatch
+    engines: Engines, num_tokens: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored, plain = write_pair(tmp_path, name)
-    engine = _engine(stored)
-    assert _num_packed(engine) >= 6  # of eight; some formats' configs exclude modules
-    ours = _logprobs(engine, num_tokens)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    widened = _engine(stored)
-    assert _num_packed(widened) == 0
-    assert 0 < _rms(ours, _logprobs(widened, num_tokens)) < CLOSE / 2
-    monkeypatch.undo()
-    assert _rms(ours, _logprobs(_engine(plain, device="cpu", dtype="float32"), num_tokens)) < CLOSE / 2
+    assert _num_packed(engines.packed) >= 6  # of eight; some formats' configs exclude modules
+    assert _num_packed(engines.widened) == 0
+    ours = _logprobs(engines.packed, num_tokens)
+    assert _rms(ours, _logprobs(engines.plain, num_tokens)) < CLOSE / 2
+    _be_an_older_card(monkeypatch)
+    assert 0 < _rms(ours, _logprobs(engines.widened, num_tokens)) < CLOSE / 2
 
 
 @pytest.mark.parametrize("asked", ["int4", "int8"])
@@ -221,7 +239,7 @@ def test_weights_rounded_at_load_answer_as_the_widened_ones(
     path = write_checkpoint(tmp_path, tokenizer=False, shape=SHAPE)
     with capture_logs() as logs:
         found = _engine(path, quantization=asked)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        _be_an_older_card(monkeypatch)
         widened = _engine(path, quantization=asked)
     assert (_num_packed(found), _num_packed(widened)) == (8, 0)
     assert [entry for entry in logs if entry["event"] == "quantized_weights"] == [
