@@ -196,9 +196,10 @@ def choose_runner(
             num_threads=config.num_threads or torch.get_num_threads(),
             cores=_shared_cores(cores),
             is_exact=config.deterministic,
+            states=decoder.states,
         )
-        model = decoder.config
-        return NativeRunner(native, decoder.final_norm, num_layers=model.num_layers, eos_token_ids=model.eos_token_ids)
+        num_pages, ends = len(decoder.config.kv_layers), decoder.config.eos_token_ids
+        return NativeRunner(native, decoder.final_norm, num_pages=num_pages, eos_token_ids=ends)
     with torch.inference_mode():
         make = TiledRunner if config.deterministic else TorchRunner
         return make(decoder, attention, block_size=config.block_tokens)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from .config import ModelConfig
+from .parts.delta_nets import DeltaNetsConfig
 from .parts.latent import LatentConfig
 from .quantization import Quantization
+
+_MOST_CONVOLVED = 16  # tokens: engine/cpu/native/delta_net.hpp
 
 
 def not_in_native(
@@ -17,12 +20,9 @@ def not_in_native(
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     is_sparse = config.experts is not None and any(config.sparse_layers)
     has = {
-        "layers that keep a state": config.states is not None,
+        "layers that keep such states": config.states is not None and not _has_known_states(config),
         "experts in such a residual stream": is_sparse
         and (family.norms != "before" or config.residual_multiplier != 1.0),
-        "a gate of the shared expert": is_sparse
-        and config.experts is not None
-        and config.experts.shared_gate is not None,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "mixer and feed-forward side by side": family.norms == "shared",
         "norms that take a mean off": family.has_layer_norms,
@@ -34,6 +34,19 @@ def not_in_native(
         "so small a turned part of heads": config.rope.fraction != 1.0 and turned % 16 != 0,
     }
     return [name for name, is_there in has.items() if is_there]
+
+
+def _has_known_states(config: ModelConfig) -> bool:
+    """Tell whether states are those of gated delta nets, whose heads fill vectors, and what mixers yield whole pairs of
+    them; a convolution sees a few tokens.
+    """
+    states = config.states
+    if not isinstance(states, DeltaNetsConfig):
+        return False
+    heads = states.key_dim, states.value_dim
+    mixed = states.num_values, config.num_qo_heads * config.head_dim
+    is_short = states.kernel_size <= _MOST_CONVOLVED
+    return is_short and all(size % 16 == 0 for size in heads) and all(size % 32 == 0 for size in mixed)
 
 
 def _has_known_sizes(latent: LatentConfig) -> bool:

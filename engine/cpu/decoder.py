@@ -19,6 +19,7 @@ from torch import Tensor
 from ...common.cores import SharedCores
 from ..nn.attention.base import LayerPages
 from ..nn.runner import StepStopped
+from ..nn.states import ForeignStateError, LayerStates
 from ..ranks.communicator import Communicator
 from .described import Model, SumOverRanks
 from .model import NativeModel
@@ -27,6 +28,7 @@ _TILE = 64  # columns; what rows of hidden states and logits are padded to
 
 
 _OnLayer = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_STOPPED, _WHOLE, _FOREIGN_STATE = range(3)  # how a step ends: native/decoder.cpp
 
 
 class NativeDecoder:
@@ -40,9 +42,11 @@ class NativeDecoder:
         num_threads: int,
         cores: SharedCores | None = None,
         is_exact: bool = False,
+        states: LayerStates | None = None,
     ) -> None:
-        """`pages` are this model's part of the engine's. With `cores`, it uses more threads than its own while others
-        are idle. `is_exact`: a token's results depend on the tokens before it alone, to the bit.
+        """`pages` are this model's part of the engine's, of layers with keys and values; `states` has those of others.
+        With `cores`, it uses more threads than its own while others are idle. `is_exact`: a token's results depend on
+        the tokens before it alone, to the bit.
         """
         first = pages[0]
         assert first.dtype in (model.dtype, torch.int8) and first.device.type == "cpu", first.dtype
@@ -51,8 +55,14 @@ class NativeDecoder:
         self._model = described = model.described
         described.page_bytes, described.block_size = first.stride(0) * first.itemsize, first.shape[3]
         described.has_int8_pages = first.dtype == torch.int8
-        for layer in range(described.num_layers):
-            described.layers[layer].pages = pages[layer].data_ptr()
+        with_keys = [layer for layer in described.layers[: described.num_layers] if not layer.attention.delta_net]
+        for layer, own in zip(with_keys, pages, strict=True):
+            layer.pages = own.data_ptr()
+        self._states = states
+        if states is not None:
+            assert states.pages is not None and states.pages.stride(1) * first.itemsize == described.page_bytes
+            described.state_pages = states.pages.data_ptr()
+            described.state_page_stride = states.pages.stride(0) * first.itemsize
         self._vocab_size: int = described.vocab_size
         self._comm, self._num_logits, self._bounded_ = model.comm, model.num_logits, model.bounded_
         self._sums = _Sums(self._comm)
@@ -67,9 +77,9 @@ class NativeDecoder:
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
             *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer, ctypes.c_char_p),
-            ctypes.POINTER(ctypes.c_int32),
+            *(ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p),
         ]
-        self._forward.restype = ctypes.c_bool
+        self._forward.restype = ctypes.c_int
         self._stop = ctypes.c_int32(0)
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
@@ -97,17 +107,20 @@ class NativeDecoder:
     def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Return hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.
 
-        `on_layer(i)` is called from within, when layer i's keys and values are in the pages. What it raises is raised
-        here after the step. Raises StepStopped after `stop`, with one rank alone.
+        `on_layer(i)` is called from within, when the keys and values of the i-th layer that has some are in the pages.
+        What it raises is raised here after the step. Raises StepStopped after `stop`, with one rank alone;
+        ForeignStateError, with nothing changed.
         """
         self._check(step)
         self._stop.value = 0
         wanted = len(step.wanted) // 4
         hidden = torch.empty(wanted, self._hidden_stride)
+        starts = _ints(step.starts)
+        found = None if self._states is None or not self._states.are_checked else torch.empty(len(starts))
         listener = _Listener(on_layer)
-        is_whole = self._forward(
+        end = self._forward(
             self._handle,
-            len(step.starts) // 4,
+            len(starts),
             step.input_ids,
             step.starts,
             step.lengths,
@@ -118,11 +131,14 @@ class NativeDecoder:
             listener.callback,
             step.adapters or None,
             self._stop,
+            None if found is None else found.data_ptr(),
         )
         self._sums.check()
         if listener.error is not None:
             raise listener.error
-        if not is_whole:
+        if found is not None and end == _FOREIGN_STATE:
+            raise ForeignStateError(f"states of {found.tolist()} tokens in place of {starts.tolist()}")
+        if end == _STOPPED:
             raise StepStopped
         return hidden
 

@@ -25,6 +25,20 @@ class LatentParts(ctypes.Structure):
     ]
 
 
+_NET_SIZES = ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel_size", "is_grouped", "index")
+
+
+class DeltaNetParts(ctypes.Structure):
+    """The C++ `DeltaNet`."""
+
+    _fields_ = [
+        *((name, LinearParts) for name in ("rows", "rates")),
+        *((name, ctypes.c_void_p) for name in ("convolution", "forgetting", "rate_bias", "norm")),
+        *((name, ctypes.c_int64) for name in _NET_SIZES),
+        ("norm_eps", ctypes.c_double),
+    ]
+
+
 class AttentionParts(ctypes.Structure):
     """The C++ `AttentionBlock`."""
 
@@ -34,6 +48,7 @@ class AttentionParts(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")),
         *((name, ctypes.c_int64) for name in ("has_whole_norms", "window")),
         ("latents", ctypes.POINTER(LatentParts)),
+        ("delta_net", ctypes.POINTER(DeltaNetParts)),
     ]
 
 
@@ -62,6 +77,7 @@ class ExpertParts(ctypes.Structure):
         ("score_bias", ctypes.c_void_p),
         ("experts", ctypes.POINTER(MLPParts)),
         ("shared", ctypes.POINTER(MLPParts)),
+        ("shared_gate", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in _COUNTS),
         *((name, ctypes.c_double) for name in ("scale", "limit", "alpha")),
         *((name, ctypes.c_void_p) for name in ("taken", "place", "copies", "turn")),
@@ -93,7 +109,8 @@ class Model(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*SIZES, "page_bytes", "block_size", "has_int8_pages")),
-        *((name, ctypes.c_int64) for name in ("rotary_dim", "has_neighbours", "norms_turned", "query_len", "has_gelu")),
+        *((name, ctypes.c_int64) for name in ("rotary_dim", "has_neighbours", "norms_turned", "has_gates")),
+        *((name, ctypes.c_int64) for name in ("query_len", "has_gelu")),
         *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
         ("query_beta", ctypes.c_double),
         *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor", "score_cap")),
@@ -102,4 +119,6 @@ class Model(ctypes.Structure):
         ("layers", ctypes.POINTER(LayerParts)),
         ("sum_over_ranks", SumOverRanks),
         *((name, ctypes.c_int64) for name in ("num_ranks", "first_token", "num_tokens", "adapter_rank")),
+        ("state_pages", ctypes.c_void_p),
+        ("state_page_stride", ctypes.c_int64),
     ]

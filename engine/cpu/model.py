@@ -2,9 +2,9 @@
 
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
-It has code for layers of `Attention` or `LatentAttention` and of `GatedMLP` or `SparseMLP`, stacked experts too, over
-plain weights in bfloat16 or float32 and over quantized ones (`packing.py`), each linear as it is; a model of other
-blocks is left to torch.
+It has code for layers of `Attention`, gated or not, `LatentAttention` or `GatedDeltaNet` and of `GatedMLP` or
+`SparseMLP`, stacked experts too, over plain weights in bfloat16 or float32 and over quantized ones (`packing.py`), each
+linear as it is; a model of other blocks is left to torch.
 """
 
 from __future__ import annotations
@@ -21,22 +21,37 @@ from ...models.config import ModelConfig
 from ...models.native import not_in_native
 from ..nn.adapters import AdapterSlots
 from ..nn.decoder import Decoder, DecoderLayer
-from ..nn.experts import SparseMLP
+from ..nn.delta_net import GatedDeltaNet
+from ..nn.experts import SharedGate, SparseMLP
 from ..nn.feed_forward import GatedMLP
 from ..nn.latent import LatentAttention
 from ..nn.layers import Linear, RMSNorm
-from ..nn.mixer import Attention
+from ..nn.mixer import Attention, GatedAttention
 from ..nn.stacked_experts import StackedExpert
 from ..ranks.communicator import Communicator
+from ..weights.weight import DenseWeight
+from . import delta_net
 from .adapters import SlotMemory, StripAdapters, whole_strips
 from .build import load
 from .compiler import NativeUnavailable
-from .described import SIZES, AttentionParts, ExpertParts, LatentParts, LayerParts, LinearParts, MLPParts, Model
+from .described import (
+    SIZES,
+    AttentionParts,
+    DeltaNetParts,
+    ExpertParts,
+    LatentParts,
+    LayerParts,
+    LinearParts,
+    MLPParts,
+    Model,
+)
 from .packing import Packer, address, check_known, two_apart
 
 _DTYPES = (torch.bfloat16, torch.float32)  # elements, of which a library knows one
 _SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
-_Blocks = tuple[Attention | LatentAttention, GatedMLP | SparseMLP]
+_Mixer = Attention | LatentAttention | GatedDeltaNet
+_Blocks = tuple[_Mixer, GatedMLP | SparseMLP]
+_MIXERS = (Attention, GatedAttention, LatentAttention, GatedDeltaNet)
 
 
 class NativeModel:
@@ -51,14 +66,15 @@ class NativeModel:
         plan = self.expert_plan = decoder.expert_plan
         _check_parts(decoder.config, is_float32=is_float32, is_exchanged=plan is not None and plan.is_exchanged)
         blocks = [_known_blocks(layer) for layer in decoder.layers]
-        weights = [check_known(linear, self.dtype) for linear in decoder.linears()]
+        linears = [linear for linear in decoder.linears() if not isinstance(linear, SharedGate)]  # read as they are
+        weights = [check_known(linear, self.dtype) for linear in linears]
         self.comm = decoder.head.rows.comm
         self.library = _common_library(self.comm, cache, isa, is_float32=is_float32)
         self.name = Path(self.library._name).stem  # instruction set, source and compiler
         self._pack = Packer(self.library, self.dtype)
         self._packed = {
             id(weight): self._pack(weight, in_turns=linear.in_turns)
-            for weight, linear in zip(weights, decoder.linears(), strict=True)
+            for weight, linear in zip(weights, linears, strict=True)
         }
         self._keep: list[object] = [decoder, weights]
         self.bounded_ = decoder.bounded_  # of logits
@@ -71,16 +87,19 @@ class NativeModel:
         config = decoder.config
         layers = (LayerParts * config.num_layers)()
         parts = zip(decoder.layers, blocks, config.sliding_windows, layers, strict=True)
-        for layer, (attention, feed_forward), window, target in parts:
+        for layer, (mixer, feed_forward), window, target in parts:
             for name in ("input_norm", "mixed_norm", "mlp_norm", "output_norm"):
                 setattr(target, name, _weight_of(getattr(layer, name)))
             target.is_local = layer.is_local and config.local_rope is not None
-            if isinstance(attention, LatentAttention):
-                target.attention.latents = ctypes.pointer(self._latents(attention))
+            if isinstance(mixer, LatentAttention):
+                target.attention.latents = ctypes.pointer(self._latents(mixer))
+            elif isinstance(mixer, GatedDeltaNet):
+                target.attention.delta_net = ctypes.pointer(self._delta_net(mixer))
             else:
-                self._describe_heads(attention, target.attention, window or 0)
-            target.attention.o = self._linear(attention.o_proj, attention.o_proj.sum_bias)
-            self._linears.append((attention.o_proj, target.attention.o))
+                self._describe_heads(mixer, target.attention, window or 0)
+            last = mixer.out_proj if isinstance(mixer, GatedDeltaNet) else mixer.o_proj
+            target.attention.o = self._linear(last, last.sum_bias)
+            self._linears.append((last, target.attention.o))
             if isinstance(feed_forward, GatedMLP):
                 target.mlp = self._mlp(feed_forward)
                 gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
@@ -92,6 +111,7 @@ class NativeModel:
             rotary_dim=2 * len(decoder.rotary.inv_freq),
             has_neighbours=config.rope.has_neighbours,
             norms_turned=config.family.head_norms == "turned",
+            has_gates=config.family.has_attention_gates,
             query_len=config.rope.query_len,
             query_beta=config.rope.query_beta,
             has_gelu=config.activation == "gelu_tanh",
@@ -152,6 +172,11 @@ class NativeModel:
         self._linears += [(attention.a_proj, described.inputs), (attention.q_proj, described.queries)]
         return described
 
+    def _delta_net(self, net: GatedDeltaNet) -> DeltaNetParts:
+        described = delta_net.describe(net, self._linear, self._keep)
+        self._linears += [(net.rows_proj, described.rows), (net.rates_proj, described.rates)]
+        return described
+
     def _mlp(self, mlp: GatedMLP | StackedExpert) -> MLPParts:
         gate_up, down = mlp.gate_up_proj, mlp.down_proj
         bias = down.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
@@ -170,6 +195,7 @@ class NativeModel:
             score_bias=address(sparse.gate.score_bias),
             experts=experts,
             shared=None if shared is None else ctypes.pointer(shared),
+            shared_gate=None if sparse.shared_gate is None else self._plain(sparse.shared_gate),
             num_experts=config.num_experts,
             num_chosen=config.num_chosen,
             count=len(sparse.experts),
@@ -192,6 +218,10 @@ class NativeModel:
         places[list(sparse.held)] = torch.arange(len(sparse.held), dtype=torch.int32)
         self._keep.append(places)
         return places
+
+    def _plain(self, linear: Linear) -> int | None:
+        assert isinstance(linear.weight, DenseWeight)
+        return address(linear.weight.plain)
 
     def _linear(self, linear: Linear, bias: Tensor | None) -> LinearParts:
         if bias is not None:
@@ -237,9 +267,9 @@ def _check_parts(config: ModelConfig, *, is_float32: bool, is_exchanged: bool) -
 def _known_blocks(layer: DecoderLayer) -> _Blocks:
     mixer, feed_forward = layer.mixer, layer.feed_forward
     # A subclass computes something else.
-    if type(mixer) not in (Attention, LatentAttention) or type(feed_forward) not in (GatedMLP, SparseMLP):
+    if type(mixer) not in _MIXERS or type(feed_forward) not in (GatedMLP, SparseMLP):
         raise NativeUnavailable(f"no C++ for layers of {type(mixer).__name__} and {type(feed_forward).__name__}")
-    assert isinstance(mixer, Attention | LatentAttention) and isinstance(feed_forward, GatedMLP | SparseMLP)
+    assert isinstance(mixer, _Mixer) and isinstance(feed_forward, GatedMLP | SparseMLP)
     return mixer, feed_forward
 
 

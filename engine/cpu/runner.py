@@ -23,13 +23,15 @@ class NativeRunner:
     """Implements `Runner`. An exact decoder's results are named after the library: set, source, compiler."""
 
     def __init__(
-        self, decoder: NativeDecoder, final_norm: RMSNorm, *, num_layers: int, eos_token_ids: frozenset[int]
+        self, decoder: NativeDecoder, final_norm: RMSNorm, *, num_pages: int, eos_token_ids: frozenset[int]
     ) -> None:
-        """`final_norm` is for embeddings alone: before logits the library computes it itself."""
+        """`final_norm` is for embeddings alone: before logits the library computes it itself. `num_pages`: of a block,
+        those of layers with keys and values.
+        """
         self.decoder = decoder
         self._final_norm = final_norm
         self.results = decoder.build if decoder.is_exact else ""
-        self._num_layers = num_layers
+        self._num_pages = num_pages
         self._eos_token_ids = eos_token_ids
         self._sample = sample_each if decoder.is_exact else sample
         self._prompt_logprobs = prompt_logprobs_each if decoder.is_exact else prompt_logprobs
@@ -49,8 +51,8 @@ class NativeRunner:
             hidden = self.decoder.forward(step, on_layer)
         else:
             hidden = self.decoder.forward(step)  # tokens of running answers: too quick to interrupt for each layer
-            for layer in range(self._num_layers):
-                on_layer(layer)
+            for page in range(self._num_pages):
+                on_layer(page)
         states, rest = hidden[: len(pooled)], hidden[len(pooled) :]
         logits = map(self.decoder.logits, torch.split(rest, [len(rows) for rows in logit_rows(plan)]))
         return chain((self._normed(states),), logits) if len(states) else logits

@@ -52,7 +52,7 @@ class GatedDeltaNet:
         """`index`: among the layers with states."""
         config, hidden = states.config, builder.config.hidden_size
         assert isinstance(config, DeltaNetsConfig)
-        self._states, self._config = states, config
+        self.index, self._states, self.config = index, states, config
         self.rows_proj, self.rates_proj = (
             ColumnParallelLinear(
                 builder,
@@ -72,14 +72,14 @@ class GatedDeltaNet:
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return rows for the convolution, gates, strengths and decays, [num_tokens, numbers of all]."""
         rows, rates = self.rows_proj(x), self.rates_proj(x)
-        if self._config.is_grouped:
-            rows, rates = self._by_kind(rows), rates.view(len(rates), self._config.num_key_heads, 2, -1)
+        if self.config.is_grouped:
+            rows, rates = self._by_kind(rows), rates.view(len(rates), self.config.num_key_heads, 2, -1)
             rates = rates.transpose(1, 2).flatten(1)
         return torch.cat((rows, rates), 1)
 
     def _by_kind(self, rows: Tensor) -> Tensor:
         """Bring what stands key head by key head into the order of kinds: queries, keys, values, gates."""
-        config = self._config
+        config = self.config
         values = config.num_values // config.num_key_heads
         by_head = rows.view(len(rows), config.num_key_heads, -1)
         parts = torch.split(by_head, [config.key_dim] * 2 + [values] * 2, 2)
@@ -87,7 +87,7 @@ class GatedDeltaNet:
 
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
         """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
-        config, vectors = self._config, self.vectors.by_name
+        config, vectors = self.config, self.vectors.by_name
         sizes = [config.num_convolved, config.num_values, config.num_value_heads, config.num_value_heads]
         rows, gates, strengths, rates = torch.split(projected[: self._states.num_tokens], sizes, 1)
         strengths = strengths.float().sigmoid()
@@ -101,7 +101,7 @@ class GatedDeltaNet:
         return F.pad(said, (0, 0, 0, len(projected) - len(said))).to(projected.dtype)
 
     def _heads(self, convolved: Tensor, decays: Tensor, strengths: Tensor) -> _Heads:
-        config = self._config
+        config = self.config
         q, k, v = torch.split(F.silu(convolved), [config.num_keys, config.num_keys, config.num_values], 1)
         repeats = config.num_value_heads // config.num_key_heads
         q, k = (_directions(each.view(len(each), config.num_key_heads, -1), repeats) for each in (q, k))

@@ -90,10 +90,12 @@ class LayerStates:
         self.judge: Judge = refuse_foreign
         self.singles: list[Singles] = []
         self.stretches: list[Stretch] = []
+        self.pages: Tensor | None = None  # that states are kept in
         self._pieces: list[list[Tensor]] = []  # by layer: its state's parts, each [num_blocks, numbers] float32
 
     def attach(self, pages: Tensor) -> None:
         """Keep states in these pages, [pages of a block, num_blocks, ...], of any type."""
+        self.pages = pages
         rows = pages.flatten(2).view(torch.uint8)  # [pages of a block, num_blocks, page_bytes]
         self._pieces = [
             [rows[page][:, part].view(torch.float32) for page, part in self.config.pieces(index, rows.shape[2])]

@@ -14,10 +14,9 @@ MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
 HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
 LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
-# Pages of 4,096 bytes that three layers' states take: of each 1 + 3 * 128 + 4 * 16 * 16 numbers in a gated delta net,
-# 1 + 2 * 64 in a convolution, 1 + 3 * 160 + 4 * 16 * 32 in a layer of Mamba's.
-_STATE_PAGES = {"lfm2": 1, "lfm2_moe": 1, "granite4": 8, "granite4_moe": 8}
-_PAGE_BYTES = 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # K and V, heads, head_dim, tokens
+# Numbers of a layer's state, of which there are three: in a gated delta net, a convolution, a layer of Mamba's.
+_STATE, _LFM2_STATE, _MAMBA_STATE = 1 + 3 * 128 + 4 * 16 * 16, 1 + 2 * 64, 1 + 3 * 160 + 4 * 16 * 32
+_STATES_OF = {"lfm2": _LFM2_STATE, "lfm2_moe": _LFM2_STATE, "granite4": _MAMBA_STATE, "granite4_moe": _MAMBA_STATE}
 _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
     "deepseek_v3": ("v3", EXPERTS["v3"]),
@@ -87,7 +86,7 @@ _MAMBA: dict[str, Any] = {
     "num_experts_per_tok": 0,
 }
 _STATES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_5_text": ("Qwen3_5Text", {}),
+    "qwen3_5_text": ("Qwen3_5Text", {"head_dim": 64}),  # heads that C++ has, as it has float32 without experts
     "qwen3_5_moe_text": (
         "Qwen3_5MoeText",
         _GATED_SHARED,
@@ -136,7 +135,8 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         write_model(path, getattr(transformers, f"{name}Config")(**SMALL | STATES | fields | longest), seed=1)
         write_tokenizer(path, SMALL["vocab_size"])
         is_sparse = any(fields.get(key) for key in ("num_experts", "num_local_experts"))
-        block_bytes = (1 + _STATE_PAGES.get(family, 5)) * _PAGE_BYTES
+        num_bytes = 3 * _STATES_OF.get(family, _STATE) * _FLOAT32
+        block_bytes = _states_block_bytes(num_bytes, fields.get("head_dim", SMALL["head_dim"]))
         return ExactnessModel(path, block_bytes, is_sparse=is_sparse, keeps_states=True)
     if family in _SPARSE:
         import transformers
@@ -149,3 +149,9 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     shape = Shape(max_model_len=MAX_MODEL_LEN, sliding_window=window, biases=family == "llama")
     write_checkpoint(path, cast("Family", family), shape=shape)
     return ExactnessModel(path, HEADS_BLOCK_BYTES, is_sparse=family == "qwen3_vl_moe")
+
+
+def _states_block_bytes(num_bytes: int, head_dim: int) -> int:
+    """Return the bytes of one layer's keys and values, and of as many more such pages as states fill."""
+    page_bytes = 2 * 2 * head_dim * _BLOCK_SIZE * _FLOAT32  # K and V, heads
+    return page_bytes * (1 + -(-num_bytes // page_bytes))

@@ -4,7 +4,8 @@
 // thread at a time, with helpers of its own, as many as the machine has to spare (cores.hpp).
 //
 //   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> act -> down
-//            where a layer keeps latents, in place of qkv and before o: latents.hpp
+//            where a layer keeps latents, in place of qkv and before o: latents.hpp; where it keeps a state, in place of all
+//            between norm and o: delta_net.hpp
 //   logits:  norm -> head
 //
 // Each way to share this out among threads is a class: few_tokens.hpp, many_tokens.hpp, several_ranks.hpp. What they share
@@ -27,6 +28,7 @@
 namespace {
 
 constexpr std::chrono::seconds kLargePagesWithin{3};
+enum { kStopped, kWhole, kForeignState };  // how a step ends; declared once more in engine/cpu/decoder.py
 
 class Decoder {
 public:
@@ -41,6 +43,9 @@ public:
                     use_large_pages(tiles, deadline);
                 }
             }
+            if (const DeltaNet* w = layer.attention.delta_net) {
+                for (const Linear& linear : {w->rows, w->rates}) use_large_pages(linear.weight, deadline);
+            }
             each_mlp(layer, [&](const GatedMlp& mlp) {
                 for (const Linear& w : {mlp.gate_up, mlp.down}) use_large_pages(w.weight, deadline);
             });
@@ -49,6 +54,24 @@ public:
 
     long block_size() const { return w_.model.block_size; }
     int num_threads() const { return threads_.size(); }
+
+    // Whether the state before each row is that of the tokens before it, in all layers that keep one. Else `found` gets of how
+    // many tokens rows' are, in one of these layers.
+    bool has_states(const std::vector<Row>& rows, float* found) const {
+        for (const Layer& layer : w_.layers) {
+            const DeltaNet* net = layer.attention.delta_net;
+            if (net == nullptr) continue;
+            bool are_own = true;
+            for (std::size_t i = 0; i < rows.size(); i++) {
+                const long start = rows[i].start;
+                const std::int32_t block = rows[i].blocks[std::max(0L, start - 1) / w_.model.block_size];
+                found[i] = start == 0 ? 0.0f : StatePlace(w_.model, *net, block).num_tokens();
+                are_own = are_own && found[i] == float(start);
+            }
+            if (!are_own) return false;
+        }
+        return true;
+    }
 
     // False: it was stopped. With several ranks no step is, as all of them would have to know.
     bool forward(Step& step) {
@@ -143,13 +166,15 @@ void kvferry_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder)
 
 // `rows` rows, each `lengths[i]` tokens from position `starts[i]` on; their tokens packed in `input_ids`. `block_ids`:
 // each row's blocks up to its last token's, row after row. `hidden` gets the states of the `wanted` packed tokens, each
-// once. `on_layer(i)` is called when layer i's keys and values are in the pages; null: nobody asked. `adapters`: the slot
-// of each row's, below 0 for none; null: no row has one. `stop`: read while it runs; false is returned where it was not 0.
-bool kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* starts,
+// once. `on_layer(i)` is called when the keys and values of the i-th layer that has some are in the pages; null: nobody asked.
+// `adapters`: the slot of each row's, below 0 for none; null: no row has one. `stop`: read while it runs; kStopped is
+// returned where it was not 0. `found`: gets of how many tokens rows' states are, where one is not its row's, and nothing
+// else is done; null: states are taken as they are.
+int kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* starts,
                              const std::int32_t* lengths, const std::int32_t* block_ids, int num_wanted,
                              const std::int32_t* wanted, float* hidden, void (*on_layer)(int),
-                             const std::int32_t* adapters, const std::int32_t* stop) {
-    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, stop, {}, {}, {}, {}};
+                             const std::int32_t* adapters, const std::int32_t* stop, float* found) {
+    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, stop, {}, {}, {}};
     auto* self = static_cast<Decoder*>(decoder);
     for (int row = 0; row < rows; row++) {
         step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids});
@@ -157,7 +182,8 @@ bool kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_
         block_ids += (starts[row] + lengths[row] - 1) / self->block_size() + 1;
     }
     set_adapters(step, adapters);
-    return self->forward(step);
+    if (found != nullptr && !self->has_states(step.rows, found)) return kForeignState;
+    return self->forward(step) ? kWhole : kStopped;
 }
 
 // Those that the last part of the last step ran on.

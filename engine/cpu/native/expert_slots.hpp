@@ -35,8 +35,9 @@ struct Slots {
 // Which experts the rows take: one thread's own copy.
 class Grouping {
 public:
-    // `adapters`: the slot of each row's; null: no row has one.
-    void set(const Experts& e, const Choice* chosen, long rows, const std::int32_t* adapters) {
+    // `shared`: each row's weight of the shared expert, which is 1 where it has no gate. `adapters`: the slot of each row's;
+    // null: no row has one.
+    void set(const Experts& e, const Choice* chosen, const float* shared, long rows, const std::int32_t* adapters) {
         parts.clear();
         row.clear();
         weight.clear();
@@ -62,7 +63,7 @@ public:
             parts.push_back({e.shared, long(row.size()), rows});
             for (long i = 0; i < rows; i++) {
                 row.push_back(std::int32_t(i));
-                weight.push_back(1.0f);
+                weight.push_back(e.shared_gate == nullptr ? 1.0f : shared[i]);
             }
         }
         if (adapters == nullptr) return;
@@ -87,12 +88,14 @@ struct ExpertMemory {
     void reserve(long rows, const Strides& s, long num_chosen, long narrowed_size) {
         const long slots = rows * (num_chosen + 1);
         if (long(chosen.size()) < rows * num_chosen) chosen.resize(rows * num_chosen);
+        if (long(shared.size()) < rows) shared.resize(rows);
         if (long(normed.size()) < rows * s.normed) normed.resize(rows * s.normed);
         if (long(gate_up.size()) < slots * s.gate_up) gate_up.resize(slots * s.gate_up);
         if (long(activated.size()) < slots * s.activated) activated.resize(slots * s.activated);
         if (long(narrowed.size()) < slots * narrowed_size) narrowed.resize(slots * narrowed_size);
     }
     std::vector<Choice> chosen;
+    std::vector<float> shared;  // each row's weight of the shared expert, where that has a gate
     Lines<Element> normed, activated, narrowed;  // padding of `normed` stays zero
     Lines<float> gate_up;
 };

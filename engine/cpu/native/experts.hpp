@@ -31,11 +31,13 @@ public:
             const long count = std::min(kPanelRows, mine.last - first);
             Element* normed = all.normed.data() + first * s_.normed;
             math_.normalize(x + first * s_.hidden, count, norm, normed);
-            choose(e, {normed, s_.normed, count}, all.chosen.data() + first * e.num_chosen, own);
+            const Rows inputs{normed, s_.normed, count};
+            choose(e, inputs, all.chosen.data() + first * e.num_chosen, own);
+            if (e.shared_gate != nullptr) weigh_shared(e, inputs, all.shared.data() + first);
         }
         by.meet();
         const Grouping& grouping = own.grouping;
-        own.grouping.set(e, all.chosen.data(), rows, adapters);
+        own.grouping.set(e, all.chosen.data(), all.shared.data(), rows, adapters);
         if (e.taken != nullptr && mine.first == 0 && mine.last > 0) count_taken(e, all.chosen.data(), rows);
         add_gate_up(grouping, all, own, by);
         if (adapters != nullptr) narrow(grouping, &GatedMlp::gate_up, all, own, by);
@@ -176,6 +178,19 @@ private:
         }
     }
 
+    // How much of the shared expert each row takes: the sigmoid of its product with the gate.
+    void weigh_shared(const Experts& e, const Rows& normed, float* weights) const {
+        for (long row = 0; row < normed.count; row++) {
+            const Element* const x = normed.values + row * normed.stride;
+            Vector sums = repeat(0.0f);
+            for (long i = 0; i < m_.hidden_size; i += 16) {
+                const Lanes mask = lanes(m_.hidden_size - i);
+                sums = fma(load(x + i, mask), load(e.shared_gate + i, mask), sums);
+            }
+            weights[row] = sigmoid(sum_of(sums));
+        }
+    }
+
     // Of an expert that several ranks hold, one computes the row: as `Replicas` in engine/nn/experts.py does.
     void share_out(const Experts& e, const Element* normed, Choice* chosen) const {
         long positive = 0;
@@ -189,7 +204,7 @@ private:
     static void choose_of_row(const Experts& e, float* scores, Choice* chosen, ExpertScratch& own) {
         const long count = e.num_experts;
         if (e.is_sigmoid) {
-            for (long i = 0; i < count; i++) scores[i] = 1.0f / (1.0f + std::exp(-scores[i]));
+            for (long i = 0; i < count; i++) scores[i] = sigmoid(scores[i]);
         } else {
             const float most = *std::max_element(scores, scores + count);
             float total = 0.0f;

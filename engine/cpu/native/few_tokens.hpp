@@ -38,7 +38,7 @@ public:
 
     // The last layer from attention on, for the wanted tokens alone. Within a job, by all threads.
     void finish_last(const Step& step, Team::Member& by) {
-        if (step.num_wanted == 0) return;
+        if (!stages_.has_last(step)) return;
         stages_.gather_last(step, by);
         by.meet();
         finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step), by);
@@ -68,7 +68,7 @@ private:
         each_panel(step.num_tokens, [&](Range tokens) { project(step, index, tokens, by); });
         stages_.report(step, index, by);
         if (index + 1 == w_.layers.size()) return;
-        stages_.attend(step.pieces, index, by);
+        stages_.mix(step, step.pieces, index, by);
         by.meet();
         finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), by);
     }
@@ -83,6 +83,10 @@ private:
                                               step.slots_from(tokens.first));
         if (layer.attention.latents != nullptr) {
             return stages_.place_latents(step, index, tokens, normed, w_.shared, by, by);
+        }
+        if (const DeltaNet* net = layer.attention.delta_net) {
+            stages_.project_delta_net(*net, tokens, normed, w_.shared, by);
+            return by.meet();
         }
         w_.math.set(projected, stride, normed, qkv, by);
         w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);

@@ -54,8 +54,9 @@ public:
 
     // A token's products to their places: K and V to their slots, queries to `queries`. `squares`: of all ranks' heads
     // where norms are of all together and ranks are several; else null.
+    // `gates`: where those of queries go, if the model has them.
     void place(const Layer& layer, const Row& row, long token, const float* heads, const Squares* squares, Element* queries,
-               HeadScratch& own) const {
+               Element* gates, HeadScratch& own) const {
         const AttentionBlock& attention = layer.attention;
         const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
         const long d = m_.head_dim, qo = m_.num_qo_heads, kv = m_.num_kv_heads;
@@ -63,6 +64,9 @@ public:
         for (long head = 0; head < qo; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.q_norm, heads, head, all.queries, qo);
             rotation.turn(heads, norm.weight, norm.factor, token, rotation.query_factor(token), own.head.data(), queries + head * d);
+            if (!m_.has_gates) continue;
+            heads += d;
+            for (long i = 0; i < d; i += 16) store(gates + head * d + i, sigmoid(load(heads + i)));
         }
         for (long head = 0; head < kv; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.k_norm, heads, head, all.keys, kv);

@@ -62,7 +62,7 @@ private:
         });
         by.meet();
         stages_.report(step, index, by);
-        if (index + 1 < w_.layers.size()) stages_.attend(step.pieces, index, by);
+        if (index + 1 < w_.layers.size()) stages_.mix(step, step.pieces, index, by);
     }
 
     void project(const Step& step, std::size_t index, Range tokens, const Team::Member& by) {
@@ -75,6 +75,9 @@ private:
                                               step.slots_from(tokens.first));
         if (layer.attention.latents != nullptr) {
             return stages_.place_latents(step, index, tokens, normed, panel, alone, by);
+        }
+        if (const DeltaNet* net = layer.attention.delta_net) {
+            return stages_.project_delta_net(*net, tokens, normed, panel, alone);
         }
         w_.math.set(panel.qkv.data(), stride, normed, qkv, alone);
         w_.math.adapt(panel.qkv.data(), stride, normed, qkv, panel, alone);

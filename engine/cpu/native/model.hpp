@@ -35,15 +35,40 @@ struct Latents {
     long asked_dim() const { return padded(nope_dim, kTileInputs); }  // of a head, as W_K takes it
 };
 
-// A layer is a mixer, attention over heads' keys and values or over latents, and a gated MLP or experts
+// A gated delta net (engine/nn/delta_net.py): of a sequence a state is kept in place of keys and values. delta_net.hpp has
+// what is computed, states.hpp where a state lies.
+struct DeltaNet {
+    Linear rows;   // what is convolved, of all heads queries, keys and values, and gates; or key head by key head all four
+    Linear rates;  // of each value head what its strength and its decay are made of
+    const float* convolution;  // [kernel_size][num_convolved], in the order of kinds
+    const float *forgetting, *rate_bias;  // of each value head
+    const Element* norm;                  // of a value head
+    std::int64_t num_key_heads, num_value_heads, key_dim, value_dim, kernel_size;
+    std::int64_t is_grouped;  // the products of `rows` and `rates` stand key head by key head
+    std::int64_t index;       // among the layers with states
+    double norm_eps;
+
+    long repeats() const { return num_value_heads / num_key_heads; }  // value heads of a key head
+    long num_keys() const { return num_key_heads * key_dim; }
+    long num_values() const { return num_value_heads * value_dim; }
+    long num_convolved() const { return 2 * num_keys() + num_values(); }
+    long rates_at() const { return padded(rows.weight.columns, kTileColumns); }  // behind the others' products
+    long projected_size() const { return rates_at() + padded(rates.weight.columns, kTileColumns); }
+    // A state is one number, of how many tokens it is, the last tokens' rows and each value head's memory.
+    long inputs_size() const { return (kernel_size - 1) * num_convolved(); }
+    long state_size() const { return 1 + inputs_size() + num_values() * key_dim; }
+};
+
+// A layer is a mixer, attention over heads' keys and values or over latents or a delta net, and a gated MLP or experts
 // (engine/nn/blocks.py).
 struct AttentionBlock {
-    Linear qkv, o;
+    Linear qkv, o;  // `o` is any mixer's last product
     const Element *q_norm, *k_norm;  // of each head; null: none
     const Element* sinks;            // of the query heads: a score that no value goes with; null: none
     std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
     std::int64_t window;           // 0: none
     const Latents* latents;        // in place of `qkv` and norms; null: none
+    const DeltaNet* delta_net;     // in place of all but `o`; null: none
 };
 
 struct GatedMlp {
@@ -56,6 +81,7 @@ struct Experts {
     const float* score_bias;  // null: none
     const GatedMlp* experts;  // this rank's, `count` of them, by their numbers
     const GatedMlp* shared;   // null: none
+    const float* shared_gate;  // [hidden_size]: of the sigmoid that weighs the shared one; null: its weight is 1
     std::int64_t num_experts, num_chosen, count, num_groups, num_chosen_groups;
     std::int64_t is_sigmoid, is_normalised;
     double scale;
@@ -84,6 +110,7 @@ struct Model {
     std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on
     std::int64_t has_neighbours;                      // a turned pair's two numbers are neighbours among the products
     std::int64_t norms_turned;                        // norms of heads come after their turn, not before it
+    std::int64_t has_gates;                           // numbers behind each head's query gate what it attends to
     std::int64_t query_len;                           // positions after which queries grow: `Rotation::prepare`
     std::int64_t has_gelu;                            // in place of silu
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
@@ -100,13 +127,21 @@ struct Model {
     std::int64_t num_ranks;
     std::int64_t first_token, num_tokens;                       // the embedding's rows here
     std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
+    char* state_pages;               // block 0's first page of states; the next block's is page_bytes further
+    std::int64_t state_page_stride;  // from a block's page to its next one
 
     long qo_size() const { return num_qo_heads * head_dim; }
     long qkv_size() const {
         if (latents() != nullptr) return latents()->queries_at() + latents()->queries.weight.columns;
-        return (num_qo_heads + 2 * num_kv_heads) * head_dim;
+        return ((1 + has_gates) * num_qo_heads + 2 * num_kv_heads) * head_dim;
     }
     const Latents* latents() const { return layers[0].attention.latents; }  // of one shape in all layers; null: none
+    const DeltaNet* delta_net() const {  // of one shape in all layers that have one; null: none has
+        for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
+            if (layer->attention.delta_net != nullptr) return layer->attention.delta_net;
+        }
+        return nullptr;
+    }
 };
 
 // Ask for 2 MiB pages under the weights: a core reads them a tenth to a third faster. Where the kernel refuses, nothing

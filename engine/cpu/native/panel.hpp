@@ -11,16 +11,23 @@
 // How rows of each kind stand in memory: padded, so that whole vectors and tiles may be read and written.
 struct Strides {
     explicit Strides(const Model& m)
-        : hidden(padded(m.hidden_size, kTileColumns)), normed(of_inputs(m.hidden_size)), attended(of_inputs(m.qo_size())),
+        : hidden(padded(m.hidden_size, kTileColumns)), normed(of_inputs(m.hidden_size)), attended(of_inputs(mixed_size(m))),
           activated(of_inputs(m.intermediate_size)),
           qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(2 * m.intermediate_size, kTileColumns)),
           narrowed(kMaxAdapterParts * m.adapter_rank), q_normed(m.latents() ? of_inputs(m.latents()->q_rank) : 0),
           asked(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->asked_dim()) : 0),
-          answered(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->value_dim) : 0) {}
+          answered(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->value_dim) : 0),
+          projected(m.delta_net() ? m.delta_net()->projected_size() : 0) {}
     const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
     const long q_normed, asked, answered;  // of latents alone
+    const long projected;                  // of delta nets alone
 
 private:
+    // What the widest mixer yields of a token.
+    static long mixed_size(const Model& m) {
+        return m.delta_net() == nullptr ? m.qo_size() : std::max(m.qo_size(), m.delta_net()->num_values());
+    }
+
     // Whole lines, and an odd number of them: rows that lie an even number apart share few places of the near cache.
     static long of_inputs(long size) { return (padded(size, kTileInputs) / kTileInputs | 1) * kTileInputs; }
 };

@@ -22,7 +22,7 @@ public:
             threads_.run([&](Team::Member& by) {
                 project(step, index, by);
                 stages_.report(step, index, by);
-                if (!is_last) stages_.attend(step.pieces, index, by);
+                if (!is_last) stages_.mix(step, step.pieces, index, by);
             });
             if (!is_last) finish(w_.layers[index], w_.residual(0), w_.attended_rows(step));
         }

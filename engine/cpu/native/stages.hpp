@@ -36,8 +36,21 @@ public:
         each(step, tokens, [&](const Row& row, long token) {
             const long i = token - tokens.first;
             const Squares* all = squares == nullptr ? nullptr : squares + i;
-            w_.heads.place(w_.layers[index], row, token, qkv + i * w_.strides.qkv, all, attended(token), own);
+            w_.heads.place(w_.layers[index], row, token, qkv + i * w_.strides.qkv, all, attended(token), gates(token), own);
         });
+    }
+
+    // Products of a panel that a delta net takes, to the step's. Whole when all have met.
+    template <class By>
+    void project_delta_net(const DeltaNet& net, Range tokens, const Rows& normed, Panel& common, By& by) {
+        float* const rows = w_.projected.data() + tokens.first * w_.strides.projected;
+        const auto put = [&](float* target, const Linear& w) {
+            w_.math.set(target, w_.strides.projected, normed, w, by);
+            w_.math.adapt(target, w_.strides.projected, normed, w, common, by);
+        };
+        put(rows, net.rows);
+        if (normed.slots != nullptr) by.meet();  // narrowed rows of the one are read before the other's
+        put(rows + net.rates_at(), net.rates);
     }
 
     // Products and places of a panel with latents, to what attention takes, when all have met. `common`: what `by` share;
@@ -68,29 +81,35 @@ public:
         return latents == nullptr ? attended : w_.latent_math.answer(*latents, attended, common, by);
     }
 
-    // A layer's keys and values are in the pages.
-    static void report(const Step& step, std::size_t index, const Team::Member& by) {
-        if (by.rank() == 0 && step.on_layer != nullptr) step.on_layer(int(index));
+    // A layer's keys and values are in the pages; those with states count in no page of their own.
+    void report(const Step& step, std::size_t index, const Team::Member& by) const {
+        if (by.rank() != 0 || step.on_layer == nullptr || w_.layers[index].attention.delta_net != nullptr) return;
+        const auto first = w_.layers.begin();
+        step.on_layer(int(std::count_if(first, first + long(index), [](const Layer& layer) {
+            return layer.attention.delta_net == nullptr;
+        })));
     }
 
-    // Queries are read where the result is then written.
-    void attend(const std::vector<Piece>& pieces, std::size_t index, const Team::Member& by) {
+    // Tokens meet those before them. Queries are read where the result is then written.
+    void mix(const Step& step, const std::vector<Piece>& pieces, std::size_t index, const Team::Member& by) {
+        if (const DeltaNet* net = w_.layers[index].attention.delta_net) return remember(step, *net, index, by);
         pieces_taken_[index].take(long(pieces.size()), [&](long i) {
             const Piece& piece = pieces[i];
-            Element* heads = attended(piece.row->token + piece.first) + piece.kv_head * w_.heads.group() * w_.model.head_dim;
-            HeadScratch& own = w_.own(by).heads;
-            if (piece.parts == 1) return w_.heads.attend(w_.layers[index], piece, heads, w_.strides.attended, own);
-            float* const memory = w_.parts.data() + piece.memory;
-            w_.heads.attend_part(w_.layers[index], piece, heads, memory, own);
-            if (!parts_done_[piece.split].is_last(piece.parts)) return;
-            parts_done_[piece.split].reset();
-            w_.heads.join(piece, memory, heads, own);
+            const long first = piece.row->token + piece.first, of_kv_head = w_.heads.group() * w_.model.head_dim;
+            Element* const heads = attended(first) + piece.kv_head * of_kv_head;
+            if (!attend(piece, index, heads, w_.own(by).heads) || !w_.model.has_gates) return;
+            multiply(heads, gates(first) + piece.kv_head * of_kv_head, piece.tokens, piece.kv_heads * of_kv_head);
         });
     }
 
-    // The last attention, and what the wanted tokens go on with.
+    // Whether there is anything to do in the last layer behind its products.
+    bool has_last(const Step& step) const {
+        return step.num_wanted > 0 || w_.layers.back().attention.delta_net != nullptr;
+    }
+
+    // The last mixer, and what the wanted tokens go on with. A state is behind all tokens, whoever is wanted.
     void gather_last(const Step& step, Team::Member& by) {
-        attend(step.last_pieces, w_.layers.size() - 1, by);
+        mix(step, step.last_pieces, w_.layers.size() - 1, by);
         by.meet();
         const long size = w_.strides.attended;
         const Range mine = by.part(step.num_wanted);
@@ -115,6 +134,39 @@ public:
 
 private:
     Element* attended(long token) { return w_.attended.data() + token * w_.strides.attended; }
+    Element* gates(long token) { return w_.model.has_gates ? w_.gates.data() + token * w_.strides.attended : nullptr; }
+
+    // False: other parts of the piece are still to come.
+    bool attend(const Piece& piece, std::size_t index, Element* heads, HeadScratch& own) {
+        if (piece.parts == 1) {
+            w_.heads.attend(w_.layers[index], piece, heads, w_.strides.attended, own);
+            return true;
+        }
+        float* const memory = w_.parts.data() + piece.memory;
+        w_.heads.attend_part(w_.layers[index], piece, heads, memory, own);
+        if (!parts_done_[piece.split].is_last(piece.parts)) return false;
+        parts_done_[piece.split].reset();
+        w_.heads.join(piece, memory, heads, own);
+        return true;
+    }
+
+    // Numbers of some tokens times their gates.
+    void multiply(Element* values, const Element* gates, long tokens, long count) const {
+        for (long token = 0; token < tokens; token++, values += w_.strides.attended, gates += w_.strides.attended) {
+            for (long i = 0; i < count; i += 16) store(values + i, load(values + i) * load(gates + i));
+        }
+    }
+
+    // Rows' states, each key head's for itself: threads take the longest rows first.
+    void remember(const Step& step, const DeltaNet& net, std::size_t index, const Team::Member& by) {
+        const long heads = net.num_key_heads, stride = w_.strides.projected;
+        pieces_taken_[index].take(long(step.by_length.size()) * heads, [&](long i) {
+            const Row& row = *step.by_length[i / heads];
+            const float* const projected = w_.projected.data() + row.token * stride;
+            DeltaPass(w_.model, net, row, i % heads, projected, stride, attended(row.token), w_.strides.attended,
+                      w_.own(by).delta_net).run();
+        });
+    }
 
     // A rank has the rows of its part of the vocabulary, and zeros in place of the others.
     void embed(std::int32_t token, float* x) const {

@@ -44,6 +44,7 @@ struct Step {
     const std::int32_t* stop;    // not 0: nobody wants the step any more, somebody says so while it runs
     std::vector<Piece> pieces;       // all attention of a layer
     std::vector<Piece> last_pieces;  // that of the last layer: of the wanted tokens alone
+    std::vector<const Row*> by_length;  // the longest one first: of layers with states, in which a row's tokens are one task
     long num_splits = 0, split_memory = 0;  // of pieces that are cut in one layer, at most
     std::vector<std::int32_t> slots, last_slots;  // of the adapters of all tokens, of the wanted ones; empty: none has one
 
@@ -166,6 +167,9 @@ inline void share_pieces(std::vector<Piece>& pieces, Step& step, const Model& mo
 // Fills both lists of pieces from the rows and the wanted tokens. Where a token's pieces are cut its result depends on who
 // shares the step and its threads, by roundings.
 inline void plan_attention(Step& step, const Model& model, int threads, bool is_exact) {
+    for (const Row& row : step.rows) step.by_length.push_back(&row);
+    std::stable_sort(step.by_length.begin(), step.by_length.end(),
+                     [](const Row* a, const Row* b) { return a->length > b->length; });
     const bool may_cut = threads > 1 && !is_exact && !model.has_int8_pages;
     for (const Row& row : step.rows) add_pieces(step.pieces, row, {0, row.length}, model);
     std::vector<std::int32_t> wanted(step.wanted, step.wanted + step.num_wanted);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -97,6 +98,12 @@ inline Vector silu(Vector x) {
     const Vector one = repeat(1.0f);
     return x / (one + exp2(x * repeat(-kLog2E)));
 }
+
+inline Vector sigmoid(Vector x) {
+    const Vector one = repeat(1.0f);
+    return one / (one + exp2(x * repeat(-kLog2E)));
+}
+inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 // gate * sigmoid(alpha * gate) * (up + 1) of both within the limit, the gate from above alone; NaN stays
 inline Vector clamped_silu(Vector gate, Vector up, float alpha, float limit) {

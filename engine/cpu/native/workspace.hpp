@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "delta_net.hpp"
 #include "experts.hpp"
 #include "heads.hpp"
 #include "latents.hpp"
@@ -17,9 +18,10 @@
 // One thread's own.
 struct ThreadSpace {
     ThreadSpace(const Strides& strides, int group, const Model& m, bool is_exact)
-        : panel(strides), heads(m, group, is_exact) {}
+        : panel(strides), heads(m, group, is_exact), delta_net(m) {}
     Panel panel;
     HeadScratch heads;
+    DeltaScratch delta_net;
     ExpertScratch experts;
 };
 
@@ -41,6 +43,8 @@ struct Workspace {
         grow(attended, step.num_tokens * strides.attended);
         grow(last_attended, step.num_wanted * strides.attended);
         grow(parts, step.split_memory);
+        grow(projected, step.num_tokens * strides.projected);
+        if (model.has_gates) grow(gates, step.num_tokens * strides.attended);
         heads.reserve(step.num_tokens);
         for (const Layer& layer : layers) {
             if (layer.experts == nullptr) continue;
@@ -74,6 +78,8 @@ struct Workspace {
     Lines<float> residuals;
     Lines<Element> attended, last_attended;  // queries, then attention's result; padding stays zero
     Lines<float> parts;                  // of attention that is cut
+    Lines<float> projected;  // a layer's products that its delta net takes, of all tokens
+    Lines<Element> gates;    // of what heads attend to, in the places of queries
     Panel shared{strides};
     ExpertMemory experts;
     std::vector<std::unique_ptr<ThreadSpace>> threads;

@@ -115,6 +115,7 @@ void models() {
         }
     }
     run_model({.head_dim = 96, .inner = 192, .has_latents = true}, "latents");
+    run_model({.head_dim = 32, .inner = 192, .has_states = true}, "states");
 #ifndef KVFERRY_FLOAT32
     Shape whole = plain;
     whole.bits = 8;

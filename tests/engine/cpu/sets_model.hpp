@@ -110,22 +110,27 @@ struct Shape {
     bool has_int8_pages = false;
     long bits = 0;  // of weights in whole numbers; 0: elements
     bool has_latents = false;
+    bool has_states = false;  // in the first and the last layer, gates of attention in the others
 };
 
 constexpr long kTurned = 32, kNope = 48, kValue = 80, kAsking = 40;  // of latents: parts of heads, what queries are made of
+constexpr long kKeyHeads = 2, kValueHeads = 4, kKeyDim = 32, kValueDim = 48, kConvolved = 4;  // of delta nets
 constexpr long kHidden = 96, kHeads = 4, kKvHeads = 2, kVocab = 100, kLayers = 2, kBlock = 16, kBlocks = 64;
 
 // A model of random weights with pages for a few sequences.
 class SmallModel {
 public:
-    explicit SmallModel(const Shape& shape) : shape_(shape), random_(5), layers_(kLayers) {
-        const long d = shape.head_dim;
+    explicit SmallModel(const Shape& shape) : shape_(shape), random_(5), layers_(shape.has_states ? kLayers + 1 : kLayers) {
+        const long d = shape.head_dim, num_q = shape.has_states ? 2 * kHeads : kHeads;
         for (Layer& layer : layers_) {
             layer = {};
+            const bool has_state = shape.has_states && (&layer == &layers_.front() || &layer == &layers_.back());
             layer.input_norm = vector(kHidden, 1.0f), layer.mlp_norm = vector(kHidden, 1.0f);
             if (shape.has_latents) layer.attention.latents = latents();
-            else layer.attention.qkv = linear((kHeads + 2 * kKvHeads) * d, kHidden);
-            layer.attention.o = linear(kHidden, kHeads * (shape.has_latents ? kValue : d));
+            else if (has_state) layer.attention.delta_net = delta_net(long(nets_.size()));
+            else layer.attention.qkv = linear((num_q + 2 * kKvHeads) * d, kHidden);
+            const long mixed = has_state ? kValueHeads * kValueDim : kHeads * (shape.has_latents ? kValue : d);
+            layer.attention.o = linear(kHidden, mixed);
             layer.mlp.gate_up = linear(2 * shape.inner, kHidden), layer.mlp.down = linear(kHidden, shape.inner);
             layer.attention.window = shape.window;
             if (!shape.has_extras) continue;
@@ -135,7 +140,8 @@ public:
         float frequency = 1.0f;
         for (long i = 0; i < d / 2; i++, frequency *= 0.75f) frequencies_.push_back(frequency);
         const long token_bytes = shape.has_int8_pages ? d + 4 : d * long(sizeof(Element));
-        model_.num_layers = kLayers, model_.hidden_size = kHidden, model_.intermediate_size = shape.inner;
+        model_.num_layers = long(layers_.size()), model_.has_gates = shape.has_states;
+        model_.hidden_size = kHidden, model_.intermediate_size = shape.inner;
         model_.num_qo_heads = kHeads, model_.num_kv_heads = kKvHeads, model_.head_dim = d, model_.vocab_size = kVocab;
         model_.page_bytes = 2 * kKvHeads * kBlock * token_bytes, model_.block_size = kBlock;
         model_.has_int8_pages = shape.has_int8_pages, model_.rotary_dim = d, model_.has_gelu = shape.has_extras;
@@ -149,8 +155,11 @@ public:
             model_.num_kv_heads = kHeads, model_.rotary_dim = kTurned;
             model_.page_bytes = kBlock * token_bytes;
         }
-        pages_.resize(kLayers * kBlocks * model_.page_bytes);
-        for (long i = 0; i < kLayers; i++) layers_[i].pages = pages_.data() + i * kBlocks * model_.page_bytes;
+        const long states = nets_.empty() ? 0 : long(nets_.size()) * nets_[0]->state_size() * long(sizeof(float));
+        const long num_pages = long(layers_.size()) + padded(states, model_.page_bytes) / model_.page_bytes;
+        pages_.resize(num_pages * kBlocks * model_.page_bytes);
+        for (std::size_t i = 0; i < layers_.size(); i++) layers_[i].pages = page(long(i));
+        model_.state_pages = page(long(layers_.size())), model_.state_page_stride = kBlocks * model_.page_bytes;
     }
 
     // The last token's logits where `tokens` come in steps of these sizes, by so many threads; a second sequence, of which
@@ -171,7 +180,7 @@ public:
             }
             const auto wanted = std::int32_t(size - 1);
             kvferry_decoder_forward(decoder, int(starts.size()), tokens.data(), starts.data(), lengths.data(), blocks.data(), 1,
-                                    &wanted, hidden.data(), nullptr, nullptr, &stop);
+                                    &wanted, hidden.data(), nullptr, nullptr, &stop, nullptr);
             start += size;
         }
         kvferry_decoder_logits(decoder, 1, hidden.data(), logits.data());
@@ -198,6 +207,26 @@ private:
         return &made;
     }
 
+    // The second one's products stand key head by key head.
+    const DeltaNet* delta_net(long index) {
+        nets_.push_back(std::make_unique<DeltaNet>());
+        DeltaNet& made = *nets_.back();
+        made.num_key_heads = kKeyHeads, made.num_value_heads = kValueHeads, made.key_dim = kKeyDim, made.value_dim = kValueDim;
+        made.kernel_size = kConvolved, made.is_grouped = index, made.index = index, made.norm_eps = 1e-6;
+        made.rows = linear(made.num_convolved() + made.num_values(), kHidden), made.rates = linear(2 * kValueHeads, kHidden);
+        made.norm = vector(kValueDim, 1.0f);
+        const auto floats = [&](long count, float least, float most) {
+            floats_.emplace_back(count);
+            for (float& value : floats_.back()) value = random_.between(least, most);
+            return floats_.back().data();
+        };
+        made.convolution = floats(kConvolved * made.num_convolved(), -1.0f, 1.0f);
+        made.forgetting = floats(kValueHeads, 0.01f, 2.0f), made.rate_bias = floats(kValueHeads, -1.0f, 1.0f);
+        return &made;
+    }
+
+    char* page(long index) { return pages_.data() + index * kBlocks * model_.page_bytes; }
+
     Linear linear(long columns, long inputs) {
 #ifndef KVFERRY_FLOAT32
         if (shape_.bits != 0) {
@@ -218,6 +247,8 @@ private:
     std::vector<std::unique_ptr<WholeWeight>> whole_;
 #endif
     std::vector<std::unique_ptr<Latents>> latents_;
+    std::vector<std::unique_ptr<DeltaNet>> nets_;
+    std::vector<std::vector<float>> floats_;
     std::vector<float> frequencies_;
     std::vector<Layer> layers_;
     Lines<char> pages_;

@@ -45,8 +45,8 @@ GPT_OSS = SMALL | {
     "sliding_window": 20,
     "swiglu_limit": 1.5,  # some are beyond
 }
-# Parts of theirs that the two others have not: shared experts beside heads of which a part is turned, norms of whole
-# projections; pairs of neighbours, and what moves the scores of a softmax.
+# Parts of theirs that the two others have not: shared experts beside heads of which a part is turned, or behind a gate,
+# norms of whole projections; pairs of neighbours, and what moves the scores of a softmax.
 OTHERS: dict[str, dict[str, Any]] = {
     "HunYuanMoEV1": SMALL | {"num_experts": 8, "moe_topk": 3, "intermediate_size": 32},
     "Glm4Moe": SMALL
@@ -74,6 +74,13 @@ OTHERS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 40,
         "num_hidden_layers": 3,
         "tie_word_embeddings": True,
+    },
+    "Qwen2Moe": SMALL
+    | {
+        "num_experts": 16,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 200,  # most of what the layer adds is the shared one's
     },
     "Olmoe": SMALL | {"num_experts": 16, "num_experts_per_tok": 3, "intermediate_size": 40},
 }

@@ -1,0 +1,47 @@
+"""Small checkpoints whose layers keep states, of heads that fill vectors, as C++ wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...transformers_checkpoints import SMALL, STATES, write_model
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3.5": ("Qwen3_5Text", {}),
+    "qwen3.5, as many keys as values": (
+        "Qwen3_5Text",
+        {"linear_num_key_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 48},
+    ),
+    "qwen3.5, a longer convolution": ("Qwen3_5Text", {"linear_conv_kernel_dim": 6, "tie_word_embeddings": True}),
+    "qwen3.5, heads of its size": (
+        "Qwen3_5Text",
+        {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+        | {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "head_dim": 256},
+    ),
+    "qwen3 next, dense, a state behind all": (
+        "Qwen3Next",
+        EXPERTS | {"mlp_only_layers": [0, 1, 2, 3, 4], "num_hidden_layers": 5},
+    ),
+}
+SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3.5 moe": ("Qwen3_5MoeText", EXPERTS),
+    "qwen3 next, some dense": ("Qwen3Next", EXPERTS | {"mlp_only_layers": [1], "num_hidden_layers": 5}),
+}
+VARIANTS = DENSE | SPARSE
+
+
+def write_states(root: Path, variants: dict[str, tuple[str, dict[str, Any]]]) -> Path:
+    """Write each into a folder of its name, long enough for attention that is cut into parts."""
+    import transformers
+
+    for name, (kind, fields) in variants.items():
+        sizes = SMALL | STATES | {"head_dim": 64, "max_position_embeddings": 4096} | fields
+        write_model(root / name, getattr(transformers, f"{kind}Config")(**sizes))
+    return root

@@ -1,0 +1,105 @@
+"""Layers that keep a state in float32 in C++: torch's logits and states but for the last bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.engine.cpu import build
+from kvferry.engine.cpu.compiler import NativeUnavailable
+from kvferry.engine.cpu.runner import NativeRunner
+from kvferry.engine.nn.torch_runner import TorchRunner
+from kvferry.models.config import ModelConfig
+from kvferry.models.default import cache_dir
+from kvferry.models.native import not_in_native
+
+from ...adapters import merge, write_adapter
+from ...engine_driver import Driver, make_engine, prompts
+from ..test_adapters import put, sequence
+from .state_models import DENSE, SPARSE, write_states
+from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, Recorded, Shape
+from .test_float32 import assert_near
+
+TOLERANCE = 2e-4  # of the range of logits, and of the largest entry of pages: a state adds up all that was rounded
+ODD: dict[str, dict[str, object]] = {
+    "heads of keys": {"linear_key_head_dim": 24},
+    "heads of values": {"linear_value_head_dim": 24},
+    "half a pair of vectors": {"linear_num_key_heads": 1, "linear_num_value_heads": 1},
+    "a long convolution": {"linear_conv_kernel_dim": 17},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    try:
+        build.load(cache_dir(), is_float32=True)
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native code on this machine: {reason}")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_states(tmp_path_factory.mktemp("models"), DENSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [MANY_TOKENS, FEW_TOKENS], ids=["many tokens", "few tokens"])
+@pytest.mark.parametrize("variant", DENSE)
+def test_float32_computes_what_torch_computes(checkpoints: Path, variant: str, shape: Shape) -> None:
+    """Chunks of several prompts, first and later ones, beside tokens of running answers, in two threads."""
+    lengths, steps = shape
+    runs = [
+        Recorded(checkpoints / variant, is_native=native, dtype="float32", num_threads=2, block_size=16)
+        for native in (True, False)
+    ]
+    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
+    for counts in (*steps, (1,) * len(lengths)):
+        for run, seqs in zip(runs, (ours, theirs), strict=True):
+            run.driver.step(list(zip(seqs, counts, strict=True)))
+        assert [seq.token_ids for seq in ours] == [seq.token_ids for seq in theirs]
+        assert_near(runs, TOLERANCE)
+        pages, wanted = (run.engine.kv_pages for run in runs)
+        assert torch.equal(pages.any(-1), wanted.any(-1)), "a slot was written by one and not by the other"
+
+
+def test_one_runner_goes_on_from_the_others_states(checkpoints: Path) -> None:
+    """As a worker with C++ does behind one without it."""
+    runs = [Recorded(checkpoints / "qwen3.5", is_native=native, dtype="float32") for native in (True, False)]
+    for first, second in (runs, runs[::-1]):
+        seqs = first.prefill((40, 200))
+        second.engine.kv_pages.copy_(first.engine.kv_pages)
+        for run in (first, second):
+            run.engine.step(Batch([BatchRow(seq, 1) for seq in seqs]))
+        assert_near(runs, TOLERANCE)
+
+
+def test_adapters_go_beside_layers_with_states(checkpoints: Path, tmp_path: Path) -> None:
+    model_dir = checkpoints / "qwen3.5"
+    targets = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "q_proj", "o_proj", "up_proj")
+    adapter = write_adapter(tmp_path / "adapter", model_dir, rank=8, targets=targets, seed=3, alpha=32)
+    engine = make_engine(model_dir, enable_lora=True, max_loras=2, num_threads=2)
+    assert isinstance(engine.runner, NativeRunner)
+    put(engine, 1, adapter)
+    driver, merged = Driver(engine), Driver(make_engine(merge(model_dir, adapter, tmp_path / "merged")))
+    asked = prompts([40, 17, 300], 500)
+    wanted = merged.generate([merged.add(prompt) for prompt in asked])
+    assert driver.generate([sequence(driver, prompt, 1) for prompt in asked], chunk=90) == wanted
+    assert driver.generate([driver.add(prompt) for prompt in asked], chunk=90) != wanted
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_other_sizes_and_experts_in_float32_are_left_to_torch(tmp_path: Path, odd: str) -> None:
+    path = write_states(tmp_path, {"odd": ("Qwen3_5Text", ODD[odd])}) / "odd"
+    assert not_in_native(ModelConfig.from_dir(path), None, is_float32=True) == ["layers that keep states of such sizes"]
+    assert isinstance(make_engine(path).runner, TorchRunner)
+
+
+def test_experts_beside_states_are_left_to_torch(tmp_path: Path) -> None:
+    path = write_states(tmp_path, SPARSE) / "qwen3.5 moe"
+    config = ModelConfig.from_dir(path)
+    assert not_in_native(config, None, is_float32=True) == ["experts in float32"]
+    assert not_in_native(config, None, is_float32=False) == []
+    assert isinstance(make_engine(path).runner, TorchRunner)
