@@ -30,10 +30,16 @@ _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tile
 _GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj"))
+_FUSED = (
+    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj")),
+    *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
+)
 _WHOLE = ("kv_a_proj_with_mqa", "q_a_proj")  # on every rank
 _BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2")
-_GATES = (".gate.", ".router.")  # of a mixture of experts: float32, and whole on every rank
+_GATES = (".gate.", ".router.", ".shared_expert_gate.")  # of experts: float32, and whole on every rank
+# Of layers with states, float32 as well: engine/nn/convolution.py.
+_CONVOLUTIONS = tuple(f"{name}.{part}" for name in (".conv1d", ".conv.conv") for part in ("weight", "bias"))
+_OF_STATES = (*_CONVOLUTIONS, ".A_log", ".D", ".dt_bias", ".mamba.norm.weight")
 _BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
 # Bytes that are moved for a number, by its bits, where a GPU widens it and multiplies by it (`engine/cuda/int4.py`):
 # signs and halves are set apart (7), scaled (4) and, of 8 bits, both halves added (6), then read (2).
@@ -146,17 +152,19 @@ class WeightCounter:
     def _vector_bytes(self) -> int:
         count = sum(self._rank_size(name, shape[0]) for name, shape in self._shapes.items() if len(shape) == 1)
         gates = sum(self._gate_bytes(shape) for name, shape in self._shapes.items() if _is_gate(name))
-        return count * self._item_bytes + gates
+        of_states = sum(math.prod(shape) for name, shape in self._shapes.items() if name.endswith(_OF_STATES))
+        of_states *= ITEM_BYTES["float32"] * (2 if self._has_tiles else 1)  # C++ has them in another order beside
+        return count * self._item_bytes + gates + of_states
 
     def _gate_bytes(self, shape: tuple[int, ...]) -> int:
-        if self._has_tiles and len(shape) == 2:
+        if self._has_tiles and len(shape) == 2 and shape[0] > 1:  # one output is in no tiles
             return self._plain_bytes(_Matrix((), *shape))
         return math.prod(shape) * ITEM_BYTES["float32"]
 
     def _rank_size(self, name: str, size: int) -> int:
-        """Return the numbers of a vector that a rank has; 0 of a gate's, which are counted beside its matrix."""
+        """Return the numbers of a vector that a rank has; 0 of those in float32, which are counted by themselves."""
         module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-        if _is_gate(name):
+        if _is_gate(name) or name.endswith(_OF_STATES):
             return 0
         is_split = (name.endswith(".bias") and module not in (*_BY_INPUTS, *_WHOLE)) or (
             module in _BY_HEADS and size != self._model.head_dim

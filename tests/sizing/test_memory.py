@@ -70,6 +70,19 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
 }
+_STATES: dict[str, object] = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 48,
+}
+_GATED: dict[str, object] = _EXPERTS | {"shared_expert_intermediate_size": 256}
+IN_FLOAT32: dict[str, tuple[str, dict[str, object]]] = {
+    "states": ("Qwen3_5", _STATES),
+    "states, key head by key head, and experts": ("Qwen3Next", _STATES | _GATED),
+    "a shared expert with a gate": ("Qwen2Moe", _GATED),
+}
 PRECISIONS = ("plain", "int8", "int4")
 
 
@@ -150,6 +163,21 @@ def test_memory_is_that_of_a_live_rank(tmp_path: Path, name: str, dtype: str, nu
             )
             said = weight_bytes(config, model) + NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
             assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), (precision, split)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_weights_that_are_float32_in_every_model_are_counted(tmp_path: Path, name: str) -> None:
+    """They are a hundredth of such small models: within a thousandth of all weights."""
+    kind, fields = IN_FLOAT32[name]
+    shape = {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(_SMALL | fields | shape))
+    model = ModelConfig.from_dir(tmp_path)
+    for precision in PRECISIONS:
+        asked = None if precision == "plain" else precision
+        config = engine_config(tmp_path, quantization=asked, load_format="dummy", swap_space=0, block_size=16)
+        pages = NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
+        assert weight_bytes(config, model) == pytest.approx(_taken(config, 1) - pages, rel=1e-3), precision
 
 
 @pytest.mark.parametrize("name", ["llama", "experts"])
