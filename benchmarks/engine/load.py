@@ -207,7 +207,8 @@ class LoadedEngine:
         num_prompt_tokens = max(1, context - num_warm_up_steps - num_steps // 2)
         sequences = [self._adopted(scheduler, num_prompt_tokens) for _ in range(num_rows)]
         load = _DecodeLoad(scheduler, num_rows, num_warm_up_steps + num_steps)
-        self._run(load, load.ended)
+        with self.engine.measuring():  # no step has computed the prompts
+            self._run(load, load.ended)
         for seq in sequences:
             scheduler.remove(seq)
         ends_s = load.step_ends_s[num_warm_up_steps - 1 :]

@@ -19,6 +19,7 @@ from kvferry.tools.load.environment import describe_environment
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import make_engine
+from ...transformers_checkpoints import SMALL, write_model
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,15 @@ def test_every_block_is_given_back(loaded: LoadedEngine) -> None:
     loaded.decode(num_rows=4, context=40, num_steps=8)
     loaded.pool.check()
     assert loaded.pool.num_owned_blocks == 0
+
+
+def test_answers_go_on_from_states_that_no_step_has_left(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_model(tmp_path, transformers.Lfm2Config(**SMALL | {"layer_types": ["conv", "full_attention"]}))
+    loaded = LoadedEngine(make_engine(tmp_path))
+    assert loaded.decode(num_rows=2, context=40, num_steps=4, num_warm_up_steps=2).num_rows == 2
+    assert loaded.prefill(50).num_tokens == 50
+    loaded.close()
 
 
 def test_step_that_fails_ends_the_measurement(model_dir: Path) -> None:
