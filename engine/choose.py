@@ -38,7 +38,7 @@ from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
 from .weights.float8 import has_products
 from .weights.grouped import GroupedWeight
-from .weights.weight import DenseWeight, Weight
+from .weights.weight import DenseWeight, Weight, is_slow_in_bfloat16
 
 if TYPE_CHECKING:
     from .nn.attention.device import DeviceAttention
@@ -216,6 +216,7 @@ def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> Att
         query_dtype=decoder.dtype,
         kv_scales=_kv_scales(config, model) if has_scales else None,
         deterministic=config.deterministic,
+        is_wide=decoder.dtype == torch.bfloat16 and is_slow_in_bfloat16(),
         scores=Scores(
             scale=model.score_scale,
             cap=model.score_cap,

