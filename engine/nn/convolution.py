@@ -93,6 +93,14 @@ class Vectors:
             yield WeightSlot(f"{self.name}.{part}", tuple(tensor.shape), tensor)
 
 
+def left_of(since: Tensor) -> Tensor:
+    """[..., n] decays' logarithms from a chunk's beginning on -> [..., n, n]: of what token j wrote, what is left when
+    token i reads; nothing of what is written later.
+    """
+    later = torch.ones(since.shape[-1], since.shape[-1], dtype=torch.bool, device=since.device).triu(1)
+    return (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+
+
 class ShortConvolution:
     """Implements `Mixer`: c * convolution(b * x), all three of a token (Liquid AI 2025, "LFM2 Technical Report")."""
 

@@ -22,7 +22,7 @@ from ...models.parts.delta_nets import DeltaNetsConfig
 from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
-from .convolution import Convolution, Vectors
+from .convolution import Convolution, Vectors, left_of
 from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
 from .rotary import Rope
 from .states import LayerStates
@@ -149,7 +149,7 @@ def _chunk(heads: _Heads, memory: Tensor) -> Tensor:
     """
     q, k, v = (each.transpose(0, 1) for each in heads[:3])  # [heads, n, numbers]
     strength, since = heads.strength.T.unsqueeze(-1), heads.log_decay.cumsum(0).T  # [heads, n, 1], [heads, n]
-    left = _left(since)
+    left = left_of(since)
     reached = since.exp().unsqueeze(-1)  # [heads, n, 1]: of what was there before the chunk
     triangle = strength * (k @ k.transpose(1, 2)) * left
     wanted = strength * (v - reached * (k @ memory))
@@ -160,14 +160,6 @@ def _chunk(heads: _Heads, memory: Tensor) -> Tensor:
     return read
 
 
-def _left(since: Tensor) -> Tensor:
-    """[..., n] decays' logarithms from a chunk's beginning on -> [..., n, n]: of what token j wrote, what is left when
-    token i reads; nothing of what is written later.
-    """
-    later = torch.ones(since.shape[-1], since.shape[-1], dtype=torch.bool, device=since.device).triu(1)
-    return (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
-
-
 def _solved_chunks(heads: _Heads, memory: Tensor) -> Tensor:
     """Do as `_chunk` does, of several ones. Their triangles are solved at once, for the values and for the keys that
     meet the memory before a chunk, so that what is left to do chunk after chunk are a few products.
@@ -175,7 +167,7 @@ def _solved_chunks(heads: _Heads, memory: Tensor) -> Tensor:
     count, size = len(heads.q), min(_CHUNK, len(heads.q))
     q, k, v, log_decay, strength = (_in_chunks(each, size) for each in heads)
     strength, since = strength.unsqueeze(-1), log_decay.cumsum(2)  # [chunks, heads, size, 1], [chunks, heads, size]
-    left, reached = _left(since), since.exp().unsqueeze(-1)
+    left, reached = left_of(since), since.exp().unsqueeze(-1)
     triangle = strength * (k @ k.transpose(2, 3)) * left
     wanted = strength * torch.cat((v, reached * k), 3)
     solved = torch.linalg.solve_triangular(triangle, wanted, upper=False, unitriangular=True)

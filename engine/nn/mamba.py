@@ -22,7 +22,7 @@ from ...models.parts.mamba import MambaConfig
 from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
-from .convolution import Convolution, Vectors
+from .convolution import Convolution, Vectors, left_of
 from .layers import ColumnParallelLinear, Part, RowParallelLinear
 from .rotary import Rope
 from .states import LayerStates
@@ -120,12 +120,9 @@ def _chunk(heads: _Heads, memory: Tensor) -> Tensor:
     repeats = heads.x.shape[1] // heads.b.shape[1]
     c, b, x = (each.transpose(0, 1) for each in heads[:3])  # [groups or heads, n, numbers]
     since = heads.log_decay.cumsum(0).T  # [heads, n]
-    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-    # Of what token j wrote, what is left when token i reads.
-    left = (since.unsqueeze(2) - since.unsqueeze(1)).masked_fill(later, -torch.inf).exp()
     scores = (c @ b.transpose(1, 2)).repeat_interleave(repeats, 0)
     c, b = c.repeat_interleave(repeats, 0), b.repeat_interleave(repeats, 0)
-    read: Tensor = since.exp().unsqueeze(-1) * (c @ memory) + (scores * left) @ x
+    read: Tensor = since.exp().unsqueeze(-1) * (c @ memory) + (scores * left_of(since)) @ x
     at_end = (since[:, -1:] - since).exp().unsqueeze(-1)
     memory.mul_(since[:, -1].exp()[:, None, None]).add_((b * at_end).transpose(1, 2) @ x)
     return read

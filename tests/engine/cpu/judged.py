@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from statistics import median
 
 from kvferry.common.config import EngineConfig
@@ -10,7 +12,7 @@ from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.group import RankGroup
 
-from ...engine_driver import Driver, prompts
+from ...engine_driver import Driver, engine_config, prompts
 
 JUDGED = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0, logprobs=0)
 
@@ -27,6 +29,24 @@ def judged(engine: Engine) -> list[SampledToken]:
                 seq.token_ids[-1] = 7  # whatever nearly ties
         found += [entry for row in driver.outputs[-1].rows for entry in row.prompt_logprobs]
     return found
+
+
+def native_engine(model_dir: Path, **fields: object) -> Engine:
+    """Make an engine in C++, in bfloat16 unless it is told otherwise."""
+    engine = Engine(engine_config(model_dir, **({"dtype": "bfloat16"} | fields)), num_blocks=64)
+    assert isinstance(engine.runner, NativeRunner)
+    return engine
+
+
+def of_torch(model_dir: Path, **fields: object) -> list[SampledToken]:
+    """Return what an engine in torch judges."""
+    return judged(Engine(engine_config(model_dir, **fields), num_blocks=64, native=False))
+
+
+@cache
+def expected_of(model_dir: Path, quantization: str | None = None) -> list[SampledToken]:
+    """Return what float32 judges, which is not rounded."""
+    return of_torch(model_dir, dtype="float32", quantization=quantization)
 
 
 def judged_by_ranks(config: EngineConfig) -> list[SampledToken]:

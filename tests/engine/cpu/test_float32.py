@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_prompts_and_answers_are_those_of_torch(checkpoints: Path, variant: str,
         assert [seq.token_ids for seq in ours] == [seq.token_ids for seq in theirs]
         assert_near(runs, TOLERANCE)
     assert runs[0].native_steps == len(steps)
+
+
+def assert_steps_near(model_dir: Path, shape: Shape, tolerance: float, **fields: Any) -> None:
+    """Tokens are torch's, logits and pages near to it, after each step in two threads."""
+    lengths, steps = shape
+    runs = [Recorded(model_dir, is_native=native, dtype="float32", num_threads=2, **fields) for native in (True, False)]
+    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
+    for counts in (*steps, (1,) * len(lengths)):
+        for run, seqs in zip(runs, (ours, theirs), strict=True):
+            run.driver.step(list(zip(seqs, counts, strict=True)))
+        assert [seq.token_ids for seq in ours] == [seq.token_ids for seq in theirs]
+        assert_near(runs, tolerance)
+        pages, wanted = (run.engine.kv_pages for run in runs)
+        assert torch.equal(pages.any(-1), wanted.any(-1)), "a slot was written by one and not by the other"
 
 
 def assert_near(runs: list[Recorded], tolerance: float) -> None:

@@ -21,9 +21,9 @@ from ...engine_driver import Driver, make_engine, prompts
 from ..test_adapters import expected as of_merged
 from ..test_adapters import put, sequence
 from .latent_models import PLAIN, write_models
-from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, Recorded, Shape, assert_exact
+from .test_build import FEW_TOKENS, MANY_TOKENS, Shape, assert_exact
 from .test_cut_attention import gap_of_threads
-from .test_float32 import assert_near
+from .test_float32 import assert_steps_near
 
 TOLERANCE = 2e-5  # of the range of logits, and of the largest entry of pages
 
@@ -46,18 +46,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", PLAIN)
 def test_float32_computes_what_torch_computes(checkpoints: Path, variant: str, shape: Shape) -> None:
     """Chunks of several prompts, first and later ones, beside tokens of running answers, in two threads."""
-    lengths, steps = shape
-    runs = [
-        Recorded(checkpoints / variant, is_native=native, dtype="float32", num_threads=2) for native in (True, False)
-    ]
-    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
-    for counts in (*steps, (1,) * len(lengths)):
-        for run, seqs in zip(runs, (ours, theirs), strict=True):
-            run.driver.step(list(zip(seqs, counts, strict=True)))
-        assert [seq.token_ids for seq in ours] == [seq.token_ids for seq in theirs]
-        assert_near(runs, TOLERANCE)
-        pages, wanted = (run.engine.kv_pages for run in runs)
-        assert torch.equal(pages.any(-1), wanted.any(-1)), "a slot was written by one and not by the other"
+    assert_steps_near(checkpoints / variant, shape, TOLERANCE)
     torch.set_num_threads(1)
 
 

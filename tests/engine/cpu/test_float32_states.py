@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.engine.cpu import build
@@ -20,8 +19,8 @@ from ...adapters import merge, write_adapter
 from ...engine_driver import Driver, make_engine, prompts
 from ..test_adapters import put, sequence
 from .state_models import DENSE, SPARSE, write_states
-from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, Recorded, Shape
-from .test_float32 import assert_near
+from .test_build import FEW_TOKENS, MANY_TOKENS, Recorded, Shape
+from .test_float32 import assert_near, assert_steps_near
 
 TOLERANCE = 2e-4  # of the range of logits, and of the largest entry of pages: a state adds up all that was rounded
 ODD: dict[str, dict[str, object]] = {
@@ -50,19 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", DENSE)
 def test_float32_computes_what_torch_computes(checkpoints: Path, variant: str, shape: Shape) -> None:
     """Chunks of several prompts, first and later ones, beside tokens of running answers, in two threads."""
-    lengths, steps = shape
-    runs = [
-        Recorded(checkpoints / variant, is_native=native, dtype="float32", num_threads=2, block_size=16)
-        for native in (True, False)
-    ]
-    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
-    for counts in (*steps, (1,) * len(lengths)):
-        for run, seqs in zip(runs, (ours, theirs), strict=True):
-            run.driver.step(list(zip(seqs, counts, strict=True)))
-        assert [seq.token_ids for seq in ours] == [seq.token_ids for seq in theirs]
-        assert_near(runs, TOLERANCE)
-        pages, wanted = (run.engine.kv_pages for run in runs)
-        assert torch.equal(pages.any(-1), wanted.any(-1)), "a slot was written by one and not by the other"
+    assert_steps_near(checkpoints / variant, shape, TOLERANCE, block_size=16)
 
 
 def test_one_runner_goes_on_from_the_others_states(checkpoints: Path) -> None:

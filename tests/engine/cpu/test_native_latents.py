@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.common.request import SampledToken
 from kvferry.engine.cpu import build
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
-from kvferry.engine.engine import Engine
 from kvferry.models.default import cache_dir
 
 from ...engine_driver import engine_config, prompts
-from .judged import error_of, judged, judged_by_ranks
+from .judged import error_of, expected_of, judged, judged_by_ranks, native_engine, of_torch
 from .latent_models import VARIANTS, write_models
 from .test_build import SAMPLING, Recorded, assert_exact
 from .test_cut_attention import assert_no_number_shows, gap_of_threads
@@ -40,24 +38,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
-def _native(model_dir: Path, **fields: object) -> Engine:
-    engine = Engine(engine_config(model_dir, **({"dtype": "bfloat16"} | fields)), num_blocks=64)
-    assert isinstance(engine.runner, NativeRunner)
-    return engine
-
-
-@cache
-def _expected(model_dir: Path, quantization: str | None = None) -> list[SampledToken]:
-    return _of_torch(model_dir, dtype="float32", quantization=quantization)
-
-
-def _of_torch(model_dir: Path, **fields: object) -> list[SampledToken]:
-    return judged(Engine(engine_config(model_dir, **fields), num_blocks=64, native=False))
-
-
 @cache
 def _tolerance(model_dir: Path) -> float:
-    return OF_TORCH * error_of(_of_torch(model_dir, dtype="bfloat16"), _expected(model_dir))
+    return OF_TORCH * error_of(of_torch(model_dir, dtype="bfloat16"), expected_of(model_dir))
 
 
 @pytest.mark.usefixtures("isa")
@@ -65,24 +48,24 @@ def _tolerance(model_dir: Path) -> float:
 def test_every_set_computes_what_torch_computes(checkpoints: Path, variant: str) -> None:
     """Within bfloat16's rounding, against float32 that is not rounded at all."""
     path = checkpoints / variant
-    assert error_of(judged(_native(path, num_threads=2)), _expected(path)) < _tolerance(path)
+    assert error_of(judged(native_engine(path, num_threads=2)), expected_of(path)) < _tolerance(path)
 
 
 @pytest.mark.parametrize("block_size", [8, 128])
 def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
     path = checkpoints / "v3"
-    assert error_of(judged(_native(path, block_size=block_size)), _expected(path)) < _tolerance(path)
+    assert error_of(judged(native_engine(path, block_size=block_size)), expected_of(path)) < _tolerance(path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("variant", ["v3", "v2 with experts"])
 def test_whole_numbers_are_multiplied_as_such(checkpoints: Path, variant: str, quantization: str) -> None:
-    engine = _native(checkpoints / variant, quantization=quantization)
+    engine = native_engine(checkpoints / variant, quantization=quantization)
     assert isinstance(engine.runner, NativeRunner)
     latents = engine.runner.decoder._model.layers[0].attention.latents.contents
     assert latents.inputs.weight.integers and latents.queries.weight.integers and not latents.to_keys.integers
-    assert error_of(judged(engine), _expected(checkpoints / variant, quantization)) < ROUNDED
+    assert error_of(judged(engine), expected_of(checkpoints / variant, quantization)) < ROUNDED
 
 
 @pytest.mark.usefixtures("isa")
@@ -135,5 +118,5 @@ def test_two_ranks_have_all_latents_and_half_of_the_heads(
     config = engine_config(model_dir, dtype="bfloat16", tensor_parallel_size=2, num_threads=2, **fields)
     found = judged_by_ranks(config)
     quantization = fields.get("quantization")
-    expected = _expected(model_dir, None if quantization is None else str(quantization))
+    expected = expected_of(model_dir, None if quantization is None else str(quantization))
     assert error_of(found, expected) < (_tolerance(model_dir) if quantization is None else ROUNDED)

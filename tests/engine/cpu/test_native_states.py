@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kvferry.common.batch import Batch, BatchRow
-from kvferry.common.request import SampledToken
 from kvferry.engine.cpu import build
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.decoder import NativeDecoder
@@ -19,8 +18,8 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.nn.states import ForeignStateError
 from kvferry.models.default import cache_dir
 
-from ...engine_driver import Driver, engine_config, prompts
-from .judged import error_of, judged
+from ...engine_driver import Driver, prompts
+from .judged import error_of, expected_of, judged, native_engine, of_torch
 from .state_models import VARIANTS, write_states
 from .test_build import SAMPLING, Recorded
 from .test_cut_attention import gap_of_threads
@@ -44,24 +43,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_states(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
-def _native(model_dir: Path, **fields: object) -> Engine:
-    engine = Engine(engine_config(model_dir, **({"dtype": "bfloat16"} | fields)), num_blocks=64)
-    assert isinstance(engine.runner, NativeRunner)
-    return engine
-
-
-@cache
-def _expected(model_dir: Path, quantization: str | None = None) -> list[SampledToken]:
-    return _of_torch(model_dir, dtype="float32", quantization=quantization)
-
-
-def _of_torch(model_dir: Path, **fields: object) -> list[SampledToken]:
-    return judged(Engine(engine_config(model_dir, **fields), num_blocks=64, native=False))
-
-
 @cache
 def _tolerance(model_dir: Path, factor: float = OF_TORCH) -> float:
-    return factor * error_of(_of_torch(model_dir, dtype="bfloat16"), _expected(model_dir))
+    return factor * error_of(of_torch(model_dir, dtype="bfloat16"), expected_of(model_dir))
 
 
 @pytest.mark.slow
@@ -70,30 +54,30 @@ def _tolerance(model_dir: Path, factor: float = OF_TORCH) -> float:
 def test_every_set_computes_what_torch_computes(checkpoints: Path, variant: str) -> None:
     """Within bfloat16's rounding, against float32 that is not rounded at all."""
     path = checkpoints / variant
-    assert error_of(judged(_native(path, num_threads=2)), _expected(path)) < _tolerance(path)
+    assert error_of(judged(native_engine(path, num_threads=2)), expected_of(path)) < _tolerance(path)
 
 
 @pytest.mark.parametrize("block_size", [8, 128])
 def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
     path = checkpoints / "qwen3.5"
-    assert error_of(judged(_native(path, block_size=block_size)), _expected(path)) < _tolerance(path)
+    assert error_of(judged(native_engine(path, block_size=block_size)), expected_of(path)) < _tolerance(path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, some dense"])
 def test_whole_numbers_are_multiplied_as_such(checkpoints: Path, variant: str, quantization: str) -> None:
-    engine = _native(checkpoints / variant, quantization=quantization)
+    engine = native_engine(checkpoints / variant, quantization=quantization)
     attention = _decoder(engine)._model.layers[0].attention
     assert attention.o.weight.integers and attention.delta_net.contents.rows.weight.integers
     path = checkpoints / variant
-    assert error_of(judged(engine), _expected(path, quantization)) < _tolerance(path, ROUNDED)
+    assert error_of(judged(engine), expected_of(path, quantization)) < _tolerance(path, ROUNDED)
 
 
 def test_keys_in_8_bits_go_beside_states(checkpoints: Path) -> None:
     path = checkpoints / "qwen3.5"
-    expected = _of_torch(path, dtype="float32", kv_cache_dtype="int8")
-    assert error_of(judged(_native(path, kv_cache_dtype="int8")), expected) < _tolerance(path)
+    expected = of_torch(path, dtype="float32", kv_cache_dtype="int8")
+    assert error_of(judged(native_engine(path, kv_cache_dtype="int8")), expected) < _tolerance(path)
 
 
 def _decoder(engine: Engine) -> NativeDecoder:
@@ -111,7 +95,7 @@ def test_a_first_state_shows_neither_company_nor_chunks_nor_threads(checkpoints:
     """To the bit: its inputs are rows of products, which keep their order, and tokens change it one after the other."""
     found = []
     for chunk, lengths, num_threads in ((1000, (), 1), (7, (90,), 1), (100, (1, 40, 3), 2), (1, (), 3)):
-        engine = _native(checkpoints / "qwen3.5", block_size=128, num_threads=num_threads)
+        engine = native_engine(checkpoints / "qwen3.5", block_size=128, num_threads=num_threads)
         driver = Driver(engine)
         seq, *others = (driver.add(prompt, SAMPLING) for prompt in prompts([100, *lengths], 500))
         while seq.num_output_tokens == 0:
@@ -139,7 +123,7 @@ def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path
 
 
 def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: Path) -> None:
-    engine = _native(checkpoints / "qwen3.5", block_size=16)
+    engine = native_engine(checkpoints / "qwen3.5", block_size=16)
     driver = Driver(engine)
     seq, other = driver.add(range(4, 24)), driver.add(range(4, 10))
     driver.step([(seq, 19), (other, 6)])
@@ -155,7 +139,7 @@ def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: P
 
 @pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, dense, a state behind all"])
 def test_pages_are_told_in_their_order(checkpoints: Path, variant: str) -> None:
-    engine = _native(checkpoints / variant, block_size=16)
+    engine = native_engine(checkpoints / variant, block_size=16)
     driver = Driver(engine)
     seq = driver.add(range(4, 44))
     for count in (40, 1):
@@ -171,7 +155,7 @@ def test_a_step_of_which_nothing_is_wanted_leaves_its_states(checkpoints: Path, 
     sampling = msgspec.structs.replace(SAMPLING, max_tokens=1, logprobs=0)
     found = []
     for chunks in ((300,), (290, 10), (30, 40, 230)):
-        driver = Driver(_native(path, num_threads=num_threads))
+        driver = Driver(native_engine(path, num_threads=num_threads))
         [prompt] = prompts([300], 500)
         seq = driver.add(prompt, sampling)
         for count in chunks:
