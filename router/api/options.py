@@ -15,7 +15,7 @@ from ..helpers.grammar_checker import GrammarChecker
 from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
 from ..turns.json_text import dumps
-from ..turns.lazy import answering_grammar, free_grammar, is_guidable
+from ..turns.lazy import answering_grammar, free_grammar
 from .answer import Answer
 from .chat_turns import TurnOptions
 from .choice import TextOptions
@@ -74,11 +74,10 @@ async def chat_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | N
     """
     if use.is_forced:
         return ChatGrammar(await forced_calls(version, use), is_free=False)
-    is_strict = any(tool.is_strict for tool in use.tools)
-    if not use.tools or (asked is None and not is_strict):
+    if not use.tools or (asked is None and not use.is_bound):
         return ChatGrammar(asked, is_free=asked is None)
     grammar: Grammar | None = None
-    if version.grammars is not None and is_guidable(version.dialect, is_free=asked is None):
+    if version.guides_calls(is_free=asked is None):
         special_id = version.tokenizer.special_id
         if asked is None:
             grammar = free_grammar(use, version.dialect, special_id)
@@ -95,8 +94,9 @@ async def _checked_calls(grammars: GrammarChecker, grammar: Grammar, use: ToolUs
     try:
         return await grammars.check(grammar, "tools")
     except RequestError:
+        called = use.callable
         for index, tool in enumerate(use.tools):
-            if use.name in (None, tool.name) if use.is_forced else tool.is_strict:
+            if tool in called and (use.is_forced or tool.is_strict):
                 own = Grammar("json_schema", dumps(tool.parameters).encode("utf-8", "replace"))
                 await grammars.check(own, f"tools[{index}].function.parameters")
         raise

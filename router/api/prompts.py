@@ -156,10 +156,12 @@ def _chat(
             "continue_final_message needs an assistant message at the end", param="continue_final_message"
         )
     kwargs = _template_kwargs(version, body)
+    is_free = not isinstance(body, ChatBody) or body.asked_grammar is None
+    asked, use = use, version.kept_use(use, is_free=is_free)
     tools = use.told()
     shown, hidden = messages, dict[str, str]()
     special = version.special_text
-    if special is not None and _spells_special(version, special, messages, tools, kwargs):
+    if special is not None and _spells_special(version, special, messages, asked.told(), kwargs):
         (*both, kwargs), hidden = special.hide([*messages, *tools, kwargs])
         shown, tools = both[: len(messages)], both[len(messages) :]
     if not version.dialect.takes_tools:

@@ -24,7 +24,9 @@ from ..helpers.chat_renderer import ChatRenderer, Renderer
 from ..helpers.grammar_checker import GrammarChecker
 from ..state.adapter_use import AdapterUse
 from ..state.errors import clip
+from ..turns.definitions import ToolUse
 from ..turns.dialect import Dialect
+from ..turns.lazy import is_guidable
 from .defaults import SamplingDefaults
 
 
@@ -98,6 +100,14 @@ class Version(WorkerGroup):
         what = f"token {clip(self.tokenizer.token_text(bad))} ({bad})" if of_text else f"token id {bad}"
         where = "" if param == "prompt" else f"{param}: "
         raise RequestError(f"{where}{what} is not in the vocabulary of {size} tokens", param=param)
+
+    def guides_calls(self, *, is_free: bool) -> bool:
+        """Tell whether a grammar can hold calls that the model chooses; `is_free`: what is no call is any text."""
+        return self.grammars is not None and is_guidable(self.dialect, is_free=is_free)
+
+    def kept_use(self, use: ToolUse, *, is_free: bool) -> ToolUse:
+        """Return a use that can be kept: where no grammar forbids calls of a tool, the model is not told of it."""
+        return use if use.is_forced or self.guides_calls(is_free=is_free) else use.narrowed
 
     @property
     def served_name(self) -> str:

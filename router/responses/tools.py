@@ -80,7 +80,7 @@ def response_tools(raw: object) -> ResponseTools:
     if not isinstance(raw, list):
         raise RequestError(f"tools must be an array, got {shown(raw)}", param="tools")
     for place, tool, namespace in _flat(raw):
-        if namespace is None and _is_hosted(tool):
+        if namespace is None and is_hosted(tool):
             found.left_out.append(place)
             continue
         function = {name: value for name, value in tool.items() if name not in _UNTOLD}
@@ -91,7 +91,7 @@ def response_tools(raw: object) -> ResponseTools:
         found.functions.append({"type": tool.get("type"), "function": function})
         found.places.append(place)
     if not found.functions and found.left_out:
-        kind = next(each["type"] for each in raw if _is_hosted(each))
+        kind = next(each["type"] for each in raw if is_hosted(each))
         raise RequestError(
             f"{found.left_out[0]}.type is {shown(kind)}; such tools run at no server of this kind",
             param=f"{found.left_out[0]}.type",
@@ -122,6 +122,7 @@ def _placed(raw: list[object], where: str) -> Iterator[tuple[str, Mapping[str, o
         yield f"{where}[{index}]", each
 
 
-def _is_hosted(tool: object) -> bool:
+def is_hosted(tool: object) -> bool:
+    """Tell whether it is a tool that OpenAI itself runs."""
     kind = tool.get("type") if isinstance(tool, Mapping) else None
     return isinstance(kind, str) and kind in _HOSTED

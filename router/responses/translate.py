@@ -17,7 +17,7 @@ from ..api.surface import FieldNames
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage, Places
 from .items import CALL_NAMES, input_messages
-from .tools import ResponseTools
+from .tools import ResponseTools, is_hosted
 
 _SAME = ("model", "stream", "temperature", "top_p", "user", "parallel_tool_calls", "cache_salt", "priority", "seed")
 _IGNORED = frozenset(
@@ -52,7 +52,9 @@ _KNOWN = frozenset(
 )
 FIELD_NAMES: FieldNames = (
     (re.compile(r"\btool_choice\.function\.name\b"), "tool_choice.name"),
+    (re.compile(r"\btool_choice\.allowed_tools\b"), "tool_choice"),
     (re.compile(r'"function": \{"name": \.\.\.\}'), '"name": ...'),
+    (re.compile(r'"allowed_tools": \{\.\.\.\}'), '"mode": ..., "tools": [...]'),
     (re.compile(r"\bresponse_format(?:\.json_schema)?\b"), "text.format"),
     (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
     (re.compile(r"\bmax_tokens asks\b"), "max_output_tokens asks"),
@@ -89,7 +91,7 @@ def chat_body(
     if tools.functions:
         body["tools"] = tools.functions
     if raw.get("tool_choice") is not None:
-        body["tool_choice"] = _choice(raw["tool_choice"])
+        body["tool_choice"] = _choice(raw["tool_choice"], tools.left_out)
     if _LOGPROBS in includes or raw.get("top_logprobs") not in (None, 0):
         body |= {"logprobs": True, "top_logprobs": raw.get("top_logprobs")}
     _take_text(raw.get("text"), body, ignored)
@@ -118,10 +120,22 @@ def _limit(value: object) -> int:
     return value
 
 
-def _choice(raw: object) -> object:
-    if isinstance(raw, dict) and raw.get("type") == "function":
-        return {"type": "function", "function": {"name": raw.get("name")}}
-    return raw
+def _choice(raw: object, left_out: list[str]) -> object:
+    """Return a choice as chats have it; tools that are left out are none of those that it allows."""
+    if not isinstance(raw, dict) or raw.get("type") != "allowed_tools":
+        return _named(raw)
+    chosen = {name: value for name, value in raw.items() if name != "type"}
+    tools = chosen.get("tools")
+    if isinstance(tools, list):
+        left_out += [f"tool_choice.tools[{index}]" for index, each in enumerate(tools) if is_hosted(each)]
+        chosen["tools"] = [_named(each) for each in tools if not is_hosted(each)]
+    return {"type": "allowed_tools", "allowed_tools": chosen}
+
+
+def _named(raw: object) -> object:
+    if not isinstance(raw, dict) or raw.get("type") != "function":
+        return raw
+    return {"type": "function", "function": {"name": raw.get("name")}}
 
 
 def _take_text(raw: object, body: dict[str, object], ignored: list[str] | None) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import msgspec
 
@@ -21,6 +21,7 @@ MAX_TOOLS_BYTES = 256 * 2**10  # as JSON: more than a prompt of 64k tokens
 MAX_DEPTH = 24  # of a schema: a chat template takes values nested a little deeper
 MAX_NAME_CHARS = 64
 _NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
+_NAMED = '{"type": "function", "function": {"name": ...}}'
 _NAME_RULE = f"must be 1 to {MAX_NAME_CHARS} letters, digits, '_', '-' or '.'"
 
 Choice = Literal["none", "auto", "required", "named"]
@@ -50,7 +51,7 @@ class ToolUse:
 
     tools: tuple[Tool, ...] = ()
     choice: Choice = "none"
-    name: str | None = None  # of the tool that must be called
+    allowed: frozenset[str] | None = None  # names of those that may be called; None: all
     is_parallel: bool = True  # several calls in one answer
 
     @property
@@ -59,11 +60,25 @@ class ToolUse:
         return self.choice in ("required", "named")
 
     @property
+    def callable(self) -> tuple[Tool, ...]:
+        return tuple(tool for tool in self.tools if self.allowed is None or tool.name in self.allowed)
+
+    @property
+    def is_bound(self) -> bool:
+        """Calls must follow a grammar: there are tools that the model is told of and may not call, or strict ones."""
+        return self.allowed is not None or any(tool.is_strict for tool in self.tools)
+
+    @property
     def schemas(self) -> Schemas:
         return {tool.name: tool.parameters for tool in self.tools}
 
+    @property
+    def narrowed(self) -> Self:
+        """The same where nothing keeps the model from a call: it is not told of what it may not call."""
+        return replace(self, tools=self.callable, allowed=None)
+
     def told(self) -> list[dict[str, object]]:
-        """Return what the model is told of: nothing of tools that it must not call."""
+        """Return what the model is told of: all, whichever may be called now, so that a chat's beginning stays."""
         return [tool.as_dict() for tool in self.tools]
 
 
@@ -73,10 +88,10 @@ def parse_tool_use(tools: object, choice: object, parallel: bool | None, ignored
     Unknown fields of tools are refused, unless a list takes their names.
     """
     known = _tools(tools, ignored)
-    kind, name = _choice(choice, known)
+    kind, allowed = _choice(choice, known)
     if kind == "none":
         return ToolUse()
-    return ToolUse(known, kind, name, parallel is not False)
+    return ToolUse(known, kind, allowed, parallel is not False)
 
 
 def _tools(raw: object, ignored: list[str] | None) -> tuple[Tool, ...]:
@@ -146,7 +161,7 @@ def _check_depth(value: object, where: str, room: int) -> None:
         _check_depth(child, where, room - 1)
 
 
-def _choice(raw: object, tools: Sequence[Tool]) -> tuple[Choice, str | None]:
+def _choice(raw: object, tools: Sequence[Tool]) -> tuple[Choice, frozenset[str] | None]:
     match raw:
         case None:
             return ("auto" if tools else "none"), None
@@ -157,13 +172,38 @@ def _choice(raw: object, tools: Sequence[Tool]) -> tuple[Choice, str | None]:
         case "required" if tools:
             return "required", None
         case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
-            if not any(tool.name == name for tool in tools):
-                raise invalid("tool_choice.function.name", f"{clip(name)} is none of the request's tools")
-            return "named", name
+            _check_known(name, tools, "tool_choice.function.name")
+            return "named", frozenset({name})
+        case {"type": "allowed_tools", "allowed_tools": dict(chosen), **others} if not others:
+            return _allowed(chosen, tools)
         case "required":
             raise invalid("tool_choice", "'required' needs tools")
-    rule = 'must be \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}'
-    raise invalid("tool_choice", f"{rule}, got {shown(raw)}")
+    forms = f'{{"type": "allowed_tools", "allowed_tools": {{...}}}} or {_NAMED}'
+    raise invalid("tool_choice", f"must be 'none', 'auto', 'required', {forms}, got {shown(raw)}")
+
+
+def _allowed(raw: Mapping[str, object], tools: Sequence[Tool]) -> tuple[Choice, frozenset[str]]:
+    where = "tool_choice.allowed_tools"
+    only(raw, {"mode", "tools"}, where)
+    mode, named = raw.get("mode"), raw.get("tools")
+    if mode != "auto" and mode != "required":
+        raise invalid(f"{where}.mode", f"must be 'auto' or 'required', got {shown(mode)}")
+    if not isinstance(named, list) or not 0 < len(named) <= MAX_TOOLS:
+        raise invalid(f"{where}.tools", f"must be an array of 1 to {MAX_TOOLS} tools, got {shown(named)}")
+    names: set[str] = set()
+    for each in named:
+        match each:  # beside its name a definition may have what `tools` says
+            case {"type": "function", "function": {"name": str(name)}}:
+                _check_known(name, tools, f"{where}.tools")
+                names.add(name)
+            case _:
+                raise invalid(f"{where}.tools", f"must be an array of {_NAMED}, got {shown(each)} in it")
+    return mode, frozenset(names)
+
+
+def _check_known(name: str, tools: Sequence[Tool], where: str) -> None:
+    if not any(tool.name == name for tool in tools):
+        raise invalid(where, f"{clip(name)} is none of the request's tools")
 
 
 def only(raw: Mapping[str, object], known: set[str], where: str, ignored: list[str] | None = None) -> None:

@@ -160,10 +160,10 @@ class Dialect:
 
     def syntax(self, use: ToolUse) -> Syntax:
         if use.is_forced:  # forced.py's form, whatever the model's
-            return BareJsonSyntax(frozenset(tool.name for tool in use.tools))
+            return BareJsonSyntax(frozenset(tool.name for tool in use.callable))
         own = self._own_syntax(use)
-        is_bound = any(tool.is_strict for tool in use.tools)  # by a grammar, to which the other form is a text
-        return EitherSyntax(own) if self.has_two_forms and not is_bound else own
+        # To a grammar of calls the other form is a text.
+        return EitherSyntax(own) if self.has_two_forms and not use.is_bound else own
 
     def _own_syntax(self, use: ToolUse) -> Syntax:
         names = frozenset(tool.name for tool in use.tools)

@@ -1,4 +1,4 @@
-"""An answer that must call: a schema of its whole text, for a `tool_choice` of `required` or of one function.
+"""An answer that must call: a schema of its whole text, where `tool_choice` requires a call.
 
     one call   {"name": "f", "arguments": {...}}
     several    [{"name": "f", "arguments": {...}}, {"name": "g", ...}]
@@ -28,8 +28,7 @@ def forced_grammar(use: ToolUse) -> Grammar | None:
         return None
     has_several = use.choice == "required" and use.is_parallel
     place = "#/items/anyOf" if has_several else "#/anyOf"
-    called = [tool for tool in use.tools if use.name in (None, tool.name)]
-    calls = [call_schema(tool, f"{place}/{index}") for index, tool in enumerate(called)]
+    calls = [call_schema(tool, f"{place}/{index}") for index, tool in enumerate(use.callable)]
     schema: dict[str, object] = {"anyOf": calls}
     if has_several:
         schema = {"type": "array", "minItems": 1, "items": schema}

@@ -3,8 +3,9 @@
     free       text, calls in the model's own form, text
     answering  calls, or an answer of the form that `response_format` asks for
 
-The first is for tools that are `strict`; without one of them the model is left to itself, and calls are read as they
-come. What a model says before it calls is free in any case, so its reasoning is, too.
+The first is for tools that are `strict`, and for some tools among those that the model is told of; without either the
+model is left to itself, and calls are read as they come. What a model says before it calls is free in any case, so its
+reasoning is, too.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def _calls(use: ToolUse) -> str:
 
 
 def _call_rules(use: ToolUse) -> list[str]:
-    names = [f"call_{index}" for index in range(len(use.tools))]
+    names = [f"call_{index}" for index in range(len(use.callable))]
     rules = [f"call: {' | '.join(names)}"]
-    return rules + [f"{name}: {json_rule(_schema(tool))}" for name, tool in zip(names, use.tools, strict=True)]
+    return rules + [f"{name}: {json_rule(_schema(tool))}" for name, tool in zip(names, use.callable, strict=True)]
 
 
 def _schema(tool: Tool) -> dict[str, object]:

@@ -171,6 +171,16 @@ def required(server: Server) -> object:
     return answer.choices[0].message.tool_calls[0].function.name == "weather"
 
 
+@CALLS.works("tool_choice of allowed tools")
+def allowed_tools(server: Server) -> object:
+    other = {"type": "function", "function": {"name": "other", "parameters": PARAMETERS}}
+    named = {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": named}
+    fields: Any = {"tools": [*TOOLS, other], "tool_choice": choice, "parallel_tool_calls": False}
+    answer = _chat(server, TRIP, **fields, max_tokens=MAX_TOKENS)
+    return answer.choices[0].message.tool_calls[0].function.name == "weather"
+
+
 @CALLS.works("tool_choice none")
 def choice_none(server: Server) -> object:
     return not _chat(server, tools=TOOLS, tool_choice="none").choices[0].message.tool_calls

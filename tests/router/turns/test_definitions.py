@@ -24,6 +24,10 @@ def _tool(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "search", **fields}}
 
 
+def _allowed(**fields: Any) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [_tool()], **fields}}
+
+
 def _nested(depth: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "object"}
     for _ in range(depth):
@@ -89,6 +93,16 @@ def test_a_wrong_tool_is_refused_at_its_place(tools: object, param: str) -> None
         ([SEARCH], {"type": "function"}, "tool_choice"),
         ([SEARCH], {"type": "function", "function": {"name": "other"}}, "tool_choice.function.name"),
         (None, "required", "tool_choice"),
+        ([SEARCH], {"type": "allowed_tools"}, "tool_choice"),
+        ([SEARCH], _allowed(mode="named"), "tool_choice.allowed_tools.mode"),
+        ([SEARCH], _allowed(tools=[]), "tool_choice.allowed_tools.tools"),
+        (
+            [SEARCH],
+            _allowed(tools=[{"type": "custom", "custom": {"name": "search"}}]),
+            "tool_choice.allowed_tools.tools",
+        ),
+        ([SEARCH], _allowed(tools=[_tool(), {}]), "tool_choice.allowed_tools.tools"),
+        (None, _allowed(), "tool_choice.allowed_tools.tools"),
     ],
 )
 def test_a_wrong_choice_is_refused(tools: object, choice: object, param: str) -> None:
@@ -100,5 +114,14 @@ def test_a_wrong_choice_is_refused(tools: object, choice: object, param: str) ->
 def test_a_call_may_have_to_come() -> None:
     assert parse_tool_use([SEARCH], "required", None).is_forced
     use = parse_tool_use([SEARCH], {"type": "function", "function": {"name": "search"}}, None)
-    assert use.is_forced and use.name == "search"
+    assert use.is_forced and use.allowed == frozenset({"search"})
     assert not parse_tool_use([SEARCH], "auto", None).is_forced
+
+
+def test_some_tools_may_be_allowed_and_all_of_them_are_told() -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    use = parse_tool_use([SEARCH, other], _allowed(tools=[SEARCH]), None)  # a whole definition, too
+    assert (use.choice, use.is_forced, use.is_bound) == ("auto", False, True)
+    assert [tool.name for tool in use.callable] == ["search"] and len(use.told()) == 2
+    assert [each["function"]["name"] for each in use.narrowed.told()] == ["search"]  # type: ignore[index]
+    assert parse_tool_use([SEARCH, other], _allowed(mode="required"), None).is_forced

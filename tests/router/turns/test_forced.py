@@ -69,6 +69,12 @@ def test_one_call_is_an_object() -> None:
     assert len(_schema(_use("required", False))["anyOf"]) == 3
 
 
+def test_tools_that_are_not_allowed_are_in_no_required_call() -> None:
+    chosen = {"mode": "required", "tools": [_named("wait"), _named("search")]}
+    schema = _schema(_use({"type": "allowed_tools", "allowed_tools": chosen}))
+    assert [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]] == ["search", "wait"]
+
+
 def test_references_within_a_tools_schema_lead_to_its_new_place() -> None:
     for choice, place in (("required", "#/items/anyOf/1"), (_named("plant"), "#/anyOf/0")):
         schema = _schema(_use(choice))

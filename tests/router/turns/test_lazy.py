@@ -85,6 +85,16 @@ def test_calls_of_strict_tools_follow_their_schemas_and_text_is_free(
     assert [text for text in bad if _takes(first.fork(), vocabulary, text)] == []
 
 
+@pytest.mark.parametrize("parser", ["hermes", "json"])
+def test_tools_that_are_not_allowed_are_not_called(vocabulary: Vocabulary, parser: str) -> None:
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": TOOLS[1:]}}
+    mark = ("<tool_call>", "</tool_call>") if parser == "hermes" else ("", "")
+    use = parse_tool_use(TOOLS, choice, None)
+    first = compile_grammar(vocabulary, free_grammar(use, Dialect(parser), _no_special))
+    assert all(_takes(first.fork(), vocabulary, text) for text in ("", "no call", NOTE.join(mark)))
+    assert not any(_takes(first.fork(), vocabulary, text.join(mark)) for text in (ROME, PARIS))
+
+
 @pytest.mark.parametrize(
     ("parser", "call"), [("hermes", "<tool_call>{}</tool_call>"), ("llama3_json", "{}"), ("json", "{}")]
 )
