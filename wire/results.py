@@ -50,9 +50,11 @@ class HandoffDone(Message):
 
 
 class HandoffFailed(Message):
-    """`blame`: peer, link, self, fenced, expired, checksum, abort, ended, unknown. `worker_id`: the peer that failed.
+    """`blame`: peer, link, self, fenced, expired, refused, draining, checksum, abort, ended, unknown. `worker_id`: the
+    peer that failed.
 
-    fenced: of a healthy peer, whose handoff ended because the agent that it wrote to was replaced.
+    fenced: of a healthy peer, whose handoff ended because the agent that it wrote to was replaced. refused: its prefill
+    worker asked for the grant and may not open it. draining: its decode worker drains.
     """
 
     request_id: Name

@@ -1,6 +1,7 @@
 """`Endings` ends reservations on the decode side, and tells routers and writers.
 
 drop       given up for a reason that its router knows      GRANTED, ARRIVED: free at once; OPEN: doomed
+give_up    given up, as nobody may or will open it          GRANTED: free at once
 doom       given up while its writer may still write        the blocks go into quarantine
 rank_ended, end_doomed                                      ... and out of it
 """
@@ -66,6 +67,11 @@ class Endings:
             self.forget(reservation, arrived=False)
             self._free(reservation)
             reservation.advance(ReservationState.RELEASED, self._clock.now())
+
+    def give_up(self, reservation: Reservation, reason: str, blame: str) -> None:
+        """GRANTED: nobody will open it. Its router hears so."""
+        self.drop(reservation, reason)
+        self.tell_failed(reservation.router_id, reservation.spec, reason, blame, None)
 
     def release(self, reservation: Reservation) -> None:
         """ARRIVED: the blocks go back. ADOPTED: the sequence has given them back itself."""

@@ -1,6 +1,7 @@
 """The right to write: which prefill worker gets it, for how long, and who it is.
 
-    KVOpen ─> refused, or bound to its reservation ─> KVOpened          while agents are replaced: held ─> flush
+    KVOpen ─> refused: the grant is given up, or bound to its reservation ─> KVOpened
+                                                                           while agents are replaced: held ─> flush
     KVRenew ─> the lease begins anew, or is gone
 
 The first KVOpen with the grant's mac binds, for good: a grant that was opened is never opened by another.
@@ -20,7 +21,7 @@ from ...wire.handoff import CancelKV, KVOpen, KVOpened, KVRefused, KVRenew, KVRe
 from ..protocol.handoff import Endpoint, check_compatible, is_minted
 from ..protocol.peer_log import PeerLog
 from ..protocol.shards import expected_pairs, shards_of
-from .endings import Counters
+from .endings import Counters, Endings
 from .processes import ProcessWatch
 from .reservation import Reservation, ReservationState, Writer
 from .reservations import Reservations
@@ -44,6 +45,7 @@ class Opens:
         self,
         *,
         reservations: Reservations,
+        endings: Endings,
         spec: KVCacheSpec,
         endpoint: Endpoint,
         key: bytes,
@@ -54,6 +56,7 @@ class Opens:
         to_peer: Callable[[str, Message], None],
     ) -> None:
         self._reservations = reservations
+        self._endings = endings
         self._spec = spec
         self._endpoint = endpoint
         self._key = key
@@ -95,6 +98,10 @@ class Opens:
             self._log.warn(message.worker_id, refusal.kind, detail=refusal.reason)
             refused = KVRefused(grant_id=message.grant_id, open_id=message.open_id, reason=refusal.reason)
             self._to_peer(session, refused)
+            if refusal.kind != "mac" and reservation is not None and reservation.state is ReservationState.GRANTED:
+                # Whom it was given to asks no second time, and the request would wait until the grant lapses.
+                blame = "draining" if refusal.kind == "draining" else "refused"
+                self._endings.give_up(reservation, refusal.reason, blame)
             return
         assert reservation is not None
         has_moved = reservation.grant.ranks[0].agent != regions[0].agent

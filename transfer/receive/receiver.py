@@ -4,9 +4,8 @@
 
 A grant lets a prefill worker ask, an open lets it write. An open that fails is DOOMED: its blocks stay out of use
 until every source rank said that it ended cleanly, or until the writer is fenced. A lease that runs out never frees.
-The states are drawn in `reservation.py`. Its parts: `grants.py` promises, `opens.py` says who may write, `arrivals.py`
-when it is all there, `writer_ends.py` when it will not be, `endings.py` how it ends, `rotation.py` what stops a writer
-that does not say so; `reservations.py` keeps the books.
+Parts: `grants.py` promises, `opens.py` says who may write, `arrivals.py` when all is there, `writer_ends.py` when it
+will not be, `endings.py` how it ends, `rotation.py` stops silent writers, `reservations.py` keeps the books.
 
 Pure over BlockPool and Clock: no thread, no socket, no tensor. Rank 0 decides for all ranks. The caller holds one
 lock around the receiver, the pool and the scheduler.
@@ -85,6 +84,7 @@ class KVReceiver:
         )
         self.opens = Opens(
             reservations=self.reservations,
+            endings=self.endings,
             spec=spec,
             endpoint=Endpoint(spec, version, transport, tp_size),
             key=key,

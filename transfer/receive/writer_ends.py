@@ -84,8 +84,7 @@ class WriterEnds:
             elif now < reservation.deadline:
                 continue
             elif reservation.state is ReservationState.GRANTED:
-                self._endings.drop(reservation, "expired")
                 reason = f"no prefill worker opened the grant within {self._config.open_within_s} s"
-                self._endings.tell_failed(reservation.router_id, reservation.spec, reason, "expired", None)
+                self._endings.give_up(reservation, reason, "expired")
             else:
                 self._endings.doom(reservation, f"no renewal within {self._config.lease_s} s", "expired")

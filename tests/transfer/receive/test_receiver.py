@@ -322,6 +322,7 @@ def test_a_draining_worker_grants_and_opens_nothing(decode: Decode) -> None:
     assert _refused(decode.reserve("b")) == "draining"
     decode.open(grant)
     assert only(decode.said_to_peer(), KVRefused).reason == "draining"
+    assert only(decode.said_to_router(), HandoffFailed).blame == "draining" and decode.holds_nothing()
 
 
 # --- GRANTED -----------------------------------------------------------------------------------------------------
@@ -404,6 +405,26 @@ def test_an_open_that_does_not_fit_is_refused(decode: Decode, change: dict[str, 
     assert decode.receiver.counters.stale_messages == 1
 
 
+def test_the_router_of_a_grant_that_may_not_be_opened_hears_so_at_once(decode: Decode) -> None:
+    decode.open(decode.grant(), change={"version": "0.0.9"})
+    failed = only(decode.said_to_router(), HandoffFailed)
+    assert (failed.request_id, failed.attempt, failed.blame) == ("a", 0, "refused") and "0.0.9" in failed.reason
+    assert decode.holds_nothing()
+    decode.wait(3.0)
+    assert decode.said_to_router() == []
+
+
+def test_an_open_that_is_none_of_the_grants_ends_no_grant(decode: Decode) -> None:
+    """A forged one, and one of another writer than the one that has it."""
+    grant = decode.grant()
+    decode.open(grant, change={"mac": b"forged"})
+    open_id = decode.open(grant)
+    decode.open(grant, session="p-0#2")
+    assert decode.said_to_router() == []
+    decode.arrive(grant, open_id)
+    assert decode.receiver.arrived
+
+
 def test_a_peer_with_an_old_quarantine_opens_nothing_more(decode: Decode) -> None:
     decode.opened("a")
     decode.receiver.on_session_lost(P)
@@ -412,6 +433,7 @@ def test_a_peer_with_an_old_quarantine_opens_nothing_more(decode: Decode) -> Non
     decode.wait(1.1)
     decode.open(decode.grant("c", first=200))
     assert only(decode.said_to_peer(), KVRefused).reason == "fenced_peer"
+    assert [each.request_id for each in decode.said_to_router() if isinstance(each, HandoffFailed)] == ["a", "c"]
     decode.open(decode.grant("d", first=300), change={"incarnation": 8})
     assert isinstance(decode.said_to_peer()[-1], KVOpened)
 
