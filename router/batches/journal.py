@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from .usage import BatchUsage
+
 
 class FinishedLine(NamedTuple):
     """The answer to one line, as it will stand in a file. `answer` has no newline in it."""
@@ -41,11 +43,14 @@ class Journal:
         self._path = path
         self._lock = threading.Lock()  # one thread may still append while another one begins to
         self.places: dict[int, Place] = {}
+        self.usage = BatchUsage()  # of all answers
         path.touch()
         self._size = 0
         with path.open("rb") as file:
-            for line, place, end in _records(file):
-                self.places.setdefault(line, place)
+            for each, place, end in _records(file):
+                if each.line not in self.places:
+                    self.places[each.line] = place
+                    self.usage = self.usage.plus(BatchUsage.of_answer(each.answer))
                 self._size = end
         if path.stat().st_size > self._size:
             os.truncate(path, self._size)
@@ -60,7 +65,7 @@ class Journal:
             self._append([each for each in finished if each.line not in self.places])
 
     def _append(self, new: Sequence[FinishedLine]) -> None:
-        places = {}
+        places, usage = {}, self.usage
         with self._path.open("r+b") as file:
             file.seek(self._size)
             file.truncate()  # what an earlier call may have left when it failed
@@ -69,12 +74,14 @@ class Journal:
                 record = _record(each)
                 offset = end + len(record) - 1 - len(each.answer)
                 places[each.line] = Place(offset, len(each.answer), each.is_ok)
+                usage = usage.plus(BatchUsage.of_answer(each.answer))
                 file.write(record)
                 end += len(record)
             file.flush()
             os.fsync(file.fileno())
         self._size = end
         self.places |= places
+        self.usage = usage
 
     def answers(self, lines: Sequence[int]) -> Iterator[tuple[int, bytes | None, bool]]:
         """Yield (line, answer, is ok) in this order; None for lines without an answer."""
@@ -93,14 +100,14 @@ def _record(finished: FinishedLine) -> bytes:
     return b"%08x %b" % (zlib.crc32(text), text)
 
 
-def _records(file: BinaryIO) -> Iterator[tuple[int, Place, int]]:
-    """Yield (line, place, end of its record) of whole records, up to the first one that is not."""
+def _records(file: BinaryIO) -> Iterator[tuple[FinishedLine, Place, int]]:
+    """Yield (line, place of its answer, end of its record) of whole records, up to the first one that is not."""
     start = 0
     for record in file:
         checksum, _, text = record.partition(b" ")
         if len(checksum) != 8 or not record.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
             return
-        line, is_ok, answer = text[:-1].split(b" ", 2)
-        end = start + len(record)
-        yield int(line), Place(end - 1 - len(answer), len(answer), is_ok == b"1"), end
+        line, ok, answer = text[:-1].split(b" ", 2)
+        end, is_ok = start + len(record), ok == b"1"
+        yield FinishedLine(int(line), is_ok, answer), Place(end - 1 - len(answer), len(answer), is_ok), end
         start = end

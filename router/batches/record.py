@@ -14,6 +14,7 @@ from enum import StrEnum
 import msgspec
 
 from ...common.errors import InvalidTransition
+from .usage import BatchUsage
 
 
 class BatchStatus(StrEnum):
@@ -72,6 +73,7 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     total: int = 0  # lines
     completed: int = 0
     failed: int = 0
+    usage: BatchUsage | None = None  # of the lines that have an answer; None: not counted
     output_file_id: str | None = None
     error_file_id: str | None = None
 
@@ -107,5 +109,6 @@ class BatchRecord(msgspec.Struct, kw_only=True):
             "expires_at": self.expires_at,
             **{f"{each}_at": stamps.get(each) for each in _STAMPS},
             "request_counts": {"total": self.total, "completed": self.completed, "failed": self.failed},
+            "usage": self.usage.shown() if self.usage is not None else None,
             "metadata": self.metadata,
         }

@@ -189,6 +189,7 @@ class BatchRun:
             self.record.total = len(self._lines)
         self.record.completed = journal.num_ok
         self.record.failed = len(journal.places) - journal.num_ok
+        self.record.usage = journal.usage
 
     # --- its end --------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from kvferry.router.batches.keeper import Keeper
 from kvferry.router.batches.record import ENDED, BatchRecord, BatchStatus
 from kvferry.router.batches.run import BatchRun, RunDeps
 from kvferry.router.batches.store import BatchStore
+from kvferry.router.batches.usage import BatchUsage
 from kvferry.router.helpers.json_parser import JsonParser
 
 from .batch_server import data_folder, jsonl, line
@@ -47,7 +48,8 @@ class Caller:
         self.num_most = max(self.num_most, self.num_now)
         try:
             await asyncio.sleep(0)
-            return self.before(name) or CallAnswer(200, secrets.token_hex(4), json.dumps({"text": name}).encode())
+            told = {"text": name, "usage": {"prompt_tokens": 1 + int(name), "completion_tokens": 2}}
+            return self.before(name) or CallAnswer(200, secrets.token_hex(4), json.dumps(told).encode())
         finally:
             self.num_now -= 1
 
@@ -156,6 +158,7 @@ async def test_a_batch_that_is_killed_again_and_again_answers_each_line_once(tmp
     assert each.record.status is BatchStatus.COMPLETED
     found = output(deps, each.record.output_file_id)
     assert [answer["custom_id"] for answer in found] == [str(number) for number in range(60)]
+    assert each.record.usage == BatchUsage(input_tokens=sum(range(1, 61)), output_tokens=120)
     assert len(await asyncio.to_thread(deps.files.owned, "o", "batch_output")) == 1
 
 

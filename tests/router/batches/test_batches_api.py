@@ -11,7 +11,9 @@ import httpx
 import openai
 import pytest
 
-from ..fakes import Script, listening, serve
+from kvferry.router.catalogue.version import ServedModel
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, listening, serve
 from .batch_server import answers, batch_server, client_of, jsonl, line, until_ended
 
 
@@ -115,6 +117,31 @@ async def test_chats_and_responses_are_batched_too(tmp_path: Path) -> None:
             batch = await until_ended(client, batch.id)
             (answer,) = await answers(client, batch.output_file_id)
             assert answer["response"]["status_code"] == 200
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 5}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+async def test_a_batch_tells_the_tokens_of_all_its_answers(tmp_path: Path, url: Any, body: dict[str, Any]) -> None:
+    script = Script("<think>Hm.</think>Yes.", num_cached_tokens=1)
+    model = ServedModel(MODEL, 4096, VOCAB_SIZE, reasoning_parser="think")
+    async with batch_server(tmp_path, script, model=model) as (_, address), client_of(address) as client:
+        lines = jsonl(line("a", url, **body), line("b", url, **body), line("c", url, temperature=9, **body))
+        uploaded = await client.files.create(file=lines, purpose="batch")
+        batch = await client.batches.create(input_file_id=uploaded.id, endpoint=url, completion_window="24h")
+        assert batch.usage is None  # nothing was counted
+        batch = await until_ended(client, batch.id)
+        found = [each["response"]["body"]["usage"] for each in await answers(client, batch.output_file_id)]
+        assert batch.usage is not None and batch.request_counts is not None and batch.request_counts.failed == 1
+        assert len(found) == 2 and batch.usage.total_tokens == sum(each["total_tokens"] for each in found) > 0
+        assert batch.usage.input_tokens + batch.usage.output_tokens == batch.usage.total_tokens
+        assert batch.usage.input_tokens_details.cached_tokens == 2
+        assert (batch.usage.output_tokens_details.reasoning_tokens > 0) == (url != "/v1/completions")
 
 
 async def test_a_batchs_responses_are_not_kept_beside_those_of_conversations(tmp_path: Path) -> None:
