@@ -24,6 +24,7 @@ from ..common.clock import Clock, SystemClock, wall_time_s
 from ..common.errors import ConfigError, RequestError
 from .files import read_json
 from .render_budget import RenderBudget, RenderLimits, TemplateOverrun, spending
+from .template_messages import cut_at, mark_end, with_text_content
 from .template_sandbox import compile_environment
 
 MAX_SOURCE_BYTES = 1 << 20
@@ -32,7 +33,7 @@ MAX_DEPTH = 32  # lists and objects within each other
 _MAX_REFUSAL_CHARS = 1024
 _MAX_DATE_CHARS = 256
 
-_CONTINUE_MARK = "\ue0f0kvferry-continue\ue0f0"  # private use: stands where a continued message ends
+_PLAIN = {"role": "user", "content": "Hello"}
 _RESERVED = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "range"}
 
 
@@ -71,8 +72,9 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt. With `continue_final_message` it ends inside the last message, without generation prompt.
 
-        Raises RequestError where the messages are what the template cannot take, and TemplateOverrun where it takes
-        more than the `limits` that the caller gave; more than the usual ones is the client's error.
+        Raises RequestError where the messages are what the template cannot take, ConfigError where it takes none, and
+        TemplateOverrun where it takes more than the `limits` that the caller gave; more than the usual ones is the
+        client's error.
         """
         kwargs, special_tokens = template_kwargs or {}, special_tokens or {}
         if taken := sorted((_RESERVED | special_tokens.keys()) & kwargs.keys()):
@@ -80,8 +82,8 @@ class ChatTemplate:
         room = _check_size(messages, "messages", MAX_INPUT_CHARS)
         room = _check_size(tools, "tools", room)
         _check_size(kwargs, "chat_template_kwargs", room)
-        flat = [_with_text_content(message, index) for index, message in enumerate(messages)]
-        mark = _mark_end(flat) if continue_final_message else None
+        flat = [with_text_content(message, index) for index, message in enumerate(messages)]
+        mark = mark_end(flat) if continue_final_message else None
         values = {
             **special_tokens,
             "tools": list(tools) or None,
@@ -96,19 +98,31 @@ class ChatTemplate:
             if limits is not None:
                 raise
             raise RequestError(str(error), param="messages", status=413 if error.is_size else 400) from None
-        return text if mark is None else _cut_at(text, mark)
+        except SecurityError as error:
+            reason = f"the chat template does what the sandbox forbids: {error}"
+            if self._renders_plainly(special_tokens, limits or RenderLimits()):
+                raise RequestError(f"{reason}, for these messages", param="messages") from None
+            raise ConfigError(reason) from error
+        return text if mark is None else cut_at(text, mark)
+
+    def _renders_plainly(self, special_tokens: Mapping[str, str], limits: RenderLimits) -> bool:
+        """Tell whether a plain message is rendered, where others were not."""
+        values = {"tools": None, "documents": None, "messages": [dict(_PLAIN)], "add_generation_prompt": True}
+        try:
+            self._generate({**special_tokens, **values}, limits)
+        except (RequestError, SecurityError, TemplateOverrun):
+            return False
+        return True
 
     def _generate(self, values: Mapping[str, object], limits: RenderLimits) -> str:
         budget = RenderBudget(limits, self._clock)
         try:
             with spending(budget):
                 return _joined(self._template.generate({**values, "range": budget.range}), budget)
-        except RequestError:
+        except (RequestError, SecurityError):
             raise
         except _Refusal as error:
             raise RequestError(str(error)[:_MAX_REFUSAL_CHARS], param="messages") from None
-        except SecurityError as error:
-            raise ConfigError(f"{self.origin} does what the sandbox forbids: {error}") from error
         except (
             TemplateError,
             ArithmeticError,
@@ -247,45 +261,3 @@ def _check_size(value: object, param: str, budget: int, depth: int = 0) -> int:
     for child in children:
         budget = _check_size(child, param, budget, depth + 1)
     return budget
-
-
-# ---- messages
-
-
-def _with_text_content(message: Mapping[str, object], index: int) -> dict[str, object]:
-    """Return the message with its content as one string: templates concatenate it."""
-    content = message.get("content")
-    if content is None:
-        return {**message, "content": ""}
-    if isinstance(content, str):
-        return dict(message)
-    if isinstance(content, (list, tuple)):
-        texts = [_part_text(part, f"messages[{index}].content[{at}]") for at, part in enumerate(content)]
-        return {**message, "content": "".join(texts)}
-    raise RequestError("content is a string or a list of text parts", param=f"messages[{index}].content")
-
-
-def _part_text(part: object, param: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(text := part.get("text"), str):
-        raise RequestError('only parts of the form {"type": "text", "text": ...} are supported', param=param)
-    return text
-
-
-def _mark_end(messages: list[dict[str, object]]) -> str:
-    """Put a mark behind the last message's text and return it."""
-    if not messages:
-        raise RequestError("there is no message to continue", param="messages")
-    text, mark = str(messages[-1]["content"]), _CONTINUE_MARK
-    while mark in text:
-        mark += _CONTINUE_MARK
-    messages[-1]["content"] = text + mark
-    return mark
-
-
-def _cut_at(text: str, mark: str) -> str:
-    end = text.rfind(mark)
-    if end < 0:
-        raise RequestError(
-            "the chat template does not print the last message: it cannot be continued", param="messages"
-        )
-    return text[:end]

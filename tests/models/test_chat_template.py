@@ -147,6 +147,21 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
         ChatTemplate(source).render(HELLO)
 
 
+def test_what_the_sandbox_forbids_for_some_messages_is_the_clients_and_names_no_file() -> None:
+    """Hunyuan A13B's template changes a dict of its own where the first message is empty, as in `transformers`."""
+    source = (
+        "{% set known = {} %}{% if not messages[0].content %}{{ known.update(a=1) }}{% endif %}{{ messages[0].role }}"
+    )
+    template = ChatTemplate(source, origin="/srv/model/chat_template.jinja")
+    assert template.render(HELLO) == "user"
+    with pytest.raises(RequestError, match="sandbox forbids") as caught:
+        template.render([{"role": "user", "content": ""}])
+    assert (caught.value.status, caught.value.param) == (400, "messages") and "/srv" not in str(caught.value)
+    with pytest.raises(ConfigError, match="sandbox forbids") as broken:
+        ChatTemplate("{{ {}.update(a=1) }}", origin="/srv/model/chat_template.jinja").render(HELLO)
+    assert "/srv" not in str(broken.value)
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -68,7 +68,8 @@ async def test_prompts_are_the_same_as_here_whichever_process_makes_them() -> No
     ("source", "kwargs", "error", "match"),
     [("{{ raise_exception('roles must alternate') }}", {}, RequestError, "roles must alternate"),
      ("{{ messages[7].content }}", {}, RequestError, "cannot render these messages"),
-     ("{{ '%1000000000d' % 1 }}", {}, ConfigError, "the model's does what the sandbox forbids"),
+     ("{{ '%1000000000d' % 1 }}", {}, ConfigError, "^the chat template does what the sandbox forbids"),
+     ("{{ {}.update(a=1) if messages[0].content == 'hi' }}", {}, RequestError, "the sandbox forbids.* these messages$"),
      ("{{ messages[0].content }}", {"messages": 1}, RequestError, "must not set messages"),
      ("{{ '\ud800' }}", {}, RequestError, "lone surrogate")],
 )  # fmt: skip
