@@ -38,7 +38,7 @@ from .catalogue.catalogue import Catalogue
 from .helpers.json_parser import JsonParser
 from .messages.form import error_body
 from .metrics.metrics import RouterMetrics
-from .routes import COUNT_PATH, Routes, add_routes
+from .routes import Routes, add_routes
 from .state.classes import RequestClasses
 
 
@@ -88,7 +88,7 @@ def build_app(
         observer=metrics,
         hosts=HostNames(allowed_hosts) if allowed_hosts or not keys.are_needed else None,
         cors=cors,
-        error_bodies={"/v1/messages": error_body, COUNT_PATH: error_body},
+        error_bodies={"/v1/messages": error_body},
     )
     routes = Routes(api, metrics, has_data=data is not None)
     app = _Application(middleware, routes)

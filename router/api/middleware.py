@@ -141,7 +141,7 @@ class RequestMiddleware:
     ) -> None:
         """`hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do.
 
-        `error_bodies`: the shape of errors, by path, where it is not OpenAI's.
+        `error_bodies`: the shape of errors of a path and all below it, where it is not OpenAI's.
         """
         self._error_bodies = error_bodies or {}
         self._hosts = hosts
@@ -192,6 +192,8 @@ class RequestMiddleware:
         request_id = secrets.token_hex(16)
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
         chunk_encoder: ChunkEncoder | None = scope.get(CHUNK_ENCODER)
+        path = f"{scope['path']}/"  # below one that is served, too: its clients parse its shape
+        shapes = (shape for top, shape in self._error_bodies.items() if path.startswith(f"{top}/"))
         write: WritePart = partial(send_part, send) if chunk_encoder is None else chunk_encoder.send
         return RequestContext(
             request_id,
@@ -201,7 +203,7 @@ class RequestMiddleware:
             write,
             chunk_encoder,
             headers,
-            error_body=self._error_bodies.get(scope["path"], failure_body),
+            error_body=next(shapes, failure_body),
         )
 
     def _headers(self, context: RequestContext) -> list[tuple[bytes, bytes]]:
@@ -253,11 +255,12 @@ class MiddlewareAdapter:
 async def on_no_endpoint(request: Request, error: Exception) -> Response:
     """Answer what Starlette itself refuses: a path that does not exist, or a method that is not the path's."""
     assert isinstance(error, HTTPException)
+    shape = context_of(request.scope).error_body
     if error.status_code == 404:
-        return failure_response(failure_of(unknown_path(request.url.path)))
+        return failure_response(failure_of(unknown_path(request.url.path)), shape)
     message = f"{request.method[:16]} {request.url.path[:64]}: {error.detail}"
     failure = failure_of(RequestError(message, code="method_not_allowed", status=error.status_code))
-    return failure_response(replace(failure, more_headers=((b"allow", ", ".join(_methods(request)).encode()),)))
+    return failure_response(replace(failure, more_headers=((b"allow", ", ".join(_methods(request)).encode()),)), shape)
 
 
 def _methods(request: Request) -> list[str]:
@@ -269,8 +272,8 @@ def _methods(request: Request) -> list[str]:
     return sorted(methods)
 
 
-def failure_response(failure: HttpFailure) -> Response:
-    response = Response(failure.body, failure.status)
+def failure_response(failure: HttpFailure, error_body: ErrorBody = failure_body) -> Response:
+    response = Response(error_body(failure), failure.status)
     response.raw_headers.extend(failure.headers)
     return response
 

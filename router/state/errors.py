@@ -82,7 +82,9 @@ def failure_of(error: BaseException) -> HttpFailure:
 
 
 def unknown_path(path: str) -> RequestError:
-    return RequestError(f"no such path: {clip(path)}", code="unknown_url", status=404)
+    is_batch = path.startswith("/v1/messages/batches")
+    why = "; batches of messages are not served" if is_batch else ""
+    return RequestError(f"no such path: {clip(path)}{why}", code="unknown_url", status=404)
 
 
 def shown(value: object) -> str:

@@ -336,6 +336,27 @@ async def test_other_errors_have_it_too() -> None:
     assert events[-1] == {"type": "error", "error": {"type": "overloaded_error", "message": "worker d-1 was lost"}}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("POST", "/v1/messages/batches", 404, "batches of messages are not served"),
+        ("GET", "/v1/messages/batches/msgbatch_1/results", 404, "batches of messages are not served"),
+        ("GET", "/v1/messages/other", 404, "no such path"),
+        ("GET", "/v1/messages", 405, "GET /v1/messages"),
+    ],
+)
+async def test_what_is_not_served_below_it_is_told_in_its_shape(
+    method: str, path: str, status: int, words: str
+) -> None:
+    async with _served().client() as client:
+        response = await client.request(method, path)
+        other = await client.request(method, "/v1/messages-of-others")
+    body = response.json()
+    assert (response.status_code, body["type"]) == (status, "error") and words in body["error"]["message"]
+    assert body["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+    assert other.json()["error"]["code"] == "unknown_url"
+
+
 async def test_a_key_comes_in_either_header() -> None:
     served = serve(api_keys=("key-1",))
     sent = ({"x-api-key": "key-1"}, {"authorization": "Bearer key-1"}, {"x-api-key": "no"})
