@@ -19,6 +19,7 @@ from .tiers import Lookahead, TierIndex
 _IDLE_COPY_S = 0.005  # a step of copies alone takes about so long: a prompt that comes meanwhile waits for it
 _IDLE_COPIES = 16  # of such a step, until the cost of a copy is known
 _MIN_COPIES = 8  # of a step that computes, and beside these twice what its tokens can evict
+_USUAL_TOKENS = 16  # of a block that these two are right for: of longer ones, tens of megabytes each, as many tokens
 _MAX_COPIES = 1024  # of any step
 _IDLE_WINDOW = 2048  # blocks looked at when the engine gets idle: more are found, for a longer look with the lock held
 
@@ -59,17 +60,21 @@ class Demotion:
 
     def copies(self, num_tokens: int) -> Copies:
         """Return the copies that a step of so many tokens makes beside computing."""
-        return self._copies(_MIN_COPIES + 2 * num_tokens // self._pool.block_size if num_tokens else 0)
+        return self._copies(self._least(_MIN_COPIES) + 2 * num_tokens // self._pool.block_size if num_tokens else 0)
 
     def idle_copies(self) -> Copies:
         """Return the copies that a step makes that does nothing else."""
         block_s, pool, host = self._costs.block_s, self._pool, self._host
-        count = _IDLE_COPIES if not block_s else max(1, int(_IDLE_COPY_S / block_s))
+        count = self._least(_IDLE_COPIES) if not block_s else max(1, int(_IDLE_COPY_S / block_s))
         window = self._window
         if host.num_free:
             window, count = max(window, _IDLE_WINDOW), min(count, host.num_free)
         self._lookahead.look(pool.coldest(), window=window, version=pool.version, is_kept=host.__contains__)
         return self._copies(count if self._pays else 0)
+
+    def _least(self, count: int) -> int:
+        """Return how many of this pool's blocks have the tokens of so many usual ones; one at least."""
+        return min(count, max(1, count * _USUAL_TOKENS // self._pool.block_size))
 
     @property
     def _window(self) -> int:

@@ -1,0 +1,36 @@
+"""What a step copies to host memory beside its work is bounded by tokens: blocks of models with states are long."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.copy_costs import CopyCosts
+from kvferry.kvcache.demotion import Demotion
+from kvferry.kvcache.tiers import TierIndex
+
+NUM_BLOCKS = 128
+
+
+def _full(block_size: int, costs: CopyCosts | None = None) -> Demotion:
+    """A demotion from a pool that is all cache."""
+    pool = BlockPool(NUM_BLOCKS, block_size)
+    blocks = pool.allocate(NUM_BLOCKS)
+    for number, block in enumerate(blocks):
+        pool.publish(block, number.to_bytes(16, "little"))
+    pool.free(blocks)
+    return Demotion(pool, TierIndex(NUM_BLOCKS), costs or CopyCosts())
+
+
+@pytest.mark.parametrize(
+    ("block_size", "num_tokens", "count"), [(8, 1, 8), (16, 1, 8), (32, 1, 4), (2048, 64, 1), (2048, 4096, 5)]
+)
+def test_beside_a_step_as_many_tokens_of_long_blocks_are_copied_as_of_short_ones(
+    block_size: int, num_tokens: int, count: int
+) -> None:
+    assert len(_full(block_size).copies(num_tokens)) == count
+
+
+def test_an_idle_step_copies_few_long_blocks_until_their_cost_is_known() -> None:
+    assert [len(_full(size).idle_copies()) for size in (16, 128, 2048)] == [16, 2, 1]
+    assert len(_full(2048, CopyCosts(block_s=0.001, token_s=1.0)).idle_copies()) == 5
