@@ -336,6 +336,14 @@ async def test_other_errors_have_it_too() -> None:
     assert events[-1] == {"type": "error", "error": {"type": "overloaded_error", "message": "worker d-1 was lost"}}
 
 
+async def test_half_a_surrogate_pair_in_streamed_arguments_is_a_question_mark_as_in_whole_ones() -> None:
+    """Anthropic's client parses them as they come, and fails at one."""
+    call = CALL.replace('"x"', r'"\ud83d\ude00 \ud83d."')
+    (whole,) = (await _whole(_served(call), tools=TOOLS))["content"]
+    (block,) = _joined(await _events(_served(call), tools=TOOLS))
+    assert block["input"] == whole["input"] == {"query": "😀 ?."}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [
