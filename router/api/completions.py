@@ -91,9 +91,11 @@ class CompletionForm:
     def _echoed_text(self, index: int) -> str:
         position = index // self._context.answer.num_choices
         if position not in self._echoed:
-            prompt = self._context.answer.prompts[position]
+            prompt, tokenizer = self._context.answer.prompts[position], self._context.tokenizer
             text = prompt.text
-            self._echoed[position] = self._context.tokenizer.decode(prompt.token_ids) if text is None else text
+            if text is None:
+                text = tokenizer.decode(prompt.token_ids, self._options.skip_special_tokens)
+            self._echoed[position] = text
         return self._echoed[position]
 
     def _echoed_logprobs(self, index: int) -> CompletionLogprobs | None:

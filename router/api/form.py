@@ -25,6 +25,7 @@ class FormOptions:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     echo: bool = False
+    skip_special_tokens: bool = True  # in the echo of token ids: a text is echoed as it is
     return_token_ids: bool = False
     names_tokens_by_id: bool = False
     num_best: int | None = None  # choices of each prompt that are shown, the best ones; None: all

@@ -135,6 +135,7 @@ def form_context(answer_id: str, version: Version, body: GenerationBody, answer:
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.prompt_logprobs,
         echo=bool(body.echo),
+        skip_special_tokens=body.skip_special_tokens is not False,
         return_token_ids=bool(body.return_token_ids),
         names_tokens_by_id=bool(body.return_tokens_as_token_ids),
         include_usage=streamed is not None and bool(streamed.include_usage),

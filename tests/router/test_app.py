@@ -138,6 +138,17 @@ async def test_echo_puts_the_prompt_before_the_text() -> None:
     assert texts(chunks) == ["hi", "!", ""]
 
 
+@pytest.mark.parametrize(("fields", "told"), [({}, "ho!"), ({"skip_special_tokens": False}, "h</s>o!")])
+async def test_special_tokens_of_an_echoed_prompt_are_skipped_as_those_of_answers_are(
+    fields: dict[str, Any], told: str
+) -> None:
+    served = serve(Script("!", ends_with_eos=False))
+    fields = {"prompt": [*ids_of("h"), EOS, *ids_of("o")], "echo": True, "max_tokens": 1, "logprobs": 0, **fields}
+    (choice,) = (await _complete(served, **fields))["choices"]
+    assert choice["text"] == told and choice["logprobs"]["text_offset"][-1] == len(told) - 1
+    assert "".join(chunk["choices"][0]["text"] for chunk in await _stream(served, **fields)) == told
+
+
 async def test_echo_alone_computes_but_delivers_nothing() -> None:
     served = serve(Script("abc"))
     answer = await _complete(served, echo=True, max_tokens=0, logprobs=1)
