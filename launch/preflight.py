@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import os
 import platform
 import secrets
 import socket
@@ -20,6 +19,7 @@ from contextlib import ExitStack
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from ..common.errors import ConfigError, ProtocolError
@@ -251,11 +251,10 @@ def _check_folder(setting: str, folder: Path) -> None:
     """Refuse a folder that cannot be made or written to. Raises ConfigError."""
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        is_writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    except OSError:  # a folder above it may not be read
-        is_writable = False
-    if not is_writable:
-        raise ConfigError(f"{setting}: {folder} cannot be made or written to")
+        TemporaryFile(dir=there).close()  # tried, as root may write everywhere by what `access` says, /proc included
+    except OSError as error:  # or a folder above it may not be read
+        why = error.strerror or error
+        raise ConfigError(f"{setting}: {folder} cannot be made or written to: {why}") from None
 
 
 def check_platform() -> str:

@@ -338,6 +338,12 @@ def data_in_a_file(site: Site) -> Words:
     return ["--data-dir", site.file("file", "") + "/data"]
 
 
+@case("data_dir: /proc/data cannot be made or written to: ")
+def data_where_nobody_may_write(site: Site) -> Words:
+    """Root may, by what the file system says before it is tried."""
+    return ["--data-dir", "/proc/data"]
+
+
 @case("data_dir: .* cannot be made or written to")
 def data_below_a_folder_that_may_not_be_looked_into(site: Site) -> Words:
     def exists(path: Path) -> bool:
