@@ -8,8 +8,10 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ...common.errors import CapacityError
+from ..state.errors import failure_of
 from .connection_limits import Connections
 from .leaving import Connection
 from .protocol import WRITE_LIMIT_S, DeadlineProtocol
@@ -28,7 +30,7 @@ class HttpServer:
         self, app: ASGIApp, *, protocol: type[DeadlineProtocol] = Connection, books: Connections | None = None
     ) -> None:
         config = uvicorn.Config(
-            app,
+            _Ending(app, self),
             loop="none",
             http=protocol.keeping(Connections() if books is None else books),
             ws="none",
@@ -42,6 +44,10 @@ class HttpServer:
             timeout_graceful_shutdown=_FLUSH_S,
         )
         self._server = _Uvicorn(config)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._server.should_exit
 
     @contextlib.asynccontextmanager
     async def serving(self, sock: socket.socket) -> AsyncIterator[HttpServer]:
@@ -86,6 +92,26 @@ def _notice_who_vanishes(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, round(VANISHED_S / 2))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * VANISHED_S))
+
+
+class _Ending:
+    """Answers requests that the end of the server cancels: uvicorn would tell of a bug, with a traceback."""
+
+    def __init__(self, app: ASGIApp, server: HttpServer) -> None:
+        self._app = app
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self._server.is_stopping:
+                raise
+            failure = failure_of(CapacityError("the server is shutting down", status=503))
+            headers = [*failure.headers, (b"content-length", b"%d" % len(failure.body))]
+            with contextlib.suppress(RuntimeError):  # the head is out: its connection just ends
+                await send({"type": "http.response.start", "status": failure.status, "headers": headers})
+                await send({"type": "http.response.body", "body": failure.body})
 
 
 class _Uvicorn(uvicorn.Server):

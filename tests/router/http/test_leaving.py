@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
+from kvferry.router.http import http_server
 from kvferry.router.http.http_server import VANISHED_S, HttpServer
 from kvferry.settings.sockets import listen
 from kvferry.wire.address import Address
@@ -167,3 +169,24 @@ async def test_a_client_whose_machine_is_gone_is_noticed_by_its_silence() -> Non
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * VANISHED_S
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < VANISHED_S
+
+
+async def test_a_request_that_the_end_cancels_is_told_so_and_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator's call may hang in what it loads: nobody waits for it, and no traceback is logged."""
+    monkeypatch.setattr(http_server, "_FLUSH_S", 0)
+    has_begun = asyncio.Event()
+
+    async def hang(scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun.set()
+        await asyncio.Event().wait()
+
+    sock = listen(Address("127.0.0.1", 0))
+    async with HttpServer(hang).serving(sock):
+        client = Client(*await asyncio.open_connection(*sock.getsockname()))
+        client.ask()
+        await has_begun.wait()
+    assert (await client.head()).startswith(b"http/1.1 503 ") and b"is shutting down" in await client.rest()
+    assert not any(record.exc_info for record in caplog.records)
+    client.writer.close()
