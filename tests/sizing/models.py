@@ -77,19 +77,6 @@ CONFIGS: dict[str, dict[str, object]] = {
         "max_position_embeddings": 262144,
         "torch_dtype": "bfloat16",
     },
-    # Three of four layers keep a state: 52 MB of a sequence, where a token's keys and values take 33 kB.
-    "with-states": {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "vocab_size": 248320,
-        "max_position_embeddings": 32768,
-        "torch_dtype": "bfloat16",
-    },
 }
 
 

@@ -67,31 +67,27 @@ def test_a_70b_on_four(llama_70b: ModelConfig) -> None:
     assert sizer.exchanged_bytes(1) == 161 * 8192 * 2 * 2 * 3 / 4
 
 
-def test_short_sequences_take_a_whole_block_of_a_model_with_states(tmp_path: Path) -> None:
-    model, cpu = model_of(tmp_path, "states"), measured_cpu(16.0, 300.0, 20.0)
-    engine = engine_of(device="cpu")
-    short, long = Sizer(engine, model, cpu, 100), Sizer(engine, model, cpu, 2049)
-    memory = short.memory()
-    assert memory.num_tokens == 2048 * memory.num_blocks
-    assert memory.num_contexts == memory.num_blocks == 2 * long.memory().num_contexts
-    assert short.handoff(100, 1e9).num_bytes == 2048 * memory.cache_token == long.handoff(2049, 1e9).num_bytes / 2
-    patient = short.batch(1e3)
-    assert patient.num_rows == min(256, memory.num_blocks)
-
-
-def test_a_sequence_with_states_takes_whole_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_sequence_with_states_takes_whole_blocks(tmp_path: Path, device: str) -> None:
     """Each has a state, so that blocks are long: a short sequence takes a whole one, and a whole one is shipped."""
-    model = model_of(tmp_path, "with-states")
-    short, long = (Sizer(engine_of(), model, H100, context) for context in (1100, 2049))
+    model = model_of(tmp_path, "states")
+    engine, hardware = engine_of(device=device), H100 if device == "cuda" else measured_cpu(16.0, 300.0, 20.0)
+    short, long = (Sizer(engine, model, hardware, context) for context in (100, 2049))
     memory = short.memory()
     assert memory.num_tokens == 2048 * memory.num_blocks
     assert memory.num_contexts == memory.num_blocks == 2 * long.memory().num_contexts
-    assert short.handoff(1100, 40e9).num_bytes == 2048 * memory.cache_token
-    assert short.handoff(2049, 40e9).num_bytes == 4096 * memory.cache_token
+    assert short.handoff(100, 40e9).num_bytes == 2048 * memory.cache_token
+    assert short.handoff(2049, 40e9).num_bytes == long.handoff(2049, 40e9).num_bytes == 4096 * memory.cache_token
+    assert short.batch(1e3).num_rows == min(256, memory.num_blocks)
+
+
+def test_the_states_of_a_last_step_cross_when_all_is_computed(tmp_path: Path) -> None:
+    """They follow all layers of a step, and those of earlier steps' blocks have crossed meanwhile."""
+    model = model_of(tmp_path, "states")
     assert model.states is not None
-    # States follow all layers of a step: those of the last one's blocks cross when all is computed.
+    sizer = Sizer(engine_of(), model, H100, 1100)
     for num_tokens, num_blocks in ((1100, 1), (8192, 4), (8200, 1)):
-        exposed_s = short.handoff(num_tokens, 40e9).exposed_s
+        exposed_s = sizer.handoff(num_tokens, 40e9).exposed_s
         assert exposed_s == pytest.approx(num_blocks * model.states.num_bytes / 40e9), num_tokens
 
 
