@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -29,8 +30,31 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
             patch.setattr(build, "usable_sets", lambda wanted="auto", is_float32=False: sets)
             build.load(cache_dir())
         except (NativeUnavailable, ConfigError) as reason:
-            pytest.skip(f"no native code on this machine: {reason}")
+            _skip(reason)
         yield name
+
+
+@pytest.fixture(scope="module")
+def native() -> None:
+    """Skip what needs the library, where it cannot be built."""
+    _load()
+
+
+@pytest.fixture(scope="module")
+def native_float32() -> None:
+    """Skip what needs the library of float32, where it cannot be built."""
+    _load(is_float32=True)
+
+
+def _load(*, is_float32: bool = False) -> None:
+    try:
+        build.load(cache_dir(), is_float32=is_float32)
+    except NativeUnavailable as reason:
+        _skip(reason)
+
+
+def _skip(reason: Exception) -> NoReturn:
+    pytest.skip(f"no native code on this machine: {reason}")
 
 
 def emulate_tiles(patch: pytest.MonkeyPatch) -> None:

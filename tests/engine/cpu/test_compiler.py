@@ -37,14 +37,6 @@ if "-o" in sys.argv:
 """
 
 
-@pytest.fixture
-def _builds() -> None:
-    try:
-        build.load(cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
-
-
 def _features(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Let the processor have these."""
     monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset(names))
@@ -66,7 +58,7 @@ def _no_lock(file: int, how: int) -> None:
     raise OSError(errno.ENOLCK, "this file system has none")
 
 
-@pytest.mark.usefixtures("_builds")
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("has_locks", [True, False])
 def test_concurrent_first_uses_build_one_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool
@@ -135,7 +127,7 @@ def test_a_failing_compiler_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.usefixtures("_builds")
+@pytest.mark.usefixtures("native")
 def test_a_compiler_that_is_too_old_leaves_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of GCC 9 and before, which several long-lived systems have as `c++`: here beside a newer one."""
     made = compiler.compiled(WIDENED, compiler.find_compiler(), cache_dir())
@@ -154,7 +146,7 @@ def test_a_compiler_that_is_too_old_leaves_the_next_one(tmp_path: Path, monkeypa
         build.load(tmp_path / "none", WIDENED)
 
 
-@pytest.mark.usefixtures("_builds")
+@pytest.mark.usefixtures("native")
 def test_why_a_library_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     """An empty one, as a machine may leave that lost its power; a folder that is mounted `noexec` says so likewise."""
     path = compiler.compiled(WIDENED, compiler.find_compiler(), cache_dir())
@@ -284,7 +276,7 @@ def test_an_old_compiler_leaves_the_next_set(tmp_path: Path, monkeypatch: pytest
 # --- what came with the package ---------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_builds")
+@pytest.mark.usefixtures("native")
 def test_a_prebuilt_library_of_this_source_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = build.usable_sets()[-1]
     path = compiler.compiled(name, compiler.find_compiler(), cache_dir())

@@ -10,10 +10,9 @@ import torch
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import X86_FLOAT32_SETS, X86_SETS, NativeUnavailable
+from kvferry.engine.cpu.compiler import X86_FLOAT32_SETS, X86_SETS
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.nn.torch_runner import TorchRunner
-from kvferry.models.default import cache_dir
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import make_engine, prompts
@@ -22,15 +21,9 @@ from .test_build import FEW_TOKENS, MANY_TOKENS, SAMPLING, VARIANTS, Recorded, S
 from .test_cut_attention import MODELS, gap_of_threads, write_long_model
 from .test_native_experts import QWEN3
 
+pytestmark = pytest.mark.usefixtures("native_float32")
+
 TOLERANCE = 1e-5  # of the range of logits, and of the largest entry of pages
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir(), is_float32=True)
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.fixture(scope="module")

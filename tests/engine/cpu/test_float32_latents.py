@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.nn.torch_runner import TorchRunner
 from kvferry.models.config import ModelConfig
-from kvferry.models.default import cache_dir
 from kvferry.models.native import not_in_native
 
 from ...adapters import write_adapter
@@ -25,15 +22,9 @@ from .test_build import FEW_TOKENS, MANY_TOKENS, Shape, assert_exact
 from .test_cut_attention import gap_of_threads
 from .test_float32 import assert_steps_near
 
+pytestmark = pytest.mark.usefixtures("native_float32")
+
 TOLERANCE = 2e-5  # of the range of logits, and of the largest entry of pages
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir(), is_float32=True)
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.batch import Batch, BatchRow
-from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.nn.torch_runner import TorchRunner
 from kvferry.models.config import ModelConfig
-from kvferry.models.default import cache_dir
 from kvferry.models.native import not_in_native
 
 from ...adapters import merge, write_adapter
@@ -22,6 +19,8 @@ from .state_models import DENSE, SPARSE, write_states
 from .test_build import FEW_TOKENS, MANY_TOKENS, Recorded, Shape
 from .test_float32 import assert_near, assert_steps_near
 
+pytestmark = pytest.mark.usefixtures("native_float32")
+
 TOLERANCE = 2e-4  # of the range of logits, and of the largest entry of pages: a state adds up all that was rounded
 ODD: dict[str, dict[str, object]] = {
     "heads of keys": {"linear_key_head_dim": 24},
@@ -29,14 +28,6 @@ ODD: dict[str, dict[str, object]] = {
     "half a pair of vectors": {"linear_num_key_heads": 1, "linear_num_value_heads": 1},
     "a long convolution": {"linear_conv_kernel_dim": 17},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir(), is_float32=True)
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from kvferry.common.expert_plan import ExpertPlan
 from kvferry.common.request import SampledToken
-from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.config import ModelConfig
-from kvferry.models.default import cache_dir
 from kvferry.models.families.experts import DEEPSEEK_V2, DEEPSEEK_V3, ExpertTraits
 from kvferry.models.families.table import FAMILIES
 
@@ -28,6 +25,8 @@ from ...engine_driver import Driver, engine_config, prompts
 from ...transformers_checkpoints import SMALL, write_model
 from .judged import JUDGED, error_of, judged, judged_by_ranks
 from .widened import WIDENED
+
+pytestmark = pytest.mark.usefixtures("native")
 
 QWEN3 = SMALL | {
     "num_experts": 16,
@@ -88,14 +87,6 @@ TOLERANCE = 0.1  # the median of a log-probability's error; log-probabilities of
 ROUNDED = 0.15  # that with inputs of products in 8 bits
 LARGER = 0.2  # of gpt-oss's, whose rows are larger: torch in bfloat16 is 0.17 off
 LARGE = {"Ernie4_5_Moe"}  # as well: torch is 0.11 off
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.fixture(scope="module")

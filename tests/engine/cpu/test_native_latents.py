@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
-from kvferry.models.default import cache_dir
 
 from ...engine_driver import engine_config, prompts
 from .judged import error_of, expected_of, judged, judged_by_ranks, native_engine, of_torch
@@ -19,18 +16,12 @@ from .latent_models import VARIANTS, write_models
 from .test_build import SAMPLING, Recorded, assert_exact
 from .test_cut_attention import assert_no_number_shows, gap_of_threads
 
+pytestmark = pytest.mark.usefixtures("native")
+
 # The median of a log-probability's error, where log-probabilities spread over some 20 and torch is 0.1 to 0.2 off.
 OF_TORCH = 1.2  # of what torch in bfloat16 is off
 ROUNDED = 0.25  # with inputs of products in 8 bits
 CUT_TOLERANCE = 0.01  # of the range of logits: sums are rounded in another order
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.fixture(scope="module")

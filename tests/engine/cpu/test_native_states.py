@@ -10,13 +10,10 @@ import pytest
 import torch
 
 from kvferry.common.batch import Batch, BatchRow
-from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.decoder import NativeDecoder
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.states import ForeignStateError
-from kvferry.models.default import cache_dir
 
 from ...engine_driver import Driver, prompts
 from .judged import error_of, expected_of, judged, native_engine, of_torch
@@ -24,18 +21,12 @@ from .state_models import VARIANTS, write_states
 from .test_build import SAMPLING, Recorded
 from .test_cut_attention import gap_of_threads
 
+pytestmark = pytest.mark.usefixtures("native")
+
 # The median of a log-probability's error, as a multiple of what torch in bfloat16 is off.
 OF_TORCH = 1.2
 ROUNDED = 3.0  # with inputs of products in 8 bits, whose steps are twice to four times as large
 CUT_TOLERANCE = 0.01  # of the range of logits: sums are rounded in another order
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.fixture(scope="module")
