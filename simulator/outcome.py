@@ -85,11 +85,11 @@ class Outcome:
 
     @property
     def goodput_per_s(self) -> float:
-        return self.num_good / self.span_s if self.span_s else 0.0
+        return self.num_good / (self.span_s or 1.0)  # what comes at one moment is a second's, as a trace's rate has it
 
     @property
     def requests_per_s(self) -> float:
-        return len(self.requests) / self.span_s if self.span_s else 0.0
+        return len(self.requests) / (self.span_s or 1.0)
 
     @property
     def num_output_tokens(self) -> int:

@@ -22,6 +22,7 @@ from kvferry.simulator import (
 )
 from kvferry.simulator.adapters import AdapterChoice
 from kvferry.simulator.costs.network import Link, Network, Port
+from kvferry.simulator.traffic import mean_rate
 from kvferry.sizing.steps import StepWork
 from kvferry.tools.load.traces import TraceRow
 
@@ -34,6 +35,13 @@ def test_equal_scenarios_have_equal_outcomes() -> None:
     assert first.requests == second.requests
     assert first.fleet == second.fleet
     assert first.num_events == second.num_events
+
+
+def test_good_requests_of_one_moment_are_those_of_a_second() -> None:
+    rows = (TraceRow(0.0, 100, 5),) * 3
+    outcome = simulate(replace(azure(), traffic=Traffic(rows)))
+    assert (outcome.span_s, outcome.attainment) == (0.0, 1.0)
+    assert outcome.goodput_per_s == outcome.requests_per_s == mean_rate(rows) == 3.0
 
 
 @pytest.mark.parametrize(
