@@ -99,6 +99,7 @@ class Recorder:
     """An observer that counts."""
 
     def __init__(self) -> None:
+        self.submitted: list[str] = []
         self.finished: list[RouterRequest] = []
         self.outcomes: list[ServiceOutcome] = []
         self.placed: Counter[tuple[str, str]] = Counter()
@@ -116,7 +117,7 @@ class Recorder:
         self.finished.append(request)
 
     def on_submitted(self, request: RouterRequest) -> None:
-        pass
+        self.submitted.append(request.request_id)
 
     def on_outcome(self, outcome: ServiceOutcome) -> None:
         self.outcomes.append(outcome)

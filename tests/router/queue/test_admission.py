@@ -62,6 +62,7 @@ def test_without_an_objective_nothing_is_refused_but_by_the_queues_length() -> N
     with pytest.raises(CapacityError, match="3 requests wait, the queue holds 3"):
         fleet.submit()
     assert fleet.observer.rejected == {"queue_full": 1}
+    assert len(fleet.observer.submitted) == 4  # who is refused is load, too: pools are sized by it
 
 
 @pytest.mark.slow
