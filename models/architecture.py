@@ -11,6 +11,7 @@ from .families.lookup import ARCHITECTURES, architecture_of, nearest, needs_code
 from .families.nested import NESTED
 from .families.table import FAMILIES
 from .parts.config_fields import ConfigFields
+from .parts.lone_blocks import in_common_words
 
 _LAYER_KINDS = {"attention", "full_attention", "sliding_attention"}
 
@@ -20,6 +21,8 @@ def read_architecture(fields: ConfigFields) -> tuple[str, Family, ConfigFields]:
     architecture = _architecture(fields)
     text_architecture, fields = _of_text(fields, architecture)
     family = FAMILIES[text_architecture]
+    if family.has_lone_blocks:
+        fields = in_common_words(fields)
     fields = fields.with_defaults(family.defaults)
     _refuse_unsupported(fields, family)
     return architecture, family, fields

@@ -14,7 +14,9 @@ from .quantization import MXFP4_GROUP, Quantization, Storage
 from .stored.safetensors import read_header, safetensors_files
 
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale, or as what k_proj yields.
-KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:attn\.|[kv]_proj\.)?([kv])_(?:scale|proj\.output_scale)")
+KV_SCALE = re.compile(
+    r"model\.layers\.(\d+)\.(?:self_attn|mixer)\.(?:attn\.|[kv]_proj\.)?([kv])_(?:scale|proj\.output_scale)"
+)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Further layers, that predict further tokens, where they are not numbered with the others: EXAONE's, and ERNIE's.
@@ -52,15 +54,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
-        shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.family.norm_names if norm is not None}
-        if config.states is not None and config.page_of(layer) is None:
-            shapes |= config.states.shapes(f"{name}.{config.states.module}", hidden)
-        elif config.latent is None:
-            shapes |= _attention_shapes(config, f"{name}.self_attn")
-        else:
-            shapes |= config.latent.shapes(f"{name}.self_attn", hidden, config.num_qo_heads)
-        experts = config.experts_of(layer)
-        shapes |= _mlp_shapes(config, name) if experts is None else experts.shapes(name, hidden)
+        shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.norm_names(layer) if norm is not None}
+        if config.has_mixer(layer):
+            shapes |= _mixer_shapes(config, name, layer)
+        if config.has_feed_forward(layer):
+            experts = config.experts_of(layer)
+            shapes |= _mlp_shapes(config, name) if experts is None else experts.shapes(name, hidden)
     return shapes
 
 
@@ -92,6 +91,15 @@ def matrix_storage(quantization: Quantization | None, name: str, shape: Shape) -
     return None if storage is None or storage.layout == "plain" else storage
 
 
+def _mixer_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, Shape]:
+    attention = f"{name}.{config.family.attention}"
+    if config.states is not None and config.has_state(layer):
+        return config.states.shapes(f"{name}.{config.states.module}", config.hidden_size)
+    if config.latent is None:
+        return _attention_shapes(config, attention)
+    return config.latent.shapes(attention, config.hidden_size, config.num_qo_heads)
+
+
 def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     hidden, family = config.hidden_size, config.family
     heads, kv_heads = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -116,11 +124,12 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
 def _mlp_shapes(config: ModelConfig, layer: str) -> dict[str, Shape]:
     hidden, size, names = config.hidden_size, config.intermediate_size, config.family.mlp
     name = f"{layer}.{names.module}"
-    sizes = {names.fused: 2 * size} if config.family.fusion != "none" else {names.gate: size, names.up: size}
+    *parts, down = names.parts
+    sizes = {names.fused: 2 * size} if config.family.fusion != "none" else dict.fromkeys(parts, size)
     shapes: dict[str, Shape] = {}
     for part, outputs in sizes.items():
         shapes |= _linear(f"{name}.{part}", outputs, hidden, bias=config.mlp_bias)
-    return shapes | _linear(f"{name}.{names.down}", hidden, size, bias=config.mlp_bias)
+    return shapes | _linear(f"{name}.{down}", hidden, size, bias=config.mlp_bias)
 
 
 def _linear(name: str, size_out: int, size_in: int, *, bias: bool) -> dict[str, Shape]:

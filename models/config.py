@@ -7,20 +7,21 @@ engine would compute wrongly is refused here by name, before a weight is read.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ..common.errors import ConfigError
 from .architecture import read_architecture
-from .families.family import Bias, Family
+from .families.family import Bias, Family, NormNames
 from .families.module_names import is_bare
 from .families.table import FAMILIES
+from .parts.activation import Activation, read_activation
 from .parts.config_fields import ConfigFields
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
+from .parts.factors import read_factors
 from .parts.latent import LatentConfig, read_latent
+from .parts.lone_blocks import Block, read_blocks
 from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
 from .parts.short_convolutions import inner_size
 from .parts.state_kinds import read_states
@@ -30,11 +31,8 @@ from .quantization_config import read_quantization
 from .stored.safetensors import read_header, safetensors_files, stored_dtype
 from .tokenizer_files import read_end_tokens
 
-Activation = Literal["silu", "gelu_tanh"]
-
 _DTYPES = ("float32", "bfloat16", "float16")
 _HEAD_NORM_FLAGS: dict[str, Bias] = {"none": False, "flagged": "use_qk_norm"}  # of others: there are norms
-_ACTIVATIONS: dict[object, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -66,6 +64,7 @@ class ModelConfig:
     states: StatesConfig | None = None  # of layers that keep one; None: all keep keys and values
     experts: ExpertsConfig | None = None  # of the sparse layers
     sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
+    blocks: tuple[Block, ...] = ()  # by layer, where each has one; nothing: all have a mixer and a feed-forward
     family: Family = FAMILIES["LlamaForCausalLM"]
     local_rope: RopeConfig | None = None  # of `local_layers`; None: `rope`
     local_layers: tuple[bool, ...] = ()  # by layer: those with a window, or those that turn no positions
@@ -104,11 +103,39 @@ class ModelConfig:
     @property
     def kv_layers(self) -> tuple[int, ...]:
         """List the layers that keep keys and values, or latents."""
-        states = self.states
-        return tuple(layer for layer in range(self.num_layers) if states is None or not states.layers[layer])
+        return tuple(layer for layer in range(self.num_layers) if self.has_mixer(layer) and not self.has_state(layer))
+
+    def has_mixer(self, layer: int) -> bool:
+        """Tell whether tokens meet those before them in a layer."""
+        return not self.blocks or self.blocks[layer] == "mixer"
+
+    def has_state(self, layer: int) -> bool:
+        """Tell whether a layer's mixer keeps a state in place of keys and values."""
+        return self.states is not None and self.states.layers[layer]
+
+    def has_feed_forward(self, layer: int) -> bool:
+        """Tell whether a layer computes something of each token by itself."""
+        return not self.blocks or self.blocks[layer] == "feed-forward"
+
+    @property
+    def num_mixers(self) -> int:
+        return sum(map(self.has_mixer, range(self.num_layers)))
+
+    @property
+    def num_feed_forwards(self) -> int:
+        return sum(map(self.has_feed_forward, range(self.num_layers)))
+
+    def norm_names(self, layer: int) -> NormNames:
+        """Return the names of a layer's norms: `Family.norm_names`, of the blocks that it has."""
+        before, behind, before_fed, behind_fed = self.family.norm_names
+        if not self.has_mixer(layer):
+            before = behind = None
+        if not self.has_feed_forward(layer):
+            before_fed = behind_fed = None
+        return before, behind, before_fed, behind_fed
 
     def page_of(self, layer: int) -> int | None:
-        """Return which page of a block a layer's keys and values are; None: it keeps a state."""
+        """Return which page of a block a layer's keys and values are; None: it keeps a state, or nothing."""
         return self.kv_layers.index(layer) if layer in self.kv_layers else None
 
     @property
@@ -128,7 +155,7 @@ class ModelConfig:
             counts["layers with states"] = 1  # whole, on one rank
         if self.latent is None:  # else every rank has the one head
             counts["num_key_value_heads"] = self.num_kv_heads
-        if self.experts is None or not all(self.sparse_layers):
+        if any(self.has_feed_forward(layer) and self.experts_of(layer) is None for layer in range(self.num_layers)):
             counts["intermediate_size"] = self.intermediate_size
         if self.experts is not None:
             counts |= self.experts.shared_counts(whole_experts=whole_experts)
@@ -232,11 +259,12 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         states=read_states(fields, family),
         experts=read_experts(fields, family.experts),
         sparse_layers=read_sparse_layers(fields, family.experts),
+        blocks=read_blocks(fields) if family.has_lone_blocks else (),
         family=family,
         local_rope=local_rope,
-        activation=_activation(fields),
+        activation=read_activation(fields, family),
         has_head=True,
-        **_factors(fields, family, hidden_size, latent),
+        **read_factors(fields, family, hidden_size, latent),
     )
 
 
@@ -247,35 +275,6 @@ def _has(fields: ConfigFields, bias: Bias) -> bool:
 def _num_draft_layers(fields: ConfigFields) -> int:
     key = fields.told(("num_nextn_predict_layers", "num_mtp_modules"))
     return fields.count(key) if fields.raw.get(key) else 0
-
-
-def _activation(fields: ConfigFields) -> Activation:
-    key = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
-    value = fields.raw.get(key, "silu")
-    if value not in _ACTIVATIONS:
-        raise fields.refuse(key, f"only {' and '.join(map(str, _ACTIVATIONS))} are supported")
-    return _ACTIVATIONS[value]
-
-
-def _factors(fields: ConfigFields, family: Family, hidden_size: int, latent: LatentConfig | None) -> dict[str, float]:
-    """Return the fields of `ModelConfig` that multiply, or bound, what flows through the layers."""
-    found: dict[str, float] = {}
-    if family.scales_embeddings:
-        found["embedding_multiplier"] = math.sqrt(hidden_size)
-    if family.has_multipliers:
-        for name in ("embedding_multiplier", "residual_multiplier"):
-            found[name] = fields.number(name, 1.0)
-        found["logits_divisor"] = fields.number("logits_scaling", 1.0)
-        found["score_scale"] = fields.number("attention_multiplier", 1.0)
-    if family.has_logit_scale:
-        found["logits_divisor"] = 1 / fields.number("logit_scale")
-    if latent is not None:
-        found["score_scale"] = latent.score_scale
-    if family.has_score_scale:
-        found["score_scale"] = fields.number("query_pre_attn_scalar") ** -0.5
-        caps = {"score_cap": "attn_logit_softcapping", "logits_cap": "final_logit_softcapping"}
-        found |= {name: fields.number(key) for name, key in caps.items() if fields.has(key)}
-    return found
 
 
 def _eos_token_ids(fields: ConfigFields, generation: Mapping[str, object]) -> frozenset[int]:

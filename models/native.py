@@ -24,6 +24,8 @@ def not_in_native(
         "experts in such a residual stream": is_sparse
         and (family.norms != "before" or config.residual_multiplier != 1.0),
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
+        "layers of one block": bool(config.blocks),
+        "feed-forwards without a gate": family.mlp.gate is None,
         "mixer and feed-forward side by side": family.norms == "shared",
         "norms that take a mean off": family.has_layer_norms,
         "experts in float32": is_float32 and is_sparse,

@@ -25,9 +25,8 @@ def read_quantization(config: ConfigFields) -> Quantization | None:
     if not isinstance(method, str) or method not in _READERS:
         raise config.refuse("quantization_config", f"of its quant_method, these are read: {', '.join(_READERS)}")
     found = _READERS[method](fields)
-    if not config.has("text_config"):
-        return found
-    rules = [Rule(full_name(rule.target), rule.storage, is_nested=True) for rule in found.rules]
+    is_nested = config.has("text_config")
+    rules = [Rule(full_name(rule.target), rule.storage, is_nested=is_nested) for rule in found.rules]
     return replace(found, rules=tuple(rules))
 
 

@@ -26,6 +26,7 @@ from .work import (
     num_sums,
     num_values,
     num_visible_keys,
+    num_whole_layers,
 )
 
 _RESERVE_BYTES = 4e9
@@ -121,7 +122,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
     return ModelShape(
         name=model.architecture,
         num_params=num_params,
-        num_layers=model.num_layers,
+        num_layers=num_whole_layers(model),
         kv_bytes_per_token=num_ranks * token_bytes,
         prefill_flops_per_pair=2 * pair * pairs / (context * (context + 1)),
         decode_flops_per_pair=pair * keys / context,
@@ -133,7 +134,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         is_float8=quantization is not None and quantization.is_float8,
         nibble_bytes=num_ranks * weights.nibbles,
         widened_bytes=num_ranks * weights.widened,
-        kernels_s=model.num_layers * gpu.layer_s,
+        kernels_s=num_whole_layers(model) * gpu.layer_s,
         head_params=params.head,
         resident_bytes=num_ranks * weights.total,
         reserve_bytes=RANK_BYTES if gpu.is_cpu else gpu_reserve_bytes(engine, model, engine.max_num_batched_tokens),

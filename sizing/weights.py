@@ -39,7 +39,7 @@ _BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2")
 _GATES = (".gate.", ".router.", ".shared_expert_gate.")  # of experts: float32, and whole on every rank
 # Of layers with states, float32 as well: engine/nn/convolution.py.
 _CONVOLUTIONS = tuple(f"{name}.{part}" for name in (".conv1d", ".conv.conv") for part in ("weight", "bias"))
-_OF_STATES = (*_CONVOLUTIONS, ".A_log", ".D", ".dt_bias", ".mamba.norm.weight")
+_OF_STATES = (*_CONVOLUTIONS, ".A_log", ".D", ".dt_bias", ".mamba.norm.weight", ".mixer.norm.weight")
 _BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
 # Bytes that are moved for a number, by its bits, where a GPU widens it and multiplies by it (`engine/cuda/int4.py`):
 # signs and halves are set apart (7), scaled (4) and, of 8 bits, both halves added (6), then read (2).

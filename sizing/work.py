@@ -2,8 +2,9 @@
 
     params      numbers of matrices: of layers, of routed experts, of the head that rows which sample are multiplied by
     pairs       (query, key) pairs of causal attention: n (n + 1) / 2 for n tokens, fewer with a sliding window
-    exchanged   each rank's share of two sums over the ranks in a layer, and of one behind the embedding; or, in place
-                of the sum behind a layer's experts, the rows that it sends to other ranks (engine/nn/exchange.py)
+    exchanged   each rank's share of the sums over the ranks, behind each mixer and each feed-forward, and behind the
+                embedding; or, in place of the sum behind a layer's experts, the rows that it sends to other ranks
+                (engine/nn/exchange.py)
 
 Not counted, as they take next to nothing: norms' weights, biases, sampling. Pure.
 """
@@ -22,7 +23,6 @@ from .weights import is_expert
 _EXCHANGES = 4  # in place of a sum: numbers of rows, rows to their experts, results back, a join of all
 _SUM_BYTES, _CHOICE_BYTES = 4, 8  # of a number that comes back; of an expert's number and its weight
 _PROJECTED = re.compile(r"\.(q|k|v|qkv|q_a|q_b|kv_b)_proj|\.kv_a_proj_with_mqa")  # of all tokens, in every layer
-_SUMS = 2  # over the ranks in each layer: behind attention's output, and behind the feed-forward
 
 
 class Params(NamedTuple):
@@ -44,6 +44,11 @@ def count_params(model: ModelConfig) -> Params:
     last_experts = sum(size for name, size in experts.items() if behind in name)
     head = model.vocab_size * model.hidden_size
     return Params(sum(sizes.values()) - num_experts, num_experts, head, last - last_experts, last_experts)
+
+
+def num_whole_layers(model: ModelConfig) -> int:
+    """Count the layers, those of one block two for one, as a step's costs are known of a mixer with a feed-forward."""
+    return -(-(model.num_mixers + model.num_feed_forwards) // 2)
 
 
 def flops_per_pair(model: ModelConfig) -> int:
@@ -69,8 +74,8 @@ def num_visible_keys(context: float, model: ModelConfig) -> float:
 
 
 def num_values(model: ModelConfig) -> int:
-    """Count the numbers of activations that are read or written beside products, of one token in all layers: around two
-    norms and sums with the residual stream, rotation, attention's output, the feed-forward's gate.
+    """Count the numbers of activations that are read or written beside products, of one token in all layers: around
+    norms and sums with the residual stream, rotation, attention's output, the feed-forward's gate, or its activation.
     """
     queries, keys = model.num_qo_heads * model.head_dim, model.num_kv_heads * model.head_dim
     inner = (
@@ -78,12 +83,14 @@ def num_values(model: ModelConfig) -> int:
         if model.experts is None
         else model.experts.intermediate_size * model.experts.num_chosen + model.experts.shared_size
     )
-    return model.num_layers * (6 * model.hidden_size + 3 * queries + 4 * keys + 3 * inner)
+    of_mixers = model.num_mixers * (3 * model.hidden_size + 3 * queries + 4 * keys)
+    of_feed_forwards = model.num_feed_forwards * (3 * model.hidden_size + len(model.family.mlp.parts) * inner)
+    return of_mixers + of_feed_forwards
 
 
 def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
     """Count a step's sums over the ranks, and what takes their place."""
-    return _SUMS * model.num_layers + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
+    return model.num_mixers + model.num_feed_forwards + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
 
 
 def _num_exchanged(model: ModelConfig, exchange: ExpertExchange) -> int:

@@ -217,14 +217,27 @@ FORMATS = {
 
 def write_pair(path: Path, name: str, *, seed: int = 0) -> tuple[Path, Path]:
     """Return a checkpoint in a format, and one in float32 with the same weights."""
-    form = FORMATS[name]
     quantized, plain = (write_checkpoint(path / kind, tokenizer=False, shape=SHAPE) for kind in ("quantized", "plain"))
-    tensors = random_tensors("llama", SHAPE)
+    form = FORMATS[name]
+    stored, meant = in_format(form, random_tensors("llama", SHAPE), plain=form.plain, seed=seed)
+    save_file(meant, plain / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, quantized / "model.safetensors", metadata={"format": "pt"})
+    put_config(quantized, quantization_config=form.config)
+    return quantized, plain
+
+
+def in_format(
+    form: Format, tensors: Mapping[str, torch.Tensor], *, plain: tuple[str, ...] = (), seed: int = 0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return a checkpoint's tensors with random projections in a format, and with those that they mean in float32.
+
+    `plain`: parts of the names of modules that stay as they are.
+    """
     meant, stored = dict(tensors), dict(tensors)
     rng = np.random.default_rng(seed)
-    for key in list(tensors):
+    for key in tensors:
         module = key.removesuffix(".weight")
-        if not module.endswith("_proj") or any(part in module for part in form.plain):
+        if not module.endswith("_proj") or any(part in module for part in plain):
             continue
         parts, weight = form.make(rng, *tensors[key].shape)
         del stored[key]
@@ -233,10 +246,7 @@ def write_pair(path: Path, name: str, *, seed: int = 0) -> tuple[Path, Path]:
             for suffix, value in parts.items()
         }
         meant[key] = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
-    save_file(meant, plain / "model.safetensors", metadata={"format": "pt"})
-    save_file(stored, quantized / "model.safetensors", metadata={"format": "pt"})
-    put_config(quantized, quantization_config=form.config)
-    return quantized, plain
+    return stored, meant
 
 
 def put_config(path: Path, **fields: object) -> None:

@@ -27,6 +27,30 @@ STATES: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+# Layers of one block each, in an order in which mixers and feed-forwards do not take turns.
+NEMOTRON_H: dict[str, Any] = {
+    "layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp", "linear_attention"],
+    "conv_kernel": 4,
+    "mamba_head_dim": 32,
+    "mamba_num_heads": 4,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+}
+NEMOTRON_H_MOE: dict[str, Any] = NEMOTRON_H | {
+    "layers_block_type": [
+        *("linear_attention", "moe", "full_attention", "moe"),
+        *("linear_attention", "linear_attention", "mlp"),
+    ],
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+    "n_group": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 1,
+}
+# Norms before a head, as transformers' classes name them: their logits lie apart.
+_LAST_NORMS = ("model.norm.weight", "model.embedding_norm.weight", "model.norm_f.weight")
 
 
 def write_model(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
@@ -48,7 +72,7 @@ def draw(model: torch.nn.Module, *, seed: int = 0) -> None:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name:
-                tensor.fill_(4.0 if name in ("model.norm.weight", "model.embedding_norm.weight") else 1.0)
+                tensor.fill_(4.0 if name in _LAST_NORMS else 1.0)
             elif tensor.dim() >= 2:
                 gain = 3.0 if "q_proj" in name or name.endswith((".gate.weight", ".router.weight")) else 1.0
                 tensor.normal_(0, gain / math.sqrt(tensor.shape[-1]), generator=generator)

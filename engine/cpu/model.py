@@ -23,7 +23,7 @@ from ..nn.adapters import AdapterSlots
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.delta_net import GatedDeltaNet
 from ..nn.experts import SharedGate, SparseMLP
-from ..nn.feed_forward import GatedMLP
+from ..nn.feed_forward import MLP, GatedMLP
 from ..nn.latent import LatentAttention
 from ..nn.layers import Linear, RMSNorm
 from ..nn.mixer import Attention, GatedAttention
@@ -177,7 +177,7 @@ class NativeModel:
         self._linears += [(net.rows_proj, described.rows), (net.rates_proj, described.rates)]
         return described
 
-    def _mlp(self, mlp: GatedMLP | StackedExpert) -> MLPParts:
+    def _mlp(self, mlp: MLP | StackedExpert) -> MLPParts:
         gate_up, down = mlp.gate_up_proj, mlp.down_proj
         bias = down.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
         return MLPParts(self._linear(gate_up, gate_up.bias), self._linear(down, bias))
@@ -277,7 +277,7 @@ def _weight_of(norm: RMSNorm | None) -> int | None:
     return None if norm is None else address(norm.weight)
 
 
-def _mlps(block: GatedMLP | SparseMLP) -> list[GatedMLP | StackedExpert]:
+def _mlps(block: GatedMLP | SparseMLP) -> list[MLP | StackedExpert]:
     if isinstance(block, GatedMLP):
         return [block]
     return [*block.experts, *([] if block.shared is None else [block.shared])]

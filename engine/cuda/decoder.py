@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.experts import SparseMLP
-from ..nn.feed_forward import FeedForward, GatedMLP
+from ..nn.feed_forward import MLP, FeedForward, GatedMLP
 from ..nn.layers import RMSNorm
 from ..nn.mixer import Attention
 from ..nn.rotary import RotaryEmbedding
@@ -74,7 +74,7 @@ class FusedDecoder:
     def can_be_captured(self) -> bool:
         """Tell whether what a step launches depends on its number of tokens alone."""
         blocks = (layer.feed_forward for layer in self._decoder.layers)
-        return all(type(block) is GatedMLP or _grouped(block) is not None for block in blocks)
+        return all(block is None or isinstance(block, MLP) or _grouped(block) is not None for block in blocks)
 
     def note(self, num_tokens: int) -> None:
         """Say before a step how many of its tokens are none of padding."""
@@ -104,14 +104,16 @@ class FusedDecoder:
         x = kernels.rms_norm(residual, first.weight, first.eps)
         next_norms = [*input_norms, decoder.final_norm]
         for layer, next_norm in zip(decoder.layers, next_norms, strict=True):
+            mixer, feed_forward = layer.mixer, layer.feed_forward
+            assert mixer is not None and feed_forward is not None, "no kernels for layers of one block"
             if rope is None:
                 x = self._attend(layer, x, positions, attention, on_layer)
             else:
-                mixed = layer.mix(layer.mixer.project(x, rope), cast("AttentionBackend", attention), on_layer)
-                x = layer.mixer.output(mixed)
+                mixed = layer.mix(mixer.project(x, rope), cast("AttentionBackend", attention), on_layer)
+                x = mixer.output(mixed)
             mlp_norm = _norm(layer.mlp_norm)
             kernels.add_norm_(x, residual, mlp_norm.weight, mlp_norm.eps)
-            x = self._feed_forward(layer.feed_forward, x)
+            x = self._feed_forward(feed_forward, x)
             kernels.add_norm_(x, residual, next_norm.weight, next_norm.eps)
         return x
 
@@ -149,7 +151,7 @@ class FusedDecoder:
         return self._decoder.bounded_(rows.comm.all_gather(local)[:, : rows.vocab_size])
 
 
-def _grouped(block: FeedForward) -> GroupedExperts | None:
+def _grouped(block: FeedForward | None) -> GroupedExperts | None:
     return block.grouped if isinstance(block, SparseMLP) and isinstance(block.grouped, GroupedExperts) else None
 
 
@@ -160,7 +162,7 @@ def _is_fused(decoder: Decoder) -> bool:
     rope, is_one_rope = config.rope, config.local_rope is None
     is_turned_at_once = is_one_rope and rope.fraction == 1.0 and not rope.has_neighbours and not rope.query_beta
     has_multipliers = config.embedding_multiplier != 1.0 or config.residual_multiplier != 1.0
-    if has_multipliers or config.states is not None:
+    if has_multipliers or config.states is not None or config.blocks:
         return False
     return is_plain and is_turned_at_once and config.activation == "silu"
 

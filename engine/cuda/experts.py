@@ -23,7 +23,7 @@ from torch import Tensor
 from ..nn.decoder import Decoder
 from ..nn.exchange import ExchangedMLP
 from ..nn.experts import SparseMLP
-from ..nn.feed_forward import GatedMLP
+from ..nn.feed_forward import GatedMLP, PlainMLP
 from ..nn.layers import Linear
 from ..nn.stacked_experts import StackedExpert
 from ..weights.weight import Weight
@@ -143,7 +143,8 @@ def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
         return "this rank holds none in some layer"
     for expert in (expert for block in blocks for expert in block.experts):
         is_stacked = isinstance(expert, StackedExpert)
-        if not is_stacked and not (isinstance(expert, GatedMLP) and expert.is_silu):
+        is_known = isinstance(expert, PlainMLP | StackedExpert) or (isinstance(expert, GatedMLP) and expert.is_silu)
+        if not is_known:
             return "their activation is another"
         if not is_stacked and any(linear.bias is not None for linear in (expert.gate_up_proj, expert.down_proj)):
             return "they have biases"

@@ -22,7 +22,7 @@ from .convolution import ShortConvolution
 from .delta_net import GatedDeltaNet
 from .exchange import ExchangedMLP
 from .experts import SparseMLP
-from .feed_forward import FeedForward, GatedMLP
+from .feed_forward import FeedForward, make_mlp
 from .latent import LatentAttention
 from .mamba import Mamba
 from .mixer import Attention, GatedAttention, Mixer
@@ -36,17 +36,17 @@ _STATEFUL: dict[type[StatesConfig], Callable[[Builder, str, int, LayerStates], M
 
 
 def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
-    """Make the mixer of layer `layer_id`, whose tensors' names begin with `layer`."""
-    config = builder.config
+    """Make the mixer of layer `layer_id`, which has one, and whose tensors' names begin with `layer`."""
+    config, name = builder.config, f"{layer}.{builder.config.family.attention}"
     if (page := config.page_of(layer_id)) is None:
         assert builder.states is not None
         states = builder.states.config
         index = sum(states.layers[:layer_id])
         return _STATEFUL[type(states)](builder, f"{layer}.{states.module}", index, builder.states)
     if config.latent is not None:
-        return LatentAttention(builder, f"{layer}.self_attn", page, config.latent)
+        return LatentAttention(builder, name, page, config.latent)
     make = GatedAttention if config.family.has_attention_gates else Attention
-    return make(builder, f"{layer}.self_attn", page)
+    return make(builder, name, page)
 
 
 def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForward:
@@ -58,4 +58,4 @@ def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForwar
     family, size = builder.config.family, builder.config.intermediate_size
     own = family.mlp
     fused = None if family.fusion == "none" else own.fused
-    return GatedMLP(builder, f"{layer}.{own.module}", size, (own.gate, own.up, own.down), fused=fused)
+    return make_mlp(builder, f"{layer}.{own.module}", size, own.parts, fused=fused)

@@ -28,7 +28,8 @@ Ropes = tuple[Rope, Rope]  # of a step: for layers that see all keys, for those 
 
 
 class DecoderLayer:
-    """Mixer and feed-forward, each with a norm before it or behind it, or both, and added to the residual stream.
+    """Mixer and feed-forward, or one of them, each with a norm before it or behind it, or both, and added to the
+    residual stream.
 
     A call is `project`, `mix` and `finish_`; the first and the last may be given parts of the tokens.
     """
@@ -43,10 +44,10 @@ class DecoderLayer:
         self._is_side_by_side = config.family.norms == "shared"
         self.input_norm, self.mixed_norm, self.mlp_norm, self.output_norm = (
             None if norm is None else RMSNorm(builder, f"{name}.{norm}", config.hidden_size)
-            for norm in config.family.norm_names
+            for norm in config.norm_names(layer_id)
         )
-        self.mixer = make_mixer(builder, name, layer_id)
-        self.feed_forward = make_feed_forward(builder, name, layer_id)
+        self.mixer = make_mixer(builder, name, layer_id) if config.has_mixer(layer_id) else None
+        self.feed_forward = make_feed_forward(builder, name, layer_id) if config.has_feed_forward(layer_id) else None
 
     def __call__(
         self, x: Tensor, ropes: Ropes, backend: AttentionBackend, on_layer: Callable[[int], None] | None
@@ -54,30 +55,39 @@ class DecoderLayer:
         return self.finish_(x, self.mix(self.project(x, ropes), backend, on_layer))
 
     def project(self, x: Tensor, ropes: Ropes) -> Tensor:
+        if self.mixer is None:
+            return x.new_empty(len(x), 0)
         return self.mixer.project(self._normed(self.input_norm, x), ropes[self.is_local])
 
     def mix(self, projected: Tensor, backend: AttentionBackend, on_layer: Callable[[int], None] | None) -> Tensor:
-        mixed = self.mixer.mix(projected, backend)
+        mixed = projected if self.mixer is None else self.mixer.mix(projected, backend)
         if on_layer is not None and self.page is not None:
             on_layer(self.page)
         return mixed
 
     def finish_(self, x: Tensor, mixed: Tensor) -> Tensor:
+        mixer, feed_forward = self.mixer, self.feed_forward
         if self._is_side_by_side:
-            fed = self.feed_forward(self._normed(self.input_norm, x))
-            return x.add_(self.mixer.output(mixed)).add_(fed)
-        x.add_(self._normed(self.mixed_norm, self.mixer.output(mixed)), alpha=self._multiplier)
-        fed = self.feed_forward(self._normed(self.mlp_norm, x))
-        return x.add_(self._normed(self.output_norm, fed), alpha=self._multiplier)
+            assert mixer is not None and feed_forward is not None
+            fed = feed_forward(self._normed(self.input_norm, x))
+            return x.add_(mixer.output(mixed)).add_(fed)
+        if mixer is not None:
+            x.add_(self._normed(self.mixed_norm, mixer.output(mixed)), alpha=self._multiplier)
+        if feed_forward is not None:
+            fed = feed_forward(self._normed(self.mlp_norm, x))
+            x.add_(self._normed(self.output_norm, fed), alpha=self._multiplier)
+        return x
 
     def _normed(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
         return x.to(self._dtype) if norm is None else norm(x)
 
     def leaves(self) -> Iterator[Leaf]:
         yield from filter(None, (self.input_norm, self.mixed_norm))
-        yield from self.mixer.leaves()
+        if self.mixer is not None:
+            yield from self.mixer.leaves()
         yield from filter(None, (self.mlp_norm, self.output_norm))
-        yield from self.feed_forward.leaves()
+        if self.feed_forward is not None:
+            yield from self.feed_forward.leaves()
 
 
 class Decoder:

@@ -1,6 +1,6 @@
 """A feed-forward of many experts, of which each token takes a few.
 
-    gate: scores, the best of them  ->  rows grouped by expert  ->  each expert's gated MLP  ->  the weighted sum
+    gate: scores, the best of them  ->  rows grouped by expert  ->  each expert's MLP  ->  the weighted sum
 
 A row's sum is taken in the order of its experts. Ranks have a part of each expert, or each its own whole experts
 (`Builder.expert_plan`); either way every rank chooses for all rows, and one sum over the ranks follows, unless rows
@@ -21,7 +21,7 @@ from ...models.parts.experts import ExpertsConfig
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight, Leaf, WeightSlot
 from .builder import Builder
-from .feed_forward import GatedMLP
+from .feed_forward import MLP, make_mlp
 from .layers import Linear
 from .stacked_experts import ExpertStack, StackedExpert
 from .step_groups import StepGroups
@@ -143,24 +143,24 @@ class SparseMLP:
         # What computes in place of a call: `engine/cuda/experts.py`.
         self.grouped: Callable[[Tensor], Tensor] | None = None
         self.stack: ExpertStack | None = None
-        self.experts: Sequence[GatedMLP | StackedExpert]
+        self.experts: Sequence[MLP | StackedExpert]
         if experts.is_stacked:
             name = f"{layer}.{experts.module}.experts"
             self.stack = ExpertStack(own, name, experts, self.held, are_whole=held is not None)
             self.experts = self.stack.experts
         else:
             self.experts = [
-                GatedMLP(own, f"{layer}.{experts.expert(index)}", experts.intermediate_size, experts.parts)
+                make_mlp(own, f"{layer}.{experts.expert(index)}", experts.intermediate_size, experts.parts)
                 for index in self.held
             ]
         for expert in self.experts:
             expert.gate_up_proj.takes_some_rows = expert.down_proj.takes_some_rows = True
         self._by_number = dict(zip(self.held, self.experts, strict=True))
-        self.shared: GatedMLP | None = None
+        self.shared: MLP | None = None
         if experts.shared_size:
             shared_by = own if has_whole_shared else builder
             name = f"{layer}.{experts.shared}"
-            self.shared = GatedMLP(
+            self.shared = make_mlp(
                 shared_by, name, experts.shared_size, experts.shared_parts, fused=experts.shared_fused
             )
         self.shared_gate: SharedGate | None = None
@@ -182,7 +182,7 @@ class SparseMLP:
             total += self.of_shared(self.shared, x)
         return self.comm.all_reduce(total.to(x.dtype))
 
-    def of_shared(self, shared: GatedMLP, x: Tensor) -> Tensor:
+    def of_shared(self, shared: MLP, x: Tensor) -> Tensor:
         """Return this rank's part of what every token takes."""
         return self.gated(shared.partial(x), x)
 
@@ -207,9 +207,7 @@ class SparseMLP:
                 total.index_add_(0, rows, y.float() * weights.flatten()[places].unsqueeze(1))
         return total
 
-    def _of_rows(
-        self, expert: GatedMLP | StackedExpert, x: Tensor, rows: Tensor | slice, slots: Tensor | None
-    ) -> Tensor:
+    def _of_rows(self, expert: MLP | StackedExpert, x: Tensor, rows: Tensor | slice, slots: Tensor | None) -> Tensor:
         """Return what an expert makes of some rows of x. `slots`: of the adapters of all of x; None: no row has one."""
         is_adapted = expert.gate_up_proj.adapters is not None or expert.down_proj.adapters is not None
         if self.step is None or slots is None or not is_adapted:

@@ -1,15 +1,16 @@
-"""A feed-forward is computed of each token by itself: `GatedMLP`, or many of them (`experts.py`)."""
+"""A feed-forward is computed of each token by itself: an `MLP`, gated or plain, or many of them (`experts.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.config import Activation
+from ...models.parts.activation import Activation
 from ..weights.weight import Leaf
 from .builder import Builder
 from .layers import ColumnParallelLinear, RowParallelLinear, column_parts
@@ -17,6 +18,7 @@ from .layers import ColumnParallelLinear, RowParallelLinear, column_parts
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer", section 4.1
 }
 
 
@@ -32,27 +34,21 @@ class FeedForward(Protocol):
         ...
 
 
-class GatedMLP:
-    """Implements `FeedForward`: down(activation(gate(x)) * up(x))."""
+class MLP(ABC):
+    """Implements `FeedForward`: down(activated(what goes before))."""
 
     def __init__(
-        self,
-        builder: Builder,
-        name: str,
-        size: int,
-        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-        *,
-        fused: str | None = None,
+        self, builder: Builder, name: str, size: int, names: Sequence[str], *, fused: str | None = None
     ) -> None:
-        """`size`: inner columns, of all ranks. `names`: of the three matrices in the checkpoint, where it has no tensor
-        `fused` of gate and up.
+        """`size`: inner columns, of all ranks. `names`: of the matrices in the checkpoint, the one behind the
+        activation last; those before it, where it has no tensor `fused` of them.
         """
         config = builder.config
         bias = config.mlp_bias
-        gate, up, down = (f"{name}.{part}" for part in names)
-        parts = column_parts([gate, up], [size, size], fused=None if fused is None else f"{name}.{fused}")
-        self.is_silu = config.activation == "silu"
+        *before, down = (f"{name}.{part}" for part in names)
+        parts = column_parts(before, [size] * len(before), fused=None if fused is None else f"{name}.{fused}")
         self._activation = _ACTIVATIONS[config.activation]
+        # Of one without a gate: up alone.
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)
         self.down_proj = RowParallelLinear(builder, down, size, config.hidden_size, bias=bias)
 
@@ -68,10 +64,43 @@ class GatedMLP:
         """Return this rank's part of the result."""
         return self.down_proj.partial(self.activated(self.gate_up_proj(x)))
 
+    @abstractmethod
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """Return [rows, inner] of what `gate_up_proj` yields."""
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield from (self.gate_up_proj, self.down_proj)
+
+
+class GatedMLP(MLP):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        name: str,
+        size: int,
+        names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+        *,
+        fused: str | None = None,
+    ) -> None:
+        super().__init__(builder, name, size, names, fused=fused)
+        self.is_silu = builder.config.activation == "silu"
+
     def activated(self, gate_up: Tensor) -> Tensor:
         """[rows, 2 inner], gates before ups -> [rows, inner]."""
         gate, up = gate_up.chunk(2, 1)
         return self._activation(gate.float()).mul_(up).to(gate.dtype)  # in float32, rounded once
 
-    def leaves(self) -> Iterator[Leaf]:
-        yield from (self.gate_up_proj, self.down_proj)
+
+class PlainMLP(MLP):
+    """down(activation(up(x)))."""
+
+    def activated(self, gate_up: Tensor) -> Tensor:
+        return self._activation(gate_up.float()).to(gate_up.dtype)
+
+
+def make_mlp(builder: Builder, name: str, size: int, names: Sequence[str], *, fused: str | None = None) -> MLP:
+    """Make the MLP of so many matrices: of three, or of `fused` and one, it has a gate."""
+    make = PlainMLP if len(names) == 2 else GatedMLP
+    return make(builder, name, size, names, fused=fused)

@@ -31,7 +31,7 @@ class _StackedLinear(Linear):
 
 
 class StackedExpert:
-    """An expert with a clamped activation; `GatedMLP`'s `partial` and `leaves` of it."""
+    """An expert with a clamped activation; `MLP`'s `partial` and `leaves` of it."""
 
     def __init__(self, gate_up: Linear, down: Linear, experts: ExpertsConfig) -> None:
         self.gate_up_proj, self.down_proj = gate_up, down

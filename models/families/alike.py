@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .experts import LFM2_EXPERTS
+from .experts import LFM2_EXPERTS, NEMOTRON_H_EXPERTS
 from .family import Family, MlpNames
 
 # Heads and norms of GLM-4.
@@ -63,6 +63,30 @@ LFM2 = Family(
     states="short convolutions",
 )
 LFM2_MOE = replace(LFM2, name="lfm2_moe", mlp=LFM2.mlp._replace(is_adjusted=False), experts=LFM2_EXPERTS)
+
+# Each layer is one block, and attention turns nothing by positions.
+NEMOTRON_H = Family(
+    name="nemotron_h",
+    defaults={
+        "head_dim": 128,
+        "hidden_act": "relu2",
+        "mamba_d_state": 128,
+        "mamba_n_groups": 8,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+    },
+    own_norm_names=("norm", None, "norm", None),
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    mlp=MlpNames(module="mixer", gate=None),
+    attention="mixer",
+    has_lone_blocks=True,
+    final_norm="norm_f",
+    unturned="untyped",
+    states="mamba",
+    experts=NEMOTRON_H_EXPERTS,
+)
 
 # Of four layers three keep a state, one has gated attention.
 QWEN_NEXT = Family(

@@ -21,7 +21,7 @@ class ExpertTraits:
 
     module: str = "mlp"  # of a sparse layer
     is_optional: bool = False  # where config.json tells of 0 experts, all layers are dense
-    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's matrices
+    parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's matrices; of two: no gate
     scoring: Scoring = "softmax"
     normalised: bool | None = None  # None: as `norm_topk_prob` says
     normalised_default: bool = False
@@ -33,7 +33,7 @@ class ExpertTraits:
     score_bias: str | None = None
     shared: str = "shared_experts"  # what every token takes besides, in `module`
     shared_is_beside: bool = False  # it is in the layer
-    shared_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     shared_fused: str | None = None  # a tensor of its gate and up
     shared_size_key: str | None = None  # of its inner columns in config.json; None: it is as large as so many experts
     shared_gate: str | None = None  # a vector in `module`, whose sigmoid with a token is the shared one's weight
@@ -72,6 +72,16 @@ GLM_4 = replace(DEEPSEEK_V3, first_dense=1)
 EXAONE = replace(GLM_4, score_bias="e_score_correction_bias")
 SOLAR_OPEN = replace(DEEPSEEK_V3, first_dense=0)
 DOTS_1 = replace(SOLAR_OPEN, normalised_default=False)
+NEMOTRON_H_EXPERTS = ExpertTraits(
+    module="mixer",
+    is_optional=True,
+    parts=("up_proj", "down_proj"),
+    scoring="sigmoid",
+    normalised_default=True,
+    score_bias="gate.e_score_correction_bias",
+    shared_parts=("up_proj", "down_proj"),
+    shared_size_key="moe_shared_expert_intermediate_size",
+)
 QWEN_NEXT_EXPERTS = ExpertTraits(
     normalised_default=True,
     shared="shared_expert",

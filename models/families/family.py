@@ -41,15 +41,20 @@ _NORM_NAMES: dict[Norms, NormNames] = {
 
 
 class MlpNames(NamedTuple):
-    """A dense layer's gated MLP has these names in a checkpoint."""
+    """A dense layer's MLP has these names in a checkpoint."""
 
     module: str = "mlp"
     fused: str = "gate_up_proj"  # gate and up in one tensor
     down: str = "down_proj"
     size: str = "intermediate_size"  # its inner columns in config.json
-    gate: str = "gate_proj"
+    gate: str | None = "gate_proj"  # None: the activation is of `up` alone
     up: str = "up_proj"
     is_adjusted: bool = False  # `size` is told of an MLP without a gate: `parts/short_convolutions.py`
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the names of its matrices, the one behind the activation last."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -71,6 +76,8 @@ class Family:
     mlp: MlpNames = MlpNames()
     has_sinks: bool = False  # a weight of each head that no token's value goes with
     output_name: str = "o_proj"  # of the matrix behind attention
+    attention: str = "self_attn"  # the module of attention in a layer
+    has_lone_blocks: bool = False  # a layer is a mixer, or a feed-forward, not both: `parts/lone_blocks.py`
     final_norm: str = "norm"
     states: States | None = None  # some layers keep one in place of keys and values: `parts/states.py`
     has_attention_gates: bool = False  # numbers beside each head's query multiply what it attends to

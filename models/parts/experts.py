@@ -20,7 +20,10 @@ from .config_fields import ConfigFields
 Shape = tuple[int, ...]
 
 # A matrix that is small and decides much: never rounded by `--quantization`.
-GATES = ("mlp.gate", "mlp.gate.wg", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router")
+GATES = (
+    *("mlp.gate", "mlp.gate.wg", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router"),
+    "mixer.gate",
+)
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k", "moe_topk")
 _FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
@@ -52,7 +55,7 @@ class ExpertsConfig:
     num_chosen: int  # of them by a token
     intermediate_size: int  # of one
     module: str
-    parts: tuple[str, str, str]
+    parts: tuple[str, ...]
     scoring: Scoring
     normalised: bool  # the chosen ones' weights add up to `scale`
     scale: float = 1.0  # of all weights
@@ -60,7 +63,7 @@ class ExpertsConfig:
     num_chosen_groups: int = 1
     shared_size: int = 0  # inner columns of what every token takes besides; 0: none
     shared: str = "mlp.shared_experts"  # in a layer
-    shared_parts: tuple[str, str, str] = ExpertTraits().shared_parts
+    shared_parts: tuple[str, ...] = ExpertTraits().shared_parts
     shared_fused: str | None = None
     shared_gate: str | None = None  # in a layer: `ExpertTraits.shared_gate`; None: what it yields is taken as it is
     gate_name: str = "gate"
@@ -108,11 +111,11 @@ class ExpertsConfig:
         """
         if self.stacks is None or len(shape) != 3:
             return []
-        gate, up, down = self.parts
+        *before, down = self.parts
         inner, is_down = self.intermediate_size, name.endswith(f".{self.stacks.down}")
         if not is_down and not name.endswith(f".{self.stacks.gate_up}"):
             return []
-        parts, num_outputs, num_inputs = ((down,), hidden_size, inner) if is_down else ((gate, up), inner, hidden_size)
+        parts, num_outputs, num_inputs = ([down], hidden_size, inner) if is_down else (before, inner, hidden_size)
         layer, whole = name.removesuffix(self.stacks.down if is_down else self.stacks.gate_up), shape[1:]
         right = (len(parts) * num_outputs, num_inputs)
         if whole not in (right, right[::-1]):
@@ -135,10 +138,10 @@ class ExpertsConfig:
 
 
 def _mlp_shapes(
-    name: str, parts: tuple[str, str, str], size: int, hidden_size: int, fused: str | None = None
+    name: str, parts: tuple[str, ...], size: int, hidden_size: int, fused: str | None = None
 ) -> dict[str, Shape]:
-    gate, up, down = parts
-    sizes = {gate: size, up: size} if fused is None else {fused: 2 * size}
+    *before, down = parts
+    sizes = dict.fromkeys(before, size) if fused is None else {fused: 2 * size}
     shapes: dict[str, Shape] = {f"{name}.{part}.weight": (outputs, hidden_size) for part, outputs in sizes.items()}
     return shapes | {f"{name}.{down}.weight": (hidden_size, size)}
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..families.family import Family
 from .config_fields import ConfigFields
+from .lone_blocks import FEED_FORWARDS
 from .states import Shape, StatesConfig, stateful_layers
 
 _INFINITY = {"__float__": "Infinity"}
@@ -18,16 +20,13 @@ _INFINITY = {"__float__": "Infinity"}
 class MambaConfig(StatesConfig):
     """The layers of this kind."""
 
+    module: str
     num_heads: int
     head_dim: int
     num_groups: int  # of heads that are read and written alike
     state_dim: int
     conv_bias: bool
     proj_bias: bool  # of both products
-
-    @property
-    def module(self) -> str:
-        return "mamba"
 
     @property
     def num_values(self) -> int:
@@ -70,14 +69,15 @@ class MambaConfig(StatesConfig):
         return shapes
 
 
-def read_mamba(fields: ConfigFields) -> MambaConfig | None:
+def read_mamba(fields: ConfigFields, family: Family) -> MambaConfig | None:
     """Return the layers of this kind, if there are any. Raises ConfigError."""
     key = fields.told(("layer_types", "layers_block_type"))
-    layers = stateful_layers(fields, key, fields.raw.get(key), {"mamba", "linear_attention"})
+    others = FEED_FORWARDS if family.has_lone_blocks else frozenset[str]()
+    layers = stateful_layers(fields, key, fields.raw.get(key), {"mamba", "linear_attention"}, others)
     if not any(layers):
         return None
     num_heads, num_groups = fields.count("mamba_n_heads"), fields.count("mamba_n_groups", 1)
-    size = int(fields.number("mamba_expand", 2) * fields.count("hidden_size"))
+    size = fields.count("mamba_d_ssm", int(fields.number("mamba_expand", 2) * fields.count("hidden_size")))
     told = None if fields.raw.get("mamba_d_head") == "auto" else fields.raw.get("mamba_d_head")
     head_dim = size // num_heads if told is None else fields.count("mamba_d_head")
     if num_heads * head_dim != size:
@@ -87,6 +87,7 @@ def read_mamba(fields: ConfigFields) -> MambaConfig | None:
     if fields.has("time_step_limit") and not _is_unlimited(fields.raw["time_step_limit"]):
         raise fields.refuse("time_step_limit", "bounds of time steps are not supported")
     return MambaConfig(
+        module=family.attention if family.has_lone_blocks else "mamba",
         layers=layers,
         kernel_size=fields.count("mamba_d_conv", 4),
         num_heads=num_heads,

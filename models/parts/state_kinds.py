@@ -20,4 +20,4 @@ def read_states(fields: ConfigFields, family: Family) -> StatesConfig | None:
         case "short convolutions":
             return read_short_convolutions(fields)
         case "mamba":
-            return read_mamba(fields)
+            return read_mamba(fields, family)

@@ -100,13 +100,15 @@ class StatesConfig(ABC):
         ]
 
 
-def stateful_layers(fields: ConfigFields, key: str, types: object, names: Set[str]) -> tuple[bool, ...]:
+def stateful_layers(
+    fields: ConfigFields, key: str, types: object, names: Set[str], others: Set[str] = frozenset()
+) -> tuple[bool, ...]:
     """Return of each layer whether it keeps a state: `types`, told under `key`, has one of `names` for those that do.
 
-    Raises ConfigError.
+    `others`: of layers that keep nothing. Raises ConfigError.
     """
     num_layers = fields.count("num_hidden_layers")
-    known = names | _WITH_KEYS
+    known = names | _WITH_KEYS | others
     if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
         raise fields.refuse(key, f"must name one of {sorted(known)} for each of {num_layers} layers")
     if not _WITH_KEYS & set(types):

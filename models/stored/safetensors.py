@@ -83,5 +83,6 @@ def stored_dtype(model_dir: Path) -> str | None:
         headers = [read_header(path)[1] for path in safetensors_files(model_dir)]
     except ConfigError:  # whoever loads the weights says what is wrong with them
         return None
-    entries = (entry for header in headers for name, entry in header.items() if name.endswith("embed_tokens.weight"))
+    names = "embed_tokens.weight", "backbone.embeddings.weight"
+    entries = (entry for header in headers for name, entry in header.items() if name.endswith(names))
     return next((_DTYPES.get(str(entry.get("dtype"))) for entry in entries), None)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ..checkpoints import Family, Shape, write_checkpoint, write_tokenizer
 from ..deepseek import EXPERTS, TOKEN_SIZE, Generation, write_deepseek
-from ..transformers_checkpoints import SMALL, STATES, write_model
+from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 
 MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
@@ -16,7 +16,15 @@ HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, 
 LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
 # Numbers of a layer's state, of which there are three: in a gated delta net, a convolution, a layer of Mamba's.
 _STATE, _LFM2_STATE, _MAMBA_STATE = 1 + 3 * 128 + 4 * 16 * 16, 1 + 2 * 64, 1 + 3 * 160 + 4 * 16 * 32
-_STATES_OF = {"lfm2": _LFM2_STATE, "lfm2_moe": _LFM2_STATE, "granite4": _MAMBA_STATE, "granite4_moe": _MAMBA_STATE}
+_NEMOTRON_H_STATE = 1 + 3 * 192 + 4 * 16 * 32
+_STATES_OF = {
+    "lfm2": _LFM2_STATE,
+    "lfm2_moe": _LFM2_STATE,
+    "granite4": _MAMBA_STATE,
+    "granite4_moe": _MAMBA_STATE,
+    "nemotron_h": _NEMOTRON_H_STATE,
+    "nemotron_h_moe": _NEMOTRON_H_STATE,
+}
 _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
     "deepseek_v3": ("v3", EXPERTS["v3"]),
@@ -108,6 +116,8 @@ _STATES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite4": ("GraniteMoeHybrid", _MAMBA),
     "granite4_moe": ("GraniteMoeHybrid", _MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3}),
+    "nemotron_h": ("NemotronH", NEMOTRON_H),
+    "nemotron_h_moe": ("NemotronH", NEMOTRON_H_MOE),
 }
 
 
@@ -134,7 +144,7 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         name, fields = _STATES[family]
         write_model(path, getattr(transformers, f"{name}Config")(**SMALL | STATES | fields | longest), seed=1)
         write_tokenizer(path, SMALL["vocab_size"])
-        is_sparse = any(fields.get(key) for key in ("num_experts", "num_local_experts"))
+        is_sparse = any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
         num_bytes = 3 * _STATES_OF.get(family, _STATE) * _FLOAT32
         block_bytes = _states_block_bytes(num_bytes, fields.get("head_dim", SMALL["head_dim"]))
         return ExactnessModel(path, block_bytes, is_sparse=is_sparse, keeps_states=True)

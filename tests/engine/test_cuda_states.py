@@ -16,6 +16,7 @@ from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.config import EngineConfig
 from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.calibrate import calibrate
+from kvferry.engine.cuda.experts import GroupedExperts
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
@@ -27,7 +28,7 @@ from ..adapters import merge, write_adapter
 from ..checkpoints import write_checkpoint
 from ..engine_driver import Driver, engine_config, prompts
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
-from ..transformers_checkpoints import SMALL, STATES, write_model
+from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 from .test_adapters import put, sequence
 from .test_states import EXPERTS, LFM2, MAMBA
 from .transformers_reference import reference_logprobs
@@ -55,6 +56,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3 next": ("Qwen3Next", EXPERTS | SHARED | {"tie_word_embeddings": True}),
     "lfm2": ("Lfm2", LFM2),
     "granite 4": ("GraniteMoeHybrid", MAMBA | {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    "nemotron h": ("NemotronH", NEMOTRON_H),
+    "nemotron h, with experts": ("NemotronH", NEMOTRON_H_MOE),
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
 LENGTHS = [1, 15, 16, 90]
@@ -128,10 +131,17 @@ def test_tokens_and_log_probabilities_are_those_of_transformers(checkpoints: Pat
         _judge(checkpoints / variant, list(zip(prompts(LENGTHS), _generate(engine, chunk), strict=True)))
 
 
-@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next", "lfm2", "granite 4"])
+@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next", "lfm2", "granite 4", "nemotron h, with experts"])
 def test_graphs_yield_the_tokens_of_kernels_launched_one_by_one(checkpoints: Path, variant: str) -> None:
     captured, launched = (_engine(checkpoints / variant, enforce_eager=eager) for eager in (False, True))
     assert _generate(captured) == _generate(launched)
+
+
+def test_layers_of_one_block_are_captured_and_experts_without_a_gate_computed_together(checkpoints: Path) -> None:
+    engine = _engine(checkpoints / "nemotron h, with experts")
+    assert isinstance(engine.runner, CudaRunner) and engine.runner._decoder.can_be_captured
+    assert {type(block.grouped) for block in engine._sparse.values()} == {GroupedExperts}
+    assert list(engine._sparse) == [1, 3]
 
 
 def test_steps_run_as_they_were_prepared_while_answers_begin_new_blocks(engine: Engine) -> None:

@@ -20,7 +20,7 @@ from kvferry.models.config import ModelConfig
 from ..adapters import merge, write_adapter
 from ..engine_driver import GREEDY, Driver, make_engine
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
-from ..transformers_checkpoints import SMALL, STATES, write_model
+from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 from .test_adapters import put, sequence
 from .transformers_reference import reference_logprobs
 
@@ -56,6 +56,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         "GraniteMoeHybrid",
         MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3, "mamba_n_groups": 2, "mamba_proj_bias": True},
     ),
+    "nemotron h": ("NemotronH", NEMOTRON_H | {"use_conv_bias": False}),
+    "nemotron h, with experts": ("NemotronH", NEMOTRON_H_MOE | {"use_bias": True}),
     "qwen3 next, some dense": (
         "Qwen3Next",
         EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 5},

@@ -78,10 +78,19 @@ _STATES: dict[str, object] = {
     "linear_value_head_dim": 48,
 }
 _GATED: dict[str, object] = _EXPERTS | {"shared_expert_intermediate_size": 256}
+_MAMBA: dict[str, object] = {"num_hidden_layers": 6, "mamba_num_heads": 8, "mamba_head_dim": 48, "n_groups": 2}
+_LONE_EXPERTS: dict[str, object] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 320,
+}
 IN_FLOAT32: dict[str, tuple[str, dict[str, object]]] = {
     "states": ("Qwen3_5", _STATES),
     "states, key head by key head, and experts": ("Qwen3Next", _STATES | _GATED),
     "a shared expert with a gate": ("Qwen2Moe", _GATED),
+    "layers of one block": ("NemotronH", _MAMBA | {"hybrid_override_pattern": "M-M*-M"}),
+    "layers of one block, and experts": ("NemotronH", _MAMBA | _LONE_EXPERTS | {"hybrid_override_pattern": "ME*EM-"}),
 }
 PRECISIONS = ("plain", "int8", "int4")
 

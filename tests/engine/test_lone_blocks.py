@@ -1,0 +1,84 @@
+"""Layers of one block each beside what else a model may have: adapters, quantized weights, experts on CUDA's path."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.engine.engine import Engine
+
+from ..adapters import merge, write_adapter
+from ..engine_driver import GREEDY, Driver, make_engine
+from ..quantized import FORMATS, in_format, put_config
+from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, write_model
+from .test_adapters import put, sequence
+
+VARIANTS = {"dense": NEMOTRON_H, "experts": NEMOTRON_H_MOE}
+PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, fields in VARIANTS.items():
+        write_model(root / name, transformers.NemotronHConfig(**SMALL | fields))
+    return root
+
+
+def _logprobs(engine: Engine) -> torch.Tensor:
+    """Return the prompt's log-probabilities."""
+    driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
+    driver.grow(seq := driver.add(PROMPT, sampling), len(PROMPT))
+    [row] = engine.step(Batch([BatchRow(seq, len(PROMPT))])).rows
+    return torch.tensor([token.logprob for token in row.prompt_logprobs])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapters_go_beside_every_block(checkpoints: Path, tmp_path: Path, name: str) -> None:
+    targets = ("in_proj", "out_proj", "q_proj", "o_proj", "up_proj", "down_proj")
+    adapter = write_adapter(tmp_path / "adapter", checkpoints / name, rank=8, targets=targets, seed=3, alpha=32)
+    engine = make_engine(checkpoints / name, enable_lora=True, max_loras=2)
+    put(engine, 1, adapter)
+    driver, merged = Driver(engine), Driver(make_engine(merge(checkpoints / name, adapter, tmp_path / "merged")))
+    wanted = merged.generate([merged.add(PROMPT)])
+    assert driver.generate([sequence(driver, PROMPT, 1)], chunk=9) == wanted
+    assert driver.generate([driver.add(PROMPT)], chunk=9) != wanted
+
+
+@pytest.mark.parametrize("form", ["compressed fp8 channel", "compressed int4 packed", "gptq 4", "fp8 tensor"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_quantized_matrices_are_those_that_are_meant(checkpoints: Path, tmp_path: Path, name: str, form: str) -> None:
+    """A module of the backbone is excluded by its name there, others by an expression."""
+    left = "backbone.layers.2.mixer"
+    stored_as = FORMATS[form]
+    if form.startswith("compressed"):
+        ignored = ["lm_head", f"{left}.q_proj", f"{left}.in_proj", f"re:^{left}.[kvo]", f"re:{left}.out_proj"]
+        stored_as = replace(stored_as, config=stored_as.config | {"ignore": ignored})
+    plain = (f"{left}.",) if form.startswith("compressed") else ()
+    stored, meant = in_format(stored_as, load_file(checkpoints / name / "model.safetensors"), plain=plain)
+    found = {}
+    for kind, tensors in (("quantized", stored), ("plain", meant)):
+        shutil.copytree(checkpoints / name, tmp_path / kind)
+        save_file(tensors, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
+        if kind == "quantized":
+            put_config(tmp_path / kind, quantization_config=stored_as.config)
+        found[kind] = _logprobs(make_engine(tmp_path / kind))
+    torch.testing.assert_close(found["quantized"], found["plain"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_matrices_are_rounded_at_the_start(checkpoints: Path, name: str, bits: str) -> None:
+    plain = make_engine(checkpoints / name, dtype="bfloat16")
+    rounded = make_engine(checkpoints / name, dtype="bfloat16", quantization=bits)
+    exact, near = _logprobs(plain), _logprobs(rounded)
+    assert not torch.equal(exact, near)
+    assert (exact - near).abs().median() < {"int8": 0.5, "int4": 3.0}[bits]  # of some 8 on average
