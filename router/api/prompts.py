@@ -23,7 +23,7 @@ from ..state.errors import clip
 from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use
 from ..turns.rendering import Render, rendered
-from ..turns.told import told_in_content, told_in_text
+from ..turns.told import told_in_content, told_in_text, told_to_think
 from .answer import PromptText
 from .chat_messages import parse_messages
 from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, TokenizeBody
@@ -170,6 +170,8 @@ def _chat(
         shown = told_in_content(shown, as_python=version.dialect.tool_parser == "lfm2")
     if version.dialect.has_channels:
         shown, tools = channel_messages(shown), described_tools(tools)
+    if version.dialect.has_switch_words and (effort := _effort(body)) is not None:
+        shown = told_to_think(shown, thinks=effort != "none")
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return messages, use, Chat(shown, kwargs, prompted, continues, tools), hidden
 
@@ -181,8 +183,7 @@ def _render_in(renderer: Renderer, chat: Chat) -> Render:
 
 def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[str, object]:
     kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
-    effort = body.reasoning_effort if isinstance(body, ChatBody) else None
-    if effort is not None:
+    if (effort := _effort(body)) is not None:
         if "reasoning_effort" in version.dialect.switches:
             kwargs.setdefault("reasoning_effort", version.dialect.effort(effort))
         for switch in version.dialect.switches & {"enable_thinking", "thinking"}:  # they know only whether
@@ -190,10 +191,14 @@ def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[st
     return kwargs
 
 
+def _effort(body: ChatBody | TokenizeBody) -> str | None:
+    return body.reasoning_effort if isinstance(body, ChatBody) else None
+
+
 def _without_effect(version: Version, body: ChatBody | TokenizeBody) -> list[str]:
     if not isinstance(body, ChatBody):
         return []
-    names = ["reasoning_effort"] if body.reasoning_effort is not None and not version.dialect.switches else []
+    names = ["reasoning_effort"] if body.reasoning_effort is not None and not version.dialect.has_switch else []
     return [*names, "verbosity"] if body.verbosity in ("low", "high") else names  # medium is what happens
 
 

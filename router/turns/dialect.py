@@ -15,7 +15,15 @@ from .call_reader import CallReader
 from .deepseek import DEEPSEEK, HUNYUAN, DeepSeekSyntax
 from .definitions import ToolUse
 from .either_syntax import EitherSyntax
-from .json_syntaxes import COMMAND_TAGS, GRANITE_TAGS, LLAMA_TAGS, BareJsonSyntax, HermesSyntax, MistralSyntax
+from .json_syntaxes import (
+    COMMAND_TAGS,
+    GRANITE_TAGS,
+    LLAMA_TAGS,
+    NEMOTRON_TAGS,
+    BareJsonSyntax,
+    HermesSyntax,
+    MistralSyntax,
+)
 from .paired import GLM, MINIMAX, PairedSyntax
 from .pythonic import PythonicSyntax
 from .qwen_coder import SEED, QwenCoderSyntax
@@ -32,9 +40,9 @@ from .reasoning import (
     ReasoningCount,
     ReasoningCounter,
     ReasoningReader,
-    Tags,
 )
-from .syntax import Syntax
+from .syntax import Syntax, Tags
+from .told import THINKS_NOT
 from .turn import TaggedReader, TurnReader
 
 # vLLM's names for what is the same form, of calls and of reasoning.
@@ -54,6 +62,7 @@ _REASONING_ALIASES: Mapping[str, str] = {
     "glm45": "think",
     "hunyuan_a13b": "think",
     "minimax_m2": "think",
+    "nemotron_v3": "think",
     "openai_gptoss": "channels",
     "qwen3": "think",
 }
@@ -63,6 +72,7 @@ _SIGNS = (
     (re.compile(re.escape(channels.CHANNEL)), "channels"),
     (re.compile(DEEPSEEK.begin_calls), "deepseek_v3"),
     (re.compile(r"<\|START_ACTION\|>"), "cohere_command3"),
+    (re.compile(re.escape(NEMOTRON_TAGS.begin)), "nemotron_json"),
     (re.compile(r"<tool_calls>"), "hunyuan_a13b"),
     (re.compile(r"<function_calls>|\[func_name1\("), "pythonic"),
     (re.compile(r"<\|tool_(?:list|call)_start\|>|List of tools: "), "lfm2"),
@@ -106,6 +116,7 @@ class Dialect:
     has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
     tells_calls: bool = True  # the template tells the model of its earlier calls, too
     switches: frozenset[str] = frozenset()  # by which the template lets the model reason
+    has_switch_words: bool = False  # the template has no such switch, and looks for THINKS_NOT in messages
 
     @classmethod
     def of_template(
@@ -128,6 +139,7 @@ class Dialect:
             takes_tools=takes_tools,
             tells_calls="tool_calls" in source,
             switches=_SWITCHES & variables,
+            has_switch_words=THINKS_NOT in source and not _SWITCHES & variables,
         )
         if tool_parser != "auto":
             own = _CALL_ALIASES.get(tool_parser, tool_parser)
@@ -138,6 +150,11 @@ class Dialect:
         elif found.tool_parser == "channels":  # calls are messages among the others
             found = replace(found, reasoning_parser="channels")
         return found
+
+    @property
+    def has_switch(self) -> bool:
+        """Tell whether the template lets the model reason or not, as it is asked to."""
+        return self.has_switch_words or bool(self.switches)
 
     @property
     def has_channels(self) -> bool:
@@ -190,6 +207,8 @@ class Dialect:
                 return BareJsonSyntax(names, COMMAND_TAGS)
             case "hunyuan_a13b":
                 return DeepSeekSyntax(HUNYUAN)
+            case "nemotron_json":
+                return HermesSyntax(NEMOTRON_TAGS)
             case "json":
                 return BareJsonSyntax(names)
         return HermesSyntax()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .json_syntaxes import HermesSyntax
+from .json_syntaxes import HERMES_TAGS, HermesSyntax
 from .json_text import skip_blank
 from .syntax import Place, Progress, Segment, Syntax, first_place
 
@@ -14,16 +14,16 @@ class EitherSyntax:
 
     def __init__(self, own: Syntax) -> None:
         self._own, self._told = own, HermesSyntax()
-        self.marks = own.marks | HermesSyntax.marks
+        self.marks = own.marks | self._told.marks
 
     def find(self, text: str, *, is_start: bool) -> Place | None:
         return first_place(syntax.find(text, is_start=is_start) for syntax in (self._own, self._told))
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         """Read it as Hermes' where JSON follows the tag, which Qwen3-Coder's form and GLM's begin with, too."""
-        if not text.startswith(HermesSyntax.BEGIN):
+        if not text.startswith(HERMES_TAGS.begin):
             return self._own.read(text, progress, is_final=is_final)
-        at = skip_blank(text, len(HermesSyntax.BEGIN))
+        at = skip_blank(text, len(HERMES_TAGS.begin))
         if at == len(text) and not is_final:
             return Segment()
         syntax = self._told if text.startswith(_JSON, at) else self._own

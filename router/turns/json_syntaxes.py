@@ -6,8 +6,10 @@ import re
 from collections.abc import Container, Iterable, Mapping
 
 from .json_text import ends_with_part_of, skip_blank
-from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, first_place, is_any_name, read_json_calls
+from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, Tags, first_place, is_any_name, read_json_calls
 
+HERMES_TAGS = Tags("<tool_call>", "</tool_call>")
+NEMOTRON_TAGS = Tags("<TOOLCALL>", "</TOOLCALL>")  # of Nemotron Nano 2, around an array of all calls
 LLAMA_TAGS: Mapping[str, str] = {"<|python_tag|>": ""}
 # Of Granite 3.0 and 3.3, of 3.1 and 3.2, of Phi-4-mini as it was trained and as vLLM's template tells it.
 GRANITE_TAGS: Mapping[str, str] = {"<|tool_call|>": "<|/tool_call|>", "<tool_call>": "</tool_call>", "functools": ""}
@@ -33,30 +35,32 @@ def find_first(text: str, marks: Iterable[str]) -> Place | None:
 
 
 class HermesSyntax:
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, once for each call.
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, once for each call, or of an array of them.
 
     Models forget the tags between several calls, write an array, or put a fence of Markdown inside.
     """
 
-    BEGIN, END = "<tool_call>", "</tool_call>"
-    marks = frozenset({BEGIN, END})
+    def __init__(self, tags: Tags = HERMES_TAGS) -> None:
+        self._tags = tags
+        self.marks = frozenset(tags)
 
     def find(self, text: str, *, is_start: bool) -> Place | None:
-        return find_mark(text, self.BEGIN)
+        return find_mark(text, self._tags.begin)
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
-        at = skip_blank(text, len(self.BEGIN))
+        begin, end_tag = self._tags
+        at = skip_blank(text, len(begin))
         fence = _FENCE.match(text, at)
         at = at if fence is None else fence.end()
         if not is_final and _MAYBE_FENCE.fullmatch(text, at) is not None:
             return Segment()
         if at == len(text) or text[at] not in "{[":
-            return Segment(end=len(self.BEGIN))
+            return Segment(end=len(begin))
         read = read_several(text, at, is_any_name, progress, is_final=is_final)
         if not read.calls or read.end is None:
             return read
         end = read.end if fence is None else after_mark(text, read.end, "```", is_final)
-        return Segment(read.calls, None if end is None else after_mark(text, end, self.END, is_final))
+        return Segment(read.calls, None if end is None else after_mark(text, end, end_tag, is_final))
 
 
 def read_several(text: str, at: int, is_name: NameCheck, progress: Progress, *, is_final: bool) -> Segment:

@@ -11,16 +11,18 @@ reasoning is, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ...common.grammar import WHITE_SPACE, Grammar
 from .definitions import Tool, ToolUse
 from .dialect import Dialect
 from .forced import call_schema
-from .json_syntaxes import HermesSyntax
+from .json_syntaxes import HERMES_TAGS, NEMOTRON_TAGS
+from .syntax import Tags
 
 _BLANK = r"BLANK: /\s{0,2}/"
 _HEADER = "%llguidance {}"
+_TAGS: Mapping[str, Tags] = {"hermes": HERMES_TAGS, "nemotron_json": NEMOTRON_TAGS}  # the forms with a mark
 
 
 def is_guidable(dialect: Dialect, *, is_free: bool) -> bool:
@@ -28,22 +30,19 @@ def is_guidable(dialect: Dialect, *, is_free: bool) -> bool:
 
     `is_free`: an answer that does not call is any text, in which Granite's marks could stand.
     """
-    return dialect.tool_parser in ("hermes", "llama3_json", "json") or (
-        dialect.tool_parser == "granite" and not is_free
-    )
+    return dialect.tool_parser in (*_TAGS, "llama3_json", "json") or (dialect.tool_parser == "granite" and not is_free)
 
 
 def free_grammar(use: ToolUse, dialect: Dialect, special_id: Callable[[str], int | None]) -> Grammar:
     """Return the grammar of text with calls in it. `special_id(text)`: the special token that is this text, if any."""
-    call = _calls(use)
-    if dialect.tool_parser != "hermes":  # a text does not begin like JSON
+    if (tags := _TAGS.get(dialect.tool_parser)) is None:  # a text does not begin like JSON
         text = r"text: /[^\s{\[](.|\n)*/"
-        return _lark(f"start: BLANK (text | {call})?", text, _BLANK, *_call_rules(use))
-    begin, end = _marks(special_id)
-    is_text = special_id(HermesSyntax.BEGIN) is None  # which a text may have anywhere; a special token ends it
+        return _lark(f"start: BLANK (text | {_calls(use)})?", text, _BLANK, *_call_rules(use))
+    begin, end = (_token(mark, special_id) for mark in tags)
+    is_text = special_id(tags.begin) is None  # which a text may have anywhere; a special token ends it
     times = "*" if use.is_parallel else "?"
     return _lark(
-        f"start: (before BLANK call BLANK {end}){times} TEXT",
+        f"start: (before BLANK {_between(use, tags)} BLANK {end}){times} TEXT",
         f"before{'[lazy]' if is_text else ''}: TEXT {begin}",
         r"TEXT: /(.|\n)*/",
         _BLANK,
@@ -64,9 +63,9 @@ def answering_grammar(
             return None
     calls = _calls(use)
     rules = [f"answer: {json_rule(schema)}", *_call_rules(use)]
-    if dialect.tool_parser == "hermes":
-        begin, end = _marks(special_id)
-        calls = f"{begin} BLANK call BLANK {end}"
+    if (tags := _TAGS.get(dialect.tool_parser)) is not None:
+        begin, end = (_token(mark, special_id) for mark in tags)
+        calls = f"{begin} BLANK {_between(use, tags)} BLANK {end}"
         if use.is_parallel:
             calls = f"{calls} (BLANK {calls})*"
         rules.append(_BLANK)
@@ -75,6 +74,14 @@ def answering_grammar(
 
 def _calls(use: ToolUse) -> str:
     return 'call | "[" call ("," call)* "]"' if use.is_parallel else "call"
+
+
+def _between(use: ToolUse, tags: Tags) -> str:
+    """Return what stands between a call's tags, or between those of an array."""
+    if tags is HERMES_TAGS:
+        return "call"
+    more = ' (BLANK "," BLANK call)*' if use.is_parallel else ""
+    return f'"[" BLANK call{more} BLANK "]"'
 
 
 def _call_rules(use: ToolUse) -> list[str]:
@@ -93,11 +100,6 @@ def json_rule(schema: object) -> str:
     if isinstance(schema, dict):
         schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
-
-
-def _marks(special_id: Callable[[str], int | None]) -> tuple[str, str]:
-    """Return what stands around a call."""
-    return _token(HermesSyntax.BEGIN, special_id), _token(HermesSyntax.END, special_id)
 
 
 def _token(mark: str, special_id: Callable[[str], int | None]) -> str:

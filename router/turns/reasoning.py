@@ -11,15 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from .call_reader import CallReader
 from .json_text import ends_with_part_of
-from .syntax import Syntax
-
-
-class Tags(NamedTuple):
-    """Tags stand around a model's reasoning."""
-
-    begin: str
-    end: str
-
+from .syntax import Syntax, Tags
 
 THINK = Tags("<think>", "</think>")
 SEED_THINK = Tags("<seed:think>", "</seed:think>")  # Seed-OSS's

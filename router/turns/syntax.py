@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .json_text import Scans, dumps, escaped, loads, skip_blank
 from .python_text import ValueWalk
@@ -25,6 +25,13 @@ _KEYS = {"name", "arguments", "parameters", "type", "id", "tool_name", "tool_cal
 _CLOSING = re.compile(r"\s*+\}")
 
 Schemas = Mapping[str, Mapping[str, object]]  # a tool's parameters by its name
+
+
+class Tags(NamedTuple):
+    """Tags stand around calls, or around a model's reasoning."""
+
+    begin: str
+    end: str
 
 
 @dataclass(slots=True, frozen=True)

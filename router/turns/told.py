@@ -13,6 +13,7 @@ from typing import Any
 
 from .json_text import dumps
 
+THINKS, THINKS_NOT = "/think", "/no_think"  # words of a message by which a template lets the model reason, or not
 _BETWEEN = "Done."  # an empty turn is refused by some, and nothing that a model learns to say
 _PREAMBLE = """# Tools
 
@@ -50,6 +51,16 @@ def told_in_text(
     if told and told[0]["role"] == "system":
         return [{**told[0], "content": f"{told[0]['content']}\n\n{preamble}"}, *told[1:]]
     return [{"role": "system", "content": preamble}, *told]
+
+
+def told_to_think(messages: Sequence[Mapping[str, object]], *, thinks: bool) -> list[dict[str, object]]:
+    """Return the messages with the word for it in the last one that a template looks for it in, as none goes behind."""
+    told = [dict(message) for message in messages]
+    for message in reversed(told):
+        if message["role"] in ("user", "system"):
+            message["content"] = f"{message['content']} {THINKS if thinks else THINKS_NOT}".lstrip()
+            break
+    return told
 
 
 def told_by_user(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:

@@ -46,6 +46,7 @@ FORMS = {
         "<｜tool▁calls▁end｜>"
     ),
     "hunyuan_a13b": f"<tool_calls>{LIST}</tool_calls>",
+    "nemotron_json": f"<TOOLCALL>{LIST}</TOOLCALL>",
     "cohere_command3": (
         "<|START_ACTION|>[\n"
         '    {"tool_call_id": "0", "tool_name": "search", "parameters": {"query": "x", "limit": 2}},\n'

@@ -13,6 +13,7 @@ from kvferry.router.turns.json_syntaxes import (
     COMMAND_TAGS,
     GRANITE_TAGS,
     LLAMA_TAGS,
+    NEMOTRON_TAGS,
     BareJsonSyntax,
     HermesSyntax,
     MistralSyntax,
@@ -34,7 +35,7 @@ WORDS = (
     "<function=",
     "[TOOL_CALLS]", "[TOOL", "{", "}", '"', "\\", ";", "<|python_tag|>", "<think>", "</think>", "name", "</function>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
-    "```", "functools", "<|tool_call|>",
+    "```", "functools", "<|tool_call|>", "<TOOLCALL>", "</TOOLCALL>", "<TOOL",
     "<tool_calls>", "</tool_calls>", "search\n```json\n", "<|START_ACTION|>", "<|END_ACTION|>", "<|START",
     "<seed:tool_call>", "</seed:tool_call>", "<seed",
     "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="search">', "</invoke>", "</parameter>",
@@ -60,6 +61,12 @@ def _hermes(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     call = rng.choice([call, call, f"{call}\n{call}", f"[{call}, {call}]", f"```json\n{call}\n```"])
     blank = rng.choice(["", "\n", " "])
     return f"<tool_call>{blank}{call}{blank}</tool_call>"
+
+
+def _nemotron(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    calls = json.dumps([{"name": name, "arguments": arguments}] * rng.randint(1, 3))
+    blank = rng.choice(["", "\n"])
+    return f"<TOOLCALL>{blank}{calls}{blank}{rng.choice(['</TOOLCALL>', '</TOOLCALL>', ''])}"
 
 
 def _mistral(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
@@ -159,6 +166,7 @@ def _python(rng: random.Random, value: object) -> str:
 
 FORMS: dict[str, Form] = {
     "hermes": Form(HermesSyntax(), _hermes),
+    "nemotron_json": Form(HermesSyntax(NEMOTRON_TAGS), _nemotron),
     "mistral": Form(MistralSyntax(), _mistral),
     "llama3_json": Form(BareJsonSyntax(NAMES, LLAMA_TAGS), _llama),
     "granite": Form(BareJsonSyntax(NAMES, GRANITE_TAGS), _granite),

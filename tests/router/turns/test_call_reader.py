@@ -14,7 +14,7 @@ from kvferry.router.turns.syntax import Call, Syntax
 
 from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
 
-TEXTS = 1960
+TEXTS = 2100
 UNTYPED = ("qwen3_coder", "seed_oss", "glm", "minimax_m2", "told otherwise")
 HERMES, BARE, MISTRAL, CODER, DEEPSEEK, PYTHONIC, GRANITE = (
     FORMS[name].syntax for name in ("hermes", "json", "mistral", "qwen3_coder", "deepseek_v3", "pythonic", "granite")

@@ -13,6 +13,8 @@ from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.lazy import is_guidable
 from kvferry.router.turns.syntax import Call
 
+from .nemotron_templates import NANO_2, NANO_3
+
 QWEN = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools> in <tool_call></tool_call>{% endif %}{{ messages[0].content }}"
 )
@@ -47,6 +49,8 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools }}<think><minimax:tool_call>", "minimax_m2", True, "think"),
         ("{{ tools }}<seed:think><seed:tool_call><function=name>", "seed_oss", True, "seed_oss"),
         ("{{ tools }}[TOOL_CALLS]", "mistral", True, "none"),
+        (NANO_2, "nemotron_json", True, "think"),
+        (NANO_3, "qwen3_coder", True, "think"),
         ("{{ tools }}<tool_calls>[...]</tool_calls><think>\n\n</think>", "hunyuan_a13b", True, "think"),
         ("{{ tools }}<tool_calls><tool_call>name\n```json", "hunyuan_a13b", True, "none"),
         ("{{ tools }}<|START_THINKING|><|START_ACTION|>", "cohere_command3", True, "cohere_command3"),
@@ -76,11 +80,19 @@ def test_switches_are_variables_of_the_template() -> None:
     assert _dialect(source).switches == {"enable_thinking", "reasoning_effort"}
 
 
+def test_a_template_may_look_for_words_in_place_of_switches() -> None:
+    assert _dialect(NANO_2).has_switch_words and not _dialect(NANO_2).switches and _dialect(NANO_2).has_switch
+    assert not _dialect(NANO_3).has_switch_words and _dialect(NANO_3).switches == {"enable_thinking"}
+    assert not _dialect(QWEN).has_switch
+
+
 def test_an_operator_knows_better() -> None:
     dialect = _dialect(QWEN, "qwen3_xml", "qwen3")
     assert (dialect.tool_parser, dialect.reasoning_parser) == ("qwen3_coder", "think")
     dialect = _dialect(QWEN, "glm47", "glm45")
     assert (dialect.tool_parser, dialect.reasoning_parser) == ("glm", "think")
+    dialect = _dialect(QWEN, "nemotron_json", "nemotron_v3")
+    assert (dialect.tool_parser, dialect.reasoning_parser) == ("nemotron_json", "think")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +103,7 @@ def test_an_operator_knows_better() -> None:
         "seed_oss",
         "glm45",
         "minimax_m2",
+        "nemotron_json",
         "llama3_json",
         "pythonic",
         "granite",
@@ -105,6 +118,7 @@ def test_calls_have_the_form_that_was_told_or_the_named_one_where_a_template_tak
         "seed_oss": "<seed:tool_call><function=f></function></seed:tool_call>",
         "glm45": "<tool_call>f</tool_call>",
         "minimax_m2": '<minimax:tool_call><invoke name="f"></invoke></minimax:tool_call>',
+        "nemotron_json": '<TOOLCALL>[{"name": "f", "arguments": {}}]</TOOLCALL>',
         "pythonic": "[f()]",
         "granite": '<|tool_call|>[{"name": "f", "arguments": {}}]',
         "mistral": "[TOOL_CALLS]f{}",

@@ -71,6 +71,17 @@ def _takes(matcher: AnswerMatcher, vocabulary: Vocabulary, text: str) -> bool:
             [f"<tool_call>{PARIS}</tool_call>", "a<tool_call>b", f"<tool_call>{ROME}</tool_call><tool_call>{PARIS}"],
         ),
         (
+            "nemotron_json",
+            [
+                "",
+                "no call",
+                "one <TOOLCAL",
+                f"<think>so</think>I look. <TOOLCALL>[{ROME}]</TOOLCALL>\n",
+                f"<TOOLCALL>[{NOTE}, {ROME}]</TOOLCALL> done",
+            ],
+            [f"<TOOLCALL>[{PARIS}]</TOOLCALL>", f"<TOOLCALL>{ROME}</TOOLCALL>", f"<TOOLCALL>[{ROME}, {PARIS}]"],
+        ),
+        (
             "json",
             ["", "no call {", " a", ROME, f"[{ROME},{NOTE}]", f"\n{NOTE}"],
             [PARIS, '{"x": 1}', f"[{ROME},{PARIS}]", f" {PARIS}"],
@@ -96,7 +107,13 @@ def test_tools_that_are_not_allowed_are_not_called(vocabulary: Vocabulary, parse
 
 
 @pytest.mark.parametrize(
-    ("parser", "call"), [("hermes", "<tool_call>{}</tool_call>"), ("llama3_json", "{}"), ("json", "{}")]
+    ("parser", "call"),
+    [
+        ("hermes", "<tool_call>{}</tool_call>"),
+        ("nemotron_json", "<TOOLCALL>[{}]</TOOLCALL>"),
+        ("llama3_json", "{}"),
+        ("json", "{}"),
+    ],
 )
 def test_an_answer_of_a_form_stands_for_itself_or_calls(vocabulary: Vocabulary, parser: str, call: str) -> None:
     grammar = answering_grammar(_use(parallel=False), Dialect(parser), _no_special, ANSWER)
@@ -114,6 +131,8 @@ def test_several_calls_come_only_where_they_may(vocabulary: Vocabulary) -> None:
         assert grammar is not None
         matcher = compile_grammar(vocabulary, grammar)
         assert _takes(matcher, vocabulary, f"<tool_call>{ROME}</tool_call>\n<tool_call>{NOTE}</tool_call>") == wanted
+        matcher = compile_grammar(vocabulary, free_grammar(_use(parallel), Dialect("nemotron_json"), _no_special))
+        assert _takes(matcher, vocabulary, f"<TOOLCALL>[{ROME}, {NOTE}]</TOOLCALL>") == wanted
 
 
 def test_marks_that_are_special_tokens_are_named_by_their_ids(vocabulary: Vocabulary) -> None:
