@@ -34,7 +34,7 @@ Attention = Literal["auto", "flashinfer", "flashinfer_fp8", "cpu"]
 ExpertExchange = Literal["sum", "all_to_all"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # int8, int4 and fp8 are made while a plain checkpoint is loaded; the others, and fp8, say what the checkpoint is.
-QuantizationName = Literal["int8", "int4", "gguf", "compressed-tensors", "gptq", "awq", "fp8"]
+QuantizationName = Literal["int8", "int4", "gguf", "compressed-tensors", "gptq", "awq", "fp8", "modelopt"]
 WeightsForm = Literal["plain", "int8", "int4", "fp8"]  # of one plain checkpoint's weights
 TransferName = Literal["nixl", "ucx"]
 PolicyName = Literal["slo", "least_loaded", "kv_cost", "round_robin"]

@@ -27,7 +27,7 @@ from .parts.short_convolutions import inner_size
 from .parts.state_kinds import read_states
 from .parts.states import StatesConfig
 from .quantization import Quantization
-from .quantization_config import read_quantization
+from .quantization_config import MODELOPT_FILE, read_quantization, with_modelopt
 from .stored.safetensors import read_header, safetensors_files, stored_dtype
 from .tokenizer_files import read_end_tokens
 
@@ -80,9 +80,11 @@ class ModelConfig:
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelConfig:
         """Raises ConfigError with the file's name and the value that does not fit."""
-        raw = _read_json(model_dir / "config.json")
-        generation_path = model_dir / "generation_config.json"
-        generation = _read_json(generation_path) if generation_path.is_file() else {}
+        generation, beside = (
+            _read_json(model_dir / name) if (model_dir / name).is_file() else {}
+            for name in ("generation_config.json", MODELOPT_FILE)
+        )
+        raw = with_modelopt(_read_json(model_dir / "config.json"), beside)
         config = _parse(ConfigFields(model_dir / "config.json", raw), generation)
         if not config.tie_embeddings and _lacks_head(model_dir):
             config = replace(config, tie_embeddings=True, has_head=False)

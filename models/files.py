@@ -22,6 +22,7 @@ from ..common.errors import ConfigError
 from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir, gguf_model_dir
 from .families.lookup import needs_code
 from .gguf.files import gguf_name
+from .quantization_config import MODELOPT_FILE
 from .stored.pointer import LFS_POINTER, refuse_pointer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -104,7 +105,7 @@ def resolve_config(name: str | None, revision: str | None = None) -> Path:
     """Find the folder of a model's config.json, fetching that and nothing else. Raises ConfigError."""
     if name is None or not is_on_hub(name):
         return resolve_model(name, revision).dir
-    wanted = (*_MAY_ASK_FOR_CODE, "generation_config.json")
+    wanted = (*_MAY_ASK_FOR_CODE, "generation_config.json", MODELOPT_FILE)
     return _checked(ResolvedModel(_snapshot(name, revision, None, wanted=wanted), name)).dir
 
 

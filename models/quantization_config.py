@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -11,6 +11,8 @@ from ..common.errors import ConfigError
 from .families.module_names import full_name
 from .parts.config_fields import ConfigFields
 from .quantization import GGUF_KINDS, Quantization, Rule, Storage
+
+MODELOPT_FILE = "hf_quant_config.json"  # what NVIDIA's Model Optimizer writes, and nothing to config.json at first
 
 _HEAD = Rule("lm_head", None)
 _MAX_REPEATS = 4  # of an expression: with each more the time it may take grows by the length of a module's name
@@ -28,6 +30,14 @@ def read_quantization(config: ConfigFields) -> Quantization | None:
     is_nested = config.has("text_config")
     rules = [Rule(full_name(rule.target), rule.storage, is_nested=is_nested) for rule in found.rules]
     return replace(found, rules=tuple(rules))
+
+
+def with_modelopt(config: Mapping[str, object], beside: Mapping[str, object]) -> dict[str, object]:
+    """Return config.json with what the file of Model Optimizer `beside` it says, unless it says something itself."""
+    told = beside.get("quantization")
+    if config.get("quantization_config") is not None or not isinstance(told, dict):
+        return dict(config)
+    return {**config, "quantization_config": {"quant_method": "modelopt", **told}}
 
 
 def _gptq(fields: ConfigFields) -> Quantization:
@@ -71,6 +81,19 @@ def _fp8(fields: ConfigFields) -> Quantization:
         storage = Storage(layout="float8", sharing="block", block=_block(fields, block), scale_name=scale_name)
     excluded = [*_excluded(fields, "modules_to_not_convert"), *_excluded(fields, "ignored_layers")]
     return _named(fields, storage, [_HEAD, *excluded, Rule("Linear", storage)])
+
+
+def _modelopt(fields: ConfigFields) -> Quantization:
+    kind = _choice(fields, "quant_algo", "", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"))
+    storage = Storage(layout="float8", sharing="tensor" if kind == "FP8" else "group")
+    patterns = [*_flat(fields.raw.get("exclude_modules")), *_flat(fields.raw.get("ignore"))]
+    excluded = [_rule(fields, _with_wildcards(pattern), None) for pattern in patterns]
+    return _named(fields, storage, [*excluded, Rule("Linear", storage)])
+
+
+def _with_wildcards(pattern: str) -> str:
+    """Return the target of a module's name in which a star stands for anything."""
+    return f"re:{re.escape(pattern).replace(re.escape('*'), '.*')}" if "*" in pattern else pattern
 
 
 def _mxfp4(_: ConfigFields) -> Quantization:
@@ -226,5 +249,6 @@ _READERS: dict[str, Callable[[ConfigFields], Quantization]] = {
     "fp8": _fp8,
     "gguf": _gguf,
     "gptq": _gptq,
+    "modelopt": _modelopt,
     "mxfp4": _mxfp4,
 }

@@ -179,6 +179,19 @@ def _compressed_float8(strategy: str) -> Format:
     return _compressed("float-quantized", weights, _float8(strategy), [])
 
 
+def _modelopt(kind: str, strategy: str) -> Format:
+    """As Model Optimizer writes it: scales have no dimension, or one; stars stand for anything."""
+
+    def make(rng: np.random.Generator, size_out: int, size_in: int) -> Matrix:
+        tensors, meant = _float8(strategy)(rng, size_out, size_in)
+        scale = torch.from_numpy(np.asarray(tensors["weight_scale"]))
+        return tensors | {"weight_scale": scale.squeeze(), "input_scale": torch.tensor(0.5)}, meant
+
+    config: dict[str, object] = {"quant_method": "modelopt", "quant_algo": kind}
+    config |= {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head", "model.layers.0.mlp*", "*1*.o_proj"]}
+    return Format(config, make, ("layers.0.mlp", "layers.1.self_attn.o_proj"))
+
+
 FORMATS = {
     "compressed int8 channel": _integers("channel"),
     "compressed int8 tensor": _integers("tensor"),
@@ -204,6 +217,8 @@ FORMATS = {
         _float8("block", "weight_scale_inv"),
         ("layers.0.mlp.gate_proj",),
     ),
+    "modelopt fp8 tensor": _modelopt("FP8", "tensor"),
+    "modelopt fp8 channel": _modelopt("FP8_PER_CHANNEL_PER_TOKEN", "channel"),
     "gptq 4": _gptq(4),
     "gptq 4 act-order": _gptq(4, act_order=True),
     "gptq 4 asymmetric act-order": _gptq(4, symmetric=False, act_order=True),

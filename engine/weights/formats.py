@@ -54,7 +54,11 @@ def _float8(storage: Storage, read: Read) -> Tensor:
     if storage.sharing == "block":
         for dim, size in enumerate(storage.block):
             scales = scales.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
-    return weight.mul_(scales.reshape(()) if storage.sharing == "tensor" else scales)
+    elif storage.sharing == "tensor":
+        scales = scales.reshape(())
+    else:  # a vector, or a column
+        scales = scales.reshape(-1, 1)
+    return weight.mul_(scales)
 
 
 def _integers(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:

@@ -20,6 +20,7 @@ from ..engine_driver import GREEDY, Driver, make_engine
 from ..quantized import FORMATS, in_format, put_config
 from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, write_model
 from .test_adapters import put, sequence
+from .transformers_reference import reference_logprobs
 
 VARIANTS = {"dense": NEMOTRON_H, "experts": NEMOTRON_H_MOE}
 PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(40)]
@@ -53,16 +54,22 @@ def test_adapters_go_beside_every_block(checkpoints: Path, tmp_path: Path, name:
     assert driver.generate([driver.add(PROMPT)], chunk=9) != wanted
 
 
-@pytest.mark.parametrize("form", ["compressed fp8 channel", "compressed int4 packed", "gptq 4", "fp8 tensor"])
+# What a format leaves out of the layer that attends, by the backbone's names.
+LEFT = "backbone.layers.2.mixer"
+EXCLUDED: dict[str, dict[str, object]] = {
+    "compressed": {"ignore": ["lm_head", f"{LEFT}.q_proj", f"{LEFT}.in_proj", f"re:^{LEFT}.[kvo]", f"re:{LEFT}.out"]},
+    "modelopt": {"exclude_modules": ["lm_head", f"{LEFT}*"]},
+}
+
+
+@pytest.mark.parametrize(
+    "form", ["compressed fp8 channel", "compressed int4 packed", "gptq 4", "fp8 tensor", "modelopt fp8 tensor"]
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_quantized_matrices_are_those_that_are_meant(checkpoints: Path, tmp_path: Path, name: str, form: str) -> None:
-    """A module of the backbone is excluded by its name there, others by an expression."""
-    left = "backbone.layers.2.mixer"
-    stored_as = FORMATS[form]
-    if form.startswith("compressed"):
-        ignored = ["lm_head", f"{left}.q_proj", f"{left}.in_proj", f"re:^{left}.[kvo]", f"re:{left}.out_proj"]
-        stored_as = replace(stored_as, config=stored_as.config | {"ignore": ignored})
-    plain = (f"{left}.",) if form.startswith("compressed") else ()
+    excluded = EXCLUDED.get(form.partition(" ")[0], {})
+    stored_as = replace(FORMATS[form], config=FORMATS[form].config | excluded)
+    plain = (f"{LEFT}.",) if excluded else ()
     stored, meant = in_format(stored_as, load_file(checkpoints / name / "model.safetensors"), plain=plain)
     found = {}
     for kind, tensors in (("quantized", stored), ("plain", meant)):
@@ -72,6 +79,17 @@ def test_quantized_matrices_are_those_that_are_meant(checkpoints: Path, tmp_path
             put_config(tmp_path / kind, quantization_config=stored_as.config)
         found[kind] = _logprobs(make_engine(tmp_path / kind))
     torch.testing.assert_close(found["quantized"], found["plain"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_layers_that_attend_or_feed_need_no_states(tmp_path: Path, exact: bool) -> None:
+    types = ["mlp", "full_attention", "full_attention", "mlp"]
+    write_model(tmp_path, transformers.NemotronHConfig(**SMALL | NEMOTRON_H | {"layers_block_type": types}))
+    engine = make_engine(tmp_path, deterministic=exact)
+    driver, asked = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=20)
+    [answer] = driver.generate([driver.add(PROMPT, asked)], chunk=9)
+    following = reference_logprobs(tmp_path, (*PROMPT, *answer[:-1]))[len(PROMPT) - 1 :]
+    assert engine.model_config.states is None and following.argmax(1).tolist() == answer
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,22 @@ def test_hundreds_of_excluded_modules_are_not_tried_one_by_one(monkeypatch: pyte
     assert found.storage("model.layers.93.mlp.gate") is None
     assert found.storage("model.layers.93.mlp.experts.127.gate_proj") is not None
     assert tried == ["Linear"]
+
+
+def test_model_optimizer_tells_of_8_bit_floats_in_a_file_of_its_own(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tokenizer=False)
+    told = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head", "*layers.1.*"]}
+    beside = tmp_path / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt", "version": "0.29"}, "quantization": told}))
+    found = ModelConfig.from_dir(tmp_path).quantization
+    assert found is not None and found.name == "modelopt fp8" and found.storage("lm_head") is None
+    assert found.storage("model.layers.1.mlp.up_proj") is None
+    assert found.storage(UP) == Storage(layout="float8", sharing="tensor")
+    assert chosen_quantization(found, "modelopt") is found
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": GPTQ}))
+    assert ModelConfig.from_dir(tmp_path).weights_form == "gptq int4 in groups of 128"  # config.json goes first
+    beside.write_text(json.dumps({"quantization": told | {"quant_algo": "NVFP4"}}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quant_algo = 'NVFP4': is not supported; these are: FP8, FP8_PER"):
+        ModelConfig.from_dir(tmp_path)
