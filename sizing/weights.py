@@ -34,7 +34,7 @@ _FUSED = (
     *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj")),
     *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
 )
-_WHOLE = ("kv_a_proj_with_mqa", "q_a_proj")  # on every rank
+_WHOLE = ("kv_a_proj_with_mqa", "q_a_proj", "fc1_latent_proj", "fc2_latent_proj")  # on every rank
 _BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2")
 _GATES = (".gate.", ".router.", ".shared_expert_gate.")  # of experts: float32, and whole on every rank
 # Of layers with states, float32 as well: engine/nn/convolution.py.

@@ -50,7 +50,7 @@ class ExchangedMLP(SparseMLP):
         share = -(-len(x) // self.comm.size)  # of each rank; the last ones have less, or nothing
         first = min(len(x), share * self.comm.rank)
         mine = slice(first, min(len(x), first + share))
-        total = self._routed(x, mine)
+        total = self.widened(self._routed(x, mine))
         if self.shared is not None and len(total):
             slots = None if self.step is None else self.step.slots(len(x))
             is_few = len(x) <= TILE
@@ -63,6 +63,7 @@ class ExchangedMLP(SparseMLP):
         """Return the sums of this rank's rows over their experts, wherever these are: [rows, hidden], float32."""
         chosen, weights = self.gate.choose(x)
         self.taken += self._counts(chosen.flatten())
+        x = self.narrowed(x)
         rows, chosen, weights = x[mine], chosen[mine], weights[mine]
         is_there = self._holders.of(rows, chosen) == self._ranks  # [ranks, rows, num_chosen]
         to, row = is_there.any(2).nonzero().unbind(1)  # rank after rank, row after row

@@ -2,6 +2,8 @@
 
     gate: scores, the best of them  ->  rows grouped by expert  ->  each expert's MLP  ->  the weighted sum
 
+Some families' routed experts see rows that are made narrower before, and wide again behind the sum (`NarrowRows`).
+
 A row's sum is taken in the order of its experts. Ranks have a part of each expert, or each its own whole experts
 (`Builder.expert_plan`); either way every rank chooses for all rows, and one sum over the ranks follows, unless rows
 are exchanged (`exchange.py`). An expert that several ranks hold is computed by one of them for each row. Which one, the
@@ -17,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ...common.expert_plan import Held, copies_of, shares
-from ...models.parts.experts import ExpertsConfig
+from ...models.parts.experts import ExpertsConfig, Narrowing
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight, Leaf, WeightSlot
 from .builder import Builder
 from .feed_forward import MLP, make_mlp
-from .layers import Linear
+from .layers import ColumnParallelLinear, Linear, Part
 from .stacked_experts import ExpertStack, StackedExpert
 from .step_groups import StepGroups
 
@@ -81,6 +83,22 @@ class SharedGate(Linear):
 
     def slots(self) -> Iterator[WeightSlot]:
         yield from self.weight.slots(self.name, (1, self.weight.num_inputs))
+
+
+class NarrowRows:
+    """Two linears around the routed experts make rows narrower and wide again, each whole on every rank."""
+
+    def __init__(self, builder: Builder, layer: str, narrowing: Narrowing) -> None:
+        builder, hidden = replace(builder, comm=Communicator()), builder.config.hidden_size
+        self._dtype = builder.dtype
+        size = narrowing.size
+        before, behind = Part(f"{layer}.{narrowing.before}", size), Part(f"{layer}.{narrowing.behind}", hidden)
+        self.before = ColumnParallelLinear(builder, before.name, hidden, [before], bias=False)
+        self.behind = ColumnParallelLinear(builder, behind.name, size, [behind], bias=False)
+
+    def behind_sum(self, total: Tensor) -> Tensor:
+        """[rows, narrow] float32 -> [rows, hidden] float32. A rank's part of the sums gives its part of the results."""
+        return self.behind(total.to(self._dtype)).float()
 
 
 class Replicas:
@@ -149,10 +167,12 @@ class SparseMLP:
             self.stack = ExpertStack(own, name, experts, self.held, are_whole=held is not None)
             self.experts = self.stack.experts
         else:
+            size, row_size = experts.intermediate_size, None if experts.narrowing is None else experts.narrowing.size
             self.experts = [
-                make_mlp(own, f"{layer}.{experts.expert(index)}", experts.intermediate_size, experts.parts)
+                make_mlp(own, f"{layer}.{experts.expert(index)}", size, experts.parts, row_size=row_size)
                 for index in self.held
             ]
+        self.narrowing = None if experts.narrowing is None else NarrowRows(builder, layer, experts.narrowing)
         for expert in self.experts:
             expert.gate_up_proj.takes_some_rows = expert.down_proj.takes_some_rows = True
         self._by_number = dict(zip(self.held, self.experts, strict=True))
@@ -177,10 +197,18 @@ class SparseMLP:
         if self.replicas is not None:
             own = self.replicas.own(x, chosen)
             counts = self._counts(own)
-        total = self._part(x, own, counts, weights)
+        total = self.widened(self._part(self.narrowed(x), own, counts, weights))
         if self.shared is not None:
             total += self.of_shared(self.shared, x)
         return self.comm.all_reduce(total.to(x.dtype))
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """Return rows as the routed experts see them."""
+        return x if self.narrowing is None else self.narrowing.before(x)
+
+    def widened(self, total: Tensor) -> Tensor:
+        """Return rows' sums over some of their experts, float32, as the residual stream has them."""
+        return total if self.narrowing is None else self.narrowing.behind_sum(total)
 
     def of_shared(self, shared: MLP, x: Tensor) -> Tensor:
         """Return this rank's part of what every token takes."""
@@ -235,6 +263,8 @@ class SparseMLP:
 
     def leaves(self) -> Iterator[Leaf]:
         yield self.gate
+        if self.narrowing is not None:
+            yield from (self.narrowing.before, self.narrowing.behind)
         if self.stack is not None:
             yield self.stack
         for expert in self.experts:

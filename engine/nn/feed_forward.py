@@ -38,19 +38,27 @@ class MLP(ABC):
     """Implements `FeedForward`: down(activated(what goes before))."""
 
     def __init__(
-        self, builder: Builder, name: str, size: int, names: Sequence[str], *, fused: str | None = None
+        self,
+        builder: Builder,
+        name: str,
+        size: int,
+        names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+        *,
+        fused: str | None = None,
+        row_size: int | None = None,
     ) -> None:
         """`size`: inner columns, of all ranks. `names`: of the matrices in the checkpoint, the one behind the
-        activation last; those before it, where it has no tensor `fused` of them.
+        activation last; those before it, where it has no tensor `fused` of them. `row_size`: numbers of a token; None:
+        the residual stream's.
         """
         config = builder.config
-        bias = config.mlp_bias
+        bias, row_size = config.mlp_bias, row_size or config.hidden_size
         *before, down = (f"{name}.{part}" for part in names)
         parts = column_parts(before, [size] * len(before), fused=None if fused is None else f"{name}.{fused}")
         self._activation = _ACTIVATIONS[config.activation]
         # Of one without a gate: up alone.
-        self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", config.hidden_size, parts, bias=bias)
-        self.down_proj = RowParallelLinear(builder, down, size, config.hidden_size, bias=bias)
+        self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", row_size, parts, bias=bias)
+        self.down_proj = RowParallelLinear(builder, down, size, row_size, bias=bias)
 
     @property
     def num_inner(self) -> int:
@@ -75,17 +83,9 @@ class MLP(ABC):
 class GatedMLP(MLP):
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(
-        self,
-        builder: Builder,
-        name: str,
-        size: int,
-        names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
-        *,
-        fused: str | None = None,
-    ) -> None:
-        super().__init__(builder, name, size, names, fused=fused)
-        self.is_silu = builder.config.activation == "silu"
+    @property
+    def is_silu(self) -> bool:
+        return self._activation is F.silu
 
     def activated(self, gate_up: Tensor) -> Tensor:
         """[rows, 2 inner], gates before ups -> [rows, inner]."""
@@ -100,7 +100,15 @@ class PlainMLP(MLP):
         return self._activation(gate_up.float()).to(gate_up.dtype)
 
 
-def make_mlp(builder: Builder, name: str, size: int, names: Sequence[str], *, fused: str | None = None) -> MLP:
-    """Make the MLP of so many matrices: of three, or of `fused` and one, it has a gate."""
+def make_mlp(
+    builder: Builder,
+    name: str,
+    size: int,
+    names: Sequence[str],
+    *,
+    fused: str | None = None,
+    row_size: int | None = None,
+) -> MLP:
+    """Make the MLP of so many matrices: of three it has a gate."""
     make = PlainMLP if len(names) == 2 else GatedMLP
-    return make(builder, name, size, names, fused=fused)
+    return make(builder, name, size, names, fused=fused, row_size=row_size)

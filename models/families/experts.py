@@ -36,6 +36,9 @@ class ExpertTraits:
     shared_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     shared_fused: str | None = None  # a tensor of its gate and up
     shared_size_key: str | None = None  # of its inner columns in config.json; None: it is as large as so many experts
+    # What makes a token's row narrower before the routed experts, and their sum as wide as it was, in `module`;
+    # config.json tells how narrow, or that they see it as it is.
+    narrowing: tuple[str, str] | None = None
     shared_gate: str | None = None  # a vector in `module`, whose sigmoid with a token is the shared one's weight
 
 
@@ -81,6 +84,7 @@ NEMOTRON_H_EXPERTS = ExpertTraits(
     score_bias="gate.e_score_correction_bias",
     shared_parts=("up_proj", "down_proj"),
     shared_size_key="moe_shared_expert_intermediate_size",
+    narrowing=("fc1_latent_proj", "fc2_latent_proj"),
 )
 QWEN_NEXT_EXPERTS = ExpertTraits(
     normalised_default=True,

@@ -47,6 +47,14 @@ class StackPart(NamedTuple):
     is_transposed: bool
 
 
+class Narrowing(NamedTuple):
+    """Routed experts see narrower rows than the residual stream's: `ExpertTraits.narrowing`."""
+
+    size: int  # numbers of a row
+    before: str  # the names in a layer
+    behind: str
+
+
 @dataclass(slots=True, frozen=True, kw_only=True)
 class ExpertsConfig:
     """The experts of each sparse layer, of the whole model."""
@@ -66,6 +74,7 @@ class ExpertsConfig:
     shared_parts: tuple[str, ...] = ExpertTraits().shared_parts
     shared_fused: str | None = None
     shared_gate: str | None = None  # in a layer: `ExpertTraits.shared_gate`; None: what it yields is taken as it is
+    narrowing: Narrowing | None = None
     gate_name: str = "gate"
     is_stacked: bool = False
     stacks: Stacks | None = None
@@ -97,8 +106,13 @@ class ExpertsConfig:
             shapes[f"{layer}.{self.shared_gate}.weight"] = (1, hidden_size)
         if self.is_stacked:
             return shapes | self._stacked_shapes(layer, hidden_size)
+        row_size = hidden_size
+        if self.narrowing is not None:
+            row_size, before, behind = self.narrowing
+            shapes[f"{layer}.{before}.weight"] = (row_size, hidden_size)
+            shapes[f"{layer}.{behind}.weight"] = (hidden_size, row_size)
         for index in range(self.num_experts):
-            shapes |= _mlp_shapes(f"{layer}.{self.expert(index)}", self.parts, self.intermediate_size, hidden_size)
+            shapes |= _mlp_shapes(f"{layer}.{self.expert(index)}", self.parts, self.intermediate_size, row_size)
         if self.shared_size:
             name = f"{layer}.{self.shared}"
             shapes |= _mlp_shapes(name, self.shared_parts, self.shared_size, hidden_size, self.shared_fused)
@@ -192,12 +206,21 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         shared=traits.shared if traits.shared_is_beside else f"{traits.module}.{traits.shared}",
         shared_parts=traits.shared_parts,
         shared_fused=traits.shared_fused,
+        narrowing=_narrowing(fields, traits),
         shared_gate=None if traits.shared_gate is None else f"{traits.module}.{traits.shared_gate}",
     )
 
 
 def _has_none(fields: ConfigFields, traits: ExpertTraits) -> bool:
     return traits.is_optional and fields.raw.get(fields.told(_COUNTS)) == 0
+
+
+def _narrowing(fields: ConfigFields, traits: ExpertTraits) -> Narrowing | None:
+    if traits.narrowing is None or not fields.has("moe_latent_size"):
+        return None
+    if fields.flag("mlp_bias", default=False):
+        raise fields.refuse("moe_latent_size", "experts of narrower rows with biases (mlp_bias) are not supported")
+    return Narrowing(fields.count("moe_latent_size"), *(f"{traits.module}.{name}" for name in traits.narrowing))
 
 
 def _shared_size(fields: ConfigFields, traits: ExpertTraits, size: int) -> int:

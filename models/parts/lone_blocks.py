@@ -40,8 +40,6 @@ def in_common_words(fields: ConfigFields) -> ConfigFields:
     """
     if fields.raw.get("mamba_hidden_act", "silu") not in ("silu", "swish"):
         raise fields.refuse("mamba_hidden_act", "only silu is supported")
-    if fields.has("moe_latent_size"):
-        raise fields.refuse("moe_latent_size", "experts of narrower rows than the residual stream's are not supported")
     types = _types(fields)
     if fields.has("num_hidden_layers") and fields.count("num_hidden_layers") != len(types):
         raise fields.refuse("num_hidden_layers", f"{len(types)} layers have a type")

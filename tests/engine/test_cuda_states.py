@@ -58,6 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "granite 4": ("GraniteMoeHybrid", MAMBA | {"num_local_experts": 0, "num_experts_per_tok": 0}),
     "nemotron h": ("NemotronH", NEMOTRON_H),
     "nemotron h, with experts": ("NemotronH", NEMOTRON_H_MOE),
+    "nemotron h, with experts of narrower rows": ("NemotronH", NEMOTRON_H_MOE | {"moe_latent_size": 32}),
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
 LENGTHS = [1, 15, 16, 90]

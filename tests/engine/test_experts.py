@@ -24,7 +24,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.router.state.expert_load import ExpertLoad
 
 from ..engine_driver import Driver, engine_config, make_engine, prompts
-from ..transformers_checkpoints import SMALL, write_model
+from ..transformers_checkpoints import NEMOTRON_H_MOE, SMALL, write_model
 from .transformers_reference import reference_logprobs
 
 LENGTHS = [1, 2, 15, 16, 17, 40, 100, 300, 1, 33]
@@ -60,6 +60,7 @@ ERNIE: dict[str, Any] = {
     "moe_layer_interval": 2,
     "moe_layer_end_index": 2,
 }
+NARROW = NEMOTRON_H_MOE | {"layers_block_type": ["full_attention", "moe", "mlp"], "moe_latent_size": 32}
 SOLAR_OPEN = {key: GLM_4[key] for key in GLM_4.keys() - {"use_qk_norm"}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Moe", QWEN3),
@@ -82,6 +83,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4.5": ("Ernie4_5_Moe", ERNIE),
     "dots1": ("Dots1", GLM_4 | {"head_dim": 16, "first_k_dense_replace": 1, "n_shared_experts": 2}),
     "solar open": ("SolarOpen", SOLAR_OPEN),
+    "layers of one block": ("NemotronH", NEMOTRON_H_MOE | {"layers_block_type": ["full_attention", "moe"] * 2}),
+    "narrower rows": ("NemotronH", NARROW),
     "mixtral window": ("Mixtral", MIXTRAL | {"sliding_window": 20}),
 }
 
@@ -145,6 +148,8 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, variant: str) -> 
         ("granite", True, PLAN, "all_to_all"),
         ("hunyuan", True, PLAN, "all_to_all"),
         ("glm4", True, None, "all_to_all"),
+        ("narrower rows", False, None, "sum"),
+        ("narrower rows", True, None, "all_to_all"),
     ],
     ids=str,
 )

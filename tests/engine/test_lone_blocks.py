@@ -22,7 +22,8 @@ from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, write_
 from .test_adapters import put, sequence
 from .transformers_reference import reference_logprobs
 
-VARIANTS = {"dense": NEMOTRON_H, "experts": NEMOTRON_H_MOE}
+NARROW = NEMOTRON_H_MOE | {"moe_latent_size": 32}
+VARIANTS = {"dense": NEMOTRON_H, "experts": NEMOTRON_H_MOE, "experts of narrower rows": NARROW}
 PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(40)]
 
 
@@ -44,7 +45,7 @@ def _logprobs(engine: Engine) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_adapters_go_beside_every_block(checkpoints: Path, tmp_path: Path, name: str) -> None:
-    targets = ("in_proj", "out_proj", "q_proj", "o_proj", "up_proj", "down_proj")
+    targets = ("in_proj", "out_proj", "q_proj", "o_proj", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj")
     adapter = write_adapter(tmp_path / "adapter", checkpoints / name, rank=8, targets=targets, seed=3, alpha=32)
     engine = make_engine(checkpoints / name, enable_lora=True, max_loras=2)
     put(engine, 1, adapter)

@@ -58,6 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "nemotron h": ("NemotronH", NEMOTRON_H | {"use_conv_bias": False}),
     "nemotron h, with experts": ("NemotronH", NEMOTRON_H_MOE | {"use_bias": True}),
+    "nemotron h, with experts of narrower rows": ("NemotronH", NEMOTRON_H_MOE | {"moe_latent_size": 32}),
     "qwen3 next, some dense": (
         "Qwen3Next",
         EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 5},

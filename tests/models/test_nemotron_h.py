@@ -64,6 +64,18 @@ def test_experts_have_no_gate_and_one_that_is_shared(tmp_path: Path) -> None:
     }
 
 
+def test_experts_may_see_narrower_rows(tmp_path: Path) -> None:
+    model = model_of(tmp_path, SPARSE, moe_latent_size=1024)
+    shapes = tensor_shapes(model)
+    assert shapes["model.layers.1.mixer.fc1_latent_proj.weight"] == (1024, 2688)
+    assert shapes["model.layers.1.mixer.fc2_latent_proj.weight"] == (2688, 1024)
+    assert shapes["model.layers.1.mixer.experts.0.up_proj.weight"] == (1856, 1024)
+    assert shapes["model.layers.1.mixer.experts.0.down_proj.weight"] == (1024, 1856)
+    assert shapes["model.layers.1.mixer.shared_experts.up_proj.weight"] == (3712, 2688)
+    with pytest.raises(ConfigError, match="moe_latent_size = 1024: experts of narrower rows with biases"):
+        model_of(tmp_path, SPARSE, moe_latent_size=1024, mlp_bias=True)
+
+
 @pytest.mark.parametrize(
     ("name", "params", "active"),
     [(DENSE, 8.89e9, 8.89e9), (SPARSE, 31.6e9, 3.6e9)],  # their model cards
@@ -95,7 +107,6 @@ def test_a_list_of_types_says_what_the_pattern_says(tmp_path: Path, name: str, w
         ({PATTERN: "M-" * 28}, "a model without a layer that keeps keys and values is not supported"),
         ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act = 'gelu': only silu is supported"),
         ({"mlp_hidden_act": "relu"}, "hidden_act = 'relu': only silu and swish and gelu_pytorch_tanh and relu2 are"),
-        ({"moe_latent_size": 1024}, "moe_latent_size = 1024: experts of narrower rows"),
         ({"n_groups": 7}, "mamba_n_groups = 7: must divide mamba_n_heads = 128"),
         ({"time_step_limit": [0.001, 0.1]}, "time_step_limit = .*: bounds of time steps are not supported"),
         ({"mamba_num_heads": None}, "mamba_num_heads = None: must be a whole number of at least 1"),

@@ -11,6 +11,7 @@ import torch
 
 from kvferry.common.expert_plan import ExpertPlan, even_split
 from kvferry.engine.engine import Engine
+from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 from kvferry.sizing.memory import cache_token_bytes, weight_bytes
@@ -78,19 +79,18 @@ _STATES: dict[str, object] = {
     "linear_value_head_dim": 48,
 }
 _GATED: dict[str, object] = _EXPERTS | {"shared_expert_intermediate_size": 256}
-_MAMBA: dict[str, object] = {"num_hidden_layers": 6, "mamba_num_heads": 8, "mamba_head_dim": 48, "n_groups": 2}
-_LONE_EXPERTS: dict[str, object] = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 256,
-    "moe_shared_expert_intermediate_size": 320,
-}
 IN_FLOAT32: dict[str, tuple[str, dict[str, object]]] = {
     "states": ("Qwen3_5", _STATES),
     "states, key head by key head, and experts": ("Qwen3Next", _STATES | _GATED),
     "a shared expert with a gate": ("Qwen2Moe", _GATED),
-    "layers of one block": ("NemotronH", _MAMBA | {"hybrid_override_pattern": "M-M*-M"}),
-    "layers of one block, and experts": ("NemotronH", _MAMBA | _LONE_EXPERTS | {"hybrid_override_pattern": "ME*EM-"}),
+}
+_LONE: dict[str, object] = {"num_hidden_layers": 6, "mamba_num_heads": 8, "mamba_head_dim": 48, "n_groups": 2}
+_LONE_EXPERTS: dict[str, object] = _LONE | {
+    "hybrid_override_pattern": "ME*EM-",
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 320,
 }
 PRECISIONS = ("plain", "int8", "int4")
 
@@ -187,6 +187,19 @@ def test_weights_that_are_float32_in_every_model_are_counted(tmp_path: Path, nam
         config = engine_config(tmp_path, quantization=asked, load_format="dummy", swap_space=0, block_size=16)
         pages = NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
         assert weight_bytes(config, model) == pytest.approx(_taken(config, 1) - pages, rel=1e-3), precision
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [_LONE | {"hybrid_override_pattern": "M-M*-M"}, _LONE_EXPERTS, _LONE_EXPERTS | {"moe_latent_size": 128}],
+    ids=["dense", "experts", "experts of narrower rows"],
+)
+def test_layers_of_one_block_are_counted_to_the_byte(tmp_path: Path, fields: dict[str, object]) -> None:
+    told = _SMALL | fields | {"architectures": ["NemotronHForCausalLM"], "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    model = ModelConfig.from_dir(tmp_path)
+    decoder = Decoder(model, Communicator(), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert weight_bytes(engine_config(tmp_path), model) == sum(slot.target.nbytes for slot in decoder.slots())
 
 
 @pytest.mark.parametrize("name", ["llama", "experts"])
