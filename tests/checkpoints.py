@@ -24,7 +24,7 @@ from torch import Tensor
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "granite", "olmo2", "olmo3", "phi3",
     "smollm3", "seed_oss", "mistral3", "ministral3", "glm", "glm4", "ernie4_5", "exaone4", "cwm",
-    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "granitemoehybrid", "hunyuan_v1_dense", "cohere2",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "granitemoehybrid", "hunyuan_v1_dense", "cohere2", "arcee",
 ]  # fmt: skip
 
 BOS, EOS, IM_START, IM_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
@@ -39,6 +39,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+YARN_OF_ARCEE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10_000.0}
 # What makes a family of transformers' own classes itself; sizes are those of `Shape`.
 OWN_CLASSES: dict[str, dict[str, object]] = {
     "gemma2": {"query_pre_attn_scalar": 40, "attn_logit_softcapping": 20.0, "sliding_window": 20},
@@ -68,6 +69,7 @@ OWN_CLASSES: dict[str, dict[str, object]] = {
         "layer_types": ["attention", "attention"],
         "position_embedding_type": "rope",
     },
+    "arcee": {"mlp_bias": True, "rope_parameters": YARN_OF_ARCEE},
     "hunyuan_v1_dense": {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10_000.0},

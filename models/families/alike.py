@@ -16,6 +16,14 @@ GLM4 = Family(
     has_partial_rope=True,
     has_neighbours=True,
 )
+ARCEE = Family(
+    name="arcee",
+    defaults={"hidden_act": "relu2", "rms_norm_eps": 1e-5},
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    mlp=MlpNames(gate=None),
+)
 ERNIE4 = Family(
     name="ernie4_5",
     defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": True},

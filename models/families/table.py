@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .alike import ERNIE4, EXAONE4, GLM4, HUNYUAN_DENSE, LFM2, LFM2_MOE, NEMOTRON_H, QWEN_NEXT
+from .alike import ARCEE, ERNIE4, EXAONE4, GLM4, HUNYUAN_DENSE, LFM2, LFM2_MOE, NEMOTRON_H, QWEN_NEXT
 from .defaults import COHERE2, GEMMA, GEMMA3, OLMO3
 from .experts import (
     DEEPSEEK_V2,
@@ -32,6 +32,7 @@ from .family import Family, MlpNames
 
 FAMILIES = {
     "LlamaForCausalLM": Family(name="llama", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "ArceeForCausalLM": ARCEE,
     "SmolLM3ForCausalLM": Family(
         name="smollm3",
         defaults={"no_rope_layer_interval": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},

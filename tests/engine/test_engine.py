@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "cohere2": ("cohere2", {"tie_embeddings": True}),
     "cohere2 without a window": ("cohere2", {"config": {"layer_types": ["full_attention"] * 4}}),
     "cohere2, another scale": ("cohere2", {"config": {"logit_scale": 0.25, "sliding_window": 40}}),
+    "arcee": ("arcee", {"tie_embeddings": True}),
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan, any length": ("hunyuan_v1_dense", {"config": {"rope_parameters": {"rope_type": "default"} | THETA}}),
     "olmo3": ("olmo3", {}),
@@ -138,7 +139,7 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["granite", "olmo2", "olmo3", "phi3", "smollm3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("variant", ["granite", "olmo2", "olmo3", "phi3", "smollm3", "gemma2", "gemma3", "arcee"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_long_prompts_and_exact_steps_are_those_of_transformers(checkpoints: Path, variant: str, exact: bool) -> None:
     driver = Driver(make_engine(checkpoints / variant, deterministic=exact))
@@ -158,7 +159,7 @@ def test_long_sequences_turn_by_factors_of_their_own(checkpoints: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["olmo2", "phi3", "smollm3", "gemma3"])
+@pytest.mark.parametrize("variant", ["olmo2", "phi3", "smollm3", "gemma3", "arcee"])
 def test_two_ranks_say_what_transformers_says(checkpoints: Path, variant: str) -> None:
     config = engine_config(checkpoints / variant, tensor_parallel_size=2)
     asked = prompts([1, 33, 70])
