@@ -67,7 +67,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
 def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
     if model.states is not None:
-        check_states(config)
+        check_states(config, is_cuda=device.type == "cuda")
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
     if (quantization := model.quantization) is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice, repeat
 from typing import TYPE_CHECKING
@@ -24,14 +24,11 @@ from torch import Tensor
 
 from ..common.batch import Batch, GpuEvent, RowOutput, StepOutput, drawn_output, stopped_output
 from ..common.config import CoreSlot, EngineConfig
-from ..common.errors import ConfigError
 from ..common.request import SampledToken
 from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
-from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from ..models.parts.experts import expert_plan
-from ..models.quantization import chosen_quantization
 from ..wire.workers import ExpertCounts, ExpertLoads
 from .choose import check_kernels, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
 from .draft import DraftModel
@@ -47,6 +44,7 @@ from .pooling import with_pooled
 from .ranks.communicator import Communicator, connect
 from .ranks.group import RankGroup
 from .sampling.sampling import sample_rows
+from .served_model import served_model
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -77,7 +75,7 @@ class Engine:
         self.config = config
         self.tp_rank = tp_rank
         self.tp_size = tp_size
-        self.model_config = _model_config(config)
+        self.model_config = served_model(config)
         self.max_model_len = self.model_config.max_model_len
         # Beside all that follows.
         digest = ModelDigest(
@@ -171,7 +169,8 @@ class Engine:
             self._masks.begin(batch)
         if self._group is not None:
             plan = plan_step(batch, self.config.block_tokens)
-            self._group.send_step(msgspec.msgpack.encode(plan))
+            is_measured = self._states is not None and not self._states.are_checked
+            self._group.send_step(msgspec.msgpack.encode(msgspec.structs.replace(plan, is_measured=is_measured)))
         self.host_slots.copy(batch.swap_out, batch.swap_in)
         if not batch.rows:
             self._meet()
@@ -211,9 +210,7 @@ class Engine:
             states = next(logits) if plan.pooled_rows else None
             if self._draft is not None:
                 self._draft_s += self._draft.keep_up(batch)
-            if on_layer is not None:  # a draft model's pages, or those of states, are complete all at once
-                for page in range(self._num_layer_pages, self.spec.num_layers):
-                    on_layer(page)
+            self._tell_last_pages(on_layer)
             sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
@@ -222,6 +219,12 @@ class Engine:
                 rows = with_pooled(batch, rows, states)
         self.runner.wait()
         return rows
+
+    def _tell_last_pages(self, on_layer: OnLayer | None) -> None:
+        """Tell of a draft model's pages, or those of states, which are complete all at once."""
+        if on_layer is not None:
+            for page in range(self._num_layer_pages, self.spec.num_layers):
+                on_layer(page)
 
     def _prompt_logprobs(self, batch: Batch, logits: Iterator[Tensor]) -> Iterator[tuple[SampledToken, ...]]:
         """Yield each row's entries; `logits` has what `prompt_rows` asked for."""
@@ -278,23 +281,7 @@ class Engine:
             self._meet()
             return
         copy_blocks(self.kv_pages, step.block_copies)
-        with self.runner.calculating():
+        with self.runner.calculating(), self.measuring() if step.is_measured else nullcontext():
             for _ in self.runner.forward(step, on_layer):
                 pass
-
-
-def _model_config(config: EngineConfig) -> ModelConfig:
-    """Read the checkpoint's, with the length that was asked for."""
-    model = ModelConfig.from_dir(config.model_dir)
-    asked = config.max_model_len or model.max_model_len
-    if asked > model.longest_model_len:
-        raise ConfigError(
-            f"max_model_len = {asked} is longer than the model's {model.longest_model_len} positions "
-            f"({config.model_dir})"
-        )
-    quantization = chosen_quantization(model.quantization, config.quantization)
-    model = replace(model, max_model_len=asked, quantization=quantization)
-    if config.mixed_quantization and model.weights_form not in config.mixed_quantization:
-        found = f"the weights are {model.weights_form}, not one of {config.mixed_quantization}"
-        raise ConfigError(f"mixed_quantization: {found}")
-    return model
+        self._tell_last_pages(on_layer)

@@ -50,6 +50,7 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
 
 def _rest(counts: Mapping[str, int]) -> str:
     names = {"intermediate_size": "inner columns", "moe_intermediate_size": "of an expert", "num_experts": "experts"}
+    names |= {"shares of a state": "shares of a state"}
     return ", ".join(f"{counts[name]} {what}" for name, what in names.items() if name in counts)
 
 
@@ -64,8 +65,13 @@ def lacks_native(engine: EngineConfig, model: ModelConfig) -> list[str]:
     Raises ConfigError for a quantization that does not go with the checkpoint.
     """
     quantization = chosen_quantization(model.quantization, engine.quantization)
-    is_exchanged = engine.exchanges_experts
-    return not_in_native(model, quantization, is_float32=is_float32(engine, model), is_exchanged=is_exchanged)
+    return not_in_native(
+        model,
+        quantization,
+        is_float32=is_float32(engine, model),
+        is_exchanged=engine.exchanges_experts,
+        num_ranks=engine.tensor_parallel_size,
+    )
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
@@ -79,7 +85,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
     if model.states is not None:
-        check_states(engine)
+        check_states(engine, is_cuda=is_cuda)
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":

@@ -154,7 +154,7 @@ class ModelConfig:
         """Return what ranks share, by its name in config.json; with whole experts, the number of these."""
         counts = {"num_attention_heads": self.num_qo_heads}
         if self.states is not None:
-            counts["layers with states"] = 1  # whole, on one rank
+            counts["shares of a state"] = self.states.num_shares
         if self.latent is None:  # else every rank has the one head
             counts["num_key_value_heads"] = self.num_kv_heads
         if any(self.has_feed_forward(layer) and self.experts_of(layer) is None for layer in range(self.num_layers)):
@@ -258,7 +258,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         quantization=read_quantization(fields),
         num_draft_layers=_num_draft_layers(fields),
         latent=latent,
-        states=read_states(fields, family),
+        states=read_states(fields, family, num_kv_heads),
         experts=read_experts(fields, family.experts),
         sparse_layers=read_sparse_layers(fields, family.experts),
         blocks=read_blocks(fields) if family.has_lone_blocks else (),

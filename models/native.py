@@ -11,16 +11,22 @@ _MOST_CONVOLVED = 16  # tokens: engine/cpu/native/delta_net.hpp
 
 
 def not_in_native(
-    config: ModelConfig, quantization: Quantization | None, *, is_float32: bool, is_exchanged: bool = False
+    config: ModelConfig,
+    quantization: Quantization | None,
+    *,
+    is_float32: bool,
+    is_exchanged: bool = False,
+    num_ranks: int = 1,
 ) -> list[str]:
     """Name each part of a model, in float32 or bfloat16, that C++ has not; nothing: it computes the model.
 
-    `quantization`: what is served (`chosen_quantization`). `is_exchanged`: rows of experts are, between ranks.
+    `quantization`: what is served (`chosen_quantization`). `is_exchanged`: rows of experts are, between the `num_ranks`
+    that share the model.
     """
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     is_sparse = config.experts is not None and any(config.sparse_layers)
     has = {
-        "layers that keep such states": config.states is not None and not _has_known_states(config),
+        "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
         "experts in such a residual stream": is_sparse
         and (family.norms != "before" or config.residual_multiplier != 1.0),
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
@@ -38,9 +44,9 @@ def not_in_native(
     return [name for name, is_there in has.items() if is_there]
 
 
-def _has_known_states(config: ModelConfig) -> bool:
-    """Tell whether states are those of gated delta nets, whose heads fill vectors, and what mixers yield whole pairs of
-    them; a convolution sees a few tokens.
+def _has_known_states(config: ModelConfig, num_ranks: int) -> bool:
+    """Tell whether states are those of gated delta nets, whose heads fill vectors, and what mixers yield on a rank
+    whole pairs of them; a convolution sees a few tokens.
     """
     states = config.states
     if not isinstance(states, DeltaNetsConfig):
@@ -48,7 +54,7 @@ def _has_known_states(config: ModelConfig) -> bool:
     heads = states.key_dim, states.value_dim
     mixed = states.num_values, config.num_qo_heads * config.head_dim
     is_short = states.kernel_size <= _MOST_CONVOLVED
-    return is_short and all(size % 16 == 0 for size in heads) and all(size % 32 == 0 for size in mixed)
+    return is_short and all(size % 16 == 0 for size in heads) and all(size // num_ranks % 32 == 0 for size in mixed)
 
 
 def _has_known_sizes(latent: LatentConfig) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..common.config import EngineConfig
 from ..models.adapter import AdaptedModule, Adapter
 from ..models.config import ModelConfig
-from .weights import is_expert, item_bytes
+from .rank_tensors import is_expert
+from .weights import item_bytes
 
 _BY_INPUTS = ("down_proj", "w2")  # of which ranks have parts of the inputs
 

@@ -16,7 +16,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .cpu import CpuSteps
 from .hardware import Gpu
-from .memory import block_tokens, cache_token_bytes
+from .memory import block_tokens, cache_token_bytes, state_bytes
 from .shapes import ModelShape, shape_of
 from .steps import Roofline, StepWork, Terms
 from .weights import item_bytes
@@ -164,11 +164,10 @@ class Sizer:
         """Return which part of a handoff is shipped when all is computed: the last layer's, or states of the last
         step's blocks, which follow all layers.
         """
-        states = self.model.states
-        if states is None:
+        if self.model.states is None:
             return 1 / self.model.num_layers
         block_size = block_tokens(self.engine, self.model)
-        of_block = states.num_bytes / (block_size * cache_token_bytes(self.engine, self.model))
+        of_block = state_bytes(self.engine, self.model) / (block_size * cache_token_bytes(self.engine, self.model))
         last_step = (num_tokens - 1) % self.engine.max_num_batched_tokens + 1
         return of_block * -(-last_step // block_size) / -(-num_tokens // block_size)
 

@@ -62,26 +62,32 @@ def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
     layer = _layer_token_bytes(engine, model)
     if model.states is not None:
-        size = block_tokens(engine, model)
-        return layer * (len(model.kv_layers) + model.states.num_pages(size * layer))
+        page_bytes = block_tokens(engine, model) * _layer_token_bytes(engine, model, num_ranks=1)
+        return layer * (len(model.kv_layers) + model.states.num_pages(page_bytes))
     drafts = (num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
     return layer * (model.num_layers + sum(drafts))
 
 
 def block_tokens(engine: EngineConfig, model: ModelConfig) -> int:
     """Return the tokens of a block. Raises ConfigError."""
-    return block_size_of(engine, model.states, len(model.kv_layers) * _layer_token_bytes(engine, model))
+    token_bytes = len(model.kv_layers) * _layer_token_bytes(engine, model, num_ranks=1)
+    return block_size_of(engine, model.states, token_bytes)
 
 
 def kept_bytes_read(engine: EngineConfig, model: ModelConfig, context: int) -> float:
     """Return the bytes of a sequence's keys, values and states that one of its decode steps reads, on one rank."""
     keys = _layer_token_bytes(engine, model) * num_visible_keys(context, model)
-    return keys + (0 if model.states is None else 2 * model.states.num_bytes)  # a state is written, too
+    return keys + 2 * state_bytes(engine, model)  # a state is written, too
 
 
-def _layer_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes of a token's keys and values in one layer that keeps some, on one rank."""
-    heads = model.num_kv_heads // (1 if model.latent is not None else engine.tensor_parallel_size)
+def state_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes of all layers' states of one sequence on one rank; 0: no layer keeps one."""
+    return 0 if model.states is None else model.states.of_rank(engine.tensor_parallel_size).num_bytes
+
+
+def _layer_token_bytes(engine: EngineConfig, model: ModelConfig, *, num_ranks: int | None = None) -> int:
+    """Return the bytes of a token's keys and values in one layer that keeps some, on one of so many ranks."""
+    heads = model.num_kv_heads // (1 if model.latent is not None else num_ranks or engine.tensor_parallel_size)
     row_bytes = row_items(model.head_dim, engine.kv_cache_dtype) * cache_item_bytes(engine, model)
     return model.num_kv_parts * heads * row_bytes
 
@@ -137,8 +143,8 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
 
 def _state_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
     """About what a layer with states takes of a GPU while it computes a step of `num_tokens`."""
-    states, wide = model.states, ITEM_BYTES["float32"]
-    assert states is not None
+    assert model.states is not None
+    states, wide = model.states.of_rank(engine.tensor_parallel_size), ITEM_BYTES["float32"]
     # Of each token what is projected, twice while it is put in order; what heads yield, its norm, gates and their silu.
     step = 2 * (states.num_convolved + states.num_values) * item_bytes(engine, model) + 4 * states.num_values * wide
     # Of a block's tokens what the convolution takes and yields; what heads compute with, as it is, in chunks, and what
@@ -146,5 +152,7 @@ def _state_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> i
     stretch = 4 * (states.num_convolved + states.num_of_heads) * wide
     rows = min(engine.max_num_seqs, _STATE_ROWS)  # a state as it was read, as products take it, and as it is written
     return (
-        num_tokens * step + min(num_tokens, block_tokens(engine, model)) * stretch + 4 * rows * states.layer_size * wide
+        num_tokens * step
+        + min(num_tokens, block_tokens(engine, model)) * stretch
+        + 4 * rows * states.num_shares * states.share_size * wide
     )

@@ -1,10 +1,7 @@
 """Counts a rank's weights tensor by tensor, as a rank builds them (engine/nn) and as a CPU packs them (engine/cpu).
 
     rows of the vocabulary   embedding and head: as many on every rank, the last one's padded
-    outputs                  a rank's part of them; fused parts (q, k and v; gate and up) are one matrix of one form
-    inputs                   a rank's part of `o_proj`'s and `down_proj`'s
-    whole                    norms, and biases that are added behind a sum over the ranks; a shared expert, where tokens
-                             are exchanged
+    layers                   what a rank has of each tensor (`rank_tensors.py`)
     tiles                    on a CPU: columns in 64s, inputs in 32s, scales in as few bytes as say the same
 
 Pure: what a checkpoint holds comes from its config.
@@ -13,46 +10,23 @@ Pure: what a checkpoint holds comes from its config.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from itertools import repeat
 from typing import NamedTuple
 
 from ..common.config import EngineConfig
-from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
 from ..models.native import not_in_native
 from ..models.parts.experts import expert_plan
 from ..models.quantization import CARD_OUTPUTS, MXFP4_GROUP, TIED_HEAD, Form, Quantization
+from .rank_tensors import HEAD, Matrix, RankTensors, is_expert, is_shared, makes_heads
 from .scales import scale_bytes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 _TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
 _GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
 
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-_FUSED = (
-    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj")),
-    *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
-)
-_WHOLE = ("kv_a_proj_with_mqa", "q_a_proj", "fc1_latent_proj", "fc2_latent_proj")  # on every rank
-_BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2")
-_GATES = (".gate.", ".router.", ".shared_expert_gate.")  # of experts: float32, and whole on every rank
-# Of layers with states, float32 as well: engine/nn/convolution.py.
-_CONVOLUTIONS = tuple(f"{name}.{part}" for name in (".conv1d", ".conv.conv") for part in ("weight", "bias"))
-_OF_STATES = (*_CONVOLUTIONS, ".A_log", ".D", ".dt_bias", ".mamba.norm.weight", ".mixer.norm.weight")
-_BY_HEADS = ("q_norm", "k_norm", "sinks")  # vectors of which a rank has its heads' part, where they are of all heads
 # Bytes that are moved for a number, by its bits, where a GPU widens it and multiplies by it (`engine/cuda/int4.py`):
 # signs and halves are set apart (7), scaled (4) and, of 8 bits, both halves added (6), then read (2).
 _WIDENING = {4: 13, 8: 30}
-
-
-class _Matrix(NamedTuple):
-    """A rank's part of one matrix."""
-
-    modules: tuple[str, ...]  # the checkpoint's, which are fused into it
-    num_outputs: int
-    num_inputs: int
-    num_parts: int = 1  # ranks that share each output's inputs
 
 
 class WeightBytes(NamedTuple):
@@ -68,19 +42,6 @@ class WeightBytes(NamedTuple):
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """Return the bytes of a weight."""
     return ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
-
-
-def is_expert(name: str) -> bool:
-    """Tell whether a tensor is a routed expert's."""
-    return ".experts." in name
-
-
-def _is_shared(name: str) -> bool:
-    return ".shared_expert" in name or ".shared_mlp." in name
-
-
-def _is_gate(name: str) -> bool:
-    return any(gate in name for gate in _GATES)
 
 
 class WeightCounter:
@@ -101,7 +62,9 @@ class WeightCounter:
         self._on_gpu = engine.device == "cuda"
         is_float32 = self._item_bytes == ITEM_BYTES["float32"]
         self._is_exchanged = engine.exchanges_experts and num_ranks > 1
-        missing = not_in_native(model, quantization, is_float32=is_float32, is_exchanged=self._is_exchanged)
+        missing = not_in_native(
+            model, quantization, is_float32=is_float32, is_exchanged=self._is_exchanged, num_ranks=num_ranks
+        )
         self._has_tiles = not (self._on_gpu or missing)
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
         is_bfloat16 = self._item_bytes == ITEM_BYTES["bfloat16"]
@@ -111,16 +74,15 @@ class WeightCounter:
             and (has_float8 or (quantization is not None and quantization.is_rounded_float8))
         )
         plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None
-        held = plan.fullest(model.sparse_layers) if plan is not None else {}
         # Of a rank with whole experts, these, by number of the layer; of the one that holds most.
-        self._held = {f"model.layers.{layer}": own for layer, own in held.items()}
-        self._shapes = tensor_shapes(model)
+        self._held = plan.fullest(model.sparse_layers) if plan is not None else {}
+        self._tensors = RankTensors(model, num_ranks, self._held, is_exchanged=self._is_exchanged)
 
     def count(self) -> WeightBytes:
         model = self._model
         embedding = self._vocabulary_rows * model.hidden_size * self._item_bytes
         has_own_head = not (model.tie_embeddings and self._on_gpu)  # a CPU packs a tied one a second time
-        sizes = [(matrix, self._matrix_bytes(matrix)) for matrix in self._matrices()]
+        sizes = [(matrix, self._matrix_bytes(matrix)) for matrix in self._tensors.matrices()]
         read = sum(size for _, size in sizes) + self._vector_bytes()
         read += self._head_bytes() if has_own_head else embedding
         experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
@@ -135,8 +97,8 @@ class WeightCounter:
 
     def adapted_sizes(self) -> int:
         """Sum the inputs and the outputs of all linears that an adapter may change: of each part its own inputs."""
-        left_out = (is_expert, _is_shared) if self._is_exchanged else (is_expert,)
-        own = (each for each in self._matrices() if not _makes_heads(each))
+        left_out = (is_expert, is_shared) if self._is_exchanged else (is_expert,)
+        own = (each for each in self._tensors.matrices() if not makes_heads(each))
         adapted = [each for each in own if not any(is_one(each.modules[0]) for is_one in left_out)]
         return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in adapted)
 
@@ -145,88 +107,27 @@ class WeightCounter:
         return -(-self._model.vocab_size // self._num_ranks)
 
     def _head_bytes(self) -> int:
-        name = TIED_HEAD if self._model.tie_embeddings else _HEAD
-        matrix = _Matrix((name,), self._vocabulary_rows, self._model.hidden_size)
+        name = TIED_HEAD if self._model.tie_embeddings else HEAD
+        matrix = Matrix((name,), self._vocabulary_rows, self._model.hidden_size)
         return self._plain_bytes(matrix) if self._on_gpu else self._matrix_bytes(matrix)
 
     def _vector_bytes(self) -> int:
-        count = sum(self._rank_size(name, shape[0]) for name, shape in self._shapes.items() if len(shape) == 1)
-        gates = sum(self._gate_bytes(shape) for name, shape in self._shapes.items() if _is_gate(name))
-        of_states = sum(math.prod(shape) for name, shape in self._shapes.items() if name.endswith(_OF_STATES))
-        of_states *= ITEM_BYTES["float32"] * (2 if self._has_tiles else 1)  # C++ has them in another order beside
-        return count * self._item_bytes + gates + of_states
+        tensors = self._tensors
+        gates = sum(map(self._gate_bytes, tensors.gates))
+        # C++ has those of states in another order beside.
+        of_states = tensors.num_state_values * ITEM_BYTES["float32"] * (2 if self._has_tiles else 1)
+        return tensors.num_vector_values * self._item_bytes + gates + of_states
 
     def _gate_bytes(self, shape: tuple[int, ...]) -> int:
         if self._has_tiles and len(shape) == 2 and shape[0] > 1:  # one output is in no tiles
-            return self._plain_bytes(_Matrix((), *shape))
+            return self._plain_bytes(Matrix((), *shape))
         return math.prod(shape) * ITEM_BYTES["float32"]
 
-    def _rank_size(self, name: str, size: int) -> int:
-        """Return the numbers of a vector that a rank has; 0 of those in float32, which are counted by themselves."""
-        module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-        if _is_gate(name) or name.endswith(_OF_STATES):
-            return 0
-        is_split = (name.endswith(".bias") and module not in (*_BY_INPUTS, *_WHOLE)) or (
-            module in _BY_HEADS and size != self._model.head_dim
-        )
-        return size // self._num_ranks if is_split else size
-
-    def _matrices(self) -> Iterator[_Matrix]:
-        """Yield the layers' matrices, fused parts as one."""
-        shapes = {name.removesuffix(".weight"): size for name, size in self._shapes.items()}
-        experts = self._model.experts
-        held = self._held
-        for module, shape in shapes.items():
-            path, _, last = module.rpartition(".")
-            if experts is not None and experts.is_stacked and is_expert(module):
-                yield from self._stacked(module, shape, len(held[_layer(module)]) if held else None)
-                continue
-            if len(shape) != 2 or module in (_EMBEDDING, _HEAD) or _is_gate(f"{module}."):
-                continue
-            whole = self._fused(shapes, path, last)
-            if whole is None:
-                continue  # counted with its first part
-            if held and is_expert(module):
-                if int(path.rpartition(".")[2]) in held[_layer(module)]:
-                    yield whole
-            elif self._is_exchanged and _is_shared(module):
-                yield whole
-            elif last in _BY_INPUTS:
-                yield whole._replace(num_inputs=whole.num_inputs // self._num_ranks, num_parts=self._num_ranks)
-            elif last in _WHOLE:
-                yield whole
-            else:
-                yield whole._replace(num_outputs=whole.num_outputs // self._num_ranks)
-
-    def _stacked(self, module: str, shape: tuple[int, ...], num_own: int | None) -> Iterator[_Matrix]:
-        """Yield each expert's matrix of a stack [experts, inputs, outputs], or the stack of their biases."""
-        if len(shape) == 2:
-            yield _Matrix((module,), shape[0] // self._num_ranks, shape[1])
-            return
-        count, num_inputs, num_outputs = shape
-        if num_own is not None:
-            count = num_own
-        elif module.endswith("down_proj"):
-            num_inputs //= self._num_ranks
-        else:
-            num_outputs //= self._num_ranks
-        yield from repeat(_Matrix((module,), num_outputs, num_inputs), count)
-
-    @staticmethod
-    def _fused(shapes: Mapping[str, tuple[int, ...]], path: str, last: str) -> _Matrix | None:
-        """Return the whole matrix that begins with this part; None: it begins with another one."""
-        fused = next((parts for parts in _FUSED if last in parts), (last,))
-        parts = [part for part in fused if f"{path}.{part}" in shapes]
-        if last != parts[0]:
-            return None
-        modules = tuple(f"{path}.{part}" for part in parts)
-        return _Matrix(modules, sum(shapes[module][0] for module in modules), shapes[modules[0]][1])
-
-    def _matrix_bytes(self, matrix: _Matrix) -> int:
+    def _matrix_bytes(self, matrix: Matrix) -> int:
         experts = self._model.experts
         if experts is not None and experts.is_stacked and is_expert(matrix.modules[0]):
             return self._stacked_bytes(matrix)
-        if self._quantization is None or _makes_heads(matrix):
+        if self._quantization is None or makes_heads(matrix):
             return self._plain_bytes(matrix)
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         if form is None and self._has_float8 and self._quantization.has_float8(matrix.modules):
@@ -242,19 +143,19 @@ class WeightCounter:
         scales = num_groups * (2 if form.has_minima else 1) * self._scale_bytes(matrix.modules[0], form)
         return round(_padded(matrix.num_outputs, _TILE_OUTPUTS) * (numbers + scales))
 
-    def _card_form(self, matrix: _Matrix) -> Form | None:
+    def _card_form(self, matrix: Matrix) -> Form | None:
         """Return the form of a matrix that a GPU multiplies by as it is; None: it has another, or is widened."""
         if not self._on_gpu or self._quantization is None or self._item_bytes != ITEM_BYTES["bfloat16"]:
             return None
         experts = self._model.experts
         is_stacked = experts is not None and experts.is_stacked and is_expert(matrix.modules[0])
-        if is_stacked or _makes_heads(matrix):
+        if is_stacked or makes_heads(matrix):
             return None
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         form = None if form is None else _of_rank(form, matrix)
         return form if form is not None and form.card_group and matrix.num_outputs % CARD_OUTPUTS == 0 else None
 
-    def _stacked_bytes(self, matrix: _Matrix) -> int:
+    def _stacked_bytes(self, matrix: Matrix) -> int:
         """Count an expert's of a stack: C++ has it as a checkpoint in MXFP4 has it, of whole groups on every rank."""
         experts, quantization = self._model.experts, self._quantization
         assert experts is not None
@@ -267,11 +168,11 @@ class WeightCounter:
         num_groups = matrix.num_inputs // MXFP4_GROUP  # each of 4 bits a number, and a byte
         return _padded(matrix.num_outputs, _TILE_OUTPUTS) * num_groups * (MXFP4_GROUP // 2 + 1)
 
-    def _plain_bytes(self, matrix: _Matrix) -> int:
+    def _plain_bytes(self, matrix: Matrix) -> int:
         outputs, inputs, latent = matrix.num_outputs, matrix.num_inputs, self._model.latent
-        if self._has_tiles and latent is not None and _makes_heads(matrix):
+        if self._has_tiles and latent is not None and makes_heads(matrix):
             both = (latent.kv_rank, latent.nope_dim), (latent.value_dim, latent.kv_rank)
-            of_head = sum(self._plain_bytes(_Matrix((), *shape)) for shape in both)
+            of_head = sum(self._plain_bytes(Matrix((), *shape)) for shape in both)
             return outputs // (latent.nope_dim + latent.value_dim) * of_head
         if self._has_tiles:
             outputs, inputs = _padded(outputs, _TILE_OUTPUTS), _padded(inputs, _TILE_INPUTS)
@@ -283,19 +184,10 @@ class WeightCounter:
         return scale_bytes(self._quantization.storage(module), form, is_short=is_short)
 
 
-def _of_rank(form: Form, matrix: _Matrix) -> Form:
+def _of_rank(form: Form, matrix: Matrix) -> Form:
     """Return the form of a rank's part: of whole rows it has whole ones."""
     is_whole = form.group_size == matrix.num_inputs * matrix.num_parts
     return form._replace(group_size=matrix.num_inputs) if is_whole else form
-
-
-def _makes_heads(matrix: _Matrix) -> bool:
-    """Tell whether it makes heads of latents: plain numbers, however they are stored; on a CPU tiles of each head."""
-    return any(module.endswith(".kv_b_proj") for module in matrix.modules)
-
-
-def _layer(module: str) -> str:
-    return module.rpartition(".experts.")[0].rpartition(".")[0]
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from ..common.config import ExpertExchange
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
-from .weights import is_expert
+from ..models.parts.mamba import MambaConfig
+from .rank_tensors import is_expert
 
 _EXCHANGES = 4  # in place of a sum: numbers of rows, rows to their experts, results back, a join of all
 _SUM_BYTES, _CHOICE_BYTES = 4, 8  # of a number that comes back; of an expert's number and its weight
@@ -90,7 +91,14 @@ def num_values(model: ModelConfig) -> int:
 
 def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
     """Count a step's sums over the ranks, and what takes their place."""
-    return model.num_mixers + model.num_feed_forwards + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
+    of_layers = model.num_mixers + model.num_feed_forwards + _num_normed(model)
+    return of_layers + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
+
+
+def _num_normed(model: ModelConfig) -> int:
+    """Count the layers whose norm reaches over the heads of all ranks: a number of each token is summed."""
+    states = model.states
+    return states.num_layers if isinstance(states, MambaConfig) and states.has_one_group else 0
 
 
 def _num_exchanged(model: ModelConfig, exchange: ExpertExchange) -> int:
@@ -105,7 +113,8 @@ def exchanged_bytes(
     ring = model.hidden_size * item_bytes * 2 * (num_ranks - 1) / num_ranks
     num_exchanged = _num_exchanged(model, exchange)
     routed = _routed_bytes(num_ranks, item_bytes, model) if num_exchanged else 0.0
-    return num_tokens * ((num_sums(model) - num_exchanged) * ring + num_exchanged * routed)
+    num_wide = num_sums(model) - _num_normed(model) - num_exchanged
+    return num_tokens * (num_wide * ring + num_exchanged * routed)
 
 
 def _routed_bytes(num_ranks: int, item_bytes: int, model: ModelConfig) -> float:

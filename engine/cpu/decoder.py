@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ...common.cores import SharedCores
+from ...models.parts.states import StatesConfig
 from ..nn.attention.base import LayerPages
 from ..nn.runner import StepStopped
 from ..nn.states import ForeignStateError, LayerStates
 from ..ranks.communicator import Communicator
 from .described import Model, SumOverRanks
 from .model import NativeModel
+from .state_runs import state_runs
 
 _TILE = 64  # columns; what rows of hidden states and logits are padded to
 
@@ -62,7 +64,7 @@ class NativeDecoder:
         if states is not None:
             assert states.pages is not None and states.pages.stride(1) * first.itemsize == described.page_bytes
             described.state_pages = states.pages.data_ptr()
-            described.state_page_stride = states.pages.stride(0) * first.itemsize
+            _place_states(described, states.config, states.pages.stride(0) * first.itemsize)
         self._vocab_size: int = described.vocab_size
         self._comm, self._num_logits, self._bounded_ = model.comm, model.num_logits, model.bounded_
         self._sums = _Sums(self._comm)
@@ -158,6 +160,13 @@ class NativeDecoder:
         logits = torch.empty(len(hidden), _padded(self._num_logits))
         self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())
         return self._bounded_(self._comm.all_gather(logits[:, : self._num_logits])[:, : self._vocab_size])
+
+
+def _place_states(described: Model, config: StatesConfig, page_stride: int) -> None:
+    """Tell each layer that keeps a state where it lies."""
+    nets = [layer.attention.delta_net for layer in described.layers[: described.num_layers]]
+    for index, net in enumerate(filter(None, nets)):
+        net.contents.state = state_runs(config, index, page_bytes=described.page_bytes, page_stride=page_stride)
 
 
 class Step(NamedTuple):

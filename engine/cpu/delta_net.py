@@ -32,6 +32,5 @@ def describe(
         value_dim=config.value_dim,
         kernel_size=config.kernel_size,
         is_grouped=config.is_grouped,
-        index=net.index,
         norm_eps=net.norm.eps,
     )

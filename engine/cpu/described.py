@@ -25,7 +25,22 @@ class LatentParts(ctypes.Structure):
     ]
 
 
-_NET_SIZES = ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel_size", "is_grouped", "index")
+class StateRun(ctypes.Structure):
+    """The C++ `StateRun`."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in ("at", "size", "place"))]
+
+
+class StateRuns(ctypes.Structure):
+    """The C++ `StateRuns`."""
+
+    _fields_ = [
+        *((name, ctypes.POINTER(StateRun)) for name in ("runs", "copies")),
+        *((name, ctypes.c_int64) for name in ("num_runs", "num_copies")),
+    ]
+
+
+_NET_SIZES = ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel_size", "is_grouped")
 
 
 class DeltaNetParts(ctypes.Structure):
@@ -36,6 +51,7 @@ class DeltaNetParts(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("convolution", "forgetting", "rate_bias", "norm")),
         *((name, ctypes.c_int64) for name in _NET_SIZES),
         ("norm_eps", ctypes.c_double),
+        ("state", StateRuns),
     ]
 
 
@@ -120,5 +136,4 @@ class Model(ctypes.Structure):
         ("sum_over_ranks", SumOverRanks),
         *((name, ctypes.c_int64) for name in ("num_ranks", "first_token", "num_tokens", "adapter_rank")),
         ("state_pages", ctypes.c_void_p),
-        ("state_page_stride", ctypes.c_int64),
     ]

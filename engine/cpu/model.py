@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ...common.config import CpuIsa
-from ...models.config import ModelConfig
 from ...models.native import not_in_native
 from ..nn.adapters import AdapterSlots
 from ..nn.decoder import Decoder, DecoderLayer
@@ -63,8 +62,8 @@ class NativeModel:
         if self.dtype not in _DTYPES:
             raise NativeUnavailable(f"no C++ for {self.dtype}")
         is_float32 = self.dtype == torch.float32
-        plan = self.expert_plan = decoder.expert_plan
-        _check_parts(decoder.config, is_float32=is_float32, is_exchanged=plan is not None and plan.is_exchanged)
+        self.expert_plan = decoder.expert_plan
+        _check_parts(decoder, is_float32=is_float32)
         blocks = [_known_blocks(layer) for layer in decoder.layers]
         linears = [linear for linear in decoder.linears() if not isinstance(linear, SharedGate)]  # read as they are
         weights = [check_known(linear, self.dtype) for linear in linears]
@@ -258,9 +257,16 @@ def _common_library(comm: Communicator, cache: Path, isa: CpuIsa, *, is_float32:
     return library
 
 
-def _check_parts(config: ModelConfig, *, is_float32: bool, is_exchanged: bool) -> None:
+def _check_parts(decoder: Decoder, *, is_float32: bool) -> None:
     """Raise NativeUnavailable for what a family has and C++ has not."""
-    if missing := not_in_native(config, config.quantization, is_float32=is_float32, is_exchanged=is_exchanged):
+    config, plan = decoder.config, decoder.expert_plan
+    if missing := not_in_native(
+        config,
+        config.quantization,
+        is_float32=is_float32,
+        is_exchanged=plan is not None and plan.is_exchanged,
+        num_ranks=decoder.head.rows.comm.size,
+    ):
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 

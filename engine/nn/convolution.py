@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...models.parts.short_convolutions import ShortConvolutionsConfig
+from ...models.parts.states import RowPart
 from ..weights.weight import Leaf, WeightSlot
 from .attention.base import AttentionBackend
 from .builder import Builder
-from .layers import ColumnParallelLinear, Part, RowParallelLinear
+from .layers import ColumnParallelLinear, RowParallelLinear, parts_of, shares_of
 from .rotary import Rope
 from .states import LayerStates
 
@@ -32,9 +33,11 @@ class Convolution:
 
     def __init__(self, builder: Builder, name: str, states: LayerStates, index: int, *, has_bias: bool) -> None:
         """`index`: of the layer, among those with states."""
-        config, self._states, self._index = states.config, states, index
+        config, whole, self._states, self._index = states.config, builder.config.states, states, index
+        assert whole is not None
         shape = (config.num_convolved, 1, config.kernel_size)
         self.name = name
+        self._shares = shares_of(parts_of(name, whole.row_parts), builder.comm)
         self.weight = torch.empty(shape, dtype=torch.float32, device=builder.device)
         self.bias = torch.empty(shape[0], dtype=torch.float32, device=builder.device) if has_bias else None
 
@@ -74,23 +77,28 @@ class Convolution:
         return convolved if self.bias is None else convolved.add_(self.bias)
 
     def slots(self) -> Iterator[WeightSlot]:
-        yield WeightSlot(f"{self.name}.weight", tuple(self.weight.shape), self.weight)
-        if self.bias is not None:
-            yield WeightSlot(f"{self.name}.bias", tuple(self.bias.shape), self.bias)
+        for share in self._shares:
+            shape, own = (share.stored, *self.weight.shape[1:]), self.weight[share.rows]
+            yield WeightSlot(f"{self.name}.weight", shape, own, 0, share.start)
+            if self.bias is not None:
+                yield WeightSlot(f"{self.name}.bias", shape[:1], self.bias[share.rows], 0, share.start)
 
 
 class Vectors:
-    """Implements `Leaf`: weights of a layer that are no matrices, in float32."""
+    """Implements `Leaf`: weights of a layer that are no matrices, in float32; each rank has an even part of them."""
 
     def __init__(self, builder: Builder, name: str, sizes: Mapping[str, int]) -> None:
-        self.name = name
+        """`sizes`: of the whole model."""
+        self.name, self._comm = name, builder.comm
         self.by_name = {
-            part: torch.empty(size, dtype=torch.float32, device=builder.device) for part, size in sizes.items()
+            part: torch.empty(size // self._comm.size, dtype=torch.float32, device=builder.device)
+            for part, size in sizes.items()
         }
 
     def slots(self) -> Iterator[WeightSlot]:
         for part, tensor in self.by_name.items():
-            yield WeightSlot(f"{self.name}.{part}", tuple(tensor.shape), tensor)
+            size = len(tensor)
+            yield WeightSlot(f"{self.name}.{part}", (size * self._comm.size,), tensor, 0, size * self._comm.rank)
 
 
 def left_of(since: Tensor) -> Tensor:
@@ -109,17 +117,17 @@ class ShortConvolution:
         config, hidden = states.config, builder.config.hidden_size
         assert isinstance(config, ShortConvolutionsConfig)
         self._states, has_bias = states, config.has_bias
-        part = Part(f"{name}.in_proj", 3 * hidden)
-        self.in_proj = ColumnParallelLinear(builder, part.name, hidden, [part], bias=has_bias)
+        parts = parts_of(f"{name}.in_proj", [RowPart(hidden)] * 3)
+        self.in_proj = ColumnParallelLinear(builder, f"{name}.in_proj", hidden, parts, bias=has_bias)
         self.convolution = Convolution(builder, f"{name}.conv", states, index, has_bias=has_bias)
         self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", hidden, hidden, bias=has_bias)
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
-        """Return b, c and x, [num_tokens, 3 * hidden_size]."""
+        """Return b, c and x, [num_tokens, 3 * this rank's columns]."""
         return self.in_proj(x)
 
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
-        """Return [num_tokens, hidden_size]; zeros of tokens that are padding."""
+        """Return [num_tokens, this rank's columns]; zeros of tokens that are padding."""
         b, c, x = projected[: self._states.num_tokens].float().chunk(3, 1)
         said = torch.zeros_like(projected[:, : c.shape[1]])
         for part in self.convolution.parts(b * x):

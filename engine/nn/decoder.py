@@ -106,7 +106,7 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.expert_plan = expert_plan
-        self.states = None if config.states is None else LayerStates(config.states)
+        self.states = None if config.states is None else LayerStates(config.states.of_rank(comm.size))
         builder = Builder(config, comm, dtype, device, expert_plan, self.states)
         self.embedding = ParallelEmbedding(builder, "model.embed_tokens")
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]

@@ -23,7 +23,7 @@ from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
 from .convolution import Convolution, Vectors, left_of
-from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear
+from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear, parts_of
 from .rotary import Rope
 from .states import LayerStates
 
@@ -46,28 +46,22 @@ class _Heads(NamedTuple):
 
 
 class GatedDeltaNet:
-    """Implements `Mixer`, of all heads on one rank."""
+    """Implements `Mixer`. A rank has some key heads, with the value heads that these serve."""
 
     def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
         """`index`: among the layers with states."""
-        config, hidden = states.config, builder.config.hidden_size
-        assert isinstance(config, DeltaNetsConfig)
+        config, whole, hidden = states.config, builder.config.states, builder.config.hidden_size
+        assert isinstance(config, DeltaNetsConfig) and isinstance(whole, DeltaNetsConfig)
         self.index, self._states, self.config = index, states, config
         self.rows_proj, self.rates_proj = (
-            ColumnParallelLinear(
-                builder,
-                f"{name}.{fused}",
-                hidden,
-                [Part(f"{name}.{part}", size) for part, size in parts.items()],
-                bias=False,
-            )
-            for fused, parts in (("in_proj_qkvz", config.row_parts), ("in_proj_ba", config.rate_parts))
+            ColumnParallelLinear(builder, f"{name}.{fused}", hidden, parts, bias=False)
+            for fused, parts in (("in_proj_qkvz", _row_parts(whole, name)), ("in_proj_ba", _rate_parts(whole, name)))
         )
         self.convolution = Convolution(builder, f"{name}.conv1d", states, index, has_bias=False)
-        self.vectors = Vectors(builder, name, dict.fromkeys(("A_log", "dt_bias"), config.num_value_heads))
+        self.vectors = Vectors(builder, name, dict.fromkeys(("A_log", "dt_bias"), whole.num_value_heads))
         self.norm = RMSNorm(builder, f"{name}.norm", config.value_dim)
         self.norm.offset = 0.0  # whatever the family's other norms have
-        self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", config.num_values, hidden, bias=False)
+        self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", whole.num_values, hidden, bias=False)
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return rows for the convolution, gates, strengths and decays, [num_tokens, numbers of all]."""
@@ -113,6 +107,21 @@ class GatedDeltaNet:
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.rows_proj, self.rates_proj, self.convolution, self.vectors, self.norm, self.out_proj)
+
+
+def _row_parts(whole: DeltaNetsConfig, name: str) -> list[Part]:
+    """Return what rows and gates are made by. Of queries, keys and values in one tensor a rank has its part of each;
+    where they stand key head by key head, what is one rank's stands together.
+    """
+    matrices = {f"{name}.{part}": size for part, size in whole.row_matrices.items()}
+    if whole.is_grouped:
+        return [Part(*matrix) for matrix in matrices.items()]
+    convolved, gates = matrices
+    return [*parts_of(convolved, whole.row_parts), Part(gates, matrices[gates])]
+
+
+def _rate_parts(whole: DeltaNetsConfig, name: str) -> list[Part]:
+    return [Part(f"{name}.{part}", size) for part, size in whole.rate_matrices.items()]
 
 
 def _directions(heads: Tensor, repeats: int) -> Tensor:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.parts.states import RowPart
+from ..ranks.communicator import Communicator
 from ..weights.slot_matrices import LinearPart, SlotMatrices
 from ..weights.weight import DenseWeight, Weight, WeightSlot
 from .builder import Builder
@@ -49,50 +52,73 @@ class Part:
     features: int  # of the whole model
     start: int = 0  # where they begin in the checkpoint's tensor
     stored: int = 0  # outputs that the checkpoint's tensor has; 0: these features
+    is_common: bool = False  # each rank has all of them
+
+
+@dataclass(slots=True, frozen=True)
+class Share:
+    """A `Share` is what this rank has of a part."""
+
+    part: Part
+    rows: slice  # here
+    start: int  # in the checkpoint's tensor
+
+    @property
+    def outputs(self) -> slice:
+        return slice(self.start, self.start + self.rows.stop - self.rows.start)
+
+    @property
+    def stored(self) -> int:
+        """Return the length of the checkpoint's tensor."""
+        return self.part.stored or self.part.features
+
+
+def shares_of(parts: Sequence[Part], comm: Communicator) -> list[Share]:
+    """Return this rank's share of each of several parts, one behind another."""
+    found, row = list[Share](), 0
+    for part in parts:
+        count = part.features // (1 if part.is_common else comm.size)
+        start = part.start + (0 if part.is_common else count * comm.rank)
+        found.append(Share(part, slice(row, row + count), start))
+        row += count
+    return found
 
 
 def column_parts(names: Sequence[str], sizes: Sequence[int], *, fused: str | None) -> list[Part]:
     """Return the parts of a linear: tensors of their own, or one after another in the tensor `fused`."""
     if fused is None:
         return [Part(name, size) for name, size in zip(names, sizes, strict=True)]
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [Part(fused, size, start, sum(sizes)) for size, start in zip(sizes, starts, strict=True)]
+    return parts_of(fused, [RowPart(size) for size in sizes])
+
+
+def parts_of(name: str, parts: Sequence[RowPart]) -> list[Part]:
+    """Return what stands one after another in one tensor."""
+    sizes = [part.size for part in parts]
+    return [Part(name, part.size, sum(sizes[:index]), sum(sizes), part.is_common) for index, part in enumerate(parts)]
 
 
 class ColumnParallelLinear(Linear):
     """Output features split over the ranks; several checkpoint tensors fused into one product (q+k+v, gate+up)."""
 
     def __init__(self, builder: Builder, name: str, num_inputs: int, parts: Sequence[Part], *, bias: bool) -> None:
-        self.parts = parts
-        self.comm = builder.comm
-        size = sum(part.features for part in parts) // self.comm.size
+        self.shares = shares_of(parts, builder.comm)
+        size = self.shares[-1].rows.stop
         weight = builder.weight([part.name for part in parts], size, num_inputs)
         super().__init__(name, weight, builder.empty(size) if bias else None)
 
     def parts_of_rank(self) -> Iterator[LinearPart]:
         num_inputs = self.weight.num_inputs
-        shares = [(part, rows, slice(start, start + rows.stop - rows.start)) for part, rows, start in self._shares()]
-        if fused := self.parts[0].stored:  # one module
-            outputs = tuple(outputs for _, _, outputs in shares)
-            yield LinearPart(self.parts[0].name, (fused, num_inputs), slice(0, shares[-1][1].stop), outputs)
-            return
-        for part, rows, some in shares:
-            yield LinearPart(part.name, (part.features, num_inputs), rows, (some,))
+        for name, group in groupby(self.shares, lambda share: share.part.name):  # of each module
+            shares = list(group)
+            rows = slice(shares[0].rows.start, shares[-1].rows.stop)
+            yield LinearPart(name, (shares[0].stored, num_inputs), rows, tuple(share.outputs for share in shares))
 
     def slots(self) -> Iterator[WeightSlot]:
-        for part, rows, start in self._shares():
-            stored = part.stored or part.features
-            yield from self.weight.slots(part.name, (stored, self.weight.num_inputs), rows=rows, start=start)
+        for share in self.shares:
+            name, shape = share.part.name, (share.stored, self.weight.num_inputs)
+            yield from self.weight.slots(name, shape, rows=share.rows, start=share.start)
             if self.bias is not None:
-                yield WeightSlot(f"{part.name}.bias", (stored,), self.bias[rows], 0, start)
-
-    def _shares(self) -> Iterator[tuple[Part, slice, int]]:
-        """Yield each part, its rows here, and where these begin in the checkpoint's tensor."""
-        row = 0
-        for part in self.parts:
-            count = part.features // self.comm.size
-            yield part, slice(row, row + count), part.start + count * self.comm.rank
-            row += count
+                yield WeightSlot(f"{name}.bias", (share.stored,), self.bias[share.rows], 0, share.start)
 
 
 class RowParallelLinear(Linear):
@@ -234,6 +260,12 @@ class RMSNorm:
         yield WeightSlot(f"{self.name}.weight", tuple(self.weight.shape), self.weight)
 
 
+def normed_over_ranks(x: Tensor, comm: Communicator, eps: float) -> Tensor:
+    """Return x / rms(x) of rows of which each rank has an even part, in float32."""
+    squares = comm.all_reduce(x.square().sum(-1, keepdim=True))
+    return x * torch.rsqrt(squares / (x.shape[-1] * comm.size) + eps)
+
+
 class ParallelRMSNorm(RMSNorm):
     """The norm of a projection whose outputs are split over the ranks: each has a part of it and of the weight."""
 
@@ -245,9 +277,7 @@ class ParallelRMSNorm(RMSNorm):
     def in_type_of(self, x: Tensor) -> Tensor:
         if self.comm.size == 1:
             return super().in_type_of(x)
-        wide = x.float()
-        squares = self.comm.all_reduce(wide.square().sum(-1, keepdim=True))
-        return (wide * torch.rsqrt(squares / self.size + self.eps)).mul_(self._factors()).to(x.dtype)
+        return normed_over_ranks(x.float(), self.comm, self.eps).mul_(self._factors()).to(x.dtype)
 
     def slots(self) -> Iterator[WeightSlot]:
         start = len(self.weight) * self.comm.rank

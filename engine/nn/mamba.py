@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.parts.mamba import MambaConfig
+from ...models.parts.states import RowPart
 from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
 from .convolution import Convolution, Vectors, left_of
-from .layers import ColumnParallelLinear, Part, RowParallelLinear
+from .layers import ColumnParallelLinear, RowParallelLinear, normed_over_ranks, parts_of
 from .rotary import Rope
 from .states import LayerStates
 
@@ -43,19 +44,21 @@ class _Heads(NamedTuple):
 
 
 class Mamba:
-    """Implements `Mixer`, of all heads on one rank."""
+    """Implements `Mixer`. A rank has some heads, with their groups, or the one that there is."""
 
     def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
         """`index`: among the layers with states."""
-        config, hidden = states.config, builder.config.hidden_size
-        assert isinstance(config, MambaConfig)
+        config, whole, hidden = states.config, builder.config.states, builder.config.hidden_size
+        assert isinstance(config, MambaConfig) and isinstance(whole, MambaConfig)
         self._states, self._config, self._eps = states, config, builder.config.rms_norm_eps
-        part = Part(f"{name}.in_proj", config.num_values + config.num_convolved + config.num_heads)
-        self.in_proj = ColumnParallelLinear(builder, part.name, hidden, [part], bias=config.proj_bias)
+        self._normed_with = builder.comm if whole.has_one_group and builder.comm.size > 1 else None
+        rows = RowPart(whole.num_values), *whole.row_parts, RowPart(whole.num_heads)
+        parts = parts_of(f"{name}.in_proj", rows)
+        self.in_proj = ColumnParallelLinear(builder, f"{name}.in_proj", hidden, parts, bias=config.proj_bias)
         self.convolution = Convolution(builder, f"{name}.conv1d", states, index, has_bias=config.conv_bias)
-        heads = dict.fromkeys(("A_log", "D", "dt_bias"), config.num_heads)
-        self.vectors = Vectors(builder, name, heads | {"norm.weight": config.num_values})
-        self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", config.num_values, hidden, bias=config.proj_bias)
+        heads = dict.fromkeys(("A_log", "D", "dt_bias"), whole.num_heads)
+        self.vectors = Vectors(builder, name, heads | {"norm.weight": whole.num_values})
+        self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", whole.num_values, hidden, bias=config.proj_bias)
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return gates, rows for the convolution and steps, [num_tokens, numbers of all]."""
@@ -85,8 +88,11 @@ class Mamba:
         return c.reshape(by_group), b.reshape(by_group), x.reshape(n, config.num_heads, config.head_dim)
 
     def _normed(self, said: Tensor) -> Tensor:
-        groups = said.view(len(said), self._config.num_groups, -1)
-        normed = F.rms_norm(groups, groups.shape[2:], eps=self._eps).flatten(1)
+        if self._normed_with is not None:
+            normed = normed_over_ranks(said, self._normed_with, self._eps)
+        else:
+            groups = said.view(len(said), self._config.num_groups, -1)
+            normed = F.rms_norm(groups, groups.shape[2:], eps=self._eps).flatten(1)
         return normed.mul_(self.vectors.by_name["norm.weight"])
 
     def output(self, mixed: Tensor) -> Tensor:

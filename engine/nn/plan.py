@@ -33,6 +33,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     swap_in: tuple[tuple[int, int], ...] = ()
     pooled_rows: bytes = b""  # packed tokens whose hidden states behind the final norm are wanted
     adapters: bytes = b""  # [rows] the slot of each row's adapter; empty: no row has one
+    is_measured: bool = False  # behind tokens that no step has computed
 
 
 def plan_step(batch: Batch, block_size: int) -> StepPlan:

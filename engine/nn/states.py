@@ -11,7 +11,6 @@ row is of no number of tokens, so that wherever it has gone by then, nobody goes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,7 +82,7 @@ class LayerStates:
     """Owned by the engine's thread, and shared by all layers with states: where a step finds them and leaves them."""
 
     def __init__(self, config: StatesConfig) -> None:
-        """`attach` gives it pages."""
+        """`config`: this rank's. `attach` gives it pages."""
         self.config = config
         self.num_tokens = 0  # of the step
         self.are_checked = True  # whether each is that of the tokens which a row says are computed
@@ -91,15 +90,16 @@ class LayerStates:
         self.singles: list[Singles] = []
         self.stretches: list[Stretch] = []
         self.pages: Tensor | None = None  # that states are kept in
-        self._pieces: list[list[Tensor]] = []  # by layer: its state's parts, each [num_blocks, numbers] float32
+        self._pieces: list[list[Tensor]] = []  # by layer: shares' parts, each [num_blocks, shares, numbers] float32
 
     def attach(self, pages: Tensor) -> None:
         """Keep states in these pages, [pages of a block, num_blocks, ...], of any type."""
         self.pages = pages
-        rows = pages.flatten(2).view(torch.uint8)  # [pages of a block, num_blocks, page_bytes]
+        config, rows = self.config, pages.flatten(2).view(torch.uint8)  # [pages of a block, num_blocks, page_bytes]
+        runs = rows.view(*rows.shape[:2], -1, config.num_shares, config.run_bytes(rows.shape[2]))
         self._pieces = [
-            [rows[page][:, part].view(torch.float32) for page, part in self.config.pieces(index, rows.shape[2])]
-            for index in range(self.config.num_layers)
+            [runs[page][:, run, :, part].view(torch.float32) for page, run, part in config.pieces(index, rows.shape[2])]
+            for index in range(config.num_layers)
         ]
 
     def begin(self, plan: StepPlan, block_size: int) -> None:
@@ -120,27 +120,51 @@ class LayerStates:
         ForeignStateError where `judge` does.
         """
         config, count = self.config, len(starts)
-        found = torch.cat([piece[blocks] for piece in self._pieces[index]], 1)
-        begins, tags = starts == 0, found[:, 0]
+        found = torch.cat([piece[blocks] for piece in self._pieces[index]], 2)  # [n, shares, numbers]
+        begins, tags = starts == 0, found[:, 0, 0]
         is_foreign = (tags != starts) & (starts > 0)
         if self.are_checked:
             self.judge(is_foreign, tags, starts)
         known = starts.float().masked_fill_(is_foreign, torch.nan)
         # What lies in a new block may be no number. Each part is moved into a piece of its own meanwhile.
-        parts = torch.split(found[:, 1:], [config.num_inputs, math.prod(config.memory_shape)], 1)
-        inputs, memory = (part.masked_fill(begins.unsqueeze(1), 0.0) for part in parts)
-        return (
-            inputs.view(count, config.kernel_size - 1, config.num_convolved),
-            memory.view(count, *config.memory_shape),
-            known,
-        )
+        end, shape = 1 + config.num_share_inputs, (count, config.num_shares, config.kernel_size - 1, -1)
+        parts = found[:, :, 1:end], found[:, :, end:]
+        inputs, memory = (part.masked_fill(begins.view(-1, 1, 1), 0.0) for part in parts)
+        return _joined(config, inputs.reshape(shape)), memory.reshape(count, *config.memory_shape), known
 
     def write(self, index: int, blocks: Tensor | slice, ends: Tensor, inputs: Tensor, memory: Tensor) -> None:
         """Leave the states behind `ends` tokens in these blocks; their parts are those that `read` returns."""
-        rows = torch.cat((ends.unsqueeze(1), inputs.flatten(1), memory.flatten(1)), 1)
-        sizes = [piece.shape[1] for piece in self._pieces[index]]
-        for piece, part in zip(self._pieces[index], torch.split(rows, sizes, 1), strict=True):
+        config, count = self.config, len(ends)
+        tags = ends.view(-1, 1, 1).expand(-1, config.num_shares, -1)
+        parts = _by_share(config, inputs).flatten(2), memory.reshape(count, config.num_shares, -1)
+        rows = torch.cat((tags, *parts), 2)
+        sizes = [piece.shape[2] for piece in self._pieces[index]]
+        for piece, part in zip(self._pieces[index], torch.split(rows, sizes, 2), strict=True):
             piece[blocks] = part
+
+
+def _joined(config: StatesConfig, inputs: Tensor) -> Tensor:
+    """Bring the shares' rows of earlier tokens, [n, shares, kernel_size - 1, numbers], into one: their numbers of each
+    part of a row stand together.
+    """
+    parts = torch.split(inputs, [config.share_of(part) for part in config.row_parts], 3)
+    joined = [
+        each[:, 0] if part.is_common else each.transpose(1, 2).flatten(2)
+        for part, each in zip(config.row_parts, parts, strict=True)
+    ]
+    return torch.cat(joined, 2)
+
+
+def _by_share(config: StatesConfig, inputs: Tensor) -> Tensor:
+    """Do the reverse, of [n, kernel_size - 1, num_convolved]."""
+    parts = torch.split(inputs, [part.size for part in config.row_parts], 2)
+    cut = [
+        each.unsqueeze(1).expand(-1, config.num_shares, -1, -1)
+        if part.is_common
+        else each.view(*each.shape[:2], config.num_shares, -1).transpose(1, 2)
+        for part, each in zip(config.row_parts, parts, strict=True)
+    ]
+    return torch.cat(cut, 3)
 
 
 def refuse_foreign(is_foreign: Tensor, tags: Tensor, starts: Tensor) -> None:

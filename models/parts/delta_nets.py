@@ -5,10 +5,11 @@ memory   of each value head a matrix [key_dim, value_dim]: decayed and corrected
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from .config_fields import ConfigFields
-from .states import Shape, StatesConfig, stateful_layers
+from .states import RowPart, Shape, StatesConfig, stateful_layers
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -36,9 +37,17 @@ class DeltaNetsConfig(StatesConfig):
         return self.num_value_heads * self.value_dim
 
     @property
-    def num_convolved(self) -> int:
-        """Count the numbers of a token's queries, keys and values."""
-        return 2 * self.num_keys + self.num_values
+    def row_parts(self) -> tuple[RowPart, ...]:
+        """List a token's queries, keys and values."""
+        return RowPart(self.num_keys), RowPart(self.num_keys), RowPart(self.num_values)
+
+    @property
+    def num_divided(self) -> int:
+        return self.num_key_heads
+
+    def _divided(self, parts: int) -> Self:
+        heads = self.num_key_heads // parts, self.num_value_heads // parts
+        return replace(self, num_key_heads=heads[0], num_value_heads=heads[1])
 
     @property
     def memory_shape(self) -> Shape:
@@ -49,7 +58,7 @@ class DeltaNetsConfig(StatesConfig):
         return self.num_values + 2 * self.num_value_heads * self.key_dim
 
     @property
-    def row_parts(self) -> dict[str, int]:
+    def row_matrices(self) -> dict[str, int]:
         """Return the matrices of a token's row and gates, with their outputs."""
         convolved, gates = self.num_convolved, self.num_values
         return (
@@ -57,13 +66,13 @@ class DeltaNetsConfig(StatesConfig):
         )
 
     @property
-    def rate_parts(self) -> dict[str, int]:
+    def rate_matrices(self) -> dict[str, int]:
         """Return the matrices of a token's strengths and decays, with their outputs."""
         heads = self.num_value_heads
         return {"in_proj_ba": 2 * heads} if self.is_grouped else {"in_proj_b": heads, "in_proj_a": heads}
 
     def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
-        sizes = self.row_parts | self.rate_parts
+        sizes = self.row_matrices | self.rate_matrices
         shapes: dict[str, Shape] = {f"{name}.{part}.weight": (size, hidden_size) for part, size in sizes.items()}
         return shapes | {
             f"{name}.conv1d.weight": (self.num_convolved, 1, self.kernel_size),

@@ -6,12 +6,13 @@ memory   of each head a matrix [state_dim, head_dim]: decayed, and added to, by 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from ..families.family import Family
 from .config_fields import ConfigFields
 from .lone_blocks import FEED_FORWARDS
-from .states import Shape, StatesConfig, stateful_layers
+from .states import RowPart, Shape, StatesConfig, stateful_layers
 
 _INFINITY = {"__float__": "Infinity"}
 
@@ -39,9 +40,23 @@ class MambaConfig(StatesConfig):
         return self.num_groups * self.state_dim
 
     @property
-    def num_convolved(self) -> int:
-        """Count the numbers of a token's values, and of what it writes and reads by."""
-        return self.num_values + 2 * self.num_keys
+    def has_one_group(self) -> bool:
+        """Tell whether all heads are read and written alike: then they are normed together, too."""
+        return self.num_groups == 1
+
+    @property
+    def row_parts(self) -> tuple[RowPart, ...]:
+        """List a token's values, and what it writes and reads by: one group's is that of all heads."""
+        keys = RowPart(self.num_keys, is_common=self.has_one_group)
+        return RowPart(self.num_values), keys, keys
+
+    @property
+    def num_divided(self) -> int:
+        return self.num_heads if self.has_one_group else self.num_groups
+
+    def _divided(self, parts: int) -> Self:
+        num_groups = 1 if self.has_one_group else self.num_groups // parts
+        return replace(self, num_heads=self.num_heads // parts, num_groups=num_groups)
 
     @property
     def memory_shape(self) -> Shape:

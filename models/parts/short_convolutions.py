@@ -5,18 +5,19 @@ A token's row is as wide as the residual stream, and there is no memory: the row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from ..families.family import Family
 from .config_fields import ConfigFields
-from .states import Shape, StatesConfig, stateful_layers
+from .states import RowPart, Shape, StatesConfig, stateful_layers
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class ShortConvolutionsConfig(StatesConfig):
     """The layers that are such convolutions."""
 
-    hidden_size: int
+    num_columns: int  # of the residual stream
     has_bias: bool  # each of the two products, and the convolution
 
     @property
@@ -24,8 +25,15 @@ class ShortConvolutionsConfig(StatesConfig):
         return "conv"
 
     @property
-    def num_convolved(self) -> int:
-        return self.hidden_size
+    def row_parts(self) -> tuple[RowPart, ...]:
+        return (RowPart(self.num_columns),)
+
+    @property
+    def num_divided(self) -> int:
+        return self.num_columns
+
+    def _divided(self, parts: int) -> Self:
+        return replace(self, num_columns=self.num_columns // parts)
 
     @property
     def memory_shape(self) -> Shape:
@@ -33,7 +41,7 @@ class ShortConvolutionsConfig(StatesConfig):
 
     @property
     def num_values(self) -> int:
-        return self.hidden_size
+        return self.num_columns
 
     @property
     def num_of_heads(self) -> int:
@@ -41,9 +49,9 @@ class ShortConvolutionsConfig(StatesConfig):
 
     def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {
-            f"{name}.conv.weight": (hidden_size, 1, self.kernel_size),
-            f"{name}.in_proj.weight": (3 * hidden_size, hidden_size),
-            f"{name}.out_proj.weight": (hidden_size, hidden_size),
+            f"{name}.conv.weight": (self.num_columns, 1, self.kernel_size),
+            f"{name}.in_proj.weight": (3 * self.num_columns, hidden_size),
+            f"{name}.out_proj.weight": (hidden_size, self.num_columns),
         }
         biases = {f"{weight.removesuffix('weight')}bias": (shape[0],) for weight, shape in shapes.items()}
         return shapes | biases if self.has_bias else shapes
@@ -62,7 +70,7 @@ def read_short_convolutions(fields: ConfigFields) -> ShortConvolutionsConfig:
     return ShortConvolutionsConfig(
         layers=stateful_layers(fields, key, types, {"conv"}),
         kernel_size=fields.count("conv_L_cache"),
-        hidden_size=fields.count("hidden_size"),
+        num_columns=fields.count("hidden_size"),
         has_bias=fields.flag("conv_bias", default=False),
     )
 

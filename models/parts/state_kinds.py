@@ -10,8 +10,13 @@ from .short_convolutions import read_short_convolutions
 from .states import StatesConfig
 
 
-def read_states(fields: ConfigFields, family: Family) -> StatesConfig | None:
+def read_states(fields: ConfigFields, family: Family, num_kv_heads: int) -> StatesConfig | None:
     """Return the states of a model that has some; None: every layer keeps keys and values. Raises ConfigError."""
+    states = _read_kind(fields, family)
+    return None if states is None else states.shared_by(num_kv_heads)
+
+
+def _read_kind(fields: ConfigFields, family: Family) -> StatesConfig | None:
     match family.states:
         case None:
             return None

@@ -12,14 +12,22 @@ is all that is known up to its end: shared, handed over, kept and found again as
 
     one block   layers with keys and values   [ 3 ][ 7 ][ 11 ]
                 states, one behind another    [ 0, 1, part of 2 ][ rest of 2, 4, ... ]
+
+States are cut into *shares*, as many as KV heads, or groups of these, and a layer's heads divide into evenly. A share
+has some of a layer's heads, and lies in the places of its KV heads in those pages. So what ranks hold of a page, and
+write of it to ranks of another number, they hold and write of states, and nobody has to know of these.
+
+    two shares, a page   [ keys of head 0 ][ of 1 ][ values of head 0 ][ of 1 ]
+    states in it         [ share 0        ][ 1    ][ more of share 0  ][ of 1 ]
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 from ...common.config import BLOCK_SIZE, LONG_BLOCK_SIZES, EngineConfig
 from ...common.errors import ConfigError
@@ -29,14 +37,33 @@ Shape = tuple[int, ...]
 
 _WITH_KEYS = {"full_attention", "attention"}
 _ITEM_BYTES = 4  # float32, whatever the weights are: errors of thousands of tokens add up in a state
+_PAGE_PARTS = 2  # keys and values, each of all KV heads
+
+
+class RowPart(NamedTuple):
+    """Numbers of a token's row that stand together: each share has some of them, or all where they are common."""
+
+    size: int
+    is_common: bool = False
+
+
+class Segment(NamedTuple):
+    """Numbers of a layer's state that stand together in a share, too."""
+
+    at: int  # in the layer's state, of all shares here
+    share: int
+    offset: int  # in the share
+    size: int
+    is_copy: bool  # an earlier share has the same numbers
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class StatesConfig(ABC):
-    """The layers with states, and their sizes, of the whole model."""
+    """The layers with states, and their sizes: of the whole model, or of one rank (`of_rank`)."""
 
     layers: tuple[bool, ...]  # by layer: it keeps a state
     kernel_size: int  # tokens that the convolution sees
+    num_shares: int = 1
 
     @property
     @abstractmethod
@@ -45,8 +72,17 @@ class StatesConfig(ABC):
 
     @property
     @abstractmethod
-    def num_convolved(self) -> int:
-        """Count the numbers of a token's row that the convolution takes."""
+    def row_parts(self) -> tuple[RowPart, ...]:
+        """List what stands one behind another in a token's row that the convolution takes."""
+
+    @property
+    @abstractmethod
+    def num_divided(self) -> int:
+        """Count what shares divide among themselves: heads, or numbers that have none."""
+
+    @abstractmethod
+    def _divided(self, parts: int) -> Self:
+        """Return the sizes of one of so many even parts."""
 
     @property
     @abstractmethod
@@ -67,6 +103,19 @@ class StatesConfig(ABC):
     def shapes(self, name: str, hidden_size: int) -> dict[str, Shape]:
         """Return the tensors of a layer's mixer `name`, by their names in a checkpoint."""
 
+    def shared_by(self, num_kv_heads: int) -> Self:
+        """Return it in as many shares as KV heads allow: pages are cut between these alone."""
+        return replace(self, num_shares=math.gcd(num_kv_heads, self.num_divided))
+
+    def of_rank(self, num_ranks: int) -> Self:
+        """Return the sizes of each of so many ranks, which divide the shares evenly."""
+        return replace(self._divided(num_ranks), num_shares=self.num_shares // num_ranks)
+
+    @property
+    def num_convolved(self) -> int:
+        """Count the numbers of a token's row that the convolution takes."""
+        return sum(part.size for part in self.row_parts)
+
     @property
     def num_layers(self) -> int:
         """Count the layers with states."""
@@ -83,21 +132,55 @@ class StatesConfig(ABC):
         return 1 + self.num_inputs + math.prod(self.memory_shape)
 
     @property
+    def share_size(self) -> int:
+        """Count the numbers of one share of a layer's state, with all that is common to shares."""
+        return 1 + self.num_share_inputs + math.prod(self.memory_shape) // self.num_shares
+
+    @property
+    def num_share_inputs(self) -> int:
+        """Count the numbers of a share that are rows of earlier tokens."""
+        return (self.kernel_size - 1) * sum(self.share_of(part) for part in self.row_parts)
+
+    @property
     def num_bytes(self) -> int:
         """Return the bytes of all layers' states of one sequence."""
-        return self.num_layers * self.layer_size * _ITEM_BYTES
+        return self.num_layers * self.num_shares * self.share_size * _ITEM_BYTES
 
     def num_pages(self, page_bytes: int) -> int:
         """Count the pages of `page_bytes` that a block has for states."""
         return -(-self.num_bytes // page_bytes)
 
-    def pieces(self, index: int, page_bytes: int) -> list[tuple[int, slice]]:
-        """List where the state of the `index`th such layer lies: pages, counted from the first, and bytes in each."""
-        start, end = (each * self.layer_size * _ITEM_BYTES for each in (index, index + 1))
-        pages = range(start // page_bytes, -(-end // page_bytes))
+    def run_bytes(self, page_bytes: int) -> int:
+        """Return how much of a page stands together in one share; a page has two such runs of each."""
+        return page_bytes // (_PAGE_PARTS * self.num_shares)
+
+    def pieces(self, index: int, page_bytes: int) -> list[tuple[int, int, slice]]:
+        """List where a share of the `index`th such layer's state lies: pages, counted from the first, the share's run
+        in each, and bytes in the run.
+        """
+        run_bytes = self.run_bytes(page_bytes)
+        start, end = (each * self.share_size * _ITEM_BYTES for each in (index, index + 1))
         return [
-            (page, slice(max(0, start - page * page_bytes), min(page_bytes, end - page * page_bytes))) for page in pages
+            (*divmod(run, _PAGE_PARTS), slice(max(0, start - run * run_bytes), min(run_bytes, end - run * run_bytes)))
+            for run in range(start // run_bytes, -(-end // run_bytes))
         ]
+
+    def segments(self) -> Iterator[Segment]:
+        """Yield what a layer's state is of shares: share after share, and each from its beginning to its end."""
+        for share in range(self.num_shares):
+            yield Segment(0, share, 0, 1, share > 0)
+            at, offset = 1, 1
+            for part in self.row_parts * (self.kernel_size - 1):
+                size = self.share_of(part)
+                own = 0 if part.is_common else share * size
+                yield Segment(at + own, share, offset, size, part.is_common and share > 0)
+                at, offset = at + part.size, offset + size
+            if size := math.prod(self.memory_shape) // self.num_shares:
+                yield Segment(at + share * size, share, offset, size, False)
+
+    def share_of(self, part: RowPart) -> int:
+        """Count the numbers of a part of a row that one share has."""
+        return part.size if part.is_common else part.size // self.num_shares
 
 
 def stateful_layers(
@@ -132,10 +215,10 @@ def block_size_of(engine: EngineConfig, states: StatesConfig | None, kv_token_by
     return fits[0] if fits else LONG_BLOCK_SIZES[-1]
 
 
-def check_states(engine: EngineConfig) -> None:
+def check_states(engine: EngineConfig, *, is_cuda: bool) -> None:
     """Refuse what is not built of models that keep states. Raises ConfigError."""
-    if engine.tensor_parallel_size > 1:
-        raise ConfigError("tensor_parallel_size: layers that keep a state are computed by one rank alone; use 1")
+    if is_cuda and engine.tensor_parallel_size > 1:
+        raise ConfigError("tensor_parallel_size: layers that keep a state are shared by ranks on CPUs alone; use 1")
     if engine.deterministic:
         raise ConfigError(
             "deterministic: layers that keep a state have no exact steps, and so no speculation; leave both away"

@@ -41,7 +41,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     model = ModelConfig.from_dir(model_dir)
     check_latent_dtype(engine, model)
     if model.states is not None:
-        check_states(engine)
+        check_states(engine, is_cuda=not gpu.is_cpu)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
     check_exchange(engine)

@@ -14,16 +14,12 @@ MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
 HEADS_BLOCK_BYTES = 2 * 2 * 2 * 16 * _BLOCK_SIZE * _FLOAT32  # layers, K and V, heads, head_dim, tokens
 LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers of a token
-# Numbers of a layer's state, of which there are three: in a gated delta net, a convolution, a layer of Mamba's.
-_STATE, _LFM2_STATE, _MAMBA_STATE = 1 + 3 * 128 + 4 * 16 * 16, 1 + 2 * 64, 1 + 3 * 160 + 4 * 16 * 32
-_NEMOTRON_H_STATE = 1 + 3 * 192 + 4 * 16 * 32
+# Numbers of a layer's state, of which there are three, in two shares: in a gated delta net, a convolution, a layer of
+# Mamba's, of which each share has all that values are written and read by.
+_STATE, _LFM2_STATE, _MAMBA_STATE = 2 + 3 * 128 + 4 * 16 * 16, 2 + 2 * 64, 2 + 3 * (128 + 2 * 32) + 4 * 16 * 32
 _STATES_OF = {
-    "lfm2": _LFM2_STATE,
-    "lfm2_moe": _LFM2_STATE,
-    "granite4": _MAMBA_STATE,
-    "granite4_moe": _MAMBA_STATE,
-    "nemotron_h": _NEMOTRON_H_STATE,
-    "nemotron_h_moe": _NEMOTRON_H_STATE,
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _LFM2_STATE),
+    **dict.fromkeys(("granite4", "granite4_moe", "nemotron_h", "nemotron_h_moe"), _MAMBA_STATE),
 }
 _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
@@ -128,7 +124,6 @@ class ExactnessModel:
     path: Path
     block_bytes: int  # of KV, in float32
     is_sparse: bool  # some layers are mixtures of experts
-    keeps_states: bool = False  # some layers do, which one rank computes
 
 
 def write_exactness_model(path: Path, family: str) -> ExactnessModel:
@@ -147,7 +142,7 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         is_sparse = any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
         num_bytes = 3 * _STATES_OF.get(family, _STATE) * _FLOAT32
         block_bytes = _states_block_bytes(num_bytes, fields.get("head_dim", SMALL["head_dim"]))
-        return ExactnessModel(path, block_bytes, is_sparse=is_sparse, keeps_states=True)
+        return ExactnessModel(path, block_bytes, is_sparse=is_sparse)
     if family in _SPARSE:
         import transformers
 

@@ -14,7 +14,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -129,10 +129,6 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     model = write_exactness_model(folder / "model", request.param)
     workers = WORKERS | (EXCHANGING if model.is_sparse else {})
-    if model.keeps_states:  # on one rank: in place of wide workers there are second ones
-        workers = {
-            name: replace(kind, ranks=1, has_whole_experts=False, exchange="sum") for name, kind in workers.items()
-        }
     with open_fleet(folder, model, workers) as opened:
         yield opened
 

@@ -71,6 +71,31 @@ def sequence(driver: Driver, prompt: list[int], slot: int | None) -> Sequence:
     return seq
 
 
+def said_by_ranks(model_dir: Path, path: Path, ids: list[list[int]]) -> list[list[int]]:
+    """Return what two ranks answer by an adapter, which they have read from its files."""
+    digest = inspect_adapter(path).digest
+    fields = {"tensor_parallel_size": 2, "enable_lora": True, "max_loras": 1, "max_cpu_loras": 2}
+    config = engine_config(model_dir, **fields)
+    group = RankGroup.start(config, num_blocks=64)
+    try:
+        engine = Engine(config, tp_size=2, num_blocks=64, group=group)
+        loader = open_adapters(engine, group)
+        assert loader is not None
+        loaded = threading.Event()
+        loader.wake = loaded.set
+        loader.submit(AdapterTask(digest, str(path), 0, ()))
+        while not (results := loader.results()):
+            assert loaded.wait(20)
+            loaded.clear()
+        assert [result.error for result in results] == [""]
+        driver = Driver(engine)
+        found = driver.generate([sequence(driver, prompt, 0) for prompt in ids], chunk=20)
+        loader.close()
+    finally:
+        group.close()
+    return found
+
+
 def expected(model_dir: Path, adapter: Path | None, prompt: list[int], folder: Path) -> list[int]:
     merged = model_dir if adapter is None else merge(model_dir, adapter, folder / f"merged-{adapter.name}")
     driver = Driver(make_engine(merged, max_model_len=256))
@@ -190,27 +215,8 @@ def test_fused_modules_are_adapted_on_every_rank(tmp_path: Path) -> None:
     model_dir = write_checkpoint(tmp_path / "model", "phi3", tokenizer=False)
     targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     path = write_adapter(tmp_path / "a", model_dir, rank=13, targets=targets)
-    digest = inspect_adapter(path).digest
-    fields = {"tensor_parallel_size": 2, "enable_lora": True, "max_loras": 1, "max_cpu_loras": 2}
-    config = engine_config(model_dir, **fields)
-    group = RankGroup.start(config, num_blocks=64)
-    try:
-        engine = Engine(config, tp_size=2, num_blocks=64, group=group)
-        loader = open_adapters(engine, group)
-        assert loader is not None
-        loaded = threading.Event()
-        loader.wake = loaded.set
-        loader.submit(AdapterTask(digest, str(path), 0, ()))
-        while not (results := loader.results()):
-            assert loaded.wait(20)
-            loaded.clear()
-        assert [result.error for result in results] == [""]
-        driver = Driver(engine)
-        ids = prompts([1, 33])
-        found = driver.generate([sequence(driver, prompt, 0) for prompt in ids], chunk=20)
-        loader.close()
-    finally:
-        group.close()
+    ids = prompts([1, 33])
+    found = said_by_ranks(model_dir, path, ids)
     assert found == [expected(model_dir, path, prompt, tmp_path / str(index)) for index, prompt in enumerate(ids)]
 
 

@@ -250,17 +250,25 @@ STATES = DeltaNetsConfig(
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_states_are_served_on_either_device_by_one_rank_and_no_exact_steps(tmp_path: Path, device: str) -> None:
+def test_states_are_served_on_either_device_on_cpus_by_ranks_and_in_no_exact_steps(tmp_path: Path, device: str) -> None:
     engine = EngineConfig.model_validate({"model_dir": tmp_path, "served_model_name": "m", "device": device})
     model = replace(MODEL, states=STATES)
     check_engine(engine, model)
     check_engine(engine.model_copy(update={"kv_cache_dtype": "fp8"}), model)
-    for reason, fields in (
-        ("states? are computed by one rank alone", {"tensor_parallel_size": 2}),
-        ("no exact steps, and so no speculation", {"deterministic": True}),
-    ):
-        with pytest.raises(ConfigError, match=reason):
-            check_engine(engine.model_copy(update=fields), model)
+    with pytest.raises(ConfigError, match="no exact steps, and so no speculation"):
+        check_engine(engine.model_copy(update={"deterministic": True}), model)
+    ranks = engine.model_copy(update={"tensor_parallel_size": 2})
+    if device == "cpu":
+        return check_engine(ranks, model)
+    with pytest.raises(ConfigError, match="layers that keep a state are shared by ranks on CPUs alone"):
+        check_engine(ranks, model)
+
+
+def test_ranks_share_states_by_their_heads_of_keys() -> None:
+    model = replace(MODEL, num_kv_heads=8, states=replace(STATES, num_key_heads=4).shared_by(8))
+    assert model.tp_sizes(whole_experts=False) == [1, 2, 4]
+    with pytest.raises(ConfigError, match=r"cannot share .*, 4 shares of a state evenly; possible: 1, 2, 4"):
+        check_model(planned(tensor_parallel_size=8), model)
 
 
 def test_the_reserve_has_room_for_states_that_are_computed_with() -> None:

@@ -14,7 +14,7 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
-from kvferry.sizing.memory import cache_token_bytes, weight_bytes
+from kvferry.sizing.memory import block_tokens, cache_token_bytes, weight_bytes
 
 from ..engine_driver import engine_config
 
@@ -32,6 +32,14 @@ _SMALL: dict[str, object] = {
 }
 _EXPERTS: dict[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 _STACKED: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128}
+_MAMBA: dict[str, object] = {
+    "layer_types": ["mamba", "attention", "mamba"],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 48,
+    "mamba_proj_bias": True,
+    "shared_intermediate_size": 512,
+    "num_local_experts": 0,
+}
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
     "llama, its head tied": ("Llama", {"tie_word_embeddings": True, "vocab_size": 2048}),
@@ -50,6 +58,9 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "stacked experts": ("GptOss", _STACKED),
     "stacked experts in MXFP4": ("GptOss", _STACKED | {"quantization_config": {"quant_method": "mxfp4"}}),
     "gemma 2": ("Gemma2", {}),
+    "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "conv_L_cache": 3}),
+    "states of one group": ("GraniteMoeHybrid", _MAMBA),
+    "states of groups": ("GraniteMoeHybrid", _MAMBA | {"mamba_n_groups": 4}),
     "olmo 2, norms of whole projections": ("Olmo2", {}),
     "phi 3, fused": ("Phi3", {"pad_token_id": 0}),
     "latents and experts": (
@@ -74,7 +85,7 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
 _STATES: dict[str, object] = {
     "num_hidden_layers": 4,
     "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_value_heads": 16,
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 48,
 }
@@ -170,13 +181,16 @@ def test_memory_is_that_of_a_live_rank(tmp_path: Path, name: str, dtype: str, nu
                 swap_space=0,
                 **split,
             )
-            said = weight_bytes(config, model) + NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
+            said = weight_bytes(config, model) + NUM_BLOCKS * block_tokens(config, model) * cache_token_bytes(
+                config, model
+            )
             assert said == pytest.approx(_taken(config, num_ranks), rel=0.03), (precision, split)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", IN_FLOAT32)
-def test_weights_that_are_float32_in_every_model_are_counted(tmp_path: Path, name: str) -> None:
+def test_weights_that_are_float32_in_every_model_are_counted(tmp_path: Path, name: str, num_ranks: int) -> None:
     """They are a hundredth of such small models: within a thousandth of all weights."""
     kind, fields = IN_FLOAT32[name]
     shape = {"architectures": [f"{kind}ForCausalLM"], "torch_dtype": "bfloat16"}
@@ -184,9 +198,16 @@ def test_weights_that_are_float32_in_every_model_are_counted(tmp_path: Path, nam
     model = ModelConfig.from_dir(tmp_path)
     for precision in PRECISIONS:
         asked = None if precision == "plain" else precision
-        config = engine_config(tmp_path, quantization=asked, load_format="dummy", swap_space=0, block_size=16)
-        pages = NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
-        assert weight_bytes(config, model) == pytest.approx(_taken(config, 1) - pages, rel=1e-3), precision
+        config = engine_config(
+            tmp_path,
+            tensor_parallel_size=num_ranks,
+            quantization=asked,
+            load_format="dummy",
+            swap_space=0,
+            block_size=16,
+        )
+        pages = NUM_BLOCKS * block_tokens(config, model) * cache_token_bytes(config, model)
+        assert weight_bytes(config, model) == pytest.approx(_taken(config, num_ranks) - pages, rel=1e-3), precision
 
 
 @pytest.mark.parametrize(
@@ -219,5 +240,5 @@ def test_adapters_have_room_for_the_largest(tmp_path: Path, name: str, num_ranks
             load_format="dummy",
             swap_space=0,
         )
-        said = weight_bytes(config, model) + NUM_BLOCKS * config.block_tokens * cache_token_bytes(config, model)
+        said = weight_bytes(config, model) + NUM_BLOCKS * block_tokens(config, model) * cache_token_bytes(config, model)
         assert said == pytest.approx(_taken(config, num_ranks), rel=0.03)

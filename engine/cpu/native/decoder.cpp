@@ -65,7 +65,7 @@ public:
             for (std::size_t i = 0; i < rows.size(); i++) {
                 const long start = rows[i].start;
                 const std::int32_t block = rows[i].blocks[std::max(0L, start - 1) / w_.model.block_size];
-                found[i] = start == 0 ? 0.0f : StatePlace(w_.model, *net, block).num_tokens();
+                found[i] = start == 0 ? 0.0f : StatePlace(w_.model, net->state, block).num_tokens();
                 are_own = are_own && found[i] == float(start);
             }
             if (!are_own) return false;

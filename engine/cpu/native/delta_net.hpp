@@ -100,7 +100,7 @@ private:
     long columns() const { return panels() * kPanelColumns; }
     float* memory(long i) const { return own_.memory.data() + i * w_.key_dim * columns(); }
     long memory_at(long i) const { return 1 + w_.inputs_size() + (head_ * w_.repeats() + i) * w_.key_dim * w_.value_dim; }
-    StatePlace place(long position) const { return {m_, w_, row_.blocks[position / m_.block_size]}; }
+    StatePlace place(long position) const { return {m_, w_.state, row_.blocks[position / m_.block_size]}; }
 
     // The state behind the tokens so far; zeros where there are none.
     void begin() {

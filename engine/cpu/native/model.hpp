@@ -35,6 +35,17 @@ struct Latents {
     long asked_dim() const { return padded(nope_dim, kTileInputs); }  // of a head, as W_K takes it
 };
 
+// Numbers of a layer's state that stand together in a block (engine/cpu/state_runs.py).
+struct StateRun {
+    std::int64_t at, size;  // in the state
+    std::int64_t place;     // bytes from the block's first page of states
+};
+
+struct StateRuns {
+    const StateRun *runs, *copies;  // all of the state, from its beginning to its end; what stands elsewhere besides
+    std::int64_t num_runs, num_copies;
+};
+
 // A gated delta net (engine/nn/delta_net.py): of a sequence a state is kept in place of keys and values. delta_net.hpp has
 // what is computed, states.hpp where a state lies.
 struct DeltaNet {
@@ -45,8 +56,8 @@ struct DeltaNet {
     const Element* norm;                  // of a value head
     std::int64_t num_key_heads, num_value_heads, key_dim, value_dim, kernel_size;
     std::int64_t is_grouped;  // the products of `rows` and `rates` stand key head by key head
-    std::int64_t index;       // among the layers with states
     double norm_eps;
+    StateRuns state;
 
     long repeats() const { return num_value_heads / num_key_heads; }  // value heads of a key head
     long num_keys() const { return num_key_heads * key_dim; }
@@ -56,7 +67,6 @@ struct DeltaNet {
     long projected_size() const { return rates_at() + padded(rates.weight.columns, kTileColumns); }
     // A state is one number, of how many tokens it is, the last tokens' rows and each value head's memory.
     long inputs_size() const { return (kernel_size - 1) * num_convolved(); }
-    long state_size() const { return 1 + inputs_size() + num_values() * key_dim; }
 };
 
 // A layer is a mixer, attention over heads' keys and values or over latents or a delta net, and a gated MLP or experts
@@ -127,8 +137,7 @@ struct Model {
     std::int64_t num_ranks;
     std::int64_t first_token, num_tokens;                       // the embedding's rows here
     std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
-    char* state_pages;               // block 0's first page of states; the next block's is page_bytes further
-    std::int64_t state_page_stride;  // from a block's page to its next one
+    char* state_pages;  // block 0's first page of states; the next block's is page_bytes further
 
     long qo_size() const { return num_qo_heads * head_dim; }
     long qkv_size() const {

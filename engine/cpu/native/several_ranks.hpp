@@ -26,8 +26,9 @@ public:
             });
             if (!is_last) finish(w_.layers[index], w_.residual(0), w_.attended_rows(step));
         }
-        if (step.num_wanted == 0) return;
+        if (!stages_.has_last(step)) return;
         threads_.run([&](Team::Member& by) { stages_.gather_last(step, by); });
+        if (step.num_wanted == 0) return;
         finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step));
     }
 
@@ -48,6 +49,10 @@ private:
                 w_.math.normalize(w_.residual(first), rows, layer.input_norm, w_.own(by).panel, step.slots_from(first));
             if (layer.attention.latents != nullptr) {
                 return stages_.place_latents(step, index, {first, first + rows}, normed, w_.shared, by, by);
+            }
+            if (const DeltaNet* net = layer.attention.delta_net) {
+                stages_.project_delta_net(*net, {first, first + rows}, normed, w_.shared, by);
+                return by.meet();
             }
             w_.math.set(projected, stride, normed, qkv, by);
             w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);

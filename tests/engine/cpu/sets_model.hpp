@@ -155,11 +155,13 @@ public:
             model_.num_kv_heads = kHeads, model_.rotary_dim = kTurned;
             model_.page_bytes = kBlock * token_bytes;
         }
-        const long states = nets_.empty() ? 0 : long(nets_.size()) * nets_[0]->state_size() * long(sizeof(float));
+        const long state_bytes = nets_.empty() ? 0 : state_size(*nets_[0]) * long(sizeof(float));
+        for (std::size_t i = 0; i < nets_.size(); i++) nets_[i]->state = runs(long(i) * state_bytes, long(i + 1) * state_bytes);
+        const long states = long(nets_.size()) * state_bytes;
         const long num_pages = long(layers_.size()) + padded(states, model_.page_bytes) / model_.page_bytes;
         pages_.resize(num_pages * kBlocks * model_.page_bytes);
         for (std::size_t i = 0; i < layers_.size(); i++) layers_[i].pages = page(long(i));
-        model_.state_pages = page(long(layers_.size())), model_.state_page_stride = kBlocks * model_.page_bytes;
+        model_.state_pages = page(long(layers_.size()));
     }
 
     // The last token's logits where `tokens` come in steps of these sizes, by so many threads; a second sequence, of which
@@ -212,7 +214,7 @@ private:
         nets_.push_back(std::make_unique<DeltaNet>());
         DeltaNet& made = *nets_.back();
         made.num_key_heads = kKeyHeads, made.num_value_heads = kValueHeads, made.key_dim = kKeyDim, made.value_dim = kValueDim;
-        made.kernel_size = kConvolved, made.is_grouped = index, made.index = index, made.norm_eps = 1e-6;
+        made.kernel_size = kConvolved, made.is_grouped = index, made.norm_eps = 1e-6;
         made.rows = linear(made.num_convolved() + made.num_values(), kHidden), made.rates = linear(2 * kValueHeads, kHidden);
         made.norm = vector(kValueDim, 1.0f);
         const auto floats = [&](long count, float least, float most) {
@@ -223,6 +225,20 @@ private:
         made.convolution = floats(kConvolved * made.num_convolved(), -1.0f, 1.0f);
         made.forgetting = floats(kValueHeads, 0.01f, 2.0f), made.rate_bias = floats(kValueHeads, -1.0f, 1.0f);
         return &made;
+    }
+
+    static long state_size(const DeltaNet& net) { return 1 + net.inputs_size() + net.num_values() * net.key_dim; }
+
+    // A state in the bytes [first, last) of a block's pages of states.
+    StateRuns runs(long first, long last) {
+        runs_.emplace_back();
+        for (long at = 0; first < last;) {
+            const long page = first / model_.page_bytes, within = first % model_.page_bytes;
+            const long size = std::min(last - first, model_.page_bytes - within);
+            runs_.back().push_back({at, size / long(sizeof(float)), page * kBlocks * model_.page_bytes + within});
+            at += size / long(sizeof(float)), first += size;
+        }
+        return {runs_.back().data(), nullptr, long(runs_.back().size()), 0};
     }
 
     char* page(long index) { return pages_.data() + index * kBlocks * model_.page_bytes; }
@@ -249,6 +265,7 @@ private:
     std::vector<std::unique_ptr<Latents>> latents_;
     std::vector<std::unique_ptr<DeltaNet>> nets_;
     std::vector<std::vector<float>> floats_;
+    std::vector<std::vector<StateRun>> runs_;
     std::vector<float> frequencies_;
     std::vector<Layer> layers_;
     Lines<char> pages_;

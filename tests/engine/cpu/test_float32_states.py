@@ -13,8 +13,9 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.native import not_in_native
 
 from ...adapters import merge, write_adapter
-from ...engine_driver import Driver, make_engine, prompts
+from ...engine_driver import Driver, engine_config, make_engine, prompts
 from ..test_adapters import put, sequence
+from .judged import error_of, expected_of, judged_by_ranks
 from .state_models import DENSE, SPARSE, write_states
 from .test_build import FEW_TOKENS, MANY_TOKENS, Recorded, Shape
 from .test_float32 import assert_near, assert_steps_near
@@ -41,6 +42,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_float32_computes_what_torch_computes(checkpoints: Path, variant: str, shape: Shape) -> None:
     """Chunks of several prompts, first and later ones, beside tokens of running answers, in two threads."""
     assert_steps_near(checkpoints / variant, shape, TOLERANCE, block_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, dense, a state behind all"])
+def test_two_ranks_compute_what_torch_computes(checkpoints: Path, variant: str) -> None:
+    config = engine_config(checkpoints / variant, dtype="float32", tensor_parallel_size=2, num_threads=2, block_size=16)
+    assert error_of(judged_by_ranks(config), expected_of(checkpoints / variant)) < 1e-4
 
 
 def test_one_runner_goes_on_from_the_others_states(checkpoints: Path) -> None:

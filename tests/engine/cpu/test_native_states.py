@@ -15,8 +15,8 @@ from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.states import ForeignStateError
 
-from ...engine_driver import Driver, prompts
-from .judged import error_of, expected_of, judged, native_engine, of_torch
+from ...engine_driver import Driver, engine_config, prompts
+from .judged import error_of, expected_of, judged, judged_by_ranks, native_engine, of_torch
 from .state_models import VARIANTS, write_states
 from .test_build import SAMPLING, Recorded
 from .test_cut_attention import gap_of_threads
@@ -46,6 +46,18 @@ def test_every_set_computes_what_torch_computes(checkpoints: Path, variant: str)
     """Within bfloat16's rounding, against float32 that is not rounded at all."""
     path = checkpoints / variant
     assert error_of(judged(native_engine(path, num_threads=2)), expected_of(path)) < _tolerance(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant", ["qwen3.5", "qwen3.5, a longer convolution", "qwen3 next, dense, a state behind all"]
+)
+def test_two_ranks_compute_what_one_computes(checkpoints: Path, variant: str) -> None:
+    """A step of many tokens and of few, of which the last layer's state is left though nobody wants what it yields."""
+    path = checkpoints / variant
+    fields: dict[str, object] = {"tensor_parallel_size": 2, "num_threads": 2, "block_size": 16}
+    found = judged_by_ranks(engine_config(path, dtype="bfloat16", **fields))
+    assert error_of(found, expected_of(path)) < _tolerance(path)
 
 
 @pytest.mark.parametrize("block_size", [8, 128])
@@ -95,8 +107,10 @@ def test_a_first_state_shows_neither_company_nor_chunks_nor_threads(checkpoints:
         states = engine.model_config.states
         assert states is not None
         [block] = seq.block_table
-        state = engine.kv_pages[1:, block].flatten(1).view(torch.float32).flatten()[: states.layer_size]
-        assert state[0] == 100 and state.isfinite().all()
+        pages = engine.kv_pages[1:, block]  # [pages, 2, heads, ...]: of each head a share, in both parts of each page
+        shares = pages.transpose(1, 2).transpose(0, 1).flatten(1).view(torch.float32)
+        state = shares[:, : states.share_size]
+        assert len(state) == 2 and (state[:, 0] == 100).all() and state.isfinite().all()
         found.append(state.clone())
     assert all(torch.equal(one, found[0]) for one in found[1:])
 

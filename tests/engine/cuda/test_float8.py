@@ -120,7 +120,9 @@ class _Reference:
     """Multiplies in float32, by a matrix of a rounded twin and by each token's inputs in 8 bits."""
 
     def __init__(self, linear: Linear, tensors: dict[str, Tensor], device: str) -> None:
-        names = [part.name for part in linear.parts] if isinstance(linear, ColumnParallelLinear) else [linear.name]
+        names = (
+            [share.part.name for share in linear.shares] if isinstance(linear, ColumnParallelLinear) else [linear.name]
+        )
         self._matrix = torch.cat([tensors[f"{name}.weight"] for name in names]).to(device)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:

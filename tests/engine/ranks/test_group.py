@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import transformers
 
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError, WorkerLost
@@ -28,6 +29,7 @@ from ...engine_driver import Driver, engine_config, make_engine, prompts
 from ...forks import Forks
 from ...kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from ...quantized import SHAPE, write_pair
+from ...transformers_checkpoints import SMALL, STATES, write_model
 from .threads import on_ranks
 
 ANSWER_S = 60.0
@@ -129,6 +131,18 @@ def test_two_ranks_give_the_tokens_of_one_and_payloads_keep_their_place(pair: Ra
     pair.group.close()
     assert pair.received() == b"closed"
     pair.group.close()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
+def test_every_rank_tells_of_pages_of_states_behind_those_of_layers(tmp_path: Path) -> None:
+    pair = RankPair(write_model(tmp_path, transformers.Qwen3_5TextConfig(**SMALL | STATES)), block_size=16)
+    told: list[int] = []
+    driver = Driver(pair.engine)
+    driver.step([(driver.add(range(4, 24)), 20)], told.append)
+    pair.group.close()
+    assert told == list(range(pair.engine.spec.num_layers)) and len(told) > 2
+    assert [pair.received() for _ in range(len(told) + 2)][1:] == [*(b"layer %d" % page for page in told), b"closed"]
 
 
 @pytest.mark.slow
