@@ -153,10 +153,10 @@ class ModelConfig:
     def shared_counts(self, *, whole_experts: bool = False) -> dict[str, int]:
         """Return what ranks share, by its name in config.json; with whole experts, the number of these."""
         counts = {"num_attention_heads": self.num_qo_heads}
-        if self.states is not None:
-            counts["shares of a state"] = self.states.num_shares
         if self.latent is None:  # else every rank has the one head
             counts["num_key_value_heads"] = self.num_kv_heads
+        if self.states is not None:
+            counts["shares of a state"] = self.states.num_shares
         if any(self.has_feed_forward(layer) and self.experts_of(layer) is None for layer in range(self.num_layers)):
             counts["intermediate_size"] = self.intermediate_size
         if self.experts is not None:

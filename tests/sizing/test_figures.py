@@ -91,6 +91,38 @@ def test_the_states_of_a_last_step_cross_when_all_is_computed(tmp_path: Path) ->
         assert exposed_s == pytest.approx(num_blocks * model.states.num_bytes / 40e9), num_tokens
 
 
+def test_ranks_have_parts_of_states(tmp_path: Path) -> None:
+    """Blocks are as long as on one rank, and as many bytes cross to another worker."""
+    model, cpu = model_of(tmp_path, "with-states"), measured_cpu(64.0, 300.0, 20.0)
+    alone, *shared = (Sizer(engine_of(size, device="cpu"), model, cpu, 2048) for size in (1, 2, 4))
+    for size, sizer in zip((2, 4), shared, strict=True):
+        assert sizer.memory().cache_token * size == alone.memory().cache_token
+        assert sizer.memory().num_tokens % 2048 == 0
+        assert sizer.handoff(2049, 1e9).num_bytes == alone.handoff(2049, 1e9).num_bytes
+        assert sizer.shape.read_share == alone.shape.read_share
+    with pytest.raises(ConfigError, match="num_key_value_heads = 4"):
+        Sizer(engine_of(8, device="cpu"), model, cpu, 2048)
+
+
+def test_a_norm_over_all_heads_is_one_more_sum(tmp_path: Path) -> None:
+    """Of a number of each token: it is counted as a sum, and next to nothing in bytes."""
+    fields: dict[str, object] = {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "layer_types": ["mamba", "mamba", "attention"],
+        "num_hidden_layers": 3,
+        "mamba_n_heads": 64,
+        "mamba_d_state": 128,
+        "shared_intermediate_size": 4096,
+        "num_local_experts": 0,
+    }
+    one, groups = (model_of(tmp_path / str(count), "8b", **fields, mamba_n_groups=count) for count in (1, 8))
+    shapes = [
+        Sizer(engine_of(2, device="cpu"), model, measured_cpu(64.0, 300.0, 20.0), 128).shape for model in (one, groups)
+    ]
+    assert shapes[0].num_sums == shapes[1].num_sums + 2 == 2 * 3 + 1 + 2
+    assert shapes[0].exchanged_bytes == shapes[1].exchanged_bytes
+
+
 def test_a_token_uses_a_few_experts(tmp_path: Path) -> None:
     model = model_of(tmp_path, "30b-a3b")
     sizer = Sizer(engine_of(), model, H100, 1024)
