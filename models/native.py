@@ -5,9 +5,11 @@ from __future__ import annotations
 from .config import ModelConfig
 from .parts.delta_nets import DeltaNetsConfig
 from .parts.latent import LatentConfig
+from .parts.mamba import MambaConfig
+from .parts.short_convolutions import ShortConvolutionsConfig
 from .quantization import Quantization
 
-_MOST_CONVOLVED = 16  # tokens: engine/cpu/native/delta_net.hpp
+_MOST_CONVOLVED = 16  # tokens: engine/cpu/native/convolution.hpp
 
 
 def not_in_native(
@@ -27,8 +29,7 @@ def not_in_native(
     is_sparse = config.experts is not None and any(config.sparse_layers)
     has = {
         "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
-        "experts in such a residual stream": is_sparse
-        and (family.norms != "before" or config.residual_multiplier != 1.0),
+        "experts in such a residual stream": is_sparse and family.norms != "before",
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "layers of one block": bool(config.blocks),
         "feed-forwards without a gate": family.mlp.gate is None,
@@ -45,13 +46,18 @@ def not_in_native(
 
 
 def _has_known_states(config: ModelConfig, num_ranks: int) -> bool:
-    """Tell whether states are those of gated delta nets, whose heads fill vectors, and what mixers yield on a rank
-    whole pairs of them; a convolution sees a few tokens.
+    """Tell whether states are of a known kind, whose heads fill vectors, and what mixers yield on a rank whole pairs of
+    them; a convolution sees a few tokens. What all heads are normed by together is not summed over ranks.
     """
-    states = config.states
-    if not isinstance(states, DeltaNetsConfig):
+    states, heads = config.states, tuple[int, ...]()
+    if isinstance(states, DeltaNetsConfig):
+        heads = states.key_dim, states.value_dim
+    elif isinstance(states, MambaConfig):
+        heads = states.state_dim, states.head_dim
+        if num_ranks > 1 and states.has_one_group:
+            return False
+    elif not isinstance(states, ShortConvolutionsConfig):
         return False
-    heads = states.key_dim, states.value_dim
     mixed = states.num_values, config.num_qo_heads * config.head_dim
     is_short = states.kernel_size <= _MOST_CONVOLVED
     return is_short and all(size % 16 == 0 for size in heads) and all(size // num_ranks % 32 == 0 for size in mixed)

@@ -57,7 +57,7 @@ class NativeDecoder:
         self._model = described = model.described
         described.page_bytes, described.block_size = first.stride(0) * first.itemsize, first.shape[3]
         described.has_int8_pages = first.dtype == torch.int8
-        with_keys = [layer for layer in described.layers[: described.num_layers] if not layer.attention.delta_net]
+        with_keys = [layer for layer in described.layers[: described.num_layers] if not layer.attention.state]
         for layer, own in zip(with_keys, pages, strict=True):
             layer.pages = own.data_ptr()
         self._states = states
@@ -164,9 +164,9 @@ class NativeDecoder:
 
 def _place_states(described: Model, config: StatesConfig, page_stride: int) -> None:
     """Tell each layer that keeps a state where it lies."""
-    nets = [layer.attention.delta_net for layer in described.layers[: described.num_layers]]
-    for index, net in enumerate(filter(None, nets)):
-        net.contents.state = state_runs(config, index, page_bytes=described.page_bytes, page_stride=page_stride)
+    states = [layer.attention.state for layer in described.layers[: described.num_layers]]
+    for index, state in enumerate(filter(None, states)):
+        state.contents.state = state_runs(config, index, page_bytes=described.page_bytes, page_stride=page_stride)
 
 
 class Step(NamedTuple):

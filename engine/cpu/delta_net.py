@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from ..nn.delta_net import GatedDeltaNet
-from ..nn.layers import Linear
-from .described import DeltaNetParts, LinearParts
+from .described import DELTA_NET, DeltaNetParts
 from .packing import address
+from .states import Described, common_parts
 
 
-def describe(
-    net: GatedDeltaNet, linear: Callable[[Linear, Tensor | None], LinearParts], keep: list[object]
-) -> DeltaNetParts:
-    """Describe it. `linear` describes a matrix with its bias; `keep` gets what is pointed to and nobody else keeps."""
+def describe(net: GatedDeltaNet, linear: Described, keep: list[object]) -> DeltaNetParts:
+    """Describe it. `keep` gets what is pointed to and nobody else keeps."""
     config, vectors = net.config, net.vectors.by_name
-    convolution, forgetting = net.convolution.weight.squeeze(1).T.contiguous(), vectors["A_log"].exp()
-    keep += [convolution, forgetting]
+    forgetting = vectors["A_log"].exp()
+    keep.append(forgetting)
     return DeltaNetParts(
+        kind=DELTA_NET,
         rows=linear(net.rows_proj, None),
         rates=linear(net.rates_proj, None),
-        convolution=address(convolution),
+        num_rates=net.rates_proj.weight.num_outputs,
         forgetting=address(forgetting),
         rate_bias=address(vectors["dt_bias"]),
         norm=address(net.norm.weight),
@@ -30,7 +25,7 @@ def describe(
         num_value_heads=config.num_value_heads,
         key_dim=config.key_dim,
         value_dim=config.value_dim,
-        kernel_size=config.kernel_size,
         is_grouped=config.is_grouped,
         norm_eps=net.norm.eps,
+        **common_parts(net.convolution, keep),
     )

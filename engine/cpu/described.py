@@ -40,18 +40,41 @@ class StateRuns(ctypes.Structure):
     ]
 
 
-_NET_SIZES = ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel_size", "is_grouped")
+_STATE_SIZES = ("kind", "kernel_size", "num_convolved", "num_values", "memory_size", "num_rates")
+DELTA_NET, MAMBA, SHORT_CONVOLUTION = range(3)  # the C++ `StateKind`
 
 
-class DeltaNetParts(ctypes.Structure):
-    """The C++ `DeltaNet`."""
+class StateParts(ctypes.Structure):
+    """The C++ `StateLayer`: all of a short convolution, and what other kinds begin with."""
 
     _fields_ = [
         *((name, LinearParts) for name in ("rows", "rates")),
-        *((name, ctypes.c_void_p) for name in ("convolution", "forgetting", "rate_bias", "norm")),
+        *((name, ctypes.c_void_p) for name in ("convolution", "convolution_bias")),
+        *((name, ctypes.c_int64) for name in _STATE_SIZES),
+        ("state", StateRuns),
+    ]
+
+
+_NET_SIZES = ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "is_grouped")
+
+
+class DeltaNetParts(StateParts):
+    """The C++ `DeltaNet`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("forgetting", "rate_bias", "norm")),
         *((name, ctypes.c_int64) for name in _NET_SIZES),
         ("norm_eps", ctypes.c_double),
-        ("state", StateRuns),
+    ]
+
+
+class MambaParts(StateParts):
+    """The C++ `Mamba`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("forgetting", "step_bias", "kept", "norm")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "head_dim", "num_groups", "state_dim")),
+        ("norm_eps", ctypes.c_double),
     ]
 
 
@@ -64,7 +87,7 @@ class AttentionParts(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")),
         *((name, ctypes.c_int64) for name in ("has_whole_norms", "window")),
         ("latents", ctypes.POINTER(LatentParts)),
-        ("delta_net", ctypes.POINTER(DeltaNetParts)),
+        ("state", ctypes.POINTER(StateParts)),
     ]
 
 

@@ -2,9 +2,9 @@
 
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
-It has code for layers of `Attention`, gated or not, `LatentAttention` or `GatedDeltaNet` and of `GatedMLP` or
-`SparseMLP`, stacked experts too, over plain weights in bfloat16 or float32 and over quantized ones (`packing.py`), each
-linear as it is; a model of other blocks is left to torch.
+It has code for layers of `Attention`, gated or not, `LatentAttention` or what keeps a state (`GatedDeltaNet`, `Mamba`,
+`ShortConvolution`) and of `GatedMLP` or `SparseMLP`, stacked experts too, over plain weights in bfloat16 or float32 and
+over quantized ones (`packing.py`), each linear as it is; a model of other blocks is left to torch.
 """
 
 from __future__ import annotations
@@ -19,38 +19,41 @@ from torch import Tensor
 from ...common.config import CpuIsa
 from ...models.native import not_in_native
 from ..nn.adapters import AdapterSlots
+from ..nn.convolution import ShortConvolution
 from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.delta_net import GatedDeltaNet
 from ..nn.experts import SharedGate, SparseMLP
 from ..nn.feed_forward import MLP, GatedMLP
 from ..nn.latent import LatentAttention
 from ..nn.layers import Linear, RMSNorm
+from ..nn.mamba import Mamba
 from ..nn.mixer import Attention, GatedAttention
 from ..nn.stacked_experts import StackedExpert
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight
-from . import delta_net
+from . import delta_net, states
 from .adapters import SlotMemory, StripAdapters, whole_strips
 from .build import load
 from .compiler import NativeUnavailable
 from .described import (
     SIZES,
     AttentionParts,
-    DeltaNetParts,
     ExpertParts,
     LatentParts,
     LayerParts,
     LinearParts,
     MLPParts,
     Model,
+    StateParts,
 )
 from .packing import Packer, address, check_known, two_apart
 
 _DTYPES = (torch.bfloat16, torch.float32)  # elements, of which a library knows one
 _SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
-_Mixer = Attention | LatentAttention | GatedDeltaNet
+_Stateful = GatedDeltaNet | Mamba | ShortConvolution
+_Mixer = Attention | LatentAttention | _Stateful
 _Blocks = tuple[_Mixer, GatedMLP | SparseMLP]
-_MIXERS = (Attention, GatedAttention, LatentAttention, GatedDeltaNet)
+_MIXERS = (Attention, GatedAttention, LatentAttention, GatedDeltaNet, Mamba, ShortConvolution)
 
 
 class NativeModel:
@@ -92,11 +95,13 @@ class NativeModel:
             target.is_local = layer.is_local and config.local_rope is not None
             if isinstance(mixer, LatentAttention):
                 target.attention.latents = ctypes.pointer(self._latents(mixer))
-            elif isinstance(mixer, GatedDeltaNet):
-                target.attention.delta_net = ctypes.pointer(self._delta_net(mixer))
+            elif isinstance(mixer, _Stateful):
+                state = self._state(mixer)
+                self._keep.append(state)
+                target.attention.state = ctypes.cast(ctypes.byref(state), ctypes.POINTER(StateParts))
             else:
                 self._describe_heads(mixer, target.attention, window or 0)
-            last = mixer.out_proj if isinstance(mixer, GatedDeltaNet) else mixer.o_proj
+            last = mixer.out_proj if isinstance(mixer, _Stateful) else mixer.o_proj
             target.attention.o = self._linear(last, last.sum_bias)
             self._linears.append((last, target.attention.o))
             if isinstance(feed_forward, GatedMLP):
@@ -171,9 +176,16 @@ class NativeModel:
         self._linears += [(attention.a_proj, described.inputs), (attention.q_proj, described.queries)]
         return described
 
-    def _delta_net(self, net: GatedDeltaNet) -> DeltaNetParts:
-        described = delta_net.describe(net, self._linear, self._keep)
-        self._linears += [(net.rows_proj, described.rows), (net.rates_proj, described.rates)]
+    def _state(self, mixer: _Stateful) -> StateParts:
+        if isinstance(mixer, GatedDeltaNet):
+            described: StateParts = delta_net.describe(mixer, self._linear, self._keep)
+            self._linears += [(mixer.rows_proj, described.rows), (mixer.rates_proj, described.rates)]
+            return described
+        if isinstance(mixer, Mamba):
+            described = states.describe_mamba(mixer, self._linear, self._keep)
+        else:
+            described = states.describe_convolution(mixer, self._linear, self._keep)
+        self._linears.append((mixer.in_proj, described.rows))
         return described
 
     def _mlp(self, mlp: MLP | StackedExpert) -> MLPParts:

@@ -33,8 +33,9 @@ class Convolution:
 
     def __init__(self, builder: Builder, name: str, states: LayerStates, index: int, *, has_bias: bool) -> None:
         """`index`: of the layer, among those with states."""
-        config, whole, self._states, self._index = states.config, builder.config.states, states, index
+        config, whole = states.config, builder.config.states
         assert whole is not None
+        self.config, self._states, self.index = config, states, index
         shape = (config.num_convolved, 1, config.kernel_size)
         self.name = name
         self._shares = shares_of(parts_of(name, whole.row_parts), builder.comm)
@@ -47,7 +48,7 @@ class Convolution:
         What a part's memory holds when the next part is asked for is kept. Raises ForeignStateError where the states'
         `judge` does.
         """
-        states, index = self._states, self._index
+        states, index = self._states, self.index
         for singles in states.singles:
             inputs, memory, known = states.read(index, singles.sources, singles.starts)
             inputs = torch.cat((inputs, rows[singles.tokens].float().unsqueeze(1)), 1)  # [n, kernel_size, ...]

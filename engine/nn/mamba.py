@@ -50,7 +50,7 @@ class Mamba:
         """`index`: among the layers with states."""
         config, whole, hidden = states.config, builder.config.states, builder.config.hidden_size
         assert isinstance(config, MambaConfig) and isinstance(whole, MambaConfig)
-        self._states, self._config, self._eps = states, config, builder.config.rms_norm_eps
+        self._states, self.config, self.eps = states, config, builder.config.rms_norm_eps
         self._normed_with = builder.comm if whole.has_one_group and builder.comm.size > 1 else None
         rows = RowPart(whole.num_values), *whole.row_parts, RowPart(whole.num_heads)
         parts = parts_of(f"{name}.in_proj", rows)
@@ -66,7 +66,7 @@ class Mamba:
 
     def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
         """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
-        config, vectors = self._config, self.vectors.by_name
+        config, vectors = self.config, self.vectors.by_name
         sizes = [config.num_values, config.num_convolved, config.num_heads]
         gates, rows, steps = torch.split(projected[: self._states.num_tokens].float(), sizes, 1)
         steps = F.softplus(steps + vectors["dt_bias"])
@@ -82,17 +82,17 @@ class Mamba:
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what is read by, what is written by, and values."""
-        config, n = self._config, len(convolved)
+        config, n = self.config, len(convolved)
         x, b, c = torch.split(convolved, [config.num_values, config.num_keys, config.num_keys], 1)
         by_group = (n, config.num_groups, config.state_dim)
         return c.reshape(by_group), b.reshape(by_group), x.reshape(n, config.num_heads, config.head_dim)
 
     def _normed(self, said: Tensor) -> Tensor:
         if self._normed_with is not None:
-            normed = normed_over_ranks(said, self._normed_with, self._eps)
+            normed = normed_over_ranks(said, self._normed_with, self.eps)
         else:
-            groups = said.view(len(said), self._config.num_groups, -1)
-            normed = F.rms_norm(groups, groups.shape[2:], eps=self._eps).flatten(1)
+            groups = said.view(len(said), self.config.num_groups, -1)
+            normed = F.rms_norm(groups, groups.shape[2:], eps=self.eps).flatten(1)
         return normed.mul_(self.vectors.by_name["norm.weight"])
 
     def output(self, mixed: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 //
 //   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> act -> down
 //            where a layer keeps latents, in place of qkv and before o: latents.hpp; where it keeps a state, in place of all
-//            between norm and o: delta_net.hpp
+//            between norm and o: state_stages.hpp
 //   logits:  norm -> head
 //
 // Each way to share this out among threads is a class: few_tokens.hpp, many_tokens.hpp, several_ranks.hpp. What they share
@@ -43,7 +43,7 @@ public:
                     use_large_pages(tiles, deadline);
                 }
             }
-            if (const DeltaNet* w = layer.attention.delta_net) {
+            if (const StateLayer* w = layer.attention.state) {
                 for (const Linear& linear : {w->rows, w->rates}) use_large_pages(linear.weight, deadline);
             }
             each_mlp(layer, [&](const GatedMlp& mlp) {
@@ -59,13 +59,12 @@ public:
     // many tokens rows' are, in one of these layers.
     bool has_states(const std::vector<Row>& rows, float* found) const {
         for (const Layer& layer : w_.layers) {
-            const DeltaNet* net = layer.attention.delta_net;
-            if (net == nullptr) continue;
+            const StateLayer* state = layer.attention.state;
+            if (state == nullptr) continue;
             bool are_own = true;
             for (std::size_t i = 0; i < rows.size(); i++) {
                 const long start = rows[i].start;
-                const std::int32_t block = rows[i].blocks[std::max(0L, start - 1) / w_.model.block_size];
-                found[i] = start == 0 ? 0.0f : StatePlace(w_.model, net->state, block).num_tokens();
+                found[i] = start == 0 ? 0.0f : state_behind(w_.model, *state, rows[i], start).num_tokens();
                 are_own = are_own && found[i] == float(start);
             }
             if (!are_own) return false;

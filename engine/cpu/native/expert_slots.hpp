@@ -35,9 +35,10 @@ struct Slots {
 // Which experts the rows take: one thread's own copy.
 class Grouping {
 public:
-    // `shared`: each row's weight of the shared expert, which is 1 where it has no gate. `adapters`: the slot of each row's;
-    // null: no row has one.
-    void set(const Experts& e, const Choice* chosen, const float* shared, long rows, const std::int32_t* adapters) {
+    // `shared`: each row's weight of the shared expert, which is 1 where it has no gate; `factor`: of all weights. `adapters`:
+    // the slot of each row's; null: no row has one.
+    void set(const Experts& e, const Choice* chosen, const float* shared, float factor, long rows,
+             const std::int32_t* adapters) {
         parts.clear();
         row.clear();
         weight.clear();
@@ -57,13 +58,13 @@ public:
             if (choice.place < 0) continue;
             const long slot = starts_[choice.place]++;
             row[slot] = std::int32_t(i / e.num_chosen);
-            weight[slot] = choice.weight;
+            weight[slot] = choice.weight * factor;
         }
         if (e.shared != nullptr) {
             parts.push_back({e.shared, long(row.size()), rows});
             for (long i = 0; i < rows; i++) {
                 row.push_back(std::int32_t(i));
-                weight.push_back(e.shared_gate == nullptr ? 1.0f : shared[i]);
+                weight.push_back(e.shared_gate == nullptr ? factor : shared[i] * factor);
             }
         }
         if (adapters == nullptr) return;

@@ -1,4 +1,5 @@
-// The experts of a sparse layer: y += sum of weight * expert(norm(x)) over those that a row chooses, and the shared one.
+// The experts of a sparse layer: y += factor * sum of weight * expert(norm(x)) over those that a row chooses, and the shared
+// one.
 //
 //   each row:  norm -> gate -> its experts, in their order
 //   slots:     what rows ask of experts, expert after expert, row after row: an expert's are rows of a product
@@ -24,7 +25,7 @@ public:
 
     // What `by` (team.hpp) does of it; x may be y. `adapters`: the slot of each row's; null: no row has one.
     template <class By>
-    void add(const Experts& e, const Element* norm, const float* x, float* y, long rows, ExpertMemory& all,
+    void add(const Experts& e, const Element* norm, const float* x, float* y, float factor, long rows, ExpertMemory& all,
              ExpertScratch& own, By& by, const std::int32_t* adapters) const {
         const Range mine = by.part(rows);
         for (long first = mine.first; first < mine.last; first += kPanelRows) {
@@ -37,7 +38,7 @@ public:
         }
         by.meet();
         const Grouping& grouping = own.grouping;
-        own.grouping.set(e, all.chosen.data(), all.shared.data(), rows, adapters);
+        own.grouping.set(e, all.chosen.data(), all.shared.data(), factor, rows, adapters);
         if (e.taken != nullptr && mine.first == 0 && mine.last > 0) count_taken(e, all.chosen.data(), rows);
         add_gate_up(grouping, all, own, by);
         if (adapters != nullptr) narrow(grouping, &GatedMlp::gate_up, all, own, by);

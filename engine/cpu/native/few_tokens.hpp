@@ -84,8 +84,8 @@ private:
         if (layer.attention.latents != nullptr) {
             return stages_.place_latents(step, index, tokens, normed, w_.shared, by, by);
         }
-        if (const DeltaNet* net = layer.attention.delta_net) {
-            stages_.project_delta_net(*net, tokens, normed, w_.shared, by);
+        if (const StateLayer* state = layer.attention.state) {
+            stages_.states.project(*state, tokens, normed, w_.shared, by);
             return by.meet();
         }
         w_.math.set(projected, stride, normed, qkv, by);
@@ -98,17 +98,18 @@ private:
 
     // From attention to a layer's end.
     void finish(const Layer& layer, float* x, const Rows& attended, Team::Member& by) {
+        const float added = float(w_.model.added_factor);
         each_panel(attended.count, [&](Range tokens) {
             const Rows own = attended.from(tokens.first, tokens.last - tokens.first);
             const Rows part = stages_.values_of(layer, own, w_.shared, by);
             float* y = x + tokens.first * w_.strides.hidden;
             if (layer.experts == nullptr) return w_.math.finish(layer, y, part, w_.own(by).panel, w_.shared, by);
             const Linear& o = layer.attention.o;
-            w_.math.add(y, part, o, by, 1.0f);
-            w_.math.adapt(y, w_.strides.hidden, part, o, w_.shared, by);
+            w_.math.add(y, part, o, by, added);
+            w_.math.adapt(y, w_.strides.hidden, part, o, w_.shared, by, added);
             by.meet();
         });
-        if (layer.experts != nullptr) stages_.add_experts(layer, x, x, attended.count, by, attended.slots);
+        if (layer.experts != nullptr) stages_.add_experts(layer, x, x, added, attended.count, by, attended.slots);
     }
 
     static constexpr std::size_t kLayersToStop = 4;  // to look once in so many: two more meetings each time

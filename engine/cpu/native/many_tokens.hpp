@@ -76,8 +76,8 @@ private:
         if (layer.attention.latents != nullptr) {
             return stages_.place_latents(step, index, tokens, normed, panel, alone, by);
         }
-        if (const DeltaNet* net = layer.attention.delta_net) {
-            return stages_.project_delta_net(*net, tokens, normed, panel, alone);
+        if (const StateLayer* state = layer.attention.state) {
+            return stages_.states.project(*state, tokens, normed, panel, alone);
         }
         w_.math.set(panel.qkv.data(), stride, normed, qkv, alone);
         w_.math.adapt(panel.qkv.data(), stride, normed, qkv, panel, alone);
@@ -95,6 +95,7 @@ private:
 
     // The same of a layer with experts, which threads do together.
     void finish_sparse(const Layer& layer, float* x, const Rows& attended) {
+        const float added = float(w_.model.added_factor);
         threads_.run([&](Team::Member& by) {
             const Range mine = by.part(attended.count);
             const Linear& o = layer.attention.o;
@@ -103,11 +104,11 @@ private:
                 const Rows own = attended.from(first, std::min(kPanelRows, mine.last - first));
                 const Rows part = stages_.values_of(layer, own, w_.own(by).panel, alone);
                 float* target = x + first * w_.strides.hidden;
-                w_.math.add(target, part, o, alone, 1.0f);
-                w_.math.adapt(target, w_.strides.hidden, part, o, w_.own(by).panel, alone);
+                w_.math.add(target, part, o, alone, added);
+                w_.math.adapt(target, w_.strides.hidden, part, o, w_.own(by).panel, alone, added);
             }
             by.meet();
-            stages_.add_experts(layer, x, x, attended.count, by, attended.slots);
+            stages_.add_experts(layer, x, x, added, attended.count, by, attended.slots);
         });
     }
 

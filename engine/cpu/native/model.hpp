@@ -46,30 +46,53 @@ struct StateRuns {
     std::int64_t num_runs, num_copies;
 };
 
-// A gated delta net (engine/nn/delta_net.py): of a sequence a state is kept in place of keys and values. delta_net.hpp has
-// what is computed, states.hpp where a state lies.
-struct DeltaNet {
-    Linear rows;   // what is convolved, of all heads queries, keys and values, and gates; or key head by key head all four
-    Linear rates;  // of each value head what its strength and its decay are made of
-    const float* convolution;  // [kernel_size][num_convolved], in the order of kinds
+enum StateKind : std::int64_t { kDeltaNet, kMamba, kShortConvolution };
+
+// What layers that keep a state in place of keys and values have in common: a convolution over the last few tokens' rows.
+// states.hpp has where a state lies, convolution.hpp, delta_net.hpp and mamba.hpp what is computed.
+struct StateLayer {
+    Linear rows;   // a token's products; of a short convolution b, c and x, of Mamba's layers gates, what is convolved, steps
+    Linear rates;  // of a delta net: of each value head what its strength and its decay are made of; else of no columns
+    const float* convolution;       // [kernel_size][num_convolved], in the order of kinds
+    const float* convolution_bias;  // null: none
+    std::int64_t kind, kernel_size, num_convolved;
+    std::int64_t num_values, memory_size;  // numbers that `o` multiplies; of all heads' memories
+    std::int64_t num_rates;                // numbers of a token behind the products of `rows`
+    StateRuns state;
+
+    long rates_at() const { return padded(rows.weight.columns, kTileColumns); }  // behind the others' products
+    long projected_size() const { return rates_at() + padded(num_rates, kTileColumns); }
+    // A state is one number, of how many tokens it is, the last tokens' rows and each head's memory.
+    long inputs_size() const { return (kernel_size - 1) * num_convolved; }
+    long memory_at() const { return 1 + inputs_size(); }
+};
+
+// A gated delta net (engine/nn/delta_net.py): `rows` has queries, keys and values, and gates, of all heads; or key head by
+// key head all four.
+struct DeltaNet : StateLayer {
     const float *forgetting, *rate_bias;  // of each value head
     const Element* norm;                  // of a value head
-    std::int64_t num_key_heads, num_value_heads, key_dim, value_dim, kernel_size;
+    std::int64_t num_key_heads, num_value_heads, key_dim, value_dim;
     std::int64_t is_grouped;  // the products of `rows` and `rates` stand key head by key head
     double norm_eps;
-    StateRuns state;
 
     long repeats() const { return num_value_heads / num_key_heads; }  // value heads of a key head
     long num_keys() const { return num_key_heads * key_dim; }
-    long num_values() const { return num_value_heads * value_dim; }
-    long num_convolved() const { return 2 * num_keys() + num_values(); }
-    long rates_at() const { return padded(rows.weight.columns, kTileColumns); }  // behind the others' products
-    long projected_size() const { return rates_at() + padded(rates.weight.columns, kTileColumns); }
-    // A state is one number, of how many tokens it is, the last tokens' rows and each value head's memory.
-    long inputs_size() const { return (kernel_size - 1) * num_convolved(); }
 };
 
-// A layer is a mixer, attention over heads' keys and values or over latents or a delta net, and a gated MLP or experts
+// A layer of Mamba's second kind (engine/nn/mamba.py): what is convolved are values, and what heads of a group are written
+// and read by.
+struct Mamba : StateLayer {
+    const float *forgetting, *step_bias, *kept;  // of each head; the last one: how much of a value is yielded beside memory
+    const float* norm;                           // [num_values]
+    std::int64_t num_heads, head_dim, num_groups, state_dim;
+    double norm_eps;
+
+    long num_keys() const { return num_groups * state_dim; }
+    long steps_at() const { return num_values + num_convolved; }
+};
+
+// A layer is a mixer, attention over heads' keys and values or over latents or what keeps a state, and a gated MLP or experts
 // (engine/nn/blocks.py).
 struct AttentionBlock {
     Linear qkv, o;  // `o` is any mixer's last product
@@ -78,7 +101,7 @@ struct AttentionBlock {
     std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
     std::int64_t window;           // 0: none
     const Latents* latents;        // in place of `qkv` and norms; null: none
-    const DeltaNet* delta_net;     // in place of all but `o`; null: none
+    const StateLayer* state;       // in place of all but `o`, of its kind; null: none
 };
 
 struct GatedMlp {
@@ -145,9 +168,9 @@ struct Model {
         return ((1 + has_gates) * num_qo_heads + 2 * num_kv_heads) * head_dim;
     }
     const Latents* latents() const { return layers[0].attention.latents; }  // of one shape in all layers; null: none
-    const DeltaNet* delta_net() const {  // of one shape in all layers that have one; null: none has
+    const StateLayer* state() const {  // of one kind and shape in all layers that have one; null: none has
         for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
-            if (layer->attention.delta_net != nullptr) return layer->attention.delta_net;
+            if (layer->attention.state != nullptr) return layer->attention.state;
         }
         return nullptr;
     }

@@ -17,15 +17,15 @@ struct Strides {
           narrowed(kMaxAdapterParts * m.adapter_rank), q_normed(m.latents() ? of_inputs(m.latents()->q_rank) : 0),
           asked(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->asked_dim()) : 0),
           answered(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->value_dim) : 0),
-          projected(m.delta_net() ? m.delta_net()->projected_size() : 0) {}
+          projected(m.state() ? m.state()->projected_size() : 0) {}
     const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
     const long q_normed, asked, answered;  // of latents alone
-    const long projected;                  // of delta nets alone
+    const long projected;                  // of layers with states alone
 
 private:
     // What the widest mixer yields of a token.
     static long mixed_size(const Model& m) {
-        return m.delta_net() == nullptr ? m.qo_size() : std::max(m.qo_size(), m.delta_net()->num_values());
+        return m.state() == nullptr ? m.qo_size() : std::max<long>(m.qo_size(), m.state()->num_values);
     }
 
     // Whole lines, and an odd number of them: rows that lie an even number apart share few places of the near cache.

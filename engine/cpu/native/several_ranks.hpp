@@ -50,8 +50,8 @@ private:
             if (layer.attention.latents != nullptr) {
                 return stages_.place_latents(step, index, {first, first + rows}, normed, w_.shared, by, by);
             }
-            if (const DeltaNet* net = layer.attention.delta_net) {
-                stages_.project_delta_net(*net, {first, first + rows}, normed, w_.shared, by);
+            if (const StateLayer* state = layer.attention.state) {
+                stages_.states.project(*state, {first, first + rows}, normed, w_.shared, by);
                 return by.meet();
             }
             w_.math.set(projected, stride, normed, qkv, by);
@@ -85,7 +85,7 @@ private:
         threads_.run([&](Team::Member& by) {
             add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, by);
             by.meet();
-            if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), rows, by, attended.slots);
+            if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), 1.0f, rows, by, attended.slots);
             add_mlp(layer, x, attended, by);
         });
         w_.model.sum_over_ranks(partial(0), size);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "state_stages.hpp"
 #include "step.hpp"
 #include "team.hpp"
 #include "vectors.hpp"
@@ -12,10 +13,11 @@
 
 class Stages {
 public:
-    explicit Stages(Workspace& workspace) : w_(workspace), pieces_taken_(workspace.layers.size()) {}
+    explicit Stages(Workspace& workspace) : states(workspace), w_(workspace), pieces_taken_(workspace.layers.size()) {}
 
     // By one thread, before the others begin.
     void reset(const Step& step) {
+        states.reset();
         for (Counter& taken : pieces_taken_) taken.reset();
         if (long(parts_done_.size()) < step.num_splits) parts_done_ = std::vector<Counter>(step.num_splits);
         for (Counter& done : parts_done_) done.reset();
@@ -38,19 +40,6 @@ public:
             const Squares* all = squares == nullptr ? nullptr : squares + i;
             w_.heads.place(w_.layers[index], row, token, qkv + i * w_.strides.qkv, all, attended(token), gates(token), own);
         });
-    }
-
-    // Products of a panel that a delta net takes, to the step's. Whole when all have met.
-    template <class By>
-    void project_delta_net(const DeltaNet& net, Range tokens, const Rows& normed, Panel& common, By& by) {
-        float* const rows = w_.projected.data() + tokens.first * w_.strides.projected;
-        const auto put = [&](float* target, const Linear& w) {
-            w_.math.set(target, w_.strides.projected, normed, w, by);
-            w_.math.adapt(target, w_.strides.projected, normed, w, common, by);
-        };
-        put(rows, net.rows);
-        if (normed.slots != nullptr) by.meet();  // narrowed rows of the one are read before the other's
-        put(rows + net.rates_at(), net.rates);
     }
 
     // Products and places of a panel with latents, to what attention takes, when all have met. `common`: what `by` share;
@@ -83,16 +72,16 @@ public:
 
     // A layer's keys and values are in the pages; those with states count in no page of their own.
     void report(const Step& step, std::size_t index, const Team::Member& by) const {
-        if (by.rank() != 0 || step.on_layer == nullptr || w_.layers[index].attention.delta_net != nullptr) return;
+        if (by.rank() != 0 || step.on_layer == nullptr || w_.layers[index].attention.state != nullptr) return;
         const auto first = w_.layers.begin();
         step.on_layer(int(std::count_if(first, first + long(index), [](const Layer& layer) {
-            return layer.attention.delta_net == nullptr;
+            return layer.attention.state == nullptr;
         })));
     }
 
     // Tokens meet those before them. Queries are read where the result is then written.
-    void mix(const Step& step, const std::vector<Piece>& pieces, std::size_t index, const Team::Member& by) {
-        if (const DeltaNet* net = w_.layers[index].attention.delta_net) return remember(step, *net, index, by);
+    void mix(const Step& step, const std::vector<Piece>& pieces, std::size_t index, Team::Member& by) {
+        if (w_.layers[index].attention.state != nullptr) return states.mix(step, index, by);
         pieces_taken_[index].take(long(pieces.size()), [&](long i) {
             const Piece& piece = pieces[i];
             const long first = piece.row->token + piece.first, of_kv_head = w_.heads.group() * w_.model.head_dim;
@@ -104,7 +93,7 @@ public:
 
     // Whether there is anything to do in the last layer behind its products.
     bool has_last(const Step& step) const {
-        return step.num_wanted > 0 || w_.layers.back().attention.delta_net != nullptr;
+        return step.num_wanted > 0 || w_.layers.back().attention.state != nullptr;
     }
 
     // The last mixer, and what the wanted tokens go on with. A state is behind all tokens, whoever is wanted.
@@ -119,18 +108,20 @@ public:
         }
     }
 
-    // y += a sparse layer's experts of norm(x). Threads share out columns whatever the number of rows: each expert has a
-    // few of them.
+    // y += `factor` times a sparse layer's experts of norm(x). Threads share out columns whatever the number of rows: each
+    // expert has a few of them.
     // `adapters`: the slot of each row's; null: no row has one.
-    void add_experts(const Layer& layer, const float* x, float* y, long rows, Team::Member& by,
+    void add_experts(const Layer& layer, const float* x, float* y, float factor, long rows, Team::Member& by,
                      const std::int32_t* adapters) {
         for (long first = 0; first < rows; first += w_.rows_of_experts) {
             const long count = std::min(w_.rows_of_experts, rows - first), at = first * w_.strides.hidden;
             ExpertScratch& own = w_.own(by).experts;
             const std::int32_t* of_rows = adapters == nullptr ? nullptr : adapters + first;
-            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, count, w_.experts, own, by, of_rows);
+            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, factor, count, w_.experts, own, by, of_rows);
         }
     }
+
+    StateStages states;  // of layers that keep one
 
 private:
     Element* attended(long token) { return w_.attended.data() + token * w_.strides.attended; }
@@ -155,17 +146,6 @@ private:
         for (long token = 0; token < tokens; token++, values += w_.strides.attended, gates += w_.strides.attended) {
             for (long i = 0; i < count; i += 16) store(values + i, load(values + i) * load(gates + i));
         }
-    }
-
-    // Rows' states, each key head's for itself: threads take the longest rows first.
-    void remember(const Step& step, const DeltaNet& net, std::size_t index, const Team::Member& by) {
-        const long heads = net.num_key_heads, stride = w_.strides.projected;
-        pieces_taken_[index].take(long(step.by_length.size()) * heads, [&](long i) {
-            const Row& row = *step.by_length[i / heads];
-            const float* const projected = w_.projected.data() + row.token * stride;
-            DeltaPass(w_.model, net, row, i % heads, projected, stride, attended(row.token), w_.strides.attended,
-                      w_.own(by).delta_net).run();
-        });
     }
 
     // A rank has the rows of its part of the vocabulary, and zeros in place of the others.

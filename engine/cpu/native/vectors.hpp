@@ -105,6 +105,15 @@ inline Vector sigmoid(Vector x) {
 }
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
+// log(1 + e^x), by the series of atanh where e^-|x| is added to 1: nothing is lost where it is small.
+inline Vector softplus(Vector x) {
+    const Vector zero = repeat(0.0f), part = exp2(max(x, zero - x) * repeat(-kLog2E));
+    const Vector w = part / (part + repeat(2.0f)), square = w * w;  // w is at most 1 / 3
+    Vector y = repeat(1.0f / 15);
+    for (int power = 13; power > 0; power -= 2) y = fma(y, square, repeat(1.0f / float(power)));
+    return fma(w + w, y, max(zero, x));
+}
+
 // gate * sigmoid(alpha * gate) * (up + 1) of both within the limit, the gate from above alone; NaN stays
 inline Vector clamped_silu(Vector gate, Vector up, float alpha, float limit) {
     const Vector one = repeat(1.0f);

@@ -6,10 +6,12 @@
 #include <memory>
 #include <vector>
 
+#include "convolution.hpp"
 #include "delta_net.hpp"
 #include "experts.hpp"
 #include "heads.hpp"
 #include "latents.hpp"
+#include "mamba.hpp"
 #include "model.hpp"
 #include "panel.hpp"
 #include "step.hpp"
@@ -18,10 +20,12 @@
 // One thread's own.
 struct ThreadSpace {
     ThreadSpace(const Strides& strides, int group, const Model& m, bool is_exact)
-        : panel(strides), heads(m, group, is_exact), delta_net(m) {}
+        : panel(strides), heads(m, group, is_exact), delta_net(m), mamba(m) {}
     Panel panel;
     HeadScratch heads;
+    ConvolutionScratch convolution;
     DeltaScratch delta_net;
+    MambaScratch mamba;
     ExpertScratch experts;
 };
 
@@ -78,7 +82,7 @@ struct Workspace {
     Lines<float> residuals;
     Lines<Element> attended, last_attended;  // queries, then attention's result; padding stays zero
     Lines<float> parts;                  // of attention that is cut
-    Lines<float> projected;  // a layer's products that its delta net takes, of all tokens
+    Lines<float> projected;  // a layer's products where it keeps a state, of all tokens
     Lines<Element> gates;    // of what heads attend to, in the places of queries
     Panel shared{strides};
     ExpertMemory experts;

@@ -25,6 +25,7 @@ void functions() {
     };
     each("exp2", [](Vector v) { return exp2(v); });
     each("exp2 rough", [](Vector v) { return exp2_rough(min(repeat(0.0f), v)); });
+    each("softplus", [](Vector v) { return softplus(v); });
     each("silu", [](Vector v) { return silu(v); });
     each("gelu", [](Vector v) { return gelu_tanh(v); });
     each("capped", [](Vector v) { return capped(v, 30.0f); });
@@ -115,7 +116,9 @@ void models() {
         }
     }
     run_model({.head_dim = 96, .inner = 192, .has_latents = true}, "latents");
-    run_model({.head_dim = 32, .inner = 192, .has_states = true}, "states");
+    run_model({.head_dim = 32, .inner = 192, .states = kDeltaNet}, "delta nets");
+    run_model({.head_dim = 32, .inner = 192, .states = kMamba}, "Mamba's layers");
+    run_model({.head_dim = 32, .inner = 192, .states = kShortConvolution}, "short convolutions");
 #ifndef KVFERRY_FLOAT32
     Shape whole = plain;
     whole.bits = 8;

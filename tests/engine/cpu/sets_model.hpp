@@ -1,108 +1,12 @@
-// Seeded inputs and a small model for sets.cpp, and how results are told.
+// A small model of random weights for sets.cpp.
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 #include <memory>
 #include <string>
 #include <vector>
 
-inline void put(const std::string& name, const float* values, long count) {
-    std::printf("%s:", name.c_str());
-    for (long i = 0; i < count; i++) {
-        std::uint32_t bits;
-        std::memcpy(&bits, values + i, sizeof bits);
-        std::printf(" %08x", bits);
-    }
-    std::printf("\n");
-}
-
-// What is promised of one library by itself.
-inline void put_same(const std::string& name, bool is_same) { std::printf("%s: %s\n", name.c_str(), is_same ? "same" : "other"); }
-
-inline Element element(float value) {
-#ifdef KVFERRY_FLOAT32
-    return value;
-#else
-    Element target[16];
-    store(target, repeat(rounded(value)));
-    return target[0];
-#endif
-}
-
-class Random {
-public:
-    explicit Random(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15 + 1) {}
-
-    std::uint32_t bits() {
-        state_ = state_ * 6364136223846793005 + 1442695040888963407;
-        return std::uint32_t(state_ >> 33);
-    }
-    float between(float least, float most) { return least + (most - least) * (float(bits() & 0xffffff) / float(1 << 24)); }
-
-    Lines<Element> elements(long count, float most) {
-        Lines<Element> values(count);
-        for (Element& value : values) value = element(between(-most, most));
-        return values;
-    }
-
-private:
-    std::uint64_t state_;
-};
-
-#ifndef KVFERRY_FLOAT32
-
-// What integer_tiles.hpp says of whole numbers.
-struct WholeKind {
-    long bits, group, factor_size;
-    bool has_minima = false, is_e2m1 = false;
-    long span = 0;
-};
-
-// A matrix of them in tiles, and what holds it.
-class WholeWeight {
-public:
-    explicit WholeWeight(const WholeKind& kind) : kind_(kind) {}
-
-    Tiles make(Random& random, long columns, long inputs) {
-        const auto [bits, group, factor_size, has_minima, is_e2m1, span] = kind_;
-        const long groups = inputs / group;
-        std::vector<std::uint8_t> numbers(columns * inputs * bits / 8);
-        for (std::uint8_t& number : numbers) number = std::uint8_t(random.bits());
-        const std::vector<std::uint8_t> scales = factors(random, columns * groups), minima = factors(random, columns * groups);
-        std::vector<float> bases(2 * columns * (span ? groups / span : 0));
-        for (float& base : bases) base = random.between(-0.01f, 0.01f);
-        tiles_ = std::make_unique<IntegerTiles>(IntegerTiles{nullptr, nullptr, columns, inputs, bits, group, has_minima,
-                                                             factor_size, span, is_e2m1});
-        memory_.resize(kvferry_integers_size(tiles_.get()));
-        const auto* const second = (const std::uint8_t*)(bases.data() + bases.size() / 2);
-        const IntegerMatrix matrix{numbers.data(), {scales.data(), minima.data()}, {(const std::uint8_t*)bases.data(), second}};
-        kvferry_pack_integers(tiles_.get(), &matrix, memory_.data());
-        tiles_->memory = memory_.data();
-        return {nullptr, columns, 0, tiles_.get()};
-    }
-
-private:
-    std::vector<std::uint8_t> factors(Random& random, long count) const {
-        const long factor_size = kind_.factor_size;
-        std::vector<std::uint8_t> bytes(count * factor_size);
-        for (long i = 0; i < count; i++) {
-            const float value = random.between(-0.2f, 0.2f) / float(1 << kind_.bits);
-            const std::uint16_t half = std::uint16_t(0x2000 + (random.bits() & 0x83ff));  // about 2^-7, either sign
-            const std::uint8_t byte = kind_.is_e2m1 ? std::uint8_t(118 + random.bits() % 6) : std::uint8_t(random.bits());
-            if (factor_size == 4) std::memcpy(bytes.data() + 4 * i, &value, 4);
-            if (factor_size == 2) std::memcpy(bytes.data() + 2 * i, &half, 2);
-            if (factor_size == 1) bytes[i] = byte;
-        }
-        return bytes;
-    }
-
-    const WholeKind kind_;
-    std::unique_ptr<IntegerTiles> tiles_;
-    Lines<std::uint8_t> memory_;
-};
-
-#endif
+#include "sets_inputs.hpp"
 
 struct Shape {
     long head_dim, inner, window = 0;
@@ -110,26 +14,29 @@ struct Shape {
     bool has_int8_pages = false;
     long bits = 0;  // of weights in whole numbers; 0: elements
     bool has_latents = false;
-    bool has_states = false;  // in the first and the last layer, gates of attention in the others
+    int states = -1;  // the kind of what the first and the last layer keep; beside delta nets attention has gates; -1: none
 };
 
 constexpr long kTurned = 32, kNope = 48, kValue = 80, kAsking = 40;  // of latents: parts of heads, what queries are made of
 constexpr long kKeyHeads = 2, kValueHeads = 4, kKeyDim = 32, kValueDim = 48, kConvolved = 4;  // of delta nets
+constexpr long kStateHeads = 6, kStateDim = 32, kMambaDim = 48, kGroups = 2;  // of Mamba's layers
 constexpr long kHidden = 96, kHeads = 4, kKvHeads = 2, kVocab = 100, kLayers = 2, kBlock = 16, kBlocks = 64;
 
 // A model of random weights with pages for a few sequences.
 class SmallModel {
 public:
-    explicit SmallModel(const Shape& shape) : shape_(shape), random_(5), layers_(shape.has_states ? kLayers + 1 : kLayers) {
-        const long d = shape.head_dim, num_q = shape.has_states ? 2 * kHeads : kHeads;
+    explicit SmallModel(const Shape& shape) : shape_(shape), random_(5), layers_(shape.states < 0 ? kLayers : kLayers + 1) {
+        const bool has_gates = shape.states == kDeltaNet;
+        const long d = shape.head_dim, num_q = has_gates ? 2 * kHeads : kHeads;
         for (Layer& layer : layers_) {
             layer = {};
-            const bool has_state = shape.has_states && (&layer == &layers_.front() || &layer == &layers_.back());
+            const bool has_state = shape.states >= 0 && (&layer == &layers_.front() || &layer == &layers_.back());
             layer.input_norm = vector(kHidden, 1.0f), layer.mlp_norm = vector(kHidden, 1.0f);
             if (shape.has_latents) layer.attention.latents = latents();
-            else if (has_state) layer.attention.delta_net = delta_net(long(nets_.size()));
+            else if (has_state) layer.attention.state = state();
             else layer.attention.qkv = linear((num_q + 2 * kKvHeads) * d, kHidden);
-            const long mixed = has_state ? kValueHeads * kValueDim : kHeads * (shape.has_latents ? kValue : d);
+            const StateLayer* const state = layer.attention.state;
+            const long mixed = state ? state->num_values : kHeads * (shape.has_latents ? kValue : d);
             layer.attention.o = linear(kHidden, mixed);
             layer.mlp.gate_up = linear(2 * shape.inner, kHidden), layer.mlp.down = linear(kHidden, shape.inner);
             layer.attention.window = shape.window;
@@ -140,7 +47,7 @@ public:
         float frequency = 1.0f;
         for (long i = 0; i < d / 2; i++, frequency *= 0.75f) frequencies_.push_back(frequency);
         const long token_bytes = shape.has_int8_pages ? d + 4 : d * long(sizeof(Element));
-        model_.num_layers = long(layers_.size()), model_.has_gates = shape.has_states;
+        model_.num_layers = long(layers_.size()), model_.has_gates = has_gates;
         model_.hidden_size = kHidden, model_.intermediate_size = shape.inner;
         model_.num_qo_heads = kHeads, model_.num_kv_heads = kKvHeads, model_.head_dim = d, model_.vocab_size = kVocab;
         model_.page_bytes = 2 * kKvHeads * kBlock * token_bytes, model_.block_size = kBlock;
@@ -155,9 +62,12 @@ public:
             model_.num_kv_heads = kHeads, model_.rotary_dim = kTurned;
             model_.page_bytes = kBlock * token_bytes;
         }
-        const long state_bytes = nets_.empty() ? 0 : state_size(*nets_[0]) * long(sizeof(float));
-        for (std::size_t i = 0; i < nets_.size(); i++) nets_[i]->state = runs(long(i) * state_bytes, long(i + 1) * state_bytes);
-        const long states = long(nets_.size()) * state_bytes;
+        long states = 0;  // bytes
+        for (StateLayer* state : stateful_) {
+            const long first = states;
+            states += (state->memory_at() + state->memory_size) * long(sizeof(float));
+            state->state = runs(first, states);
+        }
         const long num_pages = long(layers_.size()) + padded(states, model_.page_bytes) / model_.page_bytes;
         pages_.resize(num_pages * kBlocks * model_.page_bytes);
         for (std::size_t i = 0; i < layers_.size(); i++) layers_[i].pages = page(long(i));
@@ -209,25 +119,58 @@ private:
         return &made;
     }
 
+    const StateLayer* state() {
+        if (shape_.states == kDeltaNet) return &delta_net();
+        if (shape_.states == kMamba) return &mamba();
+        convolutions_.push_back(std::make_unique<StateLayer>());
+        StateLayer& made = *convolutions_.back();
+        made.num_values = kHidden, made.rows = linear(3 * kHidden, kHidden);
+        return &with_convolution(made, kHidden);
+    }
+
     // The second one's products stand key head by key head.
-    const DeltaNet* delta_net(long index) {
+    const StateLayer& delta_net() {
         nets_.push_back(std::make_unique<DeltaNet>());
         DeltaNet& made = *nets_.back();
         made.num_key_heads = kKeyHeads, made.num_value_heads = kValueHeads, made.key_dim = kKeyDim, made.value_dim = kValueDim;
-        made.kernel_size = kConvolved, made.is_grouped = index, made.norm_eps = 1e-6;
-        made.rows = linear(made.num_convolved() + made.num_values(), kHidden), made.rates = linear(2 * kValueHeads, kHidden);
+        made.is_grouped = !stateful_.empty(), made.norm_eps = 1e-6;
+        made.num_rates = 2 * kValueHeads;
+        made.num_values = kValueHeads * kValueDim, made.memory_size = made.num_values * kKeyDim;
+        const long convolved = 2 * made.num_keys() + made.num_values;
+        made.rows = linear(convolved + made.num_values, kHidden), made.rates = linear(2 * kValueHeads, kHidden);
         made.norm = vector(kValueDim, 1.0f);
-        const auto floats = [&](long count, float least, float most) {
-            floats_.emplace_back(count);
-            for (float& value : floats_.back()) value = random_.between(least, most);
-            return floats_.back().data();
-        };
-        made.convolution = floats(kConvolved * made.num_convolved(), -1.0f, 1.0f);
+        with_convolution(made, convolved);
         made.forgetting = floats(kValueHeads, 0.01f, 2.0f), made.rate_bias = floats(kValueHeads, -1.0f, 1.0f);
-        return &made;
+        return made;
     }
 
-    static long state_size(const DeltaNet& net) { return 1 + net.inputs_size() + net.num_values() * net.key_dim; }
+    const StateLayer& mamba() {
+        mambas_.push_back(std::make_unique<Mamba>());
+        Mamba& made = *mambas_.back();
+        made.num_heads = kStateHeads, made.head_dim = kMambaDim, made.num_groups = kGroups, made.state_dim = kStateDim;
+        made.num_values = kStateHeads * kMambaDim, made.memory_size = made.num_values * kStateDim, made.num_rates = kStateHeads;
+        made.norm_eps = 1e-6;
+        const long convolved = made.num_values + 2 * made.num_keys();
+        made.rows = linear(made.num_values + convolved + kStateHeads, kHidden);
+        with_convolution(made, convolved);
+        made.convolution_bias = floats(convolved, -0.5f, 0.5f);
+        made.forgetting = floats(kStateHeads, 0.01f, 2.0f), made.step_bias = floats(kStateHeads, -1.0f, 1.0f);
+        made.kept = floats(kStateHeads, -1.0f, 1.0f), made.norm = floats(made.num_values, 0.5f, 1.5f);
+        return made;
+    }
+
+    const StateLayer& with_convolution(StateLayer& made, long convolved) {
+        stateful_.push_back(&made);
+        made.kind = shape_.states, made.kernel_size = kConvolved, made.num_convolved = convolved;
+        made.convolution = floats(kConvolved * convolved, -1.0f, 1.0f);
+        return made;
+    }
+
+    const float* floats(long count, float least, float most) {
+        floats_.emplace_back(count);
+        for (float& value : floats_.back()) value = random_.between(least, most);
+        return floats_.back().data();
+    }
 
     // A state in the bytes [first, last) of a block's pages of states.
     StateRuns runs(long first, long last) {
@@ -263,7 +206,10 @@ private:
     std::vector<std::unique_ptr<WholeWeight>> whole_;
 #endif
     std::vector<std::unique_ptr<Latents>> latents_;
+    std::vector<StateLayer*> stateful_;
     std::vector<std::unique_ptr<DeltaNet>> nets_;
+    std::vector<std::unique_ptr<Mamba>> mambas_;
+    std::vector<std::unique_ptr<StateLayer>> convolutions_;
     std::vector<std::vector<float>> floats_;
     std::vector<std::vector<StateRun>> runs_;
     std::vector<float> frequencies_;

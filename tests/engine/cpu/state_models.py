@@ -13,6 +13,17 @@ EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 48,
 }
+_CONVOLUTIONS: dict[str, Any] = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
+_MAMBA: dict[str, Any] = {
+    "layer_types": ["mamba", "attention", "mamba", "mamba"],
+    "mamba_n_heads": 4,
+    "mamba_d_state": 48,
+    "shared_intermediate_size": 48,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.7,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+}
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5": ("Qwen3_5Text", {}),
     "qwen3.5, as many keys as values": (
@@ -29,10 +40,25 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Next",
         EXPERTS | {"mlp_only_layers": [0, 1, 2, 3, 4], "num_hidden_layers": 5},
     ),
+    "lfm2": ("Lfm2", _CONVOLUTIONS),
+    "lfm2, biases, a longer convolution": ("Lfm2", _CONVOLUTIONS | {"conv_bias": True, "conv_L_cache": 5}),
+    "granite4": ("GraniteMoeHybrid", _MAMBA),
+    "granite4, groups of small heads, biases, positions": (
+        "GraniteMoeHybrid",
+        _MAMBA
+        | {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_proj_bias": True}
+        | {"mamba_conv_bias": False, "position_embedding_type": "rope"},
+    ),
+    "granite4, heads of its size": (
+        "GraniteMoeHybrid",
+        _MAMBA | {"mamba_n_heads": 2, "mamba_d_head": 64, "mamba_d_state": 128},
+    ),
 }
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5 moe": ("Qwen3_5MoeText", EXPERTS),
     "qwen3 next, some dense": ("Qwen3Next", EXPERTS | {"mlp_only_layers": [1], "num_hidden_layers": 5}),
+    "lfm2 moe": ("Lfm2Moe", _CONVOLUTIONS | EXPERTS | {"num_dense_layers": 1}),
+    "granite4 moe": ("GraniteMoeHybrid", _MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3}),
 }
 VARIANTS = DENSE | SPARSE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,20 @@ from .test_float32 import assert_near, assert_steps_near
 pytestmark = pytest.mark.usefixtures("native_float32")
 
 TOLERANCE = 2e-4  # of the range of logits, and of the largest entry of pages: a state adds up all that was rounded
-ODD: dict[str, dict[str, object]] = {
-    "heads of keys": {"linear_key_head_dim": 24},
-    "heads of values": {"linear_value_head_dim": 24},
-    "half a pair of vectors": {"linear_num_key_heads": 1, "linear_num_value_heads": 1},
-    "a long convolution": {"linear_conv_kernel_dim": 17},
+_QWEN = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "q_proj", "o_proj", "up_proj")
+ADAPTED = {  # matrices of each kind of layer
+    "qwen3.5": _QWEN,
+    "lfm2": ("in_proj", "out_proj", "q_proj", "w1"),
+    "granite4": ("in_proj", "out_proj", "q_proj", "o_proj"),
+}
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "heads of keys": ("qwen3.5", {"linear_key_head_dim": 24}),
+    "heads of values": ("qwen3.5", {"linear_value_head_dim": 24}),
+    "half a pair of vectors": ("qwen3.5", {"linear_num_key_heads": 1, "linear_num_value_heads": 1}),
+    "a long convolution": ("qwen3.5", {"linear_conv_kernel_dim": 17}),
+    "a long convolution alone": ("lfm2", {"conv_L_cache": 17}),
+    "memories of odd rows": ("granite4", {"mamba_d_state": 24}),
+    "small heads": ("granite4", {"mamba_n_heads": 16}),
 }
 
 
@@ -62,10 +72,10 @@ def test_one_runner_goes_on_from_the_others_states(checkpoints: Path) -> None:
         assert_near(runs, TOLERANCE)
 
 
-def test_adapters_go_beside_layers_with_states(checkpoints: Path, tmp_path: Path) -> None:
-    model_dir = checkpoints / "qwen3.5"
-    targets = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "q_proj", "o_proj", "up_proj")
-    adapter = write_adapter(tmp_path / "adapter", model_dir, rank=8, targets=targets, seed=3, alpha=32)
+@pytest.mark.parametrize("variant", ADAPTED)
+def test_adapters_go_beside_layers_with_states(checkpoints: Path, tmp_path: Path, variant: str) -> None:
+    model_dir = checkpoints / variant
+    adapter = write_adapter(tmp_path / "adapter", model_dir, rank=8, targets=ADAPTED[variant], seed=3, alpha=32)
     engine = make_engine(model_dir, enable_lora=True, max_loras=2, num_threads=2)
     assert isinstance(engine.runner, NativeRunner)
     put(engine, 1, adapter)
@@ -78,13 +88,16 @@ def test_adapters_go_beside_layers_with_states(checkpoints: Path, tmp_path: Path
 
 @pytest.mark.parametrize("odd", ODD)
 def test_other_sizes_and_experts_in_float32_are_left_to_torch(tmp_path: Path, odd: str) -> None:
-    path = write_states(tmp_path, {"odd": ("Qwen3_5Text", ODD[odd])}) / "odd"
+    variant, fields = ODD[odd]
+    kind, sizes = DENSE[variant]
+    path = write_states(tmp_path, {"odd": (kind, sizes | fields)}) / "odd"
     assert not_in_native(ModelConfig.from_dir(path), None, is_float32=True) == ["layers that keep such states"]
     assert isinstance(make_engine(path).runner, TorchRunner)
 
 
-def test_experts_beside_states_are_left_to_torch(tmp_path: Path) -> None:
-    path = write_states(tmp_path, SPARSE) / "qwen3.5 moe"
+@pytest.mark.parametrize("variant", ["qwen3.5 moe", "lfm2 moe", "granite4 moe"])
+def test_experts_beside_states_are_left_to_torch(tmp_path: Path, variant: str) -> None:
+    path = write_states(tmp_path, {variant: SPARSE[variant]}) / variant
     config = ModelConfig.from_dir(path)
     assert not_in_native(config, None, is_float32=True) == ["experts in float32"]
     assert not_in_native(config, None, is_float32=False) == []

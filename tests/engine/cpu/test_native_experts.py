@@ -44,8 +44,18 @@ GPT_OSS = SMALL | {
     "sliding_window": 20,
     "swiglu_limit": 1.5,  # some are beyond
 }
+GRANITE = SMALL | {
+    "num_local_experts": 16,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 40,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.5,
+}
 # Parts of theirs that the two others have not: shared experts beside heads of which a part is turned, or behind a gate,
-# norms of whole projections; pairs of neighbours, and what moves the scores of a softmax.
+# norms of whole projections; pairs of neighbours, and what moves the scores of a softmax; what all that is added is
+# multiplied by.
 OTHERS: dict[str, dict[str, Any]] = {
     "HunYuanMoEV1": SMALL | {"num_experts": 8, "moe_topk": 3, "intermediate_size": 32},
     "Glm4Moe": SMALL
@@ -82,6 +92,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 200,  # most of what the layer adds is the shared one's
     },
     "Olmoe": SMALL | {"num_experts": 16, "num_experts_per_tok": 3, "intermediate_size": 40},
+    "GraniteMoe": GRANITE,
 }
 TOLERANCE = 0.1  # the median of a log-probability's error; log-probabilities of these models spread over some 20
 ROUNDED = 0.15  # that with inputs of products in 8 bits
@@ -101,6 +112,13 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
     return write_model(tmp_path_factory.mktemp("models") / "gpt_oss", transformers.GptOssConfig(**GPT_OSS))
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    return write_model(tmp_path_factory.mktemp("models") / "granite", transformers.GraniteMoeConfig(**GRANITE))
 
 
 def _engine(model_dir: Path, **fields: object) -> Engine:
@@ -228,7 +246,10 @@ def test_experts_in_mxfp4_are_multiplied_as_they_are(gpt_oss: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "split"),
-    [("qwen3", "parts"), ("qwen3", "whole"), ("qwen3", "plan"), ("gpt_oss", "parts"), ("gpt_oss", "plan")],
+    [
+        *(("qwen3", "parts"), ("qwen3", "whole"), ("qwen3", "plan")),
+        *(("gpt_oss", "parts"), ("gpt_oss", "plan"), ("granite", "whole")),
+    ],
 )
 def test_two_ranks_share_experts(model: str, split: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     tolerance = LARGER if model == "gpt_oss" else TOLERANCE

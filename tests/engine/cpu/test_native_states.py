@@ -68,11 +68,11 @@ def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, some dense"])
+@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, some dense", "lfm2 moe", "granite4 moe"])
 def test_whole_numbers_are_multiplied_as_such(checkpoints: Path, variant: str, quantization: str) -> None:
     engine = native_engine(checkpoints / variant, quantization=quantization)
     attention = _decoder(engine)._model.layers[0].attention
-    assert attention.o.weight.integers and attention.delta_net.contents.rows.weight.integers
+    assert attention.o.weight.integers and attention.state.contents.rows.weight.integers
     path = checkpoints / variant
     assert error_of(judged(engine), expected_of(path, quantization)) < _tolerance(path, ROUNDED)
 
@@ -94,11 +94,12 @@ def test_attention_with_gates_that_is_cut_is_the_whole(checkpoints: Path) -> Non
 
 
 @pytest.mark.usefixtures("isa")
-def test_a_first_state_shows_neither_company_nor_chunks_nor_threads(checkpoints: Path) -> None:
+@pytest.mark.parametrize("variant", ["qwen3.5", "lfm2", "granite4"])
+def test_a_first_state_shows_neither_company_nor_chunks_nor_threads(checkpoints: Path, variant: str) -> None:
     """To the bit: its inputs are rows of products, which keep their order, and tokens change it one after the other."""
     found = []
     for chunk, lengths, num_threads in ((1000, (), 1), (7, (90,), 1), (100, (1, 40, 3), 2), (1, (), 3)):
-        engine = native_engine(checkpoints / "qwen3.5", block_size=128, num_threads=num_threads)
+        engine = native_engine(checkpoints / variant, block_size=128, num_threads=num_threads)
         driver = Driver(engine)
         seq, *others = (driver.add(prompt, SAMPLING) for prompt in prompts([100, *lengths], 500))
         while seq.num_output_tokens == 0:
@@ -115,10 +116,11 @@ def test_a_first_state_shows_neither_company_nor_chunks_nor_threads(checkpoints:
     assert all(torch.equal(one, found[0]) for one in found[1:])
 
 
-def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path) -> None:
+@pytest.mark.parametrize("variant", ["qwen3 next, dense, a state behind all", "lfm2", "granite4"])
+def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path, variant: str) -> None:
     found = []
     for left in (0.0, float("nan")):
-        run = Recorded(checkpoints / "qwen3 next, dense, a state behind all", is_native=True, num_threads=2)
+        run = Recorded(checkpoints / variant, is_native=True, num_threads=2)
         run.engine.kv_pages.fill_(left)
         seqs = [run.driver.add(prompt, SAMPLING) for prompt in prompts([30, 301, 16], 500)]
         for counts in ((30, 200, 16), (1, 101, 1), (1, 1, 1)):
@@ -127,8 +129,9 @@ def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path
     assert found[0].isfinite().all() and torch.equal(*found)
 
 
-def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: Path) -> None:
-    engine = native_engine(checkpoints / "qwen3.5", block_size=16)
+@pytest.mark.parametrize("variant", ["qwen3.5", "lfm2", "granite4"])
+def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: Path, variant: str) -> None:
+    engine = native_engine(checkpoints / variant, block_size=16)
     driver = Driver(engine)
     seq, other = driver.add(range(4, 24)), driver.add(range(4, 10))
     driver.step([(seq, 19), (other, 6)])
@@ -142,7 +145,7 @@ def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: P
         engine.step(Batch([BatchRow(seq, 1)]))
 
 
-@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, dense, a state behind all"])
+@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, dense, a state behind all", "lfm2", "granite4"])
 def test_pages_are_told_in_their_order(checkpoints: Path, variant: str) -> None:
     engine = native_engine(checkpoints / variant, block_size=16)
     driver = Driver(engine)
