@@ -91,7 +91,7 @@ def plan(
 
     Without --admin: from what the deployment of this user that runs on this machine has counted since its start.
     """
-    from ..common.expert_plan import ExpertPlan
+    from ..models.parts.expert_plan import ExpertPlan
     from ..sizing.experts import plan_experts, planned_imbalance
 
     workers = ask_workers(admin, admin_key) if counts is None else _saved(counts)

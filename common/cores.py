@@ -1,7 +1,7 @@
 """The cores that a machine's workers share: each has a part for itself and uses those of workers that are idle.
 
     launcher: CoreBoard(number of workers) -> CoreSlot for each, in its settings
-    worker:   attach(slot) -> SharedCores, which the native decoder reads and writes (engine/cpu/native/cores.hpp)
+    worker:   attach(slot) -> SharedCores, as engine/cpu/native/machine/cores.hpp has them
 
 The board is anonymous memory of the launcher: it is gone when the last of them is.
 """

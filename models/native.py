@@ -9,7 +9,7 @@ from .parts.mamba import MambaConfig
 from .parts.short_convolutions import ShortConvolutionsConfig
 from .quantization import Quantization
 
-_MOST_CONVOLVED = 16  # tokens: engine/cpu/native/convolution.hpp
+_MOST_CONVOLVED = 16  # tokens: engine/cpu/native/layers/convolution.hpp
 
 
 def not_in_native(

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..common.errors import ConfigError
-from ..common.expert_plan import ExpertPlan, Held, imbalance, shares
+from ..common.imbalance import imbalance
+from ..models.parts.expert_plan import ExpertPlan, Held, shares
 
 
 def plan_experts(taken: Mapping[int, Sequence[int]], num_ranks: int, num_replicas: int) -> ExpertPlan:

@@ -85,7 +85,7 @@ GPUS = {
     )
 }
 CPU = "cpu"
-_CPU_ATTENTION = 0.8  # of the products' rate: keys and values are packed first (engine/cpu/native/prompt_attention.hpp)
+_CPU_ATTENTION = 0.8  # of the products' rate: keys and values are packed first (native/attention/prompt_attention.hpp)
 
 
 def gpu_named(name: str) -> Gpu:

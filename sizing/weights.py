@@ -21,8 +21,8 @@ from .rank_tensors import HEAD, Matrix, RankTensors, is_expert, is_shared, makes
 from .scales import scale_bytes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
-_TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/tiles.hpp
-_GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/integer_tiles.hpp
+_TILE_OUTPUTS, _TILE_INPUTS = 64, 32  # of a CPU's tiles: engine/cpu/native/machine/tiles.hpp
+_GROUP_UNIT = 8  # inputs to which a group is padded there: engine/cpu/native/products/integer_tiles.hpp
 
 # Bytes that are moved for a number, by its bits, where a GPU widens it and multiplies by it (`engine/cuda/int4.py`):
 # signs and halves are set apart (7), scaled (4) and, of 8 bits, both halves added (6), then read (2).

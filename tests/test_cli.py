@@ -18,7 +18,7 @@ import pytest
 
 from kvferry import __version__
 from kvferry.cli import main
-from kvferry.common.expert_plan import read_plan
+from kvferry.models.parts.expert_plan import read_plan
 from kvferry.settings.fields import ServeSettings, option_of
 
 from .checkpoints import write_checkpoint

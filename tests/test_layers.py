@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ FOLDERS = (
     *("router", "settings", "simulator", "sizing", "tools", "transfer", "wire", "worker"),
 )
 MAX_FILES = 25  # of a room
+MAX_COMMON_LINES = 2500
 HOUSE = """
 common
 wire                 common
@@ -85,9 +87,19 @@ simulator            common wire kvcache engine transfer/protocol transfer/send 
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
 simulator            sizing
 simulator/commands   common models models/parts sizing tools/load simulator simulator/costs
-cli                  common wire settings models sizing router/admin launch
+cli                  common wire settings models models/parts sizing router/admin launch
 __main__             cli
 simulator/costs      common wire sizing
+"""
+# The same of the C++ for CPUs: the folders of engine/cpu/native, and whose headers each includes.
+NATIVE = """
+sets
+machine    sets
+products   machine sets
+attention  machine products sets
+layers     machine products attention
+steps      machine products layers
+native     machine products layers steps
 """
 # What may import a heavy library.
 IMPORTERS = {
@@ -200,8 +212,27 @@ def test_no_folder_depends_on_what_lies_above_it() -> None:
 
 
 def test_no_room_is_crowded() -> None:
-    rooms = [room_of(path) for path in product()]
+    headers = (ROOT / "engine" / "cpu" / "native").rglob("*.hpp")
+    rooms = [*map(room_of, product()), *map(room_of, headers)]
     assert not {room for room in rooms if rooms.count(room) > MAX_FILES}
+
+
+def test_what_all_rooms_share_stays_small() -> None:
+    lines = [line for path in product() if room_of(path) == "common" for line in path.read_text().splitlines()]
+    assert len(lines) <= MAX_COMMON_LINES
+
+
+def test_headers_include_what_lies_below_them() -> None:
+    source = ROOT / "engine" / "cpu" / "native"
+    rows = {room: set(row) for room, *row in (line.split() for line in NATIVE.strip().splitlines())}
+    graphlib.TopologicalSorter(rows).prepare()
+    files = [path for path in source.rglob("*") if path.suffix in (".hpp", ".cpp")]
+    found: dict[str, set[str]] = {path.parent.name: set() for path in files}
+    for path in files:
+        for included in re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert (source / included).is_file(), f"{relative(path)} includes {included}, not by its path in there"
+            found[path.parent.name].add(included.partition("/")[0])
+    assert {room: row - {room} for room, row in found.items()} == rows
 
 
 def test_only_the_command_stands_at_the_root() -> None:

@@ -1,4 +1,4 @@
-"""Adapters as C++ reads them: strips of 16 columns, as in `native/adapters.hpp`.
+"""Adapters as C++ reads them: strips of 16 columns, as in `native/products/adapters.hpp`.
 
 What an adapter holds lies in the order in which a step reads it, without gaps whatever the rank, in pages of 2 MiB
 where the kernel has them: a decode step takes as long as reading it does.

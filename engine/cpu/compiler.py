@@ -2,9 +2,9 @@
 
     kernels-SET-SOURCE-COMPILER.so     SOURCE: a hash of source and flags; COMPILER: of what the compiler says it is
 
-The source is written once: its vectors (`native/vectors.hpp`) and its inner loop (`native/linear.hpp`) are those of the
-set that the flags allow. A file appears by one rename, so that any number of processes may build it at once; where the
-folder can be locked, one does and the others wait for it.
+The source is written once: its vectors (`native/machine/vectors.hpp`) and its inner loop
+(`native/products/linear.hpp`) are those of the set that the flags allow. A file appears by one rename, so that any
+number of processes may build it at once; where the folder can be locked, one does and the others wait for it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _build(compiler: tuple[str, ...], isa: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as folder:
         part, whole = os.path.join(folder, "part.o"), os.path.join(folder, "whole.so")
         flags = [flag.replace(_ARM, _ARM_OF_ZIG) if _ZIG in compiler else flag for flag in _flags(isa)]
-        _run([*compiler, *flags, "-c", "-o", part, str(_SOURCE / "decoder.cpp")])
+        source = ["-I", str(_SOURCE), str(_SOURCE / "decoder.cpp")]
+        _run([*compiler, *flags, "-c", "-o", part, *source])
         _run([*compiler, *_LINK, "-o", whole, part])  # apart: zig has one C++ library for all sets then
         os.replace(whole, library)
 

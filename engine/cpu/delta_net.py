@@ -1,4 +1,4 @@
-"""A gated delta net as C++ takes it (`native/delta_net.hpp`): its matrices packed, all else in float32."""
+"""A gated delta net as C++ takes it (`native/layers/delta_net.hpp`): its matrices packed, all else in float32."""
 
 from __future__ import annotations
 

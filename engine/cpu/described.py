@@ -1,4 +1,4 @@
-"""The structures of `native/model.hpp` as `ctypes` has them, field by field: a model as C++ reads it."""
+"""The structures of `native/layers/model.hpp` as `ctypes` has them, field by field: a model as C++ reads it."""
 
 from __future__ import annotations
 

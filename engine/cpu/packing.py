@@ -2,7 +2,8 @@
 
     Packer(library)(weight)   takes the weight's numbers over, and gives their description and the memory it points to
 
-In which order a packed matrix lies is known to the C++ alone (`native/tiles.hpp`, `native/integer_tiles.hpp`).
+In which order a packed matrix lies is known to the C++ alone (`native/machine/tiles.hpp`,
+`native/products/integer_tiles.hpp`).
 """
 
 from __future__ import annotations

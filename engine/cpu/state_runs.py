@@ -1,4 +1,4 @@
-"""A layer's state is found by C++ (`native/states.hpp`) in runs, each in one page, of which it is told here. Its
+"""A layer's state is found by C++ (`native/layers/states.hpp`) in runs, each in one page, of which it is told here. Its
 numbers are known by their place in the state, of all shares that a rank has.
 """
 

@@ -1,4 +1,4 @@
-"""Layers that keep a state as C++ takes them (`native/model.hpp`): their matrices packed, all else in float32."""
+"""Layers that keep a state as C++ takes them (`native/layers/model.hpp`): matrices packed, all else in float32."""
 
 from __future__ import annotations
 

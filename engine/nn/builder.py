@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
+from ...models.parts.expert_plan import ExpertPlan
 from ...models.quantization import Form
 from ..ranks.communicator import Communicator
 from ..weights.float8 import RoundedWeight, has_products, takes

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ...common.expert_plan import ExpertPlan
 from ...models.config import ModelConfig
+from ...models.parts.expert_plan import ExpertPlan
 from ..ranks.communicator import Communicator
 from ..weights.weight import Leaf, WeightSlot
 from .adapters import AdapterSlots

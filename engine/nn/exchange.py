@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...common.expert_plan import Held, copies_of
+from ...models.parts.expert_plan import Held, copies_of
 from ...models.parts.experts import ExpertsConfig
 from .builder import Builder
 from .experts import TILE, SparseMLP, turns

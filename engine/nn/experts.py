@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...common.expert_plan import Held, copies_of, shares
+from ...models.parts.expert_plan import Held, copies_of, shares
 from ...models.parts.experts import ExpertsConfig, Narrowing
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight, Leaf, WeightSlot

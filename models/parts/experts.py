@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from ...common.config import EngineConfig
 from ...common.errors import ConfigError
-from ...common.expert_plan import ExpertPlan, read_plan
 from ..families.experts import ExpertTraits, Scoring, Stacks
 from .config_fields import ConfigFields
+from .expert_plan import ExpertPlan, read_plan
 
 Shape = tuple[int, ...]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...common.expert_plan import imbalance
+from ...common.imbalance import imbalance
 from ...wire.workers import ExpertCounts, ExpertLoads
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.expert_plan import ExpertPlan, read_plan
+from kvferry.models.parts.expert_plan import ExpertPlan, read_plan
 from kvferry.tools.load.tiny_model import write_tiny_model
 
 from . import reference

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from kvferry.common.adapter import AdapterTask
 from kvferry.common.errors import ConfigError
-from kvferry.common.expert_plan import ExpertPlan
 from kvferry.engine import choose
 from kvferry.engine.adapters import open_adapters
 from kvferry.engine.engine import Engine
@@ -27,6 +26,7 @@ from kvferry.models.adapter import inspect_adapter
 from kvferry.models.config import ModelConfig
 from kvferry.models.families.experts import DEEPSEEK_V2
 from kvferry.models.families.table import FAMILIES
+from kvferry.models.parts.expert_plan import ExpertPlan
 
 from ..adapters import merge, merged_model, write_adapter
 from ..deepseek import EXPERTS, write_deepseek

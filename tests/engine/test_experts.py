@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.expert_plan import ExpertPlan
 from kvferry.common.request import SamplingParams
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
@@ -21,6 +20,7 @@ from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
+from kvferry.models.parts.expert_plan import ExpertPlan
 from kvferry.router.state.expert_load import ExpertLoad
 
 from ..engine_driver import Driver, engine_config, make_engine, prompts

@@ -9,13 +9,13 @@ import pytest
 
 from kvferry.common.config import EngineConfig, RouterConfig
 from kvferry.common.errors import ConfigError
-from kvferry.common.expert_plan import ExpertPlan
 from kvferry.launch.children import worker_environment
 from kvferry.launch.engine_checks import check_engine, check_model, lacks_native
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
 from kvferry.models.parts.delta_nets import DeltaNetsConfig
+from kvferry.models.parts.expert_plan import ExpertPlan
 from kvferry.models.parts.latent import LatentConfig
 from kvferry.models.parts.rope import RopeConfig
 from kvferry.settings.fields import ServeSettings

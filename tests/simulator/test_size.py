@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import structlog
 
-from kvferry.common.expert_plan import ExpertPlan
+from kvferry.models.parts.expert_plan import ExpertPlan
 from kvferry.simulator.commands.size import main
 from kvferry.sizing.cpu_rates import CpuRates
 

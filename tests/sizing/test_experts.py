@@ -7,7 +7,7 @@ import random
 import pytest
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.expert_plan import ExpertPlan, copies_of, read_plan
+from kvferry.models.parts.expert_plan import ExpertPlan, copies_of, read_plan
 from kvferry.sizing.experts import plan_experts, planned_imbalance
 
 

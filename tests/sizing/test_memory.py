@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.common.expert_plan import ExpertPlan, even_split
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
+from kvferry.models.parts.expert_plan import ExpertPlan, even_split
 from kvferry.sizing.memory import block_tokens, cache_token_bytes, weight_bytes
 
 from ..engine_driver import engine_config

@@ -14,16 +14,16 @@
 #include <algorithm>
 #include <chrono>
 
-#include "cores.hpp"
-#include "few_tokens.hpp"
-#include "many_tokens.hpp"
-#include "model.hpp"
-#include "several_ranks.hpp"
-#include "stages.hpp"
-#include "step.hpp"
-#include "strips.hpp"
-#include "threads.hpp"
-#include "workspace.hpp"
+#include "machine/cores.hpp"
+#include "steps/few_tokens.hpp"
+#include "steps/many_tokens.hpp"
+#include "layers/model.hpp"
+#include "steps/several_ranks.hpp"
+#include "steps/stages.hpp"
+#include "layers/step.hpp"
+#include "products/strips.hpp"
+#include "steps/threads.hpp"
+#include "steps/workspace.hpp"
 
 namespace {
 

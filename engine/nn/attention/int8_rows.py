@@ -3,7 +3,7 @@
     a head of a block   [block_size][head_dim] int8, then [block_size] float32    block_size * (head_dim + 4) bytes
 
 A number means itself times its scale, which is the largest of them by size over 127: symmetric, to the nearest, as
-LLM.int8() does it by vectors (Dettmers et al. 2022). `engine/cpu/native/pages.hpp` does the same to the bit.
+LLM.int8() does it by vectors (Dettmers et al. 2022). `engine/cpu/native/attention/pages.hpp` does the same to the bit.
 """
 
 from __future__ import annotations

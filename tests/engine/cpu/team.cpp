@@ -1,5 +1,5 @@
 // Ranks of unequal speed take things round after round, without meeting in between: each thing once, in every round.
-#include "team.hpp"
+#include "machine/team.hpp"
 
 #include <cstdio>
 

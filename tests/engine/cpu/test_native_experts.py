@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvferry.common.expert_plan import ExpertPlan
 from kvferry.common.request import SampledToken
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
@@ -20,6 +19,7 @@ from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.config import ModelConfig
 from kvferry.models.families.experts import DEEPSEEK_V2, DEEPSEEK_V3, ExpertTraits
 from kvferry.models.families.table import FAMILIES
+from kvferry.models.parts.expert_plan import ExpertPlan
 
 from ...engine_driver import Driver, engine_config, prompts
 from ...transformers_checkpoints import SMALL, write_model

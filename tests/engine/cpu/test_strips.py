@@ -36,7 +36,7 @@ def float32_library() -> ctypes.CDLL:
 
 
 def in_strips(matrix: Tensor, columns: int, inputs: int) -> Tensor:
-    """Lay a matrix out, one number after the other as `native/adapters.hpp` describes it."""
+    """Lay a matrix out, one number after the other as `native/products/adapters.hpp` describes it."""
     padded = F.pad(matrix, (0, inputs - matrix.shape[1], 0, columns - len(matrix)))
     pairs = padded.view(columns // 16, 16, inputs // 2, 2).transpose(1, 2)  # [strips, pairs, 16, 2]
     return (pairs.transpose(2, 3) if matrix.dtype == torch.float32 else pairs).reshape(columns // 16, inputs // 2, 32)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvferry.common.expert_plan import ExpertPlan
 from kvferry.engine.cuda.decoder import FusedDecoder
 from kvferry.engine.cuda.experts import GroupedExperts, RealRows, group
 from kvferry.engine.cuda.float8 import Float8Weight, narrow
@@ -24,6 +23,7 @@ from kvferry.engine.nn.experts import SparseMLP
 from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
+from kvferry.models.parts.expert_plan import ExpertPlan
 from kvferry.models.quantization import quantized_at_load
 
 from ...checkpoint_shapes import GPT_OSS, write_by_shapes

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvferry.common.errors import WorkerLost
-from kvferry.common.expert_plan import ExpertPlan, Held
 from kvferry.engine.nn.blocks import make_feed_forward
 from kvferry.engine.nn.builder import Builder
 from kvferry.engine.nn.exchange import ExchangedMLP, Holders
@@ -23,6 +22,7 @@ from kvferry.engine.nn.feed_forward import GatedMLP
 from kvferry.engine.nn.stacked_experts import StackedExpert
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
+from kvferry.models.parts.expert_plan import ExpertPlan, Held
 
 from ...deepseek import EXPERTS, SHAPE
 from ...transformers_checkpoints import SMALL

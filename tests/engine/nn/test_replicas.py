@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kvferry.common.expert_plan import Held
 from kvferry.engine.nn.experts import Replicas
+from kvferry.models.parts.expert_plan import Held
 
 HELD: Held = ((0, 1, 2), (1, 2, 3), (2, 1, 4))
 

@@ -5,7 +5,7 @@
 // the other instruction sets.
 #pragma once
 
-#include "tile_unit.hpp"
+#include "sets/tile_unit.hpp"
 
 constexpr int kRowsAtOnce = 32;
 constexpr int kRowsTogether = kRowsAtOnce;

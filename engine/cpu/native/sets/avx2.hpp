@@ -3,8 +3,8 @@
 // Every operation gives the bits that sets/avx512.hpp gives, denormals apart: those are not flushed here.
 #pragma once
 
-#include "eights.hpp"
-#include "lanes.hpp"
+#include "sets/eights.hpp"
+#include "sets/lanes.hpp"
 
 struct Vector {  // 16 float32
     __m256 low, high;

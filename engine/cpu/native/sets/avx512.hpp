@@ -1,7 +1,7 @@
 // Vectors of 16 in AVX-512 with its bfloat16 products: one register each.
 #pragma once
 
-#include "eights.hpp"
+#include "sets/eights.hpp"
 
 using Vector = __m512;     // 16 float32; + - * / are the compiler's
 using Pairs = __m512i;     // 16 pairs of bfloat16

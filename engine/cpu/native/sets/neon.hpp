@@ -3,7 +3,7 @@
 // Every operation gives the bits that sets/avx2.hpp gives, of NaN and infinity too.
 #pragma once
 
-#include "lanes.hpp"
+#include "sets/lanes.hpp"
 
 // Products of bfloat16, and of unsigned bytes with signed ones: the set is `neon_bf16`, else `neon`.
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8) && !defined(KVFERRY_FLOAT32)

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #ifdef __ARM_NEON
-#include "neon_shorts.hpp"
+#include "sets/neon_shorts.hpp"
 #else
 
 inline std::int32_t two_shorts(const std::int16_t* source) {

@@ -1,0 +1,193 @@
+// What a layer does with a token's heads: norms and rotation, K and V to their pages, attention over these.
+#pragma once
+
+#include <vector>
+
+#include "attention/attention.hpp"
+#include "attention/exact_attention.hpp"
+#include "attention/int8_attention.hpp"
+#include "layers/model.hpp"
+#include "attention/prompt_attention.hpp"
+#include "layers/rotation.hpp"
+#include "layers/step.hpp"
+#include "machine/vectors.hpp"
+
+// One thread's own.
+struct HeadScratch {
+    HeadScratch(const Model& m, int group, bool is_exact)
+        : attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
+          int8_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
+          exact_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
+          prompt_attention(group, int(m.head_dim), int(m.latents() ? m.latents()->kv_rank : m.head_dim), float(m.score_cap),
+                           is_exact),
+          head(2 * m.head_dim), row(m.head_dim) {}
+    Attention attention;
+    Int8Attention int8_attention;
+    ExactAttention exact_attention;
+    PromptAttention prompt_attention;
+    Lines<float> head;
+    Lines<Element> row;  // on its way to whole numbers
+};
+
+// Sums of squares of a token's queries and of its keys.
+struct Squares {
+    float queries, keys;
+};
+
+class HeadMath {
+public:
+    HeadMath(const Model& model, bool is_exact) : m_(model), is_exact_(is_exact) {}
+
+    int group() const { return int(m_.num_qo_heads / m_.num_kv_heads); }  // query heads of one KV head
+
+    void reserve(long num_tokens) {
+        for (Rotation& rotation : rotations_) rotation.reserve(num_tokens);
+    }
+
+    void prepare(long token, long position) {
+        for (Rotation& rotation : rotations_) rotation.prepare(token, position);
+    }
+
+    Squares squares(const float* heads) const {
+        return {sum_of_squares(heads, m_.qo_size()), sum_of_squares(heads + m_.qo_size(), m_.num_kv_heads * m_.head_dim)};
+    }
+
+    // A token's products to their places: K and V to their slots, queries to `queries`. `squares`: of all ranks' heads
+    // where norms are of all together and ranks are several; else null.
+    // `gates`: where those of queries go, if the model has them.
+    void place(const Layer& layer, const Row& row, long token, const float* heads, const Squares* squares, Element* queries,
+               Element* gates, HeadScratch& own) const {
+        const AttentionBlock& attention = layer.attention;
+        const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
+        const long d = m_.head_dim, qo = m_.num_qo_heads, kv = m_.num_kv_heads;
+        const Squares all = attention.has_whole_norms && squares == nullptr ? this->squares(heads) : squares ? *squares : Squares{};
+        for (long head = 0; head < qo; head++, heads += d) {
+            const Norm norm = this->norm(attention, attention.q_norm, heads, head, all.queries, qo);
+            rotation.turn(heads, norm.weight, norm.factor, token, rotation.query_factor(token), own.head.data(), queries + head * d);
+            if (!m_.has_gates) continue;
+            heads += d;
+            for (long i = 0; i < d; i += 16) store(gates + head * d + i, sigmoid(load(heads + i)));
+        }
+        for (long head = 0; head < kv; head++, heads += d) {
+            const Norm norm = this->norm(attention, attention.k_norm, heads, head, all.keys, kv);
+            const StoredPages pages = this->pages(layer, head, row);
+            const long position = row.start + token - row.token;
+            put(pages, position, 0, own, [&](Element* key) {
+                rotation.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
+            });
+            put(pages, position, pages.values, own, [&, value = heads + kv * d](Element* target) {
+                for (long i = 0; i < d; i += 16) store(target + i, load(value + i));
+            });
+        }
+    }
+
+    // The same of latents: what is kept to its slot, each head's turned part to `queries`, and what W_K takes of it to `asked`.
+    void place_latent(const Layer& layer, const Row& row, long token, const float* products, Element* queries, Element* asked,
+                      HeadScratch& own) const {
+        const Latents& w = *layer.attention.latents;
+        const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
+        const long position = row.start + token - row.token, rank = w.kv_rank, nope = w.nope_dim;
+        const auto turn = [&](const float* part, float by, Element* target) {
+            if (w.is_interleaved) part = rotation.by_halves(part, own.head.data());
+            rotation.turn_part(part, token, by, target);
+        };
+        put(pages(layer, 0, row), position, 0, own, [&](Element* kept) {
+            const Vector factor = repeat(inverse_rms(products, rank, float(w.norm_eps)));
+            for (long i = 0; i < rank; i += 16) store(kept + i, load(products + i) * factor * load(w.kv_norm + i));
+            turn(products + rank, 1.0f, kept + rank);
+        });
+        const float* query = products + w.queries_at();
+        for (long head = 0; head < m_.num_qo_heads; head++, query += nope + m_.rotary_dim) {
+            for (long i = 0; i < nope; i += 16) store(asked + head * w.asked_dim() + i, load(query + i));
+            turn(query + nope, rotation.query_factor(token), queries + head * m_.head_dim + rank);
+        }
+    }
+
+    // `heads`: the first of the piece's queries, `stride` from token to token; the result takes their place.
+    void attend(const Layer& layer, const Piece& piece, Element* heads, long stride, HeadScratch& own) const {
+        const Row& row = *piece.row;
+        const StoredPages pages = this->pages(layer, piece.kv_head, row);
+        const long window = layer.attention.window, position = row.start + piece.first;
+        if (layer.attention.latents != nullptr) {
+            PromptAttention& attention = own.prompt_attention;
+            return attention.attend_latents(pages, heads, piece.kv_heads, piece.tokens, position, heads, stride);
+        }
+        const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
+        if (piece.tokens == 1 && !is_exact_) {
+            const long first = PromptAttention::first_key(position, window);
+            if (pages.has_int8) {
+                own.int8_attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
+            } else {
+                own.attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
+            }
+        } else if (piece.tokens == 1 && kSumsInRegisters) {
+            own.exact_attention.attend(pages, piece.kv_heads, heads, position, window, sinks, heads);
+        } else {  // also where no vector adds up as the matrix unit does
+            for (int kv = 0; kv < piece.kv_heads; kv++, heads += group() * m_.head_dim) {
+                const Element* own_sinks = sinks == nullptr ? nullptr : sinks + kv * group();
+                own.prompt_attention.attend(pages.of_head(kv), heads, piece.tokens, position, window, own_sinks, heads, stride);
+            }
+        }
+    }
+
+    // A part of a piece to `memory`, where all of its parts stand.
+    void attend_part(const Layer& layer, const Piece& piece, const Element* queries, float* memory, HeadScratch& own) const {
+        const StoredPages pages = this->pages(layer, piece.kv_head, *piece.row);
+        const long last = piece.keys(), first = PromptAttention::first_key(last - 1, layer.attention.window);
+        const long start = first / kTileKeys * kTileKeys;
+        const Range tiles = share((last - start + kTileKeys - 1) / kTileKeys, piece.part, piece.parts);
+        const Range keys{std::max(first, start + tiles.first * kTileKeys), std::min(last, start + tiles.last * kTileKeys)};
+        const Element* sinks = piece.part > 0 || layer.attention.sinks == nullptr ? nullptr
+                                                                                  : layer.attention.sinks + piece.kv_head * group();
+        memory += piece.part * part_size(m_, piece.kv_heads);
+        if (layer.attention.latents != nullptr) {
+            return own.prompt_attention.attend_part(pages, queries, piece.kv_heads, keys, memory);
+        }
+        own.attention.attend_part(pages, piece.kv_heads, queries, keys.first, keys.last, sinks, memory);
+    }
+
+    // All parts' results to `out`.
+    void join(const Piece& piece, const float* memory, Element* out, HeadScratch& own) const {
+        if (m_.latents() != nullptr) return own.prompt_attention.join(memory, piece.parts, piece.kv_heads, out);
+        own.attention.join(memory, piece.parts, piece.kv_heads, out);
+    }
+
+private:
+    struct Norm {
+        const Element* weight;  // null: none
+        float factor;
+    };
+
+    Norm norm(const AttentionBlock& attention, const Element* weight, const float* values, long head, float squares,
+              long num_heads) const {
+        const float eps = float(m_.norm_eps);
+        if (weight == nullptr) return {nullptr, 1.0f};
+        if (!attention.has_whole_norms) return {weight, inverse_rms(values, m_.head_dim, eps)};
+        return {weight + head * m_.head_dim, inverse_rms(squares, num_heads * m_.head_dim * m_.num_ranks, eps)};
+    }
+
+    // Of latents, which are one head's key and value, whichever head asks.
+    StoredPages pages(const Layer& layer, long kv_head, const Row& row) const {
+        if (m_.latents() != nullptr) {
+            const long bytes = m_.block_size * m_.head_dim * long(sizeof(Element));
+            return {layer.pages, bytes, 0, m_.page_bytes, row.blocks, m_.block_size, m_.head_dim, false};
+        }
+        const long token_bytes = m_.has_int8_pages ? m_.head_dim + sizeof(float) : m_.head_dim * sizeof(Element);
+        const long head_bytes = m_.block_size * token_bytes;
+        return {layer.pages + kv_head * head_bytes, head_bytes,   m_.num_kv_heads * head_bytes, m_.page_bytes, row.blocks,
+                m_.block_size,                      m_.head_dim, m_.has_int8_pages != 0};
+    }
+
+    // write(target) writes a token's key or value, which is `part` bytes behind the block's keys, to its place.
+    template <class Write>
+    static void put(const StoredPages& pages, long position, long part, HeadScratch& own, Write write) {
+        char* const head = pages.block(position) + part;
+        if (!pages.has_int8) return write((Element*)head + position % pages.block_size * pages.head_dim);
+        write(own.row.data());
+        pages.put(head, position, own.row.data());
+    }
+
+    const Model m_;
+    const bool is_exact_;  // a token's results do not depend on what is computed beside it, or how its prompt was cut
+    Rotation rotations_[2]{{m_, m_.inv_freq, m_.rope_factor}, {m_, m_.local_inv_freq, m_.local_rope_factor}};
+};

@@ -1,0 +1,121 @@
+// What a layer of Mamba's second kind does with a row's tokens once they are convolved (engine/nn/mamba.py), of one head, token
+// by token. All of it is computed in float32.
+//
+//     step t     softplus of what is projected and a bias: of each token and head
+//     memory     S = exp(-A t) S + B (t x);  what is read is C S + D x, of the new S; then times silu of the gate
+//     norm       of what the heads of a group have read: by whoever, once all have
+//
+// A lone token changes a memory where it lies, in one pass. More of them take it in panels of columns, which stay next to the
+// core. There a token's pass is as many operations as it would have in products of chunks, whose triangles are added to what
+// they spare. A token's numbers depend on the tokens before it alone, to the bit, however they came.
+#pragma once
+
+#include <algorithm>
+
+#include "layers/head_memory.hpp"
+#include "layers/model.hpp"
+#include "layers/states.hpp"
+#include "layers/step.hpp"
+#include "machine/vectors.hpp"
+
+// Tokens' steps, in place of what they are made of, and behind all products what is left of each head's memory.
+inline void take_steps(const Mamba& w, float* projected, long stride, long count) {
+    for (long token = 0; token < count; token++, projected += stride) {
+        float *const steps = projected + w.steps_at(), *const kept = projected + w.rates_at();
+        for (long head = 0; head < w.num_heads; head += 16) {
+            const Lanes mask = lanes(w.num_heads - head);
+            const Vector step = softplus(load(steps + head, mask) + load(w.step_bias + head, mask));
+            store(steps + head, step, mask);
+            store(kept + head, exp2(step * load(w.forgetting + head, mask) * repeat(-kLog2E)), mask);
+        }
+    }
+}
+
+// What heads have read of some tokens, where their gates were, normed in groups -> what `o` multiplies.
+inline void norm_groups(const Mamba& w, const float* read, long stride, Element* said, long said_stride, Range tokens) {
+    const long size = w.num_values / w.num_groups;
+    for (long token = tokens.first; token < tokens.last; token++) {
+        for (long first = 0; first < w.num_values; first += size) {
+            const float* const values = read + token * stride + first;
+            const Vector factor = repeat(inverse_rms(values, size, float(w.norm_eps)));
+            for (long i = 0; i < size; i += 16) {
+                store(said + token * said_stride + first + i, load(values + i) * factor * load(w.norm + first + i));
+            }
+        }
+    }
+}
+
+// One thread's own.
+struct MambaScratch {
+    explicit MambaScratch(const Model& m) {
+        if (m.state() == nullptr || m.state()->kind != kMamba) return;
+        const auto& w = static_cast<const Mamba&>(*m.state());
+        memory.resize(HeadMemory{w.state_dim, w.head_dim}.size());
+    }
+    Lines<float> memory;
+};
+
+// All tokens of a row, of one head: what one thread does by itself.
+class MambaPass {
+public:
+    // `projected`: of the row's first token, convolved and with steps, rows of this stride.
+    MambaPass(const Model& m, const Mamba& w, const Row& row, long head, float* projected, long stride, MambaScratch& own)
+        : m_(m), w_(w), row_(row), projected_(projected), stride_(stride), memory_(own.memory.data()),
+          at_(w.memory_at() + head * w.state_dim * w.head_dim), gates_(head * w.head_dim), values_(w.num_values + gates_),
+          writes_(2 * w.num_values + head / (w.num_heads / w.num_groups) * w.state_dim), reads_(writes_ + w.num_keys()),
+          step_(w.steps_at() + head), kept_(w.rates_at() + head), skip_(w.kept[head]) {}
+
+    void run() const {
+        if (row_.length == 1 && row_.start > 0 && change_in_place()) return;
+        if (row_.start == 0) std::fill_n(memory_, shape_.size(), 0.0f);
+        else shape_.read(state_behind(m_, w_, row_, row_.start), at_, memory_);
+        each_stretch(m_, row_, [&](long first, long last) {
+            for (long panel = 0; panel < shape_.panels(); panel++) {
+                float* const memory = memory_ + panel * shape_.panel_size();
+                for (long token = first; token < last; token++) pass(token, panel, memory, memory, kPanelColumns);
+            }
+            shape_.write(state_behind(m_, w_, row_, row_.start + last), at_, memory_);
+        });
+    }
+
+private:
+    // A lone token's pass, from block to block. False: the memory stands in two pages, or in parts of panels.
+    bool change_in_place() const {
+        const long size = w_.state_dim * w_.head_dim;
+        const float* const from = state_behind(m_, w_, row_, row_.start).whole(at_, size);
+        float* const to = state_behind(m_, w_, row_, row_.start + 1).whole(at_, size);
+        if (from == nullptr || to == nullptr || w_.head_dim % kPanelColumns != 0) return false;
+        for (long panel = 0; panel < shape_.panels(); panel++) {
+            pass(0, panel, from + panel * kPanelColumns, to + panel * kPanelColumns, w_.head_dim);
+        }
+        return true;
+    }
+
+    // What the row's `token`th token does with a panel of a memory, which it leaves in `to`: rows of this stride.
+    void pass(long token, long panel, const float* from, float* to, long stride) const {
+        float* const product = projected_ + token * stride_;
+        const long column = panel * kPanelColumns, columns = shape_.columns_of(panel);
+        const float *const written = product + writes_, *const asked = product + reads_;
+        const Vector by = repeat(product[kept_]);
+        const PanelRow value = PanelRow::of(product + values_ + column, columns);
+        const PanelRow said = value.times(repeat(product[step_]));
+        PanelRow read = PanelRow::zeros();
+        for (long row = 0; row < w_.state_dim; row++, from += stride, to += stride) {
+            read.add(change(from, to, by, said, written[row]), asked[row]);
+        }
+        read.add(value, skip_);
+        const PanelRow gates = PanelRow::of(product + gates_ + column, columns);
+        read.times(PanelRow{silu(gates.low), silu(gates.high)}).put(product + gates_ + column, columns);
+    }
+
+    const Model& m_;
+    const Mamba& w_;
+    const Row& row_;
+    float* const projected_;
+    const long stride_;
+    float* const memory_;
+    const long at_;                                              // in a state
+    const long gates_, values_, writes_, reads_, step_, kept_;  // among a token's products
+    const float skip_;
+    const HeadMemory shape_{w_.state_dim, w_.head_dim};
+};

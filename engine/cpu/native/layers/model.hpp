@@ -1,0 +1,190 @@
+// The model as the engine holds it: weights in tiles, all else in elements, and the pages. Nothing is owned here.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <chrono>
+#include <vector>
+
+#include "products/adapters.hpp"
+#include "products/integer_tiles.hpp"
+#include "machine/tiles.hpp"
+#include "machine/vectors.hpp"
+
+// These are declared once more in engine/cpu/model.py, field by field.
+
+// y = x W^T + b
+struct Linear {
+    Tiles weight;
+    const Element* bias;          // null: none
+    const Adapters* adapters;  // null: none
+};
+
+// Attention over latents (engine/nn/latent.py): of a token one vector is kept, which serves all heads as key and, but for
+// its last numbers, which positions turn, as value. latents.hpp has what is computed.
+struct Latents {
+    Linear inputs;   // the latent, its turned part and, where there is q_norm, what queries are made of: of all ranks
+    Linear queries;  // [heads][nope_dim + turned part], of what q_norm norms, or of the hidden state
+    Tiles to_keys, to_values;  // W_K and W_V, head after head: each fills tiles of its own
+    const Element *kv_norm, *q_norm;  // the second null: none
+    std::int64_t kv_rank, nope_dim, value_dim, q_rank;
+    std::int64_t is_interleaved;  // a turned pair's two numbers are neighbours among the products
+    double norm_eps;
+
+    long queries_at() const { return padded(inputs.weight.columns, kTileColumns); }  // behind the others' products
+    long asked_dim() const { return padded(nope_dim, kTileInputs); }  // of a head, as W_K takes it
+};
+
+// Numbers of a layer's state that stand together in a block (engine/cpu/state_runs.py).
+struct StateRun {
+    std::int64_t at, size;  // in the state
+    std::int64_t place;     // bytes from the block's first page of states
+};
+
+struct StateRuns {
+    const StateRun *runs, *copies;  // all of the state, from its beginning to its end; what stands elsewhere besides
+    std::int64_t num_runs, num_copies;
+};
+
+enum StateKind : std::int64_t { kDeltaNet, kMamba, kShortConvolution };
+
+// What layers that keep a state in place of keys and values have in common: a convolution over the last few tokens' rows.
+// states.hpp has where a state lies, convolution.hpp, delta_net.hpp and mamba.hpp what is computed.
+struct StateLayer {
+    Linear rows;   // a token's products; of a short convolution b, c and x, of Mamba's layers gates, what is convolved, steps
+    Linear rates;  // of a delta net: of each value head what its strength and its decay are made of; else of no columns
+    const float* convolution;       // [kernel_size][num_convolved], in the order of kinds
+    const float* convolution_bias;  // null: none
+    std::int64_t kind, kernel_size, num_convolved;
+    std::int64_t num_values, memory_size;  // numbers that `o` multiplies; of all heads' memories
+    std::int64_t num_rates;                // numbers of a token behind the products of `rows`
+    StateRuns state;
+
+    long rates_at() const { return padded(rows.weight.columns, kTileColumns); }  // behind the others' products
+    long projected_size() const { return rates_at() + padded(num_rates, kTileColumns); }
+    // A state is one number, of how many tokens it is, the last tokens' rows and each head's memory.
+    long inputs_size() const { return (kernel_size - 1) * num_convolved; }
+    long memory_at() const { return 1 + inputs_size(); }
+};
+
+// A gated delta net (engine/nn/delta_net.py): `rows` has queries, keys and values, and gates, of all heads; or key head by
+// key head all four.
+struct DeltaNet : StateLayer {
+    const float *forgetting, *rate_bias;  // of each value head
+    const Element* norm;                  // of a value head
+    std::int64_t num_key_heads, num_value_heads, key_dim, value_dim;
+    std::int64_t is_grouped;  // the products of `rows` and `rates` stand key head by key head
+    double norm_eps;
+
+    long repeats() const { return num_value_heads / num_key_heads; }  // value heads of a key head
+    long num_keys() const { return num_key_heads * key_dim; }
+};
+
+// A layer of Mamba's second kind (engine/nn/mamba.py): what is convolved are values, and what heads of a group are written
+// and read by.
+struct Mamba : StateLayer {
+    const float *forgetting, *step_bias, *kept;  // of each head; the last one: how much of a value is yielded beside memory
+    const float* norm;                           // [num_values]
+    std::int64_t num_heads, head_dim, num_groups, state_dim;
+    double norm_eps;
+
+    long num_keys() const { return num_groups * state_dim; }
+    long steps_at() const { return num_values + num_convolved; }
+};
+
+// A layer is a mixer, attention over heads' keys and values or over latents or what keeps a state, and a gated MLP or experts
+// (engine/nn/blocks.py).
+struct AttentionBlock {
+    Linear qkv, o;  // `o` is any mixer's last product
+    const Element *q_norm, *k_norm;  // of each head; null: none
+    const Element* sinks;            // of the query heads: a score that no value goes with; null: none
+    std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
+    std::int64_t window;           // 0: none
+    const Latents* latents;        // in place of `qkv` and norms; null: none
+    const StateLayer* state;       // in place of all but `o`, of its kind; null: none
+};
+
+struct GatedMlp {
+    Linear gate_up, down;
+};
+
+// What models/experts.py says of them.
+struct Experts {
+    Linear gate;
+    const float* score_bias;  // null: none
+    const GatedMlp* experts;  // this rank's, `count` of them, by their numbers
+    const GatedMlp* shared;   // null: none
+    const float* shared_gate;  // [hidden_size]: of the sigmoid that weighs the shared one; null: its weight is 1
+    std::int64_t num_experts, num_chosen, count, num_groups, num_chosen_groups;
+    std::int64_t is_sigmoid, is_normalised;
+    double scale;
+    double limit, alpha;  // of clamped_silu, in place of the model's activation; limit 0: that
+    std::int64_t* taken;  // how often each was chosen; null: nobody asks
+    const std::int32_t* place;  // in `experts`; -1: not this rank's
+    const std::int32_t *copies, *turn;  // how many ranks hold it, and which of them this one is; null: one each
+};
+
+struct Layer {
+    const Element *input_norm, *mixed_norm;  // before attention, and of what it adds; null: none
+    AttentionBlock attention;
+    const Element *mlp_norm, *output_norm;  // the same of the feed-forward
+    GatedMlp mlp;
+    std::int64_t is_local;  // positions turn by the local frequencies
+    const Experts* experts;  // in place of `mlp`; null: it is there
+    char* pages;  // block 0's of this layer, [2, num_kv_heads] heads as in pages.hpp; the next is page_bytes further
+};
+
+struct Model {
+    // intermediate_size: of the widest gated MLP, dense or an expert's. Of latents each query head counts as a KV head, and
+    // head_dim is the size of what is kept.
+    std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
+    std::int64_t page_bytes, block_size;
+    std::int64_t has_int8_pages;                      // in place of elements
+    std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on
+    std::int64_t has_neighbours;                      // a turned pair's two numbers are neighbours among the products
+    std::int64_t norms_turned;                        // norms of heads come after their turn, not before it
+    std::int64_t has_gates;                           // numbers behind each head's query gate what it attends to
+    std::int64_t query_len;                           // positions after which queries grow: `Rotation::prepare`
+    std::int64_t has_gelu;                            // in place of silu
+    double norm_eps, norm_offset;                     // a norm's weights mean so much more
+    double rope_factor, local_rope_factor;
+    double query_beta;                                // 0: they do not grow
+    double embedding_factor, added_factor, query_factor;  // of what enters the residual stream, is added to it, asks keys
+    double score_cap;                                     // what scores come near to and never reach; 0: none
+    const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none
+    const Element *embedding, *final_norm;  // rows, weight
+    Tiles head;
+    const Layer* layers;
+    // A rank's part of a model has parts of the heads, of the inner columns and of the vocabulary. Null: this is all of it.
+    void (*sum_over_ranks)(float* values, std::int64_t count);  // in place; called by one thread
+    std::int64_t num_ranks;
+    std::int64_t first_token, num_tokens;                       // the embedding's rows here
+    std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
+    char* state_pages;  // block 0's first page of states; the next block's is page_bytes further
+
+    long qo_size() const { return num_qo_heads * head_dim; }
+    long qkv_size() const {
+        if (latents() != nullptr) return latents()->queries_at() + latents()->queries.weight.columns;
+        return ((1 + has_gates) * num_qo_heads + 2 * num_kv_heads) * head_dim;
+    }
+    const Latents* latents() const { return layers[0].attention.latents; }  // of one shape in all layers; null: none
+    const StateLayer* state() const {  // of one kind and shape in all layers that have one; null: none has
+        for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
+            if (layer->attention.state != nullptr) return layer->attention.state;
+        }
+        return nullptr;
+    }
+};
+
+// Ask for 2 MiB pages under the weights: a core reads them a tenth to a third faster. Where the kernel refuses, nothing
+// changes; past the deadline it does so in its own time.
+inline void use_large_pages(const Tiles& w, std::chrono::steady_clock::time_point deadline) {
+    constexpr std::uintptr_t kLarge = 2 << 20;
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1: at once
+    const auto address = std::uintptr_t(w.integers ? (const void*)w.integers->memory : w.weights);
+    const auto end = std::uintptr_t(w.integers ? (const void*)w.integers->tile(w.count()) : w.tile(w.count()));
+    for (auto page = address & ~(kLarge - 1); page < end; page += kLarge) {
+        madvise((void*)page, kLarge, MADV_HUGEPAGE);
+        if (std::chrono::steady_clock::now() < deadline) madvise((void*)page, kLarge, kCollapse);
+    }
+}

@@ -1,0 +1,217 @@
+// What is done to each token by itself: norms, products with weights, activation. Rows of tokens come in panels of at
+// most kPanelRows, whose intermediate results stay near the core.
+#pragma once
+
+#include <vector>
+
+#include "products/linear.hpp"
+#include "layers/model.hpp"
+#include "machine/vectors.hpp"
+
+// How rows of each kind stand in memory: padded, so that whole vectors and tiles may be read and written.
+struct Strides {
+    explicit Strides(const Model& m)
+        : hidden(padded(m.hidden_size, kTileColumns)), normed(of_inputs(m.hidden_size)), attended(of_inputs(mixed_size(m))),
+          activated(of_inputs(m.intermediate_size)),
+          qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(2 * m.intermediate_size, kTileColumns)),
+          narrowed(kMaxAdapterParts * m.adapter_rank), q_normed(m.latents() ? of_inputs(m.latents()->q_rank) : 0),
+          asked(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->asked_dim()) : 0),
+          answered(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->value_dim) : 0),
+          projected(m.state() ? m.state()->projected_size() : 0) {}
+    const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
+    const long q_normed, asked, answered;  // of latents alone
+    const long projected;                  // of layers with states alone
+
+private:
+    // What the widest mixer yields of a token.
+    static long mixed_size(const Model& m) {
+        return m.state() == nullptr ? m.qo_size() : std::max<long>(m.qo_size(), m.state()->num_values);
+    }
+
+    // Whole lines, and an odd number of them: rows that lie an even number apart share few places of the near cache.
+    static long of_inputs(long size) { return (padded(size, kTileInputs) / kTileInputs | 1) * kTileInputs; }
+};
+
+// Memory between the residual stream and itself. Padding stays zero.
+struct Panel {
+    explicit Panel(const Strides& s)
+        : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
+          gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed),
+          q_normed(kPanelRows * s.q_normed), asked(kPanelRows * s.asked), answered(kPanelRows * s.answered) {}
+    Lines<Element> normed, activated, narrowed;
+    Lines<float> qkv, gate_up, added;
+    Lines<Element> q_normed, asked, answered;
+};
+
+class PanelMath {
+public:
+    // `is_exact`: a row's results are the same whatever others there are.
+    PanelMath(const Model& model, const Strides& strides, bool is_exact) : m_(model), s_(strides), may_widen_(!is_exact) {}
+
+    // From attention to a layer's end: x += o(attended), x += mlp(norm(x)), what is added normed where a layer has norms
+    // for it. `by`: who does it (team.hpp), one thread or several, each with an `own` panel for what all of them compute,
+    // and one in `common`; all meet after each product.
+    template <class By>
+    void finish(const Layer& layer, float* x, const Rows& attended, Panel& own, Panel& common, By& by) const {
+        add_block(x, attended, layer.attention.o, layer.mixed_norm, common, by);
+        const Rows normed = normalize(x, attended.count, layer.mlp_norm, own, attended.slots);
+        add_block(x, feed_forward(layer.mlp, normed, common, by), layer.mlp.down, layer.output_norm, common, by);
+    }
+
+    // All of it but the last product, whose inputs are returned.
+    template <class By>
+    Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, By& by) const {
+        const Linear& gate_up = mlp.gate_up;
+        const long inner = gate_up.weight.columns / 2;
+        const bool is_adapted = gate_up.adapters != nullptr && normed.slots != nullptr;
+        if (!is_adapted && inner % kTileColumns == 0) {  // products of gate and up meet, and are never written
+            with_activation([&](auto act) { set_activated(common.activated.data(), normed, gate_up, by, act); });
+        } else {
+            set(common.gate_up.data(), s_.gate_up, normed, gate_up, by);
+            adapt(common.gate_up.data(), s_.gate_up, normed, gate_up, common, by);
+            by.meet();
+            const Range vectors = by.part(padded(inner, kTileInputs) / 16);
+            activate(common.gate_up.data(), common.activated.data(), inner, normed.count, vectors);
+        }
+        by.meet();
+        return {common.activated.data(), s_.activated, normed.count, normed.slots, normed.may_widen};
+    }
+
+    // x += inputs W^T + bias, normed if `norm` is not null
+    template <class By>
+    void add_block(float* x, const Rows& inputs, const Linear& w, const Element* norm, Panel& common, By& by) const {
+        if (norm == nullptr) {
+            add(x, inputs, w, by, float(m_.added_factor));
+            adapt(x, s_.hidden, inputs, w, common, by, float(m_.added_factor));
+        } else {
+            float* added = common.added.data();
+            set(added, s_.hidden, inputs, w, by);
+            adapt(added, s_.hidden, inputs, w, common, by);
+            by.meet();
+            const Range rows = by.part(inputs.count);
+            for (long row = rows.first; row < rows.last; row++) {
+                add_row(x + row * s_.hidden, added + row * s_.hidden, norm);
+            }
+        }
+        by.meet();
+    }
+
+    // x += y of one token, normed if `norm` is not null
+    void add_row(float* x, const float* y, const Element* norm) const {
+        const Vector by = repeat(float(m_.added_factor)), offset = repeat(float(m_.norm_offset));
+        const Vector factor = norm == nullptr ? by : repeat(inverse_rms(y, m_.hidden_size, float(m_.norm_eps)));
+        for (long i = 0; i < m_.hidden_size; i += 16) {
+            const Lanes mask = lanes(m_.hidden_size - i);
+            Vector value = load(y + i, mask) * factor;
+            if (norm != nullptr) value = value * (load(norm + i, mask) + offset) * by;
+            store(x + i, load(x + i, mask) + value, mask);
+        }
+    }
+
+    // y += `factor` times what the rows' adapters make of x, behind the linear's products; y is whole when all have met.
+    template <class By>
+    static void adapt(float* y, long stride, const Rows& x, const Linear& w, Panel& common, By& by, float factor = 1.0f) {
+        if (w.adapters == nullptr || x.slots == nullptr) return;
+        narrow_rows(x, *w.adapters, common.narrowed.data(), by);
+        by.meet();
+        add_widened(y, stride, x, *w.adapters, common.narrowed.data(), factor, by);
+    }
+
+    Rows normalize(const float* hidden, long rows, const Element* weight, Panel& panel,
+                   const std::int32_t* slots = nullptr) const {
+        return normalize(hidden, rows, weight, panel.normed.data(), slots);
+    }
+
+    Rows normalize(const float* hidden, long rows, const Element* weight, Element* normed,
+                   const std::int32_t* slots = nullptr) const {
+        for (long row = 0; row < rows; row++) {
+            const float* x = hidden + row * s_.hidden;
+            if (weight == nullptr) {  // as it is
+                for (long i = 0; i < m_.hidden_size; i += 16) {
+                    const Lanes mask = lanes(m_.hidden_size - i);
+                    store(normed + row * s_.normed + i, load(x + i, mask), mask);
+                }
+                continue;
+            }
+            const Vector factor = repeat(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
+            const Vector offset = repeat(float(m_.norm_offset));
+            for (long i = 0; i < m_.hidden_size; i += 16) {
+                const Lanes mask = lanes(m_.hidden_size - i);
+                store(normed + row * s_.normed + i, load(x + i, mask) * factor * (load(weight + i, mask) + offset), mask);
+            }
+        }
+        return {normed, s_.normed, rows, slots, may_widen_};
+    }
+
+    // y = x W^T + bias, what `by` takes of it
+    template <class By>
+    static void set(float* y, long stride, const Rows& x, const Linear& w, By& by) {
+        if (w.bias == nullptr && w.weight.integers == nullptr) return put_products(x, w.weight, by, y, stride);
+        multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                store(y + row * stride + column + i, with_bias(sums + i, w.bias, column + i, w.weight.columns));
+            }
+        });
+    }
+
+    // y += (x W^T + bias) * factor, what `by` takes of it; y is the residual stream, or as wide
+    template <class By>
+    void add(float* y, const Rows& x, const Linear& w, By& by, float factor) const {
+        multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                float* target = y + row * s_.hidden + column + i;
+                const Vector sum = with_bias(sums + i, w.bias, column + i, w.weight.columns);
+                store(target, load(target) + sum * repeat(factor));
+            }
+        });
+    }
+
+    // act(gate) * up of x W^T + bias, what `by` takes of it; a half of the columns is whole tiles
+    template <class By, class Function>
+    void set_activated(Element* activated, const Rows& x, const Linear& w, By& by, Function act) const {
+        const long columns = w.weight.columns, inner = columns / 2;
+        multiply_halves(x, w.weight, by, [&](long row, long column, const float* gate, const float* up) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                const Vector gated = with_bias(gate + i, w.bias, column + i, columns);
+                store(activated + row * s_.activated + column + i,
+                      act(gated, with_bias(up + i, w.bias, inner + column + i, columns)));
+            }
+        });
+    }
+
+    // act(gate) * up, `size` of them, with zeros to whole tiles: these vectors of each row
+    void activate(const float* gate_up, Element* activated, long size, long rows, Range vectors) const {
+        with_activation([&](auto act) { activate(gate_up, activated, size, rows, vectors, act); });
+    }
+
+    // The same of experts, which may have an activation of their own.
+    void activate(const Experts& e, const float* gate_up, Element* activated, long size, long rows, Range vectors) const {
+        if (e.limit == 0.0) return activate(gate_up, activated, size, rows, vectors);
+        const float alpha = float(e.alpha), limit = float(e.limit);
+        activate(gate_up, activated, size, rows, vectors,
+                 [=](Vector gate, Vector up) { return clamped_silu(gate, up, alpha, limit); });
+    }
+
+    template <class Function>
+    void activate(const float* gate_up, Element* activated, long size, long rows, Range vectors, Function act) const {
+        for (long row = 0; row < rows; row++) {
+            const float *gate = gate_up + row * s_.gate_up, *up = gate + size;
+            for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {
+                const Lanes mask = lanes(size - i);
+                store(activated + row * s_.activated + i, act(load(gate + i, mask), load(up + i, mask)));
+            }
+        }
+    }
+
+private:
+    // Calls job(act) with act(gate, up), the model's.
+    template <class Job>
+    void with_activation(Job job) const {
+        if (m_.has_gelu) job([](Vector gate, Vector up) { return gelu_tanh(gate) * up; });
+        else job([](Vector gate, Vector up) { return silu(gate) * up; });
+    }
+
+    const Model m_;
+    const Strides s_;
+    const bool may_widen_;
+};

@@ -1,0 +1,87 @@
+// Rotary position embeddings of a step's tokens: cosines and sines made once, used by every layer.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "layers/model.hpp"
+#include "machine/vectors.hpp"
+
+class Rotation {
+public:
+    Rotation(const Model& model, const float* inv_freq, double factor)
+        : m_(model), inv_freq_(inv_freq), factor_(float(factor)) {}
+
+    void reserve(long num_tokens) {
+        if (inv_freq_ == nullptr) return;
+        if (long(query_factors_.size()) < num_tokens) query_factors_.resize(num_tokens);
+        if (long(cos_.size()) < num_tokens * m_.rotary_dim) cos_.resize(num_tokens * m_.rotary_dim);
+        if (long(sin_.size()) < num_tokens * m_.rotary_dim) sin_.resize(num_tokens * m_.rotary_dim);
+    }
+
+    // Cosines and signed sines of a token's position, rounded as the torch path rounds them.
+    void prepare(long token, long position) {
+        if (inv_freq_ == nullptr) return;
+        const long half = m_.rotary_dim / 2;
+        float *cos = cos_.data() + token * m_.rotary_dim, *sin = sin_.data() + token * m_.rotary_dim;
+        for (long i = 0; i < half; i++) {
+            const float angle = float(position) * inv_freq_[i];
+            cos[i] = cos[i + half] = rounded(std::cos(angle) * factor_);
+            sin[i + half] = rounded(std::sin(angle) * factor_);
+            sin[i] = -sin[i + half];
+        }
+        const double growth = m_.query_beta == 0 ? 0 : m_.query_beta * std::log1p(double(position / m_.query_len));
+        query_factors_[token] = float(m_.query_factor * (1 + growth));
+    }
+
+    // Of a token's queries: the model's, and Llama 4's for its position.
+    float query_factor(long token) const { return query_factors_[token]; }
+
+    // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`; or
+    // turned first, and then normed. `scratch` [2][head_dim].
+    template <class Out>
+    void turn(const float* head, const Element* norm, float factor, long token, float by, float* scratch, Out* out) const {
+        const long d = m_.head_dim;
+        const Vector offset = repeat(float(m_.norm_offset));
+        if (norm != nullptr && m_.norms_turned) {
+            turn(head, nullptr, 1.0f, token, 1.0f, scratch, scratch);
+            const Vector all = repeat(inverse_rms(scratch, d, float(m_.norm_eps)) * by);
+            for (long i = 0; i < d; i += 16) store(out + i, load(scratch + i) * all * (load(norm + i) + offset));
+            return;
+        }
+        if (norm != nullptr) {
+            for (long i = 0; i < d; i += 16) store(scratch + i, load(head + i) * repeat(factor) * (load(norm + i) + offset));
+            head = scratch;
+        }
+        turn_part(m_.has_neighbours ? by_halves(head, scratch + d) : head, token, by, out);
+        for (long i = m_.rotary_dim; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
+    }
+
+    // First numbers of each turned pair before second ones, to `scratch`.
+    const float* by_halves(const float* pairs, float* scratch) const {
+        const long half = m_.rotary_dim / 2;
+        for (long i = 0; i < half; i++) scratch[i] = pairs[2 * i], scratch[half + i] = pairs[2 * i + 1];
+        return scratch;
+    }
+
+    // The turned part of a head alone.
+    template <class Out>
+    void turn_part(const float* part, long token, float by, Out* out) const {
+        const long turned = m_.rotary_dim, half = turned / 2;
+        const float *cos = cos_.data() + token * turned, *sin = sin_.data() + token * turned;
+        const Eight scale = repeat_8(by);
+        for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
+            const Eight low = load_8(part + i), high = load_8(part + half + i);
+            const Eight c = load_8(cos + i), s = load_8(sin + half + i);
+            store(out + i, fms(low, c, high * s) * scale);
+            store(out + half + i, fma(high, c, low * s) * scale);
+        }
+    }
+
+private:
+    const Model m_;
+    const float* inv_freq_;  // null: no layer turns by it
+    const float factor_;     // of cosines and sines
+    Lines<float> cos_, sin_;  // [tokens][rotary_dim]
+    std::vector<float> query_factors_;
+};

@@ -1,0 +1,40 @@
+// Memory that begins at a cache line: rows of whole lines are then read and written line by line, by AMX tiles twice as
+// fast as across lines.
+#pragma once
+
+#include <cstddef>
+#include <new>
+#include <vector>
+
+#include "machine/processor.hpp"
+
+template <class Value>
+struct LineAllocator {
+    using value_type = Value;
+    static constexpr std::align_val_t kAlignment{64};
+
+    LineAllocator() = default;
+    template <class Other>
+    LineAllocator(const LineAllocator<Other>&) {}
+
+    Value* allocate(std::size_t count) { return static_cast<Value*>(::operator new(count * sizeof(Value), kAlignment)); }
+    void deallocate(Value* memory, std::size_t) { ::operator delete(memory, kAlignment); }
+
+    template <class Other>
+    bool operator==(const LineAllocator<Other>&) const {
+        return true;
+    }
+};
+
+// Ask for lines that will be read soon. Not by the compiler's own function: what calls nothing but that does nothing in a
+// compiler's eyes, and is left out.
+inline void fetch_lines(const void* from, std::size_t bytes) {
+#ifdef __ARM_NEON
+    for (std::size_t at = 0; at < bytes; at += 64) fetch_line((const char*)from + at);
+#else
+    for (std::size_t at = 0; at < bytes; at += 64) asm volatile("prefetcht0 %0" : : "m"(((const char*)from)[at]));
+#endif
+}
+
+template <class Value>
+using Lines = std::vector<Value, LineAllocator<Value>>;

@@ -1,0 +1,105 @@
+// Rows of bfloat16 as whole numbers, a segment of up to 32 inputs of one group at a time, each with a scale.
+//
+//     s = max|x| / 127, q = x * (127 / max|x|) to the nearest whole number, ties to even
+//
+// Inputs of language models have outliers, a hundred times as large as others: a scale for a whole row would leave most
+// of it a few bits.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "products/integer_tiles.hpp"
+#include "products/integers.hpp"
+
+// Rows of bfloat16 as whole numbers.
+class IntegerRows {
+public:
+    // Rows are padded with zeros to 32 values.
+    void set(const bf16* x, long x_stride, long count, const IntegerTiles& w) {
+        stride_ = padded(w.inputs, 64);
+        segments_ = w.groups() * w.segments();
+        groups_ = w.groups();
+        numbers_.resize(count * stride_);
+        starts_.resize(count * segments_);
+        scales_.resize(count * segments_);
+        group_sums_.resize(count * groups_);
+        for (long row = 0; row < count; row++) {
+            const bf16* values = x + row * x_stride;
+            set_row(row, w.order == nullptr ? values : gathered(values, w), w);
+        }
+    }
+
+    long stride() const { return stride_; }
+    long segments() const { return segments_; }
+    const std::int8_t* numbers(long row) const { return numbers_.data() + row * stride_; }
+    const std::int32_t* starts(long row) const { return starts_.data() + row * segments_; }  // of each segment's sums
+    const float* scales(long row) const { return scales_.data() + row * segments_; }
+    const float* group_sums(long row) const { return group_sums_.data() + row * groups_; }  // of what numbers mean
+
+private:
+    static constexpr float kSmallest = 0x1p-100f;  // below it inputs are zero: 127 / x has to be finite
+
+    void set_row(long row, const bf16* x, const IntegerTiles& w) {
+        std::int8_t* numbers = numbers_.data() + row * stride_;
+        std::int32_t* starts = starts_.data() + row * segments_;
+        float* scales = scales_.data() + row * segments_;
+        for (long group = 0; group < groups_; group++) {
+            float group_sum = 0;
+            for (long at = group * w.group, end = at + w.group; at < end; at += kSegment, starts++, scales++) {
+                const long size = std::min<long>(kSegment, end - at);
+                const Quantized segment = size == kSegment ? quantize(x + at, kSegment, numbers + at)
+                                                           : quantize(x + at, size, numbers + at);
+                *starts = -w.zero() * segment.sum;
+                *scales = segment.scale;
+                group_sum = __builtin_fmaf(float(segment.sum), segment.scale, group_sum);
+            }
+            group_sums_[row * groups_ + group] = group_sum;
+        }
+    }
+
+    struct Quantized {
+        std::int32_t sum;  // of the numbers
+        float scale;
+    };
+
+    [[gnu::always_inline]] static Quantized quantize(const bf16* x, long size, std::int8_t* numbers) {
+        bf16 most = 0;  // of the magnitudes, which as bits are in order, infinity and NaN last
+        for (long i = 0; i < size; i++) most = std::max<bf16>(most, x[i] & 0x7fff);
+        const std::uint32_t bits = std::uint32_t(most) << 16;
+        float largest;
+        std::memcpy(&largest, &bits, sizeof largest);
+        const bool is_finite = most < 0x7f80;
+        if (!is_finite || largest < kSmallest) {
+            std::fill_n(numbers, padded(size, 16), std::int8_t(0));
+            return {0, is_finite ? 0.0f : std::numeric_limits<float>::quiet_NaN()};
+        }
+        const Vector factor = repeat(127.0f / largest);
+        Vector sums = repeat(0.0f);  // whole numbers
+        for (long i = 0; i < size; i += 16) {
+            const Vector whole = nearest(load(x + i) * factor);
+            store_whole(numbers + i, whole);
+            sums = sums + select(lanes(size - i), whole, repeat(0.0f));
+        }
+        return {std::int32_t(sum_of(sums)), largest / 127.0f};
+    }
+
+    const bf16* gathered(const bf16* x, const IntegerTiles& w) {
+        gathered_.assign(padded(w.inputs, kSegment), 0);
+        for (long i = 0; i < w.inputs; i++) gathered_[i] = x[w.order[i]];
+        return gathered_.data();
+    }
+
+    long stride_ = 0, segments_ = 0, groups_ = 0;
+    Lines<std::int8_t> numbers_;
+    std::vector<std::int32_t> starts_;
+    Lines<float> scales_, group_sums_;
+    Lines<bf16> gathered_;
+};
+
+// A thread's own, of the product that it is at.
+inline IntegerRows& own_rows() {
+    static thread_local IntegerRows rows;
+    return rows;
+}

@@ -1,0 +1,121 @@
+// A step of few tokens: the time goes into reading weights, or there are too few panels for each thread to have its own.
+// Threads take tokens panel by panel together, share out the weights' columns, and meet after each product.
+#pragma once
+
+#include <algorithm>
+
+#include "steps/stages.hpp"
+#include "steps/threads.hpp"
+#include "steps/workspace.hpp"
+
+// Calls job(tokens) for panels of `count` tokens, as equal as whole groups of rows let them be.
+template <class Job>
+void each_panel(long count, Job job) {
+    const long panels = (count + kPanelRows - 1) / kPanelRows;
+    const long size = panels <= 1 ? count : ((count - 1) / panels / kRowsAtOnce + 1) * kRowsAtOnce;
+    for (long first = 0; first < count; first += size) job(Range{first, std::min(first + size, count)});
+}
+
+class FewTokens {
+public:
+    FewTokens(Workspace& workspace, Stages& stages, Threads& threads) : w_(workspace), stages_(stages), threads_(threads) {}
+
+    // False: it was stopped.
+    bool forward(const Step& step) {
+        if (step.num_tokens > kPanelRows) return forward_by_layers(step);
+        is_stopped_ = false;
+        threads_.run([&](Team::Member& by) {
+            stages_.begin(step, by);
+            by.meet();
+            for (std::size_t index = 0; index < w_.layers.size() && !is_stopped_; index++) {
+                compute(step, index, by);
+                if (index % kLayersToStop == 0) agree_to_stop(step, by);
+            }
+            if (!is_stopped_) finish_last(step, by);
+        });
+        return !is_stopped_;
+    }
+
+    // The last layer from attention on, for the wanted tokens alone. Within a job, by all threads.
+    void finish_last(const Step& step, Team::Member& by) {
+        if (!stages_.has_last(step)) return;
+        stages_.gather_last(step, by);
+        by.meet();
+        finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step), by);
+    }
+
+private:
+    // A longer step asks anew before each layer which cores are to spare.
+    bool forward_by_layers(const Step& step) {
+        threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
+        for (std::size_t index = 0; index < w_.layers.size(); index++) {
+            if (step.is_stopped()) return false;
+            threads_.run([&](Team::Member& by) { compute(step, index, by); });
+        }
+        threads_.run([&](Team::Member& by) { finish_last(step, by); });
+        return true;
+    }
+
+    // All threads go on, or none: what one of them has seen is told between two meetings.
+    void agree_to_stop(const Step& step, Team::Member& by) {
+        by.meet();
+        if (by.rank() == 0) is_stopped_ = step.is_stopped();
+        by.meet();
+    }
+
+    // A layer; of the last one its keys and values alone.
+    void compute(const Step& step, std::size_t index, Team::Member& by) {
+        each_panel(step.num_tokens, [&](Range tokens) { project(step, index, tokens, by); });
+        stages_.report(step, index, by);
+        if (index + 1 == w_.layers.size()) return;
+        stages_.mix(step, step.pieces, index, by);
+        by.meet();
+        finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), by);
+    }
+
+    // To K and V of `tokens`, a panel, in the pages.
+    void project(const Step& step, std::size_t index, Range tokens, Team::Member& by) {
+        const Layer& layer = w_.layers[index];
+        const Linear& qkv = layer.attention.qkv;
+        const long stride = w_.strides.qkv, count = tokens.last - tokens.first;
+        float* projected = w_.shared.qkv.data();
+        const Rows normed = w_.math.normalize(w_.residual(tokens.first), count, layer.input_norm, w_.own(by).panel,
+                                              step.slots_from(tokens.first));
+        if (layer.attention.latents != nullptr) {
+            return stages_.place_latents(step, index, tokens, normed, w_.shared, by, by);
+        }
+        if (const StateLayer* state = layer.attention.state) {
+            stages_.states.project(*state, tokens, normed, w_.shared, by);
+            return by.meet();
+        }
+        w_.math.set(projected, stride, normed, qkv, by);
+        w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
+        by.meet();
+        const Range mine = by.part(count);
+        stages_.place(step, index, {tokens.first + mine.first, tokens.first + mine.last}, projected + mine.first * stride, by);
+        by.meet();
+    }
+
+    // From attention to a layer's end.
+    void finish(const Layer& layer, float* x, const Rows& attended, Team::Member& by) {
+        const float added = float(w_.model.added_factor);
+        each_panel(attended.count, [&](Range tokens) {
+            const Rows own = attended.from(tokens.first, tokens.last - tokens.first);
+            const Rows part = stages_.values_of(layer, own, w_.shared, by);
+            float* y = x + tokens.first * w_.strides.hidden;
+            if (layer.experts == nullptr) return w_.math.finish(layer, y, part, w_.own(by).panel, w_.shared, by);
+            const Linear& o = layer.attention.o;
+            w_.math.add(y, part, o, by, added);
+            w_.math.adapt(y, w_.strides.hidden, part, o, w_.shared, by, added);
+            by.meet();
+        });
+        if (layer.experts != nullptr) stages_.add_experts(layer, x, x, added, attended.count, by, attended.slots);
+    }
+
+    static constexpr std::size_t kLayersToStop = 4;  // to look once in so many: two more meetings each time
+
+    Workspace& w_;
+    Stages& stages_;
+    Threads& threads_;
+    bool is_stopped_ = false;
+};

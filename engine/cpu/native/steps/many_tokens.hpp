@@ -1,0 +1,121 @@
+// A step of many tokens: threads take them in panels, whose intermediate results stay near, and meet around attention
+// alone: a panel goes from one layer's to the next one's at once. Experts between are computed by all threads together.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "steps/few_tokens.hpp"
+#include "steps/stages.hpp"
+#include "steps/threads.hpp"
+#include "steps/workspace.hpp"
+
+// A multiple of kRowsAtOnce: as fast by row as a whole panel where weights come from near.
+constexpr long kLeastPanelRows = kPanelRows / 3 / kRowsAtOnce * kRowsAtOnce;
+
+class ManyTokens {
+public:
+    // Fewer tokens make too few panels for so many threads to end together.
+    static long least(int threads) { return std::max(kPanelRows, 3 * threads * kLeastPanelRows); }
+
+    // `few`: finishes a step, of which few tokens are wanted as a rule.
+    ManyTokens(Workspace& workspace, Stages& stages, Threads& threads, FewTokens& few)
+        : w_(workspace), stages_(stages), threads_(threads), few_(few), panels_taken_(workspace.layers.size()) {}
+
+    // False: it was stopped.
+    bool forward(const Step& step) {
+        plan(step.num_tokens);
+        threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
+        for (std::size_t index = 0; index < w_.layers.size(); index++) {
+            if (step.is_stopped()) return false;
+            threads_.run([&](Team::Member& by) { project_and_attend(step, index, by); });
+            if (w_.layers[index].experts == nullptr || index + 1 == w_.layers.size()) continue;
+            finish_sparse(w_.layers[index], w_.residual(0), w_.attended_rows(step));
+        }
+        threads_.run([&](Team::Member& by) { few_.finish_last(step, by); });
+        return true;
+    }
+
+private:
+    // Panels for threads to take one by one: whole ones as long as there is much to take, so that weights are read less
+    // often, and small ones at last, so that threads end together though their cores be unequal. For the matrix unit, which
+    // waits for weights, a thread's last one is all of its part.
+    void plan(long tokens) {
+        const int threads = threads_.max_size();
+        panels_.clear();
+        for (long first = 0; first < tokens;) {
+            const long left = tokens - first, parts = kSumsInRegisters ? 2 * threads : threads;
+            const long fair = left / parts / kRowsAtOnce * kRowsAtOnce;
+            long size = threads == 1 ? kPanelRows : std::clamp(fair, kLeastPanelRows, kPanelRows);
+            if (left - size < kLeastPanelRows / 2) size = std::min(left, kPanelRows);
+            panels_.push_back({first, first + size});
+            first += size;
+        }
+        for (Counter& taken : panels_taken_) taken.reset();
+    }
+
+    // Ends with the layer's attention, or, in the last layer, with K and V alone: attention there is of the wanted tokens.
+    void project_and_attend(const Step& step, std::size_t index, Team::Member& by) {
+        panels_taken_[index].take(long(panels_.size()), [&](long i) {
+            if (index > 0 && w_.layers[index - 1].experts == nullptr) finish(step, w_.layers[index - 1], panels_[i], by);
+            project(step, index, panels_[i], by);
+        });
+        by.meet();
+        stages_.report(step, index, by);
+        if (index + 1 < w_.layers.size()) stages_.mix(step, step.pieces, index, by);
+    }
+
+    void project(const Step& step, std::size_t index, Range tokens, const Team::Member& by) {
+        const Layer& layer = w_.layers[index];
+        const Linear& qkv = layer.attention.qkv;
+        const long stride = w_.strides.qkv;
+        Panel& panel = w_.own(by).panel;
+        Alone alone;
+        const Rows normed = w_.math.normalize(w_.residual(tokens.first), tokens.last - tokens.first, layer.input_norm, panel,
+                                              step.slots_from(tokens.first));
+        if (layer.attention.latents != nullptr) {
+            return stages_.place_latents(step, index, tokens, normed, panel, alone, by);
+        }
+        if (const StateLayer* state = layer.attention.state) {
+            return stages_.states.project(*state, tokens, normed, panel, alone);
+        }
+        w_.math.set(panel.qkv.data(), stride, normed, qkv, alone);
+        w_.math.adapt(panel.qkv.data(), stride, normed, qkv, panel, alone);
+        stages_.place(step, index, tokens, panel.qkv.data(), by);
+    }
+
+    // From attention to a layer's end.
+    void finish(const Step& step, const Layer& layer, Range tokens, const Team::Member& by) {
+        Panel& panel = w_.own(by).panel;
+        Alone alone;
+        const Rows own = w_.attended_rows(step).from(tokens.first, tokens.last - tokens.first);
+        const Rows attended = stages_.values_of(layer, own, panel, alone);
+        w_.math.finish(layer, w_.residual(tokens.first), attended, panel, panel, alone);
+    }
+
+    // The same of a layer with experts, which threads do together.
+    void finish_sparse(const Layer& layer, float* x, const Rows& attended) {
+        const float added = float(w_.model.added_factor);
+        threads_.run([&](Team::Member& by) {
+            const Range mine = by.part(attended.count);
+            const Linear& o = layer.attention.o;
+            Alone alone;
+            for (long first = mine.first; first < mine.last; first += kPanelRows) {
+                const Rows own = attended.from(first, std::min(kPanelRows, mine.last - first));
+                const Rows part = stages_.values_of(layer, own, w_.own(by).panel, alone);
+                float* target = x + first * w_.strides.hidden;
+                w_.math.add(target, part, o, alone, added);
+                w_.math.adapt(target, w_.strides.hidden, part, o, w_.own(by).panel, alone, added);
+            }
+            by.meet();
+            stages_.add_experts(layer, x, x, added, attended.count, by, attended.slots);
+        });
+    }
+
+    Workspace& w_;
+    Stages& stages_;
+    Threads& threads_;
+    FewTokens& few_;
+    std::vector<Range> panels_;           // of the step's tokens
+    std::vector<Counter> panels_taken_;  // in each layer
+};

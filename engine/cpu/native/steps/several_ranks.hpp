@@ -1,0 +1,142 @@
+// A step by several ranks. Each has a part of the heads and of the inner columns: what o and down yield is summed over
+// them, in float32. So a rank's threads meet there, and share out columns whatever the number of tokens.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "steps/stages.hpp"
+#include "steps/threads.hpp"
+#include "steps/workspace.hpp"
+
+class SeveralRanks {
+public:
+    SeveralRanks(Workspace& workspace, Stages& stages, Threads& threads)
+        : w_(workspace), stages_(stages), threads_(threads) {}
+
+    void forward(const Step& step) {
+        threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
+        w_.model.sum_over_ranks(w_.residual(0), step.num_tokens * w_.strides.hidden);
+        for (std::size_t index = 0; index < w_.layers.size(); index++) {
+            const bool is_last = index + 1 == w_.layers.size();
+            threads_.run([&](Team::Member& by) {
+                project(step, index, by);
+                stages_.report(step, index, by);
+                if (!is_last) stages_.mix(step, step.pieces, index, by);
+            });
+            if (!is_last) finish(w_.layers[index], w_.residual(0), w_.attended_rows(step));
+        }
+        if (!stages_.has_last(step)) return;
+        threads_.run([&](Team::Member& by) { stages_.gather_last(step, by); });
+        if (step.num_wanted == 0) return;
+        finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step));
+    }
+
+private:
+    template <class Job>
+    static void each_panel(long rows, Job job) {
+        for (long first = 0; first < rows; first += kPanelRows) job(first, std::min(kPanelRows, rows - first));
+    }
+
+    // To K and V of all tokens in the pages.
+    void project(const Step& step, std::size_t index, Team::Member& by) {
+        const Layer& layer = w_.layers[index];
+        const Linear& qkv = layer.attention.qkv;
+        const long stride = w_.strides.qkv;
+        float* projected = w_.shared.qkv.data();
+        each_panel(step.num_tokens, [&](long first, long rows) {
+            const Rows normed =
+                w_.math.normalize(w_.residual(first), rows, layer.input_norm, w_.own(by).panel, step.slots_from(first));
+            if (layer.attention.latents != nullptr) {
+                return stages_.place_latents(step, index, {first, first + rows}, normed, w_.shared, by, by);
+            }
+            if (const StateLayer* state = layer.attention.state) {
+                stages_.states.project(*state, {first, first + rows}, normed, w_.shared, by);
+                return by.meet();
+            }
+            w_.math.set(projected, stride, normed, qkv, by);
+            w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
+            by.meet();
+            const Range mine = by.part(rows);
+            const Range tokens{first + mine.first, first + mine.last};
+            const Squares* squares = layer.attention.has_whole_norms ? sum_squares(rows, by) + mine.first : nullptr;
+            stages_.place(step, index, tokens, projected + mine.first * stride, by, squares);
+            by.meet();
+        });
+    }
+
+    // Of a panel's projected rows, over the ranks.
+    const Squares* sum_squares(long rows, Team::Member& by) {
+        if (by.rank() == 0) {
+            const float* projected = w_.shared.qkv.data();
+            for (long row = 0; row < rows; row++) squares_[row] = w_.heads.squares(projected + row * w_.strides.qkv);
+            w_.model.sum_over_ranks(&squares_[0].queries, 2 * rows);
+        }
+        by.meet();
+        return squares_;
+    }
+
+    // From attention to a layer's end. Biases are added once, to the sums.
+    void finish(const Layer& layer, float* x, const Rows& attended) {
+        const long rows = attended.count, size = rows * w_.strides.hidden;
+        if (long(partials_.size()) < size) partials_.resize(size);
+        threads_.run([&](Team::Member& by) { add_attended(layer, attended, by); });
+        w_.model.sum_over_ranks(partial(0), size);
+        threads_.run([&](Team::Member& by) {
+            add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, by);
+            by.meet();
+            if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), 1.0f, rows, by, attended.slots);
+            add_mlp(layer, x, attended, by);
+        });
+        w_.model.sum_over_ranks(partial(0), size);
+        const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
+        threads_.run([&](Team::Member& by) { add_sums(x, bias, layer.output_norm, rows, by); });
+    }
+
+    // This rank's part of o(attended).
+    void add_attended(const Layer& layer, const Rows& attended, Team::Member& by) {
+        const Linear o = without_bias(layer.attention.o);
+        each_panel(attended.count, [&](long first, long count) {
+            const Rows panel = stages_.values_of(layer, attended.from(first, count), w_.shared, by);
+            w_.math.add(partial(first), panel, o, by, 1.0f);
+            w_.math.adapt(partial(first), w_.strides.hidden, panel, o, w_.shared, by);
+            // The next panel's narrowed rows, or values, take the place of these.
+            if (attended.slots != nullptr || layer.attention.latents != nullptr) by.meet();
+        });
+    }
+
+    // This rank's part of mlp(norm(x)).
+    void add_mlp(const Layer& layer, const float* x, const Rows& attended, Team::Member& by) {
+        const GatedMlp mlp{layer.mlp.gate_up, without_bias(layer.mlp.down)};
+        each_panel(attended.count, [&](long first, long count) {
+            const Rows normed = w_.math.normalize(x + first * w_.strides.hidden, count, layer.mlp_norm, w_.own(by).panel,
+                                                  attended.from(first, count).slots);
+            const Rows activated = w_.math.feed_forward(mlp, normed, w_.shared, by);
+            w_.math.add(partial(first), activated, mlp.down, by, 1.0f);
+            w_.math.adapt(partial(first), w_.strides.hidden, activated, mlp.down, w_.shared, by);
+            by.meet();
+        });
+    }
+
+    // x += the ranks' sums + bias, normed if `norm` is not null; the sums are zero afterwards.
+    void add_sums(float* x, const Element* bias, const Element* norm, long rows, const Team::Member& by) {
+        const Range mine = by.part(rows);
+        for (long row = mine.first; row < mine.last; row++) {
+            for (long i = 0; i < w_.strides.hidden; i += 16) {
+                store(partial(row) + i, with_bias(partial(row) + i, bias, i, w_.model.hidden_size));
+            }
+            w_.math.add_row(x + row * w_.strides.hidden, partial(row), norm);
+            std::fill_n(partial(row), w_.strides.hidden, 0.0f);
+        }
+    }
+
+    static Linear without_bias(const Linear& w) { return {w.weight, nullptr, w.adapters}; }
+
+    float* partial(long row) { return partials_.data() + row * w_.strides.hidden; }
+
+    Workspace& w_;
+    Stages& stages_;
+    Threads& threads_;
+    Lines<float> partials_;  // this rank's part of sums; zero between them
+    Squares squares_[kPanelRows];
+};

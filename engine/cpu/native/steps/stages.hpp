@@ -1,0 +1,175 @@
+// The stages of a step that are the same whoever shares out what: tokens in, their heads to places, attention, experts,
+// and what the wanted tokens go on with. Each is called by all threads of a team, for its part.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "steps/state_stages.hpp"
+#include "layers/step.hpp"
+#include "machine/team.hpp"
+#include "machine/vectors.hpp"
+#include "steps/workspace.hpp"
+
+class Stages {
+public:
+    explicit Stages(Workspace& workspace) : states(workspace), w_(workspace), pieces_taken_(workspace.layers.size()) {}
+
+    // By one thread, before the others begin.
+    void reset(const Step& step) {
+        states.reset();
+        for (Counter& taken : pieces_taken_) taken.reset();
+        if (long(parts_done_.size()) < step.num_splits) parts_done_ = std::vector<Counter>(step.num_splits);
+        for (Counter& done : parts_done_) done.reset();
+    }
+
+    // Tokens' embeddings and rotations.
+    void begin(const Step& step, const Team::Member& by) {
+        const Range tokens = by.part(step.num_tokens);
+        for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], w_.residual(token));
+        each(step, tokens, [&](const Row& row, long token) { w_.heads.prepare(token, row.start + token - row.token); });
+    }
+
+    // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
+    // `squares`: of each token of them, over the ranks; null: nobody asks for more than this rank's.
+    void place(const Step& step, std::size_t index, Range tokens, const float* qkv, const Team::Member& by,
+               const Squares* squares = nullptr) {
+        HeadScratch& own = w_.own(by).heads;
+        each(step, tokens, [&](const Row& row, long token) {
+            const long i = token - tokens.first;
+            const Squares* all = squares == nullptr ? nullptr : squares + i;
+            w_.heads.place(w_.layers[index], row, token, qkv + i * w_.strides.qkv, all, attended(token), gates(token), own);
+        });
+    }
+
+    // Products and places of a panel with latents, to what attention takes, when all have met. `common`: what `by` share;
+    // `self`: who of the step's threads this is.
+    template <class By>
+    void place_latents(const Step& step, std::size_t index, Range tokens, const Rows& normed, Panel& common, By& by,
+                       const Team::Member& self) {
+        const Layer& layer = w_.layers[index];
+        const Latents& latents = *layer.attention.latents;
+        ThreadSpace& own = w_.own(self);
+        w_.latent_math.project(latents, normed, own.panel, common, by);
+        by.meet();
+        const Range mine = by.part(normed.count);
+        each(step, {tokens.first + mine.first, tokens.first + mine.last}, [&](const Row& row, long token) {
+            const long i = token - tokens.first;
+            w_.heads.place_latent(layer, row, token, common.qkv.data() + i * w_.strides.qkv, attended(token),
+                                  common.asked.data() + i * w_.strides.asked, own.heads);
+        });
+        by.meet();
+        w_.latent_math.ask(latents, normed.count, common, attended(tokens.first), by);
+        by.meet();
+    }
+
+    // What `o` multiplies of some rows' attention, when all have met.
+    template <class By>
+    Rows values_of(const Layer& layer, const Rows& attended, Panel& common, By& by) const {
+        const Latents* latents = layer.attention.latents;
+        return latents == nullptr ? attended : w_.latent_math.answer(*latents, attended, common, by);
+    }
+
+    // A layer's keys and values are in the pages; those with states count in no page of their own.
+    void report(const Step& step, std::size_t index, const Team::Member& by) const {
+        if (by.rank() != 0 || step.on_layer == nullptr || w_.layers[index].attention.state != nullptr) return;
+        const auto first = w_.layers.begin();
+        step.on_layer(int(std::count_if(first, first + long(index), [](const Layer& layer) {
+            return layer.attention.state == nullptr;
+        })));
+    }
+
+    // Tokens meet those before them. Queries are read where the result is then written.
+    void mix(const Step& step, const std::vector<Piece>& pieces, std::size_t index, Team::Member& by) {
+        if (w_.layers[index].attention.state != nullptr) return states.mix(step, index, by);
+        pieces_taken_[index].take(long(pieces.size()), [&](long i) {
+            const Piece& piece = pieces[i];
+            const long first = piece.row->token + piece.first, of_kv_head = w_.heads.group() * w_.model.head_dim;
+            Element* const heads = attended(first) + piece.kv_head * of_kv_head;
+            if (!attend(piece, index, heads, w_.own(by).heads) || !w_.model.has_gates) return;
+            multiply(heads, gates(first) + piece.kv_head * of_kv_head, piece.tokens, piece.kv_heads * of_kv_head);
+        });
+    }
+
+    // Whether there is anything to do in the last layer behind its products.
+    bool has_last(const Step& step) const {
+        return step.num_wanted > 0 || w_.layers.back().attention.state != nullptr;
+    }
+
+    // The last mixer, and what the wanted tokens go on with. A state is behind all tokens, whoever is wanted.
+    void gather_last(const Step& step, Team::Member& by) {
+        mix(step, step.last_pieces, w_.layers.size() - 1, by);
+        by.meet();
+        const long size = w_.strides.attended;
+        const Range mine = by.part(step.num_wanted);
+        for (long i = mine.first; i < mine.last; i++) {
+            std::copy_n(w_.residual(step.wanted[i]), w_.strides.hidden, step.hidden + i * w_.strides.hidden);
+            std::copy_n(attended(step.wanted[i]), size, w_.last_attended.data() + i * size);
+        }
+    }
+
+    // y += `factor` times a sparse layer's experts of norm(x). Threads share out columns whatever the number of rows: each
+    // expert has a few of them.
+    // `adapters`: the slot of each row's; null: no row has one.
+    void add_experts(const Layer& layer, const float* x, float* y, float factor, long rows, Team::Member& by,
+                     const std::int32_t* adapters) {
+        for (long first = 0; first < rows; first += w_.rows_of_experts) {
+            const long count = std::min(w_.rows_of_experts, rows - first), at = first * w_.strides.hidden;
+            ExpertScratch& own = w_.own(by).experts;
+            const std::int32_t* of_rows = adapters == nullptr ? nullptr : adapters + first;
+            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, factor, count, w_.experts, own, by, of_rows);
+        }
+    }
+
+    StateStages states;  // of layers that keep one
+
+private:
+    Element* attended(long token) { return w_.attended.data() + token * w_.strides.attended; }
+    Element* gates(long token) { return w_.model.has_gates ? w_.gates.data() + token * w_.strides.attended : nullptr; }
+
+    // False: other parts of the piece are still to come.
+    bool attend(const Piece& piece, std::size_t index, Element* heads, HeadScratch& own) {
+        if (piece.parts == 1) {
+            w_.heads.attend(w_.layers[index], piece, heads, w_.strides.attended, own);
+            return true;
+        }
+        float* const memory = w_.parts.data() + piece.memory;
+        w_.heads.attend_part(w_.layers[index], piece, heads, memory, own);
+        if (!parts_done_[piece.split].is_last(piece.parts)) return false;
+        parts_done_[piece.split].reset();
+        w_.heads.join(piece, memory, heads, own);
+        return true;
+    }
+
+    // Numbers of some tokens times their gates.
+    void multiply(Element* values, const Element* gates, long tokens, long count) const {
+        for (long token = 0; token < tokens; token++, values += w_.strides.attended, gates += w_.strides.attended) {
+            for (long i = 0; i < count; i += 16) store(values + i, load(values + i) * load(gates + i));
+        }
+    }
+
+    // A rank has the rows of its part of the vocabulary, and zeros in place of the others.
+    void embed(std::int32_t token, float* x) const {
+        const Model& m = w_.model;
+        std::fill_n(x, w_.strides.hidden, 0.0f);
+        if (m.sum_over_ranks != nullptr) token -= m.first_token;
+        if (m.sum_over_ranks != nullptr && (token < 0 || token >= m.num_tokens)) return;
+        for (long i = 0; i < m.hidden_size; i += 16) {
+            const Lanes mask = lanes(m.hidden_size - i);
+            store(x + i, load(m.embedding + token * m.hidden_size + i, mask) * repeat(float(m.embedding_factor)), mask);
+        }
+    }
+
+    // job(row, token) for each packed token of `tokens`.
+    template <class Job>
+    static void each(const Step& step, Range tokens, Job job) {
+        for (const Row& row : step.rows) {
+            const long last = std::min(tokens.last, row.token + row.length);
+            for (long token = std::max(tokens.first, row.token); token < last; token++) job(row, token);
+        }
+    }
+
+    Workspace& w_;
+    std::vector<Counter> pieces_taken_;  // of each layer's attention
+    std::vector<Counter> parts_done_;    // of each piece that is cut
+};
