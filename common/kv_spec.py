@@ -22,6 +22,10 @@ Copies = Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)]
 #          the numbers of each head (engine/nn/attention/int8_rows.py)
 # latent   a page is [1, 1, block_size, head_dim]: one vector of a token that serves all heads as key and value
 Layout = Literal["HND", "latent"]
+# Each sequence that runs has a block kept free to grow into, so that few are preempted; where blocks are longer than
+# this, some share one, as few come to the end of theirs soon. With one for each, half of a pool of 2,048 tokens a block
+# (of models whose states lie in blocks) stayed free. Less: more preemptions; more: fewer sequences at once.
+_GROWTH_TOKENS = 64
 
 
 class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -73,6 +77,11 @@ class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
         Of equal copies one serves each target, by turns: each part of a page reaches it once.
         """
         return self.overlap(target) if target.copy % self.num_copies == self.copy else None
+
+
+def growth_blocks(num_sequences: int, block_size: int) -> int:
+    """Count the blocks that sequences which run need free to grow."""
+    return -(-num_sequences * min(_GROWTH_TOKENS, block_size) // block_size)
 
 
 def row_items(head_dim: int, dtype: str) -> int:

@@ -15,6 +15,7 @@ from bisect import insort
 from collections.abc import Iterator
 from heapq import merge
 
+from ..common.kv_spec import growth_blocks
 from ..common.request import Sequence
 
 
@@ -25,8 +26,8 @@ def _age(seq: Sequence) -> tuple[int, int, str, int]:
 class Queues:
     """`Queues` knows where each sequence stands. The lists are for others to read, and to remove misfits from."""
 
-    def __init__(self, max_num_rows: int) -> None:
-        self._max_num_rows = max_num_rows
+    def __init__(self, max_num_rows: int, block_size: int) -> None:
+        self._max_num_rows, self._block_size = max_num_rows, block_size
         self.waiting: list[Sequence] = []
         self.parked: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -41,6 +42,10 @@ class Queues:
     def num_holding(self) -> int:
         """Return how many hold blocks."""
         return len(self.running) + len(self.parked)
+
+    def growth(self, num_less: int = 0) -> int:
+        """Count the blocks that those who hold some, but for so many, need free to grow."""
+        return growth_blocks(self.num_holding - num_less, self._block_size)
 
     @property
     def num_context_tokens(self) -> int:

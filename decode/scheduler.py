@@ -56,7 +56,7 @@ class DecodeScheduler:
         self.blocks = SequenceBlocks(pool, spec, num_swap_blocks, cache)
         self.pace = Pace(tpot_objective_s)
         self.speculation = speculation
-        self.queues = Queues(max_num_seqs)
+        self.queues = Queues(max_num_seqs, pool.block_size)
         self._in_step: tuple[Sequence, ...] | None = None  # those of the step that computes now
         self._ended: list[Sequence] = []  # during it: their blocks may be in use
         self.num_preemptions = 0
@@ -83,8 +83,8 @@ class DecodeScheduler:
 
     @property
     def growth_reserve(self) -> int:
-        """Blocks that a new grant must leave: one for each sequence that has some, all that the waiting ones need."""
-        return self.queues.num_holding + sum(self.blocks.num_for(seq.num_tokens) for seq in self.queues.waiting)
+        """Blocks that a new grant must leave: those to grow into, and all that the waiting sequences need."""
+        return self.queues.growth() + sum(self.blocks.num_for(seq.num_tokens) for seq in self.queues.waiting)
 
     # --- sequences come and go -----------------------------------------------------------------------------
 
@@ -190,19 +190,19 @@ class DecodeScheduler:
             queues.run(seq)
 
     def _admit(self, seq: Sequence) -> bool:
-        """Give a waiting sequence blocks, if need be those of lower classes; one for each that grows is left."""
-        missing = self.blocks.shortage(seq, self.queues.num_holding)
+        """Give a waiting sequence blocks, if need be those of lower classes; what others need to grow is left."""
+        queues, missing = self.queues, self.blocks.shortage(seq, 0)
         victims: list[Sequence] = []
-        for victim in self.queues.youngest_first():
-            if missing <= 0 or victim.priority <= seq.priority:
+        for victim in queues.youngest_first():
+            if missing + queues.growth(len(victims)) <= 0 or victim.priority <= seq.priority:
                 break
             victims.append(victim)
-            missing -= self.blocks.num_freed_by(victim) + 1
-        if missing > 0:
+            missing -= self.blocks.num_freed_by(victim)
+        if missing + queues.growth(len(victims)) > 0:
             return False
         for victim in victims:
             self._preempt(victim)
-        return self.blocks.restore(seq, self.queues.num_holding)
+        return self.blocks.restore(seq, queues.growth())
 
     def _decode_rows(self) -> list[BatchRow]:
         rows = []
@@ -230,7 +230,7 @@ class DecodeScheduler:
         spare one."""
         size = self._pool.block_size
         room = len(seq.block_table) * size - seq.num_tokens
-        if room < num_tokens and self.blocks.num_available > self.queues.num_holding:
+        if room < num_tokens and self.blocks.num_available > self.queues.growth():
             self.blocks.grow(seq)
             room += size
         return max(0, min(room, num_tokens))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ...common.kv_spec import growth_blocks
 from ..state.demand import Demand, Lack, Placement, Wait
 from ..state.views import PoolView, WorkerView
 
@@ -52,7 +53,7 @@ def fitting_workers(
 
 
 def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
-    """A row for each choice, and the blocks for now with one to spare for each choice that runs already."""
+    """A row for each choice, and the blocks for now beside those that the choices which run need to grow."""
     if worker.session in demand.busy:
         return False
     if worker.num_running == 0:
@@ -61,7 +62,8 @@ def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
         return True  # another router may fill it for ever, unless the worker keeps blocks for this request
     if worker.num_running + demand.num_choices > worker.hello.max_num_seqs:
         return False
-    return demand.blocks_now(worker.hello.spec) + worker.num_running <= worker.num_free_blocks
+    spec = worker.hello.spec
+    return demand.blocks_now(spec) + growth_blocks(worker.num_running, spec.block_size) <= worker.num_free_blocks
 
 
 def has_prefill_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kvferry.common.batch import Batch
 from kvferry.common.errors import CapacityError
@@ -226,6 +227,16 @@ def test_growth_reserve_counts_running_and_all_that_waits() -> None:
     _adopted(scheduler, pool, "a", 6)
     scheduler.add(_prompt("b", 9, arrival=1))
     assert scheduler.growth_reserve == 1 + 3
+
+
+def test_short_sequences_fill_a_pool_of_long_blocks() -> None:
+    """Few come to the end of theirs soon: one is left for all of them, not one for each."""
+    pool, spec = BlockPool(8, 2048), structs.replace(SPEC, block_size=2048)
+    scheduler = DecodeScheduler(pool, spec, max_num_batched_tokens=512, max_num_seqs=16)
+    for number in range(10):
+        scheduler.add(_prompt(str(number), 20, arrival=number, first=100 * number))
+    _step(scheduler)
+    assert (scheduler.num_running, pool.num_free_blocks) == (7, 1)
 
 
 @pytest.mark.slow

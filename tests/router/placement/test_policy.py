@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
+
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.views import PoolView, WorkerView
@@ -70,6 +72,13 @@ def test_room_means_a_row_for_each_choice_and_blocks_to_spare() -> None:
     # 2 blocks for the prompt, 1 for the second choice, 6 to grow
     assert isinstance(LeastLoaded().place(view(P0, replace(nearly_full, num_free_blocks=9)), two), Placement)
     assert isinstance(LeastLoaded().place(view(P0, replace(nearly_full, num_free_blocks=8)), two), Wait)
+
+
+def test_few_long_blocks_are_kept_for_many_that_run() -> None:
+    spec = msgspec.structs.replace(D0.hello.spec, block_size=2048)
+    long = replace(D0, hello=msgspec.structs.replace(D0.hello, spec=spec), num_running=6)
+    assert isinstance(LeastLoaded().place(view(P0, replace(long, num_free_blocks=2)), DEMAND), Placement)
+    assert isinstance(LeastLoaded().place(view(P0, replace(long, num_free_blocks=1)), DEMAND), Wait)
 
 
 def test_late_binding_waits_while_more_than_a_step_is_ahead() -> None:
