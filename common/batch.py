@@ -20,8 +20,8 @@ UNDRAFTED = -1  # stands in a draft for a token that the engine's draft model is
 class RowKind(Enum):
     """A row is computed and timed by its kind."""
 
-    DECODE = "decode"  # one token: a step's time grows with its context
-    VERIFY = "verify"  # one token that is known and a draft of those after it: each of them is judged by logits
+    DECODE = "decode"  # the token that came last, behind those fed again: a step's time grows with its context
+    VERIFY = "verify"  # that and a draft of those after it: each of them is judged by logits
     CHUNK = "chunk"  # several tokens that are known: a step's time grows with their number
 
 
@@ -48,7 +48,7 @@ class BatchRow:
     def kind(self) -> RowKind:
         if self.draft:
             return RowKind.VERIFY
-        return RowKind.DECODE if self.num_scheduled_tokens == 1 else RowKind.CHUNK
+        return RowKind.DECODE if self.num_scheduled_tokens == 1 + self.seq.num_fed_again else RowKind.CHUNK
 
     @property
     def start(self) -> int:

@@ -177,6 +177,7 @@ class Sequence:
     samples: bool = True  # False: the prompt is computed for its KV alone (resume through prefill)
     pooling: Pooling | None = None  # of the prompt's hidden states, which are wanted and not a next token
     num_computed_tokens: int = 0  # tokens whose KV exists in block_table
+    num_fed_again: int = 0  # tokens of an accepted draft whose keys and values are there, and no state behind them
     num_cached_tokens: int = 0  # computed tokens that came from the prefix cache
     has_begun: bool = False  # it had blocks before: what it finds in the cache may be its own work
     is_fetching: bool = False  # KV of it is on its way from another worker: it is not begun

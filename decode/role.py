@@ -61,17 +61,19 @@ class DecodeRole:
         leaving: Callable[[], Callable[[], object]] | None = None,
         served: Served = PLAIN,
         speculative: SpeculativeConfig | None = None,
+        keeps_states: bool = False,
         contents: Contents | None = None,
     ) -> None:
         """`leaving()` returns what waits until all that was sent has left this process; None: it leaves at once.
 
-        `speculative` None: no token is drafted. `contents`: reads requests; None: by their token ids.
+        `speculative` None: no token is drafted. `keeps_states`: some of the model's layers do. `contents`: reads
+        requests; None: by their token ids.
         """
         self.pool = pool
         self.receiver = receiver
         speculation = None
         if speculative is not None:
-            speculation = Speculation(speculative, max_model_len, block_size=spec.block_size)
+            speculation = Speculation(speculative, max_model_len, block_size=spec.block_size, keeps_states=keeps_states)
         self.scheduler = DecodeScheduler(
             pool,
             spec,

@@ -51,8 +51,7 @@ class DecodeScheduler:
         speculation: Speculation | None = None,
     ) -> None:
         """`cache`: around the pool; None: one without further tiers. `speculation` None: no row has a draft."""
-        self._pool = pool
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._pool, self._max_num_batched_tokens = pool, max_num_batched_tokens
         self.blocks = SequenceBlocks(pool, spec, num_swap_blocks, cache)
         self.pace = Pace(tpot_objective_s)
         self.speculation = speculation
@@ -138,15 +137,15 @@ class DecodeScheduler:
     # --- steps ---------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
-        """The next step, rows of one token first."""
+        """The next step, rows that decode first."""
         assert self._in_step is None, "the last step was not completed"
         self._fill_rows()
         rows = self._decode_rows()
         while not self.queues.running and self.queues.parked:
             self._fill_rows()  # those that ran are preempted: their rows are for who holds blocks
             rows = self._decode_rows()
-        budget = self._max_num_batched_tokens - len(rows)
-        pending = [seq for seq in self.queues.running if seq.num_uncomputed_tokens > 1]
+        budget = self._max_num_batched_tokens - sum([row.num_scheduled_tokens for row in rows])
+        pending = [seq for seq in self.queues.running if seq.num_uncomputed_tokens > 1 + seq.num_fed_again]
         is_paced = bool(rows) or self._is_background
         prompts = [seq.num_uncached_tokens for seq in pending]
         chunks = chunk_rows(pending, min(budget, self.pace.chunk_tokens(len(rows), prompts)) if is_paced else budget)
@@ -205,12 +204,13 @@ class DecodeScheduler:
         return self.blocks.restore(seq, queues.growth())
 
     def _decode_rows(self) -> list[BatchRow]:
-        rows = []
+        rows, budget = [], self._max_num_batched_tokens
         for seq in list(self.queues.running):
             # A sequence without blocks was preempted for an older one a moment ago.
-            is_ready = seq.can_sample and not seq.awaits_adapter
-            if seq.num_uncomputed_tokens == 1 and is_ready and seq.block_table and self._grow(seq):
-                rows.append(BatchRow(seq, 1))
+            count, is_ready = 1 + seq.num_fed_again, seq.can_sample and not seq.awaits_adapter and seq.block_table
+            if seq.num_uncomputed_tokens == count <= budget and is_ready and self._grow(seq):
+                rows.append(BatchRow(seq, count))
+                budget -= count
         return [row for row in rows if row.seq.block_table]
 
     def _grow(self, seq: Sequence) -> bool:
@@ -257,8 +257,7 @@ class DecodeScheduler:
         for place, row in enumerate(batch.rows):
             alive.append(row.seq not in ended)
             if alive[-1] and place not in postponed:
-                row.seq.num_computed_tokens += row.num_known_tokens
-                self.blocks.known.publish(row.seq)
+                self.blocks.count(row.seq, row.num_known_tokens)
         self.blocks.end()
         for seq in ended:
             self.blocks.give_back(seq)
@@ -270,10 +269,11 @@ class DecodeScheduler:
         return bool(self._in_step) and set(self._ended).issuperset(self._in_step or ())
 
     def accept(self, seq: Sequence, num_tokens: int) -> None:
-        """Count further tokens, which the sequence has by now, as computed by the step that is complete."""
-        seq.num_computed_tokens += num_tokens
-        assert seq.num_computed_tokens <= len(seq.block_table) * self._pool.block_size, "a run beyond its blocks"
-        self.blocks.known.publish(seq)
+        """Count tokens of a right draft, which the sequence has by now; with states, they are fed again."""
+        if self.speculation is not None and self.speculation.keeps_states:
+            seq.num_fed_again = num_tokens
+        else:
+            self.blocks.count(seq, num_tokens)
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a step what swapping and computing cost. Before `complete`."""

@@ -70,8 +70,8 @@ class SequenceBlocks:
     # --- a sequence's blocks ------------------------------------------------------------------------------------
 
     def has_slot(self, seq: Sequence) -> bool:
-        """Room for its next token in its last block."""
-        return seq.num_computed_tokens < len(seq.block_table) * self._pool.block_size
+        """Room for its next token, and those fed again with it, in its blocks."""
+        return seq.num_computed_tokens + seq.num_fed_again < len(seq.block_table) * self._pool.block_size
 
     def grow(self, seq: Sequence) -> None:
         """One block more. The table stays the same list: forecasts know it by that."""
@@ -161,7 +161,14 @@ class SequenceBlocks:
                 self._swap_out(seq, places)
             else:
                 self.give_back(seq)
-        seq.num_computed_tokens = seq.num_published_blocks = 0
+        seq.num_computed_tokens = seq.num_published_blocks = seq.num_fed_again = 0
+
+    def count(self, seq: Sequence, num_tokens: int) -> None:
+        """Count so many tokens more as computed; full blocks are then for all to find."""
+        seq.num_computed_tokens += num_tokens
+        seq.num_fed_again = 0
+        assert seq.num_computed_tokens <= len(seq.block_table) * self._pool.block_size, "a run beyond its blocks"
+        self.known.publish(seq)
 
     def _places_to_save(self, seq: Sequence) -> list[int]:
         """Computed blocks, less those that others hold as well and that are found by their hash."""

@@ -8,6 +8,10 @@ second yields: (E + r^j) / (T + c) > E / T. None is a choice like any other. Thi
 speculative decoding (Leviathan 2023, section 3) for batches. A draft model takes a part of a step's time besides, for
 each token of the longest draft: so many depths are chosen as raise it the most.
 
+A layer's keys and values of wrong tokens are written over; a state cannot be taken back. So where layers keep states, a
+row leaves the state behind its known tokens alone, and those of its draft that were right are fed once more in the next
+step, before that step's draft: c is then c (1 + r^j).
+
 Nothing here decides which tokens come: a wrong estimate costs time alone. Pure; times come in with the steps.
 """
 
@@ -68,20 +72,19 @@ class StepCosts:
         if not batch.rows or batch.rows[-1].kind is RowKind.CHUNK:
             return
         seconds, num_rows = output.step_s - output.swap_s - output.draft_s, len(batch.rows)
-        known = self.plain_s.get(num_rows)
-        if not batch.has_drafts:
+        known, num_more = self.plain_s.get(num_rows), batch.num_tokens - num_rows
+        if not num_more:
             self.plain_s[num_rows] = seconds if known is None else known + _COST_SMOOTHING * (seconds - known)
             self.share += (1 - _FORGETTING) * (_FIRST_SHARE - self.share)
             if self.depth_share:
                 self.depth_share += (1 - _FORGIVING) * (_FIRST_DEPTH_SHARE - self.depth_share)
         elif known and seconds > 0:
-            num_drafted = sum(len(row.draft) for row in batch.rows)
-            seen = max(0.0, min(seconds / known - 1, 2.0)) / num_drafted
+            seen = max(0.0, min(seconds / known - 1, 2.0)) / num_more
             self.share += _COST_SMOOTHING * (seen - self.share)
-            if self.depth_share:
+            if self.depth_share and batch.has_drafts:
                 # Of one step, as a slow machine is slow for both; one step doubles nothing, as a pause may be in it.
                 depth_s = output.draft_s / max(len(row.draft) for row in batch.rows)
-                seen = depth_s / seconds * (1 + num_drafted * self.share)
+                seen = depth_s / seconds * (1 + num_more * self.share)
                 self.depth_share *= 1 + _COST_SMOOTHING * min(seen / self.depth_share - 1, 1.0)
 
 
@@ -102,8 +105,12 @@ class Speculation:
         make_proposer: Callable[[Sequence], Proposer] | None = None,
         *,
         block_size: int = 1,
+        keeps_states: bool = False,
     ) -> None:
-        """`make_proposer`: another than the config's method, for one sequence. `block_size`: a draft model asks."""
+        """`make_proposer`: another than the config's method, for one sequence. `block_size`: a draft model asks.
+        `keeps_states`: some layers do, and what is accepted is fed again.
+        """
+        self.keeps_states = keeps_states
         self._config = config
         has_model = config.method == "draft_model"
         by_method: Callable[[Sequence], Proposer] = self._by_model if has_model else self._ngrams
@@ -125,7 +132,7 @@ class Speculation:
         self._num_steps += 1
         if not drafts or self._num_steps % _PLAIN_EVERY == 0 or len(decoding) not in self.costs.plain_s:
             return
-        lengths = self._lengths(drafts, len(decoding), budget)
+        lengths = self._lengths(drafts, decoding, budget)
         for row in decoding:
             wanted = lengths.get(row.seq, 0)
             if wanted and (length := make_room(row.seq, wanted)):
@@ -162,7 +169,9 @@ class Speculation:
             if drafted != token:
                 return
 
-    def _lengths(self, drafts: dict[Sequence, tuple[int, ...]], num_rows: int, budget: int) -> dict[Sequence, int]:
+    def _lengths(
+        self, drafts: dict[Sequence, tuple[int, ...]], decoding: list[BatchRow], budget: int
+    ) -> dict[Sequence, int]:
         """Cut the drafts to what raises the tokens of a second."""
         gains = sorted(
             (
@@ -173,28 +182,30 @@ class Speculation:
             key=lambda gain: (-gain[0], gain[1]),
         )
         if self._spans is None:
-            return self._fill(gains[:budget], num_rows, 0)[1]
+            return self._fill(gains[:budget], decoding, 0)[1]
         longest = max(map(len, drafts.values()))
         options = [
-            self._fill([gain for gain in gains if gain[1] < depth][:budget], num_rows, depth)
+            self._fill([gain for gain in gains if gain[1] < depth][:budget], decoding, depth)
             for depth in range(longest + 1)
         ]
         return max(options, key=lambda option: option[0])[1]
 
     def _fill(
-        self, gains: list[tuple[float, int, Sequence]], num_rows: int, depth: int
+        self, gains: list[tuple[float, int, Sequence]], decoding: list[BatchRow], depth: int
     ) -> tuple[float, dict[Sequence, int]]:
         """Take gains, the largest first, as long as they pay in a step that drafts `depth` tokens by a model.
 
         Returns tokens by time, which is in plain steps, and the drafts' lengths.
         """
-        share = self.costs.share
-        num_tokens, time = float(num_rows), 1.0 + depth * self.costs.depth_share
+        share, num_rows = self.costs.share, len(decoding)
+        num_again = sum(row.num_scheduled_tokens for row in decoding) - num_rows
+        num_tokens, time = float(num_rows), 1.0 + depth * self.costs.depth_share + num_again * share
         lengths: dict[Sequence, int] = {}
         for gain, _, seq in gains:
-            if gain * time <= num_tokens * share:
+            cost = share * (1 + gain) if self.keeps_states else share  # what is right is fed again
+            if gain * time <= num_tokens * cost:
                 break
-            num_tokens, time = num_tokens + gain, time + share
+            num_tokens, time = num_tokens + gain, time + cost
             lengths[seq] = lengths.get(seq, 0) + 1
         return num_tokens / time, lengths
 

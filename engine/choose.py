@@ -20,6 +20,7 @@ from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..common.machine import free_memory_bytes
 from ..models.config import ModelConfig
+from ..models.native import check_exact_states
 from ..models.parts.states import check_states
 from .cpu.adapters import SlotMemory, StripFactors
 from .cpu.compiler import NativeUnavailable
@@ -200,6 +201,8 @@ def choose_runner(
         )
         num_pages, ends = len(decoder.config.kv_layers), decoder.config.eos_token_ids
         return NativeRunner(native, decoder.final_norm, num_pages=num_pages, eos_token_ids=ends)
+    if config.deterministic and decoder.states is not None:
+        check_exact_states(["the log says why"])
     with torch.inference_mode():
         make = TiledRunner if config.deterministic else TorchRunner
         return make(decoder, attention, block_size=config.block_tokens)

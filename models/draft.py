@@ -12,6 +12,8 @@ from .tokenizer import Tokenizer
 def check_draft(target_dir: Path, draft_dir: Path, max_model_len: int) -> ModelConfig:
     """Return the draft model's shape. Raises ConfigError where it cannot draft for the target."""
     draft = ModelConfig.from_dir(draft_dir)
+    if draft.states is not None:
+        raise ConfigError(f"speculative_config: the draft model {draft_dir} keeps states, which no draft can take back")
     if not draft.has_head:
         raise ConfigError(f"speculative_config: the draft model {draft_dir} has no head: it embeds, and drafts nothing")
     if draft.longest_model_len < max_model_len:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from ..common.errors import ConfigError
 from .config import ModelConfig
 from .parts.delta_nets import DeltaNetsConfig
 from .parts.latent import LatentConfig
@@ -43,6 +46,18 @@ def not_in_native(
         "so small a turned part of heads": config.rope.fraction != 1.0 and turned % 16 != 0,
     }
     return [name for name, is_there in has.items() if is_there]
+
+
+def check_exact_states(lacking: Collection[str]) -> None:
+    """Refuse exact steps of a model that keeps states, where C++ lacks these parts of it.
+
+    Torch takes states of many tokens otherwise than of one, and rounds otherwise. Raises ConfigError.
+    """
+    if lacking:
+        raise ConfigError(
+            "deterministic: layers that keep a state have exact steps, and so speculation, in C++ on CPUs alone; this "
+            f"is for torch: {', '.join(lacking)}"
+        )
 
 
 def _has_known_states(config: ModelConfig, num_ranks: int) -> bool:

@@ -104,5 +104,5 @@ def work_of(batch: Batch) -> StepWork:
         found.prefill_pairs,
         found.decode_rows + len(drafting),
         found.decode_context + sum(row.end for row in drafting),
-        sum(len(row.draft) for row in drafting),
+        sum(row.num_scheduled_tokens - 1 for row in batch.rows if row.kind is not RowKind.CHUNK),
     )

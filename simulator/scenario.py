@@ -106,6 +106,7 @@ class Fleet:
     steps: StepModel | None = None  # None: the roofline of the hardware above
     num_blocks: int | None = None  # of a worker; None: what fits into its memory
     host_blocks: int = 0  # of a worker, in host memory: below the device's
+    keeps_states: bool = False  # some of the model's layers keep a state in place of keys and values
     block_tokens: int | None = None  # None: 512 where the trace names blocks of prompts, else 64
     max_num_seqs: int = 256
     max_model_len: int = 131072

@@ -41,6 +41,7 @@ class WorkerSpec:
     adapters: Adapters
     drafts: Drafts | None
     draft_share: float
+    keeps_states: bool
 
 
 def router_config(scenario: Scenario) -> RouterConfig:
@@ -95,6 +96,7 @@ def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSp
         adapters=fleet.adapters,
         drafts=fleet.drafts,
         draft_share=fleet.draft_share,
+        keeps_states=fleet.keeps_states,
     )
 
 
@@ -144,6 +146,7 @@ def core_config(spec: WorkerSpec, worker_id: str, incarnation: int, role: RoleNa
         max_num_batched_tokens=spec.prefill_tokens if role == "prefill" else spec.decode_tokens,
         max_num_seqs=spec.max_num_seqs,
         speculative=spec.drafts.config if spec.drafts is not None else None,
+        keeps_states=spec.keeps_states,
         tpot_objective_s=spec.tpot_objective_s,
     )
 

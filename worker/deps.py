@@ -76,6 +76,7 @@ def core_config(
         max_num_seqs=config.engine.max_num_seqs,
         num_swap_blocks=engine.num_swap_blocks,
         speculative=config.engine.speculative_config,
+        keeps_states=engine.model_config.states is not None,
         tpot_objective_s=None if objective_ms is None else objective_ms / 1e3,
         checks_bytes=checks_bytes,
         sums_writes=sums_writes,

@@ -34,6 +34,7 @@ class CoreConfig:
     max_num_seqs: int
     num_swap_blocks: int = 0
     speculative: SpeculativeConfig | None = None  # None: no token is drafted
+    keeps_states: bool = False  # some of the model's layers keep a state in place of keys and values
     tpot_objective_s: float | None = None
     checks_bytes: bool = False  # arrivals that carry checksums come with a verdict
     sums_writes: bool = False  # what we write or read is summed

@@ -80,6 +80,7 @@ class CoreParts:
             leaving=self.effects.leaving,
             served=self._served,
             speculative=config.speculative,
+            keeps_states=config.keeps_states,
             contents=self.contents,
         )
 

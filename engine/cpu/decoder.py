@@ -79,7 +79,7 @@ class NativeDecoder:
         self._forward.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
             *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, _OnLayer, ctypes.c_char_p),
-            *(ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p),
+            *(ctypes.POINTER(ctypes.c_int32), ctypes.c_char_p, ctypes.c_void_p),
         ]
         self._forward.restype = ctypes.c_int
         self._stop = ctypes.c_int32(0)
@@ -133,6 +133,7 @@ class NativeDecoder:
             listener.callback,
             step.adapters or None,
             self._stop,
+            step.drafted or None,
             None if found is None else found.data_ptr(),
         )
         self._sums.check()
@@ -178,6 +179,7 @@ class Step(NamedTuple):
     block_ids: bytes  # each row's blocks up to its last token's, row after row
     wanted: bytes  # packed tokens, each once
     adapters: bytes = b""  # the slot of each row's; empty: no row has one
+    drafted: bytes = b""  # how many of each row's last tokens are a draft; empty: none
 
 
 class _Listener:

@@ -46,7 +46,7 @@ class NativeRunner:
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         pooled = pooled_rows(plan)
         wanted = plan.pooled_rows + plan.sample_rows + plan.prompt_rows
-        step = Step(plan.input_ids, plan.starts, plan.lengths, plan.block_ids, wanted, plan.adapters)
+        step = Step(plan.input_ids, plan.starts, plan.lengths, plan.block_ids, wanted, plan.adapters, plan.drafted)
         if len(plan.input_ids) > len(plan.lengths) or on_layer is None:
             hidden = self.decoder.forward(step, on_layer)
         else:

@@ -33,6 +33,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     swap_in: tuple[tuple[int, int], ...] = ()
     pooled_rows: bytes = b""  # packed tokens whose hidden states behind the final norm are wanted
     adapters: bytes = b""  # [rows] the slot of each row's adapter; empty: no row has one
+    drafted: bytes = b""  # [rows] the last of the tokens fed that are a draft, in no state behind the step; empty: none
     is_measured: bool = False  # behind tokens that no step has computed
 
 
@@ -60,6 +61,7 @@ def plan_step(batch: Batch, block_size: int) -> StepPlan:
         swap_in=tuple(batch.swap_in),
         pooled_rows=pooled_rows.tobytes(),
         adapters=_slots(batch),
+        drafted=array("i", (len(row.draft) for row in batch.rows)).tobytes() if batch.has_drafts else b"",
     )
 
 

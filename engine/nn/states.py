@@ -104,6 +104,7 @@ class LayerStates:
 
     def begin(self, plan: StepPlan, block_size: int) -> None:
         """Take a step's rows, where the pages are in the host's memory."""
+        assert not plan.drafted, "drafts need exact steps, which are C++'s alone where layers keep states"
         step = step_states(plan, block_size)
         self.take(step, Singles(*torch.tensor(step.singles).unbind(1)) if step.singles else None)
 

@@ -219,7 +219,5 @@ def check_states(engine: EngineConfig, *, is_cuda: bool) -> None:
     """Refuse what is not built of models that keep states. Raises ConfigError."""
     if is_cuda and engine.tensor_parallel_size > 1:
         raise ConfigError("tensor_parallel_size: layers that keep a state are shared by ranks on CPUs alone; use 1")
-    if engine.deterministic:
-        raise ConfigError(
-            "deterministic: layers that keep a state have no exact steps, and so no speculation; leave both away"
-        )
+    if (speculative := engine.speculative_config) is not None and speculative.model is not None:
+        raise ConfigError('speculative_config: layers that keep a state go with "method": "ngram" alone')

@@ -275,6 +275,34 @@ def test_rejected_tokens_are_neither_counted_nor_published(scheduler: DecodeSche
     assert scheduler.is_quiet and not scheduler._pool.num_owned_blocks
 
 
+def test_what_was_right_is_fed_again_where_layers_keep_states(scheduler: DecodeScheduler) -> None:
+    assert scheduler.speculation is not None
+    scheduler.speculation.keeps_states = True
+    seq = running(scheduler, sequence())
+    complete(scheduler, step(scheduler), [1])
+    complete(scheduler, step(scheduler), [2, 3])  # the draft's first token was right
+    assert seq.num_computed_tokens == 13 and seq.num_tokens == 15
+    [row] = step(scheduler).rows
+    assert row.draft and row.kind is RowKind.VERIFY and row.token_ids[:2] == [2, 3]
+    assert row.num_known_tokens == 2 and row.samples
+
+
+def test_a_sequence_that_feeds_tokens_again_decodes_or_is_preempted(scheduler: DecodeScheduler) -> None:
+    """Without a draft the row decodes all the same; with its blocks it loses what was to be fed again."""
+    assert scheduler.speculation is not None
+    scheduler.speculation.keeps_states = True
+    seq = running(scheduler, sequence())
+    complete(scheduler, step(scheduler), [1])
+    complete(scheduler, step(scheduler), [2, 99])
+    batch = step(scheduler)
+    assert [(row.kind, row.num_scheduled_tokens) for row in batch.rows] == [(RowKind.DECODE, 2)]
+    complete(scheduler, batch, [7])
+    assert (seq.num_computed_tokens, seq.num_fed_again) == (15, 0)
+    seq.num_fed_again = 1
+    scheduler._preempt(seq)
+    assert (seq.num_computed_tokens, seq.num_fed_again) == (0, 0)
+
+
 def test_a_draft_takes_no_block_that_somebody_may_need(scheduler: DecodeScheduler) -> None:
     seq = running(scheduler, sequence())
     complete(scheduler, step(scheduler), [1])

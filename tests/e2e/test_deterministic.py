@@ -14,6 +14,7 @@ import pytest
 
 from ..checkpoints import write_checkpoint
 from .cluster import Cluster, serve, wait_until
+from .exactness_models import write_exactness_model
 
 FLAGS = ("--served-model-name", "tiny", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "32MiB")
 ALONE = ("--deterministic", "--prefill", "0")
@@ -79,7 +80,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    with serve(model_dir, tmp_path_factory.mktemp("log") / "alone", *FLAGS, *ALONE) as cluster:
+    return _alone(model_dir, tmp_path_factory.mktemp("log"))
+
+
+def _alone(model_dir: Path, folder: Path) -> list[object]:
+    with serve(model_dir, folder / "alone", *FLAGS, *ALONE) as cluster:
         alone = [cluster.post("/v1/completions", _body(index)) for index in range(len(LENGTHS))]
         assert all(str(answer["system_fingerprint"]).endswith("-exact") for answer in alone)
         assert cluster.metric("kvferry_draft_tokens_total") == 0
@@ -99,7 +104,18 @@ def _die_until_one_resumes(cluster: Cluster, expected: list[object]) -> None:
 def test_answers_are_the_same_to_the_bit_though_tokens_are_drafted_and_a_decode_worker_dies(
     model_dir: Path, expected: list[object], tmp_path: Path
 ) -> None:
-    with serve(model_dir, tmp_path / "log", *FLAGS, *DRAFTING) as cluster:
+    _draft_and_die(model_dir, expected, tmp_path)
+
+
+def test_states_are_never_behind_what_was_drafted_and_is_wrong(tmp_path: Path) -> None:
+    """Where layers keep states what is right of a draft is fed again, over handoffs, choices and deaths."""
+    model_dir = tmp_path / "states"
+    write_exactness_model(model_dir, "qwen3_5_text")
+    _draft_and_die(model_dir, _alone(model_dir, tmp_path), tmp_path)
+
+
+def _draft_and_die(model_dir: Path, expected: list[object], folder: Path) -> None:
+    with serve(model_dir, folder / "log", *FLAGS, *DRAFTING) as cluster:
         assert asyncio.run(_together(cluster, kill=False)) == expected
         wait_until(lambda: cluster.metric("kvferry_accepted_draft_tokens_total") > 0, "a draft that was right")
         assert cluster.metric("kvferry_draft_tokens_total") > cluster.metric("kvferry_accepted_draft_tokens_total")

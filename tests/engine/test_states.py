@@ -192,11 +192,6 @@ def test_no_row_is_postponed(checkpoints: Path, monkeypatch: pytest.MonkeyPatch)
     assert begun == [False] and batch.may_postpone
 
 
-def test_exact_steps_are_refused(checkpoints: Path) -> None:
-    with pytest.raises(ConfigError, match="deterministic: layers that keep a state have no exact steps"):
-        make_engine(checkpoints / "qwen3.5", deterministic=True)
-
-
 def test_long_blocks_are_for_states(tmp_path: Path) -> None:
     write_model(tmp_path, transformers.Qwen3Config(**SMALL))
     with pytest.raises(ConfigError, match="block_size: 256 tokens are for models that keep states"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.config import EngineConfig, RouterConfig
+from kvferry.common.config import EngineConfig, RouterConfig, SpeculativeConfig
 from kvferry.common.errors import ConfigError
 from kvferry.launch.children import worker_environment
 from kvferry.launch.engine_checks import check_engine, check_model, lacks_native
@@ -250,13 +250,11 @@ STATES = DeltaNetsConfig(
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_states_are_served_on_either_device_on_cpus_by_ranks_and_in_no_exact_steps(tmp_path: Path, device: str) -> None:
+def test_states_are_served_on_either_device_on_cpus_by_ranks(tmp_path: Path, device: str) -> None:
     engine = EngineConfig.model_validate({"model_dir": tmp_path, "served_model_name": "m", "device": device})
     model = replace(MODEL, states=STATES)
     check_engine(engine, model)
     check_engine(engine.model_copy(update={"kv_cache_dtype": "fp8"}), model)
-    with pytest.raises(ConfigError, match="no exact steps, and so no speculation"):
-        check_engine(engine.model_copy(update={"deterministic": True}), model)
     ranks = engine.model_copy(update={"tensor_parallel_size": 2})
     if device == "cpu":
         return check_engine(ranks, model)
@@ -269,6 +267,19 @@ def test_ranks_share_states_by_their_heads_of_keys() -> None:
     assert model.tp_sizes(whole_experts=False) == [1, 2, 4]
     with pytest.raises(ConfigError, match=r"cannot share .*, 4 shares of a state evenly; possible: 1, 2, 4"):
         check_model(planned(tensor_parallel_size=8), model)
+
+
+def test_exact_steps_of_states_are_for_what_has_cpp(tmp_path: Path) -> None:
+    engine = EngineConfig(model_dir=tmp_path, served_model_name="m", device="cpu", deterministic=True)
+    model = replace(MODEL, states=STATES)
+    check_engine(engine, model)
+    odd = replace(MODEL, states=replace(STATES, value_dim=24))
+    with pytest.raises(ConfigError, match=r"deterministic: layers that keep a state .* torch: layers that keep such"):
+        check_engine(engine, odd)
+    check_engine(engine.model_copy(update={"deterministic": False}), odd)
+    by_model = SpeculativeConfig(method="draft_model", model=tmp_path)
+    with pytest.raises(ConfigError, match=r'states? go with "method": "ngram" alone'):
+        check_engine(engine.model_copy(update={"speculative_config": by_model}), model)
 
 
 def test_the_reserve_has_room_for_states_that_are_computed_with() -> None:

@@ -123,8 +123,11 @@ class Engine:
         memory = self._memory
         size = memory.block_size
         for work in self._work:
-            is_own = layer < self._num_own_layers or layer >= memory.states_from
-            start, tags = (work.start, work.tags) if is_own else (work.draft_start, work.draft_tags)
+            start, tags = (
+                (work.start, work.tags) if layer < self._num_own_layers else (work.draft_start, work.draft_tags)
+            )
+            if layer >= memory.states_from:  # of a draft nothing is in a state
+                start, tags = work.start, work.tags[: work.end - work.start]
             position, end = start, start + len(tags)
             while position < end:
                 block = work.table[position // size]

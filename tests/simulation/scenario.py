@@ -32,7 +32,7 @@ WITH_DRAFT = msgspec.structs.replace(SPEC, num_layers=3, draft="d")  # the last 
 WITH_STATES = msgspec.structs.replace(SPEC, model="s", num_layers=3)  # the last layer keeps states
 MAX_MODEL_LEN = 80
 LEASE_S = TransferConfig().lease_s
-_STATES_SHARE = 0.3  # of the fleets that neither draft nor have several ranks
+_STATES_SHARE = 0.3  # of the fleets that neither draft by a model nor have several ranks
 _HEADS_SHARE = 0.3  # of the fleets whose ranks do not hold the same pages
 
 
@@ -211,8 +211,8 @@ def _with_heads(random: Random, scenario: Scenario) -> Scenario:
 
 
 def _with_states(random: Random, scenario: Scenario) -> Scenario:
-    """Some fleets' models keep states, which one rank computes without drafts."""
-    if scenario.spec is not SPEC or scenario.speculative is not None or random.random() > _STATES_SHARE:
+    """Some fleets' models keep states, which one rank computes."""
+    if scenario.spec is not SPEC or random.random() > _STATES_SHARE:
         return scenario
     return replace(scenario, spec=WITH_STATES, num_ranks=(1, 1))
 

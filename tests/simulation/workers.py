@@ -243,6 +243,7 @@ class Worker:
             max_num_seqs=scenario.max_num_seqs,
             num_swap_blocks=scenario.num_swap_blocks,
             speculative=scenario.speculative,
+            keeps_states=scenario.keeps_states,
             checks_bytes=scenario.has_checksums,
             sums_writes=scenario.has_checksums,
             sums_loans=scenario.has_checksums,

@@ -32,6 +32,17 @@ def test_right_drafts_bring_several_tokens_a_step() -> None:
     assert plain.tpot_s > 4 * drafted.tpot_s
 
 
+def test_what_is_right_is_fed_twice_where_layers_keep_states() -> None:
+    scenario = one_request(400, 601, prefill=0, steps=STEPS, num_blocks=100)
+    fleet = replace(scenario.fleet, drafts=Drafts(1.0), keeps_states=True)
+    _, outcome = run(replace(scenario, fleet=fleet))
+    [drafted] = outcome.requests
+    assert 490 < outcome.num_accepted_tokens <= outcome.num_draft_tokens <= 500
+    alone, verified = (StepWork(decode_rows=1, decode_context=700, draft_tokens=number) for number in (0, 10))
+    steps_s = 100 * STEPS.step_s(verified) + 2 * STEPS.step_s(alone)
+    assert drafted.tpot_s is not None and drafted.tpot_s * 600 == pytest.approx(steps_s, rel=0.02)
+
+
 def test_drafts_that_are_seldom_right_are_given_up() -> None:
     """Another token costs as much as another step."""
     scenario = one_request(400, 2000, prefill=0, steps=replace(STEPS, per_row=0.02), num_blocks=100)
@@ -83,11 +94,17 @@ def test_a_draft_model_that_costs_too_much_is_asked_seldom() -> None:
     ],
     ids=["split", "full, colocated", "host memory"],
 )
-@pytest.mark.parametrize("model_share", [0.0, 0.1], ids=["ngrams", "a draft model"])
-def test_answers_end_where_they_do_without_drafts(scenario: Scenario, model_share: float) -> None:
+@pytest.mark.parametrize(
+    ("model_share", "keeps_states"),
+    [(0.0, False), (0.1, False), (0.0, True)],
+    ids=["ngrams", "a draft model", "ngrams, states"],
+)
+def test_answers_end_where_they_do_without_drafts(scenario: Scenario, model_share: float, keeps_states: bool) -> None:
     """Whatever is drafted and preempted: each request has its tokens, and gives its blocks back."""
     scenario = replace(scenario, router=Router(knows_objectives=False))
-    scenario = replace(scenario, fleet=replace(scenario.fleet, drafts=Drafts(0.6, model_share=model_share)))
+    scenario = replace(
+        scenario, fleet=replace(scenario.fleet, drafts=Drafts(0.6, model_share=model_share), keeps_states=keeps_states)
+    )
     world, outcome = run(scenario)
     assert world.leftovers() == []
     plain = simulate(replace(scenario, fleet=replace(scenario.fleet, drafts=None)))

@@ -167,16 +167,17 @@ void kvferry_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder)
 // each row's blocks up to its last token's, row after row. `hidden` gets the states of the `wanted` packed tokens, each
 // once. `on_layer(i)` is called when the keys and values of the i-th layer that has some are in the pages; null: nobody asked.
 // `adapters`: the slot of each row's, below 0 for none; null: no row has one. `stop`: read while it runs; kStopped is
-// returned where it was not 0. `found`: gets of how many tokens rows' states are, where one is not its row's, and nothing
-// else is done; null: states are taken as they are.
+// returned where it was not 0. `drafted`: how many of each row's last tokens are a draft, behind which no state is left;
+// null: none. `found`: gets of how many tokens rows' states are, where one is not its row's, and nothing else is done; null:
+// states are taken as they are.
 int kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_ids, const std::int32_t* starts,
                              const std::int32_t* lengths, const std::int32_t* block_ids, int num_wanted,
                              const std::int32_t* wanted, float* hidden, void (*on_layer)(int),
-                             const std::int32_t* adapters, const std::int32_t* stop, float* found) {
+                             const std::int32_t* adapters, const std::int32_t* stop, const std::int32_t* drafted, float* found) {
     Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, stop, {}, {}, {}};
     auto* self = static_cast<Decoder*>(decoder);
     for (int row = 0; row < rows; row++) {
-        step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids});
+        step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids, drafted == nullptr ? 0 : drafted[row]});
         step.num_tokens += lengths[row];
         block_ids += (starts[row] + lengths[row] - 1) / self->block_size() + 1;
     }

@@ -92,7 +92,7 @@ public:
             }
             const auto wanted = std::int32_t(size - 1);
             kvferry_decoder_forward(decoder, int(starts.size()), tokens.data(), starts.data(), lengths.data(), blocks.data(), 1,
-                                    &wanted, hidden.data(), nullptr, nullptr, &stop, nullptr);
+                                    &wanted, hidden.data(), nullptr, nullptr, &stop, nullptr, nullptr);
             start += size;
         }
         kvferry_decoder_logits(decoder, 1, hidden.data(), logits.data());

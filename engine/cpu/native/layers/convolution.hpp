@@ -100,7 +100,8 @@ private:
 
     // The last tokens' rows, to each block that the row ends in or leaves.
     void leave() const {
-        each_stretch(m_, row_, [&](long, long last) {
+        each_stretch(m_, row_, [&](long, long last, bool is_left) {
+            if (!is_left) return;
             const StatePlace place = state_behind(m_, w_, row_, row_.start + last);
             const float num_tokens = float(row_.start + last);
             if (strip_.kind == 0) place.write(0, 1, &num_tokens);

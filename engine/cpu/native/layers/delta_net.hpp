@@ -58,7 +58,7 @@ public:
 
     void run() {
         begin();
-        each_stretch(m_, row_, [&](long start, long end) {
+        each_stretch(m_, row_, [&](long start, long end, bool is_left) {
             for (long first = start, last; first < end; first = last) {
                 last = std::min(end, first + kDeltaTokens);
                 ask(first, last);
@@ -68,7 +68,7 @@ public:
                     finish(i, first, last);
                 }
             }
-            leave(end);
+            if (is_left) leave(end);
         });
     }
 

@@ -69,12 +69,12 @@ public:
         if (row_.length == 1 && row_.start > 0 && change_in_place()) return;
         if (row_.start == 0) std::fill_n(memory_, shape_.size(), 0.0f);
         else shape_.read(state_behind(m_, w_, row_, row_.start), at_, memory_);
-        each_stretch(m_, row_, [&](long first, long last) {
+        each_stretch(m_, row_, [&](long first, long last, bool is_left) {
             for (long panel = 0; panel < shape_.panels(); panel++) {
                 float* const memory = memory_ + panel * shape_.panel_size();
                 for (long token = first; token < last; token++) pass(token, panel, memory, memory, kPanelColumns);
             }
-            shape_.write(state_behind(m_, w_, row_, row_.start + last), at_, memory_);
+            if (is_left) shape_.write(state_behind(m_, w_, row_, row_.start + last), at_, memory_);
         });
     }
 

@@ -69,11 +69,14 @@ inline StatePlace state_behind(const Model& m, const StateLayer& w, const Row& r
     return {m, w.state, row.blocks[(position - 1) / m.block_size]};
 }
 
-// Calls job(first, last) for stretches of a row's new tokens, each within a block, at whose end a state is left.
+// Calls job(first, last, is_left) for stretches of a row's new tokens, each within a block; at the ends of those that are no
+// draft a state is left.
 template <class Job>
 void each_stretch(const Model& m, const Row& row, Job job) {
+    const long known = row.known();
     for (long first = 0, last; first < row.length; first = last) {
-        last = std::min(row.length, ((row.start + first) / m.block_size + 1) * m.block_size - row.start);
-        job(first, last);
+        const long block_end = ((row.start + first) / m.block_size + 1) * m.block_size - row.start;
+        last = std::min(first < known ? known : row.length, block_end);
+        job(first, last, last <= known);
     }
 }

@@ -8,10 +8,14 @@
 #include "layers/model.hpp"
 #include "attention/prompt_attention.hpp"
 
-// A sequence's part: `length` tokens from position `start` on, the packed tokens from `token` on.
+// A sequence's part: `length` tokens from position `start` on, the packed tokens from `token` on. The last `drafted` of them
+// may be wrong: no state behind them is left.
 struct Row {
     long token, start, length;
     const std::int32_t* blocks;
+    long drafted = 0;
+
+    long known() const { return length - drafted; }
 };
 
 // Attention of `tokens` tokens of a row, from the row's token `first` on, for `kv_heads` KV heads from `kv_head` on; of
