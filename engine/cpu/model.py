@@ -31,7 +31,7 @@ from ..nn.mixer import Attention, GatedAttention
 from ..nn.stacked_experts import StackedExpert
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight
-from . import delta_net, states
+from . import states
 from .adapters import SlotMemory, StripAdapters, whole_strips
 from .build import load
 from .compiler import NativeUnavailable
@@ -178,7 +178,7 @@ class NativeModel:
 
     def _state(self, mixer: _Stateful) -> StateParts:
         if isinstance(mixer, GatedDeltaNet):
-            described: StateParts = delta_net.describe(mixer, self._linear, self._keep)
+            described: StateParts = states.describe_delta_net(mixer, self._linear, self._keep)
             self._linears += [(mixer.rows_proj, described.rows), (mixer.rates_proj, described.rates)]
             return described
         if isinstance(mixer, Mamba):

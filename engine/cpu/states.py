@@ -9,15 +9,16 @@ from typing import TypedDict
 from torch import Tensor
 
 from ..nn.convolution import Convolution, ShortConvolution
+from ..nn.delta_net import GatedDeltaNet
 from ..nn.layers import Linear
 from ..nn.mamba import Mamba
-from .described import MAMBA, SHORT_CONVOLUTION, LinearParts, MambaParts, StateParts
+from .described import DELTA_NET, MAMBA, SHORT_CONVOLUTION, DeltaNetParts, LinearParts, MambaParts, StateParts
 from .packing import address
 
 Described = Callable[[Linear, Tensor | None], LinearParts]  # a matrix with its bias
 
 
-class CommonParts(TypedDict):
+class _CommonParts(TypedDict):
     """Every kind of `StateParts` has these of its convolution and of its state."""
 
     convolution: int | None
@@ -28,7 +29,7 @@ class CommonParts(TypedDict):
     memory_size: int
 
 
-def common_parts(convolution: Convolution, keep: list[object]) -> CommonParts:
+def _common_parts(convolution: Convolution, keep: list[object]) -> _CommonParts:
     """Describe what all kinds have. `keep` gets what is pointed to and nobody else keeps."""
     config = convolution.config
     by_token = convolution.weight.squeeze(1).T.contiguous()
@@ -48,7 +49,30 @@ def describe_convolution(mixer: ShortConvolution, linear: Described, keep: list[
     return StateParts(
         kind=SHORT_CONVOLUTION,
         rows=linear(mixer.in_proj, mixer.in_proj.bias),
-        **common_parts(mixer.convolution, keep),
+        **_common_parts(mixer.convolution, keep),
+    )
+
+
+def describe_delta_net(net: GatedDeltaNet, linear: Described, keep: list[object]) -> DeltaNetParts:
+    """Describe it. `keep` gets what is pointed to and nobody else keeps."""
+    config, vectors = net.config, net.vectors.by_name
+    forgetting = vectors["A_log"].exp()
+    keep.append(forgetting)
+    return DeltaNetParts(
+        kind=DELTA_NET,
+        rows=linear(net.rows_proj, None),
+        rates=linear(net.rates_proj, None),
+        num_rates=net.rates_proj.weight.num_outputs,
+        forgetting=address(forgetting),
+        rate_bias=address(vectors["dt_bias"]),
+        norm=address(net.norm.weight),
+        num_key_heads=config.num_key_heads,
+        num_value_heads=config.num_value_heads,
+        key_dim=config.key_dim,
+        value_dim=config.value_dim,
+        is_grouped=config.is_grouped,
+        norm_eps=net.norm.eps,
+        **_common_parts(net.convolution, keep),
     )
 
 
@@ -70,5 +94,5 @@ def describe_mamba(mixer: Mamba, linear: Described, keep: list[object]) -> Mamba
         num_groups=config.num_groups,
         state_dim=config.state_dim,
         norm_eps=mixer.eps,
-        **common_parts(mixer.convolution, keep),
+        **_common_parts(mixer.convolution, keep),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvferry.engine.cpu import build, model
+from kvferry.engine.cpu import model
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks.communicator import Communicator
@@ -17,15 +17,9 @@ from ...checkpoints import Family, write_checkpoint
 from ...engine_driver import engine_config
 from .judged import judged, judged_by_ranks
 
+pytestmark = pytest.mark.usefixtures("native")
+
 TOLERANCE = 0.15  # of a log-probability; those of these models spread over some 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.mark.slow

@@ -10,14 +10,13 @@ import pytest
 from kvferry.common.batch import Batch, BatchRow, RowKind
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import SampledToken, SamplingParams
-from kvferry.engine.cpu import build
-from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.engine import Engine
-from kvferry.models.default import cache_dir
 
 from ...engine_driver import Driver, make_engine, prompts
 from .judged import native_engine
 from .state_models import VARIANTS, write_states
+
+pytestmark = pytest.mark.usefixtures("native")
 
 SAID = 40
 SAMPLINGS = (
@@ -25,14 +24,6 @@ SAMPLINGS = (
     SamplingParams(temperature=1.3, seed=5, max_tokens=SAID, ignore_eos=True, logprobs=0),
 )
 Answers = list[list[SampledToken]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    try:
-        build.load(cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native code on this machine: {reason}")
 
 
 @pytest.fixture(scope="module")
