@@ -50,8 +50,7 @@ from .packing import Packer, address, check_known, two_apart
 
 _DTYPES = (torch.bfloat16, torch.float32)  # elements, of which a library knows one
 _SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
-_Stateful = GatedDeltaNet | Mamba | ShortConvolution
-_Mixer = Attention | LatentAttention | _Stateful
+_Mixer = Attention | LatentAttention | states.Stateful
 _Blocks = tuple[_Mixer, GatedMLP | SparseMLP]
 _MIXERS = (Attention, GatedAttention, LatentAttention, GatedDeltaNet, Mamba, ShortConvolution)
 
@@ -95,13 +94,13 @@ class NativeModel:
             target.is_local = layer.is_local and config.local_rope is not None
             if isinstance(mixer, LatentAttention):
                 target.attention.latents = ctypes.pointer(self._latents(mixer))
-            elif isinstance(mixer, _Stateful):
+            elif isinstance(mixer, states.Stateful):
                 state = self._state(mixer)
                 self._keep.append(state)
                 target.attention.state = ctypes.cast(ctypes.byref(state), ctypes.POINTER(StateParts))
             else:
                 self._describe_heads(mixer, target.attention, window or 0)
-            last = mixer.out_proj if isinstance(mixer, _Stateful) else mixer.o_proj
+            last = mixer.out_proj if isinstance(mixer, states.Stateful) else mixer.o_proj
             target.attention.o = self._linear(last, last.sum_bias)
             self._linears.append((last, target.attention.o))
             if isinstance(feed_forward, GatedMLP):
@@ -176,16 +175,12 @@ class NativeModel:
         self._linears += [(attention.a_proj, described.inputs), (attention.q_proj, described.queries)]
         return described
 
-    def _state(self, mixer: _Stateful) -> StateParts:
+    def _state(self, mixer: states.Stateful) -> StateParts:
+        described = states.describe(mixer, self._linear, self._keep)
         if isinstance(mixer, GatedDeltaNet):
-            described: StateParts = states.describe_delta_net(mixer, self._linear, self._keep)
             self._linears += [(mixer.rows_proj, described.rows), (mixer.rates_proj, described.rates)]
-            return described
-        if isinstance(mixer, Mamba):
-            described = states.describe_mamba(mixer, self._linear, self._keep)
         else:
-            described = states.describe_convolution(mixer, self._linear, self._keep)
-        self._linears.append((mixer.in_proj, described.rows))
+            self._linears.append((mixer.in_proj, described.rows))
         return described
 
     def _mlp(self, mlp: MLP | StackedExpert) -> MLPParts:

@@ -15,6 +15,7 @@ from ..nn.mamba import Mamba
 from .described import DELTA_NET, MAMBA, SHORT_CONVOLUTION, DeltaNetParts, LinearParts, MambaParts, StateParts
 from .packing import address
 
+Stateful = GatedDeltaNet | Mamba | ShortConvolution
 Described = Callable[[Linear, Tensor | None], LinearParts]  # a matrix with its bias
 
 
@@ -44,8 +45,14 @@ def _common_parts(convolution: Convolution, keep: list[object]) -> _CommonParts:
     }
 
 
-def describe_convolution(mixer: ShortConvolution, linear: Described, keep: list[object]) -> StateParts:
-    """Describe it. `keep` gets what is pointed to and nobody else keeps."""
+def describe(mixer: Stateful, linear: Described, keep: list[object]) -> StateParts:
+    """Describe it, as its kind is. `keep` gets what is pointed to and nobody else keeps."""
+    if isinstance(mixer, GatedDeltaNet):
+        return _delta_net(mixer, linear, keep)
+    return _mamba(mixer, linear, keep) if isinstance(mixer, Mamba) else _convolution(mixer, linear, keep)
+
+
+def _convolution(mixer: ShortConvolution, linear: Described, keep: list[object]) -> StateParts:
     return StateParts(
         kind=SHORT_CONVOLUTION,
         rows=linear(mixer.in_proj, mixer.in_proj.bias),
@@ -53,8 +60,7 @@ def describe_convolution(mixer: ShortConvolution, linear: Described, keep: list[
     )
 
 
-def describe_delta_net(net: GatedDeltaNet, linear: Described, keep: list[object]) -> DeltaNetParts:
-    """Describe it. `keep` gets what is pointed to and nobody else keeps."""
+def _delta_net(net: GatedDeltaNet, linear: Described, keep: list[object]) -> DeltaNetParts:
     config, vectors = net.config, net.vectors.by_name
     forgetting = vectors["A_log"].exp()
     keep.append(forgetting)
@@ -76,8 +82,7 @@ def describe_delta_net(net: GatedDeltaNet, linear: Described, keep: list[object]
     )
 
 
-def describe_mamba(mixer: Mamba, linear: Described, keep: list[object]) -> MambaParts:
-    """Describe it. `keep` gets what is pointed to and nobody else keeps."""
+def _mamba(mixer: Mamba, linear: Described, keep: list[object]) -> MambaParts:
     config, vectors = mixer.config, mixer.vectors.by_name
     forgetting = vectors["A_log"].exp()
     keep.append(forgetting)
