@@ -255,7 +255,7 @@ class MiddlewareAdapter:
 async def on_no_endpoint(request: Request, error: Exception) -> Response:
     """Answer what Starlette itself refuses: a path that does not exist, or a method that is not the path's."""
     assert isinstance(error, HTTPException)
-    shape = context_of(request.scope).error_body
+    shape: ErrorBody = getattr(request.scope.get(_CONTEXT), "error_body", failure_body)  # admins' have none
     if error.status_code == 404:
         return failure_response(failure_of(unknown_path(request.url.path)), shape)
     message = f"{request.method[:16]} {request.url.path[:64]}: {error.detail}"

@@ -38,7 +38,7 @@ def test_layers_are_mixers_or_feed_forwards(tmp_path: Path) -> None:
     assert (model.experts, model.activation, model.rope.kind) == (None, "relu2", "none")
     assert model.shared_counts() == {
         "num_attention_heads": 40,
-        "layers with states": 1,
+        "shares of a state": 8,
         "num_key_value_heads": 8,
         "intermediate_size": 15680,
     }
