@@ -40,6 +40,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
+from kvferry.sizing.memory import block_tokens
 from kvferry.sizing.weights import item_bytes
 from kvferry.tools.load.cores import CoreWatch
 from kvferry.tools.load.environment import describe_environment
@@ -134,7 +135,8 @@ def _measure_engine(
 
     most_rows = max((rows for rows, _ in cases.decode), default=1)
     config = config.model_copy(update={"max_num_seqs": max(config.max_num_seqs, most_rows)})
-    engine = Engine(config, num_blocks=cases.num_blocks(config.block_tokens))
+    block_size = block_tokens(config, ModelConfig.from_dir(config.model_dir))  # of states more than is asked for
+    engine = Engine(config, num_blocks=cases.num_blocks(block_size))
     device = engine.kv_pages.device
     dtype = torch.float32 if item_bytes(config, engine.model_config) == 4 else torch.bfloat16  # of the weights
     watch = CoreWatch(lambda: ())
