@@ -20,14 +20,18 @@ from kvferry.models.default import cache_dir
     scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "amx")) for name in SETS]
 )
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Have every engine take this set."""
+    """Have every engine in bfloat16 take this set."""
     name: CpuIsa = request.param
     with pytest.MonkeyPatch.context() as patch:
         try:
             if name == "amx" and "amx" not in build.usable_sets():
                 emulate_tiles(patch)
-            sets = build.usable_sets(name)
-            patch.setattr(build, "usable_sets", lambda wanted="auto", is_float32=False: sets)
+            sets, usable = build.usable_sets(name), build.usable_sets
+            patch.setattr(
+                build,
+                "usable_sets",
+                lambda isa="auto", *, is_float32=False: usable(isa, is_float32=True) if is_float32 else sets,
+            )
             build.load(cache_dir())
         except (NativeUnavailable, ConfigError) as reason:
             _skip(reason)
