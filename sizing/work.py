@@ -91,14 +91,15 @@ def num_values(model: ModelConfig) -> int:
 
 def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
     """Count a step's sums over the ranks, and what takes their place."""
-    of_layers = model.num_mixers + model.num_feed_forwards + _num_normed(model)
+    of_layers = model.num_mixers + model.num_feed_forwards + _num_norm_sums(model)
     return of_layers + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
 
 
-def _num_normed(model: ModelConfig) -> int:
-    """Count the layers whose norm reaches over the heads of all ranks: a number of each token is summed."""
+def _num_norm_sums(model: ModelConfig) -> int:
+    """Count the norms that reach over the heads of all ranks: of each a number of each token is summed."""
     states = model.states
-    return states.num_layers if isinstance(states, MambaConfig) and states.has_one_group else 0
+    of_states = states.num_layers if isinstance(states, MambaConfig) and states.has_one_group else 0
+    return of_states + (2 * len(model.kv_layers) if model.family.head_norms == "whole" else 0)  # of queries, of keys
 
 
 def _num_exchanged(model: ModelConfig, exchange: ExpertExchange) -> int:
@@ -113,7 +114,7 @@ def exchanged_bytes(
     ring = model.hidden_size * item_bytes * 2 * (num_ranks - 1) / num_ranks
     num_exchanged = _num_exchanged(model, exchange)
     routed = _routed_bytes(num_ranks, item_bytes, model) if num_exchanged else 0.0
-    num_wide = num_sums(model) - _num_normed(model) - num_exchanged
+    num_wide = num_sums(model) - _num_norm_sums(model) - num_exchanged
     return num_tokens * (num_wide * ring + num_exchanged * routed)
 
 

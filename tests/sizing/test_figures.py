@@ -123,6 +123,9 @@ def test_a_norm_over_all_heads_is_one_more_sum(tmp_path: Path) -> None:
     ]
     assert shapes[0].num_sums == shapes[1].num_sums + 2 == 2 * 3 + 1 + 2
     assert shapes[0].exchanged_bytes == shapes[1].exchanged_bytes
+    olmo = model_of(tmp_path / "olmo", "8b", architectures=["Olmo2ForCausalLM"])  # norms of whole queries and keys
+    whole = Sizer(engine_of(2, device="cpu"), olmo, measured_cpu(64.0, 300.0, 20.0), 128).shape
+    assert whole.num_sums == (2 + 2) * olmo.num_layers + 1
 
 
 def test_a_token_uses_a_few_experts(tmp_path: Path) -> None:
