@@ -33,11 +33,11 @@ def not_in_native(
     has = {
         "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
         "experts in such a residual stream": is_sparse and family.norms != "before",
-        # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "layers of one block": bool(config.blocks),
         "feed-forwards without a gate": family.mlp.gate is None,
         "mixer and feed-forward side by side": family.norms == "shared",
         "norms that take a mean off": family.has_layer_norms,
+        # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "experts in float32": is_float32 and is_sparse,
         "experts whose tokens are exchanged": is_exchanged and is_sparse,
         "quantized weights in float32": is_float32 and quantization is not None and not quantization.is_float8,

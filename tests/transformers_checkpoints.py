@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,14 @@ def draw(model: torch.nn.Module, *, seed: int = 0) -> None:
                 tensor.normal_(0, 1.0, generator=generator)
             elif "bias" in name:
                 tensor.normal_(0, 0.1, generator=generator)
+
+
+def write_state_models(root: Path, variants: Mapping[str, tuple[str, Mapping[str, Any]]], **common: Any) -> Path:
+    """Write each small checkpoint whose layers keep states into a folder of its name: the class of its config, and what
+    it has of its own. `common`: what all have.
+    """
+    import transformers
+
+    for name, (kind, fields) in variants.items():
+        write_model(root / name, getattr(transformers, f"{kind}Config")(**SMALL | STATES | common | dict(fields)))
+    return root

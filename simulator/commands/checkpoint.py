@@ -132,8 +132,8 @@ def fleet_of(sizer: Sizer, link: float) -> Fleet:
         model=sizer.shape,
         gpus_per_worker=engine.tensor_parallel_size,
         steps=sizer.steps,
-        # A prompt is found, sent and kept in steps of them; short blocks are simulated as longer ones, in less time.
         keeps_states=model.states is not None,
+        # A prompt is found, sent and kept in steps of them; short blocks are simulated as longer ones, in less time.
         block_tokens=None if model.states is None else block_tokens(engine, model),
         max_num_seqs=engine.max_num_seqs,
         max_model_len=model.longest_model_len,

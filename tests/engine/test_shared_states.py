@@ -32,7 +32,7 @@ from kvferry.transfer.protocol.shards import expected_pairs, pieces
 
 from ..adapters import merge, write_adapter
 from ..engine_driver import GREEDY, Driver, engine_config, make_engine
-from ..transformers_checkpoints import SMALL, STATES, write_model
+from ..transformers_checkpoints import write_state_models
 from .test_adapters import said_by_ranks
 from .test_states import NEAR, VARIANTS, prompts
 from .transformers_reference import reference_logprobs
@@ -53,12 +53,7 @@ SPEC = KVCacheSpec(model="m", num_layers=40, num_kv_heads=4, head_dim=6, block_s
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    root = tmp_path_factory.mktemp("models")
-    for name, (kind, fields) in VARIANTS.items():
-        write_model(root / name, getattr(transformers, f"{kind}Config")(**SMALL | STATES | fields))
-    return root
+    return write_state_models(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from kvferry.models.config import ModelConfig
 from ..adapters import merge, write_adapter
 from ..engine_driver import GREEDY, Driver, make_engine
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
-from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
+from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model, write_state_models
 from .test_adapters import put, sequence
 from .transformers_reference import reference_logprobs
 
@@ -67,10 +67,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for name, (kind, fields) in VARIANTS.items():
-        write_model(root / name, getattr(transformers, f"{kind}Config")(**SMALL | STATES | fields))
-    return root
+    return write_state_models(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:

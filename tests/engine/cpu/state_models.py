@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...transformers_checkpoints import SMALL, STATES, write_model
+from ...transformers_checkpoints import write_state_models
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 8,
@@ -65,9 +65,4 @@ VARIANTS = DENSE | SPARSE
 
 def write_states(root: Path, variants: dict[str, tuple[str, dict[str, Any]]]) -> Path:
     """Write each into a folder of its name, long enough for attention that is cut into parts."""
-    import transformers
-
-    for name, (kind, fields) in variants.items():
-        sizes = SMALL | STATES | {"head_dim": 64, "max_position_embeddings": 4096} | fields
-        write_model(root / name, getattr(transformers, f"{kind}Config")(**sizes))
-    return root
+    return write_state_models(root, variants, head_dim=64, max_position_embeddings=4096)
