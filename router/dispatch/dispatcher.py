@@ -12,7 +12,7 @@ learns of an attempt's end by Abort, and what it still sends about it is dropped
     policy     where to          worker_sessions  how workers come and go           deadlines  time limits
     isolation  who runs alone    losses           what a lost worker means          due_times  when they are checked
     background who makes way     retries          how much is tried again           due_checks what follows
-                                 readers          what clients do
+    readers    what clients do   running_steps    who computed what, as far as can be known
 """
 
 from __future__ import annotations

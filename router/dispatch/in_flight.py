@@ -27,6 +27,7 @@ from ..state.tracked_request import TrackedRequest
 from ..state.worker import RouterWorker
 from .due_times import DueTimes
 from .retries import RetryBudget
+from .running_steps import may_have_ended, suspicion_of
 
 _MOST_TOLD = 5  # failures in the error of a request that has no attempt left, the last ones
 
@@ -109,7 +110,7 @@ class InFlightRequests:
             return
         number, stage = request.attempt_number, attempt.stage
         sessions = frozenset(worker.link.number for worker in attempt.workers)
-        self._take_back(tracked, attempt)
+        self._take_back(tracked, attempt, now)
         log.warning("attempt_failed", request_id=request.request_id, attempt=number, stage=stage, reason=blame.text)
         self._observer.on_retry(stage, blame.reason)
         if blame.is_counted:
@@ -125,8 +126,9 @@ class InFlightRequests:
         self._put_off(tracked, blame, sessions, now)
         self._queue_again(tracked, now)
 
-    def _take_back(self, tracked: TrackedRequest, attempt: Attempt) -> None:
-        """End an attempt that is not the last one, and note where the prompt's KV is."""
+    def _take_back(self, tracked: TrackedRequest, attempt: Attempt, now_s: float) -> None:
+        """End an attempt that is not the last one; note who computed it, and where the prompt's KV is."""
+        tracked.suspicion = suspicion_of(attempt, now_s) or tracked.suspicion
         cache = attempt.prompt_cache()
         if cache is not None:
             tracked.search.computed_on, tracked.search.computed_whole = cache
@@ -150,7 +152,7 @@ class InFlightRequests:
         tracked.is_suspended = True
         tracked.search.note_hope()  # it looks for no worker until it goes on
         if tracked.attempt is not None:
-            self._take_back(tracked, tracked.attempt)
+            self._take_back(tracked, tracked.attempt, now_s)
             self._queue_again(tracked, now_s)
         else:
             self.queue.remove(tracked)
@@ -201,25 +203,32 @@ class InFlightRequests:
         tracked.num_same = tracked.num_same + 1 if tracked.last_reason == blame.reason else 1
         tracked.last_reason = blame.reason
         tracked.not_before_s = now_s + self._budget.pause_s(tracked.num_same)
-        tracked.charge = self._budget.charge(sessions, now_s, blame.suspect)
+        tracked.charge = self._budget.charge(sessions, now_s)
 
     def explain(self, worker: RouterWorker) -> None:
-        """The worker is lost: errors that its peers reported a moment ago were this loss."""
+        """The worker is lost: errors that its peers reported a moment ago were this loss, and so may others be."""
         now, session = self._clock.now(), worker.link.number
         for tracked in self:
             charge = tracked.charge
-            if charge is None or not charge.is_explained_by(session, now):
+            if charge is not None and charge.is_explained_by(session, now):
+                if charge.is_paid:
+                    self._budget.give_back()
+                tracked.charge, tracked.not_before_s, self.is_due = None, now, True
+            suspicion = tracked.suspicion
+            if suspicion is None or worker.has_said_goodbye or now - suspicion.at_s > NOTICE_S:
                 continue
-            if charge.is_paid:
-                self._budget.give_back()
-            tracked.charge, tracked.not_before_s, self.is_due = None, now, True
-            if charge.suspect == worker.life and not worker.has_said_goodbye:
-                self._strike(tracked, worker.life)
-                if (error := self._poison(tracked)) is not None:
-                    self.fail(tracked, error)
-                elif tracked.request.status is RequestStatus.QUEUED:  # from now on it may wait for a worker of its own
-                    self.queue.remove(tracked)
-                    self.enqueue(tracked)
+            if may_have_ended(suspicion, worker):
+                self._strike_late(tracked, worker.life)
+
+    def _strike_late(self, tracked: TrackedRequest, life: WorkerLife) -> None:
+        """Give a strike for an attempt that has ended before."""
+        tracked.suspicion = None
+        self._strike(tracked, life)
+        if (error := self._poison(tracked)) is not None:
+            self.fail(tracked, error)
+        elif tracked.request.status is RequestStatus.QUEUED:  # from now on it may wait for a worker of its own
+            self.queue.remove(tracked)
+            self.enqueue(tracked)
 
     def settle(self, tracked: TrackedRequest, now_s: float) -> None:
         """A retry without a token gets one now, waits on, or is given up."""

@@ -4,22 +4,18 @@
     prefill worker lost    the decode worker is asked whether the KV has arrived: it alone knows
     it had said goodbye    the same, and nobody failed: it ended by itself, when it had drained or was told to
 
-A request that was in the worker's running step gets a strike. That step ran on another machine: what is known of it
-are the tokens of the last steps and the order of the prompts. Queued, reserved, arrived and waiting for the batch, or
-on its way between workers: none of these can have ended a worker.
+A request that was in the worker's running step gets a strike (`running_steps.py`).
 """
 
 from __future__ import annotations
 
 import structlog
 
-from ..state.attempt import Attempt, AttemptState
+from ..state.attempt import Attempt
 from ..state.failures import DRAINED, ROUTER_STOPS, WORKER_LOST, Blame, WorkerLife
-from ..state.request import RequestStatus
-from ..state.worker import HEARTBEAT_LIMIT_S, RouterWorker
+from ..state.worker import RouterWorker
 from .in_flight import InFlightRequests
-
-_TRANSIT_S = 0.002  # a task sent so shortly before the end was never read
+from .running_steps import was_computing
 
 log = structlog.get_logger(__name__)
 
@@ -61,36 +57,3 @@ def _blame(attempt: Attempt, worker: RouterWorker, what: str, now_s: float) -> B
     if worker.has_said_goodbye:
         return Blame(DRAINED, what, is_counted=False)
     return Blame(WORKER_LOST, what, strike=worker.life if was_computing(attempt, worker, now_s) else None)
-
-
-def was_computing(attempt: Attempt, worker: RouterWorker, now_s: float) -> bool:
-    """Return whether the step that `worker` ran at its end had a row of this request."""
-    end_s = now_s
-    if worker.silent_s(now_s) > HEARTBEAT_LIMIT_S:
-        end_s -= worker.silent_s(now_s)  # it stood still from there on
-    if (
-        attempt.request.status not in (RequestStatus.PREFILLING, RequestStatus.DECODING)
-        or attempt.task_s > end_s - _TRANSIT_S
-    ):
-        return False
-    if worker is attempt.prefill:
-        return attempt.state < AttemptState.COMPUTED and worker.computes_prompt_of(attempt.request.request_id)
-    if attempt.request.status is RequestStatus.PREFILLING:
-        return attempt.prefill is None and worker.computes_prompt_of(attempt.request.request_id)
-    if attempt.state is AttemptState.STEPPED:
-        return worker.decodes(attempt.request.request_id)
-    return _has_joined(attempt, worker)
-
-
-def _has_joined(attempt: Attempt, worker: RouterWorker) -> bool:
-    """Return whether a request whose KV has arrived, and of which no token came, has joined the batch.
-
-    It joins when the step that runs at its arrival is over, and not before the worker's word of the arrival has left
-    it. A resumed one then feeds what was accepted before, which yields no tokens; of any other the first message may
-    be lost with the worker.
-    """
-    if attempt.arrived_s is None:
-        return False
-    if worker.status is not None and worker.status.num_running >= worker.hello.max_num_seqs:
-        return False
-    return worker.stepped_s > attempt.arrived_s or worker.has_only(attempt.request.request_id)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 
-from ..state.failures import Charge, WorkerLife
+from ..state.failures import Charge
 
 SHARE_OF_ADMITTED = 0.1  # tokens for each admitted request: what a storm of errors may add to the load
 REFILL_PER_S = 1.0  # tokens a second, so that a quiet router can retry
@@ -33,8 +33,8 @@ class RetryBudget:
     def on_admitted(self) -> None:
         self._add(SHARE_OF_ADMITTED)
 
-    def charge(self, sessions: frozenset[int], now_s: float, suspect: WorkerLife | None = None) -> Charge:
-        return Charge(sessions, now_s, self._take(now_s), suspect)
+    def charge(self, sessions: frozenset[int], now_s: float) -> Charge:
+        return Charge(sessions, now_s, self._take(now_s))
 
     def pay(self, charge: Charge, now_s: float) -> bool:
         """Try again to pay for a retry that found the bucket empty."""

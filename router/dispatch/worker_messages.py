@@ -215,14 +215,13 @@ class WorkerMessages:
         if message.blame == "fenced":  # the decode worker replaced its agents because of another: the pair is well
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))
             return
-        is_computed = attempt.state >= AttemptState.COMPUTED
-        is_computing = not is_computed and prefill.computes_prompt_of(tracked.request.request_id)
-        was_opened = bool(message.worker_id) or is_computed  # by what it said, whether it came or not
+        # By what it said, whether it came or not.
+        was_opened = bool(message.worker_id) or attempt.state >= AttemptState.COMPUTED
         if message.blame != "expired" or was_opened or tracked.search.note_late(pair):
             self._pools.on_handoff(prefill, attempt.decode, now, failed=True)
             tracked.search.note_failed_pair(pair, text)
         # else nobody opened the grant in time: the prefill worker was late, which says nothing of the pair
-        self._in_flight.retry(tracked, Blame("handoff_failed", text, suspect=prefill.life if is_computing else None))
+        self._in_flight.retry(tracked, Blame("handoff_failed", text))
 
     # --- tokens ---------------------------------------------------------------------------------------------
 

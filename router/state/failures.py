@@ -10,6 +10,8 @@
     no room, draining            no       no        no
     anything else               yes      yes        no
 
+A worker that is lost within NOTICE_S of an attempt that ended otherwise, in the same step still, is a strike as well.
+
 Losses are bounded by the deaths themselves. After two strikes the next attempt runs alone on a worker
 (`isolation.py`); a third one proves it, and the request is refused. An attempt that has given tokens in
 CLEARED_BY_STEPS messages is past the place where the earlier workers were lost: their strikes were others' deaths, and
@@ -44,11 +46,20 @@ class Blame(NamedTuple):
     text: str  # names the peer
     is_counted: bool = True  # False: nobody failed, there was no room or the worker had said goodbye
     strike: WorkerLife | None = None  # the worker that was lost while it computed the request
-    suspect: WorkerLife | None = None  # the worker that computed it, should the failure turn out to be its loss
 
     @property
     def is_charged(self) -> bool:
         return self.is_counted and self.reason != WORKER_LOST
+
+
+class Suspicion(NamedTuple):
+    """An attempt ended, for whatever reason, while a worker computed the request: that worker's loss may be its doing.
+
+    The step that ran then goes on to its end, and a peer may have seen the worker's death before its router.
+    """
+
+    life: WorkerLife
+    at_s: float
 
 
 NOTICE_S = 1.5  # from an error to the loss that explains it; a hung peer's leases end about so long before its verdict
@@ -61,7 +72,6 @@ class Charge:
     sessions: frozenset[int]  # of the workers that took part in the failure
     at_s: float
     is_paid: bool
-    suspect: WorkerLife | None = None  # the worker that computed the request then
 
     def is_explained_by(self, session: int, now_s: float) -> bool:
         return session in self.sessions and now_s - self.at_s <= NOTICE_S

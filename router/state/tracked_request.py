@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .attempt import Attempt
 from .demand import Promise
-from .failures import CLEARED_BY_STEPS, STRIKES_UNTIL_ALONE, Charge, WorkerLife
+from .failures import CLEARED_BY_STEPS, STRIKES_UNTIL_ALONE, Charge, Suspicion, WorkerLife
 from .request import RequestStatus, RouterRequest
 from .search import Search
 from .token_stream import TokenStream
@@ -35,6 +35,7 @@ class TrackedRequest:
     strikes: set[WorkerLife] = field(default_factory=set)  # workers that were lost while they computed it
     is_resuming: bool = False  # its stream has paused: tokens came, and the worker was lost
     charge: Charge | None = None  # for the retry that comes or runs
+    suspicion: Suspicion | None = None  # of what its last attempt may do yet
     not_before_s: float = 0.0  # the next attempt is put off until then
     is_suspended: bool = False  # it has made way for others, and waits in the queue until it is told to go on
     last_reason: str = ""  # of the last failure that was charged
@@ -54,6 +55,8 @@ class TrackedRequest:
     def note_step(self, attempt: Attempt) -> bool:
         """Note that its attempt brought tokens, and return whether that clears it of its strikes."""
         attempt.num_steps += 1
+        if attempt.num_steps >= CLEARED_BY_STEPS:
+            self.suspicion = None
         if not self.strikes or attempt.num_steps < CLEARED_BY_STEPS:
             return False
         self.strikes.clear()

@@ -61,18 +61,14 @@ class RouterWorker:
     stuck_step: int | None = None  # the step that it was given up for: it takes nothing while that runs
     is_claimed: bool = False  # for a request that runs alone: it gets nothing else
     loads: dict[str, RequestLoad] = field(default_factory=dict)  # by request id, in the order of binding
-    on_change: Callable[[RouterWorker], None] = field(
-        default=lambda worker: None, repr=False
-    )  # its picture is out of date
+    on_change: Callable[[RouterWorker], None] = field(default=lambda worker: None, repr=False)  # its picture has
     has_refused: bool = False  # something, since the last heartbeat
     named_role: str = ""  # a role that it has told before a heartbeat did
     # Of the loads, kept as they come and go: a view must not cost what a worker holds.
     _own_tokens: int = 0
     _own_choices: int = 0
     _paces: Counter[Pace] = field(default_factory=Counter)
-    _recent: dict[str, RequestLoad] = field(
-        default_factory=dict
-    )  # bound since the heartbeat, which cannot know of them
+    _recent: dict[str, RequestLoad] = field(default_factory=dict)  # bound since the heartbeat
     _arriving: dict[str, int] = field(default_factory=dict)  # context of requests that do not decode yet
     _arrived: set[str] = field(default_factory=set)  # of `_arriving`: the ones that the next heartbeat counts
     _tokens_at_status: int = 0
@@ -161,6 +157,11 @@ class RouterWorker:
     def note_step(self, message: StepTokens, now_s: float) -> None:
         self.stepped_s = now_s
         self._stepping.append(frozenset(update.request_id for update in message.updates))
+
+    def has_stepped_since(self, at_s: float) -> bool:
+        """Return whether it is known to run another step now than at that time, or none."""
+        status = self.status
+        return self.stepped_s > at_s or (status is not None and self.status_s - status.busy_for_s > at_s)
 
     def decodes(self, request_id: str) -> bool:
         """Return whether its latest steps had a row of the request: a preempted or finished one is in them no more."""

@@ -307,9 +307,15 @@ class World:
         return "H8" if any(worker.has_handoffs for worker in self.workers.values()) else "I15"
 
     def poisoned(self, worker: Worker, request_id: str) -> None:
-        """The request kills the worker that computes it."""
+        """The request kills the worker that computes it.
+
+        An attempt that ended because its worker drained, say, is none that failed, and may kill whom its end has not
+        reached yet.
+        """
         self.poison[request_id] += 1
-        if self.poison[request_id] > self.scenario.router.max_attempts:
+        request = next(call.request for call in self.calls if call.request.request_id == request_id)
+        num_unfailed = request.attempt_number + request.is_finished - request.num_failures
+        if self.poison[request_id] > self.scenario.router.max_attempts + num_unfailed:
             raise Breach("I11", f"{request_id} has killed {self.poison[request_id]} workers")
         self.kill_life(worker, 0.3)
 

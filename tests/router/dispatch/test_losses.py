@@ -7,7 +7,7 @@ import pytest
 from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
 from kvferry.router.dispatch.isolation import PATIENCE_S
 from kvferry.router.state.errors import StreamError
-from kvferry.router.state.failures import CLEARED_BY_STEPS
+from kvferry.router.state.failures import CLEARED_BY_STEPS, NOTICE_S
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
@@ -185,6 +185,26 @@ def test_a_peer_that_sees_the_death_first_does_not_hide_the_strike() -> None:
     kill(fleet, p0)
     assert strikes(fleet, stream) == 1
     assert p1.worker_id == stream.request.prefill_worker  # and nothing had to wait for that
+
+
+@pytest.mark.parametrize(
+    ("has_stepped", "notice_s", "num_strikes"), [(False, DEATH_S, 1), (True, DEATH_S, 0), (False, NOTICE_S + 0.1, 0)]
+)
+def test_the_step_in_which_an_attempt_is_taken_back_may_end_its_worker_yet(
+    has_stepped: bool, notice_s: float, num_strikes: int
+) -> None:
+    fleet = Fleet()
+    p0, _, d = fleet.join("p-0"), fleet.join("p-1"), fleet.join("d-0")
+    stream, task = fleet.start(p0, d)
+    fleet.clock.advance(DEATH_S)
+    fleet.failed(d, task, "fenced")  # nobody failed, so no failure is counted
+    if has_stepped:
+        fleet.clock.advance(DEATH_S)
+        fleet.beat(p0, steps=1)
+    fleet.clock.advance(notice_s - DEATH_S)
+    kill(fleet, p0)
+    assert stream.request.attempt_number == 1 and stream.request.num_failures == 0
+    assert strikes(fleet, stream) == num_strikes
 
 
 def test_a_worker_that_comes_back_in_the_same_life_takes_its_strike_back() -> None:
@@ -402,6 +422,7 @@ def test_a_request_that_becomes_a_suspect_while_it_is_queued_is_placed_as_one() 
     fleet.step(lost, task, tokens(0, 0, 2))
     kill(fleet, lost)
     fleet.grant(d)
+    fleet.clock.advance(DEATH_S)
     fleet.failed(d, p.take(PrefillTask), "expired", peer="")  # the prefill worker says nothing: it computes, or is dead
     d.take(Abort)
     fleet.refuse(d)
