@@ -10,7 +10,8 @@ from ..common.errors import ConfigError
 from .config import ModelConfig
 from .families.module_names import full_name
 from .families.nested import NESTED
-from .quantization import MXFP4_GROUP, Quantization, Storage
+from .quantization import Quantization
+from .storage import MXFP4_GROUP, Storage
 from .stored.safetensors import read_header, safetensors_files
 
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale, or as what k_proj yields.

@@ -26,7 +26,7 @@ from pathlib import Path
 from ..common.errors import ConfigError
 from .gguf.convert import convert_gguf
 from .gguf.files import gguf_files, gguf_name
-from .quantization import GGUF_KINDS
+from .storage import GGUF_KINDS
 
 Progress = Callable[[str, float], None]  # what is being done, fraction done
 _Work = Callable[[Path, Callable[[float], None]], None]  # fills a directory, tells the fraction done

@@ -10,7 +10,8 @@ from typing import Literal
 from ..common.errors import ConfigError
 from .families.module_names import full_name
 from .parts.config_fields import ConfigFields
-from .quantization import GGUF_KINDS, Quantization, Rule, Storage
+from .quantization import Quantization, Rule
+from .storage import GGUF_KINDS, Storage
 
 MODELOPT_FILE = "hf_quant_config.json"  # what NVIDIA's Model Optimizer writes, and nothing to config.json at first
 

@@ -6,7 +6,7 @@ float32.
 
 from __future__ import annotations
 
-from ..models.quantization import Form, Storage
+from ..models.storage import Form, Storage
 
 _HALF, _FULL = 2.0, 4.0
 _GGUF_SCALES = {"Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25}

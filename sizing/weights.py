@@ -16,7 +16,8 @@ from ..common.config import EngineConfig
 from ..models.config import ModelConfig
 from ..models.native import not_in_native
 from ..models.parts.experts import expert_plan
-from ..models.quantization import CARD_OUTPUTS, MXFP4_GROUP, TIED_HEAD, Form, Quantization
+from ..models.quantization import TIED_HEAD, Quantization
+from ..models.storage import CARD_OUTPUTS, MXFP4_GROUP, Form
 from .rank_tensors import HEAD, Matrix, RankTensors, is_expert, is_shared, makes_heads
 from .scales import scale_bytes
 

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.quantization import CARD_OUTPUTS, CARD_ROWS, Form
+from ...models.quantization import CARD_ROWS
+from ...models.storage import CARD_OUTPUTS, Form
 from ..nn.decoder import Decoder
 from ..weights.grouped import GroupedWeight, join_nibbles
 from ..weights.weight import WeightSlot

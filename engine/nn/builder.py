@@ -11,7 +11,7 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
 from ...models.parts.expert_plan import ExpertPlan
-from ...models.quantization import Form
+from ...models.storage import Form
 from ..ranks.communicator import Communicator
 from ..weights.float8 import RoundedWeight, has_products, takes
 from ..weights.grouped import GroupedWeight

@@ -27,7 +27,8 @@ from ...models.checkpoint import (
     tensor_shapes,
 )
 from ...models.families.module_names import full_name
-from ...models.quantization import Quantization, Storage
+from ...models.quantization import Quantization
+from ...models.storage import Storage
 from ...models.stored.safetensors import safetensors_files
 from ..weights.expert_files import TensorFile, TensorSlice, with_parts
 from ..weights.formats import unpack

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models.parts.experts import ExpertsConfig
-from ...models.quantization import MXFP4_GROUP
+from ...models.storage import MXFP4_GROUP
 from ..weights.grouped import E2M1, GroupedWeight
 from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot
 from .builder import Builder

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...models.quantization import Storage
+from ...models.storage import Storage
 from .gguf_blocks import unpack_blocks
 from .grouped import GroupedWeight, join_nibbles, split_nibbles
 

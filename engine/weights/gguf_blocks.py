@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...models.quantization import GGUF_KINDS
+from ...models.storage import GGUF_KINDS
 from .grouped import GroupedWeight, join_nibbles
 
 # Numbers [blocks, size], scales [blocks, groups] and minima of blocks [blocks, bytes].

@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
 from kvferry.models.parts.config_fields import ConfigFields
-from kvferry.models.quantization import (
-    GGUF_KINDS,
-    TIED_HEAD,
-    Form,
-    Quantization,
-    Rule,
-    RuleIndex,
-    Storage,
-    chosen_quantization,
-    quantized_at_load,
-)
+from kvferry.models.quantization import TIED_HEAD, Quantization, Rule, RuleIndex, chosen_quantization, quantized_at_load
 from kvferry.models.quantization_config import read_quantization
+from kvferry.models.storage import GGUF_KINDS, Form, Storage
 
 from ..checkpoints import write_checkpoint
 

@@ -17,7 +17,8 @@ from kvferry.engine.cuda.int4 import Int4Weight, takes
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.weights.grouped import GroupedWeight
-from kvferry.models.quantization import CARD_ROWS, Form
+from kvferry.models.quantization import CARD_ROWS
+from kvferry.models.storage import Form
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts

@@ -20,7 +20,7 @@ from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
-from kvferry.models.quantization import GGUF_KINDS
+from kvferry.models.storage import GGUF_KINDS
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, make_engine, prompts
