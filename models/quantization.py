@@ -100,8 +100,11 @@ class Quantization:
         forms = [form for form in found if form is not None]
         if len(forms) < len(found):
             return None
-        sizes = math.gcd(*(form.group_size for form in forms))
-        return Form(max(form.bits for form in forms), sizes, any(form.has_minima for form in forms))
+        sizes, bits = math.gcd(*(form.group_size for form in forms)), max(form.bits for form in forms)
+        are_e2m1 = {form.is_e2m1 for form in forms}
+        if len(are_e2m1) > 1:
+            bits = 8  # twice such a float is a whole number
+        return Form(bits, sizes, any(form.has_minima for form in forms), is_e2m1=are_e2m1 == {True})
 
     def has_float8(self, modules: Iterable[str]) -> bool:
         """Tell whether all parts of the matrix that these are fused into are 8-bit floats, stored or once loaded."""

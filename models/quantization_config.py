@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
 
-from ..common.errors import ConfigError
 from .families.module_names import full_name
 from .parts.config_fields import ConfigFields
 from .quantization import Quantization, Rule
-from .storage import GGUF_KINDS, Storage
+from .quantization_fields import bits_of, block_of, choice, excluded_by, flat, group_size_of, kind_of, named, rule_of
+from .storage import FLOAT4_KINDS, GGUF_KINDS, Layout, Storage
 
 MODELOPT_FILE = "hf_quant_config.json"  # what NVIDIA's Model Optimizer writes, and nothing to config.json at first
 
 _HEAD = Rule("lm_head", None)
-_MAX_REPEATS = 4  # of an expression: with each more the time it may take grows by the length of a module's name
 
 
 def read_quantization(config: ConfigFields) -> Quantization | None:
@@ -42,13 +40,13 @@ def with_modelopt(config: Mapping[str, object], beside: Mapping[str, object]) ->
 
 
 def _gptq(fields: ConfigFields) -> Quantization:
-    kind = _choice(fields, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
-    _choice(fields, "pack_dtype", "int32", ("int32",))
+    kind = choice(fields, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
+    choice(fields, "pack_dtype", "int32", ("int32",))
     symmetric = fields.flag("sym", default=True)
     storage = Storage(
         layout="gptq",
-        bits=_bits(fields, "bits"),
-        group_size=_group_size(fields),
+        bits=bits_of(fields, "bits"),
+        group_size=group_size_of(fields),
         symmetric=symmetric,
         one_less=kind == "gptq",
     )
@@ -56,40 +54,73 @@ def _gptq(fields: ConfigFields) -> Quantization:
     if (dynamic := fields.mapping("dynamic")) is not None:
         if any(not pattern.startswith("-:") for pattern in dynamic.raw):
             raise fields.refuse("dynamic", "of its rules for single modules only exclusions (-:) are supported")
-        rules += [_rule(fields, f"re:{pattern[2:]}", None) for pattern in dynamic.raw]
-    targets = list(_flat(fields.raw.get("modules_in_block_to_quantize"))) or ["Linear"]
-    return _named(fields, storage, [*rules, *(_rule(fields, target, storage) for target in targets)])
+        rules += [rule_of(fields, f"re:{pattern[2:]}", None) for pattern in dynamic.raw]
+    targets = list(flat(fields.raw.get("modules_in_block_to_quantize"))) or ["Linear"]
+    return named(fields, storage, [*rules, *(rule_of(fields, target, storage) for target in targets)])
 
 
 def _awq(fields: ConfigFields) -> Quantization:
-    _choice(fields, "version", "gemm", ("gemm", "GEMM"))
+    choice(fields, "version", "gemm", ("gemm", "GEMM"))
     if not fields.flag("zero_point", default=True):
         raise fields.refuse("zero_point", "only AWQ with zero points is supported")
-    if (bits := _bits(fields, "bits")) != 4:
+    if (bits := bits_of(fields, "bits")) != 4:
         raise fields.refuse("bits", "only AWQ with 4 bits is supported")
-    storage = Storage(layout="awq", bits=bits, group_size=_group_size(fields), symmetric=False)
-    rules = [_HEAD, *_excluded(fields, "modules_to_not_convert"), Rule("Linear", storage)]
-    return _named(fields, storage, rules)
+    storage = Storage(layout="awq", bits=bits, group_size=group_size_of(fields), symmetric=False)
+    rules = [_HEAD, *excluded_by(fields, "modules_to_not_convert"), Rule("Linear", storage)]
+    return named(fields, storage, rules)
 
 
 def _fp8(fields: ConfigFields) -> Quantization:
-    _choice(fields, "fmt", "e4m3", ("e4m3",))
+    choice(fields, "fmt", "e4m3", ("e4m3",))
     block = fields.raw.get("weight_block_size")
     # Transformers writes the key with or without blocks, and names scales alike; other tools write none.
     scale_name = "weight_scale_inv" if "weight_block_size" in fields.raw else "weight_scale"
     storage = Storage(layout="float8", sharing="tensor", scale_name=scale_name)
     if block is not None:
-        storage = Storage(layout="float8", sharing="block", block=_block(fields, block), scale_name=scale_name)
-    excluded = [*_excluded(fields, "modules_to_not_convert"), *_excluded(fields, "ignored_layers")]
-    return _named(fields, storage, [_HEAD, *excluded, Rule("Linear", storage)])
+        storage = Storage(layout="float8", sharing="block", block=block_of(fields, block), scale_name=scale_name)
+    excluded = [*excluded_by(fields, "modules_to_not_convert"), *excluded_by(fields, "ignored_layers")]
+    return named(fields, storage, [_HEAD, *excluded, Rule("Linear", storage)])
+
+
+_MODELOPT_KINDS = {
+    "FP8": Storage(layout="float8", sharing="tensor"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Storage(layout="float8"),
+    "NVFP4": Storage(layout="float4", bits=4, kind="modelopt"),
+    "W4A16_NVFP4": Storage(layout="float4", bits=4, kind="modelopt"),
+}
 
 
 def _modelopt(fields: ConfigFields) -> Quantization:
-    kind = _choice(fields, "quant_algo", "", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"))
-    storage = Storage(layout="float8", sharing="tensor" if kind == "FP8" else "group")
-    patterns = [*_flat(fields.raw.get("exclude_modules")), *_flat(fields.raw.get("ignore"))]
-    excluded = [_rule(fields, _with_wildcards(pattern), None) for pattern in patterns]
-    return _named(fields, storage, [*excluded, Rule("Linear", storage)])
+    if fields.raw.get("quant_algo") == "MIXED_PRECISION":
+        return _mixed_modelopt(fields)
+    storage = _modelopt_storage(fields)
+    patterns = [*flat(fields.raw.get("exclude_modules")), *flat(fields.raw.get("ignore"))]
+    excluded = [rule_of(fields, _with_wildcards(pattern), None) for pattern in patterns]
+    return named(fields, storage, [*excluded, Rule("Linear", storage)])
+
+
+def _mixed_modelopt(fields: ConfigFields) -> Quantization:
+    """Read the algorithm of each module by its name; all others are plain."""
+    layers = fields.mapping("quantized_layers")
+    if layers is None or not layers.raw:
+        raise fields.refuse("quantized_layers", "names no module")
+    found = [(name, layers.mapping(name)) for name in layers.raw]
+    rules = [Rule(name, _modelopt_storage(own)) for name, own in found if own is not None]
+    kinds = sorted({kind_of(rule.storage) for rule in rules if rule.storage is not None})
+    return Quantization(name=f"modelopt {'+'.join(kinds)}", method="modelopt", rules=tuple(rules))
+
+
+def _modelopt_storage(fields: ConfigFields) -> Storage:
+    storage = _MODELOPT_KINDS[choice(fields, "quant_algo", "", tuple(_MODELOPT_KINDS))]
+    if storage.layout == "float4":
+        _check_group_size(fields, storage)
+    return storage
+
+
+def _check_group_size(fields: ConfigFields, storage: Storage) -> None:
+    size = FLOAT4_KINDS[storage.kind].group_size
+    if fields.raw.get("group_size", size) != size:
+        raise fields.refuse("group_size", f"of these floats of 4 bits {size} is read")
 
 
 def _with_wildcards(pattern: str) -> str:
@@ -117,17 +148,19 @@ def _gguf(fields: ConfigFields) -> Quantization:
         method="gguf",
         modules=modules,
         has_mxfp4_experts=has_mxfp4,
-        widened_experts=tuple(_flat(fields.raw.get("widened_experts"))),
+        widened_experts=tuple(flat(fields.raw.get("widened_experts"))),
     )
 
 
 # --- compressed-tensors ---------------------------------------------------------------------------------------------
 
-_FORMATS: dict[str, Literal["integers", "packed", "float8"]] = {
+_FORMATS: dict[str, Layout] = {
     "int-quantized": "integers",
     "naive-quantized": "integers",
     "pack-quantized": "packed",
     "float-quantized": "float8",
+    "nvfp4-pack-quantized": "float4",
+    "mxfp4-pack-quantized": "float4",
 }
 
 
@@ -137,7 +170,7 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
         if part is not None and part.raw.get("format", name if part.raw else "dense") != "dense":
             raise fields.refuse(name, "is not supported")
     groups = fields.mapping("config_groups")
-    rules = _excluded(fields, "ignore")
+    rules = excluded_by(fields, "ignore")
     storage = None
     for name in groups.raw if groups is not None else ():
         group = groups.mapping(name) if groups is not None else None
@@ -148,20 +181,33 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
             raise fields.refuse(
                 "format", f"of {name}: {layout_name!r} is not supported; these are: {', '.join(_FORMATS)}"
             )
-        storage = _compressed(weights, _FORMATS[str(layout_name)])
-        targets = list(_flat(group.raw.get("targets")))
+        layout = _FORMATS[str(layout_name)]
+        if layout == "float4":
+            storage = _compressed_float4(weights, str(layout_name).partition("-")[0])
+        else:
+            storage = _compressed(weights, layout)
+        targets = list(flat(group.raw.get("targets")))
         if unknown := [target for target in targets if target != "Linear" and ":" not in target and "." not in target]:
             raise group.refuse("targets", f"{unknown[0]} is not supported; Linear, names and re: are")
-        rules += [_rule(fields, target, storage) for target in targets]
+        rules += [rule_of(fields, target, storage) for target in targets]
     if storage is None:
         raise fields.refuse("config_groups", "names no group")
-    return _named(fields, storage, rules)
+    return named(fields, storage, rules)
 
 
-def _compressed(weights: ConfigFields, layout: Literal["integers", "packed", "float8"]) -> Storage:
-    kind = _choice(weights, "type", "int", ("int", "float"))
-    strategy = _choice(weights, "strategy", "channel", ("tensor", "channel", "group", "block"))
-    bits = _bits(weights, "num_bits")
+def _compressed_float4(weights: ConfigFields, kind: str) -> Storage:
+    storage = Storage(layout="float4", bits=4, kind=kind)
+    choice(weights, "type", "float", ("float",))
+    if weights.count("num_bits") != storage.bits or not weights.flag("symmetric", default=True):
+        raise weights.refuse("num_bits", f"of {kind} 4 bits, symmetrical, are read")
+    _check_group_size(weights, storage)
+    return storage
+
+
+def _compressed(weights: ConfigFields, layout: Layout) -> Storage:
+    kind = choice(weights, "type", "int", ("int", "float"))
+    strategy = choice(weights, "strategy", "channel", ("tensor", "channel", "group", "block"))
+    bits = bits_of(weights, "num_bits")
     if kind == "float":
         layout = "float8"  # naive-quantized is either
     if (kind == "float") != (layout == "float8") or (layout != "packed" and bits != 8):
@@ -172,7 +218,7 @@ def _compressed(weights: ConfigFields, layout: Literal["integers", "packed", "fl
     if strategy == "block":
         if layout != "float8":
             raise weights.refuse("strategy", "is supported of FP8 alone")
-        block = _block(weights, weights.raw.get("block_structure"))
+        block = block_of(weights, weights.raw.get("block_structure"))
         return Storage(layout=layout, sharing="block", block=block)
     return Storage(
         layout=layout,
@@ -181,67 +227,6 @@ def _compressed(weights: ConfigFields, layout: Literal["integers", "packed", "fl
         symmetric=symmetric,
         sharing="tensor" if strategy == "tensor" else "group",
     )
-
-
-# --- fields ---------------------------------------------------------------------------------------------------------
-
-
-def _named(fields: ConfigFields, storage: Storage, rules: list[Rule]) -> Quantization:
-    method = str(fields.raw["quant_method"])
-    what = "fp8" if storage.layout == "float8" else f"int{storage.bits}"
-    size = f" in groups of {storage.group_size}" if storage.group_size else ""
-    name = what if what == method else f"{method} {what}{size}"
-    return Quantization(name=name, method=method, rules=tuple(rules))
-
-
-def _choice(fields: ConfigFields, key: str, default: str, known: tuple[str, ...]) -> str:
-    value = fields.raw.get(key)
-    value = default if value is None else value
-    if value not in known:
-        raise fields.refuse(key, f"is not supported; these are: {', '.join(known)}")
-    return str(value)
-
-
-def _bits(fields: ConfigFields, key: str) -> int:
-    if (bits := fields.count(key)) not in (4, 8):
-        raise fields.refuse(key, "4 and 8 bits are supported")
-    return bits
-
-
-def _group_size(fields: ConfigFields) -> int:
-    return 0 if fields.raw.get("group_size") == -1 else fields.count("group_size")
-
-
-def _block(fields: ConfigFields, value: object) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(n, int) and n > 0 for n in value):
-        raise ConfigError(f"{fields.path}: quantization_config: {value!r} is no block: two whole numbers above 0")
-    return (value[0], value[1])
-
-
-def _excluded(fields: ConfigFields, key: str) -> list[Rule]:
-    return [_rule(fields, module, None) for module in _flat(fields.raw.get(key))]
-
-
-def _rule(fields: ConfigFields, target: str, storage: Storage | None) -> Rule:
-    """Make a rule. An expression is refused that cannot be read, or could take for ever: with repeats in a repeat."""
-    if target.startswith("re:"):
-        repeats = re.findall(r"(?<!\\)[*+{]", target)
-        try:
-            re.compile(target[3:])
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ConfigError(f"{fields.path}: quantization_config: {target!r} is no expression: {error}") from error
-        if len(repeats) > _MAX_REPEATS or re.search(r"\)[*+{]", target):
-            raise ConfigError(f"{fields.path}: quantization_config: {target!r} is too intricate an expression")
-    return Rule(target, storage)
-
-
-def _flat(value: object) -> Iterator[str]:
-    """Yield the texts of a list, or of lists in it."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _flat(item)
 
 
 _READERS: dict[str, Callable[[ConfigFields], Quantization]] = {

@@ -1,4 +1,4 @@
-"""How one matrix of a quantized model stands in its checkpoint, and the form that it takes in memory.
+"""A `Storage` says how one matrix of a quantized model stands in its checkpoint, a `Form` how it does in memory.
 
     Storage  layout, bits, groups  ->  the tensors that a checkpoint must have  ->  Form
 
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from ..common.errors import ConfigError
 
 Shape = tuple[int, ...]
-Layout = Literal["plain", "integers", "packed", "float8", "gptq", "awq", "gguf"]
+Layout = Literal["plain", "integers", "packed", "float8", "float4", "gptq", "awq", "gguf"]
 Sharing = Literal["tensor", "group", "block"]  # what has a scale of its own
 
 MXFP4_GROUP = 32  # inputs that share a scale
@@ -29,6 +29,7 @@ class Form(NamedTuple):
     bits: int
     group_size: int
     has_minima: bool
+    is_e2m1: bool = False  # each of 4 bits is a float: sign, exponent of 2 and a binary place
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         scales = (2 if self.has_minima else 1) * num_inputs // self.group_size
@@ -40,6 +41,8 @@ class Form(NamedTuple):
 
         Larger groups are several of the same scale.
         """
+        if self.is_e2m1:
+            return 0
         size = math.gcd(self.group_size, _CARD_GROUPS[1])
         return size if size >= _CARD_GROUPS[0] else 0
 
@@ -70,6 +73,22 @@ GGUF_KINDS = {
 }
 
 
+class Float4Kind(NamedTuple):
+    """A kind of matrices in 4-bit floats: which tensors they are made of."""
+
+    group_size: int  # inputs that share a scale
+    numbers: str  # the tensor of their bytes, an even input's number in the low half
+    whole_scale: str = ""  # of all groups' scales, which are 8-bit floats then, else exponents of 2
+    is_divisor: bool = False  # they are divided by it
+
+
+FLOAT4_KINDS = {
+    "mxfp4": Float4Kind(MXFP4_GROUP, "weight_packed"),
+    "nvfp4": Float4Kind(16, "weight_packed", "weight_global_scale", is_divisor=True),
+    "modelopt": Float4Kind(16, "weight", "weight_scale_2"),  # NVFP4, as Model Optimizer writes it
+}
+
+
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Storage:
     """A `Storage` says how one matrix stands in a checkpoint."""
@@ -82,7 +101,7 @@ class Storage:
     block: tuple[int, int] = (0, 0)  # outputs and inputs that share a scale
     scale_name: str = "weight_scale"
     one_less: bool = False  # GPTQ: zeros are stored less one
-    kind: str = ""  # GGUF's; of plain ones "float8": what they are rounded to at load
+    kind: str = ""  # GGUF's, or of 4-bit floats; of plain ones "float8": what they are rounded to at load
 
     @property
     def is_float8(self) -> bool:
@@ -95,6 +114,9 @@ class Storage:
             return None
         if self.layout == "gguf":
             group_size, _, form = GGUF_KINDS[self.kind]
+        elif self.layout == "float4":
+            group_size = FLOAT4_KINDS[self.kind].group_size
+            form = Form(4, group_size, has_minima=False, is_e2m1=True)
         else:
             group_size = self.group_size or num_inputs
             if self.layout == "plain" and self.bits == 4:
@@ -122,6 +144,12 @@ class Storage:
             case "gguf":
                 kind = GGUF_KINDS[self.kind]
                 shapes = {"weight": (num_outputs, num_inputs // kind.size * kind.num_bytes)}
+            case "float4":
+                group_size, numbers, whole_scale, _ = FLOAT4_KINDS[self.kind]
+                shapes = {numbers: (num_outputs, num_inputs // 2)}
+                shapes["weight_scale"] = (num_outputs, num_inputs // group_size)
+                if whole_scale:
+                    shapes[whole_scale] = (1,)
             case "plain":
                 shapes = {"weight": (num_outputs, num_inputs)}
             case _:
@@ -147,5 +175,6 @@ class Storage:
             "packed": {"weight_shape": (2,), "weight_g_idx": (num_inputs,)},
             "integers": {"input_scale": (1,), "input_zero_point": (1,)},
             "float8": {"input_scale": (1,), "activation_scale": (1,)},
+            "float4": {"input_scale": (1,), "input_global_scale": (1,)},
         }
         return {f"{name}.{suffix}": shape for suffix, shape in suffixes.get(self.layout, {}).items()}

@@ -179,17 +179,72 @@ def _compressed_float8(strategy: str) -> Format:
     return _compressed("float-quantized", weights, _float8(strategy), [])
 
 
-def _modelopt(kind: str, strategy: str) -> Format:
-    """As Model Optimizer writes it: scales have no dimension, or one; stars stand for anything."""
+def _modelopt_float8(strategy: str) -> Callable[[np.random.Generator, int, int], Matrix]:
+    """As Model Optimizer writes it: scales have no dimension, or one."""
 
     def make(rng: np.random.Generator, size_out: int, size_in: int) -> Matrix:
         tensors, meant = _float8(strategy)(rng, size_out, size_in)
         scale = torch.from_numpy(np.asarray(tensors["weight_scale"]))
         return tensors | {"weight_scale": scale.squeeze(), "input_scale": torch.tensor(0.5)}, meant
 
-    config: dict[str, object] = {"quant_method": "modelopt", "quant_algo": kind}
-    config |= {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head", "model.layers.0.mlp*", "*1*.o_proj"]}
-    return Format(config, make, ("layers.0.mlp", "layers.1.self_attn.o_proj"))
+    return make
+
+
+def _modelopt(kind: str, make: Callable[..., Matrix], **fields: object) -> Format:
+    """As Model Optimizer writes it: stars stand for anything."""
+    config: dict[str, object] = {"quant_method": "modelopt", "quant_algo": kind, "kv_cache_quant_algo": None}
+    config["exclude_modules"] = ["lm_head", "model.layers.0.mlp*", "*1*.o_proj"]
+    return Format(config | fields, make, ("layers.0.mlp", "layers.1.self_attn.o_proj"))
+
+
+_SIZES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of floats with an exponent of 2 and a binary place
+
+
+def _float4(kind: str) -> Callable[[np.random.Generator, int, int], Matrix]:
+    group = 32 if kind == "mxfp4" else 16
+
+    def make(rng: np.random.Generator, size_out: int, size_in: int) -> Matrix:
+        numbers = rng.integers(0, 16, (size_out, size_in)).astype(np.uint8)
+        packed = numbers[:, ::2] | (numbers[:, 1::2] << 4)
+        values = _SIZES[numbers & 7] * np.where(numbers & 8, -1, 1).astype(np.float32)
+        shape = (size_out, size_in // group)
+        if kind == "mxfp4":
+            powers = rng.integers(-2, 2, shape) - round(np.log2(3 * size_in**0.5))
+            tensors: dict[str, Array | torch.Tensor] = {"weight_packed": packed}
+            tensors["weight_scale"] = (powers + 127).astype(np.uint8)
+            return tensors, values * np.exp2(powers.astype(np.float32)).repeat(group, 1)
+        scales = torch.from_numpy(rng.uniform(100, 448, shape)).to(torch.float8_e4m3fn)
+        whole = np.float32(1 / (800 * size_in**0.5))
+        meant = values * (scales.float().numpy() * whole).repeat(group, 1)
+        if kind == "nvfp4":
+            whole_scale = {"weight_global_scale": np.array([1 / whole]), "input_global_scale": np.array([3.0])}
+            return {"weight_packed": packed, "weight_scale": scales, **whole_scale}, meant
+        whole_scale = {"weight_scale_2": np.array(whole), "input_scale": np.array(3.0)}
+        return {"weight": packed, "weight_scale": scales, **whole_scale}, meant
+
+    return make
+
+
+def _compressed_float4(kind: str) -> Format:
+    weights: dict[str, object] = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
+    weights["group_size"] = 32 if kind == "mxfp4" else 16
+    return _compressed(f"{kind}-pack-quantized", weights, _float4(kind), ["re:.*layers.0.mlp.up_proj"])
+
+
+def _mixed_modelopt() -> Format:
+    """The queries' matrix in 8-bit floats, so that it is fused with others, those of feed-forwards in 4-bit ones."""
+    eight, four = _modelopt_float8("tensor"), _float4("modelopt")
+
+    def make(rng: np.random.Generator, size_out: int, size_in: int) -> Matrix:
+        return (four if SHAPE.intermediate_size in (size_out, size_in) else eight)(rng, size_out, size_in)
+
+    layers: dict[str, object] = {}
+    for layer in range(SHAPE.num_layers):
+        names = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+        for name in names:
+            kind = {"quant_algo": "FP8"} if "attn" in name else {"quant_algo": "NVFP4", "group_size": 16}
+            layers[f"model.layers.{layer}.{name}"] = kind
+    return Format({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, make)
 
 
 FORMATS = {
@@ -217,8 +272,12 @@ FORMATS = {
         _float8("block", "weight_scale_inv"),
         ("layers.0.mlp.gate_proj",),
     ),
-    "modelopt fp8 tensor": _modelopt("FP8", "tensor"),
-    "modelopt fp8 channel": _modelopt("FP8_PER_CHANNEL_PER_TOKEN", "channel"),
+    "modelopt fp8 tensor": _modelopt("FP8", _modelopt_float8("tensor")),
+    "modelopt fp8 channel": _modelopt("FP8_PER_CHANNEL_PER_TOKEN", _modelopt_float8("channel")),
+    "modelopt nvfp4": _modelopt("NVFP4", _float4("modelopt"), group_size=16),
+    "modelopt mixed": _mixed_modelopt(),
+    "compressed nvfp4": _compressed_float4("nvfp4"),
+    "compressed mxfp4": _compressed_float4("mxfp4"),
     "gptq 4": _gptq(4),
     "gptq 4 act-order": _gptq(4, act_order=True),
     "gptq 4 asymmetric act-order": _gptq(4, symmetric=False, act_order=True),

@@ -3,7 +3,7 @@
     float32     any
     half        what GPTQ, AWQ, Q4_0 and Q8_0 store
     a byte      times a base that several groups share: what the formats with blocks of 256 inputs store (Q4_K, Q6_K)
-                or the exponent of a power of 2: MXFP4's
+                or the exponent of a power of 2: MXFP4's. Of NVFP4 they are float32
 
 A kernel gets the same numbers back from each.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _SPANS = (8, 16)  # groups that share a base: 256 inputs of Q4_K and Q5_K, of Q6_K
+_EXPONENT = 0x7F800000  # of a float32's bits
 _SAMPLE = 64  # rows that are tried first: a matrix that is of another kind shows it there
 # What the largest factor of a span may be in bases: these formats scale it to 63 or to -128, whatever its sign. Others
 # are tried after them, in case a file was written otherwise.
@@ -46,10 +47,15 @@ def smallest(factors: list[Tensor]) -> Factors:
     return Factors([values.contiguous() for values in factors], [], 0)
 
 
-def half_powers(scales: Tensor) -> Factors:
-    """Return half of each power of 2, for numbers that are multiplied as twice what they mean; 2^-127 becomes zero."""
-    exponents = (scales.contiguous().view(torch.int32) >> 23) - 1
-    return Factors([exponents.clamp_(min=0).to(torch.uint8)], [], 0)
+def halves(scales: Tensor) -> Factors:
+    """Return half of each, for numbers that are multiplied as twice what they mean.
+
+    Powers of 2 become exponents; half of 2^-126 then is zero.
+    """
+    bits = scales.contiguous().view(torch.int32)
+    if bool((bits & ~_EXPONENT).any()):
+        return smallest([scales / 2])
+    return Factors([((bits >> 23) - 1).clamp_(min=0).to(torch.uint8)], [], 0)
 
 
 class _Stepped(NamedTuple):

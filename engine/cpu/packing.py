@@ -20,7 +20,7 @@ from ..nn.layers import Linear
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import DenseWeight
 from .compiler import NativeUnavailable
-from .factors import half_powers, smallest
+from .factors import halves, smallest
 
 _INTEGER_SIZES = ("columns", "inputs", "bits", "group", "has_minima", "factor_size", "span", "is_e2m1")
 _TILE_OUTPUTS = 64
@@ -113,7 +113,7 @@ class Packer:
         found = [weight.scales] if weight.minima is None else [weight.scales, weight.minima]
         if in_turns:
             numbers, found = two_apart(numbers), [two_apart(values) for values in found]
-        factors = half_powers(found[0]) if weight.is_e2m1 else smallest(found)
+        factors = halves(found[0]) if weight.is_e2m1 else smallest(found)
         integers = IntegerTiles(
             order=address(order),
             columns=weight.num_outputs,

@@ -37,6 +37,8 @@ _MIN_CAPABILITY = (8, 0)  # the product's instructions are these cards'
 _WIDENED = 1 << 26  # numbers that are widened at once: 128 MiB, whatever the matrix; fewer are smaller products
 _SIGNS = -0x78  # both nibbles' highest bits: flipped, a nibble that stands 8 too high is a signed one
 
+_TAKEN = "multiplied as they are: whole numbers in groups of 32 inputs or multiples, outputs multiples of 8"
+
 
 class Int4Weight:
     """Implements `Weight`, of a rank whose weights are loaded."""
@@ -159,6 +161,6 @@ def pack(decoder: Decoder, device: torch.device) -> None:
         else:
             counts["widened"] += 1
     if counts:
-        reason = "groups are of 32 inputs or multiples, outputs multiples of 8" if is_there else "an older card"
+        reason = _TAKEN if is_there else "an older card"
         tell = log.warning if counts["widened"] else log.info
         tell("quantized_weights", **counts, **({"reason": reason} if counts["widened"] else {}))

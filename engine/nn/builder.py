@@ -52,6 +52,7 @@ class Builder:
             bits=form.bits,
             group_size=group_size,
             has_minima=form.has_minima,
+            is_e2m1=form.is_e2m1,
             dtype=self.dtype,
             device=self.device,
         )

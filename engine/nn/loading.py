@@ -31,11 +31,11 @@ from ...models.quantization import Quantization
 from ...models.storage import Storage
 from ...models.stored.safetensors import safetensors_files
 from ..weights.expert_files import TensorFile, TensorSlice, with_parts
-from ..weights.formats import unpack
+from ..weights.formats import power_of_2, unpack
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import WeightSlot
 from .decoder import Decoder
-from .stacked_experts import part_of_mxfp4, power_of_2, unpack_mxfp4
+from .stacked_experts import part_of_mxfp4, unpack_mxfp4
 
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
 
@@ -154,8 +154,13 @@ def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight, quantization: Quantiz
         return
     form = quantization.form([slot.name.removesuffix(".weight")], slot.shape[1]) if quantization is not None else None
     if form is not None and not isinstance(matrix, GroupedWeight):
-        symmetric = not form.has_minima
-        matrix = GroupedWeight.quantized(matrix, bits=form.bits, group_size=form.group_size, symmetric=symmetric)
+        matrix = GroupedWeight.quantized(
+            matrix,
+            bits=form.bits,
+            group_size=form.group_size,
+            symmetric=not form.has_minima,
+            is_e2m1=form.is_e2m1,
+        )
     slot.rows.put(matrix, slot.dim, slot.start)
 
 

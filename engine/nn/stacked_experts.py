@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...models.parts.experts import ExpertsConfig
 from ...models.storage import MXFP4_GROUP
+from ..weights.formats import power_of_2
 from ..weights.grouped import E2M1, GroupedWeight
 from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot
 from .builder import Builder
@@ -146,11 +147,6 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     numbers = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
     values = torch.tensor(E2M1)[numbers.long()] * power_of_2(scales).unsqueeze(-1)
     return values.flatten(-2).transpose(-1, -2)
-
-
-def power_of_2(exponents: Tensor) -> Tensor:
-    """Uint8, 127 above what is meant -> float32."""
-    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
 
 
 def part_of_mxfp4(tensor: Tensor, dim: int, start: int, target: Tensor) -> Tensor:

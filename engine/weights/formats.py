@@ -4,6 +4,7 @@
     integers   weight int8 [out, in], weight_scale, weight_zero_point                 (weight - zero) * scale
     packed     weight_packed int32 [out, in / n], the same; numbers stand 2^(bits - 1) too high
     float8     weight e4m3 [out, in], weight_scale or weight_scale_inv                weight * scale
+    float4     weight or weight_packed uint8 [out, in / 2] e2m1, weight_scale [out, in / group] (FLOAT4_KINDS)
     gptq       qweight int32 [in / n, out], qzeros [in / group, out / n], scales [in / group, out], g_idx [in] says g
     awq        qweight int32 [in, out / n], qzeros, scales as gptq's; a word's numbers are 0 2 4 6 1 3 5 7
     gguf       weight uint8 [out, bytes of a row's blocks]: gguf_blocks.py
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...models.storage import Storage
+from ...models.storage import FLOAT4_KINDS, Storage
 from .gguf_blocks import unpack_blocks
 from .grouped import GroupedWeight, join_nibbles, split_nibbles
 
@@ -38,6 +39,8 @@ def unpack(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dt
             return unpack_blocks(storage.kind, _needed(read, "weight"), dtype)
         case "float8":
             return _float8(storage, read)
+        case "float4":
+            return _float4(storage, read, dtype)
         case "integers":
             return _integers(storage, shape, read, dtype)
         case "packed":
@@ -59,6 +62,21 @@ def _float8(storage: Storage, read: Read) -> Tensor:
     else:  # a vector, or a column
         scales = scales.reshape(-1, 1)
     return weight.mul_(scales)
+
+
+def _float4(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
+    _, numbers, whole_scale, is_divisor = FLOAT4_KINDS[storage.kind]
+    if whole_scale:
+        scales, whole = (_needed(read, name).float() for name in ("weight_scale", whole_scale))
+        scales = scales / whole.reshape(()) if is_divisor else scales * whole.reshape(())
+    else:
+        scales = power_of_2(_needed(read, "weight_scale", torch.uint8))
+    return GroupedWeight(_needed(read, numbers, torch.uint8), scales, dtype=dtype, is_e2m1=True)
+
+
+def power_of_2(exponents: Tensor) -> Tensor:
+    """Uint8, 127 above what is meant -> float32."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
 
 
 def _integers(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:

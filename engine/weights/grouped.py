@@ -29,7 +29,7 @@ class GroupedWeight:
     bits          numbers
     8             int8 [out, in]
     4             uint8 [out, in / 2]: input 2i in the low half, 0 to 15; without minima the number meant is 8 less
-    4, `is_e2m1`  the same, each half a float of 4 bits: MXFP4's, whose scales are powers of 2; no minima
+    4, `is_e2m1`  the same, each half a float of 4 bits: of MXFP4, whose scales are powers of 2, or NVFP4; no minima
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class GroupedWeight:
         bits: int,
         group_size: int,
         has_minima: bool,
+        is_e2m1: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
@@ -67,11 +68,19 @@ class GroupedWeight:
         number_type = torch.uint8 if bits == 4 else torch.int8
         numbers = torch.zeros(num_outputs, num_inputs * bits // 8, dtype=number_type, device=device)
         scales = torch.zeros(num_outputs, num_inputs // group_size, device=device)
-        return cls(numbers, scales, torch.zeros_like(scales) if has_minima else None, dtype=dtype)
+        minima = torch.zeros_like(scales) if has_minima else None
+        return cls(numbers, scales, minima, dtype=dtype, is_e2m1=is_e2m1)
 
     @classmethod
     def quantized(
-        cls, matrix: Tensor, *, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype | None = None
+        cls,
+        matrix: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        is_e2m1: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Round each number of a plain matrix to the nearest one that its group can hold, ties to even.
 
@@ -81,7 +90,10 @@ class GroupedWeight:
         groups = matrix.float().reshape(len(matrix), -1, group_size)
         low, high = groups.amin(2), groups.amax(2)
         minima = None
-        if not symmetric:
+        if is_e2m1:
+            scales = torch.maximum(high, -low) / max(E2M1)
+            numbers = _nearest_e2m1(groups, scales)
+        elif not symmetric:
             scales, minima = (high - low) / (2**bits - 1), low
             numbers = _nearest(groups - low.unsqueeze(2), scales, 0, 2**bits - 1)
             if bits == 8:
@@ -94,7 +106,7 @@ class GroupedWeight:
             numbers = _nearest(groups, scales, -8, 7) + _ZERO
         numbers = numbers.flatten(1)
         stored = join_nibbles(numbers.to(torch.uint8)) if bits == 4 else numbers.to(torch.int8)
-        return cls(stored, scales, minima, dtype=dtype or matrix.dtype)
+        return cls(stored, scales, minima, dtype=dtype or matrix.dtype, is_e2m1=is_e2m1)
 
     # --- what it stands for --------------------------------------------------------------------------------------
 
@@ -114,7 +126,7 @@ class GroupedWeight:
         if self.bits == 8:
             return self.numbers.float()
         if self.is_e2m1:
-            return torch.tensor(E2M1)[split_nibbles(self.numbers).long()]
+            return _e2m1(split_nibbles(self.numbers))
         numbers = split_nibbles(self.numbers).float()
         return numbers if self.minima is not None else numbers.sub_(_ZERO)
 
@@ -131,9 +143,7 @@ class GroupedWeight:
 
     def take(self) -> GroupedWeight:
         """Give all of it up to the caller, who has a form of its own for it."""
-        taken = GroupedWeight(
-            self.numbers, self.scales, self.minima, self.order, dtype=self.dtype, is_e2m1=self.is_e2m1
-        )
+        taken = self._with(self.numbers, self.scales, self.minima, self.order)
         self.numbers, self.scales = self.numbers.new_empty(0), self.scales.new_empty(0)
         self.minima = self.order = None
         return taken
@@ -152,7 +162,7 @@ class GroupedWeight:
         if dim == 0:
             minima = None if self.minima is None else self.minima.narrow(0, start, length)
             numbers, scales = self.numbers.narrow(0, start, length), self.scales.narrow(0, start, length)
-            return GroupedWeight(numbers, scales, minima, self.order, dtype=self.dtype)
+            return self._with(numbers, scales, minima, self.order)
         if self.order is not None:
             raise ConfigError(
                 "weights in act-order cannot be shared by ranks: a rank's inputs belong to groups of all of them; "
@@ -160,7 +170,7 @@ class GroupedWeight:
             )
         numbers = self.numbers.narrow(1, start * self.bits // 8, length * self.bits // 8)
         if self.group_size == self.num_inputs:
-            return GroupedWeight(numbers, self.scales, self.minima, dtype=self.dtype)
+            return self._with(numbers, self.scales, self.minima)
         if start % self.group_size or length % self.group_size:
             raise ConfigError(
                 f"a rank's {length} inputs of {self.num_inputs} are no whole groups of {self.group_size}; "
@@ -168,7 +178,13 @@ class GroupedWeight:
             )
         first, count = start // self.group_size, length // self.group_size
         minima = None if self.minima is None else self.minima.narrow(1, first, count)
-        return GroupedWeight(numbers, self.scales.narrow(1, first, count), minima, dtype=self.dtype)
+        return self._with(numbers, self.scales.narrow(1, first, count), minima)
+
+    def _with(
+        self, numbers: Tensor, scales: Tensor, minima: Tensor | None, order: Tensor | None = None
+    ) -> GroupedWeight:
+        """Return a weight whose numbers mean the same."""
+        return GroupedWeight(numbers, scales, minima, order, dtype=self.dtype, is_e2m1=self.is_e2m1)
 
     def put(self, rows: slice, part: GroupedWeight) -> None:
         """Copy `part` into some rows. One of fewer bits, or in larger groups, is raised to this form, exactly.
@@ -176,6 +192,7 @@ class GroupedWeight:
         Raises ConfigError where its inputs stand in another order than those of other rows.
         """
         raised = part.raised(self.bits, self.group_size, has_minima=self.minima is not None)
+        assert raised.is_e2m1 == self.is_e2m1, "nibbles that mean something else"
         self.numbers[rows] = raised.numbers
         self.scales[rows] = raised.scales
         if self.minima is not None and raised.minima is not None:
@@ -188,19 +205,22 @@ class GroupedWeight:
 
     def raised(self, bits: int, group_size: int, *, has_minima: bool) -> GroupedWeight:
         """Return the same weights in a form of no fewer bits, no larger groups, and minima if there are any."""
-        numbers, minima = self.numbers, self.minima
+        numbers, minima, scales = self.numbers, self.minima, self.scales
         if bits < self.bits or self.group_size % group_size or (minima is not None and not has_minima):
             raise AssertionError(f"{self.bits} bits in groups of {self.group_size} are not {bits} in {group_size}")
-        if bits == 8 and self.bits == 4:
+        if bits == 8 and self.is_e2m1:
+            numbers, scales = (2 * self._meant()).to(torch.int8), scales / 2
+        elif bits == 8 and self.bits == 4:
             numbers = split_nibbles(numbers).to(torch.int8)
             numbers = numbers if minima is not None else numbers.sub_(_ZERO)
         if has_minima and minima is None:
             zero = _ZERO if bits == 4 else 0  # of nibbles with minima the number meant is the nibble itself
-            minima = self.scales * -zero
+            minima = scales * -zero
         repeats = self.group_size // group_size
-        scales = self.scales.repeat_interleave(repeats, 1)
+        scales = scales.repeat_interleave(repeats, 1)
         minima = None if minima is None else minima.repeat_interleave(repeats, 1)
-        return GroupedWeight(numbers, scales, minima, self.order, dtype=self.dtype)
+        is_e2m1 = self.is_e2m1 and bits == 4
+        return GroupedWeight(numbers, scales, minima, self.order, dtype=self.dtype, is_e2m1=is_e2m1)
 
 
 @dataclass(slots=True, frozen=True)
@@ -224,6 +244,20 @@ def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
     """Return values / scales in whole numbers; 0 where a scale is."""
     scales = scales.unsqueeze(2)
     return (values / scales.masked_fill(scales == 0, 1)).round_().clamp_(low, high)
+
+
+def _e2m1(numbers: Tensor) -> Tensor:
+    """Return what 4 bits mean (`E2M1`), by arithmetic: a graph of a GPU takes no table from the host."""
+    sizes = (numbers & 7).int()
+    twice = torch.where(sizes < 2, sizes, (2 + (sizes & 1)) << ((sizes >> 1) - 1).clamp(min=0))
+    return torch.where(numbers < 8, twice, -twice).float() / 2
+
+
+def _nearest_e2m1(values: Tensor, scales: Tensor) -> Tensor:
+    """Return the 4 bits of the float that is nearest to values / scales; of two as near the one nearer to zero."""
+    sizes = torch.tensor(E2M1[:8], device=values.device)
+    scaled = values / scales.masked_fill(scales == 0, 1).unsqueeze(2)
+    return torch.bucketize(scaled.abs(), (sizes[1:] + sizes[:-1]) / 2) + 8 * (scaled < 0)
 
 
 def split_nibbles(numbers: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Who was computing a request: in whose running step it has a row, as far as a router can know.
+"""Workers that were computing a request: it has a row in their running step, as far as a router can know.
 
 That step runs on another machine: what is known of it are the tokens of the last steps and the order of the prompts.
 Queued, reserved, arrived and waiting for the batch, or on its way between workers: a request in none of these can have

@@ -21,6 +21,7 @@ from ..checkpoints import write_checkpoint
 GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
 AWQ: dict[str, object] = {"quant_method": "awq", "bits": 4, "group_size": 128}
 WEIGHTS: dict[str, object] = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+MIXED: dict[str, object] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -51,7 +52,12 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
         (AWQ | {"bits": 8}, "only AWQ with 4 bits"),
         (AWQ | {"zero_point": False}, "zero_point"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "no block"),
-        (_compressed("nvfp4-pack-quantized"), "nvfp4-pack-quantized.* pack-quantized"),
+        (_compressed("mxfp8-quantized"), "mxfp8-quantized.* pack-quantized"),
+        (_compressed("nvfp4-pack-quantized"), "type = 'int'"),
+        (_compressed("nvfp4-pack-quantized", type="float", group_size=32), "group_size = 32.* 16 is read"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "group_size = 32.* 16 is read"),
+        (MIXED, "quantized_layers = None: names no module"),
+        (MIXED | {"quantized_layers": {UP: {"quant_algo": "NVFP4_AWQ"}}}, "quant_algo = 'NVFP4_AWQ'"),
         (_compressed("int-quantized"), "int of 4 bits"),
         (_compressed(num_bits=2), "num_bits = 2"),
         (_compressed() | {"transform_config": {"config_groups": {}}}, "transform_config"),
@@ -120,6 +126,12 @@ def test_fused_parts_take_the_form_that_holds_each_exactly() -> None:
     assert found.form(["q", "k"], 256) == Form(4, 32, has_minima=True)
     assert found.form(["q", "k", "v"], 256) == Form(8, 16, has_minima=True)
     assert found.form(["q", "plain"], 256) is None
+    fours = Rule("q", Storage(layout="float4", bits=4, kind="nvfp4"))
+    others = Rule("k", Storage(layout="packed", bits=4, group_size=32))
+    found = Quantization(name="", method="", rules=(fours, others))
+    assert found.form(["q", "q"], 256) == Form(4, 16, has_minima=False, is_e2m1=True)
+    assert found.form(["q", "k"], 256) == Form(8, 16, has_minima=False)
+    found = _read({"quant_method": "gguf", "modules": kinds})
     with pytest.raises(ConfigError, match="q: its 288 inputs are no whole groups of 256"):
         found.form(["q"], 288)
 
@@ -215,7 +227,7 @@ def test_model_optimizer_tells_of_8_bit_floats_in_a_file_of_its_own(tmp_path: Pa
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": GPTQ}))
     assert ModelConfig.from_dir(tmp_path).weights_form == "gptq int4 in groups of 128"  # config.json goes first
-    beside.write_text(json.dumps({"quantization": told | {"quant_algo": "NVFP4"}}))
+    beside.write_text(json.dumps({"quantization": told | {"quant_algo": "W8A8_SQ"}}))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="quant_algo = 'NVFP4': is not supported; these are: FP8, FP8_PER"):
+    with pytest.raises(ConfigError, match="quant_algo = 'W8A8_SQ': is not supported; these are: FP8, FP8_PER"):
         ModelConfig.from_dir(tmp_path)

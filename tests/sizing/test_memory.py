@@ -57,6 +57,11 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "stacked experts": ("GptOss", _STACKED),
     "stacked experts in MXFP4": ("GptOss", _STACKED | {"quantization_config": {"quant_method": "mxfp4"}}),
+    "numbers in NVFP4": ("Llama", {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}),
+    "experts in NVFP4": (
+        "Qwen3Moe",
+        _EXPERTS | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+    ),
     "gemma 2": ("Gemma2", {}),
     "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "conv_L_cache": 3}),
     "states of one group": ("GraniteMoeHybrid", _MAMBA),

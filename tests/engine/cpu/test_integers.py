@@ -55,6 +55,8 @@ def weights(draw: st.DrawFn) -> GroupedWeight:
     else:
         numbers = torch.randint(-128, 128, (num_outputs, num_inputs), generator=generator).to(torch.int8)
 
+    is_half = draw(st.booleans())
+
     def factors() -> Tensor:
         values = torch.randn(num_outputs, num_groups, generator=generator)
         return values.half().float() if is_half else values
@@ -62,8 +64,8 @@ def weights(draw: st.DrawFn) -> GroupedWeight:
     if bits == 4 and draw(st.booleans()):
         exponents = torch.randint(-20, 20, (num_outputs, num_groups), generator=generator)
         powers = torch.ldexp(torch.ones(exponents.shape), exponents)
-        return GroupedWeight(numbers, powers, dtype=torch.bfloat16, is_e2m1=True)
-    is_half = draw(st.booleans())
+        scales = powers if draw(st.booleans()) else factors()
+        return GroupedWeight(numbers, scales, dtype=torch.bfloat16, is_e2m1=True)
     scales, minima = factors(), factors() if draw(st.booleans()) else None
     order = torch.randperm(num_inputs, generator=generator).to(torch.int32) if draw(st.booleans()) else None
     return GroupedWeight(numbers, scales, minima, order, dtype=torch.bfloat16)

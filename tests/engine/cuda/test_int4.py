@@ -232,6 +232,18 @@ def test_a_checkpoint_answers_as_its_widened_numbers(
     assert 0 < _rms(ours, _logprobs(engines.widened, num_tokens)) < CLOSE / 2
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=engine_gpu)])
+def test_floats_of_4_bits_are_widened(tmp_path: Path, device: str) -> None:
+    stored, plain = write_pair(tmp_path, "compressed nvfp4")
+    with capture_logs() as logs:
+        found = _engine(stored)
+    assert _num_packed(found) == 0
+    assert [entry["widened"] for entry in logs if entry["event"] == "quantized_weights"] == [
+        7
+    ]  # one of eight is fused with a plain part
+    assert _rms(_logprobs(found, 40), _logprobs(_engine(plain, device="cpu", dtype="float32"), 40)) < CLOSE / 2
+
+
 @pytest.mark.parametrize("asked", ["int4", "int8"])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=engine_gpu)])
 def test_weights_rounded_at_load_answer_as_the_widened_ones(

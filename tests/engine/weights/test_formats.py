@@ -87,6 +87,7 @@ def test_log_probabilities_are_those_of_the_plain_weights(tmp_path: Path, name: 
     [
         *("compressed int8 channel", "compressed int4 packed", "compressed int8 asymmetric", "compressed fp8 block"),
         *("gptq 4 act-order", "gptq 4 whole rows", "gptq 8 asymmetric", "awq"),
+        *("modelopt nvfp4", "modelopt mixed", "compressed mxfp4"),
     ],
 )
 def test_in_bfloat16_rounded_inputs_stay_near(tmp_path: Path, name: str) -> None:
@@ -111,7 +112,7 @@ def test_blocks_of_gguf_are_read_as_its_own_package_reads_them(kind: str) -> Non
     rows, wanted = random_blocks(kind, np.random.default_rng(0), 6, 512)
     weight = unpack_blocks(kind, torch.from_numpy(rows), torch.float32)
     form = GGUF_KINDS[kind].form
-    assert (weight.bits, weight.group_size, weight.minima is not None) == form
+    assert (weight.bits, weight.group_size, weight.minima is not None) == (form.bits, form.group_size, form.has_minima)
     assert np.array_equal(weight.dequantized().numpy(), wanted)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvferry.common.errors import ConfigError
-from kvferry.engine.weights.grouped import GroupedWeight, join_nibbles, split_nibbles
+from kvferry.engine.weights.grouped import E2M1, GroupedWeight, join_nibbles, split_nibbles
 
 MATRIX = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
 SCHEMES = [
@@ -18,6 +18,10 @@ def _quantized(bits: int, group_size: int, *, symmetric: bool) -> GroupedWeight:
     return GroupedWeight.quantized(MATRIX, bits=bits, group_size=group_size, symmetric=symmetric)
 
 
+def _floats() -> GroupedWeight:
+    return GroupedWeight.quantized(MATRIX, bits=4, group_size=16, symmetric=True, is_e2m1=True)
+
+
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), SCHEMES)
 def test_each_number_is_the_nearest_of_its_group(bits: int, group_size: int, symmetric: bool) -> None:
     weight = _quantized(bits, group_size, symmetric=symmetric)
@@ -27,6 +31,41 @@ def test_each_number_is_the_nearest_of_its_group(bits: int, group_size: int, sym
     # A symmetrical group of 4 bits has -8 but no 8: what is as large as its largest, of the other sign, is a step off.
     steps = 1.0 if symmetric and bits == 4 else 0.5
     assert torch.all(error <= steps * weight.scales.abs() * 1.0001)
+
+
+def test_each_float_of_4_bits_is_the_nearest_of_its_group() -> None:
+    weight = _floats()
+    reach = MATRIX.view(24, -1, 16).abs().amax(2, keepdim=True)
+    every = torch.tensor(E2M1) * reach.unsqueeze(3) / 6  # what each number's group can hold
+    wanted = (every - MATRIX.view(24, -1, 16, 1)).abs().amin(3)
+    assert torch.allclose((weight.dequantized() - MATRIX).view(24, -1, 16).abs(), wanted, rtol=0, atol=1e-6)
+    zeros = GroupedWeight.quantized(torch.zeros(4, 128), bits=4, group_size=16, symmetric=True, is_e2m1=True)
+    assert not zeros.dequantized().any()
+
+
+def test_4_bits_mean_floats() -> None:
+    every = GroupedWeight(
+        torch.arange(256).to(torch.uint8).view(16, 16), torch.ones(16, 1), dtype=torch.float32, is_e2m1=True
+    )
+    pairs = every.dequantized().flatten().view(256, 2)
+    assert torch.equal(pairs, torch.tensor([[E2M1[byte & 15], E2M1[byte >> 4]] for byte in range(256)]))
+
+
+def test_floats_of_4_bits_are_twice_whole_numbers() -> None:
+    weight = _floats()
+    for has_minima in (False, True):
+        raised = weight.raised(8, 16, has_minima=has_minima)
+        assert raised.bits == 8 and not raised.is_e2m1
+        assert torch.equal(raised.dequantized(), weight.dequantized())
+    halves = [weight.narrow(1, start, 64).dequantized() for start in (0, 64)]
+    assert torch.equal(torch.cat(halves, 1), weight.dequantized())
+    nibbles = _quantized(4, 32, symmetric=True)
+    fused = GroupedWeight.empty(
+        48, 128, bits=8, group_size=16, has_minima=False, dtype=torch.float32, device=torch.device("cpu")
+    )
+    fused.put(slice(0, 24), weight)
+    fused.put(slice(24, 48), nibbles)
+    assert torch.equal(fused.dequantized(), torch.cat([weight.dequantized(), nibbles.dequantized()]))
 
 
 def test_zeros_stay_zeros() -> None:

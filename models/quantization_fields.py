@@ -1,0 +1,76 @@
+"""Fields that quantization tools have in common, and what is made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ..common.errors import ConfigError
+from .parts.config_fields import ConfigFields
+from .quantization import Quantization, Rule
+from .storage import Storage
+
+_MAX_REPEATS = 4  # of an expression: with each more the time it may take grows by the length of a module's name
+
+
+def named(fields: ConfigFields, storage: Storage, rules: list[Rule]) -> Quantization:
+    method, what = str(fields.raw["quant_method"]), kind_of(storage)
+    size = f" in groups of {storage.group_size}" if storage.group_size else ""
+    name = what if what == method else f"{method} {what}{size}"
+    return Quantization(name=name, method=method, rules=tuple(rules))
+
+
+def kind_of(storage: Storage) -> str:
+    if storage.layout == "float4":
+        return "mxfp4" if storage.kind == "mxfp4" else "nvfp4"
+    return "fp8" if storage.layout == "float8" else f"int{storage.bits}"
+
+
+def choice(fields: ConfigFields, key: str, default: str, known: tuple[str, ...]) -> str:
+    value = fields.raw.get(key)
+    value = default if value is None else value
+    if value not in known:
+        raise fields.refuse(key, f"is not supported; these are: {', '.join(known)}")
+    return str(value)
+
+
+def bits_of(fields: ConfigFields, key: str) -> int:
+    if (bits := fields.count(key)) not in (4, 8):
+        raise fields.refuse(key, "4 and 8 bits are supported")
+    return bits
+
+
+def group_size_of(fields: ConfigFields) -> int:
+    return 0 if fields.raw.get("group_size") == -1 else fields.count("group_size")
+
+
+def block_of(fields: ConfigFields, value: object) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(n, int) and n > 0 for n in value):
+        raise ConfigError(f"{fields.path}: quantization_config: {value!r} is no block: two whole numbers above 0")
+    return (value[0], value[1])
+
+
+def excluded_by(fields: ConfigFields, key: str) -> list[Rule]:
+    return [rule_of(fields, module, None) for module in flat(fields.raw.get(key))]
+
+
+def rule_of(fields: ConfigFields, target: str, storage: Storage | None) -> Rule:
+    """Make a rule. An expression is refused that cannot be read, or could take for ever: with repeats in a repeat."""
+    if target.startswith("re:"):
+        repeats = re.findall(r"(?<!\\)[*+{]", target)
+        try:
+            re.compile(target[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"{fields.path}: quantization_config: {target!r} is no expression: {error}") from error
+        if len(repeats) > _MAX_REPEATS or re.search(r"\)[*+{]", target):
+            raise ConfigError(f"{fields.path}: quantization_config: {target!r} is too intricate an expression")
+    return Rule(target, storage)
+
+
+def flat(value: object) -> Iterator[str]:
+    """Yield the texts of a list, or of lists in it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from flat(item)
