@@ -33,8 +33,8 @@ def not_in_native(
     has = {
         "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
         "experts in such a residual stream": is_sparse and family.norms != "before",
-        "layers of one block": bool(config.blocks),
-        "feed-forwards without a gate": family.mlp.gate is None,
+        "feed-forwards without a mixer before each": not _are_behind_mixers(config),
+        "experts over narrower rows": config.experts is not None and config.experts.narrowing is not None,
         "mixer and feed-forward side by side": family.norms == "shared",
         "norms that take a mean off": family.has_layer_norms,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
@@ -46,6 +46,12 @@ def not_in_native(
         "so small a turned part of heads": config.rope.fraction != 1.0 and turned % 16 != 0,
     }
     return [name for name, is_there in has.items() if is_there]
+
+
+def _are_behind_mixers(config: ModelConfig) -> bool:
+    """Tell whether each feed-forward has a mixer before it that no other has: C++ takes both as one layer."""
+    layers = range(config.num_layers)
+    return all(config.has_mixer(i) or (i > 0 and not config.has_feed_forward(i - 1)) for i in layers)
 
 
 def check_exact_states(lacking: Collection[str]) -> None:

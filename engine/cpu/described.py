@@ -92,7 +92,7 @@ class AttentionParts(ctypes.Structure):
 
 
 class MLPParts(ctypes.Structure):
-    """The C++ `GatedMlp`."""
+    """The C++ `Mlp`."""
 
     _fields_ = [("gate_up", LinearParts), ("down", LinearParts)]
 
@@ -149,7 +149,7 @@ class Model(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*SIZES, "page_bytes", "block_size", "has_int8_pages")),
         *((name, ctypes.c_int64) for name in ("rotary_dim", "has_neighbours", "norms_turned", "has_gates")),
-        *((name, ctypes.c_int64) for name in ("query_len", "has_gelu")),
+        *((name, ctypes.c_int64) for name in ("query_len", "activation", "is_gated")),
         *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
         ("query_beta", ctypes.c_double),
         *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor", "score_cap")),

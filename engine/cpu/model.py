@@ -2,9 +2,10 @@
 
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
-It has code for layers of `Attention`, gated or not, `LatentAttention` or what keeps a state (`GatedDeltaNet`, `Mamba`,
-`ShortConvolution`) and of `GatedMLP` or `SparseMLP`, stacked experts too, over plain weights in bfloat16 or float32 and
-over quantized ones (`packing.py`), each linear as it is; a model of other blocks is left to torch.
+It has code for `Attention`, gated or not, `LatentAttention` or what keeps a state (`GatedDeltaNet`, `Mamba`,
+`ShortConvolution`), and behind each `GatedMLP`, `PlainMLP` or `SparseMLP`, stacked experts too, or nothing, over plain
+weights in bfloat16 or float32 and over quantized ones (`packing.py`), each linear as it is; a model of other blocks is
+left to torch.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from torch import Tensor
 
 from ...common.config import CpuIsa
 from ...models.native import not_in_native
+from ...models.parts.activation import Activation
 from ..nn.adapters import AdapterSlots
-from ..nn.convolution import ShortConvolution
-from ..nn.decoder import Decoder, DecoderLayer
+from ..nn.decoder import Decoder
 from ..nn.delta_net import GatedDeltaNet
 from ..nn.experts import SharedGate, SparseMLP
-from ..nn.feed_forward import MLP, GatedMLP
+from ..nn.feed_forward import MLP
 from ..nn.latent import LatentAttention
 from ..nn.layers import Linear, RMSNorm
-from ..nn.mamba import Mamba
-from ..nn.mixer import Attention, GatedAttention
+from ..nn.mixer import Attention
 from ..nn.stacked_experts import StackedExpert
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight
 from . import states
 from .adapters import SlotMemory, StripAdapters, whole_strips
+from .blocks import Blocks, known_blocks, mlps_of
 from .build import load
 from .compiler import NativeUnavailable
 from .described import (
@@ -50,9 +51,7 @@ from .packing import Packer, address, check_known, two_apart
 
 _DTYPES = (torch.bfloat16, torch.float32)  # elements, of which a library knows one
 _SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
-_Mixer = Attention | LatentAttention | states.Stateful
-_Blocks = tuple[_Mixer, GatedMLP | SparseMLP]
-_MIXERS = (Attention, GatedAttention, LatentAttention, GatedDeltaNet, Mamba, ShortConvolution)
+_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu2")  # as the C++ `Activation` counts them
 
 
 class NativeModel:
@@ -66,7 +65,7 @@ class NativeModel:
         is_float32 = self.dtype == torch.float32
         self.expert_plan = decoder.expert_plan
         _check_parts(decoder, is_float32=is_float32)
-        blocks = [_known_blocks(layer) for layer in decoder.layers]
+        blocks = known_blocks(decoder.layers)
         linears = [linear for linear in decoder.linears() if not isinstance(linear, SharedGate)]  # read as they are
         weights = [check_known(linear, self.dtype) for linear in linears]
         self.comm = decoder.head.rows.comm
@@ -84,14 +83,13 @@ class NativeModel:
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.described = self._describe(decoder, blocks)
 
-    def _describe(self, decoder: Decoder, blocks: list[_Blocks]) -> Model:
+    def _describe(self, decoder: Decoder, blocks: list[Blocks]) -> Model:
         config = decoder.config
-        layers = (LayerParts * config.num_layers)()
-        parts = zip(decoder.layers, blocks, config.sliding_windows, layers, strict=True)
-        for layer, (mixer, feed_forward), window, target in parts:
-            for name in ("input_norm", "mixed_norm", "mlp_norm", "output_norm"):
-                setattr(target, name, _weight_of(getattr(layer, name)))
-            target.is_local = layer.is_local and config.local_rope is not None
+        layers = (LayerParts * len(blocks))()
+        for (mixer, feed_forward, (first, last), number), target in zip(blocks, layers, strict=True):
+            target.input_norm, target.mixed_norm = _weight_of(first.input_norm), _weight_of(first.mixed_norm)
+            target.mlp_norm, target.output_norm = _weight_of(last.mlp_norm), _weight_of(last.output_norm)
+            target.is_local = first.is_local and config.local_rope is not None
             if isinstance(mixer, LatentAttention):
                 target.attention.latents = ctypes.pointer(self._latents(mixer))
             elif isinstance(mixer, states.Stateful):
@@ -99,15 +97,15 @@ class NativeModel:
                 self._keep.append(state)
                 target.attention.state = ctypes.cast(ctypes.byref(state), ctypes.POINTER(StateParts))
             else:
-                self._describe_heads(mixer, target.attention, window or 0)
-            last = mixer.out_proj if isinstance(mixer, states.Stateful) else mixer.o_proj
-            target.attention.o = self._linear(last, last.sum_bias)
-            self._linears.append((last, target.attention.o))
-            if isinstance(feed_forward, GatedMLP):
+                self._describe_heads(mixer, target.attention, config.sliding_windows[number] or 0)
+            output = mixer.out_proj if isinstance(mixer, states.Stateful) else mixer.o_proj
+            target.attention.o = self._linear(output, output.sum_bias)
+            self._linears.append((output, target.attention.o))
+            if isinstance(feed_forward, MLP):
                 target.mlp = self._mlp(feed_forward)
                 gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
                 self._linears += [(gate_up, target.mlp.gate_up), (down, target.mlp.down)]
-            else:
+            elif feed_forward is not None:
                 target.experts = ctypes.pointer(self._experts(feed_forward))
         scale = 1.0 if config.score_scale is None else config.score_scale * config.head_dim**0.5
         model = Model(
@@ -117,7 +115,8 @@ class NativeModel:
             has_gates=config.family.has_attention_gates,
             query_len=config.rope.query_len,
             query_beta=config.rope.query_beta,
-            has_gelu=config.activation == "gelu_tanh",
+            activation=_ACTIVATIONS.index(config.activation),
+            is_gated=config.family.mlp.gate is not None,
             norm_eps=config.rms_norm_eps,
             norm_offset=config.family.norm_offset,
             rope_factor=decoder.rotary.attention_factor,
@@ -130,11 +129,12 @@ class NativeModel:
         if decoder.local_rotary is not None:
             model.local_rope_factor = decoder.local_rotary.attention_factor
             model.local_inv_freq = address(decoder.local_rotary.inv_freq)
-        for name in set(SIZES) - {"intermediate_size"}:
+        model.num_layers = len(blocks)
+        for name in set(SIZES) - {"num_layers", "intermediate_size"}:
             setattr(model, name, getattr(config, name) // (self.comm.size if name in _SPLIT else 1))
         if config.latent is not None:
             model.num_kv_heads = model.num_qo_heads
-        model.intermediate_size = max(mlp.num_inner for _, block in blocks for mlp in _mlps(block))
+        model.intermediate_size = max(mlp.num_inner for block in blocks for mlp in mlps_of(block.feed_forward))
         model.first_token, model.num_tokens = decoder.embedding.start, decoder.embedding.stop - decoder.embedding.start
         model.inv_freq = address(decoder.rotary.inv_freq)
         model.embedding = address(decoder.embedding.weight.plain)
@@ -277,20 +277,5 @@ def _check_parts(decoder: Decoder, *, is_float32: bool) -> None:
         raise NativeUnavailable(f"no C++ for {', '.join(missing)}")
 
 
-def _known_blocks(layer: DecoderLayer) -> _Blocks:
-    mixer, feed_forward = layer.mixer, layer.feed_forward
-    # A subclass computes something else.
-    if type(mixer) not in _MIXERS or type(feed_forward) not in (GatedMLP, SparseMLP):
-        raise NativeUnavailable(f"no C++ for layers of {type(mixer).__name__} and {type(feed_forward).__name__}")
-    assert isinstance(mixer, _Mixer) and isinstance(feed_forward, GatedMLP | SparseMLP)
-    return mixer, feed_forward
-
-
 def _weight_of(norm: RMSNorm | None) -> int | None:
     return None if norm is None else address(norm.weight)
-
-
-def _mlps(block: GatedMLP | SparseMLP) -> list[MLP | StackedExpert]:
-    if isinstance(block, GatedMLP):
-        return [block]
-    return [*block.experts, *([] if block.shared is None else [block.shared])]

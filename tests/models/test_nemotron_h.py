@@ -135,8 +135,12 @@ def test_what_chooses_experts_is_never_rounded() -> None:
 
 
 def test_what_c_has_no_code_for_is_named(tmp_path: Path) -> None:
-    missing = not_in_native(model_of(tmp_path, DENSE), None, is_float32=False)
-    assert {"layers of one block", "feed-forwards without a gate"} <= set(missing)
+    for name in (DENSE, SPARSE):
+        assert not not_in_native(model_of(tmp_path, name), None, is_float32=False)
+    narrow = model_of(tmp_path, SPARSE, moe_latent_size=64)
+    assert not_in_native(narrow, None, is_float32=False) == ["experts over narrower rows"]
+    in_turns = model_of(tmp_path, DENSE, **{PATTERN: "M--*", "num_hidden_layers": 4})
+    assert not_in_native(in_turns, None, is_float32=False) == ["feed-forwards without a mixer before each"]
 
 
 def test_a_layer_of_one_block_is_half_of_one(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ public:
             if (const StateLayer* w = layer.attention.state) {
                 for (const Linear& linear : {w->rows, w->rates}) use_large_pages(linear.weight, deadline);
             }
-            each_mlp(layer, [&](const GatedMlp& mlp) {
+            each_mlp(layer, [&](const Mlp& mlp) {
                 for (const Linear& w : {mlp.gate_up, mlp.down}) use_large_pages(w.weight, deadline);
             });
         }
@@ -106,6 +106,7 @@ public:
 private:
     template <class Job>
     static void each_mlp(const Layer& layer, Job job) {
+        if (layer.is_mixer_alone()) return;
         if (layer.experts == nullptr) return job(layer.mlp);
         for (long i = 0; i < layer.experts->count; i++) job(layer.experts->experts[i]);
         if (layer.experts->shared != nullptr) job(*layer.experts->shared);

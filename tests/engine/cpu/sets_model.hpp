@@ -26,7 +26,7 @@ constexpr long kHidden = 96, kHeads = 4, kKvHeads = 2, kVocab = 100, kLayers = 2
 class SmallModel {
 public:
     explicit SmallModel(const Shape& shape) : shape_(shape), random_(5), layers_(shape.states < 0 ? kLayers : kLayers + 1) {
-        const bool has_gates = shape.states == kDeltaNet;
+        const bool has_gates = shape.states == kDeltaNet, is_plain = shape.states == kMamba;
         const long d = shape.head_dim, num_q = has_gates ? 2 * kHeads : kHeads;
         for (Layer& layer : layers_) {
             layer = {};
@@ -38,7 +38,9 @@ public:
             const StateLayer* const state = layer.attention.state;
             const long mixed = state ? state->num_values : kHeads * (shape.has_latents ? kValue : d);
             layer.attention.o = linear(kHidden, mixed);
-            layer.mlp.gate_up = linear(2 * shape.inner, kHidden), layer.mlp.down = linear(kHidden, shape.inner);
+            if (is_plain && &layer == &layers_.front()) continue;  // a mixer alone
+            layer.mlp.gate_up = linear((is_plain ? 1 : 2) * shape.inner, kHidden);
+            layer.mlp.down = linear(kHidden, shape.inner);
             layer.attention.window = shape.window;
             if (!shape.has_extras) continue;
             layer.attention.q_norm = vector(d, 1.0f), layer.attention.k_norm = vector(d, 1.0f);
@@ -51,7 +53,8 @@ public:
         model_.hidden_size = kHidden, model_.intermediate_size = shape.inner;
         model_.num_qo_heads = kHeads, model_.num_kv_heads = kKvHeads, model_.head_dim = d, model_.vocab_size = kVocab;
         model_.page_bytes = 2 * kKvHeads * kBlock * token_bytes, model_.block_size = kBlock;
-        model_.has_int8_pages = shape.has_int8_pages, model_.rotary_dim = d, model_.has_gelu = shape.has_extras;
+        model_.has_int8_pages = shape.has_int8_pages, model_.rotary_dim = d, model_.is_gated = !is_plain;
+        model_.activation = is_plain ? kSquaredRelu : shape.has_extras ? kGeluTanh : kSilu;
         model_.norm_eps = 1e-6, model_.rope_factor = model_.local_rope_factor = 1.0;
         model_.embedding_factor = model_.added_factor = model_.query_factor = 1.0;
         model_.score_cap = shape.has_extras ? 30.0 : 0.0;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...transformers_checkpoints import write_state_models
+from ...transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, write_state_models
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 8,
@@ -53,11 +53,13 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybrid",
         _MAMBA | {"mamba_n_heads": 2, "mamba_d_head": 64, "mamba_d_state": 128},
     ),
+    "nemotron h": ("NemotronH", NEMOTRON_H),
 }
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5 moe": ("Qwen3_5MoeText", EXPERTS),
     "qwen3 next, some dense": ("Qwen3Next", EXPERTS | {"mlp_only_layers": [1], "num_hidden_layers": 5}),
     "lfm2 moe": ("Lfm2Moe", _CONVOLUTIONS | EXPERTS | {"num_dense_layers": 1}),
+    "nemotron h moe": ("NemotronH", NEMOTRON_H_MOE),
     "granite4 moe": ("GraniteMoeHybrid", _MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3}),
 }
 VARIANTS = DENSE | SPARSE

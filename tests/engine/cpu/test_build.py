@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "gemma2": ("gemma2", {"head_dim": 32}),
     "olmo2": ("olmo2", {}),
     "hunyuan": ("hunyuan_v1_dense", {}),
+    "arcee": ("arcee", {}),
     "olmo3": ("olmo3", {}),
     "yarn": (
         "qwen2",

@@ -29,6 +29,7 @@ ADAPTED = {  # matrices of each kind of layer
     "qwen3.5": _QWEN,
     "lfm2": ("in_proj", "out_proj", "q_proj", "w1"),
     "granite4": ("in_proj", "out_proj", "q_proj", "o_proj"),
+    "nemotron h": ("in_proj", "out_proj", "q_proj", "up_proj", "down_proj"),
 }
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "heads of keys": ("qwen3.5", {"linear_key_head_dim": 24}),

@@ -50,7 +50,7 @@ def test_every_set_computes_what_torch_computes(checkpoints: Path, variant: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variant", ["qwen3.5", "qwen3.5, a longer convolution", "qwen3 next, dense, a state behind all"]
+    "variant", ["qwen3.5", "qwen3.5, a longer convolution", "qwen3 next, dense, a state behind all", "nemotron h"]
 )
 def test_two_ranks_compute_what_one_computes(checkpoints: Path, variant: str) -> None:
     """A step of many tokens and of few, of which the last layer's state is left though nobody wants what it yields."""
@@ -68,7 +68,7 @@ def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, some dense", "lfm2 moe", "granite4 moe"])
+@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, some dense", "lfm2 moe", "granite4 moe", "nemotron h moe"])
 def test_whole_numbers_are_multiplied_as_such(checkpoints: Path, variant: str, quantization: str) -> None:
     engine = native_engine(checkpoints / variant, quantization=quantization)
     attention = _decoder(engine)._model.layers[0].attention

@@ -28,7 +28,7 @@ inline long expert_rows(const Model& m, const Strides& s) {
 
 // An expert's slots.
 struct Slots {
-    const GatedMlp* mlp;
+    const Mlp* mlp;
     long first, count;
 };
 

@@ -41,10 +41,10 @@ public:
         own.grouping.set(e, all.chosen.data(), all.shared.data(), factor, rows, adapters);
         if (e.taken != nullptr && mine.first == 0 && mine.last > 0) count_taken(e, all.chosen.data(), rows);
         add_gate_up(grouping, all, own, by);
-        if (adapters != nullptr) narrow(grouping, &GatedMlp::gate_up, all, own, by);
+        if (adapters != nullptr) narrow(grouping, &Mlp::gate_up, all, own, by);
         by.meet();
         for (const Slots& slots : grouping.parts) {
-            const long inner = slots.mlp->gate_up.weight.columns / 2;
+            const long inner = math_.inner_of(*slots.mlp);
             const Range vectors = by.part(padded(inner, kTileInputs) / 16);
             if (adapters != nullptr) adapt_gate_up(grouping, slots, vectors, all);
             math_.activate(e, all.gate_up.data() + slots.first * s_.gate_up, all.activated.data() + slots.first * s_.activated,
@@ -52,7 +52,7 @@ public:
         }
         by.meet();
         if (adapters != nullptr && has_adapted_down(grouping)) {
-            narrow(grouping, &GatedMlp::down, all, own, by);
+            narrow(grouping, &Mlp::down, all, own, by);
             by.meet();
         }
         for (const Slots& slots : grouping.parts) {  // a column's sums are one thread's: what experts add is added in order
@@ -93,7 +93,7 @@ private:
 
     // x A^T of slots that are shared out, of gate and up or of down.
     template <class By>
-    void narrow(const Grouping& grouping, Linear GatedMlp::*which, ExpertMemory& all, ExpertScratch& own,
+    void narrow(const Grouping& grouping, Linear Mlp::*which, ExpertMemory& all, ExpertScratch& own,
                 const By& by) const {
         const Range mine = by.part(long(grouping.row.size()));
         for (const Slots& slots : grouping.parts) {
@@ -102,7 +102,7 @@ private:
             const Slots some{slots.mlp, first, last - first};
             const Adapters* adapters = (slots.mlp->*which).adapters;
             if (!has_adapted(adapters, grouping.adapters_from(first), some.count)) continue;
-            Rows inputs = which == &GatedMlp::down
+            Rows inputs = which == &Mlp::down
                               ? Rows{all.activated.data() + first * s_.activated, s_.activated, some.count}
                               : gather(grouping, some, all, own);
             inputs.slots = grouping.adapters_from(first);

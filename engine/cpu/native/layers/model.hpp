@@ -92,8 +92,8 @@ struct Mamba : StateLayer {
     long steps_at() const { return num_values + num_convolved; }
 };
 
-// A layer is a mixer, attention over heads' keys and values or over latents or what keeps a state, and a gated MLP or experts
-// (engine/nn/blocks.py).
+// A layer is a mixer, attention over heads' keys and values or over latents or what keeps a state, and an MLP or experts, or
+// the mixer alone (engine/nn/blocks.py).
 struct AttentionBlock {
     Linear qkv, o;  // `o` is any mixer's last product
     const Element *q_norm, *k_norm;  // of each head; null: none
@@ -104,16 +104,18 @@ struct AttentionBlock {
     const StateLayer* state;       // in place of all but `o`, of its kind; null: none
 };
 
-struct GatedMlp {
-    Linear gate_up, down;
+enum Activation { kSilu, kGeluTanh, kSquaredRelu };
+
+struct Mlp {
+    Linear gate_up, down;  // the first of up alone where the model's have no gate
 };
 
 // What models/experts.py says of them.
 struct Experts {
     Linear gate;
     const float* score_bias;  // null: none
-    const GatedMlp* experts;  // this rank's, `count` of them, by their numbers
-    const GatedMlp* shared;   // null: none
+    const Mlp* experts;  // this rank's, `count` of them, by their numbers
+    const Mlp* shared;   // null: none
     const float* shared_gate;  // [hidden_size]: of the sigmoid that weighs the shared one; null: its weight is 1
     std::int64_t num_experts, num_chosen, count, num_groups, num_chosen_groups;
     std::int64_t is_sigmoid, is_normalised;
@@ -128,14 +130,16 @@ struct Layer {
     const Element *input_norm, *mixed_norm;  // before attention, and of what it adds; null: none
     AttentionBlock attention;
     const Element *mlp_norm, *output_norm;  // the same of the feed-forward
-    GatedMlp mlp;
+    Mlp mlp;
     std::int64_t is_local;  // positions turn by the local frequencies
-    const Experts* experts;  // in place of `mlp`; null: it is there
+    const Experts* experts;  // in place of `mlp`; null: it is there, or has no columns and is not
     char* pages;  // block 0's of this layer, [2, num_kv_heads] heads as in pages.hpp; the next is page_bytes further
+
+    bool is_mixer_alone() const { return experts == nullptr && mlp.down.weight.columns == 0; }
 };
 
 struct Model {
-    // intermediate_size: of the widest gated MLP, dense or an expert's. Of latents each query head counts as a KV head, and
+    // intermediate_size: of the widest MLP, dense or an expert's. Of latents each query head counts as a KV head, and
     // head_dim is the size of what is kept.
     std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
     std::int64_t page_bytes, block_size;
@@ -145,7 +149,7 @@ struct Model {
     std::int64_t norms_turned;                        // norms of heads come after their turn, not before it
     std::int64_t has_gates;                           // numbers behind each head's query gate what it attends to
     std::int64_t query_len;                           // positions after which queries grow: `Rotation::prepare`
-    std::int64_t has_gelu;                            // in place of silu
+    std::int64_t activation, is_gated;                // of MLPs; it is of a gate, which up is multiplied by, or of up
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
     double rope_factor, local_rope_factor;
     double query_beta;                                // 0: they do not grow

@@ -54,18 +54,22 @@ public:
     template <class By>
     void finish(const Layer& layer, float* x, const Rows& attended, Panel& own, Panel& common, By& by) const {
         add_block(x, attended, layer.attention.o, layer.mixed_norm, common, by);
+        if (layer.is_mixer_alone()) return;
         const Rows normed = normalize(x, attended.count, layer.mlp_norm, own, attended.slots);
         add_block(x, feed_forward(layer.mlp, normed, common, by), layer.mlp.down, layer.output_norm, common, by);
     }
 
     // All of it but the last product, whose inputs are returned.
     template <class By>
-    Rows feed_forward(const GatedMlp& mlp, const Rows& normed, Panel& common, By& by) const {
+    Rows feed_forward(const Mlp& mlp, const Rows& normed, Panel& common, By& by) const {
         const Linear& gate_up = mlp.gate_up;
-        const long inner = gate_up.weight.columns / 2;
+        const long inner = inner_of(mlp);
         const bool is_adapted = gate_up.adapters != nullptr && normed.slots != nullptr;
         if (!is_adapted && inner % kTileColumns == 0) {  // products of gate and up meet, and are never written
-            with_activation([&](auto act) { set_activated(common.activated.data(), normed, gate_up, by, act); });
+            with_activation([&](auto act) {
+                if (m_.is_gated) set_gated(common.activated.data(), normed, gate_up, by, act);
+                else set_activated(common.activated.data(), normed, gate_up, by, act);
+            });
         } else {
             set(common.gate_up.data(), s_.gate_up, normed, gate_up, by);
             adapt(common.gate_up.data(), s_.gate_up, normed, gate_up, common, by);
@@ -166,22 +170,43 @@ public:
         });
     }
 
-    // act(gate) * up of x W^T + bias, what `by` takes of it; a half of the columns is whole tiles
+    // act(x W^T + bias), what `by` takes of it; columns are whole tiles
     template <class By, class Function>
     void set_activated(Element* activated, const Rows& x, const Linear& w, By& by, Function act) const {
+        multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
+            for (int i = 0; i < kTileColumns; i += 16) {
+                store(activated + row * s_.activated + column + i,
+                      act(with_bias(sums + i, w.bias, column + i, w.weight.columns)));
+            }
+        });
+    }
+
+    // act(gate) * up of x W^T + bias, what `by` takes of it; a half of the columns is whole tiles
+    template <class By, class Function>
+    void set_gated(Element* activated, const Rows& x, const Linear& w, By& by, Function act) const {
         const long columns = w.weight.columns, inner = columns / 2;
         multiply_halves(x, w.weight, by, [&](long row, long column, const float* gate, const float* up) {
             for (int i = 0; i < kTileColumns; i += 16) {
                 const Vector gated = with_bias(gate + i, w.bias, column + i, columns);
                 store(activated + row * s_.activated + column + i,
-                      act(gated, with_bias(up + i, w.bias, inner + column + i, columns)));
+                      act(gated) * with_bias(up + i, w.bias, inner + column + i, columns));
             }
         });
     }
 
-    // act(gate) * up, `size` of them, with zeros to whole tiles: these vectors of each row
+    // act(gate) * up, or act(up), `size` of them, with zeros to whole tiles: these vectors of each row
     void activate(const float* gate_up, Element* activated, long size, long rows, Range vectors) const {
-        with_activation([&](auto act) { activate(gate_up, activated, size, rows, vectors, act); });
+        with_activation([&](auto act) {
+            if (m_.is_gated) {
+                activate(gate_up, activated, size, rows, vectors, [=](Vector gate, Vector up) { return act(gate) * up; });
+                return;
+            }
+            for (long row = 0; row < rows; row++) {
+                for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {
+                    store(activated + row * s_.activated + i, act(load(gate_up + row * s_.gate_up + i, lanes(size - i))));
+                }
+            }
+        });
     }
 
     // The same of experts, which may have an activation of their own.
@@ -203,12 +228,16 @@ public:
         }
     }
 
+    // A rank's inner columns.
+    long inner_of(const Mlp& mlp) const { return mlp.gate_up.weight.columns / (m_.is_gated ? 2 : 1); }
+
 private:
-    // Calls job(act) with act(gate, up), the model's.
+    // Calls job(act) with the model's activation.
     template <class Job>
     void with_activation(Job job) const {
-        if (m_.has_gelu) job([](Vector gate, Vector up) { return gelu_tanh(gate) * up; });
-        else job([](Vector gate, Vector up) { return silu(gate) * up; });
+        if (m_.activation == kGeluTanh) job([](Vector x) { return gelu_tanh(x); });
+        else if (m_.activation == kSquaredRelu) job([](Vector x) { return squared_relu(x); });
+        else job([](Vector x) { return silu(x); });
     }
 
     const Model m_;

@@ -128,6 +128,11 @@ inline Vector gelu_tanh(Vector x) {
     return x / (one + exp2(u * repeat(-2.0f * kLog2E)));
 }
 
+inline Vector squared_relu(Vector x) {
+    const Vector above = max(repeat(0.0f), x);  // NaN stays
+    return above * above;
+}
+
 inline Vector tanh(Vector x) {
     const Vector one = repeat(1.0f);
     return one - repeat(2.0f) / (one + exp2(x * repeat(2.0f * kLog2E)));

@@ -84,10 +84,12 @@ private:
         w_.model.sum_over_ranks(partial(0), size);
         threads_.run([&](Team::Member& by) {
             add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, by);
+            if (layer.is_mixer_alone()) return;
             by.meet();
             if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), 1.0f, rows, by, attended.slots);
             add_mlp(layer, x, attended, by);
         });
+        if (layer.is_mixer_alone()) return;
         w_.model.sum_over_ranks(partial(0), size);
         const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
         threads_.run([&](Team::Member& by) { add_sums(x, bias, layer.output_norm, rows, by); });
@@ -107,7 +109,7 @@ private:
 
     // This rank's part of mlp(norm(x)).
     void add_mlp(const Layer& layer, const float* x, const Rows& attended, Team::Member& by) {
-        const GatedMlp mlp{layer.mlp.gate_up, without_bias(layer.mlp.down)};
+        const Mlp mlp{layer.mlp.gate_up, without_bias(layer.mlp.down)};
         each_panel(attended.count, [&](long first, long count) {
             const Rows normed = w_.math.normalize(x + first * w_.strides.hidden, count, layer.mlp_norm, w_.own(by).panel,
                                                   attended.from(first, count).slots);

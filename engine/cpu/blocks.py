@@ -1,0 +1,57 @@
+"""The blocks of a decoder that C++ has code for, as it takes them: each mixer with the feed-forward behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..nn.convolution import ShortConvolution
+from ..nn.decoder import DecoderLayer
+from ..nn.delta_net import GatedDeltaNet
+from ..nn.experts import SparseMLP
+from ..nn.feed_forward import MLP, GatedMLP, PlainMLP
+from ..nn.latent import LatentAttention
+from ..nn.mamba import Mamba
+from ..nn.mixer import Attention, GatedAttention
+from ..nn.stacked_experts import StackedExpert
+from . import states
+from .compiler import NativeUnavailable
+
+Mixer = Attention | LatentAttention | states.Stateful
+FeedForward = GatedMLP | PlainMLP | SparseMLP
+_MIXERS = (Attention, GatedAttention, LatentAttention, GatedDeltaNet, Mamba, ShortConvolution)
+
+
+class Blocks(NamedTuple):
+    """A mixer and the feed-forward behind it, if one is, whether of one layer or of two: C++'s `Layer`."""
+
+    mixer: Mixer
+    feed_forward: FeedForward | None
+    layers: tuple[DecoderLayer, DecoderLayer]  # that of the mixer, and that of the feed-forward
+    number: int  # of the mixer's
+
+
+def known_blocks(layers: Sequence[DecoderLayer]) -> list[Blocks]:
+    """Pair mixers with the feed-forwards behind them. Raises NativeUnavailable for kinds that C++ does not know."""
+    blocks: list[Blocks] = []
+    for number, layer in enumerate(layers):
+        mixer, feed_forward = layer.mixer, layer.feed_forward
+        # A subclass computes something else.
+        if not {type(mixer), type(feed_forward)} <= {*_MIXERS, GatedMLP, PlainMLP, SparseMLP, type(None)}:
+            raise NativeUnavailable(f"no C++ for layers of {type(mixer).__name__} and {type(feed_forward).__name__}")
+        assert isinstance(mixer, Mixer | None) and isinstance(feed_forward, FeedForward | None)
+        if mixer is not None:
+            blocks.append(Blocks(mixer, feed_forward, (layer, layer), number))
+        elif blocks and blocks[-1].feed_forward is None:
+            before = blocks.pop()
+            blocks.append(before._replace(feed_forward=feed_forward, layers=(before.layers[0], layer)))
+        else:
+            raise NativeUnavailable("no C++ for feed-forwards without a mixer before each")
+    return blocks
+
+
+def mlps_of(block: FeedForward | None) -> list[MLP | StackedExpert]:
+    """Return its MLPs, dense or of experts and the shared one."""
+    if not isinstance(block, SparseMLP):
+        return [] if block is None else [block]
+    return [*block.experts, *([] if block.shared is None else [block.shared])]
