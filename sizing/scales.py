@@ -1,14 +1,14 @@
 """Bytes of a scale of quantized weights in a CPU's tiles (engine/cpu/factors.py).
 
-They are a byte where they are powers of 2, half precision where the file has it, a byte and a share of a float32 in
-GGUF's blocks of 256 inputs, else a float32.
+They are a byte where the file has them so, of floats of 4 bits, half precision where it has that, a byte and a share of
+a float32 in GGUF's blocks of 256 inputs, else a float32.
 """
 
 from __future__ import annotations
 
 from ..models.storage import Form, Storage
 
-_EXPONENT, _HALF, _FULL = 1.0, 2.0, 4.0
+_BYTE, _HALF, _FULL = 1.0, 2.0, 4.0
 _GGUF_SCALES = {"Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25}
 
 
@@ -18,7 +18,7 @@ def scale_bytes(storage: Storage | None, form: Form, *, is_short: bool) -> float
         return _FULL
     match storage.layout:
         case "float4":
-            return _EXPONENT if storage.kind == "mxfp4" and is_short else _FULL
+            return _BYTE if is_short else _FULL
         case "gguf":
             return _GGUF_SCALES.get(storage.kind, _HALF)
         case "plain":  # an eighth of a weight's own number has no more digits than that

@@ -101,6 +101,7 @@ void integers() {
     integer_products({4, 32, 4}, "int4");
     integer_products({4, 24, 2, true}, "int4 in halves with minima");
     integer_products({4, 32, 1, false, true}, "e2m1");
+    integer_products({4, 16, 1, false, true, 3}, "e2m1 over bases");
     integer_products({4, 32, 1, true, false, 3}, "int4 in bytes over bases");
 }
 

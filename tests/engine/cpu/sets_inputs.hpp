@@ -89,7 +89,8 @@ private:
         for (long i = 0; i < count; i++) {
             const float value = random.between(-0.2f, 0.2f) / float(1 << kind_.bits);
             const std::uint16_t half = std::uint16_t(0x2000 + (random.bits() & 0x83ff));  // about 2^-7, either sign
-            const std::uint8_t byte = kind_.is_e2m1 ? std::uint8_t(118 + random.bits() % 6) : std::uint8_t(random.bits());
+            std::uint8_t byte = std::uint8_t(random.bits());
+            if (kind_.is_e2m1) byte = std::uint8_t(kind_.span == 0 ? 118 + random.bits() % 6 : random.bits() % 127);
             if (factor_size == 4) std::memcpy(bytes.data() + 4 * i, &value, 4);
             if (factor_size == 2) std::memcpy(bytes.data() + 2 * i, &half, 2);
             if (factor_size == 1) bytes[i] = byte;

@@ -64,7 +64,9 @@ def weights(draw: st.DrawFn) -> GroupedWeight:
     if bits == 4 and draw(st.booleans()):
         exponents = torch.randint(-20, 20, (num_outputs, num_groups), generator=generator)
         powers = torch.ldexp(torch.ones(exponents.shape), exponents)
-        scales = powers if draw(st.booleans()) else factors()
+        floats = torch.randint(0, 127, (num_outputs, num_groups), generator=generator).to(torch.uint8)
+        of_bases = floats.view(torch.float8_e4m3fn).float() * torch.rand(num_outputs, 1, generator=generator)
+        scales = draw(st.sampled_from([powers, factors(), of_bases]))
         return GroupedWeight(numbers, scales, dtype=torch.bfloat16, is_e2m1=True)
     scales, minima = factors(), factors() if draw(st.booleans()) else None
     order = torch.randperm(num_inputs, generator=generator).to(torch.int32) if draw(st.booleans()) else None
@@ -177,6 +179,19 @@ def test_factors_are_halves_where_these_are_exact(library: ctypes.CDLL) -> None:
         packed = Packer(library, torch.bfloat16)(GroupedWeight(weight.numbers, scales, dtype=torch.bfloat16))
         sizes.append(packed.tiles.integers.contents.factor_size)
     assert sizes == [4, 2]
+
+
+def test_factors_of_floats_are_bytes_where_these_are_exact(library: ctypes.CDLL) -> None:
+    """Powers of 2 as MXFP4 has them, or what NVFP4 has: floats of 8 bits over a number for all of an output."""
+    numbers = torch.randint(0, 256, (130, 128)).to(torch.uint8)
+    floats = torch.randint(0, 127, (130, 16)).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    some = torch.rand(130, 1) * 0.01
+    sizes = []
+    for scales in (torch.full((130, 16), 0.125), floats * some, floats * 0.0007, floats + some):
+        weight = GroupedWeight(numbers, scales, dtype=torch.bfloat16, is_e2m1=True)
+        found = Packer(library, torch.bfloat16)(weight).tiles.integers.contents
+        sizes.append((found.factor_size, found.span))
+    assert sizes == [(1, 0), (1, 16), (1, 16), (4, 0)]
 
 
 def test_groups_that_there_are_no_products_for_are_left_to_torch() -> None:

@@ -40,6 +40,7 @@ struct Segment {
 struct Factors {
     const std::uint8_t *scales, *minima, *bases;  // null where there are none; bases: of scales, then of minima
     long size;                                    // bytes of a scale or minimum
+    bool are_floats;                              // of 8 bits, those that are multiplied by bases
 
     Vector scale(int vector) const { return read(scales, bases, vector); }
     Vector minimum(int vector) const { return read(minima, bases + 4 * kTileColumns, vector); }
@@ -49,7 +50,8 @@ private:
         if (size == 4) return load((const float*)factors + 16 * vector);
         if (size == 2) return load_halves(factors + 32 * vector);
         if (bases == nullptr) return load_powers(factors + 16 * vector);
-        return load_bytes_as_floats(factors + 16 * vector) * load((const float*)bases + 16 * vector);
+        const std::uint8_t* const bytes = factors + 16 * vector;
+        return (are_floats ? load_e4m3(bytes) : load_bytes_as_floats(bytes)) * load((const float*)bases + 16 * vector);
     }
 };
 
@@ -155,7 +157,7 @@ void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, con
     };
     std::fill_n(sums, ROWS * kTileColumns, 0.0f);
     Segment segment{x.numbers(row), x.starts(row), x.scales(row), x.stride(), x.segments()};
-    Group group{{nullptr, nullptr, nullptr, w.factor_size}, x.group_sums(row), w.groups(), true, true};
+    Group group{{nullptr, nullptr, nullptr, w.factor_size, w.is_e2m1 != 0}, x.group_sums(row), w.groups(), true, true};
     for (long index = 0; index < w.groups(); index++, group.sums++) {
         Factors& factors = group.factors;
         if (w.begins_span(index)) factors.bases = skip(w.bases_size());
@@ -181,7 +183,7 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
     const std::int8_t* inputs = x.numbers(0);
     const std::int32_t* start = x.starts(0);
     const float *by = x.scales(0), *group_sum = x.group_sums(0);
-    Factors factors{nullptr, nullptr, nullptr, w.factor_size};
+    Factors factors{nullptr, nullptr, nullptr, w.factor_size, w.is_e2m1 != 0};
     const auto skip = [&](long size) {
         for (long at = 0; at < size; at += 64) fetch(tile + kBytesAhead<NUMBERS> + at, 1, true);
         tile += size;

@@ -10,7 +10,7 @@
 //
 // Scales and minima are float32 or, where that says exactly the same, half precision, or a byte: so many times a base
 // that some groups share. These bases, 64 float32 for scales and 64 for minima, stand before the first of such groups.
-// A byte without bases is the exponent of a power of 2, with 127 added.
+// A byte without bases is the exponent of a power of 2, with 127 added; of e2m1 one with a base is an e4m3 from 0 on.
 //
 // What is added to numbers makes bytes unsigned; it is taken away again by the sum of a group's inputs. Padding is
 // zeros: columns to 64, a group to 8 inputs.

@@ -80,6 +80,10 @@ inline Vector load_powers(const std::uint8_t* source) {  // of 2, their exponent
     const __m512i exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)source));
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponents, 23));
 }
+inline Vector load_e4m3(const std::uint8_t* source) {  // without a sign: a float32's exponent counts from 120 less
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)source));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bytes, 20)) * repeat(0x1p120f);
+}
 inline Bytes twice_e2m1(Bytes nibbles) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(e2m1_table()), nibbles); }
 
 // Whole numbers that are within int8.
@@ -199,6 +203,11 @@ inline Vector load_powers(const std::uint8_t* source) {
     const __m128i bytes = _mm_loadu_si128((const __m128i*)source);
     const auto power = [](__m128i eight) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 23)); };
     return {power(bytes), power(_mm_srli_si128(bytes, 8))};
+}
+inline Vector load_e4m3(const std::uint8_t* source) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)source);
+    const auto part = [](__m128i eight) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 20)); };
+    return Vector{part(bytes), part(_mm_srli_si128(bytes, 8))} * repeat(0x1p120f);
 }
 inline Bytes twice_e2m1(Bytes nibbles) {
     const __m256i table = _mm256_broadcastsi128_si256(e2m1_table());

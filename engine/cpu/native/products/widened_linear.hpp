@@ -18,7 +18,7 @@ inline void widen_four(Bytes bytes, Vector scale, Vector offset, Element* target
 // A tile as tiles.hpp has it, to w.inputs * 64 elements.
 template <Numbers NUMBERS>
 void widen(const IntegerTiles& w, const std::uint8_t* tile, Element* target) {
-    Factors factors{nullptr, nullptr, nullptr, w.factor_size};
+    Factors factors{nullptr, nullptr, nullptr, w.factor_size, w.is_e2m1 != 0};
     for (long group = 0; group < w.groups(); group++) {
         if (w.begins_span(group)) factors.bases = tile, tile += w.bases_size();
         factors.scales = tile, tile += w.factors_size();

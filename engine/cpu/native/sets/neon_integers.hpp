@@ -109,6 +109,11 @@ inline Vector load_powers(const std::uint8_t* source) {  // of 2, their exponent
     };
     return {{four(0), four(1)}, {four(2), four(3)}};
 }
+inline Vector load_e4m3(const std::uint8_t* source) {  // without a sign: a float32's exponent counts from 120 less
+    const Bytes bytes = in_words(vld1q_u8(source));
+    const auto four = [&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(bytes.part[i]), 20)); };
+    return Vector{{four(0), four(1)}, {four(2), four(3)}} * repeat(0x1p120f);
+}
 // By what 4 bits of e2m1 are: twice what they mean, and 12 more.
 inline Bytes twice_e2m1(Bytes nibbles) {
     const uint8x16_t table = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
