@@ -8,7 +8,7 @@ from ...common.request import FinishReason
 from ..turns.definitions import ToolUse
 from ..turns.dialect import Dialect
 from ..turns.reasoning import ReasoningCounter
-from ..turns.turn import TurnDelta, TurnReader, call_id
+from ..turns.turn import TurnDelta, TurnReader, WholeCharacters, call_id
 from .answer import Answer
 from .choice import TextPiece
 
@@ -50,13 +50,17 @@ class ChatTurns:
         self._answer = answer
         self._options = options
         self._readers = [options.reader() for _ in answer.choices]
+        self._characters = [WholeCharacters() for _ in answer.choices]
         self.is_plain = self._readers[0].is_plain
 
     def read(self, index: int, piece: TextPiece) -> TurnDelta:
         """Return what the piece adds to the choice's turn."""
-        turn = self._readers[index].push(piece.text, is_final=piece.finish is not None)
+        is_final = piece.finish is not None
+        turn = self._readers[index].push(piece.text, is_final=is_final)
         if not self._options.shows_reasoning:
             turn.forget_thoughts()
+        if not self.is_plain:
+            turn.parts = self._characters[index].push(turn.parts, is_final=is_final)
         return turn
 
     def is_beside_text(self, index: int) -> bool:

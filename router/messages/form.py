@@ -16,7 +16,6 @@ from ..api.events import EventFormat
 from ..api.form import FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, Blocks
-from .arguments import Arguments
 from .full import FULL, full_context
 from .translate import NO_THREADS, input_of
 
@@ -68,7 +67,6 @@ class MessageForm:
         self._context = context
         self._turns = turns
         self._blocks = Blocks()
-        self._arguments = Arguments()  # of the call that is told
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Fields]:
         events: list[Fields] = []
@@ -123,17 +121,15 @@ class MessageForm:
             case "begin", "reasoning":
                 content = {"type": "thinking", "thinking": "", "signature": ""}
             case "begin", _:
-                self._arguments = Arguments()
                 content = {"type": "tool_use", "id": self._call_id(block), "name": block.name, "input": {}}
             case "grow", "text":
                 return [_delta(block, {"type": "text_delta", "text": change.text})]
             case "grow", "reasoning":
                 return [_delta(block, {"type": "thinking_delta", "thinking": change.text})]
             case "grow", _:
-                return _told(block, self._arguments.push(change.text))
+                return [_delta(block, {"type": "input_json_delta", "partial_json": change.text})]
             case _:
-                rest = self._arguments.end() if block.kind == "call" else ""
-                return [*_told(block, rest), {"type": "content_block_stop", "index": block.index}]
+                return [{"type": "content_block_stop", "index": block.index}]
         return [{"type": "content_block_start", "index": block.index, "content_block": content}]
 
     def _call_id(self, block: Block) -> str:
@@ -160,10 +156,6 @@ class MessageForm:
             "cache_read_input_tokens": num_cached,
             "output_tokens": usage.completion_tokens,
         }
-
-
-def _told(block: Block, arguments: str) -> list[Fields]:
-    return [_delta(block, {"type": "input_json_delta", "partial_json": arguments})] if arguments else []
 
 
 def _delta(block: Block, delta: Fields) -> Fields:

@@ -196,10 +196,7 @@ def _thinking(thinking: object, ignored: list[str] | None) -> str:
 
 
 def input_of(arguments: str) -> msgspec.Raw:
-    """Return a call's arguments as the object that clients expect; what is none stands in one field.
-
-    Of half a surrogate pair, which no client could send back, a question mark is left.
-    """
+    """Return a call's arguments as the object that clients expect; what is none stands in one field."""
     found = loads(arguments)
     shown = found if isinstance(found, dict) else {"arguments": arguments}
-    return msgspec.Raw(json.dumps(shown, ensure_ascii=False).encode("utf-8", "replace"))
+    return msgspec.Raw(json.dumps(shown, ensure_ascii=False).encode())

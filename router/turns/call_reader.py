@@ -1,18 +1,33 @@
-"""One choice's text on its way to content and calls, as a stream tells them.
+r"""One choice's text on its way to content and calls, as a stream tells them.
 
     text ─> content (as it comes) │ a segment of calls ─> name, pieces of arguments │ content ...
 
 A segment is read anew from its beginning at each piece, and the difference to what was told is told. So the pieces
 joined are the same for every way to cut the text. White space before a call, and between the last call and the end,
 belongs to the calls' form and is left out; all other text is told.
+
+Arguments are told by whole characters, since some clients parse each beginning of them, and no half of one is told,
+which strict parsers refuse:
+
+    \ud83d ─> held back ─> \ud83d\ude00       a character, in one piece
+                        └> ?                   half of one
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .syntax import Call, Progress, Segment, Syntax
+
+_HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_OPEN = r"\\(?:u[0-9a-fA-F]{0,3})?\Z"  # an escape that may go on
+# What no later piece changes. Possessive: one pass.
+_SETTLED = re.compile(
+    rf"(?:[^\\]++|{_HIGH}{_LOW}|{_HIGH}(?!\Z|{_OPEN})|(?!{_HIGH}|{_OPEN})\\(?:u[0-9a-fA-F]{{4}}|.))*+", re.DOTALL
+)
+_ESCAPE = re.compile(rf"{_HIGH}{_LOW}|({_HIGH}|{_LOW})|\\.", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -147,6 +162,30 @@ def read_calls(text: str, syntax: Syntax) -> tuple[str, Sequence[Call]]:
     """Return a whole text's content and calls."""
     delta = CallReader(syntax).push(text, is_final=True)
     return delta.content, joined_calls(delta.calls)
+
+
+class Arguments:
+    """The arguments of one call, on their way to the client."""
+
+    def __init__(self) -> None:
+        self._held = ""  # begins at an escape
+
+    def push(self, text: str) -> str:
+        """Take more of them, and return what can be told."""
+        text = self._held + text
+        settled = _SETTLED.match(text)
+        assert settled is not None
+        self._held = text[settled.end() :]
+        return _mended(settled[0])
+
+    def end(self) -> str:
+        """Return what was held back."""
+        rest, self._held = self._held, ""
+        return _mended(rest)
+
+
+def _mended(text: str) -> str:
+    return _ESCAPE.sub(lambda found: "?" if found[1] else found[0], text)
 
 
 def joined_calls(pieces: Sequence[CallPiece]) -> list[Call]:

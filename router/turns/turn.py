@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .call_reader import CallPiece, CallReader
+from .call_reader import Arguments, CallPiece, CallReader
 from .reasoning import DraftReader, ReasoningReader
 
 _ID_CHARS = 24
@@ -144,6 +144,33 @@ class TaggedReader:
         if isinstance(part, str):
             return not self._has_calls_alone  # else it is cut within a call that nobody could read
         return part.index == 0 or not self._has_one_call
+
+
+class WholeCharacters:
+    """Keeps one choice's arguments to whole characters, whatever form its calls have (call_reader.py)."""
+
+    def __init__(self) -> None:
+        self._arguments = Arguments()  # of the last call
+        self._index: int | None = None  # of that call
+
+    def push(self, parts: Sequence[Part], *, is_final: bool) -> list[Part]:
+        """Return the parts as they are told; what a call holds back is told before what comes behind the call."""
+        told: list[Part] = []
+        for part in parts:
+            if not isinstance(part, CallPiece):
+                told += [*self._end(), part]
+                continue
+            if part.index != self._index:
+                told += self._end()
+                self._index = part.index
+            arguments = self._arguments.push(part.arguments)
+            if arguments or part.name is not None:
+                told.append(CallPiece(part.index, part.name, arguments))
+        return [*told, *self._end()] if is_final else told
+
+    def _end(self) -> list[Part]:
+        rest = self._arguments.end()
+        return [CallPiece(self._index, None, rest)] if rest and self._index is not None else []
 
 
 def call_id(seed: int, prompt_token_ids: Sequence[int], choice: int, index: int, *, is_short: bool = False) -> str:

@@ -74,6 +74,16 @@ async def _streamed(served: Served, **fields: Any) -> tuple[dict[str, Any], list
     return message, deltas
 
 
+@pytest.mark.parametrize("end", ['"}}\n</tool_call>', '"}}\n</tool_call>\nSo.', ""])
+async def test_half_a_surrogate_pair_in_arguments_is_a_question_mark_and_strict_parsers_read_them(end: str) -> None:
+    text = CALL.replace(r'a\"b"}}' + "\n</tool_call>", r"\ud83d\ude00 \ud83d" + end)
+    message, deltas = await _streamed(_served(text))
+    whole = (await _whole(_served(text)))["message"]
+    told = message["calls"][0]["function"]["arguments"]
+    assert told == whole["tool_calls"][0]["function"]["arguments"] == '{"query": "\\ud83d\\ude00 ?' + end[:2]
+    assert r"\ud83d\ude00" in [delta["function"]["arguments"] for delta in deltas]
+
+
 async def test_an_answer_with_calls_has_openais_shape() -> None:
     choice = await _whole(_served(TWO_CALLS))
     assert choice["finish_reason"] == "tool_calls"

@@ -145,3 +145,12 @@ def test_parts_that_are_told_together_stand_on_lines_of_their_own() -> None:
         {"type": "function_call_output", "call_id": "a", "output": parts},
     ]
     assert [each.message["content"] for each in input_messages(items)] == ["one\ntwo", "Looking.", "one\ntwo"]
+
+
+async def test_half_a_surrogate_pair_in_arguments_is_a_question_mark() -> None:
+    call = CALL.replace("mcp__notes__read", "read").replace("7", r'"\ud83d."')
+    events = typed_events((await _post(_served(call), tools=[FUNCTION], stream=True)).text)
+    kind = "response.function_call_arguments"
+    told = "".join(event["delta"] for event in events if event["type"] == f"{kind}.delta")
+    (done,) = [event for event in events if event["type"] == f"{kind}.done"]
+    assert told == done["arguments"] == '{"id": "?."}'
