@@ -101,7 +101,8 @@ class SpecialText:
 
     def encode(self, text: str, hidden: Mapping[str, str], add_special_tokens: bool) -> list[int]:
         """Return a rendered text's ids: special tokens that stand in it are the template's, hidden ones are text."""
-        marked = self._spelled.sub(lambda found: self._marks[found[0]], text)
+        is_plain = self._backend.encode_special_tokens  # a model that takes none from a text, the template's neither
+        marked = text if is_plain else self._spelled.sub(lambda found: self._marks[found[0]], text)
         (encoding,) = self._plain.encode_batch_fast([self.shown(marked, hidden)], add_special_tokens=add_special_tokens)
         return [self._ids.get(token_id, token_id) for token_id in encoding.ids]
 

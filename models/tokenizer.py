@@ -19,7 +19,7 @@ from .chat_template import ChatTemplate, load_chat_template
 from .files import check_no_code, read_json
 from .special_text import SpecialText
 from .token_bytes import DecoderRules
-from .tokenizer_files import add_tokens, load_backend, read_special_tokens
+from .tokenizer_files import add_tokens, load_backend, read_special_tokens, splits_special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -67,6 +67,7 @@ class Tokenizer:
         config = read_json(path / "tokenizer_config.json", default={})
         special_tokens = read_special_tokens(path, config)
         add_tokens(backend, config, special_tokens)
+        backend.encode_special_tokens = splits_special_tokens(path, config)  # that is: as text
         return cls(
             backend,
             decoder,

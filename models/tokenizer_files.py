@@ -69,6 +69,17 @@ def read_special_tokens(path: Path, config: Mapping[str, object]) -> dict[str, s
     return found
 
 
+def splits_special_tokens(path: Path, config: Mapping[str, object]) -> bool:
+    """Tell whether special tokens that a text spells are text, those of a chat template too, as `transformers` has it.
+
+    Raises ConfigError.
+    """
+    told = config.get("split_special_tokens", False)
+    if not isinstance(told, bool):
+        raise ConfigError(f"{path / 'tokenizer_config.json'}: split_special_tokens = {told!r} must be true or false")
+    return told
+
+
 def add_tokens(backend: Backend, config: Mapping[str, object], roles: Mapping[str, str]) -> None:
     """Let `backend` find what tokenizer_config.json (`config`) calls added tokens, and those that begin and end texts.
 

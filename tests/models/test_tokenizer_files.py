@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvferry.common.errors import ConfigError
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.models.tokenizer_files import read_end_tokens
 
@@ -72,6 +73,27 @@ def test_texts_have_the_tokens_that_they_have_in_transformers(
     assert ids == theirs(TEXT)["input_ids"] and ours.eos_token_id in ids
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert read_end_tokens(path) == [ours.eos_token_id]
+
+
+def test_special_tokens_of_texts_are_split_where_the_model_says_so_as_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = _write(tmp_path, _as_it_is, {"split_special_tokens": True})
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    auto: Any = AutoTokenizer
+    ours = Tokenizer.from_dir(path)
+    ids = ours.encode(TEXT)
+    assert ids == auto.from_pretrained(path)(TEXT)["input_ids"] and ours.eos_token_id not in ids
+    special = ours.special_text()
+    [message], hidden = special.hide([{"content": EOS}])
+    assert special.encode(f"{EOS} {message['content']}", hidden, False) == ours.encode(f"{EOS} {EOS}", False)
+
+
+@pytest.mark.parametrize("told", [None, "yes", 1])
+def test_a_split_that_is_neither_true_nor_false_is_refused(tmp_path: Path, told: object) -> None:
+    path = _write(tmp_path, _as_it_is, {"split_special_tokens": told})
+    with pytest.raises(ConfigError, match=f"split_special_tokens = {told!r} must be true or false"):
+        Tokenizer.from_dir(path)
 
 
 def test_no_token_gets_another_id_than_it_is_told_with(tmp_path: Path) -> None:
