@@ -82,6 +82,13 @@ class Opens:
         for session, message in held.values():
             self.open(session, message, regions, draining)
 
+    def end_held(self, grant_id: GrantId, open_id: int) -> None:
+        """Answer a held open that has been closed: new agents change nothing for it, and its router waits."""
+        session, message = self._held.get(grant_id, ("", None))
+        if message is not None and message.open_id == open_id:
+            del self._held[grant_id]
+            self.open(session, message, (), draining=False)  # refused: it is among those that are over
+
     def drop_held(self, session: str) -> None:
         """Drop the opens of a session whose prefill worker no longer hears an answer."""
         self._held = {key: value for key, value in self._held.items() if value[0] != session}

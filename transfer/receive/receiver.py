@@ -127,6 +127,7 @@ class KVReceiver:
         self._writer_ends = WriterEnds(
             reservations=self.reservations,
             endings=self.endings,
+            opens=self.opens,
             clock=clock,
             counters=self.counters,
             config=config,
@@ -212,7 +213,6 @@ class KVReceiver:
 
     def on_session_lost(self, session: str) -> None:
         """A prefill worker's connection ended. Its word may have been lost with it, its writes may not."""
-        self.opens.drop_held(session)
         self._writer_ends.on_session_lost(session)
 
     def on_arrived(self, decode_rank: int, message: KVArrived, verdict: Verdict = Verdict.UNCHECKED) -> None:

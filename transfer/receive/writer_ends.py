@@ -3,7 +3,8 @@
 KVClosed of a source rank         doomed; clean: that rank writes no more
 connection lost, process dead     doomed: its word may be lost, what it wrote may not
 lease over                        doomed: a lease that runs out never frees
-grant that nobody opened          free at once: nobody may write
+grant that nobody opened, or      free at once: nobody may write
+whose open is held and closed
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ...common.config import TransferConfig
 from ...wire.fields import Message
 from ...wire.handoff import KVClosed, KVDone
 from .endings import Counters, Endings
+from .opens import Opens
 from .reservation import Reservation, ReservationState, Writer
 from .reservations import Reservations
 
@@ -29,6 +31,7 @@ class WriterEnds:
         *,
         reservations: Reservations,
         endings: Endings,
+        opens: Opens,
         clock: Clock,
         counters: Counters,
         config: TransferConfig,
@@ -36,6 +39,7 @@ class WriterEnds:
     ) -> None:
         self._reservations = reservations
         self._endings = endings
+        self._opens = opens
         self._clock = clock
         self._counters = counters
         self._config = config
@@ -51,6 +55,7 @@ class WriterEnds:
             # It is told until somebody answers. Its KVOpen may be held, or come late.
             self._reservations.remember_open(message.open_id, session)
             self._to_peer(session, KVDone(grant_id=message.grant_id, open_id=message.open_id))
+            self._opens.end_held(message.grant_id, message.open_id)
             return
         if message.source_rank >= writer.tp_size:
             self._counters.stale_messages += 1
@@ -70,6 +75,7 @@ class WriterEnds:
 
     def on_session_lost(self, session: str) -> None:
         """Doom what was opened over a connection that has ended."""
+        self._opens.drop_held(session)
         for reservation in self._reservations.in_state(ReservationState.OPEN):
             if reservation.writer and reservation.writer.session == session:
                 self._endings.doom(reservation, f"connection to {reservation.writer.worker_id} lost", "peer")

@@ -99,6 +99,30 @@ def test_a_writer_that_asks_again_waits_for_a_rotation_and_not_for_its_quarantin
     assert host.rotations == [1] and only(host.said_to_peer(), KVRefused).reason == "fenced_peer"
 
 
+def test_a_held_open_that_is_closed_frees_its_grant_and_tells_its_router_at_once(host: Host) -> None:
+    host.left("a")
+    host.wait(10.1)
+    grant = host.grant("b", first=100)
+    open_id = host.open(grant)
+    assert host.rotations == [1] and not any(isinstance(said, KVRefused) for said in host.said_to_peer())
+    host.close(grant, open_id + 1)
+    assert host.said_to_router() == []
+    host.close(grant, open_id)
+    failed = only(host.said_to_router(), HandoffFailed)
+    assert (failed.request_id, failed.blame) == ("b", "refused")
+    assert host.finish_rotation() == 3 and host.holds_nothing()
+    assert host.said_to_router() == []
+
+
+def test_a_held_open_that_is_none_of_the_grants_ends_no_grant_when_it_is_closed(host: Host) -> None:
+    host.left("a")
+    host.wait(10.1)
+    grant = host.grant("b", first=100)
+    open_id = host.open(grant, change={"mac": b"x" * 32})
+    host.close(grant, open_id)
+    assert host.said_to_router() == [] and host.receiver.reservations.num_granted_blocks == 3
+
+
 def test_a_writer_of_this_host_is_not_fenced_while_it_lives(host: Host) -> None:
     host.left("a", here=True)
     host.left("b", incarnation=8)
