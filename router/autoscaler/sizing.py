@@ -21,7 +21,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from ..state.objectives import Objectives
+from ..state.objectives import Objectives, filled_step_s
 from .scale_types import AnswerLengths, StepTimes, WorkerLimits
 
 MOST_WORKERS = 4096  # where the search for a number ends
@@ -123,7 +123,7 @@ class DecodeLoad:
     mean_square_held: float
     times: StepTimes
     limits: WorkerLimits
-    tpot_s: float  # the strictest, as answers of all classes share steps
+    longest_step_s: float  # by the strictest objective, as answers of all classes share steps
 
     @classmethod
     def from_answers(
@@ -137,7 +137,8 @@ class DecodeLoad:
         classes = {a.objectives for a in answers if a.num_output_tokens}
         wanted = min((_tpot_s(own, objectives) for own in classes), default=_DEFAULT_TPOT_S)
         possible = _LEAST_STRETCH * times.decode_step_s(1, round(held / max(1, num_outputs)))
-        return cls(num_outputs / count, held / count, squares / count, times, limits, max(wanted, possible))
+        longest_s = max(filled_step_s(wanted), possible)
+        return cls(num_outputs / count, held / count, squares / count, times, limits, longest_s)
 
     def fits(self, rate: float, num_workers: int, target: float) -> bool:
         """Return whether a step keeps the objective, and the KV fits the cache, in all but 1 - `target` of the time."""
@@ -145,7 +146,7 @@ class DecodeLoad:
         for _ in range(_ROUNDS):
             rows, context = rate * self.mean_output * step_s, rate * self.mean_held * step_s
             slower_s = self._step_s(rows / num_workers, context / num_workers)
-            if slower_s > self.tpot_s:
+            if slower_s > self.longest_step_s:
                 return False
             if slower_s - step_s < _TOLERANCE * step_s:
                 break
@@ -158,7 +159,7 @@ class DecodeLoad:
             return False
         sigmas = NormalDist().inv_cdf(target)
         rows, context = rows + sigmas * row_sigma, context + sigmas * context_sigma
-        return self._step_s(rows / num_workers, context / num_workers) <= self.tpot_s
+        return self._step_s(rows / num_workers, context / num_workers) <= self.longest_step_s
 
     def _step_s(self, rows: float, context: float) -> float:
         return self.times.decode_step_s(max(1, math.ceil(rows)), math.ceil(context))

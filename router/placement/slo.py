@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 
 from ..state.demand import Demand, Lack, Placement, Prediction, Reason, Wait
+from ..state.objectives import filled_step_s
 from ..state.predictor import Predictor, distance
 from ..state.views import PoolView, Rank, WorkerView
 from .embedders import embedders
@@ -41,7 +42,6 @@ from .slo_estimates import WORK, SloCandidate, SloEstimates
 _NEAR = 6  # workers of each pool looked at, beside holders; more find better pairs, and each placement takes longer
 _MAX_HOLDERS = 3  # workers looked at because they hold most of the prompt; with fewer, busy ones hide a cache
 _BEST_PREFILLS = 4  # prefill workers tried with every decode worker; with fewer, one that is near may be missed
-_TPOT_MARGIN = 0.92  # share of the objective up to which a step is filled; above it noise breaks the pace of streams
 _PATIENCE = 3.0  # TTFT objectives that a request waits for room in the streams' pace; after that it breaks the pace
 _DEFAULT_PATIENCE_S = 10.0  # seconds that a request without an objective waits for room in the streams' pace
 _NOBODY: Rank = (0.0, 0, 0, 0)
@@ -208,7 +208,7 @@ class SloPolicy:
         if self._comes_late(one, demand) or self._breaks_others_pace(one, demand):
             return 2
         own_s = demand.objectives.tpot_s
-        return int(own_s is not None and one.tpot_s > _TPOT_MARGIN * own_s)
+        return int(own_s is not None and one.tpot_s > filled_step_s(own_s))
 
     def _comes_late(self, one: SloCandidate, demand: Demand) -> bool:
         """Return whether its first token would come late, and need not."""
@@ -224,8 +224,8 @@ class SloPolicy:
             return False
         # What not even a stream alone would keep binds nobody else.
         alone_s = self._estimates.alone_s(one.decode)
-        limit_s = min((limit_s for limit_s in limits if alone_s <= _TPOT_MARGIN * limit_s), default=math.inf)
-        return one.tpot_s > _TPOT_MARGIN * limit_s
+        limit_s = min((limit_s for limit_s in limits if alone_s <= filled_step_s(limit_s)), default=math.inf)
+        return one.tpot_s > filled_step_s(limit_s)
 
     def _is_better_off_waiting(self, one: SloCandidate, demand: Demand) -> bool:
         """Streams would lose their pace, and the request has time, or had its chance: it does not wait for ever."""

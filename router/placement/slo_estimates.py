@@ -96,13 +96,14 @@ class SloEstimates:
         predictor = self._predictor
         num_bytes = _block_bytes(demand.num_prompt_tokens - cached_tokens(decode, demand), decode)
         # The first token does not wait for the transfer, the second does.
+        num_later = max(0, demand.expected_output - 1)
         exposed_s = predictor.exposed_s(path, num_bytes, prefill_s) + max(0.0, _load_s(decode, demand) - prefill_s)
         return SloCandidate(
             prefill=prefill,
             decode=decode,
             ttft_s=predictor.first_token_s(Way.HANDOFF, prefill_s, estimate.wait_s),
             bare_s=prefill_s,
-            tpot_s=tpot_s + exposed_s / max(1, demand.expected_output),
+            tpot_s=tpot_s + (exposed_s / num_later if num_later else 0.0),
             prefill_s=prefill_s,
             wait_s=estimate.wait_s,
             cached_tokens=cached_tokens(prefill, demand) + (fetch.tokens if fetch is not None else 0),

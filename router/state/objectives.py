@@ -10,9 +10,23 @@ from dataclasses import dataclass
 
 from ...common.request import BACKGROUND_PRIORITY, DEFAULT_CLASS
 
-__all__ = ["BACKGROUND", "BACKGROUND_CLASS", "DEFAULT_CLASS", "DEFAULT_STRETCH", "NO_OBJECTIVES", "Objectives", "Pace"]
+__all__ = [
+    "BACKGROUND",
+    "BACKGROUND_CLASS",
+    "DEFAULT_CLASS",
+    "DEFAULT_STRETCH",
+    "NO_OBJECTIVES",
+    "Objectives",
+    "Pace",
+    "filled_step_s",
+]
 
 DEFAULT_STRETCH = 3.0
+
+# Share of an objective for times per token up to which steps are filled, and planned to be by the autoscaler; above it
+# noise breaks the pace of streams. Not derived: who changes it measures with benchmarks.goodput and
+# benchmarks.placement_live.
+_FILLED_SHARE = 0.92
 
 Pace = tuple[int, float]  # of a stream: its priority, and the mean time per token that it is to keep (seconds)
 
@@ -31,6 +45,11 @@ class Objectives:
     def ttft_limit_s(self, unloaded_s: float) -> float | None:
         """The limit for a prompt whose first token takes `unloaded_s` seconds on empty workers."""
         return None if self.ttft_s is None else max(self.ttft_s, self.ttft_stretch * unloaded_s)
+
+
+def filled_step_s(tpot_s: float) -> float:
+    """Return how long a step may be expected to take where tokens are to come in `tpot_s`."""
+    return _FILLED_SHARE * tpot_s
 
 
 NO_OBJECTIVES = Objectives()

@@ -20,7 +20,7 @@ from kvferry.router.autoscaler.load_record import LoadRecord, SeenLoad
 from kvferry.router.autoscaler.scale_types import DAY_S, AnswerLengths, Bounds, WorkerLimits
 from kvferry.router.autoscaler.schedule import Schedule
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
-from kvferry.router.state.objectives import NO_OBJECTIVES, Objectives
+from kvferry.router.state.objectives import NO_OBJECTIVES, Objectives, filled_step_s
 from kvferry.router.state.request import RouterRequest
 
 from .scale_world import LIMITS, LinearTimes
@@ -169,7 +169,8 @@ def test_answers_keep_the_strictest_pace_of_their_classes() -> None:
     answers = [AnswerLengths(500, 0, 100, strict if index == 0 else None) for index in range(50)]
     mixed = DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
     default = DecodeLoad.from_answers(answers[1:], LinearTimes(), LIMITS, OBJECTIVES)
-    assert (mixed.tpot_s, default.tpot_s) == (0.015, 0.03)
+    assert (mixed.longest_step_s, default.longest_step_s) == (filled_step_s(0.015), filled_step_s(0.03))
+    assert filled_step_s(0.03) < 0.03  # placement fills steps no further
     assert mixed.needed(40.0, 0.99) > default.needed(40.0, 0.99)
 
 
@@ -181,7 +182,7 @@ def test_a_class_without_objectives_asks_for_its_work_to_be_done_and_no_more() -
     urgent = [answer._replace(objectives=None) for answer in answers]
     assert PrefillLoad.from_answers(urgent, LinearTimes(), FULL_STEPS, OBJECTIVES).needed(2.0, 0.99) > 1
     crowd = DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
-    assert crowd.tpot_s == math.inf and crowd.needed(40.0, 0.99) == 3  # their memory is what they need
+    assert crowd.longest_step_s == math.inf and crowd.needed(40.0, 0.99) == 3  # their memory is what they need
 
 
 def test_cached_tokens_are_no_work() -> None:

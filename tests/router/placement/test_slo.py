@@ -240,6 +240,26 @@ def test_a_beginning_is_fetched_where_that_beats_computing_it() -> None:
     assert chooser.place(view, demand) == Placement("p-0", "d-0", Reason.HANDOFF, fetch_from="d-0")
 
 
+@pytest.mark.parametrize(("num_output", "share"), [(1, 0.0), (2, 1.0), (11, 0.1)])
+def test_what_is_left_of_a_transfer_delays_the_tokens_behind_the_first_alone(num_output: int, share: float) -> None:
+    chooser, demand = policy(), replace(DEMAND, expected_output=num_output)
+    view = PoolView((P0, STREAMING))
+    before = next(one for one in chooser.explain(view, demand) if one.prefill is not None)
+    report = TransferReport(
+        request_id="r",
+        attempt=0,
+        decode_worker="d-0",
+        num_bytes=10**9,
+        num_blocks=1,
+        transfer_s=2.0,
+        exposed_s=1.0,
+        clean=True,
+    )
+    chooser._estimates._predictor.on_transfer(report, "apart", 1)
+    after = next(one for one in chooser.explain(view, demand) if one.prefill is not None)
+    assert after.exposed_s > 0 and after.tpot_s - before.tpot_s == pytest.approx(share * after.exposed_s)
+
+
 def test_where_nothing_is_known_the_least_loaded_is_taken() -> None:
     busy_p, busy_d = replace(P0, ahead_tokens=30, num_bound=1), replace(D0, num_running=1, num_bound=1)
     chooser = SloPolicy(Predictor())
