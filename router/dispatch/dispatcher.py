@@ -147,9 +147,9 @@ class Dispatcher:
         if self._is_draining:
             self._observer.on_rejected("draining")
             raise CapacityError("the router is draining")
-        self._observer.on_submitted(request)
         now = self._clock.now()
         self._placer.check_fits(request)
+        self._observer.on_submitted(request)
         hash_prompt(self._pools, request)
         if request.objectives is NO_OBJECTIVES:  # nobody has said what it is to get
             request.objectives = self._classes.named(request.request_class)

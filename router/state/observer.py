@@ -13,7 +13,7 @@ class Observer(Protocol):
     """Called on the dispatcher's loop; must neither wait nor call back into the dispatcher."""
 
     def on_submitted(self, request: RouterRequest) -> None:
-        """A request came, whether it is taken or refused."""
+        """A request came that workers can hold, whether it is taken or refused: one that they cannot is no load."""
         ...
 
     def on_finished(self, request: RouterRequest) -> None:

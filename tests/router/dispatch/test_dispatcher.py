@@ -848,7 +848,9 @@ def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
     with pytest.raises(RequestError, match=r"need 9 KV blocks of 16 tokens.* has 8") as info:
         fleet.submit(100, max_tokens=8 * BLOCK_SIZE - 99)
     assert info.value.status == 400
+    assert fleet.observer.submitted == []  # no worker more could serve it: it is no load
     fleet.submit(100, max_tokens=8 * BLOCK_SIZE - 100)
+    assert len(fleet.observer.submitted) == 1
 
 
 async def test_what_no_worker_holds_is_told_in_words_that_clients_know() -> None:
