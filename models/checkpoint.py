@@ -145,7 +145,7 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
         name
         for name in found - wanted
         if not name.endswith("rotary_emb.inv_freq")
-        and not (config.tie_embeddings and name == "lm_head.weight")
+        and not (config.tie_embeddings and name == "lm_head.weight")  # the embedding's matrix again (heads.py)
         and not (config.architecture in NESTED and name.startswith(_SEEING))
         and not KV_SCALE.fullmatch(name)
         and not _is_of_draft(name, config)

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..common.errors import ConfigError
 from .architecture import read_architecture
 from .families.family import Bias, Family, NormNames
-from .families.module_names import is_bare
 from .families.table import FAMILIES
+from .heads import has_other_head, lacks_head
 from .parts.activation import Activation, read_activation
 from .parts.config_fields import ConfigFields
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
@@ -28,7 +28,7 @@ from .parts.state_kinds import read_states
 from .parts.states import StatesConfig
 from .quantization import Quantization
 from .quantization_config import MODELOPT_FILE, read_quantization, with_modelopt
-from .stored.safetensors import read_header, safetensors_files, stored_dtype
+from .stored.safetensors import stored_dtype
 from .tokenizer_files import read_end_tokens
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -86,8 +86,10 @@ class ModelConfig:
         )
         raw = with_modelopt(_read_json(model_dir / "config.json"), beside)
         config = _parse(ConfigFields(model_dir / "config.json", raw), generation)
-        if not config.tie_embeddings and _lacks_head(model_dir):
+        if not config.tie_embeddings and lacks_head(model_dir):
             config = replace(config, tie_embeddings=True, has_head=False)
+        elif config.tie_embeddings and has_other_head(model_dir):
+            config = replace(config, tie_embeddings=False)
         # Chats that were taught to a base model end by the tokenizer's token; the other files often stay the base's.
         ends = {end for end in read_end_tokens(model_dir) if end < config.vocab_size}
         return replace(config, eos_token_ids=config.eos_token_ids | ends)
@@ -204,17 +206,6 @@ def _read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
-
-
-def _lacks_head(model_dir: Path) -> bool:
-    """Tell whether weights were saved without a head, and by themselves, as embedding models' are."""
-    try:
-        files = safetensors_files(model_dir)
-        if not any(map(is_bare, read_header(files[0])[1])):  # of large models one header is read, not all
-            return False
-        return not any(name.startswith("lm_head.") for file in files for name in read_header(file)[1])
-    except ConfigError:  # whoever loads the weights says what is wrong with them
-        return False
 
 
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:

@@ -148,6 +148,24 @@ def test_long_prompts_and_exact_steps_are_those_of_transformers(checkpoints: Pat
     _assert_as_transformers(checkpoints / variant, asked, answers)
 
 
+@pytest.mark.parametrize("is_other", [True, False])
+def test_a_head_in_the_weights_of_a_model_that_is_told_tied_is_used_as_transformers_does(
+    tmp_path: Path, is_other: bool
+) -> None:
+    path = write_checkpoint(tmp_path / "model", "qwen2", tokenizer=False, tie_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    head = embedding.clone()
+    if is_other:
+        head[-200:] = head[-200:].flip(0)
+    save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors", metadata={"format": "pt"})
+    config = ModelConfig.from_dir(path)
+    assert config.tie_embeddings is not is_other
+    check_checkpoint(path, config)
+    driver, asked = Driver(make_engine(path)), prompts([1, 17, 33])
+    _assert_as_transformers(path, asked, driver.generate([driver.add(prompt) for prompt in asked]))
+
+
 def test_long_sequences_turn_by_factors_of_their_own(checkpoints: Path, tmp_path: Path) -> None:
     """Chosen once, by what a worker serves."""
     config: dict[str, object] = {"original_max_position_embeddings": 64, "rope_scaling": LONGROPE}

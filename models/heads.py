@@ -1,0 +1,69 @@
+"""A checkpoint's head: one of its own, the embedding's matrix again, or none. The files know better than config.json.
+
+told tied, and the head's bytes are there, others than the embedding's     not tied, as in `transformers`
+told not tied, and no head in weights that were saved by themselves        an embedding model
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from ..common.errors import ConfigError
+from .families.module_names import full_name, is_bare
+from .stored.safetensors import read_header, safetensors_files
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PIECE_BYTES = 4 << 20  # compared at once: matrices that differ do so in the first piece
+
+
+class _Stored(NamedTuple):
+    path: Path
+    dtype: object
+    begin: int
+    end: int
+
+
+def lacks_head(model_dir: Path) -> bool:
+    """Tell whether weights were saved without a head, and by themselves, as embedding models' are."""
+    try:
+        files = safetensors_files(model_dir)
+        if not any(map(is_bare, read_header(files[0])[1])):  # of large models one header is read, not all
+            return False
+        return not any(name.startswith("lm_head.") for file in files for name in read_header(file)[1])
+    except ConfigError:  # whoever loads the weights says what is wrong with them
+        return False
+
+
+def has_other_head(model_dir: Path) -> bool:
+    """Tell whether the weights have a head that is not the embedding's matrix once more."""
+    try:
+        found = _find(model_dir)
+        return len(found) == 2 and not _are_equal(found[_HEAD], found[_EMBEDDING])
+    except (ConfigError, OSError, KeyError, IndexError, TypeError, ValueError):  # as above
+        return False
+
+
+def _find(model_dir: Path) -> dict[str, _Stored]:
+    """Return where the head and the embedding lie, as far as they are there."""
+    found = {}
+    for path in safetensors_files(model_dir):
+        begin, header = read_header(path)
+        for name, entry in header.items():
+            offsets = entry["data_offsets"]
+            if (known := full_name(name)) in (_HEAD, _EMBEDDING) and isinstance(offsets, list):
+                first, last = map(int, offsets)
+                found[known] = _Stored(path, entry.get("dtype"), begin + first, begin + last)
+    return found
+
+
+def _are_equal(one: _Stored, other: _Stored) -> bool:
+    if (one.dtype, one.end - one.begin) != (other.dtype, other.end - other.begin):
+        return False
+    with one.path.open("rb") as first, other.path.open("rb") as second:
+        for at in range(0, one.end - one.begin, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, one.end - one.begin - at)
+            if os.pread(first.fileno(), size, one.begin + at) != os.pread(second.fileno(), size, other.begin + at):
+                return False
+    return True
