@@ -58,14 +58,15 @@ def _ways(schema: object, references: References, depth: int) -> list[_Way]:
         return [_Way((schema,))] if schema is True else []
     if "$dynamicRef" in schema or (depth and "$id" in schema):  # what it names is another's
         raise CannotRewrite
-    choices = itertools.chain(([_own(schema)],), _choices(schema, references, depth + 1))
+    choices = itertools.chain(([_own(schema, references)],), _choices(schema, references, depth + 1))
     return [_closed(way, schema, references) for way in _together(choices)]
 
 
-def _own(schema: dict[str, object]) -> _Way:
+def _own(schema: dict[str, object], references: References) -> _Way:
     """Return what the schema says itself, without those that it applies to the same instance."""
     properties, patterns = schema.get("properties"), schema.get("patternProperties")
-    contains, has_places = schema.get("contains"), isinstance(schema.get("items"), list)  # as earlier drafts have it
+    contains = None if references.is_earlier_draft else schema.get("contains")
+    has_places = isinstance(schema.get("items"), list)  # as earlier drafts have it
     first = schema.get("items" if has_places else "prefixItems")
     left_out = {*_NAMES, *_APPLICATORS, "unevaluatedProperties", "unevaluatedItems"}
     return _Way(

@@ -9,7 +9,8 @@ from urllib.parse import unquote
 
 Schema: TypeAlias = dict[str, object] | bool
 
-_LISTS_BY_ITEMS = re.compile(r"draft-0[1-7]|2019-09")  # drafts whose `items` has one schema for each place, too
+# Drafts whose `items` has one schema for each place, too, and whose `contains` evaluates no item.
+_EARLIER = re.compile(r"draft-0[1-7]|2019-09")
 
 
 class CannotRewrite(Exception):
@@ -23,7 +24,7 @@ class References:
         self._root = root
         self._anchors: dict[str, Schema] = {}
         draft = root.get("$schema") if isinstance(root, dict) else None
-        self._lists_by_items = isinstance(draft, str) and _LISTS_BY_ITEMS.search(draft) is not None
+        self.is_earlier_draft = isinstance(draft, str) and _EARLIER.search(draft) is not None
         self._has_resources = False  # parts with names of their own, from which references count
         has_dynamic = False
         for is_root, part in _parts(root):
@@ -38,7 +39,7 @@ class References:
         """Return the draft's keywords of lists whose first items are such, and all others as `rest` says."""
         if not first:
             return {} if rest is True else {"items": rest}
-        places, others = ("items", "additionalItems") if self._lists_by_items else ("prefixItems", "items")
+        places, others = ("items", "additionalItems") if self.is_earlier_draft else ("prefixItems", "items")
         return {places: list(first)} | ({} if rest is True else {others: rest})
 
     def target(self, reference: str) -> Schema:
