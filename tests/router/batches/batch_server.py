@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from openai import AsyncOpenAI
 from openai.types import Batch
 
@@ -43,6 +44,11 @@ async def batch_server(
     assert isinstance(keeper, Keeper)
     async with listening(served.app) as address, keeper.keeping():
         yield served, address
+
+
+def http_client(address: str) -> httpx.AsyncClient:
+    """Make a client that waits: what it keeps is synced, for which a busy disk takes longer than its usual 5 s."""
+    return httpx.AsyncClient(base_url=f"http://{address}", timeout=None)
 
 
 def client_of(address: str, key: str = "none") -> AsyncOpenAI:

@@ -15,7 +15,7 @@ from kvferry.common.errors import RequestError
 from kvferry.router.batches import upload
 from kvferry.router.batches.folder import DataFolder
 
-from .batch_server import batch_server, data_folder
+from .batch_server import batch_server, data_folder, http_client
 
 BOUNDARY = "b0undary"
 FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -50,14 +50,14 @@ REFUSED: list[tuple[bytes, dict[str, str], int, str]] = [
 
 
 def stored_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
 @pytest.mark.parametrize(("body", "headers", "status", "text"), REFUSED)
 async def test_a_wrong_upload_is_refused_and_leaves_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, body: bytes, headers: dict[str, str], status: int, text: str
 ) -> None:
-    async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with batch_server(tmp_path) as (_, address), http_client(address) as client:
         answer = await client.post("/v1/files", content=body, headers=headers)
         assert answer.status_code == status, answer.text
         assert text in answer.json()["error"]["message"]
@@ -67,7 +67,7 @@ async def test_a_wrong_upload_is_refused_and_leaves_nothing(
 
 
 async def test_names_of_files_are_made_harmless(tmp_path: Path) -> None:
-    async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with batch_server(tmp_path) as (_, address), http_client(address) as client:
         for name, kept in (("../../etc/x", "x"), ("C:\\\\a\\\\b", "b"), ("", "file"), ("a\tb", "ab")):
             body = form((f'name="file"; filename="{name}"', b"1"), PURPOSE)
             answer = await client.post("/v1/files", content=body, headers=FORM)
@@ -78,7 +78,7 @@ async def test_names_of_files_are_made_harmless(tmp_path: Path) -> None:
 
 async def test_a_web_page_may_upload_where_it_may_ask(tmp_path: Path) -> None:
     server = batch_server(tmp_path, allowed_origins=("https://ours",))
-    async with server as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with server as (_, address), http_client(address) as client:
         for origin, status in (("https://ours", 200), ("https://other", 403), ("null", 403)):
             answer = await client.post("/v1/files", content=form(FILE, PURPOSE), headers={**FORM, "origin": origin})
             assert answer.status_code == status
@@ -86,7 +86,7 @@ async def test_a_web_page_may_upload_where_it_may_ask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["x", "..%2Fbatch", "file-" + "z" * 24, "file-" + "0" * 24, "%00", "a" * 5000])
 async def test_an_id_that_is_none_finds_nothing(tmp_path: Path, path: str) -> None:
-    async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with batch_server(tmp_path) as (_, address), http_client(address) as client:
         for url in (f"/v1/files/{path}", f"/v1/files/{path}/content", f"/v1/batches/{path}"):
             assert (await client.get(url)).status_code == 404
 
@@ -95,13 +95,13 @@ async def test_an_id_that_is_none_finds_nothing(tmp_path: Path, path: str) -> No
     "query", ["limit=0", "limit=x", "limit=-1", "limit=1e3", "after=x", "limit=99999999", "order=up"]
 )
 async def test_a_wrong_page_is_refused(tmp_path: Path, query: str) -> None:
-    async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with batch_server(tmp_path) as (_, address), http_client(address) as client:
         assert (await client.get(f"/v1/files?{query}")).status_code == 400
 
 
 async def test_the_folder_has_a_bound(tmp_path: Path) -> None:
     server = batch_server(tmp_path, max_bytes=100_000)
-    async with server as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with server as (_, address), http_client(address) as client:
 
         async def post(num_bytes: int, **kind: Any) -> httpx.Response:
             body = form(('name="file"; filename="a"', b"x" * num_bytes), PURPOSE)
@@ -153,7 +153,7 @@ async def test_a_full_disk_is_told_and_keeps_nothing(tmp_path: Path, monkeypatch
     def broken(file: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with batch_server(tmp_path) as (_, address), http_client(address) as client:
         kept = (await client.post("/v1/files", content=form(FILE, PURPOSE), headers=FORM)).json()
         batch = {"input_file_id": kept["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
         before = stored_in(tmp_path)
@@ -178,7 +178,7 @@ async def test_a_file_that_is_too_large_is_refused_as_it_comes(tmp_path: Path, m
         for _ in range(64):
             yield b"x" * 2**16
 
-    async with batch_server(tmp_path) as (_, address), httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with batch_server(tmp_path) as (_, address), http_client(address) as client:
         try:
             answer = await client.post("/v1/files", content=pieces(), headers=FORM)
         except httpx.TransportError:

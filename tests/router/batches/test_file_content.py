@@ -13,7 +13,7 @@ from starlette.responses import FileResponse
 
 from kvferry.router.batches.files import FileStore
 
-from .batch_server import batch_server, client_of
+from .batch_server import batch_server, client_of, http_client
 
 DATA = b"0123456789"
 
@@ -23,7 +23,7 @@ async def file_of(path: Path, data: bytes) -> AsyncIterator[tuple[httpx.AsyncCli
     """Yield a client, and the path of a file's content."""
     async with batch_server(path) as (_, address), client_of(address) as openai:
         uploaded = await openai.files.create(file=data, purpose="batch")
-        async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        async with http_client(address) as client:
             yield client, f"/v1/files/{uploaded.id}/content"
 
 
