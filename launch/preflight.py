@@ -28,7 +28,7 @@ from ..engine.cpu.build import describe
 from ..engine.cpu.compiler import NativeUnavailable
 from ..models.checkpoint import check_checkpoint
 from ..models.config import ModelConfig
-from ..models.default import Progress
+from ..models.default import Progress, cache_dir
 from ..models.draft import check_draft
 from ..models.files import ResolvedModel, check_no_code, find_model, resolve_model
 from ..models.probes import kept_probes, probe_distance
@@ -277,7 +277,7 @@ def check_kernels(deployment: Deployment, model: ModelConfig) -> str | Check:
             raise ConfigError(f"device: a GPU is used, and {FLASHINFER.missing}; or use --device cpu")
         return "FlashInfer"
     try:
-        found = f"native, {describe(engine.cpu_isa, is_float32=is_float32(engine, model))}"
+        found = f"native, {describe(cache_dir(), engine.cpu_isa, is_float32=is_float32(engine, model))}"
     except NativeUnavailable as error:
         reason = str(error)
     else:

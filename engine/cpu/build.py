@@ -24,7 +24,7 @@ from pathlib import Path
 from ...common.config import CpuIsa
 from ...common.errors import ConfigError
 from ...common.processor import processor_features
-from .compiler import ALL_SETS, FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compiler, find_compilers, prebuilt
+from .compiler import ALL_SETS, FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compilers, prebuilt, try_out
 
 
 def load(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) -> ctypes.CDLL:
@@ -60,10 +60,28 @@ def usable_sets(isa: CpuIsa = "auto", *, is_float32: bool = False) -> list[str]:
     return [name]
 
 
-def describe(isa: CpuIsa = "auto", *, is_float32: bool = False) -> str:
-    """Say which set would be loaded, and from where. Raises as `load` does."""
-    name = usable_sets(isa, is_float32=is_float32)[0]
-    return f"{name}, prebuilt" if prebuilt(name) is not None else f"{name}, built by {' '.join(find_compiler())}"
+def describe(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) -> str:
+    """Say which set would be loaded, and from where; compilers are tried on a few lines. Raises as `load` does."""
+    reasons: list[NativeUnavailable] = []
+    for name in usable_sets(isa, is_float32=is_float32):
+        if prebuilt(name) is not None:
+            return f"{name}, prebuilt"
+        for command in _compilers(reasons):
+            try:
+                try_out(name, command, folder)
+            except NativeUnavailable as reason:
+                reasons.append(reason)
+            else:
+                return f"{name}, built by {' '.join(command)}"
+    raise reasons[0]
+
+
+def _compilers(reasons: list[NativeUnavailable]) -> list[tuple[str, ...]]:
+    try:
+        return find_compilers()
+    except NativeUnavailable as reason:
+        reasons.append(reason)
+        return []
 
 
 def _load(folder: Path, isa: str) -> ctypes.CDLL:

@@ -54,6 +54,19 @@ _BUILD_TIMEOUT_S = (
 )
 
 
+# What an old compiler, or one without its libraries, has not.
+_TRIAL = """
+#include <bit>
+#include <string>
+#include <thread>
+extern "C" unsigned trial(unsigned number) {
+    std::thread thread([&] { number += unsigned(std::to_string(number).size()); });
+    thread.join();
+    return std::bit_width(number);
+}
+"""
+
+
 class NativeUnavailable(Exception):
     """The reason why this machine, or this model, does without C++."""
 
@@ -84,7 +97,7 @@ def prebuilt(isa: str) -> Path | None:
 
 def compiled(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
     """Return the library for an instruction set, which is now compiled if it is missing. Raises NativeUnavailable."""
-    library = folder / f"kernels-{isa}-{_source_hash(isa)}-{_hash(_run([*compiler, '--version']).encode())}.so"
+    library = _library(isa, compiler, folder)
     try:
         if not library.is_file():
             with _turn_in(folder):
@@ -93,6 +106,23 @@ def compiled(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
     except OSError as error:
         raise NativeUnavailable(f"{library} cannot be built: {error}") from error
     return library
+
+
+def try_out(isa: str, compiler: tuple[str, ...], folder: Path) -> None:
+    """Compile a few lines as the library would be, unless that is there. Raises NativeUnavailable."""
+    if _library(isa, compiler, folder).is_file():
+        return
+    try:
+        with tempfile.TemporaryDirectory() as there:
+            source = Path(there, "trial.cpp")
+            source.write_text(_TRIAL)
+            _make(compiler, isa, [str(source)], Path(there))
+    except OSError as error:
+        raise NativeUnavailable(f"{compiler[0]} cannot be tried: {error}") from error
+
+
+def _library(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
+    return folder / f"kernels-{isa}-{_source_hash(isa)}-{_hash(_run([*compiler, '--version']).encode())}.so"
 
 
 def _flags(isa: str) -> list[str]:
@@ -131,12 +161,16 @@ def _turn_in(folder: Path) -> Iterator[None]:
 
 def _build(compiler: tuple[str, ...], isa: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as folder:
-        part, whole = os.path.join(folder, "part.o"), os.path.join(folder, "whole.so")
-        flags = [flag.replace(_ARM, _ARM_OF_ZIG) if _ZIG in compiler else flag for flag in _flags(isa)]
-        source = ["-I", str(_SOURCE), str(_SOURCE / "decoder.cpp")]
-        _run([*compiler, *flags, "-c", "-o", part, *source])
-        _run([*compiler, *_LINK, "-o", whole, part])  # apart: zig has one C++ library for all sets then
-        os.replace(whole, library)
+        os.replace(_make(compiler, isa, ["-I", str(_SOURCE), str(_SOURCE / "decoder.cpp")], Path(folder)), library)
+
+
+def _make(compiler: tuple[str, ...], isa: str, source: list[str], folder: Path) -> str:
+    """Compile and link the source in this folder."""
+    part, whole = os.path.join(folder, "part.o"), os.path.join(folder, "whole.so")
+    flags = [flag.replace(_ARM, _ARM_OF_ZIG) if _ZIG in compiler else flag for flag in _flags(isa)]
+    _run([*compiler, *flags, "-c", "-o", part, *source])
+    _run([*compiler, *_LINK, "-o", whole, part])  # apart: zig has one C++ library for all sets then
+    return whole
 
 
 def _run(command: list[str]) -> str:

@@ -479,7 +479,7 @@ def test_a_gpu_without_flashinfer_is_refused_before_weights_are_read(site: Site)
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
 def test_each_pools_own_kernels_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
-    monkeypatch.setattr("kvferry.launch.preflight.describe", lambda isa, *, is_float32: "avx2")
+    monkeypatch.setattr("kvferry.launch.preflight.describe", lambda folder, isa, *, is_float32: "avx2")
     folder = write_config(tmp_path, "30b-a3b")
     exchanging = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "expert_exchange": "all_to_all"}
     settings = ServeSettings.model_validate({pool: exchanging, "dtype": "bfloat16"})

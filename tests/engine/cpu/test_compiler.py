@@ -147,6 +147,21 @@ def test_a_compiler_that_is_too_old_leaves_the_next_one(tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("native")
+def test_a_compiler_is_tried_before_it_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [able] = compiler.find_compilers()[:1]
+    assert build.describe(tmp_path, WIDENED) == f"{WIDENED}, built by {' '.join(able)}"
+    assert not list(tmp_path.iterdir())
+    failing = tmp_path / "cxx"
+    failing.write_text(f"#!{sys.executable}\nimport sys\nif '-o' in sys.argv:\n    sys.exit('no such header')\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(compiler, "_COMPILERS", (str(failing), *compiler._COMPILERS))
+    assert build.describe(tmp_path, WIDENED) == f"{WIDENED}, built by {' '.join(able)}"
+    monkeypatch.setattr(compiler, "_COMPILERS", (str(failing),))
+    with pytest.raises(NativeUnavailable, match="cxx failed: no such header"):
+        build.describe(tmp_path, WIDENED)
+
+
+@pytest.mark.usefixtures("native")
 def test_why_a_library_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     """An empty one, as a machine may leave that lost its power; a folder that is mounted `noexec` says so likewise."""
     path = compiler.compiled(WIDENED, compiler.find_compiler(), cache_dir())
@@ -173,7 +188,7 @@ def test_the_best_set_comes_first(features: frozenset[str], sets: list[str], mon
     _features(monkeypatch, *features)
     assert build.usable_sets() == sets
     assert build.usable_sets("avx2") == ["avx2"]
-    assert build.describe("avx2").startswith("avx2, ")
+    assert build.describe(cache_dir(), "avx2").startswith("avx2, ")
 
 
 @pytest.mark.usefixtures("_on_arm")
@@ -232,7 +247,7 @@ def test_each_compiler_is_told_of_arms_extensions_as_it_names_them(
 @pytest.mark.usefixtures("_on_x86")
 def test_a_set_that_the_processor_lacks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _features(monkeypatch, *X86_SETS["avx512_bf16"])
-    for ask in (build.describe, lambda isa: build.load(tmp_path, isa)):
+    for ask in (lambda isa: build.describe(tmp_path, isa), lambda isa: build.load(tmp_path, isa)):
         with pytest.raises(ConfigError, match="cpu_isa: amx needs amx_bf16, amx_int8, amx_tile, which this processor"):
             ask("amx")
 
@@ -286,7 +301,7 @@ def test_a_prebuilt_library_of_this_source_needs_no_compiler(tmp_path: Path, mon
         build.load(tmp_path / "none", WIDENED)
     shutil.copyfile(path, tmp_path / path.name)
     assert build.load(tmp_path / "none", WIDENED)._name == str(tmp_path / path.name)
-    assert build.describe(WIDENED) == f"{WIDENED}, prebuilt"
+    assert build.describe(cache_dir(), WIDENED) == f"{WIDENED}, prebuilt"
     (tmp_path / path.name).rename(tmp_path / f"kernels-{WIDENED}-0123456789ab-0123456789ab.so")  # of another source
     with pytest.raises(NativeUnavailable, match="no C"):
         build.load(tmp_path / "none", WIDENED)
