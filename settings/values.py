@@ -112,7 +112,7 @@ def check_name(text: str) -> str:
 
 def _check_path(value: object) -> object:
     """Refuse the path of an unset variable (`--data-dir "$DIR"`): it would be the folder that the command runs in."""
-    if value == "":
+    if value == "" or (isinstance(value, str) and "\0" in value):  # which YAML can write, and no system call takes
         raise ValueError("must be a path")
     return value
 

@@ -18,6 +18,6 @@ def read_activation(fields: ConfigFields, family: Family) -> Activation:
     key = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
     value = fields.raw.get(key, "silu")
     known = _PLAIN if family.mlp.gate is None else _GATED
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise fields.refuse(key, f"only {' and '.join(map(str, known))} are supported")
     return known[value]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,16 @@ from ...common.errors import ConfigError
 
 # Null says of these that there is none: no window, no cap. Of others it says nothing.
 _TOLD_BY_NULL = {"attn_logit_softcapping", "final_logit_softcapping", "sliding_window"}
+# Beyond what any model has: a slip of a digit is told, and takes no memory. Each layer and each expert has entries of
+# its own wherever a model is described.
+_MOST = 2**31 - 1
+_MOST_LAYERS, _MOST_EXPERTS = 1024, 4096
+_MOST_OF = {
+    "num_hidden_layers": _MOST_LAYERS,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _MOST_EXPERTS),
+}
+_MAX_CHARS = 200  # of a value that is told
+_LARGEST = 2.0**53  # of numbers with a fraction
 
 
 class ConfigFields:
@@ -33,7 +42,9 @@ class ConfigFields:
         return next(filter(self.has, keys), keys[0])
 
     def refuse(self, key: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {key} = {self.raw.get(key)!r}: {why}")
+        value = repr(self.raw.get(key))
+        value = value if len(value) <= _MAX_CHARS else f"{value[:_MAX_CHARS]}..."
+        return ConfigError(f"{self.path}: {key} = {value}: {why}")
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.raw.get(key)
@@ -43,14 +54,18 @@ class ConfigFields:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.refuse(key, "must be a whole number of at least 1")
+        if value > (most := _MOST_OF.get(key, _MOST)):
+            raise self.refuse(key, f"must be at most {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.refuse(key, "must be a number above 0")
+        if value > _LARGEST:
+            raise self.refuse(key, f"must be at most {_LARGEST:g}")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:

@@ -158,7 +158,7 @@ def _stretched(scaling: ConfigFields, theta: float, head_dim: int) -> float:
     """Return the base by Hunyuan's fixed alpha (transformers: `compute_ntk_alpha_rope_parameters`)."""
     try:
         return float(theta * scaling.number("alpha") ** (head_dim / (head_dim - 2)))
-    except (OverflowError, ZeroDivisionError):
+    except ZeroDivisionError:
         raise scaling.refuse("alpha", f"gives no base for heads of {head_dim}") from None
 
 

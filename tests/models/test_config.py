@@ -530,7 +530,7 @@ def test_hunyuans_dynamic_scaling_is_fixed_by_its_alpha(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="'dynamic' is not supported"):
             _load(tmp_path, hunyuan | {"rope_scaling": scaling} | changes)
     for head_dim, alpha in ((2, 1000.0), (128, 1e307)):
-        with pytest.raises(ConfigError, match=r"alpha = .*: gives no base"):
+        with pytest.raises(ConfigError, match=r"alpha = .*: (gives no base|must be at most)"):
             _load(tmp_path, hunyuan | {"head_dim": head_dim, "rope_scaling": scaling | {"alpha": alpha}})
 
 
@@ -613,3 +613,28 @@ def test_unreadable_config_names_the_file(tmp_path: Path, text: str | None, mess
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=rf"config\.json.*{message}"):
         ModelConfig.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers = 1000000000000000000000000000000: must be at most 1024"),
+        ({"num_hidden_layers": 2000}, "num_hidden_layers = 2000: must be at most 1024"),
+        ({"hidden_size": 1e308}, "hidden_size = 1e+308: must be at most 2147483647"),
+        ({"rope_theta": 1e300}, "rope_theta = 1e+300: must be at most 9.0072e+15"),
+        (QWEN3_MOE | {"num_experts": 10**6}, "num_experts = 1000000: must be at most 4096"),
+        ({"num_hidden_layers": "9" * 1000}, f"num_hidden_layers = '{'9' * 199}...: must be a whole number"),
+        ({"hidden_act": []}, "hidden_act = []: only silu"),
+        (
+            {"architectures": ["Lfm2ForCausalLM"], "layer_types": ["conv"] * 30, "conv_L_cache": 3, "norm_eps": 1e-5}
+            | {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1e308},
+            "block_ffn_dim_multiplier = 1e+308: must be at most",
+        ),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_multiplied_by_them(
+    tmp_path: Path, changes: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ConfigError) as failure:
+        _load(tmp_path, changes)
+    assert told in str(failure.value)

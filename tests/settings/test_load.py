@@ -152,6 +152,7 @@ MISTAKES = [
     ("allowed_hosts: [https://chat.example]", ":1: allowed_hosts: https://chat.example is no name"),
     ("allowed_hosts: '*'", ":1: allowed_hosts: * is no name such as chat.example: without scheme, port, path and *"),
     ("data_dir: ''", ":1: data_dir: must be a path, not ''"),
+    (r'data_dir: "a\0b"', r":1: data_dir: must be a path, not 'a\x00b'"),
     ("decode: {expert_plan: ''}", ":1: decode.expert_plan: must be a path, not ''"),
     ("router: {a: 1}", ":1: router: must be a list, not {'a': 1}"),
     ("speculative_config: 5", ":1: speculative_config: must be a mapping, not 5"),
