@@ -58,12 +58,13 @@ class Admission:
         if limit_s is None or not prompts:
             return
         expected_s = self.forecast.first_token_s(request.num_prompt_tokens, tokens, prompts, request.unloaded_s)
-        excess_s = expected_s * self.forecast.caution - limit_s
-        if excess_s <= 0:
+        latest_s = expected_s * self.forecast.caution
+        if latest_s <= limit_s:
             return
         self._observer.on_rejected("deadline" if limit_s == request.timeout_s else "objective")
-        text = f"{prompts} requests wait: the first token is expected in {expected_s:.2f} s, the limit is {limit_s:g} s"
-        raise CapacityError(text, retry_after_s=self._retry_after_s(excess_s, now_s))
+        wait = "1 request waits" if prompts == 1 else f"{prompts} requests wait"
+        text = f"{wait}: the first token may take {latest_s:.2f} s, the limit is {limit_s:g} s"
+        raise CapacityError(text, retry_after_s=self._retry_after_s(latest_s - limit_s, now_s))
 
     def on_admitted(self, tracked: TrackedRequest, now_s: float) -> None:
         """Note a request that is about to be queued."""

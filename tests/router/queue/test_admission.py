@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kvferry.common.errors import CapacityError
@@ -92,9 +94,11 @@ def busy_fleet(**changes: object) -> Fleet:
 
 def test_a_request_that_would_come_too_late_is_refused_at_once() -> None:
     fleet = busy_fleet(ttft_objective_ms=1000.0)
-    with pytest.raises(CapacityError, match=r"first token is expected in .* the limit is 1 s") as info:
+    with pytest.raises(CapacityError, match=r"requests wait: .* the limit is 1 s") as info:
         for _ in range(20):
             fleet.submit(20)
+    told = re.search(r"may take ([0-9.]+) s", str(info.value))
+    assert told is not None and float(told[1]) >= 1.0  # what is compared, caution and all, is what is told
     assert fleet.observer.rejected == {"objective": 1} and 0 < info.value.retry_after_s < 5
     assert 3 < fleet.dispatcher.view().num_queued < 12
 
