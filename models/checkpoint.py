@@ -94,10 +94,13 @@ def matrix_storage(quantization: Quantization | None, name: str, shape: Shape) -
 
 def _mixer_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, Shape]:
     attention = f"{name}.{config.family.attention}"
+    shapes: dict[str, Shape] = {}
     if config.states is not None and config.has_state(layer):
-        return config.states.shapes(f"{name}.{config.states.module}", config.hidden_size)
+        shapes = config.states.shapes(f"{name}.{config.states.module}", config.hidden_size)
+    if config.page_of(layer) is None:
+        return shapes
     if config.latent is None:
-        return _attention_shapes(config, attention)
+        return shapes | _attention_shapes(config, attention)
     return config.latent.shapes(attention, config.hidden_size, config.num_qo_heads)
 
 

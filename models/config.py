@@ -24,6 +24,7 @@ from .parts.latent import LatentConfig, read_latent
 from .parts.lone_blocks import Block, read_blocks
 from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
 from .parts.short_convolutions import inner_size
+from .parts.side_by_side import Multipliers, read_multipliers
 from .parts.state_kinds import read_states
 from .parts.states import StatesConfig
 from .quantization import Quantization
@@ -71,6 +72,7 @@ class ModelConfig:
     activation: Activation = "silu"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what a block adds to the residual stream
+    multipliers: Multipliers = Multipliers()  # within layers
     logits_divisor: float = 1.0
     score_scale: float | None = None  # of a query's product with a key; None: by the head's size
     score_cap: float | None = None  # what scores come near to and never reach
@@ -107,14 +109,15 @@ class ModelConfig:
     @property
     def kv_layers(self) -> tuple[int, ...]:
         """List the layers that keep keys and values, or latents."""
-        return tuple(layer for layer in range(self.num_layers) if self.has_mixer(layer) and not self.has_state(layer))
+        keeps_keys = self.states.keeps_keys if self.states is not None else self.has_mixer
+        return tuple(layer for layer in range(self.num_layers) if self.has_mixer(layer) and keeps_keys(layer))
 
     def has_mixer(self, layer: int) -> bool:
         """Tell whether tokens meet those before them in a layer."""
         return not self.blocks or self.blocks[layer] == "mixer"
 
     def has_state(self, layer: int) -> bool:
-        """Tell whether a layer's mixer keeps a state in place of keys and values."""
+        """Tell whether a layer's mixer keeps a state, in place of keys and values or beside them."""
         return self.states is not None and self.states.layers[layer]
 
     def has_feed_forward(self, layer: int) -> bool:
@@ -182,8 +185,7 @@ class ModelConfig:
 
     def check_tp_size(self, tp_size: int, *, whole_experts: bool = False) -> None:
         """Check that ranks can share each count evenly. Raises ConfigError naming the first one that they cannot."""
-        counts = self.shared_counts(whole_experts=whole_experts)
-        for name, count in counts.items():
+        for name, count in self.shared_counts(whole_experts=whole_experts).items():
             if count % tp_size:
                 sizes = self.tp_sizes(whole_experts=whole_experts)
                 raise ConfigError(
@@ -256,6 +258,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         family=family,
         local_rope=local_rope,
         activation=read_activation(fields, family),
+        multipliers=read_multipliers(fields, family),
         has_head=True,
         **read_factors(fields, family, hidden_size, latent),
     )
@@ -272,9 +275,7 @@ def _num_draft_layers(fields: ConfigFields) -> int:
 
 def _eos_token_ids(fields: ConfigFields, generation: Mapping[str, object]) -> frozenset[int]:
     """generation_config.json wins: chat models end their turn with tokens that config.json does not name."""
-    value = generation.get("eos_token_id")
-    if value is None:
-        value = fields.raw.get("eos_token_id")
+    value = (fields.raw if generation.get("eos_token_id") is None else generation).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ConfigError(f"{fields.path.parent}: eos_token_id = {value!r} must be token ids")

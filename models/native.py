@@ -32,6 +32,7 @@ def not_in_native(
     is_sparse = config.experts is not None and any(config.sparse_layers)
     has = {
         "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
+        "layers that attend beside a state": config.states is not None and config.states.are_beside_keys,
         "experts in such a residual stream": is_sparse and family.norms != "before",
         "feed-forwards without a mixer before each": not _are_behind_mixers(config),
         "experts over narrower rows": config.experts is not None and config.experts.narrowing is not None,
@@ -75,7 +76,7 @@ def _has_known_states(config: ModelConfig, num_ranks: int) -> bool:
         heads = states.key_dim, states.value_dim
     elif isinstance(states, MambaConfig):
         heads = states.state_dim, states.head_dim
-        if num_ranks > 1 and states.has_one_group:
+        if num_ranks > 1 and states.is_normed_whole:
             return False
     elif not isinstance(states, ShortConvolutionsConfig):
         return False

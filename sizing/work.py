@@ -98,7 +98,7 @@ def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
 def _num_norm_sums(model: ModelConfig) -> int:
     """Count the norms that reach over the heads of all ranks: of each a number of each token is summed."""
     states = model.states
-    of_states = states.num_layers if isinstance(states, MambaConfig) and states.has_one_group else 0
+    of_states = states.num_layers if isinstance(states, MambaConfig) and states.is_normed_whole else 0
     return of_states + (2 * len(model.kv_layers) if model.family.head_norms == "whole" else 0)  # of queries, of keys
 
 

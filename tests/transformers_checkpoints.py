@@ -50,8 +50,24 @@ NEMOTRON_H_MOE: dict[str, Any] = NEMOTRON_H | {
     "routed_scaling_factor": 2.5,
     "topk_group": 1,
 }
+# Each layer attends and keeps a state; factors as published, but for those that would leave nothing of a part.
+FALCON_H1: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 16,
+    "embedding_multiplier": 5.65,
+    "lm_head_multiplier": 0.5,
+    "key_multiplier": 0.39,
+    "attention_in_multiplier": 1.5,
+    "attention_out_multiplier": 0.9375,
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.7,
+    "ssm_multipliers": [0.35, 0.25, 0.7, 0.5, 0.4],
+    "mlp_multipliers": [0.88, 0.58],
+}
 # Norms before a head, as transformers' classes name them: their logits lie apart.
-_LAST_NORMS = ("model.norm.weight", "model.embedding_norm.weight", "model.norm_f.weight")
+_LAST_NORMS = tuple(f"model.{name}.weight" for name in ("norm", "embedding_norm", "norm_f", "final_layernorm"))
 
 
 def write_model(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:

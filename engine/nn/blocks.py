@@ -25,10 +25,10 @@ from .experts import SparseMLP
 from .feed_forward import FeedForward, make_mlp
 from .latent import LatentAttention
 from .mamba import Mamba
-from .mixer import Attention, GatedAttention, Mixer
+from .mixer import Attention, GatedAttention, Mixer, SideBySide, StatefulMixer
 from .states import LayerStates
 
-_STATEFUL: dict[type[StatesConfig], Callable[[Builder, str, int, LayerStates], Mixer]] = {
+_STATEFUL: dict[type[StatesConfig], Callable[[Builder, str, int, LayerStates], StatefulMixer]] = {
     DeltaNetsConfig: GatedDeltaNet,
     MambaConfig: Mamba,
     ShortConvolutionsConfig: ShortConvolution,
@@ -38,11 +38,17 @@ _STATEFUL: dict[type[StatesConfig], Callable[[Builder, str, int, LayerStates], M
 def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
     """Make the mixer of layer `layer_id`, which has one, and whose tensors' names begin with `layer`."""
     config, name = builder.config, f"{layer}.{builder.config.family.attention}"
-    if (page := config.page_of(layer_id)) is None:
+    stateful: StatefulMixer | None = None
+    if config.has_state(layer_id):
         assert builder.states is not None
         states = builder.states.config
         index = sum(states.layers[:layer_id])
-        return _STATEFUL[type(states)](builder, f"{layer}.{states.module}", index, builder.states)
+        stateful = _STATEFUL[type(states)](builder, f"{layer}.{states.module}", index, builder.states)
+    if (page := config.page_of(layer_id)) is None:
+        assert stateful is not None
+        return stateful
+    if stateful is not None:
+        return SideBySide(builder, Attention(builder, name, page), stateful)
     if config.latent is not None:
         return LatentAttention(builder, name, page, config.latent)
     make = GatedAttention if config.family.has_attention_gates else Attention

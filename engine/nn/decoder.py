@@ -41,6 +41,7 @@ class DecoderLayer:
         self.is_local = config.local_layers[layer_id]
         self._dtype = builder.dtype
         self._multiplier = config.residual_multiplier
+        self._fed_multiplier = config.residual_multiplier * config.multipliers.fed
         self._is_side_by_side = config.family.norms == "shared"
         self.input_norm, self.mixed_norm, self.mlp_norm, self.output_norm = (
             None if norm is None else RMSNorm(builder, f"{name}.{norm}", config.hidden_size)
@@ -75,7 +76,7 @@ class DecoderLayer:
             x.add_(self._normed(self.mixed_norm, mixer.output(mixed)), alpha=self._multiplier)
         if feed_forward is not None:
             fed = feed_forward(self._normed(self.mlp_norm, x))
-            x.add_(self._normed(self.output_norm, fed), alpha=self._multiplier)
+            x.add_(self._normed(self.output_norm, fed), alpha=self._fed_multiplier)
         return x
 
     def _normed(self, norm: RMSNorm | None, x: Tensor) -> Tensor:

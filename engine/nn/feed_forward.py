@@ -56,6 +56,7 @@ class MLP(ABC):
         *before, down = (f"{name}.{part}" for part in names)
         parts = column_parts(before, [size] * len(before), fused=None if fused is None else f"{name}.{fused}")
         self._activation = _ACTIVATIONS[config.activation]
+        self._gate_multiplier = config.multipliers.gate
         # Of one without a gate: up alone.
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", row_size, parts, bias=bias)
         self.down_proj = RowParallelLinear(builder, down, size, row_size, bias=bias)
@@ -90,7 +91,8 @@ class GatedMLP(MLP):
     def activated(self, gate_up: Tensor) -> Tensor:
         """[rows, 2 inner], gates before ups -> [rows, inner]."""
         gate, up = gate_up.chunk(2, 1)
-        return self._activation(gate.float()).mul_(up).to(gate.dtype)  # in float32, rounded once
+        wide = gate.float() if self._gate_multiplier == 1.0 else gate.float() * self._gate_multiplier
+        return self._activation(wide).mul_(up).to(gate.dtype)  # in float32, rounded once
 
 
 class PlainMLP(MLP):

@@ -3,7 +3,7 @@
     x, B, C      a convolution over the last few tokens' rows, then silu: values, what they are written and read by
     step t       of each token and head: softplus(.)
     memory S     S' = exp(-A t) S + B (t x);  what a head yields is C S' + D x
-    output       times the silu of a gate, then normed in groups
+    output       times the silu of a gate, then normed in groups; or in the other order, or not normed
 
 Dao, Gu 2024, "Transformers are SSMs": section 7 for the layer, section 6 for `_by_chunks`, which takes many tokens in
 few products. All of it is computed in float32.
@@ -51,13 +51,15 @@ class Mamba:
         config, whole, hidden = states.config, builder.config.states, builder.config.hidden_size
         assert isinstance(config, MambaConfig) and isinstance(whole, MambaConfig)
         self._states, self.config, self.eps = states, config, builder.config.rms_norm_eps
-        self._normed_with = builder.comm if whole.has_one_group and builder.comm.size > 1 else None
+        self._normed_with = builder.comm if whole.is_normed_whole and builder.comm.size > 1 else None
         rows = RowPart(whole.num_values), *whole.row_parts, RowPart(whole.num_heads)
         parts = parts_of(f"{name}.in_proj", rows)
+        self._factors = _factors(builder, config)
         self.in_proj = ColumnParallelLinear(builder, f"{name}.in_proj", hidden, parts, bias=config.proj_bias)
         self.convolution = Convolution(builder, f"{name}.conv1d", states, index, has_bias=config.conv_bias)
         heads = dict.fromkeys(("A_log", "D", "dt_bias"), whole.num_heads)
-        self.vectors = Vectors(builder, name, heads | {"norm.weight": whole.num_values})
+        norms = {} if config.norm == "none" else {"norm.weight": whole.num_values}
+        self.vectors = Vectors(builder, name, heads | norms)
         self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", whole.num_values, hidden, bias=config.proj_bias)
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
@@ -68,7 +70,8 @@ class Mamba:
         """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
         config, vectors = self.config, self.vectors.by_name
         sizes = [config.num_values, config.num_convolved, config.num_heads]
-        gates, rows, steps = torch.split(projected[: self._states.num_tokens].float(), sizes, 1)
+        known = projected[: self._states.num_tokens].float()
+        gates, rows, steps = torch.split(known if self._factors is None else known * self._factors, sizes, 1)
         steps = F.softplus(steps + vectors["dt_bias"])
         decays = -vectors["A_log"].exp() * steps
         said = rows.new_empty(len(rows), config.num_heads, config.head_dim)
@@ -77,8 +80,17 @@ class Mamba:
             heads = _Heads(c, b, x * steps[part.tokens].unsqueeze(-1), decays[part.tokens])
             read = _by_chunks(heads, part.memory[0]) if part.is_stretch else _by_token(heads, part.memory)
             said[part.tokens] = read + vectors["D"].unsqueeze(-1) * x
-        normed = self._normed(said.flatten(1) * F.silu(gates))
-        return F.pad(normed, (0, 0, 0, len(projected) - len(normed))).to(projected.dtype)
+        gated = self._gated(said.flatten(1), F.silu(gates))
+        return F.pad(gated, (0, 0, 0, len(projected) - len(gated))).to(projected.dtype)
+
+    def _gated(self, said: Tensor, gates: Tensor) -> Tensor:
+        match self.config.norm:
+            case "behind gates":
+                return self._normed(said * gates)
+            case "before gates":
+                return self._normed(said) * gates
+            case "none":
+                return said * gates
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what is read by, what is written by, and values."""
@@ -100,6 +112,16 @@ class Mamba:
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.in_proj, self.convolution, self.vectors, self.out_proj)
+
+
+def _factors(builder: Builder, config: MambaConfig) -> Tensor | None:
+    """Return what a rank's projected numbers of a token are multiplied by; None: by nothing."""
+    factors = builder.config.multipliers.projected
+    if not factors:
+        return None
+    sizes = [config.num_values, *(part.size for part in config.row_parts), config.num_heads]
+    parts = [torch.full((size,), factor) for size, factor in zip(sizes, factors, strict=True)]
+    return torch.cat(parts).to(builder.device)
 
 
 def _by_token(heads: _Heads, memory: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
-"""A mixer lets a token meet the tokens before it: `Attention` over the pages, or over latents (`latent.py`)."""
+"""A mixer lets a token meet the tokens before it: `Attention` over the pages, or over latents (`latent.py`), or one
+that keeps a state, or two of these side by side.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -37,6 +40,12 @@ class Mixer(Protocol):
     def leaves(self) -> Iterator[Leaf]:
         """Yield all that holds weights."""
         ...
+
+
+class StatefulMixer(Mixer, Protocol):
+    """A mixer that keeps a state."""
+
+    out_proj: RowParallelLinear  # behind `mix`, all that `output` computes
 
 
 class Attention:
@@ -139,3 +148,40 @@ class GatedAttention(Attention):
         sizes = [self.num_qo_heads + 2 * self.num_kv_heads, self.num_qo_heads]
         heads, gates = torch.split(projected, sizes, 1)
         return super().mix(heads, backend) * gates.flatten(1).sigmoid()
+
+
+class SideBySide:
+    """Implements `Mixer`: attention and a mixer that keeps a state see the same tokens, and their results are added."""
+
+    def __init__(self, builder: Builder, attention: Attention, stateful: StatefulMixer) -> None:
+        self.attention, self.stateful = attention, stateful
+        self._comm, self._multipliers = builder.comm, builder.config.multipliers
+        self._heads = attention.num_qo_heads + 2 * attention.num_kv_heads, attention.head_dim
+
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        """Return what both take, [num_tokens, numbers of attention's heads, then the other's]."""
+        multipliers = self._multipliers
+        heads = self.attention.project(_times(x, multipliers.attention_in), rope)
+        return torch.cat((heads.flatten(1), self.stateful.project(_times(x, multipliers.state_in), rope)), 1)
+
+    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+        """Return what both yield, one beside the other."""
+        size = math.prod(self._heads)
+        heads = projected[:, :size].contiguous().view(-1, *self._heads)  # FlashInfer reads rows 16 bytes apart
+        attended = self.attention.mix(heads, backend)
+        return torch.cat((attended, self.stateful.mix(projected[:, size:], backend)), 1)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """Add both up, and over the ranks at once."""
+        of_attention, of_state = self.attention.o_proj, self.stateful.out_proj
+        attended, read = torch.split(mixed, [of_attention.weight.num_inputs, of_state.weight.num_inputs], 1)
+        added = _times(of_attention.partial(attended), self._multipliers.attention_out)
+        return self._comm.all_reduce(added + _times(of_state.partial(read), self._multipliers.state_out))
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield from self.attention.leaves()
+        yield from self.stateful.leaves()
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor

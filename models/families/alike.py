@@ -72,6 +72,26 @@ LFM2 = Family(
 )
 LFM2_MOE = replace(LFM2, name="lfm2_moe", mlp=LFM2.mlp._replace(is_adjusted=False), experts=LFM2_EXPERTS)
 
+# Each layer attends and keeps a state, side by side.
+FALCON_H1 = Family(
+    name="falcon_h1",
+    defaults={
+        "mamba_d_state": 256,
+        "mamba_n_heads": 128,
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+    },
+    own_norm_names=("input_layernorm", None, "pre_ff_layernorm", None),
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    mlp=MlpNames(module="feed_forward"),
+    final_norm="final_layernorm",
+    states="mamba",
+    attends_beside_states=True,
+)
+
 # Each layer is one block, and attention turns nothing by positions.
 NEMOTRON_H = Family(
     name="nemotron_h",

@@ -80,6 +80,7 @@ class Family:
     has_lone_blocks: bool = False  # a layer is a mixer, or a feed-forward, not both: `parts/lone_blocks.py`
     final_norm: str = "norm"
     states: States | None = None  # some layers keep one in place of keys and values: `parts/states.py`
+    attends_beside_states: bool = False  # all keep one, and keys and values besides: `parts/side_by_side.py`
     has_attention_gates: bool = False  # numbers beside each head's query multiply what it attends to
     is_latent: bool = False  # attention is over latents: `latent.py`
     windows: Windows = "none"

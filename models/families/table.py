@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .alike import ARCEE, ERNIE4, EXAONE4, GLM4, HUNYUAN_DENSE, LFM2, LFM2_MOE, NEMOTRON_H, QWEN_NEXT
+from .alike import ARCEE, ERNIE4, EXAONE4, FALCON_H1, GLM4, HUNYUAN_DENSE, LFM2, LFM2_MOE, NEMOTRON_H, QWEN_NEXT
 from .defaults import COHERE2, GEMMA, GEMMA3, OLMO3
 from .experts import (
     DEEPSEEK_V2,
@@ -255,6 +255,7 @@ FAMILIES = {
     "Lfm2ForCausalLM": LFM2,
     "Lfm2MoeForCausalLM": LFM2_MOE,
     "NemotronHForCausalLM": NEMOTRON_H,
+    "FalconH1ForCausalLM": FALCON_H1,
     "HunYuanDenseV1ForCausalLM": HUNYUAN_DENSE,
     "HunYuanMoEV1ForCausalLM": replace(
         HUNYUAN_DENSE,

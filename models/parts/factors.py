@@ -7,6 +7,7 @@ import math
 from ..families.family import Family
 from .config_fields import ConfigFields
 from .latent import LatentConfig
+from .side_by_side import read_outer_factors
 
 
 def read_factors(
@@ -21,6 +22,9 @@ def read_factors(
             found[name] = fields.number(name, 1.0)
         found["logits_divisor"] = fields.number("logits_scaling", 1.0)
         found["score_scale"] = fields.number("attention_multiplier", 1.0)
+    if family.attends_beside_states:
+        head_dim = fields.count("head_dim", hidden_size // fields.count("num_attention_heads"))
+        found |= read_outer_factors(fields, head_dim)
     if family.has_logit_scale:
         found["logits_divisor"] = 1 / fields.number("logit_scale")
     if latent is not None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 from ..families.family import Family
 from .config_fields import ConfigFields
 from .lone_blocks import FEED_FORWARDS
 from .states import RowPart, Shape, StatesConfig, stateful_layers
+
+# Where a norm of what heads yield stands: behind its product with the gates, before it, or nowhere.
+GatedNorm = Literal["behind gates", "before gates", "none"]
 
 _INFINITY = {"__float__": "Infinity"}
 
@@ -28,6 +31,7 @@ class MambaConfig(StatesConfig):
     state_dim: int
     conv_bias: bool
     proj_bias: bool  # of both products
+    norm: GatedNorm = "behind gates"
 
     @property
     def num_values(self) -> int:
@@ -41,8 +45,13 @@ class MambaConfig(StatesConfig):
 
     @property
     def has_one_group(self) -> bool:
-        """Tell whether all heads are read and written alike: then they are normed together, too."""
+        """Tell whether all heads are read and written alike."""
         return self.num_groups == 1
+
+    @property
+    def is_normed_whole(self) -> bool:
+        """Tell whether what all heads yield is normed together."""
+        return self.has_one_group and self.norm != "none"
 
     @property
     def row_parts(self) -> tuple[RowPart, ...]:
@@ -74,9 +83,10 @@ class MambaConfig(StatesConfig):
             f"{name}.A_log": (self.num_heads,),
             f"{name}.D": (self.num_heads,),
             f"{name}.dt_bias": (self.num_heads,),
-            f"{name}.norm.weight": (self.num_values,),
             f"{name}.out_proj.weight": (hidden_size, self.num_values),
         }
+        if self.norm != "none":
+            shapes[f"{name}.norm.weight"] = (self.num_values,)
         if self.conv_bias:
             shapes[f"{name}.conv1d.bias"] = (self.num_convolved,)
         if self.proj_bias:
@@ -88,7 +98,10 @@ def read_mamba(fields: ConfigFields, family: Family) -> MambaConfig | None:
     """Return the layers of this kind, if there are any. Raises ConfigError."""
     key = fields.told(("layer_types", "layers_block_type"))
     others = FEED_FORWARDS if family.has_lone_blocks else frozenset[str]()
-    layers = stateful_layers(fields, key, fields.raw.get(key), {"mamba", "linear_attention"}, others)
+    if family.attends_beside_states:
+        layers: tuple[bool, ...] = (True,) * fields.count("num_hidden_layers")
+    else:
+        layers = stateful_layers(fields, key, fields.raw.get(key), {"mamba", "linear_attention"}, others)
     if not any(layers):
         return None
     num_heads, num_groups = fields.count("mamba_n_heads"), fields.count("mamba_n_groups", 1)
@@ -111,7 +124,15 @@ def read_mamba(fields: ConfigFields, family: Family) -> MambaConfig | None:
         state_dim=fields.count("mamba_d_state"),
         conv_bias=fields.flag("mamba_conv_bias", default=True),
         proj_bias=fields.flag("mamba_proj_bias", default=False),
+        norm=_norm(fields) if family.attends_beside_states else "behind gates",
+        are_beside_keys=family.attends_beside_states,
     )
+
+
+def _norm(fields: ConfigFields) -> GatedNorm:
+    if not fields.flag("mamba_rms_norm", default=False):
+        return "none"
+    return "before gates" if fields.flag("mamba_norm_before_gate", default=True) else "behind gates"
 
 
 def _is_unlimited(limits: object) -> bool:

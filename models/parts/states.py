@@ -1,4 +1,4 @@
-"""Layers that keep a state in place of keys and values, as config.json tells them.
+"""Layers that keep a state in place of keys and values, or beside them, as config.json tells them.
 
 A state is what a layer knows of all tokens so far, of one size however many they are:
 
@@ -64,6 +64,7 @@ class StatesConfig(ABC):
     layers: tuple[bool, ...]  # by layer: it keeps a state
     kernel_size: int  # tokens that the convolution sees
     num_shares: int = 1
+    are_beside_keys: bool = False  # these layers keep keys and values as well
 
     @property
     @abstractmethod
@@ -110,6 +111,10 @@ class StatesConfig(ABC):
     def of_rank(self, num_ranks: int) -> Self:
         """Return the sizes of each of so many ranks, which divide the shares evenly."""
         return replace(self._divided(num_ranks), num_shares=self.num_shares // num_ranks)
+
+    def keeps_keys(self, layer: int) -> bool:
+        """Tell whether a layer with a mixer keeps keys and values."""
+        return self.are_beside_keys or not self.layers[layer]
 
     @property
     def num_convolved(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ..checkpoints import Family, Shape, write_checkpoint, write_tokenizer
 from ..deepseek import EXPERTS, TOKEN_SIZE, Generation, write_deepseek
-from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
+from ..transformers_checkpoints import FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 
 MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
@@ -19,7 +19,7 @@ LATENTS_BLOCK_BYTES = 3 * TOKEN_SIZE * _BLOCK_SIZE * _FLOAT32  # layers, numbers
 _STATE, _LFM2_STATE, _MAMBA_STATE = 2 + 3 * 128 + 4 * 16 * 16, 2 + 2 * 64, 2 + 3 * (128 + 2 * 32) + 4 * 16 * 32
 _STATES_OF = {
     **dict.fromkeys(("lfm2", "lfm2_moe"), _LFM2_STATE),
-    **dict.fromkeys(("granite4", "granite4_moe", "nemotron_h", "nemotron_h_moe"), _MAMBA_STATE),
+    **dict.fromkeys(("granite4", "granite4_moe", "nemotron_h", "nemotron_h_moe", "falcon_h1"), _MAMBA_STATE),
 }
 _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
@@ -116,6 +116,7 @@ _STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite4_moe": ("GraniteMoeHybrid", _MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3}),
     "nemotron_h": ("NemotronH", NEMOTRON_H),
     "nemotron_h_moe": ("NemotronH", NEMOTRON_H_MOE),
+    "falcon_h1": ("FalconH1", FALCON_H1),
 }
 
 
@@ -144,7 +145,8 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         write_tokenizer(path, SMALL["vocab_size"])
         is_sparse = any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
         num_bytes = 3 * _STATES_OF.get(family, _STATE) * _FLOAT32
-        block_bytes = _states_block_bytes(num_bytes, fields.get("head_dim", SMALL["head_dim"]))
+        num_with_keys = fields["num_hidden_layers"] if family == "falcon_h1" else 1
+        block_bytes = _states_block_bytes(num_bytes, fields.get("head_dim", SMALL["head_dim"]), num_with_keys)
         return ExactnessModel(path, block_bytes, is_sparse=is_sparse)
     if family in _SPARSE:
         import transformers
@@ -159,7 +161,7 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     return ExactnessModel(path, HEADS_BLOCK_BYTES, is_sparse=family == "qwen3_vl_moe")
 
 
-def _states_block_bytes(num_bytes: int, head_dim: int) -> int:
-    """Return the bytes of one layer's keys and values, and of as many more such pages as states fill."""
+def _states_block_bytes(num_bytes: int, head_dim: int, num_with_keys: int) -> int:
+    """Return the bytes of some layers' keys and values, and of as many more such pages as states fill."""
     page_bytes = 2 * 2 * head_dim * _BLOCK_SIZE * _FLOAT32  # K and V, heads
-    return page_bytes * (1 + -(-num_bytes // page_bytes))
+    return page_bytes * (num_with_keys + -(-num_bytes // page_bytes))

@@ -28,7 +28,7 @@ from ..adapters import merge, write_adapter
 from ..checkpoints import write_checkpoint
 from ..engine_driver import Driver, engine_config, prompts
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
-from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
+from ..transformers_checkpoints import FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 from .test_adapters import put, sequence
 from .test_states import EXPERTS, LFM2, MAMBA
 from .transformers_reference import reference_logprobs
@@ -59,6 +59,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "nemotron h": ("NemotronH", NEMOTRON_H),
     "nemotron h, with experts": ("NemotronH", NEMOTRON_H_MOE),
     "nemotron h, with experts of narrower rows": ("NemotronH", NEMOTRON_H_MOE | {"moe_latent_size": 32}),
+    "falcon h1": ("FalconH1", FALCON_H1),
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
 LENGTHS = [1, 15, 16, 90]

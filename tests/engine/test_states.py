@@ -19,7 +19,15 @@ from kvferry.models.config import ModelConfig
 from ..adapters import merge, write_adapter
 from ..engine_driver import GREEDY, Driver, make_engine
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
-from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model, write_state_models
+from ..transformers_checkpoints import (
+    FALCON_H1,
+    NEMOTRON_H,
+    NEMOTRON_H_MOE,
+    SMALL,
+    STATES,
+    write_model,
+    write_state_models,
+)
 from .test_adapters import put, sequence
 from .transformers_reference import reference_logprobs
 
@@ -58,6 +66,17 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "nemotron h": ("NemotronH", NEMOTRON_H | {"use_conv_bias": False}),
     "nemotron h, with experts": ("NemotronH", NEMOTRON_H_MOE | {"use_bias": True}),
     "nemotron h, with experts of narrower rows": ("NemotronH", NEMOTRON_H_MOE | {"moe_latent_size": 32}),
+    "falcon h1": ("FalconH1", FALCON_H1),
+    "falcon h1, normed behind gates": (
+        "FalconH1",
+        FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_conv_bias": False},
+    ),
+    "falcon h1, normed before gates": (
+        "FalconH1",
+        FALCON_H1
+        | {"mamba_rms_norm": True, "mamba_n_groups": 2, "mamba_proj_bias": True, "projectors_bias": True}
+        | {"attention_bias": True, "mlp_bias": True},
+    ),
     "qwen3 next, some dense": (
         "Qwen3Next",
         EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 5},

@@ -44,6 +44,8 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ messages }}", "hermes", False, "none"),
         (QWEN, "hermes", True, "none"),
         (QWEN + "{{ content.split('</think>') }}", "hermes", True, "think"),
+        # Falcon's, of an array of calls.
+        ("<tools>{{ tools|tojson }}</tools><tool_call>\n[\n  {}\n]\n</tool_call>", "hermes", True, "none"),
         ("{{ tools }}<tool_call><function=name>", "qwen3_coder", True, "none"),
         ("{{ tools }}<think></think><tool_call>{name}<arg_key>{key}</arg_key>", "glm", True, "think"),
         ("{{ tools }}<think><minimax:tool_call>", "minimax_m2", True, "think"),

@@ -1,0 +1,70 @@
+"""Layers that attend beside a state, with what else a model may have: adapters, weights in 8 and 4 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import transformers
+
+from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.errors import ConfigError
+from kvferry.engine.engine import Engine
+
+from ..adapters import merge, write_adapter
+from ..engine_driver import GREEDY, Driver, make_engine
+from ..transformers_checkpoints import FALCON_H1, SMALL, write_model
+from .test_adapters import put, sequence
+
+PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), transformers.FalconH1Config(**SMALL | FALCON_H1))
+
+
+def _logprobs(engine: Engine) -> torch.Tensor:
+    """Return the prompt's log-probabilities."""
+    driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
+    driver.grow(seq := driver.add(PROMPT, sampling), len(PROMPT))
+    [row] = engine.step(Batch([BatchRow(seq, len(PROMPT))])).rows
+    return torch.tensor([token.logprob for token in row.prompt_logprobs])
+
+
+def test_pages_of_keys_stand_before_those_of_states(checkpoint: Path) -> None:
+    engine = make_engine(checkpoint, block_size=16)
+    states = engine.model_config.states
+    assert states is not None
+    page_bytes = 2 * 2 * 16 * 16 * 4
+    assert engine.spec.num_layers == 3 + -(-states.num_bytes // page_bytes)
+    driver, told = Driver(engine), list[int]()
+    driver.step([(driver.add(range(4, 44)), 40)], told.append)
+    assert told == list(range(engine.spec.num_layers))
+
+
+def test_adapters_go_beside_both(checkpoint: Path, tmp_path: Path) -> None:
+    targets = ("in_proj", "out_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapter = write_adapter(tmp_path / "adapter", checkpoint, rank=8, targets=targets, seed=3, alpha=32)
+    engine = make_engine(checkpoint, enable_lora=True, max_loras=2)
+    put(engine, 1, adapter)
+    driver, merged = Driver(engine), Driver(make_engine(merge(checkpoint, adapter, tmp_path / "merged")))
+    wanted = merged.generate([merged.add(PROMPT)])
+    assert driver.generate([sequence(driver, PROMPT, 1)], chunk=9) == wanted
+    assert driver.generate([driver.add(PROMPT)], chunk=9) != wanted
+
+
+@pytest.mark.parametrize(("form", "most"), [(None, 0.2), ("int8", 0.5), ("int4", 3.0)])  # of some 8 on average
+def test_shorter_numbers_are_near_float32(checkpoint: Path, form: str | None, most: float) -> None:
+    exact = _logprobs(make_engine(checkpoint))
+    near = _logprobs(make_engine(checkpoint, dtype="bfloat16", quantization=form))
+    assert not torch.equal(exact, near) and (exact - near).abs().median() < most
+
+
+def test_exact_steps_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"deterministic: layers that keep a state have exact steps, .* on CPUs alone"
+    ):
+        make_engine(checkpoint, deterministic=True)
