@@ -104,9 +104,11 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: dict[str, str
 
 def test_a_tied_models_spare_head_and_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, tokenizer=False, tie_embeddings=True)
-    _change(path, add="lm_head.weight")
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors")
     _change(path, add="model.layers.0.self_attn.rotary_emb.inv_freq")
-    _load(path)
+    assert not [slot for slot in _load(path).slots() if slot.name == "lm_head.weight"]
 
 
 @pytest.mark.parametrize("name", ["mtp.layers.0.enorm.weight", "model.mtp_block.0.mlp.up_proj.weight"])
