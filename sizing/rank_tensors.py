@@ -70,7 +70,9 @@ class RankTensors:
         """
         self._model, self._num_ranks, self._is_exchanged = model, num_ranks, is_exchanged
         self._held = {f"model.layers.{layer}": own for layer, own in held.items()}
-        self._states = None if model.states is None else f".{model.states.module}."
+        name = "" if model.states is None else model.states.module  # others of Nemotron-H's layers have that name too
+        with_states = filter(model.has_state, range(model.num_layers))
+        self._of_states = tuple(f"model.layers.{layer}.{name}." for layer in with_states)
         own = model if model.states is None else replace(model, states=model.states.of_rank(num_ranks))
         self._shapes = tensor_shapes(own)  # as a rank has them of layers with states, whole ones of others
 
@@ -100,7 +102,7 @@ class RankTensors:
         return size // self._num_ranks if is_split and not self._is_of_states(name) else size
 
     def _is_of_states(self, name: str) -> bool:
-        return self._states is not None and self._states in name
+        return name.startswith(self._of_states)
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield the layers' matrices, fused parts as one."""

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from kvferry.engine.cuda.states import DeviceStates
+from kvferry.engine.nn.attention.base import Scores
 from kvferry.engine.nn.attention.page_index import PageIndex
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.engine.nn.decoder import Decoder
@@ -60,7 +61,8 @@ class Bench:
         self.decoder.states.attach(self.pages)
         self.states = DeviceStates(self.decoder.states, CUDA, BLOCK)
         kept = torch.zeros(len(self.model.kv_layers), NUM_BLOCKS, *shape)
-        self.attention = HostAttention(kept, self.model.num_qo_heads, self.model.kv_windows)
+        scores = Scores(scale=self.model.score_scale)
+        self.attention = HostAttention(kept, self.model.num_qo_heads, self.model.kv_windows, scores)
 
     def step(self, counts: dict[int, int], *, is_decode: bool = False, num_padding: int = 0) -> dict[int, Tensor]:
         """Feed each sequence's next tokens. Returns log-probabilities of what follows each, [fed, vocab_size]."""
