@@ -62,9 +62,10 @@ inline float rounded(float value) {
 }
 #endif
 
-// 2^x: the fraction by a polynomial of degree 6 (relative error 2e-7), the whole part by the exponent. 2^-inf = 0.
+// 2^x: the fraction by a polynomial of degree 6 (relative error 2e-7), the whole part by the exponent. 2^-inf = 0,
+// 2^inf = inf: a gate far below 0 asks for it.
 inline Vector exp2(Vector x) {
-    x = max(x, repeat(-200.0f));
+    x = min(max(x, repeat(-200.0f)), repeat(200.0f));
     const Vector whole = nearest(x);
     const Vector r = x - whole;
     Vector y = repeat(1.54035304e-4f);
