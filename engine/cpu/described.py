@@ -74,7 +74,7 @@ class MambaParts(StateParts):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("forgetting", "step_bias", "kept", "norm")),
         *((name, ctypes.c_int64) for name in ("num_heads", "head_dim", "num_groups", "state_dim")),
-        ("norm_eps", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("norm_eps", "least_step", "most_step")),
     ]
 
 

@@ -99,5 +99,7 @@ def _mamba(mixer: Mamba, linear: Described, keep: list[object]) -> MambaParts:
         num_groups=config.num_groups,
         state_dim=config.state_dim,
         norm_eps=mixer.eps,
+        least_step=config.step_limits[0],
+        most_step=config.step_limits[1],
         **_common_parts(mixer.convolution, keep),
     )

@@ -1,7 +1,7 @@
 """Mamba's second kind of layers: a mixer that keeps a state of one size in place of keys and values.
 
     x, B, C      a convolution over the last few tokens' rows, then silu: values, what they are written and read by
-    step t       of each token and head: softplus(.)
+    step t       of each token and head: softplus(.), within the model's limits
     memory S     S' = exp(-A t) S + B (t x);  what a head yields is C S' + D x
     output       times the silu of a gate, then normed in groups; or in the other order, or not normed
 
@@ -72,7 +72,7 @@ class Mamba:
         sizes = [config.num_values, config.num_convolved, config.num_heads]
         known = projected[: self._states.num_tokens].float()
         gates, rows, steps = torch.split(known if self._factors is None else known * self._factors, sizes, 1)
-        steps = F.softplus(steps + vectors["dt_bias"])
+        steps = F.softplus(steps + vectors["dt_bias"]).clamp_(*config.step_limits)
         decays = -vectors["A_log"].exp() * steps
         said = rows.new_empty(len(rows), config.num_heads, config.head_dim)
         for part in self.convolution.parts(rows):

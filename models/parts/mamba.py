@@ -17,7 +17,8 @@ from .states import RowPart, Shape, StatesConfig, stateful_layers
 # Where a norm of what heads yield stands: behind its product with the gates, before it, or nowhere.
 GatedNorm = Literal["behind gates", "before gates", "none"]
 
-_INFINITY = {"__float__": "Infinity"}
+# JSON has none, so libraries write it in several ways.
+_INFINITIES: tuple[object, ...] = ("inf", {"__float__": "Infinity"})
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class MambaConfig(StatesConfig):
     conv_bias: bool
     proj_bias: bool  # of both products
     norm: GatedNorm = "behind gates"
+    step_limits: tuple[float, float] = (0.0, math.inf)  # of a token's step, the least and the most
 
     @property
     def num_values(self) -> int:
@@ -112,8 +114,9 @@ def read_mamba(fields: ConfigFields, family: Family) -> MambaConfig | None:
         raise fields.refuse("mamba_d_head", f"{num_heads} heads of {head_dim} numbers are not the {size} of a token")
     if num_heads % num_groups:
         raise fields.refuse("mamba_n_groups", f"must divide mamba_n_heads = {num_heads}")
-    if fields.has("time_step_limit") and not _is_unlimited(fields.raw["time_step_limit"]):
-        raise fields.refuse("time_step_limit", "bounds of time steps are not supported")
+    limits = _step_limits(fields)
+    if family.has_lone_blocks and limits != (0.0, math.inf):  # which transformers takes from another field there
+        raise fields.refuse("time_step_limit", "bounds of time steps are not supported in this architecture")
     return MambaConfig(
         module=family.attention if family.has_lone_blocks else "mamba",
         layers=layers,
@@ -126,6 +129,7 @@ def read_mamba(fields: ConfigFields, family: Family) -> MambaConfig | None:
         proj_bias=fields.flag("mamba_proj_bias", default=False),
         norm=_norm(fields) if family.attends_beside_states else "behind gates",
         are_beside_keys=family.attends_beside_states,
+        step_limits=limits,
     )
 
 
@@ -135,6 +139,12 @@ def _norm(fields: ConfigFields) -> GatedNorm:
     return "before gates" if fields.flag("mamba_norm_before_gate", default=True) else "behind gates"
 
 
-def _is_unlimited(limits: object) -> bool:
-    # JSON has no infinity, so libraries write it in several ways.
-    return isinstance(limits, list) and limits[:1] == [0] and limits[1:] in ([math.inf], ["inf"], [_INFINITY])
+def _step_limits(fields: ConfigFields) -> tuple[float, float]:
+    if not fields.has("time_step_limit"):
+        return 0.0, math.inf
+    told = fields.raw["time_step_limit"]
+    numbers = [math.inf if each in _INFINITIES else each for each in told] if isinstance(told, list) else []
+    match numbers:
+        case [int() | float() as least, int() | float() as most] if 0 <= least <= most and least < math.inf:
+            return float(least), float(most)
+    raise fields.refuse("time_step_limit", "must be two numbers from 0 on, the smaller first")

@@ -59,6 +59,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "lfm2": ("Lfm2", LFM2),
     "lfm2 moe": ("Lfm2Moe", LFM2 | EXPERTS | {"num_dense_layers": 1, "routed_scaling_factor": 2.5}),
     "granite 4": ("GraniteMoeHybrid", MAMBA | {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    "granite 4, steps within limits": (
+        "GraniteMoeHybrid",
+        MAMBA | {"num_local_experts": 0, "num_experts_per_tok": 0, "time_step_limit": [0.6, 0.8]},
+    ),
     "granite 4, with experts": (
         "GraniteMoeHybrid",
         MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3, "mamba_n_groups": 2, "mamba_proj_bias": True},

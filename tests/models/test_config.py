@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,9 @@ def test_granite_4_has_layers_of_mamba_and_experts_or_has_not(tmp_path: Path) ->
     config = _load(tmp_path, hybrid)
     assert isinstance(config.states, MambaConfig) and config.states.layers == (True,) * 27 + (False,) * 3
     assert config.states.num_heads * config.states.head_dim == 2 * config.hidden_size
+    for told_limits, limits in (([0.0, "inf"], (0.0, math.inf)), ([0.01, 1], (0.01, 1.0)), (None, (0.0, math.inf))):
+        bounded = _load(tmp_path, hybrid | {"time_step_limit": told_limits}).states
+        assert isinstance(bounded, MambaConfig) and bounded.step_limits == limits
     assert config.rope.kind == "none" and config.local_rope is None
     assert config.experts is not None and config.experts.shared == "shared_mlp" and all(config.sparse_layers)
     names = tensor_shapes(config)
@@ -278,7 +282,9 @@ def test_granite_4_has_layers_of_mamba_and_experts_or_has_not(tmp_path: Path) ->
     for changes, message in (
         ({"mamba_d_head": 5}, "mamba_d_head = 5: 48 heads of 5 numbers are not the"),
         ({"mamba_n_groups": 5}, "mamba_n_groups = 5: must divide mamba_n_heads = 48"),
-        ({"time_step_limit": [0.0, 1.0]}, r"time_step_limit = \[0.0, 1.0\]: bounds of time steps are not supported"),
+        ({"time_step_limit": [1.0, 0.5]}, r"time_step_limit = \[1.0, 0.5\]: must be two numbers from 0 on, the"),
+        ({"time_step_limit": [0.1]}, r"time_step_limit = \[0.1\]: must be two numbers from 0 on"),
+        ({"time_step_limit": ["x", 1]}, r"time_step_limit = \['x', 1\]: must be two numbers from 0 on"),
         ({"layer_types": ["mamba"] * 30}, "a model without a layer that keeps keys and values is not supported"),
         (
             {"layer_types": ["moe"] * 30},

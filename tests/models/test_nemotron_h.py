@@ -108,7 +108,7 @@ def test_a_list_of_types_says_what_the_pattern_says(tmp_path: Path, name: str, w
         ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act = 'gelu': only silu is supported"),
         ({"mlp_hidden_act": "relu"}, "hidden_act = 'relu': only silu and swish and gelu_pytorch_tanh and relu2 are"),
         ({"n_groups": 7}, "mamba_n_groups = 7: must divide mamba_n_heads = 128"),
-        ({"time_step_limit": [0.001, 0.1]}, "time_step_limit = .*: bounds of time steps are not supported"),
+        ({"time_step_limit": [0.001, 0.1]}, "time_step_limit = .*: bounds of time steps are not supported in this"),
         ({"mamba_num_heads": None}, "mamba_num_heads = None: must be a whole number of at least 1"),
     ],
 )

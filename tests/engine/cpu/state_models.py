@@ -49,6 +49,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_proj_bias": True}
         | {"mamba_conv_bias": False, "position_embedding_type": "rope"},
     ),
+    "granite4, steps within limits": ("GraniteMoeHybrid", _MAMBA | {"time_step_limit": [0.6, 0.8]}),
     "granite4, heads of its size": (
         "GraniteMoeHybrid",
         _MAMBA | {"mamba_n_heads": 2, "mamba_d_head": 64, "mamba_d_state": 128},

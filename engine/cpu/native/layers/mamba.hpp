@@ -1,7 +1,7 @@
 // What a layer of Mamba's second kind does with a row's tokens once they are convolved (engine/nn/mamba.py), of one head, token
 // by token. All of it is computed in float32.
 //
-//     step t     softplus of what is projected and a bias: of each token and head
+//     step t     softplus of what is projected and a bias, within the model's limits: of each token and head
 //     memory     S = exp(-A t) S + B (t x);  what is read is C S + D x, of the new S; then times silu of the gate
 //     norm       of what the heads of a group have read: by whoever, once all have
 //
@@ -20,11 +20,13 @@
 
 // Tokens' steps, in place of what they are made of, and behind all products what is left of each head's memory.
 inline void take_steps(const Mamba& w, float* projected, long stride, long count) {
+    const Vector least = repeat(float(w.least_step)), most = repeat(float(w.most_step));
     for (long token = 0; token < count; token++, projected += stride) {
         float *const steps = projected + w.steps_at(), *const kept = projected + w.rates_at();
         for (long head = 0; head < w.num_heads; head += 16) {
             const Lanes mask = lanes(w.num_heads - head);
-            const Vector step = softplus(load(steps + head, mask) + load(w.step_bias + head, mask));
+            const Vector asked = softplus(load(steps + head, mask) + load(w.step_bias + head, mask));
+            const Vector step = min(most, max(least, asked));  // NaN stays
             store(steps + head, step, mask);
             store(kept + head, exp2(step * load(w.forgetting + head, mask) * repeat(-kLog2E)), mask);
         }

@@ -87,6 +87,7 @@ struct Mamba : StateLayer {
     const float* norm;                           // [num_values]
     std::int64_t num_heads, head_dim, num_groups, state_dim;
     double norm_eps;
+    double least_step, most_step;  // no limits: 0 and infinity
 
     long num_keys() const { return num_groups * state_dim; }
     long steps_at() const { return num_values + num_convolved; }
