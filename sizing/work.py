@@ -23,7 +23,8 @@ from .rank_tensors import is_expert
 
 _EXCHANGES = 4  # in place of a sum: numbers of rows, rows to their experts, results back, a join of all
 _SUM_BYTES, _CHOICE_BYTES = 4, 8  # of a number that comes back; of an expert's number and its weight
-_PROJECTED = re.compile(r"\.(q|k|v|qkv|q_a|q_b|kv_b)_proj|\.kv_a_proj_with_mqa")  # of all tokens, in every layer
+# Of all tokens, in every layer: what queries, keys and values, or a state, are made of.
+_PROJECTED = re.compile(r"\.(q|k|v|qkv|q_a|q_b|kv_b)_proj|\.kv_a_proj_with_mqa|\.in_proj|\.conv(1d)?\.weight")
 
 
 class Params(NamedTuple):
@@ -32,7 +33,7 @@ class Params(NamedTuple):
     layers: int  # without routed experts
     experts: int  # routed ones, all of them
     head: int  # multiplied by the rows that sample, alone
-    last: int  # of `layers`, what stands behind the last one's queries, keys and values
+    last: int  # of `layers`, what stands behind the last one's queries, keys and values, or behind its state
     last_experts: int  # of `experts`, the last layer's
 
 

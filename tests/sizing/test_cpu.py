@@ -11,6 +11,7 @@ from kvferry.common.config import EngineConfig
 from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.figures import Sizer
 from kvferry.sizing.hardware import probed_cpu
+from kvferry.sizing.shapes import shape_of
 from kvferry.sizing.steps import StepWork
 from kvferry.sizing.work import count_params, num_values
 
@@ -55,6 +56,23 @@ def test_a_step_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     assert narrow.decode(8).expected_s == pytest.approx(rows - saved, rel=1e-6)
     first_s, more_s = sizer.steps.run(8, 8000)
     assert first_s + more_s == pytest.approx(sizer.steps.step_s(StepWork(decode_rows=8, decode_context=8008)))
+
+
+def test_all_tokens_go_into_the_state_of_a_last_layer(tmp_path: Path) -> None:
+    """What is behind it, rows that sample alone; the last layer that attends is not the last one, so all are scored."""
+    kinds = ["full_attention", "linear_attention"]
+    model = model_of(tmp_path, "states", num_hidden_layers=2, layer_types=kinds)
+    assert count_params(model).last == 1024 * 16 * 128 + 3 * 1024 * 3584
+    shape = shape_of(ENGINE, model, probed_cpu(64, RATES), 1000)
+    assert shape.scores_per_pair == pytest.approx(8)
+
+
+def test_torch_takes_all_tokens_through_the_last_layer(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "nano-9b")
+    shape = shape_of(ENGINE, model, probed_cpu(64, RATES), 1000)
+    assert shape.last_params == shape.last_experts == 0
+    attending = sum(window is None for window in model.kv_windows)
+    assert shape.scores_per_pair == pytest.approx(attending * 40)
 
 
 def test_experts_are_multiplied_by_the_rows_that_chose_them(tmp_path: Path) -> None:
