@@ -82,14 +82,15 @@ class WeightCounter:
     def count(self) -> WeightBytes:
         model = self._model
         embedding = self._vocabulary_rows * model.hidden_size * self._item_bytes
-        has_own_head = not (model.tie_embeddings and self._on_gpu)  # a CPU packs a tied one a second time
+        shares_head = model.tie_embeddings and self._on_gpu  # a CPU packs a tied one a second time
+        head = 0 if not model.has_head else embedding if shares_head else self._head_bytes()
         sizes = [(matrix, self._matrix_bytes(matrix)) for matrix in self._tensors.matrices()]
         read = sum(size for _, size in sizes) + self._vector_bytes()
-        read += self._head_bytes() if has_own_head else embedding
+        read += head
         experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
         nibbles = [(matrix, size, form) for matrix, size in sizes if (form := self._card_form(matrix)) is not None]
         return WeightBytes(
-            total=read + embedding if has_own_head else read,
+            total=read - head + (embedding if shares_head else head + embedding),
             read=read,
             experts=experts,
             nibbles=sum(size for _, size, _ in nibbles),

@@ -67,6 +67,7 @@ class NativeDecoder:
             _place_states(described, states.config, states.pages.stride(0) * first.itemsize)
         self._vocab_size: int = described.vocab_size
         self._comm, self._num_logits, self._bounded_ = model.comm, model.num_logits, model.bounded_
+        self._has_head = model.has_head
         self._sums = _Sums(self._comm)
         if self._comm.size > 1:
             described.sum_over_ranks = self._sums.callback
@@ -156,7 +157,11 @@ class NativeDecoder:
         assert all(0 <= token < len(tokens) for token in wanted), "a wanted token is not in the step"
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Turn rows of `forward` into [rows, vocab_size] float32, on every rank."""
+        """Turn rows of `forward` into [rows, vocab_size] float32, on every rank: zeros of a model without a head, whose
+        steps are measured with rows that sample, and which draws nothing for anybody.
+        """
+        if not self._has_head:
+            return torch.zeros(len(hidden), self._vocab_size)
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), _padded(self._num_logits))
         self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())

@@ -81,6 +81,7 @@ class NativeModel:
         self._linears: list[tuple[Linear, LinearParts]] = []  # of the layers, with their descriptions
         self._of_experts: dict[int, LinearParts] = {}  # those of linears that are given some of a step's rows, by id
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
+        self.has_head = decoder.config.has_head
         self.described = self._describe(decoder, blocks)
 
     def _describe(self, decoder: Decoder, blocks: list[Blocks]) -> Model:
@@ -139,7 +140,8 @@ class NativeModel:
         model.inv_freq = address(decoder.rotary.inv_freq)
         model.embedding = address(decoder.embedding.weight.plain)
         model.final_norm = address(decoder.final_norm.weight)
-        model.head = self._linear(decoder.head.linear, None).weight
+        if config.has_head:
+            model.head = self._linear(decoder.head.linear, None).weight
         model.layers = layers
         return model
 

@@ -178,8 +178,10 @@ class Decoder:
             yield from leaf.slots()
 
     def linears(self) -> Iterator[Linear]:
+        """Yield those that steps multiply by: not the head's of a model without one, whose logits nobody wants."""
         yield from (leaf for leaf in self.leaves() if isinstance(leaf, Linear))
-        yield self.head.linear
+        if self.config.has_head:
+            yield self.head.linear
 
     def pack(self) -> None:
         """Block the loaded weights for torch on a CPU, one by one so that memory never holds two models."""

@@ -206,7 +206,7 @@ class ParallelHead:
     def __init__(self, builder: Builder, embedding: ParallelEmbedding) -> None:
         tied = builder.config.tie_embeddings
         name = embedding.name if tied else "lm_head"
-        shares = tied and builder.head_form(name) is None
+        shares = tied and (builder.head_form(name) is None or not builder.config.has_head)
         self.rows: VocabParallel = embedding if shares else HeadRows(builder, name)
         # A tied head is packed beside the rows that tokens are looked up in: a second copy of this one tensor.
         self.linear = Linear("lm_head", DenseWeight(embedding.weight.plain) if shares else self.rows.weight)

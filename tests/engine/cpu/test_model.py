@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,10 @@ from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import cache_dir
+from kvferry.sizing.memory import rank_weights
 
-from ...checkpoints import write_checkpoint
-from ...engine_driver import GREEDY, Driver, engine_config, prompts
+from ...checkpoints import write_checkpoint, write_embedding_model
+from ...engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
 
 LENGTHS = [5, 70, 1]
 
@@ -183,3 +185,19 @@ def test_torchs_results_are_named_after_the_unit_that_multiplies(monkeypatch: py
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
         names.append(torch_results(torch.bfloat16, 1))
     assert " AMX " in names[1] and names[1].replace(" AMX", "") == names[0]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_model_without_a_head_packs_none(tmp_path: Path, quantization: str | None) -> None:
+    """Its steps make sums of hidden states, and rows that sample are for measuring alone."""
+    path = write_embedding_model(tmp_path / "model")
+    engine = make_engine(path, dtype="bfloat16", quantization=quantization)
+    assert isinstance(engine.runner, NativeRunner)
+    decoder = engine.runner.decoder
+    assert decoder._model.head.weights is None and not decoder._model.head.integers
+    driver = Driver(engine)
+    assert driver.generate([driver.add(prompts([5])[0], GREEDY)])
+    kept = rank_weights(engine.config, ModelConfig.from_dir(path))
+    tied = rank_weights(engine.config, replace(ModelConfig.from_dir(path), has_head=True))
+    assert kept.read < tied.read and tied.total - kept.total == tied.read - kept.read
