@@ -3,6 +3,9 @@ r"""GBNF, as llama.cpp reads it, in words that llguidance's converter takes: of 
 [\u0041-\U0001F600]   it drops the zeros of an escape   the characters themselves
 ([0-9]+)?             it drops the parentheses          ([0-9]+ "")?
 start                 it calls `root` so                start-
+
+It makes one expression of a rule that does not come back to itself, but for `root`; an expression takes as many as it
+can, whatever follows. So what is in `root` stands in a rule of its own: a grammar without recursion is one expression.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ _START_RULE = re.compile(r"^\s*start\s*::=", re.MULTILINE)
 # A string, a class, a comment; a rule's name; or a repetition that ends a group which is repeated itself.
 _PART = re.compile(
     r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|'
-    r"(?P<start>(?<![\w-])start(?![\w-]))|(?P<last>[*+?}])(?P<end>(?:\s*\))+)(?=\s*[*+?{])",
+    r"(?P<start>(?<![\w-])start(?![\w-]))|(?P<root>(?<![\w-])root(?![\w-]))|(?P<last>[*+?}])(?P<end>(?:\s*\))+)(?=\s*[*+?{])",
     re.DOTALL,
 )
 
@@ -28,6 +31,15 @@ def plain_gbnf(text: str) -> str:
     """Return a grammar in words that the converter takes. Raises ValueError for an escape that is no character."""
     has_start = has_start_rule(text)
     return _PART.sub(lambda part: _reworded(part, has_start), text)
+
+
+def with_whole_root(plain: str) -> str:
+    """Return a grammar that the converter takes with all of it as one expression, where no rule calls itself."""
+    whole = "root-"
+    while re.search(rf"(?<![\w-]){whole.replace('-', '[-_]')}(?![\w-])", plain, re.IGNORECASE):
+        whole += "-"
+    renamed = _PART.sub(lambda part: whole if part["root"] else part[0], plain)
+    return f"{renamed}\nroot ::= {whole}\n"
 
 
 def _reworded(part: re.Match[str], has_start: bool) -> str:

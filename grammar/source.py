@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 
 from ..common.grammar import WHITE_SPACE, Grammar
-from .gbnf import has_start_rule, plain_gbnf
+from .gbnf import has_start_rule, plain_gbnf, with_whole_root
 
 KINDS = ("json_object", "json_schema", "regex", "choice", "lark")
 _ANY_OBJECT = '{"type": "object"}'
@@ -52,7 +52,8 @@ def _lark(text: str) -> str:
         return text
     plain = plain_gbnf(text)
     try:
-        return gbnf_to_lark(plain)
+        gbnf_to_lark(plain)  # whose errors are about the rules as they were written
+        return gbnf_to_lark(with_whole_root(plain))
     except RecursionError:
         raise
     except Exception as error:  # a missing rule is a bare Exception, a text that ends in an escape an IndexError

@@ -221,6 +221,14 @@ def _texts(vocabulary: Vocabulary, grammar: Grammar) -> set[str]:
         ("lark", r'root ::= [\u0041-\u0042] "\U0000005a\\u0041\x22"', {'AZ\\u0041"', 'BZ\\u0041"'}),
         ("lark", 'root ::= start "b" | restart # start\nstart ::= "start"\nrestart ::= "r"\n', {"startb", "r"}),
         ("lark", r"root ::= [\u005D\u002d\U0000007e]", {"]", "-", "~"}),
+        (
+            "lark",
+            'root ::= num "\\nb"\nnum ::= "1" ws\nws ::= [ \\n]{0,2}',
+            {f"1{blank}\nb" for blank in ("", " ", "\n", "  ", " \n", "\n ", "\n\n")},
+        ),
+        ("lark", 'root ::= a "bc"\na ::= "a" | "ab"', {"abc", "abbc"}),
+        ("lark", 'root ::= x "y" | z "w"\nx ::= "x"{1,2}\nz ::= "x"{1,2} "y"', {"xy", "xxy", "xyw", "xxyw"}),
+        ("lark", 'root ::= root- | "root" # root\nroot- ::= "a"', {"a", "root"}),
         ("json_schema", '{"enum": [1, "a", null]}', {"1", '"a"', "null"}),
     ],
 )
