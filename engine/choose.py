@@ -39,7 +39,7 @@ from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
 from .weights.float8 import has_products
 from .weights.grouped import GroupedWeight
-from .weights.weight import DenseWeight, Weight, is_slow_in_bfloat16
+from .weights.weight import DenseWeight, Weight, is_slow_in_bfloat16, limit_prepared_products
 
 if TYPE_CHECKING:
     from .nn.attention.device import DeviceAttention
@@ -144,6 +144,7 @@ def pack_weights(
             memory_mib=_widened_mib(grouped, decoder.dtype),
             reason="no C++ for them",
         )
+    limit_prepared_products()
     decoder.pack()
     return None
 

@@ -7,6 +7,7 @@ its `Weight` alone. `Builder.weight` chooses the scheme: `DenseWeight`, the numb
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from torch import Tensor
 # reading a matrix costs more than multiplying by it (measured on a Zen 3: as fast at 6 rows, 2x at 16, 5x at 512).
 _WIDENED_ROWS = 8
 _WIDENED_SIZE = 2**19  # numbers of a matrix that are widened at once: what a core's cache holds as float32
+# Code for a product of one shape takes half a megabyte, and half a millisecond to prepare. A server meets every number
+# of rows: by their own bounds, 1,024 each, it was 600 MB after minutes. This is 32 numbers of rows of 8 shapes.
+_MAX_PREPARED = 256
+_CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and of torch's way to it
 
 
 @dataclass(slots=True, frozen=True)
@@ -122,6 +127,12 @@ def _can_block(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def limit_prepared_products() -> None:
+    """Bound how many products oneDNN, and torch before it, keep prepared. Before the first one: both ask once."""
+    for name in _CAPACITIES:
+        os.environ.setdefault(name, str(_MAX_PREPARED))
 
 
 def is_slow_in_bfloat16() -> bool:
