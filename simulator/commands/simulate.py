@@ -25,7 +25,7 @@ from ...common.errors import ConfigError, KVFerryError
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS, is_published
-from ...tools.load.arguments import Parser, natural, output_file, positive_float, positive_int, share
+from ...tools.load.arguments import Parser, multiple, natural, output_file, positive_float, positive_int, share
 from ...tools.load.environment import describe_environment
 from ...tools.load.plot import check_plot_path
 from ...tools.load.report import report_console
@@ -284,7 +284,7 @@ def _add_goals(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no-local-prefill", action="store_true")
     group.add_argument("--max-local-prefill-tokens", type=natural, default=0)
     group.add_argument("--ttft-objective-ms", type=positive_float, default=1000.0)
-    group.add_argument("--ttft-stretch", type=positive_float, default=3.0)
+    group.add_argument("--ttft-stretch", type=multiple, default=3.0)
     group.add_argument("--tpot-objective-ms", type=positive_float, default=50.0)
     text = "neither router nor workers are told them: they only say which requests are good"
     group.add_argument("--no-objectives", action="store_true", help=text)

@@ -25,7 +25,7 @@ from ...common.errors import ConfigError, KVFerryError
 from ...models.config import ModelConfig
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu
-from ...tools.load.arguments import Parser, positive_float, positive_int, share
+from ...tools.load.arguments import Parser, multiple, positive_float, positive_int, share
 from ..oracle import bound
 from ..ratio import LeastFleet, least_fleet, matched
 from ..scenario import Goals, Router, Scenario, Traffic
@@ -175,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--output-len", type=positive_int, metavar="N", help="mean answer tokens; default: the trace's")
     group.add_argument("--rate", type=positive_float, metavar="X", help="requests per second; without it: no fleet")
     group.add_argument("--ttft-objective-ms", type=positive_float, default=1000.0, metavar="X")
-    group.add_argument("--ttft-stretch", type=positive_float, default=3.0, metavar="X")
+    group.add_argument("--ttft-stretch", type=multiple, default=3.0, metavar="X")
     group.add_argument("--tpot-objective-ms", type=positive_float, default=50.0, metavar="X")
     group.add_argument("--share", type=share, default=0.9, metavar="X", help="of requests that keep both")
     text = f"of each simulation; default: {_TRAFFIC_S:g} s of them, at least {_LEAST_REQUESTS}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import structlog
 
+from kvferry.simulator.commands import size
 from kvferry.simulator.commands.simulate import main, make_parser, scenario_of
 from kvferry.simulator.commands.simulate_report import Run
 
@@ -175,6 +177,16 @@ def test_no_count_is_larger_than_any_array(flag: str, capsys: pytest.CaptureFixt
         main([*SMALL, flag, "99999999999999999999999"])
     assert ended.value.code == 2
     assert f"argument {flag}: 99999999999999999999999 is more than 1000000000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [main, size.main])
+def test_a_prompts_own_time_is_multiplied_by_one_at_least(
+    program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program(["--ttft-stretch", "0.5"])
+    assert ended.value.code == 2
+    assert "argument --ttft-stretch: 0.5 is less than 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--share", "--day-low"])

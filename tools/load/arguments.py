@@ -68,6 +68,14 @@ def positive_or_infinite(text: str) -> float:
     return value
 
 
+def multiple(text: str) -> float:
+    """So many times something that is the least: 1 or more, and not infinite."""
+    value = positive_float(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
 def share(text: str) -> float:
     """A part of a whole: above 0, and 1 at most."""
     value = positive_or_infinite(text)
