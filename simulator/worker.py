@@ -160,7 +160,7 @@ class SimWorker:
 
     def drop(self, reason: str) -> None:
         """The router ended the session: this life is of no use to it."""
-        self.world.dropped(self)
+        self.world.dropped(self, reason)
 
     def _on_router_message(self, message: Message) -> None:
         if isinstance(message, Abort):

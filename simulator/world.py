@@ -10,7 +10,7 @@ from __future__ import annotations
 from random import Random
 from time import process_time
 
-from ..common.errors import CapacityError, RequestError
+from ..common.errors import CapacityError, ConfigError, RequestError
 from ..router.dispatch.dispatcher import Dispatcher
 from ..router.placement import make_policy
 from ..router.state.predictor import Predictor
@@ -134,9 +134,12 @@ class World:
         if back_after_s is not None:
             self.kernel.after(back_after_s, self.start, worker_id, worker.role)
 
-    def dropped(self, worker: SimWorker) -> None:
-        """The router has given it up."""
-        raise AssertionError(f"the router took {worker.worker_id} for hung at {self.kernel.now():.3f} s")
+    def dropped(self, worker: SimWorker, reason: str) -> None:
+        """Raise ConfigError: the router has given it up, as it would a real one that computes a step for so long."""
+        raise ConfigError(
+            f"after {self.kernel.now():.0f} s the router takes {worker.worker_id} for hung ({reason}): its steps are "
+            "too long to be served; give faster workers, or smaller steps (--prefill-tokens, --decode-tokens)"
+        )
 
     def _end(self, worker: SimWorker, reason: str) -> None:
         # What it has said is on its way: it arrives before the end of the session.

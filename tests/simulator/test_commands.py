@@ -179,6 +179,14 @@ def test_no_count_is_larger_than_any_array(flag: str, capsys: pytest.CaptureFixt
     assert f"argument {flag}: 99999999999999999999999 is more than 1000000000" in capsys.readouterr().err
 
 
+def test_steps_that_are_too_long_to_be_served_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = ["--gpu", "cpu", "--memory-gb", "64", "--memory-gb-per-s", "50", "--tflops", "0.001"]
+    model = str(write_config(tmp_path / "llama", "8b"))
+    assert main([*SMALL, "--requests", "3", "--tensor-parallel-size", "1", "--model", model, *worker]) == 2
+    told = capsys.readouterr().err
+    assert "for hung (a step runs for" in told and "its steps are too long to be served" in told
+
+
 @pytest.mark.parametrize("program", [main, size.main])
 def test_a_prompts_own_time_is_multiplied_by_one_at_least(
     program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
