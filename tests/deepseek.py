@@ -39,12 +39,33 @@ SHAPE: dict[str, object] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-Generation = Literal["v2", "v3", "glm4 lite", "youtu"]
-_CLASSES: dict[Generation, str] = {"v2": "DeepseekV2", "v3": "DeepseekV3", "glm4 lite": "Glm4MoeLite", "youtu": "Youtu"}
+Generation = Literal["v2", "v3", "glm4 lite", "youtu", "mistral4"]
+_CLASSES: dict[Generation, str] = {
+    "v2": "DeepseekV2",
+    "v3": "DeepseekV3",
+    "glm4 lite": "Glm4MoeLite",
+    "youtu": "Youtu",
+    "mistral4": "Mistral4",
+}
 TOKEN_SIZE = 32 + 8  # numbers that are kept of a token in a layer
 EXPERTS: dict[str, dict[str, object]] = {  # of the layers behind the first
     "v2": {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
     "v3": {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+    # Queries grow within the lengths of tests.
+    "mistral4": {
+        "first_k_dense_replace": 0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 100,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
 }
 YARN: dict[str, object] = {
     "rope_type": "yarn",

@@ -98,6 +98,8 @@ class LatentAttention:
         turned[:, :num_heads] = self._by_halves(q[..., latent.nope_dim :])
         turned[:, num_heads] = self._by_halves(kept[:, latent.kv_rank : latent.token_size])
         rope.turn_(turned, num_heads)
+        if rope.query_scale is not None:  # of the part that is turned it has been
+            projected[:, :num_heads, : latent.kv_rank].mul_(rope.query_scale)
         return projected
 
     def _by_halves(self, x: Tensor) -> Tensor:

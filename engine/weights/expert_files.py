@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...models.config import ModelConfig
-from ...models.parts.experts import StackPart
+from ...models.parts.expert_stacks import StackPart
 
 
 class TensorSlice(Protocol):
@@ -27,7 +27,7 @@ class TensorFile(Protocol):
 
 
 class _OneExpert:
-    """Implements `TensorFile` and `TensorSlice` of one expert's matrix: no other's numbers are read."""
+    """Implements `TensorFile` and `TensorSlice` of one expert's matrix, or its scale: no other's numbers are read."""
 
     def __init__(self, file: TensorFile, stack: str, part: StackPart) -> None:
         self._file, self._stack, self._part = file, stack, part
@@ -45,9 +45,12 @@ class _OneExpert:
         return list(self._part.shape)
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        part, (rows, columns) = self._part, index
-        one, rows = slice(part.expert, part.expert + 1), slice(part.start + rows.start, part.start + rows.stop)
-        stack = self._file.get_slice(self._stack)
+        part, stack = self._part, self._file.get_slice(self._stack)
+        one = slice(part.expert, part.expert + 1)
+        if not part.shape:  # a scale
+            return stack[(one,)].reshape(())
+        rows, columns = index
+        rows = slice(part.start + rows.start, part.start + rows.stop)
         return stack[(one, columns, rows)][0].T if part.is_transposed else stack[(one, rows, columns)][0]
 
 

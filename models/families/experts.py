@@ -25,6 +25,7 @@ class ExpertTraits:
     scoring: Scoring = "softmax"
     normalised: bool | None = None  # None: as `norm_topk_prob` says
     normalised_default: bool = False
+    has_groups: bool = True  # of neighbours, as others' are formed; else more than one is refused
     first_dense: int = 0  # layers, where config.json tells none
     gate: str = "gate"
     is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
@@ -67,6 +68,7 @@ LFM2_EXPERTS = ExpertTraits(
 )
 HUNYUAN = ExpertTraits(gate="gate.wg", shared="shared_mlp", normalised=True)
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
+MISTRAL_4 = ExpertTraits(normalised_default=True, has_groups=False, stacks=Stacks())
 DEEPSEEK_V3 = ExpertTraits(
     scoring="sigmoid", normalised_default=True, first_dense=3, score_bias="gate.e_score_correction_bias"
 )

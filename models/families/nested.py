@@ -18,7 +18,11 @@ class Nested:
 NESTED = {
     "Mistral3ForConditionalGeneration": Nested(
         name="mistral3",
-        texts={"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+        texts={
+            "mistral": "MistralForCausalLM",
+            "ministral3": "Ministral3ForCausalLM",
+            "mistral4": "Mistral4ForCausalLM",
+        },
     ),
     "Gemma3ForConditionalGeneration": Nested(name="gemma3", texts={"gemma3_text": "Gemma3ForCausalLM"}),
     "Qwen2_5_VLForConditionalGeneration": Nested(name="qwen2_5_vl", texts={"qwen2_5_vl_text": "Qwen2ForCausalLM"}),

@@ -16,6 +16,7 @@ from ...common.errors import ConfigError
 from ..families.experts import ExpertTraits, Scoring, Stacks
 from .config_fields import ConfigFields
 from .expert_plan import ExpertPlan, read_plan
+from .expert_stacks import StackedExperts, StackPart
 
 Shape = tuple[int, ...]
 
@@ -35,16 +36,6 @@ _BY_LAYER = (
 )  # Hunyuan lists a number for each layer
 _METHODS = (None, "greedy", "group_limited_greedy", "noaux_tc")
 _SCORINGS = {"softmax": "softmax", "sigmoid": "sigmoid", "noaux_tc": "sigmoid"}  # the last one is dots.llm1's word
-
-
-class StackPart(NamedTuple):
-    """One expert's matrix is a part of a tensor that all experts are stored in."""
-
-    name: str  # that a tensor of its own would have
-    shape: Shape  # [out, in]
-    expert: int  # its number
-    start: int  # its first output in the stack
-    is_transposed: bool
 
 
 class Narrowing(NamedTuple):
@@ -119,26 +110,11 @@ class ExpertsConfig:
         return shapes
 
     def parts_of(self, name: str, shape: Shape, hidden_size: int) -> list[StackPart]:
-        """Return the matrices that the checkpoint has in the tensor `name` of such a shape; none: it is no stack.
-
-        Qwen3-VL's are published as [experts, in, out], and saved again by transformers as [experts, out, in].
-        """
-        if self.stacks is None or len(shape) != 3:
+        """Return what each expert has of the tensor `name` of such a shape; nothing: it is no stack."""
+        if self.stacks is None:
             return []
-        *before, down = self.parts
-        inner, is_down = self.intermediate_size, name.endswith(f".{self.stacks.down}")
-        if not is_down and not name.endswith(f".{self.stacks.gate_up}"):
-            return []
-        parts, num_outputs, num_inputs = ([down], hidden_size, inner) if is_down else (before, inner, hidden_size)
-        layer, whole = name.removesuffix(self.stacks.down if is_down else self.stacks.gate_up), shape[1:]
-        right = (len(parts) * num_outputs, num_inputs)
-        if whole not in (right, right[::-1]):
-            return []
-        return [
-            StackPart(f"{layer}{self.expert(i)}.{part}.weight", (num_outputs, num_inputs), i, start, whole != right)
-            for i in range(shape[0])
-            for part, start in zip(parts, (0, num_outputs), strict=False)
-        ]
+        experts = StackedExperts(self.stacks, self.parts, self.expert, self.intermediate_size, hidden_size)
+        return experts.parts_of(name, shape)
 
     def _stacked_shapes(self, layer: str, hidden: int) -> dict[str, Shape]:
         n, inner, name = self.num_experts, self.intermediate_size, f"{layer}.{self.module}.experts"
@@ -176,6 +152,8 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
     if method != "greedy" and fields.has("n_group"):
         num_groups = fields.count("n_group")
         num_chosen_groups = min(fields.count("topk_group"), num_groups)
+    if num_groups > 1 and not traits.has_groups:
+        raise fields.refuse("n_group", "groups of experts are not supported in this family")
     if num_experts % num_groups:
         raise fields.refuse("n_group", f"must divide the {num_experts} experts")
     if num_chosen > num_experts // num_groups * num_chosen_groups:

@@ -114,6 +114,8 @@ def _read_rope(
     fraction = scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     if family.has_partial_rope and fields.has("rotary_dim") and not scaling.has("partial_rotary_factor"):
         fraction = fields.count("rotary_dim") / head_dim  # MiniMax-M2's word
+    if family.is_latent and _is_of_latents(fields, fraction, head_dim):
+        fraction = 1.0
     if fraction != 1.0 and not family.has_partial_rope:
         where = scaling if scaling.has("partial_rotary_factor") else fields
         raise where.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
@@ -152,6 +154,11 @@ def _read_rope(
     if not family.scales_queries:
         raise scaling.refuse(beta, "queries that grow with their positions are not supported in this family")
     return replace(rope, query_beta=scaling.number(beta), query_len=original)
+
+
+def _is_of_latents(fields: ConfigFields, fraction: float, rope_dim: int) -> bool:
+    """Tell whether a fraction is of a head's whole query, with the part that latents turn: all that is turned here."""
+    return math.isclose(fraction * (fields.count("qk_nope_head_dim", 128) + rope_dim), rope_dim)
 
 
 def _stretched(scaling: ConfigFields, theta: float, head_dim: int) -> float:

@@ -25,6 +25,7 @@ _LATENT: dict[str, tuple[Generation, dict[str, Any]]] = {
     "deepseek_v2": ("v2", EXPERTS["v2"]),
     "deepseek_v3": ("v3", EXPERTS["v3"]),
     "youtu": ("youtu", {}),
+    "mistral4": ("mistral4", EXPERTS["mistral4"]),
     "glm4_moe_lite": ("glm4 lite", {"routed_scaling_factor": 1.8}),
 }
 _SPARSE: dict[str, tuple[str, dict[str, Any]]] = {

@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[Generation, dict[str, object]]] = {
     "v3 with experts": ("v3", EXPERTS["v3"]),
     "glm4 lite": ("glm4 lite", {"routed_scaling_factor": 1.8}),
     "youtu": ("youtu", {"tie_word_embeddings": True}),
+    "mistral 4, its queries grow": ("mistral4", EXPERTS["mistral4"]),
     "v2": ("v2", {}),
     "v2 with experts": ("v2", EXPERTS["v2"]),
     "v2 lite, biased, yarn": (

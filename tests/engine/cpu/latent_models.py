@@ -25,11 +25,13 @@ PLAIN: dict[str, tuple[Generation, dict[str, object]]] = {
             "rope_parameters": YARN,
         },
     ),
+    "mistral 4, its queries grow": ("mistral4", EXPERTS["mistral4"] | {"first_k_dense_replace": 3}),
     "v3, many heads": ("v3", MANY_HEADS | {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16}),
 }
 SPARSE: dict[str, tuple[Generation, dict[str, object]]] = {
     "v2 with experts": ("v2", EXPERTS["v2"]),
     "v3 with experts": ("v3", EXPERTS["v3"]),
+    "mistral 4 with experts": ("mistral4", EXPERTS["mistral4"]),
 }
 VARIANTS = PLAIN | SPARSE
 

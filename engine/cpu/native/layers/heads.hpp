@@ -97,8 +97,9 @@ public:
             turn(products + rank, 1.0f, kept + rank);
         });
         const float* query = products + w.queries_at();
+        const Vector growth = repeat(rotation.query_growth(token));  // the model's factor is that of what W_K yields
         for (long head = 0; head < m_.num_qo_heads; head++, query += nope + m_.rotary_dim) {
-            for (long i = 0; i < nope; i += 16) store(asked + head * w.asked_dim() + i, load(query + i));
+            for (long i = 0; i < nope; i += 16) store(asked + head * w.asked_dim() + i, load(query + i) * growth);
             turn(query + nope, rotation.query_factor(token), queries + head * m_.head_dim + rank);
         }
     }

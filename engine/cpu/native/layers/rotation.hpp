@@ -14,7 +14,7 @@ public:
 
     void reserve(long num_tokens) {
         if (inv_freq_ == nullptr) return;
-        if (long(query_factors_.size()) < num_tokens) query_factors_.resize(num_tokens);
+        if (long(query_growths_.size()) < num_tokens) query_growths_.resize(num_tokens);
         if (long(cos_.size()) < num_tokens * m_.rotary_dim) cos_.resize(num_tokens * m_.rotary_dim);
         if (long(sin_.size()) < num_tokens * m_.rotary_dim) sin_.resize(num_tokens * m_.rotary_dim);
     }
@@ -31,11 +31,14 @@ public:
             sin[i] = -sin[i + half];
         }
         const double growth = m_.query_beta == 0 ? 0 : m_.query_beta * std::log1p(double(position / m_.query_len));
-        query_factors_[token] = float(m_.query_factor * (1 + growth));
+        query_growths_[token] = 1 + growth;
     }
 
     // Of a token's queries: the model's, and Llama 4's for its position.
-    float query_factor(long token) const { return query_factors_[token]; }
+    float query_factor(long token) const { return float(m_.query_factor * query_growths_[token]); }
+
+    // The latter alone.
+    float query_growth(long token) const { return float(query_growths_[token]); }
 
     // One head, times `factor` and `norm`'s weights if these are not null, turned by its token's angles, times `by`; or
     // turned first, and then normed. `scratch` [2][head_dim].
@@ -83,5 +86,5 @@ private:
     const float* inv_freq_;  // null: no layer turns by it
     const float factor_;     // of cosines and sines
     Lines<float> cos_, sin_;  // [tokens][rotary_dim]
-    std::vector<float> query_factors_;
+    std::vector<double> query_growths_;
 };
