@@ -67,6 +67,7 @@ _REASONING_ALIASES: Mapping[str, str] = {
     "qwen3": "think",
 }
 _CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # what gpt-oss was not taught, by the nearest
+_SETTINGS = "[MODEL_SETTINGS]"  # of Mistral Small 4 and its like: a template that knows two efforts, none and high
 # What a template of each family has in it; the first that is found names the form.
 _SIGNS = (
     (re.compile(re.escape(channels.CHANNEL)), "channels"),
@@ -116,6 +117,7 @@ class Dialect:
     has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
     tells_calls: bool = True  # the template tells the model of its earlier calls, too
     switches: frozenset[str] = frozenset()  # by which the template lets the model reason
+    has_two_efforts: bool = False  # of reasoning: none and high
     has_switch_words: bool = False  # the template has no such switch, and looks for THINKS_NOT in messages
 
     @classmethod
@@ -139,6 +141,7 @@ class Dialect:
             takes_tools=takes_tools,
             tells_calls="tool_calls" in source,
             switches=_SWITCHES & variables,
+            has_two_efforts=_SETTINGS in source,
             has_switch_words=THINKS_NOT in source and not _SWITCHES & variables,
         )
         if tool_parser != "auto":
@@ -173,6 +176,8 @@ class Dialect:
 
     def effort(self, asked: str) -> str:
         """Return an effort of reasoning as the template is told it."""
+        if self.has_two_efforts:
+            return "none" if asked in ("none", "minimal") else "high"
         return _CHANNEL_EFFORTS.get(asked, asked) if self.has_channels else asked
 
     def syntax(self, use: ToolUse) -> Syntax:

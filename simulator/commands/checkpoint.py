@@ -40,6 +40,9 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     check_cache_dtype(engine, is_cpu=gpu.is_cpu)
     model = ModelConfig.from_dir(model_dir)
     check_latent_dtype(engine, model)
+    if model.latent is not None and not gpu.is_cpu:
+        num_heads = model.num_qo_heads // engine.tensor_parallel_size
+        model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     if model.states is not None:
         check_states(engine, is_cuda=not gpu.is_cpu)
     if engine.enable_expert_parallel and model.experts is None:

@@ -105,6 +105,12 @@ def test_latents_are_sized_in_no_type_that_a_worker_refuses(
     assert why in capsys.readouterr().err
 
 
+def test_latents_are_sized_on_no_gpu_that_a_worker_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path / "mistral4", "mistral-small-4")
+    assert main([str(path), "--gpu", "H200", "--no-simulation"]) == 2
+    assert "cuda has kernels for latents of 512 + 64 numbers, the model's are 256 + 64" in capsys.readouterr().err
+
+
 def test_the_command_takes_a_model_and_imports_no_torch(model: str) -> None:
     script = (
         "import sys, kvferry.cli as cli\n"

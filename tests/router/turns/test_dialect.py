@@ -82,6 +82,19 @@ def test_switches_are_variables_of_the_template() -> None:
     assert _dialect(source).switches == {"enable_thinking", "reasoning_effort"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [("none", "none"), ("minimal", "none"), ("low", "high"), ("medium", "high"), ("high", "high"), ("xhigh", "high")],
+)
+def test_an_effort_is_the_nearest_that_a_template_knows(asked: str, told: str) -> None:
+    settings = "{{ tools }}[TOOL_CALLS][THINK][MODEL_SETTINGS]{{ reasoning_effort }}[/MODEL_SETTINGS]"
+    dialect = _dialect(settings)
+    assert (dialect.tool_parser, dialect.reasoning_parser) == ("mistral", "mistral")
+    assert dialect.switches == {"reasoning_effort"}
+    assert dialect.effort(asked) == told
+    assert _dialect("{{ reasoning_effort }}").effort(asked) == asked  # of others it is as it was asked for
+
+
 def test_a_template_may_look_for_words_in_place_of_switches() -> None:
     assert _dialect(NANO_2).has_switch_words and not _dialect(NANO_2).switches and _dialect(NANO_2).has_switch
     assert not _dialect(NANO_3).has_switch_words and _dialect(NANO_3).switches == {"enable_thinking"}
