@@ -21,6 +21,7 @@ from ..common.errors import ConfigError
 from ..common.machine import free_memory_bytes
 from ..models.config import ModelConfig
 from ..models.native import check_exact_states
+from ..models.parts.chunks import check_chunks
 from ..models.parts.states import check_states
 from .cpu.adapters import SlotMemory, StripFactors
 from .cpu.compiler import NativeUnavailable
@@ -67,6 +68,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
 
 def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
+    check_chunks(model.sliding_windows, is_cuda=device.type == "cuda", is_exact=config.deterministic)
     if model.states is not None:
         check_states(config, is_cuda=device.type == "cuda")
     if device.type == "cuda" and (latent := model.latent) is not None:

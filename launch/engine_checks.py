@@ -16,6 +16,7 @@ from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.adapter import Adapter, inspect_adapter
 from ..models.config import ModelConfig
 from ..models.native import check_exact_states, not_in_native
+from ..models.parts.chunks import check_chunks
 from ..models.parts.experts import expert_plan
 from ..models.parts.states import check_states
 from ..models.quantization import chosen_quantization
@@ -84,6 +85,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         num_heads = model.num_qo_heads // engine.tensor_parallel_size
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
+    check_chunks(model.sliding_windows, is_cuda=is_cuda, is_exact=engine.deterministic)
     if model.states is not None:
         check_states(engine, is_cuda=is_cuda)
         if engine.deterministic:

@@ -5,11 +5,14 @@ A model of several parts (`families/nested.py`) is read as its language model.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..common.errors import ConfigError
 from .families.family import Family
 from .families.lookup import ARCHITECTURES, architecture_of, nearest, needs_code
 from .families.nested import NESTED
 from .families.table import FAMILIES
+from .parts.chunks import in_common_words as llama4_in_common_words
 from .parts.config_fields import ConfigFields
 from .parts.lone_blocks import in_common_words
 
@@ -23,7 +26,11 @@ def read_architecture(fields: ConfigFields) -> tuple[str, Family, ConfigFields]:
     family = FAMILIES[text_architecture]
     if family.has_lone_blocks:
         fields = in_common_words(fields)
+    if family.windows == "chunks":
+        fields = llama4_in_common_words(fields)
     fields = fields.with_defaults(family.defaults)
+    if family.head_norms == "bare" and not fields.flag("use_qk_norm", default=True):
+        family = replace(family, head_norms="none")
     _refuse_unsupported(fields, family)
     return architecture, family, fields
 

@@ -24,7 +24,9 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DRAFT = ("mtp.", "model.mtp_")
 # The other parts, which see; nothing of them is read.
 _SEEING = tuple(
-    f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")
+    f"{prefix}{part}."
+    for prefix in ("", "model.")
+    for part in ("vision_tower", "vision_model", "multi_modal_projector", "visual")
 )
 
 Shape = tuple[int, ...]

@@ -33,7 +33,7 @@ from .stored.safetensors import stored_dtype
 from .tokenizer_files import read_end_tokens
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_HEAD_NORM_FLAGS: dict[str, Bias] = {"none": False, "flagged": "use_qk_norm"}  # of others: there are norms
+_HEAD_NORM_FLAGS: dict[str, Bias] = {"none": False, "bare": False, "flagged": "use_qk_norm"}  # of others: True
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)

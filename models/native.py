@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
+from .parts.chunks import Chunk
 from .parts.delta_nets import DeltaNetsConfig
 from .parts.latent import LatentConfig
 from .parts.mamba import MambaConfig
@@ -36,6 +37,9 @@ def not_in_native(
         "experts in such a residual stream": is_sparse and family.norms != "before",
         "feed-forwards without a mixer before each": not _are_behind_mixers(config),
         "experts over narrower rows": config.experts is not None and config.experts.narrowing is not None,
+        "attention in chunks": any(isinstance(window, Chunk) for window in config.sliding_windows),
+        "norms of heads without weights": family.head_norms == "bare",
+        "experts whose inputs are weighed": config.experts is not None and config.experts.scales_inputs,
         "mixer and feed-forward side by side": family.norms == "shared",
         "norms that take a mean off": family.has_layer_norms,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ..common.config import ExpertExchange
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
+from ..models.parts.chunks import Chunk
 from ..models.parts.mamba import MambaConfig
 from .rank_tensors import is_expert
 
@@ -61,6 +62,9 @@ def flops_per_pair(model: ModelConfig) -> int:
 
 def num_causal_pairs(num_tokens: int, window: int | None) -> int:
     """Count pairs of a query and a key that it sees: each of n tokens sees itself and all before, at most `window`."""
+    if isinstance(window, Chunk):
+        whole, rest = divmod(num_tokens, window)
+        return whole * num_causal_pairs(window, None) + num_causal_pairs(rest, None)
     seen = num_tokens if window is None else min(window, num_tokens)
     return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
 

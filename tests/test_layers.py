@@ -38,7 +38,7 @@ kvcache              common wire
 sizing               common models models/parts kvcache
 grammar              common models
 engine/ranks         common models kvcache
-engine/nn/attention  common
+engine/nn/attention  common models/parts
 engine/weights       common models models/parts
 engine/sampling      common
 engine/nn            common models models/families models/parts models/stored engine/ranks engine/nn/attention

@@ -66,6 +66,16 @@ FALCON_H1: dict[str, Any] = {
     "ssm_multipliers": [0.35, 0.25, 0.7, 0.5, 0.4],
     "mlp_multipliers": [0.88, 0.58],
 }
+# Layers that attend in chunks, and one that does not; in every second one experts, which see what they are weighed by.
+LLAMA_4: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "attention_chunk_size": 48,
+    "floor_scale": 100,
+    "interleave_moe_layer_step": 2,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+}
 # Norms before a head, as transformers' classes name them: their logits lie apart.
 _LAST_NORMS = tuple(f"model.{name}.weight" for name in ("norm", "embedding_norm", "norm_f", "final_layernorm"))
 

@@ -76,7 +76,8 @@ class GroupedExperts:
         weights = weights.gather(1, order)
         counted = self.rows.weights.unsqueeze(1).expand_as(chosen)
         block.taken.scatter_add_(0, chosen.flatten(), counted.flatten())
-        parts = (torch.split(each, _ROWS) for each in (block.narrowed(x), chosen, weights))
+        seen, weights = block.seen(x, weights)
+        parts = (torch.split(each, _ROWS) for each in (seen, chosen, weights))
         totals = [self._part(*part) for part in zip(*parts, strict=True)]
         total = block.widened(totals[0] if len(totals) == 1 else torch.cat(totals))
         if block.shared is not None:

@@ -63,7 +63,7 @@ class ExchangedMLP(SparseMLP):
         """Return the sums of this rank's rows over their experts, wherever these are: [rows, hidden], float32."""
         chosen, weights = self.gate.choose(x)
         self.taken += self._counts(chosen.flatten())
-        x = self.narrowed(x)
+        x, weights = self.seen(x, weights)
         rows, chosen, weights = x[mine], chosen[mine], weights[mine]
         is_there = self._holders.of(rows, chosen) == self._ranks  # [ranks, rows, num_chosen]
         to, row = is_there.any(2).nonzero().unbind(1)  # rank after rank, row after row

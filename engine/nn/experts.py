@@ -197,14 +197,17 @@ class SparseMLP:
         if self.replicas is not None:
             own = self.replicas.own(x, chosen)
             counts = self._counts(own)
-        total = self.widened(self._part(self.narrowed(x), own, counts, weights))
+        seen, weights = self.seen(x, weights)
+        total = self.widened(self._part(seen, own, counts, weights))
         if self.shared is not None:
             total += self.of_shared(self.shared, x)
         return self.comm.all_reduce(total.to(x.dtype))
 
-    def narrowed(self, x: Tensor) -> Tensor:
-        """Return rows as the routed experts see them."""
-        return x if self.narrowing is None else self.narrowing.before(x)
+    def seen(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows as the routed experts see them, and the weights of what these yield."""
+        if self.gate.experts.scales_inputs:  # one expert a row
+            return (x * weights).to(x.dtype), torch.ones_like(weights)
+        return (x if self.narrowing is None else self.narrowing.before(x)), weights
 
     def widened(self, total: Tensor) -> Tensor:
         """Return rows' sums over some of their experts, float32, as the residual stream has them."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..weights.weight import Leaf
@@ -80,6 +81,8 @@ class Attention:
                 RMSNorm(builder, f"{name}.{norm}", config.head_dim) for norm in family.head_norm_names
             )
         self.sinks = Sinks(builder, f"{name}.sinks") if family.has_sinks else None
+        is_bare = family.head_norms == "bare" and not config.local_layers[page]
+        self._bare_eps = config.rms_norm_eps if is_bare else None  # of norms without weights; None: there are none
         self._turns_first = family.head_norms == "turned"
         self._has_neighbours = config.rope.has_neighbours
 
@@ -101,6 +104,8 @@ class Attention:
             turned = asking[..., : rope.cos.shape[-1]]
             turned.copy_(by_halves(turned))
         rope.turn_(asking, num_q)
+        if self._bare_eps is not None:
+            asking.copy_(F.rms_norm(asking.float(), asking.shape[-1:], eps=self._bare_eps))
         if self._turns_first:
             self._norm_heads_(heads)
         return heads

@@ -48,7 +48,7 @@ class RotaryEmbedding:
         """Return Llama 4's temperature of attention (transformers: `get_llama_4_attn_scale`); None: always 1."""
         if not self.rope.query_beta:
             return None
-        multiples = torch.floor(positions.float() / self.rope.query_len)
+        multiples = torch.floor((positions + self.rope.query_shift).float() / self.rope.query_len)
         return (1 + self.rope.query_beta * torch.log1p(multiples)).to(dtype)[:, None, None]
 
 
@@ -88,8 +88,8 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) ->
 def _llama3_frequencies(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
     """Stretch slow turns by `factor`, fast ones kept, those between blended (Llama 3.1 release notes)."""
     turns = rope.original_max_len * inv_freq / (2 * math.pi)  # over the original context
-    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = keep.clamp(0.0, 1.0)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    keep = (turns > low).float() if low == high else ((turns - low) / (high - low)).clamp(0.0, 1.0)  # Llama 4: a step
     return (1 - keep) * inv_freq / rope.factor + keep * inv_freq
 
 

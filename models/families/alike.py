@@ -1,10 +1,10 @@
-"""Several families have these in common; `table.py` says what else each has."""
+"""Entries of the table that several families have in common, or that are long; `table.py` says what else each has."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from .experts import LFM2_EXPERTS, NEMOTRON_H_EXPERTS
+from .experts import LFM2_EXPERTS, LLAMA_4, MISTRAL_4, NEMOTRON_H_EXPERTS, ExpertTraits
 from .family import Family, MlpNames
 
 # Heads and norms of GLM-4.
@@ -136,4 +136,65 @@ QWEN_NEXT = Family(
     has_partial_rope=True,
     has_attention_gates=True,
     states="grouped delta nets",
+)
+
+# Three of four layers attend in chunks, some have experts.
+LLAMA4 = Family(
+    name="llama4_text",
+    defaults={
+        "attention_chunk_size": 8192,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "head_dim": 128,
+        "intermediate_size_mlp": 16384,
+        "num_experts_per_tok": 1,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+    },
+    head_norms="bare",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp=MlpNames(module="feed_forward", size="intermediate_size_mlp"),
+    windows="chunks",
+    has_neighbours=True,
+    unturned="named",
+    experts=LLAMA_4,
+)
+
+# Attention is over latents, and all layers have experts.
+MISTRAL4 = Family(
+    name="mistral4",
+    defaults={
+        "kv_lora_rank": 256,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "q_lora_rank": 1024,
+        "qk_nope_head_dim": 64,
+    },
+    is_latent=True,
+    scales_queries=True,
+    experts=MISTRAL_4,
+)
+
+# Experts are stacked, attention has sinks.
+GPT_OSS = Family(
+    name="gpt_oss",
+    defaults={
+        "attention_bias": True,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "sliding_window": 128,
+        "sliding_window_pattern": 2,
+    },
+    experts=ExpertTraits(gate="router", normalised=True, is_stacked=True),
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    has_sinks=True,
+    windows="typed",
 )

@@ -25,6 +25,7 @@ class ExpertTraits:
     scoring: Scoring = "softmax"
     normalised: bool | None = None  # None: as `norm_topk_prob` says
     normalised_default: bool = False
+    scales_inputs: bool = False  # what experts see is multiplied by their weights, not what they yield
     has_groups: bool = True  # of neighbours, as others' are formed; else more than one is refused
     first_dense: int = 0  # layers, where config.json tells none
     gate: str = "gate"
@@ -67,6 +68,16 @@ LFM2_EXPERTS = ExpertTraits(
     score_bias="expert_bias",
 )
 HUNYUAN = ExpertTraits(gate="gate.wg", shared="shared_mlp", normalised=True)
+LLAMA_4 = ExpertTraits(
+    module="feed_forward",
+    gate="router",
+    scoring="sigmoid",
+    normalised=False,
+    scales_inputs=True,
+    stacks=Stacks("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+    shared="shared_expert",
+    shared_size_key="intermediate_size",
+)
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
 MISTRAL_4 = ExpertTraits(normalised_default=True, has_groups=False, stacks=Stacks())
 DEEPSEEK_V3 = ExpertTraits(

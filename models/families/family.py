@@ -12,11 +12,11 @@ Bias = bool | str  # whether there is one, or the flag of config.json that says 
 # Where a layer's norms stand: before mixer and feed-forward, behind them, or both; or one for both.
 Norms = Literal["before", "behind", "both", "shared"]
 # Of queries and keys: none, of each head, of each where `use_qk_norm` says so, of each once it is turned by positions,
-# or of a token's whole projection.
-HeadNorms = Literal["none", "head", "flagged", "turned", "whole"]
+# or of a token's whole projection; or, without weights, of each once it is turned, in layers that turn some.
+HeadNorms = Literal["none", "head", "flagged", "turned", "whole", "bare"]
 # Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
-# that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th.
-Windows = Literal["none", "every", "every flagged", "flagged", "typed"]
+# that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th; or chunks.
+Windows = Literal["none", "every", "every flagged", "flagged", "typed", "chunks"]
 # Which layers turn nothing by positions: none; those that `no_rope_layers` names; where some have a window, all others;
 # those that have no window; all, unless `position_embedding_type` is "rope".
 Unturned = Literal["none", "named", "beside windows", "without window", "untyped"]

@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .alike import ARCEE, ERNIE4, EXAONE4, FALCON_H1, GLM4, HUNYUAN_DENSE, LFM2, LFM2_MOE, NEMOTRON_H, QWEN_NEXT
+from .alike import (
+    ARCEE,
+    ERNIE4,
+    EXAONE4,
+    FALCON_H1,
+    GLM4,
+    GPT_OSS,
+    HUNYUAN_DENSE,
+    LFM2,
+    LFM2_MOE,
+    LLAMA4,
+    MISTRAL4,
+    NEMOTRON_H,
+    QWEN_NEXT,
+)
 from .defaults import COHERE2, GEMMA, GEMMA3, OLMO3
 from .experts import (
     DEEPSEEK_V2,
@@ -21,7 +35,6 @@ from .experts import (
     GRANITE_HYBRID,
     HUNYUAN,
     MINIMAX_M2,
-    MISTRAL_4,
     MIXTRAL,
     QWEN3_5_EXPERTS,
     QWEN3_VL,
@@ -33,6 +46,7 @@ from .family import Family, MlpNames
 
 FAMILIES = {
     "LlamaForCausalLM": Family(name="llama", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "Llama4ForCausalLM": LLAMA4,
     "ArceeForCausalLM": ARCEE,
     "SmolLM3ForCausalLM": Family(
         name="smollm3",
@@ -52,21 +66,7 @@ FAMILIES = {
     ),
     "MistralForCausalLM": Family(name="mistral", defaults={"sliding_window": 4096}, windows="every"),
     "Ministral3ForCausalLM": Family(name="ministral3", windows="every", scales_queries=True),
-    "Mistral4ForCausalLM": Family(
-        name="mistral4",
-        defaults={
-            "kv_lora_rank": 256,
-            "moe_intermediate_size": 2048,
-            "n_routed_experts": 128,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 4,
-            "q_lora_rank": 1024,
-            "qk_nope_head_dim": 64,
-        },
-        is_latent=True,
-        scales_queries=True,
-        experts=MISTRAL_4,
-    ),
+    "Mistral4ForCausalLM": MISTRAL4,
     "Qwen2ForCausalLM": Family(name="qwen2", defaults={"sliding_window": 4096}, qkv_bias=True, windows="flagged"),
     "Qwen3ForCausalLM": Family(
         name="qwen3",
@@ -214,22 +214,7 @@ FAMILIES = {
         defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "sliding_window": 8192},
         windows="typed",
     ),
-    "GptOssForCausalLM": Family(
-        name="gpt_oss",
-        defaults={
-            "attention_bias": True,
-            "head_dim": 64,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 150_000.0,
-            "sliding_window": 128,
-            "sliding_window_pattern": 2,
-        },
-        experts=ExpertTraits(gate="router", normalised=True, is_stacked=True),
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        has_sinks=True,
-        windows="typed",
-    ),
+    "GptOssForCausalLM": GPT_OSS,
     "Cohere2ForCausalLM": Family(
         name="cohere2",
         defaults=COHERE2,

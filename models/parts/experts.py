@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 # A matrix that is small and decides much: never rounded by `--quantization`.
 GATES = (
     *("mlp.gate", "mlp.gate.wg", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router"),
-    "mixer.gate",
+    *("mixer.gate", "feed_forward.router"),
 )
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k", "moe_topk")
@@ -67,6 +67,7 @@ class ExpertsConfig:
     shared_gate: str | None = None  # in a layer: `ExpertTraits.shared_gate`; None: what it yields is taken as it is
     narrowing: Narrowing | None = None
     gate_name: str = "gate"
+    scales_inputs: bool = False
     is_stacked: bool = False
     stacks: Stacks | None = None
     score_bias: str | None = None  # its name in a layer: `ExpertTraits.score_bias`
@@ -170,6 +171,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         module=traits.module,
         parts=traits.parts,
         gate_name=traits.gate,
+        scales_inputs=traits.scales_inputs,
         is_stacked=traits.is_stacked,
         stacks=traits.stacks,
         score_bias=None if traits.score_bias is None else f"{traits.module}.{traits.score_bias}",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ...common.errors import ConfigError
 from ..families.family import Family
+from .chunks import read_chunks
 from .config_fields import ConfigFields
 
 RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn", "none"]  # none: angles are 0
@@ -36,6 +37,7 @@ class RopeConfig:
     has_neighbours: bool = False  # a pair's two numbers are neighbours in a head, not half a head apart
     query_beta: float = 0.0  # queries are 1 + query_beta * log(1 + position // query_len) times as large
     query_len: int = 1
+    query_shift: int = 0  # added to a position before
 
     def is_long(self, max_model_len: int) -> bool:
         """Tell whether all positions are turned as those of long sequences.
@@ -77,7 +79,7 @@ def read_ropes(
             return unturned, rope
         if family.unturned == "untyped" and fields.raw.get("position_embedding_type") != "rope":
             return unturned, None
-        return rope, unturned if family.unturned == "named" else None
+        return rope, _growing(fields, unturned) if family.unturned == "named" else None
     local_theta = fields.number("rope_local_base_freq", theta)
     if scaling.raw.keys() & set(_LAYER_TYPES):
         full, local = (scaling.mapping(name) or ConfigFields(fields.path, {}) for name in _LAYER_TYPES)
@@ -161,6 +163,13 @@ def _is_of_latents(fields: ConfigFields, fraction: float, rope_dim: int) -> bool
     return math.isclose(fraction * (fields.count("qk_nope_head_dim", 128) + rope_dim), rope_dim)
 
 
+def _growing(fields: ConfigFields, rope: RopeConfig) -> RopeConfig:
+    """Return what turns nothing, with queries that grow with their positions where Llama 4's config.json says so."""
+    if not fields.raw.get("attn_temperature_tuning"):
+        return rope
+    return replace(rope, query_beta=fields.number("attn_scale"), query_len=fields.count("floor_scale"), query_shift=1)
+
+
 def _stretched(scaling: ConfigFields, theta: float, head_dim: int) -> float:
     """Return the base by Hunyuan's fixed alpha (transformers: `compute_ntk_alpha_rope_parameters`)."""
     try:
@@ -171,8 +180,8 @@ def _stretched(scaling: ConfigFields, theta: float, head_dim: int) -> float:
 
 def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-    if low >= high:
-        raise scaling.refuse("low_freq_factor", f"must be below high_freq_factor = {high}")
+    if low > high:
+        raise scaling.refuse("low_freq_factor", f"must not be above high_freq_factor = {high}")
     return RopeConfig(
         kind="llama3",
         theta=theta,
@@ -225,6 +234,8 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 def read_windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
     """Return of each layer the keys that a token sees, itself included; None: all. Raises ConfigError."""
     num_layers = fields.count("num_hidden_layers")
+    if family.windows == "chunks":
+        return read_chunks(fields)
     if family.windows == "none" or not fields.has("sliding_window"):
         return (None,) * num_layers
     if family.windows in ("flagged", "every flagged") and not fields.flag("use_sliding_window", default=False):

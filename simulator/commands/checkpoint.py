@@ -17,6 +17,7 @@ from ...common.config import Dtype, EngineConfig, ExpertExchange, KVCacheDtype, 
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
 from ...models.files import resolve_config
+from ...models.parts.chunks import check_chunks
 from ...models.parts.experts import check_exchange, expert_plan
 from ...models.parts.states import check_states
 from ...sizing.cpu_rates import CpuRates
@@ -40,6 +41,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     check_cache_dtype(engine, is_cpu=gpu.is_cpu)
     model = ModelConfig.from_dir(model_dir)
     check_latent_dtype(engine, model)
+    check_chunks(model.sliding_windows, is_cuda=not gpu.is_cpu, is_exact=False)
     if model.latent is not None and not gpu.is_cpu:
         num_heads = model.num_qo_heads // engine.tensor_parallel_size
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ..checkpoints import Family, Shape, write_checkpoint, write_tokenizer
 from ..deepseek import EXPERTS, TOKEN_SIZE, Generation, write_deepseek
-from ..transformers_checkpoints import FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
+from ..transformers_checkpoints import FALCON_H1, LLAMA_4, NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 
 MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
@@ -130,6 +130,15 @@ class ExactnessModel:
     is_sparse: bool  # some layers are mixtures of experts
 
 
+def _write_llama4(path: Path) -> ExactnessModel:
+    import transformers
+
+    fields = SMALL | LLAMA_4 | {"attention_chunk_size": 300, "max_position_embeddings": MAX_MODEL_LEN}
+    write_model(path, transformers.Llama4TextConfig(**fields))
+    write_tokenizer(path, SMALL["vocab_size"])
+    return ExactnessModel(path, HEADS_BLOCK_BYTES * LLAMA_4["num_hidden_layers"] // 2, is_sparse=True)
+
+
 def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     """Write the checkpoint of a family, of weights whose best token mostly leads."""
     longest = {"max_position_embeddings": MAX_MODEL_LEN}
@@ -137,6 +146,8 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         generation, fields = _LATENT[family]
         write_deepseek(path, generation, tokenizer=True, **fields, **longest)
         return ExactnessModel(path, LATENTS_BLOCK_BYTES, is_sparse=family != "youtu")
+    if family == "llama4":
+        return _write_llama4(path)
     if family in _STATES:
         import transformers
 

@@ -76,6 +76,15 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "conv_L_cache": 3}),
     "states of one group": ("GraniteMoeHybrid", _MAMBA),
     "states of groups": ("GraniteMoeHybrid", _MAMBA | {"mamba_n_groups": 4}),
+    "experts whose inputs are weighed": (
+        "Llama4",
+        {
+            "num_local_experts": 4,
+            "intermediate_size": 256,
+            "intermediate_size_mlp": 768,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
     "states beside keys": ("FalconH1", {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_state": 48}),
     "olmo 2, norms of whole projections": ("Olmo2", {}),
     "phi 3, fused": ("Phi3", {"pad_token_id": 0}),

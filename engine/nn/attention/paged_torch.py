@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ....models.parts.chunks import Chunk, first_seen
 from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
 from .int8_rows import stored_head_dim, widened, write_rows
 
@@ -139,7 +140,7 @@ class CPUAttention:
 
     def _plan_group(self, metadata: AttentionMetadata, rows: list[int], window: int | None) -> _DecodeGroup:
         kv_lens = torch.tensor([metadata.kv_lens[row] for row in rows])
-        first_keys = torch.zeros_like(kv_lens) if window is None else (kv_lens - window).clamp_(min=0)
+        first_keys = torch.tensor([first_seen(metadata.kv_lens[row] - 1, window) for row in rows])
         first_pages = first_keys // self._block_size
         num_pages = (kv_lens + self._block_size - 1) // self._block_size - first_pages
         pages = int(num_pages.max())
@@ -164,8 +165,7 @@ class CPUAttention:
         token, end = metadata.qo_indptr[row : row + 2].tolist()
         page, last = metadata.paged_kv_indptr[row : row + 2].tolist()
         kv_len = metadata.kv_lens[row]
-        first_seen = 0 if window is None else max(0, kv_len - (end - token) - window + 1)
-        first_page = first_seen // self._block_size
+        first_page = first_seen(kv_len - (end - token), window) // self._block_size
         k_index = self._page_index(metadata.paged_kv_indices[page + first_page : last].unsqueeze(0)).squeeze(0)
         return _PrefillRow(
             token=token,
@@ -256,13 +256,16 @@ class CPUAttention:
         heads, group, n, head_dim = queries.shape
         position = row.kv_len - row.num_tokens + start  # of the tile's first query
         stop = position + n - row.first_key
-        first = 0 if window is None else max(0, position - window + 1 - row.first_key)
+        first = max(0, first_seen(position, window) - row.first_key)
         shape = (heads, group * n, stop - first)
         scores = self._take("scores", *shape)
         torch.bmm(queries.reshape(heads, group * n, head_dim), k[:, first:stop].transpose(1, 2), out=scores)
         by_query = self._bound(scores).view(heads, group, n, stop - first)
         by_query[..., -n:].add_(self._causal[:n, :n])
-        if window is not None:
+        if isinstance(window, Chunk):
+            begins = torch.tensor([[window.first(position + i)] for i in range(n)]) - row.first_key - first
+            by_query.masked_fill_(torch.arange(stop - first) < begins, _NO)
+        elif window is not None:
             # query i sees key `first + c` iff c > i + last_hidden
             last_hidden = position - window - row.first_key - first
             edge = min(n + last_hidden, stop - first)
