@@ -84,7 +84,7 @@ _SIGNS = (
     (re.compile(r"<\|tool_call\|>|functools\["), "granite"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
-    (re.compile(r"<\|python_tag\|>|<\|start_header_id\|>"), "llama3_json"),
+    (re.compile(r"<\|python_tag\|>|<\|(?:start_header_id|header_start)\|>"), "llama3_json"),  # Llama 3's, and 4's
 )
 _TAGS = (  # what a template of each form of reasoning has in it
     (channels.CHANNEL, "channels"),

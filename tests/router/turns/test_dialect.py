@@ -65,6 +65,7 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ 'List of tools: <|tool_list_start|>' + tools + '<|tool_list_end|>' }}", "lfm2", True, "none"),
         ("{{ 'List of tools: [' + tools + ']' }}{{ content.split('</think>') }}", "lfm2", True, "think"),
         ("<|start_header_id|>{{ tools }}", "llama3_json", True, "none"),
+        ("<|header_start|>{{ tools }}<|python_start|>", "llama3_json", True, "none"),
         ("{{ tools | tojson }}", "json", True, "none"),
         ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", "json", True, "none"),
         (PHI4_MINI, "hermes", False, "none"),
