@@ -90,7 +90,7 @@ def test_a_norm_stands_where_it_is_told(tmp_path: Path, changes: dict[str, objec
         ({"projectors_bias": True}, "mamba_proj_bias and projectors_bias: a bias of one product of a state is"),
         ({"ssm_multipliers": [1.0] * 4}, "ssm_multipliers must be a list of 5 numbers above 0"),
         ({"mlp_multipliers": [1.0, 0.0]}, "mlp_multipliers = 0.0: must be a number above 0"),
-        ({"time_step_limit": [0.001, 0.1]}, "time_step_limit = .*: bounds of time steps are not supported"),
+        ({"time_step_limit": [0.1, 0.001]}, "time_step_limit = .*: must be two numbers from 0 on, the smaller first"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -40,13 +40,13 @@ _MAMBA: dict[str, object] = {
     "shared_intermediate_size": 512,
     "num_local_experts": 0,
 }
-_LONE: dict[str, object] = {"num_hidden_layers": 6, "mamba_num_heads": 8, "mamba_head_dim": 48, "n_groups": 2}
+_LONE: dict[str, object] = {"num_hidden_layers": 6, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2}
 _LONE_EXPERTS: dict[str, object] = _LONE | {
     "hybrid_override_pattern": "ME*EM-",
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 256,
-    "moe_shared_expert_intermediate_size": 320,
+    "moe_shared_expert_intermediate_size": 256,
 }
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
