@@ -201,10 +201,7 @@ def read_report(path: Path) -> ServeReport:
 
 
 def write_report(report: ServeReport, path: Path) -> None:
-    """In one rename: whoever is interrupted leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_json(asdict(report), partial)
-    partial.replace(path)
+    save_json(asdict(report), path)
 
 
 def print_serve(report: ServeReport, console: Console) -> None:
