@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,7 +29,8 @@ from kvferry.common.config import FAILPOINTS_VARIABLE, SECRET_VARIABLE
 from kvferry.tools.chaos.programs import program_name
 
 from ..checkpoints import write_checkpoint
-from .cluster import Cluster, serve, wait_until
+from .cluster import FORKS, Cluster, serve, wait_until
+from .forked_command import NAME
 
 MODEL = "tiny"
 NUM_TOKENS = 48
@@ -308,12 +308,16 @@ def test_a_worker_that_does_not_fit_is_refused(
     model_dir = write_checkpoint(tmp_path / "model", max_model_len=2 * LONG_TOKENS)
     if changes_byte:
         _change_one_byte(model_dir / "model.safetensors")
-    command = [sys.executable, "-m", "kvferry", "decode", str(model_dir), "--router", control, "--worker-id", "d-9"]
+    command = [sys.executable, "-m", NAME, "decode", str(model_dir), "--router", control, "--worker-id", "d-9"]
     command += ["--served-model-name", name, "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB", *flags]
-    env = {**os.environ, SECRET_VARIABLE: secret}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 2, done.stderr
-    assert re.search(why, done.stdout + done.stderr)
+    env, log_of_it = {**os.environ, SECRET_VARIABLE: secret}, tmp_path / "log"
+    with log_of_it.open("wb") as output:
+        process = FORKS.Popen(command, env=env, stdout=output, stderr=FORKS.STDOUT)
+    try:
+        assert process.wait(LIMIT_S) == 2, log_of_it.read_text()
+    finally:
+        process.kill()
+    assert re.search(why, log_of_it.read_text())
     assert site.is_whole()
     metrics = "".join(httpx.get(f"{url}/admin/metrics").text for url in site.admin_urls)
     assert re.search(r"^kvferry_handshake_rejects_total\{.*\} [1-9]", metrics, re.MULTILINE)
