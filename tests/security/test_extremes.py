@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from kvferry.benchmarks.fuzz.systems import SETUPS, fuzz_systems, unfinished
 from kvferry.common.errors import RequestError
 from kvferry.router.api.fields import IGNORED, UNSUPPORTED
 from kvferry.router.api.schemas import ChatBody, CompletionBody, GenerationBody, validate
+from kvferry.tools.load import server_process
+
+from ..e2e.forked_command import IMPORTS, NAME
+from ..forks import Forks
 
 VOCAB_SIZE = 425
 KINDS = pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
@@ -124,8 +130,12 @@ def test_what_a_whole_answer_must_have(answer: Answer, body: dict[str, Any], fau
 
 
 @pytest.mark.slow
-def test_whole_systems_answer_extreme_bodies(tmp_path: Path) -> None:
-    results = fuzz_systems(300, seed=11, log_dir=tmp_path)
+def test_whole_systems_answer_extreme_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems are forks of one process with their imports, and end with it: they need no other tie to this one."""
+    with closing(Forks(*IMPORTS)) as forks:
+        monkeypatch.setattr(server_process, "subprocess", forks)
+        monkeypatch.setattr(server_process, "tied", lambda command: command)
+        results = fuzz_systems(300, seed=11, log_dir=tmp_path, program=(sys.executable, "-m", NAME, "serve"))
     assert [result.failures for result in results] == [[]] * len(SETUPS)
     assert sum(result.num_sent for result in results) == 300
     assert sum(result.num_accepted for result in results) > 270
