@@ -81,8 +81,10 @@ def read_streams(address: tuple[str, int], polls: Polls, is_over: threading.Even
 
 
 def poll_until_told(address: tuple[str, int], polls: Polls) -> None:
+    """Poll at least once, however short the attack was."""
     sock: socket.socket | None = None
-    while not select.select([sys.stdin], [], [], POLL_EVERY_S)[0]:
+    is_over = False
+    while not is_over:
         start_s = time.perf_counter()
         try:
             if sock is None:
@@ -98,6 +100,7 @@ def poll_until_told(address: tuple[str, int], polls: Polls) -> None:
             if sock is not None:
                 sock.close()
             sock = None
+        is_over = bool(select.select([sys.stdin], [], [], POLL_EVERY_S)[0])
 
 
 def _read(sock: socket.socket) -> bytes:
