@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
+import torch
+from torch import Tensor
+
 from kvferry.common.batch import Batch, BatchRow, StepOutput
 from kvferry.common.config import EngineConfig
 from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
@@ -82,3 +86,11 @@ class Driver:
 def prompts(lengths: list[int], vocab_size: int = 512) -> list[list[int]]:
     """Prompts of these lengths that have no two tokens in a row in common."""
     return [[(31 * i * i + 17 * i + 101 * n) % vocab_size for i in range(length)] for n, length in enumerate(lengths)]
+
+
+def prompt_logprobs(engine: Engine, prompt: list[int]) -> Tensor:
+    """Return the log-probabilities of a prompt's tokens behind the first, computed in one step."""
+    driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
+    driver.grow(seq := driver.add(prompt, sampling), len(prompt))
+    [row] = engine.step(Batch([BatchRow(seq, len(prompt))])).rows
+    return torch.tensor([token.logprob for token in row.prompt_logprobs])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...models.parts.experts import ExpertsConfig
 from ...models.storage import MXFP4_GROUP
 from ..weights.formats import power_of_2
-from ..weights.grouped import E2M1, GroupedWeight
+from ..weights.grouped import GroupedWeight, e2m1
 from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot
 from .builder import Builder
 from .layers import Linear
@@ -145,7 +145,7 @@ def _stack(first: Tensor, count: int) -> Tensor:
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """[..., out, groups, 16] and [..., out, groups] uint8 -> [..., in, out] float32, exactly what they mean."""
     numbers = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
-    values = torch.tensor(E2M1)[numbers.long()] * power_of_2(scales).unsqueeze(-1)
+    values = e2m1(numbers) * power_of_2(scales).unsqueeze(-1)
     return values.flatten(-2).transpose(-1, -2)
 
 

@@ -126,7 +126,7 @@ class GroupedWeight:
         if self.bits == 8:
             return self.numbers.float()
         if self.is_e2m1:
-            return _e2m1(split_nibbles(self.numbers))
+            return e2m1(split_nibbles(self.numbers))
         numbers = split_nibbles(self.numbers).float()
         return numbers if self.minima is not None else numbers.sub_(_ZERO)
 
@@ -246,7 +246,7 @@ def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
     return (values / scales.masked_fill(scales == 0, 1)).round_().clamp_(low, high)
 
 
-def _e2m1(numbers: Tensor) -> Tensor:
+def e2m1(numbers: Tensor) -> Tensor:
     """Return what 4 bits mean (`E2M1`), by arithmetic: a graph of a GPU takes no table from the host."""
     sizes = (numbers & 7).int()
     twice = torch.where(sizes < 2, sizes, (2 + (sizes & 1)) << ((sizes >> 1) - 1).clamp(min=0))

@@ -71,6 +71,17 @@ def sequence(driver: Driver, prompt: list[int], slot: int | None) -> Sequence:
     return seq
 
 
+def assert_adapted_as_merged(source: Path, folder: Path, targets: tuple[str, ...], prompt: list[int]) -> None:
+    """Answers by an adapter of these matrices, in chunks, are those of the model that has it merged, and no others'."""
+    adapter = write_adapter(folder / "adapter", source, rank=8, targets=targets, seed=3, alpha=32)
+    engine = make_engine(source, enable_lora=True, max_loras=2)
+    put(engine, 1, adapter)
+    driver, merged = Driver(engine), Driver(make_engine(merge(source, adapter, folder / "merged")))
+    wanted = merged.generate([merged.add(prompt)])
+    assert driver.generate([sequence(driver, prompt, 1)], chunk=9) == wanted
+    assert driver.generate([driver.add(prompt)], chunk=9) != wanted
+
+
 def said_by_ranks(model_dir: Path, path: Path, ids: list[list[int]]) -> list[list[int]]:
     """Return what two ranks answer by an adapter, which they have read from its files."""
     digest = inspect_adapter(path).digest

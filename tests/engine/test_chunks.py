@@ -9,16 +9,14 @@ import pytest
 import torch
 import transformers
 
-from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError
 from kvferry.engine.engine import Engine
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 
-from ..adapters import merge, write_adapter
-from ..engine_driver import GREEDY, Driver, make_engine
+from ..engine_driver import GREEDY, Driver, make_engine, prompt_logprobs
 from ..transformers_checkpoints import LLAMA_4, SMALL, write_model
-from .test_adapters import put, sequence
+from .test_adapters import assert_adapted_as_merged
 from .transformers_reference import reference_logprobs
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -72,14 +70,7 @@ def test_chunks_matter(checkpoints: Path) -> None:
 
 def test_adapters_go_beside_attention_in_chunks(checkpoints: Path, tmp_path: Path) -> None:
     targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
-    source = checkpoints / "scout"
-    adapter = write_adapter(tmp_path / "adapter", source, rank=8, targets=targets, seed=3, alpha=32)
-    engine = make_engine(source, enable_lora=True, max_loras=2)
-    put(engine, 1, adapter)
-    driver, merged = Driver(engine), Driver(make_engine(merge(source, adapter, tmp_path / "merged")))
-    wanted = merged.generate([merged.add(PROMPT)])
-    assert driver.generate([sequence(driver, PROMPT, 1)], chunk=9) == wanted
-    assert driver.generate([driver.add(PROMPT)], chunk=9) != wanted
+    assert_adapted_as_merged(checkpoints / "scout", tmp_path, targets, PROMPT)
 
 
 @pytest.mark.parametrize("form", [None, "int8"])
@@ -87,10 +78,7 @@ def test_shorter_numbers_are_near_float32(checkpoints: Path, form: str | None) -
     found = {}
     for dtype in ("float32", "bfloat16"):
         engine = make_engine(checkpoints / "scout", dtype=dtype, quantization=form if dtype == "bfloat16" else None)
-        driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
-        driver.grow(seq := driver.add(PROMPT, sampling), len(PROMPT))
-        [row] = engine.step(Batch([BatchRow(seq, len(PROMPT))])).rows
-        found[dtype] = torch.tensor([token.logprob for token in row.prompt_logprobs])
+        found[dtype] = prompt_logprobs(engine, PROMPT)
     assert (found["float32"] - found["bfloat16"]).abs().median() < 0.5  # of some 8 on average
 
 

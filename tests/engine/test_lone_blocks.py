@@ -12,14 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from kvferry.common.batch import Batch, BatchRow
-from kvferry.engine.engine import Engine
-
-from ..adapters import merge, write_adapter
-from ..engine_driver import GREEDY, Driver, make_engine
+from ..engine_driver import GREEDY, Driver, make_engine, prompt_logprobs
 from ..quantized import FORMATS, in_format, put_config
 from ..transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, SMALL, write_model
-from .test_adapters import put, sequence
+from .test_adapters import assert_adapted_as_merged
 from .transformers_reference import reference_logprobs
 
 NARROW = NEMOTRON_H_MOE | {"moe_latent_size": 32}
@@ -35,24 +31,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _logprobs(engine: Engine) -> torch.Tensor:
-    """Return the prompt's log-probabilities."""
-    driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
-    driver.grow(seq := driver.add(PROMPT, sampling), len(PROMPT))
-    [row] = engine.step(Batch([BatchRow(seq, len(PROMPT))])).rows
-    return torch.tensor([token.logprob for token in row.prompt_logprobs])
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_adapters_go_beside_every_block(checkpoints: Path, tmp_path: Path, name: str) -> None:
     targets = ("in_proj", "out_proj", "q_proj", "o_proj", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj")
-    adapter = write_adapter(tmp_path / "adapter", checkpoints / name, rank=8, targets=targets, seed=3, alpha=32)
-    engine = make_engine(checkpoints / name, enable_lora=True, max_loras=2)
-    put(engine, 1, adapter)
-    driver, merged = Driver(engine), Driver(make_engine(merge(checkpoints / name, adapter, tmp_path / "merged")))
-    wanted = merged.generate([merged.add(PROMPT)])
-    assert driver.generate([sequence(driver, PROMPT, 1)], chunk=9) == wanted
-    assert driver.generate([driver.add(PROMPT)], chunk=9) != wanted
+    assert_adapted_as_merged(checkpoints / name, tmp_path, targets, PROMPT)
 
 
 # What a format leaves out of the layer that attends, by the backbone's names.
@@ -78,7 +60,7 @@ def test_quantized_matrices_are_those_that_are_meant(checkpoints: Path, tmp_path
         save_file(tensors, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
         if kind == "quantized":
             put_config(tmp_path / kind, quantization_config=stored_as.config)
-        found[kind] = _logprobs(make_engine(tmp_path / kind))
+        found[kind] = prompt_logprobs(make_engine(tmp_path / kind), PROMPT)
     torch.testing.assert_close(found["quantized"], found["plain"], rtol=0, atol=1e-3)
 
 
@@ -98,6 +80,6 @@ def test_layers_that_attend_or_feed_need_no_states(tmp_path: Path, exact: bool) 
 def test_matrices_are_rounded_at_the_start(checkpoints: Path, name: str, bits: str) -> None:
     plain = make_engine(checkpoints / name, dtype="bfloat16")
     rounded = make_engine(checkpoints / name, dtype="bfloat16", quantization=bits)
-    exact, near = _logprobs(plain), _logprobs(rounded)
+    exact, near = prompt_logprobs(plain, PROMPT), prompt_logprobs(rounded, PROMPT)
     assert not torch.equal(exact, near)
     assert (exact - near).abs().median() < {"int8": 0.5, "int4": 3.0}[bits]  # of some 8 on average

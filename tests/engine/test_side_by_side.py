@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 import transformers
 
-from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError
-from kvferry.engine.engine import Engine
 
-from ..adapters import merge, write_adapter
-from ..engine_driver import GREEDY, Driver, make_engine
+from ..engine_driver import Driver, make_engine, prompt_logprobs
 from ..transformers_checkpoints import FALCON_H1, SMALL, write_model
-from .test_adapters import put, sequence
+from .test_adapters import assert_adapted_as_merged
 
 PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(40)]
 
@@ -24,14 +20,6 @@ PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(40)]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), transformers.FalconH1Config(**SMALL | FALCON_H1))
-
-
-def _logprobs(engine: Engine) -> torch.Tensor:
-    """Return the prompt's log-probabilities."""
-    driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
-    driver.grow(seq := driver.add(PROMPT, sampling), len(PROMPT))
-    [row] = engine.step(Batch([BatchRow(seq, len(PROMPT))])).rows
-    return torch.tensor([token.logprob for token in row.prompt_logprobs])
 
 
 def test_pages_of_keys_stand_before_those_of_states(checkpoint: Path) -> None:
@@ -47,19 +35,13 @@ def test_pages_of_keys_stand_before_those_of_states(checkpoint: Path) -> None:
 
 def test_adapters_go_beside_both(checkpoint: Path, tmp_path: Path) -> None:
     targets = ("in_proj", "out_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    adapter = write_adapter(tmp_path / "adapter", checkpoint, rank=8, targets=targets, seed=3, alpha=32)
-    engine = make_engine(checkpoint, enable_lora=True, max_loras=2)
-    put(engine, 1, adapter)
-    driver, merged = Driver(engine), Driver(make_engine(merge(checkpoint, adapter, tmp_path / "merged")))
-    wanted = merged.generate([merged.add(PROMPT)])
-    assert driver.generate([sequence(driver, PROMPT, 1)], chunk=9) == wanted
-    assert driver.generate([driver.add(PROMPT)], chunk=9) != wanted
+    assert_adapted_as_merged(checkpoint, tmp_path, targets, PROMPT)
 
 
 @pytest.mark.parametrize(("form", "most"), [(None, 0.2), ("int8", 0.5), ("int4", 3.0)])  # of some 8 on average
 def test_shorter_numbers_are_near_float32(checkpoint: Path, form: str | None, most: float) -> None:
-    exact = _logprobs(make_engine(checkpoint))
-    near = _logprobs(make_engine(checkpoint, dtype="bfloat16", quantization=form))
+    exact = prompt_logprobs(make_engine(checkpoint), PROMPT)
+    near = prompt_logprobs(make_engine(checkpoint, dtype="bfloat16", quantization=form), PROMPT)
     assert not torch.equal(exact, near) and (exact - near).abs().median() < most
 
 

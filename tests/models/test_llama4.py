@@ -9,20 +9,13 @@ import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.checkpoint import tensor_shapes
-from kvferry.models.config import ModelConfig
 from kvferry.models.native import not_in_native
 from kvferry.models.parts.chunks import Chunk, check_chunks, first_seen
 from kvferry.sizing.work import count_params, num_causal_pairs
 
-from ..sizing.models import CONFIGS, model_of
+from ..sizing.models import model_of, model_of_text
 
 NAME = "llama-4-scout"
-
-
-def _of_text(path: Path, **changes: object) -> ModelConfig:
-    text = CONFIGS[NAME]["text_config"]
-    assert isinstance(text, dict)
-    return model_of(path, NAME, text_config=text | changes)
 
 
 def test_three_of_four_layers_attend_in_chunks_and_turn(tmp_path: Path) -> None:
@@ -35,7 +28,7 @@ def test_three_of_four_layers_attend_in_chunks_and_turn(tmp_path: Path) -> None:
     growing = model.local_rope
     assert (growing.kind, growing.query_beta, growing.query_len, growing.query_shift) == ("none", 0.1, 8192, 1)
     assert model.rope.query_beta == 0.0
-    plain = _of_text(tmp_path, attn_temperature_tuning=False, use_qk_norm=False, attention_chunk_size=None)
+    plain = model_of_text(tmp_path, NAME, attn_temperature_tuning=False, use_qk_norm=False, attention_chunk_size=None)
     assert plain.local_rope is not None and plain.local_rope.query_beta == 0.0 and plain.family.head_norms == "none"
 
 
@@ -43,9 +36,9 @@ def test_frequencies_may_be_stretched_from_one_on_and_not_in_reverse(tmp_path: P
     scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
     for low, high in ((1.0, 1.0), (1.0, 4.0)):
         told = scaling | {"low_freq_factor": low, "high_freq_factor": high}
-        assert _of_text(tmp_path, rope_scaling=told).rope.high_freq_factor == high
+        assert model_of_text(tmp_path, NAME, rope_scaling=told).rope.high_freq_factor == high
     with pytest.raises(ConfigError, match=r"low_freq_factor = 4\.0: must not be above high_freq_factor = 1\.0"):
-        _of_text(tmp_path, rope_scaling=scaling | {"low_freq_factor": 4.0, "high_freq_factor": 1.0})
+        model_of_text(tmp_path, NAME, rope_scaling=scaling | {"low_freq_factor": 4.0, "high_freq_factor": 1.0})
 
 
 def test_parameters_are_as_many_as_published(tmp_path: Path) -> None:
@@ -58,12 +51,12 @@ def test_parameters_are_as_many_as_published(tmp_path: Path) -> None:
 
 
 def test_experts_stand_in_every_second_layer_or_where_it_is_told(tmp_path: Path) -> None:
-    shapes = tensor_shapes(_of_text(tmp_path, interleave_moe_layer_step=2))
+    shapes = tensor_shapes(model_of_text(tmp_path, NAME, interleave_moe_layer_step=2))
     assert shapes["model.layers.0.feed_forward.gate_proj.weight"] == (16384, 5120)
     assert shapes["model.layers.1.feed_forward.router.weight"] == (16, 5120)
     assert shapes["model.layers.1.feed_forward.shared_expert.down_proj.weight"] == (5120, 8192)
     assert shapes["model.layers.1.feed_forward.experts.15.down_proj.weight"] == (5120, 8192)
-    assert _of_text(tmp_path, moe_layers=[7]).sparse_layers == (*[False] * 7, True, *[False] * 40)
+    assert model_of_text(tmp_path, NAME, moe_layers=[7]).sparse_layers == (*[False] * 7, True, *[False] * 40)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,7 @@ def test_experts_stand_in_every_second_layer_or_where_it_is_told(tmp_path: Path)
 )
 def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _of_text(tmp_path, **changes)
+        model_of_text(tmp_path, NAME, **changes)
 
 
 def test_what_has_no_attention_in_chunks_is_named(tmp_path: Path) -> None:

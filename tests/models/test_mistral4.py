@@ -9,21 +9,14 @@ import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.checkpoint import tensor_shapes
-from kvferry.models.config import ModelConfig
 from kvferry.models.families.experts import Stacks
 from kvferry.models.native import not_in_native
 from kvferry.models.parts.expert_stacks import StackPart
 from kvferry.sizing.work import count_params
 
-from ..sizing.models import CONFIGS, model_of
+from ..sizing.models import model_of, model_of_text
 
 NAME = "mistral-small-4"
-
-
-def _of_text(path: Path, **changes: object) -> ModelConfig:
-    text = CONFIGS[NAME]["text_config"]
-    assert isinstance(text, dict)
-    return model_of(path, NAME, text_config=text | changes)
 
 
 def test_it_is_read_as_its_language_model(tmp_path: Path) -> None:
@@ -63,9 +56,9 @@ def test_stacks_in_8_bits_have_scales_of_each_expert(tmp_path: Path) -> None:
 
 def test_groups_of_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="n_group = 4: groups of experts are not supported in this family"):
-        _of_text(tmp_path, n_group=4, topk_group=2)
+        model_of_text(tmp_path, NAME, n_group=4, topk_group=2)
 
 
 def test_another_part_of_heads_than_latents_turn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"partial_rotary_factor = 0\.5: only rotary positions over the whole head"):
-        _of_text(tmp_path, qk_nope_head_dim=128)
+        model_of_text(tmp_path, NAME, qk_nope_head_dim=128)

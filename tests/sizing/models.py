@@ -301,3 +301,10 @@ def write_config(path: Path, name: str, **changes: object) -> Path:
 
 def model_of(path: Path, name: str, **changes: object) -> ModelConfig:
     return ModelConfig.from_dir(write_config(path, name, **changes))
+
+
+def model_of_text(path: Path, name: str, **changes: object) -> ModelConfig:
+    """Read a model that is a part of a larger one, with changes of this part."""
+    text = CONFIGS[name]["text_config"]
+    assert isinstance(text, dict)
+    return model_of(path, name, text_config=text | changes)
