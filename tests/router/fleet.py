@@ -176,6 +176,20 @@ class Link:
         return message
 
 
+def transferred(transfer_s: float, exposed_s: float) -> TransferReport:
+    """A report of a gigabyte that crossed."""
+    return TransferReport(
+        request_id="r",
+        attempt=0,
+        decode_worker="d-0",
+        num_bytes=10**9,
+        num_blocks=1,
+        transfer_s=transfer_s,
+        exposed_s=exposed_s,
+        clean=True,
+    )
+
+
 class Fleet:
     """The dispatcher, its clock and what it told the observer."""
 

@@ -14,9 +14,8 @@ from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.predictor import Predictor, Way
 from kvferry.router.state.views import PoolView, WorkerView
-from kvferry.wire.workers import TransferReport
 
-from ..fleet import hello, status
+from ..fleet import hello, status, transferred
 from ..state.test_predictor import BASE_S, CALIBRATION, ROW_S, TOKEN_S
 
 LENGTH = 200
@@ -226,16 +225,7 @@ def test_a_beginning_is_fetched_where_that_beats_computing_it() -> None:
     chooser = policy(fetches=True, local_prefill=False)
     view = PoolView((P0, STREAMING))
     assert chooser.place(view, demand) == Placement("p-0", "d-0", Reason.HANDOFF)  # nothing is known of the path
-    report = TransferReport(
-        request_id="r",
-        attempt=0,
-        decode_worker="d-0",
-        num_bytes=10**9,
-        num_blocks=1,
-        transfer_s=0.1,
-        exposed_s=0,
-        clean=True,
-    )
+    report = transferred(transfer_s=0.1, exposed_s=0)
     chooser._estimates._predictor.on_transfer(report, "apart", 1)
     assert chooser.place(view, demand) == Placement("p-0", "d-0", Reason.HANDOFF, fetch_from="d-0")
 
@@ -245,16 +235,7 @@ def test_what_is_left_of_a_transfer_delays_the_tokens_behind_the_first_alone(num
     chooser, demand = policy(), replace(DEMAND, expected_output=num_output)
     view = PoolView((P0, STREAMING))
     before = next(one for one in chooser.explain(view, demand) if one.prefill is not None)
-    report = TransferReport(
-        request_id="r",
-        attempt=0,
-        decode_worker="d-0",
-        num_bytes=10**9,
-        num_blocks=1,
-        transfer_s=2.0,
-        exposed_s=1.0,
-        clean=True,
-    )
+    report = transferred(transfer_s=2.0, exposed_s=1.0)
     chooser._estimates._predictor.on_transfer(report, "apart", 1)
     after = next(one for one in chooser.explain(view, demand) if one.prefill is not None)
     assert after.exposed_s > 0 and after.tpot_s - before.tpot_s == pytest.approx(share * after.exposed_s)

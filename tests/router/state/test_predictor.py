@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvferry.router.state.predictor import Predictor, Way, distance
-from kvferry.wire.workers import StepSample, TransferReport, WorkerHello
+from kvferry.wire.workers import StepSample, WorkerHello
 
-from ..fleet import hello, status
+from ..fleet import hello, status, transferred
 
 BASE_S, TOKEN_S, PAIR_S, ROW_S = 0.002, 1e-4, 1e-8, 1e-4
 
@@ -94,16 +94,7 @@ def test_streams_take_no_more_of_a_step_with_a_chunk_than_alone() -> None:
 
 def test_transfers_are_learned_by_path() -> None:
     predictor = Predictor()
-    report = TransferReport(
-        request_id="r",
-        attempt=0,
-        decode_worker="d-0",
-        num_bytes=10**9,
-        num_blocks=1,
-        transfer_s=0.5,
-        exposed_s=0.5,
-        clean=True,
-    )
+    report = transferred(transfer_s=0.5, exposed_s=0.5)
     assert predictor.transfer_s("host", 10**9) == 0.0
     predictor.on_transfer(report, "host", 1)
     assert predictor.transfer_s("host", 10**9) == pytest.approx(0.5)
