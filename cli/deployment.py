@@ -51,7 +51,7 @@ def _layout(deployment: Deployment, model: ModelConfig) -> str:
 
 def _in_torch(deployment: Deployment, model: ModelConfig) -> str:
     """Say that torch computes a model on CPUs, where there is no C++ for a part of it."""
-    from ..launch.engine_checks import lacks_native
+    from ..sizing.weights import lacks_native
 
     found = (lacks_native(worker.config.engine, model) for worker in deployment.workers if not worker.gpus)
     missing = dict.fromkeys(chain.from_iterable(found))  # once each

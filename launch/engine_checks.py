@@ -15,14 +15,13 @@ from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.adapter import Adapter, inspect_adapter
 from ..models.config import ModelConfig
-from ..models.native import check_exact_states, not_in_native
+from ..models.native import check_exact_states
 from ..models.parts.chunks import check_chunks
 from ..models.parts.experts import expert_plan
 from ..models.parts.states import check_states
-from ..models.quantization import chosen_quantization
 from ..sizing.adapters import expert_adapter_bytes, expert_modules
 from ..sizing.memory import RANK_BYTES, block_tokens, cache_token_bytes, check_latent_dtype, weight_bytes
-from ..sizing.weights import item_bytes
+from ..sizing.weights import item_bytes, lacks_native
 from .host import Host
 from .plan import Deployment
 
@@ -58,21 +57,6 @@ def _rest(counts: Mapping[str, int]) -> str:
 def is_float32(engine: EngineConfig, model: ModelConfig) -> bool:
     """Return whether the engine computes in float32."""
     return item_bytes(engine, model) == 4
-
-
-def lacks_native(engine: EngineConfig, model: ModelConfig) -> list[str]:
-    """Name each part of the model, as this engine serves it on a CPU, that there is no C++ for: torch computes it then.
-
-    Raises ConfigError for a quantization that does not go with the checkpoint.
-    """
-    quantization = chosen_quantization(model.quantization, engine.quantization)
-    return not_in_native(
-        model,
-        quantization,
-        is_float32=is_float32(engine, model),
-        is_exchanged=engine.exchanges_experts,
-        num_ranks=engine.tensor_parallel_size,
-    )
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig) -> None:

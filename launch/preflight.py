@@ -38,8 +38,9 @@ from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
 from ..settings.sockets import open_listener
+from ..sizing.weights import lacks_native
 from ..wire.address import Address
-from .engine_checks import check_disk, check_engine, check_memory, check_model, is_float32, lacks_native, read_adapters
+from .engine_checks import check_disk, check_engine, check_memory, check_model, is_float32, read_adapters
 from .host import Host, read_host
 from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..models.config import ModelConfig
-from ..models.native import not_in_native
 from ..models.quantization import chosen_quantization
 from .hardware import Gpu
 from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, kept_bytes_read, rank_weights
-from .weights import ITEM_BYTES, item_bytes
+from .weights import ITEM_BYTES, item_bytes, lacks_native
 from .work import (
     count_params,
     exchanged_bytes,
@@ -118,7 +117,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         quantization.check_float8(has_products=gpu.fp8_tflops is not None, is_float32=is_float32)
     chosen = 0.0 if experts is None else experts.num_chosen / experts.num_experts
     keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
-    spares_last = not _computed_by_torch(engine, model)
+    spares_last = not lacks_native(engine, model)  # torch takes all tokens through the last layer, too
     is_last_attending = model.num_layers - 1 in model.kv_layers
     scored = pairs - (num_causal_pairs(context, model.sliding_windows[-1]) if spares_last and is_last_attending else 0)
     pair, token_bytes = flops_per_pair(model), cache_token_bytes(engine, model)
@@ -152,19 +151,6 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         last_params=params.last if spares_last else 0.0,
         last_experts=params.last_experts if spares_last else 0.0,
     )
-
-
-def _computed_by_torch(engine: EngineConfig, model: ModelConfig) -> bool:
-    """Tell whether a CPU's C++ lacks the model: torch takes all tokens through the last layer, too."""
-    num_ranks = engine.tensor_parallel_size
-    missing = not_in_native(
-        model,
-        chosen_quantization(model.quantization, engine.quantization),
-        is_float32=item_bytes(engine, model) == ITEM_BYTES["float32"],
-        is_exchanged=engine.exchanges_experts and num_ranks > 1,
-        num_ranks=num_ranks,
-    )
-    return bool(missing)
 
 
 # Kernels of a step beside its products and reads are assumed: 30 us a layer on one GPU, 50 us with two all-reduces.

@@ -16,7 +16,7 @@ from ..common.config import EngineConfig
 from ..models.config import ModelConfig
 from ..models.native import not_in_native
 from ..models.parts.experts import expert_plan
-from ..models.quantization import TIED_HEAD, Quantization
+from ..models.quantization import TIED_HEAD, Quantization, chosen_quantization
 from ..models.storage import CARD_OUTPUTS, MXFP4_GROUP, Form
 from .rank_tensors import HEAD, Matrix, RankTensors, is_expert, is_shared, makes_heads
 from .scales import scale_bytes
@@ -45,6 +45,25 @@ def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
 
 
+def lacks_native(engine: EngineConfig, model: ModelConfig) -> list[str]:
+    """Name each part of the model, as this engine serves it on a CPU, that there is no C++ for: torch computes it then.
+
+    Raises ConfigError for a quantization that does not go with the checkpoint.
+    """
+    quantization = chosen_quantization(model.quantization, engine.quantization)
+    return _lacking(engine, model, quantization, engine.tensor_parallel_size)
+
+
+def _lacking(engine: EngineConfig, model: ModelConfig, quantization: Quantization | None, num_ranks: int) -> list[str]:
+    return not_in_native(
+        model,
+        quantization,
+        is_float32=item_bytes(engine, model) == ITEM_BYTES["float32"],
+        is_exchanged=engine.exchanges_experts and num_ranks > 1,
+        num_ranks=num_ranks,
+    )
+
+
 class WeightCounter:
     """Counts one rank's weights of one model."""
 
@@ -61,12 +80,8 @@ class WeightCounter:
         self._engine, self._model, self._num_ranks = engine, model, num_ranks
         self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
-        is_float32 = self._item_bytes == ITEM_BYTES["float32"]
         self._is_exchanged = engine.exchanges_experts and num_ranks > 1
-        missing = not_in_native(
-            model, quantization, is_float32=is_float32, is_exchanged=self._is_exchanged, num_ranks=num_ranks
-        )
-        self._has_tiles = not (self._on_gpu or missing)
+        self._has_tiles = not (self._on_gpu or _lacking(engine, model, quantization, num_ranks))
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
         is_bfloat16 = self._item_bytes == ITEM_BYTES["bfloat16"]
         self._has_float8 = (

@@ -10,7 +10,7 @@ import pytest
 from kvferry.common.config import EngineConfig, RouterConfig, SpeculativeConfig
 from kvferry.common.errors import ConfigError
 from kvferry.launch.children import worker_environment
-from kvferry.launch.engine_checks import check_engine, check_model, lacks_native
+from kvferry.launch.engine_checks import check_engine, check_model
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
@@ -21,6 +21,7 @@ from kvferry.models.parts.rope import RopeConfig
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import cache_token_bytes, gpu_reserve_bytes, weight_bytes
+from kvferry.sizing.weights import lacks_native
 
 from ..checkpoints import write_checkpoint
 from ..sizing.models import model_of
