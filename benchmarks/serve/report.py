@@ -42,7 +42,7 @@ BARS = {
 }
 # The least that the throughput may be of the peer's, where so many requests are in flight.
 THROUGHPUT_BARS = {("kvferry-co", "vllm-agg"): 1.1}
-THROUGHPUT_CONCURRENCY = 16
+THROUGHPUT_CONCURRENCY = 8
 DISTURBED_CORES = 0.1
 
 
