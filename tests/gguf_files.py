@@ -22,30 +22,19 @@ from safetensors.torch import load_file, save_file
 from kvferry.models.token_bytes import _BYTE_ALPHABET
 
 from .checkpoints import SPECIAL_TOKENS
+from .gguf_fields import architecture_of, num_layers, write_fields
 from .gguf_latents import heads_apart, write_latents
+from .gguf_states import FileTensor, file_tensors
 from .quantized import Array, interleaved, random_blocks
 
 if TYPE_CHECKING:
     import gguf
 
-_ARCHITECTURES = {
-    "MixtralForCausalLM": "llama",
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3moe",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "Phi3ForCausalLM": "phi3",
-    "Olmo2ForCausalLM": "olmo2",
-    "Olmo3ForCausalLM": "olmo2",
-    "GraniteForCausalLM": "granite",
-    "GptOssForCausalLM": "gpt-oss",
-    "DeepseekV2ForCausalLM": "deepseek2",
-    "DeepseekV3ForCausalLM": "deepseek2",
-}
-_EXPERT = re.compile(r"(model\.layers\.\d+\.\w+)\.experts\.(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(r"((?:model|backbone)\.layers\.\d+\.\w+)\.experts\.(\d+)\.(\w+)\.weight")
+_GRANITE_STACK = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.input_linear\.weight")
 _STACK = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
+_PERMUTED = ("llama", "smollm3", "mistral3", "arcee", "granite", "granitemoe", "granitehybrid")
+_MOVED_NORMS = ("gemma", "qwen3next", "qwen35")
 MXFP4_BYTES, MXFP4_SIZE = 17, 32
 
 
@@ -65,17 +54,17 @@ def write_as_gguf(
     """
     import gguf
 
-    config = _full_config(checkpoint)
-    name = _ARCHITECTURES[config["architectures"][0]]
+    config, plain = _full_config(checkpoint), load_file(checkpoint / "model.safetensors")
+    name = architecture_of(config)
     own = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     writer = gguf.GGUFWriter(path, name, split_max_tensors=tensors_per_file)
-    _write_fields(writer, config, name)
+    write_fields(writer, config, name, plain)
     if name == "deepseek2":
         write_latents(writer, config, is_old=is_old)
     (fields or plain_tokens(config["vocab_size"]))(writer)
-    tensors = _Tensors(writer, gguf.get_tensor_name_map(own, config["num_hidden_layers"]), config, name, kinds or {})
+    tensors = _Tensors(writer, gguf.get_tensor_name_map(own, num_layers(config)), config, name, kinds or {})
     tensors.are_heads_apart = not is_old
-    meant = tensors.write(load_file(checkpoint / "model.safetensors"))
+    meant = tensors.write(plain)
     save_file(meant, checkpoint / "model.safetensors", metadata={"format": "pt"})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -116,68 +105,6 @@ def plain_tokens(vocab_size: int, *special: str) -> Callable[[gguf.GGUFWriter], 
     return write
 
 
-# --- fields -----------------------------------------------------------------------------------------------------------
-
-
-def _write_fields(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> None:
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    if name != "deepseek2":
-        writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if name not in ("phi3", "granite", "olmo2", "deepseek2"):  # the converter of these tells no size of heads
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-    _write_rope(writer, config, name)
-    count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
-    if count:
-        writer.add_expert_count(count)
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-    if size := config.get("moe_intermediate_size") or (name == "gpt-oss" and config["intermediate_size"]):
-        writer.add_expert_feed_forward_length(size)
-    if name in ("gemma2", "gemma3", "phi3", "gpt-oss") or config["architectures"][0].startswith("Olmo3"):
-        writer.add_sliding_window(config.get("sliding_window") or 0)
-    if config["architectures"][0].startswith("Olmo3"):
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
-    if name == "gemma2":
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    if name == "granite":
-        writer.add_attention_scale(config["attention_multiplier"])
-        writer.add_embedding_scale(config["embedding_multiplier"])
-        writer.add_residual_scale(config["residual_multiplier"])
-        writer.add_logit_scale(config["logits_scaling"])
-
-
-def _write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> None:
-    import gguf
-
-    rope = config["rope_parameters"]
-    rope = rope.get("full_attention", rope)
-    if name != "gemma2":
-        writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        if rope.get("attention_factor") is not None:
-            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
-    if name == "phi3":
-        fraction = rope.get("partial_rotary_factor", 1.0)
-        writer.add_rope_dimension_count(int(fraction * config["hidden_size"]) // config["num_attention_heads"])
-        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
-    if rope["rope_type"] == "longrope":
-        scale = config["max_position_embeddings"] / config["original_max_position_embeddings"]
-        factor = np.sqrt(1 + np.log(scale) / np.log(config["original_max_position_embeddings"])) if scale > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(float(factor))
-        for kind in ("long", "short"):
-            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32))
-
-
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,9 +134,14 @@ class _Tensors:
     def _add(self, key: str, values: Array) -> Array:
         if _STACK.fullmatch(key):
             return self._add_stack(key, values)
+        if match := _GRANITE_STACK.fullmatch(key):
+            return self._add_granite_stack(match[1], values)
+        if found := file_tensors(key, self._config, self._arch):
+            return self._add_changed(key, values, found)
         if key.endswith("kv_b_proj.weight") and self.are_heads_apart:
             return self._add_apart(key.removesuffix("kv_b_proj.weight"), values)
         key = key.replace("e_score_correction_bias", "e_score_correction.bias")
+        key = key.replace("expert_bias", "expert_bias.bias")
         module, _, suffix = key.rpartition(".")
         kind = self._kind(module) if values.ndim == 2 else "F32"
         rows, values = _of_kind(kind, self._rng, values)
@@ -217,13 +149,38 @@ class _Tensors:
             self._stacks.setdefault((match[1], match[3]), []).append((rows, kind))
             return values
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module.rpartition(".")[2])
-        if heads is not None and self._arch in ("llama", "granite"):
+        if heads is not None and self._arch in _PERMUTED:
             rows = interleaved(rows, self._config[heads])
-        if "gemma" in self._arch and key.endswith("norm.weight"):
+        if self._arch.startswith(_MOVED_NORMS) and key.endswith("norm.weight") and "linear_attn" not in key:
             rows = rows + np.float32(1)
         if suffix == "sinks":
             module, suffix = key, "weight"
         self._put(module, f".{suffix}", rows, kind)
+        return values
+
+    def _add_changed(self, key: str, values: Array, found: list[FileTensor]) -> Array:
+        meant = values.copy()
+        for own in found:
+            part = values if own.rows is None else values[own.rows]
+            if own.change is not None:
+                self._writer.add_tensor(own.name, np.ascontiguousarray(own.change(part), np.float32))
+                continue
+            kind = self._kind(key.removesuffix(".weight"))
+            rows, plain = _of_kind(kind, self._rng, part if own.columns is None else part[:, own.columns])
+            raw = None if kind in ("F32", "F16") else gguf_kind(kind)
+            self._writer.add_tensor(own.name, np.ascontiguousarray(rows), raw_dtype=raw)
+            if own.columns is not None:
+                meant[:, own.columns] = plain
+            else:
+                meant[slice(None) if own.rows is None else own.rows] = plain
+        return meant
+
+    def _add_granite_stack(self, layer: str, values: Array) -> Array:
+        """Add gates and ups of all experts: [experts, 2 inner, in]."""
+        inner = values.shape[1] // 2
+        for part, own in (("gate", values[:, :inner]), ("up", values[:, inner:])):
+            index = layer.rpartition(".")[2]
+            self._writer.add_tensor(f"blk.{index}.ffn_{part}_exps.weight", np.ascontiguousarray(own))
         return values
 
     def _add_stack(self, key: str, values: Array) -> Array:
@@ -260,12 +217,25 @@ class _Tensors:
         return next((known[end] for end in sorted(known, key=len, reverse=True) if module.endswith(end)), "F32")
 
     def _put(self, module: str, suffix: str, rows: Array, kind: str) -> None:
-        import gguf
-
-        name = self._names.get_name(module)
+        name = self._names.get_name(module) or self._names.get_name(_as_converter_names(module))
         assert name is not None, module
-        raw = None if kind in ("F32", "F16") else gguf.GGMLQuantizationType[kind]
+        raw = None if kind in ("F32", "F16") else gguf_kind(kind)
         self._writer.add_tensor(name + suffix, np.ascontiguousarray(rows), raw_dtype=raw)
+
+
+def _as_converter_names(module: str) -> str:
+    """Return the name under which a converter looks up what its table has under no checkpoint's name."""
+    return (
+        module.replace("mixer.experts", "mlp.experts")
+        .replace("backbone.", "model.")
+        .replace("model.layers", "layers" if "feed_forward" in module else "model.layers")
+    )
+
+
+def gguf_kind(kind: str) -> gguf.GGMLQuantizationType:
+    import gguf
+
+    return gguf.GGMLQuantizationType[kind]
 
 
 def _of_kind(kind: str, rng: np.random.Generator, values: Array) -> tuple[Array, Array]:

@@ -29,7 +29,8 @@ HOUSE = """
 common
 wire                 common
 settings             common wire
-models/gguf          common
+models/gguf/architectures
+models/gguf          common models/gguf/architectures
 models/families
 models/parts         common models/families
 models/stored        common

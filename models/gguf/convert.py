@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
-from .architectures import TENSORS, Architecture
+from .architectures.architecture import Architecture
+from .architectures.names import FINAL_NORMS, TENSORS
 from .config import (
-    Json,
     gguf_architecture,
     gguf_generation_config,
     gguf_model_config,
@@ -27,16 +27,19 @@ from .config import (
 from .experts import MXFP4, expert_tensors
 from .files import read_gguf
 from .latent import HALVES, latent_tensors
+from .model_file import Json
 from .rope import FACTORS
-from .tensors import ITEM_BYTES, Part, StoredTensor, less, shape_of, stored, undo_permutation
+from .states import grouped_rows, state_tensor
+from .tensors import ITEM_BYTES, Part, StoredTensor, chained, less, shape_of, stored, undo_permutation
 from .tokenizer import write_gguf_tokenizer
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER = re.compile(r"blk\.(\d+)\.((?:shortconv\.)?\w+)(?:\.(weight|bias))?")
 _EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
 _VECTORS = ("attn_sinks", "exp_probs_b")  # of which a checkpoint's name is no module's
+_ROWS = ("ffn_gate_inp_shexp",)  # matrices of one row, which files may have as vectors
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
 
@@ -95,38 +98,62 @@ def _stored_tensors(
     """
     stacks: dict[str, dict[str, Part]] = {}  # by layer: the tensors of its experts
     halves: dict[str, dict[str, Part]] = {}  # by layer: those that make keys and values of latents
+    fused: dict[str, dict[str, Part]] = {}  # by the checkpoint's name of one tensor: the file's of it
     for source in sources:
         part = Part.whole(source)
         match = _LAYER.fullmatch(part.name)
-        stack = _EXPERTS.fullmatch(match[2]) if match is not None and of.experts != "none" else None
-        if match is not None and stack is not None:
-            stacks.setdefault(match[1], {})[f"{stack[1]}.{match[3]}"] = part
-        elif match is not None and of.is_latent and match[2] in HALVES:
-            halves.setdefault(match[1], {})[match[2]] = part
-        elif part.name not in FACTORS:
-            yield _tensor(part, match, of, config, kept)
+        if match is None:
+            if part.name not in FACTORS:
+                yield _tensor(part, _outer_name(part.name, of), of, kept)
+            continue
+        layer, own = match[1], match[2]
+        if int(layer) >= config["num_hidden_layers"]:
+            continue  # it predicts further tokens
+        stack = _EXPERTS.fullmatch(own) if of.experts != "none" else None
+        if stack is not None:
+            stacks.setdefault(layer, {})[f"{stack[1]}.{match[3]}"] = part
+        elif of.is_latent and own in HALVES:
+            halves.setdefault(layer, {})[own] = part
+        elif own in of.fused:
+            fused.setdefault(f"model.layers.{layer}.{of.fused[own]}.{match[3]}", {})[own] = part
+        else:
+            yield _layer_tensor(part, match, of, config, kept)
     yield from expert_tensors(stacks, of, kept)
     yield from latent_tensors(halves, kept)
+    for name, parts in fused.items():
+        in_order = [parts[own] for own in of.fused if own in parts]
+        yield chained(grouped_rows(in_order, config) if of.states == "grouped delta nets" else in_order, name, kept)
 
 
-def _tensor(
-    part: Part, match: re.Match[str] | None, of: Architecture, config: Json, kept: Collection[str]
+def _layer_tensor(
+    part: Part, match: re.Match[str], of: Architecture, config: Json, kept: Collection[str]
 ) -> StoredTensor:
-    name = _name(part.name, match, of)
-    if of.permutes and match is not None and match[2] in _HEADS:
-        part = undo_permutation(part, config[_HEADS[match[2]]])
+    own = match[2]
+    if own not in of.layer:
+        raise ValueError(f"unknown tensor {part.name}")
+    suffix = "" if own in _VECTORS or match[3] is None else f".{match[3]}"
+    name = f"model.layers.{match[1]}.{of.layer[own]}{suffix}"
+    if of.permutes and own in _HEADS:
+        part = undo_permutation(part, config[_HEADS[own]])
+    if own in _ROWS and len(part.shape) == 1:
+        part = part.as_row()
+    if of.states != "none" and (found := state_tensor(part, own, name, of, config, kept)) is not None:
+        return found
+    return _tensor(part, name, of, kept)
+
+
+def _tensor(part: Part, name: str, of: Architecture, kept: Collection[str]) -> StoredTensor:
     if of.norm_offset and name.endswith("norm.weight"):
         return less(part, name, of.norm_offset)
     return stored(part, name, kept)
 
 
-def _name(name: str, match: re.Match[str] | None, of: Architecture) -> str:
-    if own := TENSORS.get(name):
-        return own
-    if match is None or match[2] not in of.layer:
+def _outer_name(name: str, of: Architecture) -> str:
+    if name in FINAL_NORMS:
+        return f"model.{of.final_norm}.weight"
+    if (found := TENSORS.get(name)) is None:
         raise ValueError(f"unknown tensor {name}")
-    suffix = "" if match[2] in _VECTORS else f".{match[3]}"
-    return f"model.layers.{match[1]}.{of.layer[match[2]]}{suffix}"
+    return found
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .architectures import Architecture
+from .architectures.architecture import Architecture
 from .tensors import PLAIN, Part, StoredTensor, bytes_of, stored, to_bfloat16
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Stacks = Mapping[str, Mapping[str, Part]]  # layer -> "gate.weight", "up.weight"
 
 def expert_tensors(stacks: Stacks, of: Architecture, kept: Collection[str]) -> Iterator[StoredTensor]:
     """Yield the tensors of all layers' experts. Raises ValueError where a layer lacks one."""
-    wanted = ["gate.weight", "up.weight", "down.weight"]
+    wanted = [f"{part}.weight" for part in ("gate", "up", "down")[-len(of.expert_parts) :]]
     wanted += ["gate.bias", "up.bias", "down.bias"] if of.experts == "stacked" else []
     for layer, parts in stacks.items():
         if parts.keys() != set(wanted):

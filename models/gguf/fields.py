@@ -33,6 +33,25 @@ class GgufFields:
             raise ValueError(f"field {key} is {value!r}, not an integer")
         return value
 
+    def count(self, name: str) -> int:
+        """Read a field of the file's architecture that is at least 1."""
+        if (value := self.integer(self.of_model(name))) < 1:
+            raise ValueError(f"{self.of_model(name)} = {value} is less than 1")
+        return value
+
+    def of_layers(self, name: str, num_layers: int, default: int) -> list[int]:
+        """Read a field of the file's architecture that is one number for all layers, or a list of one for each.
+
+        Of a list longer than the model the beginning is returned: of layers behind it.
+        """
+        key = self.of_model(name)
+        value = self.find(key)
+        if not isinstance(value, list):
+            return [self.integer(key, default)] * num_layers
+        if len(value) < num_layers or not all(type(each) is int for each in value):
+            raise ValueError(f"field {key} is {value!r}, not a whole number for each of {num_layers} layers")
+        return value[:num_layers]
+
     def number(self, key: str, default: float | None = None) -> float:
         """Read a float32 field as the decimal that was meant: 9.99999e-06 is 1e-05."""
         value = self._get(key, default)

@@ -17,13 +17,21 @@ _KINDS = ("none", "linear", "yarn", "longrope")
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
 
 
-def rope_fields(fields: GgufFields, head_dim: int, factors: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Return `rope_theta` and `rope_scaling`. Raises ValueError for a scaling that is not known."""
+def rope_fields(
+    fields: GgufFields, head_dim: int, factors: Mapping[str, list[float]], *, may_turn_parts: bool
+) -> dict[str, Any]:
+    """Return `rope_theta`, `rope_scaling` and, of families that `may_turn_parts` of heads, how much of each they turn.
+
+    Raises ValueError for a scaling that is not known.
+    """
     theta = fields.number(fields.of_model("rope.freq_base"), 10_000.0)
     turned = fields.integer(fields.of_model("rope.dimension_count"), head_dim)
-    if turned != head_dim and fields.architecture != "phi3":
+    found = {"rope_theta": theta, "rope_scaling": _scaling(fields, theta, head_dim, factors)}
+    if may_turn_parts:
+        return found | {"partial_rotary_factor": turned / head_dim}
+    if turned != head_dim:
         raise ValueError(f"{fields.of_model('rope.dimension_count')} = {turned}: all of a head's {head_dim} are turned")
-    return {"rope_theta": theta, "rope_scaling": _scaling(fields, theta, head_dim, factors)}
+    return found
 
 
 def _scaling(

@@ -7,7 +7,7 @@ apart, without a look into blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -55,6 +55,13 @@ class Part:
 
     def of_experts(self) -> list[Part]:
         return [Part(self.name, rows, self.kind, self.shape[1:]) for rows in self.rows]
+
+    def as_row(self) -> Part:
+        """Return a vector as the one row of a matrix."""
+        return replace(self, rows=self.rows[None], shape=(1, *self.shape))
+
+    def some_rows(self, start: int, count: int) -> Part:
+        return replace(self, rows=self.rows[start : start + count], shape=(count, *self.shape[1:]))
 
     def numbers(self) -> npt.NDArray[np.float32]:
         """Return what the blocks stand for. Raises ValueError for a kind that nobody here reads."""
@@ -116,15 +123,47 @@ def undo_permutation(part: Part, num_heads: int) -> Part:
     return replace(part, rows=interleaved.swapaxes(1, 2).reshape(rows.shape))
 
 
-def less(part: Part, name: str, offset: float) -> StoredTensor:
-    """Return numbers that stand `offset` lower than in the file."""
-    return StoredTensor(name, "F32", part.shape, partial(_less, part, offset))
+def chained(parts: Sequence[Part], name: str, kept: Collection[str]) -> StoredTensor:
+    """Return the rows of some parts one behind another: as they are, or in bfloat16 where they are of several kinds."""
+    kinds = {part.kind for part in parts}
+    own = [stored(part, name, kept if len(kinds) == 1 else (), may_widen=True) for part in parts]
+    shape = (sum(each.shape[0] for each in own), *own[0].shape[1:])
+    return replace(own[0], shape=shape, pieces=lambda: (piece for each in own for piece in each.pieces()))
 
 
-def _less(part: Part, offset: float) -> Iterator[Array]:
+def with_columns(part: Part, name: str, kept: Collection[str], places: Sequence[int]) -> StoredTensor:
+    """Return a matrix whose columns, in as many spans of one size as `places` has, stand in their order.
+
+    It becomes bfloat16 where a block lies in two spans.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    is_cut = part.shape[1] // len(places) % GGML_QUANT_SIZES[GGMLQuantizationType[part.kind]][0]
+    found = stored(part, name, () if is_cut else kept, may_widen=True)
+    return replace(found, pieces=lambda: map(partial(_columns, places), found.pieces()))
+
+
+def _columns(places: Sequence[int], rows: Array) -> Array:
+    spans = rows.reshape(len(rows), len(places), -1)
+    return spans[:, list(places)].reshape(rows.shape)
+
+
+def computed(
+    part: Part, name: str, shape: tuple[int, ...], change: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+) -> StoredTensor:
+    """Return numbers of `shape` that are made of a part's, all at once: of vectors and their like."""
+    return StoredTensor(name, "F32", shape, partial(_computed, part, change))
+
+
+def _computed(part: Part, change: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> Iterator[Array]:
     import numpy as np
 
-    yield part.numbers() - np.float32(offset)
+    yield np.ascontiguousarray(change(part.numbers()), np.float32)
+
+
+def less(part: Part, name: str, offset: float) -> StoredTensor:
+    """Return numbers that stand `offset` lower than in the file."""
+    return computed(part, name, part.shape, lambda numbers: numbers - offset)
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
-from .architectures import nearest
+from .architectures.lookup import nearest
 from .fields import GgufFields
 from .sentence_pieces import pieces_tokenizer
 
@@ -72,24 +72,40 @@ _DEEPSEEK_V3 = _Rules(
 )
 _DIGITS, _GPT2 = _Rules(lone_digits=True), _Rules()
 _LLAMA3, _CL100K = _Rules(_LLAMA3_WORDS, whole_words=True, bos=True), _Rules(_LLAMA3_WORDS)
+_ONE_DIGIT = _LLAMA3_WORDS.replace("{1,3}", "")
+_GPT4O = _Rules("|".join([*(cased + _ENDINGS for cased in _CASED), r"\p{N}{1,3}", _REST]))
 _RULES = {
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,  # Granite 3
+    "command-r": _DIGITS,
     "gpt-2": _GPT2,
     "olmo": _GPT2,
+    "exaone4": _GPT2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
+    "falcon-h1": _LLAMA3,
+    "lfm2": _LLAMA3,
+    "pixtral": _LLAMA3,
     "deepseek-llm": _DEEPSEEK_V2,
     "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-v3": _DEEPSEEK_V3,
-    "dbrx": _CL100K,  # Phi-4, OLMo 2
-    "smaug-bpe": _CL100K,
-    "qwen2": _Rules(_LLAMA3_WORDS.replace("{1,3}", ""), normal=True),
-    "deepseek-r1-qwen": _Rules(_LLAMA3_WORDS.replace("{1,3}", ""), normal=True),
-    "gpt-4o": _Rules("|".join([*(cased + _ENDINGS for cased in _CASED), r"\p{N}{1,3}", _REST])),  # gpt-oss, Phi-4-mini
+    "hunyuan-dense": _DEEPSEEK_V3,
+    "dbrx": _CL100K,  # Phi-4, OLMo 2, Granite 4
+    "smaug-bpe": _CL100K,  # SmolLM3
+    "glm4": _CL100K,
+    "chatglm-bpe": _CL100K,
+    "qwen2": _Rules(_ONE_DIGIT, normal=True),
+    "deepseek-r1-qwen": _Rules(_ONE_DIGIT, normal=True),
+    "qwen35": _Rules(
+        _ONE_DIGIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}"), normal=True
+    ),
+    "hunyuan": _Rules(_ONE_DIGIT),
+    "seed-coder": _Rules(_ONE_DIGIT.replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+")),
+    "gpt-4o": _GPT4O,  # gpt-oss, Phi-4-mini
+    "minimax-m2": _GPT4O,
     "tekken": _Rules("|".join([*_CASED, r"\p{N}", _REST]), whole_words=True, bos=True),
 }
 

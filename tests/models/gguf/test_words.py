@@ -20,7 +20,10 @@ CORPUS = (
     "Zwölf Boxkämpfer ÉCOLE naïve; Привет, МИР! 東京は今日も雨。 العربية हिन्दी e\u0301 ١٢٣٤   \n \n end "
 )
 # Under these transformers knows rules, too; `qwen2` brings texts to NFC besides, as Qwen's own tokenizer.json does.
-KNOWN = ("gpt-2", "llama-bpe", "dbrx", "smaug-bpe", "gpt-4o", "tekken", "qwen2", "deepseek-r1-qwen", "falcon3")
+KNOWN = (
+    *("gpt-2", "llama-bpe", "dbrx", "smaug-bpe", "gpt-4o", "tekken", "qwen2", "deepseek-r1-qwen", "falcon3"),
+    *("falcon-h1", "lfm2", "minimax-m2", "pixtral", "qwen35"),
+)
 
 
 def _write(path: Path, rules: str) -> Path:
@@ -59,7 +62,9 @@ def test_texts_are_cut_as_transformers_cuts_them(tmp_path: Path, rules: str) -> 
         assert ours.encode(text[start:]).ids == theirs.encode(text[start:]).ids
 
 
-@pytest.mark.parametrize(("rules", "parts"), [("refact", 4), ("starcoder", 4), ("olmo", 1)])
+@pytest.mark.parametrize(
+    ("rules", "parts"), [("refact", 4), ("starcoder", 4), ("command-r", 4), ("olmo", 1), ("exaone4", 1)]
+)
 def test_digits_stand_alone_where_the_rules_say_so(tmp_path: Path, rules: str, parts: int) -> None:
     write_gguf_tokenizer(tmp_path / "tokenizer.json", GgufFields(gguf.GGUFReader(_write(tmp_path / "m.gguf", rules))))
     words = Backend.from_file(str(tmp_path / "tokenizer.json")).pre_tokenizer.pre_tokenize_str("1234")
@@ -75,9 +80,13 @@ TEXT = "x1 = 1234 + (y)\r\n  DeepSeek's Zwölf 東京は, ՀՅ"
         ("deepseek-llm", "x|1| =| |1|2|3|4| +| (|y|)|\r|\n| | DeepSeek|'|s| Zw|ö|lf| |東京は|,| ՀՅ"),
         ("deepseek-coder", "x|1| = |1|2|3|4| +| (|y|)|\r|\n| | DeepSeek|'|s| Zwölf| |東京は|,| ՀՅ"),
         ("deepseek-v3", "x|1| =| |123|4| +| (|y|)\r\n| | DeepSeek|'s| Zwölf| |東京は|,| ՀՅ"),
+        ("hunyuan-dense", "x|1| =| |123|4| +| (|y|)\r\n| | DeepSeek|'s| Zwölf| |東京は|,| ՀՅ"),
+        ("glm4", "x|1| =| |123|4| +| (|y|)\r\n| | DeepSeek|'s| Zwölf| 東京は|,| ՀՅ"),
+        ("hunyuan", "x|1| =| |1|2|3|4| +| (|y|)\r\n| | DeepSeek|'s| Zwölf| 東京は|,| ՀՅ"),
+        ("seed-coder", "x|1| =| |1|2|3|4| +| (|y|)|\r\n| | DeepSeek|'s| Zwölf| 東京は|,| ՀՅ"),
     ],
 )
-def test_deepseeks_words(tmp_path: Path, rules: str, parts: str) -> None:
+def test_words_of_rules_that_transformers_does_not_know(tmp_path: Path, rules: str, parts: str) -> None:
     """V2's marks range over the Latin letters, too, and so part them from others within a word."""
     write_gguf_tokenizer(tmp_path / "tokenizer.json", GgufFields(gguf.GGUFReader(_write(tmp_path / "m.gguf", rules))))
     words = Backend.from_file(str(tmp_path / "tokenizer.json")).pre_tokenizer.pre_tokenize_str(TEXT)

@@ -1,0 +1,57 @@
+"""The architectures of GGUF files that are read: a line for each that says how its files differ.
+
+What llama.cpp's converter does to a checkpoint is undone, so that the directory that comes of a file is read like any
+other: it gives the rows of queries and keys another order in some, adds the offset of a norm to its weights, stacks
+experts, multiplies by factors beforehand, and leaves away what its own code knows by the architecture
+(https://github.com/ggml-org/llama.cpp, `conversion/` and `src/models/`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .architecture import Architecture
+from .dense import DENSE
+from .reads import WINDOW
+from .sparse import MIXTRAL, WITH_EXPERTS
+from .stateful import WITH_STATES
+
+_ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
+
+ARCHITECTURES = DENSE | WITH_EXPERTS | WITH_STATES
+ARCHITECTURES |= {
+    # Language models of several parts: those that see are in a file of their own.
+    "qwen2vl": ARCHITECTURES["qwen2"],
+    "qwen3vl": ARCHITECTURES["qwen3"],
+    "qwen3vlmoe": ARCHITECTURES["qwen3moe"],
+    "nemotron_h_moe": ARCHITECTURES["nemotron_h"],
+}
+# A file of `deepseek2` whose experts are scored by a sigmoid.
+_DEEPSEEK_V3 = replace(ARCHITECTURES["deepseek2"], family="DeepseekV3ForCausalLM", model_type="deepseek_v3")
+# A file of `olmo2` with a window.
+_OLMO3 = Architecture(family="Olmo3ForCausalLM", model_type="olmo3", layer=ARCHITECTURES["olmo2"].layer, reads=WINDOW)
+
+
+def architecture(name: str, *, num_experts: int, window: int, has_sigmoid: bool) -> Architecture:
+    """Return the architecture of a file. Raises ValueError, with the nearest that is read."""
+    if name == "llama" and num_experts:
+        return MIXTRAL
+    if name == "olmo2" and window:
+        return _OLMO3
+    if name == "deepseek2" and has_sigmoid:
+        return _DEEPSEEK_V3
+    if (found := ARCHITECTURES.get(name)) is None:
+        near = nearest(name, ARCHITECTURES)
+        raise ValueError(
+            f"its architecture is {name}; these are read: {', '.join(ARCHITECTURES)}"
+            + (f"; the nearest is {near}" if near is not None else "")
+        )
+    return found
+
+
+def nearest(name: str, known: Mapping[str, object]) -> str | None:
+    """Return the known name that is most like another; None where none is."""
+    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_ALIKE)
+    return found[0] if found else None

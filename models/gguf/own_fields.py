@@ -1,0 +1,135 @@
+"""What config.json has of single families beyond what all have: from a GGUF file's fields and its tensors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .latent import latent_fields
+from .model_file import Json, ModelFile
+from .multipliers import granite_fields
+from .routing import SPARSE_FIELDS
+from .state_fields import STATE_FIELDS
+from .windows import windows
+
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the models whose scores go by the hidden size
+
+
+def _gemma(file: ModelFile) -> Json:
+    """Return a Gemma's own fields. The scale of scores is known by the number of layers alone, as in llama.cpp."""
+    caps = {
+        name: file.number(name)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping")
+        if file.fields.find(file.fields.of_model(name)) not in (None, 0.0)
+    }
+    is_27b = file.config["num_hidden_layers"] == _GEMMA_27B[file.fields.architecture]
+    found: Json = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": (
+            file.config["hidden_size"] // file.config["num_attention_heads"] if is_27b else file.config["head_dim"]
+        ),
+        **caps,  # what a file does not tell is its family's
+        **windows(file.fields, file.config["num_hidden_layers"]),
+    }
+    if file.fields.architecture == "gemma2":
+        return found | ({} if found["sliding_window"] else {"sliding_window": 4096})  # older files tell none
+    full = {"rope_type": "default", "rope_theta": file.config["rope_theta"], **(file.config["rope_scaling"] or {})}
+    local = file.number("rope.freq_base_swa", 10_000.0)
+    return found | {
+        "rope_scaling": None,
+        "rope_parameters": {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
+
+
+def _granite(file: ModelFile) -> Json:
+    if not file.fields.flag(file.fields.of_model("rope.scaling.finetuned"), default=True):
+        raise ValueError("a Granite without rotary positions is not supported")
+    return granite_fields(file)
+
+
+def _gpt_oss(file: ModelFile) -> Json:
+    """Return gpt-oss's own fields. Its yarn is not rounded to whole frequencies, which no field tells."""
+    found = windows(file.fields, file.config["num_hidden_layers"])
+    found["intermediate_size"] = file.fields.count("expert_feed_forward_length")
+    if file.config["rope_scaling"] is not None:
+        found["rope_scaling"] = file.config["rope_scaling"] | {"truncate": False}
+    return found
+
+
+def _olmo(file: ModelFile) -> Json:
+    """Return OLMo 3's own fields: layers with a window have no scaling. OLMo 2, the same without windows, has none."""
+    of_layers = windows(file.fields, file.config["num_hidden_layers"])
+    if of_layers["sliding_window"] is None:
+        return {}
+    plain = {"rope_type": "default", "rope_theta": file.config["rope_theta"]}
+    return of_layers | {
+        "rope_scaling": None,
+        "rope_parameters": {
+            "full_attention": plain | (file.config["rope_scaling"] or {}),
+            "sliding_attention": plain,
+        },
+    }
+
+
+def _phi3(file: ModelFile) -> Json:
+    return {"sliding_window": file.integer("attention.sliding_window", 0) or None}
+
+
+def _typed_windows(file: ModelFile) -> Json:
+    return windows(file.fields, file.config["num_hidden_layers"])
+
+
+def _cohere(file: ModelFile) -> Json:
+    scale = file.number("logit_scale")
+    return _typed_windows(file) | {"logit_scale": scale}
+
+
+def _ministral(file: ModelFile) -> Json:
+    """Return Ministral 3's own fields: how queries grow, and that its yarn leaves their length as it is."""
+    rope, scale = (
+        file.config["rope_scaling"],
+        file.number("attention.temperature_scale", 0.0),
+    )
+    if rope is None or not scale:
+        return {}
+    mscale = file.number("rope.scaling.yarn_log_multiplier", 0.0)
+    same = {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
+    return {"rope_scaling": rope | same | {"llama_4_scaling_beta": scale}}
+
+
+def _glm4(file: ModelFile) -> Json:
+    if file.fields.find(file.fields.of_model("rope.dimension_sections")) is not None:
+        raise ValueError(
+            f"{file.fields.of_model('rope.dimension_sections')}: heads in the order of images are not supported"
+        )
+    return {}
+
+
+def _seed_oss(file: ModelFile) -> Json:
+    return {"attention_out_bias": "blk.0.attn_output.bias" in file.shapes}
+
+
+def _ernie(file: ModelFile) -> Json:
+    return {"use_bias": file.config["attention_bias"]}
+
+
+OWN_FIELDS: dict[str, Callable[[ModelFile], Json]] = {
+    **SPARSE_FIELDS,
+    **STATE_FIELDS,
+    "cohere2": _cohere,
+    "deepseek2": lambda file: latent_fields(file.fields, file.config),
+    "ernie4_5": _ernie,
+    "exaone4": _typed_windows,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "glm4": _glm4,
+    "gpt-oss": _gpt_oss,
+    "granite": _granite,
+    "granitemoe": _granite,
+    "mistral3": _ministral,
+    "olmo2": _olmo,
+    "phi3": _phi3,
+    "seed_oss": _seed_oss,
+}
