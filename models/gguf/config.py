@@ -69,7 +69,7 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
     """
     file = ModelFile(fields, {}, shapes)
     hidden_size, num_heads = fields.count("embedding_length"), fields.count("attention.head_count")
-    num_layers = num_own_layers(fields)
+    num_layers = _num_own_layers(fields)
     found_layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blk.")}
     if len(found_layers) not in (num_layers, fields.count("block_count")):
         raise ValueError(
@@ -107,7 +107,7 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
     return config if own is None else config | own(replace(file, config=config))
 
 
-def num_own_layers(fields: GgufFields) -> int:
+def _num_own_layers(fields: GgufFields) -> int:
     """Count the model's layers: others behind them, which predict further tokens, are not read."""
     return fields.count("block_count") - fields.integer(fields.of_model("nextn_predict_layers"), 0)
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .fields import GgufFields
+from .model_file import Json, ModelFile
+from .routing import chosen_fields
 from .tensors import PLAIN, Part, StoredTensor, to_bfloat16
 
 if TYPE_CHECKING:
@@ -30,38 +32,28 @@ def has_sigmoid(fields: GgufFields) -> bool:
     return fields.integer(fields.of_model("expert_gating_func"), 0) == _SIGMOID
 
 
-def latent_fields(fields: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+def latent_fields(file: ModelFile) -> Json:
     """Return a DeepSeek's own fields of config.json. Raises ValueError."""
-
-    def count(name: str, default: int | None = None) -> int:
-        return fields.integer(fields.of_model(name), default)
-
+    fields, count = file.fields, file.integer
     if not (is_v3 := has_sigmoid(fields)) and (scoring := count("expert_gating_func", 0)) not in _SOFTMAX:
         raise ValueError(f"{fields.of_model('expert_gating_func')} = {scoring} is not supported")
-    turned = count("rope.dimension_count")
-    is_normed = fields.flag(fields.of_model("expert_weights_norm"), default=False)
-    if is_normed and not is_v3:
+    turned, chosen = count("rope.dimension_count"), chosen_fields(file)
+    if chosen["norm_topk_prob"] and not is_v3:
         raise ValueError(f"{fields.of_model('expert_weights_norm')} = True is not supported with scores of softmax")
-    found: dict[str, Any] = {
-        "num_key_value_heads": config["num_attention_heads"],
+    found: Json = chosen | {
+        "num_key_value_heads": file.config["num_attention_heads"],
         "q_lora_rank": count("attention.q_lora_rank", 0) or None,
         "kv_lora_rank": count("attention.kv_lora_rank"),
         "qk_rope_head_dim": turned,
         "qk_nope_head_dim": count("attention.key_length_mla", count("attention.key_length")) - turned,
         "v_head_dim": count("attention.value_length_mla", count("attention.value_length")),
-        "n_routed_experts": config["num_experts"],
-        "n_shared_experts": count("expert_shared_count", 0),
-        "first_k_dense_replace": count("leading_dense_block_count", 0),
-        "routed_scaling_factor": fields.number(fields.of_model("expert_weights_scale"), 1.0) or 1.0,
-        "norm_topk_prob": is_normed,
-        "n_group": max(1, count("expert_group_count", 0)),
-        "topk_group": max(1, count("expert_group_used_count", 0)),
+        "n_routed_experts": file.config["num_experts"],
         "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy",
     }
-    log_multiplier = fields.number(fields.of_model("rope.scaling.yarn_log_multiplier"), 0.0)
-    if config["rope_scaling"] is not None and log_multiplier:
+    log_multiplier = file.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if file.config["rope_scaling"] is not None and log_multiplier:
         mscale = round(_MSCALE * log_multiplier, 6)
-        found["rope_scaling"] = config["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale}
+        found["rope_scaling"] = file.config["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale}
     return found
 
 

@@ -82,16 +82,12 @@ def _typed_windows(file: ModelFile) -> Json:
 
 
 def _cohere(file: ModelFile) -> Json:
-    scale = file.number("logit_scale")
-    return _typed_windows(file) | {"logit_scale": scale}
+    return _typed_windows(file) | {"logit_scale": file.number("logit_scale")}
 
 
 def _ministral(file: ModelFile) -> Json:
     """Return Ministral 3's own fields: how queries grow, and that its yarn leaves their length as it is."""
-    rope, scale = (
-        file.config["rope_scaling"],
-        file.number("attention.temperature_scale", 0.0),
-    )
+    rope, scale = file.config["rope_scaling"], file.number("attention.temperature_scale", 0.0)
     if rope is None or not scale:
         return {}
     mscale = file.number("rope.scaling.yarn_log_multiplier", 0.0)
@@ -100,10 +96,8 @@ def _ministral(file: ModelFile) -> Json:
 
 
 def _glm4(file: ModelFile) -> Json:
-    if file.fields.find(file.fields.of_model("rope.dimension_sections")) is not None:
-        raise ValueError(
-            f"{file.fields.of_model('rope.dimension_sections')}: heads in the order of images are not supported"
-        )
+    if file.fields.find(key := file.fields.of_model("rope.dimension_sections")) is not None:
+        raise ValueError(f"{key}: heads in the order of images are not supported")
     return {}
 
 
@@ -119,7 +113,7 @@ OWN_FIELDS: dict[str, Callable[[ModelFile], Json]] = {
     **SPARSE_FIELDS,
     **STATE_FIELDS,
     "cohere2": _cohere,
-    "deepseek2": lambda file: latent_fields(file.fields, file.config),
+    "deepseek2": latent_fields,
     "ernie4_5": _ernie,
     "exaone4": _typed_windows,
     "gemma2": _gemma,

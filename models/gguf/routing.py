@@ -24,6 +24,7 @@ def routing_fields(file: ModelFile) -> Json:
 
 
 def chosen_fields(file: ModelFile) -> Json:
+    """Return what such a file tells of its experts, however they are scored."""
     return {
         "n_shared_experts": file.integer("expert_shared_count", 0),
         "first_k_dense_replace": file.integer("leading_dense_block_count", 0),
@@ -54,7 +55,8 @@ def _dots1(file: ModelFile) -> Json:
 
 
 def _minimax(file: ModelFile) -> Json:
-    return {"scoring_func": "sigmoid"} | {key: routing_fields(file)[key] for key in ("n_group", "topk_group")}
+    routing_fields(file)  # raises where they are scored otherwise
+    return {"scoring_func": "sigmoid"}
 
 
 def _ernie_moe(file: ModelFile) -> Json:

@@ -42,8 +42,7 @@ def _granite_hybrid(file: ModelFile) -> Json:
     name = "shared_intermediate_size"
     shared = shared_size(file, name)
     return {
-        "num_local_experts": 0,
-        **{key: file.config[key] for key in ("num_local_experts",) if key in file.config},
+        "num_local_experts": file.config.get("num_local_experts", 0),
         **_mamba(file),
         **granite_fields(file),
         "layer_types": _types(file, "linear_attention"),
