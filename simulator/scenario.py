@@ -22,6 +22,8 @@ from .costs.network import Link, Network
 
 PolicyMaker = Callable[[RouterConfig, Predictor], RoutingPolicy]
 
+_MOST_BLOCKS = 10**7  # of a worker: each is an entry of some lists, and no fleet has workers of so many
+
 
 @dataclass(slots=True, frozen=True)
 class Spike:
@@ -140,13 +142,21 @@ class Fleet:
         return Roofline(self.hardware, self.shape, self.gpus_per_worker)
 
     def blocks(self, block_tokens: int) -> int:
-        """Return the blocks of one worker."""
+        """Return the blocks of one worker. Raises ConfigError where nothing tells them, or they are too many."""
         if self.num_blocks is not None:
+            if self.num_blocks > _MOST_BLOCKS:
+                raise ConfigError(f"num_blocks: {self.num_blocks:,} is more than {_MOST_BLOCKS:,}")
             return self.num_blocks
         model = self.step_model()
         if not isinstance(model, Roofline):
             raise ConfigError("num_blocks: a measured step model says nothing about memory")
-        return int(model.num_blocks(block_tokens) / (1 + self.draft_share))
+        count = int(model.num_blocks(block_tokens) / (1 + self.draft_share))
+        if count > _MOST_BLOCKS:
+            raise ConfigError(
+                f"memory_gb: a worker has room for {count:,} blocks, more than {_MOST_BLOCKS:,}; "
+                "say how many it has (--num-blocks), or let them be longer (--block-size)"
+            )
+        return count
 
     @property
     def host_bytes_per_s(self) -> float:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from ..common.errors import ConfigError
 from .outcome import Outcome
 from .scenario import Scenario
-from .traffic import mean_rate, rows_of
+from .traffic import check_span, mean_rate, rows_of
 from .world import World
 
 
 def simulate(scenario: Scenario) -> Outcome:
+    """Run it. Raises ConfigError for a scenario that no run shows, or that no machine simulates."""
+    check_span(scenario.traffic)
     return World(scenario).run()
 
 

@@ -14,6 +14,9 @@ from ..tools.load.traces import TraceRow, read_trace
 from .scenario import Traffic
 from .sources import trace_path
 
+_DAY_S = 86400.0
+_LONGEST_S = 31 * _DAY_S  # of virtual time: an hour of a core for the smallest fleet
+
 
 @lru_cache(maxsize=8)
 def _read(trace: str) -> tuple[TraceRow, ...]:
@@ -74,6 +77,19 @@ def arrivals(traffic: Traffic) -> Iterator[tuple[float, TraceRow]]:
         now_s += gap_s / _intensity(traffic, now_s)
         is_embedding = traffic.embedding_share > embeds.random()
         yield now_s, replace(row, num_output_tokens=0) if is_embedding else row
+
+
+def check_span(traffic: Traffic) -> None:
+    """Raise ConfigError where requests come so late that nobody waits for the run: idle workers' heartbeats take time.
+
+    Arrivals alone are a small part of what their requests take to simulate, so all are looked at before the first.
+    """
+    for time_s, _ in arrivals(traffic):
+        if time_s > _LONGEST_S:
+            raise ConfigError(
+                f"rate: a request comes {time_s / _DAY_S:.3g} days after the first one; at most "
+                f"{_LONGEST_S / _DAY_S:.0f} are simulated: let them come faster (--rate), or fewer (--requests)"
+            )
 
 
 def _poisson(rate: float, seed: int) -> Iterator[float]:

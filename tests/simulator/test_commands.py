@@ -92,6 +92,8 @@ def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
         (["--num-blocks", "1000000000"], "num_blocks: 1,000,000,000 is more than 10,000,000"),
         (["--prefill", "200000"], "prefill: 200,000 is more than 100,000"),
         (["--length-scale", "1e23"], "length_scale: 1e+23 is more than 1,000,000.0"),
+        (["--rate", "1e-9"], "rate: a request comes 8.07e+04 days after the first one; at most 31 are simulated"),
+        (["--day-s", "9", "--day-low", "1e-12"], "days after the first one; at most 31 are simulated"),
         (["--autoscale", "1"], "autoscale: at most 1, but --prefill and --decode begin with more"),
     ],
 )
@@ -230,3 +232,13 @@ def test_nobody_is_told_of_objectives_that_only_judge(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--model", "deepseek-v3", "--tensor-parallel-size", "8"]) == 2
     assert "671 GB of weights" in capsys.readouterr().err
+
+
+def test_memory_for_more_blocks_than_are_simulated_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path, "8b")
+    words = [*SMALL, "--model", str(tmp_path), "--tensor-parallel-size", "1", "--memory-gb", "1e9"]
+    assert main(words) == 2
+    assert "memory_gb: a worker has room for 107," in (text := capsys.readouterr().err) and "(--num-blocks)" in text
+    assert main([*words, "--num-blocks", "1000"]) == 0
