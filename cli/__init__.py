@@ -90,6 +90,8 @@ def _line(error: Exception) -> str:
     if not isinstance(error, _USAGE_ERROR):
         return str(error)
     context = getattr(error, "ctx", None)
+    if context is not None and getattr(error, "option_name", None) == "--model":  # as other servers want it
+        return f"--model: there is no such flag, the model is the first word: {context.command_path} MODEL"
     hint = f" ({context.command_path} --help)" if context is not None else ""
     message = error.format_message().strip() or "which command?"  # type: ignore[attr-defined]  # blank: help was shown
     return f"{message}{hint}"

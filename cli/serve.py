@@ -183,7 +183,7 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     secrets = read_secrets(settings.secret_file, environment())
     handoff = Address(settings.handoff_host, settings.handoff_port)
     _check_secret(settings, secrets, [handoff, *routers])
-    listen(handoff, setting="handoff_port" if handoff.port else "handoff_host", flag="--port").close()
+    listen(handoff, setting="handoff_port", flag="--port").close()
     check_transfer(settings)
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
     name = settings.served_model_name or resolved.served_name

@@ -8,7 +8,6 @@ failed. Nothing is started here, and nothing is written but a model that is miss
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import platform
 import secrets
@@ -37,7 +36,7 @@ from ..models.tokenizer import Tokenizer
 from ..settings.exposure import check_exposure
 from ..settings.fields import ServeSettings
 from ..settings.open_files import room_for_connections
-from ..settings.sockets import open_listener
+from ..settings.sockets import listen
 from ..sizing.weights import lacks_native
 from ..wire.address import Address
 from .engine_checks import check_disk, check_engine, check_memory, check_model, is_float32, read_adapters
@@ -133,12 +132,7 @@ class Preflight:
             addresses += [("admin_port", Address(settings.admin_host, port)) for port in ports]
         with ExitStack() as stack:  # all at once: they must not be one another's
             for setting, address in addresses:
-                try:
-                    stack.enter_context(open_listener(address))
-                except OSError as error:
-                    hint = "; port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
-                    why = error.strerror or error
-                    raise ConfigError(f"{setting}: cannot listen at {address}: {why}{hint}") from error
+                stack.enter_context(listen(address, setting=setting))
         return ", ".join(str(address) for _, address in addresses)
 
     def _check_files(self) -> str:

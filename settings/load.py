@@ -107,8 +107,10 @@ def read_yaml(path: Path, mistakes: list[str]) -> dict[str, Raw]:
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"config: {path} is no text in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -28,10 +28,12 @@ def open_listener(address: Address) -> socket.socket:
 
 
 def listen(address: Address, *, setting: str = "port", flag: str | None = None) -> socket.socket:
-    """Open a listening socket for HTTP. Raises ConfigError that names `setting` and its flag."""
+    """Open a listening socket. Raises ConfigError that names what cannot be: `setting`, a port, or the host of it."""
     try:
         return open_listener(address)
     except OSError as error:
         flag = flag or "--" + setting.replace("_", "-")
-        hint = f"; set another {flag}" if error.errno == errno.EADDRINUSE else ""
+        hint = f"; set another {flag}, port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            setting = setting.replace("port", "host")
         raise ConfigError(f"{setting}: cannot listen on {address}: {error.strerror or error}{hint}") from error

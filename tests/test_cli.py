@@ -185,7 +185,10 @@ def test_a_second_name_of_the_model_is_refused_and_not_taken_for_the_only_one(
 def test_taken_port_is_one_line(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        assert_refused(run("serve", "--port", port), rf"127.0.0.1:{port}: Address already in use; port 0 takes any")
+        assert_refused(
+            run("serve", "--port", port),
+            rf"127.0.0.1:{port}: Address already in use; set another --port, port 0 takes any free one$",
+        )
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,8 @@ def test_taken_port_is_one_line(run: Run) -> None:
         ("chaos", ("--minutes", "nan"), "nan is not above 0"),
         ("simulate", ("--prefill", "-1"), "-1 is below 0"),
         ("size", ("--rate", "0"), "0 is not above 0"),
+        ("bench", ("--num-requests", "many"), "'many' is no whole number"),
+        ("chaos", ("--minutes", "long"), "'long' is no number"),
     ],
 )
 def test_a_programs_bad_value_is_one_line(run: Run, command: str, words: tuple[str, str], message: str) -> None:
@@ -218,6 +223,10 @@ def test_misspelt_flag_is_told_the_right_one(run: Run) -> None:
     result = run("serve", "--prefil", "2")
     assert result.returncode == 2
     assert "--prefill" in result.stderr
+
+
+def test_a_model_behind_a_flag_is_told_its_place(run: Run) -> None:
+    assert_refused(run("serve", "--model", "./m"), r"^kvferry: --model: .* the first word: kvferry serve MODEL$")
 
 
 def test_ranks_that_cannot_share_the_heads_are_one_line(run: Run, tmp_path: Path) -> None:
@@ -271,7 +280,7 @@ def test_worker_by_hand_whose_address_is_taken_or_elsewhere_is_refused_before_it
     command = ("decode", "./no-such-model", "--router", "127.0.0.1:7001")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        refused = rf"handoff_port: cannot listen on 127.0.0.1:{port}: Address already in use; set another --port$"
+        refused = rf"handoff_port: cannot listen on 127.0.0.1:{port}: Address already in use; .* --port, port 0"
         assert_refused(run(*command, "--insecure-loopback", "--port", str(port)), refused)
     refused = r"handoff_host: cannot listen on 192.0.2.1:0: Cannot assign requested address$"
     assert_refused(run(*command, "--host", "192.0.2.1", KVFERRY_SECRET="s" * 16), refused)

@@ -245,26 +245,31 @@ def no_ucxx(site: Site) -> Words:
     return ["--transfer", "ucx"]
 
 
-@case(r"port: cannot listen at 127.0.0.1:\d+: Address already in use")
+@case(r"port: cannot listen on 127.0.0.1:\d+: Address already in use")
 def taken_port(site: Site) -> Words:
     return ["--port", str(_taken(site))]
 
 
-@case(r"admin_port: cannot listen at 127.0.0.1:\d+: Address already in use")
+@case(r"admin_port: cannot listen on 127.0.0.1:\d+: Address already in use")
 def taken_admin_port_of_the_second_router(site: Site) -> Words:
     return ["--routers", "2", "--admin-port", str(_taken(site) - 1)]
 
 
-@case(r"admin_port: cannot listen at 127.0.0.1:\d+: Address already in use")
+@case(r"admin_port: cannot listen on 127.0.0.1:\d+: Address already in use")
 def admin_port_that_is_the_clients(site: Site) -> Words:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     return ["--port", str(port), "--admin-port", str(port)]
 
 
-@case("port: cannot listen at 192.0.2.1:0: Cannot assign requested address")
+@case("host: cannot listen on 192.0.2.1:0: Cannot assign requested address")
 def address_of_another_machine(site: Site) -> Words:
     return ["--host", "192.0.2.1", "--api-key", "key"]
+
+
+@case("host: cannot listen on no.invalid:0: ")
+def name_that_nobody_knows(site: Site) -> Words:
+    return ["--host", "no.invalid", "--api-key", "key"]
 
 
 @case("host: 0.0.0.0 is reachable from other machines and no API key is set")

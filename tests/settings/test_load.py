@@ -273,8 +273,11 @@ def test_a_rule_about_a_setting_that_was_not_given_names_it() -> None:
 
 
 def test_missing_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match=r"^config: cannot read .*none.yaml: No such file or directory$"):
         load(flags={}, env={}, file=tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"^config: .*bytes.yaml is no text in UTF-8$"):
+        load(flags={}, env={}, file=tmp_path / "bytes.yaml")
 
 
 def test_rule_between_settings_names_the_flag_that_breaks_it() -> None:

@@ -21,19 +21,33 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """A whole number from 1 on."""
-    if int(text) < 1:
+    if _whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return natural(text)
 
 
 def natural(text: str) -> int:
     """A whole number from 0 on."""
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     if value > _MOST:
         raise argparse.ArgumentTypeError(f"{text} is more than {_MOST}")
     return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
 def shell_words(text: str) -> tuple[str, ...]:
@@ -46,7 +60,7 @@ def shell_words(text: str) -> tuple[str, ...]:
 
 def finite_float(text: str) -> float:
     """Any number but those that JSON has no words for."""
-    value = float(text)
+    value = _number(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
     return value
@@ -62,7 +76,7 @@ def positive_float(text: str) -> float:
 
 def positive_or_infinite(text: str) -> float:
     """A number above 0, of something that may be without a bound."""
-    value = float(text)
+    value = _number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
