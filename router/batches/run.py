@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ class BatchRun:
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped_by: BatchStatus | None = None  # CANCELLING or EXPIRED
     _is_input_gone: bool = False  # somebody's hand: there are no `_lines`, and no more can be asked
-    _told_s: float = 0.0
+    _told_s: float = -math.inf  # when the record was last written, on the loop's clock
 
     def stop(self, by: BatchStatus) -> None:
         """Ask no more lines. Idempotent."""
@@ -178,7 +179,7 @@ class BatchRun:
             group = list(self._finished)
             await _unhurried(journal.append, group)
             del self._finished[: len(group)]
-            now_s = self.deps.now_s()
+            now_s = asyncio.get_running_loop().time()  # no wall clock's, which may be set back
             if now_s - self._told_s >= _TELL_EVERY_S:
                 self._told_s = now_s
                 self._count(journal)

@@ -303,6 +303,30 @@ async def test_time_ends_a_batch_by_the_clock(tmp_path: Path) -> None:
     assert len(output(deps, record.error_file_id)) == 2
 
 
+async def test_progress_is_told_though_the_wall_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_TELL_EVERY_S", 0.0)
+    now, room = [1500.0], 1
+    caller = Caller(lambda name: None if int(name) < room else CallAnswer(503, "r", b"{}"))
+    deps = deps_of(tmp_path, caller, lambda: now[0])
+    batch_id = create(deps, 4)
+
+    async def told(completed: int) -> None:
+        async with asyncio.timeout(60.0):
+            while (record := deps.store.read(batch_id)) is None or record.completed != completed:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    running = asyncio.create_task(run_of(deps, batch_id).run())
+    await told(1)
+    now[0], room = 1500.0 - 86400.0, 3
+    await told(3)
+    room = 4
+    await running
+    record = deps.store.read(batch_id)
+    assert record is not None and record.status is BatchStatus.COMPLETED
+
+
 def test_what_is_old_is_deleted(tmp_path: Path) -> None:
     now = [1000.0]
     folder = data_folder(tmp_path)
