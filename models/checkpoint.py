@@ -10,6 +10,7 @@ from ..common.errors import ConfigError
 from .config import ModelConfig
 from .families.module_names import full_name
 from .families.nested import NESTED
+from .heads import with_embedding
 from .quantization import Quantization
 from .storage import MXFP4_GROUP, Storage
 from .stored.safetensors import read_header, safetensors_files
@@ -40,6 +41,7 @@ def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
     found: dict[str, Shape] = {}
     for path in safetensors_files(model_dir):
         found |= _read_shapes(path, config)
+    found = with_embedding(found, is_tied=config.tie_embeddings)
     wanted, optional = stored_shapes(config.quantization, tensor_shapes(config))
     check_names(set(wanted), set(found) - optional, model_dir, config)
     for name, shape in wanted.items():

@@ -1,6 +1,7 @@
 """A checkpoint's head: one of its own, the embedding's matrix again, or none. The files know better than config.json.
 
 told tied, and the head's bytes are there, others than the embedding's     not tied, as in `transformers`
+told tied, and the head alone is there                                     it is the embedding's, too
 told not tied, and no head in weights that were saved by themselves        an embedding model
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..common.errors import ConfigError
 from .families.module_names import full_name, is_bare
@@ -16,6 +17,8 @@ from .stored.safetensors import read_header, safetensors_files
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PIECE_BYTES = 4 << 20  # compared at once: matrices that differ do so in the first piece
+
+T = TypeVar("T")
 
 
 class _Stored(NamedTuple):
@@ -43,6 +46,16 @@ def has_other_head(model_dir: Path) -> bool:
         return len(found) == 2 and not _are_equal(found[_HEAD], found[_EMBEDDING])
     except (ConfigError, OSError, KeyError, IndexError, TypeError, ValueError):  # as above
         return False
+
+
+def with_embedding(found: dict[str, T], *, is_tied: bool) -> dict[str, T]:
+    """Return what is known of each tensor by its name: a tied head stands for the embedding where that was left out.
+
+    Tools that save a matrix of several names once (safetensors' `save_model`) keep the first name of the alphabet.
+    """
+    if is_tied and _HEAD in found and _EMBEDDING not in found:
+        return found | {_EMBEDDING: found[_HEAD]}
+    return found
 
 
 def _find(model_dir: Path) -> dict[str, _Stored]:

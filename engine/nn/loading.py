@@ -26,7 +26,9 @@ from ...models.checkpoint import (
     stored_shapes,
     tensor_shapes,
 )
+from ...models.config import ModelConfig
 from ...models.families.module_names import full_name
+from ...models.heads import with_embedding
 from ...models.quantization import Quantization
 from ...models.storage import Storage
 from ...models.stored.safetensors import safetensors_files
@@ -46,7 +48,7 @@ def load_weights(
     """Fill every parameter of this rank. Raises ConfigError naming tensors that are missing, extra or misshapen."""
     slots = list(decoder.slots())
     total = sum(slot.target.numel() for slot in slots)
-    files = {} if load_format == "dummy" else with_parts(_open_files(model_dir), decoder.config)
+    files = {} if load_format == "dummy" else _files_of(decoder.config, model_dir)
     quantization = decoder.config.quantization
     if load_format != "dummy":
         shapes = {slot.name: slot.shape for slot in slots}
@@ -73,6 +75,11 @@ def load_weights(
         done += slot.target.numel()
         if progress is not None:
             progress("loading weights", done / total)
+
+
+def _files_of(config: ModelConfig, model_dir: Path) -> dict[str, tuple[TensorFile, str]]:
+    """Return what `_open_files` does, by the names of this model's slots."""
+    return with_parts(with_embedding(_open_files(model_dir), is_tied=config.tie_embeddings), config)
 
 
 def _open_files(model_dir: Path) -> dict[str, tuple[TensorFile, str]]:

@@ -83,6 +83,8 @@ def stored_dtype(model_dir: Path) -> str | None:
         headers = [read_header(path)[1] for path in safetensors_files(model_dir)]
     except ConfigError:  # whoever loads the weights says what is wrong with them
         return None
-    names = "embed_tokens.weight", "backbone.embeddings.weight"
-    entries = (entry for header in headers for name, entry in header.items() if name.endswith(names))
-    return next((_DTYPES.get(str(entry.get("dtype"))) for entry in entries), None)
+    found = {name: entry for header in headers for name, entry in header.items()}
+    for last in ("embed_tokens.weight", "backbone.embeddings.weight", "lm_head.weight"):  # a tied head may stand alone
+        if entries := [entry for name, entry in found.items() if name.endswith(last)]:
+            return _DTYPES.get(str(entries[0].get("dtype")))
+    return None

@@ -19,6 +19,7 @@ from kvferry.models.config import ModelConfig
 
 from ..checkpoints import Family, write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
+from ..quantized import put_config
 from .transformers_reference import greedy_tokens, reference_model
 
 NUM_TOKENS = 8
@@ -164,6 +165,25 @@ def test_a_head_in_the_weights_of_a_model_that_is_told_tied_is_used_as_transform
     check_checkpoint(path, config)
     driver, asked = Driver(make_engine(path)), prompts([1, 17, 33])
     _assert_as_transformers(path, asked, driver.generate([driver.add(prompt) for prompt in asked]))
+
+
+def test_a_tied_head_is_the_embedding_where_that_was_left_out(tmp_path: Path) -> None:
+    """As safetensors' `save_model` writes it."""
+    path = write_checkpoint(tmp_path / "model", "qwen2", tokenizer=False, tie_embeddings=True, dtype="bfloat16")
+    driver, asked = Driver(make_engine(path, dtype="float32")), prompts([1, 17, 33])
+    expected = driver.generate([driver.add(prompt) for prompt in asked])
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    put_config(path, torch_dtype=None)
+    config = ModelConfig.from_dir(path)
+    assert config.tie_embeddings and config.dtype == "bfloat16"
+    check_checkpoint(path, config)
+    driver = Driver(make_engine(path, dtype="float32"))
+    assert driver.generate([driver.add(prompt) for prompt in asked]) == expected
+    put_config(path, tie_word_embeddings=False)
+    with pytest.raises(ConfigError, match=r"1 tensors are missing: model\.embed_tokens\.weight"):
+        check_checkpoint(path, ModelConfig.from_dir(path))
 
 
 def test_long_sequences_turn_by_factors_of_their_own(checkpoints: Path, tmp_path: Path) -> None:
