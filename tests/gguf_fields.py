@@ -54,6 +54,7 @@ _ARCHITECTURES = {
     "GptOssForCausalLM": "gpt-oss",
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
+    "Glm4MoeLiteForCausalLM": "deepseek2",
 }
 # Converters that tell no size of heads.
 _WITHOUT_HEAD_DIM = ("phi3", "granite", "granitemoe", "granitehybrid", "lfm2", "lfm2moe", "olmo2", "deepseek2")

@@ -32,7 +32,7 @@ def write_latents(writer: gguf.GGUFWriter, config: dict[str, Any], *, is_old: bo
     if config["n_group"] is not None:
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
-    if config["architectures"][0].startswith("DeepseekV3"):
+    if config["architectures"][0].startswith(("DeepseekV3", "Glm4MoeLite")):
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if config.get("norm_topk_prob"):
         writer.add_expert_weights_norm(True)

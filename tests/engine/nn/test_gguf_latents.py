@@ -44,6 +44,7 @@ DEEPSEEK_V2 = DEEPSEEK | {
     "rope_parameters": YARN | {"rope_theta": 10_000.0, "mscale": 0.707, "mscale_all_dim": 0.707},
 }
 DEEPSEEK_V3 = DEEPSEEK | {"q_lora_rank": 64, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+GLM_LITE = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2 lite": ("DeepseekV2", DEEPSEEK_V2),
     "v2": ("DeepseekV2", DEEPSEEK_V3 | {"topk_method": "group_limited_greedy"}),
@@ -61,6 +62,15 @@ def _checkpoint(path: Path, model: str) -> Path:
 def test_config_and_log_probabilities_are_the_checkpoints(tmp_path: Path, model: str, is_old: bool) -> None:
     checkpoint = write_as_gguf(_checkpoint(tmp_path / "plain", model), tmp_path / "m.gguf", is_old=is_old)
     assert_same_model(tmp_path / "m.gguf", checkpoint, tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_a_file_of_glm_4_7_flash_is_one_of_deepseek_v3s_kind(tmp_path: Path) -> None:
+    checkpoint = write_drawn(tmp_path / "plain", "Glm4MoeLite", DEEPSEEK_V3 | GLM_LITE)
+    write_as_gguf(checkpoint, tmp_path / "m.gguf")
+    path = gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
+    check_checkpoint(path, ModelConfig.from_dir(path))
+    assert_as_transformers(path, checkpoint)
 
 
 @pytest.mark.slow
