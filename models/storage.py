@@ -67,9 +67,13 @@ GGUF_KINDS = {
     "Q5_0": GgufKind(32, 22, Form(8, 32, has_minima=False)),
     "Q5_1": GgufKind(32, 24, Form(8, 32, has_minima=True)),
     "Q8_0": GgufKind(32, 34, Form(8, 32, has_minima=False)),
+    "Q2_K": GgufKind(256, 84, Form(4, 16, has_minima=True)),
+    "Q3_K": GgufKind(256, 110, Form(4, 16, has_minima=False)),
     "Q4_K": GgufKind(256, 144, Form(4, 32, has_minima=True)),
     "Q5_K": GgufKind(256, 176, Form(8, 32, has_minima=True)),
     "Q6_K": GgufKind(256, 210, Form(8, 16, has_minima=False)),
+    "IQ4_NL": GgufKind(32, 18, Form(8, 32, has_minima=False)),  # 4 bits choose one of 16 whole numbers of 8
+    "IQ4_XS": GgufKind(256, 136, Form(8, 32, has_minima=False)),
 }
 
 

@@ -247,7 +247,7 @@ def _of_kind(kind: str, rng: np.random.Generator, values: Array) -> tuple[Array,
     if kind == "F16":
         halves = values.astype(np.float16)
         return halves, halves.astype(np.float32)
-    if kind in ("BF16", "Q3_K"):  # of the kinds that are not read the one that is easily made
+    if kind in ("BF16", "TQ2_0"):  # of the kinds that are not read the one that is easily made
         own = gguf.GGMLQuantizationType[kind]
         size, num_bytes = gguf.GGML_QUANT_SIZES[own]
         rows = rng.integers(0, 256, (len(values), values.shape[1] // size * num_bytes), dtype=np.uint8)

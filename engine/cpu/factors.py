@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SPANS = (8, 16)  # groups that share a base: 256 inputs of Q4_K and Q5_K, of Q6_K
+_SPANS = (8, 16)  # groups that share a base: 256 inputs of Q4_K, Q5_K and IQ4_XS, of Q2_K, Q3_K and Q6_K
 _EXPONENT = 0x7F800000  # of a float32's bits
 _SAMPLE = 64  # rows that are tried first: a matrix that is of another kind shows it there
 # What the largest factor of a span may be in bases: these formats scale it to 63 or to -128, whatever its sign. Others

@@ -96,6 +96,43 @@ def _q6_k(blocks: Tensor) -> _Parts:
     return ((low | high << 4).to(torch.int8) - 32).flatten(1), scales, None
 
 
+def _q2_k(blocks: Tensor) -> _Parts:
+    numbers = _four_of_a_byte(blocks[:, 16:80].reshape(-1, 2, 32))
+    scales = (blocks[:, :16] & 15) * _halves(blocks[:, 80:82])
+    return numbers.flatten(1), scales, (blocks[:, :16] >> 4) * -_halves(blocks[:, 82:])
+
+
+def _q3_k(blocks: Tensor) -> _Parts:
+    """A bit that is not set takes 4 from a number."""
+    low = _four_of_a_byte(blocks[:, 32:96].reshape(-1, 2, 32))
+    high = blocks[:, :32].unsqueeze(1) >> torch.arange(8, dtype=torch.uint8).unsqueeze(1) & 1
+    numbers = low.flatten(1) + 4 * high.flatten(1) + 4  # 8 more than is meant
+    first, second, third = blocks[:, 96:108].reshape(-1, 3, 4).unbind(1)
+    both = torch.cat((first, second), 1)
+    high = (third.unsqueeze(1) >> torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8) & 3).flatten(1)
+    steps = (torch.cat((both & 15, both >> 4), 1) | high << 4).to(torch.int8) - 32
+    return numbers, steps * _halves(blocks[:, 108:]), None
+
+
+def _four_of_a_byte(packed: Tensor) -> Tensor:
+    """[blocks, parts, n] bytes -> [blocks, parts, 4 n]: all lowest two bits, then the next two, and so on."""
+    shifts = torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8)
+    return (packed.unsqueeze(2) >> shifts & 3).flatten(2)
+
+
+def _iq4_nl(blocks: Tensor) -> _Parts:
+    return _CURVE[_low_then_high(blocks[:, 2:]).int()], _halves(blocks[:, :2]), None
+
+
+def _iq4_xs(blocks: Tensor) -> _Parts:
+    numbers = _CURVE[_low_then_high(blocks[:, 8:].reshape(-1, 8, 16)).int()]
+    low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), 2).flatten(1)
+    high = (blocks[:, 2:4].unsqueeze(2) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8) & 3).flatten(1)
+    return numbers.flatten(1), ((low | high << 4).to(torch.int8) - 32) * _halves(blocks[:, :2]), None
+
+
+# What 4 bits stand for in IQ4: llama.cpp's `kvalues_iq4nl`.
+_CURVE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8)
 _READERS: dict[str, Callable[[Tensor], _Parts]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -105,4 +142,8 @@ _READERS: dict[str, Callable[[Tensor], _Parts]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }

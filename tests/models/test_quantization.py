@@ -66,7 +66,7 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
         (_compressed() | {"ignore": ["re:(.*"]}, "no expression"),
         (_compressed() | {"ignore": ["re:(a*)*b"]}, "too intricate"),
         (GPTQ | {"dynamic": {"-:.*.*.*.*.*x": {}}}, "too intricate"),
-        ({"quant_method": "gguf", "modules": {"lm_head": "IQ4_XS"}}, "lm_head is 'IQ4_XS'.* Q4_K"),
+        ({"quant_method": "gguf", "modules": {"lm_head": "IQ2_XS"}}, "lm_head is 'IQ2_XS'.* Q4_K"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(config: dict[str, object], named: str) -> None:

@@ -32,6 +32,9 @@ VARIANTS: dict[str, tuple[Family, dict[str, str], bool]] = {
     "llama tied Q8_0": ("llama", {"": "Q8_0"}, True),
     "qwen2 Q4_0": ("qwen2", {"": "Q4_0", "embed_tokens": "Q8_0"}, True),
     "qwen3 Q5_K": ("qwen3", {"": "Q5_K", "k_proj": "Q5_0"}, False),
+    "llama Q3_K_M": ("llama", {"": "Q3_K", "v_proj": "Q5_K", "down_proj": "Q4_K", "lm_head": "Q6_K"}, False),
+    "qwen2 Q2_K": ("qwen2", {"": "Q2_K", "v_proj": "Q4_K", "down_proj": "Q3_K", "embed_tokens": "Q6_K"}, True),
+    "qwen3 IQ4": ("qwen3", {"": "IQ4_XS", "down_proj": "IQ4_NL"}, False),
     "llama Q4_1 beside F32": ("llama", {"mlp.up_proj": "Q4_1", "mlp.gate_proj": "Q4_1", "q_proj": "Q5_1"}, False),
 }
 
