@@ -74,6 +74,7 @@ GGUF_KINDS = {
     "Q6_K": GgufKind(256, 210, Form(8, 16, has_minima=False)),
     "IQ4_NL": GgufKind(32, 18, Form(8, 32, has_minima=False)),  # 4 bits choose one of 16 whole numbers of 8
     "IQ4_XS": GgufKind(256, 136, Form(8, 32, has_minima=False)),
+    "MXFP4": GgufKind(MXFP4_GROUP, 17, Form(4, MXFP4_GROUP, has_minima=False, is_e2m1=True)),
 }
 
 

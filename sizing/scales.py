@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..models.storage import Form, Storage
 
 _BYTE, _HALF, _FULL = 1.0, 2.0, 4.0
-_GGUF_SCALES = {"Q2_K": 1.5, "Q3_K": 1.5, "Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25, "IQ4_XS": 1.5}
+_GGUF_SCALES = {"Q2_K": 1.5, "Q3_K": 1.5, "Q4_K": 1.5, "Q5_K": 1.5, "Q6_K": 1.25, "IQ4_XS": 1.5, "MXFP4": _BYTE}
 
 
 def scale_bytes(storage: Storage | None, form: Form, *, is_short: bool) -> float:

@@ -35,7 +35,6 @@ _GRANITE_STACK = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.input_line
 _STACK = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
 _PERMUTED = ("llama", "smollm3", "mistral3", "arcee", "granite", "granitemoe", "granitehybrid")
 _MOVED_NORMS = ("gemma", "qwen3next", "qwen35")
-MXFP4_BYTES, MXFP4_SIZE = 17, 32
 
 
 def write_as_gguf(
@@ -257,9 +256,4 @@ def _of_kind(kind: str, rng: np.random.Generator, values: Array) -> tuple[Array,
             blocks = rows.reshape(-1, num_bytes)
             blocks[:, -2:] = np.full(len(blocks), 2**-10, np.float16).view(np.uint8).reshape(-1, 2)
         return rows, gguf.quants.dequantize(rows, own)
-    if kind == "MXFP4":
-        blocks = rng.integers(0, 256, (values.size // MXFP4_SIZE, MXFP4_BYTES), dtype=np.uint8)
-        blocks[:, 0] = rng.integers(121, 124, len(blocks), dtype=np.uint8)
-        rows = blocks.reshape(len(values), -1)
-        return rows, gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.MXFP4)
     return random_blocks(kind, rng, *values.shape)

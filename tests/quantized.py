@@ -353,6 +353,10 @@ def random_blocks(kind: str, rng: np.random.Generator, size_out: int, size_in: i
     own = gguf.GGMLQuantizationType[kind]
     size, num_bytes = gguf.GGML_QUANT_SIZES[own]
     blocks = rng.integers(0, 256, (size_out * size_in // size, num_bytes), dtype=np.uint8)
+    if kind == "MXFP4":  # a block begins with an exponent
+        blocks[:, 0] = rng.integers(121, 124, len(blocks), dtype=np.uint8)
+        rows = blocks.reshape(size_out, -1)
+        return rows, gguf.quants.dequantize(rows, own)
     for place in _HALVES[kind]:
         halves = rng.uniform(-1, 1, len(blocks)).astype(np.float16)
         blocks[:, place : place + 2] = halves.view(np.uint8).reshape(-1, 2)

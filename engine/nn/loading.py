@@ -33,8 +33,8 @@ from ...models.quantization import Quantization
 from ...models.storage import Storage
 from ...models.stored.safetensors import safetensors_files
 from ..weights.expert_files import TensorFile, TensorSlice, with_parts
-from ..weights.formats import power_of_2, unpack
-from ..weights.grouped import GroupedWeight
+from ..weights.formats import unpack
+from ..weights.grouped import GroupedWeight, power_of_2
 from ..weights.weight import WeightSlot
 from .decoder import Decoder
 from .stacked_experts import part_of_mxfp4, unpack_mxfp4

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ...models.parts.experts import ExpertsConfig
 from ...models.storage import MXFP4_GROUP
-from ..weights.formats import power_of_2
-from ..weights.grouped import GroupedWeight, e2m1
+from ..weights.grouped import GroupedWeight, e2m1, power_of_2
 from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot
 from .builder import Builder
 from .layers import Linear

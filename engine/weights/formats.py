@@ -23,7 +23,7 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ...models.storage import FLOAT4_KINDS, Storage
 from .gguf_blocks import unpack_blocks
-from .grouped import GroupedWeight, join_nibbles, split_nibbles
+from .grouped import GroupedWeight, join_nibbles, power_of_2, split_nibbles
 
 Read = Callable[[str], Tensor | None]  # a matrix's tensor by its last name, whole; None: there is none
 
@@ -72,11 +72,6 @@ def _float4(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
     else:
         scales = power_of_2(_needed(read, "weight_scale", torch.uint8))
     return GroupedWeight(_needed(read, numbers, torch.uint8), scales, dtype=dtype, is_e2m1=True)
-
-
-def power_of_2(exponents: Tensor) -> Tensor:
-    """Uint8, 127 above what is meant -> float32."""
-    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
 
 
 def _integers(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...models.storage import GGUF_KINDS
-from .grouped import GroupedWeight, join_nibbles
+from .grouped import GroupedWeight, join_nibbles, power_of_2
 
 # Numbers [blocks, size], scales [blocks, groups] and minima of blocks [blocks, bytes].
 _Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -27,6 +27,7 @@ def unpack_blocks(kind: str, rows: Tensor, dtype: torch.dtype) -> GroupedWeight:
         scales.reshape(len(rows), -1),
         None if minima is None else minima.reshape(len(rows), -1),
         dtype=dtype,
+        is_e2m1=form.is_e2m1,
     )
 
 
@@ -131,6 +132,10 @@ def _iq4_xs(blocks: Tensor) -> _Parts:
     return numbers.flatten(1), ((low | high << 4).to(torch.int8) - 32) * _halves(blocks[:, :2]), None
 
 
+def _mxfp4(blocks: Tensor) -> _Parts:
+    return _low_then_high(blocks[:, 1:]), power_of_2(blocks[:, :1]), None
+
+
 # What 4 bits stand for in IQ4: llama.cpp's `kvalues_iq4nl`.
 _CURVE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8)
 _READERS: dict[str, Callable[[Tensor], _Parts]] = {
@@ -146,4 +151,5 @@ _READERS: dict[str, Callable[[Tensor], _Parts]] = {
     "Q3_K": _q3_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }

@@ -246,6 +246,11 @@ def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
     return (values / scales.masked_fill(scales == 0, 1)).round_().clamp_(low, high)
 
 
+def power_of_2(exponents: Tensor) -> Tensor:
+    """Uint8, 127 above what is meant -> float32."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+
+
 def e2m1(numbers: Tensor) -> Tensor:
     """Return what 4 bits mean (`E2M1`), by arithmetic: a graph of a GPU takes no table from the host."""
     sizes = (numbers & 7).int()

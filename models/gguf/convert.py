@@ -24,7 +24,7 @@ from .config import (
     gguf_model_config,
     gguf_tokenizer_config,
 )
-from .experts import MXFP4, expert_tensors
+from .experts import MXFP4_STACK, expert_tensors
 from .files import read_gguf
 from .latent import HALVES, latent_tensors
 from .model_file import Json
@@ -81,9 +81,10 @@ def _rope_factors(sources: list[ReaderTensor]) -> dict[str, list[float]]:
 
 def _quantization(tensors: list[StoredTensor]) -> Json:
     """Return config.json's `quantization_config`: the kind of each module's blocks, and what has none any more."""
-    kinds = {tensor.name.removesuffix(".weight"): tensor.kind for tensor in tensors if tensor.kind not in ("", MXFP4)}
+    own = (tensor for tensor in tensors if tensor.kind not in ("", MXFP4_STACK))
+    kinds = {tensor.name.removesuffix(".weight"): tensor.kind for tensor in own}
     widened = sorted({tensor.widened_from for tensor in tensors} - {""})
-    has_mxfp4 = any(tensor.kind == MXFP4 for tensor in tensors)
+    has_mxfp4 = any(tensor.kind == MXFP4_STACK for tensor in tensors)
     if not kinds and not widened and not has_mxfp4:
         return {}
     return {"quant_method": "gguf", "modules": kinds, "has_mxfp4_experts": has_mxfp4, "widened_experts": widened}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .tensors import Array
 
 MXFP4 = "MXFP4"
+MXFP4_STACK = "MXFP4 in stacks"  # as gpt-oss has them, not as blocks
 _MXFP4_BYTES = 17  # of a block: the exponent, and 32 numbers of 4 bits
 
 Stacks = Mapping[str, Mapping[str, Part]]  # layer -> "gate.weight", "up.weight" ... -> all experts' of that layer
@@ -54,8 +55,8 @@ def _stacked(name: str, parts: Mapping[str, Part], *, are_mxfp4: bool) -> Iterat
         if are_mxfp4:
             groups = (count, size_out, size_in // 32)
             numbers, exponents = partial(_mxfp4_numbers, sources), partial(_mxfp4_exponents, sources)
-            yield StoredTensor(f"{name}.{matrix}_blocks", "U8", (*groups, 16), numbers, kind=MXFP4)
-            yield StoredTensor(f"{name}.{matrix}_scales", "U8", groups, exponents, kind=MXFP4)
+            yield StoredTensor(f"{name}.{matrix}_blocks", "U8", (*groups, 16), numbers, kind=MXFP4_STACK)
+            yield StoredTensor(f"{name}.{matrix}_scales", "U8", groups, exponents, kind=MXFP4_STACK)
         else:
             kinds = {source.kind for source in sources}
             kind = kinds.pop() if len(kinds) == 1 else "+".join(sorted(kinds))

@@ -94,6 +94,7 @@ QUANTIZED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "granite Q8_0": ("granite", {}, {"": "Q8_0"}),
     "gpt-oss MXFP4": ("gpt-oss", {}, {"": "Q8_0", "_proj": "Q8_0", "up_proj": "MXFP4", "down_proj": "MXFP4"}),
     "gpt-oss Q8_0": ("gpt-oss", {}, {"": "Q8_0"}),
+    "qwen3moe MXFP4": ("qwen3moe", {}, {"": "Q8_0", **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "MXFP4")}),
     "qwen3moe TQ2_0": ("qwen3moe", WIDE | {"moe_intermediate_size": 256}, {"gate_proj": "TQ2_0", "up_proj": "MXFP4"}),
     "mixtral F16": ("mixtral", {}, {"": "F16"}),
 }
@@ -196,7 +197,7 @@ def _engine_of(tmp_path: Path, variant: str, **fields: object) -> Engine:
 
 @pytest.mark.slow
 def test_experts_of_blocks_are_multiplied_as_they_are(tmp_path: Path) -> None:
-    for variant, is_silent in (("qwen3moe Q4_K_M", True), ("gpt-oss MXFP4", True), ("gpt-oss Q8_0", False)):
+    for variant, is_silent in (("qwen3moe MXFP4", True), ("gpt-oss MXFP4", True), ("gpt-oss Q8_0", False)):
         with structlog.testing.capture_logs() as logs:
             _engine_of(tmp_path / variant, variant, dtype="bfloat16")
         told = [log for log in logs if log["event"] == "widened_experts"]
