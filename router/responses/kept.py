@@ -16,7 +16,7 @@ import msgspec
 
 from ...common.clock import Clock
 from ...common.errors import RequestError
-from ..state.errors import clip
+from ..state.errors import clip, shown
 from ..turns.places import Message
 from .tools import Names
 
@@ -82,13 +82,15 @@ class KeptResponses:
         self._forget_old()
 
     def find(self, response_id: object, tenant: bytes) -> Sequence[Message]:
-        """Return the messages so far. Raises RequestError (404). May be called from any thread."""
+        """Return the messages so far. Raises RequestError (404; 400 for no id). May be called from any thread."""
+        name = "previous_response_id"
+        if not isinstance(response_id, str):
+            raise RequestError(f"{name} must be a string, got {shown(response_id)}", param=name)
         found = self._find(response_id, tenant)
         if found is None:
-            seen = clip(response_id) if isinstance(response_id, str) else repr(type(response_id).__name__)
             raise RequestError(
-                f"previous_response_id: the response {seen} is not kept here (any more); send its items as input",
-                param="previous_response_id",
+                f"{name}: the response {clip(response_id)} is not kept here (any more); send its items as input",
+                param=name,
                 code="previous_response_not_found",
                 status=404,
             )

@@ -167,6 +167,7 @@ async def test_what_is_not_kept_is_not_found() -> None:
     ("fields", "param"),
     [
         ({"input": None}, "input"),
+        ({"previous_response_id": 5}, "previous_response_id"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
