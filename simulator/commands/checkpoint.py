@@ -30,6 +30,7 @@ from ..scenario import Fleet
 
 _LINK_LATENCY_S = 0.0005  # as of the simulator's network
 _LINK_SHARE = 0.8  # of a port's published rate that RDMA reaches
+_MOST_MEMORY_GB = 1e6  # of a GPU or a machine: there is none with so much
 _CPU_BATCHED_TOKENS = 512  # as a worker's default on a CPU
 
 
@@ -89,6 +90,8 @@ def _gpu(options: argparse.Namespace) -> Gpu:
     given = {"memory_gb": options.memory_gb, "memory_gb_per_s": options.memory_gb_per_s, "tflops": options.tflops}
     if options.gpu is None:
         raise ConfigError(f"gpu: say on what: {', '.join(GPUS)}, or {CPU}")
+    if (options.memory_gb or 0.0) > _MOST_MEMORY_GB:
+        raise ConfigError(f"memory_gb: {options.memory_gb:.3g} is more than {_MOST_MEMORY_GB:,.0f}")
     if options.gpu.lower() == CPU and options.cpu_rates is not None and options.memory_gb is not None:
         return probed_cpu(options.memory_gb, _read_rates(options.cpu_rates))
     if options.gpu.lower() == CPU:

@@ -39,7 +39,7 @@ from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_worker
 from .simulate_report import Run, plot_runs, print_runs, save_runs
 
 # Of what a run sets aside memory for, by flag: more is no fleet, and no machine simulates it.
-_MOST = {"prefill": 10**5, "decode": 10**5, "tensor_parallel_size": 1024, "adapters": 10**6}
+_MOST = {"prefill": 10**5, "decode": 10**5, "tensor_parallel_size": 1024, "adapters": 10**6, "requests": 10**7}
 _MOST_LENGTH_SCALE = 1e6
 _NUMBER = r"(\d+(?:\.\d*)?)"
 _SPIKE = re.compile(f"{_NUMBER}:{_NUMBER}:{_NUMBER}", re.ASCII)

@@ -37,6 +37,8 @@ from .size_report import print_size
 # Of each simulation: shorter ones end before queues and batches are full, longer ones take as much longer.
 _TRAFFIC_S = 20.0
 _LEAST_REQUESTS = 600
+_MOST_REQUESTS = 10**6  # all are in memory; the largest fleet that is searched for serves no more in that time
+_MOST_MATCHED = 10**6  # workers, without a simulation
 _HOURS = 3600.0
 _MILLION = 1e6
 
@@ -113,6 +115,8 @@ def _fleet_figures(
         return figures
     if options.no_simulation:
         workers = max(1, -(-options.rate * (rates.prefill_s + rates.decode_s) // 1))
+        if workers > _MOST_MATCHED:
+            raise ConfigError(f"rate: takes {workers:.3g} workers, more than {_MOST_MATCHED:,}")
         split, outcome = matched(rates, int(workers)), None
     else:
         found: LeastFleet = least_fleet(scenario, share=options.share)
@@ -157,6 +161,12 @@ def _traffic(options: argparse.Namespace, model: ModelConfig) -> Traffic:
         scaled.append(replace(longer, num_prompt_tokens=prompt, num_output_tokens=output))
     seconds = 0.0 if options.no_simulation else _TRAFFIC_S  # means alone matter then, of a trace's lengths
     requests = options.requests or max(_LEAST_REQUESTS, round((options.rate or 0.0) * seconds))
+    if requests > _MOST_REQUESTS:
+        name = "requests" if options.requests else "rate"
+        raise ConfigError(
+            f"{name}: {requests:.3g} requests are more than {_MOST_REQUESTS:,}, which is the most that are simulated: "
+            "let fewer come (--requests), or none (--no-simulation)"
+        )
     return Traffic(tuple(scaled), arrivals="poisson", rate_per_s=options.rate, num_requests=requests)
 
 

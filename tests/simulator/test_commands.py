@@ -90,6 +90,7 @@ def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
         (["--draft-acceptance", "2"], "draft_acceptance = 2 is no share"),
         (["--tensor-parallel-size", "2000"], "tensor_parallel_size: 2,000 is more than 1,024"),
         (["--num-blocks", "1000000000"], "num_blocks: 1,000,000,000 is more than 10,000,000"),
+        (["--requests", "1000000000"], "requests: 1,000,000,000 is more than 10,000,000"),
         (["--prefill", "200000"], "prefill: 200,000 is more than 100,000"),
         (["--length-scale", "1e23"], "length_scale: 1e+23 is more than 1,000,000.0"),
         (["--rate", "1e-9"], "rate: a request comes 8.07e+04 days after the first one; at most 31 are simulated"),
@@ -238,7 +239,7 @@ def test_memory_for_more_blocks_than_are_simulated_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_config(tmp_path, "8b")
-    words = [*SMALL, "--model", str(tmp_path), "--tensor-parallel-size", "1", "--memory-gb", "1e9"]
+    words = [*SMALL, "--model", str(tmp_path), "--tensor-parallel-size", "1", "--memory-gb", "1e6"]
     assert main(words) == 2
     assert "memory_gb: a worker has room for 107," in (text := capsys.readouterr().err) and "(--num-blocks)" in text
     assert main([*words, "--num-blocks", "1000"]) == 0

@@ -74,6 +74,10 @@ def test_nothing_is_priced_that_has_no_price(model: str, capsys: pytest.CaptureF
         (["--gpu", "H100", "--block-size", "5"], "block_size: "),
         (["--gpu", "H100", "--context", "999999"], "context: 999,999 tokens are more than the model's 131,072"),
         (["--gpu", "H100", "--tensor-parallel-size", "3"], "tensor_parallel_size = 3 does not divide"),
+        (["--gpu", "H100", "--memory-gb", "1e300"], "memory_gb: 1e+300 is more than 1,000,000"),
+        (["--gpu", "H100", "--rate", "1e300"], "rate: 2e+301 requests are more than 1,000,000"),
+        (["--gpu", "H100", "--rate", "1", "--requests", "9999999"], "requests: 1e+07 requests are more than 1,000,000"),
+        (["--gpu", "H100", "--rate", "1e300", "--no-simulation"], "rate: takes "),
         (["--gpu", "H100", "--memory-gb", "18"], "LlamaForCausalLM has 16 GB of weights; 1 x H100 have 18 GB"),
         (
             ["--gpu", "H100", "--expert-plan", "/nowhere"],
