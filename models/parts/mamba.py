@@ -115,7 +115,9 @@ def read_mamba(fields: ConfigFields, family: Family) -> MambaConfig | None:
     if num_heads % num_groups:
         raise fields.refuse("mamba_n_groups", f"must divide mamba_n_heads = {num_heads}")
     limits = _step_limits(fields)
-    if family.has_lone_blocks and limits != (0.0, math.inf):  # which transformers takes from another field there
+    # There transformers takes the least step from time_step_min, but in prompts alone: a token that is generated has
+    # none, and would leave another state once it stands in a prompt. None is kept: a prefix has one state.
+    if family.has_lone_blocks and limits != (0.0, math.inf):
         raise fields.refuse("time_step_limit", "bounds of time steps are not supported in this architecture")
     return MambaConfig(
         module=family.attention if family.has_lone_blocks else "mamba",
