@@ -23,6 +23,7 @@ from ..models.config import ModelConfig
 from ..models.native import check_exact_states
 from ..models.parts.chunks import check_chunks
 from ..models.parts.states import check_states
+from ..models.parts.uneven_heads import check_uneven
 from .cpu.adapters import SlotMemory, StripFactors
 from .cpu.compiler import NativeUnavailable
 from .cpu.decoder import NativeDecoder
@@ -32,6 +33,7 @@ from .cpu.tiled import TiledRunner
 from .nn.adapters import AdapterSlots
 from .nn.attention.base import AttentionBackend, LayerPages, Scores
 from .nn.attention.choose import make_attention
+from .nn.attention.uneven import layers_of_pages
 from .nn.decoder import Decoder
 from .nn.expert_adapters import ExpertSlots, TorchFactors
 from .nn.experts import SparseMLP
@@ -68,6 +70,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
 
 def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
+    check_uneven(model.uneven, config, is_cuda=device.type == "cuda")
     check_chunks(model.sliding_windows, is_cuda=device.type == "cuda", is_exact=config.deterministic)
     if model.states is not None:
         check_states(config, is_cuda=device.type == "cuda")
@@ -190,6 +193,8 @@ def choose_runner(
     progress: Progress | None = None,
 ) -> Runner:
     """Make this rank's runner; it compiles now what the first request would wait for. Raises ConfigError."""
+    if isinstance(pages, Tensor) and (uneven := decoder.config.uneven) is not None:
+        pages = layers_of_pages(pages, uneven)
     attention = _attention(config, decoder, pages)
     if isinstance(pages, Tensor) and pages.device.type == "cuda":
         return _cuda_runner(config, decoder, attention, pages if whole is None else whole, progress)

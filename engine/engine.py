@@ -113,7 +113,7 @@ class Engine:
         self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
         blocks = [layer.feed_forward for layer in decoder.layers]
         self._sparse = {layer: block for layer, block in enumerate(blocks) if isinstance(block, SparseMLP)}
-        self._num_layer_pages = len(self.model_config.kv_layers)
+        self._num_layer_pages = self.model_config.num_kv_pages
         pages = self.kv_pages[: self._num_layer_pages]
         if decoder.states is not None:
             decoder.states.attach(self.kv_pages[self._num_layer_pages :])

@@ -28,11 +28,12 @@ def block_spec(model: ModelConfig, block_size: int, dtype: torch.dtype, draft: D
 
 
 def _layers_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVCacheSpec:
+    num_heads, head_dim = model.page_heads
     return KVCacheSpec(
         model="",  # known at the end of the start, as is how results are rounded
-        num_layers=len(model.kv_layers),
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        num_layers=model.num_kv_pages,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
         block_size=block_size,
         dtype=str(dtype).removeprefix("torch."),
         layout="HND" if model.latent is None else "latent",

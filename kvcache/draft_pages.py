@@ -33,6 +33,9 @@ class KVShape(Protocol):
     @property
     def num_kv_parts(self) -> int: ...
 
+    @property
+    def uneven(self) -> object: ...  # None: layers keep equally many numbers
+
 
 def num_draft_pages(target: KVShape, draft: KVShape, dtype: str = "auto") -> int:
     """Count the pages that a block has for the draft model's layers. Raises ConfigError where they do not fit.
@@ -59,6 +62,8 @@ def draft_layers(pages: Tensor, target: KVShape, draft: KVShape) -> list[Tensor]
 def _layers_of_page(target: KVShape, draft: KVShape, dtype: str) -> int:
     if target.num_kv_parts + draft.num_kv_parts < 4:
         raise ConfigError("speculative_config: a draft model goes with keys and values, not with latents; use ngram")
+    if target.uneven is not None or draft.uneven is not None:
+        raise ConfigError("speculative_config: a draft model goes with layers whose heads are of one size; use ngram")
     ours, theirs = _token_size(draft, dtype), _token_size(target, dtype)
     if ours > theirs or theirs % row_items(draft.head_dim, dtype):
         same = "; in int8, with scales, heads of both must be equally wide" if dtype == "int8" else ""

@@ -19,6 +19,7 @@ from ..models.native import check_exact_states
 from ..models.parts.chunks import check_chunks
 from ..models.parts.experts import expert_plan
 from ..models.parts.states import check_states
+from ..models.parts.uneven_heads import check_uneven
 from ..sizing.adapters import expert_adapter_bytes, expert_modules
 from ..sizing.memory import RANK_BYTES, block_tokens, cache_token_bytes, check_latent_dtype, weight_bytes
 from ..sizing.weights import item_bytes, lacks_native
@@ -50,7 +51,7 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
 
 def _rest(counts: Mapping[str, int]) -> str:
     names = {"intermediate_size": "inner columns", "moe_intermediate_size": "of an expert", "num_experts": "experts"}
-    names |= {"shares of a state": "shares of a state"}
+    names |= {"shares of a state": "shares of a state", "num_global_key_value_heads": "KV heads of wide layers"}
     return ", ".join(f"{counts[name]} {what}" for name, what in names.items() if name in counts)
 
 
@@ -69,6 +70,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         num_heads = model.num_qo_heads // engine.tensor_parallel_size
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
+    check_uneven(model.uneven, engine, is_cuda=is_cuda)
     check_chunks(model.sliding_windows, is_cuda=is_cuda, is_exact=engine.deterministic)
     if model.states is not None:
         check_states(engine, is_cuda=is_cuda)

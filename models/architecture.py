@@ -15,6 +15,7 @@ from .families.table import FAMILIES
 from .parts.chunks import in_common_words as llama4_in_common_words
 from .parts.config_fields import ConfigFields
 from .parts.lone_blocks import in_common_words
+from .parts.uneven_heads import in_common_words as gemma4_in_common_words
 
 _LAYER_KINDS = {"attention", "full_attention", "sliding_attention"}
 
@@ -28,6 +29,8 @@ def read_architecture(fields: ConfigFields) -> tuple[str, Family, ConfigFields]:
         fields = in_common_words(fields)
     if family.windows == "chunks":
         fields = llama4_in_common_words(fields)
+    if family.has_wide_layers:
+        fields = gemma4_in_common_words(fields)
     fields = fields.with_defaults(family.defaults)
     if family.head_norms == "bare" and not fields.flag("use_qk_norm", default=True):
         family = replace(family, head_norms="none")

@@ -23,11 +23,14 @@ KV_SCALE = re.compile(
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Further layers, that predict further tokens, where they are not numbered with the others: EXAONE's, and ERNIE's.
 _DRAFT = ("mtp.", "model.mtp_")
-# The other parts, which see; nothing of them is read.
+# The other parts, which see or hear; nothing of them is read.
 _SEEING = tuple(
     f"{prefix}{part}."
     for prefix in ("", "model.")
-    for part in ("vision_tower", "vision_model", "multi_modal_projector", "visual")
+    for part in (
+        *("vision_tower", "vision_model", "multi_modal_projector", "visual"),
+        *("audio_tower", "embed_vision", "embed_audio"),
+    )
 )
 
 Shape = tuple[int, ...]
@@ -60,6 +63,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
         shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.norm_names(layer) if norm is not None}
+        if config.family.has_layer_factors:
+            shapes[f"{name}.layer_scalar"] = (1,)
         if config.has_mixer(layer):
             shapes |= _mixer_shapes(config, name, layer)
         if config.has_feed_forward(layer):
@@ -104,14 +109,14 @@ def _mixer_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, Shape
     if config.page_of(layer) is None:
         return shapes
     if config.latent is None:
-        return shapes | _attention_shapes(config, attention)
+        return shapes | _attention_shapes(config, attention, layer)
     return config.latent.shapes(attention, config.hidden_size, config.num_qo_heads)
 
 
-def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
-    hidden, family = config.hidden_size, config.family
-    heads, kv_heads = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+def _attention_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, Shape]:
+    hidden, family, (num_kv, dim) = config.hidden_size, config.family, config.heads_of(layer)
+    heads, kv_heads = config.num_qo_heads * dim, num_kv * dim
+    sizes = {f"{part}_proj": heads if part == "q" else kv_heads for part in config.made_parts(layer)}
     if family.has_attention_gates:
         sizes["q_proj"] *= 2
     if family.fusion == "all":
@@ -123,7 +128,7 @@ def _attention_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     if config.qk_norm:
         is_whole = family.head_norms == "whole"
         for norm, size in zip(family.head_norm_names, (heads, kv_heads), strict=True):
-            shapes[f"{name}.{norm}.weight"] = (size if is_whole else config.head_dim,)
+            shapes[f"{name}.{norm}.weight"] = (size if is_whole else dim,)
     if family.has_sinks:
         shapes[f"{name}.sinks"] = (config.num_qo_heads,)
     return shapes

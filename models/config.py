@@ -6,7 +6,6 @@ engine would compute wrongly is refused here by name, before a weight is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from .families.family import Bias, Family, NormNames
 from .families.table import FAMILIES
 from .heads import has_other_head, lacks_head
 from .parts.activation import Activation, read_activation
-from .parts.config_fields import ConfigFields
+from .parts.config_fields import ConfigFields, read_end_ids, read_json
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
 from .parts.factors import read_factors
 from .parts.latent import LatentConfig, read_latent
@@ -27,6 +26,7 @@ from .parts.short_convolutions import inner_size
 from .parts.side_by_side import Multipliers, read_multipliers
 from .parts.state_kinds import read_states
 from .parts.states import StatesConfig
+from .parts.uneven_heads import Heads, UnevenHeads, read_uneven
 from .quantization import Quantization
 from .quantization_config import MODELOPT_FILE, read_quantization, with_modelopt
 from .stored.safetensors import stored_dtype
@@ -62,6 +62,7 @@ class ModelConfig:
     quantization: Quantization | None = None  # of its matrices; None: plain numbers
     num_draft_layers: int = 0  # of the checkpoint, behind the model's own: they predict further tokens and are not read
     latent: LatentConfig | None = None  # attention over latents, each the one KV head; None: over heads
+    uneven: UnevenHeads | None = None  # `num_kv_heads` and `head_dim` are of some layers; None: of all
     states: StatesConfig | None = None  # of layers that keep one; None: all keep keys and values
     experts: ExpertsConfig | None = None  # of the sparse layers
     sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
@@ -83,10 +84,10 @@ class ModelConfig:
     def from_dir(cls, model_dir: Path) -> ModelConfig:
         """Raises ConfigError with the file's name and the value that does not fit."""
         generation, beside = (
-            _read_json(model_dir / name) if (model_dir / name).is_file() else {}
+            read_json(model_dir / name) if (model_dir / name).is_file() else {}
             for name in ("generation_config.json", MODELOPT_FILE)
         )
-        raw = with_modelopt(_read_json(model_dir / "config.json"), beside)
+        raw = with_modelopt(read_json(model_dir / "config.json"), beside)
         config = _parse(ConfigFields(model_dir / "config.json", raw), generation)
         if not config.tie_embeddings and lacks_head(model_dir):
             config = replace(config, tie_embeddings=True, has_head=False)
@@ -96,9 +97,24 @@ class ModelConfig:
         ends = {end for end in read_end_tokens(model_dir) if end < config.vocab_size}
         return replace(config, eos_token_ids=config.eos_token_ids | ends)
 
+    def heads_of(self, layer: int) -> Heads:
+        """Return the heads of a layer's keys and values; `dim` is that of its queries, too."""
+        return Heads(self.num_kv_heads, self.head_dim) if self.uneven is None else self.uneven.of(layer)
+
+    def made_parts(self, layer: int) -> str:
+        """Return which of a token's query, key and value a layer has matrices for."""
+        return "qkv" if self.uneven is None else self.uneven.made(layer)
+
+    @property
+    def page_heads(self) -> Heads:
+        """Return what a page has of a token."""
+        return Heads(self.num_kv_heads, self.head_dim) if self.uneven is None else self.uneven.page
+
     @property
     def rotary_dim(self) -> int:
-        """Count the numbers of a head that positions turn, all or some of them."""
+        """Count the numbers of a head that positions turn, all or some of them; of local layers `head_dim`'s."""
+        if self.uneven is not None:
+            return self.uneven.wide.dim
         return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
@@ -124,14 +140,6 @@ class ModelConfig:
         """Tell whether a layer computes something of each token by itself."""
         return not self.blocks or self.blocks[layer] == "feed-forward"
 
-    @property
-    def num_mixers(self) -> int:
-        return sum(map(self.has_mixer, range(self.num_layers)))
-
-    @property
-    def num_feed_forwards(self) -> int:
-        return sum(map(self.has_feed_forward, range(self.num_layers)))
-
     def norm_names(self, layer: int) -> NormNames:
         """Return the names of a layer's norms: `Family.norm_names`, of the blocks that it has."""
         before, behind, before_fed, behind_fed = self.family.norm_names
@@ -142,8 +150,23 @@ class ModelConfig:
         return before, behind, before_fed, behind_fed
 
     def page_of(self, layer: int) -> int | None:
-        """Return which page of a block a layer's keys and values are; None: it keeps a state, or nothing."""
+        """Return which of a block's keys and values are a layer's; None: it keeps a state, or nothing.
+
+        Where all layers' are of one size, that is which page they are.
+        """
         return self.kv_layers.index(layer) if layer in self.kv_layers else None
+
+    @property
+    def num_kv_pages(self) -> int:
+        """Count the pages of a block that have keys and values."""
+        return len(self.kv_layers) if self.uneven is None else self.uneven.num_pages
+
+    def pages_behind(self, layer: int) -> tuple[int, ...]:
+        """Return the pages of keys and values that are complete once a layer is computed, and were not before."""
+        if self.uneven is not None:
+            return self.uneven.pages_behind(layer)
+        page = self.page_of(layer)
+        return () if page is None else (page,)
 
     @property
     def kv_windows(self) -> tuple[int | None, ...]:
@@ -160,6 +183,8 @@ class ModelConfig:
         counts = {"num_attention_heads": self.num_qo_heads}
         if self.latent is None:  # else every rank has the one head
             counts["num_key_value_heads"] = self.num_kv_heads
+        if self.uneven is not None:
+            counts["num_global_key_value_heads"] = self.uneven.wide.num_kv
         if self.states is not None:
             counts["shares of a state"] = self.states.num_shares
         if any(self.has_feed_forward(layer) and self.experts_of(layer) is None for layer in range(self.num_layers)):
@@ -198,18 +223,6 @@ class ModelConfig:
         return [size for size in range(1, min(counts) + 1) if not any(count % size for count in counts)]
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: a model is a local Hugging Face directory") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture, family, fields = read_architecture(fields)
     hidden_size = fields.count("hidden_size")
@@ -225,6 +238,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
     max_model_len = read_max_len(fields)
     windows, unturned = read_windows(fields, family), read_unturned(fields, family)
+    uneven = read_uneven(fields, family, Heads(num_kv_heads, head_dim), num_qo_heads, windows)
     rotary_dim = head_dim if latent is None else latent.rope_dim
     rope, local_rope = read_ropes(fields, family, max_model_len, rotary_dim, has_windows=any(windows))
     return ModelConfig(
@@ -246,11 +260,12 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         tie_embeddings=fields.flag(fields.told(("tie_embedding", "tie_word_embeddings")), default=False),
         sliding_windows=windows,
         local_layers=unturned or tuple(window is not None for window in windows),
-        eos_token_ids=_eos_token_ids(fields, generation),
+        eos_token_ids=read_end_ids(fields, generation),
         dtype=_dtype(fields),
         quantization=read_quantization(fields),
         num_draft_layers=_num_draft_layers(fields),
         latent=latent,
+        uneven=uneven,
         states=read_states(fields, family, num_kv_heads),
         experts=read_experts(fields, family.experts),
         sparse_layers=read_sparse_layers(fields, family.experts),
@@ -271,15 +286,6 @@ def _has(fields: ConfigFields, bias: Bias) -> bool:
 def _num_draft_layers(fields: ConfigFields) -> int:
     key = fields.told(("num_nextn_predict_layers", "num_mtp_modules"))
     return fields.count(key) if fields.raw.get(key) else 0
-
-
-def _eos_token_ids(fields: ConfigFields, generation: Mapping[str, object]) -> frozenset[int]:
-    """generation_config.json wins: chat models end their turn with tokens that config.json does not name."""
-    value = (fields.raw if generation.get("eos_token_id") is None else generation).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ConfigError(f"{fields.path.parent}: eos_token_id = {value!r} must be token ids")
-    return frozenset(ids)
 
 
 def _dtype(fields: ConfigFields) -> str:

@@ -13,7 +13,7 @@ from ..models.config import ModelConfig
 from ..models.parts.states import block_size_of
 from ..models.quantization import chosen_quantization
 from .weights import ITEM_BYTES, WeightBytes, WeightCounter, item_bytes
-from .work import num_visible_keys
+from .work import num_seen
 
 # A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
 RANK_BYTES = 400 << 20
@@ -60,24 +60,27 @@ def draft_models(engine: EngineConfig) -> list[ModelConfig]:
 
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
-    layer = _layer_token_bytes(engine, model)
+    page = _page_token_bytes(engine, model)
     if model.states is not None:
-        page_bytes = block_tokens(engine, model) * _layer_token_bytes(engine, model, num_ranks=1)
-        return layer * (len(model.kv_layers) + model.states.num_pages(page_bytes))
+        page_bytes = block_tokens(engine, model) * _page_token_bytes(engine, model, num_ranks=1)
+        return page * (model.num_kv_pages + model.states.num_pages(page_bytes))
     drafts = (num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
-    return layer * (model.num_layers + sum(drafts))
+    return page * (model.num_kv_pages + sum(drafts))
 
 
 def block_tokens(engine: EngineConfig, model: ModelConfig) -> int:
     """Return the tokens of a block. Raises ConfigError."""
-    token_bytes = len(model.kv_layers) * _layer_token_bytes(engine, model, num_ranks=1)
+    token_bytes = model.num_kv_pages * _page_token_bytes(engine, model, num_ranks=1)
     return block_size_of(engine, model.states, token_bytes)
 
 
 def kept_bytes_read(engine: EngineConfig, model: ModelConfig, context: int) -> float:
     """Return the bytes of a sequence's keys, values and states that one of its decode steps reads, on one rank."""
-    keys = _layer_token_bytes(engine, model) * num_visible_keys(context, model)
-    return keys + 2 * state_bytes(engine, model)  # a state is written, too
+    page, size = _page_token_bytes(engine, model), model.page_heads.size
+    keys = sum(
+        model.heads_of(layer).size / size * num_seen(context, model.sliding_windows[layer]) for layer in model.kv_layers
+    )
+    return page * keys + 2 * state_bytes(engine, model)  # a state is written, too
 
 
 def state_bytes(engine: EngineConfig, model: ModelConfig) -> int:
@@ -85,10 +88,11 @@ def state_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return 0 if model.states is None else model.states.of_rank(engine.tensor_parallel_size).num_bytes
 
 
-def _layer_token_bytes(engine: EngineConfig, model: ModelConfig, *, num_ranks: int | None = None) -> int:
-    """Return the bytes of a token's keys and values in one layer that keeps some, on one of so many ranks."""
-    heads = model.num_kv_heads // (1 if model.latent is not None else num_ranks or engine.tensor_parallel_size)
-    row_bytes = row_items(model.head_dim, engine.kv_cache_dtype) * cache_item_bytes(engine, model)
+def _page_token_bytes(engine: EngineConfig, model: ModelConfig, *, num_ranks: int | None = None) -> int:
+    """Return the bytes of a token's keys and values in one page, on one of so many ranks."""
+    num_heads, dim = model.page_heads
+    heads = num_heads // (1 if model.latent is not None else num_ranks or engine.tensor_parallel_size)
+    row_bytes = row_items(dim, engine.kv_cache_dtype) * cache_item_bytes(engine, model)
     return model.num_kv_parts * heads * row_bytes
 
 

@@ -97,7 +97,7 @@ class RankTensors:
         if _is_gate(name) or name.endswith(_OF_STATES):
             return 0
         is_split = (name.endswith(".bias") and module not in (*_BY_INPUTS, *_WHOLE)) or (
-            module in _BY_HEADS and size != self._model.head_dim
+            module in _BY_HEADS and (module == "sinks" or self._model.family.head_norms == "whole")
         )
         return size // self._num_ranks if is_split and not self._is_of_states(name) else size
 

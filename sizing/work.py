@@ -49,13 +49,25 @@ def count_params(model: ModelConfig) -> Params:
     return Params(sum(sizes.values()) - num_experts, num_experts, head, last - last_experts, last_experts)
 
 
+def mixers(model: ModelConfig) -> list[int]:
+    """List the layers in which tokens meet those before them."""
+    return [layer for layer in range(model.num_layers) if model.has_mixer(layer)]
+
+
+def num_feed_forwards(model: ModelConfig) -> int:
+    return sum(map(model.has_feed_forward, range(model.num_layers)))
+
+
 def num_whole_layers(model: ModelConfig) -> int:
     """Count the layers, those of one block two for one, as a step's costs are known of a mixer with a feed-forward."""
-    return -(-(model.num_mixers + model.num_feed_forwards) // 2)
+    return -(-(len(mixers(model)) + num_feed_forwards(model)) // 2)
 
 
 def flops_per_pair(model: ModelConfig) -> int:
-    """Count the operations of one query and one key in one layer: two for each number of the score and of the sum."""
+    """Count the operations of one query and one key in one layer: two for each number of the score and of the sum.
+
+    Of layers whose heads differ, in one whose heads have `head_dim` numbers.
+    """
     num_values = model.head_dim if model.latent is None else model.latent.kv_rank
     return 2 * model.num_qo_heads * (model.head_dim + num_values)
 
@@ -70,33 +82,46 @@ def num_causal_pairs(num_tokens: int, window: int | None) -> int:
 
 
 def num_prompt_pairs(num_tokens: int, model: ModelConfig) -> int:
-    """Count the pairs of a prompt in all layers together."""
-    return sum(num_causal_pairs(num_tokens, window) for window in model.kv_windows)
+    """Count the pairs of a prompt in all layers together; those of wider heads by as much more."""
+    return round(sum(width * num_causal_pairs(num_tokens, window) for window, width in _attending(model)))
 
 
 def num_visible_keys(context: float, model: ModelConfig) -> float:
-    """Count keys that one query reads in all layers together, with `context` tokens up to and including itself."""
-    return sum(context if window is None else min(context, window) for window in model.kv_windows)
+    """Count keys that one query reads in all layers together, with `context` tokens up to and including itself.
+
+    Those of wider heads count by as much more.
+    """
+    return sum(width * num_seen(context, window) for window, width in _attending(model))
+
+
+def num_seen(context: float, window: int | None) -> float:
+    """Count the keys that the last one of so many tokens sees in one layer."""
+    return context if window is None else min(context, window)
+
+
+def _attending(model: ModelConfig) -> list[tuple[int | None, float]]:
+    """Return of each layer with keys its window, and how wide its heads are beside others'."""
+    return [(model.sliding_windows[layer], model.heads_of(layer).dim / model.head_dim) for layer in model.kv_layers]
 
 
 def num_values(model: ModelConfig) -> int:
     """Count the numbers of activations that are read or written beside products, of one token in all layers: around
     norms and sums with the residual stream, rotation, attention's output, the feed-forward's gate, or its activation.
     """
-    queries, keys = model.num_qo_heads * model.head_dim, model.num_kv_heads * model.head_dim
     inner = (
         model.intermediate_size
         if model.experts is None
         else model.experts.intermediate_size * model.experts.num_chosen + model.experts.shared_size
     )
-    of_mixers = model.num_mixers * (3 * model.hidden_size + 3 * queries + 4 * keys)
-    of_feed_forwards = model.num_feed_forwards * (3 * model.hidden_size + len(model.family.mlp.parts) * inner)
+    heads = [model.heads_of(layer) for layer in mixers(model)]
+    of_mixers = sum(3 * model.hidden_size + 3 * model.num_qo_heads * own.dim + 4 * own.size for own in heads)
+    of_feed_forwards = num_feed_forwards(model) * (3 * model.hidden_size + len(model.family.mlp.parts) * inner)
     return of_mixers + of_feed_forwards
 
 
 def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
     """Count a step's sums over the ranks, and what takes their place."""
-    of_layers = model.num_mixers + model.num_feed_forwards + _num_norm_sums(model)
+    of_layers = len(mixers(model)) + num_feed_forwards(model) + _num_norm_sums(model)
     return of_layers + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
 
 

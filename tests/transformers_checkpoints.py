@@ -76,6 +76,19 @@ LLAMA_4: dict[str, Any] = {
     "intermediate_size_mlp": 96,
     "num_local_experts": 4,
 }
+# Layers with a window, and wide ones whose keys are their values: two of these lie in a page.
+GEMMA_4: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 2,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 40,
+    "final_logit_softcapping": 30.0,
+}
 # Norms before a head, as transformers' classes name them: their logits lie apart.
 _LAST_NORMS = tuple(f"model.{name}.weight" for name in ("norm", "embedding_norm", "norm_f", "final_layernorm"))
 
@@ -103,6 +116,8 @@ def draw(model: torch.nn.Module, *, seed: int = 0) -> None:
             elif tensor.dim() >= 2:
                 gain = 3.0 if "q_proj" in name or name.endswith((".gate.weight", ".router.weight")) else 1.0
                 tensor.normal_(0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
+            elif name.endswith("layer_scalar"):
+                tensor.uniform_(0.5, 1.0, generator=generator)
             elif name.endswith("sinks"):
                 tensor.normal_(0, 1.0, generator=generator)
             elif "bias" in name:

@@ -25,7 +25,7 @@ from .experts import SparseMLP
 from .feed_forward import FeedForward, make_mlp
 from .latent import LatentAttention
 from .mamba import Mamba
-from .mixer import Attention, GatedAttention, Mixer, SideBySide, StatefulMixer
+from .mixer import Attention, GatedAttention, Mixer, NormedValueAttention, SideBySide, StatefulMixer
 from .states import LayerStates
 
 _STATEFUL: dict[type[StatesConfig], Callable[[Builder, str, int, LayerStates], StatefulMixer]] = {
@@ -51,6 +51,9 @@ def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
         return SideBySide(builder, Attention(builder, name, page), stateful)
     if config.latent is not None:
         return LatentAttention(builder, name, page, config.latent)
+    if config.uneven is not None:
+        heads, made = config.heads_of(layer_id), config.made_parts(layer_id)
+        return NormedValueAttention(builder, name, page, heads=heads, made=made)
     make = GatedAttention if config.family.has_attention_gates else Attention
     return make(builder, name, page)
 

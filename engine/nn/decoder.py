@@ -21,6 +21,7 @@ from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer
 from .builder import Builder
 from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, Sinks
+from .residual import LayerFactor
 from .rotary import Rope, RotaryEmbedding
 from .states import LayerStates
 
@@ -36,8 +37,7 @@ class DecoderLayer:
 
     def __init__(self, builder: Builder, layer_id: int) -> None:
         config, name = builder.config, f"model.layers.{layer_id}"
-        # Of a block; None: what the layer keeps lies in pages that all such layers share.
-        self.page = config.page_of(layer_id)
+        self._pages = config.pages_behind(layer_id)
         self.is_local = config.local_layers[layer_id]
         self._dtype = builder.dtype
         self._multiplier = config.residual_multiplier
@@ -49,6 +49,7 @@ class DecoderLayer:
         )
         self.mixer = make_mixer(builder, name, layer_id) if config.has_mixer(layer_id) else None
         self.feed_forward = make_feed_forward(builder, name, layer_id) if config.has_feed_forward(layer_id) else None
+        self.factor = LayerFactor(builder, f"{name}.layer_scalar") if config.family.has_layer_factors else None
 
     def __call__(
         self, x: Tensor, ropes: Ropes, backend: AttentionBackend, on_layer: Callable[[int], None] | None
@@ -62,8 +63,9 @@ class DecoderLayer:
 
     def mix(self, projected: Tensor, backend: AttentionBackend, on_layer: Callable[[int], None] | None) -> Tensor:
         mixed = projected if self.mixer is None else self.mixer.mix(projected, backend)
-        if on_layer is not None and self.page is not None:
-            on_layer(self.page)
+        if on_layer is not None:
+            for page in self._pages:
+                on_layer(page)
         return mixed
 
     def finish_(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class DecoderLayer:
         if feed_forward is not None:
             fed = feed_forward(self._normed(self.mlp_norm, x))
             x.add_(self._normed(self.output_norm, fed), alpha=self._fed_multiplier)
-        return x
+        return x if self.factor is None else x.mul_(self.factor.weight)
 
     def _normed(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
         return x.to(self._dtype) if norm is None else norm(x)
@@ -89,6 +91,8 @@ class DecoderLayer:
         yield from filter(None, (self.mlp_norm, self.output_norm))
         if self.feed_forward is not None:
             yield from self.feed_forward.leaves()
+        if self.factor is not None:
+            yield self.factor
 
 
 class Decoder:
@@ -114,8 +118,9 @@ class Decoder:
         self.final_norm = RMSNorm(builder, f"model.{config.family.final_norm}", config.hidden_size)
         self.head = ParallelHead(builder, self.embedding)
         length, local = config.max_model_len, config.local_rope
+        local_dim = config.rotary_dim if config.uneven is None else config.head_dim
         self.rotary = RotaryEmbedding(config.rope, config.rotary_dim, device, max_model_len=length)
-        self.local_rotary = None if local is None else RotaryEmbedding(local, config.rotary_dim, device)
+        self.local_rotary = None if local is None else RotaryEmbedding(local, local_dim, device)
         # As the reference implementation has it: rounded to the weights' type.
         self.multiplier = float(torch.tensor(config.embedding_multiplier, dtype=dtype))
         self.adapters: AdapterSlots | None = None  # None: no request has one

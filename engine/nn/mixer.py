@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.parts.uneven_heads import Heads
 from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
 from .builder import Builder
@@ -52,19 +53,29 @@ class StatefulMixer(Mixer, Protocol):
 class Attention:
     """Implements `Mixer`: QKV projection, norms of queries and keys or none, rotation, attention over pages, output."""
 
-    def __init__(self, builder: Builder, name: str, page: int, *, num_q: int | None = None) -> None:
-        """`page`: of a block, the layer's. `num_q`: numbers that a token's queries are made with; None: theirs."""
+    def __init__(
+        self,
+        builder: Builder,
+        name: str,
+        page: int,
+        *,
+        num_q: int | None = None,
+        heads: Heads | None = None,
+        made: str = "qkv",
+    ) -> None:
+        """`page`: which of a block's keys and values are the layer's. `num_q`: numbers that a token's queries are made
+        with; None: theirs. `heads`: the layer's; None: all layers'. `made`: what there are matrices for.
+        """
         config, num_ranks = builder.config, builder.comm.size
         family = config.family
         self.page = page
-        self.head_dim = config.head_dim
+        num_kv_heads, self.head_dim = heads or (config.num_kv_heads, config.head_dim)
         self.num_qo_heads = config.num_qo_heads // num_ranks
-        self.num_kv_heads = config.num_kv_heads // num_ranks
-        own_q, num_kv = config.num_qo_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        names = [f"{name}.{part}_proj" for part in "qkv"]
-        parts = column_parts(
-            names, [num_q or own_q, num_kv, num_kv], fused=f"{name}.qkv_proj" if family.fusion == "all" else None
-        )
+        self.num_kv_heads = num_kv_heads // num_ranks
+        own_q, num_kv = config.num_qo_heads * self.head_dim, num_kv_heads * self.head_dim
+        names = [f"{name}.{part}_proj" for part in made]
+        sizes = [num_q or own_q, num_kv, num_kv][: len(made)]
+        parts = column_parts(names, sizes, fused=f"{name}.qkv_proj" if family.fusion == "all" else None)
         self.qkv_proj = ColumnParallelLinear(
             builder, f"{name}.qkv_proj", config.hidden_size, parts, bias=config.qkv_bias
         )
@@ -74,14 +85,15 @@ class Attention:
         self.head_norms: tuple[RMSNorm, ...] = ()
         self.whole_norms: tuple[RMSNorm, ...] = ()  # of all of a token's queries, and of its keys
         if config.qk_norm and family.head_norms == "whole":
-            sizes = zip(family.head_norm_names, (own_q, num_kv), strict=True)
-            self.whole_norms = tuple(ParallelRMSNorm(builder, f"{name}.{norm}", size) for norm, size in sizes)
+            norms = zip(family.head_norm_names, (own_q, num_kv), strict=True)
+            self.whole_norms = tuple(ParallelRMSNorm(builder, f"{name}.{norm}", size) for norm, size in norms)
         elif config.qk_norm:
             self.head_norms = tuple(
-                RMSNorm(builder, f"{name}.{norm}", config.head_dim) for norm in family.head_norm_names
+                RMSNorm(builder, f"{name}.{norm}", self.head_dim) for norm in family.head_norm_names
             )
         self.sinks = Sinks(builder, f"{name}.sinks") if family.has_sinks else None
         is_bare = family.head_norms == "bare" and not config.local_layers[page]
+        self._eps = config.rms_norm_eps
         self._bare_eps = config.rms_norm_eps if is_bare else None  # of norms without weights; None: there are none
         self._turns_first = family.head_norms == "turned"
         self._has_neighbours = config.rope.has_neighbours
@@ -153,6 +165,20 @@ class GatedAttention(Attention):
         sizes = [self.num_qo_heads + 2 * self.num_kv_heads, self.num_qo_heads]
         heads, gates = torch.split(projected, sizes, 1)
         return super().mix(heads, backend) * gates.flatten(1).sigmoid()
+
+
+class NormedValueAttention(Attention):
+    """Attention whose values are normed, too, without weights. They may be its keys, before these are."""
+
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        num_q, num_kv = self.num_qo_heads, self.num_kv_heads
+        made = self.qkv_proj(x)
+        heads = made.view(x.shape[0], made.shape[1] // self.head_dim, self.head_dim)
+        if heads.shape[1] == num_q + num_kv:
+            heads = torch.cat((heads, heads[:, num_q:]), 1)
+        values = heads[:, num_q + num_kv :]
+        values.copy_(F.rms_norm(values.float(), values.shape[-1:], eps=self._eps))
+        return self._turned(heads, rope)
 
 
 class SideBySide:

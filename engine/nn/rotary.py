@@ -75,6 +75,9 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) ->
     inv_freq = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return inv_freq / rope.factor
+    if rope.kind == "proportional":
+        inv_freq[int(rope.turned_share * head_dim // 2) :] = 0.0
+        return inv_freq / rope.factor
     if rope.kind == "llama3":
         return _llama3_frequencies(rope, inv_freq)
     if rope.kind == "yarn":

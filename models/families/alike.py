@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .defaults import GEMMA4
 from .experts import LFM2_EXPERTS, LLAMA_4, MISTRAL_4, NEMOTRON_H_EXPERTS, ExpertTraits
 from .family import Family, MlpNames
 
@@ -48,6 +49,23 @@ EXAONE4 = Family(
     head_norms="head",
     windows="typed",
     unturned="beside windows",
+)
+
+# Layers without a window have heads of another size.
+GEMMA4_TEXT = Family(
+    name="gemma4_text",
+    defaults=GEMMA4,
+    norms="both",
+    head_norms="head",
+    norms_values=True,
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    windows="typed",
+    has_wide_layers=True,
+    has_layer_factors=True,
+    has_local_rope=True,
+    scales_embeddings=True,
+    has_score_scale=True,
 )
 
 # Some layers attend, the others are convolutions over the last few tokens.

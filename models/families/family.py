@@ -85,6 +85,9 @@ class Family:
     is_latent: bool = False  # attention is over latents: `latent.py`
     windows: Windows = "none"
     experts: ExpertTraits | None = None  # in some or all layers
+    has_wide_layers: bool = False  # those without a window have heads of another size: `parts/uneven_heads.py`
+    norms_values: bool = False  # of each head, without weights
+    has_layer_factors: bool = False  # a number of each layer multiplies the residual stream behind it
     has_local_rope: bool = False  # layers with a window turn positions by another base
     has_partial_rope: bool = False  # config.json may leave a part of each head unturned
     has_alpha: bool = False  # rotary scaling that is called dynamic may have one, and is fixed then

@@ -26,6 +26,7 @@ NESTED = {
     ),
     "Llama4ForConditionalGeneration": Nested(name="llama4", texts={"llama4_text": "Llama4ForCausalLM"}),
     "Gemma3ForConditionalGeneration": Nested(name="gemma3", texts={"gemma3_text": "Gemma3ForCausalLM"}),
+    "Gemma4ForConditionalGeneration": Nested(name="gemma4", texts={"gemma4_text": "Gemma4ForCausalLM"}),
     "Qwen2_5_VLForConditionalGeneration": Nested(name="qwen2_5_vl", texts={"qwen2_5_vl_text": "Qwen2ForCausalLM"}),
     "Qwen3_5ForConditionalGeneration": Nested(name="qwen3_5", texts={"qwen3_5_text": "Qwen3_5ForCausalLM"}),
     "Qwen3_5MoeForConditionalGeneration": Nested(

@@ -13,6 +13,7 @@ from .alike import (
     ERNIE4,
     EXAONE4,
     FALCON_H1,
+    GEMMA4_TEXT,
     GLM4,
     GPT_OSS,
     HUNYUAN_DENSE,
@@ -177,6 +178,7 @@ FAMILIES = {
         scales_embeddings=True,
         has_score_scale=True,
     ),
+    "Gemma4ForCausalLM": GEMMA4_TEXT,
     "GlmForCausalLM": GLM4,
     "Glm4ForCausalLM": replace(
         GLM4,

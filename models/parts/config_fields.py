@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,19 @@ _MOST_OF = {
 }
 _MAX_CHARS = 200  # of a value that is told
 _LARGEST = 2.0**53  # of numbers with a fraction
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Return the object that a file holds. Raises ConfigError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: a model is a local Hugging Face directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 class ConfigFields:
@@ -89,3 +103,15 @@ class ConfigFields:
         if not isinstance(value, dict):
             raise self.refuse(key, "must be an object")
         return ConfigFields(self.path, value)
+
+
+def read_end_ids(fields: ConfigFields, generation: Mapping[str, object]) -> frozenset[int]:
+    """Return the tokens that end an answer. Raises ConfigError.
+
+    generation_config.json wins: chat models end their turn with tokens that config.json does not name.
+    """
+    value = (fields.raw if generation.get("eos_token_id") is None else generation).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ConfigError(f"{fields.path.parent}: eos_token_id = {value!r} must be token ids")
+    return frozenset(ids)

@@ -11,7 +11,7 @@ from ..families.family import Family
 from .chunks import read_chunks
 from .config_fields import ConfigFields
 
-RopeKind = Literal["default", "linear", "llama3", "longrope", "yarn", "none"]  # none: angles are 0
+RopeKind = Literal["default", "linear", "llama3", "longrope", "proportional", "yarn", "none"]  # none: angles are 0
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
@@ -34,6 +34,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()  # of each frequency, up to the original length (longrope)
     long_factors: tuple[float, ...] = ()  # of each frequency, beyond it (longrope)
     fraction: float = 1.0  # of a head that is turned, from its beginning on
+    turned_share: float = 1.0  # of pairs, the fastest; the others' angles are 0 (proportional)
     has_neighbours: bool = False  # a pair's two numbers are neighbours in a head, not half a head apart
     query_beta: float = 0.0  # queries are 1 + query_beta * log(1 + position // query_len) times as large
     query_len: int = 1
@@ -118,10 +119,12 @@ def _read_rope(
         fraction = fields.count("rotary_dim") / head_dim  # MiniMax-M2's word
     if family.is_latent and _is_of_latents(fields, fraction, head_dim):
         fraction = 1.0
+    kind, turned_share = scaling.raw.get("rope_type") or scaling.raw.get("type") or "default", fraction
+    if kind == "proportional":
+        fraction = 1.0
     if fraction != 1.0 and not family.has_partial_rope:
         where = scaling if scaling.has("partial_rotary_factor") else fields
         raise where.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
-    kind = scaling.raw.get("rope_type") or scaling.raw.get("type") or "default"
     original = scaling.count(
         "original_max_position_embeddings", fields.count("original_max_position_embeddings", max_model_len)
     )
@@ -138,6 +141,9 @@ def _read_rope(
         case "linear":
             factor = scaling.number("factor")
             rope = RopeConfig(kind="linear", theta=theta, factor=factor, original_max_len=max_model_len)
+        case "proportional":
+            factor = scaling.number("factor", 1.0)
+            rope = RopeConfig(kind="proportional", theta=theta, factor=factor, turned_share=turned_share)
         case "llama3":
             rope = _llama3(scaling, theta, original)
         case "yarn":
@@ -147,7 +153,7 @@ def _read_rope(
         case _:
             raise ConfigError(
                 f"{fields.path}: rotary scaling {kind!r} is not supported; "
-                "these are: default, linear, llama3, longrope, yarn"
+                "these are: default, linear, llama3, longrope, proportional, yarn"
             )
     rope = replace(rope, fraction=fraction, has_neighbours=family.has_neighbours)
     beta = "llama_4_scaling_beta"

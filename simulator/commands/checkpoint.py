@@ -20,6 +20,7 @@ from ...models.files import resolve_config
 from ...models.parts.chunks import check_chunks
 from ...models.parts.experts import check_exchange, expert_plan
 from ...models.parts.states import check_states
+from ...models.parts.uneven_heads import check_uneven
 from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
@@ -42,6 +43,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     check_cache_dtype(engine, is_cpu=gpu.is_cpu)
     model = ModelConfig.from_dir(model_dir)
     check_latent_dtype(engine, model)
+    check_uneven(model.uneven, engine, is_cuda=not gpu.is_cpu)
     check_chunks(model.sliding_windows, is_cuda=not gpu.is_cpu, is_exact=False)
     if model.latent is not None and not gpu.is_cpu:
         num_heads = model.num_qo_heads // engine.tensor_parallel_size

@@ -8,7 +8,16 @@ from typing import Any, cast
 
 from ..checkpoints import Family, Shape, write_checkpoint, write_tokenizer
 from ..deepseek import EXPERTS, TOKEN_SIZE, Generation, write_deepseek
-from ..transformers_checkpoints import FALCON_H1, LLAMA_4, NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
+from ..transformers_checkpoints import (
+    FALCON_H1,
+    GEMMA_4,
+    LLAMA_4,
+    NEMOTRON_H,
+    NEMOTRON_H_MOE,
+    SMALL,
+    STATES,
+    write_model,
+)
 
 MAX_MODEL_LEN = 4096
 _BLOCK_SIZE, _FLOAT32 = 16, 4
@@ -90,6 +99,8 @@ _MAMBA: dict[str, Any] = {
     "num_local_experts": 0,
     "num_experts_per_tok": 0,
 }
+# What differs from `GEMMA_4`, and the pages of a block.
+_GEMMA4: dict[str, tuple[dict[str, Any], int]] = {"gemma4": ({"num_key_value_heads": 4}, 4)}
 # Of others 1, with which two tokens of this one are nearer to each other (1.3e-4) than what roundings lead to.
 _SEEDS = {"qwen3_5_moe_text": 2}
 _STATES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -139,6 +150,16 @@ def _write_llama4(path: Path) -> ExactnessModel:
     return ExactnessModel(path, HEADS_BLOCK_BYTES * LLAMA_4["num_hidden_layers"] // 2, is_sparse=True)
 
 
+def _write_gemma4(path: Path, fields: dict[str, Any], num_pages: int) -> ExactnessModel:
+    """`num_pages`: of a block, each of a token as wide as a wide layer's two heads of 64 numbers."""
+    import transformers
+
+    wider = {"global_head_dim": 64, "sliding_window": 300, "max_position_embeddings": MAX_MODEL_LEN}
+    write_model(path, transformers.Gemma4TextConfig(**SMALL | GEMMA_4 | wider | fields))
+    write_tokenizer(path, SMALL["vocab_size"])
+    return ExactnessModel(path, num_pages * 2 * 2 * 64 * _BLOCK_SIZE * _FLOAT32, is_sparse=False)
+
+
 def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     """Write the checkpoint of a family, of weights whose best token mostly leads."""
     longest = {"max_position_embeddings": MAX_MODEL_LEN}
@@ -146,6 +167,8 @@ def write_exactness_model(path: Path, family: str) -> ExactnessModel:
         generation, fields = _LATENT[family]
         write_deepseek(path, generation, tokenizer=True, **fields, **longest)
         return ExactnessModel(path, LATENTS_BLOCK_BYTES, is_sparse=family != "youtu")
+    if family in _GEMMA4:
+        return _write_gemma4(path, *_GEMMA4[family])
     if family == "llama4":
         return _write_llama4(path)
     if family in _STATES:

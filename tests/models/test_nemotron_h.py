@@ -14,7 +14,7 @@ from kvferry.models.families.module_names import full_name
 from kvferry.models.native import not_in_native
 from kvferry.models.parts.mamba import MambaConfig
 from kvferry.models.quantization import quantized_at_load
-from kvferry.sizing.work import count_params, num_sums, num_whole_layers
+from kvferry.sizing.work import count_params, mixers, num_feed_forwards, num_sums, num_whole_layers
 
 from ..sizing.models import CONFIGS, model_of
 
@@ -34,7 +34,7 @@ def test_layers_are_mixers_or_feed_forwards(tmp_path: Path) -> None:
     assert (model.page_of(0), model.page_of(1)) == (None, None)
     assert isinstance(model.states, MambaConfig) and model.states.num_layers == 27
     assert (model.states.num_values, model.states.num_keys, model.states.kernel_size) == (128 * 80, 8 * 128, 4)
-    assert (model.num_mixers, model.num_feed_forwards) == (31, 25)
+    assert (len(mixers(model)), num_feed_forwards(model)) == (31, 25)
     assert (model.experts, model.activation, model.rope.kind) == (None, "relu2", "none")
     assert model.shared_counts() == {
         "num_attention_heads": 40,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# A model's pages: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim], or each layer's by itself. Pages of
-# one layer stand equally far apart, and nearer than that where other layers' lie between them.
+# A model's pages: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim], or each layer's by itself. A layer's
+# pages stand equally far apart, as keys and values in a page do, and heads; other layers' may lie between them.
 LayerPages = Tensor | Sequence[Tensor]
 
 
@@ -68,7 +68,7 @@ class AttentionBackend(Protocol):
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
-        """Write K and V [tokens, num_kv_heads, head_dim] into the layer's pages, then attend with
+        """Write K and V [tokens, num_kv_heads, head_dim] into the pages `layer_id`, then attend with
         q [tokens, num_qo_heads, head_dim]. Returns [tokens, num_qo_heads, head_dim or value_dim], contiguous and valid
         until the next call. Rows past the plan's num_tokens are padding: not written, and zero in the result.
         """
@@ -84,17 +84,30 @@ def check_pages(pages: torch.Tensor, num_qo_heads: int) -> None:
     assert num_qo_heads % pages.shape[3] == 0, (num_qo_heads, pages.shape)
 
 
-def heads_of_pages(layer: torch.Tensor) -> torch.Tensor:
-    """View a layer's pages as rows, [rows, block_size * head_dim]: page b's heads, K's before V's, begin at row
-    b * rows_apart(layer).
+class RowSteps(NamedTuple):
+    """Rows of `heads_of_pages` are so many apart: of a page and the next, of its keys and its values, of two heads."""
+
+    page: int
+    part: int
+    head: int
+
+    def first_of_keys(self, blocks: Tensor, num_heads: int) -> Tensor:
+        """Block ids [..., pages] -> the rows of their heads' keys, [..., num_heads, pages] int64."""
+        heads = torch.arange(num_heads).unsqueeze(1) * self.head
+        return blocks.long().unsqueeze(-2) * self.page + heads
+
+
+def heads_of_pages(layer: Tensor) -> Tensor:
+    """View a layer's pages [num_blocks, 2, heads, block_size, head_dim] as rows, [rows, block_size * head_dim].
+
+    Each is a head's keys or values of a block, or another layer's.
     """
-    num_blocks, num_parts, num_heads, block_size, head_dim = layer.shape
-    num_rows = (num_blocks - 1) * rows_apart(layer) + num_parts * num_heads
-    return layer.as_strided((num_rows, block_size * head_dim), (block_size * head_dim, 1))
+    row_size, steps = layer.shape[3] * layer.shape[4], row_steps(layer)
+    last = sum((count - 1) * step for count, step in zip(layer.shape[:3], steps, strict=True))
+    return layer.as_strided((last + 1, row_size), (row_size, 1))
 
 
-def rows_apart(layer: torch.Tensor) -> int:
-    """Count the rows of `heads_of_pages` from a page to the next."""
+def row_steps(layer: Tensor) -> RowSteps:
     row_size = layer.shape[3] * layer.shape[4]
-    assert layer[0].is_contiguous() and layer.stride(0) % row_size == 0, (layer.shape, layer.stride())
-    return layer.stride(0) // row_size
+    assert layer[0, 0, 0].is_contiguous() and not any(step % row_size for step in layer.stride()[:3]), layer.stride()
+    return RowSteps(*(step // row_size for step in layer.stride()[:3]))

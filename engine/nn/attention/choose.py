@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....common.errors import ConfigError
 from .base import PLAIN_SCORES, AttentionBackend, LayerPages, Scores
+from .uneven import UnevenAttention
 
 
 def make_attention(
@@ -53,12 +54,15 @@ def make_attention(
         )
     if device != "cpu":
         raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
-    if deterministic:
-        from .tiled import TiledAttention
-
-        return TiledAttention(pages, num_qo_heads, sliding_windows, scores, dtype=query_dtype)
     from .paged_torch import CPUAttention
+    from .tiled import TiledAttention
 
-    assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
-    computed_in = torch.float32 if is_wide else query_dtype
-    return CPUAttention(pages, num_qo_heads, sliding_windows, scores, dtype=computed_in)
+    def make(pages: LayerPages, windows: Sequence[int | None]) -> AttentionBackend:
+        if deterministic:
+            return TiledAttention(pages, num_qo_heads, windows, scores, dtype=query_dtype)
+        return CPUAttention(pages, num_qo_heads, windows, scores, dtype=torch.float32 if is_wide else query_dtype)
+
+    if len({layer.shape for layer in pages}) == 1:
+        return make(pages, sliding_windows)
+    assert not isinstance(pages, Tensor) and scores.sinks is None
+    return UnevenAttention(pages, sliding_windows, make)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ....models.parts.chunks import Chunk, first_seen
-from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
-from .int8_rows import stored_head_dim, widened, write_rows
+from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, row_steps
+from .int8_rows import stored_head_dim, widened, write_tokens
 
 _CACHE_BYTES = 8 << 20  # what a product's operands should stay within; measured
 _MIN_TILE = 8  # queries: a product of fewer reads its keys too often for what it calculates
@@ -71,7 +71,7 @@ class CPUAttention:
 
     def __init__(
         self,
-        pages: Tensor,
+        pages: LayerPages,
         num_qo_heads: int,
         sliding_windows: Sequence[int | None],
         scores: Scores = PLAIN_SCORES,
@@ -83,9 +83,10 @@ class CPUAttention:
         faster, keys and values being widened where they are gathered anyway: on a Zen 3, 9 query and 3 KV heads of 64,
         a chunk of 512 tokens in 8 ms in place of 131, eight lone tokens behind 1,024 in 5.4 in place of 8.6.
         """
-        check_pages(pages, num_qo_heads)
-        num_layers, num_blocks, num_parts, self._num_kv_heads, self._block_size, row_items = pages.shape
-        self._head_dim = stored_head_dim(pages)
+        self._layers = [pages[layer] for layer in range(len(pages))]
+        _, _, self._num_kv_heads, self._block_size, _ = self._layers[0].shape
+        assert num_qo_heads % self._num_kv_heads == 0, (num_qo_heads, self._num_kv_heads)
+        self._head_dim = stored_head_dim(self._layers[0])
         self._num_qo_heads = num_qo_heads
         self._group_size = num_qo_heads // self._num_kv_heads
         self._value_dim = scores.value_dim or self._head_dim
@@ -93,15 +94,13 @@ class CPUAttention:
         self._cap = scores.cap
         self._sinks = scores.sinks
         self._windows = tuple(sliding_windows)
-        self._dtype = dtype or pages.dtype
+        self._dtype = dtype or self._layers[0].dtype
         self._group_bytes = cache_bytes // 2  # gathered K of one decode group
         self._score_bytes = cache_bytes  # scores of one prefill tile over several heads
         self._max_score_bytes = 4 * cache_bytes  # scores of one prefill tile of one KV head
-        self._layers = [pages[layer] for layer in range(num_layers)]
         self._has_values = scores.value_dim is None  # else they are a part of the keys
-        self._heads_of_page = num_parts * self._num_kv_heads
-        page_rows = num_blocks * self._heads_of_page
-        self._page_rows = [layer.view(page_rows, self._block_size * row_items) for layer in pages]
+        self._steps = row_steps(self._layers[0])
+        self._page_rows = [heads_of_pages(layer) for layer in self._layers]
         self._tile = 128 if self._dtype == torch.bfloat16 else 64  # queries; measured
         self._causal = torch.full((self._tile, self._tile), _NO, dtype=self._dtype).triu_(1)
         self._scratch: dict[str, Tensor] = {}
@@ -147,7 +146,9 @@ class CPUAttention:
         row_ids = torch.tensor(rows)
         starts = metadata.paged_kv_indptr[row_ids].long() + first_pages
         columns = torch.arange(pages).minimum(num_pages.unsqueeze(1) - 1)  # padding repeats the last page
-        k_index = self._page_index(metadata.paged_kv_indices[starts.unsqueeze(1) + columns])
+        k_index = self._steps.first_of_keys(
+            metadata.paged_kv_indices[starts.unsqueeze(1) + columns], self._num_kv_heads
+        )
         positions = first_pages.unsqueeze(1) * self._block_size + torch.arange(pages * self._block_size)
         hidden = (positions >= kv_lens.unsqueeze(1)) | (positions < first_keys.unsqueeze(1))
         of_heads = hidden.unsqueeze(1).expand(-1, self._num_kv_heads, -1)
@@ -156,7 +157,7 @@ class CPUAttention:
             num_rows=len(rows),
             num_keys=pages * self._block_size,
             k_index=k_index.reshape(-1),
-            v_index=(k_index + self._num_kv_heads).reshape(-1),
+            v_index=(k_index + self._steps.part).reshape(-1),
             hidden=hidden[:, None, None, :],
             hidden_values=of_heads.reshape(-1).nonzero().squeeze(1),
         )
@@ -166,7 +167,7 @@ class CPUAttention:
         page, last = metadata.paged_kv_indptr[row : row + 2].tolist()
         kv_len = metadata.kv_lens[row]
         first_page = first_seen(kv_len - (end - token), window) // self._block_size
-        k_index = self._page_index(metadata.paged_kv_indices[page + first_page : last].unsqueeze(0)).squeeze(0)
+        k_index = self._steps.first_of_keys(metadata.paged_kv_indices[page + first_page : last], self._num_kv_heads)
         return _PrefillRow(
             token=token,
             num_tokens=end - token,
@@ -174,22 +175,15 @@ class CPUAttention:
             first_key=first_page * self._block_size,
             num_keys=(last - page - first_page) * self._block_size,
             k_index=k_index,
-            v_index=k_index + self._num_kv_heads,
+            v_index=k_index + self._steps.part,
         )
-
-    def _page_index(self, blocks: Tensor) -> Tensor:
-        """Block ids [n, pages] -> where K of each head's pages stands in `_page_rows`, [n, num_kv_heads, pages]."""
-        heads = torch.arange(self._num_kv_heads).unsqueeze(1)
-        return blocks.long().unsqueeze(1) * self._heads_of_page + heads
 
     # --- running -------------------------------------------------------------------------------------------
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         num_tokens = self._num_tokens
-        layer = self._layers[layer_id]
-        write_rows(layer, 0, self._blocks, self._offsets, k[:num_tokens])
-        if self._has_values:
-            write_rows(layer, 1, self._blocks, self._offsets, v[:num_tokens])
+        parts = (k, v) if self._has_values else (k,)
+        write_tokens(self._layers[layer_id], self._blocks, self._offsets, *parts)
         plan = self._plans[self._windows[layer_id]]
         scaled = (q * self._scale).to(self._dtype)  # contiguous, unlike q
         out = self._take("out", q.shape[0], self._num_qo_heads, self._value_dim)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, rows_apart
-from .int8_rows import stored_head_dim, widened, write_rows
+from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, row_steps
+from .int8_rows import stored_head_dim, widened, write_tokens
 
 _QUERIES = 8  # tokens of a tile
 _KEYS = 256  # of a tile: a multiple of it, and of every block size
@@ -89,14 +89,13 @@ class TiledAttention:
         self._dtype = dtype or self._layers[0].dtype
         assert num_qo_heads % self._num_kv_heads == 0, (num_qo_heads, self._num_kv_heads)
         self._page_rows = [heads_of_pages(layer) for layer in self._layers]
-        self._rows_apart = rows_apart(self._layers[0])
+        self._steps = row_steps(self._layers[0])
         self._group_size = num_qo_heads // self._num_kv_heads
         self._scale = scores.scale_of(self._head_dim)
         self._scores = scores
         self._has_values = scores.value_dim is None  # else they are a part of the keys
         self._value_dim = scores.value_dim or self._head_dim
         self._windows = tuple(sliding_windows)
-        self._num_tokens = 0
         self._rows: list[_Row] = []
         self._blocks = self._offsets = torch.empty(0, dtype=torch.int64)
         self._places = torch.arange(_QUERIES).unsqueeze(1)
@@ -105,7 +104,6 @@ class TiledAttention:
     # --- planning ------------------------------------------------------------------------------------------
 
     def plan(self, metadata: AttentionMetadata) -> None:
-        self._num_tokens = metadata.num_tokens
         self._blocks = metadata.slot_mapping // self._block_size
         self._offsets = metadata.slot_mapping % self._block_size
         tokens, pages = metadata.qo_indptr.tolist(), metadata.paged_kv_indptr.tolist()
@@ -120,19 +118,16 @@ class TiledAttention:
 
     def _key_tiles(self, blocks: Tensor) -> Iterator[_KeyTile]:
         count = _KEYS // self._block_size
-        heads = torch.arange(self._num_kv_heads).unsqueeze(1)
         for first in range(0, len(blocks), count):
             columns = torch.arange(first, first + count).clamp_(max=len(blocks) - 1)
-            k_index = (blocks[columns].long() * self._rows_apart + heads).reshape(-1)
-            yield _KeyTile(first * self._block_size, k_index, k_index + self._num_kv_heads)
+            k_index = self._steps.first_of_keys(blocks[columns], self._num_kv_heads).reshape(-1)
+            yield _KeyTile(first * self._block_size, k_index, k_index + self._steps.part)
 
     # --- running -------------------------------------------------------------------------------------------
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         pages = self._layers[layer_id]
-        write_rows(pages, 0, self._blocks, self._offsets, k[: self._num_tokens])
-        if self._has_values:
-            write_rows(pages, 1, self._blocks, self._offsets, v[: self._num_tokens])
+        write_tokens(pages, self._blocks, self._offsets, *((k, v) if self._has_values else (k,)))
         out = torch.zeros(*q.shape[:2], self._value_dim, dtype=q.dtype)
         for row in self._rows:
             self._attend(row, q, layer_id, out)

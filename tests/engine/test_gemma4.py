@@ -1,0 +1,120 @@
+"""Gemma 4's layers, whose heads are of two sizes, compute what transformers' own class computes, in whatever steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import transformers
+
+from kvferry.common.errors import ConfigError
+from kvferry.engine.engine import Engine
+from kvferry.engine.nn.attention.uneven import layers_of_pages
+from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.config import ModelConfig
+from kvferry.models.parts.uneven_heads import Heads, UnevenHeads
+
+from ..engine_driver import GREEDY, Driver, make_engine, prompt_logprobs
+from ..transformers_checkpoints import GEMMA_4, SMALL, write_model
+from .test_adapters import assert_adapted_as_merged
+from .transformers_reference import reference_logprobs
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "keys are values": {},
+    "values of their own": {"attention_k_eq_v": False, "num_key_value_heads": 4, "final_logit_softcapping": None},
+    "one head": {"attention_k_eq_v": False, "num_key_value_heads": 1, "attention_bias": True},
+}
+NEAR = 1e-3  # logits that a rounding may bring into the other order
+PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(110)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, fields in VARIANTS.items():
+        write_model(root / name, transformers.Gemma4TextConfig(**SMALL | GEMMA_4 | fields))
+    return root
+
+
+def _answers(engine: Engine, asked: list[list[int]], chunk: int) -> list[list[int]]:
+    driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=20)
+    return driver.generate([driver.add(prompt, sampling) for prompt in asked], chunk=chunk)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
+    """A window has 40 tokens: it begins within a page, a step, an answer, and at their borders."""
+    check_checkpoint(checkpoints / variant, ModelConfig.from_dir(checkpoints / variant))
+    asked = [PROMPT[:length] for length in (1, 31, 39, 40, 41, 95, 110)]
+    for block_size, chunk in ((16, 10**9), (8, 7), (128, 64)):
+        engine = make_engine(checkpoints / variant, block_size=block_size)
+        for prompt, answer in zip(asked, _answers(engine, asked, chunk), strict=True):
+            following = reference_logprobs(checkpoints / variant, (*prompt, *answer[:-1]))[len(prompt) - 1 :]
+            chosen = following.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+            assert bool((following.amax(1) - chosen <= NEAR).all()), (block_size, chunk)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exact_steps_are_those_of_transformers_in_any_chunks(checkpoints: Path, variant: str) -> None:
+    engine = make_engine(checkpoints / variant, deterministic=True)
+    wanted = reference_logprobs(checkpoints / variant, tuple(PROMPT))[:-1]
+    wanted = wanted.gather(1, torch.tensor(PROMPT[1:]).unsqueeze(1)).squeeze(1)
+    assert (prompt_logprobs(engine, PROMPT) - wanted).abs().max() < NEAR
+    assert _answers(engine, [PROMPT[:90], PROMPT], 64) == _answers(engine, [PROMPT[:90], PROMPT], 7)
+
+
+def test_pages_are_told_of_when_all_of_their_layers_are_computed(checkpoints: Path) -> None:
+    engine, told = make_engine(checkpoints / "keys are values"), list[int]()
+    driver = Driver(engine)
+    driver.step([(driver.add(PROMPT), 64)], told.append)
+    assert told == list(range(5)) and engine.kv_pages.shape[0] == 5  # two of the six layers lie in one
+    assert ModelConfig.from_dir(checkpoints / "keys are values").pages_behind(2) == ()
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide", "are_wide"),
+    [
+        (Heads(16, 256), Heads(4, 512), (False, True) * 4),  # 31B
+        (Heads(8, 256), Heads(2, 512), (False, True) * 2),  # 26B-A4B
+        (Heads(2, 256), Heads(2, 512), (False, False, True)),  # E4B
+        (Heads(1, 256), Heads(1, 512), (False, False, True)),  # E2B
+    ],
+)
+def test_layers_share_pages_without_a_hole(narrow: Heads, wide: Heads, are_wide: tuple[bool, ...]) -> None:
+    heads = UnevenHeads(narrow=narrow, wide=wide, are_wide=are_wide)
+    places, width = heads.page
+    pages = torch.zeros(heads.num_pages, 3, 2, places, 4, width)
+    layers = layers_of_pages(pages, heads)
+    for layer, view in enumerate(layers):
+        assert view.shape == (3, 2, heads.of(layer).num_kv, 4, heads.of(layer).dim)
+        assert bool((view == 0).all())  # no other layer's
+        view.fill_(layer + 1)
+    assert bool((pages > 0).all())
+    halves = [pages[:, :, :, :1], pages[:, :, :, 1:]] if places > 1 else []
+    for half, part in enumerate(halves if places == 2 else []):  # a rank's pages are its heads
+        for layer, view in enumerate(layers_of_pages(part.contiguous(), heads)):
+            own = heads.of(layer).num_kv // 2
+            assert torch.equal(view, layers[layer][:, :, half * own : (half + 1) * own])
+
+
+def test_adapters_go_beside_wide_layers(checkpoints: Path, tmp_path: Path) -> None:
+    targets = ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")
+    assert_adapted_as_merged(checkpoints / "keys are values", tmp_path, targets, PROMPT)
+
+
+def test_bfloat16_is_as_near_float32_as_that_of_transformers(checkpoints: Path) -> None:
+    path, following = checkpoints / "keys are values", torch.tensor(PROMPT[1:]).unsqueeze(1)
+    wanted = reference_logprobs(path, tuple(PROMPT))[:-1].gather(1, following).squeeze(1)
+    theirs = transformers.Gemma4ForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        logits = theirs(torch.tensor([PROMPT])).logits[0, :-1].float()
+    rounded = logits.log_softmax(-1).gather(1, following).squeeze(1)
+    found = prompt_logprobs(make_engine(path, dtype="bfloat16"), PROMPT)
+    assert (found - wanted).abs().mean() < 1.2 * (rounded - wanted).abs().mean()
+
+
+def test_pages_in_whole_numbers_are_refused(checkpoints: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype: int8 is for layers whose heads are all of one size"):
+        make_engine(checkpoints / "keys are values", kv_cache_dtype="int8")

@@ -1,0 +1,92 @@
+"""Gemma 4's config.json, as published and as transformers writes it: heads of two sizes, beside what sees and hears."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.config import EngineConfig
+from kvferry.common.errors import ConfigError
+from kvferry.models.checkpoint import tensor_shapes
+from kvferry.models.native import not_in_native
+from kvferry.models.parts.uneven_heads import Heads, check_uneven
+from kvferry.sizing.memory import cache_token_bytes, kept_bytes_read
+from kvferry.sizing.work import num_visible_keys
+
+from ..sizing.models import CONFIGS, model_of, model_of_text
+
+NAME = "gemma-4-31b"
+PUBLISHED = CONFIGS[NAME]["text_config"]
+assert isinstance(PUBLISHED, dict)
+
+
+def _engine(path: Path, **fields: object) -> EngineConfig:
+    return EngineConfig.model_validate({"model_dir": path, "served_model_name": "tiny", "device": "cpu"} | fields)
+
+
+def test_each_sixth_layer_has_wide_heads_and_turns_a_quarter_of_them(tmp_path: Path) -> None:
+    model = model_of(tmp_path, NAME)
+    assert model.family.name == "gemma4_text" and model.sliding_windows == (*[1024] * 5, None) * 10
+    assert (model.heads_of(0), model.heads_of(5)) == (Heads(16, 256), Heads(4, 512))
+    assert (model.made_parts(0), model.made_parts(5)) == ("qkv", "qk")
+    assert (model.rope.kind, model.rope.turned_share, model.rotary_dim) == ("proportional", 0.25, 512)
+    assert model.local_rope is not None and (model.local_rope.kind, model.local_rope.theta) == ("default", 10_000.0)
+    assert (model.score_scale, model.score_cap, model.logits_cap) == (1.0, None, 30.0)
+    assert model.tp_sizes(whole_experts=False) == [1, 2, 4]
+
+
+def test_parameters_are_as_many_as_published(tmp_path: Path) -> None:
+    shapes = tensor_shapes(model_of(tmp_path, NAME))
+    assert sum(map(math.prod, shapes.values())) == pytest.approx(30.7e9, rel=1e-3)
+    assert "model.layers.5.self_attn.v_proj.weight" not in shapes
+
+
+def test_a_tokens_bytes_are_its_numbers_and_no_more(tmp_path: Path) -> None:
+    model, engine = model_of(tmp_path, NAME), _engine(tmp_path)
+    assert cache_token_bytes(engine, model) == 2 * 2 * (50 * 16 * 256 + 10 * 4 * 512)
+    assert kept_bytes_read(engine, model, 10_000) == 2 * 2 * (50 * 1024 * 16 * 256 + 10 * 10_000 * 4 * 512)
+    assert num_visible_keys(10_000, model) == 50 * 1024 + 2 * 10 * 10_000  # heads twice as wide
+    assert cache_token_bytes(_engine(tmp_path, tensor_parallel_size=4), model) * 4 == cache_token_bytes(engine, model)
+
+
+def test_sizes_may_be_told_layer_by_layer(tmp_path: Path) -> None:
+    """So transformers 5 writes them."""
+    untold = {"global_head_dim": None, "num_global_key_value_heads": None, "layer_types": None}
+    own = {f"{layer:02}": {"head_dim": 512, "num_key_value_heads": 4} for layer in range(5, 60, 6)}
+    told = model_of_text(tmp_path, NAME, **untold, per_layer_config=own)
+    assert told.uneven == model_of(tmp_path, NAME).uneven
+    with pytest.raises(ConfigError, match=r"per_layer_config = .*: must have the same"):
+        model_of_text(tmp_path, NAME, **untold, per_layer_config=own | {"07": {"head_dim": 128}})
+    with pytest.raises(ConfigError, match=r"per_layer_config = .*: must have the same"):
+        model_of_text(tmp_path, NAME, **untold, per_layer_config=own | {"05": {"head_dim": 128}})
+
+
+def test_the_last_layer_sees_all(tmp_path: Path) -> None:
+    kinds = [*["sliding_attention"] * 5, "full_attention"] * 9 + ["sliding_attention"] * 6
+    assert model_of_text(tmp_path, NAME, layer_types=kinds).uneven == model_of(tmp_path, NAME).uneven
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all': an answer's tokens see those"),
+        ({"num_global_key_value_heads": 5}, "num_global_key_value_heads = 5: must divide num_attention_heads = 32"),
+        ({"global_head_dim": 384}, "global_head_dim = 384: rows of .* do not fill pages of one size"),
+        ({"global_head_dim": 511}, "global_head_dim = 511: must be even"),
+        ({"layer_types": ["full_attention", "chunked"]}, "layer_types: layers of chunked are not supported"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model_of_text(tmp_path, NAME, **changes)
+
+
+def test_what_has_no_such_heads_is_named(tmp_path: Path) -> None:
+    model = model_of(tmp_path, NAME)
+    assert "layers whose heads are of two sizes" in not_in_native(model, None, is_float32=False)
+    with pytest.raises(ConfigError, match="cuda has no kernels here for layers whose heads are of two sizes"):
+        check_uneven(model.uneven, _engine(tmp_path), is_cuda=True)
+    with pytest.raises(ConfigError, match="int8 is for layers whose heads are all of one size"):
+        check_uneven(model.uneven, _engine(tmp_path, kv_cache_dtype="int8"), is_cuda=False)
