@@ -52,6 +52,7 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
 def _rest(counts: Mapping[str, int]) -> str:
     names = {"intermediate_size": "inner columns", "moe_intermediate_size": "of an expert", "num_experts": "experts"}
     names |= {"shares of a state": "shares of a state", "num_global_key_value_heads": "KV heads of wide layers"}
+    names |= {"hidden_size_per_layer_input": "inputs of a layer"}
     return ", ".join(f"{counts[name]} {what}" for name, what in names.items() if name in counts)
 
 

@@ -11,6 +11,7 @@ from .config import ModelConfig
 from .families.module_names import full_name
 from .families.nested import NESTED
 from .heads import with_embedding
+from .parts.uneven_heads import made_parts
 from .quantization import Quantization
 from .storage import MXFP4_GROUP, Storage
 from .stored.safetensors import read_header, safetensors_files
@@ -60,6 +61,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     }
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    if config.layer_inputs is not None:
+        shapes |= config.layer_inputs.shapes(config.num_layers, hidden)
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}"
         shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in config.norm_names(layer) if norm is not None}
@@ -69,7 +72,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
             shapes |= _mixer_shapes(config, name, layer)
         if config.has_feed_forward(layer):
             experts = config.experts_of(layer)
-            shapes |= _mlp_shapes(config, name) if experts is None else experts.shapes(name, hidden)
+            shapes |= _mlp_shapes(config, name, layer) if experts is None else experts.shapes(name, hidden)
     return shapes
 
 
@@ -116,7 +119,7 @@ def _mixer_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, Shape
 def _attention_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, Shape]:
     hidden, family, (num_kv, dim) = config.hidden_size, config.family, config.heads_of(layer)
     heads, kv_heads = config.num_qo_heads * dim, num_kv * dim
-    sizes = {f"{part}_proj": heads if part == "q" else kv_heads for part in config.made_parts(layer)}
+    sizes = {f"{part}_proj": heads if part == "q" else kv_heads for part in made_parts(config.uneven, layer)}
     if family.has_attention_gates:
         sizes["q_proj"] *= 2
     if family.fusion == "all":
@@ -127,16 +130,17 @@ def _attention_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, S
     shapes |= _linear(f"{name}.{family.output_name}", hidden, heads, bias=config.o_bias)
     if config.qk_norm:
         is_whole = family.head_norms == "whole"
-        for norm, size in zip(family.head_norm_names, (heads, kv_heads), strict=True):
+        num_normed = 1 if made_parts(config.uneven, layer) == "q" else 2
+        for norm, size in list(zip(family.head_norm_names, (heads, kv_heads), strict=True))[:num_normed]:
             shapes[f"{name}.{norm}.weight"] = (size if is_whole else dim,)
     if family.has_sinks:
         shapes[f"{name}.sinks"] = (config.num_qo_heads,)
     return shapes
 
 
-def _mlp_shapes(config: ModelConfig, layer: str) -> dict[str, Shape]:
-    hidden, size, names = config.hidden_size, config.intermediate_size, config.family.mlp
-    name = f"{layer}.{names.module}"
+def _mlp_shapes(config: ModelConfig, name: str, layer: int) -> dict[str, Shape]:
+    hidden, size, names = config.hidden_size, config.inner_size(layer), config.family.mlp
+    name = f"{name}.{names.module}"
     *parts, down = names.parts
     sizes = {names.fused: 2 * size} if config.family.fusion != "none" else dict.fromkeys(parts, size)
     shapes: dict[str, Shape] = {}
@@ -161,6 +165,7 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
         and not (config.architecture in NESTED and name.startswith(_SEEING))
         and not KV_SCALE.fullmatch(name)
         and not _is_of_draft(name, config)
+        and not _is_of_borrower(name, config)
     )
     if missing:
         raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}")
@@ -173,6 +178,14 @@ def _is_of_draft(name: str, config: ModelConfig) -> bool:
     if name.startswith(_DRAFT):
         return True
     return match is not None and 0 <= int(match[1]) - config.num_layers < config.num_draft_layers
+
+
+def _is_of_borrower(name: str, config: ModelConfig) -> bool:
+    """Tell whether a tensor would make keys or values of a layer that reads another one's: published ones have some."""
+    match = _LAYER.match(name)
+    if match is None or config.uneven is None or not config.uneven.borrows(int(match[1])):
+        return False
+    return name.endswith(tuple(f".self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm", "v_norm")))
 
 
 def check_shape(name: str, found: Shape, wanted: Shape) -> None:

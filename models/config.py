@@ -16,7 +16,7 @@ from .families.family import Bias, Family, NormNames
 from .families.table import FAMILIES
 from .heads import has_other_head, lacks_head
 from .parts.activation import Activation, read_activation
-from .parts.config_fields import ConfigFields, read_end_ids, read_json
+from .parts.config_fields import ConfigFields, count_draft_layers, read_end_ids, read_json
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
 from .parts.factors import read_factors
 from .parts.latent import LatentConfig, read_latent
@@ -26,7 +26,7 @@ from .parts.short_convolutions import inner_size
 from .parts.side_by_side import Multipliers, read_multipliers
 from .parts.state_kinds import read_states
 from .parts.states import StatesConfig
-from .parts.uneven_heads import Heads, UnevenHeads, read_uneven
+from .parts.uneven_heads import Heads, LayerInputs, UnevenHeads, read_layer_inputs, read_uneven
 from .quantization import Quantization
 from .quantization_config import MODELOPT_FILE, read_quantization, with_modelopt
 from .stored.safetensors import stored_dtype
@@ -63,6 +63,7 @@ class ModelConfig:
     num_draft_layers: int = 0  # of the checkpoint, behind the model's own: they predict further tokens and are not read
     latent: LatentConfig | None = None  # attention over latents, each the one KV head; None: over heads
     uneven: UnevenHeads | None = None  # `num_kv_heads` and `head_dim` are of some layers; None: of all
+    layer_inputs: LayerInputs | None = None  # of each layer, besides the residual stream
     states: StatesConfig | None = None  # of layers that keep one; None: all keep keys and values
     experts: ExpertsConfig | None = None  # of the sparse layers
     sparse_layers: tuple[bool, ...] = ()  # by layer: experts take the place of the gated MLP
@@ -101,10 +102,6 @@ class ModelConfig:
         """Return the heads of a layer's keys and values; `dim` is that of its queries, too."""
         return Heads(self.num_kv_heads, self.head_dim) if self.uneven is None else self.uneven.of(layer)
 
-    def made_parts(self, layer: int) -> str:
-        """Return which of a token's query, key and value a layer has matrices for."""
-        return "qkv" if self.uneven is None else self.uneven.made(layer)
-
     @property
     def page_heads(self) -> Heads:
         """Return what a page has of a token."""
@@ -125,6 +122,8 @@ class ModelConfig:
     @property
     def kv_layers(self) -> tuple[int, ...]:
         """List the layers that keep keys and values, or latents."""
+        if self.uneven is not None:
+            return tuple(range(self.uneven.num_kept))
         keeps_keys = self.states.keeps_keys if self.states is not None else self.has_mixer
         return tuple(layer for layer in range(self.num_layers) if self.has_mixer(layer) and keeps_keys(layer))
 
@@ -150,11 +149,12 @@ class ModelConfig:
         return before, behind, before_fed, behind_fed
 
     def page_of(self, layer: int) -> int | None:
-        """Return which of a block's keys and values are a layer's; None: it keeps a state, or nothing.
+        """Return which of a block's keys and values a layer reads; None: it keeps a state, or nothing.
 
         Where all layers' are of one size, that is which page they are.
         """
-        return self.kv_layers.index(layer) if layer in self.kv_layers else None
+        lender = layer if self.uneven is None else self.uneven.lender(layer)
+        return self.kv_layers.index(lender) if lender in self.kv_layers else None
 
     @property
     def num_kv_pages(self) -> int:
@@ -185,6 +185,8 @@ class ModelConfig:
             counts["num_key_value_heads"] = self.num_kv_heads
         if self.uneven is not None:
             counts["num_global_key_value_heads"] = self.uneven.wide.num_kv
+        if self.layer_inputs is not None:
+            counts["hidden_size_per_layer_input"] = self.layer_inputs.size
         if self.states is not None:
             counts["shares of a state"] = self.states.num_shares
         if any(self.has_feed_forward(layer) and self.experts_of(layer) is None for layer in range(self.num_layers)):
@@ -192,6 +194,10 @@ class ModelConfig:
         if self.experts is not None:
             counts |= self.experts.shared_counts(whole_experts=whole_experts)
         return counts
+
+    def inner_size(self, layer: int) -> int:
+        """Count the inner columns of a layer's MLP."""
+        return self.intermediate_size * (1 if self.uneven is None else self.uneven.mlp_factor(layer))
 
     def experts_of(self, layer: int) -> ExpertsConfig | None:
         """Return the experts that take the place of a layer's gated MLP, if they do."""
@@ -263,9 +269,10 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
         eos_token_ids=read_end_ids(fields, generation),
         dtype=_dtype(fields),
         quantization=read_quantization(fields),
-        num_draft_layers=_num_draft_layers(fields),
+        num_draft_layers=count_draft_layers(fields),
         latent=latent,
         uneven=uneven,
+        layer_inputs=read_layer_inputs(fields, family),
         states=read_states(fields, family, num_kv_heads),
         experts=read_experts(fields, family.experts),
         sparse_layers=read_sparse_layers(fields, family.experts),
@@ -281,11 +288,6 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
 
 def _has(fields: ConfigFields, bias: Bias) -> bool:
     return fields.flag(bias, default=False) if isinstance(bias, str) else bias
-
-
-def _num_draft_layers(fields: ConfigFields) -> int:
-    key = fields.told(("num_nextn_predict_layers", "num_mtp_modules"))
-    return fields.count(key) if fields.raw.get(key) else 0
 
 
 def _dtype(fields: ConfigFields) -> str:

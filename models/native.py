@@ -39,6 +39,7 @@ def not_in_native(
         "experts over narrower rows": config.experts is not None and config.experts.narrowing is not None,
         "attention in chunks": any(isinstance(window, Chunk) for window in config.sliding_windows),
         "layers whose heads are of two sizes": config.uneven is not None,
+        "inputs of each layer": config.layer_inputs is not None,
         "norms of heads without weights": family.head_norms == "bare",
         "experts whose inputs are weighed": config.experts is not None and config.experts.scales_inputs,
         "mixer and feed-forward side by side": family.norms == "shared",

@@ -18,6 +18,7 @@ from .storage import Form, Storage
 
 AT_LOAD = ("int8", "int4", "fp8")  # what `--quantization` rounds a plain checkpoint to
 TIED_HEAD = "model.embed_tokens"  # the name of a head that is the embedding's matrix
+LAYER_TABLE = "model.embed_tokens_per_layer"  # what each layer is given of a token is looked up there
 # Rows of a step that a GPU multiplies by nibbles as they are; more are multiplied by widened numbers. Of 4096 x 4096 on
 # an RTX A6000 both took the same then (torchao's README of HQQ, "tinygemm" and "hqq_ref"); not measured here. A faster
 # widening, or memory that is faster beside the multipliers, asks for less.
@@ -84,7 +85,7 @@ class Quantization:
 
     def storage(self, module: str) -> Storage | None:
         """Return how the checkpoint has a linear's matrix; None: plainly."""
-        if module in self.modules or module == TIED_HEAD:
+        if module in self.modules or module in (TIED_HEAD, LAYER_TABLE):
             return self.modules.get(module)
         rule = self._index.first(module)
         return None if rule is None else rule.storage

@@ -13,7 +13,7 @@ from ..models.config import ModelConfig
 from ..models.parts.states import block_size_of
 from ..models.quantization import chosen_quantization
 from .weights import ITEM_BYTES, WeightBytes, WeightCounter, item_bytes
-from .work import num_seen
+from .work import attending_layers, num_seen
 
 # A rank's main memory besides weights and caches: interpreter, torch, buffers of a step. Seen: 250 to 400 MiB.
 RANK_BYTES = 400 << 20
@@ -78,7 +78,8 @@ def kept_bytes_read(engine: EngineConfig, model: ModelConfig, context: int) -> f
     """Return the bytes of a sequence's keys, values and states that one of its decode steps reads, on one rank."""
     page, size = _page_token_bytes(engine, model), model.page_heads.size
     keys = sum(
-        model.heads_of(layer).size / size * num_seen(context, model.sliding_windows[layer]) for layer in model.kv_layers
+        model.heads_of(layer).size / size * num_seen(context, model.sliding_windows[layer])
+        for layer in attending_layers(model)
     )
     return page * keys + 2 * state_bytes(engine, model)  # a state is written, too
 

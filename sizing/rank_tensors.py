@@ -16,14 +16,16 @@ from typing import NamedTuple
 
 from ..models.checkpoint import tensor_shapes
 from ..models.config import ModelConfig
+from ..models.quantization import LAYER_TABLE
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_TABLES = (EMBEDDING, LAYER_TABLE, HEAD)
 _FUSED = (
     *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("kv_a_proj_with_mqa", "q_a_proj")),
     *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
 )
-_WHOLE = ("kv_a_proj_with_mqa", "q_a_proj", "fc1_latent_proj", "fc2_latent_proj")  # on every rank
-_BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2")
+_WHOLE = ("kv_a_proj_with_mqa", "q_a_proj", "fc1_latent_proj", "fc2_latent_proj", "per_layer_model_projection")
+_BY_INPUTS = ("o_proj", "out_proj", "down_proj", "w2", "per_layer_projection")
 _GATES = (".gate.", ".router.", ".shared_expert_gate.")  # of experts: float32, and whole on every rank
 # Of layers with states, float32 as well: engine/nn/convolution.py.
 _CONVOLUTIONS = tuple(f"{name}.{part}" for name in (".conv1d", ".conv.conv") for part in ("weight", "bias"))
@@ -114,7 +116,7 @@ class RankTensors:
             if experts is not None and experts.is_stacked and is_expert(module):
                 yield from self._stacked(module, shape, len(held[_layer(module)]) if held else None)
                 continue
-            if len(shape) != 2 or module in (EMBEDDING, HEAD) or _is_gate(f"{module}."):
+            if len(shape) != 2 or module in _TABLES or _is_gate(f"{module}."):
                 continue
             whole = self._fused(shapes, path, last)
             if whole is None:

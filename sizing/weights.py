@@ -105,7 +105,7 @@ class WeightCounter:
         experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
         nibbles = [(matrix, size, form) for matrix, size in sizes if (form := self._card_form(matrix)) is not None]
         return WeightBytes(
-            total=read - head + (embedding if shares_head else head + embedding),
+            total=read - head + (embedding if shares_head else head + embedding) + self._input_table_bytes(),
             read=read,
             experts=experts,
             nibbles=sum(size for _, size, _ in nibbles),
@@ -122,6 +122,12 @@ class WeightCounter:
     @property
     def _vocabulary_rows(self) -> int:
         return -(-self._model.vocab_size // self._num_ranks)
+
+    def _input_table_bytes(self) -> int:
+        """Count what is looked up in besides the embedding."""
+        if (inputs := self._model.layer_inputs) is None:
+            return 0
+        return -(-inputs.vocab_size // self._num_ranks) * self._model.num_layers * inputs.size * self._item_bytes
 
     def _head_bytes(self) -> int:
         name = TIED_HEAD if self._model.tie_embeddings else HEAD

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..common.config import ExpertExchange
@@ -40,7 +41,7 @@ class Params(NamedTuple):
 
 def count_params(model: ModelConfig) -> Params:
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(model).items() if len(shape) >= 2}
-    sizes = {name: size for name, size in sizes.items() if ".layers." in name}
+    sizes = {name: size for name, size in sizes.items() if ".layers." in name or "_layer_model_projection" in name}
     experts = {name: size for name, size in sizes.items() if is_expert(name)}
     num_experts, behind = sum(experts.values()), f".layers.{model.num_layers - 1}."
     last = sum(size for name, size in sizes.items() if behind in name and not _PROJECTED.search(name))
@@ -100,28 +101,36 @@ def num_seen(context: float, window: int | None) -> float:
 
 
 def _attending(model: ModelConfig) -> list[tuple[int | None, float]]:
-    """Return of each layer with keys its window, and how wide its heads are beside others'."""
-    return [(model.sliding_windows[layer], model.heads_of(layer).dim / model.head_dim) for layer in model.kv_layers]
+    """Return of each layer that reads keys its window, and how wide its heads are beside others'."""
+    layers = attending_layers(model)
+    return [(model.sliding_windows[layer], model.heads_of(layer).dim / model.head_dim) for layer in layers]
+
+
+def attending_layers(model: ModelConfig) -> Sequence[int]:
+    """List the layers that read keys and values, their own or another one's."""
+    return model.kv_layers if model.uneven is None else range(model.num_layers)
 
 
 def num_values(model: ModelConfig) -> int:
     """Count the numbers of activations that are read or written beside products, of one token in all layers: around
     norms and sums with the residual stream, rotation, attention's output, the feed-forward's gate, or its activation.
     """
+    layers = list(filter(model.has_feed_forward, range(model.num_layers)))
     inner = (
-        model.intermediate_size
+        sum(map(model.inner_size, layers))
         if model.experts is None
-        else model.experts.intermediate_size * model.experts.num_chosen + model.experts.shared_size
+        else len(layers) * (model.experts.intermediate_size * model.experts.num_chosen + model.experts.shared_size)
     )
     heads = [model.heads_of(layer) for layer in mixers(model)]
     of_mixers = sum(3 * model.hidden_size + 3 * model.num_qo_heads * own.dim + 4 * own.size for own in heads)
-    of_feed_forwards = num_feed_forwards(model) * (3 * model.hidden_size + len(model.family.mlp.parts) * inner)
+    of_feed_forwards = 3 * len(layers) * model.hidden_size + len(model.family.mlp.parts) * inner
     return of_mixers + of_feed_forwards
 
 
 def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
     """Count a step's sums over the ranks, and what takes their place."""
-    of_layers = len(mixers(model)) + num_feed_forwards(model) + _num_norm_sums(model)
+    of_inputs = model.num_layers + 1 if model.layer_inputs is not None else 0  # in each layer, behind the table
+    of_layers = len(mixers(model)) + num_feed_forwards(model) + _num_norm_sums(model) + of_inputs
     return of_layers + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
 
 

@@ -89,12 +89,28 @@ GEMMA_4: dict[str, Any] = {
     "sliding_window": 40,
     "final_logit_softcapping": 30.0,
 }
+# The last layers read what others keep, and each is given an input of its own.
+GEMMA_4_BORROWING: dict[str, Any] = GEMMA_4 | {
+    "attention_k_eq_v": False,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": None,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 512,
+}
 # Norms before a head, as transformers' classes name them: their logits lie apart.
 _LAST_NORMS = tuple(f"model.{name}.weight" for name in ("norm", "embedding_norm", "norm_f", "final_layernorm"))
 
 
-def write_model(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a model of a transformers config, its matrices drawn with the scale that keeps activations near 1."""
+def write_model(
+    path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32, draws_norms: bool = False
+) -> Path:
+    """Write a model of a transformers config, its matrices drawn with the scale that keeps activations near 1.
+
+    `draws_norms`: of norms no number is like another, which tells one norm from the next.
+    """
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
@@ -102,6 +118,12 @@ def write_model(path: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = 
         torch.manual_seed(seed)  # what is not drawn below stays as the class begins it, at random in some
         model = auto.from_config(config, dtype=torch.float32)
     draw(model, seed=seed)
+    if draws_norms:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if "norm" in name:
+                    tensor.mul_(torch.empty_like(tensor).uniform_(0.5, 1.5, generator=generator))
     model.to(dtype).save_pretrained(path)
     return path
 

@@ -51,12 +51,14 @@ class TiledDecoder:
         """Return hidden states before the final norm, [num_tokens padded to 16, hidden_size]; padding is anything."""
         decoder = self._decoder
         x = decoder.embed(_padded(input_ids))
+        tokens = zip(_tiles(_padded(input_ids)), self._each(x), strict=True)
+        inputs = [decoder.own_inputs(ids, part) for ids, part in tokens]
         ropes = [decoder.ropes(part) for part in _tiles(_padded(positions))]
-        for layer in decoder.layers:
+        for layer, *own_inputs in zip(decoder.layers, *inputs, strict=True):
             projected = torch.cat([layer.project(part, own) for part, own in zip(self._each(x), ropes, strict=True)])
             mixed = layer.mix(projected, backend, on_layer)
-            for part, attended in zip(self._each(x), _tiles(mixed), strict=True):
-                layer.finish_(part, attended)
+            for part, attended, given in zip(self._each(x), _tiles(mixed), own_inputs, strict=True):
+                layer.finish_(part, attended, given)
         return x
 
     def _each(self, x: Tensor) -> Iterator[Tensor]:

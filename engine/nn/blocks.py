@@ -52,7 +52,7 @@ def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
     if config.latent is not None:
         return LatentAttention(builder, name, page, config.latent)
     if config.uneven is not None:
-        heads, made = config.heads_of(layer_id), config.made_parts(layer_id)
+        heads, made = config.heads_of(layer_id), config.uneven.made(layer_id)
         return NormedValueAttention(builder, name, page, heads=heads, made=made)
     make = GatedAttention if config.family.has_attention_gates else Attention
     return make(builder, name, page)
@@ -64,7 +64,7 @@ def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForwar
             return SparseMLP(builder, layer, experts)
         make = ExchangedMLP if plan.is_exchanged else SparseMLP
         return make(builder, layer, experts, plan.held(layer_id))
-    family, size = builder.config.family, builder.config.intermediate_size
+    family, size = builder.config.family, builder.config.inner_size(layer_id)
     own = family.mlp
     fused = None if family.fusion == "none" else own.fused
     return make_mlp(builder, f"{layer}.{own.module}", size, own.parts, fused=fused)

@@ -7,7 +7,7 @@ tensor-parallel rank's share of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .attention.base import AttentionBackend
 from .blocks import make_feed_forward, make_mixer
 from .builder import Builder
 from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, Sinks
-from .residual import LayerFactor
+from .residual import InputTable, LayerFactor, OwnInput
 from .rotary import Rope, RotaryEmbedding
 from .states import LayerStates
 
@@ -49,12 +49,19 @@ class DecoderLayer:
         )
         self.mixer = make_mixer(builder, name, layer_id) if config.has_mixer(layer_id) else None
         self.feed_forward = make_feed_forward(builder, name, layer_id) if config.has_feed_forward(layer_id) else None
+        inputs = config.layer_inputs
+        self.own_input = None if inputs is None else OwnInput(builder, name, inputs)
         self.factor = LayerFactor(builder, f"{name}.layer_scalar") if config.family.has_layer_factors else None
 
     def __call__(
-        self, x: Tensor, ropes: Ropes, backend: AttentionBackend, on_layer: Callable[[int], None] | None
+        self,
+        x: Tensor,
+        ropes: Ropes,
+        backend: AttentionBackend,
+        on_layer: Callable[[int], None] | None,
+        own: Tensor | None,
     ) -> Tensor:
-        return self.finish_(x, self.mix(self.project(x, ropes), backend, on_layer))
+        return self.finish_(x, self.mix(self.project(x, ropes), backend, on_layer), own)
 
     def project(self, x: Tensor, ropes: Ropes) -> Tensor:
         if self.mixer is None:
@@ -68,7 +75,8 @@ class DecoderLayer:
                 on_layer(page)
         return mixed
 
-    def finish_(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def finish_(self, x: Tensor, mixed: Tensor, own: Tensor | None) -> Tensor:
+        """`own`: the layer's own input of these tokens, where it has any."""
         mixer, feed_forward = self.mixer, self.feed_forward
         if self._is_side_by_side:
             assert mixer is not None and feed_forward is not None
@@ -79,6 +87,9 @@ class DecoderLayer:
         if feed_forward is not None:
             fed = feed_forward(self._normed(self.mlp_norm, x))
             x.add_(self._normed(self.output_norm, fed), alpha=self._fed_multiplier)
+        if self.own_input is not None:
+            assert own is not None
+            self.own_input.add_(x, own)
         return x if self.factor is None else x.mul_(self.factor.weight)
 
     def _normed(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
@@ -91,6 +102,8 @@ class DecoderLayer:
         yield from filter(None, (self.mlp_norm, self.output_norm))
         if self.feed_forward is not None:
             yield from self.feed_forward.leaves()
+        if self.own_input is not None:
+            yield from self.own_input.leaves()
         if self.factor is not None:
             yield self.factor
 
@@ -114,6 +127,8 @@ class Decoder:
         self.states = None if config.states is None else LayerStates(config.states.of_rank(comm.size))
         builder = Builder(config, comm, dtype, device, expert_plan, self.states)
         self.embedding = ParallelEmbedding(builder, "model.embed_tokens")
+        inputs = config.layer_inputs
+        self.input_table = None if inputs is None else InputTable(builder, inputs)
         self.layers = [DecoderLayer(builder, layer_id) for layer_id in range(config.num_layers)]
         self.final_norm = RMSNorm(builder, f"model.{config.family.final_norm}", config.hidden_size)
         self.head = ParallelHead(builder, self.embedding)
@@ -138,8 +153,9 @@ class Decoder:
         additions rounded to bfloat16 are where most of a small model's error comes from.
         """
         x, ropes = self.embed(input_ids), self.ropes(positions)
-        for layer in self.layers:
-            x = layer(x, ropes, backend, on_layer)
+        inputs = self.own_inputs(input_ids, x)
+        for layer, own in zip(self.layers, inputs, strict=True):
+            x = layer(x, ropes, backend, on_layer, own)
         return x
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -148,6 +164,10 @@ class Decoder:
         if x.device.type == "cpu":
             x = x.float()
         return x if self.multiplier == 1.0 else x.mul_(self.multiplier)
+
+    def own_inputs(self, input_ids: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        """Return each layer's own input of tokens, [num_tokens, size], as the residual stream begins."""
+        return [None] * len(self.layers) if self.input_table is None else self.input_table(input_ids, x).unbind(1)
 
     def ropes(self, positions: Tensor) -> Ropes:
         rope = self.rotary(positions, self.dtype)
@@ -167,6 +187,8 @@ class Decoder:
     def leaves(self) -> Iterator[Leaf]:
         """Yield all that holds weights, in the order of a step."""
         yield self.embedding
+        if self.input_table is not None:
+            yield from self.input_table.leaves()
         for layer in self.layers:
             yield from layer.leaves()
         yield self.final_norm

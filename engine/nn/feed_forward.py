@@ -15,7 +15,7 @@ from ..weights.weight import Leaf
 from .builder import Builder
 from .layers import ColumnParallelLinear, RowParallelLinear, column_parts
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer", section 4.1
@@ -55,7 +55,7 @@ class MLP(ABC):
         bias, row_size = config.mlp_bias, row_size or config.hidden_size
         *before, down = (f"{name}.{part}" for part in names)
         parts = column_parts(before, [size] * len(before), fused=None if fused is None else f"{name}.{fused}")
-        self._activation = _ACTIVATIONS[config.activation]
+        self._activation = ACTIVATIONS[config.activation]
         self._gate_multiplier = config.multipliers.gate
         # Of one without a gate: up alone.
         self.gate_up_proj = ColumnParallelLinear(builder, f"{name}.gate_up_proj", row_size, parts, bias=bias)

@@ -156,9 +156,9 @@ class VocabParallel:
 
     weight: Weight
 
-    def __init__(self, builder: Builder, name: str) -> None:
+    def __init__(self, builder: Builder, name: str, vocab_size: int | None = None) -> None:
         self.name = name
-        self.vocab_size = builder.config.vocab_size
+        self.vocab_size = vocab_size or builder.config.vocab_size
         self.comm = builder.comm
         self.num_rows = -(-self.vocab_size // self.comm.size)
         self.start = min(self.vocab_size, self.num_rows * self.comm.rank)
@@ -174,11 +174,12 @@ class ParallelEmbedding(VocabParallel):
 
     weight: DenseWeight
 
-    def __init__(self, builder: Builder, name: str) -> None:
-        super().__init__(builder, name)
-        self.weight = DenseWeight(builder.empty(self.num_rows, builder.config.hidden_size).zero_())
+    def __init__(self, builder: Builder, name: str, shape: tuple[int, int] | None = None) -> None:
+        vocab_size, size = shape or (builder.config.vocab_size, builder.config.hidden_size)
+        super().__init__(builder, name, vocab_size)
+        self.weight = DenseWeight(builder.empty(self.num_rows, size).zero_())
 
-    def __call__(self, input_ids: Tensor) -> Tensor:  # [num_tokens] -> [num_tokens, hidden_size]
+    def __call__(self, input_ids: Tensor) -> Tensor:  # [num_tokens] -> [num_tokens, size]
         table = self.weight.plain
         if self.comm.size == 1:
             return table[input_ids]

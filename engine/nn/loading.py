@@ -203,9 +203,9 @@ def _seed_of(slot: WeightSlot, seed: int) -> int:
 
 
 def _random(slot: WeightSlot, seed: int) -> Tensor:
-    """Draw variance 1 / fan_in for matrices, small biases, norms of 1; of the whole tensor."""
+    """Draw variance 1 / fan_in for matrices, small biases, norms and factors of 1; of the whole tensor."""
     device = slot.target.device
-    if slot.name.endswith(("norm.weight", "norm_f.weight")):
+    if slot.name.endswith(("norm.weight", "norm_f.weight", ".layer_scalar")):
         return torch.ones(slot.shape, device=device)
     generator = torch.Generator(device).manual_seed(_seed_of(slot, seed))
     std = 1 / math.sqrt(slot.shape[-1]) if len(slot.shape) == 2 else 0.02

@@ -71,7 +71,7 @@ class Attention:
         self.page = page
         num_kv_heads, self.head_dim = heads or (config.num_kv_heads, config.head_dim)
         self.num_qo_heads = config.num_qo_heads // num_ranks
-        self.num_kv_heads = num_kv_heads // num_ranks
+        self.num_kv_heads = num_kv_heads // num_ranks if "k" in made else 0
         own_q, num_kv = config.num_qo_heads * self.head_dim, num_kv_heads * self.head_dim
         names = [f"{name}.{part}_proj" for part in made]
         sizes = [num_q or own_q, num_kv, num_kv][: len(made)]
@@ -89,7 +89,7 @@ class Attention:
             self.whole_norms = tuple(ParallelRMSNorm(builder, f"{name}.{norm}", size) for norm, size in norms)
         elif config.qk_norm:
             self.head_norms = tuple(
-                RMSNorm(builder, f"{name}.{norm}", self.head_dim) for norm in family.head_norm_names
+                RMSNorm(builder, f"{name}.{norm}", self.head_dim) for norm in family.head_norm_names[: len(made)]
             )
         self.sinks = Sinks(builder, f"{name}.sinks") if family.has_sinks else None
         is_bare = family.head_norms == "bare" and not config.local_layers[page]
@@ -168,13 +168,16 @@ class GatedAttention(Attention):
 
 
 class NormedValueAttention(Attention):
-    """Attention whose values are normed, too, without weights. They may be its keys, before these are."""
+    """Attention whose values are normed, too, without weights. They may be its keys, before these are.
+
+    Or it makes neither, and reads those that another layer has written.
+    """
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         num_q, num_kv = self.num_qo_heads, self.num_kv_heads
         made = self.qkv_proj(x)
         heads = made.view(x.shape[0], made.shape[1] // self.head_dim, self.head_dim)
-        if heads.shape[1] == num_q + num_kv:
+        if num_kv and heads.shape[1] == num_q + num_kv:
             heads = torch.cat((heads, heads[:, num_q:]), 1)
         values = heads[:, num_q + num_kv :]
         values.copy_(F.rms_norm(values.float(), values.shape[-1:], eps=self._eps))

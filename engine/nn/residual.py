@@ -1,11 +1,24 @@
-"""Some families do more to the residual stream of a layer than to add its blocks' results."""
+"""Some families do more to the residual stream of a layer than to add its blocks' results.
+
+behind both blocks   a gate of it times the layer's own input of the token, projected, normed and added
+behind that          all of it times a number
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
-from ..weights.weight import WeightSlot
+import torch
+from torch import Tensor
+
+from ...models.parts.uneven_heads import LayerInputs
+from ..ranks.communicator import Communicator
+from ..weights.weight import Leaf, WeightSlot
 from .builder import Builder
+from .feed_forward import ACTIVATIONS
+from .layers import ColumnParallelLinear, ParallelEmbedding, Part, RMSNorm, RowParallelLinear
 
 
 class LayerFactor:
@@ -17,3 +30,52 @@ class LayerFactor:
 
     def slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(self.name, (1,), self.weight)
+
+
+class InputTable:
+    """Makes each layer's own input of a token, all of it on every rank."""
+
+    def __init__(self, builder: Builder, inputs: LayerInputs) -> None:
+        config, self._size = builder.config, inputs.size
+        width, self._num_layers = config.num_layers * inputs.size, config.num_layers
+        self._table = ParallelEmbedding(builder, "model.embed_tokens_per_layer", (inputs.vocab_size, width))
+        whole, name = replace(builder, comm=Communicator()), "model.per_layer_model_projection"
+        self._projection = ColumnParallelLinear(whole, name, config.hidden_size, [Part(name, width)], bias=False)
+        self._norm = RMSNorm(builder, "model.per_layer_projection_norm", inputs.size)
+        # As the reference implementation has it: rounded to the weights' type.
+        self._multiplier = float(torch.tensor(math.sqrt(inputs.size), dtype=builder.dtype))
+        self._made_multiplier = config.hidden_size**-0.5
+
+    def __call__(self, input_ids: Tensor, x: Tensor) -> Tensor:
+        """[num_tokens] and the residual stream as it begins -> [num_tokens, num_layers, size] float32."""
+        shape = len(input_ids), self._num_layers, self._size
+        made = self._projection(x.to(self._norm.weight.dtype)).float().mul_(self._made_multiplier)
+        looked_up = self._table(input_ids).float().mul_(self._multiplier)
+        return self._norm(made.view(shape)).float().add_(looked_up.view(shape)).mul_(math.sqrt(0.5))
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield from (self._table, self._projection, self._norm)
+
+
+class OwnInput:
+    """Adds what a layer makes of its own input of a token. Ranks share the input's numbers."""
+
+    def __init__(self, builder: Builder, layer: str, inputs: LayerInputs) -> None:
+        config, comm, name = builder.config, builder.comm, f"{layer}.per_layer_input_gate"
+        self._gate = ColumnParallelLinear(builder, name, config.hidden_size, [Part(name, inputs.size)], bias=False)
+        self._projection = RowParallelLinear(
+            builder, f"{layer}.per_layer_projection", inputs.size, config.hidden_size, bias=False
+        )
+        self._norm = RMSNorm(builder, f"{layer}.post_per_layer_input_norm", config.hidden_size)
+        self._activation = ACTIVATIONS[config.activation]
+        local = inputs.size // comm.size
+        self._columns = slice(comm.rank * local, (comm.rank + 1) * local)
+
+    def add_(self, x: Tensor, own: Tensor) -> Tensor:
+        """Add to the residual stream [num_tokens, hidden_size], in place. `own`: [num_tokens, size]."""
+        dtype = self._norm.weight.dtype
+        gated = self._activation(self._gate(x.to(dtype)).float()).mul_(own[:, self._columns])
+        return x.add_(self._norm(self._projection(gated.to(dtype))))
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield from (self._gate, self._projection, self._norm)

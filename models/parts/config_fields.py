@@ -115,3 +115,9 @@ def read_end_ids(fields: ConfigFields, generation: Mapping[str, object]) -> froz
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ConfigError(f"{fields.path.parent}: eos_token_id = {value!r} must be token ids")
     return frozenset(ids)
+
+
+def count_draft_layers(fields: ConfigFields) -> int:
+    """Count the layers that predict further tokens. Raises ConfigError."""
+    key = fields.told(("num_nextn_predict_layers", "num_mtp_modules"))
+    return fields.count(key) if fields.raw.get(key) else 0

@@ -1,7 +1,8 @@
-"""Layers whose keys and values are of two sizes, as Gemma 4's config.json tells them.
+"""Layers whose keys and values are of two sizes, or another layer's, as Gemma 4's config.json tells them.
 
     narrow    layers with a window
     wide      the others; the value of a token may be its key, before that is normed and turned
+    borrow    the last layers of either kind keep nothing: they read what the last one of their kind before them keeps
 
 A block's pages are all of one size, that of the larger rows; of the smaller ones as many lie in a page as fill it. So
 whoever moves, cuts, sums or keeps pages knows nothing of layers. Heads are cut between ranks at *places*: each has as
@@ -53,13 +54,33 @@ class UnevenHeads:
     wide: Heads
     are_wide: tuple[bool, ...]  # by layer
     values_are_keys: bool = False  # of wide layers
+    num_borrowing: int = 0  # of the layers, the last ones
+    borrowers_are_double: bool = False  # their MLPs have twice as many inner columns
 
     def of(self, layer: int) -> Heads:
         return self.wide if self.are_wide[layer] else self.narrow
 
     def made(self, layer: int) -> str:
         """Return which of a token's query, key and value a layer has matrices for."""
+        if self.borrows(layer):
+            return "q"
         return "qk" if self.are_wide[layer] and self.values_are_keys else "qkv"
+
+    @property
+    def num_kept(self) -> int:
+        """Count the layers that keep keys and values of their own: the first ones."""
+        return len(self.are_wide) - self.num_borrowing
+
+    def borrows(self, layer: int) -> bool:
+        return layer >= self.num_kept
+
+    def mlp_factor(self, layer: int) -> int:
+        return 2 if self.borrowers_are_double and self.borrows(layer) else 1
+
+    def lender(self, layer: int) -> int:
+        """Return the layer whose keys and values a layer reads: itself, or one before it."""
+        own = self.are_wide[layer]
+        return max(i for i in range(min(layer + 1, self.num_kept)) if self.are_wide[i] == own)
 
     @property
     def page(self) -> Heads:
@@ -78,17 +99,24 @@ class UnevenHeads:
 
     def pages_behind(self, layer: int) -> tuple[int, ...]:
         """Return the pages that are complete when a layer is computed, and were not before it."""
+        if self.borrows(layer):
+            return ()
         page = self.spot(layer).page
         is_last = layer == max(other for other, spot in _spots(self).items() if spot.page == page)
         return (page,) if is_last else ()
 
 
+def made_parts(heads: UnevenHeads | None, layer: int) -> str:
+    """Return which of a token's query, key and value a layer has matrices for."""
+    return "qkv" if heads is None else heads.made(layer)
+
+
 @cache
 def _spots(heads: UnevenHeads) -> dict[int, Spot]:
-    """Return each layer's spot. Pages are numbered as they are filled."""
+    """Return the spot of each layer that keeps something. Pages are numbered as they are filled."""
     pages: list[list[int]] = []
     for own, is_wide in ((heads.narrow, False), (heads.wide, True)):
-        layers = [layer for layer, other in enumerate(heads.are_wide) if other == is_wide]
+        layers = [layer for layer in range(heads.num_kept) if heads.are_wide[layer] == is_wide]
         count = heads.page.size // own.size
         pages += [layers[first : first + count] for first in range(0, len(layers), count)]
     pages.sort(key=lambda layers: layers[-1])
@@ -108,13 +136,8 @@ def in_common_words(fields: ConfigFields) -> ConfigFields:
         own["use_bidirectional_attention"] = None
     elif fields.has("use_bidirectional_attention"):
         raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
-    for key, default in (
-        ("hidden_size_per_layer_input", 256),
-        ("num_kv_shared_layers", 0),
-        ("enable_moe_block", False),
-    ):
-        if fields.raw.get(key, default):
-            raise fields.refuse(key, "is not supported in this family yet")
+    if fields.raw.get("enable_moe_block"):
+        raise fields.refuse("enable_moe_block", "experts are not supported in this family yet")
     return ConfigFields(fields.path, dict(fields.raw) | own | _wide_heads(fields, kinds))
 
 
@@ -148,6 +171,8 @@ def read_uneven(
         wide=Heads(num_kv, fields.count("global_head_dim", 512)),
         are_wide=tuple(window is None for window in windows),
         values_are_keys=values_are_keys,
+        num_borrowing=_num_borrowing(fields, windows),
+        borrowers_are_double=fields.flag("use_double_wide_mlp", default=False),
     )
     if num_qo_heads % num_kv:
         raise fields.refuse(key, f"must divide num_attention_heads = {num_qo_heads}")
@@ -161,6 +186,50 @@ def read_uneven(
                 "global_head_dim", f"rows of {heads.narrow} and of {heads.wide} do not fill pages of one size"
             )
     return heads
+
+
+def _num_borrowing(fields: ConfigFields, windows: tuple[int | None, ...]) -> int:
+    key = "num_kv_shared_layers"
+    count = fields.count(key) if fields.raw.get(key) else 0
+    kinds = [window is None for window in windows]
+    if count >= len(kinds) or set(kinds[len(kinds) - count :]) - set(kinds[: len(kinds) - count]):
+        raise fields.refuse(key, "leaves no layer of a kind before them to read from")
+    return count
+
+
+class LayerInputs(NamedTuple):
+    """Each layer is given numbers of a token besides: looked up by its id, and made of its embedding."""
+
+    size: int  # in one layer
+    vocab_size: int
+
+    def shapes(self, num_layers: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the tensors, by their names in a checkpoint."""
+        width = num_layers * self.size
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens_per_layer.weight": (self.vocab_size, width),
+            "model.per_layer_model_projection.weight": (width, hidden_size),
+            "model.per_layer_projection_norm.weight": (self.size,),
+        }
+        for layer in range(num_layers):
+            name = f"model.layers.{layer}"
+            shapes |= {
+                f"{name}.per_layer_input_gate.weight": (self.size, hidden_size),
+                f"{name}.per_layer_projection.weight": (hidden_size, self.size),
+                f"{name}.post_per_layer_input_norm.weight": (hidden_size,),
+            }
+        return shapes
+
+
+def read_layer_inputs(fields: ConfigFields, family: Family) -> LayerInputs | None:
+    """Return what layers are given besides, in a family that has such inputs. Raises ConfigError."""
+    key = "hidden_size_per_layer_input"
+    if not family.has_wide_layers or fields.raw.get(key) == 0:
+        return None
+    vocab_size = fields.count("vocab_size_per_layer_input", 262_144)
+    if vocab_size < fields.count("vocab_size"):
+        raise fields.refuse("vocab_size_per_layer_input", "must not be below vocab_size: each token has some")
+    return LayerInputs(fields.count(key, 256), vocab_size)
 
 
 def check_uneven(heads: UnevenHeads | None, engine: EngineConfig, *, is_cuda: bool) -> None:

@@ -11,6 +11,7 @@ from ..deepseek import EXPERTS, TOKEN_SIZE, Generation, write_deepseek
 from ..transformers_checkpoints import (
     FALCON_H1,
     GEMMA_4,
+    GEMMA_4_BORROWING,
     LLAMA_4,
     NEMOTRON_H,
     NEMOTRON_H_MOE,
@@ -100,7 +101,10 @@ _MAMBA: dict[str, Any] = {
     "num_experts_per_tok": 0,
 }
 # What differs from `GEMMA_4`, and the pages of a block.
-_GEMMA4: dict[str, tuple[dict[str, Any], int]] = {"gemma4": ({"num_key_value_heads": 4}, 4)}
+_GEMMA4: dict[str, tuple[dict[str, Any], int]] = {
+    "gemma4": ({}, 5),
+    "gemma4_borrowing": (GEMMA_4_BORROWING | {"global_head_dim": 64, "head_dim": 32}, 2),
+}
 # Of others 1, with which two tokens of this one are nearer to each other (1.3e-4) than what roundings lead to.
 _SEEDS = {"qwen3_5_moe_text": 2}
 _STATES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -151,11 +155,11 @@ def _write_llama4(path: Path) -> ExactnessModel:
 
 
 def _write_gemma4(path: Path, fields: dict[str, Any], num_pages: int) -> ExactnessModel:
-    """`num_pages`: of a block, each of a token as wide as a wide layer's two heads of 64 numbers."""
+    """`num_pages`: of a block, each with 64 numbers of a token at either of two places."""
     import transformers
 
-    wider = {"global_head_dim": 64, "sliding_window": 300, "max_position_embeddings": MAX_MODEL_LEN}
-    write_model(path, transformers.Gemma4TextConfig(**SMALL | GEMMA_4 | wider | fields))
+    longer = {"sliding_window": 300, "max_position_embeddings": MAX_MODEL_LEN}
+    write_model(path, transformers.Gemma4TextConfig(**SMALL | GEMMA_4 | fields | longer), draws_norms=True)
     write_tokenizer(path, SMALL["vocab_size"])
     return ExactnessModel(path, num_pages * 2 * 2 * 64 * _BLOCK_SIZE * _FLOAT32, is_sparse=False)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.engine import Engine
@@ -17,12 +19,13 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.parts.uneven_heads import Heads, UnevenHeads
 
 from ..engine_driver import GREEDY, Driver, make_engine, prompt_logprobs
-from ..transformers_checkpoints import GEMMA_4, SMALL, write_model
+from ..transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, SMALL, write_model
 from .test_adapters import assert_adapted_as_merged
 from .transformers_reference import reference_logprobs
 
 VARIANTS: dict[str, dict[str, object]] = {
     "keys are values": {},
+    "borrowed keys": GEMMA_4_BORROWING,
     "values of their own": {"attention_k_eq_v": False, "num_key_value_heads": 4, "final_logit_softcapping": None},
     "one head": {"attention_k_eq_v": False, "num_key_value_heads": 1, "attention_bias": True},
 }
@@ -34,7 +37,7 @@ PROMPT = [(7 * i * i + 5) % 500 + 4 for i in range(110)]
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, fields in VARIANTS.items():
-        write_model(root / name, transformers.Gemma4TextConfig(**SMALL | GEMMA_4 | fields))
+        write_model(root / name, transformers.Gemma4TextConfig(**SMALL | GEMMA_4 | fields), draws_norms=True)
     return root
 
 
@@ -99,9 +102,29 @@ def test_layers_share_pages_without_a_hole(narrow: Heads, wide: Heads, are_wide:
             assert torch.equal(view, layers[layer][:, :, half * own : (half + 1) * own])
 
 
-def test_adapters_go_beside_wide_layers(checkpoints: Path, tmp_path: Path) -> None:
-    targets = ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")
-    assert_adapted_as_merged(checkpoints / "keys are values", tmp_path, targets, PROMPT)
+@pytest.mark.parametrize(
+    ("variant", "targets"),
+    [
+        ("keys are values", ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")),
+        ("borrowed keys", ("q_proj", "per_layer_input_gate", "per_layer_projection", "down_proj")),
+    ],
+)
+def test_adapters_go_beside_layers(checkpoints: Path, tmp_path: Path, variant: str, targets: tuple[str, ...]) -> None:
+    assert_adapted_as_merged(checkpoints / variant, tmp_path, targets, PROMPT)
+
+
+def test_what_would_make_borrowed_keys_is_left_out(checkpoints: Path, tmp_path: Path) -> None:
+    """Published checkpoints have it, as training does."""
+    path = shutil.copytree(checkpoints / "borrowed keys", tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    own = {name.replace("layers.2.", "layers.5."): tensor for name, tensor in tensors.items() if "layers.2." in name}
+    of_keys = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
+    added = {name: tensor.clone() for name, tensor in own.items() if name.endswith(of_keys)}
+    assert len(added) == 3 and not added.keys() & tensors.keys()
+    save_file(tensors | added, path / "model.safetensors", metadata={"format": "pt"})
+    check_checkpoint(path, ModelConfig.from_dir(path))
+    found = [prompt_logprobs(make_engine(each), PROMPT) for each in (path, checkpoints / "borrowed keys")]
+    assert torch.equal(*found)
 
 
 def test_bfloat16_is_as_near_float32_as_that_of_transformers(checkpoints: Path) -> None:

@@ -11,13 +11,13 @@ from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.checkpoint import tensor_shapes
 from kvferry.models.native import not_in_native
-from kvferry.models.parts.uneven_heads import Heads, check_uneven
+from kvferry.models.parts.uneven_heads import Heads, check_uneven, made_parts
 from kvferry.sizing.memory import cache_token_bytes, kept_bytes_read
 from kvferry.sizing.work import num_visible_keys
 
 from ..sizing.models import CONFIGS, model_of, model_of_text
 
-NAME = "gemma-4-31b"
+NAME, SMALLER = "gemma-4-31b", "gemma-4-e2b"
 PUBLISHED = CONFIGS[NAME]["text_config"]
 assert isinstance(PUBLISHED, dict)
 
@@ -30,7 +30,7 @@ def test_each_sixth_layer_has_wide_heads_and_turns_a_quarter_of_them(tmp_path: P
     model = model_of(tmp_path, NAME)
     assert model.family.name == "gemma4_text" and model.sliding_windows == (*[1024] * 5, None) * 10
     assert (model.heads_of(0), model.heads_of(5)) == (Heads(16, 256), Heads(4, 512))
-    assert (model.made_parts(0), model.made_parts(5)) == ("qkv", "qk")
+    assert (made_parts(model.uneven, 0), made_parts(model.uneven, 5)) == ("qkv", "qk")
     assert (model.rope.kind, model.rope.turned_share, model.rotary_dim) == ("proportional", 0.25, 512)
     assert model.local_rope is not None and (model.local_rope.kind, model.local_rope.theta) == ("default", 10_000.0)
     assert (model.score_scale, model.score_cap, model.logits_cap) == (1.0, None, 30.0)
@@ -41,6 +41,23 @@ def test_parameters_are_as_many_as_published(tmp_path: Path) -> None:
     shapes = tensor_shapes(model_of(tmp_path, NAME))
     assert sum(map(math.prod, shapes.values())) == pytest.approx(30.7e9, rel=1e-3)
     assert "model.layers.5.self_attn.v_proj.weight" not in shapes
+
+
+def test_the_last_layers_borrow_and_each_is_given_an_input(tmp_path: Path) -> None:
+    model = model_of(tmp_path, SMALLER)
+    assert model.kv_layers == tuple(range(15)) and model.num_kv_pages == 9  # 12 narrow ones, two to a page, and 3 wide
+    assert {model.page_of(layer) for layer in range(15, 35)} == {13, 14}
+    assert (made_parts(model.uneven, 14), made_parts(model.uneven, 15)) == ("qkv", "q")
+    assert model.inner_size(14) == 6144 and model.inner_size(15) == 12288
+    shapes = tensor_shapes(model)
+    assert "model.layers.15.self_attn.k_norm.weight" not in shapes
+    assert shapes["model.embed_tokens_per_layer.weight"] == (262144, 35 * 256)
+    table = math.prod(shapes["model.embed_tokens_per_layer.weight"])
+    assert sum(map(math.prod, shapes.values())) - table == pytest.approx(2.3e9, rel=0.02)  # as published
+    engine = _engine(tmp_path)
+    assert cache_token_bytes(engine, model) == 2 * 2 * (12 * 256 + 3 * 512)
+    read = kept_bytes_read(engine, model, 10_000)
+    assert read == 2 * 2 * (28 * 512 * 256 + 7 * 10_000 * 512)  # borrowers read, too
 
 
 def test_a_tokens_bytes_are_its_numbers_and_no_more(tmp_path: Path) -> None:
@@ -81,6 +98,20 @@ def test_the_last_layer_sees_all(tmp_path: Path) -> None:
 def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_of_text(tmp_path, NAME, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_shared_layers": 35}, "num_kv_shared_layers = 35: leaves no layer of a kind"),
+        ({"num_kv_shared_layers": 31}, "num_kv_shared_layers = 31: leaves no layer of a kind"),
+        ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input = 1000: must not be below vocab_size"),
+        ({"enable_moe_block": True}, "enable_moe_block = True: experts are not supported"),
+    ],
+)
+def test_what_no_layer_could_read_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model_of_text(tmp_path, SMALLER, **changes)
 
 
 def test_what_has_no_such_heads_is_named(tmp_path: Path) -> None:

@@ -334,6 +334,27 @@ CONFIGS["gemma-4-31b"] = {  # a language model beside what sees
     "vision_config": {"model_type": "gemma4_vision"},
 }
 
+_GEMMA4 = CONFIGS["gemma-4-31b"]["text_config"]
+assert isinstance(_GEMMA4, dict)
+CONFIGS["gemma-4-e2b"] = CONFIGS["gemma-4-31b"] | {
+    "text_config": _GEMMA4
+    | {
+        "attention_k_eq_v": False,
+        "hidden_size": 1536,
+        "hidden_size_per_layer_input": 256,
+        "intermediate_size": 6144,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 8,
+        "num_global_key_value_heads": None,
+        "num_hidden_layers": 35,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "sliding_window": 512,
+        "use_double_wide_mlp": True,
+    },
+}
+
 
 def write_config(path: Path, name: str, **changes: object) -> Path:
     path.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,15 @@ _LONE_EXPERTS: dict[str, object] = _LONE | {
     "moe_intermediate_size": 256,
     "moe_shared_expert_intermediate_size": 256,
 }
+_WIDE: dict[str, object] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "attention_k_eq_v": True,
+    "global_head_dim": 128,
+    "hidden_size_per_layer_input": 64,
+    "num_global_key_value_heads": 2,
+    "vocab_size_per_layer_input": 1024,
+}
 SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
     "llama, its head tied": ("Llama", {"tie_word_embeddings": True, "vocab_size": 2048}),
@@ -73,6 +82,8 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "layers of one block": ("NemotronH", _LONE | {"hybrid_override_pattern": "M-M*-M"}),
     "layers of one block, with experts": ("NemotronH", _LONE_EXPERTS),
     "gemma 2": ("Gemma2", {}),
+    "heads of two sizes": ("Gemma4", _WIDE | {"hidden_size_per_layer_input": 0}),
+    "borrowed keys": ("Gemma4", _WIDE | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
     "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "conv_L_cache": 3}),
     "states of one group": ("GraniteMoeHybrid", _MAMBA),
     "states of groups": ("GraniteMoeHybrid", _MAMBA | {"mamba_n_groups": 4}),

@@ -70,7 +70,8 @@ class AttentionBackend(Protocol):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         """Write K and V [tokens, num_kv_heads, head_dim] into the pages `layer_id`, then attend with
         q [tokens, num_qo_heads, head_dim]. Returns [tokens, num_qo_heads, head_dim or value_dim], contiguous and valid
-        until the next call. Rows past the plan's num_tokens are padding: not written, and zero in the result.
+        until the next call. K and V without heads are not written: the pages have another layer's. Rows past the plan's
+        num_tokens are padding: not written, and zero in the result.
         """
         ...
 

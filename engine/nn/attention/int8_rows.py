@@ -32,9 +32,13 @@ def write_rows(layer: Tensor, part: int, blocks: Tensor, offsets: Tensor, rows: 
 
 
 def write_tokens(layer: Tensor, blocks: Tensor, offsets: Tensor, *parts: Tensor) -> None:
-    """Put tokens' keys, and values, each at least [tokens, heads, head_dim], into a layer's pages."""
+    """Put tokens' keys, and values, each at least [tokens, heads, head_dim], into a layer's pages.
+
+    Those without heads are left out.
+    """
     for part, rows in enumerate(parts):
-        write_rows(layer, part, blocks, offsets, rows[: len(blocks)])
+        if rows.shape[1]:
+            write_rows(layer, part, blocks, offsets, rows[: len(blocks)])
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:

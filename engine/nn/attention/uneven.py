@@ -20,7 +20,7 @@ def layers_of_pages(pages: Tensor, heads: UnevenHeads) -> list[Tensor]:
     """
     _, num_blocks, num_parts, num_places, block_size, width = pages.shape
     found = []
-    for layer in range(len(heads.are_wide)):
+    for layer in range(heads.num_kept):
         own, spot = heads.of(layer), heads.spot(layer)
         num_own = own.num_kv // heads.page.num_kv  # in a place
         each = pages[spot.page].view(num_blocks, num_parts, num_places, -1, num_own, block_size, own.dim)
