@@ -29,6 +29,7 @@ _ARCHITECTURES = {
     "OlmoeForCausalLM": "olmoe",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma4ForCausalLM": "gemma4",
     "Phi3ForCausalLM": "phi3",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4moe",
@@ -83,8 +84,9 @@ def write_fields(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, ten
         writer.add_head_count_kv(_kv_heads(config))
     _write_norms(writer, config, name)
     if name not in _WITHOUT_HEAD_DIM:
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
+        head_dim = config["global_head_dim"] if name == "gemma4" else config["head_dim"]
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     _write_rope(writer, config, name)
     _write_experts(writer, config, name, tensors)
     _write_states(writer, config, name)
@@ -92,6 +94,8 @@ def write_fields(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, ten
         writer.add_sliding_window(config.get("sliding_window") or 0)
     if name in ("exaone4", "exaone-moe") or config["architectures"][0].startswith("Olmo3"):
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if name == "gemma4":
+        _write_gemma4(writer, config)
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
@@ -104,12 +108,31 @@ def write_fields(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, ten
         writer.add_logit_scale(config["logits_scaling"])
 
 
+def _write_gemma4(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    wide, share = config["global_head_dim"], config["rope_parameters"]["full_attention"]["partial_rotary_factor"]
+    writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"] or 0)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_rope_dimension_count(wide)
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    turned = int(share * wide // 2)
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (wide // 2 - turned), np.float32))
+
+
 def _feed_forward(config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> int | list[int]:
     if name.startswith("nemotron"):
         sizes = {"mlp": config["intermediate_size"], "moe": config.get("moe_intermediate_size")}
         return [sizes.get(kind, 0) for kind in config["layers_block_type"]]
     if name == "lfm2":
         return tensors["model.layers.0.feed_forward.w1.weight"].shape[0]
+    if name == "gemma4" and config["use_double_wide_mlp"]:
+        own, num_kept = config["intermediate_size"], num_layers(config) - config["num_kv_shared_layers"]
+        return [own if layer < num_kept else 2 * own for layer in range(num_layers(config))]
     size: int = config.get("intermediate_size") or config["moe_intermediate_size"]
     return size
 
@@ -118,6 +141,8 @@ def _kv_heads(config: dict[str, Any]) -> int | list[int]:
     """Return the number of KV heads, or of each layer, where some have none."""
     count: int = config["num_key_value_heads"]
     types = config.get("layers_block_type") or config.get("layer_types") or []
+    if (wide := config.get("num_global_key_value_heads")) is not None:
+        return [count if kind == "sliding_attention" else wide for kind in types]
     if config["architectures"][0].startswith("Qwen3") or not {"conv", "linear_attention"} & set(types):
         return count
     return [count if kind == "full_attention" else 0 for kind in types]

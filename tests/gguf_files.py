@@ -34,7 +34,7 @@ _EXPERT = re.compile(r"((?:model|backbone)\.layers\.\d+\.\w+)\.experts\.(\d+)\.(
 _GRANITE_STACK = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.input_linear\.weight")
 _STACK = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
 _PERMUTED = ("llama", "smollm3", "mistral3", "arcee", "granite", "granitemoe", "granitehybrid")
-_MOVED_NORMS = ("gemma", "qwen3next", "qwen35")
+_MOVED_NORMS = ("gemma2", "gemma3", "qwen3next", "qwen35")
 
 
 def write_as_gguf(
@@ -79,6 +79,8 @@ def _full_config(checkpoint: Path) -> dict[str, Any]:
     auto: Any = AutoConfig
     config: dict[str, Any] = auto.from_pretrained(checkpoint).to_dict()
     config["architectures"] = json.loads((checkpoint / "config.json").read_text())["architectures"]
+    for own in config.get("per_layer_config", {}).values():  # Gemma 4's, in the words of its published files
+        config |= {"global_head_dim": own["head_dim"], "num_global_key_value_heads": own.get("num_key_value_heads")}
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return config
 
@@ -152,7 +154,7 @@ class _Tensors:
             rows = interleaved(rows, self._config[heads])
         if self._arch.startswith(_MOVED_NORMS) and key.endswith("norm.weight") and "linear_attn" not in key:
             rows = rows + np.float32(1)
-        if suffix == "sinks":
+        if suffix in ("sinks", "layer_scalar"):
             module, suffix = key, "weight"
         self._put(module, f".{suffix}", rows, kind)
         return values

@@ -44,7 +44,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "router_logit_softcapping": (0.0,),
 }
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|return|>", "<|call|>")
 
 
 def gguf_architecture(fields: GgufFields) -> Architecture:
@@ -67,7 +67,7 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
 
     The vocabulary is as large as the embedding: a file may have padding in it, or none where the checkpoint has some.
     """
-    file = ModelFile(fields, {}, shapes)
+    file = ModelFile(fields, {}, shapes, factors)
     hidden_size, num_heads = fields.count("embedding_length"), fields.count("attention.head_count")
     num_layers = _num_own_layers(fields)
     found_layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blk.")}
@@ -97,7 +97,12 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
         "mlp_bias": file.has("ffn_up.bias"),
         "tie_word_embeddings": "output.weight" not in shapes,
         "vocab_size": shapes["token_embd.weight"][0],
-        **rope_fields(fields, head_dim, factors, may_turn_parts=of.turns_parts),
+        **rope_fields(
+            fields,
+            head_dim,
+            {} if of.turns_fastest else factors,
+            may_turn_parts=of.turns_parts or of.turns_fastest,
+        ),
         **special,
         "torch_dtype": "bfloat16",
     }
@@ -122,6 +127,9 @@ def _head_dim(fields: GgufFields, of: Architecture, default: int) -> int:
     """Return the numbers of a head; of latents, those that positions turn."""
     if of.is_latent:
         return fields.count("rope.dimension_count")
+    narrow = fields.find(fields.of_model("attention.key_length_swa"))
+    if of.turns_fastest and narrow is not None:
+        return fields.count("attention.key_length_swa")
     head_dim = fields.integer(fields.of_model("attention.key_length"), default)
     if (value_dim := fields.integer(fields.of_model("attention.value_length"), head_dim)) != head_dim:
         raise ValueError(f"values of {value_dim} numbers beside keys of {head_dim} are not supported")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"blk\.(\d+)\.((?:shortconv\.)?\w+)(?:\.(weight|bias))?")
 _EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
-_VECTORS = ("attn_sinks", "exp_probs_b")  # of which a checkpoint's name is no module's
+_VECTORS = ("attn_sinks", "exp_probs_b", "layer_output_scale")  # of which a checkpoint's name is no module's
 _ROWS = ("ffn_gate_inp_shexp",)  # matrices of one row, which files may have as vectors
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 

@@ -19,6 +19,7 @@ class ModelFile:
     fields: GgufFields
     config: Json
     shapes: Shapes
+    factors: Mapping[str, list[float]]  # by what rotary frequencies are divided, by their tensor's name
 
     def has(self, end: str) -> bool:
         """Tell whether a layer has a tensor of this name."""

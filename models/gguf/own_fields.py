@@ -7,6 +7,7 @@ from collections.abc import Callable
 from .latent import latent_fields
 from .model_file import Json, ModelFile
 from .multipliers import granite_fields
+from .rope import LLAMA3_FACTORS
 from .routing import SPARSE_FIELDS
 from .state_fields import STATE_FIELDS
 from .windows import windows
@@ -40,6 +41,39 @@ def _gemma(file: ModelFile) -> Json:
             "full_attention": full,
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         },
+    }
+
+
+def _gemma4(file: ModelFile) -> Json:
+    """Return Gemma 4's own fields: heads of two sizes, and what later layers borrow and are given."""
+    num_layers = file.config["num_hidden_layers"]
+    found = windows(file.fields, num_layers)
+    narrow, wide = (
+        [layer for layer, kind in enumerate(found["layer_types"]) if kind == f"{name}_attention"]
+        for name in ("sliding", "full")
+    )
+    heads = file.fields.of_layers("attention.head_count_kv", num_layers, 0)
+    sizes = file.fields.of_layers("feed_forward_length", num_layers, 0)
+    turned = [factor == 1.0 for factor in file.factors.get(LLAMA3_FACTORS, [])]
+    if not turned or turned != sorted(turned, reverse=True):
+        raise ValueError(f"{LLAMA3_FACTORS} does not say which pairs are turned")
+    theta, inputs = file.config["rope_theta"], file.shapes.get("per_layer_token_embd.weight", (0,))
+    full = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": sum(turned) / len(turned)}
+    local = {"rope_type": "default", "rope_theta": file.number("rope.freq_base_swa", 10_000.0)}
+    return found | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": file.number("final_logit_softcapping", 0.0) or None,
+        "num_key_value_heads": heads[narrow[0]],
+        "num_global_key_value_heads": heads[wide[0]],
+        "global_head_dim": file.fields.count("attention.key_length"),
+        "attention_k_eq_v": not file.of_layer(wide[0], "attn_v"),
+        "intermediate_size": sizes[0],
+        "use_double_wide_mlp": max(sizes) > sizes[0],
+        "num_kv_shared_layers": file.integer("attention.shared_kv_layers", 0),
+        "hidden_size_per_layer_input": file.integer("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": inputs[0] or None,
+        "partial_rotary_factor": 1.0,
+        "rope_parameters": {"full_attention": full, "sliding_attention": local},
     }
 
 
@@ -118,6 +152,7 @@ OWN_FIELDS: dict[str, Callable[[ModelFile], Json]] = {
     "exaone4": _typed_windows,
     "gemma2": _gemma,
     "gemma3": _gemma,
+    "gemma4": _gemma4,
     "glm4": _glm4,
     "gpt-oss": _gpt_oss,
     "granite": _granite,

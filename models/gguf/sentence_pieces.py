@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SPACE = "\u2581"  # what stands for a space in a piece
 _GEMMA = ("gemma2", "gemma3")  # no space first, and pieces in the order of their merges
+_MERGES = "tokenizer.ggml.merges"  # of Gemma 4, whose files have them, too
 _ALWAYS_A_SPACE = ("phi3",)  # before a text that begins with one, too
 _JOINED = {1, 4}  # GGUF's types of pieces that come of a text: normal ones and user-defined ones
 
@@ -39,7 +40,7 @@ def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) ->
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=[(left, right) for _, left, right in sorted(_pairs(joined), key=_rank)],
+            merges=_merges(fields, joined),
             unk_token=tokens[unknown] if isinstance(unknown, int) else None,
             fuse_unk=True,
             byte_fallback=True,
@@ -48,6 +49,13 @@ def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) ->
     puts_space = not is_gemma and fields.flag("tokenizer.ggml.add_space_prefix", default=True)
     _set_spaces(tokenizer, puts_space=puts_space, is_always=fields.architecture in _ALWAYS_A_SPACE)
     return tokenizer
+
+
+def _merges(fields: GgufFields, scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return the pairs that are joined, the best first: the file's, or those that pieces and scores imply."""
+    if fields.find(_MERGES) is None:
+        return [(left, right) for _, left, right in sorted(_pairs(scores), key=_rank)]
+    return [(left, right) for left, right in (pair.split(" ") for pair in fields.texts(_MERGES))]
 
 
 def _pairs(scores: Mapping[str, float]) -> Iterator[tuple[float, str, str]]:

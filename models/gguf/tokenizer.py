@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 # GGUF's types of tokens: the one for what has none, special ones, and ones that are found as a whole in any text.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece's BPE"}
+_KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece's BPE", "gemma4": "the same with merges"}
+# A file says that its texts begin with a token, and the model's own tokenizer does not begin them: its template does.
+_UNFRAMED = ("gemma4",)
 _OTHER_KINDS = {"t5": "SentencePiece's unigrams", "bert": "WordPiece", "rwkv": "RWKV's tries"}
 
 
@@ -120,7 +122,7 @@ def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
     if kind == "gpt2":
         rules = _rules(fields.text("tokenizer.ggml.pre"))
         tokenizer, puts_bos = _bpe(tokens, fields.texts("tokenizer.ggml.merges"), rules), rules.bos
-    elif kind == "llama":
+    elif kind in ("llama", "gemma4"):
         tokenizer, puts_bos = pieces_tokenizer(fields, tokens, types), True
         special.add(_UNKNOWN)
     else:
@@ -129,7 +131,8 @@ def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
     for kinds, add in ((special, tokenizer.add_special_tokens), ({_USER_DEFINED}, tokenizer.add_tokens)):
         found = [token for token, own in zip(tokens, types, strict=True) if own in kinds and token in vocabulary]
         add([AddedToken(token, special=kinds is special, normalized=False) for token in found])
-    first = _token(fields, tokens, "bos") if fields.flag("tokenizer.ggml.add_bos_token", default=puts_bos) else None
+    puts_bos = fields.flag("tokenizer.ggml.add_bos_token", default=puts_bos) and kind not in _UNFRAMED
+    first = _token(fields, tokens, "bos") if puts_bos else None
     last = _token(fields, tokens, "eos") if fields.flag("tokenizer.ggml.add_eos_token", default=False) else None
     if first is not None or last is not None:
         _frame(tokenizer, first, last)
@@ -148,7 +151,7 @@ def _rules(name: str) -> _Rules:
 
 def _refusal(kind: str) -> str:
     what = f" ({_OTHER_KINDS[kind]})" if kind in _OTHER_KINDS else ""
-    known = " and ".join(f"{name} ({meaning})" for name, meaning in _KINDS.items())
+    known = ", ".join(f"{name} ({meaning})" for name, meaning in _KINDS.items())
     near = "llama" if kind.startswith(("t5", "gemma", "plamo")) else nearest(kind, _KINDS)
     return f"the GGUF file's tokenizer is of the kind {kind}{what}; kvferry converts {known}" + (
         f"; the nearest is {near}" if near is not None else ""

@@ -25,6 +25,7 @@ class Architecture:
     reads: tuple[str, ...] = ()  # fields beyond those that every architecture has: `config.py`
     permutes: bool = False  # rows of queries and keys: of each head's two halves in turn
     turns_parts: bool = False  # positions may turn a part of each head
+    turns_fastest: bool = False  # the factors of its frequencies say which pairs are turned: `own_fields.py`
     norm_offset: float = 0.0  # what stands in the file over what a checkpoint has
     experts: Experts = "none"
     expert_module: str = "mlp"

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from .architecture import Architecture
-from .names import ATTENTION, FUSED_MLP, HEAD_NORMS, LLAMA, MLP, NORMS, NORMS_AROUND, NORMS_BEHIND, NORMS_BOTH, QWEN3
+from .names import (
+    ATTENTION,
+    FUSED_MLP,
+    GEMMA4,
+    HEAD_NORMS,
+    LLAMA,
+    MLP,
+    NORMS,
+    NORMS_AROUND,
+    NORMS_BEHIND,
+    NORMS_BOTH,
+    QWEN3,
+)
 from .reads import EXPERTS, MULTIPLIERS, WINDOW
 
 DENSE: dict[str, Architecture] = {
@@ -47,6 +59,13 @@ DENSE: dict[str, Architecture] = {
         layer={**ATTENTION, **HEAD_NORMS, **MLP, **NORMS_BOTH},
         reads=(*WINDOW, "final_logit_softcapping", "rope.freq_base_swa"),
         norm_offset=1.0,
+    ),
+    "gemma4": Architecture(
+        family="Gemma4ForCausalLM",
+        model_type="gemma4_text",
+        layer=GEMMA4,
+        reads=(*WINDOW, "final_logit_softcapping", "rope.freq_base_swa"),
+        turns_fastest=True,
     ),
     "phi3": Architecture(
         family="Phi3ForCausalLM",

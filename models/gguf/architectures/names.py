@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output.weight": "lm_head.weight",
+    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
+}
 FINAL_NORMS = ("output_norm.weight", "token_embd_norm.weight")  # the second one is LFM2's
 
 ATTENTION = {
@@ -21,6 +27,16 @@ NORMS_BEHIND = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 NORMS_BOTH = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **NORMS_BEHIND}
+GEMMA4 = {
+    **ATTENTION,
+    **HEAD_NORMS,
+    **MLP,
+    **NORMS_BOTH,
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "layer_output_scale": "layer_scalar",
+}
 SPARSE = {"ffn_gate_inp": "mlp.gate"}
 LATENT = {
     "attn_q": "self_attn.q_proj",

@@ -26,7 +26,7 @@ from kvferry.models.families.module_names import full_name
 from kvferry.models.parts.side_by_side import Multipliers
 
 from ...gguf_files import plain_tokens, write_as_gguf
-from ...transformers_checkpoints import FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE, STATES
+from ...transformers_checkpoints import FALCON_H1, GEMMA_4, GEMMA_4_BORROWING, NEMOTRON_H, NEMOTRON_H_MOE, STATES
 from ..weights.test_formats import assert_as_transformers
 from .test_gguf_families import GRANITE, write_drawn
 
@@ -66,6 +66,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOss", {}),
     "ernie4_5": ("Ernie4_5", {"tie_word_embeddings": True}),
     "hunyuan-dense": ("HunYuanDenseV1", {}),
+    "gemma4": ("Gemma4Text", GEMMA_4),
+    "gemma4 that borrows": ("Gemma4Text", GEMMA_4_BORROWING),
     "glm4": ("Glm4", PARTS),
     "exaone4": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 20}),
     "exaone4 without windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),

@@ -36,7 +36,7 @@ TEXTS = [
     *("<s>[INST] hi [/INST]", "<think>so</think>", "a <unk> b", "<0x41>", " " * 40, "▁▁", "x" * 50),
 ]
 # Of each architecture whose spaces differ, with the types that its files have.
-KINDS = ("llama", "gemma3", "phi3")
+KINDS = ("llama", "gemma3", "phi3", "gemma4")
 
 
 def _pieces(kind: str) -> tuple[list[str], list[float], list[int]]:
@@ -60,11 +60,28 @@ def _pieces(kind: str) -> tuple[list[str], list[float], list[int]]:
     return tokens, scores, [kind for _, kind in head] + [1] * (len(merged) + len(letters))
 
 
+def _merges(tokens: list[str]) -> list[str]:
+    """Return a pair for each piece that two before it make, the one with the longest beginning."""
+    places = {token: place for place, token in enumerate(tokens)}
+    found = []
+    for token in tokens:
+        cuts = [(token[:at], token[at:]) for at in range(len(token) - 1, 0, -1)]
+        pairs = [pair for pair in cuts if all(part in places for part in pair)]
+        if pairs and token[0] != "<":
+            found.append(" ".join(pairs[0]))
+    return found
+
+
 def _write(path: Path, kind: str, **flags: bool) -> Path:
     tokens, scores, types = _pieces(kind)
     writer = gguf.GGUFWriter(path, kind)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_model("gemma4" if kind == "gemma4" else "llama")
+    if kind == "gemma4":
+        writer.add_token_merges(_merges(tokens))
+        writer.add_add_space_prefix(False)
+        writer.add_add_bos_token(True)
+    else:
+        writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
@@ -131,6 +148,11 @@ def test_a_text_begins_with_the_files_token_unless_it_says_otherwise(tmp_path: P
         assert (ids[0] == 1) == (first == 1)
 
 
+def test_a_text_of_gemma_4_begins_as_in_its_own_tokenizer(tmp_path: Path) -> None:
+    """Its files say that it begins with a token, which its chat template writes itself."""
+    assert _convert(_write(tmp_path / "m.gguf", "gemma4"), tmp_path / "m").encode("The worker")[0] != 1
+
+
 def test_no_space_is_put_before_a_text_where_the_file_says_so(tmp_path: Path) -> None:
     with_space = _convert(_write(tmp_path / "a.gguf", "llama"), tmp_path / "a")
     without = _convert(_write(tmp_path / "b.gguf", "llama", add_space_prefix=False), tmp_path / "b")
@@ -143,7 +165,7 @@ def test_no_space_is_put_before_a_text_where_the_file_says_so(tmp_path: Path) ->
     ("model", "named"),
     [
         ("t5", r"of the kind t5 \(SentencePiece's unigrams\); kvferry converts gpt2 \(byte.*the nearest is llama"),
-        ("bert", r"of the kind bert \(WordPiece\); kvferry converts gpt2 \(byte-level BPE\) and llama"),
+        ("bert", r"of the kind bert \(WordPiece\); kvferry converts gpt2 \(byte-level BPE\), llama "),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path: Path, model: str, named: str) -> None:
