@@ -112,6 +112,7 @@ WIDE = {"linear_value_head_dim": 32, "linear_key_head_dim": 32}
 QUANTIZED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "granitehybrid Q8_0": ("granitehybrid", {"shared_intermediate_size": 64}, {"": "Q8_0", "norm": "F32"}),
     "nemotron_h Q8_0": ("nemotron_h", {}, {"": "Q8_0"}),
+    "gemma4 Q8_0": ("gemma4 that borrows", {"hidden_size_per_layer_input": 32}, {"": "Q8_0"}),
     "lfm2 Q4_0": ("lfm2", {}, {"": "Q4_0", "embed_tokens": "Q8_0"}),
     "qwen35 Q8_0": ("qwen35", WIDE, {"": "Q8_0"}),
     "qwen35 Q8_0, blocks of two heads": ("qwen35", {}, {"": "Q8_0"}),
@@ -181,7 +182,7 @@ def test_blocks_mean_the_same_numbers(tmp_path: Path, variant: str) -> None:
     _assert_same_tensors(found, wanted)
 
 
-@pytest.mark.parametrize("variant", ["granitehybrid Q8_0", "qwen35 Q8_0"])
+@pytest.mark.parametrize("variant", ["gemma4 Q8_0", "granitehybrid Q8_0", "qwen35 Q8_0"])
 def test_blocks_are_multiplied_by(tmp_path: Path, variant: str) -> None:
     path, checkpoint = _written(tmp_path, *QUANTIZED[variant])
     assert_as_transformers(path, checkpoint, within=1e-3)  # of states errors grow from token to token
