@@ -36,7 +36,6 @@ from .nn.attention.choose import make_attention
 from .nn.attention.uneven import layers_of_pages
 from .nn.decoder import Decoder
 from .nn.expert_adapters import ExpertSlots, TorchFactors
-from .nn.experts import SparseMLP
 from .nn.loading import Progress, read_kv_scales
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
@@ -98,7 +97,7 @@ def make_adapters(
     if not config.enable_lora:
         return None
     num_slots, max_rank = config.max_loras, config.max_lora_rank
-    layers = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, SparseMLP)]
+    layers = [sparse for layer in decoder.layers if (sparse := layer.sparse) is not None]
     if device.type == "cuda":
         from .cuda.adapters import DeviceSlots
 

@@ -35,7 +35,6 @@ from .draft import DraftModel
 from .mask_thread import MaskThread
 from .masks import with_forced, with_masks_heeded
 from .nn.decoder import Decoder
-from .nn.experts import SparseMLP
 from .nn.loading import Progress, load_weights
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer, StepStopped
@@ -111,8 +110,8 @@ class Engine:
         num_host = num_host_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
         self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
         self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
-        blocks = [layer.feed_forward for layer in decoder.layers]
-        self._sparse = {layer: block for layer, block in enumerate(blocks) if isinstance(block, SparseMLP)}
+        blocks = enumerate(layer.sparse for layer in decoder.layers)
+        self._sparse = {layer: block for layer, block in blocks if block is not None}
         self._num_layer_pages = self.model_config.num_kv_pages
         pages = self.kv_pages[: self._num_layer_pages]
         if decoder.states is not None:

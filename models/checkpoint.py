@@ -70,9 +70,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
             shapes[f"{name}.layer_scalar"] = (1,)
         if config.has_mixer(layer):
             shapes |= _mixer_shapes(config, name, layer)
-        if config.has_feed_forward(layer):
-            experts = config.experts_of(layer)
-            shapes |= _mlp_shapes(config, name, layer) if experts is None else experts.shapes(name, hidden)
+        if (experts := config.experts_of(layer)) is not None and config.has_feed_forward(layer):
+            shapes |= experts.shapes(name, hidden)
+        if config.has_mlp(layer):
+            shapes |= _mlp_shapes(config, name, layer)
     return shapes
 
 

@@ -149,10 +149,7 @@ class ModelConfig:
         return before, behind, before_fed, behind_fed
 
     def page_of(self, layer: int) -> int | None:
-        """Return which of a block's keys and values a layer reads; None: it keeps a state, or nothing.
-
-        Where all layers' are of one size, that is which page they are.
-        """
+        """Return which of a block's keys and values, its pages mostly, a layer reads; None: a state, or nothing."""
         lender = layer if self.uneven is None else self.uneven.lender(layer)
         return self.kv_layers.index(lender) if lender in self.kv_layers else None
 
@@ -189,7 +186,7 @@ class ModelConfig:
             counts["hidden_size_per_layer_input"] = self.layer_inputs.size
         if self.states is not None:
             counts["shares of a state"] = self.states.num_shares
-        if any(self.has_feed_forward(layer) and self.experts_of(layer) is None for layer in range(self.num_layers)):
+        if any(map(self.has_mlp, range(self.num_layers))):
             counts["intermediate_size"] = self.intermediate_size
         if self.experts is not None:
             counts |= self.experts.shared_counts(whole_experts=whole_experts)
@@ -199,8 +196,12 @@ class ModelConfig:
         """Count the inner columns of a layer's MLP."""
         return self.intermediate_size * (1 if self.uneven is None else self.uneven.mlp_factor(layer))
 
+    def has_mlp(self, layer: int) -> bool:
+        experts = self.experts_of(layer)
+        return self.has_feed_forward(layer) and (experts is None or experts.are_beside_mlp)
+
     def experts_of(self, layer: int) -> ExpertsConfig | None:
-        """Return the experts that take the place of a layer's gated MLP, if they do."""
+        """Return the experts that take the place of a layer's gated MLP, or are beside it, if it has any."""
         return self.experts if self.experts is not None and self.sparse_layers[layer] else None
 
     @property

@@ -161,4 +161,4 @@ class RankTensors:
 
 
 def _layer(module: str) -> str:
-    return module.rpartition(".experts.")[0].rpartition(".")[0]
+    return ".".join(module.split(".")[:3])

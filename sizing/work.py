@@ -116,11 +116,9 @@ def num_values(model: ModelConfig) -> int:
     norms and sums with the residual stream, rotation, attention's output, the feed-forward's gate, or its activation.
     """
     layers = list(filter(model.has_feed_forward, range(model.num_layers)))
-    inner = (
-        sum(map(model.inner_size, layers))
-        if model.experts is None
-        else len(layers) * (model.experts.intermediate_size * model.experts.num_chosen + model.experts.shared_size)
-    )
+    inner = sum(map(model.inner_size, filter(model.has_mlp, layers)))
+    if (experts := model.experts) is not None:
+        inner += sum(model.sparse_layers) * (experts.intermediate_size * experts.num_chosen + experts.shared_size)
     heads = [model.heads_of(layer) for layer in mixers(model)]
     of_mixers = sum(3 * model.hidden_size + 3 * model.num_qo_heads * own.dim + 4 * own.size for own in heads)
     of_feed_forwards = 3 * len(layers) * model.hidden_size + len(model.family.mlp.parts) * inner
@@ -130,7 +128,8 @@ def num_values(model: ModelConfig) -> int:
 def num_sums(model: ModelConfig, exchange: ExpertExchange = "sum") -> int:
     """Count a step's sums over the ranks, and what takes their place."""
     of_inputs = model.num_layers + 1 if model.layer_inputs is not None else 0  # in each layer, behind the table
-    of_layers = len(mixers(model)) + num_feed_forwards(model) + _num_norm_sums(model) + of_inputs
+    of_experts = sum(model.has_mlp(layer) for layer, is_sparse in enumerate(model.sparse_layers) if is_sparse)
+    of_layers = len(mixers(model)) + num_feed_forwards(model) + _num_norm_sums(model) + of_inputs + of_experts
     return of_layers + 1 + _num_exchanged(model, exchange) * (_EXCHANGES - 1)
 
 

@@ -100,6 +100,13 @@ GEMMA_4_BORROWING: dict[str, Any] = GEMMA_4 | {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 512,
 }
+# Beside each MLP experts, by norms of their own.
+GEMMA_4_MOE: dict[str, Any] = GEMMA_4 | {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 32,
+}
 # Norms before a head, as transformers' classes name them: their logits lie apart.
 _LAST_NORMS = tuple(f"model.{name}.weight" for name in ("norm", "embedding_norm", "norm_f", "final_layernorm"))
 
@@ -136,9 +143,13 @@ def draw(model: torch.nn.Module, *, seed: int = 0) -> None:
             if "norm" in name:
                 tensor.fill_(4.0 if name in _LAST_NORMS else 1.0)
             elif tensor.dim() >= 2:
-                gain = 3.0 if "q_proj" in name or name.endswith((".gate.weight", ".router.weight")) else 1.0
+                gain = (
+                    3.0
+                    if "q_proj" in name or name.endswith((".gate.weight", ".router.weight", ".router.proj.weight"))
+                    else 1.0
+                )
                 tensor.normal_(0, gain / math.sqrt(tensor.shape[-1]), generator=generator)
-            elif name.endswith("layer_scalar"):
+            elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
                 tensor.uniform_(0.5, 1.0, generator=generator)
             elif name.endswith("sinks"):
                 tensor.normal_(0, 1.0, generator=generator)

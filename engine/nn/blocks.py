@@ -26,6 +26,7 @@ from .feed_forward import FeedForward, make_mlp
 from .latent import LatentAttention
 from .mamba import Mamba
 from .mixer import Attention, GatedAttention, Mixer, NormedValueAttention, SideBySide, StatefulMixer
+from .residual import ExpertsBeside
 from .states import LayerStates
 
 _STATEFUL: dict[type[StatesConfig], Callable[[Builder, str, int, LayerStates], StatefulMixer]] = {
@@ -59,12 +60,26 @@ def make_mixer(builder: Builder, layer: str, layer_id: int) -> Mixer:
 
 
 def make_feed_forward(builder: Builder, layer: str, layer_id: int) -> FeedForward:
-    if (experts := builder.config.experts_of(layer_id)) is not None:
-        if (plan := builder.expert_plan) is None:
-            return SparseMLP(builder, layer, experts)
-        make = ExchangedMLP if plan.is_exchanged else SparseMLP
-        return make(builder, layer, experts, plan.held(layer_id))
-    family, size = builder.config.family, builder.config.inner_size(layer_id)
+    config = builder.config
+    if not config.has_mlp(layer_id):
+        return _make_experts(builder, layer, layer_id)
+    family, size = config.family, config.inner_size(layer_id)
     own = family.mlp
     fused = None if family.fusion == "none" else own.fused
     return make_mlp(builder, f"{layer}.{own.module}", size, own.parts, fused=fused)
+
+
+def make_experts_beside(builder: Builder, layer: str, layer_id: int) -> ExpertsBeside | None:
+    """Make what a layer has beside its MLP; None: nothing."""
+    if not builder.config.has_mlp(layer_id) or builder.config.experts_of(layer_id) is None:
+        return None
+    return ExpertsBeside(builder, layer, _make_experts(builder, layer, layer_id))
+
+
+def _make_experts(builder: Builder, layer: str, layer_id: int) -> SparseMLP:
+    experts = builder.config.experts_of(layer_id)
+    assert experts is not None
+    if (plan := builder.expert_plan) is None:
+        return SparseMLP(builder, layer, experts)
+    make = ExchangedMLP if plan.is_exchanged else SparseMLP
+    return make(builder, layer, experts, plan.held(layer_id))

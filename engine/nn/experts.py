@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ...models.parts.expert_plan import Held, copies_of, shares
-from ...models.parts.experts import ExpertsConfig, Narrowing
+from ...models.parts.experts import NORMS_BESIDE_MLP, ExpertsConfig, Narrowing
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight, Leaf, WeightSlot
 from .builder import Builder
 from .feed_forward import MLP, make_mlp
-from .layers import ColumnParallelLinear, Linear, Part
+from .layers import ColumnParallelLinear, Linear, Part, RMSNorm
 from .stacked_experts import ExpertStack, StackedExpert
 from .step_groups import StepGroups
 
@@ -39,15 +39,24 @@ class Gate(Linear):
         bias = torch.empty(shape[0], device=builder.device) if experts.is_stacked else None
         super().__init__(f"{layer}.{experts.gate}", DenseWeight(torch.empty(shape, device=builder.device)), bias)
         self.experts = experts
-        self._score_bias_name = f"{layer}.{experts.score_bias}"
+        self._vectors: dict[str, Tensor] = {}  # by their names
         self.score_bias: Tensor | None = None
         if experts.score_bias is not None:
-            self.score_bias = torch.empty(experts.num_experts, device=builder.device)
+            self.score_bias = self._vector(builder, f"{layer}.{experts.score_bias}", shape[0])
+        # Of experts beside an MLP: what rows are multiplied by, and what each expert's weight is.
+        self.factors: tuple[Tensor, Tensor] | None = None
+        if experts.are_beside_mlp:
+            of_rows = self._vector(builder, f"{layer}.router.scale", shape[1])
+            self.factors = of_rows, self._vector(builder, f"{layer}.router.per_expert_scale", shape[0])
+
+    def _vector(self, builder: Builder, name: str, size: int) -> Tensor:
+        return self._vectors.setdefault(name, torch.empty(size, device=builder.device))
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's experts and their weights, both [rows, num_chosen], and the weights float32."""
         experts = self.experts
-        logits = self(x.float())
+        rows = x.float() if self.factors is None else x.float() * self.factors[0] * x.shape[1] ** -0.5
+        logits = self(rows)
         scores = logits.sigmoid() if experts.scoring == "sigmoid" else logits.softmax(-1)
         ranked = scores if self.score_bias is None else scores + self.score_bias
         if experts.num_groups > 1:
@@ -56,6 +65,8 @@ class Gate(Linear):
         weights = scores.gather(1, chosen)
         if experts.normalised:
             weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+        if self.factors is not None:
+            weights = weights * self.factors[1][chosen]
         return chosen, weights * experts.scale
 
     def _of_best_groups(self, ranked: Tensor) -> Tensor:
@@ -71,8 +82,8 @@ class Gate(Linear):
         yield from self.weight.slots(self.name, size)
         if self.bias is not None:
             yield WeightSlot(f"{self.name}.bias", size[:1], self.bias)
-        if self.score_bias is not None:
-            yield WeightSlot(self._score_bias_name, size[:1], self.score_bias)
+        for name, vector in self._vectors.items():
+            yield WeightSlot(name, tuple(vector.shape), vector)
 
 
 class SharedGate(Linear):
@@ -172,6 +183,9 @@ class SparseMLP:
                 make_mlp(own, f"{layer}.{experts.expert(index)}", size, experts.parts, row_size=row_size)
                 for index in self.held
             ]
+        self.row_norm: RMSNorm | None = None
+        if experts.are_beside_mlp:
+            self.row_norm = RMSNorm(builder, f"{layer}.{NORMS_BESIDE_MLP[0]}", builder.config.hidden_size)
         self.narrowing = None if experts.narrowing is None else NarrowRows(builder, layer, experts.narrowing)
         for expert in self.experts:
             expert.gate_up_proj.takes_some_rows = expert.down_proj.takes_some_rows = True
@@ -207,6 +221,8 @@ class SparseMLP:
         """Return rows as the routed experts see them, and the weights of what these yield."""
         if self.gate.experts.scales_inputs:  # one expert a row
             return (x * weights).to(x.dtype), torch.ones_like(weights)
+        if self.row_norm is not None:  # rows are normed already
+            return x * self.row_norm.weight, weights
         return (x if self.narrowing is None else self.narrowing.before(x)), weights
 
     def widened(self, total: Tensor) -> Tensor:
@@ -268,6 +284,8 @@ class SparseMLP:
         yield self.gate
         if self.narrowing is not None:
             yield from (self.narrowing.before, self.narrowing.behind)
+        if self.row_norm is not None:
+            yield self.row_norm
         if self.stack is not None:
             yield self.stack
         for expert in self.experts:

@@ -1,7 +1,10 @@
 """Some families do more to the residual stream of a layer than to add its blocks' results.
 
-behind both blocks   a gate of it times the layer's own input of the token, projected, normed and added
-behind that          all of it times a number
+    beside the MLP       experts, each with a norm behind it, before both are added
+    behind both blocks   a gate of it times the layer's own input of the token, projected, normed and added
+    behind that          all of it times a number
+
+Each rank has the whole stream, and a part of the matrices.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.parts.experts import NORMS_BESIDE_MLP
 from ...models.parts.uneven_heads import LayerInputs
 from ..ranks.communicator import Communicator
 from ..weights.weight import Leaf, WeightSlot
 from .builder import Builder
+from .experts import SparseMLP
 from .feed_forward import ACTIVATIONS
 from .layers import ColumnParallelLinear, ParallelEmbedding, Part, RMSNorm, RowParallelLinear
 
@@ -30,6 +36,24 @@ class LayerFactor:
 
     def slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(self.name, (1,), self.weight)
+
+
+class ExpertsBeside:
+    """Adds what a layer's experts yield, which see the residual stream by a norm of their own, to what its MLP does."""
+
+    def __init__(self, builder: Builder, layer: str, sparse: SparseMLP) -> None:
+        _, *behind = (f"{layer}.{name}" for name in NORMS_BESIDE_MLP)
+        self.sparse = sparse
+        self._mlp_norm, self._norm = (RMSNorm(builder, name, builder.config.hidden_size) for name in behind)
+
+    def __call__(self, fed: Tensor, x: Tensor) -> Tensor:
+        """[num_tokens, hidden_size], what the MLP yields, and the residual stream that it was made of -> their sum."""
+        rows = F.rms_norm(x.float(), x.shape[1:], eps=self._norm.eps).to(fed.dtype)
+        return self._mlp_norm(fed) + self._norm(self.sparse(rows))
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield from self.sparse.leaves()
+        yield from (self._mlp_norm, self._norm)
 
 
 class InputTable:

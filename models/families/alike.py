@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .defaults import GEMMA4
-from .experts import LFM2_EXPERTS, LLAMA_4, MISTRAL_4, NEMOTRON_H_EXPERTS, ExpertTraits
+from .experts import GEMMA_4_EXPERTS, LFM2_EXPERTS, LLAMA_4, MISTRAL_4, NEMOTRON_H_EXPERTS, ExpertTraits
 from .family import Family, MlpNames
 
 # Heads and norms of GLM-4.
@@ -63,6 +63,7 @@ GEMMA4_TEXT = Family(
     windows="typed",
     has_wide_layers=True,
     has_layer_factors=True,
+    experts=GEMMA_4_EXPERTS,
     has_local_rope=True,
     scales_embeddings=True,
     has_score_scale=True,

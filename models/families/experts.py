@@ -41,6 +41,8 @@ class ExpertTraits:
     # What makes a token's row narrower before the routed experts, and their sum as wide as it was, in `module`;
     # config.json tells how narrow, or that they see it as it is.
     narrowing: tuple[str, str] | None = None
+    # A layer has its MLP besides: experts see rows by a norm of their own, and their sum is normed and added to its.
+    are_beside_mlp: bool = False
     shared_gate: str | None = None  # a vector in `module`, whose sigmoid with a token is the shared one's weight
 
 
@@ -77,6 +79,14 @@ LLAMA_4 = ExpertTraits(
     stacks=Stacks("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
     shared="shared_expert",
     shared_size_key="intermediate_size",
+)
+GEMMA_4_EXPERTS = ExpertTraits(
+    module="",
+    is_optional=True,
+    gate="router.proj",
+    normalised=True,
+    stacks=Stacks("experts.gate_up_proj", "experts.down_proj"),
+    are_beside_mlp=True,
 )
 DEEPSEEK_V2 = ExpertTraits(normalised=False)
 MISTRAL_4 = ExpertTraits(normalised_default=True, has_groups=False, stacks=Stacks())

@@ -23,8 +23,10 @@ Shape = tuple[int, ...]
 # A matrix that is small and decides much: never rounded by `--quantization`.
 GATES = (
     *("mlp.gate", "mlp.gate.wg", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router"),
-    *("mixer.gate", "feed_forward.router"),
+    *("mixer.gate", "feed_forward.router", "router.proj"),
 )
+# Where experts are beside an MLP: of what they see, of what it yields, of what they yield.
+NORMS_BESIDE_MLP = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k", "moe_topk")
 _FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
@@ -68,6 +70,7 @@ class ExpertsConfig:
     narrowing: Narrowing | None = None
     gate_name: str = "gate"
     scales_inputs: bool = False
+    are_beside_mlp: bool = False
     is_stacked: bool = False
     stacks: Stacks | None = None
     score_bias: str | None = None  # its name in a layer: `ExpertTraits.score_bias`
@@ -76,11 +79,11 @@ class ExpertsConfig:
 
     @property
     def gate(self) -> str:
-        return f"{self.module}.{self.gate_name}"
+        return _joined(self.module, self.gate_name)
 
     def expert(self, index: int) -> str:
         """Return the name of an expert in its layer."""
-        return f"{self.module}.experts.{index}"
+        return _joined(self.module, f"experts.{index}")
 
     def shared_counts(self, *, whole_experts: bool) -> dict[str, int]:
         """Return what ranks share of them, by its name in config.json."""
@@ -92,6 +95,9 @@ class ExpertsConfig:
     def shapes(self, layer: str, hidden_size: int) -> dict[str, Shape]:
         """Return the tensors of a sparse layer, by their names in a checkpoint."""
         shapes: dict[str, Shape] = {f"{layer}.{self.gate}.weight": (self.num_experts, hidden_size)}
+        if self.are_beside_mlp:
+            shapes |= {f"{layer}.router.scale": (hidden_size,), f"{layer}.router.per_expert_scale": (self.num_experts,)}
+            shapes |= {f"{layer}.{norm}.weight": (hidden_size,) for norm in NORMS_BESIDE_MLP}
         if self.score_bias is not None:
             shapes[f"{layer}.{self.score_bias}"] = (self.num_experts,)
         if self.shared_gate is not None:
@@ -126,6 +132,10 @@ class ExpertsConfig:
             f"{name}.down_proj": (n, inner, hidden),
             f"{name}.down_proj_bias": (n, hidden),
         }
+
+
+def _joined(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
 
 
 def _mlp_shapes(
@@ -172,6 +182,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         parts=traits.parts,
         gate_name=traits.gate,
         scales_inputs=traits.scales_inputs,
+        are_beside_mlp=traits.are_beside_mlp,
         is_stacked=traits.is_stacked,
         stacks=traits.stacks,
         score_bias=None if traits.score_bias is None else f"{traits.module}.{traits.score_bias}",

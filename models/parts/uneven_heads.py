@@ -136,8 +136,10 @@ def in_common_words(fields: ConfigFields) -> ConfigFields:
         own["use_bidirectional_attention"] = None
     elif fields.has("use_bidirectional_attention"):
         raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
-    if fields.raw.get("enable_moe_block"):
-        raise fields.refuse("enable_moe_block", "experts are not supported in this family yet")
+    if fields.flag("enable_moe_block", default=False):
+        own["num_experts_per_tok"] = fields.raw.get("top_k_experts")
+    else:
+        own["num_experts"] = 0
     return ConfigFields(fields.path, dict(fields.raw) | own | _wide_heads(fields, kinds))
 
 

@@ -12,6 +12,7 @@ from ..transformers_checkpoints import (
     FALCON_H1,
     GEMMA_4,
     GEMMA_4_BORROWING,
+    GEMMA_4_MOE,
     LLAMA_4,
     NEMOTRON_H,
     NEMOTRON_H_MOE,
@@ -103,6 +104,7 @@ _MAMBA: dict[str, Any] = {
 # What differs from `GEMMA_4`, and the pages of a block.
 _GEMMA4: dict[str, tuple[dict[str, Any], int]] = {
     "gemma4": ({}, 5),
+    "gemma4_moe": (GEMMA_4_MOE, 5),
     "gemma4_borrowing": (GEMMA_4_BORROWING | {"global_head_dim": 64, "head_dim": 32}, 2),
 }
 # Of others 1, with which two tokens of this one are nearer to each other (1.3e-4) than what roundings lead to.
@@ -161,7 +163,7 @@ def _write_gemma4(path: Path, fields: dict[str, Any], num_pages: int) -> Exactne
     longer = {"sliding_window": 300, "max_position_embeddings": MAX_MODEL_LEN}
     write_model(path, transformers.Gemma4TextConfig(**SMALL | GEMMA_4 | fields | longer), draws_norms=True)
     write_tokenizer(path, SMALL["vocab_size"])
-    return ExactnessModel(path, num_pages * 2 * 2 * 64 * _BLOCK_SIZE * _FLOAT32, is_sparse=False)
+    return ExactnessModel(path, num_pages * 2 * 2 * 64 * _BLOCK_SIZE * _FLOAT32, is_sparse="num_experts" in fields)
 
 
 def write_exactness_model(path: Path, family: str) -> ExactnessModel:

@@ -42,7 +42,7 @@ from .pinned_router import PIN_VARIABLE
 # ernie4_5_moe exaone_moe dots1 solar_open gpt_oss deepseek_v3 glm4_moe_lite youtu qwen3_5_text qwen3_next
 # qwen3_5_moe_text qwen3_vl_moe granitemoe hunyuan_v1_dense hunyuan_v1_moe cohere2 lfm2 lfm2_moe granite4 granite4_moe
 # nemotron_h nemotron_h_moe arcee falcon_h1 mistral4 llama4 gemma4
-# gemma4_borrowing",
+# gemma4_borrowing gemma4_moe",
 # are of parts that these have or that tests/engine tests.
 FAMILIES = os.environ.get("FAMILIES", "llama mistral gemma3_text").split()
 NUM_TOKENS = 24

@@ -19,13 +19,14 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.parts.uneven_heads import Heads, UnevenHeads
 
 from ..engine_driver import GREEDY, Driver, make_engine, prompt_logprobs
-from ..transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, SMALL, write_model
+from ..transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, GEMMA_4_MOE, SMALL, write_model
 from .test_adapters import assert_adapted_as_merged
 from .transformers_reference import reference_logprobs
 
 VARIANTS: dict[str, dict[str, object]] = {
     "keys are values": {},
     "borrowed keys": GEMMA_4_BORROWING,
+    "experts": GEMMA_4_MOE,
     "values of their own": {"attention_k_eq_v": False, "num_key_value_heads": 4, "final_logit_softcapping": None},
     "one head": {"attention_k_eq_v": False, "num_key_value_heads": 1, "attention_bias": True},
 }
@@ -68,6 +69,13 @@ def test_exact_steps_are_those_of_transformers_in_any_chunks(checkpoints: Path, 
     assert _answers(engine, [PROMPT[:90], PROMPT], 64) == _answers(engine, [PROMPT[:90], PROMPT], 7)
 
 
+def test_experts_are_counted(checkpoints: Path) -> None:
+    engine = make_engine(checkpoints / "experts")
+    _answers(engine, [PROMPT], 64)
+    assert [each.layer for each in engine.expert_loads()] == list(range(6))
+    assert all(sum(each.taken) >= 3 * len(PROMPT) for each in engine.expert_loads())
+
+
 def test_pages_are_told_of_when_all_of_their_layers_are_computed(checkpoints: Path) -> None:
     engine, told = make_engine(checkpoints / "keys are values"), list[int]()
     driver = Driver(engine)
@@ -106,6 +114,7 @@ def test_layers_share_pages_without_a_hole(narrow: Heads, wide: Heads, are_wide:
     ("variant", "targets"),
     [
         ("keys are values", ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")),
+        ("experts", ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj")),
         ("borrowed keys", ("q_proj", "per_layer_input_gate", "per_layer_projection", "down_proj")),
     ],
 )

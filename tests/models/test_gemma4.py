@@ -13,11 +13,11 @@ from kvferry.models.checkpoint import tensor_shapes
 from kvferry.models.native import not_in_native
 from kvferry.models.parts.uneven_heads import Heads, check_uneven, made_parts
 from kvferry.sizing.memory import cache_token_bytes, kept_bytes_read
-from kvferry.sizing.work import num_visible_keys
+from kvferry.sizing.work import count_params, num_sums, num_visible_keys
 
 from ..sizing.models import CONFIGS, model_of, model_of_text
 
-NAME, SMALLER = "gemma-4-31b", "gemma-4-e2b"
+NAME, SMALLER, SPARSE = "gemma-4-31b", "gemma-4-e2b", "gemma-4-26b-a4b"
 PUBLISHED = CONFIGS[NAME]["text_config"]
 assert isinstance(PUBLISHED, dict)
 
@@ -54,10 +54,31 @@ def test_the_last_layers_borrow_and_each_is_given_an_input(tmp_path: Path) -> No
     assert shapes["model.embed_tokens_per_layer.weight"] == (262144, 35 * 256)
     table = math.prod(shapes["model.embed_tokens_per_layer.weight"])
     assert sum(map(math.prod, shapes.values())) - table == pytest.approx(2.3e9, rel=0.02)  # as published
+    assert num_sums(model) == 3 * 35 + 2  # behind attention, MLP and own input, and behind both tables
     engine = _engine(tmp_path)
     assert cache_token_bytes(engine, model) == 2 * 2 * (12 * 256 + 3 * 512)
     read = kept_bytes_read(engine, model, 10_000)
     assert read == 2 * 2 * (28 * 512 * 256 + 7 * 10_000 * 512)  # borrowers read, too
+
+
+def test_experts_are_beside_the_mlp(tmp_path: Path) -> None:
+    model = model_of(tmp_path, SPARSE)
+    experts = model.experts
+    assert experts is not None and model.sparse_layers == (True,) * 30 and all(map(model.has_mlp, range(30)))
+    assert (experts.num_experts, experts.num_chosen, experts.gate) == (128, 8, "router.proj")
+    shapes = tensor_shapes(model)
+    assert shapes["model.layers.3.mlp.gate_proj.weight"] == (2112, 2816)
+    assert shapes["model.layers.3.experts.127.down_proj.weight"] == (2816, 704)
+    assert shapes["model.layers.3.router.per_expert_scale"] == (128,)
+    assert sum(map(math.prod, shapes.values())) == pytest.approx(25.2e9, rel=5e-3)  # as published
+    counted = count_params(model)
+    active = counted.layers + counted.experts * experts.num_chosen / experts.num_experts + counted.head
+    assert active == pytest.approx(3.8e9, rel=0.02)
+    assert {"experts beside an MLP", "layers whose heads are of two sizes"} <= set(
+        not_in_native(model, None, is_float32=False)
+    )
+    assert num_sums(model) == 3 * 30 + 1  # behind attention, MLP and experts
+    assert model.tp_sizes(whole_experts=True) == model.tp_sizes(whole_experts=False) == [1, 2]
 
 
 def test_a_tokens_bytes_are_its_numbers_and_no_more(tmp_path: Path) -> None:
@@ -106,7 +127,7 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict
         ({"num_kv_shared_layers": 35}, "num_kv_shared_layers = 35: leaves no layer of a kind"),
         ({"num_kv_shared_layers": 31}, "num_kv_shared_layers = 31: leaves no layer of a kind"),
         ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input = 1000: must not be below vocab_size"),
-        ({"enable_moe_block": True}, "enable_moe_block = True: experts are not supported"),
+        ({"enable_moe_block": True}, "num_experts = None: must be a whole number"),
     ],
 )
 def test_what_no_layer_could_read_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -355,6 +355,23 @@ CONFIGS["gemma-4-e2b"] = CONFIGS["gemma-4-31b"] | {
     },
 }
 
+CONFIGS["gemma-4-26b-a4b"] = CONFIGS["gemma-4-31b"] | {
+    "text_config": _GEMMA4
+    | {
+        "enable_moe_block": True,
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 5,
+        "moe_intermediate_size": 704,
+        "num_attention_heads": 16,
+        "num_experts": 128,
+        "num_global_key_value_heads": 2,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 8,
+        "top_k_experts": 8,
+    },
+}
+
 
 def write_config(path: Path, name: str, **changes: object) -> Path:
     path.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,10 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "layers of one block, with experts": ("NemotronH", _LONE_EXPERTS),
     "gemma 2": ("Gemma2", {}),
     "heads of two sizes": ("Gemma4", _WIDE | {"hidden_size_per_layer_input": 0}),
+    "experts beside an MLP": (
+        "Gemma4",
+        _WIDE | _EXPERTS | {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0},
+    ),
     "borrowed keys": ("Gemma4", _WIDE | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
     "convolutions": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "conv_L_cache": 3}),
     "states of one group": ("GraniteMoeHybrid", _MAMBA),
