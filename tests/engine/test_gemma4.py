@@ -19,7 +19,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.parts.uneven_heads import Heads, UnevenHeads
 
 from ..engine_driver import GREEDY, Driver, make_engine, prompt_logprobs
-from ..transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, GEMMA_4_MOE, SMALL, write_model
+from ..transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, GEMMA_4_MOE, SMALL, draw, write_model
 from .test_adapters import assert_adapted_as_merged
 from .transformers_reference import reference_logprobs
 
@@ -136,8 +136,9 @@ def test_what_would_make_borrowed_keys_is_left_out(checkpoints: Path, tmp_path: 
     assert torch.equal(*found)
 
 
-def test_bfloat16_is_as_near_float32_as_that_of_transformers(checkpoints: Path) -> None:
-    path, following = checkpoints / "keys are values", torch.tensor(PROMPT[1:]).unsqueeze(1)
+@pytest.mark.parametrize("variant", ["keys are values", "borrowed keys", "experts"])
+def test_bfloat16_is_as_near_float32_as_that_of_transformers(checkpoints: Path, variant: str) -> None:
+    path, following = checkpoints / variant, torch.tensor(PROMPT[1:]).unsqueeze(1)
     wanted = reference_logprobs(path, tuple(PROMPT))[:-1].gather(1, following).squeeze(1)
     theirs = transformers.Gemma4ForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     with torch.inference_mode():
@@ -145,6 +146,23 @@ def test_bfloat16_is_as_near_float32_as_that_of_transformers(checkpoints: Path) 
     rounded = logits.log_softmax(-1).gather(1, following).squeeze(1)
     found = prompt_logprobs(make_engine(path, dtype="bfloat16"), PROMPT)
     assert (found - wanted).abs().mean() < 1.2 * (rounded - wanted).abs().mean()
+
+
+def test_a_language_model_beside_what_sees_and_hears_is_read_alone(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    seeing = small | {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 16}
+    hearing = small | {"subsampling_conv_channels": [4, 4], "output_proj_dims": 16}
+    text = SMALL | GEMMA_4_BORROWING | {"use_bidirectional_attention": "vision", "tie_word_embeddings": True}
+    config = transformers.Gemma4Config(text_config=text, vision_config=seeing, audio_config=hearing)
+    model = transformers.Gemma4ForConditionalGeneration(config).eval()
+    draw(model)
+    model.save_pretrained(tmp_path)
+    check_checkpoint(tmp_path, ModelConfig.from_dir(tmp_path))
+    with torch.inference_mode():
+        seen = torch.zeros(1, len(PROMPT), dtype=torch.long)
+        logits = model(torch.tensor([PROMPT]), mm_token_type_ids=seen).logits[0]
+    wanted = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(PROMPT[1:]).unsqueeze(1)).squeeze(1)
+    assert (prompt_logprobs(make_engine(tmp_path), PROMPT) - wanted).abs().max() < NEAR
 
 
 def test_pages_in_whole_numbers_are_refused(checkpoints: Path) -> None:
