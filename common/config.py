@@ -50,7 +50,7 @@ ToolParserName = Literal[
 ]  # vLLM's names, where it has one  # fmt: skip
 ReasoningParserName = Literal[
     "auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss", "glm45", "minimax_m2", "seed_oss",
-    "hunyuan_a13b", "cohere_command3", "nemotron_v3",
+    "hunyuan_a13b", "cohere_command3", "nemotron_v3", "gemma4",
 ]  # fmt: skip
 AutoscaleMode = Literal["off", "advise", "on"]
 

@@ -32,6 +32,8 @@ from .reasoning import (
     BRACKETS,
     COMMAND_RESPONSE,
     COMMAND_THINK,
+    GEMMA_CHANNEL,
+    GEMMA_THINK,
     RESPONSE,
     SEED_THINK,
     THINK,
@@ -91,10 +93,17 @@ _TAGS = (  # what a template of each form of reasoning has in it
     (BRACKETS.begin, "mistral"),
     (SEED_THINK.begin, "seed_oss"),
     (COMMAND_THINK.begin, "cohere_command3"),
+    (GEMMA_THINK.begin, "gemma4"),
     (THINK.begin, "think"),  # OLMo 3's has this one alone
     (THINK.end, "think"),
 )
-_TAGS_OF: Mapping[str, Tags] = {"mistral": BRACKETS, "seed_oss": SEED_THINK, "cohere_command3": COMMAND_THINK}
+_TAGS_OF: Mapping[str, Tags] = {
+    "mistral": BRACKETS,
+    "seed_oss": SEED_THINK,
+    "cohere_command3": COMMAND_THINK,
+    "gemma4": GEMMA_THINK,
+}
+_TOKENS_OF = {"gemma4": frozenset({GEMMA_CHANNEL, GEMMA_THINK.end})}  # of tags that are not one token each
 _ANSWER_TAGS = (  # what a template has in it whose model's answers stand in tags
     (RESPONSE.begin, RESPONSE),
     (COMMAND_RESPONSE.begin, COMMAND_RESPONSE),
@@ -109,7 +118,7 @@ class Dialect:
     """The dialect of one model, as far as answers are read by it."""
 
     tool_parser: str = "hermes"
-    # think; mistral, seed_oss, cohere_command3: their tags; deepseek_r1: the answer begins inside, tag or not;
+    # think; mistral, seed_oss, cohere_command3, gemma4: their tags; deepseek_r1: the answer begins inside, tag or not;
     # channels: gpt-oss's
     reasoning_parser: str = "none"
     answer_tags: AnswerTags | None = None  # around its answers
@@ -235,7 +244,7 @@ class Dialect:
         """Return the tokens that must be in an answer's text, special or not."""
         if self.has_channels:
             return channels.MARKS
-        tags = frozenset(self._tags) if self.reasons else frozenset()
+        tags = _TOKENS_OF.get(self.reasoning_parser, frozenset(self._tags)) if self.reasons else frozenset()
         return (self.syntax(use).marks if use.tools else frozenset()) | tags
 
     def begins_inside(self, prompt: str, continued: str = "") -> bool:

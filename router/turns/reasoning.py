@@ -16,6 +16,8 @@ from .syntax import Syntax, Tags
 THINK = Tags("<think>", "</think>")
 SEED_THINK = Tags("<seed:think>", "</seed:think>")  # Seed-OSS's
 BRACKETS = Tags("[THINK]", "[/THINK]")  # Magistral's
+GEMMA_CHANNEL = "<|channel>"
+GEMMA_THINK = Tags(f"{GEMMA_CHANNEL}thought", "<channel|>")  # Gemma 4's: the first is a token and a word
 COMMAND_THINK = Tags("<|START_THINKING|>", "<|END_THINKING|>")  # of Command R7B and A
 
 

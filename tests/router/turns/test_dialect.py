@@ -31,6 +31,7 @@ OLMO3_THINK = (
     "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>' }}{% endif %}{% endfor %}"
 )
 USE = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, None)
+NO_TOOLS = parse_tool_use(None, None, None)
 
 
 def _dialect(source: str, *parsers: Any) -> Dialect:
@@ -56,6 +57,7 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools }}<tool_calls>[...]</tool_calls><think>\n\n</think>", "hunyuan_a13b", True, "think"),
         ("{{ tools }}<tool_calls><tool_call>name\n```json", "hunyuan_a13b", True, "none"),
         ("{{ tools }}<|START_THINKING|><|START_ACTION|>", "cohere_command3", True, "cohere_command3"),
+        ("{{ tools }}<|channel>thought\n<channel|>", "json", True, "gemma4"),
         ("{{ tools }}<think><｜tool▁calls▁begin｜>", "deepseek_v3", True, "think"),
         ("<think><｜tool▁calls▁begin｜>", "hermes", False, "think"),
         ("{{ tools }}respond only with <|tool_call|>", "granite", True, "none"),
@@ -225,6 +227,20 @@ def test_a_template_gets_the_tools() -> None:
     told = ChatTemplate(QWEN).render([{"role": "user", "content": "hi"}], tools=USE.told())
     assert told.startswith('<tools>[{"type": "function", "function": {"name": "f"') and told.endswith("hi")
     assert ChatTemplate(QWEN).render([{"role": "user", "content": "hi"}]) == "hi"
+
+
+@pytest.mark.parametrize(
+    ("text", "thoughts"), [("<|channel>thought\nHm.\n<channel|>So.", "Hm."), ("<|channel>thought\n<channel|>So.", "")]
+)
+def test_thoughts_of_gemma_4_are_read_however_they_are_cut(text: str, thoughts: str) -> None:
+    dialect = _dialect("{% if enable_thinking %}{% endif %}<|channel>thought\n<channel|>")
+    assert dialect.has_switch and dialect.shown_marks(NO_TOOLS) == {"<|channel>", "<channel|>"}
+    assert not dialect.begins_inside("<|turn>model\n<|channel>thought\n<channel|>")
+    for cut in range(len(text) + 1):
+        reader = dialect.reader(NO_TOOLS, begins_inside=False)
+        told = [reader.push(text[:cut]), reader.push(text[cut:]), reader.push("", is_final=True)]
+        found = ["".join(getattr(each, name) for each in told) for name in ("reasoning", "content")]
+        assert found == [thoughts, "So."]
 
 
 def test_a_turn_of_seed_oss_is_read_however_it_is_cut() -> None:
