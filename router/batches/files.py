@@ -111,15 +111,14 @@ class FileStore:
         """Raises RequestError (404). A batch that reads the file keeps it under a name of its own."""
         self._remove(self.get(file_id, owner).id)
 
-    def sweep(self) -> None:
-        """Delete what has expired, and bytes of which nothing is known."""
-        now_s = self._now_s()
+    def sweep(self, now_s: float) -> None:
+        """Delete what has expired, and bytes of which nothing is known. `now_s`: since 1970."""
         for stored in self._all():
             if stored.expires_at <= now_s:
                 self._remove(stored.id)
         for path in list(self.folder.files.glob("*.data")):
             with contextlib.suppress(FileNotFoundError):
-                if not path.with_suffix(".json").exists() and path.stat().st_mtime < time.time() - DAY_S:
+                if not path.with_suffix(".json").exists() and path.stat().st_mtime < now_s - DAY_S:
                     path.unlink()
 
     def _remove(self, file_id: str) -> None:

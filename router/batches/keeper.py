@@ -3,6 +3,8 @@
     each TICK_S: batches that have not ended ─> lock free? ─> run      its window over, or asked to cancel? ─> end it
     each SWEEP_S: what has expired is deleted
 
+Neither window nor retention ends by a wall clock that was just set: it may be set right again, and nothing comes back.
+
 Several routers may share a folder, also on several machines where its file system has locks: each batch is run by one,
 and by another one a moment after that one has ended.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -24,6 +27,8 @@ from .store import BatchLock
 TICK_S = 1.0  # until a batch of a router that has ended is taken over, or a cancellation is seen by another one
 SWEEP_S = 300.0
 MAX_RUNS = 16  # batches at once, and one that ends: each holds where its lines are in memory
+SETTLE_S = 300.0  # after a jump of the wall clock, until it is believed
+_JUMP_S = 60.0  # between two looks; smaller corrections move an end by as much
 RETRY_S = 10.0  # before a batch goes on that ended in an error, as of a full disk
 
 log = structlog.get_logger(__name__)
@@ -36,6 +41,25 @@ class _Running:
     task: asyncio.Task[None]
 
 
+class _WallClock:
+    """`_WallClock` compares the machine's time with a clock that nobody sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0  # at the last look, since 1970
+        self._ahead_s: float | None = None  # of the other clock
+        self._jumped_s = -math.inf  # on the other clock
+
+    def look(self, wall_s: float, steady_s: float) -> None:
+        ahead_s = wall_s - steady_s
+        if self._ahead_s is not None and abs(ahead_s - self._ahead_s) > _JUMP_S:
+            self._jumped_s = steady_s
+            log.warning("wall_clock_jumped", by_s=round(ahead_s - self._ahead_s), believed_in_s=SETTLE_S)
+        self.now_s, self._ahead_s = wall_s, ahead_s
+
+    def is_believed(self, steady_s: float) -> bool:
+        return steady_s >= self._jumped_s + SETTLE_S
+
+
 class Keeper:
     """`Keeper` owns the runs of this router."""
 
@@ -44,6 +68,7 @@ class Keeper:
         self._running: dict[str, _Running] = {}
         self._not_before_s: dict[str, float] = {}  # of runs that failed, on the loop's clock
         self._news = asyncio.Event()
+        self._clock = _WallClock()
 
     def look_now(self) -> None:
         """A batch was created, or somebody asked to cancel one."""
@@ -68,9 +93,9 @@ class Keeper:
         while True:
             try:
                 await self._look()
-                if self._now_s() >= sweep_s:
+                if self._now_s() >= sweep_s and self._clock.is_believed(self._now_s()):
                     sweep_s = self._now_s() + SWEEP_S
-                    await asyncio.to_thread(self._sweep)
+                    await asyncio.to_thread(self._sweep, self._clock.now_s)
             except Exception:  # whatever it is, batches are looked at again: nobody else would
                 log.exception("batches_folder_failed")
             with contextlib.suppress(TimeoutError):
@@ -79,6 +104,7 @@ class Keeper:
             self._news.clear()
 
     async def _look(self) -> None:
+        self._clock.look(self._deps.now_s(), self._now_s())
         for record in await asyncio.to_thread(self._deps.store.unended):
             try:
                 end = await self._due_end(record)
@@ -95,7 +121,8 @@ class Keeper:
         """Return how the batch shall end now; None: it may go on."""
         if await asyncio.to_thread(self._deps.store.cancel_asked_s, record.id) is not None:
             return BatchStatus.CANCELLING
-        return BatchStatus.EXPIRED if self._deps.now_s() >= record.expires_at else None
+        is_over = self._clock.now_s >= record.expires_at and self._clock.is_believed(self._now_s())
+        return BatchStatus.EXPIRED if is_over else None
 
     async def _begin(self, record: BatchRecord, end: BatchStatus | None) -> None:
         """Run a batch that nobody runs, or end it: that takes no model, and waits for nobody else's lines."""
@@ -142,9 +169,9 @@ class Keeper:
             del self._running[batch_id]
             lock.release()
 
-    def _sweep(self) -> None:
-        self._deps.files.sweep()
-        self._deps.store.sweep()
+    def _sweep(self, now_s: float) -> None:
+        self._deps.files.sweep(now_s)
+        self._deps.store.sweep(now_s)
         self._deps.store.folder.sweep_parts()
 
     def _now_s(self) -> float:

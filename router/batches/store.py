@@ -13,8 +13,7 @@ import os
 import re
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -41,9 +40,8 @@ class BatchLock:
 class BatchStore:
     """The batches of a folder."""
 
-    def __init__(self, folder: DataFolder, now_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: DataFolder) -> None:
         self.folder = folder
-        self._now_s = now_s
         self._ended: set[str] = set()  # they are not read again
 
     def create(self, record: BatchRecord, input_path: Path) -> None:
@@ -148,16 +146,16 @@ class BatchStore:
         for path in (self.journal(batch_id), self.input(batch_id)):
             path.unlink(missing_ok=True)
 
-    def sweep(self) -> None:
-        """Delete batches that ended long ago, and what was never created."""
-        oldest_s = self._now_s() - self.folder.retention_s
+    def sweep(self, now_s: float) -> None:
+        """Delete batches that ended long ago, and what was never created. `now_s`: since 1970."""
+        oldest_s = now_s - self.folder.retention_s
         for record in list(self._all()):
             if record.has_ended and record.stamps.get(record.status, record.created_at) < oldest_s:
                 shutil.rmtree(self.path(record.id), ignore_errors=True)
                 self._ended.discard(record.id)
         for path in list(self.folder.batches.glob(f"{_NEW}*")):
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - 3600:
+                if path.stat().st_mtime < now_s - 3600:
                     shutil.rmtree(path, ignore_errors=True)
 
 

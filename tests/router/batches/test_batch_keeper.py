@@ -46,6 +46,49 @@ async def test_the_end_of_a_batch_does_not_wait_for_those_that_run(
         assert first in keeper._running
 
 
+async def test_a_wall_clock_that_is_set_right_again_ends_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine's clock goes to the next month and back; what it says for longer is believed."""
+    monkeypatch.setattr(keeper_module, "SWEEP_S", 0.0)
+    wall, has_room, num_looks = [1500.0], False, 0
+    caller = Caller(lambda name: None if has_room else CallAnswer(503, "r", b"{}"))
+    deps = deps_of(tmp_path, caller, lambda: wall[0])
+    batch_id, old_id = create(deps, 2), create(deps, 1)
+    deps.store.ask_to_cancel(old_id, "o")
+    unended = deps.store.unended
+
+    def counted() -> list[BatchRecord]:
+        nonlocal num_looks
+        num_looks += 1
+        return unended()
+
+    monkeypatch.setattr(deps.store, "unended", counted)
+    keeper = Keeper(deps)
+
+    async def look(times: int) -> None:
+        end = num_looks + times
+        async with asyncio.timeout(SOON_S):
+            while num_looks < end:
+                keeper.look_now()
+                await asyncio.sleep(0.001)
+
+    async with keeper.keeping():
+        await ended(keeper, deps, old_id)
+        wall[0] += 30 * 86400.0
+        await look(4)
+        record = deps.store.read(batch_id)
+        assert record is not None and record.status is BatchStatus.IN_PROGRESS
+        assert deps.store.read(old_id) is not None and len(list(deps.store.folder.files.glob("*.data"))) == 3
+        wall[0] -= 30 * 86400.0
+        has_room = True
+        assert (await ended(keeper, deps, batch_id)).status is BatchStatus.COMPLETED
+        monkeypatch.setattr(keeper_module, "SETTLE_S", 0.0)
+        wall[0] += 30 * 86400.0
+        await look(4)
+        assert deps.store.read(old_id) is None and not list(deps.store.folder.files.glob("*.data"))
+
+
 async def test_a_batch_is_cancelled_without_its_model(tmp_path: Path) -> None:
     def refuse(name: str | None) -> None:
         raise RequestError(f"{name} is not served")

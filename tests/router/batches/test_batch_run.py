@@ -57,7 +57,7 @@ class Caller:
 def deps_of(path: Path, caller: Caller, now_s: Callable[[], float] = lambda: 1000.0, slots: int = 8) -> RunDeps:
     folder = data_folder(path)
     return RunDeps(
-        store=BatchStore(folder, now_s),
+        store=BatchStore(folder),
         files=FileStore(folder, now_s),
         caller=caller,
         json=JsonParser(),
@@ -265,7 +265,7 @@ async def test_a_batch_that_could_not_be_read_is_free_for_a_later_look(
 
 
 async def test_a_batch_for_another_model_is_left_alone_until_its_time_is_over(tmp_path: Path) -> None:
-    now = [1000.0]
+    now = [1990.0]  # a longer way to its end would be a jump of the clock
     caller = Caller()
 
     def refuse(name: str | None) -> None:
@@ -331,7 +331,7 @@ def test_what_is_old_is_deleted(tmp_path: Path) -> None:
     now = [1000.0]
     folder = data_folder(tmp_path)
     deps = RunDeps(
-        store=BatchStore(folder, lambda: now[0]),
+        store=BatchStore(folder),
         files=FileStore(folder, lambda: now[0]),
         caller=Caller(),
         json=JsonParser(),
@@ -344,22 +344,22 @@ def test_what_is_old_is_deleted(tmp_path: Path) -> None:
     record.advance(BatchStatus.CANCELLING, now[0])
     record.advance(BatchStatus.CANCELLED, now[0])
     deps.store.save(record)
-    deps.store.sweep()
-    deps.files.sweep()
+    deps.store.sweep(now[0])
+    deps.files.sweep(now[0])
     assert deps.store.owned("o") and deps.files.owned("o") and folder.num_bytes()
     now[0] += folder.retention_s + 1
     assert not deps.files.owned("o")  # from the moment on
-    deps.store.sweep()
-    deps.files.sweep()
+    deps.store.sweep(now[0])
+    deps.files.sweep(now[0])
     assert not deps.store.owned("o") and not folder.num_bytes()
     # Somebody's hand was in this one: it is as old as its beginning.
     record.stamps, record.created_at = {}, int(now[0])
     deps.store.path(record.id).mkdir()
     deps.store.save(record)
-    deps.store.sweep()
+    deps.store.sweep(now[0])
     assert deps.store.owned("o")
     now[0] += folder.retention_s + 1
-    deps.store.sweep()
+    deps.store.sweep(now[0])
     assert not deps.store.owned("o")
 
 
