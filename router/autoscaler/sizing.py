@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import NormalDist
 
 import numpy as np
@@ -96,7 +97,7 @@ class PrefillLoad:
 
 def _lengths(answers: Sequence[AnswerLengths]) -> _Numbers:
     """Return the tokens of prompts, those of them that were cached, and those of the answers."""
-    return np.array([a[:3] for a in answers], np.float64).reshape(-1, 3).T
+    return np.stack([np.fromiter(map(itemgetter(field), answers), np.float64, len(answers)) for field in range(3)])
 
 
 def _slack_s(own: Objectives | None, default: Objectives, alone_s: _Numbers) -> _Numbers:
