@@ -33,7 +33,6 @@ def not_in_native(
     is_sparse = config.experts is not None and any(config.sparse_layers)
     has = {
         "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
-        "layers that attend beside a state": config.states is not None and config.states.are_beside_keys,
         "experts beside an MLP": config.experts is not None and config.experts.are_beside_mlp,
         "experts in such a residual stream": is_sparse and family.norms != "before",
         "feed-forwards without a mixer before each": not _are_behind_mixers(config),

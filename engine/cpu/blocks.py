@@ -1,4 +1,4 @@
-"""The blocks of a decoder that C++ has code for, as it takes them: each mixer with the feed-forward behind it."""
+"""The blocks of a decoder that C++ has code for, as it takes them: mixers with the feed-forward behind them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from ..nn.experts import SparseMLP
 from ..nn.feed_forward import MLP, GatedMLP, PlainMLP
 from ..nn.latent import LatentAttention
 from ..nn.mamba import Mamba
-from ..nn.mixer import Attention, GatedAttention
+from ..nn.mixer import Attention, GatedAttention, SideBySide
 from ..nn.stacked_experts import StackedExpert
 from . import states
 from .compiler import NativeUnavailable
 
-Mixer = Attention | LatentAttention | states.Stateful
 FeedForward = GatedMLP | PlainMLP | SparseMLP
-_MIXERS = (Attention, GatedAttention, LatentAttention, GatedDeltaNet, Mamba, ShortConvolution)
+_ATTENTION = (Attention, GatedAttention, LatentAttention)
+_STATEFUL = (GatedDeltaNet, Mamba, ShortConvolution)
 
 
 class Blocks(NamedTuple):
-    """A mixer and the feed-forward behind it, if one is, whether of one layer or of two: C++'s `Layer`."""
+    """A mixer, or two side by side, and the feed-forward behind, if one is, whether of one layer or of two: C++'s
+    `Layer`.
+    """
 
-    mixer: Mixer
+    attention: Attention | LatentAttention | None
+    state: states.Stateful | None
     feed_forward: FeedForward | None
     layers: tuple[DecoderLayer, DecoderLayer]  # that of the mixer, and that of the feed-forward
     number: int  # of the mixer's
@@ -36,12 +39,16 @@ def known_blocks(layers: Sequence[DecoderLayer]) -> list[Blocks]:
     blocks: list[Blocks] = []
     for number, layer in enumerate(layers):
         mixer, feed_forward = layer.mixer, layer.feed_forward
+        mixers = [mixer.attention, mixer.stateful] if isinstance(mixer, SideBySide) else [mixer]
+        attention = next((each for each in mixers if isinstance(each, Attention | LatentAttention)), None)
+        state = next((each for each in mixers if isinstance(each, states.Stateful)), None)
         # A subclass computes something else.
-        if not {type(mixer), type(feed_forward)} <= {*_MIXERS, GatedMLP, PlainMLP, SparseMLP, type(None)}:
+        kinds = {type(each) for each in (*mixers, feed_forward)}
+        if not kinds <= {*_ATTENTION, *_STATEFUL, GatedMLP, PlainMLP, SparseMLP, type(None)}:
             raise NativeUnavailable(f"no C++ for layers of {type(mixer).__name__} and {type(feed_forward).__name__}")
-        assert isinstance(mixer, Mixer | None) and isinstance(feed_forward, FeedForward | None)
+        assert isinstance(feed_forward, FeedForward | None)
         if mixer is not None:
-            blocks.append(Blocks(mixer, feed_forward, (layer, layer), number))
+            blocks.append(Blocks(attention, state, feed_forward, (layer, layer), number))
         elif blocks and blocks[-1].feed_forward is None:
             before = blocks.pop()
             blocks.append(before._replace(feed_forward=feed_forward, layers=(before.layers[0], layer)))

@@ -57,7 +57,8 @@ class NativeDecoder:
         self._model = described = model.described
         described.page_bytes, described.block_size = first.stride(0) * first.itemsize, first.shape[3]
         described.has_int8_pages = first.dtype == torch.int8
-        with_keys = [layer for layer in described.layers[: described.num_layers] if not layer.attention.state]
+        mixers = [(layer, layer.attention) for layer in described.layers[: described.num_layers]]
+        with_keys = [layer for layer, mixer in mixers if mixer.latents or mixer.qkv.weight.columns]
         for layer, own in zip(with_keys, pages, strict=True):
             layer.pages = own.data_ptr()
         self._states = states

@@ -48,10 +48,11 @@ class StateParts(ctypes.Structure):
     """The C++ `StateLayer`: all of a short convolution, and what other kinds begin with."""
 
     _fields_ = [
-        *((name, LinearParts) for name in ("rows", "rates")),
-        *((name, ctypes.c_void_p) for name in ("convolution", "convolution_bias")),
+        *((name, LinearParts) for name in ("rows", "rates", "out")),
+        *((name, ctypes.c_void_p) for name in ("factors", "convolution", "convolution_bias")),
         *((name, ctypes.c_int64) for name in _STATE_SIZES),
         ("state", StateRuns),
+        ("out_factor", ctypes.c_double),
     ]
 
 
@@ -73,7 +74,7 @@ class MambaParts(StateParts):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("forgetting", "step_bias", "kept", "norm")),
-        *((name, ctypes.c_int64) for name in ("num_heads", "head_dim", "num_groups", "state_dim")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "head_dim", "num_groups", "state_dim", "is_normed_first")),
         *((name, ctypes.c_double) for name in ("norm_eps", "least_step", "most_step")),
     ]
 
@@ -152,7 +153,8 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("query_len", "activation", "is_gated")),
         *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
         ("query_beta", ctypes.c_double),
-        *((name, ctypes.c_double) for name in ("embedding_factor", "added_factor", "query_factor", "score_cap")),
+        *((name, ctypes.c_double) for name in ("embedding_factor", "query_factor", "mixed_factor", "fed_factor")),
+        *((name, ctypes.c_double) for name in ("gate_factor", "score_cap")),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "local_inv_freq", "embedding", "final_norm")),
         ("head", Tiles),
         ("layers", ctypes.POINTER(LayerParts)),

@@ -3,9 +3,9 @@
     NativeModel(decoder, cache)   takes the decoder's matrices over, one by one, so that memory never holds two models
 
 It has code for `Attention`, gated or not, `LatentAttention` or what keeps a state (`GatedDeltaNet`, `Mamba`,
-`ShortConvolution`), and behind each `GatedMLP`, `PlainMLP` or `SparseMLP`, stacked experts too, or nothing, over plain
-weights in bfloat16 or float32 and over quantized ones (`packing.py`), each linear as it is; a model of other blocks is
-left to torch.
+`ShortConvolution`), for attention beside a state, and behind each `GatedMLP`, `PlainMLP` or `SparseMLP`, stacked
+experts too, or nothing, over plain weights in bfloat16 or float32 and over quantized ones (`packing.py`), each linear
+as it is; a model of other blocks is left to torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...common.config import CpuIsa
+from ...models.config import ModelConfig
 from ...models.native import not_in_native
-from ...models.parts.activation import Activation
 from ..nn.adapters import AdapterSlots
 from ..nn.decoder import Decoder
 from ..nn.delta_net import GatedDeltaNet
@@ -37,7 +37,6 @@ from .blocks import Blocks, known_blocks, mlps_of
 from .build import load
 from .compiler import NativeUnavailable
 from .described import (
-    SIZES,
     AttentionParts,
     ExpertParts,
     LatentParts,
@@ -47,11 +46,10 @@ from .described import (
     Model,
     StateParts,
 )
+from .outline import outline
 from .packing import Packer, address, check_known, two_apart
 
 _DTYPES = (torch.bfloat16, torch.float32)  # elements, of which a library knows one
-_SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
-_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu2")  # as the C++ `Activation` counts them
 
 
 class NativeModel:
@@ -87,63 +85,52 @@ class NativeModel:
     def _describe(self, decoder: Decoder, blocks: list[Blocks]) -> Model:
         config = decoder.config
         layers = (LayerParts * len(blocks))()
-        for (mixer, feed_forward, (first, last), number), target in zip(blocks, layers, strict=True):
+        for block, target in zip(blocks, layers, strict=True):
+            feed_forward, (first, last) = block.feed_forward, block.layers
             target.input_norm, target.mixed_norm = _weight_of(first.input_norm), _weight_of(first.mixed_norm)
             target.mlp_norm, target.output_norm = _weight_of(last.mlp_norm), _weight_of(last.output_norm)
             target.is_local = first.is_local and config.local_rope is not None
-            if isinstance(mixer, LatentAttention):
-                target.attention.latents = ctypes.pointer(self._latents(mixer))
-            elif isinstance(mixer, states.Stateful):
-                state = self._state(mixer)
-                self._keep.append(state)
-                target.attention.state = ctypes.cast(ctypes.byref(state), ctypes.POINTER(StateParts))
-            else:
-                self._describe_heads(mixer, target.attention, config.sliding_windows[number] or 0)
-            output = mixer.out_proj if isinstance(mixer, states.Stateful) else mixer.o_proj
-            target.attention.o = self._linear(output, output.sum_bias)
-            self._linears.append((output, target.attention.o))
+            if first.input_norm is not None and config.multipliers.attention_in != 1.0:
+                target.input_norm = self._multiplied(first.input_norm, config.multipliers.attention_in)
+            self._describe_mixers(block, target.attention, config)
             if isinstance(feed_forward, MLP):
                 target.mlp = self._mlp(feed_forward)
                 gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
                 self._linears += [(gate_up, target.mlp.gate_up), (down, target.mlp.down)]
             elif feed_forward is not None:
                 target.experts = ctypes.pointer(self._experts(feed_forward))
-        scale = 1.0 if config.score_scale is None else config.score_scale * config.head_dim**0.5
-        model = Model(
-            rotary_dim=2 * len(decoder.rotary.inv_freq),
-            has_neighbours=config.rope.has_neighbours,
-            norms_turned=config.family.head_norms == "turned",
-            has_gates=config.family.has_attention_gates,
-            query_len=config.rope.query_len,
-            query_beta=config.rope.query_beta,
-            activation=_ACTIVATIONS.index(config.activation),
-            is_gated=config.family.mlp.gate is not None,
-            norm_eps=config.rms_norm_eps,
-            norm_offset=config.family.norm_offset,
-            rope_factor=decoder.rotary.attention_factor,
-            embedding_factor=decoder.multiplier,
-            added_factor=config.residual_multiplier,
-            query_factor=scale,
-            score_cap=config.score_cap or 0.0,
-            num_ranks=self.comm.size,
-        )
-        if decoder.local_rotary is not None:
-            model.local_rope_factor = decoder.local_rotary.attention_factor
-            model.local_inv_freq = address(decoder.local_rotary.inv_freq)
+        model = outline(decoder)
         model.num_layers = len(blocks)
-        for name in set(SIZES) - {"num_layers", "intermediate_size"}:
-            setattr(model, name, getattr(config, name) // (self.comm.size if name in _SPLIT else 1))
-        if config.latent is not None:
-            model.num_kv_heads = model.num_qo_heads
         model.intermediate_size = max(mlp.num_inner for block in blocks for mlp in mlps_of(block.feed_forward))
-        model.first_token, model.num_tokens = decoder.embedding.start, decoder.embedding.stop - decoder.embedding.start
-        model.inv_freq = address(decoder.rotary.inv_freq)
         model.embedding = address(decoder.embedding.weight.plain)
         model.final_norm = address(decoder.final_norm.weight)
         if config.has_head:
             model.head = self._linear(decoder.head.linear, None).weight
         model.layers = layers
         return model
+
+    def _describe_mixers(self, block: Blocks, target: AttentionParts, config: ModelConfig) -> None:
+        attention, mixer, multipliers = block.attention, block.state, config.multipliers
+        if isinstance(attention, LatentAttention):
+            target.latents = ctypes.pointer(self._latents(attention))
+        elif attention is not None:
+            self._describe_heads(attention, target, config.sliding_windows[block.number] or 0)
+        output = None if attention is None else attention.o_proj
+        bias = None if output is None else output.sum_bias
+        if mixer is not None:
+            state = self._state(mixer, multipliers.state_in / multipliers.attention_in)
+            self._keep.append(state)
+            target.state = ctypes.cast(ctypes.byref(state), ctypes.POINTER(StateParts))
+            if output is None:
+                output, bias = mixer.out_proj, mixer.out_proj.sum_bias
+            else:
+                state.out_factor = multipliers.state_out / multipliers.attention_out
+                state.out = self._linear(mixer.out_proj, None)
+                bias = _sum(bias, mixer.out_proj.sum_bias, state.out_factor)
+                self._linears.append((mixer.out_proj, state.out))
+        assert output is not None
+        target.o = self._linear(output, bias)
+        self._linears.append((output, target.o))
 
     def _describe_heads(self, attention: Attention, target: AttentionParts, window: int) -> None:
         target.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
@@ -177,8 +164,8 @@ class NativeModel:
         self._linears += [(attention.a_proj, described.inputs), (attention.q_proj, described.queries)]
         return described
 
-    def _state(self, mixer: states.Stateful) -> StateParts:
-        described = states.describe(mixer, self._linear, self._keep)
+    def _state(self, mixer: states.Stateful, inputs: float) -> StateParts:
+        described = states.describe(mixer, self._linear, self._keep, inputs=inputs)
         if isinstance(mixer, GatedDeltaNet):
             self._linears += [(mixer.rows_proj, described.rows), (mixer.rates_proj, described.rates)]
         else:
@@ -226,6 +213,11 @@ class NativeModel:
         places[list(sparse.held)] = torch.arange(len(sparse.held), dtype=torch.int32)
         self._keep.append(places)
         return places
+
+    def _multiplied(self, norm: RMSNorm, factor: float) -> int | None:
+        """Return the address of its weights, so that what it yields is multiplied."""
+        self._keep.append(weight := ((norm.weight.float() + norm.offset) * factor - norm.offset).to(self.dtype))
+        return address(weight)
 
     def _plain(self, linear: Linear) -> int | None:
         assert isinstance(linear.weight, DenseWeight)
@@ -281,3 +273,10 @@ def _check_parts(decoder: Decoder, *, is_float32: bool) -> None:
 
 def _weight_of(norm: RMSNorm | None) -> int | None:
     return None if norm is None else address(norm.weight)
+
+
+def _sum(bias: Tensor | None, other: Tensor | None, factor: float) -> Tensor | None:
+    """Return the bias of two products whose sum has another `factor` of the second."""
+    if other is None:
+        return bias
+    return other * factor if bias is None else bias + other * factor

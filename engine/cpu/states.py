@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 from ..nn.convolution import Convolution, ShortConvolution
@@ -45,11 +46,14 @@ def _common_parts(convolution: Convolution, keep: list[object]) -> _CommonParts:
     }
 
 
-def describe(mixer: Stateful, linear: Described, keep: list[object]) -> StateParts:
-    """Describe it, as its kind is. `keep` gets what is pointed to and nobody else keeps."""
-    if isinstance(mixer, GatedDeltaNet):
-        return _delta_net(mixer, linear, keep)
-    return _mamba(mixer, linear, keep) if isinstance(mixer, Mamba) else _convolution(mixer, linear, keep)
+def describe(mixer: Stateful, linear: Described, keep: list[object], *, inputs: float = 1.0) -> StateParts:
+    """Describe it, as its kind is. `keep` gets what is pointed to and nobody else keeps. `inputs`: what the mixer's are
+    multiplied by, if it stands beside attention.
+    """
+    if isinstance(mixer, Mamba):
+        return _mamba(mixer, linear, keep, inputs)
+    assert inputs == 1.0
+    return _delta_net(mixer, linear, keep) if isinstance(mixer, GatedDeltaNet) else _convolution(mixer, linear, keep)
 
 
 def _convolution(mixer: ShortConvolution, linear: Described, keep: list[object]) -> StateParts:
@@ -82,18 +86,23 @@ def _delta_net(net: GatedDeltaNet, linear: Described, keep: list[object]) -> Del
     )
 
 
-def _mamba(mixer: Mamba, linear: Described, keep: list[object]) -> MambaParts:
-    config, vectors = mixer.config, mixer.vectors.by_name
+def _mamba(mixer: Mamba, linear: Described, keep: list[object], inputs: float) -> MambaParts:
+    config, vectors, bias, factors = mixer.config, mixer.vectors.by_name, mixer.in_proj.bias, mixer.factors
     forgetting = vectors["A_log"].exp()
-    keep.append(forgetting)
+    if inputs != 1.0:  # of products in place of what is multiplied
+        factors = inputs * (torch.ones(mixer.in_proj.weight.num_outputs) if factors is None else factors)
+        bias = None if bias is None else bias / inputs
+    keep += [forgetting, factors]
     return MambaParts(
         kind=MAMBA,
-        rows=linear(mixer.in_proj, mixer.in_proj.bias),
+        rows=linear(mixer.in_proj, bias),
+        factors=address(factors),
         num_rates=config.num_heads,
         forgetting=address(forgetting),
         step_bias=address(vectors["dt_bias"]),
         kept=address(vectors["D"]),
-        norm=address(vectors["norm.weight"]),
+        norm=address(vectors.get("norm.weight")),
+        is_normed_first=config.norm == "before gates",
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         num_groups=config.num_groups,

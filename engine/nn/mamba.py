@@ -54,7 +54,7 @@ class Mamba:
         self._normed_with = builder.comm if whole.is_normed_whole and builder.comm.size > 1 else None
         rows = RowPart(whole.num_values), *whole.row_parts, RowPart(whole.num_heads)
         parts = parts_of(f"{name}.in_proj", rows)
-        self._factors = _factors(builder, config)
+        self.factors = _factors(builder, config)  # of projected numbers; None: 1
         self.in_proj = ColumnParallelLinear(builder, f"{name}.in_proj", hidden, parts, bias=config.proj_bias)
         self.convolution = Convolution(builder, f"{name}.conv1d", states, index, has_bias=config.conv_bias)
         heads = dict.fromkeys(("A_log", "D", "dt_bias"), whole.num_heads)
@@ -71,7 +71,7 @@ class Mamba:
         config, vectors = self.config, self.vectors.by_name
         sizes = [config.num_values, config.num_convolved, config.num_heads]
         known = projected[: self._states.num_tokens].float()
-        gates, rows, steps = torch.split(known if self._factors is None else known * self._factors, sizes, 1)
+        gates, rows, steps = torch.split(known if self.factors is None else known * self.factors, sizes, 1)
         steps = F.softplus(steps + vectors["dt_bias"]).clamp_(*config.step_limits)
         decays = -vectors["A_log"].exp() * steps
         said = rows.new_empty(len(rows), config.num_heads, config.head_dim)

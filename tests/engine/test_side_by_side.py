@@ -8,8 +8,6 @@ import pytest
 import torch
 import transformers
 
-from kvferry.common.errors import ConfigError
-
 from ..engine_driver import Driver, make_engine, prompt_logprobs
 from ..transformers_checkpoints import FALCON_H1, SMALL, write_model
 from .test_adapters import assert_adapted_as_merged
@@ -43,10 +41,3 @@ def test_shorter_numbers_are_near_float32(checkpoint: Path, form: str | None, mo
     exact = prompt_logprobs(make_engine(checkpoint), PROMPT)
     near = prompt_logprobs(make_engine(checkpoint, dtype="bfloat16", quantization=form), PROMPT)
     assert not torch.equal(exact, near) and (exact - near).abs().median() < most
-
-
-def test_exact_steps_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"deterministic: layers that keep a state have exact steps, .* on CPUs alone"
-    ):
-        make_engine(checkpoint, deterministic=True)

@@ -98,8 +98,10 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict
         model_of(tmp_path, SMALL, **changes)
 
 
-def test_what_c_has_no_code_for_is_named(tmp_path: Path) -> None:
-    assert not_in_native(model_of(tmp_path, SMALL), None, is_float32=False) == ["layers that attend beside a state"]
+@pytest.mark.parametrize("name", [SMALL, LARGE])
+def test_c_has_code_for_all_of_it(tmp_path: Path, name: str) -> None:
+    for is_float32 in (True, False):
+        assert not_in_native(model_of(tmp_path, name), None, is_float32=is_float32, num_ranks=2) == []
 
 
 def test_what_both_yield_is_summed_over_ranks_at_once(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 //
 //   forward: embedding -> layers: norm -> qkv -> rotate, write K and V -> attend -> o -> norm -> gate, up -> act -> down
 //            where a layer keeps latents, in place of qkv and before o: latents.hpp; where it keeps a state, in place of all
-//            between norm and o: state_stages.hpp
+//            between norm and o, or beside all of it: state_stages.hpp
 //   logits:  norm -> head
 //
 // Each way to share this out among threads is a class: few_tokens.hpp, many_tokens.hpp, several_ranks.hpp. What they share
@@ -44,7 +44,7 @@ public:
                 }
             }
             if (const StateLayer* w = layer.attention.state) {
-                for (const Linear& linear : {w->rows, w->rates}) use_large_pages(linear.weight, deadline);
+                for (const Linear& linear : {w->rows, w->rates, w->out}) use_large_pages(linear.weight, deadline);
             }
             each_mlp(layer, [&](const Mlp& mlp) {
                 for (const Linear& w : {mlp.gate_up, mlp.down}) use_large_pages(w.weight, deadline);

@@ -119,6 +119,7 @@ void models() {
     run_model({.head_dim = 96, .inner = 192, .has_latents = true}, "latents");
     run_model({.head_dim = 32, .inner = 192, .states = kDeltaNet}, "delta nets");
     run_model({.head_dim = 32, .inner = 192, .states = kMamba}, "Mamba's layers");
+    run_model({.head_dim = 32, .inner = 192, .states = kMamba, .is_beside = true}, "Mamba's layers beside attention");
     run_model({.head_dim = 32, .inner = 192, .states = kShortConvolution}, "short convolutions");
 #ifndef KVFERRY_FLOAT32
     Shape whole = plain;

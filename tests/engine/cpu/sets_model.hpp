@@ -15,6 +15,7 @@ struct Shape {
     long bits = 0;  // of weights in whole numbers; 0: elements
     bool has_latents = false;
     int states = -1;  // the kind of what the first and the last layer keep; beside delta nets attention has gates; -1: none
+    bool is_beside = false;  // those layers attend as well
 };
 
 constexpr long kTurned = 32, kNope = 48, kValue = 80, kAsking = 40;  // of latents: parts of heads, what queries are made of
@@ -34,8 +35,10 @@ public:
             layer.input_norm = vector(kHidden, 1.0f), layer.mlp_norm = vector(kHidden, 1.0f);
             if (shape.has_latents) layer.attention.latents = latents();
             else if (has_state) layer.attention.state = state();
-            else layer.attention.qkv = linear((num_q + 2 * kKvHeads) * d, kHidden);
-            const StateLayer* const state = layer.attention.state;
+            if (!shape.has_latents && layer.attention.attends()) {
+                layer.attention.qkv = linear((num_q + 2 * kKvHeads) * d, kHidden);
+            }
+            const StateLayer* const state = layer.attention.attends() ? nullptr : layer.attention.state;
             const long mixed = state ? state->num_values : kHeads * (shape.has_latents ? kValue : d);
             layer.attention.o = linear(kHidden, mixed);
             if (is_plain && &layer == &layers_.front()) continue;  // a mixer alone
@@ -56,7 +59,8 @@ public:
         model_.has_int8_pages = shape.has_int8_pages, model_.rotary_dim = d, model_.is_gated = !is_plain;
         model_.activation = is_plain ? kSquaredRelu : shape.has_extras ? kGeluTanh : kSilu;
         model_.norm_eps = 1e-6, model_.rope_factor = model_.local_rope_factor = 1.0;
-        model_.embedding_factor = model_.added_factor = model_.query_factor = 1.0;
+        model_.embedding_factor = model_.query_factor = 1.0;
+        model_.mixed_factor = model_.fed_factor = model_.gate_factor = shape.is_beside ? 0.8 : 1.0;
         model_.score_cap = shape.has_extras ? 30.0 : 0.0;
         model_.inv_freq = frequencies_.data(), model_.embedding = vector(kVocab * kHidden, 1.0f);
         model_.final_norm = vector(kHidden, 1.0f), model_.head = linear(kVocab, kHidden).weight;
@@ -159,6 +163,9 @@ private:
         made.convolution_bias = floats(convolved, -0.5f, 0.5f);
         made.forgetting = floats(kStateHeads, 0.01f, 2.0f), made.step_bias = floats(kStateHeads, -1.0f, 1.0f);
         made.kept = floats(kStateHeads, -1.0f, 1.0f), made.norm = floats(made.num_values, 0.5f, 1.5f);
+        if (!shape_.is_beside) return made;
+        made.out = linear(kHidden, made.num_values), made.out_factor = 0.7, made.is_normed_first = 1;
+        made.factors = floats(made.rows.weight.columns, 0.3f, 0.9f);
         return made;
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...transformers_checkpoints import NEMOTRON_H, NEMOTRON_H_MOE, write_state_models
+from ...transformers_checkpoints import FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE, write_state_models
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 8,
@@ -55,6 +55,17 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         _MAMBA | {"mamba_n_heads": 2, "mamba_d_head": 64, "mamba_d_state": 128},
     ),
     "nemotron h": ("NemotronH", NEMOTRON_H),
+    "falcon h1": ("FalconH1", FALCON_H1),
+    "falcon h1, normed before gates, biases": (
+        "FalconH1",
+        FALCON_H1
+        | {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_n_groups": 2, "mlp_bias": True}
+        | {"mamba_proj_bias": True, "projectors_bias": True, "attention_bias": True},
+    ),
+    "falcon h1, normed behind gates": (
+        "FalconH1",
+        FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    ),
 }
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5 moe": ("Qwen3_5MoeText", EXPERTS),

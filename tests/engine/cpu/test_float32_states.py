@@ -30,6 +30,7 @@ ADAPTED = {  # matrices of each kind of layer
     "lfm2": ("in_proj", "out_proj", "q_proj", "w1"),
     "granite4": ("in_proj", "out_proj", "q_proj", "o_proj"),
     "nemotron h": ("in_proj", "out_proj", "q_proj", "up_proj", "down_proj"),
+    "falcon h1": ("in_proj", "out_proj", "q_proj", "o_proj", "gate_proj", "down_proj"),
 }
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "heads of keys": ("qwen3.5", {"linear_key_head_dim": 24}),
@@ -56,15 +57,18 @@ def test_float32_computes_what_torch_computes(checkpoints: Path, variant: str, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, dense, a state behind all"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3.5", "qwen3 next, dense, a state behind all", "falcon h1, normed before gates, biases"]
+)
 def test_two_ranks_compute_what_torch_computes(checkpoints: Path, variant: str) -> None:
     config = engine_config(checkpoints / variant, dtype="float32", tensor_parallel_size=2, num_threads=2, block_size=16)
     assert error_of(judged_by_ranks(config), expected_of(checkpoints / variant)) < 1e-4
 
 
-def test_one_runner_goes_on_from_the_others_states(checkpoints: Path) -> None:
+@pytest.mark.parametrize("variant", ["qwen3.5", "falcon h1"])
+def test_one_runner_goes_on_from_the_others_states(checkpoints: Path, variant: str) -> None:
     """As a worker with C++ does behind one without it."""
-    runs = [Recorded(checkpoints / "qwen3.5", is_native=native, dtype="float32") for native in (True, False)]
+    runs = [Recorded(checkpoints / variant, is_native=native, dtype="float32") for native in (True, False)]
     for first, second in (runs, runs[::-1]):
         seqs = first.prefill((40, 200))
         second.engine.kv_pages.copy_(first.engine.kv_pages)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("native")
 # The median of a log-probability's error, as a multiple of what torch in bfloat16 is off.
 OF_TORCH = 1.2
 ROUNDED = 3.0  # with inputs of products in 8 bits, whose steps are twice to four times as large
+WHOLE = ("qwen3.5", "qwen3 next, some dense", "lfm2 moe", "granite4 moe", "nemotron h moe", "falcon h1")
 CUT_TOLERANCE = 0.01  # of the range of logits: sums are rounded in another order
 
 
@@ -50,7 +51,11 @@ def test_every_set_computes_what_torch_computes(checkpoints: Path, variant: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variant", ["qwen3.5", "qwen3.5, a longer convolution", "qwen3 next, dense, a state behind all", "nemotron h"]
+    "variant",
+    [
+        *("qwen3.5", "qwen3.5, a longer convolution", "qwen3 next, dense, a state behind all", "nemotron h"),
+        *("falcon h1", "falcon h1, normed before gates, biases"),
+    ],
 )
 def test_two_ranks_compute_what_one_computes(checkpoints: Path, variant: str) -> None:
     """A step of many tokens and of few, of which the last layer's state is left though nobody wants what it yields."""
@@ -68,7 +73,7 @@ def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, some dense", "lfm2 moe", "granite4 moe", "nemotron h moe"])
+@pytest.mark.parametrize("variant", WHOLE)
 def test_whole_numbers_are_multiplied_as_such(checkpoints: Path, variant: str, quantization: str) -> None:
     engine = native_engine(checkpoints / variant, quantization=quantization)
     attention = _decoder(engine)._model.layers[0].attention
@@ -116,7 +121,7 @@ def test_a_first_state_shows_neither_company_nor_chunks_nor_threads(checkpoints:
     assert all(torch.equal(one, found[0]) for one in found[1:])
 
 
-@pytest.mark.parametrize("variant", ["qwen3 next, dense, a state behind all", "lfm2", "granite4"])
+@pytest.mark.parametrize("variant", ["qwen3 next, dense, a state behind all", "lfm2", "granite4", "falcon h1"])
 def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path, variant: str) -> None:
     found = []
     for left in (0.0, float("nan")):
@@ -145,7 +150,9 @@ def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: P
         engine.step(Batch([BatchRow(seq, 1)]))
 
 
-@pytest.mark.parametrize("variant", ["qwen3.5", "qwen3 next, dense, a state behind all", "lfm2", "granite4"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3.5", "qwen3 next, dense, a state behind all", "lfm2", "granite4", "falcon h1"]
+)
 def test_pages_are_told_in_their_order(checkpoints: Path, variant: str) -> None:
     engine = native_engine(checkpoints / variant, block_size=16)
     driver = Driver(engine)

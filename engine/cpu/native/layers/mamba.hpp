@@ -3,7 +3,7 @@
 //
 //     step t     softplus of what is projected and a bias, within the model's limits: of each token and head
 //     memory     S = exp(-A t) S + B (t x);  what is read is C S + D x, of the new S; then times silu of the gate
-//     norm       of what the heads of a group have read: by whoever, once all have
+//     norm       of what the heads of a group have read: by whoever, once all have; or before the gates; or none
 //
 // A lone token changes a memory where it lies, in one pass. More of them take it in panels of columns, which stay next to the
 // core. There a token's pass is as many operations as it would have in products of chunks, whose triangles are added to what
@@ -33,16 +33,28 @@ inline void take_steps(const Mamba& w, float* projected, long stride, long count
     }
 }
 
-// What heads have read of some tokens, where their gates were, normed in groups -> what `o` multiplies.
-inline void norm_groups(const Mamba& w, const float* read, long stride, Element* said, long said_stride, Range tokens) {
+// What the heads of a group have read of a token, normed and then times gates, if it is so; else gates are in it.
+inline void norm_group(const Mamba& w, const float* read, const float* gates, const float* norm, long size, Element* said) {
+    const Vector factor = repeat(inverse_rms(read, size, float(w.norm_eps)));
+    for (long i = 0; i < size; i += 16) {
+        const Vector normed = load(read + i) * factor * load(norm + i);
+        store(said + i, w.is_normed_first ? normed * silu(load(gates + i)) : normed);
+    }
+}
+
+// What heads have read of some tokens, where `MambaPass` left it, normed in groups -> what `o` or `out` multiplies.
+inline void say(const Mamba& w, const float* projected, long stride, Element* said, long said_stride, Range tokens) {
     const long size = w.num_values / w.num_groups;
     for (long token = tokens.first; token < tokens.last; token++) {
+        const float* const gates = projected + token * stride;
+        const float* const read = gates + w.read_at();
+        Element* const own = said + token * said_stride;
+        if (w.norm == nullptr) {
+            for (long i = 0; i < w.num_values; i += 16) store(own + i, load(read + i));
+            continue;
+        }
         for (long first = 0; first < w.num_values; first += size) {
-            const float* const values = read + token * stride + first;
-            const Vector factor = repeat(inverse_rms(values, size, float(w.norm_eps)));
-            for (long i = 0; i < size; i += 16) {
-                store(said + token * said_stride + first + i, load(values + i) * factor * load(w.norm + first + i));
-            }
+            norm_group(w, read + first, gates + first, w.norm + first, size, own + first);
         }
     }
 }
@@ -106,6 +118,7 @@ private:
             read.add(change(from, to, by, said, written[row]), asked[row]);
         }
         read.add(value, skip_);
+        if (w_.is_normed_first) return read.put(product + values_ + column, columns);
         const PanelRow gates = PanelRow::of(product + gates_ + column, columns);
         read.times(PanelRow{silu(gates.low), silu(gates.high)}).put(product + gates_ + column, columns);
     }

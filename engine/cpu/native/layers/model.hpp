@@ -48,17 +48,21 @@ struct StateRuns {
 
 enum StateKind : std::int64_t { kDeltaNet, kMamba, kShortConvolution };
 
-// What layers that keep a state in place of keys and values have in common: a convolution over the last few tokens' rows.
+// What layers that keep a state, in place of keys and values or beside them, have in common: a convolution over the last few
+// tokens' rows.
 // states.hpp has where a state lies, convolution.hpp, delta_net.hpp and mamba.hpp what is computed.
 struct StateLayer {
     Linear rows;   // a token's products; of a short convolution b, c and x, of Mamba's layers gates, what is convolved, steps
     Linear rates;  // of a delta net: of each value head what its strength and its decay are made of; else of no columns
+    Linear out;    // the last product, where the layer attends beside it; else of no columns, and the layer's `o` is it
+    const float* factors;           // of each of a token's products in `rows`; null: 1
     const float* convolution;       // [kernel_size][num_convolved], in the order of kinds
     const float* convolution_bias;  // null: none
     std::int64_t kind, kernel_size, num_convolved;
     std::int64_t num_values, memory_size;  // numbers that `o` multiplies; of all heads' memories
     std::int64_t num_rates;                // numbers of a token behind the products of `rows`
     StateRuns state;
+    double out_factor;  // of what `out` yields, beside what `o` does
 
     long rates_at() const { return padded(rows.weight.columns, kTileColumns); }  // behind the others' products
     long projected_size() const { return rates_at() + padded(num_rates, kTileColumns); }
@@ -84,25 +88,31 @@ struct DeltaNet : StateLayer {
 // and read by.
 struct Mamba : StateLayer {
     const float *forgetting, *step_bias, *kept;  // of each head; the last one: how much of a value is yielded beside memory
-    const float* norm;                           // [num_values]
+    const float* norm;                           // [num_values]; null: none
     std::int64_t num_heads, head_dim, num_groups, state_dim;
+    std::int64_t is_normed_first;  // gates come behind the norm, not before it
     double norm_eps;
     double least_step, most_step;  // no limits: 0 and infinity
 
     long num_keys() const { return num_groups * state_dim; }
     long steps_at() const { return num_values + num_convolved; }
+    long read_at() const { return is_normed_first ? num_values : 0; }  // in the places of values, or of gates
 };
 
 // A layer is a mixer, attention over heads' keys and values or over latents or what keeps a state, and an MLP or experts, or
 // the mixer alone (engine/nn/blocks.py).
 struct AttentionBlock {
-    Linear qkv, o;  // `o` is any mixer's last product
+    Linear qkv, o;  // `o` is any mixer's last product; with `qkv` beside `state` attention's, and its bias that of both
     const Element *q_norm, *k_norm;  // of each head; null: none
     const Element* sinks;            // of the query heads: a score that no value goes with; null: none
     std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
     std::int64_t window;           // 0: none
     const Latents* latents;        // in place of `qkv` and norms; null: none
-    const StateLayer* state;       // in place of all but `o`, of its kind; null: none
+    const StateLayer* state;       // in place of all but `o`, of its kind, or beside all; null: none
+
+    bool attends() const { return state == nullptr || beside() != nullptr; }
+    // The state beside keys and values; null: none is.
+    const StateLayer* beside() const { return state == nullptr || state->out.weight.columns == 0 ? nullptr : state; }
 };
 
 enum Activation { kSilu, kGeluTanh, kSquaredRelu };
@@ -154,7 +164,9 @@ struct Model {
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
     double rope_factor, local_rope_factor;
     double query_beta;                                // 0: they do not grow
-    double embedding_factor, added_factor, query_factor;  // of what enters the residual stream, is added to it, asks keys
+    double embedding_factor, query_factor;  // of what enters the residual stream, of what asks keys
+    double mixed_factor, fed_factor;  // of what mixers and what feed-forwards add to the residual stream
+    double gate_factor;               // of what comes to an MLP's activation
     double score_cap;                                     // what scores come near to and never reach; 0: none
     const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none
     const Element *embedding, *final_norm;  // rows, weight
@@ -179,6 +191,8 @@ struct Model {
         }
         return nullptr;
     }
+    // Where what states yield stands in a token's row of what mixers yield: behind attention's, where that is beside it.
+    long read_at() const { return state() != nullptr && state()->out.weight.columns > 0 ? qo_size() : 0; }
 };
 
 // Ask for 2 MiB pages under the weights: a core reads them a tenth to a third faster. Where the kernel refuses, nothing

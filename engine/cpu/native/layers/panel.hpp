@@ -17,15 +17,15 @@ struct Strides {
           narrowed(kMaxAdapterParts * m.adapter_rank), q_normed(m.latents() ? of_inputs(m.latents()->q_rank) : 0),
           asked(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->asked_dim()) : 0),
           answered(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->value_dim) : 0),
-          projected(m.state() ? m.state()->projected_size() : 0) {}
+          projected(m.state() ? m.state()->projected_size() : 0), read_at(m.read_at()) {}
     const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
     const long q_normed, asked, answered;  // of latents alone
-    const long projected;                  // of layers with states alone
+    const long projected, read_at;         // of layers with states alone
 
 private:
     // What the widest mixer yields of a token.
     static long mixed_size(const Model& m) {
-        return m.state() == nullptr ? m.qo_size() : std::max<long>(m.qo_size(), m.state()->num_values);
+        return m.state() == nullptr ? m.qo_size() : std::max<long>(m.qo_size(), m.read_at() + m.state()->num_values);
     }
 
     // Whole lines, and an odd number of them: rows that lie an even number apart share few places of the near cache.
@@ -53,10 +53,36 @@ public:
     // and one in `common`; all meet after each product.
     template <class By>
     void finish(const Layer& layer, float* x, const Rows& attended, Panel& own, Panel& common, By& by) const {
-        add_block(x, attended, layer.attention.o, layer.mixed_norm, common, by);
+        add_mixed(x, attended, layer.attention, layer.mixed_norm, common, by);
+        by.meet();
         if (layer.is_mixer_alone()) return;
         const Rows normed = normalize(x, attended.count, layer.mlp_norm, own, attended.slots);
-        add_block(x, feed_forward(layer.mlp, normed, common, by), layer.mlp.down, layer.output_norm, common, by);
+        const Rows activated = feed_forward(layer.mlp, normed, common, by);
+        if (layer.output_norm != nullptr) add_normed(x, activated, layer.mlp.down, layer.output_norm, fed_factor(), common, by);
+        else add_adapted(x, activated, layer.mlp.down, fed_factor(), common, by);
+        by.meet();
+    }
+
+    float mixed_factor() const { return float(m_.mixed_factor); }
+    float fed_factor() const { return float(m_.fed_factor); }
+
+    // x += what a layer's mixer yields of some rows, normed if `norm` is not null, or what both do that are side by side; whole
+    // when all have met.
+    template <class By>
+    void add_mixed(float* x, const Rows& mixed, const AttentionBlock& w, const Element* norm, Panel& common, By& by) const {
+        if (norm != nullptr) return add_normed(x, mixed, w.o, norm, mixed_factor(), common, by);
+        add_mixed(x, mixed, w.o, w.beside(), mixed_factor(), common, by);
+    }
+
+    // The same times `factor` in place of the model's, without norms. `beside`: null: nothing is.
+    template <class By>
+    void add_mixed(float* x, const Rows& mixed, const Linear& o, const StateLayer* beside, float factor, Panel& common,
+                   By& by) const {
+        add_adapted(x, mixed, o, factor, common, by);
+        if (beside == nullptr) return;
+        if (mixed.slots != nullptr) by.meet();  // narrowed rows of the one are read before the other's
+        const Rows read{mixed.values + s_.read_at, mixed.stride, mixed.count, mixed.slots, mixed.may_widen};
+        add_adapted(x, read, beside->out, factor * float(beside->out_factor), common, by);
     }
 
     // All of it but the last product, whose inputs are returned.
@@ -81,28 +107,30 @@ public:
         return {common.activated.data(), s_.activated, normed.count, normed.slots, normed.may_widen};
     }
 
-    // x += inputs W^T + bias, normed if `norm` is not null
+    // x += (inputs W^T + bias) * factor, what adapters add too; whole when all have met
     template <class By>
-    void add_block(float* x, const Rows& inputs, const Linear& w, const Element* norm, Panel& common, By& by) const {
-        if (norm == nullptr) {
-            add(x, inputs, w, by, float(m_.added_factor));
-            adapt(x, s_.hidden, inputs, w, common, by, float(m_.added_factor));
-        } else {
-            float* added = common.added.data();
-            set(added, s_.hidden, inputs, w, by);
-            adapt(added, s_.hidden, inputs, w, common, by);
-            by.meet();
-            const Range rows = by.part(inputs.count);
-            for (long row = rows.first; row < rows.last; row++) {
-                add_row(x + row * s_.hidden, added + row * s_.hidden, norm);
-            }
-        }
-        by.meet();
+    void add_adapted(float* x, const Rows& inputs, const Linear& w, float factor, Panel& common, By& by) const {
+        add(x, inputs, w, by, factor);
+        adapt(x, s_.hidden, inputs, w, common, by, factor);
     }
 
-    // x += y of one token, normed if `norm` is not null
-    void add_row(float* x, const float* y, const Element* norm) const {
-        const Vector by = repeat(float(m_.added_factor)), offset = repeat(float(m_.norm_offset));
+    // x += normed(inputs W^T + bias) * factor; whole when all have met
+    template <class By>
+    void add_normed(float* x, const Rows& inputs, const Linear& w, const Element* norm, float factor, Panel& common,
+                    By& by) const {
+        float* added = common.added.data();
+        set(added, s_.hidden, inputs, w, by);
+        adapt(added, s_.hidden, inputs, w, common, by);
+        by.meet();
+        const Range rows = by.part(inputs.count);
+        for (long row = rows.first; row < rows.last; row++) {
+            add_row(x + row * s_.hidden, added + row * s_.hidden, norm, factor);
+        }
+    }
+
+    // x += y * added of one token, normed if `norm` is not null
+    void add_row(float* x, const float* y, const Element* norm, float added) const {
+        const Vector by = repeat(added), offset = repeat(float(m_.norm_offset));
         const Vector factor = norm == nullptr ? by : repeat(inverse_rms(y, m_.hidden_size, float(m_.norm_eps)));
         for (long i = 0; i < m_.hidden_size; i += 16) {
             const Lanes mask = lanes(m_.hidden_size - i);
@@ -235,9 +263,10 @@ private:
     // Calls job(act) with the model's activation.
     template <class Job>
     void with_activation(Job job) const {
-        if (m_.activation == kGeluTanh) job([](Vector x) { return gelu_tanh(x); });
-        else if (m_.activation == kSquaredRelu) job([](Vector x) { return squared_relu(x); });
-        else job([](Vector x) { return silu(x); });
+        const Vector by = repeat(float(m_.gate_factor));
+        if (m_.activation == kGeluTanh) job([=](Vector x) { return gelu_tanh(x * by); });
+        else if (m_.activation == kSquaredRelu) job([=](Vector x) { return squared_relu(x * by); });
+        else job([=](Vector x) { return silu(x * by); });
     }
 
     const Model m_;

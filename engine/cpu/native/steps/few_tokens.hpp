@@ -86,7 +86,8 @@ private:
         }
         if (const StateLayer* state = layer.attention.state) {
             stages_.states.project(*state, tokens, normed, w_.shared, by);
-            return by.meet();
+            by.meet();
+            if (!layer.attention.attends()) return;
         }
         w_.math.set(projected, stride, normed, qkv, by);
         w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
@@ -98,18 +99,16 @@ private:
 
     // From attention to a layer's end.
     void finish(const Layer& layer, float* x, const Rows& attended, Team::Member& by) {
-        const float added = float(w_.model.added_factor);
         each_panel(attended.count, [&](Range tokens) {
             const Rows own = attended.from(tokens.first, tokens.last - tokens.first);
             const Rows part = stages_.values_of(layer, own, w_.shared, by);
             float* y = x + tokens.first * w_.strides.hidden;
             if (layer.experts == nullptr) return w_.math.finish(layer, y, part, w_.own(by).panel, w_.shared, by);
-            const Linear& o = layer.attention.o;
-            w_.math.add(y, part, o, by, added);
-            w_.math.adapt(y, w_.strides.hidden, part, o, w_.shared, by, added);
+            w_.math.add_mixed(y, part, layer.attention, layer.mixed_norm, w_.shared, by);
             by.meet();
         });
-        if (layer.experts != nullptr) stages_.add_experts(layer, x, x, added, attended.count, by, attended.slots);
+        if (layer.experts == nullptr) return;
+        stages_.add_experts(layer, x, x, w_.math.fed_factor(), attended.count, by, attended.slots);
     }
 
     static constexpr std::size_t kLayersToStop = 4;  // to look once in so many: two more meetings each time

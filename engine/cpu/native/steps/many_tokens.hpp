@@ -77,7 +77,8 @@ private:
             return stages_.place_latents(step, index, tokens, normed, panel, alone, by);
         }
         if (const StateLayer* state = layer.attention.state) {
-            return stages_.states.project(*state, tokens, normed, panel, alone);
+            stages_.states.project(*state, tokens, normed, panel, alone);
+            if (!layer.attention.attends()) return;
         }
         w_.math.set(panel.qkv.data(), stride, normed, qkv, alone);
         w_.math.adapt(panel.qkv.data(), stride, normed, qkv, panel, alone);
@@ -95,20 +96,17 @@ private:
 
     // The same of a layer with experts, which threads do together.
     void finish_sparse(const Layer& layer, float* x, const Rows& attended) {
-        const float added = float(w_.model.added_factor);
         threads_.run([&](Team::Member& by) {
             const Range mine = by.part(attended.count);
-            const Linear& o = layer.attention.o;
+            Panel& panel = w_.own(by).panel;
             Alone alone;
             for (long first = mine.first; first < mine.last; first += kPanelRows) {
                 const Rows own = attended.from(first, std::min(kPanelRows, mine.last - first));
-                const Rows part = stages_.values_of(layer, own, w_.own(by).panel, alone);
-                float* target = x + first * w_.strides.hidden;
-                w_.math.add(target, part, o, alone, added);
-                w_.math.adapt(target, w_.strides.hidden, part, o, w_.own(by).panel, alone, added);
+                const Rows part = stages_.values_of(layer, own, panel, alone);
+                w_.math.add_mixed(x + first * w_.strides.hidden, part, layer.attention, layer.mixed_norm, panel, alone);
             }
             by.meet();
-            stages_.add_experts(layer, x, x, added, attended.count, by, attended.slots);
+            stages_.add_experts(layer, x, x, w_.math.fed_factor(), attended.count, by, attended.slots);
         });
     }
 

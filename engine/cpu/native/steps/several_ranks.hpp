@@ -52,7 +52,8 @@ private:
             }
             if (const StateLayer* state = layer.attention.state) {
                 stages_.states.project(*state, {first, first + rows}, normed, w_.shared, by);
-                return by.meet();
+                by.meet();
+                if (!layer.attention.attends()) return;
             }
             w_.math.set(projected, stride, normed, qkv, by);
             w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
@@ -83,7 +84,7 @@ private:
         threads_.run([&](Team::Member& by) { add_attended(layer, attended, by); });
         w_.model.sum_over_ranks(partial(0), size);
         threads_.run([&](Team::Member& by) {
-            add_sums(x, layer.attention.o.bias, layer.mixed_norm, rows, by);
+            add_sums(x, layer.attention.o.bias, layer.mixed_norm, w_.math.mixed_factor(), rows, by);
             if (layer.is_mixer_alone()) return;
             by.meet();
             if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), 1.0f, rows, by, attended.slots);
@@ -92,16 +93,15 @@ private:
         if (layer.is_mixer_alone()) return;
         w_.model.sum_over_ranks(partial(0), size);
         const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
-        threads_.run([&](Team::Member& by) { add_sums(x, bias, layer.output_norm, rows, by); });
+        threads_.run([&](Team::Member& by) { add_sums(x, bias, layer.output_norm, w_.math.fed_factor(), rows, by); });
     }
 
-    // This rank's part of o(attended).
+    // This rank's part of o(attended), and of what is beside it.
     void add_attended(const Layer& layer, const Rows& attended, Team::Member& by) {
         const Linear o = without_bias(layer.attention.o);
         each_panel(attended.count, [&](long first, long count) {
             const Rows panel = stages_.values_of(layer, attended.from(first, count), w_.shared, by);
-            w_.math.add(partial(first), panel, o, by, 1.0f);
-            w_.math.adapt(partial(first), w_.strides.hidden, panel, o, w_.shared, by);
+            w_.math.add_mixed(partial(first), panel, o, layer.attention.beside(), 1.0f, w_.shared, by);
             // The next panel's narrowed rows, or values, take the place of these.
             if (attended.slots != nullptr || layer.attention.latents != nullptr) by.meet();
         });
@@ -114,20 +114,19 @@ private:
             const Rows normed = w_.math.normalize(x + first * w_.strides.hidden, count, layer.mlp_norm, w_.own(by).panel,
                                                   attended.from(first, count).slots);
             const Rows activated = w_.math.feed_forward(mlp, normed, w_.shared, by);
-            w_.math.add(partial(first), activated, mlp.down, by, 1.0f);
-            w_.math.adapt(partial(first), w_.strides.hidden, activated, mlp.down, w_.shared, by);
+            w_.math.add_adapted(partial(first), activated, mlp.down, 1.0f, w_.shared, by);
             by.meet();
         });
     }
 
-    // x += the ranks' sums + bias, normed if `norm` is not null; the sums are zero afterwards.
-    void add_sums(float* x, const Element* bias, const Element* norm, long rows, const Team::Member& by) {
+    // x += (the ranks' sums + bias) * factor, normed if `norm` is not null; the sums are zero afterwards.
+    void add_sums(float* x, const Element* bias, const Element* norm, float factor, long rows, const Team::Member& by) {
         const Range mine = by.part(rows);
         for (long row = mine.first; row < mine.last; row++) {
             for (long i = 0; i < w_.strides.hidden; i += 16) {
                 store(partial(row) + i, with_bias(partial(row) + i, bias, i, w_.model.hidden_size));
             }
-            w_.math.add_row(x + row * w_.strides.hidden, partial(row), norm);
+            w_.math.add_row(x + row * w_.strides.hidden, partial(row), norm, factor);
             std::fill_n(partial(row), w_.strides.hidden, 0.0f);
         }
     }

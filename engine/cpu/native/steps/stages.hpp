@@ -70,18 +70,19 @@ public:
         return latents == nullptr ? attended : w_.latent_math.answer(*latents, attended, common, by);
     }
 
-    // A layer's keys and values are in the pages; those with states count in no page of their own.
+    // A layer's keys and values are in the pages; those with states alone count in no page of their own.
     void report(const Step& step, std::size_t index, const Team::Member& by) const {
-        if (by.rank() != 0 || step.on_layer == nullptr || w_.layers[index].attention.state != nullptr) return;
+        if (by.rank() != 0 || step.on_layer == nullptr || !w_.layers[index].attention.attends()) return;
         const auto first = w_.layers.begin();
         step.on_layer(int(std::count_if(first, first + long(index), [](const Layer& layer) {
-            return layer.attention.state == nullptr;
+            return layer.attention.attends();
         })));
     }
 
     // Tokens meet those before them. Queries are read where the result is then written.
     void mix(const Step& step, const std::vector<Piece>& pieces, std::size_t index, Team::Member& by) {
-        if (w_.layers[index].attention.state != nullptr) return states.mix(step, index, by);
+        if (w_.layers[index].attention.state != nullptr) states.mix(step, index, by);
+        if (!w_.layers[index].attention.attends()) return;
         pieces_taken_[index].take(long(pieces.size()), [&](long i) {
             const Piece& piece = pieces[i];
             const long first = piece.row->token + piece.first, of_kv_head = w_.heads.group() * w_.model.head_dim;

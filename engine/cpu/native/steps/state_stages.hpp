@@ -33,6 +33,11 @@ public:
             w_.math.adapt(target, w_.strides.projected, normed, w, common, by);
         };
         put(projected(tokens.first), layer.rows);
+        if (layer.factors != nullptr) {
+            by.meet();
+            const Range mine = by.part(normed.count);
+            multiply(layer, {tokens.first + mine.first, tokens.first + mine.last});
+        }
         if (layer.rates.weight.columns == 0) return;
         if (normed.slots != nullptr) by.meet();  // narrowed rows of the one are read before the other's
         put(projected(tokens.first) + layer.rates_at(), layer.rates);
@@ -48,13 +53,25 @@ public:
         const auto& mamba = static_cast<const Mamba&>(layer);
         remember(step, mamba, index, by);
         by.meet();
-        norm_groups(mamba, projected(0), w_.strides.projected, attended(0), w_.strides.attended, by.part(step.num_tokens));
+        say(mamba, projected(0), w_.strides.projected, read(0), w_.strides.attended, by.part(step.num_tokens));
     }
 
 private:
     const StateLayer* layer_of(std::size_t index) const { return w_.layers[index].attention.state; }
     float* projected(long token) { return w_.projected.data() + token * w_.strides.projected; }
-    Element* attended(long token) { return w_.attended.data() + token * w_.strides.attended; }
+    Element* read(long token) { return w_.attended.data() + token * w_.strides.attended + w_.strides.read_at; }
+
+    // Some tokens' products times their factors.
+    void multiply(const StateLayer& layer, Range tokens) {
+        const long columns = layer.rows.weight.columns;
+        for (long token = tokens.first; token < tokens.last; token++) {
+            float* const products = projected(token);
+            for (long i = 0; i < columns; i += 16) {
+                const Lanes mask = lanes(columns - i);
+                store(products + i, load(products + i, mask) * load(layer.factors + i, mask), mask);
+            }
+        }
+    }
 
     // Each row's strips of columns, and what else is made of its products before memories are changed.
     void convolve(const Step& step, const StateLayer& layer, std::size_t index, const Team::Member& by) {
@@ -64,7 +81,7 @@ private:
             const Row& row = *step.by_length[i / parts];
             float* const products = projected(row.token);
             if (i % parts == count) return take_steps(static_cast<const Mamba&>(layer), products, stride, row.length);
-            ConvolutionPass(w_.model, layer, row, strips[i % parts], products, stride, attended(row.token), w_.strides.attended,
+            ConvolutionPass(w_.model, layer, row, strips[i % parts], products, stride, read(row.token), w_.strides.attended,
                             w_.own(by).convolution).run();
         });
     }
@@ -74,7 +91,7 @@ private:
         const long heads = net.num_key_heads;
         remembered_[index].take(long(step.by_length.size()) * heads, [&](long i) {
             const Row& row = *step.by_length[i / heads];
-            DeltaPass(w_.model, net, row, i % heads, projected(row.token), w_.strides.projected, attended(row.token),
+            DeltaPass(w_.model, net, row, i % heads, projected(row.token), w_.strides.projected, read(row.token),
                       w_.strides.attended, w_.own(by).delta_net).run();
         });
     }
