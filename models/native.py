@@ -42,8 +42,6 @@ def not_in_native(
         "inputs of each layer": config.layer_inputs is not None,
         "norms of heads without weights": family.head_norms == "bare",
         "experts whose inputs are weighed": config.experts is not None and config.experts.scales_inputs,
-        "mixer and feed-forward side by side": family.norms == "shared",
-        "norms that take a mean off": family.has_layer_norms,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "experts in float32": is_float32 and is_sparse,
         "experts whose tokens are exchanged": is_exchanged and is_sparse,

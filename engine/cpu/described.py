@@ -134,7 +134,7 @@ class LayerParts(ctypes.Structure):
         ("mlp_norm", ctypes.c_void_p),
         ("output_norm", ctypes.c_void_p),
         ("mlp", MLPParts),
-        ("is_local", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("is_local", "is_fed_first")),
         ("experts", ctypes.POINTER(ExpertParts)),
         ("pages", ctypes.c_void_p),
     ]
@@ -150,7 +150,7 @@ class Model(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*SIZES, "page_bytes", "block_size", "has_int8_pages")),
         *((name, ctypes.c_int64) for name in ("rotary_dim", "has_neighbours", "norms_turned", "has_gates")),
-        *((name, ctypes.c_int64) for name in ("query_len", "activation", "is_gated")),
+        *((name, ctypes.c_int64) for name in ("query_len", "activation", "is_gated", "takes_mean_off")),
         *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
         ("query_beta", ctypes.c_double),
         *((name, ctypes.c_double) for name in ("embedding_factor", "query_factor", "mixed_factor", "fed_factor")),

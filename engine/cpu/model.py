@@ -90,6 +90,8 @@ class NativeModel:
             target.input_norm, target.mixed_norm = _weight_of(first.input_norm), _weight_of(first.mixed_norm)
             target.mlp_norm, target.output_norm = _weight_of(last.mlp_norm), _weight_of(last.output_norm)
             target.is_local = first.is_local and config.local_rope is not None
+            if config.family.norms == "shared":
+                target.is_fed_first, target.mlp_norm = True, target.input_norm
             if first.input_norm is not None and config.multipliers.attention_in != 1.0:
                 target.input_norm = self._multiplied(first.input_norm, config.multipliers.attention_in)
             self._describe_mixers(block, target.attention, config)

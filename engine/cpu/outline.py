@@ -25,6 +25,7 @@ def outline(decoder: Decoder) -> Model:
         query_beta=config.rope.query_beta,
         activation=_ACTIVATIONS.index(config.activation),
         is_gated=config.family.mlp.gate is not None,
+        takes_mean_off=config.family.has_layer_norms,
         norm_eps=config.rms_norm_eps,
         norm_offset=config.family.norm_offset,
         rope_factor=decoder.rotary.attention_factor,

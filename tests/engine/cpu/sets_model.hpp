@@ -16,6 +16,7 @@ struct Shape {
     bool has_latents = false;
     int states = -1;  // the kind of what the first and the last layer keep; beside delta nets attention has gates; -1: none
     bool is_beside = false;  // those layers attend as well
+    bool has_one_norm = false;  // of mixer and feed-forward, which takes the mean off
 };
 
 constexpr long kTurned = 32, kNope = 48, kValue = 80, kAsking = 40;  // of latents: parts of heads, what queries are made of
@@ -44,6 +45,7 @@ public:
             if (is_plain && &layer == &layers_.front()) continue;  // a mixer alone
             layer.mlp.gate_up = linear((is_plain ? 1 : 2) * shape.inner, kHidden);
             layer.mlp.down = linear(kHidden, shape.inner);
+            if (shape.has_one_norm) layer.is_fed_first = 1, layer.mlp_norm = layer.input_norm;
             layer.attention.window = shape.window;
             if (!shape.has_extras) continue;
             layer.attention.q_norm = vector(d, 1.0f), layer.attention.k_norm = vector(d, 1.0f);
@@ -58,6 +60,7 @@ public:
         model_.page_bytes = 2 * kKvHeads * kBlock * token_bytes, model_.block_size = kBlock;
         model_.has_int8_pages = shape.has_int8_pages, model_.rotary_dim = d, model_.is_gated = !is_plain;
         model_.activation = is_plain ? kSquaredRelu : shape.has_extras ? kGeluTanh : kSilu;
+        model_.takes_mean_off = shape.has_one_norm;
         model_.norm_eps = 1e-6, model_.rope_factor = model_.local_rope_factor = 1.0;
         model_.embedding_factor = model_.query_factor = 1.0;
         model_.mixed_factor = model_.fed_factor = model_.gate_factor = shape.is_beside ? 0.8 : 1.0;

@@ -50,6 +50,12 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
     "hunyuan": ("hunyuan_v1_dense", {}),
     "arcee": ("arcee", {}),
     "olmo3": ("olmo3", {}),
+    "cohere2": ("cohere2", {}),
+    "cohere2, biases, odd sizes": (
+        "cohere2",
+        {"hidden_size": 80, "num_qo_heads": 5, "num_kv_heads": 1, "intermediate_size": 100}
+        | {"config": {"attention_bias": True}},
+    ),
     "yarn": (
         "qwen2",
         {"config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}},

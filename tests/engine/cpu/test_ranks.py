@@ -31,6 +31,7 @@ TOLERANCE = 0.15  # of a log-probability; those of these models spread over some
         ("qwen3", {"head_dim": 32, "num_qo_heads": 8}),
         ("gemma3_text", {"head_dim": 32}),
         ("olmo3", {}),
+        ("cohere2", {"hidden_size": 128, "config": {"attention_bias": True}}),
         ("llama", {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "quantization": "int8"}),
     ],
 )

@@ -143,6 +143,7 @@ struct Layer {
     const Element *mlp_norm, *output_norm;  // the same of the feed-forward
     Mlp mlp;
     std::int64_t is_local;  // positions turn by the local frequencies
+    std::int64_t is_fed_first;  // the feed-forward sees what the mixer sees: it is added first, as what is added is one sum
     const Experts* experts;  // in place of `mlp`; null: it is there, or has no columns and is not
     char* pages;  // block 0's of this layer, [2, num_kv_heads] heads as in pages.hpp; the next is page_bytes further
 
@@ -161,6 +162,7 @@ struct Model {
     std::int64_t has_gates;                           // numbers behind each head's query gate what it attends to
     std::int64_t query_len;                           // positions after which queries grow: `Rotation::prepare`
     std::int64_t activation, is_gated;                // of MLPs; it is of a gate, which up is multiplied by, or of up
+    std::int64_t takes_mean_off;                      // norms do before all else, but those of heads and of latents
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
     double rope_factor, local_rope_factor;
     double query_beta;                                // 0: they do not grow

@@ -49,18 +49,14 @@ public:
     PanelMath(const Model& model, const Strides& strides, bool is_exact) : m_(model), s_(strides), may_widen_(!is_exact) {}
 
     // From attention to a layer's end: x += o(attended), x += mlp(norm(x)), what is added normed where a layer has norms
-    // for it. `by`: who does it (team.hpp), one thread or several, each with an `own` panel for what all of them compute,
-    // and one in `common`; all meet after each product.
+    // for it; the second before the first where the layer says so. `by`: who does it (team.hpp), one thread or several, each
+    // with an `own` panel for what all of them compute, and one in `common`; all meet after each product.
     template <class By>
     void finish(const Layer& layer, float* x, const Rows& attended, Panel& own, Panel& common, By& by) const {
+        if (layer.is_fed_first) add_fed(layer, x, attended, own, common, by);
         add_mixed(x, attended, layer.attention, layer.mixed_norm, common, by);
         by.meet();
-        if (layer.is_mixer_alone()) return;
-        const Rows normed = normalize(x, attended.count, layer.mlp_norm, own, attended.slots);
-        const Rows activated = feed_forward(layer.mlp, normed, common, by);
-        if (layer.output_norm != nullptr) add_normed(x, activated, layer.mlp.down, layer.output_norm, fed_factor(), common, by);
-        else add_adapted(x, activated, layer.mlp.down, fed_factor(), common, by);
-        by.meet();
+        if (!layer.is_fed_first && !layer.is_mixer_alone()) add_fed(layer, x, attended, own, common, by);
     }
 
     float mixed_factor() const { return float(m_.mixed_factor); }
@@ -85,7 +81,7 @@ public:
         add_adapted(x, read, beside->out, factor * float(beside->out_factor), common, by);
     }
 
-    // All of it but the last product, whose inputs are returned.
+    // All of the feed-forward but the last product, whose inputs are returned.
     template <class By>
     Rows feed_forward(const Mlp& mlp, const Rows& normed, Panel& common, By& by) const {
         const Linear& gate_up = mlp.gate_up;
@@ -165,11 +161,14 @@ public:
                 }
                 continue;
             }
-            const Vector factor = repeat(inverse_rms(x, m_.hidden_size, float(m_.norm_eps)));
+            const float mean = m_.takes_mean_off ? mean_of(x, m_.hidden_size) : 0.0f;
+            const float squares = sum_of_squares(x, m_.hidden_size, mean);
+            const Vector factor = repeat(inverse_rms(squares, m_.hidden_size, float(m_.norm_eps))), off = repeat(mean);
             const Vector offset = repeat(float(m_.norm_offset));
             for (long i = 0; i < m_.hidden_size; i += 16) {
                 const Lanes mask = lanes(m_.hidden_size - i);
-                store(normed + row * s_.normed + i, load(x + i, mask) * factor * (load(weight + i, mask) + offset), mask);
+                const Vector value = (load(x + i, mask) - off) * factor;
+                store(normed + row * s_.normed + i, value * (load(weight + i, mask) + offset), mask);
             }
         }
         return {normed, s_.normed, rows, slots, may_widen_};
@@ -260,6 +259,16 @@ public:
     long inner_of(const Mlp& mlp) const { return mlp.gate_up.weight.columns / (m_.is_gated ? 2 : 1); }
 
 private:
+    // x += mlp(norm(x)) of the rows beside `mixed`, whole; all have met.
+    template <class By>
+    void add_fed(const Layer& layer, float* x, const Rows& mixed, Panel& own, Panel& common, By& by) const {
+        const Rows normed = normalize(x, mixed.count, layer.mlp_norm, own, mixed.slots);
+        const Rows activated = feed_forward(layer.mlp, normed, common, by);
+        if (layer.output_norm != nullptr) add_normed(x, activated, layer.mlp.down, layer.output_norm, fed_factor(), common, by);
+        else add_adapted(x, activated, layer.mlp.down, fed_factor(), common, by);
+        by.meet();
+    }
+
     // Calls job(act) with the model's activation.
     template <class Job>
     void with_activation(Job job) const {

@@ -142,13 +142,22 @@ inline Vector tanh(Vector x) {
 // What comes near to +-bound and is x where that is small.
 inline Vector capped(Vector x, float bound) { return repeat(bound) * tanh(x * repeat(1.0f / bound)); }
 
-inline float sum_of_squares(const float* x, long size) {
+// The sum of the squares of x - off.
+inline float sum_of_squares(const float* x, long size, float off = 0.0f) {
+    const Vector by = repeat(off);
     Vector squares = repeat(0.0f);
     for (long i = 0; i < size; i += 16) {
-        const Vector v = load(x + i, lanes(size - i));
+        const Lanes mask = lanes(size - i);
+        const Vector v = select(mask, load(x + i, mask) - by, repeat(0.0f));
         squares = fma(v, v, squares);
     }
     return sum_of(squares);
+}
+
+inline float mean_of(const float* x, long size) {
+    Vector sums = repeat(0.0f);
+    for (long i = 0; i < size; i += 16) sums = sums + load(x + i, lanes(size - i));
+    return sum_of(sums) / float(size);
 }
 
 // 1 / rms(x), as a factor.

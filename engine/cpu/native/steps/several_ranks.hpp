@@ -77,23 +77,36 @@ private:
         return squares_;
     }
 
-    // From attention to a layer's end. Biases are added once, to the sums.
+    // From attention to a layer's end: its two blocks in their order, and what both add.
     void finish(const Layer& layer, float* x, const Rows& attended) {
         const long rows = attended.count, size = rows * w_.strides.hidden;
         if (long(partials_.size()) < size) partials_.resize(size);
-        threads_.run([&](Team::Member& by) { add_attended(layer, attended, by); });
+        const bool is_fed_first = layer.is_fed_first != 0;
+        threads_.run([&](Team::Member& by) { compute(layer, is_fed_first, x, attended, by); });
         w_.model.sum_over_ranks(partial(0), size);
         threads_.run([&](Team::Member& by) {
-            add_sums(x, layer.attention.o.bias, layer.mixed_norm, w_.math.mixed_factor(), rows, by);
+            add_sums(layer, is_fed_first, x, rows, by);
             if (layer.is_mixer_alone()) return;
             by.meet();
-            if (layer.experts != nullptr) return stages_.add_experts(layer, x, partial(0), 1.0f, rows, by, attended.slots);
-            add_mlp(layer, x, attended, by);
+            compute(layer, !is_fed_first, x, attended, by);
         });
         if (layer.is_mixer_alone()) return;
         w_.model.sum_over_ranks(partial(0), size);
+        threads_.run([&](Team::Member& by) { add_sums(layer, !is_fed_first, x, rows, by); });
+    }
+
+    // This rank's part of the feed-forward, or of what is mixed.
+    void compute(const Layer& layer, bool is_fed, const float* x, const Rows& attended, Team::Member& by) {
+        if (!is_fed) return add_attended(layer, attended, by);
+        if (layer.experts == nullptr) return add_mlp(layer, x, attended, by);
+        stages_.add_experts(layer, x, partial(0), 1.0f, attended.count, by, attended.slots);
+    }
+
+    // x += what the ranks' sums of the feed-forward, or of what is mixed, are. Biases are added once, to the sums.
+    void add_sums(const Layer& layer, bool is_fed, float* x, long rows, const Team::Member& by) {
+        if (!is_fed) return add_sums(x, layer.attention.o.bias, layer.mixed_norm, w_.math.mixed_factor(), rows, by);
         const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
-        threads_.run([&](Team::Member& by) { add_sums(x, bias, layer.output_norm, w_.math.fed_factor(), rows, by); });
+        add_sums(x, bias, layer.output_norm, w_.math.fed_factor(), rows, by);
     }
 
     // This rank's part of o(attended), and of what is beside it.
