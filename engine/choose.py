@@ -20,7 +20,7 @@ from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..common.machine import free_memory_bytes
 from ..models.config import ModelConfig
-from ..models.native import check_exact_states
+from ..models.native import check_exact
 from ..models.parts.chunks import check_chunks
 from ..models.parts.states import check_states
 from ..models.parts.uneven_heads import check_uneven
@@ -70,7 +70,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
 def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
     check_uneven(model.uneven, config, is_cuda=device.type == "cuda")
-    check_chunks(model.sliding_windows, is_cuda=device.type == "cuda", is_exact=config.deterministic)
+    check_chunks(model.sliding_windows, is_cuda=device.type == "cuda")
     if model.states is not None:
         check_states(config, is_cuda=device.type == "cuda")
     if device.type == "cuda" and (latent := model.latent) is not None:
@@ -208,8 +208,8 @@ def choose_runner(
         )
         num_pages, ends = len(decoder.config.kv_layers), decoder.config.eos_token_ids
         return NativeRunner(native, decoder.final_norm, num_pages=num_pages, eos_token_ids=ends)
-    if config.deterministic and decoder.states is not None:
-        check_exact_states(["the log says why"])
+    if config.deterministic:
+        check_exact(decoder.config, ["the log says why"])
     with torch.inference_mode():
         make = TiledRunner if config.deterministic else TorchRunner
         return make(decoder, attention, block_size=config.block_tokens)

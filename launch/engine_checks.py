@@ -15,7 +15,7 @@ from ..common.errors import ConfigError
 from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.adapter import Adapter, inspect_adapter
 from ..models.config import ModelConfig
-from ..models.native import check_exact_states
+from ..models.native import check_exact
 from ..models.parts.chunks import check_chunks
 from ..models.parts.experts import expert_plan
 from ..models.parts.states import check_states
@@ -72,11 +72,11 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
     check_uneven(model.uneven, engine, is_cuda=is_cuda)
-    check_chunks(model.sliding_windows, is_cuda=is_cuda, is_exact=engine.deterministic)
+    check_chunks(model.sliding_windows, is_cuda=is_cuda)
     if model.states is not None:
         check_states(engine, is_cuda=is_cuda)
-        if engine.deterministic:
-            check_exact_states(lacks_native(engine, model))
+    if engine.deterministic:
+        check_exact(model, lacks_native(engine, model))
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")
     if engine.attention_backend == "flashinfer_fp8" and engine.kv_cache_dtype != "fp8":

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
-from .parts.chunks import Chunk
+from .parts.chunks import has_chunks
 from .parts.delta_nets import DeltaNetsConfig
 from .parts.latent import LatentConfig
 from .parts.mamba import MambaConfig
@@ -37,11 +37,8 @@ def not_in_native(
         "experts in such a residual stream": is_sparse and family.norms != "before",
         "feed-forwards without a mixer before each": not _are_behind_mixers(config),
         "experts over narrower rows": config.experts is not None and config.experts.narrowing is not None,
-        "attention in chunks": any(isinstance(window, Chunk) for window in config.sliding_windows),
         "layers whose heads are of two sizes": config.uneven is not None,
         "inputs of each layer": config.layer_inputs is not None,
-        "norms of heads without weights": family.head_norms == "bare",
-        "experts whose inputs are weighed": config.experts is not None and config.experts.scales_inputs,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "experts in float32": is_float32 and is_sparse,
         "experts whose tokens are exchanged": is_exchanged and is_sparse,
@@ -59,15 +56,17 @@ def _are_behind_mixers(config: ModelConfig) -> bool:
     return all(config.has_mixer(i) or (i > 0 and not config.has_feed_forward(i - 1)) for i in layers)
 
 
-def check_exact_states(lacking: Collection[str]) -> None:
-    """Refuse exact steps of a model that keeps states, where C++ lacks these parts of it.
+def check_exact(config: ModelConfig, lacking: Collection[str]) -> None:
+    """Refuse exact steps of a model that keeps states or attends in chunks, where C++ lacks these parts of it.
 
-    Torch takes states of many tokens otherwise than of one, and rounds otherwise. Raises ConfigError.
+    Torch takes states and chunks of many tokens otherwise than of one, and rounds otherwise. Raises ConfigError.
     """
-    if lacking:
+    of_states = "layers that keep a state have" if config.states is not None else None
+    of_chunks = "attention in chunks has" if has_chunks(config.sliding_windows) else None
+    if lacking and (kind := of_states or of_chunks):
         raise ConfigError(
-            "deterministic: layers that keep a state have exact steps, and so speculation, in C++ on CPUs alone; this "
-            f"is for torch: {', '.join(lacking)}"
+            f"deterministic: {kind} exact steps, and so speculation, in C++ on CPUs alone; this is for torch: "
+            f"{', '.join(lacking)}"
         )
 
 

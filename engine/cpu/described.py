@@ -79,6 +79,12 @@ class MambaParts(StateParts):
     ]
 
 
+class SightParts(ctypes.Structure):
+    """The C++ `Sight`."""
+
+    _fields_ = [("size", ctypes.c_int64), ("in_chunks", ctypes.c_int64)]
+
+
 class AttentionParts(ctypes.Structure):
     """The C++ `AttentionBlock`."""
 
@@ -86,7 +92,8 @@ class AttentionParts(ctypes.Structure):
         ("qkv", LinearParts),
         ("o", LinearParts),
         *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")),
-        *((name, ctypes.c_int64) for name in ("has_whole_norms", "window")),
+        ("has_whole_norms", ctypes.c_int64),
+        ("sight", SightParts),
         ("latents", ctypes.POINTER(LatentParts)),
         ("state", ctypes.POINTER(StateParts)),
     ]
@@ -106,6 +113,7 @@ _COUNTS = (
     "num_chosen_groups",
     "is_sigmoid",
     "is_normalised",
+    "scales_inputs",
 )
 
 
@@ -140,6 +148,12 @@ class LayerParts(ctypes.Structure):
     ]
 
 
+class GrowthParts(ctypes.Structure):
+    """The C++ `QueryGrowth`."""
+
+    _fields_ = [("beta", ctypes.c_double), ("len", ctypes.c_int64), ("shift", ctypes.c_int64)]
+
+
 SumOverRanks = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
 
@@ -150,11 +164,11 @@ class Model(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*SIZES, "page_bytes", "block_size", "has_int8_pages")),
         *((name, ctypes.c_int64) for name in ("rotary_dim", "has_neighbours", "norms_turned", "has_gates")),
-        *((name, ctypes.c_int64) for name in ("query_len", "activation", "is_gated", "takes_mean_off")),
+        *((name, ctypes.c_int64) for name in ("activation", "is_gated", "takes_mean_off")),
         *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
-        ("query_beta", ctypes.c_double),
         *((name, ctypes.c_double) for name in ("embedding_factor", "query_factor", "mixed_factor", "fed_factor")),
         *((name, ctypes.c_double) for name in ("gate_factor", "score_cap")),
+        *((name, GrowthParts) for name in ("growth", "local_growth")),
         *((name, ctypes.c_void_p) for name in ("inv_freq", "local_inv_freq", "embedding", "final_norm")),
         ("head", Tiles),
         ("layers", ctypes.POINTER(LayerParts)),

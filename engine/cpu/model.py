@@ -20,6 +20,7 @@ from torch import Tensor
 from ...common.config import CpuIsa
 from ...models.config import ModelConfig
 from ...models.native import not_in_native
+from ...models.parts.chunks import Chunk
 from ..nn.adapters import AdapterSlots
 from ..nn.decoder import Decoder
 from ..nn.delta_net import GatedDeltaNet
@@ -44,6 +45,7 @@ from .described import (
     LinearParts,
     MLPParts,
     Model,
+    SightParts,
     StateParts,
 )
 from .outline import outline
@@ -116,7 +118,7 @@ class NativeModel:
         if isinstance(attention, LatentAttention):
             target.latents = ctypes.pointer(self._latents(attention))
         elif attention is not None:
-            self._describe_heads(attention, target, config.sliding_windows[block.number] or 0)
+            self._describe_heads(attention, target, config.sliding_windows[block.number])
         output = None if attention is None else attention.o_proj
         bias = None if output is None else output.sum_bias
         if mixer is not None:
@@ -134,14 +136,17 @@ class NativeModel:
         target.o = self._linear(output, bias)
         self._linears.append((output, target.o))
 
-    def _describe_heads(self, attention: Attention, target: AttentionParts, window: int) -> None:
+    def _describe_heads(self, attention: Attention, target: AttentionParts, window: int | None) -> None:
         target.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
         if norms := attention.head_norms or attention.whole_norms:
             target.q_norm, target.k_norm = (address(norm.weight) for norm in norms)
+        if attention.bare_eps is not None:
+            self._keep.append(ones := torch.ones(attention.head_dim, dtype=self.dtype))
+            target.q_norm = target.k_norm = address(ones)
         target.has_whole_norms = bool(attention.whole_norms)
         if attention.sinks is not None:
             target.sinks = address(attention.sinks.weight)
-        target.window = window
+        target.sight = SightParts(window or 0, isinstance(window, Chunk))
         self._linears.append((attention.qkv_proj, target.qkv))
 
     def _latents(self, attention: LatentAttention) -> LatentParts:
@@ -200,6 +205,7 @@ class NativeModel:
             num_chosen_groups=config.num_chosen_groups,
             is_sigmoid=config.scoring == "sigmoid",
             is_normalised=config.normalised,
+            scales_inputs=config.scales_inputs,
             scale=config.scale,
             limit=config.limit if config.is_stacked else 0.0,
             alpha=config.alpha,

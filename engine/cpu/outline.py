@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ...models.parts.activation import Activation
+from ...models.parts.rope import RopeConfig
 from ..nn.decoder import Decoder
-from .described import SIZES, Model
+from .described import SIZES, GrowthParts, Model
 from .packing import address
 
 _SPLIT = {"num_qo_heads", "num_kv_heads"}  # over the ranks
@@ -19,10 +20,8 @@ def outline(decoder: Decoder) -> Model:
     model = Model(
         rotary_dim=2 * len(decoder.rotary.inv_freq),
         has_neighbours=config.rope.has_neighbours,
-        norms_turned=config.family.head_norms == "turned",
+        norms_turned=config.family.head_norms in ("turned", "bare"),
         has_gates=config.family.has_attention_gates,
-        query_len=config.rope.query_len,
-        query_beta=config.rope.query_beta,
         activation=_ACTIVATIONS.index(config.activation),
         is_gated=config.family.mlp.gate is not None,
         takes_mean_off=config.family.has_layer_norms,
@@ -34,10 +33,12 @@ def outline(decoder: Decoder) -> Model:
         mixed_factor=config.residual_multiplier * config.multipliers.attention_out,
         fed_factor=config.residual_multiplier * config.multipliers.fed,
         gate_factor=config.multipliers.gate,
+        growth=_growth(config.rope),
         score_cap=config.score_cap or 0.0,
         num_ranks=num_ranks,
     )
     if decoder.local_rotary is not None:
+        model.local_growth = _growth(decoder.local_rotary.rope)
         model.local_rope_factor = decoder.local_rotary.attention_factor
         model.local_inv_freq = address(decoder.local_rotary.inv_freq)
     for name in set(SIZES) - _OF_LAYERS:
@@ -47,3 +48,7 @@ def outline(decoder: Decoder) -> Model:
     model.first_token, model.num_tokens = decoder.embedding.start, decoder.embedding.stop - decoder.embedding.start
     model.inv_freq = address(decoder.rotary.inv_freq)
     return model
+
+
+def _growth(rope: RopeConfig) -> GrowthParts:
+    return GrowthParts(rope.query_beta, rope.query_len, rope.query_shift)

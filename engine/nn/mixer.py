@@ -94,7 +94,7 @@ class Attention:
         self.sinks = Sinks(builder, f"{name}.sinks") if family.has_sinks else None
         is_bare = family.head_norms == "bare" and not config.local_layers[page]
         self._eps = config.rms_norm_eps
-        self._bare_eps = config.rms_norm_eps if is_bare else None  # of norms without weights; None: there are none
+        self.bare_eps = config.rms_norm_eps if is_bare else None  # of norms without weights; None: there are none
         self._turns_first = family.head_norms == "turned"
         self._has_neighbours = config.rope.has_neighbours
 
@@ -116,8 +116,8 @@ class Attention:
             turned = asking[..., : rope.cos.shape[-1]]
             turned.copy_(by_halves(turned))
         rope.turn_(asking, num_q)
-        if self._bare_eps is not None:
-            asking.copy_(F.rms_norm(asking.float(), asking.shape[-1:], eps=self._bare_eps))
+        if self.bare_eps is not None:
+            asking.copy_(F.rms_norm(asking.float(), asking.shape[-1:], eps=self.bare_eps))
         if self._turns_first:
             self._norm_heads_(heads)
         return heads

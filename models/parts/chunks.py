@@ -69,11 +69,12 @@ def first_seen(position: int, window: int | None) -> int:
     return window.first(position) if isinstance(window, Chunk) else max(0, position - window + 1)
 
 
-def check_chunks(windows: tuple[int | None, ...], *, is_cuda: bool, is_exact: bool) -> None:
+def has_chunks(windows: tuple[int | None, ...]) -> bool:
+    """Tell whether a layer attends in chunks."""
+    return any(isinstance(window, Chunk) for window in windows)
+
+
+def check_chunks(windows: tuple[int | None, ...], *, is_cuda: bool) -> None:
     """Refuse what has no attention in chunks. Raises ConfigError."""
-    if not any(isinstance(window, Chunk) for window in windows):
-        return
-    if is_cuda:
+    if is_cuda and has_chunks(windows):
         raise ConfigError("device: cuda has no kernels here for attention in chunks; use cpu")
-    if is_exact:
-        raise ConfigError("deterministic: attention in chunks has no exact steps here, and so no speculation")

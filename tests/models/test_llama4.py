@@ -9,7 +9,7 @@ import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.checkpoint import tensor_shapes
-from kvferry.models.native import not_in_native
+from kvferry.models.native import check_exact, not_in_native
 from kvferry.models.parts.chunks import Chunk, check_chunks, first_seen
 from kvferry.sizing.work import count_params, num_causal_pairs
 
@@ -75,15 +75,17 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict
 
 def test_what_has_no_attention_in_chunks_is_named(tmp_path: Path) -> None:
     model = model_of(tmp_path, NAME)
-    assert {"attention in chunks", "experts whose inputs are weighed"} <= set(
-        not_in_native(model, None, is_float32=False)
-    )
-    check_chunks(model.sliding_windows, is_cuda=False, is_exact=False)
+    assert not_in_native(model, None, is_float32=False) == []
+    assert not_in_native(model, None, is_float32=True) == ["experts in float32"]
+    check_chunks(model.sliding_windows, is_cuda=False)
     with pytest.raises(ConfigError, match="cuda has no kernels here for attention in chunks"):
-        check_chunks(model.sliding_windows, is_cuda=True, is_exact=False)
-    with pytest.raises(ConfigError, match="attention in chunks has no exact steps here"):
-        check_chunks(model.sliding_windows, is_cuda=False, is_exact=True)
-    check_chunks((300, None), is_cuda=True, is_exact=True)  # windows have both
+        check_chunks(model.sliding_windows, is_cuda=True)
+    check_chunks((300, None), is_cuda=True)
+    check_exact(model, [])
+    with pytest.raises(
+        ConfigError, match=r"deterministic: attention in chunks has exact steps, .* for torch: experts in"
+    ):
+        check_exact(model, ["experts in float32"])
 
 
 def test_a_chunk_begins_anew() -> None:

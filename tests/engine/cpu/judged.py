@@ -15,6 +15,9 @@ from kvferry.engine.ranks.group import RankGroup
 from ...engine_driver import Driver, engine_config, prompts
 
 JUDGED = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+# The median of a log-probability's error, as a multiple of what torch in bfloat16 is off.
+OF_TORCH = 1.2
+ROUNDED = 3.0  # with inputs of products in 8 bits, whose steps are twice to four times as large
 
 
 def judged(engine: Engine) -> list[SampledToken]:
@@ -66,3 +69,9 @@ def error_of(found: list[SampledToken], expected: list[SampledToken]) -> float:
     assert len(pairs) > 0.95 * len(expected) > 250  # what is said may nearly tie
     errors = [abs(one.logprob - other.logprob) for one, other in pairs if one.logprob and other.logprob]
     return median(errors)
+
+
+@cache
+def tolerance_of(model_dir: Path, factor: float = OF_TORCH) -> float:
+    """Return how far a log-probability may be off (`error_of`), by what torch in bfloat16 is off."""
+    return factor * error_of(of_torch(model_dir, dtype="bfloat16"), expected_of(model_dir))

@@ -116,6 +116,7 @@ void models() {
             run_model(own, std::string(name) + (has_int8 ? " over int8 pages" : ""));
         }
     }
+    run_model({.head_dim = 32, .inner = 192, .chunk = 40}, "chunks");
     run_model({.head_dim = 32, .inner = 192, .has_one_norm = true}, "blocks side by side");
     run_model({.head_dim = 96, .inner = 192, .has_latents = true}, "latents");
     run_model({.head_dim = 32, .inner = 192, .states = kDeltaNet}, "delta nets");

@@ -9,7 +9,7 @@
 #include "sets_inputs.hpp"
 
 struct Shape {
-    long head_dim, inner, window = 0;
+    long head_dim, inner, window = 0, chunk = 0;  // the last two: of keys that are seen; 0: all
     bool has_extras = false;  // norms of heads, sinks, a cap, biases, gelu
     bool has_int8_pages = false;
     long bits = 0;  // of weights in whole numbers; 0: elements
@@ -46,7 +46,7 @@ public:
             layer.mlp.gate_up = linear((is_plain ? 1 : 2) * shape.inner, kHidden);
             layer.mlp.down = linear(kHidden, shape.inner);
             if (shape.has_one_norm) layer.is_fed_first = 1, layer.mlp_norm = layer.input_norm;
-            layer.attention.window = shape.window;
+            layer.attention.sight = shape.chunk ? Sight{shape.chunk, 1} : Sight{shape.window, 0};
             if (!shape.has_extras) continue;
             layer.attention.q_norm = vector(d, 1.0f), layer.attention.k_norm = vector(d, 1.0f);
             layer.attention.sinks = vector(kHeads, 1.0f), layer.output_norm = vector(kHidden, 1.0f);

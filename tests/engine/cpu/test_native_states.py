@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -16,16 +15,13 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.nn.states import ForeignStateError
 
 from ...engine_driver import Driver, engine_config, prompts
-from .judged import error_of, expected_of, judged, judged_by_ranks, native_engine, of_torch
+from .judged import ROUNDED, error_of, expected_of, judged, judged_by_ranks, native_engine, of_torch, tolerance_of
 from .state_models import VARIANTS, write_states
 from .test_build import SAMPLING, Recorded
 from .test_cut_attention import gap_of_threads
 
 pytestmark = pytest.mark.usefixtures("native")
 
-# The median of a log-probability's error, as a multiple of what torch in bfloat16 is off.
-OF_TORCH = 1.2
-ROUNDED = 3.0  # with inputs of products in 8 bits, whose steps are twice to four times as large
 WHOLE = ("qwen3.5", "qwen3 next, some dense", "lfm2 moe", "granite4 moe", "nemotron h moe", "falcon h1")
 CUT_TOLERANCE = 0.01  # of the range of logits: sums are rounded in another order
 
@@ -35,18 +31,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_states(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
-@cache
-def _tolerance(model_dir: Path, factor: float = OF_TORCH) -> float:
-    return factor * error_of(of_torch(model_dir, dtype="bfloat16"), expected_of(model_dir))
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_set_computes_what_torch_computes(checkpoints: Path, variant: str) -> None:
     """Within bfloat16's rounding, against float32 that is not rounded at all."""
     path = checkpoints / variant
-    assert error_of(judged(native_engine(path, num_threads=2)), expected_of(path)) < _tolerance(path)
+    assert error_of(judged(native_engine(path, num_threads=2)), expected_of(path)) < tolerance_of(path)
 
 
 @pytest.mark.slow
@@ -62,13 +53,13 @@ def test_two_ranks_compute_what_one_computes(checkpoints: Path, variant: str) ->
     path = checkpoints / variant
     fields: dict[str, object] = {"tensor_parallel_size": 2, "num_threads": 2, "block_size": 16}
     found = judged_by_ranks(engine_config(path, dtype="bfloat16", **fields))
-    assert error_of(found, expected_of(path)) < _tolerance(path)
+    assert error_of(found, expected_of(path)) < tolerance_of(path)
 
 
 @pytest.mark.parametrize("block_size", [8, 128])
 def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
     path = checkpoints / "qwen3.5"
-    assert error_of(judged(native_engine(path, block_size=block_size)), expected_of(path)) < _tolerance(path)
+    assert error_of(judged(native_engine(path, block_size=block_size)), expected_of(path)) < tolerance_of(path)
 
 
 @pytest.mark.slow
@@ -79,13 +70,13 @@ def test_whole_numbers_are_multiplied_as_such(checkpoints: Path, variant: str, q
     attention = _decoder(engine)._model.layers[0].attention
     assert attention.o.weight.integers and attention.state.contents.rows.weight.integers
     path = checkpoints / variant
-    assert error_of(judged(engine), expected_of(path, quantization)) < _tolerance(path, ROUNDED)
+    assert error_of(judged(engine), expected_of(path, quantization)) < tolerance_of(path, ROUNDED)
 
 
 def test_keys_in_8_bits_go_beside_states(checkpoints: Path) -> None:
     path = checkpoints / "qwen3.5"
     expected = of_torch(path, dtype="float32", kv_cache_dtype="int8")
-    assert error_of(judged(native_engine(path, kv_cache_dtype="int8")), expected) < _tolerance(path)
+    assert error_of(judged(native_engine(path, kv_cache_dtype="int8")), expected) < tolerance_of(path)
 
 
 def _decoder(engine: Engine) -> NativeDecoder:

@@ -18,12 +18,12 @@ public:
           keys_(kTileColumns * head_dim) {}
 
     // As `Attention::attend`, for the token at `position`.
-    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long position, long window, const Element* sinks,
-                Element* out) {
+    void attend(const StoredPages& stored, int kv_heads, const Element* queries, long position, Sight sight,
+                const Element* sinks, Element* out) {
         for (int head = 0; head < kv_heads * group_; head++) {
             std::copy_n(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
-        const long first = PromptAttention::first_key(position, window), last = position + 1;
+        const long first = sight.first_key(position), last = position + 1;
         const long start = first / kTileKeys * kTileKeys;
         add_up(stored, kv_heads, start, first, last, sinks, [&](const Pages& pages, long begin, long visible, long end) {
             long key = begin + (visible - begin) / kTileColumns * kTileColumns;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention/attention.hpp"
+#include "attention/sight.hpp"
 #include "products/linear.hpp"
 #include "attention/softmax.hpp"
 #include "machine/tiles.hpp"
@@ -40,11 +41,11 @@ public:
     static long tokens_at_once(int num_heads) { return std::max(1L, kRows / num_heads); }
 
     // Queries of `tokens` tokens from `position` on, each [num_heads][head_dim] and `stride` from the next; so is `out`.
-    // Token i sees the keys up to its own, `window` of them at most (0: all).
-    void attend(const StoredPages& stored, const Element* queries, long tokens, long position, long window, const Element* sinks,
-                Element* out, long stride) {
-        const long first = first_key(position, window);
-        add_up(stored, queries, tokens, {is_exact_ ? first / kKeys * kKeys : first, position + tokens}, window, sinks, stride);
+    // Token i sees the keys up to its own that `sight` tells.
+    void attend(const StoredPages& stored, const Element* queries, long tokens, long position, Sight sight,
+                const Element* sinks, Element* out, long stride) {
+        const long first = sight.first_key(position);
+        add_up(stored, queries, tokens, {is_exact_ ? first / kKeys * kKeys : first, position + tokens}, sight, sinks, stride);
         for (long row = 0; row < tokens * num_heads_; row++) {
             Element* target = out + row / num_heads_ * stride + row % num_heads_ * head_dim_;
             const Vector scale = repeat(1.0f / softmax_.total(row));
@@ -56,13 +57,13 @@ public:
     void attend_latents(const StoredPages& stored, const Element* queries, int heads, long tokens, long position, Element* out,
                         long stride) {
         num_heads_ = heads;
-        attend(stored, queries, tokens, position, 0, nullptr, out, stride);
+        attend(stored, queries, tokens, position, {}, nullptr, out, stride);
     }
 
     // One token's with some of the latents to `part`: of each head its sums, its largest score and the sum of its weights.
     void attend_part(const StoredPages& stored, const Element* queries, int heads, Range keys, float* part) {
         num_heads_ = heads;
-        add_up(stored, queries, 1, keys, 0, nullptr, 0);
+        add_up(stored, queries, 1, keys, {}, nullptr, 0);
         for (int head = 0; head < heads; head++, part += part_stride()) {
             std::copy_n(sums(head), value_dim_, part);
             part[part_stride() - 2] = softmax_.most(head);
@@ -90,8 +91,6 @@ public:
         }
     }
 
-    static long first_key(long position, long window) { return window == 0 ? 0 : std::max(0L, position + 1 - window); }
-
 private:
     static constexpr int kFetchedParts = 4;  // a line for each pair
     static constexpr long kAhead = 32;  // latents that come while others are packed: all heads' work is on what is near
@@ -100,7 +99,7 @@ private:
     float* sums(long row) { return sums_.data() + row * value_tiles_ * kTileColumns; }
 
     // Attend with the last `tokens` tokens before the last key to `keys`, of which tiles begin at the first.
-    void add_up(const StoredPages& stored, const Element* queries, long tokens, Range keys, long window, const Element* sinks,
+    void add_up(const StoredPages& stored, const Element* queries, long tokens, Range keys, Sight sight, const Element* sinks,
                 long stride) {
         const long rows = tokens * num_heads_, position = keys.last - tokens;
         for (long row = 0; row < rows; row++) {
@@ -115,7 +114,7 @@ private:
             pack(pages, begin, count, keys.last);
             later_ = pages.values == 0 ? Later{pages, begin + count, std::min(begin + count + kKeys, keys.last)} : Later{};
             for (long row = 0; row < rows; row += kRowsAtOnce) {
-                attend_rows(row, std::min(rows - row, long(kRowsAtOnce)), position, window, begin, count);
+                attend_rows(row, std::min(rows - row, long(kRowsAtOnce)), position, sight, begin, count);
             }
         }
     }
@@ -183,10 +182,10 @@ private:
         else add_products<FRESH, kFetchedParts>(int(rows), x, x_stride, weights, pairs, sums, stride, ahead);
     }
 
-    void attend_rows(long row, long rows, long position, long window, long begin, long count) {
+    void attend_rows(long row, long rows, long position, Sight sight, long begin, long count) {
         const long first = position + row / num_heads_, last = position + (row + rows - 1) / num_heads_;
         const long visible = std::min(last + 1 - begin, count);  // to the last of the rows
-        if (visible <= 0 || begin + count <= first_key(first, window)) return;
+        if (visible <= 0 || begin + count <= sight.first_key(first)) return;
         alignas(64) float scores[kRowsAtOnce * kKeys];
         alignas(64) Element weights[kRowsAtOnce * kKeys];
         const long width = padded(visible, kTileColumns);
@@ -196,7 +195,7 @@ private:
         }
         for (long i = 0; i < rows; i++) {
             const long at = position + (row + i) / num_heads_;
-            const Range seen{std::max(0L, first_key(at, window) - begin), std::min(at + 1 - begin, count)};
+            const Range seen{std::max(0L, sight.first_key(at) - begin), std::min(at + 1 - begin, count)};
             const float factor = softmax_.weigh(row + i, scores + i * kKeys, seen, width, weights + i * kKeys);
             if (factor != 1.0f) scale(sums(row + i), factor);
         }

@@ -42,6 +42,7 @@ public:
         parts.clear();
         row.clear();
         weight.clear();
+        seen.clear();
         adapter.clear();
         starts_.assign(e.count + 1, 0);
         for (long i = 0; i < rows * e.num_chosen; i++) {
@@ -53,12 +54,14 @@ public:
         }
         row.resize(starts_[e.count]);
         weight.resize(row.size());
+        if (e.scales_inputs) seen.resize(row.size());
         for (long i = 0; i < rows * e.num_chosen; i++) {
             const Choice& choice = chosen[i];
             if (choice.place < 0) continue;
             const long slot = starts_[choice.place]++;
             row[slot] = std::int32_t(i / e.num_chosen);
-            weight[slot] = choice.weight * factor;
+            weight[slot] = e.scales_inputs ? factor : choice.weight * factor;
+            if (e.scales_inputs) seen[slot] = choice.weight;
         }
         if (e.shared != nullptr) {
             parts.push_back({e.shared, long(row.size()), rows});
@@ -77,6 +80,7 @@ public:
     std::vector<Slots> parts;  // of experts that a row takes, in order
     std::vector<std::int32_t> row;
     std::vector<float> weight;  // of each slot
+    std::vector<float> seen;    // what an expert sees of a slot is multiplied by it, of those that rows choose; empty: 1
     std::vector<std::int32_t> adapter;  // the slot in the engine's adapters; empty: no row has one
 
 private:

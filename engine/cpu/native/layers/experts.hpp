@@ -154,12 +154,17 @@ private:
     Rows gather(const Grouping& grouping, const Slots& slots, const ExpertMemory& all, ExpertScratch& own) const {
         const std::int32_t* rows = grouping.row.data() + slots.first;
         const Element* normed = all.normed.data();
-        if (rows[slots.count - 1] - rows[0] + 1 == slots.count) {  // neighbours
+        const bool is_weighed = slots.first < long(grouping.seen.size());  // not the shared one's
+        if (!is_weighed && rows[slots.count - 1] - rows[0] + 1 == slots.count) {  // neighbours
             return {normed + rows[0] * s_.normed, s_.normed, slots.count};
         }
         if (long(own.inputs.size()) < slots.count * s_.normed) own.inputs.resize(slots.count * s_.normed);
         for (long i = 0; i < slots.count; i++) {
-            std::copy_n(normed + rows[i] * s_.normed, s_.normed, own.inputs.data() + i * s_.normed);
+            Element* const input = own.inputs.data() + i * s_.normed;
+            std::copy_n(normed + rows[i] * s_.normed, s_.normed, input);
+            if (!is_weighed) continue;
+            const Vector by = repeat(grouping.seen[slots.first + i]);
+            for (long at = 0; at < s_.normed; at += 16) store(input + at, load(input + at) * by);
         }
         return {own.inputs.data(), s_.normed, slots.count};
     }

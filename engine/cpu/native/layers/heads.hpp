@@ -108,25 +108,26 @@ public:
     void attend(const Layer& layer, const Piece& piece, Element* heads, long stride, HeadScratch& own) const {
         const Row& row = *piece.row;
         const StoredPages pages = this->pages(layer, piece.kv_head, row);
-        const long window = layer.attention.window, position = row.start + piece.first;
+        const Sight sight = layer.attention.sight;
+        const long position = row.start + piece.first;
         if (layer.attention.latents != nullptr) {
             PromptAttention& attention = own.prompt_attention;
             return attention.attend_latents(pages, heads, piece.kv_heads, piece.tokens, position, heads, stride);
         }
         const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
         if (piece.tokens == 1 && !is_exact_) {
-            const long first = PromptAttention::first_key(position, window);
+            const long first = sight.first_key(position);
             if (pages.has_int8) {
                 own.int8_attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
             } else {
                 own.attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
             }
         } else if (piece.tokens == 1 && kSumsInRegisters) {
-            own.exact_attention.attend(pages, piece.kv_heads, heads, position, window, sinks, heads);
+            own.exact_attention.attend(pages, piece.kv_heads, heads, position, sight, sinks, heads);
         } else {  // also where no vector adds up as the matrix unit does
             for (int kv = 0; kv < piece.kv_heads; kv++, heads += group() * m_.head_dim) {
                 const Element* own_sinks = sinks == nullptr ? nullptr : sinks + kv * group();
-                own.prompt_attention.attend(pages.of_head(kv), heads, piece.tokens, position, window, own_sinks, heads, stride);
+                own.prompt_attention.attend(pages.of_head(kv), heads, piece.tokens, position, sight, own_sinks, heads, stride);
             }
         }
     }
@@ -134,7 +135,7 @@ public:
     // A part of a piece to `memory`, where all of its parts stand.
     void attend_part(const Layer& layer, const Piece& piece, const Element* queries, float* memory, HeadScratch& own) const {
         const StoredPages pages = this->pages(layer, piece.kv_head, *piece.row);
-        const long last = piece.keys(), first = PromptAttention::first_key(last - 1, layer.attention.window);
+        const long last = piece.keys(), first = layer.attention.sight.first_key(last - 1);
         const long start = first / kTileKeys * kTileKeys;
         const Range tiles = share((last - start + kTileKeys - 1) / kTileKeys, piece.part, piece.parts);
         const Range keys{std::max(first, start + tiles.first * kTileKeys), std::min(last, start + tiles.last * kTileKeys)};
@@ -190,5 +191,6 @@ private:
 
     const Model m_;
     const bool is_exact_;  // a token's results do not depend on what is computed beside it, or how its prompt was cut
-    Rotation rotations_[2]{{m_, m_.inv_freq, m_.rope_factor}, {m_, m_.local_inv_freq, m_.local_rope_factor}};
+    Rotation rotations_[2]{{m_, m_.inv_freq, m_.rope_factor, m_.growth},
+                           {m_, m_.local_inv_freq, m_.local_rope_factor, m_.local_growth}};
 };

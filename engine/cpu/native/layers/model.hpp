@@ -6,6 +6,7 @@
 #include <chrono>
 #include <vector>
 
+#include "attention/sight.hpp"
 #include "products/adapters.hpp"
 #include "products/integer_tiles.hpp"
 #include "machine/tiles.hpp"
@@ -106,13 +107,19 @@ struct AttentionBlock {
     const Element *q_norm, *k_norm;  // of each head; null: none
     const Element* sinks;            // of the query heads: a score that no value goes with; null: none
     std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
-    std::int64_t window;           // 0: none
+    Sight sight;
     const Latents* latents;        // in place of `qkv` and norms; null: none
     const StateLayer* state;       // in place of all but `o`, of its kind, or beside all; null: none
 
     bool attends() const { return state == nullptr || beside() != nullptr; }
     // The state beside keys and values; null: none is.
     const StateLayer* beside() const { return state == nullptr || state->out.weight.columns == 0 ? nullptr : state; }
+};
+
+// How queries grow with their positions: 1 + beta * log(1 + (position + shift) / len).
+struct QueryGrowth {
+    double beta;  // 0: they do not
+    std::int64_t len, shift;
 };
 
 enum Activation { kSilu, kGeluTanh, kSquaredRelu };
@@ -129,7 +136,7 @@ struct Experts {
     const Mlp* shared;   // null: none
     const float* shared_gate;  // [hidden_size]: of the sigmoid that weighs the shared one; null: its weight is 1
     std::int64_t num_experts, num_chosen, count, num_groups, num_chosen_groups;
-    std::int64_t is_sigmoid, is_normalised;
+    std::int64_t is_sigmoid, is_normalised, scales_inputs;  // the last: weights are of what experts see, not of what they yield
     double scale;
     double limit, alpha;  // of clamped_silu, in place of the model's activation; limit 0: that
     std::int64_t* taken;  // how often each was chosen; null: nobody asks
@@ -160,16 +167,15 @@ struct Model {
     std::int64_t has_neighbours;                      // a turned pair's two numbers are neighbours among the products
     std::int64_t norms_turned;                        // norms of heads come after their turn, not before it
     std::int64_t has_gates;                           // numbers behind each head's query gate what it attends to
-    std::int64_t query_len;                           // positions after which queries grow: `Rotation::prepare`
     std::int64_t activation, is_gated;                // of MLPs; it is of a gate, which up is multiplied by, or of up
     std::int64_t takes_mean_off;                      // norms do before all else, but those of heads and of latents
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
     double rope_factor, local_rope_factor;
-    double query_beta;                                // 0: they do not grow
     double embedding_factor, query_factor;  // of what enters the residual stream, of what asks keys
     double mixed_factor, fed_factor;  // of what mixers and what feed-forwards add to the residual stream
     double gate_factor;               // of what comes to an MLP's activation
     double score_cap;                                     // what scores come near to and never reach; 0: none
+    QueryGrowth growth, local_growth;
     const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none
     const Element *embedding, *final_norm;  // rows, weight
     Tiles head;

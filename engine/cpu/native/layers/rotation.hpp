@@ -9,8 +9,8 @@
 
 class Rotation {
 public:
-    Rotation(const Model& model, const float* inv_freq, double factor)
-        : m_(model), inv_freq_(inv_freq), factor_(float(factor)) {}
+    Rotation(const Model& model, const float* inv_freq, double factor, const QueryGrowth& growth)
+        : m_(model), inv_freq_(inv_freq), factor_(float(factor)), growth_(growth) {}
 
     void reserve(long num_tokens) {
         if (inv_freq_ == nullptr) return;
@@ -30,8 +30,8 @@ public:
             sin[i + half] = rounded(std::sin(angle) * factor_);
             sin[i] = -sin[i + half];
         }
-        const double growth = m_.query_beta == 0 ? 0 : m_.query_beta * std::log1p(double(position / m_.query_len));
-        query_growths_[token] = 1 + growth;
+        const QueryGrowth& g = growth_;
+        query_growths_[token] = g.beta == 0 ? 1 : 1 + g.beta * std::log1p(double((position + g.shift) / g.len));
     }
 
     // Of a token's queries: the model's, and Llama 4's for its position.
@@ -85,6 +85,7 @@ private:
     const Model m_;
     const float* inv_freq_;  // null: no layer turns by it
     const float factor_;     // of cosines and sines
+    const QueryGrowth growth_;
     Lines<float> cos_, sin_;  // [tokens][rotary_dim]
     std::vector<double> query_growths_;
 };
