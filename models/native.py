@@ -36,7 +36,6 @@ def not_in_native(
         "experts beside an MLP": config.experts is not None and config.experts.are_beside_mlp,
         "experts in such a residual stream": is_sparse and family.norms != "before",
         "feed-forwards without a mixer before each": not _are_behind_mixers(config),
-        "experts over narrower rows": config.experts is not None and config.experts.narrowing is not None,
         "layers whose heads are of two sizes": config.uneven is not None,
         "inputs of each layer": config.layer_inputs is not None,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.

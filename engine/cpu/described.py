@@ -121,7 +121,7 @@ class ExpertParts(ctypes.Structure):
     """The C++ `Experts`."""
 
     _fields_ = [
-        ("gate", LinearParts),
+        *((name, LinearParts) for name in ("gate", "before", "behind")),
         ("score_bias", ctypes.c_void_p),
         ("experts", ctypes.POINTER(MLPParts)),
         ("shared", ctypes.POINTER(MLPParts)),

@@ -192,7 +192,7 @@ class NativeModel:
         shared = None if sparse.shared is None else self._mlp(sparse.shared)
         if sparse.shared is not None and shared is not None:
             self._linears += [(sparse.shared.gate_up_proj, shared.gate_up), (sparse.shared.down_proj, shared.down)]
-        return ExpertParts(
+        described = ExpertParts(
             gate=self._linear(sparse.gate, sparse.gate.bias),
             score_bias=address(sparse.gate.score_bias),
             experts=experts,
@@ -214,6 +214,10 @@ class NativeModel:
             copies=None if sparse.replicas is None else address(sparse.replicas.copies),
             turn=None if sparse.replicas is None else address(sparse.replicas.turn),
         )
+        if (thin := sparse.narrowing) is not None:
+            described.before, described.behind = self._linear(thin.before, None), self._linear(thin.behind, None)
+            self._linears += [(thin.before, described.before), (thin.behind, described.behind)]
+        return described
 
     def _places(self, sparse: SparseMLP) -> Tensor:
         """Return where each expert stands among this rank's; -1: elsewhere."""

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kvferry.engine.engine import Engine
-from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.models.config import ModelConfig
 from kvferry.models.parts.expert_plan import ExpertPlan, even_split
@@ -81,6 +80,7 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "layers of one block": ("NemotronH", _LONE | {"hybrid_override_pattern": "M-M*-M"}),
     "layers of one block, with experts": ("NemotronH", _LONE_EXPERTS),
+    "experts of narrower rows": ("NemotronH", _LONE_EXPERTS | {"moe_latent_size": 128}),
     "gemma 2": ("Gemma2", {}),
     "heads of two sizes": ("Gemma4", _WIDE | {"hidden_size_per_layer_input": 0}),
     "experts beside an MLP": (
@@ -240,20 +240,6 @@ def test_weights_that_are_float32_in_every_model_are_counted(tmp_path: Path, nam
         )
         pages = NUM_BLOCKS * block_tokens(config, model) * cache_token_bytes(config, model)
         assert weight_bytes(config, model) == pytest.approx(_taken(config, num_ranks) - pages, rel=1e-3), precision
-
-
-def test_experts_of_narrower_rows_are_counted_to_the_byte(tmp_path: Path) -> None:
-    """Torch has them as they are stored."""
-    told = (
-        _SMALL
-        | _LONE_EXPERTS
-        | {"moe_latent_size": 128}
-        | {"architectures": ["NemotronHForCausalLM"], "torch_dtype": "bfloat16"}
-    )
-    (tmp_path / "config.json").write_text(json.dumps(told))
-    model = ModelConfig.from_dir(tmp_path)
-    decoder = Decoder(model, Communicator(), dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert weight_bytes(engine_config(tmp_path), model) == sum(slot.target.nbytes for slot in decoder.slots())
 
 
 @pytest.mark.parametrize("name", ["llama", "experts"])

@@ -46,6 +46,9 @@ public:
             if (const StateLayer* w = layer.attention.state) {
                 for (const Linear& linear : {w->rows, w->rates, w->out}) use_large_pages(linear.weight, deadline);
             }
+            if (const Experts* e = layer.experts) {
+                for (const Linear& w : {e->before, e->behind}) use_large_pages(w.weight, deadline);
+            }
             each_mlp(layer, [&](const Mlp& mlp) {
                 for (const Linear& w : {mlp.gate_up, mlp.down}) use_large_pages(w.weight, deadline);
             });

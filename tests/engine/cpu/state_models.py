@@ -72,6 +72,7 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 next, some dense": ("Qwen3Next", EXPERTS | {"mlp_only_layers": [1], "num_hidden_layers": 5}),
     "lfm2 moe": ("Lfm2Moe", _CONVOLUTIONS | EXPERTS | {"num_dense_layers": 1}),
     "nemotron h moe": ("NemotronH", NEMOTRON_H_MOE),
+    "nemotron h moe, narrower rows": ("NemotronH", NEMOTRON_H_MOE | {"moe_latent_size": 40}),
     "granite4 moe": ("GraniteMoeHybrid", _MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3}),
 }
 VARIANTS = DENSE | SPARSE

@@ -35,10 +35,11 @@ struct Slots {
 // Which experts the rows take: one thread's own copy.
 class Grouping {
 public:
-    // `shared`: each row's weight of the shared expert, which is 1 where it has no gate; `factor`: of all weights. `adapters`:
-    // the slot of each row's; null: no row has one.
+    // `shared`: each row's weight of the shared expert, which is 1 where it has no gate; `factor`: of all weights, but of
+    // those of thinner rows. `adapters`: the slot of each row's; null: no row has one.
     void set(const Experts& e, const Choice* chosen, const float* shared, float factor, long rows,
              const std::int32_t* adapters) {
+        const float routed = e.before.weight.columns > 0 ? 1.0f : factor;
         parts.clear();
         row.clear();
         weight.clear();
@@ -60,9 +61,10 @@ public:
             if (choice.place < 0) continue;
             const long slot = starts_[choice.place]++;
             row[slot] = std::int32_t(i / e.num_chosen);
-            weight[slot] = e.scales_inputs ? factor : choice.weight * factor;
+            weight[slot] = e.scales_inputs ? routed : choice.weight * routed;
             if (e.scales_inputs) seen[slot] = choice.weight;
         }
+        num_routed = long(row.size());
         if (e.shared != nullptr) {
             parts.push_back({e.shared, long(row.size()), rows});
             for (long i = 0; i < rows; i++) {
@@ -78,6 +80,7 @@ public:
     const std::int32_t* adapters_from(long first) const { return adapter.empty() ? nullptr : adapter.data() + first; }
 
     std::vector<Slots> parts;  // of experts that a row takes, in order
+    long num_routed = 0;       // slots of experts that rows choose, which come before the shared one's
     std::vector<std::int32_t> row;
     std::vector<float> weight;  // of each slot
     std::vector<float> seen;    // what an expert sees of a slot is multiplied by it, of those that rows choose; empty: 1
@@ -95,14 +98,16 @@ struct ExpertMemory {
         if (long(chosen.size()) < rows * num_chosen) chosen.resize(rows * num_chosen);
         if (long(shared.size()) < rows) shared.resize(rows);
         if (long(normed.size()) < rows * s.normed) normed.resize(rows * s.normed);
+        if (long(thin.size()) < rows * s.thin) thin.resize(rows * s.thin);
+        if (long(thin_sums.size()) < rows * s.thin_sums) thin_sums.resize(rows * s.thin_sums);
         if (long(gate_up.size()) < slots * s.gate_up) gate_up.resize(slots * s.gate_up);
         if (long(activated.size()) < slots * s.activated) activated.resize(slots * s.activated);
         if (long(narrowed.size()) < slots * narrowed_size) narrowed.resize(slots * narrowed_size);
     }
     std::vector<Choice> chosen;
     std::vector<float> shared;  // each row's weight of the shared expert, where that has a gate
-    Lines<Element> normed, activated, narrowed;  // padding of `normed` stays zero
-    Lines<float> gate_up;
+    Lines<Element> normed, thin, activated, narrowed;  // padding of the first two stays zero
+    Lines<float> gate_up, thin_sums;
 };
 
 // One thread's own.

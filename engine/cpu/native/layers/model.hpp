@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <chrono>
 #include <vector>
 
@@ -131,6 +132,7 @@ struct Mlp {
 // What models/experts.py says of them.
 struct Experts {
     Linear gate;
+    Linear before, behind;  // make rows thinner for the routed ones, and their sums wide again; of no columns: nothing does
     const float* score_bias;  // null: none
     const Mlp* experts;  // this rank's, `count` of them, by their numbers
     const Mlp* shared;   // null: none
@@ -198,6 +200,14 @@ struct Model {
             if (layer->attention.state != nullptr) return layer->attention.state;
         }
         return nullptr;
+    }
+    // Numbers of a thinner row that routed experts see, in all layers that have some; 0: none is.
+    long thin_size() const {
+        long size = 0;
+        for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
+            if (layer->experts != nullptr) size = std::max<long>(size, layer->experts->before.weight.columns);
+        }
+        return size;
     }
     // Where what states yield stands in a token's row of what mixers yield: behind attention's, where that is beside it.
     long read_at() const { return state() != nullptr && state()->out.weight.columns > 0 ? qo_size() : 0; }

@@ -17,10 +17,12 @@ struct Strides {
           narrowed(kMaxAdapterParts * m.adapter_rank), q_normed(m.latents() ? of_inputs(m.latents()->q_rank) : 0),
           asked(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->asked_dim()) : 0),
           answered(m.latents() ? of_inputs(m.num_qo_heads * m.latents()->value_dim) : 0),
-          projected(m.state() ? m.state()->projected_size() : 0), read_at(m.read_at()) {}
+          projected(m.state() ? m.state()->projected_size() : 0), read_at(m.read_at()),
+          thin(m.thin_size() ? of_inputs(m.thin_size()) : 0), thin_sums(padded(m.thin_size(), kTileColumns)) {}
     const long hidden, normed, attended, activated, qkv, gate_up, narrowed;
     const long q_normed, asked, answered;  // of latents alone
     const long projected, read_at;         // of layers with states alone
+    const long thin, thin_sums;            // of thinner rows that experts see alone, and of what they yield of these
 
 private:
     // What the widest mixer yields of a token.

@@ -118,7 +118,8 @@ public:
             const long count = std::min(w_.rows_of_experts, rows - first), at = first * w_.strides.hidden;
             ExpertScratch& own = w_.own(by).experts;
             const std::int32_t* of_rows = adapters == nullptr ? nullptr : adapters + first;
-            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, factor, count, w_.experts, own, by, of_rows);
+            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, factor, count, w_.experts, own, w_.shared, by,
+                               of_rows);
         }
     }
 
