@@ -117,7 +117,8 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         quantization.check_float8(has_products=gpu.fp8_tflops is not None, is_float32=is_float32)
     chosen = 0.0 if experts is None else experts.num_chosen / experts.num_experts
     keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
-    spares_last = not lacks_native(engine, model)  # torch takes all tokens through the last layer, too
+    # Torch, on GPUs too, takes all tokens through the last layer.
+    spares_last = gpu.is_cpu and not lacks_native(engine, model)
     is_last_attending = model.num_layers - 1 in model.kv_layers
     scored = pairs - (num_causal_pairs(context, model.sliding_windows[-1]) if spares_last and is_last_attending else 0)
     pair, token_bytes = flops_per_pair(model), cache_token_bytes(engine, model)

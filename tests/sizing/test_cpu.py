@@ -10,7 +10,7 @@ import pytest
 from kvferry.common.config import EngineConfig
 from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.figures import Sizer
-from kvferry.sizing.hardware import probed_cpu
+from kvferry.sizing.hardware import gpu_named, probed_cpu
 from kvferry.sizing.shapes import shape_of
 from kvferry.sizing.steps import StepWork
 from kvferry.sizing.work import count_params, num_values
@@ -74,7 +74,9 @@ def test_torch_takes_all_tokens_through_the_last_layer(tmp_path: Path) -> None:
     assert shape.last_params == shape.last_experts == 0
     attending = sum(window is None for window in model.kv_windows)
     assert shape.scores_per_pair == pytest.approx(attending * 32)
-    assert shape_of(ENGINE, model_of(tmp_path, "nano-9b"), probed_cpu(64, RATES), 1000).last_params > 0
+    dense = model_of(tmp_path, "nano-9b")
+    assert shape_of(ENGINE, dense, probed_cpu(64, RATES), 1000).last_params > 0
+    assert shape_of(ENGINE.model_copy(update={"device": "cuda"}), dense, gpu_named("H100"), 1000).last_params == 0
 
 
 def test_experts_are_multiplied_by_the_rows_that_chose_them(tmp_path: Path) -> None:
