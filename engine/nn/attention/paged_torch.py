@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,46 +21,11 @@ from torch import Tensor
 from ....models.parts.chunks import Chunk, first_seen
 from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, row_steps
 from .int8_rows import stored_head_dim, widened, write_tokens
+from .paged_plan import DecodeGroup, Planner, PrefillRow, WindowPlan
 
 _CACHE_BYTES = 8 << 20  # what a product's operands should stay within; measured
 _MIN_TILE = 8  # queries: a product of fewer reads its keys too often for what it calculates
 _NO = float("-inf")
-
-
-@dataclass(slots=True, frozen=True)
-class _DecodeGroup:
-    """Rows of one token whose contexts are gathered together, `num_keys` keys each."""
-
-    rows: Tensor | None  # [n] token indices; None: the first n in order
-    num_rows: int
-    num_keys: int  # a whole number of pages
-    k_index: Tensor  # [n * num_kv_heads * pages] rows of the layer seen as [-1, block_size * head_dim]
-    v_index: Tensor
-    hidden: Tensor  # [n, 1, 1, num_keys] bool: gathered, and not seen
-    # [hidden of all KV heads] the same as rows of V, which is [n * num_kv_heads * num_keys, head_dim]
-    hidden_values: Tensor
-
-
-@dataclass(slots=True, frozen=True)
-class _PrefillRow:
-    """One row's chunk: queries at positions [kv_len - num_tokens, kv_len), keys from `first_key` on."""
-
-    token: int  # where the chunk starts in the packed line
-    num_tokens: int
-    kv_len: int
-    first_key: int  # a page's border at or before the first key that any query sees
-    num_keys: int  # gathered, a whole number of pages
-    k_index: Tensor  # [num_kv_heads, pages]
-    v_index: Tensor
-
-
-@dataclass(slots=True, frozen=True)
-class _WindowPlan:
-    """The part of a step's plan that layers of one sliding window share."""
-
-    window: int | None
-    groups: list[_DecodeGroup]
-    prefill: list[_PrefillRow]
 
 
 class CPUAttention:
@@ -95,90 +59,29 @@ class CPUAttention:
         self._sinks = scores.sinks
         self._windows = tuple(sliding_windows)
         self._dtype = dtype or self._layers[0].dtype
-        self._group_bytes = cache_bytes // 2  # gathered K of one decode group
         self._score_bytes = cache_bytes  # scores of one prefill tile over several heads
         self._max_score_bytes = 4 * cache_bytes  # scores of one prefill tile of one KV head
         self._has_values = scores.value_dim is None  # else they are a part of the keys
-        self._steps = row_steps(self._layers[0])
+        self._planner = Planner(
+            num_kv_heads=self._num_kv_heads,
+            block_size=self._block_size,
+            steps=row_steps(self._layers[0]),
+            key_bytes=self._num_kv_heads * self._head_dim * self._dtype.itemsize,
+            group_bytes=cache_bytes // 2,
+        )
         self._page_rows = [heads_of_pages(layer) for layer in self._layers]
         self._tile = 128 if self._dtype == torch.bfloat16 else 64  # queries; measured
         self._causal = torch.full((self._tile, self._tile), _NO, dtype=self._dtype).triu_(1)
         self._scratch: dict[str, Tensor] = {}
-        self._plans: dict[int | None, _WindowPlan] = {}
+        self._plans: dict[int | None, WindowPlan] = {}
         self._num_tokens = 0
         self._blocks = self._offsets = torch.empty(0, dtype=torch.int64)
-
-    # --- planning ------------------------------------------------------------------------------------------
 
     def plan(self, metadata: AttentionMetadata) -> None:
         self._num_tokens = metadata.num_tokens
         self._blocks = metadata.slot_mapping // self._block_size
         self._offsets = metadata.slot_mapping % self._block_size
-        self._plans = {window: self._plan_window(metadata, window) for window in set(self._windows)}
-
-    def _plan_window(self, metadata: AttentionMetadata, window: int | None) -> _WindowPlan:
-        groups = [self._plan_group(metadata, rows, window) for rows in self._group_rows(metadata, window)]
-        prefill = [
-            self._plan_prefill(metadata, row, window) for row in range(metadata.num_decode_rows, metadata.num_rows)
-        ]
-        return _WindowPlan(window, groups, prefill)
-
-    def _group_rows(self, metadata: AttentionMetadata, window: int | None) -> list[list[int]]:
-        """Decode rows by length, cut where a group's keys outgrow the cache or padding would cost too much."""
-        lens = [kv_len if window is None else min(kv_len, window) for kv_len in metadata.kv_lens]
-        row_bytes = self._num_kv_heads * self._head_dim * self._dtype.itemsize
-        groups: list[list[int]] = []
-        for row in sorted(range(metadata.num_decode_rows), key=lens.__getitem__):
-            group = groups[-1] if groups else []
-            fits = (len(group) + 1) * lens[row] * row_bytes <= self._group_bytes
-            if group and fits and lens[row] <= 2 * lens[group[0]] + 128:
-                group.append(row)
-            else:
-                groups.append([row])
-        return [sorted(group) for group in groups]
-
-    def _plan_group(self, metadata: AttentionMetadata, rows: list[int], window: int | None) -> _DecodeGroup:
-        kv_lens = torch.tensor([metadata.kv_lens[row] for row in rows])
-        first_keys = torch.tensor([first_seen(metadata.kv_lens[row] - 1, window) for row in rows])
-        first_pages = first_keys // self._block_size
-        num_pages = (kv_lens + self._block_size - 1) // self._block_size - first_pages
-        pages = int(num_pages.max())
-        row_ids = torch.tensor(rows)
-        starts = metadata.paged_kv_indptr[row_ids].long() + first_pages
-        columns = torch.arange(pages).minimum(num_pages.unsqueeze(1) - 1)  # padding repeats the last page
-        k_index = self._steps.first_of_keys(
-            metadata.paged_kv_indices[starts.unsqueeze(1) + columns], self._num_kv_heads
-        )
-        positions = first_pages.unsqueeze(1) * self._block_size + torch.arange(pages * self._block_size)
-        hidden = (positions >= kv_lens.unsqueeze(1)) | (positions < first_keys.unsqueeze(1))
-        of_heads = hidden.unsqueeze(1).expand(-1, self._num_kv_heads, -1)
-        return _DecodeGroup(
-            rows=None if rows == list(range(len(rows))) else row_ids,
-            num_rows=len(rows),
-            num_keys=pages * self._block_size,
-            k_index=k_index.reshape(-1),
-            v_index=(k_index + self._steps.part).reshape(-1),
-            hidden=hidden[:, None, None, :],
-            hidden_values=of_heads.reshape(-1).nonzero().squeeze(1),
-        )
-
-    def _plan_prefill(self, metadata: AttentionMetadata, row: int, window: int | None) -> _PrefillRow:
-        token, end = metadata.qo_indptr[row : row + 2].tolist()
-        page, last = metadata.paged_kv_indptr[row : row + 2].tolist()
-        kv_len = metadata.kv_lens[row]
-        first_page = first_seen(kv_len - (end - token), window) // self._block_size
-        k_index = self._steps.first_of_keys(metadata.paged_kv_indices[page + first_page : last], self._num_kv_heads)
-        return _PrefillRow(
-            token=token,
-            num_tokens=end - token,
-            kv_len=kv_len,
-            first_key=first_page * self._block_size,
-            num_keys=(last - page - first_page) * self._block_size,
-            k_index=k_index,
-            v_index=k_index + self._steps.part,
-        )
-
-    # --- running -------------------------------------------------------------------------------------------
+        self._plans = {window: self._planner.plan(metadata, window) for window in set(self._windows)}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         num_tokens = self._num_tokens
@@ -195,7 +98,7 @@ class CPUAttention:
             self._prefill(row, plan.window, scaled, page_rows, layer_id, out)
         return out.to(q.dtype)
 
-    def _decode(self, group: _DecodeGroup, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor) -> None:
+    def _decode(self, group: DecodeGroup, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor) -> None:
         n, keys = group.num_rows, group.num_keys
         k = self._gather("k", page_rows, group.k_index).view(n * self._num_kv_heads, keys, self._head_dim)
         v = self._gather("v", page_rows, group.v_index).view(k.shape) if self._has_values else k
@@ -211,7 +114,7 @@ class CPUAttention:
             out[group.rows] = attended
 
     def _prefill(
-        self, row: _PrefillRow, window: int | None, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor
+        self, row: PrefillRow, window: int | None, q: Tensor, page_rows: Tensor, layer_id: int, out: Tensor
     ) -> None:
         shape = (row.num_tokens, self._num_kv_heads, self._group_size, -1)
         chunk = slice(row.token, row.token + row.num_tokens)
@@ -241,7 +144,7 @@ class CPUAttention:
         return tile, max(1, min(self._num_kv_heads, self._score_bytes // (tile * key_bytes)))
 
     def _score_tile(
-        self, row: _PrefillRow, window: int | None, queries: Tensor, k: Tensor, v: Tensor, start: int
+        self, row: PrefillRow, window: int | None, queries: Tensor, k: Tensor, v: Tensor, start: int
     ) -> tuple[Tensor, Tensor]:
         """Score queries [heads, group, n, head_dim], `start` tokens into the row, with the keys that any of them sees.
 
