@@ -8,8 +8,6 @@ in another way than that sum is refused by name. An adapter's digest is over the
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +23,11 @@ from .config import ModelConfig
 from .digest import file_digest
 from .families.module_names import full_name
 from .files import read_json
-from .parts.config_fields import ConfigFields
+from .parts.lora import CONFIG_NAME, Scales, check_targets, checked_settings
 from .stored.safetensors import parse_header, read_header
 
 MAX_RANK = 256  # vLLM's largest --max-lora-rank that is common; a larger one would take memory in every slot
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.safetensors"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _READ_BYTES = 1 << 20  # at once: it is digested while a core's cache holds it. Smaller ones are more calls
 
@@ -39,19 +37,6 @@ _REFUSED_TENSORS = (
     ("lora_embedding_", "an adapter of embeddings"),
     ("lora_bias", "a bias"),
 )
-# Settings under which an adapter is more than the sum above; empty ones are fine.
-_REFUSED_SETTINGS = {
-    "use_dora": "DoRA scales each output of the whole matrix",
-    "modules_to_save": "whole modules would replace the model's",
-    "lora_bias": "biases are added to what a module yields",
-    "fan_in_fan_out": "the matrices are of transposed modules",
-    "layer_replication": "layers would be added to the model",
-    "target_parameters": "parameters outside of linear modules are adapted, stacked experts among them",
-    "trainable_token_indices": "embeddings are adapted",
-    "alora_invocation_tokens": "it would be applied to a part of the prompt alone",
-    "use_qalora": "inputs are pooled first",
-}
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin which leave other base weights than the model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,33 +176,19 @@ def _modules(
     path: Path, config: bytes, begin: int, header: Mapping[str, Mapping[str, object]], size: int
 ) -> tuple[AdaptedModule, ...]:
     """Check the settings, and the tensors of a file of `size` whose bytes begin at `begin`. Raises ConfigError."""
-    fields = _checked_fields(path, config)
+    fields = checked_settings(path, config)
     pairs: dict[str, dict[str, StoredTensor]] = {}
     for tensor in [_stored(path, name, entry, begin, size) for name, entry in header.items()]:
         module, side = _place(path, tensor.name)
         pairs.setdefault(module, {})[side] = tensor
     if not pairs:
         raise ConfigError(f"{path} adapts no module")
-    _check_targets(path, fields, pairs)
-    scales = _Scales(fields)
+    check_targets(path, fields, pairs)
+    scales = Scales(fields)
     modules = tuple(_module(path, name, pair, scales) for name, pair in sorted(pairs.items()))
     if len({module.name for module in modules}) == len(modules):
         return modules
     raise ConfigError(f"{path} adapts a module under two names")
-
-
-def _checked_fields(path: Path, config: bytes) -> ConfigFields:
-    fields = ConfigFields(path / CONFIG_NAME, json.loads(config))
-    if fields.raw.get("peft_type", "LORA") != "LORA":
-        raise fields.refuse("peft_type", "adapters are LORA here")
-    for key, why in _REFUSED_SETTINGS.items():
-        if fields.raw.get(key):
-            raise fields.refuse(key, why)
-    if fields.raw.get("bias", "none") != "none":
-        raise fields.refuse("bias", "biases of the model would change; only none is served")
-    if str(fields.raw.get("init_lora_weights", "")).lower().startswith(_CHANGES_BASE):
-        raise fields.refuse("init_lora_weights", "it was made beside changed base weights; convert it to plain LoRA")
-    return fields
 
 
 def _stored(path: Path, name: str, entry: Mapping[str, object], begin: int, size: int) -> StoredTensor:
@@ -254,42 +225,7 @@ def _place(path: Path, name: str) -> tuple[str, str]:
     return module, side
 
 
-def _check_targets(path: Path, fields: ConfigFields, modules: Mapping[str, object]) -> None:
-    """Refuse tensors that peft would leave out. A pattern is not read: what it named is what was saved."""
-    targets = fields.raw.get("target_modules")
-    if not isinstance(targets, list):
-        return
-    for module in modules:
-        if not any(isinstance(name, str) and f".{module}".endswith(f".{name}") for name in targets):
-            raise ConfigError(f"{path}: there are matrices for {module}, which target_modules {targets} does not name")
-
-
-class _Scales:
-    """Ranks and scales of modules, by the settings: patterns name exceptions, the first one that fits wins."""
-
-    def __init__(self, fields: ConfigFields) -> None:
-        rank, alpha = fields.count("r", 8), fields.number("lora_alpha", 8)
-        self._is_rs = fields.flag("use_rslora", default=False)
-        self._rank, self._alpha = _by_pattern(fields, "rank_pattern", rank), _by_pattern(fields, "alpha_pattern", alpha)
-
-    def of(self, module: str) -> tuple[float, float]:
-        rank, alpha = self._rank(module), self._alpha(module)
-        return rank, alpha / (math.sqrt(rank) if self._is_rs else rank)
-
-
-def _by_pattern(fields: ConfigFields, key: str, usual: float) -> Callable[[str], float]:
-    """Return what tells a module's value: that of the first exception whose pattern fits, else the usual one."""
-    exceptions = fields.mapping(key)
-    if exceptions is None:
-        return lambda module: usual
-    try:
-        patterns = [(re.compile(rf"(.*\.)?({name})$"), exceptions.number(name)) for name in exceptions.raw]
-    except re.error as error:
-        raise fields.refuse(key, f"is no pattern: {error}") from error
-    return lambda module: next((value for pattern, value in patterns if pattern.match(module)), usual)
-
-
-def _module(path: Path, name: str, pair: Mapping[str, StoredTensor], scales: _Scales) -> AdaptedModule:
+def _module(path: Path, name: str, pair: Mapping[str, StoredTensor], scales: Scales) -> AdaptedModule:
     if len(pair) != 2:
         raise ConfigError(f"{path}: {name} has lora_{next(iter(pair))} alone")
     down, up = pair["A"], pair["B"]
