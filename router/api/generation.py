@@ -35,8 +35,17 @@ from .completions import CompletionForm
 from .events import OPENAI_EVENTS, EventFormat
 from .form import Form
 from .middleware import RequestContext, ResponseObserver, context_of
-from .options import beside_grammar, chat_grammar, form_context, text_options, turn_options
-from .prompts import PromptReader, asked_max_tokens, max_chat_tokens, max_completion_tokens
+from .options import (
+    asked_max_tokens,
+    beside_grammar,
+    chat_grammar,
+    form_context,
+    max_chat_tokens,
+    max_completion_tokens,
+    text_options,
+    turn_options,
+)
+from .prompts import PromptReader
 from .reply import AnswerObserver, InFlight, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from .surface import ChatSurface, OpenAISurface, Translation, naming_fields

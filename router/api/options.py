@@ -1,4 +1,4 @@
-"""A body's wishes for its answer: which grammar it follows, which of its text is shown, in which form."""
+"""A body's wishes for its answer: its grammar, its length, which of its text is shown, in which form."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
 from ..turns.json_text import dumps
 from ..turns.lazy import answering_grammar, free_grammar
-from .answer import Answer
+from .answer import Answer, PromptText
 from .chat_turns import TurnOptions
 from .choice import TextOptions
 from .fields import not_supported
 from .form import FormContext, FormOptions
 from .prompts import ChatPrompt
-from .schemas import ChatBody, CompletionBody, GenerationBody
+from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
 
 Prompts = TypeVar("Prompts")
 
@@ -144,3 +144,38 @@ def form_context(answer_id: str, version: Version, body: GenerationBody, answer:
     )
     model = version.model
     return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, version.tokenizer, options)
+
+
+def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
+    """Return what is asked for, else OpenAI's 16 as far as they fit."""
+    asked = asked_max_tokens(body)
+    rest = _rest(prompt, asked, max_model_len)
+    return min(DEFAULT_COMPLETION_TOKENS, rest) if asked is None else asked
+
+
+def max_chat_tokens(body: ChatBody, prompt: PromptText, version: Version) -> int:
+    """Return what is asked for, else what is left of the context, as far as a worker holds it."""
+    asked = asked_max_tokens(body)
+    rest = _rest(prompt, asked, version.model.max_model_len)
+    if asked is not None:
+        return asked
+    return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, rest)
+
+
+def asked_max_tokens(body: GenerationBody) -> int | None:
+    """Return the limit by the name that it has; None: it is left to the server."""
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def _rest(prompt: PromptText, asked: int | None, max_model_len: int) -> int:
+    """Room after the prompt. Raises where what is asked for does not fit into it."""
+    num_prompt = len(prompt.token_ids)
+    wanted = 1 if asked is None else max(asked, 1)
+    if num_prompt + wanted > max_model_len:
+        more = f"and max_tokens asks for {asked} more ({num_prompt + wanted} in all)" if asked else "and leaves no room"
+        raise RequestError(  # it begins as OpenAI's, by which clients know it
+            f"This model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} {more}. "
+            "Shorten the prompt, ask for fewer tokens, or start the server with a larger --max-model-len",
+            code="context_length_exceeded",
+        )
+    return max_model_len - num_prompt

@@ -26,7 +26,7 @@ from ..turns.rendering import Render, rendered
 from ..turns.told import told_in_content, told_in_text, told_to_think
 from .answer import PromptText
 from .chat_messages import parse_messages
-from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from .schemas import ChatBody, CompletionBody, TokenizeBody
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
 NUM_THREADS = 2
@@ -265,38 +265,3 @@ def _checked(version: Version, ids: list[int], param: str = "prompt") -> PromptT
         )
     version.check_ids(ids, param)
     return PromptText(ids)
-
-
-def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
-    """Return what is asked for, else OpenAI's 16 as far as they fit."""
-    asked = asked_max_tokens(body)
-    rest = _rest(prompt, asked, max_model_len)
-    return min(DEFAULT_COMPLETION_TOKENS, rest) if asked is None else asked
-
-
-def max_chat_tokens(body: ChatBody, prompt: PromptText, version: Version) -> int:
-    """Return what is asked for, else what is left of the context, as far as a worker holds it."""
-    asked = asked_max_tokens(body)
-    rest = _rest(prompt, asked, version.model.max_model_len)
-    if asked is not None:
-        return asked
-    return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, rest)
-
-
-def asked_max_tokens(body: GenerationBody) -> int | None:
-    """Return the limit by the name that it has; None: it is left to the server."""
-    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-
-
-def _rest(prompt: PromptText, asked: int | None, max_model_len: int) -> int:
-    """Room after the prompt. Raises where what is asked for does not fit into it."""
-    num_prompt = len(prompt.token_ids)
-    wanted = 1 if asked is None else max(asked, 1)
-    if num_prompt + wanted > max_model_len:
-        more = f"and max_tokens asks for {asked} more ({num_prompt + wanted} in all)" if asked else "and leaves no room"
-        raise RequestError(  # it begins as OpenAI's, by which clients know it
-            f"This model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} {more}. "
-            "Shorten the prompt, ask for fewer tokens, or start the server with a larger --max-model-len",
-            code="context_length_exceeded",
-        )
-    return max_model_len - num_prompt

@@ -55,12 +55,12 @@ from ..state.history import Kind, Record, is_named
 from ..state.objectives import NO_OBJECTIVES
 from ..state.observer import NullObserver, Observer
 from ..state.pools import Pools
-from ..state.predictor import Predictor, distance
+from ..state.predictor import Predictor
 from ..state.request import RouterRequest
 from ..state.token_stream import TokenStream
 from ..state.tracked_request import TrackedRequest
 from ..state.views import PoolView
-from ..state.worker import RouterWorker, WorkerLink
+from ..state.worker import WorkerLink
 from .background import Background
 from .deadlines import Deadlines
 from .due_checks import DueChecks
@@ -270,7 +270,7 @@ class Dispatcher:
                 return
             case TransferReport():
                 self._observer.on_transfer(message)
-                self._learn_path(worker, message)
+                self._pools.on_transfer(worker, message)
             case Grant() | NoCapacity() | TaskRefused() | HandoffDone() | HandoffFailed():
                 self._worker_messages.on_request_message(worker, message, now)
             case FirstToken() | Embedding() | PromptLogprobs() | WorkerFailure():
@@ -295,9 +295,3 @@ class Dispatcher:
     def stood_still(self) -> None:
         """Give whoever is judged by a clock his time anew: this process has not run for a while, nor perhaps others."""
         self._due_checks.forgive(self._clock.now())
-
-    def _learn_path(self, source: RouterWorker, report: TransferReport) -> None:
-        target = self._pools.named(report.decode_worker)
-        if target is not None:
-            path = distance(source.hello, target.hello)
-            self._pools.predictor.on_transfer(report, path, source.hello.spec.num_layers)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...common.kv_spec import KVCacheSpec
-from ...wire.workers import WorkerHello, WorkerStatus
-from .predictor import Predictor
+from ...wire.workers import TransferReport, WorkerHello, WorkerStatus
+from .predictor import Predictor, distance
 from .prefix_index import PrefixIndex
 from .views import RANKS, PoolView, Rank, WorkerView, has_gained
 from .worker import RouterWorker, WorkerLink
@@ -144,6 +144,13 @@ class Pools:
         worker.has_refused = False
         self._refresh(now_s)
         return before is None or has_refused or has_gained(before, self._views[worker.link.number])
+
+    def on_transfer(self, source: RouterWorker, report: TransferReport) -> None:
+        """Learn from blocks that went from this worker to another how fast the path between them is."""
+        target = self.named(report.decode_worker)
+        if target is not None:
+            path = distance(source.hello, target.hello)
+            self.predictor.on_transfer(report, path, source.hello.spec.num_layers)
 
     def on_handoff(self, prefill: RouterWorker, decode: RouterWorker, now_s: float, *, failed: bool) -> None:
         """Remember how the pair's last handoff went: after a failure others are preferred for a while."""
