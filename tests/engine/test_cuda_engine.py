@@ -61,6 +61,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def captured(checkpoints: Path, variant: str) -> Engine:
+    """A variant's engine with its graphs, which take longer to capture than a test takes with them."""
+    return _engine(checkpoints / variant)
+
+
+@pytest.fixture(scope="module")
+def llama(checkpoints: Path) -> Engine:
+    return _engine(checkpoints / "llama")
+
+
 def _engine(model_dir: Path, **fields: object) -> Engine:
     defaults: dict[str, object] = {"device": "cuda", "max_num_seqs": 16, "max_model_len": 1024}
     return Engine(engine_config(model_dir, **(defaults | fields)), num_blocks=256)
@@ -101,16 +118,18 @@ def _ids(answers: list[list[SampledToken]]) -> list[list[int]]:
     return [[token.token_id for token in answer] for answer in answers]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_graphs_yield_the_tokens_of_kernels_launched_one_by_one(checkpoints: Path, variant: str) -> None:
-    captured, launched = _engine(checkpoints / variant), _engine(checkpoints / variant, enforce_eager=True)
+def test_graphs_yield_the_tokens_of_kernels_launched_one_by_one(
+    checkpoints: Path, variant: str, captured: Engine
+) -> None:
+    launched = _engine(checkpoints / variant, enforce_eager=True)
     assert _ids(_generate(captured, _mixed())) == _ids(_generate(launched, _mixed()))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_tokens_are_those_of_the_cpu_where_they_are_sure(checkpoints: Path, variant: str) -> None:
+def test_greedy_tokens_are_those_of_the_cpu_where_they_are_sure(
+    checkpoints: Path, variant: str, captured: Engine
+) -> None:
     sampling = [_greedy(logprobs=2)] * 7
-    on_gpu = _generate(_engine(checkpoints / variant), sampling)
+    on_gpu = _generate(captured, sampling)
     on_cpu = _generate(_engine(checkpoints / variant, device="cpu", dtype="float32"), sampling)
     compared = 0
     for ours, theirs in zip(on_gpu, on_cpu, strict=True):
@@ -149,22 +168,22 @@ def test_batches_of_all_sizes_go_through_their_graphs(checkpoints: Path) -> None
         assert answers == [[token.token_id for token in alone]] * count
 
 
-def test_padding_rows_write_to_the_spare_block_alone(checkpoints: Path) -> None:
-    engine = _engine(checkpoints / "llama")
-    driver = Driver(engine)
+def test_padding_rows_write_to_the_spare_block_alone(llama: Engine) -> None:
+    llama.kv_pages.zero_()  # another test's numbers may be those that are written
+    driver = Driver(llama)
     seqs = [driver.add(prompt, _greedy()) for prompt in prompts([5, 20, 9])]  # padded to 4 rows
     driver.step([(seq, seq.num_tokens) for seq in seqs])
-    before = engine.kv_pages.clone()
+    before = llama.kv_pages.clone()
     driver.step([(seq, 1) for seq in seqs])
-    changed = (engine.kv_pages != before).any(dim=(0, 2, 3, 5))  # [blocks, block_size]
+    changed = (llama.kv_pages != before).any(dim=(0, 2, 3, 5))  # [blocks, block_size]
     places = {(int(block), int(slot)) for block, slot in changed.nonzero()}
     expected = {(seq.block_table[-1], (seq.num_computed_tokens - 1) % 16) for seq in seqs}
-    assert places - {(engine.num_blocks, 0)} == expected
-    assert engine.kv_pages.shape[1] == engine.num_blocks + 1
+    assert places - {(llama.num_blocks, 0)} == expected
+    assert llama.kv_pages.shape[1] == llama.num_blocks + 1
 
 
-def test_8_bits_halve_the_pages_and_move_the_answer_little(checkpoints: Path) -> None:
-    wide, narrow = _engine(checkpoints / "llama"), _engine(checkpoints / "llama", kv_cache_dtype="fp8")
+def test_8_bits_halve_the_pages_and_move_the_answer_little(checkpoints: Path, llama: Engine) -> None:
+    wide, narrow = llama, _engine(checkpoints / "llama", kv_cache_dtype="fp8")
     assert narrow.kv_pages.dtype == torch.float8_e4m3fn and narrow.spec.dtype == "float8_e4m3fn"
     assert 2 * narrow.spec.page_bytes() == wide.spec.page_bytes()
     assert narrow.spec.fingerprint != wide.spec.fingerprint
@@ -193,7 +212,7 @@ def test_queries_in_8_bits_move_the_answer_little(checkpoints: Path) -> None:
 def test_blocks_in_8_bits_are_copied(checkpoints: Path) -> None:
     from kvferry.kvcache.pages import copy_blocks
 
-    engine = _engine(checkpoints / "llama", kv_cache_dtype="fp8")
+    engine = _engine(checkpoints / "llama", kv_cache_dtype="fp8", enforce_eager=True)
     pages = engine.kv_pages.view(torch.uint8)
     pages.copy_(torch.randint(0, 120, pages.shape, dtype=torch.uint8, device="cuda"))
     expected = pages[:, 3].clone()
@@ -221,10 +240,10 @@ def test_pages_of_a_layer_are_there_when_its_fence_has_passed(checkpoints: Path)
     assert len(events) == 3 and all(event.query() for event in events)
 
 
-def test_a_stream_goes_on_the_same_on_another_engine(checkpoints: Path) -> None:
+def test_a_stream_goes_on_the_same_on_another_engine(checkpoints: Path, llama: Engine) -> None:
     """A seeded answer, cut in the middle: the rest is computed from its known tokens elsewhere."""
     sampling = SamplingParams(seed=11, temperature=0.9, top_p=0.9, max_tokens=NUM_TOKENS, ignore_eos=True)
-    first, second = (Driver(_engine(checkpoints / "llama")) for _ in range(2))
+    first, second = Driver(llama), Driver(_engine(checkpoints / "llama"))
     whole = first.add(prompts([40])[0], sampling)
     first.generate([whole])
     resumed = second.add(prompts([40])[0], sampling)
