@@ -1,4 +1,4 @@
-"""What is known of a GGUF file when the fields of its own family are read."""
+"""A GGUF file as far as it is known when the fields of its own family are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What config.json has of single families beyond what all have: from a GGUF file's fields and its tensors' names."""
+"""Fields of a GGUF file that single families have beyond what all have, as config.json has them."""
 
 from __future__ import annotations
 

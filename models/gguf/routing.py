@@ -1,4 +1,4 @@
-"""How a token's experts are chosen, as config.json has it, of a GGUF file's fields.
+"""The choice of a token's experts, as config.json tells it, of a GGUF file's fields.
 
 llama.cpp knows of some architectures by its code alone whether the weights of a token's experts add up to 1
 (`src/models/`: `build_moe_ffn`).

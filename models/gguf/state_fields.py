@@ -1,4 +1,4 @@
-"""What config.json has of layers that keep a state, from a GGUF file's fields and its tensors' names."""
+"""Fields of a GGUF file about layers that keep a state, as config.json has them."""
 
 from __future__ import annotations
 

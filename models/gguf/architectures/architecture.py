@@ -1,4 +1,4 @@
-"""How one architecture of GGUF files differs from a Llama's files: what `architectures.py` has an entry of."""
+"""An architecture of GGUF files says how these differ from a Llama's: the tables beside it have one entry for each."""
 
 from __future__ import annotations
 
