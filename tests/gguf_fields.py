@@ -206,7 +206,7 @@ def _write_experts(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, t
     writer.add_expert_count(count)
     if not count:
         return
-    writer.add_expert_used_count(told("num_experts_per_tok", "moe_k", "moe_topk"))
+    writer.add_expert_used_count(told("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"))
     size = told("moe_intermediate_size") or (name in ("gpt-oss", "minimax-m2") and config["intermediate_size"])
     if size:
         writer.add_expert_feed_forward_length(size if isinstance(size, int) else size[0])

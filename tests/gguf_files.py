@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _EXPERT = re.compile(r"((?:model|backbone)\.layers\.\d+\.\w+)\.experts\.(\d+)\.(\w+)\.weight")
 _GRANITE_STACK = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.input_linear\.weight")
 _STACK = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
+_SCALES = {"scale": "router.proj", "per_expert_scale": "experts.down_proj"}  # of Gemma 4's experts
 _PERMUTED = ("llama", "smollm3", "mistral3", "arcee", "granite", "granitemoe", "granitehybrid")
 _MOVED_NORMS = ("gemma2", "gemma3", "qwen3next", "qwen35")
 
@@ -154,8 +155,10 @@ class _Tensors:
             rows = interleaved(rows, self._config[heads])
         if self._arch.startswith(_MOVED_NORMS) and key.endswith("norm.weight") and "linear_attn" not in key:
             rows = rows + np.float32(1)
-        if suffix in ("sinks", "layer_scalar"):
+        if suffix in ("sinks", "layer_scalar", "gate_up_proj", "down_proj"):  # what is no module's has its own name
             module, suffix = key, "weight"
+        if (own := _SCALES.get(suffix)) is not None:
+            module, suffix = f"{module.removesuffix('.router')}.{own}", "scale"
         self._put(module, f".{suffix}", rows, kind)
         return values
 

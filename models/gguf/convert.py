@@ -36,8 +36,8 @@ from .tokenizer import write_gguf_tokenizer
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-_LAYER = re.compile(r"blk\.(\d+)\.((?:shortconv\.)?\w+)(?:\.(weight|bias))?")
-_EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
+_LAYER = re.compile(r"blk\.(\d+)\.((?:shortconv\.)?\w+)(?:\.(weight|bias|scale))?")
+_EXPERTS = re.compile(r"ffn_(gate_up|gate|up|down)_exps")
 _VECTORS = ("attn_sinks", "exp_probs_b", "layer_output_scale")  # of which a checkpoint's name is no module's
 _ROWS = ("ffn_gate_inp_shexp",)  # matrices of one row, which files may have as vectors
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
@@ -110,7 +110,8 @@ def _stored_tensors(
         layer, own = match[1], match[2]
         if int(layer) >= config["num_hidden_layers"]:
             continue  # it predicts further tokens
-        stack = _EXPERTS.fullmatch(own) if of.experts != "none" else None
+        is_vector = f"{own}.{match[3]}" in of.layer
+        stack = _EXPERTS.fullmatch(own) if of.experts != "none" and not is_vector else None
         if stack is not None:
             stacks.setdefault(layer, {})[f"{stack[1]}.{match[3]}"] = part
         elif of.is_latent and own in HALVES:
@@ -130,7 +131,9 @@ def _layer_tensor(
     part: Part, match: re.Match[str], of: Architecture, config: Json, kept: Collection[str]
 ) -> StoredTensor:
     own = match[2]
-    if own not in of.layer:
+    if (vector := of.layer.get(f"{own}.{match[3]}")) is not None:
+        return _tensor(part, f"model.layers.{match[1]}.{vector}", of, kept)
+    if own not in of.layer or match[3] == "scale":
         raise ValueError(f"unknown tensor {part.name}")
     suffix = "" if own in _VECTORS or match[3] is None else f".{match[3]}"
     name = f"model.layers.{match[1]}.{of.layer[own]}{suffix}"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MXFP4 = "MXFP4"
 MXFP4_STACK = "MXFP4 in stacks"  # as gpt-oss has them, not as blocks
+_BOTH = "gate_up.weight"
 _MXFP4_BYTES = 17  # of a block: the exponent, and 32 numbers of 4 bits
 
 Stacks = Mapping[str, Mapping[str, Part]]  # layer -> "gate.weight", "up.weight" ... -> all experts' of that layer
@@ -31,6 +32,7 @@ def expert_tensors(stacks: Stacks, of: Architecture, kept: Collection[str]) -> I
     """Yield the tensors of all layers' experts. Raises ValueError where a layer lacks one."""
     wanted = [f"{part}.weight" for part in ("gate", "up", "down")[-len(of.expert_parts) :]]
     wanted += ["gate.bias", "up.bias", "down.bias"] if of.experts == "stacked" else []
+    stacks = {layer: _apart(parts) for layer, parts in stacks.items()}
     for layer, parts in stacks.items():
         if parts.keys() != set(wanted):
             found = ", ".join(sorted(parts))
@@ -43,8 +45,18 @@ def expert_tensors(stacks: Stacks, of: Architecture, kept: Collection[str]) -> I
     for layer, parts in stacks.items():
         for name, own in zip(wanted, of.expert_parts, strict=True):
             for index, part in enumerate(parts[name].of_experts()):
-                module = f"model.layers.{layer}.{of.expert_module}.experts.{index}.{own}"
+                module = ".".join(filter(None, (f"model.layers.{layer}", of.expert_module, f"experts.{index}.{own}")))
                 yield stored(part, f"{module}.weight", kept, may_widen=True)
+
+
+def _apart(parts: Mapping[str, Part]) -> Mapping[str, Part]:
+    """Return a layer's stacks, one that has each expert's gate before its up as two."""
+    both = parts.get(_BOTH)
+    if both is None:
+        return parts
+    size = both.shape[1] // 2
+    halves = {name: both.rows_of_experts(first, size) for name, first in (("gate.weight", 0), ("up.weight", size))}
+    return {name: part for name, part in parts.items() if name != _BOTH} | halves
 
 
 def _stacked(name: str, parts: Mapping[str, Part], *, are_mxfp4: bool) -> Iterator[StoredTensor]:

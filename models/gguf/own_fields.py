@@ -69,6 +69,8 @@ def _gemma4(file: ModelFile) -> Json:
         "attention_k_eq_v": not file.of_layer(wide[0], "attn_v"),
         "intermediate_size": sizes[0],
         "use_double_wide_mlp": max(sizes) > sizes[0],
+        "enable_moe_block": file.has("ffn_gate_inp.weight"),
+        "top_k_experts": file.config.get("num_experts_per_tok"),
         "num_kv_shared_layers": file.integer("attention.shared_kv_layers", 0),
         "hidden_size_per_layer_input": file.integer("embedding_length_per_layer_input", 0),
         "vocab_size_per_layer_input": inputs[0] or None,

@@ -63,6 +63,11 @@ class Part:
     def some_rows(self, start: int, count: int) -> Part:
         return replace(self, rows=self.rows[start : start + count], shape=(count, *self.shape[1:]))
 
+    def rows_of_experts(self, start: int, count: int) -> Part:
+        """Return some rows of each expert's matrix."""
+        rows, shape = self.rows[:, start : start + count], (self.shape[0], count, *self.shape[2:])
+        return replace(self, rows=rows, shape=shape)
+
     def numbers(self) -> npt.NDArray[np.float32]:
         """Return what the blocks stand for. Raises ValueError for a kind that nobody here reads."""
         from gguf import GGMLQuantizationType, quants

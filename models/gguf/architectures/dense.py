@@ -6,7 +6,6 @@ from .architecture import Architecture
 from .names import (
     ATTENTION,
     FUSED_MLP,
-    GEMMA4,
     HEAD_NORMS,
     LLAMA,
     MLP,
@@ -59,13 +58,6 @@ DENSE: dict[str, Architecture] = {
         layer={**ATTENTION, **HEAD_NORMS, **MLP, **NORMS_BOTH},
         reads=(*WINDOW, "final_logit_softcapping", "rope.freq_base_swa"),
         norm_offset=1.0,
-    ),
-    "gemma4": Architecture(
-        family="Gemma4ForCausalLM",
-        model_type="gemma4_text",
-        layer=GEMMA4,
-        reads=(*WINDOW, "final_logit_softcapping", "rope.freq_base_swa"),
-        turns_fastest=True,
     ),
     "phi3": Architecture(
         family="Phi3ForCausalLM",

@@ -7,6 +7,7 @@ from .dense import DENSE
 from .names import (
     ATTENTION,
     DEEPSEEK,
+    GEMMA4,
     HEAD_NORMS,
     LATENT,
     LLAMA,
@@ -41,6 +42,16 @@ WITH_EXPERTS: dict[str, Architecture] = {
         layer={**QWEN3, **SPARSE},
         reads=EXPERTS,
         experts="single",
+    ),
+    # Some have experts beside their MLPs.
+    "gemma4": Architecture(
+        family="Gemma4ForCausalLM",
+        model_type="gemma4_text",
+        layer=GEMMA4,
+        reads=(*WINDOW, *EXPERTS, "final_logit_softcapping", "rope.freq_base_swa"),
+        turns_fastest=True,
+        experts="single",
+        expert_module="",
     ),
     "glm4moe": Architecture(
         family="Glm4MoeForCausalLM",

@@ -108,13 +108,13 @@ def _checkpoint(path: Path, model: str, fields: dict[str, Any]) -> Path:
 
 
 def write_drawn(path: Path, kind: str, fields: dict[str, Any]) -> Path:
-    """Write a small checkpoint of transformers' class for this kind; every norm has weights of its own."""
+    """Write a small checkpoint of transformers' class for this kind; every norm and factor has numbers of its own."""
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     write_model(path, getattr(transformers, f"{kind}Config")(**SMALL | special | fields))
     file, generator = path / "model.safetensors", torch.Generator().manual_seed(1)
     tensors = load_file(file)
     for name in sorted(tensors):
-        if "norm" in name:  # so that none can take another's place
+        if "norm" in name or name.endswith(("scale", "scalar")):  # so that none can take another's place
             tensors[name] += 0.3 * torch.randn(tensors[name].shape, generator=generator)
     save_file(tensors, file, metadata={"format": "pt"})
     return path

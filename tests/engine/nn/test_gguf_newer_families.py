@@ -26,7 +26,15 @@ from kvferry.models.families.module_names import full_name
 from kvferry.models.parts.side_by_side import Multipliers
 
 from ...gguf_files import plain_tokens, write_as_gguf
-from ...transformers_checkpoints import FALCON_H1, GEMMA_4, GEMMA_4_BORROWING, NEMOTRON_H, NEMOTRON_H_MOE, STATES
+from ...transformers_checkpoints import (
+    FALCON_H1,
+    GEMMA_4,
+    GEMMA_4_BORROWING,
+    GEMMA_4_MOE,
+    NEMOTRON_H,
+    NEMOTRON_H_MOE,
+    STATES,
+)
 from ..weights.test_formats import assert_as_transformers
 from .test_gguf_families import GRANITE, write_drawn
 
@@ -68,6 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan-dense": ("HunYuanDenseV1", {}),
     "gemma4": ("Gemma4Text", GEMMA_4),
     "gemma4 that borrows": ("Gemma4Text", GEMMA_4_BORROWING),
+    "gemma4 with experts": ("Gemma4Text", GEMMA_4_MOE),
     "glm4": ("Glm4", PARTS),
     "exaone4": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 20}),
     "exaone4 without windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
@@ -106,7 +115,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Of a mixture stored in one tensor a file's directory has each expert's; what transformers computes of it is compared.
-STACKED = ("granitemoe", "granitehybrid with experts")
+STACKED = ("gemma4 with experts", "granitemoe", "granitehybrid with experts")
 # Kinds of blocks, and what such a model has beside `MODELS`.
 WIDE = {"linear_value_head_dim": 32, "linear_key_head_dim": 32}
 QUANTIZED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
