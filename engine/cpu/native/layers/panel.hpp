@@ -78,7 +78,7 @@ public:
                    By& by) const {
         add_adapted(x, mixed, o, factor, common, by);
         if (beside == nullptr) return;
-        if (mixed.slots != nullptr) by.meet();  // narrowed rows of the one are read before the other's
+        by.meet();  // who is done takes others' columns: what they add to these comes first; and so with narrowed rows
         const Rows read{mixed.values + s_.read_at, mixed.stride, mixed.count, mixed.slots, mixed.may_widen};
         add_adapted(x, read, beside->out, factor * float(beside->out_factor), common, by);
     }
