@@ -160,6 +160,8 @@ def _write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> N
     import gguf
 
     rope = config.get("rope_parameters")
+    if name.startswith(("granite", "nemotron")):  # whatever heads have
+        writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     if name == "granitehybrid":
         writer.add_rope_scaling_finetuned(config.get("position_embedding_type") == "rope")
     if rope is None:

@@ -53,6 +53,7 @@ WITH_STATES: dict[str, Architecture] = {
         final_norm="norm_f",
         activation="relu2",
         reads=ROUTING,
+        turns_parts=True,  # of any length: none is turned
         states="mamba",
         experts="single",
         expert_module="mixer",

@@ -106,7 +106,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybrid",
         GRANITE | MAMBA | {"num_local_experts": 8, "num_experts_per_tok": 3},
     ),
-    "nemotron_h": ("NemotronH", NEMOTRON_H),
+    "nemotron_h": ("NemotronH", NEMOTRON_H | {"head_dim": 32}),
     "nemotron_h_moe": ("NemotronH", WITHOUT_MLP),
     "falcon-h1": ("FalconH1", FALCON_H1 | {"mamba_n_groups": 1}),
     "qwen35": ("Qwen3_5Text", STATES),
