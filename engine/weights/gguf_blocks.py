@@ -77,7 +77,7 @@ def _q4_k(blocks: Tensor) -> _Parts:
 def _q5_k(blocks: Tensor) -> _Parts:
     scales, minima = _six_bit_scales(blocks)
     numbers = _low_then_high(blocks[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32)
-    high = blocks[:, 16:48].unsqueeze(1) >> torch.arange(8, dtype=torch.uint8).unsqueeze(1) & 1
+    high = _planes(blocks[:, 16:48], 1)
     return (numbers | high << 4).to(torch.int8).flatten(1), scales, minima
 
 
@@ -91,34 +91,31 @@ def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q6_k(blocks: Tensor) -> _Parts:
     low = _low_then_high(blocks[:, :128].reshape(-1, 2, 64)).view(-1, 2, 4, 32)
-    shifts = torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
+    high = _planes(blocks[:, 128:192].reshape(-1, 2, 32), 2)
     scales = blocks[:, 192:208].contiguous().view(torch.int8) * _halves(blocks[:, 208:])
     return ((low | high << 4).to(torch.int8) - 32).flatten(1), scales, None
 
 
 def _q2_k(blocks: Tensor) -> _Parts:
-    numbers = _four_of_a_byte(blocks[:, 16:80].reshape(-1, 2, 32))
+    numbers = _planes(blocks[:, 16:80].reshape(-1, 2, 32), 2)
     scales = (blocks[:, :16] & 15) * _halves(blocks[:, 80:82])
     return numbers.flatten(1), scales, (blocks[:, :16] >> 4) * -_halves(blocks[:, 82:])
 
 
 def _q3_k(blocks: Tensor) -> _Parts:
     """A bit that is not set takes 4 from a number."""
-    low = _four_of_a_byte(blocks[:, 32:96].reshape(-1, 2, 32))
-    high = blocks[:, :32].unsqueeze(1) >> torch.arange(8, dtype=torch.uint8).unsqueeze(1) & 1
-    numbers = low.flatten(1) + 4 * high.flatten(1) + 4  # 8 more than is meant
+    low = _planes(blocks[:, 32:96].reshape(-1, 2, 32), 2).flatten(1)
+    numbers = low + 4 * _planes(blocks[:, :32], 1).flatten(1) + 4  # 8 more than is meant
     first, second, third = blocks[:, 96:108].reshape(-1, 3, 4).unbind(1)
-    both = torch.cat((first, second), 1)
-    high = (third.unsqueeze(1) >> torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8) & 3).flatten(1)
+    both, high = torch.cat((first, second), 1), _planes(third, 2).flatten(1)
     steps = (torch.cat((both & 15, both >> 4), 1) | high << 4).to(torch.int8) - 32
     return numbers, steps * _halves(blocks[:, 108:]), None
 
 
-def _four_of_a_byte(packed: Tensor) -> Tensor:
-    """[blocks, parts, n] bytes -> [blocks, parts, 4 n]: all lowest two bits, then the next two, and so on."""
-    shifts = torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8)
-    return (packed.unsqueeze(2) >> shifts & 3).flatten(2)
+def _planes(packed: Tensor, bits: int) -> Tensor:
+    """[..., n] bytes -> [..., 8 / bits, n]: the lowest bits of all, then the next ones, and so on."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).unsqueeze(1)
+    return packed.unsqueeze(-2) >> shifts & (1 << bits) - 1
 
 
 def _iq4_nl(blocks: Tensor) -> _Parts:
