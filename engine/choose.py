@@ -206,7 +206,7 @@ def choose_runner(
             is_exact=config.deterministic,
             states=decoder.states,
         )
-        num_pages, ends = len(decoder.config.kv_layers), decoder.config.eos_token_ids
+        num_pages, ends = decoder.config.num_kv_pages, decoder.config.eos_token_ids
         return NativeRunner(native, decoder.final_norm, num_pages=num_pages, eos_token_ids=ends)
     if config.deterministic:
         check_exact(decoder.config, ["the log says why"])

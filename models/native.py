@@ -31,19 +31,20 @@ def not_in_native(
     """
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     is_sparse = config.experts is not None and any(config.sparse_layers)
+    are_beside = config.experts is not None and config.experts.are_beside_mlp
     has = {
         "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
-        "experts beside an MLP": config.experts is not None and config.experts.are_beside_mlp,
-        "experts in such a residual stream": is_sparse and family.norms != "before",
+        "experts beside an MLP between ranks": num_ranks > 1 and are_beside,
+        "experts in such a residual stream": is_sparse and family.norms == "shared",
         "feed-forwards without a mixer before each": not _are_behind_mixers(config),
-        "layers whose heads are of two sizes": config.uneven is not None,
-        "inputs of each layer": config.layer_inputs is not None,
+        "inputs of each layer between ranks": config.layer_inputs is not None and num_ranks > 1,
+        "inputs of layers of such a size": config.layer_inputs is not None and config.layer_inputs.size % 32 != 0,
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "experts in float32": is_float32 and is_sparse,
         "experts whose tokens are exchanged": is_exchanged and is_sparse,
         "quantized weights in float32": is_float32 and quantization is not None and not quantization.is_float8,
         "latents of such sizes": config.latent is not None and not _has_known_sizes(config.latent),
-        "heads of such a size": config.latent is None and config.head_dim % 16 != 0,
+        "heads of such a size": config.latent is None and not _has_known_heads(config),
         "so small a turned part of heads": config.rope.fraction != 1.0 and turned % 16 != 0,
     }
     return [name for name, is_there in has.items() if is_there]
@@ -85,6 +86,11 @@ def _has_known_states(config: ModelConfig, num_ranks: int) -> bool:
     mixed = states.num_values, config.num_qo_heads * config.head_dim
     is_short = states.kernel_size <= _MOST_CONVOLVED
     return is_short and all(size % 16 == 0 for size in heads) and all(size // num_ranks % 32 == 0 for size in mixed)
+
+
+def _has_known_heads(config: ModelConfig) -> bool:
+    """Tell whether heads fill vectors, in all layers."""
+    return all(config.heads_of(layer).dim % 16 == 0 for layer in range(config.num_layers))
 
 
 def _has_known_sizes(latent: LatentConfig) -> bool:

@@ -9,6 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from kvferry.common.adapter import HeldAdapter
 from kvferry.common.batch import Batch, BatchRow, StepOutput
 from kvferry.common.config import EngineConfig
 from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
@@ -88,9 +89,10 @@ def prompts(lengths: list[int], vocab_size: int = 512) -> list[list[int]]:
     return [[(31 * i * i + 17 * i + 101 * n) % vocab_size for i in range(length)] for n, length in enumerate(lengths)]
 
 
-def prompt_logprobs(engine: Engine, prompt: list[int]) -> Tensor:
+def prompt_logprobs(engine: Engine, prompt: list[int], adapter: HeldAdapter | None = None) -> Tensor:
     """Return the log-probabilities of a prompt's tokens behind the first, computed in one step."""
     driver, sampling = Driver(engine), msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
     driver.grow(seq := driver.add(prompt, sampling), len(prompt))
+    seq.held_adapter = adapter
     [row] = engine.step(Batch([BatchRow(seq, len(prompt))])).rows
     return torch.tensor([token.logprob for token in row.prompt_logprobs])

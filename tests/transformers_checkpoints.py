@@ -97,7 +97,7 @@ GEMMA_4_BORROWING: dict[str, Any] = GEMMA_4 | {
     "num_global_key_value_heads": None,
     "num_kv_shared_layers": 3,
     "use_double_wide_mlp": True,
-    "hidden_size_per_layer_input": 8,
+    "hidden_size_per_layer_input": 32,
     "vocab_size_per_layer_input": 512,
 }
 # Beside each MLP experts, by norms of their own.

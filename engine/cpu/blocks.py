@@ -12,13 +12,14 @@ from ..nn.experts import SparseMLP
 from ..nn.feed_forward import MLP, GatedMLP, PlainMLP
 from ..nn.latent import LatentAttention
 from ..nn.mamba import Mamba
-from ..nn.mixer import Attention, GatedAttention, SideBySide
+from ..nn.mixer import Attention, GatedAttention, NormedValueAttention, SideBySide
+from ..nn.residual import ExpertsBeside
 from ..nn.stacked_experts import StackedExpert
 from . import states
 from .compiler import NativeUnavailable
 
 FeedForward = GatedMLP | PlainMLP | SparseMLP
-_ATTENTION = (Attention, GatedAttention, LatentAttention)
+_ATTENTION = (Attention, GatedAttention, LatentAttention, NormedValueAttention)
 _STATEFUL = (GatedDeltaNet, Mamba, ShortConvolution)
 
 
@@ -30,6 +31,7 @@ class Blocks(NamedTuple):
     attention: Attention | LatentAttention | None
     state: states.Stateful | None
     feed_forward: FeedForward | None
+    beside: ExpertsBeside | None  # the feed-forward, an MLP
     layers: tuple[DecoderLayer, DecoderLayer]  # that of the mixer, and that of the feed-forward
     number: int  # of the mixer's
 
@@ -48,7 +50,7 @@ def known_blocks(layers: Sequence[DecoderLayer]) -> list[Blocks]:
             raise NativeUnavailable(f"no C++ for layers of {type(mixer).__name__} and {type(feed_forward).__name__}")
         assert isinstance(feed_forward, FeedForward | None)
         if mixer is not None:
-            blocks.append(Blocks(attention, state, feed_forward, (layer, layer), number))
+            blocks.append(Blocks(attention, state, feed_forward, layer.beside, (layer, layer), number))
         elif blocks and blocks[-1].feed_forward is None:
             before = blocks.pop()
             blocks.append(before._replace(feed_forward=feed_forward, layers=(before.layers[0], layer)))
@@ -57,8 +59,10 @@ def known_blocks(layers: Sequence[DecoderLayer]) -> list[Blocks]:
     return blocks
 
 
-def mlps_of(block: FeedForward | None) -> list[MLP | StackedExpert]:
+def mlps_of(block: Blocks) -> list[MLP | StackedExpert]:
     """Return its MLPs, dense or of experts and the shared one."""
-    if not isinstance(block, SparseMLP):
-        return [] if block is None else [block]
-    return [*block.experts, *([] if block.shared is None else [block.shared])]
+    sparse = block.feed_forward if block.beside is None else block.beside.sparse
+    if not isinstance(sparse, SparseMLP):
+        return [] if sparse is None else [sparse]
+    dense = [block.feed_forward] if isinstance(block.feed_forward, MLP) else []
+    return [*dense, *sparse.experts, *([] if sparse.shared is None else [sparse.shared])]

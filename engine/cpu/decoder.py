@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,10 +57,11 @@ class NativeDecoder:
         self._model = described = model.described
         described.page_bytes, described.block_size = first.stride(0) * first.itemsize, first.shape[3]
         described.has_int8_pages = first.dtype == torch.int8
-        mixers = [(layer, layer.attention) for layer in described.layers[: described.num_layers]]
-        with_keys = [layer for layer, mixer in mixers if mixer.latents or mixer.qkv.weight.columns]
-        for layer, own in zip(with_keys, pages, strict=True):
+        for number, page in model.pages.items():
+            layer, own = described.layers[number], pages[page]
             layer.pages = own.data_ptr()
+            layer.value_step, layer.head_step = (own.stride(dim) * own.itemsize for dim in (1, 2))
+        self._pages_behind = model.pages_behind
         self._states = states
         if states is not None:
             assert states.pages is not None and states.pages.stride(1) * first.itemsize == described.page_bytes
@@ -111,7 +112,7 @@ class NativeDecoder:
     def forward(self, step: Step, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Return hidden states of the wanted tokens before the final norm, [wanted, hidden_size padded to 64] float32.
 
-        `on_layer(i)` is called from within, when the keys and values of the i-th layer that has some are in the pages.
+        `on_layer(page)` is called from within, when all keys and values of one of a block's pages are in it.
         What it raises is raised here after the step. Raises StepStopped after `stop`, with one rank alone;
         ForeignStateError, with nothing changed.
         """
@@ -121,7 +122,7 @@ class NativeDecoder:
         hidden = torch.empty(wanted, self._hidden_stride)
         starts = _ints(step.starts)
         found = None if self._states is None or not self._states.are_checked else torch.empty(len(starts))
-        listener = _Listener(on_layer)
+        listener = _Listener(on_layer, self._pages_behind)
         end = self._forward(
             self._handle,
             len(starts),
@@ -191,15 +192,17 @@ class Step(NamedTuple):
 class _Listener:
     """A Python function for the library to call: an exception cannot pass through it and is kept."""
 
-    def __init__(self, on_layer: Callable[[int], None] | None) -> None:
+    def __init__(self, on_layer: Callable[[int], None] | None, pages_behind: Sequence[tuple[int, ...]]) -> None:
+        """`pages_behind`: which pages are complete behind each layer that attends."""
         self.error: BaseException | None = None
-        self._on_layer = on_layer
+        self._on_layer, self._pages_behind = on_layer, pages_behind
         self.callback = _OnLayer() if on_layer is None else _OnLayer(self._call)
 
     def _call(self, layer: int) -> None:
         if self.error is None and self._on_layer is not None:
             try:
-                self._on_layer(layer)
+                for page in self._pages_behind[layer]:
+                    self._on_layer(page)
             except BaseException as error:
                 self.error = error
 

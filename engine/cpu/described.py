@@ -89,8 +89,8 @@ class AttentionParts(ctypes.Structure):
     """The C++ `AttentionBlock`."""
 
     _fields_ = [
-        ("qkv", LinearParts),
-        ("o", LinearParts),
+        *((name, LinearParts) for name in ("qkv", "o")),
+        *((name, ctypes.c_int64) for name in ("num_made", "norms_values")),
         *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")),
         ("has_whole_norms", ctypes.c_int64),
         ("sight", SightParts),
@@ -121,7 +121,9 @@ class ExpertParts(ctypes.Structure):
     """The C++ `Experts`."""
 
     _fields_ = [
-        *((name, LinearParts) for name in ("gate", "before", "behind")),
+        ("gate", LinearParts),
+        *((name, ctypes.c_void_p) for name in ("norm", "gate_norm", "weights")),
+        *((name, LinearParts) for name in ("before", "behind")),
         ("score_bias", ctypes.c_void_p),
         ("experts", ctypes.POINTER(MLPParts)),
         ("shared", ctypes.POINTER(MLPParts)),
@@ -129,6 +131,23 @@ class ExpertParts(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _COUNTS),
         *((name, ctypes.c_double) for name in ("scale", "limit", "alpha")),
         *((name, ctypes.c_void_p) for name in ("taken", "place", "copies", "turn")),
+    ]
+
+
+class OwnInputParts(ctypes.Structure):
+    """The C++ `OwnInput`."""
+
+    _fields_ = [("gate", LinearParts), ("projection", LinearParts), ("norm", ctypes.c_void_p)]
+
+
+class LayerInputParts(ctypes.Structure):
+    """The C++ `LayerInputs`."""
+
+    _fields_ = [
+        ("made", LinearParts),
+        *((name, ctypes.c_void_p) for name in ("norm", "table")),
+        ("size", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("made_factor", "table_factor")),
     ]
 
 
@@ -144,7 +163,11 @@ class LayerParts(ctypes.Structure):
         ("mlp", MLPParts),
         *((name, ctypes.c_int64) for name in ("is_local", "is_fed_first")),
         ("experts", ctypes.POINTER(ExpertParts)),
+        *((name, ctypes.c_void_p) for name in ("mlp_behind", "experts_behind")),
+        ("own_input", OwnInputParts),
+        ("factor", ctypes.c_double),
         ("pages", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("head_step", "value_step")),
     ]
 
 
@@ -154,22 +177,34 @@ class GrowthParts(ctypes.Structure):
     _fields_ = [("beta", ctypes.c_double), ("len", ctypes.c_int64), ("shift", ctypes.c_int64)]
 
 
+class HeadParts(ctypes.Structure):
+    """The C++ `Heads`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_qo", "num_kv", "dim", "rotary_dim", "are_latents")),
+        *((name, ctypes.c_double) for name in ("rope_factor", "query_factor")),
+        ("growth", GrowthParts),
+        ("inv_freq", ctypes.c_void_p),
+    ]
+
+
 SumOverRanks = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
-SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_qo_heads", "num_kv_heads", "head_dim", "vocab_size")
 
 
 class Model(ctypes.Structure):
     """The C++ `Model`. Whoever has pages fills in the layers' and their numbers."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in (*SIZES, "page_bytes", "block_size", "has_int8_pages")),
-        *((name, ctypes.c_int64) for name in ("rotary_dim", "has_neighbours", "norms_turned", "has_gates")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "intermediate_size", "vocab_size")),
+        ("heads", HeadParts * 2),
+        *((name, ctypes.c_int64) for name in ("page_bytes", "block_size", "has_int8_pages")),
+        *((name, ctypes.c_int64) for name in ("has_neighbours", "norms_turned", "has_gates")),
         *((name, ctypes.c_int64) for name in ("activation", "is_gated", "takes_mean_off")),
-        *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset", "rope_factor", "local_rope_factor")),
-        *((name, ctypes.c_double) for name in ("embedding_factor", "query_factor", "mixed_factor", "fed_factor")),
+        *((name, ctypes.c_double) for name in ("norm_eps", "norm_offset")),
+        *((name, ctypes.c_double) for name in ("embedding_factor", "mixed_factor", "fed_factor")),
         *((name, ctypes.c_double) for name in ("gate_factor", "score_cap")),
-        *((name, GrowthParts) for name in ("growth", "local_growth")),
-        *((name, ctypes.c_void_p) for name in ("inv_freq", "local_inv_freq", "embedding", "final_norm")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "final_norm")),
+        ("inputs", ctypes.POINTER(LayerInputParts)),
         ("head", Tiles),
         ("layers", ctypes.POINTER(LayerParts)),
         ("sum_over_ranks", SumOverRanks),

@@ -22,13 +22,14 @@ from ...models.config import ModelConfig
 from ...models.native import not_in_native
 from ...models.parts.chunks import Chunk
 from ..nn.adapters import AdapterSlots
-from ..nn.decoder import Decoder
+from ..nn.decoder import Decoder, DecoderLayer
 from ..nn.delta_net import GatedDeltaNet
 from ..nn.experts import SharedGate, SparseMLP
 from ..nn.feed_forward import MLP
 from ..nn.latent import LatentAttention
 from ..nn.layers import Linear, RMSNorm
-from ..nn.mixer import Attention
+from ..nn.mixer import Attention, NormedValueAttention
+from ..nn.residual import InputTable
 from ..nn.stacked_experts import StackedExpert
 from ..ranks.communicator import Communicator
 from ..weights.weight import DenseWeight
@@ -41,10 +42,12 @@ from .described import (
     AttentionParts,
     ExpertParts,
     LatentParts,
+    LayerInputParts,
     LayerParts,
     LinearParts,
     MLPParts,
     Model,
+    OwnInputParts,
     SightParts,
     StateParts,
 )
@@ -72,6 +75,9 @@ class NativeModel:
         self.library = _common_library(self.comm, cache, isa, is_float32=is_float32)
         self.name = Path(self.library._name).stem  # instruction set, source and compiler
         self._pack = Packer(self.library, self.dtype)
+        for layer in decoder.layers:
+            if layer.sparse is not None:
+                layer.sparse.gate.take_factors()
         self._packed = {
             id(weight): self._pack(weight, in_turns=linear.in_turns)
             for weight, linear in zip(weights, linears, strict=True)
@@ -83,6 +89,10 @@ class NativeModel:
         self.num_logits = decoder.head.linear.weight.num_outputs  # of this rank
         self.has_head = decoder.config.has_head
         self.described = self._describe(decoder, blocks)
+        config, attending = decoder.config, [each for each in enumerate(blocks) if each[1].attention is not None]
+        # Of each layer of C++ that attends, by its number there, which of a block's keys and values it reads.
+        self.pages = {number: page for number, block in attending if (page := config.page_of(block.number)) is not None}
+        self.pages_behind = [config.pages_behind(block.number) for _, block in attending]
 
     def _describe(self, decoder: Decoder, blocks: list[Blocks]) -> Model:
         config = decoder.config
@@ -101,11 +111,18 @@ class NativeModel:
                 target.mlp = self._mlp(feed_forward)
                 gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
                 self._linears += [(gate_up, target.mlp.gate_up), (down, target.mlp.down)]
-            elif feed_forward is not None:
-                target.experts = ctypes.pointer(self._experts(feed_forward))
+            if isinstance(feed_forward, SparseMLP):
+                target.experts = ctypes.pointer(self._experts(feed_forward, last.mlp_norm))
+            elif block.beside is not None:
+                beside = block.beside
+                target.experts = ctypes.pointer(self._experts(beside.sparse, beside.sparse.row_norm))
+                target.mlp_behind, target.experts_behind = address(beside.mlp_norm.weight), address(beside.norm.weight)
+            self._describe_end(last, target)
         model = outline(decoder)
+        if decoder.input_table is not None:
+            model.inputs = ctypes.pointer(self._inputs(decoder.input_table))
         model.num_layers = len(blocks)
-        model.intermediate_size = max(mlp.num_inner for block in blocks for mlp in mlps_of(block.feed_forward))
+        model.intermediate_size = max(mlp.num_inner for block in blocks for mlp in mlps_of(block))
         model.embedding = address(decoder.embedding.weight.plain)
         model.final_norm = address(decoder.final_norm.weight)
         if config.has_head:
@@ -138,11 +155,12 @@ class NativeModel:
 
     def _describe_heads(self, attention: Attention, target: AttentionParts, window: int | None) -> None:
         target.qkv = self._linear(attention.qkv_proj, attention.qkv_proj.bias)
-        if norms := attention.head_norms or attention.whole_norms:
-            target.q_norm, target.k_norm = (address(norm.weight) for norm in norms)
+        target.num_made, target.norms_values = attention.num_made, isinstance(attention, NormedValueAttention)
+        norms = attention.head_norms or attention.whole_norms
+        for name, norm in zip(("q_norm", "k_norm"), norms, strict=False):
+            setattr(target, name, address(norm.weight))
         if attention.bare_eps is not None:
-            self._keep.append(ones := torch.ones(attention.head_dim, dtype=self.dtype))
-            target.q_norm = target.k_norm = address(ones)
+            target.q_norm = target.k_norm = self._ones(attention.head_dim)
         target.has_whole_norms = bool(attention.whole_norms)
         if attention.sinks is not None:
             target.sinks = address(attention.sinks.weight)
@@ -179,13 +197,34 @@ class NativeModel:
             self._linears.append((mixer.in_proj, described.rows))
         return described
 
+    def _describe_end(self, layer: DecoderLayer, target: LayerParts) -> None:
+        """Describe what a layer does to the residual stream behind its blocks."""
+        target.factor = 1.0 if layer.factor is None else float(layer.factor.weight)
+        if (own := layer.own_input) is not None:
+            gate, projection = self._linear(own.gate, None), self._linear(own.projection, None)
+            target.own_input = OwnInputParts(gate, projection, address(own.norm.weight))
+            described = target.own_input
+            self._linears += [(own.gate, described.gate), (own.projection, described.projection)]
+
+    def _inputs(self, table: InputTable) -> LayerInputParts:
+        described = LayerInputParts(
+            made=self._linear(table.projection, None),
+            norm=address(table.norm.weight),
+            table=address(table.table.weight.plain),
+            size=table.size,
+            made_factor=table.made_multiplier,
+            table_factor=table.multiplier,
+        )
+        self._linears.append((table.projection, described.made))
+        return described
+
     def _mlp(self, mlp: MLP | StackedExpert) -> MLPParts:
         gate_up, down = mlp.gate_up_proj, mlp.down_proj
         bias = down.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
         return MLPParts(self._linear(gate_up, gate_up.bias), self._linear(down, bias))
 
-    def _experts(self, sparse: SparseMLP) -> ExpertParts:
-        config = sparse.gate.experts
+    def _experts(self, sparse: SparseMLP, norm: RMSNorm | None) -> ExpertParts:
+        config, factors = sparse.gate.experts, sparse.gate.factors
         experts = (MLPParts * len(sparse.experts))(*map(self._mlp, sparse.experts))
         for expert, target in zip(sparse.experts, experts, strict=True):
             self._of_experts |= {id(expert.gate_up_proj): target.gate_up, id(expert.down_proj): target.down}
@@ -194,6 +233,9 @@ class NativeModel:
             self._linears += [(sparse.shared.gate_up_proj, shared.gate_up), (sparse.shared.down_proj, shared.down)]
         described = ExpertParts(
             gate=self._linear(sparse.gate, sparse.gate.bias),
+            norm=_weight_of(norm),
+            gate_norm=None if factors is None else self._ones(len(factors[0])),
+            weights=None if factors is None else address(factors[1]),
             score_bias=address(sparse.gate.score_bias),
             experts=experts,
             shared=None if shared is None else ctypes.pointer(shared),
@@ -230,6 +272,11 @@ class NativeModel:
         """Return the address of its weights, so that what it yields is multiplied."""
         self._keep.append(weight := ((norm.weight.float() + norm.offset) * factor - norm.offset).to(self.dtype))
         return address(weight)
+
+    def _ones(self, size: int) -> int | None:
+        """Return the address of a norm's weights that has none."""
+        self._keep.append(ones := torch.ones(size, dtype=self.dtype))
+        return address(ones)
 
     def _plain(self, linear: Linear) -> int | None:
         assert isinstance(linear.weight, DenseWeight)

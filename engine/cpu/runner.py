@@ -26,7 +26,7 @@ class NativeRunner:
         self, decoder: NativeDecoder, final_norm: RMSNorm, *, num_pages: int, eos_token_ids: frozenset[int]
     ) -> None:
         """`final_norm` is for embeddings alone: before logits the library computes it itself. `num_pages`: of a block,
-        those of layers with keys and values.
+        those with keys and values.
         """
         self.decoder = decoder
         self._final_norm = final_norm

@@ -50,7 +50,7 @@ class DecoderLayer:
         )
         self.mixer = make_mixer(builder, name, layer_id) if config.has_mixer(layer_id) else None
         self.feed_forward = make_feed_forward(builder, name, layer_id) if config.has_feed_forward(layer_id) else None
-        self._beside = make_experts_beside(builder, name, layer_id) if config.has_feed_forward(layer_id) else None
+        self.beside = make_experts_beside(builder, name, layer_id) if config.has_feed_forward(layer_id) else None
         inputs = config.layer_inputs
         self.own_input = None if inputs is None else OwnInput(builder, name, inputs)
         self.factor = LayerFactor(builder, f"{name}.layer_scalar") if config.family.has_layer_factors else None
@@ -58,7 +58,7 @@ class DecoderLayer:
     @property
     def sparse(self) -> SparseMLP | None:
         """Return the layer's experts, if it has any."""
-        block = self.feed_forward if self._beside is None else self._beside.sparse
+        block = self.feed_forward if self.beside is None else self.beside.sparse
         return block if isinstance(block, SparseMLP) else None
 
     def __call__(
@@ -94,8 +94,8 @@ class DecoderLayer:
             x.add_(self._normed(self.mixed_norm, mixer.output(mixed)), alpha=self._multiplier)
         if feed_forward is not None:
             fed = feed_forward(self._normed(self.mlp_norm, x))
-            if self._beside is not None:
-                fed = self._beside(fed, x)
+            if self.beside is not None:
+                fed = self.beside(fed, x)
             x.add_(self._normed(self.output_norm, fed), alpha=self._fed_multiplier)
         if self.own_input is not None:
             assert own is not None
@@ -112,8 +112,8 @@ class DecoderLayer:
         yield from filter(None, (self.mlp_norm, self.output_norm))
         if self.feed_forward is not None:
             yield from self.feed_forward.leaves()
-        if self._beside is not None:
-            yield from self._beside.leaves()
+        if self.beside is not None:
+            yield from self.beside.leaves()
         if self.own_input is not None:
             yield from self.own_input.leaves()
         if self.factor is not None:

@@ -68,7 +68,7 @@ class Attention:
         """
         config, num_ranks = builder.config, builder.comm.size
         family = config.family
-        self.page = page
+        self.page, self.num_made = page, len(made)
         num_kv_heads, self.head_dim = heads or (config.num_kv_heads, config.head_dim)
         self.num_qo_heads = config.num_qo_heads // num_ranks
         self.num_kv_heads = num_kv_heads // num_ranks if "k" in made else 0

@@ -36,6 +36,7 @@ public:
         : w_(model, is_exact, max_threads), threads_(max_threads, cores) {
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
         use_large_pages(model.head, deadline);
+        if (model.inputs != nullptr) use_large_pages(model.inputs->made.weight, deadline);
         for (const Layer& layer : w_.layers) {
             for (const Linear& w : {layer.attention.qkv, layer.attention.o}) use_large_pages(w.weight, deadline);
             if (const Latents* w = layer.attention.latents) {
@@ -46,6 +47,7 @@ public:
             if (const StateLayer* w = layer.attention.state) {
                 for (const Linear& linear : {w->rows, w->rates, w->out}) use_large_pages(linear.weight, deadline);
             }
+            for (const Linear& w : {layer.own_input.gate, layer.own_input.projection}) use_large_pages(w.weight, deadline);
             if (const Experts* e = layer.experts) {
                 for (const Linear& w : {e->before, e->behind}) use_large_pages(w.weight, deadline);
             }
@@ -109,8 +111,8 @@ public:
 private:
     template <class Job>
     static void each_mlp(const Layer& layer, Job job) {
-        if (layer.is_mixer_alone()) return;
-        if (layer.experts == nullptr) return job(layer.mlp);
+        if (layer.has_mlp()) job(layer.mlp);
+        if (layer.experts == nullptr) return;
         for (long i = 0; i < layer.experts->count; i++) job(layer.experts->experts[i]);
         if (layer.experts->shared != nullptr) job(*layer.experts->shared);
     }

@@ -118,6 +118,7 @@ void models() {
     }
     run_model({.head_dim = 32, .inner = 192, .chunk = 40}, "chunks");
     run_model({.head_dim = 32, .inner = 192, .has_one_norm = true}, "blocks side by side");
+    run_model({.head_dim = 32, .inner = 192, .window = 70, .has_extras = true, .is_uneven = true}, "heads of two sizes");
     run_model({.head_dim = 96, .inner = 192, .has_latents = true}, "latents");
     run_model({.head_dim = 32, .inner = 192, .states = kDeltaNet}, "delta nets");
     run_model({.head_dim = 32, .inner = 192, .states = kMamba}, "Mamba's layers");

@@ -17,27 +17,32 @@ struct Shape {
     int states = -1;  // the kind of what the first and the last layer keep; beside delta nets attention has gates; -1: none
     bool is_beside = false;  // those layers attend as well
     bool has_one_norm = false;  // of mixer and feed-forward, which takes the mean off
+    // The first layer has a window and narrow heads, the next wide ones whose values are keys, which the last one borrows; all
+    // norm values, and have inputs of their own and factors.
+    bool is_uneven = false;
 };
 
 constexpr long kTurned = 32, kNope = 48, kValue = 80, kAsking = 40;  // of latents: parts of heads, what queries are made of
 constexpr long kKeyHeads = 2, kValueHeads = 4, kKeyDim = 32, kValueDim = 48, kConvolved = 4;  // of delta nets
 constexpr long kStateHeads = 6, kStateDim = 32, kMambaDim = 48, kGroups = 2;  // of Mamba's layers
+constexpr long kOwn = 32;  // of layers' own inputs
 constexpr long kHidden = 96, kHeads = 4, kKvHeads = 2, kVocab = 100, kLayers = 2, kBlock = 16, kBlocks = 64;
 
 // A model of random weights with pages for a few sequences.
 class SmallModel {
 public:
-    explicit SmallModel(const Shape& shape) : shape_(shape), random_(5), layers_(shape.states < 0 ? kLayers : kLayers + 1) {
+    explicit SmallModel(const Shape& shape) : shape_(shape), random_(5), layers_(shape.states < 0 && !shape.is_uneven ? kLayers : kLayers + 1) {
         const bool has_gates = shape.states == kDeltaNet, is_plain = shape.states == kMamba;
         const long d = shape.head_dim, num_q = has_gates ? 2 * kHeads : kHeads;
         for (Layer& layer : layers_) {
             layer = {};
+            layer.factor = 1.0;
             const bool has_state = shape.states >= 0 && (&layer == &layers_.front() || &layer == &layers_.back());
             layer.input_norm = vector(kHidden, 1.0f), layer.mlp_norm = vector(kHidden, 1.0f);
             if (shape.has_latents) layer.attention.latents = latents();
             else if (has_state) layer.attention.state = state();
             if (!shape.has_latents && layer.attention.attends()) {
-                layer.attention.qkv = linear((num_q + 2 * kKvHeads) * d, kHidden);
+                layer.attention.qkv = linear((num_q + 2 * kKvHeads) * d, kHidden), layer.attention.num_made = 3;
             }
             const StateLayer* const state = layer.attention.attends() ? nullptr : layer.attention.state;
             const long mixed = state ? state->num_values : kHeads * (shape.has_latents ? kValue : d);
@@ -52,26 +57,29 @@ public:
             layer.attention.sinks = vector(kHeads, 1.0f), layer.output_norm = vector(kHidden, 1.0f);
         }
         float frequency = 1.0f;
-        for (long i = 0; i < d / 2; i++, frequency *= 0.75f) frequencies_.push_back(frequency);
+        for (long i = 0; i < d; i++, frequency *= 0.75f) frequencies_.push_back(frequency);
         const long token_bytes = shape.has_int8_pages ? d + 4 : d * long(sizeof(Element));
         model_.num_layers = long(layers_.size()), model_.has_gates = has_gates;
         model_.hidden_size = kHidden, model_.intermediate_size = shape.inner;
-        model_.num_qo_heads = kHeads, model_.num_kv_heads = kKvHeads, model_.head_dim = d, model_.vocab_size = kVocab;
+        model_.vocab_size = kVocab;
+        Heads& heads = model_.heads[0];
+        heads.num_qo = kHeads, heads.num_kv = kKvHeads, heads.dim = heads.rotary_dim = d;
+        heads.rope_factor = heads.query_factor = 1.0, heads.inv_freq = frequencies_.data();
         model_.page_bytes = 2 * kKvHeads * kBlock * token_bytes, model_.block_size = kBlock;
-        model_.has_int8_pages = shape.has_int8_pages, model_.rotary_dim = d, model_.is_gated = !is_plain;
+        model_.has_int8_pages = shape.has_int8_pages, model_.is_gated = !is_plain;
         model_.activation = is_plain ? kSquaredRelu : shape.has_extras ? kGeluTanh : kSilu;
         model_.takes_mean_off = shape.has_one_norm;
-        model_.norm_eps = 1e-6, model_.rope_factor = model_.local_rope_factor = 1.0;
-        model_.embedding_factor = model_.query_factor = 1.0;
+        model_.norm_eps = 1e-6, model_.embedding_factor = 1.0;
         model_.mixed_factor = model_.fed_factor = model_.gate_factor = shape.is_beside ? 0.8 : 1.0;
         model_.score_cap = shape.has_extras ? 30.0 : 0.0;
-        model_.inv_freq = frequencies_.data(), model_.embedding = vector(kVocab * kHidden, 1.0f);
+        model_.embedding = vector(kVocab * kHidden, 1.0f);
         model_.final_norm = vector(kHidden, 1.0f), model_.head = linear(kVocab, kHidden).weight;
         model_.layers = layers_.data(), model_.num_ranks = 1, model_.num_tokens = kVocab;
         if (shape.has_latents) {
-            model_.num_kv_heads = kHeads, model_.rotary_dim = kTurned;
+            heads.num_kv = kHeads, heads.rotary_dim = kTurned, heads.are_latents = 1;
             model_.page_bytes = kBlock * token_bytes;
         }
+        if (shape.is_uneven) make_uneven();
         long states = 0;  // bytes
         for (StateLayer* state : stateful_) {
             const long first = states;
@@ -80,8 +88,12 @@ public:
         }
         const long num_pages = long(layers_.size()) + padded(states, model_.page_bytes) / model_.page_bytes;
         pages_.resize(num_pages * kBlocks * model_.page_bytes);
-        for (std::size_t i = 0; i < layers_.size(); i++) layers_[i].pages = page(long(i));
+        for (std::size_t i = 0; i < layers_.size(); i++) {
+            layers_[i].pages = page(long(i));
+            layers_[i].head_step = kBlock * token_bytes, layers_[i].value_step = kKvHeads * layers_[i].head_step;
+        }
         model_.state_pages = page(long(layers_.size()));
+        if (shape.is_uneven) layers_[2].pages = layers_[1].pages;
     }
 
     // The last token's logits where `tokens` come in steps of these sizes, by so many threads; a second sequence, of which
@@ -114,6 +126,27 @@ private:
     const Element* vector(long count, float most) {
         memory_.push_back(random_.elements(count + 32, most));
         return memory_.back().data();
+    }
+
+    void make_uneven() {
+        const long wide = 2 * shape_.head_dim;
+        Heads &heads = model_.heads[0], &narrow = model_.heads[1];
+        narrow = heads;
+        heads.num_kv = kKvHeads / 2, heads.dim = heads.rotary_dim = wide;
+        for (std::size_t i = 0; i < layers_.size(); i++) {
+            Layer& layer = layers_[i];
+            layer.attention.norms_values = 1, layer.factor = 0.7;
+            layer.own_input = {linear(kOwn, kHidden), linear(kHidden, kOwn), vector(kHidden, 1.0f)};
+            if ((layer.is_local = i == 0)) continue;
+            layer.attention.sight = {};
+            layer.attention.num_made = i == 1 ? 2 : 1;
+            layer.attention.qkv = linear((kHeads + (i == 1)) * wide, kHidden);
+            layer.attention.o = linear(kHidden, kHeads * wide);
+            layer.attention.q_norm = vector(wide, 1.0f), layer.attention.k_norm = vector(wide, 1.0f);
+        }
+        const long num = long(layers_.size()) * kOwn;
+        inputs_ = {linear(num, kHidden), vector(kOwn, 1.0f), vector(kVocab * num, 1.0f), kOwn, 0.1, 2.0};
+        model_.inputs = &inputs_;
     }
 
     const Latents* latents() {
@@ -226,6 +259,7 @@ private:
     std::vector<std::vector<float>> floats_;
     std::vector<std::vector<StateRun>> runs_;
     std::vector<float> frequencies_;
+    LayerInputs inputs_{};
     std::vector<Layer> layers_;
     Lines<char> pages_;
     Model model_{};

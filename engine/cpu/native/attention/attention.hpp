@@ -115,7 +115,7 @@ protected:
         for (long end; first < last; first = end) {
             end = std::min(last, (first / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(first) + pages.values;
-            for (int kv = 0; kv < kv_heads; kv++, values += pages.block_size * head_dim_) {
+            for (int kv = 0; kv < kv_heads; kv++, values += pages.heads) {
                 for (long at = 0; at < (end - first) * head_dim_; at += kLine) *(const volatile char*)(values + at);
             }
         }

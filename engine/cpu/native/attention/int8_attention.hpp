@@ -67,7 +67,7 @@ private:
             const long count = std::min(step, end - key);
             for (int kv = 0; kv < kv_heads; kv++) {
                 pages.of_head(kv).fetch_ahead(key, last);
-                char* const keys = pages.block(key) + kv * pages.head_bytes;
+                char* const keys = pages.block(key) + kv * pages.heads;
                 score_16(kv, pages.numbers(keys, key), load(pages.scale(keys, key), lanes(count)), int(count), key - begin);
             }
             read_values(pages, kv_heads, key, count, key - begin);
@@ -121,7 +121,7 @@ private:
     // Numbers for nothing but to have them near, and their scales: in the order in which they stand behind the keys.
     void read_values(const StoredPages& pages, int kv_heads, long key, long count, long at) {
         for (int kv = 0; kv < kv_heads; kv++) {
-            char* const head = pages.block(key) + pages.values + kv * pages.head_bytes;
+            char* const head = pages.block(key) + pages.values + kv * pages.heads;
             const std::int8_t* const values = pages.numbers(head, key);
             for (long i = 0; i < count * head_dim_; i += 64) *(const volatile std::int8_t*)(values + i);
             store(value_scales_.data() + kv * kStride + at, load(pages.scale(head, key), lanes(count)));
@@ -153,7 +153,7 @@ private:
         for (int h = 0; h < HEADS; h++) lower[h] = upper[h] = no_sums();
         for (long key = seen.first & ~1L; key < seen.last;) {
             const long block_end = std::min(seen.last, (key / pages.block_size + 1) * pages.block_size);
-            char* const head_values = pages.block(key) + pages.values + kv * pages.head_bytes;
+            char* const head_values = pages.block(key) + pages.values + kv * pages.heads;
             const std::int8_t* values = pages.numbers(head_values, key) + at;
             for (; key < block_end; key += 2, values += 2 * head_dim_) {
                 const Shorts one = load_shorts(values, there), other = load_shorts(values + head_dim_, there);

@@ -38,7 +38,7 @@ inline float inverse_of(float step) { return step > 0.0f ? 1.0f / step : 0.0f; }
 // Elements of a sequence's blocks, of one KV head and those after it.
 struct Pages {
     const Element* keys;  // block 0's of this head; a block is [block_size][head_dim]
-    long values;          // from a block's keys to its values
+    long heads, values;   // from a block's keys to the next head's, and to its values
     long stride;          // from block to block
     const std::int32_t* blocks;
     long block_size, head_dim;
@@ -48,7 +48,7 @@ struct Pages {
         return keys + blocks[index / block_size] * stride + index % block_size * head_dim;
     }
     Pages of_head(int head) const {
-        return {keys + head * block_size * head_dim, values, stride, blocks, block_size, head_dim, are_near};
+        return {keys + head * heads, heads, values, stride, blocks, block_size, head_dim, are_near};
     }
 };
 
@@ -56,20 +56,20 @@ struct Pages {
 struct StoredPages {
     char* first;       // block 0 of this layer and head
     long head_bytes;   // of a head's keys, or values, in a block
-    long values, stride;
+    long heads, values, stride;
     const std::int32_t* blocks;
     long block_size, head_dim;
     bool has_int8;
 
     StoredPages of_head(int head) const {
-        return {first + head * head_bytes, head_bytes, values, stride, blocks, block_size, head_dim, has_int8};
+        return {first + head * heads, head_bytes, heads, values, stride, blocks, block_size, head_dim, has_int8};
     }
     char* block(long index) const { return first + blocks[index / block_size] * stride; }
 
     // Of elements alone.
     Pages elements() const {
         constexpr long kSize = sizeof(Element);
-        return {(const Element*)first, values / kSize, stride / kSize, blocks, block_size, head_dim, false};
+        return {(const Element*)first, heads / kSize, values / kSize, stride / kSize, blocks, block_size, head_dim, false};
     }
 
     std::int8_t* numbers(char* head, long index) const { return (std::int8_t*)head + index % block_size * head_dim; }
@@ -102,7 +102,7 @@ public:
             next = std::min(end, (first / stored.block_size + 1) * stored.block_size);
             for (int part = 0; part < 2; part++) {
                 for (int head = 0; head < kv_heads; head++) {
-                    const long at = part * stored.values + head * stored.head_bytes;
+                    const long at = part * stored.values + head * stored.heads;
                     Element* const rows = const_cast<Element*>(near.of_head(head).key(first)) + part * near.values;
                     if (next < end) fetch_lines(stored.block(next) + at, stored.head_bytes);
                     widen(stored, stored.block(first) + at, first, next, rows);
@@ -121,7 +121,7 @@ private:
         for (long block = long(place_of_.size()); block * stored.block_size < end; block++) {
             place_of_.push_back(std::int32_t(block % places));
         }
-        return {memory_.data(), kv_heads * head_size, 2 * kv_heads * head_size, place_of_.data(), stored.block_size,
+        return {memory_.data(), head_size, kv_heads * head_size, 2 * kv_heads * head_size, place_of_.data(), stored.block_size,
                 stored.head_dim, true};
     }
 

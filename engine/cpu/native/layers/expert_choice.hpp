@@ -70,7 +70,9 @@ private:
             total += scores[best];
         }
         const float factor = float(e.scale) / (e.is_normalised ? total + 1e-20f : 1.0f);
-        for (long i = 0; i < e.num_chosen; i++) chosen[i].weight *= factor;
+        for (long i = 0; i < e.num_chosen; i++) {
+            chosen[i].weight *= e.weights == nullptr ? factor : factor * e.weights[chosen[i].expert];
+        }
         std::sort(chosen, chosen + e.num_chosen, [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
     }
 

@@ -1,5 +1,5 @@
 // The experts of a sparse layer: y += factor * sum of weight * expert(norm(x)) over those that a row chooses, and the shared
-// one.
+// one. Some models' gates see rows by a norm of their own.
 //
 //   each row:  norm -> gate -> its experts, in their order
 //   slots:     what rows ask of experts, expert after expert, row after row: an expert's are rows of a product
@@ -27,15 +27,16 @@ public:
     // What `by` (team.hpp) does of it; x may be y. `adapters`: the slot of each row's; null: no row has one. `common`: what
     // `by` share.
     template <class By>
-    void add(const Experts& e, const Element* norm, const float* x, float* y, float factor, long rows, ExpertMemory& all,
+    void add(const Experts& e, const float* x, float* y, float factor, long rows, ExpertMemory& all,
              ExpertScratch& own, Panel& common, By& by, const std::int32_t* adapters) const {
         const Range mine = by.part(rows);
         for (long first = mine.first; first < mine.last; first += kPanelRows) {
             const long count = std::min(kPanelRows, mine.last - first);
             Element* normed = all.normed.data() + first * s_.normed;
-            math_.normalize(x + first * s_.hidden, count, norm, normed);
+            math_.normalize(x + first * s_.hidden, count, e.gate_norm == nullptr ? e.norm : e.gate_norm, normed);
             const Rows inputs{normed, s_.normed, count};
             choice_.choose(e, inputs, all.chosen.data() + first * e.num_chosen, own);
+            if (e.gate_norm != nullptr) math_.normalize(x + first * s_.hidden, count, e.norm, normed);
             if (e.shared_gate != nullptr) choice_.weigh_shared(e, inputs, all.shared.data() + first);
         }
         by.meet();

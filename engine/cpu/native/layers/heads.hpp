@@ -14,13 +14,13 @@
 
 // One thread's own.
 struct HeadScratch {
-    HeadScratch(const Model& m, int group, bool is_exact)
-        : attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
-          int8_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
-          exact_attention(group, kv_heads_at_once(m), int(m.head_dim), float(m.score_cap)),
-          prompt_attention(group, int(m.head_dim), int(m.latents() ? m.latents()->kv_rank : m.head_dim), float(m.score_cap),
-                           is_exact),
-          head(2 * m.head_dim), row(m.head_dim) {}
+    HeadScratch(const Model& m, const Heads& heads, bool is_exact)
+        : attention(int(heads.group()), kv_heads_at_once(heads), int(heads.dim), float(m.score_cap)),
+          int8_attention(int(heads.group()), kv_heads_at_once(heads), int(heads.dim), float(m.score_cap)),
+          exact_attention(int(heads.group()), kv_heads_at_once(heads), int(heads.dim), float(m.score_cap)),
+          prompt_attention(int(heads.group()), int(heads.dim), int(m.latents() ? m.latents()->kv_rank : heads.dim),
+                           float(m.score_cap), is_exact),
+          head(2 * heads.dim), row(heads.dim) {}
     Attention attention;
     Int8Attention int8_attention;
     ExactAttention exact_attention;
@@ -34,22 +34,19 @@ struct Squares {
     float queries, keys;
 };
 
+// Of layers whose heads are of one kind.
 class HeadMath {
 public:
-    HeadMath(const Model& model, bool is_exact) : m_(model), is_exact_(is_exact) {}
+    HeadMath(const Model& model, const Heads& heads, bool is_exact) : m_(model), heads_(heads), is_exact_(is_exact) {}
 
-    int group() const { return int(m_.num_qo_heads / m_.num_kv_heads); }  // query heads of one KV head
+    const Heads& heads() const { return heads_; }
 
-    void reserve(long num_tokens) {
-        for (Rotation& rotation : rotations_) rotation.reserve(num_tokens);
-    }
+    void reserve(long num_tokens) { rotation_.reserve(num_tokens); }
 
-    void prepare(long token, long position) {
-        for (Rotation& rotation : rotations_) rotation.prepare(token, position);
-    }
+    void prepare(long token, long position) { rotation_.prepare(token, position); }
 
     Squares squares(const float* heads) const {
-        return {sum_of_squares(heads, m_.qo_size()), sum_of_squares(heads + m_.qo_size(), m_.num_kv_heads * m_.head_dim)};
+        return {sum_of_squares(heads, heads_.qo_size()), sum_of_squares(heads + heads_.qo_size(), heads_.kv_size())};
     }
 
     // A token's products to their places: K and V to their slots, queries to `queries`. `squares`: of all ranks' heads
@@ -58,12 +55,11 @@ public:
     void place(const Layer& layer, const Row& row, long token, const float* heads, const Squares* squares, Element* queries,
                Element* gates, HeadScratch& own) const {
         const AttentionBlock& attention = layer.attention;
-        const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
-        const long d = m_.head_dim, qo = m_.num_qo_heads, kv = m_.num_kv_heads;
+        const long d = heads_.dim, qo = heads_.num_qo, kv = attention.num_made == 1 ? 0 : heads_.num_kv;
         const Squares all = attention.has_whole_norms && squares == nullptr ? this->squares(heads) : squares ? *squares : Squares{};
         for (long head = 0; head < qo; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.q_norm, heads, head, all.queries, qo);
-            rotation.turn(heads, norm.weight, norm.factor, token, rotation.query_factor(token), own.head.data(), queries + head * d);
+            rotation_.turn(heads, norm.weight, norm.factor, token, rotation_.query_factor(token), own.head.data(), queries + head * d);
             if (!m_.has_gates) continue;
             heads += d;
             for (long i = 0; i < d; i += 16) store(gates + head * d + i, sigmoid(load(heads + i)));
@@ -73,10 +69,11 @@ public:
             const StoredPages pages = this->pages(layer, head, row);
             const long position = row.start + token - row.token;
             put(pages, position, 0, own, [&](Element* key) {
-                rotation.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
+                rotation_.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
             });
-            put(pages, position, pages.values, own, [&, value = heads + kv * d](Element* target) {
-                for (long i = 0; i < d; i += 16) store(target + i, load(value + i));
+            put(pages, position, pages.values, own, [&, value = attention.num_made == 2 ? heads : heads + kv * d](Element* target) {
+                const Vector factor = repeat(attention.norms_values ? inverse_rms(value, d, float(m_.norm_eps)) : 1.0f);
+                for (long i = 0; i < d; i += 16) store(target + i, load(value + i) * factor);
             });
         }
     }
@@ -85,11 +82,10 @@ public:
     void place_latent(const Layer& layer, const Row& row, long token, const float* products, Element* queries, Element* asked,
                       HeadScratch& own) const {
         const Latents& w = *layer.attention.latents;
-        const Rotation& rotation = rotations_[layer.is_local ? 1 : 0];
         const long position = row.start + token - row.token, rank = w.kv_rank, nope = w.nope_dim;
         const auto turn = [&](const float* part, float by, Element* target) {
-            if (w.is_interleaved) part = rotation.by_halves(part, own.head.data());
-            rotation.turn_part(part, token, by, target);
+            if (w.is_interleaved) part = rotation_.by_halves(part, own.head.data());
+            rotation_.turn_part(part, token, by, target);
         };
         put(pages(layer, 0, row), position, 0, own, [&](Element* kept) {
             const Vector factor = repeat(inverse_rms(products, rank, float(w.norm_eps)));
@@ -97,10 +93,10 @@ public:
             turn(products + rank, 1.0f, kept + rank);
         });
         const float* query = products + w.queries_at();
-        const Vector growth = repeat(rotation.query_growth(token));  // the model's factor is that of what W_K yields
-        for (long head = 0; head < m_.num_qo_heads; head++, query += nope + m_.rotary_dim) {
+        const Vector growth = repeat(rotation_.query_growth(token));  // the model's factor is that of what W_K yields
+        for (long head = 0; head < heads_.num_qo; head++, query += nope + heads_.rotary_dim) {
             for (long i = 0; i < nope; i += 16) store(asked + head * w.asked_dim() + i, load(query + i) * growth);
-            turn(query + nope, rotation.query_factor(token), queries + head * m_.head_dim + rank);
+            turn(query + nope, rotation_.query_factor(token), queries + head * heads_.dim + rank);
         }
     }
 
@@ -114,7 +110,7 @@ public:
             PromptAttention& attention = own.prompt_attention;
             return attention.attend_latents(pages, heads, piece.kv_heads, piece.tokens, position, heads, stride);
         }
-        const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * group();
+        const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * heads_.group();
         if (piece.tokens == 1 && !is_exact_) {
             const long first = sight.first_key(position);
             if (pages.has_int8) {
@@ -125,8 +121,8 @@ public:
         } else if (piece.tokens == 1 && kSumsInRegisters) {
             own.exact_attention.attend(pages, piece.kv_heads, heads, position, sight, sinks, heads);
         } else {  // also where no vector adds up as the matrix unit does
-            for (int kv = 0; kv < piece.kv_heads; kv++, heads += group() * m_.head_dim) {
-                const Element* own_sinks = sinks == nullptr ? nullptr : sinks + kv * group();
+            for (int kv = 0; kv < piece.kv_heads; kv++, heads += heads_.group() * heads_.dim) {
+                const Element* own_sinks = sinks == nullptr ? nullptr : sinks + kv * heads_.group();
                 own.prompt_attention.attend(pages.of_head(kv), heads, piece.tokens, position, sight, own_sinks, heads, stride);
             }
         }
@@ -140,8 +136,8 @@ public:
         const Range tiles = share((last - start + kTileKeys - 1) / kTileKeys, piece.part, piece.parts);
         const Range keys{std::max(first, start + tiles.first * kTileKeys), std::min(last, start + tiles.last * kTileKeys)};
         const Element* sinks = piece.part > 0 || layer.attention.sinks == nullptr ? nullptr
-                                                                                  : layer.attention.sinks + piece.kv_head * group();
-        memory += piece.part * part_size(m_, piece.kv_heads);
+                                                                                  : layer.attention.sinks + piece.kv_head * heads_.group();
+        memory += piece.part * part_size(heads_, piece.kv_heads);
         if (layer.attention.latents != nullptr) {
             return own.prompt_attention.attend_part(pages, queries, piece.kv_heads, keys, memory);
         }
@@ -150,7 +146,7 @@ public:
 
     // All parts' results to `out`.
     void join(const Piece& piece, const float* memory, Element* out, HeadScratch& own) const {
-        if (m_.latents() != nullptr) return own.prompt_attention.join(memory, piece.parts, piece.kv_heads, out);
+        if (heads_.are_latents) return own.prompt_attention.join(memory, piece.parts, piece.kv_heads, out);
         own.attention.join(memory, piece.parts, piece.kv_heads, out);
     }
 
@@ -164,20 +160,17 @@ private:
               long num_heads) const {
         const float eps = float(m_.norm_eps);
         if (weight == nullptr) return {nullptr, 1.0f};
-        if (!attention.has_whole_norms) return {weight, inverse_rms(values, m_.head_dim, eps)};
-        return {weight + head * m_.head_dim, inverse_rms(squares, num_heads * m_.head_dim * m_.num_ranks, eps)};
+        if (!attention.has_whole_norms) return {weight, inverse_rms(values, heads_.dim, eps)};
+        return {weight + head * heads_.dim, inverse_rms(squares, num_heads * heads_.dim * m_.num_ranks, eps)};
     }
 
     // Of latents, which are one head's key and value, whichever head asks.
     StoredPages pages(const Layer& layer, long kv_head, const Row& row) const {
-        if (m_.latents() != nullptr) {
-            const long bytes = m_.block_size * m_.head_dim * long(sizeof(Element));
-            return {layer.pages, bytes, 0, m_.page_bytes, row.blocks, m_.block_size, m_.head_dim, false};
-        }
-        const long token_bytes = m_.has_int8_pages ? m_.head_dim + sizeof(float) : m_.head_dim * sizeof(Element);
-        const long head_bytes = m_.block_size * token_bytes;
-        return {layer.pages + kv_head * head_bytes, head_bytes,   m_.num_kv_heads * head_bytes, m_.page_bytes, row.blocks,
-                m_.block_size,                      m_.head_dim, m_.has_int8_pages != 0};
+        const long token_bytes = m_.has_int8_pages ? heads_.dim + sizeof(float) : heads_.dim * sizeof(Element);
+        const long head_bytes = m_.block_size * token_bytes, d = heads_.dim;
+        if (heads_.are_latents) return {layer.pages, head_bytes, 0, 0, m_.page_bytes, row.blocks, m_.block_size, d, false};
+        return {layer.pages + kv_head * layer.head_step, head_bytes, layer.head_step, layer.value_step, m_.page_bytes,
+                row.blocks, m_.block_size, d, m_.has_int8_pages != 0};
     }
 
     // write(target) writes a token's key or value, which is `part` bytes behind the block's keys, to its place.
@@ -190,7 +183,7 @@ private:
     }
 
     const Model m_;
+    const Heads heads_;
     const bool is_exact_;  // a token's results do not depend on what is computed beside it, or how its prompt was cut
-    Rotation rotations_[2]{{m_, m_.inv_freq, m_.rope_factor, m_.growth},
-                           {m_, m_.local_inv_freq, m_.local_rope_factor, m_.local_growth}};
+    Rotation rotation_{m_, heads_};
 };

@@ -51,9 +51,9 @@ public:
     // What `common.asked` has of each head to what is multiplied by latents, in the rows of `queries`.
     template <class By>
     void ask(const Latents& w, long rows, Panel& common, Element* queries, By& by) const {
-        const Vector factor = repeat(float(m_.query_factor));
+        const Vector factor = repeat(float(m_.heads[0].query_factor));
         const auto finish = [&](long row, long head, long column, const float* sums) {
-            Element* const target = queries + row * s_.attended + head * m_.head_dim + column;
+            Element* const target = queries + row * s_.attended + head * m_.heads[0].dim + column;
             for (long i = 0; i < std::min<long>(kTileColumns, w.kv_rank - column); i += 16) {
                 store(target + i, load(sums + i) * factor);
             }
@@ -68,18 +68,18 @@ public:
             Element* const target = common.answered.data() + row * s_.answered + head * w.value_dim + column;
             for (long i = 0; i < std::min<long>(kTileColumns, w.value_dim - column); i += 16) store(target + i, load(sums + i));
         };
-        multiply_heads(attended, m_.head_dim, w.to_values, tiles_of_head(w.to_values), by, finish);
+        multiply_heads(attended, m_.heads[0].dim, w.to_values, tiles_of_head(w.to_values), by, finish);
         by.meet();
         return {common.answered.data(), s_.answered, attended.count, attended.slots, attended.may_widen};
     }
 
 private:
-    long tiles_of_head(const Tiles& w) const { return w.count() / m_.num_qo_heads; }
+    long tiles_of_head(const Tiles& w) const { return w.count() / m_.heads[0].num_qo; }
 
     // Of rows' products the part that queries are made of, normed.
     Rows norm_asking(const Latents& w, const Rows& rows, const float* products, Element* target) const {
         for (long row = 0; row < rows.count; row++) {
-            const float* const x = products + row * s_.qkv + m_.head_dim;
+            const float* const x = products + row * s_.qkv + m_.heads[0].dim;
             const Vector factor = repeat(inverse_rms(x, w.q_rank, float(w.norm_eps)));
             for (long i = 0; i < w.q_rank; i += 16) {
                 const Lanes mask = lanes(w.q_rank - i);

@@ -101,10 +101,36 @@ struct Mamba : StateLayer {
     long read_at() const { return is_normed_first ? num_values : 0; }  // in the places of values, or of gates
 };
 
+// How queries grow with their positions: 1 + beta * log(1 + (position + shift) / len).
+struct QueryGrowth {
+    double beta;  // 0: they do not
+    std::int64_t len, shift;
+};
+
+// The heads of layers of one kind, and how positions turn them.
+struct Heads {
+    // Of latents each query head counts as a KV head, and dim is the size of what is kept. 0: no layer is of this kind.
+    std::int64_t num_qo, num_kv, dim;
+    std::int64_t rotary_dim;           // of a head: so many are turned, from its beginning on
+    std::int64_t are_latents;
+    double rope_factor, query_factor;  // of cosines and sines, of what asks keys
+    QueryGrowth growth;
+    const float* inv_freq;  // [rotary_dim / 2]
+
+    bool are_there() const { return num_qo > 0; }
+    long group() const { return num_qo / num_kv; }  // query heads of one KV head
+    long qo_size() const { return num_qo * dim; }
+    long kv_size() const { return num_kv * dim; }
+};
+
 // A layer is a mixer, attention over heads' keys and values or over latents or what keeps a state, and an MLP or experts, or
 // the mixer alone (engine/nn/blocks.py).
 struct AttentionBlock {
     Linear qkv, o;  // `o` is any mixer's last product; with `qkv` beside `state` attention's, and its bias that of both
+    // What `qkv` makes. 3: queries, keys and values. 2: without values, which are the keys before these are normed and turned.
+    // 1: queries, which ask another layer's keys.
+    std::int64_t num_made;
+    std::int64_t norms_values;  // without weights
     const Element *q_norm, *k_norm;  // of each head; null: none
     const Element* sinks;            // of the query heads: a score that no value goes with; null: none
     std::int64_t has_whole_norms;  // q_norm and k_norm are of all heads together, those of other ranks too
@@ -117,12 +143,6 @@ struct AttentionBlock {
     const StateLayer* beside() const { return state == nullptr || state->out.weight.columns == 0 ? nullptr : state; }
 };
 
-// How queries grow with their positions: 1 + beta * log(1 + (position + shift) / len).
-struct QueryGrowth {
-    double beta;  // 0: they do not
-    std::int64_t len, shift;
-};
-
 enum Activation { kSilu, kGeluTanh, kSquaredRelu };
 
 struct Mlp {
@@ -132,6 +152,8 @@ struct Mlp {
 // What models/experts.py says of them.
 struct Experts {
     Linear gate;
+    const Element *norm, *gate_norm;  // of what experts see; of what the gate does, null: that
+    const float* weights;  // what each expert yields is worth, besides what the gate says; null: 1
     Linear before, behind;  // make rows thinner for the routed ones, and their sums wide again; of no columns: nothing does
     const float* score_bias;  // null: none
     const Mlp* experts;  // this rank's, `count` of them, by their numbers
@@ -146,40 +168,56 @@ struct Experts {
     const std::int32_t *copies, *turn;  // how many ranks hold it, and which of them this one is; null: one each
 };
 
+// What a layer adds besides: of its own input of a token, times a gate of the residual stream (engine/nn/residual.py).
+struct OwnInput {
+    Linear gate, projection;  // of no columns: the layer has no such input
+    const Element* norm;
+};
+
+// How all layers' own inputs of a token are made, of its embedding and of a row that is looked up.
+struct LayerInputs {
+    Linear made;           // [layers][size]
+    const Element* norm;   // [size]
+    const Element* table;  // [tokens][layers][size]
+    std::int64_t size;
+    double made_factor, table_factor;
+};
+
 struct Layer {
     const Element *input_norm, *mixed_norm;  // before attention, and of what it adds; null: none
     AttentionBlock attention;
     const Element *mlp_norm, *output_norm;  // the same of the feed-forward
     Mlp mlp;
-    std::int64_t is_local;  // positions turn by the local frequencies
+    std::int64_t is_local;  // its heads are those of local layers
     std::int64_t is_fed_first;  // the feed-forward sees what the mixer sees: it is added first, as what is added is one sum
-    const Experts* experts;  // in place of `mlp`; null: it is there, or has no columns and is not
-    char* pages;  // block 0's of this layer, [2, num_kv_heads] heads as in pages.hpp; the next is page_bytes further
+    const Experts* experts;  // in place of `mlp`, or beside it; null: it is there, or has no columns and is not
+    const Element *mlp_behind, *experts_behind;  // norms of what both yield, where they are side by side; else null
+    OwnInput own_input;
+    double factor;  // of the residual stream behind the layer
+    char* pages;  // block 0's of this layer, heads as in pages.hpp; the next block's is page_bytes further
+    std::int64_t head_step, value_step;  // bytes from a head's keys in a block to the next head's, and to its values
 
-    bool is_mixer_alone() const { return experts == nullptr && mlp.down.weight.columns == 0; }
+    bool has_mlp() const { return mlp.down.weight.columns > 0; }
+    bool is_mixer_alone() const { return experts == nullptr && !has_mlp(); }
 };
 
 struct Model {
-    // intermediate_size: of the widest MLP, dense or an expert's. Of latents each query head counts as a KV head, and
-    // head_dim is the size of what is kept.
-    std::int64_t num_layers, hidden_size, intermediate_size, num_qo_heads, num_kv_heads, head_dim, vocab_size;
+    std::int64_t num_layers, hidden_size, intermediate_size, vocab_size;  // the third: of the widest MLP, dense or an expert's
+    Heads heads[2];  // of layers that are not local, of those that are
     std::int64_t page_bytes, block_size;
     std::int64_t has_int8_pages;                      // in place of elements
-    std::int64_t rotary_dim;                          // of a head: so many are turned, from its beginning on
     std::int64_t has_neighbours;                      // a turned pair's two numbers are neighbours among the products
     std::int64_t norms_turned;                        // norms of heads come after their turn, not before it
     std::int64_t has_gates;                           // numbers behind each head's query gate what it attends to
     std::int64_t activation, is_gated;                // of MLPs; it is of a gate, which up is multiplied by, or of up
     std::int64_t takes_mean_off;                      // norms do before all else, but those of heads and of latents
     double norm_eps, norm_offset;                     // a norm's weights mean so much more
-    double rope_factor, local_rope_factor;
-    double embedding_factor, query_factor;  // of what enters the residual stream, of what asks keys
-    double mixed_factor, fed_factor;  // of what mixers and what feed-forwards add to the residual stream
+    double embedding_factor;          // of what enters the residual stream
+    double mixed_factor, fed_factor;  // of what mixers and what feed-forwards add to it
     double gate_factor;               // of what comes to an MLP's activation
-    double score_cap;                                     // what scores come near to and never reach; 0: none
-    QueryGrowth growth, local_growth;
-    const float *inv_freq, *local_inv_freq;  // [rotary_dim / 2]; the second null: none
+    double score_cap;                 // what scores come near to and never reach; 0: none
     const Element *embedding, *final_norm;  // rows, weight
+    const LayerInputs* inputs;  // null: layers have none of their own
     Tiles head;
     const Layer* layers;
     // A rank's part of a model has parts of the heads, of the inner columns and of the vocabulary. Null: this is all of it.
@@ -189,10 +227,13 @@ struct Model {
     std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
     char* state_pages;  // block 0's first page of states; the next block's is page_bytes further
 
-    long qo_size() const { return num_qo_heads * head_dim; }
+    const Heads& heads_of(const Layer& layer) const { return heads[layer.is_local ? 1 : 0]; }
+    // Of the widest layer's heads.
+    long qo_size() const { return std::max(heads[0].qo_size(), heads[1].qo_size()); }
     long qkv_size() const {
         if (latents() != nullptr) return latents()->queries_at() + latents()->queries.weight.columns;
-        return ((1 + has_gates) * num_qo_heads + 2 * num_kv_heads) * head_dim;
+        const auto size = [this](const Heads& own) { return (1 + has_gates) * own.qo_size() + 2 * own.kv_size(); };
+        return std::max(size(heads[0]), size(heads[1]));
     }
     const Latents* latents() const { return layers[0].attention.latents; }  // of one shape in all layers; null: none
     const StateLayer* state() const {  // of one kind and shape in all layers that have one; null: none has
@@ -209,6 +250,7 @@ struct Model {
         }
         return size;
     }
+    long input_size() const { return inputs == nullptr ? 0 : inputs->size; }
     // Where what states yield stands in a token's row of what mixers yield: behind attention's, where that is beside it.
     long read_at() const { return state() != nullptr && state()->out.weight.columns > 0 ? qo_size() : 0; }
 };

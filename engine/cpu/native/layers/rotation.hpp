@@ -9,33 +9,33 @@
 
 class Rotation {
 public:
-    Rotation(const Model& model, const float* inv_freq, double factor, const QueryGrowth& growth)
-        : m_(model), inv_freq_(inv_freq), factor_(float(factor)), growth_(growth) {}
+    Rotation(const Model& model, const Heads& heads) : m_(model), heads_(heads) {}
 
     void reserve(long num_tokens) {
-        if (inv_freq_ == nullptr) return;
+        if (!heads_.are_there()) return;
         if (long(query_growths_.size()) < num_tokens) query_growths_.resize(num_tokens);
-        if (long(cos_.size()) < num_tokens * m_.rotary_dim) cos_.resize(num_tokens * m_.rotary_dim);
-        if (long(sin_.size()) < num_tokens * m_.rotary_dim) sin_.resize(num_tokens * m_.rotary_dim);
+        if (long(cos_.size()) < num_tokens * heads_.rotary_dim) cos_.resize(num_tokens * heads_.rotary_dim);
+        if (long(sin_.size()) < num_tokens * heads_.rotary_dim) sin_.resize(num_tokens * heads_.rotary_dim);
     }
 
     // Cosines and signed sines of a token's position, rounded as the torch path rounds them.
     void prepare(long token, long position) {
-        if (inv_freq_ == nullptr) return;
-        const long half = m_.rotary_dim / 2;
-        float *cos = cos_.data() + token * m_.rotary_dim, *sin = sin_.data() + token * m_.rotary_dim;
+        if (!heads_.are_there()) return;
+        const long half = heads_.rotary_dim / 2;
+        const float factor = float(heads_.rope_factor);
+        float *cos = cos_.data() + token * heads_.rotary_dim, *sin = sin_.data() + token * heads_.rotary_dim;
         for (long i = 0; i < half; i++) {
-            const float angle = float(position) * inv_freq_[i];
-            cos[i] = cos[i + half] = rounded(std::cos(angle) * factor_);
-            sin[i + half] = rounded(std::sin(angle) * factor_);
+            const float angle = float(position) * heads_.inv_freq[i];
+            cos[i] = cos[i + half] = rounded(std::cos(angle) * factor);
+            sin[i + half] = rounded(std::sin(angle) * factor);
             sin[i] = -sin[i + half];
         }
-        const QueryGrowth& g = growth_;
+        const QueryGrowth& g = heads_.growth;
         query_growths_[token] = g.beta == 0 ? 1 : 1 + g.beta * std::log1p(double((position + g.shift) / g.len));
     }
 
     // Of a token's queries: the model's, and Llama 4's for its position.
-    float query_factor(long token) const { return float(m_.query_factor * query_growths_[token]); }
+    float query_factor(long token) const { return float(heads_.query_factor * query_growths_[token]); }
 
     // The latter alone.
     float query_growth(long token) const { return float(query_growths_[token]); }
@@ -44,7 +44,7 @@ public:
     // turned first, and then normed. `scratch` [2][head_dim].
     template <class Out>
     void turn(const float* head, const Element* norm, float factor, long token, float by, float* scratch, Out* out) const {
-        const long d = m_.head_dim;
+        const long d = heads_.dim;
         const Vector offset = repeat(float(m_.norm_offset));
         if (norm != nullptr && m_.norms_turned) {
             turn(head, nullptr, 1.0f, token, 1.0f, scratch, scratch);
@@ -57,12 +57,12 @@ public:
             head = scratch;
         }
         turn_part(m_.has_neighbours ? by_halves(head, scratch + d) : head, token, by, out);
-        for (long i = m_.rotary_dim; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
+        for (long i = heads_.rotary_dim; i < d; i += 16) store(out + i, load(head + i) * repeat(by));
     }
 
     // First numbers of each turned pair before second ones, to `scratch`.
     const float* by_halves(const float* pairs, float* scratch) const {
-        const long half = m_.rotary_dim / 2;
+        const long half = heads_.rotary_dim / 2;
         for (long i = 0; i < half; i++) scratch[i] = pairs[2 * i], scratch[half + i] = pairs[2 * i + 1];
         return scratch;
     }
@@ -70,7 +70,7 @@ public:
     // The turned part of a head alone.
     template <class Out>
     void turn_part(const float* part, long token, float by, Out* out) const {
-        const long turned = m_.rotary_dim, half = turned / 2;
+        const long turned = heads_.rotary_dim, half = turned / 2;
         const float *cos = cos_.data() + token * turned, *sin = sin_.data() + token * turned;
         const Eight scale = repeat_8(by);
         for (long i = 0; i < half; i += 8) {  // a half is a multiple of 8
@@ -83,9 +83,7 @@ public:
 
 private:
     const Model m_;
-    const float* inv_freq_;  // null: no layer turns by it
-    const float factor_;     // of cosines and sines
-    const QueryGrowth growth_;
+    const Heads heads_;
     Lines<float> cos_, sin_;  // [tokens][rotary_dim]
     std::vector<double> query_growths_;
 };

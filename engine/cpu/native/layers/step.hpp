@@ -32,8 +32,8 @@ struct Piece {
 };
 
 // KV heads that one token attends to together, at most.
-inline int kv_heads_at_once(const Model& model) {
-    return int(std::clamp(kNearValues / (kTileKeys * long(model.head_dim)), 1L, long(model.num_kv_heads)));
+inline int kv_heads_at_once(const Heads& heads) {
+    return int(std::clamp(kNearValues / (kTileKeys * long(heads.dim)), 1L, long(heads.num_kv)));
 }
 
 // Pointers are the caller's. `wanted`: the packed tokens whose hidden states are asked for, grouped by nothing.
@@ -46,7 +46,7 @@ struct Step {
     float* hidden;               // [num_wanted][hidden_size padded to 64]
     void (*on_layer)(int);       // null: nobody asked
     const std::int32_t* stop;    // not 0: nobody wants the step any more, somebody says so while it runs
-    std::vector<Piece> pieces;       // all attention of a layer
+    std::vector<Piece> pieces[2];    // all attention of a layer, by whether it is a local one
     std::vector<Piece> last_pieces;  // that of the last layer: of the wanted tokens alone
     std::vector<const Row*> by_length;  // the longest one first: of layers with states, in which a row's tokens are one task
     long num_splits = 0, split_memory = 0;  // of pieces that are cut in one layer, at most
@@ -73,26 +73,26 @@ constexpr long kLatentHeads = 40;
 constexpr long kLeastLatentHeads = 8;  // of a lone token: fewer are multiplied sooner than latents are packed for them
 
 // The same of latents, which are packed once for all heads of a piece.
-inline void add_latent_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Model& model) {
+inline void add_latent_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Heads& heads) {
     const long count = tokens.last - tokens.first;
-    const RowGroups by_heads(model.num_qo_heads, count == 1 ? PromptAttention::kRows : kLatentHeads);
+    const RowGroups by_heads(heads.num_qo, count == 1 ? PromptAttention::kRows : kLatentHeads);
     for (long group = 0; group < by_heads.groups(); group++) {
-        const Range heads = by_heads.rows(group);
-        const int num_heads = int(heads.last - heads.first);
+        const Range own = by_heads.rows(group);
+        const int num_heads = int(own.last - own.first);
         const RowGroups parts(count, PromptAttention::tokens_at_once(num_heads));
         for (long part = 0; part < parts.groups(); part++) {
             const Range mine = parts.rows(part);
-            pieces.push_back({&row, tokens.first + mine.first, mine.last - mine.first, int(heads.first), num_heads});
+            pieces.push_back({&row, tokens.first + mine.first, mine.last - mine.first, int(own.first), num_heads});
         }
     }
 }
 
 // A row's tokens in pieces as equal as they can be.
-inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Model& model) {
-    if (model.latents() != nullptr) return add_latent_pieces(pieces, row, tokens, model);
-    const long at_once = PromptAttention::tokens_at_once(int(model.num_qo_heads / model.num_kv_heads));
+inline void add_pieces(std::vector<Piece>& pieces, const Row& row, Range tokens, const Heads& heads) {
+    if (heads.are_latents) return add_latent_pieces(pieces, row, tokens, heads);
+    const long at_once = PromptAttention::tokens_at_once(int(heads.group()));
     const int parts = int((tokens.last - tokens.first - 1) / at_once) + 1;
-    for (int kv_head = 0; kv_head < model.num_kv_heads; kv_head++) {
+    for (int kv_head = 0; kv_head < heads.num_kv; kv_head++) {
         for (int part = 0; part < parts; part++) {
             const Range mine = share(tokens.last - tokens.first, part, parts);
             pieces.push_back({&row, tokens.first + mine.first, mine.last - mine.first, kv_head, 1});
@@ -104,14 +104,14 @@ constexpr long kLeastPartKeys = 512;  // fewer are attended to sooner than parts
 constexpr long kLeastPartLatents = kTileKeys;  // all heads' products take many times as long as a head's
 
 // What a part of a piece leaves: for each of its query heads the sums of values, the largest score and the sum of weights.
-inline long part_size(const Model& model, int kv_heads) {
-    return kv_heads * (model.num_qo_heads / model.num_kv_heads) * (padded(model.head_dim, 32) + 2);
+inline long part_size(const Heads& heads, int kv_heads) {
+    return kv_heads * heads.group() * (padded(heads.dim, 32) + 2);
 }
 
 // Pieces of more than half of a thread's part of all are cut by their keys, so that threads end together.
-inline void cut_pieces(std::vector<Piece>& pieces, Step& step, const Model& model, int threads, long all) {
+inline void cut_pieces(std::vector<Piece>& pieces, Step& step, const Heads& heads, int threads, long all) {
     std::vector<Piece> cut;
-    const long least = model.latents() != nullptr ? kLeastPartLatents : kLeastPartKeys;
+    const long least = heads.are_latents ? kLeastPartLatents : kLeastPartKeys;
     long splits = 0, memory = 0;
     for (const Piece& piece : pieces) {
         const long wanted = (piece.cost() * 2 * threads + all - 1) / std::max(all, 1L);
@@ -124,7 +124,7 @@ inline void cut_pieces(std::vector<Piece>& pieces, Step& step, const Model& mode
             cut.push_back(piece);
             cut.back().part = part, cut.back().parts = parts, cut.back().split = splits, cut.back().memory = memory;
         }
-        splits++, memory += parts * part_size(model, piece.kv_heads);
+        splits++, memory += parts * part_size(heads, piece.kv_heads);
     }
     pieces = std::move(cut);
     step.num_splits = std::max(step.num_splits, splits), step.split_memory = std::max(step.split_memory, memory);
@@ -147,10 +147,10 @@ inline void split_heads(std::vector<Piece>& pieces, int threads, long all) {
 
 // Several KV heads of one token become a piece, whose keys are read faster than head by head, as long as no thread has
 // more than its part of all by that, or it may be cut. The dearest come first, so that threads end together.
-inline void share_pieces(std::vector<Piece>& pieces, Step& step, const Model& model, int threads, bool may_cut) {
+inline void share_pieces(std::vector<Piece>& pieces, Step& step, const Heads& heads, int threads, bool may_cut) {
     long all = 0;
     for (const Piece& piece : pieces) all += piece.cost();
-    const int most = model.latents() != nullptr ? 0 : kv_heads_at_once(model);  // of latents a piece has all that it can
+    const int most = heads.are_latents ? 0 : kv_heads_at_once(heads);  // of latents a piece has all that it can
     std::size_t kept = 0;
     for (const Piece& piece : pieces) {
         Piece* last = kept == 0 ? nullptr : &pieces[kept - 1];
@@ -163,8 +163,8 @@ inline void share_pieces(std::vector<Piece>& pieces, Step& step, const Model& mo
         }
     }
     pieces.resize(kept);
-    if (may_cut) cut_pieces(pieces, step, model, threads, all);
-    if (model.latents() != nullptr) split_heads(pieces, threads, all);
+    if (may_cut) cut_pieces(pieces, step, heads, threads, all);
+    if (heads.are_latents) split_heads(pieces, threads, all);
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost() > b.cost(); });
 }
 
@@ -175,7 +175,13 @@ inline void plan_attention(Step& step, const Model& model, int threads, bool is_
     std::stable_sort(step.by_length.begin(), step.by_length.end(),
                      [](const Row* a, const Row* b) { return a->length > b->length; });
     const bool may_cut = threads > 1 && !is_exact && !model.has_int8_pages;
-    for (const Row& row : step.rows) add_pieces(step.pieces, row, {0, row.length}, model);
+    for (int is_local = 0; is_local < 2; is_local++) {
+        const Heads& heads = model.heads[is_local];
+        if (!heads.are_there()) continue;
+        for (const Row& row : step.rows) add_pieces(step.pieces[is_local], row, {0, row.length}, heads);
+        share_pieces(step.pieces[is_local], step, heads, threads, may_cut);
+    }
+    const Heads& heads = model.heads_of(model.layers[model.num_layers - 1]);
     std::vector<std::int32_t> wanted(step.wanted, step.wanted + step.num_wanted);
     std::sort(wanted.begin(), wanted.end());
     std::size_t next = 0;
@@ -184,9 +190,8 @@ inline void plan_attention(Step& step, const Model& model, int threads, bool is_
             const long first = wanted[next] - row.token;
             long last = first;
             while (next < wanted.size() && wanted[next] == row.token + last && last < row.length) next++, last++;
-            add_pieces(step.last_pieces, row, {first, last}, model);
+            add_pieces(step.last_pieces, row, {first, last}, heads);
         }
     }
-    share_pieces(step.pieces, step, model, threads, may_cut);
-    share_pieces(step.last_pieces, step, model, threads, may_cut);
+    share_pieces(step.last_pieces, step, heads, threads, may_cut);
 }

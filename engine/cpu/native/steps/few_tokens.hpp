@@ -25,8 +25,7 @@ public:
         if (step.num_tokens > kPanelRows) return forward_by_layers(step);
         is_stopped_ = false;
         threads_.run([&](Team::Member& by) {
-            stages_.begin(step, by);
-            by.meet();
+            begin(step, by);
             for (std::size_t index = 0; index < w_.layers.size() && !is_stopped_; index++) {
                 compute(step, index, by);
                 if (index % kLayersToStop == 0) agree_to_stop(step, by);
@@ -41,19 +40,27 @@ public:
         if (!stages_.has_last(step)) return;
         stages_.gather_last(step, by);
         by.meet();
-        finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step), by);
+        finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step), w_.last_own_rows(), by);
     }
 
 private:
     // A longer step asks anew before each layer which cores are to spare.
     bool forward_by_layers(const Step& step) {
-        threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
+        threads_.run([&](Team::Member& by) { begin(step, by); });
         for (std::size_t index = 0; index < w_.layers.size(); index++) {
             if (step.is_stopped()) return false;
             threads_.run([&](Team::Member& by) { compute(step, index, by); });
         }
         threads_.run([&](Team::Member& by) { finish_last(step, by); });
         return true;
+    }
+
+    // All that is there before the layers; all have met.
+    void begin(const Step& step, Team::Member& by) {
+        stages_.begin(step, by);
+        by.meet();
+        if (w_.model.inputs == nullptr) return;
+        each_panel(step.num_tokens, [&](Range tokens) { stages_.make_inputs(step, tokens, w_.shared, by, by); });
     }
 
     // All threads go on, or none: what one of them has seen is told between two meetings.
@@ -68,9 +75,9 @@ private:
         each_panel(step.num_tokens, [&](Range tokens) { project(step, index, tokens, by); });
         stages_.report(step, index, by);
         if (index + 1 == w_.layers.size()) return;
-        stages_.mix(step, step.pieces, index, by);
+        stages_.mix(step, index, by);
         by.meet();
-        finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), by);
+        finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), w_.own_rows(index), by);
     }
 
     // To K and V of `tokens`, a panel, in the pages.
@@ -98,17 +105,19 @@ private:
     }
 
     // From attention to a layer's end.
-    void finish(const Layer& layer, float* x, const Rows& attended, Team::Member& by) {
+    void finish(const Layer& layer, float* x, const Rows& attended, const OwnRows& inputs, Team::Member& by) {
         each_panel(attended.count, [&](Range tokens) {
             const Rows own = attended.from(tokens.first, tokens.last - tokens.first);
             const Rows part = stages_.values_of(layer, own, w_.shared, by);
             float* y = x + tokens.first * w_.strides.hidden;
-            if (layer.experts == nullptr) return w_.math.finish(layer, y, part, w_.own(by).panel, w_.shared, by);
+            if (layer.experts == nullptr) {
+                return w_.math.finish(layer, y, part, inputs.from(tokens.first), w_.own(by).panel, w_.shared, by);
+            }
             w_.math.add_mixed(y, part, layer.attention, layer.mixed_norm, w_.shared, by);
             by.meet();
         });
         if (layer.experts == nullptr) return;
-        stages_.add_experts(layer, x, x, w_.math.fed_factor(), attended.count, by, attended.slots);
+        stages_.add_sparse(layer, x, attended, by);
     }
 
     static constexpr std::size_t kLayersToStop = 4;  // to look once in so many: two more meetings each time

@@ -25,7 +25,15 @@ public:
     // False: it was stopped.
     bool forward(const Step& step) {
         plan(step.num_tokens);
-        threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
+        threads_.run([&](Team::Member& by) {
+            stages_.begin(step, by);
+            if (w_.model.inputs == nullptr) return;
+            by.meet();
+            inputs_taken_.take(long(panels_.size()), [&](long i) {
+                Alone alone;
+                stages_.make_inputs(step, panels_[i], w_.own(by).panel, alone, by);
+            });
+        });
         for (std::size_t index = 0; index < w_.layers.size(); index++) {
             if (step.is_stopped()) return false;
             threads_.run([&](Team::Member& by) { project_and_attend(step, index, by); });
@@ -52,17 +60,18 @@ private:
             first += size;
         }
         for (Counter& taken : panels_taken_) taken.reset();
+        inputs_taken_.reset();
     }
 
     // Ends with the layer's attention, or, in the last layer, with K and V alone: attention there is of the wanted tokens.
     void project_and_attend(const Step& step, std::size_t index, Team::Member& by) {
         panels_taken_[index].take(long(panels_.size()), [&](long i) {
-            if (index > 0 && w_.layers[index - 1].experts == nullptr) finish(step, w_.layers[index - 1], panels_[i], by);
+            if (index > 0 && w_.layers[index - 1].experts == nullptr) finish(step, index - 1, panels_[i], by);
             project(step, index, panels_[i], by);
         });
         by.meet();
         stages_.report(step, index, by);
-        if (index + 1 < w_.layers.size()) stages_.mix(step, step.pieces, index, by);
+        if (index + 1 < w_.layers.size()) stages_.mix(step, index, by);
     }
 
     void project(const Step& step, std::size_t index, Range tokens, const Team::Member& by) {
@@ -86,12 +95,13 @@ private:
     }
 
     // From attention to a layer's end.
-    void finish(const Step& step, const Layer& layer, Range tokens, const Team::Member& by) {
+    void finish(const Step& step, std::size_t index, Range tokens, const Team::Member& by) {
+        const Layer& layer = w_.layers[index];
         Panel& panel = w_.own(by).panel;
         Alone alone;
         const Rows own = w_.attended_rows(step).from(tokens.first, tokens.last - tokens.first);
         const Rows attended = stages_.values_of(layer, own, panel, alone);
-        w_.math.finish(layer, w_.residual(tokens.first), attended, panel, panel, alone);
+        w_.math.finish(layer, w_.residual(tokens.first), attended, w_.own_rows(index).from(tokens.first), panel, panel, alone);
     }
 
     // The same of a layer with experts, which threads do together.
@@ -106,7 +116,7 @@ private:
                 w_.math.add_mixed(x + first * w_.strides.hidden, part, layer.attention, layer.mixed_norm, panel, alone);
             }
             by.meet();
-            stages_.add_experts(layer, x, x, w_.math.fed_factor(), attended.count, by, attended.slots);
+            stages_.add_sparse(layer, x, attended, by);
         });
     }
 
@@ -116,4 +126,5 @@ private:
     FewTokens& few_;
     std::vector<Range> panels_;           // of the step's tokens
     std::vector<Counter> panels_taken_;  // in each layer
+    Counter inputs_taken_;               // panels whose layers' own inputs are made
 };

@@ -22,7 +22,7 @@ public:
             threads_.run([&](Team::Member& by) {
                 project(step, index, by);
                 stages_.report(step, index, by);
-                if (!is_last) stages_.mix(step, step.pieces, index, by);
+                if (!is_last) stages_.mix(step, index, by);
             });
             if (!is_last) finish(w_.layers[index], w_.residual(0), w_.attended_rows(step));
         }
@@ -60,17 +60,17 @@ private:
             by.meet();
             const Range mine = by.part(rows);
             const Range tokens{first + mine.first, first + mine.last};
-            const Squares* squares = layer.attention.has_whole_norms ? sum_squares(rows, by) + mine.first : nullptr;
+            const Squares* squares = layer.attention.has_whole_norms ? sum_squares(layer, rows, by) + mine.first : nullptr;
             stages_.place(step, index, tokens, projected + mine.first * stride, by, squares);
             by.meet();
         });
     }
 
     // Of a panel's projected rows, over the ranks.
-    const Squares* sum_squares(long rows, Team::Member& by) {
+    const Squares* sum_squares(const Layer& layer, long rows, Team::Member& by) {
         if (by.rank() == 0) {
             const float* projected = w_.shared.qkv.data();
-            for (long row = 0; row < rows; row++) squares_[row] = w_.heads.squares(projected + row * w_.strides.qkv);
+            for (long row = 0; row < rows; row++) squares_[row] = w_.heads_of(layer).squares(projected + row * w_.strides.qkv);
             w_.model.sum_over_ranks(&squares_[0].queries, 2 * rows);
         }
         by.meet();
@@ -86,13 +86,16 @@ private:
         w_.model.sum_over_ranks(partial(0), size);
         threads_.run([&](Team::Member& by) {
             add_sums(layer, is_fed_first, x, rows, by);
-            if (layer.is_mixer_alone()) return;
+            if (layer.is_mixer_alone()) return scale(layer, x, rows, by);
             by.meet();
             compute(layer, !is_fed_first, x, attended, by);
         });
         if (layer.is_mixer_alone()) return;
         w_.model.sum_over_ranks(partial(0), size);
-        threads_.run([&](Team::Member& by) { add_sums(layer, !is_fed_first, x, rows, by); });
+        threads_.run([&](Team::Member& by) {
+            add_sums(layer, !is_fed_first, x, rows, by);
+            scale(layer, x, rows, by);
+        });
     }
 
     // This rank's part of the feed-forward, or of what is mixed.
@@ -142,6 +145,13 @@ private:
             w_.math.add_row(x + row * w_.strides.hidden, partial(row), norm, factor);
             std::fill_n(partial(row), w_.strides.hidden, 0.0f);
         }
+    }
+
+    // Rows that the same thread has added to.
+    void scale(const Layer& layer, float* x, long rows, const Team::Member& by) const {
+        if (layer.factor == 1.0) return;
+        const Range mine = by.part(rows);
+        for (long row = mine.first; row < mine.last; row++) w_.math.scale_row(x + row * w_.strides.hidden, layer.factor);
     }
 
     static Linear without_bias(const Linear& w) { return {w.weight, nullptr, w.adapters}; }

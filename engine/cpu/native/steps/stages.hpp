@@ -27,18 +27,30 @@ public:
     void begin(const Step& step, const Team::Member& by) {
         const Range tokens = by.part(step.num_tokens);
         for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], w_.residual(token));
-        each(step, tokens, [&](const Row& row, long token) { w_.heads.prepare(token, row.start + token - row.token); });
+        for (HeadMath& heads : w_.heads) {
+            each(step, tokens, [&](const Row& row, long token) { heads.prepare(token, row.start + token - row.token); });
+        }
+    }
+
+    // Own inputs of layers, if they have some, of a panel, whose tokens have begun, when all have met. `common`: what `by`
+    // share; `self`: who of the step's threads this is.
+    template <class By>
+    void make_inputs(const Step& step, Range tokens, Panel& common, By& by, const Team::Member& self) {
+        w_.math.make_inputs(step.input_ids + tokens.first, w_.residual(tokens.first), tokens.last - tokens.first,
+                            step.slots_from(tokens.first), w_.inputs_of(tokens.first), w_.own(self).panel, common, by);
+        by.meet();
     }
 
     // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
     // `squares`: of each token of them, over the ranks; null: nobody asks for more than this rank's.
     void place(const Step& step, std::size_t index, Range tokens, const float* qkv, const Team::Member& by,
                const Squares* squares = nullptr) {
-        HeadScratch& own = w_.own(by).heads;
+        const Layer& layer = w_.layers[index];
+        HeadScratch& own = w_.own(by).heads_of(layer);
         each(step, tokens, [&](const Row& row, long token) {
             const long i = token - tokens.first;
             const Squares* all = squares == nullptr ? nullptr : squares + i;
-            w_.heads.place(w_.layers[index], row, token, qkv + i * w_.strides.qkv, all, attended(token), gates(token), own);
+            w_.heads_of(layer).place(layer, row, token, qkv + i * w_.strides.qkv, all, attended(token), gates(token), own);
         });
     }
 
@@ -55,8 +67,8 @@ public:
         const Range mine = by.part(normed.count);
         each(step, {tokens.first + mine.first, tokens.first + mine.last}, [&](const Row& row, long token) {
             const long i = token - tokens.first;
-            w_.heads.place_latent(layer, row, token, common.qkv.data() + i * w_.strides.qkv, attended(token),
-                                  common.asked.data() + i * w_.strides.asked, own.heads);
+            w_.heads_of(layer).place_latent(layer, row, token, common.qkv.data() + i * w_.strides.qkv, attended(token),
+                                  common.asked.data() + i * w_.strides.asked, own.heads_of(layer));
         });
         by.meet();
         w_.latent_math.ask(latents, normed.count, common, attended(tokens.first), by);
@@ -80,14 +92,19 @@ public:
     }
 
     // Tokens meet those before them. Queries are read where the result is then written.
+    void mix(const Step& step, std::size_t index, Team::Member& by) {
+        mix(step, step.pieces[w_.layers[index].is_local ? 1 : 0], index, by);
+    }
     void mix(const Step& step, const std::vector<Piece>& pieces, std::size_t index, Team::Member& by) {
-        if (w_.layers[index].attention.state != nullptr) states.mix(step, index, by);
-        if (!w_.layers[index].attention.attends()) return;
+        const Layer& layer = w_.layers[index];
+        if (layer.attention.state != nullptr) states.mix(step, index, by);
+        if (!layer.attention.attends()) return;
+        const Heads& kind = w_.heads_of(layer).heads();
         pieces_taken_[index].take(long(pieces.size()), [&](long i) {
             const Piece& piece = pieces[i];
-            const long first = piece.row->token + piece.first, of_kv_head = w_.heads.group() * w_.model.head_dim;
+            const long first = piece.row->token + piece.first, of_kv_head = kind.group() * kind.dim;
             Element* const heads = attended(first) + piece.kv_head * of_kv_head;
-            if (!attend(piece, index, heads, w_.own(by).heads) || !w_.model.has_gates) return;
+            if (!attend(piece, layer, heads, w_.own(by).heads_of(layer)) || !w_.model.has_gates) return;
             multiply(heads, gates(first) + piece.kv_head * of_kv_head, piece.tokens, piece.kv_heads * of_kv_head);
         });
     }
@@ -106,6 +123,37 @@ public:
         for (long i = mine.first; i < mine.last; i++) {
             std::copy_n(w_.residual(step.wanted[i]), w_.strides.hidden, step.hidden + i * w_.strides.hidden);
             std::copy_n(attended(step.wanted[i]), size, w_.last_attended.data() + i * size);
+            const OwnRows inputs = w_.own_rows(w_.layers.size() - 1).from(step.wanted[i]);
+            std::copy_n(inputs.values, w_.model.input_size(), w_.last_own_inputs.data() + i * w_.model.input_size());
+        }
+    }
+
+    // x += what a sparse layer's feed-forward makes of these rows, normed where the layer has norms for it, and then all of it
+    // times the layer's factor; whole when all have met, as they have. `rows`: those that have been mixed.
+    void add_sparse(const Layer& layer, float* x, const Rows& rows, Team::Member& by) {
+        const long stride = w_.strides.hidden;
+        const float factor = w_.math.fed_factor();
+        if (layer.output_norm == nullptr) {
+            add_experts(layer, x, x, factor, rows.count, by, rows.slots);
+            if (layer.factor == 1.0) return;
+            const Range mine = by.part(rows.count);
+            for (long row = mine.first; row < mine.last; row++) w_.math.scale_row(x + row * stride, layer.factor);
+            return by.meet();
+        }
+        add_experts(layer, x, w_.fed.data(), 1.0f, rows.count, by, rows.slots);
+        for (long first = 0; first < rows.count; first += kPanelRows) {
+            const Rows panel = rows.from(first, std::min(kPanelRows, rows.count - first));
+            float* const y = x + first * stride;
+            if (layer.has_mlp()) w_.math.set_fed(layer, y, panel, w_.own(by).panel, w_.shared, by);
+            const Range mine = by.part(panel.count);
+            for (long row = mine.first; row < mine.last; row++) {
+                float *const fed = w_.fed.data() + (first + row) * stride, *const own = w_.shared.added.data() + row * stride;
+                if (layer.has_mlp()) w_.math.add_beside(layer, own, fed);
+                w_.math.add_row(y + row * stride, layer.has_mlp() ? own : fed, layer.output_norm, factor);
+                w_.math.scale_row(y + row * stride, layer.factor);
+                std::fill_n(fed, stride, 0.0f);
+            }
+            by.meet();
         }
     }
 
@@ -118,7 +166,7 @@ public:
             const long count = std::min(w_.rows_of_experts, rows - first), at = first * w_.strides.hidden;
             ExpertScratch& own = w_.own(by).experts;
             const std::int32_t* of_rows = adapters == nullptr ? nullptr : adapters + first;
-            w_.expert_math.add(*layer.experts, layer.mlp_norm, x + at, y + at, factor, count, w_.experts, own, w_.shared, by,
+            w_.expert_math.add(*layer.experts, x + at, y + at, factor, count, w_.experts, own, w_.shared, by,
                                of_rows);
         }
     }
@@ -130,16 +178,17 @@ private:
     Element* gates(long token) { return w_.model.has_gates ? w_.gates.data() + token * w_.strides.attended : nullptr; }
 
     // False: other parts of the piece are still to come.
-    bool attend(const Piece& piece, std::size_t index, Element* heads, HeadScratch& own) {
+    bool attend(const Piece& piece, const Layer& layer, Element* heads, HeadScratch& own) {
+        const HeadMath& math = w_.heads_of(layer);
         if (piece.parts == 1) {
-            w_.heads.attend(w_.layers[index], piece, heads, w_.strides.attended, own);
+            math.attend(layer, piece, heads, w_.strides.attended, own);
             return true;
         }
         float* const memory = w_.parts.data() + piece.memory;
-        w_.heads.attend_part(w_.layers[index], piece, heads, memory, own);
+        math.attend_part(layer, piece, heads, memory, own);
         if (!parts_done_[piece.split].is_last(piece.parts)) return false;
         parts_done_[piece.split].reset();
-        w_.heads.join(piece, memory, heads, own);
+        math.join(piece, memory, heads, own);
         return true;
     }
 

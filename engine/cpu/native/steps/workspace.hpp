@@ -19,10 +19,12 @@
 
 // One thread's own.
 struct ThreadSpace {
-    ThreadSpace(const Strides& strides, int group, const Model& m, bool is_exact)
-        : panel(strides), heads(m, group, is_exact), delta_net(m), mamba(m) {}
+    ThreadSpace(const Strides& strides, const Model& m, bool is_exact) : panel(strides), delta_net(m), mamba(m) {
+        for (const Heads& own : m.heads) heads.push_back(own.are_there() ? std::make_unique<HeadScratch>(m, own, is_exact) : nullptr);
+    }
+    HeadScratch& heads_of(const Layer& layer) { return *heads[layer.is_local ? 1 : 0]; }
     Panel panel;
-    HeadScratch heads;
+    std::vector<std::unique_ptr<HeadScratch>> heads;  // of each kind
     ConvolutionScratch convolution;
     DeltaScratch delta_net;
     MambaScratch mamba;
@@ -31,9 +33,9 @@ struct ThreadSpace {
 
 struct Workspace {
     Workspace(const Model& m, bool is_exact, int max_threads)
-        : model(m), layers(m.layers, m.layers + m.num_layers), is_exact(is_exact), heads(m, is_exact) {
+        : model(m), layers(m.layers, m.layers + m.num_layers), is_exact(is_exact) {
         for (int rank = 0; rank < max_threads; rank++) {
-            threads.push_back(std::make_unique<ThreadSpace>(strides, heads.group(), model, is_exact));
+            threads.push_back(std::make_unique<ThreadSpace>(strides, model, is_exact));
         }
     }
     Workspace(const Workspace&) = delete;
@@ -48,15 +50,20 @@ struct Workspace {
         grow(last_attended, step.num_wanted * strides.attended);
         grow(parts, step.split_memory);
         grow(projected, step.num_tokens * strides.projected);
+        grow(own_inputs, step.num_tokens * model.num_layers * model.input_size());
+        grow(last_own_inputs, step.num_wanted * model.input_size());
         if (model.has_gates) grow(gates, step.num_tokens * strides.attended);
-        heads.reserve(step.num_tokens);
+        for (HeadMath& own : heads) own.reserve(step.num_tokens);
         for (const Layer& layer : layers) {
             if (layer.experts == nullptr) continue;
+            if (layer.output_norm != nullptr) grow(fed, std::max(step.num_tokens, step.num_wanted) * strides.hidden);
             const long rows = std::min(rows_of_experts, std::max(step.num_tokens, step.num_wanted));
             const long narrowed = step.slots.empty() ? 0 : 2 * model.adapter_rank;  // of gate and up
             experts.reserve(rows, strides, layer.experts->num_chosen, narrowed);
         }
     }
+
+    HeadMath& heads_of(const Layer& layer) { return heads[layer.is_local ? 1 : 0]; }
 
     ThreadSpace& own(const Team::Member& by) { return *threads[by.rank()]; }
 
@@ -70,6 +77,15 @@ struct Workspace {
         return {last_attended.data(), strides.attended, step.num_wanted, step.last_slots_from(0), !is_exact};
     }
 
+    // A token's own input of each layer, one behind the other.
+    Element* inputs_of(long token) { return own_inputs.data() + token * model.num_layers * model.input_size(); }
+
+    // A layer's own inputs of all tokens, and the last one's of the wanted tokens.
+    OwnRows own_rows(std::size_t index) const {
+        return {own_inputs.data() + long(index) * model.input_size(), model.num_layers * model.input_size()};
+    }
+    OwnRows last_own_rows() const { return {last_own_inputs.data(), model.input_size()}; }
+
     const Model model;
     const std::vector<Layer> layers;
     const bool is_exact;
@@ -78,11 +94,13 @@ struct Workspace {
     const ExpertMath expert_math{model, strides, math};
     const LatentMath latent_math{model, strides, math};
     const long rows_of_experts{expert_rows(model, strides)};  // that go through them at once
-    HeadMath heads;
+    HeadMath heads[2]{{model, model.heads[0], is_exact}, {model, model.heads[1], is_exact}};
     Lines<float> residuals;
     Lines<Element> attended, last_attended;  // queries, then attention's result; padding stays zero
+    Lines<float> fed;    // what experts yield, where norms are behind them; zero between layers
     Lines<float> parts;                  // of attention that is cut
     Lines<float> projected;  // a layer's products where it keeps a state, of all tokens
+    Lines<Element> own_inputs, last_own_inputs;  // of layers that have some
     Lines<Element> gates;    // of what heads attend to, in the places of queries
     Panel shared{strides};
     ExpertMemory experts;
