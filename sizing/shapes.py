@@ -21,8 +21,8 @@ from .work import (
     count_params,
     exchanged_bytes,
     flops_per_pair,
-    num_causal_pairs,
     num_prompt_pairs,
+    num_spared_pairs,
     num_sums,
     num_values,
     num_visible_keys,
@@ -65,9 +65,9 @@ class ModelShape:
     num_sums: int = 0  # over the GPUs, in a step
     row_exchange_s: float = 0.0  # of a decode row among one GPU's: to its experts' GPUs and back, in all layers
     head_dim: int = 0
-    scores_per_pair: float = 0.0  # of a prompt's query token and key token: heads of all layers but a last one in C++
+    scores_per_pair: float = 0.0  # of a prompt's query token and key token: heads of all layers but those spared
     values_per_token: float = 0.0  # of activations, read or written beside products
-    # Of the last layer, what rows that sample alone go through where C++ computes: behind keys and values; its experts.
+    # What rows that sample alone go through where C++ computes, behind the last keys and values; experts there.
     last_params: float = 0.0
     last_experts: float = 0.0
 
@@ -119,8 +119,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
     keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
     # Torch, on GPUs too, takes all tokens through the last layer.
     spares_last = gpu.is_cpu and not lacks_native(engine, model)
-    is_last_attending = model.num_layers - 1 in model.kv_layers
-    scored = pairs - (num_causal_pairs(context, model.sliding_windows[-1]) if spares_last and is_last_attending else 0)
+    scored = pairs - (num_spared_pairs(context, model) if spares_last else 0)
     pair, token_bytes = flops_per_pair(model), cache_token_bytes(engine, model)
     return ModelShape(
         name=model.architecture,

@@ -26,6 +26,7 @@ from .rank_tensors import is_expert
 _EXCHANGES = 4  # in place of a sum: numbers of rows, rows to their experts, results back, a join of all
 _SUM_BYTES, _CHOICE_BYTES = 4, 8  # of a number that comes back; of an expert's number and its weight
 # Of all tokens, in every layer: what queries, keys and values, or a state, are made of.
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _PROJECTED = re.compile(r"\.(q|k|v|qkv|q_a|q_b|kv_b)_proj|\.kv_a_proj_with_mqa|\.in_proj|\.conv(1d)?\.weight")
 
 
@@ -35,19 +36,26 @@ class Params(NamedTuple):
     layers: int  # without routed experts
     experts: int  # routed ones, all of them
     head: int  # multiplied by the rows that sample, alone
-    last: int  # of `layers`, what stands behind the last one's queries, keys and values, or behind its state
-    last_experts: int  # of `experts`, the last layer's
+    last: int  # of `layers`, what stands behind the last keys and values, or states, that are kept
+    last_experts: int  # of `experts`, those there
 
 
 def count_params(model: ModelConfig) -> Params:
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(model).items() if len(shape) >= 2}
     sizes = {name: size for name, size in sizes.items() if ".layers." in name or "_layer_model_projection" in name}
     experts = {name: size for name, size in sizes.items() if is_expert(name)}
-    num_experts, behind = sum(experts.values()), f".layers.{model.num_layers - 1}."
-    last = sum(size for name, size in sizes.items() if behind in name and not _PROJECTED.search(name))
-    last_experts = sum(size for name, size in experts.items() if behind in name)
+    num_experts = sum(experts.values())
+    last = sum(size for name, size in sizes.items() if _is_behind(name, model))
+    last_experts = sum(size for name, size in experts.items() if _is_behind(name, model))
     head = model.vocab_size * model.hidden_size
     return Params(sum(sizes.values()) - num_experts, num_experts, head, last - last_experts, last_experts)
+
+
+def _is_behind(name: str, model: ModelConfig) -> bool:
+    """Tell whether a matrix is multiplied by rows that sample alone, as no later token reads what comes of it."""
+    layer = int(found[1]) if (found := _LAYER.search(name)) else -1
+    last = model.num_kept_layers - 1
+    return layer > last or (layer == last and not _PROJECTED.search(name))
 
 
 def mixers(model: ModelConfig) -> list[int]:
@@ -84,7 +92,16 @@ def num_causal_pairs(num_tokens: int, window: int | None) -> int:
 
 def num_prompt_pairs(num_tokens: int, model: ModelConfig) -> int:
     """Count the pairs of a prompt in all layers together; those of wider heads by as much more."""
-    return round(sum(width * num_causal_pairs(num_tokens, window) for window, width in _attending(model)))
+    attending = _attending(model, attending_layers(model))
+    return round(sum(width * num_causal_pairs(num_tokens, window) for window, width in attending))
+
+
+def num_spared_pairs(num_tokens: int, model: ModelConfig) -> float:
+    """Count those of a prompt's pairs that are not of the tokens alone which sample: of the layers behind the last keys
+    and values that are kept, and of the layer that keeps them.
+    """
+    layers = [layer for layer in attending_layers(model) if layer >= model.num_kept_layers - 1]
+    return sum(width * num_causal_pairs(num_tokens, window) for window, width in _attending(model, layers))
 
 
 def num_visible_keys(context: float, model: ModelConfig) -> float:
@@ -92,7 +109,7 @@ def num_visible_keys(context: float, model: ModelConfig) -> float:
 
     Those of wider heads count by as much more.
     """
-    return sum(width * num_seen(context, window) for window, width in _attending(model))
+    return sum(width * num_seen(context, window) for window, width in _attending(model, attending_layers(model)))
 
 
 def num_seen(context: float, window: int | None) -> float:
@@ -100,9 +117,8 @@ def num_seen(context: float, window: int | None) -> float:
     return context if window is None else min(context, window)
 
 
-def _attending(model: ModelConfig) -> list[tuple[int | None, float]]:
-    """Return of each layer that reads keys its window, and how wide its heads are beside others'."""
-    layers = attending_layers(model)
+def _attending(model: ModelConfig, layers: Sequence[int]) -> list[tuple[int | None, float]]:
+    """Return of each of these layers, which read keys, its window, and how wide its heads are beside others'."""
     return [(model.sliding_windows[layer], model.heads_of(layer).dim / model.head_dim) for layer in layers]
 
 

@@ -13,7 +13,7 @@ from kvferry.models.checkpoint import tensor_shapes
 from kvferry.models.native import not_in_native
 from kvferry.models.parts.uneven_heads import Heads, check_uneven, made_parts
 from kvferry.sizing.memory import cache_token_bytes, kept_bytes_read
-from kvferry.sizing.work import count_params, num_sums, num_visible_keys
+from kvferry.sizing.work import count_params, num_causal_pairs, num_spared_pairs, num_sums, num_visible_keys
 
 from ..sizing.models import CONFIGS, model_of, model_of_text
 
@@ -118,6 +118,18 @@ def test_the_last_layer_sees_all(tmp_path: Path) -> None:
 def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_of_text(tmp_path, NAME, **changes)
+
+
+def test_layers_that_borrow_are_computed_of_the_tokens_that_sample_alone(tmp_path: Path) -> None:
+    model = model_of(tmp_path, SMALLER)
+    counted, shapes = count_params(model), tensor_shapes(model)
+    behind = [name for name in shapes if name.startswith(tuple(f"model.layers.{layer}." for layer in range(15, 35)))]
+    own = [f"model.layers.14.{name}" for name in ("self_attn.o_proj", "mlp.down_proj", "per_layer_projection")]
+    spared = sum(math.prod(shapes[name]) for name in behind if len(shapes[name]) > 1)
+    assert counted.last > spared + sum(math.prod(shapes[f"{name}.weight"]) for name in own)
+    assert counted.last == pytest.approx(0.711 * counted.layers, rel=1e-3)
+    narrow, wide = num_causal_pairs(3000, 512), 2 * num_causal_pairs(3000, None)  # these of twice the numbers
+    assert num_spared_pairs(3000, model) == pytest.approx(16 * narrow + 5 * wide)  # the last that keeps is one of them
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@
 #include "layers/step.hpp"
 #include "products/strips.hpp"
 #include "steps/threads.hpp"
+#include "steps/wanted_tokens.hpp"
 #include "steps/workspace.hpp"
 
 namespace {
@@ -79,19 +80,13 @@ public:
 
     // False: it was stopped. With several ranks no step is, as all of them would have to know.
     bool forward(Step& step) {
-        plan_attention(step, w_.model, threads_.max_size(), w_.is_exact);
-        w_.reserve(step);
-        stages_.reset(step);
-        bool is_whole = true;
-        if (w_.model.sum_over_ranks != nullptr) {
-            ranks_.forward(step);
-        } else if (step.num_tokens <= ManyTokens::least(threads_.max_size())) {
-            is_whole = few_.forward(step);
-        } else {
-            is_whole = many_.forward(step);
-        }
-        threads_.leave();
-        return is_whole;
+        const long count = w_.model.num_layers, kept = w_.model.num_kept();
+        if (kept == count || step.num_wanted == step.num_tokens) return run(step, {0, count});
+        WantedTokens wanted(step, w_.strides.hidden);
+        if (!run(wanted.before, {0, kept})) return false;
+        if (step.num_wanted == 0) return true;
+        w_.leave_only(wanted.tokens, wanted.hidden.data());
+        return run(wanted.behind, {kept, count});
     }
 
     void logits(long rows, const float* hidden, float* logits) {
@@ -109,6 +104,23 @@ public:
     }
 
 private:
+    bool run(Step& step, Range layers) {
+        step.layers = layers;
+        plan_attention(step, w_.model, threads_.max_size(), w_.is_exact);
+        w_.reserve(step);
+        stages_.reset(step);
+        bool is_whole = true;
+        if (w_.model.sum_over_ranks != nullptr) {
+            ranks_.forward(step);
+        } else if (step.num_tokens <= ManyTokens::least(threads_.max_size())) {
+            is_whole = few_.forward(step);
+        } else {
+            is_whole = many_.forward(step);
+        }
+        threads_.leave();
+        return is_whole;
+    }
+
     template <class Job>
     static void each_mlp(const Layer& layer, Job job) {
         if (layer.has_mlp()) job(layer.mlp);
@@ -180,7 +192,7 @@ int kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_i
                              const std::int32_t* lengths, const std::int32_t* block_ids, int num_wanted,
                              const std::int32_t* wanted, float* hidden, void (*on_layer)(int),
                              const std::int32_t* adapters, const std::int32_t* stop, const std::int32_t* drafted, float* found) {
-    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, stop, {}, {}, {}};
+    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, {}, stop, {}, {}, {}};
     auto* self = static_cast<Decoder*>(decoder);
     for (int row = 0; row < rows; row++) {
         step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids, drafted == nullptr ? 0 : drafted[row]});

@@ -139,6 +139,7 @@ struct AttentionBlock {
     const StateLayer* state;       // in place of all but `o`, of its kind, or beside all; null: none
 
     bool attends() const { return state == nullptr || beside() != nullptr; }
+    bool keeps() const { return state != nullptr || latents != nullptr || num_made > 1; }  // something for later tokens
     // The state beside keys and values; null: none is.
     const StateLayer* beside() const { return state == nullptr || state->out.weight.columns == 0 ? nullptr : state; }
 };
@@ -249,6 +250,12 @@ struct Model {
             if (layer->experts != nullptr) size = std::max<long>(size, layer->experts->before.weight.columns);
         }
         return size;
+    }
+    // Layers up to the last one that keeps something: those behind it matter to the wanted tokens alone.
+    long num_kept() const {
+        long count = num_layers;
+        while (count > 1 && !layers[count - 1].attention.keeps()) count--;
+        return count;
     }
     long input_size() const { return inputs == nullptr ? 0 : inputs->size; }
     // Where what states yield stands in a token's row of what mixers yield: behind attention's, where that is beside it.

@@ -36,7 +36,7 @@ inline int kv_heads_at_once(const Heads& heads) {
     return int(std::clamp(kNearValues / (kTileKeys * long(heads.dim)), 1L, long(heads.num_kv)));
 }
 
-// Pointers are the caller's. `wanted`: the packed tokens whose hidden states are asked for, grouped by nothing.
+// Some of a model's layers, of some tokens. Pointers are the caller's. `wanted`: the packed tokens whose hidden states are asked for, grouped by nothing.
 struct Step {
     long num_tokens;
     const std::int32_t* input_ids;  // [num_tokens]
@@ -45,6 +45,7 @@ struct Step {
     const std::int32_t* wanted;  // [num_wanted]
     float* hidden;               // [num_wanted][hidden_size padded to 64]
     void (*on_layer)(int);       // null: nobody asked
+    Range layers;                // those that are computed; the first of all begins with embeddings
     const std::int32_t* stop;    // not 0: nobody wants the step any more, somebody says so while it runs
     std::vector<Piece> pieces[2];    // all attention of a layer, by whether it is a local one
     std::vector<Piece> last_pieces;  // that of the last layer: of the wanted tokens alone
@@ -52,6 +53,8 @@ struct Step {
     long num_splits = 0, split_memory = 0;  // of pieces that are cut in one layer, at most
     std::vector<std::int32_t> slots, last_slots;  // of the adapters of all tokens, of the wanted ones; empty: none has one
 
+    std::size_t first_layer() const { return std::size_t(layers.first); }
+    std::size_t last_layer() const { return std::size_t(layers.last) - 1; }
     bool is_stopped() const { return __atomic_load_n(stop, __ATOMIC_RELAXED) != 0; }
 
     const std::int32_t* slots_from(long token) const { return slots.empty() ? nullptr : slots.data() + token; }
@@ -181,7 +184,7 @@ inline void plan_attention(Step& step, const Model& model, int threads, bool is_
         for (const Row& row : step.rows) add_pieces(step.pieces[is_local], row, {0, row.length}, heads);
         share_pieces(step.pieces[is_local], step, heads, threads, may_cut);
     }
-    const Heads& heads = model.heads_of(model.layers[model.num_layers - 1]);
+    const Heads& heads = model.heads_of(model.layers[step.last_layer()]);
     std::vector<std::int32_t> wanted(step.wanted, step.wanted + step.num_wanted);
     std::sort(wanted.begin(), wanted.end());
     std::size_t next = 0;

@@ -26,7 +26,7 @@ public:
         is_stopped_ = false;
         threads_.run([&](Team::Member& by) {
             begin(step, by);
-            for (std::size_t index = 0; index < w_.layers.size() && !is_stopped_; index++) {
+            for (std::size_t index = step.first_layer(); index <= step.last_layer() && !is_stopped_; index++) {
                 compute(step, index, by);
                 if (index % kLayersToStop == 0) agree_to_stop(step, by);
             }
@@ -35,19 +35,19 @@ public:
         return !is_stopped_;
     }
 
-    // The last layer from attention on, for the wanted tokens alone. Within a job, by all threads.
+    // The step's last layer from attention on, for the wanted tokens alone. Within a job, by all threads.
     void finish_last(const Step& step, Team::Member& by) {
         if (!stages_.has_last(step)) return;
         stages_.gather_last(step, by);
         by.meet();
-        finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step), w_.last_own_rows(), by);
+        finish(w_.layers[step.last_layer()], step.hidden, w_.last_attended_rows(step), w_.last_own_rows(), by);
     }
 
 private:
     // A longer step asks anew before each layer which cores are to spare.
     bool forward_by_layers(const Step& step) {
         threads_.run([&](Team::Member& by) { begin(step, by); });
-        for (std::size_t index = 0; index < w_.layers.size(); index++) {
+        for (std::size_t index = step.first_layer(); index <= step.last_layer(); index++) {
             if (step.is_stopped()) return false;
             threads_.run([&](Team::Member& by) { compute(step, index, by); });
         }
@@ -59,7 +59,7 @@ private:
     void begin(const Step& step, Team::Member& by) {
         stages_.begin(step, by);
         by.meet();
-        if (w_.model.inputs == nullptr) return;
+        if (w_.model.inputs == nullptr || step.first_layer() > 0) return;
         each_panel(step.num_tokens, [&](Range tokens) { stages_.make_inputs(step, tokens, w_.shared, by, by); });
     }
 
@@ -74,7 +74,7 @@ private:
     void compute(const Step& step, std::size_t index, Team::Member& by) {
         each_panel(step.num_tokens, [&](Range tokens) { project(step, index, tokens, by); });
         stages_.report(step, index, by);
-        if (index + 1 == w_.layers.size()) return;
+        if (index == step.last_layer()) return;
         stages_.mix(step, index, by);
         by.meet();
         finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), w_.own_rows(index), by);

@@ -27,17 +27,17 @@ public:
         plan(step.num_tokens);
         threads_.run([&](Team::Member& by) {
             stages_.begin(step, by);
-            if (w_.model.inputs == nullptr) return;
+            if (w_.model.inputs == nullptr || step.first_layer() > 0) return;
             by.meet();
             inputs_taken_.take(long(panels_.size()), [&](long i) {
                 Alone alone;
                 stages_.make_inputs(step, panels_[i], w_.own(by).panel, alone, by);
             });
         });
-        for (std::size_t index = 0; index < w_.layers.size(); index++) {
+        for (std::size_t index = step.first_layer(); index <= step.last_layer(); index++) {
             if (step.is_stopped()) return false;
             threads_.run([&](Team::Member& by) { project_and_attend(step, index, by); });
-            if (w_.layers[index].experts == nullptr || index + 1 == w_.layers.size()) continue;
+            if (w_.layers[index].experts == nullptr || index == step.last_layer()) continue;
             finish_sparse(w_.layers[index], w_.residual(0), w_.attended_rows(step));
         }
         threads_.run([&](Team::Member& by) { few_.finish_last(step, by); });
@@ -66,12 +66,12 @@ private:
     // Ends with the layer's attention, or, in the last layer, with K and V alone: attention there is of the wanted tokens.
     void project_and_attend(const Step& step, std::size_t index, Team::Member& by) {
         panels_taken_[index].take(long(panels_.size()), [&](long i) {
-            if (index > 0 && w_.layers[index - 1].experts == nullptr) finish(step, index - 1, panels_[i], by);
+            if (index > step.first_layer() && w_.layers[index - 1].experts == nullptr) finish(step, index - 1, panels_[i], by);
             project(step, index, panels_[i], by);
         });
         by.meet();
         stages_.report(step, index, by);
-        if (index + 1 < w_.layers.size()) stages_.mix(step, index, by);
+        if (index < step.last_layer()) stages_.mix(step, index, by);
     }
 
     void project(const Step& step, std::size_t index, Range tokens, const Team::Member& by) {

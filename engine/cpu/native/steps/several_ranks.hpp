@@ -16,9 +16,9 @@ public:
 
     void forward(const Step& step) {
         threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
-        w_.model.sum_over_ranks(w_.residual(0), step.num_tokens * w_.strides.hidden);
-        for (std::size_t index = 0; index < w_.layers.size(); index++) {
-            const bool is_last = index + 1 == w_.layers.size();
+        if (step.first_layer() == 0) w_.model.sum_over_ranks(w_.residual(0), step.num_tokens * w_.strides.hidden);
+        for (std::size_t index = step.first_layer(); index <= step.last_layer(); index++) {
+            const bool is_last = index == step.last_layer();
             threads_.run([&](Team::Member& by) {
                 project(step, index, by);
                 stages_.report(step, index, by);
@@ -29,7 +29,7 @@ public:
         if (!stages_.has_last(step)) return;
         threads_.run([&](Team::Member& by) { stages_.gather_last(step, by); });
         if (step.num_wanted == 0) return;
-        finish(w_.layers.back(), step.hidden, w_.last_attended_rows(step));
+        finish(w_.layers[step.last_layer()], step.hidden, w_.last_attended_rows(step));
     }
 
 private:

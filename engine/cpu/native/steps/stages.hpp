@@ -26,7 +26,9 @@ public:
     // Tokens' embeddings and rotations.
     void begin(const Step& step, const Team::Member& by) {
         const Range tokens = by.part(step.num_tokens);
-        for (long token = tokens.first; token < tokens.last; token++) embed(step.input_ids[token], w_.residual(token));
+        for (long token = tokens.first; step.first_layer() == 0 && token < tokens.last; token++) {
+            embed(step.input_ids[token], w_.residual(token));
+        }
         for (HeadMath& heads : w_.heads) {
             each(step, tokens, [&](const Row& row, long token) { heads.prepare(token, row.start + token - row.token); });
         }
@@ -109,21 +111,21 @@ public:
         });
     }
 
-    // Whether there is anything to do in the last layer behind its products.
+    // Whether there is anything to do in the step's last layer behind its products.
     bool has_last(const Step& step) const {
-        return step.num_wanted > 0 || w_.layers.back().attention.state != nullptr;
+        return step.num_wanted > 0 || w_.layers[step.last_layer()].attention.state != nullptr;
     }
 
-    // The last mixer, and what the wanted tokens go on with. A state is behind all tokens, whoever is wanted.
+    // The step's last mixer, and what the wanted tokens go on with. A state is behind all tokens, whoever is wanted.
     void gather_last(const Step& step, Team::Member& by) {
-        mix(step, step.last_pieces, w_.layers.size() - 1, by);
+        mix(step, step.last_pieces, step.last_layer(), by);
         by.meet();
         const long size = w_.strides.attended;
         const Range mine = by.part(step.num_wanted);
         for (long i = mine.first; i < mine.last; i++) {
             std::copy_n(w_.residual(step.wanted[i]), w_.strides.hidden, step.hidden + i * w_.strides.hidden);
             std::copy_n(attended(step.wanted[i]), size, w_.last_attended.data() + i * size);
-            const OwnRows inputs = w_.own_rows(w_.layers.size() - 1).from(step.wanted[i]);
+            const OwnRows inputs = w_.own_rows(step.last_layer()).from(step.wanted[i]);
             std::copy_n(inputs.values, w_.model.input_size(), w_.last_own_inputs.data() + i * w_.model.input_size());
         }
     }

@@ -86,6 +86,13 @@ struct Workspace {
     }
     OwnRows last_own_rows() const { return {last_own_inputs.data(), model.input_size()}; }
 
+    // Make these tokens, in order, the only ones: their residual streams are `hidden`'s rows.
+    void leave_only(const std::vector<std::int32_t>& tokens, const float* hidden) {
+        std::copy_n(hidden, long(tokens.size()) * strides.hidden, residuals.data());
+        const long size = model.num_layers * model.input_size();
+        for (std::size_t i = 0; i < tokens.size(); i++) std::copy_n(inputs_of(tokens[i]), size, inputs_of(long(i)));
+    }
+
     const Model model;
     const std::vector<Layer> layers;
     const bool is_exact;
