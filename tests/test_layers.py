@@ -66,13 +66,15 @@ router/http          common settings router/state
 router/access        common wire settings router/state
 router/helpers       common grammar models router/state
 router/queue         common router/state
-router/turns         common router/state
+router/turns/values  router/state
+router/turns         common router/state router/turns/values
 router/placement     common router/state
 router/dispatch      common wire kvcache router/state router/queue router/placement
 router/autoscaler    common settings router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers router/turns
 router/api           common models router/state router/http router/access router/helpers router/catalogue router/turns
-router/messages      common router/state router/api router/turns
+router/api           router/turns/values
+router/messages      common router/state router/api router/turns router/turns/values
 router/responses     common router/state router/api router/turns
 router/embeddings    common models router/api router/catalogue
 router/batches       common router/state router/helpers router/api

@@ -14,8 +14,8 @@ from ..catalogue.version import Version
 from ..helpers.grammar_checker import GrammarChecker
 from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
-from ..turns.json_text import dumps
 from ..turns.lazy import answering_grammar, free_grammar
+from ..turns.values.json_text import dumps
 from .answer import Answer, PromptText
 from .chat_turns import TurnOptions
 from .choice import TextOptions

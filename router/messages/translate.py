@@ -21,8 +21,8 @@ from ..api.fields import check_fields, not_supported, take_only
 from ..api.surface import FieldNames
 from ..api.values import MAX_STOP_CHARS, MAX_STOPS, Effort
 from ..state.errors import shown
-from ..turns.json_text import loads
 from ..turns.places import Places
+from ..turns.values.json_text import loads
 from .blocks import CALL_NAMES, chat_messages, system_messages
 from .context import edit_context
 

@@ -17,8 +17,8 @@ from collections.abc import Set
 from typing import Literal
 
 from .call_reader import CallPiece
-from .json_text import ends_with_part_of
 from .turn import Part, Thought, TurnDelta
+from .values.json_text import ends_with_part_of
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)  # of a body; the last two where a model forgets them

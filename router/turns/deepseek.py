@@ -22,8 +22,8 @@ import re
 from typing import NamedTuple
 
 from .json_syntaxes import after_mark, find_first
-from .json_text import skip_blank
 from .syntax import NAME, Call, Place, Progress, Segment, is_any_name, read_json_calls
+from .values.json_text import skip_blank
 
 _SEPARATOR = "<｜tool▁sep｜>"
 _FENCE = "```"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .json_syntaxes import HERMES_TAGS, HermesSyntax
-from .json_text import skip_blank
 from .syntax import Place, Progress, Segment, Syntax, first_place
+from .values.json_text import skip_blank
 
 _JSON = ("{", "[", "`")  # or a fence around it
 

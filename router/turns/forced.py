@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from ...common.grammar import Grammar
 from .definitions import Tool, ToolUse
-from .json_text import dumps
+from .values.json_text import dumps
 
 _REFERENCES = ("$ref", "$dynamicRef")
 _ANCHORS = ("$anchor", "$dynamicAnchor")

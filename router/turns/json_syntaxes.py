@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Mapping
 
-from .json_text import ends_with_part_of, skip_blank
 from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, Tags, first_place, is_any_name, read_json_calls
+from .values.json_text import ends_with_part_of, skip_blank
 
 HERMES_TAGS = Tags("<tool_call>", "</tool_call>")
 NEMOTRON_TAGS = Tags("<TOOLCALL>", "</TOOLCALL>")  # of Nemotron Nano 2, around an array of all calls

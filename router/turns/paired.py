@@ -16,9 +16,9 @@ import re
 from dataclasses import dataclass
 
 from .json_syntaxes import after_mark, find_first
-from .json_text import dumps, skip_blank
 from .parameter_types import arguments_of, typed
 from .syntax import NAME, Call, Place, Progress, Schemas, Segment
+from .values.json_text import dumps, skip_blank
 
 
 @dataclass(slots=True, frozen=True)

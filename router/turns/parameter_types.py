@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from .json_text import dumps, loads
-from .python_text import literal
 from .syntax import Schemas
+from .values.json_text import dumps, loads
+from .values.python_text import literal
 
 _TRUTH = {"true": True, "false": False, "null": None, "none": None}
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import re
 
 from .json_syntaxes import after_mark, find_first
-from .json_text import dumps, skip_blank
 from .parameter_types import parameter_kinds
-from .python_text import ValueWalk, literal
 from .syntax import NAME, Call, JsonCall, NameCheck, Place, Progress, Schemas, Segment, is_any_name
+from .values.json_text import dumps, skip_blank
+from .values.python_text import ValueWalk, literal
 
 _TAG = "<function_calls>"
 _ENDS = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol
 
 from .call_reader import CallReader
-from .json_text import ends_with_part_of
 from .syntax import Syntax, Tags
+from .values.json_text import ends_with_part_of
 
 THINK = Tags("<think>", "</think>")
 SEED_THINK = Tags("<seed:think>", "</seed:think>")  # Seed-OSS's

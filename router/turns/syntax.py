@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from .json_text import Scans, dumps, escaped, loads, skip_blank
-from .python_text import ValueWalk
+from .values.json_text import Scans, dumps, escaped, loads, skip_blank
+from .values.python_text import ValueWalk
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 _HEAD = re.compile(

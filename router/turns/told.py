@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .json_text import dumps
+from .values.json_text import dumps
 
 THINKS, THINKS_NOT = "/think", "/no_think"  # words of a message by which a template lets the model reason, or not
 _BETWEEN = "Done."  # an empty turn is refused by some, and nothing that a model learns to say

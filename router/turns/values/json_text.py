@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ..state.errors import is_unicode
+from ...state.errors import is_unicode
 
 State = Literal["open", "done", "broken"]
 
