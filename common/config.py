@@ -47,6 +47,7 @@ ToolParserName = Literal[
     "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "deepseek_v3",
     "deepseek_v31", "granite", "granite4", "phi4_mini_json", "pythonic", "olmo3", "llama4_pythonic", "openai", "json",
     "glm45", "glm47", "minimax_m2", "seed_oss", "lfm2", "hunyuan_a13b", "cohere_command3", "nemotron_json",
+    "gemma4",
 ]  # vLLM's names, where it has one  # fmt: skip
 ReasoningParserName = Literal[
     "auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss", "glm45", "minimax_m2", "seed_oss",

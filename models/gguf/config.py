@@ -44,7 +44,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "router_logit_softcapping": (0.0,),
 }
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|return|>", "<|call|>")
+_TURN_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>"),
+    *("<turn|>", "<|tool_response>"),  # Gemma 4's: the second one behind calls, where results would begin
+)
 
 
 def gguf_architecture(fields: GgufFields) -> Architecture:

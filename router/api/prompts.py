@@ -22,6 +22,7 @@ from ..helpers.chat_renderer import Chat, Renderer
 from ..state.errors import clip
 from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use
+from ..turns.gemma_history import with_responses
 from ..turns.rendering import Render, rendered
 from ..turns.told import told_in_content, told_in_text, told_to_think
 from .answer import PromptText
@@ -170,6 +171,8 @@ def _chat(
         shown = told_in_content(shown, as_python=version.dialect.tool_parser == "lfm2")
     if version.dialect.has_channels:
         shown, tools = channel_messages(shown), described_tools(tools)
+    if version.dialect.has_responses:
+        shown = with_responses(shown)
     if version.dialect.has_switch_words and (effort := _effort(body)) is not None:
         shown = told_to_think(shown, thinks=effort != "none")
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt

@@ -15,6 +15,7 @@ from .call_reader import CallReader
 from .deepseek import DEEPSEEK, HUNYUAN, DeepSeekSyntax
 from .definitions import ToolUse
 from .either_syntax import EitherSyntax
+from .gemma import BEGIN_CALL, GemmaSyntax
 from .json_syntaxes import (
     COMMAND_TAGS,
     GRANITE_TAGS,
@@ -83,6 +84,7 @@ _SIGNS = (
     (re.compile(r"<function="), "qwen3_coder"),
     (re.compile(r"<arg_key>"), "glm"),
     (re.compile(r"<minimax:tool_call>"), "minimax_m2"),
+    (re.compile(re.escape(BEGIN_CALL)), "gemma4"),
     (re.compile(r"<\|tool_call\|>|functools\["), "granite"),
     (re.compile(r"<tool_call>"), "hermes"),
     (re.compile(r"\[TOOL_CALLS\]"), "mistral"),
@@ -125,6 +127,7 @@ class Dialect:
     takes_tools: bool = False  # the template tells the model of tools itself
     has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
     tells_calls: bool = True  # the template tells the model of its earlier calls, too
+    has_responses: bool = False  # results are a field of the message with the calls (gemma_history.py)
     switches: frozenset[str] = frozenset()  # by which the template lets the model reason
     has_two_efforts: bool = False  # of reasoning: none and high
     has_switch_words: bool = False  # the template has no such switch, and looks for THINKS_NOT in messages
@@ -149,6 +152,7 @@ class Dialect:
             answer_tags=next((tags for sign, tags in _ANSWER_TAGS if sign in source), None),
             takes_tools=takes_tools,
             tells_calls="tool_calls" in source,
+            has_responses="tool_responses" in source and "tool_call_id" not in source,
             switches=_SWITCHES & variables,
             has_two_efforts=_SETTINGS in source,
             has_switch_words=THINKS_NOT in source and not _SWITCHES & variables,
@@ -221,6 +225,8 @@ class Dialect:
                 return BareJsonSyntax(names, COMMAND_TAGS)
             case "hunyuan_a13b":
                 return DeepSeekSyntax(HUNYUAN)
+            case "gemma4":
+                return GemmaSyntax(use.schemas)
             case "nemotron_json":
                 return HermesSyntax(NEMOTRON_TAGS)
             case "json":

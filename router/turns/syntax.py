@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from .values.gemma_text import ArgumentsWalk
 from .values.json_text import Scans, dumps, escaped, loads, skip_blank
 from .values.python_text import ValueWalk
 
@@ -70,7 +71,7 @@ class Progress:
     One belongs to one segment of one text that grows.
     """
 
-    __slots__ = ("at", "calls", "inner", "scans", "walk", "written")
+    __slots__ = ("arguments", "at", "calls", "inner", "scans", "walk", "written")
 
     def __init__(self) -> None:
         self.scans = Scans()
@@ -79,6 +80,7 @@ class Progress:
         self.at = 0  # where the rest begins; 0: nothing was read
         self.inner: Progress | None = None  # of the array, or the call, that begins there
         self.walk: ValueWalk | None = None  # through the value that is being written in Python
+        self.arguments: ArgumentsWalk | None = None  # through those that are being written in Gemma 4's form
 
 
 class Syntax(Protocol):

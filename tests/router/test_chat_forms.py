@@ -45,6 +45,10 @@ FORMS = {
         '<｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n{"query": "y"}\n```<｜tool▁call▁end｜>'
         "<｜tool▁calls▁end｜>"
     ),
+    "gemma4": (
+        '<|tool_call>call:search{query:<|"|>x<|"|>,limit:2}<tool_call|>'
+        '<|tool_call>call:search{query:<|"|>y<|"|>}<tool_call|>'
+    ),
     "hunyuan_a13b": f"<tool_calls>{LIST}</tool_calls>",
     "nemotron_json": f"<TOOLCALL>{LIST}</TOOLCALL>",
     "cohere_command3": (

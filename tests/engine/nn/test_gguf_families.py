@@ -211,6 +211,7 @@ def test_experts_of_blocks_are_multiplied_as_they_are(tmp_path: Path) -> None:
     ("tokens", "ends"),
     [
         (["<end_of_turn>"], {1, 3}),  # Gemma's
+        (["<turn|>", "<|tool_response>"], {1, 3, 4}),  # Gemma 4's: it ends its calls where their results would begin
         (["<|end|>", "<|user|>"], {1, 3}),  # Phi's
         (["<|end|>", "<|return|>", "<|call|>"], {1, 4, 5}),  # gpt-oss's, whose turns have several parts
     ],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvferry.router.turns.deepseek import HUNYUAN, DeepSeekSyntax
 from kvferry.router.turns.either_syntax import EitherSyntax
+from kvferry.router.turns.gemma import GemmaSyntax
 from kvferry.router.turns.json_syntaxes import (
     COMMAND_TAGS,
     GRANITE_TAGS,
@@ -41,6 +42,7 @@ WORDS = (
     "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="search">', "</invoke>", "</parameter>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
     "<function_calls>", "</function_calls>", "search(", ")", "=", "'", "[search(query=",
+    "<|tool_call>", "<tool_call|>", '<|"|>', "call:search{", "limit:", "<|tool", "<tool_call|",
 )  # fmt: skip
 VALUES: tuple[object, ...] = (
     "x", "", "a \"quoted\" \\ back", "{not} [json", "</tool_call>", "line\nbreak", "ü😀", 0, -1.5, True, None, [1, [2]],
@@ -156,6 +158,22 @@ def _pythonic(rng: random.Random, name: str, arguments: dict[str, object]) -> st
     return rng.choice(["", "<|python_start|>"]) + f"[{', '.join(calls)}]" + rng.choice(["", "<|python_end|>"])
 
 
+def _gemma(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
+    call = f"<|tool_call>call:{name}{_gemma_value(arguments)}<tool_call|>"
+    return rng.choice(["", "\n"]).join([call] * rng.randint(1, 2))
+
+
+def _gemma_value(value: object) -> str:
+    match value:
+        case str():
+            return f'<|"|>{value}<|"|>'
+        case dict():
+            return "{" + ",".join(f"{key}:{_gemma_value(child)}" for key, child in sorted(value.items())) + "}"
+        case list():
+            return "[" + ",".join(map(_gemma_value, value)) + "]"
+    return json.dumps(value)
+
+
 def _told_otherwise(rng: random.Random, name: str, arguments: dict[str, object]) -> str:
     return rng.choice([_coder, _hermes])(rng, name, arguments)
 
@@ -179,6 +197,7 @@ FORMS: dict[str, Form] = {
     "seed_oss": Form(QwenCoderSyntax(SCHEMAS, SEED), _seed),
     "glm": Form(PairedSyntax(GLM, SCHEMAS), _glm),
     "minimax_m2": Form(PairedSyntax(MINIMAX, SCHEMAS), _minimax),
+    "gemma4": Form(GemmaSyntax(SCHEMAS), _gemma),
     "told otherwise": Form(EitherSyntax(QwenCoderSyntax(SCHEMAS)), _told_otherwise),
 }
 

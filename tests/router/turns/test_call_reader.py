@@ -105,6 +105,10 @@ def test_what_is_written_in_the_form_is_read_back(name: str) -> None:
         tool, arguments = rng.choice(NAMES), arguments_of(rng)
         if name == "pythonic":  # where the schema wants a text, all is one
             arguments = {key: value for key, value in arguments.items() if isinstance(value, str)}
+        if name == "gemma4":  # the same for what is no text
+            arguments = {
+                key: value for key, value in arguments.items() if value is None or isinstance(value, str | list)
+            }
         if name in UNTYPED:  # no types but the schema's, and no way to quote its own tags
             properties = SCHEMAS[tool].get("properties", {})
             assert isinstance(properties, dict)

@@ -58,6 +58,7 @@ def _dialect(source: str, *parsers: Any) -> Dialect:
         ("{{ tools }}<tool_calls><tool_call>name\n```json", "hunyuan_a13b", True, "none"),
         ("{{ tools }}<|START_THINKING|><|START_ACTION|>", "cohere_command3", True, "cohere_command3"),
         ("{{ tools }}<|channel>thought\n<channel|>", "json", True, "gemma4"),
+        ("{{ tools }}<|tool_call>call:name{}<tool_call|><|channel>thought", "gemma4", True, "gemma4"),
         ("{{ tools }}<think><｜tool▁calls▁begin｜>", "deepseek_v3", True, "think"),
         ("<think><｜tool▁calls▁begin｜>", "hermes", False, "think"),
         ("{{ tools }}respond only with <|tool_call|>", "granite", True, "none"),
@@ -126,6 +127,7 @@ def test_an_operator_knows_better() -> None:
         "pythonic",
         "granite",
         "mistral",
+        "gemma4",
         "json",
     ],
 )
@@ -140,6 +142,7 @@ def test_calls_have_the_form_that_was_told_or_the_named_one_where_a_template_tak
         "pythonic": "[f()]",
         "granite": '<|tool_call|>[{"name": "f", "arguments": {}}]',
         "mistral": "[TOOL_CALLS]f{}",
+        "gemma4": "<|tool_call>call:f{}<tool_call|>",
     }.get(parser, '{"name": "f", "parameters": {}}')
     dialect = _dialect("{{ messages }}", parser)
     told = 'So. <tool_call>{"name": "f", "arguments": {}}</tool_call>'
