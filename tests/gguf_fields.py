@@ -228,6 +228,8 @@ def _write_experts(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, t
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
     if name in ("glm4moe", "dots1", "exaone-moe", "nemotron_h_moe"):
         writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if (narrower := told("moe_latent_size")) is not None:
+        writer.add_moe_latent_size(narrower)
     if name in ("glm4moe", "minimax-m2", "lfm2moe"):
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if name != "minimax-m2" and told("n_group") is not None:

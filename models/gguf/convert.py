@@ -36,7 +36,7 @@ from .tokenizer import write_gguf_tokenizer
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-_LAYER = re.compile(r"blk\.(\d+)\.((?:shortconv\.)?\w+)(?:\.(weight|bias|scale))?")
+_LAYER = re.compile(r"blk\.(\d+)\.((?:shortconv\.|nextn\.)?\w+)(?:\.(weight|bias|scale))?")
 _EXPERTS = re.compile(r"ffn_(gate_up|gate|up|down)_exps")
 _VECTORS = ("attn_sinks", "exp_probs_b", "layer_output_scale")  # of which a checkpoint's name is no module's
 _ROWS = ("ffn_gate_inp_shexp",)  # matrices of one row, which files may have as vectors

@@ -68,6 +68,7 @@ def _nemotron_h(file: ModelFile) -> Json:
         types += found
     return {
         "layers_block_type": types,
+        "moe_latent_size": file.integer("moe_latent_size", 0) or None,
         "partial_rotary_factor": 1.0,  # whatever the file tells of heads that are not turned
         "mamba_num_heads": own["mamba_n_heads"],
         "mamba_head_dim": own["mamba_d_head"],

@@ -115,6 +115,8 @@ NEMOTRON_H = {
     "ffn_gate_inp": "mixer.gate",
     "ffn_up_shexp": "mixer.shared_experts.up_proj",
     "ffn_down_shexp": "mixer.shared_experts.down_proj",
+    "ffn_latent_down": "mixer.fc1_latent_proj",
+    "ffn_latent_up": "mixer.fc2_latent_proj",
     "exp_probs_b": "mixer.gate.e_score_correction_bias",
 }
 FALCON_H1 = {

@@ -108,6 +108,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron_h": ("NemotronH", NEMOTRON_H | {"head_dim": 32}),
     "nemotron_h_moe": ("NemotronH", WITHOUT_MLP),
+    "nemotron_h_moe with narrower rows": ("NemotronH", WITHOUT_MLP | {"moe_latent_size": 40}),
     "falcon-h1": ("FalconH1", FALCON_H1 | {"mamba_n_groups": 1}),
     "qwen35": ("Qwen3_5Text", STATES),
     "qwen35moe": ("Qwen3_5MoeText", STATES | SHARED),
@@ -211,6 +212,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
 def _with_next_tokens(writer: gguf.GGUFWriter) -> None:
     plain_tokens(512)(writer)
     writer.add_nextn_predict_layers(1)
+    writer.add_tensor("blk.2.nextn.eh_proj.weight", ONE)
 
 
 @pytest.mark.parametrize(
