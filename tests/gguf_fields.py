@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .quantized import Array
+
 if TYPE_CHECKING:
     import gguf
     from torch import Tensor
@@ -17,7 +19,9 @@ _ARCHITECTURES = {
     "MixtralForCausalLM": "llama",
     "LlamaForCausalLM": "llama",
     "SmolLM3ForCausalLM": "smollm3",
+    "Llama4ForCausalLM": "llama4",
     "Ministral3ForCausalLM": "mistral3",
+    "Mistral4ForCausalLM": "mistral4",
     "ArceeForCausalLM": "arcee",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
@@ -58,10 +62,11 @@ _ARCHITECTURES = {
     "Glm4MoeLiteForCausalLM": "deepseek2",
 }
 # Converters that tell no size of heads.
-_WITHOUT_HEAD_DIM = ("phi3", "granite", "granitemoe", "granitehybrid", "lfm2", "lfm2moe", "olmo2", "deepseek2")
+LATENT = ("deepseek2", "mistral4")
+_WITHOUT_HEAD_DIM = ("phi3", "granite", "granitemoe", "granitehybrid", "lfm2", "lfm2moe", "olmo2", *LATENT)
 _WITH_WINDOWS = ("gemma2", "gemma3", "phi3", "gpt-oss", "exaone4", "exaone-moe", "cohere2")
 _DELTA_NETS = ("qwen3next", "qwen35", "qwen35moe")
-_TOLD_PARTS = ("glm4", "glm4moe", "minimax-m2", *_DELTA_NETS)
+_TOLD_PARTS = ("llama4", "glm4", "glm4moe", "minimax-m2", *_DELTA_NETS)
 
 
 def architecture_of(config: dict[str, Any]) -> str:
@@ -80,7 +85,7 @@ def write_fields(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, ten
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(_feed_forward(config, name, tensors))
     writer.add_head_count(config["num_attention_heads"])
-    if name != "deepseek2":
+    if name not in LATENT:
         writer.add_head_count_kv(_kv_heads(config))
     _write_norms(writer, config, name)
     if name not in _WITHOUT_HEAD_DIM:
@@ -133,7 +138,9 @@ def _feed_forward(config: dict[str, Any], name: str, tensors: dict[str, Tensor])
     if name == "gemma4" and config["use_double_wide_mlp"]:
         own, num_kept = config["intermediate_size"], num_layers(config) - config["num_kv_shared_layers"]
         return [own if layer < num_kept else 2 * own for layer in range(num_layers(config))]
-    size: int = config.get("intermediate_size") or config["moe_intermediate_size"]
+    size: int = (
+        config.get("intermediate_size_mlp") or config.get("intermediate_size") or config["moe_intermediate_size"]
+    )
     return size
 
 
@@ -172,6 +179,8 @@ def _write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> N
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, config["head_dim"]))
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         if rope.get("attention_factor") is not None:
@@ -193,6 +202,14 @@ def _write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> N
             writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32))
 
 
+def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
+    """Return by what frequencies are divided."""
+    lengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    assert rope["low_freq_factor"] == rope["high_freq_factor"] == 1.0
+    factors = np.where(lengths < rope["original_max_position_embeddings"], 1.0, rope["factor"])
+    return np.asarray(factors, np.float32)
+
+
 def _write_experts(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:
     import gguf
 
@@ -209,10 +226,10 @@ def _write_experts(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, t
     if not count:
         return
     writer.add_expert_used_count(told("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"))
-    size = told("moe_intermediate_size") or (name in ("gpt-oss", "minimax-m2") and config["intermediate_size"])
-    if size:
+    has_one_size = name in ("gpt-oss", "minimax-m2", "llama4")
+    if size := told("moe_intermediate_size") or (has_one_size and config["intermediate_size"]):
         writer.add_expert_feed_forward_length(size if isinstance(size, int) else size[0])
-    if name == "deepseek2":
+    if name in LATENT:
         return  # `gguf_latents.py`
     shared_count = told("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
     if shared_count is not None:
@@ -222,7 +239,7 @@ def _write_experts(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, t
         first = config["mlp_layer_types"].index("sparse")
     if first is not None:
         writer.add_leading_dense_block_count(first)
-    if (step := told("moe_layer_interval")) is not None:
+    if (step := told("moe_layer_interval", "interleave_moe_layer_step")) is not None:
         writer.add_interleave_moe_layer_step(step)
     if told("routed_scaling_factor") is not None:
         writer.add_expert_weights_scale(config["routed_scaling_factor"])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from kvferry.models.token_bytes import _BYTE_ALPHABET
 
 from .checkpoints import SPECIAL_TOKENS
-from .gguf_fields import architecture_of, num_layers, write_fields
+from .gguf_fields import LATENT, architecture_of, num_layers, write_fields
 from .gguf_latents import heads_apart, write_latents
 from .gguf_states import FileTensor, file_tensors
 from .quantized import Array, interleaved, random_blocks
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _EXPERT = re.compile(r"((?:model|backbone)\.layers\.\d+\.\w+)\.experts\.(\d+)\.(\w+)\.weight")
 _GRANITE_STACK = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.input_linear\.weight")
-_STACK = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
+_STACK = re.compile(r"model\.layers\.\d+\.(?:mlp|feed_forward)\.experts\.(gate_up|down)_proj(_bias)?")
 _SCALES = {"scale": "router.proj", "per_expert_scale": "experts.down_proj"}  # of Gemma 4's experts
 _PERMUTED = ("llama", "smollm3", "mistral3", "arcee", "granite", "granitemoe", "granitehybrid")
 _MOVED_NORMS = ("gemma2", "gemma3", "qwen3next", "qwen35")
@@ -59,7 +59,7 @@ def write_as_gguf(
     own = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     writer = gguf.GGUFWriter(path, name, split_max_tensors=tensors_per_file)
     write_fields(writer, config, name, plain)
-    if name == "deepseek2":
+    if name in LATENT:
         write_latents(writer, config, is_old=is_old)
     (fields or plain_tokens(config["vocab_size"]))(writer)
     tensors = _Tensors(writer, gguf.get_tensor_name_map(own, num_layers(config)), config, name, kinds or {})
@@ -134,7 +134,7 @@ class _Tensors:
         return meant
 
     def _add(self, key: str, values: Array) -> Array:
-        if _STACK.fullmatch(key):
+        if self._arch in ("gpt-oss", "llama4") and _STACK.fullmatch(key):
             return self._add_stack(key, values)
         if match := _GRANITE_STACK.fullmatch(key):
             return self._add_granite_stack(match[1], values)
@@ -188,7 +188,7 @@ class _Tensors:
         return values
 
     def _add_stack(self, key: str, values: Array) -> Array:
-        """Add gpt-oss's experts: [experts, in, 2 inner], [experts, inner, out] or biases."""
+        """Add gpt-oss's or Llama 4's experts: [experts, in, 2 inner], [experts, inner, out] or biases."""
         is_bias, is_down = key.endswith("_bias"), "down_proj" in key
         layer = key.rpartition(".")[0]
         if is_bias:
@@ -200,7 +200,9 @@ class _Tensors:
         kind = self._kind(key)
         rows, plain = _of_kind(kind, self._rng, values.transpose(0, 2, 1).reshape(-1, size_in))
         rows, plain = rows.reshape(count, size_out, -1), plain.reshape(count, size_out, size_in)
-        parts = {"down_proj": rows} if is_down else {"gate_proj": rows[:, ::2], "up_proj": rows[:, 1::2]}
+        half, is_apart = size_out // 2, self._arch == "llama4"
+        gate, up = (rows[:, :half], rows[:, half:]) if is_apart else (rows[:, ::2], rows[:, 1::2])
+        parts = {"down_proj": rows} if is_down else {"gate_proj": gate, "up_proj": up}
         for part, own in parts.items():
             self._put(f"{layer}.{part}", ".weight", np.ascontiguousarray(own), kind)
         return plain.transpose(0, 2, 1)

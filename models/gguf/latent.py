@@ -1,4 +1,4 @@
-"""Latent attention of a GGUF file (DeepSeek): its sizes, and the matrices that make keys and values of latents.
+"""Latent attention of a GGUF file (DeepSeek, Mistral 4): its sizes, and what makes keys and values of latents.
 
 Newer files have these as llama.cpp multiplies by them, of each head by itself, and tell of keys and values as wide as
 what is kept of a token; older ones have a checkpoint's one matrix, and the widths of heads.
@@ -25,6 +25,8 @@ HALVES = ("attn_k_b", "attn_v_b")
 _SOFTMAX, _SIGMOID = (0, 1), 2  # of `expert_gating_func`: V2's, whose files may tell none, and V3's
 # llama.cpp's converter stores a tenth of a checkpoint's `mscale_all_dim`, which is its `mscale` in all published ones.
 _MSCALE = 10
+# By what the queries of all published Mistral 4 grow; llama.cpp's converter does not tell it, so there they do not.
+_GROWTH = 0.1
 
 
 def has_sigmoid(fields: GgufFields) -> bool:
@@ -34,13 +36,40 @@ def has_sigmoid(fields: GgufFields) -> bool:
 
 def latent_fields(file: ModelFile) -> Json:
     """Return a DeepSeek's own fields of config.json. Raises ValueError."""
-    fields, count = file.fields, file.integer
-    if not (is_v3 := has_sigmoid(fields)) and (scoring := count("expert_gating_func", 0)) not in _SOFTMAX:
-        raise ValueError(f"{fields.of_model('expert_gating_func')} = {scoring} is not supported")
-    turned, chosen = count("rope.dimension_count"), chosen_fields(file)
-    if chosen["norm_topk_prob"] and not is_v3:
-        raise ValueError(f"{fields.of_model('expert_weights_norm')} = True is not supported with scores of softmax")
-    found: Json = chosen | {
+    is_v3 = has_sigmoid(file.fields)
+    if not is_v3:
+        _check_softmax(file)
+    found = _sizes_and_routing(file)
+    if found["norm_topk_prob"] and not is_v3:
+        named = file.fields.of_model("expert_weights_norm")
+        raise ValueError(f"{named} = True is not supported with scores of softmax")
+    return found | {"topk_method": "noaux_tc" if is_v3 else "group_limited_greedy"}
+
+
+def growing_fields(file: ModelFile) -> Json:
+    """Return a Mistral 4's own fields: a DeepSeek's, and how its queries grow. Raises ValueError."""
+    _check_softmax(file)
+    found = _sizes_and_routing(file)
+    rope = found.get("rope_scaling", file.config["rope_scaling"])
+    growth = file.number("attention.temperature_scale", _GROWTH)
+    if rope is None or not growth:
+        return found
+    original = rope["original_max_position_embeddings"]
+    if (length := file.integer("attention.temperature_length", original)) != original:
+        named = file.fields.of_model("attention.temperature_length")
+        raise ValueError(f"{named} = {length}: queries grow from the original context of {original} on")
+    return found | {"rope_scaling": rope | {"llama_4_scaling_beta": growth}}
+
+
+def _check_softmax(file: ModelFile) -> None:
+    if (scoring := file.integer("expert_gating_func", 0)) not in _SOFTMAX:
+        raise ValueError(f"{file.fields.of_model('expert_gating_func')} = {scoring} is not supported")
+
+
+def _sizes_and_routing(file: ModelFile) -> Json:
+    count = file.integer
+    turned = count("rope.dimension_count")
+    found: Json = chosen_fields(file) | {
         "num_key_value_heads": file.config["num_attention_heads"],
         "q_lora_rank": count("attention.q_lora_rank", 0) or None,
         "kv_lora_rank": count("attention.kv_lora_rank"),
@@ -48,7 +77,6 @@ def latent_fields(file: ModelFile) -> Json:
         "qk_nope_head_dim": count("attention.key_length_mla", count("attention.key_length")) - turned,
         "v_head_dim": count("attention.value_length_mla", count("attention.value_length")),
         "n_routed_experts": file.config["num_experts"],
-        "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy",
     }
     log_multiplier = file.number("rope.scaling.yarn_log_multiplier", 0.0)
     if file.config["rope_scaling"] is not None and log_multiplier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .latent import latent_fields
+from .latent import growing_fields, latent_fields
 from .model_file import Json, ModelFile
 from .multipliers import granite_fields
 from .rope import LLAMA3_FACTORS
@@ -12,6 +12,8 @@ from .routing import SPARSE_FIELDS
 from .state_fields import STATE_FIELDS
 from .windows import windows
 
+_LLAMA4_PERIOD, _LLAMA4_CHUNK = 4, 8192  # layers, the last of which sees everything; tokens
+_MAVERICK_EXPERTS = 128  # of the Llama 4 that does not norm its heads
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the models whose scores go by the hidden size
 
 
@@ -131,6 +133,28 @@ def _ministral(file: ModelFile) -> Json:
     return {"rope_scaling": rope | same | {"llama_4_scaling_beta": scale}}
 
 
+def _llama4(file: ModelFile) -> Json:
+    """Return Llama 4's own fields: most of them are in llama.cpp's code alone (`src/models/llama4.cpp`)."""
+    num_layers, window = file.config["num_hidden_layers"], file.fields.of_model("attention.sliding_window")
+    if file.fields.find(window) == 0:
+        raise ValueError(f"{window} = 0: a Llama 4 none of whose layers attend in chunks is not supported")
+    kinds = windows(file.fields, num_layers)["layer_types"]
+    turned = [int((layer + 1) % _LLAMA4_PERIOD != 0) for layer in range(num_layers)]
+    if [kind == "sliding_attention" for kind in kinds] != [bool(each) for each in turned]:
+        raise ValueError(f"{window}_pattern: all but each {_LLAMA4_PERIOD}th layer attend in chunks and turn positions")
+    return {
+        "attention_chunk_size": _LLAMA4_CHUNK,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": True,
+        "floor_scale": _LLAMA4_CHUNK,
+        "interleave_moe_layer_step": file.fields.count("interleave_moe_layer_step"),
+        "intermediate_size": file.fields.count("expert_feed_forward_length"),
+        "intermediate_size_mlp": file.config["intermediate_size"],
+        "no_rope_layers": turned,
+        "use_qk_norm": file.config["num_experts"] != _MAVERICK_EXPERTS,
+    }
+
+
 def _glm4(file: ModelFile) -> Json:
     if file.fields.find(key := file.fields.of_model("rope.dimension_sections")) is not None:
         raise ValueError(f"{key}: heads in the order of images are not supported")
@@ -159,7 +183,9 @@ OWN_FIELDS: dict[str, Callable[[ModelFile], Json]] = {
     "gpt-oss": _gpt_oss,
     "granite": _granite,
     "granitemoe": _granite,
+    "llama4": _llama4,
     "mistral3": _ministral,
+    "mistral4": growing_fields,
     "olmo2": _olmo,
     "phi3": _phi3,
     "seed_oss": _seed_oss,

@@ -13,6 +13,9 @@ LLAMA3_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 FACTORS = (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS)
 
+# Turns over the original context: of fewer than the first a frequency is divided, of more than the second it is kept.
+# Llama 3.1's and those of all behind it, and Llama 4's, which are a step.
+_BANDS = ((1.0, 4.0), (1.0, 1.0))
 _KINDS = ("none", "linear", "yarn", "longrope")
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
 
@@ -79,12 +82,15 @@ def _longrope(fields: GgufFields, factors: Mapping[str, list[float]]) -> dict[st
 
 def _llama3(factors: list[float], theta: float, head_dim: int) -> dict[str, Any]:
     """Return the scaling of Llama 3.1 and later whose factors these are: the file has them, and not their cause."""
-    factor, low, high, original = round(max(factors), 3), 1.0, 4.0, 8192
-    for index, found in enumerate(factors):
-        turns = original * theta ** (-2 * index / head_dim) / (2 * math.pi)  # over the original context
-        share = min(1.0, max(0.0, (turns - low) / (high - low)))
-        if not math.isclose(found, 1 / ((1 - share) / factor + share), rel_tol=1e-3):
-            raise ValueError(f"{LLAMA3_FACTORS} is not the scaling of Llama 3.1")
+    factor, original = round(max(factors), 3), 8192
+    turns = [original * theta ** (-2 * index / head_dim) / (2 * math.pi) for index in range(len(factors))]
+    for low, high in _BANDS:
+        kept = [float(each > low) if low == high else min(1.0, max(0.0, (each - low) / (high - low))) for each in turns]
+        wanted = [1 / ((1 - share) / factor + share) for share in kept]
+        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(factors, wanted, strict=True)):
+            break
+    else:
+        raise ValueError(f"{LLAMA3_FACTORS} is not the scaling of Llama 3.1")
     return {
         "rope_type": "llama3",
         "factor": factor,

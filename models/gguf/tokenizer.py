@@ -107,6 +107,7 @@ _RULES = {
     "hunyuan": _Rules(_ONE_DIGIT),
     "seed-coder": _Rules(_ONE_DIGIT.replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+")),
     "gpt-4o": _GPT4O,  # gpt-oss, Phi-4-mini
+    "llama4": _GPT4O,
     "minimax-m2": _GPT4O,
     "tekken": _Rules("|".join([*_CASED, r"\p{N}", _REST]), whole_words=True, bos=True),
 }

@@ -6,7 +6,12 @@ from .fields import GgufFields
 from .model_file import Json
 
 # Of layers, the last of which sees everything.
-_PERIODS = {"cohere2": 4, "exaone4": 4, "exaone-moe": 4, "gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}
+_PERIODS = {
+    **dict.fromkeys(("cohere2", "exaone4", "exaone-moe", "llama4", "olmo2"), 4),
+    "gemma2": 2,
+    "gemma3": 6,
+    "gpt-oss": 2,
+}
 
 
 def windows(fields: GgufFields, num_layers: int) -> Json:

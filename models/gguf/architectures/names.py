@@ -56,6 +56,7 @@ LATENT = {
 }
 
 LLAMA = {**ATTENTION, **MLP, **NORMS}
+LLAMA4 = {**ATTENTION, **NORMS, **{own: name.replace("mlp", "feed_forward") for own, name in MLP.items()}}
 QWEN3 = {**ATTENTION, **HEAD_NORMS, **NORMS}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 WINDOW = ("attention.sliding_window", "attention.sliding_window_pattern")
+GROWING = ("attention.temperature_scale", "attention.temperature_length")  # queries, with their positions
 EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 SHARED_SIZE = (*EXPERTS, "expert_shared_feed_forward_length")
 ROUTING = (

@@ -11,6 +11,7 @@ from .names import (
     HEAD_NORMS,
     LATENT,
     LLAMA,
+    LLAMA4,
     MLP,
     NORMS,
     NORMS_AROUND,
@@ -19,7 +20,7 @@ from .names import (
     SPARSE,
     shared,
 )
-from .reads import EXPERTS, MULTIPLIERS, ROUTING, SHARED_SIZE, WINDOW
+from .reads import EXPERTS, GROWING, MULTIPLIERS, ROUTING, SHARED_SIZE, WINDOW
 
 WITH_EXPERTS: dict[str, Architecture] = {
     "qwen2moe": Architecture(
@@ -123,6 +124,22 @@ WITH_EXPERTS: dict[str, Architecture] = {
         reads=(*ROUTING, "rope.scaling.yarn_log_multiplier"),
         experts="single",
         is_latent=True,
+    ),
+    "mistral4": Architecture(
+        family="Mistral4ForCausalLM",
+        model_type="mistral4",
+        layer={**LATENT, **MLP, **NORMS, **DEEPSEEK},
+        reads=(*ROUTING, *GROWING, "rope.scaling.yarn_log_multiplier"),
+        experts="single",
+        is_latent=True,
+    ),
+    "llama4": Architecture(
+        family="Llama4ForCausalLM",
+        model_type="llama4_text",
+        layer={**LLAMA4, "ffn_gate_inp": "feed_forward.router", **shared("feed_forward.shared_expert")},
+        reads=(*WINDOW, *EXPERTS),
+        experts="single",
+        expert_module="feed_forward",
     ),
     "gpt-oss": Architecture(
         family="GptOssForCausalLM",

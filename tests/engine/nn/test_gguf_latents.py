@@ -17,6 +17,7 @@ from kvferry.models.default import gguf_model_dir
 from kvferry.models.gguf.latent import latent_tensors
 from kvferry.models.gguf.tensors import Part
 
+from ...deepseek import write_deepseek
 from ...gguf_files import plain_tokens, write_as_gguf
 from ..weights.test_formats import BFLOAT16, FLOAT32, assert_as_transformers
 from .test_gguf_families import YARN, assert_same_model, write_drawn
@@ -45,15 +46,25 @@ DEEPSEEK_V2 = DEEPSEEK | {
 }
 DEEPSEEK_V3 = DEEPSEEK | {"q_lora_rank": 64, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
 GLM_LITE = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}
+MISTRAL_4 = {key: value for key, value in DEEPSEEK.items() if key != "head_dim"} | {
+    "first_k_dense_replace": 0,
+    "n_shared_experts": 1,
+    "q_lora_rank": 64,
+    "rope_parameters": YARN
+    | {"rope_theta": 10_000.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    | {"original_max_position_embeddings": 16},  # within the lengths of tests
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2 lite": ("DeepseekV2", DEEPSEEK_V2),
     "v2": ("DeepseekV2", DEEPSEEK_V3 | {"topk_method": "group_limited_greedy"}),
     "v3": ("DeepseekV3", DEEPSEEK_V3 | {"norm_topk_prob": True}),
+    "mistral4": ("Mistral4", MISTRAL_4),
 }
 
 
 def _checkpoint(path: Path, model: str) -> Path:
-    return write_drawn(path, *MODELS[model])
+    kind, fields = MODELS[model]
+    return write_deepseek(path, "mistral4", **fields) if kind == "Mistral4" else write_drawn(path, kind, fields)
 
 
 @pytest.mark.slow
@@ -91,18 +102,34 @@ def test_what_makes_keys_needs_what_makes_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "value", "named"),
+    ("model", "key", "value", "named"),
     [
-        ("add_expert_weights_norm", True, "expert_weights_norm = True is not supported with scores of softmax"),
-        ("add_uint32", 4, "expert_gating_func = 4 is not supported"),
+        ("v2", "expert_weights_norm", True, "expert_weights_norm = True is not supported with scores of softmax"),
+        ("v2", "expert_gating_func", 4, "expert_gating_func = 4 is not supported"),
+        ("mistral4", "expert_gating_func", 2, "expert_gating_func = 2 is not supported"),
+        ("mistral4", "attention.temperature_length", 8, "attention.temperature_length = 8: queries grow from the orig"),
     ],
 )
-def test_other_scores_are_refused(tmp_path: Path, method: str, value: object, named: str) -> None:
+def test_what_would_be_computed_wrongly_is_refused(
+    tmp_path: Path, model: str, key: str, value: int, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f".{named}")):
+        _with_field(tmp_path, model, key, value)
+
+
+@pytest.mark.parametrize("growth", [0.25, 0.0])
+def test_queries_grow_as_a_file_tells_where_it_does(tmp_path: Path, growth: float) -> None:
+    rope = ModelConfig.from_dir(_with_field(tmp_path, "mistral4", "attention.temperature_scale", growth)).rope
+    assert (rope.query_beta, rope.kind) == (growth, "yarn")
+
+
+def _with_field(path: Path, model: str, key: str, value: float) -> Path:
+    """Return the directory that a file with one field more becomes."""
+
     def add(writer: gguf.GGUFWriter) -> None:
         plain_tokens(512)(writer)
-        key = [] if method != "add_uint32" else ["deepseek2.expert_gating_func"]
-        getattr(writer, method)(*key, value)
+        add_value: Any = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add_value(f"{writer.arch}.{key}", value)
 
-    write_as_gguf(_checkpoint(tmp_path / "plain", "v2"), tmp_path / "m.gguf", fields=add)
-    with pytest.raises(ConfigError, match=re.escape(f"deepseek2.{named}")):
-        gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
+    write_as_gguf(_checkpoint(path / "plain", model), path / "m.gguf", fields=add)
+    return gguf_model_dir(path / "m.gguf", cache=path / "cache")

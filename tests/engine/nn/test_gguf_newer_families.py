@@ -31,6 +31,7 @@ from ...transformers_checkpoints import (
     GEMMA_4,
     GEMMA_4_BORROWING,
     GEMMA_4_MOE,
+    LLAMA_4,
     NEMOTRON_H,
     NEMOTRON_H_MOE,
     STATES,
@@ -67,6 +68,15 @@ WITHOUT_MLP = NEMOTRON_H_MOE | {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
     "intermediate_size": 32,
 }
+LLAMA_4_ROPE = {  # a step among the frequencies
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+SCOUT = LLAMA_4 | {"attention_chunk_size": 8192, "floor_scale": 8192}  # as llama.cpp's code has them
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
     "mistral3": ("Ministral3", {"rope_parameters": MINISTRAL, "sliding_window": None}),
@@ -77,6 +87,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": ("Gemma4Text", GEMMA_4),
     "gemma4 that borrows": ("Gemma4Text", GEMMA_4_BORROWING),
     "gemma4 with experts": ("Gemma4Text", GEMMA_4_MOE),
+    "llama4": ("Llama4Text", SCOUT | {"rope_parameters": LLAMA_4_ROPE}),
+    "llama4 without norms of heads": ("Llama4Text", SCOUT | {"num_local_experts": 128, "use_qk_norm": False}),
     "glm4": ("Glm4", PARTS),
     "exaone4": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 20}),
     "exaone4 without windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
@@ -116,13 +128,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Of a mixture stored in one tensor a file's directory has each expert's; what transformers computes of it is compared.
-STACKED = ("gemma4 with experts", "granitemoe", "granitehybrid with experts")
+STACKED = ("gemma4 with experts", "llama4", "llama4 without norms of heads", "granitemoe", "granitehybrid with experts")
 # Kinds of blocks, and what such a model has beside `MODELS`.
 WIDE = {"linear_value_head_dim": 32, "linear_key_head_dim": 32}
 QUANTIZED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "granitehybrid Q8_0": ("granitehybrid", {"shared_intermediate_size": 64}, {"": "Q8_0", "norm": "F32"}),
     "nemotron_h Q8_0": ("nemotron_h", {}, {"": "Q8_0"}),
     "gemma4 Q8_0": ("gemma4 that borrows", {"hidden_size_per_layer_input": 32}, {"": "Q8_0"}),
+    "llama4 Q8_0": ("llama4", {"intermediate_size": 64}, {"": "Q8_0", "router": "F32"}),
     "lfm2 Q4_0": ("lfm2", {}, {"": "Q4_0", "embed_tokens": "Q8_0"}),
     "qwen35 Q8_0": ("qwen35", WIDE, {"": "Q8_0"}),
     "qwen35 Q8_0, blocks of two heads": ("qwen35", {}, {"": "Q8_0"}),
@@ -179,7 +192,7 @@ def test_factors_that_are_in_the_weights_are_not_told(tmp_path: Path) -> None:
     assert_as_transformers(path, checkpoint)
 
 
-@pytest.mark.parametrize("variant", QUANTIZED)
+@pytest.mark.parametrize("variant", [name for name, (model, *_) in QUANTIZED.items() if model not in STACKED])
 def test_blocks_mean_the_same_numbers(tmp_path: Path, variant: str) -> None:
     path, checkpoint = _written(tmp_path, *QUANTIZED[variant])
     check_checkpoint(path, ModelConfig.from_dir(path))
@@ -192,7 +205,7 @@ def test_blocks_mean_the_same_numbers(tmp_path: Path, variant: str) -> None:
     _assert_same_tensors(found, wanted)
 
 
-@pytest.mark.parametrize("variant", ["gemma4 Q8_0", "granitehybrid Q8_0", "qwen35 Q8_0"])
+@pytest.mark.parametrize("variant", ["gemma4 Q8_0", "granitehybrid Q8_0", "llama4 Q8_0", "qwen35 Q8_0"])
 def test_blocks_are_multiplied_by(tmp_path: Path, variant: str) -> None:
     path, checkpoint = _written(tmp_path, *QUANTIZED[variant])
     assert_as_transformers(path, checkpoint, within=1e-3)  # of states errors grow from token to token
@@ -223,6 +236,8 @@ def _with_next_tokens(writer: gguf.GGUFWriter) -> None:
         ("lfm2", lambda writer: writer.add_shortconv_l_cache(0), "lfm2.shortconv.l_cache = 0 is less than 1"),
         ("nemotron_h", lambda writer: writer.add_tensor("blk.0.ffn_up.weight", ONE), "blk.0 is of mlp and linear_att"),
         ("qwen35", lambda writer: writer.add_tensor("blk.0.ssm_x.weight", ONE), "unknown tensor blk.0.ssm_x.weight"),
+        ("llama4", lambda writer: writer.add_sliding_window(0), "none of whose layers attend in chunks"),
+        ("llama4", lambda writer: writer.add_sliding_window_pattern([True] * 4), "all but each 4th layer attend in"),
         ("lfm2", lambda writer: writer.add_head_count_kv([2, 0]), "not a whole number for each of 4 layers"),
     ],
 )
