@@ -14,7 +14,7 @@ from ..catalogue.version import Version
 from ..helpers.grammar_checker import GrammarChecker
 from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
-from ..turns.lazy import answering_grammar, free_grammar
+from ..turns.lazy import answering_grammar, free_grammar, keeps_schemas
 from ..turns.values.json_text import dumps
 from .answer import Answer, PromptText
 from .chat_turns import TurnOptions
@@ -86,7 +86,8 @@ async def chat_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | N
     if grammar is None:
         return ChatGrammar(asked, asked is None, ("tools.strict",) if asked is None else ("tools",))
     assert version.grammars is not None
-    return ChatGrammar(await _checked_calls(version.grammars, grammar, use), is_free=asked is None)
+    unkept = () if keeps_schemas(use, version.dialect) else ("tools.strict",)
+    return ChatGrammar(await _checked_calls(version.grammars, grammar, use), asked is None, unkept)
 
 
 async def _checked_calls(grammars: GrammarChecker, grammar: Grammar, use: ToolUse) -> CheckedGrammar:

@@ -290,8 +290,13 @@ async def test_the_form_of_text_is_for_answers_that_have_text() -> None:
     assert served.request.grammar is not None and served.request.grammar.grammar.kind == "json_schema"
 
 
-def _strict() -> list[dict[str, Any]]:
-    return [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]  # type: ignore[dict-item]
+def _strict(**said: str) -> list[dict[str, Any]]:
+    """`said`: of its parameter, besides."""
+    function: Any = TOOLS[0]["function"]
+    parameters = function["parameters"]
+    if said:
+        parameters = {**parameters, "properties": {"query": {"type": "string", **said}}}
+    return [{"type": "function", "function": {**function, "parameters": parameters, "strict": True}}]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +304,8 @@ def _strict() -> list[dict[str, Any]]:
     [
         ({"tools": _strict()}, "hermes", "lark", b"start: (before", None),
         ({"tools": _strict()}, "json", "lark", b"start: BLANK (text", None),
+        ({"tools": _strict()}, "gemma4", "lark", b'call: "call:search" part_', None),
+        ({"tools": _strict(pattern="a+")}, "gemma4", "lark", b'call: "call:search" any_object', "tools.strict"),
         ({"tools": _strict()}, "mistral", None, b"", "tools.strict"),
         ({"tools": _strict()}, "granite", None, b"", "tools.strict"),
         ({"response_format": {"type": "json_object"}}, "granite", "lark", b"start: answer |", None),

@@ -15,7 +15,6 @@ from kvferry.router.turns.definitions import parse_tool_use
 from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.gemma import GemmaSyntax
 from kvferry.router.turns.gemma_history import with_responses
-from kvferry.router.turns.lazy import is_guidable
 from kvferry.router.turns.syntax import Call
 
 from .. import fakes
@@ -187,7 +186,6 @@ def test_a_call_that_must_come_is_read_as_the_json_that_its_grammar_lets_through
     reader = _dialect(LATER).without_reasoning.reader(use, begins_inside=False)
     turn = reader.push('[{"name": "f", "arguments": {"days": 2}}]', is_final=True)
     assert joined_calls(turn.calls) == [Call("f", '{"days": 2}')]
-    assert not is_guidable(_dialect(LATER), is_free=False)  # in `auto` its form is no JSON
 
 
 HISTORY: list[dict[str, Any]] = [

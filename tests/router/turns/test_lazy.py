@@ -29,6 +29,8 @@ TOOLS = [
 ANSWER = Grammar("json_schema", b'{"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}')
 ROME = '{"name": "weather", "arguments": {"city": "Rome"}}'
 NOTE = '{"name": "note", "arguments": {"anything": ["at", "all"]}}'
+GEMMA_ROME, GEMMA_PARIS = ('call:weather{city:<|"|>' + city + '<|"|>}' for city in ("Rome", "Paris"))
+GEMMA_NOTE = 'call:note{anything:[<|"|>at < all<|"|>,{b:null,c:-1.5e3}],more:{}}'
 PARIS = '{"name": "weather", "arguments": {"city": "Paris"}}'
 
 
@@ -82,6 +84,26 @@ def _takes(matcher: AnswerMatcher, vocabulary: Vocabulary, text: str) -> bool:
             [f"<TOOLCALL>[{PARIS}]</TOOLCALL>", f"<TOOLCALL>{ROME}</TOOLCALL>", f"<TOOLCALL>[{ROME}, {PARIS}]"],
         ),
         (
+            "gemma4",
+            [
+                "",
+                "no call",
+                '{"x": [',
+                "one <|tool_cal",
+                f"So. <|tool_call>{GEMMA_ROME}<tool_call|>",
+                f"<|tool_call>{GEMMA_NOTE}<tool_call|>\n<|tool_call>{GEMMA_ROME}<tool_call|> done",
+                '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:-3}<tool_call|>',
+            ],
+            [
+                f"<|tool_call>{GEMMA_PARIS}<tool_call|>",
+                "a<|tool_call>b",
+                "<|tool_call>call:weather{days:3}<tool_call|>",
+                '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:1.5}<tool_call|>',
+                '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,more:1}<tool_call|>',
+                f"<|tool_call>{GEMMA_ROME}<tool_call|><|tool_call>{GEMMA_PARIS}",
+            ],
+        ),
+        (
             "json",
             ["", "no call {", " a", ROME, f"[{ROME},{NOTE}]", f"\n{NOTE}"],
             [PARIS, '{"x": 1}', f"[{ROME},{PARIS}]", f" {PARIS}"],
@@ -111,6 +133,7 @@ def test_tools_that_are_not_allowed_are_not_called(vocabulary: Vocabulary, parse
     [
         ("hermes", "<tool_call>{}</tool_call>"),
         ("nemotron_json", "<TOOLCALL>[{}]</TOOLCALL>"),
+        ("gemma4", "<|tool_call>{}<tool_call|>"),
         ("llama3_json", "{}"),
         ("json", "{}"),
     ],
@@ -119,8 +142,9 @@ def test_an_answer_of_a_form_stands_for_itself_or_calls(vocabulary: Vocabulary, 
     grammar = answering_grammar(_use(parallel=False), Dialect(parser), _no_special, ANSWER)
     assert grammar is not None
     first = compile_grammar(vocabulary, grammar)
-    good = ['{"x": 3}', call.replace("{}", ROME), call.replace("{}", NOTE)]
-    bad = ["text", "", '{"x": "a"}', call.replace("{}", PARIS), '{"x": 3}' + call.replace("{}", ROME)]
+    rome, note, paris = (GEMMA_ROME, GEMMA_NOTE, GEMMA_PARIS) if parser == "gemma4" else (ROME, NOTE, PARIS)
+    good = ['{"x": 3}', call.replace("{}", rome), call.replace("{}", note)]
+    bad = ["text", "", '{"x": "a"}', call.replace("{}", paris), '{"x": 3}' + call.replace("{}", rome)]
     assert [text for text in good if not _takes(first.fork(), vocabulary, text)] == []
     assert [text for text in bad if _takes(first.fork(), vocabulary, text)] == []
 
