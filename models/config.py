@@ -127,11 +127,6 @@ class ModelConfig:
         keeps_keys = self.states.keeps_keys if self.states is not None else self.has_mixer
         return tuple(layer for layer in range(self.num_layers) if self.has_mixer(layer) and keeps_keys(layer))
 
-    @property
-    def num_kept_layers(self) -> int:
-        """Count the layers up to the last one that keeps something: those behind it matter to no later token."""
-        return self.num_layers if self.uneven is None else self.uneven.num_kept
-
     def has_mixer(self, layer: int) -> bool:
         """Tell whether tokens meet those before them in a layer."""
         return not self.blocks or self.blocks[layer] == "mixer"

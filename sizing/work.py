@@ -38,6 +38,7 @@ class Params(NamedTuple):
     head: int  # multiplied by the rows that sample, alone
     last: int  # of `layers`, what stands behind the last keys and values, or states, that are kept
     last_experts: int  # of `experts`, those there
+    borrowing: int  # of `last`, those of layers that keep nothing
 
 
 def count_params(model: ModelConfig) -> Params:
@@ -48,14 +49,23 @@ def count_params(model: ModelConfig) -> Params:
     last = sum(size for name, size in sizes.items() if _is_behind(name, model))
     last_experts = sum(size for name, size in experts.items() if _is_behind(name, model))
     head = model.vocab_size * model.hidden_size
-    return Params(sum(sizes.values()) - num_experts, num_experts, head, last - last_experts, last_experts)
+    borrowing = sum(size for name, size in sizes.items() if _layer_of(name) >= num_kept_layers(model))
+    return Params(sum(sizes.values()) - num_experts, num_experts, head, last - last_experts, last_experts, borrowing)
 
 
 def _is_behind(name: str, model: ModelConfig) -> bool:
     """Tell whether a matrix is multiplied by rows that sample alone, as no later token reads what comes of it."""
-    layer = int(found[1]) if (found := _LAYER.search(name)) else -1
-    last = model.num_kept_layers - 1
+    layer, last = _layer_of(name), num_kept_layers(model) - 1
     return layer > last or (layer == last and not _PROJECTED.search(name))
+
+
+def _layer_of(name: str) -> int:
+    return int(found[1]) if (found := _LAYER.search(name)) else -1
+
+
+def num_kept_layers(model: ModelConfig) -> int:
+    """Count the layers up to the last one that keeps something: those behind it matter to no later token."""
+    return model.num_layers if model.uneven is None else model.uneven.num_kept
 
 
 def mixers(model: ModelConfig) -> list[int]:
@@ -90,9 +100,9 @@ def num_causal_pairs(num_tokens: int, window: int | None) -> int:
     return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
 
 
-def num_prompt_pairs(num_tokens: int, model: ModelConfig) -> int:
-    """Count the pairs of a prompt in all layers together; those of wider heads by as much more."""
-    attending = _attending(model, attending_layers(model))
+def num_prompt_pairs(num_tokens: int, model: ModelConfig, num_layers: int | None = None) -> int:
+    """Count the pairs of a prompt in all layers together, or the first ones; those of wider heads by as much more."""
+    attending = _attending(model, [layer for layer in attending_layers(model) if layer < (num_layers or math.inf)])
     return round(sum(width * num_causal_pairs(num_tokens, window) for window, width in attending))
 
 
@@ -100,7 +110,7 @@ def num_spared_pairs(num_tokens: int, model: ModelConfig) -> float:
     """Count those of a prompt's pairs that are not of the tokens alone which sample: of the layers behind the last keys
     and values that are kept, and of the layer that keeps them.
     """
-    layers = [layer for layer in attending_layers(model) if layer >= model.num_kept_layers - 1]
+    layers = [layer for layer in attending_layers(model) if layer >= num_kept_layers(model) - 1]
     return sum(width * num_causal_pairs(num_tokens, window) for window, width in _attending(model, layers))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvferry.models.config import ModelConfig
-from kvferry.sizing.work import count_params, flops_per_pair, num_prompt_pairs, num_visible_keys
+from kvferry.sizing.work import count_params, flops_per_pair, num_kept_layers, num_prompt_pairs, num_visible_keys
 
 Bound = Literal["compute", "memory"]
 
@@ -63,12 +63,13 @@ def prefill_work(model: ModelConfig, num_tokens: int, item_bytes: int) -> Work:
     """A prompt from nothing to its first token, in one pass over the weights whatever the chunks are.
 
     FLOP: 2 P n for the products, 4 * num_qo_heads * head_dim for each causal pair and layer (2 L H D n^2 without a
-    window), and the head for the one row that samples. The last layer is counted whole: an engine that computes that
-    row alone behind its keys and values has so much less to do.
+    window), and the head for the one row that samples. The last layer that keeps keys and values is counted whole: an
+    engine that computes that row alone behind these has so much less to do. Layers behind it see that row alone.
     """
-    pairs = num_prompt_pairs(num_tokens, model)
+    pairs = num_prompt_pairs(num_tokens, model, num_kept_layers(model))
     params = count_params(model)
+    products = (params.layers - params.borrowing) * num_tokens + params.borrowing + params.head
     return Work(
-        flops=2 * params.layers * num_tokens + flops_per_pair(model) * pairs + 2 * params.head,
+        flops=2 * products + flops_per_pair(model) * pairs,
         num_bytes=(params.layers + params.head) * item_bytes,
     )

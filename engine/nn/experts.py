@@ -69,12 +69,6 @@ class Gate(Linear):
             weights = weights * self.factors[1][chosen]
         return chosen, weights * experts.scale
 
-    def take_factors(self) -> None:
-        """Have the matrix multiply rows by their factors: from now on it is for rows as they are."""
-        if self.factors is not None:
-            assert isinstance(self.weight, DenseWeight)
-            self.weight.plain.mul_(self.factors[0] * self.weight.num_inputs**-0.5)
-
     def _of_best_groups(self, ranked: Tensor) -> Tensor:
         """A group is worth its best expert (DeepSeek-V2), or its best two (V3)."""
         groups = ranked.view(len(ranked), self.experts.num_groups, -1)

@@ -56,10 +56,12 @@ public:
                Element* gates, HeadScratch& own) const {
         const AttentionBlock& attention = layer.attention;
         const long d = heads_.dim, qo = heads_.num_qo, kv = attention.num_made == 1 ? 0 : heads_.num_kv;
-        const Squares all = attention.has_whole_norms && squares == nullptr ? this->squares(heads) : squares ? *squares : Squares{};
+        const bool adds_up = attention.has_whole_norms && squares == nullptr;
+        const Squares all = adds_up ? this->squares(heads) : squares ? *squares : Squares{};
         for (long head = 0; head < qo; head++, heads += d) {
             const Norm norm = this->norm(attention, attention.q_norm, heads, head, all.queries, qo);
-            rotation_.turn(heads, norm.weight, norm.factor, token, rotation_.query_factor(token), own.head.data(), queries + head * d);
+            const float by = rotation_.query_factor(token);
+            rotation_.turn(heads, norm.weight, norm.factor, token, by, own.head.data(), queries + head * d);
             if (!m_.has_gates) continue;
             heads += d;
             for (long i = 0; i < d; i += 16) store(gates + head * d + i, sigmoid(load(heads + i)));
@@ -71,7 +73,8 @@ public:
             put(pages, position, 0, own, [&](Element* key) {
                 rotation_.turn(heads, norm.weight, norm.factor, token, 1.0f, own.head.data(), key);
             });
-            put(pages, position, pages.values, own, [&, value = attention.num_made == 2 ? heads : heads + kv * d](Element* target) {
+            const float* const value = attention.num_made == 2 ? heads : heads + kv * d;
+            put(pages, position, pages.values, own, [&](Element* target) {
                 const Vector factor = repeat(attention.norms_values ? inverse_rms(value, d, float(m_.norm_eps)) : 1.0f);
                 for (long i = 0; i < d; i += 16) store(target + i, load(value + i) * factor);
             });
@@ -110,7 +113,7 @@ public:
             PromptAttention& attention = own.prompt_attention;
             return attention.attend_latents(pages, heads, piece.kv_heads, piece.tokens, position, heads, stride);
         }
-        const Element* sinks = layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + piece.kv_head * heads_.group();
+        const Element* sinks = this->sinks(layer, piece.kv_head);
         if (piece.tokens == 1 && !is_exact_) {
             const long first = sight.first_key(position);
             if (pages.has_int8) {
@@ -135,8 +138,7 @@ public:
         const long start = first / kTileKeys * kTileKeys;
         const Range tiles = share((last - start + kTileKeys - 1) / kTileKeys, piece.part, piece.parts);
         const Range keys{std::max(first, start + tiles.first * kTileKeys), std::min(last, start + tiles.last * kTileKeys)};
-        const Element* sinks = piece.part > 0 || layer.attention.sinks == nullptr ? nullptr
-                                                                                  : layer.attention.sinks + piece.kv_head * heads_.group();
+        const Element* sinks = piece.part > 0 ? nullptr : this->sinks(layer, piece.kv_head);
         memory += piece.part * part_size(heads_, piece.kv_heads);
         if (layer.attention.latents != nullptr) {
             return own.prompt_attention.attend_part(pages, queries, piece.kv_heads, keys, memory);
@@ -162,6 +164,11 @@ private:
         if (weight == nullptr) return {nullptr, 1.0f};
         if (!attention.has_whole_norms) return {weight, inverse_rms(values, heads_.dim, eps)};
         return {weight + head * heads_.dim, inverse_rms(squares, num_heads * heads_.dim * m_.num_ranks, eps)};
+    }
+
+    // Of the query heads that ask a KV head's keys; null: none.
+    const Element* sinks(const Layer& layer, long kv_head) const {
+        return layer.attention.sinks == nullptr ? nullptr : layer.attention.sinks + kv_head * heads_.group();
     }
 
     // Of latents, which are one head's key and value, whichever head asks.

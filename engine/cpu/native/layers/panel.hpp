@@ -13,7 +13,8 @@ struct Strides {
     explicit Strides(const Model& m)
         : hidden(padded(m.hidden_size, kTileColumns)), normed(of_inputs(m.hidden_size)), attended(of_inputs(mixed_size(m))),
           activated(of_inputs(std::max<long>(m.intermediate_size, m.input_size()))),
-          qkv(padded(m.qkv_size(), kTileColumns)), gate_up(padded(std::max<long>(2 * m.intermediate_size, m.input_size()), kTileColumns)),
+          qkv(padded(m.qkv_size(), kTileColumns)),
+          gate_up(padded(std::max<long>(2 * m.intermediate_size, m.input_size()), kTileColumns)),
           narrowed(kMaxAdapterParts * m.adapter_rank), q_normed(m.latents() ? of_inputs(m.latents()->q_rank) : 0),
           asked(m.latents() ? of_inputs(m.heads[0].num_qo * m.latents()->asked_dim()) : 0),
           answered(m.latents() ? of_inputs(m.heads[0].num_qo * m.latents()->value_dim) : 0),
@@ -41,111 +42,18 @@ struct Panel {
     explicit Panel(const Strides& s)
         : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
           gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed),
-          q_normed(kPanelRows * s.q_normed), asked(kPanelRows * s.asked), answered(kPanelRows * s.answered), inputs(kPanelRows * s.inputs) {}
+          q_normed(kPanelRows * s.q_normed), asked(kPanelRows * s.asked), answered(kPanelRows * s.answered),
+          inputs(kPanelRows * s.inputs) {}
     Lines<Element> normed, activated, narrowed;
     Lines<float> qkv, gate_up, added;
     Lines<Element> q_normed, asked, answered;
     Lines<float> inputs;
 };
 
-// A layer's own inputs of some tokens, `stride` from one to the next.
-struct OwnRows {
-    const Element* values;
-    long stride;
-
-    OwnRows from(long row) const { return {values + row * stride, stride}; }
-};
-
 class PanelMath {
 public:
     // `is_exact`: a row's results are the same whatever others there are.
     PanelMath(const Model& model, const Strides& strides, bool is_exact) : m_(model), s_(strides), may_widen_(!is_exact) {}
-
-    // From attention to a layer's end: x += o(attended), x += mlp(norm(x)), what is added normed where a layer has norms
-    // for it; the second before the first where the layer says so; and then what it makes of `inputs`. `by`: who does it (team.hpp), one thread or several, each
-    // with an `own` panel for what all of them compute, and one in `common`; all meet after each product.
-    template <class By>
-    void finish(const Layer& layer, float* x, const Rows& attended, const OwnRows& inputs, Panel& own, Panel& common,
-                By& by) const {
-        if (layer.is_fed_first) add_fed(layer, x, attended, own, common, by);
-        add_mixed(x, attended, layer.attention, layer.mixed_norm, common, by);
-        by.meet();
-        if (!layer.is_fed_first && !layer.is_mixer_alone()) add_fed(layer, x, attended, own, common, by);
-        if (layer.own_input.gate.weight.columns > 0) add_own(layer.own_input, x, attended, inputs, own, common, by);
-        if (layer.factor == 1.0) return;
-        const Range rows = by.part(attended.count);
-        for (long row = rows.first; row < rows.last; row++) scale_row(x + row * s_.hidden, layer.factor);
-        by.meet();
-    }
-
-    // What a layer's MLP makes of some rows to the panel of what is added, when all have met, as they have.
-    template <class By>
-    void set_fed(const Layer& layer, const float* x, const Rows& mixed, Panel& own, Panel& common, By& by) const {
-        const Linear& down = layer.mlp.down;
-        const Rows normed = normalize(x, mixed.count, layer.mlp_norm, own, mixed.slots);
-        const Rows activated = feed_forward(layer.mlp, normed, common, by);
-        set(common.added.data(), s_.hidden, activated, down, by);
-        adapt(common.added.data(), s_.hidden, activated, down, common, by);
-        by.meet();
-    }
-
-    // `fed` = what an MLP yields of one token and what the experts beside it do, both normed
-    void add_beside(const Layer& layer, float* fed, const float* of_experts) const {
-        const auto factor_of = [this](const float* y) { return inverse_rms(y, m_.hidden_size, float(m_.norm_eps)); };
-        const Vector by = repeat(factor_of(fed)), by_other = repeat(factor_of(of_experts)), offset = repeat(float(m_.norm_offset));
-        for (long i = 0; i < m_.hidden_size; i += 16) {
-            const Lanes mask = lanes(m_.hidden_size - i);
-            const Vector other = load(of_experts + i, mask) * by_other * (load(layer.experts_behind + i, mask) + offset);
-            store(fed + i, fma(load(fed + i, mask) * by, load(layer.mlp_behind + i, mask) + offset, other), mask);
-        }
-    }
-
-    // x *= factor of one token
-    void scale_row(float* x, double factor) const {
-        for (long i = 0; i < s_.hidden; i += 16) store(x + i, load(x + i) * repeat(float(factor)));
-    }
-
-    // Each layer's own input of tokens with these ids, whose residual stream is `x`, to `inputs`, a row behind the other; whole
-    // when all have met.
-    template <class By>
-    void make_inputs(const std::int32_t* ids, const float* x, long rows, const std::int32_t* slots, Element* inputs, Panel& own,
-                     Panel& common, By& by) const {
-        const LayerInputs& w = *m_.inputs;
-        const Rows embedded = normalize(x, rows, nullptr, own, slots);
-        float* const made = common.inputs.data();
-        set(made, s_.inputs, embedded, w.made, by);
-        adapt(made, s_.inputs, embedded, w.made, common, by);
-        by.meet();
-        const Range mine = by.part(rows);
-        const long all = m_.num_layers * w.size;
-        for (long row = mine.first; row < mine.last; row++) {
-            for (long at = 0; at < all; at += w.size) {
-                make_input(made + row * s_.inputs + at, w.table + ids[row] * all + at, inputs + row * all + at);
-            }
-        }
-    }
-
-    float mixed_factor() const { return float(m_.mixed_factor); }
-    float fed_factor() const { return float(m_.fed_factor); }
-
-    // x += what a layer's mixer yields of some rows, normed if `norm` is not null, or what both do that are side by side; whole
-    // when all have met.
-    template <class By>
-    void add_mixed(float* x, const Rows& mixed, const AttentionBlock& w, const Element* norm, Panel& common, By& by) const {
-        if (norm != nullptr) return add_normed(x, mixed, w.o, norm, mixed_factor(), common, by);
-        add_mixed(x, mixed, w.o, w.beside(), mixed_factor(), common, by);
-    }
-
-    // The same times `factor` in place of the model's, without norms. `beside`: null: nothing is.
-    template <class By>
-    void add_mixed(float* x, const Rows& mixed, const Linear& o, const StateLayer* beside, float factor, Panel& common,
-                   By& by) const {
-        add_adapted(x, mixed, o, factor, common, by);
-        if (beside == nullptr) return;
-        by.meet();  // who is done takes others' columns: what they add to these comes first; and so with narrowed rows
-        const Rows read{mixed.values + s_.read_at, mixed.stride, mixed.count, mixed.slots, mixed.may_widen};
-        add_adapted(x, read, beside->out, factor * float(beside->out_factor), common, by);
-    }
 
     // All of the feed-forward but the last product, whose inputs are returned.
     template <class By>
@@ -174,32 +82,6 @@ public:
     void add_adapted(float* x, const Rows& inputs, const Linear& w, float factor, Panel& common, By& by) const {
         add(x, inputs, w, by, factor);
         adapt(x, s_.hidden, inputs, w, common, by, factor);
-    }
-
-    // x += normed(inputs W^T + bias) * factor; whole when all have met
-    template <class By>
-    void add_normed(float* x, const Rows& inputs, const Linear& w, const Element* norm, float factor, Panel& common,
-                    By& by) const {
-        float* added = common.added.data();
-        set(added, s_.hidden, inputs, w, by);
-        adapt(added, s_.hidden, inputs, w, common, by);
-        by.meet();
-        const Range rows = by.part(inputs.count);
-        for (long row = rows.first; row < rows.last; row++) {
-            add_row(x + row * s_.hidden, added + row * s_.hidden, norm, factor);
-        }
-    }
-
-    // x += y * added of one token, normed if `norm` is not null
-    void add_row(float* x, const float* y, const Element* norm, float added) const {
-        const Vector by = repeat(added), offset = repeat(float(m_.norm_offset));
-        const Vector factor = norm == nullptr ? by : repeat(inverse_rms(y, m_.hidden_size, float(m_.norm_eps)));
-        for (long i = 0; i < m_.hidden_size; i += 16) {
-            const Lanes mask = lanes(m_.hidden_size - i);
-            Vector value = load(y + i, mask) * factor;
-            if (norm != nullptr) value = value * (load(norm + i, mask) + offset) * by;
-            store(x + i, load(x + i, mask) + value, mask);
-        }
     }
 
     // y += `factor` times what the rows' adapters make of x, behind the linear's products; y is whole when all have met.
@@ -321,56 +203,6 @@ public:
         }
     }
 
-    // A rank's inner columns.
-    long inner_of(const Mlp& mlp) const { return mlp.gate_up.weight.columns / (m_.is_gated ? 2 : 1); }
-
-private:
-    // x += mlp(norm(x)) of the rows beside `mixed`, whole; all have met.
-    template <class By>
-    void add_fed(const Layer& layer, float* x, const Rows& mixed, Panel& own, Panel& common, By& by) const {
-        const Rows normed = normalize(x, mixed.count, layer.mlp_norm, own, mixed.slots);
-        const Rows activated = feed_forward(layer.mlp, normed, common, by);
-        if (layer.output_norm != nullptr) add_normed(x, activated, layer.mlp.down, layer.output_norm, fed_factor(), common, by);
-        else add_adapted(x, activated, layer.mlp.down, fed_factor(), common, by);
-        by.meet();
-    }
-
-    // One layer's of one token, of what the product has made of its embedding and of what was looked up.
-    void make_input(float* made, const Element* looked_up, Element* input) const {
-        const LayerInputs& w = *m_.inputs;
-        for (long i = 0; i < w.size; i += 16) store(made + i, load(made + i) * repeat(float(w.made_factor)));
-        const Vector factor = repeat(inverse_rms(made, w.size, float(m_.norm_eps))), offset = repeat(float(m_.norm_offset));
-        const Vector by = repeat(float(w.table_factor)), half = repeat(float(M_SQRT1_2));
-        for (long i = 0; i < w.size; i += 16) {
-            const Vector normed = load(made + i) * factor * (load(w.norm + i) + offset);
-            store(input + i, fma(load(looked_up + i), by, normed) * half);
-        }
-    }
-
-    // x += normed(projection(act(gate(x)) * inputs)) of the rows beside `mixed`, whole; all have met.
-    template <class By>
-    void add_own(const OwnInput& w, float* x, const Rows& mixed, const OwnRows& inputs, Panel& own, Panel& common, By& by) const {
-        const long count = mixed.count, size = m_.inputs->size;
-        const Rows rows = normalize(x, count, nullptr, own, mixed.slots);
-        float* const gates = common.gate_up.data();
-        set(gates, s_.gate_up, rows, w.gate, by);
-        adapt(gates, s_.gate_up, rows, w.gate, common, by);
-        by.meet();
-        const Range vectors = by.part(size / 16);
-        with_activation([&](auto act) {
-            for (long row = 0; row < count; row++) {
-                for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {
-                    store(common.activated.data() + row * s_.activated + i,
-                          act(load(gates + row * s_.gate_up + i)) * load(inputs.from(row).values + i));
-                }
-            }
-        });
-        by.meet();
-        const Rows gated{common.activated.data(), s_.activated, count, mixed.slots, may_widen_};
-        add_normed(x, gated, w.projection, w.norm, 1.0f, common, by);
-        by.meet();
-    }
-
     // Calls job(act) with the model's activation.
     template <class Job>
     void with_activation(Job job) const {
@@ -380,6 +212,10 @@ private:
         else job([=](Vector x) { return silu(x * by); });
     }
 
+    // A rank's inner columns.
+    long inner_of(const Mlp& mlp) const { return mlp.gate_up.weight.columns / (m_.is_gated ? 2 : 1); }
+
+private:
     const Model m_;
     const Strides s_;
     const bool may_widen_;

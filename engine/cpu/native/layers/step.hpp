@@ -36,7 +36,8 @@ inline int kv_heads_at_once(const Heads& heads) {
     return int(std::clamp(kNearValues / (kTileKeys * long(heads.dim)), 1L, long(heads.num_kv)));
 }
 
-// Some of a model's layers, of some tokens. Pointers are the caller's. `wanted`: the packed tokens whose hidden states are asked for, grouped by nothing.
+// Some of a model's layers, of some tokens. Pointers are the caller's. `wanted`: the packed tokens whose hidden states are asked
+// for, grouped by nothing.
 struct Step {
     long num_tokens;
     const std::int32_t* input_ids;  // [num_tokens]

@@ -111,9 +111,9 @@ private:
             const Rows part = stages_.values_of(layer, own, w_.shared, by);
             float* y = x + tokens.first * w_.strides.hidden;
             if (layer.experts == nullptr) {
-                return w_.math.finish(layer, y, part, inputs.from(tokens.first), w_.own(by).panel, w_.shared, by);
+                return w_.residual_math.finish(layer, y, part, inputs.from(tokens.first), w_.own(by).panel, w_.shared, by);
             }
-            w_.math.add_mixed(y, part, layer.attention, layer.mixed_norm, w_.shared, by);
+            w_.residual_math.add_mixed(y, part, layer.attention, layer.mixed_norm, w_.shared, by);
             by.meet();
         });
         if (layer.experts == nullptr) return;

@@ -101,7 +101,8 @@ private:
         Alone alone;
         const Rows own = w_.attended_rows(step).from(tokens.first, tokens.last - tokens.first);
         const Rows attended = stages_.values_of(layer, own, panel, alone);
-        w_.math.finish(layer, w_.residual(tokens.first), attended, w_.own_rows(index).from(tokens.first), panel, panel, alone);
+        const OwnRows inputs = w_.own_rows(index).from(tokens.first);
+        w_.residual_math.finish(layer, w_.residual(tokens.first), attended, inputs, panel, panel, alone);
     }
 
     // The same of a layer with experts, which threads do together.
@@ -113,7 +114,7 @@ private:
             for (long first = mine.first; first < mine.last; first += kPanelRows) {
                 const Rows own = attended.from(first, std::min(kPanelRows, mine.last - first));
                 const Rows part = stages_.values_of(layer, own, panel, alone);
-                w_.math.add_mixed(x + first * w_.strides.hidden, part, layer.attention, layer.mixed_norm, panel, alone);
+                w_.residual_math.add_mixed(x + first * w_.strides.hidden, part, layer.attention, layer.mixed_norm, panel, alone);
             }
             by.meet();
             stages_.add_sparse(layer, x, attended, by);

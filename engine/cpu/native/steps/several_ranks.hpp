@@ -107,9 +107,9 @@ private:
 
     // x += what the ranks' sums of the feed-forward, or of what is mixed, are. Biases are added once, to the sums.
     void add_sums(const Layer& layer, bool is_fed, float* x, long rows, const Team::Member& by) {
-        if (!is_fed) return add_sums(x, layer.attention.o.bias, layer.mixed_norm, w_.math.mixed_factor(), rows, by);
+        if (!is_fed) return add_sums(x, layer.attention.o.bias, layer.mixed_norm, w_.residual_math.mixed_factor(), rows, by);
         const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
-        add_sums(x, bias, layer.output_norm, w_.math.fed_factor(), rows, by);
+        add_sums(x, bias, layer.output_norm, w_.residual_math.fed_factor(), rows, by);
     }
 
     // This rank's part of o(attended), and of what is beside it.
@@ -117,7 +117,7 @@ private:
         const Linear o = without_bias(layer.attention.o);
         each_panel(attended.count, [&](long first, long count) {
             const Rows panel = stages_.values_of(layer, attended.from(first, count), w_.shared, by);
-            w_.math.add_mixed(partial(first), panel, o, layer.attention.beside(), 1.0f, w_.shared, by);
+            w_.residual_math.add_mixed(partial(first), panel, o, layer.attention.beside(), 1.0f, w_.shared, by);
             // The next panel's narrowed rows, or values, take the place of these.
             if (attended.slots != nullptr || layer.attention.latents != nullptr) by.meet();
         });
@@ -142,7 +142,7 @@ private:
             for (long i = 0; i < w_.strides.hidden; i += 16) {
                 store(partial(row) + i, with_bias(partial(row) + i, bias, i, w_.model.hidden_size));
             }
-            w_.math.add_row(x + row * w_.strides.hidden, partial(row), norm, factor);
+            w_.residual_math.add_row(x + row * w_.strides.hidden, partial(row), norm, factor);
             std::fill_n(partial(row), w_.strides.hidden, 0.0f);
         }
     }
@@ -151,7 +151,7 @@ private:
     void scale(const Layer& layer, float* x, long rows, const Team::Member& by) const {
         if (layer.factor == 1.0) return;
         const Range mine = by.part(rows);
-        for (long row = mine.first; row < mine.last; row++) w_.math.scale_row(x + row * w_.strides.hidden, layer.factor);
+        for (long row = mine.first; row < mine.last; row++) w_.residual_math.scale_row(x + row * w_.strides.hidden, layer.factor);
     }
 
     static Linear without_bias(const Linear& w) { return {w.weight, nullptr, w.adapters}; }

@@ -38,7 +38,7 @@ public:
     // share; `self`: who of the step's threads this is.
     template <class By>
     void make_inputs(const Step& step, Range tokens, Panel& common, By& by, const Team::Member& self) {
-        w_.math.make_inputs(step.input_ids + tokens.first, w_.residual(tokens.first), tokens.last - tokens.first,
+        w_.residual_math.make_inputs(step.input_ids + tokens.first, w_.residual(tokens.first), tokens.last - tokens.first,
                             step.slots_from(tokens.first), w_.inputs_of(tokens.first), w_.own(self).panel, common, by);
         by.meet();
     }
@@ -134,25 +134,25 @@ public:
     // times the layer's factor; whole when all have met, as they have. `rows`: those that have been mixed.
     void add_sparse(const Layer& layer, float* x, const Rows& rows, Team::Member& by) {
         const long stride = w_.strides.hidden;
-        const float factor = w_.math.fed_factor();
+        const float factor = w_.residual_math.fed_factor();
         if (layer.output_norm == nullptr) {
             add_experts(layer, x, x, factor, rows.count, by, rows.slots);
             if (layer.factor == 1.0) return;
             const Range mine = by.part(rows.count);
-            for (long row = mine.first; row < mine.last; row++) w_.math.scale_row(x + row * stride, layer.factor);
+            for (long row = mine.first; row < mine.last; row++) w_.residual_math.scale_row(x + row * stride, layer.factor);
             return by.meet();
         }
         add_experts(layer, x, w_.fed.data(), 1.0f, rows.count, by, rows.slots);
         for (long first = 0; first < rows.count; first += kPanelRows) {
             const Rows panel = rows.from(first, std::min(kPanelRows, rows.count - first));
             float* const y = x + first * stride;
-            if (layer.has_mlp()) w_.math.set_fed(layer, y, panel, w_.own(by).panel, w_.shared, by);
+            if (layer.has_mlp()) w_.residual_math.set_fed(layer, y, panel, w_.own(by).panel, w_.shared, by);
             const Range mine = by.part(panel.count);
             for (long row = mine.first; row < mine.last; row++) {
                 float *const fed = w_.fed.data() + (first + row) * stride, *const own = w_.shared.added.data() + row * stride;
-                if (layer.has_mlp()) w_.math.add_beside(layer, own, fed);
-                w_.math.add_row(y + row * stride, layer.has_mlp() ? own : fed, layer.output_norm, factor);
-                w_.math.scale_row(y + row * stride, layer.factor);
+                if (layer.has_mlp()) w_.residual_math.add_beside(layer, own, fed);
+                w_.residual_math.add_row(y + row * stride, layer.has_mlp() ? own : fed, layer.output_norm, factor);
+                w_.residual_math.scale_row(y + row * stride, layer.factor);
                 std::fill_n(fed, stride, 0.0f);
             }
             by.meet();

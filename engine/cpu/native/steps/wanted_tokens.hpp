@@ -12,8 +12,9 @@
 
 struct WantedTokens {
     // `stride`: from row to row of hidden states.
-    WantedTokens(const Step& step, long stride) : order(step.num_wanted), tokens(step.wanted, step.wanted + step.num_wanted),
-                                                  hidden(std::max(1L, step.num_wanted) * stride), before(step), behind(step) {
+    WantedTokens(const Step& step, long stride)
+        : order(step.num_wanted), tokens(step.wanted, step.wanted + step.num_wanted),
+          hidden(std::max(1L, step.num_wanted) * stride), before(step), behind(step) {
         std::sort(tokens.begin(), tokens.end());
         for (long i = 0; i < step.num_wanted; i++) {
             order[i] = std::int32_t(std::lower_bound(tokens.begin(), tokens.end(), step.wanted[i]) - tokens.begin());
@@ -40,7 +41,8 @@ private:
         while (token != tokens.end() && *token < row.token + row.length) {
             const auto first = token;
             while (token != tokens.end() && *token == *first + (token - first) && *token < row.token + row.length) token++;
-            behind.rows.push_back({long(first - tokens.begin()), row.start + *first - row.token, long(token - first), row.blocks});
+            const long start = row.start + *first - row.token;
+            behind.rows.push_back({long(first - tokens.begin()), start, long(token - first), row.blocks});
         }
     }
 };

@@ -14,13 +14,16 @@
 #include "layers/mamba.hpp"
 #include "layers/model.hpp"
 #include "layers/panel.hpp"
+#include "layers/residual.hpp"
 #include "layers/step.hpp"
 #include "machine/team.hpp"
 
 // One thread's own.
 struct ThreadSpace {
     ThreadSpace(const Strides& strides, const Model& m, bool is_exact) : panel(strides), delta_net(m), mamba(m) {
-        for (const Heads& own : m.heads) heads.push_back(own.are_there() ? std::make_unique<HeadScratch>(m, own, is_exact) : nullptr);
+        for (const Heads& own : m.heads) {
+            heads.push_back(own.are_there() ? std::make_unique<HeadScratch>(m, own, is_exact) : nullptr);
+        }
     }
     HeadScratch& heads_of(const Layer& layer) { return *heads[layer.is_local ? 1 : 0]; }
     Panel panel;
@@ -98,6 +101,7 @@ struct Workspace {
     const bool is_exact;
     const Strides strides{model};
     const PanelMath math{model, strides, is_exact};
+    const ResidualMath residual_math{model, strides, math};
     const ExpertMath expert_math{model, strides, math};
     const LatentMath latent_math{model, strides, math};
     const long rows_of_experts{expert_rows(model, strides)};  // that go through them at once

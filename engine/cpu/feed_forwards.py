@@ -1,0 +1,123 @@
+"""What stands behind a layer's mixer as C++ takes it: MLPs, experts, and what else goes to the residual stream."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..nn.decoder import DecoderLayer
+from ..nn.experts import Gate, SharedGate, SparseMLP
+from ..nn.feed_forward import MLP
+from ..nn.layers import RMSNorm
+from ..nn.residual import InputTable
+from ..nn.stacked_experts import StackedExpert
+from ..weights.weight import DenseWeight
+from .blocks import Blocks
+from .described import ExpertParts, LayerInputParts, LayerParts, MLPParts, OwnInputParts
+from .packing import address
+from .weights import Weights, weight_of
+
+
+def take_factors(gate: Gate) -> None:
+    """Have a gate's matrix multiply rows by their factors: from now on it is for rows as they are."""
+    if gate.factors is not None:
+        assert isinstance(gate.weight, DenseWeight)
+        gate.weight.plain.mul_(gate.factors[0] * gate.weight.num_inputs**-0.5)
+
+
+def describe_feed_forward(weights: Weights, block: Blocks, target: LayerParts) -> None:
+    """Describe a block's MLP or experts, or both, or nothing."""
+    feed_forward, beside = block.feed_forward, block.beside
+    if isinstance(feed_forward, MLP):
+        target.mlp = _mlp(weights, feed_forward)
+        gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
+        weights.linears += [(gate_up, target.mlp.gate_up), (down, target.mlp.down)]
+    if isinstance(feed_forward, SparseMLP):
+        target.experts = ctypes.pointer(_experts(weights, feed_forward, block.layers[1].mlp_norm))
+    elif beside is not None:
+        target.experts = ctypes.pointer(_experts(weights, beside.sparse, beside.sparse.row_norm))
+        target.mlp_behind, target.experts_behind = address(beside.mlp_norm.weight), address(beside.norm.weight)
+
+
+def describe_end(weights: Weights, layer: DecoderLayer, target: LayerParts) -> None:
+    """Describe what a layer does to the residual stream behind its blocks."""
+    target.factor = 1.0 if layer.factor is None else float(layer.factor.weight)
+    if (own := layer.own_input) is not None:
+        gate, projection = weights.linear(own.gate, None), weights.linear(own.projection, None)
+        target.own_input = OwnInputParts(gate, projection, address(own.norm.weight))
+        described = target.own_input
+        weights.linears += [(own.gate, described.gate), (own.projection, described.projection)]
+
+
+def describe_inputs(weights: Weights, table: InputTable) -> LayerInputParts:
+    """Describe how layers' own inputs are made."""
+    described = LayerInputParts(
+        made=weights.linear(table.projection, None),
+        norm=address(table.norm.weight),
+        table=address(table.table.weight.plain),
+        size=table.size,
+        made_factor=table.made_multiplier,
+        table_factor=table.multiplier,
+    )
+    weights.linears.append((table.projection, described.made))
+    return described
+
+
+def _mlp(weights: Weights, mlp: MLP | StackedExpert) -> MLPParts:
+    gate_up, down = mlp.gate_up_proj, mlp.down_proj
+    bias = down.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
+    return MLPParts(weights.linear(gate_up, gate_up.bias), weights.linear(down, bias))
+
+
+def _experts(weights: Weights, sparse: SparseMLP, norm: RMSNorm | None) -> ExpertParts:
+    config, factors = sparse.gate.experts, sparse.gate.factors
+    experts = (MLPParts * len(sparse.experts))(*(_mlp(weights, expert) for expert in sparse.experts))
+    for expert, target in zip(sparse.experts, experts, strict=True):
+        weights.of_experts |= {id(expert.gate_up_proj): target.gate_up, id(expert.down_proj): target.down}
+    shared = None if sparse.shared is None else _mlp(weights, sparse.shared)
+    if sparse.shared is not None and shared is not None:
+        weights.linears += [(sparse.shared.gate_up_proj, shared.gate_up), (sparse.shared.down_proj, shared.down)]
+    described = ExpertParts(
+        gate=weights.linear(sparse.gate, sparse.gate.bias),
+        norm=weight_of(norm),
+        gate_norm=None if factors is None else weights.ones(len(factors[0])),
+        weights=None if factors is None else address(factors[1]),
+        score_bias=address(sparse.gate.score_bias),
+        experts=experts,
+        shared=None if shared is None else ctypes.pointer(shared),
+        shared_gate=None if sparse.shared_gate is None else _plain(sparse.shared_gate),
+        num_experts=config.num_experts,
+        num_chosen=config.num_chosen,
+        count=len(sparse.experts),
+        num_groups=config.num_groups,
+        num_chosen_groups=config.num_chosen_groups,
+        is_sigmoid=config.scoring == "sigmoid",
+        is_normalised=config.normalised,
+        scales_inputs=config.scales_inputs,
+        scale=config.scale,
+        limit=config.limit if config.is_stacked else 0.0,
+        alpha=config.alpha,
+        taken=address(sparse.taken),
+        place=address(_places(weights, sparse)),
+        copies=None if sparse.replicas is None else address(sparse.replicas.copies),
+        turn=None if sparse.replicas is None else address(sparse.replicas.turn),
+    )
+    if (thin := sparse.narrowing) is not None:
+        described.before, described.behind = weights.linear(thin.before, None), weights.linear(thin.behind, None)
+        weights.linears += [(thin.before, described.before), (thin.behind, described.behind)]
+    return described
+
+
+def _places(weights: Weights, sparse: SparseMLP) -> Tensor:
+    """Return where each expert stands among this rank's; -1: elsewhere."""
+    places = torch.full((len(sparse.taken),), -1, dtype=torch.int32)
+    places[list(sparse.held)] = torch.arange(len(sparse.held), dtype=torch.int32)
+    weights.keep.append(places)
+    return places
+
+
+def _plain(gate: SharedGate) -> int | None:
+    assert isinstance(gate.weight, DenseWeight)
+    return address(gate.weight.plain)
