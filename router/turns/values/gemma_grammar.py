@@ -29,6 +29,8 @@ _OF_TYPE = {
 }  # fmt: skip
 _BARE = re.compile(r"[^\s:{}\[\],<>\"](?:[^:{}\[\],<>\"]{0,200}[^\s:{}\[\],<>\"])?")  # a key
 _ANY_KEY = r"/[A-Za-z_][A-Za-z0-9_.\-]{0,63}:/"
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+_MAX_PARTS = 2000  # schemas in a schema, and values: the router waits some 10 us for each
 _MAX_DEPTH = 100  # of schemas in schemas, references among them; Python allows some ten times as many calls
 
 
@@ -97,12 +99,14 @@ class _Reader:
 
     def __init__(self, grammar: ArgumentsGrammar, root: Schema) -> None:
         self._grammar, self._root = grammar, root
+        self._num_parts = 0
         self._referred: dict[str, str] = {}  # rules by references to them: one may refer to itself
 
     def value(self, schema: object, depth: int) -> str:
         """Return what follows a schema, as a part of a rule."""
         if depth > _MAX_DEPTH:
             raise ValueError("nested too deep")  # or without end, by references
+        self._count(1)
         if schema is True:
             schema = {}
         if not isinstance(schema, Mapping):
@@ -131,6 +135,11 @@ class _Reader:
             raise ValueError(f"{', '.join(told)} cannot be said")
         self._grammar.any_object()
         return "any_value"
+
+    def _count(self, num_parts: int) -> None:
+        self._num_parts += num_parts
+        if self._num_parts > _MAX_PARTS:
+            raise ValueError(f"more than {_MAX_PARTS} parts")
 
     def _reference(self, reference: str, depth: int) -> str:
         if reference not in self._referred:
@@ -173,15 +182,19 @@ class _Reader:
 
     def _pairs(self, pairs: Sequence[str], are_required: Sequence[bool]) -> str:
         """Return pairs in their order, with commas between those that there are."""
-        starts, rest = list[str](), ""  # what begins with each pair; what may stand behind it
+        starts, rest = list[str](), ""  # what begins with each pair, the last one first; what may stand behind it
         for pair, is_required in zip(reversed(pairs), reversed(are_required), strict=True):
-            starts = [f"{pair} {rest}", *(() if is_required else starts)]
+            if is_required:
+                starts.clear()
+            starts.append(f"{pair} {rest}")
             rest = self._grammar.rule(f'"," {pair} {rest}' if is_required else f'("," {pair})? {rest}')
-        return f"({' | '.join(starts)}){'' if any(are_required) else '?'}"
+        return f"({' | '.join(reversed(starts))}){'' if any(are_required) else '?'}"
 
     def _literals(self, values: Sequence[object], told: Schema) -> str:
-        kinds = told.get("type", [*_OF_TYPE])
-        fitting = [value for value in values if _kinds_of(value) & {*([kinds] if isinstance(kinds, str) else kinds)}]
+        self._count(len(values))
+        told_kinds = told.get("type", [*_OF_TYPE])
+        kinds = {told_kinds} if isinstance(told_kinds, str) else {*told_kinds}
+        fitting = [value for value in values if _kinds_of(value) & kinds]
         if not fitting:
             raise ValueError("no value is of its type")
         return _either(map(self._literal, fitting))
@@ -221,10 +234,6 @@ def _kinds_of(value: object) -> set[str]:
 
 def _either(parts: Iterator[str] | map[str]) -> str:
     return f"({' | '.join(dict.fromkeys(parts))})"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _bounds(told: Schema, of: str) -> tuple[int, int | None]:

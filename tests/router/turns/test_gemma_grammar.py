@@ -152,6 +152,8 @@ def test_a_schema_is_read_once_however_often_its_parts_are_referred_to() -> None
         {"properties": {"a": {"$ref": "#/$defs/none"}}},
         {"properties": {"a": {"$ref": "other#"}}},
         {"if": {}, "properties": {}},
+        {"properties": {f"a{i}": {} for i in range(2000)}},
+        {"properties": {"a": {"enum": [*range(2000)]}}},
         {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "array", "items": {"not": {}}}}},
     ],
 )
