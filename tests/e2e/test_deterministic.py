@@ -114,6 +114,13 @@ def test_states_are_never_behind_what_was_drafted_and_is_wrong(tmp_path: Path) -
     _draft_and_die(model_dir, _alone(model_dir, tmp_path), tmp_path)
 
 
+def test_drafts_go_through_layers_that_keep_nothing(tmp_path: Path) -> None:
+    """Such layers are computed of wanted tokens alone: all that were drafted, of prompts the last."""
+    model_dir = tmp_path / "borrowing"
+    write_exactness_model(model_dir, "gemma4_borrowing")
+    _draft_and_die(model_dir, _alone(model_dir, tmp_path), tmp_path)
+
+
 def _draft_and_die(model_dir: Path, expected: list[object], folder: Path) -> None:
     with serve(model_dir, folder / "log", *FLAGS, *DRAFTING) as cluster:
         assert asyncio.run(_together(cluster, kill=False)) == expected
