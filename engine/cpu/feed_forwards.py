@@ -1,4 +1,4 @@
-"""What stands behind a layer's mixer as C++ takes it: MLPs, experts, and what else goes to the residual stream."""
+"""MLPs and experts behind a layer's mixer as C++ takes them, and what else goes to the residual stream."""
 
 from __future__ import annotations
 

@@ -27,18 +27,23 @@ from kvferry.router.helpers.json_parser import JsonParser
 
 from .batch_server import data_folder, jsonl, line
 
+_NEVER_S = 60.0  # fewer than the slots' number are asked at once
+
 
 class Killed(BaseException):
     """The end of the process, as far as a test goes."""
 
 
 class Caller:
-    """Answers a line with its own name; `before` may raise, wait, or answer otherwise."""
+    """Answers a line with its own name, once `num_together` were asked at once; `before` may raise, or answer else."""
 
-    def __init__(self, before: Callable[[str], CallAnswer | None] = lambda name: None) -> None:
+    def __init__(
+        self, before: Callable[[str], CallAnswer | None] = lambda name: None, *, num_together: int = 1
+    ) -> None:
         self.asked: list[str] = []
         self.num_now = self.num_most = 0
         self.before = before
+        self._num_together, self._are_together = num_together, asyncio.Event()
 
     async def ask(self, endpoint: str, body: bytes, tenant: bytes) -> CallAnswer:
         assert (endpoint, tenant) == ("/v1/completions", b"me")
@@ -47,6 +52,9 @@ class Caller:
         self.num_now += 1
         self.num_most = max(self.num_most, self.num_now)
         try:
+            if self.num_now == self._num_together:
+                self._are_together.set()
+            await self._are_together.wait()
             await asyncio.sleep(0)
             told = {"text": name, "usage": {"prompt_tokens": 1 + int(name), "completion_tokens": 2}}
             return self.before(name) or CallAnswer(200, secrets.token_hex(4), json.dumps(told).encode())
@@ -106,11 +114,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_no_more_lines_are_asked_at_once_than_there_are_slots(tmp_path: Path) -> None:
-    caller = Caller()
+    caller = Caller(num_together=3)
     deps = deps_of(tmp_path, caller, slots=3)
     one, two = create(deps, 20), create(deps, 20)
     runs = [run_of(deps, one), run_of(deps, two)]
-    await asyncio.gather(*(each.run() for each in runs))
+    async with asyncio.timeout(_NEVER_S):
+        await asyncio.gather(*(each.run() for each in runs))
     assert caller.num_most == 3
     assert [each.record.status for each in runs] == [BatchStatus.COMPLETED] * 2
     assert [answer["custom_id"] for answer in output(deps, runs[0].record.output_file_id)] == list(map(str, range(20)))
