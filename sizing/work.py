@@ -25,8 +25,8 @@ from .rank_tensors import is_expert
 
 _EXCHANGES = 4  # in place of a sum: numbers of rows, rows to their experts, results back, a join of all
 _SUM_BYTES, _CHOICE_BYTES = 4, 8  # of a number that comes back; of an expert's number and its weight
-# Of all tokens, in every layer: what queries, keys and values, or a state, are made of.
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+# Of all tokens, in every layer: what queries, keys and values, or a state, are made of.
 _PROJECTED = re.compile(r"\.(q|k|v|qkv|q_a|q_b|kv_b)_proj|\.kv_a_proj_with_mqa|\.in_proj|\.conv(1d)?\.weight")
 
 

@@ -198,6 +198,7 @@ struct Layer {
     char* pages;  // block 0's of this layer, heads as in pages.hpp; the next block's is page_bytes further
     std::int64_t head_step, value_step;  // bytes from a head's keys in a block to the next head's, and to its values
 
+    int kind() const { return is_local != 0; }  // of its heads
     bool has_mlp() const { return mlp.down.weight.columns > 0; }
     bool is_mixer_alone() const { return experts == nullptr && !has_mlp(); }
 };
@@ -228,7 +229,7 @@ struct Model {
     std::int64_t adapter_rank;                                  // of each part of a linear at most, in whole strips; 0: none
     char* state_pages;  // block 0's first page of states; the next block's is page_bytes further
 
-    const Heads& heads_of(const Layer& layer) const { return heads[layer.is_local ? 1 : 0]; }
+    const Heads& heads_of(const Layer& layer) const { return heads[layer.kind()]; }
     // Of the widest layer's heads.
     long qo_size() const { return std::max(heads[0].qo_size(), heads[1].qo_size()); }
     long qkv_size() const {

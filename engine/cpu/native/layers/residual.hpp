@@ -33,8 +33,7 @@ public:
         if (!layer.is_fed_first && !layer.is_mixer_alone()) add_fed(layer, x, attended, own, common, by);
         if (layer.own_input.gate.weight.columns > 0) add_own(layer.own_input, x, attended, inputs, own, common, by);
         if (layer.factor == 1.0) return;
-        const Range rows = by.part(attended.count);
-        for (long row = rows.first; row < rows.last; row++) scale_row(x + row * s_.hidden, layer.factor);
+        scale(layer, x, by.part(attended.count));
         by.meet();
     }
 
@@ -61,9 +60,11 @@ public:
         }
     }
 
-    // x *= factor of one token
-    void scale_row(float* x, double factor) const {
-        for (long i = 0; i < s_.hidden; i += 16) store(x + i, load(x + i) * repeat(float(factor)));
+    // x *= the layer's factor, of these rows
+    void scale(const Layer& layer, float* x, Range rows) const {
+        if (layer.factor == 1.0) return;
+        const Vector by = repeat(float(layer.factor));
+        for (long i = rows.first * s_.hidden; i < rows.last * s_.hidden; i += 16) store(x + i, load(x + i) * by);
     }
 
     // Each layer's own input of tokens with these ids, whose residual stream is `x`, to `inputs`, a row behind the other; whole

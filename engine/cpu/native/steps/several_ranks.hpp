@@ -86,7 +86,7 @@ private:
         w_.model.sum_over_ranks(partial(0), size);
         threads_.run([&](Team::Member& by) {
             add_sums(layer, is_fed_first, x, rows, by);
-            if (layer.is_mixer_alone()) return scale(layer, x, rows, by);
+            if (layer.is_mixer_alone()) return w_.residual_math.scale(layer, x, by.part(rows));
             by.meet();
             compute(layer, !is_fed_first, x, attended, by);
         });
@@ -94,7 +94,7 @@ private:
         w_.model.sum_over_ranks(partial(0), size);
         threads_.run([&](Team::Member& by) {
             add_sums(layer, !is_fed_first, x, rows, by);
-            scale(layer, x, rows, by);
+            w_.residual_math.scale(layer, x, by.part(rows));  // those that this thread has added to
         });
     }
 
@@ -145,13 +145,6 @@ private:
             w_.residual_math.add_row(x + row * w_.strides.hidden, partial(row), norm, factor);
             std::fill_n(partial(row), w_.strides.hidden, 0.0f);
         }
-    }
-
-    // Rows that the same thread has added to.
-    void scale(const Layer& layer, float* x, long rows, const Team::Member& by) const {
-        if (layer.factor == 1.0) return;
-        const Range mine = by.part(rows);
-        for (long row = mine.first; row < mine.last; row++) w_.residual_math.scale_row(x + row * w_.strides.hidden, layer.factor);
     }
 
     static Linear without_bias(const Linear& w) { return {w.weight, nullptr, w.adapters}; }

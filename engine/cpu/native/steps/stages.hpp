@@ -95,7 +95,7 @@ public:
 
     // Tokens meet those before them. Queries are read where the result is then written.
     void mix(const Step& step, std::size_t index, Team::Member& by) {
-        mix(step, step.pieces[w_.layers[index].is_local ? 1 : 0], index, by);
+        mix(step, step.pieces[w_.layers[index].kind()], index, by);
     }
     void mix(const Step& step, const std::vector<Piece>& pieces, std::size_t index, Team::Member& by) {
         const Layer& layer = w_.layers[index];
@@ -138,8 +138,7 @@ public:
         if (layer.output_norm == nullptr) {
             add_experts(layer, x, x, factor, rows.count, by, rows.slots);
             if (layer.factor == 1.0) return;
-            const Range mine = by.part(rows.count);
-            for (long row = mine.first; row < mine.last; row++) w_.residual_math.scale_row(x + row * stride, layer.factor);
+            w_.residual_math.scale(layer, x, by.part(rows.count));
             return by.meet();
         }
         add_experts(layer, x, w_.fed.data(), 1.0f, rows.count, by, rows.slots);
@@ -152,9 +151,9 @@ public:
                 float *const fed = w_.fed.data() + (first + row) * stride, *const own = w_.shared.added.data() + row * stride;
                 if (layer.has_mlp()) w_.residual_math.add_beside(layer, own, fed);
                 w_.residual_math.add_row(y + row * stride, layer.has_mlp() ? own : fed, layer.output_norm, factor);
-                w_.residual_math.scale_row(y + row * stride, layer.factor);
                 std::fill_n(fed, stride, 0.0f);
             }
+            w_.residual_math.scale(layer, y, mine);
             by.meet();
         }
     }

@@ -25,7 +25,7 @@ struct ThreadSpace {
             heads.push_back(own.are_there() ? std::make_unique<HeadScratch>(m, own, is_exact) : nullptr);
         }
     }
-    HeadScratch& heads_of(const Layer& layer) { return *heads[layer.is_local ? 1 : 0]; }
+    HeadScratch& heads_of(const Layer& layer) { return *heads[layer.kind()]; }
     Panel panel;
     std::vector<std::unique_ptr<HeadScratch>> heads;  // of each kind
     ConvolutionScratch convolution;
@@ -66,7 +66,7 @@ struct Workspace {
         }
     }
 
-    HeadMath& heads_of(const Layer& layer) { return heads[layer.is_local ? 1 : 0]; }
+    HeadMath& heads_of(const Layer& layer) { return heads[layer.kind()]; }
 
     ThreadSpace& own(const Team::Member& by) { return *threads[by.rank()]; }
 
