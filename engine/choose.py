@@ -72,7 +72,7 @@ def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device
     check_uneven(model.uneven, config, is_cuda=device.type == "cuda")
     check_chunks(model.sliding_windows, is_cuda=device.type == "cuda")
     if model.states is not None:
-        check_states(config, is_cuda=device.type == "cuda")
+        check_states(config)
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
     if (quantization := model.quantization) is not None:

@@ -283,4 +283,5 @@ class Engine:
         with self.runner.calculating(), self.measuring() if step.is_measured else nullcontext():
             for _ in self.runner.forward(step, on_layer):
                 pass
+            self.runner.wait()  # for what ends the step here and nowhere else
         self._tell_last_pages(on_layer)

@@ -3,12 +3,15 @@
     piece ─> attention of layer 0 ─> piece ─> attention of layer 1 ─> …        with several ranks, a sum cuts too
 
 A small step is bound by its launches, some ten for each layer. Attention depends on the rows of a batch, so it is
-launched by itself, between two pieces; so is a collective, as one inside a graph would have to be proven safe against
-a rank that fails. Everything else depends on the number of tokens alone: there are pieces for a few padded numbers.
-Padding computes for nothing: it neither attends nor writes to pages.
+launched by itself, between two pieces, as a layer's states are read; so is a collective, as one inside a graph would
+have to be proven safe against a rank that fails. Everything else depends on the number of tokens alone: there are
+pieces for a few padded numbers. Padding computes for nothing: it neither attends nor writes to pages.
+
+With several ranks, whose decode steps have no graphs of their own, there are pieces for rows of one token besides, in
+which states are read as in those graphs.
 
 Each piece is captured while the step runs as it would without graphs. What attention reads and yields lies in buffers
-of this module, and what a collective sums, so that they stay where a piece expects them.
+of this module, and what states and collectives do, so that they stay where a piece expects them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +28,9 @@ from torch import Tensor
 from ..nn.attention.device import DeviceAttention
 from ..nn.loading import Progress
 from ..nn.runner import OnLayer
+from ..nn.states import Read
 from .decoder import FusedDecoder
+from .states import DeviceStates
 
 # Tokens of a step, padded. Larger steps take so long to compute that launches hide behind them; each size costs memory
 # for its activations and, for each layer, a graph.
@@ -31,10 +38,25 @@ SIZES = (16, 32, 64, 128, 256, 512)
 RANK_SIZES = (1, 2, 4, 8, *SIZES)  # with several ranks, whose decode steps have no graphs of their own
 
 
-class PieceGraphs:
-    """Owned by the engine's thread. `attention` is planned before each call of `forward`."""
+class _Kind(NamedTuple):
+    """There are pieces of their own for each."""
 
-    def __init__(self, decoder: FusedDecoder, attention: DeviceAttention, device: torch.device) -> None:
+    size: int
+    is_adapted: bool  # tokens have adapters
+    are_rows: bool  # of one token each; read where there are states alone
+
+
+class PieceGraphs:
+    """Owned by the engine's thread. Attention and states are ready for a step before each call of `run`."""
+
+    def __init__(
+        self,
+        decoder: FusedDecoder,
+        attention: DeviceAttention,
+        device: torch.device,
+        states: DeviceStates | None = None,
+    ) -> None:
+        """`states`: of the model's layers; None: all keep keys and values."""
         plain = decoder.plain
         self._comm = plain.head.rows.comm
         self.sizes = RANK_SIZES if self._comm.size > 1 else SIZES
@@ -43,33 +65,52 @@ class PieceGraphs:
         self._device = device
         self._heads = attention.empty_heads(self.sizes[-1])
         self._attended = attention.empty_result(self.sizes[-1]).zero_()
-        self._sums = torch.zeros(self.sizes[-1], plain.config.hidden_size, dtype=plain.dtype, device=device)
+        self._states = states
+        mixers = plain.stateful_mixers()
+        width = max((mixer.num_projected for mixer in mixers), default=0)
+        self._projected = torch.zeros(self.sizes[-1], width, dtype=plain.dtype, device=device)
+        width = max((mixer.out_proj.weight.num_inputs for mixer in mixers), default=0)
+        self._read = torch.zeros(self.sizes[-1], width, dtype=plain.dtype, device=device)
+        num_bytes = self.sizes[-1] * plain.config.hidden_size * torch.float32.itemsize  # of the largest that is summed
+        self._sums = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._input_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
         self._adapters = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
         self._pool = torch.cuda.graph_pool_handle()
-        # By size, and whether tokens have adapters: what to do, in order, and hidden states.
-        self._steps: dict[tuple[int, bool], tuple[list[Callable[[], object]], Tensor]] = {}
+        # What to do, in order, and hidden states.
+        self._steps: dict[_Kind, tuple[list[Callable[[], object]], Tensor]] = {}
         self._on_layer: OnLayer | None = None
         self._capture: _Capture | None = None
 
     def capture(self, progress: Progress | None = None) -> None:
         """Capture every size, the largest first."""
         gc.collect()
-        kinds = [(size, each) for size in reversed(self.sizes) for each in self._decoder.adapter_choices]
-        for count, (size, is_adapted) in enumerate(kinds, 1):
-            self._attention.plan_nothing()
-            with _Capture(self._pool) as self._capture:
-                self._comm.around = self._sum
-                adapters = self._adapters[:size] if is_adapted else None
-                ids, positions = self._input_ids[:size], self._positions[:size]
-                hidden = self._decoder.forward(ids, positions, self, None, adapters)
-            self._comm.around, steps = None, self._capture.steps
-            self._capture = None
-            self._steps[size, is_adapted] = steps, hidden
+        choices = [False, True] if self._states is not None and self._comm.size > 1 else [False]
+        kinds = [
+            _Kind(size, is_adapted, are_rows)
+            for size in reversed(self.sizes)
+            for is_adapted in self._decoder.adapter_choices
+            for are_rows in choices
+        ]
+        for count, kind in enumerate(kinds, 1):
+            self._steps[kind] = self._captured(kind)
             if progress is not None:
                 progress("capturing CUDA graphs", count / len(kinds))
         torch.cuda.synchronize(self._device)
+
+    def _captured(self, kind: _Kind) -> tuple[list[Callable[[], object]], Tensor]:
+        self._attention.plan_nothing()
+        if self._states is not None and kind.are_rows:
+            self._states.begin_padding(kind.size, self.sizes[-1])
+        with_states = nullcontext() if self._states is None or kind.are_rows else self._states.apart(self._between)
+        adapters = self._adapters[: kind.size] if kind.is_adapted else None
+        ids, positions = self._input_ids[: kind.size], self._positions[: kind.size]
+        with _Capture(self._pool) as self._capture, with_states:
+            self._comm.around = self._sum
+            hidden = self._decoder.forward(ids, positions, self, None, adapters)
+        self._comm.around, steps = None, self._capture.steps
+        self._capture = None
+        return steps, hidden
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self.sizes[-1]
@@ -77,9 +118,13 @@ class PieceGraphs:
     def run(
         self, input_ids: Tensor, positions: Tensor, on_layer: OnLayer | None, adapters: Tensor | None = None
     ) -> Tensor:
-        """Queue a step whose attention is planned. Returns hidden states of its tokens, good until the next call."""
+        """Queue a step that is planned. Returns hidden states of its tokens, good until the next call."""
         count = len(input_ids)
-        steps, hidden = self._steps[self.sizes[bisect_left(self.sizes, count)], adapters is not None]
+        size = self.sizes[bisect_left(self.sizes, count)]
+        are_rows = self._states is not None and self._comm.size > 1 and self._states.are_rows
+        steps, hidden = self._steps[_Kind(size, adapters is not None, are_rows)]
+        if self._states is not None and are_rows:
+            self._states.put_rows(size)
         if adapters is not None:
             self._adapters[:count].copy_(adapters)
         self._input_ids[:count].copy_(input_ids)
@@ -106,16 +151,26 @@ class PieceGraphs:
         self._cut(attend)
         return out
 
+    def _between(self, read: Read, projected: Tensor) -> Tensor:
+        """Read a layer's states between two pieces."""
+        taken, out = self._projected[: len(projected)], self._read[: len(projected)]
+        taken.copy_(projected)
+        self._cut(lambda: out.copy_(read(taken)))
+        return out
+
     def _sum(self, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum over the ranks between two pieces."""
-        sums = self._sums[: len(x)]
+        sums = self._sums[: x.nbytes].view(x.dtype).view_as(x)
         sums.copy_(x)
         self._cut(lambda: reduce(sums))
         return sums.clone()
 
     def _cut(self, between: Callable[[], object]) -> None:
+        """End a piece, and begin another one behind what is done between them, sums within it too."""
         assert self._capture is not None
+        self._comm.around = None
         self._capture.cut(between)
+        self._comm.around = self._sum
 
 
 class _Capture:

@@ -65,9 +65,8 @@ class CudaRunner:
         self._warm_up(progress)
         self.decode_pipeline = self._decode_pipeline(config, model.max_model_len, progress) if tp_size == 1 else None
         self.pieces: PieceGraphs | None = None
-        # Between two pieces attention alone depends on a batch's rows; layers with states would as well.
-        if not config.enforce_eager and self._decoder.can_be_captured and self._states is None:
-            self.pieces = PieceGraphs(self._decoder, attention, self._device)
+        if not config.enforce_eager and self._decoder.can_be_captured:
+            self.pieces = PieceGraphs(self._decoder, attention, self._device, self._states)
             self.pieces.capture(progress)
 
     def _warm_up(self, progress: Progress | None) -> None:
@@ -83,7 +82,7 @@ class CudaRunner:
         """Run the model while attention is still planned for its own warm-up: three tokens on the spare block."""
         tokens = torch.zeros(3, dtype=torch.int64, device=self._device)
         if self._states is not None:
-            self._states.begin_smallest(self._pages.shape[1] - 1)
+            self._states.begin_smallest()
         self._decoder.logits(self._decoder.forward(tokens, tokens.int(), self._attention))
 
     def _warm_up_sampling(self) -> None:
@@ -135,8 +134,9 @@ class CudaRunner:
         positions = self._attention.positions
         self._decoder.note(len(ids))
         if self.pieces is not None and self.pieces.fits(len(ids)):
-            return self.pieces.run(ids, positions, on_layer, adapters)
-        hidden = self._decoder.forward(ids, positions, self._attention, on_layer, adapters)
+            hidden = self.pieces.run(ids, positions, on_layer, adapters)
+        else:
+            hidden = self._decoder.forward(ids, positions, self._attention, on_layer, adapters)
         if self._states is not None:
             self._states.report()
         return hidden

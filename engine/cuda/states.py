@@ -2,6 +2,7 @@
 
     any batch    the host knows each row's blocks: indices of rows of one token go up with the step's other arrays,
                  longer rows are cut at the ends of blocks, and a block is named by a number that a launch carries
+    pieces       rows of one token alone, whose uploaded indices are copied to where the pieces read them
     decode       rows of one token in a graph, which works its indices out of the page index in its own buffers:
 
         target = the row's last page               source = target, or the page before it where a token begins one
@@ -17,12 +18,15 @@ Not run on a card: shown on an emulated device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from ..nn.attention.page_index import PageIndex
 from ..nn.plan import StepPlan
-from ..nn.states import ForeignStateError, LayerStates, Singles, StepStates, Stretch, step_states
+from ..nn.states import ForeignStateError, LayerStates, Read, Singles, StepStates, Stretch, step_states
 
 _COLUMNS = 4  # of a row of one token: its place in the line, start, source, target
 
@@ -34,9 +38,13 @@ class DeviceStates:
         self._states = states
         self._device = device
         self._block_size = block_size
+        assert states.pages is not None, "no pages are attached"
+        self._spare_block = states.pages.shape[1] - 1
+        self._rows = torch.empty(0, 0, dtype=torch.int64, device=device)  # of pieces: starts, sources, targets
         self._num_foreign = torch.zeros(1, dtype=torch.int64, device=device)  # of the step
         self._reported = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         states.judge = self._count
+        self.are_rows = False  # the step has rows of one token alone
 
     def _count(self, is_foreign: Tensor, tags: Tensor, starts: Tensor) -> None:
         self._num_foreign += is_foreign.sum()
@@ -51,13 +59,46 @@ class DeviceStates:
     def begin(self, step: StepStates, uploaded: Tensor) -> None:
         """Take a step's rows as `step` returned them; what was to be uploaded is on the device."""
         self._num_foreign.zero_()
+        self.are_rows = not step.stretches
         columns = uploaded.long().view(-1, _COLUMNS).unbind(1)
         self._states.take(step, Singles(*columns) if step.singles else None)
 
-    def begin_smallest(self, block: int) -> None:
-        """Take `page_index.smallest_step`: a row of one token and one of two, both in this block."""
+    def begin_smallest(self) -> None:
+        """Take `page_index.smallest_step`: a row of one token and one of two, both in the spare block."""
+        block = self._spare_block
         step = StepStates(3, [(0, 0, block, block)], [Stretch(1, 3, 0, block, block)])
         self.begin(step, torch.tensor(step.singles, dtype=torch.int32, device=self._device).flatten())
+
+    # --- pieces -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def apart(self, around: Callable[[Read, Tensor], Tensor]) -> Iterator[None]:
+        """Begin a step of padding alone, of whose layers `around` yields what they read of states."""
+        self._states.take(StepStates(0, [], []), None)
+        self._states.around = around
+        try:
+            yield
+        finally:
+            self._states.around = None
+
+    def begin_padding(self, num_rows: int, max_rows: int) -> None:
+        """Begin a step of so many rows of padding. What is captured of it reads what `put_rows` has put there."""
+        if not len(self._rows):
+            self._rows = torch.zeros(_COLUMNS - 1, max_rows, dtype=torch.int64, device=self._device)
+        self._num_foreign.zero_()
+        self._rows[:1, :num_rows] = 0
+        self._rows[1:, :num_rows] = self._spare_block
+        singles = Singles(slice(0, num_rows), *self._rows[:, :num_rows])
+        self._states.take(StepStates(num_rows, [], []), singles)
+
+    def put_rows(self, num_rows: int) -> None:
+        """Put the begun step's rows where pieces read them, padding behind them."""
+        end = 0
+        for part in self._states.singles:
+            first, end = end, end + len(part.starts)
+            torch.stack((part.starts, part.sources, part.targets), out=self._rows[:, first:end])
+        self._rows[:1, end:num_rows] = 0
+        self._rows[1:, end:num_rows] = self._spare_block
 
     # --- decode -----------------------------------------------------------------------------------------------
 

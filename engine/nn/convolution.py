@@ -11,9 +11,9 @@ from torch import Tensor
 from ...models.parts.short_convolutions import ShortConvolutionsConfig
 from ...models.parts.states import RowPart
 from ..weights.weight import Leaf, WeightSlot
-from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, RowParallelLinear, parts_of, shares_of
+from .mixer import StatefulMixer
 from .rotary import Rope
 from .states import LayerStates
 
@@ -110,33 +110,34 @@ def left_of(since: Tensor) -> Tensor:
     return (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
 
 
-class ShortConvolution:
-    """Implements `Mixer`: c * convolution(b * x), all three of a token (Liquid AI 2025, "LFM2 Technical Report")."""
+class ShortConvolution(StatefulMixer):
+    """c * convolution(b * x), all three of a token (Liquid AI 2025, "LFM2 Technical Report")."""
 
     def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
         """`index`: among the layers with states."""
         config, hidden = states.config, builder.config.hidden_size
         assert isinstance(config, ShortConvolutionsConfig)
-        self._states, has_bias = states, config.has_bias
+        self.states, has_bias = states, config.has_bias
         parts = parts_of(f"{name}.in_proj", [RowPart(hidden)] * 3)
         self.in_proj = ColumnParallelLinear(builder, f"{name}.in_proj", hidden, parts, bias=has_bias)
         self.convolution = Convolution(builder, f"{name}.conv", states, index, has_bias=has_bias)
         self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", hidden, hidden, bias=has_bias)
 
+    @property
+    def num_projected(self) -> int:
+        return self.in_proj.weight.num_outputs
+
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return b, c and x, [num_tokens, 3 * this rank's columns]."""
         return self.in_proj(x)
 
-    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+    def read(self, projected: Tensor) -> Tensor:
         """Return [num_tokens, this rank's columns]; zeros of tokens that are padding."""
-        b, c, x = projected[: self._states.num_tokens].float().chunk(3, 1)
+        b, c, x = projected[: self.states.num_tokens].float().chunk(3, 1)
         said = torch.zeros_like(projected[:, : c.shape[1]])
         for part in self.convolution.parts(b * x):
             said[part.tokens] = (c[part.tokens] * part.convolved).to(said.dtype)
         return said
-
-    def output(self, mixed: Tensor) -> Tensor:
-        return self.out_proj(mixed)
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.in_proj, self.convolution, self.out_proj)

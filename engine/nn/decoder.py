@@ -22,6 +22,7 @@ from .blocks import make_experts_beside, make_feed_forward, make_mixer
 from .builder import Builder
 from .experts import SparseMLP
 from .layers import Linear, ParallelEmbedding, ParallelHead, RMSNorm, Sinks
+from .mixer import SideBySide, StatefulMixer
 from .residual import InputTable, LayerFactor, OwnInput
 from .rotary import Rope, RotaryEmbedding
 from .states import LayerStates
@@ -215,6 +216,12 @@ class Decoder:
     def slots(self) -> Iterator[WeightSlot]:
         for leaf in self.leaves():
             yield from leaf.slots()
+
+    def stateful_mixers(self) -> list[StatefulMixer]:
+        """List the layers' mixers that keep a state."""
+        mixers = (layer.mixer for layer in self.layers)
+        parts = (mixer.stateful if isinstance(mixer, SideBySide) else mixer for mixer in mixers)
+        return [part for part in parts if isinstance(part, StatefulMixer)]
 
     def linears(self) -> Iterator[Linear]:
         """Yield those that steps multiply by: not the head's of a model without one, whose logits nobody wants."""

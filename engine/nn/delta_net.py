@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ...models.parts.delta_nets import DeltaNetsConfig
 from ..weights.weight import Leaf
-from .attention.base import AttentionBackend
 from .builder import Builder
 from .convolution import Convolution, Vectors, left_of
 from .layers import ColumnParallelLinear, Part, RMSNorm, RowParallelLinear, parts_of
+from .mixer import StatefulMixer
 from .rotary import Rope
 from .states import LayerStates
 
@@ -45,14 +45,14 @@ class _Heads(NamedTuple):
         return _Heads(*(each[tokens] for each in self))
 
 
-class GatedDeltaNet:
-    """Implements `Mixer`. A rank has some key heads, with the value heads that these serve."""
+class GatedDeltaNet(StatefulMixer):
+    """A rank has some key heads, with the value heads that these serve."""
 
     def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
         """`index`: among the layers with states."""
         config, whole, hidden = states.config, builder.config.states, builder.config.hidden_size
         assert isinstance(config, DeltaNetsConfig) and isinstance(whole, DeltaNetsConfig)
-        self.index, self._states, self.config = index, states, config
+        self.index, self.states, self.config = index, states, config
         self.rows_proj, self.rates_proj = (
             ColumnParallelLinear(builder, f"{name}.{fused}", hidden, parts, bias=False)
             for fused, parts in (("in_proj_qkvz", _row_parts(whole, name)), ("in_proj_ba", _rate_parts(whole, name)))
@@ -62,6 +62,10 @@ class GatedDeltaNet:
         self.norm = RMSNorm(builder, f"{name}.norm", config.value_dim)
         self.norm.offset = 0.0  # whatever the family's other norms have
         self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", whole.num_values, hidden, bias=False)
+
+    @property
+    def num_projected(self) -> int:
+        return self.rows_proj.weight.num_outputs + self.rates_proj.weight.num_outputs
 
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return rows for the convolution, gates, strengths and decays, [num_tokens, numbers of all]."""
@@ -79,11 +83,11 @@ class GatedDeltaNet:
         parts = torch.split(by_head, [config.key_dim] * 2 + [values] * 2, 2)
         return torch.cat([part.flatten(1) for part in parts], 1)
 
-    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+    def read(self, projected: Tensor) -> Tensor:
         """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
         config, vectors = self.config, self.vectors.by_name
         sizes = [config.num_convolved, config.num_values, config.num_value_heads, config.num_value_heads]
-        rows, gates, strengths, rates = torch.split(projected[: self._states.num_tokens], sizes, 1)
+        rows, gates, strengths, rates = torch.split(projected[: self.states.num_tokens], sizes, 1)
         strengths = strengths.float().sigmoid()
         decays = -vectors["A_log"].exp() * F.softplus(rates.float() + vectors["dt_bias"])
         said = strengths.new_empty(len(rows), config.num_value_heads, config.value_dim)
@@ -101,9 +105,6 @@ class GatedDeltaNet:
         q, k = (_directions(each.view(len(each), config.num_key_heads, -1), repeats) for each in (q, k))
         v = v.view(len(v), config.num_value_heads, -1)
         return _Heads(q * config.key_dim**-0.5, k, v, decays, strengths)
-
-    def output(self, mixed: Tensor) -> Tensor:
-        return self.out_proj(mixed)
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.rows_proj, self.rates_proj, self.convolution, self.vectors, self.norm, self.out_proj)

@@ -21,10 +21,10 @@ from torch import Tensor
 from ...models.parts.mamba import MambaConfig
 from ...models.parts.states import RowPart
 from ..weights.weight import Leaf
-from .attention.base import AttentionBackend
 from .builder import Builder
 from .convolution import Convolution, Vectors, left_of
 from .layers import ColumnParallelLinear, RowParallelLinear, normed_over_ranks, parts_of
+from .mixer import StatefulMixer
 from .rotary import Rope
 from .states import LayerStates
 
@@ -43,14 +43,14 @@ class _Heads(NamedTuple):
         return _Heads(*(each[tokens] for each in self))
 
 
-class Mamba:
-    """Implements `Mixer`. A rank has some heads, with their groups, or the one that there is."""
+class Mamba(StatefulMixer):
+    """A rank has some heads, with their groups, or the one that there is."""
 
     def __init__(self, builder: Builder, name: str, index: int, states: LayerStates) -> None:
         """`index`: among the layers with states."""
         config, whole, hidden = states.config, builder.config.states, builder.config.hidden_size
         assert isinstance(config, MambaConfig) and isinstance(whole, MambaConfig)
-        self._states, self.config, self.eps = states, config, builder.config.rms_norm_eps
+        self.states, self.config, self.eps = states, config, builder.config.rms_norm_eps
         self._normed_with = builder.comm if whole.is_normed_whole and builder.comm.size > 1 else None
         rows = RowPart(whole.num_values), *whole.row_parts, RowPart(whole.num_heads)
         parts = parts_of(f"{name}.in_proj", rows)
@@ -62,15 +62,19 @@ class Mamba:
         self.vectors = Vectors(builder, name, heads | norms)
         self.out_proj = RowParallelLinear(builder, f"{name}.out_proj", whole.num_values, hidden, bias=config.proj_bias)
 
+    @property
+    def num_projected(self) -> int:
+        return self.in_proj.weight.num_outputs
+
     def project(self, x: Tensor, rope: Rope) -> Tensor:
         """Return gates, rows for the convolution and steps, [num_tokens, numbers of all]."""
         return self.in_proj(x)
 
-    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+    def read(self, projected: Tensor) -> Tensor:
         """Return the heads' outputs, [num_tokens, num_values]; zeros of tokens that are padding."""
         config, vectors = self.config, self.vectors.by_name
         sizes = [config.num_values, config.num_convolved, config.num_heads]
-        known = projected[: self._states.num_tokens].float()
+        known = projected[: self.states.num_tokens].float()
         gates, rows, steps = torch.split(known if self.factors is None else known * self.factors, sizes, 1)
         steps = F.softplus(steps + vectors["dt_bias"]).clamp_(*config.step_limits)
         decays = -vectors["A_log"].exp() * steps
@@ -103,12 +107,9 @@ class Mamba:
         if self._normed_with is not None:
             normed = normed_over_ranks(said, self._normed_with, self.eps)
         else:
-            groups = said.view(len(said), self.config.num_groups, -1)
+            groups = said.view(len(said), self.config.num_groups, said.shape[1] // self.config.num_groups)
             normed = F.rms_norm(groups, groups.shape[2:], eps=self.eps).flatten(1)
         return normed.mul_(self.vectors.by_name["norm.weight"])
-
-    def output(self, mixed: Tensor) -> Tensor:
-        return self.out_proj(mixed)
 
     def leaves(self) -> Iterator[Leaf]:
         yield from (self.in_proj, self.convolution, self.vectors, self.out_proj)

@@ -5,6 +5,7 @@ that keeps a state, or two of these side by side.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from .attention.base import AttentionBackend
 from .builder import Builder
 from .layers import ColumnParallelLinear, ParallelRMSNorm, RMSNorm, RowParallelLinear, Sinks, column_parts
 from .rotary import Rope, by_halves
+from .states import LayerStates
 
 
 class Mixer(Protocol):
@@ -44,10 +46,37 @@ class Mixer(Protocol):
         ...
 
 
-class StatefulMixer(Mixer, Protocol):
-    """A mixer that keeps a state."""
+class StatefulMixer(ABC):
+    """Implements `Mixer`: one that keeps a state."""
 
+    states: LayerStates
     out_proj: RowParallelLinear  # behind `mix`, all that `output` computes
+
+    @property
+    @abstractmethod
+    def num_projected(self) -> int:
+        """Count the numbers of a token that `project` yields."""
+
+    @abstractmethod
+    def project(self, x: Tensor, rope: Rope) -> Tensor:
+        """Return [num_tokens, num_projected]."""
+
+    @abstractmethod
+    def read(self, projected: Tensor) -> Tensor:
+        """Take a step's tokens into the states of their rows. Returns what each reads of them, [num_tokens, size];
+        zeros of tokens that are padding.
+        """
+
+    def mix(self, projected: Tensor, backend: AttentionBackend) -> Tensor:
+        around = self.states.around
+        return self.read(projected) if around is None else around(self.read, projected)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        return self.out_proj(mixed)
+
+    @abstractmethod
+    def leaves(self) -> Iterator[Leaf]:
+        """Yield all that holds weights."""
 
 
 class Attention:

@@ -26,6 +26,7 @@ _ROWS = 64
 
 # Is told which of the states that were read are foreign, [n] bool, and of both how many tokens they are of.
 Judge = Callable[[Tensor, Tensor, Tensor], None]
+Read = Callable[[Tensor], Tensor]  # a layer's `StatefulMixer.read`
 
 
 class ForeignStateError(RuntimeError):
@@ -87,6 +88,8 @@ class LayerStates:
         self.num_tokens = 0  # of the step
         self.are_checked = True  # whether each is that of the tokens which a row says are computed
         self.judge: Judge = refuse_foreign
+        # Where it is set it yields what a layer reads of states, and is given what would have, and what that takes.
+        self.around: Callable[[Read, Tensor], Tensor] | None = None
         self.singles: list[Singles] = []
         self.stretches: list[Stretch] = []
         self.pages: Tensor | None = None  # that states are kept in

@@ -16,7 +16,6 @@ from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.engine.calibrate import calibrate
-from kvferry.engine.choose import check_kernels
 from kvferry.engine.cpu.described import StateRuns
 from kvferry.engine.cpu.state_runs import state_runs
 from kvferry.engine.engine import Engine
@@ -198,13 +197,6 @@ def test_runs_tell_where_the_same_numbers_lie(kind: str, num_ranks: int) -> None
         assert sum(run.size for run in runs + copies) == own.num_shares * own.share_size
         for run in runs + copies:
             assert torch.equal(numbers[run.place // 4 :][: run.size], state[run.at : run.at + run.size])
-
-
-def test_ranks_on_gpus_are_refused(checkpoints: Path) -> None:
-    config = engine_config(checkpoints / "qwen3.5", tensor_parallel_size=2)
-    model = ModelConfig.from_dir(checkpoints / "qwen3.5")
-    with pytest.raises(ConfigError, match="tensor_parallel_size: layers that keep a state are shared by ranks on CPUs"):
-        check_kernels(config, model, torch.device("cuda"))
 
 
 def test_more_ranks_than_shares_are_refused(checkpoints: Path) -> None:

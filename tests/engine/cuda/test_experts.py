@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from kvferry.models.quantization import quantized_at_load
 
 from ...checkpoint_shapes import GPT_OSS, write_by_shapes
 from ...deepseek import EXPERTS, write_for_cuda
+from .lockstep import Lockstep, Meeting
 from .test_pieces import Twins
 
 pytestmark = [
@@ -154,56 +154,24 @@ def test_experts_in_8_bits_stay_so_and_take_no_room_twice(
     assert isinstance(block, SparseMLP) and block.grouped is None, "no kernel of that card takes them"
 
 
-class Lockstep:
-    """Stands for the collectives of ranks that are threads, on one device."""
-
-    def __init__(self, rank: int, met: threading.Barrier, posted: dict[int, Any]) -> None:
-        self._rank, self._met, self._posted = rank, met, posted
-
-    def _swap(self, own: object) -> list[Any]:
-        self._posted[self._rank] = own
-        self._met.wait(60.0)
-        found = [self._posted[rank] for rank in range(self._met.parties)]
-        self._met.wait(60.0)
-        return found
-
-    def allreduce(self, tensors: list[Tensor], options: object = None) -> Lockstep:
-        first, *others = self._swap(tensors[0].clone())
-        tensors[0].copy_(sum(others, first))
-        return self
-
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Lockstep:
-        for output, part in zip(outputs[0], self._swap(inputs[0].clone()), strict=True):
-            output.copy_(part)
-        return self
-
-    def alltoall_base(self, output: Tensor, input: Tensor, received: list[int], sent: list[int]) -> Lockstep:
-        parts = [of_rank[self._rank] for of_rank in self._swap(torch.split(input, sent))]
-        assert [len(part) for part in parts] == received
-        output.copy_(torch.cat(parts))
-        return self
-
-    def wait(self) -> None:
-        """Nothing is under way."""
-
-
 @pytest.mark.parametrize("plan", [EVEN, REPLICATED])
 def test_exchanged_experts_yield_what_one_rank_does_and_are_in_no_graph(
     checkpoint: Checkpoint, plan: ExpertPlan
 ) -> None:
     alone, _ = _blocks(checkpoint, Communicator())
-    met, posted = threading.Barrier(2), dict[int, Any]()
+    meeting = Meeting(2)
 
     @torch.inference_mode()
     def run(rank: int) -> list[Tensor]:
-        comm = Communicator(rank, 2, Lockstep(rank, met, posted))  # type: ignore[arg-type]
+        comm = Communicator(rank, 2, Lockstep(rank, meeting))  # type: ignore[arg-type]
         exchanged = replace(plan, is_exchanged=True)
-        decoder = _decoder(checkpoint, comm, exchanged)
-        group(decoder, CUDA)
-        assert not FusedDecoder(decoder, FusedKernels()).can_be_captured
-        block = decoder.layers[1].feed_forward
-        assert isinstance(block, ExchangedMLP) and block.grouped is None
-        return [block(_rows(count)) for count in (1, 5, 80)]
+        with meeting.turn:
+            decoder = _decoder(checkpoint, comm, exchanged)
+            group(decoder, CUDA)
+            assert not FusedDecoder(decoder, FusedKernels()).can_be_captured
+            block = decoder.layers[1].feed_forward
+            assert isinstance(block, ExchangedMLP) and block.grouped is None
+            return [block(_rows(count)) for count in (1, 5, 80)]
 
     with ThreadPoolExecutor(2) as ranks:
         for results in ranks.map(run, range(2)):
