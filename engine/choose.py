@@ -70,7 +70,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
 def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
     check_uneven(model.uneven, config, is_cuda=device.type == "cuda")
-    check_chunks(model.sliding_windows, is_cuda=device.type == "cuda")
+    check_chunks(model.sliding_windows, config, is_cuda=device.type == "cuda")
     if model.states is not None:
         check_states(config)
     if device.type == "cuda" and (latent := model.latent) is not None:

@@ -72,7 +72,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
     check_uneven(model.uneven, engine, is_cuda=is_cuda)
-    check_chunks(model.sliding_windows, is_cuda=is_cuda)
+    check_chunks(model.sliding_windows, engine, is_cuda=is_cuda)
     if model.states is not None:
         check_states(engine)
     if engine.deterministic:

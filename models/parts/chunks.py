@@ -8,6 +8,9 @@ What it says in words of its own is said again in those of other families, so th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ...common.config import EngineConfig
 from ...common.errors import ConfigError
 from .config_fields import ConfigFields
 
@@ -69,12 +72,15 @@ def first_seen(position: int, window: int | None) -> int:
     return window.first(position) if isinstance(window, Chunk) else max(0, position - window + 1)
 
 
-def has_chunks(windows: tuple[int | None, ...]) -> bool:
+def has_chunks(windows: Sequence[int | None]) -> bool:
     """Tell whether a layer attends in chunks."""
     return any(isinstance(window, Chunk) for window in windows)
 
 
-def check_chunks(windows: tuple[int | None, ...], *, is_cuda: bool) -> None:
-    """Refuse what has no attention in chunks. Raises ConfigError."""
-    if is_cuda and has_chunks(windows):
-        raise ConfigError("device: cuda has no kernels here for attention in chunks; use cpu")
+def check_chunks(windows: Sequence[int | None], engine: EngineConfig, *, is_cuda: bool) -> None:
+    """Refuse chunks that a device has no attention of. Raises ConfigError."""
+    sizes = {int(window) for window in windows if isinstance(window, Chunk)}
+    if is_cuda and any(size % engine.block_tokens for size in sizes):
+        raise ConfigError(
+            f"block_size: {engine.block_tokens} must divide the chunks of {max(sizes)} tokens that layers attend in"
+        )

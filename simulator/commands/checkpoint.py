@@ -44,7 +44,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
     model = ModelConfig.from_dir(model_dir)
     check_latent_dtype(engine, model)
     check_uneven(model.uneven, engine, is_cuda=not gpu.is_cpu)
-    check_chunks(model.sliding_windows, is_cuda=not gpu.is_cpu)
+    check_chunks(model.sliding_windows, engine, is_cuda=not gpu.is_cpu)
     if model.latent is not None and not gpu.is_cpu:
         num_heads = model.num_qo_heads // engine.tensor_parallel_size
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.checkpoint import tensor_shapes
 from kvferry.models.native import check_exact, not_in_native
@@ -77,10 +78,12 @@ def test_what_has_no_attention_in_chunks_is_named(tmp_path: Path) -> None:
     model = model_of(tmp_path, NAME)
     assert not_in_native(model, None, is_float32=False) == []
     assert not_in_native(model, None, is_float32=True) == ["experts in float32"]
-    check_chunks(model.sliding_windows, is_cuda=False)
-    with pytest.raises(ConfigError, match="cuda has no kernels here for attention in chunks"):
-        check_chunks(model.sliding_windows, is_cuda=True)
-    check_chunks((300, None), is_cuda=True)
+    engine = EngineConfig(model_dir=tmp_path, served_model_name="tiny", block_size=128)
+    check_chunks(model.sliding_windows, engine, is_cuda=True)
+    check_chunks((300, None), engine, is_cuda=True)
+    check_chunks((Chunk(300), None), engine, is_cuda=False)
+    with pytest.raises(ConfigError, match="block_size: 128 must divide the chunks of 300 tokens"):
+        check_chunks((Chunk(300), None), engine, is_cuda=True)
     check_exact(model, [])
     with pytest.raises(
         ConfigError, match=r"deterministic: attention in chunks has exact steps, .* for torch: experts in"

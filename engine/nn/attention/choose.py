@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ....common.errors import ConfigError
+from ....models.parts.chunks import has_chunks
 from .base import PLAIN_SCORES, AttentionBackend, LayerPages, Scores
 from .uneven import UnevenAttention
 
@@ -43,15 +45,20 @@ def make_attention(
             return FlashInferLatentAttention(pages, num_qo_heads, scores)
         from .flashinfer import FlashInferAttention
 
-        return FlashInferAttention(
+        make_windowed = partial(
+            FlashInferAttention,
             pages,
             num_qo_heads,
-            sliding_windows,
             query_dtype=query_dtype,
             kv_scales=kv_scales,
             narrow_queries=name == "flashinfer_fp8",
             scores=scores,
         )
+        if has_chunks(sliding_windows):
+            from .chunked_flashinfer import FlashInferChunkedAttention
+
+            return FlashInferChunkedAttention(sliding_windows, pages.shape[4], make_windowed)
+        return make_windowed(sliding_windows)
     if device != "cpu":
         raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
     from .paged_torch import CPUAttention

@@ -53,8 +53,10 @@ class FlashInferAttention:
         kv_scales: KVScales | None = None,
         narrow_queries: bool = False,
         scores: Scores = PLAIN_SCORES,
+        workspace: Tensor | None = None,
     ) -> None:
         """`query_dtype`: where pages are in 8 bits and queries are not; `narrow_queries`: chunks' are made so, too.
+        `workspace`: of other attention, which does not run at once; None: one of its own.
 
         Raises ConfigError.
         """
@@ -75,21 +77,23 @@ class FlashInferAttention:
         self._scales = list(kv_scales or [(1.0, 1.0)] * num_layers)
         self._num_qo_heads = num_qo_heads
         self._windows = tuple(sliding_windows)
-        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)  # must start as zeros
+        if workspace is None:  # must start as zeros
+            workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
+        self.workspace = workspace
         self._int_workspaces: dict[int | None, Tensor] = {}
         windows = set(self._windows)
         self._decode: dict[int | None, BatchDecodeWithPagedKVCacheWrapper] = {
             window: self._decode_wrapper() for window in windows
         }
         self._prefill: dict[int | None, BatchPrefillWithPagedKVCacheWrapper] = {
-            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND") for window in windows
+            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "HND") for window in windows
         }
         self._num_tokens = self._num_decode_rows = 0
         self._index: PageIndex | None = None
 
     def _decode_wrapper(self, **buffers: object) -> BatchDecodeWithPagedKVCacheWrapper:
         return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace,
+            self.workspace,
             "HND",
             use_tensor_cores=self._num_qo_heads // self._num_kv_heads >= _TENSOR_CORE_GROUP,
             backend="fa2",
@@ -265,7 +269,7 @@ class DecodeGraphAttention:
             paged_kv_indices_buffer=index.paged_kv_indices,
             paged_kv_last_page_len_buffer=index.paged_kv_last_page_len,
         )
-        wrapper.reset_workspace_buffer(owner._workspace, owner._int_workspaces[window])
+        wrapper.reset_workspace_buffer(owner.workspace, owner._int_workspaces[window])
         return wrapper
 
     def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:

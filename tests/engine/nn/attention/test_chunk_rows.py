@@ -1,0 +1,44 @@
+"""Rows that are cut at the ends of chunks see what rows see that attend in chunks, and no other page is theirs."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvferry.engine.nn.attention.chunk_rows import by_chunk
+from kvferry.engine.nn.attention.paged_torch import CPUAttention
+from kvferry.models.parts.chunks import Chunk
+
+from .test_paged_torch import BLOCK, _fill_history, _metadata, _pages
+
+ROWS = st.lists(st.tuples(st.integers(0, 150), st.integers(1, 70)), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ROWS, st.integers(1, 4))
+def test_attention_is_the_same(rows: list[tuple[int, int]], blocks_of_chunk: int) -> None:
+    """Of keys that a row leaves out, and of those that nobody has written, a cut row reads none."""
+    rows, chunk = sorted(rows, key=lambda row: row[1] != 1), BLOCK * blocks_of_chunk
+    metadata, generator = _metadata(rows, 128), torch.Generator().manual_seed(0)
+    pages = _pages(blocks=128)
+    _fill_history(pages, metadata, generator)
+    q, k, v = (torch.randn(metadata.num_tokens, heads, 16, generator=generator) for heads in (4, 2, 2))
+    found = []
+    for window, plan in ((Chunk(chunk), metadata), (None, by_chunk(metadata, chunk, BLOCK))):
+        attention = CPUAttention(pages.clone(), 4, [window])
+        attention.plan(plan)
+        found.append(attention.forward(q, k, v, 0).clone())
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_rows_of_one_token_lead_and_tokens_go_where_they_went() -> None:
+    metadata = _metadata([(0, 1), (95, 1), (96, 1), (30, 40)], 64)
+    cut = by_chunk(metadata, 32, BLOCK)
+    assert cut.num_decode_rows == 3 and cut.kv_lens == (1, 32, 1, 32, 32, 6)
+    assert cut.qo_indptr.diff().tolist() == [1, 1, 1, 2, 32, 6]
+    assert cut.paged_kv_indptr.diff().tolist() == [1, 2, 1, 2, 2, 1]
+    assert cut.paged_kv_last_page_len.tolist() == [1, 16, 1, 16, 16, 6]
+    assert torch.equal(cut.slot_mapping, metadata.slot_mapping)
+    [of_third] = metadata.paged_kv_indices[int(metadata.paged_kv_indptr[3]) - 1 :][:1]
+    assert cut.paged_kv_indices[3] == of_third, "the last of seven blocks, which its chunk begins with"
