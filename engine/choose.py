@@ -192,11 +192,13 @@ def choose_runner(
     progress: Progress | None = None,
 ) -> Runner:
     """Make this rank's runner; it compiles now what the first request would wait for. Raises ConfigError."""
+    if whole is None and isinstance(pages, Tensor):
+        whole = pages
     if isinstance(pages, Tensor) and (uneven := decoder.config.uneven) is not None:
         pages = layers_of_pages(pages, uneven)
     attention = _attention(config, decoder, pages)
-    if isinstance(pages, Tensor) and pages.device.type == "cuda":
-        return _cuda_runner(config, decoder, attention, pages if whole is None else whole, progress)
+    if whole is not None and whole.device.type == "cuda":
+        return _cuda_runner(config, decoder, attention, whole, progress)
     if native_model is not None:
         native = NativeDecoder(
             native_model,

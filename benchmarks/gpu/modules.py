@@ -7,7 +7,8 @@
     fa3mla_512_64                    attention over latents of so many numbers, and so many that are turned
 
 Kinds: `fa3` prompts and chunks, with queries in 8 bits where the pages are; `fa2` one-token rows with 4 or more queries
-per KV head, and prompts over 8-bit pages with queries in 16; `decode` one-token rows with fewer queries per KV head.
+per KV head, prompts over 8-bit pages with queries in 16, and all of heads of 512; `decode` one-token rows with fewer
+queries per KV head.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ATTENTION = (
     *("fa2_64", "fa3_64", "fa2_64_window", "fa3_64_window", "fa2_64_fp8", "fa2_64_window_fp8", "fa3_64_fp8"),
     *("decode_64", "decode_64_window", "decode_64_fp8", "decode_64_window_fp8"),
     *("fa2_64_cap", "fa3_64_cap", "fa2_64_window_cap", "fa3_64_window_cap"),
+    *("decode_128", "decode_256_window", "fa3_256_window", "fa2_512"),
 )
 LATENT = "fa3mla_512_64"
 MODULES = (*FUSED, *ATTENTION, LATENT)

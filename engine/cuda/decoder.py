@@ -13,6 +13,7 @@ and turned in torch, which every rank's graph holds like the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -52,12 +53,12 @@ class FusedDecoder:
         self._is_fused = _is_fused(decoder)
         self._slots = decoder.adapters.rows if isinstance(decoder.adapters, DeviceSlots) else None
         self._real_rows: RealRows | None = None  # None: no experts count them
-        for grouped in filter(None, (_grouped(layer.feed_forward) for layer in decoder.layers)):
+        for grouped in filter(None, (_grouped(layer.sparse) for layer in decoder.layers)):
             self._real_rows = grouped.rows
             if grouped.is_silu:
                 grouped.activate = kernels.silu_and_mul
         self._has_latents = decoder.config.latent is not None
-        num_positions = 0 if self._has_latents else decoder.config.max_model_len
+        num_positions = decoder.config.max_model_len if self._is_fused and not self._has_latents else 0
         self._cos_sin = cos_sin_table(decoder.rotary, num_positions, decoder.dtype)
 
     @property
@@ -73,7 +74,7 @@ class FusedDecoder:
     @property
     def can_be_captured(self) -> bool:
         """Tell whether what a step launches depends on its number of tokens alone."""
-        blocks = (layer.feed_forward for layer in self._decoder.layers)
+        blocks = chain.from_iterable((layer.feed_forward, layer.sparse) for layer in self._decoder.layers)
         return all(block is None or isinstance(block, MLP) or _grouped(block) is not None for block in blocks)
 
     def note(self, num_tokens: int) -> None:

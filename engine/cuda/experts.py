@@ -23,7 +23,7 @@ from torch import Tensor
 from ..nn.decoder import Decoder
 from ..nn.exchange import ExchangedMLP
 from ..nn.experts import SparseMLP
-from ..nn.feed_forward import GatedMLP, PlainMLP
+from ..nn.feed_forward import GatedMLP
 from ..nn.layers import Linear
 from ..nn.stacked_experts import StackedExpert
 from ..weights.weight import Weight
@@ -66,7 +66,7 @@ class GroupedExperts:
         self._places = places.to(device)
         self._has_all = num_own == num_experts and block.replicas is None
         expert = block.experts[0]
-        self.is_silu = isinstance(expert, GatedMLP)
+        self.is_silu = isinstance(expert, GatedMLP) and expert.is_silu
         self.activate: Callable[[Tensor], Tensor] = expert.activated
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _biases(linears: Sequence[Linear]) -> Tensor | None:
 
 def group(decoder: Decoder, device: torch.device) -> None:
     """Have the decoder's experts computed together where this card does; say which it is."""
-    blocks = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, SparseMLP)]
+    blocks = [block for layer in decoder.layers if (block := layer.sparse) is not None]
     if not blocks:
         return
     reason = _obstacle(blocks, device)
@@ -142,13 +142,9 @@ def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
         return "rows are exchanged between ranks, and how many the host must know"
     if not all(block.experts for block in blocks):
         return "this rank holds none in some layer"
-    for expert in (expert for block in blocks for expert in block.experts):
-        is_stacked = isinstance(expert, StackedExpert)
-        is_known = isinstance(expert, PlainMLP | StackedExpert) or (isinstance(expert, GatedMLP) and expert.is_silu)
-        if not is_known:
-            return "their activation is another"
-        if not is_stacked and any(linear.bias is not None for linear in (expert.gate_up_proj, expert.down_proj)):
-            return "they have biases"
+    apart = [each for block in blocks for each in block.experts if not isinstance(each, StackedExpert)]
+    if any(linear.bias is not None for each in apart for linear in (each.gate_up_proj, each.down_proj)):
+        return "they have biases"
     major, _ = torch.cuda.get_device_capability(device)
     reasons = (stacks.obstacle(_weights(linears), major) for block in blocks for linears in _linears(block))
     return next((reason for reason in reasons if reason), "")

@@ -63,15 +63,18 @@ class PieceGraphs:
         self._decoder = decoder
         self._attention = attention
         self._device = device
-        self._heads = attention.empty_heads(self.sizes[-1])
-        self._attended = attention.empty_result(self.sizes[-1]).zero_()
+        self._heads = torch.zeros(self.sizes[-1] * attention.heads_size, dtype=attention.dtype, device=device)
+        self._attended = torch.zeros(self.sizes[-1] * attention.result_size, dtype=attention.dtype, device=device)
         self._states = states
         mixers = plain.stateful_mixers()
         width = max((mixer.num_projected for mixer in mixers), default=0)
         self._projected = torch.zeros(self.sizes[-1], width, dtype=plain.dtype, device=device)
         width = max((mixer.out_proj.weight.num_inputs for mixer in mixers), default=0)
         self._read = torch.zeros(self.sizes[-1], width, dtype=plain.dtype, device=device)
-        num_bytes = self.sizes[-1] * plain.config.hidden_size * torch.float32.itemsize  # of the largest that is summed
+        width = plain.config.hidden_size
+        if (inputs := plain.config.layer_inputs) is not None:
+            width = max(width, plain.config.num_layers * inputs.size)
+        num_bytes = self.sizes[-1] * width * torch.float32.itemsize  # of the largest that is summed
         self._sums = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._input_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
@@ -107,7 +110,7 @@ class PieceGraphs:
         ids, positions = self._input_ids[: kind.size], self._positions[: kind.size]
         with _Capture(self._pool) as self._capture, with_states:
             self._comm.around = self._sum
-            hidden = self._decoder.forward(ids, positions, self, None, adapters)
+            hidden = self._decoder.forward(ids, positions, self, self._tell, adapters)
         self._comm.around, steps = None, self._capture.steps
         self._capture = None
         return steps, hidden
@@ -138,18 +141,21 @@ class PieceGraphs:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         """Implements `PagedAttention`: end a piece, attend, and begin the next one."""
-        count = len(q)
-        heads, out = self._heads[:count], self._attended[:count]
-        has_values = heads.shape[1] > q.shape[1] + k.shape[1]  # else they are a part of keys
-        torch.cat((q, k, v) if has_values else (q, k), 1, out=heads)
-
-        def attend() -> None:
-            self._attention.forward(*self._attention.split(heads), layer_id, out=out)
-            if self._on_layer is not None:
-                self._on_layer(layer_id)
-
-        self._cut(attend)
+        attention, (count, num_heads, dim) = self._attention, q.shape
+        parts = (q, k, v) if attention.keeps_values else (q, k)
+        num_all = sum(part.shape[1] for part in parts)
+        heads = self._heads[: count * num_all * dim].view(count, num_all, dim)
+        torch.cat(parts, 1, out=heads)
+        queries, keys, values = torch.tensor_split(heads, (q.shape[1], q.shape[1] + k.shape[1]), 1)
+        dim = dim if attention.value_dim is None else attention.value_dim
+        out = self._attended[: count * num_heads * dim].view(count, num_heads, dim)
+        self._cut(lambda: attention.forward(queries, keys, values, layer_id, out=out))
         return out
+
+    def _tell(self, page: int) -> None:
+        """Tell, behind what has been between two pieces, of a page that is written by then."""
+        assert self._capture is not None
+        self._capture.steps.append(lambda: self._on_layer(page) if self._on_layer is not None else None)
 
     def _between(self, read: Read, projected: Tensor) -> Tensor:
         """Read a layer's states between two pieces."""

@@ -238,7 +238,7 @@ def check_uneven(heads: UnevenHeads | None, engine: EngineConfig, *, is_cuda: bo
     """Refuse what is not built of layers whose heads differ. Raises ConfigError."""
     if heads is None:
         return
-    if is_cuda:
-        raise ConfigError("device: cuda has no kernels here for layers whose heads are of two sizes; use cpu")
-    if engine.kv_cache_dtype == "int8":
-        raise ConfigError("kv_cache_dtype: int8 is for layers whose heads are all of one size; use auto")
+    if engine.kv_cache_dtype != "auto" and (is_cuda or engine.kv_cache_dtype == "int8"):
+        raise ConfigError(
+            f"kv_cache_dtype: {engine.kv_cache_dtype} is for layers whose heads are all of one size; use auto"
+        )

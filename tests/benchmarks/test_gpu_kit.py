@@ -46,7 +46,7 @@ def test_an_archive_holds_what_is_kept_and_what_is_added(tmp_path: Path) -> None
 
 def test_modules_have_names_of_one_kind() -> None:
     assert len(set(MODULES)) == len(MODULES) and set(MODULES) == {*FUSED, *ATTENTION, LATENT}
-    assert all(re.fullmatch(r"(fa2|fa3|decode)_(64|128)(_window)?(_cap)?(_fp8)?", name) for name in ATTENTION)
+    assert all(re.fullmatch(r"(fa2|fa3|decode)_(64|128|256|512)(_window)?(_cap)?(_fp8)?", name) for name in ATTENTION)
 
 
 def test_a_launcher_of_the_compiler_is_no_toolkit(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from kvferry.common.request import SampledToken
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.attention.chunked_flashinfer import FlashInferChunkedAttention
@@ -51,7 +52,7 @@ def _engine(model_dir: Path, **fields: object) -> Engine:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_and_log_probabilities_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
-    found = []
+    found = list[list[list[SampledToken]]]()
     for eager, chunk in ((False, 10**9), (True, 10**9), (True, 37)):
         engine = _engine(checkpoints / variant, enforce_eager=eager)
         assert isinstance(engine.runner, CudaRunner)
@@ -75,7 +76,7 @@ def test_steps_run_as_they_were_prepared_where_a_chunk_begins(checkpoints: Path)
     assert isinstance(engine.runner, CudaRunner)
     pipeline = engine.runner.decode_pipeline
     assert pipeline is not None
-    found = []
+    found = list[list[list[int]]]()
     for is_ahead in (True, False):
         driver = Driver(engine)
         seqs = [driver.add(prompt, GREEDY) for prompt in prompts([40, 45, 90])]

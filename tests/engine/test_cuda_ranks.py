@@ -50,14 +50,13 @@ def test_tokens_and_log_probabilities_are_those_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     _write(tmp_path, variant)
-    found = []
-    for eager in (False, True):
-        config = _config(tmp_path, tensor_parallel_size=2, enforce_eager=eager)
-        with two_ranks(monkeypatch, config, 100) as engine:
-            assert isinstance(engine.runner, CudaRunner) and (engine.runner.pieces is None) == eager
-            found.append(_generate(engine))
-        _judge(tmp_path, list(zip(prompts(LENGTHS), found[-1], strict=True)))
-    assert found[0] == found[1]
+    with two_ranks(monkeypatch, _config(tmp_path, tensor_parallel_size=2), 100) as engine:
+        assert isinstance(engine.runner, CudaRunner) and engine.runner.pieces is not None
+        answers = _generate(engine)
+    _judge(tmp_path, list(zip(prompts(LENGTHS), answers, strict=True)))
+    if variant in ("granite 4", "nemotron h, with experts"):
+        with two_ranks(monkeypatch, _config(tmp_path, tensor_parallel_size=2, enforce_eager=True), 100) as engine:
+            assert _generate(engine) == answers, "launched one by one"
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -148,7 +148,8 @@ def test_what_no_layer_could_read_is_refused(tmp_path: Path, changes: dict[str, 
 
 def test_what_has_no_such_heads_is_named(tmp_path: Path) -> None:
     model = model_of(tmp_path, NAME)
-    with pytest.raises(ConfigError, match="cuda has no kernels here for layers whose heads are of two sizes"):
-        check_uneven(model.uneven, _engine(tmp_path), is_cuda=True)
-    with pytest.raises(ConfigError, match="int8 is for layers whose heads are all of one size"):
-        check_uneven(model.uneven, _engine(tmp_path, kv_cache_dtype="int8"), is_cuda=False)
+    for is_cuda in (False, True):
+        check_uneven(model.uneven, _engine(tmp_path), is_cuda=is_cuda)
+        kind = "fp8" if is_cuda else "int8"
+        with pytest.raises(ConfigError, match=f"{kind} is for layers whose heads are all of one size"):
+            check_uneven(model.uneven, _engine(tmp_path, kv_cache_dtype=kind), is_cuda=is_cuda)

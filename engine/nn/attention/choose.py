@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,27 +37,16 @@ def make_attention(
     if name in ("flashinfer", "flashinfer_fp8"):
         if device != "cuda":
             raise ConfigError(f"attention_backend = {name} needs a CUDA device; use cpu on this one")
-        assert isinstance(pages, Tensor), "layers apart are for attention in tiles"
-        if scores.value_dim is not None:
-            from .latent_flashinfer import FlashInferLatentAttention
-
-            return FlashInferLatentAttention(pages, num_qo_heads, scores)
-        from .flashinfer import FlashInferAttention
-
-        make_windowed = partial(
-            FlashInferAttention,
+        is_narrow = name == "flashinfer_fp8"
+        return _flashinfer(
             pages,
             num_qo_heads,
+            sliding_windows,
             query_dtype=query_dtype,
             kv_scales=kv_scales,
-            narrow_queries=name == "flashinfer_fp8",
+            narrow_queries=is_narrow,
             scores=scores,
         )
-        if has_chunks(sliding_windows):
-            from .chunked_flashinfer import FlashInferChunkedAttention
-
-            return FlashInferChunkedAttention(sliding_windows, pages.shape[4], make_windowed)
-        return make_windowed(sliding_windows)
     if device != "cpu":
         raise ConfigError(f"attention_backend = {name} does not run on {device}; use flashinfer")
     from .paged_torch import CPUAttention
@@ -73,3 +61,44 @@ def make_attention(
         return make(pages, sliding_windows)
     assert not isinstance(pages, Tensor) and scores.sinks is None
     return UnevenAttention(pages, sliding_windows, make)
+
+
+def _flashinfer(
+    pages: LayerPages,
+    num_qo_heads: int,
+    sliding_windows: Sequence[int | None],
+    *,
+    query_dtype: torch.dtype | None,
+    kv_scales: Sequence[tuple[float, float]] | None,
+    narrow_queries: bool,
+    scores: Scores,
+) -> AttentionBackend:
+    """Make FlashInfer's attention, in parts where layers are of several kinds. Raises ConfigError."""
+    if scores.value_dim is not None:
+        assert isinstance(pages, Tensor), "latents are of one size"
+        from .latent_flashinfer import FlashInferLatentAttention
+
+        return FlashInferLatentAttention(pages, num_qo_heads, scores)
+    from .flashinfer import FlashInferAttention
+
+    def make(own: LayerPages, windows: Sequence[int | None], workspace: Tensor | None = None) -> FlashInferAttention:
+        return FlashInferAttention(
+            own,
+            num_qo_heads,
+            windows,
+            query_dtype=query_dtype,
+            kv_scales=kv_scales,
+            narrow_queries=narrow_queries,
+            scores=scores,
+            workspace=workspace,
+        )
+
+    if not isinstance(pages, Tensor):
+        from .uneven_flashinfer import uneven_attention
+
+        return uneven_attention(pages, sliding_windows, make)
+    if has_chunks(sliding_windows):
+        from .chunked_flashinfer import FlashInferChunkedAttention
+
+        return FlashInferChunkedAttention(sliding_windows, pages, make)
+    return make(pages, sliding_windows)

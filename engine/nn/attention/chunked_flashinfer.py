@@ -12,7 +12,6 @@ Not run on a card: shown on an emulated device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,75 +19,37 @@ from torch import Tensor
 from ....models.parts.chunks import Chunk
 from .base import AttentionMetadata
 from .chunk_rows import by_chunk
-from .flashinfer import FlashInferAttention
+from .flashinfer_parts import FlashInferParts, GraphParts, Make, Place
 from .page_index import PageIndex
 
 
-class Make(Protocol):
-    """Makes attention over the model's pages."""
+class FlashInferChunkedAttention(FlashInferParts):
+    """Layers that see whole rows come first, then those that attend in chunks."""
 
-    def __call__(self, windows: Sequence[int | None], /, *, workspace: Tensor | None = None) -> FlashInferAttention: ...
-
-
-class FlashInferChunkedAttention:
-    """Implements `DeviceAttention`. Owned by the engine's thread."""
-
-    name = "flashinfer"
-
-    def __init__(self, windows: Sequence[int | None], block_size: int, make: Make) -> None:
+    def __init__(self, windows: Sequence[int | None], pages: Tensor, make: Make) -> None:
         """`windows`: of each layer; all chunks are of one size, of whole blocks."""
         [self.chunk] = {int(window) for window in windows if isinstance(window, Chunk)}
-        self.block_size = block_size
-        self.are_chunked = [isinstance(window, Chunk) for window in windows]
-        self.whole = make([None if isinstance(window, Chunk) else window for window in windows])
-        self.chunked = make([None] * len(windows), workspace=self.whole.workspace)
+        self.block_size = pages.shape[4]
+        whole = make(pages, [None if isinstance(window, Chunk) else window for window in windows])
+        chunked = make(pages, [None] * len(windows), whole.workspace)
+        places = [Place(int(isinstance(window, Chunk)), layer) for layer, window in enumerate(windows)]
+        super().__init__((whole, chunked), places)
 
-    def plan(self, metadata: AttentionMetadata) -> None:
-        self.plan_with(metadata, ())
-
-    def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
-        found = self.whole.plan_with(metadata, more)
-        self.chunked.plan(by_chunk(metadata, self.chunk, self.block_size))
-        return found
-
-    def plan_nothing(self) -> None:
-        self.whole.plan_nothing()
-        self.chunked.plan_nothing()
-
-    @property
-    def positions(self) -> Tensor:
-        return self.whole.positions
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, out: Tensor | None = None) -> Tensor:
-        attention = self.chunked if self.are_chunked[layer_id] else self.whole
-        return attention.forward(q, k, v, layer_id, out)
-
-    def empty_heads(self, num_tokens: int) -> Tensor:
-        return self.whole.empty_heads(num_tokens)
-
-    def empty_result(self, num_tokens: int) -> Tensor:
-        return self.whole.empty_result(num_tokens)
-
-    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.whole.split(heads)
-
-    def warm_up(self) -> None:
-        """Leave all planned for the smallest step."""
-        self.whole.warm_up()
-        self.chunked.warm_up()
+    def seen_by_others(self, metadata: AttentionMetadata) -> AttentionMetadata:
+        return by_chunk(metadata, self.chunk, self.block_size)
 
     def for_graph(self, index: PageIndex) -> ChunkedGraphAttention:
         return ChunkedGraphAttention(self, index)
 
 
-class ChunkedGraphAttention:
-    """Implements `GraphAttention`."""
+class ChunkedGraphAttention(GraphParts):
+    """Layers as those of `FlashInferChunkedAttention`."""
 
     def __init__(self, attention: FlashInferChunkedAttention, index: PageIndex) -> None:
-        self._attention = attention
+        self._chunk, self._block_size = attention.chunk, attention.block_size
         self._index = index
         num_rows, device = len(index.positions), index.positions.device
-        num_pages = num_rows * (attention.chunk // attention.block_size)
+        num_pages = num_rows * (self._chunk // self._block_size)
 
         def zeros(count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
@@ -100,35 +61,34 @@ class ChunkedGraphAttention:
             paged_kv_indices=zeros(num_pages),
             paged_kv_last_page_len=zeros(num_rows),
         )
-        self._places = torch.arange(num_pages, dtype=torch.int32, device=device)
+        self._slots = torch.arange(num_pages, dtype=torch.int32, device=device)
         self._indptr = torch.zeros(num_rows + 1, dtype=torch.int32, pin_memory=True)
-        self._whole = attention.whole.for_graph(index)
-        self._chunked = attention.chunked.for_graph(self._own)
-        self._first_layer = attention.are_chunked.index(True)
+        whole, chunked = attention.parts
+        super().__init__((whole.for_graph(index), chunked.for_graph(self._own)), attention.places)
+        self._first_layer = [place.part for place in self.places].index(1)
 
     def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:
-        self._whole.plan(indptr, last_page_len, num_pages)
-        block_size = self._attention.block_size
-        positions = (indptr.diff() - 1) * block_size + last_page_len - 1
-        counts = positions % self._attention.chunk // block_size + 1
+        whole, chunked = self.parts
+        whole.plan(indptr, last_page_len, num_pages)
+        positions = (indptr.diff() - 1) * self._block_size + last_page_len - 1
+        counts = positions % self._chunk // self._block_size + 1
         torch.cumsum(counts, 0, dtype=torch.int32, out=self._indptr[1:])
-        self._chunked.plan(self._indptr, last_page_len, int(self._indptr[-1]))
+        chunked.plan(self._indptr, last_page_len, int(self._indptr[-1]))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         if layer_id == self._first_layer:
             self._find_pages()
-        attention = self._chunked if self._attention.are_chunked[layer_id] else self._whole
-        return attention.forward(q, k, v, layer_id)
+        return super().forward(q, k, v, layer_id)
 
     def _find_pages(self) -> None:
         """Fill the rows' own index, whose `paged_kv_indptr` and `paged_kv_last_page_len` are there by their plan.
 
         Not when that is made: of a row that begins a page its id may come later (`engine/cuda/rows.py`).
         """
-        index, own, chunk = self._index, self._own, self._attention.chunk
-        torch.remainder(index.positions, chunk, out=own.positions)
-        left_out = index.positions // chunk * (chunk // self._attention.block_size)
+        index, own = self._index, self._own
+        torch.remainder(index.positions, self._chunk, out=own.positions)
+        left_out = index.positions // self._chunk * (self._chunk // self._block_size)
         begins = index.paged_kv_indptr[:-1] + left_out - own.paged_kv_indptr[:-1]
-        rows = torch.searchsorted(own.paged_kv_indptr, self._places, right=True).sub_(1).clamp_(max=len(begins) - 1)
-        sources = (begins[rows] + self._places).clamp_(max=len(index.paged_kv_indices) - 1)
+        rows = torch.searchsorted(own.paged_kv_indptr, self._slots, right=True).sub_(1).clamp_(max=len(begins) - 1)
+        sources = (begins[rows] + self._slots).clamp_(max=len(index.paged_kv_indices) - 1)
         torch.index_select(index.paged_kv_indices, 0, sources, out=own.paged_kv_indices)

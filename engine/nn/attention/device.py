@@ -2,7 +2,7 @@
 
 any batch      plan_with, then forward for each layer
 graphs         for_graph: attention of a number of one-token rows, captured once, planned before each replay
-pieces         empty_heads and empty_result: buffers that attention is given and gives between two graphs
+pieces         what buffers must hold that attention is given and gives between two graphs
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .base import AttentionBackend, AttentionMetadata
@@ -35,6 +36,12 @@ class GraphAttention(Protocol):
 class DeviceAttention(AttentionBackend, Protocol):
     """Attention on CUDA."""
 
+    dtype: torch.dtype  # of queries, keys and values as they come, and of results
+    heads_size: int  # numbers of a token's queries, keys and values, of the layer that has most
+    result_size: int  # numbers of a token's result, of the layer that has most
+    keeps_values: bool  # else they are a part of keys
+    value_dim: int | None  # of a head's result; None: as many numbers as a query has
+
     def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
         """Plan, and upload further arrays of int32 together with the plan's. Returns those, on the device."""
         ...
@@ -50,18 +57,6 @@ class DeviceAttention(AttentionBackend, Protocol):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, out: Tensor | None = None) -> Tensor:
         """Do as `AttentionBackend.forward`. `out`: where the result goes, of its shape and contiguous."""
-        ...
-
-    def empty_heads(self, num_tokens: int) -> Tensor:
-        """Make [num_tokens, heads of queries, keys and values, head_dim], as `split` takes it."""
-        ...
-
-    def empty_result(self, num_tokens: int) -> Tensor:
-        """Make what `forward` returns of so many tokens."""
-        ...
-
-    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of [num_tokens, heads of all three, head_dim]."""
         ...
 
     def for_graph(self, index: PageIndex) -> GraphAttention:

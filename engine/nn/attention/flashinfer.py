@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ....common.errors import ConfigError
-from .base import PLAIN_SCORES, AttentionMetadata, Scores, check_pages
+from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, check_pages
 from .flashinfer_package import check_narrow, heed_sinks_, import_flashinfer, to_e4m3, window_left
 from .page_index import PageIndex, StepIndex, smallest_step, upload_step
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 _WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20  # of each sliding window
 _TENSOR_CORE_GROUP = 4  # query heads per KV head from which decode is faster on tensor cores
-_HEAD_DIMS = (64, 128, 256)
+_HEAD_DIMS = (64, 128, 256, 512)
+_OLDER_HEAD_DIM = 512  # has kernels of the older kind (fa2) alone, over pages in 16 bits
 
 KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
 
@@ -42,10 +43,12 @@ class FlashInferAttention:
     """Owned by the engine's thread."""
 
     name = "flashinfer"
+    keeps_values = True
+    value_dim: int | None = None
 
     def __init__(
         self,
-        pages: Tensor,
+        pages: LayerPages,
         num_qo_heads: int,
         sliding_windows: Sequence[int | None],
         *,
@@ -60,25 +63,32 @@ class FlashInferAttention:
 
         Raises ConfigError.
         """
-        check_pages(pages, num_qo_heads)
+        if isinstance(pages, Tensor):
+            check_pages(pages, num_qo_heads)
+        first = pages[0]
         if narrow_queries:
-            check_narrow(pages, scores)
+            check_narrow(first, scores)
         self._narrows = narrow_queries
-        self._query_dtype = query_dtype or pages.dtype
-        if self._query_dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError(f"flashinfer does not attend in {self._query_dtype}; use --dtype bfloat16 on CUDA")
-        num_layers, _, _, self._num_kv_heads, self._block_size, self._head_dim = pages.shape
+        self._kv_dtype, self._device = first.dtype, first.device
+        self.dtype = query_dtype or first.dtype
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError(f"flashinfer does not attend in {self.dtype}; use --dtype bfloat16 on CUDA")
+        self._num_blocks, _, self._num_kv_heads, self._block_size, self._head_dim = first.shape
         if self._head_dim not in _HEAD_DIMS:
             raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
+        if self._head_dim == _OLDER_HEAD_DIM and self._kv_dtype != self.dtype:
+            raise ConfigError(f"flashinfer attends with heads of {_OLDER_HEAD_DIM} in 16 bits; use kv_cache_dtype auto")
+        self.heads_size = (num_qo_heads + 2 * self._num_kv_heads) * self._head_dim
+        self.result_size = num_qo_heads * self._head_dim
         self._scale, self._cap = scores.scale_of(self._head_dim), scores.cap
         self._sinks = None if scores.sinks is None else [sinks.float() for sinks in scores.sinks]
         self._flashinfer = flashinfer = import_flashinfer("attention")
         self._pages = pages
-        self._scales = list(kv_scales or [(1.0, 1.0)] * num_layers)
+        self._scales = list(kv_scales or [(1.0, 1.0)] * len(pages))
         self._num_qo_heads = num_qo_heads
         self._windows = tuple(sliding_windows)
         if workspace is None:  # must start as zeros
-            workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
+            workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=first.device)
         self.workspace = workspace
         self._int_workspaces: dict[int | None, Tensor] = {}
         windows = set(self._windows)
@@ -86,16 +96,20 @@ class FlashInferAttention:
             window: self._decode_wrapper() for window in windows
         }
         self._prefill: dict[int | None, BatchPrefillWithPagedKVCacheWrapper] = {
-            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "HND") for window in windows
+            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+                self.workspace, "HND", backend="fa2" if self._head_dim == _OLDER_HEAD_DIM else "auto"
+            )
+            for window in windows
         }
         self._num_tokens = self._num_decode_rows = 0
         self._index: PageIndex | None = None
 
     def _decode_wrapper(self, **buffers: object) -> BatchDecodeWithPagedKVCacheWrapper:
+        is_wide = self._head_dim == _OLDER_HEAD_DIM
         return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self.workspace,
             "HND",
-            use_tensor_cores=self._num_qo_heads // self._num_kv_heads >= _TENSOR_CORE_GROUP,
+            use_tensor_cores=is_wide or self._num_qo_heads // self._num_kv_heads >= _TENSOR_CORE_GROUP,
             backend="fa2",
             **buffers,
         )
@@ -109,7 +123,7 @@ class FlashInferAttention:
         """Plan, and upload further arrays of int32 together with the plan's. Returns those, on the device."""
         self._num_tokens = metadata.num_tokens
         self._num_decode_rows = rows = metadata.num_decode_rows
-        step = upload_step(metadata, self._pages.device, more)
+        step = upload_step(metadata, self._device, more)
         self._index = index = step.index
         first_page = int(metadata.paged_kv_indptr[rows])  # of the chunks
         if rows:
@@ -143,8 +157,8 @@ class FlashInferAttention:
             self._head_dim,
             self._block_size,
             window_left=window_left(window),
-            q_data_type=self._query_dtype,
-            kv_data_type=self._pages.dtype,
+            q_data_type=self.dtype,
+            kv_data_type=self._kv_dtype,
             sm_scale=self._scale,
             logits_soft_cap=self._cap,
         )
@@ -162,9 +176,9 @@ class FlashInferAttention:
                 self._block_size,
                 causal=True,
                 window_left=window_left(window),
-                q_data_type=self._pages.dtype if self._narrows else self._query_dtype,
-                kv_data_type=self._pages.dtype,
-                o_data_type=self._query_dtype,
+                q_data_type=self._kv_dtype if self._narrows else self.dtype,
+                kv_data_type=self._kv_dtype,
+                o_data_type=self.dtype,
                 sm_scale=self._scale,
                 logits_soft_cap=self._cap,
                 seq_lens=step.chunk_kv_lens,
@@ -177,7 +191,7 @@ class FlashInferAttention:
         if num_tokens:
             self._write(k[:num_tokens], v[:num_tokens], layer_id, self._index)
         window = self._windows[layer_id]
-        out = self.empty_result(len(q)) if out is None else out
+        out = q.new_empty(q.shape) if out is None else out
         out[num_tokens:].zero_()
         if rows:
             self._run(self._decode[window], q[:rows], out[:rows], layer_id)
@@ -200,8 +214,10 @@ class FlashInferAttention:
             heed_sinks_(out, found[1], sinks)
 
     def _write(self, k: Tensor, v: Tensor, layer_id: int, index: PageIndex) -> None:
-        """Write K and V [num_tokens, num_kv_heads, head_dim] into the layer's pages."""
-        if self._pages.dtype == torch.float8_e4m3fn:
+        """Write K and V [num_tokens, num_kv_heads, head_dim] into the layer's pages, if they have heads."""
+        if not k.shape[1]:
+            return
+        if self._kv_dtype == torch.float8_e4m3fn:
             k, v = (to_e4m3(x, scale) for x, scale in zip((k, v), self._scales[layer_id], strict=True))
         self._flashinfer.append_paged_kv_cache(
             k,
@@ -218,38 +234,24 @@ class FlashInferAttention:
     def plan_nothing(self) -> None:
         """Plan a step of padding alone."""
         self._num_tokens = self._num_decode_rows = 0
-        self._index = PageIndex.of_nothing(self._pages.device)
-
-    def empty_heads(self, num_tokens: int) -> Tensor:
-        """Make [num_tokens, query and KV heads, head_dim], as `split` takes it."""
-        shape = (num_tokens, self._num_qo_heads + 2 * self._num_kv_heads, self._head_dim)
-        return torch.zeros(shape, dtype=self._query_dtype, device=self._pages.device)
-
-    def empty_result(self, num_tokens: int) -> Tensor:
-        shape = (num_tokens, self._num_qo_heads, self._head_dim)
-        return torch.empty(shape, dtype=self._query_dtype, device=self._pages.device)
-
-    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of [num_tokens, heads of all three, head_dim]."""
-        q, k, v = torch.split(heads, [self._num_qo_heads, self._num_kv_heads, self._num_kv_heads], 1)
-        return q, k, v
+        self._index = PageIndex.of_nothing(self._device)
 
     def warm_up(self) -> None:
         """Compile the kernels of this model's variants: one decode row and one prefill row on the last block."""
-        self.plan(smallest_step(self._pages.shape[1] - 1))
-        q, k, v = self.split(self.empty_heads(3))
+        self.plan(smallest_step(self._num_blocks - 1))
+        sizes = [self._num_qo_heads, self._num_kv_heads, self._num_kv_heads]
+        heads = torch.zeros(3, sum(sizes), self._head_dim, dtype=self.dtype, device=self._device)
         for window in set(self._windows):
+            q, k, v = torch.split(heads, sizes, 1)
             self.forward(q, k, v, self._windows.index(window))
-        torch.cuda.synchronize(self._pages.device)
+        torch.cuda.synchronize(self._device)
 
     # --- graphs -----------------------------------------------------------------------------------------------
 
     def for_graph(self, index: PageIndex) -> DecodeGraphAttention:
         """Decode of as many rows as `index` has, reading its tensors, which stay where they are."""
         for window in set(self._windows) - self._int_workspaces.keys():
-            self._int_workspaces[window] = torch.empty(
-                _INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._pages.device
-            )
+            self._int_workspaces[window] = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         return DecodeGraphAttention(self, index)
 
 

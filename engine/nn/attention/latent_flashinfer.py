@@ -33,6 +33,8 @@ class FlashInferLatentAttention:
     """Implements `DeviceAttention`. Owned by the engine's thread."""
 
     name = "flashinfer"
+    keeps_values = False
+    value_dim: int | None = LATENT_DIM
 
     def __init__(self, pages: Tensor, num_heads: int, scores: Scores) -> None:
         """`pages`: [num_layers, num_blocks, 1, 1, block_size, 512 + 64] in 16 bits. Raises ConfigError."""
@@ -43,6 +45,8 @@ class FlashInferLatentAttention:
         self._flashinfer = import_flashinfer("attention")
         self._layers = pages[:, :, 0, 0]  # [num_layers, num_blocks, block_size, 576]
         self._num_heads = num_heads
+        self.dtype = pages.dtype
+        self.heads_size, self.result_size = (num_heads + 1) * (LATENT_DIM + ROPE_DIM), num_heads * LATENT_DIM
         self._num_run = 1 << (num_heads - 1).bit_length()  # as `cuda_heads` has it
         self._scale = scores.scale_of(LATENT_DIM + ROPE_DIM)
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
@@ -110,7 +114,7 @@ class FlashInferLatentAttention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, out: Tensor | None = None) -> Tensor:
         assert self._index is not None, "forward before plan"
         count = self._num_tokens
-        out = self.empty_result(len(q)) if out is None else out
+        out = self._empty_result(len(q)) if out is None else out
         out[count:].zero_()
         if count:
             self._write(k[:count], layer_id, self._index)
@@ -141,23 +145,16 @@ class FlashInferLatentAttention:
             index.paged_kv_last_page_len,
         )
 
-    def empty_heads(self, num_tokens: int) -> Tensor:
-        shape = (num_tokens, self._num_heads + 1, LATENT_DIM + ROPE_DIM)
-        return torch.zeros(shape, dtype=self._layers.dtype, device=self._layers.device)
-
-    def empty_result(self, num_tokens: int) -> Tensor:
+    def _empty_result(self, num_tokens: int) -> Tensor:
         shape = (num_tokens, self._num_heads, LATENT_DIM)
-        return torch.empty(shape, dtype=self._layers.dtype, device=self._layers.device)
-
-    def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values are a part of keys: the third is none."""
-        q, kept = torch.split(heads, [self._num_heads, 1], 1)
-        return q, kept, kept[:, :0]
+        return torch.empty(shape, dtype=self.dtype, device=self._layers.device)
 
     def warm_up(self) -> None:
         """Compile the kernels: one row of one token and one of two on the last block."""
         self.plan(smallest_step(self._layers.shape[1] - 1))
-        self.forward(*self.split(self.empty_heads(3)), 0)
+        heads = torch.zeros(3, self._num_heads + 1, LATENT_DIM + ROPE_DIM, dtype=self.dtype, device=self._layers.device)
+        q, kept = torch.split(heads, [self._num_heads, 1], 1)
+        self.forward(q, kept, kept[:, :0], 0)
         torch.cuda.synchronize(self._layers.device)
 
     # --- graphs -----------------------------------------------------------------------------------------------
@@ -194,6 +191,6 @@ class LatentGraphAttention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         owner = self._attention
         owner._write(k, layer_id, self._index)
-        out = owner.empty_result(len(q))
+        out = owner._empty_result(len(q))
         owner._run(self._wrapper, q, out, layer_id)
         return out

@@ -29,6 +29,12 @@ def layers_of_pages(pages: Tensor, heads: UnevenHeads) -> list[Tensor]:
     return found
 
 
+def by_shape(layers: Sequence[Tensor]) -> list[list[int]]:
+    """Group layers whose pages have one shape."""
+    shapes = dict.fromkeys(layer.shape for layer in layers)
+    return [[index for index, layer in enumerate(layers) if layer.shape == shape] for shape in shapes]
+
+
 class UnevenAttention:
     """Implements `AttentionBackend`."""
 
@@ -37,8 +43,7 @@ class UnevenAttention:
     def __init__(self, layers: Sequence[Tensor], windows: Sequence[int | None], make: Make) -> None:
         self._backends: list[AttentionBackend] = []
         self._of_layer: dict[int, tuple[AttentionBackend, int]] = {}
-        for shape in dict.fromkeys(layer.shape for layer in layers):
-            own = [index for index, layer in enumerate(layers) if layer.shape == shape]
+        for own in by_shape(layers):
             backend = make([layers[index] for index in own], [windows[index] for index in own])
             self._backends.append(backend)
             self._of_layer |= {index: (backend, number) for number, index in enumerate(own)}

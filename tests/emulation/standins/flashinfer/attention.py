@@ -20,7 +20,8 @@ from .checks import check, host_ints, rows, whole
 
 _INT_WORKSPACE_BYTES = 8 << 20
 _GROUPS = (1, 2, 3, 4, 6, 8, 16)  # query heads of a KV head that decode without tensor cores is compiled for
-_HEAD_DIMS = (64, 128, 256)
+_HEAD_DIMS = (64, 128, 256, 512)
+_OLDER_HEAD_DIM = 512  # kernels of the older kind alone, for numbers of 16 bits
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 ASKED_FOR: set[str] = set()  # kinds of native modules: fa2_64, decode_64_window, fa3_128_fp8 …
 
@@ -158,6 +159,8 @@ def attend(
 
 def _note(kind: str, plan: _Plan) -> None:
     check(plan.head_dim in _HEAD_DIMS, f"no kernels for heads of {plan.head_dim}")
+    is_older = plan.head_dim == _OLDER_HEAD_DIM
+    check(not is_older or (kind == "fa2" and plan.kv_dtype in _SIXTEEN_BITS), f"heads of 512 on {kind}")
     check(plan.num_qo_heads % plan.num_kv_heads == 0, f"{plan.num_qo_heads} query heads of {plan.num_kv_heads}")
     check(plan.o_dtype in _SIXTEEN_BITS, f"no kernel writes {plan.o_dtype}")
     if plan.q_dtype.itemsize == 1:
@@ -262,8 +265,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         jit_kwargs: dict[str, Any] | None = None,
         variant_owns_mask: bool = False,
     ) -> None:
-        check(not use_cuda_graph and backend == "auto" and jit_args is None, "no such prefill is used")
+        check(not use_cuda_graph and backend in ("auto", "fa2") and jit_args is None, "no such prefill is used")
         super().__init__(float_workspace_buffer, kv_layout, ())
+        self._backend = backend
         self._kv_lens = torch.empty(32768, dtype=torch.int32, device=self.device)
 
     def plan(
@@ -318,5 +322,6 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
             kv_dtype=kv_data_type or q_data_type,
             o_dtype=o_data_type or q_data_type,
         )
-        _note("fa3" if plan.kv_dtype == plan.q_dtype else "fa2", plan)
+        is_newest = self._backend == "auto" and plan.kv_dtype == plan.q_dtype
+        _note("fa3" if is_newest else "fa2", plan)
         self._upload(plan)

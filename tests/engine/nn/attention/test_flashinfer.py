@@ -271,7 +271,8 @@ def test_latents_are_attended_to_as_on_the_cpu(num_heads: int) -> None:
     for layer in range(2):
         q, kept = torch.split(heads.float(), [num_heads, 1], 1)
         expected = cpu.forward(q, kept, kept[..., :512], layer)
-        out = gpu.forward(*gpu.split(on_gpu), layer).cpu().float()
+        asked, shown = torch.split(on_gpu, [num_heads, 1], 1)
+        out = gpu.forward(asked, shown, shown[:, :0], layer).cpu().float()
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     assert torch.equal(there.cpu().float(), wide), "both have written the same"
     with pytest.raises(ConfigError, match="latents in float32"):
