@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..nn.attention.device import DeviceAttention
+from ..nn.decoder import Decoder
 from ..nn.loading import Progress
 from ..nn.runner import OnLayer
 from ..nn.states import Read
@@ -63,19 +64,8 @@ class PieceGraphs:
         self._decoder = decoder
         self._attention = attention
         self._device = device
-        self._heads = torch.zeros(self.sizes[-1] * attention.heads_size, dtype=attention.dtype, device=device)
-        self._attended = torch.zeros(self.sizes[-1] * attention.result_size, dtype=attention.dtype, device=device)
         self._states = states
-        mixers = plain.stateful_mixers()
-        width = max((mixer.num_projected for mixer in mixers), default=0)
-        self._projected = torch.zeros(self.sizes[-1], width, dtype=plain.dtype, device=device)
-        width = max((mixer.out_proj.weight.num_inputs for mixer in mixers), default=0)
-        self._read = torch.zeros(self.sizes[-1], width, dtype=plain.dtype, device=device)
-        width = plain.config.hidden_size
-        if (inputs := plain.config.layer_inputs) is not None:
-            width = max(width, plain.config.num_layers * inputs.size)
-        num_bytes = self.sizes[-1] * width * torch.float32.itemsize  # of the largest that is summed
-        self._sums = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._buffers = _Buffers(plain, attention, self.sizes[-1], device)
         self._input_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
         self._adapters = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
@@ -144,11 +134,11 @@ class PieceGraphs:
         attention, (count, num_heads, dim) = self._attention, q.shape
         parts = (q, k, v) if attention.keeps_values else (q, k)
         num_all = sum(part.shape[1] for part in parts)
-        heads = self._heads[: count * num_all * dim].view(count, num_all, dim)
+        heads = self._buffers.heads[: count * num_all * dim].view(count, num_all, dim)
         torch.cat(parts, 1, out=heads)
         queries, keys, values = torch.tensor_split(heads, (q.shape[1], q.shape[1] + k.shape[1]), 1)
         dim = dim if attention.value_dim is None else attention.value_dim
-        out = self._attended[: count * num_heads * dim].view(count, num_heads, dim)
+        out = self._buffers.attended[: count * num_heads * dim].view(count, num_heads, dim)
         self._cut(lambda: attention.forward(queries, keys, values, layer_id, out=out))
         return out
 
@@ -159,14 +149,14 @@ class PieceGraphs:
 
     def _between(self, read: Read, projected: Tensor) -> Tensor:
         """Read a layer's states between two pieces."""
-        taken, out = self._projected[: len(projected)], self._read[: len(projected)]
+        taken, out = (each[: len(projected)] for each in (self._buffers.projected, self._buffers.read))
         taken.copy_(projected)
         self._cut(lambda: out.copy_(read(taken)))
         return out
 
     def _sum(self, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum over the ranks between two pieces."""
-        sums = self._sums[: x.nbytes].view(x.dtype).view_as(x)
+        sums = self._buffers.sums[: x.nbytes].view(x.dtype).view_as(x)
         sums.copy_(x)
         self._cut(lambda: reduce(sums))
         return sums.clone()
@@ -177,6 +167,26 @@ class PieceGraphs:
         self._comm.around = None
         self._capture.cut(between)
         self._comm.around = self._sum
+
+
+class _Buffers:
+    """What lies between two pieces, with room for the layer that has most. It stays where it is."""
+
+    def __init__(self, decoder: Decoder, attention: DeviceAttention, num_tokens: int, device: torch.device) -> None:
+        config, mixers = decoder.config, decoder.stateful_mixers()
+
+        def zeros(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(num_tokens * width, dtype=dtype, device=device)
+
+        self.heads, self.attended = (
+            zeros(size, attention.dtype) for size in (attention.heads_size, attention.result_size)
+        )
+        width = max((mixer.num_projected for mixer in mixers), default=0)
+        self.projected = zeros(width, decoder.dtype).view(num_tokens, width)
+        width = max((mixer.out_proj.weight.num_inputs for mixer in mixers), default=0)
+        self.read = zeros(width, decoder.dtype).view(num_tokens, width)
+        looked_up = 0 if config.layer_inputs is None else config.num_layers * config.layer_inputs.size
+        self.sums = zeros(max(config.hidden_size, looked_up) * torch.float32.itemsize, torch.uint8)  # of any type
 
 
 class _Capture:
