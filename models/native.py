@@ -11,6 +11,7 @@ from .parts.delta_nets import DeltaNetsConfig
 from .parts.latent import LatentConfig
 from .parts.mamba import MambaConfig
 from .parts.short_convolutions import ShortConvolutionsConfig
+from .parts.uneven_heads import LayerInputs
 from .quantization import Quantization
 
 _MOST_CONVOLVED = 16  # tokens: engine/cpu/native/layers/convolution.hpp
@@ -31,14 +32,11 @@ def not_in_native(
     """
     family, turned = config.family, int(config.head_dim * config.rope.fraction)
     is_sparse = config.experts is not None and any(config.sparse_layers)
-    are_beside = config.experts is not None and config.experts.are_beside_mlp
     has = {
         "layers that keep such states": config.states is not None and not _has_known_states(config, num_ranks),
-        "experts beside an MLP between ranks": num_ranks > 1 and are_beside,
         "experts in such a residual stream": is_sparse and family.norms == "shared",
         "feed-forwards without a mixer before each": not _are_behind_mixers(config),
-        "inputs of each layer between ranks": config.layer_inputs is not None and num_ranks > 1,
-        "inputs of layers of such a size": config.layer_inputs is not None and config.layer_inputs.size % 32 != 0,
+        "inputs of layers of such a size": not _has_known_inputs(config.layer_inputs, num_ranks),
         # In float32 tokens are those of `transformers`: there torch says which of equal experts come first.
         "experts in float32": is_float32 and is_sparse,
         "experts whose tokens are exchanged": is_exchanged and is_sparse,
@@ -72,20 +70,23 @@ def check_exact(config: ModelConfig, lacking: Collection[str]) -> None:
 
 def _has_known_states(config: ModelConfig, num_ranks: int) -> bool:
     """Tell whether states are of a known kind, whose heads fill vectors, and what mixers yield on a rank whole pairs of
-    them; a convolution sees a few tokens. What all heads are normed by together is not summed over ranks.
+    them; a convolution sees a few tokens.
     """
     states, heads = config.states, tuple[int, ...]()
     if isinstance(states, DeltaNetsConfig):
         heads = states.key_dim, states.value_dim
     elif isinstance(states, MambaConfig):
         heads = states.state_dim, states.head_dim
-        if num_ranks > 1 and states.is_normed_whole:
-            return False
     elif not isinstance(states, ShortConvolutionsConfig):
         return False
     mixed = states.num_values, config.num_qo_heads * config.head_dim
     is_short = states.kernel_size <= _MOST_CONVOLVED
     return is_short and all(size % 16 == 0 for size in heads) and all(size // num_ranks % 32 == 0 for size in mixed)
+
+
+def _has_known_inputs(inputs: LayerInputs | None, num_ranks: int) -> bool:
+    """Tell whether a rank's numbers of a layer's own input fill pairs of vectors."""
+    return inputs is None or (inputs.size % num_ranks == 0 and inputs.size // num_ranks % 32 == 0)
 
 
 def _has_known_heads(config: ModelConfig) -> bool:

@@ -74,7 +74,8 @@ class MambaParts(StateParts):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("forgetting", "step_bias", "kept", "norm")),
-        *((name, ctypes.c_int64) for name in ("num_heads", "head_dim", "num_groups", "state_dim", "is_normed_first")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "head_dim", "num_groups", "state_dim")),
+        *((name, ctypes.c_int64) for name in ("is_normed_first", "num_normed")),
         *((name, ctypes.c_double) for name in ("norm_eps", "least_step", "most_step")),
     ]
 
@@ -146,7 +147,7 @@ class LayerInputParts(ctypes.Structure):
     _fields_ = [
         ("made", LinearParts),
         *((name, ctypes.c_void_p) for name in ("norm", "table")),
-        ("size", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("size", "first", "num_own", "first_token", "num_tokens")),
         *((name, ctypes.c_double) for name in ("made_factor", "table_factor")),
     ]
 

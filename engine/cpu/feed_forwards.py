@@ -53,11 +53,16 @@ def describe_end(weights: Weights, layer: DecoderLayer, target: LayerParts) -> N
 
 def describe_inputs(weights: Weights, table: InputTable) -> LayerInputParts:
     """Describe how layers' own inputs are made."""
+    num_own = table.size // table.table.comm.size
     described = LayerInputParts(
         made=weights.linear(table.projection, None),
         norm=address(table.norm.weight),
         table=address(table.table.weight.plain),
         size=table.size,
+        first=table.table.comm.rank * num_own,
+        num_own=num_own,
+        first_token=table.table.start,
+        num_tokens=table.table.num_rows,
         made_factor=table.made_multiplier,
         table_factor=table.multiplier,
     )

@@ -103,6 +103,7 @@ def _mamba(mixer: Mamba, linear: Described, keep: list[object], inputs: float) -
         kept=address(vectors["D"]),
         norm=address(vectors.get("norm.weight")),
         is_normed_first=config.norm == "before gates",
+        num_normed=1 if mixer.normed_with is None else mixer.normed_with.size,
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         num_groups=config.num_groups,

@@ -51,7 +51,7 @@ class Mamba(StatefulMixer):
         config, whole, hidden = states.config, builder.config.states, builder.config.hidden_size
         assert isinstance(config, MambaConfig) and isinstance(whole, MambaConfig)
         self.states, self.config, self.eps = states, config, builder.config.rms_norm_eps
-        self._normed_with = builder.comm if whole.is_normed_whole and builder.comm.size > 1 else None
+        self.normed_with = builder.comm if whole.is_normed_whole and builder.comm.size > 1 else None
         rows = RowPart(whole.num_values), *whole.row_parts, RowPart(whole.num_heads)
         parts = parts_of(f"{name}.in_proj", rows)
         self.factors = _factors(builder, config)  # of projected numbers; None: 1
@@ -104,8 +104,8 @@ class Mamba(StatefulMixer):
         return c.reshape(by_group), b.reshape(by_group), x.reshape(n, config.num_heads, config.head_dim)
 
     def _normed(self, said: Tensor) -> Tensor:
-        if self._normed_with is not None:
-            normed = normed_over_ranks(said, self._normed_with, self.eps)
+        if self.normed_with is not None:
+            normed = normed_over_ranks(said, self.normed_with, self.eps)
         else:
             groups = said.view(len(said), self.config.num_groups, said.shape[1] // self.config.num_groups)
             normed = F.rms_norm(groups, groups.shape[2:], eps=self.eps).flatten(1)

@@ -145,7 +145,7 @@ private:
             layer.attention.q_norm = vector(wide, 1.0f), layer.attention.k_norm = vector(wide, 1.0f);
         }
         const long num = long(layers_.size()) * kOwn;
-        inputs_ = {linear(num, kHidden), vector(kOwn, 1.0f), vector(kVocab * num, 1.0f), kOwn, 0.1, 2.0};
+        inputs_ = {linear(num, kHidden), vector(kOwn, 1.0f), vector(kVocab * num, 1.0f), kOwn, 0, kOwn, 0, kVocab, 0.1, 2.0};
         model_.inputs = &inputs_;
     }
 
@@ -192,7 +192,7 @@ private:
         Mamba& made = *mambas_.back();
         made.num_heads = kStateHeads, made.head_dim = kMambaDim, made.num_groups = kGroups, made.state_dim = kStateDim;
         made.num_values = kStateHeads * kMambaDim, made.memory_size = made.num_values * kStateDim, made.num_rates = kStateHeads;
-        made.norm_eps = 1e-6;
+        made.norm_eps = 1e-6, made.num_normed = 1;
         const long convolved = made.num_values + 2 * made.num_keys();
         made.rows = linear(made.num_values + convolved + kStateHeads, kHidden);
         with_convolution(made, convolved);

@@ -17,10 +17,10 @@ from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.torch_runner import TorchRunner
 
-from ...adapters import write_adapter
+from ...adapters import merge, write_adapter
 from ...engine_driver import Driver, engine_config, make_engine, prompt_logprobs
 from ...transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, GEMMA_4_MOE, SMALL, write_model
-from ..test_adapters import Held, assert_adapted_as_merged, put
+from ..test_adapters import Held, assert_adapted_as_merged, put, said_by_ranks
 from .judged import OF_TORCH, ROUNDED, error_of, expected_of, judged, judged_by_ranks, native_engine, tolerance_of
 from .test_build import FEW_TOKENS, MANY_TOKENS, Shape, assert_exact
 from .test_cut_attention import gap_of_threads
@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "borrowed keys, wide": GEMMA_4_BORROWING
     | {"head_dim": 256, "global_head_dim": 512, "num_attention_heads": 2, "num_key_value_heads": 1},
     "long": GEMMA_4_BORROWING | {"max_position_embeddings": 4096, "sliding_window": 1500},
+    "borrowed keys, of ranks": GEMMA_4_BORROWING | {"hidden_size_per_layer_input": 64},
     "narrow inputs": GEMMA_4_BORROWING | {"hidden_size_per_layer_input": 8},
     "experts": GEMMA_4_MOE,  # these in bfloat16 alone
 }
@@ -71,7 +72,7 @@ def test_float32_computes_what_torch_computes(checkpoints: Path, variant: str, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["keys are values", "values of their own"])
+@pytest.mark.parametrize("variant", ["keys are values", "values of their own", "borrowed keys, of ranks", "experts"])
 def test_two_ranks_compute_what_one_computes(checkpoints: Path, variant: str) -> None:
     path = checkpoints / variant
     found = judged_by_ranks(engine_config(path, dtype="bfloat16", tensor_parallel_size=2, num_threads=2))
@@ -119,6 +120,17 @@ def test_pages_are_told_of_when_all_of_their_layers_are_computed(checkpoints: Pa
 )
 def test_adapters_go_beside_them(checkpoints: Path, tmp_path: Path, variant: str, targets: tuple[str, ...]) -> None:
     assert_adapted_as_merged(checkpoints / variant, tmp_path, targets, PROMPT)
+
+
+@pytest.mark.slow
+def test_ranks_share_adapters_of_inputs(checkpoints: Path, tmp_path: Path) -> None:
+    path, asked = checkpoints / "borrowed keys, of ranks", [PROMPT[:40], PROMPT[50:67]]
+    targets = ("q_proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+    adapter = write_adapter(tmp_path / "adapter", path, rank=8, targets=targets, seed=3, alpha=32)
+    driver = Driver(make_engine(merge(path, adapter, tmp_path / "merged")))
+    wanted = driver.generate([driver.add(prompt) for prompt in asked])
+    plain = Driver(make_engine(path))
+    assert said_by_ranks(path, adapter, asked) == wanted != plain.generate([plain.add(prompt) for prompt in asked])
 
 
 def test_adapters_go_beside_experts_and_mlps(checkpoints: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_every_set_computes_what_torch_computes(checkpoints: Path, variant: str)
     "variant",
     [
         *("qwen3.5", "qwen3.5, a longer convolution", "qwen3 next, dense, a state behind all", "nemotron h"),
-        *("falcon h1", "falcon h1, normed before gates, biases", NARROW),
+        *("falcon h1", "falcon h1, normed before gates, biases", NARROW, "granite4", "granite4 moe"),
     ],
 )
 def test_two_ranks_compute_what_one_computes(checkpoints: Path, variant: str) -> None:

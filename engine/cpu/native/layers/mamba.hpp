@@ -33,9 +33,13 @@ inline void take_steps(const Mamba& w, float* projected, long stride, long count
     }
 }
 
-// What the heads of a group have read of a token, normed and then times gates, if it is so; else gates are in it.
-inline void norm_group(const Mamba& w, const float* read, const float* gates, const float* norm, long size, Element* said) {
-    const Vector factor = repeat(inverse_rms(read, size, float(w.norm_eps)));
+// What the heads of a group have read of a token, normed and then times gates, if it is so; else gates are in it. `squares`:
+// of it and what other ranks' heads have read, which are normed with it; null: by itself.
+inline void norm_group(const Mamba& w, const float* read, const float* gates, const float* norm, long size, Element* said,
+                       const float* squares) {
+    const float eps = float(w.norm_eps);
+    const float by = squares == nullptr ? inverse_rms(read, size, eps) : inverse_rms(*squares, size * w.num_normed, eps);
+    const Vector factor = repeat(by);
     for (long i = 0; i < size; i += 16) {
         const Vector normed = load(read + i) * factor * load(norm + i);
         store(said + i, w.is_normed_first ? normed * silu(load(gates + i)) : normed);
@@ -43,7 +47,9 @@ inline void norm_group(const Mamba& w, const float* read, const float* gates, co
 }
 
 // What heads have read of some tokens, where `MambaPass` left it, normed in groups -> what `o` or `out` multiplies.
-inline void say(const Mamba& w, const float* projected, long stride, Element* said, long said_stride, Range tokens) {
+// `squares`: of each token over the ranks, where their heads are normed together; else null.
+inline void say(const Mamba& w, const float* projected, long stride, Element* said, long said_stride, Range tokens,
+                const float* squares) {
     const long size = w.num_values / w.num_groups;
     for (long token = tokens.first; token < tokens.last; token++) {
         const float* const gates = projected + token * stride;
@@ -54,7 +60,8 @@ inline void say(const Mamba& w, const float* projected, long stride, Element* sa
             continue;
         }
         for (long first = 0; first < w.num_values; first += size) {
-            norm_group(w, read + first, gates + first, w.norm + first, size, own + first);
+            norm_group(w, read + first, gates + first, w.norm + first, size, own + first,
+                       squares == nullptr ? nullptr : squares + token);
         }
     }
 }

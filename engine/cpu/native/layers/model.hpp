@@ -93,6 +93,7 @@ struct Mamba : StateLayer {
     const float* norm;                           // [num_values]; null: none
     std::int64_t num_heads, head_dim, num_groups, state_dim;
     std::int64_t is_normed_first;  // gates come behind the norm, not before it
+    std::int64_t num_normed;       // ranks whose heads are normed together; 1: each norms its own
     double norm_eps;
     double least_step, most_step;  // no limits: 0 and infinity
 
@@ -179,8 +180,10 @@ struct OwnInput {
 struct LayerInputs {
     Linear made;           // [layers][size]
     const Element* norm;   // [size]
-    const Element* table;  // [tokens][layers][size]
+    const Element* table;  // [num_tokens][layers][size]
     std::int64_t size;
+    std::int64_t first, num_own;         // those of a layer's numbers that this rank's gates are for
+    std::int64_t first_token, num_tokens;  // the table's rows here
     double made_factor, table_factor;
 };
 
@@ -200,6 +203,7 @@ struct Layer {
 
     int kind() const { return is_local != 0; }  // of its heads
     bool has_mlp() const { return mlp.down.weight.columns > 0; }
+    bool are_beside() const { return experts != nullptr && has_mlp(); }  // experts beside an MLP
     bool is_mixer_alone() const { return experts == nullptr && !has_mlp(); }
 };
 

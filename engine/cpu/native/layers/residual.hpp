@@ -67,10 +67,10 @@ public:
         for (long i = rows.first * s_.hidden; i < rows.last * s_.hidden; i += 16) store(x + i, load(x + i) * by);
     }
 
-    // Each layer's own input of tokens with these ids, whose residual stream is `x`, to `inputs`, a row behind the other; whole
-    // when all have met.
-    template <class By>
-    void make_inputs(const std::int32_t* ids, const float* x, long rows, const std::int32_t* slots, Element* inputs, Panel& own,
+    // Each layer's own input of tokens whose residual stream is `x`, to `inputs`, a row behind the other; whole when all have
+    // met. `looked_up(row)`: what the table has of a token.
+    template <class By, class LookedUp>
+    void make_inputs(LookedUp looked_up, const float* x, long rows, const std::int32_t* slots, Element* inputs, Panel& own,
                      Panel& common, By& by) const {
         const LayerInputs& w = *m_.inputs;
         const Rows embedded = math_.normalize(x, rows, nullptr, own, slots);
@@ -82,9 +82,32 @@ public:
         const long all = m_.num_layers * w.size;
         for (long row = mine.first; row < mine.last; row++) {
             for (long at = 0; at < all; at += w.size) {
-                make_input(made + row * s_.inputs + at, w.table + ids[row] * all + at, inputs + row * all + at);
+                make_input(made + row * s_.inputs + at, looked_up(row) + at, inputs + row * all + at);
             }
         }
+    }
+
+    // act(gate(x)) * inputs of the rows beside `mixed`, of this rank's numbers of an input; whole, as all have met.
+    template <class By>
+    Rows gated_inputs(const OwnInput& w, const float* x, const Rows& mixed, const OwnRows& inputs, Panel& own, Panel& common,
+                      By& by) const {
+        const long count = mixed.count, size = m_.inputs->num_own, first = m_.inputs->first;
+        const Rows rows = math_.normalize(x, count, nullptr, own, mixed.slots);
+        float* const gates = common.gate_up.data();
+        math_.set(gates, s_.gate_up, rows, w.gate, by);
+        math_.adapt(gates, s_.gate_up, rows, w.gate, common, by);
+        by.meet();
+        const Range vectors = by.part(size / 16);
+        math_.with_activation([&](auto act) {
+            for (long row = 0; row < count; row++) {
+                for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {
+                    store(common.activated.data() + row * s_.activated + i,
+                          act(load(gates + row * s_.gate_up + i)) * load(inputs.from(row).values + first + i));
+                }
+            }
+        });
+        by.meet();
+        return {common.activated.data(), s_.activated, count, mixed.slots, rows.may_widen};
     }
 
     float mixed_factor() const { return float(m_.mixed_factor); }
@@ -147,7 +170,8 @@ private:
     }
 
     // One layer's of one token, of what the product has made of its embedding and of what was looked up.
-    void make_input(float* made, const Element* looked_up, Element* input) const {
+    template <class Number>
+    void make_input(float* made, const Number* looked_up, Element* input) const {
         const LayerInputs& w = *m_.inputs;
         for (long i = 0; i < w.size; i += 16) store(made + i, load(made + i) * repeat(float(w.made_factor)));
         const Vector factor = repeat(inverse_rms(made, w.size, float(m_.norm_eps))), offset = repeat(float(m_.norm_offset));
@@ -161,24 +185,7 @@ private:
     // x += normed(projection(act(gate(x)) * inputs)) of the rows beside `mixed`, whole; all have met.
     template <class By>
     void add_own(const OwnInput& w, float* x, const Rows& mixed, const OwnRows& inputs, Panel& own, Panel& common, By& by) const {
-        const long count = mixed.count, size = m_.inputs->size;
-        const Rows rows = math_.normalize(x, count, nullptr, own, mixed.slots);
-        float* const gates = common.gate_up.data();
-        math_.set(gates, s_.gate_up, rows, w.gate, by);
-        math_.adapt(gates, s_.gate_up, rows, w.gate, common, by);
-        by.meet();
-        const Range vectors = by.part(size / 16);
-        math_.with_activation([&](auto act) {
-            for (long row = 0; row < count; row++) {
-                for (long i = vectors.first * 16; i < vectors.last * 16; i += 16) {
-                    store(common.activated.data() + row * s_.activated + i,
-                          act(load(gates + row * s_.gate_up + i)) * load(inputs.from(row).values + i));
-                }
-            }
-        });
-        by.meet();
-        const Rows gated{common.activated.data(), s_.activated, count, mixed.slots, rows.may_widen};
-        add_normed(x, gated, w.projection, w.norm, 1.0f, common, by);
+        add_normed(x, gated_inputs(w, x, mixed, inputs, own, common, by), w.projection, w.norm, 1.0f, common, by);
         by.meet();
     }
 

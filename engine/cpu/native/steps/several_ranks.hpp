@@ -16,7 +16,7 @@ public:
 
     void forward(const Step& step) {
         threads_.run([&](Team::Member& by) { stages_.begin(step, by); });
-        if (step.first_layer() == 0) w_.model.sum_over_ranks(w_.residual(0), step.num_tokens * w_.strides.hidden);
+        if (step.first_layer() == 0) begin(step);
         for (std::size_t index = step.first_layer(); index <= step.last_layer(); index++) {
             const bool is_last = index == step.last_layer();
             threads_.run([&](Team::Member& by) {
@@ -24,18 +24,40 @@ public:
                 stages_.report(step, index, by);
                 if (!is_last) stages_.mix(step, index, by);
             });
-            if (!is_last) finish(w_.layers[index], w_.residual(0), w_.attended_rows(step));
+            if (!is_last) finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), w_.own_rows(index));
         }
         if (!stages_.has_last(step)) return;
         threads_.run([&](Team::Member& by) { stages_.gather_last(step, by); });
         if (step.num_wanted == 0) return;
-        finish(w_.layers[step.last_layer()], step.hidden, w_.last_attended_rows(step));
+        finish(w_.layers[step.last_layer()], step.hidden, w_.last_attended_rows(step), w_.last_own_rows());
     }
 
 private:
     template <class Job>
     static void each_panel(long rows, Job job) {
         for (long first = 0; first < rows; first += kPanelRows) job(first, std::min(kPanelRows, rows - first));
+    }
+
+    // What ranks have of tokens' embeddings and of layers' own inputs, together.
+    void begin(const Step& step) {
+        w_.model.sum_over_ranks(w_.residual(0), step.num_tokens * w_.strides.hidden);
+        if (w_.model.inputs == nullptr) return;
+        const LayerInputs& w = *w_.model.inputs;
+        const long size = w_.model.num_layers * w.size;
+        looked_up_.assign(step.num_tokens * size, 0.0f);
+        for (long token = 0; token < step.num_tokens; token++) {
+            const long row = step.input_ids[token] - w.first_token;
+            if (row < 0 || row >= w.num_tokens) continue;
+            for (long i = 0; i < size; i += 16) store(looked_up_.data() + token * size + i, load(w.table + row * size + i));
+        }
+        w_.model.sum_over_ranks(looked_up_.data(), step.num_tokens * size);
+        threads_.run([&](Team::Member& by) {
+            each_panel(step.num_tokens, [&](long first, long rows) {
+                stages_.make_inputs(step, {first, first + rows}, w_.shared, by, by, [&](long row) {
+                    return looked_up_.data() + (first + row) * size;
+                });
+            });
+        });
     }
 
     // To K and V of all tokens in the pages.
@@ -77,8 +99,8 @@ private:
         return squares_;
     }
 
-    // From attention to a layer's end: its two blocks in their order, and what both add.
-    void finish(const Layer& layer, float* x, const Rows& attended) {
+    // From attention to a layer's end: its two blocks in their order, what both add, and what it makes of its own inputs.
+    void finish(const Layer& layer, float* x, const Rows& attended, const OwnRows& inputs) {
         const long rows = attended.count, size = rows * w_.strides.hidden;
         if (long(partials_.size()) < size) partials_.resize(size);
         const bool is_fed_first = layer.is_fed_first != 0;
@@ -92,22 +114,35 @@ private:
         });
         if (layer.is_mixer_alone()) return;
         w_.model.sum_over_ranks(partial(0), size);
+        if (layer.are_beside()) w_.model.sum_over_ranks(w_.fed.data(), size);
+        const bool has_own = layer.own_input.gate.weight.columns > 0;
         threads_.run([&](Team::Member& by) {
             add_sums(layer, !is_fed_first, x, rows, by);
-            w_.residual_math.scale(layer, x, by.part(rows));  // those that this thread has added to
+            if (!has_own) return w_.residual_math.scale(layer, x, by.part(rows));  // those that this thread has added to
+            by.meet();
+            add_own(layer.own_input, x, attended, inputs, by);
+        });
+        if (!has_own) return;
+        w_.model.sum_over_ranks(partial(0), size);
+        threads_.run([&](Team::Member& by) {
+            add_sums(x, nullptr, layer.own_input.norm, 1.0f, rows, by);
+            w_.residual_math.scale(layer, x, by.part(rows));
         });
     }
 
     // This rank's part of the feed-forward, or of what is mixed.
     void compute(const Layer& layer, bool is_fed, const float* x, const Rows& attended, Team::Member& by) {
         if (!is_fed) return add_attended(layer, attended, by);
-        if (layer.experts == nullptr) return add_mlp(layer, x, attended, by);
-        stages_.add_experts(layer, x, partial(0), 1.0f, attended.count, by, attended.slots);
+        if (layer.has_mlp()) add_mlp(layer, x, attended, by);
+        if (layer.experts == nullptr) return;
+        float* const to = layer.are_beside() ? w_.fed.data() : partial(0);
+        stages_.add_experts(layer, x, to, 1.0f, attended.count, by, attended.slots);
     }
 
     // x += what the ranks' sums of the feed-forward, or of what is mixed, are. Biases are added once, to the sums.
     void add_sums(const Layer& layer, bool is_fed, float* x, long rows, const Team::Member& by) {
         if (!is_fed) return add_sums(x, layer.attention.o.bias, layer.mixed_norm, w_.residual_math.mixed_factor(), rows, by);
+        if (layer.are_beside()) add_beside(layer, rows, by);
         const Element* bias = layer.experts == nullptr ? layer.mlp.down.bias : nullptr;
         add_sums(x, bias, layer.output_norm, w_.residual_math.fed_factor(), rows, by);
     }
@@ -120,6 +155,28 @@ private:
             w_.residual_math.add_mixed(partial(first), panel, o, layer.attention.beside(), 1.0f, w_.shared, by);
             // The next panel's narrowed rows, or values, take the place of these.
             if (attended.slots != nullptr || layer.attention.latents != nullptr) by.meet();
+        });
+    }
+
+    // The ranks' sums of an MLP, and of the experts beside it, to one sum of both.
+    void add_beside(const Layer& layer, long rows, const Team::Member& by) {
+        const Range mine = by.part(rows);
+        for (long row = mine.first; row < mine.last; row++) {
+            float* const of_experts = w_.fed.data() + row * w_.strides.hidden;
+            w_.residual_math.add_beside(layer, partial(row), of_experts);
+            std::fill_n(of_experts, w_.strides.hidden, 0.0f);
+        }
+    }
+
+    // This rank's part of what a layer makes of its own inputs.
+    void add_own(const OwnInput& own, const float* x, const Rows& attended, const OwnRows& inputs, Team::Member& by) {
+        const Linear projection = without_bias(own.projection);
+        each_panel(attended.count, [&](long first, long count) {
+            const Rows rows = attended.from(first, count);
+            const Rows gated = w_.residual_math.gated_inputs(own, x + first * w_.strides.hidden, rows, inputs.from(first),
+                                                             w_.own(by).panel, w_.shared, by);
+            w_.math.add_adapted(partial(first), gated, projection, 1.0f, w_.shared, by);
+            by.meet();
         });
     }
 
@@ -155,5 +212,6 @@ private:
     Stages& stages_;
     Threads& threads_;
     Lines<float> partials_;  // this rank's part of sums; zero between them
+    std::vector<float> looked_up_;  // of layers' own inputs of a step's tokens
     Squares squares_[kPanelRows];
 };

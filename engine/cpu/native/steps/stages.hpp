@@ -38,8 +38,16 @@ public:
     // share; `self`: who of the step's threads this is.
     template <class By>
     void make_inputs(const Step& step, Range tokens, Panel& common, By& by, const Team::Member& self) {
-        w_.residual_math.make_inputs(step.input_ids + tokens.first, w_.residual(tokens.first), tokens.last - tokens.first,
-                            step.slots_from(tokens.first), w_.inputs_of(tokens.first), w_.own(self).panel, common, by);
+        const LayerInputs& w = *w_.model.inputs;
+        make_inputs(step, tokens, common, by, self, [&](long row) {
+            return w.table + step.input_ids[tokens.first + row] * w_.model.num_layers * w.size;
+        });
+    }
+    // The same of what `looked_up` says that the table has of each.
+    template <class By, class LookedUp>
+    void make_inputs(const Step& step, Range tokens, Panel& common, By& by, const Team::Member& self, LookedUp looked_up) {
+        w_.residual_math.make_inputs(looked_up, w_.residual(tokens.first), tokens.last - tokens.first,
+                                     step.slots_from(tokens.first), w_.inputs_of(tokens.first), w_.own(self).panel, common, by);
         by.meet();
     }
 

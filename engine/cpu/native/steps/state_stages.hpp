@@ -53,13 +53,28 @@ public:
         const auto& mamba = static_cast<const Mamba&>(layer);
         remember(step, mamba, index, by);
         by.meet();
-        say(mamba, projected(0), w_.strides.projected, read(0), w_.strides.attended, by.part(step.num_tokens));
+        const Range tokens = by.part(step.num_tokens);
+        const float* const squares = mamba.num_normed > 1 ? sum_squares(mamba, step.num_tokens, by) : nullptr;
+        say(mamba, projected(0), w_.strides.projected, read(0), w_.strides.attended, tokens, squares);
     }
 
 private:
     const StateLayer* layer_of(std::size_t index) const { return w_.layers[index].attention.state; }
     float* projected(long token) { return w_.projected.data() + token * w_.strides.projected; }
     Element* read(long token) { return w_.attended.data() + token * w_.strides.attended + w_.strides.read_at; }
+
+    // Of what all ranks' heads have read of each token.
+    const float* sum_squares(const Mamba& mamba, long tokens, Team::Member& by) {
+        if (by.rank() == 0) {
+            if (long(squares_.size()) < tokens) squares_.resize(tokens);
+            for (long token = 0; token < tokens; token++) {
+                squares_[token] = sum_of_squares(projected(token) + mamba.read_at(), mamba.num_values);
+            }
+            w_.model.sum_over_ranks(squares_.data(), tokens);
+        }
+        by.meet();
+        return squares_.data();
+    }
 
     // Some tokens' products times their factors.
     void multiply(const StateLayer& layer, Range tokens) {
@@ -106,6 +121,7 @@ private:
     }
 
     Workspace& w_;
+    std::vector<float> squares_;  // of tokens, where heads of several ranks are normed together
     std::vector<std::vector<ColumnStrip>> strips_;      // of each layer
     std::vector<Counter> convolved_, remembered_;  // of each layer
 };
