@@ -79,7 +79,14 @@ YARN: dict[str, object] = {
 }
 
 
-def write_deepseek(path: Path, generation: Generation = "v3", *, tokenizer: bool = False, **fields: object) -> Path:
+def write_deepseek(
+    path: Path,
+    generation: Generation = "v3",
+    *,
+    tokenizer: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **fields: object,
+) -> Path:
     """Write a checkpoint into `path` (made if missing) and return it; `fields` replace those of SHAPE."""
     import transformers
 
@@ -92,7 +99,7 @@ def write_deepseek(path: Path, generation: Generation = "v3", *, tokenizer: bool
             continue
         with torch.no_grad():
             parameter.copy_(drawn(name, tuple(parameter.shape), generator))
-    model.save_pretrained(path)  # type: ignore[operator]  # torch knows no such attribute of a module
+    model.to(dtype).save_pretrained(path)  # type: ignore[operator]  # torch knows no such attribute of a module
     if tokenizer:
         write_tokenizer(path, int(str({**SHAPE, **fields}["vocab_size"])))
     return path

@@ -4,7 +4,7 @@
     fa2_128 fa3_128_window fa2_64_window_cap decode_64_fp8 fa3_128_fp8 …
                                      attention: kind, head size, with a sliding window, capped scores, pages in 8 bits
 
-    fa3mla_512_64                    attention over latents of so many numbers, and so many that are turned
+    fa3mla_512_64 fa3mla_256_64      attention over latents of so many numbers, and so many that are turned
 
 Kinds: `fa3` prompts and chunks, with queries in 8 bits where the pages are; `fa2` one-token rows with 4 or more queries
 per KV head, prompts over 8-bit pages with queries in 16, and all of heads of 512; `decode` one-token rows with fewer
@@ -27,8 +27,8 @@ ATTENTION = (
     *("fa2_64_cap", "fa3_64_cap", "fa2_64_window_cap", "fa3_64_window_cap"),
     *("decode_128", "decode_256_window", "fa3_256_window", "fa2_512"),
 )
-LATENT = "fa3mla_512_64"
-MODULES = (*FUSED, *ATTENTION, LATENT)
+LATENTS = ("fa3mla_512_64", "fa3mla_256_64")
+MODULES = (*FUSED, *ATTENTION, *LATENTS)
 
 
 def spec_of(name: str) -> Any:
@@ -38,9 +38,9 @@ def spec_of(name: str) -> Any:
     import torch
     from flashinfer.jit.attention import modules
 
-    if name == LATENT:
-        queries = torch.bfloat16
-        return modules.gen_batch_mla_module("fa3", queries, queries, queries, torch.int32, 512, 64, False)
+    if name in LATENTS:
+        queries, (_, *sizes) = torch.bfloat16, name.split("_")
+        return modules.gen_batch_mla_module("fa3", queries, queries, queries, torch.int32, *map(int, sizes), False)
     kind, head_dim, *flags = name.split("_")
     if kind not in ("fa2", "fa3", "decode") or not head_dim.isdigit() or not {"window", "cap", "fp8"}.issuperset(flags):
         raise ValueError(f"no module is called {name!r}")

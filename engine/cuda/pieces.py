@@ -170,7 +170,7 @@ class PieceGraphs:
 
 
 class _Buffers:
-    """What lies between two pieces, with room for the layer that has most. It stays where it is."""
+    """Buffers hold what goes from piece to piece, with room for the layer that has most, and stay where they are."""
 
     def __init__(self, decoder: Decoder, attention: DeviceAttention, num_tokens: int, device: torch.device) -> None:
         config, mixers = decoder.config, decoder.stateful_mixers()

@@ -16,9 +16,9 @@ from ...common.errors import ConfigError
 from .config_fields import ConfigFields
 from .rope import rotary_fields
 
-# What FlashInfer has kernels for: the large models' latents, and heads that fill tiles of so many queries evenly. Other
-# numbers would leave a tile's last query without its last key: some more attend, and are left out (`cuda_heads`).
-_CUDA_SIZES = (512, 64)
+# What FlashInfer has kernels for: such latents and turned keys, and heads that fill tiles of so many queries evenly.
+# Other numbers would leave a tile's last query without its last key: some more attend, and are left out (`cuda_heads`).
+_CUDA_RANKS, _CUDA_ROPE_DIM = (128, 256, 512), 64
 _CUDA_TILE = 128
 # Tiles in a step. Its plan has room for 16,384; rows that fill none, and tiles whose keys are shared out, take some.
 _CUDA_TILES = 15_000
@@ -46,10 +46,10 @@ class LatentConfig:
 
     def check_cuda(self, num_heads: int, max_tokens: int) -> None:
         """Refuse what CUDA has no kernels for, of a rank's heads and a step's tokens. Raises ConfigError."""
-        if (self.kv_rank, self.rope_dim) != _CUDA_SIZES:
+        if self.kv_rank not in _CUDA_RANKS or self.rope_dim != _CUDA_ROPE_DIM:
             raise ConfigError(
-                f"device: cuda has kernels for latents of {_CUDA_SIZES[0]} + {_CUDA_SIZES[1]} numbers, the model's are "
-                f"{self.kv_rank} + {self.rope_dim}; use cpu"
+                f"device: cuda has kernels for latents of {', '.join(map(str, _CUDA_RANKS))} numbers with "
+                f"{_CUDA_ROPE_DIM} that are turned, the model's are {self.kv_rank} + {self.rope_dim}; use cpu"
             )
         if num_heads > _CUDA_TILE:
             raise ConfigError(f"device: cuda attends to latents with up to {_CUDA_TILE} heads a rank, not {num_heads}")

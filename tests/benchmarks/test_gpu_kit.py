@@ -11,7 +11,7 @@ import pytest
 
 from kvferry.benchmarks.gpu import kit
 from kvferry.benchmarks.gpu.host import WHEELS
-from kvferry.benchmarks.gpu.modules import ATTENTION, FUSED, LATENT, MODULES
+from kvferry.benchmarks.gpu.modules import ATTENTION, FUSED, LATENTS, MODULES
 from kvferry.common.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def test_an_archive_holds_what_is_kept_and_what_is_added(tmp_path: Path) -> None
 
 
 def test_modules_have_names_of_one_kind() -> None:
-    assert len(set(MODULES)) == len(MODULES) and set(MODULES) == {*FUSED, *ATTENTION, LATENT}
+    assert len(set(MODULES)) == len(MODULES) and set(MODULES) == {*FUSED, *ATTENTION, *LATENTS}
     assert all(re.fullmatch(r"(fa2|fa3|decode)_(64|128|256|512)(_window)?(_cap)?(_fp8)?", name) for name in ATTENTION)
 
 

@@ -168,7 +168,7 @@ def _write_gemma4(path: Path, fields: dict[str, Any], num_pages: int) -> Exactne
 
 def write_exactness_model(path: Path, family: str) -> ExactnessModel:
     """Write the checkpoint of a family, of weights whose best token mostly leads."""
-    longest = {"max_position_embeddings": MAX_MODEL_LEN}
+    longest: dict[str, Any] = {"max_position_embeddings": MAX_MODEL_LEN}
     if family in _LATENT:
         generation, fields = _LATENT[family]
         write_deepseek(path, generation, tokenizer=True, **fields, **longest)

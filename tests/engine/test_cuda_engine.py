@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from kvferry.engine.engine import Engine
 
 from ..checkpoint_shapes import GEMMA_2, GLM_4, GPT_OSS, QWEN3_MOE, SMOLLM_3, write_by_shapes
 from ..checkpoints import Family, write_checkpoint
-from ..deepseek import EXPERTS, write_for_cuda
-from ..engine_driver import Driver, engine_config, prompts
+from ..deepseek import EXPERTS, write_deepseek, write_for_cuda
+from ..engine_driver import Driver, engine_config, prompt_logprobs, prompts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,6 +139,18 @@ def test_greedy_tokens_are_those_of_the_cpu_where_they_are_sure(
             assert token.token_id == expected.token_id
             compared += 1
     assert compared > 2 * 7, "the checkpoint leaves too little to compare"
+
+
+def test_smaller_latents_whose_queries_grow_are_rounded_as_on_the_cpu(tmp_path: Path) -> None:
+    fields: dict[str, Any] = EXPERTS["mistral4"] | {"hidden_size": 128, "kv_lora_rank": 256, "qk_rope_head_dim": 64}
+    write_deepseek(tmp_path, "mistral4", dtype=torch.bfloat16, **fields)
+    [prompt] = prompts([150])
+    cpu = Engine(engine_config(tmp_path, dtype="bfloat16"), num_blocks=64, native=False)
+    wanted = prompt_logprobs(_engine(tmp_path, device="cpu", dtype="float32"), prompt)
+    on_cpu, on_gpu = (prompt_logprobs(engine, prompt) for engine in (cpu, _engine(tmp_path)))
+    assert (on_gpu - wanted).abs().median() < 1.3 * (on_cpu - wanted).abs().median() < 0.2
+    captured, launched = _engine(tmp_path), _engine(tmp_path, enforce_eager=True)
+    assert _ids(_generate(captured, _mixed())) == _ids(_generate(launched, _mixed()))
 
 
 def test_steps_prepared_ahead_yield_what_others_do(checkpoints: Path) -> None:

@@ -16,7 +16,7 @@ from kvferry.models.parts.expert_plan import ExpertPlan
 from kvferry.simulator.commands.size import main
 from kvferry.sizing.cpu_rates import CpuRates
 
-from ..deepseek import write_for_cuda
+from ..deepseek import write_deepseek, write_for_cuda
 from ..sizing.models import write_config
 
 
@@ -111,8 +111,10 @@ def test_latents_are_sized_in_no_type_that_a_worker_refuses(
 
 def test_latents_are_sized_on_no_gpu_that_a_worker_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path / "mistral4", "mistral-small-4")
+    assert main([str(path), "--gpu", "H200", "--tensor-parallel-size", "2", "--no-simulation"]) == 0
+    path = write_deepseek(tmp_path / "latents")
     assert main([str(path), "--gpu", "H200", "--no-simulation"]) == 2
-    assert "cuda has kernels for latents of 512 + 64 numbers, the model's are 256 + 64" in capsys.readouterr().err
+    assert "latents of 128, 256, 512 numbers with 64 that are turned, the model's are 32 + 8" in capsys.readouterr().err
 
 
 def test_the_command_takes_a_model_and_imports_no_torch(model: str) -> None:

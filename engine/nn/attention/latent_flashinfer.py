@@ -24,7 +24,7 @@ from .base import AttentionMetadata, Scores
 from .flashinfer_package import import_flashinfer
 from .page_index import PageIndex, smallest_step, upload_step
 
-LATENT_DIM, ROPE_DIM = 512, 64  # other models are refused before their weights are loaded
+_WRITTEN = (512, 64)  # sizes that FlashInfer has a kernel for that writes them into pages
 _WORKSPACE_BYTES = 128 << 20  # FlashInfer's scratch memory, shared by all layers and sizes
 _NEWEST_CAPABILITY = (9, 0)  # of the cards that FlashInfer's newest kernels for latents run on (fa3); others take fa2
 
@@ -34,21 +34,23 @@ class FlashInferLatentAttention:
 
     name = "flashinfer"
     keeps_values = False
-    value_dim: int | None = LATENT_DIM
 
     def __init__(self, pages: Tensor, num_heads: int, scores: Scores) -> None:
-        """`pages`: [num_layers, num_blocks, 1, 1, block_size, 512 + 64] in 16 bits. Raises ConfigError."""
-        assert pages.dim() == 6 and pages.is_contiguous() and scores.value_dim == LATENT_DIM, pages.shape
+        """`pages`: [num_layers, num_blocks, 1, 1, block_size, latent and turned key] in 16 bits. Raises ConfigError."""
+        assert pages.dim() == 6 and pages.is_contiguous() and scores.value_dim is not None, pages.shape
         if pages.dtype not in (torch.bfloat16, torch.float16):
             kind = str(pages.dtype).removeprefix("torch.")
             raise ConfigError(f"flashinfer does not attend to latents in {kind}; use bfloat16, and kv_cache_dtype auto")
         self._flashinfer = import_flashinfer("attention")
-        self._layers = pages[:, :, 0, 0]  # [num_layers, num_blocks, block_size, 576]
+        self._layers = pages[:, :, 0, 0]  # [num_layers, num_blocks, block_size, latent and turned key]
         self._num_heads = num_heads
         self.dtype = pages.dtype
-        self.heads_size, self.result_size = (num_heads + 1) * (LATENT_DIM + ROPE_DIM), num_heads * LATENT_DIM
+        self._token_size = pages.shape[-1]
+        self._latent_dim, self._rope_dim = scores.value_dim, self._token_size - scores.value_dim
+        self.value_dim: int | None = self._latent_dim
+        self.heads_size, self.result_size = (num_heads + 1) * self._token_size, num_heads * self._latent_dim
         self._num_run = 1 << (num_heads - 1).bit_length()  # as `cuda_heads` has it
-        self._scale = scores.scale_of(LATENT_DIM + ROPE_DIM)
+        self._scale = scores.scale_of(self._token_size)
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
         self._wrapper = self._make_wrapper()
         self._num_tokens = 0
@@ -74,8 +76,8 @@ class FlashInferLatentAttention:
         wrapper.plan(
             metadata=self._flashinfer.mla.MLAPlanMetadata.csr(qo_indptr, kv_indptr, kv_indices, kv_lens),
             num_heads=self._num_run,
-            head_dim_ckv=LATENT_DIM,
-            head_dim_kpe=ROPE_DIM,
+            head_dim_ckv=self._latent_dim,
+            head_dim_kpe=self._rope_dim,
             page_size=self._layers.shape[2],
             causal=causal,
             sm_scale=self._scale,
@@ -126,33 +128,38 @@ class FlashInferLatentAttention:
         if not num_more:
             wrapper.run(query=q, kv_cache=pages, out=out)
             return
-        wider = out.new_empty(len(out), self._num_run, LATENT_DIM)
+        wider = out.new_empty(len(out), self._num_run, self._latent_dim)
         wrapper.run(query=torch.nn.functional.pad(q, (0, 0, 0, num_more)), kv_cache=pages, out=wider)
         out.copy_(wider[:, : self._num_heads])
 
     def _write(self, k: Tensor, layer_id: int, index: PageIndex) -> None:
-        """Write what is kept of tokens, [num_tokens, 1, 512 + 64], into the layer's pages."""
-        pages = self._layers[layer_id]
+        """Write what is kept of tokens, [num_tokens, 1, latent and turned key], into the layer's pages."""
+        pages, size = self._layers[layer_id], self._latent_dim
+        if (size, self._rope_dim) != _WRITTEN:
+            places, block_size = index.positions, pages.shape[1]
+            pages_of_rows = index.paged_kv_indptr[index.row_of_token] + places // block_size
+            pages[index.paged_kv_indices[pages_of_rows], places % block_size] = k[:, 0]
+            return
         self._flashinfer.append_paged_mla_kv_cache(
-            k[:, 0, :LATENT_DIM],
-            k[:, 0, LATENT_DIM:],
+            k[:, 0, :size],
+            k[:, 0, size:],
             index.row_of_token,
             index.positions,
-            pages[..., :LATENT_DIM],
-            pages[..., LATENT_DIM:],
+            pages[..., :size],
+            pages[..., size:],
             index.paged_kv_indices,
             index.paged_kv_indptr,
             index.paged_kv_last_page_len,
         )
 
     def _empty_result(self, num_tokens: int) -> Tensor:
-        shape = (num_tokens, self._num_heads, LATENT_DIM)
+        shape = (num_tokens, self._num_heads, self._latent_dim)
         return torch.empty(shape, dtype=self.dtype, device=self._layers.device)
 
     def warm_up(self) -> None:
         """Compile the kernels: one row of one token and one of two on the last block."""
         self.plan(smallest_step(self._layers.shape[1] - 1))
-        heads = torch.zeros(3, self._num_heads + 1, LATENT_DIM + ROPE_DIM, dtype=self.dtype, device=self._layers.device)
+        heads = torch.zeros(3, self._num_heads + 1, self._token_size, dtype=self.dtype, device=self._layers.device)
         q, kept = torch.split(heads, [self._num_heads, 1], 1)
         self.forward(q, kept, kept[:, :0], 0)
         torch.cuda.synchronize(self._layers.device)

@@ -22,7 +22,7 @@ _INT_WORKSPACE_BYTES = 8 << 20
 _MAX_WORK_ITEMS = 16384
 _NUM_SM = 132
 _TILE, _KEY_TILE = 64, 64  # of a Hopper card's kernels
-_PARTIAL_BYTES = 2 * (2 * 512 + 4)  # of each packed query of a tile on each cluster
+_SIZES = (128, 256, 512)  # of latents
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,11 @@ class BatchMLAPagedAttentionWrapper:
         _check_arrays(plan, len(indices))
         check(q_data_type == kv_data_type, "pages of another type than queries need scales, which are not used")
         check(plan.dtype in (torch.bfloat16, torch.float16), f"no kernel attends in {plan.dtype}")
-        check(head_dim_ckv in (128, 256, 512) and head_dim_kpe % 64 == 0, f"no kernels for {plan.widths}")
+        check(head_dim_ckv in _SIZES and head_dim_kpe % 64 == 0, f"no kernels for {plan.widths}")
         _check_work(plan)
         clusters = _NUM_SM // _cluster(plan)
-        check(len(self._workspace) >= clusters * _cluster(plan) * _TILE * _PARTIAL_BYTES, "the workspace is too small")
+        partial_bytes = 2 * (2 * head_dim_ckv + 4)  # of each packed query of a tile on each cluster
+        check(len(self._workspace) >= clusters * _cluster(plan) * _TILE * partial_bytes, "the workspace is too small")
         if self._int_workspace is None or not self._is_for_graph:
             empty = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
             self._int_workspace = whole("int workspace", empty)

@@ -256,12 +256,12 @@ def test_float32_is_refused() -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.skipif(not has_flashinfer, reason="needs the extra kvferry[gpu]")
-@pytest.mark.parametrize("num_heads", [1, 4, 16])
-def test_latents_are_attended_to_as_on_the_cpu(num_heads: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    pages = torch.randn(2, 16, 1, 1, 16, 576, generator=generator).bfloat16()
-    heads = torch.randn(12, num_heads + 1, 576, generator=generator).bfloat16()
-    scores = Scores(scale=0.05, value_dim=512)
+@pytest.mark.parametrize(("num_heads", "latent_dim"), [(1, 512), (4, 512), (16, 512), (4, 256)])
+def test_latents_are_attended_to_as_on_the_cpu(num_heads: int, latent_dim: int) -> None:
+    generator, size = torch.Generator().manual_seed(2), latent_dim + 64
+    pages = torch.randn(2, 16, 1, 1, 16, size, generator=generator).bfloat16()
+    heads = torch.randn(12, num_heads + 1, size, generator=generator).bfloat16()
+    scores = Scores(scale=0.05, value_dim=latent_dim)
     wide, there = pages.float(), pages.cuda()
     cpu = CPUAttention(wide, num_heads, [None, None], scores)
     gpu = FlashInferLatentAttention(there, num_heads, scores)
@@ -270,7 +270,7 @@ def test_latents_are_attended_to_as_on_the_cpu(num_heads: int) -> None:
     on_gpu = heads.cuda()
     for layer in range(2):
         q, kept = torch.split(heads.float(), [num_heads, 1], 1)
-        expected = cpu.forward(q, kept, kept[..., :512], layer)
+        expected = cpu.forward(q, kept, kept[..., :latent_dim], layer)
         asked, shown = torch.split(on_gpu, [num_heads, 1], 1)
         out = gpu.forward(asked, shown, shown[:, :0], layer).cpu().float()
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
