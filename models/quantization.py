@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..common.errors import ConfigError
 from .families.module_names import matches
@@ -24,6 +24,7 @@ LAYER_TABLE = "model.embed_tokens_per_layer"  # what each layer is given of a to
 # widening, or memory that is faster beside the multipliers, asks for less.
 CARD_ROWS = 128
 FLOAT8_CAPABILITY = (9, 0)  # of GPUs whose products of 8-bit floats take a scale for each row and each column
+FLOAT8_MULTIPLE = 16  # numbers: of which such products take rows and columns
 
 
 @dataclass(slots=True, frozen=True)
@@ -121,6 +122,11 @@ class Quantization:
         return self.is_float8 and all(rule.storage is None or rule.storage.layout == "plain" for rule in self.rules)
 
     @property
+    def rounds_experts_of_mxfp4(self) -> bool:
+        """Tell whether stacks in MXFP4 become 8-bit floats, where a device multiplies by many such matrices at once."""
+        return self.has_mxfp4_experts and self.is_rounded_float8
+
+    @property
     def is_float8(self) -> bool:
         return any(rule.storage is not None and rule.storage.is_float8 for rule in self.rules)
 
@@ -162,6 +168,9 @@ def chosen_quantization(stored: Quantization | None, asked: str | None) -> Quant
     """
     if asked is None or (stored is not None and stored.method == asked):
         return stored
+    if stored is not None and stored.method == "mxfp4" and asked == "fp8":  # its experts; what is plain stays so
+        rules = (Rule("experts", Storage(layout="plain", kind="float8")),)
+        return replace(stored, name=asked, method=asked, rules=rules)
     if stored is not None:
         raise ConfigError(f"quantization = {asked}: the checkpoint is {stored.name} already; leave it away")
     if asked in AT_LOAD:

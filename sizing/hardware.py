@@ -54,6 +54,7 @@ class Gpu:
     sum_s: float = 10e-6
     attention_share: float = 1.0  # of the products' rate that a prompt's attention reaches
     is_cpu: bool = False
+    groups_float8: bool = False  # rows are multiplied by many experts in FP8 at once
     rates: CpuRates | None = None  # of a CPU: measured apart; None: by the two rates above
 
     def flops(self, mfu: float | None = None, *, float8: bool = False) -> float:
@@ -74,8 +75,8 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 80, 3.35, 989.5, 1979, 50, 450, 2.69),
-        Gpu("H200", 141, 4.8, 989.5, 1979, 50, 450, 3.59),
+        Gpu("H100", 80, 3.35, 989.5, 1979, 50, 450, 2.69, groups_float8=True),
+        Gpu("H200", 141, 4.8, 989.5, 1979, 50, 450, 3.59, groups_float8=True),
         Gpu("B200", 180, 8.0, 2250, 4500, 50, 900, 5.98),
         Gpu("A100-80GB", 80, 2.039, 312, None, 25, 300, None, host_gb_per_s=32.0),
         Gpu("A100-40GB", 40, 1.555, 312, None, 25, 300, None, host_gb_per_s=32.0),

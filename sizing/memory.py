@@ -117,13 +117,17 @@ def adapter_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return engine.max_loras * engine.max_lora_rank * item_bytes(engine, model) * counter.adapted_sizes()
 
 
-def rank_weights(engine: EngineConfig, model: ModelConfig, *, has_float8: bool = False) -> WeightBytes:
-    """Count one rank's weights of the model itself. `has_float8`: its GPU multiplies by 8-bit floats.
+def rank_weights(
+    engine: EngineConfig, model: ModelConfig, *, has_float8: bool = False, groups_float8: bool = False
+) -> WeightBytes:
+    """Count one rank's weights of the model itself. `has_float8`: its GPU multiplies by 8-bit floats; `groups_float8`:
+    by those of many experts at once.
 
     Raises ConfigError as `weight_bytes` does.
     """
-    quantization = chosen_quantization(model.quantization, engine.quantization)
-    return WeightCounter(engine, model, quantization, engine.tensor_parallel_size, has_float8=has_float8).count()
+    quantization, num_ranks = chosen_quantization(model.quantization, engine.quantization), engine.tensor_parallel_size
+    counter = WeightCounter(engine, model, quantization, num_ranks, has_float8=has_float8, groups_float8=groups_float8)
+    return counter.count()
 
 
 def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:

@@ -109,12 +109,13 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
     """
     num_ranks = engine.tensor_parallel_size
     params = count_params(model)
-    weights = rank_weights(engine, model, has_float8=gpu.fp8_tflops is not None)
+    has_float8 = gpu.fp8_tflops is not None
+    weights = rank_weights(engine, model, has_float8=has_float8, groups_float8=gpu.groups_float8)
     num_params = params.layers + params.experts + params.head
     quantization, experts = chosen_quantization(model.quantization, engine.quantization), model.experts
     if quantization is not None:
         is_float32 = item_bytes(engine, model) == ITEM_BYTES["float32"]
-        quantization.check_float8(has_products=gpu.fp8_tflops is not None, is_float32=is_float32)
+        quantization.check_float8(has_products=has_float8, is_float32=is_float32)
     chosen = 0.0 if experts is None else experts.num_chosen / experts.num_experts
     keys, pairs = num_visible_keys(context, model), num_prompt_pairs(context, model)
     # Torch, on GPUs too, takes all tokens through the last layer.

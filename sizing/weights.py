@@ -16,7 +16,7 @@ from ..common.config import EngineConfig
 from ..models.config import ModelConfig
 from ..models.native import not_in_native
 from ..models.parts.experts import expert_plan
-from ..models.quantization import TIED_HEAD, Quantization, chosen_quantization
+from ..models.quantization import FLOAT8_MULTIPLE, TIED_HEAD, Quantization, chosen_quantization
 from ..models.storage import CARD_OUTPUTS, MXFP4_GROUP, Form
 from .rank_tensors import HEAD, Matrix, RankTensors, is_expert, is_shared, makes_heads
 from .scales import scale_bytes
@@ -75,8 +75,9 @@ class WeightCounter:
         num_ranks: int,
         *,
         has_float8: bool = False,
+        groups_float8: bool = False,
     ) -> None:
-        """`has_float8`: its GPU multiplies by 8-bit floats."""
+        """`has_float8`: its GPU multiplies by 8-bit floats; `groups_float8`: by those of many experts at once."""
         self._engine, self._model, self._num_ranks = engine, model, num_ranks
         self._item_bytes = item_bytes(engine, model)
         self._on_gpu = engine.device == "cuda"
@@ -89,6 +90,7 @@ class WeightCounter:
             and is_bfloat16
             and (has_float8 or (quantization is not None and quantization.is_rounded_float8))
         )
+        self._groups_float8 = self._on_gpu and is_bfloat16 and groups_float8
         plan = expert_plan(engine, model.experts, model.sparse_layers) if num_ranks > 1 else None
         # Of a rank with whole experts, these, by number of the layer; of the one that holds most.
         self._held = plan.fullest(model.sparse_layers) if plan is not None else {}
@@ -179,14 +181,21 @@ class WeightCounter:
         return form if form is not None and form.card_group and matrix.num_outputs % CARD_OUTPUTS == 0 else None
 
     def _stacked_bytes(self, matrix: Matrix) -> int:
-        """Count an expert's of a stack: C++ has it as a checkpoint in MXFP4 has it, of whole groups on every rank."""
+        """Count an expert's of a stack: C++ has it as a checkpoint in MXFP4 has it, of whole groups on every rank.
+
+        A GPU that is asked to has it as 8-bit floats, if it multiplies by many such matrices at once.
+        """
         experts, quantization = self._model.experts, self._quantization
         assert experts is not None
         own = experts.intermediate_size // (1 if self._held else self._num_ranks)
-        is_mxfp4 = self._has_tiles and quantization is not None and quantization.has_mxfp4_experts
+        is_mxfp4 = quantization is not None and quantization.has_mxfp4_experts
+        is_float8 = quantization is not None and quantization.rounds_experts_of_mxfp4
         if matrix.modules[0].endswith("_bias"):
             return matrix.num_outputs * matrix.num_inputs * self._item_bytes
-        if not is_mxfp4 or own % MXFP4_GROUP:
+        are_taken = own % FLOAT8_MULTIPLE == self._model.hidden_size % FLOAT8_MULTIPLE == 0
+        if is_float8 and self._groups_float8 and are_taken:
+            return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
+        if not is_mxfp4 or not self._has_tiles or own % MXFP4_GROUP:
             return self._plain_bytes(matrix)
         num_groups = matrix.num_inputs // MXFP4_GROUP  # each of 4 bits a number, and a byte
         return _padded(matrix.num_outputs, _TILE_OUTPUTS) * num_groups * (MXFP4_GROUP // 2 + 1)

@@ -37,7 +37,7 @@ class Builder:
         """
         form = self._form(modules, num_inputs * num_ranks)
         if self._is_rounded(modules, num_outputs, num_inputs):
-            return RoundedWeight(num_outputs, num_inputs, dtype=self.dtype, device=self.device)
+            return RoundedWeight.of(num_outputs, num_inputs, dtype=self.dtype, device=self.device)
         if form is None:
             return DenseWeight(self.empty(num_outputs, num_inputs))
         group_size = num_inputs if form.group_size == num_inputs * num_ranks else form.group_size

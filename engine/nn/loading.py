@@ -30,15 +30,16 @@ from ...models.config import ModelConfig
 from ...models.families.module_names import full_name
 from ...models.heads import with_embedding
 from ...models.quantization import Quantization
-from ...models.storage import Storage
+from ...models.storage import MXFP4_GROUP, Storage
 from ...models.stored.safetensors import safetensors_files
 from ..weights.expert_files import TensorFile, TensorSlice, with_parts
 from ..weights.formats import unpack
 from ..weights.grouped import GroupedWeight, power_of_2
 from ..weights.weight import WeightSlot
 from .decoder import Decoder
-from .stacked_experts import part_of_mxfp4, unpack_mxfp4
+from .stacked_experts import mxfp4_as_float8, part_of_mxfp4, unpack_mxfp4
 
+_EXPONENT = 120  # of random groups of MXFP4: their numbers then vary as `_random`'s
 Progress = Callable[[str, float], None]  # what is being done, fraction in [0, 1]
 
 
@@ -117,6 +118,9 @@ def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[TensorFile, str
     for index, target in enumerate(slot.target, first):
         one = slice(index, index + 1)
         stored = blocks.get_slice(name)[(one,)], scales.get_slice(scales_name)[(one,)]
+        if slot.scales is not None and target.dtype == torch.float8_e4m3fn:
+            _put_float8(slot, index - first, *(tensor[0] for tensor in stored))
+            continue
         if slot.scales is not None:
             numbers, powers = (part_of_mxfp4(tensor[0], slot.dim, slot.start, target) for tensor in stored)
             target.copy_(numbers.flatten(1))
@@ -124,6 +128,20 @@ def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[TensorFile, str
             continue
         plain = unpack_mxfp4(*stored)[0]
         target.copy_(plain if slot.dim == 0 else plain.narrow(slot.dim - 1, slot.start, target.shape[slot.dim - 1]))
+
+
+def _put_float8(slot: WeightSlot, index: int, blocks: Tensor, scales: Tensor) -> None:
+    """Put a rank's part of an expert's blocks in MXFP4, [out, groups, 16] and [out, groups], as 8-bit floats."""
+    target = slot.target[index]
+    assert slot.scales is not None
+    numbers, own_scales = mxfp4_as_float8(blocks.to(target.device), scales.to(target.device))
+    if slot.dim == 1:  # of the plain stack: a part of the inputs
+        target.copy_(numbers.narrow(1, slot.start, target.shape[1]))
+        slot.scales[index].copy_(own_scales)
+        return
+    start = slot.start if slot.dim == 2 else 0
+    target.copy_(numbers.narrow(0, start, target.shape[0]))
+    slot.scales[index].copy_(own_scales.narrow(0, start, target.shape[0]))
 
 
 def _fill_unpacked(
@@ -192,9 +210,15 @@ def _fill_randomly(slot: WeightSlot, seed: int, quantization: Quantization | Non
     count, num_inputs, num_outputs = slot.shape
     generator = torch.Generator().manual_seed(_seed_of(slot, seed))
     numbers = torch.randint(256, (count, num_outputs, num_inputs // 2), dtype=torch.uint8, generator=generator)
+    if slot.target.dtype == torch.float8_e4m3fn:
+        groups = torch.full((num_outputs, num_inputs // MXFP4_GROUP), _EXPONENT, dtype=torch.uint8)
+        for index in range(len(slot.target)):
+            own = numbers[index + (slot.start if slot.dim == 0 else 0)]
+            _put_float8(slot, index, own.view(*groups.shape, -1), groups)
+        return
     dim, start = ((0, slot.start), (2, slot.start // 2), (1, slot.start))[slot.dim]
     slot.target.copy_(numbers.narrow(dim, start, slot.target.shape[dim]))
-    slot.scales.fill_(2**-7)  # such numbers then vary as `_random`'s
+    slot.scales.fill_(2.0 ** (_EXPONENT - 127))
 
 
 def _seed_of(slot: WeightSlot, seed: int) -> int:

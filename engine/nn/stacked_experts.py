@@ -2,6 +2,10 @@
 
 gate_up_proj [experts, in, 2 inner], gate and up in turns    down_proj [experts, inner, out]    and a bias of each
 a block of MXFP4: 16 bytes, two numbers of e2m1 in each, low half first, and an exponent of 2 with 127 added
+
+Where numbers of MXFP4 are multiplied as they are, they stay so. On a card that multiplies by many matrices in 8-bit
+floats at once they become such, if asked to (`--quantization fp8`), with a power of 2 as the scale of each output.
+Elsewhere they are widened.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from ...models.parts.experts import ExpertsConfig
 from ...models.storage import MXFP4_GROUP
+from ..weights.float8 import RoundedWeight, groups_products, takes
 from ..weights.grouped import GroupedWeight, e2m1, power_of_2
 from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot
 from .builder import Builder
@@ -69,7 +74,7 @@ class ExpertStack:
         own = experts.intermediate_size // comm.size
         self._start = own * comm.rank
         self._whole = are_whole
-        make = _mxfp4_weights if _keeps_mxfp4(builder, own) else _plain_weights
+        make = _maker(builder, own)
         up, down = make(builder, count, 2 * own, self._hidden), make(builder, count, self._hidden, own)
         self._up_bias, self._down_bias = builder.empty(count, 2 * own), builder.empty(count, self._hidden)
         has_bias = comm.rank == 0  # of the sum over the ranks
@@ -86,7 +91,7 @@ class ExpertStack:
     def _slot(weights: list[Weight]) -> Callable[..., WeightSlot]:
         """Return what makes the slot of a stack, of its name and shape in the checkpoint and where a part begins."""
         first, count = weights[0], len(weights)
-        if isinstance(first, GroupedWeight):
+        if isinstance(first, GroupedWeight | RoundedWeight):
             numbers, scales = _stack(first.numbers, count), _stack(first.scales, count)
             return lambda name, shape, dim, start: WeightSlot(name, shape, numbers, dim, start, scales=scales)
         assert isinstance(first, DenseWeight)
@@ -116,11 +121,19 @@ class ExpertStack:
             yield slice(start, stop), held[start]
 
 
-def _keeps_mxfp4(builder: Builder, own: int) -> bool:
-    """Tell whether the checkpoint's numbers are kept as they are: C++ multiplies by them, of whole groups."""
-    quantization, is_cpu = builder.config.quantization, builder.device.type == "cpu"
-    is_mxfp4 = quantization is not None and quantization.has_mxfp4_experts
-    return is_mxfp4 and is_cpu and builder.dtype == torch.bfloat16 and own % MXFP4_GROUP == 0
+Make = Callable[[Builder, int, int, int], list[Weight]]  # of so many matrices, of outputs and inputs
+
+
+def _maker(builder: Builder, own: int) -> Make:
+    """Choose what the experts' numbers are kept as. `own`: a rank's inner columns."""
+    quantization, hidden = builder.config.quantization, builder.config.hidden_size
+    if quantization is None or not quantization.has_mxfp4_experts or builder.dtype != torch.bfloat16:
+        return _plain_weights
+    if builder.device.type == "cpu":  # C++ multiplies by whole groups
+        return _mxfp4_weights if own % MXFP4_GROUP == 0 else _plain_weights
+    are_taken = takes(2 * own, hidden, builder.dtype) and takes(hidden, own, builder.dtype)
+    is_float8 = quantization.rounds_experts_of_mxfp4 and groups_products(builder.device)
+    return _float8_weights if are_taken and is_float8 else _plain_weights
 
 
 def _plain_weights(builder: Builder, count: int, num_outputs: int, num_inputs: int) -> list[Weight]:
@@ -136,6 +149,12 @@ def _mxfp4_weights(builder: Builder, count: int, num_outputs: int, num_inputs: i
     ]
 
 
+def _float8_weights(builder: Builder, count: int, num_outputs: int, num_inputs: int) -> list[Weight]:
+    numbers = torch.zeros(count, num_outputs, num_inputs, dtype=torch.float8_e4m3fn, device=builder.device)
+    scales = torch.ones(count, num_outputs, 1, device=builder.device)
+    return [RoundedWeight(*parts, builder.dtype) for parts in zip(numbers, scales, strict=True)]
+
+
 def _stack(first: Tensor, count: int) -> Tensor:
     """Return the one tensor that the first matrix is a part of: nobody else keeps it when they are given up."""
     return first.as_strided((count, *first.shape), (first.numel(), first.shape[1], 1))
@@ -146,6 +165,16 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     numbers = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
     values = e2m1(numbers) * power_of_2(scales).unsqueeze(-1)
     return values.flatten(-2).transpose(-1, -2)
+
+
+def mxfp4_as_float8(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, groups, 16] and [out, groups] uint8 -> 8-bit floats [out, in], and each output's scale, [out, 1] float32.
+
+    The largest group of an output reaches 384 at most. A number is kept exactly where its group's exponent is up to 12
+    below that one's, and rounded to multiples of 2^-9 elsewhere.
+    """
+    scale = power_of_2(scales.amax(1, keepdim=True)).mul_(2.0**-6).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (unpack_mxfp4(blocks, scales).T / scale).to(torch.float8_e4m3fn), scale
 
 
 def part_of_mxfp4(tensor: Tensor, dim: int, start: int, target: Tensor) -> Tensor:

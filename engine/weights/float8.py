@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.quantization import FLOAT8_CAPABILITY
+from ...models.quantization import FLOAT8_CAPABILITY, FLOAT8_MULTIPLE
 from .weight import Weight, WeightSlot
 
 _MAX = 448.0  # the largest number of the type
-_MULTIPLE = 16  # numbers: of which CUDA's product takes rows and columns
+_GROUPING_MAJOR = 9  # capability of the cards that torch's product of many matrices in such floats is compiled for
 _ROWS = 1024  # that are rounded at once: more take more memory beside the weights while these are loaded
 
 
@@ -30,9 +30,14 @@ def has_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
+def groups_products(device: torch.device) -> bool:
+    """Tell whether a device multiplies rows by many such matrices at once."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _GROUPING_MAJOR
+
+
 def takes(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
     """Tell whether such a device's product takes a matrix. `dtype`: of the rows that it is multiplied by."""
-    return dtype == torch.bfloat16 and num_outputs % _MULTIPLE == 0 and num_inputs % _MULTIPLE == 0
+    return dtype == torch.bfloat16 and num_outputs % FLOAT8_MULTIPLE == 0 and num_inputs % FLOAT8_MULTIPLE == 0
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,10 +50,15 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
 class RoundedWeight:
     """Implements `Weight`, until it is traded for the form that a GPU multiplies by."""
 
-    def __init__(self, num_outputs: int, num_inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_outputs, self.num_inputs, self.dtype = num_outputs, num_inputs, dtype
-        self.numbers = torch.zeros(num_outputs, num_inputs, dtype=torch.float8_e4m3fn, device=device)
-        self.scales = torch.ones(num_outputs, 1, device=device)
+    def __init__(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        """`numbers` [out, in] and `scales` [out, 1] are filled by whoever loads."""
+        self.num_outputs, self.num_inputs = numbers.shape
+        self.dtype, self.numbers, self.scales = dtype, numbers, scales
+
+    @classmethod
+    def of(cls, num_outputs: int, num_inputs: int, *, dtype: torch.dtype, device: torch.device) -> RoundedWeight:
+        numbers = torch.zeros(num_outputs, num_inputs, dtype=torch.float8_e4m3fn, device=device)
+        return cls(numbers, torch.ones(num_outputs, 1, device=device), dtype)
 
     def slots(
         self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0

@@ -248,7 +248,7 @@ def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
 
 def power_of_2(exponents: Tensor) -> Tensor:
     """Uint8, 127 above what is meant -> float32."""
-    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    return torch.ldexp(torch.ones(exponents.shape, device=exponents.device), exponents.int() - 127)
 
 
 def e2m1(numbers: Tensor) -> Tensor:

@@ -170,6 +170,19 @@ def test_what_is_asked_for_goes_with_the_checkpoint() -> None:
         chosen_quantization(None, "awq")
 
 
+def test_experts_in_mxfp4_alone_become_floats_of_8_bits() -> None:
+    stored = Quantization(name="mxfp4", method="mxfp4", has_mxfp4_experts=True)
+    asked = chosen_quantization(stored, "fp8")
+    assert asked is not None and asked.name == "fp8" and asked.rounds_experts_of_mxfp4
+    assert asked.rounds_to_float8(["model.layers.0.mlp.experts.down_proj"])
+    assert asked.storage("model.layers.0.self_attn.q_proj") is None and asked.storage("lm_head") is None
+    assert not stored.rounds_experts_of_mxfp4 and not quantized_at_load("fp8").rounds_experts_of_mxfp4
+    with pytest.raises(ConfigError, match="only GPUs of capability"):
+        asked.check_float8(has_products=False, is_float32=False)
+    with pytest.raises(ConfigError, match="quantization = int8: the checkpoint is mxfp4 already"):
+        chosen_quantization(stored, "int8")
+
+
 def test_a_rules_target_is_a_run_of_a_names_parts() -> None:
     plain = Storage(layout="plain")
     assert Rule("mlp.up_proj", plain).names(UP) and Rule(UP, plain).names(UP) and Rule("Linear", plain).names(UP)

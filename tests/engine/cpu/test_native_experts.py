@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from kvferry.common.request import SampledToken
 from kvferry.engine.cpu.runner import NativeRunner
@@ -22,6 +21,7 @@ from kvferry.models.families.table import FAMILIES
 from kvferry.models.parts.expert_plan import ExpertPlan
 
 from ...engine_driver import Driver, engine_config, prompts
+from ...mxfp4 import write_mxfp4
 from ...transformers_checkpoints import SMALL, write_model
 from .judged import JUDGED, error_of, judged, judged_by_ranks
 from .widened import WIDENED
@@ -205,28 +205,11 @@ def _split(model_dir: Path, tmp_path: Path, split: str) -> dict[str, object]:
     return {"parts": {}, "whole": whole, "plan": whole | {"expert_plan": tmp_path / "plan.json"}}[split]
 
 
-def _write_mxfp4(source: Path, path: Path) -> None:
-    """Write a gpt-oss model's like whose experts are drawn in MXFP4."""
-    generator = torch.Generator().manual_seed(1)
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if tensor.dim() != 3:
-            stored[name] = tensor
-            continue
-        count, num_inputs, num_outputs = tensor.shape
-        blocks = torch.randint(256, (count, num_outputs, num_inputs // 32, 16), generator=generator)
-        scales = torch.randint(121, 124, blocks.shape[:3], generator=generator)
-        stored |= {f"{name}_blocks": blocks.to(torch.uint8), f"{name}_scales": scales.to(torch.uint8)}
-    save_file(stored, path / "model.safetensors")
-    raw = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
-    (path / "config.json").write_text(json.dumps(raw))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(1, "parts"), (2, "parts"), (2, "whole"), (2, "plan")], ids=str)
 def test_experts_in_mxfp4_are_multiplied_as_they_are(gpt_oss: Path, tmp_path: Path, ranks: tuple[int, str]) -> None:
     size, split = ranks
-    _write_mxfp4(gpt_oss, tmp_path)
+    write_mxfp4(gpt_oss, tmp_path)
     expected = judged(_engine(tmp_path, dtype="float32"))
     common = {"dtype": "bfloat16", "num_threads": 2} | _split(tmp_path, tmp_path, split)
     config = engine_config(tmp_path, tensor_parallel_size=size, **common)

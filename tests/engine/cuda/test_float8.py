@@ -216,7 +216,7 @@ def test_ranks_have_the_numbers_and_scales_of_one(tmp_path: Path, load_format: s
 
 
 def test_the_reference_multiplies_by_the_numbers_that_it_stands_for() -> None:
-    weight = RoundedWeight(32, 64, dtype=torch.float32, device=torch.device("cpu"))
+    weight = RoundedWeight.of(32, 64, dtype=torch.float32, device=torch.device("cpu"))
     [slot] = weight.slots("linear", (32, 64))
     assert slot.rows is not None
     plain, x = torch.randn(32, 64), torch.randn(5, 64)
