@@ -197,7 +197,7 @@ def test_missing_flashinfer_names_the_extra() -> None:
 def test_heads_of_another_size_are_refused() -> None:
     from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
 
-    with pytest.raises(ConfigError, match="heads of \\(64, 128, 256\\), the model's are 80"):
+    with pytest.raises(ConfigError, match="heads of \\(64, 128, 256, 512\\), the model's are 80"):
         FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 80, dtype=torch.bfloat16), 4, [None])
 
 
