@@ -96,3 +96,13 @@ def prompt_logprobs(engine: Engine, prompt: list[int], adapter: HeldAdapter | No
     seq.held_adapter = adapter
     [row] = engine.step(Batch([BatchRow(seq, len(prompt))])).rows
     return torch.tensor([token.logprob for token in row.prompt_logprobs])
+
+
+def assert_told_of_pages(engine: Engine) -> None:
+    """Every page of a block is told of once in a step of many tokens, and in one of a token, in their order."""
+    driver, told = Driver(engine), list[int]()
+    seq = driver.add(prompts([40])[0])
+    for count in (40, 1):
+        told.clear()
+        driver.step([(seq, count)], told.append)
+        assert told == list(range(engine.spec.num_layers)) and len(told) > 1

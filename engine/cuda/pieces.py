@@ -65,6 +65,7 @@ class PieceGraphs:
         self._attention = attention
         self._device = device
         self._states = states
+        self._row_states = states if self._comm.size > 1 else None  # of which there are pieces for rows of one token
         self._buffers = _Buffers(plain, attention, self.sizes[-1], device)
         self._input_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)
@@ -78,7 +79,7 @@ class PieceGraphs:
     def capture(self, progress: Progress | None = None) -> None:
         """Capture every size, the largest first."""
         gc.collect()
-        choices = [False, True] if self._states is not None and self._comm.size > 1 else [False]
+        choices = [False] if self._row_states is None else [False, True]
         kinds = [
             _Kind(size, is_adapted, are_rows)
             for size in reversed(self.sizes)
@@ -114,10 +115,10 @@ class PieceGraphs:
         """Queue a step that is planned. Returns hidden states of its tokens, good until the next call."""
         count = len(input_ids)
         size = self.sizes[bisect_left(self.sizes, count)]
-        are_rows = self._states is not None and self._comm.size > 1 and self._states.are_rows
-        steps, hidden = self._steps[_Kind(size, adapters is not None, are_rows)]
-        if self._states is not None and are_rows:
-            self._states.put_rows(size)
+        rows = self._row_states if self._row_states is not None and self._row_states.are_rows else None
+        steps, hidden = self._steps[_Kind(size, adapters is not None, rows is not None)]
+        if rows is not None:
+            rows.put_rows(size)
         if adapters is not None:
             self._adapters[:count].copy_(adapters)
         self._input_ids[:count].copy_(input_ids)

@@ -16,12 +16,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from ..weights.float8 import to_float8
+from ..weights.float8 import GROUPING_MAJORS, to_float8
 from ..weights.weight import DenseWeight, Weight
 from .float8 import Float8Weight
 
 _PLAIN_MAJORS = (9, 10)  # capabilities of the cards on which torch's product does not wait for the host
-_FLOAT8_MAJORS = (9,)  # capabilities of those that its kernel of 8-bit floats is compiled for
 _MULTIPLE = 8  # numbers of 2 bytes, of which it takes rows and columns
 
 
@@ -86,7 +85,7 @@ def obstacle(weights: Sequence[Weight], major: int) -> str:
     if major not in _PLAIN_MAJORS:
         return "no grouped product of torch's runs on this card without waiting for the host"
     if all(isinstance(weight, Float8Weight) for weight in weights):
-        return "" if major in _FLOAT8_MAJORS else "no grouped product of 8-bit floats of torch's runs on this card"
+        return "" if major in GROUPING_MAJORS else "no grouped product of 8-bit floats of torch's runs on this card"
     if not all(isinstance(weight, DenseWeight) and weight.dtype == torch.bfloat16 for weight in weights):
         return "their weights are neither all plain ones in bfloat16 nor all 8-bit floats"
     if any(weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE) for weight in weights):

@@ -86,8 +86,7 @@ class DeviceStates:
         if not len(self._rows):
             self._rows = torch.zeros(_COLUMNS - 1, max_rows, dtype=torch.int64, device=self._device)
         self._num_foreign.zero_()
-        self._rows[:1, :num_rows] = 0
-        self._rows[1:, :num_rows] = self._spare_block
+        self._pad(0, num_rows)
         singles = Singles(slice(0, num_rows), *self._rows[:, :num_rows])
         self._states.take(StepStates(num_rows, [], []), singles)
 
@@ -97,8 +96,11 @@ class DeviceStates:
         for part in self._states.singles:
             first, end = end, end + len(part.starts)
             torch.stack((part.starts, part.sources, part.targets), out=self._rows[:, first:end])
-        self._rows[:1, end:num_rows] = 0
-        self._rows[1:, end:num_rows] = self._spare_block
+        self._pad(end, num_rows)
+
+    def _pad(self, first: int, end: int) -> None:
+        self._rows[:1, first:end] = 0
+        self._rows[1:, first:end] = self._spare_block
 
     # --- decode -----------------------------------------------------------------------------------------------
 

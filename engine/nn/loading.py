@@ -132,16 +132,14 @@ def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[TensorFile, str
 
 def _put_float8(slot: WeightSlot, index: int, blocks: Tensor, scales: Tensor) -> None:
     """Put a rank's part of an expert's blocks in MXFP4, [out, groups, 16] and [out, groups], as 8-bit floats."""
-    target = slot.target[index]
+    target, stored = slot.target[index], [blocks, scales]
     assert slot.scales is not None
-    numbers, own_scales = mxfp4_as_float8(blocks.to(target.device), scales.to(target.device))
-    if slot.dim == 1:  # of the plain stack: a part of the inputs
-        target.copy_(numbers.narrow(1, slot.start, target.shape[1]))
-        slot.scales[index].copy_(own_scales)
-        return
-    start = slot.start if slot.dim == 2 else 0
-    target.copy_(numbers.narrow(0, start, target.shape[0]))
-    slot.scales[index].copy_(own_scales.narrow(0, start, target.shape[0]))
+    is_part_of_inputs = slot.dim == 1  # of the plain stack: a scale is made of the whole output all the same
+    if not is_part_of_inputs:
+        stored = [part_of_mxfp4(each, slot.dim, slot.start, target) for each in stored]
+    numbers, own_scales = mxfp4_as_float8(*(each.to(target.device) for each in stored))
+    target.copy_(numbers.narrow(1, slot.start, target.shape[1]) if is_part_of_inputs else numbers)
+    slot.scales[index].copy_(own_scales)
 
 
 def _fill_unpacked(

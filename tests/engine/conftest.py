@@ -25,3 +25,12 @@ def ranks_are_forks(request: pytest.FixtureRequest, rank_forks: Forks) -> Iterat
         if request.path.parent.name != "ranks":
             patch.setattr(group, "subprocess", rank_forks)
         yield
+
+
+@pytest.fixture(scope="module")
+def few_sizes() -> Iterator[None]:
+    """Few sizes of graphs in pieces are captured: each takes as long as some tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvferry.engine.cuda.pieces.SIZES", (16, 128))
+        patch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 3, 128))
+        yield

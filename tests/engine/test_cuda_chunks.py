@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,19 +21,12 @@ from .test_chunks import VARIANTS
 from .test_cuda_states import ATTENDED, GREEDY, NUM_TOKENS, _config, _generate, _ids, _judge
 
 pytestmark = [
+    pytest.mark.usefixtures("few_sizes"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
 ]
 LENGTHS = [1, 31, 47, 48, 95, 110]  # a chunk has 48 tokens: it begins within an answer, a step and a row
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_sizes() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvferry.engine.cuda.pieces.SIZES", (16, 128))
-        patch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 8, 128))
-        yield
 
 
 @pytest.fixture(scope="module")

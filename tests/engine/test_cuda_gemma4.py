@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,13 @@ from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.attention.flashinfer_parts import FlashInferParts
 
-from ..engine_driver import Driver, prompts
+from ..engine_driver import Driver, assert_told_of_pages, prompts
 from ..transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, GEMMA_4_MOE, SMALL, write_model
 from .cuda.lockstep import two_ranks
 from .test_cuda_states import _config, _generate, _judge
 
 pytestmark = [
+    pytest.mark.usefixtures("few_sizes"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
@@ -38,14 +38,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "borrowing": GEMMA_4_BORROWING | WIDE,
     "experts beside": GEMMA_4_MOE | WIDE,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_sizes() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvferry.engine.cuda.pieces.SIZES", (16, 128))
-        patch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 8, 128))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +91,7 @@ def test_experts_beside_an_mlp_are_computed_together(checkpoints: Path) -> None:
 @pytest.mark.parametrize("variant", ["plain", "borrowing"])
 @pytest.mark.parametrize("eager", [False, True])
 def test_pages_are_told_of_once_all_of_their_layers_are_written(checkpoints: Path, variant: str, eager: bool) -> None:
-    engine = _engine(checkpoints / variant, enforce_eager=eager)
-    driver, told = Driver(engine), list[int]()
-    seq = driver.add(prompts([40])[0])
-    for count in (40, 1):
-        told.clear()
-        driver.step([(seq, count)], told.append)
-        assert told == list(range(engine.spec.num_layers)) and len(told) > 1
+    assert_told_of_pages(_engine(checkpoints / variant, enforce_eager=eager))
 
 
 def test_pages_in_8_bits_are_refused(checkpoints: Path) -> None:

@@ -20,6 +20,7 @@ from .test_cuda_states import ATTENDED, GREEDY, LENGTHS, SHARED, _config, _gener
 from .test_states import EXPERTS, LFM2, MAMBA
 
 pytestmark = [
+    pytest.mark.usefixtures("few_sizes"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
@@ -38,11 +39,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 def _write(path: Path, variant: str) -> None:
     kind, fields = VARIANTS[variant]
     write_model(path, getattr(transformers, f"{kind}Config")(**SMALL | ATTENDED | fields), dtype=torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 3, 128))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

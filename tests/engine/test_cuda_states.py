@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -27,7 +26,7 @@ from kvferry.tests.emulation.stream import COUNTS
 
 from ..adapters import merge, write_adapter
 from ..checkpoints import write_checkpoint
-from ..engine_driver import Driver, engine_config, prompts
+from ..engine_driver import Driver, assert_told_of_pages, engine_config, prompts
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from ..transformers_checkpoints import FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 from .test_adapters import put, sequence
@@ -35,6 +34,7 @@ from .test_states import EXPERTS, LFM2, MAMBA
 from .transformers_reference import reference_logprobs
 
 pytestmark = [
+    pytest.mark.usefixtures("few_sizes"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
@@ -64,13 +64,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
 LENGTHS = [1, 15, 16, 90]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_sizes() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvferry.engine.cuda.pieces.SIZES", (16, 128))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +211,7 @@ def test_what_a_block_held_before_is_no_state_of_its_new_owner(checkpoints: Path
 
 
 def test_layers_are_told_of_and_then_states(engine: Engine) -> None:
-    driver, told = Driver(engine), list[int]()
-    seq = driver.add(prompts([40])[0])
-    for count in (40, 1):
-        told.clear()
-        driver.step([(seq, count)], told.append)
-        assert told == list(range(engine.spec.num_layers)) and len(told) > 1
+    assert_told_of_pages(engine)
 
 
 # --- states go with their blocks ----------------------------------------------------------------------------------

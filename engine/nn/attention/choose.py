@@ -37,14 +37,13 @@ def make_attention(
     if name in ("flashinfer", "flashinfer_fp8"):
         if device != "cuda":
             raise ConfigError(f"attention_backend = {name} needs a CUDA device; use cpu on this one")
-        is_narrow = name == "flashinfer_fp8"
         return _flashinfer(
             pages,
             num_qo_heads,
             sliding_windows,
             query_dtype=query_dtype,
             kv_scales=kv_scales,
-            narrow_queries=is_narrow,
+            narrow_queries=name == "flashinfer_fp8",
             scores=scores,
         )
     if device != "cpu":

@@ -35,8 +35,10 @@ class FlashInferChunkedAttention(FlashInferParts):
         places = [Place(int(isinstance(window, Chunk)), layer) for layer, window in enumerate(windows)]
         super().__init__((whole, chunked), places)
 
-    def seen_by_others(self, metadata: AttentionMetadata) -> AttentionMetadata:
-        return by_chunk(metadata, self.chunk, self.block_size)
+    def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
+        whole, chunked = self.parts
+        chunked.plan(by_chunk(metadata, self.chunk, self.block_size))
+        return whole.plan_with(metadata, more)
 
     def for_graph(self, index: PageIndex) -> ChunkedGraphAttention:
         return ChunkedGraphAttention(self, index)

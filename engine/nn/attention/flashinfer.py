@@ -69,7 +69,7 @@ class FlashInferAttention:
         if narrow_queries:
             check_narrow(first, scores)
         self._narrows = narrow_queries
-        self._kv_dtype, self._device = first.dtype, first.device
+        self._kv_dtype, self.device = first.dtype, first.device
         self.dtype = query_dtype or first.dtype
         if self.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(f"flashinfer does not attend in {self.dtype}; use --dtype bfloat16 on CUDA")
@@ -121,9 +121,14 @@ class FlashInferAttention:
 
     def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
         """Plan, and upload further arrays of int32 together with the plan's. Returns those, on the device."""
+        step = upload_step(metadata, self.device, more)
+        self.plan_step(metadata, step)
+        return step.more
+
+    def plan_step(self, metadata: AttentionMetadata, step: StepIndex) -> None:
+        """Plan a step that is uploaded."""
         self._num_tokens = metadata.num_tokens
         self._num_decode_rows = rows = metadata.num_decode_rows
-        step = upload_step(metadata, self._device, more)
         self._index = index = step.index
         first_page = int(metadata.paged_kv_indptr[rows])  # of the chunks
         if rows:
@@ -132,7 +137,6 @@ class FlashInferAttention:
                 self._plan_wrapper(wrapper, window, indptr, index.paged_kv_indices[:first_page], last)
         if rows < metadata.num_rows:
             self._plan_prefill(step, index.paged_kv_indices[first_page:], step.paged_kv_last_page_len[rows:])
-        return step.more
 
     @property
     def positions(self) -> Tensor:
@@ -234,24 +238,24 @@ class FlashInferAttention:
     def plan_nothing(self) -> None:
         """Plan a step of padding alone."""
         self._num_tokens = self._num_decode_rows = 0
-        self._index = PageIndex.of_nothing(self._device)
+        self._index = PageIndex.of_nothing(self.device)
 
     def warm_up(self) -> None:
         """Compile the kernels of this model's variants: one decode row and one prefill row on the last block."""
         self.plan(smallest_step(self._num_blocks - 1))
         sizes = [self._num_qo_heads, self._num_kv_heads, self._num_kv_heads]
-        heads = torch.zeros(3, sum(sizes), self._head_dim, dtype=self.dtype, device=self._device)
+        heads = torch.zeros(3, sum(sizes), self._head_dim, dtype=self.dtype, device=self.device)
         for window in set(self._windows):
             q, k, v = torch.split(heads, sizes, 1)
             self.forward(q, k, v, self._windows.index(window))
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
 
     # --- graphs -----------------------------------------------------------------------------------------------
 
     def for_graph(self, index: PageIndex) -> DecodeGraphAttention:
         """Decode of as many rows as `index` has, reading its tensors, which stay where they are."""
         for window in set(self._windows) - self._int_workspaces.keys():
-            self._int_workspaces[window] = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
+            self._int_workspaces[window] = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
         return DecodeGraphAttention(self, index)
 
 

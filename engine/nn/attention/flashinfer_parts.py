@@ -13,7 +13,7 @@ from torch import Tensor
 from .base import AttentionMetadata, LayerPages
 from .device import GraphAttention
 from .flashinfer import FlashInferAttention
-from .page_index import PageIndex
+from .page_index import PageIndex, upload_step
 
 
 class Make(Protocol):
@@ -49,14 +49,10 @@ class FlashInferParts:
         self.plan_with(metadata, ())
 
     def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
-        first, *others = self.parts
-        for part in others:
-            part.plan(self.seen_by_others(metadata))
-        return first.plan_with(metadata, more)
-
-    def seen_by_others(self, metadata: AttentionMetadata) -> AttentionMetadata:
-        """Return a step's rows as all parts but the first see them."""
-        return metadata
+        step = upload_step(metadata, self.parts[0].device, more)
+        for part in self.parts:
+            part.plan_step(metadata, step)
+        return step.more
 
     def plan_nothing(self) -> None:
         for part in self.parts:
