@@ -134,8 +134,8 @@ def pack_weights(
         from .cuda.experts import group
         from .cuda.int4 import pack
 
-        pack(decoder, device)
         group(decoder, device)
+        pack(decoder, device)
         torch.cuda.empty_cache()  # what was traded: the KV cache's size follows from what the card has free
     if device.type != "cpu":
         return None

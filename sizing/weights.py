@@ -176,12 +176,14 @@ class WeightCounter:
         is_stacked = experts is not None and experts.is_stacked and is_expert(matrix.modules[0])
         if is_stacked or makes_heads(matrix):
             return None
+        if is_expert(matrix.modules[0]) and not self._is_exchanged:  # together, by a kernel that widens in registers
+            return None
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         form = None if form is None else _of_rank(form, matrix)
         return form if form is not None and form.card_group and matrix.num_outputs % CARD_OUTPUTS == 0 else None
 
     def _stacked_bytes(self, matrix: Matrix) -> int:
-        """Count an expert's of a stack: C++ has it as a checkpoint in MXFP4 has it, of whole groups on every rank.
+        """Count an expert's of a stack: as a checkpoint in MXFP4 has it, where every rank has whole groups.
 
         A GPU that is asked to has it as 8-bit floats, if it multiplies by many such matrices at once.
         """
@@ -195,10 +197,12 @@ class WeightCounter:
         are_taken = own % FLOAT8_MULTIPLE == self._model.hidden_size % FLOAT8_MULTIPLE == 0
         if is_float8 and self._groups_float8 and are_taken:
             return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
-        if not is_mxfp4 or not self._has_tiles or own % MXFP4_GROUP:
+        is_kept = self._has_tiles or (self._on_gpu and self._item_bytes == ITEM_BYTES["bfloat16"])
+        if not is_mxfp4 or not is_kept or own % MXFP4_GROUP:
             return self._plain_bytes(matrix)
         num_groups = matrix.num_inputs // MXFP4_GROUP  # each of 4 bits a number, and a byte
-        return _padded(matrix.num_outputs, _TILE_OUTPUTS) * num_groups * (MXFP4_GROUP // 2 + 1)
+        num_outputs = _padded(matrix.num_outputs, _TILE_OUTPUTS) if self._has_tiles else matrix.num_outputs
+        return num_outputs * num_groups * (MXFP4_GROUP // 2 + 1)
 
     def _plain_bytes(self, matrix: Matrix) -> int:
         outputs, inputs, latent = matrix.num_outputs, matrix.num_inputs, self._model.latent

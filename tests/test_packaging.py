@@ -34,6 +34,7 @@ DISTRIBUTION_OF = {"yaml": "pyyaml", "flashinfer": "flashinfer-python", "ucxx": 
 LOADED_BY_NAME = {"uvloop", "httptools", "nixl-cu12"}
 # They come with something that is declared, as part of its interface.
 COMES_WITH = {
+    "triton": "torch",  # CUDA builds of it
     "starlette": "fastapi",
     "click": "typer",
     "pydantic-core": "pydantic",

@@ -5,9 +5,9 @@
 Where a group of rows ends is known on the device alone, and every shape follows from the number of rows: nothing is
 read back, so a step can be captured. A row's sum is taken in float32, in the order of its experts, as `SparseMLP` does.
 
-Which weights are multiplied by so, and on which cards without waiting for the host, `stacks.py` knows. Other cards and
-weights, and rows that are exchanged between ranks, keep `SparseMLP`'s loop over experts, whose steps are not captured;
-`group` says which.
+Which product of which weights a card has for that, without waiting for the host, `stacks.py` knows. What has none, and
+rows that are exchanged between ranks, keep `SparseMLP`'s loop over experts, whose steps are not captured; `group` says
+which.
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
 """
@@ -55,9 +55,9 @@ class GroupedExperts:
         self._block = block
         self.rows = rows
         up, down = _linears(block)
-        self._up, self._up_bias = stacks.stack(_weights(up)), _biases(up)  # of 2 * inner outputs each
-        self._down, self._down_bias = stacks.stack(_weights(down)), _biases(down)
         num_experts, num_own, device = block.gate.experts.num_experts, len(block.experts), rows.count.device
+        self._up, self._up_bias = stacks.stack(_weights(up), device), _biases(up)  # of 2 * inner outputs each
+        self._down, self._down_bias = stacks.stack(_weights(down), device), _biases(down)
         block.taken = block.taken.to(device)
         self._own = torch.arange(num_own, device=device)
         # Of each expert among this rank's; behind them: another rank computes it.
@@ -145,6 +145,5 @@ def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
     apart = [each for block in blocks for each in block.experts if not isinstance(each, StackedExpert)]
     if any(linear.bias is not None for each in apart for linear in (each.gate_up_proj, each.down_proj)):
         return "they have biases"
-    major, _ = torch.cuda.get_device_capability(device)
-    reasons = (stacks.obstacle(_weights(linears), major) for block in blocks for linears in _linears(block))
+    reasons = (stacks.obstacle(_weights(linears), device) for block in blocks for linears in _linears(block))
     return next((reason for reason in reasons if reason), "")

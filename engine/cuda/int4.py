@@ -28,6 +28,7 @@ from ...models.storage import CARD_OUTPUTS, Form
 from ..nn.decoder import Decoder
 from ..weights.grouped import GroupedWeight, join_nibbles
 from ..weights.weight import WeightSlot
+from . import coded
 
 log = structlog.get_logger(__name__)
 
@@ -147,17 +148,28 @@ def _factors(weight: GroupedWeight, group_size: int) -> list[Tensor]:
 def pack(decoder: Decoder, device: torch.device) -> None:
     """Trade loaded whole numbers for such, one by one, and say how many matrices are multiplied by in which way.
 
-    Those that torch's product does not take are widened in every product.
+    Experts that are computed together have theirs already. Those that torch's product does not take are widened in
+    registers (`coded.py`), or else in every product.
     """
     is_there = torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
     counts = Counter[str]()
+    together = {
+        id(linear)
+        for layer in decoder.layers
+        if (block := layer.sparse) is not None and block.grouped is not None
+        for expert in block.experts
+        for linear in (expert.gate_up_proj, expert.down_proj)
+    }
     for linear in decoder.linears():
         weight = linear.weight
-        if not isinstance(weight, GroupedWeight):
+        if not isinstance(weight, GroupedWeight) or id(linear) in together:
             continue
         if is_there and takes(weight):
             counts[f"int{weight.bits}"] += 1
             linear.weight = Int4Weight(weight)
+        elif not coded.obstacle([weight], device):
+            counts["in_registers"] += 1
+            linear.weight = coded.CodedWeight(weight)
         else:
             counts["widened"] += 1
     if counts:

@@ -2,8 +2,9 @@
 
     y[r, o] = sum over i of x[r, i] * matrices[expert of r][o, i]          `ends`: behind each expert's last row
 
-Plain numbers in bfloat16, or 8-bit floats with a scale for each output and each row (`float8.py`). Rows behind the last
-end have any numbers, and so have their results.
+Plain numbers in bfloat16 and 8-bit floats with a scale for each output and each row (`float8.py`) have products of
+torch's on some cards; all else has our own (`coded.py`). Rows behind the last end have any numbers, and so have their
+results.
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's products take.
 """
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ..weights.float8 import GROUPING_MAJORS, to_float8
 from ..weights.weight import DenseWeight, Weight
+from . import coded
+from .codes import Codes
 from .float8 import Float8Weight
 
 _PLAIN_MAJORS = (9, 10)  # capabilities of the cards on which torch's product does not wait for the host
@@ -73,21 +76,38 @@ def _bytes(numbers: Tensor) -> Tensor:
     return numbers.view(torch.uint8)
 
 
-def stack(weights: Sequence[Weight]) -> Stack:
+class CodedStack:
+    """Implements `Stack`, of numbers in any form, in bits that they have, by a kernel of our own."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        """Move matrices into one tensor, of which they are parts from then on."""
+        self.codes = Codes.of(weights)
+
+    def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
+        return coded.product(x, self.codes, ends, order)
+
+
+def stack(weights: Sequence[Weight], device: torch.device) -> Stack:
     """Stack what has no `obstacle`."""
+    if not _takes(weights, device):
+        return CodedStack(weights)
     if isinstance(weights[0], Float8Weight):
         return Float8Stack(cast(Sequence[Float8Weight], weights))
     return PlainStack(cast(Sequence[DenseWeight], weights))
 
 
-def obstacle(weights: Sequence[Weight], major: int) -> str:
-    """Say why a card of this capability does not multiply by these at once; nothing: it does."""
-    if major not in _PLAIN_MAJORS:
-        return "no grouped product of torch's runs on this card without waiting for the host"
+def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
+    """Say why a card does not multiply by these at once; nothing: it does."""
+    return "" if _takes(weights, device) else coded.obstacle(weights, device)
+
+
+def _takes(weights: Sequence[Weight], device: torch.device) -> bool:
+    """Tell whether torch has a product of them that does not wait for the host."""
+    major, _ = torch.cuda.get_device_capability(device)
     if all(isinstance(weight, Float8Weight) for weight in weights):
-        return "" if major in GROUPING_MAJORS else "no grouped product of 8-bit floats of torch's runs on this card"
-    if not all(isinstance(weight, DenseWeight) and weight.dtype == torch.bfloat16 for weight in weights):
-        return "their weights are neither all plain ones in bfloat16 nor all 8-bit floats"
-    if any(weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE) for weight in weights):
-        return f"their sizes are no multiples of {2 * _MULTIPLE}"
-    return ""
+        return major in GROUPING_MAJORS
+    return (
+        major in _PLAIN_MAJORS
+        and all(isinstance(weight, DenseWeight) and weight.dtype == torch.bfloat16 for weight in weights)
+        and not any(weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE) for weight in weights)
+    )

@@ -124,7 +124,7 @@ def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[TensorFile, str
         if slot.scales is not None:
             numbers, powers = (part_of_mxfp4(tensor[0], slot.dim, slot.start, target) for tensor in stored)
             target.copy_(numbers.flatten(1))
-            slot.scales[index - first].copy_(power_of_2(powers))
+            slot.scales[index - first].copy_(powers if slot.scales.dtype == torch.uint8 else power_of_2(powers))
             continue
         plain = unpack_mxfp4(*stored)[0]
         target.copy_(plain if slot.dim == 0 else plain.narrow(slot.dim - 1, slot.start, target.shape[slot.dim - 1]))
@@ -216,7 +216,7 @@ def _fill_randomly(slot: WeightSlot, seed: int, quantization: Quantization | Non
         return
     dim, start = ((0, slot.start), (2, slot.start // 2), (1, slot.start))[slot.dim]
     slot.target.copy_(numbers.narrow(dim, start, slot.target.shape[dim]))
-    slot.scales.fill_(2.0 ** (_EXPONENT - 127))
+    slot.scales.fill_(_EXPONENT if slot.scales.dtype == torch.uint8 else 2.0 ** (_EXPONENT - 127))
 
 
 def _seed_of(slot: WeightSlot, seed: int) -> int:

@@ -3,9 +3,9 @@
 gate_up_proj [experts, in, 2 inner], gate and up in turns    down_proj [experts, inner, out]    and a bias of each
 a block of MXFP4: 16 bytes, two numbers of e2m1 in each, low half first, and an exponent of 2 with 127 added
 
-Where numbers of MXFP4 are multiplied as they are, they stay so. On a card that multiplies by many matrices in 8-bit
-floats at once they become such, if asked to (`--quantization fp8`), with a power of 2 as the scale of each output.
-Elsewhere they are widened.
+Where numbers of MXFP4 are multiplied by as they are, they stay so: in C++, and on cards in bfloat16. On a card that
+multiplies by many matrices in 8-bit floats at once they become such, if asked to (`--quantization fp8`), with a power
+of 2 as the scale of each output. Elsewhere they are widened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ...models.parts.experts import ExpertsConfig
 from ...models.storage import MXFP4_GROUP
 from ..weights.float8 import RoundedWeight, groups_products, takes
-from ..weights.grouped import GroupedWeight, e2m1, power_of_2
+from ..weights.grouped import GroupedWeight, e2m1, has_coded_products, power_of_2
 from ..weights.weight import DenseWeight, Leaf, Weight, WeightSlot
 from .builder import Builder
 from .layers import Linear
@@ -129,11 +129,11 @@ def _maker(builder: Builder, own: int) -> Make:
     quantization, hidden = builder.config.quantization, builder.config.hidden_size
     if quantization is None or not quantization.has_mxfp4_experts or builder.dtype != torch.bfloat16:
         return _plain_weights
-    if builder.device.type == "cpu":  # C++ multiplies by whole groups
-        return _mxfp4_weights if own % MXFP4_GROUP == 0 else _plain_weights
     are_taken = takes(2 * own, hidden, builder.dtype) and takes(hidden, own, builder.dtype)
-    is_float8 = quantization.rounds_experts_of_mxfp4 and groups_products(builder.device)
-    return _float8_weights if are_taken and is_float8 else _plain_weights
+    if are_taken and quantization.rounds_experts_of_mxfp4 and groups_products(builder.device):
+        return _float8_weights
+    stay = builder.device.type == "cpu" or has_coded_products(builder.device)
+    return _mxfp4_weights if stay and own % MXFP4_GROUP == 0 else _plain_weights  # by whole groups
 
 
 def _plain_weights(builder: Builder, count: int, num_outputs: int, num_inputs: int) -> list[Weight]:
@@ -141,8 +141,10 @@ def _plain_weights(builder: Builder, count: int, num_outputs: int, num_inputs: i
 
 
 def _mxfp4_weights(builder: Builder, count: int, num_outputs: int, num_inputs: int) -> list[Weight]:
-    numbers = torch.empty(count, num_outputs, num_inputs // 2, dtype=torch.uint8)
-    scales = torch.empty(count, num_outputs, num_inputs // MXFP4_GROUP)
+    device = builder.device
+    numbers = torch.empty(count, num_outputs, num_inputs // 2, dtype=torch.uint8, device=device)
+    kind = torch.float32 if device.type == "cpu" else torch.uint8  # C++ has shorter ones itself once they are loaded
+    scales = torch.empty(count, num_outputs, num_inputs // MXFP4_GROUP, dtype=kind, device=device)
     return [
         GroupedWeight(own, of_groups, dtype=builder.dtype, is_e2m1=True)
         for own, of_groups in zip(numbers, scales, strict=True)

@@ -8,6 +8,7 @@ their products for it. Those here are the reference: weight-only, by the numbers
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -20,7 +21,17 @@ from ...common.errors import ConfigError
 from .weight import DenseWeight, Weight, WeightSlot
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # what 4 bits mean
+_CODED_CAPABILITY = (8, 0)  # of cards whose products of bfloat16 the kernel is compiled to
 _ZERO = 8  # what a symmetrical nibble stands above the number that it means
+
+
+def has_coded_products(device: torch.device) -> bool:
+    """Tell whether a device has `engine/cuda/coded_kernel.py`, which multiplies by numbers in few bits."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CODED_CAPABILITY and has_triton()
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class GroupedWeight:
@@ -35,7 +46,7 @@ class GroupedWeight:
     def __init__(
         self,
         numbers: Tensor,
-        scales: Tensor,  # float32 [out, in / group_size]
+        scales: Tensor,  # float32 [out, in / group_size]; or uint8, powers of 2 with 127 added
         minima: Tensor | None = None,  # as `scales`; None: symmetrical
         order: Tensor | None = None,  # int32 [in]: the numbers' input i is x[:, order[i]]; None: in order
         *,
@@ -113,7 +124,8 @@ class GroupedWeight:
     def dequantized(self) -> Tensor:
         """Return the plain matrix, [out, in] float32, inputs in the model's order."""
         numbers = self._meant().view(self.num_outputs, -1, self.group_size)
-        matrix = numbers * self.scales.unsqueeze(2)
+        scales = power_of_2(self.scales) if self.scales.dtype == torch.uint8 else self.scales
+        matrix = numbers * scales.unsqueeze(2)
         if self.minima is not None:
             matrix += self.minima.unsqueeze(2)
         matrix = matrix.flatten(1)

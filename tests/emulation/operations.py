@@ -199,4 +199,5 @@ _OWN_KERNELS: dict[str, Callable[..., Any]] = {
     "aten::_scaled_grouped_mm": products.scaled_grouped_mm,
     "aten::_convert_weight_to_int4pack": nibbles.convert_weight_to_int4pack,
     "aten::_weight_int4pack_mm": nibbles.weight_int4pack_mm,
+    "kvferry::coded_product": products.coded_product,
 }

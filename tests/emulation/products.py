@@ -83,6 +83,30 @@ def scaled_grouped_mm(
     return product.bfloat16()
 
 
+def coded_product(
+    x: Tensor,  # [rows, k] bfloat16
+    code: int,
+    numbers: Tensor,
+    scales: Tensor | None,
+    minima: Tensor | None,
+    ends: Tensor | None,
+    order: Tensor | None,
+) -> Tensor:
+    """Do as the kernel of Triton's, by what the numbers stand for, and refuse what it would read beyond."""
+    from kvferry.engine.cuda.codes import Code, Codes
+
+    codes = Codes(Code(code), numbers, scales, minima)
+    given = [each for each in (x, numbers, scales, minima, ends, order) if each is not None]
+    if x.dtype != torch.bfloat16 or not all(each.is_contiguous() for each in given):
+        raise RuntimeError(f"coded_product of {x.dtype}: its tensors have to be contiguous, and rows bfloat16")
+    if codes.group_size % 16 or x.shape[1] != codes.num_inputs or (order is not None and order.dtype != torch.int64):
+        raise RuntimeError(f"coded_product of {tuple(x.shape)} and {tuple(numbers.shape)} in {codes.group_size}")
+    rows, matrices = (x if order is None else x[order]).float(), codes.widened().transpose(1, 2)
+    if ends is None:
+        return (rows @ matrices[0]).bfloat16()
+    return _by_groups(rows, matrices, ends, None).bfloat16()
+
+
 def _by_groups(a: Tensor, b: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:
     """Multiply the rows of each group by its matrix; the others are any numbers."""
     if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1] or bias is not None:

@@ -16,6 +16,7 @@ from kvferry.engine.cuda.decoder import FusedDecoder
 from kvferry.engine.cuda.experts import GroupedExperts, RealRows, group
 from kvferry.engine.cuda.float8 import Float8Weight, narrow
 from kvferry.engine.cuda.kernels import FusedKernels
+from kvferry.engine.cuda.stacks import CodedStack
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.exchange import ExchangedMLP
 from kvferry.engine.nn.experts import SparseMLP
@@ -151,7 +152,8 @@ def test_experts_in_8_bits_stay_so_and_take_no_room_twice(
     decoder = _decoder(checkpoint, Communicator())
     group(decoder, CUDA)
     block = decoder.layers[1].feed_forward
-    assert isinstance(block, SparseMLP) and block.grouped is None, "no kernel of that card takes them"
+    assert isinstance(block, SparseMLP) and isinstance(block.grouped, GroupedExperts)
+    assert isinstance(block.grouped._up, CodedStack), "torch has no product of them for that card"
 
 
 @pytest.mark.parametrize("plan", [EVEN, REPLICATED])

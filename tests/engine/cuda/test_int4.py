@@ -235,14 +235,13 @@ def test_a_checkpoint_answers_as_its_widened_numbers(
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=engine_gpu)])
-def test_floats_of_4_bits_are_widened(tmp_path: Path, device: str) -> None:
+def test_floats_of_4_bits_are_widened_in_registers(tmp_path: Path, device: str) -> None:
     stored, plain = write_pair(tmp_path, "compressed nvfp4")
     with capture_logs() as logs:
         found = _engine(stored)
     assert _num_packed(found) == 0
-    assert [entry["widened"] for entry in logs if entry["event"] == "quantized_weights"] == [
-        7
-    ]  # one of eight is fused with a plain part
+    [entry] = [entry for entry in logs if entry["event"] == "quantized_weights"]
+    assert entry["in_registers"] == 7 and "widened" not in entry  # one of eight is fused with a plain part
     assert _rms(_logprobs(found, 40), _logprobs(_engine(plain, device="cpu", dtype="float32"), 40)) < CLOSE / 2
 
 

@@ -1,4 +1,4 @@
-"""Experts in MXFP4 on a card that multiplies by many matrices in 8-bit floats at once: the numbers are the same."""
+"""Experts in MXFP4 on a card: in their own bits, or as 8-bit floats where these are asked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import transformers
 from torch import Tensor
 
 from kvferry.common.config import EngineConfig
+from kvferry.engine.cuda.codes import Code
 from kvferry.engine.cuda.experts import GroupedExperts, group
 from kvferry.engine.cuda.runner import CudaRunner
-from kvferry.engine.cuda.stacks import Float8Stack, PlainStack
+from kvferry.engine.cuda.stacks import CodedStack, Float8Stack, PlainStack
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.loading import load_weights
@@ -21,6 +22,7 @@ from kvferry.engine.nn.stacked_experts import mxfp4_as_float8, unpack_mxfp4
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.served_model import served_model
 from kvferry.engine.weights.float8 import RoundedWeight
+from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.config import ModelConfig
 from kvferry.sizing.memory import rank_weights
 
@@ -48,6 +50,7 @@ FIELDS: dict[str, object] = {
 [PROMPT] = prompts([90])
 # Of log-probabilities in the median, with such weights: rounded to 16 bits they are off by 0.1, and rows are to 8, too.
 CLOSE = 0.25
+IN_16_BITS = 0.15
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +144,56 @@ def test_so_are_two_ranks(
 
 
 @pytest.mark.parametrize("device", on_a_card)
-def test_another_card_widens_them(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+@pytest.mark.parametrize("capability", [(10, 0), (7, 5)])
+def test_a_card_without_products_in_8_bits_keeps_them_and_an_older_one_widens_them(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     card = torch.device(device)
     config = served_model(_narrow(checkpoint, device=device))
     decoder = Decoder(config, Communicator(), dtype=torch.bfloat16, device=card)
     load_weights(decoder, checkpoint, load_format="auto", seed=0)
     group(decoder, card)
     block = decoder.layers[0].sparse
-    assert block is not None and isinstance(block.grouped, GroupedExperts)
-    assert isinstance(block.grouped._up, PlainStack)
+    assert block is not None
+    if capability[0] < 8:
+        assert block.grouped is None and isinstance(block.experts[0].down_proj.weight, DenseWeight)
+        return
+    assert isinstance(block.grouped, GroupedExperts)
+    for stack in (block.grouped._up, block.grouped._down):
+        assert isinstance(stack, CodedStack) and stack.codes.code is Code.MXFP4
+
+
+@pytest.mark.parametrize("device", on_a_card)
+def test_unasked_they_are_multiplied_by_in_their_own_bits(checkpoint: Path, expected: Tensor, device: str) -> None:
+    engine = Engine(_config(checkpoint, dtype="bfloat16", device=device), num_blocks=100)
+    assert isinstance(engine.runner, CudaRunner) and engine.runner._decoder.can_be_captured
+    for block in engine._sparse.values():
+        assert isinstance(block.grouped, GroupedExperts) and isinstance(block.grouped._up, CodedStack)
+        assert block.grouped._up.codes.numbers.shape == (8, 2 * 96, 128 // 2)
+    assert 0 < _error(engine, expected) < IN_16_BITS
+
+
+@pytest.mark.parametrize("device", on_a_card)
+@pytest.mark.parametrize("fields", [{}, {"enable_expert_parallel": True}], ids=["parts", "whole"])
+def test_two_ranks_have_whole_groups_or_widen(
+    checkpoint: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch, device: str, fields: dict[str, object]
+) -> None:
+    monkeypatch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 3, 128))
+    config = _config(checkpoint, dtype="bfloat16", device=device, tensor_parallel_size=2, **fields)
+    with two_ranks(monkeypatch, config, 100) as engine:
+        kept = {
+            type(block.grouped._up) for block in engine._sparse.values() if isinstance(block.grouped, GroupedExperts)
+        }
+        assert kept == ({CodedStack} if fields else {PlainStack})  # half of 96 columns are no whole groups
+        assert 0 < _error(engine, expected) < IN_16_BITS
+
+
+@pytest.mark.parametrize("device", on_a_card)
+def test_what_they_take_is_what_is_counted(checkpoint: Path, device: str) -> None:
+    engine = _config(checkpoint, dtype="bfloat16", device=device)
+    config = served_model(engine)
+    decoder = Decoder(config, Communicator(), dtype=torch.bfloat16, device=torch.device(device))
+    load_weights(decoder, checkpoint, load_format="auto", seed=0)
+    taken = sum(slot.target.nbytes + (0 if slot.scales is None else slot.scales.nbytes) for slot in decoder.slots())
+    assert taken == rank_weights(engine, ModelConfig.from_dir(checkpoint), has_float8=True, groups_float8=True).total

@@ -1,0 +1,95 @@
+"""Rows are multiplied by matrices in few bits (`codes.py`), which are widened in registers.
+
+    y[r, o] = sum over i of x[r, i] * what numbers[matrix of r, o, i] stands for
+
+The product is a kernel of Triton's (`coded_kernel.py`), which CUDA builds of torch for Linux bring. It waits for
+nothing, so a graph may hold it.
+
+Not run on a card: Triton's interpreter has shown the kernel's numbers, and its compiler has taken it for cards of 8.0,
+8.9, 9.0, 10.0 and 12.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..weights.grouped import GroupedWeight, has_coded_products
+from ..weights.weight import DenseWeight, Weight, WeightSlot
+from .codes import Code, Codes, code_of
+from .float8 import Float8Weight
+
+_LEAST_GROUP = 16  # inputs that the kernel multiplies at once, at least, which are of one group
+
+
+def _form(weight: Weight) -> tuple[object, ...]:
+    """Return what matrices in one tensor have in common."""
+    if isinstance(weight, GroupedWeight):
+        return code_of(weight), weight.group_size, weight.minima is None
+    return (type(weight),)
+
+
+def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
+    """Say why a device does not multiply by these, as many or as one; nothing: it does."""
+    first = weights[0]
+    if not has_coded_products(device):
+        return "this card is older than 8.0, or torch came without Triton"
+    if len({_form(weight) for weight in weights}) > 1:
+        return "their weights are of several forms"
+    if not isinstance(first, DenseWeight | Float8Weight | GroupedWeight) or first.dtype != torch.bfloat16:
+        return "their rows are not in bfloat16"
+    if any(isinstance(weight, GroupedWeight) and weight.order is not None for weight in weights):
+        return "their inputs are in act-order"
+    group = first.group_size if isinstance(first, GroupedWeight) else first.num_inputs
+    return f"groups of {group} inputs, which are no multiple of {_LEAST_GROUP}" if group % _LEAST_GROUP else ""
+
+
+class CodedWeight:
+    """Implements `Weight`, of a rank whose weights are loaded: one matrix."""
+
+    def __init__(self, weight: GroupedWeight) -> None:
+        """`weight`: one without an `obstacle`; it is given up here."""
+        taken = weight.take()
+        self.num_outputs, self.num_inputs, self.dtype = taken.num_outputs, taken.num_inputs, taken.dtype
+        minima = None if taken.minima is None else taken.minima.unsqueeze(0)
+        self._codes = Codes(code_of(taken), taken.numbers.unsqueeze(0), taken.scales.unsqueeze(0), minima)
+
+    def slots(
+        self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
+    ) -> Iterator[WeightSlot]:
+        raise AssertionError("it is made of a loaded weight")
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = product(x, self._codes)
+        return y if bias is None else y.add_(bias)
+
+    def pack(self) -> None:
+        """Do nothing: a weight is packed when it is made."""
+
+
+def product(x: Tensor, codes: Codes, ends: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+    """Return [sorted rows, outputs] in bfloat16.
+
+    x: [rows, inputs] bfloat16. `ends`: [m] int32, behind each matrix's last row, or None: there is one matrix. `order`:
+    the row of x that each sorted row is, int64; None: x is sorted. Rows behind the last end have any results.
+    """
+    parts = (codes.numbers, codes.scales, codes.minima, ends, order)
+    return cast(Tensor, _product(x.contiguous(), int(codes.code), *parts))
+
+
+@torch.library.custom_op("kvferry::coded_product", mutates_args=())
+def _product(
+    x: Tensor,
+    code: int,
+    numbers: Tensor,
+    scales: Tensor | None,
+    minima: Tensor | None,
+    ends: Tensor | None,
+    order: Tensor | None,
+) -> Tensor:
+    from .coded_kernel import multiply
+
+    return multiply(x, Codes(Code(code), numbers, scales, minima), ends, order)

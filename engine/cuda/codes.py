@@ -1,0 +1,109 @@
+"""`Codes` are matrices in few bits as a GPU keeps them: one or many of one size, multiplied by as they are.
+
+    code     numbers                       what one stands for
+    PLAIN    bfloat16 [m, out, in]         itself
+    FLOAT8   e4m3 [m, out, in]             number * scale
+    INT8     int8 [m, out, in]             number * scale (+ minimum)
+    INT4     uint8 [m, out, in / 2]        (nibble - 8) * scale, or nibble * scale + minimum
+    E2M1     uint8 [m, out, in / 2]        float of 4 bits * scale
+    MXFP4    uint8 [m, out, in / 2]        float of 4 bits * 2^(scale - 127)
+
+An even input's nibble is the low one. Scales and minima are float32 [m, out, groups], MXFP4's uint8.
+
+What multiplies by them: `coded.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Self, cast
+
+import torch
+from torch import Tensor
+
+from ..weights.grouped import GroupedWeight, e2m1, power_of_2, split_nibbles
+from ..weights.weight import DenseWeight, Weight
+from .float8 import Float8Weight
+
+
+class Code(IntEnum):
+    """A kind of numbers. The order tells the kernel how many bits they have, and which are floats."""
+
+    PLAIN = 0
+    FLOAT8 = 1
+    INT8 = 2
+    INT4 = 3
+    E2M1 = 4
+    MXFP4 = 5
+
+
+@dataclass(slots=True, frozen=True)
+class Codes:
+    code: Code
+    numbers: Tensor
+    scales: Tensor | None
+    minima: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: Sequence[Weight]) -> Self:
+        """Move matrices without an `obstacle` into tensors of which they are parts from then on."""
+        first = weights[0]
+        if isinstance(first, DenseWeight):
+            plain = torch.stack([weight.plain for weight in cast(Sequence[DenseWeight], weights)])
+            for weight, part in zip(cast(Sequence[DenseWeight], weights), plain, strict=True):
+                weight.plain = part
+            return cls(Code.PLAIN, plain, None)
+        if isinstance(first, Float8Weight):
+            narrow = cast(Sequence[Float8Weight], weights)
+            numbers = torch.stack([weight.numbers.view(torch.uint8) for weight in narrow]).view(torch.float8_e4m3fn)
+            scales = torch.stack([weight.scales.view(-1, 1) for weight in narrow])
+            for own, *parts in zip(narrow, numbers, scales, strict=True):
+                own.numbers, own.scales = parts[0], parts[1].view(1, -1)
+            return cls(Code.FLOAT8, numbers, scales)
+        grouped = cast(Sequence[GroupedWeight], weights)
+        numbers, scales = (torch.stack([getattr(each, name) for each in grouped]) for name in ("numbers", "scales"))
+        minima = None if grouped[0].minima is None else torch.stack([cast(Tensor, each.minima) for each in grouped])
+        for place, weight_ in enumerate(grouped):
+            weight_.numbers, weight_.scales = numbers[place], scales[place]
+            weight_.minima = None if minima is None else minima[place]
+        return cls(code_of(grouped[0]), numbers, scales, minima)
+
+    @property
+    def num_matrices(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def num_outputs(self) -> int:
+        return self.numbers.shape[1]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.numbers.shape[2] * (1 if self.code <= Code.INT8 else 2)
+
+    @property
+    def group_size(self) -> int:
+        """Count the inputs that share a scale; all of them where there are none."""
+        return self.num_inputs if self.scales is None else self.num_inputs // self.scales.shape[2]
+
+    def widened(self) -> Tensor:
+        """Return what they stand for, [m, out, in] float32."""
+        numbers = self.numbers.float() if self.code <= Code.INT8 else split_nibbles(self.numbers.flatten(0, 1)).float()
+        if self.scales is None:
+            return numbers
+        if self.code >= Code.E2M1:
+            numbers = e2m1(numbers.int())
+        elif self.code == Code.INT4 and self.minima is None:
+            numbers = numbers - 8
+        groups = numbers.reshape(*self.scales.shape, self.group_size)
+        scales = power_of_2(self.scales) if self.code == Code.MXFP4 else self.scales
+        widened = groups * scales.unsqueeze(3)
+        return (widened if self.minima is None else widened + self.minima.unsqueeze(3)).flatten(2)
+
+
+def code_of(weight: GroupedWeight) -> Code:
+    """Return the kind of its numbers."""
+    if weight.is_e2m1:
+        return Code.MXFP4 if weight.scales.dtype == torch.uint8 else Code.E2M1
+    return Code.INT8 if weight.bits == 8 else Code.INT4
