@@ -277,9 +277,12 @@ def test_experts_count_tokens_and_no_padding(checkpoints: Path) -> None:
     assert [sum(layer.taken) for layer in engine.expert_loads()] == [3 * num_tokens] * 2
 
 
-def test_experts_are_computed_one_by_one_on_other_cards(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("capability", "has_graphs"), [((8, 0), True), ((7, 5), False)])
+def test_experts_are_computed_one_by_one_on_old_cards_alone(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has_graphs: bool
+) -> None:
     grouped = _ids(_generate(_engine(checkpoints / "experts"), [_greedy(6)] * 3))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     engine = _engine(checkpoints / "experts")
-    assert isinstance(engine.runner, CudaRunner) and engine.runner.pieces is None
+    assert isinstance(engine.runner, CudaRunner) and (engine.runner.pieces is not None) is has_graphs
     assert [ids[:2] for ids in _ids(_generate(engine, [_greedy(6)] * 3))] == [ids[:2] for ids in grouped]
