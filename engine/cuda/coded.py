@@ -25,13 +25,6 @@ from .float8 import Float8Weight
 _LEAST_GROUP = 16  # inputs that the kernel multiplies at once, at least, which are of one group
 
 
-def _form(weight: Weight) -> tuple[object, ...]:
-    """Return what matrices in one tensor have in common."""
-    if isinstance(weight, GroupedWeight):
-        return code_of(weight), weight.group_size, weight.minima is None
-    return (type(weight),)
-
-
 def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
     """Say why a device does not multiply by these, as many or as one; nothing: it does."""
     first = weights[0]
@@ -45,6 +38,13 @@ def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
         return "their inputs are in act-order"
     group = first.group_size if isinstance(first, GroupedWeight) else first.num_inputs
     return f"groups of {group} inputs, which are no multiple of {_LEAST_GROUP}" if group % _LEAST_GROUP else ""
+
+
+def _form(weight: Weight) -> tuple[object, ...]:
+    """Return what matrices in one tensor have in common."""
+    if isinstance(weight, GroupedWeight):
+        return code_of(weight), weight.group_size, weight.minima is None
+    return (type(weight),)
 
 
 class CodedWeight:

@@ -51,24 +51,11 @@ class Codes:
         """Move matrices without an `obstacle` into tensors of which they are parts from then on."""
         first = weights[0]
         if isinstance(first, DenseWeight):
-            plain = torch.stack([weight.plain for weight in cast(Sequence[DenseWeight], weights)])
-            for weight, part in zip(cast(Sequence[DenseWeight], weights), plain, strict=True):
-                weight.plain = part
-            return cls(Code.PLAIN, plain, None)
+            return cls(Code.PLAIN, _stack_plain(cast(Sequence[DenseWeight], weights)), None)
         if isinstance(first, Float8Weight):
-            narrow = cast(Sequence[Float8Weight], weights)
-            numbers = torch.stack([weight.numbers.view(torch.uint8) for weight in narrow]).view(torch.float8_e4m3fn)
-            scales = torch.stack([weight.scales.view(-1, 1) for weight in narrow])
-            for own, *parts in zip(narrow, numbers, scales, strict=True):
-                own.numbers, own.scales = parts[0], parts[1].view(1, -1)
-            return cls(Code.FLOAT8, numbers, scales)
-        grouped = cast(Sequence[GroupedWeight], weights)
-        numbers, scales = (torch.stack([getattr(each, name) for each in grouped]) for name in ("numbers", "scales"))
-        minima = None if grouped[0].minima is None else torch.stack([cast(Tensor, each.minima) for each in grouped])
-        for place, weight_ in enumerate(grouped):
-            weight_.numbers, weight_.scales = numbers[place], scales[place]
-            weight_.minima = None if minima is None else minima[place]
-        return cls(code_of(grouped[0]), numbers, scales, minima)
+            return cls(Code.FLOAT8, *_stack_float8(cast(Sequence[Float8Weight], weights)))
+        assert isinstance(first, GroupedWeight)
+        return cls(code_of(first), *_stack_grouped(cast(Sequence[GroupedWeight], weights)))
 
     @property
     def num_matrices(self) -> int:
@@ -107,3 +94,30 @@ def code_of(weight: GroupedWeight) -> Code:
     if weight.is_e2m1:
         return Code.MXFP4 if weight.scales.dtype == torch.uint8 else Code.E2M1
     return Code.INT8 if weight.bits == 8 else Code.INT4
+
+
+def _stack_plain(weights: Sequence[DenseWeight]) -> Tensor:
+    stack = torch.stack([weight.plain for weight in weights])
+    for weight, part in zip(weights, stack, strict=True):
+        weight.plain = part
+    return stack
+
+
+def _stack_float8(weights: Sequence[Float8Weight]) -> tuple[Tensor, Tensor]:
+    # What only moves 8-bit floats has kernels for bytes in every torch.
+    numbers = torch.stack([weight.numbers.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn)
+    scales = torch.stack([weight.scales.view(-1, 1) for weight in weights])
+    for weight, own, factors in zip(weights, numbers, scales, strict=True):
+        weight.numbers, weight.scales = own, factors.view(1, -1)
+    return numbers, scales
+
+
+def _stack_grouped(weights: Sequence[GroupedWeight]) -> tuple[Tensor, Tensor, Tensor | None]:
+    numbers = torch.stack([weight.numbers for weight in weights])
+    scales = torch.stack([weight.scales for weight in weights])
+    least = [weight.minima for weight in weights if weight.minima is not None]
+    minima = torch.stack(least) if least else None
+    for place, weight in enumerate(weights):
+        weight.numbers, weight.scales = numbers[place], scales[place]
+        weight.minima = None if minima is None else minima[place]
+    return numbers, scales, minima

@@ -12,7 +12,7 @@ Not run on a card: shown on an emulated device, which takes the arguments that C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,12 +40,9 @@ class Stack(Protocol):
 class PlainStack:
     """Implements `Stack`."""
 
-    def __init__(self, weights: Sequence[DenseWeight]) -> None:
+    def __init__(self, weights: Sequence[Weight]) -> None:
         """Move matrices into one tensor, of which they are parts from then on."""
-        stack = torch.stack([weight.plain for weight in weights])
-        for weight, part in zip(weights, stack, strict=True):
-            weight.plain = part
-        self._matrices = stack.transpose(1, 2)
+        self._matrices = Codes.of(weights).numbers.transpose(1, 2)
 
     def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
         return torch._grouped_mm(x if order is None else x[order], self._matrices, offs=ends)
@@ -54,13 +51,11 @@ class PlainStack:
 class Float8Stack:
     """Implements `Stack`. A row is rounded once, however many experts take it."""
 
-    def __init__(self, weights: Sequence[Float8Weight]) -> None:
+    def __init__(self, weights: Sequence[Weight]) -> None:
         """Move matrices into one tensor, of which they are parts from then on."""
-        stack = torch.stack([_bytes(weight.numbers) for weight in weights]).view(torch.float8_e4m3fn)
-        self._scales = torch.cat([weight.scales for weight in weights])  # [experts, outputs]
-        for weight, numbers, scales in zip(weights, stack, self._scales, strict=True):
-            weight.numbers, weight.scales = numbers, scales.unsqueeze(0)
-        self._matrices = stack.transpose(1, 2)
+        codes = Codes.of(weights)
+        assert codes.scales is not None
+        self._matrices, self._scales = codes.numbers.transpose(1, 2), codes.scales.squeeze(2)  # [experts, outputs]
 
     def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
         numbers, scales = to_float8(x)
@@ -92,8 +87,8 @@ def stack(weights: Sequence[Weight], device: torch.device) -> Stack:
     if not _takes(weights, device):
         return CodedStack(weights)
     if isinstance(weights[0], Float8Weight):
-        return Float8Stack(cast(Sequence[Float8Weight], weights))
-    return PlainStack(cast(Sequence[DenseWeight], weights))
+        return Float8Stack(weights)
+    return PlainStack(weights)
 
 
 def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
