@@ -173,10 +173,8 @@ class WeightCounter:
         if not self._on_gpu or self._quantization is None or self._item_bytes != ITEM_BYTES["bfloat16"]:
             return None
         experts = self._model.experts
-        is_stacked = experts is not None and experts.is_stacked and is_expert(matrix.modules[0])
-        if is_stacked or makes_heads(matrix):
-            return None
-        if is_expert(matrix.modules[0]) and not self._is_exchanged:  # together, by a kernel that widens in registers
+        is_together = experts is not None and (experts.is_stacked or not self._is_exchanged)  # widened in registers
+        if (is_together and is_expert(matrix.modules[0])) or makes_heads(matrix):
             return None
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         form = None if form is None else _of_rank(form, matrix)

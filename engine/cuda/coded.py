@@ -11,14 +11,14 @@ Not run on a card: Triton's interpreter has shown the kernel's numbers, and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..weights.grouped import GroupedWeight, has_coded_products
-from ..weights.weight import DenseWeight, Weight, WeightSlot
+from ..weights.weight import DenseWeight, LoadedWeight, Weight
 from .codes import Code, Codes, code_of
 from .float8 import Float8Weight
 
@@ -47,7 +47,7 @@ def _form(weight: Weight) -> tuple[object, ...]:
     return (type(weight),)
 
 
-class CodedWeight:
+class CodedWeight(LoadedWeight):
     """Implements `Weight`, of a rank whose weights are loaded: one matrix."""
 
     def __init__(self, weight: GroupedWeight) -> None:
@@ -57,17 +57,9 @@ class CodedWeight:
         minima = None if taken.minima is None else taken.minima.unsqueeze(0)
         self._codes = Codes(code_of(taken), taken.numbers.unsqueeze(0), taken.scales.unsqueeze(0), minima)
 
-    def slots(
-        self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
-    ) -> Iterator[WeightSlot]:
-        raise AssertionError("it is made of a loaded weight")
-
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = product(x, self._codes)
         return y if bias is None else y.add_(bias)
-
-    def pack(self) -> None:
-        """Do nothing: a weight is packed when it is made."""
 
 
 def product(x: Tensor, codes: Codes, ends: Tensor | None = None, order: Tensor | None = None) -> Tensor:

@@ -119,7 +119,7 @@ def _multiply(
 
 
 def multiply(x: Tensor, codes: Codes, ends: Tensor | None, order: Tensor | None) -> Tensor:
-    """Do as `codes.product`, on a device that Triton compiles for."""
+    """Do as `coded.product`, on a device that Triton compiles for."""
     num_rows = len(x if order is None else order)
     y = x.new_empty(num_rows, codes.num_outputs)
     if not num_rows:

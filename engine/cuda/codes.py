@@ -23,7 +23,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
-from ..weights.grouped import GroupedWeight, e2m1, power_of_2, split_nibbles
+from ..weights.grouped import GroupedWeight
 from ..weights.weight import DenseWeight, Weight
 from .float8 import Float8Weight
 
@@ -73,20 +73,6 @@ class Codes:
     def group_size(self) -> int:
         """Count the inputs that share a scale; all of them where there are none."""
         return self.num_inputs if self.scales is None else self.num_inputs // self.scales.shape[2]
-
-    def widened(self) -> Tensor:
-        """Return what they stand for, [m, out, in] float32."""
-        numbers = self.numbers.float() if self.code <= Code.INT8 else split_nibbles(self.numbers.flatten(0, 1)).float()
-        if self.scales is None:
-            return numbers
-        if self.code >= Code.E2M1:
-            numbers = e2m1(numbers.int())
-        elif self.code == Code.INT4 and self.minima is None:
-            numbers = numbers - 8
-        groups = numbers.reshape(*self.scales.shape, self.group_size)
-        scales = power_of_2(self.scales) if self.code == Code.MXFP4 else self.scales
-        widened = groups * scales.unsqueeze(3)
-        return (widened if self.minima is None else widened + self.minima.unsqueeze(3)).flatten(2)
 
 
 def code_of(weight: GroupedWeight) -> Code:

@@ -54,7 +54,7 @@ class GroupedExperts:
     def __init__(self, block: SparseMLP, rows: RealRows) -> None:
         self._block = block
         self.rows = rows
-        up, down = _linears(block)
+        up, down = linears_of(block)
         num_experts, num_own, device = block.gate.experts.num_experts, len(block.experts), rows.count.device
         self._up, self._up_bias = stacks.stack(_weights(up), device), _biases(up)  # of 2 * inner outputs each
         self._down, self._down_bias = stacks.stack(_weights(down), device), _biases(down)
@@ -106,7 +106,7 @@ class GroupedExperts:
         return total
 
 
-def _linears(block: SparseMLP) -> tuple[list[Linear], list[Linear]]:
+def linears_of(block: SparseMLP) -> tuple[list[Linear], list[Linear]]:
     """Return what computes gate and up of each expert, and what computes its results."""
     return [expert.gate_up_proj for expert in block.experts], [expert.down_proj for expert in block.experts]
 
@@ -145,5 +145,5 @@ def _obstacle(blocks: Sequence[SparseMLP], device: torch.device) -> str:
     apart = [each for block in blocks for each in block.experts if not isinstance(each, StackedExpert)]
     if any(linear.bias is not None for each in apart for linear in (each.gate_up_proj, each.down_proj)):
         return "they have biases"
-    reasons = (stacks.obstacle(_weights(linears), device) for block in blocks for linears in _linears(block))
+    reasons = (stacks.obstacle(_weights(linears), device) for block in blocks for linears in linears_of(block))
     return next((reason for reason in reasons if reason), "")

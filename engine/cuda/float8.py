@@ -12,17 +12,15 @@ Not run on a card: shown on an emulated device, which takes the arguments that C
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..nn.decoder import Decoder
 from ..weights.float8 import RoundedWeight, has_products, takes, to_float8
-from ..weights.weight import DenseWeight, WeightSlot
+from ..weights.weight import DenseWeight, LoadedWeight
 
 
-class Float8Weight:
+class Float8Weight(LoadedWeight):
     """Implements `Weight`, of a rank whose weights are loaded. `numbers` and `scales` may be traded for equal ones."""
 
     def __init__(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
@@ -32,19 +30,11 @@ class Float8Weight:
         self.numbers = numbers
         self.scales = scales.view(1, -1)
 
-    def slots(
-        self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
-    ) -> Iterator[WeightSlot]:
-        raise AssertionError("it is made of a loaded weight")
-
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         numbers, scales = to_float8(x)
         return torch._scaled_mm(
             numbers, self.numbers.t(), scales, self.scales, bias=bias, out_dtype=self.dtype, use_fast_accum=True
         )
-
-    def pack(self) -> None:
-        """Do nothing: a weight is packed when it is made."""
 
 
 def narrow(decoder: Decoder, device: torch.device) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 
 import structlog
 import torch
@@ -27,8 +26,9 @@ from ...models.quantization import CARD_ROWS
 from ...models.storage import CARD_OUTPUTS, Form
 from ..nn.decoder import Decoder
 from ..weights.grouped import GroupedWeight, join_nibbles
-from ..weights.weight import WeightSlot
+from ..weights.weight import LoadedWeight
 from . import coded
+from .experts import linears_of
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +41,7 @@ _SIGNS = -0x78  # both nibbles' highest bits: flipped, a nibble that stands 8 to
 _TAKEN = "multiplied as they are: whole numbers in groups of 32 inputs or multiples, outputs multiples of 8"
 
 
-class Int4Weight:
+class Int4Weight(LoadedWeight):
     """Implements `Weight`, of a rank whose weights are loaded."""
 
     def __init__(self, grouped: GroupedWeight) -> None:
@@ -60,11 +60,6 @@ class Int4Weight:
         turned = (bytes_ << 4) | (bytes_ >> 4)
         self._packed = torch.ops.aten._convert_weight_to_int4pack(turned, num_tiles)
 
-    def slots(
-        self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
-    ) -> Iterator[WeightSlot]:
-        raise AssertionError("it is made of a loaded weight")
-
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not len(x):
             return x.new_empty(0, self.num_outputs)
@@ -77,9 +72,6 @@ class Int4Weight:
         if self._scales is not None:
             y.mul_(self._scales)
         return y if bias is None else y.add_(bias)
-
-    def pack(self) -> None:
-        """Do nothing: a weight is packed when it is made."""
 
     def _widened_product(self, x: Tensor) -> Tensor:
         tiles = max(1, _WIDENED // (self._factors.shape[0] * self._group_size * CARD_OUTPUTS))
@@ -153,13 +145,8 @@ def pack(decoder: Decoder, device: torch.device) -> None:
     """
     is_there = torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
     counts = Counter[str]()
-    together = {
-        id(linear)
-        for layer in decoder.layers
-        if (block := layer.sparse) is not None and block.grouped is not None
-        for expert in block.experts
-        for linear in (expert.gate_up_proj, expert.down_proj)
-    }
+    blocks = [block for layer in decoder.layers if (block := layer.sparse) is not None and block.grouped is not None]
+    together = {id(linear) for block in blocks for linears in linears_of(block) for linear in linears}
     for linear in decoder.linears():
         weight = linear.weight
         if not isinstance(weight, GroupedWeight) or id(linear) in together:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..weights.float8 import GROUPING_MAJORS, to_float8
+from ..weights.float8 import groups_products, to_float8
 from ..weights.weight import DenseWeight, Weight
 from . import coded
 from .codes import Codes
@@ -98,11 +98,10 @@ def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
 
 def _takes(weights: Sequence[Weight], device: torch.device) -> bool:
     """Tell whether torch has a product of them that does not wait for the host."""
-    major, _ = torch.cuda.get_device_capability(device)
     if all(isinstance(weight, Float8Weight) for weight in weights):
-        return major in GROUPING_MAJORS
+        return groups_products(device)
     return (
-        major in _PLAIN_MAJORS
+        torch.cuda.get_device_capability(device)[0] in _PLAIN_MAJORS
         and all(isinstance(weight, DenseWeight) and weight.dtype == torch.bfloat16 for weight in weights)
         and not any(weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE) for weight in weights)
     )

@@ -124,10 +124,15 @@ def _fill_from_mxfp4(slot: WeightSlot, files: Mapping[str, tuple[TensorFile, str
         if slot.scales is not None:
             numbers, powers = (part_of_mxfp4(tensor[0], slot.dim, slot.start, target) for tensor in stored)
             target.copy_(numbers.flatten(1))
-            slot.scales[index - first].copy_(powers if slot.scales.dtype == torch.uint8 else power_of_2(powers))
+            _put_powers(slot.scales[index - first], powers)
             continue
         plain = unpack_mxfp4(*stored)[0]
         target.copy_(plain if slot.dim == 0 else plain.narrow(slot.dim - 1, slot.start, target.shape[slot.dim - 1]))
+
+
+def _put_powers(scales: Tensor, powers: Tensor) -> None:
+    """Fill scales, which are float32 or as stored, with powers of 2 as MXFP4 stores them."""
+    scales.copy_(powers if scales.dtype == torch.uint8 else power_of_2(powers))
 
 
 def _put_float8(slot: WeightSlot, index: int, blocks: Tensor, scales: Tensor) -> None:
@@ -216,7 +221,7 @@ def _fill_randomly(slot: WeightSlot, seed: int, quantization: Quantization | Non
         return
     dim, start = ((0, slot.start), (2, slot.start // 2), (1, slot.start))[slot.dim]
     slot.target.copy_(numbers.narrow(dim, start, slot.target.shape[dim]))
-    slot.scales.fill_(_EXPONENT if slot.scales.dtype == torch.uint8 else 2.0 ** (_EXPONENT - 127))
+    _put_powers(slot.scales, torch.full(slot.scales.shape, _EXPONENT, dtype=torch.uint8))
 
 
 def _seed_of(slot: WeightSlot, seed: int) -> int:

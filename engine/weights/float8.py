@@ -21,8 +21,7 @@ from ...models.quantization import FLOAT8_CAPABILITY, FLOAT8_MULTIPLE
 from .weight import Weight, WeightSlot
 
 _MAX = 448.0  # the largest number of the type
-# Capabilities of the cards that torch's product of many matrices in such floats is compiled for.
-GROUPING_MAJORS = (9,)
+_GROUPING_MAJOR = 9  # capability of the cards that torch's product of many matrices in such floats is compiled for
 _ROWS = 1024  # that are rounded at once: more take more memory beside the weights while these are loaded
 
 
@@ -33,7 +32,7 @@ def has_products(device: torch.device) -> bool:
 
 def groups_products(device: torch.device) -> bool:
     """Tell whether a device multiplies rows by many such matrices at once."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in GROUPING_MAJORS
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _GROUPING_MAJOR
 
 
 def takes(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:

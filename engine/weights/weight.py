@@ -82,6 +82,18 @@ class Weight(Protocol):
         ...
 
 
+class LoadedWeight:
+    """A part of a `Weight` that is made of a loaded one, in the form in which it is multiplied by."""
+
+    def slots(
+        self, name: str, shape: tuple[int, int], *, rows: slice = slice(None), dim: int = 0, start: int = 0
+    ) -> Iterator[WeightSlot]:
+        raise AssertionError("it is made of a loaded weight")
+
+    def pack(self) -> None:
+        """Do nothing: a weight is packed when it is made."""
+
+
 class DenseWeight:
     """Implements `Weight`: plain numbers. After `pack` only oneDNN's form of them is left, where it is faster; after
     `take` nothing.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvferry.engine.cuda.codes import Code, Codes
+from kvferry.engine.weights.grouped import GroupedWeight
+
 
 def mm_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
@@ -93,18 +96,30 @@ def coded_product(
     order: Tensor | None,
 ) -> Tensor:
     """Do as the kernel of Triton's, by what the numbers stand for, and refuse what it would read beyond."""
-    from kvferry.engine.cuda.codes import Code, Codes
-
     codes = Codes(Code(code), numbers, scales, minima)
     given = [each for each in (x, numbers, scales, minima, ends, order) if each is not None]
     if x.dtype != torch.bfloat16 or not all(each.is_contiguous() for each in given):
         raise RuntimeError(f"coded_product of {x.dtype}: its tensors have to be contiguous, and rows bfloat16")
     if codes.group_size % 16 or x.shape[1] != codes.num_inputs or (order is not None and order.dtype != torch.int64):
         raise RuntimeError(f"coded_product of {tuple(x.shape)} and {tuple(numbers.shape)} in {codes.group_size}")
-    rows, matrices = (x if order is None else x[order]).float(), codes.widened().transpose(1, 2)
+    rows, matrices = (x if order is None else x[order]).float(), meant_by(codes).transpose(1, 2)
     if ends is None:
         return (rows @ matrices[0]).bfloat16()
     return _by_groups(rows, matrices, ends, None).bfloat16()
+
+
+def meant_by(codes: Codes) -> Tensor:
+    """Return what numbers stand for, [matrices, out, in] float32."""
+    if codes.scales is None:
+        return codes.numbers.float()
+    if codes.code is Code.FLOAT8:
+        return codes.numbers.float() * codes.scales
+    is_e2m1, matrices = codes.code >= Code.E2M1, []
+    for place, (numbers, scales) in enumerate(zip(codes.numbers, codes.scales, strict=True)):
+        minima = None if codes.minima is None else codes.minima[place]
+        weight = GroupedWeight(numbers, scales, minima, dtype=torch.bfloat16, is_e2m1=is_e2m1)
+        matrices.append(weight.dequantized())
+    return torch.stack(matrices)
 
 
 def _by_groups(a: Tensor, b: Tensor, offs: Tensor | None, bias: Tensor | None) -> Tensor:

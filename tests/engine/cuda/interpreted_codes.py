@@ -10,6 +10,7 @@ import torch
 from kvferry.engine.cuda.coded import product
 from kvferry.engine.cuda.codes import Code
 
+from ...emulation.products import meant_by
 from .drawn_codes import FORMS, Form, draw
 
 COUNTS = ([3, 0, 40, 1, 0], [0, 0, 0, 0, 2], [0, 130, 0, 7, 1])  # rows of each matrix
@@ -22,10 +23,10 @@ def check(form: Form, counts: list[int], num_outputs: int) -> None:
     codes, num_rows = draw(form, len(counts), num_outputs), sum(counts)
     x, order = torch.randn(50, codes.num_inputs).bfloat16(), torch.randint(0, 50, (num_rows + 2,))  # two of no matrix
     found = product(x, codes, torch.tensor(counts).cumsum(0).int(), order)[:num_rows]
-    matrices = codes.widened()[torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))]
+    matrices = meant_by(codes)[torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))]
     compare(found, torch.einsum("ri,roi->ro", x[order[:num_rows]].float(), matrices), (form.code, counts, num_outputs))
     one = draw(form, 1, num_outputs)
-    compare(product(x, one), x.float() @ one.widened()[0].T, (form.code, num_outputs))
+    compare(product(x, one), x.float() @ meant_by(one)[0].T, (form.code, num_outputs))
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:

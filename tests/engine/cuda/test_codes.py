@@ -20,6 +20,7 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.engine.weights.weight import DenseWeight
 
+from ...emulation.products import meant_by
 from ...engine_driver import prompt_logprobs, prompts
 from ...transformers_checkpoints import SMALL, write_model
 from ..test_cuda_states import _config
@@ -50,7 +51,7 @@ def test_codes_stand_for_what_weights_did(form: dict[str, object], code: Code) -
     weights = _weights(3, **form)
     expected = torch.stack([weight.dequantized() for weight in weights])
     codes = Codes.of(weights)
-    assert codes.code is code and torch.equal(codes.widened(), expected)
+    assert codes.code is code and torch.equal(meant_by(codes), expected)
     parts = [weight.numbers.data_ptr() - codes.numbers.data_ptr() for weight in weights]
     assert parts == [i * weights[0].numbers.nbytes for i in range(3)], "nothing is there twice"
 
@@ -72,7 +73,7 @@ def test_a_card_computes_what_numbers_stand_for(form: Form, device: str) -> None
     on_card = Codes(codes.code, *moved)  # type: ignore[arg-type]
     ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=device)
     found = product(x.to(device), on_card, ends, order.to(device))[:5].float().cpu()
-    expected = torch.einsum("ri,roi->ro", x[order[:5]].float(), codes.widened()[[0, 0, 2, 2, 2]])
+    expected = torch.einsum("ri,roi->ro", x[order[:5]].float(), meant_by(codes)[[0, 0, 2, 2, 2]])
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=float(expected.abs().max()) * 2**-8)
 
 

@@ -132,12 +132,12 @@ def test_answers_are_near_those_of_the_widened_numbers(checkpoint: Path, expecte
     assert 0 < _error(engine, expected) < CLOSE
 
 
+@pytest.mark.usefixtures("few_sizes")
 @pytest.mark.parametrize("device", on_a_card)
 @pytest.mark.parametrize("fields", [{}, {"enable_expert_parallel": True}], ids=["parts", "whole"])
 def test_so_are_two_ranks(
     checkpoint: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch, device: str, fields: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 3, 128))
     config = _narrow(checkpoint, device=device, tensor_parallel_size=2, **fields)
     with two_ranks(monkeypatch, config, 100) as engine:
         assert 0 < _error(engine, expected) < CLOSE
@@ -174,12 +174,12 @@ def test_unasked_they_are_multiplied_by_in_their_own_bits(checkpoint: Path, expe
     assert 0 < _error(engine, expected) < IN_16_BITS
 
 
+@pytest.mark.usefixtures("few_sizes")
 @pytest.mark.parametrize("device", on_a_card)
 @pytest.mark.parametrize("fields", [{}, {"enable_expert_parallel": True}], ids=["parts", "whole"])
 def test_two_ranks_have_whole_groups_or_widen(
     checkpoint: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch, device: str, fields: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 3, 128))
     config = _config(checkpoint, dtype="bfloat16", device=device, tensor_parallel_size=2, **fields)
     with two_ranks(monkeypatch, config, 100) as engine:
         kept = {
