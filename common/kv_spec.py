@@ -18,6 +18,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Edge = Annotated[int, msgspec.Meta(ge=0, le=2**20)]
 MAX_COPIES = 1024  # ranks with one and the same part: a worker that says more is not believed
 Copies = Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)]
+Windows = Annotated[tuple[Edge, ...], msgspec.Meta(max_length=2**12)]
 # HND      a page is [2, heads, block_size, head_dim]: keys, then values, of a rank's heads; in int8 with scales behind
 #          the numbers of each head (engine/nn/attention/int8_rows.py)
 # latent   a page is [1, 1, block_size, head_dim]: one vector of a token that serves all heads as key and value
@@ -100,6 +101,8 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     block_size: Size  # tokens
     dtype: str
     layout: Layout = "HND"
+    windows: Windows = ()  # of pages, tokens before the next one that are read; 0: all; 1, of states: the last one's
+    window_slack: Edge = 0  # tokens: a handoff leaves out what windows do not reach from so far before its prompt's end
     results: str = ""  # what made it, where all workers must compute the same bits (deterministic); empty: anything
 
     @property
@@ -147,13 +150,30 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             is_replicated=self.is_replicated,
         )
 
+    def is_windowed(self, layer: int) -> bool:
+        """Tell whether a thin block lacks this page."""
+        return layer < len(self.windows) and self.windows[layer] > 0
+
+    def num_thin_blocks(self, num_tokens: int) -> int:
+        """Count the leading blocks that no window reaches from behind so many tokens: thin ones will do (`thin.py`)."""
+        reach = max(self.windows, default=0)
+        return max(0, num_tokens - reach) // self.block_size if reach else 0
+
+    def num_left_out(self, num_tokens: int) -> int:
+        """Count the leading blocks that are brought thin. A sequence may go back to its last full block."""
+        return self.num_thin_blocks(num_tokens - max(self.window_slack, self.block_size))
+
+    def num_pages(self, num_blocks: int, num_thin: int = 0) -> int:
+        """Count the pages of blocks on one rank, `num_thin` of which are thin."""
+        return self.num_layers * num_blocks - num_thin * sum(window > 0 for window in self.windows)
+
     def block_bytes(self, tp_size: int = 1) -> int:
         """Return the bytes of one block on one rank, all layers."""
         return self.num_layers * self.page_bytes(tp_size)
 
-    def worker_bytes(self, num_blocks: int, tp_size: int) -> int:
-        """Return the bytes of blocks on all ranks of a worker: what crosses to fill them."""
-        return num_blocks * tp_size * self.block_bytes(tp_size)
+    def worker_bytes(self, num_blocks: int, tp_size: int, num_thin: int = 0) -> int:
+        """Return the bytes of blocks, `num_thin` of them thin, on all ranks of a worker: what crosses to fill them."""
+        return self.num_pages(num_blocks, num_thin) * tp_size * self.page_bytes(tp_size)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

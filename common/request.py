@@ -185,6 +185,7 @@ class Sequence:
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks hashed so far
     num_published_blocks: int = 0
+    num_thin_blocks: int = 0  # leading ones that lack what windows no longer reach (`kvcache/thin.py`)
     is_retained_elsewhere: bool = False  # the prompt's KV, for those that share its beginning
     held_adapter: HeldAdapter | None = None  # `adapter` on this worker
     grammar: CompiledGrammar | None = None  # that the answer follows

@@ -92,6 +92,7 @@ class Adoption:
                 )
                 seq.grammar, seq.held_adapter = request.grammar, request.held_adapter
                 seq.is_retained_elsewhere = not reservation.retains_prefix
+                seq.num_thin_blocks = reservation.num_thin
         self._place(request, blocks, copies)
 
     def _place(self, request: RunningRequest, blocks: list[int], copies: list[int]) -> None:

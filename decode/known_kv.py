@@ -13,6 +13,7 @@ from ..common.request import Sequence
 from ..kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from ..kvcache.prefix_cache import PrefixCache, PrefixHit
 from ..kvcache.swap import SwapSpace
+from ..kvcache.thin import name_of, num_usable, twin
 
 
 class KnownKV:
@@ -45,21 +46,38 @@ class KnownKV:
         hashes, saved = self.reusable_hashes(seq), self._swap.saved(seq)
         if saved is None:
             return self._cache.find(hashes), []
-        found, loads = PrefixHit(dict(enumerate(self._pool.match_prefix(hashes)))), []
-        place, is_whole = len(found), True
+        found, loads, are_thin = PrefixHit(), list[int](), list[bool]()
+        num_thin = self._spec.num_thin_blocks(saved.num_tokens)
+        place, is_whole = 0, True
         while is_whole:
-            block = self._pool.match_prefix(hashes[place : place + 1])
-            if block:
-                found.hits[place] = block[0]
+            forms = hashes[place : place + 1]
+            if place < min(num_thin, len(hashes)):
+                forms = [*forms, twin(forms[0])]
+            if name := next(filter(self._pool.knows, forms), None):
+                found.hits[place] = self._pool.match_prefix([name])[0]
             elif place in saved.slots:
                 loads.append(place)
                 is_whole = (place + 1) * self._pool.block_size <= saved.num_tokens
-            elif place < len(hashes) and self._cache.has_in_host(hashes[place]):
-                found.promoted[place] = hashes[place]
+            elif name := next(filter(self._cache.has_in_host, forms), None):
+                found.promoted[place] = name
             else:
                 break
+            are_thin.append(place < seq.num_thin_blocks if name is None else name != hashes[place])
             place += 1
-        return found, loads
+        return self._as_far_as_usable(found, loads, are_thin, saved.num_tokens)
+
+    def _as_far_as_usable(
+        self, found: PrefixHit, loads: list[int], are_thin: list[bool], num_tokens: int
+    ) -> tuple[PrefixHit, list[int]]:
+        """Leave out the blocks behind which windows would reach thin ones. `num_tokens`: of what was saved."""
+        size, num_thin = self._pool.block_size, self._spec.num_thin_blocks
+        end = num_usable(are_thin, lambda num_blocks: num_thin(min(num_blocks * size, num_tokens)))
+        usable = PrefixHit(
+            {place: block for place, block in found.hits.items() if place < end},
+            {place: name for place, name in found.promoted.items() if place < end},
+            max((place + 1 for place in range(end) if are_thin[place]), default=0),
+        )
+        return usable, [place for place in loads if place < end]
 
     def _hash(self, seq: Sequence) -> None:
         """Hash all known full blocks, those that are not computed yet among them."""
@@ -74,7 +92,7 @@ class KnownKV:
             return
         self._hash(seq)
         for index in range(seq.num_published_blocks, num_full):
-            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_retained_elsewhere)
+            self._pool.publish(seq.block_table[index], name_of(seq, index), spare=seq.is_retained_elsewhere)
         seq.num_published_blocks = num_full
 
     def unpublish(self, seq: Sequence) -> None:

@@ -102,7 +102,7 @@ class SequenceBlocks:
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_cached_tokens = parent.num_cached_tokens
         child.block_hashes = list(parent.block_hashes)
-        child.num_published_blocks = num_full
+        child.num_published_blocks, child.num_thin_blocks = num_full, parent.num_thin_blocks
         return True
 
     def deal(self, sequences: list[Sequence], num_tokens: int, blocks: list[BlockId], copies: list[BlockId]) -> None:
@@ -174,7 +174,7 @@ class SequenceBlocks:
         """Computed blocks, less those that others hold as well and that are found by their hash."""
         pool, table = self._pool, seq.block_table
         computed = range(self.num_for(seq.num_computed_tokens))
-        return [n for n in computed if pool.ref_count(table[n]) == 1 or not pool.is_known(table[n])]
+        return [n for n in computed if pool.ref_count(table[n]) == 1 or not pool.is_published(table[n])]
 
     def _swap_out(self, seq: Sequence, places: list[int]) -> None:
         table = seq.block_table
@@ -224,6 +224,7 @@ class SequenceBlocks:
         seq.num_computed_tokens = num_found * self._pool.block_size
         if slots and slots[-1] == num_found - 1:  # it may be partial
             seq.num_computed_tokens = min(seq.num_computed_tokens, self.swap.num_saved_tokens(seq))
+        seq.num_thin_blocks = max(found.num_thin, seq.num_thin_blocks if slots else 0)
         seq.num_published_blocks = next((n for n in range(num_found) if n not in found.hits), num_found)
         if seq.num_output_tokens == 0:
             seq.num_cached_tokens = min(num_hit_tokens, seq.num_cached_tokens) if seq.has_begun else num_hit_tokens

@@ -88,7 +88,7 @@ def open_prefix_cache(engine: Engine, pool: BlockPool, clock: Clock, group: Rank
     """Make the pool's cache, with the tiers that settings ask for and the engine has memory for. Raises ConfigError."""
     host = TierIndex(engine.num_host_blocks, engine.num_swap_blocks)
     if engine.config.disk_cache_dir is None:
-        return PrefixCache(pool, host=host)
+        return PrefixCache(pool, host=host, spec=engine.spec)
     disk = RankDisk(engine, group)
     tier = DiskTier(disk, host, clock, _report)
     log.info(
@@ -98,7 +98,7 @@ def open_prefix_cache(engine: Engine, pool: BlockPool, clock: Clock, group: Rank
         found_blocks=len(tier.index),
         host_blocks=host.num_slots,
     )
-    return PrefixCache(pool, host=host, disk=tier)
+    return PrefixCache(pool, host=host, disk=tier, spec=engine.spec)
 
 
 def _report(result: DiskResult) -> None:

@@ -8,6 +8,7 @@ import torch
 from ..common.config import EngineConfig
 from ..common.kv_spec import KVCacheSpec
 from ..models.config import ModelConfig
+from ..models.parts.page_windows import SLACK_TOKENS, page_windows
 from ..models.parts.states import block_size_of
 from .draft import DraftModel
 
@@ -21,9 +22,11 @@ def with_block_size(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
 def block_spec(model: ModelConfig, block_size: int, dtype: torch.dtype, draft: DraftModel | None) -> KVCacheSpec:
     """Return the contents of a block, but for what is known at the end of a start."""
     spec = _layers_spec(model, block_size, dtype)
-    behind = draft.num_pages if draft is not None else 0
     if model.states is not None:
-        behind = model.states.num_pages(spec.page_bytes())
+        num_states = model.states.num_pages(spec.page_bytes())
+        windows = page_windows(model, num_states)
+        return msgspec.structs.replace(spec, num_layers=spec.num_layers + num_states, windows=windows)
+    behind = draft.num_pages if draft is not None else 0
     return msgspec.structs.replace(spec, num_layers=spec.num_layers + behind)
 
 
@@ -37,4 +40,6 @@ def _layers_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVC
         block_size=block_size,
         dtype=str(dtype).removeprefix("torch."),
         layout="HND" if model.latent is None else "latent",
+        windows=page_windows(model),
+        window_slack=SLACK_TOKENS,
     )

@@ -26,6 +26,7 @@ from typing import Protocol
 from ..common.errors import CapacityError
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId
+from .thin import twin
 
 # Of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one.
 MIN_CACHE_TOKENS = 256
@@ -65,7 +66,7 @@ def prefix_salt(spec: KVCacheSpec, cache_salt: bytes, adapter: str = "") -> byte
 
 
 class CacheListener(Protocol):
-    """Hears what `match_prefix` begins and ceases to find."""
+    """Hears what begins and ceases to be found."""
 
     def stored(self, block_hash: bytes) -> None: ...
 
@@ -145,22 +146,29 @@ class BlockPool:
         self.version += 1
         if self.on_evicted is not None and not is_spare:
             self.on_evicted(block, block_hash)
-        self.listener.evicted(block_hash)
+        self._tell_gone(block_hash)
         return block
 
+    def knows(self, block_hash: bytes) -> bool:
+        """Tell whether a block of this name is published."""
+        return block_hash in self._block_of
+
+    def block_of(self, name: bytes) -> BlockId | None:
+        """Return the published block of this name. Takes no reference: see `pin`."""
+        return self._block_of.get(name)
+
     def published(self) -> Iterable[bytes]:
-        """Return the hashes of all blocks that `match_prefix` may find."""
+        """Return the names of all blocks that can be found."""
         return self._block_of.keys()
 
-    def match_prefix(self, hashes: Sequence[bytes]) -> list[BlockId]:
-        """Return the blocks that hold the longest known prefix of `hashes`. Takes no reference: see `pin`."""
+    def match_prefix(self, names: Iterable[bytes]) -> list[BlockId]:
+        """Return the blocks of these names up to the first that is not known. Takes no reference: see `pin`."""
         blocks: list[BlockId] = []
-        if self.enable_prefix_caching:
-            for value in hashes:
-                block = self._block_of.get(value)
-                if block is None:
-                    break
-                blocks.append(block)
+        for name in names:
+            block = self._block_of.get(name)
+            if block is None:
+                break
+            blocks.append(block)
         return blocks
 
     def num_evictable(self, blocks: Iterable[BlockId]) -> int:
@@ -225,11 +233,11 @@ class BlockPool:
                     self._free.append(block)
 
     def is_published(self, block_id: BlockId) -> bool:
-        """Tell whether `match_prefix` may find the block."""
+        """Tell whether the block can be found."""
         return block_id in self._hash_of
 
     def publish(self, block_id: BlockId, block_hash: bytes, *, spare: bool = False) -> None:
-        """Make a full, owned block known to `match_prefix`. The first block of a hash stays the known one.
+        """Have a full, owned block found from now on. The first block of a hash stays the one that is.
 
         `spare`: another worker keeps it.
         """
@@ -250,16 +258,17 @@ class BlockPool:
         """Tell whether the block is published here and kept by another worker."""
         return block_id in self._spare
 
-    def is_known(self, block_id: BlockId) -> bool:
-        """Tell whether `match_prefix` finds the block."""
-        return block_id in self._hash_of
-
     def forget(self, block_id: BlockId) -> None:
-        """Unpublish an owned block that gets another content: `match_prefix` finds it no more."""
+        """Unpublish an owned block that gets another content: it is found no more."""
         block_hash = self._hash_of.pop(block_id, None)
         if block_hash is not None:
             del self._block_of[block_hash]
             self._spare.discard(block_id)
+            self._tell_gone(block_hash)
+
+    def _tell_gone(self, block_hash: bytes) -> None:
+        """Tell that a block is not found any more, unless its other form is."""
+        if twin(block_hash) not in self._block_of:
             self.listener.evicted(block_hash)
 
     def quarantine(self, blocks: Iterable[BlockId]) -> None:

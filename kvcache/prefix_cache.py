@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..common.batch import Batch, StepOutput
+from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId
 from ..common.request import Sequence as TokenSequence
 from .blocks import BlockPool
 from .copy_costs import CopyCosts
 from .demotion import Demotion
 from .disk_tier import DiskTier
+from .thin import num_thin_of, usable
 from .tiers import TierIndex, TierListener
 
 
@@ -30,6 +32,7 @@ class PrefixHit:
 
     hits: dict[int, BlockId] = field(default_factory=dict)
     promoted: dict[int, bytes] = field(default_factory=dict)
+    num_thin: int = 0  # leading blocks, up to the last thin one
 
     def __len__(self) -> int:
         return len(self.hits) + len(self.promoted)
@@ -58,9 +61,11 @@ class PrefixCache:
         host: TierIndex | None = None,
         disk: DiskTier | None = None,
         costs: CopyCosts | None = None,
+        spec: KVCacheSpec | None = None,
     ) -> None:
         """`host`: its slots are the engine's; with a disk, the one that reads from there come into."""
         self._pool = pool
+        self._spec = spec  # None: no layer has a window
         self.host = host if host is not None else TierIndex(0)
         self.disk = disk
         self.costs = costs if costs is not None else CopyCosts()
@@ -83,28 +88,42 @@ class PrefixCache:
 
     # --- a sequence's blocks -------------------------------------------------------------------------------------
 
-    def find(self, hashes: Sequence[bytes]) -> PrefixHit:
-        """Find the longest known prefix, as far as promoting is quicker than computing."""
-        pool, found = self._pool, PrefixHit()
-        found.hits.update(enumerate(pool.match_prefix(hashes)))
-        if not self.has_tiers or not pool.enable_prefix_caching:
-            return found
-        for place in range(len(found.hits), len(hashes)):
-            if self.host.find(hashes[place]) is not None:
-                found.promoted[place] = hashes[place]
-            elif block := pool.match_prefix(hashes[place : place + 1]):
-                found.hits[place] = block[0]
-            else:
-                break
-        return self.worthwhile(found)
+    def find(self, hashes: Sequence[bytes], num_thin: Callable[[int], int] | None = None) -> PrefixHit:
+        """Find the longest known prefix, as far as promoting is quicker than computing. `num_thin`: as `usable` has it,
+        None for whoever computes on from there.
+        """
+        found = self._hit(hashes, self._is_near, num_thin)
+        return self._hit(hashes, self._pool.knows, num_thin) if found.promoted and not self._pays(found) else found
 
-    def worthwhile(self, found: PrefixHit) -> PrefixHit:
-        """Leave out what is computed sooner than it is copied in."""
-        num_tokens = (len(found) - found.num_ready) * self._pool.block_size
-        if found.promoted and not self.costs.copying_pays(len(found.promoted), num_tokens):
-            ready = found.num_ready
-            return PrefixHit({place: block for place, block in found.hits.items() if place < ready})
+    def num_thin(self, num_blocks: int) -> int:
+        """Count the leading blocks that may be thin where somebody computes on from so many blocks."""
+        return self._spec.num_thin_blocks(num_blocks * self._spec.block_size) if self._spec is not None else 0
+
+    def num_thin_shipped(self, num_tokens: int) -> Callable[[int], int]:
+        """Return `num_thin` of a prompt of so many tokens that is handed over: what is shipped whole is whole here."""
+        left_out = self._spec.num_left_out(num_tokens) if self._spec is not None else 0
+        return lambda num_blocks: min(self.num_thin(num_blocks), left_out)
+
+    def _is_near(self, name: bytes) -> bool:
+        return self._pool.knows(name) or self.has_in_host(name)
+
+    def _hit(
+        self, hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: Callable[[int], int] | None
+    ) -> PrefixHit:
+        """Say where what is there lies. Behind the first in host memory others are copied from there as well."""
+        names = usable(hashes, has, num_thin or self.num_thin)
+        found = PrefixHit(num_thin=num_thin_of(names, hashes))
+        for place, name in enumerate(names):
+            block = None if found.promoted and self.has_in_host(name) else self._pool.block_of(name)
+            if block is None:
+                found.promoted[place] = name
+            else:
+                found.hits[place] = block
         return found
+
+    def _pays(self, found: PrefixHit) -> bool:
+        """Tell whether what is in host memory is copied in sooner than it is computed."""
+        return self.costs.copying_pays(len(found.promoted), (len(found) - found.num_ready) * self._pool.block_size)
 
     def has_below(self, block_hash: bytes) -> bool:
         """Tell whether a tier below the device has the block, from where a hit promotes it."""
@@ -134,11 +153,11 @@ class PrefixCache:
                 if (block_hash := self._into.pop(block, None)) is not None:
                     self.host.unpin(block_hash)
 
-    def lift(self, hashes: Sequence[bytes], done: Callable[[], None], *, reserve: int = 0) -> bool:
-        """Bring what lies in host memory of the longest known prefix to the device with the next step, as cached
-        blocks; `done` is called then. `reserve`: blocks that stay free. False: there is nothing, or no room for it.
+    def lift(self, hashes: Sequence[bytes], num_thin: int, done: Callable[[], None], *, reserve: int = 0) -> bool:
+        """Bring what host memory has of the longest known prefix, of which `num_thin` blocks may be thin, to the device
+        with the next step, as cached blocks, and call `done`. `reserve`: what stays free. False: there is nothing.
         """
-        found = self.find(hashes)
+        found = self.find(hashes, lambda num_blocks: num_thin)
         num_available = self._pool.num_free_blocks - self._pool.num_evictable(found.hits.values())
         if not found.promoted or len(found.promoted) + reserve > num_available:
             return False
@@ -164,15 +183,10 @@ class PrefixCache:
 
     def _missing(self, hashes: Sequence[bytes]) -> list[bytes]:
         """List the blocks of the longest prefix in any tier that neither the device nor host memory has."""
-        assert self.disk is not None
-        missing = []
-        for place in range(len(self._pool.match_prefix(hashes)), len(hashes)):
-            value = hashes[place]
-            if self.host.find(value) is None and not self._pool.match_prefix([value]):
-                if not self.disk.has(value):
-                    break
-                missing.append(value)
-        return missing
+        disk = self.disk
+        assert disk is not None
+        names = usable(hashes, lambda name: self._is_near(name) or disk.has(name), self.num_thin)
+        return [name for name in names if not self._is_near(name)]
 
     def _limit_s(self, num_blocks: int) -> float | None:
         """Return how long so many blocks are worth a wait: as long as computing takes, less copies. None: unknown."""

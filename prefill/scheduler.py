@@ -24,6 +24,7 @@ from ..common.request import BACKGROUND_PRIORITY, Sequence, reuses_prefix
 from ..common.served import failed_part
 from ..kvcache.blocks import BlockPool, hash_blocks
 from ..kvcache.prefix_cache import PrefixCache
+from ..kvcache.thin import name_of
 
 # A step is cut to about this: who comes while it runs waits for its end, and grants lapse in seconds. A GPU does a
 # whole token budget in less; a single core at the end of a long context does not.
@@ -165,7 +166,7 @@ class PrefillScheduler:
         seq = prompt.seq
         seq.num_computed_tokens += num_tokens
         for index in range(seq.num_published_blocks, seq.num_computed_tokens // self._pool.block_size):
-            self._pool.publish(seq.block_table[index], seq.block_hashes[index], spare=seq.is_retained_elsewhere)
+            self._pool.publish(seq.block_table[index], name_of(seq, index), spare=seq.is_retained_elsewhere)
             seq.num_published_blocks = index + 1
         if seq.num_uncomputed_tokens == 0:
             self.prompts.remove(prompt)
@@ -203,7 +204,7 @@ class PrefillScheduler:
     def _start(self, prompt: Prompt) -> bool:
         """Give the prompt its blocks: what the prefix cache has in any tier, and new ones for the rest."""
         seq, pool = prompt.seq, self._pool
-        found = self.cache.find(self.reusable_hashes(prompt))
+        found = self.cache.find(self.reusable_hashes(prompt), self.cache.num_thin_shipped(seq.num_tokens))
         num_new = self._num_blocks(seq) - len(found.hits)
         if num_new + self.reserve() > pool.num_free_blocks - pool.num_evictable(found.hits.values()):
             return False
@@ -216,7 +217,7 @@ class PrefillScheduler:
         self.cache.forget(seq)
         seq.num_cached_tokens = seq.num_computed_tokens = len(found) * pool.block_size
         seq.num_promoted_tokens = (len(found) - found.num_ready) * pool.block_size
-        seq.num_published_blocks = found.num_ready
+        seq.num_published_blocks, seq.num_thin_blocks = found.num_ready, found.num_thin
         self.prefix_queries += seq.num_tokens
         self.prefix_hits += seq.num_computed_tokens
         prompt.started_s = self._clock.now()

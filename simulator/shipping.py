@@ -109,7 +109,8 @@ class SimShipping:
             shipment = self._shipments.get(plan.open_id)
             if shipment is None or not shipment.is_live or not plan.local_blocks:
                 continue
-            num_bytes = len(plan.local_blocks) * self._block_bytes
+            num_pages = self._endpoint.spec.num_pages(len(plan.local_blocks), plan.num_thin)
+            num_bytes = self._block_bytes * num_pages // self._endpoint.spec.num_layers
             shipment.num_bytes += num_bytes
             self._num_bytes += num_bytes
             seconds = num_bytes / shipment.link.bytes_per_s

@@ -65,7 +65,7 @@ class SimWorker:
         self.receiving = Port()
         self.sending = Port()
         self.pool = BlockPool(spec.num_blocks, spec.kv.block_size, enable_prefix_caching=spec.prefix_caching)
-        self.cache = PrefixCache(self.pool, host=TierIndex(spec.host_blocks))
+        self.cache = PrefixCache(self.pool, host=TierIndex(spec.host_blocks), spec=spec.kv)
         self.core = self._make_core(role)
         self.core.roles.learn(calibration(spec))
         random = Random(f"{world.scenario.seed}/{worker_id}/{life}")
@@ -91,7 +91,7 @@ class SimWorker:
             clock=self.world.kernel,
             effects=self,
             shipping=self._shipping,
-            reading=SimReading(self, block_bytes=block_bytes, port=self.receiving),
+            reading=SimReading(self, kv, block_bytes=block_bytes, port=self.receiving),
             regions=regions(spec, self.address, 0),
             watch_processes=lambda marks: None,
             contents=self.world.contents,
@@ -264,7 +264,7 @@ class SimWorker:
     def watch(self, on: bool) -> None:
         """Progress costs nothing here."""
 
-    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
+    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...], num_thin: int) -> None:
         raise AssertionError("no checksums are made")
 
     # --- what others see ----------------------------------------------------------------------------------------

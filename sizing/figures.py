@@ -16,7 +16,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .cpu import CpuSteps
 from .hardware import Gpu
-from .memory import block_tokens, cache_token_bytes, state_bytes
+from .memory import block_tokens, cache_token_bytes, handoff_bytes, last_handoff_bytes
 from .shapes import ModelShape, shape_of
 from .steps import Roofline, StepWork, Terms
 from .weights import item_bytes
@@ -150,26 +150,15 @@ class Sizer:
         return Batch(low, "TPOT objective")
 
     def handoff(self, num_tokens: int, link_bytes_per_s: float) -> Handoff:
-        """Return what a prompt's handoff takes over links of such a rate, one for each rank: blocks are sent whole."""
+        """Return what a prompt's handoff takes over links of such a rate, one for each rank: of whole blocks, all but
+        what nobody reads any more.
+        """
         num_ranks, layers = self.engine.tensor_parallel_size, self.model.num_layers
-        block_size = block_tokens(self.engine, self.model)
-        num_sent = -(-num_tokens // block_size) * block_size
-        num_bytes = num_sent * num_ranks * cache_token_bytes(self.engine, self.model)
+        num_bytes = num_ranks * handoff_bytes(self.engine, self.model, num_tokens)
         link_s, prompt_s = num_bytes / num_ranks / link_bytes_per_s, self.prompt(num_tokens).expected_s
-        behind_s = link_s * self._behind_layers(num_tokens)
+        behind_s = last_handoff_bytes(self.engine, self.model, num_tokens) / link_bytes_per_s
         exposed_s = max(behind_s, link_s - prompt_s * (layers - 1) / layers)
         return Handoff(num_bytes, link_s, exposed_s, "link" if link_s > prompt_s else "compute")
-
-    def _behind_layers(self, num_tokens: int) -> float:
-        """Return which part of a handoff is shipped when all is computed: the last layer's, or states of the last
-        step's blocks, which follow all layers.
-        """
-        if self.model.states is None:
-            return 1 / self.model.num_layers
-        block_size = block_tokens(self.engine, self.model)
-        of_block = state_bytes(self.engine, self.model) / (block_size * cache_token_bytes(self.engine, self.model))
-        last_step = (num_tokens - 1) % self.engine.max_num_batched_tokens + 1
-        return of_block * -(-last_step // block_size) / -(-num_tokens // block_size)
 
     def exchanged_bytes(self, num_tokens: int, exchange: ExpertExchange | None = None) -> float:
         """Return the bytes that each rank sends to the others in a step of so many tokens. None: as it is served."""

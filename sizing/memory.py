@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from ..common.config import NO_INT8_LATENTS, EngineConfig
 from ..common.errors import ConfigError
-from ..common.kv_spec import row_items
+from ..common.kv_spec import KVCacheSpec, row_items
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.config import ModelConfig
+from ..models.parts.page_windows import SLACK_TOKENS, page_windows
 from ..models.parts.states import block_size_of
 from ..models.quantization import chosen_quantization
 from .weights import ITEM_BYTES, WeightBytes, WeightCounter, item_bytes
@@ -62,10 +63,52 @@ def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
     page = _page_token_bytes(engine, model)
     if model.states is not None:
-        page_bytes = block_tokens(engine, model) * _page_token_bytes(engine, model, num_ranks=1)
-        return page * (model.num_kv_pages + model.states.num_pages(page_bytes))
+        return page * (model.num_kv_pages + _num_state_pages(engine, model))
     drafts = (num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
     return page * (model.num_kv_pages + sum(drafts))
+
+
+def handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
+    """Return the bytes of a prompt's blocks on one rank as a handoff sends them: without what nobody reads any more."""
+    spec = _shipped_spec(engine, model)
+    num_pages = spec.num_pages(spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens))
+    return num_pages * spec.block_size * _page_token_bytes(engine, model)
+
+
+def last_handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
+    """Return those that are shipped when all is computed: the last layer's, or states of the last step's blocks,
+    which follow all layers.
+    """
+    spec = _shipped_spec(engine, model)
+    num_blocks, num_thin = spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens)
+    if model.states is not None:
+        last_step = (num_tokens - 1) % engine.max_num_batched_tokens + 1
+        return min(spec.num_blocks_for(last_step), num_blocks - num_thin) * state_bytes(engine, model)
+    num_last = num_blocks - num_thin * spec.is_windowed(model.num_kv_pages - 1)
+    return num_last * spec.block_size * _page_token_bytes(engine, model)
+
+
+def _shipped_spec(engine: EngineConfig, model: ModelConfig) -> KVCacheSpec:
+    """Return which pages of which blocks are shipped; sizes of heads are not told."""
+    num_states = _num_state_pages(engine, model)
+    drafts = sum(num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
+    return KVCacheSpec(
+        model="",
+        num_layers=model.num_kv_pages + num_states + drafts,
+        num_kv_heads=1,
+        head_dim=1,
+        block_size=block_tokens(engine, model),
+        dtype="int8",
+        windows=page_windows(model, num_states),
+        window_slack=SLACK_TOKENS,
+    )
+
+
+def _num_state_pages(engine: EngineConfig, model: ModelConfig) -> int:
+    """Count the pages of a block that hold states."""
+    if model.states is None:
+        return 0
+    return model.states.num_pages(block_tokens(engine, model) * _page_token_bytes(engine, model, num_ranks=1))
 
 
 def block_tokens(engine: EngineConfig, model: ModelConfig) -> int:

@@ -17,6 +17,7 @@ class KVFetch(Message):
     transport: Name
     tp_size: Count  # equal on both sides: each rank reads from the one that has its heads
     wants_checksums: bool = False
+    num_thin: Count = 0  # leading ones that are read without the pages of layers with windows (`kvcache/thin.py`)
 
 
 class KVFetchable(Message):

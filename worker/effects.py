@@ -66,7 +66,7 @@ class Effects(Protocol):
         """Let others' writes and reads make progress, or save the effort."""
         ...
 
-    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
+    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...], num_thin: int) -> None:
         """Begin to sum lent blocks on all ranks; answered by `on_sums` of each."""
         ...
 

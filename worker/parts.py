@@ -128,7 +128,7 @@ class CoreParts:
             sum_blocks=self.effects.sum_loan if config.sums_loans else None,
             needs_checksums=config.transfer.kv_checksum == "on",
             reserve=reserve,
-            lift=lambda hashes, done: self.cache.lift(hashes, done, reserve=reserve()),
+            lift=lambda hashes, num_thin, done: self.cache.lift(hashes, num_thin, done, reserve=reserve()),
         )
 
     @property

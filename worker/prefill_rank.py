@@ -60,7 +60,7 @@ class PrefillFollower:
         self._thread = TransferThread(
             backend, sender=self._sender, on_failure=self._on_failure, prepare=engine.use_device
         )
-        self._layers = LayerShipper(self._thread, self._sender, engine.spec.num_layers, engine.layer_event)
+        self._layers = LayerShipper(self._thread, self._sender, engine.spec, engine.layer_event)
         self._calls = OwnCalls(SENDING, self._thread, self._sender, self._sender.reader, self._layers)
         self._thread.start()
 

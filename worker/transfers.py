@@ -79,7 +79,7 @@ class Transfers:
         self.shipping = RankShipping(
             self.outgoing,
             sender,
-            num_layers=engine.spec.num_layers,
+            spec=engine.spec,
             tp_size=engine.tp_size,
             broadcast=self._broadcast(TO_PREFILL),
             layer_event=engine.layer_event,
@@ -144,9 +144,9 @@ class Transfers:
         """Let others' writes and reads make progress, or save the effort."""
         self._each(self.incoming.watch, on)
 
-    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
+    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...], num_thin: int) -> None:
         """Sum lent blocks; heard as `on_sums` of each rank."""
-        self._each(self._summing.sum_blocks, fetch_id, blocks)
+        self._each(self._summing.sum_blocks, fetch_id, blocks, num_thin)
 
     # --- what is heard ------------------------------------------------------------------------------------------
 

@@ -202,8 +202,8 @@ class Worker:
     def watch(self, on: bool) -> None:
         self._transfers.watch(on)
 
-    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...]) -> None:
-        self._transfers.sum_loan(fetch_id, blocks)
+    def sum_loan(self, fetch_id: int, blocks: tuple[BlockId, ...], num_thin: int) -> None:
+        self._transfers.sum_loan(fetch_id, blocks, num_thin)
 
     def leaving(self) -> Callable[[], object]:
         """Return what waits until the network thread has written all that was sent to routers, in order of calls."""

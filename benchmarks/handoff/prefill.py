@@ -151,7 +151,7 @@ class PrefillEnd:
         self._shipping = RankShipping(
             self._thread,
             self._sender,
-            num_layers=spec.num_layers,
+            spec=spec,
             tp_size=1,
             broadcast=None,
             layer_event=lambda: None,  # what is shipped was there before

@@ -117,7 +117,7 @@ class TaggedScheduler:
 
     def _write_foreign_tokens(self) -> None:
         free = [block for block in range(self.pool.num_blocks) if self.pool.ref_count(block) == 0]
-        unknown = [block for block in free if not self.pool.is_known(block)]  # of the others the hash would be gone
+        unknown = [block for block in free if not self.pool.is_published(block)]  # of the others the hash would be gone
         for block in self.granted + unknown:
             self._memory[block] = [_FOREIGN] * BLOCK
 

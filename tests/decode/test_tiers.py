@@ -242,12 +242,12 @@ def test_blocks_are_lifted_for_a_reader_elsewhere() -> None:
     bench.prompt("b", 7 * BLOCK, 2, first=100)
     _run(bench)
     hashes, done = first.block_hashes, []
-    assert not bench.cache.lift(hashes, lambda: done.append(1), reserve=3), "there is no room for so much"
-    assert bench.cache.lift(hashes, lambda: done.append(1), reserve=2)
+    assert not bench.cache.lift(hashes, 0, lambda: done.append(1), reserve=3), "there is no room for so much"
+    assert bench.cache.lift(hashes, 0, lambda: done.append(1), reserve=2)
     assert not done and len(bench.pool.match_prefix(hashes)) == 0
     batch = bench.step()
     assert batch is not None and len(batch.swap_in) == 6 and not batch.rows
     blocks = bench.pool.match_prefix(hashes)
     assert done == [1] and len(blocks) == 6 and bench.pool.num_owned_blocks == 0
     assert [token for block in blocks for token in bench._memory[block]] == first.token_ids[: 6 * BLOCK]
-    assert not bench.cache.lift(hashes, lambda: done.append(1)), "all is there"
+    assert not bench.cache.lift(hashes, 0, lambda: done.append(1)), "all is there"

@@ -82,6 +82,25 @@ def test_bytes_on_the_wire_are_the_blocks_that_the_decode_worker_lacks(cluster: 
         wire.wait_for(expected)
 
 
+def test_what_no_window_reaches_is_not_sent(tmp_path: Path) -> None:
+    """The answers are those of one engine that never sent anything, a next turn's too."""
+    model_dir = write_checkpoint(tmp_path / "model", "gemma3_text", max_model_len=4096)
+    alone = Driver(make_engine(model_dir, 256, deterministic=True))
+    page_bytes, sampling = BLOCK_BYTES // 2, SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    with serve(model_dir, tmp_path / "log", *COMMON, "--deterministic", "--no-local-prefill") as cluster:
+        wire, prompt = Wire(cluster), _tokens(7, 1500)
+        expected = 0
+        # Two of three layers have a window of 20: 19 tokens, a tile of 256, and 256 before the prompt's end.
+        for num_blocks, num_thin in ((94, (1500 - 531) // 16), (103 - 96, 0)):
+            [tokens] = alone.generate([alone.add(prompt, sampling)])
+            answer = _complete(cluster, prompt, max_tokens=40, return_tokens_as_token_ids=True, logprobs=0)
+            choices: Any = answer["choices"]
+            assert choices[0]["logprobs"]["tokens"] == [f"token_id:{token}" for token in tokens]
+            expected += (3 * num_blocks - 2 * num_thin) * page_bytes
+            wire.wait_for(expected)
+            prompt = [*prompt, *tokens, *_tokens(13, 100)]
+
+
 def test_whole_numbers_are_handed_over_with_their_scales(model_dir: Path, tmp_path: Path) -> None:
     """The answer is that of one engine that never sent anything."""
     alone = Driver(make_engine(model_dir, kv_cache_dtype="int8", deterministic=True))

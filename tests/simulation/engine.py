@@ -172,9 +172,9 @@ class Engine:
         """The model has read all that is known; its draft model that, or no more than what lies in full blocks."""
         reader, own = f"{self._name} for {work.seq.request_id}", self._num_own_layers
         if self._keeps_states:
-            self._memory.check(work.table, work.answer, work.end, reader)
+            self._memory.check(work.table, work.answer, work.end, reader, start=work.start)
             return
-        self._memory.check(work.table, work.answer, work.end, reader, range(own))
+        self._memory.check(work.table, work.answer, work.end, reader, range(own), start=work.start)
         if own < self._memory.num_layers:
             size = self._memory.block_size
             read = min(work.end, work.draft_start + len(work.draft_tags)) if work.draft_tags else 0

@@ -36,7 +36,8 @@ class Follower:
         self._worker, self._rank = worker, rank
         is_copy = not isinstance(worker.memory, HeadsMemory)
         computed = worker.memory_of(rank)
-        self.memory = Memory(spec.num_layers, num_blocks, spec.block_size) if is_copy else computed
+        copy = Memory(spec.num_layers, num_blocks, spec.block_size, windows=spec.windows)
+        self.memory = copy if is_copy else computed
         life = f"{worker.place}.{worker.incarnation:x}"
         self.incoming = worker.make_agent(f"{life}.0.{rank}", self.memory, rank)
         self.outgoing = worker.make_agent(f"{life}.out.0.{rank}", computed, rank)
@@ -45,7 +46,7 @@ class Follower:
         turn_s = worker.world.scenario.turn_s * Random(f"turns {life} {rank}").choice((1, 10, 100))
         turns = TransferTurns(worker, turn_s, self.sender.step)
         self.outgoing.poke = turns.poke
-        self.layers = LayerShipper(turns, self.sender, spec.num_layers, lambda: None)
+        self.layers = LayerShipper(turns, self.sender, spec, lambda: None)
         self.calls = OwnCalls(SENDING, turns, self.sender, self.sender.reader, self.layers)
         self.check = worker.make_check(rank, self.memory)
         summing = worker.make_summing(rank, self.memory)
@@ -60,7 +61,8 @@ class Follower:
             begin = reservation.num_cached_tokens + number * size
             expected = answer.tags[begin : min(begin + size, end)]
             for layer, page in enumerate(self.memory.block(block)):
-                if page[: len(expected)] != expected:
+                hidden = max(0, self.memory.first_seen(layer, end) - begin)
+                if page[hidden : len(expected)] != expected[hidden:]:
                     text = f"rank {self._rank} of {self._worker.place}, adopting {reservation.spec.request_id}, has "
                     text += f"{page} in layer {layer} of block {block} instead of {expected}"
                     raise Breach("H2", text)

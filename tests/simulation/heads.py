@@ -31,7 +31,8 @@ class HeadsMemory(Memory):
     __slots__ = ("_expected", "ranks")
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, num_ranks: int) -> None:
-        super().__init__(spec.num_layers, 0, spec.block_size)  # it has no pages but those of its ranks
+        # It has no pages but those of its ranks.
+        super().__init__(spec.num_layers, 0, spec.block_size, windows=spec.windows)
         self.num_blocks = num_blocks
         self.ranks = [
             Memory(spec.num_layers, num_blocks, spec.block_size, sections_of(rank, num_ranks, spec))
@@ -84,19 +85,29 @@ class HeadsMemory(Memory):
         reader: str,
         layers: range | None = None,
         invariant: str = "H2",
+        start: int = 0,
     ) -> None:
-        """Positions [0, end) of an answer are in these blocks, for every head, in every layer, or in these."""
+        """Positions [0, end) of an answer are in these blocks, for every head, in every layer, or in these: as far as
+        windows reach back from `start`.
+        """
         size, tags = self.block_size, answer.tags
-        bases = [layer * self.num_blocks for layer in layers or range(self.num_layers)]
+        seen = [(layer, self.first_seen(layer, start)) for layer in layers or range(self.num_layers)]
         for index in range(-(-end // size)):
             expected = tags[index * size : min((index + 1) * size, end)]
             length, block = len(expected), table[index]
             for rank, (memory, wanted) in enumerate(zip(self.ranks, self._pages_for(expected), strict=True)):
-                for base in bases:
-                    page = memory.pages[base + block]
-                    if length < size:
-                        page = [tag for first in range(0, len(page), size) for tag in page[first : first + length]]
-                    if page != wanted:
-                        where = f"its block {index}, layer {base // self.num_blocks}, rank {rank}"
-                        text = f"{reader} reads block {block} ({where}): {page} instead of {wanted}"
+                for layer, first in seen:
+                    hidden = max(0, first - index * size)
+                    page = _cut(memory.pages[layer * self.num_blocks + block], size, hidden, length)
+                    right = _cut(wanted, length, hidden, length)
+                    if page != right:
+                        where = f"its block {index}, layer {layer}, rank {rank}"
+                        text = f"{reader} reads block {block} ({where}): {page} instead of {right}"
                         raise Breach(invariant, text)
+
+
+def _cut(page: list[int], size: int, hidden: int, end: int) -> list[int]:
+    """Return the slots [hidden, end) of each of a page's runs of `size` tags."""
+    if hidden == 0 and end == size:
+        return page
+    return [tag for first in range(0, len(page), size) for tag in page[first + hidden : first + end]]

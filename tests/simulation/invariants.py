@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvferry.common.config import RouterConfig
 from kvferry.common.request import BlockId
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.thin import twin
 from kvferry.router.state.choice_state import MAX_EARLY_TOKENS
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.transfer.receive.receiver import KVReceiver
@@ -188,8 +189,10 @@ def check_reservations(name: str, pool: BlockPool, receiver: KVReceiver) -> None
         for block in reservation.block_ids:
             if pool.ref_count(block) != 1 or block in pool._hash_of:
                 raise Breach("H3", f"{name}: block {block} of {reservation.grant.grant_id} is not its own")
-        for block, block_hash in zip(reservation.hit_blocks, reservation.block_hashes, strict=False):
-            if pool.ref_count(block) < 1 or pool._hash_of.get(block) != block_hash:
+        for place, block in enumerate(reservation.hit_blocks):
+            block_hash = reservation.block_hashes[place]
+            forms = (block_hash, twin(block_hash)) if place < reservation.num_thin else (block_hash,)
+            if pool.ref_count(block) < 1 or pool._hash_of.get(block) not in forms:
                 raise Breach("H5", f"{name}: hit block {block} of {reservation.grant.grant_id} is not held")
     if promised and sum(promised) > max(MAX_PROMISED_SHARE * pool.num_blocks, max(promised)):
         raise Breach("I13", f"{name}: {promised} of {pool.num_blocks} blocks are promised")

@@ -112,7 +112,8 @@ class Landings:
         self._check_told(reservation)
         answer = worker.world.oracles[spec.request_id].answers[spec.choices[0]]
         blocks = reservation.hit_blocks + reservation.block_ids
-        worker.memory.check(blocks, answer, spec.num_prompt_tokens, f"{worker.place}, adopting {spec.request_id},")
+        end, reader = spec.num_prompt_tokens, f"{worker.place}, adopting {spec.request_id},"
+        worker.memory.check(blocks, answer, end, reader, start=end)
         for follower in worker.followers:
             follower.check_adopted(reservation, answer)
         return self._adopt(reservation)

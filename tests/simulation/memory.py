@@ -17,7 +17,7 @@ _NOTHING = -1
 class Memory:
     """The KV allocation of one life of a worker, or of one of its ranks. Page index: layer * num_blocks + block."""
 
-    __slots__ = ("_host", "block_size", "num_blocks", "num_layers", "pages", "sections", "states_from")
+    __slots__ = ("_host", "block_size", "num_blocks", "num_layers", "pages", "sections", "states_from", "windows")
 
     def __init__(
         self,
@@ -27,10 +27,12 @@ class Memory:
         sections: tuple[int, ...] = (0,),
         *,
         states_from: int | None = None,
+        windows: tuple[int, ...] = (),
     ) -> None:
         """`sections`: what each run of `block_size` tags of a page is, as the bytes lie. `states_from`: the first layer
-        that keeps states; None: there is none.
+        that keeps states; None: there is none. `windows`: as `KVCacheSpec` has them.
         """
+        self.windows = windows
         self.num_layers = num_layers
         self.states_from = num_layers if states_from is None else states_from
         self.num_blocks = num_blocks
@@ -94,20 +96,29 @@ class Memory:
         reader: str,
         layers: range | None = None,
         invariant: str = "H2",
+        start: int = 0,
     ) -> None:
-        """Positions [0, end) of an answer are in these blocks, in every layer, or in these."""
+        """Positions [0, end) of an answer are in these blocks, in every layer, or in these, as far as windows reach
+        back from `start`, the first position that reads.
+        """
         size, tags = self.block_size, answer.tags
-        bases = [layer * self.num_blocks for layer in layers or range(self.num_layers)]
+        seen = [(layer, self.first_seen(layer, start)) for layer in layers or range(self.num_layers)]
         for index in range(-(-end // size)):
             begin = index * size
             length = min(size, end - begin)
             keys, state = tags[begin : begin + length], [tags[begin + length - 1]] * length
-            for base in bases:
-                page, layer = self.pages[base + table[index]], base // self.num_blocks
+            for layer, first in seen:
+                page = self.pages[layer * self.num_blocks + table[index]]
                 expected = keys if layer < self.states_from else state
-                if (page if length == size else page[:length]) != expected:
+                hidden = max(0, first - begin)
+                if hidden < length and page[hidden:length] != expected[hidden:]:
                     raise Breach(
                         invariant,
                         f"{reader} reads block {table[index]} (its block {index}, layer {layer}): "
-                        f"{page[:length]} instead of {expected}",
+                        f"{page[hidden:length]} instead of {expected[hidden:]}",
                     )
+
+    def first_seen(self, layer: int, start: int) -> int:
+        """Return the first position that a layer reads where tokens from `start` on are computed."""
+        window = self.windows[layer] if layer < len(self.windows) else 0
+        return max(0, start - window) if window else 0

@@ -95,6 +95,7 @@ BUGS = (
         "a postponed row counts as computed",
         frozenset({"I16"}),
         patches=((DecodeScheduler, "complete", _complete_all),),
+        within_seeds=200,
     ),
     Planted(
         "a token is drawn without its mask",

@@ -93,10 +93,10 @@ def _keys(source: Shard, target: Shard, spec: KVCacheSpec) -> tuple[Piece, ...] 
 
 
 def _read_first_heads(
-    self: RankReading, fetch_id: int, kv_address: str, ranks: Any, ours: Any, theirs: Any, wants_sums: bool
+    self: RankReading, fetch_id: int, kv_address: str, ranks: Any, ours: Any, theirs: Any, num_thin: int, has_sums: bool
 ) -> None:
     """Every rank reads from rank 0."""
-    _read(self, fetch_id, kv_address, (ranks[0],) * len(ranks), ours, theirs, wants_sums)
+    _read(self, fetch_id, kv_address, (ranks[0],) * len(ranks), ours, theirs, num_thin, has_sums)
 
 
 _read = RankReading.read

@@ -24,6 +24,7 @@ from . import (
     planted_scaling,
     planted_states,
     planted_tiers,
+    planted_windows,
 )
 from .planting import Planted
 from .runner import Failure, find_breach
@@ -31,6 +32,7 @@ from .runner import Failure, find_breach
 PLANTED = (
     *(*planted.BUGS, *planted_tiers.BUGS, *planted_drafts.BUGS, *planted_grammars.BUGS, *planted_embeddings.BUGS),
     *planted_states.BUGS,
+    *planted_windows.BUGS,
     *(*planted_ranks.BUGS, *planted_heads.BUGS, *planted_scaling.BUGS, *planted_adapters.BUGS),
 )
 FILE = Path(__file__).with_name("planted_seeds.json")

@@ -33,6 +33,7 @@ WITH_STATES = msgspec.structs.replace(SPEC, model="s", num_layers=3)  # the last
 MAX_MODEL_LEN = 80
 LEASE_S = TransferConfig().lease_s
 _STATES_SHARE = 0.3  # of the fleets that neither draft by a model nor have several ranks
+_WINDOWS_SHARE = 0.3
 _HEADS_SHARE = 0.3  # of the fleets whose ranks do not hold the same pages
 
 
@@ -177,6 +178,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
     base = _with_ranks(Random(f"ranks {seed}"), base)
     base = _with_heads(Random(f"heads {seed}"), base)
     base = _with_states(Random(f"states {seed}"), base)
+    base = _with_windows(Random(f"windows {seed}"), base)
     base = _with_autoscaler(Random(f"autoscaler {seed}"), base)
     if not faulted:
         return base
@@ -215,6 +217,17 @@ def _with_states(random: Random, scenario: Scenario) -> Scenario:
     if scenario.spec is not SPEC or random.random() > _STATES_SHARE:
         return scenario
     return replace(scenario, spec=WITH_STATES, num_ranks=(1, 1))
+
+
+def _with_windows(random: Random, scenario: Scenario) -> Scenario:
+    """Some fleets' models have a layer with a window: handoffs and fetches leave out what it does not reach, and all
+    states but the last.
+    """
+    if random.random() > _WINDOWS_SHARE:
+        return scenario
+    window, slack = random.choice((3, 6, 12)), random.choice((0, 0, 4, 9))
+    windows = random.choice(((0, 0, 1), (0, window, 1))) if scenario.keeps_states else (0, window)
+    return replace(scenario, spec=msgspec.structs.replace(scenario.spec, windows=windows, window_slack=slack))
 
 
 def _with_autoscaler(random: Random, scenario: Scenario) -> Scenario:

@@ -130,7 +130,13 @@ class Worker:
         if scenario.shares_heads:
             return HeadsMemory(scenario.spec, num_blocks, self.num_ranks)
         states_from = SPEC.num_layers if scenario.keeps_states else None
-        return Memory(scenario.spec.num_layers, num_blocks, scenario.spec.block_size, states_from=states_from)
+        return Memory(
+            scenario.spec.num_layers,
+            num_blocks,
+            scenario.spec.block_size,
+            states_from=states_from,
+            windows=scenario.spec.windows,
+        )
 
     def memory_of(self, rank: int) -> Memory:
         """What a rank computes: its heads, or the same pages as all others."""
@@ -173,7 +179,7 @@ class Worker:
         disk = None
         if file is not None and host.num_slots:
             disk = DiskTier(SimDisk(self, file), host, self.clock, lambda result: None)
-        return PrefixCache(self.pool, host=host, disk=disk)
+        return PrefixCache(self.pool, host=host, disk=disk, spec=scenario.spec)
 
     def make_sender(self, rank: int, outgoing: Agent) -> KVSender:
         scenario = self.world.scenario
@@ -211,7 +217,7 @@ class Worker:
         return RankShipping(
             self._turns,
             self.sender,
-            num_layers=self.world.scenario.spec.num_layers,
+            spec=self.world.scenario.spec,
             tp_size=self.num_ranks,
             broadcast=self._broadcast if self.followers else None,
             layer_event=lambda: None,
@@ -342,11 +348,11 @@ class Worker:
     def watch(self, on: bool) -> None:
         """Arrivals come as events."""
 
-    def sum_loan(self, fetch_id: int, blocks: tuple[int, ...]) -> None:
+    def sum_loan(self, fetch_id: int, blocks: tuple[int, ...], num_thin: int) -> None:
         """On each rank's transfer thread, a turn later."""
-        self.process.after(self.world.scenario.turn_s, self._summing.sum_blocks, fetch_id, blocks)
+        self.process.after(self.world.scenario.turn_s, self._summing.sum_blocks, fetch_id, blocks, num_thin)
         for follower in self.followers:
-            follower.sum_blocks(fetch_id, blocks)
+            follower.sum_blocks(fetch_id, blocks, num_thin)
 
     def leaving(self) -> Callable[[], object]:
         return lambda: None  # what is said has left

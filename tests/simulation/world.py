@@ -42,7 +42,7 @@ from .network import End, Network, Path
 from .oracle import Oracle
 from .routers import Router
 from .scaling import Launcher
-from .scenario import Ask, Scenario
+from .scenario import SPEC, Ask, Scenario
 from .tally import Tally
 from .trace import brief
 from .workers import Worker
@@ -86,7 +86,7 @@ class World:
         self.oracles: dict[str, Oracle] = {}
         self.addresses: dict[str, Worker] = {}  # every handoff address that ever was
         self.calls: list[Call] = []
-        self.contents = Contents()
+        self.contents = Contents(scenario.spec, SPEC.num_layers if scenario.keeps_states else scenario.spec.num_layers)
         self.disks: dict[str, DiskFile] = {}
         self.poison: Counter[str] = Counter()  # how many workers each poisonous request has killed
         self.tally = Tally(num_requests=len(scenario.asks))

@@ -86,9 +86,19 @@ def test_the_states_of_a_last_step_cross_when_all_is_computed(tmp_path: Path) ->
     model = model_of(tmp_path, "states")
     assert model.states is not None
     sizer = Sizer(engine_of(), model, H100, 1100)
-    for num_tokens, num_blocks in ((1100, 1), (8192, 4), (8200, 1)):
+    for num_tokens, num_blocks in ((1100, 1), (8192, 2), (8200, 1)):  # of four blocks the first two are shipped thin
         exposed_s = sizer.handoff(num_tokens, 40e9).exposed_s
         assert exposed_s == pytest.approx(num_blocks * model.states.num_bytes / 40e9), num_tokens
+
+
+def test_what_no_window_reaches_is_not_shipped(tmp_path: Path) -> None:
+    """All 32 layers have a window of 4,096 tokens; a tile and as much before the prompt's end are shipped besides."""
+    model = model_of(tmp_path, "8b", architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=4096)
+    sizer = Sizer(engine_of(), model, H100, 32_000)
+    num_shipped = 32_000 - (32_000 - 256 - 256 - 4095) // 16 * 16
+    handoff = sizer.handoff(32_000, 40e9)
+    assert handoff.num_bytes == sizer.memory().cache_token * num_shipped
+    assert handoff.exposed_s == pytest.approx(handoff.num_bytes / 32 / 40e9)
 
 
 def test_ranks_have_parts_of_states(tmp_path: Path) -> None:

@@ -106,8 +106,8 @@ def test_a_follower_carries_out_what_rank_0_calls_and_answers(ranks: Ranks) -> N
     own = RankSumming(0, sums, lambda *found: answers.put(found))
     thread.start()
     try:
-        each(own.sum_blocks, 9, (2, 0))
-        made = sums.make((2, 0))
+        each(own.sum_blocks, 9, (2, 0), 1)
+        made = sums.make((2, 0), 1)
         assert {answers.get(timeout=WAIT_S) for _ in range(2)} == {(0, 9, made), (1, 9, made)}
         each(RankAgent(0, ranks.thread, answers.put).rotate, 1)
         found = [answers.get(timeout=WAIT_S) for _ in range(2)]

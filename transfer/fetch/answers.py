@@ -23,6 +23,7 @@ def question(part: Part, endpoint: Endpoint, *, wants_checksums: bool) -> KVFetc
         transport=endpoint.transport,
         tp_size=endpoint.tp_size,
         wants_checksums=wants_checksums,
+        num_thin=part.num_thin,
     )
 
 

@@ -13,6 +13,7 @@ from enum import Enum
 
 from ...common.errors import InvalidTransition
 from ...common.request import BlockId
+from ...kvcache.thin import twin
 from ...wire.tasks import FetchFrom
 
 _ANSWER_SHARE = 0.5  # of the time that a fetch has: whoever lends answers between steps, or may be gone
@@ -55,6 +56,7 @@ class Part:
     fetch_id: int
     first: int  # place of the first in the prompt
     hashes: list[bytes]
+    num_thin: int  # leading ones that are read thin
     asked_at: float
     kv_address: str
     deadline: float | None = None  # of the lease; None: not answered
@@ -63,6 +65,10 @@ class Part:
     waits_for: set[int] = field(default_factory=set)  # ranks that may still write into the blocks
     our_sums: dict[int, bytes] = field(default_factory=dict)  # by rank
     their_sums: dict[int, bytes] = field(default_factory=dict)
+
+    def name(self, place: int) -> bytes:
+        """Return the name by which one of its blocks is published."""
+        return twin(self.hashes[place]) if place < self.num_thin else self.hashes[place]
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +80,7 @@ class Fetch:
     hashes: Sequence[bytes]  # of all that is to be here
     on_end: Callable[[], None]
     began_at: float
+    num_thin: int = 0  # leading blocks of which thin ones will do
     held: list[BlockId] = field(default_factory=list)  # leading blocks that we have, pinned until the end
     num_found: int = 0  # leading blocks that need not be asked for
     num_parts: int = 0  # that came
@@ -81,6 +88,17 @@ class Fetch:
     is_spare: bool = False  # another worker keeps the prompt's KV
     part: Part | None = None
     state: FetchState = FetchState.ASKING
+
+    def part_of(self, hashes: list[bytes], fetch_id: int, now: float) -> Part:
+        """Make the next part: of these blocks, the first that are not found."""
+        num_thin = min(max(0, self.num_thin - self.num_found), len(hashes))
+        self.part = Part(fetch_id, self.num_found, hashes, num_thin, now, self.source.kv_address)
+        return self.part
+
+    def next_forms(self) -> list[bytes]:
+        """Return the names of the first block that is not found, of which either will do."""
+        block_hash = self.hashes[self.num_found]
+        return [block_hash, twin(block_hash)] if self.num_found < self.num_thin else [block_hash]
 
     def advance(self, to: FetchState) -> None:
         if to not in _NEXT[self.state]:

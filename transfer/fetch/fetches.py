@@ -100,7 +100,9 @@ class Fetches:
         """
         self.cancel(key)
         size = self._endpoint.spec.block_size
-        fetch = Fetch(key, source, hashes[: source.num_tokens // size], on_end, self._clock.now(), is_spare=spare)
+        hashes = hashes[: source.num_tokens // size]
+        num_thin = self._endpoint.spec.num_left_out(len(hashes) * size)
+        fetch = Fetch(key, source, hashes, on_end, self._clock.now(), num_thin, is_spare=spare)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes) or not self._room(fetch):
             self._pool.free(fetch.held)
@@ -120,9 +122,9 @@ class Fetches:
     def _skip_held(self, fetch: Fetch) -> None:
         """Take what has come into the cache, and leave out what is not to be asked for."""
         while fetch.num_found < len(fetch.hashes):
-            block_hash = fetch.hashes[fetch.num_found]
-            found = self._pool.match_prefix([block_hash])
-            if not found and not self._also_held(block_hash):
+            forms = fetch.next_forms()
+            found = self._pool.match_prefix([name for name in forms if self._pool.knows(name)][:1])
+            if not found and not any(map(self._also_held, forms)):
                 return
             self._pool.pin(found)
             fetch.held += found
@@ -135,13 +137,11 @@ class Fetches:
 
     def _ask(self, fetch: Fetch) -> None:
         """Ask for the next part."""
-        first = fetch.num_found
-        hashes = list(fetch.hashes[first : first + self._room(fetch)])
+        hashes = list(fetch.hashes[fetch.num_found : fetch.num_found + self._room(fetch)])
         if not hashes:
             self._fail(fetch, FetchFailure.NO_ROOM)
             return
-        part = Part(secrets.randbits(63), first, hashes, self._clock.now(), fetch.source.kv_address)
-        fetch.part = part
+        part = fetch.part_of(hashes, secrets.randbits(63), self._clock.now())
         self._parts[part.fetch_id] = fetch
         self._to_peer(part.kv_address, question(part, self._endpoint, wants_checksums=self._has_checksums))
 
@@ -182,9 +182,8 @@ class Fetches:
         fetch.advance(FetchState.READING)
         part.blocks = self._pool.allocate(count)
         part.waits_for = set(range(self._endpoint.tp_size))
-        self._reading.read(
-            part.fetch_id, part.kv_address, message.ranks, tuple(part.blocks), message.block_ids, part.has_checksums
-        )
+        blocks, num_thin = (tuple(part.blocks), message.block_ids), min(part.num_thin, count)
+        self._reading.read(part.fetch_id, part.kv_address, message.ranks, *blocks, num_thin, part.has_checksums)
 
     def on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
         """One rank's reads of a part."""
@@ -222,13 +221,14 @@ class Fetches:
             if part.their_sums != part.our_sums:
                 self._fail(fetch, FetchFailure.OTHER_SUMS, f"blocks {part.first} to {part.first + len(part.blocks)}")
                 return
-        for block, block_hash in zip(part.blocks, part.hashes, strict=False):
-            self._pool.publish(block, block_hash, spare=fetch.is_spare)
+        for place, block in enumerate(part.blocks):
+            self._pool.publish(block, part.name(place), spare=fetch.is_spare)
         self._over(fetch, part)
         fetch.num_parts += 1
         fetch.held += part.blocks
         fetch.num_found += len(part.blocks)
-        fetch.num_bytes += self._endpoint.spec.worker_bytes(len(part.blocks), self._endpoint.tp_size)
+        num_thin = min(part.num_thin, len(part.blocks))
+        fetch.num_bytes += self._endpoint.spec.worker_bytes(len(part.blocks), self._endpoint.tp_size, num_thin)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes):
             self._end(fetch)

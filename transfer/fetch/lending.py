@@ -22,6 +22,7 @@ from ...common import failpoints
 from ...common.clock import Clock
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
+from ...kvcache.thin import leading
 from ...wire.fetches import KVFetch, KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
 from ...wire.fields import Message
 from ...wire.grants import RegionInfo
@@ -50,16 +51,16 @@ class Lending:
         lease_s: float,
         regions: Callable[[], tuple[RegionInfo, ...]],
         to_peer: Callable[[str, Message], None],
-        sum_blocks: Callable[[int, tuple[BlockId, ...]], None] | None = None,
+        sum_blocks: Callable[[int, tuple[BlockId, ...], int], None] | None = None,
         needs_checksums: bool = False,
         reserve: Callable[[], int] = lambda: 0,
-        lift: Callable[[list[bytes], Callable[[], None]], bool] = lambda hashes, done: False,
+        lift: Callable[[list[bytes], int, Callable[[], None]], bool] = lambda hashes, num_thin, done: False,
     ) -> None:
         """`regions()`: of the agents through which our pages are read now.
 
-        `sum_blocks(fetch_id, blocks)`: begin to make checksums on all ranks, answered by `on_sums`; None: none are
-        made. `reserve()`: blocks that must stay free or evictable. `lift(hashes, done)`: bring what lies in host memory
-        to the device first; False: nothing does.
+        `sum_blocks(fetch_id, blocks, num_thin)`: begin to make checksums on all ranks, answered by `on_sums`; None: no
+        sums are made. `reserve()`: blocks that must stay free or evictable. `lift(hashes, num_thin, done)`: bring what
+        lies in host memory to the device first; False: nothing does.
         """
         self._pool = pool
         self._endpoint = endpoint
@@ -88,13 +89,14 @@ class Lending:
             return  # it was answered
         refusal = self._refusal(message)
         hashes = _split(message.hashes)[: self._most] if refusal is None else []
-        if not self._lift(hashes, lambda: self._answer(session, message)):
+        if not self._lift(hashes, message.num_thin, lambda: self._answer(session, message)):
             self._answer(session, message, refusal)
 
     def _answer(self, session: str, message: KVFetch, refusal: str | None = None) -> None:
         if message.fetch_id in self._leases:
             return  # it was asked again meanwhile
-        found = self._pool.match_prefix(_split(message.hashes)) if refusal is None else []
+        names = leading(_split(message.hashes), self._pool.knows, message.num_thin) if refusal is None else []
+        found = self._pool.match_prefix(names)
         blocks = self._lendable(found)
         if blocks:
             self._lend(session, message, blocks)
@@ -146,7 +148,7 @@ class Lending:
             ),
         )
         if makes_sums and self._sum_blocks is not None:
-            self._sum_blocks(message.fetch_id, tuple(blocks))
+            self._sum_blocks(message.fetch_id, tuple(blocks), min(message.num_thin, len(blocks)))
 
     def on_sums(self, rank: int, fetch_id: int, checksum: bytes) -> None:
         """One rank has summed the pages of a lease's blocks; after the lease they may have been another's."""

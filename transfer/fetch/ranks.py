@@ -27,6 +27,7 @@ class Reading(Protocol):
         ranks: tuple[RegionInfo, ...],
         ours: tuple[BlockId, ...],
         theirs: tuple[BlockId, ...],
+        num_thin: int,
         wants_sums: bool,
     ) -> None:
         """Each rank reads from the one with its number; answered by `Fetches.on_read` of each."""
@@ -51,9 +52,10 @@ class RankReading:
         ranks: tuple[RegionInfo, ...],
         ours: tuple[BlockId, ...],
         theirs: tuple[BlockId, ...],
+        num_thin: int,
         wants_sums: bool,
     ) -> None:
-        self._each(self._reader.begin, fetch_id, kv_address, ranks, ours, theirs, wants_sums)
+        self._each(self._reader.begin, fetch_id, kv_address, ranks, ours, theirs, num_thin, wants_sums)
 
     def give_up(self, fetch_id: int) -> None:
         self._each(self._reader.give_up, fetch_id)
@@ -68,6 +70,6 @@ class RankSumming:
         self._sums = sums
         self._done = done
 
-    def sum_blocks(self, fetch_id: int, blocks: BlockIds) -> None:
+    def sum_blocks(self, fetch_id: int, blocks: BlockIds, num_thin: int) -> None:
         assert self._sums is not None, "rank 0 makes checksums where all do"
-        self._done(self._rank, fetch_id, self._sums.make(blocks))
+        self._done(self._rank, fetch_id, self._sums.make(blocks, num_thin))

@@ -27,7 +27,7 @@ from ...wire.grants import RegionInfo, Regions
 from ..backends.base import Piece, TransferBackend, TransferHandle, TransferState
 from ..backends.peers import Peers
 from ..protocol.checksums import PageSums, open_sums
-from ..protocol.handoff import page_indices
+from ..protocol.handoff import pages_of
 from ..protocol.peer_log import PeerLog
 from ..protocol.rank_messages import ReadOutcome
 
@@ -126,22 +126,25 @@ class KVReader:
         ranks: Regions,
         ours: BlockIds,
         theirs: BlockIds,
+        num_thin: int,
         wants_sums: bool,
     ) -> None:
-        """Read blocks of theirs, in all layers, into blocks of ours, pairwise; from the rank with our number."""
+        """Read blocks of theirs into blocks of ours, pairwise, in all layers; the first `num_thin` as thin ones. From
+        the rank with our number.
+        """
         assert fetch_id not in self._reads and len(ours) == len(theirs)
         region = ranks[self._rank]
-        order = np.argsort(np.array(ours, dtype=np.int32)).astype(np.int32)
-        sources, targets = np.array(theirs, dtype=np.int32)[order], np.array(ours, dtype=np.int32)[order]
-        layers = range(self._spec.num_layers)
+        local, slots = pages_of(self._spec, ours, self._num_blocks, num_thin)
+        remote, _ = pages_of(self._spec, theirs, region.num_blocks, num_thin)
+        order = np.argsort(local)  # so that neighbours merge
         has_sums = wants_sums and self._sums is not None
         self._reads[fetch_id] = _Read(
             fetch_id,
             kv_address,
             region,
-            local=np.concatenate([page_indices(layer, targets, self._num_blocks) for layer in layers]),
-            remote=np.concatenate([page_indices(layer, sources, region.num_blocks) for layer in layers]),
-            slots=np.tile(order, len(layers)),
+            local=local[order],
+            remote=remote[order],
+            slots=slots[order],
             sums=np.zeros(len(ours), dtype=np.uint64) if has_sums else None,
         )
 
@@ -255,12 +258,10 @@ class BlockSums:
         self._page_bytes = spec.page_bytes(tp_size)
         self._num_blocks = num_blocks
 
-    def make(self, blocks: tuple[int, ...]) -> bytes:
-        """8 bytes for each block, over all layers."""
+    def make(self, blocks: tuple[int, ...], num_thin: int) -> bytes:
+        """8 bytes for each block, over all layers; of the first `num_thin` without those that have windows."""
         found = np.zeros(len(blocks), dtype=np.uint64)
-        layers = range(self._spec.num_layers)
-        pages = np.concatenate([page_indices(layer, blocks, self._num_blocks) for layer in layers])
-        slots = np.tile(np.arange(len(blocks), dtype=np.int32), len(layers))
+        pages, slots = pages_of(self._spec, blocks, self._num_blocks, num_thin)
         self._sums.add(found, slots, pages, pages, ((0, self._page_bytes),))
         return as_bytes(found)
 

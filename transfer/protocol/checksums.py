@@ -23,7 +23,7 @@ from ...common.errors import ConfigError
 from ...common.kv_spec import KVCacheSpec
 from ...wire.handoff import KVArrived
 from ..backends.base import Piece, page_rows
-from .handoff import Verdict, page_indices
+from .handoff import Verdict, num_thin_behind, pages_of
 from .shards import pieces
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ class ArrivalCheck:
         if failpoints.armed and failpoints.hit("kv.corrupt"):
             self._spoil(blocks[0], runs[0][0])
         found: _Sums = np.zeros(len(blocks), dtype=np.uint64)
-        slots = np.tile(np.arange(len(blocks), dtype=np.int32), self._spec.num_layers)
-        layers = range(self._spec.num_layers)
-        pages = np.concatenate([page_indices(layer, blocks, self._num_blocks) for layer in layers])
+        first = self._spec.num_blocks_for(message.num_tokens) - len(blocks)
+        num_thin = num_thin_behind(self._spec, message.num_tokens, first, len(blocks))
+        pages, slots = pages_of(self._spec, blocks, self._num_blocks, num_thin)
         self._sums.add(found, slots, pages, pages, runs)
         return Verdict.INTACT if found.astype("<u8").tobytes() == message.checksum else Verdict.CORRUPT
 

@@ -26,6 +26,7 @@ from ...wire.grants import GrantInfo, RegionInfo
 from ..backends.base import Indices
 from .shards import check_regions
 
+Pages = npt.NDArray[np.int32]
 _MAX_PAGES = 2**31 - 1  # of a rank: `page_indices` numbers them in 32 bits
 
 # Why a KVOpen is refused, as it is counted:
@@ -107,6 +108,21 @@ def _check_blocks(grant: GrantInfo) -> str | None:
 def page_indices(layer: int, blocks: Indices, num_blocks: int) -> npt.NDArray[np.int32]:
     """The pages of these blocks in a layer of a pool of `num_blocks`."""
     return np.asarray(blocks, dtype=np.int32) + np.int32(layer * num_blocks)
+
+
+def pages_of(spec: KVCacheSpec, blocks: Indices, num_blocks: int, num_thin: int = 0) -> tuple[Pages, Pages]:
+    """The pages of these blocks of a pool, the first `num_thin` of which are thin, layer by layer; and the place of the
+    block of each.
+    """
+    blocks, places = np.asarray(blocks, dtype=np.int32), np.arange(len(blocks), dtype=np.int32)
+    skipped = [num_thin if spec.is_windowed(layer) else 0 for layer in range(spec.num_layers)]
+    pages = [page_indices(layer, blocks[count:], num_blocks) for layer, count in enumerate(skipped)]
+    return np.concatenate(pages), np.concatenate([places[count:] for count in skipped])
+
+
+def num_thin_behind(spec: KVCacheSpec, num_tokens: int, first: int, count: int) -> int:
+    """Count those of a prompt's blocks [first, first + count) that a handoff of `num_tokens` leaves thin."""
+    return min(max(0, spec.num_left_out(num_tokens) - first), count)
 
 
 def _digest(grant: GrantInfo, request_id: str, attempt: int) -> bytes:

@@ -13,6 +13,7 @@ from ...common.kv_spec import KVCacheSpec
 from ...common.request import BlockId, RequestSpec
 from ...kvcache.blocks import BlockPool
 from ...kvcache.contents import Contents
+from ...kvcache.thin import leading, usable
 from ...wire.grants import GrantId, GrantInfo
 from ...wire.results import Grant, NoCapacity
 from ..protocol.handoff import mint_grant
@@ -78,10 +79,10 @@ class Grants:
     ) -> Grant | NoCapacity:
         num_tokens, block_size = spec.num_prompt_tokens, self._spec.block_size
         hashes = self._contents.prompt_hashes(spec)
-        hits = self._pool.match_prefix(hashes)
+        if num_tokens - (num_held := self._num_held(hashes) * block_size) <= max_local_tokens:
+            return self._no_capacity(spec, "held", num_held)
+        hits = self._pool.match_prefix(leading(hashes, self._pool.knows, self._spec.num_left_out(num_tokens)))
         num_cached = len(hits) * block_size
-        if num_tokens - num_cached <= max_local_tokens:
-            return self._no_capacity(spec, "held", num_cached)
         if self._rotation.timer.has_failed:
             return self._no_capacity(spec, "no_agent", num_cached)
         num_copies = len(spec.choices) - 1 if num_tokens % block_size else 0
@@ -97,6 +98,11 @@ class Grants:
         self._counters.prefix_hits += num_cached
         reservation = self._new_reservation(spec, router_id, hashes, hits, blocks, num_copies)
         return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=reservation.grant)
+
+    def _num_held(self, hashes: list[bytes]) -> int:
+        """Count the leading blocks from which the prompt could be computed on here."""
+        size, num_thin = self._spec.block_size, self._spec.num_thin_blocks
+        return len(usable(hashes, self._pool.knows, lambda num_blocks: num_thin(num_blocks * size)))
 
     def _no_capacity(self, spec: RequestSpec, reason: str, num_cached_tokens: int = 0) -> NoCapacity:
         return NoCapacity(
@@ -135,6 +141,7 @@ class Grants:
             router_id=router_id,
             grant=mint_grant(self._key, grant, spec.request_id, spec.attempt),
             block_hashes=hashes,
+            num_thin=self._spec.num_left_out(spec.num_prompt_tokens),
             hit_blocks=hits,
             block_ids=blocks[:num_shipped],
             copy_blocks=blocks[num_shipped:],

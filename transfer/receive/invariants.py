@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable
 
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
+from ...kvcache.thin import leading
 from .opens import FENCE_AFTER_S
 from .receiver import KVReceiver
 from .reservation import Reservation, ReservationState
@@ -71,7 +72,7 @@ def check_hits(receiver: KVReceiver, pool: BlockPool) -> None:
     for reservation in receiver.reservations.live.values():
         hits = reservation.hit_blocks
         assert all(pool.ref_count(block) > 0 for block in hits), f"hits {hits} are not pinned"
-        known = pool.match_prefix(reservation.block_hashes[: len(hits)])
+        known = pool.match_prefix(leading(reservation.block_hashes[: len(hits)], pool.knows, reservation.num_thin))
         assert known == hits, f"hits {hits} hold something else now: {known}"
 
 

@@ -233,8 +233,8 @@ class KVReceiver:
         reservation.advance(ReservationState.ADOPTED, self._clock.now())
         self.endings.forget(reservation, arrived=True)
         blocks = reservation.hit_blocks + reservation.block_ids
-        for block, block_hash in zip(blocks, reservation.block_hashes, strict=False):  # a partial last one has none
-            self._pool.publish(block, block_hash, spare=not reservation.retains_prefix)
+        for block, name in zip(blocks, reservation.names(), strict=False):  # a partial last one has none
+            self._pool.publish(block, name, spare=not reservation.retains_prefix)
         if reservation.retains_prefix:
             self._pool.keep(reservation.hit_blocks)
         return blocks, list(reservation.copy_blocks)

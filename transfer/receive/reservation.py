@@ -15,6 +15,7 @@ from enum import Enum
 
 from ...common.errors import InvalidTransition
 from ...common.request import BlockId, RequestSpec
+from ...kvcache.thin import twin
 from ...wire.grants import GrantInfo
 from ...wire.results import ChoiceTokens
 from .processes import ProcessWatch
@@ -83,6 +84,7 @@ class Reservation:
     router_id: str
     grant: GrantInfo
     block_hashes: list[bytes]  # of the prompt's full blocks
+    num_thin: int  # leading ones that may be thin, or come so
     hit_blocks: list[BlockId]
     block_ids: list[BlockId]
     copy_blocks: list[BlockId]  # for the other choices' copies of a partial last block
@@ -93,6 +95,10 @@ class Reservation:
     first_tokens: tuple[ChoiceTokens, ...] = ()
     num_cached_by_writer: int = 0  # tokens of the prompt that it had not to compute
     retains_prefix: bool = True  # the prompt's KV, for requests to come; False: the prefill worker does
+
+    def names(self) -> list[bytes]:
+        """Return the names by which the prompt's full blocks are published."""
+        return [*map(twin, self.block_hashes[: self.num_thin]), *self.block_hashes[self.num_thin :]]
 
     def advance(self, to: ReservationState, now: float) -> None:
         if to not in _NEXT[self.state]:

@@ -16,6 +16,7 @@ import msgspec
 
 from ...common.request import Sequence
 from ...wire.grants import GrantInfo
+from ..protocol.handoff import num_thin_behind
 
 
 class ShipPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -26,15 +27,18 @@ class ShipPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     remote_blocks: tuple[int, ...]
     all_layers: bool = False  # complete already (prefix hits): not tied to this step's layers
     last: bool = False  # the prompt's last blocks
+    num_thin: int = 0  # leading ones that are shipped thin (`kvcache/thin.py`)
 
 
-def plan_blocks(seq: Sequence, grant: GrantInfo, first: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Local and remote block ids of the prompt's blocks [first, end) less those that the decode worker holds."""
+def _plan(open_id: int, seq: Sequence, grant: GrantInfo, first: int, end: int) -> ShipPlan:
+    """Plan the prompt's blocks [first, end) less those that the decode worker holds."""
     held = grant.num_computed_tokens // grant.spec.block_size
     first = max(first, held)
     if first >= end:
-        return (), ()
-    return tuple(seq.block_table[first:end]), grant.block_ids[first - held : end - held]
+        return ShipPlan(open_id, (), ())
+    num_thin = num_thin_behind(grant.spec, grant.num_tokens, first, end - first)
+    remote = grant.block_ids[first - held : end - held]
+    return ShipPlan(open_id, tuple(seq.block_table[first:end]), remote, num_thin=num_thin)
 
 
 def plan_chunk(open_id: int, seq: Sequence, grant: GrantInfo, num_tokens: int) -> ShipPlan:
@@ -45,12 +49,11 @@ def plan_chunk(open_id: int, seq: Sequence, grant: GrantInfo, num_tokens: int) -
     end = len(seq.block_table) if last else end_token // block_size
     is_first = seq.num_computed_tokens == seq.num_cached_tokens
     start_token = seq.num_computed_tokens - (seq.num_promoted_tokens if is_first else 0)
-    local, remote = plan_blocks(seq, grant, start_token // block_size, end)
-    return ShipPlan(open_id, local, remote, last=last)
+    return msgspec.structs.replace(_plan(open_id, seq, grant, start_token // block_size, end), last=last)
 
 
 def plan_hits(open_id: int, seq: Sequence, grant: GrantInfo) -> ShipPlan:
     """Blocks that the prefix cache held when the prompt started: complete in all layers."""
     num_tokens = seq.num_cached_tokens - seq.num_promoted_tokens
-    local, remote = plan_blocks(seq, grant, 0, num_tokens // grant.spec.block_size)
-    return ShipPlan(open_id, local, remote, all_layers=True)
+    plan = _plan(open_id, seq, grant, 0, num_tokens // grant.spec.block_size)
+    return msgspec.structs.replace(plan, all_layers=True)

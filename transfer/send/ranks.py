@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.batch import GpuEvent
+from ...common.kv_spec import KVCacheSpec
 from ...wire.grants import GrantInfo
 from ...wire.handoff import CancelKV, KVDone, KVOpened, KVRefused, KVRenewed
 from ...wire.results import ChoiceTokens
@@ -35,13 +36,19 @@ class _Blocks(NamedTuple):
     open_id: int
     local: npt.NDArray[np.int32]
     remote: npt.NDArray[np.int32]
+    are_whole: npt.NDArray[np.bool_]
     last: bool
 
     @classmethod
     def from_plan(cls, plan: ShipPlan) -> _Blocks:
-        local = np.array(plan.local_blocks, dtype=np.int32)
+        local, remote = np.array(plan.local_blocks, dtype=np.int32), np.array(plan.remote_blocks, dtype=np.int32)
         order = np.argsort(local)
-        return cls(plan.open_id, local[order], np.array(plan.remote_blocks, dtype=np.int32)[order], plan.last)
+        return cls(plan.open_id, local[order], remote[order], order >= plan.num_thin, plan.last)
+
+    def whole(self) -> _Blocks:
+        """Return those that layers with windows ship as well."""
+        local, remote = self.local[self.are_whole], self.remote[self.are_whole]
+        return self._replace(local=local, remote=remote, are_whole=self.are_whole[self.are_whole])
 
 
 class LayerShipper:
@@ -52,11 +59,12 @@ class LayerShipper:
     """
 
     def __init__(
-        self, thread: Calls, sender: KVSender, num_layers: int, layer_event: Callable[[], GpuEvent | None]
+        self, thread: Calls, sender: KVSender, spec: KVCacheSpec, layer_event: Callable[[], GpuEvent | None]
     ) -> None:
         self._thread = thread
         self._sender = sender
-        self._num_layers = num_layers
+        self._spec = spec
+        self._num_layers = spec.num_layers
         self._layer_event = layer_event
         self._blocks: list[_Blocks] = []
 
@@ -84,6 +92,8 @@ class LayerShipper:
             self._blocks = []  # the next step may be another role's
 
     def _ready(self, blocks: _Blocks, layer: int, event: GpuEvent | None) -> None:
+        if self._spec.is_windowed(layer):
+            blocks = blocks.whole()
         if len(blocks.local):
             self._thread.call_after(event, self._sender.pages_ready, blocks.open_id, layer, blocks.local, blocks.remote)
 
@@ -111,7 +121,7 @@ class RankShipping:
         thread: Calls,
         sender: KVSender,
         *,
-        num_layers: int,
+        spec: KVCacheSpec,
         tp_size: int,
         broadcast: Callable[[bytes], None] | None,
         layer_event: Callable[[], GpuEvent | None],
@@ -119,7 +129,7 @@ class RankShipping:
     ) -> None:
         self.each = Each(SENDING, thread, broadcast)
         self._sender = sender
-        self._layers = LayerShipper(thread, sender, num_layers, layer_event)
+        self._layers = LayerShipper(thread, sender, spec, layer_event)
         self._begin_step = self.each.bound(self._layers.begin_step)
         self._on_source_free = on_source_free
         self._free_ranks: Gather[None] = Gather(tp_size)  # by open id: those that read its source blocks no more

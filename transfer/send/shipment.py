@@ -23,6 +23,7 @@ from ...wire.results import ChoiceTokens
 from ...wire.workers import TransferReport
 from ..backends.base import Piece
 from ..protocol.checksums import ShipmentSums
+from ..protocol.handoff import num_thin_behind
 
 
 class ShipmentState(Enum):
@@ -135,7 +136,9 @@ class Shipment:
 
     @property
     def num_expected_pages(self) -> int:
-        return self.grant.spec.num_layers * len(self.grant.block_ids)
+        grant, count = self.grant, len(self.grant.block_ids)
+        first = grant.num_computed_tokens // grant.spec.block_size
+        return grant.spec.num_pages(count, num_thin_behind(grant.spec, grant.num_tokens, first, count))
 
     def report(self, clean: bool) -> TransferReport:
         """Report what crossed, and how long its reader waited for it."""

@@ -8,6 +8,7 @@ from structlog.testing import capture_logs
 
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import Shard
+from kvferry.kvcache.thin import twin
 from kvferry.transfer.backends.local import LocalFault
 from kvferry.transfer.fetch import fetch as fetch_module
 from kvferry.transfer.fetch import reader
@@ -361,3 +362,50 @@ def test_a_fetch_moves_along_its_states_alone(pair: Pair) -> None:
             else:
                 with pytest.raises(InvalidTransition):
                     fetch.advance(to)
+
+
+WINDOWED = msgspec.structs.replace(SPEC, windows=(0, 6))  # of five blocks no window reaches two, one block kept besides
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("part_blocks", [1, 8])
+def test_what_no_window_reaches_is_not_read(checksums: bool, part_blocks: int) -> None:
+    pair = Pair(num_blocks=24, checksums=checksums, part_blocks=part_blocks, spec=WINDOWED)
+    pair.lender.store(HASHES[:5])
+    assert pair.begin(HASHES[:5])
+    pair.settle()
+    pool = pair.fetcher.pool
+    blocks = pool.match_prefix([*map(twin, HASHES[:2]), *HASHES[2:5]])
+    assert pool.num_cached_blocks == 5 and pair.fetches.num_failures == 0
+    assert not pair.fetcher.pages[1, blocks[:2]].any() and pair.fetcher.pages[1, blocks[2:]].all()
+    assert pair.fetches.num_bytes == pair.reader.num_bytes == (5 * 2 - 2) * SPEC.page_bytes()
+    pair.check()
+
+
+@pytest.mark.parametrize(("num_thin", "num_lent"), [(2, 5), (3, 2)])
+def test_thin_blocks_are_lent_where_they_will_do(num_thin: int, num_lent: int) -> None:
+    pair = Pair(num_blocks=24, spec=WINDOWED)
+    for block, block_hash in zip(pair.lender.store(HASHES[:5], keep=True), HASHES[:num_thin], strict=False):
+        pair.lender.pool.forget(block)
+        pair.lender.pool.publish(block, twin(block_hash))
+    assert pair.begin(HASHES[:5])
+    pair.settle()
+    assert pair.fetcher.pool.num_cached_blocks == num_lent
+    assert pair.fetches.failures[FetchFailure.EVICTED] == (num_lent < 5)
+
+
+def test_thin_blocks_need_not_be_fetched_where_they_will_do() -> None:
+    pair = Pair(num_blocks=24, spec=WINDOWED)
+    pair.lender.store(HASHES[:5])
+    [first, second] = pair.fetcher.pool.allocate(2)
+    pair.fetcher.pool.publish(first, twin(HASHES[0]))
+    pair.fetcher.pool.publish(second, twin(HASHES[2]))
+    pair.fetcher.fill(first, HASHES[0])
+    pair.fetcher.fill(second, HASHES[2])
+    pair.fetcher.pool.free([first, second])
+    assert pair.begin(HASHES[:5])
+    question = pair.to_lender[0]
+    assert isinstance(question, KVFetch)
+    assert (question.hashes, question.num_thin) == (b"".join(HASHES[1:5]), 1), "of the third block windows read"
+    pair.settle()
+    assert pair.fetcher.pool.num_cached_blocks == 6

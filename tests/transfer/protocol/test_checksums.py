@@ -231,3 +231,18 @@ def test_a_peer_that_makes_none_is_accepted_unless_they_are_required() -> None:
     strict.open(strict.grant())
     assert "kv_checksum: on" in only(strict.said_to_peer(), KVRefused).reason
     assert strict.receiver.counters.grant_rejects == {"checksum": 1}
+
+
+def test_what_no_window_reaches_is_not_looked_at() -> None:
+    spec = msgspec.structs.replace(SPEC, windows=(0, 3))  # twelve tokens: it reaches two blocks, one of them needlessly
+    shipped, made = Shipped(spec=spec), ShipmentSums(REMOTE, NUM_BLOCKS)
+    [run] = pieces(spec.shard(0, 1), spec.shard(0, 1), spec) or ()
+    for layer in range(3):
+        first = 1 if layer == 1 else 0
+        ours, theirs = page_indices(layer, LOCAL[first:], NUM_BLOCKS), page_indices(layer, REMOTE[first:], NUM_BLOCKS)
+        made.add(PageSums(shipped.here), ours, theirs, (run,))
+    shipped.there[1, REMOTE[0]] = 5.0
+    assert shipped.verdict(checksum=made.to_bytes()) is Verdict.INTACT
+    shipped.there[1, REMOTE[1]] = 5.0
+    assert shipped.verdict(checksum=made.to_bytes()) is Verdict.CORRUPT
+    assert shipped.verdict(checksum=made.to_bytes(), num_tokens=2**40) is Verdict.CORRUPT

@@ -163,12 +163,12 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (KVDone(grant_id=GRANT_ID, open_id=5),),
     ],
     "on_peer_lost": [("127.0.0.1:1",)],
-    "begin": [(5, "127.0.0.1:1", (REGION,), (1, 2), (3, 4), True)],
+    "begin": [(5, "127.0.0.1:1", (REGION,), (1, 2), (3, 4), 1, True)],
     "give_up": [(5,)],
     "begin_step": [([],), ([ShipPlan(5, (1, 2), (3, 4), last=True), ShipPlan(6, (), (), all_layers=True)],)],
     "watch": [(True,), (False,)],
     "rotate": [(3,)],
-    "sum_blocks": [(5, (1, 2, 3))],
+    "sum_blocks": [(5, (1, 2, 3), 2)],
 }
 
 

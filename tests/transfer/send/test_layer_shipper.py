@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+import numpy as np
 import pytest
 
 from kvferry.common.batch import GpuEvent
@@ -31,12 +33,17 @@ class _Calls:
 
     def __init__(self) -> None:
         self.made: list[tuple[GpuEvent | None, str]] = []
+        self.pages: list[tuple[int, list[int], list[int]]] = []  # layer, blocks of ours, blocks of theirs
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         raise AssertionError("everything about pages is in the order of the GPU's work")
 
     def call_after(self, event: GpuEvent | None, function: Callable[..., None], *args: object) -> None:
         self.made.append((event, function.__name__))
+        if function.__name__ == "pages_ready":
+            _, layer, local, remote = args
+            assert isinstance(layer, int) and isinstance(local, np.ndarray) and isinstance(remote, np.ndarray)
+            self.pages.append((layer, local.tolist(), remote.tolist()))
 
 
 def _sender() -> KVSender:
@@ -57,14 +64,14 @@ def _sender() -> KVSender:
     )
 
 
-def _shipper() -> tuple[LayerShipper, _Calls, list[_Layer]]:
+def _shipper(spec: KVCacheSpec = SPEC) -> tuple[LayerShipper, _Calls, list[_Layer]]:
     calls, events = _Calls(), list[_Layer]()
 
     def layer_event() -> GpuEvent:
         events.append(_Layer())
         return events[-1]
 
-    return LayerShipper(calls, _sender(), NUM_LAYERS, layer_event), calls, events
+    return LayerShipper(calls, _sender(), spec, layer_event), calls, events
 
 
 def test_layers_of_two_shipments_wait_for_one_fence_each() -> None:
@@ -108,3 +115,16 @@ def test_a_step_that_is_not_the_shipments_ships_nothing_a_second_time() -> None:
         for layer in range(NUM_LAYERS):
             shipper.on_layer(layer)
     assert calls.made == [(event, "pages_ready") for event in events] and len(events) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("all_layers", [False, True])
+def test_layers_with_windows_ship_what_these_reach(all_layers: bool) -> None:
+    shipper, calls, _ = _shipper(msgspec.structs.replace(SPEC, windows=(5, 0, 5)))
+    first = ShipPlan(1, (7, 3, 5), (9, 2, 4), num_thin=2, all_layers=all_layers)
+    nothing = ShipPlan(2, (1,), (8,), num_thin=1, all_layers=all_layers)
+    shipper.begin_step([first, nothing])
+    if not all_layers:
+        for layer in range(NUM_LAYERS):
+            shipper.on_layer(layer)
+    all_of_first = ([3, 5, 7], [2, 4, 9])
+    assert sorted(calls.pages) == [(0, [5], [4]), (1, [1], [8]), (1, *all_of_first), (2, [5], [4])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,11 +16,11 @@ BLOCK = 4
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
 
 
-def _grant(num_tokens: int, held_blocks: int = 0) -> GrantInfo:
+def _grant(num_tokens: int, held_blocks: int = 0, spec: KVCacheSpec = SPEC) -> GrantInfo:
     count = -(-num_tokens // BLOCK) - held_blocks
     return GrantInfo(
         grant_id=GrantId("d", 1, 1),
-        spec=SPEC,
+        spec=spec,
         kv_address="127.0.0.1:1",
         block_ids=tuple(range(100, 100 + count)),
         num_tokens=num_tokens,
@@ -87,3 +88,21 @@ def test_every_missing_block_is_shipped_exactly_once_whatever_the_chunks(
             break
     num_blocks = -(-num_tokens // BLOCK)
     assert shipped == [(block, 100 + block - held) for block in range(held, num_blocks)]
+
+
+WINDOWED = msgspec.structs.replace(SPEC, windows=(0, 6), window_slack=5)  # 40 tokens: no window reaches seven blocks
+
+
+@pytest.mark.parametrize(("held", "first", "num_tokens"), [(0, 0, 40), (0, 12, 8), (3, 0, 40), (3, 16, 24), (9, 0, 40)])
+def test_what_no_window_reaches_is_shipped_thin(held: int, first: int, num_tokens: int) -> None:
+    seq, grant = _sequence(40), _grant(40, held, WINDOWED)
+    seq.num_computed_tokens = first
+    plan = plan_chunk(1, seq, grant, num_tokens)
+    places = range(max(held, first // BLOCK), (first + num_tokens) // BLOCK)
+    assert plan.local_blocks == tuple(places)
+    assert plan.num_thin == sum(place < 7 for place in places)
+
+
+def test_hits_are_shipped_thin_as_well() -> None:
+    plan = plan_hits(1, _sequence(40, cached_blocks=9), _grant(40, 1, WINDOWED))
+    assert plan.all_layers and len(plan.local_blocks) == 8 and plan.num_thin == 6
