@@ -13,7 +13,7 @@ from ..common.request import Sequence
 from ..kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from ..kvcache.prefix_cache import PrefixCache, PrefixHit
 from ..kvcache.swap import SwapSpace
-from ..kvcache.thin import name_of, num_usable, twin
+from ..kvcache.thin import ThinRule, name_of, num_usable, twin
 
 
 class KnownKV:
@@ -46,7 +46,7 @@ class KnownKV:
         hashes, saved = self.reusable_hashes(seq), self._swap.saved(seq)
         if saved is None:
             return self._cache.find(hashes), []
-        found, loads, are_thin = PrefixHit(), list[int](), list[bool]()
+        found, loads, thin = PrefixHit(), list[int](), list[int]()
         num_thin = self._spec.num_thin_blocks(saved.num_tokens)
         place, is_whole = 0, True
         while is_whole:
@@ -62,20 +62,23 @@ class KnownKV:
                 found.promoted[place] = name
             else:
                 break
-            are_thin.append(place < seq.num_thin_blocks if name is None else name != hashes[place])
+            if place < seq.num_thin_blocks if name is None else name != hashes[place]:
+                thin.append(place)
             place += 1
-        return self._as_far_as_usable(found, loads, are_thin, saved.num_tokens)
+        return self._as_far_as_usable(found, loads, num_usable(place, thin, self._thin_rule(saved.num_tokens)), thin)
 
-    def _as_far_as_usable(
-        self, found: PrefixHit, loads: list[int], are_thin: list[bool], num_tokens: int
-    ) -> tuple[PrefixHit, list[int]]:
-        """Leave out the blocks behind which windows would reach thin ones. `num_tokens`: of what was saved."""
+    def _thin_rule(self, num_tokens: int) -> ThinRule:
+        """Return the rule where the last of what was saved, of so many tokens, may be a part of a block."""
         size, num_thin = self._pool.block_size, self._spec.num_thin_blocks
-        end = num_usable(are_thin, lambda num_blocks: num_thin(min(num_blocks * size, num_tokens)))
+        return lambda num_blocks: num_thin(min(num_blocks * size, num_tokens))
+
+    @staticmethod
+    def _as_far_as_usable(found: PrefixHit, loads: list[int], end: int, thin: list[int]) -> tuple[PrefixHit, list[int]]:
+        """Leave out the blocks behind which windows would reach thin ones."""
         usable = PrefixHit(
             {place: block for place, block in found.hits.items() if place < end},
             {place: name for place, name in found.promoted.items() if place < end},
-            max((place + 1 for place in range(end) if are_thin[place]), default=0),
+            max((place + 1 for place in thin if place < end), default=0),
         )
         return usable, [place for place in loads if place < end]
 

@@ -81,7 +81,8 @@ class LocalRequests:
             for seq in sequences:
                 seq.is_fetching = False
 
-        hashes = self._scheduler.blocks.known.reusable_hashes(sequences[0])
-        is_fetching = fetches.begin(f"local {sequences[0].request_id}", hashes, source, fetched)
+        blocks = self._scheduler.blocks
+        hashes, rule = blocks.known.reusable_hashes(sequences[0]), blocks.cache.thin_rule()
+        is_fetching = fetches.begin(f"local {sequences[0].request_id}", hashes, source, rule, fetched)
         for seq in sequences:
             seq.is_fetching = is_fetching

@@ -26,7 +26,6 @@ from typing import Protocol
 from ..common.errors import CapacityError
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId
-from .thin import twin
 
 # Of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one.
 MIN_CACHE_TOKENS = 256
@@ -146,7 +145,7 @@ class BlockPool:
         self.version += 1
         if self.on_evicted is not None and not is_spare:
             self.on_evicted(block, block_hash)
-        self._tell_gone(block_hash)
+        self.listener.evicted(block_hash)
         return block
 
     def knows(self, block_hash: bytes) -> bool:
@@ -264,11 +263,6 @@ class BlockPool:
         if block_hash is not None:
             del self._block_of[block_hash]
             self._spare.discard(block_id)
-            self._tell_gone(block_hash)
-
-    def _tell_gone(self, block_hash: bytes) -> None:
-        """Tell that a block is not found any more, unless its other form is."""
-        if twin(block_hash) not in self._block_of:
             self.listener.evicted(block_hash)
 
     def quarantine(self, blocks: Iterable[BlockId]) -> None:

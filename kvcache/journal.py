@@ -16,7 +16,6 @@ from ..wire.workers import CacheChange
 from .blocks import BlockPool
 from .disk_tier import DISK
 from .prefix_cache import PrefixCache
-from .thin import twin
 
 DEVICE = "device"  # the tier of the block pool
 MAX_HASHES = 8192  # of one message
@@ -49,7 +48,6 @@ class CacheJournal:
 
     def _note(self, tier: str, block_hash: bytes, is_stored: bool) -> None:
         if self._num_changes < self._max_changes:
-            self._changes[tier].pop(twin(block_hash), None)  # one block to routers
             self._changes[tier][block_hash] = is_stored
             self._num_changes += 1
         else:

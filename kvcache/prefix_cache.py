@@ -22,7 +22,7 @@ from .blocks import BlockPool
 from .copy_costs import CopyCosts
 from .demotion import Demotion
 from .disk_tier import DiskTier
-from .thin import num_thin_of, usable
+from .thin import ThinRule, num_thin_of, thin_rule, usable
 from .tiers import TierIndex, TierListener
 
 
@@ -88,30 +88,22 @@ class PrefixCache:
 
     # --- a sequence's blocks -------------------------------------------------------------------------------------
 
-    def find(self, hashes: Sequence[bytes], num_thin: Callable[[int], int] | None = None) -> PrefixHit:
-        """Find the longest known prefix, as far as promoting is quicker than computing. `num_thin`: as `usable` has it,
-        None for whoever computes on from there.
+    def find(self, hashes: Sequence[bytes], num_thin: ThinRule | None = None) -> PrefixHit:
+        """Find the longest known prefix, as far as promoting is quicker than computing. `num_thin`: None: for whoever
+        computes on from there.
         """
         found = self._hit(hashes, self._is_near, num_thin)
         return self._hit(hashes, self._pool.knows, num_thin) if found.promoted and not self._pays(found) else found
 
-    def num_thin(self, num_blocks: int) -> int:
-        """Count the leading blocks that may be thin where somebody computes on from so many blocks."""
-        return self._spec.num_thin_blocks(num_blocks * self._spec.block_size) if self._spec is not None else 0
-
-    def num_thin_shipped(self, num_tokens: int) -> Callable[[int], int]:
-        """Return `num_thin` of a prompt of so many tokens that is handed over: what is shipped whole is whole here."""
-        left_out = self._spec.num_left_out(num_tokens) if self._spec is not None else 0
-        return lambda num_blocks: min(self.num_thin(num_blocks), left_out)
+    def thin_rule(self, num_tokens: int | None = None) -> ThinRule:
+        return thin_rule(self._spec, num_tokens)
 
     def _is_near(self, name: bytes) -> bool:
         return self._pool.knows(name) or self.has_in_host(name)
 
-    def _hit(
-        self, hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: Callable[[int], int] | None
-    ) -> PrefixHit:
+    def _hit(self, hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: ThinRule | None) -> PrefixHit:
         """Say where what is there lies. Behind the first in host memory others are copied from there as well."""
-        names = usable(hashes, has, num_thin or self.num_thin)
+        names = usable(hashes, has, num_thin or self.thin_rule())
         found = PrefixHit(num_thin=num_thin_of(names, hashes))
         for place, name in enumerate(names):
             block = None if found.promoted and self.has_in_host(name) else self._pool.block_of(name)
@@ -185,7 +177,7 @@ class PrefixCache:
         """List the blocks of the longest prefix in any tier that neither the device nor host memory has."""
         disk = self.disk
         assert disk is not None
-        names = usable(hashes, lambda name: self._is_near(name) or disk.has(name), self.num_thin)
+        names = usable(hashes, lambda name: self._is_near(name) or disk.has(name), self.thin_rule())
         return [name for name in names if not self._is_near(name)]
 
     def _limit_s(self, num_blocks: int) -> float | None:

@@ -5,22 +5,38 @@
 
 Thin ones are what a handoff or a fetch has left out of a long prompt. Both forms of a block are kept like any block, in
 every tier, each under a name of its own: the whole one's is the block's hash, the thin one's its `twin`. A prompt that
-is computed on from blocks that are found needs whole ones where windows still reach; which these are is said by
-`KVCacheSpec.num_thin_blocks`. Routers tell blocks apart by the first half of their names, which twins share.
+is computed on from blocks that are found needs whole ones where windows still reach, and one that is handed over from
+there where they are shipped whole: `thin_rule` says which these are. Workers and routers find by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..common.kv_spec import KVCacheSpec
 from ..common.request import Sequence as TokenSequence
 
+# Of so many leading blocks that are found, how many may be thin.
+ThinRule = Callable[[int], int]
 _FLIPPED = bytes(255 - value for value in range(256))
 
 
 def twin(name: bytes) -> bytes:
     """Return the name of a block's other form: the thin one's of the whole one's, and the reverse."""
-    return name[:8] + name[8:].translate(_FLIPPED)
+    return name.translate(_FLIPPED)
+
+
+def thin_rule(spec: KVCacheSpec | None, num_tokens: int | None = None) -> ThinRule:
+    """Return of how many leading blocks thin ones will do. `num_tokens`: of a prompt that is handed over from here, so
+    that what is shipped whole is whole here; None: it is computed on here. `spec`: None: no layer has a window.
+    """
+    if spec is None or not any(spec.windows):
+        return lambda num_blocks: 0
+    size, may_be_thin = spec.block_size, spec.num_thin_blocks
+    if num_tokens is None:
+        return lambda num_blocks: may_be_thin(num_blocks * size)
+    left_out = spec.num_left_out(num_tokens)
+    return lambda num_blocks: min(may_be_thin(num_blocks * size), left_out)
 
 
 def name_of(seq: TokenSequence, place: int) -> bytes:
@@ -42,28 +58,23 @@ def leading(hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: int
     return names
 
 
-def usable(hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: Callable[[int], int]) -> list[bytes]:
-    """Return the names of the longest prefix that is there and can be gone on from.
-
-    `num_thin`: of how many leading blocks thin ones will do, behind so many blocks.
-    """
+def usable(hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: ThinRule) -> list[bytes]:
+    """Return the names of the longest prefix that is there and can be gone on from."""
     most = num_thin(len(hashes))
     names = leading(hashes, has, most)
     if not most:
         return names
-    are_thin = [name != block_hash for name, block_hash in zip(names, hashes, strict=False)]
-    return names[: num_usable(are_thin, num_thin)]
+    thin = [place for place, name in enumerate(names) if name != hashes[place]]
+    return names[: num_usable(len(names), thin, num_thin)]
 
 
-def num_usable(are_thin: Sequence[bool], num_thin: Callable[[int], int]) -> int:
-    """Count the leading blocks, of those that are there, that can be gone on from. `num_thin` is that of `usable`."""
-    end = len(are_thin)
-    for place in reversed(range(end)):
-        if are_thin[place]:
-            if place < num_thin(end):
-                break
-            end = place
-    return end
+def num_usable(num_blocks: int, thin: Sequence[int], num_thin: ThinRule) -> int:
+    """Count the leading ones, of so many blocks that are there, that can be gone on from. `thin`: places, ascending."""
+    for place in reversed(thin):
+        if place < num_thin(num_blocks):
+            break
+        num_blocks = place
+    return num_blocks
 
 
 def num_thin_of(names: Sequence[bytes], hashes: Sequence[bytes]) -> int:

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
-from .thin import twin
-
 
 class TierListener(Protocol):
     """A `TierListener` hears what a tier gains and loses."""
@@ -99,7 +97,7 @@ class TierIndex:
 
     def _gone(self, block_hash: bytes) -> None:
         self.version += 1
-        if self._listener is not None and twin(block_hash) not in self._slot_of:
+        if self._listener is not None:
             self._listener.evicted(block_hash, self._tier)
 
     def restore(self, stored: Iterable[tuple[bytes, int]]) -> None:

@@ -204,7 +204,7 @@ class PrefillScheduler:
     def _start(self, prompt: Prompt) -> bool:
         """Give the prompt its blocks: what the prefix cache has in any tier, and new ones for the rest."""
         seq, pool = prompt.seq, self._pool
-        found = self.cache.find(self.reusable_hashes(prompt), self.cache.num_thin_shipped(seq.num_tokens))
+        found = self.cache.find(self.reusable_hashes(prompt), self.cache.thin_rule(seq.num_tokens))
         num_new = self._num_blocks(seq) - len(found.hits)
         if num_new + self.reserve() > pool.num_free_blocks - pool.num_evictable(found.hits.values()):
             return False

@@ -74,7 +74,8 @@ class Tasks:
         seq = task.prompt.seq
         hashes = self._scheduler.reusable_hashes(task.prompt)
         key, spare = _fetch_key(task.spec), seq.is_retained_elsewhere
-        seq.is_fetching = fetches.begin(key, hashes, source, lambda: _fetched(seq), spare=spare)
+        rule = self._scheduler.cache.thin_rule(seq.num_tokens)
+        seq.is_fetching = fetches.begin(key, hashes, source, rule, lambda: _fetched(seq), spare=spare)
         if seq.is_fetching and task.grant is not None:
             self.open(task, task.grant)  # it would lapse meanwhile
 

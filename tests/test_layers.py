@@ -60,7 +60,7 @@ decode               common wire kvcache transfer/fetch transfer/receive
 worker               common wire kvcache engine/ranks engine transfer/backends transfer/protocol transfer/fetch
 worker               grammar
 worker               transfer/send transfer/receive transfer prefill decode
-router/state         common wire
+router/state         common wire kvcache
 router/metrics       common wire
 router/http          common settings router/state
 router/access        common wire settings router/state

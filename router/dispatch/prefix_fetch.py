@@ -33,7 +33,7 @@ def fetch_from(pools: Pools, request: RouterRequest, source_id: str | None, read
     source = pools.named(source_id) if source_id is not None else None
     if source is None or not may_fetch(source, reader):
         return None
-    found = pools.prefix_index.match(request.block_hashes)
+    found = pools.held_blocks(request.block_hashes, request.num_prompt_tokens)
     num_blocks, num_held = found.get(source.link.number, 0), found.get(reader.link.number, 0)
     if num_blocks <= num_held:
         return None

@@ -34,7 +34,7 @@ class PrefixHomes:
         hashes = request.block_hashes
         if not hashes:
             return None
-        found = self._pools.prefix_index.match(hashes)
+        found = self._pools.held_blocks(hashes, request.num_prompt_tokens)
         mine, theirs = prefill.link.number, decode.link.number
         held = max(found.get(mine, 0), found.get(theirs, 0))
         home = self._known(hashes[max(0, held - _MAX_LOOKUPS) : held], (mine, theirs))
@@ -47,7 +47,8 @@ class PrefixHomes:
         """Note that the decode worker computes the prompt: there is no other copy."""
         hashes = request.block_hashes
         if hashes:
-            self._count(decode, hashes, self._pools.prefix_index.match(hashes).get(decode.link.number, 0))
+            found = self._pools.held_blocks(hashes, request.num_prompt_tokens)
+            self._count(decode, hashes, found.get(decode.link.number, 0))
 
     def _known(self, hashes: Sequence[bytes], sessions: tuple[int, int]) -> int | None:
         """Return the session that retains the longest of the prompts that this one goes on from."""

@@ -9,10 +9,11 @@ changed, so a placement costs what has changed and not what there is.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...common.kv_spec import KVCacheSpec
+from ...kvcache.thin import thin_rule
 from ...wire.workers import TransferReport, WorkerHello, WorkerStatus
 from .predictor import Predictor, distance
 from .prefix_index import PrefixIndex
@@ -47,6 +48,10 @@ class Pools:
         self.claimed: frozenset[int] = frozenset()  # sessions that are kept for requests that run alone
         self.block_size = 0  # of all workers; 0: none has joined yet
         self.spec: KVCacheSpec | None = None  # of all workers; None: none has joined yet
+
+    def held_blocks(self, hashes: Sequence[bytes], num_tokens: int) -> Mapping[int, int]:
+        """Return from how many leading blocks of a prompt of so many tokens each session's worker can go on."""
+        return self.prefix_index.match(hashes, thin_rule(self.spec, num_tokens))
 
     def __iter__(self) -> Iterator[RouterWorker]:
         return iter(list(self._workers.values()))

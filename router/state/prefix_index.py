@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...kvcache.thin import ThinRule, num_usable
 from ...wire.workers import CacheChange
 
 HASH_BYTES = 16
@@ -29,6 +30,7 @@ _NUM_SHARDS = 16384
 _CHUNK = 32  # of a prompt's hashes are unpacked at a time
 _WIPE_ENTRIES = 512  # looked at for each change, while a dead session's bit is wiped out
 _MAX_MASKS = 1 << 16
+_TWIN = (1 << 64) - 1  # what a key and its twin's differ by
 
 
 @dataclass(slots=True, eq=False)
@@ -91,8 +93,12 @@ class PrefixIndex:
             self._dying |= state.bit
             self._dead.append((state.slot, self._num_wiped))
 
-    def match(self, hashes: Sequence[bytes]) -> Mapping[int, int]:
-        """Return how many leading blocks each session holds, in any tier; those that lack the first are left out."""
+    def match(self, hashes: Sequence[bytes], num_thin: ThinRule | None = None) -> Mapping[int, int]:
+        """Return from how many leading blocks each session can go on, in any tier; those that lack the first are left
+        out. `num_thin`: None: none may be thin.
+        """
+        if num_thin is not None and num_thin(len(hashes)):
+            return self._match_in_any_form(hashes, num_thin)
         found: dict[int, int] = {}
         shards, which, held, depth = self._shards, self._which, self._alive, 0
         for start in range(0, len(hashes), _CHUNK):
@@ -107,6 +113,31 @@ class PrefixIndex:
                 depth += 1
         self._tell(held, depth, found)
         return found
+
+    def _match_in_any_form(self, hashes: Sequence[bytes], num_thin: ThinRule) -> Mapping[int, int]:
+        """Do the same where blocks may be thin, as those of long prompts: a key's twin is that of its thin one."""
+        found: dict[int, int] = {}
+        shards, which, held = self._shards, self._which, self._alive
+        thin: dict[int, list[int]] = {}  # places, by slot
+        for place, key in enumerate(_keys(b"".join(hashes))):
+            other = key ^ _TWIN
+            whole = held & shards[key & which].get(key, 0)
+            either = whole | held & shards[other & which].get(other, 0)
+            self._tell_usable(held ^ either, place, thin, num_thin, found)
+            for slot in _bits(either ^ whole):
+                thin.setdefault(slot, []).append(place)
+            held = either
+            if not held:
+                return found
+        self._tell_usable(held, len(hashes), thin, num_thin, found)
+        return found
+
+    def _tell_usable(
+        self, slots: int, depth: int, thin: Mapping[int, list[int]], num_thin: ThinRule, found: dict[int, int]
+    ) -> None:
+        for slot in _bits(slots):
+            if count := num_usable(depth, thin.get(slot, ()), num_thin):
+                found[self._session_of[slot]] = count
 
     def num_blocks(self, session: int) -> int:
         """Different blocks that the session holds, by what it has told."""

@@ -137,8 +137,8 @@ class Search:
         request = self.request
         if not request.block_hashes or not request.reuses_prefix:
             return {}
-        size = pools.block_size
-        return {session: blocks * size for session, blocks in pools.prefix_index.match(request.block_hashes).items()}
+        held = pools.held_blocks(request.block_hashes, request.num_prompt_tokens)
+        return {session: blocks * pools.block_size for session, blocks in held.items()}
 
     def _busy(self, pools: Pools, claimed: frozenset[int], now_s: float) -> frozenset[int]:
         refusing = [

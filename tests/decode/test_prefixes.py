@@ -10,6 +10,7 @@ import pytest
 from kvferry.common.request import SamplingParams
 from kvferry.kvcache.blocks import hash_blocks, prefix_salt
 from kvferry.kvcache.journal import CacheJournal
+from kvferry.kvcache.thin import ThinRule
 from kvferry.wire.tasks import FetchFrom, LocalTask
 
 from .bench import BLOCK, SPEC, Bench, first_token
@@ -50,8 +51,10 @@ class _Fetches:
     def __init__(self) -> None:
         self.begun: dict[str, tuple[list[bytes], Callable[[], None]]] = {}
 
-    def begin(self, key: str, hashes: Sequence[bytes], source: FetchFrom, on_end: Callable[[], None]) -> bool:
-        self.begun[key] = (list(hashes), on_end)
+    def begin(
+        self, key: str, hashes: Sequence[bytes], source: FetchFrom, rule: ThinRule, done: Callable[[], None]
+    ) -> bool:
+        self.begun[key] = (list(hashes), done)
         return True
 
 

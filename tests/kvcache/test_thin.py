@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.kvcache.blocks import BlockPool
-from kvferry.kvcache.journal import CacheJournal
 from kvferry.kvcache.prefix_cache import PrefixCache
-from kvferry.kvcache.thin import leading, num_thin_of, twin, usable
+from kvferry.kvcache.thin import leading, num_thin_of, thin_rule, twin, usable
 from kvferry.kvcache.tiers import TierIndex
 
 BLOCK = 4
@@ -26,6 +23,7 @@ SPEC = KVCacheSpec(
     windows=(0, 6),
     window_slack=9,
 )
+RULE = thin_rule(SPEC)
 FORMS = st.sampled_from(["none", "whole", "thin", "both"])
 
 
@@ -34,28 +32,24 @@ def _known(forms: list[str]) -> set[bytes]:
     return whole | {twin(HASHES[place]) for place, form in enumerate(forms) if form in ("thin", "both")}
 
 
-def _num_thin(num_blocks: int) -> int:
-    return SPEC.num_thin_blocks(num_blocks * BLOCK)
-
-
-def test_twins_are_each_others_and_share_the_half_that_routers_know() -> None:
+def test_twins_are_each_others() -> None:
     for name in HASHES:
-        assert twin(name) != name == twin(twin(name)) and twin(name)[:8] == name[:8]
+        assert twin(name) not in HASHES and twin(twin(name)) == name
 
 
 @given(st.lists(FORMS, max_size=len(HASHES)))
 def test_the_longest_prefix_is_found_whose_windows_lie_in_whole_blocks(forms: list[str]) -> None:
     known, hashes = _known(forms), HASHES[: len(forms)]
-    names = usable(hashes, known.__contains__, _num_thin)
+    names = usable(hashes, known.__contains__, RULE)
     assert known.issuperset(names)
 
     def can_go_on_from(count: int) -> bool:
-        reached = range(_num_thin(count), count)
+        reached = range(RULE(count), count)
         return "none" not in forms[:count] and all(forms[place] != "thin" for place in reached)
 
     assert len(names) == max(count for count in range(len(forms) + 1) if can_go_on_from(count))
     thin = [place for place, name in enumerate(names) if name != hashes[place]]
-    assert num_thin_of(names, hashes) == (thin[-1] + 1 if thin else 0) <= _num_thin(len(names))
+    assert num_thin_of(names, hashes) == (thin[-1] + 1 if thin else 0) <= RULE(len(names))
 
 
 def test_windows_reach_no_further_than_the_blocks_before_the_next_token() -> None:
@@ -69,55 +63,6 @@ def test_a_form_that_will_do_is_taken_where_the_other_is_not_there() -> None:
     known = _known(["thin", "both", "thin", "whole"])
     assert leading(HASHES, known.__contains__, 3) == [twin(HASHES[0]), HASHES[1], twin(HASHES[2]), HASHES[3]]
     assert leading(HASHES, known.__contains__, 2) == [twin(HASHES[0]), HASHES[1]]
-
-
-class _Told:
-    def __init__(self) -> None:
-        self.names: set[bytes] = set()
-
-    def stored(self, block_hash: bytes, tier: str = "") -> None:
-        self.names.add(block_hash[:8])
-
-    def evicted(self, block_hash: bytes, tier: str = "") -> None:
-        self.names.remove(block_hash[:8])
-
-
-def test_a_block_is_there_for_others_as_long_as_one_of_its_forms_is() -> None:
-    pool, told = BlockPool(2, BLOCK), _Told()
-    pool.listener = told
-    blocks = pool.allocate(2)
-    pool.publish(blocks[0], twin(HASHES[0]))
-    pool.publish(blocks[1], HASHES[0])
-    pool.free(blocks)
-    for left in (1, 0):
-        assert told.names == {HASHES[0][:8]}
-        pool.allocate(1)
-        assert len(list(pool.published())) == left
-    assert not told.names
-
-
-def test_a_tier_tells_of_a_block_as_long_as_one_of_its_forms_is_there() -> None:
-    tier, told = TierIndex(2), _Told()
-    tier.report_to(told, "host")
-    for name in (HASHES[0], twin(HASHES[0])):
-        tier.reserve(name)
-        tier.fill(name)
-    tier.discard(HASHES[0])
-    assert told.names == {HASHES[0][:8]}
-    tier.discard(twin(HASHES[0]))
-    assert not told.names
-
-
-def test_routers_learn_the_last_that_became_of_a_block_whatever_its_form() -> None:
-    journal = CacheJournal()
-    journal.add_tier("device", list)
-    journal.router_joined("r")
-    list(journal.drain())
-    for first, second in product((HASHES[0], twin(HASHES[0])), repeat=2):
-        journal.evicted(first)
-        journal.stored(second)
-        [(_, change)] = journal.drain()
-        assert (change.stored, change.evicted) == (second, b"")
 
 
 def _cache(forms: list[str], *, of_device: range, num_blocks: int = 16) -> PrefixCache:
@@ -146,8 +91,8 @@ def test_nothing_is_found_where_windows_reach_thin_blocks() -> None:
     cache = _cache(["whole", "thin", "thin", "whole"], of_device=range(4))
     assert len(cache.find(HASHES)) == 1, "behind four blocks windows reach the third"
     assert len(cache.find(HASHES, lambda num_blocks: 3)) == 4, "a reader who goes on elsewhere may have them"
-    shipped = cache.num_thin_shipped(16)
-    assert [shipped(count) for count in (4, 8, 12)] == [0, 0, 0], "a prompt of 16 tokens is shipped whole"
+    assert [cache.thin_rule(16)(count) for count in (4, 8, 12)] == [0, 0, 0], "a prompt of 16 tokens is shipped whole"
+    assert [cache.thin_rule(46)(count) for count in (4, 8, 12)] == [2, 6, 7], "of a longer one seven blocks are not"
 
 
 def test_what_is_promoted_for_a_reader_is_known_by_the_name_of_its_form() -> None:

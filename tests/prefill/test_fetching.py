@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvferry.kvcache.blocks import hash_blocks, prefix_salt
+from kvferry.kvcache.thin import ThinRule
 from kvferry.prefill.role import PrefillRole
 from kvferry.wire.tasks import Abort, FetchFrom
 
@@ -25,9 +26,16 @@ class _Fetches:
         self.cancelled: list[str] = []
 
     def begin(
-        self, key: str, hashes: Sequence[bytes], source: FetchFrom, on_end: Callable[[], None], *, spare: bool = False
+        self,
+        key: str,
+        hashes: Sequence[bytes],
+        source: FetchFrom,
+        rule: ThinRule,
+        done: Callable[[], None],
+        *,
+        spare: bool = False,
     ) -> bool:
-        self.begun[key] = (list(hashes), on_end)
+        self.begun[key] = (list(hashes), done)
         return self.is_needed
 
     def cancel(self, key: str) -> None:

@@ -12,9 +12,8 @@ from kvferry.decode import scheduler as decode_scheduler
 from kvferry.decode.sequence_blocks import SequenceBlocks
 from kvferry.kvcache import prefix_cache
 from kvferry.kvcache.prefix_cache import PrefixCache
-from kvferry.kvcache.thin import leading
+from kvferry.kvcache.thin import ThinRule, leading, thin_rule
 from kvferry.prefill import scheduler
-from kvferry.transfer.fetch import lending
 from kvferry.transfer.fetch.fetch import Part
 from kvferry.transfer.receive.reservation import Reservation
 
@@ -33,13 +32,9 @@ def _whole_name_of_part(self: Part, place: int) -> bytes:
     return self.hashes[place]
 
 
-def _any_form(hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: Callable[[int], int]) -> list[bytes]:
+def _any_form(hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: ThinRule) -> list[bytes]:
     """Whatever is there can be gone on from."""
     return leading(hashes, has, len(hashes))
-
-
-def _all_are_usable(are_thin: Sequence[bool], num_thin: Callable[[int], int]) -> int:
-    return len(are_thin)
 
 
 def _left_out_to_the_end(self: KVCacheSpec, num_tokens: int) -> int:
@@ -47,13 +42,9 @@ def _left_out_to_the_end(self: KVCacheSpec, num_tokens: int) -> int:
     return max(0, num_tokens - 2) // self.block_size if any(self.windows) else 0
 
 
-def _as_for_itself(self: PrefixCache, num_tokens: int) -> Callable[[int], int]:
+def _as_for_itself(self: PrefixCache, num_tokens: int | None = None) -> ThinRule:
     """What is shipped may be gone on from here, and is not there."""
-    return self.num_thin
-
-
-def _lent_in_any_form(hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: int) -> list[bytes]:
-    return leading(hashes, has, len(hashes))
+    return thin_rule(self._spec)
 
 
 class _ForgetsThin(SequenceBlocks):
@@ -93,25 +84,13 @@ BUGS = (
     Planted(
         "a prefill worker ships as whole what is thin there",
         frozenset({"H2", "F2"}),
-        ((PrefixCache, "num_thin_shipped", _as_for_itself),),
+        ((PrefixCache, "thin_rule", _as_for_itself),),
         within_seeds=2000,
-    ),
-    Planted(
-        "a thin block is lent where a whole one was asked for",
-        frozenset({"H2", "F2"}),
-        ((lending, "leading", _lent_in_any_form),),
-        within_seeds=400,
     ),
     Planted(
         "a sequence that comes back forgets which of its blocks are thin",
         frozenset({"H2", "F2"}),
         ((decode_scheduler, "SequenceBlocks", _ForgetsThin),),
-        within_seeds=2000,
-    ),
-    Planted(
-        "a sequence that comes back goes on from whatever blocks there are",
-        frozenset({"H2"}),
-        ((known_kv, "num_usable", _all_are_usable),),
         within_seeds=2000,
     ),
 )

@@ -25,6 +25,7 @@ from ...common import failpoints
 from ...common.clock import Clock
 from ...common.request import BlockId
 from ...kvcache.blocks import BlockPool
+from ...kvcache.thin import ThinRule
 from ...wire.fetches import KVFetchable, KVFetchDone, KVFetchRefused, KVFetchSums
 from ...wire.fields import Message
 from ...wire.tasks import FetchFrom
@@ -41,6 +42,7 @@ from .ranks import Reading
 # as large: whoever lends answers between its steps, and a long prefix comes by few answers.
 PART_BYTES = 512 << 20
 MAX_PART_BLOCKS = 4096
+_Call = Callable[[], None]
 
 
 class Fetches:
@@ -92,17 +94,15 @@ class Fetches:
     # --- prompts --------------------------------------------------------------------------------------------------
 
     def begin(
-        self, key: str, hashes: Sequence[bytes], source: FetchFrom, on_end: Callable[[], None], *, spare: bool = False
+        self, key: str, hashes: Sequence[bytes], source: FetchFrom, rule: ThinRule, done: _Call, *, spare: bool = False
     ) -> bool:
-        """Fetch what is missing of these leading blocks; `on_end` is called once, later. False: nothing is missing.
-
-        `key` names the prompt. One that is known already is fetched for it alone.
+        """Fetch what is missing of these leading blocks for the prompt `key`, which is then gone on from by `rule`.
+        `done` is called once, later. False: nothing is missing.
         """
         self.cancel(key)
         size = self._endpoint.spec.block_size
         hashes = hashes[: source.num_tokens // size]
-        num_thin = self._endpoint.spec.num_left_out(len(hashes) * size)
-        fetch = Fetch(key, source, hashes, on_end, self._clock.now(), num_thin, is_spare=spare)
+        fetch = Fetch(key, source, hashes, done, self._clock.now(), rule(len(hashes)), is_spare=spare)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes) or not self._room(fetch):
             self._pool.free(fetch.held)

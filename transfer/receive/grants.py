@@ -13,7 +13,7 @@ from ...common.kv_spec import KVCacheSpec
 from ...common.request import BlockId, RequestSpec
 from ...kvcache.blocks import BlockPool
 from ...kvcache.contents import Contents
-from ...kvcache.thin import leading, usable
+from ...kvcache.thin import leading, thin_rule, usable
 from ...wire.grants import GrantId, GrantInfo
 from ...wire.results import Grant, NoCapacity
 from ..protocol.handoff import mint_grant
@@ -101,8 +101,7 @@ class Grants:
 
     def _num_held(self, hashes: list[bytes]) -> int:
         """Count the leading blocks from which the prompt could be computed on here."""
-        size, num_thin = self._spec.block_size, self._spec.num_thin_blocks
-        return len(usable(hashes, self._pool.knows, lambda num_blocks: num_thin(num_blocks * size)))
+        return len(usable(hashes, self._pool.knows, thin_rule(self._spec)))
 
     def _no_capacity(self, spec: RequestSpec, reason: str, num_cached_tokens: int = 0) -> NoCapacity:
         return NoCapacity(

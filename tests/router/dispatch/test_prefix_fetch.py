@@ -38,10 +38,10 @@ def test_a_long_prefix_has_half_the_time_that_computing_it_takes(
     source, reader = _worker("lender", 1), _worker("reader", 2)
     pools = SimpleNamespace(
         named={"lender": source}.get,
-        prefix_index=SimpleNamespace(match=lambda hashes: {1: num_lent, 2: num_held}),
+        held_blocks=lambda hashes, num_tokens: {1: num_lent, 2: num_held},
         predictor=SimpleNamespace(prefill_s=lambda session, tokens, context: tokens * TOKEN_S if session == 2 else 0.0),
     )
-    request = SimpleNamespace(block_hashes=[b""])
+    request = SimpleNamespace(block_hashes=[b""], num_prompt_tokens=num_lent * BLOCK)
     found = fetch_from(cast("Any", pools), cast("Any", request), "lender", reader)
     assert (None if found is None else found.within_s) == within_s
     assert found is None or found.num_tokens == num_lent * BLOCK

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.kvcache.thin import thin_rule, twin, usable
 from kvferry.router.state.prefix_index import PrefixIndex
 from kvferry.wire.workers import CacheChange
 
@@ -30,6 +32,24 @@ def test_a_prompt_matches_as_many_leading_blocks_as_each_session_holds() -> None
     assert index.match(HASHES[:1]) == {1: 1, 2: 1}
     assert index.match(HASHES[5:]) == {7: 7}
     assert index.match([]) == {}
+
+
+RULE = thin_rule(
+    KVCacheSpec(model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", windows=(0, 9))
+)
+
+
+@given(st.lists(st.lists(st.sampled_from(["none", "whole", "thin", "both"]), max_size=len(HASHES)), max_size=4))
+def test_sessions_can_go_on_from_what_is_whole_as_far_as_windows_reach(told: list[list[str]]) -> None:
+    index, expected = PrefixIndex(num_shards=4), {}
+    for session, forms in zip(SESSIONS, told, strict=False):
+        whole = [HASHES[place] for place, form in enumerate(forms) if form in ("whole", "both")]
+        thin = [twin(HASHES[place]) for place, form in enumerate(forms) if form in ("thin", "both")]
+        index.on_change(session, _change(0, [*whole, *thin]))
+        if names := usable(HASHES, {*whole, *thin}.__contains__, RULE):
+            expected[session] = len(names)
+    assert index.match(HASHES, RULE) == expected
+    assert index.match(HASHES[:2], RULE) == index.match(HASHES[:2]), "of two blocks windows reach all"
 
 
 def test_what_is_evicted_matches_no_more() -> None:

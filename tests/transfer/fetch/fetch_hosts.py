@@ -12,7 +12,7 @@ import torch
 
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.kvcache.blocks import BlockPool, hash_blocks
-from kvferry.kvcache.thin import twin
+from kvferry.kvcache.thin import thin_rule, twin
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.transfer.backends.peers import Peers
@@ -163,7 +163,7 @@ class Pair:
         source = FetchFrom(
             worker_id="lender", kv_address=ADDRESS, num_tokens=SPEC.block_size * len(hashes), within_s=within_s
         )
-        return self.fetches.begin(key, hashes, source, lambda: self.ended.append(key))
+        return self.fetches.begin(key, hashes, source, thin_rule(self.lender.spec), lambda: self.ended.append(key))
 
     def deliver(self, *, to_lender: bool) -> bool:
         """One message."""

@@ -364,7 +364,7 @@ def test_a_fetch_moves_along_its_states_alone(pair: Pair) -> None:
                     fetch.advance(to)
 
 
-WINDOWED = msgspec.structs.replace(SPEC, windows=(0, 6))  # of five blocks no window reaches two, one block kept besides
+WINDOWED = msgspec.structs.replace(SPEC, windows=(0, 6))  # of five blocks no window reaches three
 
 
 @pytest.mark.parametrize("checksums", [False, True])
@@ -375,14 +375,14 @@ def test_what_no_window_reaches_is_not_read(checksums: bool, part_blocks: int) -
     assert pair.begin(HASHES[:5])
     pair.settle()
     pool = pair.fetcher.pool
-    blocks = pool.match_prefix([*map(twin, HASHES[:2]), *HASHES[2:5]])
+    blocks = pool.match_prefix([*map(twin, HASHES[:3]), *HASHES[3:5]])
     assert pool.num_cached_blocks == 5 and pair.fetches.num_failures == 0
-    assert not pair.fetcher.pages[1, blocks[:2]].any() and pair.fetcher.pages[1, blocks[2:]].all()
-    assert pair.fetches.num_bytes == pair.reader.num_bytes == (5 * 2 - 2) * SPEC.page_bytes()
+    assert not pair.fetcher.pages[1, blocks[:3]].any() and pair.fetcher.pages[1, blocks[3:]].all()
+    assert pair.fetches.num_bytes == pair.reader.num_bytes == (5 * 2 - 3) * SPEC.page_bytes()
     pair.check()
 
 
-@pytest.mark.parametrize(("num_thin", "num_lent"), [(2, 5), (3, 2)])
+@pytest.mark.parametrize(("num_thin", "num_lent"), [(3, 5), (4, 3)])
 def test_thin_blocks_are_lent_where_they_will_do(num_thin: int, num_lent: int) -> None:
     pair = Pair(num_blocks=24, spec=WINDOWED)
     for block, block_hash in zip(pair.lender.store(HASHES[:5], keep=True), HASHES[:num_thin], strict=False):
@@ -399,13 +399,13 @@ def test_thin_blocks_need_not_be_fetched_where_they_will_do() -> None:
     pair.lender.store(HASHES[:5])
     [first, second] = pair.fetcher.pool.allocate(2)
     pair.fetcher.pool.publish(first, twin(HASHES[0]))
-    pair.fetcher.pool.publish(second, twin(HASHES[2]))
+    pair.fetcher.pool.publish(second, twin(HASHES[3]))
     pair.fetcher.fill(first, HASHES[0])
-    pair.fetcher.fill(second, HASHES[2])
+    pair.fetcher.fill(second, HASHES[3])
     pair.fetcher.pool.free([first, second])
     assert pair.begin(HASHES[:5])
     question = pair.to_lender[0]
     assert isinstance(question, KVFetch)
-    assert (question.hashes, question.num_thin) == (b"".join(HASHES[1:5]), 1), "of the third block windows read"
+    assert (question.hashes, question.num_thin) == (b"".join(HASHES[1:5]), 2), "of the fourth block windows read"
     pair.settle()
     assert pair.fetcher.pool.num_cached_blocks == 6
