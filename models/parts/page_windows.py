@@ -9,8 +9,8 @@ from .uneven_heads import UnevenHeads
 # How far before a prompt's end a later one may part from it and still go on from its KV where windows' was left out:
 # templates drop thoughts, and add words. Less: such prompts are computed anew; more: more is shipped.
 SLACK_TOKENS = 256
-# Kernels read whole tiles of keys, and give those before a window a weight of zero, which does not silence NaN: what an
-# earlier owner left in a thin block must not be among them. The largest tile, of the exact kernels.
+# Kernels on CPUs read whole tiles of keys, and give those before a window a weight of zero, which does not silence NaN:
+# what an earlier owner left in a thin block must not be among them. The largest tile, of the exact ones.
 _TILE_TOKENS = 256
 _MAX_WINDOW = 1 << 19  # tokens; a larger one is none
 

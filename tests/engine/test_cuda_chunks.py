@@ -12,7 +12,7 @@ import transformers
 from kvferry.common.request import SampledToken
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
-from kvferry.engine.nn.attention.chunked_flashinfer import FlashInferChunkedAttention
+from kvferry.engine.nn.attention.flashinfer_parts import FlashInferParts
 
 from ..engine_driver import Driver, prompts
 from ..transformers_checkpoints import LLAMA_4, SMALL, write_model
@@ -48,7 +48,7 @@ def test_tokens_and_log_probabilities_are_those_of_transformers(checkpoints: Pat
     for eager, chunk in ((False, 10**9), (True, 10**9), (True, 37)):
         engine = _engine(checkpoints / variant, enforce_eager=eager)
         assert isinstance(engine.runner, CudaRunner)
-        assert isinstance(engine.runner._attention, FlashInferChunkedAttention)
+        assert isinstance(engine.runner._attention, FlashInferParts)
         assert (engine.runner.pieces is None) == eager
         found.append(_generate(engine, chunk, LENGTHS))
         _judge(checkpoints / variant, list(zip(prompts(LENGTHS), found[-1], strict=True)))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ....common.errors import ConfigError
-from ....models.parts.chunks import has_chunks
 from .base import PLAIN_SCORES, AttentionBackend, LayerPages, Scores
 from .uneven import UnevenAttention
 
@@ -92,12 +91,8 @@ def _flashinfer(
             workspace=workspace,
         )
 
-    if not isinstance(pages, Tensor):
-        from .uneven_flashinfer import uneven_attention
+    if isinstance(pages, Tensor) and not any(sliding_windows):
+        return make(pages, sliding_windows)
+    from .flashinfer_parts import attention_in_parts
 
-        return uneven_attention(pages, sliding_windows, make)
-    if has_chunks(sliding_windows):
-        from .chunked_flashinfer import FlashInferChunkedAttention
-
-        return FlashInferChunkedAttention(sliding_windows, pages, make)
-    return make(pages, sliding_windows)
+    return attention_in_parts(pages, sliding_windows, make)

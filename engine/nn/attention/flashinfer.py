@@ -73,7 +73,7 @@ class FlashInferAttention:
         self.dtype = query_dtype or first.dtype
         if self.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(f"flashinfer does not attend in {self.dtype}; use --dtype bfloat16 on CUDA")
-        self._num_blocks, _, self._num_kv_heads, self._block_size, self._head_dim = first.shape
+        self._num_blocks, _, self._num_kv_heads, self.block_size, self._head_dim = first.shape
         if self._head_dim not in _HEAD_DIMS:
             raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
         if self._head_dim == _OLDER_HEAD_DIM and self._kv_dtype != self.dtype:
@@ -159,7 +159,7 @@ class FlashInferAttention:
             self._num_qo_heads,
             self._num_kv_heads,
             self._head_dim,
-            self._block_size,
+            self.block_size,
             window_left=window_left(window),
             q_data_type=self.dtype,
             kv_data_type=self._kv_dtype,
@@ -177,7 +177,7 @@ class FlashInferAttention:
                 self._num_qo_heads,
                 self._num_kv_heads,
                 self._head_dim,
-                self._block_size,
+                self.block_size,
                 causal=True,
                 window_left=window_left(window),
                 q_data_type=self._kv_dtype if self._narrows else self.dtype,
