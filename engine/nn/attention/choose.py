@@ -79,20 +79,22 @@ def _flashinfer(
         return FlashInferLatentAttention(pages, num_qo_heads, scores)
     from .flashinfer import FlashInferAttention
 
-    def make(own: LayerPages, windows: Sequence[int | None], workspace: Tensor | None = None) -> FlashInferAttention:
+    def make(
+        own: LayerPages, layers: Sequence[int], window: int | None, workspace: Tensor | None = None
+    ) -> FlashInferAttention:
         return FlashInferAttention(
             own,
             num_qo_heads,
-            windows,
+            [window] * len(layers),
             query_dtype=query_dtype,
-            kv_scales=kv_scales,
+            kv_scales=None if kv_scales is None else [kv_scales[layer] for layer in layers],
             narrow_queries=narrow_queries,
             scores=scores,
             workspace=workspace,
         )
 
     if isinstance(pages, Tensor) and not any(sliding_windows):
-        return make(pages, sliding_windows)
+        return make(pages, range(len(pages)), None)
     from .flashinfer_parts import attention_in_parts
 
     return attention_in_parts(pages, sliding_windows, make)

@@ -25,10 +25,10 @@ from .uneven import by_shape
 
 
 class Make(Protocol):
-    """Makes attention of some layers' pages, and of their windows."""
+    """Makes attention of some layers' pages: of those with these numbers, and of one window."""
 
     def __call__(
-        self, own: LayerPages, windows: Sequence[int | None], workspace: Tensor | None = None
+        self, own: LayerPages, layers: Sequence[int], window: int | None, workspace: Tensor | None = None
     ) -> FlashInferAttention: ...
 
 
@@ -56,7 +56,7 @@ def attention_in_parts(pages: LayerPages, windows: Sequence[int | None], make: M
             numbers = {layer: Place(len(parts), n) for n, layer in enumerate(layers) if windows[layer] == window}
             places |= numbers
             hidden = None if isinstance(window, Chunk) else window
-            attention = make(own, [hidden] * len(layers), parts[0].attention.workspace if parts else None)
+            attention = make(own, layers, hidden, parts[0].attention.workspace if parts else None)
             parts.append(Part(attention, cut_of(window, attention.block_size)))
     return FlashInferParts(parts, [places[layer] for layer in range(len(windows))])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvferry.common.errors import ConfigError
 from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
+from kvferry.engine.nn.attention.choose import make_attention
 from kvferry.engine.nn.attention.latent_flashinfer import FlashInferLatentAttention
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 
@@ -124,6 +125,38 @@ def test_pages_in_8_bits_are_attended_to_as_what_they_stand_for(
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max())))
     written = pages[0, 4, 0, :, 3].float().cpu() * scales[0]  # the first row's token
     assert torch.equal(written, _e4m3(k[0], scales[0]))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not has_flashinfer, reason="needs the extra kvferry[gpu]")
+@pytest.mark.parametrize("is_uneven", [False, True])
+def test_each_layer_has_its_window_and_its_scales_whatever_part_it_is_in(is_uneven: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    dims = (64, 128, 64, 128) if is_uneven else (64,) * 4
+    windows, scales = [5, None, 20, None], [(0.5, 0.02), (1.0, 0.25), (0.1, 2.0), (2.0, 0.5)]
+    stored = [torch.randn(16, 2, 2, 16, dim, generator=generator).to(torch.float8_e4m3fn) for dim in dims]
+    wide = [
+        pages.float() * torch.tensor(scale).view(1, 2, 1, 1, 1) for pages, scale in zip(stored, scales, strict=True)
+    ]
+    there = [pages.cuda() for pages in stored]
+    gpu = make_attention(
+        "flashinfer",
+        there if is_uneven else torch.stack(there),
+        8,
+        windows,
+        query_dtype=torch.bfloat16,
+        kv_scales=scales,
+    )
+    gpu.plan(_metadata())
+    for layer, dim in enumerate(dims):
+        cpu = CPUAttention([wide[layer]], 8, [windows[layer]])
+        cpu.plan(_metadata())
+        q, k, v = torch.split(torch.randn(12, 12, dim, generator=generator).bfloat16(), [8, 2, 2], 1)
+        keys, values = (_e4m3(x, scale) for x, scale in zip((k, v), scales[layer], strict=True))
+        expected = cpu.forward(q.float(), keys, values, 0)
+        out = gpu.forward(q.cuda(), k.cuda(), v.cuda(), layer).cpu().float()
+        torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.gpu
