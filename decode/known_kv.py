@@ -13,7 +13,7 @@ from ..common.request import Sequence
 from ..kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from ..kvcache.prefix_cache import PrefixCache, PrefixHit
 from ..kvcache.swap import SwapSpace
-from ..kvcache.thin import ThinRule, name_of, num_usable, twin
+from ..kvcache.thin import ThinRule, forms, name_of, num_usable
 
 
 class KnownKV:
@@ -46,41 +46,37 @@ class KnownKV:
         hashes, saved = self.reusable_hashes(seq), self._swap.saved(seq)
         if saved is None:
             return self._cache.find(hashes), []
-        found, loads, thin = PrefixHit(), list[int](), list[int]()
-        num_thin = self._spec.num_thin_blocks(saved.num_tokens)
-        place, is_whole = 0, True
+        names, thin = list[bytes | None](), list[int]()  # of leading blocks, None: saved; places of the thin ones
+        num_thin, is_whole = self._spec.num_thin_blocks(saved.num_tokens), True
         while is_whole:
-            forms = hashes[place : place + 1]
-            if place < min(num_thin, len(hashes)):
-                forms = [*forms, twin(forms[0])]
-            if name := next(filter(self._pool.knows, forms), None):
-                found.hits[place] = self._pool.match_prefix([name])[0]
-            elif place in saved.slots:
-                loads.append(place)
+            place = len(names)
+            ways = forms(hashes, place, num_thin)
+            name = next(filter(self._pool.knows, ways), None)
+            if name is None and place in saved.slots:
                 is_whole = (place + 1) * self._pool.block_size <= saved.num_tokens
-            elif name := next(filter(self._cache.has_in_host, forms), None):
-                found.promoted[place] = name
-            else:
+            elif name is None and (name := next(filter(self._cache.has_in_host, ways), None)) is None:
                 break
             if place < seq.num_thin_blocks if name is None else name != hashes[place]:
                 thin.append(place)
-            place += 1
-        return self._as_far_as_usable(found, loads, num_usable(place, thin, self._thin_rule(saved.num_tokens)), thin)
+            names.append(name)
+        return self._placed(names[: num_usable(len(names), thin, self._thin_rule(saved.num_tokens))], thin)
 
     def _thin_rule(self, num_tokens: int) -> ThinRule:
         """Return the rule where the last of what was saved, of so many tokens, may be a part of a block."""
         size, num_thin = self._pool.block_size, self._spec.num_thin_blocks
         return lambda num_blocks: num_thin(min(num_blocks * size, num_tokens))
 
-    @staticmethod
-    def _as_far_as_usable(found: PrefixHit, loads: list[int], end: int, thin: list[int]) -> tuple[PrefixHit, list[int]]:
-        """Leave out the blocks behind which windows would reach thin ones."""
-        usable = PrefixHit(
-            {place: block for place, block in found.hits.items() if place < end},
-            {place: name for place, name in found.promoted.items() if place < end},
-            max((place + 1 for place in thin if place < end), default=0),
-        )
-        return usable, [place for place in loads if place < end]
+    def _placed(self, names: list[bytes | None], thin: list[int]) -> tuple[PrefixHit, list[int]]:
+        """Say where blocks of these names lie, and which places have none: they were saved."""
+        found = PrefixHit(num_thin=max((place + 1 for place in thin if place < len(names)), default=0))
+        for place, name in enumerate(names):
+            if name is None:
+                continue
+            if (block := self._pool.block_of(name)) is not None:
+                found.hits[place] = block
+            else:
+                found.promoted[place] = name
+        return found, [place for place, name in enumerate(names) if name is None]
 
     def _hash(self, seq: Sequence) -> None:
         """Hash all known full blocks, those that are not computed yet among them."""

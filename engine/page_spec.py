@@ -22,12 +22,14 @@ def with_block_size(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
 def block_spec(model: ModelConfig, block_size: int, dtype: torch.dtype, draft: DraftModel | None) -> KVCacheSpec:
     """Return the contents of a block, but for what is known at the end of a start."""
     spec = _layers_spec(model, block_size, dtype)
-    if model.states is not None:
-        num_states = model.states.num_pages(spec.page_bytes())
-        windows = page_windows(model, num_states)
-        return msgspec.structs.replace(spec, num_layers=spec.num_layers + num_states, windows=windows)
-    behind = draft.num_pages if draft is not None else 0
-    return msgspec.structs.replace(spec, num_layers=spec.num_layers + behind)
+    num_states = 0 if model.states is None else model.states.num_pages(spec.page_bytes())
+    behind = num_states if model.states is not None or draft is None else draft.num_pages
+    return msgspec.structs.replace(
+        spec,
+        num_layers=spec.num_layers + behind,
+        windows=page_windows(model, num_states),
+        window_slack=SLACK_TOKENS,
+    )
 
 
 def _layers_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVCacheSpec:
@@ -40,6 +42,4 @@ def _layers_spec(model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVC
         block_size=block_size,
         dtype=str(dtype).removeprefix("torch."),
         layout="HND" if model.latent is None else "latent",
-        windows=page_windows(model),
-        window_slack=SLACK_TOKENS,
     )

@@ -39,10 +39,20 @@ def thin_rule(spec: KVCacheSpec | None, num_tokens: int | None = None) -> ThinRu
     return lambda num_blocks: min(may_be_thin(num_blocks * size), left_out)
 
 
+def name_at(hashes: Sequence[bytes], place: int, num_thin: int) -> bytes:
+    """Return the name by which a prompt's block is published, the first `num_thin` of which are thin."""
+    return twin(hashes[place]) if place < num_thin else hashes[place]
+
+
 def name_of(seq: TokenSequence, place: int) -> bytes:
     """Return the name by which a sequence's full block is published."""
-    block_hash = seq.block_hashes[place]
-    return twin(block_hash) if place < seq.num_thin_blocks else block_hash
+    return name_at(seq.block_hashes, place, seq.num_thin_blocks)
+
+
+def forms(hashes: Sequence[bytes], place: int, num_thin: int) -> list[bytes]:
+    """Return the names of a prompt's block in the forms that will do, the whole one first; none behind its last."""
+    whole = list(hashes[place : place + 1])
+    return whole + [twin(block_hash) for block_hash in whole if place < num_thin]
 
 
 def leading(hashes: Sequence[bytes], has: Callable[[bytes], bool], num_thin: int) -> list[bytes]:

@@ -61,16 +61,12 @@ def draft_models(engine: EngineConfig) -> list[ModelConfig]:
 
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
-    page = _page_token_bytes(engine, model)
-    if model.states is not None:
-        return page * (model.num_kv_pages + _num_state_pages(engine, model))
-    drafts = (num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
-    return page * (model.num_kv_pages + sum(drafts))
+    return _pages_spec(engine, model).num_layers * _page_token_bytes(engine, model)
 
 
 def handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
     """Return the bytes of a prompt's blocks on one rank as a handoff sends them: without what nobody reads any more."""
-    spec = _shipped_spec(engine, model)
+    spec = _pages_spec(engine, model)
     num_pages = spec.num_pages(spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens))
     return num_pages * spec.block_size * _page_token_bytes(engine, model)
 
@@ -79,7 +75,7 @@ def last_handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int
     """Return those that are shipped when all is computed: the last layer's, or states of the last step's blocks,
     which follow all layers.
     """
-    spec = _shipped_spec(engine, model)
+    spec = _pages_spec(engine, model)
     num_blocks, num_thin = spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens)
     if model.states is not None:
         last_step = (num_tokens - 1) % engine.max_num_batched_tokens + 1
@@ -88,13 +84,15 @@ def last_handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int
     return num_last * spec.block_size * _page_token_bytes(engine, model)
 
 
-def _shipped_spec(engine: EngineConfig, model: ModelConfig) -> KVCacheSpec:
-    """Return which pages of which blocks are shipped; sizes of heads are not told."""
+def _pages_spec(engine: EngineConfig, model: ModelConfig) -> KVCacheSpec:
+    """Return which pages blocks have, and which of them are shipped; sizes of heads are not told."""
     num_states = _num_state_pages(engine, model)
-    drafts = sum(num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
+    behind = num_states
+    if model.states is None:
+        behind = sum(num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
     return KVCacheSpec(
         model="",
-        num_layers=model.num_kv_pages + num_states + drafts,
+        num_layers=model.num_kv_pages + behind,
         num_kv_heads=1,
         head_dim=1,
         block_size=block_tokens(engine, model),

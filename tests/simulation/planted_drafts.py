@@ -68,7 +68,7 @@ def _ship_too_early(self: LayerShipper, blocks: _Blocks, layer: int, event: GpuE
     """A draft model's layers leave with its target's first one."""
     if layer < SPEC.num_layers:
         _ready(self, blocks, layer, event)
-    if layer == 0 and self._num_layers > SPEC.num_layers:
+    if layer == 0 and self._spec.num_layers > SPEC.num_layers:
         _ready(self, blocks, SPEC.num_layers, event)
 
 

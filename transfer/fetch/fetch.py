@@ -13,7 +13,7 @@ from enum import Enum
 
 from ...common.errors import InvalidTransition
 from ...common.request import BlockId
-from ...kvcache.thin import twin
+from ...kvcache.thin import forms, name_at
 from ...wire.tasks import FetchFrom
 
 _ANSWER_SHARE = 0.5  # of the time that a fetch has: whoever lends answers between steps, or may be gone
@@ -68,7 +68,7 @@ class Part:
 
     def name(self, place: int) -> bytes:
         """Return the name by which one of its blocks is published."""
-        return twin(self.hashes[place]) if place < self.num_thin else self.hashes[place]
+        return name_at(self.hashes, place, self.num_thin)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,8 +97,7 @@ class Fetch:
 
     def next_forms(self) -> list[bytes]:
         """Return the names of the first block that is not found, of which either will do."""
-        block_hash = self.hashes[self.num_found]
-        return [block_hash, twin(block_hash)] if self.num_found < self.num_thin else [block_hash]
+        return forms(self.hashes, self.num_found, self.num_thin)
 
     def advance(self, to: FetchState) -> None:
         if to not in _NEXT[self.state]:

@@ -123,9 +123,10 @@ class Fetches:
         """Take what has come into the cache, and leave out what is not to be asked for."""
         while fetch.num_found < len(fetch.hashes):
             forms = fetch.next_forms()
-            found = self._pool.match_prefix([name for name in forms if self._pool.knows(name)][:1])
-            if not found and not any(map(self._also_held, forms)):
+            name = next(filter(self._pool.knows, forms), None)
+            if name is None and not any(map(self._also_held, forms)):
                 return
+            found = [] if name is None else self._pool.match_prefix([name])
             self._pool.pin(found)
             fetch.held += found
             fetch.num_found += 1
@@ -182,8 +183,9 @@ class Fetches:
         fetch.advance(FetchState.READING)
         part.blocks = self._pool.allocate(count)
         part.waits_for = set(range(self._endpoint.tp_size))
-        blocks, num_thin = (tuple(part.blocks), message.block_ids), min(part.num_thin, count)
-        self._reading.read(part.fetch_id, part.kv_address, message.ranks, *blocks, num_thin, part.has_checksums)
+        part.num_thin = min(part.num_thin, count)
+        blocks = tuple(part.blocks), message.block_ids
+        self._reading.read(part.fetch_id, part.kv_address, message.ranks, *blocks, part.num_thin, part.has_checksums)
 
     def on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
         """One rank's reads of a part."""
@@ -227,8 +229,7 @@ class Fetches:
         fetch.num_parts += 1
         fetch.held += part.blocks
         fetch.num_found += len(part.blocks)
-        num_thin = min(part.num_thin, len(part.blocks))
-        fetch.num_bytes += self._endpoint.spec.worker_bytes(len(part.blocks), self._endpoint.tp_size, num_thin)
+        fetch.num_bytes += self._endpoint.spec.worker_bytes(len(part.blocks), self._endpoint.tp_size, part.num_thin)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes):
             self._end(fetch)

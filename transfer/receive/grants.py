@@ -140,7 +140,6 @@ class Grants:
             router_id=router_id,
             grant=mint_grant(self._key, grant, spec.request_id, spec.attempt),
             block_hashes=hashes,
-            num_thin=self._spec.num_left_out(spec.num_prompt_tokens),
             hit_blocks=hits,
             block_ids=blocks[:num_shipped],
             copy_blocks=blocks[num_shipped:],

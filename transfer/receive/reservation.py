@@ -15,7 +15,7 @@ from enum import Enum
 
 from ...common.errors import InvalidTransition
 from ...common.request import BlockId, RequestSpec
-from ...kvcache.thin import twin
+from ...kvcache.thin import name_at
 from ...wire.grants import GrantInfo
 from ...wire.results import ChoiceTokens
 from .processes import ProcessWatch
@@ -84,7 +84,6 @@ class Reservation:
     router_id: str
     grant: GrantInfo
     block_hashes: list[bytes]  # of the prompt's full blocks
-    num_thin: int  # leading ones that may be thin, or come so
     hit_blocks: list[BlockId]
     block_ids: list[BlockId]
     copy_blocks: list[BlockId]  # for the other choices' copies of a partial last block
@@ -98,12 +97,17 @@ class Reservation:
 
     def names(self) -> list[bytes]:
         """Return the names by which the prompt's full blocks are published."""
-        return [*map(twin, self.block_hashes[: self.num_thin]), *self.block_hashes[self.num_thin :]]
+        return [name_at(self.block_hashes, place, self.num_thin) for place in range(len(self.block_hashes))]
 
     def advance(self, to: ReservationState, now: float) -> None:
         if to not in _NEXT[self.state]:
             raise InvalidTransition(f"reservation {self.grant.grant_id.epoch}: {self.state.value} to {to.value}")
         self.state, self.since = to, now
+
+    @property
+    def num_thin(self) -> int:
+        """Count the leading blocks that may be thin, or come so."""
+        return self.grant.spec.num_left_out(self.num_tokens)
 
     @property
     def num_tokens(self) -> int:

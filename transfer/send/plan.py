@@ -30,15 +30,17 @@ class ShipPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     num_thin: int = 0  # leading ones that are shipped thin (`kvcache/thin.py`)
 
 
-def _plan(open_id: int, seq: Sequence, grant: GrantInfo, first: int, end: int) -> ShipPlan:
+def _plan(
+    open_id: int, seq: Sequence, grant: GrantInfo, first: int, end: int, *, all_layers: bool = False, last: bool = False
+) -> ShipPlan:
     """Plan the prompt's blocks [first, end) less those that the decode worker holds."""
     held = grant.num_computed_tokens // grant.spec.block_size
     first = max(first, held)
     if first >= end:
-        return ShipPlan(open_id, (), ())
+        return ShipPlan(open_id, (), (), all_layers, last)
     num_thin = num_thin_behind(grant.spec, grant.num_tokens, first, end - first)
     remote = grant.block_ids[first - held : end - held]
-    return ShipPlan(open_id, tuple(seq.block_table[first:end]), remote, num_thin=num_thin)
+    return ShipPlan(open_id, tuple(seq.block_table[first:end]), remote, all_layers, last, num_thin)
 
 
 def plan_chunk(open_id: int, seq: Sequence, grant: GrantInfo, num_tokens: int) -> ShipPlan:
@@ -49,11 +51,10 @@ def plan_chunk(open_id: int, seq: Sequence, grant: GrantInfo, num_tokens: int) -
     end = len(seq.block_table) if last else end_token // block_size
     is_first = seq.num_computed_tokens == seq.num_cached_tokens
     start_token = seq.num_computed_tokens - (seq.num_promoted_tokens if is_first else 0)
-    return msgspec.structs.replace(_plan(open_id, seq, grant, start_token // block_size, end), last=last)
+    return _plan(open_id, seq, grant, start_token // block_size, end, last=last)
 
 
 def plan_hits(open_id: int, seq: Sequence, grant: GrantInfo) -> ShipPlan:
     """Blocks that the prefix cache held when the prompt started: complete in all layers."""
     num_tokens = seq.num_cached_tokens - seq.num_promoted_tokens
-    plan = _plan(open_id, seq, grant, 0, num_tokens // grant.spec.block_size)
-    return msgspec.structs.replace(plan, all_layers=True)
+    return _plan(open_id, seq, grant, 0, num_tokens // grant.spec.block_size, all_layers=True)

@@ -36,19 +36,15 @@ class _Blocks(NamedTuple):
     open_id: int
     local: npt.NDArray[np.int32]
     remote: npt.NDArray[np.int32]
-    are_whole: npt.NDArray[np.bool_]
+    whole: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]  # ours and theirs, of those that are not thin
     last: bool
 
     @classmethod
     def from_plan(cls, plan: ShipPlan) -> _Blocks:
         local, remote = np.array(plan.local_blocks, dtype=np.int32), np.array(plan.remote_blocks, dtype=np.int32)
         order = np.argsort(local)
-        return cls(plan.open_id, local[order], remote[order], order >= plan.num_thin, plan.last)
-
-    def whole(self) -> _Blocks:
-        """Return those that layers with windows ship as well."""
-        local, remote = self.local[self.are_whole], self.remote[self.are_whole]
-        return self._replace(local=local, remote=remote, are_whole=self.are_whole[self.are_whole])
+        whole = order[order >= plan.num_thin]
+        return cls(plan.open_id, local[order], remote[order], (local[whole], remote[whole]), plan.last)
 
 
 class LayerShipper:
@@ -64,7 +60,6 @@ class LayerShipper:
         self._thread = thread
         self._sender = sender
         self._spec = spec
-        self._num_layers = spec.num_layers
         self._layer_event = layer_event
         self._blocks: list[_Blocks] = []
 
@@ -76,14 +71,14 @@ class LayerShipper:
                 if len(blocks.local) or blocks.last:
                     self._blocks.append(blocks)
                 continue
-            for layer in range(self._num_layers):
+            for layer in range(self._spec.num_layers):
                 self._ready(blocks, layer, None)  # earlier steps wrote them, and those have ended
 
     def on_layer(self, layer: int) -> None:
         if not self._blocks:
             return
         event = self._layer_event()
-        is_last = layer == self._num_layers - 1
+        is_last = layer == self._spec.num_layers - 1
         for blocks in self._blocks:
             self._ready(blocks, layer, event)
             if blocks.last and is_last:
@@ -92,10 +87,9 @@ class LayerShipper:
             self._blocks = []  # the next step may be another role's
 
     def _ready(self, blocks: _Blocks, layer: int, event: GpuEvent | None) -> None:
-        if self._spec.is_windowed(layer):
-            blocks = blocks.whole()
-        if len(blocks.local):
-            self._thread.call_after(event, self._sender.pages_ready, blocks.open_id, layer, blocks.local, blocks.remote)
+        local, remote = blocks.whole if self._spec.is_windowed(layer) else (blocks.local, blocks.remote)
+        if len(local):
+            self._thread.call_after(event, self._sender.pages_ready, blocks.open_id, layer, local, remote)
 
 
 # All that rank 0 has every rank do about shipments and reads.

@@ -41,7 +41,6 @@ class CutGraphAttention:
         self._attention: GraphAttention = attention.for_graph(self._own)
 
     def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:
-        self._index.paged_kv_indptr.copy_(indptr, non_blocking=True)  # perhaps no layer sees whole rows
         positions = (indptr.diff() - 1) * self._block_size + last_page_len - 1
         counts = positions // self._block_size + 1 - self._cut.first_page(positions)
         torch.cumsum(counts, 0, dtype=torch.int32, out=self._indptr[1:])

@@ -53,8 +53,7 @@ def attention_in_parts(pages: LayerPages, windows: Sequence[int | None], make: M
     for layers in groups:
         own: LayerPages = pages if isinstance(pages, Tensor) else [pages[layer] for layer in layers]
         for window in dict.fromkeys(windows[layer] for layer in layers):
-            numbers = {layer: Place(len(parts), n) for n, layer in enumerate(layers) if windows[layer] == window}
-            places |= numbers
+            places |= {layer: Place(len(parts), n) for n, layer in enumerate(layers) if windows[layer] == window}
             hidden = None if isinstance(window, Chunk) else window
             attention = make(own, layers, hidden, parts[0].attention.workspace if parts else None)
             parts.append(Part(attention, cut_of(window, attention.block_size)))
@@ -110,7 +109,9 @@ class FlashInferParts:
             attention.warm_up()
 
     def for_graph(self, index: PageIndex) -> GraphAttention:
-        return GraphParts([self._for_graph(number, index) for number in range(len(self.parts))], self.places)
+        graphs = [self._for_graph(number, index) for number in range(len(self.parts))]
+        is_unfilled = all(cut is not None for _, cut in self.parts)  # where no part sees whole rows, which fills it
+        return GraphParts(graphs, self.places, index.paged_kv_indptr if is_unfilled else None)
 
     def _for_graph(self, number: int, index: PageIndex) -> GraphAttention:
         attention, cut = self.parts[number]
@@ -123,10 +124,13 @@ class FlashInferParts:
 class GraphParts:
     """Implements `GraphAttention`."""
 
-    def __init__(self, parts: Sequence[GraphAttention], places: Sequence[Place]) -> None:
-        self._parts, self._places = parts, places
+    def __init__(self, parts: Sequence[GraphAttention], places: Sequence[Place], unfilled: Tensor | None) -> None:
+        """`unfilled`: the indptr of whole rows, where no part's plan fills it."""
+        self._parts, self._places, self._unfilled = parts, places, unfilled
 
     def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:
+        if self._unfilled is not None:
+            self._unfilled.copy_(indptr, non_blocking=True)
         for part in self._parts:
             part.plan(indptr, last_page_len, num_pages)
 
