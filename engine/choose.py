@@ -177,7 +177,7 @@ def _narrow_float8(decoder: Decoder, device: torch.device) -> None:
 
     if device.type == "cuda" and (count := narrow(decoder, device)):
         log.info("quantized_weights", products="fp8", linears=count)
-    else:
+    elif not any(isinstance(linear.weight, GroupedWeight) for linear in decoder.linears()):
         log.info("quantized_weights", widened_to=str(decoder.dtype).removeprefix("torch."), reason="no products of FP8")
 
 

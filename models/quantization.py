@@ -25,6 +25,7 @@ LAYER_TABLE = "model.embed_tokens_per_layer"  # what each layer is given of a to
 CARD_ROWS = 128
 FLOAT8_CAPABILITY = (9, 0)  # of GPUs whose products of 8-bit floats take a scale for each row and each column
 FLOAT8_MULTIPLE = 16  # numbers: of which such products take rows and columns
+KEPT_GROUP = 16  # inputs: groups of multiples are multiplied by as they are (`engine/cuda/coded_kernel.py`)
 
 
 @dataclass(slots=True, frozen=True)
@@ -111,6 +112,21 @@ class Quantization:
     def has_float8(self, modules: Iterable[str]) -> bool:
         """Tell whether all parts of the matrix that these are fused into are 8-bit floats, stored or once loaded."""
         return all(kept is not None and kept.is_float8 for kept in map(self.storage, modules))
+
+    def kept_float8(self, modules: Iterable[str], num_inputs: int, *, has_products: bool) -> Form | None:
+        """Return the form of a rank's part of a matrix whose stored 8-bit floats a GPU keeps; None: it does not.
+
+        Blocks of outputs and inputs become groups of inputs, as large as its `num_inputs` let them be. `has_products`:
+        the GPU multiplies by 8-bit floats with a scale for each output, of which such a matrix is better made.
+        """
+        storages = [*map(self.storage, modules)]
+        if not all(kept is not None and kept.layout == "float8" for kept in storages):
+            return None
+        widths = [kept.block[1] for kept in storages if kept is not None and kept.sharing == "block"]
+        group_size = math.gcd(num_inputs, *widths)
+        if group_size % KEPT_GROUP or (has_products and group_size == num_inputs):
+            return None
+        return Form(8, group_size, has_minima=False, is_e4m3=True)
 
     def rounds_to_float8(self, modules: Iterable[str]) -> bool:
         """Tell whether the matrix that these are fused into is rounded to 8-bit floats while it is loaded."""

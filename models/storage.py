@@ -24,12 +24,13 @@ _INT4_GROUP = 128  # of `--quantization int4`: what most checkpoints of 4 bits h
 
 
 class Form(NamedTuple):
-    """The form of a matrix in memory: whole numbers with a scale, maybe a minimum, for each group of inputs."""
+    """The form of a matrix in memory: small numbers with a scale, maybe a minimum, for each group of inputs."""
 
     bits: int
     group_size: int
     has_minima: bool
     is_e2m1: bool = False  # each of 4 bits is a float: sign, exponent of 2 and a binary place
+    is_e4m3: bool = False  # each of 8 bits is a float
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         scales = (2 if self.has_minima else 1) * num_inputs // self.group_size
@@ -41,7 +42,7 @@ class Form(NamedTuple):
 
         Larger groups are several of the same scale.
         """
-        if self.is_e2m1:
+        if self.is_e2m1 or self.is_e4m3:
             return 0
         size = math.gcd(self.group_size, _CARD_GROUPS[1])
         return size if size >= _CARD_GROUPS[0] else 0

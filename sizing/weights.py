@@ -154,6 +154,8 @@ class WeightCounter:
             return self._stacked_bytes(matrix)
         if self._quantization is None or makes_heads(matrix):
             return self._plain_bytes(matrix)
+        if (form := self._kept_float8(matrix)) is not None:
+            return form.num_bytes(matrix.num_outputs, matrix.num_inputs)
         form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         if form is None and self._has_float8 and self._quantization.has_float8(matrix.modules):
             return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
@@ -167,6 +169,12 @@ class WeightCounter:
         numbers = num_groups * _padded(form.group_size, _GROUP_UNIT) * form.bits // 8
         scales = num_groups * (2 if form.has_minima else 1) * self._scale_bytes(matrix.modules[0], form)
         return round(_padded(matrix.num_outputs, _TILE_OUTPUTS) * (numbers + scales))
+
+    def _kept_float8(self, matrix: Matrix) -> Form | None:
+        """Return the form of a matrix whose 8-bit floats a GPU keeps as they are stored; None: it has another."""
+        if not self._on_gpu or self._quantization is None or self._item_bytes != ITEM_BYTES["bfloat16"]:
+            return None
+        return self._quantization.kept_float8(matrix.modules, matrix.num_inputs, has_products=self._has_float8)
 
     def _card_form(self, matrix: Matrix) -> Form | None:
         """Return the form of a matrix that a GPU multiplies by as it is; None: it has another, or is widened."""

@@ -2,6 +2,8 @@
 
     y[r, o] = sum over i of x[r, i] * what numbers[matrix of r, o, i] stands for
 
+Rows that are rounded to 8-bit floats (`Codes.rounds_rows`) are so group by group, as a checkpoint of FP8 in blocks is
+meant to be multiplied by (DeepSeek-V3, arXiv 2412.19437, 3.3.2): one input that is far out spoils its group alone.
 The product is a kernel of Triton's (`coded_kernel.py`), which CUDA builds of torch for Linux bring. It waits for
 nothing, so a graph may hold it.
 
@@ -17,12 +19,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ...models.quantization import KEPT_GROUP
+from ..weights.float8 import groups_to_float8
 from ..weights.grouped import GroupedWeight, has_coded_products
 from ..weights.weight import DenseWeight, LoadedWeight, Weight
 from .codes import Code, Codes, code_of
 from .float8 import Float8Weight
-
-_LEAST_GROUP = 16  # inputs that the kernel multiplies at once, at least, which are of one group
 
 
 def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
@@ -37,7 +39,7 @@ def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
     if any(isinstance(weight, GroupedWeight) and weight.order is not None for weight in weights):
         return "their inputs are in act-order"
     group = first.group_size if isinstance(first, GroupedWeight) else first.num_inputs
-    return f"groups of {group} inputs, which are no multiple of {_LEAST_GROUP}" if group % _LEAST_GROUP else ""
+    return f"groups of {group} inputs, which are no multiple of {KEPT_GROUP}" if group % KEPT_GROUP else ""
 
 
 def _form(weight: Weight) -> tuple[object, ...]:
@@ -55,10 +57,10 @@ class CodedWeight(LoadedWeight):
         taken = weight.take()
         self.num_outputs, self.num_inputs, self.dtype = taken.num_outputs, taken.num_inputs, taken.dtype
         minima = None if taken.minima is None else taken.minima.unsqueeze(0)
-        self._codes = Codes(code_of(taken), taken.numbers.unsqueeze(0), taken.scales.unsqueeze(0), minima)
+        self.codes = Codes(code_of(taken), taken.numbers.unsqueeze(0), taken.scales.unsqueeze(0), minima)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = product(x, self._codes)
+        y = product(x, self.codes)
         return y if bias is None else y.add_(bias)
 
 
@@ -68,13 +70,15 @@ def product(x: Tensor, codes: Codes, ends: Tensor | None = None, order: Tensor |
     x: [rows, inputs] bfloat16. `ends`: [m] int32, behind each matrix's last row, or None: there is one matrix. `order`:
     the row of x that each sorted row is, int64; None: x is sorted. Rows behind the last end have any results.
     """
+    rows, row_scales = groups_to_float8(x, codes.group_size) if codes.rounds_rows else (x.contiguous(), None)
     parts = (codes.numbers, codes.scales, codes.minima, ends, order)
-    return cast(Tensor, _product(x.contiguous(), int(codes.code), *parts))
+    return cast(Tensor, _product(rows, row_scales, int(codes.code), *parts))
 
 
 @torch.library.custom_op("kvferry::coded_product", mutates_args=())
 def _product(
-    x: Tensor,
+    x: Tensor,  # bfloat16, or 8-bit floats with scales
+    row_scales: Tensor | None,  # [rows, groups] float32
     code: int,
     numbers: Tensor,
     scales: Tensor | None,
@@ -84,4 +88,4 @@ def _product(
 ) -> Tensor:
     from .coded_kernel import multiply
 
-    return multiply(x, Codes(Code(code), numbers, scales, minima), ends, order)
+    return multiply(x, row_scales, Codes(Code(code), numbers, scales, minima), ends, order)

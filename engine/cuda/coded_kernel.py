@@ -1,10 +1,13 @@
-"""A kernel of Triton's that multiplies rows in bfloat16 by matrices in few bits, which it widens in registers.
+"""A kernel of Triton's that multiplies rows by matrices in few bits, which it widens in registers.
 
     y[r, o] = sum over groups g of scales[m, o, g] * (sum over i in g of x[r, i] * numbers[m, o, i])     (and minima)
+
+Rows are bfloat16, or 8-bit floats with a scale for each group: these are multiplied by such as they are.
 
 Rows are sorted by their matrices, and where each one's rows end is known on the device alone: a program finds out for
 itself which tile of rows it has. There are as many programs as there could be tiles; those that have none return at
 once. Numbers become bfloat16 exactly, and the sum of a group is taken and scaled in float32: only results are rounded.
+8-bit floats are widened by their bits: cards before 8.9 have none.
 
 It is compiled at first use, for each kind of numbers and size of tile. Sizes of tiles were not measured on a card.
 """
@@ -14,6 +17,7 @@ It is compiled at first use, for each kind of numbers and size of tile. Sizes of
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +29,7 @@ _OUTPUTS = 64  # of a tile
 _INPUTS = 128  # at most, that are multiplied at once: all of one group
 
 _PLAIN = tl.constexpr(Code.PLAIN.value)
+_FLOAT8 = tl.constexpr(Code.FLOAT8.value)
 _BYTES = tl.constexpr(Code.INT8.value)  # the last kind of numbers that have a byte or more
 _E2M1 = tl.constexpr(Code.E2M1.value)  # the first kind of floats of 4 bits
 _MXFP4 = tl.constexpr(Code.MXFP4.value)
@@ -47,8 +52,16 @@ def _tile_of_rows(ends, num_matrices, tile, MATRICES: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
+def _widened_float8(bits):
+    """Return what bytes mean as 8-bit floats (e4m3, no NaN), in float32: its exponent stands 120 higher."""
+    wide = bits.to(tl.int32)
+    return ((wide & 128) << 24 | (wide & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
 def _multiply(
     x,
+    row_scales,
     order,
     ends,
     numbers,
@@ -61,6 +74,7 @@ def _multiply(
     num_inputs,
     group_size,
     CODE: tl.constexpr,
+    HAS_ROW_SCALES: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_ENDS: tl.constexpr,
     HAS_MINIMA: tl.constexpr,
@@ -70,7 +84,9 @@ def _multiply(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """Compute a tile of results. All tensors are contiguous. `TYPE`: what is multiplied."""
+    """Compute a tile of results. All tensors are contiguous. `TYPE`: what is multiplied; 8-bit floats come as bytes
+    where it is another.
+    """
     tile = tl.program_id(0)
     if HAS_ENDS:
         matrix, first, end = _tile_of_rows(ends, num_matrices, tile, MATRICES, ROWS)
@@ -87,10 +103,16 @@ def _multiply(
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for begin in range(0, num_inputs, INPUTS):
         at = places[:, None] * num_inputs + (begin + tl.arange(0, INPUTS))[None, :]
-        own = tl.load(x + at, are_rows[:, None], 0.0).to(TYPE)
+        own = tl.load(x + at, are_rows[:, None], 0.0)
+        if HAS_ROW_SCALES and tl.float8e4nv != TYPE:
+            own = _widened_float8(own)
+        own = own.to(TYPE)
         if CODE <= _BYTES:
             at = below[None, :] * num_inputs + (begin + tl.arange(0, INPUTS))[:, None]
-            wide = tl.load(numbers + at, are_outputs[None, :], 0.0).to(TYPE)
+            wide = tl.load(numbers + at, are_outputs[None, :], 0.0)
+            if CODE == _FLOAT8 and tl.float8e4nv != TYPE:
+                wide = _widened_float8(wide)
+            wide = wide.to(TYPE)
         else:
             at = below[:, None] * (num_inputs // 2) + (begin // 2 + tl.arange(0, INPUTS // 2))[None, :]
             pairs = tl.load(numbers + at, are_outputs[:, None], 0).to(tl.int32)
@@ -110,6 +132,9 @@ def _multiply(
             if CODE >= _E2M1:
                 scale = scale * 0.5
             part = part * scale[None, :]
+            if HAS_ROW_SCALES:
+                at_group = places * (num_inputs // group_size) + begin // group_size
+                part = part * tl.load(row_scales + at_group, are_rows, 0.0)[:, None]
             if HAS_MINIMA:
                 least = tl.load(minima + at, are_outputs, 0.0)
                 part += tl.sum(own.to(tl.float32), 1)[:, None] * least[None, :]
@@ -118,22 +143,26 @@ def _multiply(
     tl.store(y + at, total.to(tl.bfloat16), are_rows[:, None] & are_outputs[None, :])
 
 
-def multiply(x: Tensor, codes: Codes, ends: Tensor | None, order: Tensor | None) -> Tensor:
+def multiply(x: Tensor, row_scales: Tensor | None, codes: Codes, ends: Tensor | None, order: Tensor | None) -> Tensor:
     """Do as `coded.product`, on a device that Triton compiles for."""
     num_rows = len(x if order is None else order)
-    y = x.new_empty(num_rows, codes.num_outputs)
+    y = torch.empty(num_rows, codes.num_outputs, dtype=torch.bfloat16, device=x.device)
     if not num_rows:
         return y
     per_matrix = num_rows / codes.num_matrices
     rows = next((size for size in _ROWS if per_matrix <= size), _ROWS[-1])
     num_tiles = -(-num_rows // rows) if ends is None else num_rows // rows + min(num_rows, codes.num_matrices)
     inputs = min(_INPUTS, codes.group_size & -codes.group_size)
+    kind, numbers = _multiplied(x), codes.numbers
+    if kind != tl.float8e4nv:
+        x, numbers = (each.view(torch.uint8) if each.dtype == torch.float8_e4m3fn else each for each in (x, numbers))
     grid = (num_tiles, -(-codes.num_outputs // _OUTPUTS))
     _multiply[grid](
         x,
+        row_scales,
         order,
         ends,
-        codes.numbers,
+        numbers,
         codes.scales,
         codes.minima,
         y,
@@ -143,11 +172,11 @@ def multiply(x: Tensor, codes: Codes, ends: Tensor | None, order: Tensor | None)
         codes.num_inputs,
         codes.group_size,
         CODE=codes.code.value,
+        HAS_ROW_SCALES=row_scales is not None,
         HAS_ORDER=order is not None,
         HAS_ENDS=ends is not None,
         HAS_MINIMA=codes.minima is not None,
-        # Triton's interpreter, which runs on CPUs, multiplies no bfloat16; float32 holds each of its numbers.
-        TYPE=tl.bfloat16 if x.is_cuda else tl.float32,
+        TYPE=kind,
         MATRICES=triton.next_power_of_2(codes.num_matrices),
         ROWS=rows,
         OUTPUTS=_OUTPUTS,
@@ -156,3 +185,10 @@ def multiply(x: Tensor, codes: Codes, ends: Tensor | None, order: Tensor | None)
         num_stages=3,
     )
     return y
+
+
+def _multiplied(x: Tensor) -> tl.dtype:
+    """Return what a tensor's rows are multiplied as."""
+    if not x.is_cuda:  # Triton's interpreter multiplies nothing narrower; float32 holds each of these numbers
+        return tl.float32
+    return tl.float8e4nv if x.dtype == torch.float8_e4m3fn else tl.bfloat16

@@ -2,13 +2,14 @@
 
     code     numbers                       what one stands for
     PLAIN    bfloat16 [m, out, in]         itself
-    FLOAT8   e4m3 [m, out, in]             number * scale
+    FLOAT8   e4m3 [m, out, in]             number * scale      `rounds_rows`
     INT8     int8 [m, out, in]             number * scale (+ minimum)
     INT4     uint8 [m, out, in / 2]        (nibble - 8) * scale, or nibble * scale + minimum
     E2M1     uint8 [m, out, in / 2]        float of 4 bits * scale
     MXFP4    uint8 [m, out, in / 2]        float of 4 bits * 2^(scale - 127)
 
-An even input's nibble is the low one. Scales and minima are float32 [m, out, groups], MXFP4's uint8.
+An even input's nibble is the low one. Scales and minima are float32 [m, out, groups], MXFP4's uint8. Where a card
+multiplies 8-bit floats, rows become such, too, with a scale for each group of their inputs.
 
 What multiplies by them: `coded.py`.
 """
@@ -23,9 +24,12 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
+from ..weights.float8 import has_products
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import DenseWeight, Weight
 from .float8 import Float8Weight
+
+_LEAST_ROUNDED = 32  # 8-bit floats, of one group, that a card multiplies at once
 
 
 class Code(IntEnum):
@@ -74,9 +78,17 @@ class Codes:
         """Count the inputs that share a scale; all of them where there are none."""
         return self.num_inputs if self.scales is None else self.num_inputs // self.scales.shape[2]
 
+    @property
+    def rounds_rows(self) -> bool:
+        """Tell whether rows are rounded to 8-bit floats before they are multiplied by these."""
+        fits = self.code is Code.FLOAT8 and self.group_size % _LEAST_ROUNDED == 0
+        return fits and has_products(self.numbers.device)
+
 
 def code_of(weight: GroupedWeight) -> Code:
     """Return the kind of its numbers."""
+    if weight.is_e4m3:
+        return Code.FLOAT8
     if weight.is_e2m1:
         return Code.MXFP4 if weight.scales.dtype == torch.uint8 else Code.E2M1
     return Code.INT8 if weight.bits == 8 else Code.INT4
@@ -90,8 +102,7 @@ def _stack_plain(weights: Sequence[DenseWeight]) -> Tensor:
 
 
 def _stack_float8(weights: Sequence[Float8Weight]) -> tuple[Tensor, Tensor]:
-    # What only moves 8-bit floats has kernels for bytes in every torch.
-    numbers = torch.stack([weight.numbers.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn)
+    numbers = _stack_numbers([weight.numbers for weight in weights])
     scales = torch.stack([weight.scales.view(-1, 1) for weight in weights])
     for weight, own, factors in zip(weights, numbers, scales, strict=True):
         weight.numbers, weight.scales = own, factors.view(1, -1)
@@ -99,7 +110,7 @@ def _stack_float8(weights: Sequence[Float8Weight]) -> tuple[Tensor, Tensor]:
 
 
 def _stack_grouped(weights: Sequence[GroupedWeight]) -> tuple[Tensor, Tensor, Tensor | None]:
-    numbers = torch.stack([weight.numbers for weight in weights])
+    numbers = _stack_numbers([weight.numbers for weight in weights])
     scales = torch.stack([weight.scales for weight in weights])
     least = [weight.minima for weight in weights if weight.minima is not None]
     minima = torch.stack(least) if least else None
@@ -107,3 +118,8 @@ def _stack_grouped(weights: Sequence[GroupedWeight]) -> tuple[Tensor, Tensor, Te
         weight.numbers, weight.scales = numbers[place], scales[place]
         weight.minima = None if minima is None else minima[place]
     return numbers, scales, minima
+
+
+def _stack_numbers(numbers: Sequence[Tensor]) -> Tensor:
+    """Stack numbers as bytes: what only moves 8-bit floats has kernels for these in every torch."""
+    return torch.stack([own.view(torch.uint8) for own in numbers]).view(numbers[0].dtype)

@@ -101,7 +101,7 @@ def takes(weight: GroupedWeight) -> bool:
     """Tell whether torch's product multiplies by it: of whole tiles, in groups of 32 inputs or multiples of them."""
     return (
         weight.dtype == torch.bfloat16
-        and not weight.is_e2m1
+        and not (weight.is_e2m1 or weight.is_e4m3)
         and weight.num_outputs % CARD_OUTPUTS == 0
         and _group_size(weight) > 0
     )
@@ -155,8 +155,8 @@ def pack(decoder: Decoder, device: torch.device) -> None:
             counts[f"int{weight.bits}"] += 1
             linear.weight = Int4Weight(weight)
         elif not coded.obstacle([weight], device):
-            counts["in_registers"] += 1
-            linear.weight = coded.CodedWeight(weight)
+            linear.weight = coded_weight = coded.CodedWeight(weight)
+            counts["fp8" if coded_weight.codes.rounds_rows else "in_registers"] += 1
         else:
             counts["widened"] += 1
     if counts:

@@ -14,7 +14,7 @@ from ...models.parts.expert_plan import ExpertPlan
 from ...models.storage import Form
 from ..ranks.communicator import Communicator
 from ..weights.float8 import RoundedWeight, has_products, takes
-from ..weights.grouped import GroupedWeight
+from ..weights.grouped import GroupedWeight, has_coded_products
 from ..weights.weight import DenseWeight, Weight
 from .states import LayerStates
 
@@ -35,9 +35,11 @@ class Builder:
 
         `num_ranks`: how many share each output's inputs. Raises ConfigError where one cannot have whole groups.
         """
-        form = self._form(modules, num_inputs * num_ranks)
-        if self._is_rounded(modules, num_outputs, num_inputs):
+        is_taken = has_products(self.device) and takes(num_outputs, num_inputs, self.dtype)
+        form = self._kept_float8(modules, num_inputs, is_taken=is_taken)
+        if form is None and self._is_rounded(modules, is_taken=is_taken):
             return RoundedWeight.of(num_outputs, num_inputs, dtype=self.dtype, device=self.device)
+        form = form or self._form(modules, num_inputs * num_ranks)
         if form is None:
             return DenseWeight(self.empty(num_outputs, num_inputs))
         group_size = num_inputs if form.group_size == num_inputs * num_ranks else form.group_size
@@ -53,6 +55,7 @@ class Builder:
             group_size=group_size,
             has_minima=form.has_minima,
             is_e2m1=form.is_e2m1,
+            is_e4m3=form.is_e4m3,
             dtype=self.dtype,
             device=self.device,
         )
@@ -61,14 +64,23 @@ class Builder:
         """Return the form of the head's matrix, which the checkpoint has as `name`; None: plain, as on every GPU."""
         return self._form([name], self.config.hidden_size) if self.device.type == "cpu" else None
 
-    def _is_rounded(self, modules: Sequence[str], num_outputs: int, num_inputs: int) -> bool:
-        """Tell whether a matrix takes 8-bit floats while it is loaded: one that is stored so where they are multiplied
-        by, so that it never takes the room of a plain one.
+    def _kept_float8(self, modules: Sequence[str], num_inputs: int, *, is_taken: bool) -> Form | None:
+        """Return the form of 8-bit floats that stay as the checkpoint has them; None: they do not, or it has none.
+
+        `is_taken`: the device's own product of 8-bit floats takes the matrix.
+        """
+        quantization = self.config.quantization
+        if quantization is None or self.dtype != torch.bfloat16 or not has_coded_products(self.device):
+            return None
+        return quantization.kept_float8(modules, num_inputs, has_products=is_taken)
+
+    def _is_rounded(self, modules: Sequence[str], *, is_taken: bool) -> bool:
+        """Tell whether a matrix is rounded to 8-bit floats while it is loaded: one that is stored so where they are
+        multiplied by, so that it never takes the room of a plain one.
         """
         quantization = self.config.quantization
         if quantization is None:
             return False
-        is_taken = has_products(self.device) and takes(num_outputs, num_inputs, self.dtype)
         return quantization.rounds_to_float8(modules) or (is_taken and quantization.has_float8(modules))
 
     def _form(self, modules: Sequence[str], num_inputs: int) -> Form | None:

@@ -176,8 +176,10 @@ def _check_extra_biases(files: Mapping[str, tuple[TensorFile, str]], optional: s
 
 def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight, quantization: Quantization | None) -> None:
     """Fill with this rank's part of a whole tensor: widened, or rounded, where the slot is of the other kind."""
-    if slot.rows is None:
+    if slot.rows is None or slot.rows.takes_plain:
         plain = matrix.dequantized() if isinstance(matrix, GroupedWeight) else matrix
+        if slot.rows is not None:
+            return slot.rows.put(plain, slot.dim, slot.start)
         slot.target.copy_(plain.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
         return
     form = quantization.form([slot.name.removesuffix(".weight")], slot.shape[1]) if quantization is not None else None

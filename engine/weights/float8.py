@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,12 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     scales = rows.abs().amax(1, keepdim=True).float().div_(_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
     scaled = (rows.float() / scales).clamp_(-_MAX, _MAX)  # a quotient may be rounded up
     return scaled.to(torch.float8_e4m3fn), scales
+
+
+def groups_to_float8(rows: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """[n, m] -> the nearest 8-bit floats [n, m], and the scale of each group of a row, [n, m / group_size] float32."""
+    numbers, scales = to_float8(rows.reshape(-1, group_size))
+    return numbers.view(rows.shape), scales.view(len(rows), -1)
 
 
 class RoundedWeight:
@@ -88,10 +95,11 @@ class RoundedRows:
 
     numbers: Tensor
     scales: Tensor
+    takes_plain: ClassVar[bool] = True
 
     def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
         """Round a plain matrix by the scales of whole outputs."""
-        assert isinstance(matrix, Tensor), "whole numbers are not rounded"
+        assert isinstance(matrix, Tensor)
         first = start if dim == 1 else 0
         whole = matrix if dim == 1 else matrix.narrow(0, start, len(self.numbers))
         parts = (torch.split(tensor, _ROWS) for tensor in (whole, self.numbers, self.scales))

@@ -15,6 +15,7 @@ rank's part of it means is decided by scales of the whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,7 @@ def unpack(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dt
         case "gguf":
             return unpack_blocks(storage.kind, _needed(read, "weight"), dtype)
         case "float8":
-            return _float8(storage, read)
+            return _float8(storage, read, dtype)
         case "float4":
             return _float4(storage, read, dtype)
         case "integers":
@@ -51,17 +52,20 @@ def unpack(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dt
             return _awq(shape, read, dtype)
 
 
-def _float8(storage: Storage, read: Read) -> Tensor:
-    weight = _needed(read, "weight", torch.float8_e4m3fn).float()
+def _float8(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
+    numbers = _needed(read, "weight", torch.float8_e4m3fn)
     scales = _needed(read, storage.scale_name).float()
+    num_outputs, num_inputs = numbers.shape
     if storage.sharing == "block":
-        for dim, size in enumerate(storage.block):
-            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+        height, width = storage.block
+        group_size = math.gcd(width, num_inputs)  # the last block may be smaller
+        scales = scales.repeat_interleave(height, 0)[:num_outputs]
+        scales = scales.repeat_interleave(width // group_size, 1)[:, : num_inputs // group_size]
     elif storage.sharing == "tensor":
-        scales = scales.reshape(())
+        scales = scales.reshape(1, 1).expand(num_outputs, 1)
     else:  # a vector, or a column
         scales = scales.reshape(-1, 1)
-    return weight.mul_(scales)
+    return GroupedWeight(numbers, scales, dtype=dtype)
 
 
 def _float4(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:

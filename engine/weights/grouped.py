@@ -1,4 +1,4 @@
-"""Quantized weights in one form, whatever file they come from: whole numbers, and a scale for each group of inputs.
+"""Quantized weights in one form, whatever file they come from: small numbers, and a scale for each group of inputs.
 
     w[o, i] = numbers[o, i] * scales[o, i // group_size] + minima[o, i // group_size]
 
@@ -9,15 +9,17 @@ their products for it. Those here are the reference: weight-only, by the numbers
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import ConfigError
+from .float8 import to_float8
 from .weight import DenseWeight, Weight, WeightSlot
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # what 4 bits mean
@@ -41,6 +43,7 @@ class GroupedWeight:
     8             int8 [out, in]
     4             uint8 [out, in / 2]: input 2i in the low half, 0 to 15; without minima the number meant is 8 less
     4, `is_e2m1`  the same, each half a float of 4 bits: of MXFP4, whose scales are powers of 2, or NVFP4; no minima
+    8, `is_e4m3`  8-bit floats [out, in]; no minima
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class GroupedWeight:
         is_e2m1: bool = False,
     ) -> None:
         self.is_e2m1 = is_e2m1
+        self.is_e4m3 = numbers.dtype == torch.float8_e4m3fn
         self.bits = 4 if numbers.dtype == torch.uint8 else 8
         self.numbers, self.scales, self.minima, self.order = numbers, scales, minima, order
         self.num_outputs, self.num_inputs = numbers.shape[0], numbers.shape[1] * 8 // self.bits
@@ -72,11 +76,12 @@ class GroupedWeight:
         group_size: int,
         has_minima: bool,
         is_e2m1: bool = False,
+        is_e4m3: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
         """Make one to be filled by `put`."""
-        number_type = torch.uint8 if bits == 4 else torch.int8
+        number_type = torch.float8_e4m3fn if is_e4m3 else torch.uint8 if bits == 4 else torch.int8
         numbers = torch.zeros(num_outputs, num_inputs * bits // 8, dtype=number_type, device=device)
         scales = torch.zeros(num_outputs, num_inputs // group_size, device=device)
         minima = torch.zeros_like(scales) if has_minima else None
@@ -184,6 +189,9 @@ class GroupedWeight:
         if self.group_size == self.num_inputs:
             return self._with(numbers, self.scales, self.minima)
         if start % self.group_size or length % self.group_size:
+            if self.is_e4m3:  # blocks are cut into smaller ones of the same scale
+                group_size = math.gcd(self.group_size, start, length)
+                return self.raised(8, group_size, has_minima=False).narrow(dim, start, length)
             raise ConfigError(
                 f"a rank's {length} inputs of {self.num_inputs} are no whole groups of {self.group_size}; "
                 "use a smaller --tensor-parallel-size"
@@ -204,7 +212,8 @@ class GroupedWeight:
         Raises ConfigError where its inputs stand in another order than those of other rows.
         """
         raised = part.raised(self.bits, self.group_size, has_minima=self.minima is not None)
-        assert raised.is_e2m1 == self.is_e2m1, "nibbles that mean something else"
+        are_alike = raised.is_e2m1 == self.is_e2m1 and raised.is_e4m3 == self.is_e4m3
+        assert are_alike, "numbers that mean something else"
         self.numbers[rows] = raised.numbers
         self.scales[rows] = raised.scales
         if self.minima is not None and raised.minima is not None:
@@ -241,8 +250,11 @@ class GroupedRows:
 
     weight: GroupedWeight
     rows: slice
+    takes_plain: ClassVar[bool] = False
 
     def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
+        if isinstance(matrix, Tensor) and self.weight.is_e4m3:
+            matrix = GroupedWeight(*to_float8(matrix), dtype=self.weight.dtype)
         assert isinstance(matrix, GroupedWeight), "plain numbers are rounded before"
         length = self.weight.num_inputs if dim == 1 else len(self.weight.numbers[self.rows])
         self.weight.put(self.rows, matrix.narrow(dim, start, length))

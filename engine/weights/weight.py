@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class WeightSlot:
 
 class Rows(Protocol):
     """Some rows of a `Weight` that is no plain matrix."""
+
+    takes_plain: ClassVar[bool]  # whatever a checkpoint has is widened first
 
     def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
         """Take this rank's part of a whole matrix, from `start` in `dim`; it is in this form, or can be brought to it.

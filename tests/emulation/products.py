@@ -87,7 +87,8 @@ def scaled_grouped_mm(
 
 
 def coded_product(
-    x: Tensor,  # [rows, k] bfloat16
+    x: Tensor,  # [rows, k] bfloat16, or float8_e4m3fn
+    row_scales: Tensor | None,  # of these: [rows, groups] float32
     code: int,
     numbers: Tensor,
     scales: Tensor | None,
@@ -97,9 +98,16 @@ def coded_product(
 ) -> Tensor:
     """Do as the kernel of Triton's, by what the numbers stand for, and refuse what it would read beyond."""
     codes = Codes(Code(code), numbers, scales, minima)
-    given = [each for each in (x, numbers, scales, minima, ends, order) if each is not None]
-    if x.dtype != torch.bfloat16 or not all(each.is_contiguous() for each in given):
-        raise RuntimeError(f"coded_product of {x.dtype}: its tensors have to be contiguous, and rows bfloat16")
+    given = [each for each in (x, row_scales, numbers, scales, minima, ends, order) if each is not None]
+    wanted = torch.bfloat16 if row_scales is None else torch.float8_e4m3fn
+    if x.dtype != wanted or not all(each.is_contiguous() for each in given):
+        raise RuntimeError(f"coded_product of {x.dtype}: its tensors have to be contiguous, and rows {wanted}")
+    if row_scales is not None:
+        if torch.cuda.get_device_capability() < (8, 9) or codes.code is not Code.FLOAT8 or codes.group_size % 32:
+            raise RuntimeError("coded_product: no products of 8-bit floats")
+        if tuple(row_scales.shape) != (len(x), codes.num_inputs // codes.group_size):
+            raise RuntimeError(f"coded_product: {tuple(row_scales.shape)} scales of {tuple(x.shape)} rows")
+        x = x.float() * row_scales.repeat_interleave(codes.group_size, 1)
     if codes.group_size % 16 or x.shape[1] != codes.num_inputs or (order is not None and order.dtype != torch.int64):
         raise RuntimeError(f"coded_product of {tuple(x.shape)} and {tuple(numbers.shape)} in {codes.group_size}")
     rows, matrices = (x if order is None else x[order]).float(), meant_by(codes).transpose(1, 2)
@@ -112,8 +120,6 @@ def meant_by(codes: Codes) -> Tensor:
     """Return what numbers stand for, [matrices, out, in] float32."""
     if codes.scales is None:
         return codes.numbers.float()
-    if codes.code is Code.FLOAT8:
-        return codes.numbers.float() * codes.scales
     is_e2m1, matrices = codes.code >= Code.E2M1, []
     for place, (numbers, scales) in enumerate(zip(codes.numbers, codes.scales, strict=True)):
         minima = None if codes.minima is None else codes.minima[place]

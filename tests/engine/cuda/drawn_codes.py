@@ -20,6 +20,7 @@ class Form(NamedTuple):
 FORMS = (
     Form(Code.PLAIN, 96, 96),
     Form(Code.FLOAT8, 96, 96),
+    Form(Code.FLOAT8, 256, 64),
     Form(Code.INT8, 96, 32, has_minima=True),
     Form(Code.INT8, 96, 96),
     Form(Code.INT4, 128, 32),

@@ -17,6 +17,7 @@ from kvferry.engine.cuda.codes import Code, Codes
 from kvferry.engine.cuda.experts import GroupedExperts
 from kvferry.engine.cuda.stacks import CodedStack
 from kvferry.engine.engine import Engine
+from kvferry.engine.weights.float8 import groups_to_float8
 from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.engine.weights.weight import DenseWeight
 
@@ -61,7 +62,7 @@ def test_the_kernel_computes_what_numbers_stand_for() -> None:
     run = [sys.executable, "-m", "kvferry.tests.engine.cuda.interpreted_codes"]
     done = subprocess.run(run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "8 forms of 6 of 6 kinds\n"
+    assert done.stdout == "9 forms of 6 of 6 kinds\n"
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.code.name} {form.group_size}")
@@ -73,7 +74,11 @@ def test_a_card_computes_what_numbers_stand_for(form: Form, device: str) -> None
     on_card = Codes(codes.code, *moved)  # type: ignore[arg-type]
     ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=device)
     found = product(x.to(device), on_card, ends, order.to(device))[:5].float().cpu()
-    expected = torch.einsum("ri,roi->ro", x[order[:5]].float(), meant_by(codes)[[0, 0, 2, 2, 2]])
+    rows = x.float()
+    if on_card.rounds_rows:
+        numbers, row_scales = groups_to_float8(x, codes.group_size)
+        rows = numbers.float() * row_scales.repeat_interleave(codes.group_size, 1)
+    expected = torch.einsum("ri,roi->ro", rows[order[:5]], meant_by(codes)[[0, 0, 2, 2, 2]])
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=float(expected.abs().max()) * 2**-8)
 
 
