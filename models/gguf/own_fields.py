@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .latent import growing_fields, latent_fields
 from .model_file import Json, ModelFile
-from .multipliers import granite_fields
+from .multipliers import granite_fields, turns_positions
 from .rope import LLAMA3_FACTORS
 from .routing import SPARSE_FIELDS
 from .state_fields import STATE_FIELDS
@@ -82,7 +82,7 @@ def _gemma4(file: ModelFile) -> Json:
 
 
 def _granite(file: ModelFile) -> Json:
-    if not file.fields.flag(file.fields.of_model("rope.scaling.finetuned"), default=True):
+    if not turns_positions(file):
         raise ValueError("a Granite without rotary positions is not supported")
     return granite_fields(file)
 

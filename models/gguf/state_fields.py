@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .model_file import Json, ModelFile
-from .multipliers import granite_fields
+from .multipliers import granite_fields, turns_positions
 from .routing import routing_fields, shared_size
 
 
@@ -38,7 +38,6 @@ def _mamba(file: ModelFile) -> Json:
 
 
 def _granite_hybrid(file: ModelFile) -> Json:
-    turns = file.fields.flag(file.fields.of_model("rope.scaling.finetuned"), default=True)
     name = "shared_intermediate_size"
     shared = shared_size(file, name)
     return {
@@ -46,7 +45,7 @@ def _granite_hybrid(file: ModelFile) -> Json:
         **_mamba(file),
         **granite_fields(file),
         "layer_types": _types(file, "linear_attention"),
-        "position_embedding_type": "rope" if turns else "nope",
+        "position_embedding_type": "rope" if turns_positions(file) else "nope",
         name: shared[name] or file.config["intermediate_size"],
     }
 

@@ -85,7 +85,7 @@ def _flashinfer(
         return FlashInferAttention(
             own,
             num_qo_heads,
-            [window] * len(layers),
+            window,
             query_dtype=query_dtype,
             kv_scales=None if kv_scales is None else [kv_scales[layer] for layer in layers],
             narrow_queries=narrow_queries,

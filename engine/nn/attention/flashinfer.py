@@ -3,10 +3,10 @@
     FlashInferAttention     any batch: rows of one token, then chunks; planned once per step, run once per layer
     DecodeGraphAttention    one padded number of one-token rows, with buffers that never move: for a CUDA graph
 
-A layer's view of the page tensor is what the wrappers take as it is. Each sliding window of the model has wrappers of
-its own. All run one after another on one stream, so one float workspace serves them all, and under graphs one integer
-workspace serves all sizes of a window: whoever runs was planned right before. The first plan of a variant compiles
-its kernel, so `warm_up` is for start-up.
+A layer's view of the page tensor is what the wrappers take as it is. All layers have one window; of a model with
+several, each has attention of its own (`flashinfer_parts.py`). All run one after another on one stream, so one float
+workspace serves them all, and under graphs one integer workspace serves all numbers of rows: whoever runs was planned
+right before. The first plan of a variant compiles its kernel, so `warm_up` is for start-up.
 
 Pages in 8 bits (e4m3) hold k / k_scale and v / v_scale of each layer, cut off at the largest number there is. Chunks
 then run on FlashInfer's older kernels (fa2), for its newest multiply numbers of one size alone; with queries in 8 bits
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # FlashInfer's scratch memory, shared by all layers. A step whose plan does not fit into it fails.
 _WORKSPACE_BYTES = 256 << 20
-_INT_WORKSPACE_BYTES = 8 << 20  # of each sliding window
+_INT_WORKSPACE_BYTES = 8 << 20
 _TENSOR_CORE_GROUP = 4  # query heads per KV head from which decode is faster on tensor cores
 _HEAD_DIMS = (64, 128, 256, 512)
 _OLDER_HEAD_DIM = 512  # has kernels of the older kind (fa2) alone, over pages in 16 bits
@@ -50,7 +50,7 @@ class FlashInferAttention:
         self,
         pages: LayerPages,
         num_qo_heads: int,
-        sliding_windows: Sequence[int | None],
+        window: int | None = None,
         *,
         query_dtype: torch.dtype | None = None,
         kv_scales: KVScales | None = None,
@@ -58,7 +58,8 @@ class FlashInferAttention:
         scores: Scores = PLAIN_SCORES,
         workspace: Tensor | None = None,
     ) -> None:
-        """`query_dtype`: where pages are in 8 bits and queries are not; `narrow_queries`: chunks' are made so, too.
+        """`window`: tokens that each sees; None: all before it. `query_dtype`: where pages are in 8 bits and queries
+        are not; `narrow_queries`: chunks' are made so, too.
         `workspace`: of other attention, which does not run at once; None: one of its own.
 
         Raises ConfigError.
@@ -86,21 +87,15 @@ class FlashInferAttention:
         self._pages = pages
         self._scales = list(kv_scales or [(1.0, 1.0)] * len(pages))
         self._num_qo_heads = num_qo_heads
-        self._windows = tuple(sliding_windows)
+        self._window = window
         if workspace is None:  # must start as zeros
             workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=first.device)
         self.workspace = workspace
-        self._int_workspaces: dict[int | None, Tensor] = {}
-        windows = set(self._windows)
-        self._decode: dict[int | None, BatchDecodeWithPagedKVCacheWrapper] = {
-            window: self._decode_wrapper() for window in windows
-        }
-        self._prefill: dict[int | None, BatchPrefillWithPagedKVCacheWrapper] = {
-            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-                self.workspace, "HND", backend="fa2" if self._head_dim == _OLDER_HEAD_DIM else "auto"
-            )
-            for window in windows
-        }
+        self._int_workspace: Tensor | None = None
+        self._decode = self._decode_wrapper()
+        self._prefill: BatchPrefillWithPagedKVCacheWrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            self.workspace, "HND", backend="fa2" if self._head_dim == _OLDER_HEAD_DIM else "auto"
+        )
         self._num_tokens = self._num_decode_rows = 0
         self._index: PageIndex | None = None
 
@@ -132,9 +127,8 @@ class FlashInferAttention:
         self._index = index = step.index
         first_page = int(metadata.paged_kv_indptr[rows])  # of the chunks
         if rows:
-            for window, wrapper in self._decode.items():
-                indptr, last = step.paged_kv_indptr[: rows + 1], step.paged_kv_last_page_len[:rows]
-                self._plan_wrapper(wrapper, window, indptr, index.paged_kv_indices[:first_page], last)
+            indptr, last = step.paged_kv_indptr[: rows + 1], step.paged_kv_last_page_len[:rows]
+            self._plan_wrapper(self._decode, indptr, index.paged_kv_indices[:first_page], last)
         if rows < metadata.num_rows:
             self._plan_prefill(step, index.paged_kv_indices[first_page:], step.paged_kv_last_page_len[rows:])
 
@@ -147,7 +141,6 @@ class FlashInferAttention:
     def _plan_wrapper(
         self,
         wrapper: BatchDecodeWithPagedKVCacheWrapper,
-        window: int | None,
         indptr: Tensor,
         indices: Tensor,
         last_page_len: Tensor,
@@ -160,7 +153,7 @@ class FlashInferAttention:
             self._num_kv_heads,
             self._head_dim,
             self.block_size,
-            window_left=window_left(window),
+            window_left=window_left(self._window),
             q_data_type=self.dtype,
             kv_data_type=self._kv_dtype,
             sm_scale=self._scale,
@@ -168,25 +161,24 @@ class FlashInferAttention:
         )
 
     def _plan_prefill(self, step: StepIndex, indices: Tensor, last_page_len: Tensor) -> None:
-        for window, wrapper in self._prefill.items():
-            wrapper.plan(
-                step.chunk_qo_indptr,
-                step.chunk_kv_indptr,
-                indices,
-                last_page_len,
-                self._num_qo_heads,
-                self._num_kv_heads,
-                self._head_dim,
-                self.block_size,
-                causal=True,
-                window_left=window_left(window),
-                q_data_type=self._kv_dtype if self._narrows else self.dtype,
-                kv_data_type=self._kv_dtype,
-                o_data_type=self.dtype,
-                sm_scale=self._scale,
-                logits_soft_cap=self._cap,
-                seq_lens=step.chunk_kv_lens,
-            )
+        self._prefill.plan(
+            step.chunk_qo_indptr,
+            step.chunk_kv_indptr,
+            indices,
+            last_page_len,
+            self._num_qo_heads,
+            self._num_kv_heads,
+            self._head_dim,
+            self.block_size,
+            causal=True,
+            window_left=window_left(self._window),
+            q_data_type=self._kv_dtype if self._narrows else self.dtype,
+            kv_data_type=self._kv_dtype,
+            o_data_type=self.dtype,
+            sm_scale=self._scale,
+            logits_soft_cap=self._cap,
+            seq_lens=step.chunk_kv_lens,
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, out: Tensor | None = None) -> Tensor:
         """Do as `AttentionBackend.forward`. `out`: where the result goes, of q's shape and contiguous."""
@@ -194,14 +186,13 @@ class FlashInferAttention:
         num_tokens, rows = self._num_tokens, self._num_decode_rows
         if num_tokens:
             self._write(k[:num_tokens], v[:num_tokens], layer_id, self._index)
-        window = self._windows[layer_id]
         out = q.new_empty(q.shape) if out is None else out
         out[num_tokens:].zero_()
         if rows:
-            self._run(self._decode[window], q[:rows], out[:rows], layer_id)
+            self._run(self._decode, q[:rows], out[:rows], layer_id)
         if rows < num_tokens:
             queries = to_e4m3(q[rows:num_tokens], 1.0) if self._narrows else q[rows:num_tokens]
-            self._run(self._prefill[window], queries, out[rows:num_tokens], layer_id)
+            self._run(self._prefill, queries, out[rows:num_tokens], layer_id)
         return out
 
     def _run(
@@ -241,42 +232,36 @@ class FlashInferAttention:
         self._index = PageIndex.of_nothing(self.device)
 
     def warm_up(self) -> None:
-        """Compile the kernels of this model's variants: one decode row and one prefill row on the last block."""
+        """Compile the kernels: one decode row and one prefill row on the last block."""
         self.plan(smallest_step(self._num_blocks - 1))
         sizes = [self._num_qo_heads, self._num_kv_heads, self._num_kv_heads]
         heads = torch.zeros(3, sum(sizes), self._head_dim, dtype=self.dtype, device=self.device)
-        for window in set(self._windows):
-            q, k, v = torch.split(heads, sizes, 1)
-            self.forward(q, k, v, self._windows.index(window))
+        q, k, v = torch.split(heads, sizes, 1)
+        self.forward(q, k, v, 0)
         torch.cuda.synchronize(self.device)
 
     # --- graphs -----------------------------------------------------------------------------------------------
 
     def for_graph(self, index: PageIndex) -> DecodeGraphAttention:
         """Decode of as many rows as `index` has, reading its tensors, which stay where they are."""
-        for window in set(self._windows) - self._int_workspaces.keys():
-            self._int_workspaces[window] = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
-        return DecodeGraphAttention(self, index)
+        if self._int_workspace is None:
+            self._int_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+        return DecodeGraphAttention(self, index, self._int_workspace)
 
 
 class DecodeGraphAttention:
     """Attention within a graph: `forward` is captured, `plan` is called before each replay, outside of it."""
 
-    def __init__(self, attention: FlashInferAttention, index: PageIndex) -> None:
+    def __init__(self, attention: FlashInferAttention, index: PageIndex, int_workspace: Tensor) -> None:
         self._attention = attention
         self._index = index
-        self._wrappers = {window: self._wrapper(window) for window in set(attention._windows)}
-
-    def _wrapper(self, window: int | None) -> BatchDecodeWithPagedKVCacheWrapper:
-        owner, index = self._attention, self._index
-        wrapper = owner._decode_wrapper(
+        self._wrapper = attention._decode_wrapper(
             use_cuda_graph=True,
             paged_kv_indptr_buffer=index.paged_kv_indptr,
             paged_kv_indices_buffer=index.paged_kv_indices,
             paged_kv_last_page_len_buffer=index.paged_kv_last_page_len,
         )
-        wrapper.reset_workspace_buffer(owner.workspace, owner._int_workspaces[window])
-        return wrapper
+        self._wrapper.reset_workspace_buffer(attention.workspace, int_workspace)
 
     def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:
         """Split the rows' work and queue its upload, with that of `indptr` [rows + 1] and `last_page_len` [rows], both
@@ -285,12 +270,11 @@ class DecodeGraphAttention:
         What a graph has captured of a plan depends on the number of rows alone.
         """
         indices = self._index.paged_kv_indices[:num_pages]
-        for window, wrapper in self._wrappers.items():
-            self._attention._plan_wrapper(wrapper, window, indptr, indices, last_page_len)
+        self._attention._plan_wrapper(self._wrapper, indptr, indices, last_page_len)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
         owner = self._attention
         owner._write(k, v, layer_id, self._index)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        owner._run(self._wrappers[owner._windows[layer_id]], q, out, layer_id)
+        owner._run(self._wrapper, q, out, layer_id)
         return out

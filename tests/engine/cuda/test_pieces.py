@@ -64,7 +64,7 @@ def test_pieces_yield_what_whole_steps_do(tmp_path: Path, num_ranks: int, window
         plain = Decoder(model, comm, dtype=torch.bfloat16, device=CUDA)
         load_weights(plain, path, load_format="auto", seed=0)
         pages = torch.zeros(LAYERS, 64, 2, 2 // num_ranks, 16, 64, dtype=torch.bfloat16, device=CUDA)
-        attention = FlashInferAttention(pages, 4 // num_ranks, model.sliding_windows)
+        attention = FlashInferAttention(pages, 4 // num_ranks, window)
         decoder = FusedDecoder(plain, FusedKernels())
         attention.warm_up()
         pieces = PieceGraphs(decoder, attention, CUDA)

@@ -38,13 +38,11 @@ def _metadata() -> AttentionMetadata:
 @pytest.mark.parametrize("num_qo_heads", [2, 8, 16])
 @pytest.mark.parametrize("window", [None, 5])
 def test_flashinfer_agrees_with_the_cpu_backend(num_qo_heads: int, window: int | None) -> None:
-    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
-
     generator = torch.Generator().manual_seed(0)
     pages = torch.randn(2, 16, 2, 2, 16, 64, generator=generator).bfloat16()
     heads = torch.randn(12, num_qo_heads + 4, 64, generator=generator).bfloat16()
     cpu = CPUAttention(pages.float(), num_qo_heads, [None, window])
-    gpu = FlashInferAttention(pages.cuda(), num_qo_heads, [None, window])
+    gpu = make_attention("flashinfer", pages.cuda(), num_qo_heads, [None, window])
     cpu.plan(_metadata())
     gpu.plan(_metadata())
     on_gpu = heads.cuda()
@@ -62,8 +60,6 @@ def test_flashinfer_agrees_with_the_cpu_backend(num_qo_heads: int, window: int |
 @pytest.mark.parametrize("num_qo_heads", [2, 8])
 def test_sinks_are_heeded_and_scores_capped(num_qo_heads: int) -> None:
     """Capped low enough to matter, and with sinks that take next to nothing, some, and nearly all."""
-    from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
-
     generator = torch.Generator().manual_seed(3)
     pages = torch.randn(2, 16, 2, 2, 16, 64, generator=generator).bfloat16()
     heads = torch.randn(12, num_qo_heads + 4, 64, generator=generator).bfloat16()
@@ -75,7 +71,7 @@ def test_sinks_are_heeded_and_scores_capped(num_qo_heads: int) -> None:
         there = [sink.cuda() for sink in own.sinks or ()]
         cpu = CPUAttention(pages.float(), num_qo_heads, [None, window], own)
         on_gpu = Scores(scale=own.scale, cap=own.cap, sinks=there or None)
-        gpu = FlashInferAttention(pages.cuda(), num_qo_heads, [None, window], scores=on_gpu)
+        gpu = make_attention("flashinfer", pages.cuda(), num_qo_heads, [None, window], scores=on_gpu)
         cpu.plan(_metadata())
         gpu.plan(_metadata())
         for layer in range(2):
@@ -112,7 +108,7 @@ def test_pages_in_8_bits_are_attended_to_as_what_they_stand_for(
     cpu = CPUAttention(stored.float() * factors, num_qo_heads, [None])
     pages = stored.cuda()
     gpu = FlashInferAttention(
-        pages, num_qo_heads, [None], query_dtype=torch.bfloat16, kv_scales=[scales], narrow_queries=narrow
+        pages, num_qo_heads, query_dtype=torch.bfloat16, kv_scales=[scales], narrow_queries=narrow
     )
     cpu.plan(_metadata())
     gpu.plan(_metadata())
@@ -174,7 +170,7 @@ def test_a_captured_decode_follows_new_plans(num_qo_heads: int, window: int | No
     generator = torch.Generator().manual_seed(2)
     pages = torch.randn(1, num_blocks, 2, 2, block, 64, generator=generator).cuda().to(dtype)
     heads = torch.randn(size, num_qo_heads + 4, 64, generator=generator).cuda().bfloat16()
-    attention = FlashInferAttention(pages, num_qo_heads, [window], query_dtype=torch.bfloat16)
+    attention = FlashInferAttention(pages, num_qo_heads, window, query_dtype=torch.bfloat16)
     index = PageIndex(
         row_of_token=torch.arange(size, dtype=torch.int32, device="cuda"),
         positions=torch.zeros(size, dtype=torch.int32, device="cuda"),
@@ -224,14 +220,14 @@ def test_missing_flashinfer_names_the_extra() -> None:
     from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
 
     with pytest.raises(ConfigError, match="pip install 'flashinfer-python"):
-        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.bfloat16), 4, [None])
+        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.bfloat16), 4)
 
 
 def test_heads_of_another_size_are_refused() -> None:
     from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
 
     with pytest.raises(ConfigError, match="heads of \\(64, 128, 256, 512\\), the model's are 80"):
-        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 80, dtype=torch.bfloat16), 4, [None])
+        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 80, dtype=torch.bfloat16), 4)
 
 
 def test_pages_in_8_bits_need_queries_that_are_not() -> None:
@@ -239,14 +235,14 @@ def test_pages_in_8_bits_need_queries_that_are_not() -> None:
 
     pages = torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.uint8).view(torch.float8_e4m3fn)
     with pytest.raises(ConfigError, match=r"does not attend in torch.float8_e4m3fn"):
-        FlashInferAttention(pages, 4, [None])
+        FlashInferAttention(pages, 4)
 
 
 def test_queries_in_8_bits_need_pages_in_8_bits() -> None:
     from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
 
     with pytest.raises(ConfigError, match="needs pages in 8 bits: --kv-cache-dtype fp8"):
-        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.bfloat16), 4, [None], narrow_queries=True)
+        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.bfloat16), 4, narrow_queries=True)
 
 
 def test_queries_in_8_bits_do_not_go_with_sinks_and_caps() -> None:
@@ -255,7 +251,7 @@ def test_queries_in_8_bits_do_not_go_with_sinks_and_caps() -> None:
     pages = torch.zeros(1, 4, 2, 2, 16, 64, dtype=torch.uint8).view(torch.float8_e4m3fn)
     for scores, what in ((Scores(cap=50.0), "capped scores"), (Scores(sinks=[torch.zeros(4)]), "sinks")):
         with pytest.raises(ConfigError, match=f"attends without {what}, which the model has; use auto"):
-            FlashInferAttention(pages, 4, [None], query_dtype=torch.bfloat16, narrow_queries=True, scores=scores)
+            FlashInferAttention(pages, 4, query_dtype=torch.bfloat16, narrow_queries=True, scores=scores)
 
 
 def test_numbers_too_large_for_8_bits_are_cut_off() -> None:
@@ -283,7 +279,7 @@ def test_float32_is_refused() -> None:
     from kvferry.engine.nn.attention.flashinfer import FlashInferAttention
 
     with pytest.raises(ConfigError, match="use --dtype bfloat16"):
-        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64), 4, [None])
+        FlashInferAttention(torch.zeros(1, 4, 2, 2, 16, 64), 4)
 
 
 @pytest.mark.gpu
