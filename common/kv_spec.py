@@ -32,7 +32,7 @@ _GROWTH_TOKENS = 64
 class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The part of a model's KV that one rank holds: layers [first_layer, end_layer), heads [first_head, end_head).
 
-    Ranks that hold the same part, as all do of latents, tell their copies apart by `copy`.
+    Ranks that hold the same part, as all do of latents, and more ranks than heads, tell their copies apart by `copy`.
     """
 
     first_layer: Edge
@@ -52,13 +52,6 @@ class Shard(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     def __str__(self) -> str:
         part = f"layers [{self.first_layer}, {self.end_layer}) and heads [{self.first_head}, {self.end_head})"
         return part if self.num_copies == 1 else f"copy {self.copy} of {self.num_copies} of {part}"
-
-    @classmethod
-    def of_rank(cls, rank: int, tp_size: int, *, num_layers: int, num_heads: int, is_replicated: bool) -> Shard:
-        """Return what a tensor-parallel rank with `num_heads` in its pages holds of all layers: its own, or a copy."""
-        if is_replicated:
-            return cls(0, num_layers, 0, num_heads, rank, tp_size)
-        return cls(0, num_layers, rank * num_heads, (rank + 1) * num_heads)
 
     @property
     def num_heads(self) -> int:
@@ -96,7 +89,7 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: str  # digest of the checkpoint
     draft: str = ""  # digest of the draft model whose layers lie behind the model's; empty: none
     num_layers: Size  # pages of a block: one for each layer of the model, then those of its draft model
-    num_kv_heads: Size  # of the whole model; a rank holds num_kv_heads / tp_size, of latents the one that there is
+    num_kv_heads: Size  # of the whole model; a rank holds num_kv_heads / tp_size, one at least, and all of latents
     head_dim: Size
     block_size: Size  # tokens
     dtype: str
@@ -116,12 +109,18 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return 1 if self.layout == "latent" else 2
 
     def fits_ranks(self, tp_size: int) -> bool:
-        """Tell whether so many ranks can each hold an even share of the heads, or all."""
-        return tp_size >= 1 and (tp_size <= MAX_COPIES if self.is_replicated else self.num_kv_heads % tp_size == 0)
+        """Tell whether so many ranks can each hold an even share of the heads, or each head be held by as many."""
+        if tp_size < 1 or self.num_copies(tp_size) > MAX_COPIES:
+            return False
+        return self.is_replicated or self.num_kv_heads % tp_size == 0 or tp_size % self.num_kv_heads == 0
+
+    def num_copies(self, tp_size: int) -> int:
+        """Count the ranks that hold one and the same part: all of latents, some of more ranks than heads."""
+        return tp_size if self.is_replicated else max(1, tp_size // self.num_kv_heads)
 
     def num_heads(self, tp_size: int) -> int:
         """Count the heads in the pages of one rank."""
-        return self.num_kv_heads if self.is_replicated else self.num_kv_heads // tp_size
+        return self.num_kv_heads if self.is_replicated else max(1, self.num_kv_heads // tp_size)
 
     def page_shape(self, tp_size: int = 1) -> tuple[int, int, int, int]:
         """Return the shape of one block in one layer on one rank."""
@@ -141,14 +140,10 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return row_items(self.head_dim, self.dtype)
 
     def shard(self, rank: int, tp_size: int) -> Shard:
-        """Return what a tensor-parallel rank holds: an even share of the heads, or a copy of all, in all layers."""
-        return Shard.of_rank(
-            rank,
-            tp_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads(tp_size),
-            is_replicated=self.is_replicated,
-        )
+        """Return what a tensor-parallel rank holds: an even share of the heads, or a copy of one, in all layers."""
+        num_copies, num_heads = self.num_copies(tp_size), self.num_heads(tp_size)
+        first = rank // num_copies * num_heads
+        return Shard(0, self.num_layers, first, first + num_heads, rank % num_copies, num_copies)
 
     def is_windowed(self, layer: int) -> bool:
         """Tell whether a thin block lacks this page."""

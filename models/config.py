@@ -21,6 +21,7 @@ from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
 from .parts.factors import read_factors
 from .parts.latent import LatentConfig, read_latent
 from .parts.lone_blocks import Block, read_blocks
+from .parts.rank_counts import KV_HEADS, check_size, possible_sizes
 from .parts.rope import RopeConfig, read_max_len, read_ropes, read_unturned, read_windows
 from .parts.short_convolutions import inner_size
 from .parts.side_by_side import Multipliers, read_multipliers
@@ -179,7 +180,7 @@ class ModelConfig:
         """Return what ranks share, by its name in config.json; with whole experts, the number of these."""
         counts = {"num_attention_heads": self.num_qo_heads}
         if self.latent is None:  # else every rank has the one head
-            counts["num_key_value_heads"] = self.num_kv_heads
+            counts[KV_HEADS] = self.num_kv_heads
         if self.uneven is not None:
             counts["num_global_key_value_heads"] = self.uneven.wide.num_kv
         if self.layer_inputs is not None:
@@ -216,27 +217,26 @@ class ModelConfig:
             raise ConfigError(f"max_model_len: {asked} is more than the model's {self.longest_model_len}")
 
     def check_tp_size(self, tp_size: int, *, whole_experts: bool = False) -> None:
-        """Check that ranks can share each count evenly. Raises ConfigError naming the first one that they cannot."""
-        for name, count in self.shared_counts(whole_experts=whole_experts).items():
-            if count % tp_size:
-                sizes = self.tp_sizes(whole_experts=whole_experts)
-                raise ConfigError(
-                    f"tensor_parallel_size = {tp_size} does not divide the model's {name} = {count}; these do: {sizes}"
-                )
+        """Check that ranks can share the model. Raises ConfigError."""
+        check_size(self.shared_counts(whole_experts=whole_experts), tp_size, copies_heads=self._copies_heads)
 
     def tp_sizes(self, *, whole_experts: bool) -> list[int]:
-        """List the numbers of ranks that can share each count evenly."""
-        counts = self.shared_counts(whole_experts=whole_experts).values()
-        return [size for size in range(1, min(counts) + 1) if not any(count % size for count in counts)]
+        """List the numbers of ranks that can share the model."""
+        return possible_sizes(self.shared_counts(whole_experts=whole_experts), copies_heads=self._copies_heads)
+
+    @property
+    def _copies_heads(self) -> bool:
+        """Tell whether ranks may have the same KV head: not where a norm is of all heads, or states lie with them."""
+        return not (self.states or self.uneven or (self.qk_norm and self.family.head_norms == "whole"))
 
 
 def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfig:
     architecture, family, fields = read_architecture(fields)
     hidden_size = fields.count("hidden_size")
     num_qo_heads = fields.count("num_attention_heads")
-    num_kv_heads = fields.count("num_key_value_heads", num_qo_heads)
+    num_kv_heads = fields.count(KV_HEADS, num_qo_heads)
     if num_qo_heads % num_kv_heads:
-        raise fields.refuse("num_key_value_heads", f"must divide num_attention_heads = {num_qo_heads}")
+        raise fields.refuse(KV_HEADS, f"must divide num_attention_heads = {num_qo_heads}")
     head_dim = fields.count("head_dim", hidden_size // num_qo_heads)
     latent = read_latent(fields) if family.is_latent else None
     if latent is not None:

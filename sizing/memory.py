@@ -133,7 +133,7 @@ def state_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 def _page_token_bytes(engine: EngineConfig, model: ModelConfig, *, num_ranks: int | None = None) -> int:
     """Return the bytes of a token's keys and values in one page, on one of so many ranks."""
     num_heads, dim = model.page_heads
-    heads = num_heads // (1 if model.latent is not None else num_ranks or engine.tensor_parallel_size)
+    heads = max(1, num_heads // (1 if model.latent is not None else num_ranks or engine.tensor_parallel_size))
     row_bytes = row_items(dim, engine.kv_cache_dtype) * cache_item_bytes(engine, model)
     return model.num_kv_parts * heads * row_bytes
 

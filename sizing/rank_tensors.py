@@ -75,6 +75,7 @@ class RankTensors:
         name = "" if model.states is None else model.states.module  # others of Nemotron-H's layers have that name too
         with_states = filter(model.has_state, range(model.num_layers))
         self._of_states = tuple(f"model.layers.{layer}.{name}." for layer in with_states)
+        self._num_copies = 1 if model.latent is not None else max(1, num_ranks // model.num_kv_heads)  # of KV heads
         own = model if model.states is None else replace(model, states=model.states.of_rank(num_ranks))
         self._shapes = tensor_shapes(own)  # as a rank has them of layers with states, whole ones of others
 
@@ -101,7 +102,14 @@ class RankTensors:
         is_split = (name.endswith(".bias") and module not in (*_BY_INPUTS, *_WHOLE)) or (
             module in _BY_HEADS and (module == "sinks" or self._model.family.head_norms == "whole")
         )
-        return size // self._num_ranks if is_split and not self._is_of_states(name) else size
+        is_own = is_split and not self._is_of_states(name)
+        return self._with_copies(module, size) // self._num_ranks if is_own else size
+
+    def _with_copies(self, module: str, num_outputs: int) -> int:
+        """Count a module's outputs on all ranks: those that make keys and values as often as ranks have a head."""
+        model, last = self._model, module.rpartition(".")[2]
+        kept = {"k_proj": num_outputs, "v_proj": num_outputs, "qkv_proj": 2 * model.num_kv_heads * model.head_dim}
+        return num_outputs + kept.get(last, 0) * (self._num_copies - 1)
 
     def _is_of_states(self, name: str) -> bool:
         return name.startswith(self._of_states)
@@ -133,7 +141,8 @@ class RankTensors:
             elif last in _WHOLE:
                 yield whole
             else:
-                yield whole._replace(num_outputs=whole.num_outputs // self._num_ranks)
+                num_outputs = sum(self._with_copies(each, shapes[each][0]) for each in whole.modules)
+                yield whole._replace(num_outputs=num_outputs // self._num_ranks)
 
     def _stacked(self, module: str, shape: tuple[int, ...], num_own: int | None) -> Iterator[Matrix]:
         """Yield each expert's matrix of a stack [experts, inputs, outputs], or the stack of their biases."""

@@ -47,7 +47,7 @@ def _heads(decoder: Decoder, heads: Heads, rotary: RotaryEmbedding) -> HeadParts
     num_qo = config.num_qo_heads // num_ranks
     return HeadParts(
         num_qo=num_qo,
-        num_kv=num_qo if config.latent is not None else heads.num_kv // num_ranks,
+        num_kv=num_qo if config.latent is not None else max(1, heads.num_kv // num_ranks),
         dim=heads.dim,
         rotary_dim=2 * len(rotary.inv_freq),
         are_latents=config.latent is not None,

@@ -53,6 +53,7 @@ class Part:
     start: int = 0  # where they begin in the checkpoint's tensor
     stored: int = 0  # outputs that the checkpoint's tensor has; 0: these features
     is_common: bool = False  # each rank has all of them
+    num_heads: int = 0  # that stay whole: of more ranks each head is had by as many; 0: there are none
 
 
 @dataclass(slots=True, frozen=True)
@@ -77,8 +78,9 @@ def shares_of(parts: Sequence[Part], comm: Communicator) -> list[Share]:
     """Return this rank's share of each of several parts, one behind another."""
     found, row = list[Share](), 0
     for part in parts:
-        count = part.features // (1 if part.is_common else comm.size)
-        start = part.start + (0 if part.is_common else count * comm.rank)
+        num_shares = 1 if part.is_common else min(comm.size, part.num_heads or comm.size)
+        count = part.features // num_shares
+        start = part.start + count * (comm.rank * num_shares // comm.size)
         found.append(Share(part, slice(row, row + count), start))
         row += count
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -100,11 +101,12 @@ class Attention:
         self.page, self.num_made = page, len(made)
         num_kv_heads, self.head_dim = heads or (config.num_kv_heads, config.head_dim)
         self.num_qo_heads = config.num_qo_heads // num_ranks
-        self.num_kv_heads = num_kv_heads // num_ranks if "k" in made else 0
+        self.num_kv_heads = max(1, num_kv_heads // num_ranks) if "k" in made else 0
         own_q, num_kv = config.num_qo_heads * self.head_dim, num_kv_heads * self.head_dim
         names = [f"{name}.{part}_proj" for part in made]
         sizes = [num_q or own_q, num_kv, num_kv][: len(made)]
-        parts = column_parts(names, sizes, fused=f"{name}.qkv_proj" if family.fusion == "all" else None)
+        queries, *kept = column_parts(names, sizes, fused=f"{name}.qkv_proj" if family.fusion == "all" else None)
+        parts = [queries, *(replace(part, num_heads=num_kv_heads) for part in kept)]
         self.qkv_proj = ColumnParallelLinear(
             builder, f"{name}.qkv_proj", config.hidden_size, parts, bias=config.qkv_bias
         )

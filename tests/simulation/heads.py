@@ -1,6 +1,7 @@
 """Pages of workers whose ranks share out the heads of the KV: each rank has its heads' keys, then their values.
 
     spec of two heads      one rank   K0 K1 V0 V1          two ranks   K0 V0 | K1 V1
+                           four ranks K0 V0 | K0 V0 | K1 V1 | K1 V1
 
 A run of a page is a *section*: one head's keys, or its values. It holds the tags of the tokens plus the section's
 number, so that what lands in another head's place, or values in that of keys, is as wrong as another token's.
@@ -17,9 +18,14 @@ from .oracle import Answer
 
 def sections_of(rank: int, num_ranks: int, spec: KVCacheSpec) -> tuple[int, ...]:
     """Return a rank's sections, by their numbers over the whole model."""
-    num_heads = spec.num_kv_heads // num_ranks
-    heads = range(rank * num_heads, (rank + 1) * num_heads)
+    heads = heads_of(rank, num_ranks, spec.num_kv_heads)
     return tuple(part * spec.num_kv_heads + head for part in range(2) for head in heads)
+
+
+def heads_of(rank: int, num_ranks: int, num_heads: int) -> range:
+    """Return a rank's heads: an even share of them, or the one that it has as its neighbours do."""
+    first = rank * num_heads // num_ranks
+    return range(first, max(first + 1, (rank + 1) * num_heads // num_ranks))
 
 
 class HeadsMemory(Memory):

@@ -16,6 +16,7 @@ from kvferry.wire.handoff import KVArrived, KVOpened
 
 from .breach import Breach
 from .fabric import Flight
+from .heads import heads_of
 
 if TYPE_CHECKING:
     from .workers import Worker
@@ -158,5 +159,10 @@ def _senders(spec: KVCacheSpec, num_sources: int, num_ranks: int) -> set[tuple[i
     """Return which source ranks have what which of our ranks wait for, counted head by head."""
     if spec.is_replicated:
         return {(rank % num_sources, rank) for rank in range(num_ranks)}
-    heads = range(spec.num_kv_heads)
-    return {(head * num_sources // len(heads), head * num_ranks // len(heads)) for head in heads}
+    num_heads, found = spec.num_kv_heads, set()
+    for target in range(num_ranks):
+        copy = target % max(1, num_ranks // num_heads)
+        for head in heads_of(target, num_ranks, num_heads):
+            holders = [rank for rank in range(num_sources) if head in heads_of(rank, num_sources, num_heads)]
+            found.add((holders[copy % len(holders)], target))
+    return found

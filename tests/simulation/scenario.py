@@ -204,11 +204,15 @@ def _with_ranks(random: Random, scenario: Scenario) -> Scenario:
 
 
 def _with_heads(random: Random, scenario: Scenario) -> Scenario:
-    """In a quarter of the fleets ranks share out the heads, as a rule on one side otherwise than on the other."""
+    """In a quarter of the fleets ranks share out the heads, as a rule on one side otherwise than on the other; in some
+    each has a head that others have as well.
+    """
     if scenario.spec.is_replicated or random.random() > _HEADS_SHARE:
         return scenario
-    num_ranks = random.choice(((1, 2), (2, 1), (2, 2), (1, 2), (2, 1), (2, 2), (2, 4), (4, 2)))
-    spec = msgspec.structs.replace(scenario.spec, num_kv_heads=max(num_ranks))
+    sizes = ((1, 2), (2, 1), (2, 2), (2, 4), (4, 2))
+    fleets = (*((size, max(size)) for size in sizes), ((1, 4), 2), ((4, 2), 2), ((2, 4), 2))
+    num_ranks, num_heads = random.choice(fleets)
+    spec = msgspec.structs.replace(scenario.spec, num_kv_heads=num_heads)
     return replace(scenario, spec=spec, num_ranks=num_ranks)
 
 

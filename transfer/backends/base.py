@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...common.kv_spec import Shard
 from ...wire.grants import RegionInfo
 
 if TYPE_CHECKING:
@@ -139,8 +138,8 @@ def page_num_bytes(pages: torch.Tensor) -> int:
 def describe_region(
     pages: torch.Tensor, *, agent: str, metadata: bytes, transport: str, rank: int, tp_size: int, generation: int
 ) -> RegionInfo:
-    """Describe a registered allocation as a peer must know it: a rank's part of a model, in all layers."""
-    num_layers, num_blocks, num_parts, num_heads, _, _ = pages.shape
+    """Describe a registered allocation as a peer must know it. What of a model it is follows from the rank."""
+    num_blocks = pages.shape[1]
     return RegionInfo(
         rank=rank,
         tp_size=tp_size,
@@ -153,5 +152,4 @@ def describe_region(
         device="VRAM" if pages.is_cuda else "DRAM",
         device_id=pages.device.index or 0,
         transport=transport,
-        shard=Shard.of_rank(rank, tp_size, num_layers=num_layers, num_heads=num_heads, is_replicated=num_parts == 1),
     )

@@ -42,10 +42,10 @@ def check_regions(ranks: Sequence[RegionInfo], spec: KVCacheSpec) -> str | None:
         if region.page_bytes != page_bytes:
             return f"page_bytes {page_bytes} by the spec, {region.page_bytes} at {region.agent}"
     held = sorted((shard.copy, head) for shard in shards for head in range(shard.first_head, shard.end_head))
-    num_copies = len(ranks) if spec.is_replicated else 1
+    num_copies = spec.num_copies(len(ranks))
     is_each_once = held == list(product(range(num_copies), range(spec.num_kv_heads)))
     if not is_each_once or any(shard.num_copies != num_copies for shard in shards):
-        once = f"once in each of {num_copies} copies" if spec.is_replicated else "once"
+        once = f"once in each of {num_copies} copies" if num_copies > 1 or spec.is_replicated else "once"
         return f"{'; '.join(map(str, shards))}: not each of {spec.num_kv_heads} heads {once}"
     return None
 

@@ -29,6 +29,7 @@ TOLERANCE = 0.15  # of a log-probability; those of these models spread over some
         ("llama", {"biases": True, "hidden_size": 72, "intermediate_size": 100, "vocab_size": 515}),
         ("mistral", {"sliding_window": 40, "tie_embeddings": True, "vocab_size": 511}),
         ("qwen3", {"head_dim": 32, "num_qo_heads": 8}),
+        ("qwen2", {"num_kv_heads": 1}),
         ("gemma3_text", {"head_dim": 32}),
         ("olmo3", {}),
         ("cohere2", {"hidden_size": 128, "config": {"attention_bias": True}}),

@@ -194,6 +194,27 @@ def test_a_shard_without_layers_or_heads_does_not_cross() -> None:
             msgspec.msgpack.decode(msgspec.msgpack.encode((0, 2, 0, 1, *copy)), type=Shard)
 
 
+@pytest.mark.parametrize(("source", "decode"), [*itertools.product((1, 2, 4, 8, 16), repeat=2)])
+def test_ranks_beyond_the_heads_have_copies_each_of_which_is_written_once(source: int, decode: int) -> None:
+    sources, targets = _shards(source), _shards(decode)
+    regions = _regions([*targets])
+    assert SPEC.fits_ranks(source) and check_regions(regions, SPEC) is None
+    written: Counter[tuple[int, int]] = Counter()
+    for one, (number, other) in itertools.product(sources, enumerate(targets)):
+        if (common := one.share_for(other)) is not None:
+            written.update((number, head) for head in range(common.first_head, common.end_head))
+    wanted = [(number, head) for number, own in enumerate(targets) for head in range(own.first_head, own.end_head)]
+    assert written == Counter(wanted) and {head for _, head in wanted} == set(range(4))
+    if decode > 4:
+        twice = _regions([targets[0], *targets[:-1]])
+        assert f"once in each of {decode // 4} copies" in (check_regions(twice, SPEC) or "")
+
+
+def test_ranks_that_neither_share_heads_nor_have_as_many_copies_of_each_are_refused() -> None:
+    assert [size for size in range(17) if SPEC.fits_ranks(size)] == [1, 2, 4, 8, 12, 16]
+    assert not SPEC.fits_ranks(4 * 1024 * 2)
+
+
 def test_equal_tp_sizes_ship_whole_pages_to_the_same_rank() -> None:
     assert pieces(SPEC.shard(1, 2), SPEC.shard(1, 2), SPEC) == (Piece(0, 0, SPEC.page_bytes(2)),)
     assert pieces(SPEC.shard(1, 2), SPEC.shard(0, 2), SPEC) is None
