@@ -110,7 +110,7 @@ class KVCacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def fits_ranks(self, tp_size: int) -> bool:
         """Tell whether so many ranks can each hold an even share of the heads, or each head be held by as many."""
-        if tp_size < 1 or self.num_copies(tp_size) > MAX_COPIES:
+        if not 1 <= tp_size <= max(MAX_COPIES, self.num_kv_heads):
             return False
         return self.is_replicated or self.num_kv_heads % tp_size == 0 or tp_size % self.num_kv_heads == 0
 

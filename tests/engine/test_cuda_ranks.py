@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "nemotron h, with experts": ("NemotronH", STATES | NEMOTRON_H_MOE),
     "falcon h1": ("FalconH1", STATES | FALCON_H1),
     "olmo 2": ("Olmo2", {"num_key_value_heads": 2}),
+    "qwen 3, one head for both": ("Qwen3", {"num_key_value_heads": 1}),
 }
 
 

@@ -67,6 +67,7 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "mistral, wide": ("Mistral", {"intermediate_size": 1536, "sliding_window": 64}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 4}),
+    "one head for all ranks": ("Qwen2", {"num_key_value_heads": 1}),
     "qwen3, deep, tied": ("Qwen3", {"num_hidden_layers": 6, "tie_word_embeddings": True}),
     "experts": ("Qwen3Moe", _EXPERTS),
     "experts in every second layer": ("Qwen3Moe", _EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
