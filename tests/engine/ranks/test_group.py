@@ -285,8 +285,8 @@ def _wait_for_end(pidfd: int) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (3, r"tensor_parallel_size = 3 does not divide the model's num_attention_heads = 4; these do: \[1, 2\]"),
-        (4, r"num_key_value_heads = 2; these do: \[1, 2\]"),
+        (3, r"tensor_parallel_size = 3 does not divide the model's num_attention_heads = 4; these do: \[1, 2, 4\]"),
+        (8, r"num_attention_heads = 4; these do: \[1, 2, 4\]"),
     ],
 )
 def test_a_size_that_does_not_divide_the_heads_is_refused(model_dir: Path, size: int, message: str) -> None:
