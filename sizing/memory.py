@@ -11,6 +11,7 @@ from ..common.kv_spec import KVCacheSpec, row_items
 from ..kvcache.draft_pages import num_draft_pages
 from ..models.config import ModelConfig
 from ..models.parts.page_windows import SLACK_TOKENS, page_windows
+from ..models.parts.rank_counts import heads_of_rank
 from ..models.parts.states import block_size_of
 from ..models.quantization import chosen_quantization
 from .weights import ITEM_BYTES, WeightBytes, WeightCounter, item_bytes
@@ -133,7 +134,7 @@ def state_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 def _page_token_bytes(engine: EngineConfig, model: ModelConfig, *, num_ranks: int | None = None) -> int:
     """Return the bytes of a token's keys and values in one page, on one of so many ranks."""
     num_heads, dim = model.page_heads
-    heads = max(1, num_heads // (1 if model.latent is not None else num_ranks or engine.tensor_parallel_size))
+    heads = heads_of_rank(num_heads, 1 if model.latent is not None else num_ranks or engine.tensor_parallel_size)
     row_bytes = row_items(dim, engine.kv_cache_dtype) * cache_item_bytes(engine, model)
     return model.num_kv_parts * heads * row_bytes
 

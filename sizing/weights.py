@@ -170,21 +170,26 @@ class WeightCounter:
         scales = num_groups * (2 if form.has_minima else 1) * self._scale_bytes(matrix.modules[0], form)
         return round(_padded(matrix.num_outputs, _TILE_OUTPUTS) * (numbers + scales))
 
+    @property
+    def _card_quantization(self) -> Quantization | None:
+        """Return the quantization where a GPU multiplies by numbers in their own bits; None: nothing does."""
+        return self._quantization if self._on_gpu and self._item_bytes == ITEM_BYTES["bfloat16"] else None
+
     def _kept_float8(self, matrix: Matrix) -> Form | None:
         """Return the form of a matrix whose 8-bit floats a GPU keeps as they are stored; None: it has another."""
-        if not self._on_gpu or self._quantization is None or self._item_bytes != ITEM_BYTES["bfloat16"]:
+        if (quantization := self._card_quantization) is None:
             return None
-        return self._quantization.kept_float8(matrix.modules, matrix.num_inputs, has_products=self._has_float8)
+        return quantization.kept_float8(matrix.modules, matrix.num_inputs, has_products=self._has_float8)
 
     def _card_form(self, matrix: Matrix) -> Form | None:
         """Return the form of a matrix that a GPU multiplies by as it is; None: it has another, or is widened."""
-        if not self._on_gpu or self._quantization is None or self._item_bytes != ITEM_BYTES["bfloat16"]:
+        if (quantization := self._card_quantization) is None:
             return None
         experts = self._model.experts
         is_together = experts is not None and (experts.is_stacked or not self._is_exchanged)  # widened in registers
         if (is_together and is_expert(matrix.modules[0])) or makes_heads(matrix):
             return None
-        form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
+        form = quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         form = None if form is None else _of_rank(form, matrix)
         return form if form is not None and form.card_group and matrix.num_outputs % CARD_OUTPUTS == 0 else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...models.parts.activation import Activation
+from ...models.parts.rank_counts import heads_of_rank
 from ...models.parts.uneven_heads import Heads
 from ..nn.decoder import Decoder
 from ..nn.rotary import RotaryEmbedding
@@ -47,7 +48,7 @@ def _heads(decoder: Decoder, heads: Heads, rotary: RotaryEmbedding) -> HeadParts
     num_qo = config.num_qo_heads // num_ranks
     return HeadParts(
         num_qo=num_qo,
-        num_kv=num_qo if config.latent is not None else max(1, heads.num_kv // num_ranks),
+        num_kv=num_qo if config.latent is not None else heads_of_rank(heads.num_kv, num_ranks),
         dim=heads.dim,
         rotary_dim=2 * len(rotary.inv_freq),
         are_latents=config.latent is not None,

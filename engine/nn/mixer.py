@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.parts.rank_counts import heads_of_rank
 from ...models.parts.uneven_heads import Heads
 from ..weights.weight import Leaf
 from .attention.base import AttentionBackend
@@ -101,7 +102,7 @@ class Attention:
         self.page, self.num_made = page, len(made)
         num_kv_heads, self.head_dim = heads or (config.num_kv_heads, config.head_dim)
         self.num_qo_heads = config.num_qo_heads // num_ranks
-        self.num_kv_heads = max(1, num_kv_heads // num_ranks) if "k" in made else 0
+        self.num_kv_heads = heads_of_rank(num_kv_heads, num_ranks) if "k" in made else 0
         own_q, num_kv = config.num_qo_heads * self.head_dim, num_kv_heads * self.head_dim
         names = [f"{name}.{part}_proj" for part in made]
         sizes = [num_q or own_q, num_kv, num_kv][: len(made)]

@@ -13,6 +13,11 @@ from ...common.errors import ConfigError
 KV_HEADS = "num_key_value_heads"
 
 
+def heads_of_rank(num_heads: int, num_ranks: int) -> int:
+    """Count the KV heads that one of so many ranks has."""
+    return max(1, num_heads // num_ranks)
+
+
 def possible_sizes(counts: Mapping[str, int], *, copies_heads: bool) -> list[int]:
     """List the numbers of ranks that can share all counts. `copies_heads`: several may have the same KV head."""
     most = min(count for name, count in counts.items() if name != KV_HEADS or not copies_heads)
