@@ -138,6 +138,10 @@ class EngineConfig(Settings):
         """Count the tokens of a block, for a model that keeps no states."""
         return self.block_size or BLOCK_SIZE
 
+    def is_exact_on(self, device: str) -> bool:
+        """Tell whether results are to be exact on a kind of device: drafts, too, ask for it where it can be had."""
+        return self.deterministic or (self.speculative_config is not None and device == "cpu")
+
     @property
     def exchanges_experts(self) -> bool:
         """Tell whether a rank sends tokens to the ranks of their experts alone, instead of summing over all."""

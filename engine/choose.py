@@ -72,7 +72,7 @@ def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device
     check_uneven(model.uneven, config, is_cuda=device.type == "cuda")
     check_chunks(model.sliding_windows, config, is_cuda=device.type == "cuda")
     if model.states is not None:
-        check_states(config)
+        check_states(config, is_cuda=device.type == "cuda")
     if device.type == "cuda" and (latent := model.latent) is not None:
         latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
     if (quantization := model.quantization) is not None:
@@ -205,15 +205,16 @@ def choose_runner(
             pages,
             num_threads=config.num_threads or torch.get_num_threads(),
             cores=_shared_cores(cores),
-            is_exact=config.deterministic,
+            is_exact=config.is_exact_on("cpu"),
             states=decoder.states,
         )
         num_pages, ends = decoder.config.num_kv_pages, decoder.config.eos_token_ids
         return NativeRunner(native, decoder.final_norm, num_pages=num_pages, eos_token_ids=ends)
-    if config.deterministic:
+    is_exact = config.is_exact_on("cpu")
+    if is_exact:
         check_exact(decoder.config, ["the log says why"])
     with torch.inference_mode():
-        make = TiledRunner if config.deterministic else TorchRunner
+        make = TiledRunner if is_exact else TorchRunner
         return make(decoder, attention, block_size=config.block_tokens)
 
 
@@ -227,7 +228,7 @@ def _attention(config: EngineConfig, decoder: Decoder, pages: LayerPages) -> Att
         model.kv_windows,
         query_dtype=decoder.dtype,
         kv_scales=_kv_scales(config, model) if has_scales else None,
-        deterministic=config.deterministic,
+        deterministic=config.is_exact_on(pages[0].device.type),
         is_wide=decoder.dtype == torch.bfloat16 and is_slow_in_bfloat16(),
         scores=Scores(
             scale=model.score_scale,

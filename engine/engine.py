@@ -132,7 +132,7 @@ class Engine:
         if self._group is not None:
             store = self._group.store
         assert store is not None, "a rank of several needs the group or the store"
-        in_rank_order = self.config.deterministic
+        in_rank_order = self.config.is_exact_on(self._device.type)
         return connect(store, tp_rank, tp_size, self._device, in_rank_order=in_rank_order, check=self._check_ranks)
 
     def _loaded_decoder(self, dtype: torch.dtype, progress: Progress | None) -> Decoder:

@@ -74,8 +74,8 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     check_uneven(model.uneven, engine, is_cuda=is_cuda)
     check_chunks(model.sliding_windows, engine, is_cuda=is_cuda)
     if model.states is not None:
-        check_states(engine)
-    if engine.deterministic:
+        check_states(engine, is_cuda=is_cuda)
+    if engine.is_exact_on(engine.device):
         check_exact(model, lacks_native(engine, model))
     if engine.attention_backend != "auto" and engine.attention_backend.startswith("flashinfer") != is_cuda:
         raise ConfigError(f"attention_backend: {engine.attention_backend} does not run on {engine.device}; use auto")

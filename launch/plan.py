@@ -121,6 +121,7 @@ def plan_autoscale(settings: ServeSettings) -> AutoscaleConfig:
 def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> RouterConfig:
     """Return the config of every router: settings by their names, and what follows from others."""
     values = _shared(settings, RouterConfig) | {
+        "deterministic": settings.is_exact,
         "model_dir": model_dir,
         "served_model_name": served_name,
         "expect_prefill": settings.prefill.workers > 0,
@@ -181,8 +182,10 @@ def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = 
     if model is not None:
         for worker in workers:
             _check_float8(worker, device, host, model)
+    is_exact = any(worker.config.engine.is_exact_on(device) for worker in workers)
     return replace(
         deployment,
+        router=deployment.router.model_copy(update={"deterministic": is_exact}),
         workers=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in workers),
         templates=tuple(_fit_worker(worker, device, host, threads, num_ranks) for worker in deployment.templates),
         gpus=tuple(gpu.index for gpu in host.gpus) if device == "cuda" else (),
@@ -237,10 +240,6 @@ def _device(deployment: Deployment, host: Host) -> Literal["cpu", "cuda"]:
             "`kvferry doctor` says why, and --device cpu works"
         )
     device: Literal["cpu", "cuda"] = wanted if wanted != "auto" else "cuda" if host.gpus else "cpu"
-    if device == "cuda" and deployment.workers[0].config.engine.speculative_config is not None:
-        raise ConfigError(
-            "speculative_config: only on CPUs; drafts need results that do not depend on how many a step computes"
-        )
     if device == "cuda" and deployment.workers[0].config.engine.deterministic:
         raise ConfigError(NO_DETERMINISTIC_CUDA)
     check_cache_dtype(deployment.workers[0].config.engine, is_cpu=device == "cpu")

@@ -107,9 +107,9 @@ class EngineSettings(Settings):
         Annotated[SpeculativeConfig, BeforeValidator(parse_object)] | None,
         Option(
             "Engine",
-            "Draft tokens and check several in a step; none is another than without. JSON as vLLM takes it: "
-            '{"method": "ngram", "num_speculative_tokens": 5}, or "draft_model" with "model": DIRECTORY. Turns '
-            "deterministic on. On CPUs alone.",
+            "Draft tokens and check several in a step, each of them the model's own draw. JSON as vLLM takes it: "
+            '{"method": "ngram", "num_speculative_tokens": 5}, or "draft_model" with "model": DIRECTORY. On CPUs '
+            "it turns deterministic on: no token is another than without.",
             ENGINES,
         ),
     ] = None

@@ -40,14 +40,6 @@ class ServeSettings(
 ):
     """All settings of a deployment, checked against each other; `--help` shows the last group first."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _imply(cls, values: object) -> object:
-        """Drafts change no token only where a token's results do not depend on how many are computed at once."""
-        if isinstance(values, dict) and values.get("speculative_config") is not None:
-            return {"deterministic": True, **values}
-        return values
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         self._check_keys()
@@ -63,6 +55,11 @@ class ServeSettings(
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError("max_model_len: must hold a prompt token and an answer token, so at least 2")
         return self
+
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether workers have exact results, where `device` says enough of what they run on."""
+        return self.deterministic or (self.speculative_config is not None and self.device != "cuda")
 
     def _check_keys(self) -> None:
         for name, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
@@ -100,7 +97,7 @@ class ServeSettings(
                 f"{given}.quantization: prefill workers have {forms[0]} weights, decode workers {forms[1]}: they "
                 f"compute other numbers; where that is accepted, give --mixed-quantization {forms[0]},{forms[1]}"
             )
-        if self.mixed_quantization and self.deterministic:
+        if self.mixed_quantization and self.is_exact:
             raise ValueError("mixed_quantization: not with deterministic: equal requests would have other answers")
 
     def _check_deterministic(self) -> None:
@@ -112,10 +109,11 @@ class ServeSettings(
         }
         plans = {pool.expert_plan or self.expert_plan for pool in pools}
         exchanges = {pool.expert_exchange or self.expert_exchange for pool in pools}
-        if self.deterministic and self.prefill.workers and sizes[0] != sizes[1]:
+        hint = "" if self.deterministic else "; drafts on CPUs ask for it, on GPUs give --device cuda"
+        if self.is_exact and self.prefill.workers and sizes[0] != sizes[1]:
             raise ValueError(
                 f"deterministic: both pools need the same tensor_parallel_size, these have {sizes[0]} and {sizes[1]}: "
-                "sums over ranks are rounded as they are split"
+                f"sums over ranks are rounded as they are split{hint}"
             )
         named: dict[str, set[Any]] = {
             "enable_expert_parallel": splits,
@@ -123,10 +121,11 @@ class ServeSettings(
             "expert_exchange": exchanges,
         }
         unlike = [name for name, values in named.items() if len(values) > 1]
-        if self.deterministic and self.prefill.workers and max(sizes) > 1 and unlike:
-            raise ValueError(f"deterministic: both pools need the same {unlike[0]}: sums are rounded as split")
-        if self.speculative_config is not None and not self.deterministic:
-            raise ValueError("speculative_config: needs deterministic, which is turned off: leave that away")
+        if self.is_exact and self.prefill.workers and max(sizes) > 1 and unlike:
+            raise ValueError(f"deterministic: both pools need the same {unlike[0]}: sums are rounded as split{hint}")
+        is_refused = "deterministic" in self.model_fields_set and not self.deterministic
+        if is_refused and self.is_exact:
+            raise ValueError("speculative_config: on CPUs it needs deterministic, which is turned off: leave that away")
         if self.speculative_config is not None and self.speculative_config.model is not None and max(sizes) > 1:
             raise ValueError("speculative_config: a draft model needs tensor_parallel_size 1")
 

@@ -47,6 +47,11 @@ class Driver:
         while len(seq.block_table) * self.engine.spec.block_size < num_tokens:
             seq.block_table.append(self._free.pop())
 
+    def release(self, seq: Sequence) -> None:
+        """Take back a sequence's blocks."""
+        self._free += seq.block_table
+        seq.block_table = []
+
     def step_fork(self, first: Sequence) -> int:
         """One step of a sequence that goes on from all but the last token of `first`: its first block is shared, its
         second one copied. The token that it yields.
@@ -76,6 +81,22 @@ class Driver:
                 row.seq.token_ids.append(result.runs[0][0].token_id)
             by_seq[id(row.seq)] = tuple(run[0] for run in result.runs)
         return [by_seq[id(seq)] for seq, _ in rows]
+
+    def verify(self, rows: list[tuple[Sequence, list[int]]]) -> list[tuple[SampledToken, ...]]:
+        """Run one step over (sequence, draft), those without one first; append what is accepted, and return it."""
+        ordered = sorted(rows, key=lambda row: bool(row[1]))
+        batch = Batch([BatchRow(seq, 1 + len(draft), tuple(draft)) for seq, draft in ordered])
+        for row in batch.rows:
+            self.grow(row.seq, row.end)
+        output = self.engine.step(batch)
+        self.outputs.append(output)
+        runs: dict[int, tuple[SampledToken, ...]] = {}
+        for row, result in zip(batch.rows, output.rows, strict=True):
+            [run] = result.runs
+            row.seq.num_computed_tokens += len(run)
+            row.seq.token_ids += [token.token_id for token in run]
+            runs[id(row.seq)] = run
+        return [runs[id(seq)] for seq, _ in rows]
 
     def generate(self, seqs: list[Sequence], *, chunk: int = 10**9) -> list[list[int]]:
         """All of them together, `chunk` prompt tokens a step each, until each has its max_tokens."""

@@ -1,4 +1,4 @@
-"""Steps of one-token rows on a device that is kept busy: each step is prepared while the one before it runs.
+"""Steps of answers' tokens on a device that is kept busy: each step is prepared while the one before it runs.
 
     step n     batch as foretold?  yes: put in the new blocks' ids, launch
                                    no:  fill the arrays, upload and plan them, launch
@@ -18,10 +18,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...common.batch import Batch, RowOutput, row_output
+from ...common.batch import Batch, RowOutput, drawn_output
 from ...kvcache.pages import copy_blocks
 from ..sampling.sampling import sample_rows
-from .rows import BlockTables, DecodeRow, Forecast, StepArrays, fill, foretell, padded_size, put_token_ids, rows_of
+from .rows import (
+    MAX_READ_AGAIN_BYTES,
+    BlockTables,
+    DecodeRow,
+    Forecast,
+    StepArrays,
+    fill,
+    foretell,
+    padded_size,
+    put_token_ids,
+    rows_of,
+)
 from .sampling import DeviceSampler, Draws
 
 
@@ -72,6 +83,7 @@ class DecodePipeline:
         self._sampler = sampler
         self._pages = pages
         self._block_size = pages.shape[4]
+        self._max_read_again = MAX_READ_AGAIN_BYTES // (pages[:, 0].nbytes // pages.shape[4])
         self._spare_block = spare_block
         self._max_model_len = max_model_len
         self._tables = BlockTables()
@@ -83,8 +95,8 @@ class DecodePipeline:
 
     def step(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[RowOutput] | None:
         """Run the step. None: the batch is not for this pipeline. Layers are told of when all of them are queued."""
-        size = padded_size(self._device.sizes, len(batch.rows))
-        rows = rows_of(batch, self._block_size) if size is not None else None
+        size = padded_size(self._device.sizes, batch.num_tokens)
+        rows = rows_of(batch, self._block_size, self._max_read_again) if size is not None else None
         if size is None or rows is None:
             self._forecast = None
             return None
@@ -98,7 +110,7 @@ class DecodePipeline:
         draws = self._sample(batch, logits)
         self._device.wait(lambda: self._look_ahead(batch, draws))
         tokens = iter(draws.read() if draws is not None else ())
-        outputs = [row_output(row, next(tokens) if row.samples else ()) for row in batch.rows]
+        outputs = [drawn_output(row, tokens, ()) for row in batch.rows]
         self._sampled = [output.runs[0][0].token_id if output.runs else -1 for output in outputs]
         return outputs
 
@@ -118,7 +130,7 @@ class DecodePipeline:
         self._device.reuse_arrays()
         num_pages, missing = self._fill(rows, size)
         assert not missing, "a block table is shorter than its sequence"
-        put_token_ids(self._device.arrays, rows, size)
+        put_token_ids(self._device.arrays, batch, size)
         self._device.upload_token_ids(size)
         self._device.upload(size, num_pages)
 
@@ -147,9 +159,9 @@ class DecodePipeline:
 
     def _sample(self, batch: Batch, logits: Tensor) -> Draws | None:
         """Queue sampling; rows that do not sample are computed for their KV alone."""
-        sampling = [index for index, row in enumerate(batch.rows) if row.samples]
-        if not sampling:
+        sampling = [row.samples for row in batch.rows for _ in range(row.num_scheduled_tokens)]
+        if not any(sampling):
             return None
-        if len(sampling) < len(batch.rows):
-            logits = logits[sampling]
+        if not all(sampling):
+            logits = logits[[index for index, samples in enumerate(sampling) if samples]]
         return self._sampler.launch(logits, sample_rows(batch))

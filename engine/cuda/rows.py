@@ -1,8 +1,12 @@
-"""A step in which every row feeds one token, as arrays of a padded size, and the step after it foretold.
+"""A step of answers' tokens alone, as arrays of a padded size, and the step after it foretold.
 
     Batch --rows_of--> [DecodeRow] --fill--> StepArrays        what the device reads
     Batch --foretell-> Forecast --fill--> StepArrays           the same for the next step, while this one runs
                        Forecast.fits(next batch)?  put_new_pages: block ids that were not known yet
+
+A row that verifies a draft becomes as many rows, one for each token, of the same pages: keys and values of all are
+written before any is attended to, so each sees those before it. That takes the graphs that there are, and reads its
+pages as often as it has tokens; where that is much, the batch is no such step (`MAX_READ_AGAIN_BYTES`).
 
 The forecast: every row that goes on feeds the token that it has just sampled, one place further. How many pages that
 takes is known; which block a row gets where it begins a new one is not, so that page is filled in when the batch has
@@ -27,12 +31,22 @@ from ...common.adapter import NO_ADAPTER
 from ...common.batch import Batch, BatchRow, RowKind
 from ...common.request import Sequence
 
+# Of keys and values that a step reads more than once. Where it is more, attention of chunks reads them once, launched
+# layer by layer: that takes the host a millisecond or two, in which an H100 reads so much. Not measured on a card. Too
+# high: drafts of long contexts make steps longer, so that fewer are tried; too low: those of short ones do.
+MAX_READ_AGAIN_BYTES = 4 << 30
+_MAX_VERIFIED = 256  # tokens of a step for which there are graphs because of drafts
+
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
-def graph_sizes(max_num_rows: int) -> tuple[int, ...]:
-    """List padded numbers of rows: 1, 2, 4, then every eighth; past 256 every sixteenth; the last is `max_num_rows`."""
+def graph_sizes(max_num_seqs: int, num_drafts: int = 0) -> tuple[int, ...]:
+    """List padded numbers of rows: 1, 2, 4, then every eighth; past 256 every sixteenth.
+
+    The last is `max_num_seqs` or, with drafts of so many tokens, what they make of it, up to 256.
+    """
+    max_num_rows = max(max_num_seqs, min(_MAX_VERIFIED, max_num_seqs * (1 + num_drafts)))
     sizes = [size for size in (1, 2, 4, *range(8, 257, 8)) if size < max_num_rows]
     sizes += range(272, max_num_rows, 16)
     return (*sizes, max_num_rows)
@@ -52,6 +66,10 @@ class DecodeRow(NamedTuple):
     position: int
     num_pages: int
     adapter: int = NO_ADAPTER  # its slot
+
+    @classmethod
+    def of(cls, seq: Sequence, position: int, block_size: int) -> DecodeRow:
+        return cls(seq, seq.block_table, position, position // block_size + 1, seq.adapter_slot)
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,15 +108,18 @@ class BlockTables:
             self._known = {key: entry for key, entry in self._known.items() if key in kept}
 
 
-def rows_of(batch: Batch, block_size: int) -> list[DecodeRow] | None:
-    """Return the batch as rows of one token; None if it is not one, or if more than next tokens is asked of it."""
+def rows_of(batch: Batch, block_size: int, max_read_again: int = 0) -> list[DecodeRow] | None:
+    """Return the batch as rows of one token; None if it is not one, or if more than next tokens is asked of it.
+
+    `max_read_again`: tokens whose keys and values rows that verify may read besides.
+    """
     rows = []
     for row in batch.rows:
-        seq, position = row.seq, row.start
-        if row.kind is not RowKind.DECODE or _wants_prompt_logprobs(row):
+        if row.kind is RowKind.CHUNK or _wants_prompt_logprobs(row):
             return None
-        rows.append(DecodeRow(seq, seq.block_table, position, position // block_size + 1, seq.adapter_slot))
-    return rows
+        max_read_again -= row.end * len(row.draft)
+        rows += [DecodeRow.of(row.seq, position, block_size) for position in range(row.start, row.end)]
+    return rows if max_read_again >= 0 or len(rows) == len(batch.rows) else None
 
 
 def _wants_prompt_logprobs(row: BatchRow) -> bool:
@@ -134,9 +155,10 @@ def fill(
     return end + size - count, missing
 
 
-def put_token_ids(arrays: StepArrays, rows: Seq[DecodeRow], size: int) -> None:
-    arrays.input_ids[: len(rows)] = [row.seq.token_ids[row.position] for row in rows]
-    arrays.input_ids[len(rows) : size] = 0
+def put_token_ids(arrays: StepArrays, batch: Batch, size: int) -> None:
+    token_ids = [token_id for row in batch.rows for token_id in row.token_ids]
+    arrays.input_ids[: len(token_ids)] = token_ids
+    arrays.input_ids[len(token_ids) : size] = 0
 
 
 # --- the next step --------------------------------------------------------------------------------------------
@@ -176,15 +198,15 @@ class Forecast:
 
 
 def foretell(batch: Batch, block_size: int, max_model_len: int) -> Forecast | None:
-    """Return what follows a step of one-token rows; None if nothing can be said."""
+    """Return what follows a step of one-token rows; None if nothing can be said, as of how much of a draft is right."""
     rows, sources = [], []
     for index, row in enumerate(batch.rows):
         seq, position = row.seq, row.start + 1
-        if not row.samples or len(row.choices) > 1:
+        if not row.samples or len(row.choices) > 1 or row.draft:
             return None
         if _ends_with_next_token(seq, max_model_len):
             continue
-        rows.append(DecodeRow(seq, seq.block_table, position, position // block_size + 1, seq.adapter_slot))
+        rows.append(DecodeRow.of(seq, position, block_size))
         sources.append(index)
     return Forecast(rows, sources, []) if rows else None
 

@@ -1,6 +1,6 @@
 """Steps on CUDA: fused kernels for every batch, graphs and forecasts for decode steps of one rank.
 
-    decode    rows of one token, one rank: `DecodePipeline` over `graphs`; None where the batch is another
+    decode    answers' tokens and drafts, one rank: `DecodePipeline` over `graphs`; None where the batch is another
     forward   any batch, on every rank: a small one by `pieces`, of a larger one kernels are launched one by one
     sample    on the device, then wait for the tokens
 
@@ -91,12 +91,12 @@ class CudaRunner:
         self._sampler.launch(torch.zeros(1, 1024, device=self._device), rows)
 
     def _decode_pipeline(self, config: EngineConfig, max_model_len: int, progress: Progress | None) -> DecodePipeline:
-        spare_block = self._pages.shape[1] - 1
+        spare_block, drafts = self._pages.shape[1] - 1, config.speculative_config
         device = CudaDecodeDevice(
             self._decoder,
             self._attention,
             self._device,
-            sizes=graph_sizes(config.max_num_seqs),
+            sizes=graph_sizes(config.max_num_seqs, 0 if drafts is None else drafts.num_speculative_tokens),
             max_pages_per_row=-(-max_model_len // config.block_tokens),
             spare_block=spare_block,
             states=self._states,

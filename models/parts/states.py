@@ -220,7 +220,11 @@ def block_size_of(engine: EngineConfig, states: StatesConfig | None, kv_token_by
     return fits[0] if fits else LONG_BLOCK_SIZES[-1]
 
 
-def check_states(engine: EngineConfig) -> None:
+def check_states(engine: EngineConfig, *, is_cuda: bool) -> None:
     """Refuse what is not built of models that keep states. Raises ConfigError."""
+    if is_cuda and engine.speculative_config is not None:
+        raise ConfigError(
+            "speculative_config: drafts of a model with layers that keep a state are checked on CPUs alone"
+        )
     if (speculative := engine.speculative_config) is not None and speculative.model is not None:
         raise ConfigError('speculative_config: layers that keep a state go with "method": "ngram" alone')

@@ -49,7 +49,7 @@ def read_worker(options: argparse.Namespace) -> tuple[ModelConfig, EngineConfig,
         num_heads = model.num_qo_heads // engine.tensor_parallel_size
         model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     if model.states is not None:
-        check_states(engine)
+        check_states(engine, is_cuda=not gpu.is_cpu)
     if engine.enable_expert_parallel and model.experts is None:
         raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
     check_exchange(engine)

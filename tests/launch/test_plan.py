@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -277,6 +278,9 @@ def test_exact_steps_of_states_are_for_what_has_cpp(tmp_path: Path) -> None:
     by_model = SpeculativeConfig(method="draft_model", model=tmp_path)
     with pytest.raises(ConfigError, match=r'states? go with "method": "ngram" alone'):
         check_engine(engine.model_copy(update={"speculative_config": by_model}), model)
+    on_gpu = {"device": "cuda", "deterministic": False, "speculative_config": SpeculativeConfig(method="ngram")}
+    with pytest.raises(ConfigError, match="keep a state are checked on CPUs alone"):
+        check_engine(engine.model_copy(update=on_gpu), model)
 
 
 def test_the_reserve_has_room_for_states_that_are_computed_with() -> None:
@@ -432,9 +436,24 @@ def test_drafts_are_for_every_worker_and_make_results_exact() -> None:
     deployment = planned(speculative_config='{"method": "ngram", "num_speculative_tokens": 3}')
     for worker in deployment.workers:
         engine = worker.config.engine
-        assert engine.deterministic and engine.speculative_config is not None
+        assert engine.is_exact_on("cpu") and engine.speculative_config is not None
         assert engine.speculative_config.num_speculative_tokens == 3
     assert deployment.router.deterministic
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_drafts_on_a_gpu_promise_no_bits(device: str) -> None:
+    fields: dict[str, Any] = {"speculative_config": {"method": "ngram"}, "device": device}
+    deployment = fit_to_host(planned(**fields), host(2))
+    assert planned(**fields).router.deterministic is (device == "auto")  # one that is started by hand
+    assert not deployment.router.deterministic
+    assert not any(worker.config.engine.is_exact_on(worker.config.engine.device) for worker in deployment.workers)
+    with pytest.raises(ConfigError, match="deterministic: only on CPUs"):
+        fit_to_host(planned(**fields, deterministic=True), host(2))
+    ServeSettings.model_validate({"speculative_config": {"method": "ngram"}, "device": "cuda", "deterministic": False})
+    ServeSettings.model_validate(
+        {"speculative_config": {"method": "ngram"}, "device": "cuda", "prefill": {"tensor_parallel_size": 2}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -451,7 +470,7 @@ def test_drafts_are_for_every_worker_and_make_results_exact() -> None:
 def test_drafts_that_nobody_can_make_are_refused(value: object, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         ServeSettings.model_validate({"speculative_config": value})
-    with pytest.raises(ValueError, match="needs deterministic"):
+    with pytest.raises(ValueError, match="it needs deterministic, which is turned off"):
         ServeSettings.model_validate({"speculative_config": {"method": "ngram"}, "deterministic": False})
 
 

@@ -14,6 +14,7 @@ from ...engine_driver import GREEDY, Driver, make_engine, prompts
 from .emulation import MAX_ROWS, LookingAhead
 
 RANDOM = SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.3, top_p=0.95, seed=7, logprobs=2)
+PENALIZED = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, frequency_penalty=0.7, min_tokens=8)
 LONG = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
@@ -45,6 +46,32 @@ def test_answers_that_end_by_length_leave_without_a_step_prepared_in_vain(model_
     assert _generate(engine, sampling) == _generate(make_engine(model_dir), sampling)
     assert (engine.pipeline.num_steps, engine.pipeline.num_forecasts) == (23, 22)
     assert {rows for _, rows in engine.device.sizes_run} == {5, 4, 3, 2}
+
+
+@pytest.mark.parametrize("sampling", [LONG, RANDOM, PENALIZED], ids=["greedy", "random", "penalized"])
+def test_what_is_right_of_a_draft_is_what_comes_one_by_one(model_dir: Path, sampling: SamplingParams) -> None:
+    other = Driver(make_engine(model_dir))
+    expected = other.generate([other.add(prompt, sampling) for prompt in prompts([5, 15, 31])])
+    engine = LookingAhead(model_dir)
+    driver = Driver(engine)
+    seqs = [driver.add(prompt, sampling) for prompt in prompts([5, 15, 31])]
+    driver.step([(seq, seq.num_tokens) for seq in seqs])
+    for num_right, is_wrong in ((2, False), (0, True), (1, True), (0, False), (2, False)):
+        rows = [(seq, answer[seq.num_output_tokens :][:num_right]) for seq, answer in zip(seqs, expected, strict=True)]
+        rows = [
+            (seq, [*draft, (answer[0] + 1) % 512] if is_wrong else draft)
+            for (seq, draft), answer in zip(rows, expected, strict=True)
+        ]
+        rows[0] = (rows[0][0], [])  # one beside them has none
+        counts = [len(run) for run in driver.verify(rows)]
+        assert counts[0] == 1 and all(count >= 1 + num_right for count in counts[1:])
+        assert (engine.pipeline._forecast is None) is any(draft for _, draft in rows)
+    for _ in range(3):
+        driver.step([(seq, 1) for seq in seqs])
+    assert engine.pipeline.num_steps == 8 and engine.pipeline.num_forecasts >= 2
+    for seq, answer in zip(seqs, expected, strict=True):
+        assert seq.output_token_ids == answer[: seq.num_output_tokens]
+    assert driver.step([(seqs[1], 1)])[0]
 
 
 def _with_comings_and_goings(engine: Engine) -> list[list[int]]:

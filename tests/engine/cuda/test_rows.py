@@ -53,7 +53,7 @@ def _fill(arrays: StepArrays, batch: Batch, size: int) -> int:
     assert rows is not None
     num_pages, missing = fill(arrays, rows, size, BlockTables(), block_size=BLOCK, spare_block=SPARE)
     assert not missing
-    put_token_ids(arrays, rows, size)
+    put_token_ids(arrays, batch, size)
     return num_pages
 
 
@@ -73,6 +73,12 @@ def test_sizes_grow_by_eight_and_end_with_the_most_rows() -> None:
     assert graph_sizes(24) == (1, 2, 4, 8, 16, 24)
     assert graph_sizes(20) == (1, 2, 4, 8, 16, 20)
     assert graph_sizes(300)[-4:] == (256, 272, 288, 300)
+
+
+def test_drafts_have_sizes_of_their_own_up_to_a_bound() -> None:
+    assert graph_sizes(2, 5) == (1, 2, 4, 8, 12)
+    assert graph_sizes(64, 5)[-2:] == (248, 256)
+    assert graph_sizes(300, 5) == graph_sizes(300)
 
 
 @given(max_rows=st.integers(1, 600), data=st.data())
@@ -97,6 +103,29 @@ def test_rows_and_padding_stand_as_the_kernels_read_them() -> None:
     assert arrays.paged_kv_last_page_len[:5].tolist() == [2, 4, 1, 1, 1]
     assert arrays.positions[:5].tolist() == [5, 3, 8, 0, 0]
     assert arrays.input_ids[:5].tolist() == [15, 13, 18, 0, 0]
+
+
+def test_a_draft_is_as_many_rows_of_the_same_pages() -> None:
+    arrays, verified = _arrays(), _decoding(7, [8, 2, 6])
+    batch = Batch([BatchRow(_decoding(6, [7, 3]), 1), BatchRow(verified, 4, (91, 92, 93))])
+    rows = rows_of(batch, BLOCK, 30)
+    assert rows is not None
+    num_pages, missing = fill(arrays, rows, 6, BlockTables(), block_size=BLOCK, spare_block=SPARE)
+    put_token_ids(arrays, batch, 6)
+    assert (num_pages, missing) == (13, [])
+    assert arrays.paged_kv_indptr[:7].tolist() == [0, 2, 4, 6, 9, 12, 13]
+    assert arrays.paged_kv_indices[:13].tolist() == [7, 3, 8, 2, 8, 2, 8, 2, 6, 8, 2, 6, SPARE]
+    assert arrays.paged_kv_last_page_len[:5].tolist() == [2, 3, 4, 1, 2]
+    assert arrays.positions[:6].tolist() == [5, 6, 7, 8, 9, 0]
+    assert arrays.input_ids[:6].tolist() == [15, 16, 91, 92, 93, 0]
+    assert foretell(batch, BLOCK, LONGEST) is None
+
+
+def test_a_draft_that_would_read_much_again_is_left_to_others() -> None:
+    batch = Batch([BatchRow(_decoding(7, [8, 2, 6]), 4, (91, 92, 93))])  # 3 tokens read up to 10 each
+    assert rows_of(batch, BLOCK, 30) is not None
+    assert rows_of(batch, BLOCK, 29) is None
+    assert rows_of(_batch(_decoding(6, [7, 3])), BLOCK, 0) is not None
 
 
 def test_a_table_longer_than_needed_is_cut() -> None:
