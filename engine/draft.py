@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ from .nn.loading import Progress, load_weights
 from .nn.plan import StepPlan
 from .nn.runner import Runner
 from .ranks.communicator import Communicator
+
+if TYPE_CHECKING:
+    from .cuda.drafting import GraphDrafts
+    from .cuda.runner import CudaRunner
 
 
 class _Stretch(NamedTuple):
@@ -57,10 +62,12 @@ class DraftModel:
         """Load it; `attach` gives it pages. Raises ConfigError where it does not go with its target."""
         assert config.speculative_config is not None and config.speculative_config.model is not None
         path = config.speculative_config.model
-        if device.type != "cpu" or config.tensor_parallel_size > 1:
-            raise ConfigError("speculative_config: a draft model runs on CPUs, with tensor_parallel_size = 1")
-        self._config, self._target = config, target
-        self.model = check_draft(config.model_dir, path, target.max_model_len)
+        if config.tensor_parallel_size > 1:
+            raise ConfigError("speculative_config: a draft model runs with tensor_parallel_size = 1")
+        self._config, self._target = config.model_copy(update={"model_dir": path}), target
+        self.model = replace(
+            check_draft(config.model_dir, path, target.max_model_len), max_model_len=target.max_model_len
+        )
         self.num_pages = num_draft_pages(target, self.model, config.kv_cache_dtype)  # of a block
         self._digest = ModelDigest(path, config.load_format, config.seed)
         with torch.inference_mode():
@@ -69,6 +76,7 @@ class DraftModel:
         self._native_model = pack_weights(decoder, device, native=native, isa=config.cpu_isa)
         self._num_choices = min(target.vocab_size, self.model.vocab_size)  # either may be padded
         self.runner: Runner
+        self._graphs: GraphDrafts | None = None  # on a GPU
 
     @property
     def digest(self) -> str:
@@ -78,7 +86,14 @@ class DraftModel:
     def attach(self, pages: Tensor, cores: CoreSlot | None) -> None:
         """Let it compute into its part of the engine's pages. Raises ConfigError."""
         layers = draft_layers(pages, self._target, self.model)
-        self.runner = choose_runner(self._config, self._decoder, self._native_model, layers, cores=cores)
+        try:
+            self.runner = choose_runner(
+                self._config, self._decoder, self._native_model, layers, whole=pages, cores=cores
+            )
+        except ConfigError as error:
+            raise ConfigError(f"speculative_config: the draft model: {error}") from error
+        if pages.device.type == "cuda":
+            self._graphs = cast("CudaRunner", self.runner).drafts(self._num_choices)
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -88,18 +103,22 @@ class DraftModel:
         if not rows:
             return 0.0
         began = time.perf_counter()
+        drafts = self._graphs.propose(rows) if self._graphs is not None else None
+        for row, draft in zip(rows, self._one_by_one(rows) if drafts is None else drafts, strict=True):
+            row.draft = tuple(draft)
+        return time.perf_counter() - began
+
+    def _one_by_one(self, rows: Sequence[BatchRow]) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in rows]
         for depth in range(max(len(row.draft) for row in rows)):
             going_on = [pair for pair in zip(rows, drafts, strict=True) if depth < len(pair[0].draft)]
             best = self._best([_next_stretch(row, draft) for row, draft in going_on])
             for (_, draft), token in zip(going_on, best, strict=True):
                 draft.append(token)
-        for row, draft in zip(rows, drafts, strict=True):
-            row.draft = tuple(draft)
-        return time.perf_counter() - began
+        return drafts
 
     def keep_up(self, batch: Batch) -> float:
-        """Compute what is left of the rows' spans; return the seconds that took."""
+        """Compute what is left of the rows' spans, or queue it on a GPU; return the seconds that took."""
         began = time.perf_counter()
         stretches = [stretch for row in batch.rows if (stretch := _rest(row)) is not None]
         if stretches:

@@ -198,12 +198,13 @@ class Engine:
         """Do all of a step but swapping. `plan`: the batch's, where it is known already."""
         rows: list[RowOutput] = []
         if batch.rows:
-            if not batch.has_pooled and (decoded := self.runner.decode(batch, on_layer)) is not None:
-                return decoded
             copy_blocks(self.kv_pages, batch.block_copies)
             if self._draft is not None:
                 self._draft_s = self._draft.propose(batch)
                 self._masks.begin(batch)  # which look at what is drafted
+            if not batch.has_pooled and (decoded := self.runner.decode(batch)) is not None:
+                self._end_decode(batch, on_layer)
+                return decoded
             plan = plan or plan_step(batch, self.config.block_tokens)
             logits = self.runner.forward(plan, on_layer)
             states = next(logits) if plan.pooled_rows else None
@@ -218,6 +219,15 @@ class Engine:
                 rows = with_pooled(batch, rows, states)
         self.runner.wait()
         return rows
+
+    def _end_decode(self, batch: Batch, on_layer: OnLayer | None) -> None:
+        """Let a draft model keep up with a step that has been run at once, and tell of all pages."""
+        if self._draft is not None:
+            self._draft_s += self._draft.keep_up(batch)
+        if on_layer is not None:
+            for page in range(self.spec.num_layers):
+                on_layer(page)
+        self.runner.wait()  # for that, and for the events that were made of these
 
     def _tell_last_pages(self, on_layer: OnLayer | None) -> None:
         """Tell of a draft model's pages, or those of states, which are complete all at once."""

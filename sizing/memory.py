@@ -23,6 +23,7 @@ RANK_BYTES = 400 << 20
 # attention's, products'), graphs, and what torch's allocator keeps between steps. Less leaves a smaller card without
 # memory at its first long step, more is cache that is not there.
 _GPU_BASE_BYTES = 3 << 29
+_GPU_DRAFT_BYTES = 1 << 29  # a draft model's own workspace of attention (0.25 GiB), graphs and logits
 _EXPERT_ROWS = 4096  # of a step that are sorted by their experts at once: `engine/cuda/experts.py`
 _STATE_ROWS = 64  # of one token whose states are taken at once: `engine/nn/states.py`
 # Tokens of a step: enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them
@@ -188,8 +189,12 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
         activations += _state_bytes(engine, model, num_tokens)
     counted = rank_weights(engine.model_copy(update={"device": "cuda"}), model)
     widening = _WIDENING_BYTES if counted.nibbles else 0
-    logits = _LOGIT_ARRAYS * engine.max_num_seqs * model.vocab_size * ITEM_BYTES["float32"]
-    return _GPU_BASE_BYTES + activations + logits + widening
+    rows, drafts = engine.max_num_seqs, engine.speculative_config
+    if drafts is not None:
+        rows = min(rows * (1 + drafts.num_speculative_tokens), max(rows, num_tokens))
+    logits = _LOGIT_ARRAYS * rows * model.vocab_size * ITEM_BYTES["float32"]
+    drafting = _GPU_DRAFT_BYTES if drafts is not None and drafts.model is not None else 0
+    return _GPU_BASE_BYTES + activations + logits + widening + drafting
 
 
 def _state_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:

@@ -24,6 +24,9 @@ from ..models.quantization import CARD_ROWS
 from .hardware import Gpu
 from .shapes import ModelShape
 
+# What the host takes to launch attention layer by layer, in place of a graph, where reading keys and values for each
+# drafted token would take longer (`engine/cuda/rows.py`). Not measured on a card.
+_LAUNCHED_S = 1.5e-3
 _MEMORY_SHARE = 0.9  # of a GPU's memory, as `--gpu-memory-utilization`
 
 
@@ -141,7 +144,7 @@ class Roofline:
             products=tokens * self._s_per_token + rows * self._s_per_row + self._widening_s(tokens),
             weights=self._read_s(tokens),
             attention=work.prefill_pairs * self._s_per_pair,
-            cache=work.decode_context * self._s_per_context,
+            cache=work.decode_context * self._s_per_context + self._read_again_s(work),
             exchange=self._fixed_s - self.model.kernels_s + self._exchange_s(tokens, rows),
             launches=self.model.kernels_s,
         )
@@ -153,7 +156,14 @@ class Roofline:
         products_s = tokens * self._s_per_token + rows * self._s_per_row + self._widening_s(tokens)
         products_s = max(products_s, self._read_s(tokens))
         attention_s = work.prefill_pairs * self._s_per_pair + work.decode_context * self._s_per_context
+        if work.draft_tokens:
+            attention_s += self._read_again_s(work)
         return self._fixed_s + products_s + attention_s + self._exchange_s(tokens, rows)
+
+    def _read_again_s(self, work: StepWork) -> float:
+        """Return what it takes that drafted tokens read the keys and values of their rows, too."""
+        again = work.decode_context * work.draft_tokens / max(1, work.decode_rows)
+        return min(again * self._s_per_context, _LAUNCHED_S)
 
     def _exchange_s(self, tokens: int, rows: int) -> float:
         return tokens * self._s_per_exchange + rows * self._s_per_row_exchange

@@ -46,7 +46,7 @@ engine/nn            common models models/families models/parts models/stored en
 engine/nn            engine/weights engine/sampling
 engine/cpu           common models models/parts engine/ranks engine/nn/attention engine/weights
 engine/cpu           engine/sampling engine/nn
-engine/cuda          common models kvcache engine/nn/attention engine/weights engine/sampling engine/nn
+engine/cuda          common models engine/nn/attention engine/weights engine/sampling engine/nn
 engine               common wire models models/parts kvcache engine/ranks engine/nn/attention engine/weights
 engine               engine/sampling engine/nn engine/cpu engine/cuda
 transfer/backends    common wire

@@ -19,7 +19,6 @@ from typing import Protocol
 from torch import Tensor
 
 from ...common.batch import Batch, RowOutput, drawn_output
-from ...kvcache.pages import copy_blocks
 from ..sampling.sampling import sample_rows
 from .rows import (
     MAX_READ_AGAIN_BYTES,
@@ -81,7 +80,6 @@ class DecodePipeline:
         """`pages`: all of a block. `spare_block`: of them, owned by no sequence; padding rows write there."""
         self._device = device
         self._sampler = sampler
-        self._pages = pages
         self._block_size = pages.shape[4]
         self._max_read_again = MAX_READ_AGAIN_BYTES // (pages[:, 0].nbytes // pages.shape[4])
         self._spare_block = spare_block
@@ -93,8 +91,8 @@ class DecodePipeline:
         self.num_forecasts = 0  # steps, and those of them that ran as prepared
         self.num_steps = 0
 
-    def step(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[RowOutput] | None:
-        """Run the step. None: the batch is not for this pipeline. Layers are told of when all of them are queued."""
+    def step(self, batch: Batch) -> list[RowOutput] | None:
+        """Run the step, whose blocks have been copied. None: the batch is not for this pipeline."""
         size = padded_size(self._device.sizes, batch.num_tokens)
         rows = rows_of(batch, self._block_size, self._max_read_again) if size is not None else None
         if size is None or rows is None:
@@ -104,9 +102,6 @@ class DecodePipeline:
         if not self._take_forecast(batch):
             self._prepare(batch, rows, size)
         logits = self._device.launch(size, len(rows))
-        if on_layer is not None:
-            for layer in range(self._pages.shape[0]):
-                on_layer(layer)
         draws = self._sample(batch, logits)
         self._device.wait(lambda: self._look_ahead(batch, draws))
         tokens = iter(draws.read() if draws is not None else ())
@@ -126,11 +121,10 @@ class DecodePipeline:
         return True
 
     def _prepare(self, batch: Batch, rows: list[DecodeRow], size: int) -> None:
-        copy_blocks(self._pages, batch.block_copies)
         self._device.reuse_arrays()
         num_pages, missing = self._fill(rows, size)
         assert not missing, "a block table is shorter than its sequence"
-        put_token_ids(self._device.arrays, batch, size)
+        put_token_ids(self._device.arrays, [token for row in batch.rows for token in row.token_ids], size)
         self._device.upload_token_ids(size)
         self._device.upload(size, num_pages)
 

@@ -155,8 +155,7 @@ def fill(
     return end + size - count, missing
 
 
-def put_token_ids(arrays: StepArrays, batch: Batch, size: int) -> None:
-    token_ids = [token_id for row in batch.rows for token_id in row.token_ids]
+def put_token_ids(arrays: StepArrays, token_ids: Seq[int], size: int) -> None:
     arrays.input_ids[: len(token_ids)] = token_ids
     arrays.input_ids[len(token_ids) : size] = 0
 

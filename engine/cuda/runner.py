@@ -27,6 +27,7 @@ from ..nn.plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_ada
 from ..nn.runner import OnLayer
 from ..sampling.sampling import SampleRow, prompt_logprobs
 from .decoder import FusedDecoder
+from .drafting import GraphDrafts
 from .graphs import CudaDecodeDevice
 from .kernels import FusedKernels
 from .pieces import PieceGraphs
@@ -63,7 +64,8 @@ class CudaRunner:
         self._states = None if states is None else DeviceStates(states, self._device, block_size)
         self._sampler = DeviceSampler(self._device, kernels, model.eos_token_ids)
         self._warm_up(progress)
-        self.decode_pipeline = self._decode_pipeline(config, model.max_model_len, progress) if tp_size == 1 else None
+        self._decode_device = self._make_device(config, model.max_model_len, progress) if tp_size == 1 else None
+        self.decode_pipeline = None if self._decode_device is None else self._pipeline(self._decode_device)
         self.pieces: PieceGraphs | None = None
         if not config.enforce_eager and self._decoder.can_be_captured:
             self.pieces = PieceGraphs(self._decoder, attention, self._device, self._states)
@@ -90,7 +92,7 @@ class CudaRunner:
         rows = [SampleRow(params, (0,), [0, 1], 1)]
         self._sampler.launch(torch.zeros(1, 1024, device=self._device), rows)
 
-    def _decode_pipeline(self, config: EngineConfig, max_model_len: int, progress: Progress | None) -> DecodePipeline:
+    def _make_device(self, config: EngineConfig, max_model_len: int, progress: Progress | None) -> CudaDecodeDevice:
         spare_block, drafts = self._pages.shape[1] - 1, config.speculative_config
         device = CudaDecodeDevice(
             self._decoder,
@@ -103,14 +105,24 @@ class CudaRunner:
         )
         if not config.enforce_eager and self._decoder.can_be_captured:
             device.capture(progress)
-        return DecodePipeline(device, self._sampler, self._pages, spare_block=spare_block, max_model_len=max_model_len)
+        return device
+
+    def _pipeline(self, device: CudaDecodeDevice) -> DecodePipeline:
+        spare, longest = self._pages.shape[1] - 1, self._decoder.plain.config.max_model_len
+        return DecodePipeline(device, self._sampler, self._pages, spare_block=spare, max_model_len=longest)
 
     def calculating(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
-        """Run the whole step, if it is one of single tokens and this is the only rank."""
-        return self.decode_pipeline.step(batch, on_layer) if self.decode_pipeline is not None else None
+    def decode(self, batch: Batch) -> list[RowOutput] | None:
+        """Run the whole step, if it is one of answers' tokens and this is the only rank."""
+        return self.decode_pipeline.step(batch) if self.decode_pipeline is not None else None
+
+    def drafts(self, num_choices: int) -> GraphDrafts:
+        """Draft by this runner's graphs; it then runs no steps of answers itself."""
+        assert self._decode_device is not None, "a draft model has one rank"
+        size, spare = self._pages.shape[4], self._pages.shape[1] - 1
+        return GraphDrafts(self._decode_device, num_choices=num_choices, block_size=size, spare_block=spare)
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         """Queue everything; hidden states are behind the final norm already."""

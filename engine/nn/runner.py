@@ -39,8 +39,8 @@ class Runner(Protocol):
         """Return what a step is computed within: exact results in torch need torch to use one thread."""
         ...
 
-    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
-        """Run all of the step, block copies included, and wait for it. None: nothing was done, `forward` is to."""
+    def decode(self, batch: Batch) -> list[RowOutput] | None:
+        """Run all of the step, whose blocks have been copied, and wait for it. None: nothing was done."""
         ...
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:

@@ -55,7 +55,7 @@ def _write(path: Path, variant: str) -> dict[str, object]:
     else:
         family, window = ("mistral", {"sliding_window": 20}) if variant == "windows" else ("llama", {})
         fields: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "dtype": "bfloat16"}
-        write_checkpoint(path, family, tokenizer=False, num_qo_heads=8, num_kv_heads=2, **fields | window)  # type: ignore[arg-type]
+        write_checkpoint(path, family, num_qo_heads=8, num_kv_heads=2, **fields | window)  # type: ignore[arg-type]
     return {"kv_cache_dtype": "fp8"} if variant == "8 bits" else {}
 
 
@@ -167,7 +167,39 @@ def _judge(driver: Driver, whole: list[int], num_prompt: int) -> None:
     [row] = driver.engine.step(Batch([BatchRow(seq, len(whole))])).rows
     driver.release(seq)
     for token in row.prompt_logprobs[num_prompt - 1 :]:
-        assert token.top[0][1] - token.logprob < SURE
+        assert token.logprob is not None and token.top[0][1] - token.logprob < SURE
+
+
+@pytest.mark.parametrize(("own", "cache"), [(True, "auto"), (False, "auto"), (False, "fp8")])
+def test_a_draft_model_drafts_in_graphs_and_keeps_its_own_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool, cache: str
+) -> None:
+    """A target that drafts for itself is nearly always right, and writes the same keys and values twice."""
+    monkeypatch.setattr(StepCosts, "observe", _cheap)
+    fields = _write(tmp_path / "model", "heads") | {"device": "cuda", "max_num_seqs": 9, "max_model_len": 512}
+    small = {"num_layers": 3, "num_qo_heads": 2, "num_kv_heads": 1, "hidden_size": 128, "head_dim": 64, "seed": 5}
+    write_checkpoint(tmp_path / "small", dtype="bfloat16", **small)  # type: ignore[arg-type]
+    drafting = {"method": "draft_model", "model": tmp_path / ("model" if own else "small"), "num_speculative_tokens": 4}
+    fields |= {"block_size": 8, "kv_cache_dtype": cache}
+    worker = EngineWorker(engine_config(tmp_path / "model", **fields, speculative_config=drafting), 64, max_num_seqs=9)
+    texts = prompts([60, 39, 21, 72, 48, 27])
+    for name in ("r", "s"):  # the second time with cached beginnings
+        answers = worker.run(texts, [SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)], name)
+        assert len(answers) == 8 and all(len(answer) == 50 for answer in answers.values())
+    scheduler = worker.role.scheduler
+    counters = scheduler.draft_counters
+    assert scheduler.num_preemptions > 0 and counters.draft_tokens > 100
+    if own:
+        assert counters.accepted_tokens > 0.8 * counters.draft_tokens
+        pages = worker.engine.kv_pages
+        cached = [block for block in range(worker.pool.num_blocks) if worker.pool.is_published(block)]
+        for block in cached:
+            torch.testing.assert_close(pages[2:, block], pages[:2, block], atol=0.05, rtol=0.05)
+        assert len(cached) > 10
+    judge = Driver(Engine(engine_config(tmp_path / "model", **fields), num_blocks=100))
+    for (name, _), answer in answers.items():
+        whole = [*texts[int(name)], *(token.token_id for token in answer)]
+        _judge(judge, whole, len(texts[int(name)]))
 
 
 def test_two_ranks_check_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvferry.common.batch import UNDRAFTED, Batch, BatchRow
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import Sequence
+from kvferry.engine.cuda.drafting import GraphDrafts
 from kvferry.engine.engine import Engine
+from kvferry.kvcache.draft_pages import draft_layers
 
 from ..checkpoints import Shape, write_checkpoint
 from ..engine_driver import Driver, engine_config, prompts
+from .cuda.emulation import LateDevice
 
 BLOCK = 8
 KINDS: dict[str, dict[str, object]] = {
@@ -33,13 +37,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def make(models: dict[str, Path], draft: str | None, kind: str, **fields: object) -> Engine:
+def make(models: dict[str, Path], draft: str | None, kind: str, *, native: bool = True, **fields: Any) -> Engine:
     speculative = {"method": "draft_model", "model": models[draft]} if draft else None
     config = engine_config(
         models["target"],
         **({"block_size": BLOCK, "deterministic": True, "speculative_config": speculative} | KINDS[kind] | fields),
     )
-    engine = Engine(config, num_blocks=96)
+    engine = Engine(config, num_blocks=96, native=native)
     if kind.startswith("native") and type(engine.runner).__name__ != "NativeRunner":
         pytest.skip("no native code on this machine")
     return engine
@@ -94,6 +98,30 @@ def test_tokens_are_the_same_and_a_target_that_drafts_for_itself_is_always_right
         assert num_right < num_drafted
 
 
+def test_graphs_draft_what_is_drafted_one_by_one(models: dict[str, Path]) -> None:
+    """Of rows with drafts of unlike lengths, behind tokens that the draft model has not seen."""
+    engine = make(models, "small", "tiled", native=False)
+    draft = engine._draft
+    assert draft is not None
+    device = LateDevice(draft._decoder, draft_layers(engine.kv_pages, engine.model_config, draft.model))
+    graphs = GraphDrafts(device, num_choices=draft._num_choices, block_size=BLOCK, spare_block=95)
+    driver = Driver(engine)
+    seqs = [driver.add(prompt) for prompt in prompts([5, 30, 16, 1], 515)]  # 512 and above are no tokens of the draft's
+    driver.step([(seq, seq.num_tokens) for seq in seqs])
+    for lengths, behind in (((2, 1, 4, 3), 0), ((1, 1, 1, 1), 1), ((1, 5, 1, 2), 1)):
+        rows = []
+        for seq, length in zip(seqs, lengths, strict=True):
+            driver.grow(seq, seq.num_tokens + length)
+            span = (seq.num_computed_tokens - behind, seq.num_tokens + length)
+            rows.append(BatchRow(seq, 1 + length, (UNDRAFTED,) * length, span))
+        drafts = graphs.propose(rows)
+        assert drafts == draft._one_by_one(rows) and [len(tokens) for tokens in drafts] == list(lengths)
+        driver.step([(seq, 1) for seq in seqs])
+    assert device.sizes_run[-2:] == [(1, 1), (1, 1)], "the longest draft goes on alone"
+    many = BatchRow(seqs[1], 2, (UNDRAFTED,), (0, seqs[1].num_tokens + 1))
+    assert graphs.propose([many]) is None
+
+
 def test_a_block_has_room_for_both_and_a_draft_makes_a_cache_another(models: dict[str, Path]) -> None:
     alone, small, own = (make(models, draft, "tiled") for draft in (None, "small", "target"))
     assert (alone.spec.num_layers, small.spec.num_layers, own.spec.num_layers) == (3, 4, 6)
@@ -102,7 +130,7 @@ def test_a_block_has_room_for_both_and_a_draft_makes_a_cache_another(models: dic
 
 
 def test_a_draft_model_that_does_not_go_with_its_target_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    def refused(shape: Shape, **fields: object) -> str:
+    def refused(shape: Shape, **fields: Any) -> str:
         path = write_checkpoint(tmp_path / "other", shape=shape)
         with pytest.raises(ConfigError) as caught:
             make(models | {"other": path}, "other", "tiled", **fields)

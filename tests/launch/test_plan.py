@@ -172,6 +172,18 @@ def test_the_reserve_follows_the_models_shape_and_the_steps_length() -> None:
     assert sizes[1] - sizes[0] == most - middle
 
 
+def test_the_reserve_has_room_for_the_logits_of_drafts_and_for_a_draft_models_workspace() -> None:
+    plain = planned(max_num_seqs=64).workers[1].config.engine
+    ngram = plain.model_copy(update={"speculative_config": SpeculativeConfig(method="ngram", num_speculative_tokens=3)})
+    model = SpeculativeConfig(method="draft_model", model=Path("small"), num_speculative_tokens=3)
+    small = plain.model_copy(update={"speculative_config": model})
+    reserved = [gpu_reserve_bytes(engine, MODEL, 2048) for engine in (plain, ngram, small)]
+    assert reserved[1] - reserved[0] == 4 * 3 * 64 * MODEL.vocab_size * 4
+    assert reserved[2] - reserved[1] == GIB // 2
+    few = [gpu_reserve_bytes(engine, MODEL, 128) for engine in (plain, ngram)]
+    assert few[1] - few[0] == 4 * 64 * MODEL.vocab_size * 4, "a step has no more tokens"
+
+
 def test_workers_on_gpus_count_them_as_the_driver_does_and_share_memory_with_others() -> None:
     worker = fit_to_host(planned(1, 1), host(2), MODEL).workers[1]
     options = "max_split_size_mb:64, expandable_segments:True,garbage_collection_threshold:0.8"

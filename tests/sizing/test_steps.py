@@ -78,6 +78,15 @@ def test_rows_whose_experts_are_on_other_gpus_pay_for_the_way() -> None:
     assert steps.terms(StepWork(8192, 8192 * 4096)).exchange == 0  # a prompt's is in its share of the peak
 
 
+def test_drafts_read_keys_again_up_to_what_launches_cost() -> None:
+    steps = Roofline(gpu_named("H100"), model_named("8B"), 1)
+    once = steps.terms(StepWork(0, 0, 2, 2000)).cache
+    assert steps.terms(StepWork(0, 0, 2, 2000, draft_tokens=3)).cache == pytest.approx(2.5 * once)
+    long, drafted = (StepWork(0, 0, 2, 200_000, draft_tokens=count) for count in (0, 8))
+    assert steps.terms(drafted).cache - steps.terms(long).cache == pytest.approx(1.5e-3)
+    assert steps.step_s(drafted) == pytest.approx(steps.terms(drafted).total_s)
+
+
 def test_long_prompts_cost_attention_beside_their_products() -> None:
     steps = Roofline(gpu_named("H100"), model_named("70B"), 4)
     near, far = StepWork(8192, 8192 * 4096), StepWork(8192, 8192 * 100_000)

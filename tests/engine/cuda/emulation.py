@@ -18,10 +18,9 @@ from kvferry.engine.cuda.pipeline import DecodePipeline
 from kvferry.engine.cuda.rows import StepArrays, graph_sizes
 from kvferry.engine.cuda.sampling import DeviceSampler
 from kvferry.engine.engine import Engine
-from kvferry.engine.nn.attention.base import AttentionMetadata
+from kvferry.engine.nn.attention.base import AttentionMetadata, LayerPages
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.engine.nn.decoder import Decoder
-from kvferry.engine.nn.runner import OnLayer
 from kvferry.engine.nn.torch_runner import TorchRunner
 
 from ...engine_driver import engine_config
@@ -32,14 +31,14 @@ MAX_ROWS, NUM_BLOCKS, SPARE = 8, 128, 127
 class LateDevice:
     """Implements `DecodeDevice` with the engine's own decoder; padding rows are computed like any others."""
 
-    def __init__(self, decoder: Decoder, pages: Tensor) -> None:
+    def __init__(self, decoder: Decoder, pages: LayerPages) -> None:
         model = decoder.config
+        self._block_size = pages[0].shape[3]
         self.sizes = graph_sizes(MAX_ROWS)
-        self.arrays = _arrays(MAX_ROWS * -(-model.max_model_len // pages.shape[4]))
+        self.arrays = _arrays(MAX_ROWS * -(-model.max_model_len // self._block_size))
         self.sizes_run: list[tuple[int, int]] = []
         self._decoder = decoder
         self._attention = CPUAttention(pages, model.num_qo_heads, model.sliding_windows)
-        self._block_size = pages.shape[4]
         self._on_device = _arrays(len(self.arrays.paged_kv_indices))
         self._pending: list[Callable[[], None]] = []
 
@@ -125,8 +124,8 @@ class AheadRunner(TorchRunner):
             self.device, sampler, pages, spare_block=SPARE, max_model_len=model.max_model_len
         )
 
-    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
-        return self.pipeline.step(batch, on_layer)
+    def decode(self, batch: Batch) -> list[RowOutput] | None:
+        return self.pipeline.step(batch)
 
 
 class LookingAhead(Engine):

@@ -53,7 +53,7 @@ def _fill(arrays: StepArrays, batch: Batch, size: int) -> int:
     assert rows is not None
     num_pages, missing = fill(arrays, rows, size, BlockTables(), block_size=BLOCK, spare_block=SPARE)
     assert not missing
-    put_token_ids(arrays, batch, size)
+    put_token_ids(arrays, [token for row in batch.rows for token in row.token_ids], size)
     return num_pages
 
 
@@ -111,7 +111,7 @@ def test_a_draft_is_as_many_rows_of_the_same_pages() -> None:
     rows = rows_of(batch, BLOCK, 30)
     assert rows is not None
     num_pages, missing = fill(arrays, rows, 6, BlockTables(), block_size=BLOCK, spare_block=SPARE)
-    put_token_ids(arrays, batch, 6)
+    put_token_ids(arrays, [token for row in batch.rows for token in row.token_ids], 6)
     assert (num_pages, missing) == (13, [])
     assert arrays.paged_kv_indptr[:7].tolist() == [0, 2, 4, 6, 9, 12, 13]
     assert arrays.paged_kv_indices[:13].tolist() == [7, 3, 8, 2, 8, 2, 8, 2, 6, 8, 2, 6, SPARE]
