@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WARM_UP_TOKENS = 64  # of a first prompt that does not count
 _GROWTH_TOKENS = 64  # what warm-up and profiled steps add to a context, rounded up
+
+
+class DecodeCase(NamedTuple):
+    """Steps of so many rows."""
+
+    num_rows: int
+    context: int  # tokens
+    num_drafts: int = 0  # wrong tokens that each row checks beside its next one
 
 
 @dataclass(slots=True, frozen=True)
 class Cases:
     """What is measured, and how often."""
 
-    decode: tuple[tuple[int, int], ...]  # rows, tokens of context
+    decode: tuple[DecodeCase, ...]
     prefill: tuple[int, ...]  # tokens
     num_steps: int = 64  # of a decode case, in each round
     num_rounds: int = 3
@@ -26,22 +35,30 @@ class Cases:
 
     def num_blocks(self, block_size: int) -> int:
         """Blocks that hold any one case; cached prompts of others are evicted for it."""
-        rows = [*(num_rows for num_rows, _ in self.decode), *(1 for _ in self.prefill)]
+        rows = [*(case.num_rows for case in self.decode), *(1 for _ in self.prefill)]
         sizes = [num_rows * -(-tokens // block_size) for num_rows, tokens in zip(rows, self._num_tokens(), strict=True)]
         return max(sizes, default=0) + -(-WARM_UP_TOKENS // block_size)
 
     def _num_tokens(self) -> list[int]:
         grown = self.num_steps + _GROWTH_TOKENS
-        return [*(context + grown for _, context in self.decode), *(tokens + 1 for tokens in self.prefill)]
+        drafted = [case.context + grown + case.num_drafts for case in self.decode]
+        return [*drafted, *(tokens + 1 for tokens in self.prefill)]
 
 
-def decode_cases(text: str) -> tuple[tuple[int, int], ...]:
-    """`1@128,8@512`: rows @ tokens of context."""
+def decode_cases(text: str) -> tuple[DecodeCase, ...]:
+    """`1@128,8@512+4`: rows @ tokens of context + drafted tokens that each row checks."""
     try:
-        pairs = [tuple(map(int, part.split("@"))) for part in text.split(",") if part]
-        return tuple((rows, context) for rows, context in pairs if _is_positive(rows, context))
+        return tuple(_decode_case(part) for part in text.split(",") if part)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: rows@tokens, as in 1@128,8@512") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: rows@tokens+drafts, as in 1@128,8@512+4") from None
+
+
+def _decode_case(text: str) -> DecodeCase:
+    rows, context = text.split("@")
+    context, plus, drafts = context.partition("+")
+    case = DecodeCase(int(rows), int(context), int(drafts) if plus else 0)
+    _is_positive(case.num_rows, case.context, int(drafts) if plus else 1)
+    return case
 
 
 def prefill_cases(text: str) -> tuple[int, ...]:

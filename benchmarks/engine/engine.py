@@ -6,7 +6,8 @@
 
 One engine as a worker would have it, with a worker's scheduler and step loop around it and no network:
 1. the machine's rates: large matrix products and reads of memory (again at the end; the best counts);
-2. decode: so many rows at so many tokens of context each, time from step to step;
+2. decode: so many rows at so many tokens of context each, time from step to step; with `+4` each row checks four
+   drafted tokens, too, and the engine is one that drafts (on a CPU: with exact results);
 3. prefill: whole prompts in the chunks that the scheduler cuts, time to the first token.
 
 Each case stands beside its floor (floors.py): the products it needs over the matmul rate, or the bytes over the read
@@ -32,7 +33,7 @@ from kvferry.benchmarks.engine.report import EngineReport, plot_engine, print_en
 from kvferry.benchmarks.shared.long_model import with_positions
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.benchmarks.shared.shapes import SHAPES, write_shape
-from kvferry.common.config import EngineConfig, KVCacheDtype, environment
+from kvferry.common.config import EngineConfig, KVCacheDtype, SpeculativeConfig, environment
 from kvferry.common.errors import ConfigError
 from kvferry.launch.host import Host, read_host
 from kvferry.launch.plan import fit_to_host, plan
@@ -133,8 +134,12 @@ def _measure_engine(
     from kvferry.benchmarks.engine.measure import Measured, judge, measure_cases
     from kvferry.engine.engine import Engine
 
-    most_rows = max((rows for rows, _ in cases.decode), default=1)
+    most_rows = max((case.num_rows for case in cases.decode), default=1)
     config = config.model_copy(update={"max_num_seqs": max(config.max_num_seqs, most_rows)})
+    if drafts := max((case.num_drafts for case in cases.decode), default=0):
+        config = config.model_copy(
+            update={"speculative_config": SpeculativeConfig(method="ngram", num_speculative_tokens=drafts)}
+        )
     block_size = block_tokens(config, ModelConfig.from_dir(config.model_dir))  # of states more than is asked for
     engine = Engine(config, num_blocks=cases.num_blocks(block_size))
     device = engine.kv_pages.device
@@ -180,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--load-format", choices=["auto", "safetensors", "dummy"], default="auto", help="(default: %(default)s)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     add("--max-num-batched-tokens", type=int, metavar="N", help="longest chunk (default: a worker's)")
-    add("--decode", type=decode_cases, metavar="ROWS@TOKENS,…", help=f"(default: {_DEFAULT_CASES['cpu'][0]})")
+    add("--decode", type=decode_cases, metavar="ROWS@TOKENS[+DRAFTS],…", help=f"(default: {_DEFAULT_CASES['cpu'][0]})")
     add("--prefill", type=prefill_cases, metavar="TOKENS,…", help=f"(default: {_DEFAULT_CASES['cpu'][1]})")
     add("--steps", type=int, default=64, help="of a decode case in each round (default: %(default)s)")
     add("--rounds", type=int, default=3, help="of each case (default: %(default)s)")

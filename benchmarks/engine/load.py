@@ -59,6 +59,7 @@ class _DecodeLoad:
     scheduler: DecodeScheduler
     num_rows: int
     num_steps: int
+    draft: tuple[int, ...] = ()  # of each row
     ended: threading.Event = field(default_factory=threading.Event)
     step_ends_s: list[float] = field(default_factory=list)
     contexts: list[float] = field(default_factory=list)  # of each step
@@ -68,10 +69,13 @@ class _DecodeLoad:
             return None
         batch = self.scheduler.schedule()
         assert batch is not None and len(batch.rows) == self.num_rows, "every row of every step decodes"
+        for row in batch.rows:
+            row.draft = self.draft
+            row.num_scheduled_tokens += len(self.draft)
         return batch
 
     def begin_step(self, batch: Batch) -> None:
-        self.contexts.append(mean(row.end for row in batch.rows))
+        self.contexts.append(mean(row.start + 1 for row in batch.rows))
 
     def on_layer(self, layer: int) -> None:
         """Nothing is shipped."""
@@ -79,7 +83,7 @@ class _DecodeLoad:
     def complete(self, batch: Batch, output: StepOutput) -> None:
         for row, here, result in zip(batch.rows, self.scheduler.complete(batch), output.rows, strict=True):
             assert here
-            row.seq.token_ids.append(result.runs[0][0].token_id)
+            row.seq.token_ids += [token.token_id for token in result.runs[0]]
         self.step_ends_s.append(time.perf_counter())
         if len(self.step_ends_s) == self.num_steps:
             self.ended.set()
@@ -195,18 +199,25 @@ class LoadedEngine:
         self.pool.free(seq.block_table)
         return PrefillSample(num_tokens, load.num_steps, load.ended_s - load.began_s)
 
-    def decode(self, num_rows: int, context: int, num_steps: int, num_warm_up_steps: int = 8) -> DecodeSample:
-        """`num_steps` steps whose contexts lie around `context`, after some that do not count."""
+    def decode(
+        self, num_rows: int, context: int, num_steps: int, num_warm_up_steps: int = 8, *, num_drafts: int = 0
+    ) -> DecodeSample:
+        """`num_steps` steps whose contexts lie around `context`, after some that do not count.
+
+        Each row checks `num_drafts` tokens, which are drawn at random: next to none is right.
+        """
         config = self.engine.config
         scheduler = DecodeScheduler(
             self.pool,
             self.engine.spec,
-            max_num_batched_tokens=max(config.max_num_batched_tokens, num_rows),
+            max_num_batched_tokens=max(config.max_num_batched_tokens, num_rows * (1 + num_drafts)),
             max_num_seqs=num_rows,
         )
         num_prompt_tokens = max(1, context - num_warm_up_steps - num_steps // 2)
-        sequences = [self._adopted(scheduler, num_prompt_tokens) for _ in range(num_rows)]
-        load = _DecodeLoad(scheduler, num_rows, num_warm_up_steps + num_steps)
+        num_all = num_warm_up_steps + num_steps
+        room = num_prompt_tokens + num_all + num_drafts if num_drafts else num_prompt_tokens
+        sequences = [self._adopted(scheduler, num_prompt_tokens, room) for _ in range(num_rows)]
+        load = _DecodeLoad(scheduler, num_rows, num_all, tuple(self._token_id() for _ in range(num_drafts)))
         with self.engine.measuring():  # no step has computed the prompts
             self._run(load, load.ended)
         for seq in sequences:
@@ -215,11 +226,11 @@ class LoadedEngine:
         step_s = tuple(end - start for start, end in itertools.pairwise(ends_s))
         return DecodeSample(num_rows, mean(load.contexts[num_warm_up_steps:]), step_s)
 
-    def _adopted(self, scheduler: DecodeScheduler, num_prompt_tokens: int) -> Sequence:
-        """A sequence whose prompt has come from elsewhere, with its first token."""
+    def _adopted(self, scheduler: DecodeScheduler, num_prompt_tokens: int, room: int) -> Sequence:
+        """A sequence whose prompt has come from elsewhere, with its first token, and blocks for `room` tokens."""
         seq = self._sequence(num_prompt_tokens)
         seq.token_ids.append(self._token_id())
-        seq.block_table = self.pool.allocate(self.engine.spec.num_blocks_for(num_prompt_tokens))
+        seq.block_table = self.pool.allocate(self.engine.spec.num_blocks_for(room))
         seq.num_computed_tokens = num_prompt_tokens
         seq.num_published_blocks = num_prompt_tokens // self.pool.block_size
         scheduler.adopt(seq)

@@ -6,14 +6,14 @@ Cases -> Measured, one for each case -> (once the rates are final) Case with flo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from time import perf_counter
 from typing import Literal
 
-from kvferry.benchmarks.engine.cases import WARM_UP_TOKENS, Cases
+from kvferry.benchmarks.engine.cases import WARM_UP_TOKENS, Cases, DecodeCase
 from kvferry.benchmarks.engine.load import LoadedEngine
-from kvferry.benchmarks.engine.report import Case, max_ratio
+from kvferry.benchmarks.engine.report import Case, decode_name, max_ratio
 from kvferry.benchmarks.gpu.timing import gpu_busy_s
 from kvferry.benchmarks.shared.floors import Rates, decode_work, prefill_work
 from kvferry.sizing.weights import item_bytes
@@ -32,36 +32,38 @@ class Measured:
     times_s: tuple[float, ...]
     num_steps: int  # of one prompt
     busy_s: float | None = None  # of a decode step: the device computes
+    num_drafts: int = 0  # of each row
 
 
 def measure_cases(loaded: LoadedEngine, cases: Cases, on_case: Callable[[str], None]) -> Iterator[Measured]:
     """Every case in turn; `on_case` hears the name of the one that begins."""
     on_case("warm-up")
     loaded.prefill(WARM_UP_TOKENS)
-    for num_rows, context in cases.decode:
-        on_case(f"decode {num_rows}@{context}")
-        yield _measure_decode(loaded, num_rows, context, cases)
+    for case in cases.decode:
+        on_case(decode_name(*case))
+        yield _measure_decode(loaded, case, cases)
     for num_tokens in cases.prefill:
         on_case(f"prefill {num_tokens}")
         yield _measure_prefill(loaded, num_tokens, cases)
 
 
-def _measure_decode(loaded: LoadedEngine, num_rows: int, context: int, cases: Cases) -> Measured:
-    samples = [loaded.decode(num_rows, context, cases.num_steps) for _ in _rounds(cases)]
+def _measure_decode(loaded: LoadedEngine, case: DecodeCase, cases: Cases) -> Measured:
+    samples = [loaded.decode(*case[:2], cases.num_steps, num_drafts=case.num_drafts) for _ in _rounds(cases)]
     return Measured(
         "decode",
-        num_rows,
-        context,
+        case.num_rows,
+        case.context,
         mean_context=mean(sample.context for sample in samples),
         times_s=tuple(time_s for sample in samples for time_s in sample.step_s),
         num_steps=1,
-        busy_s=_busy_step_s(loaded, num_rows, context) if loaded.engine.kv_pages.is_cuda else None,
+        busy_s=_busy_step_s(loaded, case) if loaded.engine.kv_pages.is_cuda else None,
+        num_drafts=case.num_drafts,
     )
 
 
-def _busy_step_s(loaded: LoadedEngine, num_rows: int, context: int) -> float | None:
+def _busy_step_s(loaded: LoadedEngine, case: DecodeCase) -> float | None:
     def steps() -> None:
-        loaded.decode(num_rows, context, _PROFILED_STEPS, num_warm_up_steps=0)
+        loaded.decode(*case[:2], _PROFILED_STEPS, num_warm_up_steps=0, num_drafts=case.num_drafts)
 
     total_s = gpu_busy_s(steps)
     return None if total_s is None else total_s / _PROFILED_STEPS
@@ -88,6 +90,7 @@ def judge(measured: Measured, loaded: LoadedEngine, rates: Rates, shape: str | N
     if measured.kind == "decode":
         row_bytes = engine.kv_pages.shape[-1] * engine.kv_pages.element_size()
         work = decode_work(model, measured.num_rows, measured.mean_context, weight_bytes, row_bytes)
+        work = replace(work, flops=work.flops * (1 + measured.num_drafts))
     else:
         work = prefill_work(model, measured.context, weight_bytes)
     step_s = median(measured.times_s)
@@ -102,5 +105,8 @@ def judge(measured: Measured, loaded: LoadedEngine, rates: Rates, shape: str | N
         floor_s=work.floor_s(rates),
         bound=work.bound(rates),
         host_gap=None if measured.busy_s is None else max(0.0, 1 - measured.busy_s / step_s),
-        max_ratio=max_ratio(engine.kv_pages.device.type, shape, measured.kind, measured.num_rows, measured.context),
+        max_ratio=None
+        if measured.num_drafts
+        else max_ratio(engine.kv_pages.device.type, shape, measured.kind, measured.num_rows, measured.context),
+        num_drafts=measured.num_drafts,
     )

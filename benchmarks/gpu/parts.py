@@ -192,7 +192,7 @@ PARTS = (
         _module(
             "engine",
             *("--check", "--device", "cuda", "--shape", "llama-3-8b", "--max-case-seconds", "8"),
-            *("--decode", "1@128,8@512,64@4096", "--prefill", "512,2048,8192,32000"),
+            *("--decode", "1@128,1@128+4,1@32000,1@32000+4,8@512,8@512+4,64@4096", "--prefill", "512,2048,8192,32000"),
         ),
         judge_engine,
     ),

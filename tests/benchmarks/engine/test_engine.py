@@ -41,6 +41,13 @@ def test_decode_steps_lie_around_the_asked_context(loaded: LoadedEngine) -> None
     assert all(step_s > 0 for step_s in sample.step_s)
 
 
+def test_rows_check_drafts_that_are_wrong(loaded: LoadedEngine) -> None:
+    sample = loaded.decode(num_rows=3, context=100, num_steps=30, num_warm_up_steps=4, num_drafts=5)
+    assert len(sample.step_s) == 30 and 100 <= sample.context < 110  # by chance one may be right
+    loaded.pool.check()
+    assert loaded.pool.num_owned_blocks == 0
+
+
 def test_short_contexts_begin_with_one_token(loaded: LoadedEngine) -> None:
     assert loaded.decode(num_rows=1, context=2, num_steps=4, num_warm_up_steps=2).context == 5.5  # 4, 5, 6, 7
 
@@ -74,12 +81,22 @@ def test_step_that_fails_ends_the_measurement(model_dir: Path) -> None:
 
 
 def test_cases_are_read_from_the_command_line() -> None:
-    assert decode_cases("1@128,8@512") == ((1, 128), (8, 512))
+    assert decode_cases("1@128,8@512+4") == ((1, 128, 0), (8, 512, 4))
     assert prefill_cases("128,8192") == (128, 8192)
     assert decode_cases("") == ()
 
 
-@pytest.mark.parametrize("flags", [["--decode", "8"], ["--decode", "0@5"], ["--prefill", "1k"], ["--rates", "7"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--decode", "8"],
+        ["--decode", "0@5"],
+        ["--decode", "1@5+0"],
+        ["--decode", "1@5+"],
+        ["--prefill", "1k"],
+        ["--rates", "7"],
+    ],
+)
 def test_cases_that_make_no_sense_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(flags)
@@ -87,10 +104,11 @@ def test_cases_that_make_no_sense_are_refused(flags: list[str], capsys: pytest.C
 
 
 def test_blocks_are_for_the_largest_case_alone() -> None:
-    cases = Cases(decode=((4, 100),), prefill=(1000,), num_steps=28)
+    cases = Cases(decode=decode_cases("4@100"), prefill=(1000,), num_steps=28)
     assert cases.longest == 1001
     assert cases.num_blocks(16) == 63 + 4
-    assert replace(cases, decode=((64, 100),)).num_blocks(16) == 64 * 12 + 4
+    assert replace(cases, decode=decode_cases("64@100")).num_blocks(16) == 64 * 12 + 4
+    assert replace(cases, decode=decode_cases("64@100+16")).num_blocks(16) == 64 * 13 + 4
 
 
 def test_measurement_writes_every_case_beside_its_floor(
@@ -110,11 +128,11 @@ def test_measurement_writes_every_case_beside_its_floor(
         "--json",
         str(file),
     ]
-    flags += ["--decode", "1@128,2@300", "--prefill", "64,600", "--steps", "4", "--rounds", "2"]
+    flags += ["--decode", "1@128,2@300+3", "--prefill", "64,600", "--steps", "4", "--rounds", "2"]
     assert main(flags) == 0
     report = json.loads(file.read_text())
     cases = report["cases"]
-    assert [case["name"] for case in cases] == ["decode 1@128", "decode 2@300", "prefill 64", "prefill 600"]
+    assert [case["name"] for case in cases] == ["decode 1@128", "decode 2@300+3", "prefill 64", "prefill 600"]
     assert [case["count"] for case in cases] == [8, 8, 2, 2]
     assert all(case["ratio"] == case["median_s"] / case["floor_s"] > 1 for case in cases)
     assert report["rates"]["read_bytes_per_s"] == 20e9
