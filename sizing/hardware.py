@@ -6,6 +6,7 @@ Sources of the figures, by name:
     B200          NVIDIA data sheet "DGX B200" divided by eight: 1,440 GB, 64 TB/s, 72 PFLOP/s FP8 with sparsity
     A100          NVIDIA data sheet "A100 Tensor Core GPU" (SXM), 40 and 80 GB; no FP8
     L40S, L4      NVIDIA data sheets "L40S" and "L4": BF16 without sparsity; no NVLink: PCIe Gen4 x16
+    INT8          the same sheets, without sparsity: about twice BF16's rate; B200's as its FP8's
     MI300X        AMD data sheet "Instinct MI300X": seven Infinity Fabric links of 128 GB/s in both directions together
     network       the same systems' data sheets: one port for each GPU, ConnectX-7 of 400 Gb/s in a DGX H100, H200
                   and B200, 200 Gb/s in a DGX A100; cards without a system of their own: none
@@ -55,11 +56,13 @@ class Gpu:
     attention_share: float = 1.0  # of the products' rate that a prompt's attention reaches
     is_cpu: bool = False
     groups_float8: bool = False  # rows are multiplied by many experts in FP8 at once
+    int8_tflops: float | None = None  # None: as in bfloat16
     rates: CpuRates | None = None  # of a CPU: measured apart; None: by the two rates above
 
-    def flops(self, mfu: float | None = None, *, float8: bool = False) -> float:
-        """Operations per second that prompts reach. `mfu`: a model's own; `float8`: by weights of FP8."""
-        peak = self.bf16_tflops if self.fp8_tflops is None or not float8 else self.fp8_tflops
+    def flops(self, mfu: float | None = None, *, float8: bool = False, int8: bool = False) -> float:
+        """Operations per second that prompts reach. `mfu`: a model's own; by weights of FP8, or integers."""
+        narrow = self.fp8_tflops if float8 else self.int8_tflops if int8 else None
+        peak = self.bf16_tflops if narrow is None else narrow
         return peak * 1e12 * (self.mfu if mfu is None else mfu)
 
     @property
@@ -75,14 +78,14 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 80, 3.35, 989.5, 1979, 50, 450, 2.69, groups_float8=True),
-        Gpu("H200", 141, 4.8, 989.5, 1979, 50, 450, 3.59, groups_float8=True),
-        Gpu("B200", 180, 8.0, 2250, 4500, 50, 900, 5.98),
-        Gpu("A100-80GB", 80, 2.039, 312, None, 25, 300, None, host_gb_per_s=32.0),
-        Gpu("A100-40GB", 40, 1.555, 312, None, 25, 300, None, host_gb_per_s=32.0),
-        Gpu("L40S", 48, 0.864, 362, None, None, 32, None, host_gb_per_s=32.0),
-        Gpu("L4", 24, 0.300, 121, None, None, 32, None, host_gb_per_s=32.0),
-        Gpu("MI300X", 192, 5.3, 1307.4, None, None, 448, None),
+        Gpu("H100", 80, 3.35, 989.5, 1979, 50, 450, 2.69, groups_float8=True, int8_tflops=1979),
+        Gpu("H200", 141, 4.8, 989.5, 1979, 50, 450, 3.59, groups_float8=True, int8_tflops=1979),
+        Gpu("B200", 180, 8.0, 2250, 4500, 50, 900, 5.98, int8_tflops=4500),
+        Gpu("A100-80GB", 80, 2.039, 312, None, 25, 300, None, host_gb_per_s=32.0, int8_tflops=624),
+        Gpu("A100-40GB", 40, 1.555, 312, None, 25, 300, None, host_gb_per_s=32.0, int8_tflops=624),
+        Gpu("L40S", 48, 0.864, 362, None, None, 32, None, host_gb_per_s=32.0, int8_tflops=733),
+        Gpu("L4", 24, 0.300, 121, None, None, 32, None, host_gb_per_s=32.0, int8_tflops=242),
+        Gpu("MI300X", 192, 5.3, 1307.4, None, None, 448, None, int8_tflops=2614.9),
     )
 }
 CPU = "cpu"

@@ -55,6 +55,7 @@ class ModelShape:
     is_float8: bool = False  # its products with weights
     nibble_bytes: float = 0.0  # of weights in 4 or 8 bits, of a GPU: what few rows are multiplied by
     widened_bytes: float = 0.0  # moved to widen these, in a step of more rows
+    int8_params: float = 0.0  # of num_params, that a GPU multiplies many rows by in whole numbers
     head_params: float = 0.0  # of num_params, that only rows which sample are multiplied by
     resident_bytes: float | None = None  # of weights; None: those that a step reads
     reserve_bytes: float = _RESERVE_BYTES  # of each GPU: activations of a full budget, CUDA graphs, the runtime
@@ -137,6 +138,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         is_float8=quantization is not None and quantization.is_float8,
         nibble_bytes=num_ranks * weights.nibbles,
         widened_bytes=num_ranks * weights.widened,
+        int8_params=num_ranks * weights.rounded,
         kernels_s=num_whole_layers(model) * gpu.layer_s,
         head_params=params.head,
         resident_bytes=num_ranks * weights.total,

@@ -93,6 +93,7 @@ class Roofline:
     _s_per_pair: float = field(init=False)  # a prompt's token attends to another
     _s_per_context: float = field(init=False)  # a decode row attends to a token: read its KV, multiply meanwhile
     _s_to_widen: float = field(init=False)  # weights in 4 or 8 bits, where a step has many tokens
+    _s_per_token_of_many: float = field(init=False)  # of the products, where some are of whole numbers then
     _s_per_exchange: float = field(init=False)  # of a token
     _s_per_row_exchange: float = field(init=False)  # more, of a decode row whose experts are on other GPUs
     _fixed_s: float = field(init=False)  # of a step: launches, and sums over ranks however short
@@ -106,6 +107,8 @@ class Roofline:
         flops = self.num_gpus * gpu.flops(model.mfu, float8=model.is_float8)
         attention_flops = self.num_gpus * gpu.flops() * gpu.attention_share  # attention computes in BF16
         self._s_per_token = 2 * (model.active_params - model.head_params) / flops
+        in_int8 = self.num_gpus * gpu.flops(model.mfu, int8=True)
+        self._s_per_token_of_many = self._s_per_token - 2 * model.int8_params * (1 / flops - 1 / in_int8)
         self._s_per_row = 2 * model.head_params / flops
         self._s_per_pair = model.prefill_flops_per_pair / attention_flops
         read_s = model.kv_bytes_per_token * model.read_share / (self.num_gpus * gpu.bytes_per_s)
@@ -134,14 +137,16 @@ class Roofline:
             self._reads[num_tokens] = read_s
         return read_s
 
-    def _widening_s(self, num_tokens: int) -> float:
-        return self._s_to_widen if num_tokens > CARD_ROWS else 0.0
+    def _products_s(self, num_tokens: int, num_rows: int) -> float:
+        if num_tokens > CARD_ROWS:
+            return num_tokens * self._s_per_token_of_many + num_rows * self._s_per_row + self._s_to_widen
+        return num_tokens * self._s_per_token + num_rows * self._s_per_row
 
     def terms(self, work: StepWork) -> Terms:
         rows = work.decode_rows + work.draft_tokens
         tokens = work.prefill_tokens + rows  # prompts' and rows' tokens share one read of the weights
         return Terms(
-            products=tokens * self._s_per_token + rows * self._s_per_row + self._widening_s(tokens),
+            products=self._products_s(tokens, rows),
             weights=self._read_s(tokens),
             attention=work.prefill_pairs * self._s_per_pair,
             cache=work.decode_context * self._s_per_context + self._read_again_s(work),
@@ -153,8 +158,7 @@ class Roofline:
         """Return `terms(work).total_s`, in a third of the time: a simulation asks for millions."""
         rows = work.decode_rows + work.draft_tokens
         tokens = work.prefill_tokens + rows
-        products_s = tokens * self._s_per_token + rows * self._s_per_row + self._widening_s(tokens)
-        products_s = max(products_s, self._read_s(tokens))
+        products_s = max(self._products_s(tokens, rows), self._read_s(tokens))
         attention_s = work.prefill_pairs * self._s_per_pair + work.decode_context * self._s_per_context
         if work.draft_tokens:
             attention_s += self._read_again_s(work)

@@ -16,7 +16,7 @@ from ..common.config import EngineConfig
 from ..models.config import ModelConfig
 from ..models.native import not_in_native
 from ..models.parts.experts import expert_plan
-from ..models.quantization import FLOAT8_MULTIPLE, TIED_HEAD, Quantization, chosen_quantization
+from ..models.quantization import FLOAT8_MULTIPLE, KEPT_GROUP, TIED_HEAD, Quantization, chosen_quantization
 from ..models.storage import CARD_OUTPUTS, MXFP4_GROUP, Form
 from .rank_tensors import HEAD, Matrix, RankTensors, is_expert, is_shared, makes_heads
 from .scales import scale_bytes
@@ -38,6 +38,7 @@ class WeightBytes(NamedTuple):
     experts: int  # routed ones
     nibbles: int = 0  # of those that are read, what a GPU multiplies few rows by
     widened: int = 0  # moved, in place of these, by a step of more rows
+    rounded: int = 0  # numbers that a GPU multiplies many rows by in whole numbers of 8 bits
 
 
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
@@ -112,6 +113,7 @@ class WeightCounter:
             experts=experts,
             nibbles=sum(size for _, size, _ in nibbles),
             widened=sum(own.num_outputs * own.num_inputs * _WIDENING[form.bits] for own, _, form in nibbles),
+            rounded=sum(own.num_outputs * own.num_inputs for own, _ in sizes if self._is_rounded(own)),
         )
 
     def adapted_sizes(self) -> int:
@@ -182,7 +184,18 @@ class WeightCounter:
         return quantization.kept_float8(matrix.modules, matrix.num_inputs, has_products=self._has_float8)
 
     def _card_form(self, matrix: Matrix) -> Form | None:
-        """Return the form of a matrix that a GPU multiplies by as it is; None: it has another, or is widened."""
+        """Return the form of a matrix that a GPU multiplies by as nibbles; None: it does otherwise."""
+        form = self._integers(matrix)
+        return form if form is not None and form.card_group and not self._is_rounded(matrix) else None
+
+    def _is_rounded(self, matrix: Matrix) -> bool:
+        """Tell whether a GPU multiplies many rows by it in whole numbers of 8 bits (`engine/cuda/int8.py`)."""
+        form = self._integers(matrix)
+        is_whole = form is not None and form[:3] == (8, matrix.num_inputs, False)
+        return is_whole and matrix.num_inputs % KEPT_GROUP == 0
+
+    def _integers(self, matrix: Matrix) -> Form | None:
+        """Return the form of a matrix that is multiplied by alone, in sizes that a GPU's products of integers take."""
         if (quantization := self._card_quantization) is None:
             return None
         experts = self._model.experts
@@ -191,7 +204,8 @@ class WeightCounter:
             return None
         form = quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
         form = None if form is None else _of_rank(form, matrix)
-        return form if form is not None and form.card_group and matrix.num_outputs % CARD_OUTPUTS == 0 else None
+        is_taken = form is not None and not (form.is_e2m1 or form.is_e4m3) and matrix.num_outputs % CARD_OUTPUTS == 0
+        return form if is_taken else None
 
     def _stacked_bytes(self, matrix: Matrix) -> int:
         """Count an expert's of a stack: as a checkpoint in MXFP4 has it, where every rank has whole groups.

@@ -27,7 +27,7 @@ from ...models.storage import CARD_OUTPUTS, Form
 from ..nn.decoder import Decoder
 from ..weights.grouped import GroupedWeight, join_nibbles
 from ..weights.weight import LoadedWeight
-from . import coded
+from . import coded, int8
 from .experts import linears_of
 
 log = structlog.get_logger(__name__)
@@ -140,8 +140,8 @@ def _factors(weight: GroupedWeight, group_size: int) -> list[Tensor]:
 def pack(decoder: Decoder, device: torch.device) -> None:
     """Trade loaded whole numbers for such, one by one, and say how many matrices are multiplied by in which way.
 
-    Experts that are computed together have theirs already. Those that torch's product does not take are widened in
-    registers (`coded.py`), or else in every product.
+    Experts that are computed together have theirs already. Of 8 bits with a scale for each output: `int8.py`. Those
+    that torch's product does not take are widened in registers (`coded.py`), or else in every product.
     """
     is_there = torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
     counts = Counter[str]()
@@ -151,7 +151,10 @@ def pack(decoder: Decoder, device: torch.device) -> None:
         weight = linear.weight
         if not isinstance(weight, GroupedWeight) or id(linear) in together:
             continue
-        if is_there and takes(weight):
+        if is_there and int8.takes(weight) and not coded.obstacle([weight], device):
+            counts["int8"] += 1
+            linear.weight = int8.Int8Weight(weight)
+        elif is_there and takes(weight):
             counts[f"int{weight.bits}"] += 1
             linear.weight = Int4Weight(weight)
         elif not coded.obstacle([weight], device):

@@ -195,6 +195,7 @@ def _is_gathering(key: Any) -> bool:
 _OWN_KERNELS: dict[str, Callable[..., Any]] = {
     "aten::mm.dtype": products.mm_in_dtype,
     "aten::_scaled_mm": products.scaled_mm,
+    "aten::_int_mm": products.int_mm,
     "aten::_grouped_mm": products.grouped_mm,
     "aten::_scaled_grouped_mm": products.scaled_grouped_mm,
     "aten::_convert_weight_to_int4pack": nibbles.convert_weight_to_int4pack,

@@ -40,6 +40,18 @@ def scaled_mm(
     return (product if bias is None else product + bias.float()).to(out_dtype)
 
 
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """Do as torch._int_mm: [m, k] times [k, n], both int8, sums in int32; refuse what CUDA's refuses."""
+    (m, k), n = a.shape, b.shape[1]
+    if a.dtype != torch.int8 or b.dtype != torch.int8:
+        raise RuntimeError(f"_int_mm of {a.dtype} and {b.dtype}")
+    if m <= 16 or k % 8 or n % 8:
+        raise RuntimeError(f"_int_mm: {m} rows are not more than 16, or {k} inputs and {n} outputs no multiples of 8")
+    if a.stride() != (k, 1) or b.stride() != (1, k):
+        raise RuntimeError(f"_int_mm: strides {a.stride()} and {b.stride()} are not row-major and column-major")
+    return a.int() @ b.int()
+
+
 def grouped_mm(
     a: Tensor,  # [rows, k] bfloat16
     b: Tensor,  # [groups, k, n] bfloat16

@@ -117,6 +117,14 @@ def test_a_product_in_8_bits_has_cudas_layout() -> None:
         torch._scaled_mm(a, b.t().contiguous(), rows, columns, out_dtype=torch.bfloat16)
 
 
+def test_a_product_of_whole_numbers_takes_what_cudas_takes() -> None:
+    a, b = (torch.randint(-127, 128, (n, 32), dtype=torch.int8).to(CUDA) for n in (17, 48))
+    assert torch.equal(torch._int_mm(a, b.t()).cpu(), a.cpu().int() @ b.cpu().int().t())
+    for rows, columns in ((a[:16], b.t()), (a, b[:44].t()), (a[:, :12], b[:, :12].t()), (a, b.t().contiguous())):
+        with pytest.raises(RuntimeError, match="_int_mm"):
+            torch._int_mm(rows, columns)
+
+
 def test_a_grouped_product_takes_what_cudas_takes() -> None:
     a, b = (torch.randn(*shape).bfloat16().to(CUDA) for shape in ((6, 32), (2, 16, 32)))
     ends = torch.tensor([2, 5], dtype=torch.int32, device=CUDA)

@@ -250,6 +250,18 @@ def test_4_bits_are_read_for_every_16_rows_and_widened_for_many(llama_8b: ModelC
     assert narrow.decode(CARD_ROWS + 1).expected_s > plain.decode(CARD_ROWS + 1).expected_s
 
 
+def test_prompts_are_multiplied_in_whole_numbers_of_8_bits_and_decode_steps_read_these(llama_8b: ModelConfig) -> None:
+    for name in ("H100", "A100-80GB"):
+        plain, narrow = (
+            Sizer(engine_of(quantization=asked), llama_8b, gpu_named(name), 4096) for asked in (None, "int8")
+        )
+        linears = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+        outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
+        assert plain.memory().weights - narrow.memory().weights == linears - 4 * outputs
+        assert narrow.prompt(4096).expected_s < 0.6 * plain.prompt(4096).expected_s
+        assert narrow.decode(1).expected_s < 0.7 * plain.decode(1).expected_s
+
+
 def test_terms_add_up_to_the_step(llama_8b: ModelConfig) -> None:
     steps = Sizer(engine_of(2), llama_8b, H100, 512).steps
     for work in (StepWork(64, 2048), StepWork(0, 0, 32, 9000), StepWork(128, 8256, 16, 700)):
