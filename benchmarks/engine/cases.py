@@ -45,7 +45,16 @@ class Cases:
         return [*drafted, *(tokens + 1 for tokens in self.prefill)]
 
 
-def decode_cases(text: str) -> tuple[DecodeCase, ...]:
+def decode_cases(text: str) -> tuple[tuple[int, int], ...]:
+    """`1@128,8@512`: rows @ tokens of context."""
+    try:
+        cases = [_decode_case(part) for part in text.split(",") if part]
+        return tuple((case.num_rows, case.context) for case in cases if _is_positive(not case.num_drafts))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: rows@tokens, as in 1@128,8@512") from None
+
+
+def drafting_cases(text: str) -> tuple[DecodeCase, ...]:
     """`1@128,8@512+4`: rows @ tokens of context + drafted tokens that each row checks."""
     try:
         return tuple(_decode_case(part) for part in text.split(",") if part)

@@ -28,7 +28,7 @@ from typing import Literal, get_args
 
 from rich.console import Console
 
-from kvferry.benchmarks.engine.cases import Cases, decode_cases, prefill_cases
+from kvferry.benchmarks.engine.cases import Cases, drafting_cases, prefill_cases
 from kvferry.benchmarks.engine.report import EngineReport, plot_engine, print_engine, write_cases, write_engine
 from kvferry.benchmarks.shared.long_model import with_positions
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
@@ -91,7 +91,7 @@ def _measure(flags: argparse.Namespace, argv: list[str], scratch: Path, console:
 def _cases(flags: argparse.Namespace, device: str) -> Cases:
     decode, prefill = _DEFAULT_CASES[device]
     return Cases(
-        decode=decode_cases(decode) if flags.decode is None else flags.decode,
+        decode=drafting_cases(decode) if flags.decode is None else flags.decode,
         prefill=prefill_cases(prefill) if flags.prefill is None else flags.prefill,
         num_steps=flags.steps,
         num_rounds=flags.rounds,
@@ -185,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--load-format", choices=["auto", "safetensors", "dummy"], default="auto", help="(default: %(default)s)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     add("--max-num-batched-tokens", type=int, metavar="N", help="longest chunk (default: a worker's)")
-    add("--decode", type=decode_cases, metavar="ROWS@TOKENS[+DRAFTS],…", help=f"(default: {_DEFAULT_CASES['cpu'][0]})")
+    add(
+        "--decode", type=drafting_cases, metavar="ROWS@TOKENS[+DRAFTS],…", help=f"(default: {_DEFAULT_CASES['cpu'][0]})"
+    )
     add("--prefill", type=prefill_cases, metavar="TOKENS,…", help=f"(default: {_DEFAULT_CASES['cpu'][1]})")
     add("--steps", type=int, default=64, help="of a decode case in each round (default: %(default)s)")
     add("--rounds", type=int, default=3, help="of each case (default: %(default)s)")

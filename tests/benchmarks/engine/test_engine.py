@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvferry.benchmarks.engine.cases import Cases, decode_cases, prefill_cases
+from kvferry.benchmarks.engine.cases import Cases, decode_cases, drafting_cases, prefill_cases
 from kvferry.benchmarks.engine.engine import main
 from kvferry.benchmarks.engine.load import LoadedEngine
 from kvferry.benchmarks.engine.report import Case, EngineReport, max_ratio, plot_engine, print_engine
@@ -81,7 +82,10 @@ def test_step_that_fails_ends_the_measurement(model_dir: Path) -> None:
 
 
 def test_cases_are_read_from_the_command_line() -> None:
-    assert decode_cases("1@128,8@512+4") == ((1, 128, 0), (8, 512, 4))
+    assert drafting_cases("1@128,8@512+4") == ((1, 128, 0), (8, 512, 4))
+    assert decode_cases("1@128,8@512") == ((1, 128), (8, 512))
+    with pytest.raises(argparse.ArgumentTypeError, match="rows@tokens, as in"):
+        decode_cases("8@512+4")
     assert prefill_cases("128,8192") == (128, 8192)
     assert decode_cases("") == ()
 
@@ -104,11 +108,11 @@ def test_cases_that_make_no_sense_are_refused(flags: list[str], capsys: pytest.C
 
 
 def test_blocks_are_for_the_largest_case_alone() -> None:
-    cases = Cases(decode=decode_cases("4@100"), prefill=(1000,), num_steps=28)
+    cases = Cases(decode=drafting_cases("4@100"), prefill=(1000,), num_steps=28)
     assert cases.longest == 1001
     assert cases.num_blocks(16) == 63 + 4
-    assert replace(cases, decode=decode_cases("64@100")).num_blocks(16) == 64 * 12 + 4
-    assert replace(cases, decode=decode_cases("64@100+16")).num_blocks(16) == 64 * 13 + 4
+    assert replace(cases, decode=drafting_cases("64@100")).num_blocks(16) == 64 * 12 + 4
+    assert replace(cases, decode=drafting_cases("64@100+16")).num_blocks(16) == 64 * 13 + 4
 
 
 def test_measurement_writes_every_case_beside_its_floor(
