@@ -146,13 +146,14 @@ def _settled(scenario: Scenario, best: Split, outcome: Callable[[Split], Outcome
         return best
 
     def good(split: Split) -> float:
-        return sum(simulate(_drawn(with_split(scenario, split), number)).attainment for number in range(_DRAWS))
+        others = (simulate(_drawn(with_split(scenario, split), number)) for number in range(1, _DRAWS))
+        return outcome(split).attainment + sum(one.attainment for one in others)
 
     return max((best, *near), key=good)
 
 
 def _drawn(scenario: Scenario, number: int) -> Scenario:
-    """Return the scenario with other arrivals and step times; 0: with its own."""
+    """Return the scenario with other arrivals and step times."""
     traffic = replace(scenario.traffic, seed=scenario.traffic.seed + number)
     return replace(scenario, traffic=traffic, seed=scenario.seed + number)
 
