@@ -202,8 +202,10 @@ class Engine:
             if self._draft is not None:
                 self._draft_s = self._draft.propose(batch)
                 self._masks.begin(batch)  # which look at what is drafted
-            if not batch.has_pooled and (decoded := self.runner.decode(batch)) is not None:
-                self._end_decode(batch, on_layer)
+            tell = on_layer if self._draft is None else None  # else told of once all pages are written
+            if not batch.has_pooled and (decoded := self.runner.decode(batch, tell)) is not None:
+                if self._draft is not None:
+                    self._draft_s += self._keep_up(self._draft, batch, on_layer)
                 return decoded
             plan = plan or plan_step(batch, self.config.block_tokens)
             logits = self.runner.forward(plan, on_layer)
@@ -220,14 +222,14 @@ class Engine:
         self.runner.wait()
         return rows
 
-    def _end_decode(self, batch: Batch, on_layer: OnLayer | None) -> None:
-        """Let a draft model keep up with a step that has been run at once, and tell of all pages."""
-        if self._draft is not None:
-            self._draft_s += self._draft.keep_up(batch)
+    def _keep_up(self, draft: DraftModel, batch: Batch, on_layer: OnLayer | None) -> float:
+        """Let a draft model keep up with a step that was run at once, and tell of all pages; return its seconds."""
+        draft_s = draft.keep_up(batch)
         if on_layer is not None:
             for page in range(self.spec.num_layers):
                 on_layer(page)
         self.runner.wait()  # for that, and for the events that were made of these
+        return draft_s
 
     def _tell_last_pages(self, on_layer: OnLayer | None) -> None:
         """Tell of a draft model's pages, or those of states, which are complete all at once."""

@@ -106,14 +106,15 @@ class WeightCounter:
         read = sum(size for _, size in sizes) + self._vector_bytes()
         read += head
         experts = sum(size for matrix, size in sizes if is_expert(matrix.modules[0]))
-        nibbles = [(matrix, size, form) for matrix, size in sizes if (form := self._card_form(matrix)) is not None]
+        integers = [(own, size, form) for own, size in sizes if (form := self._integers(own)) is not None]
+        nibbles = [(own, size, form) for own, size, form in integers if _are_nibbles(own, form)]
         return WeightBytes(
             total=read - head + (embedding if shares_head else head + embedding) + self._input_table_bytes(),
             read=read,
             experts=experts,
             nibbles=sum(size for _, size, _ in nibbles),
             widened=sum(own.num_outputs * own.num_inputs * _WIDENING[form.bits] for own, _, form in nibbles),
-            rounded=sum(own.num_outputs * own.num_inputs for own, _ in sizes if self._is_rounded(own)),
+            rounded=sum(own.num_outputs * own.num_inputs for own, _, form in integers if _rounds_rows(own, form)),
         )
 
     def adapted_sizes(self) -> int:
@@ -165,7 +166,8 @@ class WeightCounter:
             return self._plain_bytes(matrix)
         form = _of_rank(form, matrix)
         if self._on_gpu:
-            count = form.num_bytes if self._card_form(matrix) is None else form.card_bytes
+            are_nibbles = self._integers(matrix) is not None and _are_nibbles(matrix, form)
+            count = form.card_bytes if are_nibbles else form.num_bytes
             return count(matrix.num_outputs, matrix.num_inputs)
         num_groups = matrix.num_inputs // form.group_size
         numbers = num_groups * _padded(form.group_size, _GROUP_UNIT) * form.bits // 8
@@ -182,17 +184,6 @@ class WeightCounter:
         if (quantization := self._card_quantization) is None:
             return None
         return quantization.kept_float8(matrix.modules, matrix.num_inputs, has_products=self._has_float8)
-
-    def _card_form(self, matrix: Matrix) -> Form | None:
-        """Return the form of a matrix that a GPU multiplies by as nibbles; None: it does otherwise."""
-        form = self._integers(matrix)
-        return form if form is not None and form.card_group and not self._is_rounded(matrix) else None
-
-    def _is_rounded(self, matrix: Matrix) -> bool:
-        """Tell whether a GPU multiplies many rows by it in whole numbers of 8 bits (`engine/cuda/int8.py`)."""
-        form = self._integers(matrix)
-        is_whole = form is not None and form[:3] == (8, matrix.num_inputs, False)
-        return is_whole and matrix.num_inputs % KEPT_GROUP == 0
 
     def _integers(self, matrix: Matrix) -> Form | None:
         """Return the form of a matrix that is multiplied by alone, in sizes that a GPU's products of integers take."""
@@ -243,6 +234,16 @@ class WeightCounter:
         assert self._quantization is not None
         is_short = self._model.dtype == "bfloat16" and self._engine.load_format != "dummy"
         return scale_bytes(self._quantization.storage(module), form, is_short=is_short)
+
+
+def _rounds_rows(matrix: Matrix, form: Form) -> bool:
+    """Tell whether a GPU multiplies many rows by it in whole numbers of 8 bits (`engine/cuda/int8.py`)."""
+    return form == Form(8, matrix.num_inputs, has_minima=False) and matrix.num_inputs % KEPT_GROUP == 0
+
+
+def _are_nibbles(matrix: Matrix, form: Form) -> bool:
+    """Tell whether a GPU multiplies by it as nibbles (`engine/cuda/int4.py`)."""
+    return form.card_group > 0 and not _rounds_rows(matrix, form)
 
 
 def _of_rank(form: Form, matrix: Matrix) -> Form:

@@ -63,10 +63,10 @@ def drafting_cases(text: str) -> tuple[DecodeCase, ...]:
 
 
 def _decode_case(text: str) -> DecodeCase:
-    rows, context = text.split("@")
-    context, plus, drafts = context.partition("+")
-    case = DecodeCase(int(rows), int(context), int(drafts) if plus else 0)
-    _is_positive(case.num_rows, case.context, int(drafts) if plus else 1)
+    pair, plus, drafts = text.partition("+")
+    rows, context = map(int, pair.split("@"))
+    case = DecodeCase(rows, context, int(drafts) if plus else 0)
+    _is_positive(*(case if plus else (rows, context)))
     return case
 
 

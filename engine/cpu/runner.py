@@ -40,7 +40,7 @@ class NativeRunner:
         # Torch's threads would go on spinning for milliseconds, on cores that the library's own need for the next step.
         return one_thread()
 
-    def decode(self, batch: Batch) -> None:
+    def decode(self, batch: Batch, on_layer: OnLayer | None) -> None:
         return None
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ...common.adapter import NO_ADAPTER
 from ...common.batch import BatchRow
 from .pipeline import DecodeDevice
 from .rows import BlockTables, DecodeRow, fill, padded_size, put_token_ids
@@ -64,7 +65,7 @@ class GraphDrafts:
 
     def _row(self, row: BatchRow, position: int) -> DecodeRow:
         """The draft model has no adapters."""
-        return DecodeRow(row.seq, row.seq.block_table, position, position // self._block_size + 1)
+        return DecodeRow.of(row.seq, position, self._block_size)._replace(adapter=NO_ADAPTER)
 
     def _prepare(self, rows: list[DecodeRow]) -> tuple[int, int]:
         """Write rows into the arrays, all but their tokens. Returns the padded size, and the number of pages."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...models.quantization import CARD_ROWS
-from ...models.storage import CARD_OUTPUTS
+from ...models.storage import CARD_OUTPUTS, Form
 from ..weights.grouped import GroupedWeight
 from ..weights.weight import LoadedWeight
 from . import coded
@@ -30,9 +30,9 @@ _SUMS = 1 << 25  # of whole numbers at once: 128 MiB, and as much again in float
 
 def takes(weight: GroupedWeight) -> bool:
     """Tell whether a matrix has such numbers, and sizes that CUDA's product takes."""
-    is_whole = weight.group_size == weight.num_inputs and weight.minima is None
-    is_integer = weight.bits == 8 and not weight.is_e4m3
-    return is_whole and is_integer and weight.num_outputs % CARD_OUTPUTS == 0  # of inputs `coded.obstacle` says more
+    form = Form(weight.bits, weight.group_size, weight.minima is not None, is_e4m3=weight.is_e4m3)
+    is_whole = form == Form(8, weight.num_inputs, has_minima=False)
+    return is_whole and weight.num_outputs % CARD_OUTPUTS == 0  # of inputs `coded.obstacle` says more
 
 
 class Int8Weight(LoadedWeight):

@@ -80,8 +80,8 @@ class DecodePipeline:
         """`pages`: all of a block. `spare_block`: of them, owned by no sequence; padding rows write there."""
         self._device = device
         self._sampler = sampler
-        self._block_size = pages.shape[4]
-        self._max_read_again = MAX_READ_AGAIN_BYTES // (pages[:, 0].nbytes // pages.shape[4])
+        self._num_pages, self._block_size = pages.shape[0], pages.shape[4]
+        self._max_read_again = MAX_READ_AGAIN_BYTES // (pages[:, 0].nbytes // self._block_size)
         self._spare_block = spare_block
         self._max_model_len = max_model_len
         self._tables = BlockTables()
@@ -91,8 +91,11 @@ class DecodePipeline:
         self.num_forecasts = 0  # steps, and those of them that ran as prepared
         self.num_steps = 0
 
-    def step(self, batch: Batch) -> list[RowOutput] | None:
-        """Run the step, whose blocks have been copied. None: the batch is not for this pipeline."""
+    def step(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[RowOutput] | None:
+        """Run the step, whose blocks have been copied. None: the batch is not for this pipeline.
+
+        Layers are told of when all of them are queued.
+        """
         size = padded_size(self._device.sizes, batch.num_tokens)
         rows = rows_of(batch, self._block_size, self._max_read_again) if size is not None else None
         if size is None or rows is None:
@@ -102,6 +105,9 @@ class DecodePipeline:
         if not self._take_forecast(batch):
             self._prepare(batch, rows, size)
         logits = self._device.launch(size, len(rows))
+        if on_layer is not None:
+            for layer in range(self._num_pages):
+                on_layer(layer)
         draws = self._sample(batch, logits)
         self._device.wait(lambda: self._look_ahead(batch, draws))
         tokens = iter(draws.read() if draws is not None else ())

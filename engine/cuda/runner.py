@@ -56,16 +56,21 @@ class CudaRunner:
         """
         model, tp_size = decoder.config, decoder.head.rows.comm.size
         self._device = pages.device
-        self._pages = pages
         self._attention = attention
         kernels = FusedKernels()
         self._decoder = FusedDecoder(decoder, kernels)
-        states, block_size = decoder.states, pages.shape[4]
-        self._states = None if states is None else DeviceStates(states, self._device, block_size)
+        self._block_size, self._spare_block = pages.shape[4], pages.shape[1] - 1
+        states = decoder.states
+        self._states = None if states is None else DeviceStates(states, self._device, self._block_size)
         self._sampler = DeviceSampler(self._device, kernels, model.eos_token_ids)
         self._warm_up(progress)
-        self._decode_device = self._make_device(config, model.max_model_len, progress) if tp_size == 1 else None
-        self.decode_pipeline = None if self._decode_device is None else self._pipeline(self._decode_device)
+        self._decode_device: CudaDecodeDevice | None = None
+        self.decode_pipeline: DecodePipeline | None = None
+        if tp_size == 1:
+            self._decode_device = device = self._make_device(config, model.max_model_len, progress)
+            self.decode_pipeline = DecodePipeline(
+                device, self._sampler, pages, spare_block=self._spare_block, max_model_len=model.max_model_len
+            )
         self.pieces: PieceGraphs | None = None
         if not config.enforce_eager and self._decoder.can_be_captured:
             self.pieces = PieceGraphs(self._decoder, attention, self._device, self._states)
@@ -93,40 +98,36 @@ class CudaRunner:
         self._sampler.launch(torch.zeros(1, 1024, device=self._device), rows)
 
     def _make_device(self, config: EngineConfig, max_model_len: int, progress: Progress | None) -> CudaDecodeDevice:
-        spare_block, drafts = self._pages.shape[1] - 1, config.speculative_config
+        drafts = config.speculative_config
         device = CudaDecodeDevice(
             self._decoder,
             self._attention,
             self._device,
             sizes=graph_sizes(config.max_num_seqs, 0 if drafts is None else drafts.num_speculative_tokens),
             max_pages_per_row=-(-max_model_len // config.block_tokens),
-            spare_block=spare_block,
+            spare_block=self._spare_block,
             states=self._states,
         )
         if not config.enforce_eager and self._decoder.can_be_captured:
             device.capture(progress)
         return device
 
-    def _pipeline(self, device: CudaDecodeDevice) -> DecodePipeline:
-        spare, longest = self._pages.shape[1] - 1, self._decoder.plain.config.max_model_len
-        return DecodePipeline(device, self._sampler, self._pages, spare_block=spare, max_model_len=longest)
-
     def calculating(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def decode(self, batch: Batch) -> list[RowOutput] | None:
+    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
         """Run the whole step, if it is one of answers' tokens and this is the only rank."""
-        return self.decode_pipeline.step(batch) if self.decode_pipeline is not None else None
+        return self.decode_pipeline.step(batch, on_layer) if self.decode_pipeline is not None else None
 
     def drafts(self, num_choices: int) -> GraphDrafts:
         """Draft by this runner's graphs; it then runs no steps of answers itself."""
         assert self._decode_device is not None, "a draft model has one rank"
-        size, spare = self._pages.shape[4], self._pages.shape[1] - 1
+        size, spare = self._block_size, self._spare_block
         return GraphDrafts(self._decode_device, num_choices=num_choices, block_size=size, spare_block=spare)
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:
         """Queue everything; hidden states are behind the final norm already."""
-        input_ids, _, metadata = step_tensors(plan, self._pages.shape[4])
+        input_ids, _, metadata = step_tensors(plan, self._block_size)
         slots = token_adapters(plan)
         more = [input_ids, pooled_rows(plan), *logit_rows(plan), *([] if slots is None else [slots])]
         step = None

@@ -39,7 +39,7 @@ class Runner(Protocol):
         """Return what a step is computed within: exact results in torch need torch to use one thread."""
         ...
 
-    def decode(self, batch: Batch) -> list[RowOutput] | None:
+    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
         """Run all of the step, whose blocks have been copied, and wait for it. None: nothing was done."""
         ...
 

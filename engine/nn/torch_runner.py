@@ -55,7 +55,7 @@ class TorchRunner:
     def calculating(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def decode(self, batch: Batch) -> list[RowOutput] | None:
+    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
         return None
 
     def forward(self, plan: StepPlan, on_layer: OnLayer | None) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.nn.attention.base import AttentionMetadata, LayerPages
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.runner import OnLayer
 from kvferry.engine.nn.torch_runner import TorchRunner
 
 from ...engine_driver import engine_config
@@ -124,8 +125,8 @@ class AheadRunner(TorchRunner):
             self.device, sampler, pages, spare_block=SPARE, max_model_len=model.max_model_len
         )
 
-    def decode(self, batch: Batch) -> list[RowOutput] | None:
-        return self.pipeline.step(batch)
+    def decode(self, batch: Batch, on_layer: OnLayer | None) -> list[RowOutput] | None:
+        return self.pipeline.step(batch, on_layer)
 
 
 class LookingAhead(Engine):

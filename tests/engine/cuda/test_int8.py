@@ -10,7 +10,6 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from kvferry.common.request import SamplingParams
 from kvferry.engine.cuda import int8
 from kvferry.engine.cuda.int8 import Int8Weight, takes, to_int8
 from kvferry.engine.cuda.runner import CudaRunner
@@ -19,7 +18,7 @@ from kvferry.engine.weights.grouped import GroupedWeight, has_triton
 from kvferry.models.quantization import CARD_ROWS
 
 from ...checkpoints import write_checkpoint
-from ...engine_driver import Driver, engine_config, prompts
+from ...engine_driver import Driver, engine_config, prompt_logprobs, prompts
 from ...quantized import SHAPE, write_pair
 from .lockstep import two_ranks
 
@@ -108,10 +107,7 @@ def _engine(path: Path, **fields: object) -> Engine:
 
 
 def _logprobs(engine: Engine, num_tokens: int) -> Tensor:
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=8)
-    driver = Driver(engine)
-    driver.step([(driver.add(prompts([num_tokens], 250)[0], sampling), num_tokens)])
-    return torch.tensor([entry.logprob or 0.0 for entry in driver.outputs[0].rows[0].prompt_logprobs])
+    return prompt_logprobs(engine, prompts([num_tokens], 250)[0])
 
 
 def _rms(ours: Tensor, theirs: Tensor) -> float:
