@@ -29,7 +29,8 @@ _STATE_ROWS = 64  # of one token whose states are taken at once: `engine/nn/stat
 # Tokens of a step: enough to keep a GPU's multipliers busy; where answers are written too, a step must not keep them
 # waiting for long.
 GPU_BATCHED_TOKENS = {"prefill": 8192, "decode": 2048}
-# Weights in 4 or 8 bits are widened 128 MiB at a time (`engine/cuda/int4.py`), by graphs in memory of their own.
+# Weights in 4 or 8 bits are widened 128 MiB at a time (`engine/cuda/int4.py`), by graphs in memory of their own; whole
+# numbers' sums are as much at a time (`engine/cuda/int8.py`).
 _WIDENING_BYTES = 1 << 29
 _LOGIT_ARRAYS = 4  # of float32 that sampling holds at once: logits, as they were, scaled, probabilities
 
@@ -188,7 +189,7 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
     if model.states is not None:
         activations += _state_bytes(engine, model, num_tokens)
     counted = rank_weights(engine.model_copy(update={"device": "cuda"}), model)
-    widening = _WIDENING_BYTES if counted.nibbles else 0
+    widening = _WIDENING_BYTES if counted.nibbles or counted.rounded else 0
     rows, drafts = engine.max_num_seqs, engine.speculative_config
     if drafts is not None:
         rows = min(rows * (1 + drafts.num_speculative_tokens), max(rows, num_tokens))

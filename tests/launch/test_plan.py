@@ -172,6 +172,13 @@ def test_the_reserve_follows_the_models_shape_and_the_steps_length() -> None:
     assert sizes[1] - sizes[0] == most - middle
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_the_reserve_has_room_for_what_products_of_whole_numbers_make(quantization: str) -> None:
+    engines = (planned(quantization=asked).workers[1].config.engine for asked in (None, quantization))
+    plain, narrow = (gpu_reserve_bytes(engine, MODEL, 2048) for engine in engines)
+    assert narrow - plain == GIB // 2
+
+
 def test_the_reserve_has_room_for_the_logits_of_drafts_and_for_a_draft_models_workspace() -> None:
     plain = planned(max_num_seqs=64).workers[1].config.engine
     ngram = plain.model_copy(update={"speculative_config": SpeculativeConfig(method="ngram", num_speculative_tokens=3)})
