@@ -49,12 +49,14 @@ class SequenceBlocks:
         return self._pool.num_free_blocks + len(self._reusable())
 
     def _reusable(self) -> list[BlockId]:
-        """Outgoing blocks that were not found in the prefix cache meanwhile."""
-        return [block for block in self._outgoing if self._pool.ref_count(block) == 1]
+        """Outgoing blocks that were not found in the prefix cache meanwhile, and have memory of their own."""
+        pool = self._pool
+        return [block for block in self._outgoing if pool.ref_count(block) == 1 and not pool.is_thin(block)]
 
-    def _take(self, count: int) -> list[BlockId]:
-        num_fresh = min(count, self._pool.num_free_blocks)
-        blocks = self.cache.allocate(num_fresh)
+    def _take(self, count: int, num_thin: int = 0) -> list[BlockId]:
+        """Take blocks, the first `num_thin` for thin ones."""
+        num_fresh = count - max(0, self._pool.num_needed(count, num_thin) - self._pool.num_free_blocks)
+        blocks = self.cache.allocate(num_fresh, num_thin)
         reused = self._reusable()[num_fresh - count :] if num_fresh < count else []
         for block in reused:
             self._outgoing.remove(block)
@@ -149,7 +151,7 @@ class SequenceBlocks:
 
     def num_freed_by(self, seq: Sequence) -> int:
         """Blocks that nobody else holds."""
-        return sum(self._pool.ref_count(block) == 1 for block in seq.block_table)
+        return self._pool.num_freed_by(seq.block_table)
 
     def evict(self, seq: Sequence) -> None:
         """Take a sequence's blocks away. Its KV goes to host memory if that is cheaper than computing it again."""
@@ -189,27 +191,39 @@ class SequenceBlocks:
 
     def shortage(self, seq: Sequence, reserve: int) -> int:
         """Return how many blocks are missing for a sequence's known tokens, if `reserve` stay available."""
-        found, _ = self.known.find(seq)
-        return self._num_missing(seq, found.hits, reserve)
+        found, slots = self.known.find(seq)
+        return self._num_missing(seq, found.hits, len(self._thin_places(seq, found, slots)), reserve)
 
-    def _num_missing(self, seq: Sequence, hits: dict[int, BlockId], reserve: int) -> int:
-        found = set(hits.values())
-        available = self.num_available - self._pool.num_evictable(found) - len(found.intersection(self._reusable()))
-        return self.num_for(seq.num_tokens) - len(hits) + reserve - available
+    def _num_missing(self, seq: Sequence, hits: dict[int, BlockId], num_thin: int, reserve: int) -> int:
+        """Count what is missing, if `num_thin` of what is not among the hits are thin."""
+        found, count = set(hits.values()), self.num_for(seq.num_tokens) - len(hits)
+        free = self._pool.num_free_blocks - self._pool.num_evictable(found)
+        needed = self._pool.num_needed(count, num_thin, found)
+        num_reusable = len(set(self._reusable()) - found)  # by whole blocks alone
+        return max(needed + reserve - free - num_reusable, needed - (count - num_thin) - free)
+
+    def _thin_places(self, seq: Sequence, found: PrefixHit, slots: list[int]) -> set[int]:
+        """Return the places of what is copied in and may share memory with other thin blocks."""
+        if self._pool.num_shares == 1:
+            return set()
+        promoted = {place for place, name in found.promoted.items() if name != seq.block_hashes[place]}
+        return promoted.union(place for place in slots if place < seq.num_thin_blocks)
 
     def restore(self, seq: Sequence, reserve: int) -> bool:
         """Give a waiting sequence blocks for its known tokens, if `reserve` stay available, and the KV that there is:
         what the prefix cache has in any tier, then what swapping has saved, up to the first block that neither has.
         """
         found, slots = self.known.find(seq)
-        hits = found.hits
-        if self._num_missing(seq, hits, reserve) > 0:
+        hits, thin = found.hits, self._thin_places(seq, found, slots)
+        if self._num_missing(seq, hits, len(thin), reserve) > 0:
             return False
         self._pool.pin(hits.values())
         if not seq.is_retained_elsewhere:
             self._pool.keep(hits.values())
-        fresh = iter(self._take(self.num_for(seq.num_tokens) - len(hits)))
-        seq.block_table = [hits[n] if n in hits else next(fresh) for n in range(self.num_for(seq.num_tokens))]
+        fresh = self._take(self.num_for(seq.num_tokens) - len(hits), len(thin))
+        for_thin, whole = iter(fresh[: len(thin)]), iter(fresh[len(thin) :])
+        places = range(self.num_for(seq.num_tokens))
+        seq.block_table = [hits[n] if n in hits else next(for_thin if n in thin else whole) for n in places]
         self._count_computed(seq, found, slots)
         self.cache.promote(found, seq.block_table)
         self.cache.forget(seq)
@@ -238,7 +252,9 @@ class SequenceBlocks:
         """The batch of these rows, with the copies that it begins with; None where there is nothing to do."""
         if not rows and not self.swap.out and not self.swap.into:
             return self.cache.begin(None)
-        swap_out, swap_in = self.swap.begin()
+        out, into = self.swap.begin()
+        swap_out = [(self._pool.in_copies(block), slot) for block, slot in out]
+        swap_in = [(slot, self._pool.in_copies(block)) for slot, block in into]
         copies: list[tuple[BlockId, BlockId]] = []
         if rows:
             copies, self._copies = self._copies, []

@@ -96,7 +96,10 @@ class WaitingReservations:
         spec = message.spec
         wait_s = MAX_WAIT_S if spec.remaining_s is None else min(MAX_WAIT_S, spec.remaining_s)
         num_copies = len(spec.choices) - 1 if spec.num_prompt_tokens % self._spec.block_size else 0
-        num_blocks = self._spec.num_blocks_for(spec.num_prompt_tokens) + num_copies
+        num_blocks = self._pool.num_frames(
+            self._spec.num_blocks_for(spec.num_prompt_tokens) + num_copies,
+            self._spec.num_left_out(spec.num_prompt_tokens),
+        )
         until_s = self._clock.now() + wait_s
         self._waiting.append(_Waiting(router_id, message, num_blocks, until_s, self._room()))
         self._waiting.sort(key=lambda waiting: waiting.key)

@@ -194,7 +194,7 @@ def choose_runner(
     """Make this rank's runner; it compiles now what the first request would wait for. Raises ConfigError."""
     if whole is None and isinstance(pages, Tensor):
         whole = pages
-    if isinstance(pages, Tensor) and (uneven := decoder.config.uneven) is not None:
+    if (uneven := decoder.config.uneven) is not None:
         pages = layers_of_pages(pages, uneven)
     attention = _attention(config, decoder, pages)
     if whole is not None and whole.device.type == "cuda":

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..common.batch import Batch, GpuEvent, RowOutput, StepOutput, drawn_output, stopped_output
 from ..common.config import CoreSlot, EngineConfig
 from ..common.request import SampledToken
+from ..kvcache.frames import layer_pages
 from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.digest import ModelDigest
@@ -109,11 +110,11 @@ class Engine:
         )
         num_host = num_host_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
         self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
-        self.host_slots = SwapPages(self.kv_pages, self.num_swap_blocks + self.num_host_blocks)
+        self.host_slots = SwapPages(self.kv_pages, self.spec, self.num_swap_blocks + self.num_host_blocks)
         blocks = enumerate(layer.sparse for layer in decoder.layers)
         self._sparse = {layer: block for layer, block in blocks if block is not None}
         self._num_layer_pages = self.model_config.num_kv_pages
-        pages = self.kv_pages[: self._num_layer_pages]
+        pages = layer_pages(self.kv_pages, self.spec)[: self._num_layer_pages]
         if decoder.states is not None:
             decoder.states.attach(self.kv_pages[self._num_layer_pages :])
         self._states = decoder.states

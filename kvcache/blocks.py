@@ -27,20 +27,6 @@ from ..common.errors import CapacityError
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId
 
-# Of one sequence; a cache below that serves nobody. Longer requests than fit are refused one by one.
-MIN_CACHE_TOKENS = 256
-
-
-def too_small_a_cache(num_bytes: int, block_bytes: int, needed: int) -> str:
-    """Say why a cache that holds fewer than `needed` blocks cannot serve; empty: it can."""
-    if num_bytes // block_bytes >= needed:
-        return ""
-    return (
-        f"kv_cache_memory_bytes: the KV cache of {num_bytes:,} bytes holds {num_bytes // block_bytes} blocks of "
-        f"{block_bytes:,} bytes; at least {needed} are needed: set --kv-cache-memory-bytes to {needed * block_bytes:,} "
-        "or more"
-    )
-
 
 def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
     """Return chained hashes of the full blocks of `token_ids`, going on from the `known` leading ones."""
@@ -86,7 +72,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.listener: CacheListener = _Nobody()
-        self.num_blocks = num_blocks
+        self.num_blocks = self.num_ids = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))  # taken from the end
@@ -126,8 +112,32 @@ class BlockPool:
     def ref_count(self, block_id: BlockId) -> int:
         return self._ref_counts[block_id]
 
-    def allocate(self, count: int) -> list[BlockId]:
-        """Take `count` blocks with one reference each; evict the least recently used cached ones if it must."""
+    num_shares = 1  # thin blocks that lie in a whole one's memory
+
+    def is_thin(self, block_id: BlockId) -> bool:
+        """Tell whether a block shares its memory with others, which have what it lacks (`frame_pool.py`)."""
+        return False
+
+    def in_copies(self, block_id: BlockId) -> int:
+        """Return what copies to host memory and back call a block: `~block_id` where it is thin (`is_thin`)."""
+        return ~block_id if self.is_thin(block_id) else block_id
+
+    def num_needed(self, count: int, num_thin: int = 0, hits: Iterable[BlockId] = ()) -> int:
+        """Count the free blocks that `allocate` would take now, if `hits` were pinned."""
+        return count
+
+    def num_frames(self, count: int, num_thin: int) -> int:
+        """Count the whole blocks whose memory so many take, `num_thin` of them thin."""
+        return count
+
+    def num_freed_by(self, blocks: Iterable[BlockId]) -> int:
+        """Count the free blocks that there will be more where one reference to each of these is given back."""
+        return sum(self._ref_counts[block] == 1 for block in blocks)
+
+    def allocate(self, count: int, num_thin: int = 0) -> list[BlockId]:
+        """Take `count` blocks with one reference each, the first `num_thin` of them for what is thin; evict the least
+        recently used cached ones if it must.
+        """
         if count > self.num_free_blocks:
             raise CapacityError(f"need {count} blocks, {self.num_free_blocks} of {self.num_blocks} are free")
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -149,7 +159,6 @@ class BlockPool:
         return block
 
     def knows(self, block_hash: bytes) -> bool:
-        """Tell whether a block of this name is published."""
         return block_hash in self._block_of
 
     def block_of(self, name: bytes) -> BlockId | None:
@@ -232,7 +241,6 @@ class BlockPool:
                     self._free.append(block)
 
     def is_published(self, block_id: BlockId) -> bool:
-        """Tell whether the block can be found."""
         return block_id in self._hash_of
 
     def publish(self, block_id: BlockId, block_hash: bytes, *, spare: bool = False) -> None:
@@ -254,7 +262,6 @@ class BlockPool:
             self._spare.difference_update(blocks)
 
     def is_spare(self, block_id: BlockId) -> bool:
-        """Tell whether the block is published here and kept by another worker."""
         return block_id in self._spare
 
     def forget(self, block_id: BlockId) -> None:

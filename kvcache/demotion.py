@@ -42,11 +42,11 @@ class Demotion:
         if host.num_slots:
             pool.on_evicted = self._on_evicted
 
-    def allocate(self, count: int) -> list[BlockId]:
+    def allocate(self, count: int, num_thin: int) -> list[BlockId]:
         """Implement `PrefixCache.allocate`."""
         self._is_capturing = self._host.num_slots > 0
         try:
-            return self._pool.allocate(count)
+            return self._pool.allocate(count, num_thin)
         finally:
             self._is_capturing = False
 

@@ -27,7 +27,7 @@ from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from .disk_tier import DiskResult, DiskTask
 
-_MAGIC = b"kvferry blocks 1"
+_MAGIC = b"kvferry blocks 2"
 _ALIGN = 4096
 _ROW = np.dtype([("hash", "V16"), ("sum", "<u8"), ("check", "<u8")])
 _MAX_FILES = 256  # workers of one machine that share a directory

@@ -9,7 +9,7 @@ then in, then computes: a block that was copied out may be filled anew in the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
 from ..common.machine import free_memory_bytes
+from .frames import frames_of
 
 # Defaults of a rank's host memory, where settings give no sizes. More keeps more preempted sequences, or prefixes, from
 # being computed again, and takes memory, pinned on CUDA, from everything else on the machine.
@@ -79,10 +80,13 @@ def num_host_blocks(
 class SwapPages:
     """The slots of one rank. Used by the engine's thread; on a GPU all is queued on its current stream."""
 
-    def __init__(self, pages: Tensor, num_slots: int) -> None:
+    def __init__(self, pages: Tensor, spec: KVCacheSpec, num_slots: int) -> None:
         """`pages`: the KV cache, [layers, blocks, ...]. Raises ConfigError."""
         # 8-bit floats are storage: few of torch's operations know them.
         self._pages = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
+        self._rows = self._pages.view(-1, *self._pages.shape[2:])
+        places = frames_of(spec).places
+        self._thin_places = [places[layer] for layer in range(spec.num_layers) if not spec.is_windowed(layer)]
         self._is_cuda = pages.is_cuda
         self._slot_bytes = pages[:, 0].numel() * pages.element_size()
         self._slots_of_piece = max(1, _PINNED_BYTES // self._slot_bytes) if self._is_cuda else max(1, num_slots)
@@ -119,7 +123,9 @@ class SwapPages:
             torch.cuda.current_stream(self._pages.device).synchronize()
 
     def copy(self, swap_out: Sequence[tuple[int, int]], swap_in: Sequence[tuple[int, int]]) -> None:
-        """Copy (block, slot) pairs out to the host, then (slot, block) pairs in from it."""
+        """Copy (block, slot) pairs out to the host, then (slot, block) pairs in from it. `~block`: of a thin block,
+        whose slot has its pages where a whole one's are.
+        """
         self._times, self._copy_s = None, 0.0
         if not swap_out and not swap_in:
             return
@@ -128,25 +134,46 @@ class SwapPages:
             return
         began = time.perf_counter()
         for block, slot in swap_out:
-            self._slot(slot).copy_(self._pages[:, block])
+            for place, page in self._pages_of(block):
+                self._slot(slot)[place].copy_(page)
         for slot, block in swap_in:
-            self._pages[:, block].copy_(self._slot(slot))
+            for place, page in self._pages_of(block):
+                page.copy_(self._slot(slot)[place])
         self._copy_s = time.perf_counter() - began
+
+    def _pages_of(self, block: int) -> Iterable[tuple[int | slice, Tensor]]:
+        """Return what copies of a block touch: places in a slot, and the pages."""
+        if block >= 0:
+            return [(slice(None), self._pages[:, block])]
+        return ((place, self._rows[place * self._pages.shape[1] + ~block]) for place in self._thin_places)
+
+    def _rows_of(self, blocks: Iterable[int]) -> Tensor:
+        """Index the pages that copies of these blocks touch, block by block."""
+        num_places, stride = self._pages.shape[:2]
+        named = [(block, range(num_places)) if block >= 0 else (~block, self._thin_places) for block in blocks]
+        rows = [place * stride + block for block, places in named for place in places]
+        return torch.tensor(rows, device=self._pages.device)
+
+    def _parts_of(self, slot: int, block: int) -> list[Tensor]:
+        """View a slot's part that a copy of this block touches, in pieces that lie in a row."""
+        return (
+            [self._slot(slot)] if block >= 0 else [self._slot(slot)[place : place + 1] for place in self._thin_places]
+        )
 
     def _copy_cuda(self, swap_out: Sequence[tuple[int, int]], swap_in: Sequence[tuple[int, int]]) -> None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for piece in _pieces(swap_out):
-            blocks = torch.tensor([block for block, _ in piece], device=self._pages.device)
-            gathered = self._pages.index_select(1, blocks).transpose(0, 1).contiguous()
-            for source, (_, slot) in zip(gathered, piece, strict=True):
-                self._slot(slot).copy_(source, non_blocking=True)
+            gathered = self._rows.index_select(0, self._rows_of(block for block, _ in piece))
+            parts = [part for block, slot in piece for part in self._parts_of(slot, block)]
+            for part, source in zip(parts, torch.split(gathered, [len(part) for part in parts]), strict=True):
+                part.copy_(source, non_blocking=True)
         for piece in _pieces(swap_in):
-            blocks = torch.tensor([block for _, block in piece], device=self._pages.device)
-            gathered = self._pages.new_empty((len(piece), *self._host[0].shape[1:]))
-            for target, (slot, _) in zip(gathered, piece, strict=True):
-                target.copy_(self._slot(slot), non_blocking=True)
-            self._pages.index_copy_(1, blocks, gathered.transpose(0, 1))
+            parts = [part for slot, block in piece for part in self._parts_of(slot, block)]
+            gathered = self._rows.new_empty((sum(map(len, parts)), *self._rows.shape[1:]))
+            for part, target in zip(parts, torch.split(gathered, [len(part) for part in parts]), strict=True):
+                target.copy_(part, non_blocking=True)
+            self._rows.index_copy_(0, self._rows_of(block for _, block in piece), gathered)
         end.record()
         self._times = (start, end)
 

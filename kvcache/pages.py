@@ -16,7 +16,7 @@ from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec
 from ..common.machine import free_memory_bytes
-from .blocks import MIN_CACHE_TOKENS, too_small_a_cache
+from .frames import MIN_CACHE_TOKENS, too_small_a_cache
 
 _HUGE_PAGE_BYTES = 2 << 20
 # A CPU's KV cache where settings give no size: the smaller of both. More holds more sequences and prefixes, but the

@@ -124,9 +124,9 @@ class PrefixCache:
     def has_in_host(self, block_hash: bytes) -> bool:
         return self.host.find(block_hash) is not None
 
-    def allocate(self, count: int) -> list[BlockId]:
+    def allocate(self, count: int, num_thin: int = 0) -> list[BlockId]:
         """Take blocks that nobody writes to before the next step computes, and whose owner keeps them until then."""
-        return self._demotion.allocate(count)
+        return self._demotion.allocate(count, num_thin)
 
     def promote(self, found: PrefixHit, table: Sequence[BlockId]) -> None:
         """Copy what lies in host memory into its places of a block table, with the next step."""
@@ -226,11 +226,11 @@ class PrefixCache:
         if not out and not into:
             return batch
         batch = batch if batch is not None else Batch([])
-        batch.swap_out += out
+        batch.swap_out += [(self._pool.in_copies(block), slot) for block, slot in out]
         for block, block_hash in into.items():
             slot = self.host.find(block_hash)
             assert slot is not None, "a pinned block was evicted"
-            batch.swap_in.append((slot, block))
+            batch.swap_in.append((slot, self._pool.in_copies(block)))
         self._reading += into.values()
         self.num_promoted_blocks += len(into)
         return batch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
-from ..kvcache.blocks import MIN_CACHE_TOKENS, too_small_a_cache
+from ..kvcache.frames import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.adapter import Adapter, inspect_adapter
 from ..models.config import ModelConfig
 from ..models.native import check_exact

@@ -295,4 +295,4 @@ class PrefillRole:
         self.pool.check()
         self.check_tasks()
         held = Counter(block for blocks in self.references() for block in blocks)
-        assert all(self.pool.ref_count(block) == held[block] for block in range(self.pool.num_blocks))
+        assert all(self.pool.ref_count(block) == held[block] for block in range(self.pool.num_ids))

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..kvcache.frames import frames_of
 from ..sizing.steps import StepModel, StepWork
 from ..tools.load.traces import TraceRow
 from .scenario import Scenario
+from .setup import kv_spec
 from .traffic import arrivals
 
 
@@ -38,12 +40,15 @@ def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
     rows = [row for _, row in arrivals(scenario.traffic)]
     cached = infinite_cache(rows)
     block_tokens = fleet.block_tokens or (rows[0].block_tokens if rows[0].block_ids else 64)
-    num_blocks = fleet.blocks(block_tokens)
+    num_blocks, kv = fleet.blocks(block_tokens), kv_spec(fleet.shape, block_tokens)
     costs = []
     for row, hit in zip(rows, cached, strict=True):
         prefill_s = _prompt_s(steps, row.num_prompt_tokens, hit, fleet.prefill_tokens)
         context = row.num_prompt_tokens + row.num_output_tokens / 2
         held = max(context / block_tokens, -(-row.num_prompt_tokens // block_tokens))  # whole blocks, from the start
+        if fleet.prefill:  # but what is handed over thin, as much as has a whole one's memory
+            num_thin = kv.num_left_out(row.num_prompt_tokens)
+            held -= num_thin - frames_of(kv).num_frames(num_thin, num_thin)
         token_s = _token_s(steps, context, scenario.goals.tpot_s, min(fleet.max_num_seqs, num_blocks / held))
         costs.append((prefill_s, max(0, row.num_output_tokens - 1) * token_s))
     served = sorted(costs, key=sum)[: max(1, round(share * len(costs)))]

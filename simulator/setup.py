@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..common.config import RouterConfig, TransferConfig
 from ..common.kv_spec import KVCacheSpec
+from ..sizing.shapes import ModelShape
 from ..sizing.steps import StepModel, StepWork
 from ..wire.fields import Labels
 from ..wire.grants import RegionInfo
@@ -67,18 +68,25 @@ def router_config(scenario: Scenario) -> RouterConfig:
     )
 
 
+def kv_spec(shape: ModelShape, block_tokens: int) -> KVCacheSpec:
+    """Return the contents of blocks. Sizes of heads are anybody's: bytes are told by the shape."""
+    return KVCacheSpec(
+        model=shape.name,
+        num_layers=shape.num_pages or shape.num_layers,
+        num_kv_heads=8,
+        head_dim=128,
+        block_size=block_tokens,
+        dtype="bfloat16",
+        windows=shape.windows,
+        window_slack=shape.window_slack,
+    )
+
+
 def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSpec:
     fleet = scenario.fleet
     shape = fleet.shape
     return WorkerSpec(
-        kv=KVCacheSpec(
-            model=shape.name,
-            num_layers=shape.num_layers,
-            num_kv_heads=8,
-            head_dim=128,
-            block_size=block_tokens,
-            dtype="bfloat16",
-        ),
+        kv=kv_spec(shape, block_tokens),
         steps=fleet.step_model(),
         num_blocks=fleet.blocks(block_tokens),
         host_blocks=fleet.host_blocks if hashed else 0,

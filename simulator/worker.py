@@ -16,7 +16,7 @@ import msgspec
 
 from ..common.request import BlockId, Sequence
 from ..decode.waiting import MAX_WAIT_S
-from ..kvcache.blocks import BlockPool
+from ..kvcache.frame_pool import block_pool
 from ..kvcache.prefix_cache import PrefixCache
 from ..kvcache.tiers import TierIndex
 from ..transfer.protocol.handoff import Endpoint
@@ -64,7 +64,7 @@ class SimWorker:
         self.began_s = self.wished_s = kernel.now()
         self.receiving = Port()
         self.sending = Port()
-        self.pool = BlockPool(spec.num_blocks, spec.kv.block_size, enable_prefix_caching=spec.prefix_caching)
+        self.pool = block_pool(spec.kv, spec.num_blocks, enable_prefix_caching=spec.prefix_caching)
         self.cache = PrefixCache(self.pool, host=TierIndex(spec.host_blocks), spec=spec.kv)
         self.core = self._make_core(role)
         self.core.roles.learn(calibration(spec))

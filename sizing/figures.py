@@ -16,7 +16,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from .cpu import CpuSteps
 from .hardware import Gpu
-from .memory import block_tokens, cache_token_bytes, handoff_bytes, last_handoff_bytes
+from .memory import block_tokens, cache_token_bytes, handed_blocks, handoff_bytes, last_handoff_bytes
 from .shapes import ModelShape, shape_of
 from .steps import Roofline, StepWork, Terms
 from .weights import item_bytes
@@ -33,7 +33,7 @@ class Memory:
     cache_token: int  # of one token's keys and values
     num_blocks: int
     num_tokens: int
-    num_contexts: float  # sequences of the context's length that fit, each in blocks of its own
+    num_contexts: float  # sequences of the context's length that a decode worker holds, each in blocks of its own
     binding: str  # what takes most: weights, workspace, KV
 
 
@@ -108,7 +108,7 @@ class Sizer:
             cache_token=token,
             num_blocks=num_blocks,
             num_tokens=num_blocks * block_size,
-            num_contexts=num_blocks / -(-self.context // block_size),
+            num_contexts=num_blocks / handed_blocks(self.engine, self.model, self.context),
             binding=max(parts, key=lambda part: parts[part]),
         )
 

@@ -9,6 +9,7 @@ from ..common.config import NO_INT8_LATENTS, EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec, row_items
 from ..kvcache.draft_pages import num_draft_pages
+from ..kvcache.frames import frames_of
 from ..models.config import ModelConfig
 from ..models.parts.page_windows import SLACK_TOKENS, page_windows
 from ..models.parts.rank_counts import heads_of_rank
@@ -64,12 +65,12 @@ def draft_models(engine: EngineConfig) -> list[ModelConfig]:
 
 def cache_token_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """KV of one token on one rank, a draft model's too. Raises ConfigError where that does not fit into the blocks."""
-    return _pages_spec(engine, model).num_layers * _page_token_bytes(engine, model)
+    return pages_spec(engine, model).num_layers * _page_token_bytes(engine, model)
 
 
 def handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
     """Return the bytes of a prompt's blocks on one rank as a handoff sends them: without what nobody reads any more."""
-    spec = _pages_spec(engine, model)
+    spec = pages_spec(engine, model)
     num_pages = spec.num_pages(spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens))
     return num_pages * spec.block_size * _page_token_bytes(engine, model)
 
@@ -78,7 +79,7 @@ def last_handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int
     """Return those that are shipped when all is computed: the last layer's, or states of the last step's blocks,
     which follow all layers.
     """
-    spec = _pages_spec(engine, model)
+    spec = pages_spec(engine, model)
     num_blocks, num_thin = spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens)
     if model.states is not None:
         last_step = (num_tokens - 1) % engine.max_num_batched_tokens + 1
@@ -87,7 +88,13 @@ def last_handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int
     return num_last * spec.block_size * _page_token_bytes(engine, model)
 
 
-def _pages_spec(engine: EngineConfig, model: ModelConfig) -> KVCacheSpec:
+def handed_blocks(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
+    """Count the blocks whose memory a prompt takes on a decode worker to which it was handed over."""
+    spec = pages_spec(engine, model)
+    return frames_of(spec).num_frames(spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens))
+
+
+def pages_spec(engine: EngineConfig, model: ModelConfig) -> KVCacheSpec:
     """Return which pages blocks have, and which of them are shipped; sizes of heads are not told."""
     num_states = _num_state_pages(engine, model)
     behind = num_states

@@ -15,7 +15,7 @@ from ..common.errors import ConfigError
 from ..models.config import ModelConfig
 from ..models.quantization import chosen_quantization
 from .hardware import Gpu
-from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, kept_bytes_read, rank_weights
+from .memory import RANK_BYTES, cache_token_bytes, gpu_reserve_bytes, kept_bytes_read, pages_spec, rank_weights
 from .weights import ITEM_BYTES, item_bytes, lacks_native
 from .work import (
     count_params,
@@ -71,6 +71,9 @@ class ModelShape:
     # What rows that sample alone go through where C++ computes, behind the last keys and values; experts there.
     last_params: float = 0.0
     last_experts: float = 0.0
+    windows: tuple[int, ...] = ()  # of a block's pages, as `KVCacheSpec` has them
+    window_slack: int = 0
+    num_pages: int | None = None  # of a block; None: one of each layer
 
     @property
     def active_params(self) -> float:
@@ -123,6 +126,7 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
     spares_last = gpu.is_cpu and not lacks_native(engine, model)
     scored = pairs - (num_spared_pairs(context, model) if spares_last else 0)
     pair, token_bytes = flops_per_pair(model), cache_token_bytes(engine, model)
+    pages = pages_spec(engine, model)
     return ModelShape(
         name=model.architecture,
         num_params=num_params,
@@ -153,6 +157,9 @@ def shape_of(engine: EngineConfig, model: ModelConfig, gpu: Gpu, context: int) -
         values_per_token=num_values(model),
         last_params=params.last if spares_last else 0.0,
         last_experts=params.last_experts if spares_last else 0.0,
+        windows=pages.windows,
+        window_slack=pages.window_slack,
+        num_pages=pages.num_layers,
     )
 
 

@@ -50,7 +50,7 @@ engine/cuda          common models engine/nn/attention engine/weights engine/sam
 engine               common wire models models/parts kvcache engine/ranks engine/nn/attention engine/weights
 engine               engine/sampling engine/nn engine/cpu engine/cuda
 transfer/backends    common wire
-transfer/protocol    common wire transfer/backends
+transfer/protocol    common wire kvcache transfer/backends
 transfer/fetch       common wire kvcache transfer/backends transfer/protocol
 transfer/send        common wire transfer/backends transfer/protocol transfer/fetch
 transfer/receive     common wire kvcache transfer/protocol

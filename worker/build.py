@@ -18,7 +18,7 @@ from ..engine.engine import Engine
 from ..engine.probe import probe
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.matching import Vocabulary
-from ..kvcache.blocks import BlockPool
+from ..kvcache.frame_pool import block_pool
 from ..transfer.backends.base import TransferBackend
 from ..transfer.backends.choose import open_backend, set_ucx_defaults
 from ..transfer.protocol.rank_messages import agent_name
@@ -66,8 +66,11 @@ def build_deps(
         failpoints.hit("worker.start")
     own_marks = (own_mark(),) if outgoing.copies_itself else ()
     clock = SystemClock()
-    pool = BlockPool(
-        engine.num_blocks, engine.spec.block_size, enable_prefix_caching=config.engine.enable_prefix_caching
+    pool = block_pool(
+        engine.spec,
+        engine.num_blocks,
+        stride=engine.kv_pages.shape[1],
+        enable_prefix_caching=config.engine.enable_prefix_caching,
     )
     return WorkerDeps(
         config=config,

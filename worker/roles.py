@@ -165,4 +165,4 @@ class RolePair:
         self.prefill.check_tasks()
         self.decode.check()
         held = Counter(block for blocks in (*self.references(), *others) for block in blocks)
-        assert all(self._pool.ref_count(block) == held[block] for block in range(self._pool.num_blocks))
+        assert all(self._pool.ref_count(block) == held[block] for block in range(self._pool.num_ids))

@@ -22,7 +22,7 @@ def make_status(core: WorkerCore, router_id: str, steps: StepFigures) -> WorkerS
         **asdict(scheduler.draft_counters),
         num_free_blocks=pool.num_free_blocks,
         num_cached_blocks=pool.num_cached_blocks,
-        num_quarantined_blocks=pool.num_quarantined_blocks,
+        num_quarantined_blocks=receiver.reservations.num_quarantined_blocks,
         num_blocks=pool.num_blocks,
         num_swapped_blocks=scheduler.blocks.swap.num_saved_blocks,
         decode_context=scheduler.queues.num_context_tokens,

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ...common.kv_spec import KVCacheSpec
+from ...kvcache.frames import frames_of
 from .adapter_use import AdapterUse
 from .objectives import NO_OBJECTIVES, Objectives
 
@@ -110,8 +111,12 @@ class Demand:
         return 0.0 if self.adapter is None or self.adapter.digest in loaded else self.adapter.load_s
 
     def blocks_now(self, spec: KVCacheSpec) -> int:
-        """Return the blocks for the prompt, and a first block of its own for each choice after the first."""
-        return spec.num_blocks_for(self.num_tokens) + self.num_choices - 1
+        """Return the blocks for the prompt, and a first block of its own for each choice after the first. Of what a
+        handoff brings thin: as many whole ones as have the memory.
+        """
+        num_blocks = spec.num_blocks_for(self.num_tokens) + self.num_choices - 1
+        num_thin = spec.num_left_out(self.num_prompt_tokens) if self.has_prefill_pool else 0
+        return frames_of(spec).num_frames(num_blocks, num_thin)
 
     def blocks_to_end(self, spec: KVCacheSpec) -> int:
         """Full prompt blocks are shared by the choices, the rest is each one's own."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from kvferry.common.batch import BatchRow
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.sequence_blocks import SequenceBlocks
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.frame_pool import FramePool
+from kvferry.kvcache.frames import frames_of
+from kvferry.kvcache.prefix_cache import PrefixCache
 
 from .tagged import BLOCK, SPEC
 
@@ -107,3 +112,35 @@ def test_a_copy_into_a_block_that_is_given_back_never_runs() -> None:
     blocks.end()
     blocks.give_back(seqs[0])
     assert pool.num_owned_blocks == 0
+
+
+def test_thin_blocks_go_out_and_come_back_into_shares_of_frames() -> None:
+    spec = msgspec.structs.replace(SPEC, num_layers=2, windows=(0, 3), block_size=BLOCK)
+    pool = FramePool(6, BLOCK, frames_of(spec))
+    blocks = SequenceBlocks(pool, spec, 8, PrefixCache(pool, spec=spec))
+    seq = Sequence(RequestId("a"), 0, 0, list(range(6 * BLOCK)), 6 * BLOCK, SamplingParams())
+    thin = spec.num_left_out(seq.num_tokens)
+    assert thin == 4
+    blocks.deal([seq], seq.num_tokens, pool.allocate(6, thin), [])
+    seq.num_thin_blocks = thin
+    assert pool.num_free_blocks == 2 and [pool.is_thin(block) for block in seq.block_table] == 4 * [True] + 2 * [False]
+    assert blocks.num_freed_by(seq) == 4
+    table = list(seq.block_table)
+    blocks.evict(seq)
+    assert blocks.num_available == 2 + 2, "thin ones are nobody's before they are copied"
+    batch = blocks.begin([])
+    assert batch is not None
+    assert [block for block, _ in batch.swap_out] == [~block for block in table[:4]] + table[4:]
+    blocks.end()
+    assert pool.num_free_blocks == 6
+    others = pool.allocate(2)
+    assert blocks.shortage(seq, 1) == 1 and blocks.restore(seq, 0)
+    batch = blocks.begin([])
+    assert batch is not None and sum(block < 0 for _, block in batch.swap_in) == 4
+    assert [pool.is_thin(block) for block in seq.block_table] == 4 * [True] + 2 * [False]
+    assert seq.num_computed_tokens == 6 * BLOCK and pool.num_free_blocks == 0
+    blocks.end()
+    blocks.give_back(seq)
+    pool.free(others)
+    blocks.check()
+    assert pool.num_free_blocks == 6

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import SamplingParams
 from kvferry.engine.engine import Engine
 from kvferry.kvcache import host_slots
@@ -18,6 +19,7 @@ from ..checkpoints import write_checkpoint
 from ..engine_driver import Driver, engine_config, make_engine, prompts
 
 LONG = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+SPEC = KVCacheSpec(model="m", num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, tokens, head_dim, float32
 on_gpu = [
     pytest.mark.gpu,
@@ -35,7 +37,7 @@ def _pages(dtype: torch.dtype, device: str) -> torch.Tensor:
 def test_what_is_copied_out_comes_back_into_other_blocks(dtype: torch.dtype, device: str) -> None:
     pages = _pages(dtype, device)
     before = pages.clone()
-    swap = SwapPages(pages, 36)
+    swap = SwapPages(pages, SPEC, 36)
     out = [(block, 35 - block) for block in range(36)]
     swap.copy(out, [])
     if device == "cuda":
@@ -53,7 +55,7 @@ def test_what_is_copied_out_comes_back_into_other_blocks(dtype: torch.dtype, dev
 def test_a_block_that_goes_out_is_filled_anew_by_the_same_step(device: str) -> None:
     pages = _pages(torch.float32, device)
     before = pages.clone()
-    swap = SwapPages(pages, 2)
+    swap = SwapPages(pages, SPEC, 2)
     swap.copy([(1, 0)], [])
     swap.copy([(2, 1)], [(0, 2)])  # block 2 to slot 1, then block 1's content from slot 0 into block 2
     assert torch.equal(pages[:, 2], before[:, 1])
@@ -66,7 +68,7 @@ def test_slots_lie_in_pieces_that_pinned_memory_comes_in(device: str, monkeypatc
     pages = _pages(torch.float32, device)
     slot_bytes = pages[:, 0].numel() * 4
     monkeypatch.setattr(host_slots, "_PINNED_BYTES", 5 * slot_bytes + 7)
-    swap = SwapPages(pages, 12)
+    swap = SwapPages(pages, SPEC, 12)
     pieces = [len(piece) for piece in swap._host]
     assert pieces == ([12] if device == "cpu" else [5, 5, 2]) and swap.slot_bytes == slot_bytes
     swap.copy([(block, block) for block in range(12)], [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.common.errors import TransferError
@@ -151,6 +151,9 @@ class Agent:
 
 
 class _Nobody:
+    def blocks_of(self, pages: Iterable[int]) -> set[int]:
+        return set()
+
     def check_landing(self, flight: Flight, blocks: set[int]) -> None:
         raise AssertionError("nobody writes through the agent that writes")
 

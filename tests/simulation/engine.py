@@ -97,7 +97,7 @@ class Engine:
         if before < 0:
             return
         for layer in range(memory.states_from, memory.num_layers):
-            page = memory.pages[layer * memory.num_blocks + work.table[before // memory.block_size]]
+            page = memory.pages[memory.page(layer, work.table[before // memory.block_size])]
             if page[0] != work.answer.tags[before]:
                 text = f"{self._name} goes on with {work.seq.request_id} from a state {page[0]}"
                 raise Breach("H2", f"{text}, which is not behind its {work.start} tokens")

@@ -14,7 +14,7 @@ happens: the block must belong to the grant for which the write was posted, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvferry.transfer.backends.base import TransferState
@@ -32,6 +32,10 @@ _arrivals: Decoder[KVArrived] = Decoder(KVArrived)
 
 class Right(Protocol):
     """What the target's worker says about a landing."""
+
+    def blocks_of(self, pages: Iterable[int]) -> set[int]:
+        """Return whose pages these are."""
+        ...
 
     def check_landing(self, flight: Flight, blocks: set[int]) -> None: ...
 
@@ -207,7 +211,7 @@ class Fabric:
         if pages:
             self.num_landings += 1
             self.num_late += source.process.is_dead or flight.state is TransferState.FAILED
-            target.right.check_landing(flight, {theirs % target.memory.num_blocks for _, theirs in pages})
+            target.right.check_landing(flight, target.right.blocks_of(theirs for _, theirs in pages))
             for index, (ours, theirs) in enumerate(pages, first):
                 page = flight.snapshot[index] if flight.snapshot is not None else source.memory.pages[ours]
                 page = self._on_path(page, [run.ours for run in flight.runs], source.place, target.place)
@@ -250,7 +254,7 @@ class Fabric:
             return
         memory, reader = target.memory, flight.source.place
         pages = flight.pages[first:end]
-        was_lent = target.right.lends({theirs % memory.num_blocks for _, theirs in pages})
+        was_lent = target.right.lends(target.right.blocks_of(theirs for _, theirs in pages))
         starts = [run.theirs for run in flight.runs]
         found = [self._on_path(memory.pages[theirs], starts, target.place, reader) for _, theirs in pages]
         self.kernel.after(path.draw_delay(), self._bring, flight, path, first, found, was_lent)
@@ -270,7 +274,7 @@ class Fabric:
         if pages:
             self.num_reads += 1
             self.num_rank_reads += source.rank > 0
-            blocks = {ours % source.memory.num_blocks for ours, _ in pages}
+            blocks = source.right.blocks_of(ours for ours, _ in pages)
             source.right.check_fetched(flight, blocks, was_lent=was_lent)
             for (ours, _), page in zip(pages, found, strict=True):
                 slots = source.memory.pages[ours]

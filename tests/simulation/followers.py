@@ -14,6 +14,7 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
+from kvferry.kvcache.frames import frames_of
 from kvferry.transfer.protocol.rank_calls import OwnCalls
 from kvferry.transfer.receive.reservation import Reservation
 from kvferry.transfer.send.ranks import SENDING, LayerShipper
@@ -36,7 +37,7 @@ class Follower:
         self._worker, self._rank = worker, rank
         is_copy = not isinstance(worker.memory, HeadsMemory)
         computed = worker.memory_of(rank)
-        copy = Memory(spec.num_layers, num_blocks, spec.block_size, windows=spec.windows)
+        copy = Memory(spec.num_layers, num_blocks, spec.block_size, windows=spec.windows, frames=frames_of(spec))
         self.memory = copy if is_copy else computed
         life = f"{worker.place}.{worker.incarnation:x}"
         self.incoming = worker.make_agent(f"{life}.0.{rank}", self.memory, rank)

@@ -10,6 +10,7 @@ number, so that what lands in another head's place, or values in that of keys, i
 from __future__ import annotations
 
 from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.kvcache.frames import frames_of
 
 from .breach import Breach
 from .memory import Memory
@@ -38,10 +39,18 @@ class HeadsMemory(Memory):
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, num_ranks: int) -> None:
         # It has no pages but those of its ranks.
-        super().__init__(spec.num_layers, 0, spec.block_size, windows=spec.windows)
+        windows, frames = spec.windows, frames_of(spec)
+        super().__init__(spec.num_layers, 0, spec.block_size, windows=windows, frames=frames)
         self.num_blocks = num_blocks
         self.ranks = [
-            Memory(spec.num_layers, num_blocks, spec.block_size, sections_of(rank, num_ranks, spec))
+            Memory(
+                spec.num_layers,
+                num_blocks,
+                spec.block_size,
+                sections_of(rank, num_ranks, spec),
+                windows=windows,
+                frames=frames,
+            )
             for rank in range(num_ranks)
         ]
         self._expected: dict[tuple[int, ...], list[list[int]]] = {}  # by a block's tags: the page of each rank
@@ -50,12 +59,12 @@ class HeadsMemory(Memory):
         for memory in self.ranks:
             memory.copy_block(source, target)
 
-    def block(self, block: int) -> list[list[int]]:
-        return [page for memory in self.ranks for page in memory.block(block)]
+    def block(self, block: int, *, is_thin: bool = False) -> list[list[int]]:
+        return [page for memory in self.ranks for page in memory.block(block, is_thin=is_thin)]
 
-    def put(self, block: int, pages: list[list[int]]) -> None:
+    def put(self, block: int, pages: list[list[int]], *, is_thin: bool = False) -> None:
         for rank, memory in enumerate(self.ranks):
-            memory.put(block, pages[rank * self.num_layers : (rank + 1) * self.num_layers])
+            memory.put(block, pages[rank * self.num_layers : (rank + 1) * self.num_layers], is_thin=is_thin)
 
     def content(self, block: int) -> list[list[int]]:
         size = self.block_size
@@ -67,7 +76,7 @@ class HeadsMemory(Memory):
         return [[tag for _, tags in sorted(found.items()) for tag in tags] for found in layers]
 
     def write(self, layer: int, block: int, slot: int, tags: list[int]) -> None:
-        size, index, count = self.block_size, layer * self.num_blocks + block, len(tags)
+        size, index, count = self.block_size, self.page(layer, block), len(tags)
         for memory in self.ranks:
             page = memory.pages[index]
             for start, section in enumerate(memory.sections):
@@ -104,7 +113,9 @@ class HeadsMemory(Memory):
             for rank, (memory, wanted) in enumerate(zip(self.ranks, self._pages_for(expected), strict=True)):
                 for layer, first in seen:
                     hidden = max(0, first - index * size)
-                    page = _cut(memory.pages[layer * self.num_blocks + block], size, hidden, length)
+                    if hidden >= length:
+                        continue
+                    page = _cut(memory.pages[self.page(layer, block)], size, hidden, length)
                     right = _cut(wanted, length, hidden, length)
                     if page != right:
                         where = f"its block {index}, layer {layer}, rank {rank}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvferry.common.config import RouterConfig
 from kvferry.common.request import BlockId
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.frame_pool import FramePool
 from kvferry.kvcache.thin import twin
 from kvferry.router.state.choice_state import MAX_EARLY_TOKENS
 from kvferry.router.state.request import RequestStatus, RouterRequest
@@ -157,6 +158,11 @@ def _deadline(request: RouterRequest) -> float:
 
 def check_counts(name: str, pool: BlockPool) -> None:
     """I1, in constant time but for one count in C."""
+    if isinstance(pool, FramePool):
+        held = pool.num_blocks - pool._num_held.count(0)
+        if held + pool.num_free_blocks != pool.num_blocks:
+            raise Breach("I1", f"{name}: {held} and {pool.num_free_blocks} of {pool.num_blocks} frames")
+        return
     owned = pool.num_blocks - pool._ref_counts.count(0)
     idle = len(pool._free) + len(pool._cached) + len(pool._resting) + pool.num_leaving_blocks
     total = idle + len(pool._quarantined) + owned
@@ -171,7 +177,7 @@ def check_holders(name: str, pool: BlockPool, holders: Iterable[Iterable[BlockId
     except AssertionError as error:
         raise Breach("I1", f"{name}: {error!r}") from error
     held = Counter(block for blocks in holders for block in blocks)
-    for block in range(pool.num_blocks):
+    for block in range(pool.num_ids):
         if held[block] != pool.ref_count(block):
             raise Breach("I2", f"{name}: block {block} has {pool.ref_count(block)} references, {held[block]} holders")
 
@@ -185,7 +191,7 @@ def check_reservations(name: str, pool: BlockPool, receiver: KVReceiver) -> None
                 raise Breach("H3", f"{name}: {reservation.grant.grant_id} is doomed, its blocks are not in quarantine")
             continue
         if reservation.is_promise:
-            promised.append(reservation.num_new_blocks)
+            promised.append(pool.num_frames(reservation.num_new_blocks, reservation.num_new_thin))
         for block in reservation.block_ids:
             if pool.ref_count(block) != 1 or block in pool._hash_of:
                 raise Breach("H3", f"{name}: block {block} of {reservation.grant.grant_id} is not its own")

@@ -5,6 +5,7 @@ H1 to H4, H6, H10, H11, F1 to F4, and I5 of leases.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvferry.common.kv_spec import KVCacheSpec
@@ -65,6 +66,11 @@ class Landings:
             deadline = fetch.part.deadline if fetch.part is not None else None
             if deadline is not None and fetch.state is FetchState.READING and now >= deadline:
                 raise Breach("F3", f"{worker.place} reads for {fetch.key} {now - deadline:.1f} s after its lease")
+
+    def blocks_of(self, pages: Iterable[int]) -> set[int]:
+        """Return whose pages these are."""
+        memory, pool = self._worker.memory, self._worker.pool
+        return {memory.owner_of(page, pool) for page in pages}
 
     def check_landing(self, flight: Flight, blocks: set[int]) -> None:
         """H1, H3, H6, H10: these blocks are about to be written by another worker."""

@@ -8,6 +8,10 @@ it should not, a late write, a copy too early, a block with two owners, is a wro
 
 from __future__ import annotations
 
+from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.frame_pool import FramePool
+from kvferry.kvcache.frames import Frames
+
 from .breach import Breach
 from .oracle import Answer
 
@@ -15,9 +19,21 @@ _NOTHING = -1
 
 
 class Memory:
-    """The KV allocation of one life of a worker, or of one of its ranks. Page index: layer * num_blocks + block."""
+    """The KV allocation of one life of a worker, or of one of its ranks. Thin blocks have others' pages of layers with
+    windows, where these share memory (`kvcache/frames.py`).
+    """
 
-    __slots__ = ("_host", "block_size", "num_blocks", "num_layers", "pages", "sections", "states_from", "windows")
+    __slots__ = (
+        "_host",
+        "block_size",
+        "frames",
+        "num_blocks",
+        "num_layers",
+        "pages",
+        "sections",
+        "states_from",
+        "windows",
+    )
 
     def __init__(
         self,
@@ -28,11 +44,13 @@ class Memory:
         *,
         states_from: int | None = None,
         windows: tuple[int, ...] = (),
+        frames: Frames | None = None,
     ) -> None:
         """`sections`: what each run of `block_size` tags of a page is, as the bytes lie. `states_from`: the first layer
         that keeps states; None: there is none. `windows`: as `KVCacheSpec` has them.
         """
         self.windows = windows
+        self.frames = frames or Frames(1, tuple(range(num_layers)), num_layers)
         self.num_layers = num_layers
         self.states_from = num_layers if states_from is None else states_from
         self.num_blocks = num_blocks
@@ -55,20 +73,43 @@ class Memory:
 
     def write(self, layer: int, block: int, slot: int, tags: list[int]) -> None:
         """What a step computes for neighbouring tokens of a block."""
-        self.pages[layer * self.num_blocks + block][slot : slot + len(tags)] = tags
+        self.pages[self.page(layer, block)][slot : slot + len(tags)] = tags
+
+    def page(self, layer: int, block: int) -> int:
+        if block >= self.num_blocks and self.is_windowed(layer):
+            raise Breach("H2", f"layer {layer} of block {block}, which is thin")
+        return self.frames.page(layer, block, self.num_blocks)
+
+    def owner_of(self, page: int, pool: BlockPool) -> int:
+        """Return whose page this is, or would be."""
+        place, frame = divmod(page, self.num_blocks)
+        if not isinstance(pool, FramePool) or not self.is_windowed(self.frames.places.index(place)):
+            return frame
+        share = place // self.frames.num_full
+        return pool.owner_of(frame, share) if share < pool.num_shares else frame
+
+    def is_windowed(self, layer: int) -> bool:
+        return layer < len(self.windows) and self.windows[layer] > 0
 
     def copy_block(self, source: int, target: int) -> None:
-        for base in range(0, len(self.pages), self.num_blocks):
-            self.pages[base + target] = list(self.pages[base + source])
+        for layer in range(self.num_layers):
+            self.pages[self.page(layer, target)] = list(self.pages[self.page(layer, source)])
 
-    def block(self, block: int) -> list[list[int]]:
-        """Return a block's pages, layer by layer."""
-        return [list(self.pages[base + block]) for base in range(0, len(self.pages), self.num_blocks)]
+    def block(self, block: int, *, is_thin: bool = False) -> list[list[int]]:
+        """Return a block's pages, layer by layer: without what a thin one lacks."""
+        is_thin = is_thin or block >= self.num_blocks
+        return [
+            [_NOTHING] * self.page_len
+            if is_thin and self.is_windowed(layer)
+            else list(self.pages[self.page(layer, block)])
+            for layer in range(self.num_layers)
+        ]
 
-    def put(self, block: int, pages: list[list[int]]) -> None:
+    def put(self, block: int, pages: list[list[int]], *, is_thin: bool = False) -> None:
         """The reverse of `block`."""
         for layer, page in enumerate(pages):
-            self.pages[layer * self.num_blocks + block] = list(page)
+            if not (is_thin and self.is_windowed(layer)):
+                self.pages[self.page(layer, block)] = list(page)
 
     def content(self, block: int) -> list[list[int]]:
         """Return a block's tags layer by layer, the same however many ranks share them out."""
@@ -81,12 +122,12 @@ class Memory:
         self._host[slot] = pages
 
     def swap_out(self, block: int, slot: int) -> None:
-        self._host[slot] = self.block(block)
+        self._host[slot] = self.block(max(block, ~block), is_thin=block < 0)
 
     def swap_in(self, slot: int, block: int) -> None:
         if slot not in self._host:
             raise Breach("H2", f"block {block} is copied from slot {slot}, which nobody filled")
-        self.put(block, self._host[slot])
+        self.put(max(block, ~block), self._host[slot], is_thin=block < 0)
 
     def check(
         self,
@@ -108,10 +149,12 @@ class Memory:
             length = min(size, end - begin)
             keys, state = tags[begin : begin + length], [tags[begin + length - 1]] * length
             for layer, first in seen:
-                page = self.pages[layer * self.num_blocks + table[index]]
                 expected = keys if layer < self.states_from else state
                 hidden = max(0, first - begin)
-                if hidden < length and page[hidden:length] != expected[hidden:]:
+                if hidden >= length:
+                    continue
+                page = self.pages[self.page(layer, table[index])]
+                if page[hidden:length] != expected[hidden:]:
                     raise Breach(
                         invariant,
                         f"{reader} reads block {table[index]} (its block {index}, layer {layer}): "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kvferry.common.kv_spec import KVCacheSpec
@@ -329,9 +330,14 @@ def _salt_of_all(spec: KVCacheSpec, cache_salt: bytes, adapter: str) -> bytes:
     return b"all"
 
 
+def _made_of(kind: type[BlockPool]) -> Callable[[KVCacheSpec, int], BlockPool]:
+    """Have all pools be of this kind."""
+    return lambda spec, num_blocks: kind(num_blocks, spec.block_size)
+
+
 BUGS = (
     Planted("a lease that runs out frees", frozenset({"H1"}), patches=((parts, "KVReceiver", _LeaseFrees),)),
-    Planted("no quarantine", frozenset({"H3"}), patches=((workers, "BlockPool", _NoQuarantinePool),)),
+    Planted("no quarantine", frozenset({"H3"}), patches=((workers, "block_pool", _made_of(_NoQuarantinePool)),)),
     Planted("no lease", frozenset({"I5"}), patches=((parts, "KVReceiver", _NoLease),)),
     Planted(
         "free before the rotation",
@@ -349,9 +355,9 @@ BUGS = (
     Planted("hits are not held", frozenset({"H5"}), patches=((parts, "KVReceiver", _UnheldHits),)),
     Planted("published before it came", frozenset({"H3", "H6"}), patches=((parts, "KVReceiver", _PublishesEarly),)),
     Planted("never fenced", frozenset({"H8"}), patches=((parts, "KVReceiver", _NeverFences),)),
-    Planted("a block leaks", frozenset({"I2"}), patches=((workers, "BlockPool", _LeakyPool),)),
-    Planted("a block is lost", frozenset({"I1"}), patches=((workers, "BlockPool", _LosingPool),)),
-    Planted("a block is freed twice", frozenset({"I2"}), patches=((workers, "BlockPool", _DoubleFreePool),)),
+    Planted("a block leaks", frozenset({"I2"}), patches=((workers, "block_pool", _made_of(_LeakyPool)),)),
+    Planted("a block is lost", frozenset({"I1"}), patches=((workers, "block_pool", _made_of(_LosingPool)),)),
+    Planted("a block is freed twice", frozenset({"I2"}), patches=((workers, "block_pool", _made_of(_DoubleFreePool)),)),
     Planted("repeated tokens are taken", frozenset({"I6"}), patches=((routers, "Dispatcher", _NoDedupe),)),
     Planted(
         "any attempt may speak",

@@ -18,6 +18,7 @@ from . import (
     planted_adapters,
     planted_drafts,
     planted_embeddings,
+    planted_frames,
     planted_grammars,
     planted_heads,
     planted_ranks,
@@ -32,7 +33,7 @@ from .runner import Failure, find_breach
 PLANTED = (
     *(*planted.BUGS, *planted_tiers.BUGS, *planted_drafts.BUGS, *planted_grammars.BUGS, *planted_embeddings.BUGS),
     *planted_states.BUGS,
-    *planted_windows.BUGS,
+    *(*planted_windows.BUGS, *planted_frames.BUGS),
     *(*planted_ranks.BUGS, *planted_heads.BUGS, *planted_scaling.BUGS, *planted_adapters.BUGS),
 )
 FILE = Path(__file__).with_name("planted_seeds.json")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from kvferry.common.batch import Batch, stopped_output
 from kvferry.common.errors import TransferError
 from kvferry.engine.loop import StepFigures
-from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.disk_tier import DiskTier
+from kvferry.kvcache.frame_pool import block_pool
+from kvferry.kvcache.frames import frames_of
 from kvferry.kvcache.prefix_cache import PrefixCache
 from kvferry.kvcache.tiers import TierIndex
 from kvferry.transfer.fetch.ranks import RankReading, RankSumming
@@ -78,7 +79,7 @@ class Worker:
         self.home: RoleName = home
         self.process = Process(kernel, place, place, self._after_event)
         self.clock = ProcessClock(kernel, kernel.random.uniform(1, 1000), 1 + kernel.random.uniform(-1e-3, 1e-3))
-        self.pool = BlockPool(num_blocks, scenario.spec.block_size)
+        self.pool = block_pool(scenario.spec, num_blocks)
         self.num_ranks = scenario.num_ranks[home == "decode"]
         self.memory = self._make_memory(num_blocks)
         self.adapters = SimLoader(self)
@@ -136,6 +137,7 @@ class Worker:
             scenario.spec.block_size,
             states_from=states_from,
             windows=scenario.spec.windows,
+            frames=frames_of(scenario.spec),
         )
 
     def memory_of(self, rank: int) -> Memory:

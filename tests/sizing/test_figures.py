@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
+from kvferry.kvcache.frames import frames_of
 from kvferry.models.config import ModelConfig
 from kvferry.models.quantization import CARD_ROWS
 from kvferry.sizing.figures import Sizer
 from kvferry.sizing.hardware import GPUS, Gpu, gpu_named, measured_cpu
+from kvferry.sizing.memory import pages_spec
 from kvferry.sizing.steps import StepWork
 from kvferry.sizing.work import exchanged_bytes
 
@@ -275,3 +277,13 @@ def test_a_cpu_takes_what_was_measured(llama_8b: ModelConfig) -> None:
     read = memory.weights - 2 * 128256 * 4096 + 128 * memory.cache_token
     assert sizer.decode(1).expected_s == sizer.decode(1).bound_s == pytest.approx(read / 40e9, rel=1e-6)
     assert memory.weights + memory.cache <= 64e9
+
+
+def test_a_decode_worker_holds_what_handoffs_bring(tmp_path: Path) -> None:
+    """Of Gemma 4's layers one in six reads all of a prompt; what others do not reach takes no memory."""
+    model = model_of(tmp_path, "gemma-4-26b-a4b")
+    for context, least in ((600, 1.0), (8000, 3.4), (32_000, 6.4)):
+        memory = Sizer(engine_of(), model, H100, context).memory()
+        assert memory.num_contexts * -(-context // 16) >= least * memory.num_blocks
+    spec = pages_spec(engine_of(), model)
+    assert frames_of(spec).num_shares == spec.num_layers // sum(not spec.is_windowed(n) for n in range(spec.num_layers))

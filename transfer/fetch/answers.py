@@ -8,7 +8,7 @@ An answer comes from another process: nothing is read by it that was not looked 
 from __future__ import annotations
 
 from ...wire.fetches import KVFetch, KVFetchable
-from ..protocol.handoff import Endpoint, check_compatible, check_pools
+from ..protocol.handoff import Endpoint, are_ids, check_compatible, check_pools
 from ..protocol.shards import shards_of
 from .fetch import Part
 
@@ -46,6 +46,6 @@ def check_answer(part: Part, message: KVFetchable, endpoint: Endpoint, *, needs_
     if (misfit := check_pools(ranks, spec)) is not None:
         return misfit
     num_blocks = ranks[0].num_blocks
-    if not 0 < len(blocks) <= len(part.hashes) or len(set(blocks)) < len(blocks) or max(blocks) >= num_blocks:
+    if not 0 < len(blocks) <= len(part.hashes) or not are_ids(spec, blocks, num_blocks, part.num_thin):
         return f"block ids are not up to {len(part.hashes)} distinct ids below {num_blocks}"
     return None

@@ -174,16 +174,18 @@ class Fetches:
         if misfit is not None:
             self._fail(fetch, FetchFailure.MISFIT, misfit)
             return
-        if count > self._pool.num_free_blocks - self._reserve():
-            self._fail(fetch, FetchFailure.NO_ROOM, f"{count} blocks, {self._pool.num_free_blocks} are free")
+        num_thin = min(part.num_thin, count)
+        needed = self._pool.num_needed(count, num_thin)
+        if needed > self._pool.num_free_blocks - self._reserve():
+            self._fail(fetch, FetchFailure.NO_ROOM, f"{needed} blocks, {self._pool.num_free_blocks} are free")
             return
         if self._clock.now() >= part.deadline:
             self._fail(fetch, FetchFailure.LEASE_OVER, "with the answer")
             return
         fetch.advance(FetchState.READING)
-        part.blocks = self._pool.allocate(count)
+        part.blocks = self._pool.allocate(count, num_thin)
         part.waits_for = set(range(self._endpoint.tp_size))
-        part.num_thin = min(part.num_thin, count)
+        part.num_thin = num_thin
         blocks = tuple(part.blocks), message.block_ids
         self._reading.read(part.fetch_id, part.kv_address, message.ranks, *blocks, part.num_thin, part.has_checksums)
 

@@ -23,7 +23,7 @@ from ...common.errors import ConfigError
 from ...common.kv_spec import KVCacheSpec
 from ...wire.handoff import KVArrived
 from ..backends.base import Piece, page_rows
-from .handoff import Verdict, num_thin_behind, pages_of
+from .handoff import Verdict, are_ids, num_thin_behind, pages_of
 from .shards import pieces
 
 if TYPE_CHECKING:
@@ -70,16 +70,16 @@ def open_sums(config: TransferConfig, pages: torch.Tensor) -> PageSums | None:
 class ShipmentSums:
     """`ShipmentSums` sums what one source rank ships to one decode rank."""
 
-    def __init__(self, block_ids: tuple[int, ...], num_blocks: int) -> None:
-        """`num_blocks`: of the decode worker's pool."""
-        self._num_blocks = num_blocks
-        self._slot_of = np.zeros(num_blocks, dtype=np.int32)
-        self._slot_of[list(block_ids)] = np.arange(len(block_ids), dtype=np.int32)
+    def __init__(self, spec: KVCacheSpec, block_ids: tuple[int, ...], num_blocks: int, num_thin: int = 0) -> None:
+        """`num_blocks`: of the decode worker's allocation; `num_thin`: of the ids, the first ones."""
+        pages, slots = pages_of(spec, block_ids, num_blocks, num_thin)
+        self._slot_of = np.zeros(spec.num_layers * num_blocks, dtype=np.int32)
+        self._slot_of[pages] = slots
         self._sums: _Sums = np.zeros(len(block_ids), dtype=np.uint64)
 
     def add(self, pages: PageSums, ours: _Pages, theirs: _Pages, shipped: tuple[Piece, ...]) -> None:
         runs = tuple((piece.local_offset, piece.num_bytes) for piece in shipped)
-        pages.add(self._sums, self._slot_of[theirs % self._num_blocks], ours, theirs, runs)
+        pages.add(self._sums, self._slot_of[theirs], ours, theirs, runs)
 
     def to_bytes(self) -> bytes:
         return self._sums.astype("<u8").tobytes()
@@ -107,20 +107,24 @@ class ArrivalCheck:
             return Verdict.CORRUPT
         runs = tuple((piece.remote_offset, piece.num_bytes) for piece in shipped)
         if failpoints.armed and failpoints.hit("kv.corrupt"):
-            self._spoil(blocks[0], runs[0][0])
+            self._spoil(blocks[-1], runs[0][0])
         found: _Sums = np.zeros(len(blocks), dtype=np.uint64)
-        first = self._spec.num_blocks_for(message.num_tokens) - len(blocks)
-        num_thin = num_thin_behind(self._spec, message.num_tokens, first, len(blocks))
-        pages, slots = pages_of(self._spec, blocks, self._num_blocks, num_thin)
+        pages, slots = pages_of(self._spec, blocks, self._num_blocks, self._num_thin(message))
         self._sums.add(found, slots, pages, pages, runs)
         return Verdict.INTACT if found.astype("<u8").tobytes() == message.checksum else Verdict.CORRUPT
+
+    def _num_thin(self, message: KVArrived) -> int:
+        """Count the blocks that come thin: the first ones."""
+        count = len(message.block_ids)
+        first = self._spec.num_blocks_for(message.num_tokens) - count
+        return num_thin_behind(self._spec, message.num_tokens, first, count)
 
     def _is_possible(self, message: KVArrived) -> bool:
         """A message that a correct peer may have sent: nothing outside of the pool is read."""
         blocks = message.block_ids
         return (
-            0 < len(blocks) == len(set(blocks))
-            and max(blocks) < self._num_blocks
+            0 < len(blocks) <= self._spec.num_blocks_for(message.num_tokens)
+            and are_ids(self._spec, blocks, self._num_blocks, self._num_thin(message))
             and len(message.checksum) == _SUM_BYTES * len(blocks)
             and self._spec.fits_ranks(message.tp_size)
             and message.source_rank < message.tp_size

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.kv_spec import KVCacheSpec
+from ...kvcache.frames import frames_of
 from ...wire.grants import GrantInfo, RegionInfo
 from ..backends.base import Indices
 from .shards import check_regions
@@ -94,9 +95,10 @@ def check_pools(ranks: Sequence[RegionInfo], spec: KVCacheSpec) -> str | None:
 
 def _check_blocks(grant: GrantInfo) -> str | None:
     num_blocks = grant.ranks[0].num_blocks
-    if any(block >= num_blocks for block in grant.block_ids) or len(set(grant.block_ids)) != len(grant.block_ids):
-        return f"the grant's block ids are not distinct ids below {num_blocks}"
     held, rest = divmod(grant.num_computed_tokens, grant.spec.block_size)
+    num_thin = num_thin_behind(grant.spec, grant.num_tokens, held, len(grant.block_ids))
+    if not are_ids(grant.spec, grant.block_ids, num_blocks, num_thin):
+        return f"the grant's block ids are not distinct ids below {num_blocks}"
     if rest or held + len(grant.block_ids) != grant.spec.num_blocks_for(grant.num_tokens):
         return (
             f"{len(grant.block_ids)} blocks granted for tokens {grant.num_computed_tokens} to {grant.num_tokens} "
@@ -105,9 +107,17 @@ def _check_blocks(grant: GrantInfo) -> str | None:
     return None
 
 
-def page_indices(layer: int, blocks: Indices, num_blocks: int) -> npt.NDArray[np.int32]:
-    """The pages of these blocks in a layer of a pool of `num_blocks`."""
-    return np.asarray(blocks, dtype=np.int32) + np.int32(layer * num_blocks)
+def are_ids(spec: KVCacheSpec, blocks: Sequence[int], num_blocks: int, num_thin: int) -> bool:
+    """Tell whether these are distinct blocks of an allocation of so many, the first `num_thin` thin ones or whole."""
+    is_id = frames_of(spec).is_id
+    return len(set(blocks)) == len(blocks) and all(
+        is_id(block, num_blocks, is_thin=place < num_thin) for place, block in enumerate(blocks)
+    )
+
+
+def page_indices(spec: KVCacheSpec, layer: int, blocks: Indices, num_blocks: int) -> npt.NDArray[np.int32]:
+    """The pages of these blocks in a layer of an allocation of `num_blocks` (`kvcache/frames.py`)."""
+    return np.asarray(blocks, dtype=np.int32) + np.int32(frames_of(spec).page(layer, 0, num_blocks))
 
 
 def pages_of(spec: KVCacheSpec, blocks: Indices, num_blocks: int, num_thin: int = 0) -> tuple[Pages, Pages]:
@@ -116,7 +126,7 @@ def pages_of(spec: KVCacheSpec, blocks: Indices, num_blocks: int, num_thin: int 
     """
     blocks, places = np.asarray(blocks, dtype=np.int32), np.arange(len(blocks), dtype=np.int32)
     skipped = [num_thin if spec.is_windowed(layer) else 0 for layer in range(spec.num_layers)]
-    pages = [page_indices(layer, blocks[count:], num_blocks) for layer, count in enumerate(skipped)]
+    pages = [page_indices(spec, layer, blocks[count:], num_blocks) for layer, count in enumerate(skipped)]
     return np.concatenate(pages), np.concatenate([places[count:] for count in skipped])
 
 

@@ -7,6 +7,8 @@ A grant names the agents of now; if they have been replaced by the time it is op
 
 from __future__ import annotations
 
+from functools import partial
+
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.kv_spec import KVCacheSpec
@@ -87,13 +89,15 @@ class Grants:
             return self._no_capacity(spec, "no_agent", num_cached)
         num_copies = len(spec.choices) - 1 if num_tokens % block_size else 0
         num_total = self._spec.num_blocks_for(num_tokens) + num_copies
-        reason = self._reservations.shortage(num_total, hits, growth_reserve)
+        num_thin = max(0, self._spec.num_left_out(num_tokens) - len(hits))
+        lacks = partial(self._reservations.shortage, num_total, hits, growth_reserve, num_thin=num_thin)
+        reason = lacks()
         if reason is not None:
-            if self._reservations.shortage(num_total, hits, growth_reserve, without_quarantine=True) is None:
+            if lacks(without_quarantine=True) is None:
                 self._rotation.want()
             return self._no_capacity(spec, reason, num_cached)
         self._pool.pin(hits)
-        blocks = self._pool.allocate(num_total - len(hits))
+        blocks = self._pool.allocate(num_total - len(hits), num_thin)
         self._counters.prefix_queries += num_tokens
         self._counters.prefix_hits += num_cached
         reservation = self._new_reservation(spec, router_id, hashes, hits, blocks, num_copies)

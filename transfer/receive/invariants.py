@@ -55,9 +55,6 @@ def check_complete(reservation: Reservation) -> None:
 def check_books(receiver: KVReceiver, pool: BlockPool, sequence_blocks: Iterable[Collection[BlockId]] = ()) -> None:
     """H3: no block is lost, doubled or in two hands; what a writer may reach is neither free nor a sequence's."""
     receiver.check()
-    num_unheld = pool.num_free_blocks + pool.num_leaving_blocks
-    num_states = num_unheld + pool.num_owned_blocks + pool.num_quarantined_blocks
-    assert num_states == pool.num_blocks, f"{num_states} of {pool.num_blocks} blocks"
     writable: set[BlockId] = set()
     for reservation in receiver.reservations.in_state(*_WRITABLE):
         writable.update(reservation.block_ids)

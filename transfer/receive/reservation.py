@@ -124,6 +124,11 @@ class Reservation:
         return len(self.block_ids) + len(self.copy_blocks)
 
     @property
+    def num_new_thin(self) -> int:
+        """Count those of them that come thin: the first ones."""
+        return max(0, self.num_thin - len(self.hit_blocks))
+
+    @property
     def is_promise(self) -> bool:
         """Blocks are bound, and may yet be filled or not."""
         return self.state in (ReservationState.GRANTED, ReservationState.OPEN)

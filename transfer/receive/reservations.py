@@ -111,21 +111,34 @@ class Reservations:
     @property
     def num_granted_blocks(self) -> int:
         """Blocks of promises that may still be filled."""
-        return sum(reservation.num_new_blocks for reservation in self.live.values() if reservation.is_promise)
+        return sum(self._num_frames(reservation) for reservation in self.live.values() if reservation.is_promise)
+
+    def _num_frames(self, reservation: Reservation) -> int:
+        """Count the whole blocks whose memory was taken for a reservation alone."""
+        return self._pool.num_frames(reservation.num_new_blocks, reservation.num_new_thin)
 
     @property
     def num_quarantined_blocks(self) -> int:
         """Count the blocks of doomed reservations; nothing else is in quarantine (`check`)."""
-        return self._pool.num_quarantined_blocks
+        doomed = self.in_state(ReservationState.DOOMED) if self._pool.num_quarantined_blocks else ()
+        return sum(self._pool.num_frames(len(found.block_ids), found.num_new_thin) for found in doomed)
 
     def shortage(
-        self, num_total: int, hits: list[BlockId], growth_reserve: int, *, without_quarantine: bool = False
+        self,
+        num_total: int,
+        hits: list[BlockId],
+        growth_reserve: int,
+        *,
+        num_thin: int = 0,
+        without_quarantine: bool = False,
     ) -> str | None:
         """Say why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can.
 
+        `num_thin`: of those that are not here.
+
         `without_quarantine`: as if what lies in quarantine were free.
         """
-        num_new = num_total - len(hits)
+        num_new = self._pool.num_needed(num_total - len(hits), num_thin, hits)
         num_quarantined = self.num_quarantined_blocks
         num_free = self._pool.num_free_blocks - self._pool.num_evictable(hits)
         if without_quarantine:
@@ -136,8 +149,8 @@ class Reservations:
             return "blocks"
         if num_new + growth_reserve > num_free:
             return "growth"
-        num_promised = self.num_granted_blocks + num_quarantined
-        if num_promised + num_new > MAX_PROMISED_SHARE * self._pool.num_blocks:
+        promised = self.num_granted_blocks + num_quarantined + self._pool.num_frames(num_total - len(hits), num_thin)
+        if promised > MAX_PROMISED_SHARE * self._pool.num_blocks:
             # One promise may be larger than the share: else a long prompt could never pass.
             return "growth" if any(reservation.is_promise for reservation in self.live.values()) else None
         return None

@@ -20,7 +20,7 @@ from ...wire.grants import GrantInfo
 from ...wire.handoff import KVArrived, KVOpened
 from ..backends.base import TransferBackend
 from ..protocol.checksums import PageSums, ShipmentSums
-from ..protocol.handoff import Endpoint, check_grant, moved_grant
+from ..protocol.handoff import Endpoint, check_grant, moved_grant, num_thin_behind
 from ..protocol.peer_log import PeerLog
 from ..protocol.shards import targets_of
 from .shipment import Shipment, Target
@@ -52,9 +52,16 @@ class Posting:
     def targets(self, grant: GrantInfo) -> list[Target]:
         """The decode ranks that this rank writes to."""
         return [
-            Target(region, runs, ShipmentSums(grant.block_ids, region.num_blocks) if self._sums is not None else None)
+            Target(region, runs, self._sums_of(grant, region.num_blocks))
             for region, runs in targets_of(self._shard, grant)
         ]
+
+    def _sums_of(self, grant: GrantInfo, num_blocks: int) -> ShipmentSums | None:
+        if self._sums is None:
+            return None
+        spec, blocks = grant.spec, grant.block_ids
+        first = grant.num_computed_tokens // spec.block_size
+        return ShipmentSums(spec, blocks, num_blocks, num_thin_behind(spec, grant.num_tokens, first, len(blocks)))
 
     def connect(self, shipment: Shipment) -> None:
         """Raises TransferError."""

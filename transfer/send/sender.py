@@ -156,8 +156,9 @@ class KVSender:
         """Take blocks that are complete in this layer and will not change. In the order of our blocks, runs merge."""
         shipment = self._shipments.get(open_id)
         if shipment is not None and shipment.is_live:
-            local = page_indices(layer, local_blocks, self._num_blocks)
-            remote = page_indices(layer, remote_blocks, shipment.remote_num_blocks)
+            spec = shipment.grant.spec
+            local = page_indices(spec, layer, local_blocks, self._num_blocks)
+            remote = page_indices(spec, layer, remote_blocks, shipment.remote_num_blocks)
             shipment.add_pages(local, remote)
 
     def layers_done(self, open_id: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....common.errors import ConfigError
 from .base import PLAIN_SCORES, AttentionBackend, LayerPages, Scores
-from .uneven import UnevenAttention
+from .uneven import UnevenAttention, by_shape
 
 
 def make_attention(
@@ -55,7 +55,7 @@ def make_attention(
             return TiledAttention(pages, num_qo_heads, windows, scores, dtype=query_dtype)
         return CPUAttention(pages, num_qo_heads, windows, scores, dtype=torch.float32 if is_wide else query_dtype)
 
-    if len({layer.shape for layer in pages}) == 1:
+    if len({layer.shape[1:] for layer in pages}) == 1:
         return make(pages, sliding_windows)
     assert not isinstance(pages, Tensor) and scores.sinks is None
     return UnevenAttention(pages, sliding_windows, make)
@@ -93,7 +93,7 @@ def _flashinfer(
             workspace=workspace,
         )
 
-    if isinstance(pages, Tensor) and not any(sliding_windows):
+    if not any(sliding_windows) and len(by_shape([*pages])) == 1:
         return make(pages, range(len(pages)), None)
     from .flashinfer_parts import attention_in_parts
 

@@ -74,7 +74,8 @@ class FlashInferAttention:
         self.dtype = query_dtype or first.dtype
         if self.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(f"flashinfer does not attend in {self.dtype}; use --dtype bfloat16 on CUDA")
-        self._num_blocks, _, self._num_kv_heads, self.block_size, self._head_dim = first.shape
+        _, _, self._num_kv_heads, self.block_size, self._head_dim = first.shape
+        self._num_blocks = min(layer.shape[0] for layer in pages)
         if self._head_dim not in _HEAD_DIMS:
             raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
         if self._head_dim == _OLDER_HEAD_DIM and self._kv_dtype != self.dtype:

@@ -170,3 +170,12 @@ def test_blocks_to_the_end_count_shared_prompt_blocks_once() -> None:
     demand = Demand(num_prompt_tokens=40, num_tokens=40, max_num_tokens=70, num_choices=3)
     assert demand.blocks_to_end(SPEC) == 2 + 3 * 3
     assert demand.blocks_now(SPEC) == 3 + 2
+
+
+def test_what_a_handoff_brings_thin_counts_for_the_memory_that_it_takes() -> None:
+    spec = msgspec.structs.replace(SPEC, num_layers=4, windows=(0, 20, 20, 20))
+    long = Demand(num_prompt_tokens=1000, num_tokens=1000, max_num_tokens=1100, num_choices=1, has_prefill_pool=True)
+    num_blocks, num_thin = spec.num_blocks_for(1000), spec.num_left_out(1000)
+    assert long.blocks_now(spec) == num_blocks - num_thin + -(-num_thin // 4) < num_blocks // 3
+    assert replace(long, has_prefill_pool=False).blocks_now(spec) == num_blocks, "it is computed there"
+    assert long.blocks_to_end(spec) == spec.num_blocks_for(1100), "should it have to be computed again"

@@ -15,7 +15,7 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.transfer.backends.base import page_rows
 from kvferry.transfer.protocol.checksums import ArrivalCheck, PageSums, ShipmentSums, open_check, open_sums
-from kvferry.transfer.protocol.handoff import Verdict, page_indices
+from kvferry.transfer.protocol.handoff import Verdict, page_indices, pages_of
 from kvferry.transfer.protocol.shards import pieces
 from kvferry.wire.grants import GrantId
 from kvferry.wire.handoff import KVArrived, KVRefused
@@ -45,9 +45,9 @@ class Shipped:
         self.here, self.there = _pages(source_tp, 5, spec), _pages(decode_tp, spec=spec)
         runs = pieces(spec.shard(rank, source_tp), spec.shard(target, decode_tp), spec)
         assert runs is not None
-        sums, made = PageSums(self.here), ShipmentSums(REMOTE, NUM_BLOCKS)
+        sums, made = PageSums(self.here), ShipmentSums(spec, REMOTE, NUM_BLOCKS)
         for layer in reversed(range(SPEC.num_layers)):  # in whatever order
-            ours, theirs = page_indices(layer, LOCAL, NUM_BLOCKS), page_indices(layer, REMOTE, NUM_BLOCKS)
+            ours, theirs = page_indices(spec, layer, LOCAL, NUM_BLOCKS), page_indices(spec, layer, REMOTE, NUM_BLOCKS)
             for run in runs:
                 theirs_view = page_rows(self.there)[theirs, run.remote_offset : run.remote_offset + run.num_bytes]
                 assert not theirs_view.any()
@@ -235,14 +235,44 @@ def test_a_peer_that_makes_none_is_accepted_unless_they_are_required() -> None:
 
 def test_what_no_window_reaches_is_not_looked_at() -> None:
     spec = msgspec.structs.replace(SPEC, windows=(0, 3))  # twelve tokens: it reaches two blocks, one of them needlessly
-    shipped, made = Shipped(spec=spec), ShipmentSums(REMOTE, NUM_BLOCKS)
+    shipped, made = Shipped(spec=spec), ShipmentSums(spec, REMOTE, NUM_BLOCKS, 1)
     [run] = pieces(spec.shard(0, 1), spec.shard(0, 1), spec) or ()
     for layer in range(3):
         first = 1 if layer == 1 else 0
-        ours, theirs = page_indices(layer, LOCAL[first:], NUM_BLOCKS), page_indices(layer, REMOTE[first:], NUM_BLOCKS)
+        ours, theirs = (
+            page_indices(spec, layer, LOCAL[first:], NUM_BLOCKS),
+            page_indices(spec, layer, REMOTE[first:], NUM_BLOCKS),
+        )
         made.add(PageSums(shipped.here), ours, theirs, (run,))
     shipped.there[1, REMOTE[0]] = 5.0
     assert shipped.verdict(checksum=made.to_bytes()) is Verdict.INTACT
     shipped.there[1, REMOTE[1]] = 5.0
     assert shipped.verdict(checksum=made.to_bytes()) is Verdict.CORRUPT
     assert shipped.verdict(checksum=made.to_bytes(), num_tokens=2**40) is Verdict.CORRUPT
+
+
+def test_thin_blocks_in_one_frame_have_sums_of_their_own() -> None:
+    spec = msgspec.structs.replace(SPEC, windows=(3, 0, 3))
+    here, there, blocks = _pages(1, 5, spec), _pages(1, spec=spec), (2, NUM_BLOCKS + 2, 4, 5)
+    assert spec.num_left_out(16) == 2
+    pages, _ = pages_of(spec, blocks, NUM_BLOCKS, 2)
+    page_rows(there)[pages] = page_rows(here)[pages]
+    runs = pieces(spec.shard(0, 1), spec.shard(0, 1), spec)
+    assert runs is not None
+    made = ShipmentSums(spec, blocks, NUM_BLOCKS, 2)
+    made.add(PageSums(here), pages, pages, runs)
+    check = ArrivalCheck(PageSums(there), spec, rank=0, tp_size=1, num_blocks=NUM_BLOCKS)
+    message = KVArrived(
+        grant_id=GrantId("d-0", 1, 1),
+        open_id=1,
+        source_rank=0,
+        num_tokens=16,
+        tp_size=1,
+        block_ids=blocks,
+        checksum=made.to_bytes(),
+    )
+    assert check.verdict(message) is Verdict.INTACT
+    assert check.verdict(msgspec.structs.replace(message, block_ids=(NUM_BLOCKS + 2, 2, 4, 5))) is Verdict.CORRUPT
+    assert check.verdict(msgspec.structs.replace(message, block_ids=(2, 4, NUM_BLOCKS + 2, 5))) is Verdict.CORRUPT
+    there[1, 4] = 5.0  # the second thin block's place is where a whole one would have its window's page
+    assert check.verdict(message) is Verdict.CORRUPT

@@ -6,14 +6,17 @@ import msgspec
 import pytest
 
 from kvferry.common.kv_spec import KVCacheSpec, Shard
+from kvferry.kvcache.frames import frames_of
 from kvferry.transfer.protocol.handoff import (
     Endpoint,
+    are_ids,
     check_compatible,
     check_grant,
     is_minted,
     mint_grant,
     open_mac,
     page_indices,
+    pages_of,
 )
 from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
 
@@ -119,7 +122,27 @@ def test_a_grant_that_cannot_be_shipped_under_is_named(change: dict[str, object]
 
 
 def test_pages_are_counted_layer_by_layer() -> None:
-    assert [page_indices(layer, (0, 7), 8).tolist() for layer in (0, 1)] == [[0, 7], [8, 15]]
+    assert [page_indices(SPEC, layer, (0, 7), 8).tolist() for layer in (0, 1)] == [[0, 7], [8, 15]]
+
+
+def test_thin_blocks_have_pages_in_what_whole_ones_have_for_windows() -> None:
+    spec = _spec(num_layers=3, windows=(5, 0, 5))
+    assert frames_of(spec).places == (1, 0, 2)
+    pages, places = pages_of(spec, (17, 1, 3), 8, 2)
+    assert pages.tolist() == [8 + 3, 17, 1, 3, 16 + 3] and places.tolist() == [2, 0, 1, 2, 2]
+    assert are_ids(spec, (17, 1, 3), 8, 2)
+    for ids, num_thin in (((17, 1, 3), 0), ((24, 1, 3), 2), ((17, 1, 8), 2), ((1, 1), 2), ((-1, 2), 2)):
+        assert not are_ids(spec, ids, 8, num_thin)
+    assert not are_ids(SPEC, (17, 1), 8, 2), "no layer has a window"
+
+
+def test_a_grant_may_name_thin_blocks_where_it_has_some() -> None:
+    spec = _spec(windows=(0, 1))
+    here, ids = Endpoint(spec, "0.1.0", "nixl", 1), (9, 2, 3)
+    grant = msgspec.structs.replace(_grant(), spec=spec, block_ids=ids, num_computed_tokens=0)
+    assert check_grant(here, grant) is None
+    for wrong in ((2, 9, 3), (16, 2, 3)):
+        assert "distinct ids below 8" in (check_grant(here, msgspec.structs.replace(grant, block_ids=wrong)) or "")
 
 
 def test_a_mac_is_good_for_its_own_key_grant_and_attempt_alone() -> None:

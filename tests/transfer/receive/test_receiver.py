@@ -13,9 +13,10 @@ from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
 from kvferry.common.kv_spec import KVCacheSpec, Shard
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
-from kvferry.kvcache.blocks import BlockPool, hash_blocks, prefix_salt
+from kvferry.kvcache.blocks import hash_blocks, prefix_salt
+from kvferry.kvcache.frame_pool import block_pool
 from kvferry.tests.fake_clock import FakeClock
-from kvferry.transfer.protocol.handoff import Verdict, open_mac
+from kvferry.transfer.protocol.handoff import Endpoint, Verdict, are_ids, check_grant, open_mac
 from kvferry.transfer.receive.opens import WatchProcesses
 from kvferry.transfer.receive.processes import watch as watch_processes
 from kvferry.transfer.receive.receiver import KVReceiver
@@ -62,10 +63,11 @@ class Decode:
         checks_bytes: bool = False,
         rotate: Callable[[int], None] | None = None,
         watch: WatchProcesses = watch_processes,
+        spec: KVCacheSpec = SPEC,
     ) -> None:
         self.first_regions = _regions(tp_size)
         self.clock = FakeClock(100.0)
-        self.pool = BlockPool(num_blocks, SPEC.block_size)
+        self.pool = block_pool(spec, num_blocks)
         self.to_router: list[Message] = []
         self.to_peer: list[tuple[str, Message]] = []
         self.open_ids = itertools.count(1000)
@@ -73,7 +75,7 @@ class Decode:
         self.receiver = KVReceiver(
             worker_id=D,
             incarnation=1,
-            spec=SPEC,
+            spec=spec,
             tp_size=tp_size,
             pool=self.pool,
             regions=self.first_regions,
@@ -689,3 +691,33 @@ def test_only_the_drawn_edges_exist(decode: Decode, state: ReservationState, to:
     else:
         with pytest.raises(InvalidTransition, match=f"{state.value} to {to.value}"):
             reservation.advance(to, 0.0)
+
+
+def test_what_comes_thin_is_promised_the_memory_that_it_takes() -> None:
+    """A window of one layer of two: of ten blocks seven come thin, two to a whole one's memory."""
+    spec = msgspec.structs.replace(SPEC, windows=(0, 7))
+    plain, shared = Decode(28), Decode(28, spec=spec)
+    granted = [shared.reserve(name, num_tokens=40, first=first) for name, first in (("a", 0), ("b", 50))]
+    for answer in granted:
+        assert isinstance(answer, Grant)
+        ids = answer.grant.block_ids
+        assert [shared.pool.is_thin(block) for block in ids] == 7 * [True] + 3 * [False]
+        assert are_ids(spec, ids, 64, 7) and check_grant(Endpoint(spec, "0.1.0", "local", 1), answer.grant) is None
+    assert shared.pool.num_free_blocks == 28 - 2 * 3 - 7, "the odd one of the first shares a frame with the second's"
+    assert shared.receiver.reservations.num_granted_blocks == 2 * (3 + 4)
+    assert isinstance(plain.reserve("a", num_tokens=40), Grant)
+    assert _refused(plain.reserve("b", num_tokens=40, first=50)) == "growth"
+    assert _refused(shared.reserve("c", num_tokens=40, first=100)) == "growth"
+
+
+def test_thin_blocks_of_a_doomed_grant_are_in_quarantine_one_by_one() -> None:
+    decode = Decode(28, spec=msgspec.structs.replace(SPEC, windows=(0, 7)))
+    grant = decode.grant("a", num_tokens=40)
+    decode.open(grant, change={"spec": grant.spec})
+    other = decode.grant("b", num_tokens=40, first=50)
+    decode.clock.advance(1000.0)
+    decode.receiver.tick()
+    assert decode.receiver.reservations.num_quarantined_blocks == 3 + 4
+    assert decode.pool.num_quarantined_blocks == len(grant.block_ids) == len(other.block_ids)
+    assert decode.pool.num_free_blocks == 28 - 3 - 4
+    decode.receiver.check()
