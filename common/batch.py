@@ -114,7 +114,7 @@ class Batch:
     """
 
     rows: list[BatchRow]
-    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to); ~to: a thin one
     swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block, slot in host memory)
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (slot, block)
     may_postpone: bool = False  # a row that decodes or verifies may yield nothing, as its mask is late

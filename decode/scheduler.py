@@ -31,6 +31,7 @@ from .pace import Pace, chunk_rows
 from .queues import Queues, oldest
 from .sequence_blocks import SequenceBlocks
 from .speculation import DraftCounters, Speculation
+from .thinning import Thinning
 
 _KINDS = tuple(RowKind)  # in the order in which rows stand in a batch
 
@@ -53,6 +54,7 @@ class DecodeScheduler:
         """`cache`: around the pool; None: one without further tiers. `speculation` None: no row has a draft."""
         self._pool, self._max_num_batched_tokens = pool, max_num_batched_tokens
         self.blocks = SequenceBlocks(pool, spec, num_swap_blocks, cache)
+        self.thinning = Thinning(pool, spec, self.blocks)
         self.pace = Pace(tpot_objective_s)
         self.speculation = speculation
         self.queues = Queues(max_num_seqs, pool.block_size)
@@ -139,6 +141,7 @@ class DecodeScheduler:
     def schedule(self) -> Batch | None:
         """The next step, rows that decode first."""
         assert self._in_step is None, "the last step was not completed"
+        self.thinning.make_room([*self.queues.running, *self.queues.parked])
         self._fill_rows()
         rows = self._decode_rows()
         while not self.queues.running and self.queues.parked:
@@ -168,9 +171,7 @@ class DecodeScheduler:
         return bool(running) and running[0].priority == BACKGROUND_PRIORITY
 
     def _fill_rows(self) -> None:
-        """Rows go to the oldest without one. Who waits for blocks is passed by those alone that hold theirs; who waits
-        for the disk is passed by all.
-        """
+        """Rows go to the oldest without one. Who waits for blocks is passed by those with some, for the disk by all."""
         waits_for_blocks, queues = False, self.queues
         waiting = [seq for seq in queues.waiting if not self.blocks.known.awaits(seq)]
         while (seq := oldest(queues.parked, [] if waits_for_blocks else waiting)) is not None:
@@ -226,8 +227,7 @@ class DecodeScheduler:
         return True
 
     def room_for(self, seq: Sequence, num_tokens: int) -> int:
-        """Return how many tokens after the last known one have slots; one block at most is taken for them, and only a
-        spare one."""
+        """Return how many tokens after the last known one have slots; one spare block at most is taken for them."""
         size = self._pool.block_size
         room = len(seq.block_table) * size - seq.num_tokens
         if room < num_tokens and self.blocks.num_available > self.queues.growth():

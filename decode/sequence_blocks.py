@@ -133,6 +133,14 @@ class SequenceBlocks:
         self._pool.pin([source])
         self._copies.append((source, target))
 
+    def move(self, source: BlockId, target: BlockId) -> None:
+        """Copy a block's content when the next step begins, with the one reference that there is to it."""
+        self._copies.append((source, target))
+
+    def is_loading(self, seq: Sequence) -> bool:
+        """Tell whether copies into its blocks are waiting for the next step."""
+        return self.swap.is_loading(seq) or self.cache.is_promoting(seq.block_table)
+
     def give_back(self, seq: Sequence) -> None:
         """Free the sequence's blocks; a copy into one of them must not run: it may have a new owner by then."""
         self._pool.free([source for source, _ in self._cancel_copies(seq)])
@@ -259,6 +267,7 @@ class SequenceBlocks:
         if rows:
             copies, self._copies = self._copies, []
         self._copying = [source for source, _ in copies]
+        copies = [(source, self._pool.in_copies(target)) for source, target in copies]
         self._reused.clear()
         return self.cache.begin(Batch(rows, copies, swap_out, swap_in, may_postpone=True))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..common.batch import Batch, GpuEvent, RowOutput, StepOutput, drawn_output, stopped_output
 from ..common.config import CoreSlot, EngineConfig
 from ..common.request import SampledToken
-from ..kvcache.frames import layer_pages
+from ..kvcache.frames import frames_of, layer_pages
 from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.digest import ModelDigest
@@ -113,6 +113,7 @@ class Engine:
         self.host_slots = SwapPages(self.kv_pages, self.spec, self.num_swap_blocks + self.num_host_blocks)
         blocks = enumerate(layer.sparse for layer in decoder.layers)
         self._sparse = {layer: block for layer, block in blocks if block is not None}
+        self._num_full = frames_of(self.spec).num_full
         self._num_layer_pages = self.model_config.num_kv_pages
         pages = layer_pages(self.kv_pages, self.spec)[: self._num_layer_pages]
         if decoder.states is not None:
@@ -199,7 +200,7 @@ class Engine:
         """Do all of a step but swapping. `plan`: the batch's, where it is known already."""
         rows: list[RowOutput] = []
         if batch.rows:
-            copy_blocks(self.kv_pages, batch.block_copies)
+            copy_blocks(self.kv_pages, batch.block_copies, self._num_full)
             if self._draft is not None:
                 self._draft_s = self._draft.propose(batch)
                 self._masks.begin(batch)  # which look at what is drafted
@@ -292,7 +293,7 @@ class Engine:
         if not step.lengths:
             self._meet()
             return
-        copy_blocks(self.kv_pages, step.block_copies)
+        copy_blocks(self.kv_pages, step.block_copies, self._num_full)
         with self.runner.calculating(), self.measuring() if step.is_measured else nullcontext():
             for _ in self.runner.forward(step, on_layer):
                 pass

@@ -120,6 +120,18 @@ class FramePool(BlockPool):
         whole = [self._take(self._take_frame()) for _ in range(count - num_thin)]
         return [self._take(self._take_share()) for _ in range(num_thin)] + whole
 
+    @property
+    def has_free_share(self) -> bool:
+        """Tell whether a thin block would lie beside another."""
+        return bool(self._open)
+
+    def cut(self, block: BlockId) -> None:
+        """Let other thin blocks lie beside this one, which was whole and unpublished and has one owner."""
+        assert self._ref_counts[block] == 1 and block not in self._hash_of and block not in self._leaving, block
+        self._cut[block] = [share for share in reversed(self._shares(block)) if share != block]
+        self._open[block] = None
+        self._num_spare_shares += self.num_shares - 1
+
     def _take(self, block: BlockId) -> BlockId:
         assert self._ref_counts[block] == 0, block
         self._ref_counts[block] = 1

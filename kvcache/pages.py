@@ -88,12 +88,18 @@ def _huge_zeros(num_bytes: int) -> torch.Tensor:
     return whole[start : start + num_bytes]
 
 
-def copy_blocks(pages: torch.Tensor, copies: Sequence[tuple[int, int]]) -> None:
-    """Copy whole blocks (all layers) from the first to the second of each pair."""
-    if copies:
-        sources, targets = zip(*copies, strict=True)
-        whole = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
-        whole[:, list(targets)] = whole[:, list(sources)]
+def copy_blocks(pages: torch.Tensor, copies: Sequence[tuple[int, int]], num_full: int) -> None:
+    """Copy blocks (all layers) from the first to the second of each pair; to `~block` what thin ones have: `num_full`
+    pages, in the first places.
+    """
+    bytes_or_numbers = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
+    if thin := [(source, ~target) for source, target in copies if target < 0]:
+        rows, stride = bytes_or_numbers.view(-1, *pages.shape[2:]), pages.shape[1]
+        places = [place * stride for place in range(num_full)]
+        sources, targets = ([place + pair[end] for pair in thin for place in places] for end in (0, 1))
+        rows[targets] = rows[sources]
+    if whole := [pair for pair in copies if pair[1] >= 0]:
+        bytes_or_numbers[:, [target for _, target in whole]] = bytes_or_numbers[:, [source for source, _ in whole]]
 
 
 def _default_bytes(config: EngineConfig, device: torch.device) -> int:

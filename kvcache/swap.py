@@ -50,6 +50,10 @@ class SwapSpace:
     def saved(self, seq: Sequence) -> Saved | None:
         return self._saved.get(seq)
 
+    def is_loading(self, seq: Sequence) -> bool:
+        """Tell whether the next step loads it."""
+        return seq in self._loading
+
     def num_saved_tokens(self, seq: Sequence) -> int:
         saved = self._saved.get(seq)
         return 0 if saved is None else saved.num_tokens

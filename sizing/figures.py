@@ -33,7 +33,8 @@ class Memory:
     cache_token: int  # of one token's keys and values
     num_blocks: int
     num_tokens: int
-    num_contexts: float  # sequences of the context's length that a decode worker holds, each in blocks of its own
+    num_contexts: float  # sequences of the context's length that fit as handoffs bring them, in blocks of their own
+    num_own_contexts: float  # that fit where their worker computes them, and keeps what no window reaches any more
     binding: str  # what takes most: weights, workspace, KV
 
 
@@ -108,6 +109,7 @@ class Sizer:
             cache_token=token,
             num_blocks=num_blocks,
             num_tokens=num_blocks * block_size,
+            num_own_contexts=num_blocks / -(-self.context // block_size),
             num_contexts=num_blocks / handed_blocks(self.engine, self.model, self.context),
             binding=max(parts, key=lambda part: parts[part]),
         )

@@ -45,7 +45,9 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[Row]:
     yield "KV of a token on a rank", _bytes(memory["cache_token"]), "", ""
     blocks = f"{memory['num_blocks']:,} blocks = {memory['num_tokens']:,} tokens"
     yield "KV cache of a rank", _bytes(memory["cache"]), "", f"most is {memory['binding']}; {blocks}"
-    yield "sequences of the context that fit", f"{memory['num_contexts']:,.0f}", "", "memory"
+    handed, own = memory["num_contexts"], memory["num_own_contexts"]
+    where = "memory" if handed == own else f"memory; {own:,.0f} where a worker computes them itself"
+    yield "sequences of the context that fit", f"{handed:,.0f}", "", where
 
 
 def _times(figures: Mapping[str, Any]) -> Iterator[Row]:

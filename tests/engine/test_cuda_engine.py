@@ -228,7 +228,7 @@ def test_blocks_in_8_bits_are_copied(checkpoints: Path) -> None:
     pages = engine.kv_pages.view(torch.uint8)
     pages.copy_(torch.randint(0, 120, pages.shape, dtype=torch.uint8, device="cuda"))
     expected = pages[:, 3].clone()
-    copy_blocks(engine.kv_pages, [(3, 7)])
+    copy_blocks(engine.kv_pages, [(3, 7)], len(engine.kv_pages))
     assert torch.equal(pages[:, 7], expected)
 
 

@@ -48,7 +48,7 @@ def test_every_number_of_a_draft_has_a_place_of_its_own_in_its_block(name: str, 
     whole = sorted(pages[:, 3].flatten()[pages[:, 3].flatten() != 0].tolist())
     assert whole == list(range(1, 1 + len(layers) * count))
     layers[0][1] = 0
-    copy_blocks(pages, [(3, 1)])
+    copy_blocks(pages, [(3, 1)], len(pages))
     assert all(torch.equal(layer[1], layer[3]) for layer in layers)
 
 

@@ -16,6 +16,7 @@ from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.frame_pool import FramePool, block_pool
 from kvferry.kvcache.frames import Frames, frames_of, layer_pages
 from kvferry.kvcache.host_slots import SwapPages
+from kvferry.kvcache.pages import copy_blocks
 
 PLAIN = KVCacheSpec(model="m", num_layers=6, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 # One layer of three sees everything.
@@ -71,6 +72,17 @@ def test_thin_blocks_are_copied_without_what_others_have_there() -> None:
     assert changed == _pages(19, 4, is_thin=True) | _pages(3, 4, is_thin=True) | _pages(0, 4, is_thin=False)
     for there, here in zip(sorted(_pages(9, 4, is_thin=True)), sorted(_pages(19, 4, is_thin=True)), strict=True):
         assert torch.equal(rows[here], kept[there])
+
+
+def test_a_whole_block_is_copied_into_a_share_without_what_others_have_there() -> None:
+    pages = torch.rand(6, 4, 2, 2, 4, 8)
+    rows, before = pages.view(-1, 2, 2, 4, 8), pages.clone().view(-1, 2, 2, 4, 8)
+    copy_blocks(pages, [(2, ~9), (3, 0)], frames_of(SPEC).num_full)
+    changed = {int(row) for row in (rows != before).flatten(1).any(1).nonzero()}
+    assert changed == _pages(9, 4, is_thin=True) | _pages(0, 4, is_thin=False)
+    for layer in (2, 5):
+        there = frames_of(SPEC).page(layer, 9, 4)
+        assert torch.equal(rows[there], before[frames_of(SPEC).page(layer, 2, 4)])
 
 
 def test_a_frame_holds_three_thin_blocks_and_is_whole_again_without_them() -> None:
@@ -196,6 +208,20 @@ class Frameworks(RuleBasedStateMachine):
             del self.owned[place]
             self.pool.quarantine(blocks)
             self.quarantined += blocks
+
+    @precondition(lambda self: self.owned)
+    @rule(data=st.data())
+    def cut(self, data: st.DataObject) -> None:
+        """What was whole is thin from now on, where it lies."""
+        block = data.draw(st.sampled_from(sorted({block for blocks in self.owned for block in blocks})))
+        if self.pool.ref_count(block) == 1 and not self.thin[block] and block not in self.pool._leaving:
+            self.names = {name: other for name, other in self.names.items() if other != block}
+            self.pool.forget(block)
+            before = self.pool.num_free_blocks
+            self.pool.cut(block)
+            self.thin[block] = True
+            assert self.pool.num_free_blocks == before and self.pool.has_free_share
+            assert self.pool.num_needed(2, 2) == 0
 
     @rule()
     def release(self) -> None:

@@ -34,6 +34,6 @@ def test_whole_blocks_are_copied_in_all_layers(dtype: str) -> None:
     raw = pages.view(torch.uint8)
     raw.copy_(torch.randint(0, 60, raw.shape, dtype=torch.uint8))
     before = raw.clone()
-    copy_blocks(pages, [(1, 3), (0, 4)])
+    copy_blocks(pages, [(1, 3), (0, 4)], len(pages))
     assert torch.equal(raw[:, [3, 4]], before[:, [1, 0]])
     assert torch.equal(raw[:, :3], before[:, :3])

@@ -92,7 +92,10 @@ class Memory:
         return layer < len(self.windows) and self.windows[layer] > 0
 
     def copy_block(self, source: int, target: int) -> None:
+        is_thin, target = target < 0, max(target, ~target)
         for layer in range(self.num_layers):
+            if is_thin and self.is_windowed(layer):
+                continue
             self.pages[self.page(layer, target)] = list(self.pages[self.page(layer, source)])
 
     def block(self, block: int, *, is_thin: bool = False) -> list[list[int]]:

@@ -33,6 +33,11 @@ def _all_outgoing(self: SequenceBlocks) -> list[BlockId]:
     return [block for block in reversed(self._outgoing) if self._pool.ref_count(block) == 1]
 
 
+def _moves_nothing(self: SequenceBlocks, source: BlockId, target: BlockId) -> None:
+    """What is made thin is left behind in its old block."""
+    self._pool.free([source])
+
+
 def _holds_nothing(self: FramePool, block: BlockId) -> None:
     """A frame is available as long as its last share is."""
     if self._frame(block) not in self._cut or self._num_held[self._frame(block)] == 0:
@@ -64,6 +69,12 @@ BUGS = (
         frozenset({"H2", "F2", "I1"}),
         ((SequenceBlocks, "_reusable", _all_outgoing),),
         within_seeds=2000,
+    ),
+    Planted(
+        "what is made thin stays behind",
+        frozenset({"H2", "F2"}),
+        ((SequenceBlocks, "move", _moves_nothing),),
+        within_seeds=1000,
     ),
     Planted(
         "a frame's second share is not counted as held", frozenset({"I1"}), ((FramePool, "_hold", _holds_nothing),), 200

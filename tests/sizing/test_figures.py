@@ -284,6 +284,7 @@ def test_a_decode_worker_holds_what_handoffs_bring(tmp_path: Path) -> None:
     model = model_of(tmp_path, "gemma-4-26b-a4b")
     for context, least in ((600, 1.0), (8000, 3.4), (32_000, 6.4)):
         memory = Sizer(engine_of(), model, H100, context).memory()
-        assert memory.num_contexts * -(-context // 16) >= least * memory.num_blocks
+        assert memory.num_contexts >= least * memory.num_own_contexts
+        assert memory.num_own_contexts == memory.num_blocks / -(-context // 16)
     spec = pages_spec(engine_of(), model)
     assert frames_of(spec).num_shares == spec.num_layers // sum(not spec.is_windowed(n) for n in range(spec.num_layers))

@@ -1,8 +1,9 @@
 """A transport writes and reads pages of another process's registered KV allocation, one-sided.
 
 The shape is NIXL's: register once, exchange metadata, write, poll, notify. A *page* is one block in one layer on
-one rank; its index is `layer * num_blocks + block`. Where both sides have the same tensor-parallel size a page is
-one run of bytes (one `Piece`); else a head range is two runs, one in K and one in V.
+one rank; its index is `place * num_blocks + block`, by the layer's place (`kvcache/frames.py`). Where both sides have
+the same tensor-parallel size a page is one run of bytes (one `Piece`); else a head range is two runs, one in K and one
+in V.
 
 A backend moves bytes and nothing else: rights, leases and reuse of blocks are the sender's and the receiver's.
 A backend is used by one thread at a time (the transfer thread), except `register` and `close`.
