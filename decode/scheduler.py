@@ -141,7 +141,7 @@ class DecodeScheduler:
     def schedule(self) -> Batch | None:
         """The next step, rows that decode first."""
         assert self._in_step is None, "the last step was not completed"
-        self.thinning.make_room([*self.queues.running, *self.queues.parked])
+        self.thinning.make_room(self.queues.running, self.queues.parked)
         self._fill_rows()
         rows = self._decode_rows()
         while not self.queues.running and self.queues.parked:

@@ -131,7 +131,7 @@ class SequenceBlocks:
     def copy(self, source: BlockId, target: BlockId) -> None:
         """Copy a block's content when the next step begins."""
         self._pool.pin([source])
-        self._copies.append((source, target))
+        self.move(source, target)
 
     def move(self, source: BlockId, target: BlockId) -> None:
         """Copy a block's content when the next step begins, with the one reference that there is to it."""

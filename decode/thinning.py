@@ -12,6 +12,7 @@ whole no more, so it waits until little is free.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import Sequence
@@ -35,13 +36,13 @@ class Thinning:
         self._blocks = blocks
         self.num_blocks = 0  # since start
 
-    def make_room(self, sequences: Iterable[Sequence]) -> None:
-        """Make blocks of these thin as far as little is free."""
+    def make_room(self, *sequences: Iterable[Sequence]) -> None:
+        """Make blocks of these thin as far as little is free, the first ones' first."""
         pool = self._pool
         if pool is None:
             return
         wanted = min(_MAX_COPIES, int(_FREE_SHARE * pool.num_blocks) - self._blocks.num_available)
-        for seq in sequences:
+        for seq in chain(*sequences):
             if wanted <= 0:
                 return
             if not self._blocks.is_loading(seq):

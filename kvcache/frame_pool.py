@@ -65,10 +65,6 @@ class FramePool(BlockPool):
     def is_thin(self, block: BlockId) -> bool:
         return self._frame(block) in self._cut
 
-    def owner_of(self, frame: BlockId, share: int) -> BlockId:
-        """Return the id of the block that has, or may have, this share of a frame: the whole one's, or a thin one's."""
-        return frame + share * self._step if frame in self._cut else frame
-
     # --- counts ------------------------------------------------------------------------------------------------------
 
     @property

@@ -80,6 +80,11 @@ def frames_of(spec: KVCacheSpec) -> Frames:
     return Frames(1 + each, tuple(places[layer] for layer in range(spec.num_layers)), len(full))
 
 
+def handed_frames(spec: KVCacheSpec, num_blocks: int, num_tokens: int) -> int:
+    """Count the frames of so many blocks that begin with a prompt of `num_tokens`, as a handoff brings it."""
+    return frames_of(spec).num_frames(num_blocks, spec.num_left_out(num_tokens))
+
+
 def layer_pages(pages: Tensor, spec: KVCacheSpec) -> Tensor | Sequence[Tensor]:
     """View the pages of each layer, [ids of blocks, *spec.page_shape()], in an allocation [places, frames, ...]."""
     frames, num_frames = frames_of(spec), pages.shape[1]

@@ -85,8 +85,7 @@ class SwapPages:
         # 8-bit floats are storage: few of torch's operations know them.
         self._pages = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
         self._rows = self._pages.view(-1, *self._pages.shape[2:])
-        places = frames_of(spec).places
-        self._thin_places = [places[layer] for layer in range(spec.num_layers) if not spec.is_windowed(layer)]
+        self._thin_places = range(frames_of(spec).num_full)
         self._is_cuda = pages.is_cuda
         self._slot_bytes = pages[:, 0].numel() * pages.element_size()
         self._slots_of_piece = max(1, _PINNED_BYTES // self._slot_bytes) if self._is_cuda else max(1, num_slots)

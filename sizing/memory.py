@@ -9,7 +9,7 @@ from ..common.config import NO_INT8_LATENTS, EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec, row_items
 from ..kvcache.draft_pages import num_draft_pages
-from ..kvcache.frames import frames_of
+from ..kvcache.frames import handed_frames
 from ..models.config import ModelConfig
 from ..models.parts.page_windows import SLACK_TOKENS, page_windows
 from ..models.parts.rank_counts import heads_of_rank
@@ -91,7 +91,7 @@ def last_handoff_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int
 def handed_blocks(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:
     """Count the blocks whose memory a prompt takes on a decode worker to which it was handed over."""
     spec = pages_spec(engine, model)
-    return frames_of(spec).num_frames(spec.num_blocks_for(num_tokens), spec.num_left_out(num_tokens))
+    return handed_frames(spec, spec.num_blocks_for(num_tokens), num_tokens)
 
 
 def pages_spec(engine: EngineConfig, model: ModelConfig) -> KVCacheSpec:

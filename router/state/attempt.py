@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from ...common.served import UNSERVED
-from ...kvcache.frames import frames_of
+from ...kvcache.frames import handed_frames
 from ...wire.codec import RequestMessage
 from ...wire.grants import GrantInfo
 from ...wire.results import (
@@ -266,7 +266,7 @@ class Attempt:
         spec = decode.hello.spec
         blocks = spec.num_blocks_for(request.num_prompt_tokens + longest) + len(self.choices) - 1
         if not num_tokens:  # it computes no prompt: that comes, and most of it thin
-            blocks = frames_of(spec).num_frames(blocks, spec.num_left_out(request.num_prompt_tokens))
+            blocks = handed_frames(spec, blocks, request.num_prompt_tokens)
         is_row = request.pooling is None  # in decode steps, later
         context = len(self.choices) * (request.num_prompt_tokens + longest) if is_row else 0
         work_s = self._work_s() if num_tokens else 0.0

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ...common.kv_spec import KVCacheSpec
-from ...kvcache.frames import frames_of
+from ...kvcache.frames import handed_frames
 from .adapter_use import AdapterUse
 from .objectives import NO_OBJECTIVES, Objectives
 
@@ -115,8 +115,7 @@ class Demand:
         handoff brings thin: as many whole ones as have the memory.
         """
         num_blocks = spec.num_blocks_for(self.num_tokens) + self.num_choices - 1
-        num_thin = spec.num_left_out(self.num_prompt_tokens) if self.has_prefill_pool else 0
-        return frames_of(spec).num_frames(num_blocks, num_thin)
+        return handed_frames(spec, num_blocks, self.num_prompt_tokens) if self.has_prefill_pool else num_blocks
 
     def blocks_to_end(self, spec: KVCacheSpec) -> int:
         """Full prompt blocks are shared by the choices, the rest is each one's own."""

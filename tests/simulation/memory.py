@@ -86,7 +86,8 @@ class Memory:
         if not isinstance(pool, FramePool) or not self.is_windowed(self.frames.places.index(place)):
             return frame
         share = place // self.frames.num_full
-        return pool.owner_of(frame, share) if share < pool.num_shares else frame
+        is_share = pool.is_thin(frame) and share < pool.num_shares
+        return frame + share * self.frames.step(self.num_blocks) if is_share else frame
 
     def is_windowed(self, layer: int) -> bool:
         return layer < len(self.windows) and self.windows[layer] > 0

@@ -96,8 +96,7 @@ def check_pools(ranks: Sequence[RegionInfo], spec: KVCacheSpec) -> str | None:
 def _check_blocks(grant: GrantInfo) -> str | None:
     num_blocks = grant.ranks[0].num_blocks
     held, rest = divmod(grant.num_computed_tokens, grant.spec.block_size)
-    num_thin = num_thin_behind(grant.spec, grant.num_tokens, held, len(grant.block_ids))
-    if not are_ids(grant.spec, grant.block_ids, num_blocks, num_thin):
+    if not are_ids(grant.spec, grant.block_ids, num_blocks, num_granted_thin(grant)):
         return f"the grant's block ids are not distinct ids below {num_blocks}"
     if rest or held + len(grant.block_ids) != grant.spec.num_blocks_for(grant.num_tokens):
         return (
@@ -133,6 +132,12 @@ def pages_of(spec: KVCacheSpec, blocks: Indices, num_blocks: int, num_thin: int 
 def num_thin_behind(spec: KVCacheSpec, num_tokens: int, first: int, count: int) -> int:
     """Count those of a prompt's blocks [first, first + count) that a handoff of `num_tokens` leaves thin."""
     return min(max(0, spec.num_left_out(num_tokens) - first), count)
+
+
+def num_granted_thin(grant: GrantInfo) -> int:
+    """Count those of a grant's blocks that come thin: the first ones."""
+    held = grant.num_computed_tokens // grant.spec.block_size
+    return num_thin_behind(grant.spec, grant.num_tokens, held, len(grant.block_ids))
 
 
 def _digest(grant: GrantInfo, request_id: str, attempt: int) -> bytes:

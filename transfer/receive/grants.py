@@ -18,7 +18,7 @@ from ...kvcache.contents import Contents
 from ...kvcache.thin import leading, thin_rule, usable
 from ...wire.grants import GrantId, GrantInfo
 from ...wire.results import Grant, NoCapacity
-from ..protocol.handoff import mint_grant
+from ..protocol.handoff import mint_grant, num_thin_behind
 from .endings import Counters, Endings
 from .reservation import Reservation, ReservationState
 from .reservations import Reservations
@@ -89,7 +89,7 @@ class Grants:
             return self._no_capacity(spec, "no_agent", num_cached)
         num_copies = len(spec.choices) - 1 if num_tokens % block_size else 0
         num_total = self._spec.num_blocks_for(num_tokens) + num_copies
-        num_thin = max(0, self._spec.num_left_out(num_tokens) - len(hits))
+        num_thin = num_thin_behind(self._spec, num_tokens, len(hits), num_total - len(hits))
         lacks = partial(self._reservations.shortage, num_total, hits, growth_reserve, num_thin=num_thin)
         reason = lacks()
         if reason is not None:

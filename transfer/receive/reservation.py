@@ -18,6 +18,7 @@ from ...common.request import BlockId, RequestSpec
 from ...kvcache.thin import name_at
 from ...wire.grants import GrantInfo
 from ...wire.results import ChoiceTokens
+from ..protocol.handoff import num_granted_thin
 from .processes import ProcessWatch
 
 
@@ -126,7 +127,7 @@ class Reservation:
     @property
     def num_new_thin(self) -> int:
         """Count those of them that come thin: the first ones."""
-        return max(0, self.num_thin - len(self.hit_blocks))
+        return num_granted_thin(self.grant)
 
     @property
     def is_promise(self) -> bool:

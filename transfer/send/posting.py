@@ -20,7 +20,7 @@ from ...wire.grants import GrantInfo
 from ...wire.handoff import KVArrived, KVOpened
 from ..backends.base import TransferBackend
 from ..protocol.checksums import PageSums, ShipmentSums
-from ..protocol.handoff import Endpoint, check_grant, moved_grant, num_thin_behind
+from ..protocol.handoff import Endpoint, check_grant, moved_grant, num_granted_thin
 from ..protocol.peer_log import PeerLog
 from ..protocol.shards import targets_of
 from .shipment import Shipment, Target
@@ -59,9 +59,7 @@ class Posting:
     def _sums_of(self, grant: GrantInfo, num_blocks: int) -> ShipmentSums | None:
         if self._sums is None:
             return None
-        spec, blocks = grant.spec, grant.block_ids
-        first = grant.num_computed_tokens // spec.block_size
-        return ShipmentSums(spec, blocks, num_blocks, num_thin_behind(spec, grant.num_tokens, first, len(blocks)))
+        return ShipmentSums(grant.spec, grant.block_ids, num_blocks, num_granted_thin(grant))
 
     def connect(self, shipment: Shipment) -> None:
         """Raises TransferError."""
