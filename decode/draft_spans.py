@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..common.batch import Batch, BatchRow, RowKind, StepOutput
+from ..common.batch import Batch, BatchRow, RowKind
 from ..common.request import Sequence
 
 
@@ -29,7 +29,8 @@ class DraftSpans:
     def assign(self, rows: Iterable[BatchRow]) -> None:
         """Say for a step's rows, whose drafts are chosen, which positions the draft model computes."""
         for row in rows:
-            first = min(self._computed.setdefault(row.seq, row.start), row.start)
+            # Rejected tokens lie behind `start`, and after a preemption all that had been computed may.
+            first = self._computed[row.seq] = min(self._computed.get(row.seq, row.start), row.start)
             is_whole = row.kind is RowKind.CHUNK or row.seq.pending_choices  # a fork begins with a whole copy
             if is_whole or row.end % self._block_size == 0:
                 row.draft_span = (first, row.end)
@@ -38,15 +39,14 @@ class DraftSpans:
             else:
                 row.draft_span = (row.end, row.end)
 
-    def observe(self, batch: Batch, output: StepOutput) -> None:
-        """Count what a finished step has computed. Before its tokens count as computed."""
-        for row, result in zip(batch.rows, output.rows, strict=True):
+    def observe(self, batch: Batch) -> None:
+        """Count what a finished step has computed, right or not."""
+        for row in batch.rows:
             assert row.draft_span is not None
             first, end = row.draft_span
             self.num_prompt_tokens += max(0, min(end, row.seq.num_prompt_tokens) - first)
             if first < end and row.seq in self._computed:
-                right = row.start + row.num_known_tokens + sum(len(run) - 1 for run in result.runs)
-                self._computed[row.seq] = min(end, right)
+                self._computed[row.seq] = end
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is known of a sequence that has ended."""

@@ -217,7 +217,7 @@ class Speculation:
                 self.counters.draft_tokens += len(row.draft)
                 self.counters.accepted_tokens += sum(map(len, result.runs)) - len(result.runs)
         if self._spans is not None:
-            self._spans.observe(batch, output)
+            self._spans.observe(batch)
             self.counters.draft_prompt_tokens = self._spans.num_prompt_tokens
             for row, result in zip(batch.rows, output.rows, strict=True):
                 if (track := self._tracks.get(row.seq)) is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.common.batch import UNDRAFTED, Batch, BatchRow, RowOutput, StepOutput
-from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
+from kvferry.common.batch import UNDRAFTED, Batch, BatchRow
+from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.draft_spans import DraftSpans
 
 BLOCK = 4
@@ -38,8 +38,7 @@ class Book:
             assert [self.fed[position] for position in range(first)] == seq.token_ids[:first]
             self.fed |= {position: known[position] for position in range(first, end)}
         said = [*draft[:num_right], 500 + seq.num_tokens]
-        run = tuple(SampledToken(token) for token in said)
-        self.spans.observe(Batch([row]), StepOutput([RowOutput((run,))], 0.0, 0))
+        self.spans.observe(Batch([row]))
         seq.token_ids += said
         seq.num_computed_tokens += len(said)
         whole = seq.num_computed_tokens // BLOCK * BLOCK
@@ -71,6 +70,18 @@ def test_known_tokens_are_fed_from_where_it_was_left() -> None:
     assert (row.start, row.draft_span) == (6, (4, 10))
 
 
+def test_what_is_computed_anew_is_fed_whole_though_its_first_row_is_one_token() -> None:
+    book = Book(DraftSpans(BLOCK), sequence(num_prompt_tokens=6))
+    book.step(2, 1)
+    seq = book.seq
+    seq.num_computed_tokens = 0  # preempted; there is room for one token beside other rows, and then for more
+    book.spans.assign([first := BatchRow(seq, 1)])
+    book.spans.observe(Batch([first]))
+    seq.num_computed_tokens = 1
+    book.spans.assign([second := BatchRow(seq, 6)])
+    assert (first.draft_span, second.draft_span) == ((1, 1), (0, 7))
+
+
 def test_who_is_forked_has_a_whole_copy_and_computed_prompt_tokens_are_counted() -> None:
     spans, seq = DraftSpans(BLOCK), sequence(num_computed=5)
     del seq.token_ids[6:]
@@ -81,8 +92,7 @@ def test_who_is_forked_has_a_whole_copy_and_computed_prompt_tokens_are_counted()
     chunk = BatchRow(sequence(num_computed=2), 4)
     spans.assign([chunk])
     assert chunk.draft_span == (2, 6)
-    outputs = [RowOutput(((SampledToken(1),), (SampledToken(2),))), RowOutput(())]
-    spans.observe(Batch([row, chunk]), StepOutput(outputs, 0.0, 0))
+    spans.observe(Batch([row, chunk]))
     assert spans.num_prompt_tokens == 1 + 4
     for known in (seq, chunk.seq):
         spans.forget(known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvferry.common.batch import Batch, BatchRow, GpuEvent, RowKind, RowOutput, StepOutput, verified_output
+from kvferry.common.batch import BatchRow, GpuEvent, RowKind, RowOutput, verified_output
 from kvferry.common.request import SampledToken, Sequence
 from kvferry.decode import role as decode_role
 from kvferry.decode import speculation
@@ -43,13 +43,12 @@ def _all_there_is(self: DecodeScheduler, seq: Sequence, num_tokens: int) -> int:
 
 
 class _KeepsRejected(DraftSpans):
-    """What a draft model was fed counts, rejected or not."""
+    """What a draft model was fed counts for good: rejected tokens, and what a preemption has taken, too."""
 
-    def observe(self, batch: Batch, output: StepOutput) -> None:
-        super().observe(batch, output)
-        for row in batch.rows:
-            if row.draft and row.seq in self._computed and row.draft_span is not None:
-                self._computed[row.seq] = row.draft_span[1]
+    def assign(self, rows: Iterable[BatchRow]) -> None:
+        computed, rows = dict(self._computed), list(rows)
+        super().assign(rows)
+        self._computed |= computed
 
 
 class _OnlyDrafts(DraftSpans):
