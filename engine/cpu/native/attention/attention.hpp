@@ -4,6 +4,8 @@
 // and it is their reading that takes the time: blocks are scattered, and no processor's own look-ahead follows. A head's
 // keys are fetched while those of an earlier block are multiplied; all heads' at once would be waited for. Values are
 // weighted head by head, a step from block to block; so those of a block are read in order behind its keys, and stay near.
+// Where a set fetches evenly, some lines with each few products, that is the first tile's alone: the values of the next are
+// fetched while a tile's are weighted.
 // How scores are computed, and how sums of values stand in memory, is the instruction set's affair.
 #pragma once
 
@@ -77,10 +79,12 @@ protected:
         const int heads = kv_heads * group_;
         softmax_.reset(heads, sinks, heads);
         std::fill_n(sums_.begin(), heads * stride_, 0.0f);
+        are_ahead_ = false;
         for (; begin < last; begin += kTileKeys) {
             const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
             const long width = padded(end - begin, 16);
             const Pages pages = near_.of(stored, kv_heads, begin, end);
+            if (kFetchesEvenly) ahead_.set(pages, kv_heads, end, std::min(end + kTileKeys, last));
             score(pages, begin, visible, end);
             for (int head = 0; head < heads; head++) {
                 Element* weights = weights_.data() + head * kScoreStride;
@@ -88,6 +92,7 @@ protected:
                 added_[head] = weights_to_add(weights, width, widened_.data() + head * kScoreStride);
             }
             for (int kv = 0; kv < kv_heads; kv++) add_values(pages.of_head(kv), begin, visible, end, kv * group_);
+            are_ahead_ = kFetchesEvenly;
         }
     }
 
@@ -111,7 +116,7 @@ protected:
 
     // Read the values of keys [first, last), block by block, for nothing but to have them near.
     void read_values(const Pages& pages, int kv_heads, long first, long last) const {
-        if (pages.are_near) return;
+        if (pages.are_near || are_ahead_) return;
         for (long end; first < last; first = end) {
             end = std::min(last, (first / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(first) + pages.values;
@@ -151,17 +156,22 @@ private:
         for (long key = first & ~1L; key < whole;) {
             const long block_end = std::min(whole, (key / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(key) + pages.values + at;
+            LinesAhead ahead = ahead_.next(DIMENSIONS * pages.block_size);
             for (; key < block_end; key += 2, values += 2 * head_dim_) {
-                added.template add<false>(values, weights + (key - begin), kScoreStride);
+                added.template add<false>(values, weights + (key - begin), kScoreStride, ahead);
             }
         }
         if (whole < last) {
-            added.template add<true>(pages.key(whole) + pages.values + at, weights + (whole - begin), kScoreStride);
+            const Element* const values = pages.key(whole) + pages.values + at;
+            LinesAhead none(values, false);
+            added.template add<true>(values, weights + (whole - begin), kScoreStride, none);
         }
         added.store(sums(head) + at, stride_);
     }
 
     NearPages near_;
+    ValuesAhead ahead_;
+    bool are_ahead_ = false;  // a tile's values are: fetched with those of the tile before
     Lines<float> scores_;
     RunningSoftmax softmax_;
     Lines<Element> weights_;
@@ -200,8 +210,10 @@ private:
             const long step = std::min(16L, pages.block_size);
             for (long key = begin; key < end; key += step) {
                 for (int kv = 0; kv < kv_heads; kv++) {
-                    if (!pages.are_near) stored.of_head(kv).fetch_ahead(key, last);
-                    score(pages.of_head(kv), begin, key, end, kv * group_);
+                    if (!kFetchesEvenly && !pages.are_near) stored.of_head(kv).fetch_ahead(key, last);
+                    const Pages head = pages.of_head(kv);
+                    const LinesAhead ahead = head.keys_ahead(key, kBlocksAhead * pages.block_size, last);
+                    score(head, begin, key, end, kv * group_, ahead);
                 }
                 read_values(pages, kv_heads, key, std::min(key + step, end));
             }
@@ -209,12 +221,13 @@ private:
     }
 
     // Of the group of heads from `head` on, with up to 16 keys from `key` on.
-    void score(const Pages& pages, long begin, long key, long last, int head) {
+    void score(const Pages& pages, long begin, long key, long last, int head, LinesAhead ahead) {
         const Element* keys = pages.key(key);
         const int count = int(std::min({16L, pages.block_size, last - key}));
         in_register_heads(head, group_, [&]<int HEADS>(int head) {
             score_16<HEADS>(queries_.data() + head * stride_, stride_, keys, head_dim_, count, scores(head) + (key - begin),
-                            kScoreStride);
+                            kScoreStride, ahead);
+            ahead = ahead.none();
         });
     }
 

@@ -30,7 +30,8 @@ public:
             for (; key < end; key += kTileColumns) {
                 const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);
                 for (int kv = 0; kv < kv_heads; kv++) {
-                    for (long at = from; at < to && !pages.are_near; at += 16) stored.of_head(kv).fetch_ahead(at, last);
+                    const long until = kFetchesEvenly || pages.are_near ? from : to;  // else by `pack`, or not at all
+                    for (long at = from; at < until; at += 16) stored.of_head(kv).fetch_ahead(at, last);
                     score(pages.of_head(kv), from, to, last, kv * group_, key - begin);
                 }
                 read_values(pages, kv_heads, from, to);
@@ -53,7 +54,11 @@ private:
     void pack(const Pages& pages, long key, long last, Element* target) const {
         const Element* source[16];
         for (long i = 0; i < 16; i++) source[i] = pages.key(std::min(key + i, last - 1));
-        for (int at = 0; at < head_dim_; at += 32) pack_keys(source, head_dim_, at, target + at * kTileColumns);
+        LinesAhead ahead = pages.keys_ahead(key, kTileColumns, last);
+        for (int at = 0; at < head_dim_; at += 32) {
+            if (kFetchesEvenly) ahead.fetch<16 * 32 * sizeof(Element) / 64>();
+            pack_keys(source, head_dim_, at, target + at * kTileColumns);
+        }
     }
 
     Lines<Element> queries_;

@@ -50,6 +50,11 @@ struct Pages {
     Pages of_head(int head) const {
         return {keys + head * heads, heads, values, stride, blocks, block_size, head_dim, are_near};
     }
+    // Keys some way behind this one, to be fetched while those from here on are multiplied.
+    LinesAhead keys_ahead(long index, long distance, long last) const {
+        const bool are_wanted = !are_near && index + distance < last;
+        return LinesAhead(key(are_wanted ? index + distance : index), are_wanted);
+    }
 };
 
 // The same as they are stored. Sizes are in bytes.
@@ -89,6 +94,34 @@ struct StoredPages {
         for (long i = 0; i < head_dim; i += 16) store_whole(target + i, nearest(load(row + i) * inverse));
         *scale(head, index) = step;
     }
+};
+
+// The values of keys [first, last), block by block, fetched piece by piece while earlier ones are weighted.
+class ValuesAhead {
+public:
+    void set(const Pages& pages, int kv_heads, long first, long last) {
+        pages_ = pages;
+        first_ = first / pages.block_size * pages.block_size;
+        last_ = last;
+        at_ = 0;
+        size_ = kv_heads * pages.heads;
+    }
+
+    // The next `count` elements; none where all have been asked for.
+    LinesAhead next(long count) {
+        if (pages_.are_near || first_ >= last_) return LinesAhead(pages_.keys, false);
+        const Element* const values = pages_.key(first_) + pages_.values + at_;
+        at_ += count;
+        if (at_ >= size_) {
+            at_ = 0;
+            first_ += pages_.block_size;
+        }
+        return LinesAhead(values);
+    }
+
+private:
+    Pages pages_{};
+    long first_ = 0, last_ = 0, at_ = 0, size_ = 0;
 };
 
 // One thread's copy of a tile: the elements that whole numbers mean.

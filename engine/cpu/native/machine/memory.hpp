@@ -36,5 +36,24 @@ inline void fetch_lines(const void* from, std::size_t bytes) {
 #endif
 }
 
+// Lines that are asked for some at a time, between other work: all at once they would hold up what that work loads.
+class LinesAhead {
+public:
+    explicit LinesAhead(const void* from, bool are_wanted = true) : at_((const char*)from), step_(are_wanted ? 64 : 0) {}
+
+    // LINES more. Where none are wanted, the same one again, which is near: a branch would cost more.
+    template <int LINES>
+    [[gnu::always_inline]] void fetch() {
+#pragma GCC unroll 8
+        for (int i = 0; i < LINES; i++, at_ += step_) fetch_lines(at_, 64);
+    }
+
+    LinesAhead none() const { return LinesAhead(at_, false); }
+
+private:
+    const char* at_;
+    long step_;
+};
+
 template <class Value>
 using Lines = std::vector<Value, LineAllocator<Value>>;

@@ -8,6 +8,7 @@
 using Query = bf16;
 using Weight = bf16;
 
+constexpr bool kFetchesEvenly = false;  // nobody has measured it with this set
 constexpr int kHeadsAtOnce = 4;
 constexpr int kFewDimensions = 32;  // the least that `WeightedValues` takes
 template <int HEADS>
@@ -70,7 +71,7 @@ inline Vector dots(const bf16* query, const bf16* keys, int head_dim, int count)
 // scores[h * score_stride + i] = query h times key i of 16 keys; of those past `count`, times the last one.
 template <int HEADS>
 void score_16(const Query* queries, long query_stride, const bf16* keys, int head_dim, int count, float* scores,
-              long score_stride) {
+              long score_stride, LinesAhead) {
     for (int h = 0; h < HEADS; h++) {
         store(scores + h * score_stride, dots(queries + h * query_stride, keys, head_dim, count));
     }
@@ -106,7 +107,7 @@ public:
     // Add a pair of keys' values; ALONE: the first key's. Head h's weights stand at `weights + h * stride`. Behind an odd
     // last key lies what an earlier owner left, which is not read: NaN does not vanish by a weight of zero.
     template <bool ALONE>
-    [[gnu::always_inline]] void add(const bf16* values, const Weight* weights, long stride) {
+    [[gnu::always_inline]] void add(const bf16* values, const Weight* weights, long stride, LinesAhead&) {
         Pairs pair[2 * kPairs];
 #pragma GCC unroll 2
         for (int i = 0; i < kPairs; i++) {

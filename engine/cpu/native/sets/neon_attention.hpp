@@ -7,6 +7,7 @@
 using Query = bf16;
 using Weight = bf16;
 
+constexpr bool kFetchesEvenly = false;  // nobody has measured it with this set
 constexpr int kHeadsAtOnce = 4;
 constexpr int kFewDimensions = 16;  // the least that `WeightedValues` takes
 template <int HEADS>
@@ -22,7 +23,7 @@ inline const Weight* weights_to_add(const bf16* weights, long, float*) { return 
 // scores[h * score_stride + i] = query h times key i of 16 keys; of those past `count`, times the last one.
 template <int HEADS>
 void score_16(const Query* queries, long query_stride, const bf16* keys, int head_dim, int count, float* scores,
-              long score_stride) {
+              long score_stride, LinesAhead) {
     constexpr int kKeys = 4;
 #pragma GCC unroll 1
     for (int first = 0; first < 16; first += kKeys) {
@@ -71,7 +72,7 @@ public:
     // Add a pair of keys' values; ALONE: the first key's. Head h's weights stand at `weights + h * stride`. Behind an odd
     // last key lies what an earlier owner left, which is not read: NaN does not vanish by a weight of zero.
     template <bool ALONE>
-    [[gnu::always_inline]] void add(const bf16* values, const Weight* weights, long stride) {
+    [[gnu::always_inline]] void add(const bf16* values, const Weight* weights, long stride, LinesAhead&) {
         uint32x4_t weight[HEADS];
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {

@@ -13,24 +13,26 @@ constexpr int kFewDimensions = 16;  // the least that `WeightedValues` takes
 template <int HEADS>
 constexpr int kManyDimensions = HEADS == 1 ? 64 : HEADS == 4 ? 16 : 32;  // sums of them stay in registers
 
-// 16 elements in the order in which they are cheapest to widen.
-struct Sixteen {
-    Eight early, late;
-};
+// Whoever multiplies by keys or values also fetches as many lines of later ones.
+constexpr bool kFetchesEvenly = true;
+template <int ELEMENTS>
+constexpr int kLinesOf = ELEMENTS * int(sizeof(Element)) / 64;
 
+// 16 elements, by eight, in the order in which they are cheapest to widen.
 #ifdef KVFERRY_FLOAT32
-inline Sixteen sixteen(const float* source) { return {load_8(source), load_8(source + 8)}; }
-inline Vector in_order(Sixteen x) { return {x.early, x.late}; }
+inline Eight early(const float* source) { return load_8(source); }
+inline Eight late(const float* source) { return load_8(source + 8); }
+inline Vector in_order(Eight early, Eight late) { return {early, late}; }
 #else
-inline Sixteen sixteen(const bf16* source) { return {evens(source), odds(source)}; }
-inline Vector in_order(Sixteen x) { return interleaved(x.early, x.late); }
+inline Eight early(const bf16* source) { return evens(source); }
+inline Eight late(const bf16* source) { return odds(source); }
+inline Vector in_order(Eight early, Eight late) { return interleaved(early, late); }
 #endif
 
 inline void set_query(const Element* query, int head_dim, Query* target) {
     for (int at = 0; at < head_dim; at += 16) {
-        const Sixteen part = sixteen(query + at);
-        store(target + at, part.early);
-        store(target + at + 8, part.late);
+        store(target + at, early(query + at));
+        store(target + at + 8, late(query + at));
     }
 }
 
@@ -43,7 +45,7 @@ inline const Weight* weights_to_add(const Element* weights, long count, float* m
 // scores[h * score_stride + i] = query h times key i of 16 keys; of those past `count`, times the last one.
 template <int HEADS>
 void score_16(const Query* queries, long query_stride, const Element* keys, int head_dim, int count, float* scores,
-              long score_stride) {
+              long score_stride, LinesAhead ahead) {
     constexpr int kKeys = HEADS == 4 ? 2 : HEADS == 1 ? 8 : 4;  // whose sums stay in registers
     Eight sums[HEADS][16];
 #pragma GCC unroll 1
@@ -57,15 +59,18 @@ void score_16(const Query* queries, long query_stride, const Element* keys, int 
             for (int h = 0; h < HEADS; h++) sum[i][h] = repeat_8(0.0f);
         }
         for (int at = 0; at < head_dim; at += 16) {
+            ahead.fetch<kLinesOf<kKeys * 16>>();
 #pragma GCC unroll 8
             for (int i = 0; i < kKeys; i++) {
-                const Sixteen part = sixteen(key[i] + at);
+                const Eight part = late(key[i] + at);
 #pragma GCC unroll 4
-                for (int h = 0; h < HEADS; h++) {
-                    const Query* query = queries + h * query_stride + at;
-                    sum[i][h] = fma(part.late, load_8(query + 8), sum[i][h]);
-                    sum[i][h] = fma(part.early, load_8(query), sum[i][h]);
-                }
+                for (int h = 0; h < HEADS; h++) sum[i][h] = fma(part, load_8(queries + h * query_stride + at + 8), sum[i][h]);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < kKeys; i++) {
+                const Eight part = early(key[i] + at);
+#pragma GCC unroll 4
+                for (int h = 0; h < HEADS; h++) sum[i][h] = fma(part, load_8(queries + h * query_stride + at), sum[i][h]);
             }
         }
 #pragma GCC unroll 8
@@ -97,7 +102,8 @@ public:
 
     // Add a pair of keys' values; ALONE: the first key's. Head h's weights stand at `weights + h * stride`.
     template <bool ALONE>
-    [[gnu::always_inline]] void add(const Element* values, const Weight* weights, long stride) {
+    [[gnu::always_inline]] void add(const Element* values, const Weight* weights, long stride, LinesAhead& ahead) {
+        ahead.fetch<kLinesOf<2 * DIMENSIONS>>();
         if (!ALONE) add_one(values + head_dim_, weights + 1, stride);
         add_one(values, weights, stride);
     }
@@ -114,15 +120,17 @@ private:
     static constexpr int kVectors = DIMENSIONS / 8;
 
     [[gnu::always_inline]] void add_one(const Element* values, const Weight* weights, long stride) {
+        Eight weight[HEADS];
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) weight[h] = repeat_8(weights + h * stride);
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; i += 2) {
-            const Sixteen value = sixteen(values + 8 * i);
+            const Eight first = early(values + 8 * i);
 #pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) {
-                const Eight weight = repeat_8(weights + h * stride);
-                sum_[h][i] = fma(weight, value.early, sum_[h][i]);
-                sum_[h][i + 1] = fma(weight, value.late, sum_[h][i + 1]);
-            }
+            for (int h = 0; h < HEADS; h++) sum_[h][i] = fma(weight[h], first, sum_[h][i]);
+            const Eight second = late(values + 8 * i);
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++) sum_[h][i + 1] = fma(weight[h], second, sum_[h][i + 1]);
         }
     }
 
@@ -134,6 +142,6 @@ private:
 inline void store_in_order(const float* sums, int head_dim, Vector scale, Element* out) {
     for (int at = 0; at < head_dim; at += 16) {
         const Vector values = load(sums + at);
-        store(out + at, in_order({values.low, values.high}) * scale);
+        store(out + at, in_order(values.low, values.high) * scale);
     }
 }
