@@ -84,7 +84,7 @@ protected:
             const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
             const long width = padded(end - begin, 16);
             const Pages pages = near_.of(stored, kv_heads, begin, end);
-            if (kFetchesEvenly) ahead_.set(pages, kv_heads, end, std::min(end + kTileKeys, last));
+            if (kFetchesEvenly) ahead_.set(stored, kv_heads, end, pages.are_near ? 0 : std::min(end + kTileKeys, last));
             score(pages, begin, visible, end);
             for (int head = 0; head < heads; head++) {
                 Element* weights = weights_.data() + head * kScoreStride;
@@ -156,7 +156,7 @@ private:
         for (long key = first & ~1L; key < whole;) {
             const long block_end = std::min(whole, (key / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(key) + pages.values + at;
-            LinesAhead ahead = ahead_.next(DIMENSIONS * pages.block_size);
+            LinesAhead ahead = ahead_.next(DIMENSIONS * pages.block_size * sizeof(Element), values);
             for (; key < block_end; key += 2, values += 2 * head_dim_) {
                 added.template add<false>(values, weights + (key - begin), kScoreStride, ahead);
             }

@@ -29,15 +29,18 @@ public:
         for (int head = 0; head < heads; head++) set_query(head, queries + head * head_dim_);
         softmax_.reset(heads, sinks, heads);
         std::fill_n(sums_.begin(), heads * stride_, 0.0f);
+        bool are_ahead = false;  // a tile's values are: fetched with those of the tile before
         for (long begin = first / pages.block_size * pages.block_size; begin < last; begin += kTileKeys) {
             const Range seen{std::max(begin, first), std::min(begin + kTileKeys, last)};
-            score(pages, kv_heads, begin, seen.last, last);
+            if (kFetchesEvenly) ahead_.set(pages, kv_heads, seen.last, std::min(seen.last + kTileKeys, last));
+            score(pages, kv_heads, begin, seen.last, last, are_ahead);
             for (int head = 0; head < heads; head++) weigh(head, {seen.first - begin, seen.last - begin});
             for (int kv = 0; kv < kv_heads; kv++) {
                 in_register_heads(kv * group_, group_, [&]<int HEADS>(int head) {
                     for (int at = 0; at < head_dim_; at += kShorts) add_values<HEADS>(pages, kv, begin, seen, head, at);
                 });
             }
+            are_ahead = kFetchesEvenly;
         }
         for (int head = 0; head < heads; head++) {
             const Vector scale = repeat(1.0f / softmax_.total(head));
@@ -61,23 +64,35 @@ private:
 
     // Of all heads with the keys [begin, end), a tile's; and the scales of their values, zero behind them. The token sees
     // keys up to `last`.
-    void score(const StoredPages& pages, int kv_heads, long begin, long end, long last) {
+    void score(const StoredPages& pages, int kv_heads, long begin, long end, long last, bool are_ahead) {
         const long step = std::min(16L, pages.block_size);
         for (long key = begin; key < end; key += step) {
             const long count = std::min(step, end - key);
             for (int kv = 0; kv < kv_heads; kv++) {
-                pages.of_head(kv).fetch_ahead(key, last);
+                if (!kFetchesEvenly) pages.of_head(kv).fetch_ahead(key, last);
                 char* const keys = pages.block(key) + kv * pages.heads;
-                score_16(kv, pages.numbers(keys, key), load(pages.scale(keys, key), lanes(count)), int(count), key - begin);
+                const Vector scales = load(pages.scale(keys, key), lanes(count));
+                const LinesAhead ahead = keys_ahead(pages, kv, key, last);
+                score_16(kv, pages.numbers(keys, key), scales, int(count), key - begin, ahead);
             }
-            read_values(pages, kv_heads, key, count, key - begin);
+            read_values(pages, kv_heads, key, count, key - begin, are_ahead);
         }
     }
 
-    void score_16(int kv, const std::int8_t* keys, Vector key_scales, int count, long at) {
+    // Keys some blocks behind this one, to be fetched while those from here on are multiplied; their scales are at once.
+    LinesAhead keys_ahead(const StoredPages& pages, int kv, long key, long last) const {
+        const long far = key + kBlocksAhead * pages.block_size;
+        if (!kFetchesEvenly || far >= last) return LinesAhead(nullptr, false);
+        char* const keys = pages.block(far) + kv * pages.heads;
+        fetch_lines(pages.scale(keys, far), 64);
+        return LinesAhead(pages.numbers(keys, far));
+    }
+
+    void score_16(int kv, const std::int8_t* keys, Vector key_scales, int count, long at, LinesAhead ahead) {
         in_register_heads(kv * group_, group_, [&]<int HEADS>(int head) {
             float* const scores = scores_.data() + head * kStride + at;
-            multiply_16<HEADS>(queries_.data() + head * stride_, keys, count, scores);
+            multiply_16<HEADS>(queries_.data() + head * stride_, keys, count, scores, ahead);
+            ahead = ahead.none();
             for (int h = 0; h < HEADS; h++) {
                 float* const own = scores + h * kStride;
                 store(own, load(own) * (key_scales * repeat(query_steps_[head + h])));
@@ -87,13 +102,15 @@ private:
 
     // scores[h * kStride + i] = query h times key i of 16 keys; of those past `count`, times the last one.
     template <int HEADS>
-    void multiply_16(const std::int16_t* queries, const std::int8_t* keys, int count, float* scores) const {
+    void multiply_16(const std::int16_t* queries, const std::int8_t* keys, int count, float* scores,
+                     LinesAhead ahead) const {
         constexpr int kKeys = kKeysAtOnce<HEADS>;
         Sums totals[HEADS][16];
 #pragma GCC unroll 1
         for (int first = 0; first < 16; first += kKeys) {
             const std::int8_t* key[kKeys];
             Sums sums[kKeys][HEADS];
+            ahead.fetch_bytes(kKeys * head_dim_);
 #pragma GCC unroll 8
             for (int i = 0; i < kKeys; i++) {
                 key[i] = keys + std::min(first + i, count - 1) * head_dim_;
@@ -119,11 +136,11 @@ private:
     }
 
     // Numbers for nothing but to have them near, and their scales: in the order in which they stand behind the keys.
-    void read_values(const StoredPages& pages, int kv_heads, long key, long count, long at) {
+    void read_values(const StoredPages& pages, int kv_heads, long key, long count, long at, bool are_ahead) {
         for (int kv = 0; kv < kv_heads; kv++) {
             char* const head = pages.block(key) + pages.values + kv * pages.heads;
             const std::int8_t* const values = pages.numbers(head, key);
-            for (long i = 0; i < count * head_dim_; i += 64) *(const volatile std::int8_t*)(values + i);
+            for (long i = 0; i < count * head_dim_ && !are_ahead; i += 64) *(const volatile std::int8_t*)(values + i);
             store(value_scales_.data() + kv * kStride + at, load(pages.scale(head, key), lanes(count)));
         }
     }
@@ -155,6 +172,7 @@ private:
             const long block_end = std::min(seen.last, (key / pages.block_size + 1) * pages.block_size);
             char* const head_values = pages.block(key) + pages.values + kv * pages.heads;
             const std::int8_t* values = pages.numbers(head_values, key) + at;
+            ahead_.next(kShorts * pages.block_size, values).fetch_bytes(kShorts * pages.block_size);
             for (; key < block_end; key += 2, values += 2 * head_dim_) {
                 const Shorts one = load_shorts(values, there), other = load_shorts(values + head_dim_, there);
                 const Shorts low = lower_two(one, other), high = upper_two(one, other);
@@ -175,6 +193,7 @@ private:
 
     const int group_, head_dim_;
     const long stride_;  // from head to head of queries and sums
+    ValuesAhead ahead_;
     Lines<std::int16_t> queries_;
     Lines<float> query_steps_, scores_, value_scales_;
     RunningSoftmax softmax_;

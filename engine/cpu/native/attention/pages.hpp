@@ -99,7 +99,7 @@ struct StoredPages {
 // The values of keys [first, last), block by block, fetched piece by piece while earlier ones are weighted.
 class ValuesAhead {
 public:
-    void set(const Pages& pages, int kv_heads, long first, long last) {
+    void set(const StoredPages& pages, int kv_heads, long first, long last) {
         pages_ = pages;
         first_ = first / pages.block_size * pages.block_size;
         last_ = last;
@@ -107,11 +107,11 @@ public:
         size_ = kv_heads * pages.heads;
     }
 
-    // The next `count` elements; none where all have been asked for.
-    LinesAhead next(long count) {
-        if (pages_.are_near || first_ >= last_) return LinesAhead(pages_.keys, false);
-        const Element* const values = pages_.key(first_) + pages_.values + at_;
-        at_ += count;
+    // The next `bytes`; none where all have been asked for, but `near` again.
+    LinesAhead next(long bytes, const void* near) {
+        if (first_ >= last_) return LinesAhead(near, false);
+        const char* const values = pages_.block(first_) + pages_.values + at_;
+        at_ += bytes;
         if (at_ >= size_) {
             at_ = 0;
             first_ += pages_.block_size;
@@ -120,7 +120,7 @@ public:
     }
 
 private:
-    Pages pages_{};
+    StoredPages pages_{};
     long first_ = 0, last_ = 0, at_ = 0, size_ = 0;
 };
 

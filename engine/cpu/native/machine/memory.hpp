@@ -47,6 +47,11 @@ public:
 #pragma GCC unroll 8
         for (int i = 0; i < LINES; i++, at_ += step_) fetch_lines(at_, 64);
     }
+    void fetch_bytes(long bytes) {
+        if (step_ == 0) return;
+        fetch_lines(at_, bytes);
+        at_ += bytes;
+    }
 
     LinesAhead none() const { return LinesAhead(at_, false); }
 
