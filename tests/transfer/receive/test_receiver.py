@@ -721,3 +721,18 @@ def test_thin_blocks_of_a_doomed_grant_are_in_quarantine_one_by_one() -> None:
     assert decode.pool.num_quarantined_blocks == len(grant.block_ids) == len(other.block_ids)
     assert decode.pool.num_free_blocks == 28 - 3 - 4
     decode.receiver.check()
+
+
+def test_a_doomed_grant_with_hits_has_in_quarantine_what_was_to_come_alone() -> None:
+    decode = Decode(28, spec=msgspec.structs.replace(SPEC, windows=(0, 7)))
+    grant = decode.grant("a", num_tokens=40)
+    decode.arrive(grant, decode.open(grant, change={"spec": grant.spec}))
+    blocks, _ = decode.receiver.adopt(decode.receiver.arrived[0])
+    decode.pool.free(blocks)
+    longer = decode.grant("b", num_tokens=60)  # ten blocks are here; of five that are not three come thin
+    assert (longer.num_computed_tokens, len(longer.block_ids)) == (40, 5)
+    assert decode.receiver.reservations.num_granted_blocks == 2 + 2
+    decode.open(longer, change={"spec": grant.spec})
+    decode.wait(1000.0)
+    assert decode.receiver.reservations.num_quarantined_blocks == 2 + 2
+    assert decode.pool.num_quarantined_blocks == 5
