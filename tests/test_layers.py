@@ -70,7 +70,7 @@ router/turns/values  router/state
 router/turns         common router/state router/turns/values
 router/placement     common router/state
 router/dispatch      common wire kvcache router/state router/queue router/placement
-router/autoscaler    common settings router/state router/metrics
+router/autoscaler    common settings kvcache router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers router/turns
 router/api           common models router/state router/http router/access router/helpers router/catalogue router/turns
 router/api           router/turns/values

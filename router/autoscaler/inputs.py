@@ -52,8 +52,10 @@ def settings_of(config: AutoscaleConfig, objectives: Objectives) -> AutoscalerSe
 
 def worker_limits(ready: Sequence[WorkerView]) -> WorkerLimits:
     hellos = [worker.hello for worker in ready]
+    is_handed_over = any(worker.role == "prefill" for worker in ready)
     return WorkerLimits(
         min(hello.num_blocks * hello.spec.block_size for hello in hellos),
         min(hello.max_num_seqs for hello in hellos),
         min(hello.max_num_batched_tokens for hello in hellos),
+        hellos[0].spec if is_handed_over else None,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NamedTuple, Protocol
 
+from ...common.kv_spec import KVCacheSpec
 from ..state.objectives import Objectives
 
 Pool = Literal["prefill", "decode"]
@@ -72,6 +73,7 @@ class WorkerLimits:
     kv_tokens: int  # in its KV cache
     max_num_seqs: int
     max_num_batched_tokens: int = 8192
+    spec: KVCacheSpec | None = None  # of KV that is handed over, and takes what that brings; None: all of it
 
 
 @dataclass(slots=True, frozen=True)

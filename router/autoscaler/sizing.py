@@ -22,6 +22,8 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
+from ...common.kv_spec import KVCacheSpec
+from ...kvcache.frames import handed_frames
 from ..state.objectives import Objectives, filled_step_s
 from .scale_types import AnswerLengths, StepTimes, WorkerLimits
 
@@ -122,6 +124,8 @@ class DecodeLoad:
     mean_output: float
     mean_held: float  # token-steps of KV: each generated token holds the context before it
     mean_square_held: float
+    mean_kept: float  # token-steps of what caches keep of that: handoffs leave out what windows do not reach
+    mean_square_kept: float
     times: StepTimes
     limits: WorkerLimits
     longest_step_s: float  # by the strictest objective, as answers of all classes share steps
@@ -131,15 +135,23 @@ class DecodeLoad:
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> DecodeLoad:
         count, (prompts, _, outputs) = max(1, len(answers)), _lengths(answers)
-        held = float((outputs * (prompts + outputs / 2)).sum())
-        # The integral of the squared context over an answer's tokens.
-        squares = float((outputs * (prompts * prompts + prompts * outputs + outputs * outputs / 3)).sum())
+        held, squares = _held(prompts, outputs)
+        kept, kept_squares = _held(_kept(prompts, limits.spec), outputs)
         num_outputs = float(outputs.sum())
         classes = {a.objectives for a in answers if a.num_output_tokens}
         wanted = min((_tpot_s(own, objectives) for own in classes), default=_DEFAULT_TPOT_S)
         possible = _LEAST_STRETCH * times.decode_step_s(1, round(held / max(1, num_outputs)))
         longest_s = max(filled_step_s(wanted), possible)
-        return cls(num_outputs / count, held / count, squares / count, times, limits, longest_s)
+        return cls(
+            num_outputs / count,
+            held / count,
+            squares / count,
+            kept / count,
+            kept_squares / count,
+            times,
+            limits,
+            longest_s,
+        )
 
     def fits(self, rate: float, num_workers: int, target: float) -> bool:
         """Return whether a step keeps the objective, and the KV fits the cache, in all but 1 - `target` of the time."""
@@ -155,8 +167,9 @@ class DecodeLoad:
         row_sigma, context_sigma = math.sqrt(rows), math.sqrt(rate * self.mean_square_held * step_s)
         # A full cache costs more than slow steps: who waits for room makes the next ones wait too.
         rare = NormalDist().inv_cdf(1.0 - (1.0 - target) * _FULL_SHARE)
+        kept, kept_sigma = rate * self.mean_kept * step_s, math.sqrt(rate * self.mean_square_kept * step_s)
         room = num_workers * self.limits.kv_tokens * _MAX_KV_USAGE
-        if context + rare * context_sigma > room or rows + rare * row_sigma > num_workers * self.limits.max_num_seqs:
+        if kept + rare * kept_sigma > room or rows + rare * row_sigma > num_workers * self.limits.max_num_seqs:
             return False
         sigmas = NormalDist().inv_cdf(target)
         rows, context = rows + sigmas * row_sigma, context + sigmas * context_sigma
@@ -169,6 +182,22 @@ class DecodeLoad:
         if self.mean_output <= 0 or rate <= 0:
             return 0
         return _least(1, lambda count: self.fits(rate, count, target))
+
+
+def _held(contexts: _Numbers, outputs: _Numbers) -> tuple[float, float]:
+    """Return the integrals, over all answers' tokens, of the context that each holds and of its square."""
+    held = outputs * (contexts + outputs / 2)
+    squares = outputs * (contexts * contexts + contexts * outputs + outputs * outputs / 3)
+    return float(held.sum()), float(squares.sum())
+
+
+def _kept(prompts: _Numbers, spec: KVCacheSpec | None) -> _Numbers:
+    """Return as how many tokens of whole blocks prompts lie in the cache that they are handed to."""
+    if spec is None or not any(spec.windows):
+        return prompts
+    lengths = prompts.astype(int).tolist()
+    frames = [handed_frames(spec, spec.num_blocks_for(length), length) for length in lengths]
+    return np.minimum(prompts, np.array(frames, np.float64) * spec.block_size)
 
 
 def _tpot_s(own: Objectives | None, default: Objectives) -> float:

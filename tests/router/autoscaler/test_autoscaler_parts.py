@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import Pooling, SampledToken, SamplingParams
 from kvferry.router.autoscaler.forecast import DayProfile, RateForecast
+from kvferry.router.autoscaler.inputs import worker_limits
 from kvferry.router.autoscaler.lengths import LengthSample
 from kvferry.router.autoscaler.load_record import LoadRecord, SeenLoad
 from kvferry.router.autoscaler.scale_types import DAY_S, AnswerLengths, Bounds, WorkerLimits
@@ -23,6 +24,7 @@ from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
 from kvferry.router.state.objectives import NO_OBJECTIVES, Objectives, filled_step_s
 from kvferry.router.state.request import RouterRequest
 
+from ..fleet import SPEC, Fleet
 from .scale_world import LIMITS, LinearTimes
 
 OBJECTIVES = Objectives(ttft_s=1.0, tpot_s=0.03)
@@ -144,6 +146,32 @@ def test_long_contexts_need_decode_workers_for_their_memory() -> None:
     short = DecodeLoad.from_answers([AnswerLengths(100, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
     long = DecodeLoad.from_answers([AnswerLengths(50_000, 0, 200)] * 50, LinearTimes(), LIMITS, OBJECTIVES)
     assert long.needed(10.0, 0.99) > 3 * short.needed(10.0, 0.99)
+
+
+def test_handed_over_contexts_need_the_memory_of_what_is_brought_alone() -> None:
+    """Of five in six layers a window: six prompts' blocks lie in one's memory, and steps read all the same."""
+    windowed = msgspec.structs.replace(SPEC, num_layers=6, windows=(0, 64, 64, 64, 64, 64))
+    answers = [AnswerLengths(50_000, 0, 200)] * 50
+    whole, thin = (
+        DecodeLoad.from_answers(answers, LinearTimes(), replace(LIMITS, spec=spec), OBJECTIVES)
+        for spec in (SPEC, windowed)
+    )
+    assert (thin.mean_held, thin.mean_output) == (whole.mean_held, whole.mean_output)
+    assert 0.16 < thin.mean_kept / whole.mean_kept < 0.18 and whole.mean_kept == whole.mean_held
+    assert thin.mean_square_kept < whole.mean_square_kept == whole.mean_square_held
+    assert thin.needed(10.0, 0.99) < whole.needed(10.0, 0.99)
+    short = [AnswerLengths(30, 0, 200)] * 50  # less than a block and a window: all of it is kept
+    load = DecodeLoad.from_answers(short, LinearTimes(), replace(LIMITS, spec=windowed), OBJECTIVES)
+    assert load.mean_kept == load.mean_held
+
+
+def test_limits_know_of_handoffs_where_there_is_a_worker_that_makes_them() -> None:
+    fleet = Fleet()
+    for name in ("p-0", "d-0"):
+        fleet.join(name)
+    ready = fleet.dispatcher.view().workers
+    assert worker_limits(ready).spec == SPEC
+    assert worker_limits([view for view in ready if view.role == "decode"]).spec is None
 
 
 def test_an_objective_that_no_fleet_can_keep_asks_for_no_fleet_without_end() -> None:
