@@ -27,6 +27,12 @@
 
 constexpr long kNearValues = 64 << 10;  // of a tile, for all KV heads: they stay near while its keys are read
 
+// Keys some way behind `key`, to be fetched while those from there on are multiplied.
+inline LinesAhead keys_ahead(const Pages& pages, long key, long distance, long last) {
+    if (!kFetchesEvenly || pages.are_near || key + distance >= last) return LinesAhead(pages.keys, false);
+    return LinesAhead(pages.key(key + distance));
+}
+
 // job<HEADS>(head) for `count` heads from `head` on, so many at a time as registers hold.
 template <class Job>
 void in_register_heads(int head, int count, Job job) {
@@ -212,7 +218,7 @@ private:
                 for (int kv = 0; kv < kv_heads; kv++) {
                     if (!kFetchesEvenly && !pages.are_near) stored.of_head(kv).fetch_ahead(key, last);
                     const Pages head = pages.of_head(kv);
-                    const LinesAhead ahead = head.keys_ahead(key, kBlocksAhead * pages.block_size, last);
+                    const LinesAhead ahead = keys_ahead(head, key, kBlocksAhead * pages.block_size, last);
                     score(head, begin, key, end, kv * group_, ahead);
                 }
                 read_values(pages, kv_heads, key, std::min(key + step, end));

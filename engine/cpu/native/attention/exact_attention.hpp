@@ -54,7 +54,7 @@ private:
     void pack(const Pages& pages, long key, long last, Element* target) const {
         const Element* source[16];
         for (long i = 0; i < 16; i++) source[i] = pages.key(std::min(key + i, last - 1));
-        LinesAhead ahead = pages.keys_ahead(key, kTileColumns, last);
+        LinesAhead ahead = keys_ahead(pages, key, kTileColumns, last);
         for (int at = 0; at < head_dim_; at += 32) {
             if (kFetchesEvenly) ahead.fetch<16 * 32 * sizeof(Element) / 64>();
             pack_keys(source, head_dim_, at, target + at * kTileColumns);

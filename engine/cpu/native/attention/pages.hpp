@@ -50,11 +50,6 @@ struct Pages {
     Pages of_head(int head) const {
         return {keys + head * heads, heads, values, stride, blocks, block_size, head_dim, are_near};
     }
-    // Keys some way behind this one, to be fetched while those from here on are multiplied.
-    LinesAhead keys_ahead(long index, long distance, long last) const {
-        const bool are_wanted = !are_near && index + distance < last;
-        return LinesAhead(key(are_wanted ? index + distance : index), are_wanted);
-    }
 };
 
 // The same as they are stored. Sizes are in bytes.
