@@ -82,6 +82,8 @@ def frames_of(spec: KVCacheSpec) -> Frames:
 
 def handed_frames(spec: KVCacheSpec, num_blocks: int, num_tokens: int) -> int:
     """Count the frames of so many blocks that begin with a prompt of `num_tokens`, as a handoff brings it."""
+    if not spec.windows:  # a router asks for each worker that it looks at
+        return num_blocks
     return frames_of(spec).num_frames(num_blocks, spec.num_left_out(num_tokens))
 
 
