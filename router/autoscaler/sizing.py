@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.kv_spec import KVCacheSpec
-from ...kvcache.frames import frames_of
+from ...kvcache.frames import handed_frames
 from ..state.objectives import Objectives, filled_step_s
 from .scale_types import AnswerLengths, StepTimes, WorkerLimits
 
@@ -193,11 +193,11 @@ def _held(contexts: _Numbers, outputs: _Numbers) -> tuple[float, float]:
 
 def _kept(prompts: _Numbers, spec: KVCacheSpec | None) -> _Numbers:
     """Return as how many tokens of whole blocks prompts lie in the cache that they are handed to."""
-    if spec is None or (frames := frames_of(spec)).num_shares == 1:
+    if spec is None or not spec.windows:
         return prompts
     lengths = prompts.astype(int).tolist()
-    kept = [frames.num_frames(spec.num_blocks_for(length), spec.num_left_out(length)) for length in lengths]
-    return np.minimum(prompts, np.array(kept, np.float64) * spec.block_size)
+    frames = [handed_frames(spec, spec.num_blocks_for(length), length) for length in lengths]
+    return np.minimum(prompts, np.array(frames, np.float64) * spec.block_size)
 
 
 def _tpot_s(own: Objectives | None, default: Objectives) -> float:
