@@ -30,8 +30,9 @@ public:
             for (; key < end; key += kTileColumns) {
                 const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);
                 for (int kv = 0; kv < kv_heads; kv++) {
-                    const long until = kFetchesEvenly || pages.are_near ? from : to;  // else by `pack`, or not at all
-                    for (long at = from; at < until; at += 16) stored.of_head(kv).fetch_ahead(at, last);
+                    if (!kFetchesEvenly && !pages.are_near) {
+                        for (long at = from; at < to; at += 16) stored.of_head(kv).fetch_ahead(at, last);
+                    }
                     score(pages.of_head(kv), from, to, last, kv * group_, key - begin);
                 }
                 read_values(pages, kv_heads, from, to);
