@@ -128,6 +128,7 @@ class EngineConfig(Settings):
     max_loras: int = Field(8, ge=1, le=1024)  # adapters in the engine's slots at once
     max_lora_rank: int = Field(16, ge=1, le=256)  # the largest that is loaded; each slot has room for it
     max_cpu_loras: int | None = Field(None, ge=1)  # adapters in host memory, those in slots among them; None: max_loras
+    lora_experts: bool = False  # on a GPU each slot has room for a mixture's experts, too
     enforce_eager: bool = False  # decode steps on a GPU without CUDA graphs: Python launches every kernel
     load_format: LoadFormat = "auto"
     seed: int = 0

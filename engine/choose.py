@@ -19,6 +19,7 @@ from ..common.config import NO_DETERMINISTIC_CUDA, NO_INT8_LATENTS, CoreSlot, Cp
 from ..common.cores import SharedCores, attach
 from ..common.errors import ConfigError
 from ..common.machine import free_memory_bytes
+from ..models.adapter import NO_LORA_EXPERTS
 from ..models.config import ModelConfig
 from ..models.native import check_exact
 from ..models.parts.chunks import check_chunks
@@ -36,6 +37,7 @@ from .nn.attention.choose import make_attention
 from .nn.attention.uneven import layers_of_pages
 from .nn.decoder import Decoder
 from .nn.expert_adapters import ExpertSlots, TorchFactors
+from .nn.experts import SparseMLP
 from .nn.loading import Progress, read_kv_scales
 from .nn.runner import Runner
 from .nn.torch_runner import TorchRunner
@@ -99,11 +101,8 @@ def make_adapters(
     num_slots, max_rank = config.max_loras, config.max_lora_rank
     layers = [sparse for layer in decoder.layers if (sparse := layer.sparse) is not None]
     if device.type == "cuda":
-        from .cuda.adapters import DeviceSlots
-
-        slots: AdapterSlots = DeviceSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
-        slots.experts = ExpertSlots(layers)
-    elif native_model is None:
+        return _device_slots(config, decoder, layers, device)
+    if native_model is None:
         slots = AdapterSlots(decoder, num_slots=num_slots, max_rank=max_rank, device=device)
         for block in layers:
             block.step = slots.step
@@ -115,6 +114,24 @@ def make_adapters(
         native_model.adapt(slots, memory)
         form = StripFactors(memory, max_rank, native_model.point_to)
         slots.experts = ExpertSlots(layers, form, free_memory_bytes)
+    return slots
+
+
+def _device_slots(
+    config: EngineConfig, decoder: Decoder, layers: Sequence[SparseMLP], device: torch.device
+) -> AdapterSlots:
+    from .cuda.adapters import DeviceSlots
+    from .cuda.expert_adapters import DeviceFactors
+    from .cuda.experts import GroupedExperts
+
+    slots = DeviceSlots(decoder, num_slots=config.max_loras, max_rank=config.max_lora_rank, device=device)
+    if not config.lora_experts:
+        slots.experts = ExpertSlots(layers, refusal=NO_LORA_EXPERTS)
+        return slots
+    together = [block.grouped for block in layers if isinstance(block.grouped, GroupedExperts)]
+    if len(together) < len(layers):
+        raise ConfigError("lora_experts: this GPU computes the model's experts one by one; the log says why")
+    slots.experts = ExpertSlots(layers, DeviceFactors(together, slots.rows, device), free_memory_bytes)
     return slots
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..kvcache.frames import MIN_CACHE_TOKENS, too_small_a_cache
-from ..models.adapter import Adapter, inspect_adapter
+from ..models.adapter import NO_LORA_EXPERTS, Adapter, inspect_adapter
 from ..models.config import ModelConfig
 from ..models.native import check_exact
 from ..models.parts.chunks import check_chunks
@@ -163,10 +163,9 @@ def _expert_adapters(deployment: Deployment, model: ModelConfig) -> list[Adapter
     for name, adapter in read_adapters(deployment, model):
         if not (modules := expert_modules(adapter)):
             continue
-        if any(worker.config.engine.device == "cuda" for worker in deployment.workers):
-            raise ConfigError(
-                f"lora_modules: {name} adapts {modules[0].name}; adapters of experts are not served on a GPU"
-            )
+        engines = [worker.config.engine for worker in deployment.workers]
+        if any(engine.device == "cuda" and not engine.lora_experts for engine in engines):
+            raise ConfigError(f"lora_modules: {name} adapts {modules[0].name}; {NO_LORA_EXPERTS}")
         found.append(adapter)
     return found
 

@@ -28,6 +28,8 @@ from .stored.safetensors import parse_header, read_header
 
 MAX_RANK = 256  # vLLM's largest --max-lora-rank that is common; a larger one would take memory in every slot
 WEIGHTS_NAME = "adapter_model.safetensors"
+NO_LORA_EXPERTS = "adapters of experts need lora_experts on a GPU, which sets memory aside in every slot"
+_COLUMN_STEP = 32  # see `expert_columns`
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _READ_BYTES = 1 << 20  # at once: it is digested while a core's cache holds it. Smaller ones are more calls
 
@@ -37,6 +39,11 @@ _REFUSED_TENSORS = (
     ("lora_embedding_", "an adapter of embeddings"),
     ("lora_bias", "a bias"),
 )
+
+
+def expert_columns(num_slots: int, max_rank: int) -> int:
+    """Count what a GPU has room for beside an expert: all slots' ranks, in whole steps that its products take."""
+    return -(-num_slots * max_rank // _COLUMN_STEP) * _COLUMN_STEP
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,10 @@ class AdapterSettings(Settings):
     max_cpu_loras: Annotated[
         Count | None, Option("Adapters", "Adapters kept in a worker's host memory. Default: max_loras.", ENGINES)
     ] = None
+    lora_experts: Annotated[
+        bool,
+        Option("Adapters", "Set memory aside on GPUs for adapters of experts; on CPUs they need none.", ENGINES),
+    ] = False
     allow_runtime_lora_updating: Annotated[
         bool,
         Option("Adapters", "Let clients load and unload adapters; without it, the admin listener alone does.", FRONTS),

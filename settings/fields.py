@@ -133,6 +133,7 @@ class ServeSettings(
         for name, is_given in (
             ("lora_modules", self.lora_modules),
             ("allow_runtime_lora_updating", self.allow_runtime_lora_updating),
+            ("lora_experts", self.lora_experts),
         ):
             if is_given and not self.enable_lora:
                 raise ValueError(f"{name}: needs enable_lora")

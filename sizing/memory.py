@@ -10,6 +10,7 @@ from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec, row_items
 from ..kvcache.draft_pages import num_draft_pages
 from ..kvcache.frames import handed_frames
+from ..models.adapter import expert_columns
 from ..models.config import ModelConfig
 from ..models.parts.page_windows import SLACK_TOKENS, page_windows
 from ..models.parts.rank_counts import heads_of_rank
@@ -160,12 +161,15 @@ def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 def adapter_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     """Count the bytes of one rank's slots for adapters; each has room for the largest rank in every linear.
 
-    None has room for experts (`adapters.py`).
+    On a GPU they may have room for experts, too (`engine/cuda/expert_adapters.py`); else none has (`adapters.py`).
     """
     if not engine.enable_lora:
         return 0
     counter = WeightCounter(engine, model, None, engine.tensor_parallel_size)
-    return engine.max_loras * engine.max_lora_rank * item_bytes(engine, model) * counter.adapted_sizes()
+    numbers = engine.max_loras * engine.max_lora_rank * counter.adapted_sizes()
+    if engine.lora_experts and engine.device == "cuda":
+        numbers += expert_columns(engine.max_loras, engine.max_lora_rank) * counter.adapted_expert_sizes()
+    return numbers * item_bytes(engine, model)
 
 
 def rank_weights(

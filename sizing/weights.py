@@ -124,6 +124,16 @@ class WeightCounter:
         adapted = [each for each in own if not any(is_one(each.modules[0]) for is_one in left_out)]
         return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in adapted)
 
+    def adapted_expert_sizes(self) -> int:
+        """Sum the inputs and the outputs of a rank's experts, as `adapted_sizes` does of the other linears."""
+        own = [each for each in self._tensors.matrices() if is_expert(each.modules[0]) and not self._are_stacked]
+        return sum(len(matrix.modules) * matrix.num_inputs + matrix.num_outputs for matrix in own)
+
+    @property
+    def _are_stacked(self) -> bool:
+        """Tell whether experts stand in one tensor, which no adapter adapts."""
+        return self._model.experts is not None and self._model.experts.is_stacked
+
     @property
     def _vocabulary_rows(self) -> int:
         return -(-self._model.vocab_size // self._num_ranks)
@@ -152,8 +162,7 @@ class WeightCounter:
         return math.prod(shape) * ITEM_BYTES["float32"]
 
     def _matrix_bytes(self, matrix: Matrix) -> int:
-        experts = self._model.experts
-        if experts is not None and experts.is_stacked and is_expert(matrix.modules[0]):
+        if self._are_stacked and is_expert(matrix.modules[0]):
             return self._stacked_bytes(matrix)
         if self._quantization is None or makes_heads(matrix):
             return self._plain_bytes(matrix)

@@ -5,7 +5,7 @@
 - attention over pages (HND): decode rows, prompts, chunks that continue a prompt, all in one step, by the worker's
   backend for GPUs and by its backend for CPUs; over latents too, at DeepSeek-V3's shape on one rank of eight;
 - the fused kernels: norms with and without the residual, rotation from a table, gated activation, logits;
-- adapters of many rows beside a product, in a graph; rows of many experts in one product;
+- adapters of many rows beside a product, in a graph; rows of many experts in one product, with adapters too;
 - sampling: the same draws on the card as on the CPU.
 
 The first run on a machine compiles each kernel, a minute or so in all; FlashInfer keeps them in its cache.
@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kvferry.benchmarks.gpu.agreement import agreement, random_rows
-from kvferry.benchmarks.gpu.expert_products import check_experts, check_float8_experts
+from kvferry.benchmarks.gpu.expert_products import check_adapted_experts, check_experts, check_float8_experts
 from kvferry.benchmarks.shared.checks import run_checks
 from kvferry.common.adapter import NO_ADAPTER
 from kvferry.common.request import SamplingParams
@@ -260,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             "adapters": lambda: check_adapters(device),
             "experts": lambda: check_experts(device),
             "experts in 8 bits": lambda: check_float8_experts(device),
+            "adapters of experts": lambda: check_adapted_experts(device),
             "sampling": lambda: check_sampling(device, kernels, flags.vocab_size),
         }
         checks = run_checks(flags.json, named, console)

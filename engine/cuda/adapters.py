@@ -31,12 +31,20 @@ class RowSlots:
     """The slots of the rows that are being computed."""
 
     def __init__(self, num_slots: int, max_rank: int, device: torch.device) -> None:
+        self.num_slots, self.max_rank = num_slots, max_rank
         self._columns = torch.arange(num_slots, dtype=torch.int32, device=device).repeat_interleave(max_rank)
         self.is_foreign: Tensor | None = None  # [rows, slots * max_rank]; None: no row has an adapter
 
     def begin(self, slots: Tensor | None) -> None:
         """Take a step's slots, [rows] int32 on the device; None: no row has an adapter."""
         self.is_foreign = None if slots is None else slots.unsqueeze(1) != self._columns
+
+
+def write_finite(target: Tensor, matrix: Tensor, scale: float) -> None:
+    """Write `scale` times a matrix. Raises ConfigError where numbers are not finite."""
+    target.copy_(scaled(matrix, scale))
+    if not bool(target.isfinite().all()):
+        raise ConfigError("it has numbers that are not finite, which would reach others' answers on a GPU")
 
 
 class StackedMatrices:
@@ -58,9 +66,7 @@ class StackedMatrices:
 
     def write(self, target: Tensor, matrix: Tensor, scale: float) -> None:
         """Raises ConfigError where numbers are not finite."""
-        target.copy_(scaled(matrix, scale))
-        if not bool(target.isfinite().all()):
-            raise ConfigError("it has numbers that are not finite, which would reach others' answers on a GPU")
+        write_finite(target, matrix, scale)
 
     def put(self, slot: int, weights: AdapterWeights) -> None:
         for part, downs, ups in zip(self.parts, self._down, self._up, strict=True):
@@ -101,3 +107,7 @@ class DeviceSlots(AdapterSlots):
         with torch.cuda.stream(self._stream):
             super().put(slot, weights)
         self._stream.synchronize()
+
+    def clear(self, slot: int) -> None:
+        with torch.cuda.stream(self._stream):
+            super().clear(slot)

@@ -15,6 +15,8 @@ Not run on a card: shown on an emulated device, which takes the arguments that C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 import torch
@@ -28,6 +30,7 @@ from ..nn.layers import Linear
 from ..nn.stacked_experts import StackedExpert
 from ..weights.weight import Weight
 from . import stacks
+from .adapters import RowSlots
 
 log = structlog.get_logger(__name__)
 
@@ -48,12 +51,31 @@ class RealRows:
         self.weights = (places < self.count).long()
 
 
+@dataclass(frozen=True, slots=True)
+class AdaptedRows:
+    """Sorted rows of which some have adapters."""
+
+    ends: Tensor  # [experts] int32, behind each expert's last row
+    is_foreign: Tensor  # [rows, slots * max_rank]: no column of the row's own slot
+
+
+class SortedAdapters(Protocol):
+    """`SortedAdapters` are what adapters have beside one linear of each expert (`expert_adapters.py`)."""
+
+    def add_sorted_(self, y: Tensor, x: Tensor, adapted: AdaptedRows, order: Tensor | None = None) -> None:
+        """Add to [sorted rows, outputs] what they make of x. `order`: the row of x that each is; None: x is sorted."""
+        ...
+
+
 class GroupedExperts:
     """Computes in place of a `SparseMLP`, whose weights it has in one tensor each."""
 
     def __init__(self, block: SparseMLP, rows: RealRows) -> None:
         self._block = block
         self.rows = rows
+        # Of [gate, up] and of down, and what tells whose rows are; None: no slot has room for experts.
+        self.adapters: tuple[SortedAdapters, SortedAdapters] | None = None
+        self.row_slots: RowSlots | None = None
         up, down = linears_of(block)
         num_experts, num_own, device = block.gate.experts.num_experts, len(block.experts), rows.count.device
         self._up, self._up_bias = stacks.stack(_weights(up), device), _biases(up)  # of 2 * inner outputs each
@@ -77,26 +99,40 @@ class GroupedExperts:
         counted = self.rows.weights.unsqueeze(1).expand_as(chosen)
         block.taken.scatter_add_(0, chosen.flatten(), counted.flatten())
         seen, weights = block.seen(x, weights)
-        parts = (torch.split(each, _ROWS) for each in (seen, chosen, weights))
-        totals = [self._part(*part) for part in zip(*parts, strict=True)]
+        parts = [torch.split(each, _ROWS) for each in (seen, chosen, weights)]
+        is_foreign = None if self.row_slots is None else self.row_slots.is_foreign
+        foreign = [None] * len(parts[0]) if is_foreign is None else torch.split(is_foreign, _ROWS)
+        totals = [self._part(*part) for part in zip(*parts, foreign, strict=True)]
         total = block.widened(totals[0] if len(totals) == 1 else torch.cat(totals))
         if block.shared is not None:
             total += block.of_shared(block.shared, x)
         return block.comm.all_reduce(total.to(x.dtype))
 
-    def _part(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    @property
+    def plain(self) -> SparseMLP:
+        """Return the block in whose place it computes."""
+        return self._block
+
+    def _part(self, x: Tensor, chosen: Tensor, weights: Tensor, is_foreign: Tensor | None) -> Tensor:
         """[rows, hidden], and each row's experts and their weights -> this rank's part of the sum, in float32."""
         replicas = self._block.replicas
         places = self._places[chosen.flatten() if replicas is None else replicas.own(x, chosen)]
         by_expert = places.argsort(stable=True)
         experts = places[by_expert]
         ends = torch.searchsorted(experts, self._own, right=True, out_int32=True)
-        gate_up = self._up.product(x, ends, by_expert // chosen.shape[1])
+        order = by_expert // chosen.shape[1]
+        adapted = None if is_foreign is None else AdaptedRows(ends, is_foreign[order])
+        gate_up = self._up.product(x, ends, order)
         if self._up_bias is not None:
             gate_up += self._up_bias[experts]
-        sorted_results = self._down.product(self.activate(gate_up), ends)
+        if self.adapters is not None and adapted is not None:
+            self.adapters[0].add_sorted_(gate_up, x, adapted, order)
+        activated = self.activate(gate_up)
+        sorted_results = self._down.product(activated, ends)
         if self._down_bias is not None:
             sorted_results += self._down_bias[experts]
+        if self.adapters is not None and adapted is not None:
+            self.adapters[1].add_sorted_(sorted_results, activated, adapted)
         results = torch.empty_like(sorted_results).index_copy_(0, by_expert, sorted_results)
         if not self._has_all:  # what no expert here has computed is any number
             results.masked_fill_((places == len(self._own)).unsqueeze(1), 0.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..weights.float8 import groups_products, to_float8
 from ..weights.weight import DenseWeight, Weight
 from . import coded
-from .codes import Codes
+from .codes import Code, Codes
 from .float8 import Float8Weight
 
 _PLAIN_MAJORS = (9, 10)  # capabilities of the cards on which torch's product does not wait for the host
@@ -40,9 +40,9 @@ class Stack(Protocol):
 class PlainStack:
     """Implements `Stack`."""
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
-        """Move matrices into one tensor, of which they are parts from then on."""
-        self._matrices = Codes.of(weights).numbers.transpose(1, 2)
+    def __init__(self, matrices: Tensor) -> None:
+        """`matrices`: [experts, outputs, inputs] bfloat16."""
+        self._matrices = matrices.transpose(1, 2)
 
     def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
         return torch._grouped_mm(x if order is None else x[order], self._matrices, offs=ends)
@@ -51,9 +51,7 @@ class PlainStack:
 class Float8Stack:
     """Implements `Stack`. A row is rounded once, however many experts take it."""
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
-        """Move matrices into one tensor, of which they are parts from then on."""
-        codes = Codes.of(weights)
+    def __init__(self, codes: Codes) -> None:
         assert codes.scales is not None
         self._matrices, self._scales = codes.numbers.transpose(1, 2), codes.scales.squeeze(2)  # [experts, outputs]
 
@@ -74,21 +72,26 @@ def _bytes(numbers: Tensor) -> Tensor:
 class CodedStack:
     """Implements `Stack`, of numbers in any form, in bits that they have, by a kernel of our own."""
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
-        """Move matrices into one tensor, of which they are parts from then on."""
-        self.codes = Codes.of(weights)
+    def __init__(self, codes: Codes) -> None:
+        self.codes = codes
 
     def product(self, x: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
         return coded.product(x, self.codes, ends, order)
 
 
 def stack(weights: Sequence[Weight], device: torch.device) -> Stack:
-    """Stack what has no `obstacle`."""
+    """Move matrices without an `obstacle` into one tensor, of which they are parts from then on."""
+    codes = Codes.of(weights)
     if not _takes(weights, device):
-        return CodedStack(weights)
-    if isinstance(weights[0], Float8Weight):
-        return Float8Stack(weights)
-    return PlainStack(weights)
+        return CodedStack(codes)
+    return Float8Stack(codes) if isinstance(weights[0], Float8Weight) else PlainStack(codes.numbers)
+
+
+def plain(matrices: Tensor) -> Stack:
+    """Make a stack of [experts, outputs, inputs] bfloat16, which stay where they are; inputs are a multiple of 16."""
+    if _has_plain_products(matrices.device) and matrices.shape[1] % _MULTIPLE == 0:
+        return PlainStack(matrices)
+    return CodedStack(Codes(Code.PLAIN, matrices, None))
 
 
 def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
@@ -101,7 +104,11 @@ def _takes(weights: Sequence[Weight], device: torch.device) -> bool:
     if all(isinstance(weight, Float8Weight) for weight in weights):
         return groups_products(device)
     return (
-        torch.cuda.get_device_capability(device)[0] in _PLAIN_MAJORS
+        _has_plain_products(device)
         and all(isinstance(weight, DenseWeight) and weight.dtype == torch.bfloat16 for weight in weights)
         and not any(weight.num_inputs % _MULTIPLE or weight.num_outputs % (2 * _MULTIPLE) for weight in weights)
     )
+
+
+def _has_plain_products(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in _PLAIN_MAJORS

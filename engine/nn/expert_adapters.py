@@ -9,6 +9,7 @@ have are theirs to read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -57,9 +58,10 @@ class ExpertSlots:
         layers: Sequence[SparseLayer] = (),
         form: ExpertForm | None = None,
         free_bytes: Callable[[], int] | None = None,
+        refusal: str = "",
     ) -> None:
-        """`form` None: adapters of experts are refused. `free_bytes`: of host memory; None: nobody can tell."""
-        self._layers, self._form, self._free_bytes = layers, form, free_bytes
+        """`form` None: adapters of experts are refused, and why. `free_bytes`: of host memory; None: unknown."""
+        self._layers, self._form, self._free_bytes, self._refusal = layers, form, free_bytes, refusal
         self._modules: set[str] | None = None
         self._linears: dict[str, Linear] = {}  # by module
         self._places: dict[str, Place] = {}
@@ -77,7 +79,7 @@ class ExpertSlots:
     def find(self, module: str) -> Place | None:
         """Return the place of an expert's module; None: another rank has it. Raises ConfigError where none may be."""
         if self._form is None:
-            raise ConfigError(f"it adapts {module}; adapters of experts are not served on a GPU, use --device cpu")
+            raise ConfigError(f"it adapts {module}; {self._refusal}")
         if module not in self._places and module in self and (linear := self._linears.get(module)) is not None:
             matrices = self._form.make(linear)
             num_inputs = linear.weight.num_inputs
@@ -115,23 +117,33 @@ class ExpertSlots:
             matrices.clear(slot)
 
 
-class TorchFactors:
+class HostFactors:
+    """The base of a form whose matrices are torch's: one piece of host memory for all that an adapter has."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._rest = torch.empty(0, dtype=dtype)
+
+    def begin(self, num_values: int) -> None:
+        self._rest = torch.zeros(num_values, dtype=self.dtype)
+
+    def take(self, *shape: int) -> Tensor:
+        """Return zeros."""
+        count = math.prod(shape)
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken.view(shape)
+
+
+class TorchFactors(HostFactors):
     """Implements `ExpertForm`: matrices as torch multiplies by them."""
 
     def __init__(self, step: StepGroups, num_slots: int, dtype: torch.dtype) -> None:
-        self.step, self.num_slots, self.dtype = step, num_slots, dtype
-        self._rest = torch.empty(0, dtype=dtype)
+        super().__init__(dtype)
+        self.step, self.num_slots = step, num_slots
 
     def make(self, linear: Linear) -> ExpertMatrices:
         linear.adapters = matrices = LinearFactors(linear, self)
         return matrices
-
-    def begin(self, num_values: int) -> None:
-        self._rest = torch.empty(num_values, dtype=self.dtype)
-
-    def take(self, rows: int, columns: int) -> Tensor:
-        taken, self._rest = self._rest[: rows * columns], self._rest[rows * columns :]
-        return taken.view(rows, columns)
 
 
 class LinearFactors:

@@ -39,7 +39,10 @@ def scaled(matrix: Tensor, scale: float) -> Tensor:
 class AdapterWeights(dict[str, Pair]):
     """`AdapterWeights` are a rank's share of an adapter on the host, by module."""
 
-    experts: Sequence[ExpertMatrices] = ()  # of linears of experts that it adapts, which read these very pairs
+    def __init__(self, *pairs: Mapping[str, Pair]) -> None:
+        super().__init__(*pairs)
+        self.experts: Sequence[ExpertMatrices] = ()  # of linears of experts that it adapts, which read these very pairs
+        self.stacked: dict[str, dict[int, Pair]] = {}  # such pairs of all experts at once, by a stack's name and part
 
 
 class SlotMatrices(Protocol):

@@ -30,8 +30,9 @@ def test_a_start_counts_them(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "experts", model_dir, rank=16, targets=_PARTS)
     attention = write_adapter(tmp_path / "attention", model_dir, rank=16, targets=("q_proj",))
 
-    def deployed(*adapters: Path, device: str = "cpu") -> Deployment:
-        settings = {"enable_lora": True, "lora_modules": [f"{one.name}={one}" for one in adapters], "device": device}
+    def deployed(*adapters: Path, **fields: object) -> Deployment:
+        settings = {"enable_lora": True, "lora_modules": [f"{one.name}={one}" for one in adapters], "device": "cpu"}
+        settings |= fields
         pools = {"prefill": PoolSettings(workers=0), "decode": PoolSettings(workers=1)}
         return plan(ServeSettings.model_validate({**pools, **settings}), model_dir, "moe")
 
@@ -40,5 +41,8 @@ def test_a_start_counts_them(tmp_path: Path) -> None:
     check_memory(deployed(attention), Host(2, free), model)
     with pytest.raises(ConfigError, match="memory: 1 ranks take about"):
         check_memory(deployed(path), Host(2, free), model)
-    with pytest.raises(ConfigError, match=r"lora_modules: experts adapts .*experts\.0\.down_proj; .* on a GPU"):
+    with pytest.raises(
+        ConfigError, match=r"lora_modules: experts adapts .*experts\.0\.down_proj; .* need lora_experts on a GPU"
+    ):
         check_memory(deployed(path, device="cuda"), Host(2, free), model)
+    check_memory(deployed(path, device="cuda", lora_experts=True), Host(2, free), model)

@@ -548,6 +548,7 @@ OTHER_VALUES: dict[str, object] = {
 # Others that a setting goes with.
 NEEDED: dict[str, dict[str, object]] = {
     "allow_runtime_lora_updating": {"enable_lora": True},
+    "lora_experts": {"enable_lora": True},
     "lora_modules": {"enable_lora": True},
 }
 

@@ -148,6 +148,7 @@ MISTAKES = [
     ("secret_file: [1]", ":1: secret_file: must be a path, not [1]"),
     ("lora_modules: [a=b]", ":1: lora_modules: needs enable_lora"),
     ("allow_runtime_lora_updating: true", ":1: allow_runtime_lora_updating: needs enable_lora"),
+    ("lora_experts: true", ":1: lora_experts: needs enable_lora"),
     ("allowed_hosts: ['chat.example:443']", ":1: allowed_hosts: chat.example:443 is no name such as chat.example:"),
     ("allowed_hosts: [https://chat.example]", ":1: allowed_hosts: https://chat.example is no name"),
     ("allowed_hosts: '*'", ":1: allowed_hosts: * is no name such as chat.example: without scheme, port, path and *"),
