@@ -66,6 +66,14 @@ def emulate_tiles(patch: pytest.MonkeyPatch) -> None:
     vectors = next(name for name in build.usable_sets() if name != "amx")
     header, flags = Path(__file__).parent / "tile_unit.hpp", compiler._flags(vectors)
     patch.setitem(SETS, "amx", SETS[vectors])
-    patch.setattr(compiler, "_flags", lambda isa: [*flags, f'-DKVFERRY_TILE_UNIT="{header}"'])
-    source_hash = compiler._source_hash
-    patch.setattr(compiler, "_source_hash", lambda isa: compiler._hash(source_hash(isa).encode(), header.read_bytes()))
+    plain_flags, source_hash = compiler._flags, compiler._source_hash
+    patch.setattr(
+        compiler,
+        "_flags",
+        lambda isa: [*flags, f'-DKVFERRY_TILE_UNIT="{header}"'] if isa == "amx" else plain_flags(isa),
+    )
+
+    def hashed(isa: str) -> str:
+        return compiler._hash(source_hash(isa).encode(), header.read_bytes()) if isa == "amx" else source_hash(isa)
+
+    patch.setattr(compiler, "_source_hash", hashed)
