@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,9 +24,18 @@ _ALLOCATIONS = {
 }
 
 
+_SEQUENCES = (list, tuple)
+
+
+def _name_of(func: Any) -> str:
+    """Return an operation's name, as its schema has it: asking that takes longer."""
+    name: str = func._overloadpacket._qualified_op_name
+    return name
+
+
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation of which at least one argument is a device tensor."""
-    name = func._schema.name
+    name = _name_of(func)
     if name == "aten::copy_":
         return _copy(func, *args, **kwargs)
     if name in ("aten::to", "aten::_to_copy"):
@@ -39,8 +48,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = list(_tensors((args, kwargs)))
-    _check_devices(func._schema.name, tensors)
+    tensors, name = _tensors(args) + _tensors(kwargs.values()), _name_of(func)
+    _check_devices(name, tensors)
     named = {key: host_of(value) for key, value in kwargs.items() if key != "pin_memory"}
     stays = not is_host(named.get("device"))
     if "device" in named and stays:
@@ -50,7 +59,7 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = kernel(*hosts, **named)
     if not stays:
         return result
-    if func._schema.name in _ALLOCATIONS:
+    if name in _ALLOCATIONS:
         return fresh(result)
     if not (func.is_view and _is_view_of(result, hosts)):
         note_launch(_repeating(kernel, hosts, named, result))
@@ -60,7 +69,7 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _is_view_of(result: Any, given: Any) -> bool:
     """Tell whether a result shares memory with an argument: a reshape, which may be a view, may be a copy too."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors(given)}
-    return all(made.untyped_storage().data_ptr() in storages for made in _tensors(result))
+    return all(made.untyped_storage().data_ptr() in storages for made in _tensors((result,)))
 
 
 def is_host(device: Any) -> bool:
@@ -71,10 +80,11 @@ def _repeating(kernel: Callable[..., Any], hosts: Any, named: Any, result: Any) 
     """Return what a replay does: what the operation makes goes where it went when it was captured."""
     if not stream.is_capturing():
         return None
-    written = [made for made in _tensors(result) if not any(made is given for given in _tensors((hosts, named)))]
+    passed = _tensors(hosts) + _tensors(named.values())
+    written = [made for made in _tensors((result,)) if not any(made is given for given in passed)]
 
     def launch_again() -> None:
-        made = list(_tensors(kernel(*hosts, **named)))
+        made = _tensors((kernel(*hosts, **named),))
         for target, new in zip(written, made[-len(written) :] if written else (), strict=True):
             if target.data_ptr() != new.data_ptr():
                 target.copy_(new)
@@ -95,14 +105,15 @@ def _on_device(result: Any, given: list[Tensor]) -> Any:
     return result
 
 
-def _tensors(value: Any) -> Iterator[Any]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _tensors(values: Iterable[Any]) -> list[Any]:
+    """List the tensors among values, in sequences of these, too."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, _SEQUENCES):
+            found += _tensors(value)
+    return found
 
 
 def _check_devices(name: str, tensors: list[Tensor]) -> None:
@@ -141,7 +152,7 @@ def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             raise stream.Race('.to("cpu", non_blocking=True): its result may be read before it has come')
         stream.wait("a copy to the host")
         return source.host.to(dtype or source.dtype, copy=True)
-    if func._schema.name == "aten::to" and not named.get("copy") and dtype in (None, source.dtype):
+    if _name_of(func) == "aten::to" and not named.get("copy") and dtype in (None, source.dtype):
         return source
     result: Tensor = compute(torch.ops.aten._to_copy.default, (source,), {"dtype": dtype or source.dtype})
     return result
