@@ -1,7 +1,7 @@
 """The prefill role: tasks in, first tokens out, KV shipped.
 
     PrefillTask ─> queued ─> first chunk scheduled: open the grant ─> chunks, pages shipped layer by layer
-                                                                        │
+                     └─> waited for half of the grant's time: open it   │
                      FirstToken to the router <─ last chunk sampled <───┘
                      finish the shipment; blocks are given back once their pages are no longer read
 
@@ -86,6 +86,7 @@ class PrefillRole:
         self._endpoint = endpoint
         self._contents = contents if contents is not None else TokenContents(endpoint.spec)
         self._shipping = shipping
+        self._clock = clock
         self._to_router = to_router
         self._own_id = own_id
         self._served = served
@@ -246,7 +247,8 @@ class PrefillRole:
         self._step_tasks = []
 
     def tick(self) -> None:
-        """Deadlines are the sender's; nothing to do."""
+        """Look for grants that would lapse while their prompts wait. Other deadlines are the sender's."""
+        self._tasks.open_waiting(self._clock.now())
 
     def router_of(self, request_id: str, attempt: int) -> str | None:
         """Return the router that asked for an attempt whose shipment has just ended."""

@@ -20,7 +20,7 @@ class Task:
     spec: RequestSpec
     grant: GrantInfo | None  # None: the prompt is embedded here, and nothing is shipped
     prompt: Prompt
-    open_id: int | None = None  # the shipment, once its first chunk was scheduled or its prefix is fetched
+    open_id: int | None = None  # the shipment, once its first chunk was scheduled, or before if that takes time
     is_begun: bool = False  # its first chunk was scheduled
     stepping: bool = False  # its row is in the step that computes now
     dead: bool = False  # aborted meanwhile

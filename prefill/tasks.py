@@ -85,6 +85,17 @@ class Tasks:
         task.open_id = self._shipping.open(spec.request_id, spec.attempt, grant)
         self._shipments.opened(task.open_id, task.router_id, spec)
 
+    def open_waiting(self, now_s: float) -> None:
+        """Open the grants of prompts that have waited for half the time in which a grant lapses unopened.
+
+        A step on a CPU may take longer than that, and a grant that lapses costs its request an attempt. Earlier it may
+        still go to another prefill worker (`router/dispatch/placer.py`), and its blocks are free at once if we die.
+        """
+        for task in self._live.values():
+            grant, received_s = task.grant, task.prompt.received_s
+            if grant is not None and task.open_id is None and now_s - received_s >= grant.open_within_s / 2:
+                self.open(task, grant)
+
     def done(self, task: Task) -> None:
         """Take a task off the books whose prompt is computed."""
         del self._live[task.spec.request_id]

@@ -169,6 +169,41 @@ def test_a_prompt_is_opened_once_shipped_by_chunk_and_finished_with_its_first_to
     assert bench.shipping.finished == {1: first.choices}
 
 
+def test_a_grant_is_opened_before_it_lapses_though_a_long_step_is_computed() -> None:
+    """A step of 512 tokens takes over two seconds on a few cores; that a prompt waits for one costs it no attempt."""
+    bench = _Bench()
+    bench.task("a", 8)
+    running = bench.begin()
+    assert running is not None
+    bench.task("b", 8)
+    bench.clock.advance(0.9)
+    bench.role.tick()
+    assert bench.shipping.opened == ["a"]  # for another prefill worker may still be given it
+    bench.clock.advance(0.2)
+    bench.role.tick()
+    bench.role.tick()
+    assert bench.shipping.opened == ["a", "b"]
+    bench.end(running)
+    bench.run()
+    assert bench.shipping.opened == ["a", "b"] and set(bench.shipping.finished) == {1, 2}
+    bench.role.check()
+
+
+def test_a_prompt_that_waits_and_is_aborted_ends_its_open_shipment() -> None:
+    bench = _Bench()
+    bench.task("a", 8)
+    running = bench.begin()
+    assert running is not None
+    bench.task("b", 8)
+    bench.clock.advance(1.1)
+    bench.role.tick()
+    bench.role.on_router_message("R", Abort(request_id="b", attempt=0))
+    assert bench.shipping.cancelled.keys() == {2}
+    bench.end(running)
+    bench.role.on_source_free(2)
+    bench.role.check()
+
+
 def test_blocks_that_two_shipments_read_are_held_once() -> None:
     bench = _Bench()
     for request_id in ("a", "b"):
