@@ -21,7 +21,6 @@ from ..deepseek import EXPERTS, write_deepseek, write_for_cuda
 from ..engine_driver import Driver, engine_config, prompt_logprobs, prompts
 
 pytestmark = [
-    pytest.mark.usefixtures("few_sizes"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
