@@ -100,9 +100,17 @@ class Driver:
 
     def generate(self, seqs: list[Sequence], *, chunk: int = 10**9) -> list[list[int]]:
         """All of them together, `chunk` prompt tokens a step each, until each has its max_tokens."""
-        while running := [seq for seq in seqs if seq.num_output_tokens < seq.sampling.max_tokens]:
-            self.step([(seq, min(chunk, seq.num_uncomputed_tokens)) for seq in running])
+        self.sample(seqs, chunk=chunk)
         return [seq.output_token_ids for seq in seqs]
+
+    def sample(self, seqs: list[Sequence], *, chunk: int = 10**9) -> list[list[SampledToken]]:
+        """Do as `generate`, and return what is known of each token."""
+        tokens: dict[int, list[SampledToken]] = {id(seq): [] for seq in seqs}
+        while running := [seq for seq in seqs if seq.num_output_tokens < seq.sampling.max_tokens]:
+            new = self.step([(seq, min(chunk, seq.num_uncomputed_tokens)) for seq in running])
+            for seq, of_row in zip(running, new, strict=True):
+                tokens[id(seq)] += of_row
+        return [tokens[id(seq)] for seq in seqs]
 
 
 def prompts(lengths: list[int], vocab_size: int = 512) -> list[list[int]]:

@@ -72,12 +72,7 @@ def _answers(engine: Engine, slots: Ids[int | None], chunk: int = 10**9) -> list
     seqs = [driver.add(prompt, GREEDY) for prompt in prompts([5, 40, 17, 30])[: len(slots)]]
     for seq, slot in zip(seqs, slots, strict=True):
         seq.held_adapter = None if slot is None else Held(slot)
-    tokens: dict[int, list[SampledToken]] = {id(seq): [] for seq in seqs}
-    while running := [seq for seq in seqs if seq.num_output_tokens < NUM_TOKENS]:
-        new = driver.step([(seq, min(chunk, seq.num_uncomputed_tokens)) for seq in running])
-        for seq, of_row in zip(running, new, strict=True):
-            tokens[id(seq)] += of_row
-    return [tokens[id(seq)] for seq in seqs]
+    return driver.sample(seqs, chunk=chunk)
 
 
 def _ids(answers: list[list[SampledToken]]) -> list[list[int]]:

@@ -169,13 +169,19 @@ def test_a_prompt_is_opened_once_shipped_by_chunk_and_finished_with_its_first_to
     assert bench.shipping.finished == {1: first.choices}
 
 
-def test_a_grant_is_opened_before_it_lapses_though_a_long_step_is_computed() -> None:
-    """A step of 512 tokens takes over two seconds on a few cores; that a prompt waits for one costs it no attempt."""
+def _one_waits() -> tuple[_Bench, Batch]:
+    """The prompt of b waits while a step computes that of a, all of it."""
     bench = _Bench()
     bench.task("a", 8)
     running = bench.begin()
     assert running is not None
     bench.task("b", 8)
+    return bench, running
+
+
+def test_a_grant_is_opened_before_it_lapses_though_a_long_step_is_computed() -> None:
+    """A step of 512 tokens takes over two seconds on a few cores; that a prompt waits for one costs it no attempt."""
+    bench, running = _one_waits()
     bench.clock.advance(0.9)
     bench.role.tick()
     assert bench.shipping.opened == ["a"]  # for another prefill worker may still be given it
@@ -190,11 +196,7 @@ def test_a_grant_is_opened_before_it_lapses_though_a_long_step_is_computed() -> 
 
 
 def test_a_prompt_that_waits_and_is_aborted_ends_its_open_shipment() -> None:
-    bench = _Bench()
-    bench.task("a", 8)
-    running = bench.begin()
-    assert running is not None
-    bench.task("b", 8)
+    bench, running = _one_waits()
     bench.clock.advance(1.1)
     bench.role.tick()
     bench.role.on_router_message("R", Abort(request_id="b", attempt=0))
