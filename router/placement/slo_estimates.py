@@ -129,12 +129,17 @@ class SloEstimates:
                 waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
                 waiting = WaitingPrompts(waiting_s, waiting_s / alone_s)  # others as long as this one
             answers = RunningAnswers(decode.num_running, step_s, self.alone_s(decode))
-            limit_s = longest_step_s(self._objective_s(demand), answers, waiting)
-            tokens = self._predictor.chunk_tokens(
-                decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2, limit_s
-            )
+            objective_s = self._objective_s(demand)
+            limit_s = longest_step_s(objective_s, answers, waiting)
+            behind = demand.num_prompt_tokens // 2
+            beside = (decode.session, decode.num_running, decode.context, behind)
+            tokens = self._predictor.chunk_tokens(*beside, limit_s)
             if tokens < MIN_CHUNK_TOKENS:
-                return None
+                if objective_s is not None:
+                    return None
+                # So many a step takes along whatever its pace; what that costs the streams is counted as harm.
+                tokens = MIN_CHUNK_TOKENS
+                limit_s = max(limit_s, self._predictor.chunk_step_s(*beside, tokens))
             # Half of a step's prompt tokens are the oldest prompt's, the rest those of the shortest.
             ahead = min(decode.ahead_tokens, uncached)
             share_s = max(alone_s, uncached / tokens * limit_s)

@@ -60,6 +60,20 @@ class _KnownWorker:
     hello: WorkerHello
     factor: float = 1.0
 
+    def rows_s(self, rows: int, context: int) -> float:
+        """Return what rows of one token take in a step that computes prompts too, without the worker's factor."""
+        rows_s = self.kind.prompts.costs.step_s(rows=rows, context=context)
+        if not self.kind.decodes.is_known:
+            return rows_s
+        # They cost no more beside a chunk than alone. Without that, a fit that finds no room for prompts among streams
+        # would see no such step any more, and never learn better.
+        return min(rows_s, self.kind.decodes.costs.step_s(rows=rows, context=context))
+
+    def chunk_token_s(self, behind: int) -> float:
+        """Return what a prompt token takes there that has `behind` tokens before it, without the worker's factor."""
+        costs = self.kind.prompts.costs
+        return costs.token_s + behind * costs.pair_s
+
 
 @dataclass(slots=True)
 class _Path:
@@ -203,15 +217,16 @@ class Predictor:
         known = self._workers.get(session)
         if known is None:
             return 0
-        costs, decodes = known.kind.prompts.costs, known.kind.decodes
-        rows_s = costs.step_s(rows=rows, context=context)
-        if decodes.is_known:
-            # They cost no more beside a chunk than alone. Without that, a fit that finds no room for prompts among
-            # streams would see no such step any more, and never learn better.
-            rows_s = min(rows_s, decodes.costs.step_s(rows=rows, context=context))
-        room_s = limit_s / known.factor - rows_s
-        token_s = costs.token_s + behind * costs.pair_s
-        return int(min(known.hello.max_num_batched_tokens, max(0.0, room_s / max(_TINY_S, token_s))))
+        room_s = limit_s / known.factor - known.rows_s(rows, context)
+        tokens = max(0.0, room_s / max(_TINY_S, known.chunk_token_s(behind)))
+        return int(min(known.hello.max_num_batched_tokens, tokens))
+
+    def chunk_step_s(self, session: int, rows: int, context: int, behind: int, tokens: int) -> float:
+        """Return what a step takes that computes so many prompt tokens beside the rows: `chunk_tokens` turned round."""
+        known = self._workers.get(session)
+        if known is None:
+            return 0.0
+        return known.factor * (known.rows_s(rows, context) + tokens * known.chunk_token_s(behind))
 
     def transfer_s(self, path: str, num_bytes: int) -> float:
         """Return the time of a whole transfer, nothing hidden; 0 while the path is unknown."""

@@ -14,6 +14,7 @@ from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.predictor import Predictor, Way
 from kvferry.router.state.views import PoolView, WorkerView
+from kvferry.wire.workers import StepSample
 
 from ..fleet import hello, status, transferred
 from ..state.test_predictor import BASE_S, CALIBRATION, ROW_S, TOKEN_S
@@ -158,6 +159,30 @@ def test_without_objectives_streams_are_disturbed_where_that_is_sooner_than_ones
     """Nobody is served there before what is bound, and then those that wait as well."""
     full = replace(P0, ahead_tokens=600, unstarted_tokens=600, num_bound=3, backlog_s=0.0)
     assert place(replace(DEMAND, tokens_behind=waiting * LENGTH), full, STREAMING) == answer
+
+
+@pytest.mark.parametrize(("queued_s", "prefill"), [(0.2, "p-0"), (30.0, None)])
+def test_where_a_step_has_room_for_less_than_the_smallest_chunk_harm_decides(
+    queued_s: float, prefill: str | None
+) -> None:
+    """Tokens take so long that half of a step of the streams has room for two. Workers take eight along at least."""
+    steps = [(tokens, rows) for tokens in (0, 16, 32, 64) for rows in (0, 1, 4, 8) if tokens or rows]
+    samples = tuple(
+        StepSample(0.012 + 0.001 * rows + 0.004 * tokens, tokens, 0, rows, rows * 100) for tokens, rows in steps
+    )
+    predictor = Predictor()
+    for view in (P0, D0):
+        predictor.on_hello(view.session, msgspec.structs.replace(view.hello, samples=samples))
+    queued = replace(P0, ahead_tokens=round(queued_s / 0.004), num_bound=2, backlog_s=queued_s)
+    waiting = replace(DEMAND, has_prefill_pool=True)
+    pool = PoolView((queued, STREAMING))
+    placement = SloPolicy(predictor).place(pool, waiting)
+    assert isinstance(placement, Placement) and placement.prefill_worker == prefill
+    [local] = [found for found in SloPolicy(predictor).explain(pool, waiting) if found.prefill is None]
+    assert local.harm_s == pytest.approx(4 * LENGTH * 0.004, rel=0.15)  # each of four waits for the whole prompt
+    # An objective is kept.
+    paced = replace(waiting, objectives=Objectives(tpot_s=0.02))
+    assert all(found.prefill is not None for found in SloPolicy(predictor).explain(pool, paced))
 
 
 def test_local_prompts_can_be_forbidden() -> None:

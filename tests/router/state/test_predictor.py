@@ -51,6 +51,7 @@ def test_nothing_is_expected_of_what_nobody_has_seen() -> None:
     predictor.on_hello(1, hello("p-0", "prefill"))
     assert not predictor.is_known(1)
     assert predictor.prefill_s(1, 100, 0) == predictor.decode_step_s(1, 4, 100) == predictor.prefill_s(9, 5, 0) == 0.0
+    assert predictor.chunk_tokens(9, 4, 100, 0, 1.0) == predictor.chunk_step_s(9, 4, 100, 0, 8) == 0
 
 
 def test_workers_of_one_kind_learn_from_each_other() -> None:
@@ -83,6 +84,9 @@ def test_a_chunk_fills_what_the_rows_leave_of_a_step() -> None:
     assert alone == pytest.approx(32, abs=2)
     assert predictor.chunk_tokens(1, 0, 0, 0, BASE_S / 2) == 0
     assert predictor.chunk_tokens(1, 0, 0, 0, 1e9) == calibrated().max_num_batched_tokens
+    step_s = predictor.chunk_step_s(1, 0, 0, 100, 24)
+    assert predictor.chunk_tokens(1, 0, 0, 100, step_s + TOKEN_S / 2) == 24
+    assert step_s == pytest.approx(BASE_S + 24 * (TOKEN_S + 100 * PAIR_S), rel=0.05)
 
 
 def test_streams_take_no_more_of_a_step_with_a_chunk_than_alone() -> None:
