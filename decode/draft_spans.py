@@ -29,8 +29,10 @@ class DraftSpans:
     def assign(self, rows: Iterable[BatchRow]) -> None:
         """Say for a step's rows, whose drafts are chosen, which positions the draft model computes."""
         for row in rows:
-            # Rejected tokens lie behind `start`, and after a preemption all that had been computed may.
-            first = self._computed[row.seq] = min(self._computed.get(row.seq, row.start), row.start)
+            # Rejected tokens lie behind `start`, and after a preemption all that had been computed may. In front of it
+            # lie full blocks, which others share: after a preemption more of them may be found than had been computed.
+            full = row.start - row.start % self._block_size
+            first = self._computed[row.seq] = max(full, min(self._computed.get(row.seq, row.start), row.start))
             is_whole = row.kind is RowKind.CHUNK or row.seq.pending_choices  # a fork begins with a whole copy
             if is_whole or row.end % self._block_size == 0:
                 row.draft_span = (first, row.end)

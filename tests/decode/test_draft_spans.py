@@ -82,6 +82,20 @@ def test_what_is_computed_anew_is_fed_whole_though_its_first_row_is_one_token() 
     assert (first.draft_span, second.draft_span) == ((1, 1), (0, 7))
 
 
+def test_full_blocks_that_others_have_filled_meanwhile_are_left_alone() -> None:
+    """A preempted sequence finds more of them in the cache than it had computed; they are shared."""
+    spans = DraftSpans(BLOCK)
+    seq = sequence(num_prompt_tokens=12, num_computed=0)
+    first = BatchRow(seq, 4)
+    spans.assign([first])
+    spans.observe(Batch([first]))
+    assert first.draft_span == (0, 4)
+    seq.num_computed_tokens = 8
+    rest = BatchRow(seq, 4)
+    spans.assign([rest])
+    assert rest.draft_span == (8, 12)
+
+
 def test_who_is_forked_has_a_whole_copy_and_computed_prompt_tokens_are_counted() -> None:
     spans, seq = DraftSpans(BLOCK), sequence(num_computed=5)
     del seq.token_ids[6:]
