@@ -132,9 +132,7 @@ class PrefillRole:
         seq.grammar = message.first_grammar()
         seq.pending_choices, seq.samples = spec.choices, message.sample
         seq.is_retained_elsewhere = not message.retains_prefix
-        task = self._add(router_id, spec, seq, grant, message.fetch)
-        if task is not None and task.open_id is None and not seq.may_begin:
-            self._tasks.open(task, grant)  # its grant would lapse while its adapter is loaded
+        self._add(router_id, spec, seq, grant, message.fetch)
 
     def _on_embed(self, router_id: str, message: EmbedTask) -> None:
         """Take a prompt whose embedding is wanted. Either role may: it needs no other worker."""
@@ -160,7 +158,7 @@ class PrefillRole:
 
     def _add(
         self, router_id: str, spec: RequestSpec, seq: Sequence, grant: GrantInfo | None, fetch: FetchFrom | None
-    ) -> Task | None:
+    ) -> None:
         """Queue a prompt, or refuse it where it can never fit."""
         seq.held_adapter = self._served.adapter(spec)
         salt = prefix_salt(self._endpoint.spec if grant is None else grant.spec, spec.cache_salt, spec.adapter)
@@ -168,10 +166,8 @@ class PrefillRole:
             prompt = self.scheduler.add(seq, salt, spec.remaining_s)
         except CapacityError as error:
             self._refuse(router_id, spec, "never_fits", str(error))
-            return None
-        task = Task(router_id, spec, grant, prompt)
-        self._tasks.add(task, fetch)
-        return task
+            return
+        self._tasks.add(Task(router_id, spec, grant, prompt), fetch)
 
     def _refusal(self, spec: RequestSpec, grant: GrantInfo) -> tuple[str, str] | None:
         """Say why the task is not begun, and what more there is to say; None: it is."""

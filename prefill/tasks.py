@@ -76,8 +76,6 @@ class Tasks:
         key, spare = _fetch_key(task.spec), seq.is_retained_elsewhere
         rule = self._scheduler.cache.thin_rule(seq.num_tokens)
         seq.is_fetching = fetches.begin(key, hashes, source, rule, lambda: _fetched(seq), spare=spare)
-        if seq.is_fetching and task.grant is not None:
-            self.open(task, task.grant)  # it would lapse meanwhile
 
     def open(self, task: Task, grant: GrantInfo) -> None:
         """Begin its shipment."""
@@ -88,8 +86,9 @@ class Tasks:
     def open_waiting(self, now_s: float) -> None:
         """Open the grants of prompts that have waited for half the time in which a grant lapses unopened.
 
-        A step on a CPU may take longer than that, and a grant that lapses costs its request an attempt. Earlier it may
-        still go to another prefill worker (`router/dispatch/placer.py`), and its blocks are free at once if we die.
+        A step on a CPU may take longer than that, as may an adapter or a fetch that a prompt waits for, and a grant
+        that lapses costs its request an attempt. Earlier it may still go to another prefill worker
+        (`router/dispatch/placer.py`), and its blocks are free at once if we die.
         """
         for task in self._live.values():
             grant, received_s = task.grant, task.prompt.received_s

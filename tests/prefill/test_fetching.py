@@ -72,10 +72,18 @@ def test_a_prompt_waits_for_its_fetch_while_others_are_computed() -> None:
     assert batch is not None and [row.seq.request_id for row in batch.rows] == ["b"]
 
 
-def test_its_grant_is_opened_at_once_for_it_would_lapse() -> None:
+def _open_waiting(bench: _Bench) -> None:
+    bench.clock.advance(1.1)  # of the two seconds in which a grant lapses
+    bench.role.tick()
+    assert bench.shipping.opened == ["a"]
+
+
+def test_its_grant_is_opened_before_it_lapses() -> None:
     bench = _bench(_Fetches())
     _fetching_task(bench, "a")
-    assert bench.shipping.opened == ["a"]
+    bench.role.tick()
+    assert bench.shipping.opened == []  # another prefill worker may still be given it
+    _open_waiting(bench)
 
 
 def test_what_has_come_is_not_computed_and_is_shipped_as_a_hit() -> None:
@@ -114,6 +122,7 @@ def test_an_aborted_prompt_gives_its_fetch_up() -> None:
     fetches = _Fetches()
     bench = _bench(fetches)
     _fetching_task(bench, "a")
+    _open_waiting(bench)
     bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
     assert fetches.cancelled == ["task a"]
     assert list(bench.shipping.cancelled) == [1]
@@ -126,6 +135,7 @@ def test_a_grant_that_is_refused_while_its_prefix_is_fetched_ends_the_task() -> 
     fetches = _Fetches()
     bench = _bench(fetches)
     _fetching_task(bench, "a")
+    _open_waiting(bench)
     bench.role.on_source_free(1)
     assert fetches.cancelled == ["task a"]
     assert bench.role.schedule() is None
