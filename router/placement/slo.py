@@ -182,7 +182,7 @@ class SloPolicy:
         for decode in roomy:
             tpot_s = self._estimates.tpot_s(decode, demand)
             if self._may_prefill_locally:
-                local = self._estimates.local(decode, demand, tpot_s, sources)
+                local = self._estimates.local(decode, demand, tpot_s, sources, is_only_way=not prefills)
                 if local is not None and (local.prefill_s or not prefills):
                     yield local
             paths = set[str]()
@@ -225,7 +225,7 @@ class SloPolicy:
         # What not even a stream alone would keep binds nobody else.
         alone_s = self._estimates.alone_s(one.decode)
         limit_s = min((limit_s for limit_s in limits if alone_s <= filled_step_s(limit_s)), default=math.inf)
-        return one.tpot_s > filled_step_s(limit_s)
+        return one.tpot_s > filled_step_s(limit_s) or (one.is_over_pace and limit_s < math.inf)
 
     def _is_better_off_waiting(self, one: SloCandidate, demand: Demand) -> bool:
         """Streams would lose their pace, and the request has time, or had its chance: it does not wait for ever."""

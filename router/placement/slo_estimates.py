@@ -41,6 +41,7 @@ class SloCandidate:
     harm_s: float  # by which streams are delayed, summed
     exposed_s: float = 0.0  # of the transfer, after the first token
     is_avoided: bool = False
+    is_over_pace: bool = False  # its smallest chunk is too much beside these streams, and would not be beside one
     fetch_from: str | None = None
 
     @property
@@ -55,6 +56,15 @@ class _PrefixFetch:
     source: WorkerView
     tokens: int  # more than the worker holds itself
     seconds: float
+
+
+@dataclass(slots=True, frozen=True)
+class _Share:
+    """What a decode worker's steps have for prompts beside its streams."""
+
+    tokens: int
+    step_s: float
+    is_over_pace: bool
 
 
 @dataclass(slots=True)
@@ -114,39 +124,31 @@ class SloEstimates:
         )
 
     def local(
-        self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView]
+        self, decode: WorkerView, demand: Demand, tpot_s: float, sources: list[WorkerView], *, is_only_way: bool
     ) -> SloCandidate | None:
-        """The decode worker computes the prompt: at once if it is idle, else in what its steps have left."""
+        """The decode worker computes the prompt: at once if it is idle, else in what its steps have left.
+
+        `is_only_way`: no prefill worker may, so that a prompt moves on though its streams' objective is broken.
+        """
         alone_s, fetch = self.prefill_s(decode, demand, sources)
         cached = cached_tokens(decode, demand) + (fetch.tokens if fetch is not None else 0)
         uncached = max(1, demand.num_prompt_tokens - cached)
-        step_s = self._predictor.decode_step_s(decode.session, decode.num_running, decode.context)
-        harm_s, took_s, wait_s = 0.0, alone_s, decode.backlog_s
+        harm_s, took_s, wait_s, is_over_pace = 0.0, alone_s, decode.backlog_s, False
         budget = decode.hello.max_num_batched_tokens
         if decode.num_running and alone_s:
-            waiting = None
-            if demand.local_tokens_behind is not None:
-                waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
-                waiting = WaitingPrompts(waiting_s, waiting_s / alone_s)  # others as long as this one
-            answers = RunningAnswers(decode.num_running, step_s, self.alone_s(decode))
-            objective_s = self._objective_s(demand)
-            limit_s = longest_step_s(objective_s, answers, waiting)
-            behind = demand.num_prompt_tokens // 2
-            beside = (decode.session, decode.num_running, decode.context, behind)
-            tokens = self._predictor.chunk_tokens(*beside, limit_s)
-            if tokens < MIN_CHUNK_TOKENS:
-                if objective_s is not None:
-                    return None
-                # So many a step takes along whatever its pace; what that costs the streams is counted as harm.
-                tokens = MIN_CHUNK_TOKENS
-                limit_s = max(limit_s, self._predictor.chunk_step_s(*beside, tokens))
+            step_s = self._predictor.decode_step_s(decode.session, decode.num_running, decode.context)
+            share = self._share(decode, demand, step_s, alone_s, uncached, is_only_way)
+            if share is None:
+                return None
+            is_over_pace = share.is_over_pace
             # Half of a step's prompt tokens are the oldest prompt's, the rest those of the shortest.
             ahead = min(decode.ahead_tokens, uncached)
-            share_s = max(alone_s, uncached / tokens * limit_s)
-            harm_s = decode.num_running * (share_s - share_s / limit_s * step_s)
-            took_s = max(share_s, alone_s + step_s) + (limit_s if ahead else step_s) / 2  # of the step that runs
-            wait_s = ahead / tokens * limit_s
-            budget = min(budget, _STEPS_AHEAD * tokens)
+            share_s = max(alone_s, uncached / share.tokens * share.step_s)
+            harm_s = decode.num_running * (share_s - share_s / share.step_s * step_s)
+            running_s = (share.step_s if ahead else step_s) / 2  # what is left of the step that runs
+            took_s = max(share_s, alone_s + step_s) + running_s
+            wait_s = ahead / share.tokens * share.step_s
+            budget = min(budget, _STEPS_AHEAD * share.tokens)
         wait_s += _load_s(decode, demand)
         if is_behind(decode, demand, budget):
             return None
@@ -160,8 +162,32 @@ class SloEstimates:
             wait_s=wait_s,
             cached_tokens=cached,
             harm_s=harm_s,
+            is_over_pace=is_over_pace,
             fetch_from=fetch.source.worker_id if fetch is not None else None,
         )
+
+    def _share(
+        self, decode: WorkerView, demand: Demand, step_s: float, alone_s: float, uncached: int, is_only_way: bool
+    ) -> _Share | None:
+        """Return what its streams' steps, of `step_s` each, have for prompts; None: less than the smallest chunk."""
+        waiting = None
+        if demand.local_tokens_behind is not None:
+            waiting_s = decode.backlog_s + alone_s * (1 + demand.local_tokens_behind / uncached)
+            waiting = WaitingPrompts(waiting_s, waiting_s / alone_s)  # others as long as this one
+        objective_s = self._objective_s(demand)
+        one_s = self.alone_s(decode)
+        limit_s = longest_step_s(objective_s, RunningAnswers(decode.num_running, step_s, one_s), waiting)
+        beside = (decode.session, decode.num_running, decode.context, demand.num_prompt_tokens // 2)
+        tokens = self._predictor.chunk_tokens(*beside, limit_s)
+        if tokens >= MIN_CHUNK_TOKENS:
+            return _Share(tokens, limit_s, is_over_pace=False)
+        if objective_s is not None and not is_only_way:
+            return None
+        # So many a step takes along whatever its pace. What that costs its streams is counted as harm.
+        chunk_step_s = self._predictor.chunk_step_s(*beside, MIN_CHUNK_TOKENS)
+        would_fit_beside_one = chunk_step_s - step_s + one_s <= limit_s
+        is_over_pace = objective_s is not None and would_fit_beside_one
+        return _Share(MIN_CHUNK_TOKENS, max(limit_s, chunk_step_s), is_over_pace)
 
     def prefill_s(
         self, worker: WorkerView, demand: Demand, sources: list[WorkerView] | None = None

@@ -161,11 +161,8 @@ def test_without_objectives_streams_are_disturbed_where_that_is_sooner_than_ones
     assert place(replace(DEMAND, tokens_behind=waiting * LENGTH), full, STREAMING) == answer
 
 
-@pytest.mark.parametrize(("queued_s", "prefill"), [(0.2, "p-0"), (30.0, None)])
-def test_where_a_step_has_room_for_less_than_the_smallest_chunk_harm_decides(
-    queued_s: float, prefill: str | None
-) -> None:
-    """Tokens take so long that half of a step of the streams has room for two. Workers take eight along at least."""
+def slow(**options: object) -> SloPolicy:
+    """Knows workers on which a prompt token takes 4 ms and a step 12, of eight streams 20."""
     steps = [(tokens, rows) for tokens in (0, 16, 32, 64) for rows in (0, 1, 4, 8) if tokens or rows]
     samples = tuple(
         StepSample(0.012 + 0.001 * rows + 0.004 * tokens, tokens, 0, rows, rows * 100) for tokens, rows in steps
@@ -173,16 +170,50 @@ def test_where_a_step_has_room_for_less_than_the_smallest_chunk_harm_decides(
     predictor = Predictor()
     for view in (P0, D0):
         predictor.on_hello(view.session, msgspec.structs.replace(view.hello, samples=samples))
+    return SloPolicy(predictor, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("queued_s", "prefill"), [(0.2, "p-0"), (30.0, None)])
+def test_where_a_step_has_room_for_less_than_the_smallest_chunk_harm_decides(
+    queued_s: float, prefill: str | None
+) -> None:
     queued = replace(P0, ahead_tokens=round(queued_s / 0.004), num_bound=2, backlog_s=queued_s)
     waiting = replace(DEMAND, has_prefill_pool=True)
     pool = PoolView((queued, STREAMING))
-    placement = SloPolicy(predictor).place(pool, waiting)
+    placement = slow().place(pool, waiting)
     assert isinstance(placement, Placement) and placement.prefill_worker == prefill
-    [local] = [found for found in SloPolicy(predictor).explain(pool, waiting) if found.prefill is None]
+    [local] = [found for found in slow().explain(pool, waiting) if found.prefill is None]
     assert local.harm_s == pytest.approx(4 * LENGTH * 0.004, rel=0.15)  # each of four waits for the whole prompt
     # An objective is kept.
     paced = replace(waiting, objectives=Objectives(tpot_s=0.02))
-    assert all(found.prefill is not None for found in SloPolicy(predictor).explain(pool, paced))
+    assert all(found.prefill is not None for found in slow().explain(pool, paced))
+
+
+@pytest.mark.parametrize("objective_s", [0.005, 0.02, 0.05])
+@pytest.mark.parametrize("streaming", [1, 4])
+def test_an_objective_that_no_stream_keeps_beside_the_smallest_chunk_holds_no_prompt_up(
+    objective_s: float, streaming: int
+) -> None:
+    """Else each prompt would wait until its worker has no stream at all, whoever waits behind it."""
+    decode = replace(STREAMING, num_running=streaming, context=100 * streaming, paces=((0, objective_s),))
+    demand = replace(DEMAND, objectives=Objectives(tpot_s=objective_s))
+    colocated = slow(expect_prefill=False, tpot_objective_s=objective_s)
+    assert colocated.place(PoolView((decode,)), demand) == Placement(None, "d-0", Reason.COLOCATED)
+    # Nor where the prefill workers are lost.
+    assert slow(tpot_objective_s=objective_s).place(PoolView((decode,)), demand) == Placement(
+        None, "d-0", Reason.NO_PREFILL_WORKER
+    )
+
+
+def test_an_objective_that_one_stream_keeps_beside_the_smallest_chunk_is_broken_after_a_while() -> None:
+    objective_s = 0.055  # of which a step may take 47 ms: 45 beside one stream, 48 beside four
+    decode = replace(STREAMING, paces=((0, objective_s),))
+    demand = replace(DEMAND, objectives=Objectives(tpot_s=objective_s))
+    policy = slow(expect_prefill=False, tpot_objective_s=objective_s)
+    assert policy.place(PoolView((decode,)), demand) == Wait(Lack.DECODE_ROOM)
+    assert isinstance(policy.place(PoolView((decode,)), replace(demand, waited_s=11.0)), Placement)
+    alone = replace(decode, num_running=1, context=100)
+    assert isinstance(policy.place(PoolView((alone,)), demand), Placement)
 
 
 def test_local_prompts_can_be_forbidden() -> None:
