@@ -60,7 +60,7 @@ class _PrefixFetch:
 
 @dataclass(slots=True, frozen=True)
 class _Share:
-    """What a decode worker's steps have for prompts beside its streams."""
+    """`_Share` is what a decode worker's steps have for prompts beside its streams."""
 
     tokens: int
     step_s: float
