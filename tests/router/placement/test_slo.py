@@ -161,16 +161,20 @@ def test_without_objectives_streams_are_disturbed_where_that_is_sooner_than_ones
     assert place(replace(DEMAND, tokens_behind=waiting * LENGTH), full, STREAMING) == answer
 
 
-def slow(**options: object) -> SloPolicy:
-    """Knows workers on which a prompt token takes 4 ms and a step 12, of eight streams 20."""
+def knowing(step_s: float, row_s: float, token_s: float, **options: object) -> SloPolicy:
+    """Knows workers on which a step takes so long, with so much more for each stream and for each prompt token."""
     steps = [(tokens, rows) for tokens in (0, 16, 32, 64) for rows in (0, 1, 4, 8) if tokens or rows]
     samples = tuple(
-        StepSample(0.012 + 0.001 * rows + 0.004 * tokens, tokens, 0, rows, rows * 100) for tokens, rows in steps
+        StepSample(step_s + row_s * rows + token_s * tokens, tokens, 0, rows, rows * 100) for tokens, rows in steps
     )
     predictor = Predictor()
     for view in (P0, D0):
         predictor.on_hello(view.session, msgspec.structs.replace(view.hello, samples=samples))
     return SloPolicy(predictor, **options)  # type: ignore[arg-type]
+
+
+def slow(**options: object) -> SloPolicy:
+    return knowing(0.012, 0.001, 0.004, **options)
 
 
 @pytest.mark.parametrize(("queued_s", "prefill"), [(0.2, "p-0"), (30.0, None)])
@@ -386,3 +390,38 @@ def test_whatever_the_load_workers_are_ready_and_have_room(
             assert by_name[answer.prefill_worker].is_ready
     elif not any(view.is_ready for view in views if view.role == "decode"):
         assert answer == Wait(Lack.DECODE_WORKER)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.floats(1e-4, 0.1), st.floats(1e-5, 0.02), st.floats(1e-5, 0.05)),
+    st.integers(0, 64),
+    st.integers(1, 4000),
+    st.one_of(st.none(), st.floats(0.001, 0.5)),
+    st.one_of(st.none(), st.floats(0.001, 0.5)),
+    st.one_of(st.none(), st.floats(0.05, 5.0)),
+    st.booleans(),
+)
+def test_nobody_waits_for_ever_for_a_worker_that_has_room(
+    times: tuple[float, float, float],
+    running: int,
+    length: int,
+    own_s: float | None,
+    others_s: float | None,
+    ttft_s: float | None,
+    expect_prefill: bool,
+) -> None:
+    """However slow it is, and whatever pace its streams or the request ask for; no prefill worker is there."""
+    decode = replace(D0, num_running=running, num_bound=running, context=100 * running)
+    decode = replace(decode, paces=((0, others_s),) if others_s is not None and running else ())
+    demand = replace(
+        DEMAND,
+        num_prompt_tokens=length,
+        num_tokens=length,
+        max_num_tokens=length + 20,
+        objectives=Objectives(ttft_s=ttft_s, tpot_s=own_s),
+        ttft_limit_s=ttft_s,
+        waited_s=max(10.0, 3 * (ttft_s or 0.0)),
+    )
+    policy = knowing(*times, expect_prefill=expect_prefill, tpot_objective_s=own_s)
+    assert isinstance(policy.place(PoolView((decode,)), demand), Placement)
