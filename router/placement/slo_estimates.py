@@ -185,8 +185,8 @@ class SloEstimates:
             return None
         # So many a step takes along whatever its pace. What that costs its streams is counted as harm.
         chunk_step_s = self._predictor.chunk_step_s(*beside, MIN_CHUNK_TOKENS)
-        would_fit_beside_one = chunk_step_s - step_s + one_s <= limit_s
-        is_over_pace = objective_s is not None and would_fit_beside_one
+        beside_one_s = chunk_step_s - step_s + one_s
+        is_over_pace = objective_s is not None and beside_one_s <= objective_s < chunk_step_s
         return _Share(MIN_CHUNK_TOKENS, max(limit_s, chunk_step_s), is_over_pace)
 
     def prefill_s(

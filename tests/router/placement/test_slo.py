@@ -210,7 +210,7 @@ def test_an_objective_that_no_stream_keeps_beside_the_smallest_chunk_holds_no_pr
 
 
 def test_an_objective_that_one_stream_keeps_beside_the_smallest_chunk_is_broken_after_a_while() -> None:
-    objective_s = 0.055  # of which a step may take 47 ms: 45 beside one stream, 48 beside four
+    objective_s = 0.0465  # such a step takes 45 ms beside one stream, 48 beside four
     decode = replace(STREAMING, paces=((0, objective_s),))
     demand = replace(DEMAND, objectives=Objectives(tpot_s=objective_s))
     policy = slow(expect_prefill=False, tpot_objective_s=objective_s)
@@ -218,6 +218,10 @@ def test_an_objective_that_one_stream_keeps_beside_the_smallest_chunk_is_broken_
     assert isinstance(policy.place(PoolView((decode,)), replace(demand, waited_s=11.0)), Placement)
     alone = replace(decode, num_running=1, context=100)
     assert isinstance(policy.place(PoolView((alone,)), demand), Placement)
+    looser = replace(demand, objectives=Objectives(tpot_s=0.05))  # which it keeps, though it fills it
+    decode = replace(decode, paces=((0, 0.05),))
+    policy = slow(expect_prefill=False, tpot_objective_s=0.05)
+    assert isinstance(policy.place(PoolView((decode,)), looser), Placement)
 
 
 def test_local_prompts_can_be_forbidden() -> None:
