@@ -9,6 +9,9 @@ inline Eight repeat_8(const float* source) { return _mm256_broadcast_ss(source);
 inline void store(float* target, Eight values) { _mm256_storeu_ps(target, values); }
 
 inline Eight fma(Eight a, Eight b, Eight c) { return _mm256_fmadd_ps(a, b, c); }
+inline void add_product(Eight& sum, Eight a, Eight b) {  // as fma, in place: compilers move sums about where registers are few
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+}
 inline Eight fms(Eight a, Eight b, Eight c) { return _mm256_fmsub_ps(a, b, c); }
 
 // Lane i of the 8 is the sum of all lanes of v[i].

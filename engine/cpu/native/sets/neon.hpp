@@ -45,6 +45,7 @@ inline void store(float* target, Eight values) {
 }
 
 inline Eight fma(Eight a, Eight b, Eight c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
+inline void add_product(Eight& sum, Eight a, Eight b) { sum = fma(a, b, sum); }
 inline Eight fms(Eight a, Eight b, Eight c) { return {fma(a.low, b.low, -c.low), fma(a.high, b.high, -c.high)}; }
 inline Eight max(Eight a, Eight b) { return {max(a.low, b.low), max(a.high, b.high)}; }
 inline Eight min(Eight a, Eight b) { return {min(a.low, b.low), min(a.high, b.high)}; }
