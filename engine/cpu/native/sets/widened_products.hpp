@@ -1,22 +1,19 @@
 // The inner loop by float32, of AVX2 and NEON, in the order of sets/avx512_products.hpp: of a pair the second product, then
 // the first.
 //
-// Registers hold the sums of one row and 64 columns, of three and 32, or of five and 16. Twice as many rows pass over a
-// stretch of pairs together, one half after the other: the second finds its weights at their nearest, and what comes next is
-// fetched as evenly as for a few rows. Inputs are widened once for all columns; weights where they are multiplied, once for
-// a half.
+// Registers hold the sums of one row and 64 columns, of three and 32, or of five and 16. Inputs are widened once for all
+// columns, a stretch of pairs at a time; weights where they are multiplied, once for all rows.
 #pragma once
 
 #include <numeric>
 
-constexpr int kRowsInRegisters = 5;    // a sixth leaves no register for weights: 65 GFLOP/s where five have 90
-constexpr int kRowsAtOnce = 2 * kRowsInRegisters;  // eight: 16.4 us a tile where halves passed over it alone in 20.5 (Zen 3)
-constexpr int kRowsTogether = kRowsAtOnce;  // it passes over stretches by itself
+constexpr int kRowsAtOnce = 5;         // a sixth leaves no register for weights: 65 GFLOP/s where five have 90
+constexpr int kRowsTogether = 2 * kRowsAtOnce;  // of eight a tile takes 14.0 us where two groups took 18.9 (Zen 3, one thread)
 constexpr long kPanelRows = 60;        // a multiple of kRowsAtOnce
 constexpr int kMostParts = 4;          // of the next tile, one of which a group of rows fetches
 constexpr int kProductInputs = 16;     // inputs of a product are a multiple of it
 constexpr bool kSumsInRegisters = true;  // pair by pair; else by the matrix unit, 16 pairs at a time
-constexpr long kStretch = 64 / sizeof(Element);  // pairs, at most: their weights, 8 KiB, stay near from columns to columns
+constexpr long kStretch = 128 / sizeof(Element);  // pairs: their weights, 16 KiB, stay near from columns to columns; more spill
 
 // One group of rows: weights are fetched so far ahead, 1 KiB for one row, or 4 in float32, and 16 KiB for several, which
 // pass over a stretch again and again. Four times as much takes a lone row of bfloat16 a tenth longer (Zen 3, one thread).
@@ -35,13 +32,13 @@ inline Eight first_weights(const bf16* pairs, int eight) { return evens(pairs + 
 inline Eight second_weights(const bf16* pairs, int eight) { return odds(pairs + 16 * eight); }
 #endif
 
-constexpr int kPairsAtOnce = 8;  // share what is fetched beside them; a number of pairs is a multiple of it
+constexpr int kPairsAtOnce = 4;  // share what is fetched beside them; a number of pairs is a multiple of it
 
 // As `add_products` below, of COLUMNS columns and at most a stretch of pairs, with LINES fetched beside kPairsAtOnce of them.
-// `inputs` [ROWS][2 * kStretch].
+// `inputs` [ROWS][2 * kStretch]. Never inlined: beside other code the compiler runs out of registers.
 template <int ROWS, int COLUMNS, int LINES>
-void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
-                 const Element* ahead) {
+[[gnu::noinline]] void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride,
+                                   bool is_fresh, const Element* ahead) {
     constexpr Near kNear = COLUMNS == kTileColumns ? Near::kFirst : Near::kSecond;
     constexpr int kVectors = COLUMNS / 8;
     Eight sum[ROWS][kVectors];
@@ -69,7 +66,7 @@ void add_stretch(const float* inputs, const Element* weights, long pairs, float*
     constexpr int kTurns = kPairsAtOnce / std::gcd(kPairsAtOnce, LINES);  // pairs until a whole number has been fetched
     constexpr auto lines_before = [](int turn) { return turn * LINES / kPairsAtOnce; };
     for (long pair = 0; pair < pairs; pair += kTurns, ahead += lines_before(kTurns) * kLine) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int turn = 0; turn < kTurns; turn++, weights += 2 * kTileColumns, inputs += 2) {
 #pragma GCC unroll 8
             for (int i = lines_before(turn); i < lines_before(turn + 1); i++) fetch_line<kNear>(ahead + kLine * i);
@@ -91,30 +88,15 @@ void add_stretch(const float* inputs, const Element* weights, long pairs, float*
     }
 }
 
-// A stretch of pairs and all columns, in passes that share out evenly what is fetched ahead, LINES beside kPairsAtOnce: more
-// than memory gives would hold up some, and memory would be idle beside others.
+// A stretch of pairs and all columns, in passes that share out evenly what is fetched ahead, LINES beside a pair: more than
+// memory gives would hold up some, and memory would be idle beside others.
 template <int ROWS, int LINES>
 void add_stretch(const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
                  const Element* ahead) {
     constexpr int kColumns = ROWS == 1 ? 64 : ROWS <= 3 ? 32 : 16, kPasses = kTileColumns / kColumns;
-    constexpr int kLines = LINES / kPasses;
+    constexpr int kLines = kPairsAtOnce * LINES / kPasses;
     for (int column = 0; column < kTileColumns; column += kColumns, ahead += kLines * pairs / kPairsAtOnce * kLine) {
         add_stretch<ROWS, kColumns, kLines>(inputs, weights + 2 * column, pairs, sums + column, stride, is_fresh, ahead);
-    }
-}
-
-template <int LINES>
-void add_stretch(int rows, const float* inputs, const Element* weights, long pairs, float* sums, long stride, bool is_fresh,
-                 const Element* ahead) {
-    const auto add = [&]<int ROWS>() {
-        add_stretch<ROWS, LINES>(inputs, weights, pairs, sums, stride, is_fresh, ahead);
-    };
-    switch (rows) {
-        case 1: add.template operator()<1>(); break;
-        case 2: add.template operator()<2>(); break;
-        case 3: add.template operator()<3>(); break;
-        case 4: add.template operator()<4>(); break;
-        default: add.template operator()<kRowsInRegisters>();
     }
 }
 
@@ -123,25 +105,26 @@ void add_stretch(int rows, const float* inputs, const Element* weights, long pai
 template <bool FRESH, int PARTS>
 void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
                   const Element* ahead) {
-    constexpr int kLines = kPairsAtOnce * kFetchedLines<PARTS>;
+    constexpr int kLines = kFetchedLines<PARTS>;
+    constexpr long kStep = PARTS == 1 ? kStretch / 4 : kStretch;  // one group waits less for memory by shorter stretches
     alignas(32) float inputs[kRowsAtOnce * 2 * kStretch];
-    const int half = rows <= kRowsInRegisters ? rows : (rows + 1) / 2;
-    const long stretch = half == rows ? kStretch / 2 : kStretch;  // few rows wait less for memory by shorter ones
-    for (long first = 0; first < pairs; first += stretch, weights += stretch * 2 * kTileColumns) {
-        const long count = std::min(stretch, pairs - first), fetched = kLines * count / kPairsAtOnce * kLine;
+    for (long first = 0; first < pairs; first += kStep) {
+        const long count = std::min(kStep, pairs - first);
         for (int row = 0; row < rows; row++) {
             for (long i = 0; i < 2 * count; i += 16) {
                 store(inputs + row * 2 * kStretch + i, load(x + row * x_stride + 2 * first + i));
             }
         }
-        const bool is_fresh = FRESH && first == 0;
-        if (half == rows) {
-            add_stretch<kLines>(rows, inputs, weights, count, sums, stride, is_fresh, ahead);
-        } else {
-            add_stretch<kLines / 2>(half, inputs, weights, count, sums, stride, is_fresh, ahead);
-            add_stretch<kLines / 2>(rows - half, inputs + half * 2 * kStretch, weights, count, sums + half * stride, stride,
-                                    is_fresh, ahead + fetched / 2);
+        const auto add = [&]<int ROWS>() {
+            add_stretch<ROWS, kLines>(inputs, weights + first * 2 * kTileColumns, count, sums, stride, FRESH && first == 0,
+                                     ahead + first * kLines * kLine);
+        };
+        switch (rows) {
+            case 1: add.template operator()<1>(); break;
+            case 2: add.template operator()<2>(); break;
+            case 3: add.template operator()<3>(); break;
+            case 4: add.template operator()<4>(); break;
+            default: add.template operator()<5>();
         }
-        ahead += fetched;
     }
 }
