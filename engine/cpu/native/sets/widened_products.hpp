@@ -106,7 +106,8 @@ template <bool FRESH, int PARTS>
 void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
                   const Element* ahead) {
     constexpr int kLines = kFetchedLines<PARTS>;
-    constexpr long kStep = PARTS == 1 ? kStretch / 4 : kStretch;  // one group waits less for memory by shorter stretches
+    // One group of bfloat16 waits less for memory by shorter stretches; of float32 these would be too few pairs.
+    constexpr long kStep = PARTS == 1 && sizeof(Element) == 2 ? kStretch / 4 : kStretch;
     alignas(32) float inputs[kRowsAtOnce * 2 * kStretch];
     for (long first = 0; first < pairs; first += kStep) {
         const long count = std::min(kStep, pairs - first);
