@@ -176,8 +176,13 @@ class Placer:
             tracked.run_locally(now_s)
             return
         attempt.decode_retains = self._prefix_homes.decode_retains(tracked.request, computing, decode)
-        queue_if_full = tracked.search.queue_if_full(now_s)
-        attempt.reserve(computing, max_local_tokens=self._max_local_tokens, queue_if_full=queue_if_full)
+        # A short prompt that is handed over all the same is not to be computed between the streams there.
+        is_short = tracked.request.num_prompt_tokens <= self._max_local_tokens
+        attempt.reserve(
+            computing,
+            max_local_tokens=0 if is_short else self._max_local_tokens,
+            queue_if_full=tracked.search.queue_if_full(now_s),
+        )
 
     def _tokens_behind(self, tracked: TrackedRequest) -> int:
         """Return the tokens of other prompts, as urgent as this one, by worker of the pool that computes prompts."""

@@ -90,7 +90,7 @@ class SloPolicy:
         if lack is not None:
             return lack
         roomy = [worker for worker in fitting if has_decode_room(worker, demand)]
-        usable = self._usable(prefills, fitting, demand)
+        usable = self._usable(view, demand, prefills, fitting, roomy)
         candidates = list(self._candidates(view, demand, usable, roomy))
         if not candidates:
             return wait_for_room(fitting) if not roomy or not usable else Wait(Lack.PREFILL_ROOM)
@@ -145,7 +145,8 @@ class SloPolicy:
         decodes = [worker for worker in view.nearest("decode", _NEAR, holders) if fits_decode(worker, demand)]
         prefills = [worker for worker in view.nearest("prefill", _NEAR, holders) if fits_prefill(worker, demand)]
         roomy = [worker for worker in decodes if has_decode_room(worker, demand)]
-        found = self._candidates(view, demand, self._usable(prefills, decodes, demand), roomy)
+        usable = self._usable(view, demand, prefills, decodes, roomy)
+        found = self._candidates(view, demand, usable, roomy)
         return sorted(found, key=lambda one: self._order(one, demand))
 
     # --- what there is to choose from -----------------------------------------------------------------------
@@ -162,13 +163,28 @@ class SloPolicy:
             return Wait(Lack.PAIR)
         return None
 
-    def _usable(self, prefills: list[WorkerView], decodes: list[WorkerView], demand: Demand) -> list[WorkerView]:
-        """Return the prefill workers that may hand the request over; none for a prompt as short as configured."""
-        if self._may_prefill_locally and demand.num_prompt_tokens <= self._max_local_prefill_tokens:
-            return []
+    def _usable(
+        self,
+        view: PoolView,
+        demand: Demand,
+        prefills: list[WorkerView],
+        decodes: list[WorkerView],
+        roomy: list[WorkerView],
+    ) -> list[WorkerView]:
+        """Return the prefill workers that may hand the request over.
+
+        None for a prompt as short as configured, but where it would wait on every decode worker.
+        """
+        if self._is_short(demand):
+            stays = self._candidates(view, demand, [], roomy)
+            if not roomy or any(not self._is_better_off_waiting(one, demand) for one in stays):
+                return []
         if not demand.failed_pairs and not demand.ungranted:
             return prefills
         return [one for one in prefills if has_pair([one], decodes, demand)]
+
+    def _is_short(self, demand: Demand) -> bool:
+        return self._may_prefill_locally and demand.num_prompt_tokens <= self._max_local_prefill_tokens
 
     def _candidates(
         self, view: PoolView, demand: Demand, prefills: list[WorkerView], roomy: list[WorkerView]
@@ -257,7 +273,7 @@ class SloPolicy:
     def _local_reason(self, prefills: list[WorkerView], one: SloCandidate, demand: Demand) -> Reason:
         if not self._expect_prefill:
             return Reason.COLOCATED
-        if demand.num_prompt_tokens <= self._max_local_prefill_tokens:
+        if self._is_short(demand):
             return Reason.SHORT_PROMPT
         if not prefills:
             return Reason.NO_PREFILL_WORKER

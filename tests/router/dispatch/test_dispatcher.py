@@ -8,6 +8,8 @@ import pytest
 
 from kvferry.common.errors import CapacityError, ProtocolError, RequestError
 from kvferry.common.request import BACKGROUND_PRIORITY, SampledToken, unpack_ids
+from kvferry.router.placement.slo import SloPolicy
+from kvferry.router.state.demand import Placement, Reason
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RequestStatus
@@ -191,6 +193,19 @@ def test_a_decode_worker_that_holds_the_prompt_computes_the_rest_itself() -> Non
     assert not p.sent and not fleet.observer.fallbacks
     fleet.step(d, task, tokens(0, 0, 1))
     assert state(stream) is RequestStatus.DECODING and stream.request.prefill_worker is None
+
+
+def test_a_short_prompt_that_is_handed_over_is_not_computed_on_the_decode_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The policy had a reason: its streams have no room for it."""
+    handoff = Placement("p-0", "d-0", Reason.HANDOFF)
+    monkeypatch.setattr(SloPolicy, "place", lambda self, view, demand: handoff)
+    fleet = Fleet(config(policy="slo", max_local_prefill_tokens=20))
+    fleet.join("p-0")
+    d = fleet.join("d-0")
+    fleet.submit()
+    assert d.take(ReserveKV).max_local_tokens == 0
 
 
 def test_what_was_said_of_a_handoff_is_not_held_against_a_worker_that_holds_the_prompt(

@@ -239,6 +239,22 @@ def test_a_request_waits_rather_than_breaking_the_pace_of_others_but_not_for_eve
         assert isinstance(place(demand, P0, full, D1), Placement)  # the other one is idle
 
 
+def test_a_short_prompt_stays_on_the_decode_worker_unless_it_would_wait_for_the_streams_pace_there() -> None:
+    pace_s = 0.0465  # a step with the smallest chunk takes 45 ms beside one stream, 48 beside four
+    kept = replace(STREAMING, paces=((0, pace_s),))
+    full = replace(STREAMING, num_free_blocks=0)
+    short = slow(tpot_objective_s=pace_s, max_local_prefill_tokens=LENGTH)
+    stays = Placement(None, "d-0", Reason.SHORT_PROMPT)
+    assert short.place(PoolView((P0, STREAMING)), DEMAND) == stays
+    assert short.place(PoolView((P0, kept)), DEMAND) == Placement("p-0", "d-0", Reason.HANDOFF)
+    assert short.place(PoolView((P0, full)), DEMAND) == Wait(Lack.DECODE_ROOM, claim=D0.session)
+    # It waits for whichever is there first, and not for ever.
+    behind = replace(P0, ahead_tokens=600, unstarted_tokens=600, num_bound=3, backlog_s=2.4)
+    for prefills, lack in (((), Lack.DECODE_ROOM), ((behind,), Lack.PREFILL_ROOM)):
+        assert short.place(PoolView((*prefills, kept)), DEMAND) == Wait(lack)
+        assert short.place(PoolView((*prefills, kept)), replace(DEMAND, waited_s=11.0)) == stays
+
+
 def test_a_request_does_not_wait_for_its_own_pace_where_looser_ones_would_go_before_it() -> None:
     demand = replace(DEMAND, objectives=Objectives(ttft_s=1.0, tpot_s=BASE_S + 4.5 * ROW_S), ttft_limit_s=1.0)
     for paces in ((), ((0, 1.0),), ((10, BASE_S + 4.5 * ROW_S),)):  # none, a looser one, one of less urgent streams
