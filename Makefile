@@ -25,7 +25,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # A file's tests share servers: a process gets whole files, in the order of tests/conftest.py.
 PYTEST = $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev serve lock lint style types format test quick long coverage clients clean
+.PHONY: help install install-dev serve lock lint style types format test quick long sanitize coverage clients clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -91,6 +91,9 @@ quick: style $(LINT_ROOT)/kvferry ## Lint and the fast tests: no servers, simula
 
 long: install-dev ## 200,000 simulated requests under faults: some ten minutes on two cores
 	@$(VENV)/bin/python -m kvferry.tests.simulation --requests 200000 --processes 2
+
+sanitize: install-dev ## Tests of the C++ under address and undefined-behaviour sanitizers: some twenty minutes
+	@$(VENV)/bin/python -m kvferry.tests.sanitized
 
 coverage: install-dev ## Every test, and which lines of the product it ran
 	@$(PYTEST) --cov --cov-report term:skip-covered tests
