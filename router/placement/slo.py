@@ -177,7 +177,7 @@ class SloPolicy:
         """
         if self._is_short(demand):
             stays = self._candidates(view, demand, [], roomy)
-            if not roomy or any(not self._is_better_off_waiting(one, demand) for one in stays):
+            if any(not self._is_better_off_waiting(one, demand) for one in stays):
                 return []
         if not demand.failed_pairs and not demand.ungranted:
             return prefills
