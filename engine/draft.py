@@ -4,14 +4,15 @@
     keep_up   behind the target's layers: what they were fed otherwise, prompts above all
 
 Which positions it computes in a step is told by each row (`BatchRow.draft_span`). Its tokens are its best ones; they
-decide nothing, for each is compared with what the target draws. It runs where its target runs, by the same runner.
+decide nothing, for each is compared with what the target draws. It runs where its target runs, by the same runner,
+and ranks share it as they share the target. Rank 0 says what is fed, and looks at the logits.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -22,7 +23,7 @@ from ..common.batch import UNDRAFTED, Batch, BatchRow
 from ..common.config import CoreSlot, EngineConfig
 from ..common.errors import ConfigError
 from ..common.request import BlockId
-from ..kvcache.draft_pages import draft_layers, num_draft_pages
+from ..kvcache.draft_pages import draft_pages
 from ..models.config import ModelConfig
 from ..models.digest import ModelDigest
 from ..models.draft import check_draft
@@ -53,6 +54,7 @@ class DraftModel:
         self,
         config: EngineConfig,
         target: ModelConfig,
+        comm: Communicator,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -62,75 +64,79 @@ class DraftModel:
         """Load it; `attach` gives it pages. Raises ConfigError where it does not go with its target."""
         assert config.speculative_config is not None and config.speculative_config.model is not None
         path = config.speculative_config.model
-        if config.tensor_parallel_size > 1:
-            raise ConfigError("speculative_config: a draft model runs with tensor_parallel_size = 1")
         self._config, self._target = config.model_copy(update={"model_dir": path}), target
         self.model = replace(
-            check_draft(config.model_dir, path, target.max_model_len), max_model_len=target.max_model_len
+            check_draft(config.model_dir, path, target.max_model_len, comm.size), max_model_len=target.max_model_len
         )
-        self.num_pages = num_draft_pages(target, self.model, config.kv_cache_dtype)  # of a block
+        self.pages = draft_pages(target, self.model, config.kv_cache_dtype, comm.size)
         self._digest = ModelDigest(path, config.load_format, config.seed)
         with torch.inference_mode():
-            decoder = self._decoder = Decoder(self.model, Communicator(), dtype=dtype, device=device)
+            decoder = self._decoder = Decoder(self.model, comm, dtype=dtype, device=device)
             load_weights(decoder, path, load_format=config.load_format, seed=config.seed, progress=progress)
         self._native_model = pack_weights(decoder, device, native=native, isa=config.cpu_isa)
         self._num_choices = min(target.vocab_size, self.model.vocab_size)  # either may be padded
         self.runner: Runner
-        self._graphs: GraphDrafts | None = None  # on a GPU
+        self._graphs: GraphDrafts | None = None  # on a GPU of its own
+        self._is_alone = comm.size == 1
 
     @property
     def digest(self) -> str:
-        """Wait for the digest of its weights. Raises ConfigError."""
-        return self._digest.result()
+        """Wait for the digest of its weights, and of how they lie in blocks. Raises ConfigError."""
+        return f"{self._digest.result()} {self.pages.name}"
 
     def attach(self, pages: Tensor, cores: CoreSlot | None) -> None:
         """Let it compute into its part of the engine's pages. Raises ConfigError."""
-        layers = draft_layers(pages, self._target, self.model)
+        layers = self.pages.layers(pages)
         try:
             self.runner = choose_runner(
                 self._config, self._decoder, self._native_model, layers, whole=pages, cores=cores
             )
         except ConfigError as error:
             raise ConfigError(f"speculative_config: the draft model: {error}") from error
-        if pages.device.type == "cuda":
+        if pages.device.type == "cuda" and self._is_alone:
             self._graphs = cast("CudaRunner", self.runner).drafts(self._num_choices)
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def propose(self, batch: Batch) -> float:
-        """Say the drafts that rows leave open; return the seconds that took."""
+    def propose(self, batch: Batch, send: Callable[[StepPlan], None]) -> float:
+        """Say the drafts that rows leave open; return the seconds that took. `send`: to the other ranks, if any."""
         rows = [row for row in batch.rows if row.draft and row.draft[0] == UNDRAFTED]
         if not rows:
             return 0.0
         began = time.perf_counter()
         drafts = self._graphs.propose(rows) if self._graphs is not None else None
-        for row, draft in zip(rows, self._one_by_one(rows) if drafts is None else drafts, strict=True):
+        for row, draft in zip(rows, self._one_by_one(rows, send) if drafts is None else drafts, strict=True):
             row.draft = tuple(draft)
         return time.perf_counter() - began
 
-    def _one_by_one(self, rows: Sequence[BatchRow]) -> list[list[int]]:
+    def _one_by_one(self, rows: Sequence[BatchRow], send: Callable[[StepPlan], None]) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in rows]
         for depth in range(max(len(row.draft) for row in rows)):
             going_on = [pair for pair in zip(rows, drafts, strict=True) if depth < len(pair[0].draft)]
-            best = self._best([_next_stretch(row, draft) for row, draft in going_on])
+            plan = self._plan([_next_stretch(row, draft) for row, draft in going_on], samples=True)
+            send(plan)
+            [logits] = self.runner.forward(plan, None)
+            best: list[int] = logits[:, : self._num_choices].argmax(-1).tolist()
             for (_, draft), token in zip(going_on, best, strict=True):
                 draft.append(token)
         return drafts
 
-    def keep_up(self, batch: Batch) -> float:
-        """Compute what is left of the rows' spans, or queue it on a GPU; return the seconds that took."""
-        began = time.perf_counter()
+    def rest(self, batch: Batch) -> StepPlan | None:
+        """Return what is left of the rows' spans, once all drafts are said; None: nothing."""
         stretches = [stretch for row in batch.rows if (stretch := _rest(row)) is not None]
-        if stretches:
-            for _ in self.runner.forward(self._plan(stretches, samples=False), None):
-                pass
+        return self._plan(stretches, samples=False) if stretches else None
+
+    def keep_up(self, rest: StepPlan | None) -> float:
+        """Compute it, or queue it on a GPU; return the seconds that took."""
+        began = time.perf_counter()
+        if rest is not None:
+            self.follow(rest)
         return time.perf_counter() - began
 
-    def _best(self, stretches: Sequence[_Stretch]) -> list[int]:
-        """Return the likeliest token behind each."""
-        [logits] = self.runner.forward(self._plan(stretches, samples=True), None)
-        best: list[int] = logits[:, : self._num_choices].argmax(-1).tolist()
-        return best
+    def follow(self, plan: StepPlan) -> None:
+        """Compute what another rank says, or that nobody draws from."""
+        for _ in self.runner.forward(plan, None):
+            pass
 
     def _plan(self, stretches: Sequence[_Stretch], *, samples: bool) -> StepPlan:
         input_ids, starts, lengths, block_ids, ends = (array("i") for _ in range(5))
@@ -151,6 +157,7 @@ class DraftModel:
             sample_rows=ends.tobytes() if samples else b"",
             prompt_rows=b"",
             block_copies=(),
+            is_draft=True,
         )
 
 
@@ -170,3 +177,19 @@ def _rest(row: BatchRow) -> _Stretch | None:
     known = row.start + row.num_known_tokens
     drafted = row.draft[max(0, rest.start - known) : rest.stop - known]
     return _Stretch([*row.seq.token_ids[rest.start : known], *drafted], rest.start, row.seq.block_table)
+
+
+def make_draft_model(
+    config: EngineConfig,
+    target: ModelConfig,
+    comm: Communicator,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    native: bool = True,
+    progress: Progress | None = None,
+) -> DraftModel | None:
+    """Load the draft model that is asked for, if one is. Raises ConfigError."""
+    if config.speculative_config is None or config.speculative_config.model is None:
+        return None
+    return DraftModel(config, target, comm, dtype=dtype, device=device, native=native, progress=progress)

@@ -32,13 +32,14 @@ from ..models.digest import ModelDigest
 from ..models.parts.experts import expert_plan
 from ..wire.workers import ExpertCounts, ExpertLoads
 from .choose import check_kernels, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
-from .draft import DraftModel
+from .draft import make_draft_model
 from .mask_thread import MaskThread
 from .masks import with_forced, with_masks_heeded
 from .nn.decoder import Decoder
 from .nn.loading import Progress, load_weights
 from .nn.plan import StepPlan, plan_step, prompt_targets
 from .nn.runner import OnLayer, StepStopped
+from .other_ranks import OtherRanks
 from .page_spec import block_spec, with_block_size
 from .pooling import with_pooled
 from .ranks.communicator import Communicator, connect
@@ -86,17 +87,23 @@ class Engine:
         dtype = choose_dtype(config, self.model_config)
         kv_dtype = cache_dtype(config, dtype, self._device)
         config = self.config = with_block_size(config, self.model_config, kv_dtype)
-        self._group = group
+        self._others = OtherRanks(group, config.block_tokens)
         self._check_ranks = group.check if group is not None else lambda: None
         self._masks = MaskThread()
-        comm = self._comm = self._connect(tp_rank, tp_size, store)
+        comm = self._comm = self._connect(tp_rank, tp_size, group.store if group is not None else store)
         decoder = self._loaded_decoder(dtype, progress)
         native_model = pack_weights(decoder, self._device, native=native, isa=config.cpu_isa)
         self.adapters = decoder.adapters = make_adapters(config, decoder, native_model, self._device)
-        self._draft = self._draft_model(dtype, progress, native=native)
+        self._draft = make_draft_model(
+            config, self.model_config, comm, dtype=dtype, device=self._device, native=native, progress=progress
+        )
         self.spec = block_spec(self.model_config, config.block_tokens, kv_dtype, self._draft)
         comm.meet("loaded", self._check_ranks)
-        self.num_blocks = comm.minimum(num_blocks or self._num_blocks_for_memory(tp_size), self._device)
+        if num_blocks is None:
+            num_blocks = num_blocks_for_memory(
+                config, self.spec, self._device, tp_size=tp_size, max_model_len=self.max_model_len
+            )
+        self.num_blocks = comm.minimum(num_blocks, self._device)
         # Not under inference mode: whoever moves pages writes to this tensor outside of it.
         self.kv_pages = allocate_pages(
             self.spec,
@@ -131,8 +138,6 @@ class Engine:
     def _connect(self, tp_rank: int, tp_size: int, store: Store | None) -> Communicator:
         if tp_size == 1:
             return Communicator()
-        if self._group is not None:
-            store = self._group.store
         assert store is not None, "a rank of several needs the group or the store"
         in_rank_order = self.config.is_exact_on(self._device.type)
         return connect(store, tp_rank, tp_size, self._device, in_rank_order=in_rank_order, check=self._check_ranks)
@@ -145,17 +150,6 @@ class Engine:
             load_weights(decoder, config.model_dir, load_format=config.load_format, seed=config.seed, progress=progress)
         return decoder
 
-    def _draft_model(self, dtype: torch.dtype, progress: Progress | None, *, native: bool) -> DraftModel | None:
-        config = self.config
-        if config.speculative_config is None or config.speculative_config.model is None:
-            return None
-        return DraftModel(config, self.model_config, dtype=dtype, device=self._device, native=native, progress=progress)
-
-    def _num_blocks_for_memory(self, tp_size: int) -> int:
-        return num_blocks_for_memory(
-            self.config, self.spec, self._device, tp_size=tp_size, max_model_len=self.max_model_len
-        )
-
     @torch.inference_mode()
     def step(self, batch: Batch, on_layer: OnLayer | None = None) -> StepOutput:
         """Run one step on every rank. `on_layer(i)` is called when layer i's K and V are in the pages (on CUDA:
@@ -163,15 +157,12 @@ class Engine:
         """
         began = time.perf_counter()
         self._draft_s = 0.0
-        plan = None
         if self._states is not None:  # computed once more, a token would be in the state twice
             batch = replace(batch, may_postpone=False)
         if self._draft is None:
             self._masks.begin(batch)
-        if self._group is not None:
-            plan = plan_step(batch, self.config.block_tokens)
-            is_measured = self._states is not None and not self._states.are_checked
-            self._group.send_step(msgspec.msgpack.encode(msgspec.structs.replace(plan, is_measured=is_measured)))
+        is_measured = self._states is not None and not self._states.are_checked
+        plan = self._others.tell(batch, is_measured=is_measured, is_drafting=self._draft is not None)
         self.host_slots.copy(batch.swap_out, batch.swap_in)
         if not batch.rows:
             self._meet()
@@ -201,20 +192,25 @@ class Engine:
         rows: list[RowOutput] = []
         if batch.rows:
             copy_blocks(self.kv_pages, batch.block_copies, self._num_full)
+            behind = None
             if self._draft is not None:
-                self._draft_s = self._draft.propose(batch)
+                self._draft_s = self._draft.propose(batch, self._others.send)
                 self._masks.begin(batch)  # which look at what is drafted
+                behind = self._draft.rest(batch)
+                plan = self._others.tell_drafted(batch, behind)
             tell = on_layer if self._draft is None else None  # else told of once all pages are written
             if not batch.has_pooled and (decoded := self.runner.decode(batch, tell)) is not None:
                 if self._draft is not None:
-                    self._draft_s += self._keep_up(self._draft, batch, on_layer)
+                    self._draft_s += self._draft.keep_up(behind)
+                    self._tell_pages(on_layer, 0)
+                    self.runner.wait()  # for that, and for the events that were made of these
                 return decoded
             plan = plan or plan_step(batch, self.config.block_tokens)
             logits = self.runner.forward(plan, on_layer)
             states = next(logits) if plan.pooled_rows else None
             if self._draft is not None:
-                self._draft_s += self._draft.keep_up(batch)
-            self._tell_last_pages(on_layer)
+                self._draft_s += self._draft.keep_up(behind)
+            self._tell_pages(on_layer, self._num_layer_pages)
             sampling = sample_rows(batch)
             tokens = iter(self.runner.sample(next(logits), sampling) if sampling else ())
             prompt_tokens = self._prompt_logprobs(batch, logits) if plan.prompt_rows else repeat(())
@@ -224,19 +220,10 @@ class Engine:
         self.runner.wait()
         return rows
 
-    def _keep_up(self, draft: DraftModel, batch: Batch, on_layer: OnLayer | None) -> float:
-        """Let a draft model keep up with a step that was run at once, and tell of all pages; return its seconds."""
-        draft_s = draft.keep_up(batch)
+    def _tell_pages(self, on_layer: OnLayer | None, first: int) -> None:
+        """Tell of pages that are complete all at once: a draft model's, those of states, or all."""
         if on_layer is not None:
-            for page in range(self.spec.num_layers):
-                on_layer(page)
-        self.runner.wait()  # for that, and for the events that were made of these
-        return draft_s
-
-    def _tell_last_pages(self, on_layer: OnLayer | None) -> None:
-        """Tell of a draft model's pages, or those of states, which are complete all at once."""
-        if on_layer is not None:
-            for page in range(self._num_layer_pages, self.spec.num_layers):
+            for page in range(first, self.spec.num_layers):
                 on_layer(page)
 
     def _prompt_logprobs(self, batch: Batch, logits: Iterator[Tensor]) -> Iterator[tuple[SampledToken, ...]]:
@@ -290,12 +277,21 @@ class Engine:
         """Carry out a follower's side of `step`: the same collectives in the same order."""
         step = msgspec.msgpack.decode(plan, type=StepPlan)
         self.host_slots.copy(step.swap_out, step.swap_in)
-        if not step.lengths:
+        if not step.lengths and not step.is_begin:
             self._meet()
             return
         copy_blocks(self.kv_pages, step.block_copies, self._num_full)
+        if not step.lengths:
+            return
         with self.runner.calculating(), self.measuring() if step.is_measured else nullcontext():
-            for _ in self.runner.forward(step, on_layer):
+            if step.is_draft and self._draft is not None:
+                self._draft.follow(step)
+                self._draft.runner.wait()
+                return
+            logits = self.runner.forward(step, on_layer)
+            if self._draft is not None:
+                self._draft.keep_up(step.behind)
+            for _ in logits:
                 pass
             self.runner.wait()  # for what ends the step here and nowhere else
-        self._tell_last_pages(on_layer)
+        self._tell_pages(on_layer, self._num_layer_pages)

@@ -23,7 +23,7 @@ def block_spec(model: ModelConfig, block_size: int, dtype: torch.dtype, draft: D
     """Return the contents of a block, but for what is known at the end of a start."""
     spec = _layers_spec(model, block_size, dtype)
     num_states = 0 if model.states is None else model.states.num_pages(spec.page_bytes())
-    behind = num_states if model.states is not None or draft is None else draft.num_pages
+    behind = num_states if model.states is not None or draft is None else draft.pages.num_pages
     return msgspec.structs.replace(
         spec,
         num_layers=spec.num_layers + behind,

@@ -12,9 +12,13 @@ from pathlib import Path
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
+from ..kvcache.draft_pages import draft_pages
 from ..kvcache.frames import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.adapter import NO_LORA_EXPERTS, Adapter, inspect_adapter
+from ..models.checkpoint import check_checkpoint
 from ..models.config import ModelConfig
+from ..models.draft import check_draft
+from ..models.files import check_no_code
 from ..models.native import check_exact
 from ..models.parts.chunks import check_chunks
 from ..models.parts.experts import expert_plan
@@ -47,6 +51,25 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
                 f"{', '.join(map(str, splits))}"
             )
         model.check_length(worker.config.engine.max_model_len)
+
+
+def check_draft_model(deployment: Deployment, model: ModelConfig) -> None:
+    """Refuse a draft model that does not go with the served one on the workers' ranks. Raises ConfigError."""
+    sizes: dict[str, int] = {}  # of ranks, by how the draft model lies in their pages
+    for size, engine in {worker.num_ranks: worker.config.engine for worker in deployment.workers}.items():
+        if (speculative := engine.speculative_config) is None or speculative.model is None:
+            return
+        check_no_code(speculative.model)
+        longest = engine.max_model_len or model.max_model_len
+        draft = check_draft(engine.model_dir, speculative.model, longest, size)
+        if engine.load_format != "dummy":
+            check_checkpoint(speculative.model, draft)
+        sizes[draft_pages(model, draft, engine.kv_cache_dtype, size).name] = size
+    if len(sizes) > 1:
+        raise ConfigError(
+            "speculative_config: the draft model's KV heads and the served model's are not shared alike by workers of "
+            f"{' and of '.join(map(str, sizes.values()))} ranks; give both pools the same tensor_parallel_size"
+        )
 
 
 def _rest(counts: Mapping[str, int]) -> str:

@@ -28,8 +28,7 @@ from ..engine.cpu.compiler import NativeUnavailable
 from ..models.checkpoint import check_checkpoint
 from ..models.config import ModelConfig
 from ..models.default import Progress, cache_dir
-from ..models.draft import check_draft
-from ..models.files import ResolvedModel, check_no_code, find_model, resolve_model
+from ..models.files import ResolvedModel, find_model, resolve_model
 from ..models.probes import kept_probes, probe_distance
 from ..models.quantization import chosen_quantization
 from ..models.tokenizer import Tokenizer
@@ -39,7 +38,15 @@ from ..settings.open_files import room_for_connections
 from ..settings.sockets import listen
 from ..sizing.weights import lacks_native
 from ..wire.address import Address
-from .engine_checks import check_disk, check_engine, check_memory, check_model, is_float32, read_adapters
+from .engine_checks import (
+    check_disk,
+    check_draft_model,
+    check_engine,
+    check_memory,
+    check_model,
+    is_float32,
+    read_adapters,
+)
 from .host import Host, read_host
 from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials
@@ -169,12 +176,7 @@ class Preflight:
         self.deployment = plan(settings, found.dir, settings.served_model_name or found.served_name, ())
         check_model(self.deployment, self.model)
         read_adapters(self.deployment, self.model)
-        speculative = settings.speculative_config
-        if speculative is not None and speculative.model is not None:
-            check_no_code(speculative.model)
-            draft = check_draft(found.dir, speculative.model, settings.max_model_len or self.model.max_model_len)
-            if settings.load_format != "dummy":
-                check_checkpoint(speculative.model, draft)
+        check_draft_model(self.deployment, self.model)
         return f"{len(self.deployment.workers)} workers{self._distance()}"
 
     def _distance(self) -> str:

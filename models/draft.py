@@ -9,8 +9,8 @@ from .config import ModelConfig
 from .tokenizer import Tokenizer
 
 
-def check_draft(target_dir: Path, draft_dir: Path, max_model_len: int) -> ModelConfig:
-    """Return the draft model's shape. Raises ConfigError where it cannot draft for the target."""
+def check_draft(target_dir: Path, draft_dir: Path, max_model_len: int, num_ranks: int) -> ModelConfig:
+    """Return the draft model's shape. Raises ConfigError where it cannot draft for the target on so many ranks."""
     draft = ModelConfig.from_dir(draft_dir)
     if draft.states is not None:
         raise ConfigError(f"speculative_config: the draft model {draft_dir} keeps states, which no draft can take back")
@@ -21,6 +21,10 @@ def check_draft(target_dir: Path, draft_dir: Path, max_model_len: int) -> ModelC
             f"speculative_config: the draft model {draft_dir} has {draft.longest_model_len} positions, and the served "
             f"one {max_model_len} ({target_dir}); give --max-model-len {draft.longest_model_len}"
         )
+    try:
+        draft.check_tp_size(num_ranks)
+    except ConfigError as error:
+        raise ConfigError(f"speculative_config: the draft model {draft_dir}: {error}") from error
     if target_dir.resolve() != draft_dir.resolve():
         _check_tokens(target_dir, draft_dir)
     return draft

@@ -126,8 +126,6 @@ class ServeSettings(
         is_refused = "deterministic" in self.model_fields_set and not self.deterministic
         if is_refused and self.is_exact:
             raise ValueError("speculative_config: on CPUs it needs deterministic, which is turned off: leave that away")
-        if self.speculative_config is not None and self.speculative_config.model is not None and max(sizes) > 1:
-            raise ValueError("speculative_config: a draft model needs tensor_parallel_size 1")
 
     def _check_adapters(self) -> None:
         for name, is_given in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..common.config import NO_INT8_LATENTS, EngineConfig
 from ..common.errors import ConfigError
 from ..common.kv_spec import KVCacheSpec, row_items
-from ..kvcache.draft_pages import num_draft_pages
+from ..kvcache.draft_pages import draft_pages
 from ..kvcache.frames import handed_frames
 from ..models.adapter import expert_columns
 from ..models.config import ModelConfig
@@ -100,7 +100,8 @@ def pages_spec(engine: EngineConfig, model: ModelConfig) -> KVCacheSpec:
     num_states = _num_state_pages(engine, model)
     behind = num_states
     if model.states is None:
-        behind = sum(num_draft_pages(model, draft, engine.kv_cache_dtype) for draft in draft_models(engine))
+        dtype, num_ranks = engine.kv_cache_dtype, engine.tensor_parallel_size
+        behind = sum(draft_pages(model, draft, dtype, num_ranks).num_pages for draft in draft_models(engine))
     return KVCacheSpec(
         model="",
         num_layers=model.num_kv_pages + behind,
@@ -154,7 +155,8 @@ def weight_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
     Raises ConfigError for a quantization that does not go with the checkpoint.
     """
-    drafts = sum(WeightCounter(engine, draft, None, 1).count().total for draft in draft_models(engine))
+    num_ranks = engine.tensor_parallel_size
+    drafts = sum(WeightCounter(engine, draft, None, num_ranks).count().total for draft in draft_models(engine))
     return drafts + rank_weights(engine, model).total + adapter_bytes(engine, model)
 
 

@@ -35,6 +35,10 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     adapters: bytes = b""  # [rows] the slot of each row's adapter; empty: no row has one
     drafted: bytes = b""  # [rows] the last of the tokens fed that are a draft, in no state behind the step; empty: none
     is_measured: bool = False  # behind tokens that no step has computed
+    # Of several ranks with a draft model, which says what is fed when blocks have been copied:
+    is_begin: bool = False  # copies alone; drafted tokens, and then the step, follow
+    is_draft: bool = False  # of the draft model
+    behind: StepPlan | None = None  # what the draft model is fed behind the step
 
 
 def plan_step(batch: Batch, block_size: int) -> StepPlan:

@@ -143,3 +143,19 @@ def test_a_draft_models_kv_comes_with_the_prompts_and_answers_are_the_same(
         assert asyncio.run(_together(cluster, kill=False)) == expected
         assert cluster.metric("kvferry_draft_prompt_tokens_total") == 0
         _die_until_one_resumes(cluster, expected)
+
+
+def test_ranks_share_a_draft_model_whose_kv_they_hand_over_each_its_part(model_dir: Path, tmp_path: Path) -> None:
+    config = json.dumps({"method": "draft_model", "model": str(model_dir), "num_speculative_tokens": 3})
+    ranks = ("--tensor-parallel-size", "2")
+    with serve(model_dir, tmp_path / "alone", *FLAGS, *ALONE, *ranks) as cluster:
+        expected = asyncio.run(_together(cluster, kill=False))
+        greedy = _body(1) | {"temperature": 0.0, "n": 1, "frequency_penalty": 0.0, "logit_bias": None}
+        tokens = cluster.post("/v1/completions", greedy)["choices"]
+    drafting = ("--no-local-prefill", "--speculative-config", config)
+    with serve(model_dir, tmp_path / "drafting", *FLAGS, *drafting, *ranks) as cluster:
+        assert cluster.post("/v1/completions", greedy)["choices"] == tokens
+        counters = ("kvferry_draft_tokens_total", "kvferry_accepted_draft_tokens_total")
+        wait_until(lambda: 0 < cluster.metric(counters[0]) == cluster.metric(counters[1]), "drafts that all were right")
+        assert asyncio.run(_together(cluster, kill=False)) == expected
+        assert cluster.metric("kvferry_draft_prompt_tokens_total") == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvferry.common.batch import Batch, BatchRow
+from kvferry.common.batch import UNDRAFTED, Batch, BatchRow
 from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.decode.speculation import StepCosts
 from kvferry.engine.cuda.runner import CudaRunner
@@ -210,3 +210,35 @@ def test_two_ranks_check_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         answers = _one_by_one(engine)
         found, num_fed, num_right = _drafted(engine, answers)
     assert _compare(found, answers) > 20 and num_fed > num_right > num_fed // 2
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_two_ranks_share_a_draft_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    fields = _write(tmp_path / "model", "heads") | {"device": "cuda", "max_num_seqs": 4, "max_model_len": 512}
+    small = {"num_layers": 3, "num_qo_heads": 2, "num_kv_heads": 1, "hidden_size": 128, "head_dim": 64, "seed": 5}
+    write_checkpoint(tmp_path / "small", dtype="bfloat16", **small)  # type: ignore[arg-type]
+    drafting = {"method": "draft_model", "model": tmp_path / ("model" if own else "small"), "num_speculative_tokens": 4}
+    config = engine_config(tmp_path / "model", **fields, speculative_config=drafting, tensor_parallel_size=2)
+    pages: list[torch.Tensor] = []
+
+    def see(engine: Engine) -> None:
+        pages.append(engine.kv_pages)
+
+    with two_ranks(monkeypatch, config, 64, see) as engine:
+        answers = _one_by_one(engine)
+        driver = Driver(engine)
+        seqs = [driver.add(prompt, params) for prompt, params in zip(prompts(LENGTHS), _sampling(), strict=True)]
+        found = [[run[0]] for run in driver.step([(seq, seq.num_tokens) for seq in seqs])]
+        num_right = 0
+        for length in (3, 1, 4, 2):
+            runs = driver.verify([(seq, [UNDRAFTED] * length) for seq in seqs])
+            for tokens, run in zip(found, runs, strict=True):
+                tokens += run
+                num_right += len(run) - 1
+        pages.append(engine.kv_pages)
+        used = [block for seq in seqs for block in seq.block_table[:-1]]
+    assert _compare(found, answers) >= 20
+    if own:
+        assert num_right > 20
+        for of_rank in pages:
+            torch.testing.assert_close(of_rank[2:, used], of_rank[:2, used], atol=0.05, rtol=0.05)

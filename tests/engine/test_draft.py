@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ from kvferry.common.errors import ConfigError
 from kvferry.common.request import Sequence
 from kvferry.engine.cuda.drafting import GraphDrafts
 from kvferry.engine.engine import Engine
-from kvferry.kvcache.draft_pages import draft_layers
+from kvferry.engine.other_ranks import OtherRanks
+from kvferry.engine.ranks import group
+from kvferry.engine.ranks.group import RankGroup
 
 from ..checkpoints import Shape, write_checkpoint
 from ..engine_driver import Driver, engine_config, prompts
+from ..forks import Forks
 from .cuda.emulation import LateDevice
 
 BLOCK = 8
@@ -49,7 +55,7 @@ def make(models: dict[str, Path], draft: str | None, kind: str, *, native: bool 
     return engine
 
 
-def verify(driver: Driver, seqs: list[Sequence], drafted: dict[int, int], num_drafts: int) -> list[int]:
+def verify(driver: Driver, seqs: list[Sequence], drafted: dict[int, int], num_drafts: int, **moves: Any) -> int:
     """Run one step with drafts. `drafted`: up to where each one's draft model has computed. How many were right."""
     rows = []
     for seq in seqs:
@@ -57,16 +63,16 @@ def verify(driver: Driver, seqs: list[Sequence], drafted: dict[int, int], num_dr
         span = (drafted[id(seq)], end if end % BLOCK == 0 else end - 1)
         driver.grow(seq, end)
         rows.append(BatchRow(seq, 1 + num_drafts, (UNDRAFTED,) * num_drafts, span))
-    output = driver.engine.step(Batch(rows))
+    output = driver.engine.step(Batch(rows, **moves))
     assert output.draft_s > 0
-    accepted = []
+    num_right = 0
     for row, result in zip(rows, output.rows, strict=True):
         run = result.runs[0]
         row.seq.token_ids += [token.token_id for token in run]
         row.seq.num_computed_tokens += len(run)
         drafted[id(row.seq)] = min(row.seq.num_computed_tokens, row.draft_span[1] if row.draft_span else 0)
-        accepted.append(len(run) - 1)
-    return accepted
+        num_right += len(run) - 1
+    return num_right
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def test_tokens_are_the_same_and_a_target_that_drafts_for_itself_is_always_right
     drafted = {id(seq): seq.num_computed_tokens for seq in seqs}
     num_right = num_drafted = 0
     for num_drafts in (3, 1, 5, 2):
-        num_right += sum(verify(driver, seqs, drafted, num_drafts))
+        num_right += verify(driver, seqs, drafted, num_drafts)
         num_drafted += num_drafts * len(seqs)
     for seq, tokens in zip(seqs, expected, strict=True):
         assert seq.output_token_ids[: len(tokens)] == tokens[: seq.num_output_tokens]
@@ -103,7 +109,7 @@ def test_graphs_draft_what_is_drafted_one_by_one(models: dict[str, Path]) -> Non
     engine = make(models, "small", "tiled", native=False)
     draft = engine._draft
     assert draft is not None
-    device = LateDevice(draft._decoder, draft_layers(engine.kv_pages, engine.model_config, draft.model))
+    device = LateDevice(draft._decoder, draft.pages.layers(engine.kv_pages))
     graphs = GraphDrafts(device, num_choices=draft._num_choices, block_size=BLOCK, spare_block=95)
     driver = Driver(engine)
     seqs = [driver.add(prompt) for prompt in prompts([5, 30, 16, 1], 515)]  # 512 and above are no tokens of the draft's
@@ -115,7 +121,9 @@ def test_graphs_draft_what_is_drafted_one_by_one(models: dict[str, Path]) -> Non
             span = (seq.num_computed_tokens - behind, seq.num_tokens + length)
             rows.append(BatchRow(seq, 1 + length, (UNDRAFTED,) * length, span))
         drafts = graphs.propose(rows)
-        assert drafts == draft._one_by_one(rows) and [len(tokens) for tokens in drafts] == list(lengths)
+        assert drafts == draft._one_by_one(rows, OtherRanks(None, BLOCK).send) and [
+            len(tokens) for tokens in drafts
+        ] == list(lengths)
         driver.step([(seq, 1) for seq in seqs])
     assert device.sizes_run[-2:] == [(1, 1), (1, 1)], "the longest draft goes on alone"
     many = BatchRow(seqs[1], 2, (UNDRAFTED,), (0, seqs[1].num_tokens + 1))
@@ -142,5 +150,83 @@ def test_a_draft_model_that_does_not_go_with_its_target_is_refused(models: dict[
     short = refused(Shape(vocab_size=515, max_model_len=128))
     assert "has 128 positions, and the served one 2048" in short and "--max-model-len 128" in short
     assert "do not fit" in refused(Shape(num_kv_heads=4, head_dim=32))
-    with pytest.raises(ConfigError, match="tensor_parallel_size = 1"):
-        make(models, "small", "tiled", tensor_parallel_size=2)
+
+
+class Teller:
+    """Another rank's handler: it sends each page that it is told of to rank 0, and how full its draft pages are."""
+
+    def __init__(self, engine: Engine, config: bytes, send: Callable[[bytes], None]) -> None:
+        self._engine, self._send = engine, send
+
+    def on_user(self, payload: bytes) -> None:
+        pages = self._engine.kv_pages[self._engine.model_config.num_layers :]
+        self._send(b"blocks %d" % sum(bool(pages[:, block].any()) for block in range(pages.shape[1])))
+
+    def on_layer(self, layer_id: int) -> None:
+        self._send(b"page %d" % layer_id)
+
+    def close(self) -> None:
+        """End: nothing is left to say."""
+
+
+@contextmanager
+def on_two_ranks(
+    models: dict[str, Path], draft: str | None, kind: str, messages: queue.SimpleQueue[bytes]
+) -> Iterator[tuple[Engine, RankGroup]]:
+    speculative = {"method": "draft_model", "model": models[draft]} if draft else None
+    fields = {"block_size": BLOCK, "deterministic": True, "speculative_config": speculative, "swap_space": 1 << 20}
+    config = engine_config(models["target"], tensor_parallel_size=2, **(fields | KINDS[kind]))
+    ranks = RankGroup.start(
+        config,
+        num_blocks=96,
+        handler="kvferry.tests.engine.test_draft:Teller",
+        on_message=lambda _, payload: messages.put(payload),
+    )
+    try:
+        yield Engine(config, tp_size=2, num_blocks=96, group=ranks), ranks
+    finally:
+        ranks.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("draft", "kind"), [("target", "native"), ("small", "native"), ("target", "native, int8")])
+def test_ranks_share_a_draft_model_as_they_share_its_target(
+    models: dict[str, Path], draft: str, kind: str, monkeypatch: pytest.MonkeyPatch, rank_forks: Forks
+) -> None:
+    """Blocks that move in the step that reads them, too. `small` has one KV head, which both ranks have."""
+    monkeypatch.setattr(group, "subprocess", rank_forks)
+    lengths, answers = [5, 30, 16, 1], list[list[int]]()
+    for drafting in (None, draft):
+        messages = queue.SimpleQueue[bytes]()
+        with on_two_ranks(models, drafting, kind, messages) as (
+            engine,
+            ranks,
+        ):
+            if type(engine.runner).__name__ != "NativeRunner":
+                pytest.skip("no native code on this machine")
+            driver = Driver(engine)
+            seqs = [driver.add(prompt) for prompt in prompts(lengths, 500)]
+            if drafting is None:
+                answers = driver.generate(seqs)
+                continue
+            driver.step([(seq, seq.num_tokens) for seq in seqs])
+            drafted = {id(seq): seq.num_computed_tokens for seq in seqs}
+            num_right = verify(driver, seqs, drafted, 3)
+            out = [(block, slot) for slot, block in enumerate(seqs[1].block_table)]
+            engine.step(Batch([], swap_out=out))
+            seqs[1].block_table = []
+            driver.grow(seqs[1], len(out) * BLOCK)
+            back = [(slot, block) for (_, slot), block in zip(out, seqs[1].block_table, strict=True)]
+            driver.grow(copy := driver.add(()), len(seqs[2].block_table) * BLOCK)
+            copies = list(zip(seqs[2].block_table, copy.block_table, strict=True))
+            seqs[2].block_table = copy.block_table
+            num_right += verify(driver, seqs, drafted, 2, swap_in=back, block_copies=copies)
+            num_right += verify(driver, seqs, drafted, 1)
+            pages = [b"page %d" % page for page in range(engine.spec.num_layers)]
+            assert [messages.get(timeout=60) for _ in range(4 * len(pages))] == pages * 4
+            ranks.broadcast(b"count")
+            own = engine.kv_pages[engine.model_config.num_layers :]
+            assert messages.get(timeout=60) == b"blocks %d" % sum(bool(own[:, block].any()) for block in range(96))
+            for seq, answer in zip(seqs, answers, strict=True):
+                assert seq.output_token_ids[: len(answer)] == answer[: seq.num_output_tokens]
+            assert (num_right == len(seqs) * (3 + 2 + 1)) == (draft == "target")

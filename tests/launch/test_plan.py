@@ -11,7 +11,7 @@ import pytest
 from kvferry.common.config import EngineConfig, RouterConfig, SpeculativeConfig
 from kvferry.common.errors import ConfigError
 from kvferry.launch.children import worker_environment
-from kvferry.launch.engine_checks import check_engine, check_model
+from kvferry.launch.engine_checks import check_draft_model, check_engine, check_model
 from kvferry.launch.host import Gpu, Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.models.config import ModelConfig
@@ -504,8 +504,39 @@ def test_a_draft_model_is_named_for_every_worker_and_has_its_part_of_weights_and
     token_bytes = cache_token_bytes(alone, MODEL)
     assert cache_token_bytes(engine, MODEL) == token_bytes + token_bytes // MODEL.num_layers  # all three in one page
     assert weight_bytes(engine, MODEL) > weight_bytes(alone, MODEL)
-    with pytest.raises(ValueError, match="a draft model needs tensor_parallel_size 1"):
-        ServeSettings.model_validate({"speculative_config": asked, "tensor_parallel_size": 2})
+    two = planned(speculative_config=asked, dtype="bfloat16", tensor_parallel_size=2).workers[1].config.engine
+    two_alone = planned(dtype="bfloat16", tensor_parallel_size=2).workers[1].config.engine
+    assert cache_token_bytes(two, MODEL) > cache_token_bytes(two_alone, MODEL)
+    drafts = [weight_bytes(a, MODEL) - weight_bytes(b, MODEL) for a, b in ((engine, alone), (two, two_alone))]
+    assert 0.4 * drafts[0] < drafts[1] < 0.6 * drafts[0]
+
+
+@pytest.mark.parametrize(
+    ("draft_heads", "sizes", "why"),
+    [
+        (2, (1, 2), ""),
+        (2, (4, 4), ""),
+        (2, (2, 4), r"not shared alike by workers of 2 and of 4 ranks; give both pools the same tensor_parallel_size"),
+        (1, (3, 3), r"the draft model .*: tensor_parallel_size = 3 does not divide the model's num_attention_heads"),
+    ],
+)
+def test_ranks_share_a_draft_model_in_both_pools_alike(
+    tmp_path: Path, draft_heads: int, sizes: tuple[int, int], why: str
+) -> None:
+    draft = write_checkpoint(tmp_path / "draft", num_qo_heads=4, num_kv_heads=draft_heads, head_dim=16, num_layers=8)
+    pools = {
+        name: PoolSettings(workers=1, tensor_parallel_size=size)
+        for name, size in zip(("prefill", "decode"), sizes, strict=True)
+    }
+    asked = {"method": "draft_model", "model": str(draft)}
+    settings = ServeSettings.model_validate({**pools, "device": "cuda", "speculative_config": asked})
+    served = write_checkpoint(tmp_path / "served", num_qo_heads=8, num_kv_heads=8, head_dim=32)
+    deployment, model = plan(settings, served, "tiny"), ModelConfig.from_dir(served)
+    if not why:
+        check_draft_model(deployment, model)
+        return
+    with pytest.raises(ConfigError, match=f"speculative_config: .*{why}"):
+        check_draft_model(deployment, model)
 
 
 # What a launcher uses itself, and what is for a process that is started by hand.

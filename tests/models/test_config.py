@@ -110,7 +110,7 @@ def test_an_embedding_model_may_have_no_head(tmp_path: Path, architecture: str) 
     check_checkpoint(model_dir, config)
     assert not config.has_head and config.architecture == "Qwen3ForCausalLM"
     with pytest.raises(ConfigError, match=r"speculative_config: .* has no head"):
-        check_draft(model_dir, model_dir, 100)
+        check_draft(model_dir, model_dir, 100, 1)
     tensors = load_file(model_dir / "model.safetensors")
     whole = {f"model.{name}": tensor for name, tensor in tensors.items()}
     save_file(whole, model_dir / "model.safetensors")
