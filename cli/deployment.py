@@ -19,6 +19,7 @@ def greeting(
 ) -> tuple[str, dict[str, object]]:
     """Return what people read when requests can come, and the same for programs."""
     from ..launch.children import reachable
+    from ..settings.tls import http_scheme
 
     name = deployment.router.served_model_name
     has_keys = bool(settings.api_key or settings.api_key_file)
@@ -29,7 +30,7 @@ def greeting(
         "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
-    url = f"http://{reachable(http)}/v1"
+    url = f"{http_scheme(deployment.router)}://{reachable(http)}/v1"
     text = (
         f"kvferry serves {name} at {url} ({_pools(deployment)}). Ctrl-C ends it. Try:\n"
         f"  curl -N {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'\n"
@@ -74,13 +75,14 @@ def _division(deployment: Deployment) -> str:
 
 def description(deployment: Deployment, model: ModelConfig) -> str:
     """Return the plan, a line for each process."""
+    from ..settings.tls import http_scheme
     from ..sizing.memory import block_tokens, cache_token_bytes, weight_bytes
     from ..wire.address import Address
 
     router = deployment.router
     lines = [
         f"model   {router.served_model_name} in {router.model_dir}",
-        f"router  http://{Address(router.host, router.port)}, {_pools(deployment)}",
+        f"router  {http_scheme(router)}://{Address(router.host, router.port)}, {_pools(deployment)}",
     ]
     speculative = deployment.workers[0].config.engine.speculative_config
     if speculative is not None and speculative.model is not None:

@@ -48,11 +48,11 @@ def status(
 
 
 def reload(port: Port = None, pid_file: PidFile = None) -> None:
-    """Let every process read keys and secrets again; nothing restarts."""
+    """Let every process read keys, secrets and certificates again; nothing restarts."""
     answer = _last(_say(_one(port, pid_file), {"command": "reload"}))
     if not answer["ok"]:
         raise KVFerryError(f"reload: {answer['error']}")
-    print("every process has read keys and secrets again")
+    print("every process has read keys, secrets and certificates again")
 
 
 def restart(

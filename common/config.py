@@ -180,9 +180,7 @@ class WorkerConfig(Settings):
     host: str = "127.0.0.1"  # where this worker's handoff socket listens
     port: int = 0  # 0: any free port
     cores: CoreSlot | None = None  # None: `engine.num_threads`, whatever the others do
-    niceness: int = Field(
-        0, ge=0, le=19
-    )  # of the process while it decodes nothing: it yields the cores to those who do
+    niceness: int = Field(0, ge=0, le=19)  # while it decodes nothing: it yields the cores to those who do
     labels: tuple[tuple[str, str], ...] = ()  # where it is, from wide to narrow; empty: its host's name
     calibration_s: float = Field(1.2, ge=0)  # of steps that it measures at start-up; 0: none
     drain_timeout: float = Field(30.0, ge=0)  # from SIGTERM until what still runs is left to other workers
@@ -249,6 +247,9 @@ class RouterConfig(Settings):
     reasoning_parser: ReasoningParserName = "auto"
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None  # further keys; read at start and at each reload
+    ssl_certfile: Path | None = None  # a chain in PEM: both listeners speak TLS. None: plain HTTP
+    ssl_keyfile: Path | None = None
+    ssl_ca_certs: Path | None = None  # clients show a certificate of one of these authorities
     secret_file: Path | None = None  # as a worker's
     local_prefill: bool = True  # False (--no-local-prefill): a prompt is never computed on a decode worker
     max_local_prefill_tokens: int = Field(0, ge=0)

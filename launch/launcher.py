@@ -34,7 +34,7 @@ class Launcher(Protocol):
         ...
 
     async def reload(self) -> list[str]:
-        """Let every process read its keys and secrets again; why some could not. Nothing restarts."""
+        """Let every process read its keys, secrets and certificates again; why some could not. Nothing restarts."""
         ...
 
     def status(self) -> dict[str, object]:

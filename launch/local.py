@@ -184,8 +184,8 @@ class LocalLauncher:
             for child in (*self.routers.children, *self.workers):
                 child.show_stderr()
             self._on_serving(self.routers.http)
-            for admin in self.routers.admins:
-                self._display.note(f"admin listener: http://{admin}/admin/workers")
+            for admin in self.routers.admin_urls:
+                self._display.note(f"admin listener: {admin}/admin/workers")
             self._front, self._back = front, back
             self._scale_requests.serve(self.routers)
 

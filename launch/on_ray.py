@@ -174,8 +174,8 @@ class RayLauncher:
             for child in routers.children:
                 child.show_stderr()
             self._on_serving(routers.http)
-            for admin in routers.admins:
-                self._display.note(f"admin listener: http://{admin}/admin/workers")
+            for admin in routers.admin_urls:
+                self._display.note(f"admin listener: {admin}/admin/workers")
             self._is_serving = True
             scale_requests.serve(routers)
 

@@ -1,4 +1,4 @@
-"""A reload: every process reads its keys and secrets again, none restarts, nobody is cut off.
+"""A reload: every process reads its keys, secrets and certificates again, none restarts, nobody is cut off.
 
 files read here first: a mistake in them is told, and no process hears of it
 ─> reload to each process ─> the word of each that is up that it has done so, or why not
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from ..common.config import RouterConfig
 from ..settings.key_file import read_key_file
+from ..settings.tls import read_tls
 from ..wire.credentials import read_secrets
 from .process import Child, ChildState
 
@@ -22,12 +23,13 @@ def read_credentials(config: RouterConfig, env: Mapping[str, str]) -> tuple[byte
     for path, setting in ((config.api_key_file, "api_key_file"), (config.admin_key_file, "admin_key_file")):
         if path is not None:
             read_key_file(path, setting)
+    read_tls(config)
     return read_secrets(config.secret_file, env)
 
 
 def outcome(failures: Sequence[str]) -> str:
     """Say how a reload went, as the operator's log has it."""
-    return f"reload failed: {'; '.join(failures)}" if failures else "keys and secrets are read again"
+    return f"reload failed: {'; '.join(failures)}" if failures else "keys, secrets and certificates are read again"
 
 
 class Reload:

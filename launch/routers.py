@@ -21,6 +21,7 @@ from ..common.clock import Clock
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
 from ..common.lifeline import Event
 from ..settings.sockets import listen
+from ..settings.tls import admin_scheme, http_scheme
 from ..wire.address import Address
 from .children import ROUTER_PROGRAM, RouterChild
 from .forking import ForkServer
@@ -100,9 +101,15 @@ class RouterGroup:
         return self._address
 
     @property
-    def admins(self) -> list[Address]:
-        """Each router's own admin listener: on the configured port, and those after it."""
-        return [Address(self._config.admin_host, sock.getsockname()[1]) for sock in self._admin]
+    def url(self) -> str:
+        """Return where clients come to, without a path."""
+        return f"{http_scheme(self._config)}://{self.http}"
+
+    @property
+    def admin_urls(self) -> list[str]:
+        """Return where each router's own admin listener is: on the configured port, and those after it."""
+        scheme, config = admin_scheme(self._config), self._config
+        return [f"{scheme}://{Address(config.admin_host, sock.getsockname()[1])}" for sock in self._admin]
 
     @property
     def controls(self) -> tuple[str, ...]:

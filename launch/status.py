@@ -12,14 +12,14 @@ def describe_deployment(
     routers: RouterGroup | None, workers: Sequence[Mapping[str, object]], *, model: str, state: str, launcher: str
 ) -> dict[str, object]:
     """Put together what is known. `routers`: None before there are any; `workers`: rows as `describe_child` makes."""
-    http = routers.http if routers is not None and routers.is_bound else None
+    url = routers.url if routers is not None and routers.is_bound else None
     rows = [] if routers is None else [describe_router(routers, index) for index in range(len(routers.routers))]
     return {
         "state": state,
         "model": model,
         "launcher": launcher,
-        "http": f"http://{http}" if http is not None else None,
-        "admin": [f"http://{admin}" for admin in routers.admins] if routers is not None else [],
+        "http": url,
+        "admin": routers.admin_urls if routers is not None else [],
         "experts": routers.experts if routers is not None else None,
         "processes": [*rows, *workers],
     }

@@ -26,6 +26,7 @@ from ..common.errors import ConfigError
 from ..settings.exposure import check_exposure
 from ..settings.open_files import MAX_CONNECTIONS, room_for_connections
 from ..settings.sockets import listen
+from ..settings.tls import has_admin_tls
 from ..wire.address import Address
 from ..wire.credentials import SharedSecret
 from ..wire.frames import max_frame_bytes
@@ -99,10 +100,16 @@ async def serve_router(
                 stop = serving.enter_context(Stop(config.drain_timeout).listening())
                 serving.enter_context(reloading(credentials, lifeline, parts.scaling.on_launcher))
                 books = Connections(room, config.max_connections_per_address, parts.metrics)
-                front = await serving.enter_async_context(HttpServer(parts.app, books=books).serving(sock))
+                front = await serving.enter_async_context(
+                    HttpServer(parts.app, books=books, certificates=credentials.tls).serving(sock)
+                )
                 if admin_socket is not None:
                     admin = _admin(config, parts, credentials.operators, lifeline)
-                    await serving.enter_async_context(HttpServer(admin).serving(admin_socket))
+                    await serving.enter_async_context(
+                        HttpServer(admin, certificates=credentials.tls if has_admin_tls(config) else None).serving(
+                            admin_socket
+                        )
+                    )
                 address = Address(config.host, sock.getsockname()[1])
                 on_ready()
                 log.info("router_ready", http=str(address), control=str(control_address))

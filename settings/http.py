@@ -21,6 +21,17 @@ class HttpSettings(Settings):
         Option("HTTP", "File of keys that clients must send (kvferry keys); read again on a reload.", FRONTS),
     ] = None
     api_key: Annotated[Texts, Option("HTTP", "Key that clients must send; repeatable.", FRONTS)] = ()
+    ssl_certfile: Annotated[
+        FilePath | None,
+        Option("HTTP", "Certificate in PEM, with its chain: clients come by https; read again on a reload.", FRONTS),
+    ] = None
+    ssl_keyfile: Annotated[FilePath | None, Option("HTTP", "Its private key in PEM, without a password.", FRONTS)] = (
+        None
+    )
+    ssl_ca_certs: Annotated[
+        FilePath | None,
+        Option("HTTP", "Authorities in PEM, of one of which each client must show a certificate.", FRONTS),
+    ] = None
     allowed_hosts: Annotated[
         Annotated[Names, AfterValidator(check_host_names)],
         Option("HTTP", "Name by which clients reach a server without keys, as through a proxy; repeatable.", FRONTS),

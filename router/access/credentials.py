@@ -1,4 +1,4 @@
-"""Clients, operators and workers prove who they are: their secrets are read at start, and again at each reload."""
+"""Clients, operators, workers and the router prove who they are: by what is read at start, and again at each reload."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Self
 from ...common.config import RouterConfig
 from ...wire.credentials import SharedSecret, read_secrets
 from .keys import ApiKeys
+from .tls import ServerTls
 
 
 @dataclass(frozen=True, slots=True)
 class RouterCredentials:
-    """The keys of the API, those of the admin listener, and the secret that workers share."""
+    """The keys of the API, those of the admin listener, the secret that workers share, and the router's certificate."""
 
     clients: ApiKeys
     operators: ApiKeys
     secret: SharedSecret
+    tls: ServerTls
     secret_file: Path | None = None
 
     @classmethod
@@ -29,13 +31,15 @@ class RouterCredentials:
             ApiKeys(config.api_key, file=config.api_key_file, secret=secret.said),
             ApiKeys(config.admin_key, file=config.admin_key_file, setting="admin_key_file"),
             secret,
+            ServerTls(config),
             config.secret_file,
         )
 
     def reload(self) -> None:
         """Read all files again. Raises ConfigError, and then nothing has changed."""
-        clients, operators = self.clients.read(), self.operators.read()
+        clients, operators, tls = self.clients.read(), self.operators.read(), self.tls.read()
         if self.secret_file is not None:
             self.secret.replace(read_secrets(self.secret_file, {}))
         self.clients.take(clients)
         self.operators.take(operators)
+        self.tls.take(tls)

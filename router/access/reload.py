@@ -1,4 +1,4 @@
-"""A router reads its keys and secrets again on SIGHUP, and when its launcher says so."""
+"""A router reads its keys, secrets and certificates again on SIGHUP, and when its launcher says so."""
 
 from __future__ import annotations
 

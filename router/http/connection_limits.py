@@ -29,7 +29,9 @@ class LimitedConnection(Protocol):
 
 class ConnectionObserver(Protocol):
     def on_slow_client(self, kind: str) -> None:
-        """A client was cut for being slow. `kind`: head, body, idle, read; framing: for bytes that carry nothing."""
+        """A client was cut for being slow. `kind`: head, body, idle, read; framing: for bytes that carry nothing;
+        handshake: slow or none that we agree to.
+        """
         ...
 
     def on_refused_connection(self, reason: str) -> None:
@@ -65,8 +67,17 @@ class Connections:
     def __len__(self) -> int:
         return len(self._site_of)
 
-    def open(self, connection: LimitedConnection, host: str) -> str:
-        """Let it in, to wait. Else why not: "total" or "address"."""
+    def open(
+        self,
+        connection: LimitedConnection,
+        host: str,
+        *,
+        instead_of: LimitedConnection | None = None,
+        is_final: bool = True,
+    ) -> str:
+        """Let it in, to wait, in place of another one. Else why not: "total" or "address"; counted if `is_final`."""
+        if instead_of is not None:
+            self.close(instead_of)
         site = _site(host)
         full = ""
         if self._num_from[site] >= self.max_per_address:
@@ -74,7 +85,8 @@ class Connections:
         elif len(self._site_of) >= self.max_total:
             full = "" if self._evict(self._waiting) else "total"
         if full:
-            self.observer.on_refused_connection(full)
+            if is_final:
+                self.observer.on_refused_connection(full)
             return full
         self._site_of[connection] = site
         self._num_from[site] += 1

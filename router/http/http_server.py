@@ -15,6 +15,7 @@ from ..state.errors import failure_of
 from .connection_limits import Connections
 from .leaving import Connection
 from .protocol import WRITE_LIMIT_S, DeadlineProtocol
+from .tls_listener import Certificates, Handshake, TlsListener
 
 KEEP_ALIVE_S = 75
 VANISHED_S = 2 * WRITE_LIMIT_S  # no sign of life: later than one that only does not read is cut for that
@@ -27,12 +28,20 @@ class HttpServer:
     """uvicorn without its signal handlers: who runs it says when it ends."""
 
     def __init__(
-        self, app: ASGIApp, *, protocol: type[DeadlineProtocol] = Connection, books: Connections | None = None
+        self,
+        app: ASGIApp,
+        *,
+        protocol: type[DeadlineProtocol] = Connection,
+        books: Connections | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
+        """`certificates`: with a context, clients come by TLS."""
+        books = Connections() if books is None else books
+        protocol = protocol.keeping(books)
         config = uvicorn.Config(
             _Ending(app, self),
             loop="none",
-            http=protocol.keeping(Connections() if books is None else books),
+            http=protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -44,6 +53,7 @@ class HttpServer:
             timeout_graceful_shutdown=_FLUSH_S,
         )
         self._server = _Uvicorn(config)
+        self._server.certificates = certificates
 
     @property
     def is_stopping(self) -> bool:
@@ -64,6 +74,8 @@ class HttpServer:
         """Accept no more connections; those that are open end one by one, as `leaving` tells."""
         for server in self._server.servers if self._server.started else ():
             server.close()
+            if isinstance(server, TlsListener):
+                server.leave(idle_s)
         for connection in self.connections:
             assert isinstance(connection, Connection)
             connection.leave(idle_s)
@@ -74,7 +86,7 @@ class HttpServer:
 
     async def left(self) -> None:
         """Wait until no connection is left."""
-        while self._server.server_state.connections:  # noqa: ASYNC110  # uvicorn's set tells nobody
+        while self._server.server_state.connections or self._server.is_shaking:  # noqa: ASYNC110  # uvicorn tells nobody
             await asyncio.sleep(_LEFT_POLL_S)
 
     def stop(self) -> None:
@@ -115,6 +127,29 @@ class _Ending:
 
 
 class _Uvicorn(uvicorn.Server):
+    certificates: Certificates | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if sockets is None or self.certificates is None or self.certificates.context is None:
+            await super().startup(sockets)
+            return
+        protocol = self.config.http_protocol_class
+        assert issubclass(protocol, DeadlineProtocol)
+
+        def make(handshake: Handshake) -> DeadlineProtocol:
+            made = protocol(self.config, self.server_state, self.lifespan.state)
+            made.handshake = handshake
+            return made
+
+        listeners = [TlsListener(sock, make, self.certificates, protocol.books) for sock in sockets]
+        self.servers = listeners  # type: ignore[assignment]  # they answer what is asked of asyncio's
+        self.started = True
+
+    @property
+    def is_shaking(self) -> bool:
+        servers = self.servers if self.started else ()
+        return any(server.is_shaking for server in servers if isinstance(server, TlsListener))
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

@@ -26,7 +26,7 @@ from uvicorn.server import ServerState
 
 from ...common.errors import CapacityError, RequestError
 from ..state.errors import failure_of
-from .connection_limits import Connections
+from .connection_limits import Connections, LimitedConnection
 from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
 from .stream_writer import CHUNK_ENCODER, ChunkEncoder, StreamWriter, WriteCoalescer
 from .ways_out import Closer, PlainEncoder, Unframed
@@ -79,6 +79,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._fault: RequestError | None = None  # why the parser was stopped
         self._chunk_encoder: ChunkEncoder | None = None  # of the latest request
         self._num_discarded: int | None = None  # None: what comes is parsed
+        self.handshake: LimitedConnection | None = None  # that has its place among the connections, under TLS
 
     @classmethod
     def keeping(cls, books: Connections) -> type[Self]:
@@ -93,7 +94,8 @@ class DeadlineProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = HeldFlow(transport)
         self.stream_writer = StreamWriter(transport, self.coalescer)
-        full = self.books.open(self, self.client[0] if self.client else "")
+        full = self.books.open(self, self.client[0] if self.client else "", instead_of=self.handshake)
+        self.handshake = None
         if full:
             whose = "from this address" if full == "address" else "to this server"
             self._refuse(CapacityError(f"there are too many connections {whose}", status=503))

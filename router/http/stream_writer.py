@@ -17,6 +17,8 @@ from typing import Protocol
 CHUNK_ENCODER = "kvferry.chunk_encoder"  # where the server lends its own way, in the scope
 
 _HELD_BYTES = 64 * 2**10  # more is written at once, so that the transport can say that it is full
+# A transport of TLS takes whatever it is given in one piece, and says with the next one that it is full.
+_TLS_PIECE_BYTES = 64 * 2**10
 
 
 class WriteCoalescer:
@@ -59,10 +61,13 @@ class StreamWriter:
     `flush` comes before anything is written by another way, and before the end.
     """
 
-    __slots__ = ("_parts", "_size", "_transport", "coalescer")
+    __slots__ = ("_by_tls", "_parts", "_size", "_transport", "coalescer")
 
     def __init__(self, transport: asyncio.Transport, coalescer: WriteCoalescer) -> None:
         self._transport = transport
+        self._by_tls = transport.get_extra_info("sslcontext") is not None
+        if self._by_tls:
+            transport.set_write_buffer_limits(_HELD_BYTES)  # as others have them
         self.coalescer = coalescer
         self._parts: list[bytes] = []
         self._size = 0
@@ -81,7 +86,13 @@ class StreamWriter:
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
         self._size = 0
-        if not self._transport.is_closing():
+        if self._transport.is_closing():
+            return
+        if self._by_tls and len(data) > _TLS_PIECE_BYTES:
+            whole = memoryview(data)
+            for start in range(0, len(data), _TLS_PIECE_BYTES):
+                self._transport.write(whole[start : start + _TLS_PIECE_BYTES])
+        else:
             self._transport.write(data)
 
 

@@ -17,7 +17,7 @@ CLOSED: dict[str, frozenset[str]] = {
     ),
     "rejected": frozenset("queue_full objective deadline displaced late draining quota".split()),
     "resumed": frozenset({"ok", "failed", "aborted"}),
-    "slow": frozenset({"head", "body", "idle", "read", "framing"}),
+    "slow": frozenset({"head", "body", "idle", "read", "framing", "handshake"}),
     "connection": frozenset({"total", "address", "evicted"}),
     "refused": frozenset("frame size seal hello flood mismatch".split()),
     "batch_line": frozenset({"ok", "error"}),

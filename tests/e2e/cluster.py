@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -119,12 +120,17 @@ def wait_until(condition: object, what: str, limit_s: float = WAIT_LIMIT_S) -> N
 
 @contextlib.contextmanager
 def serve(
-    model_dir: Path | None, log: Path, *flags: str, env: dict[str, str] | None = None, is_fork: bool = True
+    model_dir: Path | None,
+    log: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    is_fork: bool = True,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[Cluster]:
     """Start `kvferry serve` and wait until it is ready; afterwards nothing of it may be left.
 
     `is_fork`: its processes have their imports from one of the tests' (forked_command.py), else it is the command. That
-    alone can start itself anew, to hide keys among its flags.
+    alone can start itself anew, to hide keys among its flags. `tls`: how clients come to it.
     """
     port = free_port()
     words = ["serve", *([str(model_dir)] if model_dir else []), "--port", str(port), *flags]
@@ -147,8 +153,8 @@ def serve(
                 start_new_session=True,
                 env=environment,
             )
-    base_url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=base_url, timeout=240.0) as client:
+    base_url = f"{'http' if tls is None else 'https'}://127.0.0.1:{port}"
+    with httpx.Client(base_url=base_url, timeout=240.0, verify=tls or True) as client:
         cluster = Cluster(process, base_url, log, client)
         try:
             _wait_ready(cluster)

@@ -1,11 +1,11 @@
-"""Keys and secrets of a running deployment: taken back, given out and rotated while requests run."""
+"""Keys, secrets and the certificate of a running deployment: taken back, given out, rotated while requests run."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import ssl
+import socket
 import subprocess
 import sys
 import threading
@@ -20,11 +20,12 @@ import pytest
 from kvferry.settings.key_file import add_key, revoke_keys
 from kvferry.tools.load.server_process import free_port
 
+from ..certificates import client_context, write_certificate
 from ..checkpoints import write_checkpoint
 from .cluster import Cluster, serve, wait_until
 
 FLAGS = ("--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB", "--device", "cpu")
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the usual one reads every root certificate, for each connection
+TLS = client_context()
 OLD, NEW = "the first secret of these tests", "the second secret of these tests"
 
 
@@ -32,6 +33,7 @@ class Site(NamedTuple):
     cluster: Cluster
     key_file: Path
     secret_file: Path
+    certificates: Path
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_secret(secret, OLD)
     model_dir = write_checkpoint(folder / "tiny", max_model_len=4096)
     flags = (*FLAGS, "--api-key-file", str(keys), "--secret-file", str(secret), "--routers", "2")
-    with serve(model_dir, folder / "log", *flags, is_fork=False) as cluster:  # a fork's environment is not in /proc
-        yield Site(cluster, keys, secret)
+    files = write_certificate(folder / "certificates")
+    by_tls = ("--ssl-certfile", str(files["ssl_certfile"]), "--ssl-keyfile", str(files["ssl_keyfile"]))
+    # A fork's environment is not in /proc.
+    with serve(model_dir, folder / "log", *flags, *by_tls, is_fork=False, tls=TLS) as cluster:
+        yield Site(cluster, keys, secret, folder / "certificates")
 
 
 def write_secret(path: Path, *lines: str) -> None:
@@ -56,7 +61,7 @@ def ask(cluster: Cluster, key: str) -> int:
     body = {"prompt": "hi", "max_tokens": 2}
     headers = {"authorization": f"Bearer {key}"}
     url = f"{cluster.base_url}/v1/completions"
-    return httpx.post(url, json=body, headers=headers, timeout=240.0, verify=NO_TLS).status_code
+    return httpx.post(url, json=body, headers=headers, timeout=240.0, verify=TLS).status_code
 
 
 class LongStream:
@@ -74,7 +79,10 @@ class LongStream:
         base_url, key, num_tokens = self._args
         body = {"prompt": "a long one", "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
         headers = {"authorization": f"Bearer {key}"}
-        with httpx.stream("POST", f"{base_url}/v1/completions", json=body, headers=headers, timeout=240.0) as answer:
+        with (
+            httpx.Client(base_url=base_url, timeout=240.0, verify=TLS) as client,
+            client.stream("POST", "/v1/completions", json=body, headers=headers) as answer,
+        ):
             assert answer.status_code == 200
             for line in answer.iter_lines():
                 if line:
@@ -105,6 +113,25 @@ def test_a_revoked_key_is_refused_after_sighup_and_other_streams_go_on(site: Sit
     assert stream.is_whole()
     assert ask(site.cluster, bob) == 200
     assert {child.pid for child in site.cluster.programs()} == pids
+
+
+def test_a_certificate_is_renewed_by_a_reload_and_streams_go_on(site: Site) -> None:
+    key = add_key(site.key_file, "carol", None)
+    site.cluster.command("reload")
+    assert str(site.cluster.status()["http"]).startswith("https://")
+    assert name_shown(site.cluster) == "kvferry tests' server"
+    stream = LongStream(site.cluster, key)
+    write_certificate(site.certificates, "renewed")
+    site.cluster.command("reload")
+    assert {name_shown(site.cluster) for _ in range(8)} == {"kvferry tests' renewed server"}  # of every router
+    assert stream.is_whole()
+
+
+def name_shown(cluster: Cluster) -> str:
+    host, _, port = cluster.base_url.removeprefix("https://").rpartition(":")
+    with socket.create_connection((host, int(port))) as sock, TLS.wrap_socket(sock, server_hostname=host) as shown:
+        subject = (shown.getpeercert() or {})["subject"]
+    return str(dict(pair[0] for pair in subject)["commonName"])  # type: ignore[misc]
 
 
 def test_a_key_file_that_is_wrong_leaves_all_as_it_was(site: Site) -> None:

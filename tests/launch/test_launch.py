@@ -472,7 +472,7 @@ async def test_a_reload_reaches_every_process_and_restarts_none(tmp_path: Path) 
         assert await launcher.reload() == []
         heard = [json.loads(line) for line in whole_lines(tmp_path / "heard.jsonl")]
         assert len({event["pid"] for event in heard if event["event"] == "reload"}) == 2
-        assert recorder.notes[-1] == "keys and secrets are read again"
+        assert recorder.notes[-1] == "keys, secrets and certificates are read again"
         assert processes(tmp_path) == before
 
 

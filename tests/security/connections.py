@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from kvferry.router.http.connection_limits import Connections
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
+from kvferry.router.http.tls_listener import Certificates
 from kvferry.settings.sockets import listen
 from kvferry.wire.address import Address
 
@@ -19,17 +21,25 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @asynccontextmanager
 async def listening(
-    served: Served, *, total: int = 100, per_address: int = 100, protocol: type[DeadlineProtocol] = DeadlineProtocol
+    served: Served,
+    *,
+    total: int = 100,
+    per_address: int = 100,
+    protocol: type[DeadlineProtocol] = DeadlineProtocol,
+    certificates: Certificates | None = None,
 ) -> AsyncIterator[tuple[str, int]]:
     sock = listen(Address("127.0.0.1", 0))
     books = Connections(total, per_address, served.metrics)
-    async with HttpServer(served.app, protocol=protocol, books=books).serving(sock):
+    server = HttpServer(served.app, protocol=protocol, books=books, certificates=certificates)
+    async with server.serving(sock):
         yield sock.getsockname()
 
 
 @asynccontextmanager
-async def connected(address: tuple[str, int], local: str = "127.0.0.1") -> AsyncIterator[Streams]:
-    reader, writer = await asyncio.open_connection(*address, local_addr=(local, 0))
+async def connected(
+    address: tuple[str, int], local: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Streams]:
+    reader, writer = await asyncio.open_connection(*address, local_addr=(local, 0), ssl=tls)
     try:
         yield reader, writer
     finally:

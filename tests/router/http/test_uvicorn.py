@@ -26,7 +26,7 @@ OVERRIDDEN = {
         *("send_400_response", "timeout_keep_alive_handler", "_unsupported_upgrade_warning"),
     ),
     (HeldFlow, FlowControl): ("pause_reading", "resume_reading"),
-    (_Uvicorn, Server): ("capture_signals",),
+    (_Uvicorn, Server): ("capture_signals", "startup"),
 }
 CALLED = {
     HttpToolsProtocol: ("_unset_keepalive_if_required",),

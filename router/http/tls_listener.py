@@ -1,0 +1,135 @@
+"""TLS in front of HTTP: a connection is one when its client and this server have shaken hands.
+
+    accepted ─> a place among the connections ─> handshake within HANDSHAKE_LIMIT_S ─> its HTTP connection has the place
+                    │                               └─ not, or no TLS: closed
+                    └─ none ─> handshake all the same, for some at a time ─> 503
+
+A handshake holds its place as an idle connection does: it goes for a newcomer, so nobody is kept out by clients that
+begin and do not go on. What it is made with is asked for at its beginning, so that a reload reaches the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from .connection_limits import Connections
+from .leaving import Connection
+from .protocol import DeadlineProtocol
+
+HANDSHAKE_LIMIT_S = 5.0
+_MAX_REFUSING = 64  # handshakes at once of clients that are then told of no room; those beyond are just closed
+_ACCEPT_AGAIN_S = 0.2  # after no file could be opened
+
+log = structlog.get_logger(__name__)
+
+
+class Certificates(Protocol):
+    """A `Certificates` has what connections are made with; None: plain HTTP."""
+
+    @property
+    def context(self) -> ssl.SSLContext | None: ...
+
+
+class Handshake:
+    """One connection until it is HTTP's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.is_refused = False  # there was no room, and it is told so
+        self.is_whole = False  # the HTTP connection has the socket
+        self.task: asyncio.Task[None] | None = None
+
+    def evict(self) -> None:
+        """A newcomer needs the room."""
+        if self.task is not None:
+            self.task.cancel()
+
+
+class TlsListener:
+    """Stands where uvicorn has a server of asyncio's. Belongs to its loop."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        make: Callable[[Handshake], DeadlineProtocol],
+        certificates: Certificates,
+        books: Connections,
+    ) -> None:
+        """`make`: an HTTP connection in place of a handshake."""
+        self._sock = sock.dup()  # whose end is ours: the other one's owner closes that while we wait at it
+        self._sock.setblocking(False)
+        self._make, self._certificates, self._books = make, certificates, books
+        self._handshakes: set[Handshake] = set()
+        self._num_refusing = 0
+        self._idle_s: float | None = None  # of connections that are leaving
+        self._accepting = asyncio.get_running_loop().create_task(self._accept())
+
+    @property
+    def is_shaking(self) -> bool:
+        return bool(self._handshakes)
+
+    def close(self) -> None:
+        """Accept no more; handshakes that have begun go on."""
+        self._accepting.cancel()
+
+    def leave(self, idle_s: float) -> None:
+        """Let connections that are still to come of handshakes leave."""
+        self._idle_s = idle_s
+
+    async def wait_closed(self) -> None:
+        tasks = [each.task for each in self._handshakes if each.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(self._accepting, *tasks, return_exceptions=True)
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        with self._sock:
+            while True:
+                try:
+                    sock, address = await loop.sock_accept(self._sock)
+                except OSError as error:
+                    log.warning("cannot_accept", error=error.strerror)
+                    await asyncio.sleep(_ACCEPT_AGAIN_S)
+                else:
+                    self._begin(Handshake(sock), str(address[0]))
+
+    def _begin(self, handshake: Handshake, host: str) -> None:
+        full = self._books.open(handshake, host, is_final=False)
+        if full and self._num_refusing >= _MAX_REFUSING:
+            self._books.observer.on_refused_connection(full)
+            handshake.sock.close()
+            return
+        handshake.is_refused = bool(full)
+        self._num_refusing += handshake.is_refused
+        self._handshakes.add(handshake)
+        handshake.task = asyncio.get_running_loop().create_task(self._shake(handshake))
+        handshake.task.add_done_callback(lambda task: self._end(handshake))  # one may be evicted before it runs
+
+    def _end(self, handshake: Handshake) -> None:
+        self._books.close(handshake)
+        self._handshakes.discard(handshake)
+        self._num_refusing -= handshake.is_refused
+        if not handshake.is_whole:
+            handshake.sock.close()
+
+    async def _shake(self, handshake: Handshake) -> None:
+        connection = self._make(handshake)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection,
+                handshake.sock,
+                ssl=self._certificates.context,
+                ssl_handshake_timeout=HANDSHAKE_LIMIT_S,
+            )
+            handshake.is_whole = True
+            if self._idle_s is not None and isinstance(connection, Connection):
+                connection.leave(self._idle_s)
+        except (OSError, ssl.SSLError):  # one that takes too long is an OSError, too
+            self._books.observer.on_slow_client("handshake")
