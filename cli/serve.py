@@ -45,7 +45,7 @@ def serve(
 ) -> None:
     """Start a router and its workers, on this machine or on Ray, and serve until Ctrl-C.
 
-    SIGTERM drains: running answers finish first. SIGHUP reads keys and certificates again. `kvferry restart` restarts all.
+    SIGTERM drains: running answers finish first. SIGHUP reads keys and certificates. `kvferry restart` restarts all.
     """
     import asyncio
 

@@ -24,6 +24,7 @@ from .protocol import DeadlineProtocol
 
 HANDSHAKE_LIMIT_S = 5.0
 _MAX_REFUSING = 64  # handshakes at once of clients that are then told of no room; those beyond are just closed
+_MAX_ACCEPTED = 64  # in one turn of the loop
 _ACCEPT_AGAIN_S = 0.2  # after no file could be opened
 
 log = structlog.get_logger(__name__)
@@ -68,15 +69,22 @@ class TlsListener:
         self._handshakes: set[Handshake] = set()
         self._num_refusing = 0
         self._idle_s: float | None = None  # of connections that are leaving
-        self._accepting = asyncio.get_running_loop().create_task(self._accept())
+        self._loop = asyncio.get_running_loop()
+        self._again: asyncio.TimerHandle | None = None
+        self._loop.add_reader(self._sock, self._accept)
 
     @property
     def is_shaking(self) -> bool:
         return bool(self._handshakes)
 
     def close(self) -> None:
-        """Accept no more; handshakes that have begun go on."""
-        self._accepting.cancel()
+        """Accept no more; handshakes that have begun go on. Idempotent."""
+        if self._sock.fileno() < 0:
+            return
+        if self._again is not None:
+            self._again.cancel()
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
 
     def leave(self, idle_s: float) -> None:
         """Let connections that are still to come of handshakes leave."""
@@ -86,19 +94,22 @@ class TlsListener:
         tasks = [each.task for each in self._handshakes if each.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(self._accepting, *tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        with self._sock:
-            while True:
-                try:
-                    sock, address = await loop.sock_accept(self._sock)
-                except OSError as error:
-                    log.warning("cannot_accept", error=error.strerror)
-                    await asyncio.sleep(_ACCEPT_AGAIN_S)
-                else:
-                    self._begin(Handshake(sock), str(address[0]))
+    def _accept(self) -> None:
+        """Accept what has come. Not by `sock_accept`: what that has accepted when it is cancelled would be lost."""
+        for _ in range(_MAX_ACCEPTED):
+            try:
+                sock, address = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # another router has it, or it left
+                return
+            except OSError as error:
+                log.warning("cannot_accept", error=error.strerror)
+                self._loop.remove_reader(self._sock)
+                self._again = self._loop.call_later(_ACCEPT_AGAIN_S, self._loop.add_reader, self._sock, self._accept)
+                return
+            sock.setblocking(False)
+            self._begin(Handshake(sock), str(address[0]))
 
     def _begin(self, handshake: Handshake, host: str) -> None:
         full = self._books.open(handshake, host, is_final=False)
@@ -109,7 +120,7 @@ class TlsListener:
         handshake.is_refused = bool(full)
         self._num_refusing += handshake.is_refused
         self._handshakes.add(handshake)
-        handshake.task = asyncio.get_running_loop().create_task(self._shake(handshake))
+        handshake.task = self._loop.create_task(self._shake(handshake))
         handshake.task.add_done_callback(lambda task: self._end(handshake))  # one may be evicted before it runs
 
     def _end(self, handshake: Handshake) -> None:
@@ -122,7 +133,7 @@ class TlsListener:
     async def _shake(self, handshake: Handshake) -> None:
         connection = self._make(handshake)
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
+            await self._loop.connect_accepted_socket(
                 lambda: connection,
                 handshake.sock,
                 ssl=self._certificates.context,
@@ -131,5 +142,5 @@ class TlsListener:
             handshake.is_whole = True
             if self._idle_s is not None and isinstance(connection, Connection):
                 connection.leave(self._idle_s)
-        except (OSError, ssl.SSLError):  # one that takes too long is an OSError, too
+        except OSError:  # of TLS, of the network, or as it takes too long
             self._books.observer.on_slow_client("handshake")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 import ssl
@@ -191,6 +192,26 @@ async def test_a_client_that_leaves_is_noticed(tls: ServerTls, way: str) -> None
             writer.close()
         await served.dispatcher.abort_seen.wait()
     assert served.dispatcher.aborted == [served.request.request_id]
+
+
+async def test_a_listener_that_may_open_no_more_files_accepts_again_soon(
+    tls: ServerTls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")] * 2
+
+    def accept_at_last(self: socket.socket) -> object:
+        if failures:
+            raise failures.pop()
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_at_last)
+    async with (
+        listening(serve(), certificates=tls) as address,
+        connected(address, tls=client_context()) as (reader, writer),
+    ):
+        writer.write(GET)
+        assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+    assert not failures
 
 
 class _Quick(Connection):
