@@ -160,10 +160,7 @@ class RowOutput(NamedTuple):
 def row_output(
     row: BatchRow, tokens: tuple[SampledToken, ...], prompt_logprobs: tuple[SampledToken, ...] = ()
 ) -> RowOutput:
-    """Make a row's output of the token that the samplers found for each choice.
-
-    Logits that are no distribution yield no token, or NaN.
-    """
+    """Make a row's output of each choice's sampled token: of logits that are no distribution none, or NaN."""
     if (row.samples and not tokens) or any(token.is_nan for token in prompt_logprobs):
         return RowOutput((), is_finite=False)
     return RowOutput(tuple((token,) for token in tokens), prompt_logprobs)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..common.clock import Clock
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
 from ..common.lifeline import Event
+from ..settings.quota_board import QuotaBoard, has_quotas
 from ..settings.sockets import listen
 from ..settings.tls import admin_scheme, http_scheme
 from ..wire.address import Address
@@ -71,6 +72,10 @@ class RouterGroup:
         secrets = {API_KEY_VARIABLE: ",".join(config.api_key), ADMIN_KEY_VARIABLE: ",".join(config.admin_key)}
         env = {**env, **secrets}
         config = config.model_copy(update={"api_key": (), "admin_key": ()})
+        self._board: QuotaBoard | None = None  # what keys have used of all routers
+        if num_routers > 1 and has_quotas(config):
+            self._board = QuotaBoard.create(num_routers)
+            config = config.model_copy(update={"quota_board": self._board.path})
         self.routers = [
             RouterChild(
                 "router" if num_routers == 1 else f"router-{index}",
@@ -122,6 +127,8 @@ class RouterGroup:
         with contextlib.ExitStack() as stack:
             self._http = stack.enter_context(listen(Address(config.host, config.port)))
             self._address = Address(config.host, self._http.getsockname()[1])
+            if self._board is not None:
+                stack.callback(self._board.close)
             for index in range(len(self.routers) if config.admin_port is not None else 0):
                 address = Address(config.admin_host, config.admin_port + index if config.admin_port else 0)
                 self._admin.append(stack.enter_context(listen(address, setting="admin_port")))

@@ -22,7 +22,7 @@ from ..common.config import UnknownFields
 from .access.cors import Cors
 from .access.hosts import HostNames
 from .access.keys import ApiKeys
-from .access.quota import QuotaLimits, Quotas
+from .access.quota import Accounts, QuotaLimits, Quotas
 from .admin.adapters import LOAD_PATH, UNLOAD_PATH, AdapterEndpoints, AdapterOperations
 from .admin.json_body import client_body
 from .api.body import MAX_BODY_BYTES
@@ -50,6 +50,7 @@ def build_app(
     clock: Clock | None = None,
     seed: int | None = None,
     quota: QuotaLimits | None = None,
+    accounts: Accounts | None = None,
     share_prefix_cache: bool = False,
     classes: RequestClasses | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -75,7 +76,7 @@ def build_app(
         clock=clock,
         observer=metrics,
         random=random.Random(seed) if seed is not None else random.SystemRandom(),
-        quotas=Quotas(quota or QuotaLimits(), clock),
+        quotas=Quotas(quota or QuotaLimits(), clock, accounts),
         classes=classes or RequestClasses(),
         shares_prefixes=share_prefix_cache,
         max_body_bytes=max_body_bytes,

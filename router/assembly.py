@@ -12,8 +12,10 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
+import structlog
 from fastapi import FastAPI
 
 from .. import __version__
@@ -24,8 +26,10 @@ from ..models.config import ModelConfig
 from ..models.pooling import read_pooling
 from ..models.quantization import chosen_quantization
 from ..models.tokenizer import Tokenizer
+from ..settings.quota_board import QuotaBoard
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits
+from .access.shared_accounts import SharedAccounts
 from .api.generation import Api
 from .app import build_app
 from .autoscaler.load_record import LoadRecord, RecordingMetrics
@@ -45,6 +49,8 @@ from .state.classes import RequestClasses
 from .state.failures import WorkerLife
 from .state.objectives import BACKGROUND_CLASS, DEFAULT_CLASS
 from .state.predictor import Predictor
+
+log = structlog.get_logger(__name__)
 
 
 class LauncherLink(Protocol):
@@ -151,6 +157,17 @@ def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCo
     return model, tokenizer, grammars
 
 
+def _shared_accounts(path: Path | None, limits: QuotaLimits, clock: Clock) -> SharedAccounts | None:
+    """Return None where this router counts for itself."""
+    if path is None:
+        return None
+    try:
+        return SharedAccounts(QuotaBoard.open(path), limits, clock)
+    except OSError as error:
+        log.warning("shared_quotas", used=False, reason=f"{path}: {error.strerror or error}")
+        return None
+
+
 def _application(
     config: RouterConfig,
     catalogue: Catalogue,
@@ -160,17 +177,17 @@ def _application(
     classes: RequestClasses,
     adapters: AdapterNames | None,
 ) -> FastAPI:
+    limits = QuotaLimits(
+        config.max_concurrency_per_key, config.requests_per_minute_per_key, config.tokens_per_minute_per_key
+    )
     return build_app(
         catalogue,
         metrics,
         keys=keys,
         clock=clock,
         seed=config.seed,
-        quota=QuotaLimits(
-            config.max_concurrency_per_key,
-            config.requests_per_minute_per_key,
-            config.tokens_per_minute_per_key,
-        ),
+        quota=limits,
+        accounts=_shared_accounts(config.quota_board, limits, clock),
         share_prefix_cache=config.share_prefix_cache,
         classes=classes,
         allowed_hosts=(config.host, *config.allowed_hosts) if not config.needs_api_keys else config.allowed_hosts,

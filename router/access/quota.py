@@ -7,12 +7,15 @@
 
 The two rates are buckets that fill evenly and hold a minute's worth. A request that costs more than a full bucket goes
 when the bucket is full, and leaves a debt. Pure: time comes from a clock. Where there are no keys, all clients are one.
-Each router counts for itself.
+A router counts for itself, or with the others of its launcher (`shared_accounts.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from ...common.clock import Clock
 from ...common.errors import CapacityError
@@ -39,6 +42,15 @@ class Bucket:
         self.capacity = capacity
         self._level = float(capacity)
         self._at_s = now_s
+
+    @property
+    def state(self) -> tuple[float, float]:
+        """The level that it had, and when."""
+        return self._level, self._at_s
+
+    @state.setter
+    def state(self, state: tuple[float, float]) -> None:
+        self._level, self._at_s = state
 
     def level(self, now_s: float) -> float:
         self._level = min(self.capacity, self._level + self.capacity * (now_s - self._at_s) / _WINDOW_S)
@@ -74,78 +86,105 @@ class Account:
         self.tokens = None if limits.tokens_per_minute is None else Bucket(limits.tokens_per_minute, now_s)
 
 
-class Quotas:
-    """The accounts. There are as many as keys: tenants come from the keys that the server knows."""
+class Accounts(Protocol):
+    """Whoever keeps the accounts. There are as many as keys: tenants come from the keys that the server knows."""
+
+    def using(self, tenant: bytes) -> AbstractContextManager[Account]:
+        """Lend the tenant's account, which nobody else changes meanwhile."""
+        ...
+
+
+class OwnAccounts:
+    """The accounts of a router that counts for itself. Implements `Accounts`."""
 
     def __init__(self, limits: QuotaLimits, clock: Clock) -> None:
+        self._limits, self._clock = limits, clock
+        self._accounts: dict[bytes, Account] = {}
+
+    @contextmanager
+    def using(self, tenant: bytes) -> Iterator[Account]:
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._accounts[tenant] = Account(self._limits, self._clock.now())
+        yield account
+
+
+class Quotas:
+    """Lets requests in, as far as their tenants' accounts allow."""
+
+    def __init__(self, limits: QuotaLimits, clock: Clock, accounts: Accounts | None = None) -> None:
         self.limits = limits
         self._clock = clock
-        self._accounts: dict[bytes, Account] = {}
+        self._accounts = OwnAccounts(limits, clock) if accounts is None else accounts
 
     def enter(self, tenant: bytes) -> Allowance:
         """Raises CapacityError (429) where the tenant's requests are used up."""
-        now = self._clock.now()
-        account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = Account(self.limits, now)
-        allowance = Allowance(account, self._clock)
-        limit = self.limits.max_concurrency
-        if limit is not None and account.num_running >= limit:
-            raise QuotaExceeded(f"this key may have {limit} requests at once", _BUSY_RETRY_S, allowance)
-        if account.requests is not None:
-            wait_s = account.requests.wait_s(1, now)
-            if wait_s > 0:
-                text = f"this key may send {account.requests.capacity} requests a minute"
-                raise QuotaExceeded(text, wait_s, allowance)
-            account.requests.take(1, now)
-        account.num_running += 1
+        now, limit = self._clock.now(), self.limits.max_concurrency
+        allowance = Allowance(self._accounts, tenant, self._clock)
+        with self._accounts.using(tenant) as account:
+            if limit is not None and account.num_running >= limit:
+                raise QuotaExceeded(f"this key may have {limit} requests at once", _BUSY_RETRY_S, allowance)
+            if account.requests is not None:
+                wait_s = account.requests.wait_s(1, now)
+                if wait_s > 0:
+                    text = f"this key may send {account.requests.capacity} requests a minute"
+                    raise QuotaExceeded(text, wait_s, allowance)
+                account.requests.take(1, now)
+            account.num_running += 1
         return allowance
 
 
 class Allowance:
     """One request's part of its tenant's account."""
 
-    __slots__ = ("_account", "_charged", "_clock", "_has_left")
+    __slots__ = ("_accounts", "_charged", "_clock", "_has_left", "_tenant")
 
-    def __init__(self, account: Account, clock: Clock) -> None:
-        self._account = account
+    def __init__(self, accounts: Accounts, tenant: bytes, clock: Clock) -> None:
+        self._accounts, self._tenant = accounts, tenant
         self._clock = clock
         self._charged = 0
         self._has_left = False
 
     def charge(self, num_tokens: int) -> None:
         """Raises CapacityError (429) where they are not there."""
-        bucket = self._account.tokens
-        if bucket is None:
-            return
-        now = self._clock.now()
-        wait_s = bucket.wait_s(num_tokens, now)
-        if wait_s > 0:
-            text = f"this key may use {bucket.capacity} tokens a minute; prompt and answer may take {num_tokens}"
-            raise QuotaExceeded(text, wait_s, self)
-        bucket.take(num_tokens, now)
+        with self._accounts.using(self._tenant) as account:
+            if (bucket := account.tokens) is None:
+                return
+            now = self._clock.now()
+            wait_s = bucket.wait_s(num_tokens, now)
+            if wait_s > 0:
+                text = f"this key may use {bucket.capacity} tokens a minute; prompt and answer may take {num_tokens}"
+                raise QuotaExceeded(text, wait_s, self)
+            bucket.take(num_tokens, now)
         self._charged += num_tokens
 
     def settle(self, num_tokens: int) -> None:
         """So many were used of those charged."""
-        if self._account.tokens is not None:
-            self._account.tokens.give_back(self._charged - num_tokens, self._clock.now())
+        with self._accounts.using(self._tenant) as account:
+            self._settle(account, num_tokens)
+
+    def _settle(self, account: Account, num_tokens: int) -> None:
+        if account.tokens is not None:
+            account.tokens.give_back(self._charged - num_tokens, self._clock.now())
         self._charged = 0
 
     def leave(self) -> None:
         """End the request's part. Idempotent."""
         if not self._has_left:
             self._has_left = True
-            self._account.num_running -= 1
-            if self._charged:
-                self.settle(0)
+            with self._accounts.using(self._tenant) as account:
+                account.num_running -= 1
+                if self._charged:
+                    self._settle(account, 0)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """The amounts that are left, under the names that OpenAI's clients know."""
         now = self._clock.now()
         found = []
-        for name, bucket in ((b"requests", self._account.requests), (b"tokens", self._account.tokens)):
+        with self._accounts.using(self._tenant) as account:
+            buckets = (b"requests", account.requests), (b"tokens", account.tokens)
+        for name, bucket in buckets:
             if bucket is not None:
                 left = max(0, int(bucket.level(now)))
                 found.append((b"x-ratelimit-limit-" + name, b"%d" % bucket.capacity))

@@ -43,7 +43,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     keys.touch(mode=0o600)
     write_secret(secret, OLD)
     model_dir = write_checkpoint(folder / "tiny", max_model_len=4096)
-    flags = (*FLAGS, "--api-key-file", str(keys), "--secret-file", str(secret), "--routers", "2")
+    flags = (
+        *FLAGS,
+        "--api-key-file",
+        str(keys),
+        "--secret-file",
+        str(secret),
+        "--routers",
+        "2",
+        "--max-concurrency-per-key",
+        "4",
+    )
     files = write_certificate(folder / "certificates")
     by_tls = ("--ssl-certfile", str(files["ssl_certfile"]), "--ssl-keyfile", str(files["ssl_keyfile"]))
     # A fork's environment is not in /proc.
@@ -125,6 +135,16 @@ def test_a_certificate_is_renewed_by_a_reload_and_streams_go_on(site: Site) -> N
     site.cluster.command("reload")
     assert {name_shown(site.cluster) for _ in range(8)} == {"kvferry tests' renewed server"}  # of every router
     assert stream.is_whole()
+
+
+def test_a_key_has_its_limit_of_all_routers_together(site: Site) -> None:
+    key = add_key(site.key_file, "erin", None)
+    site.cluster.command("reload")
+    streams = [LongStream(site.cluster, key, num_tokens=1500) for _ in range(4)]
+    asked = [ask(site.cluster, key) for _ in range(8)]
+    assert all(stream.is_whole() for stream in streams)
+    assert asked == [429] * 8
+    assert ask(site.cluster, key) == 200
 
 
 def name_shown(cluster: Cluster) -> str:

@@ -1,25 +1,49 @@
-"""Quotas over a clock that is moved by hand."""
+"""Quotas over a clock that is moved by hand, of a router that counts for itself and of one that counts with others."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
 
 import pytest
 
 from kvferry.common.errors import CapacityError
 from kvferry.router.access.quota import QuotaLimits, Quotas
+from kvferry.router.access.shared_accounts import SharedAccounts
+from kvferry.settings.quota_board import QuotaBoard
 from kvferry.tests.fake_clock import FakeClock
 
 
-def test_without_limits_nothing_is_counted() -> None:
-    quotas = Quotas(QuotaLimits(), FakeClock())
+class MakeQuotas(Protocol):
+    def __call__(self, limits: QuotaLimits, clock: FakeClock) -> Quotas: ...
+
+
+@pytest.fixture(params=["own", "shared"])
+def make_quotas(request: pytest.FixtureRequest) -> Iterator[MakeQuotas]:
+    boards: list[QuotaBoard] = []
+
+    def make(limits: QuotaLimits, clock: FakeClock) -> Quotas:
+        if request.param == "own":
+            return Quotas(limits, clock)
+        boards.append(QuotaBoard.create(2))
+        return Quotas(limits, clock, SharedAccounts(boards[-1], limits, clock))
+
+    yield make
+    for board in boards:
+        board.close()
+
+
+def test_without_limits_nothing_is_counted(make_quotas: MakeQuotas) -> None:
+    quotas = make_quotas(QuotaLimits(), FakeClock())
     for _ in range(1000):
         allowance = quotas.enter(b"")
         allowance.charge(10**9)
         assert allowance.headers == []
 
 
-def test_requests_come_back_evenly() -> None:
+def test_requests_come_back_evenly(make_quotas: MakeQuotas) -> None:
     clock = FakeClock()
-    quotas = Quotas(QuotaLimits(requests_per_minute=60), clock)
+    quotas = make_quotas(QuotaLimits(requests_per_minute=60), clock)
     for _ in range(60):
         quotas.enter(b"a").leave()
     with pytest.raises(CapacityError, match="60 requests a minute") as caught:
@@ -32,9 +56,9 @@ def test_requests_come_back_evenly() -> None:
     quotas.enter(b"b").leave()
 
 
-def test_a_minute_of_silence_fills_the_bucket_and_no_more() -> None:
+def test_a_minute_of_silence_fills_the_bucket_and_no_more(make_quotas: MakeQuotas) -> None:
     clock = FakeClock()
-    quotas = Quotas(QuotaLimits(requests_per_minute=2), clock)
+    quotas = make_quotas(QuotaLimits(requests_per_minute=2), clock)
     clock.advance(3600.0)
     for _ in range(2):
         quotas.enter(b"").leave()
@@ -42,9 +66,9 @@ def test_a_minute_of_silence_fills_the_bucket_and_no_more() -> None:
         quotas.enter(b"")
 
 
-def test_a_request_larger_than_the_bucket_goes_when_it_is_full_and_leaves_a_debt() -> None:
+def test_a_request_larger_than_the_bucket_goes_when_it_is_full_and_leaves_a_debt(make_quotas: MakeQuotas) -> None:
     clock = FakeClock()
-    quotas = Quotas(QuotaLimits(tokens_per_minute=60), clock)
+    quotas = make_quotas(QuotaLimits(tokens_per_minute=60), clock)
     allowance = quotas.enter(b"")
     allowance.charge(120)
     with pytest.raises(CapacityError, match="60 tokens a minute") as caught:
@@ -56,8 +80,8 @@ def test_a_request_larger_than_the_bucket_goes_when_it_is_full_and_leaves_a_debt
         quotas.enter(b"").charge(1)
 
 
-def test_what_nobody_settled_comes_back_whole_and_once() -> None:
-    quotas = Quotas(QuotaLimits(max_concurrency=1, tokens_per_minute=10), FakeClock())
+def test_what_nobody_settled_comes_back_whole_and_once(make_quotas: MakeQuotas) -> None:
+    quotas = make_quotas(QuotaLimits(max_concurrency=1, tokens_per_minute=10), FakeClock())
     for _ in range(5):
         allowance = quotas.enter(b"")
         allowance.charge(10)

@@ -1,0 +1,153 @@
+"""Memory in which the routers of one launcher keep what each key has used, so that its limits hold for all of them.
+
+    launcher: QuotaBoard.create(number of routers) -> its path, in the routers' settings
+    router:   QuotaBoard.open(path) -> rows, each of one tenant, read and written under a lock
+
+    header   who counts in which column (process ids, 0: nobody)
+    a row    the tenant's digest, two buckets (level, when it was that: seconds of the system's clock), and for each
+             column how many requests run there
+
+A router that died leaves a column behind, which the next one clears and takes. The lock is held for microseconds; where
+somebody is stopped who holds it the others go on without, for a limit that is a request off hurts less than a router
+that stands still. Anonymous memory of the launcher: it is gone when the last of them is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ..common.config import RouterConfig
+
+NUM_ROWS = 16_384  # more than a file of keys may have
+KEY_BYTES = 16
+_TRIES, _TRY_EVERY_S = 100, 0.0001  # for the lock
+_COUNT = struct.Struct("<i")
+
+
+@dataclass(slots=True)
+class BoardRow:
+    """A `BoardRow` says what a tenant has used."""
+
+    buckets: tuple[float, float, float, float] | None  # level and time of that of requests, then of tokens; None: new
+    running: list[int]  # requests, by column
+
+
+class QuotaBoard:
+    """Used by one thread."""
+
+    def __init__(self, fd: int) -> None:
+        """Take over the descriptor of a board."""
+        self._fd = fd
+        self._memory = mmap.mmap(fd, os.fstat(fd).st_size)
+        (self._num_columns,) = _COUNT.unpack_from(self._memory)
+        self._row = _row_of(self._num_columns)
+        self._first_row = _COUNT.size * (1 + self._num_columns)
+
+    @classmethod
+    def create(cls, num_routers: int) -> Self:
+        """Make one with a second column for each router, as one that is replaced runs on beside the next one."""
+        num_columns = 2 * num_routers
+        fd = os.memfd_create("kvferry-quotas")
+        os.ftruncate(fd, _COUNT.size * (1 + num_columns) + NUM_ROWS * _row_of(num_columns).size)
+        os.pwrite(fd, _COUNT.pack(num_columns), 0)
+        return cls(fd)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Raises OSError where the launcher's memory cannot be reached."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    @property
+    def path(self) -> Path:
+        """Return where the launcher's children find it while it lives."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+
+    def close(self) -> None:
+        self._memory.close()
+        os.close(self._fd)
+
+    def claim(self) -> int:
+        """Return a column that nobody counts in, cleared. Raises OSError where there is none."""
+        with self.locked():
+            for column in range(self._num_columns):
+                place = _COUNT.size * (1 + column)
+                (pid,) = _COUNT.unpack_from(self._memory, place)
+                if pid == os.getpid() or not _runs(pid):
+                    _COUNT.pack_into(self._memory, place, os.getpid())
+                    self._clear(column)
+                    return column
+        raise OSError("every column of the board is taken")
+
+    def _clear(self, column: int) -> None:
+        behind = self._row.size - _COUNT.size * (self._num_columns - column)
+        for row in range(NUM_ROWS):
+            _COUNT.pack_into(self._memory, self._first_row + row * self._row.size + behind, 0)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        is_locked = self._lock()
+        try:
+            yield
+        finally:
+            if is_locked:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _lock(self) -> bool:
+        for _ in range(_TRIES):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_TRY_EVERY_S)
+            else:
+                return True
+        return False
+
+    def find(self, key: bytes) -> tuple[int, BoardRow]:
+        """Return a tenant's row, and where it is. A board without room forgets who stands where a newcomer belongs."""
+        first = int.from_bytes(key[:4], "little") % NUM_ROWS
+        for step in range(NUM_ROWS):
+            place = self._first_row + (first + step) % NUM_ROWS * self._row.size
+            held, *buckets_and_counts = self._row.unpack_from(self._memory, place)
+            if held == key:
+                level, at, other_level, other_at, *running = buckets_and_counts
+                return place, BoardRow((level, at, other_level, other_at), running)
+            if not any(held):
+                break
+        else:
+            place = self._first_row + first * self._row.size
+        return place, BoardRow(None, [0] * self._num_columns)
+
+    def put(self, place: int, key: bytes, row: BoardRow) -> None:
+        assert row.buckets is not None
+        self._row.pack_into(self._memory, place, key, *row.buckets, *row.running)
+
+
+def has_quotas(config: RouterConfig) -> bool:
+    """Tell whether keys have limits."""
+    limits = (config.max_concurrency_per_key, config.requests_per_minute_per_key, config.tokens_per_minute_per_key)
+    return any(limit is not None for limit in limits)
+
+
+def _row_of(num_columns: int) -> struct.Struct:
+    return struct.Struct(f"<{KEY_BYTES}s4d{num_columns}i")
+
+
+def _runs(pid: int) -> bool:
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
