@@ -269,9 +269,7 @@ class RouterConfig(Settings):
     max_concurrency_per_key: PositiveInt | None = None  # None: no limit
     requests_per_minute_per_key: PositiveInt | None = None
     tokens_per_minute_per_key: PositiveInt | None = None
-    quota_board: Path | None = (
-        None  # of the launcher's memory, where its routers count together (settings/quota_board.py)
-    )
+    quota_board: Path | None = None  # where a launcher's routers count together (settings/quota_board.py)
     policy: PolicyName = "slo"
     max_queue: PositiveInt = 4096  # requests waiting in the router
     max_attempts: PositiveInt = 5

@@ -43,17 +43,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     keys.touch(mode=0o600)
     write_secret(secret, OLD)
     model_dir = write_checkpoint(folder / "tiny", max_model_len=4096)
-    flags = (
-        *FLAGS,
-        "--api-key-file",
-        str(keys),
-        "--secret-file",
-        str(secret),
-        "--routers",
-        "2",
-        "--max-concurrency-per-key",
-        "4",
-    )
+    flags: tuple[str, ...] = (*FLAGS, "--api-key-file", str(keys), "--secret-file", str(secret))
+    flags = (*flags, "--routers", "2", "--max-concurrency-per-key", "4")
     files = write_certificate(folder / "certificates")
     by_tls = ("--ssl-certfile", str(files["ssl_certfile"]), "--ssl-keyfile", str(files["ssl_keyfile"]))
     # A fork's environment is not in /proc.

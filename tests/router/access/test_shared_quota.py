@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,9 +51,10 @@ def entered(quotas: Quotas, tenant: bytes, tries: int) -> list[Allowance]:
     return found
 
 
-def test_processes_at_once_let_in_as_many_as_one_may(board: QuotaBoard) -> None:
+def test_processes_at_once_let_in_as_many_as_one_may(board: QuotaBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three at once, of which each tries more than all may."""
-    path, readers = board.path, []
+    monkeypatch.setattr(quota_board, "_TRIES", 10**6)  # whoever has the lock may wait for a core here
+    path, readers, began_s = board.path, [], time.monotonic()
     for _ in range(3):
         reader, writer = os.pipe()
         if not (pid := os.fork()):
@@ -66,7 +68,8 @@ def test_processes_at_once_let_in_as_many_as_one_may(board: QuotaBoard) -> None:
         counts.append(int(os.read(reader, 100)))
         os.close(reader)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert 120 <= sum(counts) <= 126, "60 of each, and what has come back meanwhile"
+    came_back = 2 * (time.monotonic() - began_s)
+    assert 120 <= sum(counts) <= 122 + came_back, "60 of each, and one a second"
 
 
 def test_requests_of_a_router_that_died_are_forgotten_when_another_one_counts(board: QuotaBoard) -> None:
@@ -105,8 +108,6 @@ def test_a_board_without_a_column_is_told_and_one_that_is_gone(board: QuotaBoard
 
 
 def _until_full(board: QuotaBoard) -> None:
-    import time
-
     for _ in range(1000):
         if all(board._memory[4 * place : 4 * place + 4] != bytes(4) for place in range(1, 7)):
             return
