@@ -247,7 +247,7 @@ class RouterConfig(Settings):
     reasoning_parser: ReasoningParserName = "auto"
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None  # further keys; read at start and at each reload
-    ssl_certfile: Path | None = None  # a chain in PEM: both listeners speak TLS. None: plain HTTP
+    ssl_certfile: Path | None = None  # a chain in PEM: clients come by TLS. None: plain HTTP
     ssl_keyfile: Path | None = None
     ssl_ca_certs: Path | None = None  # clients show a certificate of one of these authorities
     secret_file: Path | None = None  # as a worker's

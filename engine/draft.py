@@ -76,8 +76,7 @@ class DraftModel:
         self._native_model = pack_weights(decoder, device, native=native, isa=config.cpu_isa)
         self._num_choices = min(target.vocab_size, self.model.vocab_size)  # either may be padded
         self.runner: Runner
-        self._graphs: GraphDrafts | None = None  # on a GPU of its own
-        self._is_alone = comm.size == 1
+        self._graphs: GraphDrafts | None = None  # on one GPU
 
     @property
     def digest(self) -> str:
@@ -93,7 +92,7 @@ class DraftModel:
             )
         except ConfigError as error:
             raise ConfigError(f"speculative_config: the draft model: {error}") from error
-        if pages.device.type == "cuda" and self._is_alone:
+        if pages.device.type == "cuda":
             self._graphs = cast("CudaRunner", self.runner).drafts(self._num_choices)
 
     # --- steps ----------------------------------------------------------------------------------------------------
@@ -177,19 +176,3 @@ def _rest(row: BatchRow) -> _Stretch | None:
     known = row.start + row.num_known_tokens
     drafted = row.draft[max(0, rest.start - known) : rest.stop - known]
     return _Stretch([*row.seq.token_ids[rest.start : known], *drafted], rest.start, row.seq.block_table)
-
-
-def make_draft_model(
-    config: EngineConfig,
-    target: ModelConfig,
-    comm: Communicator,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    native: bool = True,
-    progress: Progress | None = None,
-) -> DraftModel | None:
-    """Load the draft model that is asked for, if one is. Raises ConfigError."""
-    if config.speculative_config is None or config.speculative_config.model is None:
-        return None
-    return DraftModel(config, target, comm, dtype=dtype, device=device, native=native, progress=progress)

@@ -32,7 +32,7 @@ from ..models.digest import ModelDigest
 from ..models.parts.experts import expert_plan
 from ..wire.workers import ExpertCounts, ExpertLoads
 from .choose import check_kernels, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
-from .draft import make_draft_model
+from .draft import DraftModel
 from .mask_thread import MaskThread
 from .masks import with_forced, with_masks_heeded
 from .nn.decoder import Decoder
@@ -94,9 +94,11 @@ class Engine:
         decoder = self._loaded_decoder(dtype, progress)
         native_model = pack_weights(decoder, self._device, native=native, isa=config.cpu_isa)
         self.adapters = decoder.adapters = make_adapters(config, decoder, native_model, self._device)
-        self._draft = make_draft_model(
-            config, self.model_config, comm, dtype=dtype, device=self._device, native=native, progress=progress
-        )
+        self._draft: DraftModel | None = None
+        if config.speculative_config is not None and config.speculative_config.model is not None:
+            self._draft = DraftModel(
+                config, self.model_config, comm, dtype=dtype, device=self._device, native=native, progress=progress
+            )
         self.spec = block_spec(self.model_config, config.block_tokens, kv_dtype, self._draft)
         comm.meet("loaded", self._check_ranks)
         if num_blocks is None:

@@ -24,7 +24,7 @@ def read_tls(config: RouterConfig) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols([_ALPN])
-    _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), config.ssl_certfile, "ssl_certfile")
+    _load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), config.ssl_certfile, "ssl_certfile")
     read_private(config.ssl_keyfile, "ssl_keyfile")
     try:
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=_refuse_password)
@@ -35,7 +35,7 @@ def read_tls(config: RouterConfig) -> ssl.SSLContext | None:
     except _PasswordAsked:
         raise ConfigError(f"ssl_keyfile: {config.ssl_keyfile} asks for a password; give a key without one") from None
     if config.ssl_ca_certs is not None:
-        _load_authorities(context, config.ssl_ca_certs, "ssl_ca_certs")
+        _load_certificates(context, config.ssl_ca_certs, "ssl_ca_certs")
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -61,7 +61,7 @@ def _refuse_password() -> str:
     raise _PasswordAsked
 
 
-def _load_authorities(context: ssl.SSLContext, path: Path, setting: str) -> None:
+def _load_certificates(context: ssl.SSLContext, path: Path, setting: str) -> None:
     try:
         context.load_verify_locations(path)
     except ssl.SSLError:

@@ -119,9 +119,10 @@ class CudaRunner:
         """Run the whole step, if it is one of answers' tokens and this is the only rank."""
         return self.decode_pipeline.step(batch, on_layer) if self.decode_pipeline is not None else None
 
-    def drafts(self, num_choices: int) -> GraphDrafts:
-        """Draft by this runner's graphs; it then runs no steps of answers itself."""
-        assert self._decode_device is not None, "a draft model has one rank"
+    def drafts(self, num_choices: int) -> GraphDrafts | None:
+        """Draft by this runner's graphs; it then runs no steps of answers itself. None: several ranks have none."""
+        if self._decode_device is None:
+            return None
         size, spare = self._block_size, self._spare_block
         return GraphDrafts(self._decode_device, num_choices=num_choices, block_size=size, spare_block=spare)
 

@@ -17,7 +17,7 @@ class ServerTls:
     def __init__(self, config: RouterConfig) -> None:
         """Read the files, if there are some. Raises ConfigError."""
         self._config = config
-        self.context = read_tls(config)
+        self.context = self.read()
 
     def read(self) -> ssl.SSLContext | None:
         """Return what the files say now. Raises ConfigError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import ssl
 from pathlib import Path
+from typing import Any
 
 from kvferry.common.config import RouterConfig
 
@@ -32,3 +33,8 @@ def client_context(*, certificate: dict[str, Path] | None = None) -> ssl.SSLCont
     if certificate is not None:
         context.load_cert_chain(certificate["ssl_certfile"], certificate["ssl_keyfile"])
     return context
+
+
+def common_name(certificate: Any) -> str:
+    """The name in a certificate that was shown, as `getpeercert` tells of it."""
+    return str(dict(pair[0] for pair in certificate["subject"])["commonName"])

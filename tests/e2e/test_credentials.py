@@ -20,7 +20,7 @@ import pytest
 from kvferry.settings.key_file import add_key, revoke_keys
 from kvferry.tools.load.server_process import free_port
 
-from ..certificates import client_context, write_certificate
+from ..certificates import client_context, common_name, write_certificate
 from ..checkpoints import write_checkpoint
 from .cluster import Cluster, serve, wait_until
 
@@ -141,8 +141,7 @@ def test_a_key_has_its_limit_of_all_routers_together(site: Site) -> None:
 def name_shown(cluster: Cluster) -> str:
     host, _, port = cluster.base_url.removeprefix("https://").rpartition(":")
     with socket.create_connection((host, int(port))) as sock, TLS.wrap_socket(sock, server_hostname=host) as shown:
-        subject = (shown.getpeercert() or {})["subject"]
-    return str(dict(pair[0] for pair in subject)["commonName"])  # type: ignore[misc]
+        return common_name(shown.getpeercert())
 
 
 def test_a_key_file_that_is_wrong_leaves_all_as_it_was(site: Site) -> None:

@@ -121,9 +121,8 @@ def test_graphs_draft_what_is_drafted_one_by_one(models: dict[str, Path]) -> Non
             span = (seq.num_computed_tokens - behind, seq.num_tokens + length)
             rows.append(BatchRow(seq, 1 + length, (UNDRAFTED,) * length, span))
         drafts = graphs.propose(rows)
-        assert drafts == draft._one_by_one(rows, OtherRanks(None, BLOCK).send) and [
-            len(tokens) for tokens in drafts
-        ] == list(lengths)
+        assert drafts == draft._one_by_one(rows, OtherRanks(None, BLOCK).send)
+        assert [len(tokens) for tokens in drafts] == list(lengths)
         driver.step([(seq, 1) for seq in seqs])
     assert device.sizes_run[-2:] == [(1, 1), (1, 1)], "the longest draft goes on alone"
     many = BatchRow(seqs[1], 2, (UNDRAFTED,), (0, seqs[1].num_tokens + 1))
@@ -198,10 +197,7 @@ def test_ranks_share_a_draft_model_as_they_share_its_target(
     lengths, answers = [5, 30, 16, 1], list[list[int]]()
     for drafting in (None, draft):
         messages = queue.SimpleQueue[bytes]()
-        with on_two_ranks(models, drafting, kind, messages) as (
-            engine,
-            ranks,
-        ):
+        with on_two_ranks(models, drafting, kind, messages) as (engine, ranks):
             if type(engine.runner).__name__ != "NativeRunner":
                 pytest.skip("no native code on this machine")
             driver = Driver(engine)

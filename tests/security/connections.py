@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from kvferry.wire.address import Address
 
 from ..router.fakes import Served
 
+GET = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -51,3 +53,15 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     head = await reader.readuntil(b"\r\n\r\n")
     length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
     return head, await reader.readexactly(length)
+
+
+def post(path: str = "/v1/completions", **fields: object) -> bytes:
+    body = json.dumps({"prompt": "hi", **fields}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def count(served: Served, name: str) -> float:
+    """A counter's value, over all of its labels."""
+    text = served.metrics.scrape([("toy", served.dispatcher.pools)], num_in_flight=0)()[0].decode()
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))

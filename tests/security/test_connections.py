@@ -13,10 +13,8 @@ import pytest
 from kvferry.router.http.connection_limits import Connections
 from kvferry.router.http.protocol import DeadlineProtocol
 
-from ..router.fakes import Script, Served, serve
-from .connections import connected, listening, read_answer
-
-GET = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
+from ..router.fakes import Script, serve
+from .connections import GET, connected, count, listening, post, read_answer
 
 
 class _Quick(DeadlineProtocol):
@@ -31,18 +29,6 @@ class _Idle(_Quick):
         super().connection_made(transport)
 
 
-def _post(path: str = "/v1/completions", **fields: object) -> bytes:
-    body = json.dumps({"prompt": "hi", **fields}).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-def _count(served: Served, name: str) -> float:
-    """A counter's value, over all of its labels."""
-    text = served.metrics.scrape([("toy", served.dispatcher.pools)], num_in_flight=0)()[0].decode()
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
-
-
 # --- how many ---------------------------------------------------------------------------------------------
 
 
@@ -54,7 +40,7 @@ async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
     async with listening(served, total=total, per_address=per_address) as address, AsyncExitStack() as stack:
         for _ in range(2):
             reader, writer = await stack.enter_async_context(connected(address))
-            writer.write(_post(stream=True))
+            writer.write(post(stream=True))
             await reader.readuntil(b"\n\n")
         reader, _ = await stack.enter_async_context(connected(address))
         head, body = await read_answer(reader)
@@ -62,7 +48,7 @@ async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
         error = json.loads(body)["error"]
         assert (error["code"], error["type"]) == ("overloaded", "server_error") and reason in error["message"]
         assert await reader.read() == b""
-    assert _count(served, "kvferry_refused_connections_total") == 1
+    assert count(served, "kvferry_refused_connections_total") == 1
 
 
 async def test_a_newcomer_takes_the_place_of_the_one_that_has_waited_longest() -> None:
@@ -77,14 +63,14 @@ async def test_a_newcomer_takes_the_place_of_the_one_that_has_waited_longest() -
             assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await old.readexactly(1)
-    assert _count(served, 'kvferry_refused_connections_total{reason="evicted"}') == 2
+    assert count(served, 'kvferry_refused_connections_total{reason="evicted"}') == 2
 
 
 async def test_one_address_that_is_full_leaves_the_others_alone() -> None:
     served = serve(Script("ab", hold_at=1))
     async with listening(served, per_address=1) as address, AsyncExitStack() as stack:
         reader, writer = await stack.enter_async_context(connected(address))
-        writer.write(_post(stream=True))
+        writer.write(post(stream=True))
         await reader.readuntil(b"\n\n")
         reader, writer = await stack.enter_async_context(connected(address, "127.0.0.2"))
         writer.write(GET)
@@ -98,7 +84,7 @@ async def test_a_connection_that_ended_makes_room() -> None:
             async with connected(address) as (reader, writer):
                 writer.write(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
                 assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
-    assert _count(served, "kvferry_refused_connections_total") == 0
+    assert count(served, "kvferry_refused_connections_total") == 0
 
 
 class _Named:
@@ -148,7 +134,7 @@ async def test_a_connection_that_asks_nothing_ends_at_its_limit_whatever_it_send
             await reader.readexactly(1)
         if sending is not None:
             sending.cancel()
-    assert _count(served, 'kvferry_slow_clients_total{kind="idle"}') == 1
+    assert count(served, 'kvferry_slow_clients_total{kind="idle"}') == 1
 
 
 async def _send_forever(writer: asyncio.StreamWriter, data: bytes) -> None:
@@ -162,7 +148,7 @@ async def test_slow_heads_are_counted_and_closed() -> None:
     async with listening(served, protocol=_Quick) as address, connected(address) as (reader, writer):
         writer.write(b"GET /live HTTP/1.1\r\nx-slow: ")
         assert await reader.read() == b""
-    assert _count(served, 'kvferry_slow_clients_total{kind="head"}') == 1
+    assert count(served, 'kvferry_slow_clients_total{kind="head"}') == 1
 
 
 async def test_an_answer_before_the_bodys_end_reaches_the_client_and_ends_the_connection() -> None:
@@ -181,7 +167,7 @@ async def test_a_whole_body_under_the_refusal_keeps_the_connection() -> None:
     served = serve(api_keys=("k",))
     async with listening(served) as address, connected(address) as (reader, writer):
         for _ in range(2):
-            writer.write(_post())
+            writer.write(post())
             assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 401 ")
 
 
@@ -191,9 +177,9 @@ async def test_a_slow_reader_of_a_whole_answer_is_cut_too() -> None:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(address)
-            sock.sendall(_post(max_tokens=400, logprobs=20, n=16))
+            sock.sendall(post(max_tokens=400, logprobs=20, n=16))
             async with asyncio.timeout(60):
-                while not _count(served, 'kvferry_slow_clients_total{kind="read"}'):  # noqa: ASYNC110
+                while not count(served, 'kvferry_slow_clients_total{kind="read"}'):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
     assert len(served.app.state.api.in_flight) == 0
 
@@ -211,7 +197,7 @@ async def test_a_head_of_too_many_bytes_is_refused_by_name() -> None:
 async def test_what_is_sent_behind_an_unanswered_request_is_not_taken() -> None:
     served = serve(Script("ab"))
     async with listening(served) as address, connected(address) as (reader, writer):
-        writer.write(_post(stream=True) * 50)
+        writer.write(post(stream=True) * 50)
         answer = await reader.read()
     assert answer.count(b"HTTP/1.1 200 ") == 1 and answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert len(served.dispatcher.requests) == 1
@@ -224,7 +210,7 @@ async def test_a_client_that_pipelines_and_leaves_is_noticed(stream: bool, way: 
     async with listening(served) as address:
         with socket.socket() as sock:
             sock.connect(address)
-            sock.sendall(_post(stream=stream) + GET)
+            sock.sendall(post(stream=stream) + GET)
             await served.dispatcher.held.wait()
             if way == "rst":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -237,7 +223,7 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(size: 
     served = serve()
     async with listening(served) as address:
         async with connected(address) as (_, writer):
-            writer.write(_post()[:-size])
+            writer.write(post()[:-size])
             await writer.drain()
         async with connected(address) as (reader, writer):  # the server is as it was
             writer.write(GET)

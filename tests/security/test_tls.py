@@ -7,6 +7,7 @@ import errno
 import json
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from kvferry.settings.sockets import listen
 from kvferry.settings.tls import admin_scheme, http_scheme, read_tls
 from kvferry.wire.address import Address
 
-from ..certificates import client_context, router_config, write_certificate
-from ..router.fakes import Script, Served, serve
-from .connections import connected, listening, read_answer
+from ..certificates import client_context, common_name, router_config, write_certificate
+from ..router.fakes import Script, serve
+from .connections import GET, connected, count, listening, post, read_answer
 
-GET = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 _LIMIT_S = 30.0
 LOCKED = """-----BEGIN ENCRYPTED PRIVATE KEY-----
 MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAjnf90BSZ7EpwICCAAw
@@ -43,25 +43,7 @@ def tls(tmp_path: Path) -> ServerTls:
     return ServerTls(router_config(**write_certificate(tmp_path)))
 
 
-def _post(**fields: object) -> bytes:
-    body = json.dumps({"prompt": "hi", **fields}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-
-
-def _count(served: Served, line: str) -> float:
-    text = served.metrics.scrape([("toy", served.dispatcher.pools)], num_in_flight=0)()[0].decode()
-    return sum(float(each.split()[-1]) for each in text.splitlines() if each.startswith(line))
-
-
-def _name_shown(writer: asyncio.StreamWriter) -> str:
-    """The name in the certificate that the server has shown."""
-    certificate = writer.get_extra_info("peercert")
-    return str(dict(pair[0] for pair in certificate["subject"])["commonName"])
-
-
-async def _comes(condition: object) -> None:
-    assert callable(condition)
+async def _comes(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(_LIMIT_S):
         while not condition():  # noqa: ASYNC110  # what is waited for tells nobody
             await asyncio.sleep(0.01)
@@ -78,7 +60,7 @@ async def test_answers_and_streams_come_by_tls(tls: ServerTls) -> None:
         for _ in range(3):  # on one connection
             writer.write(GET)
             assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
-        writer.write(_post(stream=True).replace(b"host: x", b"host: x\r\nconnection: close"))
+        writer.write(post(stream=True).replace(b"host: x", b"host: x\r\nconnection: close"))
         assert (await reader.read()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
@@ -88,7 +70,7 @@ async def test_a_large_answer_and_a_large_body_come_whole(tls: ServerTls) -> Non
         listening(served, certificates=tls) as address,
         connected(address, tls=client_context()) as (reader, writer),
     ):
-        writer.write(_post(max_tokens=400, logprobs=20, n=16, user="y" * 300_000))
+        writer.write(post(max_tokens=400, logprobs=20, n=16, user="y" * 300_000))
         head, body = await read_answer(reader)
     assert head.startswith(b"HTTP/1.1 200 ") and len(body) > 2**19
     assert len(json.loads(body)["choices"]) == 16
@@ -104,7 +86,7 @@ async def test_what_is_no_handshake_or_has_no_end_is_cut_and_counted(
         writer.write(said)
         async with asyncio.timeout(_LIMIT_S):
             assert b"HTTP" not in await reader.read()
-        await _comes(lambda: _count(served, 'kvferry_slow_clients_total{kind="handshake"}'))
+        await _comes(lambda: count(served, 'kvferry_slow_clients_total{kind="handshake"}'))
 
 
 async def test_handshakes_without_end_keep_nobody_out(tls: ServerTls) -> None:
@@ -119,7 +101,7 @@ async def test_handshakes_without_end_keep_nobody_out(tls: ServerTls) -> None:
             writer.write(GET)
             assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
         assert len(books) <= 4
-        assert _count(served, 'kvferry_refused_connections_total{reason="evicted"}') >= 36
+        assert count(served, 'kvferry_refused_connections_total{reason="evicted"}') >= 36
 
 
 async def test_a_connection_has_the_place_of_its_handshake(tls: ServerTls) -> None:
@@ -129,7 +111,7 @@ async def test_a_connection_has_the_place_of_its_handshake(tls: ServerTls) -> No
             async with connected(address, tls=client_context()) as (reader, writer):
                 writer.write(GET)
                 assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
-    assert _count(served, 'kvferry_refused_connections_total{reason="address"}') == 0
+    assert count(served, 'kvferry_refused_connections_total{reason="address"}') == 0
 
 
 async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
@@ -138,27 +120,27 @@ async def test_where_every_connection_works_a_newcomer_is_told_to_come_back(
     served = serve(Script("ab", hold_at=1))
     async with listening(served, total=1, certificates=tls) as address, AsyncExitStack() as stack:
         reader, writer = await stack.enter_async_context(connected(address, tls=client_context()))
-        writer.write(_post(stream=True))
+        writer.write(post(stream=True))
         await reader.readuntil(b"\n\n")
         async with connected(address, tls=client_context()) as (reader, _):
             head, _ = await read_answer(reader)
             assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in head
-        assert _count(served, "kvferry_refused_connections_total") == 1
+        assert count(served, "kvferry_refused_connections_total") == 1
         monkeypatch.setattr(tls_listener, "_MAX_REFUSING", 0)
         with pytest.raises((ssl.SSLError, OSError)):
             await stack.enter_async_context(connected(address, tls=client_context()))
-        assert _count(served, "kvferry_refused_connections_total") == 2
+        assert count(served, "kvferry_refused_connections_total") == 2
 
 
 async def test_a_reload_shows_the_next_connection_the_new_certificate_and_cuts_none(tmp_path: Path) -> None:
     tls = ServerTls(router_config(**write_certificate(tmp_path)))
     async with listening(serve(), certificates=tls) as address:
         async with connected(address, tls=client_context()) as (reader, writer):
-            assert _name_shown(writer) == "kvferry tests' server"
+            assert common_name(writer.get_extra_info("peercert")) == "kvferry tests' server"
             write_certificate(tmp_path, "renewed")
             tls.take(tls.read())
             async with connected(address, tls=client_context()) as (_, newer):
-                assert _name_shown(newer) == "kvferry tests' renewed server"
+                assert common_name(newer.get_extra_info("peercert")) == "kvferry tests' renewed server"
             writer.write(GET)
             assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
 
@@ -176,7 +158,7 @@ async def test_clients_show_a_certificate_where_authorities_are_named(tmp_path: 
             async with connected(address, tls=client_context()) as (reader, writer):
                 writer.write(GET)
                 await read_answer(reader)
-    assert _count(served, 'kvferry_slow_clients_total{kind="handshake"}') == 1
+    assert count(served, 'kvferry_slow_clients_total{kind="handshake"}') == 1
 
 
 @pytest.mark.parametrize("way", ["closed", "cut"])
@@ -184,7 +166,7 @@ async def test_a_client_that_leaves_is_noticed(tls: ServerTls, way: str) -> None
     served = serve(Script("ab", hold_at=0))
     async with listening(served, certificates=tls) as address, asyncio.timeout(_LIMIT_S):
         _, writer = await asyncio.open_connection(*address, ssl=client_context())
-        writer.write(_post(stream=True))
+        writer.write(post(stream=True))
         await served.dispatcher.held.wait()
         if way == "cut":
             writer.transport.abort()
@@ -227,8 +209,8 @@ async def test_a_client_that_does_not_read_is_cut(tls: ServerTls) -> None:
             await asyncio.get_running_loop().sock_connect(sock, address)
             reader, writer = await asyncio.open_connection(sock=sock, ssl=client_context(), server_hostname="localhost")
             writer.transport.pause_reading()  # type: ignore[attr-defined]
-            writer.write(_post(max_tokens=400, logprobs=20, n=16))
-            await _comes(lambda: _count(served, 'kvferry_slow_clients_total{kind="read"}'))
+            writer.write(post(max_tokens=400, logprobs=20, n=16))
+            await _comes(lambda: count(served, 'kvferry_slow_clients_total{kind="read"}'))
             await _comes(lambda: not len(served.app.state.api.in_flight))
             writer.transport.abort()
             del reader
