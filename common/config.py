@@ -260,6 +260,7 @@ class RouterConfig(Settings):
     unknown_fields: UnknownFields = "refuse"  # of a request's body; warn: the answer names them
     max_connections: PositiveInt | None = None  # None: 4096, or what the limit of open files allows
     max_connections_per_address: PositiveInt = 1024  # of IPv6: per /64
+    answers_dir: Path | None = None  # where answers with a key are kept; None: they are not
     data_dir: Path | None = None  # of /v1/files and /v1/batches; None: both are refused
     data_dir_bytes: PositiveInt = 10 << 30  # that all files in it may take together
     data_retention_days: float = Field(30.0, gt=0, le=3650)  # of files and ended batches

@@ -146,7 +146,8 @@ class Preflight:
         settings = self._settings
         if settings.pid_file is not None:
             check_pid_file(settings.pid_file, runtime_dir(self._env))
-        for name, given in (("disk_cache_dir", settings.disk_cache_dir), ("data_dir", settings.data_dir)):
+        for name in ("disk_cache_dir", "data_dir", "answers_dir"):
+            given: Path | None = getattr(settings, name)
             if (folder := absolute(given)) is not None:
                 _check_folder(name, folder)
         if (folder := absolute(settings.disk_cache_dir)) is not None and folder.exists():

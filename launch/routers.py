@@ -17,9 +17,12 @@ import functools
 import socket
 from collections.abc import Callable, Mapping, Sequence
 
+import structlog
+
 from ..common.clock import Clock
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
 from ..common.lifeline import Event
+from ..settings.answers_dir import OwnAnswersDir
 from ..settings.quota_board import QuotaBoard, has_quotas
 from ..settings.sockets import listen
 from ..settings.tls import admin_scheme, http_scheme
@@ -30,6 +33,8 @@ from .process import Child, ChildState, ChildTimes
 from .progress import Display
 
 _NOTE_EVERY_S = 5.0
+
+log = structlog.get_logger(__name__)
 
 
 class RouterGroup:
@@ -76,6 +81,10 @@ class RouterGroup:
         if num_routers > 1 and has_quotas(config):
             self._board = QuotaBoard.create(num_routers)
             config = config.model_copy(update={"quota_board": self._board.path})
+        self._answers: OwnAnswersDir | None = None
+        if config.answers_dir is None:
+            self._answers = _own_answers_dir()
+            config = config.model_copy(update={"answers_dir": self._answers and self._answers.path})
         self.routers = [
             RouterChild(
                 "router" if num_routers == 1 else f"router-{index}",
@@ -127,8 +136,9 @@ class RouterGroup:
         with contextlib.ExitStack() as stack:
             self._http = stack.enter_context(listen(Address(config.host, config.port)))
             self._address = Address(config.host, self._http.getsockname()[1])
-            if self._board is not None:
-                stack.callback(self._board.close)
+            for shared in (self._board, self._answers):
+                if shared is not None:
+                    stack.callback(shared.close)
             for index in range(len(self.routers) if config.admin_port is not None else 0):
                 address = Address(config.admin_host, config.admin_port + index if config.admin_port else 0)
                 self._admin.append(stack.enter_context(listen(address, setting="admin_port")))
@@ -208,6 +218,15 @@ class RouterGroup:
         if event["event"] in ("ready", "restart") and any(child.name == name for child in self.children):
             self._on_scale_event(name, event)
         self._changed.set()
+
+
+def _own_answers_dir() -> OwnAnswersDir | None:
+    """Return None where there is no place for it: then no answer is kept."""
+    try:
+        return OwnAnswersDir()
+    except OSError as error:
+        log.warning("answers_not_kept", reason=f"{error.strerror or error}", hint="--answers-dir")
+        return None
 
 
 async def _held(sock: socket.socket) -> None:

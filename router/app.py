@@ -36,6 +36,7 @@ from .batches.run import RunDeps
 from .batches.store import BatchStore
 from .catalogue.catalogue import Catalogue
 from .helpers.json_parser import JsonParser
+from .kept.answers import KeptAnswers
 from .messages.form import error_body
 from .metrics.metrics import RouterMetrics
 from .routes import Routes, add_routes
@@ -60,12 +61,14 @@ def build_app(
     data: DataFolder | None = None,
     max_batch_requests: int = 16,
     adapters: AdapterOperations | None = None,
+    kept_answers: KeptAnswers | None = None,
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it, `app.state.keeper` runs batches, if there is a `data`
     folder to keep them in: up to `max_batch_requests` of their requests at once. `clock` is the dispatchers'.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
     `share_prefix_cache` lets tenants find each other's prefixes. `adapters`: what clients may load; None: they may not.
+    `kept_answers`: where clients that come back find their answers; None: nowhere.
 
     Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
     localhost.
@@ -81,6 +84,7 @@ def build_app(
         shares_prefixes=share_prefix_cache,
         max_body_bytes=max_body_bytes,
         refuses_unknown=unknown_fields == "refuse",
+        kept_answers=kept_answers,
     )
     keys, cors = keys or ApiKeys(), Cors(allowed_origins)
     middleware = RequestMiddleware(

@@ -43,6 +43,7 @@ from .catalogue.version import ServedModel, Version
 from .dispatch.dispatcher import Dispatcher
 from .dispatch.worker_group import Expected
 from .helpers.grammar_checker import GrammarCompilers
+from .kept.answers import KeptAnswers
 from .metrics.metrics import RouterMetrics
 from .placement import make_policy
 from .state.classes import RequestClasses
@@ -195,8 +196,14 @@ def _application(
         unknown_fields=config.unknown_fields,
         data=_data_folder(config),
         max_batch_requests=config.max_batch_requests,
+        kept_answers=_kept_answers(config.answers_dir),
         adapters=adapters if config.allow_runtime_lora_updating else None,
     )
+
+
+def _kept_answers(path: Path | None) -> KeptAnswers | None:
+    """Raises ConfigError for a folder that cannot be used."""
+    return None if path is None else KeptAnswers(path)
 
 
 def _data_folder(config: RouterConfig) -> DataFolder | None:

@@ -45,6 +45,15 @@ class HttpSettings(Settings):
         UnknownFields, Option("HTTP", "Unknown fields in a request; warn: ignored, and the answer says so.", FRONTS)
     ] = "refuse"
 
+    answers_dir: Annotated[
+        FilePath | None,
+        Option(
+            "HTTP",
+            "Folder of answers to requests with an Idempotency-Key: for ten minutes clients may come back for them, to "
+            "any router of the folder. Default: one of the launcher's own; none where there is no launcher.",
+            FRONTS,
+        ),
+    ] = None
     max_connections: Annotated[
         Count | None,
         Option("HTTP", "Clients' connections at once. Default: 4096, or what open files allow.", FRONTS),

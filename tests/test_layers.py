@@ -65,6 +65,7 @@ router/metrics       common wire
 router/http          common settings router/state
 router/access        common wire settings router/state
 router/helpers       common grammar models router/state
+router/kept          common router/state
 router/queue         common router/state
 router/turns/values  router/state
 router/turns         common router/state router/turns/values
@@ -72,8 +73,8 @@ router/placement     common router/state
 router/dispatch      common wire kvcache router/state router/queue router/placement
 router/autoscaler    common settings kvcache router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers router/turns
-router/api           common models router/state router/http router/access router/helpers router/catalogue router/turns
-router/api           router/turns/values
+router/api           common models router/state router/http router/access router/helpers router/kept router/catalogue
+router/api           router/turns router/turns/values
 router/messages      common router/state router/api router/turns router/turns/values
 router/responses     common router/state router/api router/turns
 router/embeddings    common models router/api router/catalogue
@@ -81,7 +82,7 @@ router/batches       common router/state router/helpers router/api
 router/admin         common router/state router/access router/helpers router/autoscaler router/api
 router               common wire settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages
-router               router/responses router/embeddings router/batches router/admin
+router               router/responses router/embeddings router/batches router/admin router/kept
 launch/forking       common
 launch               common wire settings models models/parts kvcache sizing engine/cpu launch/forking
 tools/load           common

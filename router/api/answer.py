@@ -2,7 +2,7 @@
 
     prompt i, choice j  ->  index i * n + j
 
-    next ─> pieces        for every answer
+    next ─> pieces        for every answer; what is kept of it from before comes first
     write_to ─> text      for one plain choice in its middle: at the end of the loop's turn, and `next` goes on waiting
 
 Whoever reads asks for what is `next` until there is nothing more. That is so after every choice has a finish reason;
@@ -20,6 +20,7 @@ from typing import Protocol
 from ...common.clock import Clock
 from ...common.request import SampledToken
 from ...models.tokenizer import Detokenizer, Tokenizer
+from ..kept.kept_answer import KeptAnswer
 from ..state.choice_state import is_natural
 from ..state.errors import StreamError
 from ..state.request import RouterRequest
@@ -77,7 +78,9 @@ class Answer:
         *,
         clock: Clock,
         observer: GapObserver,
+        kept: KeptAnswer | None = None,
     ) -> None:
+        """`kept`: where it is kept while it is told; closed with the answer."""
         assert len(streams) == len(prompts)
         self.streams = streams
         self.prompts = prompts
@@ -98,6 +101,8 @@ class Answer:
             stream.listen(partial(self._on_change, position))
         self._clock = clock
         self._observer = observer
+        self.kept = kept
+        self._num_repeated = 0  # portions that were told before and are told again
 
     def prompt_of(self, index: int) -> PromptText:
         return self.prompts[index // self.num_choices]
@@ -113,6 +118,11 @@ class Answer:
     def is_finished(self) -> bool:
         return all(choice.finish is not None for choice in self.choices)
 
+    @property
+    def is_repeating(self) -> bool:
+        """True until all that was told before is told again."""
+        return self.kept is not None and self._num_repeated < len(self.kept.told)
+
     async def next(self) -> list[tuple[int, TextPiece]]:
         """(index, piece) of what has come; waits until something has. Empty: the answer has ended.
 
@@ -122,6 +132,10 @@ class Answer:
             raise self._error
         if self._is_behind:
             await asyncio.sleep(0)  # others first: much has piled up here
+            self._is_behind = False
+        while self.is_repeating:
+            if pieces := self._repeat():
+                return pieces
         while self._open or self._changed:
             if not self._changed:
                 self._waiter = self._loop.create_future()
@@ -135,7 +149,7 @@ class Answer:
 
     def write_to(self, fast_writer: FastWriter) -> None:
         """Let the text of the one choice go there while `next` waits, from now on: its first piece was told."""
-        if len(self.choices) == 1 and self.choices[0].is_plain:
+        if len(self.choices) == 1 and self.choices[0].is_plain and self.kept is None:
             self._fast_writer = fast_writer
 
     def _on_change(self, position: int) -> None:
@@ -195,17 +209,36 @@ class Answer:
         self._is_behind = most <= 0
         return pieces
 
+    def _repeat(self) -> list[tuple[int, TextPiece]]:
+        """Take the next portion that was told before, alone: what is told with it counts tokens up to there."""
+        assert self.kept is not None
+        portion = self.kept.told[self._num_repeated]
+        self._num_repeated += 1
+        self._is_behind = self._num_repeated % _TOKENS_AT_ONCE == 0
+        choice, is_first = self.choices[portion.index], self._last_update_s[portion.index] is None
+        if choice.finish is not None:
+            return []
+        self._last_update_s[portion.index] = self._clock.now()
+        piece = choice.push(portion.tokens, portion.finish)
+        if piece.finish is not None:  # at a stop string: nobody computes on
+            self.stream_of(portion.index).finish_choice(portion.index % self.num_choices)
+        return [(portion.index, piece)] if _is_told(piece, is_first=is_first) else []
+
     def _take(self, position: int, update: ChoiceUpdate, now_s: float) -> tuple[int, TextPiece] | None:
         """Return what an update adds; None where there is nothing to tell."""
         index = position * self.num_choices + update.choice
         choice = self.choices[index]
         if choice.finish is not None:
             return None
-        is_first = self._note_gap(index, now_s)
-        piece = choice.push(update.tokens, _natural(update))
+        is_first, finish = self._note_gap(index, now_s), _natural(update)
+        if self.kept is not None:
+            self.kept.add(index, update.tokens, finish)
+        piece = choice.push(update.tokens, finish)
         if piece.finish is not None and update.finish is None:
             self.streams[position].finish_choice(update.choice)
-        return (index, piece) if piece.text or piece.finish is not None or is_first else None
+            if self.kept is not None:
+                self.kept.add(index, (), piece.finish)
+        return (index, piece) if _is_told(piece, is_first=is_first) else None
 
     def close(self) -> None:
         """Nobody reads any more. What has not ended is aborted. Idempotent."""
@@ -214,6 +247,8 @@ class Answer:
             stream.listen(_ignore)  # else they would hold each other, and wait for a collection of garbage
             if is_cut:
                 stream.abort()
+        if self.kept is not None:
+            self.kept.close()
 
     def _note_gap(self, index: int, now_s: float) -> bool:
         """Note the time since a choice's last update, and return whether this is its first one."""
@@ -222,6 +257,10 @@ class Answer:
             return True
         self._observer.on_token_gap(now_s - last_s)
         return False
+
+
+def _is_told(piece: TextPiece, *, is_first: bool) -> bool:
+    return bool(piece.text) or piece.finish is not None or is_first
 
 
 def _ignore() -> None:

@@ -2,6 +2,9 @@
 
     piece ─> form ─> chunk ─> `data: {json}` and an empty line
 
+Events of an answer that is kept (`router/kept`) have numbers, in a line `id: N` before each: a client that comes back
+says which it has, and gets those that follow.
+
 A chunk that differs from the one before it in nothing but its text is not built again: the first of them leaves the
 bytes before and after its text, and the next text goes between.
 """
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..http.stream_writer import ChunkEncoder
+from ..kept.kept_answer import KeptAnswer
 from ..state.errors import HttpFailure
 from .answer import FastWriter
 from .choice import TextPiece
@@ -45,12 +49,34 @@ class EventFormat:
 OPENAI_EVENTS = EventFormat()
 
 
+class EventNumbers:
+    """The numbers of one answer's events, from 1 on."""
+
+    def __init__(self, kept: KeptAnswer) -> None:
+        self._kept = kept
+        self._last = 0
+
+    @property
+    def is_behind(self) -> bool:
+        """The client has had events that were not written yet."""
+        return self._last < self._kept.key.after
+
+    def write(self, event: bytes) -> bytes:
+        """Number the next event; empty where the client has it. One that could not be found again has no number."""
+        self._last += 1
+        if self._last <= self._kept.key.after:
+            return b""
+        return b"id: %d\n%b" % (self._last, event) if self._kept.is_kept else event
+
+
 class EventWriter:
     """`EventWriter` writes one answer. Pieces of a choice come in order."""
 
-    def __init__(self, form: Form, events: EventFormat = OPENAI_EVENTS) -> None:
+    def __init__(self, form: Form, events: EventFormat = OPENAI_EVENTS, numbers: EventNumbers | None = None) -> None:
+        """`numbers`: of an answer that is kept."""
         self._form = form
         self._encode_events = events.encode
+        self._numbers = numbers
         self._around: dict[int, tuple[bytes, bytes]] = {}  # by choice: a plain chunk's bytes before and after its text
         self._seen: set[int] = set()
 
@@ -70,13 +96,17 @@ class EventWriter:
     def _event(self, index: int, piece: TextPiece) -> bytes:
         if piece.finish is None and index in self._around:
             before, after = self._around[index]
-            return before + _encode(piece.text) + after
+            event = before + _encode(piece.text) + after
+            return event if self._numbers is None else self._numbers.write(event)
         is_first = index not in self._seen
         if is_first:
             self._seen.add(index)
             if self._form.has_plain_chunks:
                 self._around[index] = self._split(index)
-        return self._encode_events(self._form.chunks(index, piece, is_first=is_first))
+        chunks = self._form.chunks(index, piece, is_first=is_first)
+        if self._numbers is None:
+            return self._encode_events(chunks)
+        return b"".join([self._numbers.write(self._encode_events([chunk])) for chunk in chunks])
 
     def _split(self, index: int) -> tuple[bytes, bytes]:
         event = self._encode_events(self._form.chunks(index, TextPiece(_MARK), is_first=False))

@@ -23,6 +23,9 @@ from ..catalogue.catalogue import Catalogue
 from ..catalogue.version import ServedModel, Version
 from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
+from ..kept.answers import KeptAnswers, take
+from ..kept.asking import KEY_HEADER, answer_key
+from ..kept.kept_answer import given_back, restored, settled
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER, RequestClasses
 from ..state.errors import clip
 from ..state.objectives import BACKGROUND, DEFAULT_CLASS
@@ -83,6 +86,7 @@ class Api:
     prompts: PromptReader = field(default_factory=PromptReader)
     body_room: BodyRoom = field(default_factory=BodyRoom)
     json: JsonParser = field(default_factory=JsonParser)
+    kept_answers: KeptAnswers | None = None  # None: nobody finds an answer again
     in_flight: InFlight = field(default_factory=InFlight)
     started_s: int = field(default_factory=wall_time_s)
 
@@ -101,6 +105,9 @@ class Api:
         raw = await self.json.parse(data, max_commas)
         ignored = None if self.refuses_unknown else list[str]()
         size = len(data) // _CHECKED_BYTES_PER_CHAR
+        if KEY_HEADER in context.headers and issubclass(kind, GenerationBody):
+            path = str(request.scope["path"])
+            context.answer_key = await self.prompts.run(size, answer_key, context.headers, context.tenant, path, raw)
         if translate is not None:
             raw = await self.prompts.run(size, translate, raw, ignored)
         body = await self.prompts.run(size, validate, kind, raw, ignored)
@@ -135,7 +142,7 @@ class Api:
         context.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
         answer = await self._answer(context, version, body, prompts, limits, grammar)
-        shown = form_context(f"cmpl-{context.request_id}", version, body, answer)
+        shown = form_context("cmpl-", context.request_id, version, body, answer)
         return self.reply(answer, CompletionForm(shown), body)
 
     async def chat(self, request: Request, surface: ChatSurface | None = None) -> Reply:
@@ -154,7 +161,7 @@ class Api:
         self.tell_ignored(context, [*surface.left_out, *map(surface.own_names, (*chat.ignored, *follows.ignored))])
         turns = turn_options(version, body, chat, is_free=follows.is_free)
         answer = await self._answer(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
-        shown = form_context(f"{surface.id_prefix}{context.request_id}", version, body, answer)
+        shown = form_context(surface.id_prefix, context.request_id, version, body, answer)
         return self.reply(answer, surface.form(shown, ChatTurns(answer, turns), body, chat), body, surface.events)
 
     async def count_chat(self, request: Request, surface: ChatSurface) -> int:
@@ -195,11 +202,16 @@ class Api:
         sampling = [self._sampling(version.model, body, limit) for limit in limits]
         tokens = zip(prompts, limits, strict=True)
         self.charge(context, sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
-        requests = self.requests(context, version, body, prompts, sampling)
-        streams = await self.submit(context, version, requests, grammar=grammar)
+        kept = None if sampling[0].prompt_logprobs is not None else await take(self.kept_answers, context.answer_key)
+        if kept is None and context.answer_key is not None:
+            self.tell_ignored(context, ["Idempotency-Key"])
+        with given_back(kept):
+            sampling = settled(kept, sampling, context.request_id)
+            requests = restored(kept, self.requests(context, version, body, prompts, sampling))
+            streams = await self.submit(context, version, requests, grammar=grammar)
         options = text_options(body, limits[0], turns)
         observer = NO_GAPS if context.is_background else self.observer
-        return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=observer)
+        return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=observer, kept=kept)
 
     def charge(self, context: RequestContext, num_tokens: int) -> None:
         """Charge the call's key with what it may cost. Raises CapacityError (429), and where the server ends."""
@@ -224,7 +236,7 @@ class Api:
                     await asyncio.sleep(0)  # a large batch does not hold up everybody else
                 request.grammar, request.pooling = grammar, pooling
                 request.timeout_s, request.allowed_s = self._remaining_s(context), context.timeout_s
-                streams.append(version.dispatcher.submit(request))
+                streams.append(version.dispatcher.submit(request) if request.unfinished else TokenStream.ended(request))
         except BaseException:
             for stream in streams:
                 stream.abort()

@@ -29,6 +29,8 @@ from ..access.hosts import HostNames
 from ..access.keys import ApiKeys
 from ..access.quota import Allowance, QuotaExceeded
 from ..http.stream_writer import CHUNK_ENCODER, ChunkEncoder
+from ..kept.asking import KEY_HEADER
+from ..kept.kept_answer import AnswerKey
 from ..state.errors import HttpFailure, StreamError, failure_of, unknown_path
 from ..state.objectives import DEFAULT_CLASS
 from .body import ClientGone
@@ -36,7 +38,7 @@ from .body import ClientGone
 OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
 _CONTEXT = "kvferry.context"
-_ONCE = (b"host", b"authorization", b"x-api-key", b"content-type", b"content-encoding", b"origin")
+_ONCE = (b"host", b"authorization", b"x-api-key", b"content-type", b"content-encoding", b"origin", KEY_HEADER)
 IGNORED_HEADER = b"x-kvferry-ignored"
 _MAX_IGNORED, _MAX_IGNORED_BYTES = 16, 512
 _NOT_IN_A_LIST = re.compile(rb"[^A-Za-z0-9._,\[\]-]")
@@ -68,6 +70,7 @@ class RequestContext:
     allowance: Allowance | None = None  # what it holds of the tenant's quota
     timeout_s: float | None = None  # what the client gives us, from `started_s` on
     request_class: str = DEFAULT_CLASS
+    answer_key: AnswerKey | None = None  # under which its answer is kept; None: the client gave none
     is_background: bool = False  # nobody waits for it: no quota, and it makes way for all others
     error_body: ErrorBody = failure_body
     ignored: list[str] = field(default_factory=list)  # fields of its body that had no effect

@@ -129,7 +129,8 @@ def text_options(body: GenerationBody, max_tokens: int, turns: TurnOptions | Non
     )
 
 
-def form_context(answer_id: str, version: Version, body: GenerationBody, answer: Answer) -> FormContext:
+def form_context(prefix: str, request_id: str, version: Version, body: GenerationBody, answer: Answer) -> FormContext:
+    """Name the answer after its request, or as it was named when it was told before."""
     streamed = body.stream_options
     continuous = streamed is not None and bool(streamed.continuous_usage_stats)
     options = FormOptions(
@@ -143,8 +144,11 @@ def form_context(answer_id: str, version: Version, body: GenerationBody, answer:
         continuous_usage=continuous,
         num_best=body.num_best if isinstance(body, CompletionBody) else None,
     )
+    name, created_s = request_id, wall_time_s()
+    if answer.kept is not None:
+        name, created_s = answer.kept.begun.answer_id, answer.kept.begun.created_s
     model = version.model
-    return FormContext(answer_id, wall_time_s(), model.name, model.fingerprint, answer, version.tokenizer, options)
+    return FormContext(prefix + name, created_s, model.name, model.fingerprint, answer, version.tokenizer, options)
 
 
 def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:

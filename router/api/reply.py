@@ -21,10 +21,11 @@ from starlette.types import Receive, Scope, Send
 
 from ...common.errors import CapacityError, RequestError
 from ...common.request import FinishReason
+from ..kept.asking import REPEATED_HEADER
 from ..state.errors import StreamError, failure_of
 from .answer import Answer
 from .choice import TextPiece
-from .events import OPENAI_EVENTS, EventFormat, EventWriter
+from .events import OPENAI_EVENTS, EventFormat, EventNumbers, EventWriter
 from .form import Form
 from .middleware import CLIENT_CLOSED, RequestContext, WritePart, context_of, send_failure, send_part
 from .timing import phases_ms, server_timing
@@ -105,6 +106,8 @@ class Reply(Response):
         self._task: asyncio.Task[object] | None = None  # while it sends
         self._is_cut = False
         self._ended_by: Exception | None = None
+        if answer.kept is not None:
+            answer.kept.on_wanted = partial(self.end, _taken_over())
         in_flight.add(self)
 
     def end(self, error: Exception) -> None:
@@ -163,7 +166,7 @@ class Reply(Response):
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
-            (b"server-timing", server_timing(context, self._answer.requests)),
+            *self._more_headers(context),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await _write_in_parts(partial(send_part, context.send), body)
@@ -185,13 +188,14 @@ class Reply(Response):
         return msgspec.json.encode(self._form.whole(list(map(TextPiece.joined, pieces))))
 
     async def _send_stream(self, context: RequestContext, send: Send) -> None:
-        writer, write = EventWriter(self._form, self._events), context.write
+        numbers = EventNumbers(self._answer.kept) if self._answer.kept is not None else None
+        writer, write = EventWriter(self._form, self._events, numbers), context.write
         num_named = 0  # in what is said of the prompts where a choice begins
         while pieces := await self._answer.next():
             is_first = context.status is None
             if is_first:
-                timing = (b"server-timing", server_timing(context, self._answer.requests))
-                await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, timing]})
+                headers = [*_STREAM_HEADERS, *self._more_headers(context)]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
                 num_named = self._num_named_of_prompts()
             if num_named > _NAMED_INLINE and writer.begins_choice(pieces):
                 events = await asyncio.to_thread(writer.events, pieces)
@@ -203,8 +207,14 @@ class Reply(Response):
                 await write(events)
             if is_first:
                 self._write_middle(context, writer)
+            if numbers is not None and numbers.is_behind and not self._answer.is_repeating:
+                raise _unknown_event()
         tail = self._events.encode([self._form.usage_chunk()]) if self._include_usage else b""
         await send({"type": "http.response.body", "body": tail + self._events.end})
+
+    def _more_headers(self, context: RequestContext) -> list[tuple[bytes, bytes]]:
+        timing, kept = (b"server-timing", server_timing(context, self._answer.requests)), self._answer.kept
+        return [timing, REPEATED_HEADER] if kept is not None and kept.is_repeated else [timing]
 
     def _write_middle(self, context: RequestContext, writer: EventWriter) -> None:
         if context.chunk_encoder is not None and (fast_writer := writer.fast_writer(context.chunk_encoder)) is not None:
@@ -231,19 +241,22 @@ class Reply(Response):
         requests = answer.requests
         # What was refused while it waited has cost nothing, and its client may be told to come again.
         sent = [request.num_prompt_tokens for request in requests if "prefill_start" in request.timestamps]
-        self._observer.on_answer(sum(sent), num_completion, finishes)
-        if context.allowance is not None:
-            context.allowance.settle(sum(sent) + num_completion)
+        num_repeated = 0 if answer.kept is None else min(num_completion, answer.kept.num_told_tokens)
+        self._observer.on_answer(sum(sent), num_completion - num_repeated, finishes)
+        if context.allowance is not None:  # what was told before was paid for then, and so was its prompt
+            context.allowance.settle(num_completion - num_repeated if num_repeated else sum(sent) + num_completion)
         log.info(
             "request_finished",
             request_id=context.request_id,
             client_request_id=context.shown_id if context.shown_id != context.request_id else None,
+            answer_id=None if answer.kept is None else answer.kept.begun.answer_id,
             path=path,
             status=context.status,
             finish=sorted({str(finish) for finish in finishes}),
             prompt_tokens=num_prompt,
             cached_tokens=sum(request.num_cached_tokens for request in requests),
             completion_tokens=num_completion,
+            repeated_tokens=num_repeated,
             attempts=max(request.attempt_number for request in requests),
             prefill_workers=sorted({request.prefill_worker or "-" for request in requests}),
             decode_workers=sorted({request.decode_worker or "-" for request in requests}),
@@ -252,6 +265,15 @@ class Reply(Response):
 
     def _unfinished_reason(self, context: RequestContext) -> str:
         return FinishReason.ABORT if context.status in (None, CLIENT_CLOSED) else FinishReason.ERROR
+
+
+def _taken_over() -> StreamError:
+    return StreamError("the client came back with this Idempotency-Key by another connection", "taken_over", 409)
+
+
+def _unknown_event() -> RequestError:
+    text = "Last-Event-ID is the number of an event that this answer has not had"
+    return RequestError(text, param="Last-Event-ID", code="unknown_event")
 
 
 async def _write_in_parts(write: WritePart, body: bytes) -> None:

@@ -6,6 +6,7 @@ what comes again is dropped. The accepted tokens are what a resumed attempt star
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...common.request import FinishReason, SampledToken
@@ -90,6 +91,11 @@ class ChoiceState:
         """The router itself ends the choice."""
         self.finish = reason
         self.forget_early()
+
+    def restore(self, tokens: Sequence[SampledToken], finish: str | None) -> None:
+        """Take what was accepted in an earlier life of the request."""
+        self.tokens.extend(tokens)
+        self.finish = self.finish or finish
 
     def forget_early(self) -> None:
         """A new attempt begins: only accepted tokens carry over."""

@@ -35,12 +35,19 @@ class TokenStream:
         self.is_held = False  # by the dispatcher: something must come before the first update
         self._on_abort = on_abort
         self._on_finish_choice = on_finish_choice
-        self._sent = [0] * request.n  # tokens yielded of each choice
-        self._closed = [False] * request.n  # the finish reason was yielded, or the reader set it
+        # What a request has from the start (`ChoiceState.restore`) its reader has from elsewhere.
+        self._sent = [len(choice.tokens) for choice in request.choices]  # tokens yielded of each choice
+        # The finish reason was yielded, or the reader set it.
+        self._closed = [choice.finish is not None for choice in request.choices]
         self._next_choice = 0
         self._error: StreamError | None = None
         self._wake = asyncio.Event()
         self.wake: Callable[[], object] = self._wake.set  # for the dispatcher: there is something new
+
+    @classmethod
+    def ended(cls, request: RouterRequest) -> TokenStream:
+        """Make the stream of a request of which nothing is to come."""
+        return cls(request, _ignore, _ignore_choice)
 
     @property
     def prompt_logprobs(self) -> list[SampledToken]:
@@ -139,3 +146,11 @@ class TokenStream:
         """Dispatcher: the request failed; accepted tokens are yielded before the error."""
         self._error = error
         self.wake()
+
+
+def _ignore() -> None:
+    """Nobody works on the request."""
+
+
+def _ignore_choice(choice: int) -> None:
+    """Nobody works on the choice."""

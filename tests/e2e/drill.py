@@ -159,6 +159,7 @@ class Drill:
 class LocalDrill(Drill):
     cluster: Cluster = field(kw_only=True)
     killed: dict[str, psutil.Process] = field(default_factory=dict)
+    comes_back: bool = False  # each client does, when its connection ends too early
 
     def send(self, asks: Sequence[Ask], when_flowing: Callable[[], None]) -> dict[int, list[RequestEvent]]:
         return asyncio.run(self._send(asks, when_flowing))
@@ -178,8 +179,11 @@ class LocalDrill(Drill):
                     if not missing:
                         when_flowing()
 
+        keys = {one.number: uuid.uuid4().hex if self.comes_back else None for one in asks}
         try:
-            await asyncio.gather(*(send(client, one.number, one, one.body, tell, began_s=began_s) for one in asks))
+            await asyncio.gather(
+                *(send(client, one.number, one, one.body, tell, began_s=began_s, key=keys[one.number]) for one in asks)
+            )
         finally:
             client.close()
         return events

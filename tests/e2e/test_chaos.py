@@ -71,6 +71,18 @@ def test_streams_are_whole_though_a_block_is_not_what_was_written(drill: LocalDr
     assert drill.has_acted and drill.total("kvferry_kv_checksum_failures_total") == 1
 
 
+@pytest.mark.parametrize("others", [(), ("p-0", "d-0"), WORKERS], ids=["alone", "with one of each pool", "with all"])
+def test_streams_are_whole_though_the_router_dies(drill: LocalDrill, others: tuple[str, ...]) -> None:
+    """Their clients come back, and say what they have."""
+    drill.comes_back = True
+    try:
+        requests = drill.stream(when_flowing=lambda: drill.kill(("router", *others)))
+    finally:
+        drill.comes_back = False
+    drill.check(requests)
+    drill.settle(quarantine_ends=False)
+
+
 @pytest.mark.parametrize("victims", [("p-0", "d-0"), WORKERS], ids=["one of each pool", "every worker"])
 def test_streams_are_whole_though_workers_of_both_pools_die_at_once(
     drill: LocalDrill, victims: tuple[str, ...]

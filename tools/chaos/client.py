@@ -1,7 +1,7 @@
 """One request of a chaos run, told as events: what came, when, and how it ended. Judges nothing.
 
 A chunk is taken as it stands: nothing is repaired, joined or left out here, so that what a client could have noticed
-is in the history.
+is in the history. A client with a key comes back when its connection ends too early, and says what it has.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .events import Cut, Delta, Done, Failed, RequestEvent, Sent, Usage
 from .requests import Ask, Body
 
 _TIMEOUT_S = 120.0
+_BACK_AFTER_S = 0.05
 _encode = msgspec.json.Encoder().encode
 
 
@@ -110,6 +111,14 @@ class _Reader:
         self._status = 0
         self._answer_id = ""
         self.has_ended = False
+        self.last_event = ""  # its number, where events have one
+
+    def begin_again(self) -> None:
+        """The connection has ended too early; what comes by another goes on behind the last whole event."""
+        self.last_event = self._splitter.last_id or self.last_event
+        self._splitter = EventSplitter()
+        self._body.clear()
+        self._status = 0
 
     def on_head(self, head: ResponseHead) -> None:
         self._status = head.status
@@ -208,8 +217,12 @@ async def send(
     began_s: float,
     is_reference: bool = False,
     headers: Mapping[str, str] | None = None,
+    key: str | None = None,
 ) -> None:
-    """Runs one request to its end; what happens is told as it happens. `began_s`: of the run, by perf_counter."""
+    """Runs one request to its end; what happens is told as it happens. `began_s`: of the run, by perf_counter.
+
+    `key`: the client comes back with it as often as its connection ends too early.
+    """
     reader = _Reader(request, ask, tell, began_s)
     tell(
         Sent(
@@ -225,15 +238,24 @@ async def send(
     )
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            await client.request(
-                "POST",
-                ask.path,
-                body=_encode(body),
-                headers=headers,
-                on_head=reader.on_head,
-                on_body=reader.on_body,
-            )
-        reader.finish()
+            while True:
+                own = {} if key is None else {"idempotency-key": key, "last-event-id": reader.last_event}
+                try:
+                    await client.request(
+                        "POST",
+                        ask.path,
+                        body=_encode(body),
+                        headers={**(headers or {}), **own},
+                        on_head=reader.on_head,
+                        on_body=reader.on_body,
+                    )
+                    reader.finish()
+                    return
+                except HttpError:
+                    if key is None or reader.has_ended:
+                        raise
+                await asyncio.sleep(_BACK_AFTER_S)
+                reader.begin_again()
     except HttpError as error:
         if not reader.has_ended:
             reader.cut(str(error))

@@ -1,4 +1,4 @@
-"""`kvferry chaos`: workers die under load, and every answer is held against an undisturbed one.
+"""`kvferry chaos`: workers, or routers, die under load, and every answer is held against an undisturbed one.
 
     a deployment that nobody disturbs answers each distinct request once: the answers that are right
     -> a fresh one of the same kind under load; every few seconds a random worker gets SIGKILL or SIGSTOP
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -176,7 +177,8 @@ class _Chaos:
     async def _disturb(self, system: System, asks: Sequence[Ask]) -> Tally:
         assert self._references is not None
         options, notes = self._options, list[Note]()
-        workers = Workers(self._began_s, self._tell, options.blows)
+        pid_of = partial(system.program_pid, "router")
+        workers = Workers(self._began_s, self._tell, options.blows, router_pid=pid_of)
 
         def on_note(note: Note) -> None:
             notes.append(note)
@@ -185,7 +187,8 @@ class _Chaos:
 
         tail = LogTail(system.process.log_path, self._wall_began_s, on_note)
         following = asyncio.create_task(tail.follow())
-        load = Load(system.base_url, self._began_s, self._tell, self._numbers)
+        comes_back = "router" in options.blows
+        load = Load(system.base_url, self._began_s, self._tell, self._numbers, comes_back=comes_back)
         load.references = self._references.references
         try:
             await self._until_up(system)
@@ -286,8 +289,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--concurrency", type=positive_int, default=8, metavar="N", help="requests in flight (default: %(default)s)")
     add("--num-requests", type=positive_int, default=330, metavar="N", help="distinct ones (default: %(default)s)")
     add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
-    blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker (default: %(default)s)"
-    add("--blows", default=",".join(KINDS), metavar="KINDS", help=blows)
+    blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker; router: clients come back"
+    add("--blows", default=",".join(KINDS), metavar="KINDS", help=f"{blows} (default: %(default)s)")
     add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
     flags = "for `kvferry serve`, in one word: '--dtype bfloat16'"
     add("--serve-flags", type=shell_words, default=(), metavar="FLAGS", help=flags)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import uuid
 from array import array
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,14 +46,22 @@ class Load:
     """Sends, and knows what became of each request. `tell` hears every event; `numbers` are those of the requests."""
 
     def __init__(
-        self, base_url: str, began_s: float, tell: Callable[[Event], None], numbers: Iterator[int] | None = None
+        self,
+        base_url: str,
+        began_s: float,
+        tell: Callable[[Event], None],
+        numbers: Iterator[int] | None = None,
+        *,
+        comes_back: bool = False,
     ) -> None:
+        """`comes_back`: each client does, when its connection ends too early."""
         self.results: list[Result] = []
         self.references: dict[int, Request] = {}  # by ask
         self._client = HttpClient(base_url)
         self._began_s = began_s
         self._tell = tell
         self._numbers = numbers if numbers is not None else count(1)
+        self._comes_back = comes_back
 
     async def compute_references(self, asks: Sequence[Ask], concurrency: int) -> list[Ask]:
         """The answers that are right. Returns the asks, those with a stop string complete. Raises ConfigError."""
@@ -97,7 +106,8 @@ class Load:
             if not is_silent:
                 self._tell(event)
 
-        await send(self._client, number, ask, body, tell, began_s=self._began_s, is_reference=is_reference)
+        key = uuid.uuid4().hex if self._comes_back else None
+        await send(self._client, number, ask, body, tell, began_s=self._began_s, is_reference=is_reference, key=key)
         return collect(events)
 
     def _result(self, request: Request) -> Result:

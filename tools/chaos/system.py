@@ -48,7 +48,8 @@ class LogTail:
                     at_s=parsed.at_s - self._wall_began_s,
                     what=parsed.event,
                     worker_id=str(fields.get("worker_id", "")),
-                    answer_id=str(fields.get("request_id", "")).partition("-")[0],  # of a call's prompts: which one
+                    # Of a call's prompts: which one. An answer that its client came back for has its first call's name.
+                    answer_id=str(fields.get("answer_id") or fields.get("request_id", "")).partition("-")[0],
                     detail={name: fields[name] for name in _DETAILS if name in fields},
                 )
             )

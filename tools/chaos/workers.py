@@ -18,11 +18,14 @@ from time import perf_counter
 
 import psutil
 
+from ...common.errors import ConfigError
 from .events import Event, Note
 
-Kind = str  # "kill", "rank" (kill, of another rank), "hang" (stopped, and left so), "pause" (stopped, and continued)
+# "kill", "rank" (kill, of another rank), "hang" (stopped, and left so), "pause" (stopped, and continued), "router"
+# (kill, of a router).
+Kind = str
 KINDS = ("kill", "kill", "hang", "pause")
-KNOWN_KINDS = ("kill", "rank", "hang", "pause")
+KNOWN_KINDS = ("kill", "rank", "hang", "pause", "router")
 _PAUSE_S = (0.3, 4.5)  # around the time at which a launcher loses patience
 
 
@@ -77,8 +80,17 @@ class Strike:
 class Workers:
     """Lives on the event loop."""
 
-    def __init__(self, began_s: float, tell: Callable[[Event], None], kinds: Sequence[Kind] = KINDS) -> None:
+    def __init__(
+        self,
+        began_s: float,
+        tell: Callable[[Event], None],
+        kinds: Sequence[Kind] = KINDS,
+        *,
+        router_pid: Callable[[], int] | None = None,
+    ) -> None:
+        """`router_pid()`: a router's process, where routers are struck. Raises ConfigError while there is none."""
         self._kinds = kinds
+        self._router_pid = router_pid
         self.strikes: list[Strike] = []
         self.num_joined = 0
         self._began_s = began_s
@@ -136,6 +148,8 @@ class Workers:
         if not self.up:
             return None
         process, kind = source.choice(self.up), source.choice(self._kinds)
+        if kind == "router":
+            return self._strike_router()
         ranks = process.other_ranks if kind == "rank" else []
         if kind == "rank" and not ranks:
             return None  # it has only just begun
@@ -155,6 +169,16 @@ class Workers:
             delay_s = source.uniform(*_PAUSE_S)
             self._timers.append(asyncio.get_running_loop().call_later(delay_s, self._go_on, process))
         return strike
+
+    def _strike_router(self) -> Strike | None:
+        assert self._router_pid is not None
+        with contextlib.suppress(ConfigError, ProcessLookupError):
+            strike = Strike("kill", "the router", "router", self._router_pid(), self._now())
+            os.kill(strike.pid, signal.SIGKILL)
+            self.strikes.append(strike)
+            self._tell(Note(at_s=strike.at_s, what="kill", worker_id="router", detail={"pid": strike.pid}))
+            return strike
+        return None
 
     def _go_on(self, process: WorkerProcess) -> None:
         process.is_stopped = False

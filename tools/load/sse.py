@@ -8,11 +8,13 @@ from __future__ import annotations
 
 
 class EventSplitter:
-    """One stream's splitter. Comments and the fields `event`, `id` and `retry` are skipped."""
+    """One stream's splitter. Comments and the fields `event` and `retry` are skipped."""
 
-    __slots__ = ("_data", "_rest")
+    __slots__ = ("_data", "_id", "_rest", "last_id")
 
     def __init__(self) -> None:
+        self.last_id = ""  # of the events that are complete
+        self._id = ""
         self._rest = b""  # the line that has no newline yet
         self._data: list[bytes] = []  # `data:` lines of the event that has no empty line yet
 
@@ -24,7 +26,10 @@ class EventSplitter:
             line = line.removesuffix(b"\r")
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
+            elif line.startswith(b"id:"):
+                self._id = line[3:].strip().decode("latin-1")
             elif not line and self._data:
+                self.last_id = self._id
                 events.append(self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
                 self._data = []
         return events

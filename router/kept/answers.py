@@ -1,0 +1,218 @@
+"""The folder of kept answers, which routers share: who comes back with a key finds there what was told under it.
+
+    NAME          an answer, locked (flock) by the router that tells it: the lock ends with that process
+    wanted/NAME   somebody waits for that answer, whose router looks here and hands it over
+
+A client that comes back is the one that is served: whoever still tells the answer to an older connection ends there.
+What nobody has written to for KEEP_S is deleted, and the oldest before that where all together take too much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from ...common.errors import ConfigError, RequestError
+from ..state.errors import StreamError
+from .answer_log import AnswerLog
+from .kept_answer import AnswerKey, KeptAnswer
+
+KEEP_S = 600.0
+MAX_BYTES = 256 * 2**20  # of all answers
+HAND_OVER_S = 5.0  # until who waits for an answer gives up
+_LOOK_EVERY_S = 0.1  # whether somebody waits, or may go on
+_SWEEP_EVERY_S = 10.0
+_READ_INLINE = 2**16  # bytes
+
+log = structlog.get_logger(__name__)
+
+
+class KeptAnswers:
+    """`KeptAnswers` is one router's hold on the folder. Belongs to its loop."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError for a folder that cannot be used."""
+        self._path, self._wanted = path, path / "wanted"
+        self._held: dict[str, KeptAnswer] = {}  # by name
+        self._is_watching = False
+        self._swept_s = float("-inf")
+        try:
+            for folder in (path, self._wanted):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = path / f"probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"answers_dir: cannot use {path}: {error.strerror or error}") from error
+
+    def __len__(self) -> int:
+        """Count the answers that are being told here."""
+        return len(self._held)
+
+    async def take(self, key: AnswerKey) -> KeptAnswer:
+        """Return the answer of this key, a new one where there is none. Waits while another connection is told it.
+
+        Raises RequestError (422) where the key stands for another request, StreamError (409) where the answer is not
+        handed over, and where the client has events of an answer that is not here.
+        """
+        self._sweep()
+        answer = await self._locked(key)
+        head = answer.head
+        try:
+            if head is not None and head.asked != key.asked:
+                raise RequestError(
+                    "this Idempotency-Key came with another request before: a new request needs a new key",
+                    param="Idempotency-Key",
+                    code="idempotency_key_reused",
+                    status=422,
+                )
+            if key.after and not answer.is_repeated:
+                raise StreamError(
+                    "the answer to this Idempotency-Key is not kept any more: ask without Last-Event-ID for a new one",
+                    "answer_not_kept",
+                    409,
+                )
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    async def _locked(self, key: AnswerKey) -> KeptAnswer:
+        if (answer := await self._open(key)) is not None:
+            return answer
+        loop, wanted = asyncio.get_running_loop(), self._wanted / key.name
+        until_s = loop.time() + HAND_OVER_S
+        try:
+            wanted.touch(mode=0o600)
+            while loop.time() < until_s:
+                await asyncio.sleep(_LOOK_EVERY_S)
+                if (answer := await self._open(key)) is not None:
+                    return answer
+        finally:
+            wanted.unlink(missing_ok=True)
+        raise StreamError(
+            f"the answer to this Idempotency-Key is told to another connection, which did not end in {HAND_OVER_S:g} s",
+            "idempotency_key_in_use",
+            409,
+        )
+
+    async def _open(self, key: AnswerKey) -> KeptAnswer | None:
+        """Return None while somebody else has the answer."""
+        path = self._path / key.name
+        fd = _lock(path)
+        if fd is None:
+            return None
+        answer = self._held[key.name] = KeptAnswer(key, path, await _read(fd), self._on_close)
+        self._watch()
+        return answer
+
+    def _on_close(self, answer: KeptAnswer) -> None:
+        del self._held[answer.key.name]
+
+    # --- who waits for one that is told here ------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        if not self._is_watching and self._held:
+            self._is_watching = True
+            asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
+
+    def _look(self) -> None:
+        self._is_watching = False
+        for name in os.listdir(self._wanted) if self._held else ():
+            if (answer := self._held.get(name)) is not None:
+                answer.on_wanted()
+        self._watch()
+
+    # --- what is deleted --------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._swept_s < _SWEEP_EVERY_S:
+            return
+        self._swept_s = now_s
+        entries = sorted(_entries(self._path), key=lambda entry: entry.stat().st_mtime)
+        num_bytes, oldest_s = sum(entry.stat().st_size for entry in entries), time.time() - KEEP_S
+        for entry in entries:
+            stat = entry.stat()
+            if stat.st_mtime >= oldest_s and num_bytes <= MAX_BYTES:
+                break
+            if _delete_unless_told(Path(entry.path)):
+                num_bytes -= stat.st_size
+
+
+async def take(answers: KeptAnswers | None, key: AnswerKey | None) -> KeptAnswer | None:
+    """Take the answer of a key, if there is one; None where it cannot be kept, which the log tells."""
+    if answers is None or key is None:
+        return None
+    try:
+        return await answers.take(key)
+    except OSError as error:
+        log.warning("answer_not_kept", reason=error.strerror or str(error))
+        return None
+
+
+def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file(follow_symlinks=False):
+                    entry.stat(follow_symlinks=False)  # kept in the entry: it may be deleted at any moment
+                    yield entry
+
+
+def _delete_unless_told(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _lock(path: Path) -> int | None:
+    """Open the file, which is made where there is none; None while somebody else has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(path, fd):  # else it was deleted between the two calls
+            return fd
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Tell whether the open file still has its name."""
+    try:
+        return path.stat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
+
+
+async def _read(fd: int) -> AnswerLog:
+    """Read the file, a long one on a thread, which has it for itself until it is done."""
+    if os.fstat(fd).st_size <= _READ_INLINE:
+        return AnswerLog(fd)
+    reading = asyncio.ensure_future(asyncio.to_thread(AnswerLog, fd))
+    try:
+        return await asyncio.shield(reading)
+    except asyncio.CancelledError:
+        reading.add_done_callback(lambda done: done.result().close())
+        raise

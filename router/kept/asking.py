@@ -1,0 +1,43 @@
+"""Clients name an answer that they may ask for again, in headers: read here, and refused where they cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+from ...common.errors import RequestError
+from .kept_answer import AnswerKey
+
+KEY_HEADER, AFTER_HEADER = b"idempotency-key", b"last-event-id"
+REPEATED_HEADER = (b"idempotent-replayed", b"true")  # Stripe's name: of an answer that was told before
+_KEY = re.compile(rb"[\x21-\x7e]{1,255}")
+_AFTER = re.compile(rb"[0-9]{1,9}")
+_encode = msgspec.json.Encoder(order="deterministic").encode
+
+
+def answer_key(headers: Mapping[bytes, bytes], tenant: bytes, path: str, asked: object) -> AnswerKey | None:
+    """Return the key under which a call's answer is kept; None: the client gives none. `asked`: its body, parsed.
+
+    Keys of different callers never meet. Raises RequestError for headers that are none.
+    """
+    key, after = headers.get(KEY_HEADER), headers.get(AFTER_HEADER, b"0") or b"0"
+    if key is None:
+        return None
+    if not _KEY.fullmatch(key):
+        raise RequestError(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters",
+            param="Idempotency-Key",
+            code="invalid_idempotency_key",
+        )
+    if not _AFTER.fullmatch(after):
+        raise RequestError(
+            "Last-Event-ID must be the number of an event of this answer",
+            param="Last-Event-ID",
+            code="invalid_last_event_id",
+        )
+    name = hashlib.blake2b(b"%d %b %b" % (len(tenant), tenant, key), digest_size=20).hexdigest()
+    digest = hashlib.blake2b(_encode([path, asked]), digest_size=20).digest()
+    return AnswerKey(name, digest, int(after))

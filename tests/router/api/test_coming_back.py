@@ -1,0 +1,243 @@
+"""A client that comes back with its Idempotency-Key misses nothing and gets nothing twice, wherever it was cut off.
+
+The file of an answer is cut after each of its records, as a router's death leaves it; then the request comes again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kvferry.router.access.quota import QuotaLimits
+from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.kept.answers import KeptAnswers
+
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
+
+CHAT = [{"role": "user", "content": "hi"}]
+FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+CALL = '<tool_call>{"name": "f", "arguments": {"a": "bc"}}</tool_call>'
+CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "text": ("/v1/completions", {"prompt": "ab", "max_tokens": 40}, "Hey wö"),
+    "choices": ("/v1/completions", {"prompt": ["ab", "cd"], "n": 2, "best_of": 2, "max_tokens": 40}, "Hey"),
+    "logprobs": ("/v1/completions", {"prompt": "ab", "logprobs": 2, "max_tokens": 40, "echo": False}, "Hey"),
+    "stop": ("/v1/completions", {"prompt": "ab", "stop": ["y w"], "max_tokens": 40}, "Hey wo"),
+    "usage": (
+        "/v1/completions",
+        {"prompt": "ab", "max_tokens": 40, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        "Hello",
+    ),
+    "chat": ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 40}, "Hey"),
+    "tools": (
+        "/v1/chat/completions",
+        {"messages": CHAT, "max_tokens": 99, "tools": [{"type": "function", "function": FUNCTION}]},
+        f"Ok {CALL}",
+    ),
+    "responses": ("/v1/responses", {"input": "hi", "max_output_tokens": 40}, "Hey"),
+    "messages": ("/v1/messages", {"messages": CHAT, "max_tokens": 40}, "Hey"),
+}
+KEY = {"idempotency-key": "k"}
+
+
+def served(folder: Path, text: str = "Hello, world", *, script: Script | None = None, **options: Any) -> Served:
+    """A router of the folder: another one each time."""
+    model = ServedModel(MODEL, 2048, VOCAB_SIZE, tool_parser="hermes", chooses_tools=True)
+    return serve(script or Script(text), model=model, kept_answers=KeptAnswers(folder), **options)
+
+
+async def ask(router: Served, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+    async with router.client() as client:
+        return await client.post(path, json=body, headers=KEY | headers)
+
+
+def told(response: httpx.Response) -> list[tuple[int, str]]:
+    """The numbered events."""
+    assert response.status_code == 200, response.text
+    found = [re.fullmatch(r"id: (\d+)\n(.*)", event, re.DOTALL) for event in response.text.split("\n\n")]
+    return [(int(match[1]), match[2]) for match in found if match is not None]
+
+
+def record_ends(data: bytes) -> list[int]:
+    ends = [0]
+    while ends[-1] < len(data):
+        ends.append(ends[-1] + 8 + int.from_bytes(data[ends[-1] : ends[-1] + 4], "little"))
+    return ends
+
+
+def file_in(folder: Path) -> Path:
+    [path] = [path for path in folder.iterdir() if path.is_file()]
+    return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_an_answer_goes_on_from_wherever_its_router_died(tmp_path: Path, name: str) -> None:
+    path, body, text = CALLS[name]
+    body = body | {"stream": True}
+    whole = told(await ask(served(tmp_path / "whole", text), path, body))
+    assert [number for number, _ in whole] == list(range(1, len(whole) + 1)) and len(whole) > 2
+    data = file_in(tmp_path / "whole").read_bytes()
+    name_of_file = file_in(tmp_path / "whole").name
+    numbers = set[int]()
+    ends = record_ends(data)[1:]
+    for place, end in [*list(enumerate(ends))[:: 1 + len(ends) // 16], (len(ends) - 1, ends[-1])]:
+        folder = tmp_path / f"cut-{place}"
+
+        def cut(folder: Path = folder, end: int = end) -> None:
+            (folder / name_of_file).write_bytes(data[:end] + b"\7\0\0")  # and the beginning of another record
+
+        stuck = served(folder, script=Script(text, fail_after=0))
+        cut()
+        before = told(await ask(stuck, path, body)) if place else []  # what the dead router may have told
+        assert _comparable(before) == _comparable(whole[: len(before)])
+        numbers.add(len(before))
+        for after in {len(before) // 2, len(before)}:
+            cut()
+            response = await ask(served(folder, text), path, body, **{"last-event-id": str(after)})
+            assert (response.headers.get("idempotent-replayed") == "true") == (place > 0)
+            assert _comparable(told(response)) == _comparable(whole[after:])
+    assert {0, len(whole)} <= numbers
+
+
+def _comparable(events: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    return [(number, re.sub(r'"completed_at":[0-9.]+', "", event)) for number, event in events]
+
+
+async def test_a_whole_answer_is_told_again_without_the_model(tmp_path: Path) -> None:
+    first = served(tmp_path, script=Script("Hello", num_cached_tokens=0))
+    body = {"prompt": "ab", "max_tokens": 9}
+    told_first = (await ask(first, "/v1/completions", body)).json()
+    second = served(tmp_path, "another text")
+    again = await ask(second, "/v1/completions", body)
+    assert again.json() == told_first and again.headers["idempotent-replayed"] == "true"
+    assert second.dispatcher.requests == []
+
+
+async def test_a_client_that_leaves_costs_nothing_until_it_comes_back(tmp_path: Path) -> None:
+    router = served(tmp_path, script=Script("Hello, world", hold_at=5))
+    body = {"prompt": "ab", "max_tokens": 40, "stream": True}
+    asking = asyncio.create_task(ask(router, "/v1/completions", body))
+    await router.dispatcher.held.wait()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    asking.cancel()
+    await asyncio.wait([asking])
+    await router.dispatcher.abort_seen.wait()
+    router.script.hold_at = None
+    events = told(await ask(router, "/v1/completions", body, **{"last-event-id": "3"}))
+    assert events[0][0] == 4
+    assert "".join(json.loads(event[6:])["choices"][0]["text"] for _, event in events) == "lo, world"
+    first, second = router.dispatcher.requests
+    assert first.sampling.seed == second.sampling.seed
+
+
+async def test_who_comes_back_ends_the_older_connection(tmp_path: Path) -> None:
+    first, second = served(tmp_path, script=Script("Hello, world", hold_at=5)), served(tmp_path)
+    body = {"prompt": "ab", "max_tokens": 40, "stream": True}
+    older = asyncio.create_task(ask(first, "/v1/completions", body))
+    await first.dispatcher.held.wait()
+    newer = told(await ask(second, "/v1/completions", body, **{"last-event-id": "2"}))
+    assert [number for number, _ in newer][:2] == [3, 4]
+    response = await older
+    assert response.text.endswith("\n\n") and '"code":"taken_over"' in response.text and "[DONE]" not in response.text
+    assert len(told(response)) == 5
+
+
+async def test_what_was_paid_for_is_not_charged_again(tmp_path: Path) -> None:
+    def left(response: httpx.Response) -> int:
+        return int(response.headers["x-ratelimit-remaining-tokens"])
+
+    limits = QuotaLimits(None, None, 1000)
+    router = served(tmp_path, "Hello", quota=limits)
+    body = {"prompt": "abcd", "max_tokens": 9}
+    await ask(router, "/v1/completions", body)
+    async with router.client() as client:
+        before = left(await client.post("/v1/completions", json=body))
+        await ask(router, "/v1/completions", body)
+        after = left(await client.post("/v1/completions", json=body))
+    assert 0 < before - after <= 4 + 6  # one request of the two, and what the time between has brought
+
+
+async def test_a_key_is_one_callers_and_one_requests(tmp_path: Path) -> None:
+    router = served(tmp_path, api_keys=("alice", "bob"))
+    body = {"prompt": "ab", "max_tokens": 4}
+    for key in ("alice", "bob"):
+        response = await ask(router, "/v1/completions", body, authorization=f"Bearer {key}")
+        assert response.status_code == 200 and "idempotent-replayed" not in response.headers
+    alice = {"authorization": "Bearer alice"}
+    other = await ask(router, "/v1/completions", body | {"max_tokens": 5}, **alice)
+    assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
+    elsewhere = await ask(router, "/v1/chat/completions", {"messages": CHAT}, **alice)
+    assert elsewhere.status_code == 422
+    same = await ask(router, "/v1/completions", dict(reversed(body.items())), **alice)  # the same body in other bytes
+    assert same.status_code == 200 and same.headers["idempotent-replayed"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({"idempotency-key": "a b"}, 400, "invalid_idempotency_key"),
+        ({"idempotency-key": ""}, 400, "invalid_idempotency_key"),
+        ({"idempotency-key": "x" * 256}, 400, "invalid_idempotency_key"),
+        ({"last-event-id": "-1"}, 400, "invalid_last_event_id"),
+        ({"last-event-id": "9" * 10}, 400, "invalid_last_event_id"),
+        ({"last-event-id": "4"}, 409, "answer_not_kept"),
+        ({"last-event-id": "0"}, 200, ""),
+        ({"last-event-id": ""}, 200, ""),
+        ({"idempotency-key": "x" * 255}, 200, ""),
+    ],
+)
+async def test_headers_that_can_not_be_read_are_refused(
+    tmp_path: Path, headers: dict[str, str], status: int, code: str
+) -> None:
+    router = served(tmp_path)
+    response = await ask(router, "/v1/completions", {"prompt": "ab", "max_tokens": 4}, **headers)
+    assert response.status_code == status
+    assert not code or response.json()["error"]["code"] == code
+    assert len(router.dispatcher.requests) == (status == 200)
+
+
+async def test_two_keys_are_refused(tmp_path: Path) -> None:
+    async with served(tmp_path).client() as client:
+        headers = [("idempotency-key", "a"), ("idempotency-key", "b")]
+        response = await client.post("/v1/completions", json={"prompt": "ab"}, headers=headers)
+    assert response.status_code == 400 and "more than one" in response.text
+
+
+async def test_an_event_that_the_answer_never_had_is_refused(tmp_path: Path) -> None:
+    router = served(tmp_path, "Hello")
+    body = {"prompt": "ab", "max_tokens": 9, "stream": True}
+    await ask(router, "/v1/completions", body)
+    response = await ask(router, "/v1/completions", body, **{"last-event-id": "77"})
+    assert '"code":"unknown_event"' in response.text and "[DONE]" not in response.text
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+async def test_what_can_not_be_kept_is_answered_and_says_so(tmp_path: Path, is_kept: bool) -> None:
+    """Prompt logprobs are not kept; and where there is no folder, nothing is."""
+    router = served(tmp_path) if is_kept else serve(Script("Hello"))
+    body = {"prompt": "ab", "max_tokens": 9} | ({"prompt_logprobs": 1} if is_kept else {"stream": True})
+    response = await ask(router, "/v1/completions", body)
+    assert response.status_code == 200 and response.headers["x-kvferry-ignored"] == "Idempotency-Key"
+    assert told(response) == []
+
+
+async def test_embeddings_and_lists_need_no_key(tmp_path: Path) -> None:
+    async with served(tmp_path).client() as client:
+        assert (await client.get("/v1/models", headers=KEY)).status_code == 200
+    assert names_in(tmp_path) == ["wanted"]
+
+
+async def test_without_a_key_no_event_has_a_number(tmp_path: Path) -> None:
+    async with served(tmp_path).client() as client:
+        response = await client.post("/v1/completions", json={"prompt": "ab", "stream": True})
+    assert told(response) == [] and names_in(tmp_path) == ["wanted"]

@@ -1,0 +1,236 @@
+"""Routers share a folder of answers: one tells an answer at a time, the one whose client came last."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvferry.common.errors import ConfigError, RequestError
+from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.router.kept import answers as answers_module
+from kvferry.router.kept.answers import KEEP_S, KeptAnswers, take
+from kvferry.router.kept.kept_answer import AnswerKey
+from kvferry.router.state.errors import StreamError
+from kvferry.router.state.request import RouterRequest
+
+KEY = AnswerKey("name", b"asked")
+HOLDER = """
+import asyncio, sys
+from pathlib import Path
+from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.router.kept.answers import KeptAnswers
+from kvferry.router.kept.kept_answer import AnswerKey
+
+async def main():
+    kept = await KeptAnswers(Path(sys.argv[1])).take(AnswerKey("name", b"asked"))
+    kept.settle([SamplingParams(max_tokens=8, seed=3)], "r")
+    kept.add(0, [SampledToken(5)], None)
+    print("told", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A router that tells the answer, in a process of its own."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"told\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def settle(kept: object, seed: int = 1, limit: int = 8) -> list[SamplingParams]:
+    return kept.settle([SamplingParams(max_tokens=limit, seed=seed)], "r")  # type: ignore[attr-defined, no-any-return]
+
+
+async def test_another_try_finds_what_was_drawn_and_told(tmp_path: Path) -> None:
+    first = await KeptAnswers(tmp_path).take(KEY)
+    assert not first.is_repeated
+    settle(first)
+    first.add(0, [SampledToken(5), SampledToken(6)], None)
+    first.add(0, [SampledToken(7)], "length")
+    first.close()
+    first.close()
+
+    again = await KeptAnswers(tmp_path).take(KEY)
+    assert again.is_repeated and again.num_told_tokens == 3
+    [params] = settle(again, seed=99, limit=2)
+    assert (params.seed, params.max_tokens) == (1, 8)
+    request = RouterRequest("r-0", [1], params)
+    assert list(again.restore([request])) == [request]
+    assert [token.token_id for token in request.choices[0].tokens] == [5, 6, 7]
+    assert request.choices[0].finish == "length" and not request.unfinished
+    again.close()
+
+
+async def test_each_choice_gets_its_own_tokens(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY)
+    kept.settle([SamplingParams(max_tokens=8)] * 2, "r")
+    for index in (3, 0, 1, 3, 2):
+        kept.add(index, [SampledToken(10 * index), SampledToken(10 * index + 1)], "stop" if index == 2 else None)
+    kept.close()
+    kept = await answers.take(KEY)
+    requests = [RouterRequest(f"r-{number}", [1], SamplingParams(max_tokens=8), n=2) for number in range(2)]
+    assert list(kept.restore(iter(requests))) == requests
+    choices = [choice for request in requests for choice in request.choices]
+    assert [[token.token_id for token in choice.tokens] for choice in choices] == [
+        [0, 1],
+        [10, 11],
+        [20, 21],
+        [30, 31, 30, 31],
+    ]
+    assert [choice.finish for choice in choices] == [None, None, "stop", None]
+    kept.close()
+
+
+@pytest.mark.parametrize("is_same_router", [True, False])
+async def test_whoever_comes_back_gets_the_answer_of_who_still_tells_it(tmp_path: Path, is_same_router: bool) -> None:
+    answers = KeptAnswers(tmp_path)
+    others = answers if is_same_router else KeptAnswers(tmp_path)
+    first = await answers.take(KEY)
+    settle(first)
+    first.on_wanted = first.close
+    second = await others.take(KEY)
+    assert second.head is not None and len(others) == 1
+    second.close()
+    assert len(answers) == 0 and not names_in(tmp_path / "wanted")
+
+
+async def test_an_answer_that_is_not_handed_over_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "HAND_OVER_S", 0.3)
+    first = await KeptAnswers(tmp_path).take(KEY)
+    with pytest.raises(StreamError) as error:
+        await KeptAnswers(tmp_path).take(KEY)
+    assert (error.value.code, error.value.status) == ("idempotency_key_in_use", 409)
+    first.close()
+    assert not names_in(tmp_path / "wanted")
+
+
+async def test_a_key_stands_for_one_request(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY)
+    settle(kept)
+    kept.close()
+    with pytest.raises(RequestError) as error:
+        await answers.take(AnswerKey("name", b"something else"))
+    assert (error.value.code, error.value.status) == ("idempotency_key_reused", 422)
+    assert len(answers) == 0
+    (await answers.take(KEY)).close()
+
+
+async def test_events_of_an_answer_that_is_not_here_are_refused(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path)
+    with pytest.raises(StreamError) as error:
+        await answers.take(AnswerKey("name", b"asked", after=3))
+    assert (error.value.code, error.value.status) == ("answer_not_kept", 409)
+    assert len(answers) == 0
+
+
+async def test_a_dead_routers_answer_is_free_and_whole(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+    kept = await KeptAnswers(tmp_path).take(KEY)
+    assert [portion.tokens[0].token_id for portion in kept.told] == [5]
+    kept.close()
+
+
+async def test_a_stopped_router_keeps_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "HAND_OVER_S", 0.3)
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(StreamError, match="another connection"):
+            await KeptAnswers(tmp_path).take(KEY)
+
+
+async def test_old_answers_are_deleted_and_those_under_way_are_not(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path)
+    for name in ("old", "told", "new"):
+        kept = await answers.take(AnswerKey(name, b""))
+        settle(kept)
+        kept.close()
+    told = await answers.take(AnswerKey("told", b""))
+    for name in ("old", "told"):
+        os.utime(tmp_path / name, (time.time() - KEEP_S - 1,) * 2)
+    (await KeptAnswers(tmp_path).take(AnswerKey("another", b""))).close()
+    assert names_in(tmp_path) == {"told", "new", "another", "wanted"}
+    told.close()
+
+
+async def test_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "MAX_BYTES", 2500)
+    for number in range(4):
+        (tmp_path / str(number)).write_bytes(bytes(1000))
+        os.utime(tmp_path / str(number), (time.time() - 100 + number,) * 2)
+    (await KeptAnswers(tmp_path).take(KEY)).close()
+    assert names_in(tmp_path) == {"2", "3", "name", "wanted"}
+
+
+async def test_an_answer_that_can_not_be_kept_any_more_is_found_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY)
+    settle(kept)
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    kept.add(0, [SampledToken(5)], None)
+    assert not kept.is_kept
+    kept.add(0, [SampledToken(6)], None)
+    monkeypatch.undo()
+    kept.close()
+    again = await answers.take(KEY)
+    assert again.head is None
+    again.close()
+
+
+async def test_a_folder_that_vanishes_costs_no_answer(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path / "a")
+    os.rename(tmp_path / "a", tmp_path / "b")
+    assert await take(answers, KEY) is None
+    assert await take(None, KEY) is None and await take(answers, None) is None
+
+
+def test_a_folder_that_can_not_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"answers_dir: cannot use .*file"):
+        KeptAnswers(tmp_path / "file")
+
+
+async def test_who_stops_waiting_for_a_long_answer_leaves_it_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers_module, "_READ_INLINE", 0)
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY)
+    settle(kept)
+    kept.close()
+    taking = asyncio.create_task(answers.take(KEY))
+    await asyncio.sleep(0)
+    taking.cancel()
+    await asyncio.wait([taking])
+    assert taking.cancelled()
+    again = await answers.take(KEY)
+    assert again.head is not None
+    again.close()
