@@ -25,7 +25,7 @@ class TypicalTimes:
         known = [worker.session for worker in workers[:_TYPICAL] if self._predictor.is_known(worker.session)]
         known.sort(key=lambda session: (self._predictor.prefill_s(session, 512, 0), session))
         self._session = known[len(known) // 2] if known else None
-        return self._session is not None and self.decode_step_s(1, 0) > 0
+        return self._session is not None and self.decode_step_s(1, 0) > 0 and self.prefill_s(1, 0) > 0
 
     def prefill_s(self, new_tokens: int, context: int) -> float:
         assert self._session is not None

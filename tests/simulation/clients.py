@@ -13,7 +13,7 @@ from kvferry.router.state.token_stream import ChoiceUpdate, TokenStream
 
 from .breach import Breach
 from .kernel import Kernel
-from .oracle import Oracle
+from .oracle import Oracle, sampled
 
 if TYPE_CHECKING:
     from .routers import Router
@@ -27,19 +27,6 @@ class Manners:
     leaves_at_token: int | None = None  # counted over all choices
     stop_tokens: frozenset[int] = frozenset()  # its stop strings, one token each
     reads_every_s: float = 0.0  # 0: at once
-
-
-class Wake:
-    """Stands in for the stream's event: tells the call that there is something to read."""
-
-    __slots__ = ("_call", "_note")
-
-    def __init__(self, call: Call, note: Callable[[Call], None]) -> None:
-        self._call = call
-        self._note = note
-
-    def set(self) -> None:
-        self._note(self._call)
 
 
 class Call:
@@ -63,6 +50,16 @@ class Call:
         self._has_left = False
         self._reads_later = False
 
+    def come_back(self, router: Router, request: RouterRequest) -> Call:
+        """The same client by another connection: its request goes on from what it has read."""
+        again = Call(self._kernel, router, request, self.oracle, self._manners)
+        for choice, answer in enumerate(self.oracle.answers):
+            finish = self._finish[choice]
+            tokens = [sampled(token_id) for token_id in answer.output[: self._sent[choice]]]
+            request.choices[choice].restore(tokens, "stop" if finish == "client" else finish)
+        again._sent, again._finish = [*self._sent], [*self._finish]
+        return again
+
     @property
     def is_over(self) -> bool:
         return self.refusal is not None or self.is_cut_off or self.num_ends > 0
@@ -72,7 +69,7 @@ class Call:
 
     def on_accepted(self, stream: TokenStream, note: Callable[[Call], None]) -> None:
         self._stream = stream
-        stream._wake = Wake(self, note)  # type: ignore[assignment]
+        stream.listen(lambda: note(self))
         if self._manners.leaves_after_s is not None:
             self.router.process.after(self._manners.leaves_after_s, self.leave)
         note(self)

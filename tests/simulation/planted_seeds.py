@@ -22,6 +22,7 @@ from . import (
     planted_grammars,
     planted_heads,
     planted_ranks,
+    planted_returns,
     planted_scaling,
     planted_states,
     planted_tiers,
@@ -32,7 +33,7 @@ from .runner import Failure, find_breach
 
 PLANTED = (
     *(*planted.BUGS, *planted_tiers.BUGS, *planted_drafts.BUGS, *planted_grammars.BUGS, *planted_embeddings.BUGS),
-    *planted_states.BUGS,
+    *(*planted_states.BUGS, *planted_returns.BUGS),
     *(*planted_windows.BUGS, *planted_frames.BUGS),
     *(*planted_ranks.BUGS, *planted_heads.BUGS, *planted_scaling.BUGS, *planted_adapters.BUGS),
 )

@@ -128,7 +128,10 @@ class Router(NullObserver):
             del self.calls[call.request.request_id]
             call.on_refused(error)
             return
-        call.on_accepted(stream, self._dirty.append)
+        call.on_accepted(stream, self._note_news)
+
+    def _note_news(self, call: Call) -> None:
+        self._dirty.append(call)
 
     # --- workers --------------------------------------------------------------------------------------------
 

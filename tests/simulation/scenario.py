@@ -34,6 +34,7 @@ MAX_MODEL_LEN = 80
 LEASE_S = TransferConfig().lease_s
 _STATES_SHARE = 0.3  # of the fleets that neither draft by a model nor have several ranks
 _WINDOWS_SHARE = 0.3
+_RETURNS_SHARE = 0.7
 _HEADS_SHARE = 0.3  # of the fleets whose ranks do not hold the same pages
 
 
@@ -56,6 +57,12 @@ class Ask:
     is_background: bool = False  # it makes way for all others
     request_class: str = DEFAULT_CLASS
     adapter: int = 0  # the number of its adapter's bytes; 0: it has none
+    comes_back: bool = False  # with what its client has read, where its router dies
+
+    @property
+    def is_kept(self) -> bool:
+        """Tell whether its answer may be asked for again."""
+        return self.pooling is None and self.sampling.prompt_logprobs is None
 
 
 @dataclass(slots=True, frozen=True)
@@ -183,7 +190,22 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
     if not faulted:
         return base
     base = _with_classes(Random(f"classes {seed}"), base)
-    return _with_edits(Random(f"edits {seed}"), replace(base, faults=tuple(_faults(random, base))))
+    base = _with_edits(Random(f"edits {seed}"), replace(base, faults=tuple(_faults(random, base))))
+    return _with_returns(Random(f"returns {seed}"), base)
+
+
+def _with_returns(random: Random, scenario: Scenario) -> Scenario:
+    """Some clients come back when their router has died; in some fleets routers die while they tell answers."""
+    asks = [
+        replace(ask, comes_back=random.random() < _RETURNS_SHARE and ask.is_kept and not ask.is_poison)
+        for ask in scenario.asks
+    ]
+    faults = list(scenario.faults)
+    if random.random() < 0.2:
+        for _ in range(random.randrange(1, 4)):
+            nth, lasts_s = 1 + int(random.expovariate(1.0) * 60), random.uniform(0.1, 0.5)
+            faults.append(Fault("kill_router", "peer", lasts_s=lasts_s, point="StepTokens", nth=nth))
+    return replace(scenario, asks=tuple(asks), faults=tuple(faults))
 
 
 def _with_draft_model(random: Random, scenario: Scenario) -> Scenario:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 SETTLE_S = WORKER_WAIT_S + 5.0  # from the last fault to rest: what no worker can hold waits for one so long
 _MAX_EVENTS = 100_000  # of a scenario, whose few dozen requests make some 3,000
 _LOOK_EVERY_S = 0.25
+_BACK_AFTER_S = 0.1
 _decoder: Decoder[Message] = Decoder(
     RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill | FetcherToLender | LenderToFetcher
 )
@@ -86,6 +87,8 @@ class World:
         self.oracles: dict[str, Oracle] = {}
         self.addresses: dict[str, Worker] = {}  # every handoff address that ever was
         self.calls: list[Call] = []
+        self._asks: dict[Call, Ask] = {}
+        self._num_coming_back = 0  # clients
         self.contents = Contents(scenario.spec, SPEC.num_layers if scenario.keeps_states else scenario.spec.num_layers)
         self.disks: dict[str, DiskFile] = {}
         self.poison: Counter[str] = Counter()  # how many workers each poisonous request has killed
@@ -200,7 +203,8 @@ class World:
             return
         router.process.kill()
         for call in router.calls.values():
-            call.is_cut_off = call.is_cut_off or not call.is_over
+            if not call.is_over:
+                self._cut_off(call)
         self._hang_up(router.process, lossy=self.sky.chance(0.5))
         self.kernel.after(restart_s, self._restart_router, number)
 
@@ -235,12 +239,15 @@ class World:
             ask.pooling,
             ask.adapter,
         )
-        self.oracles[request_id] = oracle
         if ask.is_poison:
             self.poison[request_id] = 0
+        router = self.routers[ask.router]
+        self._call(Call(self.kernel, router, self._request(request_id, ask), oracle, ask.manners), ask)
+
+    def _request(self, request_id: str, ask: Ask) -> RouterRequest:
         objectives = self._classes.named(ask.request_class)
         limits = (ask.timeout_s, objectives.deadline_s)
-        request = RouterRequest(
+        return RouterRequest(
             request_id,
             list(ask.prompt),
             ask.sampling,
@@ -256,13 +263,35 @@ class World:
             pooling=ask.pooling,
             adapter=adapter_use(ask.adapter),
         )
-        router = self.routers[ask.router]
-        call = Call(self.kernel, router, request, oracle, ask.manners)
+
+    def _call(self, call: Call, ask: Ask) -> None:
+        self.oracles[call.request.request_id] = call.oracle
+        self._asks[call] = ask
         self.calls.append(call)
-        if router.process.is_dead:
-            call.is_cut_off = True
+        if call.router.process.is_dead:
+            self._cut_off(call)
         else:
-            router.process.run(router.submit, call)
+            call.router.process.run(call.router.submit, call)
+
+    def _cut_off(self, call: Call) -> None:
+        """The router of this client is dead; some come back, to whichever router is there first."""
+        call.is_cut_off = True
+        if self._asks[call].comes_back:
+            self._num_coming_back += 1
+            self.kernel.after(_BACK_AFTER_S, self._come_back, call)
+
+    def _come_back(self, call: Call) -> None:
+        router = next((router for router in self.routers if not router.process.is_dead), None)
+        if router is None:
+            self.kernel.after(_BACK_AFTER_S, self._come_back, call)
+            return
+        self._num_coming_back -= 1
+        ask = self._asks[call]
+        request = self._request(f"{call.request.request_id}+", ask)
+        again = call.come_back(router, request)
+        if request.unfinished:
+            self.tally.seen["came back" if request.is_resume else "came back with nothing"] += 1
+            self._call(again, ask)
 
     # --- points ---------------------------------------------------------------------------------------------
 
@@ -322,7 +351,7 @@ class World:
     def _unrest(self) -> list[str]:
         """What is not over yet."""
         found = [f"{call.request.request_id} is {call.request.status.value}" for call in self.calls if not call.is_over]
-        if len(self.calls) < len(self.scenario.asks):
+        if len(self.calls) < len(self.scenario.asks) or self._num_coming_back:
             found.append("not all requests were made")
         for worker in self.workers.values():
             if worker.process.is_dead:

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import Pooling, SampledToken, SamplingParams
 from kvferry.router.autoscaler.forecast import DayProfile, RateForecast
-from kvferry.router.autoscaler.inputs import worker_limits
+from kvferry.router.autoscaler.inputs import TypicalTimes, worker_limits
 from kvferry.router.autoscaler.lengths import LengthSample
 from kvferry.router.autoscaler.load_record import LoadRecord, SeenLoad
 from kvferry.router.autoscaler.scale_types import DAY_S, AnswerLengths, Bounds, WorkerLimits
 from kvferry.router.autoscaler.schedule import Schedule
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
 from kvferry.router.state.objectives import NO_OBJECTIVES, Objectives, filled_step_s
+from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RouterRequest
 
 from ..fleet import SPEC, Fleet
@@ -37,6 +38,34 @@ def lognormal(count: int, seed: int = 0) -> list[AnswerLengths]:
         AnswerLengths(int(dice.lognormvariate(6.5, 1.0)) + 1, 0, int(dice.lognormvariate(5.0, 0.8)) + 1)
         for _ in range(count)
     ]
+
+
+# --- step times -------------------------------------------------------------------------------------------------
+
+
+class FittedTimes(Predictor):
+    """Step times of every worker, as a fit has found them."""
+
+    def __init__(self, prefill_s: float, decode_s: float) -> None:
+        super().__init__()
+        self._of_prompts, self._of_tokens = prefill_s, decode_s
+
+    def is_known(self, session: int) -> bool:
+        return True
+
+    def prefill_s(self, session: int, new_tokens: int, context: int) -> float:
+        return self._of_prompts * new_tokens
+
+    def decode_step_s(self, session: int, rows: int, context: int) -> float:
+        return self._of_tokens
+
+
+@pytest.mark.parametrize(("prefill_s", "decode_s"), [(0.0, 0.01), (0.001, 0.0), (0.001, 0.01)])
+def test_a_fleet_is_sized_by_steps_that_take_time(prefill_s: float, decode_s: float) -> None:
+    fleet = Fleet()
+    fleet.join("p-0")
+    times = TypicalTimes(FittedTimes(prefill_s, decode_s))
+    assert times.choose(fleet.dispatcher.view().workers) is (prefill_s > 0 and decode_s > 0)
 
 
 # --- forecast ---------------------------------------------------------------------------------------------------
