@@ -17,7 +17,8 @@ def room_for_connections(asked: int | None) -> int:
     None: MAX_CONNECTIONS, or as many as the limit allows. Raises ConfigError where those that are asked for do not fit.
     """
     least = MIN_CONNECTIONS if asked is None else asked
-    num_files = _raise_file_limit((asked or MAX_CONNECTIONS) + _OTHER_FILES)
+    # Where it can be, half as many more: of answers that are kept (`router/kept/answers.py`).
+    num_files = _raise_file_limit(((asked or MAX_CONNECTIONS) + _OTHER_FILES) * 3 // 2)
     room = num_files - _OTHER_FILES
     if room < least:
         way_out = f", or set --max-connections {room}" if room > 0 else ""

@@ -202,7 +202,7 @@ class Api:
         sampling = [self._sampling(version.model, body, limit) for limit in limits]
         tokens = zip(prompts, limits, strict=True)
         self.charge(context, sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
-        kept = None if sampling[0].prompt_logprobs is not None else await take(self.kept_answers, context.answer_key)
+        kept = await take(self.kept_answers, context.answer_key, version.identity, sampling)
         if kept is None and context.answer_key is not None:
             self.tell_ignored(context, ["Idempotency-Key"])
         with given_back(kept):

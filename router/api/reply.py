@@ -49,6 +49,10 @@ class AnswerObserver(Protocol):
         """An answer has ended: what its client got."""
         ...
 
+    def on_repeated(self) -> None:
+        """A client came back for an answer of which it had been told something."""
+        ...
+
 
 class InFlight:
     """The replies under way. When the server ends, new ones are refused and the last ones told."""
@@ -243,6 +247,8 @@ class Reply(Response):
         sent = [request.num_prompt_tokens for request in requests if "prefill_start" in request.timestamps]
         num_repeated = 0 if answer.kept is None else min(num_completion, answer.kept.num_told_tokens)
         self._observer.on_answer(sum(sent), num_completion - num_repeated, finishes)
+        if num_repeated:
+            self._observer.on_repeated()
         if context.allowance is not None:  # what was told before was paid for then, and so was its prompt
             context.allowance.settle(num_completion - num_repeated if num_repeated else sum(sent) + num_completion)
         log.info(

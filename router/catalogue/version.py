@@ -84,6 +84,12 @@ class Version(WorkerGroup):
         dialect = _dialect(model, tokenizer.chat_template)
         return cls(expected, dispatcher, model, tokenizer, dialect, renderer, special_text, grammars)
 
+    @property
+    def identity(self) -> str:
+        """The name of what answers: equal for equal weights and vocabularies, as far as names tell, and adapters."""
+        adapter = "" if self.adapter is None else self.adapter.digest
+        return f"{self.model.name} {self.model.quantization} {self.model.vocab_size} {adapter}"
+
     def with_adapter(self, name: str, adapter: AdapterUse) -> Self:
         """Return it as requests for one of its adapters see it: all is shared but the name."""
         return replace(self, model=replace(self.model, name=name), adapter=adapter, parent=self.model.name)

@@ -11,6 +11,7 @@ of a process, not of a machine.
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     """The head of an answer: what another try is held against, and what it must find as it was."""
 
     asked: bytes  # digest of the request
+    served: str  # which version of which model tells it
     answer_id: str
     created_s: int
     seeds: Annotated[tuple[int, ...], msgspec.Meta(max_length=_MAX_PROMPTS)]  # by prompt
@@ -66,10 +68,15 @@ class AnswerLog:
                     self.told.append(_decode_told(record))
                 self.num_bytes += _FRAME_BYTES + len(record)
         except msgspec.MsgspecError:
-            self.head, self.num_bytes = None, 0
-            self.told.clear()
+            self.empty()
         if self.num_bytes < len(data):
             os.ftruncate(fd, self.num_bytes)
+
+    def empty(self) -> None:
+        """Forget what was told."""
+        os.ftruncate(self._fd, 0)
+        self.head, self.num_bytes = None, 0
+        self.told.clear()
 
     def begin(self, head: Head) -> None:
         """Raises OSError."""
@@ -84,7 +91,10 @@ class AnswerLog:
         frame = b"%b%b%b" % (len(record).to_bytes(4, "little"), zlib.crc32(record).to_bytes(4, "little"), record)
         if self.num_bytes + len(frame) > MAX_BYTES:
             raise OSError(f"the answer takes more than {MAX_BYTES} bytes")
-        self.num_bytes += os.write(self._fd, frame)
+        num_written = os.write(self._fd, frame)
+        if num_written < len(frame):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.num_bytes += num_written
 
     def close(self) -> None:
         """Let go of the file, and of its lock."""

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import structlog
 
 from ...common.errors import ConfigError, RequestError
+from ...common.request import SamplingParams
 from ..state.errors import StreamError
 from .answer_log import AnswerLog
 from .kept_answer import AnswerKey, KeptAnswer
@@ -30,6 +33,8 @@ HAND_OVER_S = 5.0  # until who waits for an answer gives up
 _LOOK_EVERY_S = 0.1  # whether somebody waits, or may go on
 _SWEEP_EVERY_S = 10.0
 _READ_INLINE = 2**16  # bytes
+_BLOCK_BYTES = 4096
+_FILES_SHARE = 3  # one in so many open files may be an answer's: connections need the others
 
 log = structlog.get_logger(__name__)
 
@@ -41,8 +46,10 @@ class KeptAnswers:
         """Raises ConfigError for a folder that cannot be used."""
         self._path, self._wanted = path, path / "wanted"
         self._held: dict[str, KeptAnswer] = {}  # by name
+        self._max_held = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES_SHARE)
         self._is_watching = False
         self._swept_s = float("-inf")
+        self.sweeping: asyncio.Future[None] | None = None  # the last one
         try:
             for folder in (path, self._wanted):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -56,14 +63,16 @@ class KeptAnswers:
         """Count the answers that are being told here."""
         return len(self._held)
 
-    async def take(self, key: AnswerKey) -> KeptAnswer:
+    async def take(self, key: AnswerKey, served: str) -> KeptAnswer:
         """Return the answer of this key, a new one where there is none. Waits while another connection is told it.
+
+        `served`: the version of the model that is asked for. Raises OSError where it cannot be kept.
 
         Raises RequestError (422) where the key stands for another request, StreamError (409) where the answer is not
         handed over, and where the client has events of an answer that is not here.
         """
-        self._sweep()
-        answer = await self._locked(key)
+        self._sweep_now_and_then()
+        answer = await self._locked(key, served)
         head = answer.head
         try:
             if head is not None and head.asked != key.asked:
@@ -84,8 +93,8 @@ class KeptAnswers:
             raise
         return answer
 
-    async def _locked(self, key: AnswerKey) -> KeptAnswer:
-        if (answer := await self._open(key)) is not None:
+    async def _locked(self, key: AnswerKey, served: str) -> KeptAnswer:
+        if (answer := await self._open(key, served)) is not None:
             return answer
         loop, wanted = asyncio.get_running_loop(), self._wanted / key.name
         until_s = loop.time() + HAND_OVER_S
@@ -93,7 +102,7 @@ class KeptAnswers:
             wanted.touch(mode=0o600)
             while loop.time() < until_s:
                 await asyncio.sleep(_LOOK_EVERY_S)
-                if (answer := await self._open(key)) is not None:
+                if (answer := await self._open(key, served)) is not None:
                     return answer
         finally:
             wanted.unlink(missing_ok=True)
@@ -103,13 +112,15 @@ class KeptAnswers:
             409,
         )
 
-    async def _open(self, key: AnswerKey) -> KeptAnswer | None:
+    async def _open(self, key: AnswerKey, served: str) -> KeptAnswer | None:
         """Return None while somebody else has the answer."""
+        if len(self._held) >= self._max_held:
+            raise OSError(errno.EMFILE, f"{len(self._held)} answers are kept at once")
         path = self._path / key.name
         fd = _lock(path)
         if fd is None:
             return None
-        answer = self._held[key.name] = KeptAnswer(key, path, await _read(fd), self._on_close)
+        answer = self._held[key.name] = KeptAnswer(key, served, path, await _read(fd), self._on_close)
         self._watch()
         return answer
 
@@ -132,30 +143,43 @@ class KeptAnswers:
 
     # --- what is deleted --------------------------------------------------------------------------------------
 
-    def _sweep(self) -> None:
+    def _sweep_now_and_then(self) -> None:
         now_s = time.monotonic()
-        if now_s - self._swept_s < _SWEEP_EVERY_S:
-            return
-        self._swept_s = now_s
-        entries = sorted(_entries(self._path), key=lambda entry: entry.stat().st_mtime)
-        num_bytes, oldest_s = sum(entry.stat().st_size for entry in entries), time.time() - KEEP_S
-        for entry in entries:
-            stat = entry.stat()
-            if stat.st_mtime >= oldest_s and num_bytes <= MAX_BYTES:
-                break
-            if _delete_unless_told(Path(entry.path)):
-                num_bytes -= stat.st_size
+        if now_s - self._swept_s >= _SWEEP_EVERY_S:
+            self._swept_s = now_s
+            self.sweeping = asyncio.ensure_future(asyncio.to_thread(_sweep, self._path))
 
 
-async def take(answers: KeptAnswers | None, key: AnswerKey | None) -> KeptAnswer | None:
-    """Take the answer of a key, if there is one; None where it cannot be kept, which the log tells."""
-    if answers is None or key is None:
+async def take(
+    answers: KeptAnswers | None, key: AnswerKey | None, served: str, sampling: Sequence[SamplingParams]
+) -> KeptAnswer | None:
+    """Take the answer of a key, if there is one; None where it cannot be kept, which the log tells.
+
+    What is said of a prompt is not: each life of the request computes it anew.
+    """
+    if answers is None or key is None or any(params.prompt_logprobs is not None for params in sampling):
         return None
     try:
-        return await answers.take(key)
+        return await answers.take(key, served)
     except OSError as error:
         log.warning("answer_not_kept", reason=error.strerror or str(error))
         return None
+
+
+def _sweep(path: Path) -> None:
+    entries = sorted(_entries(path), key=lambda entry: entry.stat().st_mtime)
+    num_bytes, oldest_s = sum(map(_num_bytes, entries)), time.time() - KEEP_S
+    for entry in entries:
+        if entry.stat().st_mtime >= oldest_s and num_bytes <= MAX_BYTES:
+            break
+        with contextlib.suppress(OSError):
+            if _delete_unless_told(Path(entry.path)):
+                num_bytes -= _num_bytes(entry)
+
+
+def _num_bytes(entry: os.DirEntry[str]) -> int:
+    """Return what a file takes: a small one a block."""
+    return max(_BLOCK_BYTES, entry.stat().st_size)
 
 
 def _entries(path: Path) -> Iterator[os.DirEntry[str]]:

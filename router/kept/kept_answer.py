@@ -39,8 +39,14 @@ class AnswerKey:
 class KeptAnswer:
     """`KeptAnswer` has its file to itself until `close`."""
 
-    def __init__(self, key: AnswerKey, path: Path, log: AnswerLog, on_close: Callable[[KeptAnswer], None]) -> None:
+    def __init__(
+        self, key: AnswerKey, served: str, path: Path, log: AnswerLog, on_close: Callable[[KeptAnswer], None]
+    ) -> None:
+        """`served`: the version that tells it. What another one has told is forgotten."""
+        if log.head is not None and log.head.asked == key.asked and log.head.served != served:
+            log.empty()
         self.key = key
+        self._served = served
         self._path = path
         self._log = log
         self._on_close = on_close
@@ -70,7 +76,8 @@ class KeptAnswer:
         head = self._log.head
         if head is None:
             seeds, limits = tuple(params.seed for params in drawn), tuple(params.max_tokens for params in drawn)
-            self._write(partial(self._log.begin, Head(self.key.asked, answer_id, wall_time_s(), seeds, limits)))
+            head = Head(self.key.asked, self._served, answer_id, wall_time_s(), seeds, limits)
+            self._write(partial(self._log.begin, head))
             return drawn
         return [
             msgspec.structs.replace(params, seed=seed, max_tokens=limit)

@@ -95,6 +95,7 @@ class RouterMetrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered calls")
         self._cached_tokens = counter("cached_prompt_tokens", "Prompt tokens that came from a prefix cache")
         self._generation_tokens = counter("generation_tokens", "Tokens delivered to clients")
+        self._repeated_answers = counter("repeated_answers", "Answers that clients came back for with a key")
         self._embeddings = counter("embeddings", "Prompts that were embedded")
         self._success = counter("request_success", "Choices by how they ended", finished_reason="finished_reason")
         self._responses = counter("requests", "HTTP requests by status", code="code")
@@ -220,6 +221,9 @@ class RouterMetrics:
         self._generation_tokens.inc(num_completion_tokens)
         for finish, number in collections.Counter(finishes).items():
             self._success.labels(closed("finished_reason", finish)).inc(number)
+
+    def on_repeated(self) -> None:
+        self._repeated_answers.inc()
 
     def on_response(self, status: int) -> None:
         self._responses.labels(closed("code", str(status))).inc()

@@ -48,8 +48,8 @@ def test_what_fits_is_given() -> None:
 
 
 def test_the_soft_limit_is_raised_as_far_as_it_must_be() -> None:
-    assert _ask(64, 8192) == f"{MAX_CONNECTIONS} {MAX_CONNECTIONS + 256}"
-    assert _ask(64, 2000, 1000) == "1000 1256"
+    assert _ask(64, 8192) == f"{MAX_CONNECTIONS} {(MAX_CONNECTIONS + 256) * 3 // 2}"
+    assert _ask(64, 2000, 1000) == "1000 1884"
 
 
 def test_the_usual_number_shrinks_to_what_is_there_but_not_below_a_few_hundred() -> None:

@@ -15,7 +15,7 @@ from kvferry.common.request import SampledToken
 from kvferry.router.kept import answer_log
 from kvferry.router.kept.answer_log import AnswerLog, Head, Told, num_tokens
 
-HEAD = Head(b"asked", "name", 7, (1, 2**63 - 1), (16, 4))
+HEAD = Head(b"asked", "m", "name", 7, (1, 2**63 - 1), (16, 4))
 TOLD = [
     Told(0, (SampledToken(5), SampledToken(6, -0.5, ((6, -0.5), (9, -1.5))))),
     Told(1, (), "stop"),

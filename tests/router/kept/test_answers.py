@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from kvferry.router.kept.answers import KeptAnswers
 from kvferry.router.kept.kept_answer import AnswerKey
 
 async def main():
-    kept = await KeptAnswers(Path(sys.argv[1])).take(AnswerKey("name", b"asked"))
+    kept = await KeptAnswers(Path(sys.argv[1])).take(AnswerKey("name", b"asked"), "m")
     kept.settle([SamplingParams(max_tokens=8, seed=3)], "r")
     kept.add(0, [SampledToken(5)], None)
     print("told", flush=True)
@@ -57,12 +58,18 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+async def swept(answers: KeptAnswers, key: AnswerKey) -> None:
+    (await answers.take(key, "m")).close()
+    assert answers.sweeping is not None
+    await answers.sweeping
+
+
 def settle(kept: object, seed: int = 1, limit: int = 8) -> list[SamplingParams]:
     return kept.settle([SamplingParams(max_tokens=limit, seed=seed)], "r")  # type: ignore[attr-defined, no-any-return]
 
 
 async def test_another_try_finds_what_was_drawn_and_told(tmp_path: Path) -> None:
-    first = await KeptAnswers(tmp_path).take(KEY)
+    first = await KeptAnswers(tmp_path).take(KEY, "m")
     assert not first.is_repeated
     settle(first)
     first.add(0, [SampledToken(5), SampledToken(6)], None)
@@ -70,7 +77,7 @@ async def test_another_try_finds_what_was_drawn_and_told(tmp_path: Path) -> None
     first.close()
     first.close()
 
-    again = await KeptAnswers(tmp_path).take(KEY)
+    again = await KeptAnswers(tmp_path).take(KEY, "m")
     assert again.is_repeated and again.num_told_tokens == 3
     [params] = settle(again, seed=99, limit=2)
     assert (params.seed, params.max_tokens) == (1, 8)
@@ -83,12 +90,12 @@ async def test_another_try_finds_what_was_drawn_and_told(tmp_path: Path) -> None
 
 async def test_each_choice_gets_its_own_tokens(tmp_path: Path) -> None:
     answers = KeptAnswers(tmp_path)
-    kept = await answers.take(KEY)
+    kept = await answers.take(KEY, "m")
     kept.settle([SamplingParams(max_tokens=8)] * 2, "r")
     for index in (3, 0, 1, 3, 2):
         kept.add(index, [SampledToken(10 * index), SampledToken(10 * index + 1)], "stop" if index == 2 else None)
     kept.close()
-    kept = await answers.take(KEY)
+    kept = await answers.take(KEY, "m")
     requests = [RouterRequest(f"r-{number}", [1], SamplingParams(max_tokens=8), n=2) for number in range(2)]
     assert list(kept.restore(iter(requests))) == requests
     choices = [choice for request in requests for choice in request.choices]
@@ -106,10 +113,10 @@ async def test_each_choice_gets_its_own_tokens(tmp_path: Path) -> None:
 async def test_whoever_comes_back_gets_the_answer_of_who_still_tells_it(tmp_path: Path, is_same_router: bool) -> None:
     answers = KeptAnswers(tmp_path)
     others = answers if is_same_router else KeptAnswers(tmp_path)
-    first = await answers.take(KEY)
+    first = await answers.take(KEY, "m")
     settle(first)
     first.on_wanted = first.close
-    second = await others.take(KEY)
+    second = await others.take(KEY, "m")
     assert second.head is not None and len(others) == 1
     second.close()
     assert len(answers) == 0 and not names_in(tmp_path / "wanted")
@@ -117,9 +124,9 @@ async def test_whoever_comes_back_gets_the_answer_of_who_still_tells_it(tmp_path
 
 async def test_an_answer_that_is_not_handed_over_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers_module, "HAND_OVER_S", 0.3)
-    first = await KeptAnswers(tmp_path).take(KEY)
+    first = await KeptAnswers(tmp_path).take(KEY, "m")
     with pytest.raises(StreamError) as error:
-        await KeptAnswers(tmp_path).take(KEY)
+        await KeptAnswers(tmp_path).take(KEY, "m")
     assert (error.value.code, error.value.status) == ("idempotency_key_in_use", 409)
     first.close()
     assert not names_in(tmp_path / "wanted")
@@ -127,28 +134,68 @@ async def test_an_answer_that_is_not_handed_over_is_refused(tmp_path: Path, monk
 
 async def test_a_key_stands_for_one_request(tmp_path: Path) -> None:
     answers = KeptAnswers(tmp_path)
-    kept = await answers.take(KEY)
+    kept = await answers.take(KEY, "m")
     settle(kept)
     kept.close()
     with pytest.raises(RequestError) as error:
-        await answers.take(AnswerKey("name", b"something else"))
+        await answers.take(AnswerKey("name", b"something else"), "m")
     assert (error.value.code, error.value.status) == ("idempotency_key_reused", 422)
     assert len(answers) == 0
-    (await answers.take(KEY)).close()
+    (await answers.take(KEY, "m")).close()
 
 
 async def test_events_of_an_answer_that_is_not_here_are_refused(tmp_path: Path) -> None:
     answers = KeptAnswers(tmp_path)
     with pytest.raises(StreamError) as error:
-        await answers.take(AnswerKey("name", b"asked", after=3))
+        await answers.take(AnswerKey("name", b"asked", after=3), "m")
     assert (error.value.code, error.value.status) == ("answer_not_kept", 409)
     assert len(answers) == 0
+
+
+async def test_another_version_of_the_model_begins_anew(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY, "m")
+    settle(kept)
+    kept.add(0, [SampledToken(5)], None)
+    kept.close()
+    kept = await answers.take(KEY, "another")
+    assert kept.head is None and not kept.is_repeated
+    settle(kept, seed=2)
+    kept.close()
+    kept = await answers.take(KEY, "another")
+    assert kept.begun.seeds == (2,)
+    kept.close()
+
+
+async def test_answers_leave_open_files_to_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (7, 7))
+    answers = KeptAnswers(tmp_path)
+    held = [await answers.take(AnswerKey(name, b""), "m") for name in "ab"]
+    with pytest.raises(OSError, match="2 answers are kept at once"):
+        await answers.take(AnswerKey("c", b""), "m")
+    assert await take(answers, AnswerKey("c", b""), "m", []) is None
+    held.pop().close()
+    (await answers.take(AnswerKey("c", b""), "m")).close()
+    held.pop().close()
+
+
+async def test_a_record_that_did_not_fit_ends_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is nearly full takes a part of it."""
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY, "m")
+    settle(kept)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:5]))
+    kept.add(0, [SampledToken(5)], None)
+    monkeypatch.undo()
+    assert not kept.is_kept and names_in(tmp_path) == {"wanted"}
+    kept.close()
 
 
 async def test_a_dead_routers_answer_is_free_and_whole(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
-    kept = await KeptAnswers(tmp_path).take(KEY)
+    kept = await KeptAnswers(tmp_path).take(KEY, "m")
     assert [portion.tokens[0].token_id for portion in kept.told] == [5]
     kept.close()
 
@@ -158,29 +205,29 @@ async def test_a_stopped_router_keeps_its_answer(tmp_path: Path, monkeypatch: py
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(StreamError, match="another connection"):
-            await KeptAnswers(tmp_path).take(KEY)
+            await KeptAnswers(tmp_path).take(KEY, "m")
 
 
 async def test_old_answers_are_deleted_and_those_under_way_are_not(tmp_path: Path) -> None:
     answers = KeptAnswers(tmp_path)
     for name in ("old", "told", "new"):
-        kept = await answers.take(AnswerKey(name, b""))
+        kept = await answers.take(AnswerKey(name, b""), "m")
         settle(kept)
         kept.close()
-    told = await answers.take(AnswerKey("told", b""))
+    told = await answers.take(AnswerKey("told", b""), "m")
     for name in ("old", "told"):
         os.utime(tmp_path / name, (time.time() - KEEP_S - 1,) * 2)
-    (await KeptAnswers(tmp_path).take(AnswerKey("another", b""))).close()
+    await swept(KeptAnswers(tmp_path), AnswerKey("another", b""))
     assert names_in(tmp_path) == {"told", "new", "another", "wanted"}
     told.close()
 
 
 async def test_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers_module, "MAX_BYTES", 2500)
+    monkeypatch.setattr(answers_module, "MAX_BYTES", 25_000)
     for number in range(4):
-        (tmp_path / str(number)).write_bytes(bytes(1000))
+        (tmp_path / str(number)).write_bytes(bytes(10_000))
         os.utime(tmp_path / str(number), (time.time() - 100 + number,) * 2)
-    (await KeptAnswers(tmp_path).take(KEY)).close()
+    await swept(KeptAnswers(tmp_path), KEY)
     assert names_in(tmp_path) == {"2", "3", "name", "wanted"}
 
 
@@ -188,7 +235,7 @@ async def test_an_answer_that_can_not_be_kept_any_more_is_found_by_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = KeptAnswers(tmp_path)
-    kept = await answers.take(KEY)
+    kept = await answers.take(KEY, "m")
     settle(kept)
 
     def full(fd: int, data: bytes) -> int:
@@ -200,7 +247,7 @@ async def test_an_answer_that_can_not_be_kept_any_more_is_found_by_nobody(
     kept.add(0, [SampledToken(6)], None)
     monkeypatch.undo()
     kept.close()
-    again = await answers.take(KEY)
+    again = await answers.take(KEY, "m")
     assert again.head is None
     again.close()
 
@@ -208,8 +255,8 @@ async def test_an_answer_that_can_not_be_kept_any_more_is_found_by_nobody(
 async def test_a_folder_that_vanishes_costs_no_answer(tmp_path: Path) -> None:
     answers = KeptAnswers(tmp_path / "a")
     os.rename(tmp_path / "a", tmp_path / "b")
-    assert await take(answers, KEY) is None
-    assert await take(None, KEY) is None and await take(answers, None) is None
+    assert await take(answers, KEY, "m", []) is None
+    assert await take(None, KEY, "m", []) is None and await take(answers, None, "m", []) is None
 
 
 def test_a_folder_that_can_not_be_used_is_told(tmp_path: Path) -> None:
@@ -223,14 +270,14 @@ async def test_who_stops_waiting_for_a_long_answer_leaves_it_free(
 ) -> None:
     monkeypatch.setattr(answers_module, "_READ_INLINE", 0)
     answers = KeptAnswers(tmp_path)
-    kept = await answers.take(KEY)
+    kept = await answers.take(KEY, "m")
     settle(kept)
     kept.close()
-    taking = asyncio.create_task(answers.take(KEY))
+    taking = asyncio.create_task(answers.take(KEY, "m"))
     await asyncio.sleep(0)
     taking.cancel()
     await asyncio.wait([taking])
     assert taking.cancelled()
-    again = await answers.take(KEY)
+    again = await answers.take(KEY, "m")
     assert again.head is not None
     again.close()
