@@ -99,8 +99,8 @@ class KeptAnswers:
         loop, wanted = asyncio.get_running_loop(), self._wanted / key.name
         until_s = loop.time() + HAND_OVER_S
         try:
-            wanted.touch(mode=0o600)
             while loop.time() < until_s:
+                wanted.touch(mode=0o600)  # again: who took the answer meanwhile has taken the mark away
                 await asyncio.sleep(_LOOK_EVERY_S)
                 if (answer := await self._open(key, served)) is not None:
                     return answer
@@ -120,6 +120,7 @@ class KeptAnswers:
         fd = _lock(path)
         if fd is None:
             return None
+        (self._wanted / key.name).unlink(missing_ok=True)  # who waited for it may have died
         answer = self._held[key.name] = KeptAnswer(key, served, path, await _read(fd), self._on_close)
         self._watch()
         return answer

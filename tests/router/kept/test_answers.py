@@ -122,6 +122,33 @@ async def test_whoever_comes_back_gets_the_answer_of_who_still_tells_it(tmp_path
     assert len(answers) == 0 and not names_in(tmp_path / "wanted")
 
 
+async def test_a_mark_that_a_dead_router_left_ends_nobodys_answer(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path)
+    (tmp_path / "wanted" / KEY.name).touch()
+    kept = await answers.take(KEY, "m")
+    wishes = list[None]()
+    kept.on_wanted = lambda: wishes.append(None)
+    await asyncio.sleep(0.3)
+    assert not wishes and not names_in(tmp_path / "wanted")
+    kept.close()
+
+
+async def test_of_many_who_come_back_each_gets_the_answer_in_the_end(tmp_path: Path) -> None:
+    routers = [KeptAnswers(tmp_path) for _ in range(2)]
+    first = await routers[0].take(KEY, "m")
+    first.on_wanted = first.close
+
+    async def come_back(number: int) -> None:
+        kept = await routers[number % 2].take(KEY, "m")
+        kept.on_wanted = kept.close
+
+    await asyncio.gather(*map(come_back, range(5)))
+    assert sum(map(len, routers)) == 1 and not names_in(tmp_path / "wanted")
+    for router in routers:
+        for kept in list(router._held.values()):
+            kept.close()
+
+
 async def test_an_answer_that_is_not_handed_over_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers_module, "HAND_OVER_S", 0.3)
     first = await KeptAnswers(tmp_path).take(KEY, "m")
