@@ -84,7 +84,8 @@ class RouterGroup:
         self._answers: OwnAnswersDir | None = None
         if config.answers_dir is None:
             self._answers = _own_answers_dir()
-            config = config.model_copy(update={"answers_dir": self._answers and self._answers.path})
+        if self._answers is not None:
+            config = config.model_copy(update={"answers_dir": self._answers.path})
         self.routers = [
             RouterChild(
                 "router" if num_routers == 1 else f"router-{index}",
