@@ -78,7 +78,7 @@ router/api           router/turns router/turns/values
 router/messages      common router/state router/api router/turns router/turns/values
 router/responses     common router/state router/api router/turns
 router/embeddings    common models router/api router/catalogue
-router/batches       common router/state router/helpers router/api
+router/batches       common router/state router/helpers router/kept router/api
 router/admin         common router/state router/access router/helpers router/autoscaler router/api
 router               common wire settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages

@@ -18,9 +18,17 @@ _MAX_PAIRS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 
 
 def new_record(
-    raw: dict[str, object], endpoints: Collection[str], owner: str, now_s: float, model: str | None = None
+    raw: dict[str, object],
+    endpoints: Collection[str],
+    owner: str,
+    now_s: float,
+    model: str | None = None,
+    name: str | None = None,
 ) -> BatchRecord:
-    """Return the record of the batch that a body asks for. Raises RequestError (400)."""
+    """Return the record of the batch that a body asks for. Raises RequestError (400).
+
+    `name`: of 32 hexadecimal digits or more, equal where a client sends its request again; None: it will not.
+    """
     if unknown := raw.keys() - _FIELDS:
         name = min(unknown)
         raise RequestError(f"{shown(name)}: there is no such field", param=name[:64], code="unknown_parameter")
@@ -32,7 +40,7 @@ def new_record(
         raise RequestError(f"input_file_id: must be a file's id, got {shown(file_id)}", param="input_file_id")
     window, window_s = _window(raw.get("completion_window"))
     return BatchRecord(
-        id=f"batch_{secrets.token_hex(16)}",
+        id=f"batch_{(name or secrets.token_hex(16))[:32]}",
         owner=owner,
         endpoint=endpoint,
         input_file_id=file_id,

@@ -77,6 +77,17 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     output_file_id: str | None = None
     error_file_id: str | None = None
 
+    def asks_like(self, other: BatchRecord) -> bool:
+        """Tell whether the same request makes both."""
+        asked = (self.endpoint, self.input_file_id, self.completion_window, self.metadata, self.output_lifetime_s)
+        return asked == (
+            other.endpoint,
+            other.input_file_id,
+            other.completion_window,
+            other.metadata,
+            other.output_lifetime_s,
+        )
+
     @property
     def has_ended(self) -> bool:
         return self.status in ENDED

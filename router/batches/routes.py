@@ -14,6 +14,7 @@ from starlette.responses import Response
 from ...common.errors import CapacityError, RequestError
 from ..api.body import BodyRoom, read_body
 from ..api.middleware import context_of
+from ..kept.asking import REPEATED_HEADER, key_name, key_reused
 from ..state.errors import clip
 from .content import content
 from .creation import new_record
@@ -123,14 +124,24 @@ class BatchRoutes:
             headers = context_of(request.scope).headers
             data = await read_body(headers, request.receive, held, max_bytes=_MAX_BODY_BYTES)
             raw = await deps.json.parse(data)
-        record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model)
+        name = key_name(headers, context_of(request.scope).tenant)
+        record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model, name)
         with refusing_full_disk():
-            await asyncio.to_thread(self._create, deps, record)
+            known = await asyncio.to_thread(self._create, deps, record)
         assert self.keeper is not None
         self.keeper.look_now()
-        return _json(record.shown())
+        response = _json((known or record).shown())
+        if known is not None:
+            response.raw_headers.append(REPEATED_HEADER)
+        return response
 
-    def _create(self, deps: RunDeps, record: BatchRecord) -> None:
+    def _create(self, deps: RunDeps, record: BatchRecord) -> BatchRecord | None:
+        """Return the batch that an earlier try of the same request has made; None: it is made now."""
+        known = deps.store.read(record.id)
+        if known is not None and not known.asks_like(record):
+            raise key_reused()
+        if known is not None:
+            return known
         stored = deps.files.get(record.input_file_id, record.owner)
         if stored.purpose != INPUT:
             raise RequestError(
@@ -143,6 +154,11 @@ class BatchRoutes:
         except FileNotFoundError:  # it was deleted in this moment
             deps.files.get(record.input_file_id, record.owner)
             raise
+        except OSError:
+            if (known := deps.store.read(record.id)) is None:
+                raise
+            return known  # another try made it in this moment
+        return None
 
     async def batches(self, request: Request) -> Response:
         deps = self._ready

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import structlog
 
-from ...common.errors import ConfigError, RequestError
+from ...common.errors import ConfigError
 from ...common.request import SamplingParams
 from ..state.errors import StreamError
 from .answer_log import AnswerLog
+from .asking import key_reused
 from .kept_answer import AnswerKey, KeptAnswer
 
 KEEP_S = 600.0
@@ -76,12 +77,7 @@ class KeptAnswers:
         head = answer.head
         try:
             if head is not None and head.asked != key.asked:
-                raise RequestError(
-                    "this Idempotency-Key came with another request before: a new request needs a new key",
-                    param="Idempotency-Key",
-                    code="idempotency_key_reused",
-                    status=422,
-                )
+                raise key_reused()
             if key.after and not answer.is_repeated:
                 raise StreamError(
                     "the answer to this Idempotency-Key is not kept any more: ask without Last-Event-ID for a new one",

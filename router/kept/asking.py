@@ -1,4 +1,4 @@
-"""Clients name an answer that they may ask for again, in headers: read here, and refused where they cannot be read."""
+"""Clients name a request that they may send again, in headers: read here, and refused where they cannot be read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _AFTER = re.compile(rb"[0-9]{1,9}")
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 
-def answer_key(headers: Mapping[bytes, bytes], tenant: bytes, path: str, asked: object) -> AnswerKey | None:
-    """Return the key under which a call's answer is kept; None: the client gives none. `asked`: its body, parsed.
+def key_name(headers: Mapping[bytes, bytes], tenant: bytes) -> str | None:
+    """Return a client's key as a name in hexadecimal digits; None: it gives none. Keys of different callers never meet.
 
-    Keys of different callers never meet. Raises RequestError for headers that are none.
+    Raises RequestError for a header that is none.
     """
-    key, after = headers.get(KEY_HEADER), headers.get(AFTER_HEADER, b"0") or b"0"
+    key = headers.get(KEY_HEADER)
     if key is None:
         return None
     if not _KEY.fullmatch(key):
@@ -32,12 +32,32 @@ def answer_key(headers: Mapping[bytes, bytes], tenant: bytes, path: str, asked: 
             param="Idempotency-Key",
             code="invalid_idempotency_key",
         )
+    return hashlib.blake2b(b"%d %b %b" % (len(tenant), tenant, key), digest_size=20).hexdigest()
+
+
+def key_reused() -> RequestError:
+    """Return the refusal of a request whose key stands for another one."""
+    return RequestError(
+        "this Idempotency-Key came with another request before: a new request needs a new key",
+        param="Idempotency-Key",
+        code="idempotency_key_reused",
+        status=422,
+    )
+
+
+def answer_key(headers: Mapping[bytes, bytes], tenant: bytes, path: str, asked: object) -> AnswerKey | None:
+    """Return the key under which a call's answer is kept; None: the client gives none. `asked`: its body, parsed.
+
+    Raises RequestError for headers that cannot be read.
+    """
+    name, after = key_name(headers, tenant), headers.get(AFTER_HEADER, b"0") or b"0"
+    if name is None:
+        return None
     if not _AFTER.fullmatch(after):
         raise RequestError(
             "Last-Event-ID must be the number of an event of this answer",
             param="Last-Event-ID",
             code="invalid_last_event_id",
         )
-    name = hashlib.blake2b(b"%d %b %b" % (len(tenant), tenant, key), digest_size=20).hexdigest()
     digest = hashlib.blake2b(_encode([path, asked]), digest_size=20).digest()
     return AnswerKey(name, digest, int(after))

@@ -322,6 +322,27 @@ async def test_a_batch_expires_with_its_window(tmp_path: Path) -> None:
         assert error["response"] is None and error["error"]["code"] == "batch_expired"
 
 
+async def test_a_request_that_is_sent_again_with_its_key_makes_one_batch(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a")), purpose="batch")
+
+        async def create(key: str, **changes: Any) -> Any:
+            asked = {"input_file_id": uploaded.id, "endpoint": "/v1/completions", "completion_window": "24h"}
+            return await client.batches.create(**asked | changes, extra_headers={"Idempotency-Key": key})
+
+        at_once = await asyncio.gather(*(create("a") for _ in range(5)))
+        ended = await until_ended(client, at_once[0].id)
+        again, other = await create("a"), await create("b")
+        assert {batch.id for batch in (*at_once, ended, again)} == {again.id} != {other.id}
+        assert again.status == "completed"
+        assert {batch.id async for batch in client.batches.list()} == {again.id, other.id}
+        for changes in ({"completion_window": "23h"}, {"metadata": {"a": "b"}}, {"endpoint": "/v1/embeddings"}):
+            with pytest.raises(openai.UnprocessableEntityError, match="another request"):
+                await create("a", **changes)
+        with pytest.raises(openai.BadRequestError, match="visible ASCII"):
+            await create("a b")
+
+
 async def test_a_key_sees_its_own_alone(tmp_path: Path) -> None:
     server = batch_server(tmp_path, api_keys=("one", "two"))
     async with server as (_, address), client_of(address, "one") as one, client_of(address, "two") as two:
