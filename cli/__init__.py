@@ -26,7 +26,7 @@ CONFIG_EXIT_CODE = 2
 with kept_imports(), interruptible_imports():
     import typer
 
-    from . import experts, inspection, keys, operate, serve, tools
+    from . import experts, inspection, keys, operate, other_flags, serve, tools
     from .hidden_keys import hide_keys
 
     app = typer.Typer(
@@ -92,6 +92,9 @@ def _line(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     if context is not None and getattr(error, "option_name", None) == "--model":  # as other servers want it
         return f"--model: there is no such flag, the model is the first word: {context.command_path} MODEL"
+    name = str(getattr(error, "option_name", ""))
+    if context is not None and type(error).__name__ == "NoSuchOption" and (instead := other_flags.hint(name)):
+        return f"{name}: there is no such flag here: {instead} ({context.command_path} --help)"
     hint = f" ({context.command_path} --help)" if context is not None else ""
     message = error.format_message().strip() or "which command?"  # type: ignore[attr-defined]  # blank: help was shown
     return f"{message}{hint}"

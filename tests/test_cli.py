@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
+import typer
 
 from kvferry import __version__
-from kvferry.cli import main
+from kvferry.cli import app, main, other_flags
 from kvferry.models.parts.expert_plan import read_plan
 from kvferry.settings.fields import ServeSettings, option_of
 
@@ -223,6 +224,28 @@ def test_misspelt_flag_is_told_the_right_one(run: Run) -> None:
     result = run("serve", "--prefil", "2")
     assert result.returncode == 2
     assert "--prefill" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--trust-remote-code", "never run"),
+        ("--pipeline_parallel_size=2", "--tensor-parallel-size"),
+        ("--no-enable-chunked-prefill", "--max-num-batched-tokens"),
+    ],
+)
+def test_a_flag_of_another_server_is_told_what_stands_in_its_place(run: Run, flag: str, instead: str) -> None:
+    done = run("serve", flag)
+    assert done.returncode == 2
+    assert f"{flag.partition('=')[0]}: there is no such flag here: " in done.stderr and instead in done.stderr
+
+
+def test_what_stands_in_the_place_of_other_flags_is_there() -> None:
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    flags = {flag for param in serve.params for flag in (*param.opts, *param.secondary_opts)}
+    assert not flags & other_flags.HERE.keys()
+    named = {word.strip(".,;:") for text in other_flags.HERE.values() for word in text.split() if word.startswith("--")}
+    assert named and named <= flags
 
 
 def test_a_model_behind_a_flag_is_told_its_place(run: Run) -> None:

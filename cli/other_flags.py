@@ -1,0 +1,33 @@
+"""Flags of vLLM that have no counterpart here: what stands in their place, for who brings a command line of its."""
+
+from __future__ import annotations
+
+HERE = {
+    "--trust-remote-code": "code of a checkpoint is never run; models of a known architecture need none",
+    "--pipeline-parallel-size": "layers are not shared out; --tensor-parallel-size shares each layer among ranks",
+    "--data-parallel-size": "--prefill N and --decode N start so many workers behind one address",
+    "--kv-transfer-config": "workers hand keys and values over by themselves; --transfer says by what",
+    "--tokenizer": "the tokenizer is the one in the model's directory",
+    "--download-dir": "HF_HOME says where models are kept that are named as on the hub",
+    "--hf-overrides": "what config.json says holds; change a copy of it",
+    "--generation-config": "sampling defaults are those of generation_config.json in the model's directory",
+    "--override-generation-config": "sampling defaults are those of generation_config.json in the model's directory",
+    "--root-path": "a proxy in front takes its prefix away",
+    "--enable-chunked-prefill": "prompts are always computed in chunks: --max-num-batched-tokens is the size of a step",
+    "--disable-log-requests": "each request is one line, without prompt and answer; --log-level warning leaves it out",
+    "--enable-log-requests": "each request is one line at --log-level info, without prompt and answer",
+    "--uvicorn-log-level": "--log-level is that of all processes",
+    "--cpu-offload-gb": "weights stay on the device; --quantization makes them smaller",
+    "--distributed-executor-backend": "--launcher ray, or processes on this machine",
+    "--compilation-config": "decode steps are recorded as CUDA graphs where there are some; --enforce-eager: none",
+    "--ssl-cert-reqs": "--ssl-ca-certs asks clients for a certificate",
+    "--middleware": "no code is loaded into the router; a proxy in front may do what it would",
+    "--disable-frontend-multiprocessing": "--routers N says how many processes take requests",
+    "--api-server-count": "--routers N says how many processes take requests",
+}
+
+
+def hint(flag: str) -> str | None:
+    """Return what to do without a flag of vLLM; None: it is none, or one with a counterpart."""
+    name = flag.replace("_", "-")
+    return HERE.get(name) or HERE.get(name.replace("--no-", "--", 1))
