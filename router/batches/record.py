@@ -41,6 +41,7 @@ _NEXT: dict[BatchStatus, frozenset[BatchStatus]] = {
 }
 ENDED = frozenset(status for status, following in _NEXT.items() if not following)
 CANCELLABLE = frozenset(status for status, following in _NEXT.items() if _S.CANCELLING in following)
+_ASKED = ("endpoint", "input_file_id", "completion_window", "metadata", "output_lifetime_s")  # by its request
 _STAMPS = [status for status in BatchStatus if status is not _S.VALIDATING]
 
 
@@ -79,14 +80,7 @@ class BatchRecord(msgspec.Struct, kw_only=True):
 
     def asks_like(self, other: BatchRecord) -> bool:
         """Tell whether the same request makes both."""
-        asked = (self.endpoint, self.input_file_id, self.completion_window, self.metadata, self.output_lifetime_s)
-        return asked == (
-            other.endpoint,
-            other.input_file_id,
-            other.completion_window,
-            other.metadata,
-            other.output_lifetime_s,
-        )
+        return all(getattr(self, name) == getattr(other, name) for name in _ASKED)
 
     @property
     def has_ended(self) -> bool:

@@ -137,10 +137,7 @@ class BatchRoutes:
 
     def _create(self, deps: RunDeps, record: BatchRecord) -> BatchRecord | None:
         """Return the batch that an earlier try of the same request has made; None: it is made now."""
-        known = deps.store.read(record.id)
-        if known is not None and not known.asks_like(record):
-            raise key_reused()
-        if known is not None:
+        if (known := _made_before(deps, record)) is not None:
             return known
         stored = deps.files.get(record.input_file_id, record.owner)
         if stored.purpose != INPUT:
@@ -155,7 +152,7 @@ class BatchRoutes:
             deps.files.get(record.input_file_id, record.owner)
             raise
         except OSError:
-            if (known := deps.store.read(record.id)) is None:
+            if (known := _made_before(deps, record)) is None:
                 raise
             return known  # another try made it in this moment
         return None
@@ -193,6 +190,14 @@ class BatchRoutes:
             ("GET", "/v1/batches/{batch_id}", self.batch),
             ("POST", "/v1/batches/{batch_id}/cancel", self.cancel),
         ]
+
+
+def _made_before(deps: RunDeps, record: BatchRecord) -> BatchRecord | None:
+    """Return the batch of this id, if there is one. Raises RequestError where another request has made it."""
+    known = deps.store.read(record.id)
+    if known is not None and not known.asks_like(record):
+        raise key_reused()
+    return known
 
 
 def _page(found: list[Item], request: Request, usual: int, most: int) -> tuple[list[Item], bool]:

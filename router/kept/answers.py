@@ -189,15 +189,11 @@ def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _delete_unless_told(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
+    fd = _lock(path)
+    if fd is None:
         return False
+    try:
+        path.unlink(missing_ok=True)
     finally:
         os.close(fd)
     return True

@@ -131,7 +131,7 @@ class Router(NullObserver):
         call.on_accepted(stream, self._note_news)
 
     def _note_news(self, call: Call) -> None:
-        self._dirty.append(call)
+        self._dirty.append(call)  # the list of now: each event's end puts another one in its place
 
     # --- workers --------------------------------------------------------------------------------------------
 
