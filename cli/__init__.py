@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Annotated, NoReturn, cast
 
 from .. import __version__
@@ -52,7 +51,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         with interruptible_imports():  # making all flags takes as long as importing
             command = typer.main.get_command(app)
-        _check_once(argv)
         code = command(args=_repeated(argv), prog_name="kvferry", standalone_mode=False)
     except typer.Abort:
         code = 1
@@ -68,21 +66,18 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _repeated(words: Sequence[str]) -> list[str]:
-    """Give every adapter a flag of its own: vLLM's `--lora-modules` takes all that follow."""
+    """Give every adapter, and every name of the model, a flag of its own: vLLM's flags take all that follow.
+
+    What follows a name is another one where the model has been named already, as vLLM's command has it in front.
+    """
+    is_model_first = len(words) > 1 and not words[1].startswith("-")
     done: list[str] = []
     for word in words:
-        follows = len(done) > 1 and done[-2] == "--lora-modules" and not word.startswith("-")
-        done += ["--lora-modules", word] if follows and ("=" in word or word.startswith("{")) else [word]
+        flag = done[-2] if len(done) > 1 and not word.startswith("-") else ""
+        is_adapter = flag == "--lora-modules" and ("=" in word or word.startswith("{"))
+        is_name = flag == "--served-model-name" and is_model_first
+        done += [flag, word] if is_adapter or is_name else [word]
     return done
-
-
-def _check_once(words: Sequence[str]) -> None:
-    """Raise ConfigError for a second name: vLLM serves a model by all of them, here the last would be the only one."""
-    flag = "--served-model-name"
-    names = [name for word, name in pairwise(words) if word == flag]
-    names += [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
-    if len(names := sorted(set(names))) > 1:
-        raise ConfigError(f"{flag}: a deployment serves its model by one name, not by {' and '.join(names)}")
 
 
 def _line(error: Exception) -> str:

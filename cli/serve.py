@@ -138,7 +138,7 @@ def router(loaded: Loaded) -> None:
     listen(Address(settings.host, settings.port)).close()
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
     ModelConfig.from_dir(resolved.dir).check_length(settings.max_model_len)  # workers of that length are refused else
-    config = plan_router(settings, resolved.dir, settings.served_model_name or resolved.served_name)
+    config = plan_router(settings, resolved.dir, settings.name_in_answers(resolved.served_name))
     config = config.model_copy(update={"control_host": settings.control_host, "control_port": settings.control_port})
     secrets = read_credentials(config, environment())
     _check_secret(settings, secrets, [Address(settings.control_host, settings.control_port)])
@@ -186,7 +186,7 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     listen(handoff, setting="handoff_port", flag="--port").close()
     check_transfer(settings)
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
-    name = settings.served_model_name or resolved.served_name
+    name = settings.name_in_answers(resolved.served_name)
     worker_id = settings.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
     pool: PoolSettings = getattr(settings, role)
     config = plan_worker(settings, role, pool, resolved.dir, name, worker_id=worker_id)

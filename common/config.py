@@ -238,6 +238,7 @@ class RouterConfig(Settings):
     control_port: int = 0  # 0: any free port
     model_dir: Path
     served_model_name: str
+    model_aliases: tuple[str, ...] = ()  # further names by which requests may ask for the model
     quantization: QuantizationName | None = None  # as the workers': answers to /v1/models say so
     max_model_len: PositiveInt | None = None
     chat_template: Path | None = None

@@ -168,7 +168,7 @@ def read_adapters(deployment: Deployment, model: ModelConfig) -> list[tuple[str,
     router, found = deployment.router, []
     for name, _, path in (text.partition("=") for text in router.lora_modules):
         try:
-            if name == router.served_model_name:
+            if name in (router.served_model_name, *router.model_aliases):
                 raise ConfigError(f"{name!r} is the name of the model")
             adapter = inspect_adapter(Path(path))
             adapter.check(model, router.max_lora_rank)

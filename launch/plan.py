@@ -124,6 +124,7 @@ def plan_router(settings: ServeSettings, model_dir: Path, served_name: str) -> R
         "deterministic": settings.is_exact,
         "model_dir": model_dir,
         "served_model_name": served_name,
+        "model_aliases": settings.served_model_name[1:],
         "expect_prefill": settings.prefill.workers > 0,
         "autoscale": plan_autoscale(settings),
     }

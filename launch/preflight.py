@@ -174,7 +174,7 @@ class Preflight:
     def _check_plan(self) -> str:
         assert self._resolved is not None
         settings, found = self._settings, self._resolved
-        self.deployment = plan(settings, found.dir, settings.served_model_name or found.served_name, ())
+        self.deployment = plan(settings, found.dir, settings.name_in_answers(found.served_name), ())
         check_model(self.deployment, self.model)
         read_adapters(self.deployment, self.model)
         check_draft_model(self.deployment, self.model)

@@ -117,6 +117,8 @@ async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink |
     metrics.replicas = scaling.replicas
     expected = Expected(__version__, model.name, config.max_model_len, config.deterministic)
     catalogue = Catalogue([Version.create(model, tokenizer, dispatcher, expected, grammars=grammars)])
+    for alias in config.model_aliases:
+        catalogue.add_alias(alias, model.name)
     adapters = await asyncio.to_thread(_load_adapters, config, catalogue) if config.enable_lora else None
     app = _application(config, catalogue, metrics, clock, keys, classes, adapters)
     return RouterParts(catalogue, app, metrics, scaling, clock, adapters)

@@ -80,17 +80,17 @@ class Routes:
         raise HTTPException(405, headers={"allow": "POST"})
 
     async def models(self) -> Response:
-        return _json(ModelList(data=[self._model(version) for version in self._api.catalogue.shown()]))
+        return _json(ModelList(data=[self._model(name, version) for name, version in self._api.catalogue.shown()]))
 
     async def model(self, name: str) -> Response:
-        return _json(self._model(self._api.catalogue.version(name)))
+        return _json(self._model(name, self._api.catalogue.version(name)))
 
-    def _model(self, version: Version) -> Model:
+    def _model(self, name: str, version: Version) -> Model:
         model, view = version.model, version.dispatcher.view()
         hellos = [worker.hello for worker in view.workers]
         probes = {hello.quantization: hello.probe for hello in hellos}
         return Model(
-            id=model.name,
+            id=name,
             created=self._api.started_s,
             root=model.name if version.adapter is None else version.adapter.path,
             parent=version.parent or None,

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from ..common.config import Settings
 from .option import FRONTS, Option
-from .values import Count, FilePath, parse_number
+from .values import Count, FilePath, NumBytes, parse_number
 
 
 class BatchSettings(Settings):
@@ -23,7 +23,7 @@ class BatchSettings(Settings):
         ),
     ] = None
     data_dir_bytes: Annotated[
-        Count, Option("Batches", "What the files there may take together; more is refused.", FRONTS)
+        NumBytes, Option("Batches", "What the files there may take together; more is refused.", FRONTS)
     ] = 10 << 30
     data_retention_days: Annotated[
         Annotated[float, Field(gt=0, le=3650)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, PositiveInt
 
 from ..common.config import (
     Attention,
@@ -17,7 +17,7 @@ from ..common.config import (
     SpeculativeConfig,
 )
 from .option import ALL, ENGINES, SERVE, Option
-from .values import Count, FilePath, NumThreads, Share, parse_number, parse_object
+from .values import Count, FilePath, NumBytes, NumBytesOr0, NumThreads, Share, parse_number, parse_object
 
 
 class EngineSettings(Settings):
@@ -56,10 +56,10 @@ class EngineSettings(Settings):
     ] = None
     gpu_memory_utilization: Annotated[Share, Option("Engine", "Share of a GPU's memory to use.", ENGINES)] = 0.9
     kv_cache_memory_bytes: Annotated[
-        Count | None, Option("Engine", "KV cache of one rank (2GiB, 512MiB). Default: from free memory.", ENGINES)
+        NumBytes | None, Option("Engine", "KV cache of one rank (2GiB, 512MiB). Default: from free memory.", ENGINES)
     ] = None
     swap_space: Annotated[
-        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        NumBytesOr0 | None,
         Option(
             "Engine",
             "Host memory of a decode rank for preempted KV; 0: none. Default: a tenth of the KV cache; on GPUs 4GiB.",
@@ -67,7 +67,7 @@ class EngineSettings(Settings):
         ),
     ] = None
     host_cache_memory_bytes: Annotated[
-        Annotated[int, BeforeValidator(parse_number), Field(ge=0)] | None,
+        NumBytesOr0 | None,
         Option(
             "Engine",
             "Host memory of a rank for cached KV that its GPU evicts; 0: none. Default: 8GiB, at most a tenth of what "
@@ -79,7 +79,7 @@ class EngineSettings(Settings):
         FilePath | None,
         Option("Engine", "Directory on a local disk for cached KV that host memory evicts. Default: none.", ENGINES),
     ] = None
-    disk_cache_bytes: Annotated[Count, Option("Engine", "Room that a rank takes there.", ENGINES)] = 10 << 30
+    disk_cache_bytes: Annotated[NumBytes, Option("Engine", "Room that a rank takes there.", ENGINES)] = 10 << 30
     enable_prefix_caching: Annotated[
         bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
     ] = True

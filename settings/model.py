@@ -14,7 +14,7 @@ from ..common.config import (
     ToolParserName,
 )
 from .option import ALL, ENGINES, FRONTS, Option
-from .values import Count, FilePath, Name, WeightsForms
+from .values import Count, FilePath, ModelNames, WeightsForms
 
 
 class ModelSettings(Settings):
@@ -27,7 +27,10 @@ class ModelSettings(Settings):
         ),
     ] = None
     revision: Annotated[str | None, Option("Model", "Branch, tag or commit on the hub.", ALL)] = None
-    served_model_name: Annotated[Name | None, Option("Model", "The model's one name in the API.", ALL)] = None
+    served_model_name: Annotated[
+        ModelNames,
+        Option("Model", "Name of the model in the API; repeatable: requests give any of them, answers the first.", ALL),
+    ] = ()
     max_model_len: Annotated[
         Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
     ] = None
@@ -71,3 +74,7 @@ class ModelSettings(Settings):
         ReasoningParserName, Option("Model", "Form of the model's reasoning; auto: by the chat template.", FRONTS)
     ] = "auto"
     seed: Annotated[int, Option("Model", "Seed of dummy weights and of requests without one.", ALL)] = 0
+
+    def name_in_answers(self, own: str) -> str:
+        """Return the model's first name; `own`: what it is called where it was given none."""
+        return next(iter(self.served_model_name), own)

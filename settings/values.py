@@ -21,6 +21,7 @@ from .windows import Window
 MAX_PORT = 65535
 MAX_COUNT = 2**53  # as on the wire (wire/fields.py), where names are bounded too
 MAX_NAME_CHARS = 200  # a transfer agent has numbers behind its worker's
+_LEAST_BYTES = 1024  # below, a size is a slip
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
@@ -38,6 +39,13 @@ def parse_number(value: object) -> object:
     return int(number)
 
 
+def check_size(num_bytes: int) -> int:
+    """Refuse what was meant in a larger unit, as vLLM's `--swap-space 4` of 4 GiB."""
+    if 0 < num_bytes < _LEAST_BYTES:
+        raise ValueError(f"{num_bytes} bytes hold nothing; say {num_bytes}GiB if that is meant")
+    return num_bytes
+
+
 def _split(value: object) -> object:
     """Read `a,b` (from the environment) and a lone value (from YAML) as a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -46,6 +54,14 @@ def _split(value: object) -> object:
 def _split_each(value: object) -> object:
     """Read a list whose texts may be lists themselves: of a flag that is given once or several times."""
     return _split(",".join(map(str, value)) if isinstance(value, list | tuple) else value)
+
+
+def _names_of_model(value: object) -> object:
+    """Read names as `_split_each` does, and keep the blank one of an unset variable, which is refused."""
+    if not isinstance(value, str | list | tuple):
+        return value
+    texts = [value] if isinstance(value, str) else value
+    return [part for text in texts for part in (text.split(",") if isinstance(text, str) else [text])]
 
 
 def parse_classes(value: object) -> object:
@@ -110,6 +126,12 @@ def check_name(text: str) -> str:
     return text
 
 
+def check_names(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        check_name(text)
+    return tuple(dict.fromkeys(text.strip() for text in texts))
+
+
 def _check_path(value: object) -> object:
     """Refuse the path of an unset variable (`--data-dir "$DIR"`): it would be the folder that the command runs in."""
     if value == "" or (isinstance(value, str) and "\0" in value):  # which YAML can write, and no system call takes
@@ -171,6 +193,8 @@ def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 FilePath = Annotated[Path, BeforeValidator(_check_path)]  # of a file or a folder
 Count = Annotated[PositiveInt, Field(le=MAX_COUNT), BeforeValidator(parse_number)]
+NumBytes = Annotated[Count, AfterValidator(check_size)]
+NumBytesOr0 = Annotated[int, BeforeValidator(parse_number), Field(ge=0, le=MAX_COUNT), AfterValidator(check_size)]
 # More than any one machine or cluster has, so that a slip of the finger is told and not planned for.
 NumThreads = Annotated[PositiveInt, Field(le=4096), BeforeValidator(parse_number)]
 NumRouters = Annotated[PositiveInt, Field(le=1000)]
@@ -180,6 +204,7 @@ Name = Annotated[str, AfterValidator(check_name)]
 Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_each)]  # that have no comma
+ModelNames = Annotated[tuple[str, ...], BeforeValidator(_names_of_model), AfterValidator(check_names)]
 Adapters = Annotated[tuple[str, ...], BeforeValidator(_adapters), AfterValidator(check_adapters)]
 WeightsForms = Annotated[tuple[WeightsForm, ...], BeforeValidator(_split_each)]
 Share = Annotated[float, Field(gt=0, le=1)]

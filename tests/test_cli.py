@@ -175,12 +175,21 @@ def test_adapters_may_be_given_in_each_of_the_forms_that_vllm_takes(run: Run, wo
     assert "max_loras: 2" in shown.stdout
 
 
-@pytest.mark.parametrize("second", [("--served-model-name", "b"), ("--served-model-name=b",)])
-def test_a_second_name_of_the_model_is_refused_and_not_taken_for_the_only_one(
-    run: Run, second: tuple[str, ...]
-) -> None:
-    assert_refused(run("config", "show", "--served-model-name", "a", *second), "by one name, not by a and b")
-    assert run("config", "show", "--served-model-name", "a", "--served-model-name", "a").returncode == 0
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--served-model-name", "a", "--served-model-name", "b", "--served-model-name=a"),
+        ("--served-model-name=a,b",),
+        ("--port=1", "--served-model-name", "a", "b"),
+    ],
+)
+def test_a_model_may_have_several_names_in_each_form(run: Run, words: tuple[str, ...]) -> None:
+    assert 'served_model_name: ["a", "b"]' in run("config", "show", *words).stdout
+
+
+def test_what_follows_a_name_is_the_model_where_none_was_named(run: Run) -> None:
+    assert_refused(run("serve", "--served-model-name", "a", "./no-such-model"), "no model './no-such-model'")
+    assert_refused(run("serve", "./no-such-model", "--served-model-name", "a", "b"), "no model './no-such-model'")
 
 
 def test_taken_port_is_one_line(run: Run) -> None:

@@ -29,22 +29,32 @@ class Catalogue:
         self._by_name = {version.model.name: version for version in versions}
         assert versions and len(self._by_name) == len(versions)
         self._default = versions[0]
+        self._aliases: dict[str, Version] = {}
         self._adapted: dict[str, Version] = {}
+
+    def add_alias(self, alias: str, name: str) -> None:
+        """Let requests ask for the model `name` by another name too. Answers, metrics and workers have its own."""
+        assert alias not in self._by_name
+        self._aliases[alias] = self._by_name[name]
 
     # --- adapters ---------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, adapter: AdapterUse, base: str | None = None) -> None:
         """Serve an adapter of the model `base` (None: of the first) as a model. Raises ConfigError for a taken name."""
-        if name in self._by_name:
+        if self._model(name) is not None:
             raise ConfigError(f"{name!r} is the name of the model")
         if not name or len(name) > _MAX_NAME or not name.isprintable():
             raise ConfigError(f"an adapter's name has 1 to {_MAX_NAME} printable characters")
         self._adapted[name] = self._of_model(base).with_adapter(name, adapter)
 
     def _of_model(self, name: str | None) -> Version:
-        if name is not None and name not in self._by_name:
-            raise ConfigError(f"the base model {clip(name)} does not exist")
-        return self._default if name is None else self._by_name[name]
+        version = self._default if name is None else self._model(name)
+        if version is None:
+            raise ConfigError(f"the base model {clip(name or '')} does not exist")
+        return version
+
+    def _model(self, name: str) -> Version | None:
+        return self._by_name.get(name) or self._aliases.get(name)
 
     def remove_adapter(self, name: str) -> bool:
         """False: there is none of this name."""
@@ -53,9 +63,9 @@ class Catalogue:
     def adapter(self, name: str) -> Version | None:
         return self._adapted.get(name)
 
-    def shown(self) -> list[Version]:
-        """Return all that requests may name: models, then their adapters."""
-        return [*self._by_name.values(), *self._adapted.values()]
+    def shown(self) -> list[tuple[str, Version]]:
+        """Return all that requests may name: models, their other names, then their adapters."""
+        return [*self._by_name.items(), *self._aliases.items(), *self._adapted.items()]
 
     def __iter__(self) -> Iterator[Version]:
         return iter(self._by_name.values())
@@ -72,9 +82,9 @@ class Catalogue:
         return version
 
     def _named(self, name: str) -> Version:
-        version = self._by_name.get(name) or self._adapted.get(name)
+        version = self._model(name) or self._adapted.get(name)
         if version is None:
-            names = ", ".join(f"'{known.model.name}'" for known in self.shown()[:_MAX_LISTED])
+            names = ", ".join(f"'{known}'" for known, _ in self.shown()[:_MAX_LISTED])
             raise RequestError(
                 f"the model {clip(name)} does not exist; this server has {names}",
                 param="model",

@@ -568,6 +568,9 @@ OTHER_VALUES: dict[str, object] = {
     "kv_checksum": "off",
     "speculative_config": {"method": "ngram"},
     "lora_modules": ["fr=/adapters/fr"],
+    "host_cache_memory_bytes": "7KiB",
+    "kv_cache_memory_bytes": "7KiB",
+    "swap_space": "7KiB",
     "max_cpu_loras": 9,
     "log_level": "debug",
     "log_format": "json",
@@ -588,6 +591,8 @@ NEEDED: dict[str, dict[str, object]] = {
 def test_every_setting_reaches_a_process(name: str) -> None:
     if name == "served_model_name":  # comes resolved
         assert plan(ServeSettings(), Path("/models/m"), "other").router.served_model_name == "other"
+        router = plan(ServeSettings(served_model_name=("a", "b", "c")), Path("/models/m"), "a").router
+        assert (router.served_model_name, router.model_aliases) == ("a", ("b", "c"))
         return
     default = getattr(ServeSettings(), name)
     other = OTHER_VALUES.get(name, _other(default))

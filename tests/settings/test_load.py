@@ -144,7 +144,10 @@ MISTAKES = [
     ("port: [", ":1: not YAML"),
     ("a: 1\n\tb: 2", ":2: not YAML"),
     ("port: !!python/object/apply:os.getpid []", ":1: could not determine a constructor"),
-    ("served_model_name: [a]", ":1: served_model_name: must be a valid string"),
+    ("served_model_name: [[a]]", ":1: served_model_name: "),
+    ("served_model_name: ' '", ":1: served_model_name: must not be blank"),
+    ("swap_space: 4", ":1: swap_space: 4 bytes hold nothing; say 4GiB if that is meant"),
+    ("kv_cache_memory_bytes: '8'", ":1: kv_cache_memory_bytes: 8 bytes hold nothing; say 8GiB"),
     ("secret_file: [1]", ":1: secret_file: must be a path, not [1]"),
     ("lora_modules: [a=b]", ":1: lora_modules: needs enable_lora"),
     ("allow_runtime_lora_updating: true", ":1: allow_runtime_lora_updating: needs enable_lora"),
@@ -200,7 +203,7 @@ MISTAKES = [
     ('control_host: "a\\0b"', ":1: control_host: must be an address or a name of a host"),
     (f"served_model_name: {'x' * 201}", ":1: served_model_name: has 201 characters; the limit is 200"),
     (f"worker_id: {'x' * 201}", ":1: worker_id: has 201 characters; the limit is 200"),
-    ("served_model_name: ' '", ":1: served_model_name: must not be blank, not ' '"),
+    ("served_model_name: [a, ' ']", ":1: served_model_name: must not be blank"),
     ("launcher: kubernetes", ":1: launcher: must be 'local' or 'ray', not 'kubernetes'"),
 ]
 

@@ -11,15 +11,14 @@ never see is in `history.py`; the exit code is 1 if a run shows any of it, or lo
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,7 +28,6 @@ from rich.console import Console
 
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
-from ..load.arguments import Parser, output_file, positive_float, positive_int, shell_words
 from ..load.environment import describe_environment
 from ..load.http_client import HttpError
 from ..load.json_file import save_json
@@ -37,59 +35,18 @@ from ..load.report import report_console
 from ..load.tiny_model import write_tiny_model
 from .events import Event, Note, encode_event
 from .load import Load
-from .requests import ASK_KINDS, Ask, plan_asks
-from .serve_system import System, serving
+from .options import Options, make_parser, parse_options
+from .requests import Ask
+from .serve_system import System, serving, until_ready
 from .system import LogTail, settle
 from .tally import Tally, print_tally, tally
-from .workers import KINDS, KNOWN_KINDS, Workers
+from .workers import Workers
+
+__all__ = ["main", "make_parser", "run"]  # the first two are what a program has
 
 _ALL_UP_WITHIN_S = 60.0
 _QUIET_WITHIN_S = 60.0
 _FIRST_BLOW_AFTER_S = 2.0
-_TINY_CACHE = "6MiB"  # 384 blocks: with one decode worker left, answers have to wait for blocks
-
-
-@dataclass(slots=True, frozen=True)
-class Options:
-    """The command line, parsed."""
-
-    model: Path | None
-    num_experts: int
-    num_prefill: int
-    num_decode: int
-    minutes: float
-    every_s: float
-    concurrency: int
-    num_asks: int
-    ask_kinds: tuple[str, ...]
-    seed: int
-    blows: tuple[str, ...]
-    serve_flags: tuple[str, ...]
-    json_path: Path | None
-    history_path: Path | None
-    log_dir: Path
-
-    @property
-    def num_workers(self) -> int:
-        return self.num_prefill + self.num_decode
-
-    def asks(self, model: str, vocab_size: int) -> list[Ask]:
-        return plan_asks(self.num_asks, self.seed, model=model, vocab_size=vocab_size, kinds=self.ask_kinds)
-
-    @property
-    def flags(self) -> list[str]:
-        # A policy that hands every prompt over: handoffs are what is shot at.
-        flags = ["--policy", "least_loaded", "--prefill", str(self.num_prefill), "--decode", str(self.num_decode)]
-        flags += ["--deterministic"]
-        if self.model is None:
-            flags += ["--kv-cache-memory-bytes", _TINY_CACHE]
-        return [*flags, *self.serve_flags]
-
-    def __str__(self) -> str:
-        return (
-            f"1 router, {self.num_prefill} prefill, {self.num_decode} decode workers; a blow every {self.every_s:g} s "
-            f"for {self.minutes:g} min under {self.concurrency} requests in flight; seed {self.seed}"
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,18 +108,18 @@ class _Chaos:
         self._references: Load | None = None
 
     @contextmanager
-    def _serving(self, name: str) -> Iterator[System]:
+    def _serving(self, name: str, flags: Sequence[str]) -> Iterator[System]:
         self._console.print(f"{name}: starting", style="dim")
-        with serving(name, self._model_dir, self._options.flags, self._options.log_dir) as system:
+        with serving(name, self._model_dir, flags, self._options.log_dir) as system:
             yield system
 
     def learn(self, asks: Sequence[Ask]) -> list[Ask]:
         """The right answers. Returns the asks as they are sent from then on."""
-        with self._serving("undisturbed") as system:
+        with self._serving("undisturbed", self._options.undisturbed_flags) as system:
             return asyncio.run(self._learn(system, asks))
 
     async def _learn(self, system: System, asks: Sequence[Ask]) -> list[Ask]:
-        await self._until_up(system)
+        await until_ready(system, _ALL_UP_WITHIN_S)
         self._references = load = Load(system.base_url, self._began_s, self._tell, self._numbers)
         self._console.print(f"undisturbed: {len(asks)} distinct requests", style="dim")
         try:
@@ -171,7 +128,7 @@ class _Chaos:
             load.close()
 
     def disturb(self, asks: Sequence[Ask]) -> Tally:
-        with self._serving("disturbed") as system:
+        with self._serving("disturbed", self._options.flags) as system:
             return asyncio.run(self._disturb(system, asks))
 
     async def _disturb(self, system: System, asks: Sequence[Ask]) -> Tally:
@@ -239,62 +196,3 @@ class _Chaos:
             raise ConfigError(
                 f"{books.num_workers} of {self._options.num_workers} workers came up:\n{system.process.log_tail()}"
             )
-
-
-def parse_options(argv: Sequence[str]) -> Options:
-    parsed = make_parser().parse_args(argv)
-    for flag, path in (("--json", parsed.json), ("--history", parsed.history)):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
-    if parsed.experts and (parsed.experts < 2 or parsed.model is not None):
-        raise ConfigError("--experts: two or more, of the tiny model; a model of --model has its own")
-    blows = _known("--blows", parsed.blows, KNOWN_KINDS)
-    return Options(
-        model=parsed.model,
-        num_experts=parsed.experts,
-        num_prefill=parsed.prefill,
-        num_decode=parsed.decode,
-        minutes=parsed.minutes,
-        every_s=parsed.every,
-        concurrency=parsed.concurrency,
-        num_asks=parsed.num_requests,
-        ask_kinds=_known("--requests", parsed.requests or ",".join(ASK_KINDS), ASK_KINDS),
-        seed=parsed.seed,
-        blows=blows,
-        serve_flags=parsed.serve_flags,
-        json_path=parsed.json,
-        history_path=parsed.history,
-        log_dir=parsed.log_dir or Path(tempfile.mkdtemp(prefix="chaos-logs-")),
-    )
-
-
-def _known(flag: str, text: str, known: Collection[str]) -> tuple[str, ...]:
-    if not set(text.split(",")) <= set(known):
-        raise ConfigError(f"{flag} {text}: these are known: {', '.join(known)}")
-    return tuple(text.split(","))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="kvferry chaos",
-        description="Kill workers of a deployment of its own under load; exit code 1 if anything is lost or changed.",
-    )
-    add = parser.add_argument
-    add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: a tiny random model)")
-    add("--experts", type=int, default=0, metavar="N", help="of the tiny model (default: none, at least 2)")
-    add("--prefill", type=positive_int, default=2, metavar="N", help="prefill workers (default: %(default)s)")
-    add("--decode", type=positive_int, default=2, metavar="N", help="decode workers (default: %(default)s)")
-    add("--minutes", type=positive_float, default=10.0, metavar="M", help="under load (default: %(default)g)")
-    add("--every", type=positive_float, default=5.0, metavar="S", help="between two blows (default: %(default)g)")
-    add("--concurrency", type=positive_int, default=8, metavar="N", help="requests in flight (default: %(default)s)")
-    add("--num-requests", type=positive_int, default=330, metavar="N", help="distinct ones (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
-    blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker; router: clients come back"
-    add("--blows", default=",".join(KINDS), metavar="KINDS", help=f"{blows} (default: %(default)s)")
-    add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
-    flags = "for `kvferry serve`, in one word: '--dtype bfloat16'"
-    add("--serve-flags", type=shell_words, default=(), metavar="FLAGS", help=flags)
-    add("--json", type=output_file, metavar="FILE", help="write all figures here")
-    add("--history", type=output_file, metavar="FILE", help="write every event here, a JSON line each")
-    add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")
-    return parser

@@ -71,11 +71,15 @@ class Ask:
         return self.body | extra
 
 
-def plan_asks(count: int, seed: int, *, model: str, vocab_size: int, kinds: Sequence[str] = ()) -> list[Ask]:
-    """`count` distinct requests, these kinds in turn; none named: all."""
+def plan_asks(count: int, seed: int, *, models: Sequence[str], vocab_size: int, kinds: Sequence[str] = ()) -> list[Ask]:
+    """`count` distinct requests, these kinds in turn, each round of them for the next model; no kind named: all."""
     source = random.Random(seed)
     makers = [(kind, ASK_KINDS[kind]) for kind in kinds or ASK_KINDS]
-    return [_make(number, *makers[number % len(makers)], source, model, vocab_size) for number in range(count)]
+    asks = []
+    for number in range(count):
+        turn, place = divmod(number, len(makers))
+        asks.append(_make(number, *makers[place], source, models[turn % len(models)], vocab_size))
+    return asks
 
 
 def _make(

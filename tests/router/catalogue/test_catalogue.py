@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvferry.common.errors import ProtocolError, RequestError
+from kvferry.common.errors import ConfigError, ProtocolError, RequestError
 from kvferry.models.config import ModelConfig
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
@@ -23,6 +23,7 @@ from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected, WorkerGroup, find_group
 from kvferry.router.metrics.metrics import RouterMetrics
+from kvferry.router.state.adapter_use import AdapterUse
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, connect
@@ -95,6 +96,21 @@ async def test_an_unknown_model_is_told_what_there_is() -> None:
     site = Site()
     with pytest.raises(RequestError, match="'other' does not exist; this server has 'small', 'large'"):
         site.catalogue.version("other")
+
+
+async def test_a_model_has_further_names() -> None:
+    site = Site()
+    site.catalogue.add_alias("latest", "large")
+    assert (await site.ask(model="latest", prompt="x" * 40))["model"] == "large"
+    async with site.client() as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [(model["id"], model["root"]) for model in listed][1:] == [("large", "large"), ("latest", "large")]
+        assert (await client.get("/v1/models/latest")).json() == listed[2]
+    with pytest.raises(ConfigError, match="'latest' is the name of the model"):
+        site.catalogue.add_adapter("latest", AdapterUse("d", "/a", 1))
+    site.catalogue.add_adapter("red", AdapterUse("d", "/a", 1), "latest")
+    assert site.catalogue.version("red").parent == "large"
+    assert [name for name, _ in site.catalogue.views()] == ["small", "large"]
 
 
 async def test_every_version_is_listed() -> None:

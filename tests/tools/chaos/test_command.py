@@ -21,10 +21,10 @@ import pytest
 from kvferry.common.errors import ConfigError
 from kvferry.tools.chaos import command as chaos
 from kvferry.tools.chaos.client import send
-from kvferry.tools.chaos.command import parse_options
 from kvferry.tools.chaos.events import ChoiceAnswer, Cut, Delta, Done, Event, Failed, Note, Request, Sent, Usage
 from kvferry.tools.chaos.history import Counted, Verdict, judge
 from kvferry.tools.chaos.load import Load, Result, collect
+from kvferry.tools.chaos.options import parse_options
 from kvferry.tools.chaos.requests import Ask, plan_asks
 from kvferry.tools.chaos.serve_system import parse_metrics
 from kvferry.tools.chaos.system import Books, LogTail, balance
@@ -42,13 +42,13 @@ ASK = Ask(7, "greedy", "/v1/completions", {"prompt": [1]}, 1, 4, True)
 
 
 def test_a_seed_gives_the_same_requests_again_and_another_one_others() -> None:
-    first, again, other = (plan_asks(44, seed, model="m", vocab_size=400) for seed in (1, 1, 2))
+    first, again, other = (plan_asks(44, seed, models=["m"], vocab_size=400) for seed in (1, 1, 2))
     assert first == again != other
     assert len({str(ask.body) for ask in first}) == 44
 
 
 def test_every_way_to_ask_is_among_them() -> None:
-    bodies = [ask.body for ask in plan_asks(110, 0, model="m", vocab_size=400)]
+    bodies = [ask.body for ask in plan_asks(110, 0, models=["m"], vocab_size=400)]
     for field in ("logprobs", "top_logprobs", "n", "presence_penalty", "repetition_penalty", "messages", "prompt"):
         assert any(field in body for body in bodies), field
     assert {body["stream"] for body in bodies} == {True, False}
@@ -56,7 +56,7 @@ def test_every_way_to_ask_is_among_them() -> None:
 
 
 def test_some_ways_to_ask_may_be_named() -> None:
-    asks = plan_asks(4, 0, model="m", vocab_size=400, kinds=("guided", "chat tools"))
+    asks = plan_asks(4, 0, models=["m"], vocab_size=400, kinds=("guided", "chat tools"))
     assert [ask.kind for ask in asks] == ["guided", "chat tools"] * 2
     with pytest.raises(ConfigError, match=r"--requests guided,sung: these are known: greedy, .*chat tools"):
         parse_options(["--requests", "guided,sung"])
@@ -414,15 +414,29 @@ def test_an_answer_without_a_row_in_the_routers_log_makes_a_run_bad() -> None:
 
 
 def test_flags_of_the_system_are_handed_through(tmp_path: Path) -> None:
-    options = chaos.parse_options(["--decode", "3", "--serve-flags", "--dtype bfloat16", "--log-dir", str(tmp_path)])
+    options = parse_options(["--decode", "3", "--serve-flags", "--dtype bfloat16", "--log-dir", str(tmp_path)])
     assert options.num_workers == 5
     assert options.flags[:7] == ["--policy", "least_loaded", "--prefill", "2", "--decode", "3", "--deterministic"]
     assert options.flags[-2:] == ["--dtype", "bfloat16"]
 
 
+def test_an_undisturbed_deployment_may_have_other_flags() -> None:
+    same = parse_options(["--serve-flags", "--block-size 8"])
+    assert same.undisturbed_flags == same.flags
+    other = parse_options(["--serve-flags", "--block-size 8", "--reference-flags", "--prefill 0"])
+    assert other.undisturbed_flags == ["--deterministic", "--kv-cache-memory-bytes", "6MiB", "--prefill", "0"]
+    assert other.flags == same.flags
+
+
+def test_requests_are_for_adapters_as_well() -> None:
+    options = parse_options(["--adapters", "red,blue", "--num-requests", "84", "--requests", "greedy,chat"])
+    models = [ask.body["model"] for ask in options.asks("tiny", 400)]
+    assert models == ["tiny", "tiny", "red", "red", "blue", "blue"] * 14
+
+
 def test_flags_of_the_system_with_an_open_quote_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        chaos.parse_options(["--serve-flags", "--dtype 'x"])
+        parse_options(["--serve-flags", "--dtype 'x"])
     assert ended.value.code == 2
     assert "cannot be parted into words: No closing quotation" in capsys.readouterr().err
 
@@ -430,7 +444,7 @@ def test_flags_of_the_system_with_an_open_quote_are_refused(capsys: pytest.Captu
 @pytest.mark.parametrize("flag", ["--minutes", "--every", "--concurrency"])
 def test_a_number_that_is_not_above_zero_is_refused(flag: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        chaos.parse_options([flag, "0"])
+        parse_options([flag, "0"])
     assert ended.value.code == 2
 
 
