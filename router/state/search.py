@@ -61,7 +61,7 @@ class Search:
             busy=self._busy(pools, claimed, now_s),
             unfit=frozenset(self.unfit),
             ungranted=frozenset(self.ungranted),
-            failed_pairs=frozenset(self.failed_pairs),
+            failed_pairs=self._failed_pairs(pools),
             computed_on=self.computed_on,
             queue_if_full=self.queue_if_full(now_s),
             cached=cached,
@@ -109,6 +109,12 @@ class Search:
     def note_failed_pair(self, pair: tuple[int, int] | None, what: str) -> None:
         if pair is not None:
             self.failed_pairs[pair] = what
+
+    def _failed_pairs(self, pools: Pools) -> frozenset[tuple[int, int]]:
+        """Return them, and those that were late while another prefill worker may not be: a late one may be dead."""
+        late = {prefill for prefill, _ in self.late_pairs if pools.at(prefill) is not None}
+        is_sole = len(late) >= pools.num_ready("prefill")
+        return frozenset(self.failed_pairs if is_sole else self.failed_pairs.keys() | self.late_pairs)
 
     def note_hope(self) -> None:
         """Note that there are workers that can take it, now or when they have room, or that it looks for none."""

@@ -420,6 +420,19 @@ def test_a_grant_that_lapsed_unopened_does_not_speak_against_the_pair() -> None:
     assert p.take(PrefillTask).spec.attempt == 1 and stream.request.num_failures == 1
 
 
+def test_a_prefill_worker_that_was_late_is_not_asked_again_while_another_one_may_be() -> None:
+    """It may be dead, and then costs the request a second attempt; the other one has more to do."""
+    fleet = Fleet()
+    p0, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.start(p0, d)
+    p1 = fleet.join("p-1")
+    fleet.beat(p1, num_waiting=1, waiting_tokens=20)
+    fleet.failed(d, task, "expired", peer="")
+    d.take(Abort)
+    fleet.grant(d)
+    assert p1.take(PrefillTask).spec.attempt == 1 and stream.request.num_failures == 1
+
+
 def test_a_pair_whose_grants_lapse_again_and_again_cannot_talk_and_another_one_is_tried() -> None:
     fleet = Fleet()
     p, d0, d1 = fleet.join("p-0"), fleet.join("d-0"), fleet.join("d-1")
