@@ -65,11 +65,23 @@ class Settings(BaseModel):
 class SpeculativeConfig(Settings):
     """`SpeculativeConfig` says how decode workers draft tokens, under vLLM's names."""
 
-    method: Literal["ngram", "draft_model"]  # from the sequence's own tokens, or by a smaller model
+    # From the sequence's own tokens, from those of earlier answers as well, or by a smaller model.
+    method: Literal["ngram", "suffix", "draft_model"]
     model: Path | None = None  # draft_model's: a local directory; its tokenizer is the served model's
     num_speculative_tokens: int = Field(5, ge=1, le=16)  # of one sequence and step; fewer where more do not pay
     prompt_lookup_min: int = Field(2, ge=1, le=16)  # shortest match, tokens
     prompt_lookup_max: int = Field(4, ge=1, le=16)  # match lengths beyond it count as equal
+    suffix_decoding_max_tree_depth: int = Field(24, ge=1, le=64)  # match lengths beyond it count as equal to suffix
+    suffix_decoding_max_cached_requests: int = Field(10_000, ge=0, le=1_000_000)  # earlier answers, the latest ones
+    suffix_decoding_max_spec_factor: float = Field(1.0, gt=0, le=16)  # a draft's length over its match's, at most
+    suffix_decoding_min_token_prob: float = Field(0.1, ge=0, le=1)  # of a drafted token, by what followed before
+
+    @model_validator(mode="before")
+    @classmethod
+    def _draft_long(cls, values: object) -> object:
+        """Let suffix draft as many tokens as its matches allow where no number is given."""
+        is_suffix = isinstance(values, Mapping) and values.get("method") == "suffix"
+        return {"num_speculative_tokens": 16} | dict(values) if is_suffix else values  # type: ignore[call-overload]
 
     @field_validator("model")
     @classmethod

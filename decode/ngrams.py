@@ -7,10 +7,12 @@ Saxena 2023; vLLM's method "ngram").
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
+from itertools import islice
 from typing import Protocol
 
-_MAX_CANDIDATES = 8  # earlier places that are compared: more find a longer match in text that repeats short ones
+MAX_CANDIDATES = 8  # earlier places that are compared: more find a longer match in text that repeats short ones
 
 
 class Proposer(Protocol):
@@ -21,27 +23,17 @@ class Proposer(Protocol):
         ...
 
 
-class NgramProposer:
-    """One sequence's index of its n-grams, which grows with it. Implements `Proposer`."""
+class NgramIndex:
+    """One sequence's places after each of its n-grams, which grow with it."""
 
-    def __init__(self, min_ngram: int, max_ngram: int) -> None:
-        """A match has at least `min_ngram` tokens; of several the one with most counts, up to `max_ngram`."""
-        self._min, self._max = min_ngram, max_ngram
-        self._latest: dict[tuple[int, ...], int] = {}  # n-gram of min_ngram tokens -> the position after it
+    def __init__(self, ngram: int) -> None:
+        self._size = ngram
+        self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> the position after it
         self._earlier: list[int] = []  # position after an n-gram -> the one after the same n-gram before it; 0: none
 
-    def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
-        self._index(tokens)
-        place = self._best_place(tokens)
-        if place == 0 or num_tokens <= 0:
-            return ()
-        # A match that overlaps the end repeats itself: the draft goes on with what it has drafted.
-        period = len(tokens) - place
-        return tuple([tokens[place + index % period] for index in range(num_tokens)])
-
-    def _index(self, tokens: Tokens[int]) -> None:
-        """Take in the tokens that are new."""
-        size, latest, earlier = self._min, self._latest, self._earlier
+    def places(self, tokens: Tokens[int]) -> Iterator[int]:
+        """Take in the tokens that are new. Yield the positions after what they end with, the latest first."""
+        size, latest, earlier = self._size, self._latest, self._earlier
         for end in range(len(earlier), len(tokens) + 1):
             if end < size:
                 earlier.append(0)
@@ -49,18 +41,37 @@ class NgramProposer:
             ngram = tuple(tokens[end - size : end])
             earlier.append(latest.get(ngram, 0))
             latest[ngram] = end
+        return self._before(len(tokens))
+
+    def _before(self, place: int) -> Iterator[int]:
+        while place := self._earlier[place]:
+            yield place
+
+
+class NgramProposer:
+    """`NgramProposer` goes on from one sequence's own n-grams. Implements `Proposer`."""
+
+    def __init__(self, min_ngram: int, max_ngram: int) -> None:
+        """A match has at least `min_ngram` tokens; of several the one with most counts, up to `max_ngram`."""
+        self._min, self._max = min_ngram, max_ngram
+        self._index = NgramIndex(min_ngram)
+
+    def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
+        place = self._best_place(tokens)
+        if place == 0 or num_tokens <= 0:
+            return ()
+        # A match that overlaps the end repeats itself: the draft goes on with what it has drafted.
+        period = len(tokens) - place
+        return tuple([tokens[place + index % period] for index in range(num_tokens)])
 
     def _best_place(self, tokens: Tokens[int]) -> int:
         """Return the position after the longest match of the sequence's end, the latest one of equals; 0: none."""
         end = len(tokens)
-        best, best_length, place = 0, 0, self._earlier[end]
-        for _ in range(_MAX_CANDIDATES):
-            if place == 0:
-                break
+        best, best_length = 0, 0
+        for place in islice(self._index.places(tokens), MAX_CANDIDATES):
             length = self._min
             while length < min(self._max, place) and tokens[place - length - 1] == tokens[end - length - 1]:
                 length += 1
             if length > best_length:
                 best, best_length = place, length
-            place = self._earlier[place]
         return best

@@ -17,7 +17,6 @@ from ..common.batch import Batch, StepOutput
 from ..common.clock import Clock
 from ..common.config import SpeculativeConfig
 from ..common.kv_spec import KVCacheSpec
-from ..common.role_counters import RoleCounters
 from ..common.served import PLAIN, Served
 from ..kvcache.blocks import BlockPool
 from ..kvcache.contents import Contents, TokenContents
@@ -26,6 +25,7 @@ from ..transfer.fetch.fetches import Fetches
 from ..transfer.receive.receiver import KVReceiver
 from ..wire.fields import Message
 from ..wire.results import WorkerFailure
+from ..wire.role_counters import RoleCounters
 from .adoption import Adoption
 from .intake import Intake
 from .local import LocalRequests

@@ -28,6 +28,7 @@ from ..common.config import SpeculativeConfig
 from ..common.request import Sequence
 from .draft_spans import DraftSpans
 from .ngrams import NgramProposer, Proposer
+from .suffixes import EarlierAnswers, SuffixProposer, owner_of, said
 
 _FIRST_RATE = 0.6  # of a sequence whose drafts were not judged yet: high enough to try one
 _RATE_SMOOTHING = 0.15  # weight of one judged token: some seven tokens back
@@ -113,8 +114,10 @@ class Speculation:
         self.keeps_states = keeps_states
         self._config = config
         has_model = config.method == "draft_model"
-        by_method: Callable[[Sequence], Proposer] = self._by_model if has_model else self._ngrams
-        self.make_proposer = make_proposer if make_proposer is not None else by_method
+        self.make_proposer = make_proposer if make_proposer is not None else self._by_method
+        self._earlier: EarlierAnswers | None = None
+        if config.method == "suffix":
+            self._earlier = EarlierAnswers(config.prompt_lookup_min, config.suffix_decoding_max_cached_requests)
         self._spans = DraftSpans(block_size) if has_model else None
         self._max_model_len = max_model_len
         self._tracks: dict[Sequence, _Track] = {}
@@ -144,11 +147,12 @@ class Speculation:
         if self._spans is not None:
             self._spans.assign(rows)
 
-    def _ngrams(self, seq: Sequence) -> Proposer:
+    def _by_method(self, seq: Sequence) -> Proposer:
+        if self._spans is not None:
+            return _ByModel()
+        if self._earlier is not None:
+            return SuffixProposer(self._config, self._earlier, owner_of(seq))
         return NgramProposer(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
-
-    def _by_model(self, seq: Sequence) -> Proposer:
-        return _ByModel()
 
     def _propose(self, seq: Sequence) -> tuple[int, ...]:
         track = self._tracks.get(seq)
@@ -224,8 +228,10 @@ class Speculation:
                     _learn(track, row, result)
 
     def forget(self, seq: Sequence) -> None:
-        """Drop what is known of a sequence that has ended."""
+        """Drop what is known of a sequence that has ended; its answer may draft for others."""
         self._tracks.pop(seq, None)
+        if self._earlier is not None:
+            self._earlier.add(owner_of(seq), said(seq, self._config.suffix_decoding_max_tree_depth))
         if self._spans is not None:
             self._spans.forget(seq)
 

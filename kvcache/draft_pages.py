@@ -80,9 +80,9 @@ def draft_pages(target: KVShape, draft: KVShape, dtype: str = "auto", num_ranks:
     `dtype`: of the cache, by its setting's or torch's name.
     """
     if target.num_kv_parts + draft.num_kv_parts < 4:
-        raise ConfigError("speculative_config: a draft model goes with keys and values, not with latents; use ngram")
+        raise ConfigError("speculative_config: a draft model goes with keys and values, not with latents; use another")
     if target.uneven is not None or draft.uneven is not None:
-        raise ConfigError("speculative_config: a draft model goes with layers whose heads are of one size; use ngram")
+        raise ConfigError("speculative_config: a draft model goes with layers whose heads are of one size; use another")
     num_theirs, num_ours = (max(1, model.num_kv_heads // num_ranks) for model in (target, draft))
     row, part_items = row_items(draft.head_dim, dtype), num_theirs * row_items(target.head_dim, dtype)
     part_rows = part_items // row

@@ -21,7 +21,6 @@ from ..common.batch import Batch, BatchRow, StepOutput
 from ..common.clock import Clock
 from ..common.errors import CapacityError
 from ..common.request import RequestSpec, Sequence
-from ..common.role_counters import RoleCounters
 from ..common.served import PLAIN, Served, is_expired
 from ..kvcache.blocks import BlockPool, prefix_salt
 from ..kvcache.contents import Contents, TokenContents
@@ -32,6 +31,7 @@ from ..transfer.send.plan import ShipPlan, plan_chunk, plan_hits
 from ..wire.fields import Message
 from ..wire.grants import GrantInfo
 from ..wire.results import TaskRefused
+from ..wire.role_counters import RoleCounters
 from ..wire.tasks import Abort, EmbedTask, FetchFrom, LocalTask, PrefillTask, ReserveKV
 from ..wire.workers import LiveRequests
 from .results import StepResults

@@ -108,8 +108,8 @@ class EngineSettings(Settings):
         Option(
             "Engine",
             "Draft tokens and check several in a step, each of them the model's own draw. JSON as vLLM takes it: "
-            '{"method": "ngram", "num_speculative_tokens": 5}, or "draft_model" with "model": DIRECTORY. On CPUs '
-            "it turns deterministic on: no token is another than without.",
+            '{"method": "ngram", "num_speculative_tokens": 5}, "suffix" (earlier answers draft, too), or "draft_model" '
+            'with "model": DIRECTORY. On CPUs it turns deterministic on: no token is another than without.',
             ENGINES,
         ),
     ] = None

@@ -18,12 +18,12 @@ from typing import Literal
 
 from ..common.batch import Batch, StepOutput
 from ..common.request import BlockId
-from ..common.role_counters import RoleCounters
 from ..decode.role import DecodeRole
 from ..kvcache.blocks import BlockPool
 from ..prefill.role import PrefillRole
 from ..prefill.scheduler import MAX_STEP_S, MIN_STEP_TOKENS
 from ..wire.fields import Message
+from ..wire.role_counters import RoleCounters
 from ..wire.tasks import EmbedTask, LocalTask, PrefillTask, ReserveKV
 from ..wire.workers import StepSample
 

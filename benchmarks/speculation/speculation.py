@@ -7,8 +7,9 @@
 
 Two deployments of one colocated worker stand side by side, one with --deterministic, the other with
 --speculative-config; the other one idles while one is measured, and they take turns in going first.
-1. time    texts that repeat (a file to be edited, names to be copied, a refrain) and one that does not, one stream at
-           a time, then the free text eight streams at once: TPOT with drafts over TPOT without, median of the rounds
+1. time    texts that repeat (a file to be edited, names to be copied, a refrain), a question that was asked before in
+           nearly the same words, and one that was not, one stream at a time, then the free text eight streams at once:
+           TPOT with drafts over TPOT without, median of the rounds
 2. tokens  requests of every temperature, with seeds, penalties, n, stop strings, min_tokens, log-probabilities and
            grammars: tokens, log-probabilities and finish reasons of both, compared with ==; a difference is exit code 1
 By a draft model no text may take longer: a model's first layers say what it says too seldom to gain anything, and with
@@ -58,6 +59,8 @@ TEXTS = {
     "refrain": "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily. " * 3,
 }
 FREE = "Write a letter to a friend about a journey through mountains that nobody has seen before."
+_TOPICS = "a house that talks,the price of salt,rivers in winter,a lost key,how bread rises,two old clocks".split(",")
+_QUESTION = "How do I sort a list of names in Python, and how do I sort it backwards? Explain it step by step."
 
 
 @dataclass(slots=True, frozen=True)
@@ -139,13 +142,22 @@ def request_body(number: int) -> dict[str, object]:
     }
 
 
+def text_of(name: str, number: int) -> str:
+    """Return what is asked in a round: free text never twice, a question again with another number before it."""
+    if name == "asked again":
+        return f"Ticket {number + 2}. {_QUESTION}"
+    topic = _TOPICS[number % len(_TOPICS)]
+    return TEXTS.get(name) or f"Write a letter to a friend about {topic}, on day {number + 2} of the month."
+
+
 async def time_texts(sides: Sequence[Side], rounds: int) -> list[Timing]:
-    cases = [(name, text, 1) for name, text in TEXTS.items()] + [("free text", FREE, 1), ("free text", FREE, _CROWD)]
+    cases = [(name, 1) for name in (*TEXTS, "asked again")] + [("free text", 1), ("free text", _CROWD)]
     timings = []
-    for name, text, num_streams in cases:
+    for name, num_streams in cases:
         pairs: list[tuple[float, float]] = []
         for number in range(-1, rounds):  # the first round warms up
             order = (0, 1) if number % 2 else (1, 0)
+            text = text_of(name, number)
             times = {index: await sides[index].tpot_s(text, num_streams, abs(number)) for index in order}
             if number >= 0:
                 pairs.append((times[0], times[1]))
@@ -181,6 +193,8 @@ async def measure(
     num_requests: int,
     repetitive_bar: float = REPETITIVE_BAR,
     kill_every_s: float | None = None,
+    *,
+    remembers: bool = False,
 ) -> dict[str, object]:
     for system in systems:
         await until_ready(system, 120.0)
@@ -192,6 +206,7 @@ async def measure(
     if killer is not None:
         killer.cancel()
     num_drafted, num_accepted = await sides[1].counters()
+    bars = bars_of(timings, num_differ, num_requests, repetitive_bar, remembers=remembers)
     for side in sides:
         await side.client.aclose()
     return {
@@ -201,18 +216,25 @@ async def measure(
         "num_killed": len(killed),
         "num_draft_tokens": num_drafted,
         "num_accepted_tokens": num_accepted,
-        "bars": [bar.as_json() for bar in bars_of(timings, num_differ, num_requests, repetitive_bar)],
+        "bars": [bar.as_json() for bar in bars],
     }
 
 
 def bars_of(
-    timings: Sequence[Timing], num_differ: int, num_requests: int, repetitive_bar: float = REPETITIVE_BAR
+    timings: Sequence[Timing],
+    num_differ: int,
+    num_requests: int,
+    repetitive_bar: float = REPETITIVE_BAR,
+    *,
+    remembers: bool = False,
 ) -> list[Bar]:
+    """`remembers`: earlier answers draft as well."""
+    free = ("free text",) if remembers else ("free text", "asked again")
     bars = [
         Bar(
             f"TPOT with drafts, {timing.text}, {timing.num_streams} at once",
             timing.ratio,
-            FREE_BAR if timing.text == "free text" else repetitive_bar,
+            FREE_BAR if timing.text in free else repetitive_bar,
             count=timing.num_rounds,
         )
         for timing in timings
@@ -234,14 +256,18 @@ def main(argv: list[str] | None = None) -> int:
                 serving("plain", model, (*_BASE, "--deterministic"), Path(folder)) as plain,
                 serving("drafts", model, (*layout, "--speculative-config", config), Path(folder)) as drafts,
             ):
-                measured = measure((plain, drafts), flags.rounds, flags.requests, repetitive_bar, flags.kill_every)
+                remembers = json.loads(config)["method"] == "suffix"
+                measured = measure(
+                    (plain, drafts), flags.rounds, flags.requests, repetitive_bar, flags.kill_every, remembers=remembers
+                )
                 report = asyncio.run(measured)
         except ConfigError as error:
             console.print(f"speculation: {error}", markup=False, style="red", soft_wrap=True)
             return 2
     timings = [Timing(**timing) for timing in report["timings"]]  # type: ignore[attr-defined]  # as `measure` made it
     num_differ = int(str(report["num_differ"]))
-    console.print(bar_table(flags.model.name, bars_of(timings, num_differ, flags.requests, repetitive_bar)))
+    bars = bars_of(timings, num_differ, flags.requests, repetitive_bar, remembers=remembers)
+    console.print(bar_table(flags.model.name, bars))
     console.print(f"{report['num_accepted_tokens']} of {report['num_draft_tokens']} drafted tokens were right")
     if flags.kill_every:
         console.print(f"{report['num_killed']} decode workers were killed")

@@ -227,4 +227,4 @@ def check_states(engine: EngineConfig, *, is_cuda: bool) -> None:
             "speculative_config: drafts of a model with layers that keep a state are checked on CPUs alone"
         )
     if (speculative := engine.speculative_config) is not None and speculative.model is not None:
-        raise ConfigError('speculative_config: layers that keep a state go with "method": "ngram" alone')
+        raise ConfigError('speculative_config: layers that keep a state go with "method": "ngram" or "suffix" alone')

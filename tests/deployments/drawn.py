@@ -28,8 +28,8 @@ FAMILIES = (
     ("deepseek_v2", "deepseek_v3", "youtu", "mistral4", "glm4_moe_lite"),
     ("qwen3_5_text", "qwen3_next", "lfm2", "lfm2_moe", "granite4", "granite4_moe", "nemotron_h", "falcon_h1"),
 )
-# A prompt of 400 tokens and three answers of 160 have room in the least of these.
-_CACHED_TOKENS = (1_200, 2_500, 20_000)
+# The longest chat, of some 1,200 tokens, has room in the least of these, and so have three answers of 160.
+_CACHED_TOKENS = (1_600, 2_500, 20_000)
 _FLOAT32_BLOCK = 16  # tokens of the block whose bytes a checkpoint's writer tells
 
 
@@ -105,7 +105,7 @@ def draw(seed: int) -> Drawn:
         *_shared(source, ranks, has_experts=kind is FAMILIES[3]),
     ]
     num_prefill, num_decode = source.choice(((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)))
-    own = [word for flags in _own(source) for word in flags]
+    own = [word for flags in _own(source, has_prefill=num_prefill > 0) for word in flags]
     adapter_ranks = source.choice(((), (), (4,), (4, 16), (1, 8, 16)))
     places = source.choice(((1, 1), (2, 2), (1, 3))) if len(adapter_ranks) > 1 else None
     blows = ["kill", "pause", *(["rank"] if ranks > 1 else []), *(["router"] if source.random() < 0.3 else [])]
@@ -139,23 +139,30 @@ def _shared(source: random.Random, ranks: int, *, has_experts: bool) -> list[str
     return flags
 
 
-def _own(source: random.Random) -> list[list[str]]:
+def _own(source: random.Random, *, has_prefill: bool) -> list[list[str]]:
     """Return each setting that is made, most of them seldom."""
 
     def seldom(*choices: list[str], chance: float = 0.35) -> list[list[str]]:
         return [source.choice(choices)] if source.random() < chance else []
 
-    ngram = [{"method": "ngram", "num_speculative_tokens": number, "prompt_lookup_min": 1} for number in (1, 4, 8)]
+    memory, disk = (
+        (["--host-cache-memory-bytes", size] for size in ("1MiB", "64MiB")),
+        ["--disk-cache-dir", "FOLDER/disk"],
+    )
+    tiers = [flags + more for flags in memory for more in ([], disk)] + [disk]
+    drafts = [
+        {"method": method, "num_speculative_tokens": number, "prompt_lookup_min": 1}
+        for method, number in (("ngram", 1), ("ngram", 4), ("suffix", 4), ("suffix", 16))
+    ]
     return [
         ["--policy", source.choice(("slo", "least_loaded", "least_loaded", "kv_cost", "round_robin"))],
         *seldom(*(["--block-size", size] for size in ("8", "32", "64", "128"))),
         *seldom(*(["--max-num-batched-tokens", number] for number in ("64", "100", "300"))),
         *seldom(*(["--max-num-seqs", number] for number in ("2", "5", "16"))),
         *seldom(["--swap-space", "0"], ["--swap-space", "1MiB"], ["--swap-space", "256MiB"]),
-        *seldom(["--host-cache-memory-bytes", "1MiB"], ["--host-cache-memory-bytes", "64MiB"]),
-        *seldom(["--disk-cache-dir", "FOLDER/disk"], ["--no-enable-prefix-caching"], chance=0.4),
-        *seldom(*(["--speculative-config", json.dumps(config)] for config in ngram), chance=0.4),
-        *seldom(["--max-local-prefill-tokens", "64"], ["--no-local-prefill"]),
+        *seldom(["--no-enable-prefix-caching"], *tiers, chance=0.6),
+        *seldom(*(["--speculative-config", json.dumps(config)] for config in drafts), chance=0.4),
+        *seldom(["--max-local-prefill-tokens", "64"], *([["--no-local-prefill"]] if has_prefill else [])),
         *seldom(["--tpot-objective-ms", "30"], ["--tpot-objective-ms", "5"], chance=0.2),
         *seldom(["--ttft-objective-ms", "100000"], chance=0.2),
         *seldom(["--transfer", "ucx"]),

@@ -20,6 +20,7 @@ FLAGS = ("--served-model-name", "tiny", "--dtype", "bfloat16", "--kv-cache-memor
 ALONE = ("--deterministic", "--prefill", "0")
 # One token is a match: there is hardly a step without a draft.
 DRAFTING = ("--decode", "2", "--speculative-config", '{"method": "ngram", "prompt_lookup_min": 1}')
+REMEMBERING = ("--decode", "2", "--speculative-config", '{"method": "suffix", "prompt_lookup_min": 1}')
 # Every prompt is computed by the prefill worker.
 BY_MODEL = ("--no-local-prefill", "--decode", "2")
 NUM_DECODE = 2
@@ -111,7 +112,7 @@ def test_states_are_never_behind_what_was_drafted_and_is_wrong(tmp_path: Path) -
     """Where layers keep states what is right of a draft is fed again, over handoffs, choices and deaths."""
     model_dir = tmp_path / "states"
     write_exactness_model(model_dir, "qwen3_5_text")
-    _draft_and_die(model_dir, _alone(model_dir, tmp_path), tmp_path)
+    _draft_and_die(model_dir, _alone(model_dir, tmp_path), tmp_path, REMEMBERING)
 
 
 def test_drafts_go_through_layers_that_keep_nothing(tmp_path: Path) -> None:
@@ -121,8 +122,8 @@ def test_drafts_go_through_layers_that_keep_nothing(tmp_path: Path) -> None:
     _draft_and_die(model_dir, _alone(model_dir, tmp_path), tmp_path)
 
 
-def _draft_and_die(model_dir: Path, expected: list[object], folder: Path) -> None:
-    with serve(model_dir, folder / "log", *FLAGS, *DRAFTING) as cluster:
+def _draft_and_die(model_dir: Path, expected: list[object], folder: Path, drafting: tuple[str, ...] = DRAFTING) -> None:
+    with serve(model_dir, folder / "log", *FLAGS, *drafting) as cluster:
         assert asyncio.run(_together(cluster, kill=False)) == expected
         wait_until(lambda: cluster.metric("kvferry_accepted_draft_tokens_total") > 0, "a draft that was right")
         assert cluster.metric("kvferry_draft_tokens_total") > cluster.metric("kvferry_accepted_draft_tokens_total")

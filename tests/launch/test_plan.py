@@ -295,7 +295,7 @@ def test_exact_steps_of_states_are_for_what_has_cpp(tmp_path: Path) -> None:
         check_engine(engine, odd)
     check_engine(engine.model_copy(update={"deterministic": False}), odd)
     by_model = SpeculativeConfig(method="draft_model", model=tmp_path)
-    with pytest.raises(ConfigError, match=r'states? go with "method": "ngram" alone'):
+    with pytest.raises(ConfigError, match=r'states? go with "method": "ngram" or "suffix" alone'):
         check_engine(engine.model_copy(update={"speculative_config": by_model}), model)
     on_gpu = {"device": "cuda", "deterministic": False, "speculative_config": SpeculativeConfig(method="ngram")}
     with pytest.raises(ConfigError, match="keep a state are checked on CPUs alone"):

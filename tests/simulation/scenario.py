@@ -182,6 +182,7 @@ def draw(seed: int, num_requests: int | None = None, *, faulted: bool = True) ->
         doubling=random.choice((0.0, 0.0, 0.02, 0.1)) if faulted else 0.0,
     )
     base = _with_draft_model(Random(f"draft model {seed}"), base)
+    base = _with_earlier_answers(Random(f"suffixes {seed}"), base)
     base = _with_ranks(Random(f"ranks {seed}"), base)
     base = _with_heads(Random(f"heads {seed}"), base)
     base = _with_states(Random(f"states {seed}"), base)
@@ -214,6 +215,15 @@ def _with_draft_model(random: Random, scenario: Scenario) -> Scenario:
         return scenario
     by_model = SpeculativeConfig(method="draft_model", model=Path("d"), num_speculative_tokens=4)
     return replace(scenario, speculative=by_model, spec=WITH_DRAFT)
+
+
+def _with_earlier_answers(random: Random, scenario: Scenario) -> Scenario:
+    """Of the other fleets that draft, some do so from what they have answered, by matches of one token."""
+    if scenario.speculative is None or scenario.spec.draft or random.random() < 0.6:
+        return scenario
+    few = random.choice((0, 2, 10_000))
+    suffix = SpeculativeConfig(method="suffix", prompt_lookup_min=1, suffix_decoding_max_cached_requests=few)
+    return replace(scenario, speculative=suffix)
 
 
 def _with_ranks(random: Random, scenario: Scenario) -> Scenario:

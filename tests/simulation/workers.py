@@ -114,7 +114,8 @@ class Worker:
         self.cache = self._make_cache()
         self.core = self._make_core()
         speculation = self.core.decode.scheduler.speculation
-        if speculation is not None and not scenario.spec.draft:  # else the engine says them
+        is_own = scenario.spec.draft or (scenario.speculative is not None and scenario.speculative.method == "suffix")
+        if speculation is not None and not is_own:  # else the engine says them, or earlier answers do
             speculation.make_proposer = lambda seq: Drafts(world.oracles[seq.request_id].answers[seq.choice])
         self.cache.wake_with(self.wake)
         self._landings = Landings(self)
