@@ -19,14 +19,31 @@ from pathlib import Path
 from ..adapters import write_adapter
 from ..e2e.exactness_models import MAX_MODEL_LEN, ExactnessModel
 
+_WITH_EXPERTS = (
+    *(
+        "mixtral",
+        "qwen3_moe",
+        "qwen2_moe",
+        "olmoe",
+        "glm4_moe",
+        "ernie4_5_moe",
+        "hunyuan_v1_moe",
+        "dots1",
+        "solar_open",
+    ),
+    *("minimax_m2", "gpt_oss", "exaone_moe", "granitemoe", "qwen3_vl_moe"),
+)
 # One of each kind of parts comes as often as another.
 FAMILIES = (
-    ("llama", "qwen3", "granite", "smollm3", "arcee"),
-    ("mistral", "gemma2", "gemma3_text", "gpt_oss", "cohere2"),
+    ("llama", "qwen2", "qwen3", "granite", "smollm3", "arcee", "phi3", "seed_oss", "glm", "glm4", "ernie4_5", "olmo2"),
+    ("mistral", "gemma2", "gemma3_text", "cohere2", "exaone4", "cwm", "olmo3", "ministral3", "hunyuan_v1_dense"),
     ("gemma4", "gemma4_borrowing", "gemma4_moe"),
-    ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "dots1"),
+    _WITH_EXPERTS,
     ("deepseek_v2", "deepseek_v3", "youtu", "mistral4", "glm4_moe_lite"),
-    ("qwen3_5_text", "qwen3_next", "lfm2", "lfm2_moe", "granite4", "granite4_moe", "nemotron_h", "falcon_h1"),
+    (
+        *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "lfm2_moe", "granite4", "granite4_moe"),
+        *("nemotron_h", "nemotron_h_moe", "falcon_h1"),
+    ),
 )
 # The longest chat, of some 1,200 tokens, has room in the least of these, and so have three answers of 160.
 _CACHED_TOKENS = (1_600, 2_500, 20_000)
@@ -74,13 +91,8 @@ class Drawn:
         num_bytes = model.block_bytes * self.cached_tokens // _FLOAT32_BLOCK
         memory = ("--kv-cache-memory-bytes", str(num_bytes if self.dtype == "float32" else num_bytes // 2))
         few = () if self.places is None else ("--max-loras", self.places[0], "--max-cpu-loras", self.places[1])
-        return (
-            *self.shared,
-            *adapters,
-            *map(str, few),
-            *memory,
-            *(word.replace("FOLDER", str(folder)) for word in self.own),
-        )
+        own = (word.replace("FOLDER", str(folder)) for word in self.own)
+        return (*self.shared, *adapters, *map(str, few), *memory, *own)
 
     def __str__(self) -> str:
         words = " ".join((*self.shared, *self.own))
@@ -93,17 +105,11 @@ class Drawn:
 def draw(seed: int) -> Drawn:
     """Return the deployment of a seed."""
     source = random.Random(seed)
-    kind = source.choice(FAMILIES)
-    family = source.choice(kind)
+    family = source.choice(source.choice(FAMILIES))
     dtype = source.choice(("float32", "bfloat16", "bfloat16"))
     ranks = source.choice((1, 1, 2))
-    shared = [
-        "--dtype",
-        dtype,
-        "--max-model-len",
-        str(MAX_MODEL_LEN),
-        *_shared(source, ranks, has_experts=kind is FAMILIES[3]),
-    ]
+    shared = ["--dtype", dtype, "--max-model-len", str(MAX_MODEL_LEN)]
+    shared += _shared(source, ranks, has_experts=family in _WITH_EXPERTS)
     num_prefill, num_decode = source.choice(((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)))
     own = [word for flags in _own(source, has_prefill=num_prefill > 0) for word in flags]
     adapter_ranks = source.choice(((), (), (4,), (4, 16), (1, 8, 16)))
@@ -145,11 +151,8 @@ def _own(source: random.Random, *, has_prefill: bool) -> list[list[str]]:
     def seldom(*choices: list[str], chance: float = 0.35) -> list[list[str]]:
         return [source.choice(choices)] if source.random() < chance else []
 
-    memory, disk = (
-        (["--host-cache-memory-bytes", size] for size in ("1MiB", "64MiB")),
-        ["--disk-cache-dir", "FOLDER/disk"],
-    )
-    tiers = [flags + more for flags in memory for more in ([], disk)] + [disk]
+    disk = ["--disk-cache-dir", "FOLDER/disk"]
+    tiers = [["--host-cache-memory-bytes", size, *more] for size in ("1MiB", "64MiB") for more in ([], disk)]
     drafts = [
         {"method": method, "num_speculative_tokens": number, "prompt_lookup_min": 1}
         for method, number in (("ngram", 1), ("ngram", 4), ("suffix", 4), ("suffix", 16))
@@ -160,7 +163,7 @@ def _own(source: random.Random, *, has_prefill: bool) -> list[list[str]]:
         *seldom(*(["--max-num-batched-tokens", number] for number in ("64", "100", "300"))),
         *seldom(*(["--max-num-seqs", number] for number in ("2", "5", "16"))),
         *seldom(["--swap-space", "0"], ["--swap-space", "1MiB"], ["--swap-space", "256MiB"]),
-        *seldom(["--no-enable-prefix-caching"], *tiers, chance=0.6),
+        *seldom(["--no-enable-prefix-caching"], disk, *tiers, chance=0.6),
         *seldom(*(["--speculative-config", json.dumps(config)] for config in drafts), chance=0.4),
         *seldom(["--max-local-prefill-tokens", "64"], *([["--no-local-prefill"]] if has_prefill else [])),
         *seldom(["--tpot-objective-ms", "30"], ["--tpot-objective-ms", "5"], chance=0.2),
