@@ -33,13 +33,15 @@ _WITH_EXPERTS = (
     ),
     *("minimax_m2", "gpt_oss", "exaone_moe", "granitemoe", "qwen3_vl_moe"),
 )
+_GEMMA4, _LATENT = ("gemma4", "gemma4_borrowing", "gemma4_moe"), ("deepseek_v2", "deepseek_v3", "youtu", "mistral4")
+_OF_OTHER_KEYS = (*_GEMMA4, *_LATENT, "glm4_moe_lite")  # which are not kept in int8
 # One of each kind of parts comes as often as another.
 FAMILIES = (
     ("llama", "qwen2", "qwen3", "granite", "smollm3", "arcee", "phi3", "seed_oss", "glm", "glm4", "ernie4_5", "olmo2"),
     ("mistral", "gemma2", "gemma3_text", "cohere2", "exaone4", "cwm", "olmo3", "ministral3", "hunyuan_v1_dense"),
-    ("gemma4", "gemma4_borrowing", "gemma4_moe"),
+    _GEMMA4,
     _WITH_EXPERTS,
-    ("deepseek_v2", "deepseek_v3", "youtu", "mistral4", "glm4_moe_lite"),
+    (*_LATENT, "glm4_moe_lite"),
     (
         *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "lfm2_moe", "granite4", "granite4_moe"),
         *("nemotron_h", "nemotron_h_moe", "falcon_h1"),
@@ -109,7 +111,7 @@ def draw(seed: int) -> Drawn:
     dtype = source.choice(("float32", "bfloat16", "bfloat16"))
     ranks = source.choice((1, 1, 2))
     shared = ["--dtype", dtype, "--max-model-len", str(MAX_MODEL_LEN)]
-    shared += _shared(source, ranks, has_experts=family in _WITH_EXPERTS)
+    shared += _shared(source, ranks, family)
     num_prefill, num_decode = source.choice(((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)))
     own = [word for flags in _own(source, has_prefill=num_prefill > 0) for word in flags]
     adapter_ranks = source.choice(((), (), (4,), (4, 16), (1, 8, 16)))
@@ -132,15 +134,15 @@ def draw(seed: int) -> Drawn:
     )
 
 
-def _shared(source: random.Random, ranks: int, *, has_experts: bool) -> list[str]:
+def _shared(source: random.Random, ranks: int, family: str) -> list[str]:
     flags = []
     if source.random() < 0.3:
         flags += ["--quantization", source.choice(("int8", "int4"))]
-    if source.random() < 0.2:
+    if source.random() < 0.2 and family not in _OF_OTHER_KEYS:
         flags += ["--kv-cache-dtype", "int8"]
     if ranks > 1:
         flags += ["--tensor-parallel-size", str(ranks)]
-        if has_experts and source.random() < 0.5:
+        if family in _WITH_EXPERTS and source.random() < 0.5:
             flags += ["--enable-expert-parallel"]
     return flags
 
