@@ -116,7 +116,7 @@ def draw(seed: int) -> Drawn:
     own = [word for flags in _own(source, has_prefill=num_prefill > 0) for word in flags]
     adapter_ranks = source.choice(((), (), (4,), (4, 16), (1, 8, 16)))
     places = source.choice(((1, 1), (2, 2), (1, 3))) if len(adapter_ranks) > 1 else None
-    blows = ["kill", "pause", *(["rank"] if ranks > 1 else []), *(["router"] if source.random() < 0.3 else [])]
+    blows = ["kill", "pause", *(["rank"] if ranks > 1 else []), *source.choice(([], [], ["router"], ["restart"]))]
     return Drawn(
         seed=seed,
         family=family,

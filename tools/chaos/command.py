@@ -135,7 +135,8 @@ class _Chaos:
         assert self._references is not None
         options, notes = self._options, list[Note]()
         pid_of = partial(system.program_pid, "router")
-        workers = Workers(self._began_s, self._tell, options.blows, router_pid=pid_of)
+        restart = [sys.executable, "-m", "kvferry", "restart", "--port", system.base_url.rpartition(":")[2]]
+        workers = Workers(self._began_s, self._tell, options.blows, router_pid=pid_of, restart=restart)
 
         def on_note(note: Note) -> None:
             notes.append(note)

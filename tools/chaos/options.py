@@ -119,7 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--concurrency", type=positive_int, default=8, metavar="N", help="requests in flight (default: %(default)s)")
     add("--num-requests", type=positive_int, default=330, metavar="N", help="distinct ones (default: %(default)s)")
     add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
-    blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; rank: another process of a worker; router: clients come back"
+    kinds = "rank: another process of a worker; router: clients come back; restart: of all processes in turn"
+    blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; {kinds}"
     add("--blows", default=",".join(KINDS), metavar="KINDS", help=f"{blows} (default: %(default)s)")
     add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
     adapters = "which requests are for too, of --lora-modules among the flags for `kvferry serve`"

@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -22,10 +23,10 @@ from ...common.errors import ConfigError
 from .events import Event, Note
 
 # "kill", "rank" (kill, of another rank), "hang" (stopped, and left so), "pause" (stopped, and continued), "router"
-# (kill, of a router).
+# (kill, of a router), "restart" (of everything, one process after the other, which the launcher is asked for).
 Kind = str
 KINDS = ("kill", "kill", "hang", "pause")
-KNOWN_KINDS = ("kill", "rank", "hang", "pause", "router")
+KNOWN_KINDS = ("kill", "rank", "hang", "pause", "router", "restart")
 _PAUSE_S = (0.3, 4.5)  # around the time at which a launcher loses patience
 
 
@@ -87,10 +88,15 @@ class Workers:
         kinds: Sequence[Kind] = KINDS,
         *,
         router_pid: Callable[[], int] | None = None,
+        restart: Sequence[str] = (),
     ) -> None:
-        """`router_pid()`: a router's process, where routers are struck. Raises ConfigError while there is none."""
+        """`router_pid()`: a router's process, where routers are struck. Raises ConfigError while there is none.
+        `restart`: the command that restarts everything.
+        """
         self._kinds = kinds
         self._router_pid = router_pid
+        self._restart = restart
+        self._restarting: subprocess.Popen[bytes] | None = None
         self.strikes: list[Strike] = []
         self.num_joined = 0
         self._began_s = began_s
@@ -150,6 +156,8 @@ class Workers:
         process, kind = source.choice(self.up), source.choice(self._kinds)
         if kind == "router":
             return self._strike_router()
+        if kind == "restart":
+            return self._begin_restart()
         ranks = process.other_ranks if kind == "rank" else []
         if kind == "rank" and not ranks:
             return None  # it has only just begun
@@ -180,6 +188,17 @@ class Workers:
             return strike
         return None
 
+    def _begin_restart(self) -> Strike | None:
+        """Ask for it, unless the one before still runs."""
+        if self._restarting is not None and self._restarting.poll() is None:
+            return None
+        quiet = subprocess.DEVNULL  # what it shows; where a worker dies meanwhile it may end with an error
+        self._restarting = subprocess.Popen(self._restart, stdin=quiet, stdout=quiet, stderr=quiet)
+        strike = Strike("restart", "everything", "all", self._restarting.pid, self._now())
+        self.strikes.append(strike)
+        self._tell(Note(at_s=strike.at_s, what="restart", worker_id="everything", detail={"pid": strike.pid}))
+        return strike
+
     def _go_on(self, process: WorkerProcess) -> None:
         process.is_stopped = False
         if process.died_s is None:
@@ -188,7 +207,10 @@ class Workers:
             process.signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Leave no process stopped."""
+        """Leave no process stopped, and no restart under way."""
+        if self._restarting is not None:
+            self._restarting.kill()
+            self._restarting.wait()
         for timer in self._timers:
             timer.cancel()
         for process in self._processes.values():

@@ -282,6 +282,17 @@ async def test_a_stopped_worker_is_struck_no_more_and_goes_on_when_the_run_is_ov
         assert process.wait(20) == -signal.SIGTERM  # a stopped one would not end
 
 
+async def test_everything_is_restarted_once_at_a_time() -> None:
+    workers = Workers(0.0, lambda event: None, ["restart"], restart=["sleep", "1000"])
+    with _sleeper() as process:
+        workers.on_note(_joined(process, 0.0))
+        strike = workers.strike(random.Random(0))
+        assert strike is not None and (strike.kind, strike.worker_id) == ("restart", "everything")
+        assert workers.strike(random.Random(0)) is None and workers.strikes == [strike]
+        workers.close()
+        assert not psutil.pid_exists(strike.pid) and process.poll() is None
+
+
 async def test_a_new_session_of_the_same_process_is_no_restart() -> None:
     workers = Workers(0.0, lambda event: None)
     with _sleeper() as process:
