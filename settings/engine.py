@@ -17,14 +17,24 @@ from ..common.config import (
     SpeculativeConfig,
 )
 from .option import ALL, ENGINES, SERVE, Option
-from .values import Count, FilePath, NumBytes, NumBytesOr0, NumThreads, Share, parse_number, parse_object
+from .values import (
+    Count,
+    FilePath,
+    NumBytes,
+    NumBytesOr0,
+    NumThreads,
+    Share,
+    parse_kv_dtype,
+    parse_number,
+    parse_object,
+)
 
 
 class EngineSettings(Settings):
     """A worker's engine."""
 
     device: Annotated[Device, Option("Engine", "auto: GPUs where there are any.", ENGINES)] = "auto"
-    tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES)] = 1
+    tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES, short="-tp")] = 1
     enable_expert_parallel: Annotated[
         bool,
         Option("Engine", "Give each rank of a worker whole experts instead of a part of each.", ENGINES),
@@ -84,7 +94,7 @@ class EngineSettings(Settings):
         bool, Option("Engine", "Do not reuse the KV of equal prompt beginnings.", ENGINES)
     ] = True
     kv_cache_dtype: Annotated[
-        KVCacheDtype,
+        Annotated[KVCacheDtype, BeforeValidator(parse_kv_dtype)],
         Option("Engine", "Type of cached keys and values; half the bytes: fp8 on GPUs, int8 on CPUs.", ENGINES),
     ] = "auto"
     attention_backend: Annotated[

@@ -101,9 +101,10 @@ def _value_flag(name: str, help_text: str, option: Option, text: str, metavar: s
     if default not in (None, ()):
         help_text += f" \\[default: {default}]"
     given = list[str] if default == () else str
+    names = [text, option.short] if option.short else [text]
     kind = Annotated[
         given | None,  # type: ignore[valid-type]  # list[str] where the option is repeatable
-        typer.Option(text, help=help_text, metavar=metavar, rich_help_panel=option.panel, show_default=False),
+        typer.Option(*names, help=help_text, metavar=metavar, rich_help_panel=option.panel, show_default=False),
     ]
     return _Flag(_parameter(name, kind), text, key)
 

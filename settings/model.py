@@ -43,6 +43,7 @@ class ModelSettings(Settings):
             "its file has them. "
             "Default: the checkpoint's own.",
             ALL,
+            short="-q",
         ),
     ] = None
     mixed_quantization: Annotated[

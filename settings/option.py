@@ -20,3 +20,4 @@ class Option:
     help: str
     on: tuple[str, ...]
     flag: str = ""  # where it is not the field's name
+    short: str = ""  # another flag for it, as vLLM has it

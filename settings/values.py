@@ -64,6 +64,11 @@ def _names_of_model(value: object) -> object:
     return [part for text in texts for part in (text.split(",") if isinstance(text, str) else [text])]
 
 
+def parse_kv_dtype(value: object) -> object:
+    """Read vLLM's other name of FP8: it is e4m3 here, with or without saying so."""
+    return "fp8" if value == "fp8_e4m3" else value
+
+
 def parse_classes(value: object) -> object:
     """Read request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
     if isinstance(value, Mapping):

@@ -187,6 +187,12 @@ def test_a_model_may_have_several_names_in_each_form(run: Run, words: tuple[str,
     assert 'served_model_name: ["a", "b"]' in run("config", "show", *words).stdout
 
 
+def test_short_flags_and_names_are_those_of_vllm(run: Run) -> None:
+    shown = run("config", "show", "-tp", "2", "-q", "int8", "--kv-cache-dtype", "fp8_e4m3").stdout
+    assert "tensor_parallel_size: 2" in shown and 'quantization: "int8"' in shown and 'kv_cache_dtype: "fp8"' in shown
+    assert_refused(run("config", "show", "--kv-cache-dtype", "fp8_e5m2"), "must be 'auto', 'bfloat16', 'fp8' or 'int8'")
+
+
 def test_what_follows_a_name_is_the_model_where_none_was_named(run: Run) -> None:
     assert_refused(run("serve", "--served-model-name", "a", "./no-such-model"), "no model './no-such-model'")
     assert_refused(run("serve", "./no-such-model", "--served-model-name", "a", "b"), "no model './no-such-model'")

@@ -162,7 +162,7 @@ MISTAKES = [
     ("speculative_config: 5", ":1: speculative_config: must be a mapping, not 5"),
     (
         'speculative_config: \'{"method": "ngrams"}\'',
-        """:1: speculative_config: method: must be 'ngram' or 'draft_model', not 'ngrams'; did you mean ngram?""",
+        ":1: speculative_config: method: must be 'ngram', 'suffix' or 'draft_model', not 'ngrams'; did you mean",
     ),
     (
         """speculative_config: '{"method": "ngram", "num_speculative_token": 3}'""",
