@@ -14,6 +14,8 @@ from typing import Protocol
 
 MAX_CANDIDATES = 8  # earlier places that are compared: more find a longer match in text that repeats short ones
 
+MAX_INDEXED = 4096  # tokens in a step, of each sequence: two milliseconds
+
 
 class Proposer(Protocol):
     """Drafts of what a sequence says next. A wrong draft costs time and changes nothing."""
@@ -32,16 +34,19 @@ class NgramIndex:
         self._earlier: list[int] = []  # position after an n-gram -> the one after the same n-gram before it; 0: none
 
     def places(self, tokens: Tokens[int]) -> Iterator[int]:
-        """Take in the tokens that are new. Yield the positions after what they end with, the latest first."""
+        """Take in tokens that are new. Yield the positions after what they end with, the latest first.
+
+        A long prompt takes several calls, which yield nothing: in one it would hold up a step of all sequences.
+        """
         size, latest, earlier = self._size, self._latest, self._earlier
-        for end in range(len(earlier), len(tokens) + 1):
+        for end in range(len(earlier), min(len(tokens) + 1, len(earlier) + MAX_INDEXED)):
             if end < size:
                 earlier.append(0)
                 continue
             ngram = tuple(tokens[end - size : end])
             earlier.append(latest.get(ngram, 0))
             latest[ngram] = end
-        return self._before(len(tokens))
+        return self._before(len(tokens)) if len(earlier) > len(tokens) else iter(())
 
     def _before(self, place: int) -> Iterator[int]:
         while place := self._earlier[place]:

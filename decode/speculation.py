@@ -130,6 +130,8 @@ class Speculation:
 
         `make_room(seq, n)` returns how many tokens after the next one have slots for their KV, up to n.
         """
+        if self._earlier is not None:
+            self._earlier.take_in()
         decoding = [row for row in rows if row.kind is RowKind.DECODE and row.samples and not row.seq.pending_choices]
         drafts = {row.seq: draft for row in decoding if (draft := self._propose(row.seq))}
         self._num_steps += 1

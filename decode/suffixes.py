@@ -22,7 +22,7 @@ from itertools import islice
 
 from ..common.config import SpeculativeConfig
 from ..common.request import Sequence
-from .ngrams import MAX_CANDIDATES, NgramIndex
+from .ngrams import MAX_CANDIDATES, MAX_INDEXED, NgramIndex
 
 MAX_TOKENS = 1 << 18  # of earlier answers: some 40 MB
 _BORDER = -1  # between answers; no token
@@ -42,19 +42,37 @@ class EarlierAnswers:
         self._latest: dict[int, int] = {}  # key -> the place after its latest n-gram
         self._starts: deque[int] = deque()
         self._end = self._oldest = 1
+        self._waiting: deque[tuple[bytes, Tokens[int]]] = deque()
+        self._num_written = 0  # tokens of the first of these
 
     def add(self, owner: bytes, tokens: Tokens[int]) -> None:
-        """Keep an answer, with what led to it. Of one that is longer than all that is kept only the end remains."""
-        if len(tokens) <= self._ngram or not self._max_answers:
-            return
+        """Keep an answer, with what led to it, from `take_in` on. Of a very long one only the end remains."""
+        if len(tokens) > self._ngram and self._max_answers:
+            self._waiting.append((owner, tokens))
+
+    def take_in(self, most: int = MAX_INDEXED) -> None:
+        """Write up to so many tokens of answers that wait: a long one at once would hold up a step of all sequences."""
+        while self._waiting and most > 0:
+            owner, tokens = self._waiting[0]
+            first, last = self._num_written, min(len(tokens), self._num_written + most)
+            if first == 0:
+                self._begin()
+            for end in range(first + 1, last + 1):
+                key = self._key(owner, tokens[end - self._ngram : end]) if end >= self._ngram else 0
+                self._append(tokens[end - 1], key)
+            most -= last - first
+            self._num_written = last
+            if last == len(tokens):
+                self._waiting.popleft()
+                self._num_written = 0
+
+    def _begin(self) -> None:
+        """Begin an answer, and forget the oldest one where there are too many."""
         self._starts.append(self._end)
         if len(self._starts) > self._max_answers:
             self._starts.popleft()
             self._oldest = self._starts[0]
         self._append(_BORDER, 0)
-        for end in range(1, len(tokens) + 1):
-            key = self._key(owner, tokens[end - self._ngram : end]) if end >= self._ngram else 0
-            self._append(tokens[end - 1], key)
 
     def _append(self, token: int, key: int) -> None:
         """Write a token; `key`: of the n-gram that ends with it, 0: none does."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvferry.common.batch import UNDRAFTED, Batch, BatchRow, RowKind, RowOutput, StepOutput, verified_output
 from kvferry.common.config import SpeculativeConfig
 from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
-from kvferry.decode.ngrams import NgramProposer
+from kvferry.decode.ngrams import MAX_INDEXED, NgramProposer
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.decode.speculation import Speculation
 from kvferry.kvcache.blocks import BlockPool
@@ -60,6 +60,12 @@ def test_a_draft_goes_on_from_the_longest_match(tokens: list[int], least: int, m
 def test_a_repetition_is_drafted_beyond_its_end() -> None:
     assert NgramProposer(2, 4).propose([9, 1, 2, 1, 2], 5) == (1, 2, 1, 2, 1)
     assert NgramProposer(1, 4).propose([7, 7], 3) == (7, 7, 7)
+
+
+def test_a_long_prompt_is_indexed_in_several_steps() -> None:
+    proposer, prompt = NgramProposer(2, 4), [*range(2 * MAX_INDEXED), 5, 6]
+    drafts = [proposer.propose([*prompt, *range(7, 7 + step)], 1) for step in range(4)]
+    assert drafts == [(), (), (9,), (10,)]
 
 
 def test_without_a_match_or_room_there_is_no_draft() -> None:

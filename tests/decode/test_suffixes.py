@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from kvferry.common.config import SpeculativeConfig
 from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.decode.ngrams import MAX_INDEXED
 from kvferry.decode.speculation import Speculation
 from kvferry.decode.suffixes import EarlierAnswers, SuffixProposer
 
 CONFIG = SpeculativeConfig(method="suffix")
+SIZES = st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(8, 40))  # n-gram, answers, tokens
 ANSWERS = st.lists(st.tuples(st.sampled_from((b"a", b"b")), st.lists(st.integers(0, 3), max_size=12)), max_size=12)
 
 
@@ -47,14 +49,28 @@ class PlainAnswers:
         ]
 
 
-@given(ANSWERS, st.lists(st.integers(0, 3), max_size=4), st.integers(1, 3), st.integers(0, 4), st.integers(8, 40))
+@given(
+    ANSWERS,
+    st.lists(st.integers(0, 3), max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 4),
+    st.integers(8, 40),
+    st.integers(1, 9),
+)
 def test_earlier_answers_are_found_by_their_n_grams_while_they_are_kept(
-    answers: list[tuple[bytes, list[int]]], tokens: list[int], ngram: int, max_answers: int, max_tokens: int
+    answers: list[tuple[bytes, list[int]]],
+    tokens: list[int],
+    ngram: int,
+    max_answers: int,
+    max_tokens: int,
+    portion: int,
 ) -> None:
     earlier, plain = EarlierAnswers(ngram, max_answers, max_tokens), PlainAnswers(ngram, max_answers, max_tokens)
     for owner, said in answers:
         earlier.add(owner, said)
         plain.add(owner, said)
+        while earlier._waiting:
+            earlier.take_in(portion)
     for owner in (b"a", b"b", b"c"):
         # Keys are those of numbers of 64 bits: none is another n-gram's here.
         places = list(earlier.places(owner, tokens))
@@ -69,6 +85,7 @@ def proposer(*answers: tuple[bytes, list[int]], owner: bytes = b"a", **config: o
     earlier = EarlierAnswers(settings.prompt_lookup_min, settings.suffix_decoding_max_cached_requests)
     for each in answers:
         earlier.add(*each)
+    earlier.take_in()
     return SuffixProposer(settings, earlier, owner)
 
 
@@ -106,6 +123,11 @@ def test_its_own_tokens_count_as_much() -> None:
     assert proposer().propose([5, 1, 2, 1, 2, 1, 2], 4) == (1, 2, 1, 2)  # beyond its end
 
 
+def _propose(speculation: Speculation, seq: Sequence) -> tuple[int, ...]:
+    speculation.draft([], 0, lambda seq, count: count)  # what has ended is taken in where a step is made
+    return speculation.make_proposer(seq).propose(seq.token_ids, 16)
+
+
 def _sequence(prompt: list[int], answer: list[int], **fields: object) -> Sequence:
     params = SamplingParams(temperature=0.0, max_tokens=100)
     seq = Sequence(RequestId("r"), 0, 0, [*prompt, *answer], len(prompt), params)
@@ -126,7 +148,7 @@ def test_what_has_ended_drafts_for_its_tenant_and_adapter(fields: dict[str, obje
     speculation = Speculation(CONFIG, 200)
     speculation.forget(_sequence([1, 2, 9], [20, 21, 22, 23], cache_salt=b"x", adapter="fr"))
     seq = _sequence([5, 2, 9], [20], **fields)
-    assert speculation.make_proposer(seq).propose(seq.token_ids, 16) == drafted
+    assert _propose(speculation, seq) == drafted
 
 
 def test_a_prompt_drafts_for_nobody_else() -> None:
@@ -136,7 +158,17 @@ def test_a_prompt_drafts_for_nobody_else() -> None:
     speculation.forget(_sequence(prompt, []))  # ended before it said anything
     for one, other in pairwise(prompt[: -CONFIG.suffix_decoding_max_tree_depth]):
         seq = _sequence([1, one], [other])
-        assert speculation.make_proposer(seq).propose(seq.token_ids, 16) == ()
+        assert _propose(speculation, seq) == ()
+
+
+def test_long_answers_are_taken_in_over_several_steps() -> None:
+    earlier = EarlierAnswers(2, 10)
+    earlier.add(b"a", list(range(2 * MAX_INDEXED)))
+    found = []
+    for _ in range(3):
+        found.append(list(earlier.places(b"a", [MAX_INDEXED, MAX_INDEXED + 1])))
+        earlier.take_in()
+    assert found[:2] == [[], []] and len(found[2]) == 1
 
 
 def test_drafts_are_long_where_no_number_is_given() -> None:
