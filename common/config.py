@@ -80,8 +80,9 @@ class SpeculativeConfig(Settings):
     @classmethod
     def _draft_long(cls, values: object) -> object:
         """Let suffix draft as many tokens as its matches allow where no number is given."""
-        is_suffix = isinstance(values, Mapping) and values.get("method") == "suffix"
-        return {"num_speculative_tokens": 16} | dict(values) if is_suffix else values  # type: ignore[call-overload]
+        if isinstance(values, Mapping) and values.get("method") == "suffix":
+            return {"num_speculative_tokens": 16, **values}
+        return values
 
     @field_validator("model")
     @classmethod

@@ -111,10 +111,10 @@ class Search:
             self.failed_pairs[pair] = what
 
     def _failed_pairs(self, pools: Pools) -> frozenset[tuple[int, int]]:
-        """Return them, and those that were late while another prefill worker may not be: a late one may be dead."""
-        late = {prefill for prefill, _ in self.late_pairs if pools.at(prefill) is not None}
-        is_sole = len(late) >= pools.num_ready("prefill")
-        return frozenset(self.failed_pairs if is_sole else self.failed_pairs.keys() | self.late_pairs)
+        """Return them, and those that were late, which may be dead, while there is a prefill worker without fault."""
+        all_pairs = self.failed_pairs.keys() | self.late_pairs
+        at_fault = {prefill for prefill, _ in all_pairs if pools.at(prefill) is not None}
+        return frozenset(all_pairs if len(at_fault) < pools.num_ready("prefill") else self.failed_pairs)
 
     def note_hope(self) -> None:
         """Note that there are workers that can take it, now or when they have room, or that it looks for none."""

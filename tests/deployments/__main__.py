@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,11 +37,9 @@ _NUM_ASKS = 3 * len(ASK_KINDS)
 
 @dataclass
 class Report:
-    """What came of the deployments so far, by seed."""
+    """What came of the deployments so far."""
 
-    good: list[int] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
-    bad: dict[int, str] = field(default_factory=dict)
+    ends: Counter[str] = field(default_factory=Counter)  # of these kinds: good, bad, not run
     num_answers: int = 0
     num_deaths: int = 0
 
@@ -79,18 +78,18 @@ def take(drawn: Drawn, report: Report, minutes: float, console: Console) -> None
     try:
         found = run_drawn(drawn, folder, minutes, Console(quiet=True))
     except (ConfigError, HttpError) as error:
-        report.refused[drawn.seed] = str(error)
+        report.ends["not run"] += 1
         console.print(f"  not run, {folder}: {error}", markup=False, highlight=False, soft_wrap=True)
         return
     report.num_answers += found.num_answered
     report.num_deaths += found.num_deaths
     if found.is_good:
-        report.good.append(drawn.seed)
+        report.ends["good"] += 1
         console.print(f"  {found.num_answered} answers, {found.num_deaths} deaths", highlight=False)
         shutil.rmtree(folder)
         return
     broken = {name: number for name, number in found.broken.items() if number} or {"answers": found.num_answered}
-    report.bad[drawn.seed] = str(broken)
+    report.ends["bad"] += 1
     console.print(f"  BAD, {folder}: {broken}", markup=False, highlight=False, soft_wrap=True)
     for line in [*found.failures, *found.breaches][:8]:
         console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
@@ -110,9 +109,9 @@ def main() -> int:
         if time.monotonic() > end_s:
             break
         take(draw(seed), report, asked.load, console)
-    counts = f"{len(report.good)} good, {len(report.bad)} bad, {len(report.refused)} not run"
+    counts = ", ".join(f"{report.ends[end]} {end}" for end in ("good", "bad", "not run"))
     console.print(f"{counts}; {report.num_answers} answers, {report.num_deaths} deaths", highlight=False)
-    return 1 if report.bad else 0
+    return 1 if report.ends["bad"] else 0
 
 
 if __name__ == "__main__":
