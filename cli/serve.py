@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from ..common.config import RouterConfig, WorkerConfig, environment
+from ..common.config import WorkerConfig, environment
 from ..common.errors import ConfigError, ProtocolError
 from ..common.imports import kept_imports
+from ..common.router_config import RouterConfig
 from ..settings.fields import ServeSettings
 from ..settings.flags import with_settings
 from ..settings.load import Loaded

@@ -12,14 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..common.clock import Clock
-from ..common.config import (
-    ADMIN_KEY_VARIABLE,
-    API_KEY_VARIABLE,
-    CACHE_VARIABLE,
-    FAILPOINTS_VARIABLE,
-    SECRET_VARIABLE,
-    RouterConfig,
-)
+from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
+from ..common.router_config import RouterConfig
 from ..settings.fields import ENV_PREFIX
 from ..wire.address import Address
 from .child_process import Command

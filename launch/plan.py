@@ -14,18 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ..common.config import (
-    NO_DETERMINISTIC_CUDA,
-    AutoscaleConfig,
-    EngineConfig,
-    PoolBounds,
-    RouterConfig,
-    Settings,
-    TransferConfig,
-    WorkerConfig,
-    strictest_tpot_ms,
-)
+from ..common.config import NO_DETERMINISTIC_CUDA, EngineConfig, Settings, TransferConfig, WorkerConfig
 from ..common.errors import ConfigError
+from ..common.router_config import AutoscaleConfig, PoolBounds, RouterConfig, strictest_tpot_ms
 from ..models.config import ModelConfig
 from ..models.quantization import FLOAT8_CAPABILITY, chosen_quantization
 from ..settings.fields import ServeSettings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from ..common.config import RouterConfig
+from ..common.router_config import RouterConfig
 from ..settings.key_file import read_key_file
 from ..settings.tls import read_tls
 from ..wire.credentials import read_secrets

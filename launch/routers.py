@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 import structlog
 
 from ..common.clock import Clock
-from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig
+from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from ..common.lifeline import Event
+from ..common.router_config import RouterConfig
 from ..settings.answers_dir import OwnAnswersDir
 from ..settings.quota_board import QuotaBoard, has_quotas
 from ..settings.sockets import listen

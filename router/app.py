@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..common.clock import Clock, SystemClock
-from ..common.config import UnknownFields
+from ..common.router_config import UnknownFields
 from .access.cors import Cors
 from .access.hosts import HostNames
 from .access.keys import ApiKeys

@@ -20,8 +20,8 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..common.clock import Clock, SystemClock, wall_time_us, week_s
-from ..common.config import RouterConfig
 from ..common.errors import ConfigError
+from ..common.router_config import RouterConfig
 from ..models.config import ModelConfig
 from ..models.pooling import read_pooling
 from ..models.quantization import chosen_quantization

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 import uvloop
 from pydantic import ValidationError
 
-from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, RouterConfig, environment, keys_of
+from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, environment, keys_of
 from ..common.errors import ConfigError
 from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
+from ..common.router_config import RouterConfig
 from .access.credentials import RouterCredentials
 from .server import collect_rarely, serve_router
 

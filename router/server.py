@@ -21,8 +21,8 @@ import structlog
 from starlette.types import ASGIApp
 
 from ..common.clock import OwnTime
-from ..common.config import RouterConfig
 from ..common.errors import ConfigError
+from ..common.router_config import RouterConfig
 from ..settings.exposure import check_exposure
 from ..settings.open_files import MAX_CONNECTIONS, room_for_connections
 from ..settings.sockets import listen

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..common.config import RouterConfig
 from ..common.errors import ConfigError
+from ..common.router_config import RouterConfig
 from ..wire.address import Address
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from ..common.config import Settings, UnknownFields
+from ..common.config import Settings
+from ..common.router_config import UnknownFields
 from .option import ALL, FRONTS, SERVE, Option
 from .values import Count, FilePath, Host, Names, NumRouters, Port, Texts, check_host_names, check_origins
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE, RequestClass, SpeculativeConfig
+from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE, SpeculativeConfig
 from ..common.errors import ConfigError
+from ..common.router_config import RequestClass
 from .fields import ENV_PREFIX, ServeSettings, setting_keys
 from .values import parse_classes
 

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ..common.config import (
-    Dtype,
-    LoadFormat,
-    QuantizationName,
-    ReasoningParserName,
-    Settings,
-    SpecialTokens,
-    ToolParserName,
-)
+from ..common.config import Dtype, LoadFormat, QuantizationName, Settings
+from ..common.router_config import ReasoningParserName, SpecialTokens, ToolParserName
 from .option import ALL, ENGINES, FRONTS, Option
 from .values import Count, FilePath, ModelNames, WeightsForms
 

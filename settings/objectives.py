@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..common.config import PolicyName, Settings
+from ..common.config import Settings
+from ..common.router_config import PolicyName
 from .option import ALL, FRONTS, Option
 from .values import Classes, Objective
 

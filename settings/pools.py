@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
-from ..common.config import Attention, AutoscaleMode, ExpertExchange, QuantizationName, Settings
+from ..common.config import Attention, ExpertExchange, QuantizationName, Settings
+from ..common.router_config import AutoscaleMode
 from .option import FRONTS, SERVE, Option
 from .values import Count, FilePath, NumThreads, NumWorkers, Share, Texts, check_windows, on_or_off, parse_number
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ..common.config import RouterConfig
+from ..common.router_config import RouterConfig
 
 NUM_ROWS = 16_384  # more than a file of keys may have
 KEY_BYTES = 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from ..common.config import RouterConfig
 from ..common.errors import ConfigError
+from ..common.router_config import RouterConfig
 from ..wire.address import Address
 from ..wire.credentials import read_private
 

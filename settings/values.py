@@ -14,8 +14,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
-from ..common.config import RequestClass, WeightsForm
+from ..common.config import WeightsForm
 from ..common.errors import ConfigError
+from ..common.router_config import RequestClass
 from .windows import Window
 
 MAX_PORT = 65535

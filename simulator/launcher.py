@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from ..common.config import RouterConfig
+from ..common.router_config import RouterConfig
 from ..router.autoscaler.load_record import LoadRecord
 from ..router.autoscaler.scaling import Scaling
 from ..router.dispatch.dispatcher import Dispatcher

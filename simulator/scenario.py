@@ -9,8 +9,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from ..common.config import AutoscaleConfig, RouterConfig, SpeculativeConfig
+from ..common.config import SpeculativeConfig
 from ..common.errors import ConfigError
+from ..common.router_config import AutoscaleConfig, RouterConfig
 from ..router.placement.policy import RoutingPolicy
 from ..router.state.predictor import Predictor
 from ..sizing.hardware import Gpu, gpu_named

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.config import RouterConfig, TransferConfig
+from ..common.config import TransferConfig
 from ..common.kv_spec import KVCacheSpec
+from ..common.router_config import RouterConfig
 from ..sizing.shapes import ModelShape
 from ..sizing.steps import StepModel, StepWork
 from ..wire.fields import Labels

@@ -24,10 +24,11 @@ import msgspec
 from kvferry import __version__
 from kvferry.benchmarks.fuzz.messages import hello, status
 from kvferry.common.clock import SystemClock
-from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE, RouterConfig
+from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE
 from kvferry.common.errors import WorkerLost
 from kvferry.common.logs import configure_logging
 from kvferry.common.request import FinishReason, RequestSpec, SampledToken
+from kvferry.common.router_config import RouterConfig
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected, WorkerGroup

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from kvferry.benchmarks.overhead.workers import MODEL
 from kvferry.benchmarks.peers.sglang_install import SGLANG_ROUTER_VERSION
-from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE, RouterConfig
+from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE
+from kvferry.common.router_config import RouterConfig
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.tools.load.cores import process_tree, processes
 from kvferry.tools.load.server_process import free_port, running

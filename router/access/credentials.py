@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ...common.config import RouterConfig
+from ...common.router_config import RouterConfig
 from ...wire.credentials import SharedSecret, read_secrets
 from .keys import ApiKeys
 from .tls import ServerTls

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ssl
 
-from ...common.config import RouterConfig
+from ...common.router_config import RouterConfig
 from ...settings.tls import read_tls
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...common.config import AutoscaleConfig
+from ...common.router_config import AutoscaleConfig
 from ..state.objectives import Objectives
 from ..state.predictor import Predictor
 from ..state.views import WorkerView

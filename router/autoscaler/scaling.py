@@ -16,8 +16,8 @@ from typing import Protocol
 import structlog
 
 from ...common.clock import Clock
-from ...common.config import AutoscaleConfig
 from ...common.errors import RequestError
+from ...common.router_config import AutoscaleConfig
 from ..state.objectives import Objectives
 from ..state.predictor import Predictor
 from ..state.views import PoolView, WorkerView

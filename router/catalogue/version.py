@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from ... import __version__
-from ...common.config import ReasoningParserName, SpecialTokens, ToolParserName
 from ...common.errors import RequestError
 from ...common.request import Pooling
+from ...common.router_config import ReasoningParserName, SpecialTokens, ToolParserName
 from ...models.chat_template import ChatTemplate
 from ...models.special_text import SpecialText
 from ...models.tokenizer import Tokenizer

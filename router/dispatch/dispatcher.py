@@ -22,8 +22,8 @@ import random
 from collections.abc import Callable
 
 from ...common.clock import Clock
-from ...common.config import RouterConfig
 from ...common.errors import CapacityError, ProtocolError
+from ...common.router_config import RouterConfig
 from ...wire.fields import Message
 from ...wire.results import (
     Embedding,

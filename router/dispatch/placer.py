@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from ...common.config import RouterConfig
+from ...common.router_config import RouterConfig
 from ..placement.candidates import EXPLAIN_EVERY, candidates
 from ..placement.policy import RoutingPolicy
 from ..queue.admission import Admission

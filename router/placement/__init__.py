@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...common.config import RouterConfig, strictest_tpot_ms
+from ...common.router_config import RouterConfig, strictest_tpot_ms
 from ..state.predictor import Predictor
 from .kv_cost import KVCost
 from .least_loaded import LeastLoaded

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ...common.config import RequestClass, RouterConfig
 from ...common.errors import RequestError
+from ...common.router_config import RequestClass, RouterConfig
 from .errors import clip
 from .objectives import DEFAULT_CLASS, NO_OBJECTIVES, Objectives
 

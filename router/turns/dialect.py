@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
-from ...common.config import ReasoningParserName, ToolParserName
+from ...common.router_config import ReasoningParserName, ToolParserName
 from . import channels
 from .call_reader import CallReader
 from .deepseek import DEEPSEEK, HUNYUAN, DeepSeekSyntax

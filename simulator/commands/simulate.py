@@ -20,8 +20,8 @@ from typing import get_args
 
 import structlog
 
-from ...common.config import AutoscaleConfig, PolicyName, PoolBounds
 from ...common.errors import ConfigError, KVFerryError
+from ...common.router_config import AutoscaleConfig, PolicyName, PoolBounds
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS, is_published

@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from kvferry.common.config import RouterConfig
+from kvferry.common.router_config import RouterConfig
 
 HERE = Path(__file__).parent
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.config import RouterConfig, WorkerConfig
+from kvferry.common.config import WorkerConfig
+from kvferry.common.router_config import RouterConfig
 
 from ..engine_driver import engine_config
 

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from kvferry.common.config import RouterConfig
+from kvferry.common.router_config import RouterConfig
 from kvferry.router import assembly
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.process import main

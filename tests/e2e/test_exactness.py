@@ -21,14 +21,8 @@ from typing import Literal
 import httpx
 import pytest
 
-from kvferry.common.config import (
-    SECRET_VARIABLE,
-    EngineConfig,
-    ExpertExchange,
-    RouterConfig,
-    TransferConfig,
-    WorkerConfig,
-)
+from kvferry.common.config import SECRET_VARIABLE, EngineConfig, ExpertExchange, TransferConfig, WorkerConfig
+from kvferry.common.router_config import RouterConfig
 from kvferry.tools.load.server_process import free_port
 
 from . import reference

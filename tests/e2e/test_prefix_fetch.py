@@ -21,8 +21,9 @@ import pytest_asyncio
 
 from kvferry import __version__
 from kvferry.common.clock import SystemClock
-from kvferry.common.config import FAILPOINTS_VARIABLE, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
+from kvferry.common.config import FAILPOINTS_VARIABLE, EngineConfig, TransferConfig, WorkerConfig
 from kvferry.common.request import SamplingParams
+from kvferry.common.router_config import RouterConfig
 from kvferry.launch.forking import ForkedProcess, ForkServer
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher

@@ -15,8 +15,8 @@ import pytest
 
 from kvferry import __version__
 from kvferry.common.clock import SystemClock
-from kvferry.common.config import RouterConfig
 from kvferry.common.request import SamplingParams
+from kvferry.common.router_config import RouterConfig
 from kvferry.router.dispatch.control import ControlServer
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected, WorkerGroup

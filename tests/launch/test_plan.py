@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvferry.common.config import EngineConfig, RouterConfig, SpeculativeConfig
+from kvferry.common.config import EngineConfig, SpeculativeConfig
 from kvferry.common.errors import ConfigError
+from kvferry.common.router_config import RouterConfig
 from kvferry.launch.children import worker_environment
 from kvferry.launch.engine_checks import check_draft_model, check_engine, check_model
 from kvferry.launch.host import Gpu, Host

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import msgspec
 
-from kvferry.common.config import RouterConfig
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.common.router_config import RouterConfig
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.placement import make_policy
 from kvferry.router.placement.least_loaded import LeastLoaded

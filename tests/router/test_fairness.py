@@ -8,7 +8,7 @@ from collections import Counter
 import httpx
 import pytest
 
-from kvferry.common.config import RequestClass
+from kvferry.common.router_config import RequestClass
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.app import build_app
 from kvferry.router.metrics.metrics import RouterMetrics

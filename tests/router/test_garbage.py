@@ -17,7 +17,7 @@ import pytest
 
 from kvferry.benchmarks.fuzz.target import MODEL, SECRET, InstantWorker
 from kvferry.common.clock import SystemClock
-from kvferry.common.config import RouterConfig
+from kvferry.common.router_config import RouterConfig
 from kvferry.router.app import build_app
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.dispatch.control import ControlServer

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from kvferry.common.clock import SystemClock
-from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
+from kvferry.common.router_config import RouterConfig
 from kvferry.launch.children import RouterChild
 from kvferry.launch.process import ChildTimes
 from kvferry.router.access.credentials import RouterCredentials

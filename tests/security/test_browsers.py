@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError
+from kvferry.common.router_config import RouterConfig
 from kvferry.settings.exposure import check_exposure
 from kvferry.settings.fields import ServeSettings
 

@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.common.config import RequestClass
 from kvferry.common.errors import ConfigError
+from kvferry.common.router_config import RequestClass
 from kvferry.settings.fields import ServeSettings, setting_keys
 from kvferry.settings.load import DEFAULT, Loaded, Raw, load, value_of
 from kvferry.settings.values import parse_number

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvferry.common.config import RouterConfig
 from kvferry.common.request import BlockId
+from kvferry.common.router_config import RouterConfig
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.frame_pool import FramePool
 from kvferry.kvcache.thin import twin

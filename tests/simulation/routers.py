@@ -32,7 +32,7 @@ from .scaling import Launcher, ScaleOperations
 from .sessions import WorkerSession
 
 if TYPE_CHECKING:
-    from kvferry.common.config import RouterConfig
+    from kvferry.common.router_config import RouterConfig
 
 TICK_S = 0.1
 _BOOKS_EVERY = 8  # ticks

@@ -13,16 +13,10 @@ from random import Random
 
 import msgspec
 
-from kvferry.common.config import (
-    AutoscaleConfig,
-    PoolBounds,
-    RequestClass,
-    RouterConfig,
-    SpeculativeConfig,
-    TransferConfig,
-)
+from kvferry.common.config import SpeculativeConfig, TransferConfig
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import DEFAULT_CLASS, Pooling, SamplingParams
+from kvferry.common.router_config import AutoscaleConfig, PoolBounds, RequestClass, RouterConfig
 
 from .adapters import NUM_NAMES
 from .clients import Manners

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvferry.common.config import AutoscaleConfig, PoolBounds
+from kvferry.common.router_config import AutoscaleConfig, PoolBounds
 from kvferry.simulator import (
     Adapters,
     Failure,

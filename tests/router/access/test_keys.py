@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.common.config import RouterConfig
 from kvferry.common.errors import ConfigError, RequestError
+from kvferry.common.router_config import RouterConfig
 from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.access.reload import reloading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.common.config import SpecialTokens
+from kvferry.common.router_config import SpecialTokens
 from kvferry.router.catalogue.version import ServedModel
 
 from ..fakes import BOS, EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Script, Served, ids_of, serve

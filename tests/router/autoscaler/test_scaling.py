@@ -9,8 +9,8 @@ import httpx
 import msgspec
 import pytest
 
-from kvferry.common.config import AutoscaleConfig, AutoscaleMode, PoolBounds
 from kvferry.common.errors import RequestError
+from kvferry.common.router_config import AutoscaleConfig, AutoscaleMode, PoolBounds
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.admin.admin import Admin, build_admin
 from kvferry.router.admin.scaling import scaling_routes

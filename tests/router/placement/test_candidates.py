@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from kvferry.common.config import PolicyName
 from kvferry.common.request import SamplingParams
+from kvferry.common.router_config import PolicyName
 from kvferry.router.dispatch.placer import ISOLATION
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.decisions import MAX_DECISIONS, Decision, note

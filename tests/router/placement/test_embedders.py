@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvferry.common.config import RouterConfig
+from kvferry.common.router_config import RouterConfig
 from kvferry.router.placement import make_policy
 from kvferry.router.placement.candidates import candidates
 from kvferry.router.placement.policy import RoutingPolicy

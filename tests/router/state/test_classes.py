@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvferry.common.config import RequestClass, RouterConfig
 from kvferry.common.errors import RequestError
+from kvferry.common.router_config import RequestClass, RouterConfig
 from kvferry.router.state.classes import RequestClasses
 from kvferry.router.state.objectives import Objectives
 
