@@ -89,7 +89,7 @@ class EarlierAnswers:
     def places(self, owner: bytes, tokens: Tokens[int]) -> Iterator[int]:
         """Yield the places after what the tokens end with, an n-gram, the latest first; seldom others of its key."""
         place = self._latest.get(self._key(owner, tokens[-self._ngram :]), 0) if len(tokens) >= self._ngram else 0
-        while place > self._first:
+        while place >= self._first + self._ngram:  # all of it is kept
             yield place
             place = self._earlier[(place - 1) % len(self._tokens)]
 
