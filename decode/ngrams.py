@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Protocol
 
 MAX_CANDIDATES = 8  # earlier places that are compared: more find a longer match in text that repeats short ones
-
 MAX_INDEXED = 4096  # tokens in a step, of each sequence: two milliseconds
 
 
@@ -63,20 +62,25 @@ class NgramProposer:
 
     def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
         place = self._best_place(tokens)
-        if place == 0 or num_tokens <= 0:
-            return ()
-        # A match that overlaps the end repeats itself: the draft goes on with what it has drafted.
-        period = len(tokens) - place
-        return tuple([tokens[place + index % period] for index in range(num_tokens)])
+        return tuple(following(tokens, place, num_tokens)) if place and num_tokens > 0 else ()
 
     def _best_place(self, tokens: Tokens[int]) -> int:
         """Return the position after the longest match of the sequence's end, the latest one of equals; 0: none."""
-        end = len(tokens)
-        best, best_length = 0, 0
-        for place in islice(self._index.places(tokens), MAX_CANDIDATES):
-            length = self._min
-            while length < min(self._max, place) and tokens[place - length - 1] == tokens[end - length - 1]:
-                length += 1
-            if length > best_length:
-                best, best_length = place, length
-        return best
+        end, places = tokens[-self._max :], islice(self._index.places(tokens), MAX_CANDIDATES)
+        return max(places, key=lambda place: num_equal(tokens[max(0, place - self._max) : place], end), default=0)
+
+
+def num_equal(one: Tokens[int], other: Tokens[int]) -> int:
+    """Return how many tokens both end with."""
+    if one == other:
+        return len(other)
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return next((count for count, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def following(tokens: Tokens[int], place: int, count: int) -> list[int]:
+    """Return so many tokens from a place on. What would be beyond the end repeats what lies between: a match that
+    overlaps the end repeats itself.
+    """
+    there = list(tokens[place : place + count])
+    return (there * -(-count // len(there)))[:count]

@@ -22,7 +22,7 @@ from itertools import islice
 
 from ..common.config import SpeculativeConfig
 from ..common.request import Sequence
-from .ngrams import MAX_CANDIDATES, MAX_INDEXED, NgramIndex
+from .ngrams import MAX_CANDIDATES, MAX_INDEXED, NgramIndex, following, num_equal
 
 MAX_TOKENS = 1 << 18  # of earlier answers: some 40 MB
 _BORDER = -1  # between answers; no token
@@ -128,15 +128,15 @@ class SuffixProposer:
     def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
         end = list(tokens[-self._max :])
         own, others = self._places(self._index.places(tokens)), self._places(self._earlier.places(self._owner, tokens))
-        of_own = [_num_equal(tokens[max(0, place - self._max) : place], end) for place in own]
-        of_others = [_num_equal(self._earlier.before(place, self._max), end) for place in others]
+        of_own = [num_equal(tokens[max(0, place - self._max) : place], end) for place in own]
+        of_others = [num_equal(self._earlier.before(place, self._max), end) for place in others]
         longest = max((*of_own, *of_others), default=0)
         most = min(num_tokens, int(self._factor * longest))
         if longest < self._min or most <= 0:
             return ()
         longest_own = [place for place, length in zip(own, of_own, strict=True) if length == longest]
         longest_others = [place for place, length in zip(others, of_others, strict=True) if length == longest]
-        followed = [_repeated(tokens[place : place + most], most) for place in longest_own]
+        followed = [following(tokens, place, most) for place in longest_own]
         return self._elected([*followed, *(self._earlier.behind(place, most) for place in longest_others)], most)
 
     @staticmethod
@@ -158,19 +158,6 @@ class SuffixProposer:
             draft.append(token)
             voters = [voter for voter in voters if place < len(voter) and voter[place] == token]
         return tuple(draft)
-
-
-def _num_equal(one: Tokens[int], other: list[int]) -> int:
-    """Return how many tokens both end with."""
-    if one == other:
-        return len(other)
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return next((count for count, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _repeated(tokens: Tokens[int], count: int) -> list[int]:
-    """Return so many tokens: what overlaps a sequence's end repeats itself."""
-    return (list(tokens) * -(-count // len(tokens)))[:count]
 
 
 def owner_of(seq: Sequence) -> bytes:

@@ -191,10 +191,7 @@ async def measure(
     systems: Sequence[System],
     rounds: int,
     num_requests: int,
-    repetitive_bar: float = REPETITIVE_BAR,
     kill_every_s: float | None = None,
-    *,
-    remembers: bool = False,
 ) -> dict[str, object]:
     for system in systems:
         await until_ready(system, 120.0)
@@ -206,7 +203,6 @@ async def measure(
     if killer is not None:
         killer.cancel()
     num_drafted, num_accepted = await sides[1].counters()
-    bars = bars_of(timings, num_differ, num_requests, repetitive_bar, remembers=remembers)
     for side in sides:
         await side.client.aclose()
     return {
@@ -216,7 +212,6 @@ async def measure(
         "num_killed": len(killed),
         "num_draft_tokens": num_drafted,
         "num_accepted_tokens": num_accepted,
-        "bars": [bar.as_json() for bar in bars],
     }
 
 
@@ -256,22 +251,20 @@ def main(argv: list[str] | None = None) -> int:
                 serving("plain", model, (*_BASE, "--deterministic"), Path(folder)) as plain,
                 serving("drafts", model, (*layout, "--speculative-config", config), Path(folder)) as drafts,
             ):
-                remembers = json.loads(config)["method"] == "suffix"
-                measured = measure(
-                    (plain, drafts), flags.rounds, flags.requests, repetitive_bar, flags.kill_every, remembers=remembers
-                )
-                report = asyncio.run(measured)
+                report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests, flags.kill_every))
         except ConfigError as error:
             console.print(f"speculation: {error}", markup=False, style="red", soft_wrap=True)
             return 2
     timings = [Timing(**timing) for timing in report["timings"]]  # type: ignore[attr-defined]  # as `measure` made it
     num_differ = int(str(report["num_differ"]))
+    remembers = json.loads(config)["method"] == "suffix"
     bars = bars_of(timings, num_differ, flags.requests, repetitive_bar, remembers=remembers)
     console.print(bar_table(flags.model.name, bars))
     console.print(f"{report['num_accepted_tokens']} of {report['num_draft_tokens']} drafted tokens were right")
     if flags.kill_every:
         console.print(f"{report['num_killed']} decode workers were killed")
     environment = describe_environment("python -m kvferry.benchmarks.speculation", argv)
+    report["bars"] = [bar.as_json() for bar in bars]
     save_json({**report, "config": config, "environment": asdict(environment)}, flags.json)
     return 1 if num_differ else 0
 

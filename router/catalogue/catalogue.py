@@ -48,9 +48,10 @@ class Catalogue:
         self._adapted[name] = self._of_model(base).with_adapter(name, adapter)
 
     def _of_model(self, name: str | None) -> Version:
-        version = self._default if name is None else self._model(name)
-        if version is None:
-            raise ConfigError(f"the base model {clip(name or '')} does not exist")
+        if name is None:
+            return self._default
+        if (version := self._model(name)) is None:
+            raise ConfigError(f"the base model {clip(name)} does not exist")
         return version
 
     def _model(self, name: str) -> Version | None:

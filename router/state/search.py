@@ -112,6 +112,8 @@ class Search:
 
     def _failed_pairs(self, pools: Pools) -> frozenset[tuple[int, int]]:
         """Return them, and those that were late, which may be dead, while there is a prefill worker without fault."""
+        if not self.late_pairs:
+            return frozenset(self.failed_pairs)
         all_pairs = self.failed_pairs.keys() | self.late_pairs
         at_fault = {prefill for prefill, _ in all_pairs if pools.at(prefill) is not None}
         return frozenset(all_pairs if len(at_fault) < pools.num_ready("prefill") else self.failed_pairs)

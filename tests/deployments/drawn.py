@@ -19,19 +19,9 @@ from pathlib import Path
 from ..adapters import write_adapter
 from ..e2e.exactness_models import MAX_MODEL_LEN, ExactnessModel
 
-_WITH_EXPERTS = (
-    *(
-        "mixtral",
-        "qwen3_moe",
-        "qwen2_moe",
-        "olmoe",
-        "glm4_moe",
-        "ernie4_5_moe",
-        "hunyuan_v1_moe",
-        "dots1",
-        "solar_open",
-    ),
-    *("minimax_m2", "gpt_oss", "exaone_moe", "granitemoe", "qwen3_vl_moe"),
+_WITH_EXPERTS = tuple(
+    "mixtral qwen3_moe qwen2_moe olmoe glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 solar_open minimax_m2 gpt_oss "
+    "exaone_moe granitemoe qwen3_vl_moe".split()
 )
 _GEMMA4, _LATENT = ("gemma4", "gemma4_borrowing", "gemma4_moe"), ("deepseek_v2", "deepseek_v3", "youtu", "mistral4")
 _OF_OTHER_KEYS = (*_GEMMA4, *_LATENT, "glm4_moe_lite")  # which are not kept in int8
