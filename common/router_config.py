@@ -16,8 +16,7 @@ UnknownFields = Literal["refuse", "warn"]
 ToolParserName = Literal[
     "auto", "hermes", "llama3_json", "llama4_json", "mistral", "qwen3_coder", "qwen3_xml", "deepseek_v3",
     "deepseek_v31", "granite", "granite4", "phi4_mini_json", "pythonic", "olmo3", "llama4_pythonic", "openai", "json",
-    "glm45", "glm47", "minimax_m2", "seed_oss", "lfm2", "hunyuan_a13b", "cohere_command3", "nemotron_json",
-    "gemma4",
+    "glm45", "glm47", "minimax_m2", "seed_oss", "lfm2", "hunyuan_a13b", "cohere_command3", "nemotron_json", "gemma4",
 ]  # vLLM's names, where it has one  # fmt: skip
 ReasoningParserName = Literal[
     "auto", "none", "think", "qwen3", "deepseek_r1", "mistral", "openai_gptoss", "glm45", "minimax_m2", "seed_oss",
@@ -98,7 +97,8 @@ class RouterConfig(Settings):
     unknown_fields: UnknownFields = "refuse"  # of a request's body; warn: the answer names them
     max_connections: PositiveInt | None = None  # None: 4096, or what the limit of open files allows
     max_connections_per_address: PositiveInt = 1024  # of IPv6: per /64
-    answers_dir: Path | None = None  # where answers with a key are kept; None: they are not
+    answers_dir: Path | None = None  # where answers with a key are kept, and responses; None: in no file
+    store_responses: bool = True  # of /v1/responses, for who goes on with them
     data_dir: Path | None = None  # of /v1/files and /v1/batches; None: both are refused
     data_dir_bytes: PositiveInt = 10 << 30  # that all files in it may take together
     data_retention_days: float = Field(30.0, gt=0, le=3650)  # of files and ended batches

@@ -39,6 +39,8 @@ from .helpers.json_parser import JsonParser
 from .kept.answers import KeptAnswers
 from .messages.form import error_body
 from .metrics.metrics import RouterMetrics
+from .responses.kept import KeptResponses
+from .responses.store import FolderStore, MemoryStore, ResponseStore
 from .routes import Routes, add_routes
 from .state.classes import RequestClasses
 
@@ -62,13 +64,15 @@ def build_app(
     max_batch_requests: int = 16,
     adapters: AdapterOperations | None = None,
     kept_answers: KeptAnswers | None = None,
+    stores_responses: bool = True,
 ) -> FastAPI:
     """The application; `app.state.api` is the `Api` behind it, `app.state.keeper` runs batches, if there is a `data`
     folder to keep them in: up to `max_batch_requests` of their requests at once. `clock` is the dispatchers'.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
     `share_prefix_cache` lets tenants find each other's prefixes. `adapters`: what clients may load; None: they may not.
-    `kept_answers`: where clients that come back find their answers; None: nowhere.
+    `kept_answers`: where clients that come back find their answers; None: nowhere. What `/v1/responses` answers is kept
+    there too, or in memory, unless `stores_responses` is false.
 
     Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
     localhost.
@@ -95,7 +99,8 @@ def build_app(
         cors=cors,
         error_bodies={"/v1/messages": error_body},
     )
-    routes = Routes(api, metrics, has_data=data is not None)
+    responses = KeptResponses(_response_store(kept_answers, clock) if stores_responses else None)
+    routes = Routes(api, metrics, responses, has_data=data is not None)
     app = _Application(middleware, routes)
     app.state.api = api
     batches = _batches(api, routes, metrics, keys, cors, data, max_batch_requests)
@@ -109,6 +114,10 @@ def build_app(
     for method, path, endpoint in batches.table():
         app.add_api_route(path, endpoint, methods=[method])
     return app
+
+
+def _response_store(answers: KeptAnswers | None, clock: Clock) -> ResponseStore:
+    return MemoryStore(clock) if answers is None else FolderStore(answers.path / "responses")
 
 
 def _batches(

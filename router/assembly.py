@@ -199,6 +199,7 @@ def _application(
         data=_data_folder(config),
         max_batch_requests=config.max_batch_requests,
         kept_answers=_kept_answers(config.answers_dir),
+        stores_responses=config.store_responses,
         adapters=adapters if config.allow_runtime_lora_updating else None,
     )
 

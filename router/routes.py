@@ -39,13 +39,13 @@ _PATHS_OF_DATA = ("/v1/files", "/v1/batches")  # where there is a folder for the
 class Routes:
     """The endpoints as methods: each takes the request and gives a response."""
 
-    def __init__(self, api: Api, metrics: RouterMetrics, *, has_data: bool) -> None:
+    def __init__(self, api: Api, metrics: RouterMetrics, responses: KeptResponses, *, has_data: bool) -> None:
         """`has_data`: there is a folder for files and batches."""
         self._api = api
         self._metrics = metrics
         paths = _PATHS + _PATHS_OF_DATA * has_data
         self._root = msgspec.json.encode({"server": "kvferry", "paths": paths})
-        self._kept = KeptResponses(api.clock)
+        self._kept = responses
         self.kept = KeptEndpoints(self._kept)
 
     async def completions(self, request: Request) -> Reply:
@@ -56,7 +56,7 @@ class Routes:
 
     async def responses(self, request: Request) -> Reply:
         context = context_of(request.scope)
-        surface = ResponsesSurface(self._kept, context.tenant, keeps=not context.is_background)
+        surface = ResponsesSurface(self._kept, context.tenant, keeps=self._kept.are_kept and not context.is_background)
         return await self._api.chat(request, surface)
 
     async def messages(self, request: Request) -> Reply:

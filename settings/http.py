@@ -50,11 +50,15 @@ class HttpSettings(Settings):
         FilePath | None,
         Option(
             "HTTP",
-            "Folder of answers to requests with an Idempotency-Key: for ten minutes clients may come back for them, to "
-            "any router of the folder. Default: one of the launcher's own; none where there is no launcher.",
+            "Folder of answers to requests with an Idempotency-Key, for which clients may come back for ten minutes, "
+            "and of what /v1/responses answered, kept for a day: any router of the folder finds them. Default: one of "
+            "the launcher's own; none where there is no launcher.",
             FRONTS,
         ),
     ] = None
+    store_responses: Annotated[
+        bool, Option("HTTP", "Keep what /v1/responses answered, so that a later request can go on with it.", FRONTS)
+    ] = True
     max_connections: Annotated[
         Count | None,
         Option("HTTP", "Clients' connections at once. Default: 4096, or what open files allow.", FRONTS),

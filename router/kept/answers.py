@@ -10,13 +10,11 @@ What nobody has written to for KEEP_S is deleted, and the oldest before that whe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import os
 import resource
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -27,14 +25,13 @@ from ..state.errors import StreamError
 from .answer_log import AnswerLog
 from .asking import key_reused
 from .kept_answer import AnswerKey, KeptAnswer
+from .sweeper import Sweeper
 
 KEEP_S = 600.0
 MAX_BYTES = 256 * 2**20  # of all answers
 HAND_OVER_S = 5.0  # until who waits for an answer gives up
 _LOOK_EVERY_S = 0.1  # whether somebody waits, or may go on
-_SWEEP_EVERY_S = 10.0
 _READ_INLINE = 2**16  # bytes
-_BLOCK_BYTES = 4096
 _FILES_SHARE = 3  # one in so many open files may be an answer's: connections need the others
 
 log = structlog.get_logger(__name__)
@@ -45,12 +42,11 @@ class KeptAnswers:
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError for a folder that cannot be used."""
-        self._path, self._wanted = path, path / "wanted"
+        self.path, self._wanted = path, path / "wanted"
         self._held: dict[str, KeptAnswer] = {}  # by name
         self._max_held = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES_SHARE)
         self._is_watching = False
-        self._swept_s = float("-inf")
-        self.sweeping: asyncio.Future[None] | None = None  # the last one
+        self.sweeper = Sweeper(path, KEEP_S, MAX_BYTES, _delete_unless_told)
         try:
             for folder in (path, self._wanted):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -72,7 +68,7 @@ class KeptAnswers:
         Raises RequestError (422) where the key stands for another request, StreamError (409) where the answer is not
         handed over, and where the client has events of an answer that is not here.
         """
-        self._sweep_now_and_then()
+        self.sweeper.now_and_then()
         answer = await self._locked(key, served)
         head = answer.head
         try:
@@ -112,7 +108,7 @@ class KeptAnswers:
         """Return None while somebody else has the answer."""
         if len(self._held) >= self._max_held:
             raise OSError(errno.EMFILE, f"{len(self._held)} answers are kept at once")
-        path = self._path / key.name
+        path = self.path / key.name
         fd = _lock(path)
         if fd is None:
             return None
@@ -138,14 +134,6 @@ class KeptAnswers:
                 answer.on_wanted()
         self._watch()
 
-    # --- what is deleted --------------------------------------------------------------------------------------
-
-    def _sweep_now_and_then(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._swept_s >= _SWEEP_EVERY_S:
-            self._swept_s = now_s
-            self.sweeping = asyncio.ensure_future(asyncio.to_thread(_sweep, self._path))
-
 
 async def take(
     answers: KeptAnswers | None, key: AnswerKey | None, served: str, sampling: Sequence[SamplingParams]
@@ -161,31 +149,6 @@ async def take(
     except OSError as error:
         log.warning("answer_not_kept", reason=error.strerror or str(error))
         return None
-
-
-def _sweep(path: Path) -> None:
-    entries = sorted(_entries(path), key=lambda entry: entry.stat().st_mtime)
-    num_bytes, oldest_s = sum(map(_num_bytes, entries)), time.time() - KEEP_S
-    for entry in entries:
-        if entry.stat().st_mtime >= oldest_s and num_bytes <= MAX_BYTES:
-            break
-        with contextlib.suppress(OSError):
-            if _delete_unless_told(Path(entry.path)):
-                num_bytes -= _num_bytes(entry)
-
-
-def _num_bytes(entry: os.DirEntry[str]) -> int:
-    """Return what a file takes: a small one a block."""
-    return max(_BLOCK_BYTES, entry.stat().st_size)
-
-
-def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(path) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                if entry.is_file(follow_symlinks=False):
-                    entry.stat(follow_symlinks=False)  # kept in the entry: it may be deleted at any moment
-                    yield entry
 
 
 def _delete_unless_told(path: Path) -> bool:

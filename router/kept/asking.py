@@ -32,6 +32,11 @@ def key_name(headers: Mapping[bytes, bytes], tenant: bytes) -> str | None:
             param="Idempotency-Key",
             code="invalid_idempotency_key",
         )
+    return name_of_file(tenant, key)
+
+
+def name_of_file(tenant: bytes, key: bytes) -> str:
+    """Return a name in hexadecimal digits for what a caller knows by `key`: those of different callers never meet."""
     return hashlib.blake2b(b"%d %b %b" % (len(tenant), tenant, key), digest_size=20).hexdigest()
 
 

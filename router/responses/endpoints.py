@@ -36,7 +36,7 @@ class KeptEndpoints:
     async def items(self, request: Request, response_id: str) -> Response:
         """Return what a response answers, earlier turns included, page by page: the newest first, unless asked."""
         tenant = context_of(request.scope).tenant
-        messages, names = self._kept.input(response_id, tenant), self._kept.names(response_id, tenant)
+        messages, names = self._kept.input(response_id, tenant)
         name = response_id.removeprefix(RESPONSE_PREFIX)
         found = [{"id": f"{kind}_{name}_in{at}", **item} for at, (kind, item) in enumerate(_items(messages, names))]
         page, has_more = _page(found, request.query_params)

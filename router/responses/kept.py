@@ -1,34 +1,40 @@
-"""Earlier turns of /v1/responses, for as long as this router keeps them: `previous_response_id` goes on with one.
+"""Conversations of /v1/responses are kept: `previous_response_id` goes on with one.
 
 Items of answers are found by their ids, as clients that keep none of their own refer to them, and responses whole.
 
-Memory and time have bounds: the oldest leave first. Another router does not know them, and a restart forgets them.
+    items, messages, names, response   the parts of one conversation, each as JSON behind the lengths of all
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import structlog
 
-from ...common.clock import Clock
 from ...common.errors import RequestError
+from ..kept.asking import name_of_file
 from ..state.errors import clip, shown
 from ..turns.places import Message
+from .store import ResponseStore
 from .tools import Names
 
 RESPONSE_PREFIX = "resp_"
-MAX_BYTES = 64 * 2**20  # of all conversations together; more keeps them longer under load
 MAX_BYTES_OF_ONE = 4 * 2**20
-MAX_AGE_S = 3600.0
 _OBJECT_BYTES = 256  # of a message or a part of a call in memory, beside its text: a dict and what is in it
-
+_HEADER = struct.Struct("<4s4I")
+_FORMAT = b"kvr1"  # of the file: another one is not read
 
 Item = Mapping[str, object]
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-zA-Z-]+)_\d+")
+_items_of = msgspec.json.Decoder(list[dict[str, object]]).decode
+_messages_of = msgspec.json.Decoder(list[Message]).decode
+_names_of = msgspec.json.Decoder(Names).decode
+
+log = structlog.get_logger(__name__)
 
 
 def item_id(kind: str, response_id: str, index: int) -> str:
@@ -38,23 +44,42 @@ def item_id(kind: str, response_id: str, index: int) -> str:
 
 @dataclass(slots=True, frozen=True)
 class _Conversation:
-    tenant: bytes
-    messages: tuple[Message, ...]
-    items: tuple[Item, ...]
-    response: bytes
-    names: Names
-    num_bytes: int
-    kept_s: float
+    """The parts as they are kept; each is decoded by who needs it."""
+
+    items: bytes | memoryview
+    messages: bytes | memoryview
+    names: bytes | memoryview
+    response: bytes | memoryview
+
+    def joined(self) -> bytes:
+        parts = (self.items, self.messages, self.names, self.response)
+        return b"".join((_HEADER.pack(_FORMAT, *map(len, parts)), *parts))
+
+    @classmethod
+    def parted(cls, data: memoryview) -> _Conversation | None:
+        """Return None for what is not whole, as a machine's crash may leave it."""
+        if len(data) < _HEADER.size:
+            return None
+        form, *lengths = _HEADER.unpack_from(data)
+        if form != _FORMAT or _HEADER.size + sum(lengths) != len(data):
+            return None
+        parts, start = [], _HEADER.size
+        for length in lengths:
+            parts.append(data[start : start + length])
+            start += length
+        return cls(*parts)
 
 
 class KeptResponses:
     """Conversations by the id of their last response. A key finds its own only."""
 
-    def __init__(self, clock: Clock, max_bytes: int = MAX_BYTES) -> None:
-        self._clock = clock
-        self._max_bytes = max_bytes
-        self._by_id: OrderedDict[str, _Conversation] = OrderedDict()
-        self.num_bytes = 0
+    def __init__(self, store: ResponseStore | None) -> None:
+        """`store`: None, where nothing is kept."""
+        self._store = store
+
+    @property
+    def are_kept(self) -> bool:
+        return self._store is not None
 
     def keep(
         self,
@@ -69,20 +94,24 @@ class KeptResponses:
 
         `names` are those of namespaces' functions that it may have called.
         """
-        names = names or {}
-        num_bytes = _num_bytes(messages) + len(msgspec.json.encode(items)) + 2 * _OBJECT_BYTES * len(items)
-        num_bytes += len(response) + len(msgspec.json.encode(names)) + _OBJECT_BYTES * len(names)
-        if num_bytes > min(MAX_BYTES_OF_ONE, self._max_bytes):
+        if self._store is None:
             return
-        kept_s = self._clock.now()
-        self._by_id[response_id] = _Conversation(
-            tenant, tuple(messages), tuple(items), response, names, num_bytes, kept_s
-        )
-        self.num_bytes += num_bytes
-        self._forget_old()
+        encode = msgspec.json.encode
+        kept = _Conversation(encode(items), encode(messages), encode(names or {}), response)
+        data = kept.joined()
+        num_objects = _num_objects(messages) + 2 * len(items) + len(names or {})
+        if len(data) + _OBJECT_BYTES * num_objects > MAX_BYTES_OF_ONE:
+            return
+        try:
+            self._store.write(_name(response_id, tenant), data)
+        except OSError as error:
+            log.warning("response_not_kept", reason=error.strerror or str(error), num_bytes=len(data))
 
-    def find(self, response_id: object, tenant: bytes) -> Sequence[Message]:
-        """Return the messages so far. Raises RequestError (404; 400 for no id). May be called from any thread."""
+    def find(self, response_id: object, tenant: bytes) -> tuple[Sequence[Message], Names]:
+        """Return the messages so far, and the names of namespaces' functions in them. May be called from any thread.
+
+        Raises RequestError (404; 400 for no id).
+        """
         name = "previous_response_id"
         if not isinstance(response_id, str):
             raise RequestError(f"{name} must be a string, got {shown(response_id)}", param=name)
@@ -94,31 +123,28 @@ class KeptResponses:
                 code="previous_response_not_found",
                 status=404,
             )
-        return found.messages
+        return _messages_of(found.messages), _names_of(found.names)
 
     def find_item(self, item_id: object, tenant: bytes) -> Item | None:
         """Return an answer's item; None: it is not kept. May be called from any thread."""
         named = _ITEM_ID.fullmatch(item_id) if isinstance(item_id, str) else None
         found = None if named is None else self._find(f"{RESPONSE_PREFIX}{named[1]}", tenant)
-        return None if found is None else next((each for each in found.items if each["id"] == item_id), None)
+        return None if found is None else next((each for each in _items_of(found.items) if each["id"] == item_id), None)
 
     def response(self, response_id: str, tenant: bytes) -> bytes:
         """Return a response as it was answered. Raises RequestError (404)."""
-        return self._named(response_id, tenant).response
+        return bytes(self._named(response_id, tenant).response)
 
-    def input(self, response_id: str, tenant: bytes) -> Sequence[Message]:
-        """Return the messages that a response answers. Raises RequestError (404)."""
-        return self._named(response_id, tenant).messages[:-1]
-
-    def names(self, response_id: object, tenant: bytes) -> Names:
-        """Return the names of namespaces' functions in it; none if it is not kept. May be called from any thread."""
-        found = self._find(response_id, tenant)
-        return {} if found is None else found.names
+    def input(self, response_id: str, tenant: bytes) -> tuple[Sequence[Message], Names]:
+        """Return the messages that a response answers, and the names in them. Raises RequestError (404)."""
+        found = self._named(response_id, tenant)
+        return _messages_of(found.messages)[:-1], _names_of(found.names)
 
     def forget(self, response_id: str, tenant: bytes) -> None:
         """Raises RequestError (404)."""
-        self.num_bytes -= self._named(response_id, tenant).num_bytes
-        del self._by_id[response_id]
+        self._named(response_id, tenant)
+        assert self._store is not None
+        self._store.delete(_name(response_id, tenant))
 
     def _named(self, response_id: str, tenant: bytes) -> _Conversation:
         found = self._find(response_id, tenant)
@@ -127,23 +153,16 @@ class KeptResponses:
             raise RequestError(text, param="response_id", code="response_not_found", status=404)
         return found
 
-    def _find(self, response_id: object, tenant: bytes) -> _Conversation | None:
-        found = self._by_id.get(response_id) if isinstance(response_id, str) else None
-        return None if found is None or found.tenant != tenant or found.kept_s < self._oldest_s() else found
-
-    def _oldest_s(self) -> float:
-        return self._clock.now() - MAX_AGE_S
-
-    def _forget_old(self) -> None:
-        while self._by_id:
-            response_id, oldest = next(iter(self._by_id.items()))
-            if self.num_bytes <= self._max_bytes and oldest.kept_s >= self._oldest_s():
-                return
-            del self._by_id[response_id]
-            self.num_bytes -= oldest.num_bytes
+    def _find(self, response_id: str, tenant: bytes) -> _Conversation | None:
+        data = None if self._store is None else self._store.read(_name(response_id, tenant))
+        return None if data is None else _Conversation.parted(data)
 
 
-def _num_bytes(messages: Sequence[Message]) -> int:
-    """Return what messages take: of many short ones, ten times their text."""
+def _name(response_id: str, tenant: bytes) -> str:
+    return name_of_file(tenant, response_id.encode(errors="surrogatepass"))
+
+
+def _num_objects(messages: Sequence[Message]) -> int:
+    """Count what takes memory beside its text when messages are read: of many short ones, ten times that."""
     calls = [calls for message in messages if isinstance(calls := message.get("tool_calls"), list)]
-    return len(msgspec.json.encode(messages)) + _OBJECT_BYTES * (len(messages) + 2 * sum(map(len, calls)))
+    return len(messages) + 2 * sum(map(len, calls))

@@ -42,10 +42,9 @@ class ResponsesSurface:
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         self._raw = raw if self._keeps else {**raw, "store": False}
         previous = raw.get("previous_response_id")
-        earlier = () if previous is None else self._kept.find(previous, self._tenant)
+        earlier, names = ((), {}) if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
         told = {**raw, "input": self._with_items(raw.get("input"))}
-        names = self._kept.names(previous, self._tenant)
         self._names = {**names, **names_of_calls(told["input"]), **self._tools.names}
         body, self._places = chat_body(told, ignored, earlier, self._tools)
         messages = [each.message for each in self._places.messages]

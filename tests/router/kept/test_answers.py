@@ -60,8 +60,8 @@ def names_in(folder: Path) -> set[str]:
 
 async def swept(answers: KeptAnswers, key: AnswerKey) -> None:
     (await answers.take(key, "m")).close()
-    assert answers.sweeping is not None
-    await answers.sweeping
+    assert answers.sweeper.sweeping is not None
+    await answers.sweeper.sweeping
 
 
 def settle(kept: object, seed: int = 1, limit: int = 8) -> list[SamplingParams]:

@@ -10,6 +10,7 @@ import pytest
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.responses.kept import MAX_BYTES_OF_ONE, KeptResponses
+from kvferry.router.responses.store import MemoryStore
 from kvferry.router.responses.surface import ResponsesSurface
 from kvferry.tests.fake_clock import FakeClock
 
@@ -73,10 +74,10 @@ async def test_what_is_not_kept_is_refused_by_its_place() -> None:
 
 
 def test_references_do_not_make_a_prompt_without_bounds() -> None:
-    kept = KeptResponses(FakeClock(0.0))
+    kept = KeptResponses(store := MemoryStore(FakeClock(0.0)))
     item = {"id": "rs_a_0", "type": "reasoning", "content": [{"type": "reasoning_text", "text": "x" * 2**20}]}
     kept.keep("resp_a", b"", [], [item])
-    assert kept.num_bytes > 2**20
+    assert store.num_bytes > 2**20
     reference, surface = _reference(item), ResponsesSurface(kept, b"")
     surface.chat_body({"input": [reference] * 2}, None)
     with pytest.raises(Exception, match=rf"input\[3\]: items of more than {MAX_BYTES_OF_ONE} bytes"):

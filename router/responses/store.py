@@ -1,0 +1,118 @@
+"""Stores keep what `/v1/responses` answered, each as bytes under a name, bounded in size and time.
+
+    FolderStore   files, which the routers of one folder share, and which outlive each of them
+    MemoryStore   this router's own memory, where there is no folder
+
+The oldest leave first. What a client is told of is there before it is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+from ...common.clock import Clock
+from ...common.errors import ConfigError
+from ..kept.sweeper import Sweeper
+
+MAX_BYTES_OF_FOLDER = 256 * 2**20  # more keeps them longer under load
+MAX_BYTES_OF_MEMORY = 64 * 2**20
+MAX_AGE_S = 86_400.0
+_ENTRY_BYTES = 512  # of one in memory, beside its data
+
+
+class ResponseStore(Protocol):
+    """`ResponseStore` is written by the router's loop, and may be read by any thread."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Raises OSError."""
+
+    def read(self, name: str) -> memoryview | None:
+        """Return None for what is not here (any more). The data stays readable while somebody has it."""
+
+    def delete(self, name: str) -> None:
+        """Forget what is there."""
+
+
+class FolderStore:
+    """A file is written beside its name and gets it when it is whole. Nothing waits for the disk."""
+
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES_OF_FOLDER) -> None:
+        """Raises ConfigError for a folder that cannot be made."""
+        self._path = path
+        self.sweeper = Sweeper(path, MAX_AGE_S, max_bytes, _unlink)
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"answers_dir: cannot make {path}: {error.strerror or error}") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        new = self._path / f"{name}-{os.getpid()}"
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(data)
+            new.replace(self._path / name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
+        self.sweeper.now_and_then()
+
+    def read(self, name: str) -> memoryview | None:
+        try:
+            fd = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            stat = os.fstat(fd)
+            if stat.st_mtime < time.time() - MAX_AGE_S or not stat.st_size:
+                return None
+            # The parts of it that nobody looks at are not read. Nobody writes to a file that has its name.
+            return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+        finally:
+            os.close(fd)
+
+    def delete(self, name: str) -> None:
+        (self._path / name).unlink(missing_ok=True)
+
+
+class MemoryStore:
+    """`MemoryStore` is forgotten with its router."""
+
+    def __init__(self, clock: Clock, max_bytes: int = MAX_BYTES_OF_MEMORY) -> None:
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._by_name: OrderedDict[str, tuple[float, bytes]] = OrderedDict()  # when it came; the oldest first
+        self.num_bytes = 0
+
+    def write(self, name: str, data: bytes) -> None:
+        self.delete(name)
+        self._by_name[name] = self._clock.now(), data
+        self.num_bytes += len(data) + _ENTRY_BYTES
+        while self._by_name:
+            oldest, (kept_s, _) = next(iter(self._by_name.items()))
+            if self.num_bytes <= self._max_bytes and kept_s >= self._oldest_s():
+                return
+            self.delete(oldest)
+
+    def read(self, name: str) -> memoryview | None:
+        kept_s, data = self._by_name.get(name, (float("-inf"), b""))
+        return None if kept_s < self._oldest_s() else memoryview(data)
+
+    def delete(self, name: str) -> None:
+        _, data = self._by_name.pop(name, (0.0, None))
+        if data is not None:
+            self.num_bytes -= len(data) + _ENTRY_BYTES
+
+    def _oldest_s(self) -> float:
+        return self._clock.now() - MAX_AGE_S
+
+
+def _unlink(path: Path) -> bool:
+    path.unlink(missing_ok=True)
+    return True

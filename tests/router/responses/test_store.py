@@ -1,0 +1,187 @@
+"""What `/v1/responses` answered is found by every router of a folder, in its bounds of size and time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvferry.common.errors import ConfigError, RequestError
+from kvferry.router.kept.answers import KeptAnswers
+from kvferry.router.responses.kept import KeptResponses
+from kvferry.router.responses.store import MAX_AGE_S, FolderStore, MemoryStore, ResponseStore
+from kvferry.tests.fake_clock import FakeClock
+
+from ..fakes import Script, Served, serve
+
+PATH = "/v1/responses"
+MESSAGES: list[dict[str, object]] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "wö"}]
+NAMES = {"a__b": ("a", "b")}
+
+
+def router(folder: Path, text: str = "Hello", **options: Any) -> Served:
+    return serve(Script(text), kept_answers=KeptAnswers(folder), **options)
+
+
+async def say(served: Served, **body: Any) -> dict[str, Any]:
+    async with served.client() as client:
+        response = await client.post(PATH, json={"input": "hi", **body})
+    return {**response.json(), "http": response.status_code}
+
+
+def id_in(text: str) -> str:
+    return next(part for part in text.split('"') if part.startswith("resp_"))
+
+
+def prompt(served: Served) -> list[int]:
+    return list(served.dispatcher.requests[-1].prompt_token_ids)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_another_router_goes_on_with_what_one_said(tmp_path: Path, is_streamed: bool) -> None:
+    first, second, alone = router(tmp_path), router(tmp_path), serve(Script("Hello"))
+    async with first.client() as client:
+        response_id = id_in((await client.post(PATH, json={"input": "hi", "stream": is_streamed})).text)
+    [path] = (tmp_path / "responses").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert (await say(second, input="more", previous_response_id=response_id))["http"] == 200
+    said = await say(alone)
+    await say(alone, input="more", previous_response_id=said["id"])
+    assert prompt(second) == prompt(alone)
+    async with second.client() as client:
+        assert (await client.get(f"{PATH}/{response_id}")).json()["id"] == response_id
+        assert (await client.delete(f"{PATH}/{response_id}")).status_code == 200
+    assert (await say(first, previous_response_id=response_id))["error"]["code"] == "previous_response_not_found"
+
+
+async def test_a_client_that_comes_back_to_another_router_goes_on_in_its_conversation(tmp_path: Path) -> None:
+    first = router(tmp_path)
+    said = await say(first)
+    body = {"input": "more", "previous_response_id": said["id"]}
+    key = {"idempotency-key": "k"}
+    async with first.client() as client:
+        answered = (await client.post(PATH, json=body, headers=key)).json()
+    second = router(tmp_path, "another text")
+    async with second.client() as client:
+        again = await client.post(PATH, json=body, headers=key)
+    assert again.headers["idempotent-replayed"] == "true" and again.json()["output"] == answered["output"]
+    assert second.dispatcher.requests == []
+    third = router(tmp_path)
+    assert (await say(third, input="and", previous_response_id=answered["id"]))["http"] == 200
+    assert len(prompt(third)) > len(prompt(first))
+
+
+@pytest.mark.parametrize("body", [{}, {"store": True}, {"stream": True}])
+async def test_nothing_is_kept_where_the_operator_says_so(tmp_path: Path, body: dict[str, Any]) -> None:
+    served = router(tmp_path, stores_responses=False)
+    async with served.client() as client:
+        text = (await client.post(PATH, json={"input": "hi", **body})).text
+        assert '"store":false' in text and '"store":true' not in text
+        response_id = id_in(text)
+        assert (await client.get(f"{PATH}/{response_id}")).status_code == 404
+        assert (await client.delete(f"{PATH}/{response_id}")).status_code == 404
+    assert not (tmp_path / "responses").exists()
+    refused = await say(served, previous_response_id=response_id)
+    assert (refused["http"], refused["error"]["code"]) == (404, "previous_response_not_found")
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ResponseStore:
+    return FolderStore(tmp_path / "responses") if request.param == "folder" else MemoryStore(FakeClock(0.0))
+
+
+async def test_what_is_written_is_read_until_it_is_deleted(store: ResponseStore) -> None:
+    kept = KeptResponses(store)
+    items: list[dict[str, object]] = [
+        {"id": "msg_a_0", "type": "message"},
+        {"id": "msg_a_1", "type": "message", "n": 2**70},
+    ]
+    kept.keep("resp_a", b"t", MESSAGES, items, b'{"a":1}', NAMES)
+    kept.keep("resp_b", b"t", MESSAGES[:1])
+    assert kept.find("resp_a", b"t") == (MESSAGES, NAMES) and kept.find("resp_b", b"t") == (MESSAGES[:1], {})
+    assert kept.input("resp_a", b"t") == (MESSAGES[:-1], NAMES)
+    assert kept.find_item("msg_a_1", b"t") == items[1] and kept.find_item("msg_b_0", b"t") is None
+    assert kept.response("resp_a", b"t") == b'{"a":1}'
+    kept.keep("resp_a", b"t", MESSAGES[:1], response=b"{}")  # told again
+    assert kept.response("resp_a", b"t") == b"{}"
+    for response_id, tenant in (("resp_a", b"u"), ("resp_c", b"t"), ("../x", b"t"), ("\ud800", b"t"), ("", b"t")):
+        with pytest.raises(RequestError):
+            kept.find(response_id, tenant)
+    kept.forget("resp_a", b"t")
+    with pytest.raises(RequestError):
+        kept.forget("resp_a", b"t")
+    assert kept.find("resp_b", b"t")[0] == MESSAGES[:1]
+
+
+async def test_a_file_that_is_not_whole_is_not_there(tmp_path: Path) -> None:
+    kept = KeptResponses(FolderStore(tmp_path / "responses"))
+    kept.keep("resp_a", b"", MESSAGES, (), b"{}", NAMES)
+    [path] = (tmp_path / "responses").iterdir()
+    data = path.read_bytes()
+    for broken in (b"", b"k", data[:-1], data + b"x", b"kvr0" + data[4:], bytes(len(data)), data[:20]):
+        path.write_bytes(broken)
+        with pytest.raises(RequestError, match="not kept here"):
+            kept.find("resp_a", b"")
+    path.write_bytes(data)
+    assert kept.find("resp_a", b"") == (MESSAGES, NAMES)
+
+
+async def test_the_old_and_the_most_are_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "responses"
+    store = FolderStore(folder, max_bytes=35_000)
+    kept = KeptResponses(store)
+    for number in range(5):
+        kept.keep(f"resp_{number}", b"", [{"role": "user", "content": "x" * 10_000}])
+        path = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        os.utime(path, (time.time() - 100 + number,) * 2)
+    store.sweeper.sweep()
+    assert [number for number in range(5) if _is_kept(kept, f"resp_{number}")] == [2, 3, 4]
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - MAX_AGE_S - 1,) * 2)
+    assert not _is_kept(kept, "resp_4") and len(list(folder.iterdir())) == 3
+    store.sweeper.sweep()
+    assert not list(folder.iterdir())
+    folder.rmdir()
+    store.sweeper.sweep()
+    assert not _is_kept(kept, "resp_4")
+
+
+async def test_writing_sweeps(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "responses")
+    (tmp_path / "responses" / "old").touch()
+    os.utime(tmp_path / "responses" / "old", (0, 0))
+    store.write("new", b"x")
+    assert store.sweeper.sweeping is not None
+    await store.sweeper.sweeping
+    assert [path.name for path in (tmp_path / "responses").iterdir()] == ["new"]
+
+
+async def test_a_full_disk_costs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = router(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    said = await say(served)
+    assert said["http"] == 200 and said["output"][0]["content"][0]["text"] == "Hello"
+    assert not list((tmp_path / "responses").iterdir())
+    assert (await say(served, previous_response_id=said["id"]))["http"] == 404
+
+
+def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "responses").touch()
+    with pytest.raises(ConfigError, match=r"answers_dir: cannot make .*responses"):
+        FolderStore(tmp_path / "responses")
+
+
+def _is_kept(kept: KeptResponses, response_id: str) -> bool:
+    try:
+        kept.find(response_id, b"")
+    except RequestError:
+        return False
+    return True
