@@ -23,6 +23,7 @@ class Sent(_Event):
     num_choices: int
     max_tokens: int
     is_stream: bool = True
+    tells_tokens: bool = True  # not the text alone
     is_reference: bool = False
 
 

@@ -70,10 +70,15 @@ class Load:
 
         async def lane() -> None:
             for ask in waiting:
+                body = ask.body
+                if ask.follows is not None:
+                    first = asks[ask.follows]
+                    body = _following(body, await self._send(next(self._numbers), first, first.body, is_silent=True))
                 if ask.wants_stop:
-                    plain = await self._send(next(self._numbers), ask, ask.body, is_silent=True)
+                    plain = await self._send(next(self._numbers), ask, body, is_silent=True)
                     ask = ask.with_stop(plain.answer()[0])
-                request = await self._send(next(self._numbers), ask, ask.body, is_reference=True)
+                    body = ask.body
+                request = await self._send(next(self._numbers), ask, body, is_reference=True)
                 if (breaches := judge(request).breaches) or not request.is_done:
                     failure = request.failure.message if request.failure is not None else "no answer"
                     raise ConfigError(f"undisturbed {ask.kind} request: {breaches[0] if breaches else failure}")
@@ -86,13 +91,24 @@ class Load:
         """Send requests until `stop` is set and the last one has ended."""
         source = random.Random(seed)
 
+        async def take(ask: Ask, body: Body) -> Request:
+            request = await self._send(next(self._numbers), ask, body)
+            self.results.append(result := self._result(request))
+            if result.failure or result.verdict.is_lost:
+                await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+            return request
+
         async def lane() -> None:
             while not stop.is_set():
                 ask = source.choice(asks)
-                request = await self._send(next(self._numbers), ask, ask.send_body(source))
-                self.results.append(result := self._result(request))
-                if result.failure or result.verdict.is_lost:
-                    await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+                body = ask.send_body(source)
+                if ask.follows is not None:
+                    first = asks[ask.follows]
+                    earlier = await take(first, first.send_body(source))
+                    if not earlier.is_done:
+                        continue
+                    body = _following(body, earlier)
+                await take(ask, body)
 
         await _run_lanes(lane, concurrency)
 
@@ -127,6 +143,11 @@ class Load:
 
     def close(self) -> None:
         self._client.close()
+
+
+def _following(body: Body, earlier: Request) -> Body:
+    """Return the body of a request that goes on with an answer."""
+    return body | {"previous_response_id": f"resp_{earlier.answer_id}"}
 
 
 async def _run_lanes(lane: Callable[[], Coroutine[object, object, None]], count: int) -> None:

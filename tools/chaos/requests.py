@@ -16,7 +16,9 @@ Body = dict[str, object]
 
 _PROMPT_LENS = (1, 5, 16, 17, 60, 150, 400)
 _MIN_ANSWER, _MAX_ANSWER = 4, 160
+_MAX_TURN = 150  # of a conversation, which has two of them and an answer between
 _FIRST_ID = 4  # below are special tokens
+FOLLOWING = "response again"
 _SENTENCES = r"([A-Z][a-z]{0,9}( [a-z]{1,9}){1,9}\. ?){1,40}"
 _RECORDS: Body = {
     "type": "array",
@@ -24,15 +26,12 @@ _RECORDS: Body = {
 }
 _TOOLS: list[Body] = [
     {
-        "type": "function",
-        "function": {
-            "name": name,
-            "parameters": {
-                "type": "object",
-                "properties": fields,
-                "required": list(fields),
-                "additionalProperties": False,
-            },
+        "name": name,
+        "parameters": {
+            "type": "object",
+            "properties": fields,
+            "required": list(fields),
+            "additionalProperties": False,
         },
     }
     for name, fields in (
@@ -55,6 +54,8 @@ class Ask:
     num_choices: int
     max_tokens: int
     is_stream: bool
+    tells_tokens: bool = True  # with the answer
+    follows: int | None = None  # another request, whose answer this one goes on with
     wants_stop: bool = False  # a stop string is taken from its own answer once that is known
 
     def with_stop(self, answer: ChoiceAnswer) -> Ask:
@@ -75,10 +76,14 @@ def plan_asks(count: int, seed: int, *, models: Sequence[str], vocab_size: int, 
     """`count` distinct requests, these kinds in turn, each round of them for the next model; no kind named: all."""
     source = random.Random(seed)
     makers = [(kind, ASK_KINDS[kind]) for kind in kinds or ASK_KINDS]
-    asks = []
+    asks: list[Ask] = []
     for number in range(count):
         turn, place = divmod(number, len(makers))
-        asks.append(_make(number, *makers[place], source, models[turn % len(models)], vocab_size))
+        ask = _make(number, *makers[place], source, models[turn % len(models)], vocab_size)
+        if ask.kind == FOLLOWING:
+            first = next((earlier.number for earlier in reversed(asks) if earlier.path == ask.path), None)
+            ask = replace(ask, follows=first)
+        asks.append(ask)
     return asks
 
 
@@ -90,29 +95,33 @@ def _make(
     model: str,
     vocab_size: int,
 ) -> Ask:
-    is_chat, is_stream = kind.startswith("chat"), not kind.startswith("whole")
+    words, is_stream = kind.split(), "whole" not in kind
     length = source.choice(_PROMPT_LENS)
     max_tokens = source.randint(_MIN_ANSWER, _MAX_ANSWER)
-    body: Body = {
-        "model": model,
-        "max_tokens": max_tokens,
-        "seed": source.getrandbits(31),
-        "stream": is_stream,
-        "return_token_ids": True,
-        "ignore_eos": source.random() < 0.8,
-        **more(source),
-    }
+    body: Body = {"model": model, "stream": is_stream}
+    if words[0] == "response":
+        length = min(length, _MAX_TURN)
+    text = " ".join(source.choices(_WORDS, k=max(1, length // 3)))
+    if words[0] == "response":
+        body |= {"input": text, "max_output_tokens": max_tokens, "seed": source.getrandbits(31), **more(source)}
+        return Ask(number, kind, "/v1/responses", body, 1, max_tokens, is_stream, tells_tokens=False)
+    messages = [{"role": "user", "content": text}]
+    if words[0] == "message":
+        body |= {"messages": messages, "max_tokens": max_tokens, "temperature": 0, **more(source)}
+        return Ask(number, kind, "/v1/messages", body, 1, max_tokens, is_stream, tells_tokens=False)
+    body |= {"max_tokens": max_tokens, "seed": source.getrandbits(31), "return_token_ids": True}
+    body |= {"ignore_eos": source.random() < 0.8, **more(source)}
     if is_stream:
         body["stream_options"] = {"include_usage": True}
-    if is_chat:
-        text = " ".join(source.choices(_WORDS, k=max(1, length // 3)))
-        body["messages"] = [{"role": "user", "content": text}]
+    if words[0] == "chat":
+        path = "/v1/chat/completions"
+        body["messages"] = messages
     else:
+        path = "/v1/completions"
         body["prompt"] = [source.randrange(_FIRST_ID, vocab_size) for _ in range(length)]
     num_choices = body.get("n", 1)
     assert isinstance(num_choices, int)
-    path = "/v1/chat/completions" if is_chat else "/v1/completions"
-    return Ask(number, kind, path, body, num_choices, max_tokens, is_stream, wants_stop="stop" in kind)
+    return Ask(number, kind, path, body, num_choices, max_tokens, is_stream, wants_stop="stop" in words)
 
 
 def _warm(source: random.Random) -> Body:
@@ -131,7 +140,18 @@ def _penalties(source: random.Random) -> Body:
 
 def _tools(source: random.Random) -> Body:
     choice = source.choice(("required", "required", "auto", _ONE_TOOL))
-    return {**_warm(source), "tools": _TOOLS, "tool_choice": choice, "parallel_tool_calls": source.random() < 0.5}
+    tools = [{"type": "function", "function": tool} for tool in _TOOLS]
+    return {**_warm(source), "tools": tools, "tool_choice": choice, "parallel_tool_calls": source.random() < 0.5}
+
+
+def _response_tools(source: random.Random) -> Body:
+    tools = [{"type": "function", "strict": True, **tool} for tool in _TOOLS]
+    return {**_warm(source), "tools": tools, "tool_choice": source.choice(("required", "auto"))}
+
+
+def _message_tools(source: random.Random) -> Body:
+    tools = [{"name": tool["name"], "input_schema": tool["parameters"]} for tool in _TOOLS]
+    return {"tools": tools, "tool_choice": {"type": source.choice(("any", "any", "auto"))}}
 
 
 ASK_KINDS: dict[str, Callable[[random.Random], Body]] = {
@@ -149,4 +169,11 @@ ASK_KINDS: dict[str, Callable[[random.Random], Body]] = {
     "guided choices": lambda source: {**_warm(source), "n": 2, "guided_json": _RECORDS},
     "whole": _warm,
     "whole choices": lambda source: {**_warm(source), "n": 2, "logprobs": 1},
+    "response": _warm,
+    "response whole": _warm,
+    "response tools": _response_tools,
+    FOLLOWING: _warm,
+    "message": lambda source: {"top_k": source.choice((1, 40))},
+    "message whole": lambda source: {},
+    "message tools": _message_tools,
 }

@@ -48,11 +48,16 @@ def test_a_seed_gives_the_same_requests_again_and_another_one_others() -> None:
 
 
 def test_every_way_to_ask_is_among_them() -> None:
-    bodies = [ask.body for ask in plan_asks(110, 0, models=["m"], vocab_size=400)]
-    for field in ("logprobs", "top_logprobs", "n", "presence_penalty", "repetition_penalty", "messages", "prompt"):
+    asks = plan_asks(110, 0, models=["m"], vocab_size=400)
+    bodies = [ask.body for ask in asks]
+    fields = ("logprobs", "top_logprobs", "n", "presence_penalty", "repetition_penalty", "messages", "prompt", "input")
+    for field in fields:
         assert any(field in body for body in bodies), field
+    assert {ask.path for ask in asks if ask.tells_tokens} == {"/v1/completions", "/v1/chat/completions"}
+    assert {ask.path for ask in asks if not ask.tells_tokens} == {"/v1/responses", "/v1/messages"}
     assert {body["stream"] for body in bodies} == {True, False}
-    assert all("seed" in body and body["return_token_ids"] for body in bodies)
+    assert all(ask.body["return_token_ids"] for ask in asks if ask.tells_tokens)
+    assert all("seed" in body or body["temperature"] == 0 for body in bodies)
 
 
 def test_some_ways_to_ask_may_be_named() -> None:
