@@ -134,9 +134,9 @@ class _Chaos:
     async def _disturb(self, system: System, asks: Sequence[Ask]) -> Tally:
         assert self._references is not None
         options, notes = self._options, list[Note]()
-        pid_of = partial(system.program_pid, "router")
+        routers = partial(system.program_pids, "router")
         restart = [sys.executable, "-m", "kvferry", "restart", "--port", system.base_url.rpartition(":")[2]]
-        workers = Workers(self._began_s, self._tell, options.blows, router_pid=pid_of, restart=restart)
+        workers = Workers(self._began_s, self._tell, options.blows, router_pids=routers, restart=restart)
 
         def on_note(note: Note) -> None:
             notes.append(note)

@@ -105,14 +105,21 @@ class System:
         self._log_offset += whole
         self._lines += filter(None, map(parse_log_line, text[:whole].splitlines()))
 
-    def program_pid(self, name: str) -> int:
-        """Return a process that runs now, of the worker with this id or of one of the routers, `router`."""
+    def program_pids(self, name: str) -> list[int]:
+        """Return the processes that run now, of the worker with this id or of the routers, `router`."""
+        found = []
         for process in process_tree([self.process.pid], processes()):
             with suppress(psutil.Error):  # ended meanwhile
                 own = program_name(psutil.Process(process.pid)) or ""
                 if own == name or own.startswith(f"{name}-"):
-                    return process.pid
-        raise ConfigError(f"no process of {name}")
+                    found.append(process.pid)
+        return found
+
+    def program_pid(self, name: str) -> int:
+        """Return one of these. Raises ConfigError while there is none."""
+        if not (found := self.program_pids(name)):
+            raise ConfigError(f"no process of {name}")
+        return found[0]
 
     def resident_mib(self) -> float:
         """Return the memory of all processes of the system together; shared pages count in each."""

@@ -19,7 +19,6 @@ from time import perf_counter
 
 import psutil
 
-from ...common.errors import ConfigError
 from .events import Event, Note
 
 # "kill", "rank" (kill, of another rank), "hang" (stopped, and left so), "pause" (stopped, and continued), "router"
@@ -87,14 +86,14 @@ class Workers:
         tell: Callable[[Event], None],
         kinds: Sequence[Kind] = KINDS,
         *,
-        router_pid: Callable[[], int] | None = None,
+        router_pids: Callable[[], Sequence[int]] | None = None,
         restart: Sequence[str] = (),
     ) -> None:
-        """`router_pid()`: a router's process, where routers are struck. Raises ConfigError while there is none.
+        """`router_pids()`: the routers' processes that run, where routers are struck.
         `restart`: the command that restarts everything.
         """
         self._kinds = kinds
-        self._router_pid = router_pid
+        self._router_pids = router_pids
         self._restart = restart
         self._restarting: subprocess.Popen[bytes] | None = None
         self.strikes: list[Strike] = []
@@ -155,7 +154,7 @@ class Workers:
             return None
         process, kind = source.choice(self.up), source.choice(self._kinds)
         if kind == "router":
-            return self._strike_router()
+            return self._strike_router(source)
         if kind == "restart":
             return self._begin_restart()
         ranks = process.other_ranks if kind == "rank" else []
@@ -178,15 +177,16 @@ class Workers:
             self._timers.append(asyncio.get_running_loop().call_later(delay_s, self._go_on, process))
         return strike
 
-    def _strike_router(self) -> Strike | None:
-        assert self._router_pid is not None
-        with contextlib.suppress(ConfigError, ProcessLookupError):
-            strike = Strike("kill", "the router", "router", self._router_pid(), self._now())
+    def _strike_router(self, source: random.Random) -> Strike | None:
+        assert self._router_pids is not None
+        if not (pids := self._router_pids()):
+            return None
+        strike = Strike("kill", "a router", "router", source.choice(pids), self._now())
+        with contextlib.suppress(ProcessLookupError):
             os.kill(strike.pid, signal.SIGKILL)
-            self.strikes.append(strike)
-            self._tell(Note(at_s=strike.at_s, what="kill", worker_id="router", detail={"pid": strike.pid}))
-            return strike
-        return None
+        self.strikes.append(strike)
+        self._tell(Note(at_s=strike.at_s, what="kill", worker_id="router", detail={"pid": strike.pid}))
+        return strike
 
     def _begin_restart(self) -> Strike | None:
         """Ask for it, unless the one before still runs."""
