@@ -56,6 +56,7 @@ def run_drawn(drawn: Drawn, folder: Path, minutes: float, console: Console) -> T
         minutes=minutes,
         every_s=drawn.every_s,
         concurrency=drawn.concurrency,
+        leaving=0.1,
         num_asks=_NUM_ASKS,
         ask_kinds=tuple(ASK_KINDS),
         adapters=drawn.adapters,

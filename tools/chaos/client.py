@@ -13,7 +13,7 @@ import msgspec
 
 from ..load.http_client import HttpClient, HttpError, ResponseHead
 from ..load.sse import EventSplitter
-from .events import Cut, Done, Failed, RequestEvent, Sent
+from .events import Cut, Done, Failed, Left, RequestEvent, Sent
 from .requests import Ask, Body
 from .typed_events import surface_of
 
@@ -68,6 +68,9 @@ class _Reader:
         if not self.has_ended:
             self.cut("ended in the middle" if self._status == 200 else f"status {self._status} without an error")
 
+    def leave(self) -> None:
+        self._end(Left(request=self._request, at_s=self._now()))
+
     def cut(self, why: str) -> None:
         self._end(Cut(request=self._request, at_s=self._now(), why=why))
 
@@ -101,10 +104,12 @@ async def send(
     is_reference: bool = False,
     headers: Mapping[str, str] | None = None,
     key: str | None = None,
+    leave_after_s: float | None = None,
 ) -> None:
     """Runs one request to its end; what happens is told as it happens. `began_s`: of the run, by perf_counter.
 
-    `key`: the client comes back with it as often as its connection ends too early.
+    `key`: the client comes back with it as often as its connection ends too early. `leave_after_s`: by then it has
+    had enough, wherever the answer is.
     """
     reader = _Reader(request, ask, tell, began_s)
     tell(
@@ -121,9 +126,11 @@ async def send(
         )
     )
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(_TIMEOUT_S if leave_after_s is None else leave_after_s):
             while True:
-                own = {} if key is None else {"idempotency-key": key, "last-event-id": reader.last_event}
+                own = {} if key is None else {"idempotency-key": key}
+                if reader.last_event:
+                    own["last-event-id"] = reader.last_event
                 try:
                     await client.request(
                         "POST",
@@ -144,4 +151,7 @@ async def send(
         if not reader.has_ended:
             reader.cut(str(error))
     except TimeoutError:
+        if leave_after_s is not None:
+            reader.leave()
+            return
         reader.cut(f"no end within {_TIMEOUT_S:g} s")

@@ -145,8 +145,14 @@ class _Chaos:
 
         tail = LogTail(system.process.log_path, self._wall_began_s, on_note)
         following = asyncio.create_task(tail.follow())
-        comes_back = "router" in options.blows
-        load = Load(system.base_url, self._began_s, self._tell, self._numbers, comes_back=comes_back)
+        load = Load(
+            system.base_url,
+            self._began_s,
+            self._tell,
+            self._numbers,
+            comes_back="router" in options.blows,
+            leaving=options.leaving,
+        )
         load.references = self._references.references
         try:
             await self._until_up(system)

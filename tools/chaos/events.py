@@ -1,7 +1,7 @@
 """The events of a chaos run: what clients saw, what was done to workers, what the router logged; in a file a line each.
 
-Of one request: Sent, then Delta ... Usage, Done, or Failed, or Cut. What happened to the system is a Note. Some
-requests are references: sent while nobody was disturbed; the others repeat one of them by its `ask`.
+Of one request: Sent, then Delta ... Usage, Done, or Failed, or Cut, or Left. What happened to the system is a Note.
+Some requests are references: sent while nobody was disturbed; the others repeat one of them by its `ask`.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class Cut(_Event):
     why: str
 
 
+class Left(_Event):
+    """The client wanted no more of it."""
+
+    request: int
+
+
 class Note(_Event):
     """Something that happened to the system: `what` is kill, stop, continue, death, or an event of the log."""
 
@@ -80,7 +86,7 @@ class Note(_Event):
     detail: dict[str, object] = {}
 
 
-RequestEvent = Sent | Delta | Usage | Done | Failed | Cut
+RequestEvent = Sent | Delta | Usage | Done | Failed | Cut | Left
 Event = RequestEvent | Note
 
 
@@ -111,6 +117,10 @@ class Request:
     @property
     def is_done(self) -> bool:
         return any(isinstance(event, Done) for event in self.events)
+
+    @property
+    def has_left(self) -> bool:
+        return any(isinstance(event, Left) for event in self.events)
 
     @property
     def failure(self) -> Failed | None:

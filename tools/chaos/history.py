@@ -8,7 +8,8 @@ answer.
 I6  tokens of a choice come once, in order, without a gap; nothing after the finish reason
 I8  every request ends once, and in a way that its client can tell: all finish reasons and [DONE], or a proper error
 I9  usage counts the tokens that were delivered, and the router has exactly one row for the request which says the same
-EQ  text, calls, tokens, log probabilities, finish and stop reasons equal the reference's
+EQ  text, calls, tokens, log probabilities, finish and stop reasons equal the reference's; what came before its client
+    left is the beginning of it
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .events import Cut, Delta, Done, Failed, History, Note, Request, Usage, read_history
+from .events import Cut, Delta, Done, Failed, History, Left, Note, Request, Usage, read_history
 
 NATURAL_ENDS = ("stop", "length", "tool_calls")
-_ENDS = (Done, Failed, Cut)
+_ENDS = (Done, Failed, Cut, Left)
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,10 +59,10 @@ def judge(request: Request, reference: Request | None = None) -> Verdict:
     for rule, text in (*_check_order(request), *_check_end(request), *_check_usage(request)):
         found.append(Breach(rule, request.number, text))
     failure = request.failure
-    verdict.is_lost = not request.is_done and (failure is None or not failure.code)
-    if reference is not None and request.is_done:
-        for text in _compare(request, reference, verdict):
-            found.append(Breach("EQ", request.number, text))
+    verdict.is_lost = not request.is_done and not request.has_left and (failure is None or not failure.code)
+    if reference is not None and (request.is_done or request.has_left):
+        differences = _compare(request, reference, verdict) if request.is_done else _compare_begun(request, reference)
+        found += [Breach("EQ", request.number, text) for text in differences]
     return verdict
 
 
@@ -143,6 +144,16 @@ def _compare(request: Request, reference: Request, verdict: Verdict) -> Iterable
             ours, theirs = getattr(request.usage, name), getattr(reference.usage, name)
             if ours != theirs:
                 yield f"{name} {ours} is not {theirs}"
+
+
+def _compare_begun(request: Request, reference: Request) -> Iterable[str]:
+    for number, (got, wanted) in enumerate(zip(request.answer(), reference.answer(), strict=True)):
+        for name in ("token_ids", "text", "calls", "logprobs"):
+            ours, theirs = getattr(got, name), getattr(wanted, name)
+            if ours != theirs[: len(ours)]:
+                yield f"choice {number}: {name} {_first_difference(ours, theirs)}"
+        if got.finish is not None and (got.finish, got.stop_reason) != (wanted.finish, wanted.stop_reason):
+            yield f"choice {number}: finish {_first_difference(got.finish, wanted.finish)}"
 
 
 def _count_difference(got: Sequence[int], wanted: Sequence[int], verdict: Verdict) -> str:

@@ -24,6 +24,7 @@ from .history import Counted, Verdict, counted, judge
 from .requests import Ask, Body
 
 _PAUSE_AFTER_FAILURE_S = 0.2  # a system that refuses is not flooded
+_LEAVE_AFTER_S = (0.002, 1.0)  # while it waits, while its prompt is computed or handed over, and in the answer
 
 
 @dataclass(slots=True)
@@ -38,8 +39,9 @@ class Result:
     answer_id: str
     verdict: Verdict
     counted: Counted | None
-    failure: str  # empty: it was answered, or lost
+    failure: str  # empty: it was answered, or lost, or its client left
     times_s: array[float]  # of its chunks
+    has_left: bool = False
 
 
 class Load:
@@ -53,8 +55,9 @@ class Load:
         numbers: Iterator[int] | None = None,
         *,
         comes_back: bool = False,
+        leaving: float = 0.0,
     ) -> None:
-        """`comes_back`: each client does, when its connection ends too early."""
+        """`comes_back`: each client does, when its connection ends too early; the share `leaving` ends it."""
         self.results: list[Result] = []
         self.references: dict[int, Request] = {}  # by ask
         self._client = HttpClient(base_url)
@@ -62,6 +65,7 @@ class Load:
         self._tell = tell
         self._numbers = numbers if numbers is not None else count(1)
         self._comes_back = comes_back
+        self._leaving = leaving
 
     async def compute_references(self, asks: Sequence[Ask], concurrency: int) -> list[Ask]:
         """The answers that are right. Returns the asks, those with a stop string complete. Raises ConfigError."""
@@ -92,7 +96,8 @@ class Load:
         source = random.Random(seed)
 
         async def take(ask: Ask, body: Body) -> Request:
-            request = await self._send(next(self._numbers), ask, body)
+            leave_after_s = source.uniform(*_LEAVE_AFTER_S) if source.random() < self._leaving else None
+            request = await self._send(next(self._numbers), ask, body, leave_after_s=leave_after_s)
             self.results.append(result := self._result(request))
             if result.failure or result.verdict.is_lost:
                 await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
@@ -113,7 +118,14 @@ class Load:
         await _run_lanes(lane, concurrency)
 
     async def _send(
-        self, number: int, ask: Ask, body: Body, *, is_reference: bool = False, is_silent: bool = False
+        self,
+        number: int,
+        ask: Ask,
+        body: Body,
+        *,
+        is_reference: bool = False,
+        is_silent: bool = False,
+        leave_after_s: float | None = None,
     ) -> Request:
         events: list[RequestEvent] = []
 
@@ -123,7 +135,17 @@ class Load:
                 self._tell(event)
 
         key = uuid.uuid4().hex if self._comes_back else None
-        await send(self._client, number, ask, body, tell, began_s=self._began_s, is_reference=is_reference, key=key)
+        await send(
+            self._client,
+            number,
+            ask,
+            body,
+            tell,
+            began_s=self._began_s,
+            is_reference=is_reference,
+            key=key,
+            leave_after_s=leave_after_s,
+        )
         return collect(events)
 
     def _result(self, request: Request) -> Result:
@@ -138,6 +160,7 @@ class Load:
             verdict=judge(request, self.references.get(request.sent.ask)),
             counted=counted(request),
             failure="" if failure is None else f"{failure.status} {failure.code}: {failure.message}",
+            has_left=request.has_left,
             times_s=array("d", request.chunk_times_s()),
         )
 

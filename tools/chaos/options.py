@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.errors import ConfigError
-from ..load.arguments import Parser, output_file, positive_float, positive_int, shell_words
+from ..load.arguments import Parser, output_file, positive_float, positive_int, share_or_none, shell_words
 from .requests import ASK_KINDS, Ask, plan_asks
 from .workers import KINDS, KNOWN_KINDS
 
@@ -27,6 +27,7 @@ class Options:
     minutes: float
     every_s: float
     concurrency: int
+    leaving: float  # the share of clients that do not wait for the end
     num_asks: int
     ask_kinds: tuple[str, ...]
     adapters: tuple[str, ...]  # names of those that requests are for, beside the model
@@ -85,6 +86,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         minutes=parsed.minutes,
         every_s=parsed.every,
         concurrency=parsed.concurrency,
+        leaving=parsed.leaving,
         num_asks=parsed.num_requests,
         ask_kinds=_known("--requests", parsed.requests or ",".join(ASK_KINDS), ASK_KINDS),
         adapters=tuple(filter(None, parsed.adapters.split(","))),
@@ -117,6 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--minutes", type=positive_float, default=10.0, metavar="M", help="under load (default: %(default)g)")
     add("--every", type=positive_float, default=5.0, metavar="S", help="between two blows (default: %(default)g)")
     add("--concurrency", type=positive_int, default=8, metavar="N", help="requests in flight (default: %(default)s)")
+    leaving = "of clients that do not wait for the end (default: %(default)g)"
+    add("--leaving", type=share_or_none, default=0.1, metavar="SHARE", help=leaving)
     add("--num-requests", type=positive_int, default=330, metavar="N", help="distinct ones (default: %(default)s)")
     add("--seed", type=int, default=0, help="of requests, victims and signals (default: %(default)s)")
     kinds = "rank: another process of a worker; router: clients come back; restart: of all processes in turn"

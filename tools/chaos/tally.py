@@ -36,6 +36,7 @@ class Tally:
 
     num_sent: int
     num_answered: int
+    num_left: int  # their clients did, before the end
     num_failed: int
     num_lost: int
     num_compared: int  # answers that were held against an undisturbed one
@@ -109,6 +110,7 @@ def tally(
     return Tally(
         num_sent=len(results),
         num_answered=len(answered),
+        num_left=sum(result.has_left for result in results),
         num_failed=sum(bool(result.failure) and not result.verdict.is_lost for result in results),
         num_lost=sum(verdict.is_lost for verdict in verdicts),
         num_compared=sum(result.ask in references for result in answered),
@@ -208,7 +210,9 @@ def _counts_table(found: Tally, title: str) -> Table:
     blows = ", ".join(f"{number} {what}" for what, number in sorted(found.blows.items()))
     attempts = ", ".join(f"{number} in {stage}" for stage, number in sorted(found.num_failed_attempts.items()))
     facts = {
-        "requests sent / answered": f"{found.num_sent:,} / {found.num_answered:,}",
+        "requests sent / answered / left by their clients": (
+            f"{found.num_sent:,} / {found.num_answered:,} / {found.num_left:,}"
+        ),
         "tokens delivered": f"{found.num_tokens:,}",
         "answers compared with undisturbed ones": f"{found.num_compared:,}",
         "blows": blows or "none",

@@ -74,6 +74,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def share_or_none(text: str) -> float:
+    """A part of a whole, which may be nothing: 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def positive_or_infinite(text: str) -> float:
     """A number above 0, of something that may be without a bound."""
     value = _number(text)

@@ -21,7 +21,7 @@ import pytest
 from kvferry.common.errors import ConfigError
 from kvferry.tools.chaos import command as chaos
 from kvferry.tools.chaos.client import send
-from kvferry.tools.chaos.events import ChoiceAnswer, Cut, Delta, Done, Event, Failed, Note, Request, Sent, Usage
+from kvferry.tools.chaos.events import ChoiceAnswer, Cut, Delta, Done, Event, Failed, Left, Note, Request, Sent, Usage
 from kvferry.tools.chaos.history import Counted, Verdict, judge
 from kvferry.tools.chaos.load import Load, Result, collect
 from kvferry.tools.chaos.options import parse_options
@@ -184,6 +184,28 @@ async def test_an_answer_that_differs_from_its_reference_is_counted() -> None:
         await load.run(asks, 1, 0, over)
         load.close()
     assert load.results[0].verdict.num_changed == 1 and load.results[0].failure == ""
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_a_client_that_has_had_enough_leaves_and_does_not_come_back(key: str | None) -> None:
+    events: list[Event] = []
+    async with scripted_server(lambda _: Script([_chunk("ab", [1, 2])], is_stuck=True)) as server:
+        client = HttpClient(server.base_url)
+        await send(client, 3, ASK, ASK.body, events.append, began_s=0.0, key=key, leave_after_s=0.2)
+        client.close()
+        assert len(server.requests) == 1
+    request = collect(events)  # type: ignore[arg-type]
+    assert isinstance(request.events[-1], Left) and judge(request).breaches == []
+
+
+async def test_a_share_of_clients_leaves() -> None:
+    over = asyncio.Event()
+    async with scripted_server(lambda _: Script([_chunk("ab", [1, 2])], is_stuck=True)) as server:
+        load = Load(server.base_url, 0.0, lambda told: over.set() if isinstance(told, Left) else None, leaving=1.0)
+        await load.run([ASK], 2, 0, over)
+        load.close()
+    assert load.results and all(result.has_left for result in load.results)
+    assert not any(result.verdict.is_lost or result.failure for result in load.results)
 
 
 async def test_a_wrong_answer_before_anything_was_disturbed_ends_the_run() -> None:

@@ -13,6 +13,7 @@ from kvferry.tools.chaos.events import (
     Event,
     Failed,
     History,
+    Left,
     Note,
     RequestEvent,
     Sent,
@@ -118,6 +119,32 @@ def test_whatever_else_differs_is_named(more: dict[str, object], what: str) -> N
     assert breach.rule == "EQ" and what in breach.text
 
 
+LEFT = Left(request=2, at_s=2.0)
+
+
+@pytest.mark.parametrize(
+    "before", [[], [_delta(2, "a", [1])], _answer(2)[:-1], [_delta(2, "", [1])]], ids=["nothing", "some", "all", "ids"]
+)
+def test_who_leaves_has_had_the_beginning_of_an_answer(before: list[RequestEvent]) -> None:
+    history = _history(*before, LEFT)
+    assert breaches_of(history) == [] and not judge_all(history)[2].is_lost
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [_delta(2, "b", [1])],
+        [_delta(2, "ab", [1, 3])],
+        [_delta(2, "ab", [1, 2]), _delta(2, "ab", [1, 2])],
+        [_delta(2, "abcd", [1, 2, 3, 4], finish="stop")],
+        [_delta(2, "ab", [1, 2], calls="f")],
+    ],
+    ids=["text", "token", "twice", "finish", "calls"],
+)
+def test_who_leaves_has_had_nothing_else(before: list[RequestEvent]) -> None:
+    assert "EQ" in _rules(_history(*before, LEFT))
+
+
 PLANTED: dict[str, tuple[str, list[Event]]] = {
     "text after the finish reason": ("I6", [*_answer(2), _delta(2, "x", [7]), _done(2)]),
     "an unknown choice": ("I6", [_delta(2, "x", [7], choice=3), *_answer(2), _done(2)]),
@@ -138,6 +165,7 @@ PLANTED: dict[str, tuple[str, list[Event]]] = {
         "I8",
         [*_answer(2), _done(2), Failed(request=2, at_s=3.0, status=200, code="worker_lost", message="lost")],
     ),
+    "tokens for who has left": ("I8", [LEFT, _delta(2, "a", [1])]),
     "tokens after [DONE]": ("I8", [*_answer(2), _done(2), _delta(2, "x", [7])]),
     "an error that is none": ("I8", [Failed(request=2, at_s=2.0, status=502, code="", message="<html>")]),
     "no usage": ("I9", [*_answer(2)[:-1], _done(2)]),
