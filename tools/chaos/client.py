@@ -151,7 +151,9 @@ async def send(
         if not reader.has_ended:
             reader.cut(str(error))
     except TimeoutError:
+        if reader.has_ended:
+            return  # in the last moment
         if leave_after_s is not None:
             reader.leave()
-            return
-        reader.cut(f"no end within {_TIMEOUT_S:g} s")
+        else:
+            reader.cut(f"no end within {_TIMEOUT_S:g} s")
