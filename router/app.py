@@ -39,8 +39,10 @@ from .helpers.json_parser import JsonParser
 from .kept.answers import KeptAnswers
 from .messages.form import error_body
 from .metrics.metrics import RouterMetrics
+from .responses.background import BackgroundResponses
 from .responses.kept import KeptResponses
 from .responses.store import FolderStore, MemoryStore, ResponseStore
+from .responses.task_folder import TaskFolder
 from .routes import Routes, add_routes
 from .state.classes import RequestClasses
 
@@ -100,9 +102,11 @@ def build_app(
         error_bodies={"/v1/messages": error_body},
     )
     responses = KeptResponses(_response_store(kept_answers, clock) if stores_responses else None)
-    routes = Routes(api, metrics, responses, has_data=data is not None)
+    background = BackgroundResponses(api, responses, _task_folder(kept_answers) if stores_responses else None)
+    routes = Routes(api, metrics, responses, background, has_data=data is not None)
     app = _Application(middleware, routes)
     app.state.api = api
+    app.state.background = background
     batches = _batches(api, routes, metrics, keys, cors, data, max_batch_requests)
     app.state.keeper = batches.keeper
     app.add_exception_handler(HTTPException, on_no_endpoint)
@@ -118,6 +122,10 @@ def build_app(
 
 def _response_store(answers: KeptAnswers | None, clock: Clock) -> ResponseStore:
     return MemoryStore(clock) if answers is None else FolderStore(answers.path / "responses")
+
+
+def _task_folder(answers: KeptAnswers | None) -> TaskFolder | None:
+    return None if answers is None else TaskFolder(answers.path / "tasks")
 
 
 def _batches(

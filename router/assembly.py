@@ -46,6 +46,7 @@ from .helpers.grammar_checker import GrammarCompilers
 from .kept.answers import KeptAnswers
 from .metrics.metrics import RouterMetrics
 from .placement import make_policy
+from .responses.background import BackgroundResponses
 from .state.classes import RequestClasses
 from .state.failures import WorkerLife
 from .state.objectives import BACKGROUND_CLASS, DEFAULT_CLASS
@@ -82,6 +83,12 @@ class RouterParts:
         keeper = self.app.state.keeper
         assert isinstance(keeper, Keeper | None)
         return keeper
+
+    @property
+    def background(self) -> BackgroundResponses:
+        background = self.app.state.background
+        assert isinstance(background, BackgroundResponses)
+        return background
 
     def scrape(self) -> Callable[[], tuple[bytes, str]]:
         """Return what writes (text, media type) of the metrics, on a thread."""

@@ -22,6 +22,7 @@ from .catalogue.version import Version
 from .embeddings.endpoint import embed
 from .messages.surface import MessagesSurface
 from .metrics.metrics import RouterMetrics
+from .responses.background import BackgroundResponses
 from .responses.endpoints import KeptEndpoints
 from .responses.kept import KeptResponses
 from .responses.surface import ResponsesSurface
@@ -39,13 +40,22 @@ _PATHS_OF_DATA = ("/v1/files", "/v1/batches")  # where there is a folder for the
 class Routes:
     """The endpoints as methods: each takes the request and gives a response."""
 
-    def __init__(self, api: Api, metrics: RouterMetrics, responses: KeptResponses, *, has_data: bool) -> None:
+    def __init__(
+        self,
+        api: Api,
+        metrics: RouterMetrics,
+        responses: KeptResponses,
+        background: BackgroundResponses,
+        *,
+        has_data: bool,
+    ) -> None:
         """`has_data`: there is a folder for files and batches."""
         self._api = api
         self._metrics = metrics
         paths = _PATHS + _PATHS_OF_DATA * has_data
         self._root = msgspec.json.encode({"server": "kvferry", "paths": paths})
         self._kept = responses
+        self._background = background
         self.kept = KeptEndpoints(self._kept)
 
     async def completions(self, request: Request) -> Reply:
@@ -54,10 +64,26 @@ class Routes:
     async def chat_completions(self, request: Request) -> Reply:
         return await self._api.chat(request)
 
-    async def responses(self, request: Request) -> Reply:
+    async def responses(self, request: Request) -> Response:
         context = context_of(request.scope)
-        surface = ResponsesSurface(self._kept, context.tenant, keeps=self._kept.are_kept and not context.is_background)
-        return await self._api.chat(request, surface)
+        surface = ResponsesSurface(
+            self._kept,
+            context.tenant,
+            context.request_id,
+            keeps=self._kept.are_kept and not context.is_background,
+            goes_on=self._background.are_possible,
+        )
+        reply = await self._api.chat(request, surface)
+        if not surface.is_background:
+            return reply
+        return _json_bytes(await self._background.begin(request.scope, reply, surface))
+
+    async def cancel_response(self, request: Request, response_id: str) -> Response:
+        return _json_bytes(await self._background.cancel(response_id, context_of(request.scope).tenant))
+
+    async def delete_response(self, request: Request, response_id: str) -> Response:
+        await self._background.stop(response_id, context_of(request.scope).tenant)
+        return await self.kept.delete(request, response_id)
 
     async def messages(self, request: Request) -> Reply:
         return await self._api.chat(request, MessagesSurface())
@@ -70,7 +96,8 @@ class Routes:
         return Response(msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json")
 
     async def count_response(self, request: Request) -> Response:
-        surface = ResponsesSurface(self._kept, context_of(request.scope).tenant, keeps=False)
+        context = context_of(request.scope)
+        surface = ResponsesSurface(self._kept, context.tenant, context.request_id, keeps=False)
         num_tokens = await self._api.count_chat(request, surface)
         counted = {"object": "response.input_tokens", "input_tokens": num_tokens}
         return Response(msgspec.json.encode(counted), media_type="application/json")
@@ -155,7 +182,8 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     app.add_api_route(_COUNT_RESPONSE_PATH, routes.count_response, methods=["POST"])
     app.add_api_route(_COUNT_RESPONSE_PATH, routes.only_post, methods=["GET", "DELETE"], include_in_schema=False)
     app.add_api_route("/v1/responses/{response_id}", routes.kept.show, methods=["GET"])
-    app.add_api_route("/v1/responses/{response_id}", routes.kept.delete, methods=["DELETE"])
+    app.add_api_route("/v1/responses/{response_id}", routes.delete_response, methods=["DELETE"])
+    app.add_api_route("/v1/responses/{response_id}/cancel", routes.cancel_response, methods=["POST"])
     app.add_api_route("/v1/responses/{response_id}/input_items", routes.kept.items, methods=["GET"])
     app.add_api_route("/v1/messages", routes.messages, methods=["POST"])
     app.add_api_route("/v1/embeddings", routes.embeddings, methods=["POST"], openapi_extra=_takes(EmbeddingBody))
@@ -183,4 +211,8 @@ def _takes(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _json(value: Struct) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+    return _json_bytes(msgspec.json.encode(value))
+
+
+def _json_bytes(value: bytes) -> Response:
+    return Response(value, media_type="application/json")

@@ -117,8 +117,11 @@ async def serve_router(
                 serving.callback(reports.cancel)
                 scales = asyncio.create_task(_scale(parts.scaling))
                 serving.callback(scales.cancel)
-                async with parts.keeper.keeping() if parts.keeper is not None else contextlib.nullcontext():
-                    await _until_stopped(stop, control)  # a batch goes on with the next router
+                async with (
+                    parts.background.keeping(),
+                    parts.keeper.keeping() if parts.keeper is not None else contextlib.nullcontext(),
+                ):
+                    await _until_stopped(stop, control)  # batches and background responses go on with the next router
                 await wind_down(front, parts.catalogue, parts.api.in_flight, stop)
         finally:
             await control.close()

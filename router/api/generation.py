@@ -24,7 +24,7 @@ from ..catalogue.version import ServedModel, Version
 from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
 from ..kept.answers import KeptAnswers, take
-from ..kept.asking import KEY_HEADER, answer_key
+from ..kept.asking import KEY_HEADER, answer_key, one_key
 from ..kept.kept_answer import given_back, restored, settled
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER, RequestClasses
 from ..state.errors import clip
@@ -151,6 +151,7 @@ class Api:
         context = self.begin(request)
         with self.body_room.held() as held, naming_fields(surface.own_names):
             body, version = await self.body(request, held, ChatBody, surface.chat_body)
+            context.answer_key = one_key(context.answer_key, surface.key)
             context.marks["read"] = self.clock.now()
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
             chat, asked = await beside_grammar(prompts, version, body)
@@ -203,7 +204,7 @@ class Api:
         tokens = zip(prompts, limits, strict=True)
         self.charge(context, sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
         kept = await take(self.kept_answers, context.answer_key, version.identity, sampling)
-        if kept is None and context.answer_key is not None:
+        if kept is None and KEY_HEADER in context.headers:
             self.tell_ignored(context, ["Idempotency-Key"])
         with given_back(kept):
             sampling = settled(kept, sampling, context.request_id)
@@ -244,12 +245,8 @@ class Api:
         return streams
 
     def _sampling(self, model: ServedModel, body: GenerationBody, max_tokens: int) -> SamplingParams:
-        return body.sampling(
-            model.defaults,
-            seed=self.random.randint(0, _MAX_SEED),
-            max_tokens=max_tokens,
-            vocab_size=model.vocab_size,
-        )
+        seed = self.random.randint(0, _MAX_SEED)
+        return body.sampling(model.defaults, seed=seed, max_tokens=max_tokens, vocab_size=model.vocab_size)
 
     def _cache_salt(self, context: RequestContext, body: CallBody) -> bytes:
         """Return the salt for the prompt's KV: the client's own and, unless keys share, its key's."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from ...common.errors import RequestError
+from ..kept.kept_answer import AnswerKey
 from ..turns.places import Places
 from .chat import ChatForm
 from .chat_turns import ChatTurns
@@ -43,6 +44,11 @@ class ChatSurface(Protocol):
         """The places of what the model is not told of, for a body that was read."""
         ...
 
+    @property
+    def key(self) -> AnswerKey | None:
+        """The server's own name for the answer to a body that was read; None: the client may give one."""
+        ...
+
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         """Return the same request as a chat's body. Raises RequestError."""
         ...
@@ -60,6 +66,7 @@ class OpenAISurface:
     id_prefix = "chatcmpl-"
     events = OPENAI_EVENTS
     left_out = ()
+    key = None
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         return raw

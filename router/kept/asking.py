@@ -64,5 +64,21 @@ def answer_key(headers: Mapping[bytes, bytes], tenant: bytes, path: str, asked: 
             param="Last-Event-ID",
             code="invalid_last_event_id",
         )
-    digest = hashlib.blake2b(_encode([path, asked]), digest_size=20).digest()
-    return AnswerKey(name, digest, int(after))
+    return AnswerKey(name, _digest(path, asked), int(after))
+
+
+def own_key(name: bytes, tenant: bytes, path: str, asked: object) -> AnswerKey:
+    """Return a key of the server's own, for an answer that goes on without its client."""
+    return AnswerKey(name_of_file(tenant, b"own " + name), _digest(path, asked))
+
+
+def one_key(clients: AnswerKey | None, own: AnswerKey | None) -> AnswerKey | None:
+    """Return the key of an answer. Raises RequestError where the client names one that has a name of the server's."""
+    if clients is not None and own is not None:
+        text = "Idempotency-Key: a background response is found by its id"
+        raise RequestError(text, param="Idempotency-Key", code="unsupported_value")
+    return own or clients
+
+
+def _digest(path: str, asked: object) -> bytes:
+    return hashlib.blake2b(_encode([path, asked]), digest_size=20).digest()

@@ -18,6 +18,7 @@ class MessagesSurface:
     id_prefix = "msg_"
     events = MESSAGE_EVENTS
     left_out = ()
+    key = None
 
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only

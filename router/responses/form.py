@@ -109,6 +109,10 @@ class ResponseForm:
             self._on_end(self._context.answer_id, self._message(), response)
         return events
 
+    def begun(self) -> Fields:
+        """Return the response before anything of it was told."""
+        return self._response("in_progress", None)
+
     def usage_chunk(self) -> object:
         raise AssertionError("the usage is in the last event")
 
@@ -133,7 +137,7 @@ class ResponseForm:
             "object": "response",
             "created_at": self._context.created,
             "status": status,
-            "background": False,
+            "background": self._request.get("background") is True,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": self._context.model,

@@ -51,6 +51,13 @@ class _Conversation:
     names: bytes | memoryview
     response: bytes | memoryview
 
+    def told(self, param: str) -> tuple[Sequence[Message], Names]:
+        """Return the messages, and the names in them. Raises RequestError (400), which names `param`, without any."""
+        if not self.messages:
+            text = f"{param}: the response has no answer (yet): it is under way, or was cancelled, or has failed"
+            raise RequestError(text, param=param, code="response_not_completed")
+        return _messages_of(self.messages), _names_of(self.names)
+
     def joined(self) -> bytes:
         parts = (self.items, self.messages, self.names, self.response)
         return b"".join((_HEADER.pack(_FORMAT, *map(len, parts)), *parts))
@@ -103,9 +110,14 @@ class KeptResponses:
         if len(data) + _OBJECT_BYTES * num_objects > MAX_BYTES_OF_ONE:
             return
         try:
-            self._store.write(_name(response_id, tenant), data)
+            self._store.write(response_name(response_id, tenant), data)
         except OSError as error:
             log.warning("response_not_kept", reason=error.strerror or str(error), num_bytes=len(data))
+
+    def keep_state(self, response_id: str, tenant: bytes, response: bytes) -> None:
+        """Keep a response that is under way, or has ended without an answer. Raises OSError."""
+        if self._store is not None:
+            self._store.write(response_name(response_id, tenant), _Conversation(b"[]", b"", b"{}", response).joined())
 
     def find(self, response_id: object, tenant: bytes) -> tuple[Sequence[Message], Names]:
         """Return the messages so far, and the names of namespaces' functions in them. May be called from any thread.
@@ -123,7 +135,7 @@ class KeptResponses:
                 code="previous_response_not_found",
                 status=404,
             )
-        return _messages_of(found.messages), _names_of(found.names)
+        return found.told(name)
 
     def find_item(self, item_id: object, tenant: bytes) -> Item | None:
         """Return an answer's item; None: it is not kept. May be called from any thread."""
@@ -137,14 +149,14 @@ class KeptResponses:
 
     def input(self, response_id: str, tenant: bytes) -> tuple[Sequence[Message], Names]:
         """Return the messages that a response answers, and the names in them. Raises RequestError (404)."""
-        found = self._named(response_id, tenant)
-        return _messages_of(found.messages)[:-1], _names_of(found.names)
+        messages, names = self._named(response_id, tenant).told("response_id")
+        return messages[:-1], names
 
     def forget(self, response_id: str, tenant: bytes) -> None:
         """Raises RequestError (404)."""
         self._named(response_id, tenant)
         assert self._store is not None
-        self._store.delete(_name(response_id, tenant))
+        self._store.delete(response_name(response_id, tenant))
 
     def _named(self, response_id: str, tenant: bytes) -> _Conversation:
         found = self._find(response_id, tenant)
@@ -154,11 +166,12 @@ class KeptResponses:
         return found
 
     def _find(self, response_id: str, tenant: bytes) -> _Conversation | None:
-        data = None if self._store is None else self._store.read(_name(response_id, tenant))
+        data = None if self._store is None else self._store.read(response_name(response_id, tenant))
         return None if data is None else _Conversation.parted(data)
 
 
-def _name(response_id: str, tenant: bytes) -> str:
+def response_name(response_id: str, tenant: bytes) -> str:
+    """Return the name under which a caller's response is kept."""
     return name_of_file(tenant, response_id.encode(errors="surrogatepass"))
 
 

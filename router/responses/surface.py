@@ -13,6 +13,8 @@ from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.schemas import ChatBody
 from ..api.surface import renamed
+from ..kept.asking import own_key
+from ..kept.kept_answer import AnswerKey
 from ..state.errors import shown
 from ..turns.places import Message, Places
 from .form import Fields, ResponseForm, event_format
@@ -20,14 +22,26 @@ from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses
 from .tools import Names, ResponseTools, names_of_calls, response_tools
 from .translate import FIELD_NAMES, chat_body
 
+PATH = "/v1/responses"
+
 
 class ResponsesSurface:
     """Translates one call."""
 
     id_prefix = RESPONSE_PREFIX
 
-    def __init__(self, kept: KeptResponses, tenant: bytes, *, keeps: bool = True) -> None:
-        """`keeps`: the answer, unless the request says otherwise. A batch's many would drive others' out."""
+    key: AnswerKey | None = None
+
+    def __init__(
+        self, kept: KeptResponses, tenant: bytes, request_id: str, *, keeps: bool = True, goes_on: bool = False
+    ) -> None:
+        """`keeps`: the answer, unless the request says otherwise. A batch's many would drive others' out.
+
+        `goes_on`: an answer may be computed for a client that does not wait for it.
+        """
+        self._request_id = request_id
+        self._goes_on = goes_on
+        self._form: ResponseForm | None = None
         self._kept = kept
         self._tenant = tenant
         self._keeps = keeps
@@ -41,6 +55,9 @@ class ResponsesSurface:
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         self._raw = raw if self._keeps else {**raw, "store": False}
+        if _is_background(raw):
+            self._check_background()
+            self.key = own_key(self._request_id.encode(), self._tenant, PATH, raw)
         previous = raw.get("previous_response_id")
         earlier, names = ((), {}) if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
@@ -51,6 +68,35 @@ class ResponsesSurface:
         self._messages = messages[1:] if raw.get("instructions") else messages
         return body
 
+    def _check_background(self) -> None:
+        text = ""
+        if not self._goes_on:
+            text = (
+                "background: this router has no folder (--answers-dir) where an answer could go on without its client"
+            )
+        elif self._raw.get("store") is False:
+            text = "background: a response that is not kept (store) could not be asked for"
+        elif self._raw.get("stream"):
+            text = f"background: a stream has its client; leave 'stream' away, and GET {PATH}/ID until it is completed"
+        if text:
+            raise RequestError(text, param="background", code="unsupported_value")
+
+    @property
+    def is_background(self) -> bool:
+        """Nobody waits for the answer to a body that was read."""
+        return self.key is not None
+
+    @property
+    def asked(self) -> bytes:
+        """The body as JSON."""
+        return msgspec.json.encode(self._raw)
+
+    @property
+    def begun(self) -> Fields:
+        """The response before anything of it was told."""
+        assert self._form is not None
+        return self._form.begun()
+
     @property
     def left_out(self) -> Sequence[str]:
         return self._tools.left_out
@@ -59,7 +105,8 @@ class ResponsesSurface:
         return renamed(self._tools.own_names(text), FIELD_NAMES, self._places)
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
-        return ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
+        self._form = ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
+        return self._form
 
     def _with_items(self, given: object) -> object:
         """Return the input with items in place of references to them. Raises RequestError that names the place."""
@@ -84,3 +131,10 @@ class ResponsesSurface:
             items, encoded = response["output"], msgspec.json.encode(response)
             assert isinstance(items, list)
             self._kept.keep(response_id, self._tenant, [*self._messages, answer], items, encoded, self._names)
+
+
+def _is_background(raw: Mapping[str, object]) -> bool:
+    asked = raw.get("background")
+    if asked is not None and not isinstance(asked, bool):
+        raise RequestError(f"background must be true or false, got {shown(asked)}", param="background")
+    return bool(asked)

@@ -31,7 +31,6 @@ _IGNORED = frozenset(
 # Field -> the values (besides null) that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "access_programs": (),
-    "background": (False,),
     "background_options": (),
     "context_management": ([],),
     "conversation": (),
@@ -47,7 +46,7 @@ _OF_LEFT_OUT = ("web_search_call.action.sources", "web_search_call.results")  # 
 _KNOWN = frozenset(
     {
         *(*_SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens"),
-        *("text", "reasoning", "include", "previous_response_id", "top_logprobs"),
+        *("text", "reasoning", "include", "previous_response_id", "top_logprobs", "background"),
     }
 )
 FIELD_NAMES: FieldNames = (

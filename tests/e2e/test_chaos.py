@@ -6,11 +6,14 @@ One cluster serves all tests; the worker that died is back before the next one b
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -80,6 +83,30 @@ def test_streams_are_whole_though_the_router_dies(drill: LocalDrill, others: tup
     finally:
         drill.comes_back = False
     drill.check(requests)
+    drill.settle(quarantine_ends=False)
+
+
+def test_responses_that_nobody_waits_for_are_computed_though_the_router_dies(drill: LocalDrill) -> None:
+    path, base_url = "/v1/responses", drill.cluster.base_url
+    bodies = [{"input": f"Number {n}", "seed": n, "temperature": 1.0, "max_output_tokens": 400} for n in range(6)]
+
+    def said(response: dict[str, Any]) -> list[str]:
+        return [response["status"], *(part["text"] for item in response["output"] for part in item["content"])]
+
+    undisturbed = [said(httpx.post(f"{base_url}{path}", json=body, timeout=60.0).json()) for body in bodies]
+    begun = [httpx.post(f"{base_url}{path}", json=body | {"background": True}, timeout=60.0).json() for body in bodies]
+    drill.kill(("router",))
+    found: dict[str, dict[str, Any]] = {}
+
+    def are_all_over() -> bool:
+        for state in begun:
+            with contextlib.suppress(httpx.TransportError):
+                found[state["id"]] = httpx.get(f"{base_url}{path}/{state['id']}", timeout=60.0).json()
+        return all(found.get(state["id"], state)["status"] != "in_progress" for state in begun)
+
+    wait_until(are_all_over, "the responses", 60.0)
+    assert [said(found[state["id"]]) for state in begun] == undisturbed
+    assert '"event":"background_response_goes_on"' in drill.cluster.log.read_text()
     drill.settle(quarantine_ends=False)
 
 

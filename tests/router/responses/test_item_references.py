@@ -78,7 +78,7 @@ def test_references_do_not_make_a_prompt_without_bounds() -> None:
     item = {"id": "rs_a_0", "type": "reasoning", "content": [{"type": "reasoning_text", "text": "x" * 2**20}]}
     kept.keep("resp_a", b"", [], [item])
     assert store.num_bytes > 2**20
-    reference, surface = _reference(item), ResponsesSurface(kept, b"")
+    reference, surface = _reference(item), ResponsesSurface(kept, b"", "id")
     surface.chat_body({"input": [reference] * 2}, None)
     with pytest.raises(Exception, match=rf"input\[3\]: items of more than {MAX_BYTES_OF_ONE} bytes"):
         surface.chat_body({"input": [reference] * 4096}, None)

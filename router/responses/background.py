@@ -1,0 +1,289 @@
+"""Responses for clients that do not wait: `background: true`, a state at once, and the answer when it is asked for.
+
+    POST ─> admitted ─> its state, `in_progress` ─> computed by a task of this router ─> completed, incomplete, failed
+                             GET shows it, from any router  <─────────────┘                  or cancelled
+
+The answer is kept as one with an Idempotency-Key is: when its router ends, however it ends, the next one that looks
+goes on with it behind the last token that was computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Container
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import msgspec
+import structlog
+from fastapi import Request
+from starlette.types import Message, Scope
+
+from ...common.errors import CapacityError, RequestError
+from ..api.generation import Api
+from ..api.middleware import RequestContext, context_of, enter, leave, send_part
+from ..api.reply import Reply
+from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER
+from ..state.errors import HttpFailure, StreamError, clip, failure_of
+from .form import Fields
+from .kept import RESPONSE_PREFIX, KeptResponses, response_name
+from .surface import PATH, ResponsesSurface
+from .task_folder import HeldTask, Task, TaskFolder
+
+LOOK_EVERY_S = 0.25  # for tasks of a router that has ended, and for who wants one cancelled
+CANCEL_WITHIN_S = 5.0
+# Codes of errors that are none of the answer's.
+_LEFT_TO_OTHERS = frozenset({"shutting_down", "taken_over", "idempotency_key_in_use"})
+_UNDER_WAY = frozenset({"queued", "in_progress"})
+_HEADERS = tuple(name.encode() for name in (CLASS_HEADER, TIMEOUT_HEADER))
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Sink:
+    """The client's end of an answer that nobody waits for: an error is all that matters of it."""
+
+    status: int = 0
+    parts: list[bytes] = field(default_factory=list)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif self.status != 200:
+            self.parts.append(message.get("body", b""))
+
+
+@dataclass(slots=True)
+class _Run:
+    held: HeldTask
+    reply: Reply
+    is_cancelled: bool = False
+    task: asyncio.Task[None] | None = None
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.reply.end(StreamError("the response was cancelled", "cancelled", 409))
+
+
+class BackgroundResponses:
+    """`BackgroundResponses` owns those that this router computes. Belongs to its loop."""
+
+    def __init__(self, api: Api, kept: KeptResponses, folder: TaskFolder | None) -> None:
+        """`folder`: None, where there is none, and nothing is computed so."""
+        self._api = api
+        self._kept = kept
+        self._folder = folder
+        self._runs: dict[str, _Run] = {}  # by name
+
+    @property
+    def are_possible(self) -> bool:
+        return self._folder is not None
+
+    async def begin(self, scope: Scope, reply: Reply, surface: ResponsesSurface) -> bytes:
+        """Take over an answer that was admitted. Returns its state, for the client.
+
+        Raises StreamError (503) where it cannot be kept.
+        """
+        context, sink, state = context_of(scope), _Sink(), surface.begun
+        headers = tuple((name, context.headers[name]) for name in _HEADERS if name in context.headers)
+        task = Task(str(state["id"]), context.tenant, surface.asked, headers)
+        own = replace(context, send=sink.send, write=partial(send_part, sink.send), chunk_encoder=None)
+        context.allowance = None  # it is the run's
+        encoded = msgspec.json.encode(state)
+        try:
+            held = self._hold(task, encoded)
+        except OSError as error:
+            reply.end(StreamError("it cannot be kept", "not_kept", 503))
+            await _answer(reply, own, sink)
+            text = f"background: the response cannot be kept: {error.strerror or error}"
+            raise StreamError(text, "not_kept", 503) from error
+        self._start(held, reply, own, sink)
+        return encoded
+
+    def _hold(self, task: Task, state: bytes) -> HeldTask:
+        assert self._folder is not None
+        held = self._folder.create(response_name(task.response_id, task.tenant), task)
+        try:
+            self._kept.keep_state(task.response_id, task.tenant, state)
+        except BaseException:
+            self._folder.end(held)
+            raise
+        return held
+
+    async def cancel(self, response_id: str, tenant: bytes) -> bytes:
+        """Return the response once nobody computes it. Raises RequestError (404; 400 for one that is no such)."""
+        await self.stop(response_id, tenant)
+        if not self._state(response_id, tenant)["background"]:
+            text = f"the response {clip(response_id)} is not a background response"
+            raise RequestError(text, param="response_id", code="response_not_cancellable")
+        return self._kept.response(response_id, tenant)
+
+    async def stop(self, response_id: str, tenant: bytes) -> None:
+        """Return once nobody computes it. Raises RequestError (404), StreamError (503) where it goes on."""
+        name, until_s = response_name(response_id, tenant), asyncio.get_running_loop().time() + CANCEL_WITHIN_S
+        while self._folder is not None and self._state(response_id, tenant)["status"] in _UNDER_WAY:
+            if (run := self._runs.get(name)) is not None and run.task is not None:
+                run.cancel()
+                await asyncio.wait([run.task])
+            elif (held := self._folder.take(name)) is not None:
+                self._end(held, {"status": "cancelled"})
+            elif not self._folder.has(name):  # it has just ended, or its file was lost
+                if self._state(response_id, tenant)["status"] in _UNDER_WAY:
+                    self._change(response_id, tenant, {"status": "cancelled"})
+            elif asyncio.get_running_loop().time() > until_s:
+                raise StreamError("whoever computes the response has not ended it", "cancellation_pending", 503)
+            else:
+                self._folder.ask_to_cancel(name)
+                await asyncio.sleep(LOOK_EVERY_S / 2)
+
+    @contextlib.asynccontextmanager
+    async def keeping(self) -> AsyncIterator[None]:
+        """Look for tasks that nobody computes while the block runs. What is under way at its end is left to others."""
+        looking = asyncio.create_task(self._look(self._folder)) if self._folder is not None else None
+        try:
+            yield
+        finally:
+            if looking is not None:
+                looking.cancel()
+                await asyncio.wait([looking])
+            for run in list(self._runs.values()):
+                run.reply.end(StreamError("the server is shutting down", "shutting_down", 503))
+            if tasks := [run.task for run in self._runs.values() if run.task is not None]:
+                await asyncio.wait(tasks)
+
+    # --- one of them ------------------------------------------------------------------------------------------
+
+    def _start(self, held: HeldTask, reply: Reply, context: RequestContext, sink: _Sink) -> None:
+        run = self._runs[held.name] = _Run(held, reply)
+        run.task = asyncio.create_task(self._compute(run, context, sink))
+
+    async def _compute(self, run: _Run, context: RequestContext, sink: _Sink) -> None:
+        try:
+            failure = await _answer(run.reply, context, sink)
+        finally:
+            del self._runs[run.held.name]
+        code, message = _told(failure, sink)
+        if failure is None and sink.status == 200:  # its form has kept it, unless it was too long
+            self._end(run.held, _failed(500, "the answer is too long to be kept"), only_from=_UNDER_WAY)
+        elif run.is_cancelled:
+            self._end(run.held, {"status": "cancelled"})
+        elif code in _LEFT_TO_OTHERS:
+            run.held.release()
+        else:
+            self._end(run.held, _failed(sink.status or 500, message))
+
+    def _end(self, held: HeldTask, change: Fields, *, only_from: Container[object] | None = None) -> None:
+        """Keep how it has ended, other than with an answer. `only_from`: a state of these; None: any."""
+        assert self._folder is not None
+        task = held.task
+        try:
+            with contextlib.suppress(RequestError):  # it is not kept any more
+                if only_from is None or self._state(task.response_id, task.tenant)["status"] in only_from:
+                    self._change(task.response_id, task.tenant, change)
+        except OSError as error:
+            log.warning("background_responses", reason=error.strerror or str(error))
+            held.release()  # told again from what is kept, until there is room
+        else:
+            self._folder.end(held)
+
+    def _change(self, response_id: str, tenant: bytes, change: Fields) -> None:
+        state = self._state(response_id, tenant) | change
+        self._kept.keep_state(response_id, tenant, msgspec.json.encode(state))
+
+    def _state(self, response_id: str, tenant: bytes) -> Fields:
+        state: Fields = msgspec.json.decode(self._kept.response(response_id, tenant))
+        return state
+
+    # --- those of others --------------------------------------------------------------------------------------
+
+    async def _look(self, folder: TaskFolder) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                for name in await asyncio.to_thread(folder.cancelled):
+                    if (run := self._runs.get(name)) is not None:
+                        run.cancel()
+                if not self._api.catalogue.ready():
+                    for held in await asyncio.to_thread(folder.take_free, frozenset(self._runs)):
+                        await self._go_on(held)
+            except OSError as error:
+                log.warning("background_responses", reason=error.strerror or str(error))
+
+    async def _go_on(self, held: HeldTask) -> None:
+        """Compute what another router has begun."""
+        task, sink = held.task, _Sink()
+        request_id = task.response_id.removeprefix(RESPONSE_PREFIX)
+        headers = {
+            **dict(task.headers),
+            b"content-type": b"application/json",
+            b"content-length": b"%d" % len(task.body),
+        }
+        write = partial(send_part, sink.send)
+        now_s = self._api.clock.now()
+        context = RequestContext(request_id, request_id, now_s, sink.send, write, headers=headers, tenant=task.tenant)
+        scope: Scope = {"type": "http", "method": "POST", "path": PATH, "headers": [*headers.items()]}
+        enter(scope, context)
+        try:
+            surface = ResponsesSurface(self._kept, task.tenant, request_id, goes_on=True)
+            reply = await self._api.chat(Request(scope, partial(_body, task.body)), surface)
+        except CapacityError:  # nothing is free now: it waits for the next look
+            held.release()
+        except Exception as error:
+            if not isinstance(error, (RequestError, StreamError)):
+                log.exception("request_error", request_id=request_id)
+            failure = failure_of(error)
+            if failure.code in _LEFT_TO_OTHERS:
+                held.release()
+            else:
+                self._end(held, _failed(failure.status, failure.message))
+        else:
+            log.info("background_response_goes_on", request_id=request_id)
+            self._start(held, reply, context, sink)
+            return
+        finally:
+            leave(scope)
+        if context.allowance is not None:
+            context.allowance.leave()
+
+
+async def _answer(reply: Reply, context: RequestContext, sink: _Sink) -> HttpFailure | None:
+    """Have an answer computed to its end. Returns what ended it outside of its own telling."""
+    scope: Scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
+    enter(scope, context)
+    try:
+        await reply(scope, _nothing_comes, sink.send)
+    except Exception as error:
+        return failure_of(error)
+    finally:
+        if context.allowance is not None:
+            context.allowance.leave()
+        leave(scope)
+    return None
+
+
+def _told(failure: HttpFailure | None, sink: _Sink) -> tuple[str, str]:
+    """Return code and message of an error."""
+    if failure is not None:
+        return str(failure.code), failure.message
+    try:
+        error = msgspec.json.decode(b"".join(sink.parts))["error"]
+        return str(error["code"]), str(error["message"])
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return "", "it was cut off"
+
+
+def _failed(status: int, message: str) -> Fields:
+    """Return what a response says that failed: OpenAI's libraries know few codes."""
+    code = "server_error" if status >= 500 else "invalid_prompt"
+    return {"status": "failed", "error": {"code": code, "message": message}}
+
+
+async def _nothing_comes() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def _body(data: bytes) -> Message:
+    return {"type": "http.request", "body": data, "more_body": False}

@@ -1,0 +1,340 @@
+"""Responses that nobody waits for: computed to their end, by whichever router is there, or cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.access.quota import QuotaLimits
+from kvferry.router.kept.answers import KeptAnswers
+from kvferry.router.responses import background, kept
+from kvferry.router.responses.background import BackgroundResponses
+from kvferry.router.responses.task_folder import Task, TaskFolder
+from kvferry.router.state.errors import StreamError
+
+from ..fakes import Script, Served, serve
+
+PATH = "/v1/responses"
+BODY = {"input": "hi", "background": True, "max_output_tokens": 40}
+
+
+@pytest.fixture(autouse=True)
+def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "LOOK_EVERY_S", 0.01)
+
+
+def router(folder: Path, text: str = "Hello, world", script: Script | None = None, **options: Any) -> Served:
+    return serve(script or Script(text), kept_answers=KeptAnswers(folder), **options)
+
+
+def runs(served: Served) -> BackgroundResponses:
+    found = served.app.state.background
+    assert isinstance(found, BackgroundResponses)
+    return found
+
+
+async def call(served: Served, method: str, path: str = "", **options: Any) -> httpx.Response:
+    async with served.client(**options.pop("headers", {})) as client:
+        return await client.request(method, PATH + path, **options)
+
+
+async def begin(served: Served, **body: Any) -> dict[str, Any]:
+    response = await call(served, "POST", json=BODY | body)
+    assert response.status_code == 200, response.text
+    state: dict[str, Any] = response.json()
+    assert (state["status"], state["background"], state["output"]) == ("in_progress", True, [])
+    return state
+
+
+async def shown(served: Served, state: dict[str, Any]) -> dict[str, Any]:
+    response = await call(served, "GET", f"/{state['id']}")
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    assert found["id"] == state["id"]
+    return found
+
+
+async def until(check: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(2_000):
+        if await check():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+async def ended(served: Served, state: dict[str, Any]) -> dict[str, Any]:
+    async def is_over() -> bool:
+        return bool((await shown(served, state))["status"] != "in_progress")
+
+    await until(is_over)
+    return await shown(served, state)
+
+
+def text_of(response: dict[str, Any]) -> str:
+    [item] = response["output"]
+    [part] = item["content"]
+    return str(part["text"])
+
+
+async def test_it_is_computed_though_nobody_waits_and_any_router_shows_it(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello, world", hold_at=3)), router(tmp_path)
+    state = await begin(first)
+    await first.dispatcher.held.wait()
+    assert (await shown(second, state))["status"] == "in_progress"
+    going_on = await call(second, "POST", json={"input": "more", "previous_response_id": state["id"]})
+    assert (going_on.status_code, going_on.json()["error"]["code"]) == (400, "response_not_completed")
+    first.dispatcher.go.set()
+    response = await ended(second, state)
+    assert (response["status"], response["background"], text_of(response)) == ("completed", True, "Hello, world")
+    assert response["usage"]["output_tokens"] == len("Hello, world") + 1
+    assert not list((tmp_path / "tasks").iterdir())
+    again = await call(second, "POST", json={"input": "more", "previous_response_id": state["id"]})
+    assert again.status_code == 200
+    items = (await call(second, "GET", f"/{again.json()['id']}/input_items")).json()["data"]
+    assert [item["content"][0]["text"] for item in reversed(items)] == ["hi", "Hello, world", "more"]
+
+
+async def test_the_length_may_end_it(tmp_path: Path) -> None:
+    served = router(tmp_path)
+    response = await ended(served, await begin(served, max_output_tokens=3))
+    assert (response["status"], text_of(response)) == ("incomplete", "Hel")
+
+
+async def test_another_router_goes_on_where_one_ends(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello, world", hold_at=4)), router(tmp_path)
+    async with runs(first).keeping():
+        state = await begin(first)
+        await first.dispatcher.held.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+    assert first.dispatcher.aborted and (await shown(second, state))["status"] == "in_progress"
+    async with runs(second).keeping():
+        response = await ended(second, state)
+    assert (response["status"], text_of(response)) == ("completed", "Hello, world")
+    [began], [went_on] = first.dispatcher.requests, second.dispatcher.requests
+    assert began.sampling.seed == went_on.sampling.seed
+    assert not list((tmp_path / "tasks").iterdir())
+
+
+async def test_a_router_without_workers_leaves_it_to_others(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello", hold_at=0)), router(tmp_path, "Hello")
+    async with runs(first).keeping():
+        state = await begin(first)
+    second.dispatcher.reasons = ["no decode worker is ready"]
+    async with runs(second).keeping():
+        await asyncio.sleep(0.1)
+        assert not second.dispatcher.requests
+        second.dispatcher.reasons = []
+        assert (await ended(second, state))["status"] == "completed"
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["at its router", "at another router"])
+async def test_it_is_cancelled(tmp_path: Path, elsewhere: bool) -> None:
+    first = router(tmp_path, script=Script("Hello, world", hold_at=2))
+    second = router(tmp_path) if elsewhere else first
+    async with runs(first).keeping():
+        state = await begin(first)
+        await first.dispatcher.held.wait()
+        for _ in range(2):  # twice is as once
+            response = await call(second, "POST", f"/{state['id']}/cancel")
+            assert (response.status_code, response.json()["status"]) == (200, "cancelled"), response.text
+    await first.dispatcher.abort_seen.wait()
+    assert await shown(first, state) == state | {"status": "cancelled"}
+    assert not list((tmp_path / "tasks").iterdir())
+
+
+async def test_one_whose_router_has_ended_is_cancelled_by_whoever_is_asked(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello", hold_at=0)), router(tmp_path)
+    async with runs(first).keeping():
+        state = await begin(first)
+    assert (await call(second, "POST", f"/{state['id']}/cancel")).json()["status"] == "cancelled"
+    async with runs(second).keeping():
+        await asyncio.sleep(0.1)
+    assert not second.dispatcher.requests and not list((tmp_path / "tasks").iterdir())
+
+
+async def test_what_is_deleted_ends(tmp_path: Path) -> None:
+    served = router(tmp_path, script=Script("Hello", hold_at=2))
+    state = await begin(served)
+    await served.dispatcher.held.wait()
+    assert (await call(served, "DELETE", f"/{state['id']}")).json()["deleted"]
+    assert served.dispatcher.aborted and not list((tmp_path / "tasks").iterdir())
+    assert (await call(served, "GET", f"/{state['id']}")).status_code == 404
+
+
+async def test_what_ends_without_a_router_that_ends_it_is_told_to_be_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "CANCEL_WITHIN_S", 0.05)
+    first, second = router(tmp_path, script=Script("Hello", hold_at=0)), router(tmp_path)
+    state = await begin(first)  # which looks for nothing
+    response = await call(second, "POST", f"/{state['id']}/cancel")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "cancellation_pending")
+    async with runs(first).keeping():
+        assert (await ended(second, state))["status"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        (Script("Hello, world", fail_after=3), "server_error"),
+        (Script("Hello", fails_queued=True, error=StreamError("poison", "poison", 400)), "invalid_prompt"),
+    ],
+)
+async def test_an_error_is_its_end(tmp_path: Path, script: Script, code: str) -> None:
+    served = router(tmp_path, script=script)
+    response = await ended(served, await begin(served))
+    assert (response["status"], response["error"]["code"]) == ("failed", code)
+    assert str(script.error) in response["error"]["message"]
+    assert not list((tmp_path / "tasks").iterdir())
+
+
+async def test_an_error_where_it_goes_on_is_its_end_too(tmp_path: Path) -> None:
+    first = router(tmp_path, script=Script("Hello", hold_at=0))
+    second = router(tmp_path, script=Script("Hello", refuse=StreamError("worker d-1 was lost", "worker_lost", 503)))
+    async with runs(first).keeping():
+        state = await begin(first)
+    async with runs(second).keeping():
+        response = await ended(second, state)
+    assert (response["status"], response["error"]["message"]) == ("failed", "worker d-1 was lost")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "param"),
+    [
+        ({"background": "yes"}, {}, "background"),
+        ({"store": False}, {}, "background"),
+        ({"stream": True}, {}, "background"),
+        ({"input": []}, {}, "input"),
+        ({"temperature": 9}, {}, "temperature"),
+        ({}, {"idempotency-key": "k"}, "Idempotency-Key"),
+    ],
+)
+async def test_what_does_not_go_is_refused_at_once(
+    tmp_path: Path, body: dict[str, Any], headers: dict[str, str], param: str
+) -> None:
+    served = router(tmp_path)
+    response = await call(served, "POST", json=BODY | body, headers=headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+    assert not served.dispatcher.requests and not list((tmp_path / "tasks").iterdir())
+
+
+async def test_a_router_without_a_folder_refuses_it() -> None:
+    response = await call(serve(Script("Hello")), "POST", json=BODY)
+    assert response.status_code == 400 and "--answers-dir" in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "background"
+
+
+async def test_others_find_nothing_and_what_was_waited_for_is_not_cancelled(tmp_path: Path) -> None:
+    served = router(tmp_path, keys=ApiKeys(("key-1", "key-2")))
+    mine, others = {"authorization": "Bearer key-1"}, {"authorization": "Bearer key-2"}
+    said = (await call(served, "POST", json={"input": "hi"}, headers=mine)).json()
+    for response_id, headers, status in ((said["id"], mine, 400), (said["id"], others, 404), ("resp_x", mine, 404)):
+        response = await call(served, "POST", f"/{response_id}/cancel", headers=headers)
+        assert response.status_code == status, response.text
+
+
+async def test_a_quota_is_held_until_it_has_ended(tmp_path: Path) -> None:
+    limits = QuotaLimits(max_concurrency=1)
+    served = router(tmp_path, script=Script("Hello", hold_at=2), keys=ApiKeys(("key-1",)), quota=limits)
+    key = {"authorization": "Bearer key-1"}
+    state = (await call(served, "POST", json=BODY, headers=key)).json()
+    await served.dispatcher.held.wait()
+    assert (await call(served, "POST", json=BODY, headers=key)).status_code == 429
+    served.dispatcher.go.set()
+
+    async def has_ended() -> bool:
+        return bool((await call(served, "GET", f"/{state['id']}", headers=key)).json()["status"] == "completed")
+
+    await until(has_ended)
+    assert (await call(served, "POST", json={"input": "hi"}, headers=key)).status_code == 200
+
+
+async def test_a_full_disk_refuses_it_and_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = router(tmp_path, script=Script("Hello", hold_at=3))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    response = await call(served, "POST", json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_kept")
+    await served.dispatcher.abort_seen.wait()
+    assert len(served.app.state.api.in_flight) == 0 and not list((tmp_path / "tasks").iterdir())
+
+
+async def test_an_answer_that_is_too_long_to_be_kept_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = router(tmp_path)
+    monkeypatch.setattr(kept, "MAX_BYTES_OF_ONE", 100)
+    response = await ended(served, await begin(served))
+    assert (response["status"], response["error"]["message"]) == ("failed", "the answer is too long to be kept")
+
+
+async def test_what_the_disk_has_no_room_for_is_told_when_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = router(tmp_path, script=Script("Hello", hold_at=3))
+    state = await begin(served)
+    await served.dispatcher.held.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        served.dispatcher.go.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (await shown(served, state))["status"] == "in_progress"
+    async with runs(served).keeping():
+        assert text_of(await ended(served, state)) == "Hello"
+    assert len(served.dispatcher.requests) == 1 and not list((tmp_path / "tasks").iterdir())
+
+
+async def test_one_whose_file_is_lost_is_cancelled_by_whoever_is_asked(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello", hold_at=0)), router(tmp_path)
+    state = await begin(first)
+    [path] = (tmp_path / "tasks").iterdir()
+    path.unlink()
+    assert (await call(second, "POST", f"/{state['id']}/cancel")).json()["status"] == "cancelled"
+
+
+def test_a_task_that_is_not_whole_is_deleted_and_one_that_is_held_is_not_taken(tmp_path: Path) -> None:
+    folder = TaskFolder(tmp_path / "tasks")
+    held = folder.create("a", Task("resp_a", b"t", b"{}", ((b"x", b"y"),)))
+    (tmp_path / "tasks" / "b").write_bytes(b"no task")
+    other = TaskFolder(tmp_path / "tasks")
+    assert other.take("a") is None and other.take_free(()) == [] and not (tmp_path / "tasks" / "b").exists()
+    held.release()
+    assert other.take_free({"a"}) == []
+    [taken] = other.take_free(())
+    assert taken.task == held.task
+    other.ask_to_cancel("a")
+    assert folder.cancelled() == {"a"}
+    other.end(taken)
+    assert not list((tmp_path / "tasks").iterdir()) and folder.take("a") is None
+    other.ask_to_cancel("a")  # too late
+    assert folder.cancelled() == set() and not list((tmp_path / "tasks").iterdir())
+
+
+async def test_its_answer_is_what_a_client_that_waits_gets(tmp_path: Path) -> None:
+    waited = (await call(router(tmp_path / "a"), "POST", json={**BODY, "background": False})).json()
+    served = router(tmp_path / "b")
+    response = await ended(served, await begin(served))
+    same = {"id", "created_at", "completed_at", "background", "output"}
+    assert {k: v for k, v in response.items() if k not in same} == {k: v for k, v in waited.items() if k not in same}
+    assert json.dumps(response["output"]).replace(response["id"][5:], "") == json.dumps(waited["output"]).replace(
+        waited["id"][5:], ""
+    )
