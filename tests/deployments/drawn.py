@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvferry.common.config import EngineConfig
+from kvferry.models.config import ModelConfig
+from kvferry.sizing.memory import cache_token_bytes
+
 from ..adapters import write_adapter
 from ..e2e.exactness_models import MAX_MODEL_LEN, ExactnessModel
 
@@ -80,7 +84,7 @@ class Drawn:
 
     def serve_flags(self, model: ExactnessModel, adapters: Sequence[str], folder: Path) -> tuple[str, ...]:
         """Return the others of a deployment that keeps its files in `folder`."""
-        num_bytes = model.block_bytes * self.cached_tokens // _FLOAT32_BLOCK
+        num_bytes = _token_bytes(model) * self.cached_tokens
         memory = ("--kv-cache-memory-bytes", str(num_bytes if self.dtype == "float32" else num_bytes // 2))
         few = () if self.places is None else ("--max-loras", self.places[0], "--max-cpu-loras", self.places[1])
         own = (word.replace("FOLDER", str(folder)) for word in self.own)
@@ -92,6 +96,12 @@ class Drawn:
         adapters = f", adapters {self.adapter_ranks} in {self.places}" if self.adapters else ""
         blows = f"{'/'.join(self.blows)} every {self.every_s:g} s"
         return f"{self.seed}: {self.family}{adapters}, {size}, {blows}, {words}"
+
+
+def _token_bytes(model: ExactnessModel) -> int:
+    """Return what a token takes in float32: of layers with windows all keys, and of others the states between."""
+    engine = EngineConfig(model_dir=model.path, served_model_name=model.path.name, dtype="float32", device="cpu")
+    return max(model.block_bytes // _FLOAT32_BLOCK, cache_token_bytes(engine, ModelConfig.from_dir(model.path)))
 
 
 def draw(seed: int) -> Drawn:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvferry.settings.fields import ServeSettings
 from kvferry.tests.deployments.drawn import FAMILIES, draw
-from kvferry.tests.e2e.exactness_models import ExactnessModel
+from kvferry.tests.e2e.exactness_models import write_exactness_model
 
 _SEEDS = range(400)
 
@@ -28,8 +28,8 @@ def test_a_seed_gives_the_same_deployment_again() -> None:
     assert len({str(draw(seed)).partition(":")[2] for seed in _SEEDS}) == len(_SEEDS)
 
 
-def test_settings_go_together() -> None:
-    model = ExactnessModel(Path("m"), 4096, is_sparse=False)
+def test_settings_go_together(tmp_path: Path) -> None:
+    model = write_exactness_model(tmp_path / "llama", "llama")
     for seed in _SEEDS:
         drawn = draw(seed)
         pools = {"prefill": {"workers": drawn.num_prefill}, "decode": {"workers": drawn.num_decode}}
