@@ -122,21 +122,31 @@ class BackgroundResponses:
 
     async def stop(self, response_id: str, tenant: bytes) -> None:
         """Return once nobody computes it. Raises RequestError (404), StreamError (503) where it goes on."""
-        name, until_s = response_name(response_id, tenant), asyncio.get_running_loop().time() + CANCEL_WITHIN_S
+        loop, has_looked = asyncio.get_running_loop(), False
+        until_s = loop.time() + CANCEL_WITHIN_S
         while self._folder is not None and self._state(response_id, tenant)["status"] in _UNDER_WAY:
-            if (run := self._runs.get(name)) is not None and run.task is not None:
-                run.cancel()
-                await asyncio.wait([run.task])
-            elif (held := self._folder.take(name)) is not None:
-                self._end(held, {"status": "cancelled"})
-            elif not self._folder.has(name):  # it has just ended, or its file was lost
-                if self._state(response_id, tenant)["status"] in _UNDER_WAY:
-                    self._change(response_id, tenant, {"status": "cancelled"})
-            elif asyncio.get_running_loop().time() > until_s:
+            if loop.time() > until_s:
                 raise StreamError("whoever computes the response has not ended it", "cancellation_pending", 503)
-            else:
-                self._folder.ask_to_cancel(name)
+            if has_looked:
                 await asyncio.sleep(LOOK_EVERY_S / 2)
+            has_looked = True
+            try:
+                await self._try_to_stop(self._folder, response_id, tenant)
+            except OSError as error:
+                raise StreamError(f"it cannot be kept: {error.strerror or error}", "not_kept", 503) from error
+
+    async def _try_to_stop(self, folder: TaskFolder, response_id: str, tenant: bytes) -> None:
+        name = response_name(response_id, tenant)
+        cancelled: Fields = {"status": "cancelled"}
+        if (run := self._runs.get(name)) is not None and run.task is not None:
+            run.cancel()
+            await asyncio.wait([run.task])
+        elif (held := folder.take(name)) is not None:
+            self._end(held, cancelled)
+        elif folder.has(name):
+            folder.ask_to_cancel(name)
+        elif self._state(response_id, tenant)["status"] in _UNDER_WAY:  # its file was lost
+            self._change(response_id, tenant, cancelled)
 
     @contextlib.asynccontextmanager
     async def keeping(self) -> AsyncIterator[None]:

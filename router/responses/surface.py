@@ -29,8 +29,7 @@ class ResponsesSurface:
     """Translates one call."""
 
     id_prefix = RESPONSE_PREFIX
-
-    key: AnswerKey | None = None
+    key: AnswerKey | None = None  # of a background response
 
     def __init__(
         self, kept: KeptResponses, tenant: bytes, request_id: str, *, keeps: bool = True, goes_on: bool = False
@@ -71,9 +70,7 @@ class ResponsesSurface:
     def _check_background(self) -> None:
         text = ""
         if not self._goes_on:
-            text = (
-                "background: this router has no folder (--answers-dir) where an answer could go on without its client"
-            )
+            text = "background: this router has no folder for it (--answers-dir, without --no-store-responses)"
         elif self._raw.get("store") is False:
             text = "background: a response that is not kept (store) could not be asked for"
         elif self._raw.get("stream"):

@@ -303,6 +303,25 @@ async def test_what_the_disk_has_no_room_for_is_told_when_it_has(
     assert len(served.dispatcher.requests) == 1 and not list((tmp_path / "tasks").iterdir())
 
 
+async def test_a_cancellation_that_the_disk_has_no_room_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "CANCEL_WITHIN_S", 0.05)
+    served = router(tmp_path, script=Script("Hello", hold_at=3))
+    state = await begin(served)
+    await served.dispatcher.held.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        response = await call(served, "POST", f"/{state['id']}/cancel")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "cancellation_pending")
+    assert served.dispatcher.aborted
+    assert (await call(served, "POST", f"/{state['id']}/cancel")).json()["status"] == "cancelled"
+
+
 async def test_one_whose_file_is_lost_is_cancelled_by_whoever_is_asked(tmp_path: Path) -> None:
     first, second = router(tmp_path, script=Script("Hello", hold_at=0)), router(tmp_path)
     state = await begin(first)
