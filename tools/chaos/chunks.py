@@ -17,6 +17,8 @@ class Surface:
 
     done = b"[DONE]"  # the data that ends a stream; empty: an event does
 
+    under_way = ""  # the id of an answer that is asked for again and again
+
     def __init__(self, request: int) -> None:
         self.request = request
         self.answer_id = ""

@@ -37,8 +37,13 @@ class _Reader:
         self.has_ended = False
         self.last_event = ""  # its number, where events have one
 
+    @property
+    def under_way(self) -> str:
+        """The id of an answer that was begun and is to be asked for; empty: there is none."""
+        return self._surface.under_way
+
     def begin_again(self) -> None:
-        """The connection has ended too early; what comes by another goes on behind the last whole event."""
+        """The connection has ended; what comes by another goes on behind the last whole event."""
         self.last_event = self._splitter.last_id or self.last_event
         self._splitter = EventSplitter()
         self._body.clear()
@@ -61,11 +66,11 @@ class _Reader:
         """The body is over."""
         if self._status == 200 and not self._ask.is_stream:
             self._take(b"".join(self._body))
-            if not self.has_ended:
+            if not self.has_ended and not self.under_way:
                 self._end(self._surface.end(self._now()))
         elif self._status != 200:
             self._take(b"".join(self._body))
-        if not self.has_ended:
+        if not self.has_ended and not self.under_way:
             self.cut("ended in the middle" if self._status == 200 else f"status {self._status} without an error")
 
     def leave(self) -> None:
@@ -122,26 +127,29 @@ async def send(
             max_tokens=ask.max_tokens,
             is_stream=ask.is_stream,
             tells_tokens=ask.tells_tokens,
+            is_background=ask.is_background,
             is_reference=is_reference,
         )
     )
     try:
         async with asyncio.timeout(_TIMEOUT_S if leave_after_s is None else leave_after_s):
             while True:
-                own = {} if key is None else {"idempotency-key": key}
+                own = {} if key is None or ask.is_background else {"idempotency-key": key}
                 if reader.last_event:
                     own["last-event-id"] = reader.last_event
+                to = f"/{reader.under_way}" if reader.under_way else ""
                 try:
                     await client.request(
-                        "POST",
-                        ask.path,
-                        body=_encode(body),
+                        "GET" if to else "POST",
+                        ask.path + to,
+                        body=b"" if to else _encode(body),
                         headers={**(headers or {}), **own},
                         on_head=reader.on_head,
                         on_body=reader.on_body,
                     )
                     reader.finish()
-                    return
+                    if reader.has_ended:
+                        return
                 except HttpError:
                     if key is None or reader.has_ended:
                         raise

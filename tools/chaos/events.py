@@ -24,6 +24,7 @@ class Sent(_Event):
     max_tokens: int
     is_stream: bool = True
     tells_tokens: bool = True  # not the text alone
+    is_background: bool = False  # its client does not wait
     is_reference: bool = False
 
 

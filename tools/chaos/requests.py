@@ -55,6 +55,7 @@ class Ask:
     max_tokens: int
     is_stream: bool
     tells_tokens: bool = True  # with the answer
+    is_background: bool = False  # its client does not wait
     follows: int | None = None  # another request, whose answer this one goes on with
     wants_stop: bool = False  # a stop string is taken from its own answer once that is known
 
@@ -95,7 +96,8 @@ def _make(
     model: str,
     vocab_size: int,
 ) -> Ask:
-    words, is_stream = kind.split(), "whole" not in kind
+    words = kind.split()
+    is_stream = not {"whole", "background"} & set(words)
     length = source.choice(_PROMPT_LENS)
     max_tokens = source.randint(_MIN_ANSWER, _MAX_ANSWER)
     body: Body = {"model": model, "stream": is_stream}
@@ -104,7 +106,9 @@ def _make(
     text = " ".join(source.choices(_WORDS, k=max(1, length // 3)))
     if words[0] == "response":
         body |= {"input": text, "max_output_tokens": max_tokens, "seed": source.getrandbits(31), **more(source)}
-        return Ask(number, kind, "/v1/responses", body, 1, max_tokens, is_stream, tells_tokens=False)
+        asks_later = "background" in words
+        path = "/v1/responses"
+        return Ask(number, kind, path, body, 1, max_tokens, is_stream, tells_tokens=False, is_background=asks_later)
     messages = [{"role": "user", "content": text}]
     if words[0] == "message":
         body |= {"messages": messages, "max_tokens": max_tokens, "temperature": 0, **more(source)}
@@ -173,6 +177,7 @@ ASK_KINDS: dict[str, Callable[[random.Random], Body]] = {
     "response whole": _warm,
     "response tools": _response_tools,
     FOLLOWING: _warm,
+    "response background": lambda source: {**_warm(source), "background": True},
     "message": lambda source: {"top_k": source.choice((1, 40))},
     "message whole": lambda source: {},
     "message tools": _message_tools,

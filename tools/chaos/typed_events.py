@@ -82,6 +82,7 @@ class Responses(Surface):
         super().__init__(request)
         self._number = -1  # of the last event
         self._text = self._calls = ""  # so far
+        self.under_way = ""  # the id of a response that its client does not wait for
 
     def read(self, data: bytes, at_s: float, status: int) -> Iterator[RequestEvent]:
         event = _read_event(data)
@@ -123,6 +124,12 @@ class Responses(Surface):
 
     def _whole(self, response: _Response, at_s: float) -> Iterator[RequestEvent]:
         self.answer_id = _last_part(response.id)
+        self.under_way = response.id if response.status == "in_progress" else ""
+        if self.under_way:
+            return
+        if response.error is not None:
+            yield self.failed(at_s, 200, response.error.name, response.error.message)
+            return
         text, calls = _said(response)
         yield from self._end(response, at_s, text=text, calls=calls)
 

@@ -187,6 +187,14 @@ def test_the_router_has_one_row_for_each_answer_and_it_counts_as_the_client_does
     assert _rules(_history(*_answer(2), _done(2), *rows)) == {rule}
 
 
+def test_of_an_answer_that_nobody_waited_for_the_last_row_counts() -> None:
+    sent = Sent(
+        request=2, ask=5, kind="x", at_s=0.0, num_choices=1, max_tokens=4, tells_tokens=False, is_background=True
+    )
+    for rows, rules in (([_row(2, 1), _row(2, 4)], set()), ([_row(2, 4), _row(2, 1)], {"I9"}), ([], {"I8"})):
+        assert _rules(_history(sent, *_answer(2), _done(2), *rows)) == rules
+
+
 @pytest.mark.parametrize("name", ["no end", "an end without [DONE]", "an error that is none"])
 def test_a_request_is_lost_if_its_client_cannot_tell_what_became_of_it(name: str) -> None:
     assert judge_all(_history(*PLANTED[name][1]))[2].is_lost

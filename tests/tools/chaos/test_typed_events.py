@@ -94,6 +94,18 @@ async def test_the_end_of_a_response_is_what_its_pieces_told() -> None:
     assert isinstance(failed, Failed) and "World" in failed.message
 
 
+async def test_a_response_that_nobody_waits_for_is_asked_for_until_it_is_there() -> None:
+    told = await answer("/v1/responses", "Hello", stream=False)
+    surface = surface_of("/v1/responses", 1)
+    begun = told[0] | {"status": "in_progress", "output": [], "usage": None, "background": True}
+    assert list(surface.read(json.dumps(begun).encode(), 2.0, 200)) == [] and surface.under_way == begun["id"]
+    delta, _ = surface.read(json.dumps(told[0]).encode(), 3.0, 200)
+    assert isinstance(delta, Delta) and (delta.text, surface.under_way) == ("Hello", "")
+    failed = begun | {"status": "failed", "error": {"code": "server_error", "message": "lost"}}
+    [end] = surface.read(json.dumps(failed).encode(), 3.0, 200)
+    assert isinstance(end, Failed) and (end.code, end.message) == ("server_error", "lost")
+
+
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_refusal_is_a_proper_error(path: str) -> None:
     [failed] = events_of(path, await answer(path, "Hello", temperature=-1), 400)
