@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Container
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -25,34 +25,21 @@ from ..api.generation import Api
 from ..api.middleware import RequestContext, context_of, enter, leave, send_part
 from ..api.reply import Reply
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER
-from ..state.errors import HttpFailure, StreamError, clip, failure_of
+from ..state.errors import StreamError, clip, failure_of
 from .form import Fields
 from .kept import RESPONSE_PREFIX, KeptResponses, response_name
 from .surface import PATH, ResponsesSurface
 from .task_folder import HeldTask, Task, TaskFolder
+from .unattended import Sink, compute, told
 
 LOOK_EVERY_S = 0.25  # for tasks of a router that has ended, and for who wants one cancelled
 CANCEL_WITHIN_S = 5.0
 # Codes of errors that are none of the answer's.
-_LEFT_TO_OTHERS = frozenset({"shutting_down", "taken_over", "idempotency_key_in_use"})
+_LEFT_TO_OTHERS = frozenset({"shutting_down", "router_stopping", "taken_over", "idempotency_key_in_use"})
 _UNDER_WAY = frozenset({"queued", "in_progress"})
 _HEADERS = tuple(name.encode() for name in (CLASS_HEADER, TIMEOUT_HEADER))
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Sink:
-    """The client's end of an answer that nobody waits for: an error is all that matters of it."""
-
-    status: int = 0
-    parts: list[bytes] = field(default_factory=list)
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        elif self.status != 200:
-            self.parts.append(message.get("body", b""))
 
 
 @dataclass(slots=True)
@@ -66,6 +53,9 @@ class _Run:
         self.is_cancelled = True
         self.reply.end(StreamError("the response was cancelled", "cancelled", 409))
 
+    def leave_to_others(self) -> None:
+        self.reply.end(StreamError("the server is shutting down", "shutting_down", 503))
+
 
 class BackgroundResponses:
     """`BackgroundResponses` owns those that this router computes. Belongs to its loop."""
@@ -76,6 +66,7 @@ class BackgroundResponses:
         self._kept = kept
         self._folder = folder
         self._runs: dict[str, _Run] = {}  # by name
+        self._is_leaving = False
 
     @property
     def are_possible(self) -> bool:
@@ -86,7 +77,7 @@ class BackgroundResponses:
 
         Raises StreamError (503) where it cannot be kept.
         """
-        context, sink, state = context_of(scope), _Sink(), surface.begun
+        context, sink, state = context_of(scope), Sink(), surface.begun
         headers = tuple((name, context.headers[name]) for name in _HEADERS if name in context.headers)
         task = Task(str(state["id"]), context.tenant, surface.asked, headers)
         own = replace(context, send=sink.send, write=partial(send_part, sink.send), chunk_encoder=None)
@@ -96,7 +87,7 @@ class BackgroundResponses:
             held = self._hold(task, encoded)
         except OSError as error:
             reply.end(StreamError("it cannot be kept", "not_kept", 503))
-            await _answer(reply, own, sink)
+            await compute(reply, own, sink)
             text = f"background: the response cannot be kept: {error.strerror or error}"
             raise StreamError(text, "not_kept", 503) from error
         self._start(held, reply, own, sink)
@@ -158,23 +149,26 @@ class BackgroundResponses:
             if looking is not None:
                 looking.cancel()
                 await asyncio.wait([looking])
+            self._is_leaving = True
             for run in list(self._runs.values()):
-                run.reply.end(StreamError("the server is shutting down", "shutting_down", 503))
+                run.leave_to_others()
             if tasks := [run.task for run in self._runs.values() if run.task is not None]:
                 await asyncio.wait(tasks)
 
     # --- one of them ------------------------------------------------------------------------------------------
 
-    def _start(self, held: HeldTask, reply: Reply, context: RequestContext, sink: _Sink) -> None:
+    def _start(self, held: HeldTask, reply: Reply, context: RequestContext, sink: Sink) -> None:
         run = self._runs[held.name] = _Run(held, reply)
+        if self._is_leaving:  # it has come by a connection that may ask once more
+            run.leave_to_others()
         run.task = asyncio.create_task(self._compute(run, context, sink))
 
-    async def _compute(self, run: _Run, context: RequestContext, sink: _Sink) -> None:
+    async def _compute(self, run: _Run, context: RequestContext, sink: Sink) -> None:
         try:
-            failure = await _answer(run.reply, context, sink)
+            failure = await compute(run.reply, context, sink)
         finally:
             del self._runs[run.held.name]
-        code, message = _told(failure, sink)
+        code, message = told(failure, sink)
         if failure is None and sink.status == 200:  # its form has kept it, unless it was too long
             self._end(run.held, _failed(500, "the answer is too long to be kept"), only_from=_UNDER_WAY)
         elif run.is_cancelled:
@@ -223,7 +217,7 @@ class BackgroundResponses:
 
     async def _go_on(self, held: HeldTask) -> None:
         """Compute what another router has begun."""
-        task, sink = held.task, _Sink()
+        task, sink = held.task, Sink()
         request_id = task.response_id.removeprefix(RESPONSE_PREFIX)
         headers = {
             **dict(task.headers),
@@ -258,41 +252,10 @@ class BackgroundResponses:
             context.allowance.leave()
 
 
-async def _answer(reply: Reply, context: RequestContext, sink: _Sink) -> HttpFailure | None:
-    """Have an answer computed to its end. Returns what ended it outside of its own telling."""
-    scope: Scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
-    enter(scope, context)
-    try:
-        await reply(scope, _nothing_comes, sink.send)
-    except Exception as error:
-        return failure_of(error)
-    finally:
-        if context.allowance is not None:
-            context.allowance.leave()
-        leave(scope)
-    return None
-
-
-def _told(failure: HttpFailure | None, sink: _Sink) -> tuple[str, str]:
-    """Return code and message of an error."""
-    if failure is not None:
-        return str(failure.code), failure.message
-    try:
-        error = msgspec.json.decode(b"".join(sink.parts))["error"]
-        return str(error["code"]), str(error["message"])
-    except (msgspec.MsgspecError, KeyError, TypeError):
-        return "", "it was cut off"
-
-
 def _failed(status: int, message: str) -> Fields:
     """Return what a response says that failed: OpenAI's libraries know few codes."""
     code = "server_error" if status >= 500 else "invalid_prompt"
     return {"status": "failed", "error": {"code": code, "message": message}}
-
-
-async def _nothing_comes() -> Message:
-    await asyncio.Event().wait()
-    raise AssertionError
 
 
 async def _body(data: bytes) -> Message:

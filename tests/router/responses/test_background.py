@@ -124,6 +124,19 @@ async def test_another_router_goes_on_where_one_ends(tmp_path: Path) -> None:
     assert not list((tmp_path / "tasks").iterdir())
 
 
+@pytest.mark.parametrize("code", ["shutting_down", "router_stopping"])
+async def test_what_a_router_takes_while_it_ends_is_computed_by_another_one(tmp_path: Path, code: str) -> None:
+    script = Script("Hello", fail_after=2, error=StreamError("the router stops", code, 503))
+    first, second = router(tmp_path, script=script), router(tmp_path, "Hello")
+    state = await begin(first)
+    async with runs(first).keeping():
+        pass
+    late = await begin(first)
+    async with runs(second).keeping():
+        for each in (state, late):
+            assert text_of(await ended(second, each)) == "Hello"
+
+
 async def test_a_router_without_workers_leaves_it_to_others(tmp_path: Path) -> None:
     first, second = router(tmp_path, script=Script("Hello", hold_at=0)), router(tmp_path, "Hello")
     async with runs(first).keeping():
