@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import resource
 from collections.abc import AsyncIterator, Container
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +36,7 @@ from .unattended import Sink, compute, told
 
 LOOK_EVERY_S = 0.25  # for tasks of a router that has ended, and for who wants one cancelled
 CANCEL_WITHIN_S = 5.0
+_FILES_SHARE = 6  # one for so many open files: each has two, and connections need the others
 # Codes of errors that are none of the answer's.
 _LEFT_TO_OTHERS = frozenset({"shutting_down", "router_stopping", "taken_over", "idempotency_key_in_use"})
 _UNDER_WAY = frozenset({"queued", "in_progress"})
@@ -66,6 +69,7 @@ class BackgroundResponses:
         self._kept = kept
         self._folder = folder
         self._runs: dict[str, _Run] = {}  # by name
+        self._max_runs = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES_SHARE)
         self._is_leaving = False
 
     @property
@@ -95,6 +99,8 @@ class BackgroundResponses:
 
     def _hold(self, task: Task, state: bytes) -> HeldTask:
         assert self._folder is not None
+        if len(self._runs) >= self._max_runs:
+            raise OSError(errno.EMFILE, f"{len(self._runs)} are computed at once")
         held = self._folder.create(response_name(task.response_id, task.tenant), task)
         try:
             self._kept.keep_state(task.response_id, task.tenant, state)
@@ -210,7 +216,8 @@ class BackgroundResponses:
                     if (run := self._runs.get(name)) is not None:
                         run.cancel()
                 if not self._api.catalogue.ready():
-                    for held in await asyncio.to_thread(folder.take_free, frozenset(self._runs)):
+                    room = self._max_runs - len(self._runs)
+                    for held in await asyncio.to_thread(folder.take_free, frozenset(self._runs), room):
                         await self._go_on(held)
             except OSError as error:
                 log.warning("background_responses", reason=error.strerror or str(error))

@@ -94,11 +94,13 @@ class TaskFolder:
             os.close(fd)
             return None
 
-    def take_free(self, known: Collection[str]) -> list[HeldTask]:
-        """Hold those that nobody holds, but for `known` ones."""
+    def take_free(self, known: Collection[str], at_most: int) -> list[HeldTask]:
+        """Hold some that nobody holds, but for `known` ones."""
         names = [name for name in os.listdir(self._path) if "." not in name and name not in known]
-        found = []
+        found: list[HeldTask] = []
         for name in names:
+            if len(found) >= at_most:
+                break
             with contextlib.suppress(OSError):  # as where too many files are open: it is there at the next look
                 if (task := self.take(name)) is not None:
                     found.append(task)

@@ -343,15 +343,33 @@ async def test_one_whose_file_is_lost_is_cancelled_by_whoever_is_asked(tmp_path:
     assert (await call(second, "POST", f"/{state['id']}/cancel")).json()["status"] == "cancelled"
 
 
+async def test_so_many_are_computed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_FILES_SHARE", 1 << 40)
+    first, second = (router(tmp_path, script=Script("Hello", hold_at=2)) for _ in range(2))
+    state = await begin(first)
+    refused = await call(first, "POST", json=BODY)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_kept")
+    assert "1 are computed at once" in refused.json()["error"]["message"]
+    other = await begin(second)
+    async with runs(second).keeping():
+        pass
+    async with runs(first).keeping():
+        await asyncio.sleep(0.1)
+        assert (await shown(first, other))["status"] == "in_progress"
+        first.dispatcher.go.set()
+        first.script.hold_at = None
+        assert [(await ended(first, each))["status"] for each in (state, other)] == ["completed"] * 2
+
+
 def test_a_task_that_is_not_whole_is_deleted_and_one_that_is_held_is_not_taken(tmp_path: Path) -> None:
     folder = TaskFolder(tmp_path / "tasks")
     held = folder.create("a", Task("resp_a", b"t", b"{}", ((b"x", b"y"),)))
     (tmp_path / "tasks" / "b").write_bytes(b"no task")
     other = TaskFolder(tmp_path / "tasks")
-    assert other.take("a") is None and other.take_free(()) == [] and not (tmp_path / "tasks" / "b").exists()
+    assert other.take("a") is None and other.take_free((), 9) == [] and not (tmp_path / "tasks" / "b").exists()
     held.release()
-    assert other.take_free({"a"}) == []
-    [taken] = other.take_free(())
+    assert other.take_free({"a"}, 9) == [] and other.take_free((), 0) == []
+    [taken] = other.take_free((), 9)
     assert taken.task == held.task
     other.ask_to_cancel("a")
     assert folder.cancelled() == {"a"}
