@@ -40,7 +40,6 @@ class ResponsesSurface:
         """
         self._request_id = request_id
         self._goes_on = goes_on
-        self._form: ResponseForm | None = None
         self._kept = kept
         self._tenant = tenant
         self._keeps = keeps
@@ -51,6 +50,7 @@ class ResponsesSurface:
         self._names: Names = {}  # in the conversation, with earlier turns
         self._numbers = itertools.count()
         self.events = event_format(self._numbers)
+        self.begun: Fields = {}  # a background response before anything of it was told
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         self._raw = raw if self._keeps else {**raw, "store": False}
@@ -89,12 +89,6 @@ class ResponsesSurface:
         return msgspec.json.encode(self._raw)
 
     @property
-    def begun(self) -> Fields:
-        """The response before anything of it was told."""
-        assert self._form is not None
-        return self._form.begun()
-
-    @property
     def left_out(self) -> Sequence[str]:
         return self._tools.left_out
 
@@ -102,8 +96,10 @@ class ResponsesSurface:
         return renamed(self._tools.own_names(text), FIELD_NAMES, self._places)
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
-        self._form = ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
-        return self._form
+        form = ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
+        if self.is_background:
+            self.begun = form.begun()  # the form is not kept here: it leads back
+        return form
 
     def _with_items(self, given: object) -> object:
         """Return the input with items in place of references to them. Raises RequestError that names the place."""
