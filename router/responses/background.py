@@ -37,8 +37,10 @@ from .unattended import Sink, compute, told
 LOOK_EVERY_S = 0.25  # for tasks of a router that has ended, and for who wants one cancelled
 CANCEL_WITHIN_S = 5.0
 _FILES_SHARE = 6  # one for so many open files: each has two, and connections need the others
-# Codes of errors that are none of the answer's.
-_LEFT_TO_OTHERS = frozenset({"shutting_down", "router_stopping", "taken_over", "idempotency_key_in_use"})
+# Codes of errors that are none of the answer's: this router ends, another one has it, or serves that model.
+_LEFT_TO_OTHERS = frozenset(
+    {"shutting_down", "router_stopping", "taken_over", "idempotency_key_in_use", "model_not_found"}
+)
 _UNDER_WAY = frozenset({"queued", "in_progress"})
 _HEADERS = tuple(name.encode() for name in (CLASS_HEADER, TIMEOUT_HEADER))
 
@@ -198,6 +200,12 @@ class BackgroundResponses:
         else:
             self._folder.end(held)
 
+    def _is_under_way(self, task: Task) -> bool:
+        try:
+            return self._state(task.response_id, task.tenant)["status"] in _UNDER_WAY
+        except RequestError:
+            return False
+
     def _change(self, response_id: str, tenant: bytes, change: Fields) -> None:
         state = self._state(response_id, tenant) | change
         self._kept.keep_state(response_id, tenant, msgspec.json.encode(state))
@@ -223,8 +231,11 @@ class BackgroundResponses:
                 log.warning("background_responses", reason=error.strerror or str(error))
 
     async def _go_on(self, held: HeldTask) -> None:
-        """Compute what another router has begun."""
+        """Compute what another router has begun, unless it has ended, or is too old to be kept."""
         task, sink = held.task, Sink()
+        if not self._is_under_way(task):
+            self._end(held, {}, only_from=())
+            return
         request_id = task.response_id.removeprefix(RESPONSE_PREFIX)
         headers = {
             **dict(task.headers),

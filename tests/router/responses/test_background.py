@@ -14,13 +14,14 @@ import pytest
 
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.access.quota import QuotaLimits
+from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.kept.answers import KeptAnswers
 from kvferry.router.responses import background, kept
 from kvferry.router.responses.background import BackgroundResponses
 from kvferry.router.responses.task_folder import Task, TaskFolder
 from kvferry.router.state.errors import StreamError
 
-from ..fakes import Script, Served, serve
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
 
 PATH = "/v1/responses"
 BODY = {"input": "hi", "background": True, "max_output_tokens": 40}
@@ -359,6 +360,39 @@ async def test_so_many_are_computed_at_once(tmp_path: Path, monkeypatch: pytest.
         first.dispatcher.go.set()
         first.script.hold_at = None
         assert [(await ended(first, each))["status"] for each in (state, other)] == ["completed"] * 2
+
+
+@pytest.mark.parametrize("has_ended", [False, True], ids=["it is not kept", "it has ended"])
+async def test_what_needs_no_more_computing_is_not_computed(tmp_path: Path, has_ended: bool) -> None:
+    first, second = router(tmp_path, script=Script("Hello", hold_at=0)), router(tmp_path)
+    async with runs(first).keeping():
+        state = await begin(first)
+    [kept_file] = (tmp_path / "responses").iterdir()
+    if has_ended:
+        kept_file.write_bytes(kept_file.read_bytes().replace(b'"in_progress"', b'"completed"  '))
+    else:
+        kept_file.unlink()
+    async with runs(second).keeping():
+
+        async def is_gone() -> bool:
+            return not list((tmp_path / "tasks").iterdir())
+
+        await until(is_gone)
+    assert not second.dispatcher.requests
+    assert (await call(second, "GET", f"/{state['id']}")).status_code == (200 if has_ended else 404)
+
+
+async def test_who_serves_another_model_leaves_it_alone(tmp_path: Path) -> None:
+    first = router(tmp_path, script=Script("Hello", hold_at=0))
+    other = router(tmp_path, model=ServedModel("other", 4096, VOCAB_SIZE))
+    async with runs(first).keeping():
+        state = await begin(first, model=MODEL)
+    async with runs(other).keeping():
+        await asyncio.sleep(0.1)
+    assert not other.dispatcher.requests and (await shown(other, state))["status"] == "in_progress"
+    first.script.hold_at = None
+    async with runs(router(tmp_path, "Hello")).keeping():
+        assert text_of(await ended(first, state)) == "Hello"
 
 
 def test_a_task_that_is_not_whole_is_deleted_and_one_that_is_held_is_not_taken(tmp_path: Path) -> None:
