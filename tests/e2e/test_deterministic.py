@@ -25,6 +25,7 @@ REMEMBERING = ("--decode", "2", "--speculative-config", '{"method": "suffix", "p
 BY_MODEL = ("--no-local-prefill", "--decode", "2")
 NUM_DECODE = 2
 _MAX_KILLS = 5
+_LINES_BEFORE = 24  # of a stream, two for each event: it flows from a decode worker by then
 LENGTHS = (3, 100, 270, 400, 150, 33, 80, 40)
 # The first tells log-probabilities, without which letters that must follow cost no step.
 GUIDED = {6: {}, 7: {"logprobs": None}}
@@ -49,8 +50,8 @@ def _body(index: int) -> dict[str, object]:
     }
 
 
-async def _together(cluster: Cluster, *, kill: bool) -> list[Choices]:
-    """All requests at once; with `kill` a decode worker dies when the first stream has begun."""
+async def _together(cluster: Cluster, *, kill: int | None = None) -> list[Choices]:
+    """All requests at once; the decode worker `kill` dies when a stream beside them has told some tokens."""
     async with httpx.AsyncClient(base_url=cluster.base_url, timeout=240.0) as client:
 
         async def one(index: int) -> Choices:
@@ -59,15 +60,17 @@ async def _together(cluster: Cluster, *, kill: bool) -> list[Choices]:
             choices: Choices = answer.json()["choices"]
             return choices
 
-        async def kill_one() -> None:
+        async def kill_one(number: int) -> None:
             body = _body(0) | {"stream": True, "max_tokens": 600}
             async with client.stream("POST", "/v1/completions", json=body) as stream:
-                await anext(stream.aiter_bytes())
-                cluster.programs("d-")[0].send_signal(signal.SIGKILL)
+                lines = stream.aiter_lines()
+                for _ in range(_LINES_BEFORE):
+                    await anext(lines)
+                cluster.programs("d-")[number].send_signal(signal.SIGKILL)
 
         tasks = [asyncio.ensure_future(one(index)) for index in range(len(LENGTHS))]
-        if kill:
-            await kill_one()
+        if kill is not None:
+            await kill_one(kill)
         return list(await asyncio.gather(*tasks))
 
 
@@ -94,8 +97,8 @@ def _alone(model_dir: Path, folder: Path) -> list[object]:
 
 def _die_until_one_resumes(cluster: Cluster, expected: list[object]) -> None:
     """Kill decode workers until one died in the middle of a stream."""
-    for _ in range(_MAX_KILLS):
-        assert asyncio.run(_together(cluster, kill=True)) == expected
+    for number in range(_MAX_KILLS):
+        assert asyncio.run(_together(cluster, kill=number % NUM_DECODE)) == expected
         wait_until(lambda: len(cluster.programs("d-")) == NUM_DECODE, "a new decode worker")
         if cluster.metric("kvferry_resumes_total") > 0:
             return
@@ -124,7 +127,7 @@ def test_drafts_go_through_layers_that_keep_nothing(tmp_path: Path) -> None:
 
 def _draft_and_die(model_dir: Path, expected: list[object], folder: Path, drafting: tuple[str, ...] = DRAFTING) -> None:
     with serve(model_dir, folder / "log", *FLAGS, *drafting) as cluster:
-        assert asyncio.run(_together(cluster, kill=False)) == expected
+        assert asyncio.run(_together(cluster)) == expected
         wait_until(lambda: cluster.metric("kvferry_accepted_draft_tokens_total") > 0, "a draft that was right")
         assert cluster.metric("kvferry_draft_tokens_total") > cluster.metric("kvferry_accepted_draft_tokens_total")
         _die_until_one_resumes(cluster, expected)
@@ -141,7 +144,7 @@ def test_a_draft_models_kv_comes_with_the_prompts_and_answers_are_the_same(
             cluster.post("/v1/completions", greedy)
         counters = ("kvferry_draft_tokens_total", "kvferry_accepted_draft_tokens_total")
         wait_until(lambda: 0 < cluster.metric(counters[0]) == cluster.metric(counters[1]), "drafts that all were right")
-        assert asyncio.run(_together(cluster, kill=False)) == expected
+        assert asyncio.run(_together(cluster)) == expected
         assert cluster.metric("kvferry_draft_prompt_tokens_total") == 0
         _die_until_one_resumes(cluster, expected)
 
@@ -150,7 +153,7 @@ def test_ranks_share_a_draft_model_whose_kv_they_hand_over_each_its_part(model_d
     config = json.dumps({"method": "draft_model", "model": str(model_dir), "num_speculative_tokens": 3})
     ranks = ("--tensor-parallel-size", "2")
     with serve(model_dir, tmp_path / "alone", *FLAGS, *ALONE, *ranks) as cluster:
-        expected = asyncio.run(_together(cluster, kill=False))
+        expected = asyncio.run(_together(cluster))
         greedy = _body(1) | {"temperature": 0.0, "n": 1, "frequency_penalty": 0.0, "logit_bias": None}
         tokens = cluster.post("/v1/completions", greedy)["choices"]
     drafting = ("--no-local-prefill", "--speculative-config", config)
@@ -158,5 +161,5 @@ def test_ranks_share_a_draft_model_whose_kv_they_hand_over_each_its_part(model_d
         assert cluster.post("/v1/completions", greedy)["choices"] == tokens
         counters = ("kvferry_draft_tokens_total", "kvferry_accepted_draft_tokens_total")
         wait_until(lambda: 0 < cluster.metric(counters[0]) == cluster.metric(counters[1]), "drafts that all were right")
-        assert asyncio.run(_together(cluster, kill=False)) == expected
+        assert asyncio.run(_together(cluster)) == expected
         assert cluster.metric("kvferry_draft_prompt_tokens_total") == 0
