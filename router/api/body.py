@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Protocol
 
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from ...common.errors import CapacityError, RequestError
 from ..state.errors import clip
@@ -152,3 +152,17 @@ def tenant_of(key: bytes, body: CallBody) -> str:
         return key.hex()
     named = body.user if isinstance(body.user, str) and body.user else body.cache_salt
     return hashlib.blake2b(named.encode(errors="surrogatepass"), digest_size=16).hexdigest() if named else ""
+
+
+class WholeBody:
+    """The receiving end of a call that comes by no connection: its body, and then nothing more."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body: bytes | None = body
+        self.headers = {b"content-type": b"application/json", b"content-length": b"%d" % len(body)}
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            await asyncio.Event().wait()  # nobody leaves
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}

@@ -7,7 +7,6 @@ The request is marked as one that nobody waits for: no quota is taken, and it ma
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from starlette.types import Message, Scope, Send
 
 from ...common.clock import Clock
 from ...common.errors import CapacityError, RequestError
+from ..api.body import WholeBody
 from ..api.middleware import Endpoint, RequestContext, enter, leave, send_part
 from ..state.errors import StreamError, failure_of
 from ..state.objectives import BACKGROUND_CLASS
@@ -53,22 +53,20 @@ class EndpointCalls:
     async def ask(self, endpoint: str, body: bytes, tenant: bytes) -> CallAnswer:
         """Return the answer, errors included. A cancelled call gives back everything that it holds."""
         kept = _Kept()
-        request_id = secrets.token_hex(16)
-        headers = {b"content-type": b"application/json", b"content-length": b"%d" % len(body)}
+        request_id, receive = secrets.token_hex(16), WholeBody(body)
         context = RequestContext(
             request_id,
             request_id,
             self._clock.now(),
             kept.send,
             partial(send_part, kept.send),
-            headers=headers,
+            headers=receive.headers,
             tenant=tenant,
             request_class=BACKGROUND_CLASS,
             is_background=True,
         )
-        scope: Scope = {"type": "http", "method": "POST", "path": endpoint, "headers": [*headers.items()]}
+        scope: Scope = {"type": "http", "method": "POST", "path": endpoint, "headers": [*receive.headers.items()]}
         enter(scope, context)
-        receive = _Body(body)
         try:
             reply = await self.endpoints[endpoint](Request(scope, receive))
             await reply(scope, receive, partial(_noting_status, context, kept.send))
@@ -105,16 +103,3 @@ async def _noting_status(context: RequestContext, send: Send, message: Message) 
     if message["type"] == "http.response.start":
         context.status = message["status"]
     await send(message)
-
-
-class _Body:
-    """The receiving end of a call: its body, and then nothing more."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body: bytes | None = body
-
-    async def __call__(self) -> Message:
-        if self._body is None:
-            await asyncio.Event().wait()  # nobody leaves
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}

@@ -13,7 +13,6 @@ import asyncio
 import errno
 import fcntl
 import os
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ...common.request import SamplingParams
 from ..state.errors import StreamError
 from .answer_log import AnswerLog
 from .asking import key_reused
+from .files import share_of_open_files
 from .kept_answer import AnswerKey, KeptAnswer
 from .sweeper import Sweeper
 
@@ -32,7 +32,7 @@ MAX_BYTES = 256 * 2**20  # of all answers
 HAND_OVER_S = 5.0  # until who waits for an answer gives up
 _LOOK_EVERY_S = 0.1  # whether somebody waits, or may go on
 _READ_INLINE = 2**16  # bytes
-_FILES_SHARE = 3  # one in so many open files may be an answer's: connections need the others
+_FILES_SHARE = 3  # one in so many open files may be an answer's
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +44,7 @@ class KeptAnswers:
         """Raises ConfigError for a folder that cannot be used."""
         self.path, self._wanted = path, path / "wanted"
         self._held: dict[str, KeptAnswer] = {}  # by name
-        self._max_held = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES_SHARE)
+        self._max_held = share_of_open_files(_FILES_SHARE)
         self._is_watching = False
         self.sweeper = Sweeper(path, KEEP_S, MAX_BYTES, _delete_unless_told)
         try:

@@ -12,20 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import resource
-from collections.abc import AsyncIterator, Container
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
 import structlog
 from fastapi import Request
-from starlette.types import Message, Scope
+from starlette.types import Scope
 
 from ...common.errors import CapacityError, RequestError
+from ..api.body import WholeBody
 from ..api.generation import Api
 from ..api.middleware import RequestContext, context_of, enter, leave, send_part
 from ..api.reply import Reply
+from ..kept.files import share_of_open_files
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER
 from ..state.errors import StreamError, clip, failure_of
 from .form import Fields
@@ -36,7 +37,7 @@ from .unattended import Sink, compute, told
 
 LOOK_EVERY_S = 0.25  # for tasks of a router that has ended, and for who wants one cancelled
 CANCEL_WITHIN_S = 5.0
-_FILES_SHARE = 6  # one for so many open files: each has two, and connections need the others
+_FILES_SHARE = 6  # one for so many open files: each has two
 # Codes of errors that are none of the answer's: this router ends, another one has it, or serves that model.
 _LEFT_TO_OTHERS = frozenset(
     {"shutting_down", "router_stopping", "taken_over", "idempotency_key_in_use", "model_not_found"}
@@ -71,7 +72,7 @@ class BackgroundResponses:
         self._kept = kept
         self._folder = folder
         self._runs: dict[str, _Run] = {}  # by name
-        self._max_runs = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES_SHARE)
+        self._max_runs = share_of_open_files(_FILES_SHARE)
         self._is_leaving = False
 
     @property
@@ -177,8 +178,8 @@ class BackgroundResponses:
         finally:
             del self._runs[run.held.name]
         code, message = told(failure, sink)
-        if failure is None and sink.status == 200:  # its form has kept it, unless it was too long
-            self._end(run.held, _failed(500, "the answer is too long to be kept"), only_from=_UNDER_WAY)
+        if failure is None and sink.status == 200:
+            self._end(run.held, _failed(500, "the answer is too long to be kept"), unless_kept=True)  # by its form
         elif run.is_cancelled:
             self._end(run.held, {"status": "cancelled"})
         elif code in _LEFT_TO_OTHERS:
@@ -186,13 +187,13 @@ class BackgroundResponses:
         else:
             self._end(run.held, _failed(sink.status or 500, message))
 
-    def _end(self, held: HeldTask, change: Fields, *, only_from: Container[object] | None = None) -> None:
-        """Keep how it has ended, other than with an answer. `only_from`: a state of these; None: any."""
+    def _end(self, held: HeldTask, change: Fields, *, unless_kept: bool = False) -> None:
+        """Keep how it has ended, other than with an answer. `unless_kept`: an answer may be there."""
         assert self._folder is not None
         task = held.task
         try:
             with contextlib.suppress(RequestError):  # it is not kept any more
-                if only_from is None or self._state(task.response_id, task.tenant)["status"] in only_from:
+                if not unless_kept or self._is_under_way(task):
                     self._change(task.response_id, task.tenant, change)
         except OSError as error:
             log.warning("background_responses", reason=error.strerror or str(error))
@@ -220,28 +221,29 @@ class BackgroundResponses:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
-                for name in await asyncio.to_thread(folder.cancelled):
+                room = 0 if self._api.catalogue.ready() else self._max_runs - len(self._runs)
+                cancelled, free = await asyncio.to_thread(folder.look, frozenset(self._runs), room)
+                for name in cancelled:
                     if (run := self._runs.get(name)) is not None:
                         run.cancel()
-                if not self._api.catalogue.ready():
-                    room = self._max_runs - len(self._runs)
-                    for held in await asyncio.to_thread(folder.take_free, frozenset(self._runs), room):
-                        await self._go_on(held)
+                for held in free:
+                    await self._go_on(held)
             except OSError as error:
                 log.warning("background_responses", reason=error.strerror or str(error))
 
     async def _go_on(self, held: HeldTask) -> None:
         """Compute what another router has begun, unless it has ended, or is too old to be kept."""
         task, sink = held.task, Sink()
-        if not self._is_under_way(task):
-            self._end(held, {}, only_from=())
+        try:
+            if not self._is_under_way(task):
+                self._end(held, {}, unless_kept=True)
+                return
+        except OSError:  # nobody can say now: the next look may
+            held.release()
             return
         request_id = task.response_id.removeprefix(RESPONSE_PREFIX)
-        headers = {
-            **dict(task.headers),
-            b"content-type": b"application/json",
-            b"content-length": b"%d" % len(task.body),
-        }
+        body = WholeBody(task.body)
+        headers = {**dict(task.headers), **body.headers}
         write = partial(send_part, sink.send)
         now_s = self._api.clock.now()
         context = RequestContext(request_id, request_id, now_s, sink.send, write, headers=headers, tenant=task.tenant)
@@ -249,7 +251,7 @@ class BackgroundResponses:
         enter(scope, context)
         try:
             surface = ResponsesSurface(self._kept, task.tenant, request_id, goes_on=True)
-            reply = await self._api.chat(Request(scope, partial(_body, task.body)), surface)
+            reply = await self._api.chat(Request(scope, body), surface)
         except CapacityError:  # nothing is free now: it waits for the next look
             held.release()
         except Exception as error:
@@ -274,7 +276,3 @@ def _failed(status: int, message: str) -> Fields:
     """Return what a response says that failed: OpenAI's libraries know few codes."""
     code = "server_error" if status >= 500 else "invalid_prompt"
     return {"status": "failed", "error": {"code": code, "message": message}}
-
-
-async def _body(data: bytes) -> Message:
-    return {"type": "http.request", "body": data, "more_body": False}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...common.clock import Clock
-from ...common.errors import ConfigError
+from ..kept.files import make_folder
 from ..kept.sweeper import Sweeper
 
 MAX_BYTES_OF_FOLDER = 256 * 2**20  # more keeps them longer under load
@@ -46,10 +46,7 @@ class FolderStore:
         """Raises ConfigError for a folder that cannot be made."""
         self._path = path
         self.sweeper = Sweeper(path, MAX_AGE_S, max_bytes, _unlink)
-        try:
-            path.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"answers_dir: cannot make {path}: {error.strerror or error}") from error
+        make_folder(path)
 
     def write(self, name: str, data: bytes) -> None:
         new = self._path / f"{name}-{os.getpid()}"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from ...common.errors import ConfigError
+from ..kept.files import make_folder
 
 _CANCEL = ".cancel"
 _NEW = ".new-"
@@ -55,10 +55,7 @@ class TaskFolder:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError for a folder that cannot be made."""
         self._path = path
-        try:
-            path.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"answers_dir: cannot make {path}: {error.strerror or error}") from error
+        make_folder(path)
 
     def create(self, name: str, task: Task) -> HeldTask:
         """Write a task and hold it. Raises OSError."""
@@ -93,6 +90,10 @@ class TaskFolder:
             path.unlink(missing_ok=True)
             os.close(fd)
             return None
+
+    def look(self, known: Collection[str], at_most: int) -> tuple[set[str], list[HeldTask]]:
+        """Return those that somebody wants no more of, and hold some that nobody holds."""
+        return self.cancelled(), self.take_free(known, at_most)
 
     def take_free(self, known: Collection[str], at_most: int) -> list[HeldTask]:
         """Hold some that nobody holds, but for `known` ones."""

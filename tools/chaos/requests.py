@@ -18,6 +18,7 @@ _PROMPT_LENS = (1, 5, 16, 17, 60, 150, 400)
 _MIN_ANSWER, _MAX_ANSWER = 4, 160
 _MAX_TURN = 150  # of a conversation, which has two of them and an answer between
 _FIRST_ID = 4  # below are special tokens
+_RESPONSES, _MESSAGES = "/v1/responses", "/v1/messages"
 FOLLOWING = "response again"
 _SENTENCES = r"([A-Z][a-z]{0,9}( [a-z]{1,9}){1,9}\. ?){1,40}"
 _RECORDS: Body = {
@@ -54,10 +55,18 @@ class Ask:
     num_choices: int
     max_tokens: int
     is_stream: bool
-    tells_tokens: bool = True  # with the answer
-    is_background: bool = False  # its client does not wait
     follows: int | None = None  # another request, whose answer this one goes on with
     wants_stop: bool = False  # a stop string is taken from its own answer once that is known
+
+    @property
+    def tells_tokens(self) -> bool:
+        """The answer says its tokens, and not the text alone."""
+        return self.path not in (_RESPONSES, _MESSAGES)
+
+    @property
+    def is_background(self) -> bool:
+        """The client does not wait for the answer."""
+        return bool(self.body.get("background"))
 
     def with_stop(self, answer: ChoiceAnswer) -> Ask:
         """The same with a stop string of three characters from the middle of the answer, wherever tokens begin."""
@@ -106,13 +115,11 @@ def _make(
     text = " ".join(source.choices(_WORDS, k=max(1, length // 3)))
     if words[0] == "response":
         body |= {"input": text, "max_output_tokens": max_tokens, "seed": source.getrandbits(31), **more(source)}
-        asks_later = "background" in words
-        path = "/v1/responses"
-        return Ask(number, kind, path, body, 1, max_tokens, is_stream, tells_tokens=False, is_background=asks_later)
+        return Ask(number, kind, _RESPONSES, body, 1, max_tokens, is_stream)
     messages = [{"role": "user", "content": text}]
     if words[0] == "message":
         body |= {"messages": messages, "max_tokens": max_tokens, "temperature": 0, **more(source)}
-        return Ask(number, kind, "/v1/messages", body, 1, max_tokens, is_stream, tells_tokens=False)
+        return Ask(number, kind, _MESSAGES, body, 1, max_tokens, is_stream)
     body |= {"max_tokens": max_tokens, "seed": source.getrandbits(31), "return_token_ids": True}
     body |= {"ignore_eos": source.random() < 0.8, **more(source)}
     if is_stream:

@@ -36,6 +36,10 @@ def router(folder: Path, text: str = "Hello, world", script: Script | None = Non
     return serve(script or Script(text), kept_answers=KeptAnswers(folder), **options)
 
 
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def runs(served: Served) -> BackgroundResponses:
     found = served.app.state.background
     assert isinstance(found, BackgroundResponses)
@@ -277,10 +281,7 @@ async def test_a_full_disk_refuses_it_and_leaves_nothing_running(
 ) -> None:
     served = router(tmp_path, script=Script("Hello", hold_at=3))
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "replace", no_room)
     response = await call(served, "POST", json=BODY)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_kept")
     await served.dispatcher.abort_seen.wait()
@@ -303,11 +304,8 @@ async def test_what_the_disk_has_no_room_for_is_told_when_it_has(
     state = await begin(served)
     await served.dispatcher.held.wait()
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr(Path, "replace", no_room)
         served.dispatcher.go.set()
         for _ in range(100):
             await asyncio.sleep(0)
@@ -325,11 +323,8 @@ async def test_a_cancellation_that_the_disk_has_no_room_for_is_refused(
     state = await begin(served)
     await served.dispatcher.held.wait()
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr(Path, "replace", no_room)
         response = await call(served, "POST", f"/{state['id']}/cancel")
     assert (response.status_code, response.json()["error"]["code"]) == (503, "cancellation_pending")
     assert served.dispatcher.aborted
