@@ -40,7 +40,9 @@ from .kept.answers import KeptAnswers
 from .messages.form import error_body
 from .metrics.metrics import RouterMetrics
 from .responses.background import BackgroundResponses
+from .responses.event_files import EventFolder
 from .responses.kept import KeptResponses
+from .responses.states import BackgroundStates
 from .responses.store import FolderStore, MemoryStore, ResponseStore
 from .responses.task_folder import TaskFolder
 from .routes import Routes, add_routes
@@ -102,7 +104,8 @@ def build_app(
         error_bodies={"/v1/messages": error_body},
     )
     responses = KeptResponses(_response_store(kept_answers, clock) if stores_responses else None)
-    background = BackgroundResponses(api, responses, _task_folder(kept_answers) if stores_responses else None)
+    states = _background_states(kept_answers, responses) if stores_responses else None
+    background = BackgroundResponses(api, responses, states)
     routes = Routes(api, metrics, responses, background, has_data=data is not None)
     app = _Application(middleware, routes)
     app.state.api = api
@@ -124,8 +127,10 @@ def _response_store(answers: KeptAnswers | None, clock: Clock) -> ResponseStore:
     return MemoryStore(clock) if answers is None else FolderStore(answers.path / "responses")
 
 
-def _task_folder(answers: KeptAnswers | None) -> TaskFolder | None:
-    return None if answers is None else TaskFolder(answers.path / "tasks")
+def _background_states(answers: KeptAnswers | None, responses: KeptResponses) -> BackgroundStates | None:
+    if answers is None:
+        return None
+    return BackgroundStates(responses, TaskFolder(answers.path / "tasks"), EventFolder(answers.path / "events"))
 
 
 def _batches(

@@ -23,7 +23,7 @@ from .embeddings.endpoint import embed
 from .messages.surface import MessagesSurface
 from .metrics.metrics import RouterMetrics
 from .responses.background import BackgroundResponses
-from .responses.endpoints import KeptEndpoints
+from .responses.endpoints import KeptEndpoints, events_after
 from .responses.kept import KeptResponses
 from .responses.surface import ResponsesSurface
 
@@ -76,14 +76,23 @@ class Routes:
         reply = await self._api.chat(request, surface)
         if not surface.is_background:
             return reply
-        return _json_bytes(await self._background.begin(request.scope, reply, surface))
+        return await self._background.begin(request.scope, reply, surface)
+
+    async def show_response(self, request: Request, response_id: str) -> Response:
+        after = events_after(request.query_params)
+        if after is None:
+            return await self.kept.show(request, response_id)
+        return self._background.follow(response_id, context_of(request.scope).tenant, after)
 
     async def cancel_response(self, request: Request, response_id: str) -> Response:
         return _json_bytes(await self._background.cancel(response_id, context_of(request.scope).tenant))
 
     async def delete_response(self, request: Request, response_id: str) -> Response:
-        await self._background.stop(response_id, context_of(request.scope).tenant)
-        return await self.kept.delete(request, response_id)
+        tenant = context_of(request.scope).tenant
+        await self._background.stop(response_id, tenant)
+        shown = await self.kept.delete(request, response_id)
+        self._background.forget(response_id, tenant)
+        return shown
 
     async def messages(self, request: Request) -> Reply:
         return await self._api.chat(request, MessagesSurface())
@@ -181,7 +190,7 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
     app.add_api_route(_COUNT_RESPONSE_PATH, routes.count_response, methods=["POST"])
     app.add_api_route(_COUNT_RESPONSE_PATH, routes.only_post, methods=["GET", "DELETE"], include_in_schema=False)
-    app.add_api_route("/v1/responses/{response_id}", routes.kept.show, methods=["GET"])
+    app.add_api_route("/v1/responses/{response_id}", routes.show_response, methods=["GET"])
     app.add_api_route("/v1/responses/{response_id}", routes.delete_response, methods=["DELETE"])
     app.add_api_route("/v1/responses/{response_id}/cancel", routes.cancel_response, methods=["POST"])
     app.add_api_route("/v1/responses/{response_id}/input_items", routes.kept.items, methods=["GET"])

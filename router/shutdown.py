@@ -16,9 +16,9 @@ from collections.abc import Coroutine, Iterator
 
 import structlog
 
-from .api.reply import InFlight
 from .catalogue.catalogue import Catalogue
 from .http.http_server import HttpServer
+from .http.in_flight import InFlight
 
 INTERRUPT_LIMIT_S = 3.0  # for running answers after SIGINT; less than the launcher's patience
 SAME_S = 1.0  # two SIGTERMs within are one; a launcher that is busy takes some tens of milliseconds to pass it on

@@ -76,7 +76,7 @@ router/catalogue     common models router/state router/dispatch router/helpers r
 router/api           common models router/state router/http router/access router/helpers router/kept router/catalogue
 router/api           router/turns router/turns/values
 router/messages      common router/state router/api router/turns router/turns/values
-router/responses     common router/state router/kept router/api router/turns
+router/responses     common router/state router/http router/kept router/api router/turns
 router/embeddings    common models router/api router/catalogue
 router/batches       common router/state router/helpers router/kept router/api
 router/admin         common router/state router/access router/helpers router/autoscaler router/api

@@ -44,17 +44,18 @@ class EventFormat:
     encode: Callable[[Sequence[object]], bytes] = encode_events
     error: Callable[[HttpFailure], bytes] = encode_error
     end: bytes = DONE  # after the last event
+    num_before: int = 0  # events of an answer that its client has from elsewhere
 
 
 OPENAI_EVENTS = EventFormat()
 
 
 class EventNumbers:
-    """The numbers of one answer's events, from 1 on."""
+    """The numbers of one answer's events, from 1 on, or behind those that were told elsewhere."""
 
-    def __init__(self, kept: KeptAnswer) -> None:
+    def __init__(self, kept: KeptAnswer, num_before: int = 0) -> None:
         self._kept = kept
-        self._last = 0
+        self._last = num_before
 
     @property
     def is_behind(self) -> bool:

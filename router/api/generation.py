@@ -23,6 +23,7 @@ from ..catalogue.catalogue import Catalogue
 from ..catalogue.version import ServedModel, Version
 from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
+from ..http.in_flight import InFlight
 from ..kept.answers import KeptAnswers, take
 from ..kept.asking import KEY_HEADER, answer_key, one_key
 from ..kept.kept_answer import given_back, restored, settled
@@ -49,7 +50,7 @@ from .options import (
     turn_options,
 )
 from .prompts import PromptReader
-from .reply import AnswerObserver, InFlight, Reply
+from .reply import AnswerObserver, Reply
 from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from .surface import ChatSurface, OpenAISurface, Translation, naming_fields
 

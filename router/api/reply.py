@@ -21,6 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from ...common.errors import CapacityError, RequestError
 from ...common.request import FinishReason
+from ..http.cut import Cut
+from ..http.in_flight import InFlight
 from ..kept.asking import REPEATED_HEADER
 from ..state.errors import StreamError, failure_of
 from .answer import Answer
@@ -35,7 +37,7 @@ _NAMED_INLINE = 2048  # tokens and alternatives whose texts are looked up where 
 _VECTOR_BYTES_INLINE = 2**16  # of embeddings that are written where they are: some milliseconds
 _CHOICES_INLINE = 256  # choices up to which any other answer is encoded where it is
 
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # a proxy in front must not collect the events
@@ -52,35 +54,6 @@ class AnswerObserver(Protocol):
     def on_repeated(self) -> None:
         """A client came back for an answer of which it had been told something."""
         ...
-
-
-class InFlight:
-    """The replies under way. When the server ends, new ones are refused and the last ones told."""
-
-    def __init__(self) -> None:
-        self._replies: set[Reply] = set()
-        self.is_leaving = False  # /ready says no; connections that are open may still ask
-        self.is_closing = False
-
-    def __len__(self) -> int:
-        """Return how many clients wait for one: nobody waits for a batch's lines."""
-        return sum(not reply.is_background for reply in self._replies)
-
-    def check_open(self) -> None:
-        if self.is_closing:
-            raise StreamError("the server is shutting down", "shutting_down", 503)
-
-    def add(self, reply: Reply) -> None:
-        self._replies.add(reply)
-
-    def discard(self, reply: Reply) -> None:
-        self._replies.discard(reply)
-
-    def end_all(self) -> None:
-        """Each reply ends now, with an error that its client sees."""
-        self.is_closing = True
-        for reply in list(self._replies):
-            reply.end(StreamError("the server is shutting down", "shutting_down", 503))
 
 
 class Reply(Response):
@@ -107,22 +80,19 @@ class Reply(Response):
         self._in_flight = in_flight
         self._observer = observer
         self._events = events
-        self._task: asyncio.Task[object] | None = None  # while it sends
-        self._is_cut = False
-        self._ended_by: Exception | None = None
+        self._cut = Cut()
         if answer.kept is not None:
             answer.kept.on_wanted = partial(self.end, _taken_over())
         in_flight.add(self)
 
+    @property
+    def is_kept(self) -> bool:
+        """The answer goes on behind what was told of it before, if anything was."""
+        return self._answer.kept is not None
+
     def end(self, error: Exception) -> None:
         """End the reply from outside."""
-        self._ended_by = self._ended_by or error
-        self._cut()
-
-    def _cut(self) -> None:
-        if self._task is not None and not self._is_cut:
-            self._task.cancel()
-        self._is_cut = True
+        self._cut.end(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
@@ -134,32 +104,12 @@ class Reply(Response):
             self._record(context, str(scope["path"]))
 
     async def _serve(self, context: RequestContext, send: Send) -> None:
-        if context.chunk_encoder is not None:
-            context.chunk_encoder.watch(self._cut)
-        error = self._ended_by if self._is_cut else await self._write(context, send)
+        write = self._send_stream if self._stream else self._send_whole
+        error = await self._cut.around(partial(write, context, send), context.chunk_encoder)
         if error is not None:
             await self._fail(context, send, error)
-        elif self._is_cut:
+        elif self._cut.is_cut:
             context.status = CLIENT_CLOSED
-
-    async def _write(self, context: RequestContext, send: Send) -> Exception | None:
-        """Return what went wrong: nothing also where it was cut because the client left."""
-        self._task = asyncio.current_task()
-        assert self._task is not None
-        try:
-            await (self._send_stream(context, send) if self._stream else self._send_whole(context, send))
-        except asyncio.CancelledError:
-            if not self._is_cut:
-                raise
-            self._task.uncancel()
-            return self._ended_by
-        except Exception as error:
-            return error
-        finally:
-            self._task = None
-            if context.chunk_encoder is not None:
-                context.chunk_encoder.watch(None)
-        return None
 
     async def _send_whole(self, context: RequestContext, send: Send) -> None:
         pieces: list[list[TextPiece]] = [[] for _ in self._answer.choices]
@@ -192,13 +142,13 @@ class Reply(Response):
         return msgspec.json.encode(self._form.whole(list(map(TextPiece.joined, pieces))))
 
     async def _send_stream(self, context: RequestContext, send: Send) -> None:
-        numbers = EventNumbers(self._answer.kept) if self._answer.kept is not None else None
+        numbers = EventNumbers(self._answer.kept, self._events.num_before) if self._answer.kept is not None else None
         writer, write = EventWriter(self._form, self._events, numbers), context.write
         num_named = 0  # in what is said of the prompts where a choice begins
         while pieces := await self._answer.next():
             is_first = context.status is None
             if is_first:
-                headers = [*_STREAM_HEADERS, *self._more_headers(context)]
+                headers = [*STREAM_HEADERS, *self._more_headers(context)]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 num_named = self._num_named_of_prompts()
             if num_named > _NAMED_INLINE and writer.begins_choice(pieces):

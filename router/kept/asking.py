@@ -67,9 +67,9 @@ def answer_key(headers: Mapping[bytes, bytes], tenant: bytes, path: str, asked: 
     return AnswerKey(name, _digest(path, asked), int(after))
 
 
-def own_key(name: bytes, tenant: bytes, path: str, asked: object) -> AnswerKey:
-    """Return a key of the server's own, for an answer that goes on without its client."""
-    return AnswerKey(name_of_file(tenant, b"own " + name), _digest(path, asked))
+def own_key(name: bytes, tenant: bytes, path: str, asked: object, after: int) -> AnswerKey:
+    """Return a key of the server's own, for an answer that goes on without its client, behind so many events."""
+    return AnswerKey(name_of_file(tenant, b"own " + name), _digest(path, asked), after)
 
 
 def one_key(clients: AnswerKey | None, own: AnswerKey | None) -> AnswerKey | None:

@@ -28,9 +28,6 @@ class KeptEndpoints:
         self._kept = kept
 
     async def show(self, request: Request, response_id: str) -> Response:
-        if request.query_params.get("stream", "false") != "false":
-            text = "stream: a kept response is shown whole, not as a stream"
-            raise RequestError(text, param="stream", code="unsupported_value")
         return _json(self._kept.response(response_id, context_of(request.scope).tenant))
 
     async def items(self, request: Request, response_id: str) -> Response:
@@ -47,6 +44,22 @@ class KeptEndpoints:
     async def delete(self, request: Request, response_id: str) -> Response:
         self._kept.forget(response_id, context_of(request.scope).tenant)
         return _json(msgspec.json.encode({"id": response_id, "object": "response", "deleted": True}))
+
+
+def events_after(asked: Mapping[str, str]) -> int | None:
+    """Return behind which event a response is to be streamed; -1: none, and None: it is to be shown whole.
+
+    Raises RequestError.
+    """
+    stream, after = asked.get("stream", "false"), asked.get("starting_after")
+    if stream not in ("true", "false"):
+        raise RequestError(f"stream must be true or false, got {clip(stream)}", param="stream")
+    if after is not None and not re.fullmatch(r"[0-9]{1,9}", after):
+        text = f"starting_after must be the number of an event, got {clip(after)}"
+        raise RequestError(text, param="starting_after")
+    if stream == "false":
+        return None
+    return -1 if after is None else int(after)
 
 
 def _items(messages: Sequence[Message], names: Names) -> Iterator[tuple[str, Fields]]:

@@ -7,7 +7,6 @@ response.created, .in_progress ─> for each item: output_item.added, its parts 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 import msgspec
 
@@ -45,22 +44,32 @@ _REPEATED: Mapping[str, object] = {
 }
 
 
-def _encode(events: Sequence[object]) -> bytes:
-    return b"".join([_event(event) for event in events if isinstance(event, dict)])
+BEGINNING = ("created", "in_progress")  # the events before any of the answer
 
 
-def _event(event: Fields) -> bytes:
+def encode_events(events: Sequence[object]) -> bytes:
+    return b"".join([_encode(event) for event in events if isinstance(event, dict)])
+
+
+def _encode(event: Fields) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), msgspec.json.encode(event))
 
 
-def event_format(numbers: Iterator[int]) -> EventFormat:
-    """Return the way of writing one answer's events, with the numbers that its form takes too."""
-    return EventFormat(_encode, partial(_error_event, numbers), b"")
+def event_format(numbers: Iterator[int], num_before: int = 0) -> EventFormat:
+    """Return the way of writing one answer's events, with the numbers that its form takes too.
+
+    `num_before`: events that are told elsewhere.
+    """
+    return EventFormat(encode_events, lambda failure: error_event(next(numbers), failure), b"", num_before)
 
 
-def _error_event(numbers: Iterator[int], failure: HttpFailure) -> bytes:
+def error_event(number: int, failure: HttpFailure) -> bytes:
     told = {"code": failure.code, "message": failure.message, "param": failure.param}
-    return _event({"type": "error", "sequence_number": next(numbers), **told})
+    return _encode({"type": "error", "sequence_number": number, **told})
+
+
+def failed_event(number: int, response: Fields) -> bytes:
+    return _encode({"type": "response.failed", "sequence_number": number, "response": response})
 
 
 class ResponseForm:
@@ -89,13 +98,10 @@ class ResponseForm:
         self._blocks = Blocks()
         self._logprobs: dict[int, Logprobs] = {}  # of text, by the block's place
         self._numbers = numbers
+        self._has_begun = False
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Fields]:
-        events: list[Fields] = []
-        if is_first:
-            response = self._response("in_progress", None)
-            events += [self._of("response.created", response=response)]
-            events += [self._of("response.in_progress", response=response)]
+        events = self.begin() if is_first and not self._has_begun else []
         for turn, logprobs in self._reader.read(piece):
             for change in self._blocks.push(turn):
                 told = self._take(change, logprobs)
@@ -112,6 +118,11 @@ class ResponseForm:
     def begun(self) -> Fields:
         """Return the response before anything of it was told."""
         return self._response("in_progress", None)
+
+    def begin(self) -> list[Fields]:
+        """Return the events before any piece, which are not told with the first one then."""
+        self._has_begun, response = True, self.begun()
+        return [self._of(f"response.{kind}", response=response) for kind in BEGINNING]
 
     def usage_chunk(self) -> object:
         raise AssertionError("the usage is in the last event")

@@ -45,7 +45,7 @@ class FolderStore:
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES_OF_FOLDER) -> None:
         """Raises ConfigError for a folder that cannot be made."""
         self._path = path
-        self.sweeper = Sweeper(path, MAX_AGE_S, max_bytes, _unlink)
+        self.sweeper = Sweeper(path, MAX_AGE_S, max_bytes)
         make_folder(path)
 
     def write(self, name: str, data: bytes) -> None:
@@ -108,8 +108,3 @@ class MemoryStore:
 
     def _oldest_s(self) -> float:
         return self._clock.now() - MAX_AGE_S
-
-
-def _unlink(path: Path) -> bool:
-    path.unlink(missing_ok=True)
-    return True

@@ -17,7 +17,7 @@ from ..kept.asking import own_key
 from ..kept.kept_answer import AnswerKey
 from ..state.errors import shown
 from ..turns.places import Message, Places
-from .form import Fields, ResponseForm, event_format
+from .form import BEGINNING, Fields, ResponseForm, encode_events, event_format
 from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses
 from .tools import Names, ResponseTools, names_of_calls, response_tools
 from .translate import FIELD_NAMES, chat_body
@@ -32,14 +32,23 @@ class ResponsesSurface:
     key: AnswerKey | None = None  # of a background response
 
     def __init__(
-        self, kept: KeptResponses, tenant: bytes, request_id: str, *, keeps: bool = True, goes_on: bool = False
+        self,
+        kept: KeptResponses,
+        tenant: bytes,
+        request_id: str,
+        *,
+        keeps: bool = True,
+        goes_on: bool = False,
+        num_told: int = 0,
     ) -> None:
         """`keeps`: the answer, unless the request says otherwise. A batch's many would drive others' out.
 
-        `goes_on`: an answer may be computed for a client that does not wait for it.
+        `goes_on`: an answer may be computed for a client that does not wait for it. `num_told`: events of it that an
+        earlier run has told.
         """
         self._request_id = request_id
         self._goes_on = goes_on
+        self._num_told = num_told
         self._kept = kept
         self._tenant = tenant
         self._keeps = keeps
@@ -51,12 +60,14 @@ class ResponsesSurface:
         self._numbers = itertools.count()
         self.events = event_format(self._numbers)
         self.begun: Fields = {}  # a background response before anything of it was told
+        self.first_events = b""  # of one that streams: they come at once, and with no piece
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         self._raw = raw if self._keeps else {**raw, "store": False}
         if _is_background(raw):
             self._check_background()
-            self.key = own_key(self._request_id.encode(), self._tenant, PATH, raw)
+            after = self._num_told if self._num_told > len(BEGINNING) else 0
+            self.key = own_key(self._request_id.encode(), self._tenant, PATH, raw, after)
         previous = raw.get("previous_response_id")
         earlier, names = ((), {}) if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
@@ -73,8 +84,6 @@ class ResponsesSurface:
             text = "background: this router has no folder for it (--answers-dir, without --no-store-responses)"
         elif self._raw.get("store") is False:
             text = "background: a response that is not kept (store) could not be asked for"
-        elif self._raw.get("stream"):
-            text = f"background: a stream has its client; leave 'stream' away, and GET {PATH}/ID until it is completed"
         if text:
             raise RequestError(text, param="background", code="unsupported_value")
 
@@ -99,6 +108,9 @@ class ResponsesSurface:
         form = ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
         if self.is_background:
             self.begun = form.begun()  # the form is not kept here: it leads back
+            if body.stream:
+                self.first_events = encode_events(form.begin())
+                self.events = event_format(self._numbers, len(BEGINNING))
         return form
 
     def _with_items(self, given: object) -> object:

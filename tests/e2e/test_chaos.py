@@ -7,6 +7,8 @@ One cluster serves all tests; the worker that died is back before the next one b
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -86,6 +88,15 @@ def test_streams_are_whole_though_the_router_dies(drill: LocalDrill, others: tup
     drill.settle(quarantine_ends=False)
 
 
+def _events(url: str, at_most: int | None = None, **body: Any) -> list[dict[str, Any]]:
+    """Return the events of a stream; the client leaves when it has so many."""
+    with httpx.stream("POST" if body else "GET", url, timeout=60.0, **body) as response:
+        events = (
+            json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line.startswith("data: ")
+        )
+        return list(itertools.islice(events, at_most))
+
+
 def test_responses_that_nobody_waits_for_are_computed_though_the_router_dies(drill: LocalDrill) -> None:
     path, base_url = "/v1/responses", drill.cluster.base_url
     bodies = [{"input": f"Number {n}", "seed": n, "temperature": 1.0, "max_output_tokens": 400} for n in range(6)]
@@ -94,6 +105,8 @@ def test_responses_that_nobody_waits_for_are_computed_though_the_router_dies(dri
         return [response["status"], *(part["text"] for item in response["output"] for part in item["content"])]
 
     undisturbed = [said(httpx.post(f"{base_url}{path}", json=body, timeout=60.0).json()) for body in bodies]
+    streamed = {"background": True, "stream": True}
+    followed = _events(f"{base_url}{path}", 8, json=bodies[0] | streamed)
     begun = [httpx.post(f"{base_url}{path}", json=body | {"background": True}, timeout=60.0).json() for body in bodies]
     drill.kill(("router",))
     found: dict[str, dict[str, Any]] = {}
@@ -106,6 +119,10 @@ def test_responses_that_nobody_waits_for_are_computed_though_the_router_dies(dri
 
     wait_until(are_all_over, "the responses", 60.0)
     assert [said(found[state["id"]]) for state in begun] == undisturbed
+    rest = _events(f"{base_url}{path}/{followed[0]['response']['id']}?stream=true&starting_after=7")
+    assert [event["sequence_number"] for event in followed + rest] == [*range(8 + len(rest))]
+    assert said(rest[-1]["response"]) == undisturbed[0]
+    assert "".join(event["delta"] for event in followed + rest if "delta" in event) == undisturbed[0][1]
     assert '"event":"background_response_goes_on"' in drill.cluster.log.read_text()
     drill.settle(quarantine_ends=False)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from openai.types.responses import ResponseCompletedEvent, ResponseCreatedEvent, ResponseTextDeltaEvent
 
 from kvferry.common.errors import CapacityError
+from kvferry.router.kept.answers import KeptAnswers
 from kvferry.router.state.errors import StreamError
 
 from .fakes import MODEL, Script, Served, ids_of, listening, serve
@@ -192,6 +195,27 @@ async def test_a_client_that_closes_its_stream_aborts_the_request() -> None:
             await anext(aiter(stream))
         await served.dispatcher.abort_seen.wait()
     assert served.dispatcher.aborted == [served.request.request_id]
+
+
+async def test_a_background_response_is_followed_left_and_followed_again(tmp_path: Path) -> None:
+    served = serve(Script("Hello, world", hold_at=3), kept_answers=KeptAnswers(tmp_path))
+    async with _async_client(served) as client:
+        asked = client.responses.create(model=MODEL, input="hi", background=True, stream=True)
+        async with await asked as stream:
+            had = [await anext(aiter(stream)) for _ in range(4)]
+        created = had[0]
+        assert isinstance(created, ResponseCreatedEvent)
+        assert (await client.responses.retrieve(created.response.id)).status == "in_progress"
+        served.dispatcher.go.set()
+        after = had[-1].sequence_number
+        async for event in await client.responses.retrieve(created.response.id, stream=True, starting_after=after):
+            had.append(event)
+        completed = had[-1]
+        assert isinstance(completed, ResponseCompletedEvent) and completed.response.output_text == "Hello, world"
+        deltas = [event.delta for event in had if isinstance(event, ResponseTextDeltaEvent)]
+        assert "".join(deltas) == "Hello, world" and not served.dispatcher.aborted
+        async with client.responses.stream(response_id=created.response.id, starting_after=0) as again:
+            assert (await again.get_final_response()).output_text == "Hello, world"
 
 
 async def test_the_client_retries_what_may_succeed_and_not_what_cannot() -> None:

@@ -17,7 +17,7 @@ class Surface:
 
     done = b"[DONE]"  # the data that ends a stream; empty: an event does
 
-    under_way = ""  # the id of an answer that is asked for again and again
+    going_on = ""  # how to ask for more of an answer that goes on without its client, behind its path
 
     def __init__(self, request: int) -> None:
         self.request = request

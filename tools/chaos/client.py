@@ -38,9 +38,9 @@ class _Reader:
         self.last_event = ""  # its number, where events have one
 
     @property
-    def under_way(self) -> str:
-        """The id of an answer that was begun and is to be asked for; empty: there is none."""
-        return self._surface.under_way
+    def going_on(self) -> str:
+        """Return how to ask for more of an answer that goes on without its client; empty: nothing is known of one."""
+        return self._surface.going_on
 
     def begin_again(self) -> None:
         """The connection has ended; what comes by another goes on behind the last whole event."""
@@ -66,11 +66,11 @@ class _Reader:
         """The body is over."""
         if self._status == 200 and not self._ask.is_stream:
             self._take(b"".join(self._body))
-            if not self.has_ended and not self.under_way:
+            if not self.has_ended and not self.going_on:
                 self._end(self._surface.end(self._now()))
         elif self._status != 200:
             self._take(b"".join(self._body))
-        if not self.has_ended and not self.under_way:
+        if not self.has_ended and not self.going_on:
             self.cut("ended in the middle" if self._status == 200 else f"status {self._status} without an error")
 
     def leave(self) -> None:
@@ -137,7 +137,7 @@ async def send(
                 own = {} if key is None or ask.is_background else {"idempotency-key": key}
                 if reader.last_event:
                     own["last-event-id"] = reader.last_event
-                to = f"/{reader.under_way}" if reader.under_way else ""
+                to = reader.going_on
                 try:
                     await client.request(
                         "GET" if to else "POST",

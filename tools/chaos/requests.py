@@ -106,7 +106,7 @@ def _make(
     vocab_size: int,
 ) -> Ask:
     words = kind.split()
-    is_stream = not {"whole", "background"} & set(words)
+    is_stream = "stream" in words or not {"whole", "background"} & set(words)
     length = source.choice(_PROMPT_LENS)
     max_tokens = source.randint(_MIN_ANSWER, _MAX_ANSWER)
     body: Body = {"model": model, "stream": is_stream}
@@ -185,6 +185,7 @@ ASK_KINDS: dict[str, Callable[[random.Random], Body]] = {
     "response tools": _response_tools,
     FOLLOWING: _warm,
     "response background": lambda source: {**_warm(source), "background": True},
+    "response background stream": lambda source: {**_warm(source), "background": True},
     "message": lambda source: {"top_k": source.choice((1, 40))},
     "message whole": lambda source: {},
     "message tools": _message_tools,

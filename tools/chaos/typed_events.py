@@ -51,6 +51,7 @@ class _Usage(msgspec.Struct):
 class _Response(msgspec.Struct):
     id: str
     status: str
+    background: bool = False
     output: list[_Item] = []
     usage: _Usage | None = None
     error: Error | None = None
@@ -81,13 +82,16 @@ class Responses(Surface):
     def __init__(self, request: int) -> None:
         super().__init__(request)
         self._number = -1  # of the last event
+        self._name = ""  # of a response that goes on without its client, and streams
         self._text = self._calls = ""  # so far
-        self.under_way = ""  # the id of a response that its client does not wait for
+        self.going_on = ""
 
     def read(self, data: bytes, at_s: float, status: int) -> Iterator[RequestEvent]:
         event = _read_event(data)
         if event.object == "response":
             yield from self._whole(_read_response(data), at_s)
+        elif event.type == "error" and self.going_on:
+            return  # its router ends: the client comes back
         elif event.error is not None or event.type == "error":
             error = event.error or Error(event.message, "error", event.code)
             yield self.failed(at_s, status, error.name, error.message)
@@ -102,6 +106,9 @@ class Responses(Surface):
         response = event.response
         if response is not None:
             self.answer_id = self.answer_id or _last_part(response.id)
+            self._name = response.id if response.background else ""
+        if self._name:
+            self.going_on = f"/{self._name}?stream=true&starting_after={self._number}"
         if event.type in ("response.output_text.delta", "response.reasoning_text.delta"):
             self._text += event.delta
             yield Delta(request=self.request, at_s=at_s, choice=0, text=event.delta)
@@ -124,8 +131,8 @@ class Responses(Surface):
 
     def _whole(self, response: _Response, at_s: float) -> Iterator[RequestEvent]:
         self.answer_id = _last_part(response.id)
-        self.under_way = response.id if response.status == "in_progress" else ""
-        if self.under_way:
+        self.going_on = f"/{response.id}" if response.status == "in_progress" else ""
+        if self.going_on:
             return
         if response.error is not None:
             yield self.failed(at_s, 200, response.error.name, response.error.message)

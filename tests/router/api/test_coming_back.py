@@ -234,10 +234,10 @@ async def test_what_can_not_be_kept_is_answered_and_says_so(tmp_path: Path, is_k
 async def test_embeddings_and_lists_need_no_key(tmp_path: Path) -> None:
     async with served(tmp_path).client() as client:
         assert (await client.get("/v1/models", headers=KEY)).status_code == 200
-    assert names_in(tmp_path) == ["responses", "tasks", "wanted"]
+    assert names_in(tmp_path) == ["events", "responses", "tasks", "wanted"]
 
 
 async def test_without_a_key_no_event_has_a_number(tmp_path: Path) -> None:
     async with served(tmp_path).client() as client:
         response = await client.post("/v1/completions", json={"prompt": "ab", "stream": True})
-    assert told(response) == [] and names_in(tmp_path) == ["responses", "tasks", "wanted"]
+    assert told(response) == [] and names_in(tmp_path) == ["events", "responses", "tasks", "wanted"]

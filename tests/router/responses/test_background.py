@@ -3,90 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.access.quota import QuotaLimits
 from kvferry.router.catalogue.version import ServedModel
-from kvferry.router.kept.answers import KeptAnswers
 from kvferry.router.responses import background, kept
-from kvferry.router.responses.background import BackgroundResponses
 from kvferry.router.responses.task_folder import Task, TaskFolder
 from kvferry.router.state.errors import StreamError
 
-from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
-
-PATH = "/v1/responses"
-BODY = {"input": "hi", "background": True, "max_output_tokens": 40}
+from ..fakes import MODEL, VOCAB_SIZE, Script, serve
+from .backgrounds import BODY, begin, call, ended, no_room, router, runs, shown, text_of, until
 
 
 @pytest.fixture(autouse=True)
 def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "LOOK_EVERY_S", 0.01)
-
-
-def router(folder: Path, text: str = "Hello, world", script: Script | None = None, **options: Any) -> Served:
-    return serve(script or Script(text), kept_answers=KeptAnswers(folder), **options)
-
-
-def no_room(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def runs(served: Served) -> BackgroundResponses:
-    found = served.app.state.background
-    assert isinstance(found, BackgroundResponses)
-    return found
-
-
-async def call(served: Served, method: str, path: str = "", **options: Any) -> httpx.Response:
-    async with served.client(**options.pop("headers", {})) as client:
-        return await client.request(method, PATH + path, **options)
-
-
-async def begin(served: Served, **body: Any) -> dict[str, Any]:
-    response = await call(served, "POST", json=BODY | body)
-    assert response.status_code == 200, response.text
-    state: dict[str, Any] = response.json()
-    assert (state["status"], state["background"], state["output"]) == ("in_progress", True, [])
-    return state
-
-
-async def shown(served: Served, state: dict[str, Any]) -> dict[str, Any]:
-    response = await call(served, "GET", f"/{state['id']}")
-    assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    assert found["id"] == state["id"]
-    return found
-
-
-async def until(check: Callable[[], Awaitable[bool]]) -> None:
-    for _ in range(2_000):
-        if await check():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come")
-
-
-async def ended(served: Served, state: dict[str, Any]) -> dict[str, Any]:
-    async def is_over() -> bool:
-        return bool((await shown(served, state))["status"] != "in_progress")
-
-    await until(is_over)
-    return await shown(served, state)
-
-
-def text_of(response: dict[str, Any]) -> str:
-    [item] = response["output"]
-    [part] = item["content"]
-    return str(part["text"])
 
 
 async def test_it_is_computed_though_nobody_waits_and_any_router_shows_it(tmp_path: Path) -> None:
@@ -230,7 +166,7 @@ async def test_an_error_where_it_goes_on_is_its_end_too(tmp_path: Path) -> None:
     [
         ({"background": "yes"}, {}, "background"),
         ({"store": False}, {}, "background"),
-        ({"stream": True}, {}, "background"),
+        ({"stream": "yes"}, {}, "stream"),
         ({"input": []}, {}, "input"),
         ({"temperature": 9}, {}, "temperature"),
         ({}, {"idempotency-key": "k"}, "Idempotency-Key"),

@@ -98,12 +98,26 @@ async def test_a_response_that_nobody_waits_for_is_asked_for_until_it_is_there()
     told = await answer("/v1/responses", "Hello", stream=False)
     surface = surface_of("/v1/responses", 1)
     begun = told[0] | {"status": "in_progress", "output": [], "usage": None, "background": True}
-    assert list(surface.read(json.dumps(begun).encode(), 2.0, 200)) == [] and surface.under_way == begun["id"]
+    assert list(surface.read(json.dumps(begun).encode(), 2.0, 200)) == [] and surface.going_on == f"/{begun['id']}"
     delta, _ = surface.read(json.dumps(told[0]).encode(), 3.0, 200)
-    assert isinstance(delta, Delta) and (delta.text, surface.under_way) == ("Hello", "")
+    assert isinstance(delta, Delta) and (delta.text, surface.going_on) == ("Hello", "")
     failed = begun | {"status": "failed", "error": {"code": "server_error", "message": "lost"}}
     [end] = surface.read(json.dumps(failed).encode(), 3.0, 200)
     assert isinstance(end, Failed) and (end.code, end.message) == ("server_error", "lost")
+
+
+async def test_who_follows_a_response_comes_back_behind_the_last_event() -> None:
+    told = await answer("/v1/responses", "Hello")
+    told[0]["response"]["background"] = told[1]["response"]["background"] = told[-1]["response"]["background"] = True
+    surface, texts = surface_of("/v1/responses", 1), ""
+    for number, data in enumerate(told[:-1]):
+        pieces = surface.read(json.dumps(data).encode(), 2.0, 200)
+        texts += "".join(event.text for event in pieces if isinstance(event, Delta))
+        assert surface.going_on == f"/{told[0]['response']['id']}?stream=true&starting_after={number}"
+    ends = {"type": "error", "sequence_number": number, "code": "shutting_down", "message": "it ends"}
+    assert not list(surface.read(json.dumps(ends).encode(), 3.0, 200)) and texts == "Hello"
+    *_, end = surface.read(json.dumps(told[-1]).encode(), 3.0, 200)
+    assert isinstance(end, Done)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -1,0 +1,75 @@
+"""A client follows a background response that streams: from its first event on, or behind the last that it has.
+
+It may leave and come back, to any router; several may follow. Where this router ends, or cannot read on, the last
+event is an error with the number of the one before it: behind that the client comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..api.middleware import CLIENT_CLOSED, RequestContext, context_of
+from ..api.reply import STREAM_HEADERS
+from ..http.cut import Cut
+from ..http.in_flight import InFlight
+from ..state.errors import failure_of
+from .event_files import EventReader
+from .form import error_event
+
+
+class EventStream(Response):
+    """`EventStream` owns `reader`; Starlette calls it as an ASGI application."""
+
+    is_background = False
+
+    def __init__(
+        self,
+        reader: EventReader,
+        is_over: Callable[[], bool],
+        grows: Callable[[], Awaitable[None]],
+        in_flight: InFlight,
+    ) -> None:
+        """`is_over`: no event comes any more. `grows` returns when there may be one."""
+        self.background = None
+        self.status_code = 200
+        self._reader = reader
+        self._is_over = is_over
+        self._grows = grows
+        self._in_flight = in_flight
+        self._cut = Cut()
+        in_flight.add(self)
+
+    def end(self, error: Exception) -> None:
+        self._cut.end(error)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._serve(context_of(scope), send)
+        finally:
+            self._in_flight.discard(self)
+            self._reader.close()
+
+    async def _serve(self, context: RequestContext, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]})
+        error = await self._cut.around(partial(self._tell, context), context.chunk_encoder)
+        if error is not None:
+            failure = failure_of(error)
+            await send({"type": "http.response.body", "body": error_event(self._reader.last, failure)})
+            context.status = failure.status
+        elif self._cut.is_cut:
+            context.status = CLIENT_CLOSED
+        else:
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _tell(self, context: RequestContext) -> None:
+        while True:
+            is_over = self._is_over()  # before the last look
+            while events := self._reader.read():
+                await context.write(events)
+            if is_over:
+                return
+            await self._grows()
