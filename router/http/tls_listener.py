@@ -1,7 +1,7 @@
 """TLS in front of HTTP: a connection is one when its client and this server have shaken hands.
 
     accepted ─> a place among the connections ─> handshake within HANDSHAKE_LIMIT_S ─> its HTTP connection has the place
-                    │                               └─ not, or no TLS: closed
+                    │                               └─ not, or no TLS: closed, plain HTTP with an answer
                     └─ none ─> handshake all the same, for some at a time ─> 503
 
 A handshake holds its place as an idle connection does: it goes for a newcomer, so nobody is kept out by clients that
@@ -20,6 +20,7 @@ import structlog
 
 from .connection_limits import Connections
 from .leaving import Connection
+from .plain_http import is_plain, tell_to_use_tls
 from .protocol import DeadlineProtocol
 
 HANDSHAKE_LIMIT_S = 5.0
@@ -131,13 +132,18 @@ class TlsListener:
             handshake.sock.close()
 
     async def _shake(self, handshake: Handshake) -> None:
-        connection = self._make(handshake)
+        connection, until_s = self._make(handshake), self._loop.time() + HANDSHAKE_LIMIT_S
         try:
+            async with asyncio.timeout_at(until_s):
+                has_no_tls = await is_plain(handshake.sock)
+            if has_no_tls:
+                await tell_to_use_tls(handshake.sock)
+                raise ConnectionAbortedError
             await self._loop.connect_accepted_socket(
                 lambda: connection,
                 handshake.sock,
                 ssl=self._certificates.context,
-                ssl_handshake_timeout=HANDSHAKE_LIMIT_S,
+                ssl_handshake_timeout=max(until_s - self._loop.time(), 0.001),
             )
             handshake.is_whole = True
             if self._idle_s is not None and isinstance(connection, Connection):

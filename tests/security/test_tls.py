@@ -76,7 +76,20 @@ async def test_a_large_answer_and_a_large_body_come_whole(tls: ServerTls) -> Non
     assert len(json.loads(body)["choices"]) == 16
 
 
-@pytest.mark.parametrize("said", [b"", GET, b"\x16\x03\x01\x02\x00\x01\x00"])
+@pytest.mark.parametrize("asked", [GET, post(user="x" * 200_000)], ids=["GET", "a large body"])
+async def test_who_asks_by_plain_http_is_told_to_use_tls(tls: ServerTls, asked: bytes) -> None:
+    served = serve()
+    async with listening(served, certificates=tls) as address, connected(address) as (reader, writer):
+        writer.write(asked)
+        head, body = await read_answer(reader)
+        assert head.startswith(b"HTTP/1.1 400 ") and b"connection: close" in head
+        assert "https://" in json.loads(body)["error"]["message"] and await reader.read() == b""
+        writer.close()
+        await _comes(lambda: count(served, 'kvferry_slow_clients_total{kind="handshake"}'))
+    assert not served.dispatcher.requests
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01\x02\x00\x01\x00"])
 async def test_what_is_no_handshake_or_has_no_end_is_cut_and_counted(
     tls: ServerTls, said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
