@@ -8,15 +8,14 @@ handoff after the first token and a resume after a worker's death need no messag
 in `grammar/`; this module knows no library and no tokenizer.
 
 A prefill worker chooses first tokens and no others. It compiles nothing: the mask of first tokens was found where the
-grammar was checked, and comes with the task (`FirstMask`).
+grammar was checked, and comes with the task.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence as TokenIds
-from dataclasses import dataclass
-from typing import Annotated, Final, NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 
@@ -24,8 +23,18 @@ from .errors import KVFerryError
 
 # Between the parts of a JSON text: one space, or a line's end with at most 32 spaces behind it.
 WHITE_SPACE = r"\x20|\n\x20{0,32}"
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 MAX_MASK_BYTES = 1 << 17  # of a vocabulary of a million tokens
 MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (wire/frames.py)
+
+
+class Thoughts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A model's thoughts before what follows a grammar."""
+
+    around: Annotated[str, msgspec.Meta(max_length=1024)]  # a grammar of all in Lark, where that one is `@answer`
+    begin: TokenId | None = None  # None: they have begun in the prompt
+    end: TokenId | None = None  # None: it is several tokens, and there is no budget
+    budget: Annotated[int, msgspec.Meta(ge=0)] | None = None  # tokens, behind which the end comes; None: any number
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -33,6 +42,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     kind: Annotated[str, msgspec.Meta(max_length=64)]  # one of `grammar.source.KINDS`
     text: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]  # UTF-8
+    thoughts: Thoughts | None = None  # None: it begins with the first token
 
 
 class CheckedGrammar(NamedTuple):
@@ -120,29 +130,3 @@ def unpack_mask(packed: bytes) -> bytes:
     if not inflater.eof or len(mask) % 4:
         raise ValueError("no mask: it is cut short, too long, or no words of 32 bits")
     return mask
-
-
-@dataclass(frozen=True, slots=True)
-class FirstMask:
-    """Implements `CompiledGrammar` and `Matcher` as far as first tokens need them: what may come next is known."""
-
-    words: bytes  # `Matcher.mask`
-    is_ready: Final = True
-    is_late: Final = False
-    is_costly: Final = False
-    failure: Final = ""
-
-    def matcher(self) -> FirstMask:
-        return self
-
-    def mask(self) -> bytes:
-        return self.words
-
-    def forced(self) -> int | None:
-        return None
-
-    def accept(self, token_ids: TokenIds[int]) -> None:
-        raise GrammarBroken("nothing is known of what follows a first token")
-
-    def rollback(self, num_tokens: int) -> None:
-        raise GrammarBroken("no token has been taken")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
+import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ..common.errors import ConfigError, RequestError
@@ -21,6 +22,7 @@ from .limits import SchemaFacts, check_size, keyword_refusal
 from .rewriting import rewritten
 from .simplify import simplified
 from .source import source_of
+from .thinking import ANY, AnyText, BudgetedThoughts, FirstMatcher
 
 _EMBEDDED = re.compile(r"%json\s*+(?=\{)")  # a schema within a grammar
 _DECODER = json.JSONDecoder()
@@ -36,6 +38,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: LLTokenizer, vocab_size: int) -> None:
         self.tokenizer = tokenizer
+        self.size = vocab_size
         self.mask_bytes = -(-vocab_size // 32) * 4
         self.limits = LLParserLimits(verbose_errors=False, max_items_in_row=_MAX_ITEMS)
 
@@ -60,7 +63,8 @@ def _from_own_rules(path: Path, vocab_size: int, ends: list[int]) -> LLTokenizer
         raise ConfigError(f"{path}: no grammar can be followed with this tokenizer: it puts spaces between tokens")
 
     pieces = tuple(own.token_bytes(token_id) for token_id in range(vocab_size))
-    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece and i not in own.special_ids}
+    marks = own.mark_ids
+    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece and i not in marks}
 
     class Tokens:
         """The library asks this for a tokenizer's parts, and calls it for bytes that a grammar leaves no choice about.
@@ -72,7 +76,7 @@ def _from_own_rules(path: Path, vocab_size: int, ends: list[int]) -> LLTokenizer
         eos_token_id = ends[0]
         bos_token_id = own.bos_token_id
         tokens = pieces
-        special_token_ids = tuple(own.special_ids)
+        special_token_ids = tuple(marks)
 
         def __call__(self, text: str) -> list[int]:
             return _longest_first(text.encode(), ids)
@@ -96,7 +100,7 @@ def _longest_first(data: bytes, ids: Mapping[bytes, int]) -> list[int]:
 
 
 class AnswerMatcher:
-    """Implements `common.grammar.Matcher`."""
+    """Implements `FirstMatcher`."""
 
     __slots__ = ("_mask_bytes", "_matcher")
 
@@ -145,7 +149,7 @@ def _only_bit(mask: bytes) -> int | None:
     return bits.bit_length() - 1 if bits.bit_count() == 1 else None
 
 
-def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
+def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> FirstMatcher:
     """Compile a grammar that nobody has checked yet. Raises RequestError, as `compile_checked` and `check_size` do."""
     check_size(grammar)
     return compile_checked(vocabulary, grammar)
@@ -157,7 +161,7 @@ def find_first_mask(vocabulary: Vocabulary, grammar: Grammar) -> bytes:
     return _begun(vocabulary, grammar)[1]
 
 
-def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
+def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> FirstMatcher:
     """Return a matcher at the start of an answer, its first mask computed: that is the one which may take long.
 
     The grammar is known to be within its bounds: to check a large one keeps the GIL for milliseconds, which a worker's
@@ -166,16 +170,13 @@ def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
     return _begun(vocabulary, grammar)[0]
 
 
-def _begun(vocabulary: Vocabulary, grammar: Grammar) -> tuple[AnswerMatcher, bytes]:
+def _begun(vocabulary: Vocabulary, grammar: Grammar) -> tuple[FirstMatcher, bytes]:
     """Return a matcher at the start of an answer, and the mask of its first token."""
-    try:
-        source = _source(grammar)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"is not of its kind: {_clipped(str(error))}", param="", code="invalid_grammar") from None
-    matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
-    if matcher.is_error():
-        matcher = _in_other_words(vocabulary, grammar, _reason(matcher))
-    first = AnswerMatcher(matcher, vocabulary.mask_bytes)
+    first: FirstMatcher = (
+        AnyText(vocabulary.size, vocabulary.mask_bytes) if grammar.kind == ANY else _of_library(vocabulary, grammar)
+    )
+    if (thoughts := grammar.thoughts) is not None and thoughts.budget is not None:
+        first = BudgetedThoughts(first, thoughts, vocabulary.mask_bytes)
     try:
         mask = first.mask()
     except GrammarBroken:
@@ -183,6 +184,17 @@ def _begun(vocabulary: Vocabulary, grammar: Grammar) -> tuple[AnswerMatcher, byt
     if not any(mask):
         raise RequestError("has no answer that could follow it", param="", code="invalid_grammar")
     return first, mask
+
+
+def _of_library(vocabulary: Vocabulary, grammar: Grammar) -> AnswerMatcher:
+    try:
+        source = _source(grammar)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"is not of its kind: {_clipped(str(error))}", param="", code="invalid_grammar") from None
+    matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
+    if matcher.is_error():
+        matcher = _in_other_words(vocabulary, grammar, _reason(matcher))
+    return AnswerMatcher(matcher, vocabulary.mask_bytes)
 
 
 def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LLMatcher:
@@ -209,7 +221,7 @@ def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
         schemas = [say(schema) for schema in given]
         text = _joined(texts, schemas)
         if False not in schemas and text != before and len(text) <= MAX_GRAMMAR_BYTES:
-            yield Grammar(grammar.kind, text)
+            yield msgspec.structs.replace(grammar, text=text)
         before = text
 
 
@@ -217,7 +229,8 @@ def _source(grammar: Grammar) -> str:
     """Return the grammar as the library takes it, in words that it keeps. Raises ValueError, as `source_of` does."""
     if grammar.kind in ("json_schema", "lark") and MAY_BE.search(grammar.text) is not None:
         texts, schemas = _schemas_in(grammar)
-        grammar = Grammar(grammar.kind, _joined(texts, [in_kept_words(schema) for schema in schemas]))
+        text = _joined(texts, [in_kept_words(schema) for schema in schemas])
+        grammar = msgspec.structs.replace(grammar, text=text)
     return source_of(grammar)
 
 

@@ -5,6 +5,7 @@ r"""Grammars as clients give them, in the words of the library that matches them
     regex         a regular expression of the whole answer, in the syntax of Rust's regex crate
     choice        a JSON list of strings, of which the answer is one
     lark          a context-free grammar in llguidance's form of Lark, or in GBNF (`root ::= …`)
+    any           every text; the text of the grammar is empty
 
 Between the parts of a JSON text there may be one space, or a line's end with at most 32 spaces behind it: compact and
 indented texts are taken, and an answer cannot go on with white space for ever.
@@ -16,13 +17,22 @@ import json
 
 from ..common.grammar import WHITE_SPACE, Grammar
 from .gbnf import has_start_rule, plain_gbnf, with_whole_root
+from .thinking import ANY, behind_thoughts
 
-KINDS = ("json_object", "json_schema", "regex", "choice", "lark")
+KINDS = ("json_object", "json_schema", "regex", "choice", "lark", ANY)
 _ANY_OBJECT = '{"type": "object"}'
 
 
 def source_of(grammar: Grammar) -> str:
-    """Return the grammar as llguidance takes it. Raises ValueError for a text that is not of its kind."""
+    """Return the grammar as llguidance takes it, with the thoughts before it.
+
+    Raises ValueError for a text that is not of its kind; `any` is for no library.
+    """
+    source = _source_of_answer(grammar)
+    return source if grammar.thoughts is None else behind_thoughts(grammar.thoughts, source)
+
+
+def _source_of_answer(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     text = grammar.text.decode()

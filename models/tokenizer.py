@@ -9,6 +9,7 @@ Rules of a model (does a BOS token come first, which space is dropped) are the f
 
 from __future__ import annotations
 
+import re
 from codecs import utf_8_decode
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 MAX_BYTES_PER_TOKEN = 16
 _SLACK_BYTES = 4096  # beside them, so that short limits refuse no short text
 _UTF8_MAX_BYTES = 4  # of one character
+_BRACKETS = re.compile(r"<.*>", re.DOTALL)
 
 
 class Tokenizer:
@@ -119,10 +121,19 @@ class Tokenizer:
             return b""
         return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
 
-    def special_id(self, text: str) -> int | None:
-        """Return the special token that is this text; None: the text is no special token."""
+    def mark_id(self, text: str) -> int | None:
+        """Return the token that is this text and that no text of a grammar has; None: there is none.
+
+        Those are the special ones and, as llguidance has it, any added one in angle brackets: `<think>`, `<tool_call>`.
+        """
         found = self.added_id(text)
-        return found if found in self.special_ids else None
+        return found if found in self.special_ids or _BRACKETS.fullmatch(text) is not None else None
+
+    @property
+    def mark_ids(self) -> frozenset[int]:
+        """Return all of them."""
+        added = self._backend.get_added_tokens_decoder()
+        return self.special_ids | {i for i, token in added.items() if _BRACKETS.fullmatch(token.content) is not None}
 
     def hidden_ids(self, skip_special_tokens: bool, shown: Collection[str] = ()) -> frozenset[int]:
         """Return the ids that stay out of a text: those of the special tokens, but for the `shown` ones."""

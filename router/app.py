@@ -101,7 +101,7 @@ def build_app(
         observer=metrics,
         hosts=HostNames(allowed_hosts) if allowed_hosts or not keys.are_needed else None,
         cors=cors,
-        error_bodies={"/v1/messages": error_body},
+        error_shapes={"/v1/messages": error_body},
     )
     responses = KeptResponses(_response_store(kept_answers, clock) if stores_responses else None)
     states = _background_states(kept_answers, responses) if stores_responses else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -26,7 +27,9 @@ from .responses.background import BackgroundResponses
 from .responses.endpoints import KeptEndpoints, events_after
 from .responses.kept import KeptResponses
 from .responses.surface import ResponsesSurface
+from .state.errors import unknown_path
 
+_ANTHROPIC = "anthropic-version"  # a header of its clients
 COUNT_PATH = "/v1/messages/count_tokens"
 _COUNT_RESPONSE_PATH = "/v1/responses/input_tokens"
 _PATHS = (
@@ -115,11 +118,21 @@ class Routes:
         """Answer for a path that looks like a response's id and is none."""
         raise HTTPException(405, headers={"allow": "POST"})
 
-    async def models(self) -> Response:
-        return _json(ModelList(data=[self._model(name, version) for name, version in self._api.catalogue.shown()]))
+    async def unknown(self, request: Request) -> Response:
+        """Answer for a path that others' servers have, where its method looks like a wrong one."""
+        raise unknown_path(request.url.path)
 
-    async def model(self, name: str) -> Response:
-        return _json(self._model(name, self._api.catalogue.version(name)))
+    async def models(self, request: Request) -> Response:
+        listed = ModelList(data=[self._model(name, version) for name, version in self._api.catalogue.shown()])
+        if _ANTHROPIC in request.headers:
+            listed.data = list(map(_with_anthropics, listed.data))
+            listed.has_more = False
+            listed.first_id, listed.last_id = (listed.data[at].id if listed.data else None for at in (0, -1))
+        return _json(listed)
+
+    async def model(self, request: Request, name: str) -> Response:
+        model = self._model(name, self._api.catalogue.version(name))
+        return _json(_with_anthropics(model) if _ANTHROPIC in request.headers else model)
 
     def _model(self, name: str, version: Version) -> Model:
         model, view = version.model, version.dispatcher.view()
@@ -190,6 +203,7 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     app.add_api_route("/v1/responses", routes.responses, methods=["POST"])
     app.add_api_route(_COUNT_RESPONSE_PATH, routes.count_response, methods=["POST"])
     app.add_api_route(_COUNT_RESPONSE_PATH, routes.only_post, methods=["GET", "DELETE"], include_in_schema=False)
+    app.add_api_route("/v1/responses/compact", routes.unknown, methods=["POST"], include_in_schema=False)
     app.add_api_route("/v1/responses/{response_id}", routes.show_response, methods=["GET"])
     app.add_api_route("/v1/responses/{response_id}", routes.delete_response, methods=["DELETE"])
     app.add_api_route("/v1/responses/{response_id}/cancel", routes.cancel_response, methods=["POST"])
@@ -211,6 +225,13 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     ):
         app.add_api_route(path, endpoint, methods=["GET"])
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)  # some scrapers ask so first
+
+
+def _with_anthropics(model: Model) -> Model:
+    """Return the model with the fields that Anthropic's clients read beside OpenAI's."""
+    model.type, model.display_name = "model", model.id
+    model.created_at = datetime.fromtimestamp(model.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return model
 
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:

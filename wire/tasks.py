@@ -6,9 +6,10 @@ from typing import Annotated
 
 import msgspec
 
-from ..common.grammar import MAX_MASK_BYTES, FirstMask, unpack_mask
+from ..common.grammar import MAX_MASK_BYTES, unpack_mask
 from ..common.request import Pooling, RequestSpec
 from .fields import Choices, Count, Message, Name
+from .first_mask import FirstMask
 from .grants import GrantInfo
 
 PackedMask = Annotated[bytes, msgspec.Meta(max_length=MAX_MASK_BYTES)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +98,12 @@ class ApiKeys:
 
     def _tenant(self, name: bytes, kind: bytes = b"") -> bytes:
         return hashlib.blake2b(name, digest_size=16, key=self._tenants_key, person=kind).digest()
+
+
+def sent_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return what authorizes a request: Anthropic's clients send a key in a header of its own."""
+    authorization, key = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
+    return b"Bearer " + key if key and not authorization else authorization
 
 
 def _owner(name: bytes, kind: bytes = b"") -> str:

@@ -29,13 +29,17 @@ from .openai_types import (
 
 
 class ChatForm:
-    """`echoed` is the text of the final message that the answer continues, where the client wants it repeated."""
+    """`echoed` is the text of the final message that the answer continues, where the client wants it repeated.
 
-    def __init__(self, context: FormContext, turns: ChatTurns, *, echoed: str = "") -> None:
+    `is_forced`: the answer is calls, and has no text.
+    """
+
+    def __init__(self, context: FormContext, turns: ChatTurns, *, echoed: str = "", is_forced: bool = False) -> None:
         self._context = context
         self._turns = turns
         self._options = context.options
         self._echoed = echoed
+        self._is_forced = is_forced
 
     @property
     def has_plain_chunks(self) -> bool:
@@ -89,7 +93,7 @@ class ChatForm:
 
     def _opening(self, index: int) -> ChatChunk:
         """Return the chunk that says who speaks, before what is said."""
-        delta = ChatDelta(role="assistant", content=self._echoed)
+        delta = ChatDelta(role="assistant", content=None if self._is_forced and not self._echoed else self._echoed)
         chunk = self._context.chunk(ChatChunk, ChatChunkChoice(index=index, delta=delta))
         chunk.prompt_token_ids = self._prompt_ids()
         return chunk

@@ -14,6 +14,7 @@ from .fields import not_supported, take_only, unknown_field
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
+CACHE_HINT = "cache_control"
 
 _FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
 _FIELDS_OF_ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning", "refusal"})  # of the assistant's
@@ -23,8 +24,8 @@ _KINDS_OF_ANSWERS = ("text", "refusal")
 _UNSUPPORTED = frozenset({"function_call", "audio", "annotations"})
 
 
-# Book-keeping that libraries leave in the messages that they keep.
-_IGNORED = frozenset({"provider_specific_fields"})
+# Book-keeping that libraries leave in the messages that they keep, and hints to a cache that is always on.
+_IGNORED = frozenset({"provider_specific_fields", "id", CACHE_HINT})
 
 
 def parse_messages(raw: list[object], ignored: list[str] | None = None) -> list[dict[str, object]]:
@@ -34,6 +35,26 @@ def parse_messages(raw: list[object], ignored: list[str] | None = None) -> list[
     if len(raw) > MAX_MESSAGES:
         raise RequestError(f"at most {MAX_MESSAGES} messages, got {len(raw)}", param="messages")
     return [_message(item, f"messages[{index}]", ignored) for index, item in enumerate(raw)]
+
+
+def check_template_switches(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
+    if continue_final_message and add_generation_prompt:
+        text = "continue_final_message and add_generation_prompt exclude each other"
+        raise RequestError(text, param="continue_final_message")
+
+
+def without_cache_hints(tools: object) -> object:
+    """Return a body's tools without the hints that some clients leave in them, or in their functions."""
+    if not isinstance(tools, list):
+        return tools
+    return [_unhinted(each, "function") for each in tools]
+
+
+def _unhinted(raw: object, *inner: str) -> object:
+    if not isinstance(raw, dict):
+        return raw
+    kept = {name: value for name, value in raw.items() if name != CACHE_HINT}
+    return kept | {name: _unhinted(kept[name]) for name in inner if name in kept}
 
 
 def _message(item: object, where: str, ignored: list[str] | None) -> dict[str, object]:
@@ -116,5 +137,5 @@ def _part(part: object, kinds: tuple[str, ...], where: str, ignored: list[str] |
     text = part.get(kind)
     if not isinstance(text, str):
         raise RequestError(f"{where}.{kind} must be a string", param=f"{where}.{kind}")
-    take_only(part.keys(), frozenset({"type", kind}), where, ignored)
+    take_only(part.keys() - {CACHE_HINT}, frozenset({"type", kind}), where, ignored)
     return text

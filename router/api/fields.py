@@ -18,7 +18,8 @@ from ..state.errors import clip, shown
 # Accepted in any form, without effect on the answer: that is also what they do elsewhere.
 IGNORED = frozenset(
     {
-        *("user", "metadata", "store", "safety_identifier", "request_id"),
+        *("user", "metadata", "store", "safety_identifier", "request_id", "service_tier"),
+        *("prediction", "guided_decoding_backend"),  # elsewhere they are about how fast an answer comes
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     }
 )
@@ -34,7 +35,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "early_stopping": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
     "kv_transfer_params": (),
@@ -45,20 +45,19 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "moderation": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # says nothing without tools
-    "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
-    "spaces_between_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
     "suffix": (),
-    "thinking_token_budget": (),
     "tool_choice": ("none",),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": ("medium",),  # the models' usual one
     "vllm_xargs": (),
     "web_search_options": (),
 }
+
+_MAX_EXACT = 2**53  # up to here a float is one whole number
 
 
 def check_fields(
@@ -69,14 +68,14 @@ def check_fields(
     unsupported: Mapping[str, tuple[object, ...]] = UNSUPPORTED,
     labels: frozenset[str] = IGNORED,
 ) -> dict[str, object]:
-    """The fields that are left to validate: neither labels nor unsupported ones that ask for nothing.
+    """The fields that are left to validate: neither labels nor unsupported ones that ask for nothing; 5.0 is 5.
 
     Unknown ones are refused; where `ignored` is given, it gets their names.
     """
     kept = {}
     for name, value in body.items():
         if name in known:
-            kept[name] = value
+            kept[name] = whole(value)
         elif name in unsupported:
             if value is not None and not any(_same(value, harmless) for harmless in unsupported[name]):
                 raise not_supported(name, unsupported[name])
@@ -86,6 +85,12 @@ def check_fields(
                 continue
             raise unknown_field(name, known | labels)
     return kept
+
+
+def whole(value: object) -> object:
+    """Return a whole number that is written as a float as the integer that it is, all else as it stands."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _MAX_EXACT
+    return int(value) if isinstance(value, float) and is_whole else value
 
 
 def _same(value: object, harmless: object) -> bool:

@@ -40,13 +40,13 @@ from .events import OPENAI_EVENTS, EventFormat
 from .form import Form
 from .middleware import RequestContext, ResponseObserver, context_of
 from .options import (
-    asked_max_tokens,
     beside_grammar,
     chat_grammar,
     form_context,
     max_chat_tokens,
     max_completion_tokens,
     text_options,
+    thinking_budget,
     turn_options,
 )
 from .prompts import PromptReader
@@ -156,7 +156,7 @@ class Api:
             context.marks["read"] = self.clock.now()
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
             chat, asked = await beside_grammar(prompts, version, body)
-            follows = await chat_grammar(version, chat.use, asked)
+            follows = await chat_grammar(version, chat, asked, thinking_budget(body))
         context.marks["tokenize"] = self.clock.now()
         with naming_fields(surface.own_names):
             limit = max_chat_tokens(body, chat.prompt, version)
@@ -279,7 +279,7 @@ class Api:
                 model=version.served_name,
                 adapter=version.adapter,
                 is_background=context.is_background,
-                fills_context=isinstance(body, ChatBody) and asked_max_tokens(body) is None,
+                fills_context=isinstance(body, ChatBody) and body.asked_max_tokens is None,
             )
 
     def reply(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ...common.errors import RequestError
 from ...common.grammar import MAX_GRAMMAR_BYTES, Grammar
 from ..state.errors import clip, shown
+from ..turns.values.closing import closed
 from .fields import not_supported, unknown_field
 from .structural_tags import tags_grammar
 
@@ -23,7 +24,7 @@ FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex"
 # Of `structured_outputs`, beside the forms: how the text is laid out or what compiles it. Value -> asks for nothing.
 _OPTIONS: dict[str, tuple[object, ...]] = {
     "disable_any_whitespace": (False,),
-    "disable_additional_properties": (False,),
+    "disable_additional_properties": (True, False),
     "disable_fallback": (True, False),
     "whitespace_pattern": (),
 }
@@ -88,17 +89,24 @@ def _structured_outputs(name: str, value: object) -> AskedGrammar | None:
         if (given := fields.get(option)) is not None and given not in harmless:
             raise not_supported(f"{name}.{option}", harmless)
     asked = [form for form in _FORMS if fields.get(form) is not None]
+    if asked == ["json"] and fields.get("disable_additional_properties") is False:
+        return _json(f"{name}.json", fields["json"], is_open=True)
     if len(asked) != 1:
         raise RequestError(f"'{name}' has {len(asked)} forms, it takes one of {', '.join(_FORMS)}", param=name)
     return _FORMS[asked[0]](f"{name}.{asked[0]}", fields[asked[0]])
 
 
-def _json(name: str, value: object) -> AskedGrammar:
-    """A schema, as an object or as the text of one."""
+def _json(name: str, value: object, *, is_open: bool = False) -> AskedGrammar:
+    """A schema, as an object or as the text of one. `is_open`: its objects may have further properties."""
     if isinstance(value, str):
-        return _asked("json_schema", value, name)
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return _asked("json_schema", str(value), name)  # who compiles it says what is wrong
     if not isinstance(value, dict | bool):
         raise _wrong(name, "must be a JSON schema", value)
+    if isinstance(value, dict) and not is_open:
+        value = closed(value)
     return _asked("json_schema", json.dumps(value, ensure_ascii=False, separators=(",", ":")), name)
 
 

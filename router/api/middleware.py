@@ -26,7 +26,7 @@ from ...common.clock import Clock
 from ...common.errors import CapacityError, RequestError
 from ..access.cors import Cors, Headers
 from ..access.hosts import HostNames
-from ..access.keys import ApiKeys
+from ..access.keys import ApiKeys, sent_key
 from ..access.quota import Allowance, QuotaExceeded
 from ..http.stream_writer import CHUNK_ENCODER, ChunkEncoder
 from ..kept.asking import KEY_HEADER
@@ -45,7 +45,8 @@ _NOT_IN_A_LIST = re.compile(rb"[^A-Za-z0-9._,\[\]-]")
 _NOT_IN_AN_ID = re.compile(rb"[^A-Za-z0-9._:/+=@-]+")
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an application
-ErrorBody = Callable[[HttpFailure], bytes]  # an error as the endpoint words it
+ErrorShape = Callable[[str, HttpFailure], bytes]  # a request's id and its error, as the endpoint words them
+ErrorBody = Callable[[HttpFailure], bytes]
 WritePart = Callable[[bytes], Awaitable[None]]  # a part of a body whose length was not announced
 
 log = structlog.get_logger(__name__)
@@ -140,13 +141,13 @@ class RequestMiddleware:
         observer: ResponseObserver,
         hosts: HostNames | None = None,
         cors: Cors | None = None,
-        error_bodies: Mapping[str, ErrorBody] | None = None,
+        error_shapes: Mapping[str, ErrorShape] | None = None,
     ) -> None:
         """`hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do.
 
-        `error_bodies`: the shape of errors of a path and all below it, where it is not OpenAI's.
+        `error_shapes`: those of a path and all below it, where they are not OpenAI's but Anthropic's.
         """
-        self._error_bodies = error_bodies or {}
+        self._error_shapes = error_shapes or {}
         self._hosts = hosts
         self._cors = cors or Cors()
         self._keys = keys
@@ -189,14 +190,15 @@ class RequestMiddleware:
         if path not in OPEN_PATHS:
             if self._hosts is not None:
                 self._hosts.check(context.headers.get(b"host", b""))
-            context.tenant = self._keys.check(_credentials(context.headers))
+            context.tenant = self._keys.check(sent_key(context.headers))
 
     def _open(self, headers: dict[bytes, bytes], scope: Scope, send: Send) -> RequestContext:
         request_id = secrets.token_hex(16)
         shown = _NOT_IN_AN_ID.sub(b"", headers.get(b"x-request-id", b"")[:1024])[:128].decode()
         chunk_encoder: ChunkEncoder | None = scope.get(CHUNK_ENCODER)
         path = f"{scope['path']}/"  # below one that is served, too: its clients parse its shape
-        shapes = (shape for top, shape in self._error_bodies.items() if path.startswith(f"{top}/"))
+        shapes = (shape for top, shape in self._error_shapes.items() if path.startswith(f"{top}/"))
+        bodies = (partial(shape, shown or request_id) for shape in shapes)
         write: WritePart = partial(send_part, send) if chunk_encoder is None else chunk_encoder.send
         return RequestContext(
             request_id,
@@ -206,12 +208,14 @@ class RequestMiddleware:
             write,
             chunk_encoder,
             headers,
-            error_body=next(shapes, failure_body),
+            error_body=next(bodies, failure_body),
         )
 
     def _headers(self, context: RequestContext) -> list[tuple[bytes, bytes]]:
         elapsed_ms = int((self._clock.now() - context.started_s) * 1000)
         headers = [(b"x-request-id", context.shown_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+        if context.error_body is not failure_body:
+            headers.append((b"request-id", context.shown_id.encode()))  # its name where errors have another shape
         if context.ignored:
             names = ",".join(context.ignored[:_MAX_IGNORED]).encode("ascii", "replace")
             headers.append((IGNORED_HEADER, _NOT_IN_A_LIST.sub(b"?", names)[:_MAX_IGNORED_BYTES]))
@@ -288,12 +292,6 @@ async def send_part(send: Send, part: bytes) -> None:
 async def _send_preflight(send: Send, headers: Headers) -> None:
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
-
-
-def _credentials(headers: Mapping[bytes, bytes]) -> bytes:
-    """Return what authorizes a request: Anthropic's clients send a key in a header of its own."""
-    authorization, key = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
-    return b"Bearer " + key if key and not authorization else authorization
 
 
 async def send_failure(send: Send, failure: HttpFailure, error_body: ErrorBody = failure_body) -> None:

@@ -148,7 +148,7 @@ class ChatCompletion(Struct, kw_only=True):
 
 class ChatDelta(Struct, kw_only=True):
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType = UNSET
     reasoning: str | UnsetType = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
@@ -195,11 +195,19 @@ class Model(Struct, kw_only=True):
     parent: str | None = None
     max_model_len: int
     kvferry: PoolCounts
+    # What Anthropic's clients read.
+    type: str | UnsetType = UNSET
+    display_name: str | UnsetType = UNSET
+    created_at: str | UnsetType = UNSET
 
 
 class ModelList(Struct, kw_only=True):
     object: str = "list"
     data: list[Model]
+    # What Anthropic's clients read.
+    has_more: bool | UnsetType = UNSET
+    first_id: str | UnsetType | None = UNSET
+    last_id: str | UnsetType | None = UNSET
 
 
 class Tokenized(Struct, kw_only=True):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import operator
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import msgspec
 
 from ...common.clock import wall_time_s
 from ...common.errors import RequestError
-from ...common.grammar import CheckedGrammar, Grammar
+from ...common.grammar import CheckedGrammar, Grammar, pack_mask, unpack_mask
 from ..catalogue.version import Version
 from ..helpers.grammar_checker import GrammarChecker
 from ..turns.definitions import ToolUse
 from ..turns.forced import forced_grammar
-from ..turns.lazy import answering_grammar, free_grammar, keeps_schemas
+from ..turns.lazy import Thinking, answering_grammar, free_grammar, keeps_schemas, thinking
 from ..turns.values.json_text import dumps
 from .answer import Answer, PromptText
 from .chat_turns import TurnOptions
@@ -67,22 +71,56 @@ class ChatGrammar:
     ignored: tuple[str, ...] = ()  # wishes for it that cannot be kept
 
 
-async def chat_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | None) -> ChatGrammar:
-    """Return what an answer with these tools follows; `asked`: what it follows where it does not call.
+async def chat_grammar(
+    version: Version, chat: ChatPrompt, asked: CheckedGrammar | None, budget: int | None
+) -> ChatGrammar:
+    """Return what a chat's answer follows; `asked`: what it follows where it does not call, behind its thoughts.
 
-    Raises RequestError for tools whose schemas cannot be kept.
+    `budget`: tokens that it may think; None: any number. Raises RequestError for tools whose schemas cannot be kept.
     """
+    follows = await _answer_grammar(version, chat.use, asked)
+    tokens, prompt = version.tokenizer, chat.prompt.text or ""
+    may_think = follows.is_free or not (version.dialect.has_channels and chat.use.is_forced)
+    way = thinking(version.dialect, prompt, chat.continued, tokens.mark_id, tokens.added_id) if may_think else None
+    if budget is not None and not (way is not None and way.takes_budget and version.grammars is not None):
+        unkept = ("thinking_token_budget",) if version.dialect.reasons else ()
+        budget, follows = None, replace(follows, ignored=(*follows.ignored, *unkept))
+    if way is None or (follows.grammar is None and budget is None):
+        return follows
+    assert version.grammars is not None
+    if follows.grammar is None:
+        assert budget is not None
+        return replace(follows, grammar=await version.grammars.check(way.alone(budget), "thinking_token_budget"))
+    if budget == 0 and way.may_be_left_out:
+        return follows
+    return ChatGrammar(await _behind_thoughts(version.grammars, follows.grammar, way, budget), True, follows.ignored)
+
+
+async def _behind_thoughts(
+    grammars: GrammarChecker, checked: CheckedGrammar, way: Thinking, budget: int | None
+) -> CheckedGrammar:
+    """Return the grammar behind thoughts. It is not compiled once more: its first tokens are known from its parts."""
+    first_mask = (await grammars.check(way.first(budget), "thinking_token_budget")).first_mask
+    if way.may_be_left_out:
+        masks = (int.from_bytes(unpack_mask(mask), "little") for mask in (first_mask, checked.first_mask))
+        either, size = functools.reduce(operator.or_, masks), len(unpack_mask(first_mask))
+        first_mask = pack_mask(either.to_bytes(size, "little"))
+    return CheckedGrammar(msgspec.structs.replace(checked.grammar, thoughts=way.before(budget)), first_mask)
+
+
+async def _answer_grammar(version: Version, use: ToolUse, asked: CheckedGrammar | None) -> ChatGrammar:
+    """Return what an answer with these tools follows, without its thoughts."""
     if use.is_forced:
         return ChatGrammar(await forced_calls(version, use), is_free=False)
     if not use.tools or (asked is None and not use.is_bound):
         return ChatGrammar(asked, is_free=asked is None)
     grammar: Grammar | None = None
     if version.guides_calls(is_free=asked is None):
-        special_id = version.tokenizer.special_id
+        mark_id = version.tokenizer.mark_id
         if asked is None:
-            grammar = free_grammar(use, version.dialect, special_id)
+            grammar = free_grammar(use, version.dialect, mark_id)
         else:
-            grammar = answering_grammar(use, version.dialect, special_id, asked.grammar)
+            grammar = answering_grammar(use, version.dialect, mark_id, asked.grammar)
     if grammar is None:
         return ChatGrammar(asked, asked is None, ("tools.strict",) if asked is None else ("tools",))
     assert version.grammars is not None
@@ -153,23 +191,24 @@ def form_context(prefix: str, request_id: str, version: Version, body: Generatio
 
 def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
     """Return what is asked for, else OpenAI's 16 as far as they fit."""
-    asked = asked_max_tokens(body)
+    asked = body.asked_max_tokens
     rest = _rest(prompt, asked, max_model_len)
     return min(DEFAULT_COMPLETION_TOKENS, rest) if asked is None else asked
 
 
 def max_chat_tokens(body: ChatBody, prompt: PromptText, version: Version) -> int:
     """Return what is asked for, else what is left of the context, as far as a worker holds it."""
-    asked = asked_max_tokens(body)
+    asked = body.asked_max_tokens
     rest = _rest(prompt, asked, version.model.max_model_len)
     if asked is not None:
         return asked
     return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, rest)
 
 
-def asked_max_tokens(body: GenerationBody) -> int | None:
-    """Return the limit by the name that it has; None: it is left to the server."""
-    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+def thinking_budget(body: ChatBody) -> int | None:
+    """Return how many tokens may be thoughts; None: as many as come, or as the whole answer may have."""
+    budget, limit = body.thinking_token_budget, body.asked_max_tokens
+    return None if budget is None or (limit is not None and budget >= limit) else budget
 
 
 def _rest(prompt: PromptText, asked: int | None, max_model_len: int) -> int:

@@ -26,8 +26,9 @@ from ..turns.gemma_history import with_responses
 from ..turns.rendering import Render, rendered
 from ..turns.told import told_in_content, told_in_text, told_to_think
 from .answer import PromptText
-from .chat_messages import parse_messages
-from .schemas import ChatBody, CompletionBody, TokenizeBody
+from .chat_messages import parse_messages, without_cache_hints
+from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
+from .values import Cut
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
 NUM_THREADS = 2
@@ -75,11 +76,10 @@ class PromptReader:
         messages, use, chat, hidden = await self.run(size, _chat, version, body, ignored)
         continued = str(messages[-1]["content"]) if chat.continue_final_message else ""
         text = await rendered(_render_in(version.renderer, chat), chat.messages, messages[0]["role"] == "system")
-        has_grammar = use.is_forced or (isinstance(body, ChatBody) and body.asked_grammar is not None)
-        if chat.add_generation_prompt and has_grammar:
+        if chat.add_generation_prompt and use.is_forced:
             text += version.dialect.grammar_opening
         # The template writes the special tokens itself.
-        prompt = await self.run(len(text), _encode_chat, version, text, hidden, bool(body.add_special_tokens))
+        prompt = await self.run(len(text), _encode_chat, version, text, hidden, body)
         return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *_without_effect(version, body)])
 
     async def tokenize(
@@ -90,7 +90,8 @@ class PromptReader:
             chat = await self.chat(version, body, size, refuses_unknown=refuses_unknown)
             return chat.prompt.token_ids, chat.ignored
         add_special_tokens = body.add_special_tokens is not False
-        prompts = await self.run(size, _encode, version, [body.prompt or ""], add_special_tokens)
+        cut = body.cut(version.model.max_model_len)
+        prompts = await self.run(size, _encode, version, [body.prompt or ""], add_special_tokens, cut)
         return prompts[0].token_ids, ()
 
     async def names(self, version: Version, token_ids: list[int]) -> list[str]:
@@ -126,6 +127,9 @@ def _infilled(version: Version, body: CompletionBody) -> list[PromptText]:
             param="suffix",
             code="unsupported_parameter",
         )
+    if body.truncate_prompt_tokens is not None:
+        name = "truncate_prompt_tokens"
+        raise RequestError(f"{name} is not available beside suffix", param=name)
     begin = tokenizer.encode("", body.add_special_tokens is not False)
     [suffix] = _encode(version, [body.suffix or ""], add_special_tokens=False)
     prefixes = _completion_prompts(version, body, False)
@@ -135,13 +139,15 @@ def _infilled(version: Version, body: CompletionBody) -> list[PromptText]:
 
 def _completion_prompts(version: Version, body: CompletionBody, add_special_tokens: bool) -> list[PromptText]:
     prompt = body.prompt
+    asked = body.asked_max_tokens
+    cut = body.cut(version.model.max_model_len, max(1, DEFAULT_COMPLETION_TOKENS if asked is None else asked))
     if isinstance(prompt, str):
-        return _encode(version, [prompt], add_special_tokens)
+        return _encode(version, [prompt], add_special_tokens, cut)
     if isinstance(prompt[0], str):
-        return _encode(version, [text for text in prompt if isinstance(text, str)], add_special_tokens)
+        return _encode(version, [text for text in prompt if isinstance(text, str)], add_special_tokens, cut)
     if isinstance(prompt[0], int):
-        return [_checked(version, [token_id for token_id in prompt if isinstance(token_id, int)])]
-    return [_checked(version, ids) for ids in prompt if isinstance(ids, list)]
+        prompt = [[token_id for token_id in prompt if isinstance(token_id, int)]]
+    return [_checked(version, ids if cut is None else cut.ids(ids)) for ids in prompt if isinstance(ids, list)]
 
 
 def _chat(
@@ -206,9 +212,10 @@ def _without_effect(version: Version, body: ChatBody | TokenizeBody) -> list[str
 
 
 def _tool_use(version: Version, body: ChatBody | TokenizeBody, ignored: list[str] | None) -> ToolUse:
+    tools = without_cache_hints(body.tools)
     if isinstance(body, TokenizeBody):
-        return parse_tool_use(body.tools, None, None, ignored)
-    use = parse_tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, ignored)
+        return parse_tool_use(tools, None, None, ignored)
+    use = parse_tool_use(tools, body.tool_choice, body.parallel_tool_calls, ignored)
     if use.choice == "auto" and not version.model.chooses_tools:
         message = "tool_choice 'auto' is switched off on this server (enable_auto_tool_choice)"
         raise RequestError(message, param="tool_choice", code="unsupported_value")
@@ -237,19 +244,34 @@ def _spells_special(
     return False
 
 
-def _encode_chat(version: Version, text: str, hidden: dict[str, str], add_special_tokens: bool) -> PromptText:
+def _encode_chat(version: Version, text: str, hidden: dict[str, str], body: ChatBody | TokenizeBody) -> PromptText:
+    adds = bool(body.add_special_tokens)
     if hidden:
         assert version.special_text is not None
         shown = version.special_text.shown(text, hidden)
         check_text_size(shown, version.model.max_model_len)
-        prompt = PromptText(version.special_text.encode(text, hidden, add_special_tokens), shown)
+        prompt = PromptText(version.special_text.encode(text, hidden, adds), shown)
     else:
-        [prompt] = _encode(version, [text], add_special_tokens)
+        [prompt] = _encode(version, [text], adds)
+    prompt = _cut_chat(version, body, prompt)
     version.check_ids(prompt.token_ids, "messages", of_text=True)
     return prompt
 
 
-def _encode(version: Version, texts: Sequence[str], add_special_tokens: bool) -> list[PromptText]:
+def _cut_chat(version: Version, body: ChatBody | TokenizeBody, prompt: PromptText) -> PromptText:
+    asked = body.asked_max_tokens or 1 if isinstance(body, ChatBody) else 0
+    cut = body.cut(version.model.max_model_len, asked)
+    if cut is None or len(kept := cut.ids(prompt.token_ids)) == len(prompt.token_ids):
+        return prompt
+    return PromptText(kept, version.tokenizer.decode(kept, False))
+
+
+def _encode(
+    version: Version, texts: Sequence[str], add_special_tokens: bool, cut: Cut | None = None
+) -> list[PromptText]:
+    """Return the prompts. One that is cut has no text but what its tokens say."""
+    if cut is not None:
+        return list(map(PromptText, cut.encode_all(version.tokenizer, texts, add_special_tokens)))
     ids = version.tokenizer.encode_all(texts, add_special_tokens, max_tokens=version.model.max_model_len)
     return list(map(PromptText, ids, texts))
 

@@ -7,6 +7,7 @@ what the client does not give comes from the model's generation_config.json, the
 
 from __future__ import annotations
 
+import sys
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -14,25 +15,32 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from ...common.errors import RequestError
 from ...common.request import MAX_CHOICES, SamplingParams
 from ..catalogue.defaults import SamplingDefaults
-from .fields import check_fields, invalid_field, take_only
+from .chat_messages import check_template_switches
+from .fields import check_fields, invalid_field
 from .grammars import FIELDS as GRAMMAR_FIELDS
 from .grammars import AskedGrammar, asked_grammar
-from .values import AnyIds, Effort, Inputs, LogitBias, Logprobs, Prompt, Seed, Stops, TemplateKwargs, TokenIds
+from .values import (
+    AnyIds,
+    AskedEffort,
+    CutPrompts,
+    Inputs,
+    LogitBias,
+    Logprobs,
+    Prompt,
+    Seed,
+    Stops,
+    StreamOptions,
+    TemplateKwargs,
+    TokenIds,
+)
 
 MAX_TEMPLATE_KWARGS = 16
 DEFAULT_COMPLETION_TOKENS = 16
 _SEED_MASK = 2**63 - 1
+_HOTTEST = 1e9  # logits divided by it differ by less than float32 tells: all tokens are as likely
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None  # no chunk is padded
-    continuous_usage_stats: bool | None = None
-
-
-class GenerationBody(BaseModel):
+class GenerationBody(CutPrompts):
     """The fields that /v1/completions and /v1/chat/completions share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
@@ -45,12 +53,11 @@ class GenerationBody(BaseModel):
     seed: Seed | None = None
     max_tokens: int | None = Field(None, ge=0)
     max_completion_tokens: int | None = Field(None, ge=1)  # a chat gives the limit by this name
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = Field(None, ge=0, le=sys.float_info.max)
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias | None = None
-    service_tier: Literal["auto", "default"] | None = None
     # vLLM's
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -79,6 +86,11 @@ class GenerationBody(BaseModel):
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """The limit by the name that it has; None: it is left to the server."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -121,7 +133,7 @@ class GenerationBody(BaseModel):
                 raise RequestError(f"{name}: id {max(ids)} is not below the vocabulary's {vocab_size}", param=name)
         top_k = _given(self.top_k, defaults.top_k)
         return SamplingParams(
-            temperature=_given(self.temperature, defaults.temperature),
+            temperature=min(_given(self.temperature, defaults.temperature), _HOTTEST),
             top_p=_given(self.top_p, defaults.top_p),
             top_k=max(top_k, 0),
             min_p=_given(self.min_p, defaults.min_p),
@@ -195,8 +207,9 @@ class ChatBody(GenerationBody):
     tools: object = None  # checked by turns/definitions.py
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Effort | None = None
+    reasoning_effort: AskedEffort | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=0)
     verbosity: Literal["low", "medium", "high"] | None = None
 
     @property
@@ -212,14 +225,13 @@ class ChatBody(GenerationBody):
         check_template_switches(self.add_generation_prompt, self.continue_final_message)
 
 
-class EmbeddingBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class EmbeddingBody(CutPrompts):
     model: str | None = None
     input: Inputs
     dimensions: int | None = Field(None, ge=1)
     encoding_format: Literal["float", "base64"] | None = None
     user: object = None  # any, as in GenerationBody
+    input_type: object = None  # a label here: templates of queries and documents are the client's
     # vLLM's
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     add_special_tokens: bool | None = None
@@ -233,10 +245,8 @@ class EmbeddingBody(BaseModel):
         return None
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(CutPrompts):
     """vLLM's two forms in one: a prompt, or messages."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None
@@ -264,12 +274,6 @@ class DetokenizeBody(BaseModel):
         return None
 
 
-def check_template_switches(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
-    if continue_final_message and add_generation_prompt:
-        text = "continue_final_message and add_generation_prompt exclude each other"
-        raise RequestError(text, param="continue_final_message")
-
-
 Body = TypeVar("Body", CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
 Value = TypeVar("Value", int, float)
 
@@ -282,18 +286,12 @@ def validate(kind: type[Body], raw: dict[str, object], ignored: list[str] | None
     try:
         fields = check_fields(raw, frozenset(kind.model_fields), ignored)
         if isinstance(options := fields.get("stream_options"), dict):
-            fields["stream_options"] = _known_options(options, ignored)
+            fields["stream_options"] = StreamOptions.known(options, ignored)
         body = kind.model_validate(fields)
     except ValidationError as error:
         raise invalid_field(error.errors(include_url=False)[0]) from None
     body.check()
     return body
-
-
-def _known_options(options: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
-    known = frozenset(StreamOptions.model_fields)
-    take_only(options.keys(), known, "stream_options", ignored)
-    return {name: options[name] for name in options.keys() & known}
 
 
 def _given(value: Value | None, default: Value) -> Value:

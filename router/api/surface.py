@@ -77,7 +77,7 @@ class OpenAISurface:
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
         last = chat.messages[-1]
         echoed = str(last["content"]) if body.echo and last["role"] == "assistant" else ""
-        return ChatForm(context, turns, echoed=echoed)
+        return ChatForm(context, turns, echoed=echoed, is_forced=chat.use.is_forced)
 
 
 @contextlib.contextmanager

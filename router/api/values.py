@@ -5,11 +5,16 @@ A list of a million wrong elements costs one pass and one message, not an error 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from ...common.errors import RequestError
+from ...models.tokenizer import MAX_BYTES_PER_TOKEN, Tokenizer
 from ..state.errors import clip, shown
+from .fields import take_only
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -20,6 +25,7 @@ MAX_PROMPTS = 256
 MAX_INPUTS = 2048  # of one call for embeddings, as OpenAI's
 MAX_TEMPLATE_CHARS = 256
 MAX_TEMPLATE_INT = 1_000_000
+WHOLE_CONTEXT = -1
 TEMPLATE_KWARGS = frozenset(
     {
         "enable_thinking",
@@ -30,6 +36,17 @@ TEMPLATE_KWARGS = frozenset(
         "date_string",
     }
 )
+
+
+def _effort(value: object) -> object:
+    return "xhigh" if value == "max" else value  # the most that there is, by another server's name
+
+
+def _cut(value: object) -> object:
+    if type(value) is not int or (value < 1 and value != WHOLE_CONTEXT):
+        rule = f"must be a whole number of at least 1, or {WHOLE_CONTEXT} for the context"
+        raise ValueError(f"{rule}, got {shown(value)}")
+    return value
 
 
 def _stops(value: object) -> object:
@@ -107,5 +124,96 @@ LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Befor
 TemplateKwargs = Annotated[dict[str, bool | int | str], BeforeValidator(_template_kwargs)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+AskedEffort = Annotated[Effort, BeforeValidator(_effort)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # no chunk is padded: it is so that nobody reads lengths off the wire
+    continuous_usage_stats: bool | None = None
+
+    @classmethod
+    def known(cls, options: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
+        """Return the fields that there are. Others are refused, unless a list takes their names."""
+        names = frozenset(cls.model_fields)
+        take_only(options.keys(), names, "stream_options", ignored)
+        return {name: options[name] for name in options.keys() & names}
+
+
+# --- prompts that are too long ----------------------------------------------------------------------------
+
+Side = Literal["left", "right"]  # where a prompt is cut
+_SLACK_TOKENS = 256  # so that nothing is kept of the word in which a text without end is cut
+
+
+@dataclass(slots=True, frozen=True)
+class Cut:
+    """A cut leaves at most `num_tokens` of a prompt."""
+
+    num_tokens: int
+    side: Side
+
+    def ids(self, ids: list[int]) -> list[int]:
+        """Return what is kept of token ids."""
+        if len(ids) <= self.num_tokens:
+            return ids
+        return ids[-self.num_tokens :] if self.side == "left" else ids[: self.num_tokens]
+
+    def encode_all(self, tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Return what is kept of each text's ids.
+
+        What the model puts around a text (a BOS token, an end token) stays and counts, as with `transformers`: a vector
+        may be the end token's. Of a text without end only what could be kept is tokenized.
+        """
+        around = _around(tokenizer) if add_special_tokens else ([], [])
+        num_own = self.num_tokens - (0 if around is None else len(around[0]) + len(around[1]))
+        if around is None or num_own < 1:
+            return list(map(self.ids, tokenizer.encode_all(list(map(self._begun, texts)), add_special_tokens)))
+        own = Cut(num_own, self.side)
+        encoded = tokenizer.encode_all(list(map(own._begun, texts)), False)
+        return [[*around[0], *own.ids(ids), *around[1]] for ids in encoded]
+
+    def _begun(self, text: str) -> str:
+        """Return what could be kept of a text, and some more."""
+        most = MAX_BYTES_PER_TOKEN * (self.num_tokens + _SLACK_TOKENS)
+        if len(text) <= most:
+            return text
+        return text[-most:] if self.side == "left" else text[:most]
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """Return the ids that stand before and behind those of every text; None: this tokenizer adds others."""
+    bare, all_ids = tokenizer.encode("a", False), tokenizer.encode("a")
+    for start in range(len(all_ids) - len(bare) + 1):
+        if all_ids[start : start + len(bare)] == bare:
+            return all_ids[:start], all_ids[start + len(bare) :]
+    return None
+
+
+class CutPrompts(BaseModel):
+    """The body says how prompts that are too long are cut, in vLLM's words."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    truncate_prompt_tokens: Annotated[int, PlainValidator(_cut)] | None = None
+    truncation_side: Side | None = None
+
+    def cut(self, max_model_len: int, num_asked: int = 0, side: Side = "left") -> Cut | None:
+        """Return how prompts are cut; None: not at all. Raises RequestError for more than the context.
+
+        `num_asked`: tokens of an answer, for which the context has to have room. `side`: the usual one.
+        """
+        most = self.truncate_prompt_tokens
+        if most is None:
+            return None
+        if most > max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens {most} is more than the context of {max_model_len} tokens",
+                param="truncate_prompt_tokens",
+                code="invalid_value",
+            )
+        return Cut(max(1, max_model_len - num_asked) if most == WHOLE_CONTEXT else most, self.truncation_side or side)

@@ -17,9 +17,9 @@ def read_inputs(version: Version, body: EmbeddingBody) -> list[PromptText]:
     if all(isinstance(one, str) for one in given):
         return _texts(version, [str(one) for one in given], _names(len(given)), body)
     if all(isinstance(one, int) for one in given):
-        return [_ids(version, [one for one in given if isinstance(one, int)], "input")]
+        return [_ids(version, [one for one in given if isinstance(one, int)], "input", body)]
     lists = [one for one in given if isinstance(one, list)]
-    return [_ids(version, ids, name) for ids, name in zip(lists, _names(len(lists)), strict=True)]
+    return [_ids(version, ids, name, body) for ids, name in zip(lists, _names(len(lists)), strict=True)]
 
 
 def _names(count: int) -> list[str]:
@@ -28,19 +28,30 @@ def _names(count: int) -> list[str]:
 
 def _texts(version: Version, texts: list[str], names: list[str], body: EmbeddingBody) -> list[PromptText]:
     max_model_len = version.model.max_model_len
-    for text, name in zip(texts, names, strict=True):
-        try:
-            check_text_size(text, max_model_len)
-        except RequestError as error:
-            raise RequestError(f"{name}: {error}", param=name, code="context_length_exceeded") from None
-    encoded = version.tokenizer.encode_all(texts, body.add_special_tokens is not False)
+    cut = body.cut(max_model_len, side="right")
+    add_special_tokens = body.add_special_tokens is not False
+    if cut is None:
+        _check_sizes(texts, names, max_model_len)
+        encoded = version.tokenizer.encode_all(texts, add_special_tokens)
+    else:
+        encoded = cut.encode_all(version.tokenizer, texts, add_special_tokens)
     for ids, name in zip(encoded, names, strict=True):
         _check_length(ids, name, max_model_len)
         version.check_ids(ids, name, of_text=True)
     return list(map(PromptText, encoded, texts))
 
 
-def _ids(version: Version, ids: list[int], name: str) -> PromptText:
+def _check_sizes(texts: list[str], names: list[str], max_model_len: int) -> None:
+    for text, name in zip(texts, names, strict=True):
+        try:
+            check_text_size(text, max_model_len)
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}", param=name, code="context_length_exceeded") from None
+
+
+def _ids(version: Version, ids: list[int], name: str, body: EmbeddingBody) -> PromptText:
+    cut = body.cut(version.model.max_model_len, side="right")
+    ids = ids if cut is None else cut.ids(ids)
     _check_length(ids, name, version.model.max_model_len)
     version.check_ids(ids, name)
     return PromptText(ids)

@@ -1,4 +1,7 @@
-"""The messages of /v1/messages, with blocks, as a chat's messages. Other blocks are refused by name."""
+"""The messages of /v1/messages, with blocks, as a chat's messages.
+
+What tools that nobody runs here have done elsewhere is left out; other blocks are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,21 @@ from itertools import chain, groupby
 
 from ...common.errors import RequestError
 from ..api.fields import take_only
-from ..state.errors import clip, shown
+from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage
+from .texts import Block, joined_text, no_block, read_block, result_text, text_of
 
 CALL_NAMES = {"function.name": "name", "function.arguments": "input", "function": ""}
 _NAMES_OF_ANSWERS = {"reasoning_content": "content", "tool_calls": "content"}
 _NAMES_OF_RESULTS = {"tool_call_id": "tool_use_id"}
+_LEFT_OUT = frozenset(
+    {
+        *("server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "tool_search_tool_result"),
+        *("code_execution_tool_result", "bash_code_execution_tool_result", "text_editor_code_execution_tool_result"),
+        *("mcp_tool_use", "mcp_tool_result", "compaction"),
+    }
+)
+PlacedBlock = tuple[str, str, Block]  # its place, its type, and itself
 # Claude Code's note for those who bill it, in a block before its prompt. It is another one in each conversation, or in
 # each request: with it no two prompts would begin alike, and no prefix would be found in a cache.
 _BILLED = re.compile(r"\Ax-anthropic-billing-header:[^\n]*+\n?")
@@ -23,21 +35,22 @@ def system_messages(raw: object) -> list[PlacedMessage]:
     """Return the system's prompt as a message, where there is one."""
     if raw is None or raw in ("", []):
         return []
-    text = _text(raw, "system")
+    text = joined_text(raw, "system")
     prompt = _BILLED.sub("", text)
     if text and not prompt:
         return []
     return [PlacedMessage({"role": "system", "content": prompt}, "system", {"content": ""})]
 
 
-def chat_messages(raw: object, ignored: list[str] | None) -> list[PlacedMessage]:
+def chat_messages(raw: object, ignored: list[str] | None, left_out: list[str]) -> list[PlacedMessage]:
     """Return the messages as a chat's: each result of a tool is a message there. Raises RequestError.
 
-    Neighbours of one role are one turn, as Anthropic has it: many templates want roles to take turns.
+    Neighbours of one role are one turn, as Anthropic has it: many templates want roles to take turns. `left_out` gets
+    the places of what the model is not told of.
     """
     if not isinstance(raw, list) or not raw:
         raise RequestError("messages must be an array that is not empty", param="messages")
-    each = (_message(one, f"messages[{index}]", ignored) for index, one in enumerate(raw))
+    each = (_message(one, f"messages[{index}]", ignored, left_out) for index, one in enumerate(raw))
     return [_turn(list(group)) for _, group in groupby(chain.from_iterable(each), _side)]
 
 
@@ -56,7 +69,7 @@ def _turn(neighbours: Sequence[PlacedMessage]) -> PlacedMessage:
     return first
 
 
-def _message(raw: object, where: str, ignored: list[str] | None) -> list[PlacedMessage]:
+def _message(raw: object, where: str, ignored: list[str] | None, left_out: list[str]) -> list[PlacedMessage]:
     if not isinstance(raw, dict):
         raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
     take_only(raw.keys(), frozenset({"role", "content"}), where, ignored)
@@ -67,22 +80,29 @@ def _message(raw: object, where: str, ignored: list[str] | None) -> list[PlacedM
         return [PlacedMessage({"role": role, "content": content}, where)]
     if not isinstance(content, list):
         raise RequestError(f"{where}.content must be a string or an array of blocks", param=f"{where}.content")
-    blocks = [_block(each, f"{where}.content[{at}]") for at, each in enumerate(content)]
-    return [_assistant(blocks, where)] if role == "assistant" else _user(str(role), blocks, where)
+    blocks: list[PlacedBlock] = []
+    for at, each in enumerate(content):
+        place = f"{where}.content[{at}]"
+        kind, block = read_block(each, place)
+        if kind in _LEFT_OUT:
+            left_out.append(place)
+        else:
+            blocks.append((place, kind, block))
+    return [_assistant(blocks, where)] if role == "assistant" else _user(str(role), blocks, where, left_out)
 
 
-def _assistant(blocks: list[tuple[str, dict[str, object]]], where: str) -> PlacedMessage:
+def _assistant(blocks: Sequence[PlacedBlock], where: str) -> PlacedMessage:
     message: Message = {"role": "assistant", "content": ""}
     placed = PlacedMessage(message, where, _NAMES_OF_ANSWERS)
     calls: list[dict[str, object]] = []
-    for at, (kind, block) in enumerate(blocks):
+    for place, kind, block in blocks:
         match kind:
             case "text":
                 message["content"] = f"{message['content']}{block['text']}"
             case "thinking":
                 message["reasoning_content"] = f"{message.get('reasoning_content', '')}{block.get('thinking', '')}"
             case "tool_use":
-                given, place = block.get("input"), f"{where}.content[{at}]"
+                given = block.get("input")
                 if not isinstance(given, dict | str | None):  # a string, as some clients keep it, is read by the chat
                     raise RequestError(f"{place}.input must be an object, got {shown(given)}", param=f"{place}.input")
                 function = {"name": block.get("name"), "arguments": given}
@@ -91,28 +111,26 @@ def _assistant(blocks: list[tuple[str, dict[str, object]]], where: str) -> Place
             case "redacted_thinking":
                 pass
             case _:
-                raise _no_block(kind, f"{where}.content[{at}]")
+                raise no_block(kind, place)
     if calls:
         message["tool_calls"] = calls
     return placed
 
 
-def _user(role: str, blocks: list[tuple[str, dict[str, object]]], where: str) -> list[PlacedMessage]:
+def _user(role: str, blocks: Sequence[PlacedBlock], where: str, left_out: list[str]) -> list[PlacedMessage]:
     messages: list[PlacedMessage] = []
     texts: list[str] = []
-    for at, (kind, block) in enumerate(blocks):
+    for place, kind, block in blocks:
         match kind:
-            case "text":
-                texts.append(str(block["text"]))
             case "tool_result":
                 content = block.get("content")
-                text = "" if content is None else _text(content, f"{where}.content[{at}].content")
-                if _is_error(block, f"{where}.content[{at}]"):
+                text = "" if content is None else result_text(content, f"{place}.content", left_out)
+                if _is_error(block, place):
                     text = f"Error: {text}" if text else "Error"  # a chat has no other place for it
                 result: Message = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
-                messages.append(PlacedMessage(result, f"{where}.content[{at}]", _NAMES_OF_RESULTS))
+                messages.append(PlacedMessage(result, place, _NAMES_OF_RESULTS))
             case _:
-                raise _no_block(kind, f"{where}.content[{at}]")
+                texts.append(text_of(kind, block, place, left_out))
     if texts or not messages:
         messages.append(PlacedMessage({"role": role, "content": "\n".join(texts)}, where))
     return messages
@@ -123,32 +141,3 @@ def _is_error(result: dict[str, object], where: str) -> bool:
     if not isinstance(is_error, bool | None):
         raise RequestError(f"{where}.is_error must be a boolean, got {shown(is_error)}", param=f"{where}.is_error")
     return bool(is_error)
-
-
-def _block(raw: object, where: str) -> tuple[str, dict[str, object]]:
-    if not isinstance(raw, dict) or not isinstance(kind := raw.get("type"), str):
-        raise RequestError(f"{where} must be an object with a type", param=where)
-    if kind == "text" and not isinstance(raw.get("text"), str):
-        raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
-    return kind, raw
-
-
-def _text(raw: object, where: str) -> str:
-    """Return a string, or text blocks as one."""
-    if isinstance(raw, str):
-        return raw
-    if not isinstance(raw, list):
-        raise RequestError(f"{where} must be a string or an array of text blocks", param=where)
-    texts = []
-    for at, each in enumerate(raw):
-        kind, block = _block(each, f"{where}[{at}]")
-        if kind != "text":
-            raise _no_block(kind, f"{where}[{at}]")
-        texts.append(str(block["text"]))
-    return "\n".join(texts)
-
-
-def _no_block(kind: str, where: str) -> RequestError:
-    return RequestError(
-        f"{where}: blocks of type {clip(kind)} are not supported here", param=where, code="unsupported_content"
-    )

@@ -2,7 +2,7 @@
 
 clear_thinking_20251015, keep all ─> nothing changes      keep the last n turns' ─> older thoughts are left out
 
-Other edits, which shorten a prompt by what they count of its tokens, are refused by name.
+Edits that shorten a prompt by what they count of its tokens have no effect, which is told; others are refused by name.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...common.errors import RequestError
-from ..api.fields import take_only
+from ..api.fields import take_only, whole
 from ..state.errors import shown
 from ..turns.places import PlacedMessage
 
 _CLEAR_THINKING = "clear_thinking_20251015"
+_WITHOUT_EFFECT = ("clear_tool_uses_20250919", "compact_20260112")
 _KEPT_TURNS = 1  # where an edit does not say how many
 
 
-def edit_context(raw: object, messages: Sequence[PlacedMessage], ignored: list[str] | None) -> None:
-    """Take out of the messages what the edits leave out. Raises RequestError."""
+def edit_context(
+    raw: object, messages: Sequence[PlacedMessage], ignored: list[str] | None, left_out: list[str]
+) -> None:
+    """Take out of the messages what the edits leave out; `left_out` gets the places of those that are not made.
+
+    Raises RequestError.
+    """
     if raw is None:
         return
     if not isinstance(raw, dict):
@@ -30,7 +36,11 @@ def edit_context(raw: object, messages: Sequence[PlacedMessage], ignored: list[s
         where = "context_management.edits"
         raise RequestError(f"{where} must be an array, got {shown(edits)}", param=where)
     for index, each in enumerate(edits):
-        kept = _kept_turns(each, f"context_management.edits[{index}]", ignored)
+        where = f"context_management.edits[{index}]"
+        if isinstance(each, dict) and each.get("type") in _WITHOUT_EFFECT:
+            left_out.append(where)
+            continue
+        kept = _kept_turns(each, where, ignored)
         if kept is not None:
             _clear_thinking(messages, kept)
 
@@ -51,7 +61,7 @@ def _kept_turns(raw: object, where: str, ignored: list[str] | None) -> int | Non
             return _KEPT_TURNS
         case "all" | {"type": "all"}:
             return None
-        case {"type": "thinking_turns", "value": int(number)} if type(number) is int and number >= 1:
+        case {"type": "thinking_turns", "value": value} if type(number := whole(value)) is int and number >= 1:
             return number
         case keep:
             rule = 'must be "all" or {"type": "thinking_turns", "value": a whole number of at least 1}'

@@ -33,14 +33,15 @@ _ERRORS = {
 }
 
 
-def error_body(failure: HttpFailure) -> bytes:
-    """Return an error in Anthropic's shape."""
+def error_body(request_id: str, failure: HttpFailure) -> bytes:
+    """Return an error in Anthropic's shape; within a stream there is no id, which stands before it."""
     kind = _ERRORS.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
     message = full_context(failure.message) if failure.code == FULL else failure.message
     error: Fields = {"type": kind, "message": message}
     if failure.code == NO_THREADS:
         error["details"] = {"error_code": NO_THREADS, "unsupported": [failure.param]}
-    return msgspec.json.encode({"type": "error", "error": error})
+    told: Fields = {"request_id": request_id} if request_id else {}
+    return msgspec.json.encode({"type": "error", "error": error, **told})
 
 
 def _encode(events: Sequence[object]) -> bytes:
@@ -52,7 +53,7 @@ def _event(event: Fields) -> bytes:
 
 
 def _error_event(failure: HttpFailure) -> bytes:
-    return b"event: error\ndata: " + error_body(failure) + b"\n\n"
+    return b"event: error\ndata: " + error_body("", failure) + b"\n\n"
 
 
 MESSAGE_EVENTS = EventFormat(_encode, _error_event, b"")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
@@ -9,6 +11,7 @@ from ..api.schemas import ChatBody
 from ..api.surface import renamed
 from ..turns.places import Places
 from .form import MESSAGE_EVENTS, MessageForm
+from .tools import MessageTools, message_tools
 from .translate import FIELD_NAMES, chat_body
 
 
@@ -17,16 +20,17 @@ class MessagesSurface:
 
     id_prefix = "msg_"
     events = MESSAGE_EVENTS
-    left_out = ()
     key = None
 
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only
+        self._tools = MessageTools()
         self._places: Places | None = None  # while this surface's own names are looked at
         self._has_effort = False  # of its own: else it is thinking's
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
-        body, self._places = chat_body(raw, ignored, needs_max_tokens=not self._counts_only)
+        self._tools = message_tools(raw.get("tools"))
+        body, self._places = chat_body(raw, ignored, self._tools, needs_max_tokens=not self._counts_only)
         config = raw.get("output_config")
         self._has_effort = isinstance(config, dict) and config.get("effort") is not None
         return body
@@ -34,7 +38,11 @@ class MessagesSurface:
     def own_names(self, text: str) -> str:
         if text == "reasoning_effort" and not self._has_effort:
             return "thinking"
-        return renamed(text, FIELD_NAMES, self._places)
+        return renamed(self._tools.own_names(text), FIELD_NAMES, self._places)
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        return self._tools.left_out
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
         return MessageForm(context, turns)

@@ -1,6 +1,6 @@
 """A body of /v1/messages as a chat's body.
 
-    system, messages with blocks ─> messages    text, tool_use, tool_result, thinking; others are refused by name
+    system, messages with blocks ─> messages    text, documents of text, tool_use, tool_result, thinking
     tools, tool_choice, stop_sequences ─> the chat's fields of that meaning
     a last message of the assistant    ─> the beginning of the answer, which goes on with it
 
@@ -17,7 +17,7 @@ from typing import get_args
 import msgspec
 
 from ...common.errors import RequestError
-from ..api.fields import check_fields, not_supported, take_only
+from ..api.fields import check_fields, take_only, whole
 from ..api.surface import FieldNames
 from ..api.values import MAX_STOP_CHARS, MAX_STOPS, Effort
 from ..state.errors import shown
@@ -25,6 +25,7 @@ from ..turns.places import Places
 from ..turns.values.json_text import loads
 from .blocks import CALL_NAMES, chat_messages, system_messages
 from .context import edit_context
+from .tools import MessageTools
 
 _SAME = ("model", "stream", "temperature", "top_p", "top_k", "max_tokens", "cache_salt", "priority")
 # Labels, and hints to a cache that is always on.
@@ -56,15 +57,17 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"\bresponse_format\.json_schema\.schema\b"), "output_config.format.schema"),
     (re.compile(r"\bresponse_format\b"), "output_config.format"),
     (re.compile(r"\breasoning_effort\b"), "output_config.effort"),
+    (re.compile(r"\bthinking_token_budget\b"), "thinking.budget_tokens"),
 )
 NO_THREADS = "thread_unsupported_request"  # Anthropic's: its libraries then send the whole conversation
 _THINKING = {"enabled": "medium", "adaptive": "medium", "disabled": "none"}  # as efforts
 _EFFORTS = (*get_args(Effort), "max")
-_OF_THINKING = frozenset({"type", "budget_tokens", "display"})  # no budget is kept, and thoughts are shown
+_OF_OUTPUT = frozenset({"effort", "format", "task_budget"})  # what a budget says is advice
+_OF_THINKING = frozenset({"type", "budget_tokens", "display"})  # thoughts are shown, whatever is said of it
 
 
 def chat_body(
-    raw: Mapping[str, object], ignored: list[str] | None, *, needs_max_tokens: bool
+    raw: Mapping[str, object], ignored: list[str] | None, tools: MessageTools, *, needs_max_tokens: bool
 ) -> tuple[dict[str, object], Places]:
     """Return the chat's body, and where its messages stand in this one. Raises RequestError that names the field."""
     check_fields(raw, _KNOWN, ignored, unsupported=_UNSUPPORTED, labels=_IGNORED)
@@ -73,24 +76,27 @@ def chat_body(
     if raw.get("thread"):
         raise RequestError("'thread' is not supported by this server", param="thread", code=NO_THREADS)
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
-    placed = [*system_messages(raw.get("system")), *chat_messages(raw.get("messages"), ignored)]
-    edit_context(raw.get("context_management"), placed, ignored)
+    placed = [*system_messages(raw.get("system")), *chat_messages(raw.get("messages"), ignored, tools.left_out)]
+    edit_context(raw.get("context_management"), placed, ignored, tools.left_out)
     body["messages"] = [each.message for each in placed]
     last = placed[-1].message
     if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
         body["continue_final_message"] = True
     if raw.get("stop_sequences"):
         body["stop"] = _sequences(raw["stop_sequences"])
-    if raw.get("tools"):
-        body["tools"] = _tools(raw["tools"])
+    if tools.functions:
+        body["tools"] = tools.functions
     _take_choice(raw.get("tool_choice"), body)
-    output_config = _output_config(raw.get("output_config"))
+    output_config = _output_config(raw.get("output_config"), ignored)
     output_format = raw.get("output_format") or output_config.get("format")
     if output_format is not None:
         body["response_format"] = _format(output_format)
     effort = _effort(raw.get("thinking"), output_config, ignored)
     if effort is not None:
         body["reasoning_effort"] = effort
+    match raw.get("thinking"):
+        case {"type": "enabled", "budget_tokens": budget} if budget is not None:
+            body["thinking_token_budget"] = whole(budget)
     metadata = raw.get("metadata")
     if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
         body["user"] = metadata["user_id"]
@@ -106,28 +112,6 @@ def _sequences(raw: object) -> object:
 
 def _is_stop(value: object) -> bool:
     return isinstance(value, str) and 1 <= len(value) <= MAX_STOP_CHARS
-
-
-def _tools(raw: object) -> list[object]:
-    if not isinstance(raw, list):
-        raise RequestError(f"tools must be an array, got {shown(raw)}", param="tools")
-    return [_tool(each, f"tools[{index}]") for index, each in enumerate(raw)]
-
-
-def _tool(raw: object, where: str) -> object:
-    if not isinstance(raw, dict):
-        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    if raw.get("type", "custom") not in ("custom", None):
-        raise RequestError(
-            f"{where}: tools of type {shown(raw['type'])} run at no server of this kind",
-            param=f"{where}.type",
-            code="unsupported_value",
-        )
-    if not isinstance(raw.get("input_schema"), dict):
-        raise RequestError(f"{where}.input_schema must be an object", param=f"{where}.input_schema")
-    function: dict[str, object] = {"name": raw.get("name"), "parameters": raw["input_schema"]}
-    function |= {name: raw[name] for name in ("description", "strict") if raw.get(name) is not None}
-    return {"type": "function", "function": function}
 
 
 def _take_choice(raw: object, body: dict[str, object]) -> None:
@@ -161,12 +145,13 @@ def _format(raw: object) -> object:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": raw.get("schema")}}
 
 
-def _output_config(raw: object) -> Mapping[str, object]:
+def _output_config(raw: object, ignored: list[str] | None) -> Mapping[str, object]:
     if raw is None:
         return {}
-    if isinstance(raw, dict) and raw.keys() <= {"effort", "format"}:
-        return raw
-    raise not_supported("output_config")
+    if not isinstance(raw, dict):
+        raise RequestError(f"output_config must be an object, got {shown(raw)}", param="output_config")
+    take_only(raw.keys(), _OF_OUTPUT, "output_config", ignored)
+    return raw
 
 
 def _effort(thinking: object, output_config: Mapping[str, object], ignored: list[str] | None) -> object:
@@ -175,7 +160,7 @@ def _effort(thinking: object, output_config: Mapping[str, object], ignored: list
     is_off = asked == _THINKING["disabled"] and effort in _EFFORTS  # an effort is about the answer as well
     if effort is None or is_off:
         return asked
-    return "xhigh" if effort == "max" else effort
+    return effort
 
 
 def _thinking(thinking: object, ignored: list[str] | None) -> str:
@@ -188,7 +173,7 @@ def _thinking(thinking: object, ignored: list[str] | None) -> str:
             code="invalid_value",
         )
     take_only(thinking.keys(), _OF_THINKING, "thinking", ignored)
-    budget = thinking.get("budget_tokens")
+    budget = whole(thinking.get("budget_tokens"))
     if budget is not None and (type(budget) is not int or budget < 1):
         rule = "must be a whole number of at least 1"
         raise RequestError(f"thinking.budget_tokens {rule}, got {shown(budget)}", param="thinking.budget_tokens")

@@ -31,7 +31,7 @@ from ..api.reply import Reply
 from ..kept.files import share_of_open_files
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER
 from ..state.errors import StreamError, clip, failure_of
-from .event_files import EventFile
+from .event_files import EventFile, comes_within
 from .event_stream import EventStream
 from .kept import RESPONSE_PREFIX, KeptResponses, response_name
 from .states import CANCELLED, BackgroundStates, failed
@@ -79,7 +79,7 @@ class BackgroundResponses:
         self._states = states
         self._runs: dict[str, _Run] = {}  # by name
         self._max_runs = share_of_open_files(_FILES_SHARE)
-        self._is_leaving = False
+        self._leaving = asyncio.Event()
 
     @property
     def are_possible(self) -> bool:
@@ -187,10 +187,9 @@ class BackgroundResponses:
         try:
             yield
         finally:
+            self._leaving.set()
             if looking is not None:
-                looking.cancel()
-                await asyncio.wait([looking])
-            self._is_leaving = True
+                await asyncio.wait([looking])  # not cancelled: what it holds would be held until this process ends
             for run in list(self._runs.values()):
                 run.leave_to_others()
             if tasks := [run.task for run in self._runs.values() if run.task is not None]:
@@ -200,7 +199,7 @@ class BackgroundResponses:
 
     def _start(self, held: HeldTask, reply: Reply, context: RequestContext, sink: Sink) -> _Run:
         run = self._runs[held.name] = _Run(held, reply, sink)
-        if self._is_leaving:  # it has come by a connection that may ask once more
+        if self._leaving.is_set():  # it has come by a connection that may ask once more
             run.leave_to_others()
         run.task = asyncio.create_task(self._compute(run, context))
         return run
@@ -227,8 +226,7 @@ class BackgroundResponses:
     # --- those of others --------------------------------------------------------------------------------------
 
     async def _look(self, states: BackgroundStates) -> None:
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+        while not await comes_within(self._leaving, LOOK_EVERY_S):
             try:
                 room = 0 if self._api.catalogue.ready() else self._max_runs - len(self._runs)
                 cancelled, free = await asyncio.to_thread(states.tasks.look, frozenset(self._runs), room)

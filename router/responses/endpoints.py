@@ -14,7 +14,7 @@ from ..api.middleware import context_of
 from ..state.errors import clip
 from ..turns.places import Message
 from .kept import RESPONSE_PREFIX, KeptResponses
-from .tools import Names, own_name
+from .tools import Names, called
 
 _USUAL_ITEMS, _MOST_ITEMS = 20, 100  # of a page, as OpenAI has it
 
@@ -64,6 +64,7 @@ def events_after(asked: Mapping[str, str]) -> int | None:
 
 def _items(messages: Sequence[Message], names: Names) -> Iterator[tuple[str, Fields]]:
     """Yield the items that messages came as, each with the beginning of its id."""
+    custom: set[object] = set()  # ids of calls
     for message in messages:
         role, text, calls = message["role"], message["content"], message.get("tool_calls")
         if thoughts := message.get("reasoning_content"):
@@ -71,7 +72,8 @@ def _items(messages: Sequence[Message], names: Names) -> Iterator[tuple[str, Fie
             yield "rs", {"type": "reasoning", "summary": [], "content": content}
         if role == "tool":
             result = {"call_id": message.get("tool_call_id"), "output": text}
-            yield "fco", {"type": "function_call_output", **result, "status": "completed"}
+            prefix, kind = ("ctco", "custom_tool_call") if result["call_id"] in custom else ("fco", "function_call")
+            yield prefix, {"type": f"{kind}_output", **result, "status": "completed"}
         elif text or not calls:
             is_answer = role == "assistant"
             content = [{"type": "input_text", "text": text}]
@@ -80,8 +82,10 @@ def _items(messages: Sequence[Message], names: Names) -> Iterator[tuple[str, Fie
             yield "msg", {"type": "message", "role": role, "content": content, "status": "completed"}
         for call in calls if isinstance(calls, list) else ():
             function = call["function"]
-            called = {"call_id": call["id"], **function, **own_name(names, function["name"])}
-            yield "fc", {"type": "function_call", **called, "status": "completed"}
+            item = called(names, call["id"], function["name"], function["arguments"])
+            if is_custom := item["type"] == "custom_tool_call":
+                custom.add(call["id"])
+            yield "ctc" if is_custom else "fc", {**item, "status": "completed"}
 
 
 def _page(found: list[Fields], asked: Mapping[str, str]) -> tuple[list[Fields], bool]:

@@ -28,6 +28,14 @@ _READ_BYTES = 2**16
 log = structlog.get_logger(__name__)
 
 
+async def comes_within(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for it so long. Returns whether it has come."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    return event.is_set()
+
+
 class EventFile:
     """`EventFile` is what a run writes to. Belongs to a loop."""
 
@@ -60,9 +68,7 @@ class EventFile:
 
     async def grows(self, timeout_s: float) -> None:
         """Return when something was added, or after so long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._grown.wait()
+        await comes_within(self._grown, timeout_s)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -18,32 +18,22 @@ from ..api.form import FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, BlockKind, Blocks
 from ..turns.places import Message
+from .custom import input_of
 from .kept import item_id
 from .logprobs import Logprobs, TokenReader
-from .tools import ResponseTools
+from .repeated import repeated
+from .tools import ResponseTools, called
 
 Fields = dict[str, object]
 
-# What a response repeats of its request, and what stands there where the request says nothing.
-_REPEATED: Mapping[str, object] = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "reasoning": {"effort": None, "summary": None},
-    "service_tier": "default",
-    "temperature": None,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_logprobs": 0,
-    "top_p": None,
-    "truncation": "disabled",
-    "user": None,
+_ITEM_IDS = {"reasoning": "rs", "text": "msg", "call": "fc", "custom": "ctc"}  # how they begin
+_STEMS = {
+    "reasoning": "reasoning_text",
+    "text": "output_text",
+    "call": "function_call_arguments",
+    "custom": "custom_tool_call_input",
 }
-
-
+_GROWING = frozenset({"arguments", "input", "content"})  # of an item: the first delta has what is there already
 BEGINNING = ("created", "in_progress")  # the events before any of the answer
 
 
@@ -142,7 +132,6 @@ class ResponseForm:
 
     def _response(self, status: str, piece: TextPiece | None) -> Fields:
         is_cut = status == "incomplete"
-        repeated = {name: _repeated(self._request.get(name), default) for name, default in _REPEATED.items()}
         return {
             "id": self._context.answer_id,
             "object": "response",
@@ -153,7 +142,7 @@ class ResponseForm:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": self._context.model,
             "output": [] if piece is None else self._items(status),
-            **repeated,
+            **repeated(self._request),
             "store": self._request.get("store") is not False,
             "usage": self._usage() if piece is not None else None,
         }
@@ -181,8 +170,12 @@ class ResponseForm:
         return [self._item(block, status if block.index == last else "completed") for block in blocks]
 
     def _item_id(self, block: Block) -> str:
-        kind = {"reasoning": "rs", "text": "msg", "call": "fc"}[block.kind]
-        return item_id(kind, self._context.answer_id, block.index)
+        return item_id(_ITEM_IDS[self._kind(block)], self._context.answer_id, block.index)
+
+    def _kind(self, block: Block) -> str:
+        """Return a block's kind, of calls which."""
+        is_custom = block.kind == "call" and self._tools.is_custom(block.name)
+        return "custom" if is_custom else block.kind
 
     def _item(self, block: Block, status: str) -> Fields:
         item: Fields = {"id": self._item_id(block)}
@@ -190,8 +183,7 @@ class ResponseForm:
             case "reasoning":
                 item |= {"type": "reasoning", "summary": [], "content": [self._part(block)]}
             case "call":
-                called = {"call_id": self._call_id(block), **self._tools.named(block.name), "arguments": block.text}
-                item |= {"type": "function_call", **called, "status": status}
+                item |= {**called(self._tools.names, self._call_id(block), block.name, block.text), "status": status}
             case _:
                 item |= {
                     "type": "message",
@@ -226,30 +218,38 @@ class ResponseForm:
             case "begin":
                 return self._begun(block, at)
             case "grow":
+                if self._kind(block) == "custom":
+                    return []  # its text is known when its arguments are whole
                 shown: Fields = {"logprobs": logprobs or []} if block.kind == "text" else {}
-                return [self._of(f"{_stem(block)}.delta", **at, delta=change.text, **shown)]
+                return [self._of(f"{self._stem(block)}.delta", **at, delta=change.text, **shown)]
         return self._ended(block, at, status)
 
     def _begun(self, block: Block, at: Fields) -> list[Fields]:
         item = self._item(block, "in_progress")
-        began: Fields = {"arguments": ""} if block.kind == "call" else {"content": []}
-        item |= began  # the first delta has what is there already
+        item |= {name: "" if isinstance(item[name], str) else [] for name in _GROWING & item.keys()}
         added = [self._of("response.output_item.added", output_index=block.index, item=item)]
         if block.kind != "call":
             added.append(self._of("response.content_part.added", **at, part=_part(block)))
         return added
 
     def _ended(self, block: Block, at: Fields, status: str) -> list[Fields]:
-        if block.kind == "call":
-            name = self._tools.named(block.name)["name"]
-            ended = [self._of(f"{_stem(block)}.done", **at, name=name, arguments=block.text)]
+        kind, stem = self._kind(block), self._stem(block)
+        if kind == "custom":
+            text = input_of(block.text)
+            ended = [self._of(f"{stem}.delta", **at, delta=text)] if text else []
+            ended.append(self._of(f"{stem}.done", **at, input=text))
+        elif kind == "call":
+            ended = [self._of(f"{stem}.done", **at, name=self._tools.own(block.name).name, arguments=block.text)]
         else:
             part = self._part(block)
             shown = {"logprobs": part["logprobs"]} if block.kind == "text" else {}
-            ended = [self._of(f"{_stem(block)}.done", **at, text=block.text, **shown)]
+            ended = [self._of(f"{stem}.done", **at, text=block.text, **shown)]
             ended.append(self._of("response.content_part.done", **at, part=part))
         item = self._item(block, status)
         return [*ended, self._of("response.output_item.done", output_index=block.index, item=item)]
+
+    def _stem(self, block: Block) -> str:
+        return f"response.{_STEMS[self._kind(block)]}"
 
     def _message(self) -> Message:
         """Return the answer as a chat's message, with its thoughts: a template tells them while calls are answered."""
@@ -272,22 +272,8 @@ class ResponseForm:
         return "".join(block.text for block in self._blocks.blocks if block.kind == kind)
 
 
-def _repeated(asked: object, default: object) -> object:
-    """Return what a response says of a field: the request's value, an object's own defaults where it has none."""
-    if asked is None:
-        return default
-    if isinstance(asked, dict) and isinstance(default, dict):
-        return default | {name: value for name, value in asked.items() if value is not None}
-    return asked
-
-
 def _status(piece: TextPiece) -> str:
     return "incomplete" if piece.finish == FinishReason.LENGTH else "completed"
-
-
-def _stem(block: Block) -> str:
-    stems = {"reasoning": "reasoning_text", "text": "output_text", "call": "function_call_arguments"}
-    return f"response.{stems[block.kind]}"
 
 
 def _part(block: Block, text: str = "", logprobs: Sequence[object] = ()) -> Fields:

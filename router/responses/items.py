@@ -1,4 +1,7 @@
-"""The items of /v1/responses' input as a chat's messages. Other items are refused by name."""
+"""The items of /v1/responses' input as a chat's messages.
+
+Those of tools that nobody runs here, as a conversation that began elsewhere has them, are left out; others are refused.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,39 @@ from ...common.errors import RequestError
 from ..api.chat_messages import ROLES
 from ..state.errors import clip, shown
 from ..turns.places import Message, PlacedMessage
+from .custom import arguments_of
 from .tools import told_name
 
 CALL_NAMES = {"function.name": "name", "function.arguments": "arguments", "function": "", "id": "call_id"}
 _NAMES_OF_ANSWERS = {"tool_calls": ""}
 _NAMES_OF_RESULTS = {"tool_call_id": "call_id", "content": "output"}
+_LEFT_OUT = frozenset(
+    {
+        *("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call", "compaction"),
+        *("mcp_list_tools", "mcp_call", "mcp_approval_request", "mcp_approval_response"),
+        *("local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output"),
+        *("apply_patch_call", "apply_patch_call_output", "computer_call", "computer_call_output"),
+        *("tool_search_call", "tool_search_call_output", "tool_search_output"),
+    }
+)
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-def input_messages(raw: object) -> list[PlacedMessage]:
-    """Return the input as messages: a call joins the assistant's message that it follows."""
+def input_messages(raw: object, left_out: list[str]) -> list[PlacedMessage]:
+    """Return the input as messages: a call joins the assistant's message that it follows.
+
+    `left_out` gets the places of items that the model is not told of.
+    """
     if isinstance(raw, str):
         return [PlacedMessage({"role": "user", "content": raw}, "input", {"content": ""})]
     if not isinstance(raw, list):
         raise RequestError(f"input must be a string or an array of items, got {shown(raw)}", param="input")
     messages: list[PlacedMessage] = []
     for index, each in enumerate(raw):
-        _add_item(messages, each, f"input[{index}]")
+        if isinstance(each, dict) and isinstance(kind := each.get("type"), str) and kind in _LEFT_OUT:
+            left_out.append(f"input[{index}]")
+        else:
+            _add_item(messages, each, f"input[{index}]")
     return messages
 
 
@@ -40,14 +59,16 @@ def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
             else:
                 text = _text(raw.get("content"), f"{where}.content", between="\n")
                 messages.append(PlacedMessage({"role": role, "content": text}, where))
-        case "function_call":
-            function = {"name": told_name(raw.get("namespace"), raw.get("name")), "arguments": raw.get("arguments")}
+        case "function_call" | "custom_tool_call" as kind:
+            is_custom = kind == "custom_tool_call"
+            arguments = arguments_of(raw.get("input"), where) if is_custom else raw.get("arguments")
+            function = {"name": told_name(raw.get("namespace"), raw.get("name")), "arguments": arguments}
             placed = _assistant(messages, where)
             calls = placed.message.setdefault("tool_calls", [])
             assert isinstance(calls, list)
             placed.calls.append(where)
             calls.append({"id": raw.get("call_id"), "type": "function", "function": function})
-        case "function_call_output":
+        case "function_call_output" | "custom_tool_call_output":
             if raw.get("call_id") == "":
                 raise RequestError(f"{where}.call_id must be a string, got ''", param=f"{where}.call_id")
             text = _text(raw.get("output"), f"{where}.output", between="\n")

@@ -1,6 +1,7 @@
 """The tools of /v1/responses as a chat's functions, and their names in both directions.
 
 function                  ─> a function of that name
+custom                    ─> a function of one text; calls of it have the text itself
 namespace with functions  ─> functions NAMESPACE__NAME; calls of them have both names again
 what OpenAI itself runs   ─> left out where there are functions beside it: the model may not call what nobody runs here
 """
@@ -11,16 +12,31 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ...common.errors import RequestError
 from ..state.errors import shown
 from ..turns.definitions import MAX_NAME_CHARS
+from .custom import custom_function, input_of
 
 _CHAT_TOOL = re.compile(r"\btools\[(\d+)\](?:\.function\b)?")
 # Agents offer these with every request, whoever answers it.
-_HOSTED = frozenset({"web_search", "web_search_preview", "image_generation"})
+_HOSTED = re.compile(
+    r"(?:web_search|web_search_preview)(?:_\d{4}_\d{2}_\d{2})?|tool_search|file_search|code_interpreter|image_generation"
+    r"|mcp|computer|computer_use_preview|local_shell|shell|apply_patch"
+)
 _UNTOLD = frozenset({"type", "defer_loading"})  # fields of a function: all of them are loaded
 
-Names = dict[str, tuple[str, str]]  # a function's -> its namespace and name there
+
+class OwnName(msgspec.Struct, array_like=True, frozen=True):
+    """A function's name as the client knows it, and what it is there. An array where conversations are kept."""
+
+    namespace: str | None
+    name: str
+    is_custom: bool = False
+
+
+Names = dict[str, OwnName]  # by what the model is told
 
 
 @dataclass(slots=True)
@@ -32,9 +48,12 @@ class ResponseTools:
     left_out: list[str] = field(default_factory=list)
     names: Names = field(default_factory=dict)
 
-    def named(self, name: str) -> dict[str, str]:
+    def own(self, name: str) -> OwnName:
         """Return a called function's name as the client knows it."""
-        return own_name(self.names, name)
+        return _own(self.names, name)
+
+    def is_custom(self, name: str) -> bool:
+        return _own(self.names, name).is_custom
 
     def own_names(self, text: str) -> str:
         """Return the text with the client's places in place of the chat's."""
@@ -45,12 +64,18 @@ class ResponseTools:
         return self.places[index] if index < len(self.places) else found[0]
 
 
-def own_name(names: Mapping[str, tuple[str, str]], name: str) -> dict[str, str]:
-    """Return a function's name as the client knows it."""
-    if name not in names:
-        return {"name": name}
-    namespace, own = names[name]
-    return {"name": own, "namespace": namespace}
+def _own(names: Names, name: str) -> OwnName:
+    return names.get(name) or OwnName(None, name)
+
+
+def called(names: Names, call_id: object, name: str, arguments: str) -> dict[str, object]:
+    """Return a call as an item tells it, in the client's names."""
+    own = _own(names, name)
+    namespace = {} if own.namespace is None else {"namespace": own.namespace}
+    item = {"call_id": call_id, "name": own.name, **namespace}
+    if own.is_custom:
+        return {"type": "custom_tool_call", **item, "input": input_of(arguments)}
+    return {"type": "function_call", **item, "arguments": arguments}
 
 
 def told_name(namespace: object, name: object) -> object:
@@ -62,14 +87,20 @@ def told_name(namespace: object, name: object) -> object:
 
 
 def names_of_calls(items: object) -> Names:
-    """Return the names of the namespaces' functions that are called in an input."""
+    """Return the names of what is called in an input: of namespaces' functions, and of custom tools."""
     found: Names = {}
     for item in items if isinstance(items, list) else ():
-        if isinstance(item, dict) and item.get("type") == "function_call":
-            told, own = told_name(item.get("namespace"), item.get("name")), item.get("name")
-            if isinstance(told, str) and isinstance(own, str) and isinstance(item.get("namespace"), str):
-                found[told] = (item["namespace"], own)
+        if isinstance(item, dict) and item.get("type") in ("function_call", "custom_tool_call"):
+            add_name(found, item.get("namespace"), item.get("name"), is_custom=item["type"] == "custom_tool_call")
     return found
+
+
+def add_name(names: Names, namespace: object, name: object, *, is_custom: bool) -> object:
+    """Return what the model is told that it is called, and keep how the client knows it, where that is more."""
+    told, own = told_name(namespace, name), namespace if isinstance(namespace, str) else None
+    if isinstance(told, str) and isinstance(name, str) and (own is not None or is_custom):
+        names[told] = OwnName(own, name, is_custom)
+    return told
 
 
 def response_tools(raw: object) -> ResponseTools:
@@ -83,12 +114,12 @@ def response_tools(raw: object) -> ResponseTools:
         if namespace is None and is_hosted(tool):
             found.left_out.append(place)
             continue
-        function = {name: value for name, value in tool.items() if name not in _UNTOLD}
-        if namespace is not None:
-            function["name"] = told = told_name(namespace, tool.get("name"))
-            if isinstance(told, str):
-                found.names[told] = (namespace, str(tool["name"]))
-        found.functions.append({"type": tool.get("type"), "function": function})
+        if is_custom := tool.get("type") == "custom":
+            function = custom_function(tool, place, found.left_out)
+        else:
+            function = {name: value for name, value in tool.items() if name not in _UNTOLD}
+        function["name"] = add_name(found.names, namespace, tool.get("name"), is_custom=is_custom)
+        found.functions.append({"type": "function" if is_custom else tool.get("type"), "function": function})
         found.places.append(place)
     if not found.functions and found.left_out:
         kind = next(each["type"] for each in raw if is_hosted(each))
@@ -125,4 +156,4 @@ def _placed(raw: list[object], where: str) -> Iterator[tuple[str, Mapping[str, o
 def is_hosted(tool: object) -> bool:
     """Tell whether it is a tool that OpenAI itself runs."""
     kind = tool.get("type") if isinstance(tool, Mapping) else None
-    return isinstance(kind, str) and kind in _HOSTED
+    return isinstance(kind, str) and _HOSTED.fullmatch(kind) is not None

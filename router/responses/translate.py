@@ -1,6 +1,6 @@
 """A body of /v1/responses as a chat's body.
 
-    instructions, earlier turns, input ─> messages      messages, function_call, function_call_output, reasoning
+    instructions, earlier turns, input ─> messages      messages, calls, their outputs, reasoning
     tools, tool_choice, text, reasoning ─> the chat's fields of that meaning
 
 What is checked here is what has no counterpart; the chat's own checks follow.
@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ...common.errors import RequestError
-from ..api.fields import check_fields, not_supported, take_only
+from ..api.fields import check_fields, not_supported, take_only, whole
 from ..api.surface import FieldNames
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage, Places
@@ -38,11 +38,14 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "moderation": (),
     "multi_agent": (),
     "prompt": (),
-    "truncation": ("disabled",),
+    "truncation": ("auto", "disabled"),  # nothing is cut: what does not fit is refused
 }
 _LOGPROBS = "message.output_text.logprobs"
-_HARMLESS_INCLUDES = ("reasoning.encrypted_content",)  # nothing is encrypted here
-_OF_LEFT_OUT = ("web_search_call.action.sources", "web_search_call.results")  # of a tool that the model is not told of
+_HARMLESS_INCLUDES = ("reasoning.encrypted_content", "message.input_image.image_url")  # of what is never there
+_OF_LEFT_OUT = (  # of tools that the model is not told of
+    *("web_search_call.action.sources", "web_search_call.results", "file_search_call.results"),
+    *("code_interpreter_call.outputs", "computer_call_output.output.image_url"),
+)
 _KNOWN = frozenset(
     {
         *(*_SAME, "input", "instructions", "tools", "tool_choice", "max_output_tokens"),
@@ -62,7 +65,8 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"^verbosity$"), "text.verbosity"),
 )
 _TEXT = frozenset({"format", "verbosity"})
-_REASONING = frozenset({"effort", "summary", "generate_summary"})  # what is asked of summaries changes nothing
+# What is asked of summaries and of other servers' ways changes nothing.
+_REASONING = frozenset({"effort", "summary", "generate_summary", "context", "mode"})
 
 
 def chat_body(
@@ -79,7 +83,7 @@ def chat_body(
     if instructions is not None and not isinstance(instructions, str):
         raise RequestError(f"instructions must be a string, got {shown(instructions)}", param="instructions")
     placed = [PlacedMessage(message, "previous_response_id") for message in earlier]
-    placed += input_messages(raw.get("input"))
+    placed += input_messages(raw.get("input"), tools.left_out)
     if instructions:
         placed.insert(0, PlacedMessage({"role": "system", "content": instructions}, "instructions", {"content": ""}))
     body["messages"] = [each.message for each in placed]
@@ -112,7 +116,8 @@ def _includes(raw: object, left_out: list[str]) -> Sequence[object]:
     return raw
 
 
-def _limit(value: object) -> int:
+def _limit(given: object) -> int:
+    value = whole(given)
     if type(value) is not int or value < 1:
         text = f"'max_output_tokens' should be a whole number of at least 1, got {shown(value)}"
         raise RequestError(text, param="max_output_tokens", code="invalid_value")
@@ -132,7 +137,7 @@ def _choice(raw: object, left_out: list[str]) -> object:
 
 
 def _named(raw: object) -> object:
-    if not isinstance(raw, dict) or raw.get("type") != "function":
+    if not isinstance(raw, dict) or raw.get("type") not in ("function", "custom"):
         return raw
     return {"type": "function", "function": {"name": raw.get("name")}}
 

@@ -20,10 +20,10 @@ from .call_reader import CallPiece
 from .turn import Part, Thought, TurnDelta
 from .values.json_text import ends_with_part_of
 
-CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)  # of a body; the last two where a model forgets them
+CHANNEL, MESSAGE, START, END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"
+_ENDS = (END, "<|call|>", "<|return|>", START, CHANNEL)  # of a body; the last two where a model forgets them
 MARKS = frozenset({*_ENDS, MESSAGE, "<|constrain|>"})
-OPENING = f"{CHANNEL}final{MESSAGE}"  # behind the prompt of an answer that follows a grammar from its first token on
+OPENING = f"{CHANNEL}final{MESSAGE}"  # behind the prompt of an answer that is calls, in a form of our own
 
 _FIRST = (CHANNEL, START, MESSAGE, "to=")  # what a header begins with
 _MAX_HEADER_CHARS = 512  # a longer one is text: names have at most 64 characters

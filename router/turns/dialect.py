@@ -184,7 +184,7 @@ class Dialect:
 
     @property
     def grammar_opening(self) -> str:
-        """Return what the prompt of an answer ends with that follows a grammar from its first token on."""
+        """Return what the prompt of an answer ends with that is calls from its first token on."""
         return channels.OPENING if self.has_channels else ""
 
     def effort(self, asked: str) -> str:
@@ -238,7 +238,8 @@ class Dialect:
         return self.reasoning_parser != "none"
 
     @property
-    def _tags(self) -> Tags:
+    def tags(self) -> Tags:
+        """Return what stands around thoughts, where there are no channels."""
         return _TAGS_OF.get(self.reasoning_parser, THINK)
 
     @property
@@ -250,14 +251,14 @@ class Dialect:
         """Return the tokens that must be in an answer's text, special or not."""
         if self.has_channels:
             return channels.MARKS
-        tags = _TOKENS_OF.get(self.reasoning_parser, frozenset(self._tags)) if self.reasons else frozenset()
+        tags = _TOKENS_OF.get(self.reasoning_parser, frozenset(self.tags)) if self.reasons else frozenset()
         return (self.syntax(use).marks if use.tools else frozenset()) | tags
 
     def begins_inside(self, prompt: str, continued: str = "") -> bool:
         """Return whether an answer to this prompt begins in the middle of reasoning; `continued`: what it goes on."""
         if self.has_channels:
             return False
-        begin, end = self._tags
+        begin, end = self.tags
         if continued:
             return continued.rfind(begin) > continued.rfind(end)
         ending = prompt[-64:].rstrip()
@@ -269,7 +270,7 @@ class Dialect:
             names = frozenset(tool.name for tool in use.tools)
             return channels.ChannelReader(names, has_one_call=not use.is_parallel)
         reasoning = (
-            ReasoningReader(self._tags, begins_inside=begins_inside, answer_tags=self.answer_tags)
+            ReasoningReader(self.tags, begins_inside=begins_inside, answer_tags=self.answer_tags)
             if self.reasons
             else None
         )
@@ -280,7 +281,7 @@ class Dialect:
 
     def count(self, *, begins_inside: bool) -> ReasoningCounter:
         """Make what counts one choice's tokens of reasoning, where the model reasons."""
-        return channels.ChannelCount() if self.has_channels else ReasoningCount(self._tags, begins_inside=begins_inside)
+        return channels.ChannelCount() if self.has_channels else ReasoningCount(self.tags, begins_inside=begins_inside)
 
     @property
     def has_short_ids(self) -> bool:

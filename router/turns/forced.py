@@ -12,14 +12,13 @@ from collections.abc import Mapping
 
 from ...common.grammar import Grammar
 from .definitions import Tool, ToolUse
+from .values.closing import closed
 from .values.json_text import dumps
 
 _REFERENCES = ("$ref", "$dynamicRef")
 _ANCHORS = ("$anchor", "$dynamicAnchor")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # their keys are no keywords
 _DATA = ("enum", "const", "default", "examples", "example")
-# A schema with no other keywords means its properties and no others.
-_CLOSED = {"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema"}
 
 
 def forced_grammar(use: ToolUse) -> Grammar | None:
@@ -39,13 +38,11 @@ def call_schema(tool: Tool, place: str) -> dict[str, object]:
     """Return the schema of a call of this tool, for a place in a document."""
     own_name = str(tool.parameters.get("$id", "")).removesuffix("#")
     parameters = {name: value for name, value in tool.parameters.items() if name != "$id"}  # it is a part now
-    arguments = _moved(parameters, f"{place}/properties/arguments", own_name)
+    arguments = _moved(closed(parameters), f"{place}/properties/arguments", own_name)
     assert isinstance(arguments, dict)
-    # Left to itself, a model may go on inventing arguments that nobody declared.
-    closing = {"additionalProperties": False} if arguments.keys() <= _CLOSED and "properties" in arguments else {}
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": {"type": "object", **arguments, **closing}},
+        "properties": {"name": {"const": tool.name}, "arguments": {"type": "object", **arguments}},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }

@@ -2,10 +2,12 @@
 
     free       text, calls in the model's own form, text
     answering  calls, or an answer of the form that `response_format` asks for
+    thinking   thoughts, then what follows any grammar
 
-The first is for tools that are `strict`, and for some tools among those that the model is told of; without either the
+`free` is for tools that are `strict`, and for some tools among those that the model is told of; without either the
 model is left to itself, and calls are read as they come. What a model says before it calls is free in any case, so its
-reasoning is, too.
+reasoning is, too. Any other grammar holds from the end of its thoughts on: a model that reasons does so as it is used
+to.
 
 Gemma 4's calls are no JSON: the grammar of their arguments (`values/gemma_grammar.py`) cannot say all that schemas may.
 """
@@ -14,25 +16,117 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from ...common.grammar import WHITE_SPACE, Grammar
+from ...common.grammar import WHITE_SPACE, Grammar, Thoughts
+from . import channels
 from .definitions import Tool, ToolUse
 from .dialect import Dialect
 from .forced import call_schema
 from .gemma import GEMMA_TAGS
 from .json_syntaxes import HERMES_TAGS, NEMOTRON_TAGS
-from .reasoning import GEMMA_CHANNEL, GEMMA_THINK
+from .reasoning import GEMMA_CHANNEL
 from .syntax import Tags
 from .values.gemma_grammar import ArgumentsGrammar
 from .values.gemma_text import MARK
 
 _BLANK = r"BLANK: /\s{0,2}/"
+_TEXT = r"TEXT: /(.|\n)*/"
 _HEADER = "%llguidance {}"
 _TAGS: Mapping[str, Tags] = {  # the forms with a mark
     "hermes": HERMES_TAGS,
     "nemotron_json": NEMOTRON_TAGS,
     "gemma4": GEMMA_TAGS,
 }
+
+
+@dataclass(slots=True, frozen=True)
+class Thinking:
+    """The way of a model to think before an answer, in the words of Lark."""
+
+    begin: str  # the mark before its thoughts; empty: they have begun in the prompt
+    thoughts: str  # the rule's body
+    behind: str  # what stands between the thoughts and the answer
+    before_answer: str = ""  # what stands there with thoughts or without
+    begin_id: int | None = None  # of marks that are one token each
+    end_id: int | None = None
+
+    @property
+    def may_be_left_out(self) -> bool:
+        """Tell whether the answer may begin with what follows the grammar."""
+        return bool(self.begin) and not self.before_answer
+
+    @property
+    def takes_budget(self) -> bool:
+        """Tell whether thoughts can be ended: by their mark, and from where on is known."""
+        return self.end_id is not None and not (self.begin and self.begin_id is None) and not self.before_answer
+
+    def before(self, budget: int | None) -> Thoughts:
+        """Return the thoughts, with the grammar around them and the answer."""
+        start = f"({self.begin} {self._thoughts})?" if self.begin else self._thoughts
+        around = _lark_text(f"start: {start} {self.before_answer} @answer", *self._rules)
+        return Thoughts(around, self.begin_id if self.begin else None, self.end_id, budget)
+
+    @property
+    def _thoughts(self) -> str:
+        return f"thoughts {self.behind}"
+
+    @property
+    def _rules(self) -> tuple[str, ...]:
+        return f"thoughts{'' if self.thoughts == 'TEXT' else '[lazy]'}: {self.thoughts}", _TEXT, _BLANK
+
+    def first(self, budget: int | None) -> Grammar:
+        """Return a grammar that begins as answers with thoughts do."""
+        if self.begin:
+            return _lark(f"start: {self.begin}", _BLANK)
+        if budget == 0:
+            return self.alone(budget)
+        return _lark(f"start: {self._thoughts}", *self._rules)
+
+    def alone(self, budget: int) -> Grammar:
+        """Return the grammar of any text, thoughts with a budget before it."""
+        return Grammar("any", b"", Thoughts("", self.begin_id if self.begin else None, self.end_id, budget))
+
+
+def thinking(
+    dialect: Dialect,
+    prompt: str,
+    continued: str,
+    mark_id: Callable[[str], int | None],
+    added_id: Callable[[str], int | None],
+) -> Thinking | None:
+    """Return how the model may think before its answer to this prompt; None: it does not, or has. See `begins_inside`.
+
+    `mark_id(text)` and `added_id(text)`: as `Tokenizer` has them.
+    """
+    if not dialect.reasons:
+        return None
+    if dialect.has_channels:
+        marks = (channels.CHANNEL, channels.MESSAGE, channels.END, channels.START)
+        if continued or None in map(mark_id, marks):
+            return None
+        channel, message, end, start = (_token(mark, mark_id) for mark in marks)
+        begin, behind = f'{channel} "analysis" {message}', f'{end} {start} "assistant"'
+        return Thinking(begin, "TEXT", behind, f'{channel} "final" {message}')
+    is_inside = dialect.begins_inside(prompt, continued)
+    if not is_inside and (continued or prompt[-64:].rstrip().endswith(dialect.tags.end)):
+        return None
+    begin, end = (_marked(mark, mark_id) for mark in dialect.tags)
+    is_special = mark_id(dialect.tags.end) is not None  # which no text has
+    return Thinking(
+        "" if is_inside else f"BLANK {begin}",
+        "TEXT" if is_special else f"TEXT {end}",
+        f"{end} BLANK" if is_special else "BLANK",
+        begin_id=added_id(dialect.tags.begin),
+        end_id=added_id(dialect.tags.end),
+    )
+
+
+def _marked(mark: str, mark_id: Callable[[str], int | None]) -> str:
+    """Return a mark that may be a special token, or a word behind one: Gemma 4's."""
+    if mark_id(mark) is None and mark.startswith(GEMMA_CHANNEL):
+        return f"{_token(GEMMA_CHANNEL, mark_id)} {json.dumps(mark.removeprefix(GEMMA_CHANNEL))}"
+    return _token(mark, mark_id)
 
 
 def is_guidable(dialect: Dialect, *, is_free: bool) -> bool:
@@ -43,20 +137,20 @@ def is_guidable(dialect: Dialect, *, is_free: bool) -> bool:
     return dialect.tool_parser in (*_TAGS, "llama3_json", "json") or (dialect.tool_parser == "granite" and not is_free)
 
 
-def free_grammar(use: ToolUse, dialect: Dialect, special_id: Callable[[str], int | None]) -> Grammar:
-    """Return the grammar of text with calls in it. `special_id(text)`: the special token that is this text, if any."""
+def free_grammar(use: ToolUse, dialect: Dialect, mark_id: Callable[[str], int | None]) -> Grammar:
+    """Return the grammar of text with calls in it. `mark_id(text)`: as `Tokenizer` has it."""
     if (tags := _TAGS.get(dialect.tool_parser)) is None:  # a text does not begin like JSON
         text = r"text: /[^\s{\[](.|\n)*/"
         return _lark(f"start: BLANK (text | {_calls(use)})?", text, _BLANK, *_call_rules(use))
-    begin, end = (_token(mark, special_id) for mark in tags)
-    is_text = special_id(tags.begin) is None  # which a text may have anywhere; a special token ends it
+    begin, end = (_token(mark, mark_id) for mark in tags)
+    is_text = mark_id(tags.begin) is None  # which a text may have anywhere; a special token ends it
     times = "*" if use.is_parallel else "?"
     return _lark(
-        f"start: {_thoughts(tags, special_id)}(before BLANK {_between(use, tags)} BLANK {end}){times} TEXT",
+        f"start: (before BLANK {_between(use, tags)} BLANK {end}){times} TEXT",
         f"before{'[lazy]' if is_text else ''}: TEXT {begin}",
-        r"TEXT: /(.|\n)*/",
+        _TEXT,
         _BLANK,
-        *_rules_of(use, tags, special_id),
+        *_rules_of(use, tags, mark_id),
     )
 
 
@@ -69,7 +163,7 @@ def keeps_schemas(use: ToolUse, dialect: Dialect) -> bool:
 
 
 def answering_grammar(
-    use: ToolUse, dialect: Dialect, special_id: Callable[[str], int | None], answer: Grammar
+    use: ToolUse, dialect: Dialect, mark_id: Callable[[str], int | None], answer: Grammar
 ) -> Grammar | None:
     """Return the grammar of calls or of an answer in JSON; None: the answer's grammar is of another kind."""
     match answer.kind:
@@ -81,9 +175,9 @@ def answering_grammar(
             return None
     calls = _calls(use)
     tags = _TAGS.get(dialect.tool_parser)
-    rules = [f"answer: {json_rule(schema)}", *_rules_of(use, tags, special_id)]
+    rules = [f"answer: {json_rule(schema)}", *_rules_of(use, tags, mark_id)]
     if tags is not None:
-        begin, end = (_token(mark, special_id) for mark in tags)
+        begin, end = (_token(mark, mark_id) for mark in tags)
         calls = f"{begin} BLANK {_between(use, tags)} BLANK {end}"
         if use.is_parallel:
             calls = f"{calls} (BLANK {calls})*"
@@ -103,20 +197,12 @@ def _between(use: ToolUse, tags: Tags) -> str:
     return f'"[" BLANK call{more} BLANK "]"'
 
 
-def _thoughts(tags: Tags, special_id: Callable[[str], int | None]) -> str:
-    """Return what thoughts before a text are, where their marks are special tokens, which no text has: Gemma 4's."""
-    if tags is not GEMMA_TAGS:
-        return ""
-    begin, end = special_id(GEMMA_CHANNEL), special_id(GEMMA_THINK.end)
-    return "" if begin is None or end is None else f"(BLANK <[{begin}]> TEXT <[{end}]>)? "
+def _rules_of(use: ToolUse, tags: Tags | None, mark_id: Callable[[str], int | None]) -> list[str]:
+    return _call_rules(use) if tags is not GEMMA_TAGS else _gemma_rules(use, mark_id)
 
 
-def _rules_of(use: ToolUse, tags: Tags | None, special_id: Callable[[str], int | None]) -> list[str]:
-    return _call_rules(use) if tags is not GEMMA_TAGS else _gemma_rules(use, special_id)
-
-
-def _gemma_rules(use: ToolUse, special_id: Callable[[str], int | None]) -> list[str]:
-    grammar = ArgumentsGrammar(_token(MARK, special_id), is_special=special_id(MARK) is not None)
+def _gemma_rules(use: ToolUse, mark_id: Callable[[str], int | None]) -> list[str]:
+    grammar = ArgumentsGrammar(_token(MARK, mark_id), is_special=mark_id(MARK) is not None)
     arguments = [_gemma_arguments(grammar, tool) or grammar.any_object() for tool in use.callable]
     calls = [f"{json.dumps(f'call:{tool.name}')} {name}" for tool, name in zip(use.callable, arguments, strict=True)]
     return [f"call: {' | '.join(calls)}", *grammar.rules]
@@ -148,10 +234,14 @@ def json_rule(schema: object) -> str:
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 
-def _token(mark: str, special_id: Callable[[str], int | None]) -> str:
-    found = special_id(mark)
+def _token(mark: str, mark_id: Callable[[str], int | None]) -> str:
+    found = mark_id(mark)
     return json.dumps(mark) if found is None else f"<[{found}]>"
 
 
 def _lark(*rules: str) -> Grammar:
-    return Grammar("lark", "\n".join([_HEADER, *rules, ""]).encode("utf-8", "replace"))
+    return Grammar("lark", _lark_text(*rules).encode("utf-8", "replace"))
+
+
+def _lark_text(*rules: str) -> str:
+    return "\n".join([_HEADER, *rules, ""])

@@ -153,7 +153,7 @@ def _own(source: random.Random, *, has_prefill: bool) -> list[list[str]]:
     def seldom(*choices: list[str], chance: float = 0.35) -> list[list[str]]:
         return [source.choice(choices)] if source.random() < chance else []
 
-    disk = ["--disk-cache-dir", "FOLDER/disk"]
+    disk = ["--disk-cache-dir", "FOLDER/disk", "--disk-cache-bytes", "256MiB"]  # some 100,000 blocks of theirs
     tiers = [["--host-cache-memory-bytes", size, *more] for size in ("1MiB", "64MiB") for more in ([], disk)]
     drafts = [
         {"method": method, "num_speculative_tokens": number, "prompt_lookup_min": 1}

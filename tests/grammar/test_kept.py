@@ -14,7 +14,8 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import Grammar, GrammarBroken
 from kvferry.grammar.kept import in_kept_words
-from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
+from kvferry.grammar.matching import Vocabulary, compile_grammar
+from kvferry.grammar.thinking import FirstMatcher
 from kvferry.tests.checkpoints import write_tokenizer
 
 BOUNDS = [-10, -1.5, -1, -0.5, 0, 0.25, 1, 1.5, 99, 99.99]
@@ -28,7 +29,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     return Vocabulary.from_dir(path, vocab_size=512, eos_token_ids=frozenset({1, 3}))
 
 
-def _takes(vocabulary: Vocabulary, first: AnswerMatcher, text: str) -> bool:
+def _takes(vocabulary: Vocabulary, first: FirstMatcher, text: str) -> bool:
     matcher = first.fork()
     try:
         matcher.accept(vocabulary.tokenizer.greedy_tokenize(text))

@@ -20,7 +20,8 @@ from kvferry.common.errors import ConfigError, RequestError
 from kvferry.common.grammar import Grammar, GrammarBroken
 from kvferry.grammar.formats import PATTERNS
 from kvferry.grammar.limits import MAX_ENUM_MEMBERS, MAX_PROPERTIES
-from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
+from kvferry.grammar.matching import Vocabulary, compile_grammar
+from kvferry.grammar.thinking import FirstMatcher
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.tests.checkpoints import write_tokenizer
 
@@ -101,12 +102,12 @@ def schema(value: Any) -> Grammar:
     return Grammar("json_schema", json.dumps(value).encode())
 
 
-def allowed(matcher: AnswerMatcher) -> list[int]:
+def allowed(matcher: FirstMatcher) -> list[int]:
     mask = matcher.mask()
     return [token for token in range(8 * len(mask)) if mask[token >> 3] >> (token & 7) & 1]
 
 
-def random_answer(matcher: AnswerMatcher, draw: random.Random, *, max_tokens: int = 300) -> list[int] | None:
+def random_answer(matcher: FirstMatcher, draw: random.Random, *, max_tokens: int = 300) -> list[int] | None:
     """Take tokens until an end; None: there was none."""
     tokens: list[int] = []
     while len(tokens) < max_tokens:

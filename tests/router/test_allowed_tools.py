@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.common.grammar import CheckedGrammar, Grammar
+from kvferry.common.grammar import CheckedGrammar, Grammar, pack_mask
 from kvferry.router.catalogue.version import ServedModel
 
 from .fakes import MODEL, VOCAB_SIZE, Script, Served, serve
@@ -26,7 +26,7 @@ class Checker:
 
     async def check(self, grammar: Grammar, param: str) -> CheckedGrammar:
         self.checked.append(grammar)
-        return CheckedGrammar(grammar, b"any")
+        return CheckedGrammar(grammar, pack_mask(b"\xff" * 4))
 
     def close(self) -> None: ...
 

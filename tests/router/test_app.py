@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -555,11 +556,12 @@ async def test_unknown_paths_and_methods_have_the_same_shape() -> None:
         for method, path, status in (
             ("GET", "/nope", 404), ("POST", "/v1/rerank", 404), ("GET", "/v1/completions", 405),
             ("DELETE", "/metrics", 405), ("POST", "/v1/completions/", 404), ("GET", "/docs", 404),
+            ("POST", "/v1/responses/compact", 404),
         ):  # fmt: skip
             response = await client.request(method, path)
             assert response.status_code == status, (method, path)
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["x-should-retry"] == "false" and response.json()["error"]["code"] == "unknown_url"
 
 
 @pytest.mark.parametrize(
@@ -685,8 +687,8 @@ async def test_every_route_but_the_probes_needs_a_key() -> None:
     refused = {path: text for (path, status), text in answers.items() if status == 401}
     messages = {path: refused.pop(path) for path in ("/v1/messages", "/v1/messages/count_tokens")}
     (text,) = set(refused.values())
-    (text_of_messages,) = set(messages.values())  # in Anthropic's shape
-    assert json.loads(text_of_messages)["error"]["message"] == json.loads(text)["error"]["message"]
+    for text_of_messages in messages.values():  # in Anthropic's shape
+        assert json.loads(text_of_messages)["error"]["message"] == json.loads(text)["error"]["message"]
 
 
 @pytest.mark.parametrize("key", ["key-1", "key-2"])
@@ -714,6 +716,16 @@ async def test_models_lists_the_one_model() -> None:
     assert (one["id"], one["object"], one["max_model_len"]) == (MODEL, "model", MAX_MODEL_LEN)
     assert one["kvferry"] == {"prefill_workers": 0, "decode_workers": 0}
     assert other.status_code == 404
+
+
+async def test_models_have_anthropics_fields_too_for_its_clients() -> None:
+    async with serve().client(**{"anthropic-version": "2023-06-01"}) as client:
+        listed = (await client.get("/v1/models")).json()
+        one = (await client.get(f"/v1/models/{MODEL}")).json()
+    assert listed["data"] == [one] and listed["has_more"] is False
+    assert listed["first_id"] == listed["last_id"] == one["id"] == one["display_name"] == MODEL
+    assert one["type"] == "model" and datetime.fromisoformat(one["created_at"]).timestamp() == one["created"]
+    assert (one["object"], listed["object"]) == ("model", "list")
 
 
 async def test_tokenize_and_detokenize_undo_each_other() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvferry.common.grammar import CheckedGrammar, Grammar
+from kvferry.common.grammar import CheckedGrammar, Grammar, pack_mask
+from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.catalogue.version import ServedModel
 
 from .fakes import MODEL, VOCAB_SIZE, Script, Served, events, serve, typed_events
@@ -23,7 +24,7 @@ class Checker:
     """Takes every grammar."""
 
     async def check(self, grammar: Grammar, param: str) -> CheckedGrammar:
-        return CheckedGrammar(grammar, b"digest")
+        return CheckedGrammar(grammar, pack_mask(b"\xff" * 4))
 
 
 def _served(text: str, **options: Any) -> Served:
@@ -78,17 +79,17 @@ async def test_a_stop_string_counts_in_no_mark_and_no_call(stop: str) -> None:
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "es")
 
 
-async def test_an_answer_that_follows_a_grammar_is_the_final_one() -> None:
-    """The model is put into the channel of answers: from there on all of its text is the grammar's."""
-    for fields in (
-        {"response_format": {"type": "json_object"}},
-        {"tools": TOOLS, "tool_choice": "required"},
-    ):
-        served = _served('{"name": "search", "arguments": {}}', grammars=Checker())
-        (choice,) = (await _whole(served, **fields))["choices"]
-        prompt = bytes(served.request.prompt_token_ids)
-        assert prompt.endswith(b"<assistant><|channel|>final<|message|>")
-        assert bool(choice["message"].get("tool_calls")) == ("tools" in fields)
+async def test_an_answer_that_follows_a_grammar_is_the_final_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it must call, the model is put into the channel of answers: from there on all is the grammar's."""
+    served = _served('{"name": "search", "arguments": {}}', grammars=Checker())
+    (choice,) = (await _whole(served, tools=TOOLS, tool_choice="required"))["choices"]
+    assert bytes(served.request.prompt_token_ids).endswith(b"<assistant><|channel|>final<|message|>")
+    assert choice["message"]["tool_calls"]
+    monkeypatch.setattr(Tokenizer, "mark_id", lambda tokenizer, text: 7)  # this one has none of them
+    served = _served(THOUGHT + '<|start|>assistant<|channel|>final<|message|>{"a": 1}', grammars=Checker())
+    (choice,) = (await _whole(served, response_format={"type": "json_object"}))["choices"]
+    assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
+    assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm, so.", '{"a": 1}')
     served = _served("x")
     await _whole(served, tools=TOOLS)
     assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvferry.common.errors import RequestError
-from kvferry.common.grammar import CheckedGrammar, Grammar
+from kvferry.common.grammar import CheckedGrammar, Grammar, pack_mask
 from kvferry.models.chat_template import ChatTemplate
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.turns.told import told_in_text
@@ -262,25 +262,64 @@ class Checker:
         self.checked.append((grammar, param))
         if self._wrong and self._wrong in grammar.text:
             raise RequestError(f"'{param}' cannot be kept", param=f"{param}.here", code="unsupported_grammar")
-        return CheckedGrammar(grammar, b"any")
+        return CheckedGrammar(grammar, pack_mask(b"\xff" * 4))
 
     def close(self) -> None: ...
 
 
-async def test_a_call_that_must_come_follows_a_grammar_and_does_not_reason() -> None:
+async def test_a_call_that_must_come_follows_a_grammar_behind_its_thoughts() -> None:
     checker = Checker()
-    text = '[{"name": "search", "arguments": {"query": "x"}}, {"name": "search", "arguments": {}}]'
+    text = 'Hm</think>[{"name": "search", "arguments": {"query": "x"}}, {"name": "search", "arguments": {}}]'
     model = ServedModel(MODEL, LONG, VOCAB_SIZE, reasoning_parser="deepseek_r1", tool_parser="mistral")
     served = serve(Script(text), model=model, grammars=checker)
     choice = await _whole(served, tool_choice="required")
     assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == ['{"query": "x"}', "{}"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
-    ((grammar, param),) = checker.checked
-    assert served.request.grammar == (grammar, b"any") and param == "tools" and b'"const": "search"' in grammar.text
+    assert choice["message"]["reasoning_content"] == "Hm"
+    (grammar, param), _ = checker.checked
+    assert served.request.grammar is not None and param == "tools" and b'"const": "search"' in grammar.text
+    followed = served.request.grammar.grammar
+    assert followed.text == grammar.text and followed.thoughts is not None and "@answer" in followed.thoughts.around
     message, _ = await _streamed(served, tool_choice="required")
     assert len(message["calls"]) == 2
     await _whole(served, tool_choice="auto")
     assert served.request.grammar is None
+
+
+async def test_a_streamed_answer_that_must_call_has_no_content_from_the_first() -> None:
+    text = '[{"name": "search", "arguments": {"query": "x"}}]'
+    served = serve(Script(text), model=ServedModel(MODEL, LONG, VOCAB_SIZE), grammars=Checker())
+    for choice, content in (("required", None), ("auto", "")):
+        chunks: Any = events((await _post(served, stream=True, tool_choice=choice)).text)
+        assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": content}
+
+
+THINK = ServedModel(MODEL, LONG, VOCAB_SIZE, reasoning_parser="think", tool_parser="hermes")
+JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
+
+
+async def test_an_answer_of_a_form_comes_behind_thoughts() -> None:
+    served = serve(Script('<think>Hm, {so}</think>\n\n{"a": 1}'), model=THINK, grammars=Checker())
+    for fields in (JSON, {**JSON, "tools": TOOLS}):
+        choice = await _whole(served, **fields)
+        said = choice["message"]["reasoning_content"], choice["message"]["content"]
+        assert said == ("Hm, {so}", '{"a": 1}')
+        followed = served.request.grammar
+        assert followed is not None and followed.grammar.thoughts is not None
+    usage = (await _post(served, **JSON)).json()["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] > 0
+    message, _ = await _streamed(served, **JSON)
+    assert message["content"] == '{"a": 1}'
+
+
+async def test_a_budget_for_thoughts_that_cannot_be_kept_is_told() -> None:
+    """This vocabulary has no token for the end of thoughts."""
+    for model, wanted in ((THINK, "thinking_token_budget"), (ServedModel(MODEL, LONG, VOCAB_SIZE), None)):
+        served = serve(Script("<think>Hm</think>Yes"), model=model, grammars=Checker())
+        response = await _post(served, thinking_token_budget=3)
+        assert response.headers.get("x-kvferry-ignored") == wanted and served.request.grammar is None
+    whole = await _post(serve(Script("x"), model=THINK, grammars=Checker()), thinking_token_budget=30, max_tokens=30)
+    assert "x-kvferry-ignored" not in whole.headers, "so many are allowed in all"
 
 
 async def test_the_form_of_text_is_for_answers_that_have_text() -> None:
@@ -530,17 +569,17 @@ async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> 
     async with served.client() as client:
         response = await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1, "a\r\nb": 2})
         assert response.status_code == 200 and response.headers["x-kvferry-ignored"] == "temprature,a??b"
-        named = [{**CHAT[0], "id": 7, "provider_specific_fields": {}}]
+        named = [{**CHAT[0], "id": 7, "provider_specific_fields": {}, "createdAt": 1}]
         response = await client.post("/v1/chat/completions", json={"messages": named})
-        assert response.headers["x-kvferry-ignored"] == "messages[0].id"
+        assert response.headers["x-kvferry-ignored"] == "messages[0].createdAt"
         assert "kvferry_ignored_fields_total 3.0" in (await client.get("/metrics")).text
-        part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+        part = {"type": "text", "text": "hi", "citations": {"enabled": False}}
         tool = {"type": "function", "function": {"name": "f", "examples": []}, "defer_loading": True}
         call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "thought": "x"}
         chat = [{"role": "user", "content": [part]}, {"role": "assistant", "tool_calls": [call]}, *CHAT]
         response = await client.post("/v1/chat/completions", json={"messages": chat, "tools": [tool]})
         assert set(response.headers["x-kvferry-ignored"].split(",")) == {
-            "messages[0].content[0].cache_control",
+            "messages[0].content[0].citations",
             "messages[1].tool_calls[0].thought",
             "tools[0].defer_loading",
             "tools[0].function.examples",
@@ -549,8 +588,8 @@ async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> 
         response = await client.post("/v1/messages", json=message)
         assert response.headers["x-kvferry-ignored"] == "messages[0].id"
         for path in ("/v1/messages/count_tokens", "/tokenize"):
-            response = await client.post(path, json={"messages": [{**CHAT[0], "id": 7}]})
-            assert (response.status_code, response.headers["x-kvferry-ignored"]) == (200, "messages[0].id")
+            response = await client.post(path, json={"messages": [{**CHAT[0], "at": 7}]})
+            assert (response.status_code, response.headers["x-kvferry-ignored"]) == (200, "messages[0].at")
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "suffix": "x"})).status_code == 400
     async with serve(Script("x")).client() as client:
         assert (await client.post("/v1/chat/completions", json={"messages": CHAT, "temprature": 1})).status_code == 400

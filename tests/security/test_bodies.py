@@ -67,7 +67,7 @@ async def test_no_field_of_a_client_reaches_the_handoff_or_runs_code(name: str, 
     [{"n": 17}, {"n": 0}, {"best_of": 17}, {"logprobs": 21}, {"prompt_logprobs": 21}, {"stop": ["x"] * 17},
      {"stop": "x" * 257}, {"stop": [""]}, {"logit_bias": {str(i): 1 for i in range(301)}}, {"max_tokens": 10**12},
      {"min_tokens": 10**12}, {"stop_token_ids": list(range(65))}, {"cache_salt": "s" * 257}, {"top_k": 2**31},
-     {"priority": 2**31}, {"seed": 2**63}, {"prompt": ["a"] * 257}, {"temperature": 1e300}],
+     {"priority": 2**31}, {"seed": 2**63}, {"prompt": ["a"] * 257}, {"temperature": -1e300}],
 )  # fmt: skip
 async def test_every_knob_has_an_end(fields: dict[str, object]) -> None:
     error = await _refused({"prompt": "hi", **fields}, 400)

@@ -58,7 +58,8 @@ def _check(is_chat: bool, body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "at_least"),
     [
-        ("temperature", {0, 5e-324, 1e-38, 1e-5, 2}), ("top_p", {5e-324, 1 - 2**-53, 1}), ("n", {1, 16}),
+        ("temperature", {0, 5e-324, 1e-38, 1e-5, sys.float_info.max}),
+        ("top_p", {5e-324, 1 - 2**-53, 1}), ("n", {1, 16}),
         ("presence_penalty", {-2, -5e-324, 5e-324, 2}), ("repetition_penalty", {5e-324, 1e-39, 10}),
         ("top_k", {-1, 0, 2**31 - 1}), ("seed", {-(2**63), 2**63 - 1}), ("priority", {-(2**31), 2**31 - 1}),
         ("prompt_logprobs", {0, 20}),

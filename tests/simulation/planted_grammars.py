@@ -6,11 +6,12 @@ from collections.abc import Container
 from dataclasses import replace
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
-from kvferry.common.grammar import FirstMask, Matcher
+from kvferry.common.grammar import Matcher
 from kvferry.common.request import SampledToken, Sequence
 from kvferry.decode.results import StepResults
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine import masks
+from kvferry.wire.first_mask import FirstMask
 from kvferry.wire.tasks import PrefillTask
 
 from .oracle import VOCAB_SIZE

@@ -13,7 +13,8 @@ from kvferry.router.api.schemas import ChatBody, CompletionBody, validate
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "string"}}, "required": ["é"]}
 SCHEMA_TEXT = json.dumps(SCHEMA, ensure_ascii=False, separators=(",", ":"))
-JSON = Grammar("json_schema", SCHEMA_TEXT.encode())
+OPEN = Grammar("json_schema", SCHEMA_TEXT.encode())
+JSON = Grammar("json_schema", f'{SCHEMA_TEXT[:-1]},"additionalProperties":false}}'.encode())
 
 
 def asked(**fields: Any) -> tuple[Grammar | None, str]:
@@ -53,6 +54,16 @@ def named_schema(**more: Any) -> dict[str, Any]:
             {"structured_outputs": {"grammar": "start: /a/"}},
             Grammar("lark", b"start: /a/"),
             "structured_outputs.grammar",
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": True}},
+            JSON,
+            "structured_outputs.json",
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": False}},
+            OPEN,
+            "structured_outputs.json",
         ),
         ({"guided_json": SCHEMA}, JSON, "guided_json"),
         ({"guided_json": SCHEMA_TEXT}, JSON, "guided_json"),

@@ -12,7 +12,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from kvferry.common.errors import ConfigError, RequestError
-from kvferry.router.api.chat_messages import parse_messages
+from kvferry.router.api.chat_messages import parse_messages, without_cache_hints
 from kvferry.router.api.fields import IGNORED, UNSUPPORTED
 from kvferry.router.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
 from kvferry.router.catalogue.defaults import SamplingDefaults
@@ -67,11 +67,11 @@ def test_null_means_not_given_for_every_field() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 0), ("n", 17), ("n", "2"), ("n", 1.0), ("n", True),
+        ("n", 0), ("n", 17), ("n", "2"), ("n", 1.5), ("n", True),
         ("stop", ""), ("stop", ["a"] * 17), ("stop", "x" * 257), ("stop", [1]), ("stop", 5),
         ("seed", 2**63), ("seed", "1"),
         ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", 0),
-        ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True),
+        ("temperature", -0.1), ("temperature", 1e400), ("temperature", "1"), ("temperature", True),
         ("top_p", 0), ("top_p", 1.1),
         ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
         ("logit_bias", {"1": 101}), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}),
@@ -80,7 +80,7 @@ def test_null_means_not_given_for_every_field() -> None:
         ("top_k", -2), ("min_p", 1.1), ("repetition_penalty", 0), ("min_tokens", -1),
         ("stop_token_ids", [-1]), ("stop_token_ids", list(range(65))), ("stop_token_ids", ["1"]),
         ("ignore_eos", 1), ("stream", "true"), ("echo", "yes"), ("stream_options", {}),
-        ("priority", 2**31), ("cache_salt", ""), ("cache_salt", "x" * 257), ("service_tier", "flex"),
+        ("priority", 2**31), ("cache_salt", ""), ("cache_salt", "x" * 257),
         ("best_of", 0), ("best_of", 17), ("suffix", 1), ("model", 7),
     ],
 )  # fmt: skip
@@ -119,8 +119,8 @@ def test_a_missing_field_is_named() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("functions", [{}]), ("guided_decoding_backend", "x"), ("guided_whitespace_pattern", " "), ("audio", {}),
-        ("modalities", ["audio"]), ("prediction", {}), ("logits_processors", ["x"]), ("use_beam_search", True),
+        ("functions", [{}]), ("guided_whitespace_pattern", " "), ("audio", {}),
+        ("modalities", ["audio"]), ("logits_processors", ["x"]), ("use_beam_search", True),
         ("kv_transfer_params", {}), ("length_penalty", 2.0),
     ],
 )  # fmt: skip
@@ -140,8 +140,10 @@ def test_completions_have_no_tools(field: str, value: object) -> None:
     ("field", "value"),
     [
         ("response_format", {"type": "text"}), ("tool_choice", "none"), ("tools", []), ("user", "me"),
-        ("metadata", {"a": "b"}), ("store", True), ("service_tier", "auto"), ("use_beam_search", False),
-        ("parallel_tool_calls", True), ("length_penalty", 1), ("modalities", ["text"]), ("best_of", 1),
+        ("metadata", {"a": "b"}), ("store", True), ("service_tier", "flex"), ("use_beam_search", False),
+        ("prediction", {"type": "content", "content": "x"}), ("guided_decoding_backend", "xgrammar"),
+        ("spaces_between_special_tokens", False), ("parallel_tool_calls", True), ("length_penalty", 1),
+        ("modalities", ["text"]), ("best_of", 1),
     ],
 )  # fmt: skip
 def test_what_asks_for_nothing_is_accepted(field: str, value: object) -> None:
@@ -192,13 +194,44 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(typo: str, right
 
 
 def test_options_of_a_stream_are_fields_like_others() -> None:
-    assert _chat(stream=True, stream_options={"include_usage": True, "include_obfuscation": False}).stream_options
-    refusals = [_refusal(stream=True, stream_options={name: True}) for name in ("include_obfuscation", "include_usge")]
+    for padded in (True, False):
+        assert _chat(stream=True, stream_options={"include_usage": True, "include_obfuscation": padded}).stream_options
+    wrong: list[dict[str, Any]] = [{"include_obfuscation": 5}, {"include_usge": True}]
+    refusals = [_refusal(stream=True, stream_options=options) for options in wrong]
     assert [each.param for each in refusals] == ["stream_options.include_obfuscation", "stream_options.include_usge"]
     assert str(refusals[1]).endswith("did you mean 'include_usage'?")
     ignored: list[str] = []
     validate(CompletionBody, {"prompt": "hi", "stream": True, "stream_options": {"include_usge": True}}, ignored)
     assert ignored == ["stream_options.include_usge"]
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    body = _chat(max_tokens=5.0, top_k=40.0, n=1.0, seed=7.0, min_tokens=1e0, priority=-2.0, top_logprobs=0.0)
+    whole = (body.max_tokens, body.top_k, body.n, body.seed, body.min_tokens, body.priority)
+    assert whole == (5, 40, 1, 7, 1, -2) and all(type(number) is int for number in whole)
+    assert (_chat(temperature=1.0, top_p=1.0).temperature, _completion(logprobs=2.0).logprobs) == (1, 2)
+    assert str(_refusal(top_k=2.0**70)).startswith("'top_k' should")
+    assert _refusal(n=True).param == _refusal(n="1.0").param == "n"
+
+
+def test_more_than_xhigh_is_xhigh() -> None:
+    assert _chat(reasoning_effort="max").reasoning_effort == "xhigh"
+    assert _chat_refusal(reasoning_effort="most").param == "reasoning_effort"
+
+
+def test_a_temperature_may_be_any() -> None:
+    assert _sampling(_completion(temperature=5)).temperature == 5
+    assert _sampling(_completion(temperature=1e300)).temperature == 1e9  # more would be infinite in float32
+
+
+def test_hints_to_a_cache_are_no_part_of_a_message() -> None:
+    hint = {"cache_control": {"type": "ephemeral"}}
+    part = {"type": "text", "text": "hi", **hint}
+    (message,) = parse_messages([{"role": "user", "id": "m-1", **hint, "content": [part]}])
+    assert message == {"role": "user", "content": "hi"}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"cache_control": {}}}}
+    tool = {"type": "function", "function": function}
+    assert without_cache_hints([{**tool, **hint, "function": {**function, **hint}}, 5]) == [tool, 5]
 
 
 def test_an_endless_field_name_does_not_come_back_whole() -> None:

@@ -131,7 +131,7 @@ async def test_a_batch_tells_the_tokens_of_all_its_answers(tmp_path: Path, url: 
     script = Script("<think>Hm.</think>Yes.", num_cached_tokens=1)
     model = ServedModel(MODEL, 4096, VOCAB_SIZE, reasoning_parser="think")
     async with batch_server(tmp_path, script, model=model) as (_, address), client_of(address) as client:
-        lines = jsonl(line("a", url, **body), line("b", url, **body), line("c", url, temperature=9, **body))
+        lines = jsonl(line("a", url, **body), line("b", url, **body), line("c", url, temperature=-1, **body))
         uploaded = await client.files.create(file=lines, purpose="batch")
         batch = await client.batches.create(input_file_id=uploaded.id, endpoint=url, completion_window="24h")
         assert batch.usage is None  # nothing was counted

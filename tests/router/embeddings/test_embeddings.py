@@ -135,7 +135,10 @@ async def test_the_models_pooling_goes_to_the_workers() -> None:
         ({"dimensions": 0}, "dimensions", "greater than or equal to 1"),
         ({"encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
         ({"temperature": 1}, "temperature", "unknown field"),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported"),
+        ({"truncate_prompt_tokens": 513}, "truncate_prompt_tokens", "513 is more than the context of 512 tokens"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1, or -1 for the context, got 0"),
+        ({"truncate_prompt_tokens": 5, "truncation_side": "middle"}, "truncation_side", "'left' or 'right'"),
+        ({"input": ["a", ""], "truncate_prompt_tokens": 5}, "input[1]", "input[1] is empty"),
     ],
 )
 async def test_what_is_wrong_is_named(fields: dict[str, Any], param: str, words: str) -> None:
@@ -150,12 +153,30 @@ async def test_another_model_is_not_found() -> None:
     assert (await _refused(_serve(), 404, model="gpt"))["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize(
+    ("given", "fields", "kept"),
+    [
+        ("abcdef", {"truncate_prompt_tokens": 4}, ["abcd"]),
+        (["abcdef", "ab"], {"truncate_prompt_tokens": 4, "truncation_side": "left"}, ["cdef", "ab"]),
+        (ids_of("abcdef"), {"truncate_prompt_tokens": 4}, ["abcd"]),
+        ([ids_of("abcdef")], {"truncate_prompt_tokens": 4.0, "truncation_side": "left"}, ["cdef"]),
+        ("a" + "b" * 99_999, {"truncate_prompt_tokens": -1}, ["a" + "b" * 511]),
+        ("a" * 99_999 + "b", {"truncate_prompt_tokens": -1, "truncation_side": "left"}, ["a" * 511 + "b"]),
+    ],
+)
+async def test_inputs_are_cut_to_what_is_asked_for(given: object, fields: dict[str, Any], kept: list[str]) -> None:
+    served = _serve()
+    answer = await _embed(served, input=given, **fields)
+    assert [bytes(request.prompt_token_ids).decode() for request in served.dispatcher.requests] == kept
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, kept))
+
+
 async def test_labels_have_no_effect_and_unknown_fields_may_be_told() -> None:
-    await _embed(_serve(), user="u-1", metadata={"a": "b"})
+    await _embed(_serve(), user="u-1", metadata={"a": "b"}, input_type="query", dimensions=4.0)
     served = _serve(unknown_fields="warn")
     async with served.client() as client:
-        response = await client.post("/v1/embeddings", json={"input": "hi", "input_type": "query"})
-    assert response.status_code == 200 and response.headers["x-kvferry-ignored"] == "input_type"
+        response = await client.post("/v1/embeddings", json={"input": "hi", "task_type": "query"})
+    assert response.status_code == 200 and response.headers["x-kvferry-ignored"] == "task_type"
 
 
 async def test_a_failure_is_an_error_of_the_call() -> None:

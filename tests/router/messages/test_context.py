@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.messages.tools import MessageTools
 from kvferry.router.messages.translate import chat_body
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, serve
@@ -36,13 +37,16 @@ BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 400, "messages": MESSAGES}
 
 def _thoughts(**edit: Any) -> list[Any]:
     management = {"edits": [{"type": "clear_thinking_20251015", **edit}]}
-    body, _ = chat_body({**BODY, "context_management": management}, None, needs_max_tokens=True)
+    body, _ = chat_body({**BODY, "context_management": management}, None, MessageTools(), needs_max_tokens=True)
     messages = body["messages"]
     assert isinstance(messages, list) and len(messages) == 9 + 1  # a reminder beside a result is a message of a chat
     return [message["reasoning_content"] for message in messages if "reasoning_content" in message]
 
 
-@pytest.mark.parametrize("keep", ["all", {"type": "all"}, {"type": "thinking_turns", "value": 2}])
+@pytest.mark.parametrize(
+    "keep",
+    ["all", {"type": "all"}, {"type": "thinking_turns", "value": 2}, {"type": "thinking_turns", "value": 2.0}],
+)
 def test_all_thoughts_are_kept_where_that_is_asked(keep: Any) -> None:
     assert _thoughts(keep=keep) == ["one", "two", "three"]
 
@@ -59,7 +63,7 @@ def test_older_thoughts_are_left_out_and_those_of_a_turn_stay_together(edit: dic
         ({"edits": {}, "x": 1}, "context_management.x"),
         ({"edits": "all"}, "context_management.edits"),
         ({"edits": ["all"]}, "context_management.edits[0]"),
-        ({"edits": [{"type": "clear_tool_uses_20250919"}]}, "context_management.edits[0]: edits of type"),
+        ({"edits": [{"type": "clear_all_20260112"}]}, "context_management.edits[0]: edits of type"),
         ({"edits": [{"type": "clear_thinking_20251015", "keep": 0}]}, "context_management.edits[0].keep"),
         (
             {"edits": [{"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 0}}]},
@@ -72,6 +76,17 @@ async def test_other_edits_are_refused_by_their_place(management: Any, place: st
     async with served.client() as client:
         response = await client.post("/v1/messages", json={**BODY, "context_management": management})
     assert response.status_code == 400 and place in response.json()["error"]["message"]
+
+
+async def test_edits_that_shorten_a_prompt_have_no_effect_which_is_told() -> None:
+    served = serve(Script("Hello"), model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    shorten = {"type": "clear_tool_uses_20250919", "trigger": {"type": "input_tokens", "value": 5}}
+    edits = [shorten, {"type": "clear_thinking_20251015", "keep": "all"}, {"type": "compact_20260112"}]
+    async with served.client() as client:
+        response = await client.post("/v1/messages", json={**BODY, "context_management": {"edits": edits}})
+    assert response.status_code == 200, response.text
+    told = response.headers["x-kvferry-ignored"]
+    assert told == "context_management.edits[0],context_management.edits[2]"
 
 
 async def test_a_coding_agents_request_is_answered() -> None:

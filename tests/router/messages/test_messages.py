@@ -219,7 +219,7 @@ async def test_thinking_is_an_effort() -> None:
     assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
     await _whole(served, thinking={"type": "disabled"})
     assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
-    await _whole(served, output_config={"effort": "high"})
+    await _whole(served, output_config={"effort": "high", "task_budget": {"type": "tokens", "total": 20_000}})
     assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
 
 
@@ -275,14 +275,16 @@ def test_an_effort_goes_by_the_name_of_what_asks_for_it(fields: dict[str, Any], 
         ({"stop_sequences": "a"}, "stop_sequences must be an array"),
         ({"stop_sequences": [""]}, "stop_sequences must be an array"),
         ({"stop_sequnces": []}, "did you mean 'stop_sequences'"),
-        ({"temperature": 3}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"output_config": {"colour": 1}}, "unknown field 'output_config.colour'"),
+        ({"output_config": "low"}, "output_config must be an object"),
     ],
 )
 async def test_a_refusal_has_anthropics_shape(fields: dict[str, Any], part: str) -> None:
     response = await _post(_served(), **fields)
     assert response.status_code == 400
     error = response.json()
-    assert set(error) == {"type", "error"} and error["type"] == "error"
+    assert set(error) == {"type", "error", "request_id"} and error["type"] == "error"
     assert error["error"]["type"] == "invalid_request_error" and part in error["error"]["message"]
 
 
@@ -363,6 +365,17 @@ async def test_what_is_not_served_below_it_is_told_in_its_shape(
     assert (response.status_code, body["type"]) == (status, "error") and words in body["error"]["message"]
     assert body["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
     assert other.json()["error"]["code"] == "unknown_url"
+
+
+async def test_a_request_has_an_id_by_the_name_that_clients_read() -> None:
+    async with _served().client(**{"x-request-id": "mine-1"}) as client:
+        answers = [await client.post("/v1/messages", json={**BODY, **more}) for more in ({}, {"max_tokens": 0})]
+        counted = await client.post("/v1/messages/count_tokens", json=BODY)
+        chat = await client.post("/v1/chat/completions", json={"messages": BODY["messages"]})
+    assert [answer.status_code for answer in answers] == [200, 400] and answers[1].json()["request_id"] == "mine-1"
+    for answer in (*answers, counted):
+        assert answer.headers["request-id"] == answer.headers["x-request-id"] == "mine-1"
+    assert "request-id" not in chat.headers
 
 
 async def test_a_key_comes_in_either_header() -> None:

@@ -168,7 +168,7 @@ async def test_an_error_where_it_goes_on_is_its_end_too(tmp_path: Path) -> None:
         ({"store": False}, {}, "background"),
         ({"stream": "yes"}, {}, "stream"),
         ({"input": []}, {}, "input"),
-        ({"temperature": 9}, {}, "temperature"),
+        ({"temperature": -1}, {}, "temperature"),
         ({}, {"idempotency-key": "k"}, "Idempotency-Key"),
     ],
 )

@@ -109,8 +109,50 @@ async def test_what_is_asked_of_a_tool_that_is_left_out_is_left_out() -> None:
     response = await _post(served, tools=[SEARCH, FUNCTION], include=include)
     assert response.status_code == 200
     assert response.headers["x-kvferry-ignored"] == "tools[0],include[1]"
-    refused = await _post(served, tools=[SEARCH, FUNCTION], include=[*include, "file_search_call.results"])
+    others = [
+        *("file_search_call.results", "code_interpreter_call.outputs", "computer_call_output.output.image_url"),
+        *("web_search_call.results", "message.input_image.image_url"),
+    ]
+    told = (await _post(served, tools=[FUNCTION], include=others)).headers["x-kvferry-ignored"]
+    assert told == "include[0],include[1],include[2],include[3]"  # of images there is nothing to include
+    refused = await _post(served, tools=[SEARCH, FUNCTION], include=[*include, "some_call.results"])
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11", "tool_search"),
+        *("file_search", "code_interpreter", "image_generation", "mcp", "computer", "computer_use_preview"),
+        *("local_shell", "shell", "apply_patch"),
+    ],
+)
+async def test_each_tool_that_nobody_runs_here_is_left_out_and_refused_alone(kind: str) -> None:
+    response = await _post(_served(), tools=[FUNCTION, {"type": kind}])
+    assert (response.status_code, response.headers["x-kvferry-ignored"]) == (200, "tools[1]")
+    alone = (await _post(_served(), tools=[{"type": kind}])).json()["error"]
+    assert alone["param"] == "tools[0].type" and f"'{kind}'" in alone["message"]
+    chosen = await _post(_served(), tools=[FUNCTION, {"type": kind}], tool_choice={"type": kind})
+    assert (chosen.status_code, chosen.json()["error"]["param"]) == (400, "tool_choice")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call", "mcp_list_tools"),
+        *("mcp_call", "mcp_approval_request", "mcp_approval_response", "local_shell_call", "local_shell_call_output"),
+        *("shell_call", "shell_call_output", "apply_patch_call", "apply_patch_call_output", "tool_search_call"),
+        *("tool_search_output", "computer_call", "computer_call_output", "compaction"),
+    ],
+)
+async def test_what_such_tools_did_elsewhere_is_left_out_and_told(kind: str) -> None:
+    served, said = _served(), {"role": "user", "content": "hi"}
+    response = await _post(served, input=[said, {"type": kind, "call_id": "a"}, {"role": "user", "content": "ho"}])
+    assert response.status_code == 200, response.text
+    assert response.headers["x-kvferry-ignored"] == "input[1]"
+    assert _prompt(served) == "<user>hi<user>ho<assistant>"
+    empty = await _post(served, input=[{"type": kind}])
+    assert (empty.status_code, empty.json()["error"]["param"]) == (400, "input")
 
 
 @pytest.mark.parametrize(
@@ -118,8 +160,9 @@ async def test_what_is_asked_of_a_tool_that_is_left_out_is_left_out() -> None:
     [
         ([SEARCH], "tools[0].type"),
         ([SEARCH, {**FUNCTION, "name": "a b"}], "tools[1].name"),
-        ([SEARCH, {"type": "file_search"}], "tools[1].type"),
-        ([FUNCTION, {**NOTES, "tools": [FUNCTION, {"type": "custom", "name": "patch"}]}], "tools[1].tools[1].type"),
+        ([{"type": "file_search"}, SEARCH], "tools[0].type"),
+        ([SEARCH, {"type": "web_search_20250826"}], "tools[1].type"),
+        ([FUNCTION, {**NOTES, "tools": [FUNCTION, {"type": "some", "name": "patch"}]}], "tools[1].tools[1].type"),
         ([FUNCTION, {**NOTES, "tools": [{**FUNCTION, "strict": 1}]}], "tools[1].tools[0].strict"),
         ([{**NOTES, "tools": [NOTES]}], "tools[0].tools[0].type"),
         ([{**NOTES, "tools": None}], "tools[0].tools"),
@@ -144,7 +187,7 @@ def test_parts_that_are_told_together_stand_on_lines_of_their_own() -> None:
         {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "a", "output": parts},
     ]
-    assert [each.message["content"] for each in input_messages(items)] == ["one\ntwo", "Looking.", "one\ntwo"]
+    assert [each.message["content"] for each in input_messages(items, [])] == ["one\ntwo", "Looking.", "one\ntwo"]
 
 
 async def test_half_a_surrogate_pair_in_arguments_is_a_question_mark() -> None:

@@ -177,8 +177,8 @@ async def test_what_is_not_kept_is_not_found() -> None:
         ({"max_output_tokens": "9"}, "max_output_tokens"),
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"truncation": "some"}, "truncation"),
+        ({"include": ["file_search_call.everything"]}, "include"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
         ({"input": []}, "input"),
@@ -198,7 +198,7 @@ async def test_what_is_not_kept_is_not_found() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         ({"inputs": "x"}, "inputs"),
-        ({"temperature": 3}, "temperature"),
+        ({"temperature": -1}, "temperature"),
     ],
 )
 async def test_a_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
@@ -213,14 +213,21 @@ async def test_a_stream_that_fails_ends_with_an_error() -> None:
 
 async def test_what_asks_for_nothing_is_accepted() -> None:
     fields = {
-        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled", "background": False,
-        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low", "summary": "auto"},
-        "top_logprobs": 0, "service_tier": "auto", "parallel_tool_calls": False,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "auto", "background": False,
+        "include": ["reasoning.encrypted_content"],
+        "reasoning": {"effort": "max", "summary": "auto", "mode": "pro", "context": "all_turns"},
+        "top_logprobs": 0, "service_tier": "priority", "parallel_tool_calls": False,
         "stream_options": None, "tool_choice": "auto", "temperature": 0,
     }  # fmt: skip
     answer = await _whole(_served(), **fields)
     assert (answer["temperature"], answer["top_p"]) == (0, None)
-    assert answer["parallel_tool_calls"] is False and answer["reasoning"] == {"effort": "low", "summary": "auto"}
+    assert answer["parallel_tool_calls"] is False and answer["reasoning"] == fields["reasoning"]
+    assert (answer["service_tier"], answer["truncation"]) == ("priority", "auto")
+
+
+async def test_truncation_cuts_nothing() -> None:
+    response = await _post(_served(), input="x" * 5000, truncation="auto")
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 async def test_a_response_repeats_the_defaults_of_what_is_asked_in_part() -> None:
@@ -241,13 +248,13 @@ def test_thoughts_that_follow_one_another_are_all_kept() -> None:
     items = [
         {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]} for text in "ab"
     ]
-    assert [each.message for each in input_messages(items)] == [
+    assert [each.message for each in input_messages(items, [])] == [
         {"role": "assistant", "content": "", "reasoning_content": "a\nb"}
     ]
 
 
 def test_an_item_whose_type_is_null_is_a_message() -> None:
-    assert [each.message for each in input_messages([{"type": None, "role": "user", "content": "hi"}])] == [
+    assert [each.message for each in input_messages([{"type": None, "role": "user", "content": "hi"}], [])] == [
         {"role": "user", "content": "hi"}
     ]
 
@@ -264,7 +271,7 @@ def test_items_of_a_turn_become_one_message() -> None:
         {"type": "message", "role": "assistant", "content": "One."},
         {"type": "message", "role": "assistant", "content": "Two."},
     ]
-    messages = [each.message for each in input_messages(items)]
+    messages = [each.message for each in input_messages(items, [])]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant", "assistant"]
     assert (messages[1]["content"], messages[1]["reasoning_content"]) == ("Look.", "Hm.")
     calls = messages[1]["tool_calls"]

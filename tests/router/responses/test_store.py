@@ -14,13 +14,14 @@ from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.kept.answers import KeptAnswers
 from kvferry.router.responses.kept import KeptResponses
 from kvferry.router.responses.store import MAX_AGE_S, FolderStore, MemoryStore, ResponseStore
+from kvferry.router.responses.tools import OwnName
 from kvferry.tests.fake_clock import FakeClock
 
 from ..fakes import Script, Served, serve
 
 PATH = "/v1/responses"
 MESSAGES: list[dict[str, object]] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "wö"}]
-NAMES = {"a__b": ("a", "b")}
+NAMES = {"notes__read": OwnName("notes", "read"), "patch": OwnName(None, "patch", is_custom=True)}
 
 
 def router(folder: Path, text: str = "Hello", **options: Any) -> Served:
@@ -128,6 +129,12 @@ async def test_a_file_that_is_not_whole_is_not_there(tmp_path: Path) -> None:
             kept.find("resp_a", b"")
     path.write_bytes(data)
     assert kept.find("resp_a", b"") == (MESSAGES, NAMES)
+
+
+async def test_names_of_before_there_were_custom_tools_are_read(store: ResponseStore) -> None:
+    kept = KeptResponses(store)
+    kept.keep("resp_a", b"", MESSAGES, names={"notes__read": ("notes", "read")})  # type: ignore[dict-item]
+    assert kept.find("resp_a", b"")[1] == {"notes__read": OwnName("notes", "read")}
 
 
 async def test_the_old_and_the_most_are_deleted(tmp_path: Path) -> None:

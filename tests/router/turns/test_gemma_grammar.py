@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvferry.common.grammar import GrammarBroken
-from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
+from kvferry.grammar.matching import Vocabulary, compile_grammar
+from kvferry.grammar.thinking import FirstMatcher
 from kvferry.router.turns.call_reader import read_calls
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.gemma import GemmaSyntax
-from kvferry.router.turns.lazy import free_grammar, keeps_schemas
+from kvferry.router.turns.lazy import free_grammar, keeps_schemas, thinking
 from kvferry.tests.checkpoints import write_tokenizer
 
 EOS = 1
@@ -48,7 +50,7 @@ def _tokens(vocabulary: Vocabulary, text: str, ids: dict[str, int]) -> list[int]
     return [*vocabulary.tokenizer.greedy_tokenize(before), ids[first], *_tokens(vocabulary, behind, ids)]
 
 
-def _takes(matcher: AnswerMatcher, tokens: list[int]) -> bool:
+def _takes(matcher: FirstMatcher, tokens: list[int]) -> bool:
     try:
         matcher.accept(tokens)
     except GrammarBroken:
@@ -181,5 +183,8 @@ def test_what_cannot_be_said_is_told_and_lets_any_arguments_through(
 )
 def test_thoughts_stand_before_what_is_said(vocabulary: Vocabulary, text: str, wanted: bool) -> None:
     """A text has no special tokens, and so none of theirs elsewhere."""
-    first = compile_grammar(vocabulary, free_grammar(_use({}), GEMMA, IDS.get))
+    way = thinking(GEMMA, "hi", "", IDS.get, IDS.get)
+    assert way is not None
+    grammar = msgspec.structs.replace(free_grammar(_use({}), GEMMA, IDS.get), thoughts=way.before(None))
+    first = compile_grammar(vocabulary, grammar)
     assert _takes(first, _tokens(vocabulary, text, IDS)) == wanted

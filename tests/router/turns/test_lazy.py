@@ -9,7 +9,8 @@ import pytest
 
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import Grammar, GrammarBroken
-from kvferry.grammar.matching import AnswerMatcher, Vocabulary, compile_grammar
+from kvferry.grammar.matching import Vocabulary, compile_grammar
+from kvferry.grammar.thinking import FirstMatcher
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.lazy import answering_grammar, free_grammar, is_guidable
@@ -49,7 +50,7 @@ def _no_special(text: str) -> int | None:
     return None
 
 
-def _takes(matcher: AnswerMatcher, vocabulary: Vocabulary, text: str) -> bool:
+def _takes(matcher: FirstMatcher, vocabulary: Vocabulary, text: str) -> bool:
     try:
         matcher.accept(vocabulary.tokenizer.greedy_tokenize(text))
     except GrammarBroken:
