@@ -438,6 +438,7 @@ def test_an_interrupt_while_flags_are_made_is_no_traceback(step: str) -> None:
     owner, _, name = step.rpartition(".")
     program = f"""
 import os, signal, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where whoever started the tests has it ignored
 original = {step}
 def interrupted(*args, **options):
     os.kill(os.getpid(), signal.SIGINT)

@@ -4,7 +4,8 @@
     structured_outputs    one of json, json_object, regex, choice, grammar, structural_tag
     guided_*              json, regex, choice, grammar
 
-At most one of them may be asked for. Whether it can be followed is for `helpers/grammar_checker.py` to say.
+At most one grammar may be asked for, in several of these forms, too: some clients send it to servers of today and of
+before. Whether it can be followed is for `helpers/grammar_checker.py` to say.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def asked_grammar(fields: Mapping[str, object]) -> AskedGrammar | None:
         for name in FIELDS
         if (value := fields.get(name)) is not None and (found := _READ[name](name, value)) is not None
     ]
-    if len(asked) > 1:
+    if len({each.grammar for each in asked}) > 1:
         names = " and ".join(f"'{each.param}'" for each in asked)
         raise RequestError(f"an answer follows one grammar, {names} ask for several", param=asked[1].param)
     return asked[0] if asked else None

@@ -71,6 +71,11 @@ def named_schema(**more: Any) -> dict[str, Any]:
         ({"guided_choice": ["a"]}, Grammar("choice", b'["a"]'), "guided_choice"),
         ({"guided_grammar": "root ::= 'a'"}, Grammar("lark", b"root ::= 'a'"), "guided_grammar"),
         ({"guided_json": SCHEMA, "response_format": {"type": "text"}}, JSON, "guided_json"),
+        (  # as guidance sends it, for servers of any age
+            {"structured_outputs": {"grammar": "start: /a/"}, "guided_grammar": "start: /a/"},
+            Grammar("lark", b"start: /a/"),
+            "structured_outputs.grammar",
+        ),
     ],
 )
 def test_every_form_becomes_one_grammar(fields: dict[str, Any], grammar: Grammar | None, param: str) -> None:
