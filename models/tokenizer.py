@@ -51,9 +51,9 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}  # token_bytes of the ids seen so far
         self._added: dict[frozenset[int], _AddedBytes] = {}  # by the ids that are left out
         self.decoder = decoder
-        self.special_ids = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)  # largest id + 1
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
@@ -132,8 +132,7 @@ class Tokenizer:
     @property
     def mark_ids(self) -> frozenset[int]:
         """Return all of them."""
-        added = self._backend.get_added_tokens_decoder()
-        return self.special_ids | {i for i, token in added.items() if _BRACKETS.fullmatch(token.content) is not None}
+        return self.special_ids | {i for text, i in self._added_ids.items() if _BRACKETS.fullmatch(text) is not None}
 
     def hidden_ids(self, skip_special_tokens: bool, shown: Collection[str] = ()) -> frozenset[int]:
         """Return the ids that stay out of a text: those of the special tokens, but for the `shown` ones."""
@@ -166,8 +165,7 @@ class Tokenizer:
 
     def added_id(self, token: str) -> int | None:
         """Return the id of a token that stands for itself in any text; None: the model has no such token."""
-        found: int | None = self._backend.token_to_id(token)
-        return found if found in self._backend.get_added_tokens_decoder() else None
+        return self._added_ids.get(token)
 
     def _token(self, token_id: int) -> str | None:
         if not 0 <= token_id < self.vocab_size:

@@ -79,6 +79,8 @@ async def chat_grammar(
     `budget`: tokens that it may think; None: any number. Raises RequestError for tools whose schemas cannot be kept.
     """
     follows = await _answer_grammar(version, chat.use, asked)
+    if follows.grammar is None and budget is None:
+        return follows
     tokens, prompt = version.tokenizer, chat.prompt.text or ""
     may_think = follows.is_free or not (version.dialect.has_channels and chat.use.is_forced)
     way = thinking(version.dialect, prompt, chat.continued, tokens.mark_id, tokens.added_id) if may_think else None
