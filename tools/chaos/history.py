@@ -197,12 +197,16 @@ def counted(request: Request) -> Counted | None:
 def check_rows(answers: Iterable[Counted], notes: Iterable[Note]) -> list[Breach]:
     """Each answer has one `request_finished` row of the router, with the tokens that its client counted.
 
-    One that nobody waits for has one of each router that had a part in it: the last counts.
+    One that nobody waits for has one of each router that had a part in it: the last counts. So it does where a client
+    came back for an answer which had been told already when its router died.
     """
     rows: dict[str, list[object]] = {}
     for note in notes:
         if note.what == "request_finished":
-            rows.setdefault(note.answer_id, []).append(note.detail.get("completion_tokens"))
+            mine = rows.setdefault(note.answer_id, [])
+            if note.detail.get("repeated_tokens"):
+                mine.clear()
+            mine.append(note.detail.get("completion_tokens"))
     found = []
     for answer in answers:
         mine = rows.get(answer.answer_id, [])[-1 if answer.is_background else 0 :]

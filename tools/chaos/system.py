@@ -13,7 +13,19 @@ from .serve_system import Sample, System, parse_log_line
 
 _POLL_S = 0.05
 _KEPT = ("worker_joined", "worker_lost", "attempt_failed", "request_failed", "request_finished")
-_DETAILS = ("pid", "role", "reason", "stage", "attempt", "attempts", "code", "error", "status", "completion_tokens")
+_DETAILS = (
+    "pid",
+    "role",
+    "reason",
+    "stage",
+    "attempt",
+    "attempts",
+    "code",
+    "error",
+    "status",
+    "completion_tokens",
+    "repeated_tokens",
+)
 
 
 class LogTail:

@@ -43,8 +43,9 @@ def _done(request: int) -> Done:
     return Done(request=request, at_s=2.0, answer_id=f"id{request}")
 
 
-def _row(request: int, num_tokens: int) -> Note:
-    return Note(at_s=2.1, what="request_finished", answer_id=f"id{request}", detail={"completion_tokens": num_tokens})
+def _row(request: int, num_tokens: int, num_repeated: int = 0) -> Note:
+    detail: dict[str, object] = {"completion_tokens": num_tokens, "repeated_tokens": num_repeated}
+    return Note(at_s=2.1, what="request_finished", answer_id=f"id{request}", detail=detail)
 
 
 def _answer(request: int) -> list[RequestEvent]:
@@ -185,6 +186,13 @@ def test_a_planted_breach_is_found(name: str) -> None:
 )
 def test_the_router_has_one_row_for_each_answer_and_it_counts_as_the_client_does(rows: list[Note], rule: str) -> None:
     assert _rules(_history(*_answer(2), _done(2), *rows)) == {rule}
+
+
+def test_of_an_answer_that_was_told_twice_the_last_row_counts() -> None:
+    """Its router died when it had told it, and before all of it had left: the client came back."""
+    for rows, rules in (([_row(2, 4), _row(2, 4, 4)], set()), ([_row(2, 4), _row(2, 3, 3)], {"I9"})):
+        assert _rules(_history(*_answer(2), _done(2), *rows)) == rules
+    assert _rules(_history(*_answer(2), _done(2), _row(2, 4, 4), _row(2, 4))) == {"I8"}
 
 
 def test_of_an_answer_that_nobody_waited_for_the_last_row_counts() -> None:
