@@ -10,6 +10,7 @@ before. Whether it can be followed is for `helpers/grammar_checker.py` to say.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -99,16 +100,24 @@ def _structured_outputs(name: str, value: object) -> AskedGrammar | None:
 
 def _json(name: str, value: object, *, is_open: bool = False) -> AskedGrammar:
     """A schema, as an object or as the text of one. `is_open`: its objects may have further properties."""
+    schema, asked = value, None
     if isinstance(value, str):
+        asked = _asked("json_schema", value, name)  # bounded, before it is parsed
         try:
-            value = json.loads(value)
+            schema = json.loads(value)
         except (ValueError, RecursionError):
-            return _asked("json_schema", str(value), name)  # who compiles it says what is wrong
-    if not isinstance(value, dict | bool):
-        raise _wrong(name, "must be a JSON schema", value)
-    if isinstance(value, dict) and not is_open:
-        value = closed(value)
-    return _asked("json_schema", json.dumps(value, ensure_ascii=False, separators=(",", ":")), name)
+            return asked  # who compiles it says what is wrong
+    if not isinstance(schema, dict | bool):
+        raise _wrong(name, "must be a JSON schema", schema)
+    asked = asked or _asked("json_schema", _dumps(schema), name)
+    if isinstance(schema, dict) and not is_open:
+        with contextlib.suppress(RequestError, RecursionError):  # of one that is longer then than may be, or very deep
+            return _asked("json_schema", _dumps(closed(schema)), name)
+    return asked
+
+
+def _dumps(schema: object) -> str:
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
 
 def _json_object(name: str, value: object) -> AskedGrammar | None:
@@ -133,6 +142,7 @@ def _choice(name: str, value: object) -> AskedGrammar:
 
 def _structural_tag(name: str, value: object) -> AskedGrammar:
     if isinstance(value, str):
+        _asked("lark", value, name)  # bounded, before it is parsed
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

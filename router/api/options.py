@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import operator
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -104,9 +102,9 @@ async def _behind_thoughts(
     """Return the grammar behind thoughts. It is not compiled once more: its first tokens are known from its parts."""
     first_mask = (await grammars.check(way.first(budget), "thinking_token_budget")).first_mask
     if way.may_be_left_out:
-        masks = (int.from_bytes(unpack_mask(mask), "little") for mask in (first_mask, checked.first_mask))
-        either, size = functools.reduce(operator.or_, masks), len(unpack_mask(first_mask))
-        first_mask = pack_mask(either.to_bytes(size, "little"))
+        masks = unpack_mask(first_mask), unpack_mask(checked.first_mask)
+        with_thoughts, without = (int.from_bytes(mask, "little") for mask in masks)
+        first_mask = pack_mask((with_thoughts | without).to_bytes(len(masks[0]), "little"))
     return CheckedGrammar(msgspec.structs.replace(checked.grammar, thoughts=way.before(budget)), first_mask)
 
 

@@ -21,8 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from ...common.errors import CapacityError, RequestError
 from ...common.request import FinishReason
-from ..http.cut import Cut
 from ..http.in_flight import InFlight
+from ..http.sending import Sending
 from ..kept.asking import REPEATED_HEADER
 from ..state.errors import StreamError, failure_of
 from .answer import Answer
@@ -80,7 +80,7 @@ class Reply(Response):
         self._in_flight = in_flight
         self._observer = observer
         self._events = events
-        self._cut = Cut()
+        self._sending = Sending()
         if answer.kept is not None:
             answer.kept.on_wanted = partial(self.end, _taken_over())
         in_flight.add(self)
@@ -92,7 +92,7 @@ class Reply(Response):
 
     def end(self, error: Exception) -> None:
         """End the reply from outside."""
-        self._cut.end(error)
+        self._sending.end(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
@@ -105,10 +105,10 @@ class Reply(Response):
 
     async def _serve(self, context: RequestContext, send: Send) -> None:
         write = self._send_stream if self._stream else self._send_whole
-        error = await self._cut.around(partial(write, context, send), context.chunk_encoder)
+        error = await self._sending.run(partial(write, context, send), context.chunk_encoder)
         if error is not None:
             await self._fail(context, send, error)
-        elif self._cut.is_cut:
+        elif self._sending.is_cut:
             context.status = CLIENT_CLOSED
 
     async def _send_whole(self, context: RequestContext, send: Send) -> None:

@@ -177,7 +177,7 @@ class BackgroundResponses:
             states.end(held, CANCELLED)
         elif tasks.has(name):
             tasks.ask_to_cancel(name)
-        elif states.is_under_way(response_id, tenant):  # its file was lost
+        else:  # it has ended meanwhile, or its file was lost
             states.change(response_id, tenant, CANCELLED)
 
     @contextlib.asynccontextmanager

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..api.middleware import CLIENT_CLOSED, RequestContext, context_of
 from ..api.reply import STREAM_HEADERS
-from ..http.cut import Cut
 from ..http.in_flight import InFlight
+from ..http.sending import Sending
 from ..state.errors import failure_of
 from .event_files import EventReader
 from .form import error_event
@@ -40,11 +40,11 @@ class EventStream(Response):
         self._is_over = is_over
         self._grows = grows
         self._in_flight = in_flight
-        self._cut = Cut()
+        self._sending = Sending()
         in_flight.add(self)
 
     def end(self, error: Exception) -> None:
-        self._cut.end(error)
+        self._sending.end(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -55,12 +55,12 @@ class EventStream(Response):
 
     async def _serve(self, context: RequestContext, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]})
-        error = await self._cut.around(partial(self._tell, context), context.chunk_encoder)
+        error = await self._sending.run(partial(self._tell, context), context.chunk_encoder)
         if error is not None:
             failure = failure_of(error)
             await send({"type": "http.response.body", "body": error_event(self._reader.last, failure)})
             context.status = failure.status
-        elif self._cut.is_cut:
+        elif self._sending.is_cut:
             context.status = CLIENT_CLOSED
         else:
             await send({"type": "http.response.body", "body": b""})

@@ -66,29 +66,29 @@ class BackgroundStates:
         has_untold = events is not None and not events.has_last
         return status in _UNDER_WAY or (has_untold and status in _ANSWERED)
 
-    def change(self, response_id: str, tenant: bytes, change: Fields) -> None:
-        """Raises OSError, and RequestError (404)."""
-        state = self.state(response_id, tenant) | change
-        self._kept.keep_state(response_id, tenant, msgspec.json.encode(state))
+    def change(self, response_id: str, tenant: bytes, change: Fields) -> Fields:
+        """Change the state of one that nobody has ended before. Returns it. Raises OSError, and RequestError (404)."""
+        state = self.state(response_id, tenant)
+        if state["status"] in _UNDER_WAY:
+            state |= change
+            self._kept.keep_state(response_id, tenant, msgspec.json.encode(state))
+        return state
 
     def end(self, held: HeldTask, change: Fields) -> None:
         """Let go of one that has ended. `change`: how, where no answer is kept, and nobody has ended it before."""
         task = held.task
         try:
             with contextlib.suppress(RequestError):  # it is not kept any more
-                if self.is_under_way(task.response_id, task.tenant):
-                    self.change(task.response_id, task.tenant, change)
-                self._tell_failure(held)
+                self._tell_failure(held.name, self.change(task.response_id, task.tenant, change))
         except OSError as error:
             log.warning("background_responses", reason=error.strerror or str(error))
             held.release()  # told again from what is kept, until there is room
         else:
             self.tasks.end(held)
 
-    def _tell_failure(self, held: HeldTask) -> None:
+    def _tell_failure(self, name: str, state: Fields) -> None:
         """Let the last event be told, where it is not the answer's own."""
-        state = self.state(held.task.response_id, held.task.tenant)
-        if state["status"] != "failed" or (file := self.events.go_on(held.name)) is None:
+        if state["status"] != "failed" or (file := self.events.go_on(name)) is None:
             return
         with contextlib.closing(file):
             if not file.has_last:

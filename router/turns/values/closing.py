@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping
 _LABELS = frozenset({"title", "description", "default", "examples", "example", "deprecated", "$comment", "$schema"})
 _DATA = frozenset({"enum", "const", *_LABELS})
 _DEFINITIONS = ("$defs", "definitions")
+_NAMED = ("properties", *_DEFINITIONS)  # their keys are no keywords
+_LISTS = ("anyOf", "prefixItems")
+_WALKED = frozenset({*_NAMED, *_LISTS, "items", "additionalProperties"})
 # A schema with no other keywords means its properties and no others.
 _PLAIN = frozenset({"type", "properties", "required", *_DEFINITIONS, *_LABELS})
 # Whatever is applied to an object, or to what is in it, besides its own declarations.
@@ -61,50 +64,49 @@ def _definition(schema: Schema, reference: str) -> object:
     return None
 
 
-def _parts(value: Schema) -> Iterator[tuple[str, object, bool]]:
-    """Yield the places of a schema's parts, the parts, and whether nothing else looks at what each looks at."""
-    has_more = "anyOf" in value and not value.keys() <= {"anyOf", "type", *_DEFINITIONS, *_LABELS}
-    is_inner_alone = not has_more and not value.keys() & _BESIDE
-    for keyword, part in value.items():
-        if keyword in _DATA:
-            continue
-        if keyword in ("properties", *_DEFINITIONS) and isinstance(part, Mapping):
-            for name, child in part.items():
-                yield f"{keyword}/{name}", child, is_inner_alone or keyword in _DEFINITIONS
-        elif keyword in ("anyOf", "prefixItems") and isinstance(part, list):
-            for at, child in enumerate(part):
-                yield f"{keyword}/{at}", child, is_inner_alone
-        else:
-            yield keyword, part, is_inner_alone and keyword in ("items", "additionalProperties")
+def _is_alone(schema: Schema, keyword: str) -> bool:
+    """Tell whether nothing else in the schema looks at what the keyword's parts look at."""
+    if keyword in _DEFINITIONS:
+        return True
+    has_more = "anyOf" in schema and not schema.keys() <= {"anyOf", "type", *_DEFINITIONS, *_LABELS}
+    return keyword in _WALKED and not has_more and not schema.keys() & _BESIDE
 
 
-def _references(value: object, *, is_alone: bool) -> Iterator[tuple[str | None, bool]]:
+def _references(schema: object, *, is_alone: bool) -> Iterator[tuple[str | None, bool]]:
     """Yield each reference, and whether nothing else looks at what it looks at; None: one that is not understood."""
-    if isinstance(value, list):
-        for part in value:
-            yield from _references(part, is_alone=False)
-    elif isinstance(value, Mapping):
+    waiting = [(schema, is_alone)]
+    while waiting:
+        value, is_alone = waiting.pop()
+        if isinstance(value, list):
+            waiting += [(part, False) for part in value]
+        if not isinstance(value, Mapping):
+            continue
         if value.keys() & _OTHER_REFERENCES:
             yield None, False
         if isinstance(reference := value.get("$ref"), str):
             yield reference, is_alone and value.keys() <= {"$ref", *_LABELS}
-        for _, part, is_part_alone in _parts(value):
-            yield from _references(part, is_alone=is_alone and is_part_alone)
+        for keyword, part in value.items():
+            is_part_alone = is_alone and _is_alone(value, keyword)
+            if keyword in _NAMED and isinstance(part, Mapping):
+                waiting += [(child, is_part_alone) for child in part.values()]
+            elif keyword in _LISTS and isinstance(part, list):
+                waiting += [(child, is_part_alone) for child in part]
+            elif keyword not in _DATA:
+                waiting.append((part, is_part_alone))
 
 
 def _closed(value: object, place: str, shared: set[str]) -> object:
     if not isinstance(value, Mapping) or place in shared:
         return value
-    made: dict[str, object] = dict(value)
-    for where, part, is_alone in _parts(value):
-        if not is_alone:
-            continue
-        keyword, _, name = where.partition("/")
-        child = _closed(part, f"{place}/{where}", shared)
-        if not name:
-            made[keyword] = child
-        elif isinstance(held := made[keyword], list):
-            made[keyword] = [child if at == int(name) else each for at, each in enumerate(held)]
-        elif isinstance(held, Mapping):
-            made[keyword] = {**held, name: child}
+    made: dict[str, object] = {}
+    for keyword, part in value.items():
+        where = f"{place}/{keyword}"
+        if not _is_alone(value, keyword):
+            made[keyword] = part
+        elif keyword in _NAMED and isinstance(part, Mapping):
+            made[keyword] = {name: _closed(child, f"{where}/{name}", shared) for name, child in part.items()}
+        elif keyword in _LISTS and isinstance(part, list):
+            made[keyword] = [_closed(child, f"{where}/{at}", shared) for at, child in enumerate(part)]
+        else:
+            made[keyword] = _closed(part, where, shared)
     return made | {"additionalProperties": False} if is_plain(value) else made

@@ -145,3 +145,26 @@ def test_what_is_wrong_is_refused_by_its_place(fields: dict[str, Any], param: st
     with pytest.raises(RequestError, match=match) as caught:
         asked(**fields)
     assert (caught.value.param, caught.value.status) == (param, 400)
+
+
+def test_what_would_be_too_long_if_it_were_closed_stays_open() -> None:
+    part = {"type": "object", "properties": {"a": {}}}
+    schema = {"type": "array", "prefixItems": [part] * (MAX_GRAMMAR_BYTES // 50)}
+    grammar, _ = asked(guided_json=schema)
+    assert grammar is not None and json.loads(grammar.text) == schema and len(grammar.text) < MAX_GRAMMAR_BYTES
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [({"guided_json": "TEXT"}, "guided_json"), ({"structured_outputs": {"structural_tag": "TEXT"}}, "structural_tag")],
+)
+def test_a_text_is_bounded_before_it_is_parsed(
+    field: dict[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some bytes of it may become hundreds in memory."""
+    text = "[" + "[]," * MAX_GRAMMAR_BYTES + "[]]"
+    fields = json.loads(json.dumps(field).replace("TEXT", text))
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("it is parsed"))
+    with pytest.raises(RequestError, match="the limit is") as caught:
+        asked(**fields)
+    assert caught.value.param is not None and param in caught.value.param

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from .stream_writer import ChunkEncoder
 
 
-class Cut:
-    """`Cut` is the other end of one answer's sending."""
+class Sending:
+    """`Sending` is one answer's."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[object] | None = None  # while it sends
@@ -26,16 +26,16 @@ class Cut:
             self._task.cancel()
         self.is_cut = True
 
-    async def around(self, send: Callable[[], Awaitable[None]], encoder: ChunkEncoder | None) -> Exception | None:
+    async def run(self, send: Callable[[], Awaitable[None]], encoder: ChunkEncoder | None) -> Exception | None:
         """Have it sent. Returns what went wrong: nothing also where it was cut because the client left.
 
         `encoder`: the connection's, which knows when the client leaves.
         """
         if encoder is not None:
             encoder.watch(self._cut)
-        return self._ended_by if self.is_cut else await self._around(send, encoder)
+        return self._ended_by if self.is_cut else await self._run(send, encoder)
 
-    async def _around(self, send: Callable[[], Awaitable[None]], encoder: ChunkEncoder | None) -> Exception | None:
+    async def _run(self, send: Callable[[], Awaitable[None]], encoder: ChunkEncoder | None) -> Exception | None:
         self._task = asyncio.current_task()
         assert self._task is not None
         try:
