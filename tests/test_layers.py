@@ -73,16 +73,17 @@ router/placement     common router/state
 router/dispatch      common wire kvcache router/state router/queue router/placement
 router/autoscaler    common settings kvcache router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers router/turns
+router/bodies        common models router/state router/catalogue router/turns router/turns/values
 router/api           common models router/state router/http router/access router/helpers router/kept router/catalogue
-router/api           router/turns router/turns/values
-router/messages      common router/state router/api router/turns router/turns/values
-router/responses     common router/state router/http router/kept router/api router/turns
-router/embeddings    common models router/api router/catalogue
+router/api           router/bodies router/turns router/turns/values
+router/messages      common router/state router/bodies router/api router/turns router/turns/values
+router/responses     common router/state router/http router/kept router/bodies router/api router/turns
+router/embeddings    common models router/bodies router/api router/catalogue
 router/batches       common router/state router/helpers router/kept router/api
 router/admin         common router/state router/access router/helpers router/autoscaler router/api
 router               common wire settings models router/state router/metrics router/http router/access router/helpers
 router               router/placement router/dispatch router/autoscaler router/catalogue router/api router/messages
-router               router/responses router/embeddings router/batches router/admin router/kept
+router               router/responses router/embeddings router/batches router/admin router/kept router/bodies
 launch/forking       common
 launch               common wire settings models models/parts kvcache sizing engine/cpu launch/forking
 tools/load           common

@@ -20,10 +20,10 @@ from pydantic.fields import FieldInfo
 
 from kvferry.common.errors import RequestError
 from kvferry.common.request import MAX_CHOICES
-from kvferry.router.api.fields import IGNORED, UNSUPPORTED
-from kvferry.router.api.grammars import FIELDS
-from kvferry.router.api.schemas import ChatBody, CompletionBody, GenerationBody, validate
-from kvferry.router.api.values import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
+from kvferry.router.bodies.fields import IGNORED, UNSUPPORTED
+from kvferry.router.bodies.grammars import FIELDS
+from kvferry.router.bodies.schemas import ChatBody, CompletionBody, GenerationBody, validate
+from kvferry.router.bodies.values import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
 from kvferry.router.turns.definitions import MAX_TOOLS
 
 Values = list[Any]

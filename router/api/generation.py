@@ -19,6 +19,7 @@ from ...common.clock import Clock, wall_time_s
 from ...common.grammar import CheckedGrammar
 from ...common.request import Pooling, SamplingParams
 from ..access.quota import Quotas
+from ..bodies.schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from ..catalogue.catalogue import Catalogue
 from ..catalogue.version import ServedModel, Version
 from ..helpers.json_parser import JsonParser
@@ -51,7 +52,6 @@ from .options import (
 )
 from .prompts import PromptReader
 from .reply import AnswerObserver, Reply
-from .schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
 from .surface import ChatSurface, OpenAISurface, Translation, naming_fields
 
 _MAX_LOGGED_NAMES = 256  # clients make them up

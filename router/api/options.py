@@ -12,6 +12,8 @@ import msgspec
 from ...common.clock import wall_time_s
 from ...common.errors import RequestError
 from ...common.grammar import CheckedGrammar, Grammar, pack_mask, unpack_mask
+from ..bodies.fields import not_supported
+from ..bodies.schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
 from ..catalogue.version import Version
 from ..helpers.grammar_checker import GrammarChecker
 from ..turns.definitions import ToolUse
@@ -21,10 +23,8 @@ from ..turns.values.json_text import dumps
 from .answer import Answer, PromptText
 from .chat_turns import TurnOptions
 from .choice import TextOptions
-from .fields import not_supported
 from .form import FormContext, FormOptions
 from .prompts import ChatPrompt
-from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
 
 Prompts = TypeVar("Prompts")
 

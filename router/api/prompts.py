@@ -16,6 +16,9 @@ from typing import ParamSpec, TypeVar
 from ...common.errors import RequestError
 from ...models.special_text import SpecialText
 from ...models.tokenizer import check_num_bytes, check_text_size
+from ..bodies.chat_messages import parse_messages, without_cache_hints
+from ..bodies.schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
+from ..bodies.values import Cut
 from ..catalogue.infill import InfillForm
 from ..catalogue.version import Version
 from ..helpers.chat_renderer import Chat, Renderer
@@ -26,9 +29,6 @@ from ..turns.gemma_history import with_responses
 from ..turns.rendering import Render, rendered
 from ..turns.told import told_in_content, told_in_text, told_to_think
 from .answer import PromptText
-from .chat_messages import parse_messages, without_cache_hints
-from .schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
-from .values import Cut
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
 NUM_THREADS = 2

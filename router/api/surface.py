@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from ...common.errors import RequestError
+from ..bodies.schemas import ChatBody
 from ..kept.kept_answer import AnswerKey
 from ..turns.places import Places
 from .chat import ChatForm
@@ -18,7 +19,6 @@ from .chat_turns import ChatTurns
 from .events import OPENAI_EVENTS, EventFormat
 from .form import Form, FormContext
 from .prompts import ChatPrompt
-from .schemas import ChatBody
 
 # A body as a chat's body. Unknown fields are refused, unless there is a list that takes their names.
 Translation = Callable[[dict[str, object], list[str] | None], dict[str, object]]

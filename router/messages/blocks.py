@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import chain, groupby
 
 from ...common.errors import RequestError
-from ..api.fields import take_only
+from ..bodies.fields import take_only
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage
 from .texts import Block, joined_text, no_block, read_block, result_text, text_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...common.errors import RequestError
-from ..api.fields import take_only, whole
+from ..bodies.fields import take_only, whole
 from ..state.errors import shown
 from ..turns.places import PlacedMessage
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
-from ..api.schemas import ChatBody
 from ..api.surface import renamed
+from ..bodies.schemas import ChatBody
 from ..turns.places import Places
 from .form import MESSAGE_EVENTS, MessageForm
 from .tools import MessageTools, message_tools

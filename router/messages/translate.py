@@ -17,9 +17,9 @@ from typing import get_args
 import msgspec
 
 from ...common.errors import RequestError
-from ..api.fields import check_fields, take_only, whole
 from ..api.surface import FieldNames
-from ..api.values import MAX_STOP_CHARS, MAX_STOPS, Effort
+from ..bodies.fields import check_fields, take_only, whole
+from ..bodies.values import MAX_STOP_CHARS, MAX_STOPS, Effort
 from ..state.errors import shown
 from ..turns.places import Places
 from ..turns.values.json_text import loads

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic_core import from_json
 
 from ...common.errors import RequestError
-from ..api.fields import unknown_field
+from ..bodies.fields import unknown_field
 from ..state.errors import shown
 
 _INPUT = "input"

@@ -6,7 +6,7 @@ Those of tools that nobody runs here, as a conversation that began elsewhere has
 from __future__ import annotations
 
 from ...common.errors import RequestError
-from ..api.chat_messages import ROLES
+from ..bodies.chat_messages import ROLES
 from ..state.errors import clip, shown
 from ..turns.places import Message, PlacedMessage
 from .custom import arguments_of

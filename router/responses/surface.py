@@ -11,8 +11,8 @@ from ...common.errors import RequestError
 from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
-from ..api.schemas import ChatBody
 from ..api.surface import renamed
+from ..bodies.schemas import ChatBody
 from ..kept.asking import own_key
 from ..kept.kept_answer import AnswerKey
 from ..state.errors import shown

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ...common.errors import RequestError
-from ..api.fields import check_fields, not_supported, take_only, whole
 from ..api.surface import FieldNames
+from ..bodies.fields import check_fields, not_supported, take_only, whole
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage, Places
 from .items import CALL_NAMES, input_messages

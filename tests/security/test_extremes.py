@@ -15,8 +15,8 @@ from kvferry.benchmarks.fuzz.extremes import ExtremeBodies, extremes
 from kvferry.benchmarks.fuzz.raw_http import Answer
 from kvferry.benchmarks.fuzz.systems import SETUPS, fuzz_systems, unfinished
 from kvferry.common.errors import RequestError
-from kvferry.router.api.fields import IGNORED, UNSUPPORTED
-from kvferry.router.api.schemas import ChatBody, CompletionBody, GenerationBody, validate
+from kvferry.router.bodies.fields import IGNORED, UNSUPPORTED
+from kvferry.router.bodies.schemas import ChatBody, CompletionBody, GenerationBody, validate
 from kvferry.tools.load import server_process
 
 from ..e2e.forked_command import IMPORTS, NAME

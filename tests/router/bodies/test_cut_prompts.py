@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from kvferry.models.tokenizer import Tokenizer
-from kvferry.router.api.values import Cut
+from kvferry.router.bodies.values import Cut
 
 from ..fakes import MAX_MODEL_LEN, MODEL, Script, Served, events, ids_of, serve
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import MAX_GRAMMAR_BYTES, Grammar
-from kvferry.router.api.schemas import ChatBody, CompletionBody, validate
+from kvferry.router.bodies.schemas import ChatBody, CompletionBody, validate
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "string"}}, "required": ["é"]}
 SCHEMA_TEXT = json.dumps(SCHEMA, ensure_ascii=False, separators=(",", ":"))

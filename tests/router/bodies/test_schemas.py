@@ -12,9 +12,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from kvferry.common.errors import ConfigError, RequestError
-from kvferry.router.api.chat_messages import parse_messages, without_cache_hints
-from kvferry.router.api.fields import IGNORED, UNSUPPORTED
-from kvferry.router.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
+from kvferry.router.bodies.chat_messages import parse_messages, without_cache_hints
+from kvferry.router.bodies.fields import IGNORED, UNSUPPORTED
+from kvferry.router.bodies.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
 from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.responses.tools import ResponseTools
 from kvferry.router.responses.translate import chat_body
