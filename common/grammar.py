@@ -23,6 +23,7 @@ from .errors import KVFerryError
 
 # Between the parts of a JSON text: one space, or a line's end with at most 32 spaces behind it.
 WHITE_SPACE = r"\x20|\n\x20{0,32}"
+COMPACT = "compact_"  # begins the name of a kind of JSON in which there is none
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 MAX_MASK_BYTES = 1 << 17  # of a vocabulary of a million tokens
 MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (wire/frames.py)
@@ -41,7 +42,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     """A grammar that every answer of a request follows."""
 
     kind: Annotated[str, msgspec.Meta(max_length=64)]  # one of `grammar.source.KINDS`
-    text: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]  # UTF-8
+    text: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]  # UTF-8, or tokens (`pack_mask`)
     thoughts: Thoughts | None = None  # None: it begins with the first token
 
 
@@ -113,6 +114,11 @@ class Grammars(Protocol):
     def get(self, grammar: Grammar) -> CompiledGrammar:
         """Return the grammar at once, and begin to compile it if nobody has. Who waits for it is woken."""
         ...
+
+
+def white_space(kind: str) -> dict[str, object]:
+    """Return what llguidance is told of the white space in texts of a kind of JSON."""
+    return {"whitespace_flexible": False} if kind.startswith(COMPACT) else {"whitespace_pattern": WHITE_SPACE}
 
 
 def pack_mask(mask: bytes) -> bytes:

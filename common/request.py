@@ -24,6 +24,7 @@ from .grammar import CompiledGrammar, Grammar, Matcher
 
 RequestId = NewType("RequestId", str)
 BlockId = int
+TokenRun = Annotated[tuple[int, ...], msgspec.Meta(min_length=1, max_length=1024)]
 
 MAX_CHOICES = 16
 BACKGROUND_PRIORITY = 2**31  # behind everything that a client can name: nobody waits for these requests
@@ -72,6 +73,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_tokens: int = 16
     min_tokens: int = 0
     stop_token_ids: Annotated[tuple[int, ...], msgspec.Meta(max_length=1024)] = ()
+    bad_words: Annotated[tuple[TokenRun, ...], msgspec.Meta(max_length=1024)] = ()  # of which none is completed
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
     prompt_logprobs: int | None = None

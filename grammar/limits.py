@@ -14,6 +14,8 @@ from itertools import chain
 
 from ..common.errors import RequestError
 from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar
+from .source import SCHEMA_KINDS
+from .tokens import TOKENS
 
 MAX_DEPTH = 32  # of objects and arrays in a schema
 MAX_PROPERTIES = 2_000  # in a schema, all objects together: the library takes about a second for as many
@@ -54,12 +56,14 @@ def check_size(grammar: Grammar) -> SchemaFacts:
     facts = SchemaFacts()
     if len(grammar.text) > MAX_GRAMMAR_BYTES:
         raise _refusal(f"has {len(grammar.text)} bytes; the limit is {MAX_GRAMMAR_BYTES}")
+    if grammar.kind == TOKENS:
+        return facts
     text = grammar.text.decode()
     if grammar.kind == "choice":
         _check_number(len(json.loads(text)), MAX_ENUM_MEMBERS, "choices")
     elif grammar.kind in ("regex", "lark"):
         _check_repeats(text, "")
-    elif grammar.kind == "json_schema":
+    elif grammar.kind in SCHEMA_KINDS:
         facts = _facts_of(_parsed(text))
         _check_number(facts.num_properties, MAX_PROPERTIES, "properties")
         _check_number(facts.num_enum_members, MAX_ENUM_MEMBERS, "enum members")

@@ -21,8 +21,9 @@ from .kept import MAY_BE, in_kept_words
 from .limits import SchemaFacts, check_size, keyword_refusal
 from .rewriting import rewritten
 from .simplify import simplified
-from .source import source_of
-from .thinking import ANY, AnyText, BudgetedThoughts, FirstMatcher
+from .source import SCHEMA_KINDS, source_of
+from .thinking import BudgetedThoughts, FirstMatcher
+from .tokens import ANY, TOKENS, SameTokens, only_token, tokens_mask
 
 _EMBEDDED = re.compile(r"%json\s*+(?=\{)")  # a schema within a grammar
 _DECODER = json.JSONDecoder()
@@ -132,21 +133,11 @@ class AnswerMatcher:
             return following[0]  # those behind it might be cut into other tokens once it has been taken
         if not self._matcher.is_stopped():
             return None
-        return _only_bit(self.mask())
-
-    @property
-    def accepts_end(self) -> bool:
-        """Tell whether the answer may end here."""
-        return self._matcher.is_accepting()
+        return only_token(self.mask())
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarBroken(_reason(self._matcher))
-
-
-def _only_bit(mask: bytes) -> int | None:
-    bits = int.from_bytes(mask, "little")
-    return bits.bit_length() - 1 if bits.bit_count() == 1 else None
 
 
 def compile_grammar(vocabulary: Vocabulary, grammar: Grammar) -> FirstMatcher:
@@ -173,7 +164,9 @@ def compile_checked(vocabulary: Vocabulary, grammar: Grammar) -> FirstMatcher:
 def _begun(vocabulary: Vocabulary, grammar: Grammar) -> tuple[FirstMatcher, bytes]:
     """Return a matcher at the start of an answer, and the mask of its first token."""
     first: FirstMatcher = (
-        AnyText(vocabulary.size, vocabulary.mask_bytes) if grammar.kind == ANY else _of_library(vocabulary, grammar)
+        SameTokens(tokens_mask(grammar, vocabulary.size, vocabulary.mask_bytes))
+        if grammar.kind in (ANY, TOKENS)
+        else _of_library(vocabulary, grammar)
     )
     if (thoughts := grammar.thoughts) is not None and thoughts.budget is not None:
         first = BudgetedThoughts(first, thoughts, vocabulary.mask_bytes)
@@ -227,7 +220,7 @@ def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
 
 def _source(grammar: Grammar) -> str:
     """Return the grammar as the library takes it, in words that it keeps. Raises ValueError, as `source_of` does."""
-    if grammar.kind in ("json_schema", "lark") and MAY_BE.search(grammar.text) is not None:
+    if grammar.kind in (*SCHEMA_KINDS, "lark") and MAY_BE.search(grammar.text) is not None:
         texts, schemas = _schemas_in(grammar)
         text = _joined(texts, [in_kept_words(schema) for schema in schemas])
         grammar = msgspec.structs.replace(grammar, text=text)
@@ -243,7 +236,7 @@ def _joined(texts: Sequence[str], schemas: Sequence[object]) -> bytes:
 def _schemas_in(grammar: Grammar) -> tuple[list[str], list[object]]:
     """Return the schemas of a grammar, and the texts around them: one more, or none where there is no schema."""
     text = grammar.text.decode()
-    if grammar.kind == "json_schema":
+    if grammar.kind in SCHEMA_KINDS:
         return ["", ""], [json.loads(text)]
     texts, schemas, at = list[str](), list[object](), 0
     for found in _EMBEDDED.finditer(text) if grammar.kind == "lark" else ():

@@ -5,28 +5,34 @@ r"""Grammars as clients give them, in the words of the library that matches them
     regex         a regular expression of the whole answer, in the syntax of Rust's regex crate
     choice        a JSON list of strings, of which the answer is one
     lark          a context-free grammar in llguidance's form of Lark, or in GBNF (`root ::= …`)
+    tokens        any of these tokens at every place; the text of the grammar is their mask (`pack_mask`)
     any           every text; the text of the grammar is empty
 
 Between the parts of a JSON text there may be one space, or a line's end with at most 32 spaces behind it: compact and
-indented texts are taken, and an answer cannot go on with white space for ever.
+indented texts are taken, and an answer cannot go on with white space for ever. `compact_json_schema` and
+`compact_json_object` have none there.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from ..common.grammar import WHITE_SPACE, Grammar
+from ..common.grammar import COMPACT, Grammar, white_space
 from .gbnf import has_start_rule, plain_gbnf, with_whole_root
-from .thinking import ANY, behind_thoughts
+from .thinking import behind_thoughts
+from .tokens import ANY, TOKENS
 
-KINDS = ("json_object", "json_schema", "regex", "choice", "lark", ANY)
+OBJECT_KINDS = ("json_object", f"{COMPACT}json_object")
+SCHEMA_KINDS = ("json_schema", f"{COMPACT}json_schema")
+KINDS = (*OBJECT_KINDS, *SCHEMA_KINDS, "regex", "choice", "lark", TOKENS, ANY)
 _ANY_OBJECT = '{"type": "object"}'
 
 
 def source_of(grammar: Grammar) -> str:
     """Return the grammar as llguidance takes it, with the thoughts before it.
 
-    Raises ValueError for a text that is not of its kind; `any` is for no library.
+    Raises ValueError for a text that is not of its kind; `tokens` and `any` are for no library.
     """
     source = _source_of_answer(grammar)
     return source if grammar.thoughts is None else behind_thoughts(grammar.thoughts, source)
@@ -36,11 +42,12 @@ def _source_of_answer(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     text = grammar.text.decode()
+    overrides: Any = white_space(grammar.kind)  # a TypedDict of the library's own
     match grammar.kind:
-        case "json_object":
-            return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, overrides={"whitespace_pattern": WHITE_SPACE})
-        case "json_schema":
-            return LLMatcher.grammar_from_json_schema(_object(text), overrides={"whitespace_pattern": WHITE_SPACE})
+        case kind if kind in OBJECT_KINDS:
+            return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, overrides=overrides)
+        case kind if kind in SCHEMA_KINDS:
+            return LLMatcher.grammar_from_json_schema(_object(text), overrides=overrides)
         case "regex":
             return LLMatcher.grammar_from_regex(text)
         case "choice":

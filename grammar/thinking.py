@@ -12,7 +12,6 @@ from typing import Protocol, Self
 
 from ..common.grammar import Matcher, Thoughts
 
-ANY = "any"  # the kind of grammar that every text follows: it is asked for where thoughts have a budget
 _BEGIN_WITHIN = 2  # tokens: white space may come before the thoughts
 
 
@@ -26,36 +25,9 @@ def behind_thoughts(thoughts: Thoughts, source: str) -> str:
 class FirstMatcher(Matcher, Protocol):
     """A matcher at the start of an answer, of which others are made."""
 
-    @property
-    def accepts_end(self) -> bool:
-        """Tell whether the answer may end here."""
-        ...
-
     def fork(self) -> Self:
         """Make another one at the same place."""
         ...
-
-
-class AnyText:
-    """Implements `FirstMatcher`: every token may come, ends too."""
-
-    accepts_end = True
-
-    def __init__(self, vocab_size: int, mask_bytes: int) -> None:
-        self._mask = ((1 << vocab_size) - 1).to_bytes(mask_bytes, "little")
-
-    def fork(self) -> AnyText:
-        return self
-
-    def accept(self, token_ids: Sequence[int]) -> None: ...
-
-    def rollback(self, num_tokens: int) -> None: ...
-
-    def mask(self) -> bytes:
-        return self._mask
-
-    def forced(self) -> int | None:
-        return None
 
 
 class BudgetedThoughts:
@@ -108,7 +80,3 @@ class BudgetedThoughts:
 
     def forced(self) -> int | None:
         return self._end if self._has_used_all else self._matcher.forced()
-
-    @property
-    def accepts_end(self) -> bool:
-        return not self._has_used_all and self._matcher.accepts_end

@@ -18,7 +18,8 @@ from .api.generation import Api
 from .api.middleware import context_of
 from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
 from .api.reply import Reply
-from .bodies.schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from .bodies.schemas import ChatBody, CompletionBody
+from .bodies.text_bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .catalogue.version import Version
 from .embeddings.endpoint import embed
 from .messages.surface import MessagesSurface

@@ -14,7 +14,7 @@ from .fields import Message, Name, Nonce, Text
 # (`LocalTask.tokens_behind`). Version 10 has the mask of first tokens come with a prompt (`PrefillTask.first_mask`).
 # Version 11 tells the rank of a prompt's token (`SampledToken.rank`). Version 12 has heartbeats count adapters that are
 # being loaded (`WorkerStatus.loading_adapters`).
-PROTOCOL_VERSION = 14
+PROTOCOL_VERSION = 15
 
 
 class Challenge(Message):

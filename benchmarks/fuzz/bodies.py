@@ -31,6 +31,7 @@ _SOUND: dict[str, list[dict[str, Any]]] = {
         {"messages": _CHAT, "stream": True, "logprobs": True, "top_logprobs": 5, "n": 3, "top_k": 5, "min_p": 0.1},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_completion_tokens": 2},
         {"messages": _CHAT, "chat_template_kwargs": {"enable_thinking": True}, "cache_salt": "s", "priority": 3},
+        {"messages": _CHAT, "bad_words": ["a", "b c"], "allowed_token_ids": [5, 6, 7], "documents": []},
     ],
     "/v1/embeddings": [
         {"model": MODEL, "input": "hello", "encoding_format": "base64", "user": "u"},

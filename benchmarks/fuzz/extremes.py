@@ -23,7 +23,15 @@ from kvferry.common.request import MAX_CHOICES
 from kvferry.router.bodies.fields import IGNORED, UNSUPPORTED
 from kvferry.router.bodies.grammars import FIELDS
 from kvferry.router.bodies.schemas import ChatBody, CompletionBody, GenerationBody, validate
-from kvferry.router.bodies.values import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
+from kvferry.router.bodies.values import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+    MAX_TEMPLATE_CHARS,
+)
 from kvferry.router.turns.definitions import MAX_TOOLS
 
 Values = list[Any]
@@ -211,19 +219,27 @@ def _own(vocab_size: int) -> dict[str, Values]:
             *({str(index): bias for index in range(min(vocab_size, MAX_LOGIT_BIAS))} for bias in (-100, 100, 0)),
         ],
         "stop_token_ids": [None, [], [0], [last], list(range(min(vocab_size, MAX_STOP_TOKEN_IDS)))],
+        "bad_words": [
+            None, [], ["a"], ["."], ["x" * MAX_BAD_WORD_CHARS], ["é😀", "\x00"],
+            [f"{index:03d}" for index in range(MAX_BAD_WORDS)],
+        ],
+        "allowed_token_ids": [None, [0], [last], [1], [5, 6, 5], list(range(vocab_size))],
         "cache_salt": [None, "s", "é" * 256],
         "suffix": [None, ""],  # few models take another one
         "user": [None, "", "u" * 5000, 7, {"a": [1]}],
         "chat_template_kwargs": [
-            None, {}, {"enable_thinking": True}, {"thinking_budget": 1_000_000, "date_string": "d" * 256},
+            None, {}, {"enable_thinking": True},
+            {"thinking_budget": 1_000_000, "date_string": "d" * MAX_TEMPLATE_CHARS},
         ],
+        "documents": [None, []],
         "response_format": [
             None, {"type": "text"}, {"type": "json_object"},
             {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": _SCHEMA}},
             {"type": "structural_tag", "triggers": ["<"], "structures": [{"begin": "<a>", "schema": {}, "end": "<"}]},
         ],
         "structured_outputs": [
-            None, {"json": _SCHEMA}, {"json": json.dumps(_SCHEMA)}, {"json_object": True}, {"regex": "(a|\\n)*"},
+            None, {"json": _SCHEMA}, {"json": json.dumps(_SCHEMA)},
+            {"json_object": True, "disable_any_whitespace": True}, {"regex": "(a|\\n)*"},
             {"choice": texts[:1]}, {"choice": texts}, {"grammar": 'root ::= "a"*\n'}, {"grammar": "start: /[^a]+/"},
         ],
         "guided_json": [None, True, {}, _SCHEMA, "{}"],

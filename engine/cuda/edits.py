@@ -1,4 +1,4 @@
-"""Edits of a step's logits as arrays: biases, forbidden end tokens and penalties of all rows, uploaded at once."""
+"""Edits of a step's logits as arrays: biases, banned tokens and penalties of all rows, uploaded at once."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ def collect_edits(rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: fro
         if params.logit_bias:
             ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
             bias.add(index, np.array(ids, np.int64), np.array([params.logit_bias[i] for i in ids]))
-        if row.forbids_end and row.mask is None:
-            ends = [i for i in row.banned_ends(eos_token_ids) if 0 <= i < vocab_size]
-            banned.add(index, np.array(ends, np.int64))
+        if row.mask is None and (barred := row.banned(eos_token_ids)):
+            banned.add(index, np.array([i for i in barred if 0 <= i < vocab_size], np.int64))
         if params.repetition_penalty != 1:
             repeated.add(index, np.unique(np.array(row.seen_token_ids, np.int64)), params.repetition_penalty)
         if row.has_penalties and row.output_index:

@@ -1,8 +1,8 @@
 """Turns logits into tokens, for a whole step at once.
 
 The order is the field's (vLLM's): raw log-probabilities are reported as the model gives them; then logit bias, the
-ban on ending before min_tokens, repetition, frequency and presence penalties, a grammar's mask, temperature, min-p,
-top-k, top-p.
+bans (ends before min_tokens, last tokens of bad words), repetition, frequency and presence penalties, a grammar's mask,
+temperature, min-p, top-k, top-p.
 
 A draw depends on (seed, choice, output index) alone: their hash is one uniform number, and the token is where the
 cumulative distribution, in token order, passes it. No generator has state, so a stream goes on the same after a
@@ -65,28 +65,38 @@ class SampleRow:
 
     @property
     def edits_logits(self) -> bool:
-        return bool(self.params.logit_bias) or self.forbids_end or self.has_penalties or self.mask is not None
+        p = self.params
+        return bool(p.logit_bias or p.bad_words) or self.forbids_end or self.has_penalties or self.mask is not None
 
     @property
     def is_plain(self) -> bool:
         """Tell whether the best token is asked for and nothing else."""
         return self.params.is_greedy and self.params.logprobs is None and not self.edits_logits
 
-    def banned_ends(self, eos_token_ids: frozenset[int]) -> Set[int]:
-        """Return the tokens that may not come yet because they would end the answer."""
+    def banned(self, eos_token_ids: frozenset[int]) -> Set[int]:
+        """Return the tokens that may not come next: they would end the answer too early, or complete a bad word."""
+        last = self._ends_of_bad_words()
         if self.forbids_end:
-            return eos_token_ids | set(self.params.stop_token_ids)
-        return eos_token_ids if self.params.ignore_eos and self.mask is not None else frozenset()
+            return last | eos_token_ids | set(self.params.stop_token_ids)
+        return last | eos_token_ids if self.params.ignore_eos and self.mask is not None else last
+
+    def _ends_of_bad_words(self) -> Set[int]:
+        if not self.params.bad_words:
+            return frozenset()
+        longest = min(self.output_index, max(map(len, self.params.bad_words)) - 1)
+        known = self.token_ids[len(self.token_ids) - max(0, longest - len(self.draft)) :]
+        before = (*known, *self.draft)
+        return {run[-1] for run in self.params.bad_words if before[len(before) - len(run) + 1 :] == run[:-1]}
 
     def allowed_words(self, vocab_size: int, eos_token_ids: frozenset[int]) -> NDArray[np.uint32]:
-        """Return the mask's words for a vocabulary, without ends that may not come yet.
+        """Return the mask's words for a vocabulary, without what is banned.
 
-        Where its grammar lets nothing else come, an end comes all the same: the answer cannot go on.
+        Where its grammar lets nothing else come, that comes all the same: the answer cannot go on.
         """
         assert self.mask is not None
         num_words = -(-vocab_size // 32)
         bits = bytearray(self.mask[: 4 * num_words].ljust(4 * num_words, b"\0"))
-        for token_id in self.banned_ends(eos_token_ids):
+        for token_id in self.banned(eos_token_ids):
             if 0 <= token_id < vocab_size:
                 bits[token_id >> 3] &= ~(1 << (token_id & 7))
         words = np.frombuffer(bits, np.dtype("<u4"))
@@ -205,8 +215,8 @@ def _edit(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None
     if params.logit_bias:
         ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
         logits[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=logits.device)
-    if row.forbids_end and row.mask is None:
-        logits[[i for i in row.banned_ends(eos_token_ids) if 0 <= i < vocab_size]] = float("-inf")
+    if row.mask is None and (banned := row.banned(eos_token_ids)):
+        logits[[i for i in banned if 0 <= i < vocab_size]] = float("-inf")
     if row.has_penalties:
         _penalize(logits, row)
     if row.mask is not None:

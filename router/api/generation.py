@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -20,8 +21,9 @@ from ...common.grammar import CheckedGrammar
 from ...common.request import Pooling, SamplingParams
 from ..access.quota import Quotas
 from ..bodies.schemas import Body, ChatBody, CompletionBody, GenerationBody, validate
+from ..bodies.values import bad_word_runs
 from ..catalogue.catalogue import Catalogue
-from ..catalogue.version import ServedModel, Version
+from ..catalogue.version import Version
 from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
 from ..http.in_flight import InFlight
@@ -201,7 +203,7 @@ class Api:
         grammar: CheckedGrammar | None,
         turns: TurnOptions | None = None,
     ) -> Answer:
-        sampling = [self._sampling(version.model, body, limit) for limit in limits]
+        sampling = self._sampling(version, body, limits)
         tokens = zip(prompts, limits, strict=True)
         self.charge(context, sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
         kept = await take(self.kept_answers, context.answer_key, version.identity, sampling)
@@ -245,9 +247,10 @@ class Api:
             raise
         return streams
 
-    def _sampling(self, model: ServedModel, body: GenerationBody, max_tokens: int) -> SamplingParams:
-        seed = self.random.randint(0, _MAX_SEED)
-        return body.sampling(model.defaults, seed=seed, max_tokens=max_tokens, vocab_size=model.vocab_size)
+    def _sampling(self, version: Version, body: GenerationBody, limits: Sequence[int]) -> list[SamplingParams]:
+        bad_words = bad_word_runs(version.tokenizer, body.bad_words or ())
+        how = partial(body.sampling, version.model.defaults, vocab_size=version.model.vocab_size, bad_words=bad_words)
+        return [how(seed=self.random.randint(0, _MAX_SEED), max_tokens=limit) for limit in limits]
 
     def _cache_salt(self, context: RequestContext, body: CallBody) -> bytes:
         """Return the salt for the prompt's KV: the client's own and, unless keys share, its key's."""

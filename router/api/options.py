@@ -76,6 +76,8 @@ async def chat_grammar(
 
     `budget`: tokens that it may think; None: any number. Raises RequestError for tools whose schemas cannot be kept.
     """
+    if asked is not None and asked.grammar.kind == "tokens":  # thoughts are of these, too
+        return ChatGrammar(asked, ignored=() if budget is None else ("thinking_token_budget",))
     follows = await _answer_grammar(version, chat.use, asked)
     if follows.grammar is None and budget is None:
         return follows

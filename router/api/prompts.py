@@ -17,7 +17,8 @@ from ...common.errors import RequestError
 from ...models.special_text import SpecialText
 from ...models.tokenizer import check_num_bytes, check_text_size
 from ..bodies.chat_messages import parse_messages, without_cache_hints
-from ..bodies.schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, TokenizeBody
+from ..bodies.schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody
+from ..bodies.text_bodies import TokenizeBody
 from ..bodies.values import Cut
 from ..catalogue.infill import InfillForm
 from ..catalogue.version import Version
@@ -29,6 +30,7 @@ from ..turns.gemma_history import with_responses
 from ..turns.rendering import Render, rendered
 from ..turns.told import told_in_content, told_in_text, told_to_think
 from .answer import PromptText
+from .template_variables import asked_effort, template_variables, without_effect
 
 INLINE_CHARS = 4096  # about half a millisecond of tokenizing
 NUM_THREADS = 2
@@ -80,7 +82,7 @@ class PromptReader:
             text += version.dialect.grammar_opening
         # The template writes the special tokens itself.
         prompt = await self.run(len(text), _encode_chat, version, text, hidden, body)
-        return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *_without_effect(version, body)])
+        return ChatPrompt(messages, use, prompt, continued, [*(ignored or ()), *without_effect(version, body)])
 
     async def tokenize(
         self, version: Version, body: TokenizeBody, size: int, *, refuses_unknown: bool
@@ -162,7 +164,7 @@ def _chat(
         raise RequestError(
             "continue_final_message needs an assistant message at the end", param="continue_final_message"
         )
-    kwargs = _template_kwargs(version, body)
+    kwargs = template_variables(version, body, ignored)
     is_free = not isinstance(body, ChatBody) or body.asked_grammar is None
     asked, use = use, version.kept_use(use, is_free=is_free)
     tools = use.told()
@@ -179,7 +181,7 @@ def _chat(
         shown, tools = channel_messages(shown), described_tools(tools)
     if version.dialect.has_responses:
         shown = with_responses(shown)
-    if version.dialect.has_switch_words and (effort := _effort(body)) is not None:
+    if version.dialect.has_switch_words and (effort := asked_effort(body)) is not None:
         shown = told_to_think(shown, thinks=effort != "none")
     prompted = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return messages, use, Chat(shown, kwargs, prompted, continues, tools), hidden
@@ -188,27 +190,6 @@ def _chat(
 def _render_in(renderer: Renderer, chat: Chat) -> Render:
     """Return what renders the chat with other messages."""
     return lambda messages: renderer.render(replace(chat, messages=messages))
-
-
-def _template_kwargs(version: Version, body: ChatBody | TokenizeBody) -> dict[str, object]:
-    kwargs: dict[str, object] = dict(body.chat_template_kwargs or {})
-    if (effort := _effort(body)) is not None:
-        if "reasoning_effort" in version.dialect.switches:
-            kwargs.setdefault("reasoning_effort", version.dialect.effort(effort))
-        for switch in version.dialect.switches & {"enable_thinking", "thinking"}:  # they know only whether
-            kwargs.setdefault(switch, effort != "none")
-    return kwargs
-
-
-def _effort(body: ChatBody | TokenizeBody) -> str | None:
-    return body.reasoning_effort if isinstance(body, ChatBody) else None
-
-
-def _without_effect(version: Version, body: ChatBody | TokenizeBody) -> list[str]:
-    if not isinstance(body, ChatBody):
-        return []
-    names = ["reasoning_effort"] if body.reasoning_effort is not None and not version.dialect.has_switch else []
-    return [*names, "verbosity"] if body.verbosity in ("low", "high") else names  # medium is what happens
 
 
 def _tool_use(version: Version, body: ChatBody | TokenizeBody, ignored: list[str] | None) -> ToolUse:

@@ -26,9 +26,7 @@ IGNORED = frozenset(
 
 # Field -> the values (besides null) that ask for nothing.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "chat_template": (),
     "detokenize": (True,),
     "documents": ([],),

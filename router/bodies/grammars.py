@@ -3,6 +3,7 @@
     response_format       text, json_object, json_schema (strict or not: it is always kept), structural_tag
     structured_outputs    one of json, json_object, regex, choice, grammar, structural_tag
     guided_*              json, regex, choice, grammar
+    allowed_token_ids     tokens, of which every one of the answer is one
 
 At most one grammar may be asked for, in several of these forms, too: some clients send it to servers of today and of
 before. Whether it can be followed is for `helpers/grammar_checker.py` to say.
@@ -16,16 +17,19 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ...common.errors import RequestError
-from ...common.grammar import MAX_GRAMMAR_BYTES, Grammar
+from ...common.grammar import COMPACT, MAX_GRAMMAR_BYTES, MAX_MASK_BYTES, Grammar, pack_mask
 from ..state.errors import clip, shown
 from ..turns.values.closing import closed
 from .fields import not_supported, unknown_field
 from .structural_tags import tags_grammar
 
-FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+FIELDS = (
+    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    "allowed_token_ids",
+)
 # Of `structured_outputs`, beside the forms: how the text is laid out or what compiles it. Value -> asks for nothing.
 _OPTIONS: dict[str, tuple[object, ...]] = {
-    "disable_any_whitespace": (False,),
+    "disable_any_whitespace": (True, False),
     "disable_additional_properties": (True, False),
     "disable_fallback": (True, False),
     "whitespace_pattern": (),
@@ -91,11 +95,17 @@ def _structured_outputs(name: str, value: object) -> AskedGrammar | None:
         if (given := fields.get(option)) is not None and given not in harmless:
             raise not_supported(f"{name}.{option}", harmless)
     asked = [form for form in _FORMS if fields.get(form) is not None]
-    if asked == ["json"] and fields.get("disable_additional_properties") is False:
-        return _json(f"{name}.json", fields["json"], is_open=True)
     if len(asked) != 1:
         raise RequestError(f"'{name}' has {len(asked)} forms, it takes one of {', '.join(_FORMS)}", param=name)
-    return _FORMS[asked[0]](f"{name}.{asked[0]}", fields[asked[0]])
+    [form] = asked
+    if form == "json" and fields.get("disable_additional_properties") is False:
+        found: AskedGrammar | None = _json(f"{name}.json", fields["json"], is_open=True)
+    else:
+        found = _FORMS[form](f"{name}.{form}", fields[form])
+    if found is not None and form in ("json", "json_object") and fields.get("disable_any_whitespace"):
+        grammar = found.grammar
+        return found._replace(grammar=Grammar(COMPACT + grammar.kind, grammar.text))
+    return found
 
 
 def _json(name: str, value: object, *, is_open: bool = False) -> AskedGrammar:
@@ -140,6 +150,19 @@ def _choice(name: str, value: object) -> AskedGrammar:
     return _asked("choice", json.dumps(value, ensure_ascii=False), name)
 
 
+def _tokens(name: str, value: object) -> AskedGrammar:
+    """Tokens, checked before to be numbers, and later to be the vocabulary's."""
+    if not isinstance(value, list) or not value:
+        raise _wrong(name, "must be a list of token ids, and not be empty", value)
+    if not 0 <= min(value) <= max(value) < 8 * MAX_MASK_BYTES:
+        wrong = min(value) if min(value) < 0 else max(value)
+        raise _wrong(name, "must be a list of token ids", wrong)
+    mask = bytearray(-(-(max(value) + 1) // 32) * 4)
+    for token_id in value:
+        mask[token_id >> 3] |= 1 << (token_id & 7)
+    return _bounded("tokens", pack_mask(bytes(mask)), name)
+
+
 def _structural_tag(name: str, value: object) -> AskedGrammar:
     if isinstance(value, str):
         _asked("lark", value, name)  # bounded, before it is parsed
@@ -155,6 +178,10 @@ def _asked(kind: str, text: str, param: str) -> AskedGrammar:
         data = text.encode()
     except UnicodeEncodeError:
         raise RequestError(f"'{param}' has a lone surrogate and is not valid Unicode", param=param) from None
+    return _bounded(kind, data, param)
+
+
+def _bounded(kind: str, data: bytes, param: str) -> AskedGrammar:
     if len(data) > MAX_GRAMMAR_BYTES:
         raise RequestError(
             f"'{param}' has {len(data)} bytes; the limit is {MAX_GRAMMAR_BYTES}",
@@ -202,4 +229,5 @@ _READ: dict[str, Callable[[str, object], AskedGrammar | None]] = {
     "guided_regex": _regex,
     "guided_choice": _choice,
     "guided_grammar": _grammar,
+    "allowed_token_ids": _tokens,
 }

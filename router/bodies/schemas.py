@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from ...common.errors import RequestError
 from ...common.request import MAX_CHOICES, SamplingParams
@@ -19,11 +19,13 @@ from .chat_messages import check_template_switches
 from .fields import check_fields, invalid_field
 from .grammars import FIELDS as GRAMMAR_FIELDS
 from .grammars import AskedGrammar, asked_grammar
+from .text_bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .values import (
     AnyIds,
     AskedEffort,
+    BadWords,
     CutPrompts,
-    Inputs,
+    Documents,
     LogitBias,
     Logprobs,
     Prompt,
@@ -34,7 +36,6 @@ from .values import (
     TokenIds,
 )
 
-MAX_TEMPLATE_KWARGS = 16
 DEFAULT_COMPLETION_TOKENS = 16
 _SEED_MASK = 2**63 - 1
 _HOTTEST = 1e9  # logits divided by it differ by less than float32 tells: all tokens are as likely
@@ -65,6 +66,7 @@ class GenerationBody(CutPrompts):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: TokenIds | None = None
+    bad_words: BadWords | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
@@ -82,6 +84,7 @@ class GenerationBody(CutPrompts):
     guided_regex: object = None
     guided_choice: object = None
     guided_grammar: object = None
+    allowed_token_ids: AnyIds | None = None
 
     @property
     def num_choices(self) -> int:
@@ -123,13 +126,21 @@ class GenerationBody(CutPrompts):
                 param="max_completion_tokens",
             )
 
-    def sampling(self, defaults: SamplingDefaults, *, seed: int, max_tokens: int, vocab_size: int) -> SamplingParams:
+    def sampling(
+        self,
+        defaults: SamplingDefaults,
+        *,
+        seed: int,
+        max_tokens: int,
+        vocab_size: int,
+        bad_words: tuple[tuple[int, ...], ...] = (),
+    ) -> SamplingParams:
         """Return what the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:
             raise RequestError(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
-        for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids or ())):
-            if ids and max(ids) >= vocab_size:
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            if (ids := getattr(self, name)) and max(ids) >= vocab_size:
                 raise RequestError(f"{name}: id {max(ids)} is not below the vocabulary's {vocab_size}", param=name)
         top_k = _given(self.top_k, defaults.top_k)
         return SamplingParams(
@@ -144,6 +155,7 @@ class GenerationBody(CutPrompts):
             max_tokens=max(max_tokens, 1),  # 0 (echo alone): one is computed and not delivered
             min_tokens=min_tokens,
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            bad_words=bad_words,
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.computed_logprobs,
             prompt_logprobs=self.asked_prompt_logprobs,
@@ -201,7 +213,8 @@ class ChatBody(GenerationBody):
     messages: list[object]  # checked by chat_messages.py, which knows the parts of a message
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    chat_template_kwargs: TemplateKwargs | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
+    chat_template_kwargs: TemplateKwargs | None = None
+    documents: Documents | None = None  # that the template tells the model of
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     tools: object = None  # checked by turns/definitions.py
@@ -222,56 +235,9 @@ class ChatBody(GenerationBody):
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.max_tokens == 0:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        if self.allowed_token_ids and self.tools and self.tool_choice != "none":
+            raise RequestError("allowed_token_ids is not available beside tools", param="allowed_token_ids")
         check_template_switches(self.add_generation_prompt, self.continue_final_message)
-
-
-class EmbeddingBody(CutPrompts):
-    model: str | None = None
-    input: Inputs
-    dimensions: int | None = Field(None, ge=1)
-    encoding_format: Literal["float", "base64"] | None = None
-    user: object = None  # any, as in GenerationBody
-    input_type: object = None  # a label here: templates of queries and documents are the client's
-    # vLLM's
-    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    add_special_tokens: bool | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-
-    @property
-    def num_choices(self) -> int:
-        return 1
-
-    def check(self) -> None:
-        return None
-
-
-class TokenizeBody(CutPrompts):
-    """vLLM's two forms in one: a prompt, or messages."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[object] | None = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: TemplateKwargs | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
-    tools: object = None
-
-    def check(self) -> None:
-        if (self.prompt is None) == (self.messages is None):
-            raise RequestError("give either prompt or messages", param="prompt")
-        check_template_switches(self.add_generation_prompt, self.continue_final_message)
-
-
-class DetokenizeBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str | None = None
-    tokens: AnyIds
-
-    def check(self) -> None:
-        return None
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody)

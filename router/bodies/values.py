@@ -19,14 +19,19 @@ from .fields import take_only
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_PROMPTS = 256
 MAX_INPUTS = 2048  # of one call for embeddings, as OpenAI's
-MAX_TEMPLATE_CHARS = 256
+MAX_DOCUMENTS = 256
+MAX_TEMPLATE_KWARGS = 16
+MAX_TEMPLATE_CHARS = 16_384
+MAX_TEMPLATE_DEPTH = 8
 MAX_TEMPLATE_INT = 1_000_000
 WHOLE_CONTEXT = -1
-TEMPLATE_KWARGS = frozenset(
+TEMPLATE_KWARGS = frozenset(  # that clients send to models whose template does not look at them, too
     {
         "enable_thinking",
         "thinking",
@@ -88,6 +93,31 @@ def _ids(value: object) -> object:
     return value
 
 
+def _bad_words(value: object) -> object:
+    if not isinstance(value, list) or len(value) > MAX_BAD_WORDS:
+        raise ValueError(f"must be a list of at most {MAX_BAD_WORDS} words, got {shown(value)}")
+    for word in value:
+        if not isinstance(word, str) or not 1 <= len(word) <= MAX_BAD_WORD_CHARS or not word.strip():
+            raise ValueError(f"a bad word has 1 to {MAX_BAD_WORD_CHARS} characters, not all spaces, got {shown(word)}")
+    return value
+
+
+def bad_word_runs(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of words that must not come, with a space before each and without, as vLLM has them."""
+    texts = [before + word.lstrip() for word in words for before in ("", " ")]
+    try:
+        encoded = tokenizer.encode_all(texts, add_special_tokens=False) if texts else []
+    except RequestError as error:
+        raise RequestError(f"'bad_words': {error}", param="bad_words", code="invalid_value") from None
+    return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
+
+
+def _documents(value: object) -> object:
+    if not isinstance(value, list) or len(value) > MAX_DOCUMENTS or set(map(type, value)) - {dict}:
+        raise ValueError(f"must be a list of at most {MAX_DOCUMENTS} objects, got {shown(value)}")
+    return value
+
+
 def _logit_bias(value: object) -> object:
     if isinstance(value, dict):
         if len(value) > MAX_LOGIT_BIAS:
@@ -100,28 +130,34 @@ def _logit_bias(value: object) -> object:
 
 
 def _template_kwargs(value: object) -> object:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key not in TEMPLATE_KWARGS:
-                raise ValueError(f"{clip(key)} is not one of {', '.join(sorted(TEMPLATE_KWARGS))}")
-            if not isinstance(item, (bool, int, str)) or _is_large(item):
-                raise ValueError(
-                    f"the value of {key} must be a bool, an int of at most {MAX_TEMPLATE_INT} "
-                    f"or a string of at most {MAX_TEMPLATE_CHARS} characters"
-                )
+    if not isinstance(value, dict) or len(value) > MAX_TEMPLATE_KWARGS:
+        raise ValueError(f"must be an object of at most {MAX_TEMPLATE_KWARGS} variables, got {shown(value)}")
+    for key, item in value.items():
+        if _is_large(item):
+            raise ValueError(
+                f"the value of {clip(key)} must be JSON with ints of at most {MAX_TEMPLATE_INT}, "
+                f"strings of at most {MAX_TEMPLATE_CHARS} characters and {MAX_TEMPLATE_DEPTH} levels"
+            )
     return value
 
 
-def _is_large(item: int | str) -> bool:
-    return len(item) > MAX_TEMPLATE_CHARS if isinstance(item, str) else abs(item) > MAX_TEMPLATE_INT
+def _is_large(item: object, room: int = MAX_TEMPLATE_DEPTH) -> bool:
+    if isinstance(item, str):
+        return len(item) > MAX_TEMPLATE_CHARS
+    if isinstance(item, dict | list):
+        parts = item if isinstance(item, list) else [*item, *item.values()]
+        return room == 0 or any(_is_large(part, room - 1) for part in parts)
+    return isinstance(item, int) and abs(item) > MAX_TEMPLATE_INT
 
 
 Stops = Annotated[list[str], BeforeValidator(_stops)]
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
 Inputs = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_inputs)]
+BadWords = Annotated[list[str], PlainValidator(_bad_words)]
+Documents = Annotated[list[dict[str, object]], PlainValidator(_documents)]
 AnyIds = Annotated[list[int], PlainValidator(_ids)]
 LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_logit_bias)]
-TemplateKwargs = Annotated[dict[str, bool | int | str], BeforeValidator(_template_kwargs)]
+TemplateKwargs = Annotated[dict[str, object], PlainValidator(_template_kwargs)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 AskedEffort = Annotated[Effort, BeforeValidator(_effort)]

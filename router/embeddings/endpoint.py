@@ -13,7 +13,7 @@ from ..api.answer import Answer
 from ..api.choice import TextOptions
 from ..api.generation import Api
 from ..api.reply import Reply
-from ..bodies.schemas import EmbeddingBody
+from ..bodies.text_bodies import EmbeddingBody
 from ..catalogue.version import Version
 from .form import EmbeddingForm
 from .inputs import read_inputs

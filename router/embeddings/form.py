@@ -9,7 +9,7 @@ from ...common.vectors import unit, values_of
 from ..api.answer import Answer
 from ..api.choice import TextPiece
 from ..api.openai_types import Struct
-from ..bodies.schemas import EmbeddingBody
+from ..bodies.text_bodies import EmbeddingBody
 
 
 class EmbeddingUsage(Struct, kw_only=True):

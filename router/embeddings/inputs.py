@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...common.errors import RequestError
 from ...models.tokenizer import check_text_size
 from ..api.answer import PromptText
-from ..bodies.schemas import EmbeddingBody
+from ..bodies.text_bodies import EmbeddingBody
 from ..catalogue.version import Version
 
 

@@ -128,7 +128,8 @@ class Dialect:
     has_two_forms: bool = False  # calls may have told.py's form, which the model was told of, or its own
     tells_calls: bool = True  # the template tells the model of its earlier calls, too
     has_responses: bool = False  # results are a field of the message with the calls (gemma_history.py)
-    switches: frozenset[str] = frozenset()  # by which the template lets the model reason
+    variables: frozenset[str] = frozenset()  # that the template looks at
+    switches: frozenset[str] = frozenset()  # those by which it lets the model reason
     has_two_efforts: bool = False  # of reasoning: none and high
     has_switch_words: bool = False  # the template has no such switch, and looks for THINKS_NOT in messages
 
@@ -153,6 +154,7 @@ class Dialect:
             takes_tools=takes_tools,
             tells_calls="tool_calls" in source,
             has_responses="tool_responses" in source and "tool_call_id" not in source,
+            variables=frozenset(variables),
             switches=_SWITCHES & variables,
             has_two_efforts=_SETTINGS in source,
             has_switch_words=THINKS_NOT in source and not _SWITCHES & variables,

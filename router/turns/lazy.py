@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ...common.grammar import WHITE_SPACE, Grammar, Thoughts
+from ...common.grammar import COMPACT, Grammar, Thoughts, white_space
 from . import channels
 from .definitions import Tool, ToolUse
 from .dialect import Dialect
@@ -166,7 +166,7 @@ def answering_grammar(
     use: ToolUse, dialect: Dialect, mark_id: Callable[[str], int | None], answer: Grammar
 ) -> Grammar | None:
     """Return the grammar of calls or of an answer in JSON; None: the answer's grammar is of another kind."""
-    match answer.kind:
+    match answer.kind.removeprefix(COMPACT):
         case "json_object":
             schema: object = {"type": "object"}
         case "json_schema":
@@ -175,7 +175,7 @@ def answering_grammar(
             return None
     calls = _calls(use)
     tags = _TAGS.get(dialect.tool_parser)
-    rules = [f"answer: {json_rule(schema)}", *_rules_of(use, tags, mark_id)]
+    rules = [f"answer: {json_rule(schema, answer.kind)}", *_rules_of(use, tags, mark_id)]
     if tags is not None:
         begin, end = (_token(mark, mark_id) for mark in tags)
         calls = f"{begin} BLANK {_between(use, tags)} BLANK {end}"
@@ -227,10 +227,10 @@ def _schema(tool: Tool) -> dict[str, object]:
     return call_schema(tool if tool.is_strict else Tool(tool.name, None, {}), "#")
 
 
-def json_rule(schema: object) -> str:
-    """Return a rule's part for JSON that follows a schema."""
+def json_rule(schema: object, kind: str = "json_schema") -> str:
+    """Return a rule's part for JSON that follows a schema. `kind`: a grammar's, which says what white space it has."""
     if isinstance(schema, dict):
-        schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+        schema = {**schema, "x-guidance": white_space(kind)}
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 

@@ -76,6 +76,12 @@ def test_answers_validate_over_handoffs_and_for_every_choice(cluster: Cluster, c
         ({"guided_regex": "[0-9]{3}-[a-f]{2,4}"}, "[0-9]{3}-[a-f]{2,4}"),
         ({"guided_grammar": 'root ::= "<" [xy]+ ">"', "logit_bias": {}}, "<[xy]+>"),
         ({"structured_outputs": {"json": {"enum": ["é", 1.5]}}}, '"é"|1.5'),
+        (
+            {"structured_outputs": {"json": {"const": {"a": [1, "b c"]}}, "disable_any_whitespace": True}},
+            re.escape('{"a":[1,"b c"]}'),
+        ),
+        ({"guided_regex": "[ab]{4}", "bad_words": ["a"]}, "b{4}"),
+        ({"guided_regex": "[ab]{4}", "bad_words": ["a", "b"]}, "[ab]{4}"),
         ({"guided_regex": "[ab]{4}", "ignore_eos": True}, "[ab]{4}"),
         ({"guided_regex": "[ab]{4}", "min_tokens": 60}, "[ab]{4}"),
         ({"guided_regex": "[ab]{4}", "repetition_penalty": 1.5, "top_k": 3, "top_p": 0.5}, "[ab]{4}"),
@@ -92,6 +98,32 @@ def test_what_may_go_on_does_until_the_fewest_tokens_or_for_ever(client: OpenAI)
     assert len(text) >= 20 and set(text) <= set("ab") and finish in ("stop", "length")
     [(finish, text)] = _ask(client, extra_body={"guided_regex": "[ab]+", "ignore_eos": True}, max_tokens=30)
     assert finish == "length" and set(text) <= set("ab")
+
+
+def test_every_token_is_an_allowed_one(client: OpenAI) -> None:
+    for seed in range(3):
+        fields: dict[str, Any] = {"allowed_token_ids": [40, 41, 70], "return_token_ids": True}
+        body: dict[str, Any] = {"model": "tiny", "prompt": "go", "max_tokens": 30, "seed": seed, "extra_body": fields}
+        found: Any = client.completions.create(**body).choices[0]
+        assert set(found.token_ids) == {40, 41, 70} and found.finish_reason == "length"
+    fields["allowed_token_ids"].append(1)  # an end
+    answers: Any = [client.completions.create(**{**body, "seed": seed}).choices[0] for seed in range(8)]
+    assert {choice.finish_reason for choice in answers} >= {"stop"}
+    assert all(set(choice.token_ids) <= {40, 41, 70, 1} for choice in answers)
+
+
+def test_bad_words_never_come(cluster: Cluster, client: OpenAI) -> None:
+    fields: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
+    body: dict[str, Any] = {"model": "tiny", "prompt": "go", "max_tokens": 40, "seed": 5}
+    free: Any = client.completions.create(**body, extra_body=fields).choices[0]
+    runs = [free.token_ids[:1], free.token_ids[3:5]]
+    words = [str(cluster.post("/detokenize", {"tokens": run})["prompt"]) for run in runs]
+    bound: Any = client.completions.create(**body, extra_body={**fields, "bad_words": words}).choices[0]
+    found = ",".join(map(str, bound.token_ids))
+    for word in words:
+        for text in (word.lstrip(), f" {word.lstrip()}"):
+            run = cluster.post("/tokenize", {"prompt": text})["tokens"]
+            assert isinstance(run, list) and f",{','.join(map(str, run))}," not in f",{found},"
 
 
 def test_an_answer_that_is_cut_says_so(client: OpenAI) -> None:

@@ -24,6 +24,7 @@ from kvferry.grammar.matching import Vocabulary, compile_grammar
 from kvferry.grammar.thinking import FirstMatcher
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.tests.checkpoints import write_tokenizer
+from kvferry.tests.matchers import may_come, may_end
 
 EOS = frozenset({1, 3})
 PERSON = {
@@ -189,9 +190,9 @@ def test_a_token_that_does_not_fit_breaks_the_matcher_for_good(vocabulary: Vocab
 
 def test_nothing_but_an_end_follows_a_finished_answer(vocabulary: Vocabulary) -> None:
     matcher = compile_grammar(vocabulary, Grammar("choice", b'["a"]'))
-    before = matcher.accepts_end
+    before = may_end(matcher)
     matcher.accept(allowed(matcher)[:1])
-    assert (before, matcher.accepts_end) == (False, True) and set(allowed(matcher)) == EOS
+    assert (before, may_end(matcher)) == (False, True) and set(allowed(matcher)) == EOS
 
 
 def _texts(vocabulary: Vocabulary, grammar: Grammar) -> set[str]:
@@ -271,7 +272,7 @@ def test_where_only_an_end_can_follow_it_is_forced(vocabulary: Vocabulary, tmp_p
     for words, wanted in ((one_end, 1), (vocabulary, None)):
         matcher = compile_grammar(words, Grammar("regex", b"ab|abc"))
         matcher.accept(words.tokenizer.greedy_tokenize("ab"))
-        assert matcher.forced() is None and matcher.accepts_end
+        assert matcher.forced() is None and may_end(matcher)
         matcher.accept(words.tokenizer.greedy_tokenize("c"))
         assert matcher.forced() == wanted
 
@@ -285,7 +286,7 @@ def test_white_space_of_json_is_bounded(vocabulary: Vocabulary) -> None:
             matcher.accept(vocabulary.tokenizer.greedy_tokenize(text))
         except GrammarBroken:
             return False
-        return matcher.accepts_end
+        return may_end(matcher)
 
     assert all(takes(text) for text in ("[1]", "[ 1 ]", "[\n  1\n]", "[\n" + 32 * " " + "1]"))
     assert not any(takes(text) for text in ("[  1]", "[\n\n1]", "[\n" + 33 * " " + "1]", "[\t1]", " [1]", "[1] "))
@@ -352,6 +353,30 @@ def _check_lists(vocabulary: Vocabulary, asked: dict[str, Any]) -> None:
     assert _taken_lists(vocabulary, asked) == [value for value in LETTER_LISTS if validator.is_valid(value)]
 
 
+def test_compact_json_has_no_white_space(vocabulary: Vocabulary) -> None:
+    pair = schema({"type": "object", "properties": {"a": {"const": 1}, "b": {"const": " "}}, "required": ["a", "b"]})
+    first = compile_grammar(vocabulary, Grammar("compact_json_schema", pair.text))
+    for text, wanted in (('{"a":1,"b":" "}', True), ('{"a": 1,"b":" "}', False), ('{"a":1, "b":" "}', False)):
+        matcher = first.fork()
+        try:
+            matcher.accept(vocabulary.tokenizer.greedy_tokenize(text))
+        except GrammarBroken:
+            assert not wanted, text
+        else:
+            assert wanted and may_end(matcher), text
+    anything = compile_grammar(vocabulary, Grammar("compact_json_object", b""))
+    anything.accept(vocabulary.tokenizer.greedy_tokenize('{"a":[1,{}]'))
+    assert not may_come(anything) & set(vocabulary.tokenizer.greedy_tokenize(" \n"))
+
+
+@pytest.mark.parametrize(
+    "value", [{"x-guidance": {"lenient": True}}, {"properties": {f"p{i}": {} for i in range(2001)}}]
+)
+def test_compact_json_has_the_bounds_of_any(vocabulary: Vocabulary, value: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        compile_grammar(vocabulary, Grammar("compact_json_schema", schema(value).text))
+
+
 def _taken_lists(vocabulary: Vocabulary, asked: dict[str, Any]) -> list[list[str]]:
     first = compile_grammar(vocabulary, schema(asked))
 
@@ -361,7 +386,7 @@ def _taken_lists(vocabulary: Vocabulary, asked: dict[str, Any]) -> list[list[str
             matcher.accept(vocabulary.tokenizer.greedy_tokenize(json.dumps(value)))
         except GrammarBroken:
             return False
-        return matcher.accepts_end
+        return may_end(matcher)
 
     return [value for value in LETTER_LISTS if takes(value)]
 

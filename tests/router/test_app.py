@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ from .fakes import (
     listening,
     serve,
     texts,
+    use_template,
 )
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -342,8 +344,51 @@ async def test_a_chats_template_takes_only_known_arguments() -> None:
     served = serve()
     await _chat(served, chat_template_kwargs={"enable_thinking": True})
     assert served.request.prompt_token_ids == ids_of("<user>hi<assistant><think>")
-    error = await _refused(served, 400, "/v1/chat/completions", chat_template_kwargs={"evil": "x"})
-    assert error["param"] == "chat_template_kwargs"
+    for name in ("evil", "messages", "tools", "bos_token"):
+        error = await _refused(served, 400, "/v1/chat/completions", chat_template_kwargs={name: "x"})
+        assert error["param"] == "chat_template_kwargs" and name in str(error["message"])
+    served = serve(unknown_fields="warn")
+    await _chat(served, chat_template_kwargs={"evil": "x"}, documents=[{"text": "d"}])
+    assert served.request.prompt_token_ids == ids_of("<user>hi<assistant>")
+
+
+async def test_a_chats_template_is_told_of_what_it_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_template(
+        tmp_path,
+        monkeypatch,
+        "{% for each in documents or [] %}{{ each.title }}: {{ each.text }};{% endfor %}"
+        "{% for name, value in (controls or {}).items() %}{{ name }}={{ value }};{% endfor %}"
+        "{{ messages[-1].content }}",
+    )
+    served = serve()
+    documents = [{"title": "A", "text": "b"}, {"title": "C"}]
+    await _chat(served, documents=documents, chat_template_kwargs={"controls": {"length": "short"}})
+    assert served.request.prompt_token_ids == ids_of("A: b;C: ;length=short;hi")
+    error = await _refused(served, 400, "/v1/chat/completions", chat_template_kwargs={"control": "x"})
+    assert "which has 'controls, documents'" in str(error["message"])
+
+
+async def test_documents_that_the_template_has_no_place_for_are_refused() -> None:
+    error = await _refused(serve(), 400, "/v1/chat/completions", documents=[{"text": "d"}])
+    assert (error["param"], error["code"]) == ("documents", "unsupported_parameter")
+    await _chat(serve(), documents=[])
+
+
+async def test_bad_words_are_told_as_tokens_with_a_space_before_them_and_without() -> None:
+    served = serve()
+    await _complete(served, prompt="a", bad_words=["xy", " z"])
+    assert served.request.sampling.bad_words == tuple(tuple(ids_of(text)) for text in ("xy", " xy", "z", " z"))
+    error = await _refused(served, 400, "/v1/completions", prompt="a", bad_words=[" " * 3])
+    assert error["param"] == "bad_words"
+
+
+async def test_allowed_tokens_are_the_vocabularys_and_go_with_no_tools() -> None:
+    served = serve()
+    error = await _refused(served, 400, "/v1/completions", prompt="a", allowed_token_ids=[2**20 - 1])
+    assert error["param"] == "allowed_token_ids"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    error = await _refused(served, 400, "/v1/chat/completions", allowed_token_ids=[1], tools=tools)
+    assert error["param"] == "allowed_token_ids" and "tools" in str(error["message"])
 
 
 async def test_a_final_message_is_continued_and_echoed() -> None:

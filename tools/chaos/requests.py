@@ -146,6 +146,7 @@ def _penalties(source: random.Random) -> Body:
         "frequency_penalty": round(source.uniform(-1, 1), 2),
         "repetition_penalty": round(source.uniform(1, 1.3), 2),
         "top_k": source.choice((0, 40)),
+        "bad_words": source.sample(_WORDS, 2),
     }
 
 

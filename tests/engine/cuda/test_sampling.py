@@ -22,6 +22,7 @@ needs_flashinfer = pytest.mark.skipif(
     importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"
 )
 
+_runs = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple)
 _params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
@@ -34,6 +35,7 @@ _params = st.builds(
     logit_bias=st.sampled_from([{}, {5: 4.0, 6: -100.0, 99_999: 1.0}]),
     min_tokens=st.sampled_from([0, 8]),
     stop_token_ids=st.sampled_from([(), (2, 7)]),
+    bad_words=st.sampled_from([(), ((5,), (9, 4), (99_999,))]) | st.lists(_runs, max_size=4).map(tuple),
     logprobs=st.sampled_from([None, 0, 3]),
     seed=st.integers(0, 2**40),
 )

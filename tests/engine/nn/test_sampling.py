@@ -106,6 +106,28 @@ def test_draws_follow_the_distribution() -> None:
             assert drawn[token] / count == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / count) + 1e-3)
 
 
+@given(
+    output=st.lists(st.integers(2, 5), max_size=6),
+    draft=st.lists(st.integers(2, 5), max_size=3),
+    words=st.lists(st.lists(st.integers(2, 5), min_size=1, max_size=4).map(tuple), max_size=5).map(tuple),
+    is_masked=st.booleans(),
+)
+def test_no_bad_word_is_completed(
+    output: list[int], draft: list[int], words: tuple[tuple[int, ...], ...], is_masked: bool
+) -> None:
+    params = SamplingParams(temperature=0.0, bad_words=words)
+    mask = (0b111100).to_bytes(8, "little") if is_masked else None
+    row = SampleRow(params, (0,), [2, 3, 2, *output], 3, mask, tuple(draft))
+    known = [*output, *draft]
+    barred = {word[-1] for word in words if [*known, word[-1]][-len(word) :] == list(word)}
+    logits = torch.full((1, VOCAB), -5.0)
+    logits[0, 2:6] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    left = [token_id for token_id in range(2, 6) if token_id not in barred]
+    # Where a grammar lets nothing else come, it does; without one any other token may.
+    wanted = left[0] if left else 2 if is_masked else 0
+    assert _one(logits, row).token_id == wanted
+
+
 def _kept(logits: Tensor, params: SamplingParams) -> set[int]:
     """The tokens that may be drawn, by the definitions alone."""
     scaled = logits[0].double() / params.temperature

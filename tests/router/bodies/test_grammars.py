@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvferry.common.errors import RequestError
-from kvferry.common.grammar import MAX_GRAMMAR_BYTES, Grammar
+from kvferry.common.grammar import MAX_GRAMMAR_BYTES, Grammar, pack_mask
 from kvferry.router.bodies.schemas import ChatBody, CompletionBody, validate
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "string"}}, "required": ["é"]}
@@ -65,6 +65,26 @@ def named_schema(**more: Any) -> dict[str, Any]:
             OPEN,
             "structured_outputs.json",
         ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+            Grammar("compact_json_schema", JSON.text),
+            "structured_outputs.json",
+        ),
+        (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+            Grammar("compact_json_object", b""),
+            "structured_outputs.json_object",
+        ),
+        (
+            {"structured_outputs": {"regex": "a b", "disable_any_whitespace": True}},
+            Grammar("regex", b"a b"),
+            "structured_outputs.regex",
+        ),
+        (
+            {"allowed_token_ids": [0, 9, 33, 9]},
+            Grammar("tokens", pack_mask(b"\1\2\0\0\2\0\0\0")),
+            "allowed_token_ids",
+        ),
         ({"guided_json": SCHEMA}, JSON, "guided_json"),
         ({"guided_json": SCHEMA_TEXT}, JSON, "guided_json"),
         ({"guided_regex": "a"}, Grammar("regex", b"a"), "guided_regex"),
@@ -116,10 +136,15 @@ def test_structural_tags_become_a_grammar_in_either_place() -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "has 2 forms"),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp", "did you mean 'regex'"),
         (
-            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
-            "structured_outputs.disable_any_whitespace",
+            {"structured_outputs": {"json": {}, "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
             "is not supported",
         ),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "not be empty"),
+        ({"allowed_token_ids": ["a"]}, "allowed_token_ids", "list of token ids"),
+        ({"allowed_token_ids": [3, -1]}, "allowed_token_ids", "got -1"),
+        ({"allowed_token_ids": [2**40]}, "allowed_token_ids", "got 1099511627776"),
+        ({"allowed_token_ids": [1], "guided_regex": "a"}, "allowed_token_ids", "ask for several"),
         ({"guided_regex": ["a"]}, "guided_regex", "must be a string"),
         ({"guided_regex": ""}, "guided_regex", "not be empty"),
         ({"guided_choice": []}, "guided_choice", "list of strings"),

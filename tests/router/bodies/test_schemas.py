@@ -14,7 +14,8 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.bodies.chat_messages import parse_messages, without_cache_hints
 from kvferry.router.bodies.fields import IGNORED, UNSUPPORTED
-from kvferry.router.bodies.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, validate
+from kvferry.router.bodies.schemas import ChatBody, CompletionBody, validate
+from kvferry.router.bodies.text_bodies import DetokenizeBody, TokenizeBody
 from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.responses.tools import ResponseTools
 from kvferry.router.responses.translate import chat_body
@@ -79,6 +80,8 @@ def test_null_means_not_given_for_every_field() -> None:
         ("logprobs", 21), ("logprobs", True), ("prompt_logprobs", 21), ("prompt_logprobs", -1),
         ("top_k", -2), ("min_p", 1.1), ("repetition_penalty", 0), ("min_tokens", -1),
         ("stop_token_ids", [-1]), ("stop_token_ids", list(range(65))), ("stop_token_ids", ["1"]),
+        ("bad_words", "a"), ("bad_words", [""]), ("bad_words", ["  "]), ("bad_words", [1]), ("bad_words", ["x" * 65]),
+        ("bad_words", ["x"] * 129), ("allowed_token_ids", []), ("allowed_token_ids", "1"), ("allowed_token_ids", [-1]),
         ("ignore_eos", 1), ("stream", "true"), ("echo", "yes"), ("stream_options", {}),
         ("priority", 2**31), ("cache_salt", ""), ("cache_salt", "x" * 257),
         ("best_of", 0), ("best_of", 17), ("suffix", 1), ("model", 7),
@@ -95,8 +98,10 @@ def test_a_value_out_of_its_bounds_is_refused_by_name(field: str, value: object)
     ("field", "value"),
     [
         ("logprobs", 5), ("top_logprobs", 2), ("top_logprobs", 21), ("max_tokens", 0), ("max_completion_tokens", 0),
-        ("chat_template_kwargs", {"messages": "x"}), ("chat_template_kwargs", {"thinking": [1]}),
-        ("chat_template_kwargs", {"thinking": "x" * 257}), ("add_generation_prompt", 1),
+        ("chat_template_kwargs", ["x"]), ("chat_template_kwargs", {"thinking": [[[[[[[[[]]]]]]]]]}),
+        ("chat_template_kwargs", {"thinking": "x" * 16_385}), ("chat_template_kwargs", {"a": {"b": [1_000_001]}}),
+        ("chat_template_kwargs", {f"v{index}": 1 for index in range(17)}), ("add_generation_prompt", 1),
+        ("documents", "x"), ("documents", ["x"]), ("documents", [{}] * 257),
     ],
 )  # fmt: skip
 def test_a_chats_own_fields_are_checked_too(field: str, value: object) -> None:
