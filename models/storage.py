@@ -36,6 +36,20 @@ class Form(NamedTuple):
         scales = (2 if self.has_minima else 1) * num_inputs // self.group_size
         return num_outputs * (num_inputs * self.bits // 8 + 4 * scales)
 
+    def of_rank(self, name: str, num_inputs: int, num_ranks: int) -> Form:
+        """Return the form of a rank's part, of `num_inputs`, where so many share them: whole rows stay one group.
+
+        Raises ConfigError where the part is no whole groups.
+        """
+        if self.group_size == num_inputs * num_ranks:
+            return self._replace(group_size=num_inputs)
+        if num_inputs % self.group_size:
+            raise ConfigError(
+                f"{name}: a rank's {num_inputs} inputs of {num_inputs * num_ranks} are no whole groups "
+                f"of {self.group_size}; use a smaller --tensor-parallel-size"
+            )
+        return self
+
     @property
     def card_group(self) -> int:
         """Return the inputs of a group as a GPU multiplies by it; 0: it multiplies by widened numbers alone.

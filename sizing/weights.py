@@ -85,6 +85,7 @@ class WeightCounter:
         self._is_exchanged = engine.exchanges_experts and num_ranks > 1
         self._has_tiles = not (self._on_gpu or _lacking(engine, model, quantization, num_ranks))
         self._quantization = quantization if self._on_gpu or self._has_tiles else None
+        self._widened = quantization if self._quantization is None else None  # by torch, when it is loaded
         is_bfloat16 = self._item_bytes == ITEM_BYTES["bfloat16"]
         self._has_float8 = (
             self._on_gpu
@@ -165,15 +166,16 @@ class WeightCounter:
         if self._are_stacked and is_expert(matrix.modules[0]):
             return self._stacked_bytes(matrix)
         if self._quantization is None or makes_heads(matrix):
+            if self._widened is not None and not makes_heads(matrix):
+                _form(self._widened, matrix)  # torch loads it by ranks all the same
             return self._plain_bytes(matrix)
         if (form := self._kept_float8(matrix)) is not None:
             return form.num_bytes(matrix.num_outputs, matrix.num_inputs)
-        form = self._quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
+        form = _form(self._quantization, matrix)
         if form is None and self._has_float8 and self._quantization.has_float8(matrix.modules):
             return matrix.num_outputs * (matrix.num_inputs + 4)  # a float32 for each output
         if form is None:
             return self._plain_bytes(matrix)
-        form = _of_rank(form, matrix)
         if self._on_gpu:
             are_nibbles = self._integers(matrix) is not None and _are_nibbles(matrix, form)
             count = form.card_bytes if are_nibbles else form.num_bytes
@@ -202,8 +204,7 @@ class WeightCounter:
         is_together = experts is not None and (experts.is_stacked or not self._is_exchanged)  # widened in registers
         if (is_together and is_expert(matrix.modules[0])) or makes_heads(matrix):
             return None
-        form = quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
-        form = None if form is None else _of_rank(form, matrix)
+        form = _form(quantization, matrix)
         is_taken = form is not None and not (form.is_e2m1 or form.is_e4m3) and matrix.num_outputs % CARD_OUTPUTS == 0
         return form if is_taken else None
 
@@ -255,10 +256,10 @@ def _are_nibbles(matrix: Matrix, form: Form) -> bool:
     return form.card_group > 0 and not _rounds_rows(matrix, form)
 
 
-def _of_rank(form: Form, matrix: Matrix) -> Form:
-    """Return the form of a rank's part: of whole rows it has whole ones."""
-    is_whole = form.group_size == matrix.num_inputs * matrix.num_parts
-    return form._replace(group_size=matrix.num_inputs) if is_whole else form
+def _form(quantization: Quantization, matrix: Matrix) -> Form | None:
+    """Return the form of a rank's part; None: plain numbers. Raises ConfigError where that is no whole groups."""
+    form = quantization.form(matrix.modules, matrix.num_inputs * matrix.num_parts)
+    return None if form is None else form.of_rank(matrix.modules[0], matrix.num_inputs, matrix.num_parts)
 
 
 def _padded(size: int, multiple: int) -> int:

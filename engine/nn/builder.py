@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...common.errors import ConfigError
 from ...models.config import ModelConfig
 from ...models.parts.expert_plan import ExpertPlan
 from ...models.storage import Form
@@ -42,17 +41,12 @@ class Builder:
         form = form or self._form(modules, num_inputs * num_ranks)
         if form is None:
             return DenseWeight(self.empty(num_outputs, num_inputs))
-        group_size = num_inputs if form.group_size == num_inputs * num_ranks else form.group_size
-        if num_inputs % group_size:
-            raise ConfigError(
-                f"{modules[0]}: a rank's {num_inputs} inputs of {num_inputs * num_ranks} are no whole groups "
-                f"of {group_size}; use a smaller --tensor-parallel-size"
-            )
+        form = form.of_rank(modules[0], num_inputs, num_ranks)
         return GroupedWeight.empty(
             num_outputs,
             num_inputs,
             bits=form.bits,
-            group_size=group_size,
+            group_size=form.group_size,
             has_minima=form.has_minima,
             is_e2m1=form.is_e2m1,
             is_e4m3=form.is_e4m3,

@@ -227,6 +227,12 @@ def tiny_cache(site: Site) -> Words:
     return ["--kv-cache-memory-bytes", "1K"]
 
 
+@case(r"down_proj: a rank's 96 inputs of 192 are no whole groups of 64; use a smaller --tensor-parallel-size")
+def ranks_that_cut_groups(site: Site) -> Words:
+    site.edit_config(intermediate_size=192)
+    return ["--load-format", "dummy", "--quantization", "int4", "--tensor-parallel-size", "2"]
+
+
 @case(r"memory: 100 ranks take about [\d.]+ of [\d.]+ GiB free; start fewer workers")
 def more_workers_than_memory(site: Site) -> Words:
     site.patch.setattr(host, "free_memory_bytes", lambda: 8 << 30)  # it changes from one look to the next
