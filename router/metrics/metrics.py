@@ -16,7 +16,7 @@ from typing import Protocol
 from prometheus_client import Counter, Histogram
 from prometheus_client.metrics_core import Metric
 
-from ...common.request import DEFAULT_CLASS
+from ...common.request import DEFAULT_CLASS, MAX_CHOICES, SamplingParams
 from ...wire.workers import TransferReport
 from .exposition import exposition, with_aliases
 from .labels import CLOSED, FENCED, OTHER, closed
@@ -26,6 +26,7 @@ from .series import (
     GAP_BUCKETS,
     LONG_BUCKETS,
     RATIO_BUCKETS,
+    TOKEN_BUCKETS,
     TRANSFER_BUCKETS,
     TTFT_BUCKETS,
     GapHistogram,
@@ -44,7 +45,13 @@ class FinishedRequest(Protocol):
     @property
     def n(self) -> int: ...
     @property
+    def sampling(self) -> SamplingParams: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
     def num_output_tokens(self) -> int: ...
+    @property
+    def num_longest_tokens(self) -> int: ...
     @property
     def num_cached_tokens(self) -> int: ...
     @property
@@ -86,6 +93,12 @@ class RouterMetrics:
         self._queue = histogram("request_queue_time_seconds", "Waiting for a placement", LONG_BUCKETS)
         self._prefill = histogram("request_prefill_time_seconds", "From placement to first token", LONG_BUCKETS)
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last", LONG_BUCKETS)
+        self._inference = histogram("request_inference_time_seconds", "From placement to last token", LONG_BUCKETS)
+        self._prompt_length = histogram("request_prompt_tokens", "Of a request", TOKEN_BUCKETS)
+        self._answer_length = histogram("request_generation_tokens", "Of a request, in all choices", TOKEN_BUCKETS)
+        self._longest = histogram("request_max_num_generation_tokens", "Of its longest choice", TOKEN_BUCKETS)
+        self._asked_length = histogram("request_params_max_tokens", "That a choice may have at most", TOKEN_BUCKETS)
+        self._asked_choices = histogram("request_params_n", "Choices of a request", range(1, MAX_CHOICES + 1))
         self._transfer_s = histogram("kv_transfer_seconds", "First post to last write done", TRANSFER_BUCKETS)
         self._exposed_s = histogram(
             "kv_transfer_exposed_seconds", "Part of a transfer after the last layer was computed", TRANSFER_BUCKETS
@@ -140,17 +153,28 @@ class RouterMetrics:
         stamps = request.timestamps
         self._cached_tokens.inc(request.num_cached_tokens)
         self._embeddings.inc(bool(request.embedding))
+        self._observe_lengths(request)
         if request.is_background:
             return  # nobody waited
         observe_between(self._queue, stamps, "queued", "prefill_start")
         observe_between(self._prefill, stamps, "prefill_start", "first_token")
         observe_between(self._ttft, stamps, "queued", "first_token")
         observe_between(self._decode, stamps, "first_token", "last_token")
+        observe_between(self._inference, stamps, "prefill_start", "last_token")
         if "first_token" in stamps:
             observe_between(self._e2e, stamps, "queued", "finished")
         tokens_after_first = request.num_output_tokens / max(request.n, 1) - 1
         if tokens_after_first > 0 and "last_token" in stamps and "first_token" in stamps:
             self._tpot.observe((stamps["last_token"] - stamps["first_token"]) / tokens_after_first)
+
+    def _observe_lengths(self, request: FinishedRequest) -> None:
+        self._prompt_length.observe(request.num_prompt_tokens)
+        if request.embedding:
+            return
+        self._answer_length.observe(request.num_output_tokens)
+        self._longest.observe(request.num_longest_tokens)
+        self._asked_length.observe(request.sampling.max_tokens)
+        self._asked_choices.observe(request.n)
 
     def on_outcome(self, outcome: CountedOutcome) -> None:
         for metric, value in (

@@ -19,6 +19,8 @@ class PoolGauges(Protocol):
     @property
     def workers(self) -> Sequence[WorkerGauges]: ...
     @property
+    def block_size(self) -> int: ...
+    @property
     def num_queued(self) -> int: ...
     @property
     def queued_by_class(self) -> Mapping[str, int]: ...
@@ -51,6 +53,7 @@ def _vllm_gauges(models: ModelPools) -> Iterator[Metric]:
     yield _vllm(GaugeMetricFamily, "vllm:num_requests_running", running)
     yield _vllm(GaugeMetricFamily, "vllm:num_requests_waiting", waiting)
     yield _vllm(GaugeMetricFamily, "vllm:kv_cache_usage_perc", usage)
+    yield _cache_config(models)
     for name, counter in (
         ("vllm:prefix_cache_queries", "prefix_queries"),
         ("vllm:prefix_cache_hits", "prefix_hits"),
@@ -59,6 +62,18 @@ def _vllm_gauges(models: ModelPools) -> Iterator[Metric]:
         ("vllm:spec_decode_num_accepted_tokens", "accepted_tokens"),
     ):
         yield _vllm(CounterMetricFamily, name, [(names, getattr(status, counter)) for names, status in alive])
+
+
+def _cache_config(models: ModelPools) -> Metric:
+    """Tell the caches' sizes in labels, as vLLM does: pickers of a gateway read how much each engine holds."""
+    labels = ["model_name", "engine", "block_size", "num_gpu_blocks"]
+    samples = [
+        ((model, each.worker_id, str(view.block_size), str(each.status.num_blocks)), 1.0)
+        for model, view in models
+        for each in view.workers
+        if each.status is not None
+    ]
+    return gauge("vllm:cache_config_info", "As vLLM's; engine is the worker, whose device it is", labels, samples)
 
 
 def _vllm(kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, values: _VllmValues) -> Metric:

@@ -16,6 +16,7 @@ LONG_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 3
 GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 TRANSFER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.4, 2, 4, 10)
+TOKEN_BUCKETS = tuple(float(first * 10**power) for power in range(6) for first in (1, 2, 5))  # to 500,000
 BYTES_BUCKETS = tuple(float(4**power * 2**12) for power in range(12))  # 4 KiB to 16 GiB
 
 

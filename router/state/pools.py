@@ -173,6 +173,7 @@ class Pools:
             num_queued=num_queued,
             num_in_flight=num_in_flight,
             now_s=now_s,
+            block_size=self.block_size,
         )
 
     def picture(self, now_s: float) -> PoolView:

@@ -119,6 +119,10 @@ class RouterRequest:
         return sum(len(choice.tokens) for choice in self.choices)
 
     @property
+    def num_longest_tokens(self) -> int:
+        return max(len(choice.tokens) for choice in self.choices)
+
+    @property
     def is_resume(self) -> bool:
         """The next attempt goes on from accepted tokens."""
         return self.num_output_tokens > 0

@@ -81,6 +81,7 @@ class PoolView:
     num_queued: int = 0
     num_in_flight: int = 0
     now_s: float = 0.0
+    block_size: int = 0  # of all workers, tokens; 0: none has joined yet
     queued_by_class: Mapping[str, int] = field(default_factory=dict)
     _order: dict[str, list[Rank]] = field(init=False, repr=False, compare=False, default_factory=dict)
     _by_session: Mapping[int, WorkerView] = field(init=False, repr=False, compare=False, default_factory=dict)

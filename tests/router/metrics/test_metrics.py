@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvferry.common.request import SamplingParams
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.expert_load import ExpertLoad
 from kvferry.wire.workers import ExpertCounts, TransferReport, WorkerStatus
@@ -16,7 +17,10 @@ from kvferry.wire.workers import ExpertCounts, TransferReport, WorkerStatus
 class _Request:
     timestamps: dict[str, float] = field(default_factory=dict)
     n: int = 1
+    sampling: SamplingParams = SamplingParams(max_tokens=40)
+    num_prompt_tokens: int = 1200
     num_output_tokens: int = 11
+    num_longest_tokens: int = 8
     num_cached_tokens: int = 4
     embedding: bytes = b""
     is_background: bool = False
@@ -34,6 +38,7 @@ class _Worker:
 @dataclass
 class _View:
     workers: tuple[_Worker, ...] = ()
+    block_size: int = 32
     num_queued: int = 0
     queued_by_class: dict[str, int] = field(default_factory=dict)
 
@@ -73,6 +78,7 @@ def _finished(metrics: RouterMetrics) -> None:
         ("request_queue_time_seconds", 0.5),
         ("request_prefill_time_seconds", 1.5),
         ("request_decode_time_seconds", 1.0),
+        ("request_inference_time_seconds", 2.5),
         ("e2e_request_latency_seconds", 3.1),
         ("time_per_output_token_seconds", 0.1),
     ],
@@ -85,6 +91,34 @@ def test_latencies_are_differences_of_a_requests_stamps(name: str, seconds: floa
     assert samples[_key(f"vllm:{name}_sum", model_name="m")] == pytest.approx(seconds)
     assert samples[_key(f"vllm:{name}_count", model_name="m")] == 1
     assert samples[_key(f"vllm:{name}_bucket", model_name="m", le="+Inf")] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("request_prompt_tokens", 1200),
+        ("request_generation_tokens", 11),
+        ("request_max_num_generation_tokens", 8),
+        ("request_params_max_tokens", 40),
+        ("request_params_n", 3),
+    ],
+)
+def test_lengths_are_a_requests(name: str, number: int) -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_finished(_Request(n=3))
+    metrics.on_finished(_Request(n=3, is_background=True))
+    samples = _samples(metrics)
+    assert samples[_key(f"kvferry_{name}_sum")] == samples[_key(f"vllm:{name}_sum", model_name="m")] == 2 * number
+    metrics.on_finished(_Request(embedding=b"1"))
+    has_prompt = name == "request_prompt_tokens"
+    assert _samples(metrics)[_key(f"kvferry_{name}_count")] == 2 + has_prompt, "an embedding has no answer"
+
+
+def test_a_gateways_picker_finds_the_caches_sizes() -> None:
+    view = _View((_Worker("d-0", "decode", _status()), _Worker("d-1", "decode", None)))
+    samples = _samples(RouterMetrics("m"), view)
+    found = [dict(labels) for name, labels in samples if name == "vllm:cache_config_info"]
+    assert found == [{"model_name": "m", "engine": "d-0", "block_size": "32", "num_gpu_blocks": "100"}]
 
 
 def test_a_request_that_never_ran_has_no_latencies() -> None:
@@ -360,6 +394,6 @@ def test_placements_are_counted_by_policy_and_reason() -> None:
 
 
 def test_the_queue_is_shown_by_class() -> None:
-    samples = _samples(RouterMetrics("m", ("default", "batch")), _View((), 3, {"batch": 3}))
+    samples = _samples(RouterMetrics("m", ("default", "batch")), _View(num_queued=3, queued_by_class={"batch": 3}))
     assert samples[_key("kvferry_queued_requests_by_class", **{"class": "batch"})] == 3
     assert samples[_key("kvferry_queued_requests_by_class", **{"class": "default"})] == 0
