@@ -193,6 +193,7 @@ class Sequence:
     grammar: CompiledGrammar | None = None  # that the answer follows
     matcher: Matcher | None = None  # the engine's: where the answer stands in it (`engine/masks.py`)
     num_matched_tokens: int = 0  # tokens of the answer that the matcher has taken
+    mask_s: float | None = None  # how long its last mask took to find; None: it has had none
 
     @classmethod
     def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:

@@ -10,7 +10,7 @@ import pytest
 
 from kvferry.common.batch import Batch, BatchRow, GrammarMask, RowOutput
 from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
-from kvferry.engine.mask_thread import MaskThread
+from kvferry.engine.mask_thread import QUICK_S, MaskThread
 from kvferry.engine.masks import with_masks_heeded
 
 HUNG_S = 30.0
@@ -143,6 +143,32 @@ def test_a_costly_matcher_begins_when_the_tokens_of_the_step_before_have_left() 
     left.set()
     assert batch.masks is not None and _words(batch.masks()) == [b"\2", b"\1"]
     assert waits == [0], "and nobody else waits"
+
+
+def test_masks_that_were_quick_are_found_behind_the_forward_pass() -> None:
+    thread, quick = MaskThread(patience_s=HUNG_S), _Grammar(3)
+    rows = [_row(quick), _row(None)]
+    assert _words(_begin(thread, rows)()) == [b"\3", None] and rows[0].seq.mask_s is not None
+    masks = _begin(thread, rows)
+    assert quick.made.num_masks == 1, "nobody looks for it meanwhile"
+    assert _words(masks()) == [b"\3", None] and quick.made.num_masks == 2
+
+
+@pytest.mark.parametrize("spoil", ["costly", "slow", "new beside it"])
+def test_masks_that_may_take_long_are_found_meanwhile(spoil: str) -> None:
+    thread, quick = MaskThread(patience_s=HUNG_S), _Grammar(3)
+    rows = [_row(quick)]
+    _begin(thread, rows)()
+    if spoil == "costly":
+        quick.is_costly = True
+    elif spoil == "slow":
+        rows[0].seq.mask_s = 2 * QUICK_S
+    else:
+        rows.append(_row(_Grammar(4)))
+    masks = _begin(thread, rows)
+    while quick.made.num_masks < 2:
+        pass
+    assert _words(masks())[0] == b"\3" and quick.made.num_masks == 2
 
 
 def test_without_grammars_there_are_no_masks() -> None:
