@@ -100,11 +100,12 @@ simulator/costs      common wire sizing
 NATIVE = """
 sets
 machine    sets
+sampling   machine
 products   machine sets
 attention  machine products sets
 layers     machine products attention
 steps      machine products layers
-native     machine products layers steps
+native     machine products layers steps sampling
 """
 # What may import a heavy library.
 IMPORTERS = {

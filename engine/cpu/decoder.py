@@ -22,7 +22,7 @@ from ..nn.attention.base import LayerPages
 from ..nn.runner import StepStopped
 from ..nn.states import ForeignStateError, LayerStates
 from ..ranks.communicator import Communicator
-from .described import Model, SumOverRanks
+from .described import Draw, Model, Report, SumOverRanks
 from .model import NativeModel
 from .state_runs import state_runs
 
@@ -87,6 +87,9 @@ class NativeDecoder:
         self._forward.restype = ctypes.c_int
         self._stop = ctypes.c_int32(0)
         self._logits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+        self._draw, self._report = library.kvferry_decoder_draw, library.kvferry_decoder_report
+        self._draw.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Draw), ctypes.c_int]
+        self._report.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Report), ctypes.c_int]
         library.kvferry_decoder_new.restype = ctypes.c_void_p
         library.kvferry_decoder_new.argtypes = [
             *(ctypes.POINTER(Model), ctypes.c_bool, ctypes.c_int),
@@ -168,6 +171,14 @@ class NativeDecoder:
         logits = torch.empty(len(hidden), _padded(self._num_logits))
         self._logits(self._handle, len(hidden), hidden.data_ptr(), logits.data_ptr())
         return self._bounded_(self._comm.all_gather(logits[:, : self._num_logits])[:, : self._vocab_size])
+
+    def draw(self, rows: ctypes.Array[Draw], vocab_size: int) -> None:
+        """Draw the tokens of rows of logits."""
+        self._draw(self._handle, len(rows), rows, vocab_size)
+
+    def report(self, rows: ctypes.Array[Report], vocab_size: int) -> None:
+        """Tell of rows of logits what log-probabilities are made of."""
+        self._report(self._handle, len(rows), rows, vocab_size)
 
 
 def _place_states(described: Model, config: StatesConfig, page_stride: int) -> None:

@@ -212,3 +212,30 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_ranks", "first_token", "num_tokens", "adapter_rank")),
         ("state_pages", ctypes.c_void_p),
     ]
+
+
+class Draw(ctypes.Structure):
+    """`Draw` of native/sampling/draws.hpp."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("allowed", ctypes.c_void_p),
+        ("uniforms", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+        ("top_p", ctypes.c_double),
+        ("temperature", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("count", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+    )
+
+
+class Report(ctypes.Structure):
+    """`Report` of native/sampling/draws.hpp."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("best", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+    )

@@ -1,4 +1,4 @@
-"""Steps in C++: a model, or a rank's part of it, on a CPU, its logits sampled in torch."""
+"""Steps in C++: a model, or a rank's part of it, on a CPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ..nn.deterministic import one_thread
 from ..nn.layers import RMSNorm
 from ..nn.plan import StepPlan, logit_rows, pooled_rows
 from ..nn.runner import OnLayer
-from ..sampling.sampling import SampleRow, prompt_logprobs, prompt_logprobs_each, sample, sample_each
+from ..sampling.sampling import SampleRow, prompt_logprobs, prompt_logprobs_each
 from .decoder import NativeDecoder, Step
+from .sampling import NativeSampler
 
 
 class NativeRunner:
@@ -32,8 +33,7 @@ class NativeRunner:
         self._final_norm = final_norm
         self.results = decoder.build if decoder.is_exact else ""
         self._num_pages = num_pages
-        self._eos_token_ids = eos_token_ids
-        self._sample = sample_each if decoder.is_exact else sample
+        self._sampler = NativeSampler(decoder, eos_token_ids)
         self._prompt_logprobs = prompt_logprobs_each if decoder.is_exact else prompt_logprobs
 
     def calculating(self) -> AbstractContextManager[None]:
@@ -61,7 +61,7 @@ class NativeRunner:
         return self._final_norm.in_type_of(states[:, : len(self._final_norm.weight)])
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
-        return self._sample(logits, rows, self._eos_token_ids)
+        return self._sampler.sample(logits, rows)
 
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         return self._prompt_logprobs(logits, targets)

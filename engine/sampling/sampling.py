@@ -64,9 +64,13 @@ class SampleRow:
         return self.output_index < self.params.min_tokens
 
     @property
+    def edits_numbers(self) -> bool:
+        """Tell whether more is done to its logits than a grammar's mask does."""
+        return bool(self.params.logit_bias or self.params.bad_words) or self.forbids_end or self.has_penalties
+
+    @property
     def edits_logits(self) -> bool:
-        p = self.params
-        return bool(p.logit_bias or p.bad_words) or self.forbids_end or self.has_penalties or self.mask is not None
+        return self.edits_numbers or self.mask is not None
 
     @property
     def is_plain(self) -> bool:
@@ -120,7 +124,7 @@ def sample_each(
     logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]
 ) -> list[tuple[SampledToken, ...]]:
     """Do as `sample` does, each row for itself, on a CPU: its results are the same to the bit in any company."""
-    best = _best(logits)
+    best = best_tokens(logits)
     return [
         tuple([SampledToken(token_id) for token_id in best[index] * len(row.choices)])
         if row.is_plain
@@ -137,7 +141,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[i
     logprobs = _report_logprobs(logits, rows)
     for index, row in enumerate(rows):
         if row.edits_logits:
-            _edit(logits[index], row, eos_token_ids)
+            edit_logits(logits[index], row, eos_token_ids)
+            mask_logits(logits[index], row, eos_token_ids)
     token_ids = _choose(logits, rows)
     if logprobs is None:
         return [tuple([SampledToken(token_id) for token_id in ids]) for ids in token_ids]
@@ -210,7 +215,8 @@ def _report_logprobs(logits: Tensor, rows: Sequence[SampleRow]) -> Logprobs | No
 # --- edits, in place on one row -------------------------------------------------------------------------------
 
 
-def _edit(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None:
+def edit_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None:
+    """Do to one row all that its request asks for but its grammar's mask."""
     params, vocab_size = row.params, logits.shape[0]
     if params.logit_bias:
         ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
@@ -219,10 +225,15 @@ def _edit(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None
         logits[[i for i in banned if 0 <= i < vocab_size]] = float("-inf")
     if row.has_penalties:
         _penalize(logits, row)
-    if row.mask is not None:
-        words = row.allowed_words(vocab_size, eos_token_ids)
-        allowed = np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
-        np.copyto(logits.numpy(), -np.inf, where=~allowed)  # torch would wake its threads for every row
+
+
+def mask_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None:
+    """Let only those tokens come in one row that its grammar allows, if it has one."""
+    if row.mask is None:
+        return
+    words = row.allowed_words(logits.shape[0], eos_token_ids)
+    allowed = np.unpackbits(words.view(np.uint8), count=logits.shape[0], bitorder="little").view(np.bool_)
+    np.copyto(logits.numpy(), -np.inf, where=~allowed)  # torch would wake its threads for every row
 
 
 def _penalize(logits: Tensor, row: SampleRow) -> None:
@@ -244,7 +255,7 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
 def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
     """Token ids for each row's choices, none where logits are no distribution; greedy choices of one row are equal,
     random ones have draws of their own."""
-    best = _best(logits)
+    best = best_tokens(logits)
     chosen = [best[index] * len(row.choices) for index, row in enumerate(rows)]
     random = [index for index, row in enumerate(rows) if not row.params.is_greedy and chosen[index]]
     if random:
@@ -257,7 +268,7 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
     return chosen
 
 
-def _best(logits: Tensor) -> list[list[int]]:
+def best_tokens(logits: Tensor) -> list[list[int]]:
     """Return each row's best token, or nothing where its logits are no distribution. On a CPU."""
     values = logits.numpy()  # whose argmax is ten times quicker than torch's
     best = values.argmax(-1)

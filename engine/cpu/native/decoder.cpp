@@ -7,6 +7,7 @@
 //            where a layer keeps latents, in place of qkv and before o: latents.hpp; where it keeps a state, in place of all
 //            between norm and o, or beside all of it: state_stages.hpp
 //   logits:  norm -> head
+//   draw:    logits -> tokens; report: logits -> log-probabilities
 //
 // Each way to share this out among threads is a class: few_tokens.hpp, many_tokens.hpp, several_ranks.hpp. What they share
 // stands in stages.hpp and workspace.hpp.
@@ -22,6 +23,7 @@
 #include "steps/stages.hpp"
 #include "layers/step.hpp"
 #include "products/strips.hpp"
+#include "sampling/draws.hpp"
 #include "steps/threads.hpp"
 #include "steps/wanted_tokens.hpp"
 #include "steps/workspace.hpp"
@@ -34,7 +36,7 @@ enum { kStopped, kWhole, kForeignState };  // how a step ends; declared once mor
 class Decoder {
 public:
     Decoder(const Model& model, bool is_exact, int max_threads, const Cores& cores)
-        : w_(model, is_exact, max_threads), threads_(max_threads, cores) {
+        : w_(model, is_exact, max_threads), threads_(max_threads, cores), samplers_(max_threads) {
         const auto deadline = std::chrono::steady_clock::now() + kLargePagesWithin;
         use_large_pages(model.head, deadline);
         if (model.inputs != nullptr) use_large_pages(model.inputs->made.weight, deadline);
@@ -103,6 +105,14 @@ public:
         threads_.leave();
     }
 
+    // job(sampler, row) for each row, of which one is too little to share out.
+    template <class Job>
+    void sample(long rows, Job job) {
+        if (rows == 1) return job(samplers_[0], 0);
+        threads_.run([&](Team::Member& by) { by.take(rows, 1, [&](long row, long) { job(samplers_[by.rank()], row); }); });
+        threads_.leave();
+    }
+
 private:
     bool run(Step& step, Range layers) {
         step.layers = layers;
@@ -131,6 +141,7 @@ private:
 
     Workspace w_;
     Threads threads_;
+    std::vector<RowSampler> samplers_;  // of each rank
     Stages stages_{w_};
     FewTokens few_{w_, stages_, threads_};
     ManyTokens many_{w_, stages_, threads_, few_};
@@ -210,5 +221,14 @@ int kvferry_decoder_num_threads(void* decoder) { return static_cast<Decoder*>(de
 // `hidden` [rows][hidden_size padded to 64] -> `logits` [rows][vocab_size padded to 64]
 void kvferry_decoder_logits(void* decoder, int rows, const float* hidden, float* logits) {
     static_cast<Decoder*>(decoder)->logits(rows, hidden, logits);
+}
+
+// For each of `rows` rows of `size` logits.
+void kvferry_decoder_draw(void* decoder, int rows, const Draw* draws, int size) {
+    static_cast<Decoder*>(decoder)->sample(rows, [&](RowSampler& by, long row) { by.draw(draws[row], size); });
+}
+
+void kvferry_decoder_report(void* decoder, int rows, const Report* reports, int size) {
+    static_cast<Decoder*>(decoder)->sample(rows, [&](RowSampler& by, long row) { by.report(reports[row], size); });
 }
 }
