@@ -117,7 +117,7 @@ class Grammars(Protocol):
 
 
 def white_space(kind: str) -> dict[str, object]:
-    """Return what llguidance is told of the white space in texts of a kind of JSON."""
+    """Return the options of a kind of JSON about white space between its parts, in the words of what compiles it."""
     return {"whitespace_flexible": False} if kind.startswith(COMPACT) else {"whitespace_pattern": WHITE_SPACE}
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...common.request import SampledToken
-from ..sampling.sampling import SampleRow, best_tokens, edit_logits, mask_logits, uniform
+from ..sampling.sampling import SampleRow, best_tokens, edit_logits, mask_logits, plain_tokens, uniform
 from .decoder import NativeDecoder
 from .described import Draw, Report
 
@@ -31,6 +31,8 @@ class NativeSampler:
 
         `logits` [rows, vocab] float32 is overwritten where rows edit it.
         """
+        if all(row.is_plain for row in rows):
+            return list(map(plain_tokens, best_tokens(logits), rows))
         logprobs = self._logprobs(logits, rows)
         for index, row in enumerate(rows):
             if row.edits_numbers:

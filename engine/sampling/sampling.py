@@ -126,11 +126,16 @@ def sample_each(
     """Do as `sample` does, each row for itself, on a CPU: its results are the same to the bit in any company."""
     best = best_tokens(logits)
     return [
-        tuple([SampledToken(token_id) for token_id in best[index] * len(row.choices)])
+        plain_tokens(best[index], row)
         if row.is_plain
         else sample(logits[index : index + 1].clone(), [row], eos_token_ids)[0]
         for index, row in enumerate(rows)
     ]
+
+
+def plain_tokens(best: list[int], row: SampleRow) -> tuple[SampledToken, ...]:
+    """Return the tokens of a plain row, of its best one."""
+    return tuple([SampledToken(token_id) for token_id in best * len(row.choices)])
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]) -> list[tuple[SampledToken, ...]]:

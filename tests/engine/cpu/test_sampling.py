@@ -15,6 +15,7 @@ from kvferry.engine.cpu.sampling import NativeSampler
 from kvferry.engine.sampling.sampling import SampleRow, sample
 from kvferry.tests.checkpoints import write_checkpoint
 from kvferry.tests.engine_driver import make_engine
+from kvferry.tests.sampled import assert_same
 
 EOS = frozenset({1, 3})
 SIZES = (1, 15, 16, 63, 300, 515, 4096 + 7)  # around vectors, blocks and words
@@ -70,15 +71,7 @@ def test_tokens_and_log_probabilities_are_torchs(sampler: NativeSampler, data: s
         for _ in range(data.draw(st.integers(1, 5)))
     ]
     logits = logits_of(len(rows), size, seed)
-    wanted = sample(logits.clone(), rows, EOS)
-    found = sampler.sample(logits.clone(), rows)
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert [token.token_id for token in ours] == [token.token_id for token in theirs]
-        for token, other in zip(ours, theirs, strict=True):
-            assert (token.logprob is None) == (other.logprob is None)
-            assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
-            assert [i for i, _ in token.top] == [i for i, _ in other.top]
-            assert [value for _, value in token.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
+    assert_same(sampler.sample(logits.clone(), rows), sample(logits.clone(), rows, EOS))
 
 
 def test_a_row_is_the_same_in_any_company(sampler: NativeSampler) -> None:

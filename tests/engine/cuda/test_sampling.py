@@ -14,6 +14,7 @@ from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.engine.cuda.kernels import FusedKernels, Kernels, TorchKernels
 from kvferry.engine.cuda.sampling import DeviceSampler, invert
 from kvferry.engine.sampling.sampling import SampleRow, sample
+from kvferry.tests.sampled import assert_same
 
 VOCAB = 700
 EOS = frozenset({1, 3})
@@ -62,22 +63,12 @@ def _on_device(
     return draws.read()
 
 
-def _assert_same(found: list[tuple[SampledToken, ...]], expected: list[tuple[SampledToken, ...]]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [token.token_id for token in ours] == [token.token_id for token in theirs]
-        for token, other in zip(ours, theirs, strict=True):
-            assert (token.logprob is None) == (other.logprob is None)
-            assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
-            assert [i for i, _ in token.top] == [i for i, _ in other.top]
-            assert [value for _, value in token.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
-
-
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(_rows, min_size=1, max_size=6), seed=st.integers(0, 1000))
 def test_tokens_are_those_of_the_host(rows: list[SampleRow], seed: int) -> None:
     logits = _logits(len(rows), seed)
-    _assert_same(_on_device(logits.clone(), rows), sample(logits, rows, EOS))
+    assert_same(_on_device(logits.clone(), rows), sample(logits, rows, EOS))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu, needs_flashinfer])])
@@ -93,7 +84,7 @@ def test_the_first_of_equal_logits_is_the_best(device: str, vocab_size: int) -> 
     found = _on_device(logits.clone(), greedy, device, kernels)
     assert [tokens[0].token_id for tokens in found] == [first for first, _ in places]
     drawn = [SampleRow(SamplingParams(seed=seed, top_k=1), (0,), [4, 5], 1) for seed in range(6)]
-    _assert_same(_on_device(logits.clone(), drawn, device, kernels), sample(logits, drawn, EOS))
+    assert_same(_on_device(logits.clone(), drawn, device, kernels), sample(logits, drawn, EOS))
 
 
 def test_a_row_draws_the_same_whatever_stands_beside_it() -> None:
@@ -151,7 +142,7 @@ def test_seeded_rows_draw_on_a_gpu_as_on_the_host(vocab_size: int) -> None:
     rows = [SampleRow(each, (0, 1) if index % 2 else (0,), tokens, 4) for index, each in enumerate(params)]
     for seed in range(20):
         logits = _logits(len(rows), seed, vocab_size)
-        _assert_same(_on_device(logits.clone(), rows, "cuda", kernels), sample(logits, rows, EOS))
+        assert_same(_on_device(logits.clone(), rows, "cuda", kernels), sample(logits, rows, EOS))
 
 
 @pytest.mark.gpu
