@@ -165,8 +165,10 @@ class WeightCounter:
     def _matrix_bytes(self, matrix: Matrix) -> int:
         if self._are_stacked and is_expert(matrix.modules[0]):
             return self._stacked_bytes(matrix)
-        if self._quantization is None or makes_heads(matrix):
-            if self._widened is not None and not makes_heads(matrix):
+        if makes_heads(matrix):
+            return self._plain_bytes(matrix)
+        if self._quantization is None:
+            if self._widened is not None:
                 _form(self._widened, matrix)  # torch loads it by ranks all the same
             return self._plain_bytes(matrix)
         if (form := self._kept_float8(matrix)) is not None:

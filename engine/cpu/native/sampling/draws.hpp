@@ -1,10 +1,10 @@
 // Draws a row's tokens from its logits, and tells of log-probabilities, in a few passes over the row. The rules are those of
 // engine/sampling/draws.py; sums are float64 in an order of their own, so that every instruction set finds the same tokens.
 //
-//   forbid: -inf in place of the logits of tokens that may not come
-//   weigh:  e^((logit - largest) / temperature)
-//   keep:   zeros in place of the weights that min-p, top-k and top-p leave out
-//   find:   the first token whose cumulative weight exceeds a share of the whole
+//   allowed: -inf in place of the logits of tokens that may not come
+//   weigh:   e^((logit - largest) / temperature)
+//   keep:    zeros in place of the weights that min-p, top-k and top-p leave out
+//   find:    the first token whose cumulative weight exceeds a share of the whole
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 #include "machine/vectors.hpp"
 
-// What is drawn from a row; declared once more in engine/cpu/sampling.py.
+// What is drawn from a row; declared once more in engine/cpu/described.py.
 struct Draw {
     const float* logits;           // [vocabulary]
     const std::uint32_t* allowed;  // a bit for each token: it may come; null: all may
@@ -28,7 +28,7 @@ struct Draw {
     std::int32_t count, top_k;  // 0: all tokens
 };
 
-// What is told of a row; declared once more in engine/cpu/sampling.py.
+// What is told of a row; declared once more in engine/cpu/described.py.
 struct Report {
     const float* logits;  // [vocabulary]
     std::int32_t* best;   // [count] get the tokens of the largest logits, in their order, of equal ones the first
