@@ -9,10 +9,11 @@ Drill.settle         every worker is there, no block is held and none is in quar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,12 +197,26 @@ class LocalDrill(Drill):
 
     def kill(self, worker_ids: Sequence[str]) -> None:
         """All at once. `settle` waits for others in their places: nobody may have noticed yet that they are gone."""
+        victims = {}
         for worker_id in worker_ids:
-            [self.killed[worker_id]] = self._children(worker_id)
+            [victims[worker_id]] = self._children(worker_id)
+        self.killed |= victims
         # Nothing else in between: a router that is quicker tries a request on one that lives still, and then it is one
         # that three workers died of.
-        for pid in [child.pid for child in self.killed.values()]:
+        for pid in [child.pid for child in victims.values()]:
             os.kill(pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def workers_stand_still(self) -> Iterator[None]:
+        """For less time than a router takes one for hung that is silent."""
+        workers = [*self.cluster.programs("p-"), *self.cluster.programs("d-")]
+        for worker in workers:
+            worker.suspend()
+        try:
+            yield
+        finally:
+            for worker in workers:
+                worker.resume()
 
     def settle(self, *, quarantine_ends: bool = True) -> None:
         def is_replaced() -> bool:
