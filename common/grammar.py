@@ -7,8 +7,8 @@ brought up to them, and one of another attempt or worker is made anew from them.
 handoff after the first token and a resume after a worker's death need no message about grammars. What compiles them is
 in `grammar/`; this module knows no library and no tokenizer.
 
-A prefill worker chooses first tokens and no others. It compiles nothing: the mask of first tokens was found where the
-grammar was checked, and comes with the task.
+The mask of first tokens was found where the grammar was checked, and comes with the task. So a prefill worker, which
+chooses first tokens and no others, compiles nothing, and on a decode worker no prompt waits for its grammar.
 """
 
 from __future__ import annotations
@@ -111,8 +111,11 @@ class CompiledGrammar(Protocol):
 class Grammars(Protocol):
     """The grammars of a worker."""
 
-    def get(self, grammar: Grammar) -> CompiledGrammar:
-        """Return the grammar at once, and begin to compile it if nobody has. Who waits for it is woken."""
+    def get(self, grammar: Grammar, *, is_awaited: bool) -> CompiledGrammar:
+        """Return the grammar at once, and begin to compile it if nobody has. Who waits for it is woken.
+
+        `is_awaited`: an answer cannot go on without it. Until then it is compiled where a core is idle.
+        """
         ...
 
 

@@ -33,9 +33,10 @@ class Served:
             return "grammar", f"a grammar ({spec.grammar.kind!r}) is asked for, this version follows none"
         return None
 
-    def grammar(self, spec: RequestSpec) -> CompiledGrammar | None:
-        """Return the grammar that answers follow, compiled from now on; None: they follow none, or none is followed."""
-        return None if spec.grammar is None or self.grammars is None else self.grammars.get(spec.grammar)
+    def grammar(self, spec: RequestSpec, *, is_awaited: bool) -> CompiledGrammar | None:
+        """Return the grammar that answers follow, by `Grammars.get`; None: they follow none, or none is followed."""
+        asked, grammars = spec.grammar, self.grammars
+        return None if asked is None or grammars is None else grammars.get(asked, is_awaited=is_awaited)
 
     def adapter(self, spec: RequestSpec) -> HeldAdapter | None:
         """Return the adapter that a request names, loaded from now on; None: it names none, or none are applied."""

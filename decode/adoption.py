@@ -73,7 +73,7 @@ class Adoption:
         spec = reservation.spec
         request = RunningRequest(reservation.router_id, spec, expiry_s(spec, self._clock.now()))
         request.num_cached_tokens = reservation.num_cached_by_writer
-        request.grammar = self._served.grammar(spec)  # compiled since its reservation
+        request.grammar = self._served.grammar(spec, is_awaited=True)  # compiled since its reservation
         request.held_adapter = self._served.adapter(spec)  # loaded since then
         self._requests.add(request)
         first = {choice.choice: choice for choice in reservation.first_tokens}

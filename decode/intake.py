@@ -60,7 +60,7 @@ class Intake:
             no = NoCapacity(request_id=spec.request_id, attempt=spec.attempt, reason=reason, detail=detail)
             self.to_router(router_id, no)
             return
-        self.served.grammar(spec)  # compiled while the prompt is
+        self.served.grammar(spec, is_awaited=False)  # compiled while the prompt is
         self.served.adapter(spec)  # and loaded
         self.promises.reserve(router_id, message)
 
@@ -84,7 +84,7 @@ class Intake:
             self.refuse(router_id, spec, *refusal)
             return
         try:
-            self.local.begin(router_id, spec, message.fetch, tokens_behind=message.tokens_behind)
+            self.local.begin(router_id, message)
         except CapacityError as error:
             self.refuse(router_id, spec, "never_fits", str(error))
 

@@ -13,7 +13,7 @@ from ..common.request import RequestSpec, Sequence
 from ..common.served import Served
 from ..kvcache.contents import Contents
 from ..transfer.fetch.fetches import Fetches
-from ..wire.tasks import FetchFrom
+from ..wire.tasks import FetchFrom, LocalTask
 from .requests import RunningRequests
 from .running import RunningRequest, expiry_s
 from .scheduler import DecodeScheduler
@@ -40,19 +40,18 @@ class LocalRequests:
         self._contents = contents
         self._served = served
 
-    def begin(
-        self, router_id: str, spec: RequestSpec, source: FetchFrom | None, *, tokens_behind: int | None = None
-    ) -> None:
-        """`tokens_behind`: of prompts that wait for this worker in the router's queue; None: for prefill workers.
-
-        Raises CapacityError: it can never fit, and nothing of it is here.
-        """
+    def begin(self, router_id: str, task: LocalTask) -> None:
+        """Begin its request. Raises CapacityError: it can never fit, and nothing of it is here."""
+        spec, source = task.spec, task.fetch
         request = RunningRequest(router_id, spec, expiry_s(spec, self._clock.now()))
-        request.grammar = self._served.grammar(spec)
+        first = task.first_grammar()
+        request.grammar = grammar = self._served.grammar(spec, is_awaited=first is None)
         request.held_adapter = self._served.adapter(spec)
+        if grammar is not None and not grammar.is_ready and first is not None:
+            grammar = first  # the prompt does not wait for it, nor do its cores: it is compiled where they are idle
         try:
             for seq in self._prompt_sequences(spec):
-                seq.grammar, seq.held_adapter = request.grammar, request.held_adapter
+                seq.grammar, seq.held_adapter = grammar, request.held_adapter
                 self._scheduler.add(seq)
                 request.sequences[seq.choice] = seq
         except CapacityError:
@@ -60,7 +59,7 @@ class LocalRequests:
                 self._scheduler.remove(seq)
             raise
         self._requests.add(request)
-        self._scheduler.pace.tokens_behind = tokens_behind
+        self._scheduler.pace.tokens_behind = task.tokens_behind
         fetches = self._fetches()
         if source is not None and fetches is not None:
             self._fetch(list(request.sequences.values()), source, fetches)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from ..common.batch import Batch, BatchRow, RowOutput, Run, StepOutput
 from ..common.request import FinishReason, SampledToken, Sequence, finish_reason
+from ..common.served import Served
 from ..kvcache.contents import Contents
 from ..wire.fields import Message
 from ..wire.results import ChoiceTokens, in_pieces, nothing_to_choose
@@ -30,6 +31,7 @@ class StepResults:
         to_router: Callable[[str, Message], None],
         *,
         contents: Contents,
+        served: Served,
         eos_token_ids: frozenset[int],
         max_model_len: int,
     ) -> None:
@@ -38,6 +40,7 @@ class StepResults:
         self._outbox = outbox
         self._to_router = to_router
         self._contents = contents
+        self._served = served
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
         self.num_nonfinite_rows = 0
@@ -89,6 +92,9 @@ class StepResults:
             return
         choices, seq.pending_choices = seq.pending_choices, ()
         request.num_cached_tokens = seq.num_cached_tokens
+        if seq.grammar is not request.grammar:  # the mask of first tokens
+            seq.grammar, seq.matcher = self._served.grammar(request.spec, is_awaited=True), None
+            request.grammar = seq.grammar
         runs = {choice: run for choice, run in zip(choices, result.runs, strict=True) if choice not in request.dropped}
         for choice, run in runs.items():
             if choice != seq.choice:

@@ -96,6 +96,7 @@ class DecodeRole:
             self._outbox,
             to_router,
             contents=contents,
+            served=served,
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
         )

@@ -37,13 +37,17 @@ class FakeGrammar:
 
 
 class FakeGrammars:
-    """Implements `common.grammar.Grammars`. `asked`: the grammars, in order, each once for every question."""
+    """Implements `common.grammar.Grammars`. `asked`: the grammars, in order, each once for every question; `awaited`:
+    those that an answer could not go on without."""
 
     def __init__(self, *, are_ready: bool = False) -> None:
         self.asked: list[Grammar] = []
+        self.awaited: list[Grammar] = []
         self.known: dict[Grammar, FakeGrammar] = {}
         self._are_ready = are_ready
 
-    def get(self, grammar: Grammar) -> FakeGrammar:
+    def get(self, grammar: Grammar, *, is_awaited: bool) -> FakeGrammar:
         self.asked.append(grammar)
+        if is_awaited:
+            self.awaited.append(grammar)
         return self.known.setdefault(grammar, FakeGrammar(is_ready=self._are_ready))

@@ -1,4 +1,4 @@
-"""A prefill worker's part of a grammar: which tokens an answer may begin with, as they come with its task."""
+"""A part of a grammar: which tokens an answer may begin with, as they come with a worker's task."""
 
 from __future__ import annotations
 

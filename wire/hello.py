@@ -13,8 +13,9 @@ from .fields import Message, Name, Nonce, Text
 # (`WorkerStatus.experts`). Version 9 tells a worker how long the prompts are that wait for it
 # (`LocalTask.tokens_behind`). Version 10 has the mask of first tokens come with a prompt (`PrefillTask.first_mask`).
 # Version 11 tells the rank of a prompt's token (`SampledToken.rank`). Version 12 has heartbeats count adapters that are
-# being loaded (`WorkerStatus.loading_adapters`).
-PROTOCOL_VERSION = 15
+# being loaded (`WorkerStatus.loading_adapters`). Version 16 has the mask of first tokens come with a prompt that a
+# decode worker computes, too (`LocalTask.first_mask`).
+PROTOCOL_VERSION = 16
 
 
 class Challenge(Message):

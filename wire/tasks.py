@@ -39,6 +39,18 @@ class LocalTask(Message):
     spec: RequestSpec
     fetch: FetchFrom | None = None
     tokens_behind: Count | None = None  # of prompts that wait in the queue for it; None: they wait for prefill workers
+    first_mask: PackedMask = b""  # of the tokens to sample (`common.grammar.pack_mask`); empty: the worker finds it
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
+        if self.first_mask:
+            if self.spec.grammar is None or self.spec.is_resume:
+                raise ValueError("a mask of first tokens comes where they are sampled by a grammar, and only there")
+            unpack_mask(self.first_mask)
+
+    def first_grammar(self) -> FirstMask | None:
+        """Return what the first tokens follow; None: no grammar, or the request's own."""
+        return _first_grammar(self.first_mask)
 
 
 class PrefillTask(Message):
@@ -60,7 +72,11 @@ class PrefillTask(Message):
 
     def first_grammar(self) -> FirstMask | None:
         """Return what the first tokens follow; None: no grammar."""
-        return FirstMask(unpack_mask(self.first_mask)) if self.first_mask else None
+        return _first_grammar(self.first_mask)
+
+
+def _first_grammar(packed: bytes) -> FirstMask | None:
+    return FirstMask(unpack_mask(packed)) if packed else None
 
 
 class EmbedTask(Message):

@@ -148,7 +148,7 @@ def valid_messages() -> list[Message]:
         ),
         CacheChange(seq=1, stored=b"h" * 32, evicted=b"e" * 16, tier="host"),
         ReserveKV(spec=spec, max_local_tokens=8),
-        LocalTask(spec=spec),
+        LocalTask(spec=msgspec.structs.replace(spec, outputs=()), first_mask=pack_mask(b"\1" * 64)),
         PrefillTask(
             spec=spec,
             grant=grant,

@@ -196,7 +196,8 @@ class Attempt:
         self._note_task(now_s)
         spec, pooling = self.request.spec(self._remaining_s(now_s)), self.request.pooling
         if pooling is None:
-            self.decode.link.send(LocalTask(spec=spec, fetch=self.fetch, tokens_behind=self.tokens_behind))
+            behind, mask = self.tokens_behind, self.request.first_mask
+            self.decode.link.send(LocalTask(spec=spec, fetch=self.fetch, tokens_behind=behind, first_mask=mask))
         else:
             self.decode.link.send(EmbedTask(spec=spec, pooling=pooling, fetch=self.fetch))
 

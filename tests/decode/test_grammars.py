@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvferry.common.batch import RowKind, RowOutput, StepOutput
-from kvferry.common.grammar import Grammar
+from kvferry.common.grammar import Grammar, pack_mask
 from kvferry.common.request import SamplingParams
 from kvferry.tests.fake_grammars import FakeGrammars
 from kvferry.wire.results import NoCapacity, TaskRefused, WorkerFailure
@@ -42,6 +42,39 @@ def test_a_local_prompt_waits_and_lets_others_pass() -> None:
     assert sorted(_rows(bench)) == [("a", 9), ("b", 1)]
     bench.run()
     assert bench.tokens("a") == {0: [(index, 9) for index in range(4)]} and bench.role.is_quiet
+
+
+def test_a_prompt_whose_first_tokens_are_known_does_not_wait_for_its_grammar() -> None:
+    bench, grammars = _bench()
+    spec = bench.spec("a", 9, n=2, grammar=GRAMMAR)
+    bench.send(LocalTask(spec=spec, first_mask=pack_mask(b"\x02" * 64)))
+    batch = bench.step()
+    assert batch is not None
+    [row] = batch.rows
+    assert row.num_scheduled_tokens == 9 and bench.tokens("a") == {0: [(0, 9)], 1: [(0, 9)]}
+    assert grammars.awaited == [GRAMMAR], "its first tokens are there, and go on by the grammar"
+    assert bench.step() is None
+    grammars.known[GRAMMAR].is_ready = True
+    batch = bench.step()
+    assert batch is not None and [row.seq.grammar for row in batch.rows] == [grammars.known[GRAMMAR]] * 2
+    bench.run()
+    assert bench.tokens("a") == {choice: [(index, 9) for index in range(4)] for choice in (0, 1)}
+
+
+def test_first_tokens_of_a_grammar_that_is_known_may_force_others() -> None:
+    bench, grammars = _bench()
+    grammars.get(GRAMMAR, is_awaited=False).is_ready = True
+    bench.send(LocalTask(spec=bench.spec("a", 9, grammar=GRAMMAR), first_mask=pack_mask(b"\x02" * 64)))
+    batch = bench.step()
+    assert batch is not None and batch.rows[0].seq.grammar is grammars.known[GRAMMAR]
+
+
+def test_what_has_no_mask_or_goes_on_is_awaited_at_once() -> None:
+    bench, grammars = _bench()
+    bench.send(ReserveKV(spec=bench.spec("a", 6, grammar=GRAMMAR)))
+    assert grammars.awaited == []
+    bench.send(LocalTask(spec=bench.spec("b", 6, outputs=([5],), grammar=GRAMMAR)))
+    assert grammars.awaited == [GRAMMAR]
 
 
 def test_if_its_grammar_is_late_a_prompt_is_computed_but_for_its_last_token() -> None:

@@ -14,7 +14,8 @@ from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.engine.masks import next_mask
 from kvferry.grammar import compiler
 from kvferry.grammar.compiler import LATE_S, GrammarCompiler
-from kvferry.grammar.matching import Vocabulary
+from kvferry.grammar.matching import Vocabulary, compile_checked
+from kvferry.grammar.thinking import FirstMatcher
 from kvferry.tests.checkpoints import write_tokenizer
 from kvferry.tests.fake_clock import FakeClock
 
@@ -51,7 +52,7 @@ def bench(tmp_path: Path) -> Iterator[_Bench]:
 
 
 def test_a_grammar_is_there_at_once_and_ready_later(bench: _Bench) -> None:
-    found = bench.compiler.get(Grammar("regex", b"a"))
+    found = bench.compiler.get(Grammar("regex", b"a"), is_awaited=True)
     states = [found.is_ready, found.is_late]
     bench.clock.advance(LATE_S)
     states += [found.is_ready, found.is_late]
@@ -69,16 +70,16 @@ def test_what_takes_long_to_compile_is_costly_to_match(
 ) -> None:
     monkeypatch.setattr(compiler, "COSTLY_S", bound_s)
     bench.may_load.set()
-    found = bench.compiler.get(Grammar("regex", b"a+"))
+    found = bench.compiler.get(Grammar("regex", b"a+"), is_awaited=True)
     bench.wait()
     assert found.is_ready and found.is_costly == is_costly
 
 
 def test_an_equal_grammar_is_compiled_once_and_the_vocabulary_read_once(bench: _Bench) -> None:
     bench.may_load.set()
-    first = bench.compiler.get(Grammar("regex", b"a"))
-    assert bench.compiler.get(Grammar("regex", b"a")) is first
-    assert bench.compiler.get(Grammar("choice", b'["a"]')) is not first
+    first = bench.compiler.get(Grammar("regex", b"a"), is_awaited=True)
+    assert bench.compiler.get(Grammar("regex", b"a"), is_awaited=True) is first
+    assert bench.compiler.get(Grammar("choice", b'["a"]'), is_awaited=True) is not first
     bench.wait()
     bench.wait()
     assert bench.num_loaded == 1
@@ -86,10 +87,38 @@ def test_an_equal_grammar_is_compiled_once_and_the_vocabulary_read_once(bench: _
 
 def test_who_can_never_be_ready_says_why_and_is_tried_anew(bench: _Bench) -> None:
     bench.may_load.set()
-    found = bench.compiler.get(Grammar("regex", b"("))
+    found = bench.compiler.get(Grammar("regex", b"("), is_awaited=True)
     bench.wait()
     assert not found.is_ready and "unclosed group" in found.failure
-    assert bench.compiler.get(Grammar("regex", b"(")) is not found
+    assert bench.compiler.get(Grammar("regex", b"("), is_awaited=True) is not found
+
+
+def test_a_grammar_is_compiled_aside_until_an_answer_waits_for_it(
+    bench: _Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.may_load.set()
+    bench.compiler.get(Grammar("regex", b"a"), is_awaited=False)  # with which the vocabulary is read, and not aside
+    bench.wait()
+    may_go, threads, given_way = threading.Event(), list[str](), list[int]()
+
+    def compile_here(vocabulary: Vocabulary, grammar: Grammar) -> FirstMatcher:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        assert "aside" not in threads[-1] or may_go.wait(LIMIT_S)
+        return compile_checked(vocabulary, grammar)
+
+    monkeypatch.setattr(compiler, "compile_checked", compile_here)
+    monkeypatch.setattr(compiler, "give_way", given_way.append)
+    one, other = Grammar("regex", b"b"), Grammar("regex", b"c")
+    found = bench.compiler.get(one, is_awaited=False)
+    bench.compiler.get(other, is_awaited=False)
+    assert bench.compiler.get(one, is_awaited=True) is found
+    bench.wait()
+    assert found.is_ready and bench.compiler.get(one, is_awaited=True) is found and len(given_way) == 1
+    may_go.set()
+    bench.wait()
+    bench.wait()
+    assert bench.compiler.get(other, is_awaited=False).is_ready
+    assert sorted(threads) == ["grammar", "grammar-aside", "grammar-aside"]
 
 
 def test_a_model_without_ends_fails_its_grammars_and_no_thread(tmp_path: Path) -> None:
@@ -99,7 +128,7 @@ def test_a_model_without_ends_fails_its_grammars_and_no_thread(tmp_path: Path) -
     told = threading.Semaphore(0)
     threads = GrammarCompiler(load, FakeClock(), told.release)
     for text in (b"a", b"b"):
-        found = threads.get(Grammar("regex", text))
+        found = threads.get(Grammar("regex", text), is_awaited=True)
         assert told.acquire(timeout=LIMIT_S)
         assert found.failure == "no end token"
     threads.close()
@@ -108,11 +137,11 @@ def test_a_model_without_ends_fails_its_grammars_and_no_thread(tmp_path: Path) -
 def test_those_that_were_not_used_for_longest_go(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "MAX_KEPT", 2)
     bench.may_load.set()
-    first, second = (bench.compiler.get(Grammar("regex", text)) for text in (b"a", b"b"))
-    assert bench.compiler.get(Grammar("regex", b"a")) is first
-    bench.compiler.get(Grammar("regex", b"c"))
-    assert bench.compiler.get(Grammar("regex", b"a")) is first
-    assert bench.compiler.get(Grammar("regex", b"b")) is not second
+    first, second = (bench.compiler.get(Grammar("regex", text), is_awaited=True) for text in (b"a", b"b"))
+    assert bench.compiler.get(Grammar("regex", b"a"), is_awaited=True) is first
+    bench.compiler.get(Grammar("regex", b"c"), is_awaited=True)
+    assert bench.compiler.get(Grammar("regex", b"a"), is_awaited=True) is first
+    assert bench.compiler.get(Grammar("regex", b"b"), is_awaited=True) is not second
     for _ in range(4):
         bench.wait()
     assert second.is_ready, "who has it keeps it"

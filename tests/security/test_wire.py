@@ -13,12 +13,12 @@ from kvferry.benchmarks.fuzz.corpus import DECODERS, attack_frames
 from kvferry.benchmarks.fuzz.messages import valid_messages
 from kvferry.common.errors import ProtocolError
 from kvferry.common.grammar import MAX_MASK_BYTES, pack_mask
-from kvferry.common.request import RequestSpec, SamplingParams
+from kvferry.common.request import RequestSpec, SamplingParams, pack_ids
 from kvferry.wire.codec import encode
 from kvferry.wire.fields import Message
 from kvferry.wire.handoff import KVArrived
 from kvferry.wire.results import Embedding
-from kvferry.wire.tasks import EmbedTask, PrefillTask
+from kvferry.wire.tasks import EmbedTask, LocalTask, PrefillTask
 
 MAX_GROWTH = 32  # bytes in memory for each byte of a frame
 
@@ -135,6 +135,16 @@ def test_a_mask_of_first_tokens_is_whole_and_bounded(mask: bytes) -> None:
     fields = msgspec.msgpack.decode(encode(sound))
     assert DECODERS[1].decode(msgspec.msgpack.encode(fields | {"first_mask": pack_mask(b"\1" * MAX_MASK_BYTES)}))
     for other in ({"first_mask": mask}, {"sample": False}):
+        with pytest.raises(ProtocolError):
+            DECODERS[1].decode(msgspec.msgpack.encode(fields | other))
+
+
+def test_a_mask_of_first_tokens_comes_with_a_local_prompt_that_follows_a_grammar() -> None:
+    sound = next(message for message in valid_messages() if isinstance(message, LocalTask))
+    fields = msgspec.msgpack.decode(encode(sound))
+    assert DECODERS[1].decode(msgspec.msgpack.encode(fields | {"first_mask": b""}))
+    spec, outputs = fields["spec"], {"outputs": [pack_ids([5]) for _ in fields["spec"]["choices"]]}
+    for other in ({"first_mask": b"no mask"}, {"spec": spec | {"grammar": None}}, {"spec": spec | outputs}):
         with pytest.raises(ProtocolError):
             DECODERS[1].decode(msgspec.msgpack.encode(fields | other))
 

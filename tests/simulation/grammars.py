@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LATE_S = 0.01
 _LATE_SHARE = 0.1  # of masks
+AWAITED_S = 0.002  # is compiled within
 MAX_COMPILE_S = 0.05  # some steps: requests overtake those whose grammar is not ready
 
 
@@ -87,13 +88,17 @@ class SimGrammars:
         self._worker = worker
         self._known: dict[Grammar, SimGrammar] = {}
 
-    def get(self, grammar: Grammar) -> SimGrammar:
+    def get(self, grammar: Grammar, *, is_awaited: bool) -> SimGrammar:
         if grammar not in self._known:
             known = self._known[grammar] = SimGrammar(int(grammar.text), self._worker.world.tally.seen)
             takes_s = self._worker.world.kernel.random.uniform(0, MAX_COMPILE_S)
             self._worker.process.after(takes_s, self._compiled, known)
             self._worker.process.after(LATE_S, self._late, known)
-        return self._known[grammar]
+        found = self._known[grammar]
+        if is_awaited and not found.is_ready:
+            self._worker.world.tally.seen["grammars that an answer waited for"] += 1
+            self._worker.process.after(AWAITED_S, self._compiled, found)
+        return found
 
     def _late(self, known: SimGrammar) -> None:
         known.is_late = not known.is_ready

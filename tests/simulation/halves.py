@@ -14,7 +14,7 @@ WAYS = (
     *("role change with prompt", "role change with shipment", "role change with answer", "role change in a drain"),
     *("role change with granted reservation", "role change with open reservation"),
     *("fetched blocks", "fetches that failed", "lent blocks", "arrival corrupt", "pages spoiled"),
-    *("matchers", "matchers brought up", "rows postponed", "steps stopped"),
+    *("matchers", "matchers brought up", "rows postponed", "steps stopped", "grammars that an answer waited for"),
     *("adapters read", "adapters loaded from host memory", "adapters forgotten"),
     *("embedded prompts", "embedded after a retry"),
     *("drafted tokens", "accepted drafted tokens", "draft model's prompt tokens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from collections.abc import Sequence as TokenIds
 from dataclasses import replace
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
@@ -12,7 +13,7 @@ from kvferry.decode.results import StepResults
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine import masks
 from kvferry.wire.first_mask import FirstMask
-from kvferry.wire.tasks import PrefillTask
+from kvferry.wire.tasks import LocalTask, PrefillTask
 
 from .oracle import VOCAB_SIZE
 from .planting import Planted
@@ -70,9 +71,23 @@ def _take_postponed(results: StepResults, batch: Batch, output: StepOutput) -> N
 _take = StepResults.take
 
 
-def _first_mask_of_any(task: PrefillTask) -> FirstMask | None:
+def _first_mask_of_any(task: PrefillTask | LocalTask) -> FirstMask | None:
     """The grammar that a task comes with is passed over: any token may be the first."""
     return None if task.spec.grammar is None else FirstMask(b"\xff" * (VOCAB_SIZE // 8))
+
+
+def _pass_over(mask: FirstMask, token_ids: TokenIds[int]) -> None:
+    """Whatever comes, the same may come next."""
+
+
+def _keep_first_mask(results: StepResults, seq: Sequence, result: RowOutput) -> None:
+    """The grammar that came with the prompt stays its answer's."""
+    request = results._requests.request_of(seq)
+    request.grammar = seq.grammar
+    _on_sampled(results, seq, result)
+
+
+_on_sampled = StepResults._on_sampled
 
 
 BUGS = (
@@ -107,6 +122,16 @@ BUGS = (
         "a first token is drawn by another mask",
         frozenset({"G1"}),
         patches=((PrefillTask, "first_grammar", _first_mask_of_any),),
+    ),
+    Planted(
+        "a first token is drawn by another mask where the decode worker computes the prompt",
+        frozenset({"G1"}),
+        patches=((LocalTask, "first_grammar", _first_mask_of_any),),
+    ),
+    Planted(
+        "an answer goes on by the mask of its first token",
+        frozenset({"G1"}),
+        patches=((FirstMask, "accept", _pass_over), (StepResults, "_on_sampled", _keep_first_mask)),
     ),
     Planted(
         "nobody waits for a grammar",
