@@ -8,7 +8,7 @@ handoff after the first token and a resume after a worker's death need no messag
 in `grammar/`; this module knows no library and no tokenizer.
 
 The mask of first tokens was found where the grammar was checked, and comes with the task. So a prefill worker, which
-chooses first tokens and no others, compiles nothing, and on a decode worker no prompt waits for its grammar.
+chooses first tokens and no others, compiles nothing, and on a decode worker no new prompt waits for its grammar.
 """
 
 from __future__ import annotations

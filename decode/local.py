@@ -44,11 +44,10 @@ class LocalRequests:
         """Begin its request. Raises CapacityError: it can never fit, and nothing of it is here."""
         spec, source = task.spec, task.fetch
         request = RunningRequest(router_id, spec, expiry_s(spec, self._clock.now()))
-        first = task.first_grammar()
-        request.grammar = grammar = self._served.grammar(spec, is_awaited=first is None)
+        request.grammar = grammar = self._served.grammar(spec, is_awaited=not task.first_mask)
         request.held_adapter = self._served.adapter(spec)
-        if grammar is not None and not grammar.is_ready and first is not None:
-            grammar = first  # the prompt does not wait for it, nor do its cores: it is compiled where they are idle
+        if grammar is not None and not grammar.is_ready:  # the prompt need not wait, where its mask is known
+            grammar = task.first_grammar() or grammar
         try:
             for seq in self._prompt_sequences(spec):
                 seq.grammar, seq.held_adapter = grammar, request.held_adapter

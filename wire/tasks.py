@@ -43,10 +43,7 @@ class LocalTask(Message):
 
     def __post_init__(self) -> None:
         """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
-        if self.first_mask:
-            if self.spec.grammar is None or self.spec.is_resume:
-                raise ValueError("a mask of first tokens comes where they are sampled by a grammar, and only there")
-            unpack_mask(self.first_mask)
+        _check_first_mask(self.first_mask, samples=self.spec.grammar is not None and not self.spec.is_resume)
 
     def first_grammar(self) -> FirstMask | None:
         """Return what the first tokens follow; None: no grammar, or the request's own."""
@@ -65,14 +62,22 @@ class PrefillTask(Message):
 
     def __post_init__(self) -> None:
         """Check what the types cannot say. From the wire, a ValueError here is a refused frame."""
-        if bool(self.first_mask) != (self.sample and self.spec.grammar is not None):
-            raise ValueError("a mask of first tokens comes where they are sampled by a grammar, and only there")
-        if self.first_mask:
-            unpack_mask(self.first_mask)
+        samples = self.sample and self.spec.grammar is not None
+        if samples and not self.first_mask:
+            raise ValueError("first tokens are sampled by a grammar, and their mask is missing")
+        _check_first_mask(self.first_mask, samples=samples)
 
     def first_grammar(self) -> FirstMask | None:
         """Return what the first tokens follow; None: no grammar."""
         return _first_grammar(self.first_mask)
+
+
+def _check_first_mask(packed: bytes, *, samples: bool) -> None:
+    """Raise ValueError for a mask where no first token is sampled by a grammar, and for bytes that are no mask."""
+    if packed and not samples:
+        raise ValueError("a mask of first tokens comes, and none is sampled by a grammar")
+    if packed:
+        unpack_mask(packed)
 
 
 def _first_grammar(packed: bytes) -> FirstMask | None:
