@@ -28,6 +28,10 @@ inline void fetch(const std::uint8_t* at, int lines, bool is_near) {
     }
 }
 
+// Bytes of a row's inputs that a unit of 256 bytes is multiplied by.
+template <Numbers NUMBERS>
+constexpr long kUnitInputs = 32 / bits_of(NUMBERS) * kInputSize<bits_of(NUMBERS)>;
+
 // A segment of so many rows: where its numbers and what belongs to them stand.
 struct Segment {
     const std::int8_t* numbers;
@@ -79,7 +83,7 @@ template <Numbers NUMBERS, int ROWS, int VECTORS>
 [[gnu::always_inline]] inline void add_unit(const std::int8_t* inputs, long stride, const std::uint8_t* bytes,
                                             Ints* sum) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 8 / bits_of(NUMBERS); half++, inputs += 4) {
+    for (int half = 0; half < 8 / bits_of(NUMBERS); half++, inputs += 4 * kInputSize<bits_of(NUMBERS)>) {
         Bytes weights[VECTORS];
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; i++) {
@@ -118,7 +122,7 @@ template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES>
     for (; units > 0; units--, bytes += 4 * kTileColumns, ahead += 64 * LINES) {
         fetch(ahead, LINES, LINES == 4);
         add_unit<NUMBERS, ROWS, VECTORS>(inputs, stride, bytes, sum[0]);
-        inputs += 32 / bits_of(NUMBERS);
+        inputs += kUnitInputs<NUMBERS>;
     }
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i++) {
@@ -172,7 +176,7 @@ void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, con
             }
             tile += units * 4 * kTileColumns;
             ahead += units * 64 * LINES;
-            segment.numbers += size, segment.starts++, segment.scales++;
+            segment.numbers += size * kInputSize<bits_of(NUMBERS)>, segment.starts++, segment.scales++;
         }
     }
 }
@@ -206,14 +210,14 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
             for (; tile < end; tile += 4 * kTileColumns) {
                 fetch(tile + kBytesAhead<NUMBERS>, 4, true);
                 add_unit<NUMBERS, 1, 4>(inputs, 0, tile, sum);
-                inputs += 32 / bits_of(NUMBERS);
+                inputs += kUnitInputs<NUMBERS>;
             }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
                 part[i] = fma(to_floats(last_sum<most_of(NUMBERS)>(sum[i], *start)), repeat(*by), part[i]);
             }
         }
-        inputs -= w.units(w.group) * 32 / bits_of(NUMBERS) - w.group;  // padding
+        inputs -= w.units(w.group) * kUnitInputs<NUMBERS> - w.group * kInputSize<bits_of(NUMBERS)>;  // padding
         if (w.has_minima) factors.minima = factors.scales + w.scales_size();
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {

@@ -10,11 +10,23 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "machine/processor.hpp"
 #include "machine/vectors.hpp"
 
 constexpr long kSegment = 32;  // inputs of a group whose products are added up as whole numbers
+
+// Whether inputs stand in 16 bits each, for weights of so many: of each four the even two and then the odd two.
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+template <int BITS>
+constexpr bool kHasWideInputs = BITS == 8;
+#else
+template <int BITS>
+constexpr bool kHasWideInputs = false;
+#endif
+template <int BITS>
+constexpr long kInputSize = kHasWideInputs<BITS> ? 2 : 1;  // bytes
 
 inline std::int32_t four_bytes(const std::int8_t* source) {
     std::int32_t bytes;
@@ -120,12 +132,9 @@ struct Fours {
 #ifndef __AVXVNNI__
 
 template <>
-struct Fours<8> {  // two products do not, 2 x 255 x 127: bytes become 16 bits, the even ones and the odd ones
-    explicit Fours(const std::int8_t* inputs) {
-        const __m256i bytes = _mm256_set1_epi32(four_bytes(inputs));
-        even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
-        odd = _mm256_srai_epi16(bytes, 8);
-    }
+struct Fours<8> {  // two products do not, 2 x 255 x 127: weights become 16 bits, as inputs are, the even ones and the odd ones
+    explicit Fours(const std::int8_t* inputs)
+        : even(_mm256_set1_epi32(four_bytes(inputs))), odd(_mm256_set1_epi32(four_bytes(inputs + 4))) {}
     __m256i plus(__m256i sum, __m256i weights) const {
         const __m256i evens = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)), even);
         const __m256i odds = _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), odd);
@@ -214,13 +223,23 @@ inline Bytes twice_e2m1(Bytes nibbles) {
     return {_mm256_shuffle_epi8(table, nibbles.low), _mm256_shuffle_epi8(table, nibbles.high)};
 }
 
-inline void store_whole(std::int8_t* target, Vector values) {
+// 16 whole numbers in 16 bits each.
+inline __m256i to_int16(Vector values) {
     const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(values.low), _mm256_cvtps_epi32(values.high));
-    const __m256i words = _mm256_permute4x64_epi64(mixed, 0xd8);
+    return _mm256_permute4x64_epi64(mixed, 0xd8);
+}
+inline void store_whole(std::int8_t* target, Vector values) {
+    const __m256i words = to_int16(values);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i*)target, bytes);
+}
+inline void store_inputs(std::int8_t* target, Vector values, std::true_type /*is_wide*/) {
+    const __m256i words = to_int16(values);
+    _mm256_storeu_si256((__m256i*)target, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
 }
 
 #endif
 
 #endif
+
+inline void store_inputs(std::int8_t* target, Vector values, std::false_type) { store_whole(target, values); }
