@@ -33,10 +33,9 @@ from .pinned_router import PIN_VARIABLE
 # Each takes a minute. These have what differs between workers: biases, a window, norms of heads, two kinds of layers.
 # The others, as by FAMILIES="qwen2 qwen3 gemma2 granite granitemoehybrid olmo2 olmo3 phi3 smollm3 seed_oss mistral3
 # ministral3 glm glm4 qwen2_5_vl qwen3_vl ernie4_5 exaone4 cwm qwen3_moe qwen2_moe mixtral olmoe glm4_moe minimax_m2
-# ernie4_5_moe exaone_moe dots1 solar_open gpt_oss deepseek_v3 glm4_moe_lite youtu qwen3_5_text qwen3_next
+# ernie4_5_moe exaone_moe dots1 solar_open gpt_oss deepseek_v2 deepseek_v3 glm4_moe_lite youtu qwen3_5_text qwen3_next
 # qwen3_5_moe_text qwen3_vl_moe granitemoe hunyuan_v1_dense hunyuan_v1_moe cohere2 lfm2 lfm2_moe granite4 granite4_moe
-# nemotron_h nemotron_h_moe arcee falcon_h1 mistral4 llama4 gemma4
-# gemma4_borrowing gemma4_moe",
+# nemotron_h nemotron_h_moe arcee falcon_h1 mistral4 llama4 gemma4 gemma4_borrowing gemma4_moe",
 # are of parts that these have or that tests/engine tests.
 FAMILIES = os.environ.get("FAMILIES", "llama mistral gemma3_text").split()
 NUM_TOKENS = 24
