@@ -18,13 +18,8 @@
 constexpr long kSegment = 32;  // inputs of a group whose products are added up as whole numbers
 
 // Whether inputs stand in 16 bits each, for weights of so many: of each four the even two and then the odd two.
-#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
-template <int BITS>
-constexpr bool kHasWideInputs = BITS == 8;
-#else
 template <int BITS>
 constexpr bool kHasWideInputs = false;
-#endif
 template <int BITS>
 constexpr long kInputSize = kHasWideInputs<BITS> ? 2 : 1;  // bytes
 
@@ -130,6 +125,9 @@ struct Fours {
 };
 
 #ifndef __AVXVNNI__
+
+template <>
+constexpr bool kHasWideInputs<8> = true;
 
 template <>
 struct Fours<8> {  // two products do not, 2 x 255 x 127: weights become 16 bits, as inputs are, the even ones and the odd ones
