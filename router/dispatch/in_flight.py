@@ -2,7 +2,7 @@
 
     add ─> queued ─(placer)─> an attempt ─┬─> finish, fail, abort: its one terminal state
              ^                            │
-             └────────── retry ───────────┘   unless attempts or budget are used up, or it has killed three workers
+             └────────── retry ───────────┘   unless attempts or budget are used up, or it ends workers (verdicts.py)
 
 Whatever ends, everything that it holds on workers is given back first, and the placer is told to look again.
 """
@@ -19,7 +19,7 @@ from ...common.clock import Clock
 from ..queue.request_queue import RequestQueue
 from ..state.attempt import Attempt
 from ..state.errors import StreamError
-from ..state.failures import DRAINED, MAX_STRIKES, NOTICE_S, WORKER_LOST, Blame, WorkerLife
+from ..state.failures import DRAINED, NOTICE_S, WORKER_LOST, Blame, WorkerLife
 from ..state.history import RequestHistory
 from ..state.observer import Observer
 from ..state.request import RequestStatus
@@ -28,8 +28,7 @@ from ..state.worker import RouterWorker
 from .due_times import DueTimes
 from .retries import RetryBudget
 from .running_steps import may_have_ended, suspicion_of
-
-_MOST_TOLD = 5  # failures in the error of a request that has no attempt left, the last ones
+from .verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +66,7 @@ class InFlightRequests:
         self.tally = RequestTally()
         self.history = RequestHistory()
         self.due_times = DueTimes()
-        self.max_attempts = max_attempts
+        self.verdicts = Verdicts(max_attempts, observer)
         self._clock = clock
         self._observer = observer
         self._budget = budget
@@ -118,8 +117,7 @@ class InFlightRequests:
             tracked.failures[blame.text] = tracked.failures.get(blame.text, 0) + 1
         if blame.strike is not None:
             self._strike(tracked, blame.strike)
-        error = self._poison(tracked) or self._last_straw(tracked, blame)
-        if error is not None:
+        if (error := self.verdicts.error(tracked, now, blame)) is not None:
             self.fail(tracked, error)
             return
         tracked.is_resuming = tracked.is_resuming or (request.is_resume and blame.reason in (WORKER_LOST, DRAINED))
@@ -167,6 +165,7 @@ class InFlightRequests:
         if tracked.strikes - {life}:
             self._on_blameless(life)
         tracked.strikes.add(life)
+        tracked.lost_with.add(life)
 
     def let_others_first(self, until_s: float) -> None:
         """Suspects that are queued wait until then, if anybody else is here."""
@@ -177,23 +176,6 @@ class InFlightRequests:
                 tracked.not_before_s = max(tracked.not_before_s, until_s)
                 self.queue.remove(tracked)
                 self.enqueue(tracked)
-
-    def _poison(self, tracked: TrackedRequest) -> StreamError | None:
-        if len(tracked.strikes) < MAX_STRIKES:
-            return None
-        self._observer.on_poisoned()
-        names = ", ".join(sorted({worker_id for worker_id, _ in tracked.strikes}))
-        text = f"{len(tracked.strikes)} workers were lost while they computed this request, the last one alone: {names}"
-        return StreamError(text, "poison_request", 500)
-
-    def _last_straw(self, tracked: TrackedRequest, blame: Blame) -> StreamError | None:
-        """Return why there is no next attempt, or None."""
-        failures = tracked.request.num_failures
-        if failures < self.max_attempts:
-            return None
-        status = 503 if blame.reason in (WORKER_LOST, "no_answer") else 500
-        each = [text if count == 1 else f"{text} ({count} times)" for text, count in tracked.failures.items()]
-        return StreamError(f"{failures} attempts failed: {'; '.join(each[-_MOST_TOLD:])}", blame.reason, status)
 
     def _put_off(self, tracked: TrackedRequest, blame: Blame, sessions: frozenset[int], now_s: float) -> None:
         """Charge the retry, and decide when it may begin."""
@@ -214,17 +196,18 @@ class InFlightRequests:
                 if charge.is_paid:
                     self._budget.give_back()
                 tracked.charge, tracked.not_before_s, self.is_due = None, now, True
+                tracked.lost_with.add(worker.life)
             suspicion = tracked.suspicion
             if suspicion is None or worker.has_said_goodbye or now - suspicion.at_s > NOTICE_S:
                 continue
             if may_have_ended(suspicion, worker):
-                self._strike_late(tracked, worker.life)
+                self._strike_late(tracked, worker.life, now)
 
-    def _strike_late(self, tracked: TrackedRequest, life: WorkerLife) -> None:
+    def _strike_late(self, tracked: TrackedRequest, life: WorkerLife, now_s: float) -> None:
         """Give a strike for an attempt that has ended before."""
         tracked.suspicion = None
         self._strike(tracked, life)
-        if (error := self._poison(tracked)) is not None:
+        if (error := self.verdicts.error(tracked, now_s)) is not None:
             self.fail(tracked, error)
         elif tracked.request.status is RequestStatus.QUEUED:  # from now on it may wait for a worker of its own
             self.queue.remove(tracked)

@@ -1,7 +1,7 @@
 """Predicates for simulations and tests say what holds in a router between any two events.
 
 requests   admitted = running + finished + failed + aborted; a queued request is on no worker, any other on its own
-attempts   no more failures than allowed, no third strike that lives
+attempts   no more failures than allowed, and none that ends workers lives
 workers    what is bound to one belongs to a live request; where a request runs alone nothing else is
 queue      its counts are those of its members
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..state.failures import MAX_STRIKES
 from ..state.pools import Pools
 from ..state.request import RequestStatus
 from ..state.tracked_request import TrackedRequest
@@ -49,9 +48,9 @@ def _of_request(tracked: TrackedRequest, in_flight: InFlightRequests) -> Iterato
         yield f"{name}: decode worker {attempt and attempt.decode.worker_id}"
     if attempt is not None and request.request_id not in attempt.decode.loads:
         yield f"{name}: not bound to {attempt.decode.worker_id}"
-    if request.num_failures >= in_flight.max_attempts:
+    if in_flight.verdicts.has_no_attempt_left(tracked):
         yield f"{name}: {request.num_failures} attempts failed"
-    if len(tracked.strikes) >= MAX_STRIKES:
+    if in_flight.verdicts.has_ended_workers(tracked):
         yield f"{name}: {len(tracked.strikes)} strikes"
 
 

@@ -30,6 +30,8 @@ class Losses:
         what = f"{worker.role} worker {worker.worker_id} lost: {reason}"
         tell = log.debug if reason == ROUTER_STOPS else log.info if worker.has_said_goodbye else log.warning
         tell("worker_lost", worker_id=worker.worker_id, role=worker.role, reason=reason)
+        if not worker.has_said_goodbye:
+            self._in_flight.verdicts.note_loss(worker.life, now_s)
         self._in_flight.explain(worker)
         # All blames before the first consequence, which would change what the worker is known to have had.
         blames = {
@@ -38,6 +40,7 @@ class Losses:
             if (attempt := tracked.attempt) is not None and attempt.has_part(worker)
         }
         for tracked, (attempt, blame) in blames.items():
+            tracked.lost_with.add(worker.life)
             if attempt.decode is worker:
                 self._in_flight.retry(tracked, blame)
             elif attempt.is_prefilling_remotely:
@@ -46,6 +49,7 @@ class Losses:
 
     def on_returned(self, life: WorkerLife) -> None:
         """Take back the strikes of a process that is back: it was away, not dead, and no request had ended it."""
+        self._in_flight.verdicts.note_return(life)
         for tracked in self._in_flight:
             tracked.strikes.discard(life)
             attempt = tracked.attempt

@@ -119,7 +119,7 @@ class RouterMetrics:
         self._duplicates = counter("duplicate_tokens_dropped", "Of these, tokens that were there already")
         self._rejections = counter("rejections", "Requests refused, or sent away from the queue", reason="rejected")
         self._resumes = counter("resumes", "Streams that lost their worker, by what became of them", result="resumed")
-        self._poisoned = counter("poisoned", "Requests refused because three workers were lost in the middle of them")
+        self._poisoned = counter("poisoned", "Requests refused because workers were lost with them again and again")
         self._exhausted = counter("retry_budget_exhausted", "Requests failed because too much was retried already")
         self._drains = counter("drains", "Workers that began to drain")
         self._auth_failures = counter("auth_failures", "Requests without a right key")

@@ -13,9 +13,10 @@
 A worker that is lost within NOTICE_S of an attempt that ended otherwise, in the same step still, is a strike as well.
 
 Losses are bounded by the deaths themselves. After two strikes the next attempt runs alone on a worker
-(`isolation.py`); a third one proves it, and the request is refused. An attempt that has given tokens in
-CLEARED_BY_STEPS messages is past the place where the earlier workers were lost: their strikes were others' deaths, and
-are taken back. What ends a worker again and again after so many steps meets the limit of attempts instead.
+(`isolation.py`); a third one proves it, and the request is refused, unless the fleet loses workers without it as well
+(`dispatch/verdicts.py`). An attempt that has given tokens in CLEARED_BY_STEPS messages is past the place where the
+earlier workers were lost: their strikes were others' deaths, and are taken back. What ends a worker again and again
+after so many steps meets the limit of attempts instead.
 
 A request with a strike is a suspect. Who is lost with a suspect is not to blame, which its launcher is told: it is
 started again without a pause. Suspects wait instead: where a worker comes back as the only one of its pool, the others

@@ -49,7 +49,7 @@ class Observer(Protocol):
         ...
 
     def on_poisoned(self) -> None:
-        """A request was refused because three workers were lost in the middle of it."""
+        """A request was refused because workers were lost again and again while they computed it."""
         ...
 
     def on_budget_exhausted(self) -> None:

@@ -33,6 +33,8 @@ class TrackedRequest:
     promise: Promise | None = None  # when its first token was expected, at its admission
     is_charged: bool = False  # its tenant was: it has left the queue for an attempt
     strikes: set[WorkerLife] = field(default_factory=set)  # workers that were lost while they computed it
+    lost_with: set[WorkerLife] = field(default_factory=set)  # workers that were lost with an attempt of it
+    num_extra: int = 0  # failures that it may have more than usual: the fleet loses workers without it, too
     is_resuming: bool = False  # its stream has paused: tokens came, and the worker was lost
     charge: Charge | None = None  # for the retry that comes or runs
     suspicion: Suspicion | None = None  # of what its last attempt may do yet

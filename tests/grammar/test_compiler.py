@@ -99,11 +99,13 @@ def test_a_grammar_is_compiled_aside_until_an_answer_waits_for_it(
     bench.may_load.set()
     bench.compiler.get(Grammar("regex", b"a"), is_awaited=False)  # with which the vocabulary is read, and not aside
     bench.wait()
-    may_go, threads, given_way = threading.Event(), list[str](), list[int]()
+    has_begun, may_go, threads, given_way = threading.Event(), threading.Event(), list[str](), list[int]()
 
     def compile_here(vocabulary: Vocabulary, grammar: Grammar) -> FirstMatcher:
         threads.append(threading.current_thread().name.partition("_")[0])
-        assert "aside" not in threads[-1] or may_go.wait(LIMIT_S)
+        if "aside" in threads[-1]:
+            has_begun.set()
+            assert may_go.wait(LIMIT_S)
         return compile_checked(vocabulary, grammar)
 
     monkeypatch.setattr(compiler, "compile_checked", compile_here)
@@ -111,6 +113,7 @@ def test_a_grammar_is_compiled_aside_until_an_answer_waits_for_it(
     one, other = Grammar("regex", b"b"), Grammar("regex", b"c")
     found = bench.compiler.get(one, is_awaited=False)
     bench.compiler.get(other, is_awaited=False)
+    assert has_begun.wait(LIMIT_S), "a busy machine lets it begin late, and the other thread would be done before"
     assert bench.compiler.get(one, is_awaited=True) is found
     bench.wait()
     assert found.is_ready and bench.compiler.get(one, is_awaited=True) is found and len(given_way) == 1

@@ -16,6 +16,7 @@ from kvferry.common.router_config import RouterConfig
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.frame_pool import FramePool
 from kvferry.kvcache.thin import twin
+from kvferry.router.dispatch.verdicts import MAX_EXTRA
 from kvferry.router.state.choice_state import MAX_EARLY_TOKENS
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.transfer.receive.receiver import KVReceiver
@@ -116,7 +117,9 @@ class RouterRules:
         request, now = call.request, self._router.clock.now()
         if request.timeout_s is not None and now > request.timestamps["queued"] + request.timeout_s + _LATE_TASK_S:
             raise Breach("I10", f"{type(message).__name__} of {request.request_id} after its {request.timeout_s} s")
-        if request.num_failures >= self._config.max_attempts:
+        tracked = self._router.dispatcher._in_flight.get(request.request_id)
+        assert tracked is not None, request.request_id
+        if request.num_failures >= self._config.max_attempts + tracked.num_extra or tracked.num_extra > MAX_EXTRA:
             raise Breach("I11", f"{request.request_id} is tried again after {request.num_failures} failures")
         if isinstance(message, ReserveKV | EmbedTask) and session.number in self._draining:
             raise Breach("I12", f"{session.worker_id} drains and gets {request.request_id}")

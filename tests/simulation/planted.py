@@ -17,10 +17,10 @@ from kvferry.prefill.shipments import Shipments
 from kvferry.router.dispatch import dispatcher
 from kvferry.router.dispatch.deadlines import Deadlines, DeadlineVerdict
 from kvferry.router.dispatch.dispatcher import Dispatcher
-from kvferry.router.dispatch.in_flight import InFlightRequests
 from kvferry.router.dispatch.losses import Losses
 from kvferry.router.dispatch.readers import Readers
 from kvferry.router.dispatch.relay import Relay
+from kvferry.router.dispatch.verdicts import Verdicts
 from kvferry.router.dispatch.worker_messages import WorkerMessages
 from kvferry.router.state.choice_state import ChoiceState, Drops
 from kvferry.router.state.errors import StreamError
@@ -244,8 +244,8 @@ def _forget_the_lost(self: Losses, worker: Any, reason: str, now_s: float) -> No
     """Nobody goes on with what a lost worker had."""
 
 
-def _no_last_straw(self: InFlightRequests, live: Any, blame: Any) -> None:
-    """There is always a next attempt."""
+def _has_always_one(self: Verdicts, tracked: TrackedRequest) -> bool:
+    return False
 
 
 def _share_all(self: SequenceBlocks, parent: Sequence, child: Sequence) -> bool:
@@ -381,7 +381,7 @@ BUGS = (
         patches=((Deadlines, "judge_deadline", _give_up_early),),
         within_seeds=200,
     ),
-    Planted("attempts without end", frozenset({"I11"}), patches=((InFlightRequests, "_last_straw", _no_last_straw),)),
+    Planted("attempts without end", frozenset({"I11"}), patches=((Verdicts, "has_no_attempt_left", _has_always_one),)),
     Planted("lost workers do not matter", frozenset({"I16"}), patches=((Losses, "on_left", _forget_the_lost),)),
     Planted("choices share a partial block", frozenset({"I3"}), patches=((SequenceBlocks, "share", _share_all),)),
     Planted("source blocks are kept", frozenset({"I15", "I16"}), patches=((Shipments, "source_free", _keep_source),)),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvferry.common.errors import RequestError
 from kvferry.router.dispatch.deadlines import WORKER_WAIT_S
+from kvferry.router.dispatch.verdicts import MAX_EXTRA
 from kvferry.router.state.classes import RequestClasses
 from kvferry.router.state.request import RouterRequest
 from kvferry.transfer.receive.processes import ProcessWatch
@@ -344,7 +345,7 @@ class World:
         self.poison[request_id] += 1
         request = next(call.request for call in self.calls if call.request.request_id == request_id)
         num_unfailed = request.attempt_number + request.is_finished - request.num_failures
-        if self.poison[request_id] > self.scenario.router.max_attempts + num_unfailed:
+        if self.poison[request_id] > self.scenario.router.max_attempts + MAX_EXTRA + num_unfailed:
             raise Breach("I11", f"{request_id} has killed {self.poison[request_id]} workers")
         self.kill_life(worker, 0.3)
 
