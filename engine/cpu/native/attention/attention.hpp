@@ -120,14 +120,14 @@ protected:
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
 
-    // Read the values of keys [first, last), block by block, for nothing but to have them near.
-    void read_values(const Pages& pages, int kv_heads, long first, long last) const {
+    // The values of keys [first, last), block by block.
+    void bring_values(const Pages& pages, int kv_heads, long first, long last) const {
         if (pages.are_near || are_ahead_) return;
         for (long end; first < last; first = end) {
             end = std::min(last, (first / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(first) + pages.values;
             for (int kv = 0; kv < kv_heads; kv++, values += pages.heads) {
-                for (long at = 0; at < (end - first) * head_dim_; at += kLine) *(const volatile char*)(values + at);
+                bring_lines(values, (end - first) * head_dim_ * sizeof(Element));
             }
         }
     }
@@ -220,8 +220,9 @@ private:
                     const Pages head = pages.of_head(kv);
                     const LinesAhead ahead = keys_ahead(head, key, kBlocksAhead * pages.block_size, last);
                     score(head, begin, key, end, kv * group_, ahead);
+                    if (kLinesTo == Near::kSecond) bring_values(head, 1, key, std::min(key + step, end));
                 }
-                read_values(pages, kv_heads, key, std::min(key + step, end));
+                if (kLinesTo == Near::kFirst) bring_values(pages, kv_heads, key, std::min(key + step, end));
             }
         });
     }

@@ -35,7 +35,7 @@ public:
                     }
                     score(pages.of_head(kv), from, to, last, kv * group_, key - begin);
                 }
-                read_values(pages, kv_heads, from, to);
+                bring_values(pages, kv_heads, from, to);
             }
         });
         put(kv_heads, out);

@@ -75,7 +75,7 @@ private:
                 const LinesAhead ahead = keys_ahead(pages, kv, key, last);
                 score_16(kv, pages.numbers(keys, key), scales, int(count), key - begin, ahead);
             }
-            read_values(pages, kv_heads, key, count, key - begin, are_ahead);
+            bring_values(pages, kv_heads, key, count, key - begin, are_ahead);
         }
     }
 
@@ -135,12 +135,12 @@ private:
         for (int h = 0; h < HEADS; h++) store_totals(scores + h * kStride, totals[h]);
     }
 
-    // Numbers for nothing but to have them near, and their scales: in the order in which they stand behind the keys.
-    void read_values(const StoredPages& pages, int kv_heads, long key, long count, long at, bool are_ahead) {
+    // Numbers that shall be near, and their scales: in the order in which they stand behind the keys.
+    void bring_values(const StoredPages& pages, int kv_heads, long key, long count, long at, bool are_ahead) {
         for (int kv = 0; kv < kv_heads; kv++) {
             char* const head = pages.block(key) + pages.values + kv * pages.heads;
             const std::int8_t* const values = pages.numbers(head, key);
-            for (long i = 0; i < count * head_dim_ && !are_ahead; i += 64) *(const volatile std::int8_t*)(values + i);
+            if (!are_ahead) bring_lines(values, count * head_dim_);
             store(value_scales_.data() + kv * kStride + at, load(pages.scale(head, key), lanes(count)));
         }
     }

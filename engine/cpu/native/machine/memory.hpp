@@ -29,11 +29,21 @@ struct LineAllocator {
 // Ask for lines that will be read soon. Not by the compiler's own function: what calls nothing but that does nothing in a
 // compiler's eyes, and is left out.
 inline void fetch_lines(const void* from, std::size_t bytes) {
+    for (std::size_t at = 0; at < bytes; at += 64) {
+        const char* const line = (const char*)from + at;
 #ifdef __ARM_NEON
-    for (std::size_t at = 0; at < bytes; at += 64) fetch_line((const char*)from + at);
+        fetch_line<kLinesTo>(line);
 #else
-    for (std::size_t at = 0; at < bytes; at += 64) asm volatile("prefetcht0 %0" : : "m"(((const char*)from)[at]));
+        if constexpr (kLinesTo == Near::kFirst) asm volatile("prefetcht0 %0" : : "m"(*line));
+        else asm volatile("prefetcht1 %0" : : "m"(*line));
 #endif
+    }
+}
+
+// Have them near before long: by reading them for nothing, or where more are under way so, by asking for them.
+inline void bring_lines(const void* from, std::size_t bytes) {
+    if constexpr (kLinesTo == Near::kSecond) return fetch_lines(from, bytes);
+    for (std::size_t at = 0; at < bytes; at += 64) ((const volatile char*)from)[at];
 }
 
 // Lines that are asked for some at a time, between other work: all at once they would hold up what that work loads.

@@ -8,8 +8,16 @@
 using Query = bf16;
 using Weight = bf16;
 
-constexpr bool kFetchesEvenly = false;  // nobody has measured it with this set
+// Whoever multiplies by keys or values also fetches as many lines of later ones.
+#ifdef __AMX_BF16__
+constexpr bool kFetchesEvenly = false;  // nobody has measured it there
+#else
+constexpr bool kFetchesEvenly = true;
+#endif
+template <int ELEMENTS>
+constexpr int kLinesOf = ELEMENTS * int(sizeof(bf16)) / 64;
 constexpr int kHeadsAtOnce = 4;
+constexpr int kKeysBetween = 4;  // whose products stand between two fetches
 constexpr int kFewDimensions = 32;  // the least that `WeightedValues` takes
 template <int HEADS>
 constexpr int kManyDimensions = 64;  // sums of them stay in registers
@@ -43,7 +51,7 @@ inline Vector sums_of_16(Vector* v) {
 
 // Lane i: the query with key i; past `count`, with the last key. HEAD_DIM 0: known at run time.
 template <int HEAD_DIM, bool WHOLE>
-Vector dots(const bf16* query, const bf16* keys, int head_dim, int count) {
+Vector dots(const bf16* query, const bf16* keys, int head_dim, int count, LinesAhead& ahead) {
     if (HEAD_DIM) head_dim = HEAD_DIM;
     Vector sums[16];
 #pragma GCC unroll 16
@@ -55,25 +63,27 @@ Vector dots(const bf16* query, const bf16* keys, int head_dim, int count) {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             const int row = WHOLE ? i : std::min(i, count - 1);
+            if (kFetchesEvenly && i % kKeysBetween == 0) ahead.fetch<kKeysBetween * kLinesOf<32>>();
             sums[i] = dot(sums[i], part, load_pairs(keys + row * head_dim + at, there));
         }
     }
     return sums_of_16(sums);
 }
 
-inline Vector dots(const bf16* query, const bf16* keys, int head_dim, int count) {
-    if (count < 16) return dots<0, false>(query, keys, head_dim, count);
-    if (head_dim == 64) return dots<64, true>(query, keys, head_dim, count);
-    if (head_dim == 128) return dots<128, true>(query, keys, head_dim, count);
-    return dots<0, true>(query, keys, head_dim, count);
+inline Vector dots(const bf16* query, const bf16* keys, int head_dim, int count, LinesAhead& ahead) {
+    if (count < 16) return dots<0, false>(query, keys, head_dim, count, ahead);
+    if (head_dim == 64) return dots<64, true>(query, keys, head_dim, count, ahead);
+    if (head_dim == 128) return dots<128, true>(query, keys, head_dim, count, ahead);
+    return dots<0, true>(query, keys, head_dim, count, ahead);
 }
 
 // scores[h * score_stride + i] = query h times key i of 16 keys; of those past `count`, times the last one.
 template <int HEADS>
 void score_16(const Query* queries, long query_stride, const bf16* keys, int head_dim, int count, float* scores,
-              long score_stride, LinesAhead) {
+              long score_stride, LinesAhead ahead) {
     for (int h = 0; h < HEADS; h++) {
-        store(scores + h * score_stride, dots(queries + h * query_stride, keys, head_dim, count));
+        store(scores + h * score_stride, dots(queries + h * query_stride, keys, head_dim, count, ahead));
+        ahead = ahead.none();
     }
 }
 
@@ -107,7 +117,8 @@ public:
     // Add a pair of keys' values; ALONE: the first key's. Head h's weights stand at `weights + h * stride`. Behind an odd
     // last key lies what an earlier owner left, which is not read: NaN does not vanish by a weight of zero.
     template <bool ALONE>
-    [[gnu::always_inline]] void add(const bf16* values, const Weight* weights, long stride, LinesAhead&) {
+    [[gnu::always_inline]] void add(const bf16* values, const Weight* weights, long stride, LinesAhead& ahead) {
+        if (kFetchesEvenly) ahead.fetch<kLinesOf<2 * DIMENSIONS>>();
         Pairs pair[2 * kPairs];
 #pragma GCC unroll 2
         for (int i = 0; i < kPairs; i++) {
