@@ -30,14 +30,16 @@ template <Near NEAR = Near::kFirst>
 #endif
 }
 
-#ifndef __ARM_NEON
-// Whether this is a Zen 4, where it has AVX-512: so has no other of AMD's family 19h.
+#ifdef __AVX512BF16__
+// Of AMD's family 19h a Zen 4 alone has AVX-512.
 inline const bool kIsZen4 = [] {
     unsigned version = 0, maker = 0, other = 0, most = 0;
     __get_cpuid(0, &most, &maker, &other, &other);
     __get_cpuid(1, &version, &other, &other, &other);
     return maker == signature_AMD_ebx && (version >> 8 & 15) + (version >> 20 & 255) == 0x19;
 }();
+#else
+constexpr bool kIsZen4 = false;  // or it does without
 #endif
 
 // Leave the core's units to others for a moment: of who looks again and again whether he may go on. ARM's own hint for it,

@@ -16,16 +16,18 @@
 #include "machine/team.hpp"
 
 // One group of rows: weights are fetched so far ahead, as in linear.hpp. The best of 2 to 16 KiB on a Zen 4, one row and
-// four: of bytes 8 KiB, which 4 take 8 % longer than; what holds twice as many numbers computes longer by each byte.
-template <Numbers NUMBERS>
-constexpr long kBytesAhead = NUMBERS == kBytes ? 8192 : 4096;
+// four: of bytes 8 KiB, which 4 take 8 % longer than; what holds twice as many numbers computes longer by each byte. To the
+// second cache the best of 256 bytes to 16 KiB there: two rows 0.75 of the time, six of bytes 0.75, of half bytes 0.9.
+template <Numbers NUMBERS, Near TO>
+constexpr long bytes_ahead(int rows) {
+    if (TO == Near::kSecond) return rows <= 2 ? 512 : 12288;
+    return NUMBERS == kBytes ? 8192 : 4096;
+}
 
-inline void fetch(const std::uint8_t* at, int lines, bool is_near) {
+template <Near TO>
+inline void fetch(const std::uint8_t* at, int lines) {
 #pragma GCC unroll 4
-    for (int i = 0; i < lines; i++) {
-        if (is_near) fetch_line(at + 64 * i);
-        else fetch_line<Near::kSecond>(at + 64 * i);
-    }
+    for (int i = 0; i < lines; i++) fetch_line<TO>(at + 64 * i);
 }
 
 // Bytes of a row's inputs that a unit of 256 bytes is multiplied by.
@@ -107,7 +109,7 @@ template <Numbers NUMBERS, int ROWS, int VECTORS>
 // parts [ROWS][64] to the group's end, then times its factors to what is in sums [ROWS][64]. `bytes`: numbers, 256
 // bytes a unit. For each unit LINES cache lines from `ahead` on are fetched. Never inlined: beside other code the
 // compiler runs out of registers.
-template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES>
+template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES, Near TO>
 [[gnu::noinline]] void add_segment(const Segment& x, const Group& group, const std::uint8_t* bytes, long units,
                                    const std::uint8_t* ahead, int first, float* parts, float* sums) {
     const std::int8_t* inputs = x.numbers;
@@ -120,7 +122,7 @@ template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES>
         for (int i = 0; i < VECTORS; i++) sum[row][i] = first_sum<most_of(NUMBERS)>(x.starts[row * x.segments]);
     }
     for (; units > 0; units--, bytes += 4 * kTileColumns, ahead += 64 * LINES) {
-        fetch(ahead, LINES, LINES == 4);
+        fetch<TO>(ahead, LINES);
         add_unit<NUMBERS, ROWS, VECTORS>(inputs, stride, bytes, sum[0]);
         inputs += kUnitInputs<NUMBERS>;
     }
@@ -149,13 +151,13 @@ template <Numbers NUMBERS, int ROWS, int VECTORS, int LINES>
 }
 
 // sums [ROWS][64]: the products of ROWS rows with one tile.
-template <Numbers NUMBERS, int ROWS, int LINES>
+template <Numbers NUMBERS, int ROWS, int LINES, Near TO>
 void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, const std::uint8_t* tile,
                       const std::uint8_t* ahead, float* sums) {
     constexpr int kVectors = kVectorsAtOnce[ROWS - 1];
     alignas(64) float parts[ROWS * kTileColumns];
     const auto skip = [&](long size) {  // what the loop over numbers does not fetch
-        for (long at = 0; LINES == 4 && at < size; at += 64, ahead += 64) fetch(ahead, 1, true);
+        for (long at = 0; LINES == 4 && at < size; at += 64, ahead += 64) fetch<TO>(ahead, 1);
         tile += size;
         return tile - size;
     };
@@ -170,9 +172,9 @@ void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, con
         for (long at = 0; at < w.group; at += kSegment) {
             const long size = std::min<long>(kSegment, w.group - at), units = w.units(size);
             group.is_first = at == 0, group.is_last = at + size == w.group;
-            add_segment<NUMBERS, ROWS, kVectors, LINES>(segment, group, tile, units, ahead, 0, parts, sums);
+            add_segment<NUMBERS, ROWS, kVectors, LINES, TO>(segment, group, tile, units, ahead, 0, parts, sums);
             for (int first = kVectors; first < 4; first += kVectors) {
-                add_segment<NUMBERS, ROWS, kVectors, 0>(segment, group, tile, units, nullptr, first, parts, sums);
+                add_segment<NUMBERS, ROWS, kVectors, 0, Near::kFirst>(segment, group, tile, units, nullptr, first, parts, sums);
             }
             tile += units * 4 * kTileColumns;
             ahead += units * 64 * LINES;
@@ -182,14 +184,14 @@ void integer_products(const IntegerRows& x, long row, const IntegerTiles& w, con
 }
 
 // The same of one row, all of whose sums stay in registers: it waits for nothing but the weights.
-template <Numbers NUMBERS>
+template <Numbers NUMBERS, Near TO>
 void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const std::uint8_t* tile, float* sums) {
     const std::int8_t* inputs = x.numbers(0);
     const std::int32_t* start = x.starts(0);
     const float *by = x.scales(0), *group_sum = x.group_sums(0);
     Factors factors{nullptr, nullptr, nullptr, w.factor_size, w.is_e2m1 != 0};
     const auto skip = [&](long size) {
-        for (long at = 0; at < size; at += 64) fetch(tile + kBytesAhead<NUMBERS> + at, 1, true);
+        for (long at = 0; at < size; at += 64) fetch<TO>(tile + bytes_ahead<NUMBERS, TO>(1) + at, 1);
         tile += size;
         return tile - size;
     };
@@ -208,7 +210,7 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
             for (int i = 0; i < 4; i++) sum[i] = first_sum<most_of(NUMBERS)>(*start);
             const std::uint8_t* end = tile + w.units(std::min<long>(kSegment, w.group - at)) * 4 * kTileColumns;
             for (; tile < end; tile += 4 * kTileColumns) {
-                fetch(tile + kBytesAhead<NUMBERS>, 4, true);
+                fetch<TO>(tile + bytes_ahead<NUMBERS, TO>(1), 4);
                 add_unit<NUMBERS, 1, 4>(inputs, 0, tile, sum);
                 inputs += kUnitInputs<NUMBERS>;
             }
@@ -229,30 +231,31 @@ void integer_products_of_one(const IntegerRows& x, const IntegerTiles& w, const 
     for (int i = 0; i < 4; i++) store(sums + 16 * i, total[i]);
 }
 
-template <Numbers NUMBERS, int LINES>
+template <Numbers NUMBERS, int LINES, Near TO>
 void integer_products(int rows, const IntegerRows& x, long row, const IntegerTiles& w, const std::uint8_t* tile,
                       const std::uint8_t* ahead, float* sums) {
     switch (rows) {
-        case 2: return integer_products<NUMBERS, 2, LINES>(x, row, w, tile, ahead, sums);
-        case 3: return integer_products<NUMBERS, 3, LINES>(x, row, w, tile, ahead, sums);
-        case 4: return integer_products<NUMBERS, 4, LINES>(x, row, w, tile, ahead, sums);
-        case 5: return integer_products<NUMBERS, 5, LINES>(x, row, w, tile, ahead, sums);
-        default: return integer_products<NUMBERS, 6, LINES>(x, row, w, tile, ahead, sums);
+        case 2: return integer_products<NUMBERS, 2, LINES, TO>(x, row, w, tile, ahead, sums);
+        case 3: return integer_products<NUMBERS, 3, LINES, TO>(x, row, w, tile, ahead, sums);
+        case 4: return integer_products<NUMBERS, 4, LINES, TO>(x, row, w, tile, ahead, sums);
+        case 5: return integer_products<NUMBERS, 5, LINES, TO>(x, row, w, tile, ahead, sums);
+        default: return integer_products<NUMBERS, 6, LINES, TO>(x, row, w, tile, ahead, sums);
     }
 }
 
 // One group of rows waits for the weights, others find them near: while these compute, a part of the next tile comes.
-template <Numbers NUMBERS>
+template <Numbers NUMBERS, Near TO>
 void products_of_group(Range rows, long index, long groups, const IntegerRows& x, const IntegerTiles& w,
                       const std::uint8_t* tile, float* sums) {
     const int count = int(rows.last - rows.first);
-    const std::uint8_t* next = tile + w.tile_size();
-    if (count == 1) return integer_products_of_one<NUMBERS>(x, w, tile, sums);
-    if (groups == 1) return integer_products<NUMBERS, 4>(count, x, rows.first, w, tile, tile + kBytesAhead<NUMBERS>, sums);
-    if (groups < 4) {
-        return integer_products<NUMBERS, 2>(count, x, rows.first, w, tile, next + (index & 1) * w.tile_size() / 2, sums);
-    }
-    integer_products<NUMBERS, 1>(count, x, rows.first, w, tile, next + (index & 3) * w.tile_size() / 4, sums);
+    if (count == 1) return integer_products_of_one<NUMBERS, TO>(x, w, tile, sums);
+    const auto multiply = [&]<int LINES, Near LINES_TO>(const std::uint8_t* ahead) {
+        integer_products<NUMBERS, LINES, LINES_TO>(count, x, rows.first, w, tile, ahead, sums);
+    };
+    const auto part_of_next = [&](long parts) { return tile + w.tile_size() + index % parts * w.tile_size() / parts; };
+    if (groups == 1) multiply.template operator()<4, TO>(tile + bytes_ahead<NUMBERS, TO>(count));
+    else if (groups < 4) multiply.template operator()<2, Near::kSecond>(part_of_next(2));
+    else multiply.template operator()<1, Near::kSecond>(part_of_next(4));
 }
 
 // As ElementProducts in linear.hpp. Rows become whole numbers where the first of them are wanted.
@@ -262,7 +265,7 @@ public:
 
     IntegerProducts(const bf16* x, long stride, long count, const IntegerTiles& w)
         : RowGroups(count, kRows), x_(x), stride_(stride), w_(w),
-          set_(w.bits == 8 ? products_of_group<kBytes> : w.is_e2m1 ? products_of_group<kE2m1> : products_of_group<kNibbles>) {}
+          set_(kIsZen4 ? products_of<Near::kSecond>(w) : products_of<Near::kFirst>(w)) {}
 
     void set(long index, long group, float* sums) {
         if (!has_rows_) rows_.set(x_, stride_, count_, w_);
@@ -271,10 +274,18 @@ public:
     }
 
 private:
+    using Set = void (*)(Range, long, long, const IntegerRows&, const IntegerTiles&, const std::uint8_t*, float*);
+
+    template <Near TO>
+    static Set products_of(const IntegerTiles& w) {
+        if (w.bits == 8) return products_of_group<kBytes, TO>;
+        return w.is_e2m1 ? products_of_group<kE2m1, TO> : products_of_group<kNibbles, TO>;
+    }
+
     const bf16* x_;
     const long stride_;
     const IntegerTiles& w_;
-    void (*const set_)(Range, long, long, const IntegerRows&, const IntegerTiles&, const std::uint8_t*, float*);
+    const Set set_;
     IntegerRows& rows_ = own_rows();
     bool has_rows_ = false;
 };
