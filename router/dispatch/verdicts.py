@@ -31,7 +31,8 @@ class Verdicts:
 
     def note_loss(self, life: WorkerLife, now_s: float) -> None:
         """Note that a worker is lost that had not said goodbye."""
-        self._lost_s = {other: at_s for other, at_s in self._lost_s.items() if now_s - at_s <= STORM_S} | {life: now_s}
+        self._forget_old(now_s)
+        self._lost_s[life] = now_s
 
     def note_return(self, life: WorkerLife) -> None:
         """Note that a lost worker is back: it was away, not dead."""
@@ -39,9 +40,8 @@ class Verdicts:
 
     def error(self, tracked: TrackedRequest, now_s: float, blame: Blame | None = None) -> StreamError | None:
         """Return why there is no next attempt after what `blame` tells, or after one more strike; None: there is."""
-        num_others = sum(
-            now_s - at_s <= STORM_S and life not in tracked.lost_with for life, at_s in self._lost_s.items()
-        )
+        self._forget_old(now_s)
+        num_others = len(self._lost_s.keys() - tracked.lost_with)
         tracked.num_extra = max(tracked.num_extra, min(MAX_EXTRA, num_others // _LOSSES_FOR_ONE))
         if self.has_ended_workers(tracked):
             self._observer.on_poisoned()
@@ -57,6 +57,9 @@ class Verdicts:
 
     def has_no_attempt_left(self, tracked: TrackedRequest) -> bool:
         return tracked.request.num_failures >= self._max_attempts + tracked.num_extra
+
+    def _forget_old(self, now_s: float) -> None:
+        self._lost_s = {life: at_s for life, at_s in self._lost_s.items() if now_s - at_s <= STORM_S}
 
 
 def _poison(tracked: TrackedRequest) -> StreamError:
