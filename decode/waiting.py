@@ -3,8 +3,8 @@
     ReserveKV(queue_if_full) ──(no room)──> waiting ──(blocks came free)──> Grant
                                                └──(two seconds, its deadline, draining, another role)──> NoCapacity
 
-While one waits, blocks that come free are kept for it: others get only what it does not need. Without this a large
-prompt would wait until no smaller one came.
+While one waits, blocks that come free are kept for it, and of what may be promised at a time its part: others get only
+what it does not need. Without this a large prompt would wait until no smaller one came.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class WaitingReservations:
             message.spec,
             router_id,
             max_local_tokens=message.max_local_tokens,
-            growth_reserve=self._growth_reserve() + kept,
+            growth_reserve=self._growth_reserve(),
+            num_kept=kept,
             retains_prefix=message.retains_prefix,
         )
 

@@ -2,6 +2,7 @@
 
     start -> STARTING -> (ready) -> READY -> (exit, or hung: SIGKILL) -> WAITING -> start
       hung: no beat for `hang_after_s`, or beats that say that its event loop has not moved for so long
+      STARTING -> (no room for another process) -> WAITING
       STARTING -> (failed, or three exits in a row before it was ever ready)  -> the start-up error is raised
       READY -> (`restart`) SIGTERM: it drains -> exit -> start at once
       any -> (`retire`) SIGTERM: it drains -> exit -> ENDED
@@ -15,6 +16,8 @@ What the child does is not known here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,9 +193,14 @@ class Child:
         self.state, self._process = ChildState.STARTING, None
         self._hurry.clear()
         hang_after_s = self._times.hang_after_s
-        async with running(
-            self._command(), self._clock, hang_after_s=hang_after_s, on_event=self._take, stderr_fd=self.stderr_fd
-        ) as process:
+        async with contextlib.AsyncExitStack() as stack:
+            life = running(
+                self._command(), self._clock, hang_after_s=hang_after_s, on_event=self._take, stderr_fd=self.stderr_fd
+            )
+            try:
+                process = await stack.enter_async_context(life)
+            except OSError as error:  # the system has no room for a process or a descriptor: it may have later
+                return f"could not be started: {error}"
             self._process = process
             self._tell("started", pid=process.pid)
             if self._retired.is_set():  # while it was being started
@@ -239,17 +247,17 @@ class Child:
     def _count_failure(self, reason: str) -> float:
         """Seconds until the next start. Raises if it never started at all."""
         self._answer(False)
-        assert self._process is not None
-        served_s = self._clock.now() - self._process.ready_at
-        if self.state is ChildState.READY and served_s >= self._times.stable_after_s:
+        process = self._process
+        since_s = process.ready_at if process is not None and self.state is ChildState.READY else math.inf
+        if self._clock.now() - since_s >= self._times.stable_after_s:
             self._num_failures = 0
             return 0.0
         if self._hurry.is_set():
             return 0.0
         self._num_failures += 1
         if not self.was_ready.is_set():
-            if self._process.start_error is not None:
-                raise ConfigError(f"{self.name}: {self._process.start_error}")
+            if process is not None and process.start_error is not None:
+                raise ConfigError(f"{self.name}: {process.start_error}")
             if self._num_failures >= _MAX_START_FAILURES:
                 raise WorkerLost(f"{self.name} did not start, {self._num_failures} times: {reason}")
         return self._times.backoff_s(self._num_failures)

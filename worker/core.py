@@ -100,7 +100,7 @@ class WorkerCore:
         self.receiver = parts.receiver(regions, watch_processes)
         self.decode = parts.decode_role(self.receiver)
         self.lending = parts.lending(lambda: self.receiver.rotation.regions, reserve=self._reserve)
-        self.fetches = parts.fetches(reading)
+        self.fetches = parts.fetches(reading, reserve=lambda: self.decode.scheduler.queues.growth())
         self.prefill = parts.prefill_role(shipping)
         self.prefill.fetches = self.decode.fetches = self.fetches
         self.roles = RolePair(self.prefill, self.decode, pool, config.role)

@@ -102,7 +102,11 @@ class CoreParts:
             contents=self.contents,
         )
 
-    def fetches(self, reading: Reading) -> Fetches:
+    def fetches(self, reading: Reading, *, reserve: Callable[[], int]) -> Fetches:
+        """Make what reads from others; `reserve`: blocks that running answers need to grow.
+
+        Not those for what waits: the prompt that is fetched for is among it.
+        """
         config = self.config
         return Fetches(
             pool=self.pool,
@@ -112,6 +116,7 @@ class CoreParts:
             to_peer=self.effects.to_target,
             has_checksums=config.sums_writes,
             needs_checksums=config.transfer.kv_checksum == "on",
+            reserve=reserve,
             also_held=self.cache.has_below,
         )
 

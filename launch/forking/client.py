@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import BinaryIO
 
 import msgspec
 import structlog
@@ -89,10 +90,10 @@ class ForkServer:
         start = Start(
             module=argv[2],
             imports=self._imports[argv[2]],
-            args=tuple(argv[3:]),
+            args=tuple(map(os.fsencode, argv[3:])),
             flags=tuple(fds),
             has_stderr=stderr_fd is not None,
-            env=dict(env),
+            env=tuple((os.fsencode(name), os.fsencode(value)) for name, value in env.items()),
             title=title,
         )
         passed = [*fds.values(), *([stderr_fd] if stderr_fd is not None else [])]
@@ -111,7 +112,8 @@ class ForkServer:
             with theirs:
                 asks = await self._server()
                 try:
-                    socket.send_fds(asks, [msgspec.json.encode(start)], [theirs.fileno(), *fds])
+                    with _file_with(start) as file:
+                        socket.send_fds(asks, [b"start"], [file.fileno(), theirs.fileno(), *fds])
                 except ConnectionError:
                     return None
             limit_s = _ANSWER_S if self._has_answered else _START_S
@@ -158,6 +160,13 @@ class ForkServer:
                 process.kill()
             await process.wait()
         self._processes.clear()
+
+
+def _file_with(start: Start) -> BinaryIO:
+    """Return a file without a name that holds it."""
+    file = open(os.memfd_create("start"), "wb", buffering=0)  # noqa: SIM115 - the caller closes it
+    file.write(msgspec.msgpack.encode(start))
+    return file
 
 
 def _packet_pair() -> tuple[socket.socket, socket.socket]:

@@ -1,14 +1,17 @@
 """Packets between a launcher and its fork server, on sockets that nobody else holds.
 
-launcher  Start, with descriptors: the reports' socket, those that flags tell of, standard error  ->  fork server
-launcher  <-  Started, with a pidfd; then Ended. Or Refused                          fork server, on that socket
+launcher  descriptors: a file with a Start, the reports' socket, those of its flags, standard error  ->  fork server
+launcher  <-  Started, with a pidfd; then Ended. Or Refused                             fork server, on that socket
+
+A Start has the child's whole environment, which is as large as whoever set it wants, and in whatever bytes: no packet
+holds every one, nor does text.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-MAX_PACKET_BYTES = 2**17  # what one argument of a program may have, too
+MAX_PACKET_BYTES = 2**17  # of reports: a system's error is much shorter
 MAX_FDS = 16
 
 
@@ -17,10 +20,10 @@ class Start(msgspec.Struct, frozen=True):
 
     module: str
     imports: tuple[str, ...]  # modules that it will need
-    args: tuple[str, ...]
+    args: tuple[bytes, ...]
     flags: tuple[str, ...]
     has_stderr: bool  # the last descriptor is where it writes errors to, else it does as the launcher
-    env: dict[str, str]
+    env: tuple[tuple[bytes, bytes], ...]
     title: str  # what `ps` shows
 
 

@@ -70,7 +70,7 @@ class Server:
                     is_asked = False
                     self._to_import.clear()
                     self._selector.unregister(self._asks)
-                elif (job := self._fork(msgspec.json.decode(packet, type=Start), fds)) is not None:
+                elif (job := self._fork(_start_in(fds[0]), fds[1:])) is not None:
                     return job
         return None
 
@@ -116,6 +116,13 @@ class Server:
             child.reports.close()
 
 
+def _start_in(fd: int) -> Start:
+    """Read what a file holds, and close it."""
+    with open(fd, "rb") as file:
+        file.seek(0)  # whoever wrote it left its end behind
+        return msgspec.msgpack.decode(file.read(), type=Start)
+
+
 def _import(module: str) -> None:
     """Import, if it is not there. What cannot be imported the program meets itself, and says so."""
     with kept_imports(), contextlib.suppress(Exception):
@@ -133,12 +140,12 @@ def _run(job: _Job) -> None:
     os.setpgid(0, 0)
     setproctitle(start.title)
     os.environ.clear()
-    os.environ.update(start.env)
+    os.environb.update(start.env)
     if start.has_stderr:
         os.dup2(fds[-1], _STDERR)
         os.close(fds[-1])
     told = (word for flag, fd in zip(start.flags, fds, strict=False) for word in (flag, str(fd)))
-    sys.argv = [start.module, *start.args, *told]
+    sys.argv = [start.module, *map(os.fsdecode, start.args), *told]
     runpy.run_module(start.module, run_name="__main__")
 
 

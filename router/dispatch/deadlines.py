@@ -39,13 +39,15 @@ class DeadlineVerdict(Enum):
 class Deadlines:
     """`Deadlines` knows since when a role has had no worker, and judges requests."""
 
-    def __init__(self, pools: Pools, *, must_prefill_remotely: bool) -> None:
+    def __init__(self, pools: Pools, *, expects_prefill: bool, may_prefill_locally: bool) -> None:
         self._pools = pools
-        self._roles = ("decode", "prefill") if must_prefill_remotely else ("decode",)
+        self._roles = ("decode",) if may_prefill_locally else ("decode", "prefill")
+        decodes_embed = may_prefill_locally or not expects_prefill
+        self._embedding_roles = ("prefill",) * expects_prefill + ("decode",) * decodes_embed  # one of them is enough
         self._absent_s: dict[str, float] = {}
 
     def check_pools(self, now_s: float) -> None:
-        for role in self._roles:
+        for role in ("decode", "prefill"):
             if self._pools.has_ready(role):
                 self._absent_s.pop(role, None)
             else:
@@ -85,12 +87,22 @@ class Deadlines:
             at_s = now_s + QUEUE_CHECK_S
             if tracked.search.lacks_s is not None:
                 at_s = min(at_s, tracked.search.lacks_s + PAIR_WAIT_S)
-            return min([at_s, *(max(since_s, tracked.event_s) + WORKER_WAIT_S for since_s in self._absent_s.values())])
+            absent_s = self._absent_of(tracked).values()
+            return min([at_s, *(max(since_s, tracked.event_s) + WORKER_WAIT_S for since_s in absent_s)])
         answer_due_s = tracked.attempt.answer_due_s
         return tracked.event_s + FORGOTTEN_S if answer_due_s is None else answer_due_s
 
+    def _absent_of(self, tracked: TrackedRequest) -> dict[str, float]:
+        """Return since when there has been no worker of each role without which the request cannot be served."""
+        absent_s = self._absent_s
+        if tracked.request.pooling is None:
+            return {role: absent_s[role] for role in self._roles if role in absent_s}
+        if not all(role in absent_s for role in self._embedding_roles):
+            return {}
+        return {self._embedding_roles[0]: max(absent_s[role] for role in self._embedding_roles)}
+
     def _judge_queued(self, tracked: TrackedRequest, now_s: float) -> StreamError | DeadlineVerdict | None:
-        for role, since_s in self._absent_s.items():
+        for role, since_s in self._absent_of(tracked).items():
             waited_s = now_s - max(since_s, tracked.event_s)
             if waited_s >= WORKER_WAIT_S:
                 return StreamError(f"no {role} worker for {waited_s:.0f} s", f"no_{role}_capacity", 503)

@@ -132,7 +132,7 @@ class Dispatcher:
             self._placer,
             self._admission,
             self._worker_messages.relay,
-            Deadlines(self._pools, must_prefill_remotely=not is_local),
+            Deadlines(self._pools, expects_prefill=config.expect_prefill, may_prefill_locally=is_local),
         )
         self._readers = Readers(self._in_flight, place=self._place)
         self._time_us = time_us

@@ -10,7 +10,7 @@ Whatever ends, everything that it holds on workers is given back first, and the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -150,11 +150,22 @@ class InFlightRequests:
         tracked.is_suspended = True
         tracked.search.note_hope()  # it looks for no worker until it goes on
         if tracked.attempt is not None:
-            self._take_back(tracked, tracked.attempt, now_s)
-            self._queue_again(tracked, now_s)
+            self.interrupt(tracked, now_s)
         else:
             self.queue.remove(tracked)
             self.enqueue(tracked)
+
+    def interrupt_on(self, workers: Sequence[RouterWorker], now_s: float) -> None:
+        """Take back what runs on any of these workers."""
+        for tracked in self:
+            if tracked.attempt is not None and not set(workers).isdisjoint(tracked.attempt.workers):
+                self.interrupt(tracked, now_s)
+
+    def interrupt(self, tracked: TrackedRequest, now_s: float) -> None:
+        """Take a request back from its workers, through no fault of anybody's; it is queued again."""
+        if tracked.attempt is not None and tracked.request.unfinished:
+            self._take_back(tracked, tracked.attempt, now_s)
+            self._queue_again(tracked, now_s)
 
     def resume(self, tracked: TrackedRequest) -> None:
         """Let a suspended request be placed again."""

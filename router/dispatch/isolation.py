@@ -4,7 +4,8 @@
 
 If that attempt's worker is lost too, nothing else can have been the reason. Where prompts may be computed on decode
 workers one worker is claimed, else one of each role. Claims never take every open decode worker for more than half of
-the time: after such a claim the others come first for as long as it lasted.
+the time: after such a claim the others come first for as long as it lasted. What still runs on the last open one after
+a while, with others waiting, makes way and goes on behind the attempt.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from ..state.tracked_request import TrackedRequest
 from ..state.views import WorkerView
 from ..state.worker import RouterWorker
 
-PATIENCE_S = 10.0  # for another router's work on a claimed worker: then it is as alone as can be had
+# For what runs on a claimed worker. Then another router's is borne, for it is as alone as can be had, and our own makes
+# way where others wait for that worker: longer, they wait longer; shorter, more answers are interrupted.
+PATIENCE_S = 10.0
 _MAX_SHARE = 2  # at most one in so many decode workers is claimed, if there is more than one
 
 
@@ -77,6 +80,16 @@ class Isolation:
     def has_claim(self, tracked: TrackedRequest) -> bool:
         """Return whether workers are kept for it."""
         return any(claim.tracked is tracked for claim in self.claims)
+
+    def overdue(self, now_s: float) -> list[Claim]:
+        """Return claims that have waited for our own work on their workers for long, where no decode worker is open."""
+        if not self.claims or self._open("decode"):
+            return []
+        return [
+            claim
+            for claim in self.claims
+            if claim.is_waiting and now_s - claim.since_s >= PATIENCE_S and any(one.loads for one in claim.workers)
+        ]
 
     def _claim(self, tracked: TrackedRequest, demand: Demand, now_s: float, has_others: bool) -> Claim | None:
         open_decodes = self._open("decode")

@@ -1,7 +1,9 @@
 """The placer matches the central queue with the policy: who goes where next, and who waits.
 
 A round of placing walks the queue in order. A request that finds no room keeps the decode worker that it waits for,
-so nothing smaller starves it; a few may be passed over, and then the round ends.
+so nothing smaller starves it; a few may be passed over, and then the round ends. Who waits for workers that are not
+there holds nobody up: what no worker can hold stands aside until workers come, and embeddings are placed where answers
+lack a worker.
 """
 
 from __future__ import annotations
@@ -80,13 +82,15 @@ class Placer:
 
     def _run_round(self, now_s: float) -> None:
         view: PoolView | None = self._pools.picture(now_s)
+        self._in_flight.queue.look_again(self._pools.membership)
         claimed, passed = frozenset[int](), set[TrackedRequest]()
+        kind: bool | None = None  # of those that are looked at: embeddings or others, where these lack a role's workers
         if self._policy.predicts:
             rate = self._admission.forecast.work_rate(self._pools.num_computing)
             self._in_flight.queue.triage(now_s, rate, self._admission.arrivals)
         queue = self._in_flight.queue
         while len(queue) > len(passed) and (
-            next_ones := [tracked for tracked in queue.first(LOOK_AHEAD, now_s) if tracked not in passed]
+            next_ones := [one for one in queue.first(LOOK_AHEAD, now_s, embeddings=kind) if one not in passed]
         ):
             for tracked in next_ones:
                 if tracked.request.status is not RequestStatus.QUEUED or self.is_too_late(tracked, now_s):
@@ -104,15 +108,24 @@ class Placer:
                 if tracked.search.waits_s is None:
                     tracked.search.waits_s = now_s
                 self._note_lack(tracked, answer, now_s)
+                if tracked.search.is_aside:
+                    queue.set_apart(tracked)
+                    continue
                 if answer.claim is not None:
                     claimed |= {answer.claim}
                 passed.add(tracked)
-                if len(passed) == LOOK_AHEAD or answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
+                if len(passed) == LOOK_AHEAD:
                     return
+                if answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
+                    if kind is not None or not queue.has_kind(embeddings=not demand.is_embedding):
+                        return
+                    kind = not demand.is_embedding
+                    break
 
     def _place_alone(self, now_s: float) -> None:
         """Place requests that may kill workers, each on workers of its own. Nobody behind them waits for that."""
         self._isolation.sweep(now_s)
+        self._make_way(now_s)
         for tracked in self._in_flight.queue.alone(now_s):
             has_others = any(not other.must_run_alone for other in self._in_flight)
             placement = self._isolation.place(tracked, now_s, has_others=has_others)
@@ -122,6 +135,13 @@ class Placer:
                 tracked.search.note_hope()
             elif not self._isolation.claims:
                 self._note_hopeless(tracked, now_s)
+
+    def _make_way(self, now_s: float) -> None:
+        """Interrupt answers on the last open decode workers for who is to run alone there, if others wait as well."""
+        if not self._in_flight.queue.num_waiting:
+            return
+        for claim in self._isolation.overdue(now_s):
+            self._in_flight.interrupt_on(claim.workers, now_s)
 
     def _note_hopeless(self, tracked: TrackedRequest, now_s: float) -> None:
         """Note why no worker is kept for it, where every pair has failed or nothing can hold it."""
@@ -218,6 +238,7 @@ class Placer:
             search.misfit_s = None
         has_fit = request.num_output_tokens > 0 or (request.attempt_number > 0 and not search.unfit)
         if wait.lack is Lack.FIT and has_fit:
+            search.is_aside = True
             if search.misfit_s is None:  # the worker that could hold it, or one like it, may come back
                 search.misfit_s = now_s
         elif wait.lack is Lack.FIT and has_shortened(request, self._pools):

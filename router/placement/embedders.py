@@ -48,6 +48,9 @@ def embedders(
         has_prefills = expects_prefill and view.num_ready("prefill") > 0
         return Wait(_lack(view, has_prefills=has_prefills, expects_prefill=expects_prefill, stands_in=stands_in))
     roomy = [worker for worker in fitting if _has_room(worker, demand, max_wait_s)]
+    if not roomy and near is not None and fitting[0].role == "decode":  # those nearby may each hold a long context
+        all_fitting = fitting_workers(view, "decode", (), fits_prefill, demand)
+        roomy = [worker for worker in all_fitting if _has_room(worker, demand, max_wait_s)]
     return Embedders(roomy, reason) if roomy else Wait(Lack.PREFILL_ROOM)
 
 

@@ -66,6 +66,17 @@ def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
     return demand.blocks_now(spec) + growth_blocks(worker.num_running, spec.block_size) <= worker.num_free_blocks
 
 
+def roomy_workers(view: PoolView, fitting: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:
+    """Return the decode workers with room: of `fitting`, or of all ready ones where none of them has any.
+
+    Those with the fewest rows may each hold a long context. Where nobody has so many blocks free, nobody is asked.
+    """
+    roomy = [worker for worker in fitting if has_decode_room(worker, demand)]
+    if roomy or not fitting or demand.blocks_now(fitting[0].hello.spec) > view.most_free_blocks:
+        return roomy
+    return [one for one in view.ready("decode") if has_decode_room(one, demand) and fits_decode(one, demand)]
+
+
 def has_prefill_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> bool:
     """About one step of work ahead at most, and that soon done. A short prompt may overtake a long one."""
     if worker.session in demand.busy:

@@ -30,10 +30,10 @@ from .policy import (
     fits_decode,
     fits_prefill,
     fitting_workers,
-    has_decode_room,
     has_pair,
     has_prefill_room,
     may_hand_over,
+    roomy_workers,
     wait_for_room,
 )
 from .slo_estimates import WORK, SloCandidate, SloEstimates
@@ -89,7 +89,7 @@ class SloPolicy:
         lack = self._lack(prefills, fitting, demand, view)
         if lack is not None:
             return lack
-        roomy = [worker for worker in fitting if has_decode_room(worker, demand)]
+        roomy = roomy_workers(view, fitting, demand)
         usable = self._usable(view, demand, prefills, fitting, roomy)
         candidates = list(self._candidates(view, demand, usable, roomy))
         if not candidates:
@@ -144,7 +144,7 @@ class SloPolicy:
         holders = _holders(demand)
         decodes = [worker for worker in view.nearest("decode", _NEAR, holders) if fits_decode(worker, demand)]
         prefills = [worker for worker in view.nearest("prefill", _NEAR, holders) if fits_prefill(worker, demand)]
-        roomy = [worker for worker in decodes if has_decode_room(worker, demand)]
+        roomy = roomy_workers(view, decodes, demand)
         usable = self._usable(view, demand, prefills, decodes, roomy)
         found = self._candidates(view, demand, usable, roomy)
         return sorted(found, key=lambda one: self._order(one, demand))

@@ -41,6 +41,8 @@ class RequestQueue:
         self._by_arrival = by_arrival
         self.num_by_class: Counter[str] = Counter()
         self._num_background = 0
+        self._num_embeddings = 0
+        self._membership = 0  # of the pools, when those that no worker could hold were last looked at
         self._places: dict[TrackedRequest, Place] = {}
         self._levels: dict[int, PriorityLevel] = {}
         self._priorities: list[int] = []  # of the levels, sorted
@@ -71,6 +73,10 @@ class RequestQueue:
     def is_full(self) -> bool:
         """A newcomer that somebody waits for would have to be refused."""
         return self.num_bounded >= self.max_size
+
+    def has_kind(self, *, embeddings: bool) -> bool:
+        """Tell whether there is an embedding, or anything else."""
+        return bool(self._num_embeddings if embeddings else len(self) - self._num_embeddings)
 
     # --- changes --------------------------------------------------------------------------------------------
 
@@ -107,6 +113,7 @@ class RequestQueue:
     def _count(self, tracked: TrackedRequest, change: int) -> None:
         self.num_by_class[tracked.request.request_class] += change
         self._num_background += change * tracked.request.is_background
+        self._num_embeddings += change * (tracked.request.pooling is not None)
 
     def _line_up(self, tracked: TrackedRequest) -> None:
         request = tracked.request
@@ -134,10 +141,25 @@ class RequestQueue:
                 del self._levels[priority]
                 self._priorities.remove(priority)
 
+    def set_apart(self, tracked: TrackedRequest) -> None:
+        """Let it wait for something else than room: `first` lines it up again once it is not put off any more."""
+        self.remove(tracked)
+        self.add(tracked, apart=True)
+
+    def look_again(self, membership: int) -> None:
+        """Line up those again that no worker could hold, if the workers are others than at the last call."""
+        if membership != self._membership:
+            self._membership = membership
+            for tracked in self._apart:
+                tracked.search.is_aside = False
+
     # --- who is next ----------------------------------------------------------------------------------------
 
-    def first(self, number: int, now_s: float) -> list[TrackedRequest]:
-        """The next ones to serve, in order. None of them stands apart."""
+    def first(self, number: int, now_s: float, *, embeddings: bool | None = None) -> list[TrackedRequest]:
+        """The next ones to serve, in order. None of them stands apart.
+
+        `embeddings`: those alone, or all others alone; None: both.
+        """
         for tracked in [one for one in self._apart if not (one.must_run_alone or one.is_put_off(now_s))]:
             del self._apart[tracked]
             self._line_up(tracked)
@@ -146,7 +168,7 @@ class RequestQueue:
             if len(found) >= number:
                 break
             if len(level := self._levels[priority]):
-                found += self._first_of(level, number - len(found), now_s)
+                found += self._first_of(level, number - len(found), now_s, embeddings)
         return found
 
     def triage(self, now_s: float, rate: float, arrivals: ArrivalLoad) -> None:
@@ -166,7 +188,9 @@ class RequestQueue:
         places = [self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED)]
         return [(place, Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)) for place in places]
 
-    def _first_of(self, level: PriorityLevel, number: int, now_s: float) -> list[TrackedRequest]:
+    def _first_of(
+        self, level: PriorityLevel, number: int, now_s: float, embeddings: bool | None
+    ) -> list[TrackedRequest]:
         """Return the next requests of a level; who is found to be late on the way is late from now on."""
         moves = _MAX_MOVES
         while True:
@@ -176,6 +200,8 @@ class RequestQueue:
                 place = self._places[ticket.item]
                 if place.start_by_s < now_s and not place.is_late and len(late) < moves:
                     late.append(place)
+                    continue
+                if embeddings is not None and embeddings != (ticket.item.request.pooling is not None):
                     continue
                 found.append(ticket.item)
                 if len(found) == number:

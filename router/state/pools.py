@@ -47,6 +47,7 @@ class Pools:
         self.prefix_index = PrefixIndex()
         self.claimed: frozenset[int] = frozenset()  # sessions that are kept for requests that run alone
         self.block_size = 0  # of all workers; 0: none has joined yet
+        self.membership = 0  # another number whenever a worker has come, gone, or changed its role or readiness
         self.spec: KVCacheSpec | None = None  # of all workers; None: none has joined yet
 
     def held_blocks(self, hashes: Sequence[bytes], num_tokens: int) -> Mapping[int, int]:
@@ -195,21 +196,25 @@ class Pools:
 
     def _refresh(self, now_s: float) -> None:
         for session in self._changed:
-            self._unrank(session)
+            before, now = self._unrank(session), None
             worker = self._workers.get(session)
             if worker is None:
                 self._views.pop(session, None)
-                continue
-            view = self._views[session] = worker.view(now_s)
-            if view.is_ready:
-                rank = RANKS[view.role](view)
-                insort(self._order[view.role], rank)
-                self._ranks[session] = (view.role, rank)
+            else:
+                view = self._views[session] = worker.view(now_s)
+                if view.is_ready:
+                    now, rank = view.role, RANKS[view.role](view)
+                    insort(self._order[now], rank)
+                    self._ranks[session] = (now, rank)
+            self.membership += before != now
         self._changed.clear()
 
-    def _unrank(self, session: int) -> None:
+    def _unrank(self, session: int) -> str | None:
+        """Take a session out of the order, and return the role in which it was ready."""
         found = self._ranks.pop(session, None)
-        if found is not None:
-            role, rank = found
-            order = self._order[role]
-            del order[bisect_left(order, rank)]
+        if found is None:
+            return None
+        role, rank = found
+        order = self._order[role]
+        del order[bisect_left(order, rank)]
+        return role

@@ -37,6 +37,7 @@ class Search:
     waits_s: float | None = None  # since when it has found no room
     lacks_s: float | None = None  # since when every pair has failed
     misfit_s: float | None = None  # since when no worker that is there can hold it, though one could before
+    is_aside: bool = False  # for that reason, until workers come, go or change: nobody waits behind it
     num_cached: int = 0  # prompt tokens that some worker held when places were last looked for
     computed_on: int | None = None  # the prefill session that has the prompt's KV in its cache
     computed_whole: bool = False  # all of the prompt, not only its beginning
@@ -121,6 +122,7 @@ class Search:
     def note_hope(self) -> None:
         """Note that there are workers that can take it, now or when they have room, or that it looks for none."""
         self.lacks_s = self.misfit_s = None
+        self.is_aside = False
 
     def forgive_pairs(self) -> None:
         """Forget the failed pairs: there is no other one, and what failed once may not fail again."""

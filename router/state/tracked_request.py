@@ -65,9 +65,12 @@ class TrackedRequest:
         return True
 
     def is_put_off(self, now_s: float) -> bool:
-        """Return whether it waits: for others to go first, the end of a pause, or a token of the retry budget."""
+        """Return whether it waits for something else than room.
+
+        That is for others to go first, the end of a pause, a token of the retry budget, or a worker that is not there.
+        """
         is_unpaid = self.charge is not None and not self.charge.is_paid
-        return self.is_suspended or now_s < self.not_before_s or is_unpaid
+        return self.is_suspended or now_s < self.not_before_s or is_unpaid or self.search.is_aside
 
     def begin(self, attempt: Attempt) -> None:
         assert self.attempt is None, self.request.request_id

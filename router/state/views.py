@@ -83,6 +83,7 @@ class PoolView:
     now_s: float = 0.0
     block_size: int = 0  # of all workers, tokens; 0: none has joined yet
     queued_by_class: Mapping[str, int] = field(default_factory=dict)
+    _most_free: int | None = field(init=False, repr=False, compare=False, default=None)
     _order: dict[str, list[Rank]] = field(init=False, repr=False, compare=False, default_factory=dict)
     _by_session: Mapping[int, WorkerView] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -109,6 +110,14 @@ class PoolView:
         if len(ranks) > count:
             sessions += [session for session in also if session not in sessions and self._is_ready(session, role)]
         return [self._by_session[session] for session in sessions]
+
+    @property
+    def most_free_blocks(self) -> int:
+        """The most blocks that a ready decode worker with a row to spare has free; worked out once."""
+        if self._most_free is None:
+            with_rows = (one for one in self.ready("decode") if one.num_running < one.hello.max_num_seqs)
+            self._most_free = max((one.num_free_blocks for one in with_rows), default=0)
+        return self._most_free
 
     def _is_ready(self, session: int, role: str) -> bool:
         worker = self._by_session.get(session)

@@ -72,6 +72,23 @@ def test_smaller_ones_pass_only_in_what_the_waiting_one_does_not_need() -> None:
     assert ("older", "blocks") not in _answers(bench)
 
 
+def test_what_may_be_promised_is_kept_for_a_waiting_one_as_well() -> None:
+    """More than half of the pool is promised to nobody but one: beside steady small ones it would wait for ever."""
+    bench = Bench(num_blocks=32)
+    bench.send(ReserveKV(spec=bench.spec("open", 8, arrival=1)))
+    assert _answers(bench) == [("open", "grant")]
+    _ask(bench, "large", 72, arrival=2)  # 18 of 32
+    bench.send(ReserveKV(spec=bench.spec("small", 8, arrival=3)))  # for which 12 are left
+    assert _answers(bench) == [("small", "growth")]
+    bench.send(ReserveKV(spec=bench.spec("older", 8, arrival=0)))
+    assert _answers(bench) == [("older", "grant")]
+    for name in ("open", "older"):
+        bench.send(Abort(request_id=name, attempt=0))
+    bench.step()
+    assert _answers(bench) == [("large", "grant")]
+    bench.role.check()
+
+
 def test_only_one_of_a_router_waits_and_that_is_its_oldest() -> None:
     bench = Bench(num_blocks=16)
     _full(bench)

@@ -47,8 +47,12 @@ class Told:
         self.ours.setblocking(False)
 
     async def facts(self) -> dict[str, Any]:
-        packet = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.ours, 1 << 20), LIMIT_S)
-        facts: dict[str, Any] = json.loads(packet)
+        told = b""
+        while not told.endswith(b"}\n"):
+            part = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.ours, 1 << 20), LIMIT_S)
+            assert part
+            told += part
+        facts: dict[str, Any] = json.loads(told)
         return facts
 
     def close(self) -> None:
@@ -90,6 +94,16 @@ async def test_a_child_has_its_own_arguments_environment_and_group_and_shares_im
     assert (tmp_path / "errors").read_text() == "said\n"
     with pytest.raises(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
+
+
+async def test_an_environment_of_any_size_and_any_bytes_reaches_a_child(forks: ForkServer, told: Told) -> None:
+    env = {f"SERVICE_{number}": "x" * 10_000 for number in range(40)} | {"ODD": os.fsdecode(b"caf\xe9")}
+    fds = {"--told-fd": told.theirs.fileno()}
+    argv = (sys.executable, "-m", MODULE, "0", os.fsdecode(b"caf\xe9"))
+    process = await forks.start(argv, fds, env, None, title="the title")
+    facts = await told.facts()
+    assert await ended(process) == 0
+    assert facts["env"] == env and facts["args"] == [os.fsdecode(b"caf\xe9")]
 
 
 @pytest.mark.parametrize(("end", "code"), [("0", 0), ("raise", 1), ("signal", -signal.SIGTERM)])
@@ -198,9 +212,10 @@ async def test_no_process_for_a_child_is_an_error_of_the_system(
     monkeypatch.setattr(os, "fork", fork)
     asks, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reports, its_reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    start = Start(module=MODULE, imports=(), args=(), flags=(), has_stderr=False, env={}, title="")
+    start = Start(module=MODULE, imports=(), args=(), flags=(), has_stderr=False, env=(), title="")
     with asks, its_end, reports, its_reports:
-        socket.send_fds(asks, [msgspec.json.encode(start)], [its_reports.fileno()])
+        with client._file_with(start) as file:
+            socket.send_fds(asks, [b"start"], [file.fileno(), its_reports.fileno()])
         asks.close()
         assert server.Server(its_end, ()).serve() is None
         report = msgspec.json.decode(reports.recv(MAX_PACKET_BYTES), type=Report)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from kvferry.common.clock import SystemClock
+from kvferry.common.errors import WorkerLost
 from kvferry.launch.child_process import Command
 from kvferry.launch.process import Child, ChildTimes
 
@@ -95,6 +98,35 @@ async def test_a_process_that_is_stopped_is_started_again() -> None:
         os.kill(watched.child.pid, signal.SIGSTOP)
         assert "no sign of life" in str((await watched.until("restart"))["reason"])
         await watched.until("ready", 2)
+
+
+async def test_a_start_for_which_the_system_has_no_room_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that ended a worker, or the processes that a machine allows, may be had again a moment later."""
+    spawn, refusals = asyncio.create_subprocess_exec, 2
+
+    async def refuse(*args: Any, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return await spawn(*args, **options)
+
+    async with _running(0.1) as watched:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+        watched.child.kill()
+        await watched.until("ready", 2)
+        reasons = [str(event["reason"]) for event in watched.told if event["event"] == "restart"]
+        assert reasons[0] == "ended by SIGKILL" and len(reasons) == 3
+        assert all("could not be started: " in reason for reason in reasons[1:])
+
+
+async def test_what_never_starts_for_want_of_room_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*args: Any, **options: Any) -> asyncio.subprocess.Process:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+    with pytest.raises(WorkerLost, match=r"3 times: could not be started: .*Cannot allocate memory"):
+        await Watched(0.1, TIMES).child.run()
 
 
 def test_a_router_gets_more_patience_than_a_worker() -> None:

@@ -61,7 +61,14 @@ class Grants:
         self._epoch = 0
 
     def reserve(
-        self, spec: RequestSpec, router_id: str, *, max_local_tokens: int, growth_reserve: int, refusal: str = ""
+        self,
+        spec: RequestSpec,
+        router_id: str,
+        *,
+        max_local_tokens: int,
+        growth_reserve: int,
+        num_kept: int,
+        refusal: str = "",
     ) -> Grant | NoCapacity:
         """Reserve, as `KVReceiver.reserve`. `refusal`: why nothing new is granted; empty: it is."""
         known = self._reservations.of_request(spec.request_id)
@@ -74,10 +81,10 @@ class Grants:
             self._endings.drop(known, "a newer attempt has begun")
         if refusal:
             return self._no_capacity(spec, refusal)
-        return self._grant(spec, router_id, max_local_tokens, growth_reserve)
+        return self._grant(spec, router_id, max_local_tokens, growth_reserve, num_kept)
 
     def _grant(
-        self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int
+        self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int, num_kept: int
     ) -> Grant | NoCapacity:
         num_tokens, block_size = spec.num_prompt_tokens, self._spec.block_size
         hashes = self._contents.prompt_hashes(spec)
@@ -90,7 +97,7 @@ class Grants:
         num_copies = len(spec.choices) - 1 if num_tokens % block_size else 0
         num_total = self._spec.num_blocks_for(num_tokens) + num_copies
         num_thin = num_thin_behind(self._spec, num_tokens, len(hits), num_total - len(hits))
-        lacks = partial(self._reservations.shortage, num_total, hits, growth_reserve, num_thin=num_thin)
+        lacks = partial(self._reservations.shortage, num_total, hits, growth_reserve, num_kept, num_thin=num_thin)
         reason = lacks()
         if reason is not None:
             if lacks(without_quarantine=True) is None:

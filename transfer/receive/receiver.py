@@ -173,24 +173,24 @@ class KVReceiver:
         *,
         max_local_tokens: int = 0,
         growth_reserve: int = 0,
+        num_kept: int = 0,
         retains_prefix: bool = True,
     ) -> Grant | NoCapacity:
-        """Blocks for a prompt and for the copies that its choices need; `growth_reserve` blocks stay available.
+        """Reserve blocks for a prompt and for the copies that its choices need; a lower attempt of the request ends.
 
-        A lower attempt of the request ends with it. "held": so little of the prompt is missing here (at most
-        `max_local_tokens`, or nothing) that it should be computed here. `retains_prefix`: the prompt's KV is cached for
-        others here, and not where it comes from.
+        `growth_reserve` blocks stay free, and `num_kept` for earlier requests. "held": what is missing is so little (at
+        most `max_local_tokens`) that it should be computed here. `retains_prefix`: the prompt's KV is cached here alone.
         """
         answer = self._grants.reserve(
             spec,
             router_id,
             max_local_tokens=max_local_tokens,
             growth_reserve=growth_reserve,
+            num_kept=num_kept,
             refusal="draining" if self.draining else "" if self.is_active else "wrong_role",
         )
-        reservation = self.reservations.of_request(spec.request_id) if isinstance(answer, Grant) else None
-        if reservation is not None:
-            reservation.retains_prefix = retains_prefix
+        if isinstance(answer, Grant) and (found := self.reservations.of_request(spec.request_id)) is not None:
+            found.retains_prefix = retains_prefix
         return answer
 
     # --- the prefill worker's messages -----------------------------------------------------------------------

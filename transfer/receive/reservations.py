@@ -128,11 +128,14 @@ class Reservations:
         num_total: int,
         hits: list[BlockId],
         growth_reserve: int,
+        num_kept: int = 0,
         *,
         num_thin: int = 0,
         without_quarantine: bool = False,
     ) -> str | None:
         """Say why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can.
+
+        `growth_reserve`: blocks that running sequences need. `num_kept`: those kept for whose turn is before.
 
         `num_thin`: of those that are not here.
 
@@ -147,12 +150,14 @@ class Reservations:
             return "never_fits"
         if num_new > num_free:
             return "blocks"
-        if num_new + growth_reserve > num_free:
+        if num_new + growth_reserve + num_kept > num_free:
             return "growth"
-        promised = self.num_granted_blocks + num_quarantined + self._pool.num_frames(num_total - len(hits), num_thin)
+        promised = self.num_granted_blocks + num_quarantined + num_kept
+        promised += self._pool.num_frames(num_total - len(hits), num_thin)
         if promised > MAX_PROMISED_SHARE * self._pool.num_blocks:
             # One promise may be larger than the share: else a long prompt could never pass.
-            return "growth" if any(reservation.is_promise for reservation in self.live.values()) else None
+            has_others = num_kept > 0 or any(reservation.is_promise for reservation in self.live.values())
+            return "growth" if has_others else None
         return None
 
     def check(self) -> None:

@@ -1,6 +1,6 @@
 """The last word about each shipment that did not arrive, said until the decode worker has heard it.
 
-    add ─> KVClosed(clean), or not clean: «what was posted may still land» ─> again, once a second ─KVDone─> over
+    add ─> KVClosed(clean), or not clean: «what was posted may still land» ─> again and again ─KVDone─> over
               not clean ─┬─> all its writes are done after all             KVClosed(clean)
                          └─> a write failed, or none of it ends: our own   KVClosed(detached)
                              agent is destroyed once nothing else is under way
@@ -24,7 +24,10 @@ from .shipment import Shipment
 FAILED_AFTER_S = 2.0  # that a decode worker gets to fence us before we destroy our agent
 STUCK_AFTER_S = 10.0  # that a decode worker gets where writes neither end nor fail
 MIN_INTERVAL_S = 5.0  # between two of our agents
-GIVE_UP_S = 30.0  # a decode worker that has not heard a word for so long is gone, or has fenced us
+# A decode worker that lives and has not heard how a shipment ended keeps its blocks, and opens nothing more for us. So
+# it is told for as long as a link may be away, more and more rarely: a tenth of an outage after it at the latest.
+GIVE_UP_S = 3600.0
+_SPACING = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +42,10 @@ class _Closing:
     since: float
     announced_at: float
     is_detached: bool = False
+
+    def due_at(self, every_s: float) -> float:
+        """Return when it is said again."""
+        return self.announced_at + max(every_s, _SPACING * (self.announced_at - self.since))
 
 
 class Closings:
@@ -84,12 +91,12 @@ class Closings:
         for open_id, found in list(self._found.items()):
             if now - found.since >= GIVE_UP_S and not self._must_detach(found):
                 del self._found[open_id]
-            elif now - found.announced_at >= every_s:
+            elif now >= found.due_at(every_s):
                 self._tell(found, now)
 
     def next_call_at(self, every_s: float) -> float | None:
         """Return when `repeat` or `wants_new_agent` may have something to do."""
-        return min((found.announced_at + every_s for found in self._found.values()), default=None)
+        return min((found.due_at(every_s) for found in self._found.values()), default=None)
 
     def _must_detach(self, found: _Closing) -> bool:
         return self._copies_itself and not found.is_clean and not found.is_detached

@@ -22,7 +22,7 @@ if __name__ == "__main__":
         "open": sorted(os.listdir("/proc/self/fd")),
     }
     with socket.socket(fileno=int(told_fd)) as told:
-        told.sendall(json.dumps(facts).encode())
+        told.sendall(json.dumps(facts).encode() + b"\n")
         if end == "wait":
             told.recv(1)  # until the test has ended, or says so
             sys.exit(0)

@@ -8,9 +8,11 @@ import pytest
 
 from kvferry.common.errors import CapacityError, ProtocolError, RequestError
 from kvferry.common.request import BACKGROUND_PRIORITY, SampledToken, unpack_ids
+from kvferry.router.dispatch.placer import LOOK_AHEAD
 from kvferry.router.placement.slo import SloPolicy
 from kvferry.router.state.demand import Placement, Reason
 from kvferry.router.state.errors import StreamError
+from kvferry.router.state.failures import CLEARED_BY_STEPS
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
@@ -827,6 +829,28 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
     assert state(large) is state(small) is RequestStatus.QUEUED
     running.abort()
     assert state(large) is RequestStatus.PREFILLING
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "slo"])
+async def test_nobody_waits_behind_those_that_a_lost_worker_alone_could_hold(policy: str) -> None:
+    fleet = Fleet(config(expect_prefill=False, policy=policy))
+    small, large = fleet.join("d-0", num_blocks=16), fleet.join("d-1", num_blocks=4096, max_num_seqs=64)
+    fleet.beat(large, num_blocks=4096, num_free_blocks=4096)
+    lost = []
+    for _ in range(2 * LOOK_AHEAD):
+        lost.append(fleet.submit(600))
+        fleet.step(large, large.take(LocalTask), tokens(0, 0, CLEARED_BY_STEPS))
+    fleet.dispatcher.worker_left(large, "killed")
+    fleet.wait(0.5, small)
+    other = fleet.submit()
+    assert state(other) is RequestStatus.PREFILLING and small.take(LocalTask)
+    fleet.wait(5.0, small)
+    large = fleet.join("d-2", num_blocks=4096, max_num_seqs=64)
+    assert state(lost[0]) is RequestStatus.PREFILLING, "they are looked at again when workers come"
+    fleet.dispatcher.worker_left(large, "killed")
+    assert not fleet.dispatcher.breaches()
+    fleet.wait(34.0, small)
+    assert {one.request.error_code for one in lost} == {"no_decode_capacity"}
 
 
 def test_a_short_prompt_is_prefilled_where_it_decodes() -> None:

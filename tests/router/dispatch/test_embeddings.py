@@ -162,6 +162,29 @@ def test_a_mean_looks_for_no_prefix() -> None:
     assert not mean.request.block_hashes
 
 
+@pytest.mark.parametrize("num_ahead", [1, 20])
+async def test_answers_that_wait_for_a_decode_worker_do_not_hold_embeddings_up(num_ahead: int) -> None:
+    fleet = Fleet()
+    prefill = fleet.join("p-0", max_num_batched_tokens=64)
+    answers = [fleet.submit() for _ in range(num_ahead)]
+    first, second = _embed(fleet, 100), _embed(fleet, 100)
+    task = prefill.take(EmbedTask)
+    assert task.spec.request_id == first.request.request_id and second.request.status is RequestStatus.QUEUED
+    fleet.wait(30.5, prefill, num_running=1, waiting_tokens=100)
+    assert second.request.status is RequestStatus.QUEUED, "there is a worker for it, which is busy"
+    assert all(one.request.error_code == "no_decode_capacity" for one in answers)
+    _answer(fleet, prefill, task)
+    assert prefill.take(EmbedTask).spec.request_id == second.request.request_id and not fleet.dispatcher.breaches()
+
+
+async def test_an_embedding_that_no_worker_computes_fails_after_a_while() -> None:
+    fleet = Fleet(config(local_prefill=False))
+    decode = fleet.join("d-0")
+    stream = _embed(fleet)
+    fleet.wait(30.5, decode)
+    assert stream.request.error_code == "no_prefill_capacity"
+
+
 def test_a_request_that_may_kill_workers_is_embedded_alone() -> None:
     fleet = Fleet(config(local_prefill=False))
     links = [fleet.join(name) for name in ("p-0", "p-1", "p-2", "d-0")]

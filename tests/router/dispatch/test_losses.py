@@ -459,6 +459,34 @@ def test_suspects_one_after_the_other_leave_the_others_half_of_the_only_worker()
     assert late.request.status is RequestStatus.QUEUED and not d.sent, "now the worker is claimed for it"
 
 
+@pytest.mark.parametrize("others_wait", [True, False])
+def test_an_answer_on_the_only_worker_makes_way_for_a_suspect_if_others_wait(others_wait: bool) -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    busy = fleet.join("d-0", max_num_seqs=1)
+    answer = fleet.submit(max_tokens=100)
+    task = busy.take(LocalTask)
+    fleet.step(busy, task, tokens(0, 0, 1))
+    stream = suspect_beside(fleet, busy)
+    others = [fleet.submit()] if others_wait else []
+    fleet.step(busy, task, tokens(0, 1, 1))
+    fleet.wait(PATIENCE_S + 1.0, busy, num_running=1)
+    if not others_wait:
+        assert not busy.sent and stream.request.status is RequestStatus.QUEUED
+        return
+    assert busy.take(Abort).request_id == answer.request.request_id
+    alone = busy.take(LocalTask)
+    assert alone.spec.request_id == stream.request.request_id and not busy.sent
+    fleet.step(busy, alone, tokens(0, 0, CLEARED_BY_STEPS - 1))
+    assert answer.request.status is RequestStatus.QUEUED and answer.request.num_failures == 0
+    fleet.step(busy, alone, tokens(0, CLEARED_BY_STEPS - 1, 1, "stop"))
+    for request in (answer.request, others[0].request):
+        task = busy.take(LocalTask)
+        assert task.spec.request_id == request.request_id
+        fleet.step(busy, task, tokens(0, request.num_output_tokens, 1, "stop"))
+    assert answer.request.is_finished and answer.request.num_output_tokens == 3
+    assert not fleet.dispatcher.breaches()
+
+
 def test_a_claimed_worker_that_is_lost_frees_its_claim() -> None:
     fleet = Fleet(config(expect_prefill=False))
     d = fleet.join("d-0", max_num_seqs=1)

@@ -96,6 +96,18 @@ def test_where_each_handoff_nearby_has_failed_workers_further_away_are_tried(loc
     assert placement == Placement("p-0", "d-1", Reason.HANDOFF)
 
 
+@pytest.mark.parametrize("is_embedding", [False, True])
+def test_room_is_found_behind_all_that_hold_one_long_context_each(is_embedding: bool) -> None:
+    full = [replace(D0, session=40 + number, num_running=1, num_bound=1, num_free_blocks=4) for number in range(9)]
+    roomy = replace(D1, num_running=5, num_bound=5, num_free_blocks=400, context=500)
+    demand = replace(DEMAND, is_embedding=is_embedding)
+    placement = place(demand, *full, roomy)
+    assert isinstance(placement, Placement) and placement.computing_worker == "d-1"
+    for without in (replace(roomy, num_free_blocks=4), replace(roomy, num_running=256)):
+        wait = place(demand, *full, without)
+        assert isinstance(wait, Wait) and wait.lack is (Lack.PREFILL_ROOM if is_embedding else Lack.DECODE_ROOM)
+
+
 @pytest.mark.parametrize(("share", "prefill"), [(0.02, None), (0.2, "p-0")])
 def test_a_hair_does_not_move_a_prompt_away_from_an_idle_decode_worker(share: float, prefill: str | None) -> None:
     slo, view = policy(), PoolView((P0, D0))
