@@ -29,6 +29,7 @@ from .template_sandbox import compile_environment
 
 MAX_SOURCE_BYTES = 1 << 20
 MAX_INPUT_CHARS = 8 << 20  # strings of all messages and template_kwargs together
+TOO_LARGE = "chat_too_large"  # a code; what a template itself refuses has none
 MAX_DEPTH = 32  # lists and objects within each other
 _MAX_REFUSAL_CHARS = 1024
 _MAX_DATE_CHARS = 256
@@ -97,7 +98,7 @@ class ChatTemplate:
         except TemplateOverrun as error:
             if limits is not None:
                 raise
-            raise RequestError(str(error), param="messages", status=413 if error.is_size else 400) from None
+            raise overrun_error(str(error), is_size=error.is_size) from None
         except SecurityError as error:
             reason = f"the chat template does what the sandbox forbids: {error}"
             if self._renders_plainly(special_tokens, limits or RenderLimits()):
@@ -134,6 +135,12 @@ class ChatTemplate:
         ) as error:
             reason = f"{type(error).__name__}: {error}"[:300]
             raise RequestError(f"the chat template cannot render these messages: {reason}", param="messages") from error
+
+
+def overrun_error(message: str, *, is_size: bool) -> RequestError:
+    """Return the client's error for a chat that its template takes too much for."""
+    code, status = (TOO_LARGE, 413) if is_size else ("chat_too_slow", 400)
+    return RequestError(message, param="messages", code=code, status=status)
 
 
 def load_chat_template(
@@ -257,7 +264,8 @@ def _check_size(value: object, param: str, budget: int, depth: int = 0) -> int:
         raise RequestError(f"{param} holds a {type(value).__name__}", param=param)
     budget -= len(value) if isinstance(value, str) else 1
     if budget < 0:
-        raise RequestError(f"messages and template arguments have more than {MAX_INPUT_CHARS} characters", param=param)
+        text = f"messages and template arguments have more than {MAX_INPUT_CHARS} characters"
+        raise RequestError(text, param=param, code=TOO_LARGE)
     for child in children:
         budget = _check_size(child, param, budget, depth + 1)
     return budget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from msgspec import UNSET, UnsetType
 
@@ -105,3 +105,13 @@ class Form(Protocol):
     def usage_chunk(self) -> object: ...
 
     def whole(self, pieces: Sequence[TextPiece]) -> object: ...
+
+
+@runtime_checkable
+class KeptForm(Form, Protocol):
+    """A form whose answer is found again later.
+
+    `whole` may run on any thread: what it yields is kept by `keep`, on the loop, before its client is told of it.
+    """
+
+    def keep(self) -> None: ...

@@ -54,7 +54,7 @@ from .options import (
 )
 from .prompts import PromptReader
 from .reply import AnswerObserver, Reply
-from .surface import ChatSurface, OpenAISurface, Translation, naming_fields
+from .surface import ChatSurface, OpenAISurface, naming_fields
 
 _MAX_LOGGED_NAMES = 256  # clients make them up
 _BATCH_STEP = 2  # prompts of a batch that are submitted in one go: some other batches may have their turn with it
@@ -69,7 +69,6 @@ class ApiObserver(AnswerObserver, GapObserver, ResponseObserver, Protocol):
 
     def on_ignored_fields(self, number: int) -> None:
         """Fields of a body had no effect."""
-        ...
 
 
 @dataclass(slots=True)
@@ -94,9 +93,9 @@ class Api:
     started_s: int = field(default_factory=wall_time_s)
 
     async def body(
-        self, request: Request, held: HeldBody, kind: type[Body], translate: Translation | None = None
+        self, request: Request, held: HeldBody, kind: type[Body], surface: ChatSurface | None = None
     ) -> tuple[Body, Version]:
-        """Return what the client asks, and of which version. `translate` makes a body of `kind` from another one.
+        """Return what the client asks, and of which version. `surface` makes a body of `kind` from another one.
 
         Raises CapacityError (429) before anything is read where the caller's quota is used up.
         """
@@ -111,8 +110,10 @@ class Api:
         if KEY_HEADER in context.headers and issubclass(kind, GenerationBody):
             path = str(request.scope["path"])
             context.answer_key = await self.prompts.run(size, answer_key, context.headers, context.tenant, path, raw)
-        if translate is not None:
-            raw = await self.prompts.run(size, translate, raw, ignored)
+        if surface is not None:
+            size += surface.num_to_look_up(raw) // _CHECKED_BYTES_PER_CHAR
+            raw = await self.prompts.run(size, surface.chat_body, raw, ignored)
+            held.add(surface.num_looked_up)
         body = await self.prompts.run(size, validate, kind, raw, ignored)
         self.tell_ignored(context, ignored or ())
         return body, self.catalogue.version(body.model, generates=isinstance(body, GenerationBody))
@@ -139,9 +140,8 @@ class Api:
         with self.body_room.held() as held:
             body, version = await self.body(request, held, CompletionBody)
             context.marks["read"] = self.clock.now()
-            prompts, grammar = await beside_grammar(
-                self.prompts.completion(version, body, held.num_bytes), version, body
-            )
+            reading = self.prompts.completion(version, body, held.num_bytes)
+            prompts, grammar = await beside_grammar(reading, version, body)
         context.marks["tokenize"] = self.clock.now()
         limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
         answer = await self._answer(context, version, body, prompts, limits, grammar)
@@ -153,7 +153,7 @@ class Api:
         surface = surface or OpenAISurface()
         context = self.begin(request)
         with self.body_room.held() as held, naming_fields(surface.own_names):
-            body, version = await self.body(request, held, ChatBody, surface.chat_body)
+            body, version = await self.body(request, held, ChatBody, surface)
             context.answer_key = one_key(context.answer_key, surface.key)
             context.marks["read"] = self.clock.now()
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
@@ -171,7 +171,7 @@ class Api:
     async def count_chat(self, request: Request, surface: ChatSurface) -> int:
         """Return how many tokens a chat's prompt has."""
         with self.body_room.held() as held, naming_fields(surface.own_names):
-            body, version = await self.body(request, held, ChatBody, surface.chat_body)
+            body, version = await self.body(request, held, ChatBody, surface)
             chat = await self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
         self.tell_ignored(context_of(request.scope), [*surface.left_out, *map(surface.own_names, chat.ignored)])
         return len(chat.prompt.token_ids)

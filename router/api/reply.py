@@ -28,7 +28,7 @@ from ..state.errors import StreamError, failure_of
 from .answer import Answer
 from .choice import TextPiece
 from .events import OPENAI_EVENTS, EventFormat, EventNumbers, EventWriter
-from .form import Form
+from .form import Form, KeptForm
 from .middleware import CLIENT_CLOSED, RequestContext, WritePart, context_of, send_failure, send_part
 from .timing import phases_ms, server_timing
 
@@ -131,8 +131,12 @@ class Reply(Response):
         num_named += self._num_named_of_prompts()
         num_bytes = sum(len(request.embedding) for request in self._answer.requests)
         if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE or num_bytes > _VECTOR_BYTES_INLINE:
-            return await asyncio.to_thread(self._encode, pieces)
-        return self._encode(pieces)
+            body = await asyncio.to_thread(self._encode, pieces)
+        else:
+            body = self._encode(pieces)
+        if isinstance(self._form, KeptForm):  # not where the reply was cut meanwhile
+            self._form.keep()
+        return body
 
     def _num_named_of_prompts(self) -> int:
         scored = (token for stream in self._answer.streams for token in stream.prompt_logprobs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ...common.errors import RequestError
@@ -19,10 +19,6 @@ from .chat_turns import ChatTurns
 from .events import OPENAI_EVENTS, EventFormat
 from .form import Form, FormContext
 from .prompts import ChatPrompt
-
-# A body as a chat's body. Unknown fields are refused, unless there is a list that takes their names.
-Translation = Callable[[dict[str, object], list[str] | None], dict[str, object]]
-
 
 # What the names of a chat's fields are in another body: a pattern, and what stands there.
 FieldNames = Sequence[tuple[re.Pattern[str], str]]
@@ -49,8 +45,20 @@ class ChatSurface(Protocol):
         """The server's own name for the answer to a body that was read; None: the client may give one."""
         ...
 
+    @property
+    def num_looked_up(self) -> int:
+        """The number of bytes of what is kept here that are part of a body that was read."""
+        ...
+
+    def num_to_look_up(self, raw: Mapping[str, object]) -> int:
+        """Return how many they may be, of a body that is to be read."""
+        ...
+
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
-        """Return the same request as a chat's body. Raises RequestError."""
+        """Return the same request as a chat's body. Raises RequestError.
+
+        Unknown fields are refused, unless there is a list that takes their names.
+        """
         ...
 
     def own_names(self, text: str) -> str:
@@ -67,6 +75,10 @@ class OpenAISurface:
     events = OPENAI_EVENTS
     left_out = ()
     key = None
+    num_looked_up = 0
+
+    def num_to_look_up(self, raw: Mapping[str, object]) -> int:
+        return 0
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         return raw

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Collection
 
 from ...common.errors import RequestError
+from ..kept.metadata import checked_metadata
 from ..state.errors import shown
 from .record import BatchRecord
 
@@ -14,7 +15,6 @@ _FIELDS = {"input_file_id", "endpoint", "completion_window", "metadata", "output
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_WINDOW_S = 30 * 86400
-_MAX_PAIRS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 
 
 def new_record(
@@ -45,7 +45,7 @@ def new_record(
         endpoint=endpoint,
         input_file_id=file_id,
         completion_window=window,
-        metadata=_metadata(raw.get("metadata")),
+        metadata=checked_metadata(raw.get("metadata")),
         model=model,
         output_lifetime_s=_lifetime_s(raw.get("output_expires_after")),
         created_at=int(now_s),
@@ -64,20 +64,6 @@ def _window(value: object) -> tuple[str, int]:
             param="completion_window",
         )
     return match[0], seconds
-
-
-def _metadata(value: object) -> dict[str, str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or len(value) > _MAX_PAIRS:
-        raise RequestError(f"metadata: must be an object of at most {_MAX_PAIRS} pairs", param="metadata")
-    for key, text in value.items():
-        if not isinstance(text, str) or len(key) > _MAX_KEY_CHARS or len(text) > _MAX_VALUE_CHARS:
-            raise RequestError(
-                f"metadata: names of up to {_MAX_KEY_CHARS} and texts of up to {_MAX_VALUE_CHARS} characters",
-                param="metadata",
-            )
-    return value
 
 
 def _lifetime_s(value: object) -> float | None:

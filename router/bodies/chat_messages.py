@@ -1,6 +1,7 @@
 """Chat messages: what a message may hold, as plain dicts for the chat template.
 
-Text and calls of tools only. Content is a string or a list of text parts; every other kind of part is refused by name.
+Text and calls of tools only. Content is a string or a list of text parts, each on lines of its own but in an answer;
+every other kind of part is refused by name.
 What an assistant message of an earlier answer carries as null (as the openai client dumps it) is taken for absent; a
 refusal that another server gave is what the assistant said.
 """
@@ -120,7 +121,9 @@ def _content(content: object, role: str, where: str, ignored: list[str] | None) 
             return ""
         case list():
             kinds = _KINDS_OF_ANSWERS if role == "assistant" else _KINDS
-            return "".join(_part(part, kinds, f"{where}[{index}]", ignored) for index, part in enumerate(content))
+            # As vLLM tells them to templates that take strings; what was said in an answer is one text.
+            between = "" if role == "assistant" else "\n"
+            return between.join(_part(part, kinds, f"{where}[{index}]", ignored) for index, part in enumerate(content))
     raise RequestError(f"{where} must be a string or a list of text parts", param=where)
 
 

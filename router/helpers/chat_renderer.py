@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from ...common.errors import CapacityError, ConfigError, RequestError
-from ...models.chat_template import ChatTemplate
+from ...models.chat_template import ChatTemplate, overrun_error
 from ...models.render_budget import RenderLimits
 from .helper import Helper, HelperLost
 from .wire import REFUSAL, RENDER_CHAT, SET_TEMPLATE, ChatSpec, HelperRefusal, TemplateSetup
@@ -78,7 +78,7 @@ class ChatRenderer:
         try:
             return await _ask(self.long, _encoded(chat, LONG), LONG)
         except _RenderOverrun as error:
-            raise RequestError(str(error), param="messages", status=413 if error.is_size else 400) from None
+            raise overrun_error(str(error), is_size=error.is_size) from None
 
     def start(self) -> None:
         """So that the first chat need not wait for a process."""

@@ -28,6 +28,7 @@ from ...common.errors import CapacityError, RequestError
 from ..state.errors import failure_of
 from .connection_limits import Connections, LimitedConnection
 from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
+from .plain_parser import PlainParser
 from .stream_writer import CHUNK_ENCODER, ChunkEncoder, StreamWriter, WriteCoalescer
 from .ways_out import Closer, PlainEncoder, Unframed
 
@@ -70,6 +71,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.parser = PlainParser(self)  # type: ignore[assignment]  # all that uvicorn calls of its own
         self.logger = _errors_only  # what clients send is not worth a line
         self._wait_timer: asyncio.TimerHandle | None = None  # for a request, then for its head
         self._write_timer: asyncio.TimerHandle | None = None
@@ -230,7 +232,7 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._await_request()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """The request asked for another protocol: it is answered as it stands, and then nothing more."""
+        """The request asked for another protocol, and has no body: it is answered as it stands, then nothing more."""
         self._discard()
         if self.cycle is not None:
             self.cycle.keep_alive = False

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import chain, groupby
 
 from ...common.errors import RequestError
+from ..bodies.chat_messages import MAX_MESSAGES
 from ..bodies.fields import take_only
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage
@@ -50,6 +51,8 @@ def chat_messages(raw: object, ignored: list[str] | None, left_out: list[str]) -
     """
     if not isinstance(raw, list) or not raw:
         raise RequestError("messages must be an array that is not empty", param="messages")
+    if len(raw) > MAX_MESSAGES:
+        raise RequestError(f"at most {MAX_MESSAGES} messages, got {len(raw)}", param="messages")
     each = (_message(one, f"messages[{index}]", ignored, left_out) for index, one in enumerate(raw))
     return [_turn(list(group)) for _, group in groupby(chain.from_iterable(each), _side)]
 
@@ -94,13 +97,15 @@ def _message(raw: object, where: str, ignored: list[str] | None, left_out: list[
 def _assistant(blocks: Sequence[PlacedBlock], where: str) -> PlacedMessage:
     message: Message = {"role": "assistant", "content": ""}
     placed = PlacedMessage(message, where, _NAMES_OF_ANSWERS)
+    texts: list[str] = []
+    thoughts: list[str] = []
     calls: list[dict[str, object]] = []
     for place, kind, block in blocks:
         match kind:
             case "text":
-                message["content"] = f"{message['content']}{block['text']}"
+                texts.append(str(block["text"]))
             case "thinking":
-                message["reasoning_content"] = f"{message.get('reasoning_content', '')}{block.get('thinking', '')}"
+                thoughts.append(str(block.get("thinking", "")))
             case "tool_use":
                 given = block.get("input")
                 if not isinstance(given, dict | str | None):  # a string, as some clients keep it, is read by the chat
@@ -112,6 +117,9 @@ def _assistant(blocks: Sequence[PlacedBlock], where: str) -> PlacedMessage:
                 pass
             case _:
                 raise no_block(kind, place)
+    message["content"] = "".join(texts)
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
     if calls:
         message["tool_calls"] = calls
     return placed

@@ -35,14 +35,16 @@ def edit_context(
     if not isinstance(edits, list):
         where = "context_management.edits"
         raise RequestError(f"{where} must be an array, got {shown(edits)}", param=where)
+    kept: list[int] = []
     for index, each in enumerate(edits):
         where = f"context_management.edits[{index}]"
         if isinstance(each, dict) and each.get("type") in _WITHOUT_EFFECT:
             left_out.append(where)
             continue
-        kept = _kept_turns(each, where, ignored)
-        if kept is not None:
-            _clear_thinking(messages, kept)
+        if (num_turns := _kept_turns(each, where, ignored)) is not None:
+            kept.append(num_turns)
+    if kept:  # one after the other they would leave the same, and go through all messages each time
+        _clear_thinking(messages, min(kept))
 
 
 def _kept_turns(raw: object, where: str, ignored: list[str] | None) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
@@ -21,6 +21,7 @@ class MessagesSurface:
     id_prefix = "msg_"
     events = MESSAGE_EVENTS
     key = None
+    num_looked_up = 0
 
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only
@@ -34,6 +35,9 @@ class MessagesSurface:
         config = raw.get("output_config")
         self._has_effort = isinstance(config, dict) and config.get("effort") is not None
         return body
+
+    def num_to_look_up(self, raw: Mapping[str, object]) -> int:
+        return 0
 
     def own_names(self, text: str) -> str:
         if text == "reasoning_effort" and not self._has_effort:

@@ -65,7 +65,8 @@ def failed_event(number: int, response: Fields) -> bytes:
 class ResponseForm:
     """One answer; it has one choice.
 
-    `numbers` are its events'. `on_end` gets the assistant's message and the response when the answer has ended.
+    `numbers` are its events'. `on_end` gets the assistant's message and the response when the answer has ended, on any
+    thread, and returns what keeps them, on the loop.
     """
 
     has_plain_chunks = False
@@ -77,7 +78,7 @@ class ResponseForm:
         request: Mapping[str, object],
         tools: ResponseTools,
         numbers: Iterator[int],
-        on_end: Callable[[str, Message, Fields], None],
+        on_end: Callable[[str, Message, Fields], Callable[[], None]],
     ) -> None:
         self._context = context
         self._turns = turns
@@ -89,6 +90,7 @@ class ResponseForm:
         self._logprobs: dict[int, Logprobs] = {}  # of text, by the block's place
         self._numbers = numbers
         self._has_begun = False
+        self._keep: Callable[[], None] | None = None  # the whole answer
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> list[Fields]:
         events = self.begin() if is_first and not self._has_begun else []
@@ -102,7 +104,7 @@ class ResponseForm:
                 events += self._changed(change, status)
             response = self._response(status, piece)
             events.append(self._of(f"response.{status}", response=response))
-            self._on_end(self._context.answer_id, self._message(), response)
+            self._on_end(self._context.answer_id, self._message(), response)()
         return events
 
     def begun(self) -> Fields:
@@ -124,8 +126,13 @@ class ResponseForm:
                 self._take(change, logprobs)
         status = _status(piece)
         response = self._response(status, piece)
-        self._on_end(self._context.answer_id, self._message(), response)
+        self._keep = self._on_end(self._context.answer_id, self._message(), response)
         return response
+
+    def keep(self) -> None:
+        if self._keep is not None:
+            self._keep()
+            self._keep = None
 
     def _of(self, kind: str, **fields: object) -> Fields:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}

@@ -6,7 +6,7 @@ Those of tools that nobody runs here, as a conversation that began elsewhere has
 from __future__ import annotations
 
 from ...common.errors import RequestError
-from ..bodies.chat_messages import ROLES
+from ..bodies.chat_messages import MAX_MESSAGES, ROLES
 from ..state.errors import clip, shown
 from ..turns.places import Message, PlacedMessage
 from .custom import arguments_of
@@ -27,6 +27,12 @@ _LEFT_OUT = frozenset(
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
+def check_num_items(raw: object) -> None:
+    """Refuse more items than a chat has messages. Raises RequestError."""
+    if isinstance(raw, list) and len(raw) > MAX_MESSAGES:
+        raise RequestError(f"input: at most {MAX_MESSAGES} items, got {len(raw)}", param="input")
+
+
 def input_messages(raw: object, left_out: list[str]) -> list[PlacedMessage]:
     """Return the input as messages: a call joins the assistant's message that it follows.
 
@@ -42,6 +48,9 @@ def input_messages(raw: object, left_out: list[str]) -> list[PlacedMessage]:
             left_out.append(f"input[{index}]")
         else:
             _add_item(messages, each, f"input[{index}]")
+    for placed in messages:
+        if isinstance(thoughts := placed.message.get("reasoning_content"), list):
+            placed.message["reasoning_content"] = "\n".join(thoughts)
     return messages
 
 
@@ -61,7 +70,7 @@ def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
                 messages.append(PlacedMessage({"role": role, "content": text}, where))
         case "function_call" | "custom_tool_call" as kind:
             is_custom = kind == "custom_tool_call"
-            arguments = arguments_of(raw.get("input"), where) if is_custom else raw.get("arguments")
+            arguments = arguments_of(raw.get("input"), where) if is_custom else _arguments(raw.get("arguments"), where)
             function = {"name": told_name(raw.get("namespace"), raw.get("name")), "arguments": arguments}
             placed = _assistant(messages, where)
             calls = placed.message.setdefault("tool_calls", [])
@@ -78,12 +87,20 @@ def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
             text = "".join(_text(raw[name], f"{where}.{name}") for name in ("summary", "content") if raw.get(name))
             if text:
                 message = _assistant(messages, where, is_new_text=True).message
-                before = message.get("reasoning_content")
-                message["reasoning_content"] = f"{before}\n{text}" if before else text
+                thoughts = message.setdefault("reasoning_content", [])
+                assert isinstance(thoughts, list)  # until all are there
+                thoughts.append(text)
         case kind:
             raise RequestError(
                 f"{where}: items of type {shown(kind)} are not supported", param=where, code="unsupported_content"
             )
+
+
+def _arguments(raw: object, where: str) -> str:
+    """Return a call's arguments, which are shown again as they came: JSON in a string; null where there are none."""
+    if not isinstance(raw, str | None):
+        raise RequestError(f"{where}.arguments must be a string, got {shown(raw)}", param=f"{where}.arguments")
+    return raw or ""
 
 
 def _assistant(messages: list[PlacedMessage], where: str, *, is_new_text: bool = False) -> PlacedMessage:

@@ -7,10 +7,12 @@ Items of answers are found by their ids, as clients that keep none of their own 
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import structlog
@@ -30,7 +32,7 @@ _FORMAT = b"kvr1"  # of the file: another one is not read
 
 Item = Mapping[str, object]
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-zA-Z-]+)_\d+")
-_items_of = msgspec.json.Decoder(list[dict[str, object]]).decode
+_items_of = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _messages_of = msgspec.json.Decoder(list[Message]).decode
 _names_of = msgspec.json.Decoder(Names).decode
 
@@ -40,6 +42,13 @@ log = structlog.get_logger(__name__)
 def item_id(kind: str, response_id: str, index: int) -> str:
     """Return the id of an answer's item, which tells the answer's."""
     return f"{kind}_{response_id.removeprefix(RESPONSE_PREFIX)}_{index}"
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+_named = msgspec.json.Decoder(_Named).decode
 
 
 @dataclass(slots=True, frozen=True)
@@ -101,21 +110,42 @@ class KeptResponses:
 
         `names` are those of namespaces' functions that it may have called.
         """
+        self.keeper(response_id, tenant, messages, items, response, names)()
+
+    def keeper(
+        self,
+        response_id: str,
+        tenant: bytes,
+        messages: Sequence[Message],
+        items: Sequence[Item],
+        response: bytes,
+        names: Names | None,
+    ) -> Callable[[], None]:
+        """Return what keeps them when the loop calls it. May be called from any thread, which does most of the work."""
         if self._store is None:
-            return
+            return lambda: None
         encode = msgspec.json.encode
-        kept = _Conversation(encode(items), encode(messages), encode(names or {}), response)
-        data = kept.joined()
+        data = _Conversation(encode(items), encode(messages), encode(names or {}), response).joined()
         num_objects = _num_objects(messages) + 2 * len(items) + len(names or {})
         if len(data) + _OBJECT_BYTES * num_objects > MAX_BYTES_OF_ONE:
-            return
+            return lambda: None
+        return partial(self._write, response_name(response_id, tenant), data)
+
+    def _write(self, name: str, data: bytes) -> None:
+        assert self._store is not None
         try:
-            self._store.write(response_name(response_id, tenant), data)
+            self._store.write(name, data)
         except OSError as error:
             log.warning("response_not_kept", reason=error.strerror or str(error), num_bytes=len(data))
 
     def keep_state(self, response_id: str, tenant: bytes, response: bytes) -> None:
-        """Keep a response that is under way, or has ended without an answer. Raises OSError."""
+        """Keep a response that is under way. Raises OSError, also for one that is very long."""
+        if len(response) > MAX_BYTES_OF_ONE:
+            raise OSError(errno.EFBIG, f"it takes more than {MAX_BYTES_OF_ONE} bytes")
+        self.change_state(response_id, tenant, response)
+
+    def change_state(self, response_id: str, tenant: bytes, response: bytes) -> None:
+        """Keep one that is kept already as it goes on, or as it has ended without an answer. Raises OSError."""
         if self._store is not None:
             self._store.write(response_name(response_id, tenant), _Conversation(b"[]", b"", b"{}", response).joined())
 
@@ -137,11 +167,26 @@ class KeptResponses:
             )
         return found.told(name)
 
-    def find_item(self, item_id: object, tenant: bytes) -> Item | None:
-        """Return an answer's item; None: it is not kept. May be called from any thread."""
-        named = _ITEM_ID.fullmatch(item_id) if isinstance(item_id, str) else None
-        found = None if named is None else self._find(f"{RESPONSE_PREFIX}{named[1]}", tenant)
-        return None if found is None else next((each for each in _items_of(found.items) if each["id"] == item_id), None)
+    def num_bytes(self, response_id: object, tenant: bytes) -> int:
+        """Return how many bytes of messages `find` reads; 0 for what is not kept."""
+        found = self._find(response_id, tenant) if isinstance(response_id, str) else None
+        return 0 if found is None else len(found.messages)
+
+    def find_items(self, item_ids: Iterable[object], tenant: bytes) -> dict[object, msgspec.Raw]:
+        """Return those of answers' items that are kept, as JSON, by id. May be called from any thread.
+
+        Each answer is looked through once, and no item is decoded: an answer may have thousands, and be named as often.
+        """
+        wanted: dict[str, set[str]] = {}  # by the answer's id
+        for item_id in item_ids:
+            if isinstance(item_id, str) and (named := _ITEM_ID.fullmatch(item_id)) is not None:
+                wanted.setdefault(f"{RESPONSE_PREFIX}{named[1]}", set()).add(item_id)
+        found: dict[object, msgspec.Raw] = {}
+        for response_id, own in wanted.items():
+            kept = self._find(response_id, tenant)
+            items = () if kept is None else _items_of(kept.items)
+            found |= {name: item for item in items if (name := _named(item).id) in own}
+        return found
 
     def response(self, response_id: str, tenant: bytes) -> bytes:
         """Return a response as it was answered. Raises RequestError (404)."""

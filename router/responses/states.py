@@ -71,7 +71,7 @@ class BackgroundStates:
         state = self.state(response_id, tenant)
         if state["status"] in _UNDER_WAY:
             state |= change
-            self._kept.keep_state(response_id, tenant, msgspec.json.encode(state))
+            self._kept.change_state(response_id, tenant, msgspec.json.encode(state))
         return state
 
     def end(self, held: HeldTask, change: Fields) -> None:

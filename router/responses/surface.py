@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -12,12 +12,14 @@ from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.surface import renamed
+from ..bodies.chat_messages import MAX_MESSAGES
 from ..bodies.schemas import ChatBody
 from ..kept.asking import own_key
 from ..kept.kept_answer import AnswerKey
 from ..state.errors import shown
 from ..turns.places import Message, Places
 from .form import BEGINNING, Fields, ResponseForm, encode_events, event_format
+from .items import check_num_items
 from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses
 from .tools import Names, ResponseTools, names_of_calls, response_tools
 from .translate import FIELD_NAMES, chat_body
@@ -58,6 +60,7 @@ class ResponsesSurface:
         self._tools = ResponseTools()
         self._names: Names = {}  # in the conversation, with earlier turns
         self._numbers = itertools.count()
+        self.num_looked_up = 0
         self.events = event_format(self._numbers)
         self.begun: Fields = {}  # a background response before anything of it was told
         self.first_events = b""  # of one that streams: they come at once, and with no piece
@@ -69,6 +72,7 @@ class ResponsesSurface:
             after = self._num_told if self._num_told > len(BEGINNING) else 0
             self.key = own_key(self._request_id.encode(), self._tenant, PATH, raw, after)
         previous = raw.get("previous_response_id")
+        self.num_looked_up = self._kept.num_bytes(previous, self._tenant)
         earlier, names = ((), {}) if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
         told = {**raw, "input": self._with_items(raw.get("input"))}
@@ -77,6 +81,12 @@ class ResponsesSurface:
         messages = [each.message for each in self._places.messages]
         self._messages = messages[1:] if raw.get("instructions") else messages
         return body
+
+    def num_to_look_up(self, raw: Mapping[str, object]) -> int:
+        given = raw.get("input")
+        refers = isinstance(given, list) and any(map(_is_reference, given[:MAX_MESSAGES]))  # more are refused
+        num_earlier = self._kept.num_bytes(raw.get("previous_response_id"), self._tenant)
+        return num_earlier + (MAX_BYTES_OF_ONE if refers else 0)
 
     def _check_background(self) -> None:
         text = ""
@@ -115,27 +125,38 @@ class ResponsesSurface:
 
     def _with_items(self, given: object) -> object:
         """Return the input with items in place of references to them. Raises RequestError that names the place."""
-        if not isinstance(given, list):
+        check_num_items(given)
+        if not isinstance(given, list) or not any(map(_is_reference, given)):
             return given
         items, num_bytes = list(given), 0
+        found = self._kept.find_items([each.get("id") for each in given if _is_reference(each)], self._tenant)
         for index, each in enumerate(given):
-            if not isinstance(each, dict) or each.get("type") != "item_reference":
+            if not _is_reference(each):
                 continue
-            where = f"input[{index}]"
-            items[index] = found = self._kept.find_item(each.get("id"), self._tenant)
-            if found is None:
-                text = f"{where}: the item {shown(each.get('id'))} is not kept here (any more); send the item itself"
+            where, name = f"input[{index}]", each.get("id")
+            item = found.get(name) if isinstance(name, str) else None
+            if item is None:
+                text = f"{where}: the item {shown(name)} is not kept here (any more); send the item itself"
                 raise RequestError(text, param=where, code="item_not_found")
-            num_bytes += len(msgspec.json.encode(found))
+            num_bytes += len(item)
             if num_bytes > MAX_BYTES_OF_ONE:  # one long item may be named thousands of times
                 raise RequestError(f"{where}: items of more than {MAX_BYTES_OF_ONE} bytes are referred to", param=where)
+            items[index] = msgspec.json.decode(item)
+        self.num_looked_up += num_bytes
         return items
 
-    def _on_end(self, response_id: str, answer: Message, response: Fields) -> None:
-        if self._raw.get("store") is not False:
-            items, encoded = response["output"], msgspec.json.encode(response)
-            assert isinstance(items, list)
-            self._kept.keep(response_id, self._tenant, [*self._messages, answer], items, encoded, self._names)
+    def _on_end(self, response_id: str, answer: Message, response: Fields) -> Callable[[], None]:
+        """Return what keeps a response. May be called from any thread."""
+        if self._raw.get("store") is False:
+            return lambda: None
+        items, encoded = response["output"], msgspec.json.encode(response)
+        assert isinstance(items, list)
+        messages = [*self._messages, answer]
+        return self._kept.keeper(response_id, self._tenant, messages, items, encoded, self._names)
+
+
+def _is_reference(item: object) -> bool:
+    return isinstance(item, dict) and item.get("type") == "item_reference"
 
 
 def _is_background(raw: Mapping[str, object]) -> bool:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from ...common.errors import RequestError
 from ..api.surface import FieldNames
 from ..bodies.fields import check_fields, not_supported, take_only, whole
+from ..kept.metadata import checked_metadata
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage, Places
 from .items import CALL_NAMES, input_messages
@@ -64,6 +67,8 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"'verbosity'"), "'text.verbosity'"),
     (re.compile(r"^verbosity$"), "text.verbosity"),
 )
+_UNTOLD = ("user", "service_tier", "reasoning", "tool_choice")
+_MAX_UNTOLD_BYTES = 2**16
 _TEXT = frozenset({"format", "verbosity"})
 # What is asked of summaries and of other servers' ways changes nothing.
 _REASONING = frozenset({"effort", "summary", "generate_summary", "context", "mode"})
@@ -77,6 +82,8 @@ def chat_body(
     Raises RequestError.
     """
     check_fields(raw, _KNOWN, ignored, unsupported=_UNSUPPORTED, labels=_IGNORED)
+    checked_metadata(raw.get("metadata"))
+    _check_untold(raw, tools)
     includes = _includes(raw.get("include"), tools.left_out)
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
     instructions = raw.get("instructions")
@@ -100,6 +107,17 @@ def chat_body(
     _take_text(raw.get("text"), body, ignored)
     _take_reasoning(raw.get("reasoning"), body, ignored)
     return body, Places(placed, CALL_NAMES)
+
+
+def _check_untold(raw: Mapping[str, object], tools: ResponseTools) -> None:
+    """Refuse much that no model is told of: it costs its client nothing, and is kept with each response."""
+    encode = msgspec.json.encode
+    sizes = {name: len(encode(raw.get(name))) for name in _UNTOLD}
+    sizes["tools"] = len(encode(raw.get("tools"))) - len(encode(tools.functions))
+    for name, size in sizes.items():
+        if size > _MAX_UNTOLD_BYTES:
+            text = f"{name}: has {size} bytes that the model is not told of; {_MAX_UNTOLD_BYTES} are taken"
+            raise RequestError(text, param=name)
 
 
 def _includes(raw: object, left_out: list[str]) -> Sequence[object]:

@@ -14,8 +14,8 @@ a user's after results     ─> as it stands, behind a word of the assistant's
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby, takewhile
 
 from ...common.errors import RequestError
@@ -32,8 +32,9 @@ async def rendered(render: Render, messages: Sequence[Fields], has_own_system: b
     """
     try:
         return await _rendered(render, messages, has_own_system)
-    except RequestError:
-        if told_in_turns([message for message in messages if not _is_system(message)]) is None:
+    except RequestError as error:
+        others = [message for message in messages if not _is_system(message)]
+        if not _is_refusal(error) or told_in_turns(others) is None:
             raise
         with suppress(RequestError):
             return await _rendered(lambda told: render(told_in_turns(told) or told), messages, has_own_system)
@@ -44,13 +45,13 @@ async def _rendered(render: Render, messages: Sequence[Fields], has_own_system: 
     """Render the messages; where the template refuses or drops later system messages, told in another way."""
     if not any(_is_system(message) for message in messages[1:]):
         return await _rendered_calls(render, messages, has_own_system)
-    with suppress(RequestError):
+    with _unless_refused():
         prompt = await _rendered_calls(render, messages, has_own_system)
         if _tells_systems(prompt, messages):
             return prompt
     *others, last = _without_later_systems(messages)
     for other in others:
-        with suppress(RequestError):
+        with _unless_refused():
             return await _rendered_calls(render, other, has_own_system)
     return await _rendered_calls(render, last, has_own_system)
 
@@ -59,13 +60,33 @@ async def _rendered_calls(render: Render, messages: Sequence[Fields], has_own_sy
     """Render the messages; where the template refuses them, with calls or tools told in another way."""
     try:
         return await render(messages)
-    except RequestError:
-        with suppress(RequestError):
+    except RequestError as error:
+        if not _is_refusal(error):
+            raise
+        with _unless_refused():
             if (written := with_written_arguments(messages)) is not None:
                 return await render(written)
         if (otherwise := told_otherwise(messages, has_own_system=has_own_system)) is None:
             raise
     return await render(otherwise)
+
+
+def _is_refusal(error: RequestError) -> bool:
+    """Tell whether the template itself refuses the messages.
+
+    What is too much for it has a code, and is no less when it is told in another way.
+    """
+    return error.code is None
+
+
+@contextmanager
+def _unless_refused() -> Iterator[None]:
+    """Go on behind the block where the template itself refuses the messages."""
+    try:
+        yield
+    except RequestError as error:
+        if not _is_refusal(error):
+            raise
 
 
 def _tells_systems(prompt: str, messages: Sequence[Fields]) -> bool:

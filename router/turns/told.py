@@ -35,22 +35,32 @@ def told_in_text(
 ) -> list[dict[str, object]]:
     """Return the messages with all that concerns tools as text."""
     told: list[dict[str, object]] = []
+    # All results of a turn and what the user says to them are one message: some templates want users to take turns.
+    texts: list[str] = []
     is_after_result = False
     for message in messages:
         is_result = message["role"] == "tool"
         text = f"<tool_response>\n{message['content']}\n</tool_response>" if is_result else str(message["content"])
         if is_after_result and (is_result or message["role"] == "user"):
-            # All results of a turn and what the user says to them: some templates want users to take turns.
-            told[-1]["content"] = f"{told[-1]['content']}\n{text}"
+            texts.append(text)
         else:
+            _tell_results(texts, told)
+            texts = [text] if is_result else []
             told.append({"role": "user", "content": text} if is_result else _called(message))
         is_after_result = is_result
+    _tell_results(texts, told)
     if not tools:
         return told
     preamble = _PREAMBLE.format(tools="\n".join(map(dumps, tools)))
     if told and told[0]["role"] == "system":
         return [{**told[0], "content": f"{told[0]['content']}\n\n{preamble}"}, *told[1:]]
     return [{"role": "system", "content": preamble}, *told]
+
+
+def _tell_results(texts: Sequence[str], told: Sequence[dict[str, object]]) -> None:
+    """Let the last message say these, where there are any."""
+    if texts:
+        told[-1]["content"] = "\n".join(texts)
 
 
 def told_to_think(messages: Sequence[Mapping[str, object]], *, thinks: bool) -> list[dict[str, object]]:
@@ -92,7 +102,8 @@ def told_singly(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, o
             told.append({**message, "tool_calls": [call]} if index == 0 else _call_alone(call))
             own = _results_of(call, results)
             told += own
-            results = [each for each in results if all(each is not one for one in own)]
+            taken = set(map(id, own))
+            results = [each for each in results if id(each) not in taken]
         told += results  # of calls that there are not: the template says what is wrong
     return told
 
@@ -104,21 +115,27 @@ def told_in_turns(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str,
     results, and not to an answer, stands behind a short one: at the end of a result it would be the tool's word.
     """
     told: list[Mapping[str, object]] = []
+    run: list[Mapping[str, object]] = []  # of one role, which become one when it has ended: what they say may be long
     for message in messages:
-        last = told[-1] if told else {"role": ""}
+        last = run[-1] if run else {"role": ""}
+        if message["role"] == last["role"] != "tool" and "tool_calls" not in last:
+            run.append(message)
+            continue
+        told += _as_one(run)
+        run = [message]
         if message["role"] == "user" and (last["role"] == "tool" or "tool_calls" in last):
-            told += [{"role": "assistant", "content": _BETWEEN}, message]
-        elif message["role"] == last["role"] != "tool" and "tool_calls" not in last:
-            told[-1] = {**message, **_joined_texts(last, message)}
-        else:
-            told.append(message)
+            told.append({"role": "assistant", "content": _BETWEEN})
+    told += _as_one(run)
     return None if told == list(messages) else told
 
 
-def _joined_texts(*messages: Mapping[str, object]) -> dict[str, object]:
-    """Return what several messages of one role say, and think, as one message has it."""
-    names = [name for name in ("content", "reasoning_content") if any(name in message for message in messages)]
-    return {name: "\n\n".join(str(text) for each in messages if (text := each.get(name))) for name in names}
+def _as_one(run: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Return what several messages of one role say, and think, as one message has it; none of none."""
+    if len(run) < 2:
+        return list(run)
+    names = [name for name in ("content", "reasoning_content") if any(name in message for message in run)]
+    texts = {name: "\n\n".join(str(text) for each in run if (text := each.get(name))) for name in names}
+    return [{**run[-1], **texts}]
 
 
 def with_written_arguments(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]] | None:

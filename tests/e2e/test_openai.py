@@ -33,7 +33,7 @@ MESSAGES: Any = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Where do blocks cross?"},
     {"role": "assistant", "content": "Between workers."},
-    {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "when?"}]},
+    {"role": "user", "content": [{"type": "text", "text": "And when?"}]},
 ]
 RANDOM: dict[str, Any] = {"temperature": 1.5, "seed": 11, "max_tokens": 16}
 

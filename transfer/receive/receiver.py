@@ -179,7 +179,7 @@ class KVReceiver:
         """Reserve blocks for a prompt and for the copies that its choices need; a lower attempt of the request ends.
 
         `growth_reserve` blocks stay free, and `num_kept` for earlier requests. "held": what is missing is so little (at
-        most `max_local_tokens`) that it should be computed here. `retains_prefix`: the prompt's KV is cached here alone.
+        most `max_local_tokens`) that it should be computed here. `retains_prefix`: the prompt is cached here alone.
         """
         answer = self._grants.reserve(
             spec,

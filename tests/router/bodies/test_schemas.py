@@ -321,9 +321,17 @@ def test_generation_config_gives_defaults(tmp_path: Path) -> None:
 # --- messages ---------------------------------------------------------------------------------------------
 
 
-def test_content_is_a_string_or_text_parts() -> None:
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_text_parts_are_told_line_by_line_as_by_vllm_and_in_the_other_surfaces(role: str) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert parse_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "ab"}]
+    assert parse_messages([{"role": role, "content": parts}]) == [{"role": role, "content": "a\nb"}]
+    assert parse_messages([{"role": role, "content": parts[:1]}]) == [{"role": role, "content": "a"}]
+    assert parse_messages([{"role": role, "content": []}]) == [{"role": role, "content": ""}]
+
+
+def test_text_parts_of_an_answer_are_one_text_as_they_were_said() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert parse_messages([{"role": "assistant", "content": parts}]) == [{"role": "assistant", "content": "ab"}]
 
 
 def test_a_developer_message_is_a_system_message() -> None:

@@ -29,7 +29,7 @@ OVERRIDDEN = {
     (_Uvicorn, Server): ("capture_signals", "startup"),
 }
 CALLED = {
-    HttpToolsProtocol: ("_unset_keepalive_if_required",),
+    HttpToolsProtocol: ("_unset_keepalive_if_required", "on_url", "on_message_complete"),
     FlowControl: ("drain", "pause_reading", "resume_reading", "pause_writing", "resume_writing"),
     Server: ("serve",),
 }
@@ -45,7 +45,7 @@ ATTRIBUTES = {
         "client",
         "cycle",
     ),
-    HttpToolsProtocol.on_message_begin: ("scope",),
+    HttpToolsProtocol.on_message_begin: ("scope", "url", "headers"),
     HttpToolsProtocol.on_headers_complete: ("cycle",),
     RequestResponseCycle.__init__: (
         *("transport", "message_event", "keep_alive", "disconnected"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.messages.blocks import chat_messages
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
 
@@ -26,6 +27,7 @@ RESULT = {
     "title": "Weather",
     "content": [{"type": "text", "text": "Rain."}, {"type": "text", "text": "Wind."}],
 }
+PARTS_OF_ANSWERS = (("thinking", "thinking"), ("text", "text"))
 FOUND = "Weather\nhttps://x.example\nRain.\nWind."
 
 
@@ -156,3 +158,22 @@ async def test_tools_that_the_client_runs_are_functions(kind: str, name: str, ar
 async def test_a_computer_is_none_of_them() -> None:
     response = await _post(_served(), tools=[{"type": "computer_20250124", "name": "computer"}, TOOL])
     assert response.status_code == 400 and "'computer_20250124'" in response.json()["error"]["message"]
+
+
+async def test_parts_of_one_answer_are_told_as_one() -> None:
+    served = _served()
+    blocks = [{"type": kind, key: f"{key}{at} "} for at in range(50) for kind, key in PARTS_OF_ANSWERS]
+    thoughts = "".join(f"thinking{at} " for at in range(50))
+    (placed,) = chat_messages([{"role": "assistant", "content": blocks}], None, [])
+    text = "".join(f"text{at} " for at in range(50))
+    assert placed.message == {"role": "assistant", "content": text, "reasoning_content": thoughts}
+    (placed,) = chat_messages([{"role": "assistant", "content": [{"type": "thinking", "thinking": ""}]}], None, [])
+    assert placed.message == {"role": "assistant", "content": "", "reasoning_content": ""}
+    response = await _post(served, messages=[HI, {"role": "assistant", "content": blocks}, HI])
+    assert response.status_code == 200 and f"<assistant>{text}<user>" in _prompt(served)
+
+
+async def test_more_messages_than_a_chat_may_have_are_refused_before_they_are_read() -> None:
+    response = await _post(_served(), messages=[HI] * 4096 + [{"role": "robot"}])
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "at most 4096 messages, got 4097"

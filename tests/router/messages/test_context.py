@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.messages import context
 from kvferry.router.messages.tools import MessageTools
 from kvferry.router.messages.translate import chat_body
 
@@ -36,7 +37,11 @@ BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 400, "messages": MESSAGES}
 
 
 def _thoughts(**edit: Any) -> list[Any]:
-    management = {"edits": [{"type": "clear_thinking_20251015", **edit}]}
+    return _thoughts_after([{"type": "clear_thinking_20251015", **edit}])
+
+
+def _thoughts_after(edits: list[dict[str, Any]]) -> list[Any]:
+    management = {"edits": edits}
     body, _ = chat_body({**BODY, "context_management": management}, None, MessageTools(), needs_max_tokens=True)
     messages = body["messages"]
     assert isinstance(messages, list) and len(messages) == 9 + 1  # a reminder beside a result is a message of a chat
@@ -54,6 +59,20 @@ def test_all_thoughts_are_kept_where_that_is_asked(keep: Any) -> None:
 @pytest.mark.parametrize("edit", [{}, {"keep": {"type": "thinking_turns", "value": 1}}])
 def test_older_thoughts_are_left_out_and_those_of_a_turn_stay_together(edit: dict[str, Any]) -> None:
     assert _thoughts(**edit) == ["two", "three"]
+
+
+def test_of_several_edits_the_one_that_keeps_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[int] = []
+    clear = context._clear_thinking
+
+    def noting(messages: Any, kept: int) -> None:
+        cleared.append(kept)
+        clear(messages, kept)
+
+    monkeypatch.setattr(context, "_clear_thinking", noting)
+    keeps: list[Any] = [{"type": "thinking_turns", "value": turns} for turns in (2, 1, 3)]
+    edits = [{"type": "clear_thinking_20251015", "keep": keep} for keep in [*keeps, "all"] * 100]
+    assert _thoughts_after(edits) == ["two", "three"] and cleared == [1]
 
 
 @pytest.mark.parametrize(

@@ -227,10 +227,22 @@ async def test_a_full_disk_refuses_it_and_leaves_nothing_running(
 async def test_an_answer_that_is_too_long_to_be_kept_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = router(tmp_path)
+    served = router(tmp_path, script=Script("Hello, world", hold_at=3))
+    state = await begin(served)
     monkeypatch.setattr(kept, "MAX_BYTES_OF_ONE", 100)
-    response = await ended(served, await begin(served))
+    served.dispatcher.go.set()
+    response = await ended(served, state)
     assert (response["status"], response["error"]["message"]) == ("failed", "the answer is too long to be kept")
+
+
+async def test_a_state_that_is_too_long_to_be_kept_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = router(tmp_path, script=Script("Hello", hold_at=3))
+    monkeypatch.setattr(kept, "MAX_BYTES_OF_ONE", 100)
+    response = await call(served, "POST", json=BODY)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (503, "not_kept") and "more than 100 bytes" in error["message"]
+    await served.dispatcher.abort_seen.wait()
+    assert not list((tmp_path / "responses").iterdir()) and not list((tmp_path / "tasks").iterdir())
 
 
 async def test_what_the_disk_has_no_room_for_is_told_when_it_has(

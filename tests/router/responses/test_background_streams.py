@@ -18,12 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.router.access.keys import ApiKeys
+from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.responses import background, event_files
 from kvferry.router.responses.event_files import EventFolder
 from kvferry.router.state.errors import StreamError
 
-from ..fakes import Script, Served
+from ..fakes import MODEL, VOCAB_SIZE, Script, Served
 from .backgrounds import BODY, PATH, call, no_room, router, runs, shown, until
 
 STREAM = BODY | {"stream": True}
@@ -327,10 +328,11 @@ async def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
 
 
 async def test_an_event_may_be_long(tmp_path: Path) -> None:
-    long = {"note": "x" * 200_000}
-    events = read((await call(router(tmp_path), "POST", json=STREAM | {"metadata": long})).text)
+    long = "x" * 200_000
+    served = router(tmp_path, model=ServedModel(MODEL, 300_000, VOCAB_SIZE))
+    events = read((await call(served, "POST", json=STREAM | {"instructions": long})).text)
     check_whole(events, "Hello, world")
-    assert events[0]["response"]["metadata"] == long
+    assert events[0]["response"]["instructions"] == long
 
 
 @given(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,11 +12,12 @@ import pytest
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.responses.kept import MAX_BYTES_OF_ONE, KeptResponses
-from kvferry.router.responses.store import MemoryStore
+from kvferry.router.responses.store import FolderStore, MemoryStore
 from kvferry.router.responses.surface import ResponsesSurface
 from kvferry.tests.fake_clock import FakeClock
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
+from .backgrounds import call, router
 
 TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
@@ -82,3 +85,53 @@ def test_references_do_not_make_a_prompt_without_bounds() -> None:
     surface.chat_body({"input": [reference] * 2}, None)
     with pytest.raises(Exception, match=rf"input\[3\]: items of more than {MAX_BYTES_OF_ONE} bytes"):
         surface.chat_body({"input": [reference] * 4096}, None)
+
+
+class _Counted(MemoryStore):
+    num_read = 0
+
+    def read(self, name: str) -> memoryview | None:
+        self.num_read += 1
+        return super().read(name)
+
+
+def test_an_answer_is_read_once_however_often_its_items_are_named() -> None:
+    kept = KeptResponses(store := _Counted(FakeClock(0.0)))
+    items = [{"id": f"rs_a_{at}", "type": "reasoning", "content": str(at)} for at in range(400)]
+    kept.keep("resp_a", b"", [], items)
+    body = ResponsesSurface(kept, b"", "id").chat_body({"input": [*map(_reference, items)] * 10}, None)
+    assert store.num_read == 1
+    thoughts = "\n".join([str(at) for at in range(400)] * 10)
+    assert body["messages"] == [{"role": "assistant", "content": "", "reasoning_content": thoughts}]
+
+
+async def test_more_items_than_messages_are_refused_before_any_is_looked_for() -> None:
+    kept = KeptResponses(store := _Counted(FakeClock(0.0)))
+    with pytest.raises(Exception, match="input: at most 4096 items, got 4097"):
+        ResponsesSurface(kept, b"", "id").chat_body({"input": [_reference({"id": "rs_a_0"})] * 4097}, None)
+    assert store.num_read == 0
+    async with _served().client() as client:
+        response = await client.post("/v1/responses", json={"input": [_reference({"id": "rs_a_0"})] * 4097})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "input")
+
+
+async def test_the_loop_looks_for_no_items_and_reads_no_long_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+
+    def read(store: FolderStore, name: str) -> memoryview | None:
+        readers.append(threading.current_thread().name)
+        return found(store, name)
+
+    found = FolderStore.read
+    monkeypatch.setattr(FolderStore, "read", read)
+    served = router(tmp_path, model=ServedModel(MODEL, 60_000, VOCAB_SIZE))
+    first = (await call(served, "POST", json={"input": "hi"})).json()
+    long = (await call(served, "POST", json={"input": "x" * 50_000})).json()
+    for fields in ({"input": [_reference(first["output"][0]), ASKED]}, {"previous_response_id": long["id"]}):
+        assert (await call(served, "POST", json={"input": "more", **fields})).status_code == 200
+        assert readers[-1].startswith("text")
+    await call(served, "POST", json={"input": "more", "previous_response_id": first["id"]})
+    assert readers[-1] == threading.main_thread().name

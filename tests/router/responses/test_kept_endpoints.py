@@ -60,6 +60,21 @@ async def test_what_a_response_answers_is_told_as_items_earlier_turns_included()
     assert (older["data"], older["has_more"]) == ([called, thought, user], False)
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 1}', "{x", "", None])
+@pytest.mark.parametrize("custom", [[], [{"type": "custom_tool_call", "call_id": "2", "name": "g", "input": "y"}]])
+async def test_a_calls_arguments_are_shown_as_the_text_that_they_came_as(
+    arguments: str | None, custom: list[dict[str, Any]]
+) -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "f" if custom else "g", "arguments": arguments}
+    async with _served().client() as client:
+        said = (await client.post(PATH, json={"input": [{"role": "user", "content": "x"}, call, *custom]})).json()
+        shown = await client.get(f"{PATH}/{said['id']}/input_items", params={"order": "asc"})
+        same_name = [{"role": "user", "content": "x"}, {**call, "name": "g"}, *custom]
+        said = (await client.post(PATH, json={"input": same_name})).json()
+        assert (await client.get(f"{PATH}/{said['id']}/input_items")).status_code == 200
+    assert (shown.json()["data"][1]["type"], shown.json()["data"][1]["arguments"]) == ("function_call", arguments or "")
+
+
 async def test_what_is_forgotten_or_anothers_is_not_found() -> None:
     served = _served(keys=ApiKeys(("key-1", "key-2")))
     async with served.client(authorization="Bearer key-1") as client:

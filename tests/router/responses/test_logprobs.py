@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.responses.form import ResponseForm
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
+from .backgrounds import begin, call, ended, router, shown
 
 TOOLS = [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}, "strict": False}]
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
@@ -72,3 +77,45 @@ async def test_a_number_alone_asks_for_them_and_nothing_asks_for_none() -> None:
     for fields in ({}, {"top_logprobs": 0}, {"top_logprobs": None}):
         (part,) = _said((await _post("Hello", **fields)).json())
         assert part["logprobs"] == []
+
+
+MANY: dict[str, Any] = {"include": INCLUDE, "top_logprobs": 20, "max_output_tokens": 150}  # written on a thread
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_an_answer_with_thousands_of_them_is_kept(tmp_path: Path, background: bool) -> None:
+    served = router(tmp_path, "x" * 150, model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    if background:
+        response = await ended(served, await begin(served, **MANY))
+    else:
+        answered = await call(served, "POST", json={"input": "hi", **MANY})
+        assert answered.status_code == 200, answered.text
+        response = await shown(served, answered.json())
+        assert response == answered.json()
+    assert response["status"] == "incomplete" and len(_said(response)[0]["logprobs"]) == 150
+    more = await call(served, "POST", json={"input": "more", "previous_response_id": response["id"]})
+    assert more.status_code == 200, more.text
+
+
+async def test_what_was_cancelled_while_it_was_written_stays_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = router(tmp_path, "x" * 150, model=ServedModel(MODEL, 4096, VOCAB_SIZE))
+    is_written, may_end, has_ended = threading.Event(), threading.Event(), threading.Event()
+    written = ResponseForm.whole
+
+    def whole(form: ResponseForm, pieces: Any) -> Any:
+        is_written.set()
+        may_end.wait(30)
+        try:
+            return written(form, pieces)
+        finally:
+            has_ended.set()
+
+    monkeypatch.setattr(ResponseForm, "whole", whole)
+    state = await begin(served, **MANY)
+    await asyncio.to_thread(is_written.wait, 30)
+    cancelled = await call(served, "POST", f"/{state['id']}/cancel")
+    may_end.set()
+    await asyncio.to_thread(has_ended.wait, 30)
+    assert cancelled.json()["status"] == (await shown(served, state))["status"] == "cancelled"

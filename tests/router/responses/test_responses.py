@@ -184,6 +184,8 @@ async def test_what_is_not_kept_is_not_found() -> None:
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, "input[0].name"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": 5}]}, "input[0].arguments"),
+        ({"input": [CALLED, {**CALLED, "arguments": {"a": 1}}]}, "input[1].arguments"),
+        ({"input": [CALLED, {**CALLED, "arguments": []}]}, "input[1].arguments"),
         ({"input": [{"type": "function_call_output", "call_id": 5, "output": ""}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call_output", "call_id": "", "output": ""}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call", "arguments": "{}"}], "instructions": "Be brief."}, "input[0].name"),
@@ -199,6 +201,17 @@ async def test_what_is_not_kept_is_not_found() -> None:
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         ({"inputs": "x"}, "inputs"),
         ({"temperature": -1}, "temperature"),
+        ({"metadata": "a"}, "metadata"),
+        ({"metadata": {"a": 5}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {"a" * 65: "x"}}, "metadata"),
+        ({"metadata": {str(at): "x" for at in range(17)}}, "metadata"),
+        ({"user": "x" * 70_000}, "user"),
+        ({"service_tier": ["x" * 70_000]}, "service_tier"),
+        ({"reasoning": {"summary": "x" * 70_000}}, "reasoning"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "search", "x": "x" * 70_000}}, "tool_choice"),
+        ({"tools": [*TOOLS, {"type": "web_search", "filters": "x" * 70_000}]}, "tools"),
+        ({"tools": [{**TOOLS[0], "defer_loading": "x" * 70_000}]}, "tools"),
     ],
 )
 async def test_a_refusal_names_the_field(fields: dict[str, Any], param: str) -> None:
@@ -223,6 +236,12 @@ async def test_what_asks_for_nothing_is_accepted() -> None:
     assert (answer["temperature"], answer["top_p"]) == (0, None)
     assert answer["parallel_tool_calls"] is False and answer["reasoning"] == fields["reasoning"]
     assert (answer["service_tier"], answer["truncation"]) == ("priority", "auto")
+
+
+async def test_labels_may_be_as_many_and_as_long_as_openais() -> None:
+    labels = {f"{at:064}": "ü" * 512 for at in range(16)}
+    assert (await _whole(_served(), metadata=labels))["metadata"] == labels
+    assert (await _whole(_served(), metadata=None))["metadata"] == {}
 
 
 async def test_truncation_cuts_nothing() -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvferry.common.errors import ConfigError, RequestError
@@ -105,7 +106,9 @@ async def test_what_is_written_is_read_until_it_is_deleted(store: ResponseStore)
     kept.keep("resp_b", b"t", MESSAGES[:1])
     assert kept.find("resp_a", b"t") == (MESSAGES, NAMES) and kept.find("resp_b", b"t") == (MESSAGES[:1], {})
     assert kept.input("resp_a", b"t") == (MESSAGES[:-1], NAMES)
-    assert kept.find_item("msg_a_1", b"t") == items[1] and kept.find_item("msg_b_0", b"t") is None
+    found = kept.find_items(["msg_a_1", "msg_b_0", "a", None, {}], b"t")
+    assert {name: msgspec.json.decode(item) for name, item in found.items()} == {"msg_a_1": items[1]}
+    assert kept.num_bytes("resp_a", b"t") > kept.num_bytes("resp_b", b"t") > kept.num_bytes("resp_c", b"t") == 0
     assert kept.response("resp_a", b"t") == b'{"a":1}'
     kept.keep("resp_a", b"t", MESSAGES[:1], response=b"{}")  # told again
     assert kept.response("resp_a", b"t") == b"{}"
