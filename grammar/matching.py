@@ -194,7 +194,11 @@ def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LL
     """Return a matcher of the first schema in other words that can be followed. Raises RequestError: `reason`."""
     facts = check_size(grammar)
     for other in _other_words(grammar, facts):
-        matcher = LLMatcher(vocabulary.tokenizer, _source(other), log_level=0, limits=vocabulary.limits)
+        try:
+            source = _source(other)
+        except RequestError:  # for what the given schema has where it is negated
+            continue
+        matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=vocabulary.limits)
         if not matcher.is_error():
             return matcher
     raise _refusal(reason, facts)
@@ -219,10 +223,18 @@ def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
 
 
 def _source(grammar: Grammar) -> str:
-    """Return the grammar as the library takes it, in words that it keeps. Raises ValueError, as `source_of` does."""
+    """Return the grammar as the library takes it, in words that it keeps.
+
+    Raises ValueError, as `source_of` does, and RequestError, as `in_kept_words` does.
+    """
     if grammar.kind in (*SCHEMA_KINDS, "lark") and MAY_BE.search(grammar.text) is not None:
         texts, schemas = _schemas_in(grammar)
-        text = _joined(texts, [in_kept_words(schema) for schema in schemas])
+        try:
+            text = _joined(texts, [in_kept_words(schema) for schema in schemas])
+        except RequestError as error:
+            if grammar.kind == "lark":  # whose schemas have no paths of their own
+                error.param = ""
+            raise
         grammar = msgspec.structs.replace(grammar, text=text)
     return source_of(grammar)
 
@@ -260,7 +272,7 @@ def _refusal(reason: str, facts: SchemaFacts) -> RequestError:
         if isinstance(draft, str) and "retriev" in reason and (draft.removesuffix("#") or "#") in reason:
             text = f"has the keyword '$schema' at '{place[1:]}', which names no draft that is known: {_clipped(draft)}"
             return RequestError(text, param=place, code="unsupported_grammar")
-    for keyword in ("oneOf", "format", "$ref", "type"):
+    for keyword in ("oneOf", "format", "$ref", "type", "multipleOf"):
         if _is_about(keyword, reason) and (path := facts.place_of(keyword, reason)) is not None:
             text = f"has the keyword '{keyword}' at '{path[1:]}', which cannot be kept: {reason}"
             return RequestError(text, param=path, code="unsupported_grammar")
@@ -273,6 +285,7 @@ def _refusal(reason: str, facts: SchemaFacts) -> RequestError:
 
 def _is_about(keyword: str, reason: str) -> bool:
     words = {"oneOf": "oneOf", "format": "Unknown format", "$ref": "retriev", "type": "Invalid type"}
+    words["multipleOf"] = "'multipleOf' has too many digits"
     return words[keyword] in reason or (keyword == "$ref" and reason.startswith("Pointer "))
 
 

@@ -94,7 +94,7 @@ def _negations(keyword: str, schema: dict[str, object], references: References, 
             yield from _not_among([value])
         case "enum", list():
             yield from _not_among(value)
-        case "required", list():
+        case "required", list() if all(isinstance(name, str) for name in value):
             for name in value:
                 yield {"type": "object", "properties": {name: False}}
         case "properties", dict():

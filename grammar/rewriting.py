@@ -11,11 +11,10 @@
     $dynamicRef                           $ref, where a schema has no other resources
     format                                a pattern, or stricter formats (formats.py)
     pattern                               one that does not look around (formats.py)
-    minimum, maximum ...                  the nearest that the library has numbers for
 
 The new schema has no instance that the given one has not: an answer that follows it is valid. It has all the others
-too, but for `contains` at later places, stricter formats, numbers beyond the largest bound, and what
-negation.py leaves out. What cannot be said in another way stays as it is, and is refused.
+too, but for `contains` at later places, stricter formats, and what negation.py leaves out. What cannot be said in
+another way stays as it is, and is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ _EXACT = frozenset({"dependentRequired", "dependentSchemas", "then", "else", "pr
 # Fewer instances of their schemas are more of the whole. They stay as given, as do branches of `oneOf` that would lose
 # instances: two that overlapped might not any more.
 _OPPOSED = frozenset({"if", "not"})
-_MAX_BOUND = 10**18  # the library makes its bounds of 64 bits, and fails at the last ones
 
 
 def rewritten(schema: object, *, splits_one_of: bool) -> object:
@@ -107,8 +105,8 @@ class _Rewriting:
         return self.of(value, depth + 1)
 
     def _plain(self, schema: dict[str, object]) -> dict[str, object]:
-        """Return it without dynamic references, and with formats, patterns and bounds that the library knows."""
-        plain = self._bounded(schema)
+        """Return it without dynamic references, and with formats and patterns that the library knows."""
+        plain = dict(schema)
         if "$ref" not in plain and str(plain.get("$dynamicRef")).startswith("#/"):
             plain["$ref"] = plain.pop("$dynamicRef")  # a path, not a name: it leads to one place
         if not self._references.is_dynamic:
@@ -123,16 +121,6 @@ class _Rewriting:
             del plain["format"]
             plain["allOf"] = [*cast("list[object]", plain.get("allOf", [])), instead]
         return plain
-
-    def _bounded(self, schema: dict[str, object]) -> dict[str, object]:
-        """Return a copy whose bounds are numbers that the library has."""
-        bounded = dict(schema)
-        for keyword, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
-            value = bounded.get(keyword)
-            if isinstance(value, int | float) and value * sign > _MAX_BOUND:
-                bounded[keyword] = sign * _MAX_BOUND
-                self._num_narrowed += 1
-        return bounded
 
     def _without_unevaluated(self, schema: dict[str, object]) -> Schema:
         if not _UNEVALUATED & schema.keys():

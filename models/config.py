@@ -241,8 +241,8 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
     latent = read_latent(fields) if family.is_latent else None
     if latent is not None:
         num_kv_heads, head_dim = 1, latent.token_size
-    elif head_dim % 2:
-        raise fields.refuse("head_dim", f"the head size {head_dim} must be even: rotary positions turn pairs")
+    elif head_dim % 2 or not head_dim:
+        raise fields.refuse("head_dim", f"the head size {head_dim} must be even, and not 0: positions turn pairs")
     max_model_len = read_max_len(fields)
     windows, unturned = read_windows(fields, family), read_unturned(fields, family)
     uneven = read_uneven(fields, family, Heads(num_kv_heads, head_dim), num_qo_heads, windows)

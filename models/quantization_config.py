@@ -71,7 +71,7 @@ def _awq(fields: ConfigFields) -> Quantization:
 
 
 def _fp8(fields: ConfigFields) -> Quantization:
-    choice(fields, "fmt", "e4m3", ("e4m3",))
+    choice(fields, "fmt", "e4m3", ("e4m3", "float8_e4m3fn", "float8_e4m3"))  # one type; MiniMax-M2 has the longer name
     block = fields.raw.get("weight_block_size")
     # Transformers writes the key with or without blocks, and names scales alike; other tools write none.
     scale_name = "weight_scale_inv" if "weight_block_size" in fields.raw else "weight_scale"
@@ -124,8 +124,8 @@ def _check_group_size(fields: ConfigFields, storage: Storage) -> None:
 
 
 def _with_wildcards(pattern: str) -> str:
-    """Return the target of a module's name in which a star stands for anything."""
-    return f"re:{re.escape(pattern).replace(re.escape('*'), '.*')}" if "*" in pattern else pattern
+    """Return the target of a module's name in which a star stands for anything. It ends with a part of a name."""
+    return rf"re:{re.escape(pattern).replace(re.escape('*'), '.*')}(?:\.|$)" if "*" in pattern else pattern
 
 
 def _mxfp4(_: ConfigFields) -> Quantization:
@@ -177,13 +177,13 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
         if group is None or (weights := group.mapping("weights")) is None:
             raise fields.refuse("config_groups", f"{name} says nothing of weights")
         layout_name = group.raw.get("format") or fields.raw.get("format")
-        if layout_name not in _FORMATS:
+        if not isinstance(layout_name, str) or layout_name not in _FORMATS:
             raise fields.refuse(
                 "format", f"of {name}: {layout_name!r} is not supported; these are: {', '.join(_FORMATS)}"
             )
-        layout = _FORMATS[str(layout_name)]
+        layout = _FORMATS[layout_name]
         if layout == "float4":
-            storage = _compressed_float4(weights, str(layout_name).partition("-")[0])
+            storage = _compressed_float4(weights, layout_name.partition("-")[0])
         else:
             storage = _compressed(weights, layout)
         targets = list(flat(group.raw.get("targets")))

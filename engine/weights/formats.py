@@ -4,6 +4,7 @@
     integers   weight int8 [out, in], weight_scale, weight_zero_point                 (weight - zero) * scale
     packed     weight_packed int32 [out, in / n], the same; numbers stand 2^(bits - 1) too high
     float8     weight e4m3 [out, in], weight_scale or weight_scale_inv                weight * scale
+               (uint8: powers of 2)
     float4     weight or weight_packed uint8 [out, in / 2] e2m1, weight_scale [out, in / group] (FLOAT4_KINDS)
     gptq       qweight int32 [in / n, out], qzeros [in / group, out / n], scales [in / group, out], g_idx [in] says g
     awq        qweight int32 [in, out / n], qzeros, scales as gptq's; a word's numbers are 0 2 4 6 1 3 5 7
@@ -54,7 +55,7 @@ def unpack(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dt
 
 def _float8(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
     numbers = _needed(read, "weight", torch.float8_e4m3fn)
-    scales = _needed(read, storage.scale_name).float()
+    scales = _floats(read, storage.scale_name, are_bytes_powers=True)
     num_outputs, num_inputs = numbers.shape
     if storage.sharing == "block":
         height, width = storage.block
@@ -71,7 +72,7 @@ def _float8(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
 def _float4(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
     _, numbers, whole_scale, is_divisor = FLOAT4_KINDS[storage.kind]
     if whole_scale:
-        scales, whole = (_needed(read, name).float() for name in ("weight_scale", whole_scale))
+        scales, whole = (_floats(read, name) for name in ("weight_scale", whole_scale))
         scales = scales / whole.reshape(()) if is_divisor else scales * whole.reshape(())
     else:
         scales = power_of_2(_needed(read, "weight_scale", torch.uint8))
@@ -80,7 +81,7 @@ def _float4(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
 
 def _integers(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
     numbers = _needed(read, "weight", torch.int8)
-    scales = _needed(read, storage.scale_name).float()
+    scales = _floats(read, storage.scale_name)
     zeros = None if storage.symmetric else _needed(read, "weight_zero_point").float()
     if storage.sharing == "tensor":
         scales = scales.reshape(1, 1).expand(shape[0], 1)
@@ -90,7 +91,7 @@ def _integers(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch
 
 def _packed(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
     numbers = _of_words(_needed(read, "weight_packed", torch.int32), storage.bits, shape[1])
-    scales = _needed(read, "weight_scale").float()
+    scales = _floats(read, "weight_scale")
     zeros = None
     if not storage.symmetric:
         words = _needed(read, "weight_zero_point", torch.int32)
@@ -100,7 +101,7 @@ def _packed(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.d
 
 def _gptq(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
     numbers = _of_words(_needed(read, "qweight", torch.int32).T.contiguous(), storage.bits, shape[1])
-    scales = _needed(read, "scales").float().T.contiguous()
+    scales = _floats(read, "scales").T.contiguous()
     words = _needed(read, "qzeros", torch.int32)
     if storage.one_less:  # with the carry, as it was taken away
         words = words + sum(1 << shift for shift in range(0, 32, storage.bits))
@@ -110,7 +111,7 @@ def _gptq(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dty
 
 def _awq(shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
     numbers, zeros = (_in_order(_separate(_needed(read, name, torch.int32), 4)).T for name in ("qweight", "qzeros"))
-    scales = _needed(read, "scales").float().T.contiguous()
+    scales = _floats(read, "scales").T.contiguous()
     return GroupedWeight(join_nibbles(numbers[: shape[0]]), scales, -zeros[: shape[0]].float() * scales, dtype=dtype)
 
 
@@ -158,6 +159,16 @@ def _separate(words: Tensor, bits: int) -> Tensor:
     """[rows, words] int32 -> [rows, numbers] uint8."""
     numbers = words.contiguous().view(torch.uint8)
     return numbers if bits == 8 else split_nibbles(numbers)
+
+
+def _floats(read: Read, name: str, *, are_bytes_powers: bool = False) -> Tensor:
+    """`are_bytes_powers`: of 2, as tools write them (ue8m0) that have no such type."""
+    tensor = _needed(read, name)
+    if are_bytes_powers and tensor.dtype == torch.uint8:
+        return power_of_2(tensor)
+    if not tensor.is_floating_point():
+        raise ConfigError(f"{name} holds {tensor.dtype}, not floats")
+    return tensor.float()
 
 
 def _needed(read: Read, name: str, dtype: torch.dtype | None = None) -> Tensor:

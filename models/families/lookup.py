@@ -9,6 +9,8 @@ from .nested import NESTED
 from .table import FAMILIES
 
 ARCHITECTURES = (*FAMILIES, *NESTED)
+# A published checkpoint may have another spelling than the class that libraries have by now: K-EXAONE's first one had.
+_EARLIER_NAMES = {"ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM"}
 _ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
 
 
@@ -16,6 +18,11 @@ def architecture_of(model_type: object) -> str | None:
     """Return the architecture of a family by its name."""
     known = {own.name: architecture for table in (NESTED, FAMILIES) for architecture, own in table.items()}
     return known.get(model_type) if isinstance(model_type, str) else None
+
+
+def of_today(name: object) -> object:
+    """Return an architecture's present name in the place of an earlier one."""
+    return _EARLIER_NAMES.get(name, name) if isinstance(name, str) else name
 
 
 def nearest(name: str) -> str | None:
@@ -38,7 +45,7 @@ def needs_code(config: Mapping[str, object]) -> bool:
     if "auto_map" not in config:
         return False
     code, declared = config["auto_map"], config.get("architectures")
-    architecture = declared[0] if isinstance(declared, list) and declared else None
+    architecture = of_today(declared[0] if isinstance(declared, list) and declared else None)
     named = code.get("AutoModelForCausalLM") if isinstance(code, Mapping) else None
-    is_known = isinstance(named, str) and named.rpartition(".")[2] == architecture and architecture in ARCHITECTURES
-    return not is_known
+    has_own = isinstance(named, str) and of_today(named.rpartition(".")[2]) == architecture
+    return not (has_own and architecture in ARCHITECTURES)

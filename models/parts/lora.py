@@ -13,7 +13,7 @@ from .config_fields import ConfigFields
 
 CONFIG_NAME = "adapter_config.json"
 
-# Settings under which an adapter is more than the sum above; empty ones are fine.
+# Settings under which an adapter is more than the sum above; empty ones are fine, but for those below.
 _REFUSED_SETTINGS = {
     "use_dora": "DoRA scales each output of the whole matrix",
     "modules_to_save": "whole modules would replace the model's",
@@ -24,8 +24,14 @@ _REFUSED_SETTINGS = {
     "trainable_token_indices": "embeddings are adapted",
     "alora_invocation_tokens": "it would be applied to a part of the prompt alone",
     "use_qalora": "inputs are pooled first",
+    "use_bdlora": "the matrices are blocks of a diagonal",
+    "kasa_config": "singular values stand between the matrices, beside changed base weights",
+    "arrow_config": "each token would choose among adapters",
+    "monteclora_config": "matrices are drawn around those that are stored",
 }
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin which leave other base weights than the model's
+_EMPTY_TOO = {"kasa_config", "monteclora_config"}  # peft takes an empty object of these for one with its defaults
+# Ways to begin which leave other base weights than the model's.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def checked_settings(path: Path, config: bytes) -> ConfigFields:
@@ -34,7 +40,8 @@ def checked_settings(path: Path, config: bytes) -> ConfigFields:
     if fields.raw.get("peft_type", "LORA") != "LORA":
         raise fields.refuse("peft_type", "adapters are LORA here")
     for key, why in _REFUSED_SETTINGS.items():
-        if fields.raw.get(key):
+        value = fields.raw.get(key)
+        if value or (value == {} and key in _EMPTY_TOO):
             raise fields.refuse(key, why)
     if fields.raw.get("bias", "none") != "none":
         raise fields.refuse("bias", "biases of the model would change; only none is served")

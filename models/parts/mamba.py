@@ -6,6 +6,7 @@ memory   of each head a matrix [state_dim, head_dim]: decayed, and added to, by 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -148,5 +149,7 @@ def _step_limits(fields: ConfigFields) -> tuple[float, float]:
     numbers = [math.inf if each in _INFINITIES else each for each in told] if isinstance(told, list) else []
     match numbers:
         case [int() | float() as least, int() | float() as most] if 0 <= least <= most and least < math.inf:
+            if most > sys.float_info.max and most != math.inf:  # JSON's whole numbers may be
+                raise fields.refuse("time_step_limit", f"must be at most {sys.float_info.max:g}, or infinity")
             return float(least), float(most)
     raise fields.refuse("time_step_limit", "must be two numbers from 0 on, the smaller first")

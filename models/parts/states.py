@@ -197,11 +197,12 @@ def stateful_layers(
     """
     num_layers = fields.count("num_hidden_layers")
     known = names | _WITH_KEYS | others
-    if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+    told = types if isinstance(types, list) else []
+    if len(told) != num_layers or not all(isinstance(kind, str) and kind in known for kind in told):
         raise fields.refuse(key, f"must name one of {sorted(known)} for each of {num_layers} layers")
-    if not _WITH_KEYS & set(types):
+    if not _WITH_KEYS & set(told):
         raise fields.refuse(key, "a model without a layer that keeps keys and values is not supported")
-    return tuple(kind in names for kind in types)
+    return tuple(kind in names for kind in told)
 
 
 def block_size_of(engine: EngineConfig, states: StatesConfig | None, kv_token_bytes: int) -> int:

@@ -82,6 +82,31 @@ def test_bounds_of_a_schema_within_a_grammar_hold_too(vocabulary: Vocabulary) ->
 
 
 @pytest.mark.parametrize(
+    ("schema", "param"),
+    [
+        ({"additionalProperties": {"type": "integer"}, "minProperties": 2}, ".minProperties"),
+        ({"items": {"type": "object", "minProperties": 3, "required": ["a"]}}, ".items.minProperties"),
+        ({"required": ["a", "a"], "minProperties": 3}, ".minProperties"),
+        ({"patternProperties": {"^x": {}}, "additionalProperties": False, "minProperties": 2}, ".minProperties"),
+        ({"not": {"type": "object", "maxProperties": 1}}, ".not"),
+    ],
+)
+def test_a_count_that_a_name_could_meet_which_comes_twice_is_refused(
+    vocabulary: Vocabulary, schema: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError, match=r"keyword '(minProperties|not)' at") as caught:
+        compile_grammar(vocabulary, Grammar("json_schema", json.dumps(schema).encode()))
+    assert (caught.value.param, caught.value.code) == (param, "unsupported_grammar")
+
+
+def test_a_count_that_needs_one_free_name_is_kept(vocabulary: Vocabulary) -> None:
+    schema = {"type": "object", "required": ["a"], "minProperties": 2, "additionalProperties": {"type": "integer"}}
+    first = compile_grammar(vocabulary, Grammar("json_schema", json.dumps(schema).encode()))
+    texts = ('{"a":1}', '{"a":1,"a":2}', '{"a":1,"b":2}')
+    assert [_takes(vocabulary, first, text) for text in texts] == [False, False, True]
+
+
+@pytest.mark.parametrize(
     ("schema", "wanted"),
     [
         ({"exclusiveMinimum": 0, "maximum": 0.5}, {"minimum": 1e-9, "maximum": 0.5}),

@@ -194,6 +194,8 @@ def test_in_other_words_it_has_the_same_instances(schema: dict[str, Any], valid:
         {"contains": {"type": "string"}, "minContains": 1000},
         {"not": {"$ref": "https://example.com/other"}},
         {"dependentRequired": 3},
+        {"not": {"required": [[1]]}},
+        {"not": {"required": ["a", {}]}},
         {"dependencies": 3},
         {"format": "regex"},
     ],

@@ -26,6 +26,15 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "a part of the prompt": ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
     "stacked experts": ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters .* stacked experts"),
     "changed base weights": ({"init_lora_weights": "pissa_niter_4"}, "changed base weights"),
+    "changed base weights by gradients": (
+        {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "ArB2r"}},
+        "init_lora_weights = 'lora_ga': it was made beside changed base weights",
+    ),
+    "values between the matrices": ({"kasa_config": {"beta": 1e-4}}, "kasa_config = .*: singular values stand between"),
+    "values between them by default": ({"kasa_config": {}}, "kasa_config = {}: singular values"),
+    "a choice among adapters": ({"arrow_config": {"top_k": 2}}, "arrow_config = .*: each token would choose"),
+    "drawn matrices": ({"monteclora_config": {}}, "monteclora_config = {}: matrices are drawn"),
+    "blocks": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora = .*: the matrices are blocks"),
     "another rank": ({"r": 4}, "ranks 8 and 8, not 4"),
     "a rank that is none": ({"r": 0}, "r = 0: must be a whole number"),
     "a part of a rank": ({"rank_pattern": {"q_proj": 0.5}}, "ranks 8 and 8, not 0.5"),
@@ -45,6 +54,13 @@ def test_settings_that_are_more_than_a_sum_are_refused(model_dir: Path, tmp_path
     fields, why = REFUSED[name]
     with pytest.raises(ConfigError, match=why):
         inspect_adapter(write_adapter(tmp_path, model_dir, config=fields))
+
+
+def test_settings_that_say_nothing_are_served(model_dir: Path, tmp_path: Path) -> None:
+    """As peft writes them."""
+    nothing: dict[str, object] = {"kasa_config": None, "arrow_config": None, "monteclora_config": None}
+    nothing |= {"use_bdlora": None, "use_dora": False, "modules_to_save": [], "loftq_config": {}, "arrow_config": False}
+    assert inspect_adapter(write_adapter(tmp_path, model_dir, config=nothing)).modules
 
 
 def _spoil(path: Path, old: str, new: str) -> None:

@@ -285,11 +285,17 @@ def test_granite_4_has_layers_of_mamba_and_experts_or_has_not(tmp_path: Path) ->
         ({"time_step_limit": [1.0, 0.5]}, r"time_step_limit = \[1.0, 0.5\]: must be two numbers from 0 on, the"),
         ({"time_step_limit": [0.1]}, r"time_step_limit = \[0.1\]: must be two numbers from 0 on"),
         ({"time_step_limit": ["x", 1]}, r"time_step_limit = \['x', 1\]: must be two numbers from 0 on"),
+        (
+            {"time_step_limit": [0, 10**400]},
+            r"time_step_limit = \[0, 10+.*: must be at most 1\.79769e\+308, or infinity",
+        ),
         ({"layer_types": ["mamba"] * 30}, "a model without a layer that keeps keys and values is not supported"),
         (
             {"layer_types": ["moe"] * 30},
             r"layer_types = .*: must name one of \['attention', .*\] for each of 30",
         ),
+        ({"layer_types": [["mamba"]] * 30}, r"layer_types = .*: must name one of \['attention', .*\] for each of 30"),
+        ({"layer_types": ["mamba", {}] * 15}, r"layer_types = .*: must name one of \['attention', .*\] for each of 30"),
     ):
         with pytest.raises(ConfigError, match=message):
             _load(tmp_path, hybrid | changes)
@@ -317,6 +323,29 @@ def test_lfm2_tells_its_mlp_and_its_layers_in_words_of_its_own(tmp_path: Path) -
     assert _load(tmp_path, told | {"layer_types": types}).kv_layers == (1, 3, 5)
     with pytest.raises(ConfigError, match=r"full_attn_idxs = .*: must list the layers that attend, of 6"):
         _load(tmp_path, told | {"full_attn_idxs": [6]})
+
+
+def test_an_architecture_may_have_the_name_that_it_was_published_under(tmp_path: Path) -> None:
+    code = {"AutoModelForCausalLM": "modeling_exaone_moe.ExaoneMoEForCausalLM"}
+    told: dict[str, object] = {
+        "architectures": ["ExaoneMoEForCausalLM"],
+        "first_last_k_dense_replace": 1,
+        "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 10,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "sliding_window": 64,
+    }
+    config = _load(tmp_path, told | {"auto_map": code})
+    assert config == _load(tmp_path, told | {"architectures": ["ExaoneMoeForCausalLM"]})
+    assert config.architecture == "ExaoneMoeForCausalLM"
+    for changes, message in (
+        ({"architectures": ["ExaoneMOEForCausalLM"]}, "is not supported; .*; the nearest is ExaoneMoeForCausalLM"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _load(tmp_path, told | changes)
 
 
 def test_minimax_has_words_of_its_own(tmp_path: Path) -> None:
@@ -602,6 +631,7 @@ def test_any_scaling_turns_a_part_of_each_head(tmp_path: Path, kind: str) -> Non
         ({"vocab_size": True}, "vocab_size = True"),
         ({"num_key_value_heads": 2}, "must divide num_attention_heads = 9"),
         ({"head_dim": 7}, "must be even"),
+        ({"hidden_size": 1}, "head_dim = None: the head size 0 must be even, and not 0"),
         ({"torch_dtype": "int8"}, "dtype 'int8'"),
         ({"eos_token_id": ["a"]}, "eos_token_id"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),

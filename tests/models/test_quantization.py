@@ -52,7 +52,9 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
         (AWQ | {"bits": 8}, "only AWQ with 4 bits"),
         (AWQ | {"zero_point": False}, "zero_point"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "no block"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt = 'e5m2': is not supported; these are: e4m3, float8_e4m3fn"),
         (_compressed("mxfp8-quantized"), "mxfp8-quantized.* pack-quantized"),
+        (_compressed() | {"format": ["pack-quantized"]}, r"\['pack-quantized'\] is not supported; these are: int-"),
         (_compressed("nvfp4-pack-quantized"), "type = 'int'"),
         (_compressed("nvfp4-pack-quantized", type="float", group_size=32), "group_size = 32.* 16 is read"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "group_size = 32.* 16 is read"),
@@ -106,6 +108,31 @@ def test_a_language_model_within_a_larger_one_is_named_as_a_part_of_it(ignored: 
     assert found is not None
     assert [module for module in ("lm_head", UP) if found.storage(module) is None] == [plain]
     assert found.storage("model.layers.1.mlp.up_proj") is not None
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "float8_e4m3fn", "float8_e4m3", None])
+def test_8_bit_floats_have_several_names(fmt: str | None) -> None:
+    """MiniMax-M2's config.json has that of torch."""
+    fp8: dict[str, object] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert _read(fp8 | {"fmt": fmt}) == _read(fp8)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "plain"),
+    [
+        ("*.mlp.gate", ["layers.0.mlp.gate"]),
+        ("*.gate", ["layers.0.mlp.gate"]),
+        ("*.mlp.gate*", ["layers.0.mlp.gate", "layers.0.mlp.gate_proj", "layers.1.mlp.gate_proj"]),
+        ("*layers.1", ["layers.1.mlp.gate_proj"]),
+        ("model.layers.0.mlp.*.up_proj", ["layers.0.mlp.experts.1.up_proj"]),
+        ("*layers.1*", ["layers.1.mlp.gate_proj", "layers.10.mlp.up_proj"]),
+    ],
+)
+def test_wildcards_of_model_optimizer_end_with_a_part_of_a_name(pattern: str, plain: list[str]) -> None:
+    ends = ("0.mlp.gate", "0.mlp.gate_proj", "0.mlp.experts.1.up_proj", "1.mlp.gate_proj", "10.mlp.up_proj")
+    found = _read({"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": [pattern]})
+    named = [rule for rule in found.rules if rule.target != "Linear"]
+    assert [f"layers.{end}" for end in ends if any(rule.names(f"model.layers.{end}") for rule in named)] == plain
 
 
 def test_gates_of_experts_are_plain_unless_they_are_named() -> None:

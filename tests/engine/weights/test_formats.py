@@ -170,6 +170,37 @@ def test_zeros_that_are_not_the_middle_are_not_symmetrical(tmp_path: Path) -> No
         _load(quantized)
 
 
+def test_scales_of_8_bit_floats_may_be_exponents_in_bytes(tmp_path: Path) -> None:
+    quantized, _ = write_pair(tmp_path, "fp8 block")
+    tensors = load_file(quantized / "model.safetensors")
+    exponents = {
+        name: 120 + torch.arange(each.numel()).view(each.shape) % 8
+        for name, each in tensors.items()
+        if name.endswith("_scale_inv")
+    }
+    found = []
+    for kind in (torch.float32, torch.uint8, torch.float8_e8m0fnu):
+        scales = {
+            name: each.to(kind) if kind == torch.uint8 else torch.exp2(each - 127.0).to(kind)
+            for name, each in exponents.items()
+        }
+        save_file({**tensors, **scales}, quantized / "model.safetensors")
+        check_checkpoint(quantized, ModelConfig.from_dir(quantized))
+        found.append(_matrices(_load(quantized)))
+    for plain, *others in zip(*found, strict=True):
+        assert all(torch.equal(plain, other) for other in others)
+
+
+@pytest.mark.parametrize(("name", "scales"), [("fp8 block", "weight_scale_inv"), ("gptq 4", "scales")])
+def test_scales_of_another_type_are_refused_by_name(tmp_path: Path, name: str, scales: str) -> None:
+    quantized, _ = write_pair(tmp_path, name)
+    tensors = load_file(quantized / "model.safetensors")
+    tensors = {key: each.to(torch.int32) if key.endswith(scales) else each for key, each in tensors.items()}
+    save_file(tensors, quantized / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"q_proj.*{scales} holds torch\.int32, not floats"):
+        _load(quantized)
+
+
 def test_a_tensor_of_a_wrong_shape_is_named(tmp_path: Path) -> None:
     quantized, _ = write_pair(tmp_path, "awq")
     tensors = load_file(quantized / "model.safetensors")
