@@ -17,6 +17,7 @@ from ..common.kv_spec import KVCacheSpec
 from ..common.request import RequestSpec
 from ..kvcache.blocks import BlockPool
 from ..transfer.receive.receiver import KVReceiver
+from ..transfer.receive.reservations import Kept
 from ..wire.results import Grant, NoCapacity
 from ..wire.tasks import ReserveKV
 
@@ -32,6 +33,7 @@ class _Waiting:
     message: ReserveKV
     num_blocks: int
     until_s: float
+    waits_behind: frozenset[int]  # promises that were there before it: while they leave it no room, others take theirs
     tried_with: tuple[int, ...]  # what there was at the last try: hashing a prompt takes time
 
     @property
@@ -83,13 +85,18 @@ class WaitingReservations:
         return [] if other is None else [(router_id, self._give_up(other, answer.reason))]
 
     def _try(self, router_id: str, message: ReserveKV) -> Grant | NoCapacity:
-        kept = sum(waiting.num_blocks for waiting in self._waiting if waiting.key < _key(message.spec))
+        older = [waiting for waiting in self._waiting if waiting.key < _key(message.spec)]
+        has_turn = self._receiver.reservations.has_turn
+        kept = Kept(
+            sum(waiting.num_blocks for waiting in older),
+            sum(waiting.num_blocks for waiting in older if has_turn(waiting.num_blocks, waiting.waits_behind)),
+        )
         return self._receiver.reserve(
             message.spec,
             router_id,
             max_local_tokens=message.max_local_tokens,
             growth_reserve=self._growth_reserve(),
-            num_kept=kept,
+            kept=kept,
             retains_prefix=message.retains_prefix,
         )
 
@@ -102,7 +109,8 @@ class WaitingReservations:
             self._spec.num_left_out(spec.num_prompt_tokens),
         )
         until_s = self._clock.now() + wait_s
-        self._waiting.append(_Waiting(router_id, message, num_blocks, until_s, self._room()))
+        promises = self._receiver.reservations.promises
+        self._waiting.append(_Waiting(router_id, message, num_blocks, until_s, promises, self._room()))
         self._waiting.sort(key=lambda waiting: waiting.key)
 
     def _room(self) -> tuple[int, ...]:

@@ -29,8 +29,17 @@ def check_values(value: object, path: str) -> None:
         for name, part in value.items():
             check_values(part, f"{path}.{name}")
     elif isinstance(value, int | float) and not isinstance(value, bool) and not _comes_as_it_is(value):
-        reason = "whole numbers are exact up to 2^53, others up to 15 digits; as a string it would be kept"
+        reason = "whole numbers are exact up to 2^53, others up to 15 digits and 2^63; as a string it would be kept"
         raise _refusal(f"has the number {_shown(value)} at '{path[1:]}', which cannot be kept: {reason}", path)
+
+
+def holds_none(schema: dict[str, object]) -> bool:
+    """Tell whether no number within these bounds would come as it is."""
+    try:
+        keep_bounds(dict(schema), "")
+    except RequestError:
+        return True
+    return False
 
 
 def keep_bounds(schema: dict[str, object], path: str) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
+from .kept_numbers import holds_none
 from .references import CannotRewrite, References, Schema
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")
@@ -183,7 +184,9 @@ def _other_numbers(numbers: Sequence[int | float]) -> Iterator[Schema]:
         return
     yield {"type": "number", "exclusiveMaximum": numbers[0]}
     for low, high in itertools.pairwise(numbers):
-        yield {"type": "number", "exclusiveMinimum": low, "exclusiveMaximum": high}
+        between: dict[str, object] = {"type": "number", "exclusiveMinimum": low, "exclusiveMaximum": high}
+        if not holds_none(between):
+            yield between
     yield {"type": "number", "exclusiveMinimum": numbers[-1]}
 
 

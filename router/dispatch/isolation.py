@@ -20,6 +20,7 @@ from ..state.request import RequestStatus
 from ..state.tracked_request import TrackedRequest
 from ..state.views import WorkerView
 from ..state.worker import RouterWorker
+from .running_steps import TRANSIT_S
 
 # For what runs on a claimed worker. Then another router's is borne, for it is as alone as can be had, and our own makes
 # way where others wait for that worker: longer, they wait longer; shorter, more answers are interrupted.
@@ -35,6 +36,7 @@ class Claim:
     workers: tuple[RouterWorker, ...]  # the decode worker first
     since_s: float
     attempt_number: int | None = None  # of the attempt that runs there; None: they are not empty yet
+    made_way_s: float | None = None  # when what ran there was interrupted for it
 
     @property
     def is_finished(self) -> bool:
@@ -150,6 +152,8 @@ class Isolation:
     def _is_empty(self, worker: RouterWorker, claim: Claim, now_s: float) -> bool:
         if worker.loads:
             return False
+        if claim.made_way_s is not None and not worker.has_stepped_since(claim.made_way_s + TRANSIT_S):
+            return False  # what was interrupted is in the step that runs: whose fault would the next loss be?
         view = worker.view(now_s)
         return not (view.num_running or view.ahead_tokens) or now_s - claim.since_s >= PATIENCE_S
 

@@ -141,6 +141,7 @@ class Placer:
         if not self._in_flight.queue.num_waiting:
             return
         for claim in self._isolation.overdue(now_s):
+            claim.made_way_s = now_s
             self._in_flight.interrupt_on(claim.workers, now_s)
 
     def _note_hopeless(self, tracked: TrackedRequest, now_s: float) -> None:

@@ -12,7 +12,7 @@ from ..state.failures import Suspicion
 from ..state.request import RequestStatus
 from ..state.worker import HEARTBEAT_LIMIT_S, RouterWorker
 
-_TRANSIT_S = 0.002  # a message sent so shortly before the end was never read
+TRANSIT_S = 0.002  # a message sent so shortly before the end was never read
 
 
 def was_computing(attempt: Attempt, worker: RouterWorker, now_s: float) -> bool:
@@ -22,7 +22,7 @@ def was_computing(attempt: Attempt, worker: RouterWorker, now_s: float) -> bool:
         end_s -= worker.silent_s(now_s)  # it stood still from there on
     if (
         attempt.request.status not in (RequestStatus.PREFILLING, RequestStatus.DECODING)
-        or attempt.task_s > end_s - _TRANSIT_S
+        or attempt.task_s > end_s - TRANSIT_S
     ):
         return False
     if worker is attempt.prefill:
@@ -44,7 +44,7 @@ def suspicion_of(attempt: Attempt, now_s: float) -> Suspicion | None:
 
 def may_have_ended(suspicion: Suspicion, worker: RouterWorker) -> bool:
     """Return whether the lost worker may have been in the step still in which the attempt's end met it."""
-    return suspicion.life == worker.life and not worker.has_stepped_since(suspicion.at_s + _TRANSIT_S)
+    return suspicion.life == worker.life and not worker.has_stepped_since(suspicion.at_s + TRANSIT_S)
 
 
 def _has_joined(attempt: Attempt, worker: RouterWorker) -> bool:

@@ -7,6 +7,7 @@ respect is here: who can hold a request at all, who has room for it now, and how
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Protocol
 
 from ...common.kv_spec import growth_blocks
@@ -16,6 +17,7 @@ from ..state.views import PoolView, WorkerView
 # A grant lapses if it is not opened within 2 s, so a task is not bound behind more work than this: nearer to 2 s grants
 # lapse where a worker is slower than predicted, and with less, workers run out of work between two decisions.
 MAX_BIND_WAIT_S = 1.5
+_MAX_FAR = 6  # decode workers looked at where none nearby has room; more cost a placement time
 BOUND_SHARE_OF_OBJECTIVE = 0.25  # of the TTFT objective, for waiting on a worker; larger binds requests earlier
 
 
@@ -69,12 +71,14 @@ def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
 def roomy_workers(view: PoolView, fitting: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:
     """Return the decode workers with room: of `fitting`, or of all ready ones where none of them has any.
 
-    Those with the fewest rows may each hold a long context. Where nobody has so many blocks free, nobody is asked.
+    Those with the fewest rows may each hold a long context. Of the others the first few that have room are enough, and
+    where nobody has so many blocks free nobody is asked: a placement costs as much among a thousand.
     """
     roomy = [worker for worker in fitting if has_decode_room(worker, demand)]
-    if roomy or not fitting or demand.blocks_now(fitting[0].hello.spec) > view.most_free_blocks:
+    if roomy or not fitting or demand.blocks_now(fitting[0].hello.spec) > view.most_room:
         return roomy
-    return [one for one in view.ready("decode") if has_decode_room(one, demand) and fits_decode(one, demand)]
+    found = (one for one in view.ready("decode") if has_decode_room(one, demand) and fits_decode(one, demand))
+    return list(islice(found, _MAX_FAR))
 
 
 def has_prefill_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> bool:

@@ -105,7 +105,7 @@ class Admission:
     def late_s(self, tracked: TrackedRequest) -> float | None:
         """Return from when on a queued request is too late, by what is known now. None: never."""
         limit_s, request = self._limit_s(tracked.request), tracked.request
-        if limit_s is None or request.num_failures or request.is_resume:
+        if limit_s is None or request.attempt_number or request.is_resume:
             return None
         fastest_s = max(self.forecast.fastest_s, tracked.search.fastest_s)
         return request.timestamps["queued"] + max(limit_s - fastest_s, _LEAST_WAIT_SHARE * limit_s)

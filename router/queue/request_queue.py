@@ -15,6 +15,7 @@ their own, stand apart and do not count as waiting for room.
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class RequestQueue:
         self._by_arrival = by_arrival
         self.num_by_class: Counter[str] = Counter()
         self._num_background = 0
-        self._num_embeddings = 0
+        self._num_embeddings = 0  # of those that wait for room
         self._membership = 0  # of the pools, when those that no worker could hold were last looked at
         self._places: dict[TrackedRequest, Place] = {}
         self._levels: dict[int, PriorityLevel] = {}
@@ -75,8 +76,8 @@ class RequestQueue:
         return self.num_bounded >= self.max_size
 
     def has_kind(self, *, embeddings: bool) -> bool:
-        """Tell whether there is an embedding, or anything else."""
-        return bool(self._num_embeddings if embeddings else len(self) - self._num_embeddings)
+        """Tell whether an embedding, or anything else, waits for room."""
+        return bool(self._num_embeddings if embeddings else self.num_waiting - self._num_embeddings)
 
     # --- changes --------------------------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ class RequestQueue:
 
     def take(self, tracked: TrackedRequest) -> None:
         """Take out a request that is placed: its tenant has had a turn, and has it again if it comes back unserved."""
-        place = self._places.pop(tracked, None)
+        place = self._leave_place(tracked)
         if place is None:
             self.remove(tracked)
             return
@@ -100,7 +101,7 @@ class RequestQueue:
 
     def remove(self, tracked: TrackedRequest) -> None:
         """Take out a request that has ended, or is to stand in another place. Idempotent."""
-        place = self._places.pop(tracked, None)
+        place = self._leave_place(tracked)
         if place is not None:
             self._levels[tracked.request.priority].order_of(place).remove(place.ticket)
             self._tidy(tracked.request.priority)
@@ -110,10 +111,14 @@ class RequestQueue:
             return
         self._count(tracked, -1)
 
+    def _leave_place(self, tracked: TrackedRequest) -> Place | None:
+        place = self._places.pop(tracked, None)
+        self._num_embeddings -= place is not None and tracked.request.pooling is not None
+        return place
+
     def _count(self, tracked: TrackedRequest, change: int) -> None:
         self.num_by_class[tracked.request.request_class] += change
         self._num_background += change * tracked.request.is_background
-        self._num_embeddings += change * (tracked.request.pooling is not None)
 
     def _line_up(self, tracked: TrackedRequest) -> None:
         request = tracked.request
@@ -123,6 +128,7 @@ class RequestQueue:
         must_hurry = has_objective and is_new
         start_by_s = ticket.due_s - request.unloaded_s if must_hurry else float("inf")
         self._places[tracked] = Place(ticket, start_by_s)
+        self._num_embeddings += request.pooling is not None
         self._level(request.priority).timely.add(ticket, refund=tracked.is_charged)
         tracked.is_charged = False
 
@@ -158,17 +164,20 @@ class RequestQueue:
     def first(self, number: int, now_s: float, *, embeddings: bool | None = None) -> list[TrackedRequest]:
         """The next ones to serve, in order. None of them stands apart.
 
-        `embeddings`: those alone, or all others alone; None: both.
+        `embeddings`: those alone, or all others alone, by priority and due time, while the rest lacks a worker.
         """
         for tracked in [one for one in self._apart if not (one.must_run_alone or one.is_put_off(now_s))]:
             del self._apart[tracked]
             self._line_up(tracked)
+        if embeddings is not None:
+            some = (one for one in self._places if (one.request.pooling is not None) is embeddings)
+            return heapq.nsmallest(number, some, key=lambda one: (one.request.priority, self._places[one].ticket.entry))
         found: list[TrackedRequest] = []
         for priority in self._priorities:
             if len(found) >= number:
                 break
             if len(level := self._levels[priority]):
-                found += self._first_of(level, number - len(found), now_s, embeddings)
+                found += self._first_of(level, number - len(found), now_s)
         return found
 
     def triage(self, now_s: float, rate: float, arrivals: ArrivalLoad) -> None:
@@ -188,9 +197,7 @@ class RequestQueue:
         places = [self._places[ticket.item] for ticket in islice(level.timely, _MAX_TRIAGED)]
         return [(place, Waiting(place.start_by_s, place.ticket.item.request.unloaded_s)) for place in places]
 
-    def _first_of(
-        self, level: PriorityLevel, number: int, now_s: float, embeddings: bool | None
-    ) -> list[TrackedRequest]:
+    def _first_of(self, level: PriorityLevel, number: int, now_s: float) -> list[TrackedRequest]:
         """Return the next requests of a level; who is found to be late on the way is late from now on."""
         moves = _MAX_MOVES
         while True:
@@ -200,8 +207,6 @@ class RequestQueue:
                 place = self._places[ticket.item]
                 if place.start_by_s < now_s and not place.is_late and len(late) < moves:
                     late.append(place)
-                    continue
-                if embeddings is not None and embeddings != (ticket.item.request.pooling is not None):
                     continue
                 found.append(ticket.item)
                 if len(found) == number:

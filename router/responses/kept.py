@@ -176,16 +176,23 @@ class KeptResponses:
         """Return those of answers' items that are kept, as JSON, by id. May be called from any thread.
 
         Each answer is looked through once, and no item is decoded: an answer may have thousands, and be named as often.
+        Raises RequestError (400) where they are too much together.
         """
         wanted: dict[str, set[str]] = {}  # by the answer's id
         for item_id in item_ids:
             if isinstance(item_id, str) and (named := _ITEM_ID.fullmatch(item_id)) is not None:
                 wanted.setdefault(f"{RESPONSE_PREFIX}{named[1]}", set()).add(item_id)
         found: dict[object, msgspec.Raw] = {}
+        num_bytes = 0
         for response_id, own in wanted.items():
             kept = self._find(response_id, tenant)
-            items = () if kept is None else _items_of(kept.items)
-            found |= {name: item for item in items if (name := _named(item).id) in own}
+            for item in () if kept is None else _items_of(kept.items):
+                if (name := _named(item).id) in own:
+                    num_bytes += len(item)
+                    if num_bytes > MAX_BYTES_OF_ONE:
+                        text = f"input: refers to items of more than {MAX_BYTES_OF_ONE} bytes"
+                        raise RequestError(text, param="input")
+                    found[name] = item.copy()  # else each would hold its answer's file open
         return found
 
     def response(self, response_id: str, tenant: bytes) -> bytes:

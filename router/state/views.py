@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...common.kv_spec import growth_blocks
 from ...wire.workers import WorkerHello, WorkerStatus
 from .expert_load import ExpertLoad
 from .objectives import Pace
@@ -83,7 +84,7 @@ class PoolView:
     now_s: float = 0.0
     block_size: int = 0  # of all workers, tokens; 0: none has joined yet
     queued_by_class: Mapping[str, int] = field(default_factory=dict)
-    _most_free: int | None = field(init=False, repr=False, compare=False, default=None)
+    _most_room: int | None = field(init=False, repr=False, compare=False, default=None)
     _order: dict[str, list[Rank]] = field(init=False, repr=False, compare=False, default_factory=dict)
     _by_session: Mapping[int, WorkerView] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -112,12 +113,15 @@ class PoolView:
         return [self._by_session[session] for session in sessions]
 
     @property
-    def most_free_blocks(self) -> int:
-        """The most blocks that a ready decode worker with a row to spare has free; worked out once."""
-        if self._most_free is None:
+    def most_room(self) -> int:
+        """The most blocks that a ready decode worker with a row to spare has, beside its rows' growth."""
+        if self._most_room is None:
             with_rows = (one for one in self.ready("decode") if one.num_running < one.hello.max_num_seqs)
-            self._most_free = max((one.num_free_blocks for one in with_rows), default=0)
-        return self._most_free
+            self._most_room = max(
+                (one.num_free_blocks - growth_blocks(one.num_running, one.hello.spec.block_size) for one in with_rows),
+                default=0,
+            )
+        return self._most_room
 
     def _is_ready(self, session: int, role: str) -> bool:
         worker = self._by_session.get(session)

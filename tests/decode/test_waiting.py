@@ -78,15 +78,31 @@ def test_what_may_be_promised_is_kept_for_a_waiting_one_as_well() -> None:
     bench.send(ReserveKV(spec=bench.spec("open", 8, arrival=1)))
     assert _answers(bench) == [("open", "grant")]
     _ask(bench, "large", 72, arrival=2)  # 18 of 32
-    bench.send(ReserveKV(spec=bench.spec("small", 8, arrival=3)))  # for which 12 are left
+    bench.send(ReserveKV(spec=bench.spec("before", 8, arrival=3)))
+    assert _answers(bench) == [("before", "grant")], "what is open holds the large one up, whoever comes"
+    bench.send(Abort(request_id="open", attempt=0))
+    bench.send(ReserveKV(spec=bench.spec("small", 8, arrival=4)))  # for which 12 are left
     assert _answers(bench) == [("small", "growth")]
     bench.send(ReserveKV(spec=bench.spec("older", 8, arrival=0)))
     assert _answers(bench) == [("older", "grant")]
-    for name in ("open", "older"):
+    for name in ("before", "older"):
         bench.send(Abort(request_id=name, attempt=0))
     bench.step()
     assert _answers(bench) == [("large", "grant")]
     bench.role.check()
+
+
+def test_others_have_what_a_waiting_one_cannot_get_before_an_older_promise_ends() -> None:
+    bench = Bench(num_blocks=100)
+    bench.send(ReserveKV(spec=bench.spec("long", 160, arrival=0)))  # 40 blocks, for as long as its prompt is computed
+    _answers(bench)
+    _ask(bench, "waits", 80, arrival=1)  # 20 more would be more than half
+    for number in range(5):
+        bench.send(ReserveKV(spec=bench.spec(f"small-{number}", 4, arrival=2 + number)))
+    assert [answer for _, answer in _answers(bench)] == ["grant"] * 5
+    bench.send(Abort(request_id="long", attempt=0))
+    bench.step()
+    assert _answers(bench) == [("waits", "grant")]
 
 
 def test_only_one_of_a_router_waits_and_that_is_its_oldest() -> None:

@@ -190,3 +190,10 @@ def test_a_long_float_is_no_bound_for_one_beyond_it(vocabulary: Vocabulary) -> N
         within = format(text - sign * text / 10**13, ".60f")
         taken = _taken(vocabulary, {"type": "number", "minimum": 0, "maximum": 1e9, keyword: bound}, [within, *beyond])
         assert taken == [within], bound
+
+
+def test_numbers_that_are_excluded_may_stand_beside_one_another(vocabulary: Vocabulary) -> None:
+    """No number comes between them, of which a schema of its own would be refused."""
+    schema = {"type": "integer", "not": {"enum": [EXACT, EXACT + 1]}}
+    told = ["5", str(EXACT - 1), str(EXACT), str(EXACT + 2)]
+    assert _taken(vocabulary, schema, told) == ["5", str(EXACT - 1), str(EXACT + 2)]

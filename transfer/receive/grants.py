@@ -21,7 +21,7 @@ from ...wire.results import Grant, NoCapacity
 from ..protocol.handoff import mint_grant, num_thin_behind
 from .endings import Counters, Endings
 from .reservation import Reservation, ReservationState
-from .reservations import Reservations
+from .reservations import Kept, Reservations
 from .rotation import Rotation
 
 
@@ -67,7 +67,7 @@ class Grants:
         *,
         max_local_tokens: int,
         growth_reserve: int,
-        num_kept: int,
+        kept: Kept,
         refusal: str = "",
     ) -> Grant | NoCapacity:
         """Reserve, as `KVReceiver.reserve`. `refusal`: why nothing new is granted; empty: it is."""
@@ -81,10 +81,10 @@ class Grants:
             self._endings.drop(known, "a newer attempt has begun")
         if refusal:
             return self._no_capacity(spec, refusal)
-        return self._grant(spec, router_id, max_local_tokens, growth_reserve, num_kept)
+        return self._grant(spec, router_id, max_local_tokens, growth_reserve, kept)
 
     def _grant(
-        self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int, num_kept: int
+        self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int, kept: Kept
     ) -> Grant | NoCapacity:
         num_tokens, block_size = spec.num_prompt_tokens, self._spec.block_size
         hashes = self._contents.prompt_hashes(spec)
@@ -97,7 +97,7 @@ class Grants:
         num_copies = len(spec.choices) - 1 if num_tokens % block_size else 0
         num_total = self._spec.num_blocks_for(num_tokens) + num_copies
         num_thin = num_thin_behind(self._spec, num_tokens, len(hits), num_total - len(hits))
-        lacks = partial(self._reservations.shortage, num_total, hits, growth_reserve, num_kept, num_thin=num_thin)
+        lacks = partial(self._reservations.shortage, num_total, hits, growth_reserve, kept, num_thin=num_thin)
         reason = lacks()
         if reason is not None:
             if lacks(without_quarantine=True) is None:

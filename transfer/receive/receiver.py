@@ -33,7 +33,7 @@ from .grants import Grants
 from .opens import Opens, WatchProcesses
 from .processes import watch as watch_processes
 from .reservation import Reservation, ReservationState
-from .reservations import Reservations
+from .reservations import NOTHING_KEPT, Kept, Reservations
 from .rotation import Rotation
 from .writer_ends import WRITABLE, WriterEnds
 
@@ -173,12 +173,12 @@ class KVReceiver:
         *,
         max_local_tokens: int = 0,
         growth_reserve: int = 0,
-        num_kept: int = 0,
+        kept: Kept = NOTHING_KEPT,
         retains_prefix: bool = True,
     ) -> Grant | NoCapacity:
         """Reserve blocks for a prompt and for the copies that its choices need; a lower attempt of the request ends.
 
-        `growth_reserve` blocks stay free, and `num_kept` for earlier requests. "held": what is missing is so little (at
+        `growth_reserve` blocks stay free, and what is `kept` for others. "held": what is missing is so little (at
         most `max_local_tokens`) that it should be computed here. `retains_prefix`: the prompt is cached here alone.
         """
         answer = self._grants.reserve(
@@ -186,7 +186,7 @@ class KVReceiver:
             router_id,
             max_local_tokens=max_local_tokens,
             growth_reserve=growth_reserve,
-            num_kept=num_kept,
+            kept=kept,
             refusal="draining" if self.draining else "" if self.is_active else "wrong_role",
         )
         if isinstance(answer, Grant) and (found := self.reservations.of_request(spec.request_id)) is not None:

@@ -20,6 +20,16 @@ MAX_PROMISED_SHARE = 0.5  # of the pool, for blocks that are granted, open or in
 _MAX_REMEMBERED = 8192
 
 
+class Kept(NamedTuple):
+    """Blocks that are kept for those whose turn is before."""
+
+    num_free: int = 0  # of those that are free
+    num_promised: int = 0  # of those that may be promised at a time
+
+
+NOTHING_KEPT = Kept()
+
+
 class EndedAttempt(NamedTuple):
     """The last attempt of a request that ended here."""
 
@@ -106,12 +116,22 @@ class Reservations:
         ]
         return now - min(since) if since else 0.0
 
+    @property
+    def promises(self) -> frozenset[int]:
+        """The epochs of those that may yet be filled."""
+        return frozenset(epoch for epoch, reservation in self.live.items() if reservation.is_promise)
+
     # --- counting -----------------------------------------------------------------------------------------
 
     @property
     def num_granted_blocks(self) -> int:
         """Blocks of promises that may still be filled."""
         return sum(self._num_frames(reservation) for reservation in self.live.values() if reservation.is_promise)
+
+    def has_turn(self, num_blocks: int, epochs: frozenset[int]) -> bool:
+        """Tell whether so many blocks may be promised beside those of these promises that still are."""
+        older = [found for epoch in epochs if (found := self.live.get(epoch)) is not None and found.is_promise]
+        return not older or num_blocks + sum(map(self._num_frames, older)) <= MAX_PROMISED_SHARE * self._pool.num_blocks
 
     def _num_frames(self, reservation: Reservation) -> int:
         """Count the whole blocks whose memory was taken for a reservation alone."""
@@ -128,14 +148,14 @@ class Reservations:
         num_total: int,
         hits: list[BlockId],
         growth_reserve: int,
-        num_kept: int = 0,
+        kept: Kept = NOTHING_KEPT,
         *,
         num_thin: int = 0,
         without_quarantine: bool = False,
     ) -> str | None:
         """Say why `num_total` blocks, of which `hits` are here, cannot be promised now; None if they can.
 
-        `growth_reserve`: blocks that running sequences need. `num_kept`: those kept for whose turn is before.
+        `growth_reserve`: blocks that running sequences need. `kept`: those for whose turn is before.
 
         `num_thin`: of those that are not here.
 
@@ -150,13 +170,13 @@ class Reservations:
             return "never_fits"
         if num_new > num_free:
             return "blocks"
-        if num_new + growth_reserve + num_kept > num_free:
+        if num_new + growth_reserve + kept.num_free > num_free:
             return "growth"
-        promised = self.num_granted_blocks + num_quarantined + num_kept
+        promised = self.num_granted_blocks + num_quarantined + kept.num_promised
         promised += self._pool.num_frames(num_total - len(hits), num_thin)
         if promised > MAX_PROMISED_SHARE * self._pool.num_blocks:
             # One promise may be larger than the share: else a long prompt could never pass.
-            has_others = num_kept > 0 or any(reservation.is_promise for reservation in self.live.values())
+            has_others = kept.num_promised > 0 or any(reservation.is_promise for reservation in self.live.values())
             return "growth" if has_others else None
         return None
 

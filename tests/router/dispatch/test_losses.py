@@ -487,6 +487,27 @@ def test_an_answer_on_the_only_worker_makes_way_for_a_suspect_if_others_wait(oth
     assert not fleet.dispatcher.breaches()
 
 
+def test_a_suspect_for_whom_others_made_way_waits_for_the_end_of_their_step() -> None:
+    """Whoever ends the worker before that, it is not alone there, and they had no part in what it does after."""
+    fleet = Fleet(config(expect_prefill=False))
+    busy = fleet.join("d-0", max_num_seqs=1)
+    answer = fleet.submit(max_tokens=100)
+    fleet.step(busy, busy.take(LocalTask), tokens(0, 0, 1))
+    suspect_beside(fleet, busy)
+    fleet.submit()
+    for _ in range(round(PATIENCE_S * 10) + 5):
+        if busy.sent:
+            break
+        fleet.wait(0.1, busy, num_running=1, busy_for_s=0.05)
+    assert busy.take(Abort).request_id == answer.request.request_id and not busy.sent
+    fleet.wait(0.1, busy, num_running=1, busy_for_s=0.15)
+    assert not busy.sent, "it is in the step that has the interrupted answer"
+    fleet.wait(0.2, busy)
+    assert busy.take(LocalTask)
+    kill(fleet, busy)
+    assert strikes(fleet, answer) == 0
+
+
 def test_a_claimed_worker_that_is_lost_frees_its_claim() -> None:
     fleet = Fleet(config(expect_prefill=False))
     d = fleet.join("d-0", max_num_seqs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,14 @@ async def test_the_loop_looks_for_no_items_and_reads_no_long_conversation(
         assert readers[-1].startswith("text")
     await call(served, "POST", json={"input": "more", "previous_response_id": first["id"]})
     assert readers[-1] == threading.main_thread().name
+
+
+async def test_no_answers_file_stays_open_for_items_that_were_found(tmp_path: Path) -> None:
+    kept = KeptResponses(FolderStore(tmp_path))
+    names = [f"{number:032x}" for number in range(50)]
+    for name in names:
+        item = {"type": "message", "id": f"msg_{name}_0", "role": "assistant", "content": []}
+        kept.keeper(f"resp_{name}", b"", [], [item], b"{}", None)()
+    before = len(os.listdir("/proc/self/fd"))
+    found = kept.find_items([f"msg_{name}_0" for name in names], b"")
+    assert len(found) == len(names) and len(os.listdir("/proc/self/fd")) == before

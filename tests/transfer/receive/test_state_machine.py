@@ -6,6 +6,7 @@ The same stories find the bugs that are planted here: each rule that is taken ou
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -246,8 +247,8 @@ class WithoutPins(Walk):
         pool = self.pool
         reserve = self.receiver.reserve
 
-        def forget_to_pin(spec: RequestSpec, router_id: str, **options: int | bool) -> Grant | NoCapacity:
-            answer = reserve(spec, router_id, **options)  # type: ignore[arg-type]  # as they came
+        def forget_to_pin(spec: RequestSpec, router_id: str, **options: Any) -> Grant | NoCapacity:
+            answer = reserve(spec, router_id, **options)
             known = self.receiver.reservations.of_request(spec.request_id)
             if known is not None and known.hit_blocks:
                 pool.free(known.hit_blocks)
