@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,14 @@ class Wire:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._before = {name: cluster.metric(name) for name in self.names}
+        self._before = dict[str, float]()
+        wait_until(self._stands_still, "an end of what earlier tests sent")
+
+    def _stands_still(self) -> bool:
+        """Reports of transfers come behind the answers: those of the tests before may still be on their way."""
+        last, self._before = self._before, {name: self._cluster.metric(name) for name in self.names}
+        time.sleep(0.5)
+        return self._before == last
 
     def wait_for(self, expected: int) -> None:
         for name, before in self._before.items():
