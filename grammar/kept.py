@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 import re
 
-from ..common.errors import RequestError
-from .kept_numbers import check_values, keep_bounds
-from .limits import DATA, NAMED
+from .kept_numbers import check_values, keep_bounds, number_of
+from .limits import DATA, NAMED, unkept_refusal
 
 # A grammar without this has nothing of them. No number with fewer digits, and without an exponent, is read as another.
 MAY_BE = re.compile(rb'"exclusiveM|"minProp|"date|\d[\d.]{15}|\d[eE][-+]?\d')
@@ -63,30 +62,23 @@ def _value(keyword: str, value: object, path: str) -> object:
 
 def _check_names(schema: dict[str, object], path: str) -> None:
     """Refuse `minProperties` that a name may meet which comes twice: one that is free is none of the required ones."""
-    least, required = _number(schema, "minProperties"), schema.get("required", [])
+    least, required = number_of(schema, "minProperties"), schema.get("required", [])
     are_all_told = schema.get("additionalProperties") is False and not schema.get("patternProperties")
     if least is None or are_all_told or not isinstance(required, list):
         return
     if least > 1 + len({name for name in required if isinstance(name, str)}):
-        here = f"{path}.minProperties"
-        text = f"has the keyword 'minProperties' at '{here[1:]}', which cannot be kept: a name might come twice"
-        raise RequestError(text, param=here, code="unsupported_grammar")
+        raise unkept_refusal("minProperties", f"{path}.minProperties", "a name might come twice")
 
 
 def _close(schema: dict[str, object], sign: int, is_open: str, is_closed: str, opposite: tuple[str, str]) -> None:
     """Put a closed bound in the place of an open one. `sign`: of numbers, so that the bound is the lower one."""
-    limits = [sign * limit for name in opposite if (limit := _number(schema, name)) is not None]
-    bound = _number(schema, is_open)
+    limits = [sign * limit for name in opposite if (limit := number_of(schema, name)) is not None]
+    bound = number_of(schema, is_open)
     if bound is None or bound % 1 or sign * bound < 0 or not limits:  # else it is the one farther from zero
         return
     if not 0 < (room := min(limits) - sign * bound) < 1:
         return
     del schema[is_open]
-    given = _number(schema, is_closed)
+    given = number_of(schema, is_closed)
     nearest = max(sign * bound + min(_STEP, room / 2), math.nextafter(sign * bound, math.inf))
     schema[is_closed] = sign * (nearest if given is None else max(nearest, sign * given))
-
-
-def _number(schema: dict[str, object], keyword: str) -> int | float | None:
-    value = schema.get(keyword)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

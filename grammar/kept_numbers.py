@@ -12,6 +12,7 @@ import math
 from decimal import Decimal
 
 from ..common.errors import RequestError
+from .limits import refusal, unkept_refusal
 
 _EXACT = 2**53  # up to here each whole number is a float
 _LAST = 2**63 - 1  # the library makes whole numbers of 64 bits, and calls itself for ever at -2^63
@@ -30,7 +31,7 @@ def check_values(value: object, path: str) -> None:
             check_values(part, f"{path}.{name}")
     elif isinstance(value, int | float) and not isinstance(value, bool) and not _comes_as_it_is(value):
         reason = "whole numbers are exact up to 2^53, others up to 15 digits and 2^63; as a string it would be kept"
-        raise _refusal(f"has the number {_shown(value)} at '{path[1:]}', which cannot be kept: {reason}", path)
+        raise refusal(f"has the number {_shown(value)} at '{path[1:]}', which cannot be kept: {reason}", path)
 
 
 def holds_none(schema: dict[str, object]) -> bool:
@@ -50,7 +51,7 @@ def keep_bounds(schema: dict[str, object], path: str) -> None:
         return
     _end_far_intervals(schema, is_whole)
     if _is_empty(schema) and not was_empty:
-        raise _keyword_refusal(changed[0], path, "no number within the bounds would come as it is")
+        raise unkept_refusal(changed[0], f"{path}.{changed[0]}", "no number within the bounds would come as it is")
 
 
 def _keep_side(schema: dict[str, object], side: tuple[int, str, str], is_whole: bool, path: str) -> list[str]:
@@ -58,7 +59,7 @@ def _keep_side(schema: dict[str, object], side: tuple[int, str, str], is_whole: 
     sign, closed, opened = side
     found, changed = dict[str, int](), list[str]()
     for keyword in (closed, opened):
-        bound = _number(schema, keyword)
+        bound = number_of(schema, keyword)
         if bound is None:
             continue
         if abs(bound) < _EXACT:
@@ -68,12 +69,12 @@ def _keep_side(schema: dict[str, object], side: tuple[int, str, str], is_whole: 
         is_open = keyword == opened or schema.get(opened) is True  # as draft 4 has it
         nearest = _nearest(bound, sign, is_open=is_open, is_whole=is_whole)
         if nearest is None:
-            raise _keyword_refusal(keyword, path, "numbers there end with 2^63 - 1")
+            raise unkept_refusal(keyword, f"{path}.{keyword}", "numbers there end with 2^63 - 1")
         found[keyword] = nearest
     if found:
         for keyword in (*found, opened) if schema.get(opened) is True else found:
             schema.pop(keyword, None)
-        bounds = [*found.values(), *([given] if (given := _number(schema, closed)) is not None else [])]
+        bounds = [*found.values(), *([given] if (given := number_of(schema, closed)) is not None else [])]
         schema[closed] = sign * max(sign * bound for bound in bounds)
     return [*changed, *found]
 
@@ -81,7 +82,7 @@ def _keep_side(schema: dict[str, object], side: tuple[int, str, str], is_whole: 
 def _end_far_intervals(schema: dict[str, object], is_whole: bool) -> None:
     for sign, closed, _ in _SIDES:
         _, other_closed, other_open = _SIDES[sign == 1]
-        bound = _number(schema, closed)
+        bound = number_of(schema, closed)
         if bound is None or sign * bound < _NEEDS_END or {other_closed, other_open} & schema.keys():
             continue
         schema[other_closed] = _nearest(sign * _LAST, -sign, is_open=False, is_whole=is_whole)
@@ -146,7 +147,7 @@ def _as_read(value: float) -> float:
 def _is_empty(schema: dict[str, object]) -> bool:
     """Tell whether a lower bound is above an upper one."""
     lower, upper = (
-        [bound for keyword in keywords if (bound := _number(schema, keyword)) is not None] for _, *keywords in _SIDES
+        [bound for keyword in keywords if (bound := number_of(schema, keyword)) is not None] for _, *keywords in _SIDES
     )
     return bool(lower and upper) and max(lower) > min(upper)
 
@@ -158,20 +159,11 @@ def _is_whole(schema: dict[str, object]) -> bool:
     return "integer" in names and "number" not in names
 
 
-def _number(schema: dict[str, object], keyword: str) -> int | float | None:
+def number_of(schema: dict[str, object], keyword: str) -> int | float | None:
     value = schema.get(keyword)
     if not isinstance(value, int | float) or isinstance(value, bool) or value != value:  # NaN: the library refuses it
         return None
     return value
-
-
-def _keyword_refusal(keyword: str, path: str, reason: str) -> RequestError:
-    here = f"{path}.{keyword}"
-    return _refusal(f"has the keyword '{keyword}' at '{here[1:]}', which cannot be kept: {reason}", here)
-
-
-def _refusal(text: str, path: str) -> RequestError:
-    return RequestError(text, param=path, code="unsupported_grammar")
 
 
 def _shown(value: int | float) -> str:

@@ -55,7 +55,7 @@ def check_size(grammar: Grammar) -> SchemaFacts:
     """
     facts = SchemaFacts()
     if len(grammar.text) > MAX_GRAMMAR_BYTES:
-        raise _refusal(f"has {len(grammar.text)} bytes; the limit is {MAX_GRAMMAR_BYTES}")
+        raise refusal(f"has {len(grammar.text)} bytes; the limit is {MAX_GRAMMAR_BYTES}")
     if grammar.kind == TOKENS:
         return facts
     text = grammar.text.decode()
@@ -77,10 +77,16 @@ def check_size(grammar: Grammar) -> SchemaFacts:
 def keyword_refusal(keyword: str, facts: SchemaFacts) -> RequestError:
     """Return the refusal of a keyword that cannot be kept."""
     path = facts.place_of(keyword, "") or f".{keyword}"
-    return _refusal(f"has the keyword '{keyword}' at '{path[1:]}', which is not supported", path)
+    return refusal(f"has the keyword '{keyword}' at '{path[1:]}', which is not supported", path)
 
 
-def _refusal(text: str, path: str = "") -> RequestError:
+def unkept_refusal(keyword: str, place: str, reason: str) -> RequestError:
+    """Return the refusal of a keyword, at its place, that would not be kept as it is meant."""
+    return refusal(f"has the keyword '{keyword}' at '{place[1:]}', which cannot be kept: {reason}", place)
+
+
+def refusal(text: str, path: str = "") -> RequestError:
+    """Return the refusal of a grammar for what it has at this path."""
     return RequestError(text, param=path, code="unsupported_grammar")
 
 
@@ -88,13 +94,13 @@ def _parsed(text: str) -> object:
     try:
         schema: object = json.loads(text)
     except RecursionError:
-        raise _refusal(f"is nested deeper than {MAX_DEPTH} levels") from None
+        raise refusal(f"is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:
-        raise _refusal(f"is not JSON: {error}") from None
+        raise refusal(f"is not JSON: {error}") from None
     if not isinstance(schema, dict | bool):
-        raise _refusal("must be an object or true")
+        raise refusal("must be an object or true")
     if schema is False:
-        raise _refusal("is false: there is no answer that could follow it")
+        raise refusal("is false: there is no answer that could follow it")
     return schema
 
 
@@ -105,7 +111,7 @@ def _facts_of(schema: object) -> SchemaFacts:
     while waiting:
         value, path, depth = waiting.pop()
         if depth > MAX_DEPTH:
-            raise _refusal(f"is nested deeper than {MAX_DEPTH} levels")
+            raise refusal(f"is nested deeper than {MAX_DEPTH} levels")
         if isinstance(value, list):
             waiting += [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
         elif isinstance(value, dict):
@@ -138,10 +144,10 @@ def _parts_of(
 
 def _check_number(number: int, most: int, what: str) -> None:
     if number > most:
-        raise _refusal(f"has {number} {what}; the limit is {most}")
+        raise refusal(f"has {number} {what}; the limit is {most}")
 
 
 def _check_repeats(pattern: str, path: str) -> None:
     for found in _COUNTED.finditer(pattern):
         if any(len(count) > 9 or int(count) > MAX_REPEATS for count in found.groups() if count):
-            raise _refusal(f"repeats a part {found[0]} times; the limit is {MAX_REPEATS}", path)
+            raise refusal(f"repeats a part {found[0]} times; the limit is {MAX_REPEATS}", path)

@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from ..common.errors import ConfigError, RequestError
 from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarBroken
 from .kept import MAY_BE, in_kept_words
-from .limits import SchemaFacts, check_size, keyword_refusal
+from .limits import SchemaFacts, check_size, keyword_refusal, refusal, unkept_refusal
 from .rewriting import rewritten
 from .simplify import simplified
 from .source import SCHEMA_KINDS, source_of
@@ -271,21 +271,25 @@ def _refusal(reason: str, facts: SchemaFacts) -> RequestError:
     for place, draft in facts.places.get("$schema", []):
         if isinstance(draft, str) and "retriev" in reason and (draft.removesuffix("#") or "#") in reason:
             text = f"has the keyword '$schema' at '{place[1:]}', which names no draft that is known: {_clipped(draft)}"
-            return RequestError(text, param=place, code="unsupported_grammar")
+            return refusal(text, place)
     for keyword in ("oneOf", "format", "$ref", "type", "multipleOf"):
         if _is_about(keyword, reason) and (path := facts.place_of(keyword, reason)) is not None:
-            text = f"has the keyword '{keyword}' at '{path[1:]}', which cannot be kept: {reason}"
-            return RequestError(text, param=path, code="unsupported_grammar")
+            return unkept_refusal(keyword, path, reason)
     for path, pattern in facts.patterns:
         if "regex" in reason and pattern[:64] in reason:
             text = f"has a pattern at '{path[1:]}' that cannot be kept: {reason}"
-            return RequestError(text, param=path, code="unsupported_grammar")
+            return refusal(text, path)
     return RequestError(f"cannot be followed: {reason}", param="", code="invalid_grammar")
 
 
 def _is_about(keyword: str, reason: str) -> bool:
-    words = {"oneOf": "oneOf", "format": "Unknown format", "$ref": "retriev", "type": "Invalid type"}
-    words["multipleOf"] = "'multipleOf' has too many digits"
+    words = {
+        "oneOf": "oneOf",
+        "format": "Unknown format",
+        "$ref": "retriev",
+        "type": "Invalid type",
+        "multipleOf": "'multipleOf' has too many digits",
+    }
     return words[keyword] in reason or (keyword == "$ref" and reason.startswith("Pointer "))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..common.errors import ConfigError
 from .families.family import Family
-from .families.lookup import ARCHITECTURES, architecture_of, nearest, needs_code, of_today
+from .families.lookup import ARCHITECTURES, architecture_of, declared_architecture, nearest, needs_code
 from .families.nested import NESTED
 from .families.table import FAMILIES
 from .parts.chunks import in_common_words as llama4_in_common_words
@@ -39,8 +39,7 @@ def read_architecture(fields: ConfigFields) -> tuple[str, Family, ConfigFields]:
 
 
 def _architecture(fields: ConfigFields) -> str:
-    declared = fields.raw.get("architectures")
-    name = of_today(declared[0] if isinstance(declared, list) and declared else None)
+    name = declared_architecture(fields.raw)
     if name is None:  # older checkpoints name the family alone
         model_type = fields.raw.get("model_type")
         name = architecture_of(model_type) or model_type

@@ -20,7 +20,13 @@ def architecture_of(model_type: object) -> str | None:
     return known.get(model_type) if isinstance(model_type, str) else None
 
 
-def of_today(name: object) -> object:
+def declared_architecture(config: Mapping[str, object]) -> object:
+    """Return the first architecture that a config.json names, by its present name; None: it names none."""
+    declared = config.get("architectures")
+    return _of_today(declared[0] if isinstance(declared, list) and declared else None)
+
+
+def _of_today(name: object) -> object:
     """Return an architecture's present name in the place of an earlier one."""
     return _EARLIER_NAMES.get(name, name) if isinstance(name, str) else name
 
@@ -44,8 +50,7 @@ def needs_code(config: Mapping[str, object]) -> bool:
     """
     if "auto_map" not in config:
         return False
-    code, declared = config["auto_map"], config.get("architectures")
-    architecture = of_today(declared[0] if isinstance(declared, list) and declared else None)
+    code, architecture = config["auto_map"], declared_architecture(config)
     named = code.get("AutoModelForCausalLM") if isinstance(code, Mapping) else None
-    has_own = isinstance(named, str) and of_today(named.rpartition(".")[2]) == architecture
+    has_own = isinstance(named, str) and _of_today(named.rpartition(".")[2]) == architecture
     return not (has_own and architecture in ARCHITECTURES)

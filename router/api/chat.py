@@ -57,6 +57,9 @@ class ChatForm:
     def usage_chunk(self) -> Struct:
         return self._context.body(ChatChunk, [], self._context.usage())
 
+    def keep(self) -> None:
+        """Nobody asks for it again."""
+
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         choices = [
             ChatChoice(

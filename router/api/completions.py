@@ -35,6 +35,9 @@ class CompletionForm:
     def usage_chunk(self) -> Struct:
         return self._context.body(Completion, [], self._context.usage())
 
+    def keep(self) -> None:
+        """Nobody asks for it again."""
+
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         choices: list[CompletionChoice] = []
         for index in self._shown(pieces):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar
 
 from msgspec import UNSET, UnsetType
 
@@ -106,12 +106,6 @@ class Form(Protocol):
 
     def whole(self, pieces: Sequence[TextPiece]) -> object: ...
 
-
-@runtime_checkable
-class KeptForm(Form, Protocol):
-    """A form whose answer is found again later.
-
-    `whole` may run on any thread: what it yields is kept by `keep`, on the loop, before its client is told of it.
-    """
-
-    def keep(self) -> None: ...
+    def keep(self) -> None:
+        """Let what `whole` told be found again, where its kind is: on the loop, while `whole` may run on any thread."""
+        ...

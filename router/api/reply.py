@@ -28,7 +28,7 @@ from ..state.errors import StreamError, failure_of
 from .answer import Answer
 from .choice import TextPiece
 from .events import OPENAI_EVENTS, EventFormat, EventNumbers, EventWriter
-from .form import Form, KeptForm
+from .form import Form
 from .middleware import CLIENT_CLOSED, RequestContext, WritePart, context_of, send_failure, send_part
 from .timing import phases_ms, server_timing
 
@@ -134,8 +134,7 @@ class Reply(Response):
             body = await asyncio.to_thread(self._encode, pieces)
         else:
             body = self._encode(pieces)
-        if isinstance(self._form, KeptForm):  # not where the reply was cut meanwhile
-            self._form.keep()
+        self._form.keep()  # not where the reply was cut meanwhile
         return body
 
     def _num_named_of_prompts(self) -> int:

@@ -117,7 +117,7 @@ class Placer:
                 if len(passed) == LOOK_AHEAD:
                     return
                 if answer.lack in (Lack.DECODE_WORKER, Lack.PREFILL_WORKER):
-                    if kind is not None or not queue.has_kind(embeddings=not demand.is_embedding):
+                    if kind is not None:
                         return
                     kind = not demand.is_embedding
                     break

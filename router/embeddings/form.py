@@ -47,6 +47,9 @@ class EmbeddingForm:
     def usage_chunk(self) -> Struct:
         return self._usage()
 
+    def keep(self) -> None:
+        """Nobody asks for it again."""
+
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         items = [
             EmbeddingItem(index=index, embedding=self._shown(request.embedding))

@@ -87,6 +87,9 @@ class MessageForm:
     def usage_chunk(self) -> object:
         raise AssertionError("the usage is in message_delta")
 
+    def keep(self) -> None:
+        """Nobody asks for it again."""
+
     def whole(self, pieces: Sequence[TextPiece]) -> Fields:
         (piece,) = pieces
         for _ in self._blocks.push(self._turns.read(0, piece)):

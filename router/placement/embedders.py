@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..state.demand import Demand, Lack, Reason, Wait
 from ..state.views import PoolView, WorkerView
-from .policy import fits_prefill, fitting_workers, has_decode_room, has_prefill_room
+from .policy import fits_prefill, fitting_workers, has_decode_room, has_prefill_room, roomy_workers
 
 
 class Embedders(NamedTuple):
@@ -47,18 +47,15 @@ def embedders(
     if not fitting:
         has_prefills = expects_prefill and view.num_ready("prefill") > 0
         return Wait(_lack(view, has_prefills=has_prefills, expects_prefill=expects_prefill, stands_in=stands_in))
-    roomy = [worker for worker in fitting if _has_room(worker, demand, max_wait_s)]
-    if not roomy and near is not None and fitting[0].role == "decode":  # those nearby may each hold a long context
-        all_fitting = fitting_workers(view, "decode", (), fits_prefill, demand)
-        roomy = [worker for worker in all_fitting if _has_room(worker, demand, max_wait_s)]
+
+    def has_room_among_answers(worker: WorkerView, demand: Demand) -> bool:
+        return has_decode_room(worker, demand) and has_prefill_room(worker, demand, max_wait_s)
+
+    if fitting[0].role == "decode":
+        roomy = roomy_workers(view, fitting, demand, fits_prefill, has_room_among_answers)
+    else:
+        roomy = [worker for worker in fitting if has_prefill_room(worker, demand, max_wait_s)]
     return Embedders(roomy, reason) if roomy else Wait(Lack.PREFILL_ROOM)
-
-
-def _has_room(worker: WorkerView, demand: Demand, max_wait_s: float) -> bool:
-    """Return whether it computes the prompt soon, and among answers whether the prompt's blocks are free."""
-    if worker.role == "decode" and not has_decode_room(worker, demand):
-        return False
-    return has_prefill_room(worker, demand, max_wait_s)
 
 
 def _lack(view: PoolView, *, has_prefills: bool, expects_prefill: bool, stands_in: bool) -> Lack:

@@ -68,16 +68,24 @@ def has_decode_room(worker: WorkerView, demand: Demand) -> bool:
     return demand.blocks_now(spec) + growth_blocks(worker.num_running, spec.block_size) <= worker.num_free_blocks
 
 
-def roomy_workers(view: PoolView, fitting: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:
+def roomy_workers(
+    view: PoolView,
+    fitting: Sequence[WorkerView],
+    demand: Demand,
+    fits: Callable[[WorkerView, Demand], bool] = fits_decode,
+    has_room: Callable[[WorkerView, Demand], bool] = has_decode_room,
+) -> list[WorkerView]:
     """Return the decode workers with room: of `fitting`, or of all ready ones where none of them has any.
+
+    `fits`, `has_room`: as it counts for this request, at least what `has_decode_room` does.
 
     Those with the fewest rows may each hold a long context. Of the others the first few that have room are enough, and
     where nobody has so many blocks free nobody is asked: a placement costs as much among a thousand.
     """
-    roomy = [worker for worker in fitting if has_decode_room(worker, demand)]
+    roomy = [worker for worker in fitting if has_room(worker, demand)]
     if roomy or not fitting or demand.blocks_now(fitting[0].hello.spec) > view.most_room:
         return roomy
-    found = (one for one in view.ready("decode") if has_decode_room(one, demand) and fits_decode(one, demand))
+    found = (one for one in view.ready("decode") if has_room(one, demand) and fits(one, demand))
     return list(islice(found, _MAX_FAR))
 
 

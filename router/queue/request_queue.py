@@ -42,7 +42,6 @@ class RequestQueue:
         self._by_arrival = by_arrival
         self.num_by_class: Counter[str] = Counter()
         self._num_background = 0
-        self._num_embeddings = 0  # of those that wait for room
         self._membership = 0  # of the pools, when those that no worker could hold were last looked at
         self._places: dict[TrackedRequest, Place] = {}
         self._levels: dict[int, PriorityLevel] = {}
@@ -75,10 +74,6 @@ class RequestQueue:
         """A newcomer that somebody waits for would have to be refused."""
         return self.num_bounded >= self.max_size
 
-    def has_kind(self, *, embeddings: bool) -> bool:
-        """Tell whether an embedding, or anything else, waits for room."""
-        return bool(self._num_embeddings if embeddings else self.num_waiting - self._num_embeddings)
-
     # --- changes --------------------------------------------------------------------------------------------
 
     def add(self, tracked: TrackedRequest, *, apart: bool = False) -> None:
@@ -90,7 +85,7 @@ class RequestQueue:
 
     def take(self, tracked: TrackedRequest) -> None:
         """Take out a request that is placed: its tenant has had a turn, and has it again if it comes back unserved."""
-        place = self._leave_place(tracked)
+        place = self._places.pop(tracked, None)
         if place is None:
             self.remove(tracked)
             return
@@ -101,7 +96,7 @@ class RequestQueue:
 
     def remove(self, tracked: TrackedRequest) -> None:
         """Take out a request that has ended, or is to stand in another place. Idempotent."""
-        place = self._leave_place(tracked)
+        place = self._places.pop(tracked, None)
         if place is not None:
             self._levels[tracked.request.priority].order_of(place).remove(place.ticket)
             self._tidy(tracked.request.priority)
@@ -110,11 +105,6 @@ class RequestQueue:
         else:
             return
         self._count(tracked, -1)
-
-    def _leave_place(self, tracked: TrackedRequest) -> Place | None:
-        place = self._places.pop(tracked, None)
-        self._num_embeddings -= place is not None and tracked.request.pooling is not None
-        return place
 
     def _count(self, tracked: TrackedRequest, change: int) -> None:
         self.num_by_class[tracked.request.request_class] += change
@@ -128,7 +118,6 @@ class RequestQueue:
         must_hurry = has_objective and is_new
         start_by_s = ticket.due_s - request.unloaded_s if must_hurry else float("inf")
         self._places[tracked] = Place(ticket, start_by_s)
-        self._num_embeddings += request.pooling is not None
         self._level(request.priority).timely.add(ticket, refund=tracked.is_charged)
         tracked.is_charged = False
 

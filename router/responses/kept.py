@@ -97,7 +97,7 @@ class KeptResponses:
     def are_kept(self) -> bool:
         return self._store is not None
 
-    def keep(
+    def keeper(
         self,
         response_id: str,
         tenant: bytes,
@@ -105,23 +105,11 @@ class KeptResponses:
         items: Sequence[Item] = (),
         response: bytes = b"{}",
         names: Names | None = None,
-    ) -> None:
-        """Keep a conversation and its last answer, its items and the whole of it as JSON, unless it is very long.
-
-        `names` are those of namespaces' functions that it may have called.
-        """
-        self.keeper(response_id, tenant, messages, items, response, names)()
-
-    def keeper(
-        self,
-        response_id: str,
-        tenant: bytes,
-        messages: Sequence[Message],
-        items: Sequence[Item],
-        response: bytes,
-        names: Names | None,
     ) -> Callable[[], None]:
-        """Return what keeps them when the loop calls it. May be called from any thread, which does most of the work."""
+        """Return what keeps a conversation that has been answered, when the loop calls it; nothing of one too long.
+
+        `names` are those of namespaces' functions that it may have called. May be called from any thread.
+        """
         if self._store is None:
             return lambda: None
         encode = msgspec.json.encode

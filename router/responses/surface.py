@@ -72,7 +72,6 @@ class ResponsesSurface:
             after = self._num_told if self._num_told > len(BEGINNING) else 0
             self.key = own_key(self._request_id.encode(), self._tenant, PATH, raw, after)
         previous = raw.get("previous_response_id")
-        self.num_looked_up = self._kept.num_bytes(previous, self._tenant)
         earlier, names = ((), {}) if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
         told = {**raw, "input": self._with_items(raw.get("input"))}
@@ -85,8 +84,8 @@ class ResponsesSurface:
     def num_to_look_up(self, raw: Mapping[str, object]) -> int:
         given = raw.get("input")
         refers = isinstance(given, list) and any(map(_is_reference, given[:MAX_MESSAGES]))  # more are refused
-        num_earlier = self._kept.num_bytes(raw.get("previous_response_id"), self._tenant)
-        return num_earlier + (MAX_BYTES_OF_ONE if refers else 0)
+        self.num_looked_up = self._kept.num_bytes(raw.get("previous_response_id"), self._tenant)
+        return self.num_looked_up + (MAX_BYTES_OF_ONE if refers else 0)
 
     def _check_background(self) -> None:
         text = ""

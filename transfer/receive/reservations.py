@@ -176,7 +176,7 @@ class Reservations:
         promised += self._pool.num_frames(num_total - len(hits), num_thin)
         if promised > MAX_PROMISED_SHARE * self._pool.num_blocks:
             # One promise may be larger than the share: else a long prompt could never pass.
-            has_others = kept.num_promised > 0 or any(reservation.is_promise for reservation in self.live.values())
+            has_others = kept.num_promised > 0 or bool(self.promises)
             return "growth" if has_others else None
         return None
 

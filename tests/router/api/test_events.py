@@ -28,6 +28,9 @@ class Form:
     def usage_chunk(self) -> Struct:
         raise NotImplementedError
 
+    def keep(self) -> None:
+        pass
+
     def whole(self, pieces: object) -> Struct:
         raise NotImplementedError
 

@@ -80,7 +80,7 @@ async def test_what_is_not_kept_is_refused_by_its_place() -> None:
 def test_references_do_not_make_a_prompt_without_bounds() -> None:
     kept = KeptResponses(store := MemoryStore(FakeClock(0.0)))
     item = {"id": "rs_a_0", "type": "reasoning", "content": [{"type": "reasoning_text", "text": "x" * 2**20}]}
-    kept.keep("resp_a", b"", [], [item])
+    kept.keeper("resp_a", b"", [], [item])()
     assert store.num_bytes > 2**20
     reference, surface = _reference(item), ResponsesSurface(kept, b"", "id")
     surface.chat_body({"input": [reference] * 2}, None)
@@ -99,7 +99,7 @@ class _Counted(MemoryStore):
 def test_an_answer_is_read_once_however_often_its_items_are_named() -> None:
     kept = KeptResponses(store := _Counted(FakeClock(0.0)))
     items = [{"id": f"rs_a_{at}", "type": "reasoning", "content": str(at)} for at in range(400)]
-    kept.keep("resp_a", b"", [], items)
+    kept.keeper("resp_a", b"", [], items)()
     body = ResponsesSurface(kept, b"", "id").chat_body({"input": [*map(_reference, items)] * 10}, None)
     assert store.num_read == 1
     thoughts = "\n".join([str(at) for at in range(400)] * 10)

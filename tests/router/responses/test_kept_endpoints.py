@@ -128,7 +128,7 @@ async def test_the_tokens_of_an_input_are_counted_as_they_are_answered() -> None
 
 def test_what_is_forgotten_takes_no_memory() -> None:
     kept = KeptResponses(store := MemoryStore(FakeClock(0.0)))
-    kept.keep("resp_a", b"", [{"role": "user", "content": "hi"}], [], b"x" * 5000)
+    kept.keeper("resp_a", b"", [{"role": "user", "content": "hi"}], [], b"x" * 5000)()
     assert store.num_bytes > 5000
     kept.forget("resp_a", b"")
     assert store.num_bytes == 0

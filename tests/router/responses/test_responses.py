@@ -302,17 +302,17 @@ def test_what_is_kept_has_bounds_of_memory_and_time_and_belongs_to_a_key() -> No
     store = MemoryStore(clock, max_bytes=2500)
     kept = KeptResponses(store)
     for number in range(10):
-        kept.keep(f"resp_{number}", b"one", [{"role": "user", "content": "x" * 200}])
+        kept.keeper(f"resp_{number}", b"one", [{"role": "user", "content": "x" * 200}])()
     assert 1500 < store.num_bytes <= 2500
     assert kept.find("resp_9", b"one")[0][0]["content"] == "x" * 200
-    kept.keep("resp_long", b"one", [{"role": "user", "content": "x" * 4000}])
+    kept.keeper("resp_long", b"one", [{"role": "user", "content": "x" * 4000}])()
     for response_id, tenant in (("resp_0", b"one"), ("resp_9", b"other"), ("resp_long", b"one"), (7, b"one")):
         with pytest.raises(RequestError):
             kept.find(response_id, tenant)
     clock.advance(MAX_AGE_S + 1)
     with pytest.raises(RequestError):
         kept.find("resp_9", b"one")
-    kept.keep("resp_new", b"one", [])
+    kept.keeper("resp_new", b"one", [])()
     assert store.num_bytes < 1000
 
 
@@ -320,8 +320,8 @@ def test_short_messages_count_for_what_they_take_in_memory() -> None:
     kept = KeptResponses(MemoryStore(FakeClock(0.0)))
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
     messages: list[Message] = [{"role": "assistant", "content": "", "tool_calls": [call] * 128} for _ in range(100)]
-    kept.keep("resp_0", b"", messages[:10])
+    kept.keeper("resp_0", b"", messages[:10])()
     assert kept.find("resp_0", b"")[0] == messages[:10]
-    kept.keep("resp_1", b"", messages)
+    kept.keeper("resp_1", b"", messages)()
     with pytest.raises(RequestError):
         kept.find("resp_1", b"")

@@ -102,15 +102,15 @@ async def test_what_is_written_is_read_until_it_is_deleted(store: ResponseStore)
         {"id": "msg_a_0", "type": "message"},
         {"id": "msg_a_1", "type": "message", "n": 2**70},
     ]
-    kept.keep("resp_a", b"t", MESSAGES, items, b'{"a":1}', NAMES)
-    kept.keep("resp_b", b"t", MESSAGES[:1])
+    kept.keeper("resp_a", b"t", MESSAGES, items, b'{"a":1}', NAMES)()
+    kept.keeper("resp_b", b"t", MESSAGES[:1])()
     assert kept.find("resp_a", b"t") == (MESSAGES, NAMES) and kept.find("resp_b", b"t") == (MESSAGES[:1], {})
     assert kept.input("resp_a", b"t") == (MESSAGES[:-1], NAMES)
     found = kept.find_items(["msg_a_1", "msg_b_0", "a", None, {}], b"t")
     assert {name: msgspec.json.decode(item) for name, item in found.items()} == {"msg_a_1": items[1]}
     assert kept.num_bytes("resp_a", b"t") > kept.num_bytes("resp_b", b"t") > kept.num_bytes("resp_c", b"t") == 0
     assert kept.response("resp_a", b"t") == b'{"a":1}'
-    kept.keep("resp_a", b"t", MESSAGES[:1], response=b"{}")  # told again
+    kept.keeper("resp_a", b"t", MESSAGES[:1], response=b"{}")()  # told again
     assert kept.response("resp_a", b"t") == b"{}"
     for response_id, tenant in (("resp_a", b"u"), ("resp_c", b"t"), ("../x", b"t"), ("\ud800", b"t"), ("", b"t")):
         with pytest.raises(RequestError):
@@ -123,7 +123,7 @@ async def test_what_is_written_is_read_until_it_is_deleted(store: ResponseStore)
 
 async def test_a_file_that_is_not_whole_is_not_there(tmp_path: Path) -> None:
     kept = KeptResponses(FolderStore(tmp_path / "responses"))
-    kept.keep("resp_a", b"", MESSAGES, (), b"{}", NAMES)
+    kept.keeper("resp_a", b"", MESSAGES, (), b"{}", NAMES)()
     [path] = (tmp_path / "responses").iterdir()
     data = path.read_bytes()
     for broken in (b"", b"k", data[:-1], data + b"x", b"kvr0" + data[4:], bytes(len(data)), data[:20]):
@@ -136,7 +136,7 @@ async def test_a_file_that_is_not_whole_is_not_there(tmp_path: Path) -> None:
 
 async def test_names_of_before_there_were_custom_tools_are_read(store: ResponseStore) -> None:
     kept = KeptResponses(store)
-    kept.keep("resp_a", b"", MESSAGES, names={"notes__read": ("notes", "read")})  # type: ignore[dict-item]
+    kept.keeper("resp_a", b"", MESSAGES, names={"notes__read": ("notes", "read")})()  # type: ignore[dict-item]
     assert kept.find("resp_a", b"")[1] == {"notes__read": OwnName("notes", "read")}
 
 
@@ -145,7 +145,7 @@ async def test_the_old_and_the_most_are_deleted(tmp_path: Path) -> None:
     store = FolderStore(folder, max_bytes=35_000)
     kept = KeptResponses(store)
     for number in range(5):
-        kept.keep(f"resp_{number}", b"", [{"role": "user", "content": "x" * 10_000}])
+        kept.keeper(f"resp_{number}", b"", [{"role": "user", "content": "x" * 10_000}])()
         path = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         os.utime(path, (time.time() - 100 + number,) * 2)
     store.sweeper.sweep()
