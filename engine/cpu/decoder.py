@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.cores import SharedCores
+from ...common.errors import ConfigError
 from ...models.parts.states import StatesConfig
 from ..nn.attention.base import LayerPages
 from ..nn.runner import StepStopped
@@ -30,7 +31,7 @@ _TILE = 64  # columns; what rows of hidden states and logits are padded to
 
 
 _OnLayer = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_STOPPED, _WHOLE, _FOREIGN_STATE = range(3)  # how a step ends: native/decoder.cpp
+_STOPPED, _WHOLE, _FOREIGN_STATE, _NO_MEMORY = range(4)  # how a step ends: native/decoder.cpp
 
 
 class NativeDecoder:
@@ -99,6 +100,10 @@ class NativeDecoder:
         if cores is not None:
             shared = (cores.slot.max_threads, cores.address, cores.slot.num_slots, cores.slot.slot)
         handle = library.kvferry_decoder_new(ctypes.byref(self._model), is_exact, num_threads, *shared)
+        if handle is None:
+            raise ConfigError(
+                f"num_threads: the system does not give this process {shared[0]} threads, or their memory"
+            )
         self._handle = ctypes.c_void_p(handle)
         self._num_threads = library.kvferry_decoder_num_threads
         weakref.finalize(self, library.kvferry_decoder_free, self._handle)
@@ -149,6 +154,8 @@ class NativeDecoder:
             raise ForeignStateError(f"states of {found.tolist()} tokens in place of {starts.tolist()}")
         if end == _STOPPED:
             raise StepStopped
+        if end == _NO_MEMORY:
+            raise MemoryError(f"no memory for a step of {len(step.input_ids) // 4} tokens")
         return hidden
 
     def _check(self, step: Step) -> None:

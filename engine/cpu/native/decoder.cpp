@@ -14,6 +14,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
+#include <new>
 
 #include "machine/cores.hpp"
 #include "steps/few_tokens.hpp"
@@ -31,7 +33,7 @@
 namespace {
 
 constexpr std::chrono::seconds kLargePagesWithin{3};
-enum { kStopped, kWhole, kForeignState };  // how a step ends; declared once more in engine/cpu/decoder.py
+enum { kStopped, kWhole, kForeignState, kNoMemory };  // how a step ends; declared once more in engine/cpu/decoder.py
 
 class Decoder {
 public:
@@ -159,6 +161,7 @@ bool kvferry_may_run() { return MatrixUnit::may_run(); }
 long kvferry_tiled_size(long columns, long inputs) { return tiled_size(columns, inputs); }
 
 Tiles kvferry_pack(const Element* weight, long columns, long inputs, Element* target) {
+    want_large_pages(target, tiled_size(columns, inputs) * sizeof(Element));
     return pack(weight, columns, inputs, target);
 }
 
@@ -166,6 +169,7 @@ Tiles kvferry_pack(const Element* weight, long columns, long inputs, Element* ta
 long kvferry_integers_size(const IntegerTiles* w) { return w->count() * w->tile_size(); }
 
 void kvferry_pack_integers(const IntegerTiles* w, const IntegerMatrix* matrix, std::uint8_t* target) {
+    want_large_pages(target, w->count() * w->tile_size());
     pack_integers(*w, *matrix, target);
 }
 
@@ -183,11 +187,16 @@ void kvferry_multiply(const Tiles* w, const Element* x, long stride, long rows, 
     });
 }
 
-// `slots`: this machine's workers in shared memory, this one being `slot`; null: always `num_threads`.
+// `slots`: this machine's workers in shared memory, this one being `slot`; null: always `num_threads`. Null is returned where the
+// system gives no such threads, or no memory.
 void* kvferry_decoder_new(const Model* model, bool is_exact, int num_threads, int max_threads, void* slots,
                           int num_slots, int slot) {
-    return new Decoder(*model, is_exact, max_threads,
-                       Cores(static_cast<Cores::Slot*>(slots), num_slots, slot, num_threads, max_threads));
+    try {
+        return new Decoder(*model, is_exact, max_threads,
+                           Cores(static_cast<Cores::Slot*>(slots), num_slots, slot, num_threads, max_threads));
+    } catch (const std::exception&) {
+        return nullptr;
+    }
 }
 
 void kvferry_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
@@ -212,7 +221,11 @@ int kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_i
     }
     set_adapters(step, adapters);
     if (found != nullptr && !self->has_states(step.rows, found)) return kForeignState;
-    return self->forward(step) ? kWhole : kStopped;
+    try {
+        return self->forward(step) ? kWhole : kStopped;
+    } catch (const std::bad_alloc&) {  // of what a step needs before its threads begin
+        return kNoMemory;
+    }
 }
 
 // Those that the last part of the last step ran on.

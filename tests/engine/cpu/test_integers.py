@@ -32,7 +32,7 @@ from ...checkpoints import put_nan, write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts
 from .integer_reference import Floats, product
 
-GROUP_SIZES = (16, 32, 64, 128)
+GROUP_SIZES = (8, 16, 24, 32, 40, 64, 128)
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -57,7 +57,7 @@ def test_two_ranks_compute_what_one_computes(checkpoints: Path, variant: str) ->
     assert error_of(found, expected_of(path)) < tolerance_of(path)
 
 
-@pytest.mark.parametrize("block_size", [8, 128])
+@pytest.mark.parametrize("block_size", [8, 128, 512])
 def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
     path = checkpoints / "qwen3.5"
     assert error_of(judged(native_engine(path, block_size=block_size)), expected_of(path)) < tolerance_of(path)
@@ -86,8 +86,25 @@ def _decoder(engine: Engine) -> NativeDecoder:
 
 
 @pytest.mark.usefixtures("isa")
-def test_attention_with_gates_that_is_cut_is_the_whole(checkpoints: Path) -> None:
-    assert gap_of_threads(checkpoints / "qwen3.5", (3000,)) <= CUT_TOLERANCE
+@pytest.mark.parametrize("block_size", [None, 1024])
+def test_attention_with_gates_that_is_cut_is_the_whole(checkpoints: Path, block_size: int | None) -> None:
+    """Blocks of more keys than a part, too."""
+    assert gap_of_threads(checkpoints / "qwen3.5", (3000,), block_size=block_size) <= CUT_TOLERANCE
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_step_in_long_blocks_has_the_bits_of_one_in_short_ones(checkpoints: Path, kv_cache_dtype: str) -> None:
+    """One thread adds a token's attention up tile by tile, wherever blocks begin."""
+    found = []
+    for block_size in (128, 1024):
+        run = Recorded(
+            checkpoints / "qwen3.5", is_native=True, num_threads=1, block_size=block_size, kv_cache_dtype=kv_cache_dtype
+        )
+        seqs = run.prefill((1500, 257))
+        run.driver.step([(seq, 1) for seq in seqs])
+        found.append(run.logits[-1])
+    assert torch.equal(*found)
 
 
 @pytest.mark.usefixtures("isa")

@@ -131,3 +131,15 @@ def test_a_vocabulary_may_be_smaller_than_what_is_reported(sampler: NativeSample
     row = SampleRow(SamplingParams(seed=4, logprobs=20), (0,), [4, 5], 1)
     [[token]] = sampler.sample(logits, [row])
     assert token.token_id == 1 and token.logprob == 0.0 and [i for i, _ in token.top] == [1, 0, 2]
+
+
+@pytest.mark.parametrize("params", [{"repetition_penalty": 1.05}, {"frequency_penalty": 0.4, "presence_penalty": 0.3}])
+def test_penalties_go_on_with_what_was_read(sampler: NativeSampler, params: dict[str, float]) -> None:
+    text, wanted = [4, 5, 6], SamplingParams(temperature=0.0, logprobs=2, **params)  # type: ignore[arg-type]
+    for step in range(40):
+        logits = logits_of(1, 63, step)
+        row = SampleRow(wanted, (0,), text, 3)
+        [tokens] = found = sampler.sample(logits.clone(), [row])
+        assert_same(found, sample(logits, [row], EOS))
+        text.append(tokens[0].token_id)
+    assert len(set(text)) < len(text)

@@ -162,7 +162,7 @@ private:
         for (long key = first & ~1L; key < whole;) {
             const long block_end = std::min(whole, (key / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(key) + pages.values + at;
-            LinesAhead ahead = ahead_.next(DIMENSIONS * pages.block_size * sizeof(Element), values);
+            LinesAhead ahead = ahead_.next(DIMENSIONS * sizeof(Element), values);
             for (; key < block_end; key += 2, values += 2 * head_dim_) {
                 added.template add<false>(values, weights + (key - begin), kScoreStride, ahead);
             }
@@ -211,14 +211,14 @@ private:
         for (int head = 0; head < kv_heads * group_; head++) {
             set_query(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
-        const long start = first / stored.block_size * stored.block_size;
+        const long stretch = stretch_of(stored.block_size), start = first / stretch * stretch;
         add_up(stored, kv_heads, start, first, last, sinks, [&](const Pages& pages, long begin, long, long end) {
             const long step = std::min(16L, pages.block_size);
             for (long key = begin; key < end; key += step) {
                 for (int kv = 0; kv < kv_heads; kv++) {
                     if (!kFetchesEvenly && !pages.are_near) stored.of_head(kv).fetch_ahead(key, last);
                     const Pages head = pages.of_head(kv);
-                    const LinesAhead ahead = keys_ahead(head, key, kBlocksAhead * pages.block_size, last);
+                    const LinesAhead ahead = keys_ahead(head, key, kStretchesAhead * stretch, last);
                     score(head, begin, key, end, kv * group_, ahead);
                     if (kLinesTo == Near::kSecond) bring_values(head, 1, key, std::min(key + step, end));
                 }

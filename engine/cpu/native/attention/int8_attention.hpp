@@ -30,7 +30,8 @@ public:
         softmax_.reset(heads, sinks, heads);
         std::fill_n(sums_.begin(), heads * stride_, 0.0f);
         bool are_ahead = false;  // a tile's values are: fetched with those of the tile before
-        for (long begin = first / pages.block_size * pages.block_size; begin < last; begin += kTileKeys) {
+        const long stretch = stretch_of(pages.block_size);
+        for (long begin = first / stretch * stretch; begin < last; begin += kTileKeys) {
             const Range seen{std::max(begin, first), std::min(begin + kTileKeys, last)};
             if (kFetchesEvenly) ahead_.set(pages, kv_heads, seen.last, std::min(seen.last + kTileKeys, last));
             score(pages, kv_heads, begin, seen.last, last, are_ahead);
@@ -79,9 +80,9 @@ private:
         }
     }
 
-    // Keys some blocks behind this one, to be fetched while those from here on are multiplied; their scales are at once.
+    // Keys some stretches behind this one, to be fetched while those from here on are multiplied; their scales are at once.
     LinesAhead keys_ahead(const StoredPages& pages, int kv, long key, long last) const {
-        const long far = key + kBlocksAhead * pages.block_size;
+        const long far = key + kStretchesAhead * stretch_of(pages.block_size);
         if (!kFetchesEvenly || far >= last) return LinesAhead(nullptr, false);
         char* const keys = pages.block(far) + kv * pages.heads;
         fetch_lines(pages.scale(keys, far), 64);
@@ -172,7 +173,7 @@ private:
             const long block_end = std::min(seen.last, (key / pages.block_size + 1) * pages.block_size);
             char* const head_values = pages.block(key) + pages.values + kv * pages.heads;
             const std::int8_t* values = pages.numbers(head_values, key) + at;
-            ahead_.next(kShorts * pages.block_size, values).fetch_bytes(kShorts * pages.block_size);
+            ahead_.next(kShorts, values).fetch_bytes(kShorts * stretch_of(pages.block_size));
             for (; key < block_end; key += 2, values += 2 * head_dim_) {
                 const Shorts one = load_shorts(values, there), other = load_shorts(values + head_dim_, there);
                 const Shorts low = lower_two(one, other), high = upper_two(one, other);

@@ -17,8 +17,12 @@
 #include "machine/tiles.hpp"
 #include "machine/vectors.hpp"
 
-constexpr long kTileKeys = 256;  // a multiple of every block size
-constexpr int kBlocksAhead = 2;  // fetched before they are needed
+constexpr long kTileKeys = 256;      // of tiles; a block size is a part of it, or some times as much
+constexpr int kStretchesAhead = 2;  // fetched before they are needed
+
+// Keys of a sequence that lie in a row whatever the block: attention goes on from one such stretch to the next. Models with
+// states have blocks of many tiles, of which no more than a tile is to be near.
+inline long stretch_of(long block_size) { return std::min(block_size, kTileKeys); }
 
 // What numbers are multiples of where the largest by size shall be `most`; NaN where one is not finite, 0 where all are next
 // to nothing.
@@ -75,11 +79,14 @@ struct StoredPages {
     std::int8_t* numbers(char* head, long index) const { return (std::int8_t*)head + index % block_size * head_dim; }
     float* scale(char* head, long index) const { return (float*)(head + block_size * head_dim) + index % block_size; }
 
-    // At the first of a block's keys, fetch those of this head some blocks further on: no processor guesses where they are.
+    // At the first of a stretch's keys, fetch those of this head some stretches on: no processor guesses where they are.
     void fetch_ahead(long key, long last) const {
-        const long ahead = key + kBlocksAhead * block_size;
-        if (key % block_size == 0 && ahead < last) fetch_lines(block(ahead), head_bytes);
+        const long stretch = stretch_of(block_size), ahead = key + kStretchesAhead * stretch;
+        if (key % stretch != 0 || ahead >= last) return;
+        fetch_lines(block(ahead) + ahead % block_size * row_bytes(), stretch * row_bytes());
+        if (has_int8) fetch_lines(scale(block(ahead), ahead), stretch * sizeof(float));
     }
+    long row_bytes() const { return head_dim * (has_int8 ? 1 : long(sizeof(Element))); }  // of a token's key or value, in numbers
 
     // A token's key or value to its place among whole numbers; `head`: of its block. What is not finite makes all of it NaN.
     void put(char* head, long index, const Element* row) const {
@@ -91,32 +98,38 @@ struct StoredPages {
     }
 };
 
-// The values of keys [first, last), block by block, fetched piece by piece while earlier ones are weighted.
+// The values of keys [first, last), stretch by stretch, fetched piece by piece while earlier ones are weighted.
 class ValuesAhead {
 public:
     void set(const StoredPages& pages, int kv_heads, long first, long last) {
         pages_ = pages;
-        first_ = first / pages.block_size * pages.block_size;
+        stretch_ = stretch_of(pages.block_size);
+        first_ = first / stretch_ * stretch_;
         last_ = last;
+        heads_ = kv_heads;
+        head_ = 0;
         at_ = 0;
-        size_ = kv_heads * pages.heads;
     }
 
-    // The next `bytes`; none where all have been asked for, but `near` again.
+    // The next `bytes` of each key; none where all have been asked for, but `near` again.
     LinesAhead next(long bytes, const void* near) {
         if (first_ >= last_) return LinesAhead(near, false);
-        const char* const values = pages_.block(first_) + pages_.values + at_;
-        at_ += bytes;
-        if (at_ >= size_) {
+        const long row = first_ % pages_.block_size * pages_.row_bytes();
+        const char* const values = pages_.block(first_) + pages_.values + head_ * pages_.heads + row + at_;
+        at_ += bytes * stretch_;
+        if (at_ >= stretch_ * pages_.row_bytes()) {
             at_ = 0;
-            first_ += pages_.block_size;
+            if (++head_ == heads_) {
+                head_ = 0;
+                first_ += stretch_;
+            }
         }
         return LinesAhead(values);
     }
 
 private:
     StoredPages pages_{};
-    long first_ = 0, last_ = 0, at_ = 0, size_ = 0;
+    long stretch_ = 0, first_ = 0, last_ = 0, heads_ = 0, head_ = 0, at_ = 0;
 };
 
 // One thread's copy of a tile: the elements that whole numbers mean.

@@ -267,15 +267,15 @@ struct Model {
     long read_at() const { return state() != nullptr && state()->out.weight.columns > 0 ? qo_size() : 0; }
 };
 
-// Ask for 2 MiB pages under the weights: a core reads them a tenth to a third faster. Where the kernel refuses, nothing
-// changes; past the deadline it does so in its own time.
+// Have 2 MiB pages under the weights: a core reads them a tenth to a third faster. They were asked for before these were packed
+// (`want_large_pages`); what is left at the edges, or was touched before, is collapsed, past the deadline in the kernel's own
+// time. Where the kernel refuses, nothing changes.
 inline void use_large_pages(const Tiles& w, std::chrono::steady_clock::time_point deadline) {
-    constexpr std::uintptr_t kLarge = 2 << 20;
     constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1: at once
     const auto address = std::uintptr_t(w.integers ? (const void*)w.integers->memory : w.weights);
     const auto end = std::uintptr_t(w.integers ? (const void*)w.integers->tile(w.count()) : w.tile(w.count()));
-    for (auto page = address & ~(kLarge - 1); page < end; page += kLarge) {
-        madvise((void*)page, kLarge, MADV_HUGEPAGE);
-        if (std::chrono::steady_clock::now() < deadline) madvise((void*)page, kLarge, kCollapse);
+    for (auto page = address & ~(kLargePage - 1); page < end; page += kLargePage) {
+        madvise((void*)page, kLargePage, MADV_HUGEPAGE);
+        if (std::chrono::steady_clock::now() < deadline) madvise((void*)page, kLargePage, kCollapse);
     }
 }

@@ -37,13 +37,16 @@ private:
     static long of_inputs(long size) { return (padded(size, kTileInputs) / kTileInputs | 1) * kTileInputs; }
 };
 
-// Memory between the residual stream and itself. Padding stays zero.
+// Memory between the residual stream and itself. Padding stays zero. A thread may have one and never use it, or little of it.
 struct Panel {
     explicit Panel(const Strides& s)
         : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
           gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed),
           q_normed(kPanelRows * s.q_normed), asked(kPanelRows * s.asked), answered(kPanelRows * s.answered),
-          inputs(kPanelRows * s.inputs) {}
+          inputs(kPanelRows * s.inputs) {
+        give_back(normed), give_back(activated), give_back(qkv), give_back(gate_up), give_back(added), give_back(narrowed);
+        give_back(q_normed), give_back(asked), give_back(answered), give_back(inputs);
+    }
     Lines<Element> normed, activated, narrowed;
     Lines<float> qkv, gate_up, added;
     Lines<Element> q_normed, asked, answered;

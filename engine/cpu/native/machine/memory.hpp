@@ -2,7 +2,11 @@
 // fast as across lines.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstddef>
+#include <cstdint>
 #include <new>
 #include <vector>
 
@@ -25,6 +29,22 @@ struct LineAllocator {
         return true;
     }
 };
+
+// Let the kernel have pages of zeros back: they are zeros again when they are touched, and what is never touched takes no memory.
+template <class Value>
+void give_back(std::vector<Value, LineAllocator<Value>>& zeros) {
+    const std::uintptr_t page = sysconf(_SC_PAGESIZE), begin = std::uintptr_t(zeros.data());
+    const std::uintptr_t first = (begin + page - 1) / page * page, last = (begin + zeros.size() * sizeof(Value)) / page * page;
+    if (first < last) madvise((void*)first, last - first, MADV_DONTNEED);
+}
+
+constexpr std::uintptr_t kLargePage = 2 << 20;
+
+// Ask for pages of 2 MiB where memory is about to be written for the first time. Where the kernel refuses, nothing changes.
+inline void want_large_pages(const void* memory, std::size_t bytes) {
+    const std::uintptr_t begin = std::uintptr_t(memory), first = (begin + kLargePage - 1) & ~(kLargePage - 1);
+    if (first + kLargePage <= begin + bytes) madvise((void*)first, (begin + bytes - first) & ~(kLargePage - 1), MADV_HUGEPAGE);
+}
 
 // Ask for lines that will be read soon. Not by the compiler's own function: what calls nothing but that does nothing in a
 // compiler's eyes, and is left out.

@@ -77,14 +77,15 @@ public:
     class Member;
 
     explicit Team(int max_size) : max_size_(max_size), calls_(max_size), taken_(max_size) {
-        for (int rank = 1; rank < max_size; rank++) threads_.emplace_back([this, rank] { serve(rank); });
+        try {
+            for (int rank = 1; rank < max_size; rank++) threads_.emplace_back([this, rank] { serve(rank); });
+        } catch (...) {  // no more threads for this process
+            end();
+            throw;
+        }
     }
 
-    ~Team() {
-        job_ = nullptr;
-        call(max_size_);
-        for (std::thread& thread : threads_) thread.join();
-    }
+    ~Team() { end(); }
 
     int max_size() const { return max_size_; }
 
@@ -95,6 +96,13 @@ public:
     void run(int size, const std::function<void(Member&)>& job);
 
 private:
+    // Those that were started.
+    void end() {
+        job_ = nullptr;
+        call(int(threads_.size()) + 1);
+        for (std::thread& thread : threads_) thread.join();
+    }
+
     void barrier() {
         const int size = size_;  // who has arrived may find it changed
         if (size == 1) return;

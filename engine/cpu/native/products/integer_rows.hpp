@@ -18,7 +18,8 @@ class IntegerRows {
 public:
     // Rows are padded with zeros to 32 values.
     void set(const bf16* x, long x_stride, long count, const IntegerTiles& w) {
-        stride_ = padded(w.inputs, 64) * (w.bits == 8 ? kInputSize<8> : kInputSize<4>);
+        const long behind = w.group % 16 == 0 ? 0 : 8;  // of a group's last segment, of which sixteens are written
+        stride_ = padded(w.inputs + behind, 64) * (w.bits == 8 ? kInputSize<8> : kInputSize<4>);
         segments_ = w.groups() * w.segments();
         groups_ = w.groups();
         numbers_.resize(count * stride_);

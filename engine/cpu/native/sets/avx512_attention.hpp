@@ -17,7 +17,6 @@ constexpr bool kFetchesEvenly = true;
 template <int ELEMENTS>
 constexpr int kLinesOf = ELEMENTS * int(sizeof(bf16)) / 64;
 constexpr int kHeadsAtOnce = 4;
-constexpr int kKeysBetween = 4;  // whose products stand between two fetches
 constexpr int kFewDimensions = 32;  // the least that `WeightedValues` takes
 template <int HEADS>
 constexpr int kManyDimensions = 64;  // sums of them stay in registers
@@ -29,61 +28,93 @@ inline const Weight* weights_to_add(const bf16* weights, long, float*) { return 
 
 // --- products with keys -----------------------------------------------------------------------------------
 
-// Lane i of the result is the sum of all lanes of v[i]. `v` is overwritten.
-inline Vector sums_of_16(Vector* v) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {  // lane 4k + j: halves of v[i] (j even) and v[i + 8] (j odd)
-        v[i] = _mm512_unpacklo_ps(v[i], v[i + 8]) + _mm512_unpackhi_ps(v[i], v[i + 8]);
-    }
+// Eight vectors' sums, each in two lanes: `sums_of_halves` adds these up. `v` is overwritten.
+inline Vector halves_of_8(Vector* v) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++) {  // lane 4k + j: halves of v[i] (j even) and v[i + 4] (j odd)
         v[i] = _mm512_unpacklo_ps(v[i], v[i + 4]) + _mm512_unpackhi_ps(v[i], v[i + 4]);
-    }  // each 128-bit lane of v[i]: parts of i, i + 4, i + 8, i + 12
+    }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-        v[i] = _mm512_shuffle_f32x4(v[i], v[i + 2], 0x88) + _mm512_shuffle_f32x4(v[i], v[i + 2], 0xdd);
-    }  // 128-bit lanes: two of i, two of i + 2
-    const __m512 sums = _mm512_shuffle_f32x4(v[0], v[1], 0x88) + _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
-    // 128-bit lanes are 0, 2, 1, 3 here, and each holds i, i + 4, i + 8, i + 12
-    const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 14, 6, 10, 2, 13, 5, 9, 1, 12, 4, 8, 0);
+        v[i] = _mm512_unpacklo_ps(v[i], v[i + 2]) + _mm512_unpackhi_ps(v[i], v[i + 2]);
+    }  // each 128-bit lane of v[i]: parts of i, i + 2, i + 4, i + 6 in the order of pairs
+    return _mm512_shuffle_f32x4(v[0], v[1], 0x88) + _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
+}
+
+// Lane i: the sum of the first (i < 8) or the second eight vectors' number i % 8.
+inline Vector sums_of_halves(Vector first, Vector second) {
+    const __m512 sums = _mm512_shuffle_f32x4(first, second, 0x88) + _mm512_shuffle_f32x4(first, second, 0xdd);
+    const __m512i order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
     return _mm512_permutexvar_ps(order, sums);
 }
 
-// Lane i: the query with key i; past `count`, with the last key. HEAD_DIM 0: known at run time.
-template <int HEAD_DIM, bool WHOLE>
-Vector dots(const bf16* query, const bf16* keys, int head_dim, int count, LinesAhead& ahead) {
-    if (HEAD_DIM) head_dim = HEAD_DIM;
-    Vector sums[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sums[i] = repeat(0.0f);
-#pragma GCC unroll 8
-    for (int at = 0; at < head_dim; at += 32) {
-        const Values there = first_values(head_dim - at);
-        const Pairs part = load_pairs(query + at);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            const int row = WHOLE ? i : std::min(i, count - 1);
-            if (kFetchesEvenly && i % kKeysBetween == 0) ahead.fetch<kKeysBetween * kLinesOf<32>>();
-            sums[i] = dot(sums[i], part, load_pairs(keys + row * head_dim + at, there));
-        }
-    }
-    return sums_of_16(sums);
+// Lane i of the result is the sum of all lanes of v[i]. `v` is overwritten.
+inline Vector sums_of_16(Vector* v) {
+    const Vector first = halves_of_8(v);
+    return sums_of_halves(first, halves_of_8(v + 8));
 }
 
-inline Vector dots(const bf16* query, const bf16* keys, int head_dim, int count, LinesAhead& ahead) {
-    if (count < 16) return dots<0, false>(query, keys, head_dim, count, ahead);
-    if (head_dim == 64) return dots<64, true>(query, keys, head_dim, count, ahead);
-    if (head_dim == 128) return dots<128, true>(query, keys, head_dim, count, ahead);
-    return dots<0, true>(query, keys, head_dim, count, ahead);
+// The scores of HEADS heads with 16 keys, of which `count` are there. Keys are taken eight at a time, each by all the heads at
+// once: so few products stand between two lines that a core looks far enough ahead to wait for many. HEAD_DIM 0: known at run
+// time. A line is fetched with one of SHARE keys.
+template <int HEADS, int SHARE, int HEAD_DIM, bool WHOLE>
+void score_heads(const bf16* queries, long query_stride, const bf16* keys, int head_dim, int count, float* scores,
+                 long score_stride, LinesAhead& ahead) {
+    if (HEAD_DIM) head_dim = HEAD_DIM;
+    Vector halves[HEADS][2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        Vector sums[HEADS][8];
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) sums[h][i] = repeat(0.0f);
+        }
+#pragma GCC unroll 8
+        for (int at = 0; at < head_dim; at += 32) {
+            const Values there = first_values(head_dim - at);
+            Pairs parts[HEADS];
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++) parts[h] = load_pairs(queries + h * query_stride + at);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                const int row = WHOLE ? 8 * half + i : std::min(8 * half + i, count - 1);
+                if (kFetchesEvenly && i % SHARE == 0) ahead.fetch<kLinesOf<32>>();
+                const Pairs key = load_pairs(keys + row * head_dim + at, there);
+#pragma GCC unroll 4
+                for (int h = 0; h < HEADS; h++) sums[h][i] = dot(sums[h][i], parts[h], key);
+            }
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) halves[h][half] = halves_of_8(sums[h]);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; h++) store(scores + h * score_stride, sums_of_halves(halves[h][0], halves[h][1]));
+}
+
+template <int HEADS, int SHARE>
+void score_heads(const bf16* queries, long query_stride, const bf16* keys, int head_dim, int count, float* scores,
+                 long score_stride, LinesAhead& ahead) {
+    const auto score = [&]<int HEAD_DIM, bool WHOLE>() {
+        score_heads<HEADS, SHARE, HEAD_DIM, WHOLE>(queries, query_stride, keys, head_dim, count, scores, score_stride, ahead);
+    };
+    if (count < 16) score.template operator()<0, false>();
+    else if (head_dim == 64) score.template operator()<64, true>();
+    else if (head_dim == 128) score.template operator()<128, true>();
+    else score.template operator()<0, true>();
 }
 
 // scores[h * score_stride + i] = query h times key i of 16 keys; of those past `count`, times the last one.
 template <int HEADS>
 void score_16(const Query* queries, long query_stride, const bf16* keys, int head_dim, int count, float* scores,
               long score_stride, LinesAhead ahead) {
-    for (int h = 0; h < HEADS; h++) {
-        store(scores + h * score_stride, dots(queries + h * query_stride, keys, head_dim, count, ahead));
-        ahead = ahead.none();
+    if constexpr (HEADS <= 3) {  // their 24 sums, three queries and a key stay in registers
+        score_heads<HEADS, 1>(queries, query_stride, keys, head_dim, count, scores, score_stride, ahead);
+    } else {
+        for (int h = 0; h < HEADS; h += 2) {
+            score_heads<2, HEADS / 2>(queries + h * query_stride, query_stride, keys, head_dim, count,
+                                      scores + h * score_stride, score_stride, ahead);
+        }
     }
 }
 
