@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+import msgspec
 import structlog
 from starlette.requests import Request
 from starlette.types import Message, Scope, Send
@@ -21,7 +22,7 @@ from ...common.clock import Clock
 from ...common.errors import CapacityError, RequestError
 from ..api.body import WholeBody
 from ..api.middleware import Endpoint, RequestContext, enter, leave, send_part
-from ..state.errors import StreamError, failure_of
+from ..state.errors import HttpFailure, StreamError, failure_of
 from ..state.objectives import BACKGROUND_CLASS
 
 log = structlog.get_logger(__name__)
@@ -35,6 +36,7 @@ class CallAnswer:
     request_id: str
     body: bytes
     retry_after_s: float | None = None  # where another try may succeed
+    code: str | None = None  # of an error: what went wrong
 
 
 class LineCaller(Protocol):
@@ -73,13 +75,34 @@ class EndpointCalls:
         except Exception as error:
             if not isinstance(error, (RequestError, CapacityError, StreamError)):
                 log.exception("request_error", request_id=request_id)
-            failure = failure_of(error)
-            return CallAnswer(failure.status, request_id, failure.body, failure.retry_after_s)
+            return _refusal(failure_of(error), request_id)
         finally:
             leave(scope)
         if not kept.status:  # it was cut before it had begun
-            return CallAnswer(503, request_id, b"{}")
-        return CallAnswer(kept.status, request_id, b"".join(kept.parts), kept.retry_after_s)
+            return _refusal(failure_of(StreamError("the line was cut off", "request_aborted", 503)), request_id)
+        body = b"".join(kept.parts)
+        code = _code(body) if kept.status >= 400 else None
+        return CallAnswer(kept.status, request_id, body, kept.retry_after_s, code)
+
+
+def _refusal(failure: HttpFailure, request_id: str) -> CallAnswer:
+    return CallAnswer(failure.status, request_id, failure.body, failure.retry_after_s, failure.code)
+
+
+class _Error(msgspec.Struct):
+    code: str | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Error
+
+
+def _code(body: bytes) -> str | None:
+    """Return the code that an error tells; None: it tells none."""
+    try:
+        return msgspec.json.decode(body, type=_ErrorBody).error.code
+    except msgspec.MsgspecError:
+        return None
 
 
 @dataclass(slots=True)

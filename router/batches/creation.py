@@ -24,10 +24,12 @@ def new_record(
     now_s: float,
     model: str | None = None,
     name: str | None = None,
+    taken_by: str = "",
 ) -> BatchRecord:
     """Return the record of the batch that a body asks for. Raises RequestError (400).
 
-    `name`: of 32 hexadecimal digits or more, equal where a client sends its request again; None: it will not.
+    `model`, `taken_by`: of the router that takes it. `name`: of 32 hexadecimal digits or more, equal where a client
+    sends its request again; None: it will not.
     """
     if unknown := raw.keys() - _FIELDS:
         name = min(unknown)
@@ -47,6 +49,7 @@ def new_record(
         completion_window=window,
         metadata=checked_metadata(raw.get("metadata")),
         model=model,
+        taken_by=taken_by,
         output_lifetime_s=_lifetime_s(raw.get("output_expires_after")),
         created_at=int(now_s),
         created_ns=int(now_s * 1e9),

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,10 @@ import structlog
 
 from ...common.errors import ConfigError, RequestError
 
+JOURNAL = "journal"
+JOURNAL_COPIES = 2  # it counts so often: its answers are written into files before it goes
 _PART_AGE_S = 3600.0  # what nobody has written to for so long was left by a router that was killed
+_SPARE_BYTES = 64 * 2**20  # of the disk: answers that are under way have room in it, and so have records
 
 T = TypeVar("T")
 
@@ -41,8 +45,9 @@ class DataFolder:
         self.files, self.batches, self._parts = path / "files", path / "batches", path / "parts"
         self.max_bytes = max_bytes
         self.retention_s = retention_s
-        self.num_incoming = 0  # bytes that are being uploaded through this router
-        self.num_arrived = 0  # these, and those of uploads that were kept
+        self.num_incoming = 0  # bytes that come through this router, of uploads and of batches' answers
+        self.num_arrived = 0  # these, and those of what was kept
+        self.room: Room | None = None  # when it was last measured for batches; None: it was not yet
         self._unread: set[Path] = set()  # records of which a line in the log tells that nobody can read them
         try:
             for folder in (path, self.files, self.batches, self._parts):
@@ -105,8 +110,22 @@ class DataFolder:
             self._unread.add(path)
             log.error("record_unreadable", path=str(path), error=why)
 
+    @property
+    def is_full(self) -> bool:
+        """Tell whether batches may add no more, as far as is known."""
+        return self.room is not None and self.room.is_used_up
+
+    def add_answer(self, answer: bytes) -> None:
+        """Count what is about to be added to a journal."""
+        self.num_incoming += JOURNAL_COPIES * len(answer)
+        self.num_arrived += JOURNAL_COPIES * len(answer)
+
+    def drop_answers(self, answers: Iterable[bytes]) -> None:
+        """Count them no longer: a journal has them now."""
+        self.num_incoming -= JOURNAL_COPIES * sum(map(len, answers))
+
     def num_bytes(self) -> int:
-        """Return what everything that is whole takes. A file with two names counts once."""
+        """Return what everything takes that is whole, or will be. A file with two names counts once."""
         entries = [*_entries(self.files), *_entries(self.batches)]
         return sum({entry.inode: entry.num_bytes for entry in entries}.values())
 
@@ -119,6 +138,40 @@ class DataFolder:
                     part.unlink()
             except FileNotFoundError:
                 continue  # it is in its place now
+
+
+class Room:
+    """`Room` is what may be added to a folder: measured once, less what has come through this router since."""
+
+    def __init__(self, folder: DataFolder) -> None:
+        """Call where bytes are counted as they come, and `measure` on a thread."""
+        self._folder = folder
+        # Of this moment: an upload that finds its place while the folder is measured rather counts twice than never.
+        self._num_before, self._num_arrived = folder.num_incoming, folder.num_arrived
+        self._num_bytes = self._num_free = 0
+
+    def measure(self) -> None:
+        """Waits for the disk."""
+        self._num_bytes = self._folder.max_bytes - self._folder.num_bytes() - self._num_before
+        self._num_free = shutil.disk_usage(self._folder.path).free - _SPARE_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        """Return how many may come, by the folder's bound. Negative: more has come than might."""
+        return self._num_bytes - self._num_come
+
+    @property
+    def is_used_up(self) -> bool:
+        """Tell whether the folder's bound, or its disk, leaves nothing to add."""
+        return self.num_bytes <= 0 or self._num_free <= self._num_come
+
+    def refusal(self) -> RequestError:
+        """Return the refusal of what has no room: by the folder's bound, or else by its disk."""
+        return no_room(self._folder.max_bytes) if self.num_bytes <= 0 else disk_full()
+
+    @property
+    def _num_come(self) -> int:
+        return self._folder.num_arrived - self._num_arrived
 
 
 def sync_folder(path: Path) -> None:
@@ -140,29 +193,34 @@ def no_room(max_bytes: int) -> RequestError:
     )
 
 
+def disk_full() -> RequestError:
+    """Return the refusal of what the disk has no room for, which the folder's bound does not tell."""
+    return RequestError(
+        "the disk of the server's folder for files is full",
+        code="insufficient_storage",
+        status=507,
+        kind="server_error",
+    )
+
+
 @contextlib.contextmanager
 def refusing_full_disk() -> Iterator[None]:
-    """Refuse what a client wants to keep where the disk itself is full, which the folder's bound does not tell."""
+    """Refuse what a client wants to keep where the disk itself is full."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         log.warning("data_disk_full", error=str(error))
-        raise RequestError(
-            "the disk of the server's folder for files is full",
-            code="insufficient_storage",
-            status=507,
-            kind="server_error",
-        ) from error
+        raise disk_full() from error
 
 
 class _Entry:
     __slots__ = ("inode", "num_bytes")
 
-    def __init__(self, stat: os.stat_result) -> None:
+    def __init__(self, stat: os.stat_result, num_copies: int) -> None:
         self.inode = (stat.st_dev, stat.st_ino)
-        self.num_bytes = stat.st_size
+        self.num_bytes = num_copies * stat.st_size
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
@@ -172,6 +230,6 @@ def _entries(path: Path) -> Iterator[_Entry]:
                 if entry.is_dir(follow_symlinks=False):
                     yield from _entries(Path(entry.path))
                 else:
-                    yield _Entry(entry.stat(follow_symlinks=False))
+                    yield _Entry(entry.stat(follow_symlinks=False), JOURNAL_COPIES if entry.name == JOURNAL else 1)
             except FileNotFoundError:
                 continue  # it has just been deleted

@@ -37,6 +37,7 @@ class InputLine(NamedTuple):
     custom_id: str
     offset: int
     length: int
+    model: str | None  # that it names
 
 
 class _RawLine(NamedTuple):
@@ -56,19 +57,20 @@ async def read_input(
     lines: list[InputLine] = []
     faults: list[InputFault] = []
     numbers: dict[str, int] = {}  # of each custom_id
+    models: dict[str | None, str | None] = {}  # of each name one text, not one of each line
     with path.open("rb") as file:
         raw = _raw_lines(file)
         while len(faults) < MAX_FAULTS and (group := await asyncio.to_thread(_group, raw)):
             for each in group:
                 await asyncio.sleep(0)  # streams go on meanwhile
                 try:
-                    custom_id = await _checked(each, endpoint, json, check_model)
+                    custom_id, model = await _checked(each, endpoint, json, check_model)
                     _check_new(custom_id, each.number, numbers)
                 except RequestError as error:
                     faults.append(InputFault(error.code or "invalid_request", str(error), each.number, error.param))
                 else:
                     assert each.data is not None
-                    lines.append(InputLine(custom_id, each.offset, len(each.data)))
+                    lines.append(InputLine(custom_id, each.offset, len(each.data), models.setdefault(model, model)))
                 if len(lines) > MAX_LINES:
                     text = f"a batch has at most {MAX_LINES} requests"
                     return lines, [InputFault("too_many_requests", text, each.number)]
@@ -108,8 +110,8 @@ def _group(lines: Iterator[_RawLine]) -> list[_RawLine]:
     return group
 
 
-async def _checked(line: _RawLine, endpoint: str, json: JsonParser, check_model: CheckModel) -> str:
-    """Return a line's custom_id. Raises RequestError."""
+async def _checked(line: _RawLine, endpoint: str, json: JsonParser, check_model: CheckModel) -> tuple[str, str | None]:
+    """Return a line's custom_id, and the model that it names. Raises RequestError."""
     if line.data is None:
         raise RequestError(f"the line has more than {MAX_LINE_BYTES} bytes", code="line_too_long")
     try:
@@ -129,16 +131,17 @@ async def _checked(line: _RawLine, endpoint: str, json: JsonParser, check_model:
         raise _invalid(min(unknown), "is no field of a batch's line")
     if body.get("stream"):
         raise _invalid("body.stream", "a batch's answers are whole: leave it away")
-    _check_model(body.get("model"), check_model)
-    return custom_id
+    return custom_id, _checked_model(body.get("model"), check_model)
 
 
-def _check_model(model: object, check_model: CheckModel) -> None:
-    if isinstance(model, str | None):  # else it is the body's own error
-        try:
-            check_model(model)
-        except RequestError as error:
-            raise RequestError(str(error), code=error.code, param="body.model") from None
+def _checked_model(model: object, check_model: CheckModel) -> str | None:
+    if not isinstance(model, str | None):  # it is the body's own error
+        return None
+    try:
+        check_model(model)
+    except RequestError as error:
+        raise RequestError(str(error), code=error.code, param="body.model") from None
+    return model
 
 
 def _check_new(custom_id: str, number: int, numbers: dict[str, int]) -> None:

@@ -1,7 +1,13 @@
 """The keeper runs the batches of a folder that no other router runs.
 
-    each TICK_S: batches that have not ended ─> lock free? ─> run      its window over, or asked to cancel? ─> end it
+    each TICK_S: batches that have not ended ─> whose turn? ─> lock free? ─> run
+                                             └> its window over, or asked to cancel? ─> end it
+    each MEASURE_S, while some run: is there room for answers?
     each SWEEP_S: what has expired is deleted
+
+The next to run is the oldest of the owner of whom the fewest run. Who has some of them running begins another one only
+while there are more places free: one owner alone gets half of them, the next one half of the others, and somebody who
+comes then still finds one.
 
 Neither window nor retention ends by a wall clock that was just set: it may be set right again, and nothing comes back.
 
@@ -14,18 +20,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 
 from ...common.errors import RequestError
+from .folder import Room
 from .record import BatchRecord, BatchStatus
 from .run import BatchRun, RunDeps
 from .store import BatchLock
 
 TICK_S = 1.0  # until a batch of a router that has ended is taken over, or a cancellation is seen by another one
 SWEEP_S = 300.0
+MEASURE_S = 5.0
 MAX_RUNS = 16  # batches at once, and one that ends: each holds where its lines are in memory
 SETTLE_S = 300.0  # after a jump of the wall clock, until it is believed
 _JUMP_S = 60.0  # between two looks; smaller corrections move an end by as much
@@ -39,6 +49,13 @@ class _Running:
     run: BatchRun
     lock: BatchLock
     task: asyncio.Task[None]
+
+
+class _SetAside(NamedTuple):
+    """A batch that was set aside here waits for models, as long as no other router has brought it further."""
+
+    status: BatchStatus
+    models: frozenset[str | None]  # one of them is enough to go on
 
 
 class _WallClock:
@@ -67,6 +84,7 @@ class Keeper:
         self._deps = deps
         self._running: dict[str, _Running] = {}
         self._not_before_s: dict[str, float] = {}  # of runs that failed, on the loop's clock
+        self._set_aside: dict[str, _SetAside] = {}
         self._news = asyncio.Event()
         self._clock = _WallClock()
 
@@ -89,10 +107,13 @@ class Keeper:
             self._deps.json.close()
 
     async def _keep(self) -> None:
-        sweep_s = 0.0
+        sweep_s = measure_s = 0.0
         while True:
             try:
                 await self._look()
+                if self._running and self._now_s() >= measure_s:
+                    measure_s = self._now_s() + MEASURE_S
+                    await self._measure()
                 if self._now_s() >= sweep_s and self._clock.is_believed(self._now_s()):
                     sweep_s = self._now_s() + SWEEP_S
                     await asyncio.to_thread(self._sweep, self._clock.now_s)
@@ -105,17 +126,44 @@ class Keeper:
 
     async def _look(self) -> None:
         self._clock.look(self._deps.now_s(), self._now_s())
-        for record in await asyncio.to_thread(self._deps.store.unended):
-            try:
+        records = await asyncio.to_thread(self._deps.store.unended)
+        self._forget_all_but({record.id for record in records})
+        waiting: dict[str, deque[BatchRecord]] = {}  # by owner, the oldest first
+        for record in records:
+            with self._only_this(record):
                 end = await self._due_end(record)
                 running = self._running.get(record.id)
-                if running is None:
+                if running is None and end is None and self._may_run(record):
+                    waiting.setdefault(record.owner, deque()).append(record)
+                elif running is None and end is not None:
                     await self._begin(record, end)
-                elif end is not None:
+                elif running is not None and end is not None:
                     running.run.stop(end)
-            except OSError:  # of this batch's own folder: others go on
-                log.exception("batch_unreachable", batch_id=record.id)
-                self._not_before_s[record.id] = self._now_s() + RETRY_S
+        while (owner := self._next_owner(waiting)) is not None:
+            record = waiting[owner].popleft()
+            with self._only_this(record):
+                await self._begin(record, None)
+
+    def _forget_all_but(self, batch_ids: Iterable[str]) -> None:
+        for kept in (self._not_before_s, self._set_aside):
+            for batch_id in kept.keys() - batch_ids:
+                del kept[batch_id]
+
+    @contextlib.contextmanager
+    def _only_this(self, record: BatchRecord) -> Iterator[None]:
+        """Leave a batch alone for a while whose own folder cannot be used: others go on."""
+        try:
+            yield
+        except OSError:
+            log.exception("batch_unreachable", batch_id=record.id)
+            self._not_before_s[record.id] = self._now_s() + RETRY_S
+
+    def _next_owner(self, waiting: dict[str, deque[BatchRecord]]) -> str | None:
+        """Return whose batch is the next to run; None: nobody's."""
+        num_running = Counter(running.run.record.owner for running in self._running.values())
+        num_free = MAX_RUNS - len(self._running)
+        owners = [owner for owner, records in waiting.items() if records and num_running[owner] < num_free]
+        return min(owners, key=lambda owner: (num_running[owner], waiting[owner][0].created_ns), default=None)
 
     async def _due_end(self, record: BatchRecord) -> BatchStatus | None:
         """Return how the batch shall end now; None: it may go on."""
@@ -127,9 +175,7 @@ class Keeper:
     async def _begin(self, record: BatchRecord, end: BatchStatus | None) -> None:
         """Run a batch that nobody runs, or end it: that takes no model, and waits for nobody else's lines."""
         room = MAX_RUNS + (end is not None)
-        if len(self._running) >= room or self._now_s() < self._not_before_s.get(record.id, 0.0):
-            return
-        if end is None and not self._is_ours(record):
+        if len(self._running) >= room or self._is_paused(record):
             return
         store = self._deps.store
         lock = await asyncio.to_thread(store.lock, record.id)
@@ -148,10 +194,20 @@ class Keeper:
             run.stop(end)
         self._running[record.id] = _Running(run, lock, asyncio.create_task(self._run(run, lock)))
 
-    def _is_ours(self, record: BatchRecord) -> bool:
-        """Return whether its model is served here."""
+    def _is_paused(self, record: BatchRecord) -> bool:
+        return self._now_s() < self._not_before_s.get(record.id, 0.0)
+
+    def _may_run(self, record: BatchRecord) -> bool:
+        """Return whether its model is served here, and something for which it was set aside."""
+        aside = self._set_aside.get(record.id)
+        models = frozenset[str | None]() if aside is None or aside.status != record.status else aside.models
+        if self._is_paused(record) or not self._is_served(record.model):
+            return False
+        return not models or any(map(self._is_served, models))
+
+    def _is_served(self, model: str | None) -> bool:
         try:
-            self._deps.check_model(record.model)
+            self._deps.check_model(model)
         except RequestError:
             return False
         return True
@@ -165,9 +221,21 @@ class Keeper:
             self._not_before_s[batch_id] = self._now_s() + RETRY_S
         else:
             self._not_before_s.pop(batch_id, None)
+            if run.missing:
+                self._set_aside[batch_id] = _SetAside(run.record.status, frozenset(run.missing))
+            if any(map(self._is_served, run.missing)):  # it has just come: each beginning reads the whole input
+                self._not_before_s[batch_id] = self._now_s() + RETRY_S
         finally:
             del self._running[batch_id]
             lock.release()
+
+    async def _measure(self) -> None:
+        folder = self._deps.store.folder
+        room = Room(folder)
+        await asyncio.to_thread(room.measure)
+        folder.room = room
+        if not folder.is_full:
+            self._deps.has_room.set()
 
     def _sweep(self, now_s: float) -> None:
         self._deps.files.sweep(now_s)

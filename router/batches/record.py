@@ -68,9 +68,10 @@ class BatchRecord(msgspec.Struct, kw_only=True):
     expires_at: int
     output_lifetime_s: float | None = None
     model: str | None = None  # that the router served which took it: one with other models leaves it alone
+    taken_by: str = ""  # that router's life: it knows better than others which models there are
     status: BatchStatus = BatchStatus.VALIDATING
     stamps: dict[BatchStatus, int] = msgspec.field(default_factory=dict)  # when each state was reached
-    errors: list[InputFault] = []
+    errors: list[InputFault] = []  # or, while it has not ended, what its lines wait for
     total: int = 0  # lines
     completed: int = 0
     failed: int = 0

@@ -19,7 +19,7 @@ from ..state.errors import clip
 from .content import content
 from .creation import new_record
 from .files import INPUT
-from .folder import refusing_full_disk
+from .folder import Room, refusing_full_disk
 from .keeper import Keeper
 from .record import BatchRecord
 from .run import RunDeps
@@ -125,7 +125,7 @@ class BatchRoutes:
             data = await read_body(headers, request.receive, held, max_bytes=_MAX_BODY_BYTES)
             raw = await deps.json.parse(data)
         name = key_name(headers, context_of(request.scope).tenant)
-        record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model, name)
+        record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model, name, deps.life)
         with refusing_full_disk():
             known = await asyncio.to_thread(self._create, deps, record)
         assert self.keeper is not None
@@ -144,6 +144,10 @@ class BatchRoutes:
             raise RequestError(
                 f"input_file_id: the file's purpose is {stored.purpose}, not {INPUT}", param="input_file_id"
             )
+        room = Room(deps.store.folder)
+        room.measure()
+        if room.is_used_up:
+            raise room.refusal()
         if deps.store.num_unended(record.owner) >= MAX_UNENDED:
             raise CapacityError(f"{MAX_UNENDED} batches have not ended yet", retry_after_s=60.0)
         try:

@@ -1,7 +1,9 @@
 """One batch, from its input to its files, by the router that holds its lock.
 
     validate ─> ask every line that the journal lacks ─> write the files ─> ended
-                     ^ slots, shared by all batches of this router
+        │            ^ slots, shared by all batches of this router
+        │            │ and as long as the folder has room
+        └────────────┴─> set aside, where lines name models that only another router has, or a later load
 
 It may be killed anywhere: the record says which stage to begin with, the journal which lines are done, and the files
 that it writes have names that do not depend on the try.
@@ -12,36 +14,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
-import msgspec
 import structlog
 
+from ...common.errors import RequestError
 from ..helpers.json_parser import JsonParser
-from .call import CallAnswer, LineCaller
-from .files import OUTPUT, FileStore
+from . import faults
+from .call import LineCaller
+from .files import FileStore
 from .input import CheckModel, InputLine, read_body, read_input
 from .journal import FinishedLine, Journal
+from .outputs import line_of, write_files
 from .record import BatchRecord, BatchStatus, InputFault
-from .store import BatchStore, output_id
+from .store import BatchStore
+from .verdict import MODEL_NOT_FOUND, Verdict, verdict_on
 
 FLUSH_EVERY_S = 0.2  # answers are synced together: what is not synced is asked again after a power failure
 _TELL_EVERY_S = 1.0  # counts in the record
 MAX_TRIES = 3  # of a line that the server could not answer; one that found no room is tried until the window is over
 _PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0  # before another try; it doubles
 _END_OF = {BatchStatus.FINALIZING: BatchStatus.COMPLETED, BatchStatus.CANCELLING: BatchStatus.CANCELLED}
-_NO_ROOM = frozenset({429, 503})
-_GONE = InputFault("input_gone", "the batch's input file is gone from the server's data folder")
-_REASONS = {
-    BatchStatus.EXPIRED: ("batch_expired", "the completion window was over before this request was answered"),
-    BatchStatus.CANCELLED: ("batch_cancelled", "the batch was cancelled before this request was answered"),
-}
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -60,9 +58,11 @@ class RunDeps:
     check_model: CheckModel
     tenant_of: Callable[[str], bytes]  # by the owner's name on disk
     slots: asyncio.Semaphore
+    has_room: asyncio.Event = field(default_factory=asyncio.Event)  # set when the folder was found to have room
     now_s: Callable[[], float] = time.time
     pause_s: float = _PAUSE_S
     on_line: Callable[[bool], None] = lambda is_ok: None  # for metrics
+    life: str = field(default_factory=lambda: secrets.token_hex(8))  # of this router: it knows what it took itself
 
 
 @dataclass(slots=True)
@@ -71,6 +71,7 @@ class BatchRun:
 
     record: BatchRecord
     deps: RunDeps
+    missing: set[str | None] = field(default_factory=set)  # models of lines, without which it cannot go on here
     _lines: list[InputLine] = field(default_factory=list)
     _finished: list[FinishedLine] = field(default_factory=list)  # not in the journal yet
     _has_finished: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,7 +86,10 @@ class BatchRun:
         self._stop.set()
 
     async def run(self) -> None:
-        """Bring the batch to its end. Raises OSError where the disk fails, CapacityError where no helper answers."""
+        """Bring the batch to its end, or as far as it comes without the `missing` models.
+
+        Raises OSError where the disk fails, CapacityError where no helper answers.
+        """
         record = self.record
         if record.status is BatchStatus.VALIDATING and not await self._validate():
             return
@@ -95,7 +99,10 @@ class BatchRun:
         self._count(journal)
         if record.status in (BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING):  # of the latter all should be there
             await self._ask_all(journal)
-        await self._finalize(journal)
+        if self.missing and self._stopped_by is None:
+            await self._set_aside()
+        else:
+            await self._finalize(journal)
 
     # --- validating -----------------------------------------------------------------------------------------
 
@@ -103,15 +110,33 @@ class BatchRun:
         """Return whether there is something to do."""
         record = self.record
         is_asked = self._stopped_by is None  # else its lines need no model
-        self._lines, faults = await self._read(self.deps.check_model if is_asked else _any_model)
-        if faults and not (self._is_input_gone and self._stopped_by):  # a stopped one has its own end
-            record.errors = faults
+        self._lines, found = await self._read(self._check_model if is_asked else _any_model)
+        if self.missing and record.taken_by != self.deps.life and {each.code for each in found} == {MODEL_NOT_FOUND}:
+            await self._set_aside()
+            return False
+        if found and not (self._is_input_gone and self._stopped_by):  # a stopped one has its own end
+            record.errors = found
             await self._end(BatchStatus.FAILED)
             return False
         if self._stopped_by is None:
-            record.total = len(self._lines)
+            record.total, record.errors = len(self._lines), []
             await self._advance(BatchStatus.IN_PROGRESS)
         return True
+
+    def _check_model(self, name: str | None) -> None:
+        try:
+            self.deps.check_model(name)
+        except RequestError as error:
+            if error.code == MODEL_NOT_FOUND:
+                self.missing.add(name)
+            raise
+
+    async def _set_aside(self) -> None:
+        """Tell what the batch waits for: its lines are left to who has it."""
+        record = self.record
+        record.errors = faults.missing(self.missing)
+        log.warning("batch_waits_for_models", batch_id=record.id, why=record.errors[0].message)
+        await _unhurried(self.deps.store.save, record)
 
     async def _read(self, check_model: CheckModel) -> tuple[list[InputLine], list[InputFault]]:
         store, record = self.deps.store, self.record
@@ -119,12 +144,14 @@ class BatchRun:
             return await read_input(store.input(record.id), record.endpoint, self.deps.json, check_model)
         except FileNotFoundError:  # it does not come back: another try would end here too
             self._is_input_gone = True
-            return [], [_GONE]
+            return [], [faults.GONE]
 
     # --- asking ---------------------------------------------------------------------------------------------
 
     async def _ask_all(self, journal: Journal) -> None:
-        """Ask what has no answer, until all have one or the batch is stopped."""
+        """Ask what has no answer, until all have one whose models are here, or the batch is stopped."""
+        if self._stopped_by is None:
+            self.record.errors = []
         asking = asyncio.create_task(self._ask_rest(journal))
         writing = asyncio.create_task(self._write_on(journal))
         stopping = asyncio.create_task(self._stop.wait())
@@ -135,9 +162,11 @@ class BatchRun:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if self._finished:
-                journal.append(self._finished)  # at once: this task may be at its end
-                self._finished.clear()
+            try:
+                if self._finished:
+                    journal.append(self._finished)  # at once: this task may be at its end
+            finally:
+                self._drop_finished(len(self._finished))
         for task in (asking, writing):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
@@ -145,10 +174,29 @@ class BatchRun:
 
     async def _ask_rest(self, journal: Journal) -> None:
         async with asyncio.TaskGroup() as under_way:
-            for number in range(len(self._lines)):
-                if number not in journal.places:
-                    await self.deps.slots.acquire()
+            for number, line in enumerate(self._lines):
+                if number not in journal.places and line.model not in self.missing:
+                    await self._take_slot()
                     under_way.create_task(self._ask(number)).add_done_callback(self._free_slot)
+
+    async def _take_slot(self) -> None:
+        """Wait for a slot while the folder has room for answers. Those of lines under way are written all the same."""
+        slots, folder = self.deps.slots, self.deps.store.folder
+        await slots.acquire()
+        while folder.is_full:
+            slots.release()
+            await self._wait_for_room()
+            await slots.acquire()
+
+    async def _wait_for_room(self) -> None:
+        folder, record = self.deps.store.folder, self.record
+        record.errors = [faults.FULL]
+        log.warning("batch_waits_for_room", batch_id=record.id, max_bytes=folder.max_bytes)
+        await _unhurried(partial(self.deps.store.save, lasts=False), record)
+        while folder.is_full:
+            self.deps.has_room.clear()
+            await self.deps.has_room.wait()
+        record.errors = []
 
     def _free_slot(self, _task: asyncio.Task[None]) -> None:
         self.deps.slots.release()
@@ -160,13 +208,19 @@ class BatchRun:
         tries, pause_s = 0, deps.pause_s
         while True:
             answer = await deps.caller.ask(record.endpoint, body, deps.tenant_of(record.owner))
-            tries += answer.status >= 500 and answer.status not in _NO_ROOM
-            if answer.status not in _NO_ROOM and (answer.status < 500 or tries >= MAX_TRIES):
+            verdict = verdict_on(answer)
+            if verdict is Verdict.NO_MODEL:
+                self.missing.add(line.model)
+                return
+            tries += verdict is Verdict.FAILED
+            if verdict is Verdict.FINAL or tries >= MAX_TRIES:
                 break
             await asyncio.sleep(max(pause_s, answer.retry_after_s or 0.0))
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
         is_ok = answer.status < 400
-        self._finished.append(FinishedLine(number, is_ok, _shown(line, answer)))
+        finished = FinishedLine(number, is_ok, line_of(line, answer))
+        self._finished.append(finished)
+        deps.store.folder.add_answer(finished.answer)
         self._has_finished.set()
         deps.on_line(is_ok)
 
@@ -178,12 +232,17 @@ class BatchRun:
             self._has_finished.clear()
             group = list(self._finished)
             await _unhurried(journal.append, group)
-            del self._finished[: len(group)]
+            self._drop_finished(len(group))
             now_s = asyncio.get_running_loop().time()  # no wall clock's, which may be set back
             if now_s - self._told_s >= _TELL_EVERY_S:
                 self._told_s = now_s
                 self._count(journal)
                 await _unhurried(partial(self.deps.store.save, lasts=False), self.record)
+
+    def _drop_finished(self, number: int) -> None:
+        """Forget the first ones: the journal has them, or nobody will."""
+        self.deps.store.folder.drop_answers(each.answer for each in self._finished[:number])
+        del self._finished[:number]
 
     def _count(self, journal: Journal) -> None:
         if not self._is_input_gone:  # else the record knows it, from when the input was checked
@@ -199,7 +258,7 @@ class BatchRun:
         record, is_whole = self.record, 0 < self.record.total == len(journal.places)
         is_cut = self._is_input_gone and not is_whole
         if is_cut:
-            record.errors = [_GONE]
+            record.errors = [faults.GONE]
         if record.status in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS):  # else an earlier router came so far
             if self._stopped_by is BatchStatus.CANCELLING:
                 await self._advance(BatchStatus.CANCELLING)
@@ -207,44 +266,9 @@ class BatchRun:
                 await self._advance(BatchStatus.FINALIZING)
         is_due = not is_cut or self._stopped_by is BatchStatus.EXPIRED
         end = _END_OF.get(record.status, BatchStatus.EXPIRED if is_due else BatchStatus.FAILED)
-        record.output_file_id, record.error_file_id = await _unhurried(self._write_files, journal, end)
+        written = await _unhurried(write_files, self.deps.files, record, journal, self._lines, end)
+        record.output_file_id, record.error_file_id = written
         await self._end(end)
-
-    def _write_files(self, journal: Journal, end: BatchStatus) -> tuple[str | None, str | None]:
-        """Write each line's answer into the output file or the error file, in the order of the input."""
-        folder = self.deps.files.folder
-        parts = {True: folder.new_part(), False: folder.new_part()}
-        try:
-            with parts[True].open("wb") as outputs, parts[False].open("wb") as errors:
-                files = {True: outputs, False: errors}
-                for number, answer, is_ok in journal.answers(range(self.record.total)):
-                    self.record.failed += answer is None
-                    if answer is not None:
-                        files[is_ok].write(answer + b"\n")
-                    elif self._lines:  # else nobody knows its custom_id any more
-                        files[is_ok].write(_unanswered(self._lines[number], end) + b"\n")
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-            return self._placed(parts[True], is_ok=True), self._placed(parts[False], is_ok=False)
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
-
-    def _placed(self, part: Path, *, is_ok: bool) -> str | None:
-        """Return the id of a file; None where nothing is in it."""
-        if not part.stat().st_size:
-            return None
-        record, kind = self.record, "output" if is_ok else "error"
-        stored = self.deps.files.add(
-            part,
-            owner=record.owner,
-            filename=f"{record.id}_{kind}.jsonl",
-            purpose=OUTPUT,
-            lifetime_s=record.output_lifetime_s,
-            file_id=output_id(record.id, kind),
-        )
-        return stored.id
 
     async def _advance(self, to: BatchStatus) -> None:
         self.record.advance(to, self.deps.now_s())
@@ -270,20 +294,3 @@ async def _unhurried(function: Callable[[*Arguments], Result], *arguments: *Argu
     except asyncio.CancelledError:
         await asyncio.wait([writing])
         raise
-
-
-def _shown(line: InputLine, answer: CallAnswer) -> bytes:
-    """Return OpenAI's line for an answer."""
-    response = {"status_code": answer.status, "request_id": answer.request_id, "body": msgspec.Raw(answer.body)}
-    return _encoded(line, answer.request_id, response, None)
-
-
-def _unanswered(line: InputLine, end: BatchStatus) -> bytes:
-    code, message = _REASONS.get(end, _REASONS[BatchStatus.EXPIRED])
-    return _encoded(line, line.custom_id, None, {"code": code, "message": message})
-
-
-def _encoded(line: InputLine, name: str, response: object, error: object) -> bytes:
-    return msgspec.json.encode(
-        {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": error}
-    )

@@ -20,7 +20,7 @@ import msgspec
 
 from ...common.errors import RequestError
 from ..state.errors import clip
-from .folder import DataFolder, sync_folder
+from .folder import JOURNAL, DataFolder, sync_folder
 from .record import CANCELLABLE, BatchRecord
 
 _ID = re.compile(r"batch_[0-9a-f]{32}")
@@ -65,7 +65,7 @@ class BatchStore:
         return self.path(batch_id) / "input.jsonl"
 
     def journal(self, batch_id: str) -> Path:
-        return self.path(batch_id) / "journal"
+        return self.path(batch_id) / JOURNAL
 
     def save(self, record: BatchRecord, *, lasts: bool = True) -> None:
         """Write a record. For the holder of its lock."""
@@ -147,12 +147,14 @@ class BatchStore:
             path.unlink(missing_ok=True)
 
     def sweep(self, now_s: float) -> None:
-        """Delete batches that ended long ago, and what was never created. `now_s`: since 1970."""
+        """Delete batches that ended long ago, and what nobody needs or has created. `now_s`: since 1970."""
         oldest_s = now_s - self.folder.retention_s
         for record in list(self._all()):
             if record.has_ended and record.stamps.get(record.status, record.created_at) < oldest_s:
                 shutil.rmtree(self.path(record.id), ignore_errors=True)
                 self._ended.discard(record.id)
+            elif record.has_ended:  # its router may have been killed in between
+                self.clear(record.id)
         for path in list(self.folder.batches.glob(f"{_NEW}*")):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < now_s - 3600:

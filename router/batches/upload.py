@@ -23,7 +23,7 @@ from ...common.errors import RequestError
 from ..api.body import ClientGone, check_codings
 from ..state.errors import clip
 from .files import INPUT
-from .folder import DataFolder, no_room
+from .folder import DataFolder, Room, no_room
 
 MAX_FILE_BYTES = 512 * 2**20  # OpenAI's limit for any file; of batches 200 MB
 WRITE_BYTES = 512 * 2**10  # parsed and written in one go: larger ones need more memory, smaller ones more threads
@@ -184,21 +184,19 @@ class _Incoming:
         self.num_bytes = 0
         self.is_kept = False
         self._folder = folder
-        # Of this moment: an upload that finds its place while the folder is measured rather counts twice than never.
-        self._num_before, self._num_arrived = folder.num_incoming, folder.num_arrived
-        self._room = 0
+        self._room = Room(folder)
 
     def measure(self) -> int:
         """Return how many bytes may still be added. Waits for the disk."""
-        self._room = max(0, self._folder.max_bytes - self._folder.num_bytes() - self._num_before)
-        return self._room
+        self._room.measure()
+        return max(0, self._room.num_bytes)
 
     def add(self, num_bytes: int) -> None:
         """Count what has come. Raises RequestError (507) where it, and what others have brought, fill the room."""
         self.num_bytes += num_bytes
         self._folder.num_incoming += num_bytes
         self._folder.num_arrived += num_bytes
-        if self._folder.num_arrived - self._num_arrived > self._room:
+        if self._room.num_bytes < 0:
             raise no_room(self._folder.max_bytes)
 
     def end(self) -> None:

@@ -13,16 +13,10 @@ _EVERY_S = 10.0
 _BLOCK_BYTES = 4096
 
 
-def unlink(path: Path) -> bool:
-    """Delete a file, whoever reads it."""
-    path.unlink(missing_ok=True)
-    return True
-
-
 class Sweeper:
     """`Sweeper` looks through the folder on a thread, when it is told that files come. Belongs to a loop."""
 
-    def __init__(self, path: Path, keep_s: float, max_bytes: int, delete: Callable[[Path], bool] = unlink) -> None:
+    def __init__(self, path: Path, keep_s: float, max_bytes: int, delete: Callable[[Path], bool]) -> None:
         """`keep_s`: since a file was written to. `delete` tells whether it has deleted one, which may be in use."""
         self._path = path
         self._keep_s = keep_s

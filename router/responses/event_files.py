@@ -20,6 +20,7 @@ from ..kept.answer_log import MAX_BYTES as MAX_BYTES_OF_ONE
 from ..kept.files import make_folder
 from ..kept.sweeper import Sweeper
 from .store import MAX_AGE_S, MAX_BYTES_OF_FOLDER
+from .task_folder import unlink_unless_under_way
 
 _END = b"\n\n"  # of an event; JSON has none
 _LAST_EVENTS = tuple(b"event: response.%b\n" % kind for kind in (b"completed", b"incomplete", b"failed"))
@@ -114,15 +115,15 @@ class EventReader:
 class EventFolder:
     """`EventFolder` is one router's view of the files."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES_OF_FOLDER) -> None:
         """Raises ConfigError for a folder that cannot be made."""
         self._path = path
-        self._sweeper = Sweeper(path, MAX_AGE_S, MAX_BYTES_OF_FOLDER)
+        self.sweeper = Sweeper(path, MAX_AGE_S, max_bytes, unlink_unless_under_way)
         make_folder(path)
 
     def create(self, name: str, events: bytes) -> EventFile:
         """Begin a response's events with these. Raises OSError."""
-        self._sweeper.now_and_then()
+        self.sweeper.now_and_then()
         path = self._path / name
         file = EventFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600))
         file.add(events)

@@ -3,7 +3,7 @@
     FolderStore   files, which the routers of one folder share, and which outlive each of them
     MemoryStore   this router's own memory, where there is no folder
 
-The oldest leave first. What a client is told of is there before it is told.
+The oldest leave first, but for the state of what is under way. What a client is told of is there before it is told.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Protocol
 from ...common.clock import Clock
 from ..kept.files import make_folder
 from ..kept.sweeper import Sweeper
+from .task_folder import unlink_unless_under_way
 
 MAX_BYTES_OF_FOLDER = 256 * 2**20  # more keeps them longer under load
 MAX_BYTES_OF_MEMORY = 64 * 2**20
@@ -45,7 +46,7 @@ class FolderStore:
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES_OF_FOLDER) -> None:
         """Raises ConfigError for a folder that cannot be made."""
         self._path = path
-        self.sweeper = Sweeper(path, MAX_AGE_S, max_bytes)
+        self.sweeper = Sweeper(path, MAX_AGE_S, max_bytes, unlink_unless_under_way)
         make_folder(path)
 
     def write(self, name: str, data: bytes) -> None:

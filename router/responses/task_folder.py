@@ -3,7 +3,8 @@
     NAME          what was asked, locked (flock) by the router that computes the answer: the lock ends with that process
     NAME.cancel   somebody wants no more of it, and the router that computes it looks here
 
-A file is there until its answer is kept. One that nobody has locked is taken by the next router that looks.
+A file is there until its answer is kept. One that nobody has locked is taken by the next router that looks. As long as
+it is there, the folders beside this one keep what they have under its name: the state, and the events.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import msgspec
 
 from ..kept.files import make_folder
 
+TASKS = "tasks"  # the folder's name, beside those of states and events
 _CANCEL = ".cancel"
 _NEW = ".new-"
 
@@ -129,3 +131,14 @@ class TaskFolder:
             (self._path / f"{name}{_CANCEL}").unlink(missing_ok=True)
             found.discard(name)
         return found
+
+
+def unlink_unless_under_way(path: Path) -> bool:
+    """Delete a response's file in a folder beside the tasks, unless it is still computed. Returns whether it is gone.
+
+    What is under way is older than the answers that others are given meanwhile, and as needed as it was.
+    """
+    if (path.parent.parent / TASKS / path.name).exists():
+        return False
+    path.unlink(missing_ok=True)
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from kvferry.router.batches.keeper import Keeper
 from kvferry.router.batches.record import BatchRecord, BatchStatus
 from kvferry.router.batches.run import BatchRun, RunDeps
 
-from .test_batch_run import Caller, create, deps_of, output, run_of
+from .test_batch_run import NO_ROOM, Caller, create, deps_of, output, run_of
 
 SOON_S = 10.0
 
@@ -33,7 +34,7 @@ async def test_the_end_of_a_batch_does_not_wait_for_those_that_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_module, "MAX_RUNS", 1)
-    deps = deps_of(tmp_path, Caller(lambda name: CallAnswer(503, "r", b"{}")))
+    deps = deps_of(tmp_path, Caller(lambda name: NO_ROOM))
     one, two = create(deps, 2), create(deps, 2)
     keeper = Keeper(deps)
     async with keeper.keeping():
@@ -52,7 +53,7 @@ async def test_a_wall_clock_that_is_set_right_again_ends_and_deletes_nothing(
     """The machine's clock goes to the next month and back; what it says for longer is believed."""
     monkeypatch.setattr(keeper_module, "SWEEP_S", 0.0)
     wall, has_room, num_looks = [1500.0], False, 0
-    caller = Caller(lambda name: None if has_room else CallAnswer(503, "r", b"{}"))
+    caller = Caller(lambda name: None if has_room else NO_ROOM)
     deps = deps_of(tmp_path, caller, lambda: wall[0])
     batch_id, old_id = create(deps, 2), create(deps, 1)
     deps.store.ask_to_cancel(old_id, "o")
@@ -168,3 +169,69 @@ async def test_a_batch_whose_lines_all_have_answers_needs_its_input_no_more(
     await again.run()
     assert again.record.status is BatchStatus.COMPLETED and not again.record.errors
     assert len(output(deps, again.record.output_file_id)) == 2
+
+
+def _hold(name: str) -> CallAnswer | None:
+    return NO_ROOM
+
+
+async def _run_by_owner(keeper: Keeper, expected: dict[str, int]) -> None:
+    """Look until so many of each owner run, and on: no more are begun."""
+
+    async def look() -> Counter[str]:
+        keeper.look_now()
+        await asyncio.sleep(0.002)
+        return Counter(running.run.record.owner for running in keeper._running.values())
+
+    async with asyncio.timeout(SOON_S):
+        while await look() != expected:
+            pass
+        for _ in range(50):
+            assert await look() == expected
+
+
+async def test_somebody_who_comes_later_finds_a_place_beside_whoever_has_many(tmp_path: Path) -> None:
+    deps = deps_of(tmp_path, Caller(_hold))
+    for number in range(20):
+        create(deps, 1, "many", 1000 + number)
+    keeper = Keeper(deps)
+    async with keeper.keeping():
+        await _run_by_owner(keeper, {"many": 8})
+        for number in range(5):
+            create(deps, 1, "some", 2000 + number)
+        create(deps, 1, "one", 3000)
+        await _run_by_owner(keeper, {"many": 8, "some": 4, "one": 1})
+        create(deps, 1, "late", 4000)
+        await _run_by_owner(keeper, {"many": 8, "some": 4, "one": 1, "late": 1})
+
+
+async def test_those_who_come_together_have_as_many_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "MAX_RUNS", 8)
+    deps = deps_of(tmp_path, Caller(_hold))
+    for number in range(5):
+        create(deps, 1, "older", 1000 + number)
+        create(deps, 1, "younger", 2000 + number)
+    keeper = Keeper(deps)
+    async with keeper.keeping():
+        await _run_by_owner(keeper, {"older": 3, "younger": 3})
+
+
+async def test_a_place_that_is_free_goes_to_whoever_has_the_fewest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "MAX_RUNS", 2)
+    deps = deps_of(tmp_path, Caller(_hold))
+    first = [create(deps, 1, "a", 1000 + number) for number in range(5)]
+    later = [create(deps, 1, "b", 2000 + number) for number in range(2)]
+    keeper = Keeper(deps)
+    async with keeper.keeping():
+        await _run_by_owner(keeper, {"a": 1, "b": 1})
+        assert keeper._running.keys() == {first[0], later[0]}
+        deps.store.ask_to_cancel(later[0], "b")
+        await ended(keeper, deps, later[0])
+        await _run_by_owner(keeper, {"a": 1, "b": 1})
+        assert keeper._running.keys() == {first[0], later[1]}
+        deps.store.ask_to_cancel(first[0], "a")
+        await ended(keeper, deps, first[0])
+        await _run_by_owner(keeper, {"a": 1, "b": 1})
+        assert keeper._running.keys() == {first[1], later[1]}

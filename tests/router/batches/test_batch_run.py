@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ from kvferry.router.helpers.json_parser import JsonParser
 
 from .batch_server import data_folder, jsonl, line
 
+NO_ROOM = CallAnswer(503, "r", b"{}", code="no_decode_capacity")
 _NEVER_S = 60.0  # fewer than the slots' number are asked at once
 
 
@@ -77,19 +79,26 @@ def deps_of(path: Path, caller: Caller, now_s: Callable[[], float] = lambda: 100
     )
 
 
-def create(deps: RunDeps, num_lines: int) -> str:
+def create(deps: RunDeps, num_lines: int, owner: str = "o", created_ns: int = 1000) -> str:
+    return create_of(deps, [line(str(number)) for number in range(num_lines)], owner, created_ns)
+
+
+def create_of(
+    deps: RunDeps, lines: list[dict[str, Any]], owner: str = "o", created_ns: int = 1000, taken_by: str = ""
+) -> str:
     part = deps.store.folder.new_part()
-    part.write_bytes(jsonl(*(line(str(number)) for number in range(num_lines))))
-    stored = deps.files.add(part, owner="o", filename="in", purpose=INPUT)
+    part.write_bytes(jsonl(*lines))
+    stored = deps.files.add(part, owner=owner, filename="in", purpose=INPUT)
     record = BatchRecord(
         id=f"batch_{secrets.token_hex(16)}",
-        owner="o",
+        owner=owner,
         endpoint="/v1/completions",
         input_file_id=stored.id,
         completion_window="24h",
         metadata=None,
         created_at=1000,
-        created_ns=1000,
+        created_ns=created_ns,
+        taken_by=taken_by,
         expires_at=2000,
     )
     deps.store.create(record, deps.files.path(stored))
@@ -130,7 +139,8 @@ async def test_what_found_no_room_is_asked_until_it_does_and_what_fails_three_ti
 
     def before(name: str) -> CallAnswer:
         status = answers[name].pop(0)
-        return CallAnswer(status, "r", b'{"status": %d}' % status)
+        code = "no_decode_capacity" if status == 503 else None
+        return CallAnswer(status, "r", b'{"status": %d}' % status, code=code)
 
     caller = Caller(before)
     deps = deps_of(tmp_path, caller)
@@ -295,7 +305,7 @@ async def test_a_batch_for_another_model_is_left_alone_until_its_time_is_over(tm
 
 async def test_time_ends_a_batch_by_the_clock(tmp_path: Path) -> None:
     now = [1999.0]
-    caller = Caller(lambda name: CallAnswer(503, "r", b"{}"))
+    caller = Caller(lambda name: NO_ROOM)
     deps = deps_of(tmp_path, caller, lambda: now[0])
     batch_id = create(deps, 2)
     keeper = Keeper(deps)
@@ -317,7 +327,7 @@ async def test_progress_is_told_though_the_wall_clock_is_set_back(
 ) -> None:
     monkeypatch.setattr(run, "_TELL_EVERY_S", 0.0)
     now, room = [1500.0], 1
-    caller = Caller(lambda name: None if int(name) < room else CallAnswer(503, "r", b"{}"))
+    caller = Caller(lambda name: None if int(name) < room else NO_ROOM)
     deps = deps_of(tmp_path, caller, lambda: now[0])
     batch_id = create(deps, 4)
 
@@ -356,6 +366,7 @@ def test_what_is_old_is_deleted(tmp_path: Path) -> None:
     deps.store.sweep(now[0])
     deps.files.sweep(now[0])
     assert deps.store.owned("o") and deps.files.owned("o") and folder.num_bytes()
+    assert not deps.store.input(record.id).exists()  # which a router has left that was killed at its end
     now[0] += folder.retention_s + 1
     assert not deps.files.owned("o")  # from the moment on
     deps.store.sweep(now[0])

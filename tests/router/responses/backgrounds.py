@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import httpx
 
 from kvferry.router.kept.answers import KeptAnswers
 from kvferry.router.responses.background import BackgroundResponses
+from kvferry.router.responses.event_files import EventFolder
+from kvferry.router.responses.store import FolderStore
 
 from ..fakes import Script, Served, serve
 
@@ -74,3 +78,22 @@ def text_of(response: dict[str, Any]) -> str:
     [item] = response["output"]
     [part] = item["content"]
     return str(part["text"])
+
+
+async def sweep_below_what_follows(folder: Path) -> None:
+    """Have more come than the folders of states and events may have, after all that is in them."""
+    await asyncio.to_thread(_sweep, folder)
+
+
+def _sweep(folder: Path) -> None:
+    bound = 60_000
+    sweepers = FolderStore(folder / "responses", bound).sweeper, EventFolder(folder / "events", bound).sweeper
+    for path, sweeper in zip((folder / "responses", folder / "events"), sweepers, strict=True):
+        for older in path.iterdir():
+            os.utime(older, (time.time() - 100.0,) * 2)
+        for number in range(4):
+            (path / f"later{number}").write_bytes(b"x" * 15_000)
+            os.utime(path / f"later{number}", (time.time() - 50.0 + number,) * 2)
+        sweeper.sweep()
+        assert sum(max(4096, left.stat().st_size) for left in path.iterdir()) <= bound
+        assert (path / "later3").exists()

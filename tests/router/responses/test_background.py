@@ -17,7 +17,19 @@ from kvferry.router.responses.task_folder import Task, TaskFolder
 from kvferry.router.state.errors import StreamError
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, serve
-from .backgrounds import BODY, begin, call, ended, no_room, router, runs, shown, text_of, until
+from .backgrounds import (
+    BODY,
+    begin,
+    call,
+    ended,
+    no_room,
+    router,
+    runs,
+    shown,
+    sweep_below_what_follows,
+    text_of,
+    until,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +88,20 @@ async def test_what_a_router_takes_while_it_ends_is_computed_by_another_one(tmp_
     async with runs(second).keeping():
         for each in (state, late):
             assert text_of(await ended(second, each)) == "Hello"
+
+
+async def test_what_is_under_way_is_not_swept_away_by_answers_that_follow(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello", hold_at=2)), router(tmp_path, "Hello")
+    async with runs(first).keeping():
+        state = await begin(first)
+        await first.dispatcher.held.wait()
+        await sweep_below_what_follows(tmp_path)
+        assert await shown(second, state) == state
+    await sweep_below_what_follows(tmp_path)  # while it waits for another router, too
+    async with runs(second).keeping():
+        assert text_of(await ended(second, state)) == "Hello"
+    await sweep_below_what_follows(tmp_path)
+    assert (await call(second, "GET", f"/{state['id']}")).status_code == 404  # it leaves as others do, now
 
 
 async def test_a_router_without_workers_leaves_it_to_others(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from kvferry.router.responses.event_files import EventFolder
 from kvferry.router.state.errors import StreamError
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served
-from .backgrounds import BODY, PATH, call, no_room, router, runs, shown, until
+from .backgrounds import BODY, PATH, call, no_room, router, runs, shown, sweep_below_what_follows, until
 
 STREAM = BODY | {"stream": True}
 Event = dict[str, Any]
@@ -101,6 +101,19 @@ async def test_its_events_come_as_those_of_any_stream_and_its_name_at_once(tmp_p
     assert [event["type"] for event in events] == [event["type"] for event in read(plain.text)]
     assert events[-1]["response"] == await shown(served, created["response"])
     assert not list((tmp_path / "tasks").iterdir())
+
+
+async def test_its_first_events_are_there_however_long_it_waits(tmp_path: Path) -> None:
+    served = router(tmp_path, script=Script("Hello, world", hold_at=0))
+    following = await begin(served, tmp_path)
+    name = read(events_in(tmp_path))[0]["response"]["id"]
+    await served.dispatcher.held.wait()
+    await sweep_below_what_follows(tmp_path)
+    other = asyncio.create_task(followed(served, name))
+    served.dispatcher.go.set()
+    events = read((await following).text)
+    check_whole(events, "Hello, world")
+    assert await other == events == await followed(served, name)
 
 
 async def test_many_follow_at_any_router_from_wherever_they_are(tmp_path: Path) -> None:
