@@ -29,10 +29,13 @@ from ..common.errors import ConfigError
 from ..wire.credentials import read_private
 
 MAX_KEYS = 10_000
+MAX_FILE_BYTES = 400 * MAX_KEYS  # twice what `kvferry keys add` writes of the longest id and expiry
 _PREFIX = "kvf-"  # so that a key that leaked is recognised as one
 _HASH = "blake2b:"
 _DIGEST_BYTES = 32
 _PERSON = b"kvferry-api-key"
+_MAX_DEPTH = 8  # of lists and mappings in one another: a file of keys has two
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
 
 
 def _moment(value: datetime | date | None) -> datetime | None:
@@ -72,8 +75,18 @@ def digest_of(key: bytes) -> bytes:
 
 def read_key_file(path: Path, setting: str) -> tuple[KeyEntry, ...]:
     """Read the entries of a file, each checked. Raises ConfigError that names the line."""
+    return keys_of(key_file_text(path, setting), path, setting)
+
+
+def key_file_text(path: Path, setting: str) -> bytes:
+    """Return what is in the file. Raises ConfigError where it cannot be read, or where every user here can."""
+    return read_private(path, setting, MAX_FILE_BYTES)
+
+
+def keys_of(text: bytes, path: Path, setting: str) -> tuple[KeyEntry, ...]:
+    """Return the entries of a file's text. Raises ConfigError that names the line."""
     known: dict[bytes, KeyEntry] = {}
-    for entry, (first, _) in _read(path, setting):
+    for entry, (first, _) in _entries(text, path, setting):
         if known.setdefault(entry.digest, entry) != entry:
             raise ConfigError(
                 f"{setting}: {path}:{first + 1}: this key stands in the file already, with another id or expiry"
@@ -83,31 +96,37 @@ def read_key_file(path: Path, setting: str) -> tuple[KeyEntry, ...]:
 
 def add_key(path: Path, key_id: str, expires: datetime | None) -> str:
     """Draw a key and write its hash at the end of the file, made if need be. Returns the key, which is kept nowhere."""
-    known = _read(path, "file") if path.exists() else []
-    if len(known) >= MAX_KEYS:
+    data = key_file_text(path, "file") if path.exists() else b""
+    if len(_entries(data, path, "file")) >= MAX_KEYS:
         raise ConfigError(f"file: {path} holds {MAX_KEYS} keys already")
     key = _PREFIX + secrets.token_urlsafe(32)
     try:
         entry = KeyEntry(id=key_id, hash=_HASH + digest_of(key.encode()).hex(), expires=expires)
     except ValidationError:
         raise ConfigError(f"id: {key_id!r} is not 1 to 64 letters, digits and _ . @ + -") from None
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = data.decode()
     if text and not text.endswith("\n"):
         text += "\n"
     expiry = f"  expires: {entry.expires.isoformat()}\n" if entry.expires is not None else ""
-    _write(path, f"{text}- id: {entry.id}\n  hash: {entry.hash}\n{expiry}")
+    text += f"- id: {entry.id}\n  hash: {entry.hash}\n{expiry}"
+    if len(text.encode()) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"file: {path} would be larger than {MAX_FILE_BYTES} bytes with one more key: take keys or remarks out"
+        )
+    _write(path, text)
     return key
 
 
 def revoke_keys(path: Path, key_id: str) -> int:
     """Take all keys of this id out of the file; how many there were. Other lines stay as they are."""
-    entries = _read(path, "file")
+    data = key_file_text(path, "file")
+    entries = _entries(data, path, "file")
     for (_, (_, end)), (_, (first, _)) in pairwise(entries):
         if first < end:
             raise ConfigError(f"file: {path}:{first + 1}: two keys stand in one line; give each lines of its own")
     found = [lines for entry, lines in entries if entry.id == key_id]
     if found:
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = data.decode().splitlines(keepends=True)
         for first, end in reversed(found):
             while kept[end - 1].strip()[:1] in ("", "#"):  # a remark before the next key is that one's
                 end -= 1
@@ -116,10 +135,10 @@ def revoke_keys(path: Path, key_id: str) -> int:
     return len(found)
 
 
-def _read(path: Path, setting: str) -> list[tuple[KeyEntry, tuple[int, int]]]:
-    """Yield each entry with its lines: the first, and the one after the last."""
+def _entries(text: bytes, path: Path, setting: str) -> list[tuple[KeyEntry, tuple[int, int]]]:
+    """Return each entry with its lines: the first, and the one after the last."""
     try:
-        root = yaml.compose(read_private(path, setting).decode(), Loader=yaml.SafeLoader)
+        root = _compose(text.decode())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{setting}: {path}:{mark.line + 1 if mark else 1}: not YAML") from None
@@ -130,6 +149,20 @@ def _read(path: Path, setting: str) -> list[tuple[KeyEntry, tuple[int, int]]]:
     if len(root.value) > MAX_KEYS:
         raise ConfigError(f"{setting}: {path} holds {len(root.value)} keys; at most {MAX_KEYS} are read")
     return [(_entry(node, f"{setting}: {path}:{node.start_mark.line + 1}"), _lines(node)) for node in root.value]
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Raises YAMLError. libyaml tells of deep texts step by step, and crashes where it is to compose them."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError("too deep")
+    root: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+    return root
 
 
 def _lines(node: yaml.Node) -> tuple[int, int]:

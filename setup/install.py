@@ -22,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ _LOOK = (
 _COMPILE = "from kvferry.engine.cpu.build import load; from kvferry.models.default import cache_dir; load(cache_dir())"
 # Compilers know the flag -std=c++20 before they have all of its library: GCC 10 lacks this.
 _CPP20 = "#include <atomic>\nvoid wait(std::atomic<unsigned>& value) { value.wait(0); }\n"
+_SHARED = ("-std=c++20", "-fPIC", "-pthread", "-shared")
 _SIZES = {
     "torch": "torch (200 MB for CPU, 800 MB with CUDA)",
     "cuda": "CUDA's libraries (2 GB)",
@@ -223,8 +225,9 @@ def has_compiler() -> bool:
 def _compiles(name: str) -> bool:
     if shutil.which(name) is None:
         return False
-    command = [name, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
-    return subprocess.run(command, input=_CPP20, capture_output=True, text=True, check=False).returncode == 0
+    with tempfile.TemporaryDirectory() as folder:  # linked as well: the library is a package of its own on some systems
+        command = [name, *_SHARED, "-o", str(Path(folder, "trial.so")), "-x", "c++", "-"]
+        return subprocess.run(command, input=_CPP20, capture_output=True, text=True, check=False).returncode == 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class BuildPy(build_py):
         compiler = _compiler()
         for isa in (*compiler.SETS, *compiler.FLOAT32_SETS):
             try:
-                compiler.compiled(isa, command, Path(self.build_lib) / "kvferry" / "engine" / "cpu" / "prebuilt")
+                folder = Path(self.build_lib) / "kvferry" / "engine" / "cpu" / "prebuilt"
+                compiler.compiled(isa, command, folder, is_portable=True)
             except compiler.NativeUnavailable as reason:
                 self.announce(f"no library for {isa}: {reason}", level=3)
 

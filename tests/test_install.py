@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import kvferry
+from kvferry.engine.cpu.compiler import SETS, NativeUnavailable, find_compiler, try_out
 
 ROOT = Path(kvferry.__file__).resolve().parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -99,6 +100,31 @@ def test_a_compiler_of_an_older_language_is_none(
             (tmp_path / name).write_text(f"#!/bin/sh\nexit {int(age == 'old')}\n")
             (tmp_path / name).chmod(0o755)
     assert install.has_compiler() == is_enough
+
+
+def test_a_compiler_without_a_library_to_link_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the compiler is installed and the package of its C++ library is not."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    stand_in = tmp_path / "c++"
+    for text, is_enough in (
+        ('case " $* " in *" -c "* | *" -fsyntax-only "*) exit 0;; *) exit 1;; esac', False),  # it compiles alone
+        ('case " $* " in *" -static"*) exit 1;; *) exit 0;; esac', True),  # of a package with the shared library alone
+    ):
+        stand_in.write_text(f"#!/bin/sh\n{text}\n")
+        stand_in.chmod(0o755)
+        assert install.has_compiler() == is_enough
+
+
+def test_the_compiler_of_this_machine_is_found_where_kvferry_uses_it() -> None:
+    try:
+        command = find_compiler()
+        try_out(next(iter(SETS)), command)
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native code on this machine: {reason}")
+    if len(command) > 1:
+        pytest.skip("zig alone is here, which is what a machine without a compiler is given")
+    assert install.has_compiler()
 
 
 @pytest.mark.slow

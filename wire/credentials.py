@@ -76,16 +76,16 @@ def _parse_secrets(text: bytes, origin: str) -> tuple[bytes, ...]:
     return values
 
 
-def read_private(path: Path, setting: str) -> bytes:
+def read_private(path: Path, setting: str, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
     """Read a file of credentials. Raises ConfigError where it cannot be read, or where every user here can."""
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & (stat.S_IROTH | stat.S_IWOTH):
                 raise ConfigError(f"{setting}: every user may read or write {path} (mode {mode:04o}): chmod 600 {path}")
-            data = file.read(_MAX_FILE_BYTES + 1)
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"{setting}: cannot read {path}: {error.strerror}") from error
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{setting}: {path} is larger than {_MAX_FILE_BYTES} bytes")
+    if len(data) > max_bytes:
+        raise ConfigError(f"{setting}: {path} is larger than {max_bytes} bytes")
     return data

@@ -1,6 +1,6 @@
 """Chooses an instruction set for this processor and loads the C++ of `native/` for it, compiled once per machine.
 
-    load(folder) -> the library: from the wheel, or built at first use (a few seconds) and kept in `folder`
+    load(folder) -> the library: from the wheel, or built at first use (a few seconds) and kept below `folder`
 
 amx          AVX-512 with bfloat16 products, and AMX tiles where sums are many
 avx512_bf16  AVX-512 with bfloat16 products
@@ -21,24 +21,33 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import structlog
+
 from ...common.config import CpuIsa
 from ...common.errors import ConfigError
 from ...common.processor import processor_features
-from .compiler import ALL_SETS, FLOAT32_SETS, SETS, NativeUnavailable, compiled, find_compilers, prebuilt, try_out
+from .compiler import ALL_SETS, FLOAT32_SETS, SETS, NativeUnavailable, find_compilers, prebuilt, try_out
+from .kept import is_kept, load_kept, opened, why_not_kept
+
+log = structlog.get_logger(__name__)
 
 
 def load(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) -> ctypes.CDLL:
     """Load the library of the best set that can be had, or of the named one. Its calls release the interpreter's lock.
 
     `is_float32`: for models in float32; else in bfloat16. Raises NativeUnavailable, and ConfigError where the processor
-    lacks the named set, or float32 has none of the name.
+    lacks the named set, or float32 has none of the name. A set below the best is told in the log, with the reasons.
     """
     reasons: list[NativeUnavailable] = []
     for name in usable_sets(isa, is_float32=is_float32):
         try:
-            return _load(folder, name)
+            library = _load(folder, name)
         except NativeUnavailable as reason:
             reasons.append(reason)
+        else:
+            if reasons:
+                log.warning("slower_instruction_set", loaded=name, reasons=list(map(str, reasons)))
+            return library
     raise reasons[0]
 
 
@@ -68,11 +77,13 @@ def describe(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) ->
             return f"{name}, prebuilt"
         for command in _compilers(reasons):
             try:
-                try_out(name, command, folder)
+                if not is_kept(folder, name, command):
+                    try_out(name, command)
             except NativeUnavailable as reason:
                 reasons.append(reason)
             else:
-                return f"{name}, built by {' '.join(command)}"
+                why = why_not_kept(folder, name, command)
+                return f"{name}, built by {' '.join(command)}" + (f" at each start: {why}" if why else "")
     raise reasons[0]
 
 
@@ -85,39 +96,32 @@ def _compilers(reasons: list[NativeUnavailable]) -> list[tuple[str, ...]]:
 
 
 def _load(folder: Path, isa: str) -> ctypes.CDLL:
-    library = _prebuilt(isa) or _opened(_made(folder, isa))
+    reasons: list[NativeUnavailable] = []
+    library = _prebuilt(isa, reasons) or _made(folder, isa, reasons)
     library.kvferry_may_run.restype = ctypes.c_bool
     if not library.kvferry_may_run():
         raise NativeUnavailable(f"the kernel does not let this process use {isa}")
     return library
 
 
-def _prebuilt(isa: str) -> ctypes.CDLL | None:
+def _prebuilt(isa: str, reasons: list[NativeUnavailable]) -> ctypes.CDLL | None:
     """Return None where none is there, or the one that is needs a newer libc."""
     found = prebuilt(isa)
     try:
-        return None if found is None else _opened(found)
-    except NativeUnavailable:
+        return None if found is None else opened(found)
+    except NativeUnavailable as reason:
+        reasons.append(reason)
         return None
 
 
-def _made(folder: Path, isa: str) -> Path:
-    """Return what the first compiler makes that can: a system's own may be too old, and another beside it."""
-    reasons: list[NativeUnavailable] = []
-    for command in find_compilers():
+def _made(folder: Path, isa: str, reasons: list[NativeUnavailable]) -> ctypes.CDLL:
+    """Load what the first compiler makes that can: a system's own may be too old, and another beside it."""
+    for command in _compilers(reasons):
         try:
-            return compiled(isa, command, folder)
+            return load_kept(folder, isa, command)
         except NativeUnavailable as reason:
             reasons.append(reason)
     raise reasons[0]
-
-
-def _opened(path: Path) -> ctypes.CDLL:
-    """Raises NativeUnavailable: the folder may not be for programs, or the file not whole."""
-    try:
-        return ctypes.CDLL(str(path.absolute()))  # a name without a folder is looked for elsewhere
-    except OSError as error:  # which names the file
-        raise NativeUnavailable(f"the library cannot be loaded: {error}") from error
 
 
 def _names(features: frozenset[str]) -> str:

@@ -16,11 +16,12 @@ import importlib.util
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PREBUILT = Path(__file__).parent / "prebuilt"  # filled in a wheel
@@ -29,7 +30,9 @@ _ZIG = "ziglang"  # a Python package, which setup/install.py brings where there 
 _COMPILERS = ("c++", "g++", "clang++", _ZIG)
 # One order of sums and one rounding for each: a product and a sum are contracted where the source says so alone.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
-_LINK = ("-O3", "-fPIC", "-pthread", "-shared", "-s", "-static-libstdc++", "-static-libgcc")
+_LINK = ("-O3", "-fPIC", "-pthread", "-shared", "-s")
+# Whatever C++ library is loaded already may be older than the compiler's, and elsewhere there may be none.
+_STATIC = ("-static-libstdc++", "-static-libgcc")
 _FLOAT32 = "-DKVFERRY_FLOAT32"
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
@@ -71,6 +74,10 @@ class NativeUnavailable(Exception):
     """The reason why this machine, or this model, does without C++."""
 
 
+class CannotKeep(NativeUnavailable):
+    """The reason why no library is kept in a folder."""
+
+
 def find_compiler() -> tuple[str, ...]:
     """Find the command that is tried first. Raises NativeUnavailable."""
     return find_compilers()[0]
@@ -95,23 +102,32 @@ def prebuilt(isa: str) -> Path | None:
     return next(PREBUILT.glob(f"kernels-{isa}-{_source_hash(isa)}-*.so"), None)
 
 
-def compiled(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
-    """Return the library for an instruction set, which is now compiled if it is missing. Raises NativeUnavailable."""
-    library = _library(isa, compiler, folder)
+def compiled(
+    isa: str,
+    compiler: tuple[str, ...],
+    folder: Path,
+    *,
+    accepts: Callable[[Path], bool] = Path.is_file,
+    is_portable: bool = False,
+) -> Path:
+    """Return the library for an instruction set, which is now compiled unless one is there that the caller accepts.
+
+    `is_portable`: it needs no C++ library where it is loaded, or is not made. Raises NativeUnavailable; CannotKeep
+    where a file cannot be written.
+    """
+    library = library_path(isa, compiler, folder)
     try:
-        if not library.is_file():
+        if not accepts(library):
             with _turn_in(folder):
-                if not library.is_file():
-                    _build(compiler, isa, library)
+                if not accepts(library):
+                    _build(compiler, isa, library, is_portable=is_portable)
     except OSError as error:
-        raise NativeUnavailable(f"{library} cannot be built: {error}") from error
+        raise CannotKeep(f"{library} cannot be built: {error}") from error
     return library
 
 
-def try_out(isa: str, compiler: tuple[str, ...], folder: Path) -> None:
-    """Compile a few lines as the library would be, unless that is there. Raises NativeUnavailable."""
-    if _library(isa, compiler, folder).is_file():
-        return
+def try_out(isa: str, compiler: tuple[str, ...]) -> None:
+    """Compile a few lines as the library would be. Raises NativeUnavailable."""
     try:
         with tempfile.TemporaryDirectory() as there:
             source = Path(there, "trial.cpp")
@@ -121,7 +137,8 @@ def try_out(isa: str, compiler: tuple[str, ...], folder: Path) -> None:
         raise NativeUnavailable(f"{compiler[0]} cannot be tried: {error}") from error
 
 
-def _library(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
+def library_path(isa: str, compiler: tuple[str, ...], folder: Path) -> Path:
+    """Return where the library is, once it is compiled. Raises NativeUnavailable for a compiler that does not run."""
     return folder / f"kernels-{isa}-{_source_hash(isa)}-{_hash(_run([*compiler, '--version']).encode())}.so"
 
 
@@ -136,7 +153,7 @@ def _flags(isa: str) -> list[str]:
 
 def _source_hash(isa: str) -> str:
     files = sorted(path for path in _SOURCE.rglob("*") if path.suffix in (".cpp", ".hpp"))
-    return _hash(*(path.read_bytes() for path in files), " ".join([*_flags(isa), *_LINK]).encode())
+    return _hash(*(path.read_bytes() for path in files), " ".join([*_flags(isa), *_LINK, *_STATIC]).encode())
 
 
 def _hash(*parts: bytes) -> str:
@@ -159,17 +176,28 @@ def _turn_in(folder: Path) -> Iterator[None]:
         os.close(locked)  # which unlocks it, as the end of the process does
 
 
-def _build(compiler: tuple[str, ...], isa: str, library: Path) -> None:
+def _build(compiler: tuple[str, ...], isa: str, library: Path, *, is_portable: bool = False) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.stem}.") as folder:
-        os.replace(_make(compiler, isa, ["-I", str(_SOURCE), str(_SOURCE / "decoder.cpp")], Path(folder)), library)
+        source = ["-I", str(_SOURCE), str(_SOURCE / "decoder.cpp")]
+        made = _make(compiler, isa, source, Path(folder), is_portable=is_portable)
+        with open(made, "rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            os.fchmod(file.fileno(), mode & ~(stat.S_IWGRP | stat.S_IWOTH))
+            os.fsync(file.fileno())  # the rename must not outlive the bytes in a power cut
+        os.replace(made, library)
 
 
-def _make(compiler: tuple[str, ...], isa: str, source: list[str], folder: Path) -> str:
+def _make(compiler: tuple[str, ...], isa: str, source: list[str], folder: Path, *, is_portable: bool = False) -> str:
     """Compile and link the source in this folder."""
     part, whole = os.path.join(folder, "part.o"), os.path.join(folder, "whole.so")
     flags = [flag.replace(_ARM, _ARM_OF_ZIG) if _ZIG in compiler else flag for flag in _flags(isa)]
     _run([*compiler, *flags, "-c", "-o", part, *source])
-    _run([*compiler, *_LINK, "-o", whole, part])  # apart: zig has one C++ library for all sets then
+    try:
+        _run([*compiler, *_LINK, *_STATIC, "-o", whole, part])  # apart: zig has one C++ library for all sets then
+    except NativeUnavailable:
+        if is_portable:
+            raise
+        _run([*compiler, *_LINK, "-o", whole, part])  # some systems have what is static in a package of its own
     return whole
 
 

@@ -80,9 +80,9 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
         )
     head_dim = _head_dim(fields, of, hidden_size // num_heads)
     special = {
-        f"{name}_token_id": fields.integer(f"tokenizer.ggml.{key}_token_id")
+        f"{name}_token_id": fields.special[key]
         for name, key in SPECIAL.items()
-        if name != "unk" and fields.find(f"tokenizer.ggml.{key}_token_id") is not None
+        if name != "unk" and key in fields.special
     }
     config: Json = {
         "architectures": [of.family],
@@ -162,7 +162,7 @@ def gguf_generation_config(fields: GgufFields, config: Mapping[str, object]) -> 
     Few files name the token that ends a turn; as in llama.cpp, it is known by its text.
     """
     special = {f"{name}_token_id": config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    turns = [fields.find(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    turns = [fields.special.get(name) for name in ("eot", "eom")]
     tokens = {token: index for index, token in enumerate(fields.texts("tokenizer.ggml.tokens")) if token in _TURN_ENDS}
     if "<|return|>" in tokens:  # of gpt-oss, where `<|end|>` is between two parts of a turn
         tokens.pop("<|end|>", None)
@@ -176,9 +176,7 @@ def gguf_generation_config(fields: GgufFields, config: Mapping[str, object]) -> 
 def gguf_tokenizer_config(fields: GgufFields, max_model_len: object) -> Json:
     tokens = fields.texts("tokenizer.ggml.tokens")
     config: Json = {
-        f"{name}_token": tokens[fields.integer(f"tokenizer.ggml.{key}_token_id")]
-        for name, key in SPECIAL.items()
-        if fields.find(f"tokenizer.ggml.{key}_token_id") is not None
+        f"{name}_token": tokens[fields.special[key]] for name, key in SPECIAL.items() if key in fields.special
     }
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",

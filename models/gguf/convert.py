@@ -58,19 +58,29 @@ def convert_gguf(
     """
     progress(0.0)
     try:
-        fields, sources = read_gguf(source)
-        architecture = gguf_architecture(fields)
-        shapes = {tensor.name: shape_of(tensor) for tensor in sources}
-        config = gguf_model_config(fields, architecture, shapes, _rope_factors(sources))
-        tokenizer_config = gguf_tokenizer_config(fields, config["max_position_embeddings"])
-        tensors = list(_stored_tensors(sources, architecture, config, kept))
-        write_gguf_tokenizer(target / "tokenizer.json", fields)
+        _convert(source, target, progress, kept, sampling or {})
     except (KeyError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise ConfigError(f"{source} is not a model that kvferry can read: {error}") from error
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    progress: Callable[[float], None],
+    kept: Collection[str],
+    sampling: Mapping[str, object],
+) -> None:
+    fields, sources = read_gguf(source)
+    architecture = gguf_architecture(fields)
+    shapes = {tensor.name: shape_of(tensor) for tensor in sources}
+    config = gguf_model_config(fields, architecture, shapes, _rope_factors(sources))
+    tokenizer_config = gguf_tokenizer_config(fields, config["max_position_embeddings"])
+    tensors = list(_stored_tensors(sources, architecture, config, kept))
+    write_gguf_tokenizer(target / "tokenizer.json", fields)
     if kept and (quantization := _quantization(tensors)):
         config["quantization_config"] = quantization
     _write_json(target / "config.json", config)
-    _write_json(target / "generation_config.json", gguf_generation_config(fields, config) | dict(sampling or {}))
+    _write_json(target / "generation_config.json", gguf_generation_config(fields, config) | dict(sampling))
     _write_json(target / "tokenizer_config.json", tokenizer_config)
     _write_safetensors(target / "model.safetensors", tensors, progress)
 

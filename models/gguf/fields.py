@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import structlog
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+
+log = structlog.get_logger(__name__)
+
+_SPECIAL = ("bos", "eos", "eot", "eom", "unknown", "padding")  # tokens, by GGUF's names
+_NO_TOKEN = 0xFFFFFFFF  # llama.cpp's id of none, which files have, too
 
 
 class GgufFields:
@@ -26,6 +35,25 @@ class GgufFields:
         """Return a field's value; None where there is no such field."""
         field = self._reader.get_field(key)
         return None if field is None else field.contents()
+
+    @cached_property
+    def special(self) -> Mapping[str, int]:
+        """The ids of special tokens, by GGUF's names. One outside the vocabulary names none, as in llama.cpp."""
+        found: dict[str, int] = {}
+        for name in _SPECIAL:
+            key = f"tokenizer.ggml.{name}_token_id"
+            if self.find(key) is None:
+                continue
+            token = self.integer(key)
+            if 0 <= token < self._num_tokens:
+                found[name] = token
+            elif token not in (-1, _NO_TOKEN):
+                log.warning("gguf_token_ignored", field=key, token=token, num_tokens=self._num_tokens)
+        return found
+
+    @cached_property
+    def _num_tokens(self) -> int:
+        return len(self.texts("tokenizer.ggml.tokens"))
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
 from .fields import GgufFields
+from .header import check_header
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -44,6 +45,8 @@ def read_gguf(path: Path) -> tuple[GgufFields, list[ReaderTensor]]:
     from gguf import GGUFReader
 
     files = gguf_files(path)
+    for file in files:
+        check_header(file)
     readers = [GGUFReader(file) for file in files]
     fields = GgufFields(readers[0])
     tensors = [tensor for reader in readers for tensor in reader.tensors]

@@ -12,20 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .fields import GgufFields
+from .merges import Pairs, byte_pairs, has_merges, read_merges
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _SPACE = "\u2581"  # what stands for a space in a piece
 _GEMMA = ("gemma2", "gemma3")  # no space first, and pieces in the order of their merges
-_MERGES = "tokenizer.ggml.merges"  # of Gemma 4, whose files have them, too
 _ALWAYS_A_SPACE = ("phi3",)  # before a text that begins with one, too
+_MAX_CUT = 1 << 28  # the sum of pieces' squared lengths, which is the work of cutting each everywhere
 _JOINED = {1, 4}  # GGUF's types of pieces that come of a text: normal ones and user-defined ones
 
 
 def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) -> Tokenizer:
     """Return the tokenizer without its added tokens. Raises ValueError for fields that do not fit."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer
 
     is_gemma = fields.architecture in _GEMMA
     scores: Sequence[float] = fields.numbers("tokenizer.ggml.scores")
@@ -36,12 +37,12 @@ def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) ->
         scores = [-float(index) for index in range(len(tokens))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     joined = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind in _JOINED}
-    unknown = fields.find("tokenizer.ggml.unknown_token_id")
+    unknown = fields.special.get("unknown")
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=_merges(fields, joined),
-            unk_token=tokens[unknown] if isinstance(unknown, int) else None,
+        byte_pairs(
+            vocabulary,
+            _merges(fields, joined),
+            unk_token=tokens[unknown] if unknown is not None else None,
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -51,11 +52,13 @@ def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) ->
     return tokenizer
 
 
-def _merges(fields: GgufFields, scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Return the pairs that are joined, the best first: the file's, or those that pieces and scores imply."""
-    if fields.find(_MERGES) is None:
-        return [(left, right) for _, left, right in sorted(_pairs(scores), key=_rank)]
-    return [(left, right) for left, right in (pair.split(" ") for pair in fields.texts(_MERGES))]
+def _merges(fields: GgufFields, scores: Mapping[str, float]) -> Pairs:
+    """Return the pairs that are joined, the best first: the file's (Gemma 4's has them), or those that pieces imply."""
+    if has_merges(fields):
+        return read_merges(fields)
+    if sum(len(piece) ** 2 for piece in scores) > _MAX_CUT:
+        raise ValueError(f"its pieces are too long, up to {max(map(len, scores))} characters")
+    return [(left, right) for _, left, right in sorted(_pairs(scores), key=_rank)]
 
 
 def _pairs(scores: Mapping[str, float]) -> Iterator[tuple[float, str, str]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...common.errors import ConfigError
 from .architectures.lookup import nearest
 from .fields import GgufFields
+from .merges import Pairs, byte_pairs, read_merges
 from .sentence_pieces import pieces_tokenizer
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
     special = {_CONTROL}
     if kind == "gpt2":
         rules = _rules(fields.text("tokenizer.ggml.pre"))
-        tokenizer, puts_bos = _bpe(tokens, fields.texts("tokenizer.ggml.merges"), rules), rules.bos
+        tokenizer, puts_bos = _bpe(tokens, read_merges(fields), rules), rules.bos
     elif kind in ("llama", "gemma4"):
         tokenizer, puts_bos = pieces_tokenizer(fields, tokens, types), True
         special.add(_UNKNOWN)
@@ -159,13 +160,12 @@ def _refusal(kind: str) -> str:
     )
 
 
-def _bpe(tokens: list[str], pairs: list[str], rules: _Rules) -> Tokenizer:
+def _bpe(tokens: list[str], pairs: Pairs, rules: _Rules) -> Tokenizer:
     """Return a byte-level BPE; no space is put before the text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-    merges = [(left, right) for left, right in (pair.split(" ") for pair in pairs)]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rules.whole_words))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(byte_pairs(vocabulary, pairs, ignore_merges=rules.whole_words))
     parts: list[pre_tokenizers.PreTokenizer] = []
     if rules.pattern:
         parts += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (*rules.before, rules.pattern)]
@@ -180,7 +180,9 @@ def _bpe(tokens: list[str], pairs: list[str], rules: _Rules) -> Tokenizer:
 
 
 def _token(fields: GgufFields, tokens: list[str], name: str) -> str:
-    return tokens[fields.integer(f"tokenizer.ggml.{name}_token_id")]
+    if (found := fields.special.get(name)) is None:
+        raise ValueError(f"texts have a token that tokenizer.ggml.{name}_token_id should name, and it names none")
+    return tokens[found]
 
 
 def _frame(tokenizer: Tokenizer, first: str | None, last: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,18 @@ from typing import Self
 
 from ...common.router_config import RouterConfig
 from ...wire.credentials import SharedSecret, read_secrets
-from .keys import ApiKeys
+from .keys import ApiKeys, KeyTable
 from .tls import ServerTls
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """`_Read` is what all files said at one moment."""
+
+    clients: KeyTable
+    operators: KeyTable
+    secrets: tuple[bytes, ...]  # empty: there is no file of them
+    tls: ssl.SSLContext | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +48,17 @@ class RouterCredentials:
 
     def reload(self) -> None:
         """Read all files again. Raises ConfigError, and then nothing has changed."""
-        clients, operators, tls = self.clients.read(), self.operators.read(), self.tls.read()
-        if self.secret_file is not None:
-            self.secret.replace(read_secrets(self.secret_file, {}))
-        self.clients.take(clients)
-        self.operators.take(operators)
-        self.tls.take(tls)
+        self.take(self.read())
+
+    def read(self) -> _Read:
+        """Return what all files say now; on any thread, one at a time. Raises ConfigError."""
+        secrets = read_secrets(self.secret_file, {}) if self.secret_file is not None else ()
+        return _Read(self.clients.read(), self.operators.read(), secrets, self.tls.read())
+
+    def take(self, found: _Read) -> None:
+        """Let it hold from now on; on the event loop, where it is used."""
+        if found.secrets:
+            self.secret.replace(found.secrets)
+        self.clients.take(found.clients)
+        self.operators.take(found.operators)
+        self.tls.take(found.tls)

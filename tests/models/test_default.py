@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -184,6 +185,18 @@ def test_a_missing_wheel_is_named_with_the_line_that_installs_it() -> None:
 def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path, tiny_gguf: Path) -> None:
     with pytest.raises(ConfigError, match="set KVFERRY_CACHE"):
         default_model_dir(cache=tiny_gguf / "below-a-file", source=tiny_gguf)
+
+
+def test_a_cache_is_made_for_its_user_alone_and_left_as_it_is(tmp_path: Path, tiny_gguf: Path) -> None:
+    before = os.umask(0)
+    try:
+        default_model_dir(cache=tmp_path / "new", source=tiny_gguf)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+    (tmp_path / "new").chmod(0o755)
+    default_model_dir(cache=tmp_path / "new", source=tiny_gguf, keeps_blocks=True)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o755
 
 
 def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

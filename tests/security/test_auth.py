@@ -120,8 +120,8 @@ async def test_a_key_is_asked_for_before_the_body_is_read() -> None:
 
 def test_of_a_key_only_salted_hashes_are_kept() -> None:
     first, second = ApiKeys(["sesame"]), ApiKeys(["sesame"])
-    assert first._known.keys().isdisjoint(second._known)
-    assert b"sesame" not in b"".join([*first._known, *(known.tenant for known in first._known.values())])
+    assert first._table.known.keys().isdisjoint(second._table.known)
+    assert b"sesame" not in b"".join([*first._table.known, *(known.tenant for known in first._table.known.values())])
     assert first.check(b"Bearer sesame") == second.check(b"Bearer sesame")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.config import SECRET_VARIABLE
 from kvferry.common.errors import ConfigError, ProtocolError
-from kvferry.settings.key_file import add_key, digest_of, read_key_file, revoke_keys
+from kvferry.settings.key_file import MAX_FILE_BYTES, MAX_KEYS, add_key, digest_of, read_key_file, revoke_keys
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, connect, serve, server_address
 from kvferry.wire.credentials import SharedSecret, read_secrets
@@ -222,3 +222,34 @@ def test_an_id_that_no_file_could_hold_is_refused_before_it_is_written(tmp_path:
     with pytest.raises(ConfigError, match="id: 'a b'"):
         add_key(tmp_path / "keys.yaml", "a b", None)
     assert not (tmp_path / "keys.yaml").exists()
+
+
+@pytest.mark.slow
+def test_as_many_keys_as_a_file_may_hold_can_be_read_again(tmp_path: Path) -> None:
+    path, until = tmp_path / "keys.yaml", datetime(2027, 1, 31, 12, 30, 15, 123456, tzinfo=UTC)
+    entry = f"- id: {'a' * 64}\n  hash: blake2b:%064x\n  expires: {until.isoformat()}\n"
+    path.write_text("".join(entry % number for number in range(MAX_KEYS - 1)))
+    path.chmod(0o600)
+    add_key(path, "a" * 64, until)
+    assert len(read_key_file(path, "file")) == MAX_KEYS
+    with pytest.raises(ConfigError, match=f"holds {MAX_KEYS} keys already"):
+        add_key(path, "one-more", None)
+
+
+def test_a_key_that_would_make_its_file_too_large_to_read_is_not_added(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    add_key(path, "alice", None)
+    path.write_text(text := path.read_text() + "#" * (MAX_FILE_BYTES - path.stat().st_size - 1) + "\n")
+    with pytest.raises(ConfigError, match=f"would be larger than {MAX_FILE_BYTES} bytes with one more key"):
+        add_key(path, "bob", None)
+    assert path.read_text() == text
+    assert [entry.id for entry in read_key_file(path, "file")] == ["alice"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "- " * 100_000, "- {a: " * 50_000])
+def test_a_file_that_is_deeper_than_any_of_keys_is_not_read(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"keys\.yaml:1: not YAML"):
+        read_key_file(path, "file")

@@ -203,5 +203,13 @@ class UcxAgent:
     def _on_hello(self, hello: UcxHello) -> None:
         """Take the way back, unless there is one: over one that is broken nothing is answered."""
         if not self.reaches(hello.agent):
+            self._drop_dead()
             with contextlib.suppress(TransferError):  # it is gone again
                 self._open_endpoint(hello.agent, hello.address)
+
+    def _drop_dead(self) -> None:
+        """Forget agents that ended: nobody here asked for their endpoints, so nobody says when they may go.
+
+        What is still being sent over one keeps it until UCX has given that up.
+        """
+        self._endpoints = {agent: endpoint for agent, endpoint in self._endpoints.items() if endpoint.alive}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import pytest
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.common.router_config import RouterConfig
+from kvferry.router.access import keys as keys_module
 from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.access.keys import ApiKeys
-from kvferry.router.access.reload import reloading
-from kvferry.settings.key_file import add_key, revoke_keys
+from kvferry.router.access.reload import Event, reloading
+from kvferry.settings.key_file import KeyEntry, add_key, keys_of, revoke_keys
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
@@ -113,6 +117,104 @@ async def test_what_changed_while_a_router_started_holds_when_it_is_up(tmp_path:
     revoke_keys(path, "alice")  # and SIGHUP, of which nobody took notice yet
     with reloading(credentials, None, lambda event: None):
         assert code_of(credentials.clients, key) == "invalid_api_key"
+
+
+class Launcher:
+    """The launcher's end of a lifeline, in this process. Implements `ReloadLauncher`."""
+
+    def __init__(self) -> None:
+        self.answers: asyncio.Queue[str] = asyncio.Queue()
+        self.ask: Callable[[], None] = lambda: None
+
+    def send(self, event: Mapping[str, object]) -> None:
+        assert event["event"] == "reloaded"
+        self.answers.put_nowait(str(event["error"]))
+
+    def listen(self, on_event: Callable[[Event], None]) -> None:
+        self.ask = lambda: on_event({"event": "reload"})
+
+
+class Gate:
+    """Stands before the reading of key files: each waits, on its own thread, until it is let through."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun, self.let_through = threading.Semaphore(0), threading.Semaphore(0)
+        self.num_read = 0
+        patch.setattr(keys_module, "keys_of", self._keys_of)
+
+    def _keys_of(self, text: bytes, path: Path, setting: str) -> tuple[KeyEntry, ...]:
+        self.num_read += 1
+        self.begun.release()
+        assert self.let_through.acquire(timeout=60)
+        return keys_of(text, path, setting)
+
+
+def _credentials(path: Path) -> RouterCredentials:
+    return RouterCredentials.from_config(
+        RouterConfig(model_dir=path.parent, served_model_name="m", api_key_file=path), {}
+    )
+
+
+async def test_requests_are_checked_while_a_large_file_is_read_and_reloads_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys"
+    alice = add_key(path, "alice", None)
+    credentials, launcher = _credentials(path), Launcher()
+    with reloading(credentials, launcher, lambda event: None):
+        gate = Gate(monkeypatch)
+        bob = add_key(path, "bob", None)
+        launcher.ask()
+        assert await asyncio.to_thread(gate.begun.acquire, timeout=60)  # the loop goes on: this line is run
+        assert [code_of(credentials.clients, key) for key in (alice, bob)] == [None, "invalid_api_key"]
+        revoke_keys(path, "bob")  # while the file with bob is being read
+        launcher.ask()
+        carol = add_key(path, "carol", None)
+        assert gate.num_read == 1 and launcher.answers.empty()
+        gate.let_through.release()
+        assert await launcher.answers.get() == ""
+        assert code_of(credentials.clients, bob) is None
+        gate.let_through.release()
+        assert await launcher.answers.get() == ""
+        assert [code_of(credentials.clients, key) for key in (alice, bob, carol)] == [None, "invalid_api_key", None]
+
+
+async def test_what_is_read_when_a_router_ends_changes_nothing_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys"
+    add_key(path, "alice", None)
+    credentials, launcher = _credentials(path), Launcher()
+    with reloading(credentials, launcher, lambda event: None):
+        gate = Gate(monkeypatch)
+        bob = add_key(path, "bob", None)
+        launcher.ask()
+        assert await asyncio.to_thread(gate.begun.acquire, timeout=60)
+    launcher.ask()  # the lifeline's thread may still hear one
+    gate.let_through.release(2)
+    for _ in range(10):
+        await asyncio.sleep(0.005)
+    assert gate.num_read == 1 and launcher.answers.empty()
+    assert code_of(credentials.clients, bob) == "invalid_api_key"
+
+
+def test_a_file_that_says_the_same_is_not_gone_through_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys"
+    alice = add_key(path, "alice", None)
+    credentials = _credentials(path)
+    gate = Gate(monkeypatch)
+    gate.let_through.release(2)
+    credentials.reload()
+    os.utime(path)
+    credentials.reload()
+    assert gate.num_read == 0 and code_of(credentials.clients, alice) is None
+    text = path.read_text()
+    path.write_text(text.replace("id: alice", "id: alicf"))  # in place, of the same length
+    credentials.reload()
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="every user may read"):
+        credentials.reload()
+    assert gate.num_read == 1
 
 
 def test_a_key_file_on_a_disk_that_can_only_be_read_is_a_mistake_in_one_line(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import msgspec
 import pytest
+import torch
 
-from .test_backends import Peer
+from kvferry.transfer.backends.choose import open_backend
+from kvferry.transfer.backends.ucx import UcxBackend
+
+from .test_backends import SHAPE, Peer
 
 
 @pytest.fixture
@@ -41,3 +46,25 @@ def test_what_is_written_after_a_connection_broke_is_answered(peers: tuple[Peer,
     for peer in peers:
         peer.read()
     assert write() == "done"
+
+
+def test_a_target_keeps_no_connection_to_writers_that_ended(peers: tuple[Peer, Peer]) -> None:
+    target = open_backend("ucx", "d-2.0.0.1")
+    assert isinstance(target, UcxBackend)
+    region = target.register(torch.zeros(SHAPE), rank=0, tp_size=1, generation=0)
+
+    def progress_until(agent: str, *, is_reached: bool) -> None:
+        deadline = time.monotonic() + 60
+        while target._own.reaches(agent) != is_reached:
+            assert time.monotonic() < deadline
+            target.notifications()
+            time.sleep(0.001)
+
+    for peer, agent in zip(peers, ("p-2.0.0.0", "d-2.0.0.0"), strict=True):
+        peer.tell(f"post {msgspec.msgpack.encode(region).hex()}")
+        peer.tell("poll")
+        progress_until(agent, is_reached=True)
+        assert list(target._own._endpoints) == [agent]
+        peer.end()
+        progress_until(agent, is_reached=False)
+    target.close()

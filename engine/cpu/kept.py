@@ -1,0 +1,143 @@
+"""Keeps compiled libraries where nobody else can put one: what a library says, the process that loads it does.
+
+    CACHE                 made for this user alone; one that is there may be anybody's
+    └── native/*.so       folder and files are ours or root's, and nobody else may write them
+    else                  a folder of this process alone: built at each start, and gone once it is loaded
+
+A library that is another user's, or that does not load, is built anew in its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import structlog
+
+from .compiler import CannotKeep, NativeUnavailable, compiled, library_path
+
+log = structlog.get_logger(__name__)
+
+_FOLDER = "native"
+_Mark = tuple[int, ...]
+
+
+def load_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> ctypes.CDLL:
+    """Load the library that is kept, built now if it is missing. Raises NativeUnavailable."""
+    try:
+        return _load(_made_folder(cache), isa, compiler)
+    except CannotKeep as reason:
+        log.warning("native_code_not_kept", reason=str(reason), built_in=tempfile.gettempdir())
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvferry-native-") as own:
+            return opened(compiled(isa, compiler, Path(own)))  # what is loaded outlives its file
+    except OSError as error:
+        raise NativeUnavailable(f"there is no folder to build in: {error}") from error
+
+
+def is_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> bool:
+    """Tell whether the library is there, and would be loaded. Raises NativeUnavailable."""
+    library = library_path(isa, compiler, cache / _FOLDER)
+    try:
+        _check_folder(library.parent)
+    except (CannotKeep, OSError):
+        return False
+    return _is_safe_file(library)
+
+
+def why_not_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> str:
+    """Say why the library would be built at each start; empty: it is kept, or will be. Makes nothing."""
+    folder = cache / _FOLDER
+    try:
+        if is_kept(cache, isa, compiler):
+            return ""
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if there == folder:
+            _check_folder(folder)
+        else:
+            _check_mount(there)
+        tempfile.TemporaryFile(dir=there).close()  # tried, as root may write everywhere by what `access` says
+    except CannotKeep as reason:
+        return str(reason)
+    except OSError as error:
+        return f"{folder} cannot be made or written to: {error.strerror or error}"
+    return ""
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """Load a library. Raises NativeUnavailable: the folder may not be for programs, or the file not whole."""
+    try:
+        return ctypes.CDLL(str(path.absolute()))  # a name without a folder is looked for elsewhere
+    except OSError as error:  # which names the file
+        raise NativeUnavailable(f"the library cannot be loaded: {error}") from error
+
+
+def _load(folder: Path, isa: str, compiler: tuple[str, ...]) -> ctypes.CDLL:
+    was_there = _is_safe_file(library_path(isa, compiler, folder))
+    library = compiled(isa, compiler, folder, accepts=_is_safe_file)
+    mark = _mark(library)
+    try:
+        return opened(library)
+    except NativeUnavailable as reason:  # as of a file that a power cut left empty
+        if not was_there:
+            raise
+        log.warning("native_code_rebuilt", reason=str(reason))
+    # Others may find the same, and one of them builds: what is there then is another file, which is taken.
+    return opened(compiled(isa, compiler, folder, accepts=lambda path: _is_safe_file(path) and _mark(path) != mark))
+
+
+def _mark(path: Path) -> _Mark | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _made_folder(cache: Path) -> Path:
+    """Return the folder of libraries, made if need be. Raises CannotKeep."""
+    folder = cache / _FOLDER
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)  # root's may be read by those who run in a container that root built
+        _check_folder(folder)
+    except OSError as error:
+        raise CannotKeep(f"{folder} cannot be made: {error.strerror or error}") from error
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises CannotKeep for a folder in which others could put a library, or that is not for programs.
+
+    OSError where there is none.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise CannotKeep(f"{folder} is not a folder")
+    if not _is_safe(found):
+        raise CannotKeep(
+            f"{folder} is of user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: others could put there "
+            "what is run here; remove it, or set KVFERRY_CACHE to a folder of your own"
+        )
+    _check_mount(folder)
+
+
+def _check_mount(folder: Path) -> None:
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise CannotKeep(f"{folder} is on a mount without programs (noexec)")
+
+
+def _is_safe_file(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and _is_safe(found)
+
+
+def _is_safe(found: os.stat_result) -> bool:
+    """Tell whether nobody but us and root could have written it."""
+    return found.st_uid in (os.geteuid(), 0) and not stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
