@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Job:
     num_output_tokens: int  # 0: the prompt's embedding is wanted
     block_hashes: list[bytes]  # of the prompt's and the answer's full blocks
     adapter: AdapterUse | None = None
+    is_cut: bool = False  # the model's context ends before the answer that the trace has
 
     request_id: str = field(init=False)
     num_tokens: int = field(init=False)  # of the prompt and the answer
@@ -120,25 +122,27 @@ def make_job(
 ) -> Job:
     """`hashed`: some prefix may be found again."""
     num_blocks = (row.num_prompt_tokens + row.num_output_tokens) // block_tokens
-    salt = 0 if adapter is None else int(adapter.digest, 16) << 48  # no adapter finds another's blocks
+    salt = "" if adapter is None else adapter.digest  # no adapter finds another's blocks
     hashes = _hashes(number, row, block_tokens, num_blocks, salt) if hashed else [b""] * num_blocks  # nobody looks
     return Job(number, arrival_s, row.num_prompt_tokens, row.num_output_tokens, hashes, adapter)
 
 
-def _hashes(number: int, row: TraceRow, block_tokens: int, num_blocks: int, salt: int) -> list[bytes]:
+def _hashes(number: int, row: TraceRow, block_tokens: int, num_blocks: int, salt: str) -> list[bytes]:
     """Return a hash for each block. The trace's block in which one of the prompt's ends tells all that is before it."""
     parts = -(-row.block_tokens // block_tokens)
     shared = min(row.num_prompt_tokens, len(row.block_ids) * row.block_tokens) // block_tokens
     lasts = [((place + 1) * block_tokens - 1) // row.block_tokens for place in range(shared)]
-    hashes = [_hash(salt + row.block_ids[last] * parts + place % parts) for place, last in enumerate(lasts)]
-    own = (1 << 63) + (number << 20)  # of this request alone
-    hashes += [_hash(own + place) for place in range(len(hashes), num_blocks)]
+    hashes = [_hash(salt, row.block_ids[last], place % parts) for place, last in enumerate(lasts)]
+    hashes += [_hash(number, place) for place in range(len(hashes), num_blocks)]  # of this request alone
     return hashes
 
 
-def _hash(number: int) -> bytes:
-    """Other numbers have other first halves, as real hashes do: a prefix index looks at no more."""
-    return number.to_bytes(8, "little") * 2
+def _hash(*named: int | str) -> bytes:
+    """Return the hash of a block that has this name, whatever numbers a trace gives to its own.
+
+    Other names have other first halves, too, as far as real hashes do: a prefix index looks at no more.
+    """
+    return blake2b(repr(named).encode(), digest_size=16).digest()
 
 
 @dataclass(slots=True, eq=False)

@@ -4,16 +4,19 @@ Prompts cost their arithmetic alone, at the largest step, less what an infinite 
 Answers cost their share of decode steps at the batch that yields the most tokens per second within the objective for
 TPOT and within the worker's memory. Workers are divisible, nothing queues, nothing is shipped, no token comes late.
 
-Of all requests only a share must be served (`share`); the bound takes the cheapest of them.
+Of all requests only a share must be served (`share`); the bound takes the cheapest of them. Prompts that the model's
+context has no room for are never among these.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..common.errors import ConfigError
 from ..kvcache.frames import frames_of
 from ..sizing.steps import StepModel, StepWork
 from ..tools.load.traces import TraceRow
+from .lengths import cut, is_too_long
 from .scenario import Scenario
 from .setup import kv_spec
 from .traffic import arrivals
@@ -23,8 +26,8 @@ from .traffic import arrivals
 class Bound:
     """The bound of one scenario's traffic and fleet."""
 
-    rate_per_s: float  # of arrivals, at which the share of them could still be served
-    goodput_per_s: float  # that share of it
+    rate_per_s: float  # of arrivals, at which the share of them, or what fits if less, could still be served
+    goodput_per_s: float  # that part of it
     prefill_s: float  # worker seconds of a mean request that is served
     decode_s: float
     hit_rate: float  # of the infinite cache, over the prompts' tokens
@@ -37,7 +40,10 @@ class Bound:
 
 def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
     fleet, steps = scenario.fleet, scenario.fleet.step_model()
-    rows = [row for _, row in arrivals(scenario.traffic)]
+    asked = [row for _, row in arrivals(scenario.traffic)]
+    rows = [cut(row, fleet.max_model_len) for row in asked if not is_too_long(row, fleet.max_model_len)]
+    if not rows:
+        raise ConfigError(f"the trace's prompts are all too long for the model's {fleet.max_model_len:,} tokens")
     cached = infinite_cache(rows)
     block_tokens = fleet.block_tokens or (rows[0].block_tokens if rows[0].block_ids else 64)
     num_blocks, kv = fleet.blocks(block_tokens), kv_spec(fleet.shape, block_tokens)
@@ -51,11 +57,11 @@ def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
             held -= num_thin - frames_of(kv).num_frames(num_thin, num_thin)
         token_s = _token_s(steps, context, scenario.goals.tpot_s, min(fleet.max_num_seqs, num_blocks / held))
         costs.append((prefill_s, max(0, row.num_output_tokens - 1) * token_s))
-    served = sorted(costs, key=sum)[: max(1, round(share * len(costs)))]
+    served = sorted(costs, key=sum)[: max(1, round(share * len(asked)))]
     prefill_s, decode_s = (sum(cost[part] for cost in served) / len(served) for part in (0, 1))
     goodput = fleet.num_workers / (prefill_s + decode_s)
     hit_rate = sum(cached) / sum(row.num_prompt_tokens for row in rows)
-    return Bound(goodput / share, goodput, prefill_s, decode_s, hit_rate)
+    return Bound(goodput / min(share, len(rows) / len(asked)), goodput, prefill_s, decode_s, hit_rate)
 
 
 def infinite_cache(rows: list[TraceRow]) -> list[int]:

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ..tools.load.stats import Distribution, describe
-from .scenario import Goals
+from .lengths import TOO_LONG
+from .scenario import Failure, Goals
 
 
 class RequestOutcome(NamedTuple):
@@ -18,7 +19,7 @@ class RequestOutcome(NamedTuple):
     number: int  # in the order of arrival
     arrival_s: float
     num_prompt_tokens: int
-    num_output_tokens: int  # got; of those that ended well all that the trace has
+    num_output_tokens: int  # got; of those that ended well all that the trace has, unless cut
     ended: str  # finished, failed, refused, lost
     ttft_s: float | None
     tpot_s: float | None  # None for a single token, too
@@ -29,6 +30,7 @@ class RequestOutcome(NamedTuple):
     is_local: bool = False  # the decode worker computed its prompt
     is_embedding: bool = False  # its first token is its embedding
     error: str = ""
+    is_cut: bool = False  # it ended well where the model's context does, before the trace's answer
 
     def is_good(self, goals: Goals) -> bool:
         """Both objectives are met."""
@@ -66,6 +68,7 @@ class Outcome:
     num_retries: int
     num_events: int
     busy_share: float  # of the workers' time in which their engines computed
+    idle_failures: tuple[Failure, ...] = ()  # that killed nothing: the run was over, or no such worker there
     cpu_s: float = 0.0  # real: of the simulation
     router_s: float = 0.0  # real: of that, in the dispatcher
     submit_us: Distribution = Distribution(0)  # real: to take a request, and to place it if it is placed at once
@@ -104,6 +107,16 @@ class Outcome:
     @property
     def ended(self) -> dict[str, int]:
         return dict(Counter(request.ended for request in self.requests))
+
+    @property
+    def num_too_long(self) -> int:
+        """Count the prompts that were refused as the model's context has no room for them."""
+        return sum(request.error == TOO_LONG for request in self.requests)
+
+    @property
+    def num_cut(self) -> int:
+        """Count the answers that ended where the model's context does."""
+        return sum(request.is_cut for request in self.requests)
 
     @property
     def missed(self) -> dict[str, int]:

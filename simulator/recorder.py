@@ -10,10 +10,12 @@ from ..router.state.observer import NullObserver
 from ..router.state.outcome import ServiceOutcome
 from ..router.state.request import RequestStatus, RouterRequest
 from ..tools.load.stats import describe
+from ..tools.load.traces import TraceRow
 from .jobs import Job
 from .kernel import Kernel
+from .lengths import TOO_LONG
 from .outcome import FleetSample, Outcome, RequestOutcome
-from .scenario import Scenario
+from .scenario import Failure, Scenario
 from .worker import SimWorker
 
 
@@ -60,6 +62,24 @@ class Recorder(NullObserver):
     def refuse(self, job: Job, request: RouterRequest, error: str) -> None:
         self._close(job, request, "refused", error)
 
+    def turn_away(self, number: int, arrival_s: float, row: TraceRow) -> None:
+        """Note a request that the router's API refused: no dispatcher has seen it, and nobody would compute it."""
+        self._requests.append(
+            RequestOutcome(
+                number=number,
+                arrival_s=arrival_s,
+                num_prompt_tokens=row.num_prompt_tokens,
+                num_output_tokens=0,
+                ended="refused",
+                ttft_s=None,
+                tpot_s=None,
+                end_s=None,
+                unloaded_s=0.0,
+                is_embedding=not row.num_output_tokens,
+                error=TOO_LONG,
+            )
+        )
+
     def on_finished(self, request: RouterRequest) -> None:
         job, _ = self._open[request.request_id]
         if self.load is not None:
@@ -104,6 +124,7 @@ class Recorder(NullObserver):
             is_local=request.prefill_worker is None,
             is_embedding=request.pooling is not None,
             error=error,
+            is_cut=job.is_cut and ended == "finished",
         )
 
     # --- the fleet ------------------------------------------------------------------------------------------
@@ -130,7 +151,9 @@ class Recorder(NullObserver):
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def outcome(self, alive: Iterable[SimWorker], last_arrival_s: float, cpu_s: float) -> Outcome:
+    def outcome(
+        self, alive: Iterable[SimWorker], last_arrival_s: float, cpu_s: float, idle_failures: tuple[Failure, ...]
+    ) -> Outcome:
         for job, request in list(self._open.values()):
             self._requests.append(self._outcome_of(job, request, "lost", ""))
         self._requests.sort()
@@ -158,6 +181,7 @@ class Recorder(NullObserver):
             num_retries=self.num_retries,
             num_events=self._kernel.num_events,
             busy_share=sum(worker.engine.busy_s for worker, _ in workers) / alive_s if alive_s else 0.0,
+            idle_failures=idle_failures,
             cpu_s=cpu_s,
             router_s=self.router_s,
             submit_us=describe(seconds * 1e6 for seconds in self._submits_s),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..common.errors import ConfigError
+from .lengths import count_too_long
 from .outcome import Outcome
 from .scenario import Scenario
-from .traffic import check_span, mean_rate, rows_of
+from .traffic import arrivals, check_span, mean_rate, rows_of
 from .world import World
 
 
@@ -36,8 +37,10 @@ def capacity(
 ) -> Capacity:
     """Bisect over the rate, to `precision` of it. `start_per_s`: a guess; None: the trace's own rate.
 
-    Raises ConfigError where no rate is too high: so few requests are good even if all of them come at once.
+    Raises ConfigError where no rate is too high: so few requests are good even if all of them come at once. And where
+    all are, as the model's context has no room for so many of the prompts.
     """
+    _check_lengths(scenario, share)
     guess = mean_rate(rows_of(scenario.traffic)) if start_per_s is None else start_per_s
     tried: list[tuple[float, float]] = []
     good, bad, best = 0.0, float("inf"), None
@@ -56,3 +59,13 @@ def capacity(
             break
         rate = good * 2 if bad == float("inf") else bad / 2 if good == 0.0 else (good + bad) / 2
     return Capacity(good, best.goodput_per_s if best is not None else 0.0, best, tuple(tried))
+
+
+def _check_lengths(scenario: Scenario, share: float) -> None:
+    rows, most = [row for _, row in arrivals(scenario.traffic)], scenario.fleet.max_model_len
+    count = count_too_long(rows, most)
+    if len(rows) - count < share * len(rows):
+        raise ConfigError(
+            f"share: {count:,} of {len(rows):,} prompts are too long for the model's {most:,} tokens, so that at no "
+            f"rate are {share:.0%} good: make them shorter (--length-scale), or want fewer to be good (--share)"
+        )

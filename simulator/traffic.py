@@ -69,8 +69,14 @@ def arrivals(traffic: Traffic) -> Iterator[tuple[float, TraceRow]]:
         raise ConfigError(f"embedding_share = {traffic.embedding_share:g} is no share: from 0 to 1")
     rows = rows_of(traffic)
     wanted = len(rows) if traffic.num_requests is None else traffic.num_requests
-    rate = mean_rate(rows[:wanted])  # of what is run: a recording's first minutes may be slower than the rest
+    used = rows[:wanted]  # a recording's first minutes may be slower than the rest
+    rate = mean_rate(used)
     wished = rate if traffic.rate_per_s is None else traffic.rate_per_s
+    if wished != rate and traffic.arrivals == "recorded" and len(used) > 1 and not used[-1].arrival_s:
+        raise ConfigError(
+            f"rate: the trace's {len(used):,} requests all come at one time, which no stretching brings to "
+            f"{wished:g}/s: let them come at random (--poisson)"
+        )
     gaps = _poisson(wished, traffic.seed) if traffic.arrivals == "poisson" else _recorded(rows, rate / wished)
     now_s, embeds = 0.0, Random(f"embeddings {traffic.seed}")
     for _, gap_s, row in zip(range(wanted), gaps, _repeated(rows), strict=False):
@@ -110,7 +116,8 @@ def _recorded(rows: tuple[TraceRow, ...], stretch: float) -> Iterator[float]:
 
 def _repeated(rows: tuple[TraceRow, ...]) -> Iterator[TraceRow]:
     """Round after round, the prefixes of each being other ones."""
-    num_ids = 1 + max((max(row.block_ids, default=0) for row in rows), default=0)
+    least = min((min(row.block_ids, default=0) for row in rows), default=0)
+    num_ids = 1 + max((max(row.block_ids, default=0) for row in rows), default=0) - min(0, least)
     yield from rows
     for number in count(1):
         for row in rows:

@@ -13,7 +13,9 @@ from time import process_time
 from ..common.errors import CapacityError, ConfigError, RequestError
 from ..router.dispatch.dispatcher import Dispatcher
 from ..router.placement import make_policy
+from ..router.state.adapter_use import AdapterUse
 from ..router.state.predictor import Predictor
+from ..tools.load.traces import TraceRow
 from ..wire.fields import Message
 from ..wire.workers import Goodbye, SetRole, WorkerHello
 from ..worker.roles import RoleName
@@ -22,9 +24,10 @@ from .costs.network import Link
 from .jobs import Job, JobContents, any_repeats, make_job, make_request
 from .kernel import Kernel
 from .launcher import SimLauncher
+from .lengths import cut, is_too_long
 from .outcome import Outcome
 from .recorder import Recorder
-from .scenario import Scenario
+from .scenario import Failure, Scenario
 from .setup import router_config, unloaded_s, worker_spec
 from .traffic import arrivals, rows_of
 from .worker import SimWorker
@@ -52,6 +55,7 @@ class World:
         self._num_arrived = 0
         self._is_over = False  # the last one has come
         self._last_arrival_s = 0.0
+        self._idle_failures = list(scenario.failures)
         self.recorder = Recorder(scenario, self.kernel, unloaded_s=self.unloaded_s, on_closed=self.forget)
         predictor = Predictor()
         config = router_config(scenario)
@@ -125,14 +129,20 @@ class World:
         if self.launcher is not None:
             self.launcher.on_left(worker.worker_id)
 
-    def kill(self, worker_id: str, back_after_s: float | None) -> None:
+    def kill(self, worker_id: str, back_after_s: float | None) -> bool:
+        """False: there is no such worker now."""
         worker = self.workers.get(worker_id)
         if worker is None:
-            return
+            return False
         worker.kill()
         self._end(worker, "connection lost")
         if back_after_s is not None:
             self.kernel.after(back_after_s, self.start, worker_id, worker.role)
+        return True
+
+    def _fail(self, failure: Failure) -> None:
+        if self.kill(failure.worker, failure.back_after_s):
+            self._idle_failures.remove(failure)
 
     def dropped(self, worker: SimWorker, reason: str) -> None:
         """Raise ConfigError: the router has given it up, as it would a real one that computes a step for so long."""
@@ -160,18 +170,33 @@ class World:
         """Requests are made when they come: a million of them never exist at once."""
         for time_s, row in self._arrivals:
             adapter = adapter_use(self._adapters.draw(), self.spec.adapters.num_bytes)
-            number, size = self._num_arrived, self.block_tokens
-            job = make_job(number, row, time_s, size, hashed=self._hashed, adapter=adapter)
+            number, taken_s = self._num_arrived, time_s + self.scenario.router_s
             self._num_arrived += 1
             self._last_arrival_s = time_s
-            self.jobs[job.request_id] = job
-            self.kernel.at(time_s + self.scenario.router_s, self._submit, job)
+            if is_too_long(row, self.spec.max_model_len):
+                self.kernel.at(taken_s, self._turn_away, number, time_s, row)
+            else:
+                self.kernel.at(taken_s, self._submit, self._job_of(number, time_s, row, adapter))
             return
         self._is_over = True
 
+    def _turn_away(self, number: int, time_s: float, row: TraceRow) -> None:
+        self._next_arrival()
+        self.recorder.turn_away(number, time_s, row)
+
+    def _job_of(self, number: int, time_s: float, row: TraceRow, adapter: AdapterUse | None) -> Job:
+        fitting = cut(row, self.spec.max_model_len)
+        job = make_job(number, fitting, time_s, self.block_tokens, hashed=self._hashed, adapter=adapter)
+        job.is_cut = fitting is not row
+        self.jobs[job.request_id] = job
+        return job
+
     def _submit(self, job: Job) -> None:
         self._next_arrival()
-        request = make_request(job, self.scenario.max_tokens, self.block_tokens)
+        most = self.scenario.max_tokens
+        if job.num_output_tokens:  # a client that says nothing is allowed what there is room for
+            most = min(most, self.spec.max_model_len - job.num_prompt_tokens)
+        request = make_request(job, most, self.block_tokens)
         self.recorder.open(job, request)
         began_s = process_time()
         try:
@@ -199,12 +224,12 @@ class World:
         self.kernel.after(ROUTER_TICK_S, self._tick)
         self.kernel.after(_SAMPLE_EVERY_S, self._sample)
         for failure in self.scenario.failures:
-            self.kernel.at(failure.at_s, self.kill, failure.worker, failure.back_after_s)
+            self.kernel.at(failure.at_s, self._fail, failure)
         for change in self.scenario.role_changes:
             self.kernel.at(change.at_s, self.set_role, change.worker, change.role)
         self.kernel.run(self._has_ended)
         cpu_s = process_time() - began_s
-        return self.recorder.outcome(self.workers.values(), self._last_arrival_s, cpu_s)
+        return self.recorder.outcome(self.workers.values(), self._last_arrival_s, cpu_s, tuple(self._idle_failures))
 
     def set_role(self, worker_id: str, role: str) -> None:
         worker = self.workers.get(worker_id)

@@ -94,8 +94,8 @@ def _gpu(options: argparse.Namespace) -> Gpu:
         raise ConfigError(f"gpu: say on what: {', '.join(GPUS)}, or {CPU}")
     if (options.memory_gb or 0.0) > _MOST_MEMORY_GB:
         raise ConfigError(f"memory_gb: {options.memory_gb:.3g} is more than {_MOST_MEMORY_GB:,.0f}")
-    if options.gpu.lower() == CPU and options.cpu_rates is not None and options.memory_gb is not None:
-        return probed_cpu(options.memory_gb, _read_rates(options.cpu_rates))
+    if options.cpu_rates is not None:
+        return _probed(options)
     if options.gpu.lower() == CPU:
         if missing := [name for name, value in given.items() if value is None]:
             raise ConfigError(
@@ -109,6 +109,18 @@ def _gpu(options: argparse.Namespace) -> Gpu:
         memory_tb_per_s=options.memory_gb_per_s / 1e3 if options.memory_gb_per_s else gpu.memory_tb_per_s,
         bf16_tflops=options.tflops or gpu.bf16_tflops,
     )
+
+
+def _probed(options: argparse.Namespace) -> Gpu:
+    """Return a CPU by its rates, which say all but how much memory it has."""
+    if options.gpu.lower() != CPU:
+        raise ConfigError(f"cpu_rates: {options.gpu} is no CPU: leave them away, or say --gpu {CPU}")
+    for name in ("memory_gb_per_s", "tflops"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{name}: --cpu-rates say it: leave one of them away")
+    if options.memory_gb is None:
+        raise ConfigError("memory_gb: say how much a CPU has, which --cpu-rates do not")
+    return probed_cpu(options.memory_gb, _read_rates(options.cpu_rates))
 
 
 def _read_rates(path: Path) -> CpuRates:

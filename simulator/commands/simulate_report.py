@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BINS = 40
+_CLOCK_PER_S = 1000.0  # ticks of Mooncake's clock, which tells no requests apart that come more often
 
 Run = tuple[str, Scenario, Outcome]  # with a name
 
@@ -47,14 +48,36 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
     for name, scenario, outcome in runs:
         table.add_row(name, *_cells(scenario, outcome))
     console.print(table)
-    for name, _, outcome in runs:
-        if drafted := outcome.num_draft_tokens:
-            console.print(
-                f"{name}: of {drafted:,} drafted tokens {outcome.num_accepted_tokens / drafted:.1%} were right"
-            )
-        if (embedded := outcome.embedding_ms).count:
-            times = " / ".join(milliseconds(value) for value in (embedded.p50, embedded.p90, embedded.p99))
-            console.print(f"{name}: {embedded.count:,} embeddings, p50 / p90 / p99 {times} ms")
+    for name, scenario, outcome in runs:
+        for note in _notes(scenario, outcome):
+            console.print(f"{name}: {note}", markup=False)
+
+
+def _notes(scenario: Scenario, outcome: Outcome) -> Iterator[str]:
+    """Say what no column has room for, most of it where something was not as it was wished."""
+    if drafted := outcome.num_draft_tokens:
+        yield f"of {drafted:,} drafted tokens {outcome.num_accepted_tokens / drafted:.1%} were right"
+    if (embedded := outcome.embedding_ms).count:
+        times = " / ".join(milliseconds(value) for value in (embedded.p50, embedded.p90, embedded.p99))
+        yield f"{embedded.count:,} embeddings, p50 / p90 / p99 {times} ms"
+    context = f"the model's context of {scenario.fleet.max_model_len:,} tokens"
+    if outcome.num_too_long:
+        yield f"prompts refused, which {context} has no room for: {outcome.num_too_long:,}"
+    if outcome.num_cut:
+        yield f"answers cut where {context} ends: {outcome.num_cut:,}"
+    for failure in outcome.idle_failures:
+        is_over = failure.at_s > outcome.end_s
+        why = f"the run was over after {outcome.end_s:.1f} s" if is_over else "there was no such worker then"
+        yield f"--fail {failure.worker}@{failure.at_s:g} killed nothing: {why}"
+    last_s = outcome.requests[-1].arrival_s
+    for spike in scenario.traffic.spikes:
+        if spike.at_s > last_s:
+            yield f"the spike at {spike.at_s:g} s changed nothing: the last request came at {last_s:.1f} s"
+    if scenario.traffic.rate_per_s is None and outcome.span_s and outcome.requests_per_s > _CLOCK_PER_S:
+        yield (
+            f"{outcome.requests_per_s:,.0f} requests/s, by the trace's own times: are they in the unit of its form "
+            "(Mooncake's: milliseconds)? --rate brings them to another rate"
+        )
 
 
 def in_words(scenario: Scenario, outcome: Outcome) -> str:
@@ -95,6 +118,8 @@ def figures(outcome: Outcome) -> dict[str, object]:
         "attainment": outcome.attainment,
         "goodput_per_s": outcome.goodput_per_s,
         "requests_per_s": outcome.requests_per_s,
+        "num_too_long": outcome.num_too_long,
+        "num_cut": outcome.num_cut,
         "missed": outcome.missed,
         "ttft_ms": asdict(outcome.ttft_ms),
         "tpot_ms": asdict(outcome.tpot_ms),

@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from statistics import mean
 from typing import get_args
 
@@ -26,6 +26,8 @@ from ...models.config import ModelConfig
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu
 from ...tools.load.arguments import Parser, multiple, positive_float, positive_int, share
+from ...tools.load.delivery import deliver
+from ..lengths import with_means
 from ..oracle import bound
 from ..ratio import LeastFleet, least_fleet, matched
 from ..scenario import Goals, Router, Scenario, Traffic
@@ -52,11 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KVFerryError as error:
         print(f"kvferry size: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    if options.json:
-        print(json.dumps(figures, indent=2))
-    else:
-        print_size(figures)
-    return 0
+    text = json.dumps(figures, indent=2)
+    return deliver("kvferry size", (), lambda: print(text) if options.json else print_size(figures))
 
 
 def size(options: argparse.Namespace) -> dict[str, object]:
@@ -149,16 +148,6 @@ def _fleet_figures(
 
 def _traffic(options: argparse.Namespace, model: ModelConfig) -> Traffic:
     """Return the trace's lengths, made longer or shorter to the means that were asked for."""
-    rows = rows_of(Traffic(options.trace))
-    prompt_scale = options.context / mean(row.num_prompt_tokens for row in rows) if options.context else 1.0
-    output_scale = options.output_len / mean(row.num_output_tokens for row in rows) if options.output_len else 1.0
-    longest = model.longest_model_len
-    scaled = []
-    for row in rows:
-        output = min(max(1, round(row.num_output_tokens * output_scale)), longest // 2)
-        longer = row.scaled(length=prompt_scale, rate=1.0) if prompt_scale != 1.0 else row
-        prompt = min(longer.num_prompt_tokens, longest - output)
-        scaled.append(replace(longer, num_prompt_tokens=prompt, num_output_tokens=output))
     seconds = 0.0 if options.no_simulation else _TRAFFIC_S  # means alone matter then, of a trace's lengths
     requests = options.requests or max(_LEAST_REQUESTS, round((options.rate or 0.0) * seconds))
     if requests > _MOST_REQUESTS:
@@ -167,7 +156,9 @@ def _traffic(options: argparse.Namespace, model: ModelConfig) -> Traffic:
             f"{name}: {requests:.3g} requests are more than {_MOST_REQUESTS:,}, which is the most that are simulated: "
             "let fewer come (--requests), or none (--no-simulation)"
         )
-    return Traffic(tuple(scaled), arrivals="poisson", rate_per_s=options.rate, num_requests=requests)
+    used = rows_of(Traffic(options.trace))[:requests]  # no others are priced
+    rows = with_means(used, options.context, options.output_len, model.longest_model_len)
+    return Traffic(rows, arrivals="poisson", rate_per_s=options.rate, num_requests=requests)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -86,7 +86,14 @@ def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
             "draft_model_share = -1: a draft model takes",
         ),
         (["--draft-acceptance", "0.5", "--draft-model-share", "nan"], "draft_model_share = nan: a draft model takes"),
-        (["--draft-model-share", "0.1"], "draft-model-share: without --draft-acceptance nothing is drafted"),
+        (["--draft-model-share", "0.1"], "draft_model_share: without --draft-acceptance it changes nothing"),
+        (["--num-speculative-tokens", "3"], "num_speculative_tokens: without --draft-acceptance it changes nothing"),
+        (["--start-s", "10"], "start_s: without --autoscale it changes nothing"),
+        (["--spare-workers", "1"], "spare_workers: without --autoscale it changes nothing"),
+        (["--max-loras", "3"], "max_loras: without --adapters it changes nothing"),
+        (["--day-low", "0.5"], "day_low: without --day-s it changes nothing"),
+        (["--no-noise"], "no_noise: without --steps it changes nothing"),
+        (["--share", "0.5"], "share: without --capacity or --oracle it changes nothing"),
         (["--draft-acceptance", "2"], "draft_acceptance = 2 is no share"),
         (["--tensor-parallel-size", "2000"], "tensor_parallel_size: 2,000 is more than 1,024"),
         (["--num-blocks", "1000000000"], "num_blocks: 1,000,000,000 is more than 10,000,000"),
@@ -103,6 +110,69 @@ def test_what_would_change_nothing_or_cannot_be_is_refused(
 ) -> None:
     assert main([*SMALL, "--policy", "slo", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (["--fail", "decode-0@500"], "slo: --fail decode-0@500 killed nothing: the run was over after "),
+        (
+            ["--fail", "prefill-0@1", "--fail", "prefill-0@2"],
+            "slo: --fail prefill-0@2 killed nothing: there was no such worker then",
+        ),
+        (["--spike", "500:5:3"], "slo: the spike at 500 s changed nothing: the last request came at "),
+    ],
+)
+def test_what_has_changed_nothing_in_a_run_is_said(
+    words: list[str], note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, *words]) == 0
+    assert note in capsys.readouterr().out
+    assert main([*SMALL, "--fail", "prefill-0@1", "--spike", "1:1:2"]) == 0
+    assert "nothing" not in capsys.readouterr().out
+
+
+def test_prompts_and_answers_without_room_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, figures = tmp_path / "trace.jsonl", tmp_path / "runs.json"
+    rows = [(140_000, 5), (131_000, 500), (500, 5), (131_072, 1)]
+    trace.write_text(
+        "".join(
+            json.dumps({"timestamp": 1000 * at, "input_length": prompt, "output_length": output}) + "\n"
+            for at, (prompt, output) in enumerate(rows)
+        )
+    )
+    words = ["--trace", str(trace), "--prefill", "1", "--decode", "1", "--json", str(figures)]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "slo: prompts refused, which the model's context of 131,072 tokens has no room for: 2" in shown
+    assert "slo: answers cut where the model's context of 131,072 tokens ends: 1" in shown
+    [found] = json.loads(figures.read_text())["runs"]
+    assert (found["num_too_long"], found["num_cut"], found["ended"]) == (2, 1, {"refused": 2, "finished": 2})
+    assert main([*words, "--capacity"]) == 2
+    assert "share: 2 of 4 prompts are too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("step", "is_hinted"), [(0.3, True), (300, False)])
+def test_times_in_another_unit_are_hinted_at(
+    step: float, is_hinted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = (json.dumps({"timestamp": step * n, "input_length": 100, "output_length": 2}) + "\n" for n in range(30))
+    trace.write_text("".join(lines))
+    assert main(["--trace", str(trace)]) == 0
+    assert ("are they in the unit of its form (Mooncake's: milliseconds)?" in capsys.readouterr().out) is is_hinted
+    assert main(["--trace", str(trace), "--rate", "2000"]) == 0
+    assert "are they in the unit" not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_costs_neither_the_others_nor_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "runs.svg"
+    assert main([*SMALL, "--json", "/dev/full", "--plot", str(plot)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "kvferry simulate: /dev/full cannot be written: No space left on device\n"
+    assert plot.exists() and "goodput/s" in shown.out
 
 
 def test_one_request_is_served_by_all_that_there_are(

@@ -7,13 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import msgspec
 import pytest
 import structlog
 
 from kvferry.models.parts.expert_plan import ExpertPlan
+from kvferry.simulator import Scenario
 from kvferry.simulator.commands.size import main
+from kvferry.simulator.oracle import Bound, bound
+from kvferry.simulator.traffic import arrivals
 from kvferry.sizing.cpu_rates import CpuRates
 
 from ..deepseek import write_deepseek, write_for_cuda
@@ -49,6 +53,38 @@ def test_a_fleet_is_sized_and_priced(model: str, capsys: pytest.CaptureFixture[s
     assert all(text in shown for text in ("weights of a rank", "16.1 GB", "reading weights", "rates alone"))
 
 
+def test_the_load_that_is_named_is_the_one_that_is_sized_and_priced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a short context, too, which cuts the longest prompts; and in few requests, which are no mean of a trace."""
+    path = write_config(tmp_path / "short", "8b")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    seen: list[Scenario] = []
+
+    def noted(scenario: Scenario, *, share: float) -> Bound:
+        seen.append(scenario)
+        return bound(scenario, share=share)
+
+    monkeypatch.setattr("kvferry.simulator.commands.size.bound", noted)
+    words = [str(path), "--gpu", "H100", "--rate", "20", "--no-simulation", "--requests", "100"]
+    for more, wanted in ((["--context", "6000"], 6000), (["--context", "500"], 500), ([], None)):
+        shown: object = figures(capsys, *words, *more)["context"]
+        run = mean(row.num_prompt_tokens for _, row in arrivals(seen[-1].traffic))
+        assert shown == pytest.approx(run, abs=0.5) and wanted in (None, shown)
+
+
+def test_figures_that_cannot_be_written_are_one_line(model: str) -> None:
+    program = "import sys, kvferry.simulator.commands.size as size\n"
+    script = f"{program}sys.exit(size.main([{model!r}, '--gpu', 'H100', '--json']))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    told = "kvferry size: standard output cannot be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (2, told)
+
+
 def test_without_a_rate_there_is_a_ratio_and_no_fleet(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([model, "--gpu", "A100-80GB", "--tensor-parallel-size", "2"]) == 0
     shown = capsys.readouterr().out
@@ -72,7 +108,17 @@ def test_nothing_is_priced_that_has_no_price(model: str, capsys: pytest.CaptureF
         (["--gpu", "cpu"], "memory_gb: of a CPU what was measured on it is needed"),
         (["--gpu", "L40S"], "link_gb_per_s: L40S comes without a network port"),
         (["--gpu", "H100", "--block-size", "5"], "block_size: "),
-        (["--gpu", "H100", "--context", "999999"], "context: 999,999 tokens are more than the model's 131,072"),
+        (
+            ["--gpu", "H100", "--context", "999999"],
+            "context: 999,999 tokens are more than the model's context has room",
+        ),
+        (["--gpu", "H100", "--output-len", "99999"], "output_len: 99,999 tokens are more than the model's context has"),
+        (["--gpu", "H100", "--cpu-rates", "/nowhere"], "cpu_rates: H100 is no CPU: leave them away"),
+        (["--gpu", "cpu", "--cpu-rates", "/nowhere"], "memory_gb: say how much a CPU has"),
+        (
+            ["--gpu", "cpu", "--cpu-rates", "/nowhere", "--memory-gb", "9", "--tflops", "1"],
+            "tflops: --cpu-rates say it",
+        ),
         (["--gpu", "H100", "--tensor-parallel-size", "3"], "tensor_parallel_size = 3 does not divide"),
         (["--gpu", "H100", "--memory-gb", "1e300"], "memory_gb: 1e+300 is more than 1,000,000"),
         (["--gpu", "H100", "--rate", "1e300"], "rate: 2e+301 requests are more than 1,000,000"),

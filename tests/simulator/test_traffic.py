@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.simulator import Day, Spike, Traffic, sources
+from kvferry.simulator.adapters import adapter_use
 from kvferry.simulator.jobs import make_job
 from kvferry.simulator.oracle import bound, infinite_cache
 from kvferry.simulator.traffic import arrivals, mean_rate, rows_of
@@ -88,6 +90,23 @@ def test_a_repeated_trace_shares_no_prefix_with_its_first_round() -> None:
     assert len(first) == len(second) and first.isdisjoint(second)
 
 
+def test_a_repeated_trace_may_have_any_ids() -> None:
+    rows = tuple(replace(row, block_ids=(-20, number - 10, 3)) for number, row in enumerate(ROWS))
+    found = [row for _, row in arrivals(Traffic(rows, num_requests=10))]
+    first, second = ({block for row in part for block in row.block_ids} for part in (found[:5], found[5:]))
+    assert len(first) == len(second) == 7 and first.isdisjoint(second)
+
+
+def test_a_rate_is_refused_where_the_traces_times_do_not_differ() -> None:
+    rows = tuple(replace(row, arrival_s=0.0) for row in ROWS)
+    with pytest.raises(ConfigError, match=r"rate: the trace's 5 requests all come at one time.*\(--poisson\)"):
+        list(arrivals(Traffic(rows, rate_per_s=0.1)))
+    assert [time_s for time_s, _ in arrivals(Traffic(rows))] == [0.0] * 5
+    assert list(arrivals(Traffic(rows, rate_per_s=0.1, arrivals="poisson")))[-1][0] > 5
+    lone = [time_s for time_s, _ in arrivals(Traffic(rows[:1], rate_per_s=0.5, num_requests=3))]
+    assert lone == [0.0, 2.0, 4.0]  # a round has the length of a request
+
+
 def test_poisson_arrivals_have_the_wished_rate_and_repeat_with_their_seed() -> None:
     traffic = Traffic(ROWS, arrivals="poisson", rate_per_s=10.0, num_requests=2000, seed=3)
     times = [time_s for time_s, _ in arrivals(traffic)]
@@ -120,6 +139,23 @@ def test_blocks_of_any_length_are_shared_as_far_as_prompts_are_equal(block_token
     assert len(set(one)) == len(one) == 3010 // block_tokens
     same = [mine == theirs for mine, theirs in zip(one, other, strict=True)]
     assert sum(same) == 4 * 512 // block_tokens and same == sorted(same, reverse=True)
+
+
+@pytest.mark.parametrize("block_id", [-5123, 2**63 - 1, 9_800_000_000_000_000_000, 2**64, 10**30])
+@pytest.mark.parametrize("block_tokens", [64, 512])
+def test_a_trace_may_name_blocks_by_any_number(block_id: int, block_tokens: int) -> None:
+    rows = [TraceRow(0.0, 1536, 10, block_ids=(block_id, last, 3)) for last in (7, 8)]
+    one, other = (make_job(n, row, 0.0, block_tokens, hashed=True).block_hashes for n, row in enumerate(rows))
+    assert len(set(one)) == len(one) == 1546 // block_tokens
+    assert sum(mine == theirs for mine, theirs in zip(one, other, strict=True)) == 2 * 512 // block_tokens
+
+
+def test_no_adapters_blocks_are_anothers_however_many_there_are() -> None:
+    row = TraceRow(0.0, 1024, 512, block_ids=(1, 2))
+    numbers = (0, 1, 32_767, 32_768, 65_536, 1_000_000)
+    jobs = [make_job(n, row, 0.0, 512, hashed=True, adapter=adapter_use(number, 1)) for n, number in enumerate(numbers)]
+    hashes = [value[:8] for job in jobs for value in job.block_hashes]
+    assert len(set(hashes)) == len(hashes) == 3 * len(numbers)
 
 
 def test_an_infinite_cache_finds_leading_blocks_alone() -> None:

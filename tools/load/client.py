@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 
 from ...common.errors import ConfigError
+from .delivery import deliver
 from .endpoint import Endpoint, RequestRecord
 from .environment import describe_environment
 from .http_client import HttpError
@@ -25,7 +26,7 @@ from .report import BenchReport, print_report, report_console, write_json
 from .stats import summarize
 from .traces import TraceRow, read_trace
 
-__all__ = ["main", "make_parser", "plan_requests", "run_bench"]  # the first two are what a program has
+__all__ = ["main", "make_parser", "plan_requests", "read_rows", "run_bench"]  # the first two are what a program has
 
 _WARMUP_SEED_OFFSET = 1_000_003  # warm-up prompts must not be in a prefix cache when the measured ones come
 
@@ -37,18 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse_options(argv)
         report = _run(options, argv)
-        print_report(report, report_console())
-        if options.json_path is not None:
-            write_json(report, options.json_path)
-        if options.plot_path is not None:
-            plot_report(report, options.plot_path)
     except (ConfigError, HttpError) as error:
         errors.print(f"kvferry bench: {error}", markup=False, style="red", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         errors.print("kvferry bench: interrupted, nothing measured", style="red")
         return 130
-    return 0 if report.summary.num_ok else 1
+    files = (
+        (options.json_path, lambda path: write_json(report, path)),
+        (options.plot_path, lambda path: plot_report(report, path)),
+    )
+    code = deliver("kvferry bench", files, lambda: print_report(report, report_console()))
+    return code if code or report.summary.num_ok else 1
 
 
 def _run(options: Options, argv: Sequence[str]) -> BenchReport:
@@ -59,7 +60,7 @@ def _run(options: Options, argv: Sequence[str]) -> BenchReport:
 
 async def run_bench(options: Options, argv: Sequence[str]) -> BenchReport:
     """One whole run against a server that is up."""
-    _trace_of(options)  # what is wrong with a file is told before anybody is asked
+    rows = read_rows(options)  # what is wrong with a file is told before anybody is asked
     endpoint = Endpoint(
         options.base_url,
         model=options.model or "",
@@ -71,8 +72,8 @@ async def run_bench(options: Options, argv: Sequence[str]) -> BenchReport:
     )
     try:
         await _probe(endpoint, options)
-        await _warm_up(endpoint, options)
-        result = await _load(endpoint, options)
+        await _warm_up(endpoint, options, rows)
+        result = await _load(endpoint, options, rows)
     finally:
         endpoint.close()
     return BenchReport(
@@ -109,19 +110,19 @@ async def _only_model(endpoint: Endpoint) -> str:
     return names[0]
 
 
-async def _warm_up(endpoint: Endpoint, options: Options) -> None:
+async def _warm_up(endpoint: Endpoint, options: Options, rows: Iterable[TraceRow]) -> None:
     warm_options = replace(options, seed=options.seed + _WARMUP_SEED_OFFSET, num_requests=options.num_warmups)
-    for request in plan_requests(warm_options):
+    for request in plan_requests(warm_options, rows):
         record = await _send(endpoint, request)
         if not record.is_ok:
             raise ConfigError(f"warm-up request failed: {record.error}")
 
 
-async def _load(endpoint: Endpoint, options: Options) -> LoadResult:
+async def _load(endpoint: Endpoint, options: Options, rows: Iterable[TraceRow]) -> LoadResult:
     async def send(request: PlannedRequest) -> RequestRecord:
         return await _send(endpoint, request)
 
-    requests = plan_requests(options)
+    requests = plan_requests(options, rows)
     if options.max_concurrency is not None:
         return await run_closed_loop(requests, send, options.max_concurrency, options.duration_s)
     return await run_open_loop(requests, send, options.duration_s)
@@ -131,27 +132,26 @@ async def _send(endpoint: Endpoint, request: PlannedRequest) -> RequestRecord:
     return await endpoint.send(request.prompt, request.num_output_tokens, index=request.index)
 
 
-def plan_requests(options: Options) -> Iterator[PlannedRequest]:
+def plan_requests(options: Options, rows: Iterable[TraceRow]) -> Iterator[PlannedRequest]:
     """Requests in order of arrival, made one by one: a run of fixed duration has no last one."""
     prompts = _prompt_source(options, options.seed)
-    rows = _rows(options)
     arrivals = None if options.request_rate is None else poisson_arrivals(options.request_rate, options.seed)
     for index, row in enumerate(itertools.islice(rows, options.num_requests)):
         arrival_s = row.arrival_s if arrivals is None else next(arrivals)
         yield PlannedRequest(index, prompts.make_for(row), row.num_output_tokens, arrival_s)
 
 
-def _rows(options: Options) -> Iterator[TraceRow]:
-    if (trace := _trace_of(options)) is not None:
-        yield from trace
-    else:
-        yield from itertools.repeat(TraceRow(0.0, options.input_len, options.output_len))
-
-
-def _trace_of(options: Options) -> Sequence[TraceRow] | None:
+def read_rows(options: Options) -> Iterable[TraceRow]:
+    """Return the rows of the trace, or equal ones without end. Read once: it takes its time, and may be a pipe."""
     if options.trace is None:
-        return None
-    return read_trace(options.trace, length_scale=options.trace_scale, rate_scale=options.trace_rate_scale)
+        return itertools.repeat(TraceRow(0.0, options.input_len, options.output_len))
+    trace = read_trace(options.trace, length_scale=options.trace_scale, rate_scale=options.trace_rate_scale)
+    if options.num_requests is not None and options.num_requests > len(trace):
+        raise ConfigError(
+            f"--num-requests {options.num_requests}: --trace {options.trace} ends after {len(trace)}, and is not begun "
+            "anew: ask for no more, or leave it away"
+        )
+    return trace
 
 
 def _prompt_source(options: Options, seed: int) -> PromptSource:

@@ -38,6 +38,11 @@ class Process:
     name: str  # the kernel keeps 15 characters
     cpu_s: float
     is_zombie: bool  # has ended, waits for its parent to notice
+    start_ticks: int  # since boot: with the pid it names one process, as no other name does
+
+    def is_same(self, other: Process | None) -> bool:
+        """Say whether the other is this process, and none that was given its number later."""
+        return other is not None and (self.pid, self.start_ticks) == (other.pid, other.start_ticks)
 
 
 def processes() -> dict[int, Process]:
@@ -65,7 +70,7 @@ def _read_process(entry: Path) -> Process | None:
     name, _, fields = rest.rpartition(") ")
     columns = fields.split()  # from `state` on, the third column of proc(5)
     cpu_s = (int(columns[11]) + int(columns[12])) / _TICKS_PER_S
-    return Process(int(pid), int(columns[1]), name, cpu_s, is_zombie=columns[0] == "Z")
+    return Process(int(pid), int(columns[1]), name, cpu_s, columns[0] == "Z", start_ticks=int(columns[19]))
 
 
 def pin_to_cores(num_cores: int) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ from .plot import check_plot_path
 from .stats import Slo
 
 _DEFAULT_NUM_REQUESTS = 100
+_DEFAULT_INPUT_LEN = 512
+_DEFAULT_OUTPUT_LEN = 64
 
 
 @dataclass(slots=True, frozen=True)
@@ -66,6 +68,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     flags = make_parser().parse_args(argv)
     if flags.request_rate is not None and flags.max_concurrency is not None:
         raise ConfigError("--request-rate is open loop, --max-concurrency closed loop: give one of them")
+    _check_trace_flags(flags)
     if flags.endpoint == "chat" and flags.prompt == "ids":
         raise ConfigError("--endpoint chat takes text: use --prompt text, or --endpoint completions")
     for flag, path in (("--json", flags.json), ("--plot", flags.plot)):
@@ -88,11 +91,11 @@ def parse_options(argv: Sequence[str]) -> Options:
         endpoint=flags.endpoint,
         prompt=flags.prompt or ("text" if flags.endpoint == "chat" else "ids"),
         vocab_size=flags.vocab_size,
-        input_len=flags.input_len,
-        output_len=flags.output_len,
+        input_len=flags.input_len or _DEFAULT_INPUT_LEN,
+        output_len=flags.output_len or _DEFAULT_OUTPUT_LEN,
         trace=flags.trace,
-        trace_scale=flags.trace_scale,
-        trace_rate_scale=flags.trace_rate_scale,
+        trace_scale=flags.trace_scale or 1.0,
+        trace_rate_scale=flags.trace_rate_scale or 1.0,
         request_rate=flags.request_rate,
         max_concurrency=max_concurrency,
         num_requests=num_requests,
@@ -106,6 +109,23 @@ def parse_options(argv: Sequence[str]) -> Options:
         json_path=flags.json,
         plot_path=flags.plot,
     )
+
+
+def _check_trace_flags(flags: argparse.Namespace) -> None:
+    """Raise ConfigError for a flag that changes nothing with a trace, or without one."""
+    for name in ("input_len", "output_len"):
+        if flags.trace is not None and getattr(flags, name) is not None:
+            raise ConfigError(f"--{_dashed(name)}: lengths are those of --trace; --trace-scale multiplies them")
+    for name in ("trace_scale", "trace_rate_scale"):
+        if flags.trace is None and getattr(flags, name) is not None:
+            raise ConfigError(f"--{_dashed(name)}: there is no trace: name one with --trace, or leave this away")
+    for name in ("request_rate", "max_concurrency"):
+        if flags.trace_rate_scale is not None and getattr(flags, name) is not None:
+            raise ConfigError(f"--trace-rate-scale: --{_dashed(name)} takes no arrivals of the trace: give one of them")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _key_of_environment() -> str | None:
@@ -146,29 +166,26 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--input-len", type=positive_int, default=512, metavar="TOKENS", help="of each prompt (default: %(default)s)"
+        "--input-len", type=positive_int, metavar="TOKENS", help=f"of each prompt (default: {_DEFAULT_INPUT_LEN})"
     )
     group.add_argument(
         "--output-len",
         type=positive_int,
-        default=64,
         metavar="TOKENS",
-        help="max_tokens of each request (default: %(default)s)",
+        help=f"max_tokens of each request (default: {_DEFAULT_OUTPUT_LEN})",
     )
     group.add_argument("--trace", type=Path, metavar="FILE", help="lengths from a Mooncake .jsonl or Azure .csv trace")
     group.add_argument(
         "--trace-scale",
         type=positive_float,
-        default=1.0,
         metavar="X",
-        help="trace lengths times X (default: %(default)g)",
+        help="trace lengths times X (default: 1)",
     )
     group.add_argument(
         "--trace-rate-scale",
         type=positive_float,
-        default=1.0,
         metavar="X",
-        help="trace arrivals X times as dense (default: %(default)g)",
+        help="trace arrivals X times as dense (default: 1)",
     )
     group.add_argument("--prompt", choices=("ids", "text"), help="what is sent (default: ids; chat: text)")
     group.add_argument(

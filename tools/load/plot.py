@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
 from ...common.extras import MATPLOTLIB
+from .json_file import write_whole
 from .report import BenchReport
 
 if TYPE_CHECKING:
@@ -38,9 +40,11 @@ def new_figure(width_in: float, height_in: float, num_panels: int) -> tuple[Figu
 def save_figure(figure: Figure, path: Path) -> None:
     import matplotlib
 
+    drawn = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "kvferry", "svg.fonttype": "path"}):
         metadata = {"Date": None, "Creator": "kvferry"} if path.suffix == ".svg" else {"Software": "kvferry"}
-        figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=metadata)
+    write_whole(drawn.getvalue(), path)
 
 
 def plot_report(report: BenchReport, path: Path) -> None:

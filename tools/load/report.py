@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from .endpoint import RequestRecord
 from .environment import Environment
+from .json_file import save_json
 from .stats import Distribution, Slo, Summary
 
 RESULTS_DIR = Path("benchmarks") / "results"
@@ -55,7 +55,7 @@ def print_report(report: BenchReport, console: Console) -> None:
 
 
 def write_json(report: BenchReport, path: Path) -> None:
-    path.write_text(json.dumps(_as_json(report), indent=1) + "\n")
+    save_json(_as_json(report), path)
 
 
 def milliseconds(value: float | None) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE
 from ...common.errors import ConfigError
 from .cores import Process, process_tree, processes
 
@@ -32,6 +33,7 @@ _LOG_TAIL_CHARS = 1500
 _PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LEAST_PORT = 10_000
 _PORT_TRIES = 64
+_SETTINGS = "KVFERRY_"
 # Becomes the command: its process's number, its arguments and its environment are those of this one, which is told to
 # end with its parent. That may have ended already.
 _TIED = """
@@ -64,7 +66,7 @@ class ServerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **env},
+                    env=_inherited() | dict(env),
                     start_new_session=True,
                 )
             except OSError as error:
@@ -151,6 +153,12 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
 
 
+def _inherited() -> dict[str, str]:
+    """Return this process's environment without settings of kvferry: those of a server under test are its flags."""
+    kept = (CACHE_VARIABLE, FAILPOINTS_VARIABLE)
+    return {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS) or name in kept}
+
+
 def tied(command: Sequence[str]) -> Sequence[str]:
     """Return a command that ends with its parent. That is a thread to the kernel: no other than the main one lasts."""
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
@@ -159,9 +167,9 @@ def tied(command: Sequence[str]) -> Sequence[str]:
 
 
 def _alive(tree: Sequence[Process]) -> list[Process]:
-    """Return those that still run; the name guards against a number that another process was given meanwhile."""
+    """Return those that still run: a number may have been given to another process meanwhile."""
     now = processes()
-    return [old for old in tree if old.pid in now and now[old.pid].name == old.name and not now[old.pid].is_zombie]
+    return [old for old in tree if old.is_same(now.get(old.pid)) and not now[old.pid].is_zombie]
 
 
 def free_port() -> int:

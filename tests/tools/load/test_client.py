@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from kvferry.common.config import API_KEY_VARIABLE
 from kvferry.common.errors import ConfigError
-from kvferry.tools.load.client import main, plan_requests, run_bench
+from kvferry.tools.load.client import main, plan_requests, read_rows, run_bench
 from kvferry.tools.load.options import parse_options
 from kvferry.tools.load.stats import Slo
 
@@ -203,6 +204,40 @@ async def test_trace_is_replayed_with_its_lengths_and_times(tmp_path: Path) -> N
     assert report.workload == "lengths of trace.jsonl times 0.5"
 
 
+async def test_a_trace_is_read_once_and_may_be_a_pipe() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, TRACE.encode())
+    os.close(writing)
+    async with scripted_server(serve_well) as server:
+        argv = ["--base-url", server.base_url, "--trace", f"/dev/fd/{reading}", "--num-warmups", "1"]
+        report = await run_bench(parse_options(argv), argv)
+    os.close(reading)
+    assert [record.num_prompt_tokens for record in report.records] == [40, 80]
+
+
+async def test_no_more_requests_are_asked_for_than_a_trace_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(TRACE)
+    async with scripted_server(serve_well) as server:
+        assert await bench(server, "--trace", str(path), "--num-requests", "3") == 2
+        assert not server.requests
+        assert f"--num-requests 3: --trace {path} ends after 2, and is not begun anew" in capsys.readouterr().err
+        assert await bench(server, "--trace", str(path), "--num-requests", "1", "--max-concurrency", "1") == 0
+
+
+async def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_the_other_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "run.svg"
+    async with scripted_server(serve_well) as server:
+        assert await bench(server, "--num-requests", "1", "--json", "/dev/full", "--plot", str(plot)) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "kvferry bench: /dev/full cannot be written: No space left on device\n"
+    assert plot.exists() and "requests ok / failed" in shown.out
+
+
 async def test_what_is_wrong_with_a_trace_is_told_before_anybody_is_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,7 +252,8 @@ async def test_what_is_wrong_with_a_trace_is_told_before_anybody_is_asked(
 def test_trace_can_give_lengths_alone(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(TRACE)
-    planned = list(plan_requests(parse_options(["--trace", str(path), "--request-rate", "inf"])))
+    options = parse_options(["--trace", str(path), "--request-rate", "inf"])
+    planned = list(plan_requests(options, read_rows(options)))
     assert [(len(request.prompt), request.arrival_s) for request in planned] == [(40, 0.0), (80, 0.0)]
 
 
@@ -234,6 +270,15 @@ def test_load_is_one_in_flight_and_100_requests_unless_told() -> None:
         ("--request-rate 1 --max-concurrency 1", "give one of them"),
         ("--endpoint chat --prompt ids", "chat takes text"),
         ("--request-rate inf --duration 5", "add --num-requests"),
+        ("--trace t --input-len 512", "--input-len: lengths are those of --trace; --trace-scale multiplies them"),
+        ("--trace t --output-len 9", "--output-len: lengths are those of --trace"),
+        ("--trace-scale 1", "--trace-scale: there is no trace: name one with --trace"),
+        ("--trace-rate-scale 2", "--trace-rate-scale: there is no trace"),
+        ("--trace t --trace-rate-scale 2 --request-rate 1", "--trace-rate-scale: --request-rate takes no arrivals"),
+        (
+            "--trace t --trace-rate-scale 2 --max-concurrency 1",
+            "--trace-rate-scale: --max-concurrency takes no arrivals",
+        ),
         ("--json absent/run.json", "there is no directory absent"),
         ("--plot run.jpg", "must end in .svg or .png"),
     ],

@@ -30,7 +30,7 @@ def test_own_process_is_in_the_table() -> None:
 
 
 def test_tree_has_the_descendants_of_its_roots_alone() -> None:
-    table = {pid: Process(pid, parent, "x", 0.0, False) for pid, parent in [(1, 0), (2, 1), (3, 2), (4, 1), (5, 4)]}
+    table = {pid: Process(pid, parent, "x", 0.0, False, 0) for pid, parent in [(1, 0), (2, 1), (3, 2), (4, 1), (5, 4)]}
     assert [process.pid for process in process_tree([2, 5, 99], table)] == [2, 5, 3]
 
 

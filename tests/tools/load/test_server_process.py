@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_healthy_server_is_awaited_and_ended(tmp_path: Path) -> None:
         assert server.pid in processes()
     assert server.pid not in processes()
     assert "GET /" in (tmp_path / "web.log").read_text()
+
+
+def test_settings_of_whoever_starts_a_server_are_not_the_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KVFERRY_API_KEY", "KVFERRY_LOG_LEVEL", "KVFERRY_CACHE", "KVFERRY_FAILPOINTS", "OTHER"):
+        monkeypatch.setenv(name, "ours")
+    show = "import os; print(sorted((k, v) for k, v in os.environ.items() if k[:7] == 'KVFERRY' or k == 'OTHER'))"
+    with running("shown", [sys.executable, "-c", show], tmp_path, {"KVFERRY_API_KEY": "its own"}) as server:
+        assert server.wait(30) == 0
+    kept = [("KVFERRY_API_KEY", "its own"), *((f"KVFERRY_{name}", "ours") for name in ("CACHE", "FAILPOINTS"))]
+    assert (tmp_path / "shown.log").read_text() == f"{[*kept, ('OTHER', 'ours')]}\n"
 
 
 def test_server_that_ends_early_is_reported_with_its_log(tmp_path: Path) -> None:
@@ -113,6 +126,15 @@ def test_logs_that_cannot_be_written_are_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="logs cannot be written to"), running("x", ["true"], tmp_path / "file"):
         pass
+
+
+def test_a_process_is_another_where_it_began_later_and_the_same_whatever_its_name(tmp_path: Path) -> None:
+    with running("x", [sys.executable, "-c", "import signal; signal.pause()"], tmp_path) as server:
+        real = processes()[server.pid]
+        earlier = replace(real, start_ticks=real.start_ticks - 1)  # it has ended, and its number was given again
+        before = replace(real, name="before-exec")
+        assert server_process._alive([real, earlier, before]) == [real, before]
+    assert not server_process._alive([real])
 
 
 def test_whole_tree_is_killed_when_it_does_not_end(tmp_path: Path) -> None:
