@@ -85,7 +85,8 @@ async def _carry_out(command: Answer, launcher: Launcher, note: Callable[[str], 
             name = command.get("name")
             return {"ok": await launcher.restart(note, str(name) if name is not None else None)}
         case "drain":
-            launcher.drain()
+            if not launcher.is_ending:  # a second signal ends at once; who drains twice waits for the same end
+                launcher.drain()
             return {"ok": True}
     return {"ok": False, "error": f"unknown command {str(command.get('command'))[:64]!r}"}
 

@@ -31,6 +31,7 @@ class Host:
     num_cpus: int
     free_memory_bytes: int
     gpus: tuple[Gpu, ...] = ()  # empty where the installed torch cannot use them
+    is_cluster: bool = False  # of several machines: how many threads a worker has, its node knows
 
 
 def read_host(env: Mapping[str, str]) -> Host:

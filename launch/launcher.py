@@ -18,6 +18,11 @@ class Launcher(Protocol):
         """Serve until `stop`, or until something cannot start (raises). Nothing is left behind either way."""
         ...
 
+    @property
+    def is_ending(self) -> bool:
+        """Say whether `stop` or `drain` was called."""
+        ...
+
     def stop(self) -> None:
         """End everything soon; at once, if it is ending already."""
         ...

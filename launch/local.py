@@ -96,6 +96,10 @@ class LocalLauncher:
 
     # --- from outside ---------------------------------------------------------------------------------------------
 
+    @property
+    def is_ending(self) -> bool:
+        return self._stopper.stopped
+
     def stop(self) -> None:
         self._end(drain=False)
 
@@ -106,7 +110,7 @@ class LocalLauncher:
         for worker in self.workers:
             worker.send({"event": "stopping"})
         for child in (*self.routers.children, *self.workers):
-            if self._stopper.stopped:
+            if self.is_ending:
                 child.kill()
             else:
                 child.shall_drain = drain
@@ -127,7 +131,7 @@ class LocalLauncher:
             note(text)
 
         workers = [child for child in self.workers if not child.is_retired]
-        if self._front is None or self._stopper.stopped:
+        if self._front is None or self.is_ending:
             tell("no restart: not everything is up")
         elif self._is_rolling:
             tell("no restart: one is under way")
@@ -154,7 +158,7 @@ class LocalLauncher:
     def status(self) -> dict[str, object]:
         roles = self.routers.roles_now(self._fleet.roles)
         workers = [describe_child(child, roles.get(child.name, "leaving")) for child in self.workers]
-        ending = "ending" if self._stopper.stopped else "restarting" if self._is_rolling else "serving"
+        ending = "ending" if self.is_ending else "restarting" if self._is_rolling else "serving"
         state = "starting" if self._front is None else ending
         name = self._config.served_model_name
         return describe_deployment(self.routers, workers, model=name, state=state, launcher="local")

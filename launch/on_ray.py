@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..common.clock import Clock
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, KVFerryError
 from ..wire.address import Address
 from . import ray_calls
 from .children import ROUTER_PROGRAM, child_environment
@@ -79,6 +79,10 @@ class RayLauncher:
 
     # --- from outside ---------------------------------------------------------------------------------------------
 
+    @property
+    def is_ending(self) -> bool:
+        return self._stopper.stopped
+
     def stop(self) -> None:
         self._end(drain=False)
 
@@ -87,7 +91,7 @@ class RayLauncher:
 
     def _end(self, *, drain: bool) -> None:
         for child in self._routers.children if self._routers is not None else ():
-            if self._stopper.stopped:
+            if self.is_ending:
                 child.kill()
             else:
                 child.shall_drain = drain
@@ -126,14 +130,10 @@ class RayLauncher:
         roles: dict[str, str] = {name: worker.plan.config.role for name, worker in self._workers.items()}
         roles = self._routers.roles_now(roles) if self._routers is not None else roles
         workers = [
-            {
-                "name": worker.worker_id,
-                "role": roles[worker.worker_id],
-                "state": "waits for a node" if worker.actor is None else "leaving" if worker.retired.is_set() else "up",
-            }
+            {"name": worker.worker_id, "role": roles[worker.worker_id], "state": worker.state}
             for worker in self._workers.values()
         ]
-        state = "ending" if self._stopper.stopped else "serving" if self._is_serving else "starting"
+        state = "ending" if self.is_ending else "serving" if self._is_serving else "starting"
         model = self._deployment.router.served_model_name
         return describe_deployment(self._routers, workers, model=model, state=state, launcher="ray")
 
@@ -169,6 +169,8 @@ class RayLauncher:
             await routers.wait_until_up()
             for worker in workers:
                 tasks.create_task(self._keep(worker))
+            for worker in workers:
+                await worker.was_ready.wait()
             await routers.wait_until_serving()
             self._display.done()
             for child in routers.children:
@@ -218,7 +220,7 @@ class RayLauncher:
         assert self._tasks is not None
         worker = self._worker(plan)
         self._workers[worker.worker_id] = worker
-        self._tasks.create_task(self._keep(worker))
+        self._tasks.create_task(self._keep(worker, is_extra=True))
 
     def _retire_worker(self, worker_id: str, drains: bool) -> None:
         """Tell a worker to end, perhaps again: whether it `drains` already or not."""
@@ -226,11 +228,18 @@ class RayLauncher:
         if worker is not None:
             worker.retired.set()
 
-    async def _keep(self, worker: RayWorker) -> None:
+    async def _keep(self, worker: RayWorker, *, is_extra: bool = False) -> None:
+        """Keep a worker running until it is retired. One of the first workers that cannot start ends the launch."""
         assert self._scale_requests is not None
-        await worker.keep()
+        error: str | None = None
+        try:
+            await worker.keep()
+        except KVFerryError as failure:
+            if not is_extra:
+                raise
+            error = str(failure)
         self._workers.pop(worker.worker_id, None)
-        self._scale_requests.on_worker_ended(worker.worker_id)
+        self._scale_requests.on_worker_ended(worker.worker_id, error)
 
     def _end_actors(self) -> None:
         """Let each worker end by itself, then take the actor away."""

@@ -168,7 +168,8 @@ def absolute(path: Path | None) -> Path | None:
 
 def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:
     """Split cores, GPUs and free memory between the workers. Raises ConfigError where they do not fit."""
-    threads, num_ranks = max(1, host.num_cpus // max(1, deployment.num_ranks)), max(1, deployment.max_ranks)
+    threads = None if host.is_cluster else max(1, host.num_cpus // max(1, deployment.num_ranks))
+    num_ranks = max(1, deployment.max_ranks)
     device = _device(deployment, host)
     workers = deployment.workers if device == "cpu" else tuple(_assign_gpus(deployment.workers, host, model))
     if model is not None:
@@ -195,7 +196,7 @@ def _check_float8(worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host
 
 
 def _fit_worker(
-    worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, threads: int, num_ranks: int
+    worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host, threads: int | None, num_ranks: int
 ) -> WorkerPlan:
     engine = worker.config.engine
     update: dict[str, object] = {"device": device, "num_threads": engine.num_threads or threads}
@@ -205,7 +206,8 @@ def _fit_worker(
     if device == "cuda":
         update["max_num_batched_tokens"] = _gpu_batched_tokens(worker)
     worker = _with_engine(worker, update)
-    if device == "cpu" and engine.num_threads is None and worker.num_ranks == 1 and host.num_cpus > threads:
+    lends = device == "cpu" and engine.num_threads is None and worker.num_ranks == 1
+    if lends and threads is not None and host.num_cpus > threads:
         worker = replace(worker, max_threads=host.num_cpus)
     if device == "cpu":
         worker = replace(worker, config=worker.config.model_copy(update={"niceness": _PREFILL_NICENESS}))

@@ -29,7 +29,7 @@ from ..common.lifeline import Event
 from .child_process import ChildProcess, Command, running, within
 
 _TICK_S = 0.25
-_MAX_START_FAILURES = 3
+MAX_START_FAILURES = 3  # of one that was never ready
 _EXCUSE_S = 0.5  # of a pause before it is told: in which a router, busy or not, says that a request was to blame
 
 
@@ -258,7 +258,7 @@ class Child:
         if not self.was_ready.is_set():
             if process is not None and process.start_error is not None:
                 raise ConfigError(f"{self.name}: {process.start_error}")
-            if self._num_failures >= _MAX_START_FAILURES:
+            if self._num_failures >= MAX_START_FAILURES:
                 raise WorkerLost(f"{self.name} did not start, {self._num_failures} times: {reason}")
         return self._times.backoff_s(self._num_failures)
 

@@ -11,16 +11,18 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 
 from ..common.config import WorkerConfig
 from ..common.errors import ConfigError
 from ..common.extras import RAY
+from ..common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
 from ..common.logs import configure_logging
 from ..common.machine import usable_cpus
 from ..wire.credentials import SharedSecret
@@ -39,32 +41,78 @@ _NICENESS = 0  # Ray's own is 15: beside anything else on its cores, a worker wo
 _HEAD_AWAY_S = 86400  # Ray ends a process that misses the cluster's head for so long; no token passes through it
 
 
+class RunEnd(NamedTuple):
+    """The end of one `run`: the exit code, and what the worker said by then."""
+
+    code: int | None
+    error: str = ""  # why it ended
+    was_ready: bool = False
+
+
 class WorkerActor:
     """One worker inside a Ray actor; `run` is repeated by Ray when the actor had to be started again."""
 
     def __init__(self) -> None:
         self._secret = SharedSecret()
+        self._word = _Word()
+        self._num_threads: int | None = None  # of a rank; asked for once: Ray's head, which knows, may go
 
-    async def run(self, config_json: str, secrets: tuple[bytes, ...], entry: str, loopback: bool) -> int:
+    async def run(self, config_json: str, secrets: tuple[bytes, ...], entry: str, loopback: bool) -> RunEnd:
         self._secret = SharedSecret(*secrets)
         config = WorkerConfig.model_validate_json(config_json)
         if not loopback:
             config = config.model_copy(update={"host": node_ip()})
         configure_logging(config.log_level, log_format=config.log_format, worker_id=config.worker_id)
         _take_ordinary_priority()
+        if config.engine.num_threads is None:
+            if self._num_threads is None:
+                self._num_threads = await asyncio.to_thread(_threads_of_a_rank)
+            config = _with_threads(config, self._num_threads)
         module, _, name = entry.partition(":")
         # Not on the loop, which answers pings: a worker's libraries may take longer than a hang.
         loaded = await asyncio.to_thread(importlib.import_module, module)
-        code: int = await getattr(loaded, name)(config, self._secret, None)
-        return code
+        self._word = word = _Word()
+        with word.heard() as lifeline:
+            code: int = await getattr(loaded, name)(config, self._secret, lifeline)
+        return RunEnd(code, word.error, word.was_ready)
 
     async def take_secrets(self, secrets: tuple[bytes, ...]) -> None:
         """Go on with others: the first is said, all are believed."""
         self._secret.replace(secrets)
 
-    async def ping(self) -> int:
-        """The process id, while the actor's loop turns."""
-        return os.getpid()
+    async def ping(self) -> bool:
+        """Say whether the worker is ready, while the actor's loop turns."""
+        return self._word.is_ready
+
+
+class _Word:
+    """A worker's words over its lifeline, whose other end is in the same process."""
+
+    def __init__(self) -> None:
+        self.is_ready = self.was_ready = False
+        self.error = ""  # why it ends
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[Lifeline]:
+        """Listen for the length of the block."""
+        loop, (ours, theirs) = asyncio.get_running_loop(), lifeline_pair()
+        with ours:
+            loop.add_reader(ours, self._read, ours)
+            try:
+                yield Lifeline(theirs, on_lost=lambda: None)  # this end is closed where the worker has ended
+            finally:
+                loop.remove_reader(ours)
+                self._read(ours)
+                self.is_ready = False
+
+    def _read(self, ours: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while packet := ours.recv(MAX_EVENT_BYTES):
+                event = decode_event(packet) or {}
+                if event.get("event") == "ready":
+                    self.is_ready = self.was_ready = True
+                elif event.get("event") in ("failed", "broke"):
+                    self.error = str(event.get("error", ""))
 
 
 def connect(address: str | None, num_ranks: int) -> None:
@@ -110,13 +158,41 @@ async def in_thread(function: Callable[[], None], limit_s: float) -> bool:
 
 
 def cluster_as_host() -> Host:
-    """All nodes as one machine: how many cores and GPUs there are to share."""
+    """All nodes as one machine: which GPUs there are to share. Its cores are not one worker's: see `fair_threads`."""
     import ray
 
     resources = ray.cluster_resources()
     gpus = tuple(Gpu(str(index), "", 0, 0) for index in range(int(resources.get("GPU", 0))))
     num_nodes = max(1, len(ray.nodes()))
-    return Host(int(resources.get("CPU", 1)), int(resources.get("memory", 0)) // num_nodes, gpus)
+    return Host(int(resources.get("CPU", 1)), int(resources.get("memory", 0)) // num_nodes, gpus, is_cluster=True)
+
+
+def _threads_of_a_rank() -> int:
+    """Ask Ray how many CPU threads a rank of this actor's worker has. Blocks."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    node_id = ray.get_runtime_context().get_node_id()
+    given = sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
+    return fair_threads(node_id, min(usable_cpus(), int(given)), placement_group_table().values())
+
+
+def fair_threads(node_id: str, num_cpus: int, groups: Iterable[Mapping[str, Any]]) -> int:
+    """Share a node's cores among the ranks that have a place on it. `groups`: as Ray's table of them has each."""
+    places = [
+        group["bundles"][index].get("CPU", 0)
+        for group in groups
+        if group["state"] == "CREATED"
+        for index, where in group["bundles_to_node_id"].items()
+        if where == node_id
+    ]
+    return max(1, num_cpus // max(1, int(sum(places))))
+
+
+def _with_threads(config: WorkerConfig, num_threads: int) -> WorkerConfig:
+    """Set the threads of each rank, for libraries that are imported from here on, too."""
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"num_threads": num_threads})})
 
 
 def ask_for_place(worker: WorkerPlan) -> PlacementGroup:

@@ -1,9 +1,11 @@
 """One worker of a Ray cluster, from the request for a place until nothing of it is left.
 
     place asked for ─> node ─> actor ─> run ─> lost, or ended by itself: run again
+                                          ├──> cannot start: the error is raised, place given back
                                           └──> retired: drained by a router ─> ended, place given back
 
-Ray starts a lost actor again and repeats its `run`; one whose loop answers no ping is killed so that it does.
+Ray starts a lost actor again and repeats its `run`; one whose loop answers no ping is killed so that it does. A ping's
+answer says whether the worker is ready.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..common.clock import OwnTime, SystemClock
+from ..common.errors import ConfigError, KVFerryError, WorkerLost
 from . import ray_calls
 from .plan import WorkerPlan
-from .process import ChildTimes
+from .process import MAX_START_FAILURES, ChildTimes
 from .routers import RouterGroup
 
 if TYPE_CHECKING:
@@ -24,13 +27,14 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
-    from .ray_calls import WorkerActor
+    from .ray_calls import RunEnd, WorkerActor
 
 _PING_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.25  # while one is not answered
 _HANG_AFTER_S = 30.0
 _START_S = 600.0  # until an actor says its first word: its node may be starting, and its files may be far away
 _CALL_S = 10.0  # for one call to the cluster
+_CANNOT_START = 2  # the exit code of a worker that a second start would not help
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,7 +57,9 @@ class RayWorker:
         self.plan = plan
         self.place = place
         self.actor: ActorHandle[WorkerActor] | None = None  # None: no node yet
-        self.work: ObjectRef[int] | None = None  # its running `run`
+        self.work: ObjectRef[RunEnd] | None = None  # its running `run`
+        self.is_ready = False  # as its actor said last
+        self.was_ready = asyncio.Event()
         self.retired = asyncio.Event()
         self._site = site
 
@@ -61,8 +67,23 @@ class RayWorker:
     def worker_id(self) -> str:
         return self.plan.config.worker_id
 
+    @property
+    def state(self) -> str:
+        """Return the word that `kvferry status` has for it."""
+        if self.actor is None:
+            return "waits for a node"
+        return "leaving" if self.retired.is_set() else "up" if self.is_ready else "starting"
+
     async def keep(self) -> None:
-        """Return when it has been retired and nothing of it is left."""
+        """Return when it has been retired, raise KVFerryError if it cannot start; nothing of it is left either way."""
+        try:
+            await self._live()
+        except KVFerryError:
+            await ray_calls.in_thread(self._remove, _CALL_S)
+            raise
+        await ray_calls.in_thread(self._remove, _CALL_S)
+
+    async def _live(self) -> None:
         placed = asyncio.ensure_future(_ready(self.place))
         retired = asyncio.create_task(self.retired.wait())
         try:
@@ -74,7 +95,6 @@ class RayWorker:
         finally:
             placed.cancel()
             retired.cancel()
-        await ray_calls.in_thread(self._remove, _CALL_S)
 
     async def _serve(self, retired: asyncio.Task[Literal[True]]) -> None:
         """Run it until it is retired; then until it has drained, or for as long as that may take."""
@@ -93,24 +113,32 @@ class RayWorker:
             watching.cancel()
 
     async def _keep_running(self) -> None:
-        """`run` ends only where the worker itself gave up, or drained: Ray repeats it after the loss of an actor."""
-        from ray.exceptions import RayError
+        """`run` ends only where the worker itself gave up, or drained: Ray repeats it after the loss of an actor.
 
+        Raises ConfigError or WorkerLost where it was never ready and will not be.
+        """
         assert self.actor is not None
         site = self._site
         config = self.plan.config.model_copy(update={"routers": site.routers.controls, "secret_file": None})
-        clock, num_ends = SystemClock(), 0
+        clock, num_ends, num_failed_starts = SystemClock(), 0, 0
         while True:
             began_s = clock.now()
             arguments = (config.model_dump_json(), site.secrets(), site.entry, site.loopback)
             self.work = work = self.actor.run.remote(*arguments)
-            try:
-                reason = f"exit code {await work}"
-            except RayError as error:
-                reason = str(error).strip().splitlines()[-1]
+            end = await _end_of(work)
+            reason = end.error or f"exit code {end.code}"
+            self.is_ready = False
+            if end.was_ready:
+                self.was_ready.set()
             if self.retired.is_set():
                 return
-            # Nobody tells here when it began to serve. One that ran for longer than the longest pause did not fail at
+            if not self.was_ready.is_set():
+                num_failed_starts += 1
+                if end.code == _CANNOT_START:
+                    raise ConfigError(f"{self.worker_id}: {reason}")
+                if num_failed_starts >= MAX_START_FAILURES:
+                    raise WorkerLost(f"{self.worker_id} did not start, {num_failed_starts} times: {reason}")
+            # Nobody tells here since when it serves. One that ran for longer than the longest pause did not fail at
             # once: it drained, or served before it ended.
             num_ends = 1 if clock.now() - began_s > site.times.max_backoff_s else num_ends + 1
             self._tell_restart(reason, delay_s := site.times.backoff_s(num_ends))
@@ -127,14 +155,22 @@ class RayWorker:
             await asyncio.sleep(_PING_EVERY_S)
             ping = actor.ping.options(max_task_retries=0).remote()
             try:
-                if await _comes(ping, limit_s):
+                if (is_ready := await _answer_to(ping, limit_s)) is not None:
+                    self._take(is_ready)
                     limit_s = _HANG_AFTER_S
                     continue
+                self._take(False)
                 self._tell_restart(f"no sign of life for {limit_s:g} s", 0.0)
                 await ray_calls.in_thread(lambda: ray.kill(actor, no_restart=False), _HANG_AFTER_S)
                 limit_s = _START_S
             except RayError:
+                self._take(False)
                 limit_s = _START_S  # it ended, and Ray is starting it again; or Ray's head is away
+
+    def _take(self, is_ready: bool) -> None:
+        self.is_ready = is_ready
+        if is_ready:
+            self.was_ready.set()
 
     def _tell_restart(self, reason: str, delay_s: float) -> None:
         self._site.on_event(self.worker_id, {"event": "restart", "reason": reason, "delay_s": delay_s})
@@ -147,20 +183,31 @@ class RayWorker:
         ray_calls.free_place(self.place)
 
 
-async def _comes(ping: ObjectRef[int], limit_s: float) -> bool:
-    """Say whether the answer comes in the time, but for what this process does not run of it. Raises RayError."""
+async def _end_of(work: ObjectRef[RunEnd]) -> RunEnd:
+    """Wait for the end of a `run`. One that Ray could not go on with has no exit code."""
+    from ray.exceptions import RayError
 
-    async def answered() -> None:
-        await ping
+    try:
+        end: RunEnd = await work
+    except RayError as error:
+        return ray_calls.RunEnd(None, str(error).strip().splitlines()[-1])
+    return end
+
+
+async def _answer_to(ping: ObjectRef[bool], limit_s: float) -> bool | None:
+    """Return what comes in the time, but for what this process does not run of it; None: nothing. Raises RayError."""
+
+    async def answered() -> bool:
+        is_ready: bool = await ping
+        return is_ready
 
     own_time, answer = OwnTime(SystemClock()), asyncio.ensure_future(answered())
     until_s = own_time.now() + limit_s
     try:
         while own_time.now() < until_s:
             if (await asyncio.wait((answer,), timeout=min(_LOOK_EVERY_S, limit_s)))[0]:
-                answer.result()
-                return True
-        return False
+                return answer.result()
+        return None
     finally:
         answer.cancel()
 

@@ -89,7 +89,7 @@ def take(drawn: Drawn, report: Report, minutes: float, console: Console) -> None
         console.print(f"  {found.num_answered} answers, {found.num_deaths} deaths", highlight=False)
         shutil.rmtree(folder)
         return
-    broken = {name: number for name, number in found.broken.items() if number} or {"answers": found.num_answered}
+    broken = {name: number for name, number in found.broken.items() if number} or found.lack
     report.ends["bad"] += 1
     console.print(f"  BAD, {folder}: {broken}", markup=False, highlight=False, soft_wrap=True)
     for line in [*found.failures, *found.breaches][:8]:

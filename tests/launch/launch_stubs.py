@@ -119,7 +119,7 @@ def beat(lifeline: Lifeline) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
-async def serve_worker(config: Any, secret: SharedSecret, lifeline: object) -> int:
+async def serve_worker(config: Any, secret: SharedSecret, lifeline: Lifeline) -> int:
     """What an actor runs instead of `kvferry.worker.serve_worker`."""
     import ray
 
@@ -127,6 +127,13 @@ async def serve_worker(config: Any, secret: SharedSecret, lifeline: object) -> i
     facts["niceness"] = os.getpriority(os.PRIO_PROCESS, 0)
     node = ray.get_runtime_context().get_node_id()
     note(json.loads(config.engine.model_dump_json()), config.worker_id, node=node, **facts)
+    fault = config.engine.served_model_name
+    with contextlib.suppress(FileNotFoundError):
+        fault = (Path(config.engine.model_dir) / "fault").read_text()
+    if fault == "unknown model":
+        lifeline.failed("no such model")
+        return 2
+    lifeline.ready()
     await asyncio.Event().wait()
     return 0
 

@@ -418,23 +418,35 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         cluster.shutdown()
 
 
-@pytest.mark.slow
-async def test_ray_spreads_workers_over_nodes_and_brings_a_killed_one_back(tmp_path: Path, ray_cluster: str) -> None:
-    import ray
-
-    recorder = Recorder()
-    settings = ServeSettings(port=0, launcher="ray", ray_address=ray_cluster, device="cpu")
-    launcher = RayLauncher(
-        plan(settings, tmp_path, "fine", (b"s" * 16,)),
+def on_ray(tmp_path: Path, name: str, address: str, recorder: Recorder) -> RayLauncher:
+    settings = ServeSettings(port=0, launcher="ray", ray_address=address, device="cpu")
+    return RayLauncher(
+        plan(settings, tmp_path, name, (b"s" * 16,)),
         environment(),
         SystemClock(),
         recorder,
-        address=ray_cluster,
+        address=address,
         on_serving=recorder.on_serving,
         router_program=ROUTER,
         worker_entry="launch_stubs:serve_worker",
         times=TIMES,
     )
+
+
+@pytest.mark.slow
+async def test_a_worker_of_ray_that_cannot_start_ends_the_launch(tmp_path: Path, ray_cluster: str) -> None:
+    launcher = on_ray(tmp_path, "unknown model", ray_cluster, Recorder())
+    with pytest.raises(ConfigError, match=r"^[pd]-0: no such model$"):
+        await asyncio.wait_for(launcher.run(), WAIT_S)
+    await until_gone(processes(tmp_path))
+
+
+@pytest.mark.slow
+async def test_ray_spreads_workers_over_nodes_and_brings_a_killed_one_back(tmp_path: Path, ray_cluster: str) -> None:
+    import ray
+
+    recorder = Recorder()
+    launcher = on_ray(tmp_path, "fine", ray_cluster, recorder)
     task = asyncio.create_task(launcher.run())
     task.add_done_callback(lambda _: recorder.wake())
     try:
@@ -534,6 +546,19 @@ async def test_a_runtime_folder_that_is_gone_spoils_no_end(tmp_path: Path) -> No
         shutil.rmtree(folder)  # as $XDG_RUNTIME_DIR at the logout of its user
 
 
+async def test_who_asks_for_a_drain_again_cuts_nothing_short(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    times = ChildTimes(drain_s=1000.0)
+    async with running(deployment(tmp_path, "stubborn"), Recorder(), times) as launcher, command_socket(path, launcher):
+        for _ in range(2):
+            [drained] = await asyncio.to_thread(lambda: list(ask(path, {"command": "drain"})))
+            assert drained["ok"] and launcher.is_ending
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await until_gone([life["pid"] for life in lives(tmp_path) if life["name"] != "router"])
+    await until_gone(processes(tmp_path))
+
+
 async def test_commands_reach_a_deployment_through_its_socket(tmp_path: Path) -> None:
     path = tmp_path / "c.sock"
 
@@ -555,6 +580,7 @@ async def test_commands_reach_a_deployment_through_its_socket(tmp_path: Path) ->
             rude.sendall(b"[1]\n")
             answer = await asyncio.to_thread(rude.recv, 4096)
         assert json.loads(answer) == {"ok": False, "error": "no command came"}
+        assert not launcher.is_ending
         [drained] = await asyncio.to_thread(say, command="drain")
         assert drained["ok"]
     assert not path.exists()

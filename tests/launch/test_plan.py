@@ -115,6 +115,13 @@ def test_a_worker_may_borrow_all_cores_unless_its_threads_are_set() -> None:
     assert {(worker.config.engine.num_threads, worker.max_threads) for worker in fitted.workers} == {(3, None)}
 
 
+def test_threads_of_workers_on_a_cluster_are_left_to_their_nodes() -> None:
+    cluster = replace(host(), is_cluster=True)
+    for worker in fit_to_host(planned(1, 1), cluster).workers:
+        assert (worker.config.engine.num_threads, worker.max_threads) == (None, None)
+    assert fit_to_host(planned(1, 1, num_threads=3), cluster).workers[0].config.engine.num_threads == 3
+
+
 def test_cpu_cache_is_a_tenth_of_free_memory_up_to_its_bound() -> None:
     for free_gib, expected in ((10, GIB), (640, 2 * GIB)):
         fitted = fit_to_host(planned(), host(free_gib=free_gib))

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from kvferry.common.clock import SystemClock
+from kvferry.common.config import EngineConfig, WorkerConfig
+from kvferry.common.errors import ConfigError, WorkerLost
+from kvferry.common.lifeline import Lifeline
 from kvferry.launch import RayLauncher, ray_calls, ray_worker
 from kvferry.launch.plan import plan
 from kvferry.launch.process import ChildTimes
 from kvferry.launch.progress import LogDisplay
+from kvferry.launch.ray_calls import RunEnd, WorkerActor, fair_threads
 from kvferry.launch.ray_worker import RaySite, RayWorker
 from kvferry.settings.fields import ServeSettings
 
 pytest.importorskip("ray")
 
 TIMES = ChildTimes(first_backoff_s=0.01, max_backoff_s=0.05)
+SERVED = RunEnd(1, was_ready=True)
 
 
 class Config:
@@ -44,28 +51,29 @@ class Routers:
 class Actor:
     """Its `run` ends again and again, after so many seconds."""
 
-    def __init__(self, lives_s: list[float], retired: asyncio.Event) -> None:
+    def __init__(self, lives_s: list[float], retired: asyncio.Event, end: RunEnd) -> None:
         self._lives_s = lives_s
         self._retired = retired
+        self._end_of_each = end
 
     @property
     def run(self) -> Actor:
         return self
 
-    def remote(self, *arguments: object) -> Awaitable[int]:
+    def remote(self, *arguments: object) -> Awaitable[RunEnd]:
         return self._end()
 
-    async def _end(self) -> int:
+    async def _end(self) -> RunEnd:
         await asyncio.sleep(self._lives_s.pop(0))
         if not self._lives_s:
             self._retired.set()
-        return 1
+        return self._end_of_each
 
 
 class Pinged:
-    """Its `ping` is answered at once, but for the second one, which is left to `second`."""
+    """Its `ping` is answered at once, but for the second one, which is left to `second`; ready from the third on."""
 
-    def __init__(self, second: Callable[[asyncio.Future[int]], None]) -> None:
+    def __init__(self, second: Callable[[asyncio.Future[bool]], None]) -> None:
         self._second = second
         self._num_pings = 0
         self.third = asyncio.Event()
@@ -77,13 +85,13 @@ class Pinged:
     def options(self, **_: object) -> Pinged:
         return self
 
-    def remote(self) -> asyncio.Future[int]:
-        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    def remote(self) -> asyncio.Future[bool]:
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._num_pings += 1
         if self._num_pings == 2:
             self._second(answer)
         else:
-            answer.set_result(1)
+            answer.set_result(self._num_pings > 2)
         if self._num_pings == 3:
             self.third.set()
         return answer
@@ -94,7 +102,7 @@ def site(told: list[dict[str, object]]) -> RaySite:
     return RaySite(routers, lambda: (), "m:f", True, 1.0, TIMES, on_event=lambda _, event: told.append(event))
 
 
-def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.Future[int]], None]) -> list[object]:
+def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.Future[bool]], None]) -> list[object]:
     """Return why its actor was killed, after three pings."""
     monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.01)
     monkeypatch.setattr(ray_worker, "_HANG_AFTER_S", 0.8)
@@ -116,11 +124,11 @@ def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.F
     return asyncio.run(run())
 
 
-def delays_after(lives_s: list[float]) -> list[float]:
+def delays_after(lives_s: list[float], end: RunEnd = SERVED) -> list[float]:
     async def run() -> list[float]:
         told: list[dict[str, object]] = []
         worker = RayWorker(cast(Any, Plan()), cast(Any, None), site(told))
-        worker.actor = cast(Any, Actor([*lives_s, 0.0], worker.retired))
+        worker.actor = cast(Any, Actor([*lives_s, 0.0], worker.retired, end))
         await asyncio.wait_for(worker._keep_running(), 30.0)
         return [cast(float, event["delay_s"]) for event in told]
 
@@ -135,6 +143,93 @@ def test_who_ran_longer_than_the_longest_pause_has_not_failed_before() -> None:
     assert delays_after([0.0, 0.0, 0.1, 0.0]) == [0.01, 0.02, 0.01, 0.02]
 
 
+def test_who_cannot_start_is_not_run_again() -> None:
+    with pytest.raises(ConfigError, match=r"^d-0: no such model$"):
+        delays_after([0.0, 0.0], RunEnd(2, "no such model"))
+    assert delays_after([0.0], RunEnd(2, "refused", was_ready=True)) == [0.01], "it had started"
+
+
+def test_who_ends_three_times_before_it_was_ever_ready_is_not_run_again() -> None:
+    with pytest.raises(WorkerLost, match="d-0 did not start, 3 times: rank 1 ended"):
+        delays_after([0.1] * 5, RunEnd(1, "rank 1 ended"))
+
+
+def test_a_worker_starts_until_its_actor_says_that_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.01)
+
+    async def run() -> list[str]:
+        worker = RayWorker(cast(Any, Plan()), cast(Any, None), site([]))
+        states = [worker.state]
+        worker.actor = cast(Any, Pinged(lambda answer: answer.set_result(False)))
+        states.append(worker.state)
+        watching = asyncio.ensure_future(worker._watch())
+        await asyncio.wait_for(worker.was_ready.wait(), 60.0)
+        watching.cancel()
+        states.append(worker.state)
+        worker.retired.set()
+        return [*states, worker.state]
+
+    assert asyncio.run(run()) == ["waits for a node", "starting", "up", "leaving"]
+
+
+def test_an_actor_hears_what_its_worker_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may say so and end at once; between two lives it is not ready."""
+    engine = EngineConfig(model_dir=Path(), served_model_name="m", num_threads=1)
+    config = WorkerConfig(worker_id="d-0", role="decode", engine=engine, routers=())
+    lives: list[Callable[[Lifeline], int]] = []
+
+    async def serve(config: object, secret: object, lifeline: Lifeline) -> int:
+        code = lives.pop(0)(lifeline)
+        while code == 0 and not await actor.ping():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return code
+
+    def refuse(lifeline: Lifeline) -> int:
+        lifeline.failed("no such model")
+        return 2
+
+    def become_ready(lifeline: Lifeline) -> int:
+        lifeline.ready()
+        return 0
+
+    actor = WorkerActor()
+    monkeypatch.setattr(ray_calls, "configure_logging", lambda *_, **__: None)
+    monkeypatch.setattr(ray_calls, "_take_ordinary_priority", lambda: None)
+    monkeypatch.setitem(sys.modules, "stand_in", cast(Any, SimpleNamespace(serve=serve)))
+
+    async def run() -> list[RunEnd]:
+        ends = []
+        for life in (refuse, become_ready):
+            lives.append(life)
+            ends.append(await actor.run(config.model_dump_json(), (b"s" * 16,), "stand_in:serve", True))
+            assert not await actor.ping()
+        return ends
+
+    assert asyncio.run(run()) == [RunEnd(2, "no such model"), RunEnd(0, was_ready=True)]
+
+
+def place(node: str, num_ranks: int, state: str = "CREATED") -> dict[str, Any]:
+    """A row of Ray's table of placement groups."""
+    return {"state": state, "bundles": {0: {"CPU": float(num_ranks)}}, "bundles_to_node_id": {0: node}}
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_threads"),
+    [
+        ([place("a", 1), place("b", 1)], 16),
+        ([place("a", 1), place("a", 1), place("b", 1)], 8),
+        ([place("a", 4), place("a", 1)], 3),
+        ([place("a", 1), place("a", 1, "REMOVED"), place("", 1, "PENDING")], 16),
+        ([place("a", 20)], 1),
+    ],
+    ids=["one a node", "two on one", "of many ranks", "those that are gone or wait", "more ranks than cores"],
+)
+def test_a_node_s_cores_are_shared_among_the_ranks_that_are_placed_on_it(
+    groups: list[dict[str, Any]], num_threads: int
+) -> None:
+    assert fair_threads("a", 16, groups) == num_threads
+
+
 def test_an_actor_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert killed_by_watch(monkeypatch, lambda answer: None) == ["no sign of life for 0.8 s"]
 
@@ -142,12 +237,12 @@ def test_an_actor_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch)
 def test_no_actor_is_ended_because_the_launcher_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer has come meanwhile, and nobody has looked."""
 
-    def stand_still(answer: asyncio.Future[int]) -> None:
+    def stand_still(answer: asyncio.Future[bool]) -> None:
         loop = asyncio.get_running_loop()
 
         def stand() -> None:
             time.sleep(1.2)
-            loop.call_soon_threadsafe(answer.set_result, 1)
+            loop.call_soon_threadsafe(answer.set_result, False)
 
         loop.call_later(0.05, stand)
 

@@ -15,6 +15,7 @@ import pytest
 
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import Device, environment
+from kvferry.common.machine import usable_cpus
 from kvferry.launch import LocalLauncher, RayLauncher
 from kvferry.launch.host import Host
 from kvferry.launch.plan import Deployment, fit_to_host, plan
@@ -219,22 +220,29 @@ async def test_ray_adds_workers_when_a_node_comes_and_gives_their_places_back(
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
-        async with _on_ray(tmp_path, cluster.address) as wishes:
+        async with _on_ray(tmp_path, cluster.address) as (recorder, wishes):
             told = await wishes.until(seq=wishes.scale(decode=1))  # the only node is full: it waits
             assert told["workers"]["d-1"] == "decode"
             assert ray.available_resources().get("CPU", 0) == 0
-            cluster.add_node(num_cpus=1)
-            await until_lives(tmp_path, {"d-1"})
+            cluster.add_node(num_cpus=2)
+            started = await until_lives(tmp_path, {"p-0", "d-0", "d-1"})
+            threads = {name: life["config"]["num_threads"] for name, life in started.items()}
+            assert threads == {"p-0": 1, "d-0": 1, "d-1": min(2, usable_cpus())}, "two share a node"
             wishes.scale(remove=["d-1"])
             await wishes.until(leaving=[], workers={"p-0": "prefill", "d-0": "decode"})
             assert any(event["event"] == "drain" and event["worker_id"] == "d-1" for event in wishes.heard())
-            await until(lambda: ray.available_resources().get("CPU", 0) == 1)
+            await until(lambda: ray.available_resources().get("CPU", 0) == 2)
+            (tmp_path / "fault").write_text("unknown model")
+            wishes.scale(decode=1)
+            await recorder.until(lambda: any("d-2: no such model" in note for note in recorder.notes))
+            await wishes.until(leaving=[], workers={"p-0": "prefill", "d-0": "decode"}, seq=3)
+            await until(lambda: ray.available_resources().get("CPU", 0) == 2)
     finally:
         cluster.shutdown()
 
 
 @asynccontextmanager
-async def _on_ray(tmp_path: Path, address: str) -> AsyncIterator[StubRequests]:
+async def _on_ray(tmp_path: Path, address: str) -> AsyncIterator[tuple[Recorder, StubRequests]]:
     recorder, wishes = Recorder(), StubRequests(tmp_path)
     launcher = RayLauncher(
         deployment(tmp_path, device="cpu"),
@@ -252,7 +260,7 @@ async def _on_ray(tmp_path: Path, address: str) -> AsyncIterator[StubRequests]:
     try:
         await recorder.until(lambda: bool(recorder.serving) or task.done())
         await until_lives(tmp_path, {"p-0", "d-0"})
-        yield wishes
+        yield recorder, wishes
     finally:
         launcher.stop()
         await asyncio.wait_for(task, WAIT_S)

@@ -16,8 +16,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -35,7 +35,7 @@ from ..load.report import report_console
 from ..load.tiny_model import write_tiny_model
 from .events import Event, Note, encode_event
 from .load import Load
-from .options import Options, make_parser, parse_options
+from .options import FIRST_BLOW_AFTER_S, Options, make_parser, parse_options
 from .requests import Ask
 from .serve_system import System, serving, until_ready
 from .system import LogTail, settle
@@ -46,11 +46,11 @@ __all__ = ["main", "make_parser", "run"]  # the first two are what a program has
 
 _ALL_UP_WITHIN_S = 60.0
 _QUIET_WITHIN_S = 60.0
-_FIRST_BLOW_AFTER_S = 2.0
+_RESTARTS_LOG = "restarts.log"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: nothing was lost, leaked or changed; 1: something was; 2: the run could not be made; 130: interrupted."""
+    """0: nothing was lost, leaked or changed; 1: something was; 2: no run, or it shows nothing; 130: interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     errors = Console(stderr=True)
     try:
@@ -67,6 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         environment = describe_environment("kvferry chaos", argv)
         save_json({"environment": asdict(environment), "run": str(options), **found.as_json()}, options.json_path)
     errors.print(f"logs of the system: {options.log_dir}", style="dim")
+    if found.lack and not any(found.broken.values()):
+        hint = f" (restarts that failed: {_RESTARTS_LOG} there)" if "restart" in options.blows else ""
+        errors.print(f"kvferry chaos: the run shows nothing: {found.lack}{hint}", markup=False, style="red")
+        return 2
     return 0 if found.is_good else 1
 
 
@@ -93,6 +97,18 @@ def _history(path: Path | None) -> Iterator[Callable[[Event], None]]:
             file.write(encode_event(event))
 
         yield tell
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[object, object, object]) -> AsyncIterator[None]:
+    """Run this beside the block, to the block's end. Whichever of the two fails ends the other."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(work)
+            yield
+            task.cancel()
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 class _Chaos:
@@ -128,15 +144,25 @@ class _Chaos:
             load.close()
 
     def disturb(self, asks: Sequence[Ask]) -> Tally:
-        with self._serving("disturbed", self._options.flags) as system:
-            return asyncio.run(self._disturb(system, asks))
+        options = self._options
+        with self._serving("disturbed", options.flags) as system:
+            workers = Workers(
+                self._began_s,
+                self._tell,
+                options.blows,
+                router_pids=partial(system.program_pids, "router"),
+                restart=[sys.executable, "-m", "kvferry", "restart", "--port", system.base_url.rpartition(":")[2]],
+                restart_log=options.log_dir / _RESTARTS_LOG,
+            )
+            try:
+                return asyncio.run(self._disturb(system, workers, asks))
+            finally:
+                # Not on the loop, whose cleanup a second Ctrl-C cuts short: a stopped worker would hold up the end.
+                workers.close()
 
-    async def _disturb(self, system: System, asks: Sequence[Ask]) -> Tally:
+    async def _disturb(self, system: System, workers: Workers, asks: Sequence[Ask]) -> Tally:
         assert self._references is not None
         options, notes = self._options, list[Note]()
-        routers = partial(system.program_pids, "router")
-        restart = [sys.executable, "-m", "kvferry", "restart", "--port", system.base_url.rpartition(":")[2]]
-        workers = Workers(self._began_s, self._tell, options.blows, router_pids=routers, restart=restart)
 
         def on_note(note: Note) -> None:
             notes.append(note)
@@ -144,7 +170,6 @@ class _Chaos:
             workers.on_note(note)
 
         tail = LogTail(system.process.log_path, self._wall_began_s, on_note)
-        following = asyncio.create_task(tail.follow())
         load = Load(
             system.base_url,
             self._began_s,
@@ -155,18 +180,17 @@ class _Chaos:
         )
         load.references = self._references.references
         try:
-            await self._until_up(system)
-            tail.read()
-            await self._strike_under_load(load, workers, asks)
-            self._console.print("disturbed: waiting for quiet", style="dim")
-            books, settled_s = await settle(system, options.num_workers, _QUIET_WITHIN_S)
-            tail.read()
+            async with _beside(tail.follow()):
+                await self._until_up(system)
+                tail.read()
+                workers.check()
+                await self._strike_under_load(load, workers, asks)
+                self._console.print("disturbed: waiting for quiet", style="dim")
+                await workers.until_restarted(_ALL_UP_WITHIN_S)
+                books, settled_s = await settle(system, options.num_workers, _QUIET_WITHIN_S)
+                tail.read()
         finally:
-            following.cancel()
-            with suppress(asyncio.CancelledError):
-                await following
             load.close()
-            workers.close()
         return tally(
             load.results,
             load.references,
@@ -183,7 +207,7 @@ class _Chaos:
         source = random.Random(options.seed)
         loading = asyncio.create_task(load.run(asks, options.concurrency, options.seed, over))
         loop = asyncio.get_running_loop()
-        end_s, next_s = loop.time() + 60 * options.minutes, loop.time() + _FIRST_BLOW_AFTER_S
+        end_s, next_s = loop.time() + 60 * options.minutes, loop.time() + FIRST_BLOW_AFTER_S
         while next_s < end_s:
             await asyncio.wait([loading], timeout=next_s - loop.time())
             next_s += options.every_s

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from ...common.errors import ConfigError
+
 
 class _Event(msgspec.Struct, tag_field="event", tag=str.lower, kw_only=True, omit_defaults=True):
     at_s: float  # since the run began
@@ -189,9 +191,17 @@ def encode_event(event: Event) -> bytes:
 
 
 def read_history(path: Path) -> History:
-    """Raises msgspec.ValidationError for a line that is no event."""
+    """Raises ConfigError for a file that cannot be read, or a line that is no event of a run."""
     history = History()
-    with path.open("rb") as lines:
-        for line in lines:
-            history.add(_decode(line))
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    history.add(_decode(line))
+                except msgspec.MsgspecError as error:
+                    raise ConfigError(f"{path}:{number}: no event of a run: {error}") from error
+                except KeyError as error:
+                    raise ConfigError(f"{path}:{number}: request {error} was not sent before") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     return history

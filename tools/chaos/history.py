@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ...common.errors import ConfigError
 from .events import Cut, Delta, Done, Failed, History, Left, Note, Request, Usage, read_history
 
 NATURAL_ENDS = ("stop", "length", "tool_calls")
@@ -234,16 +235,30 @@ def breaches_of(history: History) -> list[Breach]:
     return found + check_rows(filter(None, map(counted, disturbed)), history.notes)
 
 
+def num_compared(history: History) -> int:
+    """Count the answers that have an undisturbed one to be held against."""
+    references = history.references()
+    disturbed = (request for request in history.requests.values() if not request.sent.is_reference)
+    return sum(request.is_done and request.sent.ask in references for request in disturbed)
+
+
 def main(argv: Sequence[str]) -> int:
-    """0: nothing was broken; 1: something was; 2: no such file."""
+    """0: nothing was broken; 1: something was; 2: no file with the history of a run, or nothing to compare in it."""
     if len(argv) != 1 or not Path(argv[0]).is_file():
         print("usage: python -m kvferry.tools.chaos.history FILE", file=sys.stderr)
         return 2
-    history = read_history(Path(argv[0]))
-    breaches = breaches_of(history)
+    try:
+        history = read_history(Path(argv[0]))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    breaches, compared = breaches_of(history), num_compared(history)
     for breach in breaches:
         print(breach)
-    print(f"{len(history.requests)} requests, {len(breaches)} breaches")
+    print(f"{len(history.requests)} requests, {compared} compared with undisturbed ones, {len(breaches)} breaches")
+    if not breaches and not compared:
+        print(f"{argv[0]} shows nothing: no answer can be compared with an undisturbed one", file=sys.stderr)
+        return 2
     return 1 if breaches else 0
 
 

@@ -13,6 +13,7 @@ from ..load.arguments import Parser, output_file, positive_float, positive_int, 
 from .requests import ASK_KINDS, Ask, plan_asks
 from .workers import KINDS, KNOWN_KINDS
 
+FIRST_BLOW_AFTER_S = 2.0
 _TINY_CACHE = "6MiB"  # 384 blocks: with one decode worker left, answers have to wait for blocks
 
 
@@ -77,6 +78,10 @@ def parse_options(argv: Sequence[str]) -> Options:
             raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
     if parsed.experts and (parsed.experts < 2 or parsed.model is not None):
         raise ConfigError("--experts: two or more, of the tiny model; a model of --model has its own")
+    if 60 * parsed.minutes <= FIRST_BLOW_AFTER_S:
+        raise ConfigError(f"--minutes {parsed.minutes:g}: the first blow comes after {FIRST_BLOW_AFTER_S:g} s")
+    if any(word.partition("=")[0] == "--launcher" for word in parsed.serve_flags):
+        raise ConfigError("--serve-flags: no --launcher: what is struck are processes of this machine")
     blows = _known("--blows", parsed.blows, KNOWN_KINDS)
     return Options(
         model=parsed.model,

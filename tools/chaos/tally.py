@@ -32,7 +32,7 @@ _DEATHS = ("kill", "rank")
 
 @dataclass(slots=True)
 class Tally:
-    """Counts first: a run is good if every one of `broken` is 0."""
+    """Counts first: a run is good if every one of `broken` is 0, and it could have shown otherwise."""
 
     num_sent: int
     num_answered: int
@@ -82,11 +82,18 @@ class Tally:
         }
 
     @property
+    def lack(self) -> str:
+        """Say why the run shows nothing; empty: it does."""
+        if not self.blows:
+            return "nothing was struck"
+        return "" if self.num_compared else "no answer could be compared with an undisturbed one"
+
+    @property
     def is_good(self) -> bool:
-        return self.num_answered > 0 and not any(self.broken.values())
+        return not self.lack and not any(self.broken.values())
 
     def as_json(self) -> dict[str, object]:
-        return {"is_good": self.is_good, "broken": self.broken, **asdict(self)}
+        return {"is_good": self.is_good, "lack": self.lack, "broken": self.broken, **asdict(self)}
 
 
 def tally(

@@ -15,11 +15,14 @@ import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 import psutil
 
+from ...common.errors import ConfigError
 from .events import Event, Note
+from .programs import program_name
 
 # "kill", "rank" (kill, of another rank), "hang" (stopped, and left so), "pause" (stopped, and continued), "router"
 # (kill, of a router), "restart" (of everything, one process after the other, which the launcher is asked for).
@@ -27,6 +30,7 @@ Kind = str
 KINDS = ("kill", "kill", "hang", "pause")
 KNOWN_KINDS = ("kill", "rank", "hang", "pause", "router", "restart")
 _PAUSE_S = (0.3, 4.5)  # around the time at which a launcher loses patience
+_POLL_S = 0.05
 
 
 @dataclass(slots=True)
@@ -78,7 +82,7 @@ class Strike:
 
 
 class Workers:
-    """Lives on the event loop."""
+    """Lives on the event loop, but for `close`."""
 
     def __init__(
         self,
@@ -88,20 +92,21 @@ class Workers:
         *,
         router_pids: Callable[[], Sequence[int]] | None = None,
         restart: Sequence[str] = (),
+        restart_log: Path = Path(os.devnull),
     ) -> None:
         """`router_pids()`: the routers' processes that run, where routers are struck.
-        `restart`: the command that restarts everything.
+        `restart`: the command that restarts everything; `restart_log`: what it shows.
         """
         self._kinds = kinds
         self._router_pids = router_pids
         self._restart = restart
-        self._restarting: subprocess.Popen[bytes] | None = None
+        self._restart_log = restart_log
+        self._restarting: tuple[subprocess.Popen[bytes], Strike] | None = None
         self.strikes: list[Strike] = []
         self.num_joined = 0
         self._began_s = began_s
         self._tell = tell
         self._processes: dict[str, WorkerProcess] = {}  # the latest of each worker
-        self._timers: list[asyncio.TimerHandle] = []
 
     def on_note(self, note: Note) -> None:
         """A line of the router's log."""
@@ -118,8 +123,10 @@ class Workers:
         if old is not None and old.pid == pid:
             return  # a new session of a process that was paused
         try:
+            if not _is_worker(pid, note.worker_id):
+                raise ConfigError(f"{note.worker_id}: process {pid} of this machine is another: none is struck")
             pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
+        except (ProcessLookupError, psutil.Error):
             return  # dead already: the next one will join
         if old is not None:
             self._forget(old)
@@ -148,6 +155,12 @@ class Workers:
         alive = (process for process in self._processes.values() if process.died_s is None and not process.is_stopped)
         return sorted(alive, key=lambda process: process.worker_id)
 
+    def check(self) -> None:
+        """Refuse blows that cannot be dealt to those that run. Raises ConfigError."""
+        if "rank" in self._kinds and not any(process.other_ranks for process in self.up):
+            wanted = "--serve-flags '--tensor-parallel-size 2'"
+            raise ConfigError(f"--blows rank: no worker has another rank to be struck; give {wanted}")
+
     def strike(self, source: random.Random) -> Strike | None:
         """Strike one of those that run; None: there is none."""
         if not self.up:
@@ -173,8 +186,7 @@ class Workers:
         process.is_stopped = True
         process.signal(signal.SIGSTOP)
         if kind == "pause":
-            delay_s = source.uniform(*_PAUSE_S)
-            self._timers.append(asyncio.get_running_loop().call_later(delay_s, self._go_on, process))
+            asyncio.get_running_loop().call_later(source.uniform(*_PAUSE_S), self._go_on, process)
         return strike
 
     def _strike_router(self, source: random.Random) -> Strike | None:
@@ -189,15 +201,37 @@ class Workers:
         return strike
 
     def _begin_restart(self) -> Strike | None:
-        """Ask for it, unless the one before still runs."""
-        if self._restarting is not None and self._restarting.poll() is None:
+        """Ask for it, unless the one before still runs. It counts once it has ended well."""
+        if self._is_restarting():
             return None
-        quiet = subprocess.DEVNULL  # what it shows; where a worker dies meanwhile it may end with an error
-        self._restarting = subprocess.Popen(self._restart, stdin=quiet, stdout=quiet, stderr=quiet)
-        strike = Strike("restart", "everything", "all", self._restarting.pid, self._now())
-        self.strikes.append(strike)
+        with self._restart_log.open("ab") as log:
+            process = subprocess.Popen(self._restart, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        strike = Strike("restart", "everything", "all", process.pid, self._now())
+        self._restarting = process, strike
         self._tell(Note(at_s=strike.at_s, what="restart", worker_id="everything", detail={"pid": strike.pid}))
         return strike
+
+    def _is_restarting(self) -> bool:
+        """Say whether a restart is under way, and count one that is over. Where a worker died meanwhile it may fail."""
+        if self._restarting is None:
+            return False
+        process, strike = self._restarting
+        code = process.poll()
+        if code is None:
+            return True
+        self._restarting = None
+        if code == 0:
+            self.strikes.append(strike)
+        detail: dict[str, object] = {"pid": strike.pid, "code": code}
+        self._tell(Note(at_s=self._now(), what="restarted", worker_id="everything", detail=detail))
+        return False
+
+    async def until_restarted(self, timeout_s: float) -> None:
+        """Wait for the end of a restart that is under way, for so long at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._is_restarting():  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
 
     def _go_on(self, process: WorkerProcess) -> None:
         process.is_stopped = False
@@ -207,15 +241,14 @@ class Workers:
             process.signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Leave no process stopped, and no restart under way."""
+        """Leave no process stopped, and no restart under way. For when the event loop has ended, in whatever way."""
         if self._restarting is not None:
-            self._restarting.kill()
-            self._restarting.wait()
-        for timer in self._timers:
-            timer.cancel()
+            self._restarting[0].kill()
+            self._restarting[0].wait()
         for process in self._processes.values():
             process.signal(signal.SIGCONT)
-            self._forget(process)
+            os.close(process.pidfd)
+        self._processes.clear()
 
     def _forget(self, process: WorkerProcess) -> None:
         asyncio.get_running_loop().remove_reader(process.pidfd)
@@ -224,3 +257,13 @@ class Workers:
 
     def _now(self) -> float:
         return perf_counter() - self._began_s
+
+
+def _is_worker(pid: int, worker_id: str) -> bool:
+    """Say whether a process is that worker, which may be another machine's. Raises psutil.Error if it has ended."""
+    process = psutil.Process(pid)
+    if program_name(process) == worker_id:
+        return True
+    if not process.cmdline():  # it is ending: its memory has gone already
+        raise psutil.NoSuchProcess(pid)
+    return False

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -223,9 +225,15 @@ def _joined(process: subprocess.Popen[bytes], at_s: float) -> Note:
     return Note(at_s=at_s, what="worker_joined", worker_id="d-0", detail={"pid": process.pid, "role": "decode"})
 
 
+_WORDS = ("--config-json", '{"worker_id":"d-0"}')  # by which a process is known
+_SLEEP = "import signal; print('there', flush=True); signal.pause()"
+
+
 @contextmanager
-def _sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as process:
+def _sleeper(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", _SLEEP, *(words or _WORDS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
         try:
             yield process
         finally:
@@ -238,8 +246,7 @@ def _leader() -> Iterator[subprocess.Popen[bytes]]:
     rank = (
         "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'kvferry.engine.follower_process'])"
     )
-    sleep = "import signal; print('there', flush=True); signal.pause()"
-    with subprocess.Popen([sys.executable, "-c", rank, sleep], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", rank, _SLEEP, *_WORDS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
         children = psutil.Process(process.pid).children()
         try:
@@ -291,19 +298,26 @@ async def test_another_rank_of_a_worker_is_struck_where_there_is_one() -> None:
     with _sleeper() as alone, _leader() as leader:
         workers.on_note(_joined(alone, 0.0))
         assert workers.strike(random.Random(0)) is None and workers.up, "it has no other rank"
+        with pytest.raises(ConfigError, match=r"--blows rank: .* --serve-flags '--tensor-parallel-size 2'"):
+            workers.check()
         workers.on_note(_joined(leader, 1.0))
+        workers.check()
         strike = workers.strike(random.Random(0))
         assert strike is not None and (strike.kind, strike.pid) == ("rank", leader.pid)
         assert leader.wait(20) == 0, "its child was killed"
         workers.close()
 
 
-async def test_a_stopped_worker_is_struck_no_more_and_goes_on_when_the_run_is_over() -> None:
+def test_a_stopped_worker_is_struck_no_more_and_goes_on_when_the_run_is_over() -> None:
     workers = Workers(0.0, lambda event: None)
-    with _sleeper() as process:
+
+    async def run(process: subprocess.Popen[bytes]) -> None:
         workers.on_note(_joined(process, 0.0))
         strike = _strike(workers, "hang")
         assert workers.up == [] and workers.strike(random.Random(0)) is None and strike.died_s is None
+
+    with _sleeper() as process:
+        asyncio.run(run(process))
         workers.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == -signal.SIGTERM  # a stopped one would not end
@@ -315,9 +329,79 @@ async def test_everything_is_restarted_once_at_a_time() -> None:
         workers.on_note(_joined(process, 0.0))
         strike = workers.strike(random.Random(0))
         assert strike is not None and (strike.kind, strike.worker_id) == ("restart", "everything")
-        assert workers.strike(random.Random(0)) is None and workers.strikes == [strike]
+        await workers.until_restarted(0.1)
+        assert workers.strike(random.Random(0)) is None and workers.strikes == [], "it is under way"
         workers.close()
         assert not psutil.pid_exists(strike.pid) and process.poll() is None
+
+
+async def test_a_restart_counts_if_it_ended_well(tmp_path: Path) -> None:
+    log = tmp_path / "restarts.log"
+    script = f"echo no deployment >&2; test -e {tmp_path / 'works'}"
+    workers = Workers(0.0, lambda event: None, ["restart"], restart=["sh", "-c", script], restart_log=log)
+    with _sleeper() as process:
+        workers.on_note(_joined(process, 0.0))
+        assert workers.strike(random.Random(0)) is not None
+        await workers.until_restarted(60.0)
+        assert workers.strikes == [] and log.read_text() == "no deployment\n"
+        (tmp_path / "works").touch()
+        strike = workers.strike(random.Random(0))
+        await workers.until_restarted(60.0)
+        assert workers.strikes == [strike]
+        workers.close()
+
+
+async def test_a_process_that_is_not_the_worker_is_not_struck() -> None:
+    """It has the number that the worker has on another machine."""
+    workers = Workers(0.0, lambda event: None)
+    with _sleeper("--config-json", '{"worker_id":"d-1"}') as other, _sleeper("something", "else") as stranger:
+        for process in (other, stranger):
+            with pytest.raises(ConfigError, match=f"d-0: process {process.pid} of this machine is another"):
+                workers.on_note(_joined(process, 0.0))
+        assert workers.up == [] and workers.strike(random.Random(0)) is None
+        workers.close()
+
+
+def test_a_worker_that_has_died_since_it_joined_is_none_to_strike() -> None:
+    workers = Workers(0.0, lambda event: None)
+    with subprocess.Popen([sys.executable, "-c", "", *_WORDS]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended
+        workers.on_note(_joined(process, 0.0))
+    workers.on_note(_joined(process, 0.0))
+    assert workers.up == [] and workers.num_joined == 0
+
+
+async def test_whichever_of_two_fails_ends_the_other() -> None:
+    async def fail() -> None:
+        raise ConfigError("of the log")
+
+    with pytest.raises(ConfigError, match="of the log"):
+        async with chaos._beside(fail()):
+            await asyncio.Event().wait()
+    with pytest.raises(ConfigError, match="of the block"):
+        async with chaos._beside(asyncio.Event().wait()):
+            raise ConfigError("of the block")
+    async with chaos._beside(asyncio.Event().wait()):
+        pass
+
+
+def test_workers_are_let_go_in_whatever_way_a_run_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As by a second Ctrl-C, which comes while the event loop cleans up: a worker that stays stopped ends nothing."""
+    closed: list[Workers] = []
+
+    async def interrupted(*_: object) -> Tally:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workers, "close", lambda workers: closed.append(workers))
+    monkeypatch.setattr(chaos._Chaos, "_disturb", interrupted)
+    monkeypatch.setattr(chaos, "serving", lambda *_: contextlib.nullcontext(SimpleNamespace(
+        base_url="http://127.0.0.1:1", program_pids=lambda name: [],
+    )))  # fmt: skip
+    options = parse_options(["--log-dir", str(tmp_path)])
+    run = chaos._Chaos(options, tmp_path, lambda event: None, report_console())
+    with pytest.raises(KeyboardInterrupt):
+        run.disturb([])
+    assert len(closed) == 1
 
 
 async def test_a_new_session_of_the_same_process_is_no_restart() -> None:
@@ -382,10 +466,13 @@ def _reference() -> Request:
     return collect(events)  # type: ignore[arg-type]  # no notes among them
 
 
-def _tally(results: list[Result], books: Books = QUIET, notes: list[Note] | None = None) -> Tally:
+def _tally(
+    results: list[Result], books: Books = QUIET, notes: list[Note] | None = None, *, num_strikes: int = 1
+) -> Tally:
     rows = [_row(result.number) for result in results]
+    strikes = [Strike("kill", "d-0", "decode", 1, at_s=10.0)] * num_strikes
     return tally(
-        results, {7: _reference()}, notes if notes is not None else rows, [], books,
+        results, {7: _reference()}, notes if notes is not None else rows, strikes, books,
         settled_s=0.5, num_workers=4, num_joined=4,
     )  # fmt: skip
 
@@ -411,8 +498,28 @@ def test_a_run_in_which_nothing_broke_is_good() -> None:
     print_tally(found, "a run", report_console())
 
 
-def test_a_run_without_an_answer_is_not_good() -> None:
+def test_a_run_that_shows_nothing_is_not_good() -> None:
     assert not _tally([]).is_good
+    unlike = replace(_result(1, [1.0]), ask=8)
+    assert _tally([unlike]).lack == "no answer could be compared with an undisturbed one"
+    untouched = _tally([_result(1, [1.0])], num_strikes=0)
+    assert not untouched.is_good and untouched.lack == "nothing was struck" == untouched.as_json()["lack"]
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (lambda: _tally([_result(1, [1.0])]), 0),
+        (lambda: _tally([_result(1, [1.0])], num_strikes=0), 2),
+        (lambda: _tally([_result(1, [1.0], Verdict(is_lost=True))], num_strikes=0), 1),
+    ],
+    ids=["good", "nothing was struck", "lost"],
+)
+def test_the_exit_code_says_what_a_run_has_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: Callable[[], Tally], code: int
+) -> None:
+    monkeypatch.setattr(chaos, "run", lambda *_: found())
+    assert chaos.main(["--log-dir", str(tmp_path)]) == code
 
 
 @pytest.mark.parametrize(
@@ -470,6 +577,19 @@ def test_requests_are_for_adapters_as_well() -> None:
     options = parse_options(["--adapters", "red,blue", "--num-requests", "84", "--requests", "greedy,chat"])
     models = [ask.body["model"] for ask in options.asks("tiny", 400)]
     assert models == ["tiny", "tiny", "red", "red", "blue", "blue"] * 14
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--minutes", "0.03"], "--minutes 0.03: the first blow comes after 2 s"),
+        (["--serve-flags", "--launcher ray"], "--serve-flags: no --launcher: what is struck are processes"),
+        (["--serve-flags", "--dtype bfloat16 --launcher=ray"], "--serve-flags: no --launcher"),
+    ],
+)
+def test_a_run_that_could_strike_nothing_is_refused(words: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        parse_options(words)
 
 
 def test_flags_of_the_system_with_an_open_quote_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,26 @@ def test_a_history_comes_back_from_its_file(tmp_path: Path, capsys: pytest.Captu
     file.write_bytes(b"".join(map(encode_event, [*events, _sent(2), _delta(2, "a", [1])])))
     assert main([str(file)]) == 1
     assert "never ended" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cut", "why"),
+    [
+        (lambda lines: [*lines[:-1], lines[-1][:10]], "history.jsonl:12: no event of a run"),
+        (lambda lines: [b"{}\n", *lines], "history.jsonl:1: no event of a run"),
+        (lambda lines: lines[1:], "history.jsonl:1: request 1 was not sent before"),
+        (lambda lines: [], "shows nothing: no answer can be compared"),
+        (lambda lines: lines[:6], "shows nothing: no answer can be compared"),
+        (lambda lines: [line for line in lines if b'"is_reference"' not in line][5:], "can be compared"),
+    ],
+    ids=["cut off", "another file", "no beginning", "empty", "references alone", "no references"],
+)
+def test_a_file_that_shows_nothing_is_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: Callable[[list[bytes]], list[bytes]], why: str
+) -> None:
+    answered = [[*_answer(request), _done(request), _row(request, 4)] for request in (1, 2)]
+    events: list[Event] = [_sent(1, is_reference=True), *answered[0], _sent(2), *answered[1]]
+    file = tmp_path / "history.jsonl"
+    file.write_bytes(b"".join(cut(list(map(encode_event, events)))))
+    assert main([str(file)]) == 2
+    assert why in capsys.readouterr().err
