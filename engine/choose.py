@@ -23,6 +23,7 @@ from ..models.adapter import NO_LORA_EXPERTS
 from ..models.config import ModelConfig
 from ..models.native import check_exact
 from ..models.parts.chunks import check_chunks
+from ..models.parts.gpu_attention import check_gpu, weights_dtype
 from ..models.parts.states import check_states
 from ..models.parts.uneven_heads import check_uneven
 from .cpu.adapters import SlotMemory, StripFactors
@@ -69,25 +70,27 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
     return device
 
 
-def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
+def check_kernels(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what the device has no kernels for, before weights are loaded. Raises ConfigError."""
     check_uneven(model.uneven, config, is_cuda=device.type == "cuda")
     check_chunks(model.sliding_windows, config, is_cuda=device.type == "cuda")
     if model.states is not None:
         check_states(config, is_cuda=device.type == "cuda")
-    if device.type == "cuda" and (latent := model.latent) is not None:
-        latent.check_cuda(model.num_qo_heads // config.tensor_parallel_size, config.max_num_batched_tokens)
     if (quantization := model.quantization) is not None:
-        is_float32 = choose_dtype(config, model) == torch.float32
-        quantization.check_float8(has_products=has_products(device), is_float32=is_float32)
+        quantization.check_float8(has_products=has_products(device), is_float32=dtype == torch.float32)
     if config.kv_cache_dtype == "int8" and model.latent is not None:
         raise ConfigError(NO_INT8_LATENTS)
+    if device.type == "cuda":
+        speculative = config.speculative_config
+        path = None if speculative is None else speculative.model
+        check_gpu(config, model, [] if path is None else [ModelConfig.from_dir(path)])
 
 
-def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
-    name = config.dtype
-    if name == "auto":  # float16 weights run in bfloat16: no half-precision products on CPUs, no overflow anywhere
-        name = "float32" if model.dtype == "float32" else "bfloat16"
+def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """Return what the rank computes in; say where that is less than the checkpoint has."""
+    name = weights_dtype(config, model, is_cuda=device.type == "cuda")
+    if config.dtype == "auto" and model.dtype == "float32" != name:
+        log.warning("dtype", stored="float32", computed=name, reason="attention on GPUs knows 16 bits alone")
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 

@@ -30,9 +30,10 @@ from ..kvcache.host_slots import SwapPages, num_host_blocks, num_swap_blocks
 from ..kvcache.pages import allocate_pages, cache_dtype, copy_blocks, num_blocks_for_memory, num_spare_blocks
 from ..models.digest import ModelDigest
 from ..models.parts.experts import expert_plan
-from ..wire.workers import ExpertCounts, ExpertLoads
+from ..wire.workers import ExpertLoads
 from .choose import check_kernels, choose_device, choose_dtype, choose_runner, make_adapters, pack_weights
 from .draft import DraftModel
+from .expert_counts import ExpertCounters
 from .mask_thread import MaskThread
 from .masks import with_forced, with_masks_heeded
 from .nn.decoder import Decoder
@@ -83,8 +84,8 @@ class Engine:
             config.model_dir, config.load_format, config.seed, config.quantization, config.mixed_quantization
         )
         self._device = choose_device(config, tp_rank)
-        check_kernels(config, self.model_config, self._device)
-        dtype = choose_dtype(config, self.model_config)
+        dtype = choose_dtype(config, self.model_config, self._device)
+        check_kernels(config, self.model_config, self._device, dtype)
         kv_dtype = cache_dtype(config, dtype, self._device)
         config = self.config = with_block_size(config, self.model_config, kv_dtype)
         self._others = OtherRanks(group, config.block_tokens)
@@ -114,14 +115,13 @@ class Engine:
             dtype=kv_dtype,
             device=self._device,
         )
-        self.num_swap_blocks = num_swap_blocks(
-            config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size
-        )
+        # What the machine has free differs from rank to rank, and all copy to the slots that rank 0 names.
+        num_swap = num_swap_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
+        self.num_swap_blocks = comm.minimum(num_swap, self._device)
         num_host = num_host_blocks(config, self.spec, self._device, num_blocks=self.num_blocks, tp_size=tp_size)
         self.num_host_blocks = comm.minimum(num_host, self._device)  # of the prefix cache, behind those for swapping
         self.host_slots = SwapPages(self.kv_pages, self.spec, self.num_swap_blocks + self.num_host_blocks)
-        blocks = enumerate(layer.sparse for layer in decoder.layers)
-        self._sparse = {layer: block for layer, block in blocks if block is not None}
+        self._experts = ExpertCounters(decoder)
         self._num_full = frames_of(self.spec).num_full
         self._num_layer_pages = self.model_config.num_kv_pages
         pages = layer_pages(self.kv_pages, self.spec)[: self._num_layer_pages]
@@ -173,6 +173,7 @@ class Engine:
                 rows = with_forced(batch, with_masks_heeded(batch, self._compute(batch, plan, on_layer)))
             except StepStopped:
                 return stopped_output(batch, time.perf_counter() - began, self.host_slots.copy_s)
+            self._experts.end_step()
         step_s = time.perf_counter() - began
         return StepOutput(rows, step_s, batch.num_tokens, self.host_slots.copy_s, self._draft_s)
 
@@ -240,10 +241,7 @@ class Engine:
 
     def expert_loads(self) -> ExpertLoads:
         """Return how often each sparse layer's experts were chosen so far. Any thread may ask, while a step runs."""
-        taken = [(layer, block, block.taken.to("cpu", copy=True)) for layer, block in self._sparse.items()]
-        return tuple(
-            ExpertCounts(layer, tuple(counts.tolist()), tuple(block.of_ranks(counts))) for layer, block, counts in taken
-        )
+        return self._experts.loads()
 
     @property
     def num_disk_slots(self) -> int:

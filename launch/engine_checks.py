@@ -22,10 +22,18 @@ from ..models.files import check_no_code
 from ..models.native import check_exact
 from ..models.parts.chunks import check_chunks
 from ..models.parts.experts import expert_plan
+from ..models.parts.gpu_attention import check_gpu
 from ..models.parts.states import check_states
 from ..models.parts.uneven_heads import check_uneven
 from ..sizing.adapters import expert_adapter_bytes, expert_modules
-from ..sizing.memory import RANK_BYTES, block_tokens, cache_token_bytes, check_latent_dtype, weight_bytes
+from ..sizing.memory import (
+    RANK_BYTES,
+    block_tokens,
+    cache_token_bytes,
+    check_latent_dtype,
+    draft_models,
+    weight_bytes,
+)
 from ..sizing.weights import item_bytes, lacks_native
 from .host import Host
 from .plan import Deployment
@@ -90,10 +98,9 @@ def check_engine(engine: EngineConfig, model: ModelConfig) -> None:
     Raises ConfigError.
     """
     is_cuda = engine.device == "cuda"
-    if is_cuda and model.latent is not None:
-        num_heads = model.num_qo_heads // engine.tensor_parallel_size
-        model.latent.check_cuda(num_heads, engine.max_num_batched_tokens)
     check_latent_dtype(engine, model)
+    if is_cuda:
+        check_gpu(engine, model, draft_models(engine))
     check_uneven(model.uneven, engine, is_cuda=is_cuda)
     check_chunks(model.sliding_windows, engine, is_cuda=is_cuda)
     if model.states is not None:

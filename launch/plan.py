@@ -18,11 +18,11 @@ from ..common.config import NO_DETERMINISTIC_CUDA, EngineConfig, Settings, Trans
 from ..common.errors import ConfigError
 from ..common.router_config import AutoscaleConfig, PoolBounds, RouterConfig, strictest_tpot_ms
 from ..models.config import ModelConfig
+from ..models.parts.gpu_attention import weights_dtype
 from ..models.quantization import FLOAT8_CAPABILITY, chosen_quantization
 from ..settings.fields import ServeSettings
 from ..settings.pools import PoolSettings
 from ..sizing.memory import GPU_BATCHED_TOKENS, check_cache_dtype, gpu_reserve_bytes, weight_bytes
-from ..sizing.weights import ITEM_BYTES, item_bytes
 from .host import Host
 
 # Prefill fills every core that it may use; a decode step, a token's way through the router or an arrival takes
@@ -191,7 +191,7 @@ def _check_float8(worker: WorkerPlan, device: Literal["cpu", "cuda"], host: Host
     if (quantization := chosen_quantization(model.quantization, engine.quantization)) is not None:
         known = [gpu.capability for gpu in host.gpus if gpu.index in worker.gpus and gpu.capability is not None]
         has_products = device == "cuda" and min(known, default=FLOAT8_CAPABILITY) >= FLOAT8_CAPABILITY
-        is_float32 = item_bytes(engine, model) == ITEM_BYTES["float32"]
+        is_float32 = weights_dtype(engine, model, is_cuda=device == "cuda") == "float32"
         quantization.check_float8(has_products=has_products, is_float32=is_float32)
 
 

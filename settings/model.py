@@ -27,7 +27,9 @@ class ModelSettings(Settings):
     max_model_len: Annotated[
         Count | None, Option("Model", "Longest prompt plus answer, in tokens. Default: the model's.", ALL)
     ] = None
-    dtype: Annotated[Dtype, Option("Model", "Type of weights; auto: the checkpoint's.", ENGINES)] = "auto"
+    dtype: Annotated[
+        Dtype, Option("Model", "Type of weights; auto: the checkpoint's, on GPUs 16 bits for 32.", ENGINES)
+    ] = "auto"
     quantization: Annotated[
         QuantizationName | None,
         Option(

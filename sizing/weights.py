@@ -16,6 +16,7 @@ from ..common.config import EngineConfig
 from ..models.config import ModelConfig
 from ..models.native import not_in_native
 from ..models.parts.experts import expert_plan
+from ..models.parts.gpu_attention import weights_dtype
 from ..models.quantization import FLOAT8_MULTIPLE, KEPT_GROUP, TIED_HEAD, Quantization, chosen_quantization
 from ..models.storage import CARD_OUTPUTS, MXFP4_GROUP, Form
 from .rank_tensors import HEAD, Matrix, RankTensors, is_expert, is_shared, makes_heads
@@ -42,8 +43,8 @@ class WeightBytes(NamedTuple):
 
 
 def item_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes of a weight."""
-    return ITEM_BYTES[model.dtype if engine.dtype == "auto" else engine.dtype]
+    """Return the bytes of a weight. A device that is still `auto` counts as a CPU."""
+    return ITEM_BYTES[weights_dtype(engine, model, is_cuda=engine.device == "cuda")]
 
 
 def lacks_native(engine: EngineConfig, model: ModelConfig) -> list[str]:

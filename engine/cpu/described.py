@@ -237,5 +237,7 @@ class Report(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("best", ctypes.c_void_p),
         ("total", ctypes.c_void_p),
+        ("rank", ctypes.c_void_p),
         ("count", ctypes.c_int32),
+        ("token", ctypes.c_int32),
     )

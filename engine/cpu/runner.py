@@ -15,7 +15,7 @@ from ..nn.deterministic import one_thread
 from ..nn.layers import RMSNorm
 from ..nn.plan import StepPlan, logit_rows, pooled_rows
 from ..nn.runner import OnLayer
-from ..sampling.sampling import SampleRow, prompt_logprobs, prompt_logprobs_each
+from ..sampling.sampling import SampleRow
 from .decoder import NativeDecoder, Step
 from .sampling import NativeSampler
 
@@ -34,7 +34,6 @@ class NativeRunner:
         self.results = decoder.build if decoder.is_exact else ""
         self._num_pages = num_pages
         self._sampler = NativeSampler(decoder, eos_token_ids)
-        self._prompt_logprobs = prompt_logprobs_each if decoder.is_exact else prompt_logprobs
 
     def calculating(self) -> AbstractContextManager[None]:
         # Torch's threads would go on spinning for milliseconds, on cores that the library's own need for the next step.
@@ -64,7 +63,7 @@ class NativeRunner:
         return self._sampler.sample(logits, rows)
 
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
-        return self._prompt_logprobs(logits, targets)
+        return self._sampler.prompt_logprobs(logits, targets)
 
     def stop(self) -> None:
         self.decoder.stop()

@@ -6,15 +6,25 @@ numpy's as there. Results are the same to the bit in any company, on any number 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ...common.request import SampledToken
-from ..sampling.sampling import SampleRow, best_tokens, edit_logits, mask_logits, plain_tokens, uniform
+from ..sampling.sampling import (
+    SampleRow,
+    best_tokens,
+    edit_logits,
+    forget_others,
+    mask_logits,
+    plain_tokens,
+    uniform,
+)
+from ..sampling.seen import SeenTokens
 from .decoder import NativeDecoder
 from .described import Draw, Report
 
@@ -25,6 +35,7 @@ class NativeSampler:
     def __init__(self, decoder: NativeDecoder, eos_token_ids: frozenset[int]) -> None:
         self._decoder = decoder
         self._eos_token_ids = eos_token_ids
+        self._seen = SeenTokens()
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[tuple[SampledToken, ...]]:
         """Return the tokens of each row's choices, none where its logits are no distribution.
@@ -36,7 +47,8 @@ class NativeSampler:
         logprobs = self._logprobs(logits, rows)
         for index, row in enumerate(rows):
             if row.edits_numbers:
-                edit_logits(logits[index], row, self._eos_token_ids)
+                edit_logits(logits[index], row, self._eos_token_ids, self._seen)
+        forget_others(self._seen, rows)
         greedy = [index for index, row in enumerate(rows) if row.params.is_greedy]
         chosen = dict(zip(greedy, self._best(logits, rows, greedy), strict=True))
         drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
@@ -82,21 +94,39 @@ class NativeSampler:
         wanted = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
         if not wanted:
             return {}
-        size, told = logits.shape[1], logits.numpy()
-        totals, best = np.empty(len(wanted)), np.empty((len(wanted), min(size, max(wanted.values()))), np.int32)
-        reports = (Report * len(wanted))()
-        for slot, (report, (index, count)) in enumerate(zip(reports, wanted.items(), strict=True)):
+        told, (totals, best, _) = logits.numpy(), self._report(logits, wanted)
+        return {
+            index: _Logprobs(told[index].copy() if _changes(rows[index]) else told[index], total, own)
+            for index, total, own in zip(wanted, totals, best, strict=True)
+        }
+
+    def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
+        """Judge by row i of `logits` the prompt token `targets[i][0]`, and report the `targets[i][1]` best."""
+        tokens = [token_id for token_id, _ in targets]
+        assert min(tokens) >= 0 and max(tokens) < logits.shape[1], "a prompt's token is not in the vocabulary"
+        counts = {index: count for index, (_, count) in enumerate(targets)}
+        totals, best, ranks = self._report(logits, counts, tokens)
+        of_rows = map(_Logprobs, logits.numpy(), totals, best)
+        return [
+            replace(of_row.tokens([token_id])[0], rank=rank)
+            for of_row, token_id, rank in zip(of_rows, tokens, ranks, strict=True)
+        ]
+
+    def _report(
+        self, logits: Tensor, counts: Mapping[int, int], tokens: Sequence[int] = ()
+    ) -> tuple[list[float], list[list[int]], list[int]]:
+        """Return logarithms of sums and the best tokens of the rows in `counts`, and the ranks of their `tokens`."""
+        size, num_rows = logits.shape[1], len(counts)
+        totals, best = np.empty(num_rows), np.empty((num_rows, min(size, max(counts.values()))), np.int32)
+        ranks, reports = np.empty(num_rows, np.int32), (Report * num_rows)()
+        for slot, (report, (index, count)) in enumerate(zip(reports, counts.items(), strict=True)):
             report.logits, report.count = _row_at(logits, index), min(size, count)
             report.best, report.total = best[slot].ctypes.data, totals[slot:].ctypes.data
+            if tokens:
+                report.rank, report.token = ranks[slot:].ctypes.data, tokens[slot]
         self._decoder.report(reports, size)
-        return {
-            index: _Logprobs(
-                told[index].copy() if _changes(rows[index]) else told[index],
-                float(totals[slot]),
-                best[slot, : reports[slot].count].tolist(),
-            )
-            for slot, index in enumerate(wanted)
-        }
+        kept = [own[: report.count].tolist() for own, report in zip(best, reports, strict=True)]
+        return totals.tolist(), kept, ranks.tolist() if tokens else []
 
 
 class _Logprobs(NamedTuple):

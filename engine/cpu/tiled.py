@@ -24,7 +24,8 @@ from ..nn.deterministic import one_thread, torch_results
 from ..nn.latent import LatentHeads
 from ..nn.layers import Linear
 from ..nn.torch_runner import TorchRunner
-from ..sampling.sampling import SampleRow, prompt_logprobs_each, sample_each
+from ..sampling.logprobs import prompt_logprobs_each
+from ..sampling.sampling import SampleRow, sample_each
 
 _ROWS = 16  # of a product: more pads a lone token with more that is computed for nothing, fewer slow down prompts
 
@@ -92,7 +93,7 @@ class TiledRunner(TorchRunner):
         return one_thread()
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
-        return sample_each(logits, rows, self._eos_token_ids)
+        return sample_each(logits, rows, self._eos_token_ids, self._seen)
 
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         return prompt_logprobs_each(logits, targets)

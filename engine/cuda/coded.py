@@ -13,7 +13,9 @@ Not run on a card: Triton's interpreter has shown the kernel's numbers, and its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import cast
 
 import torch
@@ -25,6 +27,19 @@ from ..weights.grouped import GroupedWeight, has_coded_products
 from ..weights.weight import DenseWeight, LoadedWeight, Weight
 from .codes import Code, Codes, code_of
 from .float8 import Float8Weight
+
+TILES = (16, 32, 64, 128)  # rows that are multiplied at once; the kernel is compiled for each
+_tile = ContextVar[int | None]("tile", default=None)  # None: as many as suit the product
+
+
+@contextmanager
+def in_tiles_of(num_rows: int) -> Iterator[None]:
+    """Have this thread's products take so many rows at once, one of `TILES`: results are the same, a tile is slower."""
+    before = _tile.set(num_rows)
+    try:
+        yield
+    finally:
+        _tile.reset(before)
 
 
 def obstacle(weights: Sequence[Weight], device: torch.device) -> str:
@@ -71,8 +86,10 @@ def product(x: Tensor, codes: Codes, ends: Tensor | None = None, order: Tensor |
     the row of x that each sorted row is, int64; None: x is sorted. Rows behind the last end have any results.
     """
     rows, row_scales = groups_to_float8(x, codes.group_size) if codes.rounds_rows else (x.contiguous(), None)
+    per_matrix = len(x if order is None else order) / codes.num_matrices
+    tile = _tile.get() or next((size for size in TILES if per_matrix <= size), TILES[-1])
     parts = (codes.numbers, codes.scales, codes.minima, ends, order)
-    return cast(Tensor, _product(rows, row_scales, int(codes.code), *parts))
+    return cast(Tensor, _product(rows, row_scales, int(codes.code), *parts, tile))
 
 
 @torch.library.custom_op("kvferry::coded_product", mutates_args=())
@@ -85,7 +102,8 @@ def _product(
     minima: Tensor | None,
     ends: Tensor | None,
     order: Tensor | None,
+    tile: int,
 ) -> Tensor:
     from .coded_kernel import multiply
 
-    return multiply(x, row_scales, Codes(Code(code), numbers, scales, minima), ends, order)
+    return multiply(x, row_scales, Codes(Code(code), numbers, scales, minima), ends, order, tile)

@@ -9,7 +9,8 @@ itself which tile of rows it has. There are as many programs as there could be t
 once. Numbers become bfloat16 exactly, and the sum of a group is taken and scaled in float32: only results are rounded.
 8-bit floats are widened by their bits: cards before 8.9 have none.
 
-It is compiled at first use, for each kind of numbers and size of tile. Sizes of tiles were not measured on a card.
+It is compiled at first use, for each kind of numbers and size of tile (`coded.TILES`), and for any number of rows: a
+rank has all of that behind it when it has warmed up. Sizes of tiles were not measured on a card.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-any-unimported, untyped-decorator"
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from .codes import Code, Codes
 
-_ROWS = (16, 32, 64, 128)  # of a tile
 _OUTPUTS = 64  # of a tile
 _INPUTS = 128  # at most, that are multiplied at once: all of one group
 
@@ -58,7 +58,7 @@ def _widened_float8(bits):
     return ((wide & 128) << 24 | (wide & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # else a number that is 1, or a multiple of 16, is compiled for, too
 def _multiply(
     x,
     row_scales,
@@ -143,14 +143,14 @@ def _multiply(
     tl.store(y + at, total.to(tl.bfloat16), are_rows[:, None] & are_outputs[None, :])
 
 
-def multiply(x: Tensor, row_scales: Tensor | None, codes: Codes, ends: Tensor | None, order: Tensor | None) -> Tensor:
-    """Do as `coded.product`, on a device that Triton compiles for."""
+def multiply(
+    x: Tensor, row_scales: Tensor | None, codes: Codes, ends: Tensor | None, order: Tensor | None, rows: int
+) -> Tensor:
+    """Do as `coded.product`, in tiles of so many rows, on a device that Triton compiles for."""
     num_rows = len(x if order is None else order)
     y = torch.empty(num_rows, codes.num_outputs, dtype=torch.bfloat16, device=x.device)
     if not num_rows:
         return y
-    per_matrix = num_rows / codes.num_matrices
-    rows = next((size for size in _ROWS if per_matrix <= size), _ROWS[-1])
     num_tiles = -(-num_rows // rows) if ends is None else num_rows // rows + min(num_rows, codes.num_matrices)
     inputs = min(_INPUTS, codes.group_size & -codes.group_size)
     kind, numbers = _multiplied(x), codes.numbers

@@ -3,81 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..sampling.sampling import SampleRow
+from ..sampling.sampling import SampleRow, forget_others
+from ..sampling.seen import SeenTokens, Tokens
+
+_NO_TOKENS: NDArray[np.int32] = np.empty(0, np.int32)
+_NO_NUMBERS: NDArray[np.float32] = np.empty(0, np.float32)
 
 
-@dataclass(slots=True, frozen=True)
-class Edits:
-    """Each `_at` is [2, n]: rows and tokens, in which no pair comes twice."""
+@dataclass(slots=True)
+class Places:
+    """`Places` are rows and tokens, in which no pair comes twice, gathered row by row."""
 
-    bias_at: NDArray[np.int64]
-    bias: NDArray[np.float32]
-    banned_at: NDArray[np.int64]
-    repeated_at: NDArray[np.int64]  # prompt and output
-    repetition: NDArray[np.float32]
-    counted_at: NDArray[np.int64]  # output alone
-    counts: NDArray[np.float32]
-    frequency: NDArray[np.float32]
-    presence: NDArray[np.float32]
+    _parts: list[NDArray[np.int64]] = field(default_factory=lambda: [np.empty((2, 0), np.int64)])
 
-    @property
-    def sizes(self) -> list[int]:
-        return [part.shape[1] for part in (self.bias_at, self.banned_at, self.repeated_at, self.counted_at)]
-
-
-class _Places:
-    """(row, token) pairs with a number or two each, gathered row by row."""
-
-    def __init__(self, num_values: int) -> None:
-        self._at: list[NDArray[np.int64]] = [np.empty((2, 0), np.int64)]
-        self._values: list[list[NDArray[np.float32]]] = [[np.empty(0, np.float32)] for _ in range(num_values)]
-
-    def add(self, row: int, tokens: NDArray[np.int64], *values: float | NDArray[np.generic]) -> None:
-        self._at.append(np.stack((np.full(len(tokens), row), tokens)))
-        for known, value in zip(self._values, values, strict=True):
-            known.append(np.broadcast_to(np.asarray(value, np.float32), tokens.shape))
+    def add(self, row: int, token_ids: Sequence[int]) -> None:
+        self._parts.append(np.stack((np.full(len(token_ids), row), np.array(token_ids, np.int64))))
 
     @property
     def at(self) -> NDArray[np.int64]:
-        return np.concatenate(self._at, 1)
+        """Return [2, n]: rows and tokens."""
+        return np.concatenate(self._parts, 1)
+
+
+@dataclass(slots=True)
+class SeenPlaces:
+    """`SeenPlaces` are the seen tokens of some rows, which the device tells apart by where each row's end.
+
+    A row has as many as its context has different ones, so they are copied as they are kept.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # of each of these rows, behind its last token
+    _tokens: list[NDArray[np.int32]] = field(default_factory=lambda: [_NO_TOKENS])
+    _counts: list[NDArray[np.float32]] = field(default_factory=lambda: [_NO_NUMBERS])
+
+    def add(self, row: int, seen: Tokens) -> None:
+        tokens, counts = seen
+        self.rows.append(row)
+        self.ends.append(self.num_tokens + len(tokens))
+        self._tokens.append(tokens)
+        self._counts.append(counts)
 
     @property
-    def values(self) -> list[NDArray[np.float32]]:
-        return [np.concatenate(parts) for parts in self._values]
+    def num_tokens(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def arrays(self) -> list[NDArray[np.int32]]:
+        """Return rows, ends and tokens."""
+        return [np.array(self.rows, np.int32), np.array(self.ends, np.int32), np.concatenate(self._tokens)]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """Return how often each token came."""
+        return np.concatenate(self._counts)
 
 
-def collect_edits(rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: frozenset[int]) -> Edits | None:
+@dataclass(slots=True)
+class Edits:
+    """Numbers of a penalty are one for each of its rows."""
+
+    biased: Places = field(default_factory=Places)
+    bias: list[float] = field(default_factory=list)
+    banned: Places = field(default_factory=Places)
+    repeated: SeenPlaces = field(default_factory=SeenPlaces)  # prompt and output
+    repetition: list[float] = field(default_factory=list)
+    counted: SeenPlaces = field(default_factory=SeenPlaces)  # output alone
+    frequency: list[float] = field(default_factory=list)
+    presence: list[float] = field(default_factory=list)
+
+
+def collect_edits(
+    rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: frozenset[int], seen: SeenTokens
+) -> Edits | None:
     """Gather what the rows ask for; None: nothing."""
     if not any(row.edits_logits for row in rows):
         return None
-    bias, banned, repeated, counted = _Places(1), _Places(0), _Places(1), _Places(3)
+    edits = Edits()
     for index, row in enumerate(rows):
         params = row.params
         if params.logit_bias:
             ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
-            bias.add(index, np.array(ids, np.int64), np.array([params.logit_bias[i] for i in ids]))
+            edits.biased.add(index, ids)
+            edits.bias += [params.logit_bias[i] for i in ids]
         if row.mask is None and (barred := row.banned(eos_token_ids)):
-            banned.add(index, np.array([i for i in barred if 0 <= i < vocab_size], np.int64))
+            edits.banned.add(index, [i for i in barred if 0 <= i < vocab_size])
         if params.repetition_penalty != 1:
-            repeated.add(index, np.unique(np.array(row.seen_token_ids, np.int64)), params.repetition_penalty)
-        if row.has_penalties and row.output_index:
-            output = np.array(row.seen_token_ids[row.num_prompt_tokens :], np.int64)
-            tokens, times = np.unique(output, return_counts=True)
-            counted.add(index, tokens, times, params.frequency_penalty, params.presence_penalty)
-    counts, frequency, presence = counted.values
-    return Edits(
-        bias_at=bias.at,
-        bias=bias.values[0],
-        banned_at=banned.at,
-        repeated_at=repeated.at,
-        repetition=repeated.values[0],
-        counted_at=counted.at,
-        counts=counts,
-        frequency=frequency,
-        presence=presence,
-    )
+            edits.repeated.add(index, row.seen_tokens(seen))
+            edits.repetition.append(params.repetition_penalty)
+        if row.counts_output and row.output_index:
+            edits.counted.add(index, row.output_tokens(seen))
+            edits.frequency.append(params.frequency_penalty)
+            edits.presence.append(params.presence_penalty)
+    forget_others(seen, rows)
+    return edits

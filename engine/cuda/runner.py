@@ -25,7 +25,9 @@ from ..nn.decoder import Decoder
 from ..nn.loading import Progress
 from ..nn.plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_adapters
 from ..nn.runner import OnLayer
-from ..sampling.sampling import SampleRow, prompt_logprobs
+from ..sampling.logprobs import prompt_logprobs
+from ..sampling.sampling import SampleRow
+from . import coded
 from .decoder import FusedDecoder
 from .drafting import GraphDrafts
 from .graphs import CudaDecodeDevice
@@ -86,11 +88,20 @@ class CudaRunner:
         torch.cuda.synchronize(self._device)
 
     def _warm_up_model(self) -> None:
-        """Run the model while attention is still planned for its own warm-up: three tokens on the spare block."""
+        """Run the model while attention is still planned for its own warm-up: three tokens on the spare block.
+
+        Longer steps take other tiles of rows, and what is compiled for each must be there before a request comes, and
+        before pieces of steps are captured.
+        """
         tokens = torch.zeros(3, dtype=torch.int64, device=self._device)
-        if self._states is not None:
-            self._states.begin_smallest()
-        self._decoder.logits(self._decoder.forward(tokens, tokens.int(), self._attention))
+        for is_adapted in self._decoder.adapter_choices:
+            for num_rows in coded.TILES:
+                if self._states is not None:
+                    self._states.begin_smallest()
+                with coded.in_tiles_of(num_rows):
+                    adapters = tokens.int() if is_adapted else None
+                    hidden = self._decoder.forward(tokens, tokens.int(), self._attention, None, adapters)
+        self._decoder.logits(hidden)
 
     def _warm_up_sampling(self) -> None:
         params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.1, logprobs=1)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ...common.request import SampledToken
 from ..sampling.sampling import SampleRow, uniform
-from .edits import Edits, collect_edits
+from ..sampling.seen import SeenTokens
+from .edits import Edits, SeenPlaces, collect_edits
 from .kernels import Kernels
 
 _CHUNK = 256  # tokens; their sums are looked through before the tokens are
@@ -90,6 +91,7 @@ class DeviceSampler:
         self._device = device
         self._kernels = kernels
         self._eos_token_ids = eos_token_ids
+        self._seen = SeenTokens()
 
     def launch(self, logits: Tensor, rows: Sequence[SampleRow]) -> Draws:
         """Queue everything. `logits` [rows, vocab] float32 is overwritten where rows edit it."""
@@ -127,7 +129,7 @@ class DeviceSampler:
     # --- edits ------------------------------------------------------------------------------------------------
 
     def _edit(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
-        edits = collect_edits(rows, logits.shape[1], self._eos_token_ids)
+        edits = collect_edits(rows, logits.shape[1], self._eos_token_ids, self._seen)
         if edits is not None:
             self._add(logits, edits)
         masked = [index for index, row in enumerate(rows) if row.mask is not None]
@@ -145,21 +147,34 @@ class DeviceSampler:
         logits[where] = logits[where].masked_fill(is_banned, float("-inf"))
 
     def _add(self, logits: Tensor, edits: Edits) -> None:
-        where = self._upload(np.concatenate((edits.bias_at, edits.banned_at, edits.repeated_at, edits.counted_at), 1))
-        numbers = self._upload(np.concatenate((edits.bias, edits.repetition, edits.counts, edits.frequency)))
-        presence = self._upload(edits.presence)
-        bias_at, banned_at, repeated_at, counted_at = torch.split(where, edits.sizes, 1)
-        num_bias, _, num_repeated, num_counted = edits.sizes
-        bias, penalty, counts, frequency = torch.split(numbers, [num_bias, num_repeated, num_counted, num_counted])
-        if num_bias:
-            logits[tuple(bias_at)] += bias
-        if edits.sizes[1]:
-            logits[tuple(banned_at)] = float("-inf")
-        if num_repeated:
-            seen = logits[tuple(repeated_at)]
-            logits[tuple(repeated_at)] = torch.where(seen > 0, seen / penalty, seen * penalty)
-        if num_counted:
-            logits[tuple(counted_at)] -= frequency * counts + presence
+        biased, banned = edits.biased.at, edits.banned.at
+        places = torch.split(self._upload(np.concatenate((biased, banned), 1)), [biased.shape[1], banned.shape[1]], 1)
+        of_rows = (edits.bias, edits.repetition, edits.frequency, edits.presence)
+        numbers = [np.array(values, np.float32) for values in of_rows] + [edits.counted.counts]
+        bias, penalty, frequency, presence, counts = self._upload_parts(numbers)
+        seen = self._upload_parts([*edits.repeated.arrays, *edits.counted.arrays])
+        if edits.bias:
+            logits[tuple(places[0])] += bias
+        if banned.shape[1]:
+            logits[tuple(places[1])] = float("-inf")
+        if edits.repetition:
+            index, at = self._seen_at(edits.repeated, *seen[:3])
+            values, factor = logits[at], penalty[index]
+            logits[at] = torch.where(values > 0, values / factor, values * factor)
+        if edits.frequency:
+            index, at = self._seen_at(edits.counted, *seen[3:])
+            logits[at] -= frequency[index] * counts + presence[index]
+
+    def _upload_parts(self, parts: Sequence[NDArray[np.generic]]) -> tuple[Tensor, ...]:
+        return torch.split(self._upload(np.concatenate(parts)), [len(part) for part in parts])
+
+    def _seen_at(
+        self, places: SeenPlaces, rows: Tensor, ends: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return of each token which of the penalized rows it is of, and where it stands among the logits."""
+        each = torch.arange(places.num_tokens, dtype=torch.int32, device=self._device)
+        index = torch.searchsorted(ends, each, right=True)
+        return index, (rows[index].long(), tokens.long())
 
     # --- choosing ---------------------------------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...common.batch import Batch, RowOutput
 from ...common.request import SampledToken
-from ..sampling.sampling import SampleRow, prompt_logprobs, sample
+from ..sampling.logprobs import prompt_logprobs
+from ..sampling.sampling import SampleRow, sample
+from ..sampling.seen import SeenTokens
 from .attention.base import AttentionBackend
 from .decoder import Decoder
 from .plan import StepPlan, logit_rows, pooled_rows, step_tensors, token_adapters
@@ -50,6 +52,7 @@ class TorchRunner:
         self._attention = attention
         self._block_size = block_size
         self._eos_token_ids = decoder.config.eos_token_ids
+        self._seen = SeenTokens()
         attention.warm_up()
 
     def calculating(self) -> AbstractContextManager[None]:
@@ -74,7 +77,7 @@ class TorchRunner:
             yield self.decoder.final_norm.in_type_of(hidden[rows.long()]).float()
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sequence[tuple[SampledToken, ...]]:
-        return sample(logits, rows, self._eos_token_ids)
+        return sample(logits, rows, self._eos_token_ids, self._seen)
 
     def prompt_logprobs(self, logits: Tensor, targets: Sequence[tuple[int, int]]) -> list[SampledToken]:
         return prompt_logprobs(logits, targets)

@@ -24,13 +24,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ...common.batch import Batch
 from ...common.request import SampledToken, SamplingParams
 from .draws import draw
+from .logprobs import Logprobs
+from .seen import SeenTokens, Tokens
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,14 +51,21 @@ class SampleRow:
         return len(self.token_ids) + len(self.draft) - self.num_prompt_tokens
 
     @property
-    def seen_token_ids(self) -> Sequence[int]:
-        """Return all tokens before the one that is drawn."""
-        return [*self.token_ids, *self.draft] if self.draft else self.token_ids
+    def has_penalties(self) -> bool:
+        return self.counts_output or self.params.repetition_penalty != 1
 
     @property
-    def has_penalties(self) -> bool:
-        p = self.params
-        return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
+    def counts_output(self) -> bool:
+        """Tell whether it is penalized by how often tokens came in the output."""
+        return self.params.presence_penalty != 0 or self.params.frequency_penalty != 0
+
+    def seen_tokens(self, seen: SeenTokens) -> Tokens:
+        """Return all tokens before the one that is drawn."""
+        return seen.of(self.token_ids, 0, self.draft)
+
+    def output_tokens(self, seen: SeenTokens) -> Tokens:
+        """Return those of them that are not the prompt's."""
+        return seen.of(self.token_ids, self.num_prompt_tokens, self.draft)
 
     @property
     def forbids_end(self) -> bool:
@@ -121,16 +129,23 @@ def sample_rows(batch: Batch) -> list[SampleRow]:
 
 
 def sample_each(
-    logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]
+    logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int], seen: SeenTokens | None = None
 ) -> list[tuple[SampledToken, ...]]:
     """Do as `sample` does, each row for itself, on a CPU: its results are the same to the bit in any company."""
-    best = best_tokens(logits)
-    return [
+    best, seen = best_tokens(logits), SeenTokens() if seen is None else seen
+    tokens = [
         plain_tokens(best[index], row)
         if row.is_plain
-        else sample(logits[index : index + 1].clone(), [row], eos_token_ids)[0]
+        else _sample(logits[index : index + 1].clone(), [row], eos_token_ids, seen)[0]
         for index, row in enumerate(rows)
     ]
+    forget_others(seen, rows)
+    return tokens
+
+
+def forget_others(seen: SeenTokens, rows: Sequence[SampleRow]) -> None:
+    """Forget the texts that no row of a step has."""
+    seen.keep(row.token_ids for row in rows if row.has_penalties)
 
 
 def plain_tokens(best: list[int], row: SampleRow) -> tuple[SampledToken, ...]:
@@ -138,15 +153,27 @@ def plain_tokens(best: list[int], row: SampleRow) -> tuple[SampledToken, ...]:
     return tuple([SampledToken(token_id) for token_id in best * len(row.choices)])
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]) -> list[tuple[SampledToken, ...]]:
+def sample(
+    logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int], seen: SeenTokens | None = None
+) -> list[tuple[SampledToken, ...]]:
     """Return the tokens of each row's choices, none where its logits are no distribution.
 
-    `logits` [rows, vocab] float32 is overwritten where rows edit it.
+    `logits` [rows, vocab] float32 is overwritten where rows edit it. `seen`: of these rows' steps before; None: they
+    have had none.
     """
+    seen = SeenTokens() if seen is None else seen
+    tokens = _sample(logits, rows, eos_token_ids, seen)
+    forget_others(seen, rows)
+    return tokens
+
+
+def _sample(
+    logits: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int], seen: SeenTokens
+) -> list[tuple[SampledToken, ...]]:
     logprobs = _report_logprobs(logits, rows)
     for index, row in enumerate(rows):
         if row.edits_logits:
-            edit_logits(logits[index], row, eos_token_ids)
+            edit_logits(logits[index], row, eos_token_ids, seen)
             mask_logits(logits[index], row, eos_token_ids)
     token_ids = _choose(logits, rows)
     if logprobs is None:
@@ -162,55 +189,6 @@ def uniform(seed: int, choice: int, output_index: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-# --- log-probabilities ----------------------------------------------------------------------------------------
-
-
-class Logprobs:
-    """Log-softmax of raw logits, with each row's best tokens found once for the whole step."""
-
-    def __init__(self, logits: Tensor, counts: Sequence[int | None]) -> None:
-        """`counts[i]`: how many best tokens row i reports; None: no log-probabilities at all."""
-        self._counts = counts
-        self._slot = {row: slot for slot, row in enumerate(i for i, count in enumerate(counts) if count is not None)}
-        wanted = list(self._slot)
-        raw = logits if len(wanted) == len(counts) else logits[wanted]
-        self._values = torch.log_softmax(raw, -1)
-        most = min(max(counts[row] or 0 for row in wanted), logits.shape[1])
-        best = self._values.topk(most)
-        self._best_values: list[list[float]] = best.values.tolist()
-        self._best_ids: list[list[int]] = best.indices.tolist()
-
-    def tokens(self, row: int, token_ids: Sequence[int]) -> tuple[SampledToken, ...]:
-        count = self._counts[row]
-        if count is None:
-            return tuple([SampledToken(token_id) for token_id in token_ids])
-        slot = self._slot[row]
-        top = tuple(zip(self._best_ids[slot][:count], self._best_values[slot][:count], strict=True))
-        return tuple([SampledToken(i, float(self._values[slot, i]), top) for i in token_ids])
-
-    def ranks(self, token_ids: Sequence[int]) -> list[int]:
-        """Return the rank of a token of each row, if all report: how many are as likely, itself among them (vLLM)."""
-        own = self._values.gather(1, torch.tensor(token_ids, device=self._values.device).unsqueeze(1))
-        ranks: list[int] = (self._values >= own).sum(-1).tolist()
-        return ranks
-
-
-def prompt_logprobs(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[SampledToken]:
-    """Judge by row i of `logits` [n, vocab] the prompt token `wanted[i][0]`, and report the `wanted[i][1]` best."""
-    logprobs = Logprobs(logits, [count for _, count in wanted])
-    ranks = logprobs.ranks([token_id for token_id, _ in wanted])
-    return [
-        replace(logprobs.tokens(row, (token_id,))[0], rank=rank)
-        for row, ((token_id, _), rank) in enumerate(zip(wanted, ranks, strict=True))
-    ]
-
-
-def prompt_logprobs_each(logits: Tensor, wanted: Sequence[tuple[int, int]]) -> list[SampledToken]:
-    """Do as `prompt_logprobs` does, each row for itself and in memory of its own: the same bits in any company."""
-    rows = torch.split(logits, 1)
-    return [prompt_logprobs(row.clone(), [target])[0] for row, target in zip(rows, wanted, strict=True)]
-
-
 def _report_logprobs(logits: Tensor, rows: Sequence[SampleRow]) -> Logprobs | None:
     if all(row.params.logprobs is None for row in rows):
         return None
@@ -220,7 +198,7 @@ def _report_logprobs(logits: Tensor, rows: Sequence[SampleRow]) -> Logprobs | No
 # --- edits, in place on one row -------------------------------------------------------------------------------
 
 
-def edit_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None:
+def edit_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int], seen: SeenTokens) -> None:
     """Do to one row all that its request asks for but its grammar's mask."""
     params, vocab_size = row.params, logits.shape[0]
     if params.logit_bias:
@@ -229,7 +207,7 @@ def edit_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -
     if row.mask is None and (banned := row.banned(eos_token_ids)):
         logits[[i for i in banned if 0 <= i < vocab_size]] = float("-inf")
     if row.has_penalties:
-        _penalize(logits, row)
+        _penalize(logits, row, seen)
 
 
 def mask_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -> None:
@@ -241,17 +219,16 @@ def mask_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int]) -
     np.copyto(logits.numpy(), -np.inf, where=~allowed)  # torch would wake its threads for every row
 
 
-def _penalize(logits: Tensor, row: SampleRow) -> None:
+def _penalize(logits: Tensor, row: SampleRow, seen: SeenTokens) -> None:
     """Penalize seen tokens: repetition looks at prompt and output, frequency and presence at the output alone."""
     params = row.params
-    tokens = torch.tensor(row.seen_token_ids, dtype=torch.int64, device=logits.device)
     if params.repetition_penalty != 1:
-        seen = torch.unique(tokens)
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    output, counts = torch.unique(tokens[row.num_prompt_tokens :], return_counts=True)
-    logits[output] -= params.frequency_penalty * counts + params.presence_penalty
+        at = torch.from_numpy(row.seen_tokens(seen)[0]).long()
+        values, penalty = logits[at], params.repetition_penalty
+        logits[at] = torch.where(values > 0, values / penalty, values * penalty)
+    if row.counts_output and row.output_index:
+        tokens, counts = map(torch.from_numpy, row.output_tokens(seen))
+        logits[tokens.long()] -= params.frequency_penalty * counts + params.presence_penalty
 
 
 # --- choosing -------------------------------------------------------------------------------------------------

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvferry.engine.cuda.coded import TILES
 from kvferry.engine.cuda.codes import Code, Codes
 from kvferry.engine.weights.grouped import GroupedWeight
+
+# Of the kernel of Triton's, by what it is multiplied by, and tiles: it compiles anew for each.
+COMPILED: set[tuple[tuple[object, ...], int]] = set()
 
 
 def mm_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,9 +111,14 @@ def coded_product(
     minima: Tensor | None,
     ends: Tensor | None,
     order: Tensor | None,
+    tile: int,
 ) -> Tensor:
     """Do as the kernel of Triton's, by what the numbers stand for, and refuse what it would read beyond."""
     codes = Codes(Code(code), numbers, scales, minima)
+    if tile not in TILES:
+        raise RuntimeError(f"coded_product: tiles of {tile} rows")
+    parts = (row_scales, minima, ends, order)
+    COMPILED.add(((code, tuple(numbers.shape), codes.group_size, *(part is not None for part in parts)), tile))
     given = [each for each in (x, row_scales, numbers, scales, minima, ends, order) if each is not None]
     wanted = torch.bfloat16 if row_scales is None else torch.float8_e4m3fn
     if x.dtype != wanted or not all(each.is_contiguous() for each in given):

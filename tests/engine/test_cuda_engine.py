@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from kvferry.common.batch import GpuEvent
+from kvferry.common.errors import ConfigError
 from kvferry.common.request import SampledToken, SamplingParams, Sequence
 from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
+from kvferry.tests.emulation.stream import COUNTS
 
 from ..checkpoint_shapes import GEMMA_2, GLM_4, GPT_OSS, QWEN3_MOE, SMOLLM_3, write_by_shapes
 from ..checkpoints import Family, write_checkpoint
@@ -275,7 +277,22 @@ def test_experts_count_tokens_and_no_padding(checkpoints: Path) -> None:
     seqs = [driver.add(prompt, _greedy(4)) for prompt in prompts([5, 20, 9])]  # padded to 64 tokens, then to 4 rows
     driver.generate(seqs)
     num_tokens = sum(seq.num_computed_tokens for seq in seqs)
+    engine.runner.wait()  # for the last step's counts
     assert [sum(layer.taken) for layer in engine.expert_loads()] == [3 * num_tokens] * 2
+
+
+def test_asking_for_experts_counts_waits_for_no_step(checkpoints: Path) -> None:
+    """Not for a copy that is still on its way either; of counts that have landed none is lost, or halved."""
+    engine = _engine(checkpoints / "experts")
+    driver = Driver(engine)
+    seq = driver.add(prompts([5])[0], _greedy(8))
+    driver.step([(seq, 5)])
+    while seq.num_output_tokens < 6:
+        num_before = seq.num_computed_tokens
+        driver.step([(seq, 1)])
+        num_waits = COUNTS["waits"]
+        found = [sum(layer.taken) for layer in engine.expert_loads()]
+        assert COUNTS["waits"] == num_waits and found in ([3 * num_before] * 2, [3 * seq.num_computed_tokens] * 2)
 
 
 @pytest.mark.parametrize(("capability", "has_graphs"), [((8, 0), True), ((7, 5), False)])
@@ -287,3 +304,20 @@ def test_experts_are_computed_one_by_one_on_old_cards_alone(
     engine = _engine(checkpoints / "experts")
     assert isinstance(engine.runner, CudaRunner) and (engine.runner.pieces is not None) is has_graphs
     assert [ids[:2] for ids in _ids(_generate(engine, [_greedy(6)] * 3))] == [ids[:2] for ids in grouped]
+
+
+def test_a_float32_checkpoint_runs_in_16_bits(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "dtype": "float32"}
+    write_checkpoint(tmp_path, tokenizer=False, **shape)
+    engine = _engine(tmp_path, enforce_eager=True)
+    assert engine.spec.dtype == "bfloat16" and engine.kv_pages.dtype == torch.bfloat16
+    assert len(_generate(engine, [_greedy(2)])[0]) == 2
+
+
+def test_what_cannot_run_here_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, tokenizer=False, head_dim=96, dtype="bfloat16")
+    monkeypatch.setattr("kvferry.engine.engine.load_weights", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match="the model's have 96; use cpu"):
+        _engine(tmp_path)

@@ -81,9 +81,10 @@ def test_two_ranks_yield_what_one_does(checkpoints: Path, monkeypatch: pytest.Mo
 def test_experts_beside_an_mlp_are_computed_together(checkpoints: Path) -> None:
     engine = _engine(checkpoints / "experts beside")
     assert isinstance(engine.runner, CudaRunner) and engine.runner._decoder.can_be_captured
-    assert {type(block.grouped) for block in engine._sparse.values()} == {GroupedExperts}
+    assert {type(block.grouped) for block in engine._experts.blocks.values()} == {GroupedExperts}
     driver = Driver(engine)
     driver.generate([driver.add(prompt) for prompt in prompts([30, 5, 9])])
+    engine.runner.wait()  # for the last step's counts
     taken = [sum(counts.taken) for counts in engine.expert_loads()]
     assert taken == [3 * (30 + 5 + 9 + 3 * 7)] * 6, "of each token, padding left out"
 

@@ -160,8 +160,8 @@ def test_graphs_yield_the_tokens_of_kernels_launched_one_by_one(
 def test_layers_of_one_block_are_captured_and_experts_without_a_gate_computed_together(checkpoints: Path) -> None:
     engine = _engine(checkpoints / "nemotron h, with experts")
     assert isinstance(engine.runner, CudaRunner) and engine.runner._decoder.can_be_captured
-    assert {type(block.grouped) for block in engine._sparse.values()} == {GroupedExperts}
-    assert list(engine._sparse) == [1, 3]
+    assert {type(block.grouped) for block in engine._experts.blocks.values()} == {GroupedExperts}
+    assert list(engine._experts.blocks) == [1, 3]
 
 
 def test_steps_run_as_they_were_prepared_while_answers_begin_new_blocks(engine: Engine) -> None:

@@ -13,6 +13,7 @@ from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import SamplingParams, Sequence
 from kvferry.engine.engine import Engine
+from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
@@ -355,6 +356,21 @@ def test_cache_bytes_decide_the_number_of_blocks(checkpoints: Path) -> None:
     assert engine.num_blocks == 128
     assert engine.kv_pages.shape == (2, 128, 2, 2, 16, 16)
     assert engine.kv_pages.nbytes == 1 << 20
+
+
+def test_a_rank_has_the_slots_that_every_rank_has(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees other free memory, and a slot that rank 0 names has to be there on all of them."""
+
+    class OfTwo(Communicator):
+        def minimum(self, value: int, device: torch.device) -> int:
+            return value - 2  # that the other rank can have
+
+    monkeypatch.setattr("kvferry.engine.engine.Communicator", OfTwo)
+    engine = make_engine(checkpoints / "llama", swap_space=7 * 8192, host_cache_memory_bytes=5 * 8192)
+    assert (engine.num_blocks, engine.num_swap_blocks, engine.num_host_blocks) == (126, 5, 3)
+    assert len(engine.host_slots.slot(7)) == 8192 == engine.host_slots.slot_bytes
+    with pytest.raises(IndexError):
+        engine.host_slots.slot(8)[0]
 
 
 def test_flashinfer_on_a_cpu_is_refused(checkpoints: Path) -> None:

@@ -243,6 +243,13 @@ def test_8_bit_floats_need_a_gpu_that_multiplies_by_them(
         fit_to_host(deployment, machine, MODEL)
 
 
+def test_a_checkpoint_in_32_bits_is_rounded_to_8_bit_floats_on_a_gpu() -> None:
+    """It is read in 16 there, without being asked."""
+    model = replace(MODEL, dtype="float32")
+    [worker] = fit_to_host(planned(0, 1, quantization="fp8"), host(1), model).workers
+    assert worker.config.engine.quantization == "fp8"
+
+
 def test_latents_that_cuda_has_no_kernels_for_are_refused_before_a_start(tmp_path: Path) -> None:
     engine = EngineConfig(model_dir=tmp_path, served_model_name="m", device="cuda", max_num_batched_tokens=8192)
     latent = LatentConfig(

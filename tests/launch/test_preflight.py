@@ -481,7 +481,8 @@ def test_a_gpu_without_flashinfer_is_refused_before_weights_are_read(site: Site)
     host = Host(8, 64 << 30, (Gpu("0", "H200", 140 << 30, 139 << 30),))
     site.patch.setattr("kvferry.launch.preflight.read_host", lambda env: host)
     site.patch.setattr(type(extras.FLASHINFER), "is_installed", property(lambda library: library != extras.FLASHINFER))
-    checks = list(Preflight(ServeSettings(model=str(site.model), port=0), environment()).checks())
+    model = write_checkpoint(site.folder / "wide", head_dim=64)  # which GPUs attend with
+    checks = list(Preflight(ServeSettings(model=str(model), port=0), environment()).checks())
     [failed] = [check for check in checks if check.level is Level.FAIL]
     assert re.search(
         r"device: a GPU is used, and flashinfer-python is not installed: .* -m pip install 'flash", failed.found

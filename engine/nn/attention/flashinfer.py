@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ....common.errors import ConfigError
+from ....models.parts.gpu_attention import OLDER_HEAD_DIM, check_heads
 from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, check_pages
 from .flashinfer_package import check_narrow, heed_sinks_, import_flashinfer, to_e4m3, window_left
 from .page_index import PageIndex, StepIndex, smallest_step, upload_step
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 _WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
 _TENSOR_CORE_GROUP = 4  # query heads per KV head from which decode is faster on tensor cores
-_HEAD_DIMS = (64, 128, 256, 512)
-_OLDER_HEAD_DIM = 512  # has kernels of the older kind (fa2) alone, over pages in 16 bits
 
 KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
 
@@ -72,14 +70,9 @@ class FlashInferAttention:
         self._narrows = narrow_queries
         self._kv_dtype, self.device = first.dtype, first.device
         self.dtype = query_dtype or first.dtype
-        if self.dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError(f"flashinfer does not attend in {self.dtype}; use --dtype bfloat16 on CUDA")
         _, _, self._num_kv_heads, self.block_size, self._head_dim = first.shape
         self._num_blocks = min(layer.shape[0] for layer in pages)
-        if self._head_dim not in _HEAD_DIMS:
-            raise ConfigError(f"flashinfer attends with heads of {_HEAD_DIMS}, the model's are {self._head_dim}")
-        if self._head_dim == _OLDER_HEAD_DIM and self._kv_dtype != self.dtype:
-            raise ConfigError(f"flashinfer attends with heads of {_OLDER_HEAD_DIM} in 16 bits; use kv_cache_dtype auto")
+        check_heads([self._head_dim], *(str(each).removeprefix("torch.") for each in (self.dtype, self._kv_dtype)))
         self.heads_size = (num_qo_heads + 2 * self._num_kv_heads) * self._head_dim
         self.result_size = num_qo_heads * self._head_dim
         self._scale, self._cap = scores.scale_of(self._head_dim), scores.cap
@@ -95,13 +88,13 @@ class FlashInferAttention:
         self._int_workspace: Tensor | None = None
         self._decode = self._decode_wrapper()
         self._prefill: BatchPrefillWithPagedKVCacheWrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            self.workspace, "HND", backend="fa2" if self._head_dim == _OLDER_HEAD_DIM else "auto"
+            self.workspace, "HND", backend="fa2" if self._head_dim == OLDER_HEAD_DIM else "auto"
         )
         self._num_tokens = self._num_decode_rows = 0
         self._index: PageIndex | None = None
 
     def _decode_wrapper(self, **buffers: object) -> BatchDecodeWithPagedKVCacheWrapper:
-        is_wide = self._head_dim == _OLDER_HEAD_DIM
+        is_wide = self._head_dim == OLDER_HEAD_DIM
         return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self.workspace,
             "HND",

@@ -12,6 +12,7 @@ from kvferry.common.request import SamplingParams
 from kvferry.engine.cpu.compiler import NativeUnavailable
 from kvferry.engine.cpu.runner import NativeRunner
 from kvferry.engine.cpu.sampling import NativeSampler
+from kvferry.engine.sampling.logprobs import prompt_logprobs
 from kvferry.engine.sampling.sampling import SampleRow, sample
 from kvferry.tests.checkpoints import write_checkpoint
 from kvferry.tests.engine_driver import make_engine
@@ -143,3 +144,36 @@ def test_penalties_go_on_with_what_was_read(sampler: NativeSampler, params: dict
         assert_same(found, sample(logits, [row], EOS))
         text.append(tokens[0].token_id)
     assert len(set(text)) < len(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.sampled_from(SIZES), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_prompt_tokens_are_judged_as_torch_judges_them(
+    sampler: NativeSampler, size: int, seed: int, data: st.DataObject
+) -> None:
+    """Of logits of which some are equal, and no two others so near that a rounded sum makes them so."""
+    chance, targets = np.random.default_rng(seed), st.tuples(st.integers(0, size - 1), st.sampled_from([0, 1, 5, 20]))
+    wanted = data.draw(st.lists(targets, min_size=1, max_size=5))
+    logits = torch.zeros(len(wanted), -(-size // 64) * 64)[:, :size]  # as the library lays rows out
+    for row in logits:
+        row.copy_(torch.from_numpy(chance.permutation(np.arange(size) // 2).astype(np.float32)) / 64)
+    found, expected = sampler.prompt_logprobs(logits, wanted), prompt_logprobs(logits, wanted)
+    for (token_id, count), ours, theirs in zip(wanted, found, expected, strict=True):
+        assert (ours.token_id, ours.rank, len(ours.top)) == (token_id, theirs.rank, min(size, count))
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [value for _, value in ours.top] == pytest.approx([value for _, value in theirs.top], abs=1e-4)
+    alone = [sampler.prompt_logprobs(logits[i : i + 1], wanted[i : i + 1])[0] for i in range(len(wanted))]
+    assert found == alone, "a row's company changes nothing"
+
+
+def test_ranks_go_by_what_is_told(sampler: NativeSampler) -> None:
+    """Logits that differ by less than their log-probabilities can are as likely, and so are those of -inf."""
+    logits = torch.full((1, 300), -3.0)
+    logits[0, 7], logits[0, 8], logits[0, 9] = 30.0, -3.0 * (1 - 2**-23), float("-inf")
+    assert logits[0, 8] > logits[0, 0]
+    judged = {token: sampler.prompt_logprobs(logits, [(token, 1)])[0] for token in (7, 8, 0, 9)}
+    assert [judged[token].rank for token in (7, 8, 0, 9)] == [1, 299, 299, 300]
+    assert judged[0].logprob == judged[8].logprob and judged[9].logprob == float("-inf")
+    logits[0, 3] = float("nan")
+    [told] = sampler.prompt_logprobs(logits, [(7, 1)])
+    assert told.is_nan

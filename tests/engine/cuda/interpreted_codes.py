@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kvferry.engine.cuda.coded import product
+from kvferry.engine.cuda.coded import TILES, in_tiles_of, product
 from kvferry.engine.cuda.coded_kernel import multiply
 from kvferry.engine.cuda.codes import Code, Codes
 from kvferry.engine.weights.float8 import groups_to_float8
@@ -28,7 +28,9 @@ def check(form: Form, counts: list[int], num_outputs: int) -> None:
     matrices = meant_by(codes)[torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))]
     compare(found, torch.einsum("ri,roi->ro", x[order[:num_rows]].float(), matrices), (form.code, counts, num_outputs))
     one = draw(form, 1, num_outputs)
-    compare(product(x, one), x.float() @ meant_by(one)[0].T, (form.code, num_outputs))
+    for num_rows in TILES:
+        with in_tiles_of(num_rows):
+            compare(product(x, one), x.float() @ meant_by(one)[0].T, (form.code, num_outputs, num_rows))
     if form.code is Code.FLOAT8:
         check_rounded(codes, x, order, torch.tensor(counts).cumsum(0).int(), matrices)
 
@@ -36,7 +38,7 @@ def check(form: Form, counts: list[int], num_outputs: int) -> None:
 def check_rounded(codes: Codes, x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, each: torch.Tensor) -> None:
     """Multiply rows that are 8-bit floats. `each`: the matrix of each sorted row."""
     rows, scales = groups_to_float8(x, codes.group_size)
-    found = multiply(rows, scales, codes, ends, order)[: len(each)]
+    found = multiply(rows, scales, codes, ends, order, 16)[: len(each)]
     meant = rows.float() * scales.repeat_interleave(codes.group_size, 1)
     compare(found, torch.einsum("ri,roi->ro", meant[order[: len(each)]], each), ("8-bit rows", codes.group_size))
 

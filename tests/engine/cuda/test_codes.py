@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 import torch
 import transformers
 
-from kvferry.engine.cuda.coded import CodedWeight, obstacle, product
+from kvferry.engine.cuda import coded
+from kvferry.engine.cuda.coded import TILES, CodedWeight, obstacle, product
 from kvferry.engine.cuda.codes import Code, Codes
 from kvferry.engine.cuda.experts import GroupedExperts
 from kvferry.engine.cuda.stacks import CodedStack
@@ -20,8 +22,9 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.weights.float8 import groups_to_float8
 from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.engine.weights.weight import DenseWeight
+from kvferry.tests.emulation.products import COMPILED, meant_by
+from kvferry.tests.emulation.stream import Event
 
-from ...emulation.products import meant_by
 from ...engine_driver import prompt_logprobs, prompts
 from ...transformers_checkpoints import SMALL, write_model
 from ..test_cuda_states import _config
@@ -65,6 +68,14 @@ def test_the_kernel_computes_what_numbers_stand_for() -> None:
     assert done.stdout == "9 forms of 6 of 6 kinds\n"
 
 
+def test_the_kernel_is_compiled_for_any_number_of_rows() -> None:
+    """Triton would compile one more for a number that is 1, and for a multiple of 16."""
+    source = ast.parse((Path(coded.__file__).parent / "coded_kernel.py").read_text(encoding="utf-8"))
+    [kernel] = [each for each in source.body if isinstance(each, ast.FunctionDef) and each.name == "_multiply"]
+    assert ast.unparse(kernel.decorator_list[0]) == "triton.jit(do_not_specialize=['num_rows'])"
+    assert "num_rows" in [argument.arg for argument in kernel.args.args]
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.code.name} {form.group_size}")
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_a_card_computes_what_numbers_stand_for(form: Form, device: str) -> None:
@@ -105,26 +116,54 @@ def test_one_matrix_has_a_bias(device: str) -> None:
     torch.testing.assert_close(found, x.float() @ matrix.T + bias.float(), rtol=2e-2, atol=2e-1)
 
 
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 96,
+    "hidden_size": 128,
+    "head_dim": 64,
+}
+
+
 @flashinfer
 @pytest.mark.parametrize("asked", ["int4", "int8"])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_experts_in_whole_numbers_are_computed_together(
     tmp_path: Path, asked: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 96,
-        "hidden_size": 128,
-        "head_dim": 64,
-    }
-    path = write_model(tmp_path / "moe", transformers.Qwen3MoeConfig(**SMALL | fields), dtype=torch.bfloat16)
+    path = write_model(tmp_path / "moe", transformers.Qwen3MoeConfig(**SMALL | EXPERTS), dtype=torch.bfloat16)
     config = _config(path, quantization=asked, dtype="bfloat16", device=device)
     engine = Engine(config, num_blocks=100)
-    for block in engine._sparse.values():
+    for block in engine._experts.blocks.values():
         assert isinstance(block.grouped, GroupedExperts) and isinstance(block.grouped._up, CodedStack)
     together = prompt_logprobs(engine, PROMPT)
     monkeypatch.setattr("kvferry.engine.cuda.experts._obstacle", lambda *_: "as asked")
     engine = Engine(config, num_blocks=100)
-    assert all(block.grouped is None for block in engine._sparse.values())
+    assert all(block.grouped is None for block in engine._experts.blocks.values())
     assert float((together - prompt_logprobs(engine, PROMPT)).abs().median()) < 0.05
+
+
+@flashinfer
+@pytest.mark.skipif(
+    torch.cuda.Event.__module__ != Event.__module__, reason="the emulated device alone tells what it has compiled"
+)
+@pytest.mark.parametrize("has_adapters", [False, True])
+@pytest.mark.parametrize("asked", ["int4", "int8"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_no_step_compiles_what_the_warm_up_has_not(
+    tmp_path: Path, asked: str, has_adapters: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an older card, which has no other product of plain numbers for experts' adapters."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    path = write_model(tmp_path / "moe", transformers.Qwen3MoeConfig(**SMALL | EXPERTS), dtype=torch.bfloat16)
+    loras: dict[str, object] = {"enable_lora": True, "lora_experts": True, "max_loras": 1, "max_lora_rank": 8}
+    config = _config(path, quantization=asked, dtype="bfloat16", device=device, **(loras if has_adapters else {}))
+    COMPILED.clear()
+    engine = Engine(config.model_copy(update={"enforce_eager": True}), num_blocks=100)
+    known = set(COMPILED)
+    kinds = {kind for kind, _ in known}
+    assert known == {(kind, tile) for kind in kinds for tile in TILES}
+    assert (Code.PLAIN in {kind[0] for kind in kinds}) == has_adapters and kinds
+    for length in (1, 17, 60, 200, 500):
+        prompt_logprobs(engine, prompts([length + 1])[0])
+    assert known == COMPILED

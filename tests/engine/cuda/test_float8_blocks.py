@@ -194,7 +194,7 @@ def test_experts_in_blocks_are_computed_together(
     path, twin = _in_blocks(*written)
     engine = _engine(path, device=device, is_captured=True)
     assert isinstance(engine.runner, CudaRunner) and engine.runner.pieces is not None, "steps are not captured"
-    for block in engine._sparse.values():
+    for block in engine._experts.blocks.values():
         assert isinstance(block.grouped, GroupedExperts) and isinstance(block.grouped._up, CodedStack)
         assert block.grouped._up.codes.rounds_rows == (capability[0] > 8)
     far = _distance(_logprobs(engine), _logprobs(_engine(twin, device="cpu", dtype="float32")))
@@ -210,7 +210,7 @@ def test_a_model_with_latents_is_in_blocks_but_for_what_makes_its_heads(tmp_path
     kinds = {linear.name: type(linear.weight) for linear in _linears(engine)}
     apart = {name for name, kind in kinds.items() if kind is not CodedWeight and ".experts." not in name}
     assert apart == {"lm_head", "model.layers.1.mlp.gate"}
-    assert all(block.grouped is not None for block in engine._sparse.values())
+    assert all(block.grouped is not None for block in engine._experts.blocks.values())
     assert _distance(_logprobs(engine), _logprobs(_engine(twin, device="cpu", dtype="float32"))) < 2 * CLOSE
 
 

@@ -127,7 +127,7 @@ def test_a_rank_has_its_part_in_what_is_counted(checkpoint: Path, device: str, l
 def test_answers_are_near_those_of_the_widened_numbers(checkpoint: Path, expected: Tensor, device: str) -> None:
     engine = Engine(_narrow(checkpoint, device=device), num_blocks=100)
     assert isinstance(engine.runner, CudaRunner) and engine.runner._decoder.can_be_captured
-    for block in engine._sparse.values():
+    for block in engine._experts.blocks.values():
         assert isinstance(block.grouped, GroupedExperts) and isinstance(block.grouped._up, Float8Stack)
     assert 0 < _error(engine, expected) < CLOSE
 
@@ -168,7 +168,7 @@ def test_a_card_without_products_in_8_bits_keeps_them_and_an_older_one_widens_th
 def test_unasked_they_are_multiplied_by_in_their_own_bits(checkpoint: Path, expected: Tensor, device: str) -> None:
     engine = Engine(_config(checkpoint, dtype="bfloat16", device=device), num_blocks=100)
     assert isinstance(engine.runner, CudaRunner) and engine.runner._decoder.can_be_captured
-    for block in engine._sparse.values():
+    for block in engine._experts.blocks.values():
         assert isinstance(block.grouped, GroupedExperts) and isinstance(block.grouped._up, CodedStack)
         assert block.grouped._up.codes.numbers.shape == (8, 2 * 96, 128 // 2)
     assert 0 < _error(engine, expected) < IN_16_BITS
@@ -183,7 +183,9 @@ def test_two_ranks_have_whole_groups_or_widen(
     config = _config(checkpoint, dtype="bfloat16", device=device, tensor_parallel_size=2, **fields)
     with two_ranks(monkeypatch, config, 100) as engine:
         kept = {
-            type(block.grouped._up) for block in engine._sparse.values() if isinstance(block.grouped, GroupedExperts)
+            type(block.grouped._up)
+            for block in engine._experts.blocks.values()
+            if isinstance(block.grouped, GroupedExperts)
         }
         assert kept == ({CodedStack} if fields else {PlainStack})  # half of 96 columns are no whole groups
         assert 0 < _error(engine, expected) < IN_16_BITS

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvferry.common.request import MIN_REPETITION_PENALTY, MIN_TEMPERATURE, SampledToken, SamplingParams
-from kvferry.engine.sampling.sampling import SampleRow, prompt_logprobs, sample, uniform
+from kvferry.engine.sampling.logprobs import prompt_logprobs
+from kvferry.engine.sampling.sampling import SampleRow, sample, uniform
 
 VOCAB = 50
 EOS = frozenset({0, 1})

@@ -33,7 +33,8 @@ struct Report {
     const float* logits;  // [vocabulary]
     std::int32_t* best;   // [count] get the tokens of the largest logits, in their order, of equal ones the first
     double* total;        // gets the logarithm of the sum of all e^logit; NaN where the logits are no distribution
-    std::int32_t count;
+    std::int32_t* rank;   // gets how many tokens are as likely as `token`, itself among them; null: nobody asked
+    std::int32_t count, token;
 };
 
 class RowSampler {
@@ -60,6 +61,7 @@ public:
         if (std::isfinite(most)) weigh(row.logits, size, most, 1.0f);
         *row.total = std::isfinite(most) ? double(most) + std::log(total()) : std::numeric_limits<double>::quiet_NaN();
         find_best(row, size);
+        if (row.rank != nullptr) *row.rank = rank_of(row, size);
     }
 
 private:
@@ -252,6 +254,15 @@ private:
         for (std::int32_t i = 0; found < row.count; i++) {  // what is left has no weight
             if (std::find(row.best, row.best + found, i) == row.best + found) row.best[found++] = i;
         }
+    }
+
+    // By the log-probabilities that are told, of which some are equal where logits are not. 0: there are none.
+    static std::int32_t rank_of(const Report& row, long size) {
+        const double total = *row.total;
+        const float own = float(double(row.logits[row.token]) - total);
+        std::int32_t rank = 0;
+        for (long i = 0; i < size; i++) rank += float(double(row.logits[i]) - total) >= own;
+        return rank;
     }
 
     std::vector<float> weights_, inside_;
