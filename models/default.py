@@ -122,7 +122,7 @@ def _is_complete(target: Path) -> bool:
 @contextmanager
 def _lock(cache: Path, name: str) -> Iterator[None]:
     """Let one process of this user convert at a time; the kernel lets go when the holder dies."""
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # a model may be for its owner alone
+    cache.mkdir(mode=0o755, parents=True, exist_ok=True)  # whoever may read there, others write nothing
     with open(cache / f".{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

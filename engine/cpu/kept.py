@@ -1,8 +1,8 @@
 """Keeps compiled libraries where nobody else can put one: what a library says, the process that loads it does.
 
-    CACHE                 made for this user alone; one that is there may be anybody's
-    └── native/*.so       folder and files are ours or root's, and nobody else may write them
-    else                  a folder of this process alone: built at each start, and gone once it is loaded
+    CACHE/native/*.so             folder and files are ours or root's, and nobody else may write them
+    else TMP/kvferry-native-UID   the same, for as long as what is temporary stays
+    else                          a folder of this process alone, gone once it is loaded
 
 A library that is another user's, or that does not load, is built anew in its place.
 """
@@ -22,15 +22,17 @@ from .compiler import CannotKeep, NativeUnavailable, compiled, library_path
 log = structlog.get_logger(__name__)
 
 _FOLDER = "native"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _Mark = tuple[int, ...]
 
 
 def load_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> ctypes.CDLL:
     """Load the library that is kept, built now if it is missing. Raises NativeUnavailable."""
-    try:
-        return _load(_made_folder(cache), isa, compiler)
-    except CannotKeep as reason:
-        log.warning("native_code_not_kept", reason=str(reason), built_in=tempfile.gettempdir())
+    for folder in (cache / _FOLDER, Path(tempfile.gettempdir(), f"kvferry-{_FOLDER}-{os.geteuid()}")):
+        try:
+            return _load(_made_folder(folder), isa, compiler)
+        except CannotKeep as reason:
+            log.warning("native_code_not_kept", reason=str(reason), built_in=tempfile.gettempdir())
     try:
         with tempfile.TemporaryDirectory(prefix="kvferry-native-") as own:
             return opened(compiled(isa, compiler, Path(own)))  # what is loaded outlives its file
@@ -55,7 +57,7 @@ def why_not_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> str:
         if is_kept(cache, isa, compiler):
             return ""
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        if there == folder:
+        if there == folder and not _is_ours_to_close(folder.lstat()):
             _check_folder(folder)
         else:
             _check_mount(there)
@@ -97,12 +99,13 @@ def _mark(path: Path) -> _Mark | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _made_folder(cache: Path) -> Path:
+def _made_folder(folder: Path) -> Path:
     """Return the folder of libraries, made if need be. Raises CannotKeep."""
-    folder = cache / _FOLDER
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o755, exist_ok=True)  # root's may be read by those who run in a container that root built
+        for each in (folder.parent, folder):  # root's may be read by those who run in a container that root built
+            each.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if _is_ours_to_close(found := folder.lstat()):  # what others could write in it is built anew
+            folder.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)
         _check_folder(folder)
     except OSError as error:
         raise CannotKeep(f"{folder} cannot be made: {error.strerror or error}") from error
@@ -125,6 +128,11 @@ def _check_folder(folder: Path) -> None:
     _check_mount(folder)
 
 
+def _is_ours_to_close(found: os.stat_result) -> bool:
+    """Tell whether it is a folder of ours that is open to others, as volumes are to a group from each mount on."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not _is_safe(found)
+
+
 def _check_mount(folder: Path) -> None:
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise CannotKeep(f"{folder} is on a mount without programs (noexec)")
@@ -140,4 +148,4 @@ def _is_safe_file(path: Path) -> bool:
 
 def _is_safe(found: os.stat_result) -> bool:
     """Tell whether nobody but us and root could have written it."""
-    return found.st_uid in (os.geteuid(), 0) and not stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & _OTHERS_WRITE

@@ -187,16 +187,16 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path, tiny_
         default_model_dir(cache=tiny_gguf / "below-a-file", source=tiny_gguf)
 
 
-def test_a_cache_is_made_for_its_user_alone_and_left_as_it_is(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_a_cache_is_made_so_that_others_write_nothing_there_and_left_as_it_is(tmp_path: Path, tiny_gguf: Path) -> None:
     before = os.umask(0)
     try:
         default_model_dir(cache=tmp_path / "new", source=tiny_gguf)
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
-    (tmp_path / "new").chmod(0o755)
-    default_model_dir(cache=tmp_path / "new", source=tiny_gguf, keeps_blocks=True)
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o755
+    (tmp_path / "new").chmod(0o775)
+    default_model_dir(cache=tmp_path / "new", source=tiny_gguf, keeps_blocks=True)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o775
 
 
 def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

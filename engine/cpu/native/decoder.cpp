@@ -212,16 +212,17 @@ int kvferry_decoder_forward(void* decoder, int rows, const std::int32_t* input_i
                              const std::int32_t* lengths, const std::int32_t* block_ids, int num_wanted,
                              const std::int32_t* wanted, float* hidden, void (*on_layer)(int),
                              const std::int32_t* adapters, const std::int32_t* stop, const std::int32_t* drafted, float* found) {
-    Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, {}, stop, {}, {}, {}};
     auto* self = static_cast<Decoder*>(decoder);
-    for (int row = 0; row < rows; row++) {
-        step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids, drafted == nullptr ? 0 : drafted[row]});
-        step.num_tokens += lengths[row];
-        block_ids += (starts[row] + lengths[row] - 1) / self->block_size() + 1;
-    }
-    set_adapters(step, adapters);
-    if (found != nullptr && !self->has_states(step.rows, found)) return kForeignState;
     try {
+        Step step{0, input_ids, {}, num_wanted, wanted, hidden, on_layer, {}, stop, {}, {}, {}};
+        for (int row = 0; row < rows; row++) {
+            const int guessed = drafted == nullptr ? 0 : drafted[row];
+            step.rows.push_back({step.num_tokens, starts[row], lengths[row], block_ids, guessed});
+            step.num_tokens += lengths[row];
+            block_ids += (starts[row] + lengths[row] - 1) / self->block_size() + 1;
+        }
+        set_adapters(step, adapters);
+        if (found != nullptr && !self->has_states(step.rows, found)) return kForeignState;
         return self->forward(step) ? kWhole : kStopped;
     } catch (const std::bad_alloc&) {  // of what a step needs before its threads begin
         return kNoMemory;

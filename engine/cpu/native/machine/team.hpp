@@ -214,7 +214,7 @@ inline void Team::run(int size, const std::function<void(Member&)>& job) {
     first_round_ = taken_[0].round;
     call(size_);
     Member first(*this, 0);
-    job(first);
+    [&]() noexcept { job(first); }();  // others are in it: what it throws ends the process, as what they throw does
     barrier();
 }
 
