@@ -13,10 +13,12 @@ GONE = InputFault("input_gone", "the batch's input file is gone from the server'
 FULL = InputFault(
     "insufficient_storage", "the server's folder for files is full: lines are asked again when files are deleted"
 )
-_MISSING = "no router that has looked serves the model {}: its lines wait for one until the window is over"
+_MISSING = "no router that has looked serves the model {}: "
+_WAITS = "its lines wait for one until the window is over"
+_SOON = "the batch fails if none does soon"
 
 
-def missing(models: Iterable[str | None]) -> list[InputFault]:
-    """Return what a batch is told whose lines wait for these models."""
-    texts = sorted(_MISSING.format(shown(model)) for model in models)
+def missing(models: Iterable[str | None], *, has_begun: bool) -> list[InputFault]:
+    """Return what a batch is told whose lines wait for these models. `has_begun`: they were there once."""
+    texts = sorted(_MISSING.format(shown(model)) + (_WAITS if has_begun else _SOON) for model in models)
     return [InputFault(MODEL_NOT_FOUND, text, param="body.model") for text in texts[:MAX_FAULTS]]

@@ -30,7 +30,8 @@ from ...common.errors import ConfigError, RequestError
 JOURNAL = "journal"
 JOURNAL_COPIES = 2  # it counts so often: its answers are written into files before it goes
 _PART_AGE_S = 3600.0  # what nobody has written to for so long was left by a router that was killed
-_SPARE_BYTES = 64 * 2**20  # of the disk: answers that are under way have room in it, and so have records
+# Of the disk: answers that are under way have room in it, and so have records. Of a small one this share.
+_SPARE_BYTES, _SPARE_SHARE = 64 * 2**20, 1 / 16
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class DataFolder:
         self.retention_s = retention_s
         self.num_incoming = 0  # bytes that come through this router, of uploads and of batches' answers
         self.num_arrived = 0  # these, and those of what was kept
-        self.room: Room | None = None  # when it was last measured for batches; None: it was not yet
+        self.room: Room | None = None  # when it was last measured for the batches that run; None: it was not yet
         self._unread: set[Path] = set()  # records of which a line in the log tells that nobody can read them
         try:
             for folder in (path, self.files, self.batches, self._parts):
@@ -153,7 +154,8 @@ class Room:
     def measure(self) -> None:
         """Waits for the disk."""
         self._num_bytes = self._folder.max_bytes - self._folder.num_bytes() - self._num_before
-        self._num_free = shutil.disk_usage(self._folder.path).free - _SPARE_BYTES
+        disk = shutil.disk_usage(self._folder.path)
+        self._num_free = disk.free - min(_SPARE_BYTES, int(_SPARE_SHARE * disk.total))
 
     @property
     def num_bytes(self) -> int:

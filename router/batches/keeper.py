@@ -2,7 +2,7 @@
 
     each TICK_S: batches that have not ended ─> whose turn? ─> lock free? ─> run
                                              └> its window over, or asked to cancel? ─> end it
-    each MEASURE_S, while some run: is there room for answers?
+    each MEASURE_S, or less often where that takes long, while some run: is there room for answers?
     each SWEEP_S: what has expired is deleted
 
 The next to run is the oldest of the owner of whom the fewest run. Who has some of them running begins another one only
@@ -21,13 +21,13 @@ import asyncio
 import contextlib
 import math
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import structlog
 
 from ...common.errors import RequestError
+from .aside import SetAside
 from .folder import Room
 from .record import BatchRecord, BatchStatus
 from .run import BatchRun, RunDeps
@@ -36,6 +36,7 @@ from .store import BatchLock
 TICK_S = 1.0  # until a batch of a router that has ended is taken over, or a cancellation is seen by another one
 SWEEP_S = 300.0
 MEASURE_S = 5.0
+MEASURE_SHARE = 0.02  # of the time, at most: it looks at every file, while others want the interpreter or the disk
 MAX_RUNS = 16  # batches at once, and one that ends: each holds where its lines are in memory
 SETTLE_S = 300.0  # after a jump of the wall clock, until it is believed
 _JUMP_S = 60.0  # between two looks; smaller corrections move an end by as much
@@ -49,13 +50,6 @@ class _Running:
     run: BatchRun
     lock: BatchLock
     task: asyncio.Task[None]
-
-
-class _SetAside(NamedTuple):
-    """A batch that was set aside here waits for models, as long as no other router has brought it further."""
-
-    status: BatchStatus
-    models: frozenset[str | None]  # one of them is enough to go on
 
 
 class _WallClock:
@@ -84,7 +78,8 @@ class Keeper:
         self._deps = deps
         self._running: dict[str, _Running] = {}
         self._not_before_s: dict[str, float] = {}  # of runs that failed, on the loop's clock
-        self._set_aside: dict[str, _SetAside] = {}
+        self._set_aside = SetAside(deps.store)
+        self._measuring: asyncio.Task[None] | None = None  # while some run
         self._news = asyncio.Event()
         self._clock = _WallClock()
 
@@ -99,21 +94,19 @@ class Keeper:
         try:
             yield
         finally:
-            task.cancel()
-            runs = [running.task for running in self._running.values()]
-            for run in runs:
-                run.cancel()
-            await asyncio.gather(task, *runs, return_exceptions=True)
+            tasks = [task, *(running.task for running in self._running.values())]
+            if self._measuring is not None:
+                tasks.append(self._measuring)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._deps.json.close()
 
     async def _keep(self) -> None:
-        sweep_s = measure_s = 0.0
+        sweep_s = 0.0
         while True:
             try:
                 await self._look()
-                if self._running and self._now_s() >= measure_s:
-                    measure_s = self._now_s() + MEASURE_S
-                    await self._measure()
                 if self._now_s() >= sweep_s and self._clock.is_believed(self._now_s()):
                     sweep_s = self._now_s() + SWEEP_S
                     await asyncio.to_thread(self._sweep, self._clock.now_s)
@@ -128,6 +121,7 @@ class Keeper:
         self._clock.look(self._deps.now_s(), self._now_s())
         records = await asyncio.to_thread(self._deps.store.unended)
         self._forget_all_but({record.id for record in records})
+        await self._set_aside.probe(records, self._running.keys(), MAX_RUNS, self._now_s())
         waiting: dict[str, deque[BatchRecord]] = {}  # by owner, the oldest first
         for record in records:
             with self._only_this(record):
@@ -144,10 +138,10 @@ class Keeper:
             with self._only_this(record):
                 await self._begin(record, None)
 
-    def _forget_all_but(self, batch_ids: Iterable[str]) -> None:
-        for kept in (self._not_before_s, self._set_aside):
-            for batch_id in kept.keys() - batch_ids:
-                del kept[batch_id]
+    def _forget_all_but(self, batch_ids: set[str]) -> None:
+        self._set_aside.forget_all_but(batch_ids)
+        for batch_id in self._not_before_s.keys() - batch_ids:
+            del self._not_before_s[batch_id]
 
     @contextlib.contextmanager
     def _only_this(self, record: BatchRecord) -> Iterator[None]:
@@ -189,21 +183,24 @@ class Keeper:
         if current is None or current.has_ended:
             lock.release()
             return
-        run = BatchRun(current, self._deps)
+        run = BatchRun(current, self._deps, is_final=self._has_last_word(current))
         if end is not None:
             run.stop(end)
         self._running[record.id] = _Running(run, lock, asyncio.create_task(self._run(run, lock)))
+        self._measuring = self._measuring or asyncio.create_task(self._measure_on())
 
     def _is_paused(self, record: BatchRecord) -> bool:
         return self._now_s() < self._not_before_s.get(record.id, 0.0)
 
     def _may_run(self, record: BatchRecord) -> bool:
-        """Return whether its model is served here, and something for which it was set aside."""
-        aside = self._set_aside.get(record.id)
-        models = frozenset[str | None]() if aside is None or aside.status != record.status else aside.models
+        """Return whether its model is served here, and there is something to do for it."""
         if self._is_paused(record) or not self._is_served(record.model):
             return False
-        return not models or any(map(self._is_served, models))
+        return self._set_aside.may_go_on(record, self._is_served, self._now_s())
+
+    def _has_last_word(self, record: BatchRecord) -> bool:
+        """Tell whether a model that is not here is none: who took the batch knows, or all others have left it."""
+        return record.taken_by == self._deps.life or self._set_aside.is_given_up(record, self._now_s())
 
     def _is_served(self, model: str | None) -> bool:
         try:
@@ -222,12 +219,28 @@ class Keeper:
         else:
             self._not_before_s.pop(batch_id, None)
             if run.missing:
-                self._set_aside[batch_id] = _SetAside(run.record.status, frozenset(run.missing))
+                self._set_aside.add(run.record, run.missing, self._now_s())
             if any(map(self._is_served, run.missing)):  # it has just come: each beginning reads the whole input
                 self._not_before_s[batch_id] = self._now_s() + RETRY_S
         finally:
             del self._running[batch_id]
             lock.release()
+            self._rest()
+
+    def _rest(self) -> None:
+        """Measure no more where none run, and forget what was measured: what is deleted meanwhile is not seen."""
+        if not self._running and self._measuring is not None:
+            self._measuring.cancel()
+            self._measuring = self._deps.store.folder.room = None
+
+    async def _measure_on(self) -> None:
+        while True:
+            begin_s = self._now_s()
+            try:
+                await self._measure()
+            except Exception:  # such as a folder that is out of reach for a while
+                log.exception("batches_room_unknown")
+            await asyncio.sleep(max(MEASURE_S, (self._now_s() - begin_s) / MEASURE_SHARE))
 
     async def _measure(self) -> None:
         folder = self._deps.store.folder

@@ -144,12 +144,12 @@ class BatchRoutes:
             raise RequestError(
                 f"input_file_id: the file's purpose is {stored.purpose}, not {INPUT}", param="input_file_id"
             )
+        if deps.store.num_unended(record.owner) >= MAX_UNENDED:
+            raise CapacityError(f"{MAX_UNENDED} batches have not ended yet", retry_after_s=60.0)
         room = Room(deps.store.folder)
         room.measure()
         if room.is_used_up:
             raise room.refusal()
-        if deps.store.num_unended(record.owner) >= MAX_UNENDED:
-            raise CapacityError(f"{MAX_UNENDED} batches have not ended yet", retry_after_s=60.0)
         try:
             deps.store.create(record, deps.files.path(stored))
         except FileNotFoundError:  # it was deleted in this moment

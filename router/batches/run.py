@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar, TypeVarTuple
 
 import structlog
 
@@ -33,6 +32,7 @@ from .journal import FinishedLine, Journal
 from .outputs import line_of, write_files
 from .record import BatchRecord, BatchStatus, InputFault
 from .store import BatchStore
+from .threads import unhurried
 from .verdict import MODEL_NOT_FOUND, Verdict, verdict_on
 
 FLUSH_EVERY_S = 0.2  # answers are synced together: what is not synced is asked again after a power failure
@@ -40,9 +40,6 @@ _TELL_EVERY_S = 1.0  # counts in the record
 MAX_TRIES = 3  # of a line that the server could not answer; one that found no room is tried until the window is over
 _PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0  # before another try; it doubles
 _END_OF = {BatchStatus.FINALIZING: BatchStatus.COMPLETED, BatchStatus.CANCELLING: BatchStatus.CANCELLED}
-
-Arguments = TypeVarTuple("Arguments")
-Result = TypeVar("Result")
 
 log = structlog.get_logger(__name__)
 
@@ -71,10 +68,11 @@ class BatchRun:
 
     record: BatchRecord
     deps: RunDeps
+    is_final: bool = False  # models that are missing when it begins are wrong: no other router has them
     missing: set[str | None] = field(default_factory=set)  # models of lines, without which it cannot go on here
     _lines: list[InputLine] = field(default_factory=list)
     _finished: list[FinishedLine] = field(default_factory=list)  # not in the journal yet
-    _has_finished: asyncio.Event = field(default_factory=asyncio.Event)
+    _has_news: asyncio.Event = field(default_factory=asyncio.Event)  # for the journal, or for the record
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped_by: BatchStatus | None = None  # CANCELLING or EXPIRED
     _is_input_gone: bool = False  # somebody's hand: there are no `_lines`, and no more can be asked
@@ -111,7 +109,7 @@ class BatchRun:
         record = self.record
         is_asked = self._stopped_by is None  # else its lines need no model
         self._lines, found = await self._read(self._check_model if is_asked else _any_model)
-        if self.missing and record.taken_by != self.deps.life and {each.code for each in found} == {MODEL_NOT_FOUND}:
+        if self.missing and not self.is_final and {each.code for each in found} == {MODEL_NOT_FOUND}:
             await self._set_aside()
             return False
         if found and not (self._is_input_gone and self._stopped_by):  # a stopped one has its own end
@@ -134,9 +132,9 @@ class BatchRun:
     async def _set_aside(self) -> None:
         """Tell what the batch waits for: its lines are left to who has it."""
         record = self.record
-        record.errors = faults.missing(self.missing)
+        record.errors = faults.missing(self.missing, has_begun=record.status is not BatchStatus.VALIDATING)
         log.warning("batch_waits_for_models", batch_id=record.id, why=record.errors[0].message)
-        await _unhurried(self.deps.store.save, record)
+        await unhurried(self.deps.store.save, record)
 
     async def _read(self, check_model: CheckModel) -> tuple[list[InputLine], list[InputFault]]:
         store, record = self.deps.store, self.record
@@ -151,7 +149,7 @@ class BatchRun:
     async def _ask_all(self, journal: Journal) -> None:
         """Ask what has no answer, until all have one whose models are here, or the batch is stopped."""
         if self._stopped_by is None:
-            self.record.errors = []
+            self._tell([])
         asking = asyncio.create_task(self._ask_rest(journal))
         writing = asyncio.create_task(self._write_on(journal))
         stopping = asyncio.create_task(self._stop.wait())
@@ -190,13 +188,18 @@ class BatchRun:
 
     async def _wait_for_room(self) -> None:
         folder, record = self.deps.store.folder, self.record
-        record.errors = [faults.FULL]
+        self._tell([faults.FULL])
         log.warning("batch_waits_for_room", batch_id=record.id, max_bytes=folder.max_bytes)
-        await _unhurried(partial(self.deps.store.save, lasts=False), record)
         while folder.is_full:
             self.deps.has_room.clear()
             await self.deps.has_room.wait()
-        record.errors = []
+        self._tell([])
+
+    def _tell(self, errors: list[InputFault]) -> None:
+        """Have it written what the lines wait for, with no answer to come first. `_write_on` alone saves meanwhile."""
+        if errors != self.record.errors:
+            self.record.errors, self._told_s = errors, -math.inf
+            self._has_news.set()
 
     def _free_slot(self, _task: asyncio.Task[None]) -> None:
         self.deps.slots.release()
@@ -221,23 +224,23 @@ class BatchRun:
         finished = FinishedLine(number, is_ok, line_of(line, answer))
         self._finished.append(finished)
         deps.store.folder.add_answer(finished.answer)
-        self._has_finished.set()
+        self._has_news.set()
         deps.on_line(is_ok)
 
     async def _write_on(self, journal: Journal) -> None:
-        """Write answers into the journal as they come."""
+        """Write answers into the journal as they come, and into the record how far it is."""
         while True:
-            await self._has_finished.wait()
+            await self._has_news.wait()
             await asyncio.sleep(FLUSH_EVERY_S)
-            self._has_finished.clear()
-            group = list(self._finished)
-            await _unhurried(journal.append, group)
-            self._drop_finished(len(group))
+            self._has_news.clear()
+            if group := list(self._finished):
+                await unhurried(journal.append, group)
+                self._drop_finished(len(group))
             now_s = asyncio.get_running_loop().time()  # no wall clock's, which may be set back
             if now_s - self._told_s >= _TELL_EVERY_S:
                 self._told_s = now_s
                 self._count(journal)
-                await _unhurried(partial(self.deps.store.save, lasts=False), self.record)
+                await unhurried(partial(self.deps.store.save, lasts=False), self.record)
 
     def _drop_finished(self, number: int) -> None:
         """Forget the first ones: the journal has them, or nobody will."""
@@ -266,31 +269,21 @@ class BatchRun:
                 await self._advance(BatchStatus.FINALIZING)
         is_due = not is_cut or self._stopped_by is BatchStatus.EXPIRED
         end = _END_OF.get(record.status, BatchStatus.EXPIRED if is_due else BatchStatus.FAILED)
-        written = await _unhurried(write_files, self.deps.files, record, journal, self._lines, end)
+        written = await unhurried(write_files, self.deps.files, record, journal, self._lines, end)
         record.output_file_id, record.error_file_id = written
         await self._end(end)
 
     async def _advance(self, to: BatchStatus) -> None:
         self.record.advance(to, self.deps.now_s())
-        await _unhurried(self.deps.store.save, self.record)
+        await unhurried(self.deps.store.save, self.record)
 
     async def _end(self, status: BatchStatus) -> None:
         await self._advance(status)
         record = self.record
         log.info("batch_ended", batch_id=record.id, status=status, total=record.total, failed=record.failed)
         with contextlib.suppress(OSError):
-            await _unhurried(self.deps.store.clear, record.id)
+            await unhurried(self.deps.store.clear, record.id)
 
 
 def _any_model(_name: str | None) -> None:
     """Check nothing, of lines that were checked before or are not asked."""
-
-
-async def _unhurried(function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-    """Call what writes on a thread, and wait for its end even when cancelled: the next holder may begin after that."""
-    writing = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(writing)
-    except asyncio.CancelledError:
-        await asyncio.wait([writing])
-        raise

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.errors import RequestError
+from kvferry.router.batches import aside as aside_module
 from kvferry.router.batches import keeper as keeper_module
 from kvferry.router.batches import run
+from kvferry.router.batches.aside import GIVE_UP_S, SetAside
 from kvferry.router.batches.call import CallAnswer
 from kvferry.router.batches.keeper import Keeper
 from kvferry.router.batches.record import BatchRecord, BatchStatus
@@ -18,7 +20,7 @@ from kvferry.router.batches.run import RunDeps
 
 from .batch_server import line
 from .test_batch_keeper import SOON_S, ended
-from .test_batch_run import Caller, create_of, deps_of, output
+from .test_batch_run import NO_ROOM, Caller, create_of, deps_of, output, run_of
 
 NAMES = ["toy", "mine", "toy", "mine", "mine", "toy"]
 
@@ -162,3 +164,73 @@ async def test_who_took_a_batch_says_at_once_that_a_model_is_none(tmp_path: Path
         record = await ended(keeper, models.deps, batch_id)
     assert record.status is BatchStatus.FAILED
     assert [(fault.code, fault.line) for fault in record.errors] == [("model_not_found", each) for each in (2, 4, 5)]
+
+
+@pytest.mark.parametrize("taken_by", ["", "a life before a restart"])
+async def test_a_model_that_nobody_has_fails_a_batch_whose_taker_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_by: str
+) -> None:
+    models = Models(tmp_path, "toy")
+    batch_id = create(models.deps, taken_by=taken_by, begun=False)
+    keeper = Keeper(models.deps)
+    async with keeper.keeping():
+        record = await set_aside(keeper, models.deps, batch_id)
+        await look_often(keeper)
+        assert record.status is BatchStatus.VALIDATING and "fails" in record.errors[0].message
+        monkeypatch.setattr(aside_module, "GIVE_UP_S", 0.0)
+        record = await ended(keeper, models.deps, batch_id)
+    assert record.status is BatchStatus.FAILED and not models.caller.asked
+    assert [(fault.code, fault.line) for fault in record.errors] == [("model_not_found", each) for each in (2, 4, 5)]
+
+
+async def test_a_batch_that_has_begun_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aside_module, "GIVE_UP_S", 0.0)
+    models = Models(tmp_path, "toy")
+    batch_id = create(models.deps)
+    keeper = Keeper(models.deps)
+    async with keeper.keeping():
+        await set_aside(keeper, models.deps, batch_id)
+        num_asked = len(models.caller.asked)
+        await look_often(keeper)
+        assert stored(models.deps, batch_id).status is BatchStatus.IN_PROGRESS
+        assert len(models.caller.asked) == num_asked
+        models.served.add("mine")
+        assert (await ended(keeper, models.deps, batch_id)).completed == 6
+
+
+@pytest.mark.parametrize(("owner", "max_runs", "has_place"), [("o", 2, False), ("o", 3, True), ("p", 2, True)])
+async def test_a_batch_waits_for_others_that_have_no_place(
+    tmp_path: Path, owner: str, max_runs: int, has_place: bool
+) -> None:
+    """Somebody runs one batch of `owner`, and may have the model that a batch of "o" lacks here."""
+    deps = Models(tmp_path, "toy").deps
+    record = stored(deps, create(deps, begun=False))
+    theirs = stored(deps, create_of(deps, [line("0")], owner))
+    ours = [stored(deps, create_of(deps, [line("0")])) for _ in range(3)]
+    locks = [deps.store.lock(each.id) for each in (theirs, *ours)]
+    running = {each.id for each in ours}
+    aside = SetAside(deps.store)
+    aside.add(record, ["mine"], 0.0)
+    await aside.probe([record, theirs, *ours], running, max_runs, 100.0)
+    assert aside.is_given_up(record, GIVE_UP_S) is has_place
+    for lock in locks:
+        assert lock is not None
+        lock.release()
+    await aside.probe([record, theirs, *ours], set(), max_runs, 200.0)
+    assert not aside.is_given_up(record, GIVE_UP_S - 1.0) and aside.is_given_up(record, 100.0 + GIVE_UP_S)
+
+
+async def test_a_batch_whose_model_is_back_tells_of_it_no_more(tmp_path: Path) -> None:
+    models = Models(tmp_path, "toy")
+    batch_id = create(models.deps)
+    keeper = Keeper(models.deps)
+    async with keeper.keeping():
+        await set_aside(keeper, models.deps, batch_id)
+    deps = deps_of(tmp_path, Caller(lambda name: NO_ROOM))
+    running = asyncio.create_task(run_of(deps, batch_id).run())
+    async with asyncio.timeout(SOON_S):
+        while (await asyncio.to_thread(stored, deps, batch_id)).errors:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert stored(deps, batch_id).status is BatchStatus.IN_PROGRESS
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

@@ -1,0 +1,20 @@
+"""`unhurried` calls what writes a batch's files on a thread, and leaves none behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+
+async def unhurried(function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+    """Call what writes on a thread, and wait for its end even when cancelled: the next holder may begin after that."""
+    writing = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise
