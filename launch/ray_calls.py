@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 import structlog
 
@@ -49,10 +50,18 @@ class RunEnd(NamedTuple):
     was_ready: bool = False
 
 
+class Pulse(NamedTuple):
+    """The answer to a ping."""
+
+    life: str  # each process of an actor calls itself otherwise
+    is_ready: bool  # the worker
+
+
 class WorkerActor:
     """One worker inside a Ray actor; `run` is repeated by Ray when the actor had to be started again."""
 
     def __init__(self) -> None:
+        self._life = uuid4().hex
         self._secret = SharedSecret()
         self._word = _Word()
         self._num_threads: int | None = None  # of a rank; asked for once: Ray's head, which knows, may go
@@ -80,9 +89,9 @@ class WorkerActor:
         """Go on with others: the first is said, all are believed."""
         self._secret.replace(secrets)
 
-    async def ping(self) -> bool:
-        """Say whether the worker is ready, while the actor's loop turns."""
-        return self._word.is_ready
+    async def ping(self) -> Pulse:
+        """Say who lives here and whether the worker is ready, while the actor's loop turns."""
+        return Pulse(self._life, self._word.is_ready)
 
 
 class _Word:

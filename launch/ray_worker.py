@@ -5,7 +5,8 @@
                                           └──> retired: drained by a router ─> ended, place given back
 
 Ray starts a lost actor again and repeats its `run`; one whose loop answers no ping is killed so that it does. A ping's
-answer says whether the worker is ready.
+answer says which life of the actor it is, and whether the worker is ready: `run` does not end with a life, and a call
+between two lives waits for the next one, so neither shows that a life was lost.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
-    from .ray_calls import RunEnd, WorkerActor
+    from .ray_calls import Pulse, RunEnd, WorkerActor
 
 _PING_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.25  # while one is not answered
@@ -35,6 +36,7 @@ _HANG_AFTER_S = 30.0
 _START_S = 600.0  # until an actor says its first word: its node may be starting, and its files may be far away
 _CALL_S = 10.0  # for one call to the cluster
 _CANNOT_START = 2  # the exit code of a worker that a second start would not help
+_LIFE_LOST = "its process or its node was lost (Ray's logs say how)"
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,6 +63,7 @@ class RayWorker:
         self.is_ready = False  # as its actor said last
         self.was_ready = asyncio.Event()
         self.retired = asyncio.Event()
+        self._num_failed_starts = 0
         self._site = site
 
     @property
@@ -120,7 +123,7 @@ class RayWorker:
         assert self.actor is not None
         site = self._site
         config = self.plan.config.model_copy(update={"routers": site.routers.controls, "secret_file": None})
-        clock, num_ends, num_failed_starts = SystemClock(), 0, 0
+        clock, num_ends = SystemClock(), 0
         while True:
             began_s = clock.now()
             arguments = (config.model_dump_json(), site.secrets(), site.entry, site.loopback)
@@ -132,12 +135,9 @@ class RayWorker:
                 self.was_ready.set()
             if self.retired.is_set():
                 return
-            if not self.was_ready.is_set():
-                num_failed_starts += 1
-                if end.code == _CANNOT_START:
-                    raise ConfigError(f"{self.worker_id}: {reason}")
-                if num_failed_starts >= MAX_START_FAILURES:
-                    raise WorkerLost(f"{self.worker_id} did not start, {num_failed_starts} times: {reason}")
+            if end.code == _CANNOT_START and not self.was_ready.is_set():
+                raise ConfigError(f"{self.worker_id}: {reason}")
+            self._count_failed_start(reason)
             # Nobody tells here since when it serves. One that ran for longer than the longest pause did not fail at
             # once: it drained, or served before it ended.
             num_ends = 1 if clock.now() - began_s > site.times.max_backoff_s else num_ends + 1
@@ -145,24 +145,28 @@ class RayWorker:
             await asyncio.sleep(delay_s)
 
     async def _watch(self) -> None:
+        """Follow the actor through its lives. Raises WorkerLost where the worker was never ready and will not be."""
         import ray
         from ray.exceptions import RayError
 
         actor = self.actor
         assert actor is not None
+        life: str | None = None  # the one that spoke last; None: that one's loss is told
         limit_s = _START_S
         while True:
             await asyncio.sleep(_PING_EVERY_S)
             ping = actor.ping.options(max_task_retries=0).remote()
             try:
-                if (is_ready := await _answer_to(ping, limit_s)) is not None:
-                    self._take(is_ready)
-                    limit_s = _HANG_AFTER_S
+                if (pulse := await _answer_to(ping, limit_s)) is not None:
+                    self._take(pulse.is_ready)
+                    if life not in (None, pulse.life):
+                        self._take_loss(_LIFE_LOST)
+                    life, limit_s = pulse.life, _HANG_AFTER_S
                     continue
                 self._take(False)
-                self._tell_restart(f"no sign of life for {limit_s:g} s", 0.0)
+                self._take_loss(f"no sign of life for {limit_s:g} s")
                 await ray_calls.in_thread(lambda: ray.kill(actor, no_restart=False), _HANG_AFTER_S)
-                limit_s = _START_S
+                life, limit_s = None, _START_S
             except RayError:
                 self._take(False)
                 limit_s = _START_S  # it ended, and Ray is starting it again; or Ray's head is away
@@ -171,6 +175,19 @@ class RayWorker:
         self.is_ready = is_ready
         if is_ready:
             self.was_ready.set()
+
+    def _take_loss(self, reason: str) -> None:
+        """A life of the actor is over, and Ray starts the next."""
+        self._count_failed_start(reason)
+        self._tell_restart(reason, 0.0)
+
+    def _count_failed_start(self, reason: str) -> None:
+        """Count an end of a worker that was never ready. Raises WorkerLost where that was the last try."""
+        if self.was_ready.is_set() or self.retired.is_set():
+            return
+        self._num_failed_starts += 1
+        if self._num_failed_starts >= MAX_START_FAILURES:
+            raise WorkerLost(f"{self.worker_id} did not start, {self._num_failed_starts} times: {reason}")
 
     def _tell_restart(self, reason: str, delay_s: float) -> None:
         self._site.on_event(self.worker_id, {"event": "restart", "reason": reason, "delay_s": delay_s})
@@ -194,12 +211,12 @@ async def _end_of(work: ObjectRef[RunEnd]) -> RunEnd:
     return end
 
 
-async def _answer_to(ping: ObjectRef[bool], limit_s: float) -> bool | None:
+async def _answer_to(ping: ObjectRef[Pulse], limit_s: float) -> Pulse | None:
     """Return what comes in the time, but for what this process does not run of it; None: nothing. Raises RayError."""
 
-    async def answered() -> bool:
-        is_ready: bool = await ping
-        return is_ready
+    async def answered() -> Pulse:
+        pulse: Pulse = await ping
+        return pulse
 
     own_time, answer = OwnTime(SystemClock()), asyncio.ensure_future(answered())
     until_s = own_time.now() + limit_s

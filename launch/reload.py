@@ -2,6 +2,9 @@
 
 files read here first: a mistake in them is told, and no process hears of it
 ─> reload to each process ─> the word of each that is up that it has done so, or why not
+
+A router reads for a while, so an answer may come when its question was given up and the next one is asked: each has a
+number, which comes back with the answer.
 """
 
 from __future__ import annotations
@@ -37,12 +40,16 @@ class Reload:
 
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
+        self._number = 0  # of the last question
         self._waiting: dict[str, asyncio.Future[str]] = {}
 
     def on_event(self, name: str, event: Mapping[str, object]) -> None:
-        """Take an event of a child; those of other kinds are none of ours."""
+        """Take an event of a child; those of other kinds are none of ours, nor are answers to earlier questions."""
         answer = self._waiting.get(name)
-        if event["event"] == "reloaded" and answer is not None and not answer.done():
+        # A worker's answer has no number: it reads its one small file on its loop, at once.
+        if event["event"] != "reloaded" or event.get("number", self._number) != self._number:
+            return
+        if answer is not None and not answer.done():
             answer.set_result(str(event.get("error", "")))
 
     async def ask(self, children: Sequence[Child]) -> list[str]:
@@ -51,12 +58,13 @@ class Reload:
         Those that start may have read the files already: they hear it, too, and obey when they can. What they make of
         it is in their logs, as nobody waits for that.
         """
-        async with self._one_at_a_time:  # an answer does not say whose question it is of
+        async with self._one_at_a_time:
+            self._number += 1
             asked = [child for child in children if child.state is ChildState.READY]
             loop = asyncio.get_running_loop()
             self._waiting = {child.name: loop.create_future() for child in asked}
             for child in children:
-                child.send({"event": "reload"})
+                child.send({"event": "reload", "number": self._number})
             if asked:
                 await asyncio.wait(self._waiting.values(), timeout=_ANSWER_S)
             failures = [

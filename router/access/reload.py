@@ -45,7 +45,7 @@ def reloading(
         """Runs on the lifeline's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has closed: this process is ending
             if event["event"] == "reload":
-                loop.call_soon_threadsafe(reloads.begin, context=context)
+                loop.call_soon_threadsafe(reloads.begin, event, context=context)
             else:
                 loop.call_soon_threadsafe(on_other, event, context=context)
 
@@ -71,9 +71,10 @@ class _Reloads:
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_ended = False
 
-    def begin(self) -> None:
+    def begin(self, question: Event | None = None) -> None:
+        """`question`: the launcher's; None: nobody waits for an answer."""
         if not self._has_ended:
-            task = asyncio.get_running_loop().create_task(self._reload())
+            task = asyncio.get_running_loop().create_task(self._reload(question))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -84,7 +85,7 @@ class _Reloads:
             task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _reload(self) -> None:
+    async def _reload(self, question: Event | None) -> None:
         """Read all files again. What cannot be used leaves everything as it was, and is told."""
         credentials, failure = self._credentials, ""
         loop = asyncio.get_running_loop()
@@ -96,5 +97,5 @@ class _Reloads:
                 log.error("reload_failed", error=failure)
             else:
                 log.info("reloaded", api_keys=credentials.clients.num_good, admin_keys=credentials.operators.num_good)
-            if self._launcher is not None:
-                self._launcher.send({"event": "reloaded", "error": failure})
+            if self._launcher is not None and question is not None:
+                self._launcher.send({"event": "reloaded", "number": question.get("number"), "error": failure})

@@ -66,7 +66,7 @@ def run_router(config: dict[str, Any], lifeline: Lifeline, http_fd: int) -> None
     def hear(event: dict[str, Any]) -> None:
         append(heard, {"pid": os.getpid(), **event})
         if event["event"] == "reload":
-            lifeline.send({"event": "reloaded", "error": ""})
+            lifeline.send({**event, "event": "reloaded", "error": ""})
 
     lifeline.listen(hear)
     told, num_wished = None, 0
@@ -133,7 +133,10 @@ async def serve_worker(config: Any, secret: SharedSecret, lifeline: Lifeline) ->
     if fault == "unknown model":
         lifeline.failed("no such model")
         return 2
-    lifeline.ready()
+    if fault == "killed":
+        asyncio.get_running_loop().call_later(0.2, os.kill, os.getpid(), signal.SIGKILL)
+    else:
+        lifeline.ready()
     await asyncio.Event().wait()
     return 0
 

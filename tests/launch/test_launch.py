@@ -442,6 +442,15 @@ async def test_a_worker_of_ray_that_cannot_start_ends_the_launch(tmp_path: Path,
 
 
 @pytest.mark.slow
+async def test_a_worker_of_ray_that_is_killed_in_each_start_ends_the_launch(tmp_path: Path, ray_cluster: str) -> None:
+    """Its `run` does not end: Ray repeats it."""
+    launcher = on_ray(tmp_path, "killed", ray_cluster, Recorder())
+    with pytest.raises(WorkerLost, match=r"^[pd]-0 did not start, 3 times: its process or its node was lost"):
+        await asyncio.wait_for(launcher.run(), WAIT_S)
+    await until_gone(processes(tmp_path))
+
+
+@pytest.mark.slow
 async def test_ray_spreads_workers_over_nodes_and_brings_a_killed_one_back(tmp_path: Path, ray_cluster: str) -> None:
     import ray
 

@@ -20,11 +20,12 @@ from kvferry.launch import RayLauncher, ray_calls, ray_worker
 from kvferry.launch.plan import plan
 from kvferry.launch.process import ChildTimes
 from kvferry.launch.progress import LogDisplay
-from kvferry.launch.ray_calls import RunEnd, WorkerActor, fair_threads
+from kvferry.launch.ray_calls import Pulse, RunEnd, WorkerActor, fair_threads
 from kvferry.launch.ray_worker import RaySite, RayWorker
 from kvferry.settings.fields import ServeSettings
 
 pytest.importorskip("ray")
+from ray.exceptions import ActorUnavailableError
 
 TIMES = ChildTimes(first_backoff_s=0.01, max_backoff_s=0.05)
 SERVED = RunEnd(1, was_ready=True)
@@ -73,7 +74,7 @@ class Actor:
 class Pinged:
     """Its `ping` is answered at once, but for the second one, which is left to `second`; ready from the third on."""
 
-    def __init__(self, second: Callable[[asyncio.Future[bool]], None]) -> None:
+    def __init__(self, second: Callable[[asyncio.Future[Pulse]], None]) -> None:
         self._second = second
         self._num_pings = 0
         self.third = asyncio.Event()
@@ -85,16 +86,50 @@ class Pinged:
     def options(self, **_: object) -> Pinged:
         return self
 
-    def remote(self) -> asyncio.Future[bool]:
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    def remote(self) -> asyncio.Future[Pulse]:
+        answer: asyncio.Future[Pulse] = asyncio.get_running_loop().create_future()
         self._num_pings += 1
         if self._num_pings == 2:
             self._second(answer)
         else:
-            answer.set_result(self._num_pings > 2)
+            answer.set_result(Pulse("a", self._num_pings > 2))
         if self._num_pings == 3:
             self.third.set()
         return answer
+
+
+class Answered:
+    """Its `run` does not end, and its pings are answered as told.
+
+    One after the other: by the life of that letter, ready where it is a capital, by an error ("!"), or by nobody ("?").
+    """
+
+    def __init__(self, answers: str) -> None:
+        self._answers = list(answers)
+        self.was_heard = asyncio.Event()  # to the end
+
+    @property
+    def run(self) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *_: asyncio.get_running_loop().create_future())
+
+    @property
+    def ping(self) -> Answered:
+        return self
+
+    def options(self, **_: object) -> Answered:
+        return self
+
+    def remote(self) -> asyncio.Future[Pulse]:
+        future: asyncio.Future[Pulse] = asyncio.get_running_loop().create_future()
+        if not self._answers:
+            self.was_heard.set()
+            return future
+        answer = self._answers.pop(0)
+        if answer == "!":
+            future.set_exception(ActorUnavailableError("unavailable", None))
+        elif answer != "?":
+            future.set_result(Pulse(answer.lower(), answer.isupper()))
+        return future
 
 
 def site(told: list[dict[str, object]]) -> RaySite:
@@ -102,7 +137,7 @@ def site(told: list[dict[str, object]]) -> RaySite:
     return RaySite(routers, lambda: (), "m:f", True, 1.0, TIMES, on_event=lambda _, event: told.append(event))
 
 
-def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.Future[bool]], None]) -> list[object]:
+def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.Future[Pulse]], None]) -> list[object]:
     """Return why its actor was killed, after three pings."""
     monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.01)
     monkeypatch.setattr(ray_worker, "_HANG_AFTER_S", 0.8)
@@ -119,6 +154,35 @@ def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.F
         watching = asyncio.ensure_future(worker._watch())
         await asyncio.wait_for(actor.third.wait(), 60.0)
         watching.cancel()
+        return [event["reason"] for event in told]
+
+    return asyncio.run(run())
+
+
+def losses_in(answers: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return what is told of a worker whose pings are answered so. Raises what ends it."""
+    monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.001)
+    monkeypatch.setattr(ray_worker, "_LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(ray_worker, "_START_S", 0.2)
+    monkeypatch.setattr(ray_worker, "_HANG_AFTER_S", 0.1)
+
+    async def in_thread(function: Callable[[], None], limit_s: float) -> bool:
+        return True
+
+    monkeypatch.setattr(ray_calls, "in_thread", in_thread)
+
+    async def run() -> list[object]:
+        told: list[dict[str, object]] = []
+        worker = RayWorker(cast(Any, Plan()), cast(Any, None), site(told))
+        worker.actor = cast(Any, actor := Answered(answers))
+        retired = asyncio.create_task(worker.retired.wait())
+        serving = asyncio.create_task(worker._serve(retired))
+        heard = asyncio.create_task(actor.was_heard.wait())
+        await asyncio.wait((serving, heard), timeout=60.0, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+        serving.cancel()
+        await asyncio.wait((serving,))
         return [event["reason"] for event in told]
 
     return asyncio.run(run())
@@ -154,13 +218,59 @@ def test_who_ends_three_times_before_it_was_ever_ready_is_not_run_again() -> Non
         delays_after([0.1] * 5, RunEnd(1, "rank 1 ended"))
 
 
+LOST, SILENT = ray_worker._LIFE_LOST, "no sign of life for 0.1 s"
+
+
+@pytest.mark.parametrize(
+    "answers", ["aabcd", "a!!b!!c!d", "a?b?c?", "???", "ab?cd"], ids=lambda text: cast(str, text).replace("?", "-")
+)
+def test_who_is_lost_three_times_before_it_was_ever_ready_is_not_run_again(
+    answers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WorkerLost, match=r"^d-0 did not start, 3 times: "):
+        losses_in(answers + "d", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("answers", "losses"),
+    [
+        ("aabc", [LOST, LOST]),
+        ("a!!!!!a!a", []),
+        ("a!!!b!!!c", [LOST, LOST]),
+        ("a?!!bc", [SILENT, LOST]),
+        ("abcD", [LOST, LOST, LOST]),
+        ("Abcdef", [LOST] * 5),
+    ],
+    ids=["calls that wait", "it was away", "calls that fail", "killed for silence", "ready at last", "ready at first"],
+)
+def test_each_life_is_lost_once_and_counts_until_one_was_ready(
+    answers: str, losses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert losses_in(answers, monkeypatch) == losses
+
+
+def test_who_was_retired_before_it_was_ready_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.001)
+
+    async def run() -> None:
+        worker = RayWorker(cast(Any, Plan()), cast(Any, None), site([]))
+        worker.actor = cast(Any, actor := Answered("abcdef"))
+        worker.retired.set()
+        watching = asyncio.create_task(worker._watch())
+        await asyncio.wait_for(actor.was_heard.wait(), 60.0)
+        assert not watching.done()
+        watching.cancel()
+
+    asyncio.run(run())
+
+
 def test_a_worker_starts_until_its_actor_says_that_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.01)
 
     async def run() -> list[str]:
         worker = RayWorker(cast(Any, Plan()), cast(Any, None), site([]))
         states = [worker.state]
-        worker.actor = cast(Any, Pinged(lambda answer: answer.set_result(False)))
+        worker.actor = cast(Any, Pinged(lambda answer: answer.set_result(Pulse("a", False))))
         states.append(worker.state)
         watching = asyncio.ensure_future(worker._watch())
         await asyncio.wait_for(worker.was_ready.wait(), 60.0)
@@ -180,7 +290,7 @@ def test_an_actor_hears_what_its_worker_says(monkeypatch: pytest.MonkeyPatch) ->
 
     async def serve(config: object, secret: object, lifeline: Lifeline) -> int:
         code = lives.pop(0)(lifeline)
-        while code == 0 and not await actor.ping():  # noqa: ASYNC110
+        while code == 0 and not (await actor.ping()).is_ready:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         return code
 
@@ -202,10 +312,15 @@ def test_an_actor_hears_what_its_worker_says(monkeypatch: pytest.MonkeyPatch) ->
         for life in (refuse, become_ready):
             lives.append(life)
             ends.append(await actor.run(config.model_dump_json(), (b"s" * 16,), "stand_in:serve", True))
-            assert not await actor.ping()
+            assert not (await actor.ping()).is_ready
         return ends
 
     assert asyncio.run(run()) == [RunEnd(2, "no such model"), RunEnd(0, was_ready=True)]
+
+
+async def test_each_process_of_an_actor_is_another_life() -> None:
+    first, second = WorkerActor(), WorkerActor()
+    assert await first.ping() == await first.ping() != await second.ping()
 
 
 def place(node: str, num_ranks: int, state: str = "CREATED") -> dict[str, Any]:
@@ -237,12 +352,12 @@ def test_an_actor_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch)
 def test_no_actor_is_ended_because_the_launcher_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer has come meanwhile, and nobody has looked."""
 
-    def stand_still(answer: asyncio.Future[bool]) -> None:
+    def stand_still(answer: asyncio.Future[Pulse]) -> None:
         loop = asyncio.get_running_loop()
 
         def stand() -> None:
             time.sleep(1.2)
-            loop.call_soon_threadsafe(answer.set_result, False)
+            loop.call_soon_threadsafe(answer.set_result, Pulse("a", False))
 
         loop.call_later(0.05, stand)
 

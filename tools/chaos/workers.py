@@ -30,7 +30,6 @@ Kind = str
 KINDS = ("kill", "kill", "hang", "pause")
 KNOWN_KINDS = ("kill", "rank", "hang", "pause", "router", "restart")
 _PAUSE_S = (0.3, 4.5)  # around the time at which a launcher loses patience
-_POLL_S = 0.05
 
 
 @dataclass(slots=True)
@@ -81,6 +80,20 @@ class Strike:
         return None if self.died_s is None or self.back_s is None else self.back_s - self.died_s
 
 
+@dataclass(slots=True, frozen=True)
+class _Restart:
+    """The command that restarts everything, while it runs."""
+
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    strike: Strike
+
+    def end(self) -> int:
+        """Return its exit code, once it has ended."""
+        os.close(self.pidfd)
+        return self.process.wait()
+
+
 class Workers:
     """Lives on the event loop, but for `close`."""
 
@@ -101,7 +114,9 @@ class Workers:
         self._router_pids = router_pids
         self._restart = restart
         self._restart_log = restart_log
-        self._restarting: tuple[subprocess.Popen[bytes], Strike] | None = None
+        self._restarting: _Restart | None = None
+        self._is_at_rest = asyncio.Event()
+        self._is_at_rest.set()
         self.strikes: list[Strike] = []
         self.num_joined = 0
         self._began_s = began_s
@@ -202,36 +217,33 @@ class Workers:
 
     def _begin_restart(self) -> Strike | None:
         """Ask for it, unless the one before still runs. It counts once it has ended well."""
-        if self._is_restarting():
+        if self._restarting is not None:
             return None
         with self._restart_log.open("ab") as log:
             process = subprocess.Popen(self._restart, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         strike = Strike("restart", "everything", "all", process.pid, self._now())
-        self._restarting = process, strike
+        self._restarting = restart = _Restart(process, os.pidfd_open(process.pid), strike)
+        self._is_at_rest.clear()
+        asyncio.get_running_loop().add_reader(restart.pidfd, self._on_restarted, restart)
         self._tell(Note(at_s=strike.at_s, what="restart", worker_id="everything", detail={"pid": strike.pid}))
         return strike
 
-    def _is_restarting(self) -> bool:
-        """Say whether a restart is under way, and count one that is over. Where a worker died meanwhile it may fail."""
-        if self._restarting is None:
-            return False
-        process, strike = self._restarting
-        code = process.poll()
-        if code is None:
-            return True
+    def _on_restarted(self, restart: _Restart) -> None:
+        """Count a restart that is over. Where a worker died meanwhile it may have failed."""
+        asyncio.get_running_loop().remove_reader(restart.pidfd)
+        code = restart.end()
         self._restarting = None
+        self._is_at_rest.set()
         if code == 0:
-            self.strikes.append(strike)
-        detail: dict[str, object] = {"pid": strike.pid, "code": code}
+            self.strikes.append(restart.strike)
+        detail: dict[str, object] = {"pid": restart.strike.pid, "code": code}
         self._tell(Note(at_s=self._now(), what="restarted", worker_id="everything", detail=detail))
-        return False
 
     async def until_restarted(self, timeout_s: float) -> None:
         """Wait for the end of a restart that is under way, for so long at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._is_restarting():  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_S)
+                await self._is_at_rest.wait()
 
     def _go_on(self, process: WorkerProcess) -> None:
         process.is_stopped = False
@@ -243,8 +255,9 @@ class Workers:
     def close(self) -> None:
         """Leave no process stopped, and no restart under way. For when the event loop has ended, in whatever way."""
         if self._restarting is not None:
-            self._restarting[0].kill()
-            self._restarting[0].wait()
+            self._restarting.process.kill()
+            self._restarting.end()
+            self._restarting = None
         for process in self._processes.values():
             process.signal(signal.SIGCONT)
             os.close(process.pidfd)

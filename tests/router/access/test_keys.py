@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -123,15 +124,15 @@ class Launcher:
     """The launcher's end of a lifeline, in this process. Implements `ReloadLauncher`."""
 
     def __init__(self) -> None:
-        self.answers: asyncio.Queue[str] = asyncio.Queue()
-        self.ask: Callable[[], None] = lambda: None
+        self.answers: asyncio.Queue[tuple[object, object]] = asyncio.Queue()  # number and error
+        self.ask: Callable[[int], None] = lambda number: None
 
     def send(self, event: Mapping[str, object]) -> None:
         assert event["event"] == "reloaded"
-        self.answers.put_nowait(str(event["error"]))
+        self.answers.put_nowait((event.get("number"), event["error"]))
 
     def listen(self, on_event: Callable[[Event], None]) -> None:
-        self.ask = lambda: on_event({"event": "reload"})
+        self.ask = lambda number: on_event({"event": "reload", "number": number})
 
 
 class Gate:
@@ -164,19 +165,38 @@ async def test_requests_are_checked_while_a_large_file_is_read_and_reloads_take_
     with reloading(credentials, launcher, lambda event: None):
         gate = Gate(monkeypatch)
         bob = add_key(path, "bob", None)
-        launcher.ask()
+        launcher.ask(1)
         assert await asyncio.to_thread(gate.begun.acquire, timeout=60)  # the loop goes on: this line is run
         assert [code_of(credentials.clients, key) for key in (alice, bob)] == [None, "invalid_api_key"]
         revoke_keys(path, "bob")  # while the file with bob is being read
-        launcher.ask()
+        launcher.ask(2)
         carol = add_key(path, "carol", None)
         assert gate.num_read == 1 and launcher.answers.empty()
         gate.let_through.release()
-        assert await launcher.answers.get() == ""
+        assert await launcher.answers.get() == (1, "")
         assert code_of(credentials.clients, bob) is None
         gate.let_through.release()
-        assert await launcher.answers.get() == ""
+        assert await launcher.answers.get() == (2, "")
         assert [code_of(credentials.clients, key) for key in (alice, bob, carol)] == [None, "invalid_api_key", None]
+
+
+async def test_a_reload_that_the_launcher_did_not_ask_for_answers_none_of_its_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key is revoked while SIGHUP's reload reads the file that still has it."""
+    path = tmp_path / "keys"
+    add_key(path, "alice", None)
+    credentials, launcher = _credentials(path), Launcher()
+    with reloading(credentials, launcher, lambda event: None):
+        gate = Gate(monkeypatch)
+        bob = add_key(path, "bob", None)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert await asyncio.to_thread(gate.begun.acquire, timeout=60)
+        revoke_keys(path, "bob")
+        launcher.ask(7)
+        gate.let_through.release(2)
+        assert await launcher.answers.get() == (7, "")
+        assert gate.num_read == 2 and code_of(credentials.clients, bob) == "invalid_api_key"
 
 
 async def test_what_is_read_when_a_router_ends_changes_nothing_any_more(
@@ -188,9 +208,9 @@ async def test_what_is_read_when_a_router_ends_changes_nothing_any_more(
     with reloading(credentials, launcher, lambda event: None):
         gate = Gate(monkeypatch)
         bob = add_key(path, "bob", None)
-        launcher.ask()
+        launcher.ask(1)
         assert await asyncio.to_thread(gate.begun.acquire, timeout=60)
-    launcher.ask()  # the lifeline's thread may still hear one
+    launcher.ask(1)  # the lifeline's thread may still hear one
     gate.let_through.release(2)
     for _ in range(10):
         await asyncio.sleep(0.005)

@@ -351,6 +351,32 @@ async def test_a_restart_counts_if_it_ended_well(tmp_path: Path) -> None:
         workers.close()
 
 
+async def test_the_end_of_a_restart_is_told_when_it_ends() -> None:
+    """Nobody need ask."""
+    told: list[Note] = []
+    ended = asyncio.Event()
+
+    def tell(event: Event) -> None:
+        assert isinstance(event, Note)
+        told.append(event)
+        if event.what == "restarted":
+            ended.set()
+
+    workers = Workers(0.0, tell, ["restart"], restart=["sh", "-c", "exit 3"])
+    with _sleeper() as process:
+        workers.on_note(_joined(process, 0.0))
+        strike = workers.strike(random.Random(0))
+        assert strike is not None
+        await asyncio.wait_for(ended.wait(), 60.0)
+        await workers.until_restarted(0.0)
+        workers.close()
+    assert [(note.what, note.detail) for note in told] == [
+        ("restart", {"pid": strike.pid}),
+        ("restarted", {"pid": strike.pid, "code": 3}),
+    ]
+    assert told[0].at_s <= told[1].at_s
+
+
 async def test_a_process_that_is_not_the_worker_is_not_struck() -> None:
     """It has the number that the worker has on another machine."""
     workers = Workers(0.0, lambda event: None)
