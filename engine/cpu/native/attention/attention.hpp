@@ -4,8 +4,8 @@
 // and it is their reading that takes the time: blocks are scattered, and no processor's own look-ahead follows. A head's
 // keys are fetched while those of an earlier block are multiplied; all heads' at once would be waited for. Values are
 // weighted head by head, a step from block to block; so those of a block are read in order behind its keys, and stay near.
-// Where a set fetches evenly, some lines with each few products, that is the first tile's alone: the values of the next are
-// fetched while a tile's are weighted.
+// Where a set fetches evenly, some lines with each few products, the values of the next tile are fetched while a tile's are
+// weighted; and with the last tile's what this thread attends to next: of that the first keys, and values.
 // How scores are computed, and how sums of values stand in memory, is the instruction set's affair.
 #pragma once
 
@@ -81,16 +81,18 @@ protected:
     // Attend to the keys [first, last), in tiles from `begin` on, and to the heads' sinks unless null.
     // score(pages, begin, first, last) leaves scores of the keys of one tile.
     template <class Score>
-    void add_up(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks, Score score) {
+    void add_up(const StoredPages& stored, int kv_heads, long begin, long first, long last, const Element* sinks,
+                const Upcoming& next, Score score) {
         const int heads = kv_heads * group_;
         softmax_.reset(heads, sinks, heads);
         std::fill_n(sums_.begin(), heads * stride_, 0.0f);
-        are_ahead_ = false;
+        values_from_ = kFetchesEvenly && next_.is(stored, begin) ? ahead_.reached() : begin;
+        next_ = next;
         for (; begin < last; begin += kTileKeys) {
             const long end = std::min(begin + kTileKeys, last), visible = std::max(begin, first);
             const long width = padded(end - begin, 16);
             const Pages pages = near_.of(stored, kv_heads, begin, end);
-            if (kFetchesEvenly) ahead_.set(stored, kv_heads, end, pages.are_near ? 0 : std::min(end + kTileKeys, last));
+            fetch_next(stored, kv_heads, end, last);
             score(pages, begin, visible, end);
             for (int head = 0; head < heads; head++) {
                 Element* weights = weights_.data() + head * kScoreStride;
@@ -98,7 +100,7 @@ protected:
                 added_[head] = weights_to_add(weights, width, widened_.data() + head * kScoreStride);
             }
             for (int kv = 0; kv < kv_heads; kv++) add_values(pages.of_head(kv), begin, visible, end, kv * group_);
-            are_ahead_ = kFetchesEvenly;
+            values_from_ = ahead_.reached();
         }
     }
 
@@ -120,9 +122,10 @@ protected:
 
     float* scores(int head) { return scores_.data() + head * kScoreStride; }
 
-    // The values of keys [first, last), block by block.
+    // The values of keys [first, last), block by block, that have not been asked for.
     void bring_values(const Pages& pages, int kv_heads, long first, long last) const {
-        if (pages.are_near || are_ahead_) return;
+        if (pages.are_near) return;
+        first = std::max(first, values_from_);
         for (long end; first < last; first = end) {
             end = std::min(last, (first / pages.block_size + 1) * pages.block_size);
             const Element* values = pages.key(first) + pages.values;
@@ -135,7 +138,17 @@ protected:
     const int group_, head_dim_;
     const long stride_;  // from head to head of what is as long as a query
 
+    Upcoming next_;
+
 private:
+    // The values that are fetched with those of a tile that ends at key `end`.
+    void fetch_next(const StoredPages& stored, int kv_heads, long end, long last) {
+        if (!kFetchesEvenly || stored.has_int8) return ahead_.set(stored, kv_heads, end, 0);
+        if (end < last) return ahead_.set(stored, kv_heads, end, std::min(end + kTileKeys, last));
+        const long first = next_.kv_heads > 0 ? next_.start() : 0;
+        ahead_.set(next_.kv_heads > 0 ? next_.pages : stored, next_.kv_heads, first, std::min(first + kTileKeys, next_.last));
+    }
+
     float* sums(int head) { return sums_.data() + head * stride_; }
 
     void add_values(const Pages& pages, long begin, long first, long last, int head) {
@@ -177,7 +190,7 @@ private:
 
     NearPages near_;
     ValuesAhead ahead_;
-    bool are_ahead_ = false;  // a tile's values are: fetched with those of the tile before
+    long values_from_ = 0;  // the first key whose values were not fetched with those of the tile before
     Lines<float> scores_;
     RunningSoftmax softmax_;
     Lines<Element> weights_;
@@ -192,39 +205,49 @@ public:
         : TokenAttention(group, kv_heads, head_dim, cap), queries_(kv_heads * group * stride_) {}
 
     // Attend with queries [kv_heads * group][head_dim] over the keys [first, last), and the heads' sinks unless null; the
-    // result is as large as they, and may be where they are.
+    // result is as large as they, and may be where they are. `next`: what follows.
     void attend(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
-                Element* out) {
-        add(stored, kv_heads, queries, first, last, sinks);
+                const Upcoming& next, Element* out) {
+        add(stored, kv_heads, queries, first, last, sinks, next);
         put(kv_heads, out);
     }
 
     // The same for some of the keys.
     void attend_part(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last,
-                     const Element* sinks, float* part) {
-        add(stored, kv_heads, queries, first, last, sinks);
+                     const Element* sinks, const Upcoming& next, float* part) {
+        add(stored, kv_heads, queries, first, last, sinks, next);
         put_part(kv_heads, part);
     }
 
 private:
-    void add(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks) {
+    void add(const StoredPages& stored, int kv_heads, const Element* queries, long first, long last, const Element* sinks,
+             const Upcoming& next) {
         for (int head = 0; head < kv_heads * group_; head++) {
             set_query(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
         const long stretch = stretch_of(stored.block_size), start = first / stretch * stretch;
-        add_up(stored, kv_heads, start, first, last, sinks, [&](const Pages& pages, long begin, long, long end) {
-            const long step = std::min(16L, pages.block_size);
+        add_up(stored, kv_heads, start, first, last, sinks, next, [&](const Pages& pages, long begin, long, long end) {
+            const long step = std::min(16L, pages.block_size), distance = kStretchesAhead * stretch;
+            const long behind = std::max(start, padded(last, step) - distance);  // from here on keys of the next are fetched
             for (long key = begin; key < end; key += step) {
                 for (int kv = 0; kv < kv_heads; kv++) {
                     if (!kFetchesEvenly && !pages.are_near) stored.of_head(kv).fetch_ahead(key, last);
                     const Pages head = pages.of_head(kv);
-                    const LinesAhead ahead = keys_ahead(head, key, kStretchesAhead * stretch, last);
+                    const LinesAhead ahead =
+                        key + distance < last ? keys_ahead(head, key, distance, last) : next_keys(key - behind, kv);
                     score(head, begin, key, end, kv * group_, ahead);
                     if (kLinesTo == Near::kSecond) bring_values(head, 1, key, std::min(key + step, end));
                 }
                 if (kLinesTo == Near::kFirst) bring_values(pages, kv_heads, key, std::min(key + step, end));
             }
         });
+    }
+
+    // A head's keys of what is next, from the one at `at` on.
+    LinesAhead next_keys(long at, int head) const {
+        const bool are_there = kFetchesEvenly && head < next_.kv_heads && next_.start() + at < next_.last;
+        if (!are_there) return LinesAhead(queries_.data(), false);
+        return LinesAhead(next_.pages.elements().of_head(head).key(next_.start() + at));
     }
 
     // Of the group of heads from `head` on, with up to 16 keys from `key` on.

@@ -17,7 +17,7 @@ public:
         : TokenAttention(group, kv_heads, head_dim, cap), queries_(kv_heads * group * stride_),
           keys_(kTileColumns * head_dim) {}
 
-    // As `Attention::attend`, for the token at `position`.
+    // As `Attention::attend`, for the token at `position`; what follows is not asked for.
     void attend(const StoredPages& stored, int kv_heads, const Element* queries, long position, Sight sight,
                 const Element* sinks, Element* out) {
         for (int head = 0; head < kv_heads * group_; head++) {
@@ -25,7 +25,7 @@ public:
         }
         const long first = sight.first_key(position), last = position + 1;
         const long start = first / kTileKeys * kTileKeys;
-        add_up(stored, kv_heads, start, first, last, sinks, [&](const Pages& pages, long begin, long visible, long end) {
+        add_up(stored, kv_heads, start, first, last, sinks, {}, [&](const Pages& pages, long begin, long visible, long end) {
             long key = begin + (visible - begin) / kTileColumns * kTileColumns;
             for (; key < end; key += kTileColumns) {
                 const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);

@@ -98,6 +98,18 @@ struct StoredPages {
     }
 };
 
+// What a thread attends to next, as far as it can tell: the keys [first, last) of a sequence.
+struct Upcoming {
+    StoredPages pages{};
+    int kv_heads = 0;  // 0: it cannot
+    long first = 0, last = 0;
+
+    long start() const { return first / stretch_of(pages.block_size) * stretch_of(pages.block_size); }
+    bool is(const StoredPages& others, long begin) const {
+        return kv_heads > 0 && pages.first == others.first && pages.blocks == others.blocks && start() == begin;
+    }
+};
+
 // The values of keys [first, last), stretch by stretch, fetched piece by piece while earlier ones are weighted.
 class ValuesAhead {
 public:
@@ -126,6 +138,9 @@ public:
         }
         return LinesAhead(values);
     }
+
+    // The first key whose values have not all been asked for.
+    long reached() const { return first_; }
 
 private:
     StoredPages pages_{};

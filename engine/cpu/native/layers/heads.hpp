@@ -103,8 +103,9 @@ public:
         }
     }
 
-    // `heads`: the first of the piece's queries, `stride` from token to token; the result takes their place.
-    void attend(const Layer& layer, const Piece& piece, Element* heads, long stride, HeadScratch& own) const {
+    // `heads`: the first of the piece's queries, `stride` from token to token; the result takes their place. `next`: the piece
+    // that follows; null: nobody knows.
+    void attend(const Layer& layer, const Piece& piece, const Piece* next, Element* heads, long stride, HeadScratch& own) const {
         const Row& row = *piece.row;
         const StoredPages pages = this->pages(layer, piece.kv_head, row);
         const Sight sight = layer.attention.sight;
@@ -119,7 +120,7 @@ public:
             if (pages.has_int8) {
                 own.int8_attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
             } else {
-                own.attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, heads);
+                own.attention.attend(pages, piece.kv_heads, heads, first, position + 1, sinks, upcoming(layer, next), heads);
             }
         } else if (piece.tokens == 1 && kSumsInRegisters) {
             own.exact_attention.attend(pages, piece.kv_heads, heads, position, sight, sinks, heads);
@@ -132,18 +133,16 @@ public:
     }
 
     // A part of a piece to `memory`, where all of its parts stand.
-    void attend_part(const Layer& layer, const Piece& piece, const Element* queries, float* memory, HeadScratch& own) const {
+    void attend_part(const Layer& layer, const Piece& piece, const Piece* next, const Element* queries, float* memory,
+                     HeadScratch& own) const {
         const StoredPages pages = this->pages(layer, piece.kv_head, *piece.row);
-        const long last = piece.keys(), first = layer.attention.sight.first_key(last - 1);
-        const long start = first / kTileKeys * kTileKeys;
-        const Range tiles = share((last - start + kTileKeys - 1) / kTileKeys, piece.part, piece.parts);
-        const Range keys{std::max(first, start + tiles.first * kTileKeys), std::min(last, start + tiles.last * kTileKeys)};
+        const Range keys = keys_of(layer, piece);
         const Element* sinks = piece.part > 0 ? nullptr : this->sinks(layer, piece.kv_head);
         memory += piece.part * part_size(heads_, piece.kv_heads);
         if (layer.attention.latents != nullptr) {
             return own.prompt_attention.attend_part(pages, queries, piece.kv_heads, keys, memory);
         }
-        own.attention.attend_part(pages, piece.kv_heads, queries, keys.first, keys.last, sinks, memory);
+        own.attention.attend_part(pages, piece.kv_heads, queries, keys.first, keys.last, sinks, upcoming(layer, next), memory);
     }
 
     // All parts' results to `out`.
@@ -153,6 +152,22 @@ public:
     }
 
 private:
+    // Of a lone token's piece, or its part.
+    static Range keys_of(const Layer& layer, const Piece& piece) {
+        const long last = piece.keys(), first = layer.attention.sight.first_key(last - 1);
+        if (piece.parts == 1) return {first, last};
+        const long start = first / kTileKeys * kTileKeys;
+        const Range tiles = share((last - start + kTileKeys - 1) / kTileKeys, piece.part, piece.parts);
+        return {std::max(first, start + tiles.first * kTileKeys), std::min(last, start + tiles.last * kTileKeys)};
+    }
+
+    // A piece that is attended to as elements, token by token.
+    Upcoming upcoming(const Layer& layer, const Piece* piece) const {
+        if (piece == nullptr || piece->tokens > 1 || m_.has_int8_pages) return {};
+        const Range keys = keys_of(layer, *piece);
+        return {pages(layer, piece->kv_head, *piece->row), piece->kv_heads, keys.first, keys.last};
+    }
+
     struct Norm {
         const Element* weight;  // null: none
         float factor;

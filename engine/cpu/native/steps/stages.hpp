@@ -13,12 +13,11 @@
 
 class Stages {
 public:
-    explicit Stages(Workspace& workspace) : states(workspace), w_(workspace), pieces_taken_(workspace.layers.size()) {}
+    explicit Stages(Workspace& workspace) : states(workspace), w_(workspace) {}
 
     // By one thread, before the others begin.
     void reset(const Step& step) {
         states.reset();
-        for (Counter& taken : pieces_taken_) taken.reset();
         if (long(parts_done_.size()) < step.num_splits) parts_done_ = std::vector<Counter>(step.num_splits);
         for (Counter& done : parts_done_) done.reset();
     }
@@ -110,11 +109,14 @@ public:
         if (layer.attention.state != nullptr) states.mix(step, index, by);
         if (!layer.attention.attends()) return;
         const Heads& kind = w_.heads_of(layer).heads();
-        pieces_taken_[index].take(long(pieces.size()), [&](long i) {
+        const Range mine = by.part(long(pieces.size()));
+        by.take(long(pieces.size()), 1, [&](long i, long) {
             const Piece& piece = pieces[i];
+            const bool has_next = i >= mine.first && i + 1 < mine.last;  // unless another thread is done and takes it
+            const Piece* const next = has_next ? &pieces[i + 1] : nullptr;
             const long first = piece.row->token + piece.first, of_kv_head = kind.group() * kind.dim;
             Element* const heads = attended(first) + piece.kv_head * of_kv_head;
-            if (!attend(piece, layer, heads, w_.own(by).heads_of(layer)) || !w_.model.has_gates) return;
+            if (!attend(piece, next, layer, heads, w_.own(by).heads_of(layer)) || !w_.model.has_gates) return;
             multiply(heads, gates(first) + piece.kv_head * of_kv_head, piece.tokens, piece.kv_heads * of_kv_head);
         });
     }
@@ -187,14 +189,14 @@ private:
     Element* gates(long token) { return w_.model.has_gates ? w_.gates.data() + token * w_.strides.attended : nullptr; }
 
     // False: other parts of the piece are still to come.
-    bool attend(const Piece& piece, const Layer& layer, Element* heads, HeadScratch& own) {
+    bool attend(const Piece& piece, const Piece* next, const Layer& layer, Element* heads, HeadScratch& own) {
         const HeadMath& math = w_.heads_of(layer);
         if (piece.parts == 1) {
-            math.attend(layer, piece, heads, w_.strides.attended, own);
+            math.attend(layer, piece, next, heads, w_.strides.attended, own);
             return true;
         }
         float* const memory = w_.parts.data() + piece.memory;
-        math.attend_part(layer, piece, heads, memory, own);
+        math.attend_part(layer, piece, next, heads, memory, own);
         if (!parts_done_[piece.split].is_last(piece.parts)) return false;
         parts_done_[piece.split].reset();
         math.join(piece, memory, heads, own);
@@ -230,6 +232,5 @@ private:
     }
 
     Workspace& w_;
-    std::vector<Counter> pieces_taken_;  // of each layer's attention
     std::vector<Counter> parts_done_;    // of each piece that is cut
 };
