@@ -30,8 +30,9 @@ class ExpertCounters:
 
     def loads(self) -> ExpertLoads:
         """Return how often each sparse layer's experts were chosen, of a GPU until a step that ended lately."""
-        counters = [block.taken for block in self.blocks.values()] if self._device is None else self._device.landed()
-        counts = [own.clone() for own in counters]  # a step may go on counting meanwhile
+        # On a CPU a step may go on counting meanwhile.
+        blocks = self.blocks.values()
+        counts = [block.taken.clone() for block in blocks] if self._device is None else self._device.landed()
         return tuple(
             ExpertCounts(layer, tuple(own.tolist()), tuple(block.of_ranks(own)))
             for (layer, block), own in zip(self.blocks.items(), counts, strict=True)
@@ -39,32 +40,30 @@ class ExpertCounters:
 
 
 class _DeviceCounters:
-    """Counters on a GPU, all of which go to pinned memory in one copy, and from there once that has landed."""
+    """Counters on a GPU: one copy takes all of them to one of two places in pinned memory; the other has landed."""
 
     def __init__(self, blocks: list[SparseMLP]) -> None:
         self._counts = torch.stack([block.taken for block in blocks])  # [layers, experts]
         for block, own in zip(blocks, self._counts.unbind(), strict=True):
             block.taken = own
-        self._pinned = torch.zeros(self._counts.shape, dtype=self._counts.dtype, pin_memory=True)
-        self._landed = torch.zeros_like(self._pinned)
+        self._coming, self._landed = (
+            torch.zeros(self._counts.shape, dtype=self._counts.dtype, pin_memory=True) for _ in range(2)
+        )
         self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()  # held for as long as a few copies within the host's memory take
+        self._lock = threading.Lock()  # held for as long as a copy within the host's memory takes
 
     def send(self) -> None:
         """Queue a copy, unless the one before is still on its way."""
         with self._lock:
-            if self._take():
-                self._pinned.copy_(self._counts, non_blocking=True)
+            if self._has_come():
+                self._coming, self._landed = self._landed, self._coming
+                self._coming.copy_(self._counts, non_blocking=True)
                 self._sent.record()
 
     def landed(self) -> tuple[Tensor, ...]:
         with self._lock:
-            self._take()
-            return self._landed.clone().unbind()
+            return (self._coming if self._has_come() else self._landed).clone().unbind()
 
-    def _take(self) -> bool:
-        """Tell whether nothing is on its way, and take what has landed."""
-        has_landed: bool = self._sent.query()  # type: ignore[no-untyped-call]
-        if has_landed:
-            self._landed.copy_(self._pinned)
-        return has_landed
+    def _has_come(self) -> bool:
+        has_come: bool = self._sent.query()  # type: ignore[no-untyped-call]
+        return has_come

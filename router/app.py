@@ -44,7 +44,7 @@ from .responses.event_files import EventFolder
 from .responses.kept import KeptResponses
 from .responses.states import BackgroundStates
 from .responses.store import FolderStore, MemoryStore, ResponseStore
-from .responses.task_folder import TaskFolder
+from .responses.task_folder import TASKS, TaskFolder
 from .routes import Routes, add_routes
 from .state.classes import RequestClasses
 
@@ -130,7 +130,7 @@ def _response_store(answers: KeptAnswers | None, clock: Clock) -> ResponseStore:
 def _background_states(answers: KeptAnswers | None, responses: KeptResponses) -> BackgroundStates | None:
     if answers is None:
         return None
-    return BackgroundStates(responses, TaskFolder(answers.path / "tasks"), EventFolder(answers.path / "events"))
+    return BackgroundStates(responses, TaskFolder(answers.path / TASKS), EventFolder(answers.path / "events"))
 
 
 def _batches(

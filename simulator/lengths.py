@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from statistics import mean
+from statistics import fmean
 
 from ..common.errors import ConfigError
 from ..tools.load.traces import TraceRow
@@ -56,14 +56,14 @@ def _with_mean(name: str, counts: list[int], wanted: int | None, rooms: list[int
 
     if wanted is None:
         return scaled(1.0), 1.0
-    if wanted > (most := round(mean(rooms))):
+    if wanted > (most := round(fmean(rooms))):
         raise ConfigError(
             f"{name}: {wanted:,} tokens are more than the model's context has room for: {most:,} at most, on average"
         )
-    counts = [max(1, count) for count in counts]
+    counts = [max(1, count) for count in counts]  # of none, any factor makes none
     low, high = 0.0, float("inf")
-    scale = wanted / mean(counts)
-    while abs(found := mean(scaled(scale)) - wanted) > 0.5:  # whole tokens come no nearer
+    scale = wanted / fmean(counts)
+    while abs(found := fmean(scaled(scale)) - wanted) > 0.5:  # whole tokens come no nearer
         low, high = (scale, high) if found < 0 else (low, scale)
         scale = 2 * scale if high == float("inf") else (low + high) / 2
     return scaled(scale), scale

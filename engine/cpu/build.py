@@ -83,7 +83,7 @@ def describe(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) ->
                 reasons.append(reason)
             else:
                 why = why_not_kept(folder, name, command)
-                return f"{name}, built by {' '.join(command)}" + (f" at each start: {why}" if why else "")
+                return f"{name}, built by {' '.join(command)}" + (f", not kept in the cache: {why}" if why else "")
     raise reasons[0]
 
 

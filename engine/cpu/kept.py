@@ -32,7 +32,7 @@ def load_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> ctypes.CDLL:
         try:
             return _load(_made_folder(folder), isa, compiler)
         except CannotKeep as reason:
-            log.warning("native_code_not_kept", reason=str(reason), built_in=tempfile.gettempdir())
+            log.warning("native_code_not_kept", reason=str(reason), instead_in=tempfile.gettempdir())
     try:
         with tempfile.TemporaryDirectory(prefix="kvferry-native-") as own:
             return opened(compiled(isa, compiler, Path(own)))  # what is loaded outlives its file
@@ -51,7 +51,7 @@ def is_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> bool:
 
 
 def why_not_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> str:
-    """Say why the library would be built at each start; empty: it is kept, or will be. Makes nothing."""
+    """Say why the library is not kept in the cache; empty: it is, or will be. Makes nothing."""
     folder = cache / _FOLDER
     try:
         if is_kept(cache, isa, compiler):

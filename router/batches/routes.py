@@ -126,8 +126,9 @@ class BatchRoutes:
             raw = await deps.json.parse(data)
         name = key_name(headers, context_of(request.scope).tenant)
         record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model, name, deps.life)
+        room = Room(deps.store.folder)
         with refusing_full_disk():
-            known = await asyncio.to_thread(self._create, deps, record)
+            known = await asyncio.to_thread(self._create, deps, record, room)
         assert self.keeper is not None
         self.keeper.look_now()
         response = _json((known or record).shown())
@@ -135,8 +136,11 @@ class BatchRoutes:
             response.raw_headers.append(REPEATED_HEADER)
         return response
 
-    def _create(self, deps: RunDeps, record: BatchRecord) -> BatchRecord | None:
-        """Return the batch that an earlier try of the same request has made; None: it is made now."""
+    def _create(self, deps: RunDeps, record: BatchRecord, room: Room) -> BatchRecord | None:
+        """Return the batch that an earlier try of the same request has made; None: it is made now.
+
+        `room`: of this moment, to be measured where nobody knows of any.
+        """
         if (known := _made_before(deps, record)) is not None:
             return known
         stored = deps.files.get(record.input_file_id, record.owner)
@@ -146,10 +150,11 @@ class BatchRoutes:
             )
         if deps.store.num_unended(record.owner) >= MAX_UNENDED:
             raise CapacityError(f"{MAX_UNENDED} batches have not ended yet", retry_after_s=60.0)
-        room = Room(deps.store.folder)
-        room.measure()
-        if room.is_used_up:
-            raise room.refusal()
+        known_room = deps.store.folder.room
+        if known_room is None or known_room.is_used_up:
+            room.measure()
+            if room.is_used_up:
+                raise room.refusal()
         try:
             deps.store.create(record, deps.files.path(stored))
         except FileNotFoundError:  # it was deleted in this moment

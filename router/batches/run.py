@@ -173,8 +173,12 @@ class BatchRun:
     async def _ask_rest(self, journal: Journal) -> None:
         async with asyncio.TaskGroup() as under_way:
             for number, line in enumerate(self._lines):
-                if number not in journal.places and line.model not in self.missing:
-                    await self._take_slot()
+                if number in journal.places or line.model in self.missing:
+                    continue
+                await self._take_slot()
+                if line.model in self.missing:  # an earlier line has found out meanwhile
+                    self.deps.slots.release()
+                else:
                     under_way.create_task(self._ask(number)).add_done_callback(self._free_slot)
 
     async def _take_slot(self) -> None:
@@ -259,6 +263,8 @@ class BatchRun:
     async def _finalize(self, journal: Journal) -> None:
         """Write the files, then say that they are there."""
         record, is_whole = self.record, 0 < self.record.total == len(journal.places)
+        if record.errors == [faults.FULL]:
+            record.errors = []  # nothing waits for room any more
         is_cut = self._is_input_gone and not is_whole
         if is_cut:
             record.errors = [faults.GONE]

@@ -252,13 +252,13 @@ def test_bytes_are_on_disk_before_the_library_has_its_name(site: Site, monkeypat
 def test_where_the_cache_cannot_be_made_it_is_kept_among_what_is_temporary(site: Site) -> None:
     site.cache.touch()  # a file, below which not even root makes a folder
     assert build.describe(site.cache, WIDENED).endswith(
-        f"cxx at each start: {site.cache}/native cannot be made or written to: Not a directory"
+        f"cxx, not kept in the cache: {site.cache}/native cannot be made or written to: Not a directory"
     )
     with structlog.testing.capture_logs() as logs:
         library = build.load(site.cache, WIDENED)
     assert library.kvferry_may_run() and Path(library._name).parent == site.second
     [told] = logs
-    assert told["built_in"] == str(site.temporary)
+    assert told["instead_in"] == str(site.temporary)
     assert told["reason"] == f"{site.cache}/native cannot be made: File exists"
 
 
@@ -300,7 +300,9 @@ def test_what_is_kept_is_told_without_a_trial_and_nothing_is_made(site: Site, tm
     assert build.describe(site.cache, WIDENED) == told
     if os.geteuid() == 0:
         os.chown(site.cache / "native", 12345, -1)
-        assert build.describe(site.cache, WIDENED).startswith(f"{told} at each start: {site.cache}/native is of user")
+        assert build.describe(site.cache, WIDENED).startswith(
+            f"{told}, not kept in the cache: {site.cache}/native is of user"
+        )
 
 
 # --- a compiler without its static library ----------------------------------------------------------------------------

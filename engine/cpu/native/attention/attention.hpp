@@ -226,15 +226,15 @@ private:
             set_query(queries + head * head_dim_, head_dim_, queries_.data() + head * stride_);
         }
         const long stretch = stretch_of(stored.block_size), start = first / stretch * stretch;
+        const long step = std::min(16L, stored.block_size), distance = kStretchesAhead * stretch;
+        const long behind = std::max(start, padded(last, step) - distance);  // from here on keys of the next are fetched
         add_up(stored, kv_heads, start, first, last, sinks, next, [&](const Pages& pages, long begin, long, long end) {
-            const long step = std::min(16L, pages.block_size), distance = kStretchesAhead * stretch;
-            const long behind = std::max(start, padded(last, step) - distance);  // from here on keys of the next are fetched
             for (long key = begin; key < end; key += step) {
                 for (int kv = 0; kv < kv_heads; kv++) {
                     if (!kFetchesEvenly && !pages.are_near) stored.of_head(kv).fetch_ahead(key, last);
                     const Pages head = pages.of_head(kv);
                     const LinesAhead ahead =
-                        key + distance < last ? keys_ahead(head, key, distance, last) : next_keys(key - behind, kv);
+                        key < behind ? keys_ahead(head, key, distance, last) : next_keys(key - behind, kv);
                     score(head, begin, key, end, kv * group_, ahead);
                     if (kLinesTo == Near::kSecond) bring_values(head, 1, key, std::min(key + step, end));
                 }

@@ -40,17 +40,18 @@ private:
 // Memory between the residual stream and itself. Padding stays zero. A thread may have one and never use it, or little of it.
 struct Panel {
     explicit Panel(const Strides& s)
-        : normed(kPanelRows * s.normed), activated(kPanelRows * s.activated), qkv(kPanelRows * s.qkv),
-          gate_up(kPanelRows * s.gate_up), added(kPanelRows * s.hidden), narrowed(kPanelRows * s.narrowed),
-          q_normed(kPanelRows * s.q_normed), asked(kPanelRows * s.asked), answered(kPanelRows * s.answered),
-          inputs(kPanelRows * s.inputs) {
-        give_back(normed), give_back(activated), give_back(qkv), give_back(gate_up), give_back(added), give_back(narrowed);
-        give_back(q_normed), give_back(asked), give_back(answered), give_back(inputs);
-    }
+        : normed(rows<Element>(s.normed)), activated(rows<Element>(s.activated)), narrowed(rows<Element>(s.narrowed)),
+          qkv(rows<float>(s.qkv)), gate_up(rows<float>(s.gate_up)), added(rows<float>(s.hidden)),
+          q_normed(rows<Element>(s.q_normed)), asked(rows<Element>(s.asked)), answered(rows<Element>(s.answered)),
+          inputs(rows<float>(s.inputs)) {}
     Lines<Element> normed, activated, narrowed;
     Lines<float> qkv, gate_up, added;
     Lines<Element> q_normed, asked, answered;
     Lines<float> inputs;
+
+private:
+    template <class Value>
+    static Lines<Value> rows(long size) { return untouched<Value>(kPanelRows * size); }
 };
 
 class PanelMath {

@@ -1,4 +1,5 @@
-// What one step computes: rows of tokens, and the attention they need cut into pieces that threads take one by one.
+// What one step computes: rows of tokens, and the attention they need cut into pieces, of which each thread
+// takes its own part in order, and then what others have not begun.
 #pragma once
 
 #include <algorithm>

@@ -30,14 +30,6 @@ struct LineAllocator {
     }
 };
 
-// Let the kernel have pages of zeros back: they are zeros again when they are touched, and what is never touched takes no memory.
-template <class Value>
-void give_back(std::vector<Value, LineAllocator<Value>>& zeros) {
-    const std::uintptr_t page = sysconf(_SC_PAGESIZE), begin = std::uintptr_t(zeros.data());
-    const std::uintptr_t first = (begin + page - 1) / page * page, last = (begin + zeros.size() * sizeof(Value)) / page * page;
-    if (first < last) madvise((void*)first, last - first, MADV_DONTNEED);
-}
-
 constexpr std::uintptr_t kLargePage = 2 << 20;
 
 // Ask for pages of 2 MiB where memory is about to be written for the first time. Where the kernel refuses, nothing changes.
@@ -92,3 +84,13 @@ private:
 
 template <class Value>
 using Lines = std::vector<Value, LineAllocator<Value>>;
+
+// So many zeros, which take no memory until they are touched: the kernel has their pages back, and gives zeros again.
+template <class Value>
+Lines<Value> untouched(long size) {
+    Lines<Value> zeros(size);
+    const std::uintptr_t page = sysconf(_SC_PAGESIZE), begin = std::uintptr_t(zeros.data());
+    const std::uintptr_t first = (begin + page - 1) / page * page, last = (begin + size * sizeof(Value)) / page * page;
+    if (first < last) madvise((void*)first, last - first, MADV_DONTNEED);
+    return zeros;
+}
