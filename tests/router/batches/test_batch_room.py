@@ -186,6 +186,20 @@ async def test_a_batch_that_has_room_again_says_so_before_a_line_has_an_answer(
     await asyncio.gather(running, return_exceptions=True)
 
 
+async def test_a_batch_that_is_stopped_while_it_has_no_room_says_so_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deps = deps_of(tmp_path, Caller())
+    batch_id = create(deps, 2)
+    deps.store.folder.room = await asyncio.to_thread(_full, deps, monkeypatch)
+    stopped = run_of(deps, batch_id)
+    running = asyncio.create_task(stopped.run())
+    await _told(deps, batch_id, "insufficient_storage")
+    stopped.stop(BatchStatus.EXPIRED)
+    await running
+    assert (stopped.record.status, stopped.record.errors) == (BatchStatus.EXPIRED, [])
+
+
 async def test_a_record_is_written_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines that were asked before the folder was full are answered while it is told."""
     monkeypatch.setattr(run, "_TELL_EVERY_S", 0.0)
