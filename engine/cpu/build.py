@@ -77,12 +77,12 @@ def describe(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) ->
             return f"{name}, prebuilt"
         for command in _compilers(reasons):
             try:
-                if not is_kept(folder, name, command):
+                if not (is_there := is_kept(folder, name, command)):
                     try_out(name, command)
             except NativeUnavailable as reason:
                 reasons.append(reason)
             else:
-                why = why_not_kept(folder, name, command)
+                why = "" if is_there else why_not_kept(folder)
                 return f"{name}, built by {' '.join(command)}" + (f", not kept in the cache: {why}" if why else "")
     raise reasons[0]
 

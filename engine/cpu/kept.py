@@ -50,12 +50,10 @@ def is_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> bool:
     return _is_safe_file(library)
 
 
-def why_not_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> str:
-    """Say why the library is not kept in the cache; empty: it is, or will be. Makes nothing."""
+def why_not_kept(cache: Path) -> str:
+    """Say why a library that is not there will not be kept in the cache; empty: it will be. Makes nothing."""
     folder = cache / _FOLDER
     try:
-        if is_kept(cache, isa, compiler):
-            return ""
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if there == folder and not _is_ours_to_close(folder.lstat()):
             _check_folder(folder)
@@ -78,13 +76,19 @@ def opened(path: Path) -> ctypes.CDLL:
 
 
 def _load(folder: Path, isa: str, compiler: tuple[str, ...]) -> ctypes.CDLL:
-    was_there = _is_safe_file(library_path(isa, compiler, folder))
-    library = compiled(isa, compiler, folder, accepts=_is_safe_file)
+    is_there = False
+
+    def accepts(path: Path) -> bool:
+        nonlocal is_there
+        is_there = _is_safe_file(path)
+        return is_there
+
+    library = compiled(isa, compiler, folder, accepts=accepts)
     mark = _mark(library)
     try:
         return opened(library)
     except NativeUnavailable as reason:  # as of a file that a power cut left empty
-        if not was_there:
+        if not is_there:  # it was built just now
             raise
         log.warning("native_code_rebuilt", reason=str(reason))
     # Others may find the same, and one of them builds: what is there then is another file, which is taken.

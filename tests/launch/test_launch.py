@@ -434,18 +434,19 @@ def on_ray(tmp_path: Path, name: str, address: str, recorder: Recorder) -> RayLa
 
 
 @pytest.mark.slow
-async def test_a_worker_of_ray_that_cannot_start_ends_the_launch(tmp_path: Path, ray_cluster: str) -> None:
-    launcher = on_ray(tmp_path, "unknown model", ray_cluster, Recorder())
-    with pytest.raises(ConfigError, match=r"^[pd]-0: no such model$"):
-        await asyncio.wait_for(launcher.run(), WAIT_S)
-    await until_gone(processes(tmp_path))
-
-
-@pytest.mark.slow
-async def test_a_worker_of_ray_that_is_killed_in_each_start_ends_the_launch(tmp_path: Path, ray_cluster: str) -> None:
-    """Its `run` does not end: Ray repeats it."""
-    launcher = on_ray(tmp_path, "killed", ray_cluster, Recorder())
-    with pytest.raises(WorkerLost, match=r"^[pd]-0 did not start, 3 times: its process or its node was lost"):
+@pytest.mark.parametrize(
+    ("mode", "error", "reason"),
+    [
+        ("unknown model", ConfigError, r"^[pd]-0: no such model$"),
+        # Its `run` does not end: Ray repeats it.
+        ("killed", WorkerLost, r"^[pd]-0 did not start, 3 times: its process or its node was lost"),
+    ],
+)
+async def test_a_worker_of_ray_that_cannot_start_ends_the_launch(
+    tmp_path: Path, ray_cluster: str, mode: str, error: type[Exception], reason: str
+) -> None:
+    launcher = on_ray(tmp_path, mode, ray_cluster, Recorder())
+    with pytest.raises(error, match=reason):
         await asyncio.wait_for(launcher.run(), WAIT_S)
     await until_gone(processes(tmp_path))
 

@@ -137,15 +137,20 @@ def site(told: list[dict[str, object]]) -> RaySite:
     return RaySite(routers, lambda: (), "m:f", True, 1.0, TIMES, on_event=lambda _, event: told.append(event))
 
 
-def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.Future[Pulse]], None]) -> list[object]:
-    """Return why its actor was killed, after three pings."""
-    monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.01)
-    monkeypatch.setattr(ray_worker, "_HANG_AFTER_S", 0.8)
+def call_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have calls to the cluster done at once."""
 
     async def in_thread(function: Callable[[], None], limit_s: float) -> bool:
         return True
 
     monkeypatch.setattr(ray_calls, "in_thread", in_thread)
+
+
+def killed_by_watch(monkeypatch: pytest.MonkeyPatch, second: Callable[[asyncio.Future[Pulse]], None]) -> list[object]:
+    """Return why its actor was killed, after three pings."""
+    monkeypatch.setattr(ray_worker, "_PING_EVERY_S", 0.01)
+    monkeypatch.setattr(ray_worker, "_HANG_AFTER_S", 0.8)
+    call_nobody(monkeypatch)
 
     async def run() -> list[object]:
         told: list[dict[str, object]] = []
@@ -165,11 +170,7 @@ def losses_in(answers: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(ray_worker, "_LOOK_EVERY_S", 0.001)
     monkeypatch.setattr(ray_worker, "_START_S", 0.2)
     monkeypatch.setattr(ray_worker, "_HANG_AFTER_S", 0.1)
-
-    async def in_thread(function: Callable[[], None], limit_s: float) -> bool:
-        return True
-
-    monkeypatch.setattr(ray_calls, "in_thread", in_thread)
+    call_nobody(monkeypatch)
 
     async def run() -> list[object]:
         told: list[dict[str, object]] = []
