@@ -23,19 +23,32 @@ def text_chunk(text: str, *, token_ids: list[int] | None = None, finish_reason: 
     return event(object="text_completion", choices=[choice])
 
 
+def prompt_chunk(num_tokens: int) -> bytes:
+    """What kvferry says of the prompt, before the first token, where token ids are asked for."""
+    choice = {"index": 0, "text": "", "finish_reason": None, "prompt_token_ids": [3] * num_tokens}
+    return event(object="text_completion", choices=[choice])
+
+
 def chat_chunk(*, finish_reason: str | None = None, **delta: object) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return event(object="chat.completion.chunk", choices=[choice])
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int) -> bytes:
-    return event(choices=[], usage={"prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens})
+def usage(
+    num_prompt_tokens: int, num_output_tokens: int, *, num_cached: int | None = None, num_thoughts: int | None = None
+) -> bytes:
+    counts: dict[str, object] = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens}
+    if num_cached is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": num_cached}
+    if num_thoughts is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": num_thoughts}
+    return event(choices=[], usage=counts)
 
 
 def answer(num_tokens: int, num_prompt_tokens: int = 5) -> list[bytes]:
-    """A whole and correct stream, a chunk for each token."""
+    """A whole and correct stream: what is said of the prompt, then a chunk for each token."""
     chunks = [text_chunk(" word", token_ids=[7]) for _ in range(num_tokens)]
-    return [*chunks, usage(num_prompt_tokens, num_tokens), DONE]
+    return [prompt_chunk(num_prompt_tokens), *chunks, usage(num_prompt_tokens, num_tokens), DONE]
 
 
 @dataclass(slots=True)
@@ -49,6 +62,7 @@ class Script:
     is_chunked: bool = True  # False: the close is the end of the body
     is_stuck: bool = False  # nothing comes after the pieces
     raw: bytes | None = None  # instead of an HTTP answer; then the connection ends
+    after_s: float = 0.0  # nothing comes before
 
 
 @dataclass(slots=True)
@@ -115,6 +129,7 @@ async def _read(reader: asyncio.StreamReader) -> Received | None:
 
 async def _write(writer: asyncio.StreamWriter, script: Script) -> bool:
     """Whether the connection can be used again."""
+    await asyncio.sleep(script.after_s)
     if script.raw is not None:
         writer.write(script.raw)
         return False

@@ -7,9 +7,11 @@ may be kvferry or another; nothing here reads more from it than its answers.
 from __future__ import annotations
 
 import itertools
+import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from time import perf_counter, process_time
 
 from rich.console import Console
 
@@ -18,7 +20,7 @@ from .delivery import deliver
 from .endpoint import Endpoint, RequestRecord
 from .environment import describe_environment
 from .http_client import HttpError
-from .load import LoadResult, PlannedRequest, poisson_arrivals, run_closed_loop, run_open_loop
+from .load import LoadResult, PlannedRequest, load_result, poisson_arrivals, run_closed_loop, run_open_loop
 from .options import Options, make_parser, parse_options
 from .plot import plot_report
 from .prompts import PromptSource
@@ -34,60 +36,117 @@ _WARMUP_SEED_OFFSET = 1_000_003  # warm-up prompts must not be in a prefix cache
 def main(argv: list[str] | None = None) -> int:
     """0: at least one request succeeded; 1: none did; 2: the settings are wrong; 130: interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    errors = Console(stderr=True)
     try:
         options = parse_options(argv)
-        report = _run(options, argv)
+        _raise_file_limit()
+        report = _measure(_Run(options, argv))
     except (ConfigError, HttpError) as error:
-        errors.print(f"kvferry bench: {error}", markup=False, style="red", soft_wrap=True)
+        _tell(str(error))
         return 2
     except KeyboardInterrupt:
-        errors.print("kvferry bench: interrupted, nothing measured", style="red")
+        report = None
+    if report is None:
+        _tell("interrupted, nothing measured")
         return 130
     files = (
         (options.json_path, lambda path: write_json(report, path)),
         (options.plot_path, lambda path: plot_report(report, path)),
     )
     code = deliver("kvferry bench", files, lambda: print_report(report, report_console()))
+    if report.num_cut_off is not None:
+        _tell("interrupted; the figures are of what had finished")
+        return 130
     return code if code or report.summary.num_ok else 1
 
 
-def _run(options: Options, argv: Sequence[str]) -> BenchReport:
+def _tell(sentence: str) -> None:
+    Console(stderr=True).print(f"kvferry bench: {sentence}", markup=False, style="red", soft_wrap=True)
+
+
+def _measure(run: _Run) -> BenchReport | None:
+    """Return the figures; where it is interrupted, those of what had finished, or None where nothing had."""
     import uvloop  # a third of asyncio's own cost for a received chunk
 
-    return uvloop.run(run_bench(options, argv))
+    try:
+        return uvloop.run(run.measure())
+    except KeyboardInterrupt:
+        return run.report_so_far()
+
+
+def _raise_file_limit() -> None:
+    """Take what this process may have: each request in flight has a connection, and an open loop's have no bound."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def run_bench(options: Options, argv: Sequence[str]) -> BenchReport:
     """One whole run against a server that is up."""
-    rows = read_rows(options)  # what is wrong with a file is told before anybody is asked
-    endpoint = Endpoint(
-        options.base_url,
-        model=options.model or "",
-        name=options.endpoint,
-        api_key=options.api_key,
-        ignore_eos=options.ignore_eos,
-        temperature=options.temperature,
-        timeout_s=options.timeout_s,
-    )
-    try:
-        await _probe(endpoint, options)
-        await _warm_up(endpoint, options, rows)
-        result = await _load(endpoint, options, rows)
-    finally:
-        endpoint.close()
-    return BenchReport(
-        base_url=options.base_url,
-        model=endpoint.model,
-        load=options.load_in_words,
-        workload=options.workload_in_words,
-        slo=options.slo,
-        summary=summarize(
-            result.records, duration_s=result.duration_s, client_cpu_s=result.client_cpu_s, slo=options.slo
-        ),
-        environment=describe_environment("kvferry bench", argv),
-        records=result.records,
-    )
+    return await _Run(options, argv).measure()
+
+
+class _Run:
+    """A run that may be interrupted: requests that have finished are kept."""
+
+    def __init__(self, options: Options, argv: Sequence[str]) -> None:
+        self._options = options
+        self._rows = read_rows(options)  # what is wrong with a file is told before anybody is asked
+        self._endpoint = Endpoint(
+            options.base_url,
+            model=options.model or "",
+            name=options.endpoint,
+            api_key=options.api_key,
+            ignore_eos=options.ignore_eos,
+            temperature=options.temperature,
+            timeout_s=options.timeout_s,
+        )
+        self._environment = describe_environment("kvferry bench", argv)  # before the load: what fails costs no figures
+        self._finished: list[RequestRecord] = []
+        self._num_sent = 0
+        self._start_s = self._start_cpu_s = 0.0
+
+    async def measure(self) -> BenchReport:
+        try:
+            await _probe(self._endpoint, self._options)
+            await _warm_up(self._endpoint, self._options, self._rows)
+            return self._report(await self._load(), None)
+        finally:
+            self._endpoint.close()
+
+    def report_so_far(self) -> BenchReport | None:
+        """Return what had finished when the run was interrupted; None: nothing had."""
+        if not self._finished:
+            return None
+        load = load_result(self._finished, self._start_s, self._start_cpu_s)
+        return self._report(load, self._num_sent - len(self._finished))
+
+    async def _load(self) -> LoadResult:
+        options, requests = self._options, plan_requests(self._options, self._rows)
+        self._start_s, self._start_cpu_s = perf_counter(), process_time()
+        if options.max_concurrency is not None:
+            return await run_closed_loop(requests, self._send, options.max_concurrency, options.duration_s)
+        return await run_open_loop(requests, self._send, options.duration_s)
+
+    async def _send(self, request: PlannedRequest) -> RequestRecord:
+        self._num_sent += 1
+        record = await _send(self._endpoint, request)
+        self._finished.append(record)
+        return record
+
+    def _report(self, load: LoadResult, num_cut_off: int | None) -> BenchReport:
+        options = self._options
+        return BenchReport(
+            base_url=options.base_url,
+            model=self._endpoint.model,
+            load=options.load_in_words,
+            workload=options.workload_in_words,
+            slo=options.slo,
+            summary=summarize(
+                load.records, duration_s=load.duration_s, client_cpu_s=load.client_cpu_s, slo=options.slo
+            ),
+            environment=self._environment,
+            records=load.records,
+            num_cut_off=num_cut_off,
+        )
 
 
 async def _probe(endpoint: Endpoint, options: Options) -> None:
@@ -116,16 +175,6 @@ async def _warm_up(endpoint: Endpoint, options: Options, rows: Iterable[TraceRow
         record = await _send(endpoint, request)
         if not record.is_ok:
             raise ConfigError(f"warm-up request failed: {record.error}")
-
-
-async def _load(endpoint: Endpoint, options: Options, rows: Iterable[TraceRow]) -> LoadResult:
-    async def send(request: PlannedRequest) -> RequestRecord:
-        return await _send(endpoint, request)
-
-    requests = plan_requests(options, rows)
-    if options.max_concurrency is not None:
-        return await run_closed_loop(requests, send, options.max_concurrency, options.duration_s)
-    return await run_open_loop(requests, send, options.duration_s)
 
 
 async def _send(endpoint: Endpoint, request: PlannedRequest) -> RequestRecord:

@@ -4,8 +4,9 @@ A request's life: sent -> first chunk with tokens -> further chunks -> usage -> 
 and is kept as one: a status that is not 200, an error event, an end without `[DONE]`, no end in time.
 
 Tokens of a chunk are counted by its `token_ids` where the server sends them (`return_token_ids`). Elsewhere a chunk
-counts as one token while it arrives, and the total is put right by `usage` at the end. An answer of one token that has
-no text (an end, the mark where thoughts begin) has its token in the chunk that ends it.
+counts as one token while it arrives. The total is what `usage` says at the end, if it says anything; where the ids
+were not as many, the record tells. An answer of one token that has no text (an end, the mark where thoughts begin) has
+its token in the chunk that ends it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Literal
 import msgspec
 
 from ...common.errors import ConfigError, KVFerryError
-from .chunks import Models, body_message, count_tokens, decode_chunk, error_message
+from .chunks import Models, Usage, body_message, count_tokens, decode_chunk, error_message, shows_thoughts
 from .http_client import HttpClient, HttpError, ResponseHead
 from .sse import EventSplitter
 
@@ -51,8 +52,11 @@ class RequestRecord:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, from a prefix cache, where the server says so
     num_output_tokens: int = 0
+    num_hidden_tokens: int = 0  # thoughts among them that no chunk showed
     token_ids: list[int] | None = None  # of the answer; None: they are counted and not kept
     counted_by: Literal["token_ids", "usage", "chunks"] = "chunks"
+    ids_differ: bool = False  # there were other than as many token ids as `usage` says
+    num_resent: int = 0  # times that it was sent anew, as a kept connection was closed already
     status: int | None = None
     error: str | None = None
 
@@ -70,10 +74,11 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time of a token after the first; None when there is no second one."""
-        if self.num_output_tokens < 2 or not self.chunk_times_s:  # `usage` may count what no chunk held
+        """Mean time of a token after the first one to be seen; None when there is no second one."""
+        num_shown = self.num_output_tokens - self.num_hidden_tokens
+        if num_shown < 2 or not self.chunk_times_s:  # `usage` may count what no chunk held
             return None
-        return (self.chunk_times_s[-1] - self.chunk_times_s[0]) / (self.num_output_tokens - 1)
+        return (self.chunk_times_s[-1] - self.chunk_times_s[0]) / (num_shown - 1)
 
     def chunk_gaps_s(self) -> list[float]:
         return [later - earlier for earlier, later in pairwise(self.chunk_times_s)]
@@ -90,15 +95,20 @@ class RequestRecord:
 class _StreamReader:
     """Turns body bytes into the record's times and counts. Runs in the socket's callback: keeps errors, raises none."""
 
-    __slots__ = ("_body", "_events", "_record", "ended_s", "is_done", "problem")
+    __slots__ = ("_body", "_events", "_record", "_shows_thoughts", "_usage", "ended_s", "is_done", "problem")
 
     def __init__(self, record: RequestRecord) -> None:
         self._record = record
         self._events = EventSplitter()
         self._body: list[bytes] = []  # of an answer that is no stream
+        self._usage = Usage()
+        self._shows_thoughts = False
         self.is_done = False
         self.problem: str | None = None
         self.ended_s: float | None = None  # when the chunk with the reason of the answer's end came
+
+    def on_resend(self) -> None:
+        self._record.num_resent += 1
 
     def on_head(self, head: ResponseHead) -> None:
         self._record.status = head.status
@@ -126,15 +136,17 @@ class _StreamReader:
         if chunk.error is not None or chunk.kind == "error":
             self.problem = self.problem or f"error event: {error_message(chunk.error or chunk.message)}"
         if chunk.usage is not None:
-            self._record.num_prompt_tokens = chunk.usage.prompt_tokens
-            self._record.num_output_tokens = chunk.usage.completion_tokens
-            details = chunk.usage.prompt_tokens_details
-            self._record.num_cached_tokens = (details.cached_tokens if details is not None else 0) or 0
-        num_tokens = sum(map(count_tokens, chunk.choices))
+            self._usage = chunk.usage
+            self._record.num_prompt_tokens = chunk.usage.prompt_tokens or 0
+            self._record.num_output_tokens = chunk.usage.completion_tokens or 0
+            self._record.num_cached_tokens = chunk.usage.num_cached_tokens
+        choices = chunk.choices or ()
+        num_tokens = sum(map(count_tokens, choices))
         if num_tokens:
             self._record.chunk_times_s.append(now_s)
             self._record.chunk_tokens.append(num_tokens)
-        for choice in chunk.choices:
+        for choice in choices:
+            self._shows_thoughts = self._shows_thoughts or shows_thoughts(choice)
             if choice.finish_reason is not None:
                 self.ended_s = now_s
             if choice.token_ids:
@@ -143,6 +155,21 @@ class _StreamReader:
                     self._record.token_ids += choice.token_ids
             if choice.finish_reason in ("error", "abort"):
                 self.problem = self.problem or f"finish_reason {choice.finish_reason!r}"
+
+    def settle_counts(self) -> None:
+        """Bring what the chunks held and what `usage` says together, once no more comes."""
+        record, num_seen = self._record, sum(self._record.chunk_tokens)
+        if not record.num_output_tokens:  # there is no usage, or it counts nothing
+            record.num_output_tokens = num_seen
+            return
+        if record.counted_by != "token_ids":
+            record.counted_by = "usage"
+        elif record.num_output_tokens != num_seen:
+            record.counted_by, record.ids_differ = "usage", True
+        num_thoughts = self._usage.num_thought_tokens
+        # A server may count thoughts beside the answer's tokens, not among them: then more was seen than is left.
+        if not self._shows_thoughts and num_seen <= record.num_output_tokens - num_thoughts:
+            record.num_hidden_tokens = num_thoughts
 
 
 class Endpoint:
@@ -184,7 +211,7 @@ class Endpoint:
             async with asyncio.timeout(self._timeout_s):
                 await self._client.request(
                     "POST", PATHS[self.name], body=body, headers=self._headers,
-                    on_head=reader.on_head, on_body=reader.on_body,
+                    on_resend=reader.on_resend, on_head=reader.on_head, on_body=reader.on_body,
                 )  # fmt: skip
             _check_end(reader, record)
         except (HttpError, StreamFailure) as error:
@@ -192,7 +219,7 @@ class Endpoint:
         except TimeoutError:
             record.error = f"no end of the answer within {self._timeout_s:g} s"
         record.finished_s = perf_counter()
-        _settle_counts(record)
+        reader.settle_counts()
         return record
 
     async def model_names(self) -> list[str]:
@@ -233,12 +260,3 @@ def _check_end(reader: _StreamReader, record: RequestRecord) -> None:
         raise StreamFailure(f"stream without a token{counted}")
     record.chunk_times_s.append(reader.ended_s)
     record.chunk_tokens.append(1)
-
-
-def _settle_counts(record: RequestRecord) -> None:
-    if record.counted_by == "token_ids":
-        record.num_output_tokens = sum(record.chunk_tokens)
-    elif record.num_output_tokens:
-        record.counted_by = "usage"
-    else:
-        record.num_output_tokens = sum(record.chunk_tokens)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,8 @@ from ...common.processor import processor_features, processor_fields
 
 _PACKAGES = ("torch", "nixl-cu12", "uvicorn", "msgspec")
 _SECRET_FLAGS = ("--api-key",)
+_ANSWERED_WITHIN_S = 30.0  # by a program that is asked: with many GPUs, nvidia-smi takes its time
+_DEAD_WITHIN_S = 1.0
 # As /proc/cpuinfo calls them.
 _EXTENSIONS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
@@ -34,7 +36,7 @@ class Environment:
     date: str
     command: str
     kvferry_version: str
-    git_commit: str | None  # None: not run from a checkout; ends with +dirty when files differ from it
+    git_commit: str | None  # None: not run from a checkout; +dirty: files differ from it; +unknown: git did not tell
     python: str
     packages: dict[str, str]
     os: str
@@ -77,7 +79,8 @@ def _git_commit() -> str | None:
     commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None
-    return commit + ("+dirty" if _output("git", "-C", str(root), "status", "--porcelain", "-uno") else "")
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "-uno")
+    return commit + ("+unknown" if changes is None else "+dirty" if changes else "")
 
 
 def _gpus() -> tuple[str, ...]:
@@ -92,11 +95,26 @@ def _cpu_name() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """None: no such program, or it failed."""
-    if shutil.which(command[0]) is None:
+    """None: no such program, it failed, or it does not answer."""
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout.strip() if done.returncode == 0 else None
+    try:
+        output, _ = process.communicate(timeout=_ANSWERED_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        _give_up(process)
+        return None
+    return output.strip() if process.returncode == 0 else None
+
+
+def _give_up(process: subprocess.Popen[str]) -> None:
+    """Kill, and not wait for long: a program that hangs in a driver does not die."""
+    process.kill()
+    if process.stdout is not None:
+        process.stdout.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_DEAD_WITHIN_S)
 
 
 def _version(package: str) -> str | None:

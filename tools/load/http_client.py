@@ -11,6 +11,7 @@ import asyncio
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ from ...common.errors import ConfigError, KVFerryError
 
 OnHead = Callable[["ResponseHead"], None]
 OnBody = Callable[[bytes], None]
+
+_STALE_WITHIN_S = 0.1  # what is lost later may have been read, and computed for
 
 
 class HttpError(KVFerryError):
@@ -38,7 +41,10 @@ class _Connection(asyncio.Protocol):
     """One socket; carries one exchange at a time. `done` is set when the answer's last byte is here."""
 
     def __init__(self) -> None:
-        self.is_used = False
+        self._num_exchanges = 0
+        self._written_s = 0.0
+        self._lost_s: float | None = None
+        self._has_heard = False  # anything, since the last request was written
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._headers: dict[str, str] = {}
@@ -51,22 +57,25 @@ class _Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def was_stale(self) -> bool:
+        """True where the server closed a kept connection just as it was written to, and read nothing of it."""
+        is_kept = self._num_exchanges > 1 and not self._has_heard
+        return is_kept and self._lost_s is not None and self._lost_s - self._written_s < _STALE_WITHIN_S
+
     async def exchange(self, request: bytes, on_head: OnHead | None, on_body: OnBody) -> ResponseHead:
         assert self._transport is not None
         assert self._done is None
-        self._headers, self._head = {}, None
+        self._headers, self._head, self._has_heard = {}, None, False
+        self._num_exchanges += 1
         self._on_head, self._on_body = on_head, on_body
         self._done = asyncio.get_running_loop().create_future()
+        self._written_s = perf_counter()
         self._transport.write(request)
         try:
             return await self._done
         finally:
             self._done = None
-            self.is_used = True
-
-    @property
-    def has_answer_begun(self) -> bool:
-        return bool(self._headers) or self._head is not None
 
     def close(self) -> None:
         if self._transport is not None:
@@ -78,6 +87,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
+        self._has_heard = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -85,6 +95,7 @@ class _Connection(asyncio.Protocol):
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost_s = perf_counter()
         head = self._head
         if head is not None and exc is None and not {"content-length", "transfer-encoding"} & head.headers.keys():
             self._finish(head)  # this body has no announced end: the close is its end
@@ -148,27 +159,25 @@ class HttpClient:
         *,
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
+        on_resend: Callable[[], None] | None = None,
         on_head: OnHead | None = None,
         on_body: OnBody,
     ) -> ResponseHead:
-        """Returns when the whole answer was handed to `on_body`. Cancelling it closes the connection."""
+        """Returns when the whole answer was handed to `on_body`. Cancelling it closes the connection.
+
+        A server may close a kept connection just as it is written to. Such a request is sent once more, over a new
+        connection, and `on_resend` is told. Nothing else is: what a server took and dropped is lost.
+        """
         request = self._render(method, path, body, headers or {})
-        while True:
-            connection = await self._connection()
-            was_used = connection.is_used
-            try:
-                head = await connection.exchange(request, on_head, on_body)
-            except HttpError:
-                # The server may close a kept connection just as we write: nothing was answered, so ask again.
-                if was_used and not connection.has_answer_begun:
-                    continue
+        connection = self._kept() or await self._connect()
+        try:
+            return await self._exchange(connection, request, on_head, on_body)
+        except HttpError:
+            if not connection.was_stale:
                 raise
-            except BaseException:
-                connection.close()
-                raise
-            if connection.is_open:
-                self._idle.append(connection)
-            return head
+        if on_resend is not None:
+            on_resend()
+        return await self._exchange(await self._connect(), request, on_head, on_body)
 
     async def read(
         self, method: str, path: str, *, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -183,11 +192,26 @@ class HttpClient:
             connection.close()
         self._idle.clear()
 
-    async def _connection(self) -> _Connection:
+    async def _exchange(
+        self, connection: _Connection, request: bytes, on_head: OnHead | None, on_body: OnBody
+    ) -> ResponseHead:
+        try:
+            head = await connection.exchange(request, on_head, on_body)
+        except BaseException:
+            connection.close()
+            raise
+        if connection.is_open:
+            self._idle.append(connection)
+        return head
+
+    def _kept(self) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open:
                 return connection
+        return None
+
+    async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):

@@ -59,7 +59,7 @@ async def run_open_loop(planned: Iterable[PlannedRequest], send: Send, duration_
             # Sleeps even when late, so that sockets are read while many requests are due at once.
             await asyncio.sleep(max(0.0, start_s + request.arrival_s - perf_counter()))
             tasks.append(group.create_task(_send_and_note_delay(request, send, start_s)))
-    return _result([task.result() for task in tasks], start_s, start_cpu_s)
+    return load_result([task.result() for task in tasks], start_s, start_cpu_s)
 
 
 async def run_closed_loop(
@@ -79,7 +79,7 @@ async def run_closed_loop(
     async with asyncio.TaskGroup() as group:
         for _ in range(max_concurrency):
             group.create_task(keep_sending())
-    return _result(sorted(records, key=lambda record: record.sent_s), start_s, start_cpu_s)
+    return load_result(records, start_s, start_cpu_s)
 
 
 async def _send_and_note_delay(request: PlannedRequest, send: Send, start_s: float) -> RequestRecord:
@@ -88,7 +88,9 @@ async def _send_and_note_delay(request: PlannedRequest, send: Send, start_s: flo
     return record
 
 
-def _result(records: list[RequestRecord], start_s: float, start_cpu_s: float) -> LoadResult:
+def load_result(records: Iterable[RequestRecord], start_s: float, start_cpu_s: float) -> LoadResult:
+    """Return what came of a load that began then, and is over now."""
+    records = sorted(records, key=lambda record: record.sent_s)
     end_s = max((record.finished_s or start_s for record in records), default=start_s)
     first_s = min((record.sent_s for record in records), default=start_s)
     return LoadResult(records, end_s - first_s, process_time() - start_cpu_s)

@@ -39,6 +39,7 @@ class BenchReport:
     summary: Summary
     environment: Environment
     records: Sequence[RequestRecord]
+    num_cut_off: int | None = None  # interrupted with so many in flight, which are left out; None: it ran to its end
 
 
 def report_console(file_width: int = _FILE_WIDTH) -> Console:
@@ -86,12 +87,24 @@ def _total_table(report: BenchReport) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("requests ok / failed", f"{summary.num_ok} / {summary.num_failed}")
+    if report.num_cut_off is not None:
+        table.add_row("interrupted; in flight then, and left out", str(report.num_cut_off))
     if summary.num_short:
         table.add_row("answers shorter than asked for", str(summary.num_short))
+    if summary.num_resent:
+        table.add_row("sent twice: a kept connection was closed", str(summary.num_resent))
     table.add_row("duration", f"{summary.duration_s:.1f} s")
     table.add_row("requests", f"{summary.requests_per_s:.2f} /s")
     table.add_row("input tokens", f"{summary.prompt_tokens_per_s:,.1f} /s")
+    if summary.num_cached_tokens:
+        table.add_row("input tokens from a prefix cache", _share(summary.num_cached_tokens, summary.num_prompt_tokens))
     table.add_row("output tokens", f"{summary.output_tokens_per_s:,.1f} /s")
+    if summary.num_hidden_tokens:
+        table.add_row("hidden thoughts among them", _share(summary.num_hidden_tokens, summary.num_output_tokens))
+    if summary.counted_by.keys() - {"token_ids"}:
+        table.add_row("tokens counted by", ", ".join(f"{how} ({n})" for how, n in sorted(summary.counted_by.items())))
+    if summary.num_ids_differ:
+        table.add_row("answers whose token ids are not as many as usage says", str(summary.num_ids_differ))
     if summary.goodput_per_s is not None:
         table.add_row(_goodput_label(report.slo), f"{summary.goodput_per_s:.2f} /s ({summary.num_good} requests)")
     if report.load.startswith("open"):
@@ -99,6 +112,10 @@ def _total_table(report: BenchReport) -> Table:
     if summary.client_cpu_us_per_token is not None:
         table.add_row("client CPU per output token", f"{summary.client_cpu_us_per_token:.0f} us")
     return table
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def _goodput_label(slo: Slo) -> str:
@@ -113,6 +130,7 @@ def _as_json(report: BenchReport) -> dict[str, object]:
         "model": report.model,
         "load": report.load,
         "workload": report.workload,
+        "num_cut_off": report.num_cut_off,
         "slo": asdict(report.slo),
         "summary": asdict(report.summary),
         "requests": [_request_as_json(record, report.records[0].sent_s) for record in report.records],
@@ -127,7 +145,11 @@ def _request_as_json(record: RequestRecord, start_s: float) -> dict[str, object]
         "tpot_ms": _rounded_ms(record.tpot_s),
         "e2e_ms": _rounded_ms(record.e2e_s),
         "num_prompt_tokens": record.num_prompt_tokens,
+        "num_cached_tokens": record.num_cached_tokens,
         "num_output_tokens": record.num_output_tokens,
+        "num_hidden_tokens": record.num_hidden_tokens,
+        "counted_by": record.counted_by,
+        "num_resent": record.num_resent,
         "error": record.error,
     }
 

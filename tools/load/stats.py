@@ -1,7 +1,8 @@
 """Figures made from request records: percentiles, throughput, goodput. Pure.
 
 TTFT       sent -> first chunk with a token
-TPOT       mean time of an output token after the first, one figure for each request
+TPOT       mean time of an output token after the first, one figure for each request; thoughts that a server hides
+           were generated before the first, and are left out
 ITL        gap between two neighbouring tokens, all requests together (0 inside a chunk of several tokens)
 chunk gap  gap between two chunks: what a reader waits, whatever a chunk holds
 e2e        sent -> end of the answer
@@ -87,13 +88,17 @@ class Summary:
     chunk_gap_ms: Distribution
     e2e_ms: Distribution
     num_prompt_tokens: int
+    num_cached_tokens: int  # of them, from a prefix cache
     num_output_tokens: int
+    num_hidden_tokens: int  # of them, thoughts that were not shown
     requests_per_s: float
     prompt_tokens_per_s: float
     output_tokens_per_s: float
     num_good: int | None  # None: no limit was given
     goodput_per_s: float | None
     counted_by: dict[str, int]  # how a request's tokens were counted -> requests
+    num_ids_differ: int  # requests with other than as many token ids as `usage` says
+    num_resent: int  # requests sent anew, as a kept connection was closed already
     late_ms: Distribution  # open loop: sent after the planned time
     client_cpu_s: float
     client_cpu_us_per_token: float | None
@@ -119,13 +124,17 @@ def summarize(records: Sequence[RequestRecord], *, duration_s: float, client_cpu
         chunk_gap_ms=_describe_ms(gap for record in ok for gap in record.chunk_gaps_s()),
         e2e_ms=_describe_ms(record.e2e_s for record in ok),
         num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=sum(record.num_cached_tokens for record in ok),
         num_output_tokens=num_output_tokens,
+        num_hidden_tokens=sum(record.num_hidden_tokens for record in ok),
         requests_per_s=len(ok) * per_s,
         prompt_tokens_per_s=num_prompt_tokens * per_s,
         output_tokens_per_s=num_output_tokens * per_s,
         num_good=num_good,
         goodput_per_s=None if num_good is None else num_good * per_s,
         counted_by=dict(Counter(record.counted_by for record in ok)),
+        num_ids_differ=sum(record.ids_differ for record in ok),
+        num_resent=sum(record.num_resent > 0 for record in records),
         late_ms=_describe_ms(record.late_s for record in records),
         client_cpu_s=client_cpu_s,
         client_cpu_us_per_token=client_cpu_s * 1e6 / num_output_tokens if num_output_tokens else None,

@@ -87,7 +87,7 @@ async def test_prefill_without_blocks_is_an_error() -> None:
 async def test_answer_that_breaks_off_at_decode_breaks_off_here() -> None:
     async with (
         scripted_server(prefill) as prefill_server,
-        scripted_server(lambda _: Script(answer(3)[:1], is_cut=True)) as decode_server,
+        scripted_server(lambda _: Script(answer(3)[:2], is_cut=True)) as decode_server,
         proxy_over(prefill_server, decode_server) as url,
     ):
         record = await Endpoint(url, model="m").send([1], 3)

@@ -3,13 +3,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvferry.common.config import API_KEY_VARIABLE
 from kvferry.common.errors import ConfigError
+from kvferry.tools.load import client as subject
 from kvferry.tools.load.client import main, plan_requests, read_rows, run_bench
+from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.options import parse_options
 from kvferry.tools.load.stats import Slo
 
@@ -19,6 +27,7 @@ from ...benchmarks.scripted_server import (
     Script,
     ScriptedServer,
     answer,
+    chat_chunk,
     event,
     scripted_server,
     text_chunk,
@@ -102,6 +111,140 @@ async def test_an_answer_of_hidden_tokens_is_a_failed_request_of_the_file(tmp_pa
     (request,) = json.loads((tmp_path / "run.json").read_text())["requests"]
     assert (request["ttft_ms"], request["tpot_ms"]) == (None, None)
     assert request["error"].startswith("stream without a token")
+
+
+async def test_what_a_prefix_cache_had_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def bench_with(num_cached: int | None) -> tuple[str, Any]:
+        script = Script([text_chunk("a", token_ids=[1]), usage(64, 1, num_cached=num_cached), DONE])
+        async with scripted_server(lambda _: script) as server:
+            flags = ("--model", "m", "--num-requests", "2", "--json", str(tmp_path / "run.json"))
+            assert await bench(server, *flags) == 0
+        return capsys.readouterr().out, json.loads((tmp_path / "run.json").read_text())
+
+    shown, saved = await bench_with(48)
+    assert "input tokens from a prefix cache" in shown and "75.0 %" in shown
+    assert saved["summary"]["num_cached_tokens"] == 96
+    assert [request["num_cached_tokens"] for request in saved["requests"]] == [48, 48]
+    for num_cached in (0, None):
+        shown, saved = await bench_with(num_cached)
+        assert "prefix cache" not in shown and saved["summary"]["num_cached_tokens"] == 0
+
+
+async def test_how_tokens_were_counted_is_shown_unless_by_their_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def shown_by(*pieces: bytes) -> str:
+        async with scripted_server(lambda _: Script([*pieces, DONE])) as server:
+            assert await bench(server, "--model", "m", "--num-requests", "2") == 0
+        return capsys.readouterr().out
+
+    assert "counted by" not in await shown_by(*answer(1)[:-1])
+    assert "chunks (2)" in await shown_by(text_chunk("a"))
+    assert "usage (2)" in await shown_by(text_chunk("a"), usage(5, 1))
+    differing = await shown_by(text_chunk("a", token_ids=[1, 2, 3]), usage(5, 2))
+    assert "usage (2)" in differing
+    assert "answers whose token ids are not as many as usage says" in differing
+    hidden = await shown_by(chat_chunk(content="a"), usage(5, 4, num_thoughts=3))
+    assert "hidden thoughts among them" in hidden and "75.0 %" in hidden
+
+
+async def test_what_was_sent_twice_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    num_asked = 0
+
+    def be_gone_once(request: Received) -> Script:
+        nonlocal num_asked
+        num_asked += 1
+        return Script([], raw=b"") if num_asked == 3 else serve_well(request)
+
+    async with scripted_server(be_gone_once) as server:
+        assert await bench(server, "--model", "m", "--num-requests", "2", "--num-warmups", "1") == 0
+    shown = capsys.readouterr().out
+    assert "2 / 0" in shown and "sent twice: a kept connection was closed" in shown
+
+
+async def test_environment_is_described_before_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe(program: str, argv: Sequence[str]) -> Environment:
+        assert not server.requests
+        return describe_environment(program, argv)
+
+    monkeypatch.setattr(subject, "describe_environment", describe)
+    async with scripted_server(serve_well) as server:
+        argv = ["--base-url", server.base_url, "--model", "m", "--num-requests", "1"]
+        assert (await run_bench(parse_options(argv), argv)).environment.cpu
+
+
+# Only a process of its own may have its limit lowered, or be interrupted.
+PROGRAM = """
+import resource, sys
+from kvferry.tools.load.client import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+async def start_bench(server: ScriptedServer, *argv: str, file_limit: int = 256) -> asyncio.subprocess.Process:
+    words = ("-c", PROGRAM, str(file_limit), "--base-url", server.base_url, "--model", "m", *argv)
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, *words, stdout=pipe, stderr=pipe)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 1024, reason="so many files may not be open here")
+async def test_more_may_be_in_flight_than_the_soft_limit_of_files() -> None:
+    def serve_slowly(request: Received) -> Script:
+        return replace(serve_well(request), after_s=0.5)
+
+    async with scripted_server(serve_slowly) as server:
+        flags = ("--request-rate", "inf", "--num-requests", "100", "--output-len", "2", "--num-warmups", "0")
+        program = await start_bench(server, *flags, file_limit=64)
+        shown, _ = await program.communicate()
+    assert program.returncode == 0
+    assert "100 / 0" in shown.decode()
+
+
+@pytest.mark.slow
+async def test_interrupted_run_shows_and_saves_what_had_finished(tmp_path: Path) -> None:
+    are_stuck, num_asked = asyncio.Event(), 0
+
+    def answer_three(request: Received) -> Script:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked <= 1 + 3:  # probe, and the run's
+            return serve_well(request)
+        if num_asked == 1 + 3 + 2:
+            are_stuck.set()
+        return Script(answer(2)[:2], is_stuck=True)
+
+    path = tmp_path / "run.json"
+    async with scripted_server(answer_three) as server:
+        flags = ("--max-concurrency", "2", "--num-warmups", "0", "--json", str(path))
+        program = await start_bench(server, *flags)
+        await are_stuck.wait()
+        program.send_signal(signal.SIGINT)
+        shown, errors = await program.communicate()
+    assert program.returncode == 130
+    assert errors.decode() == "kvferry bench: interrupted; the figures are of what had finished\n"
+    assert "3 / 0" in shown.decode() and "interrupted; in flight then, and left out" in shown.decode()
+    saved = json.loads(path.read_text())
+    assert (saved["num_cut_off"], saved["summary"]["num_ok"], len(saved["requests"])) == (2, 3, 3)
+
+
+@pytest.mark.slow
+async def test_run_that_is_interrupted_before_an_answer_has_measured_nothing(tmp_path: Path) -> None:
+    is_asked = asyncio.Event()
+
+    def be_silent(_: Received) -> Script:
+        is_asked.set()
+        return Script([], is_stuck=True)
+
+    path = tmp_path / "run.json"
+    async with scripted_server(be_silent) as server:
+        program = await start_bench(server, "--json", str(path))
+        await is_asked.wait()
+        program.send_signal(signal.SIGINT)
+        _, errors = await program.communicate()
+    assert (program.returncode, errors.decode()) == (130, "kvferry bench: interrupted, nothing measured\n")
+    assert not path.exists()
 
 
 async def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

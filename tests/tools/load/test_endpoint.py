@@ -6,7 +6,17 @@ import pytest
 
 from kvferry.tools.load.endpoint import Endpoint, EndpointName, RequestRecord
 
-from ...benchmarks.scripted_server import DONE, Script, answer, chat_chunk, event, scripted_server, text_chunk, usage
+from ...benchmarks.scripted_server import (
+    DONE,
+    Script,
+    answer,
+    chat_chunk,
+    event,
+    prompt_chunk,
+    scripted_server,
+    text_chunk,
+    usage,
+)
 
 
 async def ask(script: Script, *, num_tokens: int = 8, name: EndpointName = "completions") -> RequestRecord:
@@ -44,6 +54,72 @@ async def test_without_token_ids_usage_settles_how_many_tokens_the_chunks_held()
 async def test_without_token_ids_and_usage_each_chunk_is_a_token() -> None:
     record = await ask_stream([text_chunk("a"), text_chunk(""), text_chunk("b", finish_reason="length"), DONE])
     assert (record.counted_by, record.num_output_tokens) == ("chunks", 3)
+
+
+async def test_what_is_said_of_the_prompt_is_no_token() -> None:
+    record = await ask(Script([prompt_chunk(5), text_chunk("a", token_ids=[1], finish_reason="length"), DONE]))
+    assert (record.chunk_tokens, record.num_output_tokens, record.tpot_s) == ([1], 1, None)
+    alone = await ask(Script([prompt_chunk(5), DONE]))
+    assert alone.error == "stream without a token"
+
+
+async def test_usage_is_believed_where_there_are_not_as_many_token_ids() -> None:
+    pieces = [text_chunk("a", token_ids=[1]), text_chunk("b", token_ids=[2, 3])]
+    record = await ask_stream([*pieces, usage(3, 2), DONE])
+    assert (record.chunk_tokens, record.num_output_tokens) == ([1, 2], 2)
+    assert (record.counted_by, record.ids_differ) == ("usage", True)
+    for end in (usage(3, 3), usage(3, 0)):
+        record = await ask_stream([*pieces, end, DONE])
+        assert (record.counted_by, record.ids_differ, record.num_output_tokens) == ("token_ids", False, 3)
+
+
+async def test_nulls_are_as_good_as_nothing() -> None:
+    null_usage = {"prompt_tokens": None, "completion_tokens": None, "completion_tokens_details": None}
+    details = {
+        "prompt_tokens_details": {"cached_tokens": None},
+        "completion_tokens_details": {"reasoning_tokens": None},
+    }
+    pieces = [event(choices=None), text_chunk("a"), event(choices=None, usage=null_usage), event(usage=details), DONE]
+    record = await ask_stream(pieces)
+    assert (record.error, record.chunk_tokens, record.counted_by) == (None, [1], "chunks")
+    assert (record.num_output_tokens, record.num_prompt_tokens, record.num_cached_tokens) == (1, 0, 0)
+
+
+async def test_chunk_that_says_nothing_is_no_token() -> None:
+    keep_alive, half_character = chat_chunk(), chat_chunk(content="")
+    pieces = [keep_alive, chat_chunk(content="a"), keep_alive, half_character, event(choices=[{"index": 0}]), DONE]
+    record = await ask_stream(pieces, "chat")
+    assert (record.error, record.chunk_tokens) == (None, [1, 1])
+
+
+async def test_calls_are_tokens() -> None:
+    call = {"index": 0, "function": {"arguments": "{"}}
+    pieces = [chat_chunk(role="assistant", tool_calls=[call]), chat_chunk(tool_calls=[call]), DONE]
+    record = await ask_stream(pieces, "chat")
+    assert (record.error, record.chunk_tokens) == (None, [1, 1])
+
+
+async def test_hidden_thoughts_are_counted_and_not_in_the_time_of_a_token() -> None:
+    seen = [chat_chunk(role="assistant", content=""), chat_chunk(content="a"), chat_chunk(content="b")]
+    record = await ask_stream([*seen, usage(9, 52, num_thoughts=50), DONE], "chat")
+    assert (record.num_output_tokens, record.num_hidden_tokens) == (52, 50)
+    assert record.tpot_s == record.chunk_times_s[1] - record.chunk_times_s[0]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [chat_chunk(reasoning_content="hm"), chat_chunk(content="a"), usage(9, 52, num_thoughts=50)],
+        [chat_chunk(reasoning="hm"), chat_chunk(content="a"), usage(9, 52, num_thoughts=50)],
+        [chat_chunk(content=[{"type": "thinking"}]), chat_chunk(content="a"), usage(9, 52, num_thoughts=50)],
+        [text_chunk("hm"), text_chunk("a"), usage(9, 52, num_thoughts=50)],
+        # Counted beside the answer: more was seen than would be left.
+        [chat_chunk(content="a"), chat_chunk(content="b"), usage(9, 2, num_thoughts=50)],
+    ],
+)
+async def test_thoughts_that_are_shown_or_counted_elsewhere_are_not_hidden(pieces: Sequence[bytes]) -> None:
+    record = await ask_stream([*pieces, DONE], "chat")
+    assert (record.error, record.num_hidden_tokens) == (None, 0)
 
 
 async def test_chat_chunk_that_only_names_the_role_is_no_first_token() -> None:
@@ -110,6 +186,15 @@ async def test_connections_are_kept_and_fields_are_sent() -> None:
     assert second.body["prompt"] == "text"
 
 
+async def test_record_tells_that_it_was_sent_anew() -> None:
+    scripts = iter([Script(answer(1)), Script([], raw=b""), Script(answer(1))])
+    async with scripted_server(lambda _: next(scripts)) as server:
+        endpoint = Endpoint(server.base_url, model="m")
+        records = [await endpoint.send([1], 1) for _ in range(2)]
+        endpoint.close()
+    assert [(record.error, record.num_resent) for record in records] == [(None, 0), (None, 1)]
+
+
 async def test_chat_sends_the_prompt_as_a_user_message() -> None:
     async with scripted_server(lambda _: Script([chat_chunk(content="x"), DONE])) as server:
         endpoint = Endpoint(server.base_url, model="m", name="chat", return_token_ids=False)
@@ -132,7 +217,7 @@ FAILURES = {
     ),
     "error object": (Script([event(object="error", message="too long"), DONE]), "error event: too long"),
     "cut inside the body": (Script(answer(3)[:2], is_cut=True), "connection closed before the end"),
-    "clean end without done": (Script(answer(3)[:2]), r"ended without \[DONE\] after 2 tokens"),
+    "clean end without done": (Script(answer(3)[:3]), r"ended without \[DONE\] after 2 tokens"),
     "event that is no json": (Script([b"data: {oops\n\n", DONE]), "unreadable event"),
     "nothing but done": (Script([DONE]), "without a token"),
     "finish reason of an error": (Script([text_chunk("a", finish_reason="error"), DONE]), "finish_reason 'error'"),
@@ -149,7 +234,7 @@ async def test_answer_that_is_not_whole_is_a_failure_with_its_reason(script: Scr
 
 
 async def test_tokens_before_a_failure_are_kept() -> None:
-    record = await ask(Script(answer(3)[:2], is_cut=True))
+    record = await ask(Script(answer(3)[:3], is_cut=True))
     assert record.chunk_tokens == [1, 1]
 
 

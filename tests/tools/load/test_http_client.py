@@ -7,7 +7,7 @@ import pytest
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.http_client import HttpClient, HttpError, ResponseHead
 
-from ...benchmarks.scripted_server import Script, scripted_server
+from ...benchmarks.scripted_server import Received, Script, scripted_server
 
 
 async def test_body_pieces_are_handed_on_as_they_come() -> None:
@@ -39,6 +39,47 @@ async def test_request_is_repeated_when_the_server_closes_a_kept_connection_unan
         client.close()
     assert answers == [b"first", b"second"]
     assert (len(server.requests), server.num_connections) == (3, 2)
+
+
+async def test_request_that_was_dropped_after_a_while_may_have_been_computed_and_is_not_repeated() -> None:
+    scripts = iter([Script([b"first"]), Script([], raw=b"", after_s=0.3), Script([b"second"])])
+    async with scripted_server(lambda _: next(scripts)) as server:
+        client = HttpClient(server.base_url)
+        await client.read("POST", "/")
+        with pytest.raises(HttpError, match="before the end"):
+            await client.read("POST", "/")
+        client.close()
+    assert len(server.requests) == 2
+
+
+async def test_request_is_repeated_once_over_a_new_connection() -> None:
+    num_resent = 0
+
+    def on_resend() -> None:
+        nonlocal num_resent
+        num_resent += 1
+
+    def script_of(_: Received) -> Script:
+        return Script([b"x"]) if len(server.requests) <= 3 else Script([], raw=b"")
+
+    async with scripted_server(script_of) as server:
+        client = HttpClient(server.base_url)
+        await asyncio.gather(*(client.read("GET", "/") for _ in range(3)))
+        with pytest.raises(HttpError, match="before the end"):
+            await client.request("GET", "/", on_resend=on_resend, on_body=lambda _: None)
+        client.close()
+    assert (server.num_connections, len(server.requests), num_resent) == (4, 5, 1)
+
+
+async def test_request_whose_answer_has_begun_is_not_repeated() -> None:
+    scripts = iter([Script([b"first"]), Script([], raw=b"HTTP/1.1 200 "), Script([b"second"])])
+    async with scripted_server(lambda _: next(scripts)) as server:
+        client = HttpClient(server.base_url)
+        await client.read("GET", "/")
+        with pytest.raises(HttpError, match="before the end"):
+            await client.read("GET", "/")
+        client.close()
+    assert len(server.requests) == 2
 
 
 async def test_request_is_not_repeated_when_a_new_connection_is_closed_unanswered() -> None:
