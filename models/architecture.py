@@ -59,13 +59,25 @@ def _of_text(fields: ConfigFields, architecture: str) -> tuple[str, ConfigFields
     """Return the language model's architecture, and what config.json says of it. Raises ConfigError for another one."""
     if architecture not in NESTED:
         return architecture, fields
-    texts = NESTED[architecture].texts
+    nested = NESTED[architecture]
     text = fields.mapping("text_config") or ConfigFields(fields.path, {})  # older ones say everything in one place
-    name = text.raw.get("model_type", next(iter(texts)))
-    if not isinstance(name, str) or name not in texts:
-        known = " or ".join(texts)
+    name = text.raw.get("model_type", next(iter(nested.texts)))
+    if not isinstance(name, str) or name not in nested.texts:
+        known = " or ".join(nested.texts)
         raise text.refuse("model_type", f"text_config of this architecture is supported as {known} alone")
-    return texts[name], ConfigFields(fields.path, {**fields.raw, **text.raw})
+    told = {**fields.raw, **text.raw, **_of_whole(fields, text)}
+    return nested.texts[name], ConfigFields(fields.path, told).with_defaults(nested.defaults)
+
+
+def _of_whole(fields: ConfigFields, text: ConfigFields) -> dict[str, object]:
+    """Return what the whole model's word counts for before its language model's, as in `transformers`.
+
+    That writes there what its class has by default: no tied head, and an end token that may be another one.
+    """
+    told: dict[str, object] = {"eos_token_id": fields.raw["eos_token_id"]} if fields.has("eos_token_id") else {}
+    if any(each.flag("tie_word_embeddings", default=False) for each in (fields, text)):  # older ones say it of the text
+        told["tie_word_embeddings"] = True
+    return told
 
 
 def _refuse_unsupported(fields: ConfigFields, family: Family) -> None:
@@ -74,6 +86,8 @@ def _refuse_unsupported(fields: ConfigFields, family: Family) -> None:
         raise fields.refuse("auto_map", "the checkpoint brings its own code, which is never run")
     if fields.flag("use_bidirectional_attention", default=False):
         raise fields.refuse("use_bidirectional_attention", "an answer's tokens see those before them alone")
+    if not fields.flag("is_causal", default=True):
+        raise fields.refuse("is_causal", "tokens see those before them alone, those of embedding models too")
     kinds = fields.raw.get("layer_types") if family.states is None else None  # else `parts/states.py` checks them
     if isinstance(kinds, list) and (unknown := sorted({str(kind) for kind in kinds} - _LAYER_KINDS)):
         raise ConfigError(f"{fields.path}: layer_types: layers of {', '.join(unknown)} are not supported")

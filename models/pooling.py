@@ -11,9 +11,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import structlog
+
 from ..common.errors import ConfigError
 from ..common.request import Pooling
 from .files import read_json
+
+log = structlog.get_logger(__name__)
 
 _MODULES = "modules.json"
 _POOLING_DIR = "1_Pooling"
@@ -32,6 +36,7 @@ def read_pooling(model_dir: Path) -> Pooling:
     file = model_dir / _pooling_dir(model_dir) / "config.json"
     if not file.is_file():
         return Pooling.LAST
+    _tell_of_code(model_dir)
     config = read_json(file)
     if isinstance(named := config.get("pooling_mode"), str):
         modes = {named}
@@ -45,6 +50,17 @@ def read_pooling(model_dir: Path) -> Pooling:
             f"{file}: embeddings are pooled by one of {known}, not by {', '.join(sorted(modes)) or 'none'}"
         )
     return pooling
+
+
+def _tell_of_code(model_dir: Path) -> None:
+    """Warn of a checkpoint whose own code is said to make its vectors: embedding models' often attends both ways."""
+    file = model_dir / "config.json"
+    if file.is_file() and "auto_map" in read_json(file):
+        log.warning(
+            "embeddings",
+            computed_by="the built-in class",
+            reason=f"{file}: auto_map names code of the checkpoint, which is never run; compare some vectors with its",
+        )
 
 
 def _pooling_dir(model_dir: Path) -> str:

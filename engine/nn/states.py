@@ -131,7 +131,8 @@ class LayerStates:
             self.judge(is_foreign, tags, starts)
         known = starts.float().masked_fill_(is_foreign, torch.nan)
         # What lies in a new block may be no number. Each part is moved into a piece of its own meanwhile.
-        end, shape = 1 + config.num_share_inputs, (count, config.num_shares, config.kernel_size - 1, -1)
+        num_rows, end = config.kernel_size - 1, 1 + config.num_share_inputs
+        shape = count, config.num_shares, num_rows, sum(map(config.share_of, config.row_parts))
         parts = found[:, :, 1:end], found[:, :, end:]
         inputs, memory = (part.masked_fill(begins.view(-1, 1, 1), 0.0) for part in parts)
         return _joined(config, inputs.reshape(shape)), memory.reshape(count, *config.memory_shape), known
@@ -165,7 +166,7 @@ def _by_share(config: StatesConfig, inputs: Tensor) -> Tensor:
     cut = [
         each.unsqueeze(1).expand(-1, config.num_shares, -1, -1)
         if part.is_common
-        else each.view(*each.shape[:2], config.num_shares, -1).transpose(1, 2)
+        else each.view(*each.shape[:2], config.num_shares, config.share_of(part)).transpose(1, 2)
         for part, each in zip(config.row_parts, parts, strict=True)
     ]
     return torch.cat(cut, 3)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .defaults import GEMMA4
-from .experts import GEMMA_4_EXPERTS, LFM2_EXPERTS, LLAMA_4, MISTRAL_4, NEMOTRON_H_EXPERTS, ExpertTraits
+from .experts import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    ERNIE,
+    EXAONE,
+    GEMMA_4_EXPERTS,
+    LFM2_EXPERTS,
+    LLAMA_4,
+    MISTRAL_4,
+    NEMOTRON_H_EXPERTS,
+    SOLAR,
+    ExpertTraits,
+)
 from .family import Family, MlpNames
 
 # Heads and norms of GLM-4.
@@ -33,6 +45,9 @@ ERNIE4 = Family(
     mlp_bias="use_bias",
     has_neighbours=True,
 )
+ERNIE4_MOE = replace(
+    ERNIE4, name="ernie4_5_moe", defaults={"moe_num_shared_experts": 2, **ERNIE4.defaults}, experts=ERNIE
+)
 HUNYUAN_DENSE = Family(
     name="hunyuan_v1_dense",
     defaults={"rms_norm_eps": 1e-5},
@@ -50,12 +65,33 @@ EXAONE4 = Family(
     windows="typed",
     unturned="beside windows",
 )
+EXAONE_MOE = replace(
+    EXAONE4,
+    name="exaone_moe",
+    defaults={"num_shared_experts": 1, **EXAONE4.defaults},
+    norms="before",
+    experts=EXAONE,
+)
+SOLAR_OPEN = Family(
+    name="solar_open",
+    defaults={
+        "head_dim": 128,
+        "intermediate_size": 1280,  # of no layer: all have experts
+        "moe_intermediate_size": 1280,
+        "n_shared_experts": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+    },
+    qkv_bias="attention_bias",
+    experts=SOLAR,
+)
 
 # Layers without a window have heads of another size.
 GEMMA4_TEXT = Family(
     name="gemma4_text",
     defaults=GEMMA4,
     norms="both",
+    activation_key="hidden_activation",
     head_norms="head",
     norms_values=True,
     qkv_bias="attention_bias",
@@ -182,6 +218,16 @@ LLAMA4 = Family(
     unturned="named",
     experts=LLAMA_4,
 )
+
+# Attention is over latents.
+DEEPSEEK2 = Family(
+    name="deepseek_v2",
+    defaults={"n_shared_experts": 2},
+    is_latent=True,
+    mlp_bias="mlp_bias",
+    experts=DEEPSEEK_V2,
+)
+DEEPSEEK3 = Family(name="deepseek_v3", defaults={"n_shared_experts": 1}, is_latent=True, experts=DEEPSEEK_V3)
 
 # Attention is over latents, and all layers have experts.
 MISTRAL4 = Family(

@@ -25,8 +25,14 @@ class ExpertTraits:
     scoring: Scoring = "softmax"
     normalised: bool | None = None  # None: as `norm_topk_prob` says
     normalised_default: bool = False
+    # Of all weights, where config.json has no `routed_scaling_factor`; None: what it has there is not read.
+    scale: float | None = None
     scales_inputs: bool = False  # what experts see is multiplied by their weights, not what they yield
-    has_groups: bool = True  # of neighbours, as others' are formed; else more than one is refused
+    # Of neighbours, and those that a token's experts are of, where config.json has no `n_group` and no `topk_group`;
+    # None: what it has there is not read.
+    groups: tuple[int, int] | None = None
+    has_own_groups: bool = False  # they are chosen otherwise than others' are: more than one is refused
+    may_be_greedy: bool = False  # groups count for nothing unless `topk_method` says how
     first_dense: int = 0  # layers, where config.json tells none
     gate: str = "gate"
     is_stacked: bool = False  # one tensor for all experts, with biases, in gpt-oss's form; the gate has one, too
@@ -67,6 +73,8 @@ LFM2_EXPERTS = ExpertTraits(
     parts=("w1", "w3", "w2"),
     scoring="sigmoid",
     normalised_default=True,
+    scale=1.0,
+    first_dense=2,
     score_bias="expert_bias",
 )
 HUNYUAN = ExpertTraits(gate="gate.wg", shared="shared_mlp", normalised=True)
@@ -88,22 +96,30 @@ GEMMA_4_EXPERTS = ExpertTraits(
     stacks=Stacks("experts.gate_up_proj", "experts.down_proj"),
     are_beside_mlp=True,
 )
-DEEPSEEK_V2 = ExpertTraits(normalised=False)
-MISTRAL_4 = ExpertTraits(normalised_default=True, has_groups=False, stacks=Stacks())
+DEEPSEEK_V2 = ExpertTraits(normalised=False, scale=1.0, groups=(1, 1), may_be_greedy=True)
+MISTRAL_4 = ExpertTraits(normalised_default=True, scale=1.0, groups=(1, 1), has_own_groups=True, stacks=Stacks())
 DEEPSEEK_V3 = ExpertTraits(
-    scoring="sigmoid", normalised_default=True, first_dense=3, score_bias="gate.e_score_correction_bias"
+    scoring="sigmoid",
+    normalised_default=True,
+    scale=2.5,
+    groups=(8, 4),
+    first_dense=3,
+    score_bias="gate.e_score_correction_bias",
 )
 ERNIE = ExpertTraits(normalised=True, first_dense=1, score_bias="moe_statics.e_score_correction_bias")
-GLM_4 = replace(DEEPSEEK_V3, first_dense=1)
-EXAONE = replace(GLM_4, score_bias="e_score_correction_bias")
-SOLAR_OPEN = replace(DEEPSEEK_V3, first_dense=0)
-DOTS_1 = replace(SOLAR_OPEN, normalised_default=False)
+GLM_4 = replace(DEEPSEEK_V3, scale=1.0, groups=(1, 1), first_dense=1)
+GLM_4_LITE = replace(GLM_4, scale=1.8)
+EXAONE = replace(GLM_4, scale=2.5, score_bias="e_score_correction_bias")
+SOLAR = replace(GLM_4, first_dense=0)
+DOTS_1 = replace(SOLAR, normalised_default=False)
 NEMOTRON_H_EXPERTS = ExpertTraits(
     module="mixer",
     is_optional=True,
     parts=("up_proj", "down_proj"),
     scoring="sigmoid",
     normalised_default=True,
+    scale=1.0,
+    groups=(1, 1),
     score_bias="gate.e_score_correction_bias",
     shared_parts=("up_proj", "down_proj"),
     shared_size_key="moe_shared_expert_intermediate_size",

@@ -74,6 +74,7 @@ class Family:
     mlp_bias: Bias = False
     fusion: Fusion = "none"
     mlp: MlpNames = MlpNames()
+    activation_key: str = "hidden_act"  # in config.json
     has_sinks: bool = False  # a weight of each head that no token's value goes with
     output_name: str = "o_proj"  # of the matrix behind attention
     attention: str = "self_attn"  # the module of attention in a layer

@@ -10,8 +10,12 @@ from dataclasses import replace
 
 from .alike import (
     ARCEE,
+    DEEPSEEK2,
+    DEEPSEEK3,
     ERNIE4,
+    ERNIE4_MOE,
     EXAONE4,
+    EXAONE_MOE,
     FALCON_H1,
     GEMMA4_TEXT,
     GLM4,
@@ -23,15 +27,13 @@ from .alike import (
     MISTRAL4,
     NEMOTRON_H,
     QWEN_NEXT,
+    SOLAR_OPEN,
 )
 from .defaults import COHERE2, GEMMA, GEMMA3, OLMO3
 from .experts import (
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
     DOTS_1,
-    ERNIE,
-    EXAONE,
     GLM_4,
+    GLM_4_LITE,
     GRANITE,
     GRANITE_HYBRID,
     HUNYUAN,
@@ -40,7 +42,6 @@ from .experts import (
     QWEN3_5_EXPERTS,
     QWEN3_VL,
     QWEN_NEXT_EXPERTS,
-    SOLAR_OPEN,
     ExpertTraits,
 )
 from .family import Family, MlpNames
@@ -66,7 +67,9 @@ FAMILIES = {
         mlp_bias="mlp_bias",
     ),
     "MistralForCausalLM": Family(name="mistral", defaults={"sliding_window": 4096}, windows="every"),
-    "Ministral3ForCausalLM": Family(name="ministral3", windows="every", scales_queries=True),
+    "Ministral3ForCausalLM": Family(
+        name="ministral3", defaults={"rms_norm_eps": 1e-5}, windows="every", scales_queries=True
+    ),
     "Mistral4ForCausalLM": MISTRAL4,
     "Qwen2ForCausalLM": Family(name="qwen2", defaults={"sliding_window": 4096}, qkv_bias=True, windows="flagged"),
     "Qwen3ForCausalLM": Family(
@@ -146,18 +149,18 @@ FAMILIES = {
             "q_lora_rank": 768,
             "qk_nope_head_dim": 192,
             "rms_norm_eps": 1e-5,
-            "routed_scaling_factor": 1.8,
             "v_head_dim": 256,
         },
         is_latent=True,
-        experts=GLM_4,
+        experts=GLM_4_LITE,
     ),
-    "DeepseekV2ForCausalLM": Family(name="deepseek_v2", is_latent=True, mlp_bias="mlp_bias", experts=DEEPSEEK_V2),
-    "DeepseekV3ForCausalLM": Family(name="deepseek_v3", is_latent=True, experts=DEEPSEEK_V3),
+    "DeepseekV2ForCausalLM": DEEPSEEK2,
+    "DeepseekV3ForCausalLM": DEEPSEEK3,
     "Gemma2ForCausalLM": Family(
         name="gemma2",
         defaults=GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
         norms="both",
+        activation_key="hidden_activation",
         norm_offset=1.0,
         qkv_bias="attention_bias",
         o_bias="attention_bias",
@@ -169,6 +172,7 @@ FAMILIES = {
         name="gemma3_text",
         defaults=GEMMA3,
         norms="both",
+        activation_key="hidden_activation",
         norm_offset=1.0,
         head_norms="head",
         qkv_bias="attention_bias",
@@ -192,9 +196,9 @@ FAMILIES = {
         ),
     ),
     "Ernie4_5ForCausalLM": replace(ERNIE4, defaults={"head_dim": 128, **ERNIE4.defaults}),
-    "Ernie4_5_MoeForCausalLM": replace(ERNIE4, name="ernie4_5_moe", experts=ERNIE),
+    "Ernie4_5_MoeForCausalLM": ERNIE4_MOE,
     "Exaone4ForCausalLM": EXAONE4,
-    "ExaoneMoeForCausalLM": replace(EXAONE4, name="exaone_moe", norms="before", experts=EXAONE),
+    "ExaoneMoeForCausalLM": EXAONE_MOE,
     "Dots1ForCausalLM": Family(
         name="dots1",
         defaults={"max_window_layers": 62, "sliding_window": 4096, "use_sliding_window": True},
@@ -204,12 +208,7 @@ FAMILIES = {
         windows="flagged",
         experts=DOTS_1,
     ),
-    "SolarOpenForCausalLM": Family(
-        name="solar_open",
-        defaults={"head_dim": 128, "n_shared_experts": 1, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
-        qkv_bias="attention_bias",
-        experts=SOLAR_OPEN,
-    ),
+    "SolarOpenForCausalLM": SOLAR_OPEN,
     "YoutuForCausalLM": Family(name="youtu", is_latent=True, defaults={"tie_word_embeddings": True}),
     "CwmForCausalLM": Family(
         name="cwm",

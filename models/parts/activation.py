@@ -15,7 +15,7 @@ _PLAIN: dict[object, Activation] = _GATED | {"relu2": "relu2"}
 
 def read_activation(fields: ConfigFields, family: Family) -> Activation:
     """Raises ConfigError for one that feed-forwards of the family have not."""
-    key = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
+    key = family.activation_key
     value = fields.raw.get(key, "silu")
     known = _PLAIN if family.mlp.gate is None else _GATED
     if not isinstance(value, str) or value not in known:

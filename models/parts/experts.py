@@ -153,18 +153,11 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         return None
     alike = {key: value[0] for key in _BY_LAYER if isinstance(value := fields.raw.get(key), list) and _is_one(value)}
     fields = ConfigFields(fields.path, {**fields.raw, **alike})  # other lists are refused where they are read
-    if (method := fields.raw.get("topk_method")) not in _METHODS:
-        raise fields.refuse("topk_method", f"is not supported; these are: {', '.join(map(str, _METHODS[1:]))}")
     if fields.has("scoring_func") and _SCORINGS.get(str(fields.raw["scoring_func"])) != traits.scoring:
         raise fields.refuse("scoring_func", f"experts of this family are scored by {traits.scoring}")
     num_experts, num_chosen = (fields.count(fields.told(keys)) for keys in (_COUNTS, _CHOSEN_COUNTS))
     size = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
-    num_groups = num_chosen_groups = 1
-    if method != "greedy" and fields.has("n_group"):
-        num_groups = fields.count("n_group")
-        num_chosen_groups = min(fields.count("topk_group"), num_groups)
-    if num_groups > 1 and not traits.has_groups:
-        raise fields.refuse("n_group", "groups of experts are not supported in this family")
+    num_groups, num_chosen_groups = _groups(fields, traits)
     if num_experts % num_groups:
         raise fields.refuse("n_group", f"must divide the {num_experts} experts")
     if num_chosen > num_experts // num_groups * num_chosen_groups:
@@ -190,7 +183,7 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         limit=fields.number("swiglu_limit", 7.0),
         scoring=traits.scoring,
         normalised=normalised,
-        scale=fields.number("routed_scaling_factor", 1.0),
+        scale=1.0 if traits.scale is None else fields.number("routed_scaling_factor", traits.scale),
         num_groups=num_groups,
         num_chosen_groups=num_chosen_groups,
         shared_size=_shared_size(fields, traits, size),
@@ -200,6 +193,18 @@ def read_experts(fields: ConfigFields, traits: ExpertTraits | None) -> ExpertsCo
         narrowing=_narrowing(fields, traits),
         shared_gate=None if traits.shared_gate is None else f"{traits.module}.{traits.shared_gate}",
     )
+
+
+def _groups(fields: ConfigFields, traits: ExpertTraits) -> tuple[int, int]:
+    """Count the groups of experts, and those that a token's are of: one, where groups count for nothing."""
+    if (method := fields.raw.get("topk_method")) not in _METHODS:
+        raise fields.refuse("topk_method", f"is not supported; these are: {', '.join(map(str, _METHODS[1:]))}")
+    if traits.groups is None or (traits.may_be_greedy and method in (None, "greedy")):
+        return 1, 1
+    count = fields.count("n_group", traits.groups[0])
+    if count > 1 and traits.has_own_groups:
+        raise fields.refuse("n_group", "groups of experts are not supported in this family")
+    return count, min(fields.count("topk_group", traits.groups[1]), count)
 
 
 def _has_none(fields: ConfigFields, traits: ExpertTraits) -> bool:
@@ -217,7 +222,8 @@ def _narrowing(fields: ConfigFields, traits: ExpertTraits) -> Narrowing | None:
 def _shared_size(fields: ConfigFields, traits: ExpertTraits, size: int) -> int:
     if traits.shared_size_key is not None:
         return fields.count(traits.shared_size_key)
-    return size * next((fields.count(key) for key in _SHARED_COUNTS if fields.raw.get(key)), 0)
+    key = fields.told(_SHARED_COUNTS)
+    return size * fields.count(key) if fields.raw.get(key) else 0
 
 
 def _is_one(numbers: list[object]) -> bool:

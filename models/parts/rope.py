@@ -14,6 +14,8 @@ from .config_fields import ConfigFields
 RopeKind = Literal["default", "linear", "llama3", "longrope", "proportional", "yarn", "none"]  # none: angles are 0
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_ORIGINAL = "original_max_position_embeddings"
+_KEEPING_ORIGINAL = ("llama3", "longrope", "su", "yarn")
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
@@ -125,9 +127,9 @@ def _read_rope(
     if fraction != 1.0 and not family.has_partial_rope:
         where = scaling if scaling.has("partial_rotary_factor") else fields
         raise where.refuse("partial_rotary_factor", "only rotary positions over the whole head are supported")
-    original = scaling.count(
-        "original_max_position_embeddings", fields.count("original_max_position_embeddings", max_model_len)
-    )
+    original = scaling.count(_ORIGINAL, max_model_len)
+    if kind in _KEEPING_ORIGINAL and not family.has_local_rope:  # beside the scaling it goes first, as in transformers
+        original = fields.count(_ORIGINAL, original)
     match kind:
         case (
             "default" | "mrope"
@@ -200,7 +202,11 @@ def _llama3(scaling: ConfigFields, theta: float, original: int) -> RopeConfig:
 
 def _longrope(scaling: ConfigFields, theta: float, original: int, max_model_len: int, count: int) -> RopeConfig:
     factor = scaling.number("factor", max_model_len / original)
-    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    default = 1.0
+    if factor > 1 and not scaling.has("attention_factor"):
+        if original == 1:
+            raise ConfigError(f"{scaling.path}: {_ORIGINAL} = 1: must be at least 2, or attention_factor be told")
+        default = math.sqrt(1 + math.log(factor) / math.log(original))
     return RopeConfig(
         kind="longrope",
         theta=theta,
@@ -213,6 +219,8 @@ def _longrope(scaling: ConfigFields, theta: float, original: int, max_model_len:
 
 def _yarn(scaling: ConfigFields, theta: float, original: int, max_model_len: int) -> RopeConfig:
     factor = scaling.number("factor", max_model_len / original)
+    if theta == 1.0:
+        raise ConfigError(f"{scaling.path}: rope_theta = 1: yarn stretches by frequency, and all would be alike")
     if scaling.raw.get("mscale") and scaling.raw.get("mscale_all_dim"):  # 0 says, like null, that there is none
         default = _yarn_mscale(factor, scaling.number("mscale")) / _yarn_mscale(
             factor, scaling.number("mscale_all_dim")
@@ -257,6 +265,8 @@ def _sliding_layers(fields: ConfigFields, family: Family, num_layers: int) -> li
     if layer_types is None and family.windows == "typed":
         pattern = fields.count("sliding_window_pattern")
         return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    if layer_types is None and family.unturned == "named":
+        return list(read_unturned(fields, family))
     if layer_types is None:
         first = fields.raw.get("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:

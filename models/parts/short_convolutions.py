@@ -82,11 +82,13 @@ def inner_size(fields: ConfigFields, family: Family) -> int:
     """
     if not family.mlp.is_adjusted:
         return fields.count(family.mlp.size)
-    size = fields.count(fields.told(("block_ff_dim", family.mlp.size)))
+    size = fields.count(key := fields.told(("block_ff_dim", family.mlp.size)))
     if not fields.flag("block_auto_adjust_ff_dim", default=True):
         return size
     size = 2 * size // 3
     if fields.has("block_ffn_dim_multiplier"):
         step = fields.count("block_multiple_of")
         size = -(-int(fields.number("block_ffn_dim_multiplier") * size) // step) * step
+    if size < 1:
+        raise fields.refuse(key, "a gated MLP has no column of it, once block_ffn_dim_multiplier is applied")
     return size

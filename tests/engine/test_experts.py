@@ -220,18 +220,18 @@ def test_experts_are_rounded_at_load_and_their_gate_is_not(models: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("name", "fields", "message"),
     [
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9"),
-        ({"topk_method": "random"}, "topk_method = 'random'"),
-        ({"n_group": 3, "topk_group": 1}, "n_group = 3"),
-        ({"mlp_only_layers": 1}, "mlp_only_layers = 1"),
+        ("qwen3", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9"),
+        ("qwen3", {"topk_method": "random"}, "topk_method = 'random'"),
+        ("glm4", {"n_group": 3, "topk_group": 1}, "n_group = 3"),
+        ("qwen3", {"mlp_only_layers": 1}, "mlp_only_layers = 1"),
     ],
 )
 def test_what_cannot_be_chosen_from_is_refused(
-    models: Path, tmp_path: Path, fields: dict[str, object], message: str
+    models: Path, tmp_path: Path, name: str, fields: dict[str, object], message: str
 ) -> None:
-    raw = json.loads((models / "qwen3" / "config.json").read_text()) | fields
+    raw = json.loads((models / name / "config.json").read_text()) | fields
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dir(tmp_path)

@@ -17,7 +17,7 @@ from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 
 from ..adapters import merge, write_adapter
-from ..engine_driver import GREEDY, Driver, make_engine
+from ..engine_driver import GREEDY, Driver, engine_config, make_engine
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from ..transformers_checkpoints import (
     FALCON_H1,
@@ -116,6 +116,29 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str
             chosen = following.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
             assert bool((following.amax(1) - chosen <= NEAR).all()), (block_size, chunk)
     assert sum(map(list.__eq__, answers[0], answers[1])) >= 5  # one or two nearly tie somewhere
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["torch", "C++"])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Qwen3_5Text", {"linear_conv_kernel_dim": 1}),
+        ("Lfm2", LFM2 | {"conv_L_cache": 1}),
+        ("Lfm2Moe", LFM2 | EXPERTS | {"num_dense_layers": 1, "conv_L_cache": 1}),
+        ("FalconH1", FALCON_H1 | {"mamba_d_conv": 1}),
+    ],
+    ids=["delta net", "short", "short, with experts", "mamba"],
+)
+def test_a_convolution_may_see_the_token_itself_alone(
+    tmp_path: Path, kind: str, fields: dict[str, object], native: bool
+) -> None:
+    model_dir = write_state_models(tmp_path, {"model": (kind, fields)}, head_dim=64) / "model"
+    engine = Engine(engine_config(model_dir, block_size=16), num_blocks=64, native=native)
+    [asked] = prompts([40])
+    [answer] = _answers(engine, [asked], 7)
+    following = reference_logprobs(model_dir, (*asked, *answer[:-1]))[len(asked) - 1 :]
+    chosen = following.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+    assert bool((following.amax(1) - chosen <= NEAR).all())
 
 
 def test_a_checkpoint_has_the_tensors_that_its_config_tells_of(checkpoints: Path) -> None:

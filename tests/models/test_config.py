@@ -323,6 +323,9 @@ def test_lfm2_tells_its_mlp_and_its_layers_in_words_of_its_own(tmp_path: Path) -
     assert _load(tmp_path, told | {"layer_types": types}).kv_layers == (1, 3, 5)
     with pytest.raises(ConfigError, match=r"full_attn_idxs = .*: must list the layers that attend, of 6"):
         _load(tmp_path, told | {"full_attn_idxs": [6]})
+    for nothing in ({"block_ff_dim": 1}, {"block_ffn_dim_multiplier": 1e-4}):
+        with pytest.raises(ConfigError, match=r"block_ff_dim = .*: a gated MLP has no column of it"):
+            _load(tmp_path, told | nothing)
 
 
 def test_an_architecture_may_have_the_name_that_it_was_published_under(tmp_path: Path) -> None:
@@ -415,6 +418,41 @@ def test_a_language_model_beside_others_must_be_of_its_family(tmp_path: Path) ->
     assert config.hidden_size == 64 and config.sliding_windows == (4096,) * config.num_layers
     with pytest.raises(ConfigError, match=r"model_type = 'qwen3': text_config .* as mistral or .* or mistral4 alone"):
         _load(tmp_path, nested | {"text_config": text | {"model_type": "qwen3"}})
+
+
+def test_a_whole_model_s_word_on_its_head_and_its_ends_goes_before_its_language_model_s(tmp_path: Path) -> None:
+    """transformers writes into `text_config` what its class has by default, however the whole model is."""
+    text = {"model_type": "ministral3", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    nested: dict[str, object] = {"architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": ...}
+    for whole, own, expected in ((True, False, True), (True, ..., True), (..., True, True), (False, False, False)):
+        of_text = text if own is ... else text | {"tie_word_embeddings": own}
+        told = nested | {"tie_word_embeddings": whole, "text_config": of_text}
+        assert _load(tmp_path, told).tie_embeddings is expected, (whole, own)
+    for ends in ({}, {"eos_token_id": None}, {"eos_token_id": 1}):
+        assert _load(tmp_path, nested | {"eos_token_id": [1, 106], "text_config": text | ends}).eos_token_ids == {
+            1,
+            106,
+        }
+    for none in (..., None):
+        told = nested | {"eos_token_id": none, "text_config": text | {"eos_token_id": 5}}
+        assert _load(tmp_path, told).eos_token_ids == {5}
+    told = nested | {"sliding_window": 9, "text_config": text | {"sliding_window": None}}
+    assert not any(_load(tmp_path, told).sliding_windows), "null says that there is no window"
+
+
+def test_the_length_that_a_model_was_trained_on_goes_first_where_it_stands_beside_its_scaling(tmp_path: Path) -> None:
+    key, bands = "original_max_position_embeddings", {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    factors = {"short_factor": [1.0] * 32, "long_factor": [1.0] * 32}
+    for kind, expected in {"yarn": 2048, "llama3": 2048, "longrope": 2048}.items():
+        scaling = {"rope_type": kind, "factor": 4.0, key: 4096, **bands, **factors}
+        assert _load(tmp_path, {"rope_scaling": scaling, key: 2048}).rope.original_max_len == expected
+        assert _load(tmp_path, {"rope_scaling": scaling}).rope.original_max_len == 4096
+    gemma3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_act": ..., "head_dim": 64}
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    for own, expected in (({key: 4096}, 4096), ({}, 8192)):  # of a type of layers
+        parameters = {"full_attention": yarn | own, "sliding_attention": {"rope_type": "default"}}
+        config = _load(tmp_path, gemma3 | {"rope_scaling": ..., "rope_parameters": parameters, key: 2048})
+        assert config.rope.original_max_len == expected
 
 
 def test_any_number_of_heads_up_to_a_tile_attends_to_latents_on_cuda(tmp_path: Path) -> None:
@@ -635,6 +673,15 @@ def test_any_scaling_turns_a_part_of_each_head(tmp_path: Path, kind: str) -> Non
         ({"torch_dtype": "int8"}, "dtype 'int8'"),
         ({"eos_token_id": ["a"]}, "eos_token_id"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
+        ({"is_causal": False}, "is_causal = False: tokens see those before them alone"),
+        ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_theta = 1: yarn"),
+        (
+            {
+                "original_max_position_embeddings": 1,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0] * 32},
+            },
+            "original_max_position_embeddings = 1: must be at least 2",
+        ),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import Pooling
@@ -29,6 +30,20 @@ def _write(path: Path, pooling: dict[str, object] | None, modules: list[str] | N
 
 def test_a_model_that_generates_is_pooled_by_its_last_token(tmp_path: Path) -> None:
     assert read_pooling(tmp_path) is Pooling.LAST
+
+
+def test_code_that_is_not_run_is_told_of_where_vectors_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"}}')
+    with capture_logs() as told:
+        read_pooling(tmp_path)
+        assert not told, "a model that generates"
+        read_pooling(_write(tmp_path, {"pooling_mode": "lasttoken"}))
+    [entry] = told
+    assert entry["log_level"] == "warning" and "auto_map" in entry["reason"]
+    (tmp_path / "config.json").write_text("{}")
+    with capture_logs() as told:
+        read_pooling(tmp_path)
+    assert not told
 
 
 @pytest.mark.parametrize(
