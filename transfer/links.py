@@ -123,6 +123,7 @@ class KVServer:
         self._on_lost = on_lost
         self._sessions: dict[str, Channel] = {}
         self._numbers = count(1)
+        self._log = PeerLog("kv_peer_refused")
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> Address:
@@ -130,7 +131,12 @@ class KVServer:
         address = Address(host, port)
         try:
             self._server = await serve(
-                address, self._worker_id, self._accept, secret=self._secret, max_frame_bytes=MAX_FRAME_BYTES
+                address,
+                self._worker_id,
+                self._accept,
+                secret=self._secret,
+                max_frame_bytes=MAX_FRAME_BYTES,
+                on_refused=self._on_refused,
             )
         except OSError as error:
             raise ConfigError(f"handoff_port: cannot listen on {address}: {error.strerror or error}") from error
@@ -148,9 +154,15 @@ class KVServer:
         try:
             while True:
                 self._on_message(session, _to_server.decode(await channel.recv()))
+        except ProtocolError as error:  # its session ends
+            self._log.warn(channel.peer_id, error.kind, detail=str(error))
         finally:
             del self._sessions[session]
             self._on_lost(session)
+
+    def _on_refused(self, error: ProtocolError) -> None:
+        """Tell of a connection that came to no session. Strangers are one peer: they may give themselves any name."""
+        self._log.warn("unknown", error.kind, detail=str(error))
 
     async def close(self) -> None:
         if self._server is not None:

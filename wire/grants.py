@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,7 +21,7 @@ class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     base_addr: U64
     num_blocks: Count
     page_bytes: Count
-    device: Name  # "DRAM" | "VRAM"
+    device: Literal["DRAM", "VRAM"]  # NIXL's names, which raises a KeyError for any other
     device_id: Count
     transport: Name  # backend's name: both sides use the same
     shard: Shard | None = None  # what of the model it holds; None: the heads' even share of `rank`, in all layers

@@ -91,7 +91,14 @@ class Agent:
         self.fabric.num_rotations += 1
         return self.region()
 
+    @property
+    def is_there(self) -> bool:
+        """Tell whether the agent's last rotation, if there was one, has made one."""
+        return self.fabric.agents.get(self.agent) is self
+
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
+        if not self.is_there:
+            raise TransferError(f"connecting ({remote.agent}): no agent here", peer=remote.agent, may_land=False)
         if remote.agent not in self.fabric.agents and self.fabric.weather.chance(0.5):
             raise TransferError(f"agent {remote.agent} is not reached", peer=remote.agent)
         self._connected.setdefault(remote.agent, pieces)

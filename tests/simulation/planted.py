@@ -33,6 +33,7 @@ from kvferry.transfer.receive.opens import Opens
 from kvferry.transfer.receive.receiver import KVReceiver
 from kvferry.transfer.receive.reservation import Reservation, ReservationState
 from kvferry.transfer.receive.rotation import Rotation
+from kvferry.transfer.send.outgoing_agent import OutgoingAgent
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import Shipment, ShipmentState
 from kvferry.wire.grants import GrantInfo
@@ -107,6 +108,11 @@ class _TellsEarly(KVSender):
             shipment.num_writes = num_writes
         else:
             super()._settle(shipment)
+
+
+def _due_for_others_alone(self: OutgoingAgent, now: float) -> bool:
+    """An agent that could not be made is made when somebody needs the end of the one that is gone."""
+    return self._closings.wants_new_agent(now) or (self._reader is not None and self._reader.wants_new_agent(now))
 
 
 class _UnheldHits(KVReceiver):
@@ -352,6 +358,12 @@ BUGS = (
         within_seeds=400,
     ),
     Planted("told before it is written", frozenset({"H1", "H2"}), patches=((workers, "KVSender", _TellsEarly),)),
+    Planted(
+        "an agent that could not be made is not made later",
+        frozenset({"I15", "I16"}),
+        patches=((OutgoingAgent, "is_due", _due_for_others_alone),),
+        within_seeds=400,
+    ),
     Planted("hits are not held", frozenset({"H5"}), patches=((parts, "KVReceiver", _UnheldHits),)),
     Planted("published before it came", frozenset({"H3", "H6"}), patches=((parts, "KVReceiver", _PublishesEarly),)),
     Planted("never fenced", frozenset({"H8"}), patches=((parts, "KVReceiver", _NeverFences),)),

@@ -526,4 +526,5 @@ class Worker:
         if core.receiver.num_live:
             live = core.receiver.reservations.live.values()
             found.append(f"reservations: {[reservation.state.value for reservation in live]}")
-        return [f"{self.place} holds {what}" for what in found]
+        missing = [outgoing.agent for _, outgoing, _ in self._ends() if not outgoing.is_there]
+        return [f"{self.place} holds {what}" for what in found] + [f"{agent} could not be made" for agent in missing]

@@ -11,7 +11,7 @@ from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.tools.load.server_process import free_port
 from kvferry.transfer.links import KVLinks, KVServer
 from kvferry.wire.credentials import SharedSecret
-from kvferry.wire.handoff import KVRenew
+from kvferry.wire.handoff import KVRenew, KVRenewed
 
 
 async def test_a_port_that_is_taken_meanwhile_is_told_as_a_setting() -> None:
@@ -57,3 +57,27 @@ async def test_a_worker_that_cannot_be_reached_is_told_once_and_why() -> None:
     [told] = [line for line in logs if line["log_level"] == "warning"]
     assert (told["event"], told["peer"]) == ("kv_link_not_made", address)
     assert f"no connection to {address}: " in told["detail"]
+
+
+async def test_a_peer_that_is_refused_is_told_once_for_each_reason() -> None:
+    """A prefill worker with another secret, and one that says what no prefill worker says."""
+    lost: list[str] = []
+    server = KVServer("d-0", SharedSecret(b"x" * 32), lambda *_: None, lost.append)
+    address = str(await server.start("127.0.0.1", 0))
+    strangers = KVLinks("p-0", SharedSecret(b"y" * 32), lambda *_: None, lambda _: None)
+    known = KVLinks("p-1", SharedSecret(b"x" * 32), lambda *_: None, lambda _: None)
+    with capture_logs() as logs:
+        for links, message in ((strangers, KVRenew(opens=())), (known, KVRenewed(opens=()))):
+            for _ in range(2):
+                links.send(address, message)
+                await asyncio.wait(links._tasks, timeout=20.0)
+    await server.close()
+    refused = [line for line in logs if line["event"] == "kv_peer_refused"]
+    assert [(line["log_level"], line["peer"], line["reason"]) for line in refused] == [
+        ("warning", "unknown", "hello"),
+        ("debug", "unknown", "hello"),
+        ("warning", "p-1", "frame"),
+        ("debug", "p-1", "frame"),
+    ]
+    assert "shared secret" in refused[0]["detail"] and "KVRenewed" in refused[2]["detail"]
+    assert lost == ["p-1#1", "p-1#2"]

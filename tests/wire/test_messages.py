@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from kvferry.common.errors import ProtocolError
 from kvferry.common.grammar import Grammar
 from kvferry.common.request import RequestSpec, SamplingParams, pack_ids, unpack_ids
-from kvferry.wire.codec import Decoder, encode
-from kvferry.wire.handoff import KVClosed, KVOpen, KVRenew
+from kvferry.tests.decode.bench import REGION
+from kvferry.wire.codec import Decoder, DecodeToPrefill, encode
+from kvferry.wire.grants import GrantId
+from kvferry.wire.handoff import KVClosed, KVOpen, KVOpened, KVRenew
 from kvferry.wire.tasks import Abort, ReserveKV
 
 decoder: Decoder[ReserveKV | Abort] = Decoder(ReserveKV | Abort)
@@ -55,6 +57,19 @@ def test_a_request_crosses_with_every_field() -> None:
 def test_hostile_frames_are_protocol_errors(frame: bytes) -> None:
     with pytest.raises(ProtocolError):
         decoder.decode(frame)
+
+
+@pytest.mark.parametrize("device", ["DRAM", "VRAM", "HBM", ""])
+def test_a_regions_memory_is_of_a_kind_that_transports_know(device: str) -> None:
+    """NIXL raises a KeyError for any other, which would end the worker that was told of it."""
+    region = msgspec.structs.replace(REGION, device=device)
+    opened = encode(KVOpened(grant_id=GrantId("d", 1, 1), open_id=1, lease_s=1.0, generation=0, ranks=(region,)))
+    answers: Decoder[DecodeToPrefill] = Decoder(DecodeToPrefill)
+    if device in ("DRAM", "VRAM"):
+        assert isinstance(answers.decode(opened), KVOpened)
+    else:
+        with pytest.raises(ProtocolError, match="device"):
+            answers.decode(opened)
 
 
 @given(st.binary(max_size=200))

@@ -123,6 +123,17 @@ def rotated_name(agent: str, generation: int) -> str:
     return f"{life}.{generation}.{rank}"
 
 
+def is_same_rank(agent: str, other: str) -> bool:
+    """Tell whether both agents are one rank's in one life of its worker: at most their generations differ."""
+    return _without_generation(agent) == _without_generation(other)
+
+
+def _without_generation(agent: str) -> list[str]:
+    """Others make names too: one that has no generation stays as it is."""
+    parts = agent.rsplit(".", 2)
+    return [parts[0], parts[2]] if len(parts) == 3 else [agent]
+
+
 def page_rows(pages: torch.Tensor) -> torch.Tensor:
     """The allocation as bytes, one page in each row: [layers * blocks, page_bytes] uint8, the same memory."""
     import torch

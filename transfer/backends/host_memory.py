@@ -152,6 +152,12 @@ class PageWindow(NamedTuple):
     there: PageArea
     pieces: tuple[Piece, ...]
 
+    @classmethod
+    def open(cls, mark: HostMark, here: PageArea, there: PageArea, pieces: tuple[Piece, ...]) -> PageWindow | None:
+        """None where the process is not reached in this way."""
+        window = HostWindow.open(mark)
+        return None if window is None else cls(window, here, there, pieces)
+
     def write_small(self, local_pages: Sequence[int], remote_pages: Sequence[int]) -> int | None:
         """None: the pieces are so large that each may be a call of its own. Raises OSError."""
         ours, theirs = self._runs(local_pages, remote_pages)

@@ -187,6 +187,8 @@ class LocalBackend:
         self._pieces.setdefault(remote.agent, pieces)
 
     def _peer(self, agent: str) -> LocalBackend:
+        if self.network.agents.get(self.agent) is not self:
+            raise TransferError(f"reaching {agent}: no agent here ({self.agent})", peer=agent, may_land=False)
         if self.network.fault(agent) is LocalFault.GONE:
             raise TransferError(f"agent {agent} is not reached", peer=agent, may_land=False)
         return self.network.agents[agent]

@@ -21,24 +21,15 @@ from typing import Any
 
 import torch
 
-from ...common.errors import ProtocolError, TransferError
-from ...wire.codec import Decoder, encode
-from ...wire.fields import Message
+from ...common.errors import TransferError
+from ...wire.codec import encode
 from ...wire.grants import RegionInfo
 from .base import Piece, TransferHandle, TransferState, describe_region, page_num_bytes, rotated_name
 from .descriptors import piece_indices, strided_rows
-from .host_memory import HostMark, HostWindow, Marker, PageArea, PageWindow
+from .host_memory import HostMark, Marker, PageArea, PageWindow
 from .nixl_api import NixlApi
-
-
-class _Metadata(Message, frozen=True):
-    """Metadata that a peer needs to reach us."""
-
-    nixl: bytes
-    mark: HostMark | None  # None: our pages are a GPU's, or UCX was told not to use shared memory
-
-
-_metadata: Decoder[_Metadata] = Decoder(_Metadata)
+from .nixl_metadata import NixlMetadata, metadata_of
+from .reach import Reach
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +71,7 @@ class NixlBackend:
         self.telemetry_bytes = 0
         self._nixl = self._api.open_agent(agent)
         self._marker = Marker() if use_host_memory else None
+        self._reach = Reach()
         self._pages: torch.Tensor | None = None
         self._rank, self._tp_size = 0, 1
         self._registration: object = None
@@ -97,11 +89,12 @@ class NixlBackend:
         with self._api.raising("registering the KV pages", self.agent):
             self._registration = self._nixl.register_memory(self._pages)
             metadata: bytes = self._nixl.get_agent_metadata()
+        self._reach.note(self.agent, metadata)
         mark = self._marker.mark if self._marker is not None and not self._pages.is_cuda else None
         return describe_region(
             self._pages,
             agent=self.agent,
-            metadata=encode(_Metadata(nixl=metadata, mark=mark)),
+            metadata=encode(NixlMetadata(nixl=metadata, mark=mark)),
             transport=self.name,
             rank=self._rank,
             tp_size=self._tp_size,
@@ -113,16 +106,19 @@ class NixlBackend:
         self._end_agent()
         self.agent = rotated_name(self.agent, generation)
         self._nixl = self._api.open_agent(self.agent)
-        return self._register(generation)
+        try:
+            return self._register(generation)
+        except TransferError:
+            self._end_agent()  # there is none, rather than one without pages
+            raise
 
     def connect(self, remote: RegionInfo, pieces: tuple[Piece, ...]) -> None:
         if remote.agent in self._peers:
             return
+        if self._nixl is None:
+            raise TransferError(f"connecting ({remote.agent}): no agent here", peer=remote.agent, may_land=False)
         assert self._pages is not None, "connect before register"
-        try:
-            metadata = _metadata.decode(remote.agent_metadata)
-        except ProtocolError as error:
-            raise TransferError(f"the metadata of {remote.agent}: {error}", peer=remote.agent) from error
+        metadata = metadata_of(remote)
         num_local = self._pages.shape[0] * self._pages.shape[1]
         num_remote = self._pages.shape[0] * remote.num_blocks
         with self._api.raising("connecting", remote.agent):
@@ -143,13 +139,10 @@ class NixlBackend:
         assert self._pages is not None
         if mark is None or self._marker is None or self._pages.is_cuda:
             return None
-        window = HostWindow.open(mark)
-        if window is None:
-            return None
         num_layers, num_blocks = self._pages.shape[:2]
         here = PageArea(self._pages.data_ptr(), page_num_bytes(self._pages), num_layers * num_blocks)
         there = PageArea(remote.base_addr, remote.page_bytes, num_layers * remote.num_blocks)
-        return PageWindow(window, here, there, pieces)
+        return PageWindow.open(mark, here, there, pieces)
 
     def _local_descriptors(self, pieces: tuple[Piece, ...], num_pages: int) -> object:
         """Shared by all peers that take the same pieces."""
@@ -229,12 +222,13 @@ class NixlBackend:
         if handle.state is TransferState.PENDING and handle.request is not None:
             try:
                 state = self._nixl.check_xfer_state(handle.request)
-                if state == "DONE":
-                    self.telemetry_bytes += self._nixl.get_xfer_telemetry(handle.request).totalBytes
-                    handle.state = TransferState.DONE
-                elif state != "PROC":
-                    handle.state = TransferState.FAILED
             except self._api.errors:
+                state = "ERR"
+            if state == "DONE":
+                counted = self._api.counted_bytes(self._nixl, handle.request)
+                self.telemetry_bytes += handle.num_bytes if counted is None else counted
+                handle.state = TransferState.DONE
+            elif state != "PROC":
                 handle.state = TransferState.FAILED
         return handle.state
 

@@ -17,8 +17,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import structlog
+
 from ...common.errors import ConfigError, TransferError
 from ...common.extras import nixl
+
+log = structlog.get_logger(__name__)
 
 
 class NixlApi:
@@ -30,12 +34,27 @@ class NixlApi:
         self.errors: tuple[type[Exception], ...] = tuple(
             value for key, value in vars(bindings).items() if key.startswith("nixl") and key.endswith("Error")
         )
+        self._counts = True  # NIXL does, as far as is known
 
     def open_agent(self, name: str) -> Any:
         """Make an agent. Raises TransferError."""
         config = self._module.nixl_agent_config(enable_prog_thread=False, capture_telemetry=True, backends=["UCX"])
         with self.raising("making an agent", name):
             return self._module.nixl_agent(name, config)
+
+    def counted_bytes(self, agent: Any, request: object) -> int | None:
+        """Return how many bytes a request that is done has moved, as NIXL counted; None: it counts nothing.
+
+        The operator may have turned its counts off (NIXL_TELEMETRY_ENABLE=n). Then it is not asked again: it writes a
+        line about each time.
+        """
+        if self._counts:
+            try:
+                return int(agent.get_xfer_telemetry(request).totalBytes)
+            except self.errors as error:
+                self._counts = False
+                log.warning("nixl_counts_no_bytes", reason=str(error), instead="what is posted is counted when it ends")
+        return None
 
     @contextmanager
     def raising(self, what: str, peer: str) -> Iterator[None]:

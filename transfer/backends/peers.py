@@ -1,6 +1,6 @@
 """The agents that one agent of ours is connected to, and when they may be forgotten.
 
-    connect ─> ... peer_lost, replaced ─> forget_lost, once nobody needs the agent any more
+    connect ─> ... peer_lost, or its successor is connected ─> forget_lost, once nobody needs the agent any more
 
 What is written there and what is read from there share a connection, so neither may end it for the other.
 """
@@ -13,7 +13,7 @@ import structlog
 
 from ...common.errors import TransferError
 from ...wire.grants import RegionInfo
-from .base import Piece, TransferBackend
+from .base import Piece, TransferBackend, is_same_rank
 
 log = structlog.get_logger(__name__)
 
@@ -32,18 +32,16 @@ class Peers:
         self._users.append(agents)
 
     def connect(self, kv_address: str, region: RegionInfo, pieces: tuple[Piece, ...]) -> None:
-        """Raises TransferError."""
+        """Raises TransferError. The agents that this one follows are gone."""
         self._backend.connect(region, pieces)
+        if region.agent not in self._addresses:
+            self._lost.update(agent for agent in self._addresses if is_same_rank(agent, region.agent))
         self._addresses[region.agent] = kv_address
         self._lost.discard(region.agent)
 
     def peer_lost(self, kv_address: str) -> None:
         """A worker may be gone for good. One that comes back is connected anew."""
         self._lost.update(agent for agent, address in self._addresses.items() if address == kv_address)
-
-    def replaced(self, agents: Iterable[str]) -> None:
-        """Forget agents that are gone: their worker has others now."""
-        self._lost.update(self._addresses.keys() & set(agents))
 
     def clear(self) -> None:
         """Our own agent is about to go: it has no connections afterwards."""

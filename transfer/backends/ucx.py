@@ -29,6 +29,7 @@ import torch
 from ...common.errors import TransferError
 from ...wire.grants import RegionInfo
 from .base import Piece, TransferHandle, TransferState, describe_region, rotated_name
+from .reach import Reach
 from .ucx_agent import IncomingBytes, UcxAgent
 from .ucx_frames import UcxAck, UcxFrame, UcxNote, UcxRead, UcxWrite
 from .ucx_pages import Runs, UcxPages
@@ -66,6 +67,7 @@ class UcxBackend:
         self._own = UcxAgent()
         self._own.start(agent)
         self._target = UcxTarget(self._own)
+        self._reach = Reach()
         self._rank, self._tp_size = 0, 1
         self._pieces: dict[str, tuple[Piece, ...]] = {}  # of connected agents
         self._handles: dict[int, _Handle] = {}
@@ -91,10 +93,12 @@ class UcxBackend:
         return self._region(generation)
 
     def _region(self, generation: int) -> RegionInfo:
+        address = self._own.address
+        self._reach.note(self.agent, address)
         return describe_region(
             self._pages.pages,
             agent=self.agent,
-            metadata=self._own.address,
+            metadata=address,
             transport=self.name,
             rank=self._rank,
             tp_size=self._tp_size,
@@ -141,7 +145,6 @@ class UcxBackend:
             raise TransferError(f"agent {agent} is not connected", peer=agent)
         data = self._pages.gather(local_pages, _local_runs(pieces))
         handle = _Handle(agent, secrets.randbits(48), data.numel())
-        self._handles[handle.write_id] = handle
         told = UcxWrite(
             agent=self.agent,
             write_id=handle.write_id,
@@ -151,6 +154,7 @@ class UcxBackend:
         )
         self._own.send(agent, told)
         self._own.send_bytes(agent, data, handle.write_id)
+        self._handles[handle.write_id] = handle  # one whose post raised has nobody who releases it
         return handle
 
     def read(self, agent: str, local_pages: Sequence[int], remote_pages: Sequence[int]) -> _Handle:

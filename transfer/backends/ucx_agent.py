@@ -87,8 +87,18 @@ class UcxAgent:
         try:
             context = ucx.UCXContext({}, feature_flags=(ucx.Feature.TAG,))
             self._worker = ucx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
+            self._check_reached(self._worker)
         except ucx.UCXError as error:
+            self._worker = None
             raise TransferError(f"making an agent ({name}): {error}", peer=name) from error
+
+    def _check_reached(self, worker: UCXWorker) -> None:
+        """Raise UCX's error where the agent reaches not even itself, as without any interface that is up.
+
+        UCX makes it all the same, and finds no interface later.
+        """
+        own = self._ucx.UCXAddress.create_from_buffer(self.address)
+        worker.create_endpoint_from_worker_address(own, True)
 
     def end(self) -> None:
         """Endpoints are dropped, not closed: UCXX 0.52 crashes when an endpoint is closed after its peer died."""
@@ -116,7 +126,7 @@ class UcxAgent:
 
     def _open_endpoint(self, agent: str, address: bytes) -> None:
         if self._worker is None:
-            raise TransferError(f"connecting ({agent}): there is no agent here", peer=agent)
+            raise TransferError(f"connecting ({agent}): no agent here", peer=agent, may_land=False)
         try:
             peer = self._ucx.UCXAddress.create_from_buffer(address)
             self._endpoints[agent] = self._worker.create_endpoint_from_worker_address(peer, True)

@@ -23,9 +23,9 @@ class UcxPages:
         return self._rows.device
 
     def has(self, pages: Sequence[int], runs: Runs) -> bool:
-        """Tell whether these runs of these pages lie within ours."""
+        """Tell whether these runs of these pages lie within ours, and none is empty."""
         num_pages, page_bytes = self._rows.shape
-        return all(page < num_pages for page in pages) and all(offset + size <= page_bytes for offset, size in runs)
+        return all(page < num_pages for page in pages) and all(0 < size <= page_bytes - offset for offset, size in runs)
 
     def gather(self, pages: Sequence[int], runs: Runs) -> torch.Tensor:
         """Return the runs of these pages, one after the other: [num_bytes] uint8."""

@@ -58,6 +58,7 @@ class Rotation:
         self._generation = regions[0].generation
         self._condemned: list[Reservation] = []  # that the rotation under way frees
         self._wanted_until = clock.now()
+        self._most_metadata = [len(region.agent_metadata) for region in regions]  # that an agent of each rank had
         self.timer = RotationTimer(clock)
         self.regions = regions
 
@@ -72,7 +73,7 @@ class Rotation:
 
     def step(self) -> None:
         """Act if it is time."""
-        if self._rotate is None or (self.timer.is_idle and not self._reservations.num_quarantined_blocks):
+        if self._rotate is None or not self._has_reason():
             return
         action = self.timer.step(self._scene())
         if action is Action.CANCEL:
@@ -81,6 +82,10 @@ class Rotation:
             action = self.timer.step(self._scene())
         if action is Action.ROTATE:
             self._begin(self._rotate)
+
+    def _has_reason(self) -> bool:
+        timer = self.timer
+        return not timer.is_idle or timer.wants_repair or bool(self._reservations.num_quarantined_blocks)
 
     def _scene(self) -> Scene:
         now = self._clock.now()
@@ -128,8 +133,14 @@ class Rotation:
         for reservation in freed:
             self._endings.end_doomed(reservation)
         self.regions = regions
-        self.timer.rotated()
+        self.timer.rotated(is_whole=self._are_whole(regions))
         return sum(len(reservation.block_ids) for reservation in freed)
+
+    def _are_whole(self, regions: tuple[RegionInfo, ...]) -> bool:
+        """Tell whether no new agent lacks a device that an earlier one had: its metadata names them all."""
+        sizes = [len(region.agent_metadata) for region in regions]
+        self._most_metadata = list(map(max, self._most_metadata, sizes))
+        return sizes == self._most_metadata
 
     def failed(self) -> None:
         """Some rank has no agent: its old one is gone, and nobody can write there."""

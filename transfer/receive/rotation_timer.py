@@ -6,6 +6,13 @@
 
 A rotation costs the handoffs that are open at that moment, so it waits until it is worth that: until blocks are wanted,
 or many, or old. What it frees, and what it does not, is decided in `rotation.py`. Pure over a clock.
+
+One during an outage may leave an agent that lacks a network device for as long as it lives. Then another is to follow,
+which gives up no handoff: those that are open get a second to arrive, and where they do not it is put off.
+
+    IDLE ──an agent lacks a device──> REPAIRING ──no open handoff is left──> ROTATING
+      ^                                   │
+      └───────────────1 s─────────────────┘
 """
 
 from __future__ import annotations
@@ -21,12 +28,15 @@ CANCEL_S = 1.0  # that cancelled ones get to end
 MAX_AGE_S = 10.0
 MAX_POOL_SHARE = 0.1
 RETRY_S = 1.0  # after a rotation that failed
+REPAIR_S = 30.0  # after one that left an agent without a device; twice as long after each that has not mended it
+MAX_REPAIR_S = 1800.0
 
 
 class Phase(Enum):
     IDLE = "idle"
     SETTLING = "settling"  # what is open may still arrive, nothing more is opened
     CANCELLING = "cancelling"  # what was open is given up and may end
+    REPAIRING = "repairing"  # as SETTLING, but nothing will be given up
     ROTATING = "rotating"  # agents are being replaced, on every rank
 
 
@@ -63,6 +73,8 @@ class RotationTimer:
         self._next_at = clock.now()
         self._retry_at: float | None = None  # None: a rotation runs
         self._has_failed = False
+        self._repair_s = REPAIR_S
+        self._repair_at: float | None = None  # None: the agents lack nothing
         self.phase = Phase.IDLE
         self.num_rotations = 0
         self.num_failures = 0
@@ -70,6 +82,11 @@ class RotationTimer:
     @property
     def is_idle(self) -> bool:
         return self.phase is Phase.IDLE
+
+    @property
+    def wants_repair(self) -> bool:
+        """Tell whether an agent lacks a device that an earlier one had."""
+        return self._repair_at is not None
 
     @property
     def has_failed(self) -> bool:
@@ -80,6 +97,10 @@ class RotationTimer:
         """Return what is to be done now; NONE while a rotation runs."""
         if self.phase is Phase.ROTATING:
             return self._retry()
+        if self.phase is Phase.IDLE and self._repair_at is not None and self._clock.now() >= self._repair_at:
+            self._enter(Phase.REPAIRING)
+        if self.phase is Phase.REPAIRING:
+            return self._repair(scene)
         if not scene.quarantined:
             self._enter(Phase.IDLE)
         elif self.phase is Phase.IDLE and self._is_due(scene):
@@ -99,6 +120,19 @@ class RotationTimer:
         self._retry_at = None
         return Action.ROTATE
 
+    def _repair(self, scene: Scene) -> Action:
+        if not scene.num_open and not scene.num_closing:
+            self._enter(Phase.ROTATING)
+            return Action.ROTATE
+        if self._waited_s >= SETTLE_S:
+            self._put_repair_off()
+            self._enter(Phase.IDLE)
+        return Action.NONE
+
+    def _put_repair_off(self) -> None:
+        self._repair_at = self._clock.now() + self._repair_s
+        self._repair_s = min(2 * self._repair_s, MAX_REPAIR_S)
+
     def _is_due(self, scene: Scene) -> bool:
         if self._clock.now() < self._next_at:
             return False
@@ -117,12 +151,16 @@ class RotationTimer:
         if phase is not self.phase:
             self.phase, self._since = phase, self._clock.now()
 
-    def rotated(self) -> None:
-        """Every rank has a new agent."""
+    def rotated(self, *, is_whole: bool = True) -> None:
+        """Every rank has a new agent. `is_whole`: none lacks a device that an earlier one had."""
         assert self.phase is Phase.ROTATING
         self.num_rotations += 1
         self._has_failed = False
         self._next_at = self._clock.now() + MIN_INTERVAL_S
+        if is_whole:
+            self._repair_at, self._repair_s = None, REPAIR_S
+        else:
+            self._put_repair_off()
         self._enter(Phase.IDLE)
 
     def failed(self) -> None:

@@ -117,10 +117,6 @@ class Closings:
                 found.is_detached, found.reason = True, "the agent that wrote is gone"
                 self._tell(found, now)
 
-    def try_later(self, now: float) -> None:
-        """No new agent can be made now."""
-        self._next_agent_at = now + 1.0
-
     def _tell(self, found: _Closing, now: float) -> None:
         found.announced_at = now
         closed = KVClosed(

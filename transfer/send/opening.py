@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...common.errors import TransferError
 from ...wire.fields import Message
 from ...wire.grants import GrantInfo, ProcessMark
 from ...wire.handoff import KVOpen, KVOpened
@@ -80,10 +79,7 @@ class Opening:
         shipment.answered_at = now
         reason = self._posting.move(shipment, message)
         if reason is None:
-            try:
-                self._posting.connect(shipment)
-            except TransferError as error:
-                reason = str(error)
+            reason = self._posting.connect(shipment)
         if reason is None and now >= shipment.deadline:
             reason = "KVOpened came after its lease"
         return reason

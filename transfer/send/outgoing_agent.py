@@ -3,7 +3,9 @@
     is_due ─> nothing new is posted ─> no write of a shipment is under way ─> replace ─> connections begin anew
 
 What failed of it may go on to copy, into a decode worker's memory (`closings.py`) or into our own
-(`../fetch/reader.py`). Both share the agent, so it goes when either of them needs its end.
+(`../fetch/reader.py`). Both share the agent, so it goes when either of them needs its end, and both have that as soon
+as it is gone. Where no new one can be made, as while an interface is down, it is due again every second until there is
+one, whether or not anybody needs anything of it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from ..backends.base import TransferBackend
 from ..fetch.reader import KVReader
 from .closings import Closings
 from .writes import Writes
+
+RETRY_S = 1.0  # after a try that left us without an agent
 
 log = structlog.get_logger(__name__)
 
@@ -32,23 +36,34 @@ class OutgoingAgent:
         self._reader = reader
         self._rank = rank
         self._generation = 0
+        self.retry_at: float | None = None  # there is no agent, and one is to be made then; None: there is one
 
     def is_due(self, now: float) -> bool:
         """Tell whether the agent is to go once no write of a shipment is under way: until then none is posted."""
+        if self.retry_at is not None:
+            return now >= self.retry_at
         return self._closings.wants_new_agent(now) or (self._reader is not None and self._reader.wants_new_agent(now))
 
-    def replace(self, now: float) -> bool:
-        """Everything that ours still does ends with it, and all connections. False: there is none yet, try again."""
+    def replace(self, now: float) -> str | None:
+        """End all that ours still does, and its connections. Say why there is no new one; None: it is there."""
         self._generation += 1
         self._writes.clear()
+        reason = self._rotate(now)
+        self._closings.detached(now)
+        if self._reader is not None:
+            self._reader.agent_replaced(now)
+        return reason
+
+    def _rotate(self, now: float) -> str | None:
+        was_missing = self.retry_at is not None
         try:
             self._backend.rotate(self._generation)
         except TransferError as error:
-            self._closings.try_later(now)
-            log.warning("transfer_agent_not_replaced", rank=self._rank, reason=str(error))
-            return False
-        finally:
-            if self._reader is not None:
-                self._reader.agent_replaced(now)
-        self._closings.detached(now)
-        return True
+            self.retry_at = now + RETRY_S
+            tell = log.debug if was_missing else log.warning  # one line for an outage, however long it lasts
+            tell("transfer_agent_not_replaced", rank=self._rank, reason=str(error), retried_every_s=RETRY_S)
+            return str(error)
+        self.retry_at = None
+        if was_missing:
+            log.info("transfer_agent_is_back", rank=self._rank)
+        return None

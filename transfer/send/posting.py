@@ -61,10 +61,14 @@ class Posting:
             return None
         return ShipmentSums(grant.spec, grant.block_ids, num_blocks, num_granted_thin(grant))
 
-    def connect(self, shipment: Shipment) -> None:
-        """Raises TransferError."""
-        for target in shipment.targets:
-            self._writes.connect(shipment.grant.kv_address, target)
+    def connect(self, shipment: Shipment) -> str | None:
+        """Make its targets writable. Say why one of them cannot be; None: they are."""
+        try:
+            for target in shipment.targets:
+                self._writes.connect(shipment.grant.kv_address, target)
+        except TransferError as error:
+            return str(error)
+        return None
 
     def move(self, shipment: Shipment, message: KVOpened) -> str | None:
         """Go by the regions that the answer names. Why it cannot be; None: it can."""
@@ -77,7 +81,6 @@ class Posting:
         if reason is None and {region.num_blocks for region in grant.ranks} != {shipment.remote_num_blocks}:
             reason = f"a pool of {grant.ranks[0].num_blocks} blocks, granted were {shipment.remote_num_blocks}"
         if reason is None:
-            self._writes.replaced(shipment.targets)
             shipment.targets = self.targets(grant)
         return reason
 

@@ -271,13 +271,12 @@ class KVSender:
                 self._endings.fail(shipment, f"{shipment.reason}; a write is not done")
 
     def _replace_agent(self) -> None:
-        if not self._agent.replace(self._clock.now()):
-            return
-        for shipment in list(self._shipments.values()):
-            try:
-                self._posting.connect(shipment)
-            except TransferError as error:
-                self._endings.stop(shipment, str(error))
+        """Shipments go on over the new agent; without one they end cleanly, and their routers look elsewhere."""
+        reason = self._agent.replace(self._clock.now())
+        answered = [each for each in self._shipments.values() if each.state is not ShipmentState.OPENING]
+        for shipment in answered:  # the others connect when they are
+            if (why := reason or self._posting.connect(shipment)) is not None:
+                self._endings.stop(shipment, why)
 
     def _next_call_s(self) -> float | None:
         shipments = self._shipments.values()
@@ -285,6 +284,8 @@ class KVSender:
             return 0.0
         now = self._clock.now()
         times = [*(shipment.deadline for shipment in shipments), *self._leases.next_times()]
+        if self._agent.retry_at is not None:
+            times.append(self._agent.retry_at)
         if self._writes:
             times.append(now + _ORPHAN_POLL_S)
         if (at := self._closings.next_call_at(self._config.renew_every_s)) is not None:

@@ -101,10 +101,6 @@ class Writes:
         """A decode worker may be gone for good. One that comes back is connected anew by its next shipment."""
         self._peers.peer_lost(kv_address)
 
-    def replaced(self, targets: Iterable[Target]) -> None:
-        """The decode worker has other agents now: these are gone."""
-        self._peers.replaced(target.region.agent for target in targets)
-
     def clear(self) -> None:
         """Our own agent is about to go: it has no connections afterwards, and no write of a shipment is under way."""
         assert not any(write.is_counted for write in self._under_way)

@@ -6,20 +6,31 @@ import hashlib
 import itertools
 import json
 import select
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from kvferry.common.errors import ConfigError, TransferError
-from kvferry.transfer.backends.base import Piece, TransferBackend, TransferHandle, TransferState, page_rows
+from kvferry.transfer.backends.base import (
+    Piece,
+    TransferBackend,
+    TransferHandle,
+    TransferState,
+    page_rows,
+    rotated_name,
+)
 from kvferry.transfer.backends.choose import open_backend, set_ucx_defaults
 from kvferry.transfer.backends.nixl import NixlBackend
 from kvferry.transfer.backends.nixl_api import load_api
+from kvferry.transfer.backends.ucx import UcxBackend
 from kvferry.wire.grants import RegionInfo
 
 from .peer_forks import PEERS
@@ -281,6 +292,111 @@ def test_writes_to_a_killed_peer_fail(name: str) -> None:
         states.append(write())
     writer.end()
     assert states[-1] == "failed" or (states[-1].startswith("raised: ") and "d-1.0.0.0" in states[-1])
+
+
+@pytest.mark.slow
+def test_a_write_is_done_where_nixl_counts_nothing(
+    peer: Peer, pages: torch.Tensor, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an operator may have it. It is asked once: it prints a line whenever it is."""
+    monkeypatch.setenv("NIXL_TELEMETRY_ENABLE", "n")
+    backend = open_backend(name, f"p-0.{next(_incarnations)}.0.0")
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(peer.region, WHOLE)
+    with capture_logs() as logs:
+        for _ in range(2):
+            _write_and_wait(backend, peer, [3, 4], [20, 21])
+    assert backend.telemetry_bytes == 4 * PAGE_BYTES
+    assert [line["event"] for line in logs] == ["nixl_counts_no_bytes"] * (name == "nixl")
+    backend.close()
+
+
+@pytest.mark.slow
+def test_without_an_interface_there_is_no_agent_and_later_there_is_one(
+    backend: TransferBackend, peer: Peer, pages: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(peer.region, WHOLE)
+    monkeypatch.setenv("UCX_NET_DEVICES", "nosuch0")
+    with pytest.raises(TransferError, match="making an agent"):
+        backend.rotate(1)
+    with pytest.raises(TransferError, match="no agent here") as caught:
+        backend.connect(peer.region, WHOLE)
+    assert not caught.value.may_land
+    agent = peer.region.agent
+    for post in (backend.write, backend.read):
+        with pytest.raises(TransferError, match=agent):
+            post(agent, [0], [0])
+    with pytest.raises(TransferError, match=agent):
+        backend.notify(agent, b"")
+    assert backend.notifications() == []
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    backend.rotate(2)
+    backend.connect(peer.region, WHOLE)
+    expected = torch.zeros(LAYERS * BLOCKS, PAGE_BYTES, dtype=torch.uint8)
+    expected[20] = page_rows(pages)[3]
+    assert _write_and_wait(backend, peer, [3], [20]) == _digest(expected)
+
+
+def test_an_agent_whose_pages_cannot_be_registered_is_none(
+    pages: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nixl_cu12", exc_type=ImportError)
+    backend = NixlBackend(f"p-0.{next(_incarnations)}.0.0")
+    region = backend.register(pages, rank=0, tp_size=1, generation=0)
+    open_agent, error = backend._api.open_agent, backend._api.errors[0]
+
+    class Unable:
+        def __init__(self, name: str) -> None:
+            self._agent = open_agent(name)
+
+        def register_memory(self, pages: torch.Tensor) -> None:
+            raise error("no memory can be pinned")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend._api, "open_agent", Unable)
+        with pytest.raises(TransferError, match="registering the KV pages"):
+            backend.rotate(1)
+    with pytest.raises(TransferError, match="no agent here"):
+        backend.connect(region, WHOLE)
+    assert backend.rotate(2).generation == 2
+    backend.close()
+
+
+def test_an_agent_that_lacks_a_network_device_is_told(
+    name: str, pages: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = psutil.net_if_stats()
+    names = [
+        device
+        for device, known in psutil.net_if_addrs().items()
+        if device != "lo" and states[device].isup and any(address.family is socket.AF_INET for address in known)
+    ]
+    if not names:
+        pytest.skip("this machine has the loopback alone")
+    monkeypatch.setenv("UCX_NET_DEVICES", f"lo,{names[0]}")
+    backend = open_backend(name, f"d-0.{next(_incarnations)}.0.0")
+    backend.register(pages, rank=0, tp_size=1, generation=0)
+    told = []
+    for generation, devices in enumerate(("lo", f"lo,{names[0]}", f"lo,{names[0]}"), 1):
+        monkeypatch.setenv("UCX_NET_DEVICES", devices)
+        with capture_logs() as logs:
+            backend.rotate(10 * generation)  # its name may grow
+        told.append([line["agent"] for line in logs if line["event"] == "transfer_agent_lacks_devices"])
+    assert told == [[rotated_name(backend.agent, 10)], [], []]
+    backend.close()
+
+
+def test_a_write_that_could_not_be_posted_leaves_nothing_behind(pages: torch.Tensor) -> None:
+    pytest.importorskip("ucxx", exc_type=ImportError)
+    backend = UcxBackend(f"p-0.{next(_incarnations)}.0.0")
+    region = backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(region, WHOLE)
+    backend._own.forget(region.agent)  # as one whose connection has broken
+    with pytest.raises(TransferError, match="not reached"):
+        backend.write(region.agent, [0], [0])
+    assert not backend._handles
+    backend.close()
 
 
 def test_metadata_that_is_not_a_peers_is_refused(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvferry.common.errors import TransferError
-from kvferry.transfer.backends.base import rotated_name
+from kvferry.transfer.backends.base import Piece, TransferState, is_same_rank, rotated_name
 from kvferry.transfer.backends.choose import allows_own_copies
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.wire.grants import RegionInfo
@@ -136,16 +136,43 @@ def test_a_rotated_name_differs_in_the_generation_alone() -> None:
     assert rotated_name("host.example-12.ab34.0.3", 7) == "host.example-12.ab34.7.3"
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("d-0.ab.0.1", "d-0.ab.7.1", True),
+        ("d-0.ab.0.1", "d-0.ab.0.1", True),
+        ("d-0.ab.0.1", "d-0.ab.7.2", False),  # another rank
+        ("d-0.ab.0.1", "d-0.ac.7.1", False),  # another life
+        ("host.a.ab.0.1", "host.b.ab.0.1", False),
+        ("d-0", "d-0", True),  # no names of ours, but others make them
+        ("a.b", "a.c", False),
+        ("", "a.0.0", False),
+    ],
+)
+def test_agents_of_one_rank_are_told_by_their_names(one: str, other: str, is_same: bool) -> None:
+    assert is_same_rank(one, other) is is_same_rank(other, one) is is_same
+
+
 def test_a_backend_that_cannot_make_an_agent_may_try_again() -> None:
     network = LocalNetwork()
     backend = LocalBackend("d-0.1.0.0", network)
     backend.register(torch.zeros(1, 2, 2, 1, 1, 1), rank=0, tp_size=1, generation=0)
+    other = LocalBackend("d-1.1.0.0", network)
+    region = other.register(torch.zeros(1, 2, 2, 1, 1, 1), rank=0, tp_size=1, generation=0)
+    runs = (Piece(0, 0, region.page_bytes),)
+    backend.connect(region, runs)
     network.can_make_agents = False
     with pytest.raises(TransferError, match="no interface"):
         backend.rotate(1)
-    assert network.agents == {} and backend.notifications() == []
+    assert network.agents == {"d-1.1.0.0": other} and backend.notifications() == []
+    for use in (lambda: backend.connect(region, runs), lambda: backend.write(region.agent, [0], [0])):
+        with pytest.raises(TransferError, match="no agent here") as caught:
+            use()
+        assert not caught.value.may_land
     network.can_make_agents = True
     assert backend.rotate(2).agent == "d-0.1.2.0"
+    backend.connect(region, runs)
+    assert backend.poll(backend.read(region.agent, [0], [0])) is TransferState.DONE
 
 
 @pytest.mark.parametrize(

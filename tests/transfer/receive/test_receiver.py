@@ -39,7 +39,7 @@ def _regions(tp_size: int) -> tuple[RegionInfo, ...]:
             tp_size=tp_size,
             agent=f"d-0.1.0.{rank}",
             generation=0,
-            agent_metadata=b"",
+            agent_metadata=b"tcp, rdma",
             base_addr=0,
             num_blocks=64,
             page_bytes=SPEC.page_bytes(tp_size),

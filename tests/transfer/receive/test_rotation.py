@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from kvferry.transfer.receive.processes import ProcessWatch
+from kvferry.transfer.receive.rotation_timer import MAX_REPAIR_S, REPAIR_S
 from kvferry.wire.grants import ProcessMark, RegionInfo
 from kvferry.wire.handoff import CancelKV, KVClosed, KVDone, KVOpened, KVRefused
 from kvferry.wire.results import Grant, HandoffFailed, NoCapacity
@@ -55,14 +56,21 @@ class Host(Decode):
         self.receiver.abort(name, 0)
         return open_id
 
-    def regions(self, generation: int) -> tuple[RegionInfo, ...]:
+    def regions(self, generation: int, *, lacks_device: bool = False) -> tuple[RegionInfo, ...]:
+        """Return the regions of new agents; `lacks_device`: on the last rank, which names a way less."""
+        last = self.first_regions[-1].rank
         return tuple(
-            msgspec.structs.replace(region, generation=generation, agent=f"d-0.1.{generation}.{region.rank}")
+            msgspec.structs.replace(
+                region,
+                generation=generation,
+                agent=f"d-0.1.{generation}.{region.rank}",
+                agent_metadata=b"tcp" if lacks_device and region.rank == last else region.agent_metadata,
+            )
             for region in self.first_regions
         )
 
-    def finish_rotation(self) -> int:
-        count = self.receiver.rotated(self.regions(self.rotations[-1]))
+    def finish_rotation(self, *, lacks_device: bool = False) -> int:
+        count = self.receiver.rotated(self.regions(self.rotations[-1], lacks_device=lacks_device))
         self.receiver.check()
         return count
 
@@ -70,6 +78,24 @@ class Host(Decode):
 @pytest.fixture
 def host() -> Host:
     return Host()
+
+
+def test_agents_that_were_made_during_an_outage_are_replaced_when_it_may_be_over() -> None:
+    host = Host(tp_size=2)
+    host.left()
+    host.wait(10.1)
+    assert host.finish_rotation(lacks_device=True) == 3
+    host.wait(REPAIR_S - 1.0)
+    assert host.rotations == [1]
+    grant = host.grant("b", first=100)
+    open_id = host.open(grant)
+    host.wait(1.1)
+    assert host.rotations == [1] and not host.receiver.rotation.timer.is_idle
+    host.close(grant, open_id)  # of itself: nobody asked it to
+    assert host.rotations == [1, 2]
+    assert host.finish_rotation() == 0
+    host.wait(2 * MAX_REPAIR_S)
+    assert host.rotations == [1, 2]
 
 
 def test_an_old_quarantine_of_another_host_is_freed_by_a_rotation_alone(host: Host) -> None:

@@ -10,7 +10,9 @@ from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.receive.rotation_timer import (
     CANCEL_S,
     MAX_AGE_S,
+    MAX_REPAIR_S,
     MIN_INTERVAL_S,
+    REPAIR_S,
     RETRY_S,
     SETTLE_S,
     Action,
@@ -105,6 +107,55 @@ def test_a_rotation_that_failed_is_tried_again_and_nothing_is_opened_meanwhile()
     assert (timer.num_rotations, timer.num_failures) == (1, 1)
 
 
+def _crippled(clock: FakeClock) -> RotationTimer:
+    timer = RotationTimer(clock)
+    assert timer.step(_scene(OLD)) is Action.ROTATE
+    timer.rotated(is_whole=False)
+    return timer
+
+
+def test_agents_that_lack_a_device_are_replaced_again_ever_more_rarely() -> None:
+    clock = FakeClock(50.0)
+    timer = _crippled(clock)
+    for wait_s in (REPAIR_S, 2 * REPAIR_S, 4 * REPAIR_S):
+        clock.advance(wait_s - 0.1)
+        assert timer.step(_scene()) is Action.NONE and timer.wants_repair
+        clock.advance(0.2)
+        assert timer.step(_scene()) is Action.ROTATE
+        timer.rotated(is_whole=False)
+    for _ in range(10):
+        clock.advance(MAX_REPAIR_S)
+        assert timer.step(_scene()) is Action.ROTATE
+        timer.rotated(is_whole=False)
+    clock.advance(MAX_REPAIR_S)
+    timer.step(_scene())
+    timer.rotated()
+    clock.advance(10 * MAX_REPAIR_S)
+    assert timer.step(_scene()) is Action.NONE and not timer.wants_repair
+    assert timer.step(_scene(OLD)) is Action.ROTATE
+    timer.rotated(is_whole=False)
+    clock.advance(REPAIR_S)
+    assert timer.step(_scene()) is Action.ROTATE  # another outage begins anew
+
+
+def test_a_repair_waits_for_open_handoffs_and_gives_up_none() -> None:
+    clock = FakeClock(50.0)
+    timer = _crippled(clock)
+    clock.advance(REPAIR_S)
+    assert timer.step(_scene(num_open=1)) is Action.NONE and timer.phase is Phase.REPAIRING
+    clock.advance(SETTLE_S / 2)
+    assert timer.step(_scene(num_closing=1)) is Action.NONE
+    assert timer.step(_scene()) is Action.ROTATE
+    timer.rotated(is_whole=False)
+    clock.advance(2 * REPAIR_S)
+    timer.step(_scene(num_open=1))
+    clock.advance(SETTLE_S)
+    assert timer.step(_scene(num_open=1)) is Action.NONE and timer.is_idle  # put off
+    assert timer.step(_scene()) is Action.NONE
+    clock.advance(4 * REPAIR_S)
+    assert timer.step(_scene()) is Action.ROTATE
+
+
 _quarantined = st.builds(
     Quarantined, st.integers(1, 60), st.sampled_from([0.0, 0.9, 1.0, 5.0, 10.0, 60.0]), st.booleans()
 )
@@ -115,12 +166,12 @@ _quarantined = st.builds(
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from([0.0, 0.1, 0.6, 1.0, 5.0]),
+            st.sampled_from([0.0, 0.1, 0.6, 1.0, 5.0, 40.0]),
             st.lists(_quarantined, max_size=3),
             st.integers(0, 2),
             st.integers(0, 2),
             st.booleans(),
-            st.sampled_from(["rotated", "rotated", "failed", "running"]),
+            st.sampled_from(["rotated", "rotated", "crippled", "failed", "running"]),
         ),
         min_size=1,
         max_size=30,
@@ -135,7 +186,7 @@ def test_whatever_happens_rotations_keep_their_distance_and_follow_a_second_of_g
     is_running = False
     for seconds, quarantined, num_open, num_closing, is_wanted, outcome in story:
         clock.advance(seconds)
-        before = timer.phase
+        before, wants_repair = timer.phase, timer.wants_repair
         scene = _scene(*quarantined, num_open=num_open, num_closing=num_closing, is_wanted=is_wanted)
         action = timer.step(scene)
         if before is Phase.IDLE and timer.phase is not Phase.IDLE:
@@ -144,11 +195,12 @@ def test_whatever_happens_rotations_keep_their_distance_and_follow_a_second_of_g
         if action is Action.CANCEL:
             assert num_open and clock.now() - began_at >= SETTLE_S
         if action is Action.ROTATE and before is not Phase.ROTATING:
-            assert quarantined, "a rotation that frees nothing"
+            assert quarantined or wants_repair, "a rotation that frees nothing"
+            assert quarantined or not num_open, "a repair that costs a handoff"
         if action is Action.ROTATE or is_running:
             is_running = outcome == "running"
-            if outcome == "rotated":
-                timer.rotated()
+            if outcome in ("rotated", "crippled"):
+                timer.rotated(is_whole=outcome == "rotated")
                 rotated_at = clock.now()
             elif outcome == "failed":
                 timer.failed()

@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from kvferry.common.config import TransferConfig
 from kvferry.common.errors import InvalidTransition
@@ -627,20 +628,84 @@ def test_our_agent_stays_while_a_shipments_write_is_under_way() -> None:
     assert backend.agent == "p-0.1.1.0"
 
 
-def test_without_an_agent_of_ours_it_is_tried_again() -> None:
+def _lose_our_agent() -> tuple[Prefill, GrantInfo]:
+    """A write to this host has failed, and no new agent can be made. The grant of it."""
     prefill = Prefill(copies_itself=True)
     grant = prefill.opened(1)
     prefill.network.set_fault(AGENT, LocalFault.FAIL)
     prefill.ready(grant)
     prefill.sender.step()
+    prefill.network.clear_fault(AGENT)
     prefill.network.can_make_agents = False
     prefill.clock.advance(2.0)
+    return prefill, grant
+
+
+def _has_agent(prefill: Prefill) -> bool:
+    return prefill.network.agents.get(prefill.sender._backend.agent) is prefill.sender._backend
+
+
+def test_the_end_of_our_agent_is_told_whether_or_not_there_is_a_new_one() -> None:
+    prefill, _ = _lose_our_agent()
     prefill.sender.step()
-    assert not any(isinstance(message, KVClosed) and message.detached for message in prefill.said)
+    closed = prefill.said[-1]
+    assert not _has_agent(prefill)
+    assert isinstance(closed, KVClosed) and closed.detached and not closed.clean
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_without_an_agent_of_ours_it_is_tried_again(is_answered: bool) -> None:
+    """Also where nobody waits for its end any more: the decode worker has heard it."""
+    prefill, grant = _lose_our_agent()
+    with capture_logs() as logs:
+        prefill.sender.step()
+        if is_answered:
+            prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
+        for _ in range(3):
+            prefill.clock.advance(0.5)
+            prefill.sender.step()
+        assert not _has_agent(prefill)
+        wait_s = prefill.sender.step()
+        assert wait_s is not None and wait_s <= 1.0  # no call will come for it
+        prefill.network.can_make_agents = True
+        prefill.clock.advance(1.0)
+        prefill.sender.step()
+    assert _has_agent(prefill)
+    told = [line["event"] for line in logs if line["log_level"] in ("warning", "info")]
+    assert told == ["transfer_agent_not_replaced", "transfer_agent_is_back"]  # however often it was tried
+    other = prefill.opened(2)
+    prefill.ready(other, open_id=2)
+    prefill.sender.step()
+    assert prefill.sender.num_bytes == 2 * SPEC.block_bytes()
+
+
+def test_without_an_agent_of_ours_shipments_end_cleanly() -> None:
+    prefill, _ = _lose_our_agent()
+    shipping, asked = prefill.opened(2), prefill.open(3)
+    prefill.ready(shipping, range(1), open_id=2)
+    prefill.sender.step()
+    prefill.sender.step()
+    prefill.answer_open(asked, 3)
+    ends = {message.open_id: message for message in prefill.said if isinstance(message, KVClosed)}
+    assert [ends[open_id].clean for open_id in (2, 3)] == [True, True]
+    assert "no interface is up" in ends[2].reason and "no agent here" in ends[3].reason
+    assert prefill.sender.num_unfinished == 0 and prefill.freed == [1, 2, 3]
+    assert prefill.sender.num_failures == 1  # the write that had failed
+
+
+def test_an_open_that_is_not_answered_yet_goes_on_with_our_next_agent() -> None:
+    """Its agents over there may be others by then."""
+    prefill, _ = _lose_our_agent()
     prefill.network.can_make_agents = True
-    prefill.clock.advance(1.0)
+    grant = prefill.open(2)
+    region = prefill.decode.rotate(5)
     prefill.sender.step()
-    assert isinstance(prefill.said[-1], KVClosed) and prefill.said[-1].detached
+    assert _has_agent(prefill) and prefill.sender.num_unfinished == 1
+    opened = KVOpened(grant_id=grant.grant_id, open_id=2, lease_s=3.0, generation=5, ranks=(region,))
+    prefill.sender.on_message(opened)
+    prefill.ready(grant, open_id=2)
+    prefill.sender.step()
+    assert prefill.sender.num_bytes == 2 * SPEC.block_bytes()
 
 
 def test_failed_writes_that_only_a_network_carries_leave_our_agent_alone(prefill: Prefill) -> None:
