@@ -12,8 +12,8 @@ What torch's machine lacks is packed by `benchmarks/gpu/kit.py`, with FlashInfer
 folder of less than 56 MiB: neither FlashInfer's wheel nor NIXL's would fit beside the checkout into 64 MiB, and
 compiling takes minutes. Without the kit: the wheels that `gpu/host.py` names, and a whole CUDA toolkit.
 
-Exit code: 0 nothing failed, 1 a part failed, 2 wrong settings, 3 there is no GPU, or not what this program itself needs
-(what is missing is told).
+Exit code: 0 nothing failed, 1 a part failed or none passed, 2 wrong settings, 3 there is no GPU, or not what this
+program itself needs (what is missing is told).
 """
 
 from __future__ import annotations

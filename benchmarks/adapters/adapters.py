@@ -26,15 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.adapters.first_tokens import FirstTokens, measure_first_tokens
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, least_ms, num_blocks_of, sequence
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.benchmarks.shared.random_adapter import write_random_adapter
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.config import EngineConfig, LoadFormat
-from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+from kvferry.tools.load.report import milliseconds, report_console
 
 if TYPE_CHECKING:
     from kvferry.engine.engine import Engine
@@ -77,29 +79,30 @@ class Report:
     first_tokens: FirstTokens
     environment: Environment
 
-    @property
-    def keeps_bars(self) -> bool:
-        none, one, many = self.step_ms.values()
-        are_fast = all(load.ms <= _MAX_MS_OF_GB * max(1.0, load.file_bytes / 1e9) for load in self.loads)
-        keeps_pace = one <= _MAX_ONE * none and many <= _MAX_MANY * none
-        return keeps_pace and are_fast and self.first_tokens.added_ms <= _MAX_ADDED_MS
+    def bars(self) -> list[Bar]:
+        bars, first, none = list[Bar](), self.first_tokens, self.step_ms["0"]
+        for name, ms in self.step_ms.items():
+            limit = {"0": None, "1": _MAX_ONE}.get(name, _MAX_MANY)
+            bars.append(Bar(f"step with {name} adapters / without", ms / none, limit, count=self.num_rounds))
+        for load in self.loads:
+            limit = _MAX_MS_OF_GB * max(1.0, load.file_bytes / 1e9)
+            bars.append(Bar(f"load of {load.file_bytes / 1e6:.0f} MB", load.ms, limit, unit="ms"))
+        added_ms, count = first.added_ms, first.num_pairs
+        return [*bars, Bar("added to a first token by one never seen", added_ms, _MAX_ADDED_MS, unit="ms", count=count)]
 
 
+@telling_errors("adapters")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            report = _measure(flags, Path(folder), argv)
-        except ConfigError as error:
-            console.print(f"adapters: {error}", markup=False, style="red", soft_wrap=True)
-            return 2
+        report = _measure(flags, Path(folder), argv)
     _print(report, report_console())
-    save_json(asdict(report), flags.json)
+    save_json(asdict(report) | {"bars": [bar.as_json() for bar in report.bars()]}, flags.json)
     console.print(f"written: {flags.json}", style="dim")
-    return 1 if flags.check and not report.keeps_bars else 0
+    return exit_code(report.bars()) if flags.check else 0
 
 
 def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report:
@@ -196,11 +199,10 @@ def _put(engine: Engine, slot: int, path: Path) -> None:
 
 
 def _print(report: Report, console: Console) -> None:
-    none = report.step_ms["0"]
     title = f"{report.model}, {report.runner}, {report.num_threads} thread(s), rank {report.rank}"
-    table = Table("adapters", "step, CPU ms", "of none", title=title, title_justify="left")
+    table = Table("adapters", "step, CPU ms", title=title, title_justify="left")
     for name, ms in report.step_ms.items():
-        table.add_row(name, milliseconds(ms), f"{ms / none:.2f}")
+        table.add_row(name, milliseconds(ms))
     console.print(table)
     table = Table("load: rank", "file MB", "ms", "CPU ms")
     for load in report.loads:
@@ -209,9 +211,10 @@ def _print(report: Report, console: Console) -> None:
     first = report.first_tokens
     title = f"first token over HTTP, {first.num_prompt_tokens} tokens, {first.num_pairs} pairs"
     table = Table("adapter", "ms, median", title=title, title_justify="left")
-    for name, ms in (("loaded", first.loaded_ms), ("never seen", first.unseen_ms), ("added", first.added_ms)):
+    for name, ms in (("loaded", first.loaded_ms), ("never seen", first.unseen_ms)):
         table.add_row(name, milliseconds(ms))
     console.print(table)
+    console.print(bar_table("what adapters cost", report.bars()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,13 +223,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
-    add("--rank", type=int, default=16, metavar="N", help="of the adapters (default: %(default)s)")
-    add("--large-rank", type=int, default=256, metavar="N", help="of one that is only loaded (default: %(default)s)")
-    add("--large-gb", type=float, default=1.0, metavar="GB", help="of the largest file (default: %(default)s)")
-    add("--rows", type=int, default=8, metavar="N", help="of a step (default: %(default)s)")
-    add("--context", type=int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
-    add("--rounds", type=int, default=20, help="(default: %(default)s)")
+    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--rank", type=positive_int, default=16, metavar="N", help="of the adapters (default: %(default)s)")
+    add("--large-rank", type=positive_int, default=256, metavar="N", help="of one only loaded (default: %(default)s)")
+    add("--large-gb", type=positive_float, default=1.0, metavar="GB", help="of the largest file (default: %(default)s)")
+    add("--rows", type=positive_int, default=8, metavar="N", help="of a step (default: %(default)s)")
+    add("--context", type=positive_int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
+    add("--rounds", type=positive_int, default=20, help="(default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 where a bar breaks")
     add("--json", type=Path, default=RESULTS_DIR / "adapters.json", metavar="FILE", help="(default: %(default)s)")
     return parser

@@ -27,15 +27,17 @@ from rich.table import Table
 from kvferry.benchmarks.adapters.first_tokens import ask_first_token_s
 from kvferry.benchmarks.peers.vllm_install import default_venv, ensure_vllm
 from kvferry.benchmarks.shared.peers import ADAPTER_RANK, SYSTEMS, VLLM_DTYPES, RunningSystem, Setup, system_names
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.benchmarks.shared.random_adapter import write_random_adapter
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.cores import pin_to_cores
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.prompts import PromptSource
-from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+from kvferry.tools.load.report import milliseconds, report_console
 
 _PROMPT_LEN = 128
 _MAX_MODEL_LEN = 2048
@@ -68,18 +70,15 @@ class Row:
         return median(swap.added_ms for swap in self.swaps)
 
 
+@telling_errors("swapping")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
-    try:
-        if any(name.startswith("vllm") for name in flags.systems):
-            ensure_vllm(flags.peer_venv)
-        with tempfile.TemporaryDirectory(prefix="swapping-") as folder:
-            rows = [_row(name, flags, Path(folder)) for name in flags.systems]
-    except ConfigError as error:
-        console.print(f"swapping: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    if any(name.startswith("vllm") for name in flags.systems):
+        ensure_vllm(flags.peer_venv)
+    with tempfile.TemporaryDirectory(prefix="swapping-") as folder:
+        rows = [_row(name, flags, Path(folder)) for name in flags.systems]
     _print(rows, report_console())
     environment = describe_environment("python -m kvferry.benchmarks.adapters.swapping", argv)
     save_json(
@@ -157,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--systems", type=system_names, default=["kvferry-co", "kvferry-pd", "vllm-agg"], metavar="NAMES")
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    add("--adapters", type=int, default=8, metavar="N", help="new ones, of rank 16 (default: %(default)s)")
+    add("--adapters", type=positive_int, default=8, metavar="N", help="new ones, of rank 16 (default: %(default)s)")
     add("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0], help="(default: %(default)s)")
     add("--peer-venv", type=Path, default=default_venv(), help="vLLM is installed here (default: %(default)s)")
     add("--json", type=Path, default=RESULTS_DIR / "adapters-swapping.json", help="(default: %(default)s)")

@@ -6,7 +6,8 @@ The day: arrivals whose rate swings by --swing between night and afternoon, with
 rate from one moment to the next; lengths of the recorded trace. The fleet: queues around step times computed from
 published figures of accelerators and models (fleet.py); a worker that is added takes --start-s to be ready.
 The bars: requests that met both objectives, outside the spike's first minute; GPU-hours beside an oracle that knows
-each minute in advance (oracle.py); growth within five minutes after a shrink, outside the spike.
+each minute in advance (oracle.py); growth within five minutes after a shrink, outside the spike. A missed one is the
+exit code 1.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from kvferry.benchmarks.autoscale.day import Day, Spike, arrivals
 from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS, SETTLED_S, FleetRun
 from kvferry.benchmarks.autoscale.oracle import Oracle
 from kvferry.benchmarks.autoscale.records import Minute, ModelTimes
-from kvferry.common.errors import ConfigError
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.benchmarks.shared.program import telling_errors
 from kvferry.router.autoscaler.autoscaler import Autoscaler
 from kvferry.router.autoscaler.scale_types import AnswerLengths, AutoscalerSettings, Bounds, Counts, WorkerLimits
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad
@@ -60,7 +59,7 @@ class MinuteResult:
 @dataclass(slots=True, frozen=True)
 class DayResult:
     num_requests: int
-    kept: float  # share of them outside the spike's first minute
+    kept: float | None  # share of them outside the spike's first minute; None: there were none
     gpu_hours: float
     oracle_gpu_hours: float
     num_grown_after_shrink: int
@@ -71,8 +70,8 @@ class DayResult:
     changes: tuple[tuple[float, int, int], ...]  # (second of the day, workers before, after)
 
     @property
-    def cost(self) -> float:
-        return self.gpu_hours / self.oracle_gpu_hours
+    def cost(self) -> float | None:
+        return self.gpu_hours / self.oracle_gpu_hours if self.oracle_gpu_hours else None
 
 
 def run_day(
@@ -136,9 +135,10 @@ def _begin(
 def _sum_up(minutes: list[MinuteResult], run: FleetRun, day: Day, num_gpus: int) -> DayResult:
     excused = replace(day.spike, duration_s=_EXCUSED_S) if day.spike is not None else None
     counted = [minute for minute in minutes if excused is None or not excused.holds(minute.start_s)]
+    num_counted = sum(minute.num_requests for minute in counted)
     return DayResult(
         num_requests=sum(minute.num_requests for minute in minutes),
-        kept=sum(minute.num_kept for minute in counted) / sum(minute.num_requests for minute in counted),
+        kept=sum(minute.num_kept for minute in counted) / num_counted if num_counted else None,
         gpu_hours=sum(minute.gpu_hours for minute in minutes),
         oracle_gpu_hours=sum(minute.oracle.total * num_gpus / 60 for minute in minutes),
         num_grown_after_shrink=_oscillations(run.changes.of_total, day.spike),
@@ -160,19 +160,18 @@ def _oscillations(changes: Sequence[tuple[float, int, int]], spike: Spike | None
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def print_day(result: DayResult, about: str, console: Console) -> None:
-    console.print(about, highlight=False)
-    table = Table(title="a day with the autoscaler", title_justify="left")
-    for column in ("figure", "measured", "bar"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
-    table.add_row("requests", f"{result.num_requests:,}", "")
-    table.add_row("both objectives met", f"{result.kept:.2%}", f">= {_KEPT_BAR:.0%}")
-    table.add_row("GPU-hours", f"{result.gpu_hours:,.0f}", f"oracle {result.oracle_gpu_hours:,.0f}")
-    table.add_row("GPU-hours / oracle", f"{result.cost:.3f}x", f"<= {_COST_BAR}x")
-    table.add_row("growth within 5 min after a shrink", str(result.num_grown_after_shrink), "0")
-    table.add_row("role changes", str(result.num_role_changes), "")
-    table.add_row("workers added, removed", f"{result.num_added}, {result.num_removed}", "")
-    console.print(table)
+def bars_of(result: DayResult) -> list[Bar]:
+    kept = None if result.kept is None else 100 * result.kept
+    return [
+        Bar("both objectives met", kept, 100 * _KEPT_BAR, at_least=True, unit="%", count=result.num_requests),
+        Bar("GPU-hours / oracle", result.cost, _COST_BAR),
+        Bar("growth within 5 min after a shrink", result.num_grown_after_shrink, 0),
+        Bar("GPU-hours", result.gpu_hours, None),
+        Bar("GPU-hours of the oracle", result.oracle_gpu_hours, None),
+        Bar("role changes", result.num_role_changes, None),
+        Bar("workers added", result.num_added, None),
+        Bar("workers removed", result.num_removed, None),
+    ]
 
 
 def plot_day(result: DayResult, about: str, path: Path) -> None:
@@ -194,7 +193,8 @@ def plot_day(result: DayResult, about: str, path: Path) -> None:
     kept.set_title("requests with both objectives met, %", fontsize=10)
     for axes in (prefill, decode, kept):
         axes.set_xlabel("hour of the day")
-    figure.suptitle(f"{about}: {result.kept:.2%} kept, {result.cost:.2f}x the oracle's GPU-hours", fontsize=10)
+    kept_text, cost_text = f"{result.kept or 0:.2%} kept", f"{result.cost or 0:.2f}x the oracle's GPU-hours"
+    figure.suptitle(f"{about}: {kept_text}, {cost_text}", fontsize=10)
     save_figure(figure, path)
 
 
@@ -218,6 +218,7 @@ def _as_json(result: DayResult, about: str, environment: Environment) -> dict[st
         "about": about,
         **body,
         "gpu_hours_over_oracle": result.cost,
+        "bars": [bar.as_json() for bar in bars_of(result)],
         "minute_columns": columns,
         "minutes": minutes,
         "environment": asdict(environment),
@@ -252,17 +253,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@telling_errors("autoscale")
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    try:
-        if options.plot is not None:
-            check_plot_path(options.plot)
-        rows = read_trace(options.trace)
-        model = Roofline(gpu_named(options.gpu), model_named(options.model), options.gpus_per_worker)
-    except ConfigError as error:
-        print(f"autoscale: {error}", file=sys.stderr)
-        return 2
+    if options.plot is not None:
+        check_plot_path(options.plot)
+    rows = read_trace(options.trace)
+    model = Roofline(gpu_named(options.gpu), model_named(options.model), options.gpus_per_worker)
     spike = None
     if options.spike_hour >= 0:
         spike = Spike(3600 * options.spike_hour, options.spike_s, options.spike_factor)
@@ -281,9 +279,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         target=options.target,
         seed=options.seed,
     )
-    print_day(result, about, report_console())
+    bars, console = bars_of(result), report_console()
+    console.print(about, highlight=False)
+    console.print(bar_table("a day with the autoscaler", bars))
     if options.json is not None:
         save_json(_as_json(result, about, describe_environment("kvferry.benchmarks.autoscale", argv)), options.json)
     if options.plot is not None:
         plot_day(result, about, options.plot)
-    return 0
+    return exit_code(bars)

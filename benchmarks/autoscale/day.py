@@ -45,11 +45,6 @@ class Day:
         spike = self.spike.factor if self.spike is not None and self.spike.holds(day_s) else 1.0
         return self.mean_rate * curve * spike
 
-    @property
-    def highest_rate(self) -> float:
-        usual = 2.0 * self.mean_rate * self.swing / (self.swing + 1.0)
-        return usual * (self.spike.factor if self.spike is not None else 1.0)
-
 
 def arrivals(day: Day, rows: Sequence[TraceRow], seed: int) -> Iterator[tuple[float, int, int]]:
     """(seconds of the day, prompt tokens, answer tokens) in order."""

@@ -30,6 +30,7 @@ from time import perf_counter
 from rich.table import Table
 
 from kvferry.benchmarks.shared.live_load import REFUSALS, endpoint_of, replay, requests_per_s
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.common.clock import wall_time_s
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
@@ -39,7 +40,7 @@ from kvferry.tools.load.http_client import HttpClient, HttpError
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.load import poisson_arrivals
 from kvferry.tools.load.prompts import PromptSource
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.traces import TraceRow
 
 _PROMPTS, _ANSWERS = (768, 4), (32, 128)  # tokens in, tokens out
@@ -82,11 +83,13 @@ class LiveRun:
 
     @property
     def grown(self) -> int:
-        return max(seen.prefill + seen.decode for seen in self.fleet)
+        return max((seen.prefill + seen.decode for seen in self.fleet), default=0)
 
     @property
     def is_shown(self) -> bool:
         """It grew, a worker changed its role, it is as small as at first, and no request failed."""
+        if not self.fleet:
+            return False  # nothing was read of it
         first, last = self.fleet[0], self.fleet[-1]
         shrank = last.prefill + last.decode == first.prefill + first.decode < self.grown
         return shrank and self.num_role_changes > 0 and not self.num_failed
@@ -196,10 +199,12 @@ async def _until_small(system: System, limit_s: float) -> None:
         endpoint.close()
 
 
+@telling_errors("autoscale.live")
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     log_dir = flags.log_dir or Path(tempfile.mkdtemp(prefix="autoscale-live-"))
-    environment = describe_environment("python -m kvferry.benchmarks.autoscale.live", argv or sys.argv[1:])
+    environment = describe_environment("python -m kvferry.benchmarks.autoscale.live", argv)
     with ray_nodes(flags.nodes) as address:
         serve_flags = (
             *("--launcher", "ray", "--ray-address", address, "--autoscale", "on", *_SCALE_FLAGS),
@@ -216,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     for error in run.errors:
         console.print(error, markup=False)
     console.print(f"logs: {log_dir}")
-    save_json({"run": asdict(run), "is_shown": run.is_shown, "environment": asdict(environment)}, flags.save)
+    save_json({"run": asdict(run), "is_shown": run.is_shown, "environment": asdict(environment)}, flags.json)
     return 0 if run.is_shown else 1
 
 

@@ -5,7 +5,7 @@
 One prefill and one decode worker of the built-in model. First a batch of 500 requests, in whose middle the router is
 killed with SIGKILL. Then clients ask at random moments, in pairs of windows of equal arrivals: once alone, and once
 while a batch that never ends asks for all that is idle; what is compared are their times to the first token.
-The exit code is 1 where a line was not answered once.
+The exit code is 1 where a bar is missed: each line is answered once, and the median of the ratios is at most 1.05.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ import asyncio
 import os
 import random
 import signal
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from time import perf_counter
-
-from rich.table import Table
 
 from kvferry.benchmarks.batches.client import BatchClient, JsonObject, done_of, line
 from kvferry.benchmarks.restart.load import Ask, asking, keeping
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
+from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
+from kvferry.tools.load.stats import percentile
 
 _FLAGS = ("--prefill", "1", "--decode", "1")
 _TOPICS = ("rivers", "bridges", "lamps", "ferries", "harbours", "clocks", "maps", "wells")
+_RATIO_BAR = 1.05
 _ENDLESS = 20_000  # lines: more than a window answers
 
 
@@ -142,46 +145,47 @@ def _prompt(number: int) -> str:
     return f"{number}. Tell us about " + ", ".join(rng.choice(_TOPICS) for _ in range(60)) + "."
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
+@telling_errors("batches")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.batches", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--lines", type=int, default=500, help="of the batch whose router is killed")
-    parser.add_argument("--rounds", type=int, default=6, help="pairs of windows")
-    parser.add_argument("--requests", type=int, default=20, help="in each window")
-    parser.add_argument("--gap", type=float, default=1.5, help="seconds between them, in the mean")
-    parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--log-dir", type=Path, default=Path("/tmp/kvferry-batches"))
+    parser.add_argument("--lines", type=positive_int, default=500, help="of the batch whose router is killed")
+    parser.add_argument("--rounds", type=positive_int, default=6, help="pairs of windows")
+    parser.add_argument("--requests", type=positive_int, default=20, help="in each window")
+    parser.add_argument("--gap", type=positive_float, default=1.5, help="seconds between them, in the mean")
+    parser.add_argument("--max-tokens", type=positive_int, default=16)
+    parser.add_argument("--log-dir", type=Path, help="(default: a temporary folder)")
     parser.add_argument("--json", type=Path, default=RESULTS_DIR / "batches.json", metavar="FILE")
     options = parser.parse_args(argv)
     environment = describe_environment(parser.prog, sys.argv[1:] if argv is None else argv)
     with tempfile.TemporaryDirectory() as folder:
         flags = (*_FLAGS, "--data-dir", str(Path(folder) / "data"))
-        with serving("batches", default_model_dir(), flags, options.log_dir) as system:
+        with serving("batches", default_model_dir(), flags, options.log_dir or Path(folder)) as system:
             killed = asyncio.run(kill_in_the_middle(system, options.lines, options.max_tokens))
             work = measure_pairs(system, options.rounds, options.requests, options.gap, options.max_tokens)
             pairs = asyncio.run(work)
-    result = {"killed": asdict(killed), "pairs": [asdict(pair) for pair in pairs]}
-    save_json({**result, "environment": asdict(environment)}, options.json)
-    report_console().print(_table(killed, pairs))
-    return 0 if killed.num_answered == killed.num_lines and not killed.num_doubled else 1
+    bars = bars_of(killed, pairs)
+    result: dict[str, object] = {"bars": [bar.as_json() for bar in bars], "killed": asdict(killed)}
+    result |= {"pairs": [asdict(pair) for pair in pairs], "environment": asdict(environment)}
+    save_json(result, options.json)
+    report_console().print(bar_table("Batches", bars))
+    return exit_code(bars)
 
 
-def _table(killed: KillResult, pairs: Sequence[Pair]) -> Table:
-    table = Table("what", "found", "bar", title="Batches")
-    table.add_row("lines, done when the router was killed", f"{killed.num_lines}, {killed.num_done_at_kill}", "")
-    table.add_row("answered", str(killed.num_answered), str(killed.num_lines))
-    table.add_row("answered twice, failed", f"{killed.num_doubled}, {killed.num_failed}", "0, 0")
-    table.add_row("lines done beside others", str(sum(pair.num_lines_done for pair in pairs)), "")
-    alone = [value for pair in pairs for value in pair.alone_s]
-    beside = [value for pair in pairs for value in pair.beside_s]
-    for name, share, bar in (("p50", 0.5, "1.05"), ("p90", 0.9, ""), ("p99", 0.99, "")):
-        one, two = _quantile(alone, share), _quantile(beside, share)
-        text = f"{one * 1000:.0f} ms alone, {two * 1000:.0f} ms beside: {two / one:.3f}x"
-        table.add_row(f"time to first token, {name}", text, bar)
+def bars_of(killed: KillResult, pairs: Sequence[Pair]) -> list[Bar]:
+    alone = sorted(value for pair in pairs for value in pair.alone_s)
+    beside = sorted(value for pair in pairs for value in pair.beside_s)
     ratios = [two / one for pair in pairs for one, two in zip(pair.alone_s, pair.beside_s, strict=True)]
-    table.add_row("median ratio of equal requests", f"{statistics.median(ratios):.3f}x", "1.05")
-    return table
+    count = killed.num_lines
+    bars = [
+        Bar("lines without an answer", count - killed.num_answered, 0, count=count),
+        Bar("lines answered twice", killed.num_doubled, 0, count=count),
+        Bar("lines that failed", killed.num_failed, 0, count=count),
+        Bar("lines done when the router was killed", killed.num_done_at_kill, None, count=count),
+        Bar("lines done beside others", sum(pair.num_lines_done for pair in pairs), None),
+    ]
+    for percent in (50, 90, 99):
+        what, alone_s = f"time to first token, p{percent}", percentile(alone, percent)
+        bars.append(Bar(f"{what}, alone", alone_s * 1e3, None, unit="ms"))
+        bars.append(Bar(f"{what}, beside / alone", percentile(beside, percent) / alone_s, None, count=len(ratios)))
+    return [*bars, Bar("median ratio of equal requests, beside / alone", median(ratios), _RATIO_BAR, count=len(ratios))]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
-from kvferry.benchmarks.shared.plain_steps import decoding, feed, prefilling, sequence
+from kvferry.benchmarks.shared.plain_steps import decoding, feed, num_blocks_of, prefilling, sequence, timed
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+from kvferry.tools.load.report import milliseconds, report_console
 
 if TYPE_CHECKING:
     from kvferry.engine.engine import Engine
@@ -73,16 +73,13 @@ class Report:
     environment: Environment
 
 
+@telling_errors("deterministic")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)  # as the launcher does for a worker
     console = Console(stderr=True)
-    try:
-        report = _measure(flags, argv, console)
-    except ConfigError as error:
-        console.print(f"deterministic: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    report = _measure(flags, argv, console)
     _print(report, report_console())
     save_json(asdict(report), flags.json)
     console.print(f"written: {flags.json}", style="dim")
@@ -126,8 +123,7 @@ def _engine(flags: argparse.Namespace, model_dir: Path, rows: list[tuple[int, in
         num_threads=flags.threads,
         deterministic=deterministic,
     )
-    num_blocks = max(num_rows * (tokens // config.block_tokens + 1) for num_rows, tokens in rows)
-    engine = Engine(config, num_blocks=num_blocks)
+    engine = Engine(config, num_blocks=num_blocks_of(rows, config.block_tokens))
     engine.kv_pages.normal_(generator=torch.Generator().manual_seed(_KV_SEED))
     return engine
 
@@ -138,21 +134,16 @@ def _engine(flags: argparse.Namespace, model_dir: Path, rows: list[tuple[int, in
 def _in_turns(name: str, off: Callable[[], None], on: Callable[[], None], rounds: int) -> Cost:
     for run in (off, on):
         run()  # warm
+    timed_off, timed_on = timed(off), timed(on)
     pairs: list[tuple[float, float]] = []
     for number in range(rounds):
         if number % 2:
-            second, first = _seconds(on), _seconds(off)
+            second, first = timed_on(), timed_off()
         else:
-            first, second = _seconds(off), _seconds(on)
+            first, second = timed_off(), timed_on()
         pairs.append((first, second))
     off_s, on_s = (median(pair[side] for pair in pairs) for side in (0, 1))
     return Cost(name, off_s * 1e3, on_s * 1e3, median(second / first for first, second in pairs), rounds)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 # --- bits -----------------------------------------------------------------------------------------------------
@@ -197,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add(
         "--decode",
         type=decode_cases,
@@ -206,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         help="(default: 1, 8 and 32 rows at 128 and 2048)",
     )
     add("--prefill", type=prefill_cases, default=(2048,), metavar="TOKENS,…", help="(default: 2048)")
-    add("--rounds", type=int, default=40, help="pairs of steps of a decode case (default: %(default)s)")
-    add("--prompt-rounds", type=int, default=5, metavar="N", help="pairs of prompts (default: %(default)s)")
+    add("--rounds", type=positive_int, default=40, help="pairs of steps of a decode case (default: %(default)s)")
+    add("--prompt-rounds", type=positive_int, default=5, metavar="N", help="pairs of prompts (default: %(default)s)")
     add("--json", type=Path, default=RESULTS_DIR / "deterministic.json", metavar="FILE", help="(default: %(default)s)")
     return parser

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from kvferry.common.errors import ConfigError
 
 WARM_UP_TOKENS = 64  # of a first prompt that does not count
 _GROWTH_TOKENS = 64  # what warm-up and profiled steps add to a context, rounded up
@@ -75,7 +78,13 @@ def prefill_cases(text: str) -> tuple[int, ...]:
     try:
         return tuple(tokens for part in text.split(",") if part and _is_positive(tokens := int(part)))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers of tokens, as in 128,8192") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers from 1 on, as in 128,8192") from None
+
+
+def check_cases(*given: Sequence[object]) -> None:
+    """Raises ConfigError where nothing is to be measured."""
+    if not any(given):
+        raise ConfigError("no case is left to be measured: name a decode step or a prompt")
 
 
 def _is_positive(*values: int) -> bool:

@@ -28,13 +28,13 @@ from typing import Literal, get_args
 
 from rich.console import Console
 
-from kvferry.benchmarks.engine.cases import Cases, drafting_cases, prefill_cases
+from kvferry.benchmarks.engine.cases import Cases, check_cases, drafting_cases, prefill_cases
 from kvferry.benchmarks.engine.report import EngineReport, plot_engine, print_engine, write_cases, write_engine
 from kvferry.benchmarks.shared.long_model import with_positions
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.benchmarks.shared.shapes import SHAPES, write_shape
 from kvferry.common.config import EngineConfig, KVCacheDtype, SpeculativeConfig, environment
-from kvferry.common.errors import ConfigError
 from kvferry.launch.host import Host, read_host
 from kvferry.launch.plan import fit_to_host, plan
 from kvferry.models.config import ModelConfig
@@ -43,35 +43,35 @@ from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import block_tokens
 from kvferry.sizing.weights import item_bytes
+from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.cores import CoreWatch
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.plot import check_plot_path
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 
 # torch is imported inside functions: its threads are settled before.
 
+_RESULTS = RESULTS_DIR / "engine.json"
 _DEFAULT_CASES: dict[str, tuple[str, str]] = {
     "cpu": ("1@128,8@512", "128,512,2048,8192,32000"),
     "cuda": ("1@128,8@512,64@4096", "512,2048,8192,32000"),
 }
 
 
+@telling_errors("engine")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
-    plot: Path = flags.plot or flags.json.with_suffix(".svg")
-    try:
-        check_plot_path(plot)
-        with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
-            report = _measure(flags, argv, Path(scratch), console)
-    except ConfigError as error:
-        console.print(f"engine: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    path: Path = flags.json or _RESULTS
+    plot: Path = flags.plot or path.with_suffix(".svg")
+    check_plot_path(plot)
+    with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
+        report = _measure(flags, argv, Path(scratch), console)
     print_engine(report, report_console())
-    write_engine(report, flags.json)
+    write_engine(report, path)
     plot_engine(report, plot)
-    console.print(f"written: {flags.json}, {plot}", style="dim")
+    console.print(f"written: {path}, {plot}", style="dim")
     return 1 if flags.check and report.misses else 0
 
 
@@ -90,13 +90,15 @@ def _measure(flags: argparse.Namespace, argv: list[str], scratch: Path, console:
 
 def _cases(flags: argparse.Namespace, device: str) -> Cases:
     decode, prefill = _DEFAULT_CASES[device]
-    return Cases(
+    cases = Cases(
         decode=drafting_cases(decode) if flags.decode is None else flags.decode,
         prefill=prefill_cases(prefill) if flags.prefill is None else flags.prefill,
         num_steps=flags.steps,
         num_rounds=flags.rounds,
         max_case_s=flags.max_case_seconds,
     )
+    check_cases(cases.decode, cases.prefill)
+    return cases
 
 
 def _model_dir(flags: argparse.Namespace, cases: Cases, scratch: Path) -> Path:
@@ -152,8 +154,9 @@ def _measure_engine(
     try:
         for case in measure_cases(loaded, cases, lambda name: console.print(name, style="dim")):
             measured.append(case)
-            judged = [judge(each, loaded, rates[0].rates, flags.shape) for each in measured]
-            write_cases(judged, len(cases.decode) + len(cases.prefill), flags.json)
+            if flags.json is not None:  # what lies where results are kept is replaced once, by all of them
+                judged = [judge(each, loaded, rates[0].rates, flags.shape) for each in measured]
+                write_cases(judged, len(cases.decode) + len(cases.prefill), flags.json)
     finally:
         loaded.close()
     best = best_of([*rates, *([] if flags.rates else [measure_rates(device, dtype)])])
@@ -183,19 +186,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
     add("--kv-cache-dtype", choices=get_args(KVCacheDtype), default="auto", help="(default: %(default)s)")
     add("--load-format", choices=["auto", "safetensors", "dummy"], default="auto", help="(default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    add("--max-num-batched-tokens", type=int, metavar="N", help="longest chunk (default: a worker's)")
+    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: all cores)")
+    add("--max-num-batched-tokens", type=positive_int, metavar="N", help="longest chunk (default: a worker's)")
     add(
         "--decode", type=drafting_cases, metavar="ROWS@TOKENS[+DRAFTS],…", help=f"(default: {_DEFAULT_CASES['cpu'][0]})"
     )
     add("--prefill", type=prefill_cases, metavar="TOKENS,…", help=f"(default: {_DEFAULT_CASES['cpu'][1]})")
-    add("--steps", type=int, default=64, help="of a decode case in each round (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="of each case (default: %(default)s)")
-    add("--max-case-seconds", type=float, default=60.0, metavar="S", help="no new round after (default: %(default)g)")
+    add("--steps", type=positive_int, default=64, help="of a decode case in each round (default: %(default)s)")
+    add("--rounds", type=positive_int, default=3, help="of each case (default: %(default)s)")
+    add("--max-case-seconds", type=positive_float, default=60.0, metavar="S", help="no new round then (default: 60)")
     add("--rates", type=_given_rates, metavar="FLOP/S,BYTES/S", help="count floors from these (default: measured)")
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 when a bar is missed")
-    add("--json", type=Path, default=RESULTS_DIR / "engine.json", metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help=f"grows with each case (default, once all are done: {_RESULTS})")
     add("--plot", type=Path, metavar="FILE", help="(default: engine.svg beside the JSON)")
     return parser
 

@@ -8,7 +8,7 @@
 A step of one row has to read the shared matrices, the head, the experts that its token chooses and its keys and values;
 the floor is their bytes at the read rate that is measured before and after, with as many threads. Of several rows the
 experts that any of them chooses count, as many as even choices would reach. With --check the exit code is 1 where a
-step of one row takes more than 1.2 of its floor.
+step takes more than 1.2 of its floor.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.benchmarks.engine.cases import check_cases, prefill_cases
 from kvferry.benchmarks.experts.models import MODELS
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks_of, prefilling, timed
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import ConfigError
 from kvferry.models.checkpoint import tensor_shapes
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.sizing.hardware import measured_cpu
 from kvferry.sizing.shapes import shape_of
+from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+from kvferry.tools.load.report import milliseconds, report_console
 
 # torch is imported inside functions: its threads are settled before.
 
@@ -80,14 +83,18 @@ class Report:
     num_rounds: int
     environment: Environment
 
-    @property
-    def keeps_bar(self) -> bool:
-        return all(row.of_floor <= MAX_OF_FLOOR for row in self.rows if row.num_rows == 1)
+    def bars(self) -> list[Bar]:
+        return [
+            Bar(f"step of {row.num_rows} rows / its floor", row.of_floor, MAX_OF_FLOOR, count=self.num_rounds)
+            for row in self.rows
+        ]
 
 
+@telling_errors("experts")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
+    check_cases(flags.rows, flags.prompts)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = Console(stderr=True)
     if flags.write is not None:
@@ -95,15 +102,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[flags.model]), encoding="utf-8")
-        try:
-            report = _measure(flags, Path(folder), argv)
-        except ConfigError as error:
-            console.print(f"experts: {error}", markup=False, style="red", soft_wrap=True)
-            return 2
+        report = _measure(flags, Path(folder), argv)
     _print(report, report_console())
-    save_json(asdict(report), flags.json)
+    save_json(asdict(report) | {"bars": [bar.as_json() for bar in report.bars()]}, flags.json)
     console.print(f"written: {flags.json}", style="dim")
-    return 1 if flags.check and not report.keeps_bar else 0
+    return exit_code(report.bars()) if flags.check else 0
 
 
 def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report:
@@ -122,8 +125,8 @@ def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report
     )
     torch.set_num_threads(flags.threads)
     rates = [measure_rates(torch.device("cpu"), torch.bfloat16)]
-    counts, prompts = ([int(count) for count in flag.split(",") if count] for flag in (flags.rows, flags.prompts))
-    cases = [(max(counts), flags.context), *((1, tokens) for tokens in prompts)]
+    counts, prompts = flags.rows, flags.prompts
+    cases = [*((count, flags.context) for count in counts), *((1, tokens) for tokens in prompts)]
     engine = Engine(config, num_blocks=num_blocks_of(cases, config.block_tokens), native=not flags.torch)
     runs = {str(count): timed(decoding(engine, count, flags.context)) for count in counts}
     runs |= {f"prompt {tokens}": timed(prefilling(engine, tokens)) for tokens in prompts}
@@ -166,10 +169,11 @@ def _write_checkpoint(path: Path, config: dict[str, object]) -> None:
 def _print(report: Report, console: Console) -> None:
     title = f"{report.model}; {report.runner}, {report.quantization}, {report.num_threads} thread(s), "
     title += f"{report.rates.read_bytes_per_s / 1e9:.1f} GB/s"
-    table = Table("rows", "step, ms", "floor, ms", "of it", title=title, title_justify="left")
+    table = Table("rows", "step, ms", "floor, ms", title=title, title_justify="left")
     for row in report.rows:
-        table.add_row(str(row.num_rows), milliseconds(row.step_ms), milliseconds(row.floor_ms), f"{row.of_floor:.2f}")
+        table.add_row(str(row.num_rows), milliseconds(row.step_ms), milliseconds(row.floor_ms))
     console.print(table)
+    console.print(bar_table("steps beside their floors", report.bars()))
     for prompt in report.prompts:
         console.print(f"a prompt of {prompt.num_tokens} tokens: {prompt.ms:.0f} ms")
 
@@ -181,12 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", choices=list(MODELS), default="qwen3-moe", help="(default: %(default)s)")
     add("--torch", action="store_true", help="computed by torch in place of C++")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--quantization", metavar="NAME", help="int8 or int4, rounded at load (default: none)")
-    add("--rows", default="1,2,8", metavar="N,...", help="of a step (default: %(default)s)")
-    add("--prompts", default="", metavar="TOKENS,...", help="whole ones besides (default: none)")
-    add("--context", type=int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
-    add("--rounds", type=int, default=40, help="(default: %(default)s)")
+    add("--rows", type=prefill_cases, default="1,2,8", metavar="N,...", help="of a step (default: %(default)s)")
+    add("--prompts", type=prefill_cases, default="", metavar="TOKENS,...", help="whole ones besides (default: none)")
+    add("--context", type=positive_int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
+    add("--rounds", type=positive_int, default=40, help="(default: %(default)s)")
     add("--write", type=Path, metavar="DIR", help="write the model there, and measure nothing")
     add("--check", action="store_true", help="exit with 1 where the bar breaks")
     add("--json", type=Path, default=RESULTS_DIR / "experts.json", metavar="FILE", help="(default: %(default)s)")

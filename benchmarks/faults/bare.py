@@ -1,4 +1,4 @@
-"""`kvferry serve` without grant signatures, for `faults_cost` alone: what they cost is what is left out here.
+"""`kvferry serve` without grant signatures, for `cost.py` alone: what they cost is what is left out here.
 
 python -m kvferry.benchmarks.faults.bare serve MODEL ...     a launcher whose workers are started as below
 python -m kvferry.benchmarks.faults.bare worker ...          a worker that mints empty signatures and takes any

@@ -1,7 +1,7 @@
 """What safety costs on a healthy run: the same build with and without checksums and grant signatures.
 
 Two deployments run side by side and answer the same requests in turns, so that whatever the machine does meanwhile is
-done to both. The bare one is started by `faults_bare_worker`, which takes the signatures out.
+done to both. The bare one is started by `bare.py`, which takes the signatures out.
 """
 
 from __future__ import annotations

@@ -18,48 +18,30 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
-
+from kvferry.benchmarks.engine.cases import prefill_cases
 from kvferry.benchmarks.faults.aborts import AbortResult, measure_aborts
 from kvferry.benchmarks.faults.cost import CostResult, measure_cost
 from kvferry.benchmarks.faults.gap import GapResult, measure_gaps
 from kvferry.benchmarks.faults.overload import TTFT_OBJECTIVE_MS, OverloadResult, measure_overload
-from kvferry.common.errors import ConfigError
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
+from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.tiny_model import write_tiny_model
 
 PARTS = ("aborts", "gap", "overload", "cost")
-_COST_LENS = "128,512,2048"
+_COST_LENS = (128, 512, 2048)
 
 _HANDOFFS = ("--policy", "least_loaded")  # every prompt is handed over
-
-
-@dataclass(slots=True, frozen=True)
-class Row:
-    """One figure beside its bar."""
-
-    part: str
-    what: str
-    value: float | None
-    bar: float
-    at_least: bool = False  # else: at most
-    unit: str = "ms"
-    count: int | None = None
-
-    @property
-    def is_met(self) -> bool:
-        if self.value is None:
-            return False
-        return self.value >= self.bar if self.at_least else self.value <= self.bar
 
 
 @dataclass(slots=True, frozen=True)
@@ -83,7 +65,7 @@ def _tiny(name: str, options: Options, *flags: str) -> Iterator[System]:
             yield system
 
 
-def _aborts(options: Options) -> tuple[AbortResult, list[Row]]:
+def _aborts(options: Options) -> tuple[AbortResult, list[Bar]]:
     with _tiny(
         "aborts", options, "--policy", "least_loaded", "--prefill", "1", "--decode", "1", "--max-num-seqs", "32"
     ) as system:
@@ -91,46 +73,55 @@ def _aborts(options: Options) -> tuple[AbortResult, list[Row]]:
             measure_aborts(system, num_aborts=options.num_aborts, num_timed=options.num_timed, seed=options.seed)
         )
     after_ms = None if result.free_after_s is None else result.free_after_s * 1e3
+    release_ms = result.release_ms
     return result, [
-        Row("aborts", "all blocks free after the last abort", after_ms, 1000, count=result.num_aborts),
-        Row("aborts", "release after a disconnect, p99", result.release_ms.p99, 250, count=result.release_ms.count),
+        Bar("aborts: all blocks free after the last abort", after_ms, 1000, unit="ms", count=result.num_aborts),
+        Bar("aborts: release after a disconnect, p99", release_ms.p99, 250, unit="ms", count=release_ms.count),
     ]
 
 
-def _gap(options: Options) -> tuple[GapResult, list[Row]]:
+def _gap(options: Options) -> tuple[GapResult, list[Bar]]:
     with _tiny("gap", options, *_HANDOFFS, "--prefill", "2", "--decode", "2") as system:
         result = asyncio.run(
             measure_gaps(system, num_kills=options.num_kills, num_hangs=options.num_hangs, seed=options.seed)
         )
-    recompute_ms = result.recompute_ms.p99 or 0.0
+    recompute_ms, num_gaps = result.recompute_ms.p99 or 0.0, result.gap_ms.count
     return result, [
-        Row("gap", "streams that broke", result.num_broken, 0, unit="", count=result.num_kills),
-        Row("gap", "pause at the death of the decode worker, p50", result.gap_ms.p50, 400, count=result.gap_ms.count),
-        Row("gap", "the same, p99", result.gap_ms.p99, 1000 + recompute_ms, count=result.gap_ms.count),
-        Row("gap", "death noticed, max", result.death_ms.max, 300, count=result.death_ms.count),
-        Row("gap", "hang noticed, max", result.hang_ms.max, 3500, count=result.hang_ms.count),
-        Row("gap", "other side of a failed transfer knows, max", result.transfer_ms.max, 100,
-            count=result.transfer_ms.count),
-    ]  # fmt: skip
+        Bar("gap: streams that broke", result.num_broken, 0, count=result.num_kills),
+        Bar("gap: pause at the death of the decode worker, p50", result.gap_ms.p50, 400, unit="ms", count=num_gaps),
+        Bar("gap: the same, p99", result.gap_ms.p99, 1000 + recompute_ms, unit="ms", count=num_gaps),
+        *(
+            Bar(f"gap: {what}, max", seen.max, limit, unit="ms", count=seen.count)
+            for what, seen, limit in (
+                ("death noticed", result.death_ms, 300),
+                ("hang noticed", result.hang_ms, 3500),
+                ("other side of a failed transfer knows", result.transfer_ms, 100),
+            )
+        ),
+    ]
 
 
-def _overload(options: Options) -> tuple[OverloadResult, list[Row]]:
+def _overload(options: Options) -> tuple[OverloadResult, list[Bar]]:
     objective = ("--ttft-objective-ms", str(TTFT_OBJECTIVE_MS))
     flags = ("--prefill", "1", "--decode", "1", "--no-enable-prefix-caching", *objective)
     with serving("overload", default_model_dir(), flags, options.log_dir) as system:
         result = asyncio.run(measure_overload(system, duration_s=options.overload_s, seed=options.seed))
     single, over = result.single, result.overload
-    before, after = result.memory_mib
+    (before, after), num_admitted = result.memory_mib, over.ttft_ms.count
     return result, [
-        Row("overload", "goodput at 5x / at 1x", over.goodput_per_s / single.goodput_per_s, 0.95, True, ""),
-        Row("overload", "refusal, p99", over.refusal_ms.p99, 20, count=over.refusal_ms.count),
-        Row("overload", "TTFT of admitted, p99", over.ttft_ms.p99, TTFT_OBJECTIVE_MS, count=over.ttft_ms.count),
-        Row("overload", "requests neither answered nor refused", over.num_failed, 0, unit="", count=over.num_sent),
-        Row("overload", "memory after / before", after / before, 1.05, unit=""),
+        Bar("overload: goodput at 5x / at 1x", _ratio(over.goodput_per_s, single.goodput_per_s), 0.95, at_least=True),
+        Bar("overload: refusal, p99", over.refusal_ms.p99, 20, unit="ms", count=over.refusal_ms.count),
+        Bar("overload: TTFT of admitted, p99", over.ttft_ms.p99, TTFT_OBJECTIVE_MS, unit="ms", count=num_admitted),
+        Bar("overload: requests neither answered nor refused", over.num_failed, 0, count=over.num_sent),
+        Bar("overload: memory after / before", after / before, 1.05),
     ]
 
 
-def _cost(options: Options) -> tuple[list[CostResult], list[Row]]:
+def _ratio(value: float, other: float) -> float | None:
+    return value / other if other else None
+
+
+def _cost(options: Options) -> tuple[list[CostResult], list[Bar]]:
     model_dir = default_model_dir()
     shape = ("--prefill", "1", "--decode", "1", "--num-threads", "1")
     flags = (*_HANDOFFS, *shape, "--no-enable-prefix-caching")
@@ -147,14 +138,14 @@ def _cost(options: Options) -> tuple[list[CostResult], list[Row]]:
             )
             for input_len in options.cost_lens
         ]
-    rows = []
-    for result in results:
-        for what, ratio in (("TTFT", result.ttft_ratio), ("TPOT", result.tpot_ratio)):
-            rows.append(Row("cost", f"{what}, {result.input_len} tokens", ratio, 1.02, unit="", count=result.num_pairs))
-    return results, rows
+    return results, [
+        Bar(f"cost: {what}, {result.input_len} tokens", ratio, 1.02, count=result.num_pairs)
+        for result in results
+        for what, ratio in (("TTFT", result.ttft_ratio), ("TPOT", result.tpot_ratio))
+    ]
 
 
-_MEASURE: dict[str, Callable[[Options], tuple[object, list[Row]]]] = {
+_MEASURE: dict[str, Callable[[Options], tuple[object, list[Bar]]]] = {
     "aborts": _aborts,
     "gap": _gap,
     "overload": _overload,
@@ -162,51 +153,38 @@ _MEASURE: dict[str, Callable[[Options], tuple[object, list[Row]]]] = {
 }
 
 
-def _shown(value: float | None, unit: str) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-
-
-def show(rows: list[Row]) -> Table:
-    table = Table("part", "figure", "value", "bar", "n", "")
-    for row in rows:
-        value = _shown(row.value, row.unit)
-        bar = f"{'>=' if row.at_least else '<='} {row.bar:g} {row.unit}"
-        table.add_row(row.part, row.what, value, bar, str(row.count or ""), "met" if row.is_met else "MISSED")
-    return table
-
-
-def main() -> int:
+@telling_errors("faults")
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--aborts", type=int, default=10_000)
-    parser.add_argument("--timed-aborts", type=int, default=200)
-    parser.add_argument("--kills", type=int, default=40)
-    parser.add_argument("--hangs", type=int, default=5)
-    parser.add_argument("--overload-s", type=float, default=60.0)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--cost-lens", default=_COST_LENS, help="prompt lengths (default: %(default)s)")
+    parts = f"with commas (default: {','.join(PARTS)})"
+    parser.add_argument("--parts", type=names_of(PARTS), default=PARTS, metavar="NAMES", help=parts)
+    parser.add_argument("--aborts", type=positive_int, default=10_000)
+    parser.add_argument("--timed-aborts", type=positive_int, default=200)
+    parser.add_argument("--kills", type=positive_int, default=40)
+    parser.add_argument("--hangs", type=positive_int, default=5)
+    parser.add_argument("--overload-s", type=positive_float, default=60.0)
+    parser.add_argument("--pairs", type=positive_int, default=40)
+    lens = "prompt lengths (default: 128,512,2048)"
+    parser.add_argument("--cost-lens", type=prefill_cases, default=_COST_LENS, help=lens)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path)
     parser.add_argument("--json", type=Path, default=RESULTS_DIR / "faults.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     console = report_console()
     with tempfile.TemporaryDirectory() as folder:
         options = Options(
             args.aborts, args.timed_aborts, args.kills, args.hangs, args.overload_s, args.pairs,
-            tuple(map(int, args.cost_lens.split(","))), args.seed,
+            args.cost_lens, args.seed,
             args.log_dir or Path(folder),
         )  # fmt: skip
-        rows: list[Row] = []
+        bars: list[Bar] = []
         figures: dict[str, object] = {}
-        for part in args.parts.split(","):
-            if part not in _MEASURE:
-                raise ConfigError(f"--parts: {part!r} is not one of {', '.join(PARTS)}")
-            result, part_rows = _MEASURE[part](options)
+        for part in args.parts:
+            result, own = _MEASURE[part](options)
             figures[part] = [asdict(one) for one in result] if isinstance(result, list) else asdict(result)  # type: ignore[call-overload]
-            rows += part_rows
-            console.print(show(part_rows))
-    environment = describe_environment("python -m kvferry.benchmarks.faults", sys.argv[1:])
-    save_json({"environment": asdict(environment), "rows": [asdict(row) for row in rows], **figures}, args.json)
-    return 0 if all(row.is_met for row in rows) else 1
+            bars += own
+            console.print(bar_table(part, own))
+    environment = describe_environment("python -m kvferry.benchmarks.faults", argv)
+    save_json({"environment": asdict(environment), "bars": [bar.as_json() for bar in bars], **figures}, args.json)
+    return exit_code(bars)

@@ -29,9 +29,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import get_args
 
 from kvferry.benchmarks.fidelity.report import Comparison, bars_of, draw
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.live_load import (
     Objectives,
     add_load_flags,
@@ -43,9 +44,11 @@ from kvferry.benchmarks.shared.live_load import (
     spread_ticks,
 )
 from kvferry.benchmarks.shared.pools import Pools, parse_pools, pool_flags
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.benchmarks.shared.step_tap import Tap, read_tap, tapped_serve
 from kvferry.benchmarks.shared.twin import Machine, SimulatedFigures, lone_ttft_s, quiet_simulation, time_around, twin
 from kvferry.benchmarks.shared.twin import figures_of as simulated_figures
+from kvferry.common.router_config import PolicyName
 from kvferry.simulator import Scenario, simulate
 from kvferry.simulator.sources import trace_path
 from kvferry.tools.chaos.serve_system import System, serving
@@ -53,7 +56,8 @@ from kvferry.tools.load.arguments import positive_float
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.load import LoadResult
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.plot import check_plot_path
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.traces import TraceRow, read_trace
 
 UNLOADED_LENS = (64, 512, 2048)
@@ -168,8 +172,11 @@ def prepare(flags: argparse.Namespace, rows: list[TraceRow], log_dir: Path) -> t
     return replace(Objectives.from_unloaded(unloaded), ttft_s=flags.ttft_s), rate
 
 
-def main() -> int:
-    flags = _parser().parse_args()
+@telling_errors("fidelity")
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    check_plot_path(flags.plot)
     console = report_console()
     quiet_simulation()
     rows = read_trace(trace_path(flags.trace), length_scale=flags.length_scale)
@@ -183,13 +190,13 @@ def main() -> int:
         rate = flags.rate or flags.load * capacity
         console.print(f"{rate:.2f} requests/s; objectives: {' '.join(objectives.flags)}", style="dim")
         bench = Bench(flags, log_dir, rows, objectives, rate)
-        for policy in flags.policies.split(","):
+        for policy in flags.policies:
             comparison, machines[policy] = bench.run(policy)
             own = bars_of(comparison)
             console.print(bar_table(f"{policy}, {flags.pools} workers: simulated / live", own))
             comparisons.append(comparison)
             bars += own
-    environment = describe_environment("python -m kvferry.benchmarks.fidelity", sys.argv[1:])
+    environment = describe_environment("python -m kvferry.benchmarks.fidelity", argv)
     body = {
         "environment": asdict(environment),
         "objectives": asdict(objectives),
@@ -200,7 +207,7 @@ def main() -> int:
     }
     save_json(body, flags.json)
     draw(comparisons, flags.plot, environment.git_commit or environment.kvferry_version)
-    return 0 if all(bar.is_met for bar in bars) else 1
+    return exit_code(bars)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,7 +215,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.fidelity", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("--policies", default="least_loaded,slo", help="(default: %(default)s)")
+    policies = names_of(get_args(PolicyName))
+    add("--policies", type=policies, default="least_loaded,slo", metavar="NAMES", help="(default: %(default)s)")
     add("--pools", type=parse_pools, default="1+1", help="prefill+decode workers (default: %(default)s)")
     add("--seconds", type=positive_float, default=80.0, help="of arrivals, measured (default: %(default)g)")
     add("--learn-s", type=positive_float, default=40.0, help="of arrivals before (default: %(default)g)")

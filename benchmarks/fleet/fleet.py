@@ -24,16 +24,16 @@ from time import process_time
 import structlog
 from rich.table import Table
 
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.router.server import collect_rarely
 from kvferry.simulator import Fleet, Router, Scenario, Traffic, simulate
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.plot import COLOURS, new_figure, save_figure
+from kvferry.tools.load.plot import COLOURS, check_plot_path, new_figure, save_figure
 from kvferry.tools.load.report import report_console
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATE_PER_WORKER = 100_000 / 60 / 1000
 _SIZES = (10, 30, 100, 300, 1000)
 _LENGTHS = (2500, 5000, 10_000, 20_000)  # requests, at 300 workers
@@ -116,16 +116,27 @@ def plot(sizes: Sequence[FleetRun], lengths: Sequence[FleetRun], path: Path) -> 
     save_figure(figure, path)
 
 
-def main() -> int:
+def bars_of(whole: FleetRun) -> list[Bar]:
+    limit_s = _BAR_S * whole.num_requests / 1_000_000
+    return [
+        Bar("CPU of the whole run", whole.cpu_s, limit_s, unit="s"),
+        Bar("placing a request, p99", whole.submit_p99_us, _PLACEMENT_BAR_US, unit="us"),
+        Bar("requests that did not finish", whole.num_unfinished, 0, count=whole.num_requests),
+    ]
+
+
+@telling_errors("fleet")
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.fleet", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--trace", default="azure-2023-conv", help="name or path")
     parser.add_argument("--workers", type=positive_int, default=1000, help="of the whole run")
     parser.add_argument("--requests", type=positive_int, default=1_000_000, help="of the whole run")
     parser.add_argument("--growth-requests", type=positive_int, default=5000, help="of each run of another size")
-    parser.add_argument("--json", type=Path, default=RESULTS / "fleet.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "fleet.svg")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "fleet.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS_DIR / "fleet.svg")
+    args = parser.parse_args(argv)
+    check_plot_path(args.plot)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     collect_rarely()  # as in a router's process
     run(10, 500, args.trace)  # what is loaded late is loaded
@@ -135,11 +146,7 @@ def main() -> int:
     show("As the run grows", lengths)
     whole = run(args.workers, args.requests, args.trace)
     show("Whole", [whole])
-    limit_s = _BAR_S * whole.num_requests / 1_000_000
-    bars = [
-        Bar("CPU of the whole run", whole.cpu_s, limit_s, unit="s"),
-        Bar("placing a request, p99", whole.submit_p99_us or 0.0, _PLACEMENT_BAR_US, unit="us"),
-    ]
+    bars = bars_of(whole)
     report_console().print(bar_table("Bars", bars))
     plot(sizes, lengths, args.plot)
     command = f"--workers {args.workers} --requests {args.requests} --growth-requests {args.growth_requests}"
@@ -151,4 +158,4 @@ def main() -> int:
         "bars": [bar.as_json() for bar in bars],
     }
     save_json(body, args.json)
-    return 0 if all(bar.is_met for bar in bars) else 1
+    return exit_code(bars)

@@ -36,10 +36,11 @@ from kvferry.benchmarks.fuzz.strike import Strike, run_attack
 from kvferry.benchmarks.fuzz.systems import fuzz_systems
 from kvferry.benchmarks.fuzz.target import Target, router
 from kvferry.benchmarks.fuzz.templates import write_template
+from kvferry.benchmarks.shared.program import RESULTS_DIR
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.tools.load.environment import describe_environment
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.stats import Distribution, describe
 
 LIVE_SHARE = 50  # one frame of so many goes to the live server too

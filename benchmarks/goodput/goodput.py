@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,11 +27,12 @@ import structlog
 from kvferry.benchmarks.goodput.report import bars, plot_goodput, print_goodput
 from kvferry.benchmarks.goodput.search import Bench, Best, System
 from kvferry.benchmarks.goodput.setup import SETUP
+from kvferry.benchmarks.shared.bars import exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+from kvferry.tools.load.plot import check_plot_path
 
 
 @dataclass(slots=True, frozen=True)
@@ -129,7 +130,8 @@ def run(benches: list[Bench], num_processes: int, num_level_requests: int | None
     return results
 
 
-def main() -> int:
+@telling_errors("goodput")
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.goodput", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--traces", nargs="+", default=list(SETUP.traces), help="names or paths")
@@ -137,9 +139,10 @@ def main() -> int:
     parser.add_argument("--requests", type=positive_int, default=None, help="of each trace, to search on; default: all")
     parser.add_argument("--level-requests", type=positive_int, default=None, help="to show; default: all")
     parser.add_argument("--processes", type=positive_int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, default=RESULTS / "goodput.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "goodput.svg")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "goodput.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS_DIR / "goodput.svg")
+    args = parser.parse_args(argv)
+    check_plot_path(args.plot)
     benches = [Bench(SETUP, trace, args.part, args.requests) for trace in args.traces]
     results = run(benches, args.processes, args.level_requests)
     print_goodput(results)
@@ -156,4 +159,4 @@ def main() -> int:
     }
     save_json(body, args.json)
     plot_goodput(results, args.plot)  # now that the tree's state is noted, of which pictures are a part
-    return 0 if all(bar.is_met for bar in bars(results)) else 1
+    return exit_code(bars(results))

@@ -43,7 +43,15 @@ class GpuReport:
 
     @property
     def num_failed(self) -> int:
-        return sum(part.verdict.status == "fail" for part in self.parts)
+        return self._count("fail")
+
+    @property
+    def is_proven(self) -> bool:
+        """A part passed and none failed: who skips all of them has proven nothing."""
+        return self._count("pass") > 0 and not self.num_failed
+
+    def _count(self, status: Status) -> int:
+        return sum(part.verdict.status == status for part in self.parts)
 
 
 def print_gpu(report: GpuReport, console: Console) -> None:

@@ -16,11 +16,12 @@ from kvferry.benchmarks import gpu_check
 from kvferry.benchmarks.gpu.host import WHEELS, facts, missing, why_no_gpu
 from kvferry.benchmarks.gpu.parts import PARTS, Finished, Part
 from kvferry.benchmarks.gpu.report import GpuReport, PartResult, Verdict, print_gpu, write_gpu
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of
 from kvferry.common.clock import Clock, SystemClock
 from kvferry.common.config import environment
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.environment import describe_environment
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.server_process import running
 
 NO_GPU_EXIT_CODE = 3
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     report = check(parts, flags.total, log_dir, argv, env, console, flags.json)
     print_gpu(report, report_console())
     console.print(f"written: {flags.json}; the parts' output: {log_dir}", style="dim")
-    return 1 if report.num_failed else 0
+    return 0 if report.is_proven else 1
 
 
 def check(
@@ -134,16 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="; ".join(f"{part.name}: {part.about}" for part in PARTS),
     )
     add, names = parser.add_argument, [part.name for part in PARTS]
-    add("--parts", type=_part_names, default=names, help=f"some of {','.join(names)} (default: all)")
+    add("--parts", type=names_of(names), default=names, help=f"some of {','.join(names)} (default: all)")
     add("--total", type=float, default=_DEFAULT_TOTAL_S, metavar="S", help="for all parts (default: %(default)g)")
     add("--log-dir", type=Path, metavar="DIR", help="for the parts' output (default: a new temporary directory)")
     add("--json", type=Path, default=RESULTS_DIR / "gpu.json", metavar="FILE", help="(default: %(default)s)")
     return parser
-
-
-def _part_names(text: str) -> list[str]:
-    names, known = text.split(","), [part.name for part in PARTS]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
-    return names

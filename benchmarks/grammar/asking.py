@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import httpx
 import jsonschema
 from referencing.exceptions import Unresolvable
 
 from kvferry.benchmarks.grammar.schemas import Case, Schema
+from kvferry.benchmarks.shared.streams import time_stream
 
 _TIMEOUT_S = 300.0
 _PAIR_TOKENS = 80
@@ -38,10 +37,10 @@ class Pair:
     """Two streams, one after the other: without a grammar, and with one that the server has never seen."""
 
     ttft_s: tuple[float, float]
-    gaps_s: tuple[tuple[float, ...], tuple[float, ...]]  # between tokens
+    gaps_s: tuple[tuple[float, ...], tuple[float, ...]]  # between chunks of `_PAIR_TOKENS` tokens
 
     def tpot_s(self, side: int) -> float:
-        return sum(self.gaps_s[side]) / len(self.gaps_s[side])
+        return sum(self.gaps_s[side]) / (_PAIR_TOKENS - 1)
 
 
 async def ask_all(
@@ -112,17 +111,17 @@ async def ask_pairs(url: str, model: str, count: int) -> list[Pair]:
             sides = [None, _long_schema(number)]
             timed = {}
             for side in (0, 1) if number % 2 else (1, 0):
-                timed[side] = await time_stream(client, url, _timed_body(model, sides[side], number))
+                body = _timed_body(model, sides[side], number)
+                timed[side] = await time_stream(client, f"{url}/chat/completions", body, _PAIR_TOKENS)
             if number >= 0:
-                pairs.append(Pair((timed[0][0], timed[1][0]), (timed[0][1], timed[1][1])))
+                pairs.append(Pair((timed[0].ttft_s, timed[1].ttft_s), (timed[0].gaps_s, timed[1].gaps_s)))
     return pairs
 
 
 def _timed_body(model: str, schema: Schema | None, number: int) -> dict[str, object]:
     # Log-probabilities make an event of every token.
     salt = f"pair {number}, {'bound' if schema else 'free'}"  # neither finds the other's prompt
-    fields = {"stream": True, "ignore_eos": True, "seed": number, "logprobs": True, "cache_salt": salt}
-    return _body(model, schema, max_tokens=_PAIR_TOKENS, **fields)
+    return _body(model, schema, seed=number, logprobs=True, cache_salt=salt)
 
 
 def _long_schema(number: int) -> Schema:
@@ -138,16 +137,3 @@ def _long_schema(number: int) -> Schema:
         "additionalProperties": False,
     }
     return {"type": "array", "items": person, "minItems": 100}
-
-
-async def time_stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -> tuple[float, tuple[float, ...]]:
-    """Return the seconds to the first token, and those between tokens, to the microsecond."""
-    began = time.perf_counter()
-    times: list[float] = []
-    async with client.stream("POST", f"{url}/chat/completions", json=body) as stream:
-        if stream.status_code != 200:
-            raise RuntimeError(f"{stream.status_code}: {(await stream.aread()).decode()}")
-        async for line in stream.aiter_lines():
-            if '"logprobs":{' in line.replace(" ", ""):
-                times.append(time.perf_counter())
-    return round(times[0] - began, 6), tuple(round(after - before, 6) for before, after in pairwise(times))

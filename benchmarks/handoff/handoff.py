@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,14 +37,16 @@ from kvferry.benchmarks.handoff.report import (
     write_handoff,
     write_results,
 )
-from kvferry.common.errors import ConfigError, TransferError
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.common.errors import ConfigError
+from kvferry.tools.load.arguments import natural, positive_float, positive_int
 from kvferry.tools.load.cores import CoreUse, wait_until_quiet
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.plot import check_plot_path
 from kvferry.tools.load.report import report_console
 from kvferry.transfer.backends.choose import set_ucx_defaults
 
-RESULTS_DIR = Path("benchmarks") / "results"
+_RESULTS = RESULTS_DIR / "handoff.json"
 _MAX_CPU_BYTES, _MAX_CUDA_BYTES = 1 << 30, 4 << 30
 _CPU_TTFT_S, _CUDA_TTFT_S = 2.0, 0.25  # of 8,192 tokens: sooner than any engine here has them
 
@@ -87,31 +89,30 @@ def measure(
     )
 
 
+@telling_errors("handoff")
 def main(argv: list[str] | None = None) -> int:
     """0: every bar was met; 1: some were missed; 2: not measured."""
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
-    plot = flags.plot or flags.json.with_suffix(".svg")
+    path: Path = flags.json or _RESULTS
+    plot = flags.plot or path.with_suffix(".svg")
     console = Console(stderr=True)
     torch.set_num_threads(1)
     set_ucx_defaults("127.0.0.1")
-    try:
-        check_plot_path(plot)
-        if flags.quiet_limit:
-            wait_until_quiet(flags.quiet_limit)
-        plan = _plan(flags)
+    check_plot_path(plot)
+    if flags.quiet_limit:
+        wait_until_quiet(flags.quiet_limit)
+    plan = _plan(flags)
 
-        def write(sizes: list[SizeResult], paced: list[PacedResult]) -> None:
-            write_results(sizes, paced, plan.num_results, flags.json)
+    def write(sizes: list[SizeResult], paced: list[PacedResult]) -> None:
+        if flags.json is not None:  # what lies where results are kept is replaced once, by all of them
+            write_results(sizes, paced, plan.num_results, path)
 
-        report = measure(plan, argv, console, write)
-    except (ConfigError, TransferError) as error:
-        console.print(f"handoff: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    report = measure(plan, argv, console, write)
     print_handoff(report, report_console())
-    write_handoff(report, flags.json)
+    write_handoff(report, path)
     plot_handoff(report, plot)
-    console.print(f"written: {flags.json}, {plot}", style="dim")
+    console.print(f"written: {path}, {plot}", style="dim")
     return 1 if report.misses else 0
 
 
@@ -141,36 +142,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.handoff", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add(
-        "--shapes", type=_names(SPECS), metavar="NAMES", help=f"some of {','.join(SPECS)} (default: all; GPU: the last)"
-    )
+    add("--shapes", type=names_of(SPECS), metavar="NAMES", help=f"of {','.join(SPECS)} (default: all; GPU: the last)")
     add("--blocks", type=_counts, default=(64, 256, 2048), metavar="N,...", help="of a prompt (default: 64,256,2048)")
-    add("--tables", type=_names(TABLES), default=TABLES, metavar="NAMES", help=f"of {','.join(TABLES)} (default: all)")
-    add("--rounds", type=int, default=7, metavar="N", help="of each case, after one that is checked (default: 7)")
-    add("--max-bytes", type=int, metavar="N", help="of a prompt (default: 1 GiB; GPU: 4 GiB)")
-    add("--prompt-tokens", type=int, default=8192, metavar="N", help="of the paced prompts (default: %(default)s)")
-    add("--chunk-tokens", type=int, default=512, metavar="N", help="of one step (default: %(default)s)")
-    add("--ttft", type=float, metavar="S", help="of a paced prompt (default: 2; GPU: 0.25)")
-    add("--prompts", type=int, default=3, metavar="N", help="that are paced; 0: none (default: %(default)s)")
+    add("--tables", type=names_of(TABLES), default=TABLES, metavar="NAMES", help=f"(default: {','.join(TABLES)})")
+    add("--rounds", type=positive_int, default=7, metavar="N", help="of each case, after a checked one (default: 7)")
+    add("--max-bytes", type=positive_int, metavar="N", help="of a prompt (default: 1 GiB; GPU: 4 GiB)")
+    add("--prompt-tokens", type=positive_int, default=8192, metavar="N", help="of paced prompts (default: %(default)s)")
+    add("--chunk-tokens", type=positive_int, default=512, metavar="N", help="of one step (default: %(default)s)")
+    add("--ttft", type=positive_float, metavar="S", help="of a paced prompt (default: 2; GPU: 0.25)")
+    add("--prompts", type=natural, default=3, metavar="N", help="that are paced; 0: none (default: %(default)s)")
     add("--idle", type=float, default=2.0, metavar="S", help="for each idle state; 0: none (default: %(default)g)")
     add("--quiet-limit", type=float, default=30.0, metavar="S", help="to wait for quiet (default: %(default)g)")
     add("--transfer", choices=("nixl", "ucx"), default="nixl", help="(default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: both ends on one card (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the block tables (default: %(default)s)")
-    add("--json", type=Path, default=RESULTS_DIR / "handoff.json", metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help=f"grows with each case (default, once all are done: {_RESULTS})")
     add("--plot", type=Path, metavar="FILE", help="(default: as --json, .svg)")
     return parser
-
-
-def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -39,14 +39,16 @@ from kvferry.benchmarks.interference.report import (
 )
 from kvferry.benchmarks.peers.vllm_install import default_venv, ensure_vllm
 from kvferry.benchmarks.shared.peers import DEFAULT_SYSTEMS, SYSTEMS, VLLM_DTYPES, RunningSystem, Setup, system_names
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.cores import CoreUse, CoreWatch, pin_to_cores
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.plot import check_plot_path
 from kvferry.tools.load.prompts import PromptSource
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.stats import describe
 
 _FIRST_TOKENS_WITHIN_S = 60.0
@@ -208,6 +210,7 @@ def run(setup: Setup, scenario: Scenario, names: Sequence[str], console: Console
     return results
 
 
+@telling_errors("interference")
 def main(argv: list[str] | None = None) -> int:
     """0: every system was measured; 1: some were; 2: none, or the settings are wrong."""
     argv = sys.argv[1:] if argv is None else argv
@@ -220,14 +223,10 @@ def main(argv: list[str] | None = None) -> int:
         seed=flags.seed,
     )
     console = Console(stderr=True)
-    try:
-        check_plot_path(flags.plot)
-        setup = _setup(flags)
-        if any(name.startswith("vllm") for name in flags.systems):
-            ensure_vllm(setup.peer_venv)
-    except ConfigError as error:
-        console.print(f"interference: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    check_plot_path(flags.plot)
+    setup = _setup(flags)
+    if any(name.startswith("vllm") for name in flags.systems):
+        ensure_vllm(setup.peer_venv)
     results = run(setup, scenario, flags.systems, console)
     if not results:
         return 2
@@ -256,14 +255,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     names = f"some of {','.join(SYSTEMS)} (default: {','.join(DEFAULT_SYSTEMS)})"
-    add("--systems", type=system_names, default=list(DEFAULT_SYSTEMS), help=names)
+    add("--systems", type=system_names, default=DEFAULT_SYSTEMS, help=names)
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     add("--quiet", type=float, default=30.0, metavar="S", help="streams alone (default: %(default)g)")
     add("--duration", type=float, default=120.0, metavar="S", help="streams and long prompts (default: %(default)g)")
-    add("--stream-output-len", type=int, default=400, metavar="TOKENS", help="(default: %(default)s)")
-    add("--long-input-len", type=int, default=6000, metavar="TOKENS", help="(default: %(default)s)")
+    add("--stream-output-len", type=positive_int, default=400, metavar="TOKENS", help="(default: %(default)s)")
+    add("--long-input-len", type=positive_int, default=6000, metavar="TOKENS", help="(default: %(default)s)")
     add("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0], help="(default: %(default)s)")
-    add("--num-cores", type=int, default=2, metavar="N", help="for server and client together (default: %(default)s)")
+    add("--num-cores", type=positive_int, default=2, metavar="N", help="for server and client (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     add("--peer-venv", type=Path, default=default_venv(), help="vLLM is installed here (default: %(default)s)")
     add("--log-dir", type=Path, metavar="DIR", help="for the servers' output (default: a new temporary directory)")

@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, get_args
 from rich.console import Console
 from rich.table import Table
 
-from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
+from kvferry.benchmarks.engine.cases import check_cases, decode_cases, prefill_cases
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.common.config import CpuIsa, EngineConfig
-from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+from kvferry.tools.load.report import milliseconds, report_console
 
 if TYPE_CHECKING:
     from kvferry.engine.engine import Engine
@@ -48,9 +50,13 @@ class Case:
     num_rounds: int
 
     @property
-    def speedup(self) -> float:
-        """Return how many times as long torch takes as the C++ for AVX2."""
-        return self.ms[_TORCH] / self.ms["avx2"]
+    def speedup(self) -> float | None:
+        """Return how many times as long torch takes as the C++ for AVX2; None on a processor that has no AVX2."""
+        return self.ms[_TORCH] / self.ms["avx2"] if "avx2" in self.ms else None
+
+    @property
+    def bar(self) -> Bar:
+        return Bar(f"{self.name}: torch / avx2", self.speedup, _MIN_SPEEDUP, at_least=True, count=self.num_rounds)
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,18 +66,20 @@ class Report:
     cases: tuple[Case, ...]
     environment: Environment
 
+    @property
+    def bars(self) -> list[Bar]:
+        return [case.bar for case in self.cases]
 
+
+@telling_errors("isa")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     os.environ |= _HELD | {"OMP_NUM_THREADS": str(flags.threads)}
     console = Console(stderr=True)
-    try:
-        model_dir: Path = flags.model or default_model_dir()
-        engines = dict(_engines(flags, model_dir))
-    except ConfigError as error:
-        console.print(f"isa: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    check_cases(flags.decode, flags.prefill)
+    model_dir: Path = flags.model or default_model_dir()
+    engines = dict(_engines(flags, model_dir))
     report = Report(
         model=model_dir.name,
         num_threads=flags.threads,
@@ -79,9 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         environment=describe_environment("python -m kvferry.benchmarks.isa", argv),
     )
     _print(report, report_console())
-    save_json(asdict(report), flags.json)
+    save_json(asdict(report) | {"bars": [bar.as_json() for bar in report.bars]}, flags.json)
     console.print(f"written: {flags.json}", style="dim")
-    return 1 if flags.check and min(case.speedup for case in report.cases) < _MIN_SPEEDUP else 0
+    return exit_code(report.bars) if flags.check else 0
 
 
 def _engines(flags: argparse.Namespace, model_dir: Path) -> Iterator[tuple[str, Engine]]:
@@ -121,11 +129,12 @@ def _measure(flags: argparse.Namespace, engines: dict[str, Engine], console: Con
 def _print(report: Report, console: Console) -> None:
     table = Table(title=f"{report.model}, {report.num_threads} thread(s), CPU ms", title_justify="left")
     table.add_column("case")
-    for column in (*report.cases[0].ms, "torch / avx2"):
+    for column in report.cases[0].ms:
         table.add_column(column, justify="right")
     for case in report.cases:
-        table.add_row(case.name, *map(milliseconds, case.ms.values()), f"{case.speedup:.1f}")
+        table.add_row(case.name, *map(milliseconds, case.ms.values()))
     console.print(table)
+    console.print(bar_table("AVX2 beside torch", report.bars))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,11 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--decode", type=decode_cases, default=decode_cases("1@128,8@128,8@1024"), metavar="ROWS@TOKENS,…")
     add("--prefill", type=prefill_cases, default=(512, 2048), metavar="TOKENS,…")
-    add("--rounds", type=int, default=20, help="of a decode case (default: %(default)s)")
-    add("--prompt-rounds", type=int, default=3, metavar="N", help="of a prompt (default: %(default)s)")
+    add("--rounds", type=positive_int, default=20, help="of a decode case (default: %(default)s)")
+    add("--prompt-rounds", type=positive_int, default=3, metavar="N", help="of a prompt (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 where AVX2 is not twice as fast as torch")
     add("--json", type=Path, default=RESULTS_DIR / "isa.json", metavar="FILE", help="(default: %(default)s)")
     return parser

@@ -6,7 +6,8 @@
 
 llama.cpp's own tool makes a file of each kind out of the given one (requantized: for speed that is the same). Each side
 then computes whole prompts, and steps that feed one token to each of some rows, without a server around it. What counts
-is the least CPU time of the rounds, over all threads, as other programs run beside it.
+is the least CPU time of the rounds, over all threads, as other programs run beside it. With --check the exit code is 1
+where a bar is missed.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from typing import Any
 
 from rich.table import Table
 
-from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.engine.cases import check_cases, decode_cases, prefill_cases
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import find_gguf, gguf_model_dir
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+from kvferry.tools.load.report import milliseconds, report_console
 
 # torch is imported inside functions: its threads are settled before.
 
@@ -58,35 +60,42 @@ class Case:
         return self.ours_ms / self.theirs_ms
 
 
+@telling_errors("llama_cpp")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = report_console()
     cases: list[Case] = []
-    try:
-        source = flags.gguf or find_gguf()
-        with tempfile.TemporaryDirectory() as folder:
-            for kind in flags.kinds:
-                file = Path(folder) / f"{kind}.gguf"
-                command = [flags.peer, "-P", str(_PEER), "quantize", str(source), str(file), str(KINDS[kind])]
-                subprocess.run(command, check=True, capture_output=True)
-                cases += _measure(flags, kind, file)
-    except (ConfigError, OSError, subprocess.CalledProcessError) as error:
-        console.print(f"llama_cpp: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    check_cases(flags.decode, flags.prefill)
+    source = flags.gguf or find_gguf()
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in flags.kinds:
+            file = Path(folder) / f"{kind}.gguf"
+            _quantize(flags.peer, source, file, kind)
+            cases += _measure(flags, kind, file)
     table = Table(title=f"{source.name}, {flags.threads} thread(s), CPU ms", title_justify="left")
-    for column in ("file", "case", "kvferry", "llama.cpp", "ratio"):
+    for column in ("file", "case", "kvferry", "llama.cpp"):
         table.add_column(column, justify="left" if column in ("file", "case") else "right")
     for case in cases:
-        times = milliseconds(case.ours_ms), milliseconds(case.theirs_ms)
-        table.add_row(case.kind, case.name, *times, f"{case.ratio:.2f}")
+        table.add_row(case.kind, case.name, milliseconds(case.ours_ms), milliseconds(case.theirs_ms))
     console.print(table)
     bars = [Bar(f"{case.kind}, {case.name}", case.ratio, case.bar, count=case.num_rounds) for case in cases]
     console.print(bar_table("of llama.cpp's time", bars))
     environment = describe_environment("python -m kvferry.benchmarks.llama_cpp", argv)
-    save_json({"cases": [asdict(case) for case in cases], "environment": asdict(environment)}, flags.json)
-    return 0
+    body: dict[str, object] = {"cases": [asdict(case) for case in cases], "bars": [bar.as_json() for bar in bars]}
+    save_json({**body, "environment": asdict(environment)}, flags.json)
+    return exit_code(bars) if flags.check else 0
+
+
+def _quantize(python: str, source: Path, target: Path, kind: str) -> None:
+    command = [python, "-P", str(_PEER), "quantize", str(source), str(target), str(KINDS[kind])]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except OSError as error:
+        raise ConfigError(f"--peer {python}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(f"llama.cpp made no {kind} of {source}: {error.stderr.strip()[-300:]}") from error
 
 
 def _measure(flags: argparse.Namespace, kind: str, file: Path) -> Iterator[Case]:
@@ -155,19 +164,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--peer", required=True, metavar="PYTHON", help="an interpreter that has llama-cpp-python")
     add("--gguf", type=Path, metavar="FILE", help="(default: that of the built-in model)")
-    add("--kinds", type=_kinds, default=("Q4_0", "Q4_K_M", "Q8_0"), metavar="KIND,…", help=f"of {', '.join(KINDS)}")
+    kinds = ("Q4_0", "Q4_K_M", "Q8_0")
+    add("--kinds", type=names_of(KINDS), default=kinds, metavar="KIND,…", help=f"of {', '.join(KINDS)}")
     add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--cpu-isa", default="auto", help="the instruction set of kvferry's side (default: %(default)s)")
     add("--decode", type=decode_cases, default=decode_cases("1@128,8@128"), metavar="ROWS@TOKENS,…")
     add("--prefill", type=prefill_cases, default=(512, 2048), metavar="TOKENS,…")
     add("--rounds", type=positive_int, default=30, metavar="N", help="of a decode case (default: %(default)s)")
     add("--prompt-rounds", type=positive_int, default=5, metavar="N", help="of a prompt (default: %(default)s)")
+    add("--check", action="store_true", help="exit with 1 where a bar is missed")
     add("--json", type=Path, default=RESULTS_DIR / "llama_cpp.json", metavar="FILE", help="(default: %(default)s)")
     return parser
-
-
-def _kinds(text: str) -> tuple[str, ...]:
-    kinds = tuple(text.split(","))
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise argparse.ArgumentTypeError(f"no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
-    return kinds

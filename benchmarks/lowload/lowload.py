@@ -27,19 +27,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvferry.benchmarks.lowload.report import Pair, Phases, draw, phase_table, ratio_bars
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.live_load import VOCAB, endpoint_of
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.common.clock import wall_time_s
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import natural, positive_int
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.load import PlannedRequest, poisson_arrivals, run_closed_loop, run_open_loop
+from kvferry.tools.load.plot import check_plot_path
 from kvferry.tools.load.prompts import PromptSource
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 
 SYSTEMS = {
     "slo": ("--prefill", "1", "--decode", "1", "--policy", "slo"),
@@ -63,8 +65,12 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
+    """As a type for argparse. One token has no time between tokens."""
     prompt, _, output = text.partition("/")
-    return Shape(int(prompt), int(output))
+    shape = Shape(positive_int(prompt), positive_int(output))
+    if shape.num_output_tokens < 2:
+        raise argparse.ArgumentTypeError(f"{text}: an answer needs two tokens or more")
+    return shape
 
 
 @dataclass(slots=True)
@@ -180,8 +186,11 @@ async def measure_all(systems: tuple[System, System], flags: argparse.Namespace)
             endpoint.close()
 
 
-def main() -> int:
-    flags = _parser().parse_args()
+@telling_errors("lowload")
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    check_plot_path(flags.plot)
     console = report_console()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         log_dir = flags.log_dir or Path(folder)
@@ -197,7 +206,7 @@ def main() -> int:
         console.print(bar_table(f"{result.shape}, {result.load} ({rate}): slo / colocated", own))
         bars += own
     console.print(phase_table([phases for result in results for phases in result.phases]))
-    environment = describe_environment("python -m kvferry.benchmarks.lowload", sys.argv[1:])
+    environment = describe_environment("python -m kvferry.benchmarks.lowload", argv)
     body = {
         "environment": asdict(environment),
         "bars": [bar.as_json() for bar in bars],
@@ -205,7 +214,7 @@ def main() -> int:
     }
     save_json(body, flags.json)
     draw(bars, flags.plot, environment.git_commit or environment.kvferry_version)
-    return 0 if all(bar.is_met for bar in bars) else 1
+    return exit_code(bars)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--pairs", type=positive_int, default=40, help="of each shape, one at a time (default: %(default)s)")
-    add("--load-pairs", type=int, default=24, help="of each shape at 10 %%; 0: none (default: %(default)s)")
+    add("--load-pairs", type=natural, default=24, help="of each shape at 10 %%; 0: none (default: %(default)s)")
     add("--shapes", type=lambda text: [parse_shape(part) for part in text.split(",")], default="128/32,512/32",
         help="prompt/answer tokens (default: %(default)s)")  # fmt: skip
     add("--serve-flags", default="", metavar="TEXT", help="further flags of both deployments, in one argument")

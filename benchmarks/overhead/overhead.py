@@ -19,7 +19,6 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -32,10 +31,13 @@ from kvferry.benchmarks.overhead.report import OverheadReport, Phase, plot_overh
 from kvferry.benchmarks.overhead.systems import ROUTERS, Setup, Target
 from kvferry.benchmarks.overhead.workers import MODEL
 from kvferry.benchmarks.peers.sglang_install import default_venv, ensure_sglang_router
+from kvferry.benchmarks.shared.bars import exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.stats import describe
 
 SHORT, LONG = 32, 256
@@ -149,27 +151,24 @@ def measure(system: str, setup: Setup, num_words: int, seconds: float, console: 
     return phases
 
 
+@telling_errors("overhead")
 def main(argv: list[str] | None = None) -> int:
     """0: every bar is met; 1: one is not; 2: the settings are wrong."""
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
     log_dir = flags.log_dir or Path(tempfile.mkdtemp(prefix="overhead-"))
-    try:
-        setup = _setup(flags, log_dir)
-        phases = [
-            phase for system in flags.systems for phase in measure(system, setup, flags.words, flags.seconds, console)
-        ]
-    except ConfigError as error:
-        console.print(f"overhead: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    setup = _setup(flags, log_dir)
+    phases = [
+        phase for system in flags.systems for phase in measure(system, setup, flags.words, flags.seconds, console)
+    ]
     environment = describe_environment("python -m kvferry.benchmarks.overhead", argv)
     report = OverheadReport(tuple(phases), setup.num_workers, flags.words, environment)
     print_overhead(report, report_console())
     write_overhead(report, flags.json)
     plot_overhead(report, flags.json.with_suffix(".svg"))
     console.print(f"written: {flags.json} and .svg; logs: {log_dir}", style="dim")
-    return 0 if report.is_met else 1
+    return exit_code(report.bars())
 
 
 def _setup(flags: argparse.Namespace, log_dir: Path) -> Setup:
@@ -182,22 +181,15 @@ def _setup(flags: argparse.Namespace, log_dir: Path) -> Setup:
     return Setup(model_dir, log_dir, flags.peer_venv, cores[0], cores[1], flags.workers)
 
 
-def _system_names(text: str) -> Sequence[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in ROUTERS]:
-        raise argparse.ArgumentTypeError(f"no system {unknown[0]!r}; these are: {', '.join(ROUTERS)}")
-    return names
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kvferry.benchmarks.overhead", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--systems", type=_system_names, default=list(ROUTERS), help="(default: all of them)")
-    add("--seconds", type=float, default=6.0, help="of each load (default: %(default)s)")
-    add("--workers", type=int, default=4, help="decode workers, or servers of the peer (default: %(default)s)")
-    add("--words", type=int, default=80, help="of each prompt (default: %(default)s)")
+    add("--systems", type=names_of(ROUTERS), default=tuple(ROUTERS), help="(default: all of them)")
+    add("--seconds", type=positive_float, default=6.0, help="of each load (default: %(default)s)")
+    add("--workers", type=positive_int, default=4, help="decode workers, or servers of the peer (default: %(default)s)")
+    add("--words", type=positive_int, default=80, help="of each prompt (default: %(default)s)")
     add("--model", type=Path, metavar="DIR", help="whose tokenizer is used (default: the embedded model)")
     add("--peer-venv", type=Path, default=default_venv(), help="of sglang's router (default: %(default)s)")
     add("--log-dir", type=Path, metavar="DIR", help="logs of the processes (default: a temporary folder)")

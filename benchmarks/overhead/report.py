@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.benchmarks.shared.bars import Bar, bar_table
 from kvferry.tools.load.environment import Environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.plot import COLOURS, new_figure, save_figure
 from kvferry.tools.load.stats import Distribution
 
 OURS = "kvferry"
-Value = Callable[[str], float]  # of a system
+Value = Callable[[str], float | None]  # of a system
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,20 +49,6 @@ class Phase:
 
 
 @dataclass(slots=True, frozen=True)
-class Figure:
-    """One line of the table: a value for each system, and what ours may be."""
-
-    name: str
-    unit: str
-    bar: float
-    values: dict[str, float]
-
-    @property
-    def is_met(self) -> bool:
-        return OURS not in self.values or self.values[OURS] <= self.bar
-
-
-@dataclass(slots=True, frozen=True)
 class OverheadReport:
     phases: tuple[Phase, ...]
     num_workers: int
@@ -72,25 +59,26 @@ class OverheadReport:
     def systems(self) -> list[str]:
         return list(dict.fromkeys(phase.system for phase in self.phases))
 
-    @property
-    def is_met(self) -> bool:
-        return all(figure.is_met for figure in self.figures())
-
     def of(self, system: str, load: str) -> Phase:
         return next(phase for phase in self.phases if phase.system == system and phase.load == load)
 
-    def figures(self) -> Iterator[Figure]:
-        short, long, many = "64 lanes, 32 tokens", "64 lanes, 256 tokens", "500 streams"
-        yield self._figure(
-            "CPU of a request of 32 tokens", "us", 1000.0, lambda s: self.of(s, short).cpu_us_per_request
-        )
-        yield self._figure("CPU of one token more", "us", 15.0, lambda s: self._slope(s, short, long))
-        yield self._figure("CPU of a token of 500 streams", "us", 15.0, lambda s: self.of(s, many).cpu_us_per_token)
-        yield self._figure("added to the first token, p50", "ms", 2.0, lambda s: _p50(self.of(s, "one stream")))
-        yield self._figure("added to a token of 500 streams, p99", "ms", 5.0, lambda s: _p99(self.of(s, many)))
+    def bars(self) -> list[Bar]:
+        return [bar for of_systems in self.figures().values() for bar in of_systems.values()]
 
-    def _figure(self, name: str, unit: str, bar: float, value: Value) -> Figure:
-        return Figure(name, unit, bar, {system: value(system) for system in self.systems})
+    def figures(self) -> dict[str, dict[str, Bar]]:
+        """Each figure by its name, of each system; ours is held to something."""
+        short, long, many = "64 lanes, 32 tokens", "64 lanes, 256 tokens", "500 streams"
+        figures: tuple[tuple[str, str, float, Value], ...] = (
+            ("CPU of a request of 32 tokens", "us", 1000.0, lambda s: self.of(s, short).cpu_us_per_request),
+            ("CPU of one token more", "us", 15.0, lambda s: self._slope(s, short, long)),
+            ("CPU of a token of 500 streams", "us", 15.0, lambda s: self.of(s, many).cpu_us_per_token),
+            ("added to the first token, p50", "ms", 2.0, lambda s: self.of(s, "one stream").added_first_ms.p50),
+            ("added to a token of 500 streams, p99", "ms", 5.0, lambda s: self.of(s, many).added_token_ms.p99),
+        )
+        return {
+            name: {s: Bar(f"{s}: {name}", value(s), limit if s == OURS else None, unit=unit) for s in self.systems}
+            for name, unit, limit, value in figures
+        }
 
     def _slope(self, system: str, short: str, long: str) -> float:
         """CPU of a token, from what answers that are longer cost more."""
@@ -100,17 +88,8 @@ class OverheadReport:
 
 
 def print_overhead(report: OverheadReport, console: Console) -> None:
-    table = Table(
-        title=f"{report.num_workers} decode workers, prompts of {report.num_words} words", title_justify="left"
-    )
-    table.add_column("")
-    for column in (*report.systems, "bar"):
-        table.add_column(column, justify="right")
-    for figure in report.figures():
-        values = [f"{figure.values[system]:,.2f} {figure.unit}" for system in report.systems]
-        style = None if figure.is_met else "red"
-        table.add_row(figure.name, *values, f"<= {figure.bar:g} {figure.unit}", style=style)
-    console.print(table)
+    title = f"{report.num_workers} decode workers, prompts of {report.num_words} words"
+    console.print(bar_table(title, report.bars()))
     console.print(_phases(report))
 
 
@@ -133,26 +112,30 @@ def _phases(report: OverheadReport) -> Table:
 
 
 def write_overhead(report: OverheadReport, path: Path) -> None:
-    figures = [{**asdict(figure), "is_met": figure.is_met} for figure in report.figures()]
+    bars = [bar.as_json() for bar in report.bars()]
     phases = [asdict(phase) for phase in report.phases]
     settings = {"num_workers": report.num_workers, "num_words": report.num_words}
-    body = {"environment": asdict(report.environment), "settings": settings, "figures": figures, "phases": phases}
+    body = {"environment": asdict(report.environment), "settings": settings, "bars": bars, "phases": phases}
     save_json(body, path)
 
 
 def plot_overhead(report: OverheadReport, path: Path) -> None:
     """Each figure as bars, one for each system, with the bar that ours has to stay below."""
-    figures = list(report.figures())
+    figures = report.figures()
     drawing, panels = new_figure(3.0 * len(figures), 3.4, len(figures))
-    for panel, figure in zip(panels, figures, strict=True):
-        for position, (system, value) in enumerate(figure.values.items()):
-            panel.bar(position, value, color=COLOURS[position], label=system)
-            panel.text(position, value, f"{value:.3g}", ha="center", va="bottom", fontsize=8)
-        panel.axhline(figure.bar, color="black", linestyle="--", linewidth=1)
-        panel.set_xticks(range(len(figure.values)), list(figure.values), fontsize=8)
-        panel.set_ylabel(figure.unit)
-        panel.set_title(figure.name, fontsize=8)
-        panel.set_ylim(0, 1.15 * max(figure.bar, *figure.values.values()))
+    for panel, (name, of_systems) in zip(panels, figures.items(), strict=True):
+        highest = 0.0
+        for position, (system, bar) in enumerate(of_systems.items()):
+            if bar.value is not None:
+                panel.bar(position, bar.value, color=COLOURS[position], label=system)
+                panel.text(position, bar.value, f"{bar.value:.3g}", ha="center", va="bottom", fontsize=8)
+            if bar.bar is not None:
+                panel.axhline(bar.bar, color="black", linestyle="--", linewidth=1)
+            highest = max(highest, bar.value or 0.0, bar.bar or 0.0)
+            panel.set_ylabel(bar.unit)
+        panel.set_xticks(range(len(of_systems)), list(of_systems), fontsize=8)
+        panel.set_title(name, fontsize=8)
+        panel.set_ylim(0, 1.15 * highest)
     commit = report.environment.git_commit or f"version {report.environment.kvferry_version}"
     drawing.suptitle(f"What a router costs on one core; dashed: kvferry's bar ({commit})", fontsize=10)
     save_figure(drawing, path)
@@ -160,11 +143,3 @@ def plot_overhead(report: OverheadReport, path: Path) -> None:
 
 def _pair(distribution: Distribution) -> str:
     return f"{distribution.p50 or 0:.2f} / {distribution.p99 or 0:.2f}"
-
-
-def _p50(phase: Phase) -> float:
-    return phase.added_first_ms.p50 or 0.0
-
-
-def _p99(phase: Phase) -> float:
-    return phase.added_token_ms.p99 or 0.0

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvferry.benchmarks.overhead.workers import MODEL
-from kvferry.benchmarks.peers.sglang_install import SGLANG_ROUTER_VERSION
 from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE
 from kvferry.common.router_config import RouterConfig
 from kvferry.models.tokenizer import Tokenizer
@@ -109,7 +108,6 @@ def sglang_router(setup: Setup, step_ms: float) -> Iterator[Target]:
 
 
 ROUTERS: dict[str, StartRouter] = {"kvferry": kvferry_router, "sglang-router": sglang_router}
-PEER_ABOUT = f"sglang-router {SGLANG_ROUTER_VERSION}, round robin"
 
 
 @contextmanager

@@ -30,11 +30,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import get_args
 
 from rich.console import Console
 
 from kvferry.benchmarks.placement_live.report import Run, Setting, bars_of, draw, run_table
-from kvferry.benchmarks.shared.bars import bar_table
+from kvferry.benchmarks.shared.bars import bar_table, exit_code
 from kvferry.benchmarks.shared.live_load import (
     Objectives,
     add_load_flags,
@@ -46,16 +47,19 @@ from kvferry.benchmarks.shared.live_load import (
     spread_ticks,
 )
 from kvferry.benchmarks.shared.pools import Pools, parse_pools, pool_flags
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.benchmarks.shared.step_tap import Tap, read_tap, tapped_serve
 from kvferry.benchmarks.shared.twin import Machine, quiet_simulation, twin
 from kvferry.benchmarks.shared.twin import figures_of as simulated_figures
+from kvferry.common.router_config import PolicyName
 from kvferry.simulator import simulate
 from kvferry.simulator.sources import trace_path
 from kvferry.tools.chaos.serve_system import serving
 from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.plot import check_plot_path
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.traces import TraceRow, read_trace
 
 TTFT_S = 1.0
@@ -134,13 +138,13 @@ class Bench:
         """Of every policy; and all that was tried."""
         tried = [
             self.run(Setting(policy, split), 1.0, self.flags.split_seconds)
-            for policy in self.flags.policies.split(",")
+            for policy in self.flags.policies
             for split in self.flags.splits
         ]
         best = {}
         for run in sorted(tried, key=lambda one: one.figures.num_good):
             best[run.setting.policy] = run.setting
-        return [best[policy] for policy in self.flags.policies.split(",")], tried
+        return [best[policy] for policy in self.flags.policies], tried
 
     def rounds(self, settings: Sequence[Setting]) -> list[Run]:
         found = []
@@ -181,8 +185,11 @@ def measure(bench: Bench) -> tuple[list[Run], list[Run], dict[tuple[Setting, flo
     return runs, tried, bench.simulated(runs) if bench.flags.simulate else {}
 
 
-def main() -> int:
-    flags = _parser().parse_args()
+@telling_errors("placement_live")
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    check_plot_path(flags.plot)
     console = report_console()
     quiet_simulation()
     rows = read_trace(trace_path(flags.trace), length_scale=flags.length_scale)
@@ -191,9 +198,9 @@ def main() -> int:
         bench = Bench(flags, flags.log_dir or Path(folder), rows, console)
         runs, tried, expected = measure(bench)
     console.print(run_table(runs, expected))
-    bars = bars_of(runs, expected)
+    bars = bars_of(runs, expected, tried)
     console.print(bar_table("slo beside the others", bars))
-    environment = describe_environment("python -m kvferry.benchmarks.placement_live", sys.argv[1:])
+    environment = describe_environment("python -m kvferry.benchmarks.placement_live", argv)
     body = {
         "environment": asdict(environment),
         "objectives": asdict(bench.known),
@@ -208,7 +215,7 @@ def main() -> int:
     }
     save_json(body, flags.json)
     draw(runs, expected, flags.plot, environment.git_commit or environment.kvferry_version)
-    return 0 if all(bar.is_met for bar in bars) else 1
+    return exit_code(bars)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,11 +223,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.placement_live", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("--policies", default=",".join(POLICIES), help="besides colocated (default: %(default)s)")
+    policies, text = names_of(get_args(PolicyName)), "besides colocated (default: %(default)s)"
+    add("--policies", type=policies, default=",".join(POLICIES), metavar="NAMES", help=text)
     add("--workers", type=positive_int, default=3, help="of the colocated system (default: %(default)s)")
     add("--splits", type=lambda text: [parse_pools(part) for part in text.split(",")], default="1+2,2+1",
         help="of the others (default: %(default)s)")  # fmt: skip
-    add("--levels", type=lambda text: [float(part) for part in text.split(",")], default="0.8,1.0",
+    add("--levels", type=lambda text: [positive_float(part) for part in text.split(",")], default="0.8,1.0",
         help="of the capacity (default: %(default)s)")  # fmt: skip
     add("--seconds", type=positive_float, default=60.0, help="of arrivals in each run (default: %(default)g)")
     add("--split-seconds", type=positive_float, default=25.0, help="the same, to choose splits (default: %(default)g)")

@@ -58,7 +58,8 @@ def ratios(goodput: Mapping[str, float]) -> tuple[float | None, float | None]:
     return own / best if best else None, own / colocated if colocated else None
 
 
-def bars_of(runs: Sequence[Run], expected: Expected) -> list[Bar]:
+def bars_of(runs: Sequence[Run], expected: Expected, tried: Sequence[Run] = ()) -> list[Bar]:
+    """`tried`: runs that chose the splits."""
     bars = []
     for level in dict.fromkeys(run.level for run in runs):
         to_best, to_colocated = ratios(live_goodput(runs, level))
@@ -70,7 +71,9 @@ def bars_of(runs: Sequence[Run], expected: Expected) -> list[Bar]:
             bars.append(Bar(f"{level:g}: simulated, slo / best other", sim_best, None))
             bars.append(Bar(f"{level:g}: simulated, slo / colocated", sim_colocated, None))
             bars.append(Bar(f"{level:g}: live and simulated point the same way", _same(to_best, sim_best), 1, True))
-    bars.append(Bar("requests that failed", sum(run.figures.num_failed for run in runs), 0))
+    figures = [run.figures for run in (*runs, *tried)]
+    failed, sent = (sum(one) for one in zip(*((f.num_failed, f.num_sent) for f in figures), strict=True))
+    bars.append(Bar("requests that failed", failed, 0, count=sent))
     return bars
 
 

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.common.config import EngineConfig
-from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 
 if TYPE_CHECKING:
     from kvferry.common.request import SampledToken
@@ -57,15 +58,12 @@ class Report:
     environment: Environment
 
 
+@telling_errors("quantization")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)  # as the launcher does for a worker
-    try:
-        report = _measure(flags, argv)
-    except ConfigError as error:
-        Console(stderr=True).print(f"quantization: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    report = _measure(flags, argv)
     _print(report, report_console())
     save_json(asdict(report), flags.json)
     return 0
@@ -159,23 +157,15 @@ def _print(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def kinds(text: str) -> tuple[str, ...]:
-    """Read a list of forms."""
-    found = tuple(text.split(","))
-    if unknown := [kind for kind in found if kind not in KINDS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(KINDS)}")
-    return found
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kvferry.benchmarks.quantization", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
-    add("--kinds", type=kinds, default=KINDS, metavar="KIND,…", help=f"of {', '.join(KINDS)} (default: all)")
+    add("--kinds", type=names_of(KINDS), default=KINDS, metavar="KIND,…", help=f"of {', '.join(KINDS)} (default: all)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
-    add("--tokens", type=int, default=None, metavar="N", help="read so many of the text's (default: all)")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    add("--tokens", type=positive_int, default=None, metavar="N", help="read so many of the text's (default: all)")
+    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--json", type=Path, default=RESULTS_DIR / "quantization.json", metavar="FILE", help="(default: %(default)s)")
     return parser

@@ -4,6 +4,7 @@
     python -m kvferry.benchmarks.quantization.speed --cpu-isa avx2 --kinds plain,int8
 
 One engine for each form, in one process. What counts is the least CPU time of the rounds, as other programs run beside.
+With --check the exit code is 1 where a bar is missed.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
-from kvferry.benchmarks.quantization.quantization import KINDS, config_of, kinds
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.engine.cases import check_cases, decode_cases, prefill_cases
+from kvferry.benchmarks.quantization.quantization import KINDS, config_of
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, milliseconds, report_console
+from kvferry.tools.load.report import milliseconds, report_console
 
 if TYPE_CHECKING:
     from kvferry.engine.engine import Engine
@@ -50,11 +52,13 @@ class Case:
         return found
 
 
+@telling_errors("quantization.speed")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = report_console()
+    check_cases(flags.decode, flags.prefill)
     engines = {kind: _engine(flags, kind) for kind in flags.kinds}
     cases = []
     for rows, context in flags.decode:
@@ -69,10 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases:
         table.add_row(case.name, *map(milliseconds, case.ms.values()))
     console.print(table)
-    console.print(bar_table("of the plain form's time", [bar for case in cases for bar in case.bars()]))
+    bars = [bar for case in cases for bar in case.bars()]
+    console.print(bar_table("of the plain form's time", bars))
     environment = describe_environment("python -m kvferry.benchmarks.quantization.speed", argv)
-    save_json({"cases": [asdict(case) for case in cases], "environment": asdict(environment)}, flags.json)
-    return 0
+    body: dict[str, object] = {"cases": [asdict(case) for case in cases], "bars": [bar.as_json() for bar in bars]}
+    save_json({**body, "environment": asdict(environment)}, flags.json)
+    return exit_code(bars) if flags.check else 0
 
 
 def _engine(flags: argparse.Namespace, kind: str) -> Engine:
@@ -88,20 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.quantization.speed", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--kinds", type=kinds, default=KINDS, metavar="KIND,…", help=f"of {KINDS}")
+    add("--kinds", type=names_of(KINDS), default=KINDS, metavar="KIND,…", help=f"of {', '.join(KINDS)} (default: all)")
     add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
     add("--cpu-isa", default="auto", help="the instruction set (default: %(default)s)")
     add("--decode", type=decode_cases, default=decode_cases("1@160,8@160"), metavar="ROWS@TOKENS,…")
     add("--prefill", type=prefill_cases, default=(128, 512, 2048), metavar="TOKENS,…")
     add("--rounds", type=positive_int, default=40, metavar="N", help="of a decode case (default: %(default)s)")
     add("--prompt-rounds", type=positive_int, default=5, metavar="N", help="of a prompt (default: %(default)s)")
-    add(
-        "--json",
-        type=Path,
-        default=RESULTS_DIR / "quantization-speed.json",
-        metavar="FILE",
-        help="(default: %(default)s)",
-    )
+    add("--check", action="store_true", help="exit with 1 where a bar is missed")
+    file = RESULTS_DIR / "quantization-speed.json"
+    add("--json", type=Path, default=file, metavar="FILE", help="(default: %(default)s)")
     return parser
 
 

@@ -7,13 +7,15 @@ refusal, a cut stream and a lost connection are failures, also where a client wo
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import httpx
+
+from kvferry.benchmarks.shared.streams import Cut as Cut  # what `keep_asking` takes for a failure
+from kvferry.benchmarks.shared.streams import read_stream
 
 _TIMEOUT_S = 120.0
 _MAX_SHOWN = 5
@@ -39,35 +41,16 @@ class Tally:
 Ask = Callable[[str], AsyncIterator[str]]  # the pieces of a prompt's answer; raises where there is no whole one
 
 
-class Cut(Exception):
-    """A stream ended without its end."""
-
-
 def asking(base_url: str, model: str, num_tokens: int, *, keep: httpx.AsyncClient | None = None) -> Ask:
     """Ask over the connections of `keep`, or over a new one each time."""
 
     async def ask(prompt: str) -> AsyncIterator[str]:
-        body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"model": model, "prompt": prompt, "temperature": 0}
         async with _client(base_url, keep) as client:
-            async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-                if answer.status_code != 200:
-                    raise Cut(f"{answer.status_code} {(await answer.aread()).decode()[:200]}")
-                is_done = False
-                async for line in answer.aiter_lines():  # to the end of the body: the connection can be used again
-                    is_done = is_done or line == "data: [DONE]"
-                    if line and not is_done:
-                        yield _text(line)
-                if not is_done:
-                    raise Cut("no [DONE]")
+            async for choice in read_stream(client, "/v1/completions", body, num_tokens):
+                yield choice.text or ""
 
     return ask
-
-
-def _text(line: str) -> str:
-    event = json.loads(line.removeprefix("data: "))
-    if "error" in event:
-        raise Cut(f"error event: {event['error']}")
-    return str(event["choices"][0]["text"])
 
 
 @asynccontextmanager

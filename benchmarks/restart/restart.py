@@ -18,14 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
-from rich.table import Table
-
 from kvferry.benchmarks.restart.load import Tally, asking, keep_asking, keeping, undisturbed
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.common.errors import ConfigError
 from kvferry.tools.chaos.serve_system import System, serving
+from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.tiny_model import write_tiny_model
 
 PROMPTS = [f"{'Every token is told once, in its order. ' * (1 + n % 3)}{n}" for n in range(12)]
@@ -73,34 +74,36 @@ async def _restart_all(system: System) -> float:
     return perf_counter() - began_s
 
 
+@telling_errors("restart")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.restart", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rounds", type=int, default=5, help="rolling restarts, one after the other")
-    parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--log-dir", type=Path, default=Path("/tmp/kvferry-restart"))
+    parser.add_argument("--rounds", type=positive_int, default=5, help="rolling restarts, one after the other")
+    parser.add_argument("--clients", type=positive_int, default=6)
+    parser.add_argument("--max-tokens", type=positive_int, default=64)
+    parser.add_argument("--log-dir", type=Path, help="(default: a temporary folder)")
     parser.add_argument("--json", type=Path, default=RESULTS_DIR / "restart.json", metavar="FILE")
     options = parser.parse_args(argv)
     environment = describe_environment(parser.prog, sys.argv[1:] if argv is None else argv)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_tiny_model(Path(folder) / "tiny")
-        with serving("restart", model_dir, _FLAGS, options.log_dir) as system:
+        with serving("restart", model_dir, _FLAGS, options.log_dir or Path(folder)) as system:
             result = asyncio.run(measure_restarts(system, options.rounds, options.clients, options.max_tokens))
-    save_json({"result": asdict(result), "environment": asdict(environment)}, options.json)
-    report_console().print(_table(result))
-    return 1 if result.tally.num_failures else 0
+    bars, console = bars_of(result), report_console()
+    figures: dict[str, object] = {"result": asdict(result), "bars": [bar.as_json() for bar in bars]}
+    save_json({**figures, "environment": asdict(environment)}, options.json)
+    console.print(bar_table("Rolling restarts under load", bars))
+    for failure in result.tally.failures:
+        console.print(failure, markup=False)
+    return exit_code(bars)
 
 
-def _table(result: RestartResult) -> Table:
+def bars_of(result: RestartResult) -> list[Bar]:
     tally = result.tally
-    table = Table("what", "found", "bar", title="Rolling restarts under load")
-    table.add_row("processes restarted", str(result.num_rounds * result.num_processes), "")
-    table.add_row("longest round", f"{result.longest_round_s:.1f} s", "")
-    table.add_row("requests", f"{tally.num_requests} in {result.seconds:.0f} s", "")
-    table.add_row("failed or different", str(tally.num_failures), "0")
-    table.add_row("longest wait for a first token", f"{tally.longest_wait_s * 1000:.0f} ms", "")
-    table.add_row("longest pause in a stream", f"{tally.longest_gap_s * 1000:.0f} ms", "")
-    for failure in tally.failures:
-        table.add_row("a failure", failure, "none")
-    return table
+    return [
+        Bar("failed or different", tally.num_failures if tally.num_requests else None, 0, count=tally.num_requests),
+        Bar("processes restarted", result.num_rounds * result.num_processes, None),
+        Bar("longest round", result.longest_round_s, None, unit="s"),
+        Bar("longest wait for a first token", tally.longest_wait_s * 1e3, None, unit="ms"),
+        Bar("longest pause in a stream", tally.longest_gap_s * 1e3, None, unit="ms"),
+    ]

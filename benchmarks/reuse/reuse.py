@@ -28,7 +28,8 @@ from pathlib import Path
 import structlog
 from rich.table import Table
 
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.simulator import Fleet, Outcome, Router, Scenario, Traffic, simulate
 from kvferry.simulator.traffic import rows_of
 from kvferry.tools.load.arguments import positive_float, positive_int
@@ -38,7 +39,6 @@ from kvferry.tools.load.plot import COLOURS, check_plot_path, new_figure, save_f
 from kvferry.tools.load.report import report_console
 from kvferry.tools.load.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 PREFILL, DECODE = 5, 3
 WORKERS_PER_NODE = 2
 HOST_TB = (0.0, 0.5, 1.0, 2.0)  # of a node
@@ -187,16 +187,17 @@ def plot(found: Sequence[Reused], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> int:
+@telling_errors("reuse")
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.reuse", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--trace", default="mooncake-conversation", help="name or path")
     parser.add_argument("--requests", type=positive_int, default=None, help="default: all")
     parser.add_argument("--rate", type=positive_float, default=None, help="mean requests per second; as recorded")
     parser.add_argument("--processes", type=positive_int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS / "reuse.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "reuse.svg")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "reuse.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS_DIR / "reuse.svg")
+    args = parser.parse_args(argv)
     check_plot_path(args.plot)
     cases = [Case(policy, tb, args.trace, args.requests, args.rate) for tb in HOST_TB for policy in POLICIES]
     with ProcessPoolExecutor(args.processes) as pool:
@@ -214,4 +215,4 @@ def main() -> int:
         "bars": [bar.as_json() for bar in checked],
     }
     save_json(body, args.json)
-    return 0 if all(bar.is_met for bar in checked) else 1
+    return exit_code(checked)

@@ -79,12 +79,16 @@ class Case:
     @property
     def recovered_s(self) -> float | None:
         """The end of the first window from which on the best split's goodput is there: 90 % of it in that window, in
-        the three that begin with it and in all that are left, and never again less than 80 % in three.
+        the three that begin with it and in all that are left, and never again less than 80 % in three. None: it never
+        was, or the best split had none either.
         """
         count = int(self.seconds / self.window_s)
         threes = [self._share(number, number + _STEADY_WINDOWS) for number in range(count - _STEADY_WINDOWS + 1)]
         for number, share in enumerate(threes):
-            kept = (share, self._share(number, number + 1), self._share(number, count))
+            left = self.share_of_best(number, count)
+            if left is None:
+                return None
+            kept = (share, self._share(number, number + 1), left)
             if min(kept) >= RECOVERED_SHARE and min(threes[number:]) >= _LATER_DIP:
                 return (number + 1) * self.window_s
         return None
@@ -111,7 +115,7 @@ class Case:
 
 def bars_of(case: Case) -> list[Bar]:
     runs = [run for run in (case.best, case.wrong, case.stuck) if run is not None]
-    best_s = len(case.best.requests)
+    good = case.best.good_in(0, case.seconds)
     is_long = case.seconds > RECOVERED_WITHIN_S
     return [
         Bar("90 % of the best split's goodput, reached after", case.recovered_s, RECOVERED_WITHIN_S, unit="s"),
@@ -123,7 +127,7 @@ def bars_of(case: Case) -> list[Bar]:
         ),
         Bar("requests that failed", sum(run.num_failed for run in runs), 0, count=sum(len(r.requests) for r in runs)),
         Bar("role changes", len(case.wrong.changes), None),
-        Bar("best split: share of good requests", case.best.good_in(0, case.seconds) / max(1, best_s), None),
+        Bar("best split: share of good requests", good / max(1, len(case.best.requests)), None),
         Bar("no role change, second half: goodput / best split's", case.stuck_share(), None),
     ]
 

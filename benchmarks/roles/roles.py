@@ -30,18 +30,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvferry.benchmarks.roles.report import Case, RoleChange, Run, Sent, bars_of, draw
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.live_load import REFUSALS, Objectives, Unloaded, measure_unloaded, replay, requests_per_s
 from kvferry.benchmarks.shared.pools import Pools, pool_flags
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.common.clock import wall_time_s
-from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
 from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.load import poisson_arrivals
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.plot import check_plot_path
+from kvferry.tools.load.report import report_console
 from kvferry.tools.load.traces import TraceRow
 
 _WARM_UP_S = 2.0
@@ -146,8 +147,11 @@ def measure_idle(flags: argparse.Namespace, log_dir: Path) -> Unloaded:
         return asyncio.run(measure_unloaded(system, lengths, num_each=flags.unloaded, seed=flags.seed))
 
 
-def main() -> int:
-    flags = _parser().parse_args()
+@telling_errors("roles")
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    check_plot_path(flags.plot)
     console = report_console()
     cases: list[Case] = []
     bars: list[Bar] = []
@@ -156,9 +160,7 @@ def main() -> int:
         unloaded = measure_idle(flags, log_dir)
         bench = Bench(flags, log_dir, unloaded, Objectives.from_unloaded(unloaded))
         console.print(f"objectives: {' '.join(bench.objectives.flags)}", style="dim")
-        for name in flags.cases.split(","):
-            if name not in KINDS:
-                raise ConfigError(f"--cases: {name!r} is not one of {', '.join(KINDS)}")
+        for name in flags.cases:
             case = bench.run_case(name, KINDS[name])
             own = bars_of(case)
             console.print(bar_table(f"{name}: {case.load}; started as {case.wrong.pools}, best {case.best.pools}", own))
@@ -166,7 +168,7 @@ def main() -> int:
                 console.print(f"  {change.at_s:.1f} s: {change.worker_id} is {change.role} from now on", style="dim")
             cases.append(case)
             bars += own
-    environment = describe_environment("python -m kvferry.benchmarks.roles", sys.argv[1:])
+    environment = describe_environment("python -m kvferry.benchmarks.roles", argv)
     body = {
         "environment": asdict(environment),
         "objectives": asdict(bench.objectives),
@@ -175,7 +177,7 @@ def main() -> int:
     }
     save_json(body, flags.json)
     draw(cases, flags.plot, environment.git_commit or environment.kvferry_version)
-    return 0 if all(bar.is_met for bar in bars) else 1
+    return exit_code(bars)
 
 
 def _series(case: Case) -> dict[str, list[tuple[float, float]]]:
@@ -187,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.roles", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("--cases", default=",".join(KINDS), help="(default: %(default)s)")
+    cases = f"some of {','.join(KINDS)} (default: all)"
+    add("--cases", type=names_of(KINDS), default=tuple(KINDS), metavar="NAMES", help=cases)
     add("--seconds", type=positive_float, default=90.0, help="of load on each deployment (default: %(default)g)")
     add("--window-s", type=positive_float, default=5.0, help="(default: %(default)g)")
     add("--load", type=positive_float, default=0.75, help="of what the best split can answer (default: %(default)g)")

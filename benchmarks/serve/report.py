@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.serve.client import Cell, ClientRun
+from kvferry.benchmarks.serve.terms import Terms
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.environment import Environment
 from kvferry.tools.load.json_file import save_json
@@ -89,16 +90,6 @@ class Row:
     def spread(self, figure: Figure) -> Spread | None:
         values = [value for run in self.runs if (value := getattr(run, figure)) is not None]
         return Spread(median(values), min(values), max(values)) if values else None
-
-
-@dataclass(slots=True, frozen=True)
-class Terms:
-    """What all rows of a file have in common; without that they cannot be compared."""
-
-    model: str
-    num_cores: int
-    max_model_len: int
-    client: str
 
 
 @dataclass(slots=True, frozen=True)
@@ -195,9 +186,10 @@ def load_report(path: Path, terms: Terms) -> ServeReport:
 
 def read_report(path: Path) -> ServeReport:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ServeReport)
+        report = msgspec.json.decode(path.read_bytes(), type=ServeReport)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    return replace(report, terms=report.terms.completed([row.environment for row in report.rows]))
 
 
 def write_report(report: ServeReport, path: Path) -> None:
@@ -207,7 +199,7 @@ def write_report(report: ServeReport, path: Path) -> None:
 def print_serve(report: ServeReport, console: Console) -> None:
     terms = report.terms
     console.print(
-        f"{terms.model} on {terms.num_cores} cores, measured with {terms.client} in closed loop; "
+        f"{terms.model} on {terms.num_cores} cores ({terms.cpu}), measured with {terms.client} in closed loop; "
         "median over the runs, and their range",
         highlight=False,
     )

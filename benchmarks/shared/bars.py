@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
+from kvferry.common.errors import ConfigError
+
 
 @dataclass(slots=True, frozen=True)
 class Bar:
@@ -35,6 +37,13 @@ class Bar:
 
     def as_json(self) -> dict[str, object]:
         return {**asdict(self), "is_met": self.is_met}
+
+
+def exit_code(bars: Sequence[Bar]) -> int:
+    """Return 1 where one is missed, else 0. Raises ConfigError where there is none: nothing was measured."""
+    if not bars:
+        raise ConfigError("nothing was measured that has a bar")
+    return 0 if all(bar.is_met for bar in bars) else 1
 
 
 def bar_table(title: str, bars: Sequence[Bar]) -> Table:

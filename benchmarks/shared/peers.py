@@ -12,7 +12,6 @@ connector has moved them all to the last one. Prefix caching is off there, since
 
 from __future__ import annotations
 
-import argparse
 import ctypes.util
 import json
 import os
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvferry.benchmarks.peers.vllm_install import PROGRESS_DELAY_VARIABLE, VLLM_VERSION
+from kvferry.benchmarks.shared.program import names_of
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.cores import process_tree, processes
 from kvferry.tools.load.server_process import ServerProcess, free_port, running
@@ -149,13 +149,7 @@ VLLM_DTYPES = ("bfloat16", "float32")
 DEFAULT_SYSTEMS = ("kvferry-pd", "kvferry-co", "vllm-agg", "vllm-pd")
 
 
-def system_names(text: str) -> list[str]:
-    """The value of `--systems`."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
-    return names
+system_names = names_of(SYSTEMS)  # the value of `--systems`
 
 
 @contextmanager

@@ -122,7 +122,7 @@ class Tap:
 
 
 def tapped_serve(path: Path) -> tuple[str, ...]:
-    """Instead of `kvferry serve`, as `faults_system.serving` takes it."""
+    """Instead of `kvferry serve`, as `serving` of `tools/chaos/serve_system.py` takes it."""
     return (sys.executable, "-m", _MODULE, "serve", str(path))
 
 

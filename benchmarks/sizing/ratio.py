@@ -44,7 +44,7 @@ def ratio_of(trace: str, rate_per_s: float, num_requests: int, tell: Callable[[s
     found = least_fleet(scenario).split
     num_workers = found.prefill + found.decode
     shares = []
-    for prefill in range(1, num_workers):
+    for prefill in range(num_workers):  # from none on: workers that do both
         split = Split(prefill, num_workers - prefill)
         tell(f"{trace}: {split}")
         goods = [simulate(_drawn(with_split(scenario, split), number)).attainment for number in range(DRAWS)]

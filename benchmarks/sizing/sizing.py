@@ -29,16 +29,19 @@ import structlog
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
 from kvferry.benchmarks.shared.rates import MeasuredRates
 from kvferry.benchmarks.sizing import on_cpu, published
 from kvferry.benchmarks.sizing.ratio import TRACES, Ratio, ratio_of
+from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 
 _PARTS = ("published", "cpu", "ratio")
 
 
+@telling_errors("sizing")
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     flags = _parser().parse_args(words)
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     body = json.loads(flags.json.read_text()) if flags.json.is_file() else {}
     met = True
-    for part in flags.parts.split(","):
+    for part in flags.parts:
         environment = asdict(describe_environment("python -m kvferry.benchmarks.sizing", words))
         if part == "published":
             rows = list(published.rows())
@@ -122,12 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kvferry.benchmarks.sizing", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--parts", default=",".join(_PARTS), help="with commas (default: %(default)s)")
-    add("--threads", type=int, default=os.cpu_count(), metavar="N", help="of the CPU (default: all cores)")
-    add("--rounds", type=int, default=3, metavar="N", help="of each case on the CPU (default: %(default)s)")
+    parts = f"with commas (default: {','.join(_PARTS)})"
+    add("--parts", type=names_of(_PARTS), default=_PARTS, metavar="NAMES", help=parts)
+    add("--threads", type=positive_int, default=os.cpu_count(), metavar="N", help="of the CPU (default: all cores)")
+    add("--rounds", type=positive_int, default=3, metavar="N", help="of each case on the CPU (default: %(default)s)")
     add("--rates", type=Path, metavar="FILE", help="write what `kvferry size --cpu-rates` takes")
-    add("--request-rates", type=float, nargs="+", default=(60.0, 120.0), metavar="X", help="(default: %(default)s)")
-    add("--requests", type=int, default=2000, metavar="N", help="of each simulation (default: %(default)s)")
+    add("--request-rates", type=positive_float, nargs="+", default=(60.0, 120.0), metavar="X", help="(default: 60 120)")
+    add("--requests", type=positive_int, default=2000, metavar="N", help="of each simulation (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 when a bar is missed")
     add("--json", type=Path, default=RESULTS_DIR / "sizing.json", metavar="FILE", help="(default: %(default)s)")
     return parser

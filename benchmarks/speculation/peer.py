@@ -10,39 +10,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Sequence
 from statistics import median
-from time import perf_counter
 
 import httpx
 
-from kvferry.benchmarks.speculation.speculation import FREE, TEXTS
+from kvferry.benchmarks.shared.program import telling_errors
+from kvferry.benchmarks.speculation.speculation import FREE, TEXTS, mean_tpot_s
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.report import report_console
 
-_NUM_TOKENS = 96
 _CROWD = 8
 
 
-async def _tpot_s(client: httpx.AsyncClient, model: str, prompt: str) -> float:
-    body = {**_body(model, prompt, _NUM_TOKENS), "stream": True}
-    first_s = last_s = 0.0
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                last_s = perf_counter()
-                first_s = first_s or last_s
-    return (last_s - first_s) / (_NUM_TOKENS - 1)
-
-
 async def _text(client: httpx.AsyncClient, model: str, prompt: str) -> str:
-    answer = await client.post("/v1/completions", json=_body(model, prompt, 64))
+    body = _body(model, prompt) | {"max_tokens": 64, "ignore_eos": True}
+    answer = await client.post("/v1/completions", json=body)
     return str(answer.raise_for_status().json()["choices"][0]["text"])
 
 
-def _body(model: str, prompt: str, num_tokens: int) -> dict[str, object]:
-    return {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
+def _body(model: str, prompt: str) -> dict[str, object]:
+    return {"model": model, "prompt": prompt, "temperature": 0.0}
 
 
 async def _timed(clients: Sequence[httpx.AsyncClient], model: str, text: str, num_streams: int, rounds: int) -> str:
@@ -50,9 +39,8 @@ async def _timed(clients: Sequence[httpx.AsyncClient], model: str, text: str, nu
     for number in range(-1, rounds):  # the first round warms up
         times = [0.0, 0.0]
         for side in (0, 1) if number % 2 else (1, 0):
-            prompts = [f"{index}. {text}" if index else text for index in range(num_streams)]
-            each = await asyncio.gather(*(_tpot_s(clients[side], model, prompt) for prompt in prompts))
-            times[side] = sum(each) / num_streams
+            bodies = [_body(model, f"{index}. {text}" if index else text) for index in range(num_streams)]
+            times[side] = await mean_tpot_s(clients[side], bodies)
         if number >= 0:
             pairs.append((times[0], times[1]))
     plain, drafts = (1e3 * median(pair[side] for pair in pairs) for side in (0, 1))
@@ -84,15 +72,17 @@ async def _run(flags: argparse.Namespace) -> None:
     console.print(f"greedy texts that drafts changed: {num_changed} of {flags.requests}")
 
 
-def main() -> None:
+@telling_errors("speculation.peer")
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.speculation.peer")
     parser.add_argument("plain", metavar="PLAIN_URL")
     parser.add_argument("drafts", metavar="DRAFTS_URL")
     parser.add_argument("--served-model", required=True, metavar="NAME")
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--requests", type=positive_int, default=100, metavar="N", help="(default: %(default)s)")
-    asyncio.run(_run(parser.parse_args()))
+    asyncio.run(_run(parser.parse_args(argv)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,9 +11,10 @@ Two deployments of one colocated worker stand side by side, one with --determini
            nearly the same words, and one that was not, one stream at a time, then the free text eight streams at once:
            TPOT with drafts over TPOT without, median of the rounds
 2. tokens  requests of every temperature, with seeds, penalties, n, stop strings, min_tokens, log-probabilities and
-           grammars: tokens, log-probabilities and finish reasons of both, compared with ==; a difference is exit code 1
+           grammars: tokens, log-probabilities and finish reasons of both, compared with ==
 By a draft model no text may take longer: a model's first layers say what it says too seldom to gain anything, and with
 layers that change nothing the model itself is always right at a part of the time. Between them lies what is trained.
+The exit code is 1 where a bar is missed: one is that no answer differs.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from statistics import fmean, median
 
 import httpx
 
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.streams import time_stream
 from kvferry.benchmarks.speculation.models import write_extended, write_truncated
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
@@ -43,7 +45,7 @@ from kvferry.tools.chaos.serve_system import System, parse_metrics, serving, unt
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 
 REPETITIVE_BAR, FREE_BAR = 0.5, 1.03
 _NUM_TOKENS = 96
@@ -75,6 +77,12 @@ class Timing:
     num_rounds: int
 
 
+async def mean_tpot_s(client: httpx.AsyncClient, bodies: Sequence[Mapping[str, object]]) -> float:
+    """Ask for all at once. Raises Cut."""
+    each = [time_stream(client, "/v1/completions", body, _NUM_TOKENS) for body in bodies]
+    return fmean(answer.tpot_s for answer in await asyncio.gather(*each))
+
+
 class Side:
     """One of the two deployments."""
 
@@ -84,27 +92,16 @@ class Side:
 
     async def tpot_s(self, prompt: str, num_streams: int, number: int) -> float:
         """Return the mean over the streams of the time of an output token after the first."""
-        each = await asyncio.gather(*(self._stream(prompt, number * 100 + index) for index in range(num_streams)))
-        return sum(each) / num_streams
-
-    async def _stream(self, prompt: str, seed: int) -> float:
-        body = {
-            "prompt": f"{prompt}" if seed % 100 == 0 else f"{seed}. {prompt}",
-            "max_tokens": _NUM_TOKENS,
-            "temperature": 0.0 if seed % 2 == 0 else 0.8,
-            "seed": seed,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        began_s = ended_s = 0.0
-        async with self.client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                raise ConfigError(f"{self.system.base_url} answered {answer.status_code}")
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    ended_s = perf_counter()
-                    began_s = began_s or ended_s
-        return (ended_s - began_s) / (_NUM_TOKENS - 1)
+        seeds = range(number * 100, number * 100 + num_streams)
+        bodies = [
+            {
+                "prompt": prompt if seed % 100 == 0 else f"{seed}. {prompt}",
+                "temperature": 0.0 if seed % 2 == 0 else 0.8,
+                "seed": seed,
+            }
+            for seed in seeds
+        ]
+        return await mean_tpot_s(self.client, bodies)
 
     async def answer(self, body: dict[str, object]) -> object:
         """Return the choices of a request."""
@@ -237,6 +234,7 @@ def bars_of(
     return [*bars, Bar("answers that differ", float(num_differ), 0.0, count=num_requests)]
 
 
+@telling_errors("speculation")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
@@ -245,16 +243,12 @@ def main(argv: list[str] | None = None) -> int:
     layout = _MORTAL if flags.kill_every else _BASE
     repetitive_bar = FREE_BAR if flags.draft_layers or flags.idle_layers else REPETITIVE_BAR
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            model, config = _subject(flags, Path(folder))
-            with (
-                serving("plain", model, (*_BASE, "--deterministic"), Path(folder)) as plain,
-                serving("drafts", model, (*layout, "--speculative-config", config), Path(folder)) as drafts,
-            ):
-                report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests, flags.kill_every))
-        except ConfigError as error:
-            console.print(f"speculation: {error}", markup=False, style="red", soft_wrap=True)
-            return 2
+        model, config = _subject(flags, Path(folder))
+        with (
+            serving("plain", model, (*_BASE, "--deterministic"), Path(folder)) as plain,
+            serving("drafts", model, (*layout, "--speculative-config", config), Path(folder)) as drafts,
+        ):
+            report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests, flags.kill_every))
     timings = [Timing(**timing) for timing in report["timings"]]  # type: ignore[attr-defined]  # as `measure` made it
     num_differ = int(str(report["num_differ"]))
     remembers = json.loads(config)["method"] == "suffix"
@@ -266,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     environment = describe_environment("python -m kvferry.benchmarks.speculation", argv)
     report["bars"] = [bar.as_json() for bar in bars]
     save_json({**report, "config": config, "environment": asdict(environment)}, flags.json)
-    return 1 if num_differ else 0
+    return exit_code(bars)
 
 
 def _subject(flags: argparse.Namespace, folder: Path) -> tuple[Path, str]:

@@ -27,9 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.live_load import VOCAB
 from kvferry.benchmarks.shared.pools import parse_pools, pool_flags
+from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
 from kvferry.common.clock import wall_time_s
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
@@ -38,9 +39,9 @@ from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.plot import COLOURS, new_figure, save_figure
+from kvferry.tools.load.plot import COLOURS, check_plot_path, new_figure, save_figure
 from kvferry.tools.load.prompts import PromptSource
-from kvferry.tools.load.report import RESULTS_DIR, report_console
+from kvferry.tools.load.report import report_console
 
 RATIO_BAR = 0.5
 _WARM_UPS = 2
@@ -189,8 +190,11 @@ def draw(results: dict[str, list[Conversation]], path: Path, commit: str) -> Non
     save_figure(figure, path)
 
 
-def main() -> int:
-    flags = _parser().parse_args()
+@telling_errors("turns")
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _parser().parse_args(argv)
+    check_plot_path(flags.plot)
     shape = Shape(flags.prompt_len, flags.answer_len, flags.new_len)
     console = report_console()
     results: dict[str, list[Conversation]] = {}
@@ -206,7 +210,7 @@ def main() -> int:
             own = bars_of(name, results[name])
             bars += own
             console.print(bar_table(f"{name} workers, --policy {flags.policy}", own))
-    environment = describe_environment("python -m kvferry.benchmarks.turns", sys.argv[1:])
+    environment = describe_environment("python -m kvferry.benchmarks.turns", argv)
     body = {
         "environment": asdict(environment),
         "shape": asdict(shape),
@@ -216,7 +220,7 @@ def main() -> int:
     }
     save_json(body, flags.json)
     draw(results, flags.plot, environment.git_commit or environment.kvferry_version)
-    return 0 if all(bar.is_met for bar in bars) else 1
+    return exit_code(bars)
 
 
 def _parser() -> argparse.ArgumentParser:

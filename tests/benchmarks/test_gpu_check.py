@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 import kvferry
+from kvferry.benchmarks.gpu import run as gpu_run
 from kvferry.benchmarks.gpu.host import facts, missing, missing_of_toolkit, nvcc, why_no_gpu
 from kvferry.benchmarks.gpu.kernels import (
     check_activation,
@@ -309,6 +310,20 @@ def test_without_a_gpu_nothing_is_written_and_what_is_missing_is_told(
     assert main(["--json", str(tmp_path / "gpu.json"), "--log-dir", str(tmp_path / "logs")]) == NO_GPU_EXIT_CODE
     assert list(tmp_path.iterdir()) == []
     assert "no GPU to check on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("scripts", "code"), [([None, None], 1), ([True, None], 0), ([True, False], 1)])
+def test_a_run_in_which_no_part_passed_has_proven_nothing(
+    scripts: list[bool | None], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [
+        part(name, "" if is_ok is None else checks_script(is_ok=is_ok), needs=("no_such_module",) * (is_ok is None))
+        for name, is_ok in zip(("kernels", "engine"), scripts, strict=True)
+    ]
+    monkeypatch.setattr(gpu_run, "PARTS", parts)
+    monkeypatch.setattr(gpu_run, "why_no_gpu", lambda env: [])
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    assert main(["--json", str(tmp_path / "gpu.json"), "--log-dir", str(tmp_path / "logs")]) == code
 
 
 def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

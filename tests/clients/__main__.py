@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import kvferry
+from kvferry.benchmarks.shared.program import RESULTS_DIR
 from kvferry.models.files import resolve_model
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
-from kvferry.tools.load.report import RESULTS_DIR
 from kvferry.tools.load.server_process import free_port, running
 
 HERE = Path(__file__).resolve().parent

@@ -16,7 +16,6 @@ from .environment import Environment
 from .json_file import save_json
 from .stats import Distribution, Slo, Summary
 
-RESULTS_DIR = Path("benchmarks") / "results"
 _FILE_WIDTH = 120
 _LATENCIES = (
     ("TTFT", "ttft_ms"),

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from kvferry.benchmarks.engine.cases import Cases, decode_cases, drafting_cases, prefill_cases
 from kvferry.benchmarks.engine.engine import main
-from kvferry.benchmarks.engine.load import LoadedEngine
+from kvferry.benchmarks.engine.load import LoadedEngine, PrefillSample
 from kvferry.benchmarks.engine.report import Case, EngineReport, max_ratio, plot_engine, print_engine
 from kvferry.benchmarks.shared.rates import MeasuredRates
+from kvferry.common.errors import ConfigError
 from kvferry.tools.load.cores import CoreUse
 from kvferry.tools.load.environment import describe_environment
 
@@ -145,7 +146,30 @@ def test_measurement_writes_every_case_beside_its_floor(
     assert report["misses"] and main([*flags, "--check"]) == 1  # so small a model is all overhead
 
 
-def test_wrong_settings_end_with_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_run_that_is_cut_leaves_what_it_has_in_a_file_that_was_named_alone(
+    is_named: bool, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file, prefill = tmp_path / "engine.json", LoadedEngine.prefill
+
+    def cut(loaded: LoadedEngine, num_tokens: int) -> PrefillSample:
+        if num_tokens == 65:
+            raise ConfigError("cut")
+        return prefill(loaded, num_tokens)
+
+    monkeypatch.setattr(LoadedEngine, "prefill", cut)
+    monkeypatch.setattr("kvferry.benchmarks.engine.engine._RESULTS", file)
+    flags = ["--model", str(model_dir), "--device", "cpu", "--threads", "1", "--rates", "200e9,20e9"]
+    flags += ["--decode", "", "--prefill", "20,65", "--rounds", "1", *(["--json", str(file)] if is_named else [])]
+    assert main(flags) == 2
+    assert file.exists() == is_named
+    assert not is_named or json.loads(file.read_text())["done"] == 1
+
+
+def test_wrong_settings_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--decode", "", "--prefill", "", "--check", "--json", str(tmp_path / "e.json")]) == 2
+    assert "engine: no case is left" in capsys.readouterr().err
     assert main(["--model", str(tmp_path / "absent")]) == 2
     assert main(["--plot", "x.jpg"]) == 2
 

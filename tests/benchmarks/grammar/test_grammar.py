@@ -11,9 +11,11 @@ import httpx
 import jsonschema
 import pytest
 
+from kvferry.benchmarks.grammar import grammar, hostile
 from kvferry.benchmarks.grammar.asking import Asked, Pair, _judged
-from kvferry.benchmarks.grammar.grammar import Report
+from kvferry.benchmarks.grammar.grammar import Report, main
 from kvferry.benchmarks.grammar.schemas import DRAFT, SDIST, Case, generated, suite
+from kvferry.benchmarks.shared.bars import exit_code
 from kvferry.common.grammar import Grammar
 from kvferry.grammar.matching import Vocabulary, compile_grammar
 from kvferry.tests.checkpoints import write_tokenizer
@@ -79,6 +81,59 @@ def test_figures_are_pairs_and_bars_are_kept_or_missed() -> None:
     bars = {bar.what: bar for bar in Report(asked, pairs).bars()}
     assert bars["finished answers that do not validate"].value == 1
     assert not bars["finished answers that do not validate"].is_met
+    assert bars["neither answered nor refused"].is_met
     assert bars["TPOT p50, of unconstrained"].value == pytest.approx(1.1)
     assert bars["TTFT more with a new schema, p50"].value == pytest.approx(2.0)
     assert bars["refused, suite"].value is None and bars["refused, suite"].is_met
+
+
+def test_answers_that_are_neither_whole_nor_refusals_keep_no_bar() -> None:
+    strange = [Asked("suite", "a", status, "", False, "no such model", 0) for status in (404, 429, 500)]
+    bars = {bar.what: bar for bar in Report(strange, []).bars()}
+    assert bars["neither answered nor refused"].value == 3 and exit_code(list(bars.values())) == 1
+    assert not bars["finished answers that do not validate"].is_met  # none finished
+    refused = Report([Asked("suite", "a", 400, "", False, "not", 0)], []).bars()
+    assert exit_code(refused) == 1 and refused[1].is_met
+
+
+@pytest.mark.parametrize(("status", "code"), [(404, 2), (429, 2), (400, 1)])
+def test_a_server_that_answers_nothing_is_told(
+    status: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report([Asked("generated", "0", status, "", False, "no", 0)] * 3, [])
+    monkeypatch.setattr(grammar, "suite", lambda folder: [])
+    monkeypatch.setattr(grammar, "_run", lambda *args: report)
+    assert main(["--json", str(tmp_path / "g.json")]) == code
+    assert (tmp_path / "g.json").exists() == (code == 1)
+    assert ("no schema was answered or refused" in capsys.readouterr().err) == (code == 2)
+    assert main(["--suite", "0", "--generated", "0"]) == 2
+
+
+# --- hostile --------------------------------------------------------------------------------------------------
+
+
+def _pair(kind: str, status: int, gap_s: float = 0.01) -> hostile.Pair:
+    return hostile.Pair(kind, hostile.Window([0.01] * 100, [], []), hostile.Window([gap_s] * 100, [0.1], [status]))
+
+
+@pytest.mark.parametrize(
+    ("pair", "missed"),
+    [
+        (_pair("depth-300", 400), []),
+        (_pair("regex", 200), []),
+        (_pair("depth-300", 200), ["depth-300: not refused"]),
+        (_pair("regex", 400), ["regex: not answered"]),
+        (_pair("regex", 503), ["regex: not answered"]),
+        (_pair("regex", 200, gap_s=1.0), ["regex: p99 gap, of without"]),
+    ],
+)
+def test_a_hostile_schema_is_answered_as_its_kind_has_to_be(pair: hostile.Pair, missed: list[str]) -> None:
+    bars = hostile.bars([pair])
+    assert [bar.what for bar in bars if not bar.is_met] == missed
+    assert exit_code(bars) == (1 if missed else 0)
+
+
+def test_a_kind_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        hostile.main(["--kinds", "regex,deph-300"])
+    assert "deph-300: choose from" in capsys.readouterr().err

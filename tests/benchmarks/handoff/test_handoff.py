@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from kvferry.benchmarks.handoff import handoff
 from kvferry.benchmarks.handoff.cases import SPECS, TABLES, Handover, Table, arrange, cache_spec
 from kvferry.benchmarks.handoff.handoff import main
+from kvferry.benchmarks.handoff.pair import Plan
 from kvferry.benchmarks.handoff.prefill import HandoffTimes
 from kvferry.benchmarks.handoff.report import (
     HandoffReport,
@@ -24,6 +27,7 @@ from kvferry.benchmarks.handoff.report import (
     print_handoff,
     write_handoff,
 )
+from kvferry.common.errors import TransferError
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.tools.load.cores import CoreUse
 from kvferry.tools.load.environment import describe_environment
@@ -144,3 +148,20 @@ def test_a_small_run_between_two_processes_is_byte_exact_and_measured(tmp_path: 
     assert body["paced"][0]["prompts"][0]["total_s"] > body["paced"][0]["exposed_s"] > 0
     assert [idle["state"] for idle in body["idle"]] == ["idle", "a handoff is open"]
     assert (tmp_path / "h.svg").exists()
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_run_that_is_cut_leaves_what_it_has_in_a_file_that_was_named_alone(
+    is_named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(
+        plan: Plan, argv: list[str], console: Console, on_result: Callable[[list[object], list[object]], None]
+    ) -> None:
+        on_result([], [])
+        raise TransferError("the other end is gone")
+
+    path = tmp_path / "handoff.json"
+    monkeypatch.setattr(handoff, "measure", cut)
+    monkeypatch.setattr(handoff, "_RESULTS", path)
+    assert handoff.main(["--quiet-limit", "0", *(["--json", str(path)] if is_named else [])]) == 2
+    assert path.exists() == is_named

@@ -11,9 +11,10 @@ import pytest
 
 from kvferry.benchmarks.overhead.client import Exchange, Requests, arrivals
 from kvferry.benchmarks.overhead.overhead import Load, Measured, figures
-from kvferry.benchmarks.overhead.report import OverheadReport, Phase, write_overhead
+from kvferry.benchmarks.overhead.report import OverheadReport, Phase, plot_overhead, write_overhead
 from kvferry.benchmarks.overhead.steps import Records, Steps, StubStream
 from kvferry.benchmarks.overhead.systems import Target
+from kvferry.benchmarks.shared.bars import exit_code
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.stats import describe
@@ -94,10 +95,22 @@ def test_the_cost_of_a_token_is_what_longer_answers_cost_more(tmp_path: Path) ->
         phase("500 streams", 500, 10_000, 0.1, 1.0),
     )
     report = OverheadReport(phases, 4, 80, describe_environment("test", []))
-    values = [figure.values["kvferry"] for figure in report.figures()]
-    assert values == pytest.approx([500.0, 10.0, 10.0, 1.0, 1.0])
-    assert report.is_met
+    assert [bar.value for bar in report.bars()] == pytest.approx([500.0, 10.0, 10.0, 1.0, 1.0])
+    assert exit_code(report.bars()) == 0
     write_overhead(report, tmp_path / "overhead.json")
-    assert len(json.loads((tmp_path / "overhead.json").read_text())["figures"]) == 5
+    assert len(json.loads((tmp_path / "overhead.json").read_text())["bars"]) == 5
     slow = replace(phases[3], cpu_s=0.2)
-    assert not replace(report, phases=(*phases[:3], slow)).is_met
+    assert exit_code(replace(report, phases=(*phases[:3], slow)).bars()) == 1
+    silent = replace(phases[3], added_token_ms=describe(()))  # nothing was measured of it: no bar is kept by that
+    [missed] = [bar for bar in replace(report, phases=(*phases[:3], silent)).bars() if not bar.is_met]
+    assert (missed.what, missed.value) == ("kvferry: added to a token of 500 streams, p99", None)
+
+
+def test_a_peer_stands_beside_ours_and_is_held_to_nothing(tmp_path: Path) -> None:
+    loads = ("one stream", "64 lanes, 32 tokens", "64 lanes, 256 tokens", "500 streams")
+    ours = tuple(phase(load, 10, 320 * (1 + 7 * ("256" in load)), 0.001, 1.0) for load in loads)
+    theirs = tuple(replace(one, system="sglang-router", cpu_s=100.0) for one in ours)
+    report = OverheadReport((*ours, *theirs), 4, 80, describe_environment("test", []))
+    assert len(report.bars()) == 10 and exit_code(report.bars()) == 0
+    plot_overhead(report, tmp_path / "overhead.svg")
+    assert (tmp_path / "overhead.svg").exists()

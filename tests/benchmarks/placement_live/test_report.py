@@ -37,5 +37,11 @@ def test_a_failed_request_misses_the_bar() -> None:
     assert not bars["requests that failed"].is_met
 
 
+def test_a_request_that_failed_while_splits_were_chosen_misses_it_too() -> None:
+    bars = {bar.what: bar for bar in bars_of(RUNS, {}, [_run("slo", 1.0, num_failed=1)])}
+    failed = bars["requests that failed"]
+    assert (failed.value, failed.count, failed.is_met) == (1, 50, False)
+
+
 def test_the_table_has_a_row_for_each_run() -> None:
     assert run_table(RUNS, {}).row_count == 4

@@ -19,6 +19,20 @@ def test_recovery_is_the_end_of_the_first_of_three_good_windows() -> None:
     assert _case(_run("wrong", 0, 20)).recovered_s == 25.0
 
 
+def test_nothing_is_recovered_where_the_best_split_had_nothing_good() -> None:
+    nothing = _run("best", 0, 90)
+    assert Case("decode", "load", 30.0, 5.0, nothing, _run("wrong", 0, 90), None).recovered_s is None
+    late = Case("decode", "load", 90.0, 5.0, _run("best", 40, 90), _run("wrong", 0, 90), None)
+    assert late.recovered_s is None  # nobody was good after 40 s
+
+
+def test_a_window_in_which_nobody_was_good_is_no_step_back() -> None:
+    sparse = _run("best", 90, 90)
+    gap = Run("best", "1+2", tuple(sent for sent in sparse.requests if not 40 <= sent.at_s < 45))
+    wrong = Run("wrong", "2+1", tuple(sent for sent in _run("wrong", 0, 20).requests if not 40 <= sent.at_s < 45))
+    assert Case("decode", "load", 90.0, 5.0, gap, wrong, None).recovered_s == 25.0
+
+
 def test_one_good_window_is_no_recovery() -> None:
     assert _case(_run("wrong", 5, 40)).recovered_s == 45.0
 

@@ -15,19 +15,20 @@ from kvferry.benchmarks.serve.report import (
     Row,
     ServeReport,
     Spread,
-    Terms,
     compare,
     load_report,
     print_serve,
+    read_report,
     spread_text,
     write_report,
 )
+from kvferry.benchmarks.serve.terms import Terms
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.cores import CoreUse, QuietWait
 from kvferry.tools.load.environment import describe_environment
 
 CELL, BUSY = Cell(128, 64, 1, 8), Cell(512, 64, 16, 48)
-TERMS = Terms("m", 2, 32768, "a client")
+TERMS = Terms("m", 2, 32768, "a client", "a CPU", "bfloat16", "")
 ENVIRONMENT = describe_environment("serve", [])
 
 
@@ -143,11 +144,32 @@ def test_figures_measured_on_other_terms_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "serve.json"
     assert load_report(path, TERMS) == ServeReport(TERMS)
     write_report(report_of(row("vllm-agg", client_run(8))), path)
-    with pytest.raises(ConfigError, match="num_cores=4"):
-        load_report(path, replace(TERMS, num_cores=4))
+    for change in ({"num_cores": 4}, {"cpu": "other"}, {"vllm_dtype": "float32"}, {"kvferry_flags": "--dtype float32"}):
+        with pytest.raises(ConfigError, match="holds figures of"):
+            load_report(path, replace(TERMS, **change))
     path.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_report(path, TERMS)
+
+
+def test_terms_that_an_older_file_does_not_keep_are_those_of_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "serve.json"
+    command = "python -m kvferry.benchmarks.serve --vllm-dtype float32 --kvferry-flags='--cpu-isa avx2' --fresh"
+    rows = [replace(row(name, client_run(8)), environment=replace(ENVIRONMENT, command=command)) for name in ("a", "b")]
+    write_report(report_of(*rows), path)
+    body = json.loads(path.read_text())
+    for name in ("cpu", "vllm_dtype", "kvferry_flags"):
+        del body["terms"][name]
+    path.write_text(json.dumps(body))
+    same = replace(TERMS, cpu=ENVIRONMENT.cpu, vllm_dtype="float32", kvferry_flags="--cpu-isa avx2")
+    assert load_report(path, same).rows == tuple(rows)
+    with pytest.raises(ConfigError, match="cpu='another'"):
+        load_report(path, replace(same, cpu="another"))
+    body["rows"][0]["environment"]["cpu"] = "another"
+    path.write_text(json.dumps(body))
+    assert read_report(path).terms.cpu == " | ".join(sorted((ENVIRONMENT.cpu, "another")))  # nothing can be added
+    with pytest.raises(ConfigError):
+        load_report(path, same)
 
 
 def test_table_shows_every_row_and_failure_and_counts_the_bars() -> None:

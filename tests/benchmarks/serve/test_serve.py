@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kvferry.benchmarks.peers.vllm_install import VLLM_VERSION
+from kvferry.benchmarks.serve import serve
 from kvferry.benchmarks.serve.client import Cell
-from kvferry.benchmarks.serve.report import ServeReport, Terms, load_report, write_report
-from kvferry.benchmarks.serve.serve import Measurement, Plan, main
+from kvferry.benchmarks.serve.measurement import Measurement, Plan
+from kvferry.benchmarks.serve.report import ServeReport, load_report, write_report
+from kvferry.benchmarks.serve.serve import main
+from kvferry.benchmarks.serve.terms import Terms
 from kvferry.benchmarks.shared.peers import Setup
 from kvferry.tools.load.environment import describe_environment
 
 SHORT, FATAL, LONG = Cell(100, 4, 1, 2), Cell(13, 4, 1, 2), Cell(20000, 4, 1, 1)
-TERMS = Terms("m", 1, 32768, "a client")
+TERMS = Terms("m", 1, 32768, "a client", "a CPU", "bfloat16", "")
 
 # In the place of vLLM: a server that is healthy, and a client whose prompts of 13 tokens end that server.
 PEER = """#!{python}
@@ -98,6 +102,30 @@ def test_system_that_does_not_start_is_recorded_and_the_next_is_measured(setup: 
     assert "a core for each of its two servers" in pd.problems[0]
 
 
+def test_a_clean_row_of_earlier_outlives_a_system_that_does_not_start(setup: Setup, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    measurement(setup, path, SHORT).run()
+    [before] = load_report(path, TERMS).rows
+    (setup.peer_venv / "bin" / "vllm").unlink()
+    again = measurement(setup, path, SHORT)
+    again.run()
+    assert load_report(path, TERMS).rows == (before,) and before.is_clean
+    assert not again.is_clean  # which is the exit code
+    assert isinstance(again.console.file, io.StringIO)
+    assert (
+        f"vllm-agg 100/4/1: not measured, the row of {before.environment.date} stays" in again.console.file.getvalue()
+    )
+
+
+def test_a_failure_of_this_measurement_stays_beside_its_own_runs(setup: Setup, tmp_path: Path) -> None:
+    measured = measurement(setup, tmp_path / "s.json", SHORT)
+    measured.run()
+    (setup.peer_venv / "bin" / "vllm").unlink()
+    measured.run()
+    [row] = load_report(tmp_path / "s.json", TERMS).rows
+    assert [run.is_clean for run in row.runs] == [True, True, False]
+
+
 def test_very_long_prompts_are_for_a_split_vllm_where_that_is_asked_for(setup: Setup, tmp_path: Path) -> None:
     plan = measurement(setup, tmp_path / "s.json", SHORT, LONG).plan
     assert plan.cells_of("vllm-pd") == [SHORT]
@@ -110,9 +138,35 @@ def test_wrong_settings_end_it_before_anything_starts(tmp_path: Path, capsys: py
     assert main(["--plot", "x.jpg"]) == 2
     assert main(["--cells", "9000/8/1", "--max-model-len", "8192"]) == 2
     assert "9000/8/1 is longer than --max-model-len 8192" in capsys.readouterr().err
+    assert main(["--systems", "vllm-pd", "--cells", "32000/8/1"]) == 2
+    assert "with --long-split alone" in capsys.readouterr().err
     for wrong in (["--cells", "1/2"], ["--systems", "sglang"], ["--runs", "0"]):
         with pytest.raises(SystemExit):
             main(wrong)
+
+
+def test_rows_of_another_processor_or_other_flags_are_not_added_to(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "ensure_vllm", lambda venv: None)
+    monkeypatch.setattr(serve, "_setup", lambda flags: setup)
+    path, plot = tmp_path / "s.json", str(tmp_path / "s.svg")
+    measurement(setup, path, SHORT).run()
+    monkeypatch.setattr(Measurement, "run", lambda measured: None)
+    body = json.loads(path.read_text())
+    flags = ["--systems", "vllm-agg", "--cells", "100/4/1", "--json", str(path), "--plot", plot]
+    own = {"model": setup.served_name, "num_cores": 2, "max_model_len": setup.max_model_len}
+    own |= {"client": f"vllm bench serve {VLLM_VERSION}", "cpu": describe_environment("", []).cpu}
+    for terms, more, code in (
+        (own, [], 0),
+        (own, ["--vllm-dtype", "float32"], 2),
+        (own, ["--kvferry-flags", "--dtype float32"], 2),
+        (own | {"cpu": "another"}, [], 2),
+        (own | {"cpu": "another"}, ["--fresh"], 0),
+    ):
+        path.write_text(json.dumps(body | {"terms": {"vllm_dtype": "bfloat16", "kvferry_flags": "", **terms}}))
+        assert main([*flags, *more]) == code
+        assert ("holds figures of" in capsys.readouterr().err) == (code == 2)
 
 
 def test_saved_figures_are_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

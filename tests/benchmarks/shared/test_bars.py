@@ -1,4 +1,7 @@
-from kvferry.benchmarks.shared.bars import Bar, bar_table
+import pytest
+
+from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
+from kvferry.common.errors import ConfigError
 
 
 def test_a_figure_at_most_its_bar_meets_it() -> None:
@@ -29,3 +32,11 @@ def test_the_table_has_a_row_for_each() -> None:
     table = bar_table("bars", [Bar("a", 1234.5, 1, unit="ms", interval=(1.0, 2.0)), Bar("b", None, None)])
     assert table.row_count == 2
     assert list(table.columns[1].cells) == ["1,234 ms", "none"]
+
+
+def test_one_missed_bar_is_the_exit_code_and_no_bar_is_no_success() -> None:
+    met, missed, shown = Bar("a", 1, 2), Bar("b", None, 2), Bar("c", None, None)
+    assert exit_code([met, shown]) == 0
+    assert exit_code([met, missed, met]) == 1
+    with pytest.raises(ConfigError, match="nothing was measured"):
+        exit_code([])

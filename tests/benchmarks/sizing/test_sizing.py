@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import structlog
 
-from kvferry.benchmarks.sizing import probe, published
+from kvferry.benchmarks.sizing import probe, published, ratio
 from kvferry.benchmarks.sizing.ratio import Ratio
 from kvferry.benchmarks.sizing.sizing import main
 from kvferry.common.config import EngineConfig
 from kvferry.models.config import ModelConfig
+from kvferry.simulator.ratio import Split
 from kvferry.sizing.cpu_rates import CpuRates
 from kvferry.sizing.figures import Sizer
 from kvferry.sizing.hardware import probed_cpu
@@ -40,6 +42,24 @@ def test_parts_are_kept_beside_one_another(tmp_path: Path, capsys: pytest.Captur
     assert body["cpu"] == {"rows": []} and len(body["published"]["rows"]) == 13
     assert "MISSED" in capsys.readouterr().out
     assert main(["--parts", "published", "--json", str(path), "--check"]) == 1
+
+
+@pytest.mark.parametrize("parts", ["publishd", "", "published,cpus"])
+def test_a_part_that_is_not_there_is_refused(parts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--parts", parts, "--json", str(tmp_path / "s.json")])
+    assert "choose from published, cpu, ratio" in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.parametrize("found", [Split(0, 1), Split(0, 2), Split(1, 1)])
+def test_every_split_is_judged_the_one_of_colocated_workers_too(found: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ratio, "least_fleet", lambda scenario: SimpleNamespace(split=found))
+    monkeypatch.setattr(ratio, "simulate", lambda scenario: SimpleNamespace(attainment=scenario.fleet.prefill / 2))
+    judged = ratio.ratio_of(ratio.TRACES[0], 1.0, 10, lambda text: None)
+    assert [split for split, _ in judged.shares] == [f"{n}:{found.prefill + found.decode - n}" for n in
+                                                     range(found.prefill + found.decode)]  # fmt: skip
+    assert judged.chosen == str(found) and judged.is_best == (found != Split(0, 2))
 
 
 def test_a_split_is_best_when_none_is_better_by_more_than_the_search_tells_apart() -> None:

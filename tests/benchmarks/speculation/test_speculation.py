@@ -16,8 +16,9 @@ from ...engine_driver import Driver, make_engine, prompts
 def test_two_deployments_are_timed_in_turns_and_say_the_same(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     small = ["--model", str(write_tiny_model(tmp_path / "tiny")), "--rounds", "1", "--requests", "6"]
-    assert main([*small, "--json", str(result)]) == 0
+    code = main([*small, "--json", str(result)])  # what drafts gain a tiny model is chance
     report = json.loads(result.read_text())
+    assert code == (0 if all(bar["is_met"] for bar in report["bars"]) else 1)
     assert report["num_differ"] == 0 and report["num_requests"] == 6
     assert [timing["num_streams"] for timing in report["timings"]] == [1, 1, 1, 1, 1, 8]
     assert all(timing["ratio"] > 0 for timing in report["timings"])
