@@ -53,7 +53,7 @@ transfer/backends    common wire
 transfer/protocol    common wire kvcache transfer/backends
 transfer/fetch       common wire kvcache transfer/backends transfer/protocol
 transfer/send        common wire transfer/backends transfer/protocol transfer/fetch
-transfer/receive     common wire kvcache transfer/protocol
+transfer/receive     common wire kvcache transfer/backends transfer/protocol
 transfer             common wire transfer/backends transfer/protocol transfer/send
 prefill              common wire kvcache transfer/protocol transfer/fetch transfer/send
 decode               common wire kvcache transfer/fetch transfer/receive

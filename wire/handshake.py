@@ -73,16 +73,17 @@ async def prove_to_client(
         for value in secret.accepted
         if hmac.compare_digest(hello.mac, _mac(value, b"hello", nonce, hello.nonce, hello.id))
     ]
+    kind = "hello"
     if hello.protocol != PROTOCOL_VERSION:
         reason = f"protocol {hello.protocol} is not ours ({PROTOCOL_VERSION})"
     elif not proven:
-        reason = "wrong or missing shared secret (--secret-file or KVFERRY_SECRET)"
+        kind, reason = "secret", "wrong or missing shared secret (--secret-file or KVFERRY_SECRET)"
     else:
         _write(writer, Welcome(id=own_id, mac=_mac(proven[0], b"welcome", hello.nonce, nonce, own_id)))
         return ProvenPeer(hello.id, _seals(proven[0], nonce, hello.nonce, connecting=False))
     _write(writer, Refused(reason=reason))
     await writer.drain()
-    raise ProtocolError(f"{hello.id!r} refused: {reason}", kind="hello")
+    raise ProtocolError(f"{hello.id!r} refused: {reason}", kind=kind)
 
 
 def _mac(secret: bytes, label: bytes, first: bytes, second: bytes, peer_id: str) -> bytes:

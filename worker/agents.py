@@ -53,6 +53,7 @@ class Agents:
         self._done = done
         self._lock = threading.Lock()
         self._generation = 0
+        self._are_missing = False  # some rank could make none at the last try
         self._answers: Gather[Rotated] = Gather(tp_size)
 
     def start(self, generation: int) -> None:
@@ -72,7 +73,11 @@ class Agents:
         regions = tuple(found.region for found in answers if found.region is not None)
         failures = [found.reason for found in answers if found.region is None]
         if failures:
-            log.warning("transfer_agents_not_replaced", generation=answer.generation, reason=failures[0])
+            tell = log.debug if self._are_missing else log.warning  # one line for an outage, however long it lasts
+            tell("transfer_agents_not_replaced", generation=answer.generation, reason=failures[0])
+        elif self._are_missing:
+            log.info("transfer_agents_are_back", generation=answer.generation)
+        self._are_missing = bool(failures)
         self._done(None if failures else regions)
 
 

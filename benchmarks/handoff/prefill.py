@@ -51,6 +51,10 @@ class TimedBackend:
         self.num_writes = 0
 
     @property
+    def lacks_devices(self) -> bool:
+        return self._backend.lacks_devices
+
+    @property
     def telemetry_bytes(self) -> int:
         return self._backend.telemetry_bytes
 

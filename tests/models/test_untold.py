@@ -32,6 +32,13 @@ _OTHERS = {
     "falcon_h1": {"ssm_multipliers"},
     "qwen3_vl_moe_text": {"tie_word_embeddings"},
 }
+_SIZES = {  # nothing stands in for these, which all public checkpoints tell
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    *("num_experts_per_tok", "moe_k", "moe_topk"),
+    *("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"),
+    *("layer_types", "layers_block_type", "mamba_d_state", "mamba_head_dim", "mamba_n_heads", "mamba_num_heads"),
+}
 _STRAY: dict[str, object] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "n_group": 4,
@@ -67,16 +74,15 @@ def test_what_is_untold_is_as_in_transformers(tmp_path: Path, architecture: str,
         return _load(tmp_path, raw)
 
     told = {key: value for key, value in _of_class(name).items() if key not in ("architectures", "model_type")}
-    expected, num_left_out = load(told), 0
+    expected = load(told)
     others = _TOLD_BY_WEIGHTS | _NO_ANSWERS | _OTHERS.get(name, set())
     for key in told.keys() - others:
         try:
             found = load({other: value for other, value in told.items() if other != key})
-        except ConfigError:  # it is demanded: nobody is served what another number would compute
-            continue
-        num_left_out += 1
-        assert found == expected, key
-    assert num_left_out > 5
+        except ConfigError:
+            assert key in _SIZES, f"{key} is demanded"
+        else:
+            assert found == expected, key
 
 
 @pytest.mark.parametrize("name", _UNSCALED)

@@ -25,6 +25,7 @@ class Agent:
     name = "sim"
     copies_itself = True  # a part of its writes
     telemetry_bytes = 0
+    lacks_devices = False
 
     def __init__(
         self,

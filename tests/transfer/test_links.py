@@ -74,8 +74,8 @@ async def test_a_peer_that_is_refused_is_told_once_for_each_reason() -> None:
     await server.close()
     refused = [line for line in logs if line["event"] == "kv_peer_refused"]
     assert [(line["log_level"], line["peer"], line["reason"]) for line in refused] == [
-        ("warning", "unknown", "hello"),
-        ("debug", "unknown", "hello"),
+        ("warning", "unknown", "secret"),
+        ("debug", "unknown", "secret"),
         ("warning", "p-1", "frame"),
         ("debug", "p-1", "frame"),
     ]

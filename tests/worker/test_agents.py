@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
@@ -114,3 +115,14 @@ def test_a_follower_carries_out_what_rank_0_calls_and_answers(ranks: Ranks) -> N
         assert {(answer.rank, answer.generation) for answer in found if isinstance(answer, Rotated)} == {(0, 1), (1, 1)}
     finally:
         thread.close()
+
+
+def test_an_outage_is_one_warning_however_often_it_is_tried(ranks: Ranks) -> None:
+    with capture_logs() as logs:
+        for generation in (1, 2, 3, 4):
+            ranks.network.can_make_agents = generation == 4
+            ranks.agents.start(generation)
+            ranks.agents.on_rank(rotated(1, generation, ranks.others[0]._region(generation)))
+            assert (ranks.done.get(timeout=WAIT_S) is None) == (generation < 4)
+    told = [line["event"] for line in logs if line["log_level"] in ("warning", "info")]
+    assert told == ["transfer_agents_not_replaced", "transfer_agents_are_back"]

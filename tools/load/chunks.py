@@ -10,6 +10,8 @@ class Delta(msgspec.Struct):
     reasoning_content: object = None  # thoughts; newer servers call them by the next name
     reasoning: object = None
     tool_calls: object = None
+    function_call: object = None  # of older servers
+    refusal: object = None
     role: str | None = None
 
 
@@ -69,11 +71,11 @@ def count_tokens(choice: Choice) -> int:
     """Return the tokens that a chunk holds, as far as it tells."""
     if choice.token_ids is not None:
         return len(choice.token_ids)
-    if choice.prompt_token_ids is not None:
-        return 0  # a stream may begin with a chunk that only repeats the prompt
     said = (choice.text,) if choice.delta is None else _said(choice.delta)
     if any(said):
         return 1
+    if choice.prompt_token_ids is not None:
+        return 0  # a stream may begin with a chunk that only repeats the prompt
     if choice.delta is not None and choice.delta.role is not None:
         return 0  # chat begins with a chunk that only names the role
     # Empty text before the end: the token's characters are not complete yet. No text at all keeps a connection open.
@@ -89,7 +91,8 @@ def shows_thoughts(choice: Choice) -> bool:
 
 
 def _said(delta: Delta) -> tuple[object, ...]:
-    return (delta.content, delta.reasoning_content, delta.reasoning, delta.tool_calls)
+    thoughts = delta.reasoning_content, delta.reasoning
+    return (delta.content, *thoughts, delta.tool_calls, delta.function_call, delta.refusal)
 
 
 def body_message(text: str) -> str:

@@ -30,6 +30,7 @@ Prompt = str | Sequence[int]
 
 PATHS: dict[EndpointName, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _MAX_ERROR_CHARS = 300
+_MAX_UNSEEN = 2  # tokens: the marks around thoughts
 
 _encode = msgspec.json.Encoder().encode
 
@@ -167,8 +168,9 @@ class _StreamReader:
         elif record.num_output_tokens != num_seen:
             record.counted_by, record.ids_differ = "usage", True
         num_thoughts = self._usage.num_thought_tokens
-        # A server may count thoughts beside the answer's tokens, not among them: then more was seen than is left.
-        if not self._shows_thoughts and num_seen <= record.num_output_tokens - num_thoughts:
+        # Hidden where what was seen is what is left, but for the marks around them. Else they are counted beside the
+        # answer's tokens, not among them, or stand within a text of several tokens a chunk.
+        if not self._shows_thoughts and 0 <= record.num_output_tokens - num_thoughts - num_seen <= _MAX_UNSEEN:
             record.num_hidden_tokens = num_thoughts
 
 

@@ -70,8 +70,9 @@ class _Connection(asyncio.Protocol):
         self._num_exchanges += 1
         self._on_head, self._on_body = on_head, on_body
         self._done = asyncio.get_running_loop().create_future()
-        self._written_s = perf_counter()
         self._transport.write(request)
+        self._note_written()
+        asyncio.get_running_loop().call_soon(self._note_written)  # what holds the loop up until then is no wait
         try:
             return await self._done
         finally:
@@ -80,6 +81,9 @@ class _Connection(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def _note_written(self) -> None:
+        self._written_s = perf_counter()
 
     # asyncio.Protocol
 

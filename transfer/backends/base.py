@@ -57,6 +57,11 @@ class TransferBackend(Protocol):
     copies_itself: bool  # into other processes of this host, by system calls of ours: no agent of theirs stops that
 
     @property
+    def lacks_devices(self) -> bool:
+        """Tell whether the agent was made without a network device that an earlier one had (`reach.py`)."""
+        ...
+
+    @property
     def telemetry_bytes(self) -> int:
         """Return the bytes of writes and reads that are DONE, as the transport itself counted them."""
         ...

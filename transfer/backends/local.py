@@ -145,6 +145,7 @@ class LocalBackend:
         self.agent = agent
         self.copies_itself = copies_itself
         self.telemetry_bytes = 0
+        self.lacks_devices = False
         self.rows = torch.empty(0)  # [num_pages, page_bytes] uint8
         self._pages = torch.empty(0)
         self._rank, self._tp_size = 0, 1

@@ -29,7 +29,7 @@ from .descriptors import piece_indices, strided_rows
 from .host_memory import HostMark, Marker, PageArea, PageWindow
 from .nixl_api import NixlApi
 from .nixl_metadata import NixlMetadata, metadata_of
-from .reach import Reach
+from .reach import Reach, tell_lack
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +79,10 @@ class NixlBackend:
         self._peers: dict[str, _Peer] = {}
         self._requests: set[_Handle] = set()  # that NIXL carries, until they are released
 
+    @property
+    def lacks_devices(self) -> bool:
+        return not self._reach.is_whole
+
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         assert self._pages is None and pages.is_contiguous()
         self._pages, self._rank, self._tp_size = pages, rank, tp_size
@@ -89,7 +93,8 @@ class NixlBackend:
         with self._api.raising("registering the KV pages", self.agent):
             self._registration = self._nixl.register_memory(self._pages)
             metadata: bytes = self._nixl.get_agent_metadata()
-        self._reach.note(self.agent, metadata)
+        if not self._reach.take(metadata):
+            tell_lack(self.agent)
         mark = self._marker.mark if self._marker is not None and not self._pages.is_cuda else None
         return describe_region(
             self._pages,

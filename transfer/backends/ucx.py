@@ -29,7 +29,7 @@ import torch
 from ...common.errors import TransferError
 from ...wire.grants import RegionInfo
 from .base import Piece, TransferHandle, TransferState, describe_region, rotated_name
-from .reach import Reach
+from .reach import Reach, tell_lack
 from .ucx_agent import IncomingBytes, UcxAgent
 from .ucx_frames import UcxAck, UcxFrame, UcxNote, UcxRead, UcxWrite
 from .ucx_pages import Runs, UcxPages
@@ -80,6 +80,10 @@ class UcxBackend:
         assert self._target.pages is not None
         return self._target.pages
 
+    @property
+    def lacks_devices(self) -> bool:
+        return not self._reach.is_whole
+
     def register(self, pages: torch.Tensor, *, rank: int, tp_size: int, generation: int) -> RegionInfo:
         self._target.pages = UcxPages(pages)
         self._rank, self._tp_size = rank, tp_size
@@ -94,7 +98,8 @@ class UcxBackend:
 
     def _region(self, generation: int) -> RegionInfo:
         address = self._own.address
-        self._reach.note(self.agent, address)
+        if not self._reach.take(address):
+            tell_lack(self.agent)
         return describe_region(
             self._pages.pages,
             agent=self.agent,

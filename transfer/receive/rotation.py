@@ -28,6 +28,7 @@ from collections.abc import Callable
 
 from ...common.clock import Clock
 from ...wire.grants import RegionInfo
+from ..backends.reach import Reach
 from .endings import Endings
 from .reservation import Reservation, ReservationState
 from .reservations import Reservations
@@ -58,7 +59,8 @@ class Rotation:
         self._generation = regions[0].generation
         self._condemned: list[Reservation] = []  # that the rotation under way frees
         self._wanted_until = clock.now()
-        self._most_metadata = [len(region.agent_metadata) for region in regions]  # that an agent of each rank had
+        self._reaches = [Reach() for _ in regions]  # of each rank
+        self._are_whole(regions)
         self.timer = RotationTimer(clock)
         self.regions = regions
 
@@ -133,14 +135,13 @@ class Rotation:
         for reservation in freed:
             self._endings.end_doomed(reservation)
         self.regions = regions
-        self.timer.rotated(is_whole=self._are_whole(regions))
+        self.timer.rotated(are_whole=self._are_whole(regions))
         return sum(len(reservation.block_ids) for reservation in freed)
 
     def _are_whole(self, regions: tuple[RegionInfo, ...]) -> bool:
-        """Tell whether no new agent lacks a device that an earlier one had: its metadata names them all."""
-        sizes = [len(region.agent_metadata) for region in regions]
-        self._most_metadata = list(map(max, self._most_metadata, sizes))
-        return sizes == self._most_metadata
+        """Take the ranks' new agents. Tell whether none lacks a device that an earlier one had."""
+        are_whole = [reach.take(each.agent_metadata) for reach, each in zip(self._reaches, regions, strict=True)]
+        return all(are_whole)
 
     def failed(self) -> None:
         """Some rank has no agent: its old one is gone, and nobody can write there."""

@@ -21,6 +21,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ...common.clock import Clock
+from ..backends.reach import Repair
 
 MIN_INTERVAL_S = 5.0  # between two rotations
 SETTLE_S = 1.0  # that open handoffs of healthy peers get to arrive, and a quarantine to end by itself
@@ -28,8 +29,6 @@ CANCEL_S = 1.0  # that cancelled ones get to end
 MAX_AGE_S = 10.0
 MAX_POOL_SHARE = 0.1
 RETRY_S = 1.0  # after a rotation that failed
-REPAIR_S = 30.0  # after one that left an agent without a device; twice as long after each that has not mended it
-MAX_REPAIR_S = 1800.0
 
 
 class Phase(Enum):
@@ -73,8 +72,7 @@ class RotationTimer:
         self._next_at = clock.now()
         self._retry_at: float | None = None  # None: a rotation runs
         self._has_failed = False
-        self._repair_s = REPAIR_S
-        self._repair_at: float | None = None  # None: the agents lack nothing
+        self._repair = Repair()
         self.phase = Phase.IDLE
         self.num_rotations = 0
         self.num_failures = 0
@@ -86,7 +84,7 @@ class RotationTimer:
     @property
     def wants_repair(self) -> bool:
         """Tell whether an agent lacks a device that an earlier one had."""
-        return self._repair_at is not None
+        return self._repair.at is not None
 
     @property
     def has_failed(self) -> bool:
@@ -97,10 +95,10 @@ class RotationTimer:
         """Return what is to be done now; NONE while a rotation runs."""
         if self.phase is Phase.ROTATING:
             return self._retry()
-        if self.phase is Phase.IDLE and self._repair_at is not None and self._clock.now() >= self._repair_at:
+        if self.phase is Phase.IDLE and self._repair.is_due(self._clock.now()):
             self._enter(Phase.REPAIRING)
         if self.phase is Phase.REPAIRING:
-            return self._repair(scene)
+            return self._step_repair(scene)
         if not scene.quarantined:
             self._enter(Phase.IDLE)
         elif self.phase is Phase.IDLE and self._is_due(scene):
@@ -120,18 +118,14 @@ class RotationTimer:
         self._retry_at = None
         return Action.ROTATE
 
-    def _repair(self, scene: Scene) -> Action:
+    def _step_repair(self, scene: Scene) -> Action:
         if not scene.num_open and not scene.num_closing:
             self._enter(Phase.ROTATING)
             return Action.ROTATE
         if self._waited_s >= SETTLE_S:
-            self._put_repair_off()
+            self._repair.put_off(self._clock.now())
             self._enter(Phase.IDLE)
         return Action.NONE
-
-    def _put_repair_off(self) -> None:
-        self._repair_at = self._clock.now() + self._repair_s
-        self._repair_s = min(2 * self._repair_s, MAX_REPAIR_S)
 
     def _is_due(self, scene: Scene) -> bool:
         if self._clock.now() < self._next_at:
@@ -151,16 +145,13 @@ class RotationTimer:
         if phase is not self.phase:
             self.phase, self._since = phase, self._clock.now()
 
-    def rotated(self, *, is_whole: bool = True) -> None:
-        """Every rank has a new agent. `is_whole`: none lacks a device that an earlier one had."""
+    def rotated(self, *, are_whole: bool) -> None:
+        """Every rank has a new agent. `are_whole`: none lacks a device that an earlier one had."""
         assert self.phase is Phase.ROTATING
         self.num_rotations += 1
         self._has_failed = False
         self._next_at = self._clock.now() + MIN_INTERVAL_S
-        if is_whole:
-            self._repair_at, self._repair_s = None, REPAIR_S
-        else:
-            self._put_repair_off()
+        self._repair.replaced(self._clock.now(), are_whole=are_whole)
         self._enter(Phase.IDLE)
 
     def failed(self) -> None:

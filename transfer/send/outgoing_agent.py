@@ -5,7 +5,8 @@
 What failed of it may go on to copy, into a decode worker's memory (`closings.py`) or into our own
 (`../fetch/reader.py`). Both share the agent, so it goes when either of them needs its end, and both have that as soon
 as it is gone. Where no new one can be made, as while an interface is down, it is due again every second until there is
-one, whether or not anybody needs anything of it.
+one, whether or not anybody needs anything of it. Where the new one lacks a network device it is due ever more rarely,
+until one has it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import structlog
 
 from ...common.errors import TransferError
 from ..backends.base import TransferBackend
+from ..backends.reach import Repair
 from ..fetch.reader import KVReader
 from .closings import Closings
 from .writes import Writes
@@ -36,13 +38,21 @@ class OutgoingAgent:
         self._reader = reader
         self._rank = rank
         self._generation = 0
-        self.retry_at: float | None = None  # there is no agent, and one is to be made then; None: there is one
+        self._repair = Repair()
+        self._retry_at: float | None = None  # there is no agent, and one is to be made then; None: there is one
 
     def is_due(self, now: float) -> bool:
         """Tell whether the agent is to go once no write of a shipment is under way: until then none is posted."""
-        if self.retry_at is not None:
-            return now >= self.retry_at
-        return self._closings.wants_new_agent(now) or (self._reader is not None and self._reader.wants_new_agent(now))
+        if self._retry_at is not None:
+            return now >= self._retry_at
+        if self._closings.wants_new_agent(now) or self._repair.is_due(now):
+            return True
+        return self._reader is not None and self._reader.wants_new_agent(now)
+
+    @property
+    def next_call_at(self) -> float | None:
+        """Return when the agent is due by itself, if it will be."""
+        return self._repair.at if self._retry_at is None else self._retry_at
 
     def replace(self, now: float) -> str | None:
         """End all that ours still does, and its connections. Say why there is no new one; None: it is there."""
@@ -55,15 +65,16 @@ class OutgoingAgent:
         return reason
 
     def _rotate(self, now: float) -> str | None:
-        was_missing = self.retry_at is not None
+        was_missing = self._retry_at is not None
         try:
             self._backend.rotate(self._generation)
         except TransferError as error:
-            self.retry_at = now + RETRY_S
+            self._retry_at = now + RETRY_S
             tell = log.debug if was_missing else log.warning  # one line for an outage, however long it lasts
             tell("transfer_agent_not_replaced", rank=self._rank, reason=str(error), retried_every_s=RETRY_S)
             return str(error)
-        self.retry_at = None
+        self._retry_at = None
+        self._repair.replaced(now, are_whole=not self._backend.lacks_devices)
         if was_missing:
             log.info("transfer_agent_is_back", rank=self._rank)
         return None

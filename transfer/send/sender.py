@@ -284,8 +284,8 @@ class KVSender:
             return 0.0
         now = self._clock.now()
         times = [*(shipment.deadline for shipment in shipments), *self._leases.next_times()]
-        if self._agent.retry_at is not None:
-            times.append(self._agent.retry_at)
+        if (at := self._agent.next_call_at) is not None:
+            times.append(at)
         if self._writes:
             times.append(now + _ORPHAN_POLL_S)
         if (at := self._closings.next_call_at(self._config.renew_every_s)) is not None:

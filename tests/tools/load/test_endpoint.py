@@ -113,6 +113,8 @@ async def test_hidden_thoughts_are_counted_and_not_in_the_time_of_a_token() -> N
         [chat_chunk(reasoning="hm"), chat_chunk(content="a"), usage(9, 52, num_thoughts=50)],
         [chat_chunk(content=[{"type": "thinking"}]), chat_chunk(content="a"), usage(9, 52, num_thoughts=50)],
         [text_chunk("hm"), text_chunk("a"), usage(9, 52, num_thoughts=50)],
+        # Within a text of many tokens a chunk: fewer were seen than would be left.
+        [chat_chunk(content="<think>hm</think>"), chat_chunk(content="a"), usage(9, 100, num_thoughts=60)],
         # Counted beside the answer: more was seen than would be left.
         [chat_chunk(content="a"), chat_chunk(content="b"), usage(9, 2, num_thoughts=50)],
     ],
@@ -127,6 +129,14 @@ async def test_chat_chunk_that_only_names_the_role_is_no_first_token() -> None:
         [chat_chunk(role="assistant", content=""), chat_chunk(content="hi"), usage(9, 1), DONE], "chat"
     )
     assert (record.chunk_tokens, record.num_output_tokens, record.is_ok) == ([1], 1, True)
+
+
+@pytest.mark.parametrize(
+    "chunk", [chat_chunk(refusal="no"), chat_chunk(function_call={"name": "f"}), chat_chunk(tool_calls=[{"index": 0}])]
+)
+async def test_refusals_and_calls_are_tokens(chunk: bytes) -> None:
+    record = await ask_stream([chat_chunk(role="assistant", content=""), chunk, chunk, DONE], "chat")
+    assert (record.error, record.chunk_tokens) == (None, [1, 1])
 
 
 @pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -69,6 +70,16 @@ async def test_request_is_repeated_once_over_a_new_connection() -> None:
             await client.request("GET", "/", on_resend=on_resend, on_body=lambda _: None)
         client.close()
     assert (server.num_connections, len(server.requests), num_resent) == (4, 5, 1)
+
+
+async def test_a_busy_client_takes_its_own_lag_for_no_wait() -> None:
+    scripts = iter([Script([b"x"]), Script([], raw=b""), Script([b"y"])])
+    async with scripted_server(lambda _: next(scripts)) as server:
+        client = HttpClient(server.base_url)
+        await client.read("GET", "/")
+        asyncio.get_running_loop().call_soon(time.sleep, 0.3)  # in the turn in which the next one is written
+        assert (await client.read("GET", "/"))[1] == b"y"
+        client.close()
 
 
 async def test_request_whose_answer_has_begun_is_not_repeated() -> None:

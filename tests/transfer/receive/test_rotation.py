@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
+from kvferry.transfer.backends.reach import MAX_REPAIR_S, REPAIR_S
 from kvferry.transfer.receive.processes import ProcessWatch
-from kvferry.transfer.receive.rotation_timer import MAX_REPAIR_S, REPAIR_S
 from kvferry.wire.grants import ProcessMark, RegionInfo
 from kvferry.wire.handoff import CancelKV, KVClosed, KVDone, KVOpened, KVRefused
 from kvferry.wire.results import Grant, HandoffFailed, NoCapacity

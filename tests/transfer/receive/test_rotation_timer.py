@@ -7,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.tests.fake_clock import FakeClock
+from kvferry.transfer.backends.reach import MAX_REPAIR_S, REPAIR_S
 from kvferry.transfer.receive.rotation_timer import (
     CANCEL_S,
     MAX_AGE_S,
-    MAX_REPAIR_S,
     MIN_INTERVAL_S,
-    REPAIR_S,
     RETRY_S,
     SETTLE_S,
     Action,
@@ -83,7 +82,7 @@ def test_two_rotations_are_seconds_apart() -> None:
     timer = RotationTimer(clock)
     assert timer.step(_scene(OLD)) is Action.ROTATE
     assert timer.step(_scene(OLD)) is Action.NONE  # it runs
-    timer.rotated()
+    timer.rotated(are_whole=True)
     assert timer.is_idle and timer.num_rotations == 1
     clock.advance(MIN_INTERVAL_S - 0.1)
     assert timer.step(_scene(OLD, is_wanted=True)) is Action.NONE and timer.is_idle
@@ -101,7 +100,7 @@ def test_a_rotation_that_failed_is_tried_again_and_nothing_is_opened_meanwhile()
     clock.advance(RETRY_S)
     assert timer.step(_scene()) is Action.ROTATE  # there is no agent, whether or not anything lies in quarantine
     told.append((timer.has_failed, timer.is_idle))
-    timer.rotated()
+    timer.rotated(are_whole=True)
     told.append((timer.has_failed, timer.is_idle))
     assert told == [(True, False), (True, False), (False, True)]
     assert (timer.num_rotations, timer.num_failures) == (1, 1)
@@ -110,7 +109,7 @@ def test_a_rotation_that_failed_is_tried_again_and_nothing_is_opened_meanwhile()
 def _crippled(clock: FakeClock) -> RotationTimer:
     timer = RotationTimer(clock)
     assert timer.step(_scene(OLD)) is Action.ROTATE
-    timer.rotated(is_whole=False)
+    timer.rotated(are_whole=False)
     return timer
 
 
@@ -122,18 +121,18 @@ def test_agents_that_lack_a_device_are_replaced_again_ever_more_rarely() -> None
         assert timer.step(_scene()) is Action.NONE and timer.wants_repair
         clock.advance(0.2)
         assert timer.step(_scene()) is Action.ROTATE
-        timer.rotated(is_whole=False)
+        timer.rotated(are_whole=False)
     for _ in range(10):
         clock.advance(MAX_REPAIR_S)
         assert timer.step(_scene()) is Action.ROTATE
-        timer.rotated(is_whole=False)
+        timer.rotated(are_whole=False)
     clock.advance(MAX_REPAIR_S)
     timer.step(_scene())
-    timer.rotated()
+    timer.rotated(are_whole=True)
     clock.advance(10 * MAX_REPAIR_S)
     assert timer.step(_scene()) is Action.NONE and not timer.wants_repair
     assert timer.step(_scene(OLD)) is Action.ROTATE
-    timer.rotated(is_whole=False)
+    timer.rotated(are_whole=False)
     clock.advance(REPAIR_S)
     assert timer.step(_scene()) is Action.ROTATE  # another outage begins anew
 
@@ -146,13 +145,13 @@ def test_a_repair_waits_for_open_handoffs_and_gives_up_none() -> None:
     clock.advance(SETTLE_S / 2)
     assert timer.step(_scene(num_closing=1)) is Action.NONE
     assert timer.step(_scene()) is Action.ROTATE
-    timer.rotated(is_whole=False)
+    timer.rotated(are_whole=False)
     clock.advance(2 * REPAIR_S)
     timer.step(_scene(num_open=1))
     clock.advance(SETTLE_S)
     assert timer.step(_scene(num_open=1)) is Action.NONE and timer.is_idle  # put off
     assert timer.step(_scene()) is Action.NONE
-    clock.advance(4 * REPAIR_S)
+    clock.advance(REPAIR_S)
     assert timer.step(_scene()) is Action.ROTATE
 
 
@@ -200,7 +199,7 @@ def test_whatever_happens_rotations_keep_their_distance_and_follow_a_second_of_g
         if action is Action.ROTATE or is_running:
             is_running = outcome == "running"
             if outcome in ("rotated", "crippled"):
-                timer.rotated(is_whole=outcome == "rotated")
+                timer.rotated(are_whole=outcome == "rotated")
                 rotated_at = clock.now()
             elif outcome == "failed":
                 timer.failed()

@@ -16,6 +16,7 @@ from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import SampledToken
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalNetwork
+from kvferry.transfer.backends.reach import REPAIR_S
 from kvferry.transfer.protocol.checksums import PageSums
 from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.send import sender as sender_module
@@ -677,6 +678,31 @@ def test_without_an_agent_of_ours_it_is_tried_again(is_answered: bool) -> None:
     prefill.ready(other, open_id=2)
     prefill.sender.step()
     assert prefill.sender.num_bytes == 2 * SPEC.block_bytes()
+
+
+def test_an_agent_of_ours_that_lacks_a_device_is_replaced_again_and_shipments_go_on() -> None:
+    prefill, _ = _lose_our_agent()
+    backend = prefill.sender._backend
+    assert isinstance(backend, LocalBackend)
+    prefill.network.can_make_agents = True
+    backend.lacks_devices = True
+    prefill.sender.step()
+    lame = backend.agent
+    prefill.clock.advance(REPAIR_S - 0.5)
+    grant = prefill.opened(2)
+    wait_s = prefill.sender.step()
+    assert backend.agent == lame and wait_s is not None and wait_s <= 0.5
+    backend.lacks_devices = False
+    prefill.clock.advance(0.5)
+    prefill.sender.step()
+    assert backend.agent != lame
+    prefill.ready(grant, open_id=2)
+    prefill.sender.step()
+    assert prefill.sender.num_bytes == 2 * SPEC.block_bytes()
+    whole = backend.agent
+    prefill.clock.advance(10 * REPAIR_S)
+    prefill.sender.step()
+    assert backend.agent == whole
 
 
 def test_without_an_agent_of_ours_shipments_end_cleanly() -> None:
