@@ -12,8 +12,13 @@ from __future__ import annotations
 
 import re
 
+# An expression takes as many as it can: behind /bx*/ a rule's "xt" never begins, and an x must follow for ever. The
+# library takes all bytes that are without a choice before it answers. Our own grammars have no such run.
+_UNFORCED = '\n%llguidance {"no_forcing": true}\n'
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 _START_RULE = re.compile(r"^\s*start\s*::=", re.MULTILINE)
+# Lark's marks before a rule's name and options behind it say how a tree is built, or how far a rule goes.
+_LARK = re.compile(r"^\s*(?:%llguidance\b|[?!]*start\s*(?:\[[^\]\r\n]*\]\s*)?:)", re.MULTILINE)
 # A string, a class, a comment; a rule's name; or a repetition that ends a group which is repeated itself.
 _PART = re.compile(
     r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|'
@@ -25,6 +30,16 @@ _PART = re.compile(
 def has_start_rule(text: str) -> bool:
     """Tell whether a rule of GBNF is named as every grammar of Lark begins."""
     return _START_RULE.search(text) is not None
+
+
+def is_lark(text: str) -> bool:
+    """Tell whether a grammar is in Lark: by its own first line, or by the rule that every grammar of Lark has."""
+    return _LARK.search(text) is not None and not has_start_rule(text)
+
+
+def unforced(lark: str) -> str:
+    """Return a client's grammar in Lark such that its matcher looks one token ahead. The last such line counts."""
+    return lark + _UNFORCED
 
 
 def plain_gbnf(text: str) -> str:

@@ -19,7 +19,7 @@ import json
 from typing import Any
 
 from ..common.grammar import COMPACT, Grammar, white_space
-from .gbnf import has_start_rule, plain_gbnf, with_whole_root
+from .gbnf import is_lark, plain_gbnf, unforced, with_whole_root
 from .thinking import behind_thoughts
 from .tokens import ANY, TOKENS
 
@@ -63,14 +63,14 @@ def _object(schema: str) -> str:
 
 
 def _lark(text: str) -> str:
-    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    if is_lark_syntax(text) and not has_start_rule(text):
+    if is_lark(text):
         return text
     plain = plain_gbnf(text)
     try:
         gbnf_to_lark(plain)  # whose errors are about the rules as they were written
-        return gbnf_to_lark(with_whole_root(plain))
+        return unforced(gbnf_to_lark(with_whole_root(plain)))
     except RecursionError:
         raise
     except Exception as error:  # a missing rule is a bare Exception, a text that ends in an escape an IndexError

@@ -117,7 +117,7 @@ class Tokenizer:
         """Return what the token adds to a text, after the first token; empty for an id without a token."""
         if (piece := self._pieces.get(token_id)) is not None:
             return piece
-        if (token := self._token(token_id)) is None:
+        if (token := self.spelling(token_id)) is None:
             return b""
         return self._pieces.setdefault(token_id, self.decoder.token_bytes(token))
 
@@ -140,7 +140,7 @@ class Tokenizer:
             return frozenset()
         if not shown:
             return self.special_ids
-        return frozenset(token_id for token_id in self.special_ids if self._token(token_id) not in shown)
+        return frozenset(token_id for token_id in self.special_ids if self.spelling(token_id) not in shown)
 
     def added_bytes(self, hidden_ids: frozenset[int]) -> Mapping[int, bytes]:
         """Return the bytes that each id adds to a text that has begun, nothing for hidden ones.
@@ -155,22 +155,23 @@ class Tokenizer:
         """Return `token_bytes` as text, with U+FFFD for the part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def spelling(self, token_id: int) -> str | None:
+        """Return the token as the vocabulary spells it, in which no two are alike; None: there is no such token."""
+        if not 0 <= token_id < self.vocab_size:
+            return None
+        return self._backend.id_to_token(token_id)
+
     def first_token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that the token adds at the start of a text."""
-        token = self._token(token_id)
+        token = self.spelling(token_id)
         return b"" if token is None else self.decoder.token_bytes(token, is_first=True)
 
     def has_token(self, token_id: int) -> bool:
-        return self._token(token_id) is not None
+        return self.spelling(token_id) is not None
 
     def added_id(self, token: str) -> int | None:
         """Return the id of a token that stands for itself in any text; None: the model has no such token."""
         return self._added_ids.get(token)
-
-    def _token(self, token_id: int) -> str | None:
-        if not 0 <= token_id < self.vocab_size:
-            return None
-        return self._backend.id_to_token(token_id)
 
     def _special_id(self, role: str) -> int | None:
         token = self.special_tokens.get(role)

@@ -14,7 +14,7 @@ from functools import partial
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
 from ..common.clock import Clock, SystemClock
@@ -171,6 +171,18 @@ def _batches(
     )
 
 
+class _WithoutSlash:
+    """ASGI middleware that has a path with a slash at its end served as the one without."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and len(scope["path"]) > 1:
+            scope["path"] = scope["path"].removesuffix("/")
+        await self._app(scope, receive, send)
+
+
 class _Application(FastAPI):
     """FastAPI, but for the two endpoints that are called all day: its layers and routes would cost them 40 us."""
 
@@ -184,6 +196,7 @@ class _Application(FastAPI):
             ("POST", "/v1/responses"): routes.responses,
             ("POST", "/v1/embeddings"): routes.embeddings,
         }
+        self.add_middleware(_WithoutSlash)  # inside the next one: which path needs no key goes by its exact spelling
         self.add_middleware(MiddlewareAdapter, middleware)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -35,8 +35,8 @@ COUNT_PATH = "/v1/messages/count_tokens"
 _COUNT_RESPONSE_PATH = "/v1/responses/input_tokens"
 _PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", _COUNT_RESPONSE_PATH, "/v1/messages", COUNT_PATH,
-    "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize", "/live", "/ready", "/health", "/metrics",
-    "/version", "/openapi.json",
+    "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize", "/live", "/ready", "/health", "/ping",
+    "/metrics", "/version", "/openapi.json",
 )  # fmt: skip
 _PATHS_OF_DATA = ("/v1/files", "/v1/batches")  # where there is a folder for them
 
@@ -221,11 +221,13 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
         ("/live", routes.live),
         ("/ready", routes.ready),
         ("/health", routes.ready),
+        ("/ping", routes.ready),
         ("/metrics", routes.metrics),
         ("/version", routes.version),
     ):
         app.add_api_route(path, endpoint, methods=["GET"])
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)  # some scrapers ask so first
+    app.add_api_route("/ping", routes.ready, methods=["POST"], include_in_schema=False)  # SageMaker's name of it
 
 
 def _with_anthropics(model: Model) -> Model:

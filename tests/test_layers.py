@@ -73,7 +73,7 @@ router/placement     common router/state
 router/dispatch      common wire kvcache router/state router/queue router/placement
 router/autoscaler    common settings kvcache router/state router/metrics
 router/catalogue     common models router/state router/dispatch router/helpers router/turns
-router/bodies        common models router/state router/catalogue router/turns router/turns/values
+router/bodies        common grammar models router/state router/catalogue router/turns router/turns/values
 router/api           common models router/state router/http router/access router/helpers router/kept router/catalogue
 router/api           router/bodies router/turns router/turns/values
 router/messages      common router/state router/bodies router/api router/turns router/turns/values

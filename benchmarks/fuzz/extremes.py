@@ -262,6 +262,7 @@ def _own(vocab_size: int) -> dict[str, Values]:
         "thinking_token_budget": [None, 0, 1, 17],
         "truncate_prompt_tokens": [None, -1, 1, 2, 17],
         "request_id": [None, "x" * 300],
+        "session_id": [None, "x" * 300],
         "service_tier": [None, "flex"],
         "prediction": [None, {"type": "content", "content": "x"}],
         "guided_decoding_backend": [None, "auto"],

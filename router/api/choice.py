@@ -2,8 +2,9 @@
 
 Tokens go in as the dispatcher yields them, `TextPiece`s come out: text that can no longer change, with the tokens
 behind it. What may be the beginning of a stop string, and half a character, stays here; so do the tokens of a piece
-without text, until there is text or an end. `num_tokens` counts what the client gets, the token that completed a stop
-string included.
+without text, until there is text or an end. Half a character at which an answer is cut for its length is in no text: a
+client that sends the text back goes on behind the last whole one. `num_tokens` counts what the client gets, the token
+that completed a stop string included.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class ChoiceText:
             return self._detokenizer.push([token.token_id for token in tokens])
         shown = tokens[:-1] if self._hides_last(tokens, finish) else tokens
         self.finish = finish
-        return self._detokenizer.push([token.token_id for token in shown]) + self._detokenizer.flush()
+        return self._detokenizer.push([token.token_id for token in shown]) + self._rest(finish)
 
     def _push_each(self, tokens: Sequence[SampledToken], finish: str | None) -> str:
         shown = ""
@@ -190,8 +191,12 @@ class ChoiceText:
             self.finish, self._stop_reason = FinishReason.STOP, self._stops.matched
         return shown
 
+    def _rest(self, finish: str) -> str:
+        """Return what half a character leaves behind: nothing where the answer was cut, as clients go on from there."""
+        return "" if finish == FinishReason.LENGTH else self._detokenizer.flush()
+
     def _end(self, finish: str) -> str:
-        shown = self._show(self._detokenizer.flush(), is_final=True)
+        shown = self._show(self._rest(finish), is_final=True)
         if self.finish is not None:  # the last half character completed a stop string
             return shown
         self.finish = finish

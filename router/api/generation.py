@@ -45,9 +45,9 @@ from .middleware import RequestContext, ResponseObserver, context_of
 from .options import (
     beside_grammar,
     chat_grammar,
+    fills_context,
     form_context,
-    max_chat_tokens,
-    max_completion_tokens,
+    max_new_tokens,
     text_options,
     thinking_budget,
     turn_options,
@@ -105,7 +105,7 @@ class Api:
         data = await read_body(context.headers, request.receive, held, max_bytes=self.max_body_bytes)
         max_commas = max(MAX_COMMAS, 2 * self.catalogue.max_model_len)
         raw = await self.json.parse(data, max_commas)
-        ignored = None if self.refuses_unknown else list[str]()
+        ignored: list[str] | None = None if self.refuses_unknown else []
         size = len(data) // _CHECKED_BYTES_PER_CHAR
         if KEY_HEADER in context.headers and issubclass(kind, GenerationBody):
             path = str(request.scope["path"])
@@ -114,9 +114,10 @@ class Api:
             size += surface.num_to_look_up(raw) // _CHECKED_BYTES_PER_CHAR
             raw = await self.prompts.run(size, surface.chat_body, raw, ignored)
             held.add(surface.num_looked_up)
-        body = await self.prompts.run(size, validate, kind, raw, ignored)
-        self.tell_ignored(context, ignored or ())
-        return body, self.catalogue.version(body.model, generates=isinstance(body, GenerationBody))
+        unknown: list[str] = []  # fields, by the names of `kind`
+        body = await self.prompts.run(size, validate, kind, raw, None if self.refuses_unknown else unknown)
+        self.tell_ignored(context, [*(ignored or ()), *map(surface.own_names if surface else str, unknown)])
+        return body, self.catalogue.version(body.model or None, generates=isinstance(body, GenerationBody))
 
     def tell_ignored(self, context: RequestContext, names: Sequence[str]) -> None:
         """Tell the client, the metrics and, once for each name, the log, where fields have no effect."""
@@ -143,7 +144,7 @@ class Api:
             reading = self.prompts.completion(version, body, held.num_bytes)
             prompts, grammar = await beside_grammar(reading, version, body)
         context.marks["tokenize"] = self.clock.now()
-        limits = [max_completion_tokens(body, prompt, version.model.max_model_len) for prompt in prompts]
+        limits = [max_new_tokens(body, prompt, version) for prompt in prompts]
         answer = await self._answer(context, version, body, prompts, limits, grammar)
         shown = form_context("cmpl-", context.request_id, version, body, answer)
         return self.reply(answer, CompletionForm(shown), body)
@@ -159,9 +160,8 @@ class Api:
             prompts = self.prompts.chat(version, body, held.num_bytes, refuses_unknown=self.refuses_unknown)
             chat, asked = await beside_grammar(prompts, version, body)
             follows = await chat_grammar(version, chat, asked, thinking_budget(body))
+            limit = max_new_tokens(body, chat.prompt, version)
         context.marks["tokenize"] = self.clock.now()
-        with naming_fields(surface.own_names):
-            limit = max_chat_tokens(body, chat.prompt, version)
         self.tell_ignored(context, [*surface.left_out, *map(surface.own_names, (*chat.ignored, *follows.ignored))])
         turns = turn_options(version, body, chat, is_free=follows.is_free)
         answer = await self._answer(context, version, body, [chat.prompt], [limit], follows.grammar, turns)
@@ -282,7 +282,7 @@ class Api:
                 model=version.served_name,
                 adapter=version.adapter,
                 is_background=context.is_background,
-                fills_context=isinstance(body, ChatBody) and body.asked_max_tokens is None,
+                fills_context=fills_context(body, params.max_tokens),
             )
 
     def reply(

@@ -21,6 +21,7 @@ from .openai_types import (
 )
 
 Name = Callable[[int], str]
+_LEAST = finite(None)
 
 
 def token_names(tokenizer: Tokenizer, *, as_ids: bool) -> Name:
@@ -41,10 +42,11 @@ def completion_logprobs(
 
 
 def _top_by_name(token: SampledToken, name: Name, num_top: int) -> dict[str, float]:
-    """The best `num_top` and the chosen one. Of tokens with the same name the best one stays."""
-    top: dict[str, float] = {}
-    for token_id, logprob in (*token.top[:num_top], (token.token_id, finite(token.logprob))):
-        top.setdefault(name(token_id), finite(logprob))
+    """The chosen one first, as vLLM has it, then the best `num_top`. Of tokens with the same name the best counts."""
+    top = {name(token.token_id): finite(token.logprob)}
+    for token_id, logprob in token.top[:num_top]:
+        own = name(token_id)
+        top[own] = max(top.get(own, _LEAST), finite(logprob))
     return top
 
 
@@ -99,12 +101,14 @@ def _top_logprob(token_id: int, logprob: float | None, tokenizer: Tokenizer, nam
 def prompt_logprobs(scored: Sequence[SampledToken], tokenizer: Tokenizer, num_top: int) -> PromptLogprobs:
     """vLLM's `prompt_logprobs`: one entry for each prompt token, null for the first.
 
-    The best are ranked as they come; of tokens that are as likely as the last of them, the prompt's own stands behind.
+    The prompt's own token stands first, where clients look for it, then the best in their order. These are ranked as
+    they come; of tokens that are as likely as the last of them, the prompt's own is ranked behind.
     """
     entries: PromptLogprobs = [None]
     for token in scored:
-        ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(token.top[:num_top], 1)}
-        ranked.setdefault(token.token_id, (finite(token.logprob), token.rank))
+        best = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(token.top[:num_top], 1)}
+        own = best.get(token.token_id, (finite(token.logprob), token.rank))
+        ranked = {token.token_id: own, **best}
         entries.append(
             {
                 str(token_id): PromptLogprob(

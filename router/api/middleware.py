@@ -35,7 +35,7 @@ from ..state.errors import HttpFailure, StreamError, failure_of, unknown_path
 from ..state.objectives import DEFAULT_CLASS
 from .body import ClientGone
 
-OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
+OPEN_PATHS = frozenset({"/live", "/ready", "/health", "/ping"})
 CLIENT_CLOSED = 499  # for counts and logs: no one is there to read a status
 _CONTEXT = "kvferry.context"
 _ONCE = (b"host", b"authorization", b"x-api-key", b"content-type", b"content-encoding", b"origin", KEY_HEADER)

@@ -13,7 +13,7 @@ from ...common.clock import wall_time_s
 from ...common.errors import RequestError
 from ...common.grammar import CheckedGrammar, Grammar, pack_mask, unpack_mask
 from ..bodies.fields import not_supported
-from ..bodies.schemas import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
+from ..bodies.schemas import ChatBody, CompletionBody, GenerationBody
 from ..catalogue.version import Version
 from ..helpers.grammar_checker import GrammarChecker
 from ..turns.definitions import ToolUse
@@ -21,6 +21,7 @@ from ..turns.forced import forced_grammar
 from ..turns.lazy import Thinking, answering_grammar, free_grammar, keeps_schemas, thinking
 from ..turns.values.json_text import dumps
 from .answer import Answer, PromptText
+from .body import CallBody
 from .chat_turns import TurnOptions
 from .choice import TextOptions
 from .form import FormContext, FormOptions
@@ -191,20 +192,21 @@ def form_context(prefix: str, request_id: str, version: Version, body: Generatio
     return FormContext(prefix + name, created_s, model.name, model.fingerprint, answer, version.tokenizer, options)
 
 
-def max_completion_tokens(body: CompletionBody, prompt: PromptText, max_model_len: int) -> int:
-    """Return what is asked for, else OpenAI's 16 as far as they fit."""
-    asked = body.asked_max_tokens
-    rest = _rest(prompt, asked, max_model_len)
-    return min(DEFAULT_COMPLETION_TOKENS, rest) if asked is None else asked
+def max_new_tokens(body: GenerationBody, prompt: PromptText, version: Version) -> int:
+    """Return what is wanted, as far as the prompt leaves room for it in the context, and a worker holds it.
+
+    Raises RequestError where there is no room at all.
+    """
+    rest = _rest(prompt, body.asked_max_tokens, version.model.max_model_len)
+    wanted = rest if body.wanted_tokens is None else min(body.wanted_tokens, rest)
+    return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, wanted)
 
 
-def max_chat_tokens(body: ChatBody, prompt: PromptText, version: Version) -> int:
-    """Return what is asked for, else what is left of the context, as far as a worker holds it."""
-    asked = body.asked_max_tokens
-    rest = _rest(prompt, asked, version.model.max_model_len)
-    if asked is not None:
-        return asked
-    return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, rest)
+def fills_context(body: CallBody, max_tokens: int) -> bool:
+    """Tell whether an answer of so many tokens at most is as long as there is room for, and less than is wanted."""
+    if not isinstance(body, GenerationBody):
+        return False
+    return body.wanted_tokens is None or max_tokens < body.wanted_tokens
 
 
 def thinking_budget(body: ChatBody) -> int | None:
@@ -214,11 +216,11 @@ def thinking_budget(body: ChatBody) -> int | None:
 
 
 def _rest(prompt: PromptText, asked: int | None, max_model_len: int) -> int:
-    """Room after the prompt. Raises where what is asked for does not fit into it."""
+    """Return the room after the prompt. Raises where there is none, or no prompt would leave what is asked for."""
     num_prompt = len(prompt.token_ids)
-    wanted = 1 if asked is None else max(asked, 1)
-    if num_prompt + wanted > max_model_len:
-        more = f"and max_tokens asks for {asked} more ({num_prompt + wanted} in all)" if asked else "and leaves no room"
+    asks_too_much = asked is not None and asked > max_model_len
+    if num_prompt >= max_model_len or asks_too_much:
+        more = f"and max_tokens asks for {asked} more" if asks_too_much else "and leaves no room for an answer"
         raise RequestError(  # it begins as OpenAI's, by which clients know it
             f"This model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} {more}. "
             "Shorten the prompt, ask for fewer tokens, or start the server with a larger --max-model-len",

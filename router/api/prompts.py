@@ -97,8 +97,9 @@ class PromptReader:
         return prompts[0].token_ids, ()
 
     async def names(self, version: Version, token_ids: list[int]) -> list[str]:
-        """Each token's text."""
-        return await self.run(len(token_ids), lambda: list(map(version.tokenizer.token_text, token_ids)))
+        """Each token as the vocabulary spells it: several of them may be one character."""
+        spelling = version.tokenizer.spelling
+        return await self.run(len(token_ids), lambda: [spelling(token_id) or "" for token_id in token_ids])
 
     async def decode(self, version: Version, token_ids: list[int]) -> str:
         return await self.run(len(token_ids), _decode, version, token_ids)

@@ -20,7 +20,8 @@ CACHE_HINT = "cache_control"
 _FIELDS = frozenset({"role", "content", "name", "tool_call_id"})
 _FIELDS_OF_ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning", "refusal"})  # of the assistant's
 _KINDS = ("text",)  # of parts: each holds its text in the field of its name
-_KINDS_OF_ANSWERS = ("text", "refusal")
+_THOUGHTS = "thinking"  # as other servers, and clients for several of them, keep what an answer has thought
+_KINDS_OF_ANSWERS = ("text", "refusal", _THOUGHTS)
 # Fields that exist elsewhere: refused unless null or empty.
 _UNSUPPORTED = frozenset({"function_call", "audio", "annotations"})
 
@@ -63,9 +64,10 @@ def _message(item: object, where: str, ignored: list[str] | None) -> dict[str, o
         raise RequestError(f"{where} must be an object, got {shown(item)}", param=where)
     message: dict[str, object] = {}
     for name, value in item.items():
+        if value is None:
+            continue
         if name in _FIELDS:
-            if value is not None:
-                message[name] = value
+            message[name] = value
         elif name in _FIELDS_OF_ANSWERS:
             if value:
                 message[name] = value
@@ -79,7 +81,10 @@ def _message(item: object, where: str, ignored: list[str] | None) -> dict[str, o
     _check_role(message, where)
     if message["role"] == "developer":
         message["role"] = "system"  # OpenAI's newer name for it; templates know the older one
-    message["content"] = _content(message.get("content"), str(message["role"]), f"{where}.content", ignored)
+    content = message.get("content")
+    message["content"] = _content(content, str(message["role"]), f"{where}.content", ignored)
+    if message["role"] == "assistant" and isinstance(content, list) and (thoughts := _thoughts(content)):
+        message.setdefault("reasoning_content", thoughts)
     for name in ("name", "tool_call_id"):
         value = message.get(name)
         if value is not None and (not isinstance(value, str) or len(value) > 256):
@@ -123,8 +128,18 @@ def _content(content: object, role: str, where: str, ignored: list[str] | None) 
             kinds = _KINDS_OF_ANSWERS if role == "assistant" else _KINDS
             # As vLLM tells them to templates that take strings; what was said in an answer is one text.
             between = "" if role == "assistant" else "\n"
-            return between.join(_part(part, kinds, f"{where}[{index}]", ignored) for index, part in enumerate(content))
+            parts = [_part(part, kinds, f"{where}[{index}]", ignored) for index, part in enumerate(content)]
+            return between.join(text for text, raw in zip(parts, content, strict=True) if not _is_thought(raw))
     raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+
+
+def _thoughts(content: list[object]) -> str:
+    """Return the thoughts among parts that were checked."""
+    return "".join(str(part[_THOUGHTS]) for part in content if isinstance(part, dict) and _is_thought(part))
+
+
+def _is_thought(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == _THOUGHTS
 
 
 def _part(part: object, kinds: tuple[str, ...], where: str, ignored: list[str] | None) -> str:
@@ -140,5 +155,6 @@ def _part(part: object, kinds: tuple[str, ...], where: str, ignored: list[str] |
     text = part.get(kind)
     if not isinstance(text, str):
         raise RequestError(f"{where}.{kind} must be a string", param=f"{where}.{kind}")
-    take_only(part.keys() - {CACHE_HINT}, frozenset({"type", kind}), where, ignored)
+    labels = (CACHE_HINT, "signature") if kind == _THOUGHTS else (CACHE_HINT,)  # who signs what it thought checks it
+    take_only(part, frozenset({"type", kind, *labels}), where, ignored)
     return text

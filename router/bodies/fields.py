@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 
 from pydantic_core import ErrorDetails
 
@@ -18,14 +17,25 @@ from ..state.errors import clip, shown
 # Accepted in any form, without effect on the answer: that is also what they do elsewhere.
 IGNORED = frozenset(
     {
-        *("user", "metadata", "store", "safety_identifier", "request_id", "service_tier"),
+        *("user", "metadata", "store", "safety_identifier", "request_id", "session_id", "service_tier"),
         *("prediction", "guided_decoding_backend"),  # elsewhere they are about how fast an answer comes
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     }
 )
 
 # Field -> the values (besides null) that ask for nothing.
-UNSUPPORTED: dict[str, tuple[object, ...]] = {
+UNSUPPORTED_EVERYWHERE: Mapping[str, tuple[object, ...]] = {  # vLLM has them on each of its surfaces
+    "ec_transfer_params": (),
+    "kv_transfer_params": (),
+    "media_io_kwargs": (),
+    "mm_payload": ("tensors", "none"),
+    "mm_processor_kwargs": (),
+    "return_mm_kwargs": (False,),
+    "vllm_xargs": (),
+    "watermarking": (False,),
+}
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    **UNSUPPORTED_EVERYWHERE,
     "audio": (),
     "chat_template": (),
     "detokenize": (True,),
@@ -35,23 +45,25 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
-    "kv_transfer_params": (),
     "length_penalty": (1.0, 1),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
-    "mm_processor_kwargs": (),
     "moderation": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # says nothing without tools
     "prompt_embeds": (),
     "reasoning_effort": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True, False),
+    "stream_interval": (1,),
     "suffix": (),
     "tool_choice": ("none",),
     "tools": ([],),
     "use_beam_search": (False,),
     "verbosity": ("medium",),  # the models' usual one
-    "vllm_xargs": (),
     "web_search_options": (),
 }
 
@@ -68,14 +80,17 @@ def check_fields(
 ) -> dict[str, object]:
     """The fields that are left to validate: neither labels nor unsupported ones that ask for nothing; 5.0 is 5.
 
-    Unknown ones are refused; where `ignored` is given, it gets their names.
+    Unknown ones are refused; where `ignored` is given, it gets their names. One that is null is not there: clients that
+    write down their whole request have so what they do not give.
     """
     kept = {}
     for name, value in body.items():
         if name in known:
             kept[name] = whole(value)
+        elif value is None:
+            continue
         elif name in unsupported:
-            if value is not None and not any(_same(value, harmless) for harmless in unsupported[name]):
+            if not any(_same(value, harmless) for harmless in unsupported[name]):
                 raise not_supported(name, unsupported[name])
         elif name not in labels:
             if ignored is not None:
@@ -100,9 +115,9 @@ def not_supported(name: str, harmless: tuple[object, ...] = ()) -> RequestError:
     return RequestError(f"'{name}' is not supported by this server{hint}", param=name, code="unsupported_parameter")
 
 
-def take_only(given: AbstractSet[str], known: frozenset[str], where: str, ignored: list[str] | None) -> None:
-    """Refuse the first of other fields, unless a list takes their names."""
-    extra = sorted(given - known)
+def take_only(given: Mapping[str, object], known: frozenset[str], where: str, ignored: list[str] | None) -> None:
+    """Refuse the first of other fields, unless a list takes their names. Those that are null are not there."""
+    extra = sorted(name for name, value in given.items() if value is not None and name not in known)
     if extra and ignored is None:
         raise unknown_field(extra[0], known, where)
     if ignored is not None:

@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 from ...common.errors import RequestError
 from ...common.grammar import COMPACT, MAX_GRAMMAR_BYTES, MAX_MASK_BYTES, Grammar, pack_mask
+from ...grammar.gbnf import is_lark, unforced
 from ..state.errors import clip, shown
 from ..turns.values.closing import closed
-from .fields import not_supported, unknown_field
+from .fields import not_supported, take_only
 from .structural_tags import tags_grammar
 
 FIELDS = (
@@ -33,6 +34,8 @@ _OPTIONS: dict[str, tuple[object, ...]] = {
     "disable_additional_properties": (True, False),
     "disable_fallback": (True, False),
     "whitespace_pattern": (),
+    "_backend": (),  # these two are there where vLLM's own object was written down
+    "_backend_was_auto": (True, False),
 }
 
 
@@ -43,12 +46,20 @@ class AskedGrammar(NamedTuple):
     param: str
 
 
-def asked_grammar(fields: Mapping[str, object]) -> AskedGrammar | None:
-    """Return what a body's `FIELDS` ask for; None: any text. Raises RequestError that names the field and the rule."""
+Ignored = list[str] | None
+Read = Callable[[str, object], AskedGrammar | None]  # of a form's name and value
+ReadField = Callable[[str, object, Ignored], AskedGrammar | None]
+
+
+def asked_grammar(fields: Mapping[str, object], ignored: list[str] | None = None) -> AskedGrammar | None:
+    """Return what a body's `FIELDS` ask for; None: any text. Raises RequestError that names the field and the rule.
+
+    Unknown fields of theirs are refused, unless a list takes their names.
+    """
     asked = [
         found
         for name in FIELDS
-        if (value := fields.get(name)) is not None and (found := _READ[name](name, value)) is not None
+        if (value := fields.get(name)) is not None and (found := _READ[name](name, value, ignored)) is not None
     ]
     if len({each.grammar for each in asked}) > 1:
         names = " and ".join(f"'{each.param}'" for each in asked)
@@ -56,28 +67,28 @@ def asked_grammar(fields: Mapping[str, object]) -> AskedGrammar | None:
     return asked[0] if asked else None
 
 
-def _response_format(name: str, value: object) -> AskedGrammar | None:
+def _response_format(name: str, value: object, ignored: Ignored) -> AskedGrammar | None:
     fields = _object(name, value)
     match fields.get("type"):
         case "text":
-            _check_names(name, fields, {"type"})
+            _check_names(name, fields, {"type"}, ignored)
             return None
         case "json_object":
-            _check_names(name, fields, {"type"})
+            _check_names(name, fields, {"type"}, ignored)
             return AskedGrammar(Grammar("json_object", b""), name)
         case "json_schema":
-            _check_names(name, fields, {"type", "json_schema"})
-            return _named_schema(f"{name}.json_schema", fields.get("json_schema"))
+            _check_names(name, fields, {"type", "json_schema"}, ignored)
+            return _named_schema(f"{name}.json_schema", fields.get("json_schema"), ignored)
         case "structural_tag":
-            _check_names(name, fields, {"type", "structures", "triggers", "format"})
+            _check_names(name, fields, {"type", "structures", "triggers", "format"}, ignored)
             return _structural_tag(name, value)
         case other:
             raise _wrong(f"{name}.type", "must be text, json_object, json_schema or structural_tag", other)
 
 
-def _named_schema(name: str, value: object) -> AskedGrammar:
+def _named_schema(name: str, value: object, ignored: Ignored) -> AskedGrammar:
     fields = _object(name, value)
-    _check_names(name, fields, {"name", "description", "schema", "strict"})
+    _check_names(name, fields, {"name", "description", "schema", "strict"}, ignored)
     for text in ("name", "description"):
         if not isinstance(fields.get(text), str | None):
             raise _wrong(f"{name}.{text}", "must be a string", fields[text])
@@ -88,9 +99,9 @@ def _named_schema(name: str, value: object) -> AskedGrammar:
     return _json(f"{name}.schema", fields["schema"])
 
 
-def _structured_outputs(name: str, value: object) -> AskedGrammar | None:
+def _structured_outputs(name: str, value: object, ignored: Ignored) -> AskedGrammar | None:
     fields = _object(name, value)
-    _check_names(name, fields, {*_FORMS, *_OPTIONS})
+    _check_names(name, fields, {*_FORMS, *_OPTIONS}, ignored)
     for option, harmless in _OPTIONS.items():
         if (given := fields.get(option)) is not None and given not in harmless:
             raise not_supported(f"{name}.{option}", harmless)
@@ -141,7 +152,8 @@ def _regex(name: str, value: object) -> AskedGrammar:
 
 
 def _grammar(name: str, value: object) -> AskedGrammar:
-    return _asked("lark", _text(name, value), name)
+    text = _text(name, value)
+    return _asked("lark", unforced(text) if is_lark(text) else text, name)
 
 
 def _choice(name: str, value: object) -> AskedGrammar:
@@ -203,10 +215,8 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _check_names(name: str, fields: Mapping[str, object], known: set[str]) -> None:
-    for field in fields:
-        if field not in known:
-            raise unknown_field(field, frozenset(known), name)
+def _check_names(name: str, fields: Mapping[str, object], known: set[str], ignored: Ignored) -> None:
+    take_only(fields, frozenset(known), name, ignored)
 
 
 def _wrong(name: str, rule: str, value: object) -> RequestError:
@@ -214,7 +224,12 @@ def _wrong(name: str, rule: str, value: object) -> RequestError:
     return RequestError(f"'{name}' {rule}, got {got}", param=clip(name, 128).strip("'"), code="invalid_value")
 
 
-_FORMS: dict[str, Callable[[str, object], AskedGrammar | None]] = {
+def _plain(read: Read) -> ReadField:
+    """Return a way to read a field that is a form itself: it has no fields of its own."""
+    return lambda name, value, ignored: read(name, value)
+
+
+_FORMS: dict[str, Read] = {
     "json": _json,
     "json_object": _json_object,
     "regex": _regex,
@@ -222,12 +237,12 @@ _FORMS: dict[str, Callable[[str, object], AskedGrammar | None]] = {
     "grammar": _grammar,
     "structural_tag": _structural_tag,
 }
-_READ: dict[str, Callable[[str, object], AskedGrammar | None]] = {
+_READ: dict[str, ReadField] = {
     "response_format": _response_format,
     "structured_outputs": _structured_outputs,
-    "guided_json": _json,
-    "guided_regex": _regex,
-    "guided_choice": _choice,
-    "guided_grammar": _grammar,
-    "allowed_token_ids": _tokens,
+    "guided_json": _plain(_json),
+    "guided_regex": _plain(_regex),
+    "guided_choice": _plain(_choice),
+    "guided_grammar": _plain(_grammar),
+    "allowed_token_ids": _plain(_tokens),
 }

@@ -92,8 +92,13 @@ class GenerationBody(CutPrompts):
 
     @property
     def asked_max_tokens(self) -> int | None:
-        """The limit by the name that it has; None: it is left to the server."""
+        """The limit by the name that it has, the newer one where it has both; None: it is left to the server."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The length that an answer may have where there is room for it; None: for any."""
+        return self.asked_max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -112,19 +117,13 @@ class GenerationBody(CutPrompts):
         """Return the grammar that the answer is to follow; None: it may be any text."""
         return self._grammar
 
-    def check(self) -> None:
-        """Rules between fields."""
-        self._grammar = asked_grammar({name: getattr(self, name) for name in GRAMMAR_FIELDS})
+    def check(self, ignored: list[str] | None = None) -> None:
+        """Check the rules between fields, and the fields of grammars. Unknown ones of these go to `ignored`."""
+        self._grammar = asked_grammar({name: getattr(self, name) for name in GRAMMAR_FIELDS}, ignored)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only for stream: true", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise RequestError(
-                f"max_tokens {self.max_tokens} and max_completion_tokens {self.max_completion_tokens} differ: give one",
-                param="max_completion_tokens",
-            )
 
     def sampling(
         self,
@@ -138,7 +137,8 @@ class GenerationBody(CutPrompts):
         """Return what the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:
-            raise RequestError(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
+            asked = "max_tokens" if max_tokens == self.wanted_tokens else "what the prompt leaves room for:"
+            raise RequestError(f"min_tokens {min_tokens} is more than {asked} {max_tokens}", param="min_tokens")
         for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
             if (ids := getattr(self, name)) and max(ids) >= vocab_size:
                 raise RequestError(f"{name}: id {max(ids)} is not below the vocabulary's {vocab_size}", param=name)
@@ -178,6 +178,10 @@ class CompletionBody(GenerationBody):
         return self.best_of or self.n or 1
 
     @property
+    def wanted_tokens(self) -> int:
+        return DEFAULT_COMPLETION_TOKENS if self.asked_max_tokens is None else self.asked_max_tokens
+
+    @property
     def num_best(self) -> int | None:
         """The number of choices that the client sees, the best ones; None: all of them."""
         shown = self.n or 1
@@ -197,15 +201,15 @@ class CompletionBody(GenerationBody):
         both = [k for k in (self.prompt_logprobs, self.logprobs if self.echo else None) if k is not None]
         return max(both, default=None)
 
-    def check(self) -> None:
-        super().check()
+    def check(self, ignored: list[str] | None = None) -> None:
+        super().check(ignored)
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise RequestError(f"best_of {self.best_of} is less than n ({self.n})", param="best_of")
         if self.num_best is not None and self.stream:
             raise RequestError("best_of above n is not available with stream: true", param="best_of")
         if self.suffix and self.echo:
             raise RequestError("echo is not available beside suffix", param="echo")
-        if self.max_tokens == 0 and not self.echo:
+        if self.asked_max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens must be at least 1 (0 only with echo: true)", param="max_tokens")
 
 
@@ -229,11 +233,11 @@ class ChatBody(GenerationBody):
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def check(self) -> None:
-        super().check()
+    def check(self, ignored: list[str] | None = None) -> None:
+        super().check(ignored)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-        if self.max_tokens == 0:
+        if self.asked_max_tokens == 0:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
         if self.allowed_token_ids and self.tools and self.tool_choice != "none":
             raise RequestError("allowed_token_ids is not available beside tools", param="allowed_token_ids")
@@ -256,7 +260,7 @@ def validate(kind: type[Body], raw: dict[str, object], ignored: list[str] | None
         body = kind.model_validate(fields)
     except ValidationError as error:
         raise invalid_field(error.errors(include_url=False)[0]) from None
-    body.check()
+    body.check(ignored)
     return body
 
 

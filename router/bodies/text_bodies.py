@@ -22,12 +22,17 @@ class EmbeddingBody(CutPrompts):
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     add_special_tokens: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    # Forms of a vector, of which there is one.
+    embed_dtype: Literal["float32"] | None = None
+    endianness: Literal["native", "little"] | None = None
+    use_activation: Literal[True] | None = None
+    padding: Literal["do_not_pad"] | None = None
 
     @property
     def num_choices(self) -> int:
         return 1
 
-    def check(self) -> None:
+    def check(self, ignored: list[str] | None = None) -> None:
         return None
 
 
@@ -44,7 +49,7 @@ class TokenizeBody(CutPrompts):
     chat_template_kwargs: TemplateKwargs | None = None
     tools: object = None
 
-    def check(self) -> None:
+    def check(self, ignored: list[str] | None = None) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         check_template_switches(self.add_generation_prompt, self.continue_final_message)
@@ -56,5 +61,5 @@ class DetokenizeBody(BaseModel):
     model: str | None = None
     tokens: AnyIds
 
-    def check(self) -> None:
+    def check(self, ignored: list[str] | None = None) -> None:
         return None

@@ -176,7 +176,7 @@ class StreamOptions(BaseModel):
     def known(cls, options: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         """Return the fields that there are. Others are refused, unless a list takes their names."""
         names = frozenset(cls.model_fields)
-        take_only(options.keys(), names, "stream_options", ignored)
+        take_only(options, names, "stream_options", ignored)
         return {name: options[name] for name in options.keys() & names}
 
 

@@ -69,7 +69,7 @@ def parse_json(data: bytes, max_commas: int = MAX_COMMAS) -> dict[str, object]:
     """The body's object, or a RequestError that says what is wrong and where."""
     _check_commas(data, max_commas)
     try:
-        text = data.decode()
+        text = data.decode().removeprefix("\ufeff")  # with which some programs begin a text
     except UnicodeDecodeError as error:
         raise _invalid(f"not UTF-8 at byte {error.start}") from None
     try:

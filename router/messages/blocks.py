@@ -75,7 +75,7 @@ def _turn(neighbours: Sequence[PlacedMessage]) -> PlacedMessage:
 def _message(raw: object, where: str, ignored: list[str] | None, left_out: list[str]) -> list[PlacedMessage]:
     if not isinstance(raw, dict):
         raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    take_only(raw.keys(), frozenset({"role", "content"}), where, ignored)
+    take_only(raw, frozenset({"role", "content"}), where, ignored)
     role, content = raw.get("role"), raw.get("content")
     if role not in ("user", "assistant", "system"):
         raise RequestError(f"{where}.role must be 'user' or 'assistant', got {shown(role)}", param=f"{where}.role")

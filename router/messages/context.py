@@ -30,7 +30,7 @@ def edit_context(
         return
     if not isinstance(raw, dict):
         raise RequestError(f"context_management must be an object, got {shown(raw)}", param="context_management")
-    take_only(raw.keys(), frozenset({"edits"}), "context_management", ignored)
+    take_only(raw, frozenset({"edits"}), "context_management", ignored)
     edits = raw.get("edits") or []
     if not isinstance(edits, list):
         where = "context_management.edits"
@@ -57,7 +57,7 @@ def _kept_turns(raw: object, where: str, ignored: list[str] | None) -> int | Non
             param=f"{where}.type",
             code="unsupported_value",
         )
-    take_only(raw.keys(), frozenset({"type", "keep"}), where, ignored)
+    take_only(raw, frozenset({"type", "keep"}), where, ignored)
     match raw.get("keep"):
         case None:
             return _KEPT_TURNS

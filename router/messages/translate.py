@@ -18,7 +18,7 @@ import msgspec
 
 from ...common.errors import RequestError
 from ..api.surface import FieldNames
-from ..bodies.fields import check_fields, take_only, whole
+from ..bodies.fields import UNSUPPORTED_EVERYWHERE, check_fields, take_only, whole
 from ..bodies.values import MAX_STOP_CHARS, MAX_STOPS, Effort
 from ..state.errors import shown
 from ..turns.places import Places
@@ -27,16 +27,21 @@ from .blocks import CALL_NAMES, chat_messages, system_messages
 from .context import edit_context
 from .tools import MessageTools
 
-_SAME = ("model", "stream", "temperature", "top_p", "top_k", "max_tokens", "cache_salt", "priority")
+_SAME = (
+    *("model", "stream", "temperature", "top_p", "top_k", "max_tokens"),
+    *("cache_salt", "priority", "chat_template_kwargs"),  # vLLM's
+)
 # Labels, and hints to a cache that is always on.
 _IGNORED = frozenset(
     {
         *("service_tier", "cache_control", "betas", "inference_geo", "speed", "diagnostics"),
         *("billing_policy", "user_profile_id", "workspace_id"),
+        *("request_id", "session_id"),  # vLLM's, on its other surfaces
     }
 )
 # Field -> the values (besides null) that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    **UNSUPPORTED_EVERYWHERE,
     "compaction": ({},),
     "container": (),
     "fallback_credit_token": (),
@@ -150,7 +155,7 @@ def _output_config(raw: object, ignored: list[str] | None) -> Mapping[str, objec
         return {}
     if not isinstance(raw, dict):
         raise RequestError(f"output_config must be an object, got {shown(raw)}", param="output_config")
-    take_only(raw.keys(), _OF_OUTPUT, "output_config", ignored)
+    take_only(raw, _OF_OUTPUT, "output_config", ignored)
     return raw
 
 
@@ -172,7 +177,7 @@ def _thinking(thinking: object, ignored: list[str] | None) -> str:
             param="thinking",
             code="invalid_value",
         )
-    take_only(thinking.keys(), _OF_THINKING, "thinking", ignored)
+    take_only(thinking, _OF_THINKING, "thinking", ignored)
     budget = whole(thinking.get("budget_tokens"))
     if budget is not None and (type(budget) is not int or budget < 1):
         rule = "must be a whole number of at least 1"

@@ -10,7 +10,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-# Our family -> vLLM's names for it, which carry its model_name label besides.
+# What the router counts itself has this in vLLM's label of an engine, by which its boards group: as the queue has
+# (pools.py), beside the workers.
+ROUTER_ENGINE = "router"
+# Our family -> vLLM's names for it, which carry its model_name and engine labels besides.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "kvferry_time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
     "kvferry_inter_token_latency_seconds": ("vllm:inter_token_latency_seconds",),
@@ -29,6 +32,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "kvferry_request_params_max_tokens": ("vllm:request_params_max_tokens",),
     "kvferry_request_params_n": ("vllm:request_params_n",),
     "kvferry_prompt_tokens": ("vllm:prompt_tokens",),
+    "kvferry_cached_prompt_tokens": ("vllm:prompt_tokens_cached",),
     "kvferry_generation_tokens": ("vllm:generation_tokens",),
     "kvferry_request_success": ("vllm:request_success",),
     "kvferry_kv_transfer_seconds": ("vllm:nixl_xfer_time_seconds",),
@@ -57,7 +61,7 @@ def exposition(families: Iterable[Metric]) -> tuple[bytes, str]:
 def with_aliases(family: Metric, model_name: str) -> Iterator[Metric]:
     yield _renamed(family, family.name, {})
     for name in _ALIASES.get(family.name, ()):
-        yield _renamed(family, name, {"model_name": model_name})
+        yield _renamed(family, name, {"model_name": model_name, "engine": ROUTER_ENGINE})
 
 
 def _renamed(family: Metric, name: str, labels: dict[str, str]) -> Metric:

@@ -8,6 +8,7 @@ from typing import Protocol
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ...wire.workers import WorkerStatus
+from .exposition import ROUTER_ENGINE
 from .workers import WorkerGauges, gauge, kv_usage, worker_families
 
 _VllmValues = Sequence[tuple[list[str], float]]  # (model_name, engine) and the value
@@ -47,7 +48,10 @@ def _vllm_gauges(models: ModelPools) -> Iterator[Metric]:
     for model, view in models:
         found = [([model, each.worker_id], each.status) for each in view.workers if each.status is not None]
         alive += found
-        waiting += [*((names, status.num_waiting) for names, status in found), ([model, "router"], view.num_queued)]
+        waiting += [
+            *((names, status.num_waiting) for names, status in found),
+            ([model, ROUTER_ENGINE], view.num_queued),
+        ]
     running = [(names, status.num_running) for names, status in alive]
     usage = [(names, kv_usage(status)) for names, status in alive]
     yield _vllm(GaugeMetricFamily, "vllm:num_requests_running", running)

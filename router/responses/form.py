@@ -149,7 +149,7 @@ class ResponseForm:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": self._context.model,
             "output": [] if piece is None else self._items(status),
-            **repeated(self._request),
+            **repeated(self._request, self._context.answer.streams[0].request.sampling),
             "store": self._request.get("store") is not False,
             "usage": self._usage() if piece is not None else None,
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...common.request import SamplingParams
+
 # And what stands there where the request says nothing.
 _REPEATED: Mapping[str, object] = {
     "instructions": None,
@@ -13,20 +15,21 @@ _REPEATED: Mapping[str, object] = {
     "previous_response_id": None,
     "reasoning": {"effort": None, "summary": None},
     "service_tier": "default",
-    "temperature": None,
     "text": {"format": {"type": "text"}},
     "tool_choice": "auto",
     "tools": [],
     "top_logprobs": 0,
-    "top_p": None,
     "truncation": "disabled",
     "user": None,
 }
+# What is sampled with stands there otherwise: the model has defaults of its own.
+_SAMPLED = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 
 
-def repeated(request: Mapping[str, object]) -> dict[str, object]:
+def repeated(request: Mapping[str, object], sampling: SamplingParams) -> dict[str, object]:
     """Return the fields as a response tells them: an object's own defaults stand where it has none."""
-    return {name: _value(request.get(name), default) for name, default in _REPEATED.items()}
+    told = {name: _value(request.get(name), default) for name, default in _REPEATED.items()}
+    return told | {name: _value(request.get(name), getattr(sampling, name)) for name in _SAMPLED}
 
 
 def _value(asked: object, default: object) -> object:

@@ -15,31 +15,41 @@ import msgspec
 
 from ...common.errors import RequestError
 from ..api.surface import FieldNames
-from ..bodies.fields import check_fields, not_supported, take_only, whole
+from ..bodies.fields import UNSUPPORTED_EVERYWHERE, check_fields, not_supported, take_only, whole
 from ..kept.metadata import checked_metadata
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage, Places
 from .items import CALL_NAMES, input_messages
 from .tools import ResponseTools, is_hosted
 
-_SAME = ("model", "stream", "temperature", "top_p", "user", "parallel_tool_calls", "cache_salt", "priority", "seed")
+_SAME = (
+    *("model", "stream", "temperature", "top_p", "user", "parallel_tool_calls"),
+    # vLLM's
+    *("cache_salt", "priority", "seed", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"),
+    *("skip_special_tokens", "structured_outputs", "chat_template_kwargs", "include_reasoning"),
+)
 _IGNORED = frozenset(
     {
         *("metadata", "store", "safety_identifier", "service_tier", "stream_options"),
         *("client_metadata",),  # Codex's
+        *("request_id", "session_id"),  # vLLM's
         *("max_tool_calls",),  # of built-in tools, which there are not
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     }
 )
 # Field -> the values (besides null) that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    **UNSUPPORTED_EVERYWHERE,
     "access_programs": (),
     "background_options": (),
     "context_management": ([],),
     "conversation": (),
+    "enable_response_messages": (False,),
     "image": (),
     "moderation": (),
     "multi_agent": (),
+    "previous_input_messages": ([],),
     "prompt": (),
     "truncation": ("auto", "disabled"),  # nothing is cut: what does not fit is refused
 }
@@ -165,7 +175,7 @@ def _take_text(raw: object, body: dict[str, object], ignored: list[str] | None) 
         return
     if not isinstance(raw, dict):
         raise RequestError(f"text must be an object, got {shown(raw)}", param="text")
-    take_only(raw.keys(), _TEXT, "text", ignored)
+    take_only(raw, _TEXT, "text", ignored)
     if raw.get("format") is not None:
         body["response_format"] = _format(raw["format"])
     if raw.get("verbosity") is not None:
@@ -184,6 +194,6 @@ def _take_reasoning(raw: object, body: dict[str, object], ignored: list[str] | N
         return
     if not isinstance(raw, dict):
         raise RequestError(f"reasoning must be an object, got {shown(raw)}", param="reasoning")
-    take_only(raw.keys(), _REASONING, "reasoning", ignored)
+    take_only(raw, _REASONING, "reasoning", ignored)
     if raw.get("effort") is not None:
         body["reasoning_effort"] = raw["effort"]

@@ -19,7 +19,7 @@ from .syntax import Schemas
 MAX_TOOLS = 128  # OpenAI's limit
 MAX_TOOLS_BYTES = 256 * 2**10  # as JSON: more than a prompt of 64k tokens
 MAX_DEPTH = 24  # of a schema: a chat template takes values nested a little deeper
-MAX_NAME_CHARS = 64
+MAX_NAME_CHARS = 128  # Anthropic's limit; OpenAI's is 64
 _NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
 _NAMED = '{"type": "function", "function": {"name": ...}}'
 _NAME_RULE = f"must be 1 to {MAX_NAME_CHARS} letters, digits, '_', '-' or '.'"
@@ -207,9 +207,9 @@ def _check_known(name: str, tools: Sequence[Tool], where: str) -> None:
 
 
 def only(raw: Mapping[str, object], known: set[str], where: str, ignored: list[str] | None = None) -> None:
-    """Refuse every other field, unless a list takes their names."""
-    for name in raw:
-        if name not in known:
+    """Refuse every other field, unless a list takes their names. Those that are null are not there."""
+    for name, value in raw.items():
+        if name not in known and value is not None:
             param = f"{where}.{name}"
             if ignored is not None:
                 ignored.append(param)

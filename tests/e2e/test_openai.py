@@ -211,10 +211,11 @@ def test_logprobs_of_prompt_and_answer_are_those_of_the_reference(
     expected = _reference_logprobs(model_dir, tokens)
     assert len(said.logprobs) == len(tokens)
     assert said.logprobs[0][1] is None
-    for position, (_, logprob, top) in enumerate(said.logprobs[1:], 1):
+    for position, (token, logprob, top) in enumerate(said.logprobs[1:], 1):
         assert logprob == pytest.approx(float(expected[position - 1, tokens[position]]), abs=1e-4)
-        assert next(iter(top.values())) == pytest.approx(float(expected[position - 1].max()), abs=1e-4)
-        assert all(better >= worse for better, worse in pairwise(list(top.values())[:3]))
+        assert max(top.values()) == pytest.approx(float(expected[position - 1].max()), abs=1e-4)
+        assert next(iter(top)) == token, "the chosen one comes first, and the best behind it"
+        assert all(better >= worse for better, worse in pairwise(list(top.values())[1:]))
     scored = client.completions.create(model=MODEL, prompt=tokens, echo=True, logprobs=3, max_tokens=0).choices[0]
     assert scored.logprobs is not None
     assert scored.logprobs.token_logprobs == pytest.approx([logprob for _, logprob, _ in said.logprobs], abs=1e-4)
@@ -268,7 +269,8 @@ def test_prompt_logprobs_in_the_form_of_vllm(client: OpenAI, cluster: Cluster) -
     assert entries[0] is None and len(entries) == len(prompt)
     for token_id, entry in zip(prompt[1:], entries[1:], strict=True):
         ranks = sorted(candidate["rank"] for candidate in entry.values())
-        assert str(token_id) in entry and ranks[:2] == [1, 2] and ranks[2:] == [each for each in ranks if each > 2]
+        assert next(iter(entry)) == str(token_id), "its own comes first, whatever its rank"
+        assert ranks[:2] == [1, 2] and ranks[2:] == [each for each in ranks if each > 2]
 
 
 # --- sampling ---------------------------------------------------------------------------------------------
@@ -505,6 +507,7 @@ def test_text_survives_tokenizing_and_back(cluster: Cluster) -> None:
         tokens, strings = body["tokens"], body["token_strs"]
         assert isinstance(tokens, list) and isinstance(strings, list)
         assert body["count"] == len(tokens) == len(strings) and body["max_model_len"] == MAX_MODEL_LEN
+        assert len(set(strings)) == len(set(tokens)), "no two tokens are spelt alike"
         assert _text_of(cluster, tokens) == text
 
 
@@ -555,12 +558,17 @@ def test_content_that_is_not_text_is_refused(client: OpenAI) -> None:
 
 
 def test_what_does_not_fit_into_the_context_is_refused_with_the_numbers(client: OpenAI) -> None:
-    for prompt, max_tokens in ((_ids(1, MAX_MODEL_LEN), 1), (_ids(1, 2000), 49), ("x" * 200_000, 1)):
+    for prompt, max_tokens in ((_ids(1, MAX_MODEL_LEN), 1), (_ids(1, 9), MAX_MODEL_LEN + 1), ("x" * 200_000, 1)):
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model=MODEL, prompt=prompt, max_tokens=max_tokens)
         assert caught.value.code == "context_length_exceeded" and str(MAX_MODEL_LEN) in caught.value.message
-    fits = client.completions.create(model=MODEL, prompt=_ids(1, 2000), max_tokens=48)
-    assert fits.usage is not None and fits.usage.total_tokens <= MAX_MODEL_LEN
+
+
+def test_an_answer_that_may_be_longer_than_the_context_ends_with_it(client: OpenAI) -> None:
+    ignores: Any = {"extra_body": {"ignore_eos": True}}
+    answer = client.completions.create(model=MODEL, prompt=_ids(1, 2000), max_tokens=MAX_MODEL_LEN, **ignores)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None and answer.usage.total_tokens == MAX_MODEL_LEN
 
 
 # --- clients that leave -----------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,9 @@ def _texts(vocabulary: Vocabulary, grammar: Grammar) -> set[str]:
         ("choice", '["\\u007f", "a\\u0000"]', {"\x7f", "a\0"}),
         ("regex", "a{1,2}|b", {"a", "aa", "b"}),
         ("lark", 'start: "x" ("y" | "z")', {"xy", "xz"}),
+        ("lark", '// Lark\'s own\n?start: "x" last\n!last: "y" | "z"', {"xy", "xz"}),
+        ("lark", '  !start : "x" | "y"', {"x", "y"}),
+        ("lark", 'start[max_tokens=9]: "x" | "y"', {"x", "y"}),
         ("lark", 'root ::= "x" ("y" | "z")\n', {"xy", "xz"}),
         ("lark", 'root ::= ("y"{1,2})? "x?)*" # ("z"?)?\n', {"x?)*", "yx?)*", "yyx?)*"}),
         ("lark", 'root ::= (("y"? )) {2}', {"", "y", "yy"}),
@@ -245,6 +250,40 @@ def test_each_of_a_few_names_comes_once_and_nothing_behind_them(vocabulary: Voca
     matcher = compile_grammar(vocabulary, schema(record))
     matcher.accept(vocabulary.tokenizer.greedy_tokenize('{"a":1,"b":1'))
     assert {vocabulary.tokenizer.decode_str([token]).strip(" ") for token in allowed(matcher)} == {"", "}", "\n"}
+
+
+_FOLLOWED = """
+import sys
+from pathlib import Path
+from tokenizers import Tokenizer
+from kvferry.grammar.matching import Vocabulary, compile_grammar
+from kvferry.router.bodies.grammars import asked_grammar
+tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+size = tokenizer.get_vocab_size()
+vocabulary = Vocabulary.from_dir(Path(sys.argv[1]), vocab_size=size, eos_token_ids=frozenset({0}))
+matcher = compile_grammar(vocabulary, asked_grammar({"guided_grammar": sys.argv[2]}).grammar)
+for token in tokenizer.encode("abc!bx", add_special_tokens=False).ids:
+    matcher.mask()
+    matcher.accept([token])
+print("followed", matcher.forced(), len(matcher.mask()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    [
+        'start: P T "xt"\nP: /[a-z]+!/\nT: /bx*/',
+        '%llguidance {"no_forcing": false}\nstart: P T "xt"\nP: /[a-z]+!/\nT: /bx*/ // the end',
+        'root ::= p t "xt" | "(" root ")"\np ::= [a-z]+ "!"\nt ::= "b" "x"*',
+    ],
+)
+def test_bytes_that_a_client_s_grammar_forces_for_ever_are_not_looked_for(tmp_path: Path, text: str) -> None:
+    """In a process of its own: the library would not come back."""
+    write_tokenizer(tmp_path, 512)
+    command = [sys.executable, "-c", _FOLLOWED, str(tmp_path), text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=True)
+    assert done.stdout.startswith("followed None ")
 
 
 def test_a_forced_token_is_the_only_one_that_may_come(model: tuple[Vocabulary, Tokenizer]) -> None:

@@ -318,13 +318,15 @@ async def test_a_chat_may_use_the_rest_of_the_context() -> None:
     assert served.request.sampling.max_tokens == MAX_MODEL_LEN - len("<user>hi<assistant>")
 
 
-async def test_a_chat_without_a_limit_takes_no_more_than_a_worker_holds() -> None:
+async def test_an_answer_takes_no_more_than_a_worker_holds() -> None:
     served = serve()
     served.dispatcher.room = 50
-    await _chat(served)
-    assert served.request.sampling.max_tokens == 50 - len("<user>hi<assistant>")
-    await _chat(served, max_tokens=60)  # what a client asks for is never cut
-    assert served.request.sampling.max_tokens == 60
+    room = 50 - len("<user>hi<assistant>")
+    for asked, taken in ((None, room), (room + 30, room), (room - 1, room - 1)):
+        await _chat(served, max_tokens=asked)
+        assert served.request.sampling.max_tokens == taken
+    await _complete(served, prompt="x" * 40, max_tokens=60)
+    assert served.request.sampling.max_tokens == 10
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
@@ -541,13 +543,29 @@ async def test_a_bug_of_ours_is_a_500_that_tells_nothing_and_is_not_retried() ->
 
 
 async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers() -> None:
-    error = await _refused(serve(), 400, prompt="x" * 500, max_tokens=20)
+    error = await _refused(serve(), 400, prompt="x" * 500, max_tokens=MAX_MODEL_LEN + 1)
     assert error["code"] == "context_length_exceeded"
-    assert "512" in error["message"] and "500" in error["message"] and "520" in error["message"]
+    assert "512" in error["message"] and "500" in error["message"] and "513" in error["message"]
     error = await _refused(serve(), 400, prompt="x" * MAX_MODEL_LEN)
     assert "leaves no room" in error["message"]
     error = await _refused(serve(), 400, prompt="x" * 1_000_000)
     assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("max_tokens", [13, MAX_MODEL_LEN])
+async def test_a_limit_beyond_the_context_ends_with_it(max_tokens: int) -> None:
+    """Agents ask for as many tokens each time, while their conversation grows."""
+    served = serve(Script("y" * MAX_MODEL_LEN))
+    answer = await _complete(served, prompt=["x" * 500, "x" * 505], max_tokens=max_tokens)
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 2
+    assert [len(choice["text"]) for choice in answer["choices"]] == [12, 7]
+    assert answer["usage"]["total_tokens"] == 2 * MAX_MODEL_LEN
+    assert all(request.fills_context for request in served.dispatcher.requests)
+
+
+async def test_an_answer_is_not_shorter_than_its_least_where_the_context_ends() -> None:
+    error = await _refused(serve(), 400, prompt="x" * 500, max_tokens=20, min_tokens=15)
+    assert error["param"] == "min_tokens" and "12" in error["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
@@ -600,13 +618,33 @@ async def test_unknown_paths_and_methods_have_the_same_shape() -> None:
     async with serve().client() as client:
         for method, path, status in (
             ("GET", "/nope", 404), ("POST", "/v1/rerank", 404), ("GET", "/v1/completions", 405),
-            ("DELETE", "/metrics", 405), ("POST", "/v1/completions/", 404), ("GET", "/docs", 404),
+            ("DELETE", "/metrics", 405), ("GET", "/v1/completions/", 405), ("GET", "/docs", 404),
             ("POST", "/v1/responses/compact", 404),
         ):  # fmt: skip
             response = await client.request(method, path)
             assert response.status_code == status, (method, path)
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert response.headers["x-should-retry"] == "false" and response.json()["error"]["code"] == "unknown_url"
+
+
+async def test_a_path_may_end_with_a_slash() -> None:
+    served = serve()
+    async with served.client() as client:
+        for path in ("/v1/models", f"/v1/models/{MODEL}", "/metrics", "/ping"):
+            plain, slashed = [await client.get(each) for each in (path, f"{path}/")]
+            assert (slashed.status_code, slashed.text[:40]) == (200, plain.text[:40])
+        for path, fields in (
+            ("/v1/completions/", {"prompt": "hi"}),
+            ("/v1/chat/completions/", {"messages": [{"role": "user", "content": "hi"}]}),
+        ):
+            assert (await client.post(path, json=fields)).status_code == 200
+            streamed = await client.post(path, json={**fields, "stream": True})
+            assert streamed.text.endswith("data: [DONE]\n\n")
+        assert (await client.get("/nope/")).status_code == 404
+
+
+async def test_an_empty_name_of_a_model_is_none() -> None:
+    assert (await _complete(serve(), model="", prompt="hi"))["model"] == MODEL
 
 
 @pytest.mark.parametrize(
@@ -628,7 +666,7 @@ async def test_a_wrong_method_is_told_all_that_the_path_has(method: str, path: s
 async def test_what_can_be_got_can_be_asked_for_by_its_head() -> None:
     served = serve()
     async with listening(served.app) as address, httpx.AsyncClient(base_url=f"http://{address}") as client:
-        for path in ("/v1/models", f"/v1/models/{MODEL}", "/live", "/ready", "/health", "/metrics", "/version"):
+        for path in ("/v1/models", f"/v1/models/{MODEL}", *sorted(OPEN), "/metrics", "/version"):
             got, head = await client.get(path), await client.head(path)
             assert (head.status_code, got.status_code, head.content) == (200, 200, b"") and got.content
             assert head.headers["content-type"] == got.headers["content-type"]
@@ -714,7 +752,7 @@ def _timing(headers: httpx.Headers) -> dict[str, str]:
 
 # --- keys -------------------------------------------------------------------------------------------------
 
-OPEN = {"/live", "/ready", "/health"}
+OPEN = {"/live", "/ready", "/health", "/ping"}
 
 
 async def test_every_route_but_the_probes_needs_a_key() -> None:
@@ -777,7 +815,8 @@ async def test_tokenize_and_detokenize_undo_each_other() -> None:
     async with serve().client() as client:
         tokenized = (await client.post("/tokenize", json={"prompt": "h\u00e9", "return_token_strs": True})).json()
         assert tokenized["tokens"] == ids_of("h\u00e9") and tokenized["count"] == 3
-        assert tokenized["max_model_len"] == MAX_MODEL_LEN and tokenized["token_strs"][0] == "h"
+        assert tokenized["max_model_len"] == MAX_MODEL_LEN
+        assert tokenized["token_strs"] == ["h", "\u00c3", "\u00a9"], "halves of a character are told apart"
         back = await client.post("/detokenize", json={"tokens": tokenized["tokens"]})
         assert back.json() == {"prompt": "h\u00e9"}
         chat = (await client.post("/tokenize", json={"messages": CHAT, "add_generation_prompt": False})).json()
@@ -797,10 +836,11 @@ async def test_long_texts_are_tokenized_off_the_loop_with_the_same_result() -> N
 async def test_readiness_tells_why_not() -> None:
     served = serve()
     async with served.client() as client:
-        assert (await client.get("/ready")).status_code == (await client.get("/health")).status_code == 200
+        for method, path in (("GET", "/ready"), ("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+            assert (await client.request(method, path)).status_code == 200
         served.dispatcher.reasons = ["no decode worker is ready"]
-        for path in ("/ready", "/health"):
-            response = await client.get(path)
+        for method, path in (("GET", "/ready"), ("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+            response = await client.request(method, path)
             assert response.status_code == 503
             assert response.json()["reasons"] == ["no decode worker is ready"]
             assert response.headers["retry-after"] == "1"
@@ -831,7 +871,7 @@ async def test_metrics_count_answers_and_refusals() -> None:
         text = (await client.get("/metrics")).text
     assert 'kvferry_requests_total{code="200"} 1.0' in text
     assert 'kvferry_requests_total{code="400"} 1.0' in text
-    assert 'vllm:generation_tokens_total{model_name="toy"} 4.0' in text
+    assert 'vllm:generation_tokens_total{engine="router",model_name="toy"} 4.0' in text
     assert 'kvferry_request_success_total{finished_reason="stop"} 1.0' in text
 
 

@@ -584,6 +584,19 @@ async def test_unknown_fields_are_ignored_aloud_where_the_operator_says_so() -> 
             "tools[0].defer_loading",
             "tools[0].function.examples",
         }
+        schema = {"name": "n", "schema": {}, "foo": 1}
+        for fields, names in (
+            ({"response_format": {"type": "text", "foo": 1}}, "response_format.foo"),
+            ({"structured_outputs": {"regex": "a", "foo": 1}}, "structured_outputs.foo"),
+            ({"response_format": {"type": "json_schema", "json_schema": schema}}, "response_format.json_schema.foo"),
+        ):
+            response = await client.post("/v1/chat/completions", json={"messages": CHAT, **fields})
+            assert response.headers["x-kvferry-ignored"] == names
+            assert response.status_code == 200 or "is not supported" in response.text  # no grammar is, here
+        response = await client.post(
+            "/v1/responses", json={"input": "hi", "text": {"format": {"type": "text", "foo": 1}}}
+        )
+        assert (response.status_code, response.headers["x-kvferry-ignored"]) == (200, "text.format.foo")
         message = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi", "id": "m"}]}
         response = await client.post("/v1/messages", json=message)
         assert response.headers["x-kvferry-ignored"] == "messages[0].id"

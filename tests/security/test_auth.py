@@ -51,14 +51,15 @@ async def test_of_all_routes_only_the_probes_answer_without_a_key() -> None:
                     else:
                         assert error["code"] == "invalid_api_key"
                     assert response.headers["www-authenticate"] == "Bearer"
-    assert answered == OPEN_PATHS == {"/live", "/ready", "/health"}
+    assert answered == OPEN_PATHS == {"/live", "/ready", "/health", "/ping"}
     assert served.dispatcher.requests == []
 
 
 @pytest.mark.parametrize(
     "path",
     ["/", "//", "/nope", "/docs", "/redoc", "/openapi.json", "/metrics", "/metrics/", "/admin", "/admin/workers",
-     "/live/", "//live", "/live/../metrics", "/live%2f..%2fmetrics", "/%2e/metrics", "/LIVE", "/live;x=1", "/live%00",
+     "/live/", "/ping/", "//live", "/live/../metrics", "/live%2f..%2fmetrics", "/%2e/metrics", "/LIVE", "/live;x=1",
+     "/live%00",
      "/v1/models/..%2f..%2flive", "/health/../v1/models", "/live%20", "/live.json"],
 )  # fmt: skip
 async def test_every_other_spelling_of_a_path_needs_a_key(path: str) -> None:

@@ -123,7 +123,8 @@ async def test_a_charset_may_stand_behind_the_content_type() -> None:
         (b"[1]", "must be an object"),
         (b"null", "must be an object"),
         (b"", "line 1 column 1"),
-        (b'\xef\xbb\xbf{"a": 1}', "line 1 column 1"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "line 1 column 1"),
+        (b'\xef\xbb\xbf{"a": \xff}', "not UTF-8 at byte 9"),
         (b"{'a': 1}", "line 1 column 2"),
         (b'{"a": 1} x', "line 1 column 10"),
         (b'{"a": "\x01"}', "line 1 column 8"),
@@ -139,6 +140,10 @@ def test_what_json_parsers_let_pass_is_refused_with_its_position(body: bytes, me
 def test_escaped_surrogate_pairs_and_escaped_backslashes_are_fine() -> None:
     body = rb'{"a": "\ud83d\ude00", "b": "\\ud800", "c": {"a": 1}}'
     assert parse_json(body) == {"a": "\U0001f600", "b": "\\ud800", "c": {"a": 1}}
+
+
+def test_a_byte_order_mark_may_stand_before_a_body() -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": "\xef\xbb\xbf"}') == {"a": "\ufeff"}
 
 
 def test_whole_numbers_have_sixty_four_bits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,9 +48,22 @@ def test_half_a_character_waits_for_its_other_half() -> None:
     assert choice.num_tokens == 2
 
 
-def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
-    choice = _choice()
-    assert choice.push((_tokens("\u00e9")[0],), "length") == TextPiece("\ufffd", finish="length")
+@pytest.mark.parametrize("options", [{}, {"stops": ("x",)}, {"keep_tokens": True}])
+def test_half_a_character_at_which_an_answer_is_cut_is_in_no_text(options: dict[str, object]) -> None:
+    """A client that sends the text back would have the model go on behind a replacement character."""
+    choice = _choice(**options)
+    half = _tokens("\u00e9")[0]
+    assert choice.push(_tokens("a"), None).text == "a"
+    piece = choice.push((half,), "length")
+    assert (piece.text, piece.finish, choice.num_tokens) == ("", "length", 2)
+    assert list(piece.tokens) == ([half] if "keep_tokens" in options else [])
+
+
+@pytest.mark.parametrize("options", [{}, {"stops": ("x",)}])
+def test_half_a_character_before_the_models_own_end_becomes_a_replacement_character(options: dict[str, object]) -> None:
+    choice = _choice(**options)
+    pushed = (_tokens("\u00e9")[0], SampledToken(EOS))
+    assert choice.push(pushed, "stop") == TextPiece("\ufffd", finish="stop")
 
 
 def test_the_end_token_is_counted_but_not_shown_even_with_special_tokens() -> None:

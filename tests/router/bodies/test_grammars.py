@@ -9,6 +9,7 @@ import pytest
 
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import MAX_GRAMMAR_BYTES, Grammar, pack_mask
+from kvferry.grammar.gbnf import unforced
 from kvferry.router.bodies.schemas import ChatBody, CompletionBody, validate
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "string"}}, "required": ["é"]}
@@ -52,7 +53,7 @@ def named_schema(**more: Any) -> dict[str, Any]:
         ),
         (
             {"structured_outputs": {"grammar": "start: /a/"}},
-            Grammar("lark", b"start: /a/"),
+            Grammar("lark", unforced("start: /a/").encode()),
             "structured_outputs.grammar",
         ),
         (
@@ -93,7 +94,7 @@ def named_schema(**more: Any) -> dict[str, Any]:
         ({"guided_json": SCHEMA, "response_format": {"type": "text"}}, JSON, "guided_json"),
         (  # as guidance sends it, for servers of any age
             {"structured_outputs": {"grammar": "start: /a/"}, "guided_grammar": "start: /a/"},
-            Grammar("lark", b"start: /a/"),
+            Grammar("lark", unforced("start: /a/").encode()),
             "structured_outputs.grammar",
         ),
     ],
@@ -102,6 +103,7 @@ def test_every_form_becomes_one_grammar(fields: dict[str, Any], grammar: Grammar
     assert asked(**fields) == (grammar, param)
 
 
+JSON_FORMAT = {"type": "json_schema", "json_schema": SCHEMA}
 TAGS = {
     "triggers": ["<f="],
     "structures": [{"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}, {"begin": "<f=b>", "end": "x"}],
@@ -113,8 +115,19 @@ def test_structural_tags_become_a_grammar_in_either_place() -> None:
     assert in_format[0] is not None and in_format[0].kind == "lark"
     assert in_format[0] == asked(structured_outputs={"structural_tag": json.dumps(TAGS)})[0]
     text = in_format[0].text.decode()
-    assert 'trigger_0[lazy]: TEXT "<f="' in text and 'tag_0: trigger_0 "a>" %json {"type": "integer", ' in text
+    assert '[lazy]: TEXT "<f="' in text and '"a>" %json {"type": "integer", ' in text
     assert text.count('"x-guidance": {"whitespace_pattern"') == 2, "white space in a tag is bounded as everywhere"
+    kept = {**SCHEMA, "additionalProperties": False}
+    closed, _ = asked(structured_outputs={"structural_tag": json.dumps({"format": {**JSON_FORMAT}})})
+    assert closed is not None and json.dumps(kept, ensure_ascii=False)[:-1] in closed.text.decode()
+
+
+def test_a_tag_has_a_form_of_its_own_in_either_place() -> None:
+    tag = {"format": {"type": "tag", "begin": "<a>", "content": JSON_FORMAT, "end": "</a>"}}
+    in_format, param = asked(response_format={"type": "structural_tag", **tag})
+    assert in_format is not None and (in_format.kind, param) == ("lark", "response_format")
+    for given in (tag, {"type": "structural_tag", **tag}):
+        assert asked(structured_outputs={"structural_tag": json.dumps(given)})[0] == in_format
 
 
 @pytest.mark.parametrize(
@@ -156,8 +169,18 @@ def test_structural_tags_become_a_grammar_in_either_place() -> None:
         ({"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag", "must be JSON"),
         (
             {"response_format": {"type": "structural_tag", "format": {}}},
-            "response_format.format",
-            "is not supported",
+            "response_format.format.type",
+            "must be one of const_string, .*, got nothing",
+        ),
+        (
+            {"response_format": {"type": "structural_tag", "format": {"type": "qwen_xml_parameter"}}},
+            "response_format.format.type",
+            "must be one of const_string, .*, got 'qwen_xml_parameter'",
+        ),
+        (
+            {"response_format": {"type": "structural_tag", "format": {"type": "const_string", "value": "a"}, **TAGS}},
+            "response_format",
+            "it takes either form",
         ),
         (
             {"response_format": {"type": "structural_tag", **TAGS, "triggers": ["<g"]}},

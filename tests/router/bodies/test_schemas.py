@@ -183,7 +183,7 @@ def test_what_is_ignored_or_unsupported_is_so_for_some_endpoint() -> None:
 
 def test_unknown_fields_can_be_collected_instead() -> None:
     ignored: list[str] = []
-    body = validate(ChatBody, {"messages": MESSAGES, "temprature": 1, "x": None, "user": "me"}, ignored)
+    body = validate(ChatBody, {"messages": MESSAGES, "temprature": 1, "x": 0, "y": None, "user": "me"}, ignored)
     assert (body.temperature, ignored) == (None, ["temprature", "x"])
     with pytest.raises(RequestError, match="'suffix' is not supported"):
         validate(ChatBody, {"messages": MESSAGES, "suffix": "x"}, [])
@@ -253,11 +253,14 @@ def test_rules_between_fields() -> None:
     assert _chat_refusal(suffix="x").code == "unsupported_parameter"
     assert _chat_refusal(top_logprobs=2, logprobs=False).param == "top_logprobs"
     assert _chat(top_logprobs=0).num_logprobs is None  # what OpenAI's clients send for none
-    assert _chat_refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"
     assert _chat_refusal(continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
-    assert _refusal(max_tokens=2, max_completion_tokens=3).param == "max_completion_tokens"
-    _chat(max_tokens=3, max_completion_tokens=3)
+    assert _chat_refusal(max_tokens=0).param == _refusal(max_tokens=0).param == "max_tokens"
     _completion(max_tokens=0, echo=True)
+
+
+def test_of_two_limits_the_newer_name_holds() -> None:
+    for body in (_chat(max_tokens=2, max_completion_tokens=3), _completion(max_tokens=0, max_completion_tokens=3)):
+        assert body.asked_max_tokens == body.wanted_tokens == 3
 
 
 def _sampling(body: CompletionBody | ChatBody, defaults: SamplingDefaults | None = None) -> Any:
@@ -297,7 +300,10 @@ def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
 
 def test_min_tokens_may_not_pass_max_tokens() -> None:
     with pytest.raises(RequestError, match="min_tokens 21 is more than max_tokens 20"):
-        _sampling(_completion(min_tokens=21))
+        _sampling(_completion(min_tokens=21, max_tokens=20))
+    for body in (_completion(min_tokens=21, max_tokens=40), _chat(min_tokens=21)):  # of which there is room for 20
+        with pytest.raises(RequestError, match="min_tokens 21 is more than what the prompt leaves room for: 20"):
+            _sampling(body)
 
 
 def test_logprobs_of_the_two_endpoints() -> None:
@@ -373,6 +379,15 @@ def test_reasoning_of_earlier_turns_has_one_name() -> None:
         assert parsed == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
 
 
+def test_thoughts_may_be_parts_of_an_answer() -> None:
+    thoughts = [{"type": "thinking", "thinking": "h", "signature": "s"}, {"type": "thinking", "thinking": "m"}]
+    said = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    (parsed,) = parse_messages([{"role": "assistant", "content": [*thoughts, *said]}])
+    assert parsed == {"role": "assistant", "content": "ab", "reasoning_content": "hm"}
+    (parsed,) = parse_messages([{"role": "assistant", "content": [*said, *thoughts], "reasoning": "hm"}])
+    assert parsed == {"role": "assistant", "content": "ab", "reasoning_content": "hm"}
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -396,6 +411,8 @@ def test_reasoning_of_earlier_turns_has_one_name() -> None:
         ({"role": "assistant", "content": "", "reasoning_content": 5}, "messages[0].reasoning_content"),
         ({"role": "assistant", "content": "", "refusal": 5}, "messages[0].refusal"),
         ({"role": "user", "content": [{"type": "refusal", "refusal": "a"}]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"type": "thinking", "thinking": "a"}]}, "messages[0].content[0]"),
+        ({"role": "assistant", "content": [{"type": "thinking"}]}, "messages[0].content[0].thinking"),
     ],
 )
 def test_a_wrong_message_is_refused_at_its_place(message: object, param: str) -> None:

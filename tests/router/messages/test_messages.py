@@ -115,6 +115,28 @@ async def test_why_it_ended() -> None:
     assert [block.get("text", block.get("thinking")) for block in answer["content"]] == ["lo", "Hel"]
 
 
+async def test_a_limit_beyond_the_context_ends_with_it() -> None:
+    served = _served("x" * 5000)
+    answer = await _whole(served, messages=[{"role": "user", "content": "y" * 4000}], max_tokens=4096)
+    usage = answer["usage"]
+    assert answer["stop_reason"] == "max_tokens" and usage["input_tokens"] + usage["output_tokens"] == 4096
+
+
+async def test_a_templates_variables_may_be_given() -> None:
+    served = _served()
+    await _whole(served, chat_template_kwargs={"date_string": "today"}, session_id="s", request_id="r")
+    assert bytes(served.request.prompt_token_ids).decode().endswith("today")
+
+
+async def test_a_tool_may_have_as_long_a_name_as_anthropics() -> None:
+    name = f"mcp__{'n' * 123}"
+    served = _served(f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>')
+    (block,) = (await _whole(served, tools=[{**TOOLS[0], "name": name}]))["content"]
+    assert (block["type"], block["name"]) == ("tool_use", name)
+    response = await _post(served, tools=[{**TOOLS[0], "name": f"{name}n"}])
+    assert response.status_code == 400 and "1 to 128 letters" in response.json()["error"]["message"]
+
+
 async def test_blocks_of_reasoning_text_and_calls_come_in_their_order() -> None:
     text = f"<think>Hm.</think>Look.\n{CALL}\nAnd{CALL}"
     served = _served(text, model={"reasoning_parser": "think"})

@@ -12,6 +12,8 @@ from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.expert_load import ExpertLoad
 from kvferry.wire.workers import ExpertCounts, TransferReport, WorkerStatus
 
+VLLM = {"model_name": "m", "engine": "router"}  # labels of what the router counts itself
+
 
 @dataclass
 class _Request:
@@ -88,9 +90,9 @@ def test_latencies_are_differences_of_a_requests_stamps(name: str, seconds: floa
     _finished(metrics)
     samples = _samples(metrics)
     assert samples[_key(f"kvferry_{name}_sum")] == pytest.approx(seconds)
-    assert samples[_key(f"vllm:{name}_sum", model_name="m")] == pytest.approx(seconds)
-    assert samples[_key(f"vllm:{name}_count", model_name="m")] == 1
-    assert samples[_key(f"vllm:{name}_bucket", model_name="m", le="+Inf")] == 1
+    assert samples[_key(f"vllm:{name}_sum", **VLLM)] == pytest.approx(seconds)
+    assert samples[_key(f"vllm:{name}_count", **VLLM)] == 1
+    assert samples[_key(f"vllm:{name}_bucket", **VLLM, le="+Inf")] == 1
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_lengths_are_a_requests(name: str, number: int) -> None:
     metrics.on_finished(_Request(n=3))
     metrics.on_finished(_Request(n=3, is_background=True))
     samples = _samples(metrics)
-    assert samples[_key(f"kvferry_{name}_sum")] == samples[_key(f"vllm:{name}_sum", model_name="m")] == 2 * number
+    assert samples[_key(f"kvferry_{name}_sum")] == samples[_key(f"vllm:{name}_sum", **VLLM)] == 2 * number
     metrics.on_finished(_Request(embedding=b"1"))
     has_prompt = name == "request_prompt_tokens"
     assert _samples(metrics)[_key(f"kvferry_{name}_count")] == 2 + has_prompt, "an embedding has no answer"
@@ -134,7 +136,7 @@ def test_gaps_between_tokens_fill_a_histogram() -> None:
     for gap in (0.001, 0.03, 0.03, 99.0):
         metrics.on_token_gap(gap)
     samples = _samples(metrics)
-    for prefix, labels in (("kvferry_", {}), ("vllm:", {"model_name": "m"})):
+    for prefix, labels in (("kvferry_", {}), ("vllm:", VLLM)):
         name = f"{prefix}inter_token_latency_seconds"
         assert samples[_key(f"{name}_bucket", le="0.001", **labels)] == 1
         assert samples[_key(f"{name}_bucket", le="0.025", **labels)] == 1
@@ -147,12 +149,13 @@ def test_gaps_between_tokens_fill_a_histogram() -> None:
 def test_tokens_and_ends_are_counted_under_both_names() -> None:
     metrics = RouterMetrics("m")
     metrics.on_answer(5, 7, ["stop", "length", "stop"])
+    metrics.on_finished(_Request(num_cached_tokens=3))
     samples = _samples(metrics)
-    assert (
-        samples[_key("kvferry_prompt_tokens_total")] == samples[_key("vllm:prompt_tokens_total", model_name="m")] == 5
-    )
-    assert samples[_key("vllm:generation_tokens_total", model_name="m")] == 7
-    assert samples[_key("vllm:request_success_total", model_name="m", finished_reason="stop")] == 2
+    for name in ("kvferry_cached_prompt_tokens_total", "vllm:prompt_tokens_cached_total"):
+        assert samples[_key(name, **(VLLM if name.startswith("vllm:") else {}))] == 3
+    assert samples[_key("kvferry_prompt_tokens_total")] == samples[_key("vllm:prompt_tokens_total", **VLLM)] == 5
+    assert samples[_key("vllm:generation_tokens_total", **VLLM)] == 7
+    assert samples[_key("vllm:request_success_total", **VLLM, finished_reason="stop")] == 2
 
 
 def test_transfers_are_measured_where_they_ended_cleanly_and_counted_where_not() -> None:
@@ -164,9 +167,9 @@ def test_transfers_are_measured_where_they_ended_cleanly_and_counted_where_not()
     assert samples[_key("kvferry_kv_transfer_seconds_sum")] == 0.2
     assert samples[_key("kvferry_kv_transfer_exposed_seconds_sum")] == 0.1
     assert samples[_key("kvferry_kv_transfer_bytes_sum")] == 4096
-    assert samples[_key("vllm:nixl_xfer_time_seconds_count", model_name="m")] == 1
-    assert samples[_key("vllm:nixl_bytes_transferred_sum", model_name="m")] == 4096
-    assert samples[_key("vllm:nixl_num_failed_transfers_total", model_name="m")] == 1
+    assert samples[_key("vllm:nixl_xfer_time_seconds_count", **VLLM)] == 1
+    assert samples[_key("vllm:nixl_bytes_transferred_sum", **VLLM)] == 4096
+    assert samples[_key("vllm:nixl_num_failed_transfers_total", **VLLM)] == 1
 
 
 def test_no_value_from_outside_makes_a_new_label() -> None:

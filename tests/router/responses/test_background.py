@@ -77,6 +77,19 @@ async def test_another_router_goes_on_where_one_ends(tmp_path: Path) -> None:
     assert not list((tmp_path / "tasks").iterdir())
 
 
+async def test_it_goes_on_as_it_was_asked_to(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello, world", hold_at=4)), router(tmp_path)
+    async with runs(first).keeping():
+        state = await begin(first, top_k=4, repetition_penalty=1.1, stop="wor", include_stop_str_in_output=True)
+        await first.dispatcher.held.wait()
+    async with runs(second).keeping():
+        response = await ended(second, state)
+    assert text_of(response) == "Hello, wor"
+    sampling = second.request.sampling
+    assert (sampling.top_k, sampling.repetition_penalty) == (4, 1.1)
+    assert (state["temperature"], response["temperature"]) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize("code", ["shutting_down", "router_stopping"])
 async def test_what_a_router_takes_while_it_ends_is_computed_by_another_one(tmp_path: Path, code: str) -> None:
     script = Script("Hello", fail_after=2, error=StreamError("the router stops", code, 503))

@@ -97,9 +97,9 @@ async def test_an_earlier_call_in_a_namespace_is_shown_by_both_names(is_kept: bo
 
 async def test_a_name_that_is_too_long_with_its_namespace_stands_alone() -> None:
     served = _served('<tool_call>\n{"name": "read", "arguments": {}}\n</tool_call>')
-    answer = (await _post(served, tools=[{**NOTES, "name": "n" * 60}])).json()
+    answer = (await _post(served, tools=[{**NOTES, "name": "n" * 125}])).json()
     (item,) = answer["output"]
-    assert (item["name"], item["namespace"]) == ("read", "n" * 60)
+    assert (item["name"], item["namespace"]) == ("read", "n" * 125)
 
 
 async def test_what_is_asked_of_a_tool_that_is_left_out_is_left_out() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvferry.common.errors import RequestError
+from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.helpers.chat_renderer import Chat
 from kvferry.router.responses.items import input_messages
@@ -233,9 +234,48 @@ async def test_what_asks_for_nothing_is_accepted() -> None:
         "stream_options": None, "tool_choice": "auto", "temperature": 0,
     }  # fmt: skip
     answer = await _whole(_served(), **fields)
-    assert (answer["temperature"], answer["top_p"]) == (0, None)
+    assert (answer["temperature"], answer["top_p"]) == (0, 1.0)
     assert answer["parallel_tool_calls"] is False and answer["reasoning"] == fields["reasoning"]
     assert (answer["service_tier"], answer["truncation"]) == ("priority", "auto")
+
+
+async def test_a_response_tells_what_it_was_sampled_with() -> None:
+    defaults = SamplingDefaults(temperature=0.6, top_p=0.9)
+    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+    answer = await _whole(_served(model={"defaults": defaults}), top_p=0.5, presence_penalty=0.1)
+    assert tuple(answer[name] for name in names) == (0.6, 0.5, 0.1, 0.0)
+    for event in await _events(_served(model={"defaults": defaults})):
+        if "response" in event:
+            assert tuple(event["response"][name] for name in names) == (0.6, 0.9, 0.0, 0.0)
+
+
+async def test_vllms_fields_of_sampling_reach_the_workers() -> None:
+    served = _served("abcd", ends_with_eos=False)
+    answer = await _whole(
+        served, top_k=4, min_p=0.1, presence_penalty=0.2, frequency_penalty=0.3, repetition_penalty=1.1,
+        logit_bias={"5": 1}, ignore_eos=True, stop_token_ids=[9], stop=["c"], include_stop_str_in_output=True,
+        skip_special_tokens=False, include_reasoning=True, chat_template_kwargs={"date_string": "today"},
+        request_id="r", session_id="s",
+    )  # fmt: skip
+    sampling = served.request.sampling
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (4, 0.1, 1.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.2, 0.3)
+    assert (sampling.logit_bias, sampling.ignore_eos, sampling.stop_token_ids) == ({5: 1.0}, True, (9,))
+    assert answer["output"][0]["content"][0]["text"] == "abc" and answer["status"] == "completed"
+    assert _prompt(served).endswith("today")
+    wrong: dict[str, object] = {"top_k": "4", "stop": [5], "logit_bias": [], "structured_outputs": 5}
+    for name, value in wrong.items():
+        response = await _post(_served(), **{name: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
+async def test_a_limit_beyond_the_context_ends_where_it_ends() -> None:
+    served = _served("x" * 5000)
+    answer = await _whole(served, input="y" * 4000, max_output_tokens=200)
+    room = 4096 - answer["usage"]["input_tokens"]
+    assert answer["usage"]["output_tokens"] == served.request.sampling.max_tokens == room < 100
+    assert (answer["status"], answer["max_output_tokens"]) == ("incomplete", 200)
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
 
 
 async def test_labels_may_be_as_many_and_as_long_as_openais() -> None:

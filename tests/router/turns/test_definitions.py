@@ -67,7 +67,7 @@ def test_a_tool_without_parameters_takes_an_object() -> None:
         ([{"type": "function", "function": {"name": "a"}, "x": 1}], "tools[0].x"),
         ([_tool(name="")], "tools[0].function.name"),
         ([_tool(name="a b")], "tools[0].function.name"),
-        ([_tool(name="x" * 65)], "tools[0].function.name"),
+        ([_tool(name="x" * 129)], "tools[0].function.name"),
         ([_tool(name=None)], "tools[0].function.name"),
         ([_tool(nmae="x")], "tools[0].function.nmae"),
         ([_tool(description=5)], "tools[0].function.description"),
