@@ -45,7 +45,6 @@ from .middleware import RequestContext, ResponseObserver, context_of
 from .options import (
     beside_grammar,
     chat_grammar,
-    fills_context,
     form_context,
     max_new_tokens,
     text_options,
@@ -210,6 +209,8 @@ class Api:
         if kept is None and KEY_HEADER in context.headers:
             self.tell_ignored(context, ["Idempotency-Key"])
         with given_back(kept):
+            if kept is None or kept.head is None:  # else it has begun, with the limits of then
+                body.check_least(min(limits))
             sampling = settled(kept, sampling, context.request_id)
             requests = restored(kept, self.requests(context, version, body, prompts, sampling))
             streams = await self.submit(context, version, requests, grammar=grammar)
@@ -282,7 +283,7 @@ class Api:
                 model=version.served_name,
                 adapter=version.adapter,
                 is_background=context.is_background,
-                fills_context=fills_context(body, params.max_tokens),
+                takes_less=isinstance(body, GenerationBody),
             )
 
     def reply(

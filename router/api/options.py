@@ -21,7 +21,6 @@ from ..turns.forced import forced_grammar
 from ..turns.lazy import Thinking, answering_grammar, free_grammar, keeps_schemas, thinking
 from ..turns.values.json_text import dumps
 from .answer import Answer, PromptText
-from .body import CallBody
 from .chat_turns import TurnOptions
 from .choice import TextOptions
 from .form import FormContext, FormOptions
@@ -200,13 +199,6 @@ def max_new_tokens(body: GenerationBody, prompt: PromptText, version: Version) -
     rest = _rest(prompt, body.asked_max_tokens, version.model.max_model_len)
     wanted = rest if body.wanted_tokens is None else min(body.wanted_tokens, rest)
     return version.dispatcher.longest_answer(len(prompt.token_ids), body.num_choices, wanted)
-
-
-def fills_context(body: CallBody, max_tokens: int) -> bool:
-    """Tell whether an answer of so many tokens at most is as long as there is room for, and less than is wanted."""
-    if not isinstance(body, GenerationBody):
-        return False
-    return body.wanted_tokens is None or max_tokens < body.wanted_tokens
 
 
 def thinking_budget(body: ChatBody) -> int | None:

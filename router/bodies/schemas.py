@@ -125,6 +125,13 @@ class GenerationBody(CutPrompts):
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
 
+    def check_least(self, max_tokens: int) -> None:
+        """Raise for an answer that must be longer than it may become."""
+        least = self.min_tokens or 0
+        if least > max_tokens:
+            asked = "max_tokens" if max_tokens == self.wanted_tokens else "what the prompt leaves room for:"
+            raise RequestError(f"min_tokens {least} is more than {asked} {max_tokens}", param="min_tokens")
+
     def sampling(
         self,
         defaults: SamplingDefaults,
@@ -135,10 +142,6 @@ class GenerationBody(CutPrompts):
         bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> SamplingParams:
         """Return what the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
-        min_tokens = self.min_tokens or 0
-        if min_tokens > max_tokens:
-            asked = "max_tokens" if max_tokens == self.wanted_tokens else "what the prompt leaves room for:"
-            raise RequestError(f"min_tokens {min_tokens} is more than {asked} {max_tokens}", param="min_tokens")
         for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
             if (ids := getattr(self, name)) and max(ids) >= vocab_size:
                 raise RequestError(f"{name}: id {max(ids)} is not below the vocabulary's {vocab_size}", param=name)
@@ -153,7 +156,7 @@ class GenerationBody(CutPrompts):
             repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias=self.logit_bias or {},
             max_tokens=max(max_tokens, 1),  # 0 (echo alone): one is computed and not delivered
-            min_tokens=min_tokens,
+            min_tokens=self.min_tokens or 0,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             bad_words=bad_words,
             ignore_eos=bool(self.ignore_eos),

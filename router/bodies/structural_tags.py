@@ -24,7 +24,8 @@ from .fields import not_supported, unknown_field
 
 MAX_FORMATS = 512  # in a structural tag, those of tags among them
 MAX_DEPTH = 16  # of formats within formats
-_HEAD = ("%llguidance {}", r"TEXT: /(.|\n)*/")
+# A number may go on with zeros for ever: where its tag's end begins with one, it must. Such a run is not looked for.
+_HEAD = ('%llguidance {"no_forcing": true}', r"TEXT: /(.|\n)*/")
 _SPECIAL = re.compile(r"\\(?:(.)|\Z)|[/%\r\n]", re.DOTALL)
 _SPELLED = {"/": r"\/", "%": r"\x25", "\r": r"\r", "\n": r"\n"}  # of a regular expression between slashes
 _Fields = Mapping[str, object]
@@ -89,7 +90,7 @@ class _Tags:
             raise RequestError(f"'{name}' {what} formats, the limit", param=name[:128], code="unsupported_grammar")
         known = _KINDS[kind].fields
         for field, given in fields.items():
-            if field not in known and field != "type":
+            if field not in known and field != "type" and given is not None:
                 raise unknown_field(field, frozenset(known), name)
             if given is not None and (harmless := known.get(field)) is not None and given not in harmless:
                 raise not_supported(f"{name}.{field}", harmless)
@@ -169,7 +170,7 @@ class _Tags:
         tags = list[tuple[str, dict[str, object]]]()
         for index, given in enumerate(_list(f"{name}.structures", fields.get("structures"))):
             place, tag = f"{name}.structures[{index}]", _object(f"{name}.structures[{index}]", given)
-            schema = tag.get("schema", {})
+            schema = {} if tag.get("schema") is None else tag["schema"]
             if not isinstance(schema, dict):
                 raise _wrong(f"{place}.schema", "must be an object", schema)
             tags.append((place, {**tag, "content": {"type": "json_schema", "json_schema": schema}}))

@@ -252,4 +252,13 @@ class CutPrompts(BaseModel):
                 param="truncate_prompt_tokens",
                 code="invalid_value",
             )
-        return Cut(max(1, max_model_len - num_asked) if most == WHOLE_CONTEXT else most, self.truncation_side or side)
+        if most == WHOLE_CONTEXT:
+            most = max_model_len - num_asked
+        if most < 1:
+            raise RequestError(
+                f"This model's maximum context length is {max_model_len} tokens, and max_tokens asks for {num_asked}: "
+                f"truncate_prompt_tokens {WHOLE_CONTEXT} would leave nothing of the prompt",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return Cut(most, self.truncation_side or side)

@@ -44,7 +44,7 @@ def has_shortened(request: RouterRequest, pools: Pools) -> bool:
     Its limit was the model's, as no worker was there that could say what it holds.
     """
     longest = pools.longest_answer(request.num_prompt_tokens, request.n, request.sampling.max_tokens)
-    if not request.fills_context or longest >= request.sampling.max_tokens or longest < request.sampling.min_tokens:
+    if not request.takes_less or longest >= request.sampling.max_tokens or longest < request.sampling.min_tokens:
         return False
     request.shorten(longest)
     return True

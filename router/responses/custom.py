@@ -40,7 +40,7 @@ def custom_function(tool: Mapping[str, object], where: str, left_out: list[str])
         case other:
             rule = "must be an object whose type is text or grammar"
             raise RequestError(f"{where}.format {rule}, got {shown(other)}", param=f"{where}.format")
-    if own := next((name for name in _OF_FUNCTIONS if name in tool), None):
+    if own := next((name for name in _OF_FUNCTIONS if tool.get(name) is not None), None):
         raise unknown_field(own, _FIELDS, where)
     told = {name: value for name, value in tool.items() if name not in _UNTOLD}
     return {**told, "parameters": _PARAMETERS, "strict": True}

@@ -61,7 +61,7 @@ _STAMP = {
 
 @dataclass(slots=True, eq=False)
 class RouterRequest:
-    """One prompt with its `n` choices. The fields up to `fills_context` are the caller's, the rest the dispatcher's.
+    """One prompt with its `n` choices. The fields up to `takes_less` are the caller's, the rest the dispatcher's.
 
     `timestamps` (seconds of the dispatcher's clock): queued, reserved (a decode worker was asked), prefill_start (the
     task was sent), first_token, arrived (the KV is on the decode worker), first_decode, last_token, finished. The
@@ -84,7 +84,7 @@ class RouterRequest:
     grammar: CheckedGrammar | None = None  # that the answers follow
     pooling: Pooling | None = None  # the prompt's embedding is wanted, pooled so, and no token; None: an answer is
     is_background: bool = False  # it makes way for all others
-    fills_context: bool = False  # its longest answer is what there was room for: less will do
+    takes_less: bool = False  # an answer that is as long as a worker holds will do, where none holds its longest
     status: RequestStatus = RequestStatus.QUEUED
     timestamps: dict[str, float] = field(default_factory=dict)
     arrival: int = 0  # the router's counter

@@ -253,7 +253,7 @@ def test_each_of_a_few_names_comes_once_and_nothing_behind_them(vocabulary: Voca
 
 
 _FOLLOWED = """
-import sys
+import json, sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from kvferry.grammar.matching import Vocabulary, compile_grammar
@@ -261,29 +261,42 @@ from kvferry.router.bodies.grammars import asked_grammar
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
 size = tokenizer.get_vocab_size()
 vocabulary = Vocabulary.from_dir(Path(sys.argv[1]), vocab_size=size, eos_token_ids=frozenset({0}))
-matcher = compile_grammar(vocabulary, asked_grammar({"guided_grammar": sys.argv[2]}).grammar)
-for token in tokenizer.encode("abc!bx", add_special_tokens=False).ids:
+matcher = compile_grammar(vocabulary, asked_grammar(json.loads(sys.argv[2])).grammar)
+for token in tokenizer.encode(sys.argv[3], add_special_tokens=False).ids:
     matcher.mask()
     matcher.accept([token])
 print("followed", matcher.forced(), len(matcher.mask()))
 """
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_ZEROS = {"type": "tag", "begin": "<", "content": {"type": "json_schema", "json_schema": _SHARE}, "end": "0x"}
+_OLDER_ZEROS = {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": _SHARE, "end": "0</f>"}]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "text",
+    ("asked", "text"),
     [
-        'start: P T "xt"\nP: /[a-z]+!/\nT: /bx*/',
-        '%llguidance {"no_forcing": false}\nstart: P T "xt"\nP: /[a-z]+!/\nT: /bx*/ // the end',
-        'root ::= p t "xt" | "(" root ")"\np ::= [a-z]+ "!"\nt ::= "b" "x"*',
+        ({"guided_grammar": 'start: P T "xt"\nP: /[a-z]+!/\nT: /bx*/'}, "abc!bx"),
+        (
+            {"guided_grammar": '%llguidance {"no_forcing": false}\nstart: P T "xt"\nP: /[a-z]+!/\nT: /bx*/ // the end'},
+            "abc!bx",
+        ),
+        (
+            {"guided_grammar": 'root ::= p t "xt" | "(" root ")"\np ::= [a-z]+ "!"\nt ::= "b" "x"*'},
+            "abc!bx",
+        ),
+        ({"structured_outputs": {"structural_tag": {"format": _ZEROS}}}, "<1."),
+        ({"response_format": {"type": "structural_tag", **_OLDER_ZEROS}}, "x<f>1.0"),
     ],
 )
-def test_bytes_that_a_client_s_grammar_forces_for_ever_are_not_looked_for(tmp_path: Path, text: str) -> None:
+def test_bytes_that_a_client_s_grammar_forces_for_ever_are_not_looked_for(
+    tmp_path: Path, asked: dict[str, Any], text: str
+) -> None:
     """In a process of its own: the library would not come back."""
     write_tokenizer(tmp_path, 512)
-    command = [sys.executable, "-c", _FOLLOWED, str(tmp_path), text]
+    command = [sys.executable, "-c", _FOLLOWED, str(tmp_path), json.dumps(asked), text]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=True)
-    assert done.stdout.startswith("followed None ")
+    assert done.stdout.startswith("followed ")
 
 
 def test_a_forced_token_is_the_only_one_that_may_come(model: tuple[Vocabulary, Tokenizer]) -> None:

@@ -122,6 +122,19 @@ async def test_a_whole_answer_is_told_again_without_the_model(tmp_path: Path) ->
     assert second.dispatcher.requests == []
 
 
+async def test_an_answer_that_was_begun_with_more_room_is_told_again(tmp_path: Path) -> None:
+    body = {"prompt": "ab", "max_tokens": 100, "min_tokens": 60}
+    script = Script("y" * 200, ends_with_eos=False)
+    first = await ask(served(tmp_path, script=script), "/v1/completions", body)
+    assert first.status_code == 200, first.text
+    router = served(tmp_path, script=script)
+    router.dispatcher.room = 60  # of a prompt and its answer
+    again = await ask(router, "/v1/completions", body)
+    assert (again.status_code, again.json()) == (200, first.json())
+    other = await ask(router, "/v1/completions", body, **{"idempotency-key": "another"})
+    assert other.status_code == 400 and other.json()["error"]["param"] == "min_tokens"
+
+
 async def test_a_client_that_leaves_costs_nothing_until_it_comes_back(tmp_path: Path) -> None:
     router = served(tmp_path, script=Script("Hello, world", hold_at=5))
     body = {"prompt": "ab", "max_tokens": 40, "stream": True}

@@ -70,6 +70,14 @@ async def test_a_chat_keeps_tokens_of_its_rendered_prompt(fields: dict[str, Any]
     assert _prompts(served) == [kept]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_prompt_is_not_cut_to_nothing_for_its_answer(path: str) -> None:
+    fields = {"messages": CHAT} if "chat" in path else {"prompt": "a" * 600}
+    _, response = await _post(path, **fields, truncate_prompt_tokens=-1, max_tokens=MAX_MODEL_LEN)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "max_tokens")
+
+
 async def test_tokenizing_cuts_as_answering_does() -> None:
     _, response = await _post("/tokenize", prompt="abcdef", truncate_prompt_tokens=4)
     assert (response.json()["tokens"], response.json()["count"]) == (ids_of("cdef"), 4)

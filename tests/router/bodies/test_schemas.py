@@ -300,10 +300,11 @@ def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
 
 def test_min_tokens_may_not_pass_max_tokens() -> None:
     with pytest.raises(RequestError, match="min_tokens 21 is more than max_tokens 20"):
-        _sampling(_completion(min_tokens=21, max_tokens=20))
+        _completion(min_tokens=21, max_tokens=20).check_least(20)
     for body in (_completion(min_tokens=21, max_tokens=40), _chat(min_tokens=21)):  # of which there is room for 20
         with pytest.raises(RequestError, match="min_tokens 21 is more than what the prompt leaves room for: 20"):
-            _sampling(body)
+            body.check_least(20)
+    _completion(min_tokens=20, max_tokens=20).check_least(20)
 
 
 def test_logprobs_of_the_two_endpoints() -> None:

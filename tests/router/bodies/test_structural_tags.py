@@ -115,11 +115,15 @@ def test_the_older_form_is_triggered_tags(reads: Reads) -> None:
         "triggers": ["<f=", "["],
         "structures": [
             {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"},
-            {"begin": "[b]", "end": ""},
+            {"begin": "[b]", "end": "", "schema": None},
         ],
     }
     taken = ["", "x<f=a>1</f>y", '[b]{"a": []}', "<f=a>1</f>[b]1 <f=a>2</f>"]
     assert [text for text in (*taken, "<f=a>x</f>", "[c]", "<f=a>[b]1</f>") if reads(older, text)] == taken
+
+
+def test_a_field_that_is_null_is_not_given(reads: Reads) -> None:
+    assert reads({"format": {**TEXT, "max_tokens": None, "more": None}}, "abc")
 
 
 def _deep(depth: int) -> Format:

@@ -920,7 +920,7 @@ async def test_what_no_worker_holds_is_told_in_words_that_clients_know() -> None
 async def test_an_answer_as_long_as_the_context_becomes_what_a_worker_holds_that_comes_later() -> None:
     fleet = Fleet()
     fitted, fixed, large = (
-        fleet.submit(num_prompt, max_tokens=999, fills_context=fills)
+        fleet.submit(num_prompt, max_tokens=999, takes_less=fills)
         for num_prompt, fills in ((100, True), (100, False), (200, True))
     )
     p, d = fleet.join("p-0"), fleet.join("d-0", num_blocks=8)
