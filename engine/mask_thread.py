@@ -32,10 +32,11 @@ from functools import cache, partial
 
 from ..common.batch import Batch, BatchRow, GrammarMask
 from ..common.priority import CoreOffers, give_way
-from .masks import find_mask
+from .masks import QUICK_S, find_mask
 
-QUICK_S = 0.002  # all masks of a step. Larger: rows without a grammar wait; smaller: threads for a little work
 PATIENCE_S = 0.004  # after the forward pass. Larger: streams notice others' grammars; smaller: rows are computed twice
+# Where all rows' masks are late. Larger: requests that have come meanwhile, and aborts, wait; smaller: idle steps.
+IDLE_S = 0.1
 _LATE = GrammarMask(b"", is_late=True)
 
 
@@ -54,8 +55,9 @@ class _Job:
 class MaskThread:
     """Used by the engine's thread."""
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, patience_s: float = PATIENCE_S, idle_s: float = IDLE_S) -> None:
         self._patience_s = patience_s
+        self._idle_s = idle_s
         self._thread = _new_thread()  # begins with the first grammar
         self._late: list[_Job] = []  # under way since an earlier step
 
@@ -93,7 +95,7 @@ class MaskThread:
             self._give_up(job, [one for one in jobs if not one.future.done() and one is not job])
         late = [job for job in jobs if job.is_late]
         if len(late) == len(jobs) and not others:  # nobody would be served by going on
-            wait([job.future for job in late], return_when=FIRST_COMPLETED)
+            wait([job.future for job in late], self._idle_s, return_when=FIRST_COMPLETED)
         return [_LATE if job.is_late else job.future.result() for job in jobs]
 
     def _overdue(self, jobs: Sequence[_Job]) -> _Job | None:

@@ -7,6 +7,7 @@ cost no step of their own. They are the same that masks would have let through o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as TokenIds
 
 import structlog
@@ -16,6 +17,12 @@ from ..common.grammar import GrammarBroken, Matcher
 from ..common.request import Sequence
 
 MAX_FORCED = 32  # in one step. Larger: its row computes as many more at once, and others wait for it
+# All masks of a step. Larger: rows without a grammar wait; smaller: threads for a little work.
+QUICK_S = 0.002
+# One mask, of its thread's own time. Two thousand properties beside which any name may stand take 0.04 s (a vocabulary
+# of 49,000, Zen 4). Alternatives in each other take seconds, and so does the token behind the mask, during which no
+# other thread runs Python: a worker that sends no heartbeat is ended.
+MOST_S = 0.25
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +51,16 @@ def next_mask(seq: Sequence) -> bytes | None:
         return None
     matcher = matcher_of(seq)
     catch_up(seq, matcher)
-    return matcher.mask()
+    return _mask_of(matcher)
+
+
+def _mask_of(matcher: Matcher) -> bytes:
+    """Return the next mask. Raises GrammarBroken where to take a token behind it might take long, too."""
+    began_s = time.thread_time()
+    words = matcher.mask()
+    if time.thread_time() - began_s > MOST_S:
+        raise GrammarBroken("the grammar is too ambiguous: to follow it takes too long")
+    return words
 
 
 def masks_behind(seq: Sequence, words: bytes, draft: tuple[int, ...]) -> tuple[bytes, ...]:
@@ -56,7 +72,7 @@ def masks_behind(seq: Sequence, words: bytes, draft: tuple[int, ...]) -> tuple[b
             if not (0 <= token_id < 8 * len(words) and words[token_id >> 3] >> (token_id & 7) & 1):
                 break
             seq.matcher.accept((token_id,))
-            masks.append(words := seq.matcher.mask())
+            masks.append(words := _mask_of(seq.matcher))
         if masks:
             seq.matcher.rollback(len(masks))
     except GrammarBroken:  # behind an end: a new matcher stands where this one stood
@@ -73,11 +89,13 @@ def matcher_of(seq: Sequence) -> Matcher:
 
 
 def catch_up(seq: Sequence, matcher: Matcher) -> None:
-    """Have the matcher take the tokens of the answer that it has not: one after a step, all of them after a resume."""
-    missing = seq.token_ids[seq.num_prompt_tokens + seq.num_matched_tokens :]
-    if missing:
-        matcher.accept(missing)
-        seq.num_matched_tokens = seq.num_output_tokens
+    """Have the matcher take the tokens of the answer that it has not: one after a step, all of them after a resume.
+
+    One by one: other threads run Python between two.
+    """
+    for token_id in seq.token_ids[seq.num_prompt_tokens + seq.num_matched_tokens :]:
+        matcher.accept((token_id,))
+        seq.num_matched_tokens += 1
 
 
 def with_forced(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
@@ -98,7 +116,8 @@ def forced_after(seq: Sequence, run: TokenIds[int]) -> tuple[int, ...]:
     """
     if seq.sampling.logprobs is not None or seq.matcher is None or seq.num_matched_tokens != seq.num_output_tokens:
         return ()
-    if seq.grammar is not None and seq.grammar.is_costly:  # all of the step's tokens would wait for that
+    is_costly = seq.grammar is not None and seq.grammar.is_costly
+    if is_costly or (seq.mask_s is not None and seq.mask_s > QUICK_S):  # all of the step's tokens would wait for that
         return ()
     forced: list[int] = []
     try:

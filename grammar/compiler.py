@@ -26,7 +26,8 @@ from ..common.clock import Clock
 from ..common.errors import KVFerryError
 from ..common.grammar import Grammar
 from ..common.priority import give_way, offering_core
-from .matching import Vocabulary, compile_checked
+from .matching import Vocabulary, compile_checked, schemas_in
+from .references import may_recur
 from .thinking import FirstMatcher
 
 MAX_KEPT = 128  # of a megabyte or so each; larger: agents with many tools find theirs again
@@ -123,7 +124,8 @@ class GrammarCompiler:
         try:
             vocabulary, began_s = self._words(), time.thread_time()
             first = compile_checked(vocabulary, grammar)  # by its router
-            compiled.is_costly = time.thread_time() - began_s > COSTLY_S
+            # Tokens that a schema in itself forces have no end, and may take seconds to find.
+            compiled.is_costly = time.thread_time() - began_s > COSTLY_S or any(map(may_recur, schemas_in(grammar)[1]))
             compiled.first = first
         except BaseException as error:  # whatever it is, a panic too: its requests are told, and the thread goes on
             compiled.failure = str(error) if isinstance(error, KVFerryError) else repr(error)

@@ -206,7 +206,7 @@ def _in_other_words(vocabulary: Vocabulary, grammar: Grammar, reason: str) -> LL
 
 def _other_words(grammar: Grammar, facts: SchemaFacts) -> Iterator[Grammar]:
     """Yield grammars whose schemas have instances of this one's alone, the nearest to it first."""
-    texts, given = _schemas_in(grammar)
+    texts, given = schemas_in(grammar)
     is_dynamic = "$dynamicRef" in facts.places or grammar.kind == "lark"
     before = grammar.text
     ways: tuple[Callable[[object], object], ...] = (
@@ -228,7 +228,7 @@ def _source(grammar: Grammar) -> str:
     Raises ValueError, as `source_of` does, and RequestError, as `in_kept_words` does.
     """
     if grammar.kind in (*SCHEMA_KINDS, "lark") and MAY_BE.search(grammar.text) is not None:
-        texts, schemas = _schemas_in(grammar)
+        texts, schemas = schemas_in(grammar)
         try:
             text = _joined(texts, [in_kept_words(schema) for schema in schemas])
         except RequestError as error:
@@ -245,7 +245,7 @@ def _joined(texts: Sequence[str], schemas: Sequence[object]) -> bytes:
     return "".join(chain.from_iterable(zip_longest(texts, said, fillvalue=""))).encode()
 
 
-def _schemas_in(grammar: Grammar) -> tuple[list[str], list[object]]:
+def schemas_in(grammar: Grammar) -> tuple[list[str], list[object]]:
     """Return the schemas of a grammar, and the texts around them: one more, or none where there is no schema."""
     text = grammar.text.decode()
     if grammar.kind in SCHEMA_KINDS:

@@ -65,6 +65,35 @@ class References:
         return found
 
 
+def may_recur(schema: object) -> bool:
+    """Tell whether an instance may hold others of the same part of a schema, to any depth."""
+    references = References(schema)
+
+    def named_in(part: object) -> Iterator[Schema]:
+        for _, each in _parts(part):
+            for name in (each.get("$ref"), each.get("$dynamicRef")):
+                if isinstance(name, str):
+                    yield references.target(name)
+
+    way: list[tuple[object, Iterator[Schema]]] = [(schema, named_in(schema))]  # from each to what it names
+    on_way, seen = {id(schema)}, {id(schema)}
+    try:
+        while way:
+            part, names = way[-1]
+            if (named := next(names, None)) is None:
+                way.pop()
+                on_way.remove(id(part))
+            elif id(named) in on_way:
+                return True
+            elif id(named) not in seen:
+                seen.add(id(named))
+                on_way.add(id(named))
+                way.append((named, named_in(named)))
+    except CannotRewrite:
+        return True  # nobody knows where it leads
+    return False
+
+
 def _parts(root: object) -> Iterator[tuple[bool, dict[str, object]]]:
     waiting = [root]
     while waiting:

@@ -10,8 +10,8 @@ import pytest
 
 from kvferry.common.batch import Batch, BatchRow, GrammarMask, RowOutput
 from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
-from kvferry.engine.mask_thread import QUICK_S, MaskThread
-from kvferry.engine.masks import with_masks_heeded
+from kvferry.engine.mask_thread import MaskThread
+from kvferry.engine.masks import QUICK_S, with_masks_heeded
 
 HUNG_S = 30.0
 
@@ -107,13 +107,22 @@ def test_several_may_be_late() -> None:
 
 @pytest.mark.parametrize("others", ["none", "prompt"])
 def test_a_late_mask_is_waited_for_where_nobody_else_would_be_served(others: str) -> None:
-    thread, slow = MaskThread(patience_s=0.02), _Grammar(1, is_open=False)
+    thread, slow = MaskThread(patience_s=0.02, idle_s=HUNG_S), _Grammar(1, is_open=False)
     opened = threading.Timer(1.5, slow.gate.set)  # a busy machine may stand still for some of it
     opened.start()
     rows = [_row(slow)] if others == "none" else [_row(slow), _row(None, 5, samples=False)]
     assert _words(_begin(thread, rows)()) == [b"late"]
     assert slow.gate.is_set() is (others == "none")
     opened.cancel()
+    slow.gate.set()
+
+
+def test_a_late_mask_is_not_waited_for_without_end() -> None:
+    """Requests that come meanwhile, and aborts, are looked at between two steps."""
+    thread, slow = MaskThread(patience_s=0.02, idle_s=0.02), _Grammar(1, is_open=False)
+    rows = [_row(slow)]
+    for _ in range(2):
+        assert _words(_begin(thread, rows)()) == [b"late"]
     slow.gate.set()
 
 

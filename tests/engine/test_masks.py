@@ -6,9 +6,11 @@ from collections.abc import Sequence as TokenIds
 
 import pytest
 
+from kvferry.common.batch import BatchRow
 from kvferry.common.grammar import GrammarBroken
 from kvferry.common.request import FinishReason, RequestId, SamplingParams, Sequence, finish_reason
-from kvferry.engine.masks import forced_after, next_mask
+from kvferry.engine import masks
+from kvferry.engine.masks import find_mask, forced_after, next_mask
 
 
 class _Matcher:
@@ -69,10 +71,19 @@ def test_one_matcher_takes_each_token_once() -> None:
     assert grammar.num_made == 1 and grammar.log == [[1], [2], [3]]
 
 
-def test_a_resumed_answer_is_replayed_at_once() -> None:
+def test_a_resumed_answer_is_replayed_token_by_token() -> None:
+    """Other threads run Python between two."""
     grammar = _Grammar()
     assert next_mask(_sequence(grammar, 1, 2, 3)) == bytes((1, 2, 3))
-    assert grammar.log == [[1, 2, 3]]
+    assert grammar.log == [[1], [2], [3]]
+
+
+def test_a_mask_that_takes_too_long_ends_its_row_before_its_token_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "MOST_S", -1.0)
+    grammar = _Grammar()
+    row = BatchRow(_sequence(grammar, 1), 1)
+    found = find_mask(row)
+    assert found is not None and "too ambiguous" in found.failure and grammar.log == [[1]]
 
 
 def test_a_matcher_that_is_ahead_of_its_answer_is_made_anew() -> None:
@@ -142,6 +153,13 @@ def test_nothing_is_forced_where_it_takes_long_to_match_a_token() -> None:
     assert _forced(seq, 15) == () and grammar.log == [[1]], "the engine's thread has matched nothing"
     seq.token_ids.append(15)
     assert next_mask(seq) == bytes((1, 15)) and grammar.num_made == 1
+
+
+def test_nothing_is_forced_behind_a_mask_that_took_long() -> None:
+    grammar = _Grammar()
+    seq = _sequence(grammar, 1)
+    seq.mask_s = 2 * masks.QUICK_S
+    assert _forced(seq, 15) == () and grammar.log == [[1]]
 
 
 def test_a_drawn_token_that_does_not_fit_forces_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from kvferry.engine.masks import next_mask
 from kvferry.grammar import compiler
 from kvferry.grammar.compiler import LATE_S, GrammarCompiler
 from kvferry.grammar.matching import Vocabulary, compile_checked
+from kvferry.grammar.references import may_recur
 from kvferry.grammar.thinking import FirstMatcher
 from kvferry.tests.checkpoints import write_tokenizer
 from kvferry.tests.fake_clock import FakeClock
@@ -73,6 +75,37 @@ def test_what_takes_long_to_compile_is_costly_to_match(
     found = bench.compiler.get(Grammar("regex", b"a+"), is_awaited=True)
     bench.wait()
     assert found.is_ready and found.is_costly == is_costly
+
+
+_TREE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/a"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "recurs"),
+    [
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object"}, "b": {"$ref": "#/$defs/a"}}}, False),
+        ({"properties": {"$ref": {"type": "object"}, "x": {"$ref": "#/properties/$ref"}}}, False),
+        ({"$ref": "#/$defs/a", "$defs": {"a": _TREE}}, True),
+        ({"$ref": "#/$defs/b", "$defs": {"b": {"$ref": "#/$defs/a"}, "a": {"items": {"$ref": "#/$defs/b"}}}}, True),
+        ({"properties": {"x": {"$ref": "#"}}}, True),
+        ({"properties": {"x": {"$ref": "https://somewhere/else"}}}, True),
+        (True, False),
+    ],
+    ids=str,
+)
+def test_a_schema_that_may_hold_itself_is_known(schema: object, recurs: bool) -> None:
+    assert may_recur(schema) == recurs
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "lark"])
+def test_what_recurs_forces_no_tokens(bench: _Bench, kind: str) -> None:
+    text = json.dumps({"$ref": "#/$defs/a", "$defs": {"a": _TREE}})
+    bench.may_load.set()
+    found = bench.compiler.get(
+        Grammar(kind, (f"start: %json {text}" if kind == "lark" else text).encode()), is_awaited=True
+    )
+    bench.wait()
+    assert found.is_ready and found.is_costly
 
 
 def test_an_equal_grammar_is_compiled_once_and_the_vocabulary_read_once(bench: _Bench) -> None:

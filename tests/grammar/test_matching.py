@@ -562,3 +562,39 @@ def test_tokens_with_spaces_between_them_follow_no_grammar(tmp_path: Path) -> No
     _save(backend, tmp_path)
     with pytest.raises(ConfigError, match="puts spaces between tokens"):
         Vocabulary.from_dir(tmp_path, vocab_size=8, eos_token_ids=EOS)
+
+
+_SLOW = """
+import sys
+from pathlib import Path
+from tokenizers import Tokenizer
+from kvferry.common.batch import BatchRow
+from kvferry.common.grammar import Grammar
+from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.engine.masks import find_mask
+from kvferry.grammar.matching import Vocabulary, compile_grammar
+tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+vocabulary = Vocabulary.from_dir(Path(sys.argv[1]), vocab_size=tokenizer.get_vocab_size(), eos_token_ids=frozenset({0}))
+many = range(800)
+rules = ["start: s \\"x\\"", "s: " + "|".join(f"r{i}" for i in many) + "|\\"yes\\"", *(f"r{i}: s s" for i in many)]
+class Compiled:
+    is_costly = False
+    first = compile_grammar(vocabulary, Grammar("lark", "\\n".join(rules).encode()))
+    matcher = staticmethod(first.fork)
+seq = Sequence(RequestId("r"), 0, 0, [5], 1, SamplingParams(), grammar=Compiled())
+for token in tokenizer.encode("yesyesyes", add_special_tokens=False).ids:
+    found = find_mask(BatchRow(seq, 1))
+    if found.failure:
+        print(found.failure)
+        break
+    seq.token_ids.append(token)
+"""
+
+
+@pytest.mark.slow
+def test_a_grammar_of_too_many_ways_ends_its_answer(tmp_path: Path) -> None:
+    """In a process of its own: if it did not, each token would take seconds and more."""
+    write_tokenizer(tmp_path, 512)
+    command = [sys.executable, "-c", _SLOW, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100.0, check=True)
+    assert "too ambiguous" in done.stdout
