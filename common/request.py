@@ -194,6 +194,7 @@ class Sequence:
     matcher: Matcher | None = None  # the engine's: where the answer stands in it (`engine/masks.py`)
     num_matched_tokens: int = 0  # tokens of the answer that the matcher has taken
     mask_s: float | None = None  # how long its last mask took to find; None: it has had none
+    grammar_failure: str = ""  # why no token can follow; empty: one can, as far as is known
 
     @classmethod
     def of(cls, spec: RequestSpec, choice: int, outputs: Iterable[int] = ()) -> Sequence:

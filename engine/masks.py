@@ -28,13 +28,16 @@ log = structlog.get_logger(__name__)
 
 
 def find_mask(row: BatchRow) -> GrammarMask | None:
-    """Return the mask of a row that samples; None: it follows no grammar."""
+    """Return the mask of a row that samples; None: it follows no grammar. What has failed does so again at once."""
+    if row.seq.grammar_failure:
+        return GrammarMask(b"", row.seq.grammar_failure)
     try:
         words = next_mask(row.seq)
         behind = masks_behind(row.seq, words, row.draft) if words is not None and row.draft else ()
     except GrammarBroken as error:
         log.warning("grammar_broken", request_id=row.seq.request_id, choice=row.seq.choice, error=str(error))
-        return GrammarMask(b"", str(error))
+        row.seq.grammar_failure = str(error)
+        return GrammarMask(b"", row.seq.grammar_failure)
     except Exception:
         raise
     except BaseException as error:  # a panic of the library: others' answers go on

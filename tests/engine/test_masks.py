@@ -84,6 +84,8 @@ def test_a_mask_that_takes_too_long_ends_its_row_before_its_token_is_taken(monke
     row = BatchRow(_sequence(grammar, 1), 1)
     found = find_mask(row)
     assert found is not None and "too ambiguous" in found.failure and grammar.log == [[1]]
+    monkeypatch.undo()
+    assert find_mask(row) == found, "its row was postponed meanwhile: the mask was late"
 
 
 def test_a_matcher_that_is_ahead_of_its_answer_is_made_anew() -> None:
