@@ -28,6 +28,7 @@ from ..common.grammar import Grammar
 from ..common.priority import give_way, offering_core
 from .matching import Vocabulary, compile_checked, schemas_in
 from .references import may_recur
+from .source import SCHEMA_KINDS
 from .thinking import FirstMatcher
 
 MAX_KEPT = 128  # of a megabyte or so each; larger: agents with many tools find theirs again
@@ -124,8 +125,7 @@ class GrammarCompiler:
         try:
             vocabulary, began_s = self._words(), time.thread_time()
             first = compile_checked(vocabulary, grammar)  # by its router
-            # Tokens that a schema in itself forces have no end, and may take seconds to find.
-            compiled.is_costly = time.thread_time() - began_s > COSTLY_S or any(map(may_recur, schemas_in(grammar)[1]))
+            compiled.is_costly = time.thread_time() - began_s > COSTLY_S or _may_recur(grammar)
             compiled.first = first
         except BaseException as error:  # whatever it is, a panic too: its requests are told, and the thread goes on
             compiled.failure = str(error) if isinstance(error, KVFerryError) else repr(error)
@@ -144,6 +144,11 @@ class GrammarCompiler:
         """End the threads; what is being compiled goes on to its end."""
         for thread in (self._awaited, self._aside, self._large):
             thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _may_recur(grammar: Grammar) -> bool:
+    """Tell whether a schema may hold itself: what it forces then has no end, and may take seconds to find."""
+    return grammar.kind in (*SCHEMA_KINDS, "lark") and any(map(may_recur, schemas_in(grammar)[1]))
 
 
 def _give_way() -> None:

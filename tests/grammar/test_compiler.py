@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.common.errors import ConfigError
-from kvferry.common.grammar import Grammar
+from kvferry.common.grammar import Grammar, pack_mask
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.engine.masks import next_mask
 from kvferry.grammar import compiler
@@ -95,6 +95,25 @@ _TREE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/a"}}}
 )
 def test_a_schema_that_may_hold_itself_is_known(schema: object, recurs: bool) -> None:
     assert may_recur(schema) == recurs
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("tokens", pack_mask(b"\x60" + bytes(63))),
+        Grammar("any", b""),
+        Grammar("choice", b'["a"]'),
+        Grammar("regex", b"a"),
+        Grammar("json_object", b""),
+        Grammar("lark", b'start: "a"'),
+    ],
+    ids=lambda grammar: grammar.kind,
+)
+def test_grammars_of_each_kind_become_ready(bench: _Bench, grammar: Grammar) -> None:
+    bench.may_load.set()
+    found = bench.compiler.get(grammar, is_awaited=True)
+    bench.wait()
+    assert (found.is_ready, found.failure) == (True, "")
 
 
 @pytest.mark.parametrize("kind", ["json_schema", "lark"])
