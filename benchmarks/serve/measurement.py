@@ -52,6 +52,7 @@ class Measurement:
     save: Callable[[ServeReport], None]
     console: Console
     runs: dict[tuple[str, str], list[ClientRun]] = field(default_factory=dict)  # of this measurement
+    rows: set[tuple[str, str]] = field(default_factory=set)  # that this measurement has written
 
     @property
     def is_clean(self) -> bool:
@@ -102,12 +103,14 @@ class Measurement:
 
     def _add(self, name: str, about: str, cell: Cell, runs: Sequence[ClientRun], *, has_come: bool = True) -> None:
         """Replace the row. A clean one of an earlier measurement stays where the system did not come to its cell."""
-        measured = self.runs.setdefault((name, str(cell)), [])
+        key = (name, str(cell))
+        measured = self.runs.setdefault(key, [])
         measured += runs
         old = self.report.find(name, cell)
-        if not has_come and old is not None and old.is_clean and old.environment != self.environment:
+        if not has_come and old is not None and old.is_clean and key not in self.rows:
             self._say(f"{name} {cell}: not measured, the row of {old.environment.date} stays")
             return
+        self.rows.add(key)
         self.report = self.report.with_row(Row(name, cell, about, self.environment, tuple(measured)))
         self.save(self.report)
 
