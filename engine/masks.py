@@ -36,16 +36,21 @@ def find_mask(row: BatchRow) -> GrammarMask | None:
         behind = masks_behind(row.seq, words, row.draft) if words is not None and row.draft else ()
     except GrammarBroken as error:
         log.warning("grammar_broken", request_id=row.seq.request_id, choice=row.seq.choice, error=str(error))
-        row.seq.grammar_failure = str(error)
-        return GrammarMask(b"", row.seq.grammar_failure)
+        return _failed(row.seq, str(error))
     except Exception:
         raise
     except BaseException as error:  # a panic of the library: others' answers go on
         log.error("grammar_panic", request_id=row.seq.request_id, error=repr(error))
-        return GrammarMask(b"", "the matcher has failed")
+        return _failed(row.seq, "the matcher has failed")
     if words is None:
         return None
     return GrammarMask(words, "" if any(words) else "no token of the vocabulary can follow", behind)
+
+
+def _failed(seq: Sequence, reason: str) -> GrammarMask:
+    """Remember why, and return it: whose mask was late is asked again."""
+    seq.grammar_failure = reason
+    return GrammarMask(b"", reason)
 
 
 def next_mask(seq: Sequence) -> bytes | None:
