@@ -30,7 +30,7 @@ class GrammarMask(NamedTuple):
 
     words: bytes  # bit i of the little-endian 32-bit words: token i may
     failure: str = ""  # why none can be told: the request ends
-    behind_draft: tuple[bytes, ...] = ()  # the words after each token of the row's draft, up to one that may not come
+    behind_draft: tuple[bytes, ...] = ()  # the words after each of a draft's first tokens; behind them nothing counts
     is_late: bool = False  # it is not known yet: the row yields nothing, and a later step computes it again
 
 

@@ -24,6 +24,7 @@ from .errors import KVFerryError
 # Between the parts of a JSON text: one space, or a line's end with at most 32 spaces behind it.
 WHITE_SPACE = r"\x20|\n\x20{0,32}"
 COMPACT = "compact_"  # begins the name of a kind of JSON in which there is none
+TOKEN_KINDS = ("any", "tokens")  # whose answers are tokens in any order, an end like others: no grammar ends them
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 MAX_MASK_BYTES = 1 << 17  # of a vocabulary of a million tokens
 MAX_GRAMMAR_BYTES = 1 << 16  # JSON schemas of tools are some kilobytes; a frame has room for more (wire/frames.py)

@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from .adapter import NO_ADAPTER, HeldAdapter
-from .grammar import CompiledGrammar, Grammar, Matcher
+from .grammar import TOKEN_KINDS, CompiledGrammar, Grammar, Matcher
 
 RequestId = NewType("RequestId", str)
 BlockId = int
@@ -194,6 +194,8 @@ class Sequence:
     matcher: Matcher | None = None  # the engine's: where the answer stands in it (`engine/masks.py`)
     num_matched_tokens: int = 0  # tokens of the answer that the matcher has taken
     mask_s: float | None = None  # how long its last mask took to find; None: it has had none
+    draft_limit: int = 2**31  # drafted tokens behind which masks would be found in time, going by that
+    ends_by_grammar: bool = False  # an end token is where the grammar ends it, whatever else is asked
     grammar_failure: str = ""  # why no token can follow; empty: one can, as far as is known
 
     @classmethod
@@ -210,6 +212,7 @@ class Sequence:
             adapter=spec.adapter,
             priority=spec.priority,
             arrival=spec.arrival,
+            ends_by_grammar=spec.grammar is not None and spec.grammar.kind not in TOKEN_KINDS,
         )
 
     @property
@@ -282,20 +285,18 @@ def finish_reason(
     num_tokens: int,
     eos_token_ids: frozenset[int],
     max_model_len: int,
-    follows_grammar: bool = False,
+    ends_by_grammar: bool = False,
 ) -> FinishReason | None:
     """Does the answer end with `token_id`, its latest token? Counts include that token.
 
-    An answer that follows a grammar can have an end token only where nothing else may come (`SampleRow.allowed`), or
+    An answer that a grammar ends can have an end token only where nothing else may come (`SampleRow.allowed_words`), or
     where it may end: it does, whatever `min_tokens` and `ignore_eos` say.
     """
-    if follows_grammar and token_id in eos_token_ids:
+    if ends_by_grammar and token_id in eos_token_ids:
         return FinishReason.STOP
-    if num_output_tokens >= sampling.min_tokens:
-        if token_id in eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
+    is_end = (token_id in eos_token_ids and not sampling.ignore_eos) or token_id in sampling.stop_token_ids
+    if is_end and num_output_tokens >= sampling.min_tokens:
+        return FinishReason.STOP
     if num_output_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
         return FinishReason.LENGTH
     return None

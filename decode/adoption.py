@@ -100,10 +100,12 @@ class Adoption:
         sequences = list(request.sequences.values())
         self._scheduler.blocks.deal(sequences, request.spec.num_prompt_tokens, blocks, copies)
         for seq in sequences:
+            seq.has_begun = True
             if seq.num_output_tokens > 0:
                 self._scheduler.adopt(seq)
                 continue
-            # Nothing is sampled yet: its prompt's last token is fed once more.
+            # Nothing is sampled yet: its prompt's last token is fed once more, behind what is found of what arrived.
+            seq.num_cached_tokens = seq.num_prompt_tokens
             self._scheduler.blocks.give_back(seq)
             seq.num_computed_tokens = seq.num_published_blocks = 0
             self._scheduler.requeue(seq)

@@ -68,6 +68,9 @@ class Intake:
         """Say why an attempt is not begun, whatever room there is, and what more there is to say; None: it may be."""
         if self.requests.has_ended(spec):
             return "stale", ""
+        if self.promises.has_newer(spec):
+            self.requests.stale_messages += 1
+            return "stale", ""
         if is_expired(spec):
             return "expired", ""
         return self.served.why_not(spec)

@@ -9,7 +9,7 @@ Tokens are hashed block by block as they become known, computed or not.
 from __future__ import annotations
 
 from ..common.kv_spec import KVCacheSpec
-from ..common.request import Sequence
+from ..common.request import Sequence, reuses_prefix
 from ..kvcache.blocks import BlockPool, hash_blocks, prefix_salt
 from ..kvcache.prefix_cache import PrefixCache, PrefixHit
 from ..kvcache.swap import SwapSpace
@@ -27,19 +27,24 @@ class KnownKV:
 
     def awaits(self, seq: Sequence) -> bool:
         """Is KV of a waiting sequence on its way from elsewhere? It is admitted when that is here."""
-        return (
-            seq.is_fetching
-            or not seq.may_begin
-            or (self._cache.disk is not None and self._cache.awaits(seq, self.reusable_hashes(seq)))
-        )
+        if seq.is_fetching or not seq.may_begin:
+            return True
+        return self._cache.awaits(seq, lambda: self.reusable_hashes(seq))
 
     def reusable_hashes(self, seq: Sequence) -> list[bytes]:
         self._hash(seq)
+        if not self._reuses(seq):
+            return []
         # The last known token is always fed: its logits choose the next one.
-        num_hashed = (seq.num_tokens - 1) // self._pool.block_size
-        if seq.sampling.prompt_logprobs is not None and seq.num_output_tokens == 0:
-            num_hashed = 0  # they need the logits of every prompt token
-        return seq.block_hashes[:num_hashed]
+        return seq.block_hashes[: (seq.num_tokens - 1) // self._pool.block_size]
+
+    @staticmethod
+    def _reuses(seq: Sequence) -> bool:
+        return seq.num_output_tokens > 0 or reuses_prefix(seq.sampling, None)
+
+    def looks_up(self, seq: Sequence) -> bool:
+        """Tell whether blocks are looked for in the prefix cache when the sequence is begun."""
+        return self._pool.enable_prefix_caching and self._reuses(seq)
 
     def find(self, seq: Sequence) -> tuple[PrefixHit, list[int]]:
         """Return which leading blocks are in the prefix cache, and the places of those that swapping has saved."""

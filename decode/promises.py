@@ -89,6 +89,12 @@ class Promises:
         self.retry()
         self._adoption.forget_all_but(self._awaits)
 
+    def has_newer(self, spec: RequestSpec) -> bool:
+        """Tell whether room is promised to a later attempt at the request, or it waits for some."""
+        found = self._receiver.reservations.of_request(spec.request_id)
+        known = [*self._waiting.specs, *([found.spec] if found is not None else [])]
+        return any(one.request_id == spec.request_id and one.attempt > spec.attempt for one in known)
+
     def _awaits(self, request_id: str) -> bool:
         """The request's KV may yet come."""
         return self._receiver.holds(request_id) or self._waiting.holds(request_id)

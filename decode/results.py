@@ -151,5 +151,5 @@ class StepResults:
             num_tokens=num_tokens,
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,
-            follows_grammar=seq.grammar is not None,
+            ends_by_grammar=seq.ends_by_grammar,
         )

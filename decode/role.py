@@ -73,7 +73,9 @@ class DecodeRole:
         self.receiver = receiver
         speculation = None
         if speculative is not None:
-            speculation = Speculation(speculative, max_model_len, block_size=spec.block_size, keeps_states=keeps_states)
+            speculation = Speculation(
+                speculative, max_model_len, block_size=spec.block_size, keeps_states=keeps_states, clock=clock
+            )
         self.scheduler = DecodeScheduler(
             pool,
             spec,
@@ -103,7 +105,7 @@ class DecodeRole:
         self._leaving = leaving
         self._wait_left: Callable[[], object] | None = None
         self._adoption = Adoption(receiver, self.scheduler, self._requests, self._outbox, clock, contents, served)
-        waiting = WaitingReservations(receiver, pool, spec, clock, lambda: self.scheduler.growth_reserve)
+        waiting = WaitingReservations(receiver, pool, spec, clock, contents, lambda: self.scheduler.growth_reserve)
         self._promises = Promises(receiver, waiting, self._adoption, to_router)
         local = LocalRequests(
             self.scheduler,

@@ -57,7 +57,7 @@ class DecodeScheduler:
         self.thinning = Thinning(pool, spec, self.blocks)
         self.pace = Pace(tpot_objective_s)
         self.speculation = speculation
-        self.queues = Queues(max_num_seqs, pool.block_size)
+        self.queues = Queues(min(max_num_seqs, max_num_batched_tokens), pool.block_size)  # each row has a token
         self._in_step: tuple[Sequence, ...] | None = None  # those of the step that computes now
         self._ended: list[Sequence] = []  # during it: their blocks may be in use
         self.num_preemptions = 0
@@ -191,13 +191,13 @@ class DecodeScheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Give a waiting sequence blocks, if need be those of lower classes; what others need to grow is left."""
-        queues, missing = self.queues, self.blocks.shortage(seq, 0)
-        victims: list[Sequence] = []
+        queues, victims = self.queues, list[Sequence]()
+        missing, found = self.blocks.shortage(seq)
         for victim in queues.youngest_first():
             if missing + queues.growth(len(victims)) <= 0 or victim.priority <= seq.priority:
                 break
             victims.append(victim)
-            missing -= self.blocks.num_freed_by(victim)
+            missing -= self.blocks.num_freed_by(victim, found)
         if missing + queues.growth(len(victims)) > 0:
             return False
         for victim in victims:

@@ -12,6 +12,8 @@ copies out first: they are `_outgoing`.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from ..common.batch import Batch, BatchRow
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import BlockId, Sequence
@@ -38,7 +40,7 @@ class SequenceBlocks:
         self._reused: set[BlockId] = set()  # blocks of `_outgoing` that have a new owner already
         self._held: list[BlockId] = []  # references that are given back when the step has ended
         self._copying: list[BlockId] = []  # sources of the copies that the running step began with
-        self.prefix_queries = 0  # tokens
+        self.prefix_queries = 0  # tokens of prompts that were begun here
         self.prefix_hits = 0
 
     def num_for(self, num_tokens: int) -> int:
@@ -93,6 +95,7 @@ class SequenceBlocks:
         False: no room for the copy.
         """
         num_full, partial = divmod(parent.num_computed_tokens, self._pool.block_size)
+        child.has_begun = True
         if partial and self._pool.num_free_blocks == 0:
             return False
         shared = parent.block_table[:num_full]
@@ -157,9 +160,9 @@ class SequenceBlocks:
 
     # --- preempted and admitted again ---------------------------------------------------------------------------
 
-    def num_freed_by(self, seq: Sequence) -> int:
-        """Blocks that nobody else holds."""
-        return self._pool.num_freed_by(seq.block_table)
+    def num_freed_by(self, seq: Sequence, wanted: Container[BlockId] = ()) -> int:
+        """Count the blocks that nobody else holds, without those that are `wanted` for what they contain."""
+        return self._pool.num_freed_by([block for block in seq.block_table if block not in wanted])
 
     def evict(self, seq: Sequence) -> None:
         """Take a sequence's blocks away. Its KV goes to host memory if that is cheaper than computing it again."""
@@ -197,10 +200,11 @@ class SequenceBlocks:
         self._release([block for block in table if block not in saved])
         seq.block_table = []
 
-    def shortage(self, seq: Sequence, reserve: int) -> int:
-        """Return how many blocks are missing for a sequence's known tokens, if `reserve` stay available."""
+    def shortage(self, seq: Sequence) -> tuple[int, frozenset[BlockId]]:
+        """Return how many blocks are missing for a sequence's known tokens beside those that it finds, and these."""
         found, slots = self.known.find(seq)
-        return self._num_missing(seq, found.hits, len(self._thin_places(seq, found, slots)), reserve)
+        missing = self._num_missing(seq, found.hits, len(self._thin_places(seq, found, slots)), 0)
+        return missing, frozenset(found.hits.values())
 
     def _num_missing(self, seq: Sequence, hits: dict[int, BlockId], num_thin: int, reserve: int) -> int:
         """Count what is missing, if `num_thin` of what is not among the hits are thin."""
@@ -248,11 +252,12 @@ class SequenceBlocks:
             seq.num_computed_tokens = min(seq.num_computed_tokens, self.swap.num_saved_tokens(seq))
         seq.num_thin_blocks = max(found.num_thin, seq.num_thin_blocks if slots else 0)
         seq.num_published_blocks = next((n for n in range(num_found) if n not in found.hits), num_found)
+        if not seq.has_begun and self.known.looks_up(seq):
+            self.prefix_queries += seq.num_prompt_tokens
+            self.prefix_hits += min(num_hit_tokens, seq.num_prompt_tokens)
         if seq.num_output_tokens == 0:
             seq.num_cached_tokens = min(num_hit_tokens, seq.num_cached_tokens) if seq.has_begun else num_hit_tokens
         seq.has_begun = True
-        self.prefix_queries += seq.num_tokens
-        self.prefix_hits += num_hit_tokens
 
     # --- steps ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,9 @@ second yields: (E + r^j) / (T + c) > E / T. None is a choice like any other. Thi
 speculative decoding (Leviathan 2023, section 3) for batches. A draft model takes a part of a step's time besides, for
 each token of the longest draft: so many depths are chosen as raise it the most.
 
+Looking for a draft takes time, too, while the step waits. So it is done for the sequences whose drafts are right often
+enough to pay for it, and for others now and then, as far as that takes a small part of a step: texts change.
+
 A layer's keys and values of wrong tokens are written over; a state cannot be taken back. So where layers keep states, a
 row leaves the state behind its known tokens alone, and those of its draft that were right are fed once more in the next
 step, before that step's draft: c is then c (1 + r^j).
@@ -17,39 +20,30 @@ Nothing here decides which tokens come: a wrong estimate costs time alone. Pure;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from ..common.batch import UNDRAFTED, Batch, BatchRow, RowKind, RowOutput, StepOutput
+from ..common.batch import UNDRAFTED, Batch, BatchRow, RowKind, StepOutput
+from ..common.clock import Clock
 from ..common.config import SpeculativeConfig
 from ..common.request import Sequence
 from .draft_spans import DraftSpans
+from .draft_track import FORGIVING, Track
 from .ngrams import NgramProposer, Proposer
 from .suffixes import EarlierAnswers, SuffixProposer, owner_of, said
 
-_FIRST_RATE = 0.6  # of a sequence whose drafts were not judged yet: high enough to try one
-_RATE_SMOOTHING = 0.15  # weight of one judged token: some seven tokens back
 _FIRST_SHARE = 0.05  # of a step, that one more fed token costs: a step of one row that reads all weights
 _FIRST_DEPTH_SHARE = 0.2  # of a step, that a draft model takes for one more token: a model of a fifth of the weights
 _COST_SMOOTHING = 0.1
-_FORGETTING = 0.99  # of a cost's distance from _FIRST_SHARE, with each step without drafts: a slow step is forgiven
-# Of a draft model's rate and cost, with each such step: it says nothing unasked, so it is tried again. Where it fails,
-# its trials take half a percent of the time. Closer to 1: less, and a text that became easier is noticed later.
-_FORGIVING = 0.998
+_FORGETTING = 0.99  # of a cost's excess over _FIRST_SHARE, with each step without drafts: a slow step is forgiven
 _PLAIN_EVERY = 64  # steps: one without drafts, so that their time stays known
-
-
-@dataclass(slots=True, eq=False)
-class _Track:
-    """`_Track` holds what is known of one sequence's drafts."""
-
-    proposer: Proposer
-    rate: float = _FIRST_RATE  # of drafted tokens that were right, all before them being right
-    proposed: tuple[int, ...] = ()
-    proposed_at: int = 0  # the position of the first of them
+_TRIAL_SHARE = 0.02  # of a step, in which drafts are looked for that are not expected to pay
+_OUTLIER = 2.0  # times what is known: a pause in a search is not what searching takes
+_RATE_STEPS = 10  # of halving, to find the least rate that pays: to a thousandth
 
 
 class DraftCounters(Struct):
@@ -67,6 +61,35 @@ class StepCosts:
     plain_s: dict[int, float] = field(default_factory=dict)  # rows -> seconds of a step without drafts
     share: float = _FIRST_SHARE  # of such a step, for each drafted token
     depth_share: float = 0.0  # of such a step, that a draft model takes for one token of all rows; 0: there is none
+    search_s: float = 0.0  # to search for one sequence's draft
+
+    def learn_search(self, seconds: float) -> None:
+        """Learn from what one search took."""
+        known = self.search_s
+        self.search_s = known + _COST_SMOOTHING * (min(seconds, _OUTLIER * known) - known) if known else seconds
+
+    def search_share(self, num_rows: int) -> float:
+        """Return what searching for a draft for each of so many rows takes, in plain steps of them."""
+        plain_s = self.plain_s[num_rows]
+        return num_rows * self.search_s / plain_s if plain_s > 0 else 0.0
+
+    def least_rate(self, num_rows: int, time: float, depth: int, *, feeds_again: bool) -> float:
+        """Return a rate at or below which no draft of up to `depth` tokens pays for the search for it.
+
+        `time`: of the step without it, in plain steps of so many rows, whose time is known.
+        """
+        low, high, search = 0.0, 1.0, self.search_share(num_rows)
+        for _ in range(_RATE_STEPS):
+            rate = (low + high) / 2
+            gain, chance = -search, 1.0
+            for _ in range(depth):
+                chance *= rate
+                more = chance * time - num_rows * self.share * (1 + chance if feeds_again else 1)
+                if more <= 0:
+                    break
+                gain += more
+            low, high = (low, rate) if gain > 0 else (rate, high)
+        return low
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a finished step that had no chunks."""
@@ -76,9 +99,10 @@ class StepCosts:
         known, num_more = self.plain_s.get(num_rows), batch.num_tokens - num_rows
         if not num_more:
             self.plain_s[num_rows] = seconds if known is None else known + _COST_SMOOTHING * (seconds - known)
-            self.share += (1 - _FORGETTING) * (_FIRST_SHARE - self.share)
+            # Only what is dear is not tried again: what is held to be too cheap is, and so found out.
+            self.share += (1 - _FORGETTING) * min(0.0, _FIRST_SHARE - self.share)
             if self.depth_share:
-                self.depth_share += (1 - _FORGIVING) * (_FIRST_DEPTH_SHARE - self.depth_share)
+                self.depth_share += (1 - FORGIVING) * (_FIRST_DEPTH_SHARE - self.depth_share)
         elif known and seconds > 0:
             seen = max(0.0, min(seconds / known - 1, 2.0)) / num_more
             self.share += _COST_SMOOTHING * (seen - self.share)
@@ -107,9 +131,11 @@ class Speculation:
         *,
         block_size: int = 1,
         keeps_states: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         """`make_proposer`: another than the config's method, for one sequence. `block_size`: a draft model asks.
-        `keeps_states`: some layers do, and what is accepted is fed again.
+        `keeps_states`: some layers do, and what is accepted is fed again. `clock`: measures what searching for drafts
+        takes; None: that is nothing.
         """
         self.keeps_states = keeps_states
         self._config = config
@@ -120,10 +146,11 @@ class Speculation:
             self._earlier = EarlierAnswers(config.prompt_lookup_min, config.suffix_decoding_max_cached_requests)
         self._spans = DraftSpans(block_size) if has_model else None
         self._max_model_len = max_model_len
-        self._tracks: dict[Sequence, _Track] = {}
+        self._tracks: dict[Sequence, Track] = {}
         self.costs = StepCosts(depth_share=_FIRST_DEPTH_SHARE if has_model else 0.0)
         self.counters = DraftCounters()
-        self._num_steps = 0
+        self._now = clock.now if clock is not None else float
+        self._num_steps = self._num_tracks = 0
 
     def draft(self, rows: Iterable[BatchRow], budget: int, make_room: Callable[[Sequence, int], int]) -> None:
         """Give drafts to rows that decode, `budget` tokens at most.
@@ -133,11 +160,11 @@ class Speculation:
         if self._earlier is not None:
             self._earlier.take_in()
         decoding = [row for row in rows if row.kind is RowKind.DECODE and row.samples and not row.seq.pending_choices]
-        drafts = {row.seq: draft for row in decoding if (draft := self._propose(row.seq))}
         self._num_steps += 1
-        if not drafts or self._num_steps % _PLAIN_EVERY == 0 or len(decoding) not in self.costs.plain_s:
+        if self._num_steps % _PLAIN_EVERY == 0 or len(decoding) not in self.costs.plain_s:
             return
-        lengths = self._lengths(drafts, decoding, budget)
+        drafts = self._proposed(decoding)
+        lengths = self._lengths(drafts, decoding, budget) if drafts else {}
         for row in decoding:
             wanted = lengths.get(row.seq, 0)
             if wanted and (length := make_room(row.seq, wanted)):
@@ -156,24 +183,41 @@ class Speculation:
             return SuffixProposer(self._config, self._earlier, owner_of(seq))
         return NgramProposer(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
 
-    def _propose(self, seq: Sequence) -> tuple[int, ...]:
+    def _proposed(self, decoding: list[BatchRow]) -> dict[Sequence, tuple[int, ...]]:
+        """Return drafts for those of which some would pay, and for a few others, whose drafts may be right by now."""
+        costs, drafts = self.costs, dict[Sequence, tuple[int, ...]]()
+        num_rows, least, every = len(decoding), -1.0, 1
+        if self._spans is None:
+            time = 1 + costs.share * (sum(row.num_scheduled_tokens for row in decoding) - num_rows)
+            if time <= num_rows * costs.share * (2 if self.keeps_states else 1):  # not even what is surely right
+                return drafts
+            depth = self._config.num_speculative_tokens
+            least = costs.least_rate(num_rows, time, depth, feeds_again=self.keeps_states)
+            every = max(1, math.ceil(costs.search_share(num_rows) / _TRIAL_SHARE))
+        for row in decoding:
+            track = self._track(row.seq)
+            is_trial = (self._num_steps + track.number) % every == 0
+            if (track.rate > least or is_trial) and (draft := self._propose(track, row.seq)):
+                drafts[row.seq] = draft
+        return drafts
+
+    def _track(self, seq: Sequence) -> Track:
+        """Return what is known of a sequence's drafts, with what has come judged."""
         track = self._tracks.get(seq)
         if track is None:
-            track = self._tracks[seq] = _Track(self.make_proposer(seq))
-        if self._spans is None:  # else nothing was said yet: `_learn` judges what was verified
-            self._judge(track, seq)
-        left = min(seq.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - seq.num_tokens) - 1
-        track.proposed = track.proposer.propose(seq.token_ids, min(self._config.num_speculative_tokens, left))
-        track.proposed_at = seq.num_tokens
-        return track.proposed
+            self._num_tracks += 1
+            track = self._tracks[seq] = Track(self.make_proposer(seq), self._num_tracks)
+        elif self._spans is None:  # else nothing was said yet: what was verified is judged
+            track.judge(seq.token_ids)
+        return track
 
-    def _judge(self, track: _Track, seq: Sequence) -> None:
-        """Compare the last proposal with what came, whether it was verified or not."""
-        came = seq.token_ids[track.proposed_at : track.proposed_at + len(track.proposed)]
-        for drafted, token in zip(track.proposed, came, strict=False):
-            track.rate += _RATE_SMOOTHING * ((drafted == token) - track.rate)
-            if drafted != token:
-                return
+    def _propose(self, track: Track, seq: Sequence) -> tuple[int, ...]:
+        left = min(seq.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - seq.num_tokens) - 1
+        begun_s, is_reading = self._now(), track.is_reading
+        draft = track.propose(seq.token_ids, min(self._config.num_speculative_tokens, left, seq.draft_limit))
+        if not is_reading:  # that is done once for a prompt, and takes far longer than a search
+            self.costs.learn_search(self._now() - begun_s)
+        return draft
 
     def _lengths(
         self, drafts: dict[Sequence, tuple[int, ...]], decoding: list[BatchRow], budget: int
@@ -227,7 +271,7 @@ class Speculation:
             self.counters.draft_prompt_tokens = self._spans.num_prompt_tokens
             for row, result in zip(batch.rows, output.rows, strict=True):
                 if (track := self._tracks.get(row.seq)) is not None:
-                    _learn(track, row, result)
+                    track.judge_verified(row, result)
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is known of a sequence that has ended; its answer may draft for others."""
@@ -236,12 +280,3 @@ class Speculation:
             self._earlier.add(owner_of(seq), said(seq, self._config.suffix_decoding_max_tree_depth))
         if self._spans is not None:
             self._spans.forget(seq)
-
-
-def _learn(track: _Track, row: BatchRow, result: RowOutput) -> None:
-    """Judge what a draft model said by what came of it; where it said nothing, past failures are forgiven slowly."""
-    if not row.draft:
-        track.rate += (1 - _FORGIVING) * (_FIRST_RATE - track.rate)
-        return
-    for drafted, token in zip(row.draft, result.runs[0] if result.runs else (), strict=False):
-        track.rate += _RATE_SMOOTHING * ((drafted == token.token_id) - track.rate)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 from ..common.clock import Clock
 from ..common.kv_spec import KVCacheSpec
 from ..common.request import RequestSpec
 from ..kvcache.blocks import BlockPool
+from ..kvcache.contents import Contents
 from ..transfer.receive.receiver import KVReceiver
 from ..transfer.receive.reservations import Kept
 from ..wire.results import Grant, NoCapacity
@@ -24,6 +26,7 @@ from ..wire.tasks import ReserveKV
 MAX_WAIT_S = 2.0
 _WORTH_WAITING = ("blocks", "growth")
 
+_Hashes = Callable[[], list[bytes]]
 _Key = tuple[int, int, str]
 
 
@@ -31,10 +34,11 @@ _Key = tuple[int, int, str]
 class _Waiting:
     router_id: str
     message: ReserveKV
+    hashes: _Hashes  # of its prompt's blocks: they are computed once, as a long one takes longer than a step
     num_blocks: int
     until_s: float
     waits_behind: frozenset[int]  # promises that were there before it: while they leave it no room, others take theirs
-    tried_with: tuple[int, ...]  # what there was at the last try: hashing a prompt takes time
+    tried_with: tuple[int, ...]  # what there was at the last try
 
     @property
     def key(self) -> _Key:
@@ -49,12 +53,19 @@ class WaitingReservations:
     """Stands before the receiver. `growth_reserve` tells what running sequences need."""
 
     def __init__(
-        self, receiver: KVReceiver, pool: BlockPool, spec: KVCacheSpec, clock: Clock, growth_reserve: Callable[[], int]
+        self,
+        receiver: KVReceiver,
+        pool: BlockPool,
+        spec: KVCacheSpec,
+        clock: Clock,
+        contents: Contents,
+        growth_reserve: Callable[[], int],
     ) -> None:
         self._receiver = receiver
         self._pool = pool
         self._spec = spec
         self._clock = clock
+        self._contents = contents
         self._growth_reserve = growth_reserve
         self._waiting: list[_Waiting] = []  # oldest first
 
@@ -75,16 +86,17 @@ class WaitingReservations:
     def reserve(self, router_id: str, message: ReserveKV) -> list[tuple[str, Grant | NoCapacity]]:
         """Answers, by router: to this one, unless it waits, and to the one whose place it takes."""
         self.drop(message.spec.request_id, message.spec.attempt)
-        answer = self._try(router_id, message)
+        hashes = cache(partial(self._contents.prompt_hashes, message.spec))
+        answer = self._try(router_id, message, hashes)
         if not (message.queue_if_full and isinstance(answer, NoCapacity) and answer.reason in _WORTH_WAITING):
             return [(router_id, answer)]
         other = next((waiting for waiting in self._waiting if waiting.router_id == router_id), None)
         if other is not None and other.key < _key(message.spec):
             return [(router_id, answer)]
-        self._wait(router_id, message)
+        self._wait(router_id, message, hashes)
         return [] if other is None else [(router_id, self._give_up(other, answer.reason))]
 
-    def _try(self, router_id: str, message: ReserveKV) -> Grant | NoCapacity:
+    def _try(self, router_id: str, message: ReserveKV, hashes: _Hashes) -> Grant | NoCapacity:
         older = [waiting for waiting in self._waiting if waiting.key < _key(message.spec)]
         has_turn = self._receiver.reservations.has_turn
         kept = Kept(
@@ -98,9 +110,10 @@ class WaitingReservations:
             growth_reserve=self._growth_reserve(),
             kept=kept,
             retains_prefix=message.retains_prefix,
+            hashes=hashes,
         )
 
-    def _wait(self, router_id: str, message: ReserveKV) -> None:
+    def _wait(self, router_id: str, message: ReserveKV, hashes: _Hashes) -> None:
         spec = message.spec
         wait_s = MAX_WAIT_S if spec.remaining_s is None else min(MAX_WAIT_S, spec.remaining_s)
         num_copies = len(spec.choices) - 1 if spec.num_prompt_tokens % self._spec.block_size else 0
@@ -110,7 +123,7 @@ class WaitingReservations:
         )
         until_s = self._clock.now() + wait_s
         promises = self._receiver.reservations.promises
-        self._waiting.append(_Waiting(router_id, message, num_blocks, until_s, promises, self._room()))
+        self._waiting.append(_Waiting(router_id, message, hashes, num_blocks, until_s, promises, self._room()))
         self._waiting.sort(key=lambda waiting: waiting.key)
 
     def _room(self) -> tuple[int, ...]:
@@ -135,7 +148,7 @@ class WaitingReservations:
                 continue
             if self._room() == waiting.tried_with:
                 continue
-            answer = self._try(waiting.router_id, waiting.message)
+            answer = self._try(waiting.router_id, waiting.message, waiting.hashes)
             waiting.tried_with = self._room()
             if isinstance(answer, Grant) or answer.reason not in _WORTH_WAITING:
                 self._waiting.remove(waiting)

@@ -7,6 +7,7 @@ cost no step of their own. They are the same that masks would have let through o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as TokenIds
 
@@ -27,13 +28,17 @@ MOST_S = 0.25
 log = structlog.get_logger(__name__)
 
 
-def find_mask(row: BatchRow) -> GrammarMask | None:
-    """Return the mask of a row that samples; None: it follows no grammar. What has failed does so again at once."""
+def find_mask(row: BatchRow, patience_s: float = math.inf) -> GrammarMask | None:
+    """Return the mask of a row that samples; None: it follows no grammar. What has failed does so again at once.
+
+    `patience_s`: of the thread's own time. Masks behind a draft that would take more of it are not looked for.
+    """
     if row.seq.grammar_failure:
         return GrammarMask(b"", row.seq.grammar_failure)
+    began_s = time.thread_time()
     try:
         words = next_mask(row.seq)
-        behind = masks_behind(row.seq, words, row.draft) if words is not None and row.draft else ()
+        behind = masks_behind(row.seq, words, row.draft, began_s, patience_s) if words is not None and row.draft else ()
     except GrammarBroken as error:
         log.warning("grammar_broken", request_id=row.seq.request_id, choice=row.seq.choice, error=str(error))
         return _failed(row.seq, str(error))
@@ -42,8 +47,11 @@ def find_mask(row: BatchRow) -> GrammarMask | None:
     except BaseException as error:  # a panic of the library: others' answers go on
         log.error("grammar_panic", request_id=row.seq.request_id, error=repr(error))
         return _failed(row.seq, "the matcher has failed")
-    if words is None:
-        return None
+    return None if words is None else mask_of(words, behind)
+
+
+def mask_of(words: bytes, behind: tuple[bytes, ...]) -> GrammarMask:
+    """Make a row's mask of that of its next token, and those behind its draft."""
     return GrammarMask(words, "" if any(words) else "no token of the vocabulary can follow", behind)
 
 
@@ -71,19 +79,33 @@ def _mask_of(matcher: Matcher) -> bytes:
     return words
 
 
-def masks_behind(seq: Sequence, words: bytes, draft: tuple[int, ...]) -> tuple[bytes, ...]:
-    """Return the masks after each token of a draft, up to one that may not come. `words`: the mask before it."""
+def masks_behind(
+    seq: Sequence, words: bytes, draft: tuple[int, ...], began_s: float, patience_s: float
+) -> tuple[bytes, ...]:
+    """Return the masks after each token of a draft: up to one that may not come, or until it would take too long.
+
+    `words`: the mask before the draft, which the thread has looked for since `began_s`. Where the grammar fails behind
+    a drafted token, no mask is there: if the answer comes so far, its own mask tells why.
+    """
     assert seq.matcher is not None
     masks: list[bytes] = []
     try:
-        for token_id in draft:
+        for num_found, token_id in enumerate(draft, 1):
+            spent_s = time.thread_time() - began_s
+            if spent_s + spent_s / num_found > patience_s:  # with one more, which takes as long as those before
+                break
             if not (0 <= token_id < 8 * len(words) and words[token_id >> 3] >> (token_id & 7) & 1):
                 break
             seq.matcher.accept((token_id,))
             masks.append(words := _mask_of(seq.matcher))
         if masks:
             seq.matcher.rollback(len(masks))
-    except GrammarBroken:  # behind an end: a new matcher stands where this one stood
+    except GrammarBroken:  # as it does behind an end: a new matcher stands where this one stood
+        seq.matcher = None
+    except Exception:
+        raise
+    except BaseException as error:  # a panic of the library: so does that
+        log.error("grammar_panic", request_id=seq.request_id, error=repr(error))
         seq.matcher = None
     return tuple(masks)
 
@@ -146,8 +168,11 @@ def forced_after(seq: Sequence, run: TokenIds[int]) -> tuple[int, ...]:
 
 
 def with_masks_heeded(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
-    """Return a step's output with nothing in the rows whose grammar has failed, or whose mask is late."""
-    if batch.masks is None or not any(mask is not None and (mask.failure or mask.is_late) for mask in batch.masks()):
+    """Return a step's output with nothing that was drawn where a grammar's mask has failed, is late, or is not there.
+
+    Behind a draft a mask may be missing: what comes there is drawn in a later step.
+    """
+    if batch.masks is None:
         return outputs
     masks = iter(batch.masks())
     found = [next(masks) if row.samples else None for row in batch.rows]
@@ -157,4 +182,9 @@ def with_masks_heeded(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]
 def _heeded(mask: GrammarMask, output: RowOutput) -> RowOutput:
     if mask.is_late:
         return RowOutput((), is_postponed=True)
-    return RowOutput((), is_finite=False, grammar_failure=mask.failure) if mask.failure else output
+    if mask.failure:
+        return RowOutput((), is_finite=False, grammar_failure=mask.failure)
+    num_masks = 1 + len(mask.behind_draft)
+    if all(len(run) <= num_masks for run in output.runs):
+        return output
+    return output._replace(runs=tuple(run[:num_masks] for run in output.runs))

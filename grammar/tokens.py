@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..common.grammar import Grammar, unpack_mask
+from ..common.errors import RequestError
+from ..common.grammar import TOKEN_KINDS, Grammar, unpack_mask
 
-ANY = "any"  # every token; it is asked for where thoughts have a budget
-TOKENS = "tokens"  # those that a client names
+# Every token, which is asked for where thoughts have a budget; and those that a client names.
+ANY, TOKENS = TOKEN_KINDS
 
 
 class SameTokens:
@@ -32,7 +33,10 @@ class SameTokens:
 
 
 def tokens_mask(grammar: Grammar, vocab_size: int, mask_bytes: int) -> bytes:
-    """Return which tokens may come, of a vocabulary; none: the grammar's text is no mask."""
+    """Return which tokens may come, of a vocabulary; none: the grammar's text is no mask.
+
+    Raises RequestError for one that is not the vocabulary's.
+    """
     all_tokens = (1 << vocab_size) - 1
     if grammar.kind == ANY:
         return all_tokens.to_bytes(mask_bytes, "little")
@@ -40,7 +44,10 @@ def tokens_mask(grammar: Grammar, vocab_size: int, mask_bytes: int) -> bytes:
         named = int.from_bytes(unpack_mask(grammar.text), "little")
     except ValueError:
         named = 0
-    return (named & all_tokens).to_bytes(mask_bytes, "little")
+    if named > all_tokens:
+        text = f"has id {named.bit_length() - 1}, which is not below the vocabulary's {vocab_size}"
+        raise RequestError(text, param="", code="invalid_value")
+    return named.to_bytes(mask_bytes, "little")
 
 
 def only_token(mask: bytes) -> int | None:

@@ -85,6 +85,7 @@ class BlockPool:
         self._quarantined: set[BlockId] = set()
         self._leaving: dict[BlockId, None] = {}  # least recently used first
         self.on_evicted: Callable[[BlockId, bytes], None] | None = None  # its content may be overwritten from now on
+        self.displaced: dict[BlockId, bytes] = {}  # whose content is wanted yet, for as long as their owners have them
         self.version = 0  # how often the order of eviction has changed
 
     @property
@@ -171,10 +172,9 @@ class BlockPool:
 
     def match_prefix(self, names: Iterable[bytes]) -> list[BlockId]:
         """Return the blocks of these names up to the first that is not known. Takes no reference: see `pin`."""
-        blocks: list[BlockId] = []
+        blocks = list[BlockId]()
         for name in names:
-            block = self._block_of.get(name)
-            if block is None:
+            if (block := self._block_of.get(name)) is None:
                 break
             blocks.append(block)
         return blocks
@@ -201,6 +201,7 @@ class BlockPool:
             assert self._ref_counts[block] > 0, f"block {block} freed twice"
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0 and block not in self._leaving:
+                self.displaced.pop(block, None)  # whoever gets it next may write to it at once
                 self._rest(block)
 
     def _rest(self, block: BlockId) -> None:
@@ -294,7 +295,6 @@ class BlockPool:
         assert not self._spare & set(self._cached) and self._spare <= set(self._hash_of)
         assert sum(len(s) for s in states) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
         assert len(self._free) == len(states[0]), "a block is free twice"
-        assert min(self._ref_counts, default=0) >= 0
+        assert min(self._ref_counts, default=0) >= 0 and self.displaced.keys() <= owned
         assert {h: b for b, h in self._hash_of.items()} == self._block_of
-        assert set(self._cached) <= set(self._hash_of)
-        assert not (states[0] | self._quarantined) & set(self._hash_of)
+        assert set(self._cached) <= set(self._hash_of) and not (states[0] | self._quarantined) & set(self._hash_of)

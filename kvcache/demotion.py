@@ -1,7 +1,8 @@
 """Cached blocks on their way out of the device: copied to host memory before their content is lost.
 
-    evicted by a step's own sequences     copied by that very step, before it computes; pinned until it has ended
-    next to be evicted                    copied ahead, and not evicted until the step has ended
+    displaced by a sequence     copied by the next step, before it computes, if the sequence has the block until then;
+                                pinned until the step has ended
+    next to be evicted          copied ahead, and not evicted until the step has ended
 
 The second is for remote writers: they write into the blocks that they are granted at once, and what these were is lost
 unless it was copied before. An idle engine goes further, as long as no other content gives way for it. Pure; the caller
@@ -35,7 +36,6 @@ class Demotion:
         self._costs = costs
         self._lookahead = Lookahead()
         self._is_capturing = False
-        self._evicted: dict[BlockId, bytes] = {}  # by the step that is being put together
         self._filling: list[bytes] = []  # by the running step
         self.pinned: list[BlockId] = []  # by it, while others own them
         self.num_blocks = 0  # since start
@@ -54,7 +54,7 @@ class Demotion:
         if block_hash in self._host:
             self._host.keep_longest(block_hash)
         elif self._is_capturing:
-            self._evicted[block] = block_hash
+            self._pool.displaced[block] = block_hash
 
     # --- a step's copies -----------------------------------------------------------------------------------------
 
@@ -89,23 +89,21 @@ class Demotion:
     def _copies(self, num_ahead: int) -> Copies:
         if not self._pays:
             num_ahead = min(num_ahead, 1)  # so that a change is noticed
-        evicted = self._of_evicted()
-        ahead = self._ahead(min(num_ahead, _MAX_COPIES) - len(evicted))
-        self._pool.pin(block for block, _ in evicted)
-        self.pinned += (block for block, _ in evicted)
+        displaced = self._of_displaced()
+        ahead = self._ahead(min(num_ahead, _MAX_COPIES) - len(displaced))
+        self._pool.pin(block for block, _ in displaced)
+        self.pinned += (block for block, _ in displaced)
         self._pool.hold(block for block, _ in ahead)
-        self.num_blocks += len(evicted) + len(ahead)
-        return evicted + ahead
+        self.num_blocks += len(displaced) + len(ahead)
+        return displaced + ahead
 
-    def _of_evicted(self) -> Copies:
-        """Return the copies of what this step's sequences took, and still have."""
-        evicted, self._evicted = self._evicted, {}
+    def _of_displaced(self) -> Copies:
+        """Return the copies of what lay in blocks that sequences took, and have had ever since."""
+        displaced, self._pool.displaced = self._pool.displaced, {}
         if not self._pays:
             return []
         return [
-            (block, slot)
-            for block, block_hash in evicted.items()
-            if self._pool.ref_count(block) and (slot := self._slot_for(block_hash)) is not None
+            (block, slot) for block, block_hash in displaced.items() if (slot := self._slot_for(block_hash)) is not None
         ]
 
     def _ahead(self, count: int) -> Copies:
@@ -141,7 +139,7 @@ class Demotion:
     @property
     def is_settled(self) -> bool:
         """Tell whether no step copies anything before blocks have changed hands."""
-        if self._evicted or len(self._lookahead):
+        if self._pool.displaced or len(self._lookahead):
             return False
         window = self._window
         return window <= 0 or not self._lookahead.would_look(window, self._pool.version)
@@ -149,4 +147,4 @@ class Demotion:
     @property
     def is_quiet(self) -> bool:
         """Tell whether no copy is planned or under way."""
-        return not (self._evicted or self._filling or self.pinned)
+        return not (self._pool.displaced or self._filling or self.pinned)

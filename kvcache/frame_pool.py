@@ -289,6 +289,7 @@ class FramePool(BlockPool):
         spare = [len(self._shares(frame)) - self._num_held[frame] for frame in self._cut if self._num_held[frame]]
         assert self._num_spare_shares == sum(spare)
         assert set(self._resting) <= self._spare <= set(self._hash_of) and not self._spare & set(self._cached)
+        assert all(self._ref_counts[block] for block in self.displaced)
         assert min(self._ref_counts) >= 0 and cached <= set(self._hash_of)
         assert {h: b for b, h in self._hash_of.items()} == self._block_of
         assert not self._quarantined & set(self._hash_of)

@@ -125,7 +125,7 @@ class PrefixCache:
         return self.host.find(block_hash) is not None
 
     def allocate(self, count: int, num_thin: int = 0) -> list[BlockId]:
-        """Take blocks that nobody writes to before the next step computes, and whose owner keeps them until then."""
+        """Take blocks that their owner does not write to before the next step computes: it copies what lay in them."""
         return self._demotion.allocate(count, num_thin)
 
     def promote(self, found: PrefixHit, table: Sequence[BlockId]) -> None:
@@ -165,12 +165,12 @@ class PrefixCache:
 
     # --- the disk ------------------------------------------------------------------------------------------------
 
-    def awaits(self, seq: TokenSequence, hashes: Sequence[bytes]) -> bool:
+    def awaits(self, seq: TokenSequence, hashes: Callable[[], Sequence[bytes]]) -> bool:
         """Is KV of a waiting sequence on its way from the disk, and sooner here than computed? Asks for it once."""
         if self.disk is None or not self._pool.enable_prefix_caching:
             return False
         if not self.disk.knows(seq):
-            self.disk.ask(seq, self._missing(hashes), self._limit_s)
+            self.disk.ask(seq, self._missing(hashes()), self._limit_s)
         return self.disk.awaits(seq)
 
     def _missing(self, hashes: Sequence[bytes]) -> list[bytes]:

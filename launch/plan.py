@@ -203,8 +203,7 @@ def _fit_worker(
     if device == "cpu" and engine.kv_cache_memory_bytes is None:
         # Measured once, before any worker takes some: all get the same.
         update["kv_cache_memory_bytes"] = cpu_cache_bytes(host, num_ranks)
-    if device == "cuda":
-        update["max_num_batched_tokens"] = _gpu_batched_tokens(worker)
+    update["max_num_batched_tokens"] = _batched_tokens(worker, device)
     worker = _with_engine(worker, update)
     lends = device == "cpu" and engine.num_threads is None and worker.num_ranks == 1
     if lends and threads is not None and host.num_cpus > threads:
@@ -214,10 +213,13 @@ def _fit_worker(
     return worker
 
 
-def _gpu_batched_tokens(worker: WorkerPlan) -> int:
+def _batched_tokens(worker: WorkerPlan, device: Literal["cpu", "cuda"]) -> int:
+    """Return what is set, or what is usual: no less than the rows of a decode step, each of which has a token in it."""
     engine = worker.config.engine
-    is_set = "max_num_batched_tokens" in engine.model_fields_set
-    return engine.max_num_batched_tokens if is_set else GPU_BATCHED_TOKENS[worker.config.role]
+    if "max_num_batched_tokens" in engine.model_fields_set:
+        return engine.max_num_batched_tokens
+    usual = GPU_BATCHED_TOKENS[worker.config.role] if device == "cuda" else engine.max_num_batched_tokens
+    return max(usual, engine.max_num_seqs)
 
 
 def cpu_cache_bytes(host: Host, num_ranks: int) -> int:
@@ -276,7 +278,7 @@ def _shared_memory(worker: WorkerPlan, gpu_bytes: int, model: ModelConfig | None
     utilization = worker.gpu_share * engine.gpu_memory_utilization
     if model is None or engine.kv_cache_memory_bytes is not None or not gpu_bytes:
         return {"gpu_memory_utilization": utilization}
-    reserve_bytes = gpu_reserve_bytes(engine, model, _gpu_batched_tokens(worker))
+    reserve_bytes = gpu_reserve_bytes(engine, model, _batched_tokens(worker, "cuda"))
     cache_bytes = int(utilization * gpu_bytes) - weight_bytes(engine, model) - reserve_bytes
     if cache_bytes <= 0:
         raise ConfigError(

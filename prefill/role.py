@@ -246,9 +246,9 @@ class PrefillRole:
         """Look for grants that would lapse while their prompts wait. Other deadlines are the sender's."""
         self._tasks.open_waiting(self._clock.now())
 
-    def router_of(self, request_id: str, attempt: int) -> str | None:
-        """Return the router that asked for an attempt whose shipment has just ended."""
-        return self._shipments.ended(request_id, attempt)
+    def router_of(self, open_id: int) -> str | None:
+        """Return the router that asked for what a shipment has brought, which has just ended."""
+        return self._shipments.ended(open_id)
 
     @property
     def routers(self) -> set[str]:

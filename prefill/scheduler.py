@@ -4,8 +4,8 @@ A prompt gets the blocks of its whole length when its first chunk is scheduled: 
 for the rest of each other's blocks cannot happen. Chunks of several prompts share a step up to the token budget.
 
 Order: higher classes first; within one, earliest due first, where a prompt is due `PROMPT_DUE_STRETCH` times its own
-predicted compute time after it came. A short prompt overtakes a long one that has time left, and a long one cannot
-starve: its due time stands still while newcomers' due times move on.
+compute time, as it is predicted now, after it came. A short prompt overtakes a long one that has time left, and a long
+one cannot starve: a change of speed moves all due times, and newcomers' are later by the time that has passed.
 
 A prompt that has begun is never preempted: its KV is under way to a decode worker. Whoever waits for its blocks
 waits for its end, so it goes on behind them.
@@ -13,6 +13,7 @@ waits for its end, so it goes on behind them.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,8 +31,10 @@ from ..kvcache.thin import name_of
 # whole token budget in less; a single core at the end of a long context does not.
 MAX_STEP_S = 0.5
 MIN_STEP_TOKENS = 64  # where nobody waits for a step's end
-_INITIAL_S_PER_TOKEN = 1e-3  # until steps have been measured
+_INITIAL_S_PER_TOKEN = 1e-3  # until a whole step was measured
 _SMOOTHING = 0.3
+_WHOLE_STEP = 64  # tokens: what fewer take says more of the step than of them
+_OUTLIER = 2.0  # times what is known: one slow step is no new speed
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +44,6 @@ class Prompt:
     seq: Sequence
     salt: bytes  # of its prefix hashes
     received_s: float
-    due_s: float
     expires_s: float | None = None  # it is not begun from then on
     started_s: float | None = None  # its first chunk was scheduled
 
@@ -67,7 +69,7 @@ class PrefillScheduler:
         self.prompts: list[Prompt] = []  # in the order in which they are served
         self.max_step_s = MAX_STEP_S
         self.reserve: Callable[[], int] = lambda: 0  # blocks that a prompt which starts must leave
-        self._s_per_token = _INITIAL_S_PER_TOKEN
+        self._s_per_token, self._is_measured = _INITIAL_S_PER_TOKEN, False
         self.num_preemptions = 0  # a prompt that has begun is never preempted
         self.prefix_queries = 0  # tokens
         self.prefix_hits = 0
@@ -92,12 +94,15 @@ class PrefillScheduler:
                 f"the prompt needs {self._num_blocks(seq)} blocks, the pool has {self._pool.num_blocks}"
             )
         now = self._clock.now()
-        due_s = now + PROMPT_DUE_STRETCH * self._s_per_token * seq.num_tokens
-        prompt = Prompt(seq, salt, now, due_s, now + remaining_s if remaining_s is not None else None)
-        self.prompts.append(prompt)
-        self.prompts.sort(key=lambda p: (p.seq.priority, p.due_s))
+        prompt = Prompt(seq, salt, now, now + remaining_s if remaining_s is not None else None)
+        insort(self.prompts, prompt, key=self._turn)
         self._awaits(prompt)  # asked for now, it is here when the prompt's turn has come
         return prompt
+
+    def _turn(self, prompt: Prompt) -> tuple[int, float]:
+        """Return its class, and when it is due by the speed that is known now: the least comes first."""
+        seq = prompt.seq
+        return seq.priority, prompt.received_s + PROMPT_DUE_STRETCH * self._s_per_token * len(seq.token_ids)
 
     def expired(self) -> list[Prompt]:
         """Return the prompts that were not begun before their deadlines."""
@@ -111,6 +116,7 @@ class PrefillScheduler:
 
     def schedule(self) -> tuple[Batch, list[Prompt]] | None:
         """The next step's chunks and, beside each row, its prompt."""
+        self.prompts.sort(key=self._turn)
         budget = self._budget()
         rows: list[BatchRow] = []
         prompts: list[Prompt] = []
@@ -175,7 +181,12 @@ class PrefillScheduler:
 
     def observe(self, step_s: float, num_tokens: int) -> None:
         """Learn the speed from a finished step."""
-        self._s_per_token += _SMOOTHING * (step_s / num_tokens - self._s_per_token)
+        value, known = step_s / num_tokens, self._s_per_token
+        if num_tokens >= _WHOLE_STEP and not self._is_measured:
+            self._s_per_token, self._is_measured = value, True
+            return
+        weight = _SMOOTHING * min(1.0, num_tokens / _WHOLE_STEP)
+        self._s_per_token += weight * (min(value, _OUTLIER * known) - known)
 
     def remove(self, prompt: Prompt) -> None:
         """Forget a prompt that is not done. Its blocks stay its owner's (`Sequence.block_table`)."""
@@ -187,7 +198,7 @@ class PrefillScheduler:
         """Is KV of it on its way from elsewhere, or its adapter? It starts when that is here."""
         if prompt.seq.is_fetching or not prompt.seq.may_begin:
             return True
-        return self.cache.disk is not None and self.cache.awaits(prompt.seq, self.reusable_hashes(prompt))
+        return self.cache.awaits(prompt.seq, lambda: self.reusable_hashes(prompt))
 
     def reusable_hashes(self, prompt: Prompt) -> list[bytes]:
         """Return the hashes of the blocks that need not be computed, if anybody has them."""
@@ -218,7 +229,8 @@ class PrefillScheduler:
         seq.num_cached_tokens = seq.num_computed_tokens = len(found) * pool.block_size
         seq.num_promoted_tokens = (len(found) - found.num_ready) * pool.block_size
         seq.num_published_blocks, seq.num_thin_blocks = found.num_ready, found.num_thin
-        self.prefix_queries += seq.num_tokens
+        if pool.enable_prefix_caching and reuses_prefix(seq.sampling, seq.pooling):
+            self.prefix_queries += seq.num_tokens
         self.prefix_hits += seq.num_computed_tokens
         prompt.started_s = self._clock.now()
         return True

@@ -53,7 +53,6 @@ class Shipping(Protocol):
 class _Open:
     """A shipment that was not reported as ended."""
 
-    open_id: int
     router_id: str
     request_id: str
     attempt: int
@@ -66,7 +65,7 @@ class Shipments:
         self._pool = pool
         self._cancel = cancel
         self._blocks: dict[int, list[BlockId]] = {}  # by open id, while they are read
-        self._opens: list[_Open] = []  # oldest first
+        self._opens: dict[int, _Open] = {}  # by open id, oldest first
 
     def __len__(self) -> int:
         return max(len(self._opens), len(self._blocks))
@@ -78,11 +77,11 @@ class Shipments:
 
     @property
     def routers(self) -> set[str]:
-        return {shipment.router_id for shipment in self._opens}
+        return {shipment.router_id for shipment in self._opens.values()}
 
     def opened(self, open_id: int, router_id: str, spec: RequestSpec) -> None:
         self._blocks[open_id] = []  # the task's, until it gives them away
-        self._opens.append(_Open(open_id, router_id, spec.request_id, spec.attempt))
+        self._opens[open_id] = _Open(router_id, spec.request_id, spec.attempt)
 
     def hold(self, open_id: int, blocks: list[BlockId]) -> bool:
         """Take over a task's blocks. False: the shipment reads nothing any more."""
@@ -95,24 +94,22 @@ class Shipments:
         """The shipment reads its source blocks no more. Idempotent."""
         self._pool.free(self._blocks.pop(open_id, []))
 
-    def ended(self, request_id: str, attempt: int) -> str | None:
-        """One of the attempt's shipments has ended: the router that hears of it."""
-        for index, shipment in enumerate(self._opens):
-            if (shipment.request_id, shipment.attempt) == (request_id, attempt):
-                return self._opens.pop(index).router_id
-        return None
+    def ended(self, open_id: int) -> str | None:
+        """The shipment has said its last word: the router that hears of it. None: it has before."""
+        shipment = self._opens.pop(open_id, None)
+        return shipment.router_id if shipment is not None else None
 
     def cancel(self, request_id: str, attempt: int, reason: str) -> None:
         """End the request's shipments up to this attempt."""
-        for shipment in self._opens:
+        for open_id, shipment in list(self._opens.items()):
             if shipment.request_id == request_id and shipment.attempt <= attempt:
-                self._cancel(shipment.open_id, reason)
+                self._cancel(open_id, reason)
 
     def keep_only(self, router_id: str, live: frozenset[tuple[str, int]], reason: str) -> None:
         """The router's shall end, but those of the (request id, attempt) pairs in `live`."""
-        for shipment in self._opens:
+        for open_id, shipment in list(self._opens.items()):
             if shipment.router_id == router_id and (shipment.request_id, shipment.attempt) not in live:
-                self._cancel(shipment.open_id, reason)
+                self._cancel(open_id, reason)
 
     def references(self) -> list[list[BlockId]]:
         return list(self._blocks.values())

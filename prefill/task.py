@@ -41,7 +41,7 @@ def first_tokens(
             num_tokens=seq.num_prompt_tokens + 1,
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
-            follows_grammar=seq.grammar is not None,
+            ends_by_grammar=seq.ends_by_grammar,
         )
         choices.append(ChoiceTokens(choice, 0, (token,), reason))
     return tuple(choices)

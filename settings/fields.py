@@ -44,6 +44,7 @@ class ServeSettings(
     def _check_together(self) -> Self:
         self._check_keys()
         self._check_pools()
+        self._check_steps()
         self._check_classes()
         self._check_forms_of_weights()
         self._check_deterministic()
@@ -81,6 +82,17 @@ class ServeSettings(
             raise ValueError("decode: at least one decode worker is needed; for one pool that does both: --prefill 0")
         if self.prefill.workers == 0 and not self.local_prefill:
             raise ValueError("local_prefill: without prefill workers every prompt is local; give --prefill 1")
+
+    def _check_steps(self) -> None:
+        """Check that a decode step has a token for each sequence. A number that was not given follows the other one."""
+        pool, own = self.decode, self.decode.max_num_batched_tokens
+        num_tokens = own or self.max_num_batched_tokens
+        num_rows = pool.max_num_seqs or (self.max_num_seqs if "max_num_seqs" in self.model_fields_set else 1)
+        if num_tokens is not None and num_tokens < num_rows:
+            raise ValueError(
+                f"{'' if own is None else 'decode.'}max_num_batched_tokens: must be at least max_num_seqs, which is "
+                f"{num_rows}: each of the sequences has a token in a step"
+            )
 
     def _check_classes(self) -> None:
         names = [known.name for known in self.classes]

@@ -138,6 +138,7 @@ def calibration(spec: WorkerSpec) -> tuple[StepSample, ...]:
 
 def core_config(spec: WorkerSpec, worker_id: str, incarnation: int, role: RoleName, address: str) -> CoreConfig:
     """Return what a worker's core knows from the start. The largest step is that of the role it starts with."""
+    num_tokens = spec.prefill_tokens if role == "prefill" else spec.decode_tokens
     return CoreConfig(
         worker_id=worker_id,
         incarnation=incarnation,
@@ -152,8 +153,8 @@ def core_config(spec: WorkerSpec, worker_id: str, incarnation: int, role: RoleNa
         transfer=TransferConfig(kv_checksum="off"),
         eos_token_ids=END_IDS,
         max_model_len=spec.max_model_len,
-        max_num_batched_tokens=spec.prefill_tokens if role == "prefill" else spec.decode_tokens,
-        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=num_tokens,
+        max_num_seqs=min(spec.max_num_seqs, num_tokens),  # each has a token in a step
         speculative=spec.drafts.config if spec.drafts is not None else None,
         keeps_states=spec.keeps_states,
         tpot_objective_s=spec.tpot_objective_s,
@@ -189,7 +190,7 @@ def hello_of(spec: WorkerSpec, config: CoreConfig, labels: Labels) -> WorkerHell
         tp_size=spec.tp_size,
         num_blocks=spec.num_blocks,
         max_model_len=spec.max_model_len,
-        max_num_seqs=spec.max_num_seqs,
+        max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_address=config.kv_address,
         pid=1,

@@ -251,4 +251,4 @@ class SimShipping:
         was_live, shipment.state = shipment.is_live, ShipmentState.ENDED
         if was_live:
             self._worker.core.on_source_free(shipment.open_id)
-        self._worker.core.on_report(shipment.report())
+        self._worker.core.on_report(shipment.open_id, shipment.report())

@@ -26,7 +26,7 @@ from ..transfer.receive.processes import own_mark
 from ..wire.address import Address
 from ..wire.credentials import SharedSecret
 from ..wire.fields import Message
-from .deps import WorkerDeps
+from .deps import WorkerDeps, rows_of_a_step
 from .ranks import Followers
 
 log = structlog.get_logger(__name__)
@@ -49,6 +49,7 @@ def build_deps(
     _arm_failpoints(config)
     set_ucx_defaults(config.host)
     _warn_of_open_ports(config)
+    _tell_rows(config)
     group = followers.start()
     engine: Engine = Engine(
         config.engine,
@@ -100,6 +101,19 @@ def _arm_failpoints(config: WorkerConfig) -> None:
     failpoints.arm(environment().get(FAILPOINTS_VARIABLE, ""), config.worker_id)
     if failpoints.armed:
         log.warning("failpoints_armed", worker_id=config.worker_id)
+
+
+def _tell_rows(config: WorkerConfig) -> None:
+    """Say once where a step has fewer rows than were asked for."""
+    engine = config.engine
+    if (num_rows := rows_of_a_step(engine)) < engine.max_num_seqs:
+        log.warning(
+            "fewer_sequences_in_a_step",
+            worker_id=config.worker_id,
+            max_num_seqs=engine.max_num_seqs,
+            rows=num_rows,
+            reason=f"each has a token in it, and max_num_batched_tokens is {engine.max_num_batched_tokens}",
+        )
 
 
 def _warn_of_open_ports(config: WorkerConfig) -> None:

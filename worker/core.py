@@ -230,9 +230,9 @@ class WorkerCore:
         self.prefill.on_source_free(open_id)
         self._effects.wake()
 
-    def on_report(self, report: TransferReport) -> None:
+    def on_report(self, open_id: int, report: TransferReport) -> None:
         """Report a shipment's end to its router."""
-        router_id = self.prefill.router_of(report.request_id, report.attempt)
+        router_id = self.prefill.router_of(open_id)
         if router_id is not None:
             self._effects.to_router(router_id, report)
 

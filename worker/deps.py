@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..common.clock import Clock
-from ..common.config import WorkerConfig
+from ..common.config import EngineConfig, WorkerConfig
 from ..engine.adapters import RankAdapters
 from ..engine.engine import Engine
 from ..engine.ranks.group import RankGroup
@@ -52,6 +52,11 @@ class WorkerDeps:
     probe: tuple[float, ...] = ()  # log-probabilities of fixed tokens, to be compared with other workers'
 
 
+def rows_of_a_step(config: EngineConfig) -> int:
+    """Return how many sequences decode in a step: each has a token in it."""
+    return min(config.max_num_seqs, config.max_num_batched_tokens)
+
+
 def core_config(
     deps: WorkerDeps, kv_address: str, *, checks_bytes: bool, sums_writes: bool, sums_loans: bool
 ) -> CoreConfig:
@@ -73,7 +78,7 @@ def core_config(
         eos_token_ids=engine.model_config.eos_token_ids,
         max_model_len=engine.model_config.max_model_len,
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
-        max_num_seqs=config.engine.max_num_seqs,
+        max_num_seqs=rows_of_a_step(config.engine),
         num_swap_blocks=engine.num_swap_blocks,
         speculative=config.engine.speculative_config,
         keeps_states=engine.model_config.states is not None,
@@ -97,7 +102,7 @@ def worker_hello(deps: WorkerDeps, kv_address: str) -> WorkerHello:
         tp_size=config.tensor_parallel_size,
         num_blocks=engine.num_blocks,
         max_model_len=engine.model_config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=rows_of_a_step(config),
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_address=kv_address,
         pid=os.getpid(),

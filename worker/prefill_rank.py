@@ -51,7 +51,7 @@ class PrefillFollower:
             clock=SystemClock(),
             config=config,
             to_peer=self._to_peer,
-            report=lambda report: None,  # rank 0 reports
+            report=lambda open_id, report: None,  # rank 0 reports
             source_free=lambda open_id: send(encode(SourceFree(open_id=open_id))),
             on_read=self._on_read,
             sums=open_sums(config, engine.kv_pages),

@@ -170,9 +170,9 @@ class Worker:
         with self._lock:
             self._core.on_read(rank, fetch_id, outcome, sums)
 
-    def on_report(self, report: TransferReport) -> None:
+    def on_report(self, open_id: int, report: TransferReport) -> None:
         with self._lock:
-            self._core.on_report(report)
+            self._core.on_report(open_id, report)
 
     def on_rank_free(self, open_id: int) -> None:
         with self._lock:

@@ -148,7 +148,7 @@ class PrefillEnd:
             clock=SystemClock(),
             config=CONFIG,
             to_peer=self._to_decode,
-            report=self._say,
+            report=lambda open_id, report: self._say(report),
             source_free=lambda open_id: None,
         )
         self._thread = TransferThread(self.backend, sender=self._sender, on_failure=self._say)

@@ -44,6 +44,7 @@ class SampleRow:
     num_prompt_tokens: int
     mask: bytes | None = None  # of a grammar: which tokens may come (`common.batch.GrammarMask`); None: all
     draft: tuple[int, ...] = ()  # drafted tokens behind them, as if they had been drawn
+    ends_by_grammar: bool = True  # an end token ends the answer where the mask lets it come, though ends be ignored
 
     @property
     def output_index(self) -> int:
@@ -90,7 +91,8 @@ class SampleRow:
         last = self._ends_of_bad_words()
         if self.forbids_end:
             return last | eos_token_ids | set(self.params.stop_token_ids)
-        return last | eos_token_ids if self.params.ignore_eos and self.mask is not None else last
+        goes_on = self.params.ignore_eos and self.mask is not None and self.ends_by_grammar
+        return last | eos_token_ids if goes_on else last
 
     def _ends_of_bad_words(self) -> Set[int]:
         if not self.params.bad_words:
@@ -122,9 +124,10 @@ def sample_rows(batch: Batch) -> list[SampleRow]:
     drawn: list[SampleRow] = []
     for row, mask in zip(rows, masks, strict=True):
         seq, words = row.seq, () if mask is None else (mask.words, *mask.behind_draft)
-        for end in range(1 + len(row.draft)):  # behind a token that may not come, what is drawn does not count
+        for end in range(1 + len(row.draft)):  # where a mask is missing, what is drawn does not count
             draft, allowed = row.draft[:end], words[end] if end < len(words) else None
-            drawn.append(SampleRow(seq.sampling, row.choices, seq.token_ids, seq.num_prompt_tokens, allowed, draft))
+            known = (seq.sampling, row.choices, seq.token_ids, seq.num_prompt_tokens)
+            drawn.append(SampleRow(*known, allowed, draft, seq.ends_by_grammar))
     return drawn
 
 

@@ -21,6 +21,7 @@ from .grammars import FIELDS as GRAMMAR_FIELDS
 from .grammars import AskedGrammar, asked_grammar
 from .text_bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .values import (
+    NO_SEED,
     AnyIds,
     AskedEffort,
     BadWords,
@@ -142,7 +143,7 @@ class GenerationBody(CutPrompts):
         bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> SamplingParams:
         """Return what the workers are told. `max_tokens` is what fits; `seed` is used where the client gave none."""
-        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+        for name in ("logit_bias", "stop_token_ids"):  # `allowed_token_ids` are a grammar's, and checked with it
             if (ids := getattr(self, name)) and max(ids) >= vocab_size:
                 raise RequestError(f"{name}: id {max(ids)} is not below the vocabulary's {vocab_size}", param=name)
         top_k = _given(self.top_k, defaults.top_k)
@@ -162,7 +163,7 @@ class GenerationBody(CutPrompts):
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.computed_logprobs,
             prompt_logprobs=self.asked_prompt_logprobs,
-            seed=_given(self.seed, seed) & _SEED_MASK,
+            seed=_given(None if self.seed == NO_SEED else self.seed, seed) & _SEED_MASK,
         )
 
     @property

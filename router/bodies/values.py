@@ -16,7 +16,7 @@ from ...models.tokenizer import MAX_BYTES_PER_TOKEN, Tokenizer
 from ..state.errors import clip, shown
 from .fields import take_only
 
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_BAD_WORDS = 128
@@ -31,6 +31,8 @@ MAX_TEMPLATE_CHARS = 16_384
 MAX_TEMPLATE_DEPTH = 8
 MAX_TEMPLATE_INT = 1_000_000
 WHOLE_CONTEXT = -1
+NO_SEED = -1  # as with vLLM, whose clients send it where they ask for none
+_PROMPTS_RULE = "must be a string, a list of strings, a list of token ids or a list of token-id lists, and not be empty"
 TEMPLATE_KWARGS = frozenset(  # that clients send to models whose template does not look at them, too
     {
         "enable_thinking",
@@ -65,26 +67,38 @@ def _stops(value: object) -> object:
     return stops
 
 
-def _prompt(value: object, most: int = MAX_PROMPTS, what: str = "prompts") -> object:
+def _prompt(value: object) -> object:
     """Check only the kinds of elements: a JSON array of a million ids has no pydantic error for each."""
-    rule = "must be a string, a list of strings, a list of token ids or a list of token-id lists, and not be empty"
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError(rule)
-    kinds = set(map(type, value))
-    if kinds == {list}:
-        if not all(set(map(type, ids)) == {int} for ids in value):
-            raise ValueError(rule)
-    elif kinds != {int} and kinds != {str}:
-        raise ValueError(rule)
-    if kinds != {int} and len(value) > most:
-        raise ValueError(f"at most {most} {what} in one call, got {len(value)}")
+    odd = _odd_one(value, MAX_PROMPTS, "prompts")
+    if odd is not None:
+        raise ValueError(f"{_PROMPTS_RULE}, got {odd[1]} at [{odd[0]}]")
     return value
 
 
 def _inputs(value: object) -> object:
-    return _prompt(value, MAX_INPUTS, "inputs")
+    """Check as `_prompt` does, and name what is wrong in a list by its index."""
+    odd = _odd_one(value, MAX_INPUTS, "inputs")
+    if odd is not None:
+        where = f"input[{odd[0]}]"
+        raise RequestError(f"'{where}': 'input' {_PROMPTS_RULE}, got {odd[1]}", param=where, code="invalid_value")
+    return value
+
+
+def _odd_one(value: object, most: int, what: str) -> tuple[int, str] | None:
+    """Return the index of the first element that is not as it must be, and what it is; None: all are."""
+    if isinstance(value, str):
+        return None
+    if not isinstance(value, list) or not value:
+        raise ValueError(_PROMPTS_RULE)
+    kind = type(value[0])
+    if kind is not int and len(value) > most:
+        raise ValueError(f"at most {most} {what} in one call, got {len(value)}")
+    if kind in (int, str) and set(map(type, value)) == {kind}:
+        return None
+    for index, one in enumerate(value):
+        if type(one) is not kind or kind not in (int, str, list) or (kind is list and set(map(type, one)) != {int}):
+            return index, shown(one)
+    return None
 
 
 def _ids(value: object) -> object:

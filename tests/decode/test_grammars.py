@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+import pytest
 
 from kvferry.common.batch import RowKind, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar, pack_mask
@@ -112,10 +115,26 @@ def test_a_resumed_answer_and_forked_choices_have_the_grammar() -> None:
 def test_an_end_token_ends_the_answer_though_ends_are_ignored() -> None:
     bench, grammars = _bench()
     spec = bench.spec("a", 5, grammar=GRAMMAR)
-    bench.send(LocalTask(spec=spec))
+    params = msgspec.structs.replace(spec.sampling, ignore_eos=True)
+    bench.send(LocalTask(spec=msgspec.structs.replace(spec, sampling=params)))
     grammars.known[GRAMMAR].is_ready = True
     bench.run(token=EOS)
     assert bench.tokens("a") == {0: [(0, EOS)]} and bench.role.is_quiet
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num_tokens"), [({"ignore_eos": True}, 6), ({"min_tokens": 3}, 3), ({"min_tokens": 0}, 1)]
+)
+def test_an_end_token_among_those_that_are_allowed_ends_what_it_would_end_without_them(
+    sampling: dict[str, Any], num_tokens: int
+) -> None:
+    bench, grammars = _bench()
+    grammar = Grammar("tokens", pack_mask(b"\4\0\0\0"))
+    params = SamplingParams(temperature=0.0, max_tokens=6, **sampling)
+    bench.send(LocalTask(spec=msgspec.structs.replace(bench.spec("a", 5, grammar=grammar), sampling=params)))
+    grammars.known[grammar].is_ready = True
+    bench.run(token=EOS)
+    assert bench.tokens("a") == {0: [(index, EOS) for index in range(num_tokens)]} and bench.role.is_quiet
 
 
 def test_a_grammar_that_cannot_be_compiled_ends_its_requests_with_why() -> None:

@@ -65,6 +65,17 @@ def test_a_higher_class_takes_blocks_from_lower_ones_if_they_suffice() -> None:
     bench.run()
 
 
+def test_nobody_is_preempted_for_blocks_that_a_higher_class_has_in_common_with_it() -> None:
+    bench = TaggedScheduler(8)
+    bench.adopted("kept", 6, 3, arrival=0, priority=0)
+    low = bench.adopted("low", 16, 4, arrival=1, priority=3, first=100)
+    bench.step()
+    bench.prompt("urgent", 26, 3, arrival=2, priority=0, first=100)  # low's four full blocks and three more
+    bench.step()
+    assert low in bench.scheduler.queues.running and not bench.scheduler.num_preemptions
+    bench.run()
+
+
 def test_an_older_sequence_of_the_same_class_waits_for_blocks() -> None:
     bench = TaggedScheduler(6)
     bench.adopted("young", 16, 4, arrival=5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import msgspec
 import pytest
 
@@ -287,6 +290,31 @@ def test_a_prompt_that_waits_beyond_its_deadline_is_dropped() -> None:
     assert isinstance(refused, TaskRefused) and (refused.request_id, refused.reason) == ("late", "expired")
     assert len(bench.tokens("first")[0]) == 4, "what has begun is its router's to end"
     assert bench.role.is_quiet
+
+
+@pytest.mark.parametrize("late", [LocalTask, partial(ReserveKV, queue_if_full=True)])
+@pytest.mark.parametrize("is_full", [False, True])
+def test_an_attempt_is_not_begun_once_room_was_asked_for_the_next(
+    is_full: bool, late: Callable[..., LocalTask | ReserveKV]
+) -> None:
+    bench = Bench(num_blocks=16)
+    if is_full:
+        bench.send(ReserveKV(spec=bench.spec("full", 32)))
+    newer, tokens = msgspec.structs.replace(bench.spec("a", 20), attempt=1), (first_token(0, 5),)
+    bench.send(ReserveKV(spec=newer, queue_if_full=True))
+    bench.send(late(spec=bench.spec("a", 20)))
+    refused = bench.sent[-1]
+    assert isinstance(refused, TaskRefused | NoCapacity) and (refused.attempt, refused.reason) == (0, "stale")
+    assert bench.step() is None and bench.role.counters().stale_messages == 1
+    bench.send(Abort(request_id="full", attempt=0))
+    bench.role.tick()
+    grant = bench.last(Grant)
+    assert isinstance(grant, Grant) and grant.attempt == 1
+    bench.open(newer, grant.grant)
+    bench.arrive(newer, grant.grant, tokens)
+    bench.run()
+    assert bench.tokens("a") == {0: [(0, 5), (1, 9), (2, 9), (3, 9)]}
+    bench.check()
 
 
 def test_an_attempt_that_has_ended_is_not_begun_again() -> None:

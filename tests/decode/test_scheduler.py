@@ -116,6 +116,51 @@ def test_what_a_preempted_prompt_finds_of_its_own_was_not_cached_for_it(num_cach
     assert prompt.num_computed_tokens > num_cached and prompt.num_cached_tokens == num_cached
 
 
+def test_a_prompt_is_counted_once_as_looked_up_however_often_it_is_preempted() -> None:
+    scheduler, _ = _scheduler(num_blocks=8)
+    old, young = _prompt("old", 9), _prompt("young", 9, arrival=1, first=100)
+    for seq in (old, young):
+        scheduler.add(seq)
+    while not scheduler.num_preemptions:
+        _step(scheduler)
+    scheduler.remove(old)
+    _step(scheduler)
+    assert young.block_table and young.num_output_tokens
+    assert (scheduler.blocks.prefix_queries, scheduler.blocks.prefix_hits) == (18, 0)
+
+
+@pytest.mark.parametrize(("is_caching", "prompt_logprobs"), [(False, None), (True, 1)])
+def test_a_prompt_that_is_not_looked_up_is_not_counted(is_caching: bool, prompt_logprobs: int | None) -> None:
+    scheduler, pool = _scheduler()
+    pool.enable_prefix_caching = is_caching
+    seq = _prompt("a", 9)
+    seq.sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
+    scheduler.add(seq)
+    assert _step(scheduler) == [("a", 9)] and scheduler.blocks.prefix_queries == 0
+
+
+def test_choices_that_begin_with_a_parents_prompt_are_not_counted_as_looked_up() -> None:
+    scheduler, pool = _scheduler(num_blocks=3)
+    parent = _adopted(scheduler, pool, "a", 9)
+    child = _prompt("a", 9)
+    child.choice = 1
+    child.token_ids.append(8)
+    scheduler.fork(parent, child)
+    assert not child.block_table, "there was no room for a copy"
+    scheduler.remove(parent)
+    assert _step(scheduler) and scheduler.blocks.prefix_queries == 0
+
+
+def test_there_are_no_more_rows_than_a_step_has_tokens() -> None:
+    scheduler, pool = _scheduler(budget=4, rows=8)
+    seqs = [_adopted(scheduler, pool, f"s{number}", 5, arrival=number) for number in range(6)]
+    assert _step(scheduler) == [(f"s{number}", 1) for number in range(4)]
+    assert (scheduler.num_running, scheduler.num_waiting) == (4, 2)
+    for seq in seqs[:2]:
+        scheduler.remove(seq)
+    assert [name for name, _ in _step(scheduler)] == ["s2", "s3", "s4", "s5"]
+
+
 def test_a_preempted_sequence_keeps_its_tokens_and_is_not_served_before_older_ones() -> None:
     scheduler, pool = _scheduler(num_blocks=4)
     _adopted(scheduler, pool, "old", 8, arrival=0)

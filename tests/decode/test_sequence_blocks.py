@@ -134,7 +134,7 @@ def test_thin_blocks_go_out_and_come_back_into_shares_of_frames() -> None:
     blocks.end()
     assert pool.num_free_blocks == 6
     others = pool.allocate(2)
-    assert blocks.shortage(seq, 1) == 1 and blocks.restore(seq, 0)
+    assert blocks.shortage(seq)[0] == 0 and blocks.restore(seq, 0)
     batch = blocks.begin([])
     assert batch is not None and sum(block < 0 for _, block in batch.swap_in) == 4
     assert [pool.is_thin(block) for block in seq.block_table] == 4 * [True] + 2 * [False]

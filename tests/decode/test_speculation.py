@@ -16,6 +16,7 @@ from kvferry.decode.ngrams import MAX_INDEXED, NgramProposer
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.decode.speculation import Speculation
 from kvferry.kvcache.blocks import BlockPool
+from kvferry.tests.fake_clock import FakeClock
 
 from .bench import BLOCK, SPEC
 
@@ -124,6 +125,16 @@ def test_the_first_step_of_so_many_rows_has_no_drafts_so_that_its_time_is_known(
     assert play(speculation, [sequence("a"), sequence("b")], 1, right=True) == [0]
 
 
+@pytest.mark.parametrize("config", [CONFIG, SpeculativeConfig(method="draft_model", model=Path("draft"))])
+def test_no_more_is_drafted_than_has_masks_in_time(config: SpeculativeConfig) -> None:
+    for limit in (0, 1, 3, 2**31):
+        speculation, seq = Speculation(config, MAX_MODEL_LEN), sequence()
+        speculation.costs.plain_s[1], speculation.costs.share, speculation.costs.depth_share = STEP_S, 0.001, 0.001
+        seq.draft_limit, row = limit, BatchRow(seq, 1)
+        speculation.draft([row], 64, lambda seq, count: count)
+        assert len(row.draft) == min(limit, config.num_speculative_tokens)
+
+
 def test_cheap_drafts_are_verified_whole_and_dear_ones_not_at_all() -> None:
     cheap, dear = Speculation(CONFIG, MAX_MODEL_LEN), Speculation(CONFIG, MAX_MODEL_LEN)
     assert play(cheap, [sequence()], 40, right=True)[-1] == CONFIG.num_speculative_tokens
@@ -134,6 +145,14 @@ def test_a_slow_step_is_forgiven() -> None:
     speculation = Speculation(CONFIG, MAX_MODEL_LEN)
     play(speculation, [sequence()], 20, right=True, token_s=2 * STEP_S)
     assert any(play(speculation, [sequence()], 400, right=True))
+
+
+def test_many_rows_draft_again_after_many_steps_without() -> None:
+    speculation, seqs = Speculation(CONFIG, MAX_MODEL_LEN), [sequence(f"r{number}") for number in range(32)]
+    speculation.costs.share = 0.01
+    for _ in range(500):
+        speculation.observe(Batch(rows_of(seqs)), StepOutput([RowOutput(()) for _ in seqs], STEP_S, 0))
+    assert any(play(speculation, seqs, 5, right=True))
 
 
 def test_one_step_in_many_goes_without() -> None:
@@ -159,6 +178,113 @@ def test_what_has_ended_is_forgotten() -> None:
     play(speculation, [seq], 3, right=True)
     speculation.forget(seq)
     assert not speculation._tracks
+
+
+# --- what looking for drafts takes ----------------------------------------------------------------------------
+
+
+class Slow:
+    """A proposer that takes its time, and is right or never is."""
+
+    def __init__(self, clock: FakeClock, search_s: float) -> None:
+        self._clock, self._search_s = clock, search_s
+        self.is_right = True
+        self.num_looks = 0
+
+    def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
+        self.num_looks += 1
+        self._clock.advance(self._search_s)
+        return tuple(said_at(len(tokens) + number) if self.is_right else 7 for number in range(num_tokens))
+
+
+def said_at(position: int) -> int:
+    return 1 + position % 3
+
+
+class Reader:
+    """What takes in one sequence's tokens before it looks, a microsecond each."""
+
+    def __init__(self, slow: Slow, clock: FakeClock) -> None:
+        self._slow, self._clock, self._num_read = slow, clock, 0
+
+    def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
+        num_new = min(len(tokens) - self._num_read, MAX_INDEXED)
+        self._num_read += num_new
+        self._clock.advance(num_new * 1e-6)
+        return self._slow.propose(tokens, num_tokens) if self._num_read == len(tokens) else ()
+
+
+class Looks:
+    """Rows that say the same again and again, and what was looked for and fed for them."""
+
+    def __init__(self, search_s: float, *, num_rows: int = 1, share: float = 0.01, num_repeats: int = 0) -> None:
+        """`num_repeats`: of what they say, in the prompts, which are read then."""
+        clock = FakeClock()
+        self.slow, self._share = Slow(clock, search_s), share
+        self.speculation = Speculation(
+            CONFIG, 100_000, lambda seq: Reader(self.slow, clock) if num_repeats else self.slow, clock=clock
+        )
+        self._seqs = [sequence(f"r{number}", max_tokens=100_000) for number in range(num_rows)]
+        for seq in self._seqs:
+            seq.token_ids[:0] = [1, 2, 3] * num_repeats
+            seq.num_prompt_tokens = seq.num_computed_tokens = seq.num_tokens - 1
+
+    def step(self) -> tuple[int, int]:
+        """Return how many looks there were, and how many drafted tokens."""
+        rows, num_looks = rows_of(self._seqs), self.slow.num_looks
+        self.speculation.costs.share = self._share
+        self.speculation.draft(rows, 64, lambda seq, count: count)
+        self.speculation.observe(Batch(rows), StepOutput([RowOutput(()) for _ in rows], STEP_S, 0))
+        for row in rows:
+            tokens = row.seq.token_ids
+            for token in (*row.draft, -1):
+                tokens.append(said_at(len(tokens)))
+                if token != tokens[-1]:
+                    break
+            row.seq.num_computed_tokens = row.seq.num_tokens - 1
+        return self.slow.num_looks - num_looks, sum(len(row.draft) for row in rows)
+
+    def steps(self, count: int) -> tuple[list[int], list[int]]:
+        numbers = [self.step() for _ in range(count)]
+        return [looks for looks, _ in numbers], [drafted for _, drafted in numbers]
+
+
+def test_no_draft_is_looked_for_in_a_step_that_has_none() -> None:
+    counts, drafted = Looks(0.0).steps(200)
+    assert counts[0] == 0 and 2 <= counts[10:].count(0) <= 4
+    assert [bool(count) for count in counts] == [bool(count) for count in drafted]
+
+
+def test_no_draft_is_looked_for_where_not_even_a_right_one_would_pay() -> None:
+    assert not any(Looks(0.0, share=1.0).steps(20)[0])
+    assert not any(Looks(0.0, share=0.3, num_rows=4).steps(20)[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_looking_is_worth_its_time_or_takes_little_of_it(num_rows: int) -> None:
+    search_s = 0.1 * STEP_S / num_rows
+    looks = Looks(search_s, num_rows=num_rows)
+    assert sum(looks.steps(100)[0]) > 90 * num_rows
+    looks.slow.is_right = False
+    looks.steps(100)
+    counts, _ = looks.steps(1000)
+    assert 0 < sum(counts) * search_s < 0.025 * 1000 * STEP_S
+    looks.slow.is_right = True
+    looks.steps(100)
+    assert sum(looks.steps(100)[0]) > 90 * num_rows, "it is noticed"
+
+
+def test_taking_in_long_prompts_is_no_search_for_drafts() -> None:
+    looks = Looks(1e-6, num_rows=16, num_repeats=3 * MAX_INDEXED)
+    looks.steps(20)
+    assert sum(looks.steps(50)[1]) > 45 * 16
+
+
+def test_looking_that_takes_longer_than_what_it_saves_is_seldom_done() -> None:
+    search_s = 10 * STEP_S
+    looks = Looks(search_s)
+    looks.steps(100)
+    assert 0 < sum(looks.steps(2000)[0]) * search_s < 0.025 * 2000 * STEP_S
 
 
 # --- by a model -----------------------------------------------------------------------------------------------

@@ -57,6 +57,40 @@ def test_a_step_that_takes_cached_blocks_copies_them_before_it_computes() -> Non
     _run(bench)
 
 
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_what_room_for_forced_tokens_displaced_is_not_copied_out_as_others_have_written_it(is_ended: bool) -> None:
+    bench = TaggedScheduler(8, num_host_blocks=16, budget=64)
+    bench.prompt("a", 6 * BLOCK, 1, first=0)
+    while bench.live:
+        bench.step()
+    seq = bench.adopted("b", BLOCK, 2 * BLOCK, first=100, arrival=1)
+    bench.grant(bench.pool.num_free_blocks - bench.pool.num_cached_blocks)
+    assert bench.scheduler.room_for(seq, BLOCK) == BLOCK - 1 and list(bench.pool.displaced) == seq.block_table[1:]
+    if is_ended:
+        bench.end(seq)
+        bench.grant(1)
+    bench.step()
+    bench.pool.free(bench.granted)
+    bench.granted.clear()
+    _run(bench)
+    bench.prompt("c", 6 * BLOCK + 1, 2, first=0, arrival=2)
+    _run(bench)
+
+
+def test_what_a_sequence_waits_for_from_the_disk_is_asked_for_once() -> None:
+    bench, num_asked = TaggedScheduler(8, num_host_blocks=8, num_disk_blocks=8), 0
+    seq = bench.sequence("a", range(2 * BLOCK))
+
+    def hashes() -> list[bytes]:
+        nonlocal num_asked
+        num_asked += 1
+        return []
+
+    for _ in range(3):
+        bench.cache.awaits(seq, hashes)
+    assert num_asked == 1
+
+
 def test_a_block_that_is_being_copied_is_not_granted() -> None:
     bench = TaggedScheduler(4, num_host_blocks=8, budget=64)
     bench.prompt("a", 3 * BLOCK, 2, first=0)

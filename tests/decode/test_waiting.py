@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from kvferry.common.request import RequestSpec
+from kvferry.kvcache.contents import TokenContents
 from kvferry.wire.fields import Message
 from kvferry.wire.results import Grant, NoCapacity
 from kvferry.wire.tasks import Abort, ReserveKV
@@ -50,6 +51,27 @@ def test_a_reservation_waits_for_blocks_and_gets_them_when_they_come_free() -> N
     bench.step()
     assert _answers(bench) == [("large", "grant")]
     bench.role.check()
+
+
+def test_its_prompt_is_hashed_once_however_often_there_is_other_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, hashes = list[str](), TokenContents.prompt_hashes
+
+    def count(self: TokenContents, spec: RequestSpec) -> list[bytes]:
+        hashed.append(spec.request_id)
+        return hashes(self, spec)
+
+    monkeypatch.setattr(TokenContents, "prompt_hashes", count)
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    _ask(bench, "large", 20)
+    for _ in range(3):
+        blocks = bench.pool.allocate(1)
+        bench.role.tick()
+        bench.pool.free(blocks)
+        bench.role.tick()
+    bench.send(Abort(request_id="full", attempt=0))
+    bench.role.tick()
+    assert _answers(bench) == [("large", "grant")] and hashed == ["full", "large"]
 
 
 def test_without_the_wish_to_wait_it_is_refused_at_once() -> None:

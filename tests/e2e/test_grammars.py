@@ -110,6 +110,13 @@ def test_every_token_is_an_allowed_one(client: OpenAI) -> None:
     answers: Any = [client.completions.create(**{**body, "seed": seed}).choices[0] for seed in range(8)]
     assert {choice.finish_reason for choice in answers} >= {"stop"}
     assert all(set(choice.token_ids) <= {40, 41, 70, 1} for choice in answers)
+    fields["ignore_eos"] = True
+    answers = [client.completions.create(**{**body, "seed": seed}).choices[0] for seed in range(8)]
+    assert {choice.finish_reason for choice in answers} == {"length"}
+    assert any(1 in choice.token_ids[:-1] for choice in answers), "an end is a token like the others"
+    fields["allowed_token_ids"] = [40, 5000]
+    with pytest.raises(openai.BadRequestError, match="has id 5000, which is not below the vocabulary's"):
+        client.completions.create(**body)
 
 
 def test_bad_words_never_come(cluster: Cluster, client: OpenAI) -> None:

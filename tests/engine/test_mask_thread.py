@@ -1,4 +1,4 @@
-"""Masks that are late hold up nobody else: their rows yield nothing until they are known."""
+"""Masks that are late hold up nobody else: their rows yield nothing until they are known, and each is found once."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ HUNG_S = 30.0
 
 
 class _Matcher:
-    """Its mask comes when the gate is open."""
+    """Its mask comes when the gate is open: a word, and behind it how many tokens it has taken."""
 
     def __init__(self, gate: threading.Event, word: int) -> None:
         self._gate = gate
         self._word = bytes([word])
-        self.num_users = self.num_masks = 0
+        self.num_users = self.num_masks = self.num_taken = 0
 
     def accept(self, token_ids: TokenIds[int]) -> None:
-        raise AssertionError("there are no tokens")
+        self.num_taken += len(token_ids)
 
     def rollback(self, num_tokens: int) -> None:
-        raise AssertionError("there are no drafts")
+        self.num_taken -= num_tokens
 
     def mask(self) -> bytes:
         self.num_users += 1
@@ -36,7 +36,7 @@ class _Matcher:
         assert self._gate.wait(HUNG_S)
         self.num_users -= 1
         self.num_masks += 1
-        return self._word
+        return self._word + bytes([self.num_taken] * (self.num_taken > 0))
 
     def forced(self) -> int | None:
         return None
@@ -88,6 +88,92 @@ def test_a_late_mask_is_not_waited_for_and_comes_in_a_later_step() -> None:
     while b"late" in (words := _words(_begin(thread, rows)())):
         pass
     assert words == [b"\2", b"\1", None]
+
+
+DRAFT = (0, 1, 2)
+
+
+def _late(patience_s: float = 0.02) -> tuple[MaskThread, _Grammar, Sequence]:
+    """Let the masks of a row with a draft be late, and come before the next step."""
+    thread, slow = MaskThread(patience_s, idle_s=0.0), _Grammar(0xFF, is_open=False)
+    row = _row(slow)
+    row.num_scheduled_tokens, row.draft = 1 + len(DRAFT), DRAFT
+    assert _words(_begin(thread, [row, _row(None)])()) == [b"late", None]
+    slow.gate.set()
+    [job] = thread._late
+    job.future.result(HUNG_S)
+    assert slow.made.num_masks == 1 + len(DRAFT)
+    return thread, slow, row.seq
+
+
+def _masks_of(thread: MaskThread, seq: Sequence, draft: tuple[int, ...]) -> GrammarMask:
+    seq.num_computed_tokens = seq.num_tokens - 1
+    masks = _begin(thread, [BatchRow(seq, 1 + len(draft), draft), _row(None)])()
+    assert isinstance(masks, list) and isinstance(masks[0], GrammarMask)
+    return masks[0]
+
+
+@pytest.mark.parametrize(
+    ("draft", "num_behind"),
+    [(DRAFT, 3), (DRAFT[:2], 2), ((), 0), ((0, 1, 9), 2), ((0, 1, 2, 3), 3), ((9, 9), 0), ((1, 2), 0)],
+)
+def test_what_was_found_late_is_taken_whatever_is_drafted_by_then(draft: tuple[int, ...], num_behind: int) -> None:
+    """Else a row whose draft is late in every step would never go on."""
+    thread, slow, seq = _late()
+    behind = tuple(bytes([0xFF, number]) for number in range(1, 1 + num_behind))
+    for _ in range(2):  # the first of these steps may have been stopped
+        assert _masks_of(thread, seq, draft) == GrammarMask(b"\xff", behind_draft=behind)
+    assert slow.made.num_masks == 4, "nothing is looked for once more"
+
+
+def test_what_was_found_late_behind_a_draft_is_taken_when_the_answer_has_come_so_far() -> None:
+    thread, slow, seq = _late()
+    seq.token_ids.append(0)
+    assert _masks_of(thread, seq, (1, 9)) == GrammarMask(b"\xff\1", behind_draft=(b"\xff\2",))
+    seq.token_ids.append(1)
+    assert _masks_of(thread, seq, ()) == GrammarMask(b"\xff\2") and slow.made.num_masks == 4
+    seq.token_ids.append(7)
+    assert _masks_of(thread, seq, (1,)).words == b"\xff\3" and slow.made.num_masks == 6, "another token has come"
+    assert not thread._late
+
+
+def test_what_was_found_late_is_kept_for_rows_that_are_there() -> None:
+    thread, _, _ = _late()
+    assert len(thread._late) == 1
+    thread.begin(Batch([_row(None)], may_postpone=True))
+    assert not thread._late
+
+
+@pytest.mark.parametrize("rows", [[], [None], [2]])
+def test_what_was_found_late_is_kept_in_steps_of_prompts_and_of_copies(rows: list[int | None]) -> None:
+    """Else an answer would not go on while such steps take turns with those of answers."""
+    thread, slow, seq = _late()
+    thread.begin(Batch([_row(None if word is None else _Grammar(word)) for word in rows]))
+    thread.begin(Batch([], may_postpone=True))
+    assert _masks_of(thread, seq, ()).words == b"\xff" and slow.made.num_masks == 1 + len(DRAFT)
+
+
+def test_an_error_in_a_late_mask_is_raised_in_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, slow = MaskThread(patience_s=0.02, idle_s=0.0), _Grammar(1, is_open=False)
+    rows = [_row(slow), _row(None)]
+    monkeypatch.setattr(slow.made, "accept", lambda _: 1 / 0)
+    rows[0].num_scheduled_tokens, rows[0].draft = 2, (0,)
+    assert _words(_begin(thread, rows)()) == [b"late", None]
+    slow.gate.set()
+    [job] = thread._late
+    assert isinstance(job.future.exception(HUNG_S), ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        _begin(thread, rows)
+
+
+def test_masks_that_take_long_leave_no_time_for_those_behind_drafts() -> None:
+    """A row has so many drafted tokens as have masks by the time for which a step would wait for it."""
+    thread, seq = MaskThread(patience_s=HUNG_S), _row(_Grammar(1)).seq
+    _begin(thread, [BatchRow(seq, 1)])()
+    assert seq.draft_limit > 100
+    thread = MaskThread(patience_s=0.0)
+    _begin(thread, [BatchRow(seq, 1)], may_postpone=False)()
+    assert seq.draft_limit == 0
 
 
 def test_those_behind_a_late_mask_are_found_by_another_thread() -> None:

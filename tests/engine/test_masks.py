@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as TokenIds
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
-from kvferry.common.batch import BatchRow
-from kvferry.common.grammar import GrammarBroken
-from kvferry.common.request import FinishReason, RequestId, SamplingParams, Sequence, finish_reason
+from kvferry.common.batch import Batch, BatchRow, GrammarMask, RowOutput
+from kvferry.common.grammar import Grammar, GrammarBroken
+from kvferry.common.request import (
+    FinishReason,
+    RequestId,
+    RequestSpec,
+    SampledToken,
+    SamplingParams,
+    Sequence,
+    finish_reason,
+    pack_ids,
+)
 from kvferry.engine import masks
-from kvferry.engine.masks import find_mask, forced_after, next_mask
+from kvferry.engine.masks import find_mask, forced_after, next_mask, with_masks_heeded
 
 
 class _Matcher:
@@ -102,8 +114,8 @@ def test_a_token_that_does_not_fit_is_told() -> None:
 
 
 @pytest.mark.parametrize("params", [SamplingParams(min_tokens=9), SamplingParams(ignore_eos=True)])
-def test_an_end_token_ends_an_answer_that_follows_a_grammar_whatever_else_is_asked(params: SamplingParams) -> None:
-    for follows_grammar, reason in ((True, FinishReason.STOP), (False, None)):
+def test_an_end_token_ends_an_answer_that_a_grammar_ends_whatever_else_is_asked(params: SamplingParams) -> None:
+    for ends_by_grammar, reason in ((True, FinishReason.STOP), (False, None)):
         found = finish_reason(
             params,
             1,
@@ -111,7 +123,7 @@ def test_an_end_token_ends_an_answer_that_follows_a_grammar_whatever_else_is_ask
             num_tokens=5,
             eos_token_ids=frozenset({1}),
             max_model_len=99,
-            follows_grammar=follows_grammar,
+            ends_by_grammar=ends_by_grammar,
         )
         assert found is reason
 
@@ -185,3 +197,81 @@ def test_tokens_with_log_probabilities_are_not_forced() -> None:
     seq = _sequence(_Grammar(), 1)
     seq.sampling = SamplingParams(logprobs=0)
     assert _forced(seq, 15) == ()
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("regex", True), ("json_schema", True), ("tokens", False), ("any", False)])
+def test_grammars_of_texts_end_their_answers_and_those_of_tokens_do_not(kind: str, ends: bool) -> None:
+    spec = RequestSpec(
+        request_id="r", attempt=0, prompt=pack_ids([5]), sampling=SamplingParams(), grammar=Grammar(kind, b"")
+    )
+    assert Sequence.of(spec, 0).ends_by_grammar is ends
+    assert not Sequence.of(msgspec.structs.replace(spec, grammar=None), 0).ends_by_grammar
+
+
+_TOO_MUCH = GrammarBroken("it is too much")
+
+
+class _Panic(BaseException):
+    """As the library's, which is no Exception."""
+
+
+class _Wide(_Matcher):
+    """All tokens may come at every place; a mask takes its thread so many seconds."""
+
+    def __init__(self, clock: list[float], mask_s: float, breaks_at: int, error: BaseException) -> None:
+        super().__init__([])
+        self._clock, self._mask_s, self._breaks_at, self._error = clock, mask_s, breaks_at, error
+
+    def mask(self) -> bytes:
+        if len(self._taken) >= self._breaks_at:
+            raise self._error
+        self._clock[0] += self._mask_s
+        return b"\xff" * 16
+
+
+def _found_behind(
+    monkeypatch: pytest.MonkeyPatch,
+    draft: tuple[int, ...],
+    *,
+    mask_s: float = 0.0,
+    breaks_at: int = 99,
+    error: BaseException = _TOO_MUCH,
+) -> tuple[GrammarMask, Sequence]:
+    """Look for the masks of a draft in a thread that has a second."""
+    clock, seq = [0.0], _sequence(_Grammar())
+    monkeypatch.setattr(masks, "time", SimpleNamespace(thread_time=lambda: clock[0]))
+    monkeypatch.setattr(masks, "MOST_S", math.inf)
+    seq.matcher = _Wide(clock, mask_s, breaks_at, error)
+    mask = find_mask(BatchRow(seq, 1 + len(draft), draft), 1.0)
+    assert mask is not None and not mask.failure
+    return mask, seq
+
+
+@pytest.mark.parametrize(("mask_s", "num_behind"), [(0.0, 4), (0.2, 4), (0.3, 2), (0.5, 1), (0.6, 0), (9.0, 0)])
+def test_masks_behind_a_draft_are_looked_for_while_there_is_time(
+    monkeypatch: pytest.MonkeyPatch, mask_s: float, num_behind: int
+) -> None:
+    mask, seq = _found_behind(monkeypatch, (5, 6, 7, 8), mask_s=mask_s)
+    assert len(mask.behind_draft) == num_behind
+    assert seq.matcher is not None and next_mask(seq) == b"\xff" * 16, "and the matcher stands where it stood"
+
+
+@pytest.mark.parametrize("breaks_at", [1, 2, 3])
+@pytest.mark.parametrize("error", [_TOO_MUCH, _Panic()])
+def test_a_grammar_that_fails_behind_a_draft_fails_where_the_answer_comes_so_far(
+    monkeypatch: pytest.MonkeyPatch, breaks_at: int, error: BaseException
+) -> None:
+    mask, seq = _found_behind(monkeypatch, (5, 6, 7), breaks_at=breaks_at, error=error)
+    assert len(mask.behind_draft) == breaks_at - 1 and not seq.grammar_failure
+
+
+def test_what_was_drawn_without_a_mask_does_not_count() -> None:
+    def heeded(num_behind: int, *runs: tuple[int, ...]) -> list[list[int]]:
+        row = BatchRow(_sequence(_Grammar()), 2)
+        batch = Batch([row], masks=lambda: [GrammarMask(b"\xff", behind_draft=(b"\xff",) * num_behind)])
+        [output] = with_masks_heeded(batch, [RowOutput(tuple(tuple(map(SampledToken, run)) for run in runs))])
+        return [[token.token_id for token in run] for run in output.runs]
+
+    assert heeded(0, (5, 6, 7)) == [[5]] and heeded(1, (5, 6, 7)) == [[5, 6]]
+    assert heeded(2, (5, 6, 7)) == [[5, 6, 7]] and heeded(4, (5, 6)) == [[5, 6]]
+    assert heeded(0, (5,), (6,)) == [[5], [6]], "several choices of one prompt have its mask"

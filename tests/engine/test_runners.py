@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -314,6 +315,31 @@ def test_drafts_are_judged_by_the_masks_behind_them(model_dir: Path, name: str, 
         driver.grow(seq, row.end)
         [output] = engine.step(Batch([row])).rows
         assert [token.token_id for token in output.runs[0]] == right[1 : num_right + 2]
+
+
+@every_kind
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=5, repetition_penalty=1.2)])
+def test_a_grammar_that_breaks_behind_a_draft_fails_as_without_one(
+    model_dir: Path, name: str, sampling: SamplingParams
+) -> None:
+    engine = _engine(model_dir, name)
+    driver, [prompt] = Driver(engine), prompts([9], 500)
+    seq = driver.add(prompt, sampling)
+    seq.grammar = _Residues(breaks_at=3)
+    driver.step([(seq, len(prompt))])
+    right = [token for token in range(VOCAB_SIZE) if token % 7 == 1]
+    # Whatever is drawn of these masks was drafted: the second one's tokens, and then the third one's.
+    sampling = msgspec.structs.replace(sampling, logit_bias={right[3]: 100.0, right[3] + 1: 100.0})
+    seq.sampling, draft = sampling, (right[3], right[3] + 1, right[3] + 2)
+    row = BatchRow(seq, 1 + len(draft), draft)
+    driver.grow(seq, row.end)
+    [output] = engine.step(Batch([row])).rows
+    assert [token.token_id for token in output.runs[0]] == list(draft[:2])
+    assert not output.grammar_failure and output.is_finite
+    seq.token_ids.extend(draft[:2])
+    seq.num_computed_tokens += 2
+    [output] = engine.step(Batch([BatchRow(seq, 1)])).rows
+    assert output.grammar_failure == "as asked" and not output.runs
 
 
 def _alone(engine: Engine, prompt: list[int]) -> tuple[SampledToken, ...]:

@@ -43,10 +43,10 @@ def test_one_token_is_forced_and_several_are_not(vocabulary: Vocabulary) -> None
     assert compile_grammar(vocabulary, of_tokens(8, 9)).forced() is None
 
 
-def test_tokens_beyond_the_vocabulary_never_come(vocabulary: Vocabulary) -> None:
-    assert may_come(compile_grammar(vocabulary, of_tokens(2, SIZE, SIZE + 40, 5000))) == {2}
-    with pytest.raises(RequestError, match="no answer"):
-        compile_grammar(vocabulary, of_tokens(SIZE))
+@pytest.mark.parametrize("token_ids", [(SIZE,), (2, SIZE), (2, 7, SIZE + 40, 5000)])
+def test_tokens_beyond_the_vocabulary_are_refused_by_name(vocabulary: Vocabulary, token_ids: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match=f"id {max(token_ids)}, which is not below the vocabulary's {SIZE}"):
+        compile_grammar(vocabulary, of_tokens(*token_ids))
 
 
 @pytest.mark.parametrize("text", [b"", b"5,6", pack_mask(b"\1\0\0\0")[:-1], pack_mask(b"\1"), pack_mask(b"")])

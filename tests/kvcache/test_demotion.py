@@ -34,3 +34,20 @@ def test_beside_a_step_as_many_tokens_of_long_blocks_are_copied_as_of_short_ones
 def test_an_idle_step_copies_few_long_blocks_until_their_cost_is_known() -> None:
     assert [len(_full(size).idle_copies()) for size in (16, 128, 2048)] == [16, 2, 1]
     assert len(_full(2048, CopyCosts(block_s=0.001, token_s=1.0)).idle_copies()) == 5
+
+
+def test_what_a_block_had_is_copied_while_its_owner_keeps_it_and_not_for_whoever_gets_it_then() -> None:
+    for is_kept in (True, False):
+        demotion = _full(16)
+        pool = demotion._pool
+        held = pool.allocate(NUM_BLOCKS - 1)
+        [block] = demotion.allocate(1, 0)
+        assert list(pool.displaced) == [block] and not demotion.is_quiet
+        if not is_kept:
+            pool.free([block])
+            assert pool.allocate(1) == [block], "by somebody who writes to it at once"
+        assert [copied for copied, _ in demotion.copies(1)] == ([block] if is_kept else [])
+        demotion.end()
+        pool.free([block, *held])
+        pool.check()
+        assert demotion.is_quiet

@@ -414,6 +414,9 @@ def test_steps_are_larger_on_gpus_unless_their_size_is_set() -> None:
     assert sizes(host()) == [512, 512]
     assert sizes(host(2)) == [8192, 2048]
     assert sizes(host(2), max_num_batched_tokens=512) == [512, 512]
+    assert sizes(host(), max_num_seqs=600) == [600, 600]  # each row has a token in a step
+    assert sizes(host(2), max_num_seqs=3000) == [8192, 3000]
+    assert sizes(host(), max_num_seqs=600, max_num_batched_tokens=900) == [900, 900]
 
 
 def test_on_shared_cores_every_worker_yields_while_it_decodes_nothing() -> None:

@@ -80,7 +80,8 @@ class _Play:
             open_id = self.random.choice(list(self.open_of))
             if open_id in self.told:
                 self.told.remove(open_id)
-                assert self.role.router_of(*self.open_of.pop(open_id)) is not None
+                del self.open_of[open_id]
+                assert self.role.router_of(open_id) is not None
             else:
                 self.told.add(open_id)
                 self.role.on_source_free(open_id)

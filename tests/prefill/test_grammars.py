@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvferry.common.batch import RowOutput, StepOutput
 from kvferry.common.grammar import Grammar
+from kvferry.common.request import FinishReason
 from kvferry.engine.masks import find_mask
 from kvferry.tests.fake_grammars import FakeGrammars
 from kvferry.wire.results import FirstToken, WorkerFailure
@@ -28,6 +31,17 @@ def test_a_prompt_waits_for_no_grammar_and_its_first_token_has_the_mask_that_cam
     bench.end(batch, EOS)
     [first] = [message for _, message in bench.sent if isinstance(message, FirstToken)]
     assert [choice.finish for choice in first.choices] == ["stop", "stop"], "an end that its grammar lets come"
+
+
+@pytest.mark.parametrize(("kind", "finish"), [("regex", FinishReason.STOP), ("tokens", None)])
+def test_an_end_that_is_ignored_ends_what_a_grammar_ends(kind: str, finish: FinishReason | None) -> None:
+    bench, _ = _bench()
+    bench.task("a", 9, grammar=Grammar(kind, b"a+"), ignore_eos=True)
+    batch = bench.begin()
+    assert batch is not None
+    bench.end(batch, EOS)
+    [first] = [message for _, message in bench.sent if isinstance(message, FirstToken)]
+    assert [choice.finish for choice in first.choices] == [finish] * 2
 
 
 def test_a_long_prompt_has_the_mask_with_its_last_chunk() -> None:

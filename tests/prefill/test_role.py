@@ -224,7 +224,7 @@ def test_blocks_are_held_until_their_shipment_reads_them_no_more() -> None:
     bench.role.on_source_free(1)  # idempotent
     assert bench.pool.num_owned_blocks == 0
     assert bench.role.num_unfinished == 1, "the decode worker may not have heard of the arrival"
-    assert bench.role.router_of("a", 0) == "R"
+    assert bench.role.router_of(1) == "R"
     assert bench.role.is_quiet and bench.role.num_unfinished == 0
     bench.role.check()
 
@@ -379,7 +379,7 @@ def test_a_drain_lasts_until_every_shipment_has_ended() -> None:
     bench.run()
     bench.role.on_source_free(1)
     assert bench.messages(FirstToken) and bench.role.num_unfinished == 1
-    bench.role.router_of("a", 0)
+    bench.role.router_of(1)
     assert bench.role.num_unfinished == 0
 
 
@@ -401,7 +401,7 @@ def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
     assert list(bench.shipping.cancelled) == [1] and list(bench.shipping.finished) == [2]
     for open_id in (1, 2):
         bench.role.on_source_free(open_id)
-    bench.role.router_of("a", 0), bench.role.router_of("b", 0)
+    bench.role.router_of(1), bench.role.router_of(2)
     bench.role.check()
     assert bench.role.is_quiet and bench.role.counters().nonfinite_rows == 1
     assert bench.pool.num_owned_blocks == 0 and bench.pool.num_cached_blocks == 1, "b's alone"
@@ -416,7 +416,7 @@ def test_log_probabilities_of_a_chunk_end_a_request_before_its_last_one() -> Non
     assert bench.messages(WorkerFailure) and not bench.messages(PromptLogprobs) and bench.begin() is None
     bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
     bench.role.on_source_free(1)
-    bench.role.router_of("a", 0)
+    bench.role.router_of(1)
     bench.role.check()
     assert bench.role.is_quiet and bench.pool.num_free_blocks == bench.pool.num_blocks
     assert not bench.pool.num_cached_blocks

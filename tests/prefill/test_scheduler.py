@@ -100,6 +100,35 @@ def test_a_long_prompt_does_not_starve_behind_a_stream_of_short_ones() -> None:
     pytest.fail("the long prompt never ended")
 
 
+def test_a_step_that_stalled_is_no_new_speed_and_a_prompt_that_came_then_is_not_overtaken_for_long() -> None:
+    scheduler, _, clock = _scheduler(num_blocks=4096, budget=512)
+    for _ in range(50):
+        scheduler.observe(step_s=0.05, num_tokens=512)
+    scheduler.observe(step_s=5.0, num_tokens=64)
+    scheduler.add(_sequence("long", 8000), b"")  # at the speed that there is it takes a second
+    for _ in range(20):
+        scheduler.observe(step_s=0.05, num_tokens=512)
+    clock.advance(3.0)
+    scheduler.add(_sequence("short", 64, first=10_000), b"")
+    assert _step(scheduler)[0] == [("long", 512)]
+
+
+def test_the_first_step_that_is_measured_says_how_slow_a_machine_is() -> None:
+    scheduler, _, _ = _scheduler(num_blocks=1024, budget=512)
+    scheduler.observe(step_s=0.5, num_tokens=100)
+    scheduler.add(_sequence("a", 2000), b"")
+    assert _step(scheduler)[0] == [("a", 100)]
+
+
+def test_a_step_of_few_tokens_says_little_of_the_speed() -> None:
+    scheduler, _, _ = _scheduler(num_blocks=1024, budget=512)
+    for _ in range(5):
+        scheduler.observe(step_s=0.5, num_tokens=1)
+    scheduler.add(_sequence("a", 2000), b"")
+    [(_, num_tokens)] = _step(scheduler)[0]
+    assert num_tokens > 450
+
+
 def test_priority_comes_before_the_due_time() -> None:
     scheduler, _, _ = _scheduler()
     scheduler.add(_sequence("later", 8, priority=1), b"")
@@ -192,3 +221,18 @@ def test_every_prompt_ends_within_the_budget_and_no_block_is_lost(
             break
     assert not expected
     assert pool.num_free_blocks == num_blocks
+
+
+@pytest.mark.parametrize(
+    ("is_caching", "prompt_logprobs", "num_queries"), [(True, None, 9), (False, None, 0), (True, 1, 0)]
+)
+def test_tokens_are_counted_as_looked_up_where_they_are(
+    is_caching: bool, prompt_logprobs: int | None, num_queries: int
+) -> None:
+    scheduler, pool, _ = _scheduler()
+    pool.enable_prefix_caching = is_caching
+    seq = _sequence("a", 9)
+    seq.sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
+    scheduler.add(seq, b"")
+    _step(scheduler)
+    assert (scheduler.prefix_queries, scheduler.prefix_hits) == (num_queries, 0)

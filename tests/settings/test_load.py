@@ -122,6 +122,14 @@ MISTAKES = [
         "max_num_seqs: many",
         ":1: max_num_seqs: must be a whole number, perhaps with a unit such as 32K or 2GiB, not 'many'",
     ),
+    (
+        "max_num_seqs: 9\nmax_num_batched_tokens: 8",
+        ":2: max_num_batched_tokens: must be at least max_num_seqs, which is 9: each of the sequences has a token",
+    ),
+    (
+        "max_num_seqs: 8\ndecode:\n  max_num_batched_tokens: 8\n  max_num_seqs: 9",
+        ":3: decode.max_num_batched_tokens: must be at least max_num_seqs, which is 9",
+    ),
     ("max_model_len: 1", ":1: max_model_len: must hold a prompt token and an answer token"),
     ("prefill:\n  workers: -1", ":2: prefill.workers: must be greater than or equal to 0, not -1"),
     ("decode: 0", ":1: decode.workers: at least one decode worker is needed; for one pool that does both: --prefill 0"),
@@ -289,6 +297,20 @@ def test_missing_file_is_told(tmp_path: Path) -> None:
 def test_rule_between_settings_names_the_flag_that_breaks_it() -> None:
     with pytest.raises(ConfigError, match=r"^--ray-address: only with --launcher ray$"):
         load(flags={"ray_address": Raw("auto", "--ray-address")}, env={}, file=None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_num_batched_tokens: 8",
+        "max_num_seqs: 10000",
+        "max_num_seqs: 8\nmax_num_batched_tokens: 8",
+        "max_num_seqs: 8\nprefill:\n  max_num_batched_tokens: 4",
+        "max_num_seqs: 64\nmax_num_batched_tokens: 8\ndecode:\n  max_num_seqs: 8",
+    ],
+)
+def test_few_tokens_limit_the_sequences_of_a_step_that_were_not_asked_for(tmp_path: Path, text: str) -> None:
+    load_text(tmp_path, text)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -40,6 +40,7 @@ INVARIANTS = {
     "F2": "a block hash has one content, in every tier of every worker",
     "F3": "a prompt waits for a fetch no longer than its router allows, and for no part beyond its lease",
     "F4": "what a fetch publishes was lent when it was read",
+    "F5": "what lay in a block before is copied out only while that is a sequence's, and not a remote writer's",
     "L1": "what a step computes of a request, it computes with the request's adapter",
     "G1": "what may come next in an answer is what its own grammar says there",
     "A1": "the autoscaler takes from no pool its last worker that takes work",

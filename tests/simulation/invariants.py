@@ -173,6 +173,16 @@ def check_counts(name: str, pool: BlockPool) -> None:
         raise Breach("I1", f"{name}: {total} of {pool.num_blocks} blocks")
 
 
+def check_displaced(name: str, pool: BlockPool, receiver: KVReceiver) -> None:
+    """F5."""
+    if not pool.displaced:
+        return
+    written = {block for reservation in receiver.reservations.live.values() for block in reservation.block_ids}
+    for block in pool.displaced:
+        if not pool.ref_count(block) or block in written:
+            raise Breach("F5", f"{name}: block {block} is {'a remote writer' if block in written else 'nobody'}'s")
+
+
 def check_holders(name: str, pool: BlockPool, holders: Iterable[Iterable[BlockId]]) -> None:
     """I1 and I2: every reference has a holder that names it, and the pool's books agree."""
     try:

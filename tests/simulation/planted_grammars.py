@@ -49,7 +49,7 @@ def _force_the_first(seq: Sequence, run: list[int]) -> tuple[int, ...]:
     return ((allowed & -allowed).bit_length() - 1,)
 
 
-def _masks_before(seq: Sequence, words: bytes, draft: tuple[int, ...]) -> tuple[bytes, ...]:
+def _masks_before(seq: Sequence, words: bytes, draft: tuple[int, ...], *times_s: float) -> tuple[bytes, ...]:
     """Every drafted token is judged by the mask before the first."""
     return (words,) * len(draft)
 

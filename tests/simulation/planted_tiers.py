@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvferry.decode.role import DecodeRole
+from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.demotion import Demotion
 from kvferry.kvcache.disk_tier import DiskResult, DiskTier
 from kvferry.kvcache.prefix_cache import PrefixCache
@@ -169,6 +170,16 @@ def _keep_pinned(self: Demotion) -> None:
 _end_demotion = Demotion.end
 
 
+def _free_with_content(self: BlockPool, blocks: Any) -> None:
+    """What lay in a block before is copied out, whoever has been given it meanwhile."""
+    displaced = dict(self.displaced)
+    _free_blocks(self, blocks)
+    self.displaced |= displaced
+
+
+_free_blocks = BlockPool.free
+
+
 # --- roles --------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +236,9 @@ BUGS = (
     Planted("failed disk reads are taken", _CONTENT, _replaced(workers, "DiskTier", _TakesFailedReads), 400),
     Planted("hits in host memory are not copied", _CONTENT, _replaced(PrefixCache, "promote", _promote_late), 200),
     Planted("demoted blocks stay pinned", frozenset({"I2", "I3"}), _replaced(Demotion, "end", _keep_pinned), 200),
+    Planted(
+        "blocks given back are copied out", frozenset({"F5"}), _replaced(BlockPool, "free", _free_with_content), 200
+    ),
     Planted("a role change ends answers", frozenset({"I19"}), _replaced(WorkerCore, "set_role", _drop_answers)),
     Planted(
         "a role change forgets open handoffs", frozenset({"I19"}), _replaced(parts, "DecodeRole", _RoleForgetsWaiting)

@@ -35,7 +35,7 @@ class RoleRules:
         """Every piece of work that the worker has begun."""
         prefill, decode = self._worker.core.prefill, self._worker.core.decode
         found: set[Started] = {("prompt", task.spec.request_id, task.spec.attempt) for task in prefill._tasks}
-        found |= {("shipment", one.request_id, one.open_id) for one in prefill._shipments._opens}
+        found |= {("shipment", one.request_id, open_id) for open_id, one in prefill._shipments._opens.items()}
         for request_id, request in decode._requests._running.items():
             found |= {("answer", request_id, choice) for choice in request.sequences}
         for epoch, reservation in decode.receiver.reservations.live.items():

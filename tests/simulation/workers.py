@@ -47,7 +47,7 @@ from .engine import Engine
 from .followers import Follower
 from .grammars import LateMasks, SimGrammars
 from .heads import HeadsMemory
-from .invariants import check_counts, check_holders, check_reservations
+from .invariants import check_counts, check_displaced, check_holders, check_reservations
 from .kernel import Process, ProcessClock
 from .landings import Landings
 from .memory import Memory
@@ -198,7 +198,7 @@ class Worker:
             clock=self.clock,
             config=scenario.transfer,
             to_peer=self.to_target,
-            report=lambda report: self.core.on_report(report),
+            report=lambda open_id, report: self.core.on_report(open_id, report),
             source_free=lambda open_id: self._shipping.on_rank_free(open_id),
             on_read=lambda fetch_id, outcome, sums: self.core.on_read(rank, fetch_id, outcome, sums),
             sums=self._make_sums(outgoing.memory),
@@ -494,6 +494,7 @@ class Worker:
         if self.process.is_dead:
             return
         check_counts(self.place, self.pool)
+        check_displaced(self.place, self.pool, self.core.receiver)
         self._rules.check_drain()
         self._num_events += 1
         if self._num_events % _BOOKS_EVERY == 0:

@@ -114,7 +114,7 @@ class PrefillSide:
             clock=clock,
             config=TransferConfig(),
             to_peer=lambda address, message: self.outbox.append(message),
-            report=lambda report: None,
+            report=lambda open_id, report: None,
             source_free=self.freed.append,
         )
 

@@ -207,7 +207,7 @@ class Handoff:
             clock=SystemClock(),
             config=TransferConfig(),
             to_peer=self._to_decode,
-            report=self.reports.put,
+            report=lambda open_id, report: self.reports.put(report),
             source_free=lambda open_id: None,
         )
         self.decode_thread = TransferThread(self.there, on_arrived=self._on_arrived, on_failure=_fail)

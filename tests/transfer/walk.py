@@ -124,7 +124,7 @@ class Prefill:
             clock=walk.clock,
             config=TransferConfig(),
             to_peer=lambda address, message: self.to_decode.append((address, message)),
-            report=lambda report: None,
+            report=lambda open_id, report: None,
             source_free=self.freed.append,
             sums=PageSums(self.pages),
             processes=(mark,) if self.is_here else (),

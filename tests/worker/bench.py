@@ -54,9 +54,9 @@ class Shipping:
         over, self._over = self._over, []
         for open_id in over:
             if open_id in self._open:
-                request = self._open.pop(open_id)
+                del self._open[open_id]
                 role.on_source_free(open_id)
-                role.router_of(*request)
+                role.router_of(open_id)
 
     def counters(self) -> SendCounters:
         return SendCounters(0, 0, 0, 0)

@@ -7,6 +7,7 @@ A grant names the agents of now; if they have been replaced by the time it is op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from ...common.clock import Clock
@@ -68,6 +69,7 @@ class Grants:
         max_local_tokens: int,
         growth_reserve: int,
         kept: Kept,
+        hashes: Callable[[], list[bytes]] | None = None,
         refusal: str = "",
     ) -> Grant | NoCapacity:
         """Reserve, as `KVReceiver.reserve`. `refusal`: why nothing new is granted; empty: it is."""
@@ -81,13 +83,19 @@ class Grants:
             self._endings.drop(known, "a newer attempt has begun")
         if refusal:
             return self._no_capacity(spec, refusal)
-        return self._grant(spec, router_id, max_local_tokens, growth_reserve, kept)
+        found = hashes() if hashes is not None else self._contents.prompt_hashes(spec)
+        return self._grant(spec, router_id, found, max_local_tokens, growth_reserve, kept)
 
     def _grant(
-        self, spec: RequestSpec, router_id: str, max_local_tokens: int, growth_reserve: int, kept: Kept
+        self,
+        spec: RequestSpec,
+        router_id: str,
+        hashes: list[bytes],
+        max_local_tokens: int,
+        growth_reserve: int,
+        kept: Kept,
     ) -> Grant | NoCapacity:
         num_tokens, block_size = spec.num_prompt_tokens, self._spec.block_size
-        hashes = self._contents.prompt_hashes(spec)
         if num_tokens - (num_held := self._num_held(hashes) * block_size) <= max_local_tokens:
             return self._no_capacity(spec, "held", num_held)
         hits = self._pool.match_prefix(leading(hashes, self._pool.knows, self._spec.num_left_out(num_tokens)))
@@ -105,7 +113,8 @@ class Grants:
             return self._no_capacity(spec, reason, num_cached)
         self._pool.pin(hits)
         blocks = self._pool.allocate(num_total - len(hits), num_thin)
-        self._counters.prefix_queries += num_tokens
+        if self._pool.enable_prefix_caching:
+            self._counters.prefix_queries += num_tokens
         self._counters.prefix_hits += num_cached
         reservation = self._new_reservation(spec, router_id, hashes, hits, blocks, num_copies)
         return Grant(request_id=spec.request_id, attempt=spec.attempt, grant=reservation.grant)

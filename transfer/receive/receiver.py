@@ -136,7 +136,7 @@ class KVReceiver:
         self.draining = False  # grants and opens nothing more
         self.is_active = True  # False: grants nothing more; what was granted is opened, arrives and is adopted
 
-    # --- what it holds ------------------------------------------------------------------------------------
+    # --- what it holds, and promises ------------------------------------------------------------------------------
 
     @property
     def arrived(self) -> list[Reservation]:
@@ -164,8 +164,6 @@ class KVReceiver:
         """Assert that the reservations' books and the pool's agree."""
         self.reservations.check()
 
-    # --- reserving ----------------------------------------------------------------------------------------
-
     def reserve(
         self,
         spec: RequestSpec,
@@ -175,11 +173,13 @@ class KVReceiver:
         growth_reserve: int = 0,
         kept: Kept = NOTHING_KEPT,
         retains_prefix: bool = True,
+        hashes: Callable[[], list[bytes]] | None = None,
     ) -> Grant | NoCapacity:
         """Reserve blocks for a prompt and for the copies that its choices need; a lower attempt of the request ends.
 
         `growth_reserve` blocks stay free, and what is `kept` for others. "held": what is missing is so little (at
         most `max_local_tokens`) that it should be computed here. `retains_prefix`: the prompt is cached here alone.
+        `hashes`: of the prompt's full blocks, where somebody keeps them; None: they are computed.
         """
         answer = self._grants.reserve(
             spec,
@@ -187,6 +187,7 @@ class KVReceiver:
             max_local_tokens=max_local_tokens,
             growth_reserve=growth_reserve,
             kept=kept,
+            hashes=hashes,
             refusal="draining" if self.draining else "" if self.is_active else "wrong_role",
         )
         if isinstance(answer, Grant) and (found := self.reservations.of_request(spec.request_id)) is not None:
@@ -249,12 +250,11 @@ class KVReceiver:
         """End the request's reservation. `unless_arrived`: keep it if it has arrived, and tell the router which."""
         reservation = self.reservations.of_request(request_id)
         if reservation is not None and reservation.spec.attempt <= attempt:
-            if not unless_arrived:
-                self.endings.drop(reservation, "aborted")
-            elif reservation.state is ReservationState.ARRIVED:
+            if unless_arrived and reservation.state is ReservationState.ARRIVED:
                 self.endings.tell_arrived(reservation)
-            else:
-                self.endings.drop(reservation, "aborted")
+                return
+            self.endings.drop(reservation, "aborted")
+            if unless_arrived:
                 reason = "aborted before it arrived"
                 self.endings.tell_failed(reservation.router_id, reservation.spec, reason, "abort", reservation)
         elif unless_arrived:

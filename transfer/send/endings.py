@@ -32,9 +32,12 @@ class Endings:
         *,
         clock: Clock,
         source_free: Callable[[int], None],
-        report: Callable[[TransferReport], None] | None,
+        report: Callable[[int, TransferReport], None] | None,
     ) -> None:
-        """`shipments`: the books, by open id, which others only add to. `report` None: another rank reports."""
+        """`shipments`: the books, by open id, which others only add to.
+
+        `report(open_id, account)`: the shipment has ended; None: another rank reports.
+        """
         self._shipments = shipments
         self._writes = writes
         self._leases = leases
@@ -88,4 +91,4 @@ class Endings:
         if was_live:
             self._source_free(shipment.open_id)
         if self._report is not None:
-            self._report(shipment.report(clean))
+            self._report(shipment.open_id, shipment.report(clean))

@@ -64,7 +64,7 @@ class KVSender:
         clock: Clock,
         config: TransferConfig,
         to_peer: Callable[[str, Message], None],
-        report: Callable[[TransferReport], None],
+        report: Callable[[int, TransferReport], None],
         source_free: Callable[[int], None],
         on_read: Tell | None = None,
         sums: PageSums | None = None,
@@ -73,6 +73,7 @@ class KVSender:
         max_write_bytes: int = MAX_WRITE_BYTES,
     ) -> None:
         """`num_blocks`: of our own pages. `source_free(open_id)`: the shipment reads its source blocks no more.
+        `report(open_id, account)`: it has ended.
 
         `on_read`: hears of the reads of `reader`, which share our agent and our turns; None: there are none.
         `sums`: over our pages, where checksums are made. `processes`: of all source ranks, where they may copy into

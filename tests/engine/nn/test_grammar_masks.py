@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.common.batch import Batch, BatchRow, GrammarMask
+from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
 from kvferry.engine.cuda.sampling import DeviceSampler
-from kvferry.engine.sampling.sampling import SampleRow, sample, sample_each
+from kvferry.engine.sampling.sampling import SampleRow, sample, sample_each, sample_rows
 
 VOCAB = 50
 EOS = frozenset({0, 1})
-Sampler = Callable[[Tensor, Sequence[SampleRow], frozenset[int]], Sequence[tuple[SampledToken, ...]]]
+Sampler = Callable[[Tensor, Rows[SampleRow], frozenset[int]], Rows[tuple[SampledToken, ...]]]
 
 
 class _NoKernels:
     """No row here asks for top_k or top_p."""
 
 
-def _on_device(logits: Tensor, rows: Sequence[SampleRow], eos: frozenset[int]) -> Sequence[tuple[SampledToken, ...]]:
+def _on_device(logits: Tensor, rows: Rows[SampleRow], eos: frozenset[int]) -> Rows[tuple[SampledToken, ...]]:
     return DeviceSampler(torch.device("cpu"), _NoKernels(), eos).launch(logits, rows).read()  # type: ignore[arg-type]
 
 
@@ -33,9 +36,7 @@ def _mask(*tokens: int) -> bytes:
     return sum(1 << token for token in tokens).to_bytes(8, "little")
 
 
-def _row(
-    params: SamplingParams, *tokens: int, choices: tuple[int, ...] = (0,), output: Sequence[int] = ()
-) -> SampleRow:
+def _row(params: SamplingParams, *tokens: int, choices: tuple[int, ...] = (0,), output: Rows[int] = ()) -> SampleRow:
     return SampleRow(params, choices, [5, 6, *output], 2, _mask(*tokens))
 
 
@@ -43,7 +44,7 @@ def _logits(rows: int = 1) -> Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 
 
-def _ids(sampler: Sampler, rows: Sequence[SampleRow]) -> list[list[int]]:
+def _ids(sampler: Sampler, rows: Rows[SampleRow]) -> list[list[int]]:
     tokens = sampler(_logits(len(rows)), rows, EOS)
     return [[token.token_id for token in of_row] for of_row in tokens]
 
@@ -75,6 +76,27 @@ def test_an_end_that_may_not_come_yet_comes_where_nothing_else_can(sampler: Samp
     many = tuple(range(99))
     assert set(_ids(sampler, [_row(params, 0, 1, 9, choices=many, output=[7])])[0]) == {9}
     assert set(_ids(sampler, [_row(params, 0, 1, choices=many, output=[7])])[0]) == {0, 1}
+
+
+@SAMPLERS
+def test_an_end_is_a_token_like_others_where_no_grammar_ends_the_answer(sampler: Sampler) -> None:
+    """It counts for nothing where ends are ignored, and comes no sooner than it may."""
+    for params, output, wanted in (
+        (SamplingParams(ignore_eos=True), [7], {0, 1, 9}),
+        (SamplingParams(min_tokens=5), [7], {9}),
+        (SamplingParams(min_tokens=5), [7] * 5, {0, 1, 9}),
+    ):
+        row = replace(_row(params, 0, 1, 9, choices=tuple(range(300)), output=output), ends_by_grammar=False)
+        assert set(_ids(sampler, [row])[0]) == wanted
+
+
+@pytest.mark.parametrize("ends_by_grammar", [True, False])
+def test_every_row_of_a_step_knows_whether_a_grammar_ends_its_answer(ends_by_grammar: bool) -> None:
+    seq = Sequence(RequestId("r"), 0, 0, [5, 6], 2, SamplingParams(), ends_by_grammar=ends_by_grammar)
+    masks = [GrammarMask(_mask(3), behind_draft=(_mask(4),))]
+    rows = sample_rows(Batch([BatchRow(seq, 4, (3, 4))], masks=lambda: masks))
+    assert [row.mask for row in rows] == [_mask(3), _mask(4), None]
+    assert [row.ends_by_grammar for row in rows] == [ends_by_grammar] * 3
 
 
 @SAMPLERS

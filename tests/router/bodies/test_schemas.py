@@ -69,7 +69,7 @@ def test_null_means_not_given_for_every_field() -> None:
     ("field", "value"),
     [
         ("n", 0), ("n", 17), ("n", "2"), ("n", 1.5), ("n", True),
-        ("stop", ""), ("stop", ["a"] * 17), ("stop", "x" * 257), ("stop", [1]), ("stop", 5),
+        ("stop", ""), ("stop", ["a"] * 65), ("stop", "x" * 257), ("stop", [1]), ("stop", 5),
         ("seed", 2**63), ("seed", "1"),
         ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", 0),
         ("temperature", -0.1), ("temperature", 1e400), ("temperature", "1"), ("temperature", True),
@@ -111,7 +111,7 @@ def test_a_chats_own_fields_are_checked_too(field: str, value: object) -> None:
 
 def test_a_refusal_says_the_rule_and_what_was_seen() -> None:
     assert str(_refusal(n=17)) == "'n' should be less than or equal to 16, got 17"
-    assert str(_refusal(stop=["a"] * 17)) == "'stop': at most 16 stop strings, got 17"
+    assert str(_refusal(stop=["a"] * 65)) == "'stop': at most 64 stop strings, got 65"
     assert len(str(_refusal(temperature="x" * 10_000))) < 200
 
 
@@ -271,7 +271,7 @@ def test_every_sampling_field_reaches_the_workers() -> None:
     body = _completion(
         temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, presence_penalty=0.2, frequency_penalty=0.3,
         repetition_penalty=1.1, logit_bias={"5": -100, "6": 2.5}, min_tokens=3, stop_token_ids=[9], ignore_eos=True,
-        logprobs=2, prompt_logprobs=4, seed=-1,
+        logprobs=2, prompt_logprobs=4, seed=-2,
     )  # fmt: skip
     sampling = _sampling(body)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 40, 0.1)
@@ -279,7 +279,13 @@ def test_every_sampling_field_reaches_the_workers() -> None:
     assert sampling.logit_bias == {5: -100.0, 6: 2.5}
     assert (sampling.min_tokens, sampling.max_tokens, sampling.stop_token_ids) == (3, 20, (9,))
     assert (sampling.ignore_eos, sampling.logprobs, sampling.prompt_logprobs) == (True, 2, 4)
-    assert 0 <= sampling.seed < 2**63
+    assert sampling.seed == 2**63 - 2
+
+
+def test_a_seed_of_minus_one_is_none() -> None:
+    for body in (_completion(seed=-1), _chat(seed=-1), _completion(seed=None), _completion()):
+        assert _sampling(body).seed == 7
+    assert _sampling(_completion(seed=0)).seed == 0
 
 
 def test_what_is_not_given_comes_from_the_models_defaults_then_from_openais() -> None:

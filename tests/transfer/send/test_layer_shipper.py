@@ -59,7 +59,7 @@ def _sender() -> KVSender:
         clock=FakeClock(),
         config=TransferConfig(),
         to_peer=lambda address, message: None,
-        report=lambda report: None,
+        report=lambda open_id, report: None,
         source_free=lambda open_id: None,
     )
 

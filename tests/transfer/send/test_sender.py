@@ -80,7 +80,7 @@ class Prefill:
             clock=self.clock,
             config=TransferConfig(write_timeout_s=write_timeout_s),
             to_peer=lambda address, message: self.said.append(message),
-            report=self.reports.append,
+            report=lambda open_id, report: self.reports.append(report),
             source_free=self.freed.append,
             sums=PageSums(self.local),
             processes=(ProcessMark("here", 1, 1),) if copies_itself else (),
