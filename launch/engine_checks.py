@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ..common.config import EngineConfig
@@ -15,7 +15,7 @@ from ..common.errors import ConfigError
 from ..kvcache.draft_pages import draft_pages
 from ..kvcache.frames import MIN_CACHE_TOKENS, too_small_a_cache
 from ..models.adapter import NO_LORA_EXPERTS, Adapter, inspect_adapter
-from ..models.checkpoint import check_checkpoint
+from ..models.checkpoint import check_act_order, check_checkpoint
 from ..models.config import ModelConfig
 from ..models.draft import check_draft
 from ..models.files import check_no_code
@@ -34,6 +34,7 @@ from ..sizing.memory import (
     draft_models,
     weight_bytes,
 )
+from ..sizing.rank_tensors import RankTensors
 from ..sizing.weights import item_bytes, lacks_native
 from .host import Host
 from .plan import Deployment
@@ -48,7 +49,7 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
         whole_experts = worker.config.engine.enable_expert_parallel
         if whole_experts and model.experts is None:
             raise ConfigError(f"enable_expert_parallel: {model.architecture} has no experts; leave it away")
-        expert_plan(worker.config.engine, model.experts, model.sparse_layers)
+        plan = expert_plan(worker.config.engine, model.experts, model.sparse_layers)
         counts = model.shared_counts(whole_experts=whole_experts)
         splits = model.tp_sizes(whole_experts=whole_experts)
         if size not in splits:
@@ -59,6 +60,23 @@ def check_model(deployment: Deployment, model: ModelConfig) -> None:
                 f"{', '.join(map(str, splits))}"
             )
         model.check_length(worker.config.engine.max_model_len)
+        held = {} if plan is None else plan.fullest(model.sparse_layers)
+        _check_act_order(worker.config.engine, worker.config.engine.model_dir, model, held)
+
+
+def _check_act_order(
+    engine: EngineConfig, model_dir: Path, model: ModelConfig, held: Mapping[int, Collection[int]]
+) -> None:
+    """Refuse weights in act-order where ranks share their inputs. `held`: as `RankTensors` has it.
+
+    Raises ConfigError.
+    """
+    size, quantization = engine.tensor_parallel_size, model.quantization
+    if size == 1 or engine.load_format == "dummy" or quantization is None or not quantization.is_ordered:
+        return
+    own = RankTensors(model, size, held, is_exchanged=bool(held) and engine.exchanges_experts).matrices()
+    modules = (module for matrix in own if matrix.num_parts > 1 for module in matrix.modules)
+    check_act_order(model_dir, quantization, modules)
 
 
 def check_draft_model(deployment: Deployment, model: ModelConfig) -> None:
@@ -72,6 +90,7 @@ def check_draft_model(deployment: Deployment, model: ModelConfig) -> None:
         draft = check_draft(engine.model_dir, speculative.model, longest, size)
         if engine.load_format != "dummy":
             check_checkpoint(speculative.model, draft)
+            _check_act_order(engine, speculative.model, draft, {})
         sizes[draft_pages(model, draft, engine.kv_cache_dtype, size).name] = size
     if len(sizes) > 1:
         raise ConfigError(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ..common.errors import ConfigError
 from .config import ModelConfig
 from .families.module_names import full_name
 from .families.nested import NESTED
 from .heads import with_embedding
+from .parts.expert_stacks import StackPart
 from .parts.uneven_heads import made_parts
 from .quantization import Quantization
-from .storage import MXFP4_GROUP, Storage
+from .storage import BYTES, FLOATS, MXFP4_GROUP, NO_SHARED_ACT_ORDER, Storage, Types, WantedTensor
 from .stored.safetensors import read_header, safetensors_files
 
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale, or as what k_proj yields.
@@ -35,6 +38,14 @@ _SEEING = tuple(
 )
 
 Shape = tuple[int, ...]
+_WHOLE_NUMBERS = {"I32": "i", "I64": "q"}  # by their codes in an array
+
+
+class StoredTensor(NamedTuple):
+    """Says what a tensor of a checkpoint is."""
+
+    shape: Shape
+    type: str  # of its numbers, as safetensors' headers name it
 
 
 def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
@@ -42,14 +53,57 @@ def check_checkpoint(model_dir: Path, config: ModelConfig) -> None:
 
     Raises ConfigError.
     """
-    found: dict[str, Shape] = {}
+    found: dict[str, StoredTensor] = {}
     for path in safetensors_files(model_dir):
-        found |= _read_shapes(path, config)
+        found |= _read_tensors(path)
+    for name, parts in expert_parts(config, {name: tensor.shape for name, tensor in found.items()}).items():
+        stack = found.pop(name)
+        found |= {part.name: StoredTensor(part.shape, stack.type) for part in parts}
     found = with_embedding(found, is_tied=config.tie_embeddings)
-    wanted, optional = stored_shapes(config.quantization, tensor_shapes(config))
+    wanted, optional = stored_tensors(config.quantization, tensor_shapes(config))
     check_names(set(wanted), set(found) - optional, model_dir, config)
-    for name, shape in wanted.items():
-        check_shape(name, found[name], shape)
+    for name, tensor in wanted.items():
+        check_tensor(name, found[name], tensor)
+
+
+def expert_parts(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, list[StackPart]]:
+    """Return, of each tensor that stands for all experts of a layer, what each of these has of it.
+
+    `shapes`: of all tensors of a checkpoint. Raises ConfigError where experts cannot be told apart in one.
+    """
+    experts, quantization = config.experts, config.quantization
+    if experts is None:
+        return {}
+    block_of = (lambda module: None) if quantization is None else quantization.block_of
+    return experts.parts_in(shapes, config.hidden_size, block_of)
+
+
+def check_act_order(model_dir: Path, quantization: Quantization | None, modules: Iterable[str]) -> None:
+    """Refuse weights in act-order of modules whose inputs are shared by ranks, before any weight is read.
+
+    What says of each input which group it is of is read, and is small: inputs may stand in order in spite of
+    config.json. Nothing is read where that tells of no act-order. Raises ConfigError.
+    """
+    if quantization is None or not quantization.is_ordered:
+        return
+    stored = ((module, quantization.storage(module)) for module in modules)
+    indices = ((own.group_index(module), module) for module, own in stored if own is not None)
+    names = {index: module for index, module in indices if index is not None}
+    for path in safetensors_files(model_dir) if names else ():
+        begin, header = read_header(path)
+        for name, entry in header.items():
+            code = _WHOLE_NUMBERS.get(str(entry.get("dtype")))
+            if (module := names.get(full_name(name))) is None or code is None:
+                continue
+            try:
+                first, end = _list(entry["data_offsets"])
+                with path.open("rb") as file:
+                    file.seek(begin + first)
+                    groups = array(code, file.read(end - first)).tolist()
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                raise ConfigError(f"{path} cannot be read: {name}: {error!r}") from error
+            if groups != sorted(groups):
+                raise ConfigError(f"{model_dir}: {module}: {NO_SHARED_ACT_ORDER}")
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -77,20 +131,23 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def stored_shapes(quantization: Quantization | None, plain: Mapping[str, Shape]) -> tuple[dict[str, Shape], set[str]]:
+def stored_tensors(
+    quantization: Quantization | None, plain: Mapping[str, Shape]
+) -> tuple[dict[str, WantedTensor], set[str]]:
     """Return the tensors that a checkpoint must have, and the names of those that it may have besides.
 
-    `plain` are those that it would have in plain numbers.
+    `plain` are those that it would have in plain numbers. Raises ConfigError where groups do not fit.
     """
-    required: dict[str, Shape] = {}
+    required: dict[str, WantedTensor] = {}
     optional: set[str] = set()
     for name, shape in plain.items():
         storage, module = matrix_storage(quantization, name, shape), name.removesuffix(".weight")
         if quantization is not None and quantization.has_mxfp4_experts and len(shape) == 3:
             groups = (shape[0], shape[2], shape[1] // MXFP4_GROUP)  # experts' matrices alone have three dimensions
-            required |= {f"{name}_blocks": (*groups, MXFP4_GROUP // 2), f"{name}_scales": groups}
+            required[f"{name}_blocks"] = WantedTensor((*groups, MXFP4_GROUP // 2), BYTES)
+            required[f"{name}_scales"] = WantedTensor(groups, BYTES)
         elif storage is None:
-            required[name] = shape
+            required[name] = WantedTensor(shape)
         else:
             required |= storage.tensors(module, shape[0], shape[1])
             optional.update(storage.optional_tensors(module, shape[0], shape[1]))  # `|=` of keys copies the set
@@ -189,11 +246,20 @@ def _is_of_borrower(name: str, config: ModelConfig) -> bool:
     return name.endswith(tuple(f".self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm", "v_norm")))
 
 
-def check_shape(name: str, found: Shape, wanted: Shape) -> None:
+def check_tensor(name: str, found: StoredTensor, wanted: WantedTensor) -> None:
     """Raises ConfigError. A scale for a whole tensor, or each output, may stand in any number of dimensions."""
-    same = found == wanted if name.endswith((".weight", ".bias")) else _without_ones(found) == _without_ones(wanted)
+    is_exact = name.endswith((".weight", ".bias"))
+    same = found.shape == wanted.shape if is_exact else _without_ones(found.shape) == _without_ones(wanted.shape)
     if not same:
-        raise ConfigError(f"tensor {name} has shape {list(found)}, config.json implies {list(wanted)}")
+        raise ConfigError(f"tensor {name} has shape {list(found.shape)}, config.json implies {list(wanted.shape)}")
+    if found.type not in wanted.types:
+        raise ConfigError(f"tensor {name} holds {found.type}, config.json implies {_told(wanted.types)}")
+
+
+def _told(types: Types) -> str:
+    if not set(FLOATS) <= set(types):
+        return " or ".join(types)
+    return " or ".join(["floats", *(each for each in types if each not in FLOATS)])
 
 
 def _without_ones(shape: Shape) -> Shape:
@@ -204,23 +270,20 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _read_shapes(path: Path, config: ModelConfig) -> dict[str, Shape]:
-    """Return the tensors in a file; of a stack of experts, those that each expert's would be."""
+def _read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return what a file's header tells of its tensors."""
     begin, header = read_header(path)
     try:
-        shapes = {full_name(name): tuple(int(n) for n in _list(entry["shape"])) for name, entry in header.items()}
+        found = {
+            full_name(name): StoredTensor(tuple(int(n) for n in _list(entry["shape"])), str(entry["dtype"]))
+            for name, entry in header.items()
+        }
         end = begin + max((int(_list(entry["data_offsets"])[1]) for entry in header.values()), default=0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: its header is malformed: {error!r}") from error
     size = path.stat().st_size
     if size != end:
         raise ConfigError(f"{path} has {size} bytes where its header tells of {end}: it was cut short, or damaged")
-    if (experts := config.experts) is None or experts.stacks is None:
-        return shapes
-    found: dict[str, Shape] = {}
-    for name, shape in shapes.items():
-        parts = experts.parts_of(name, shape, config.hidden_size)
-        found |= {part.name: part.shape for part in parts} if parts else {name: shape}
     return found
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..common.errors import ConfigError
+from .families.lookup import GATES
 from .families.module_names import matches
-from .parts.experts import GATES
 from .storage import Form, Storage
 
 AT_LOAD = ("int8", "int4", "fp8")  # what `--quantization` rounds a plain checkpoint to
@@ -25,6 +25,7 @@ LAYER_TABLE = "model.embed_tokens_per_layer"  # what each layer is given of a to
 CARD_ROWS = 128
 FLOAT8_CAPABILITY = (9, 0)  # of GPUs whose products of 8-bit floats take a scale for each row and each column
 FLOAT8_MULTIPLE = 16  # numbers: of which such products take rows and columns
+_GATES = tuple(f".{gate}" for gate in GATES)
 KEPT_GROUP = 16  # inputs: groups of multiples are multiplied by as they are (`engine/cuda/coded_kernel.py`)
 
 
@@ -45,7 +46,7 @@ class Rule:
         if self.target.startswith("re:"):
             return matches(self.target.removeprefix("re:"), module, is_nested=self.is_nested)
         if self.target == "Linear":  # tools leave gates plain without a word: many libraries have no linear there
-            return not module.endswith(GATES)
+            return not module.endswith(_GATES)
         return f".{self.target}." in f".{module}."
 
 
@@ -109,6 +110,11 @@ class Quantization:
             bits = 8  # twice such a float is a whole number
         return Form(bits, sizes, any(form.has_minima for form in forms), is_e2m1=are_e2m1 == {True})
 
+    def block_of(self, module: str) -> tuple[int, int] | None:
+        """Return the outputs and inputs of a linear that share a scale in the checkpoint; None: it has no blocks."""
+        storage = self.storage(module)
+        return storage.block if storage is not None and storage.sharing == "block" else None
+
     def has_float8(self, modules: Iterable[str]) -> bool:
         """Tell whether all parts of the matrix that these are fused into are 8-bit floats, stored or once loaded."""
         return all(kept is not None and kept.is_float8 for kept in map(self.storage, modules))
@@ -132,6 +138,11 @@ class Quantization:
         """Tell whether the matrix that these are fused into is rounded to 8-bit floats while it is loaded."""
         storages = map(self.storage, modules)
         return all(kept is not None and kept.layout == "plain" and kept.is_float8 for kept in storages)
+
+    @property
+    def is_ordered(self) -> bool:
+        """Tell whether inputs of some matrix stand in act-order."""
+        return any(rule.storage is not None and rule.storage.is_ordered for rule in self.rules)
 
     @property
     def is_rounded_float8(self) -> bool:

@@ -9,22 +9,36 @@ from dataclasses import replace
 from .families.module_names import full_name
 from .parts.config_fields import ConfigFields
 from .quantization import Quantization, Rule
-from .quantization_fields import bits_of, block_of, choice, excluded_by, flat, group_size_of, kind_of, named, rule_of
+from .quantization_fields import (
+    bits_of,
+    block_of,
+    choice,
+    choice_of_any,
+    excluded_by,
+    flat,
+    group_size_of,
+    is_class,
+    named,
+    order_of,
+    rule_of,
+)
 from .storage import FLOAT4_KINDS, GGUF_KINDS, Layout, Storage
 
 MODELOPT_FILE = "hf_quant_config.json"  # what NVIDIA's Model Optimizer writes, and nothing to config.json at first
 
+_KEYS = ("quantization_config", "compression_config")  # the second by compressed-tensors at first
 _HEAD = Rule("lm_head", None)
 
 
 def read_quantization(config: ConfigFields) -> Quantization | None:
     """Return what config.json says of its matrices; None: they are plain. Raises ConfigError."""
-    fields = config.mapping("quantization_config")
+    key = config.told(_KEYS)
+    fields = config.mapping(key)
     if fields is None:
         return None
     method = fields.raw.get("quant_method")
     if not isinstance(method, str) or method not in _READERS:
-        raise config.refuse("quantization_config", f"of its quant_method, these are read: {', '.join(_READERS)}")
+        raise config.refuse(key, f"of its quant_method, these are read: {', '.join(_READERS)}")
     found = _READERS[method](fields)
     is_nested = config.has("text_config")
     rules = [Rule(full_name(rule.target), rule.storage, is_nested=is_nested) for rule in found.rules]
@@ -34,13 +48,13 @@ def read_quantization(config: ConfigFields) -> Quantization | None:
 def with_modelopt(config: Mapping[str, object], beside: Mapping[str, object]) -> dict[str, object]:
     """Return config.json with what the file of Model Optimizer `beside` it says, unless it says something itself."""
     told = beside.get("quantization")
-    if config.get("quantization_config") is not None or not isinstance(told, dict):
+    if any(config.get(key) is not None for key in _KEYS) or not isinstance(told, dict):
         return dict(config)
     return {**config, "quantization_config": {"quant_method": "modelopt", **told}}
 
 
 def _gptq(fields: ConfigFields) -> Quantization:
-    kind = choice(fields, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
+    kind = choice_of_any(fields, ("checkpoint_format", "format"), "gptq", ("gptq", "gptq_v2"))
     choice(fields, "pack_dtype", "int32", ("int32",))
     symmetric = fields.flag("sym", default=True)
     storage = Storage(
@@ -49,6 +63,8 @@ def _gptq(fields: ConfigFields) -> Quantization:
         group_size=group_size_of(fields),
         symmetric=symmetric,
         one_less=kind == "gptq",
+        # With groups that are told before inputs are ordered, each is of neighbours again.
+        is_ordered=fields.flag("desc_act", default=False) and not fields.flag("static_groups", default=False),
     )
     rules = [] if fields.flag("lm_head", default=False) else [_HEAD]
     if (dynamic := fields.mapping("dynamic")) is not None:
@@ -56,18 +72,18 @@ def _gptq(fields: ConfigFields) -> Quantization:
             raise fields.refuse("dynamic", "of its rules for single modules only exclusions (-:) are supported")
         rules += [rule_of(fields, f"re:{pattern[2:]}", None) for pattern in dynamic.raw]
     targets = list(flat(fields.raw.get("modules_in_block_to_quantize"))) or ["Linear"]
-    return named(fields, storage, [*rules, *(rule_of(fields, target, storage) for target in targets)])
+    return named(fields, [*rules, *(rule_of(fields, target, storage) for target in targets)])
 
 
 def _awq(fields: ConfigFields) -> Quantization:
-    choice(fields, "version", "gemm", ("gemm", "GEMM"))
+    choice_of_any(fields, ("version", "format"), "gemm", ("gemm",))
     if not fields.flag("zero_point", default=True):
         raise fields.refuse("zero_point", "only AWQ with zero points is supported")
     if (bits := bits_of(fields, "bits")) != 4:
         raise fields.refuse("bits", "only AWQ with 4 bits is supported")
     storage = Storage(layout="awq", bits=bits, group_size=group_size_of(fields), symmetric=False)
     rules = [_HEAD, *excluded_by(fields, "modules_to_not_convert"), Rule("Linear", storage)]
-    return named(fields, storage, rules)
+    return named(fields, rules)
 
 
 def _fp8(fields: ConfigFields) -> Quantization:
@@ -79,7 +95,7 @@ def _fp8(fields: ConfigFields) -> Quantization:
     if block is not None:
         storage = Storage(layout="float8", sharing="block", block=block_of(fields, block), scale_name=scale_name)
     excluded = [*excluded_by(fields, "modules_to_not_convert"), *excluded_by(fields, "ignored_layers")]
-    return named(fields, storage, [_HEAD, *excluded, Rule("Linear", storage)])
+    return named(fields, [_HEAD, *excluded, Rule("Linear", storage)])
 
 
 _MODELOPT_KINDS = {
@@ -96,7 +112,7 @@ def _modelopt(fields: ConfigFields) -> Quantization:
     storage = _modelopt_storage(fields)
     patterns = [*flat(fields.raw.get("exclude_modules")), *flat(fields.raw.get("ignore"))]
     excluded = [rule_of(fields, _with_wildcards(pattern), None) for pattern in patterns]
-    return named(fields, storage, [*excluded, Rule("Linear", storage)])
+    return named(fields, [*excluded, Rule("Linear", storage)])
 
 
 def _mixed_modelopt(fields: ConfigFields) -> Quantization:
@@ -106,8 +122,7 @@ def _mixed_modelopt(fields: ConfigFields) -> Quantization:
         raise fields.refuse("quantized_layers", "names no module")
     found = [(name, layers.mapping(name)) for name in layers.raw]
     rules = [Rule(name, _modelopt_storage(own)) for name, own in found if own is not None]
-    kinds = sorted({kind_of(rule.storage) for rule in rules if rule.storage is not None})
-    return Quantization(name=f"modelopt {'+'.join(kinds)}", method="modelopt", rules=tuple(rules))
+    return named(fields, rules)
 
 
 def _modelopt_storage(fields: ConfigFields) -> Storage:
@@ -162,6 +177,7 @@ _FORMATS: dict[str, Layout] = {
     "nvfp4-pack-quantized": "float4",
     "mxfp4-pack-quantized": "float4",
 }
+_ACT_ORDERS = ("group", "dynamic", True)  # names of one thing; "weight" and "static": groups are of neighbours
 
 
 def _compressed_tensors(fields: ConfigFields) -> Quantization:
@@ -170,8 +186,7 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
         if part is not None and part.raw.get("format", name if part.raw else "dense") != "dense":
             raise fields.refuse(name, "is not supported")
     groups = fields.mapping("config_groups")
-    rules = excluded_by(fields, "ignore")
-    storage = None
+    rules: list[Rule] = []
     for name in groups.raw if groups is not None else ():
         group = groups.mapping(name) if groups is not None else None
         if group is None or (weights := group.mapping("weights")) is None:
@@ -187,12 +202,12 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
         else:
             storage = _compressed(weights, layout)
         targets = list(flat(group.raw.get("targets")))
-        if unknown := [target for target in targets if target != "Linear" and ":" not in target and "." not in target]:
+        if unknown := [target for target in targets if is_class(target) and target != "Linear"]:
             raise group.refuse("targets", f"{unknown[0]} is not supported; Linear, names and re: are")
         rules += [rule_of(fields, target, storage) for target in targets]
-    if storage is None:
+    if not rules:
         raise fields.refuse("config_groups", "names no group")
-    return named(fields, storage, rules)
+    return named(fields, [*excluded_by(fields, "ignore"), *sorted(rules, key=lambda rule: order_of(rule.target))])
 
 
 def _compressed_float4(weights: ConfigFields, kind: str) -> Storage:
@@ -220,9 +235,13 @@ def _compressed(weights: ConfigFields, layout: Layout) -> Storage:
             raise weights.refuse("strategy", "is supported of FP8 alone")
         block = block_of(weights, weights.raw.get("block_structure"))
         return Storage(layout=layout, sharing="block", block=block)
+    is_ordered = weights.raw.get("actorder") in _ACT_ORDERS
+    if is_ordered and layout != "packed":
+        raise weights.refuse("actorder", "is read of pack-quantized alone")
     return Storage(
         layout=layout,
         bits=bits,
+        is_ordered=is_ordered,
         group_size=weights.count("group_size") if strategy == "group" else 0,
         symmetric=symmetric,
         sharing="tensor" if strategy == "tensor" else "group",

@@ -13,11 +13,16 @@ from .storage import Storage
 _MAX_REPEATS = 4  # of an expression: with each more the time it may take grows by the length of a module's name
 
 
-def named(fields: ConfigFields, storage: Storage, rules: list[Rule]) -> Quantization:
-    method, what = str(fields.raw["quant_method"]), kind_of(storage)
-    size = f" in groups of {storage.group_size}" if storage.group_size else ""
-    name = what if what == method else f"{method} {what}{size}"
+def named(fields: ConfigFields, rules: list[Rule]) -> Quantization:
+    """Make what rules say. Workers tell forms of weights apart by its name, so all that a checkpoint has are in it."""
+    method = str(fields.raw["quant_method"])
+    forms = sorted({_form_of(rule.storage) for rule in rules if rule.storage is not None})
+    name = method if forms == [method] else f"{method} {'+'.join(forms)}"
     return Quantization(name=name, method=method, rules=tuple(rules))
+
+
+def _form_of(storage: Storage) -> str:
+    return kind_of(storage) + (f" in groups of {storage.group_size}" if storage.group_size else "")
 
 
 def kind_of(storage: Storage) -> str:
@@ -34,6 +39,17 @@ def choice(fields: ConfigFields, key: str, default: str, known: tuple[str, ...])
     return str(value)
 
 
+def choice_of_any(fields: ConfigFields, keys: tuple[str, ...], default: str, known: tuple[str, ...]) -> str:
+    """Return what several names of one thing say, whatever their case. Those that are told must say the same."""
+    told = {str(fields.raw[key]).lower(): key for key in keys if fields.has(key)}
+    for value, key in told.items():
+        if value not in known:
+            raise fields.refuse(key, f"is not supported; these are: {', '.join(known)}")
+    if len(told) > 1:
+        raise fields.refuse(keys[0], f"and {keys[1]} = {fields.raw[keys[1]]!r}: they must say the same")
+    return next(iter(told), default)
+
+
 def bits_of(fields: ConfigFields, key: str) -> int:
     if (bits := fields.count(key)) not in (4, 8):
         raise fields.refuse(key, "4 and 8 bits are supported")
@@ -48,6 +64,15 @@ def block_of(fields: ConfigFields, value: object) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(n, int) and n > 0 for n in value):
         raise ConfigError(f"{fields.path}: quantization_config: {value!r} is no block: two whole numbers above 0")
     return (value[0], value[1])
+
+
+def order_of(target: str) -> int:
+    """Return the place of a rule among those of compressed-tensors: names, then expressions, then classes."""
+    return 2 if is_class(target) else 1 if target.startswith("re:") else 0
+
+
+def is_class(target: str) -> bool:
+    return target[:1].isupper()
 
 
 def excluded_by(fields: ConfigFields, key: str) -> list[Rule]:

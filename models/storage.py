@@ -14,9 +14,15 @@ from typing import Literal, NamedTuple
 from ..common.errors import ConfigError
 
 Shape = tuple[int, ...]
+Types = tuple[str, ...]  # of a tensor's numbers, as safetensors' headers name them
 Layout = Literal["plain", "integers", "packed", "float8", "float4", "gptq", "awq", "gguf"]
 Sharing = Literal["tensor", "group", "block"]  # what has a scale of its own
 
+FLOATS: Types = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+BYTES: Types = ("U8",)
+_WORDS: Types = ("I32",)
+_WHOLE: Types = ("I8", "U8", "I16", "I32", "I64")
+_INDICES: Types = ("I32", "I64")
 MXFP4_GROUP = 32  # inputs that share a scale
 CARD_OUTPUTS = 8  # of which a GPU's product of nibbles takes multiples
 _CARD_GROUPS = (32, 256)  # the least inputs of a group that it takes, and the most
@@ -68,6 +74,13 @@ class Form(NamedTuple):
         return num_outputs * (halves * (num_inputs // 2 + 4 * num_inputs // self.card_group) + results)
 
 
+class WantedTensor(NamedTuple):
+    """Says what a tensor of a checkpoint must be."""
+
+    shape: Shape
+    types: Types = FLOATS
+
+
 class GgufKind(NamedTuple):
     """A kind of GGUF's blocks."""
 
@@ -109,6 +122,13 @@ FLOAT4_KINDS = {
 }
 
 
+NO_SHARED_ACT_ORDER = (
+    "weights in act-order cannot be shared by ranks: a rank's inputs belong to groups of all of them; "
+    "use --tensor-parallel-size 1"
+)
+_GROUP_INDEX: dict[Layout, str] = {"gptq": "g_idx", "packed": "weight_g_idx"}
+
+
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Storage:
     """A `Storage` says how one matrix stands in a checkpoint."""
@@ -121,6 +141,7 @@ class Storage:
     block: tuple[int, int] = (0, 0)  # outputs and inputs that share a scale
     scale_name: str = "weight_scale"
     one_less: bool = False  # GPTQ: zeros are stored less one
+    is_ordered: bool = False  # act-order: a tensor must say of each input which group it is of
     kind: str = ""  # GGUF's, or of 4-bit floats; of plain ones "float8": what they are rounded to at load
 
     @property
@@ -146,45 +167,62 @@ class Storage:
             raise ConfigError(f"{name}: its {num_inputs} inputs are no whole groups of {group_size}")
         return form
 
-    def tensors(self, name: str, num_outputs: int, num_inputs: int) -> dict[str, Shape]:
-        """Return the tensors of a matrix that a checkpoint must have."""
+    def tensors(self, name: str, num_outputs: int, num_inputs: int) -> dict[str, WantedTensor]:
+        """Return the tensors of a matrix that a checkpoint must have. Raises ConfigError where groups do not fit."""
+        self.form(name, num_inputs)
         in_words, out_words = (-(-size * self.bits // 32) for size in (num_inputs, num_outputs))
         num_groups = num_inputs // (self.group_size or num_inputs)
-        of_groups = {"qzeros": (num_groups, out_words), "scales": (num_groups, num_outputs)}
-        shapes: dict[str, Shape]
+        of_groups = {
+            "qzeros": WantedTensor((num_groups, out_words), _WORDS),
+            "scales": WantedTensor((num_groups, num_outputs)),
+        }
+        tensors: dict[str, WantedTensor]
         match self.layout:
             case "gptq":
-                shapes = {"qweight": (in_words, num_outputs), **of_groups}
+                tensors = {"qweight": WantedTensor((in_words, num_outputs), _WORDS), **of_groups}
             case "awq":
-                shapes = {"qweight": (num_inputs, out_words), **of_groups}
+                tensors = {"qweight": WantedTensor((num_inputs, out_words), _WORDS), **of_groups}
             case "packed":
-                shapes = {"weight_packed": (num_outputs, in_words), "weight_scale": (num_outputs, num_groups)}
+                tensors = {"weight_packed": WantedTensor((num_outputs, in_words), _WORDS)}
+                tensors["weight_scale"] = WantedTensor((num_outputs, num_groups))
                 if not self.symmetric:
-                    shapes["weight_zero_point"] = (out_words, num_groups)
+                    tensors["weight_zero_point"] = WantedTensor((out_words, num_groups), _WORDS)
             case "gguf":
                 kind = GGUF_KINDS[self.kind]
-                shapes = {"weight": (num_outputs, num_inputs // kind.size * kind.num_bytes)}
+                tensors = {"weight": WantedTensor((num_outputs, num_inputs // kind.size * kind.num_bytes), BYTES)}
             case "float4":
                 group_size, numbers, whole_scale, _ = FLOAT4_KINDS[self.kind]
-                shapes = {numbers: (num_outputs, num_inputs // 2)}
-                shapes["weight_scale"] = (num_outputs, num_inputs // group_size)
+                types = FLOATS if whole_scale else BYTES
+                tensors = {numbers: WantedTensor((num_outputs, num_inputs // 2), BYTES)}
+                tensors["weight_scale"] = WantedTensor((num_outputs, num_inputs // group_size), types)
                 if whole_scale:
-                    shapes[whole_scale] = (1,)
+                    tensors[whole_scale] = WantedTensor((1,))
             case "plain":
-                shapes = {"weight": (num_outputs, num_inputs)}
+                tensors = {"weight": WantedTensor((num_outputs, num_inputs))}
             case _:
-                scales = self._shape_of_scales(num_outputs, num_inputs)
-                shapes = {"weight": (num_outputs, num_inputs), self.scale_name: scales}
-                if not self.symmetric:
-                    shapes["weight_zero_point"] = scales
-        return {f"{name}.{suffix}": shape for suffix, shape in shapes.items()}
+                tensors = self._with_scales(num_outputs, num_inputs)
+        if self.is_ordered and num_groups > 1:
+            tensors[_GROUP_INDEX[self.layout]] = WantedTensor((num_inputs,), _INDICES)
+        return {f"{name}.{suffix}": wanted for suffix, wanted in tensors.items()}
 
-    def _shape_of_scales(self, num_outputs: int, num_inputs: int) -> Shape:
+    def _with_scales(self, num_outputs: int, num_inputs: int) -> dict[str, WantedTensor]:
+        """Return the tensors of a matrix whose numbers stand in it one by one."""
+        numbers, is_float = (num_outputs, num_inputs), self.layout == "float8"
         if self.sharing == "tensor":
-            return (1,)
-        if self.sharing == "block":
-            return (-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1]))
-        return (num_outputs, num_inputs // (self.group_size or num_inputs))
+            scales: Shape = (1,)
+        elif self.sharing == "block":
+            scales = (-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1]))
+        else:
+            scales = (num_outputs, num_inputs // (self.group_size or num_inputs))
+        tensors = {"weight": WantedTensor(numbers, ("F8_E4M3",) if is_float else ("I8",))}
+        tensors[self.scale_name] = WantedTensor(scales, (*FLOATS, *BYTES) if is_float else FLOATS)
+        if not self.symmetric:
+            tensors["weight_zero_point"] = WantedTensor(scales, (*_WHOLE, *FLOATS))
+        return tensors
+
+    def group_index(self, name: str) -> str | None:
+        """Return the name of the tensor that says of each input which group it is of; None: inputs stand in order."""
+        return f"{name}.{_GROUP_INDEX[self.layout]}" if self.is_ordered else None
 
     def optional_tensors(self, name: str, num_outputs: int, num_inputs: int) -> dict[str, Shape]:
         """Return the tensors of a matrix that a checkpoint may have. Scales of inputs are not used: each token's are

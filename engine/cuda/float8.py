@@ -3,9 +3,8 @@
     y[t, o] = (sum over i of x8[t, i] * w8[o, i]) * scale of t * scale of o
 
 A token's scale is made of the token, so a result does not depend on what else a step computes, but for the order of
-sums. Weights were rounded while they were loaded (`engine/weights/float8.py`) and are multiplied by as they are. Of a
-checkpoint with a scale for each output they are its own: the largest of an output is 448 there, so its scale is found
-again. Where it has one scale for more, numbers are rounded anew.
+sums. Weights are multiplied by as they were loaded: a checkpoint's own numbers, where it has a scale for each output or
+one for all, else those that plain ones were rounded to (`engine/weights/float8.py`).
 
 Not run on a card: shown on an emulated device, which takes the arguments that CUDA's product takes.
 """
@@ -38,7 +37,7 @@ class Float8Weight(LoadedWeight):
 
 
 def narrow(decoder: Decoder, device: torch.device) -> int:
-    """Trade the weights that were rounded to 8-bit floats for such as are multiplied by, one by one.
+    """Trade the weights that were loaded as 8-bit floats for such as are multiplied by, one by one.
 
     Those that CUDA's product does not take become plain numbers. Returns how many were traded: none on a card without
     it.

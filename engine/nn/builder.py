@@ -69,8 +69,8 @@ class Builder:
         return quantization.kept_float8(modules, num_inputs, has_products=is_taken)
 
     def _is_rounded(self, modules: Sequence[str], *, is_taken: bool) -> bool:
-        """Tell whether a matrix is rounded to 8-bit floats while it is loaded: one that is stored so where they are
-        multiplied by, so that it never takes the room of a plain one.
+        """Tell whether a matrix is put into rows of 8-bit floats while it is loaded: one that is stored in them where
+        they are multiplied by, so that it never takes the room of a plain one.
         """
         quantization = self.config.quantization
         if quantization is None:

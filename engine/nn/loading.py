@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -20,10 +20,12 @@ from torch import Tensor
 from ...common.errors import ConfigError
 from ...models.checkpoint import (
     KV_SCALE,
+    StoredTensor,
+    check_act_order,
     check_names,
-    check_shape,
+    check_tensor,
     matrix_storage,
-    stored_shapes,
+    stored_tensors,
     tensor_shapes,
 )
 from ...models.config import ModelConfig
@@ -34,7 +36,7 @@ from ...models.storage import MXFP4_GROUP, Storage
 from ...models.stored.safetensors import safetensors_files
 from ..weights.expert_files import TensorFile, TensorSlice, with_parts
 from ..weights.formats import unpack
-from ..weights.grouped import GroupedWeight, power_of_2
+from ..weights.grouped import GroupedRows, GroupedWeight, power_of_2
 from ..weights.weight import WeightSlot
 from .decoder import Decoder
 from .stacked_experts import mxfp4_as_float8, part_of_mxfp4, unpack_mxfp4
@@ -55,9 +57,12 @@ def load_weights(
         shapes = {slot.name: slot.shape for slot in slots}
         if decoder.expert_plan is not None:  # those of other ranks are in the files, too
             shapes |= tensor_shapes(decoder.config)
-        wanted, optional = stored_shapes(quantization, shapes)
+        wanted, optional = stored_tensors(quantization, shapes)
         check_names(set(wanted), set(files) - optional, model_dir, decoder.config)
+        for name, tensor in wanted.items():
+            check_tensor(name, _found(*files[name]), tensor)
         _check_extra_biases(files, optional)
+        check_act_order(model_dir, quantization, _shared_by_inputs(slots))
     done = 0
     for slot in slots:
         storage = matrix_storage(quantization, slot.name, slot.shape)
@@ -69,7 +74,6 @@ def load_weights(
             _fill_unpacked(slot, storage, files, decoder.dtype)
         elif slot.rows is not None:
             file, name = files[slot.name]
-            check_shape(slot.name, tuple(file.get_slice(name).get_shape()), slot.shape)
             _put(slot, file.get_tensor(name), quantization)
         else:
             _fill_from_file(slot, *files[slot.name])
@@ -97,11 +101,24 @@ def _open_files(model_dir: Path) -> dict[str, tuple[TensorFile, str]]:
     return by_name
 
 
+def _found(file: TensorFile, name: str) -> StoredTensor:
+    stored = file.get_slice(name)
+    return StoredTensor(tuple(stored.get_shape()), stored.get_dtype())
+
+
+def _shared_by_inputs(slots: Sequence[WeightSlot]) -> list[str]:
+    """List the quantized modules of whose inputs this rank has a part."""
+    return [
+        slot.name.removesuffix(".weight")
+        for slot in slots
+        if isinstance(slot.rows, GroupedRows) and slot.rows.weight.num_inputs < slot.shape[1]
+    ]
+
+
 def _fill_from_file(slot: WeightSlot, file: TensorFile, name: str) -> None:
     stored = file.get_slice(name)
-    found, source = tuple(stored.get_shape()), cast("TensorSlice | Tensor", stored)
-    check_shape(slot.name, found, slot.shape)
-    if len(found) != len(slot.shape):  # a vector that stands in dimensions of one besides
+    source = cast("TensorSlice | Tensor", stored)
+    if len(stored.get_shape()) != len(slot.shape):  # a vector that stands in dimensions of one besides
         source = file.get_tensor(name).view(slot.shape)
     length = slot.target.shape[slot.dim]
     index = tuple(
@@ -150,16 +167,16 @@ def _put_float8(slot: WeightSlot, index: int, blocks: Tensor, scales: Tensor) ->
 def _fill_unpacked(
     slot: WeightSlot, storage: Storage, files: Mapping[str, tuple[TensorFile, str]], dtype: torch.dtype
 ) -> None:
-    """Fill from the tensors that stand for the matrix of a module."""
+    """Fill from the tensors that stand for the matrix of a module, each in the shape that its storage tells."""
     module = slot.name.removesuffix(".weight")
+    wanted = storage.tensors(module, slot.shape[0], slot.shape[1])
 
     def read(suffix: str) -> Tensor | None:
-        file, name = files.get(f"{module}.{suffix}", (None, ""))
-        return None if file is None else file.get_tensor(name)
+        full = f"{module}.{suffix}"
+        file, name = files.get(full, (None, ""))
+        tensor = None if file is None else file.get_tensor(name)
+        return tensor.reshape(wanted[full].shape) if tensor is not None and full in wanted else tensor
 
-    for name, shape in storage.tensors(module, slot.shape[0], slot.shape[1]).items():
-        file, own_name = files[name]
-        check_shape(name, tuple(file.get_slice(own_name).get_shape()), shape)
     try:
         _put(slot, unpack(storage, slot.shape, read, dtype), None)
     except ConfigError as error:
@@ -176,11 +193,11 @@ def _check_extra_biases(files: Mapping[str, tuple[TensorFile, str]], optional: s
 
 def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight, quantization: Quantization | None) -> None:
     """Fill with this rank's part of a whole tensor: widened, or rounded, where the slot is of the other kind."""
-    if slot.rows is None or slot.rows.takes_plain:
-        plain = matrix.dequantized() if isinstance(matrix, GroupedWeight) else matrix
-        if slot.rows is not None:
-            return slot.rows.put(plain, slot.dim, slot.start)
-        slot.target.copy_(plain.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
+    if slot.rows is None:
+        if isinstance(matrix, GroupedWeight):
+            matrix.widen_into(slot.target, slot.dim, slot.start)
+        else:
+            slot.target.copy_(matrix.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
         return
     form = quantization.form([slot.name.removesuffix(".weight")], slot.shape[1]) if quantization is not None else None
     if form is not None and not isinstance(matrix, GroupedWeight):
@@ -201,10 +218,14 @@ def read_kv_scales(model_dir: Path, num_layers: int) -> list[tuple[float, float]
         match = KV_SCALE.fullmatch(name)
         if match is None:
             continue
+        if (layer := int(match[1])) >= num_layers:  # one that predicts further tokens, which is not read
+            continue
         value = file.get_tensor(own_name)
-        if int(match[1]) >= num_layers or value.numel() != 1 or not float(value) > 0:
-            raise ConfigError(f"{model_dir}: {name} is no positive number for one of {num_layers} layers")
-        scales[int(match[1])]["kv".index(match[2])] = float(value)
+        if value.numel() != 1:
+            raise ConfigError(f"{model_dir}: {name} has {value.numel()} numbers; one for all heads of a layer is read")
+        if not 0 < float(value) < math.inf:
+            raise ConfigError(f"{model_dir}: {name} is {float(value)}, no number above 0")
+        scales[layer]["kv".index(match[2])] = float(value)
     return [(k_scale, v_scale) for k_scale, v_scale in scales]
 
 

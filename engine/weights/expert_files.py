@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ...models.checkpoint import expert_parts
 from ...models.config import ModelConfig
 from ...models.parts.expert_stacks import StackPart
 
@@ -15,6 +16,7 @@ class TensorSlice(Protocol):
     """A tensor in a file: read by slice."""
 
     def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor: ...
 
 
@@ -44,6 +46,9 @@ class _OneExpert:
     def get_shape(self) -> list[int]:
         return list(self._part.shape)
 
+    def get_dtype(self) -> str:
+        return self._file.get_slice(self._stack).get_dtype()
+
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
         part, stack = self._part, self._file.get_slice(self._stack)
         one = slice(part.expert, part.expert + 1)
@@ -56,12 +61,9 @@ class _OneExpert:
 
 def with_parts(files: Mapping[str, tuple[TensorFile, str]], config: ModelConfig) -> dict[str, tuple[TensorFile, str]]:
     """Return tensor name -> its file and its name there, with a stack of experts in as many parts."""
+    shapes = {name: tuple(file.get_slice(own_name).get_shape()) for name, (file, own_name) in files.items()}
     found = dict(files)
-    if (experts := config.experts) is None or experts.stacks is None:
-        return found
-    for name, (file, own_name) in files.items():
-        shape = tuple(file.get_slice(own_name).get_shape())
-        if parts := experts.parts_of(name, shape, config.hidden_size):
-            del found[name]
-            found |= {part.name: (_OneExpert(file, own_name, part), part.name) for part in parts}
+    for name, parts in expert_parts(config, shapes).items():
+        file, own_name = found.pop(name)
+        found |= {part.name: (_OneExpert(file, own_name, part), part.name) for part in parts}
     return found

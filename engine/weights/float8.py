@@ -1,10 +1,11 @@
-"""Matrices in 8-bit floats (e4m3) with a scale for each output, rounded while a checkpoint is loaded.
+"""Matrices in 8-bit floats (e4m3) with a scale for each output, as a checkpoint has them or rounded while it is loaded.
 
-    w[o, i] = numbers[o, i] * scales[o]          the largest number of an output is 448, the largest of the type
+    w[o, i] = numbers[o, i] * scales[o]
 
-A scale is made of a whole output of the whole model, so ranks that share its inputs have the numbers of one rank. A
-matrix takes its 8 bits from the start on: a model is loaded whose plain weights the memory does not hold. A checkpoint
-that has such a scale itself keeps its numbers, where the largest of an output is 448.
+A checkpoint's own numbers stay as they are, where one scale is for all inputs of an output, or of a rank's part of it;
+one scale for several outputs is each one's. Others are rounded: an output's largest is 448 then, the largest of the
+type, by a scale that is made of the whole output of the whole model, so ranks that share its inputs have the numbers of
+one rank. A matrix takes its 8 bits from the start on: a model is loaded whose plain weights the memory does not hold.
 GPUs have products of it (`engine/cuda/float8.py`); the one here is the reference, by the numbers that it stands for.
 """
 
@@ -12,18 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.quantization import FLOAT8_CAPABILITY, FLOAT8_MULTIPLE
-from .weight import Weight, WeightSlot
+from .weight import PIECE_ROWS, StoredMatrix, WeightSlot
 
 _MAX = 448.0  # the largest number of the type
 _GROUPING_MAJOR = 9  # capability of the cards that torch's product of many matrices in such floats is compiled for
-_ROWS = 1024  # that are rounded at once: more take more memory beside the weights while these are loaded
 
 
 def has_products(device: torch.device) -> bool:
@@ -95,15 +94,20 @@ class RoundedRows:
 
     numbers: Tensor
     scales: Tensor
-    takes_plain: ClassVar[bool] = True
 
-    def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
-        """Round a plain matrix by the scales of whole outputs."""
-        assert isinstance(matrix, Tensor)
-        first = start if dim == 1 else 0
-        whole = matrix if dim == 1 else matrix.narrow(0, start, len(self.numbers))
-        parts = (torch.split(tensor, _ROWS) for tensor in (whole, self.numbers, self.scales))
-        for plain, numbers, scales in zip(*parts, strict=True):
+    def put(self, matrix: Tensor | StoredMatrix, dim: int, start: int) -> None:
+        """Keep 8-bit floats that have such scales already; round others by the scales of whole outputs."""
+        if not isinstance(matrix, Tensor):
+            own = matrix.narrow(dim, start, self.numbers.shape[dim])
+            if own.is_e4m3 and own.scales.shape[1] == 1:
+                self.numbers.copy_(own.numbers)
+                self.scales.copy_(own.scales)
+                return
+        first_row, first_input = (0, start) if dim == 1 else (start, 0)
+        for at in range(0, len(self.numbers), PIECE_ROWS):
+            numbers, scales = (part[at : at + PIECE_ROWS] for part in (self.numbers, self.scales))
+            piece = matrix.narrow(0, first_row + at, len(numbers))
+            plain = piece if isinstance(piece, Tensor) else piece.dequantized()
             rounded, own_scales = to_float8(plain.to(numbers.device))
-            numbers.copy_(rounded.narrow(1, first, numbers.shape[1]))
+            numbers.copy_(rounded.narrow(1, first_input, numbers.shape[1]))
             scales.copy_(own_scales)

@@ -27,7 +27,8 @@ from ...models.storage import FLOAT4_KINDS, Storage
 from .gguf_blocks import unpack_blocks
 from .grouped import GroupedWeight, join_nibbles, power_of_2, split_nibbles
 
-Read = Callable[[str], Tensor | None]  # a matrix's tensor by its last name, whole; None: there is none
+# A matrix's tensor by its last name, whole, in the shape and of a type that `Storage.tensors` has; None: there is none.
+Read = Callable[[str], Tensor | None]
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word number j stands
 
@@ -54,8 +55,8 @@ def unpack(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dt
 
 
 def _float8(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
-    numbers = _needed(read, "weight", torch.float8_e4m3fn)
-    scales = _floats(read, storage.scale_name, are_bytes_powers=True)
+    numbers, scales = _needed(read, "weight"), _needed(read, storage.scale_name)
+    scales = power_of_2(scales) if scales.dtype == torch.uint8 else scales.float()  # of tools without such a type
     num_outputs, num_inputs = numbers.shape
     if storage.sharing == "block":
         height, width = storage.block
@@ -63,46 +64,42 @@ def _float8(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
         scales = scales.repeat_interleave(height, 0)[:num_outputs]
         scales = scales.repeat_interleave(width // group_size, 1)[:, : num_inputs // group_size]
     elif storage.sharing == "tensor":
-        scales = scales.reshape(1, 1).expand(num_outputs, 1)
-    else:  # a vector, or a column
-        scales = scales.reshape(-1, 1)
+        scales = scales.expand(num_outputs, 1)
     return GroupedWeight(numbers, scales, dtype=dtype)
 
 
 def _float4(storage: Storage, read: Read, dtype: torch.dtype) -> GroupedWeight:
     _, numbers, whole_scale, is_divisor = FLOAT4_KINDS[storage.kind]
     if whole_scale:
-        scales, whole = (_floats(read, name) for name in ("weight_scale", whole_scale))
-        scales = scales / whole.reshape(()) if is_divisor else scales * whole.reshape(())
+        scales, whole = (_needed(read, name).float() for name in ("weight_scale", whole_scale))
+        scales = scales / whole if is_divisor else scales * whole
     else:
-        scales = power_of_2(_needed(read, "weight_scale", torch.uint8))
-    return GroupedWeight(_needed(read, numbers, torch.uint8), scales, dtype=dtype, is_e2m1=True)
+        scales = power_of_2(_needed(read, "weight_scale"))
+    return GroupedWeight(_needed(read, numbers), scales, dtype=dtype, is_e2m1=True)
 
 
 def _integers(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
-    numbers = _needed(read, "weight", torch.int8)
-    scales = _floats(read, storage.scale_name)
+    numbers, scales = _needed(read, "weight"), _needed(read, storage.scale_name).float()
     zeros = None if storage.symmetric else _needed(read, "weight_zero_point").float()
     if storage.sharing == "tensor":
-        scales = scales.reshape(1, 1).expand(shape[0], 1)
-        zeros = None if zeros is None else zeros.reshape(1, 1).expand(shape[0], 1)
+        scales = scales.expand(shape[0], 1)
     return GroupedWeight(numbers, scales, None if zeros is None else -zeros * scales, dtype=dtype)
 
 
 def _packed(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
-    numbers = _of_words(_needed(read, "weight_packed", torch.int32), storage.bits, shape[1])
-    scales = _floats(read, "weight_scale")
+    numbers = _of_words(_needed(read, "weight_packed"), storage.bits, shape[1])
+    scales = _needed(read, "weight_scale").float()
     zeros = None
     if not storage.symmetric:
-        words = _needed(read, "weight_zero_point", torch.int32)
+        words = _needed(read, "weight_zero_point")
         zeros = _separate(words.T.contiguous(), storage.bits)[:, : shape[0]].T
     return _grouped(storage, numbers, scales, zeros, read("weight_g_idx"), dtype)
 
 
 def _gptq(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
-    numbers = _of_words(_needed(read, "qweight", torch.int32).T.contiguous(), storage.bits, shape[1])
-    scales = _floats(read, "scales").T.contiguous()
-    words = _needed(read, "qzeros", torch.int32)
+    numbers = _of_words(_needed(read, "qweight").T.contiguous(), storage.bits, shape[1])
+    scales = _needed(read, "scales").float().T.contiguous()
+    words = _needed(read, "qzeros")
     if storage.one_less:  # with the carry, as it was taken away
         words = words + sum(1 << shift for shift in range(0, 32, storage.bits))
     zeros = _separate(words, storage.bits)[:, : shape[0]].T
@@ -110,8 +107,8 @@ def _gptq(storage: Storage, shape: tuple[int, ...], read: Read, dtype: torch.dty
 
 
 def _awq(shape: tuple[int, ...], read: Read, dtype: torch.dtype) -> GroupedWeight:
-    numbers, zeros = (_in_order(_separate(_needed(read, name, torch.int32), 4)).T for name in ("qweight", "qzeros"))
-    scales = _floats(read, "scales").T.contiguous()
+    numbers, zeros = (_in_order(_separate(_needed(read, name), 4)).T for name in ("qweight", "qzeros"))
+    scales = _needed(read, "scales").float().T.contiguous()
     return GroupedWeight(join_nibbles(numbers[: shape[0]]), scales, -zeros[: shape[0]].float() * scales, dtype=dtype)
 
 
@@ -130,7 +127,7 @@ def _grouped(
             raise ConfigError(f"is called symmetrical and has zeros that are not {middle}")
     elif zeros is not None:
         minima = ((middle if storage.bits == 8 else 0) - zeros.float()) * scales
-    order = _order(groups, scales.shape[1])
+    order = _order(groups, scales.shape[1], numbers.shape[1] * 8 // storage.bits)
     if order is not None:
         numbers = numbers[:, order] if storage.bits == 8 else join_nibbles(split_nibbles(numbers)[:, order])
         order = order.to(torch.int32)
@@ -139,14 +136,18 @@ def _grouped(
     return GroupedWeight(numbers, scales, minima, order, dtype=dtype)
 
 
-def _order(groups: Tensor | None, num_groups: int) -> Tensor | None:
+def _order(groups: Tensor | None, num_groups: int, num_inputs: int) -> Tensor | None:
     """Return the inputs group after group; None where they stand so. Raises ConfigError for groups of other sizes."""
-    if groups is None or bool((groups < 0).all()):  # -1: not filled
+    if groups is None:
         return None
-    sizes = torch.bincount(groups, minlength=num_groups)
-    if len(sizes) != num_groups or not bool((sizes == len(groups) // num_groups).all()):
-        raise ConfigError(f"its g_idx does not name {num_groups} groups of one size")
+    if groups.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(f"its g_idx holds {groups.dtype}, not whole numbers")
+    if bool((groups == -1).all()):  # not filled
+        return None
     order = groups.argsort(stable=True)
+    in_turn = torch.arange(num_groups).repeat_interleave(num_inputs // num_groups)
+    if groups.shape != in_turn.shape or not torch.equal(groups[order].long(), in_turn):
+        raise ConfigError(f"its g_idx does not name {num_groups} groups of one size")
     return None if torch.equal(order, torch.arange(len(order))) else order
 
 
@@ -161,19 +162,7 @@ def _separate(words: Tensor, bits: int) -> Tensor:
     return numbers if bits == 8 else split_nibbles(numbers)
 
 
-def _floats(read: Read, name: str, *, are_bytes_powers: bool = False) -> Tensor:
-    """`are_bytes_powers`: of 2, as tools write them (ue8m0) that have no such type."""
-    tensor = _needed(read, name)
-    if are_bytes_powers and tensor.dtype == torch.uint8:
-        return power_of_2(tensor)
-    if not tensor.is_floating_point():
-        raise ConfigError(f"{name} holds {tensor.dtype}, not floats")
-    return tensor.float()
-
-
-def _needed(read: Read, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def _needed(read: Read, name: str) -> Tensor:
     tensor = read(name)
-    assert tensor is not None, name  # names and shapes were checked
-    if dtype is not None and tensor.dtype != dtype:
-        raise ConfigError(f"{name} holds {tensor.dtype}, not {dtype}")
+    assert tensor is not None, name  # names, shapes and types were checked
     return tensor

@@ -12,15 +12,17 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import ConfigError
+from ...models.storage import NO_SHARED_ACT_ORDER
 from .float8 import to_float8
-from .weight import DenseWeight, Weight, WeightSlot
+from .rounding import round_groups
+from .weight import PIECE_ROWS, DenseWeight, StoredMatrix, WeightSlot
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # what 4 bits mean
 _CODED_CAPABILITY = (8, 0)  # of cards whose products of bfloat16 the kernel is compiled to
@@ -98,31 +100,27 @@ class GroupedWeight:
         is_e2m1: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Round each number of a plain matrix to the nearest one that its group can hold, ties to even.
-
-        A symmetrical group of 4 bits reaches with -8, its only number of that size, to its largest weight, whatever
-        sign that has: its scale may be below zero.
-        """
-        groups = matrix.float().reshape(len(matrix), -1, group_size)
-        low, high = groups.amin(2), groups.amax(2)
-        minima = None
-        if is_e2m1:
-            scales = torch.maximum(high, -low) / max(E2M1)
-            numbers = _nearest_e2m1(groups, scales)
-        elif not symmetric:
-            scales, minima = (high - low) / (2**bits - 1), low
-            numbers = _nearest(groups - low.unsqueeze(2), scales, 0, 2**bits - 1)
-            if bits == 8:
-                numbers, minima = numbers - 128, minima + 128 * scales
-        elif bits == 8:
-            scales = torch.maximum(high, -low) / 127
-            numbers = _nearest(groups, scales, -127, 127)
-        else:
-            scales = torch.where(high > -low, high, low) / -8
-            numbers = _nearest(groups, scales, -8, 7) + _ZERO
-        numbers = numbers.flatten(1)
-        stored = join_nibbles(numbers.to(torch.uint8)) if bits == 4 else numbers.to(torch.int8)
-        return cls(stored, scales, minima, dtype=dtype or matrix.dtype, is_e2m1=is_e2m1)
+        """Round each number of a plain matrix to the nearest one that its group can hold (`rounding.py`)."""
+        made = cls.empty(
+            len(matrix),
+            matrix.shape[1],
+            bits=bits,
+            group_size=group_size,
+            has_minima=not symmetric and not is_e2m1,
+            is_e2m1=is_e2m1,
+            dtype=dtype or matrix.dtype,
+            device=matrix.device,
+        )
+        floats = E2M1[: len(E2M1) // 2] if is_e2m1 else ()
+        for at in range(0, len(matrix), PIECE_ROWS):
+            rows = slice(at, at + PIECE_ROWS)
+            groups = matrix[rows].float().reshape(-1, matrix.shape[1] // group_size, group_size)
+            numbers, made.scales[rows], minima = round_groups(groups, bits, symmetric=symmetric, floats=floats)
+            numbers = numbers.flatten(1)
+            made.numbers[rows] = join_nibbles(numbers.to(torch.uint8)) if bits == 4 else numbers
+            if made.minima is not None and minima is not None:
+                made.minima[rows] = minima
+        return made
 
     # --- what it stands for --------------------------------------------------------------------------------------
 
@@ -138,6 +136,20 @@ class GroupedWeight:
             return matrix
         return torch.empty_like(matrix).index_copy_(1, self.order.long(), matrix)
 
+    def widened(self) -> Tensor:
+        """Return the plain matrix as `dequantized` does, in the type of rows, without one in float32 beside it."""
+        matrix = torch.empty(self.num_outputs, self.num_inputs, dtype=self.dtype, device=self.numbers.device)
+        self.widen_into(matrix)
+        return matrix
+
+    def widen_into(self, target: Tensor, dim: int = 0, start: int = 0) -> None:
+        """Fill a plain matrix with as many outputs (`dim` 0) or inputs, from `start` on, a piece at a time."""
+        first_row, first_input = (0, start) if dim == 1 else (start, 0)
+        for at in range(0, len(target), PIECE_ROWS):
+            part = target[at : at + PIECE_ROWS]
+            plain = self.narrow(0, first_row + at, len(part)).dequantized()
+            part.copy_(plain.narrow(1, first_input, part.shape[1]))
+
     def _meant(self) -> Tensor:
         """Return the numbers as float32, each in a place of its own."""
         if self.bits == 8:
@@ -150,12 +162,12 @@ class GroupedWeight:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._widened is not None:
             return self._widened.product(x, bias)
-        return F.linear(x, self.dequantized().to(self.dtype), bias)
+        return F.linear(x, self.widened(), bias)
 
     def pack(self) -> None:
         """Widen it: torch has no product of these on a CPU, and would make each plain matrix anew in every step."""
         if self._widened is None:
-            self._widened = DenseWeight(self.take().dequantized().to(self.dtype))
+            self._widened = DenseWeight(self.take().widened())
             self._widened.pack()
 
     def take(self) -> GroupedWeight:
@@ -181,10 +193,7 @@ class GroupedWeight:
             numbers, scales = self.numbers.narrow(0, start, length), self.scales.narrow(0, start, length)
             return self._with(numbers, scales, minima, self.order)
         if self.order is not None:
-            raise ConfigError(
-                "weights in act-order cannot be shared by ranks: a rank's inputs belong to groups of all of them; "
-                "use --tensor-parallel-size 1"
-            )
+            raise ConfigError(NO_SHARED_ACT_ORDER)
         numbers = self.numbers.narrow(1, start * self.bits // 8, length * self.bits // 8)
         if self.group_size == self.num_inputs:
             return self._with(numbers, self.scales, self.minima)
@@ -250,9 +259,8 @@ class GroupedRows:
 
     weight: GroupedWeight
     rows: slice
-    takes_plain: ClassVar[bool] = False
 
-    def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
+    def put(self, matrix: Tensor | StoredMatrix, dim: int, start: int) -> None:
         if isinstance(matrix, Tensor) and self.weight.is_e4m3:
             matrix = GroupedWeight(*to_float8(matrix), dtype=self.weight.dtype)
         assert isinstance(matrix, GroupedWeight), "plain numbers are rounded before"
@@ -262,12 +270,6 @@ class GroupedRows:
 
 def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other if one is None or other is None else torch.equal(one, other)
-
-
-def _nearest(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
-    """Return values / scales in whole numbers; 0 where a scale is."""
-    scales = scales.unsqueeze(2)
-    return (values / scales.masked_fill(scales == 0, 1)).round_().clamp_(low, high)
 
 
 def power_of_2(exponents: Tensor) -> Tensor:
@@ -280,13 +282,6 @@ def e2m1(numbers: Tensor) -> Tensor:
     sizes = (numbers & 7).int()
     twice = torch.where(sizes < 2, sizes, (2 + (sizes & 1)) << ((sizes >> 1) - 1).clamp(min=0))
     return torch.where(numbers < 8, twice, -twice).float() / 2
-
-
-def _nearest_e2m1(values: Tensor, scales: Tensor) -> Tensor:
-    """Return the 4 bits of the float that is nearest to values / scales; of two as near the one nearer to zero."""
-    sizes = torch.tensor(E2M1[:8], device=values.device)
-    scaled = values / scales.masked_fill(scales == 0, 1).unsqueeze(2)
-    return torch.bucketize(scaled.abs(), (sizes[1:] + sizes[:-1]) / 2) + 8 * (scaled < 0)
 
 
 def split_nibbles(numbers: Tensor) -> Tensor:

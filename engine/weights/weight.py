@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 # reading a matrix costs more than multiplying by it (measured on a Zen 3: as fast at 6 rows, 2x at 16, 5x at 512).
 _WIDENED_ROWS = 8
 _WIDENED_SIZE = 2**19  # numbers of a matrix that are widened at once: what a core's cache holds as float32
+PIECE_ROWS = 1024  # of a matrix that are widened or rounded at once: more take more memory beside the weights
 # Code for a product of one shape takes half a megabyte, and half a millisecond to prepare. A server meets every number
 # of rows: by their own bounds, 1,024 each, it was 600 MB after minutes. This is 32 numbers of rows of 8 shapes.
 _MAX_PREPARED = 256
@@ -40,12 +41,26 @@ class WeightSlot:
     scales: Tensor | None = None  # of MXFP4, whose numbers `target` [experts, out, in / 2] then is: of their groups
 
 
+class StoredMatrix(Protocol):
+    """A whole matrix in few bits, as a checkpoint has it."""
+
+    numbers: Tensor
+    scales: Tensor  # [outputs, groups of inputs]
+    is_e4m3: bool  # numbers are 8-bit floats
+
+    def narrow(self, dim: int, start: int, length: int) -> StoredMatrix:
+        """Return a view of some outputs (`dim` 0) or inputs. Raises ConfigError where a group would be cut."""
+        ...
+
+    def dequantized(self) -> Tensor:
+        """Return the plain matrix, [out, in] float32."""
+        ...
+
+
 class Rows(Protocol):
     """Some rows of a `Weight` that is no plain matrix."""
 
-    takes_plain: ClassVar[bool]  # whatever a checkpoint has is widened first
-
-    def put(self, matrix: Tensor | Weight, dim: int, start: int) -> None:
+    def put(self, matrix: Tensor | StoredMatrix, dim: int, start: int) -> None:
         """Take this rank's part of a whole matrix, from `start` in `dim`; it is in this form, or can be brought to it.
 
         Raises ConfigError where ranks cannot share it so.

@@ -51,6 +51,12 @@ class ExpertTraits:
     are_beside_mlp: bool = False
     shared_gate: str | None = None  # a vector in `module`, whose sigmoid with a token is the shared one's weight
 
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Return the names in a layer of what is small and decides much: it is never rounded by `--quantization`."""
+        gates = (self.gate,) if self.shared_gate is None else (self.gate, self.shared_gate)
+        return tuple(f"{self.module}.{gate}" if self.module else gate for gate in gates)
+
 
 QWEN3_VL = ExpertTraits(normalised=True, stacks=Stacks())
 GRANITE = ExpertTraits(

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,15 +16,10 @@ from ...common.errors import ConfigError
 from ..families.experts import ExpertTraits, Scoring, Stacks
 from .config_fields import ConfigFields
 from .expert_plan import ExpertPlan, read_plan
-from .expert_stacks import StackedExperts, StackPart
+from .expert_stacks import Block, StackedExperts, StackPart
 
 Shape = tuple[int, ...]
 
-# A matrix that is small and decides much: never rounded by `--quantization`.
-GATES = (
-    *("mlp.gate", "mlp.gate.wg", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "mlp.router"),
-    *("mixer.gate", "feed_forward.router", "router.proj"),
-)
 # Where experts are beside an MLP: of what they see, of what it yields, of what they yield.
 NORMS_BESIDE_MLP = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -116,12 +111,14 @@ class ExpertsConfig:
             shapes |= _mlp_shapes(name, self.shared_parts, self.shared_size, hidden_size, self.shared_fused)
         return shapes
 
-    def parts_of(self, name: str, shape: Shape, hidden_size: int) -> list[StackPart]:
-        """Return what each expert has of the tensor `name` of such a shape; nothing: it is no stack."""
+    def parts_in(
+        self, shapes: Mapping[str, Shape], hidden_size: int, block_of: Callable[[str], Block | None]
+    ) -> dict[str, list[StackPart]]:
+        """Return what each expert has of those tensors that stand for all of a layer, as `StackedExperts` does."""
         if self.stacks is None:
-            return []
-        experts = StackedExperts(self.stacks, self.parts, self.expert, self.intermediate_size, hidden_size)
-        return experts.parts_of(name, shape)
+            return {}
+        experts = StackedExperts(self.stacks, self.parts, self.expert, self.intermediate_size, hidden_size, block_of)
+        return experts.parts_in(shapes)
 
     def _stacked_shapes(self, layer: str, hidden: int) -> dict[str, Shape]:
         n, inner, name = self.num_experts, self.intermediate_size, f"{layer}.{self.module}.experts"

@@ -30,6 +30,7 @@ from kvferry.settings.fields import ServeSettings
 
 from ..adapters import write_adapter
 from ..checkpoints import Shape, write_checkpoint
+from ..quantized import write_pair
 from ..sizing.models import write_config
 
 Words = list[str]
@@ -233,6 +234,19 @@ def ranks_that_cut_groups(site: Site) -> Words:
     return ["--load-format", "dummy", "--quantization", "int4", "--tensor-parallel-size", "2"]
 
 
+@case(r"tiny: model\.layers\.0\.\S+: weights in act-order cannot be shared by ranks")
+def ranks_that_share_inputs_in_act_order(site: Site) -> Words:
+    _put_in_act_order(site, site.model)
+    return ["--tensor-parallel-size", "2"]
+
+
+@case(r"draft: model\.layers\.0\.\S+: weights in act-order cannot be shared by ranks")
+def ranks_that_share_a_drafts_inputs_in_act_order(site: Site) -> Words:
+    words = _drafting(site, Shape())
+    _put_in_act_order(site, site.folder / "draft")
+    return [*words, "--tensor-parallel-size", "2"]
+
+
 @case(r"memory: 100 ranks take about [\d.]+ of [\d.]+ GiB free; start fewer workers")
 def more_workers_than_memory(site: Site) -> Words:
     site.patch.setattr(host, "free_memory_bytes", lambda: 8 << 30)  # it changes from one look to the next
@@ -369,6 +383,12 @@ def data_below_a_folder_that_may_not_be_looked_into(site: Site) -> Words:
 @case("there is no prefix cache to keep there")
 def disk_cache_without_a_prefix_cache(site: Site) -> Words:
     return ["--disk-cache-dir", str(site.folder / "cache"), "--no-enable-prefix-caching"]
+
+
+def _put_in_act_order(site: Site, model: Path) -> None:
+    quantized, _ = write_pair(site.folder / "act-order", "gptq 4 act-order")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(quantized / name, model / name)
 
 
 def _drafting(site: Site, shape: Shape) -> Words:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
+from kvferry.models.families.table import FAMILIES
 from kvferry.models.parts.config_fields import ConfigFields
 from kvferry.models.quantization import TIED_HEAD, Quantization, Rule, RuleIndex, chosen_quantization, quantized_at_load
 from kvferry.models.quantization_config import read_quantization
@@ -25,8 +28,10 @@ MIXED: dict[str, object] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRE
 UP = "model.layers.0.mlp.up_proj"
 
 
-def _compressed(layout: str = "pack-quantized", **weights: object) -> dict[str, object]:
-    group = {"targets": ["Linear"], "weights": WEIGHTS | weights}
+def _compressed(
+    layout: str = "pack-quantized", *, targets: Sequence[str] = ("Linear",), **weights: object
+) -> dict[str, object]:
+    group = {"targets": [*targets], "weights": WEIGHTS | weights}
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
 
 
@@ -47,8 +52,15 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
         ({"quant_method": "bitsandbytes"}, "awq, compressed-tensors, fp8, gguf, gptq"),
         (GPTQ | {"bits": 3}, "bits = 3"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'.* gptq, gptq_v2"),
+        (GPTQ | {"format": "bitblas"}, "format = 'bitblas'.* gptq, gptq_v2"),
+        (
+            GPTQ | {"format": "gptq_v2", "checkpoint_format": "gptq"},
+            "checkpoint_format = 'gptq': and format = 'gptq_v2'",
+        ),
+        (GPTQ | {"desc_act": "yes"}, "desc_act = 'yes'"),
         (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic"),
         (AWQ | {"version": "gemv"}, "version = 'gemv'"),
+        (AWQ | {"format": "gemv"}, "format = 'gemv'.* gemm"),
         (AWQ | {"bits": 8}, "only AWQ with 4 bits"),
         (AWQ | {"zero_point": False}, "zero_point"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "no block"),
@@ -65,6 +77,11 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
         (_compressed() | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (_compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         (_compressed() | {"config_groups": {}}, "names no group"),
+        (_compressed(targets=["Embedding"]), "targets = .*: Embedding is not supported; Linear, names and re: are"),
+        (
+            _compressed("int-quantized", num_bits=8, actorder="group"),
+            "actorder = 'group': is read of pack-quantized alone",
+        ),
         (_compressed() | {"ignore": ["re:(.*"]}, "no expression"),
         (_compressed() | {"ignore": ["re:(a*)*b"]}, "too intricate"),
         (GPTQ | {"dynamic": {"-:.*.*.*.*.*x": {}}}, "too intricate"),
@@ -144,6 +161,107 @@ def test_gates_of_experts_are_plain_unless_they_are_named() -> None:
         assert found.storage("model.layers.3.mlp.gate_proj") == found.storage(UP) is not None
     named = _read(GPTQ | {"modules_in_block_to_quantize": [["mlp.gate", "mlp.up_proj"]]})
     assert named.storage("model.layers.3.mlp.gate") is not None
+
+
+@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if family.experts is not None])
+def test_every_familys_gates_are_plain(architecture: str) -> None:
+    """Those that choose experts, and that of a shared one, by what the family's traits call them."""
+    experts = FAMILIES[architecture].experts
+    assert experts is not None
+    names = [experts.gate, *([] if experts.shared_gate is None else [experts.shared_gate])]
+    modules = [".".join(filter(None, ("model.layers.3", experts.module, name))) for name in names]
+    for found in (
+        _read(GPTQ),
+        _read(AWQ),
+        _read({"quant_method": "fp8"}),
+        _read(_compressed()),
+        quantized_at_load("int4"),
+    ):
+        assert not any(found.storage(module) for module in modules)
+        assert found.storage(f"model.layers.3.{experts.module}.experts.0.{experts.parts[-1]}") is not None
+
+
+def _groups(*groups: tuple[list[str], int]) -> dict[str, object]:
+    """Return groups of compressed-tensors: targets and bits."""
+    made = {
+        f"group_{i}": {"targets": targets, "weights": WEIGHTS | {"num_bits": bits}}
+        for i, (targets, bits) in enumerate(groups)
+    }
+    return _compressed() | {"config_groups": made, "ignore": ["re:.*o_proj"]}
+
+
+@pytest.mark.parametrize("order", [*permutations(range(3))])
+def test_names_go_before_expressions_and_these_before_classes(order: tuple[int, ...]) -> None:
+    """Whatever the order of groups in the file, as compressed-tensors and vLLM have it."""
+    groups = [(["Linear"], 4), (["re:.*mlp.*"], 8), ([UP, "lm_head"], 4)]
+    found = _read(_groups(*(groups[i] for i in order)))
+    bits = {module: kept and kept.bits for module in (UP, "lm_head") if (kept := found.storage(module)) is not None}
+    assert bits == {UP: 4, "lm_head": 4}
+    down, queries = (found.storage(f"model.layers.0.{part}") for part in ("mlp.down_proj", "self_attn.q_proj"))
+    assert down is not None and down.bits == 8 and queries is not None and queries.bits == 4
+    assert found.storage("model.layers.0.self_attn.o_proj") is None
+    assert found.name == "compressed-tensors int4 in groups of 64+int8 in groups of 64"
+
+
+def test_a_name_tells_of_all_forms() -> None:
+    """By it workers tell forms apart."""
+    assert _read(_compressed()).name == "compressed-tensors int4 in groups of 64"
+    eight = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    groups: dict[str, object] = {
+        "floats": {"targets": ["re:.*o_proj"], "weights": eight, "format": "float-quantized"},
+        "whole": {"targets": ["Linear"], "weights": WEIGHTS},
+    }
+    assert _read(_compressed() | {"config_groups": groups}).name == "compressed-tensors fp8+int4 in groups of 64"
+    layers = {UP: {"quant_algo": "NVFP4"}, "model.layers.0.mlp.down_proj": {"quant_algo": "FP8"}}
+    assert _read(MIXED | {"quantized_layers": layers}).name == "modelopt fp8+nvfp4"
+    assert _read({"quant_method": "fp8"}).name == "fp8"
+
+
+@pytest.mark.parametrize("key", ["format", "checkpoint_format"])
+def test_the_second_version_of_gptq_has_two_names(key: str) -> None:
+    second = _read(GPTQ | {key: "gptq_v2"}).storage(UP)
+    assert second is not None and not second.one_less
+    first = _read(GPTQ | {key: "GPTQ"}).storage(UP)
+    assert first is not None and first.one_less
+    assert _read(AWQ | {"format": "gemm", "version": "GEMM"}) == _read(AWQ)
+
+
+@pytest.mark.parametrize(
+    ("config", "index"),
+    [
+        (GPTQ | {"desc_act": True}, "g_idx"),
+        (GPTQ | {"desc_act": True, "static_groups": True}, None),  # groups are of neighbours
+        (GPTQ | {"desc_act": True, "group_size": -1}, None),  # one group has no order
+        (GPTQ | {"desc_act": False}, None),
+        (_compressed(actorder="group"), "weight_g_idx"),
+        (_compressed(actorder="weight"), None),
+        (_compressed(actorder=None), None),
+    ],
+)
+def test_act_order_needs_the_groups_of_inputs(config: dict[str, object], index: str | None) -> None:
+    storage = _read(config).storage(UP)
+    assert storage is not None
+    needed = [name for name in storage.tensors(UP, 512, 256) if name.endswith("g_idx")]
+    assert needed == ([] if index is None else [f"{UP}.{index}"])
+
+
+def test_inputs_that_are_no_whole_groups_are_told_before_shapes() -> None:
+    storage = _read(GPTQ).storage(UP)
+    assert storage is not None
+    with pytest.raises(ConfigError, match=r"up_proj: its 192 inputs are no whole groups of 128"):
+        storage.tensors(UP, 512, 192)
+
+
+def test_the_first_name_of_compressed_tensors_key_is_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tokenizer=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"compression_config": _compressed()}))
+    told = {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}  # config.json goes first
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": told}))
+    assert ModelConfig.from_dir(tmp_path).weights_form == "compressed-tensors int4 in groups of 64"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"compression_config": {"quant_method": "sparse"}}))
+    with pytest.raises(ConfigError, match=r"compression_config = .*: of its quant_method, these are read: awq"):
+        ModelConfig.from_dir(tmp_path)
 
 
 def test_fused_parts_take_the_form_that_holds_each_exactly() -> None:

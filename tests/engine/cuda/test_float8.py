@@ -20,8 +20,9 @@ from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.layers import ColumnParallelLinear, Linear
 from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.ranks.communicator import Communicator
-from kvferry.engine.weights.float8 import RoundedWeight, to_float8
-from kvferry.engine.weights.weight import DenseWeight
+from kvferry.engine.weights.float8 import RoundedRows, RoundedWeight, to_float8
+from kvferry.engine.weights.grouped import GroupedWeight
+from kvferry.engine.weights.weight import PIECE_ROWS, DenseWeight
 from kvferry.models.config import ModelConfig
 from kvferry.models.quantization import quantized_at_load
 from kvferry.sizing.memory import rank_weights
@@ -81,6 +82,20 @@ def test_a_checkpoint_in_8_bits_answers_as_its_plain_twin(tmp_path: Path, format
     engine = _engine(narrow, device=device)
     assert _num_narrow(engine) == 8
     assert 0 < _distance(_logprobs(engine), _logprobs(_engine(plain, device="cpu", dtype="float32"))) < CLOSE
+
+
+@pytest.mark.parametrize("format_name", ["compressed fp8 channel", "compressed fp8 tensor", "modelopt fp8 tensor"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_a_checkpoints_own_numbers_are_multiplied_by(tmp_path: Path, format_name: str, device: str) -> None:
+    """Whatever the largest of an output is: with one scale for all outputs it is seldom 448."""
+    narrow, plain = write_pair(tmp_path, format_name)
+    tensors, weights = load_file(plain / "model.safetensors"), {}
+    for linear in _linears(_engine(narrow, device=device)):
+        if isinstance(linear.weight, Float8Weight):
+            weights[linear.name] = linear.weight
+            meant = linear.weight.numbers.float() * linear.weight.scales.view(-1, 1)
+            assert torch.equal(meant.cpu(), _Reference(linear, tensors, "cpu")._matrix)
+    assert weights
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -223,6 +238,41 @@ def test_the_reference_multiplies_by_the_numbers_that_it_stands_for() -> None:
     assert float((weight.widened() - plain).abs().max() / plain.abs().max()) < 2**-4
     with pytest.raises(AssertionError, match="only GPUs"):
         weight.pack()
+
+
+def _float8(num_outputs: int, num_inputs: int, num_groups: int) -> GroupedWeight:
+    generator = torch.Generator().manual_seed(num_groups)
+    numbers = torch.randn(num_outputs, num_inputs, generator=generator).mul_(20).to(torch.float8_e4m3fn)
+    scales = torch.rand(num_outputs, num_groups, generator=generator) / 100
+    return GroupedWeight(numbers, scales, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("num_groups", "dim", "length"), [(1, 0, 32), (1, 1, 32), (1, 1, 64), (4, 1, 16)])
+def test_numbers_stay_where_one_scale_is_for_all_inputs_of_a_rank(num_groups: int, dim: int, length: int) -> None:
+    """As with a scale for each output, or for all, and where a rank's inputs are one block."""
+    stored, start = _float8(64, 64, num_groups), 64 - length
+    shape = (length, 64) if dim == 0 else (64, length)
+    weight = RoundedWeight.of(*shape, dtype=torch.bfloat16, device=torch.device("cpu"))
+    RoundedRows(weight.numbers, weight.scales).put(stored, dim, start)
+    meant = weight.numbers.float() * weight.scales
+    assert torch.equal(meant, stored.dequantized().narrow(dim, start, length))
+    assert torch.equal(weight.numbers.float(), stored.numbers.float().narrow(dim, start, length))
+
+
+def test_blocks_are_rounded_by_whole_outputs_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = _float8(PIECE_ROWS + 8, 64, 4)
+    numbers, scales = to_float8(stored.dequantized())
+    widened, sizes = GroupedWeight.dequantized, []
+
+    def told(part: GroupedWeight) -> Tensor:
+        sizes.append(part.num_outputs)
+        return widened(part)
+
+    monkeypatch.setattr(GroupedWeight, "dequantized", told)
+    weight = RoundedWeight.of(PIECE_ROWS + 8, 32, dtype=torch.bfloat16, device=torch.device("cpu"))
+    RoundedRows(weight.numbers, weight.scales).put(stored, 1, 32)
+    assert torch.equal(weight.numbers.float(), numbers[:, 32:].float()) and torch.equal(weight.scales, scales)
+    assert sizes == [PIECE_ROWS, 8]
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])

@@ -152,13 +152,13 @@ def test_blocks_are_loaded_and_packed_by_what_they_hold(tmp_path: Path, other_bl
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_another_weight_is_loaded_with_its_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    """A checkpoint in eight bits gives what the one gives that holds the same numbers widened."""
+    """A checkpoint of whole numbers gives what the one gives that holds the same numbers times their scales."""
     wide, narrow = (write_checkpoint(tmp_path / name, tokenizer=False, biases=True) for name in ("wide", "narrow"))
     tensors = load_file(wide / "model.safetensors")
     quantized = dict(tensors)
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         scales = tensors[name].abs().amax(1) / 127
-        quantized[name] = (tensors[name] / scales[:, None]).round().to(torch.int8)
+        quantized[name] = (tensors[name] / scales[:, None]).round()  # whole, in a type of plain numbers
         quantized[f"{name}_scale"] = scales
         tensors[name] = quantized[name] * scales[:, None]
     save_file(tensors, wide / "model.safetensors")

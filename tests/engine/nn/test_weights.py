@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         _load(path)
 
 
-def _with_scales(path: Path, scales: dict[str, float]) -> Path:
+def _with_scales(path: Path, scales: Mapping[str, float | list[float]]) -> Path:
     write_checkpoint(path, tokenizer=False)
     tensors = load_file(path / "model.safetensors")
     tensors |= {f"model.layers.{name}": torch.tensor(value) for name, value in scales.items()}
@@ -177,8 +178,30 @@ def test_scales_of_a_cache_in_8_bits_are_read_and_not_taken_for_weights(tmp_path
     assert read_kv_scales(path, 2) == [(0.5, 0.25), (0.125, 2.0)]
 
 
-@pytest.mark.parametrize("name", ["0.self_attn.k_scale", "5.self_attn.k_scale"])
-def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path, name: str) -> None:
-    path = _with_scales(tmp_path, {name: 0.0 if name.startswith("0") else 1.0})
-    with pytest.raises(ConfigError, match=f"{name} is no positive number for one of 2 layers"):
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [(0.0, "is 0.0, no number above 0"), ([1.0, 2.0], "has 2 numbers; one for all heads of a layer")],
+)
+def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path, value: float | list[float], named: str) -> None:
+    path = _with_scales(tmp_path, {"0.self_attn.k_scale": value})
+    with pytest.raises(ConfigError, match=rf"model\.layers\.0\.self_attn\.k_scale {named}"):
         read_kv_scales(path, 2)
+
+
+def test_scales_of_layers_that_are_not_read_are_not_either(tmp_path: Path) -> None:
+    """As of one that predicts further tokens."""
+    path = _with_scales(tmp_path, {"1.self_attn.k_scale": 0.5, "2.self_attn.k_scale": 0.25, "2.self_attn.v_scale": 0.0})
+    assert read_kv_scales(path, 2) == [(1.0, 1.0), (0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("kind", "named"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.int64, "I64")])
+def test_whole_numbers_are_no_plain_weights(tmp_path: Path, kind: torch.dtype, named: str) -> None:
+    """Their bytes were taken for weights, whatever scale they would need."""
+    path = write_checkpoint(tmp_path, tokenizer=False)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].mul(100).to(kind)
+    save_file(tensors, path / "model.safetensors")
+    for check in (lambda: check_checkpoint(path, ModelConfig.from_dir(path)), lambda: _load(path)):
+        with pytest.raises(ConfigError, match=rf"tensor {name} holds {named}, config\.json implies floats$"):
+            check()

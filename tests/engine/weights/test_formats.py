@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.weights.gguf_blocks import unpack_blocks
 from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.engine.weights.weight import DenseWeight
-from kvferry.models.checkpoint import check_checkpoint
+from kvferry.models.checkpoint import check_act_order, check_checkpoint
 from kvferry.models.config import ModelConfig
 from kvferry.models.storage import GGUF_KINDS
 
@@ -98,7 +99,7 @@ def test_in_bfloat16_rounded_inputs_stay_near(tmp_path: Path, name: str) -> None
 def test_ranks_hold_the_parts_of_the_whole(tmp_path: Path, name: str) -> None:
     quantized, plain = write_pair(tmp_path, name)
     if "act-order" in name:
-        with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.o_proj.*act-order"):
+        with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj.*act-order"):
             _load(quantized, size=2)
         return
     for rank in range(2):
@@ -191,14 +192,104 @@ def test_scales_of_8_bit_floats_may_be_exponents_in_bytes(tmp_path: Path) -> Non
         assert all(torch.equal(plain, other) for other in others)
 
 
-@pytest.mark.parametrize(("name", "scales"), [("fp8 block", "weight_scale_inv"), ("gptq 4", "scales")])
-def test_scales_of_another_type_are_refused_by_name(tmp_path: Path, name: str, scales: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "suffix", "kind", "told"),
+    [
+        ("fp8 block", "weight_scale_inv", torch.int32, "I32, config.json implies floats or U8"),
+        ("fp8 tensor", "weight", torch.uint8, "U8, config.json implies F8_E4M3"),
+        ("gptq 4", "scales", torch.int32, "I32, config.json implies floats"),
+        ("gptq 4", "qweight", torch.int64, "I64, config.json implies I32"),
+        ("gptq 4 act-order", "g_idx", torch.float32, "F32, config.json implies I32 or I64"),
+        ("awq", "qzeros", torch.float16, "F16, config.json implies I32"),
+        ("compressed int8 channel", "weight", torch.float16, "F16, config.json implies I8"),
+        ("modelopt nvfp4", "weight_scale_2", torch.uint8, "U8, config.json implies floats"),
+        ("compressed mxfp4", "weight_scale", torch.float32, "F32, config.json implies U8"),
+    ],
+)
+def test_tensors_of_another_type_are_refused_by_name(
+    tmp_path: Path, name: str, suffix: str, kind: torch.dtype, told: str
+) -> None:
+    """Before a byte of them is read, by a file's header."""
     quantized, _ = write_pair(tmp_path, name)
     tensors = load_file(quantized / "model.safetensors")
-    tensors = {key: each.to(torch.int32) if key.endswith(scales) else each for key, each in tensors.items()}
+    end = f"layers.1.self_attn.q_proj.{suffix}"
+    tensors = {key: each.to(kind) if key.endswith(end) else each for key, each in tensors.items()}
     save_file(tensors, quantized / "model.safetensors")
-    with pytest.raises(ConfigError, match=rf"q_proj.*{scales} holds torch\.int32, not floats"):
+    for check in (lambda: check_checkpoint(quantized, ModelConfig.from_dir(quantized)), lambda: _load(quantized)):
+        with pytest.raises(ConfigError, match=rf"{re.escape(end)} holds {re.escape(told)}$"):
+            check()
+
+
+@pytest.mark.parametrize("name", ["compressed int8 channel", "compressed int8 asymmetric", "compressed fp8 channel"])
+def test_scales_of_outputs_may_be_a_vector(tmp_path: Path, name: str) -> None:
+    """Zeros too."""
+    quantized, plain = write_pair(tmp_path, name)
+    tensors = load_file(quantized / "model.safetensors")
+    vectors = {key: each.flatten() for key, each in tensors.items() if key.endswith(("_scale", "_zero_point"))}
+    assert all(len(each) > 1 for each in vectors.values())
+    save_file({**tensors, **vectors}, quantized / "model.safetensors")
+    check_checkpoint(quantized, ModelConfig.from_dir(quantized))
+    for found, wanted in zip(_matrices(_load(quantized)), _matrices(_load(plain)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        (torch.full((256,), 2**31 - 1), "does not name 8 groups of one size"),
+        (torch.arange(256) // 16, "does not name 8 groups of one size"),
+        (torch.cat([torch.tensor([-1]), (torch.arange(256) // 32)[1:]]), "does not name 8 groups of one size"),
+        (torch.arange(512) // 64, "does not name 8 groups of one size"),
+        ((torch.arange(256) // 32).view(1, 256), "does not name 8 groups of one size"),
+        ((torch.arange(256) // 32).float(), "holds torch.float32, not whole numbers"),
+    ],
+)
+def test_groups_of_inputs_that_cannot_be_meant_are_refused(tmp_path: Path, groups: Tensor, told: str) -> None:
+    quantized, _ = write_pair(tmp_path, "gptq 4")
+    tensors = load_file(quantized / "model.safetensors")
+    kind = torch.float32 if groups.is_floating_point() else torch.int32
+    tensors["model.layers.0.self_attn.q_proj.g_idx"] = groups.to(kind)
+    save_file(tensors, quantized / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"q_proj: its g_idx {told}"):
         _load(quantized)
+
+
+def test_act_order_without_the_groups_of_inputs_is_refused(tmp_path: Path) -> None:
+    """It would be loaded as if inputs stood in order."""
+    quantized, _ = write_pair(tmp_path, "gptq 4 act-order")
+    tensors = load_file(quantized / "model.safetensors")
+    save_file({key: each for key, each in tensors.items() if "g_idx" not in key}, quantized / "model.safetensors")
+    for check in (lambda: check_checkpoint(quantized, ModelConfig.from_dir(quantized)), lambda: _load(quantized)):
+        with pytest.raises(ConfigError, match=r"14 tensors are missing: model\.layers\.0\.mlp\.down_proj\.g_idx"):
+            check()
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_ranks_do_not_share_inputs_in_act_order(tmp_path: Path, kind: torch.dtype) -> None:
+    """Told before anything is loaded; inputs that stand in order can be shared, whatever config.json calls them."""
+    quantized, _ = write_pair(tmp_path, "gptq 4 act-order")
+    quantization = ModelConfig.from_dir(quantized).quantization
+    tensors = load_file(quantized / "model.safetensors")
+    tensors |= {key: each.to(kind) for key, each in tensors.items() if key.endswith("g_idx")}
+    save_file(tensors, quantized / "model.safetensors")
+    down, up = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
+    with pytest.raises(
+        ConfigError, match=r"layers\.1\.mlp\.down_proj: weights in act-order .* --tensor-parallel-size 1"
+    ):
+        check_act_order(quantized, quantization, [down])
+    tensors[f"{down}.g_idx"] = (torch.arange(512) // 32).to(kind)
+    save_file(tensors, quantized / "model.safetensors")
+    check_act_order(quantized, quantization, [down, "lm_head"])
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj: weights in act-order"):
+        check_act_order(quantized, quantization, [down, up])
+
+
+@pytest.mark.parametrize("name", ["gptq 4", "compressed int4 packed", "fp8 block", "awq"])
+def test_no_file_is_read_for_an_act_order_that_config_json_does_not_tell_of(tmp_path: Path, name: str) -> None:
+    """A mixture of experts has tens of thousands of matrices, each of whose inputs would be looked at."""
+    quantized, _ = write_pair(tmp_path, name)
+    quantization = ModelConfig.from_dir(quantized).quantization
+    check_act_order(tmp_path / "nothing is here", quantization, ["model.layers.0.mlp.down_proj"])
 
 
 def test_a_tensor_of_a_wrong_shape_is_named(tmp_path: Path) -> None:

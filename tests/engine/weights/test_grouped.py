@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from kvferry.common.errors import ConfigError
+from kvferry.engine.weights import grouped
 from kvferry.engine.weights.grouped import E2M1, GroupedWeight, join_nibbles, split_nibbles
+from kvferry.engine.weights.weight import PIECE_ROWS
 
 MATRIX = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
 SCHEMES = [
@@ -143,6 +147,42 @@ def test_fused_parts_have_one_act_order() -> None:
     ordered = GroupedWeight(plain.numbers, plain.scales, order=torch.arange(128).int(), dtype=torch.float32)
     with pytest.raises(ConfigError, match="act-order"):
         weight.put(slice(24, 48), ordered)
+
+
+def _told(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> list[int]:
+    """Count the rows of what a function is given, in each call."""
+    seen, made = [], getattr(place, name)
+
+    def counted(what: torch.Tensor | GroupedWeight, *args: object, **kwargs: object) -> object:
+        seen.append(what.num_outputs if isinstance(what, GroupedWeight) else len(what))
+        return made(what, *args, **kwargs)
+
+    monkeypatch.setattr(place, name, counted)
+    return seen
+
+
+@pytest.mark.parametrize("is_e2m1", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_large_matrix_is_rounded_and_widened_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool, is_e2m1: bool
+) -> None:
+    """So that it is never there in float32, which takes twice its room, or eight times that of 4 bits."""
+    matrix = torch.randn(2 * PIECE_ROWS + 40, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    asked: dict[str, Any] = {"bits": 4, "group_size": 16, "symmetric": symmetric, "is_e2m1": is_e2m1}
+    rounded = _told(monkeypatch, grouped, "round_groups")
+    weight = GroupedWeight.quantized(matrix, **asked)
+    assert rounded == [PIECE_ROWS, PIECE_ROWS, 40] and weight.dtype == torch.bfloat16
+    parts = [GroupedWeight.quantized(matrix[at : at + 7], **asked).dequantized() for at in range(0, len(matrix), 7)]
+    plain = weight.dequantized()
+    assert torch.equal(plain, torch.cat(parts))
+    widened = _told(monkeypatch, GroupedWeight, "dequantized")
+    assert torch.equal(weight.widened(), plain.bfloat16())
+    assert widened == [PIECE_ROWS, PIECE_ROWS, 40]
+    for dim, start, size in ((0, 1000, (1050, 32)), (1, 4, (len(matrix), 8))):  # a part of a group, too
+        target = torch.empty(size)
+        weight.widen_into(target, dim, start)
+        assert torch.equal(target, plain.narrow(dim, start, size[dim]))
+    assert max(widened) <= PIECE_ROWS
 
 
 def test_nibbles() -> None:

@@ -1,16 +1,24 @@
-"""Stacks of experts in 8-bit floats with a scale for each, as Mistral Small 4 is published, beside parts that see."""
+"""Stacks of experts in 8-bit floats: with a scale for each, as Mistral Small 4 is published, beside parts that see; in
+blocks, as transformers saves them.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Experts
 
 from kvferry.engine.engine import Engine
+from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.loading import load_weights
+from kvferry.engine.ranks.communicator import Communicator
+from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.checkpoint import check_checkpoint
 from kvferry.models.config import ModelConfig
 
@@ -71,3 +79,55 @@ def test_each_expert_has_its_own_scale(checkpoints: Path) -> None:
     assert config.quantization is not None and config.quantization.is_float8 and config.rope.query_beta == 0.1
     check_checkpoint(checkpoints / "stored", config)
     assert _answer(make_engine(checkpoints / "stored")) == _answer(make_engine(checkpoints / "plain"))
+
+
+# --- in blocks -------------------------------------------------------------------------------------------------------
+
+SIZES = SimpleNamespace(hidden_size=64, num_local_experts=8, moe_intermediate_size=48, hidden_act="silu")
+BLOCK = (16, 8)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("blocks") / "plain"
+    return write_deepseek(path, "mistral4", **EXPERTS["mistral4"], moe_intermediate_size=48)  # type: ignore[arg-type]
+
+
+def _write_blocks(path: Path, plain: Path, *, is_transposed: bool) -> dict[str, Tensor]:
+    """Write its experts as transformers' class has them in 8 bits, and return what that reads in them."""
+    generator = torch.Generator().manual_seed(0)
+    stacks = FP8Experts(SIZES, block_size=BLOCK).state_dict()
+    tensors, meant = load_file(plain / "model.safetensors"), {}
+    for name in [name for name in tensors if name.rpartition(".")[2] in stacks]:
+        own, scales = (stacks[f"{name.rpartition('.')[2]}{end}"] for end in ("", "_scale_inv"))
+        numbers = torch.randn(own.shape, generator=generator).mul(20).to(own.dtype)
+        factors = torch.rand(scales.shape, generator=generator, dtype=scales.dtype) / 100 + 0.001
+        meant[name] = Fp8Dequantize(None)._dequantize_one(numbers, factors, torch.float32)
+        stored = {name: numbers, f"{name}_scale_inv": factors}
+        tensors |= {key: each.mT.contiguous() if is_transposed else each for key, each in stored.items()}
+    assert len(meant) == 2 * 3
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    told = {"quant_method": "fp8", "weight_block_size": [*BLOCK]}
+    told["modules_to_not_convert"] = ["self_attn", "shared_experts", "lm_head"]
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+    return meant
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_blocks_of_stacked_experts_mean_what_transformers_reads_in_them(
+    tmp_path: Path, plain: Path, is_transposed: bool
+) -> None:
+    meant = _write_blocks(tmp_path / "stored", plain, is_transposed=is_transposed)
+    config = ModelConfig.from_dir(tmp_path / "stored")
+    check_checkpoint(tmp_path / "stored", config)
+    decoder = Decoder(config, Communicator(), dtype=torch.float32, device=torch.device("cpu"))
+    load_weights(decoder, tmp_path / "stored", load_format="auto", seed=0)
+    matrices = {linear.name: linear.weight for linear in decoder.linears() if ".experts." in linear.name}
+    assert len(matrices) == 3 * 8 * 2
+    for name, stack in meant.items():
+        layer, _, part = name.rpartition(".")
+        for index, wanted in enumerate(stack):
+            weight = matrices[f"{layer}.{index}.{part}"]
+            assert isinstance(weight, DenseWeight) and torch.equal(weight.plain, wanted)
