@@ -31,7 +31,7 @@ from .scale_types import (
     StepTimes,
 )
 from .schedule import Schedule
-from .sizing import DecodeLoad, PrefillLoad
+from .sizing import DecodeLoad, PrefillLoad, needed_of_both
 from .way import counts_of, lend, way_to
 
 # None of these numbers is derived. Who changes one measures it with benchmarks.autoscale.
@@ -105,31 +105,33 @@ class Autoscaler:
     def _learn(self, load: LoadSnapshot, forecast: ScaleForecast) -> None:
         settled = load.now_s - self._changed_s >= self._settings.settle_s
         ready = counts_of(member for member in load.members if member.state is MemberState.READY)
-        for pool in POOLS:
-            kept = load.ttft if pool == "prefill" else load.tpot
+        for work in POOLS:
+            kept = load.ttft if work == "prefill" else load.tpot
+            pool: Pool = work if self._settings.prefill.at_most else "decode"  # which does the prompts' work, too
             counts = settled and ready.in_pool(pool) >= forecast.needed.in_pool(pool) > 0
-            self._corrections[pool].observe(kept, load.interval_s, counts=counts)
+            self._corrections[work].observe(kept, load.interval_s, counts=counts)
 
     def _look_ahead(self, load: LoadSnapshot, have: Counts) -> ScaleForecast:
         """Return the load by the time that a worker asked for now takes work, and what that load needs."""
-        answers = self._lengths.answers
-        if len(answers) < _FEW and self._requests.level > 0:
+        limits = load.limits
+        if limits is None or self._unknown(load):
             return ScaleForecast(self._requests.level, self._tokens.level)
         if self._since_s is None:
             self._since_s = load.now_s
-        settings = self._settings
+        settings, answers = self._settings, self._lengths.answers
         ahead_s = load.start_s + load.interval_s
         requests, tokens = self._requests.at(ahead_s), self._tokens.at(ahead_s)
-        prompts = PrefillLoad.from_answers(answers, self._times, load.limits, settings.objectives)
-        crowd = DecodeLoad.from_answers(answers, self._times, load.limits, settings.objectives)
+        prompts = PrefillLoad.from_answers(answers, self._times, limits, settings.objectives)
+        crowd = DecodeLoad.from_answers(answers, self._times, limits, settings.objectives)
         factor = {pool: self._corrections[pool].factor for pool in POOLS}
 
         def need(tokens_per_s: float, requests_per_s: float) -> Counts:
             rate = tokens_per_s / max(1.0, prompts.mean_tokens)
-            return Counts(
-                prompts.needed(rate * factor["prefill"], settings.target) if settings.prefill.at_most else 0,
-                crowd.needed(requests_per_s * factor["decode"], settings.target),
-            )
+            rate *= factor["prefill"]
+            requests_per_s *= factor["decode"]
+            if not settings.prefill.at_most:
+                return Counts(0, needed_of_both(prompts, crowd, rate, requests_per_s, settings.target))
+            return Counts(prompts.needed(rate, settings.target), crowd.needed(requests_per_s, settings.target))
 
         less = 1.0 - settings.clear
         backlog = load.queued_tokens / settings.backlog_s
@@ -138,12 +140,13 @@ class Autoscaler:
         if load.now_s - self._shrunk_s >= settings.shrink_after_s:  # else only what is clear: no back and forth
             needed = _at_least(needed, self._lasting(load.now_s))
         roomy = needed
-        if any(needed.in_pool(pool) > settings.jump * have.in_pool(pool) for pool in POOLS):
+        if jumps := [pool for pool in POOLS if needed.in_pool(pool) > settings.jump * have.in_pool(pool)]:
             more = 1.0 + settings.jump_headroom
-            roomy = need((tokens + backlog) * more, requests * more)
+            room = need((tokens + backlog) * more, requests * more)
+            roomy = Counts(*((room if pool in jumps else needed).in_pool(pool) for pool in POOLS))
         more = 1.0 + settings.headroom
         safe = need(max(tokens, self._tokens.level) * more, max(requests, self._requests.level) * more)
-        self._past.append((load.now_s, safe))
+        self._past.append((load.now_s, _at_least(safe, roomy)))
         while self._past[0][0] < load.now_s - settings.shrink_after_s:
             self._past.popleft()
         return ScaleForecast(
@@ -155,6 +158,12 @@ class Autoscaler:
             self._most_needed(load.now_s - settings.shrink_after_s),
             (factor["prefill"], factor["decode"]),
         )
+
+    def _unknown(self, load: LoadSnapshot) -> str:
+        """Return what is missing to size the load; empty: nothing is."""
+        if load.limits is None:
+            return "no worker's step times are known"
+        return "no lengths known yet" if len(self._lengths) < _FEW and self._requests.level > 0 else ""
 
     def _lasting(self, now_s: float) -> Counts:
         """Return what was needed all the time lately."""
@@ -172,21 +181,18 @@ class Autoscaler:
         self, load: LoadSnapshot, have: Counts, forecast: ScaleForecast, fleet: list[Member]
     ) -> tuple[Counts, str]:
         bounds = self._bounds(load)
+        if unknown := self._unknown(load):
+            return self._within(_at_least(have, load.desired or have), bounds, have), unknown
         needed = _largest(forecast.needed, self._settings.spare_workers)
         roomy = _largest(forecast.after_jump, self._settings.spare_workers)
         enough = _largest(forecast.with_headroom, self._settings.spare_workers)
-        if len(self._lengths) < _FEW and self._requests.level > 0:
-            return self._within(have, bounds, have), "no lengths known yet"
         may_shrink = self._since_s is not None and load.now_s - self._since_s >= self._settings.shrink_after_s
         sizes = {
             pool: _size(
-                have.in_pool(pool), needed.in_pool(pool), enough.in_pool(pool), bounds[pool], may_shrink=may_shrink
+                have.in_pool(pool), roomy.in_pool(pool), enough.in_pool(pool), bounds[pool], may_shrink=may_shrink
             )
             for pool in POOLS
         }
-        for pool in POOLS:
-            if needed.in_pool(pool) > self._settings.jump * have.in_pool(pool):
-                sizes[pool] = bounds[pool].clamp(roomy.in_pool(pool))
         wanted = Counts(sizes["prefill"], sizes["decode"])
         lately = _largest(self._most_needed(load.now_s - self._settings.flip_after_s), self._settings.spare_workers)
         wanted = lend(wanted, have, lately, bounds, fleet)

@@ -71,7 +71,8 @@ class RateForecast:
         self._memory_s = memory_s
         self._level: float | None = None
         self._trend = 0.0  # per second, per second
-        self._part = 1.0  # mean square over mean of the parts: the rate's variance is rate x part / interval
+        # Mean square over mean of the parts, as the rate's variance is rate x part / interval; 0 until one was seen.
+        self._part = 0.0
         self._profile = DayProfile()
         self._day_s = 0.0
 
@@ -89,7 +90,7 @@ class RateForecast:
         gain = min(1.0, 1.0 - math.exp(-interval_s / self._memory_s))
         if rate > 0:
             part = sum(x * x for x in parts) / sum(parts)
-            self._part = part if self._level is None else self._part + gain * (part - self._part)
+            self._part = self._part + gain * (part - self._part) if self._part else part
         if self._level is None:
             self._level = rate
             return

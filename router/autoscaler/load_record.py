@@ -6,14 +6,13 @@ several routers: those that do not decide send theirs, a sample of it, to the on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from prometheus_client.metrics_core import Metric
 
 from ..metrics.metrics import RouterMetrics
-from ..metrics.pools import ModelPools
 from ..metrics.workers import gauge
 from ..state.objectives import DEFAULT_CLASS, Objectives
 from ..state.outcome import ServiceOutcome
@@ -87,12 +86,13 @@ def _even_choice(items: Sequence[_T], count: int) -> Sequence[_T]:
 
 def _as_list(answer: AnswerLengths) -> list[object]:
     own = answer.objectives
-    return [*answer[:3], None if own is None else [own.ttft_s, own.ttft_stretch, own.tpot_s]]
+    sized_by = None if own is None else [own.ttft_s, own.ttft_stretch, own.tpot_s]
+    return [answer.num_prompt_tokens, answer.num_cached_tokens, answer.num_output_tokens, answer.num_choices, sized_by]
 
 
 def _as_answer(value: Sequence[Any]) -> AnswerLengths:
-    prompt, cached, output, own = value
-    return AnswerLengths(prompt, cached, output, None if own is None else _sized_by(*own))
+    prompt, cached, output, choices, own = value
+    return AnswerLengths(prompt, cached, output, None if own is None else _sized_by(*own), choices)
 
 
 def _sized_by(ttft_s: float | None, ttft_stretch: float, tpot_s: float | None) -> Objectives:
@@ -128,6 +128,7 @@ class LoadRecord:
                     request.num_cached_tokens,
                     request.num_output_tokens,
                     None if is_default else _sized_by(own.ttft_s, own.ttft_stretch, own.tpot_s),
+                    request.n,
                 )
             )
 
@@ -166,16 +167,21 @@ class RecordingMetrics(RouterMetrics):
         self._record = record
         self.replicas: Callable[[], Replicas] = Replicas
 
-    def _pools(self, models: ModelPools, num_in_flight: int) -> Iterator[Metric]:
-        yield from super()._pools(models, num_in_flight)
+    def _counts_now(self) -> list[Metric]:
         replicas = self.replicas()
-        for name, text, counts in (
-            ("desired", "Workers that a pool should have", replicas.desired),
-            ("current", "Workers that a pool has, with those that start", replicas.current),
-        ):
-            if counts is not None:
-                samples = [((pool,), float(counts.in_pool(pool))) for pool in POOLS]
-                yield gauge(f"kvferry_{name}_replicas", text, ["pool"], samples)
+        return [
+            gauge(
+                f"kvferry_{name}_replicas",
+                text,
+                ["pool"],
+                [((pool,), float(counts.in_pool(pool))) for pool in POOLS],
+            )
+            for name, text, counts in (
+                ("desired", "Workers that a pool should have", replicas.desired),
+                ("current", "Workers that a pool has, with those that start", replicas.current),
+            )
+            if counts is not None
+        ]
 
     def on_submitted(self, request: object) -> None:
         assert isinstance(request, RouterRequest)

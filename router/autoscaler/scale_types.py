@@ -56,6 +56,7 @@ class AnswerLengths(NamedTuple):
     num_cached_tokens: int  # of the prompt: from a prefix cache
     num_output_tokens: int  # of all its choices
     objectives: Objectives | None = None  # of its class; None: of the class "default"
+    num_choices: int = 1  # that ran side by side, behind one prompt
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,11 +69,11 @@ class Kept:
 
 @dataclass(slots=True, frozen=True)
 class WorkerLimits:
-    """The most that one worker holds."""
+    """The most that one worker of a pool holds: a decode worker answers, a prefill worker prompts."""
 
-    kv_tokens: int  # in its KV cache
-    max_num_seqs: int
-    max_num_batched_tokens: int = 8192
+    kv_tokens: int  # in a decode worker's KV cache
+    max_num_seqs: int  # of a decode worker
+    max_num_batched_tokens: int = 8192  # of a prefill worker
     spec: KVCacheSpec | None = None  # of KV that is handed over, and takes what that brings; None: all of it
 
 
@@ -86,11 +87,12 @@ class LoadSnapshot:
     prompts: tuple[int, ...]  # tokens of each request that came, refused ones included
     answers: tuple[AnswerLengths, ...]  # of requests that ended; an even choice of them is enough
     members: tuple[Member, ...]
-    limits: WorkerLimits
+    limits: WorkerLimits | None  # None: these or the step times are not known, so no load can be sized
     queued_tokens: int = 0  # prompt tokens that wait in the central queue
     ttft: Kept = Kept()
     tpot: Kept = Kept()
     start_s: float = 60.0  # from the request for a worker until it takes work, as measured
+    desired: Counts | None = None  # as decided last, here or by another router
 
     @property
     def day_s(self) -> float:
@@ -163,7 +165,7 @@ class ScaleForecast:
     prompt_tokens_per_s: float = 0.0
     output_tokens_per_s: float = 0.0
     needed: Counts = Counts(0, 0)  # for the forecast load, noise left out
-    after_jump: Counts = Counts(0, 0)  # with more room, for a pool that is far too small
+    after_jump: Counts = Counts(0, 0)  # as `needed`, with more room in a pool that is far too small
     with_headroom: Counts = Counts(0, 0)  # for the load with headroom, largest of the time before a shrink
     correction: tuple[float, float] = (1.0, 1.0)  # of prefill and decode load, from missed objectives
 

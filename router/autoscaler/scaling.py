@@ -20,12 +20,12 @@ from ...common.errors import RequestError
 from ...common.router_config import AutoscaleConfig
 from ..state.objectives import Objectives
 from ..state.predictor import Predictor
-from ..state.views import PoolView, WorkerView
+from ..state.views import PoolView
 from .autoscaler import Autoscaler
-from .inputs import TypicalTimes, settings_of, worker_limits
+from .inputs import TypicalLimits, TypicalTimes, settings_of
 from .load_record import LoadRecord, Replicas, SeenLoad
 from .members import FleetMembers
-from .scale_types import POOLS, Counts, LoadSnapshot, MemberState, ScaleDecision
+from .scale_types import POOLS, Counts, LoadSnapshot, MemberState, ScaleDecision, WorkerLimits
 
 _ANSWER_S = 30.0  # for the launcher to answer a request, before another one is made; shorter may ask for the same twice
 _FIRST_START_S = 60.0  # until a start was measured; larger scales further ahead
@@ -65,7 +65,7 @@ class Scaling:
         self._clock = clock
         self._week_s = week_s
         self._launcher = launcher
-        self._times = TypicalTimes(predictor)
+        self._times, self._limits = TypicalTimes(predictor), TypicalLimits()
         self._autoscaler = Autoscaler(settings_of(config, objectives), self._times)
         self._fleet = FleetMembers()
         self._is_leader = launcher is None
@@ -202,11 +202,13 @@ class Scaling:
 
     def _decide(self, view: PoolView, seen: SeenLoad, interval_s: float) -> None:
         now = self._clock.now()
-        ready = [worker for worker in view.workers if worker.is_ready]
-        if not self._times.choose(ready):
-            return
+        limits = self._limits.of(view.workers)
+        if not self._times.choose(view.workers):
+            limits = None
+        if limits is None and self._launcher is None and self._autoscaler.held is None:
+            return  # without a launcher nobody says what the fleet should be, and who starts workers reads what is said
         waits = self._asked_s is not None and now - self._asked_s < _ANSWER_S
-        decision = self._autoscaler.decide(self._snapshot(view, ready, seen, interval_s, now))
+        decision = self._autoscaler.decide(self._snapshot(view, limits, seen, interval_s, now))
         shown = Counts(decision.prefill, decision.decode), decision.reason
         is_news = self._shown is None or self._shown[0] != shown[0]
         self._shown, self._decision = shown, decision
@@ -250,7 +252,7 @@ class Scaling:
         )
 
     def _snapshot(
-        self, view: PoolView, ready: Sequence[WorkerView], seen: SeenLoad, interval_s: float, now: float
+        self, view: PoolView, limits: WorkerLimits | None, seen: SeenLoad, interval_s: float, now: float
     ) -> LoadSnapshot:
         if seen.prompts:
             self._mean_prompt = sum(seen.prompts) / len(seen.prompts)
@@ -261,11 +263,12 @@ class Scaling:
             prompts=seen.prompts,
             answers=seen.answers,
             members=tuple(self._fleet.members(view, now)),
-            limits=worker_limits(ready),
+            limits=limits,
             queued_tokens=round(seen.num_queued * self._mean_prompt),
             ttft=seen.ttft,
             tpot=seen.tpot,
             start_s=_FIRST_START_S if self._fleet.start_s is None else self._fleet.start_s,
+            desired=self.desired,
         )
 
 

@@ -8,6 +8,9 @@ Decode is a crowd. By Little's law rate x length x step time sequences run at on
 queue without waiting (M/G/infinity), it scatters as Poisson's, and their KV as shot noise (Campbell). N workers are
 enough when a step with an unlucky share of the crowd keeps the strictest objective in it and fits the cache.
 
+Where one pool does both, workers share their time: steps of rows take as much longer as prompts take of it, and
+prompts get what rows leave that keep their pace.
+
 Everything here is deterministic: the same load gives the same answer.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from statistics import NormalDist
 
 import numpy as np
@@ -57,6 +60,7 @@ class PrefillLoad:
     mean_s: float  # of what a prompt takes
     variation: float  # of that: its variance, over the square of the mean
     slack_s: tuple[_Numbers, ...]  # by class: of each one's objective, after its own time
+    alone_s: tuple[_Numbers, ...]  # by class: each one's own time
     mean_tokens: float  # of whole prompts, cached tokens included
 
     @classmethod
@@ -64,8 +68,8 @@ class PrefillLoad:
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> PrefillLoad:
         if not answers:
-            return cls(0.0, 0.0, (), 0.0)
-        prompts, cached, _ = _lengths(answers)
+            return cls(0.0, 0.0, (), (), 0.0)
+        prompts, cached, _, _ = _lengths(answers)
         new = np.maximum(1.0, prompts - cached)
         new_tokens, contexts = (each.astype(int).tolist() for each in (new, cached))
         alone_s = np.array(list(map(times.prefill_s, new_tokens, contexts)), np.float64)
@@ -77,18 +81,26 @@ class PrefillLoad:
             mean_s,
             max(0.0, float((work_s * work_s).mean()) / (mean_s * mean_s) - 1.0),
             tuple(_slack_s(own, objectives, alone_s[theirs]) for own, theirs in of_class.items()),
+            tuple(alone_s[theirs] for theirs in of_class.values()),
             float(prompts.mean()),
         )
 
-    def kept(self, rate: float, num_workers: int) -> float:
-        """The share of the worst class's prompts that start in time; 0 where the queue grows without end."""
-        offered = rate * self.mean_s
+    def kept(self, rate: float, num_workers: int, time_share: float = 1.0) -> float:
+        """The share of the worst class's prompts that start in time; 0 where the queue grows without end.
+
+        `time_share`: of their time that workers have for prompts.
+        """
+        if time_share <= 0:
+            return 0.0
+        mean_s, longer = self.mean_s / time_share, 1.0 / time_share - 1.0
+        offered = rate * mean_s
         utilization = offered / num_workers if num_workers else math.inf
         if utilization >= _MAX_UTILIZATION:
             return 0.0
         waiting = erlang_c(num_workers, offered)
-        wait_s = 0.5 * (1.0 + self.variation) * self.mean_s / (num_workers * (1.0 - utilization))
-        return 1.0 - waiting * max(float(np.exp(np.maximum(0.0, each) / -wait_s).mean()) for each in self.slack_s)
+        wait_s = 0.5 * (1.0 + self.variation) * mean_s / (num_workers * (1.0 - utilization))
+        slacks = (slack_s - longer * alone_s for slack_s, alone_s in zip(self.slack_s, self.alone_s, strict=True))
+        return 1.0 - waiting * max(float(np.exp(np.maximum(0.0, each) / -wait_s).mean()) for each in slacks)
 
     def needed(self, rate: float, target: float) -> int:
         if not self.slack_s or rate <= 0:
@@ -98,8 +110,9 @@ class PrefillLoad:
 
 
 def _lengths(answers: Sequence[AnswerLengths]) -> _Numbers:
-    """Return the tokens of prompts, those of them that were cached, and those of the answers."""
-    return np.stack([np.fromiter(map(itemgetter(field), answers), np.float64, len(answers)) for field in range(3)])
+    """Return the tokens of prompts, those of them that were cached, those of the answers, and their choices."""
+    fields = [attrgetter(f"num_{name}") for name in ("prompt_tokens", "cached_tokens", "output_tokens", "choices")]
+    return np.stack([np.fromiter(map(field, answers), np.float64, len(answers)) for field in fields])
 
 
 def _slack_s(own: Objectives | None, default: Objectives, alone_s: _Numbers) -> _Numbers:
@@ -121,10 +134,12 @@ def _saved_s(mean_new: int, times: StepTimes, limits: WorkerLimits) -> float:
 class DecodeLoad:
     """Answers as a crowd of running sequences."""
 
-    mean_output: float
-    mean_held: float  # token-steps of KV: each generated token holds the context before it
+    mean_output: float  # row-steps: tokens of all choices
+    mean_square_output: float  # choices of an answer run side by side, so their rows come and go together
+    mean_held: float  # token-steps of KV: each generated token reads the context before it
     mean_square_held: float
-    mean_kept: float  # token-steps of what caches keep of that: handoffs leave out what windows do not reach
+    # Token-steps of what caches keep of that: choices share their prompt, handoffs leave out what windows do not reach.
+    mean_kept: float
     mean_square_kept: float
     times: StepTimes
     limits: WorkerLimits
@@ -134,9 +149,10 @@ class DecodeLoad:
     def from_answers(
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> DecodeLoad:
-        count, (prompts, _, outputs) = max(1, len(answers)), _lengths(answers)
-        held, squares = _held(prompts, outputs)
-        kept, kept_squares = _held(_kept(prompts, limits.spec), outputs)
+        count, (prompts, _, outputs, choices) = max(1, len(answers)), _lengths(answers)
+        num_steps = outputs / choices
+        held, squares = _held(choices * prompts, choices, num_steps)
+        kept, kept_squares = _held(_kept(prompts, limits.spec), choices, num_steps)
         num_outputs = float(outputs.sum())
         classes = {a.objectives for a in answers if a.num_output_tokens}
         wanted = min((_tpot_s(own, objectives) for own in classes), default=_DEFAULT_TPOT_S)
@@ -144,6 +160,7 @@ class DecodeLoad:
         longest_s = max(filled_step_s(wanted), possible)
         return cls(
             num_outputs / count,
+            float((choices * outputs).sum()) / count,
             held / count,
             squares / count,
             kept / count,
@@ -153,18 +170,24 @@ class DecodeLoad:
             longest_s,
         )
 
-    def fits(self, rate: float, num_workers: int, target: float) -> bool:
-        """Return whether a step keeps the objective, and the KV fits the cache, in all but 1 - `target` of the time."""
-        step_s = self.times.decode_step_s(1, 0)
+    def fits(self, rate: float, num_workers: int, target: float, time_share: float = 1.0) -> bool:
+        """Return whether a step keeps the objective, and the KV fits the cache, in all but 1 - `target` of the time.
+
+        `time_share`: of their time that workers have for rows.
+        """
+        if time_share <= 0:
+            return False
+        step_s = self.times.decode_step_s(1, 0) / time_share
         for _ in range(_ROUNDS):
             rows, context = rate * self.mean_output * step_s, rate * self.mean_held * step_s
-            slower_s = self._step_s(rows / num_workers, context / num_workers)
+            slower_s = self._step_s(rows / num_workers, context / num_workers) / time_share
             if slower_s > self.longest_step_s:
                 return False
             if slower_s - step_s < _TOLERANCE * step_s:
                 break
             step_s = slower_s
-        row_sigma, context_sigma = math.sqrt(rows), math.sqrt(rate * self.mean_square_held * step_s)
+        row_sigma = math.sqrt(rate * self.mean_square_output * step_s)
+        context_sigma = math.sqrt(rate * self.mean_square_held * step_s)
         # A full cache costs more than slow steps: who waits for room makes the next ones wait too.
         rare = NormalDist().inv_cdf(1.0 - (1.0 - target) * _FULL_SHARE)
         kept, kept_sigma = rate * self.mean_kept * step_s, math.sqrt(rate * self.mean_square_kept * step_s)
@@ -173,7 +196,14 @@ class DecodeLoad:
             return False
         sigmas = NormalDist().inv_cdf(target)
         rows, context = rows + sigmas * row_sigma, context + sigmas * context_sigma
-        return self._step_s(rows / num_workers, context / num_workers) <= self.longest_step_s
+        return self._step_s(rows / num_workers, context / num_workers) / time_share <= self.longest_step_s
+
+    def least_share(self, rate: float, num_workers: int) -> float:
+        """Return what part of their time workers need for rows that come as slowly as the objective lets them."""
+        if math.isinf(self.longest_step_s):
+            return 0.0
+        rows, context = (rate * each * self.longest_step_s / num_workers for each in (self.mean_output, self.mean_held))
+        return min(1.0, rows) * self._step_s(rows, context) / self.longest_step_s
 
     def _step_s(self, rows: float, context: float) -> float:
         return self.times.decode_step_s(max(1, math.ceil(rows)), math.ceil(context))
@@ -184,10 +214,30 @@ class DecodeLoad:
         return _least(1, lambda count: self.fits(rate, count, target))
 
 
-def _held(contexts: _Numbers, outputs: _Numbers) -> tuple[float, float]:
-    """Return the integrals, over all answers' tokens, of the context that each holds and of its square."""
-    held = outputs * (contexts + outputs / 2)
-    squares = outputs * (contexts * contexts + contexts * outputs + outputs * outputs / 3)
+def needed_of_both(
+    prompts: PrefillLoad, crowd: DecodeLoad, prompt_rate: float, answer_rate: float, target: float
+) -> int:
+    """Return how many workers are enough that compute prompts beside their rows."""
+    if crowd.mean_output <= 0 or answer_rate <= 0:
+        return prompts.needed(prompt_rate, target)
+
+    def is_enough(count: int) -> bool:
+        left = 1.0 - prompt_rate * prompts.mean_s / count
+        if not crowd.fits(answer_rate, count, target, left):
+            return False
+        return prompts.kept(prompt_rate, count, 1.0 - crowd.least_share(answer_rate, count)) >= target
+
+    return _least(max(1, math.ceil(prompt_rate * prompts.mean_s)), is_enough)
+
+
+def _held(contexts: _Numbers, growth: _Numbers, num_steps: _Numbers) -> tuple[float, float]:
+    """Return the integrals, over all answers' steps, of the context that each one holds and of its square.
+
+    `contexts`: at an answer's first step. `growth`: tokens of each step.
+    """
+    grown = growth * num_steps
+    held = num_steps * (contexts + grown / 2)
+    squares = num_steps * (contexts * contexts + contexts * grown + grown * grown / 3)
     return float(held.sum()), float(squares.sum())
 
 

@@ -13,7 +13,7 @@ CLOSED: dict[str, frozenset[str]] = {
         "duplicate mismatch overflow prompt_logprobs".split()
     ),
     "code": frozenset(
-        "200 204 206 400 401 403 404 405 408 413 415 416 429 499 500 501 503 504 505 507".split()  # files have parts
+        "200 204 206 400 401 403 404 405 408 409 413 415 416 422 429 499 500 501 503 504 505 507".split()
     ),
     "rejected": frozenset("queue_full objective deadline displaced late draining quota".split()),
     "resumed": frozenset({"ok", "failed", "aborted"}),

@@ -20,7 +20,7 @@ from ...common.request import DEFAULT_CLASS, MAX_CHOICES, SamplingParams
 from ...wire.workers import TransferReport
 from .exposition import exposition, with_aliases
 from .labels import CLOSED, FENCED, OTHER, closed
-from .pools import ModelPools, pool_families
+from .pools import ModelPools, PoolPicture, pool_families
 from .series import (
     BYTES_BUCKETS,
     GAP_BUCKETS,
@@ -163,7 +163,7 @@ class RouterMetrics:
         observe_between(self._inference, stamps, "prefill_start", "last_token")
         if "first_token" in stamps:
             observe_between(self._e2e, stamps, "queued", "finished")
-        tokens_after_first = request.num_output_tokens / max(request.n, 1) - 1
+        tokens_after_first = request.num_longest_tokens - 1  # choices run side by side, and the longest ends last
         if tokens_after_first > 0 and "last_token" in stamps and "first_token" in stamps:
             self._tpot.observe((stamps["last_token"] - stamps["first_token"]) / tokens_after_first)
 
@@ -274,12 +274,15 @@ class RouterMetrics:
     # --- the scrape ----------------------------------------------------------------------------------------
 
     def scrape(self, models: ModelPools, *, num_in_flight: int) -> Callable[[], tuple[bytes, str]]:
-        """Look at the pools. Returns what writes (text, media type) of /metrics.
+        """Look at the pools, on the event loop. Returns what writes (text, media type) of /metrics.
 
-        That takes tens of milliseconds, in which tokens would wait: it is for a thread.
+        That takes tens of milliseconds, in which tokens would wait: it is for a thread, and reads nothing that changes
+        but the counters here.
         """
-        pools = [*with_aliases(self._gaps.family(), self._model_name), *self._pools(models, num_in_flight)]
-        return lambda: exposition([*self._own(), *pools])
+        now = [*with_aliases(self._gaps.family(), self._model_name), *self._counts_now()]
+        seen = [(name, PoolPicture.of(view)) for name, view in models]
+        classes = sorted(self._classes)
+        return lambda: exposition([*self._own(), *now, *pool_families(seen, classes, num_in_flight)])
 
     def _own(self) -> Iterator[Metric]:
         metrics = (value for value in vars(self).values() if isinstance(value, (Counter, Histogram)))
@@ -287,5 +290,6 @@ class RouterMetrics:
             for family in metric.collect():
                 yield from with_aliases(family, self._model_name)
 
-    def _pools(self, models: ModelPools, num_in_flight: int) -> Iterator[Metric]:
-        return pool_families(models, sorted(self._classes), num_in_flight)
+    def _counts_now(self) -> list[Metric]:
+        """Return families of a few numbers besides, as they are at the scrape."""
+        return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -25,6 +26,20 @@ class PoolGauges(Protocol):
     def num_queued(self) -> int: ...
     @property
     def queued_by_class(self) -> Mapping[str, int]: ...
+
+
+@dataclass(slots=True, frozen=True)
+class PoolPicture:
+    """A pool at one moment, for another thread: the router's own lists go on changing."""
+
+    workers: tuple[WorkerGauges, ...]  # each is a picture itself
+    block_size: int
+    num_queued: int
+    queued_by_class: Mapping[str, int]
+
+    @classmethod
+    def of(cls, view: PoolGauges) -> PoolPicture:
+        return cls(tuple(view.workers), view.block_size, view.num_queued, dict(view.queued_by_class))
 
 
 ModelPools = Sequence[tuple[str, PoolGauges]]  # by name of the model

@@ -1,7 +1,7 @@
 """Heartbeats become metrics with the labels worker and pool.
 
-Every number of a `WorkerStatus` is exported: those named here under a name of their own, any other as
-`kvferry_worker_<field>`, so that a counter which a worker begins to report is on the boards at once.
+Every number of a `WorkerStatus` is exported, by the name and as the kind that it has here: whether a number only grows
+cannot be seen from it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _GAUGES = {
     "waiting_tokens": ("waiting_tokens", "Prompt tokens not computed yet"),
     "step_s": ("step_seconds", "The last engine step"),
     "busy_for_s": ("running_step_seconds", "Age of the running engine step"),
+    "loading_adapters": ("loading_adapters", "Adapters that are on their way into the engine's slots"),
     "decode_context": ("decode_context_tokens", "Tokens of all sequences that decode"),
     "share": ("router_share", "Of the worker's credit and free blocks that is this router's"),
     "host_blocks": ("kv_tier_host_blocks", "Cached blocks in host memory"),
@@ -55,11 +56,6 @@ _COUNTERS = {
 # By a label: the field holds (value, count) pairs. A value that is not known here counts as "other".
 _COUNTERS_BY = {"grant_rejects": ("grant_rejects", "Grants that were refused when used", "reason")}
 _VALUES = {"reason": tuple("ended mac reused draining fenced_peer checksum incompatible process".split())}
-# Told in `kvferry_blocks`, `kvferry_worker_state`, the label `pool` and `_experts`, or nobody's business.
-_TOLD_ELSEWHERE = frozenset(
-    "seq state step_tokens role samples adapters experts "
-    "num_blocks num_free_blocks num_cached_blocks num_granted_blocks num_quarantined_blocks".split()
-)
 
 
 class ExpertGauges(Protocol):
@@ -112,7 +108,6 @@ def worker_families(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
     for field, (name, text, label) in _COUNTERS_BY.items():
         yield _counter(name, text, [*_LABELS, label], _by_label(alive, field, _VALUES[label]))
     yield from _experts(workers)
-    yield from _others(alive)
 
 
 def _experts(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
@@ -127,19 +122,6 @@ def _experts(workers: Sequence[WorkerGauges]) -> Iterator[Metric]:
     yield gauge("kvferry_expert_rank_imbalance", text, _LABELS, of_ranks)
 
 
-def _others(alive: Alive) -> Iterator[Metric]:
-    known = _GAUGES.keys() | _COUNTERS.keys() | _COUNTERS_BY.keys() | _TOLD_ELSEWHERE
-    for field in WorkerStatus.__struct_fields__:
-        if field in known:
-            continue
-        samples = [(labels, _number(status, field)) for labels, status in alive if _is_number(status, field)]
-        name = f"worker_{field.removeprefix('num_')}"
-        if field.endswith("_s"):
-            yield gauge(f"kvferry_{name.removesuffix('_s')}_seconds", "As the worker reports it", _LABELS, samples)
-        else:
-            yield _counter(name, "As the worker reports it", _LABELS, samples)
-
-
 def _by_label(alive: Alive, field: str, known: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:
     for labels, status in alive:
         counts = dict.fromkeys((*known, "other"), 0)
@@ -147,10 +129,6 @@ def _by_label(alive: Alive, field: str, known: tuple[str, ...]) -> Iterator[tupl
             counts[value if value in known else "other"] += count
         for value, count in counts.items():
             yield (*labels, value), float(count)
-
-
-def _is_number(status: WorkerStatus, field: str) -> bool:
-    return isinstance(getattr(status, field), int | float)
 
 
 def _number(status: WorkerStatus, field: str) -> float:

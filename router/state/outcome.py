@@ -82,8 +82,7 @@ def _missed_stage(
     limit_s = request.objectives.tpot_s
     if limit_s is None or tpot_s is None or tpot_s <= limit_s:
         return ""
-    num_gaps = request.num_output_tokens / request.n - 1
-    without_s = tpot_s - phases.get("transfer", 0.0) / num_gaps
+    without_s = tpot_s - phases.get("transfer", 0.0) / _num_gaps(request)
     return "transfer" if without_s <= limit_s else "decode"
 
 
@@ -127,9 +126,13 @@ def _placed(request: RouterRequest) -> Decision | None:
 
 
 def _tpot_s(request: RouterRequest) -> float | None:
-    num_gaps = request.num_output_tokens / max(request.n, 1) - 1
-    span_s = _between(request.timestamps, "first_token", "last_token")
+    span_s, num_gaps = _between(request.timestamps, "first_token", "last_token"), _num_gaps(request)
     return span_s / num_gaps if span_s is not None and num_gaps > 0 else None
+
+
+def _num_gaps(request: RouterRequest) -> int:
+    """Return how many tokens followed the first one: of choices side by side, in the longest, which ends last."""
+    return request.num_longest_tokens - 1
 
 
 def _between(stamps: Mapping[str, float], begin: str, end: str) -> float | None:

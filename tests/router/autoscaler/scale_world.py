@@ -66,6 +66,7 @@ class World:
     kept: Callable[[Counts], tuple[Kept, Kept]] = lambda counts: (Kept(), Kept())
     can_flip: bool = True
     week_s: float = 0.0
+    queued_tokens: int = 0
     now_s: float = 1000.0
     decisions: list[tuple[float, ScaleDecision, Counts]] = field(default_factory=list)
 
@@ -99,6 +100,7 @@ class World:
             answers=tuple(AnswerLengths(prompt, 0, self.output(dice, now)) for prompt in prompts),
             members=tuple(self._member(name) for name in self.members),
             limits=LIMITS,
+            queued_tokens=self.queued_tokens,
             start_s=self.start_s,
             ttft=ttft,
             tpot=tpot,

@@ -104,6 +104,18 @@ def test_a_floor_that_nobody_needs_is_left_when_the_load_is_gone() -> None:
     assert world.counts() == Counts(1, 1)
 
 
+@pytest.mark.parametrize("seed", [1, 3])
+def test_what_a_jump_was_answered_with_is_not_taken_back_by_the_next_decisions(seed: int) -> None:
+    made = make_settings(prefill=Bounds(1, 200), decode=Bounds(1, 200), total=400)
+    world = World(made, lambda now: 60.0 if now < 2000 else 200.0, prefill=8, decode=5, seed=seed).run(1000)
+    world.step()
+    grown = world.counts()
+    assert grown.total > 25
+    world.run(290)
+    assert not any(decision.removals for when, decision, _ in world.decisions if when > 2000)
+    assert world.counts().total >= grown.total
+
+
 def test_nothing_shrinks_before_the_load_was_seen_for_a_while() -> None:
     world = steady(1.0, prefill=10, decode=10).run(295)
     assert world.counts() == Counts(10, 10)
@@ -249,6 +261,44 @@ def test_misses_of_a_settled_fleet_raise_its_size_and_those_of_a_growing_one_do_
     assert world.decisions[-1][1].forecast.correction[1] == pytest.approx(1.0)
     small = World(make_settings(total=3), lambda now: 40.0, kept=missed).run(600)
     assert small.decisions[-1][1].forecast.correction == (1.0, 1.0)
+
+
+def colocated(rate: float, **changes: object) -> World:
+    """A deployment without prefill workers, whose prompts are long."""
+    made = make_settings(prefill=Bounds(0, 0), decode=Bounds(1, 50), total=50)
+    values: dict[str, object] = {"prefill": 0, "prompt": lambda dice, now: 8000, "output": lambda dice, now: 20}
+    return World(made, lambda now: rate, **{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_a_pool_that_does_everything_is_sized_for_its_prompts_too() -> None:
+    world = colocated(5.0, decode=8).run(600)  # 0.8 s each: four workers have no time for anything else
+    assert world.counts().prefill == 0 and 6 <= world.counts().decode <= 10
+    assert colocated(20.0, decode=2).run(60).counts().decode > 16
+    embedding = colocated(20.0, decode=2, output=lambda dice, now: 0).run(60)
+    assert embedding.counts().decode > 16
+
+
+def test_prompts_that_wait_and_first_tokens_that_come_late_enlarge_a_pool_that_does_everything() -> None:
+    usual = colocated(5.0, decode=8).run(60)
+    waiting = colocated(5.0, decode=8, queued_tokens=8000 * 5 * 60).run(60)  # a minute's prompts
+    assert waiting.counts().decode > usual.counts().decode + 5
+    late = colocated(5.0, decode=12, kept=lambda counts: (Kept(40, 50), Kept(50, 50))).run(600)
+    last = late.decisions[-1][1].forecast
+    assert 1.0 < last.correction[0] <= 1.5 and last.correction[1] == pytest.approx(1.0)
+    on_time = colocated(5.0, decode=12, kept=lambda counts: (Kept(50, 50), Kept(50, 50))).run(600)
+    assert last.needed.decode > on_time.decisions[-1][1].forecast.needed.decode
+
+
+def test_while_nothing_can_be_sized_the_fleet_stays_as_large_as_it_was_to_be() -> None:
+    world = steady(50.0, prefill=3, decode=3)
+    world.members.pop("p-0")
+    blind = replace(world.snapshot(), limits=None)
+    decision = world.autoscaler.decide(blind)
+    assert (decision.prefill, decision.decode) == (2, 3) and "step times" in decision.reason
+    decision = world.autoscaler.decide(replace(blind, desired=Counts(3, 3)))
+    assert decision.additions == Counts(1, 0) and not decision.removals
+    world.autoscaler.hold(Counts(2, 5))
+    assert world.autoscaler.decide(blind).additions == Counts(0, 2)
 
 
 def test_without_lengths_nothing_changes() -> None:

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import Pooling, SampledToken, SamplingParams
 from kvferry.router.autoscaler.forecast import DayProfile, RateForecast
-from kvferry.router.autoscaler.inputs import TypicalTimes, worker_limits
+from kvferry.router.autoscaler.inputs import TypicalLimits, TypicalTimes
 from kvferry.router.autoscaler.lengths import LengthSample
 from kvferry.router.autoscaler.load_record import LoadRecord, SeenLoad
 from kvferry.router.autoscaler.scale_types import DAY_S, AnswerLengths, Bounds, WorkerLimits
 from kvferry.router.autoscaler.schedule import Schedule
-from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c
+from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad, erlang_c, needed_of_both
 from kvferry.router.state.objectives import NO_OBJECTIVES, Objectives, filled_step_s
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RouterRequest
+from kvferry.wire.workers import StepSample
 
 from ..fleet import SPEC, Fleet
 from .scale_world import LIMITS, LinearTimes
@@ -68,6 +69,40 @@ def test_a_fleet_is_sized_by_steps_that_take_time(prefill_s: float, decode_s: fl
     assert times.choose(fleet.dispatcher.view().workers) is (prefill_s > 0 and decode_s > 0)
 
 
+def test_pools_are_sized_by_their_own_workers_step_times() -> None:
+    """Prefill workers of four ranks are four times as fast as the decode workers of one."""
+    fleet = Fleet()
+    for name, tp_size, factor in (("p-0", 4, 1.0), ("p-1", 4, 1.0), ("d-0", 1, 4.0), ("d-1", 1, 4.0), ("d-2", 1, 4.0)):
+        samples = [StepSample(factor * 1e-4 * n, prefill_tokens=n, prefill_pairs=0) for n in (16, 64, 256, 512) * 4]
+        samples += [StepSample(factor * 1e-2, decode_rows=n, decode_context=100 * n) for n in (1, 4, 16) * 4]
+        fleet.join(name, tp_size=tp_size, samples=tuple(samples))
+    workers = fleet.dispatcher.view().workers
+    times = TypicalTimes(fleet.predictor)
+    assert times.choose(workers)
+    prefill_s = fleet.predictor.prefill_s(workers[0].session, 512, 0)
+    decode_s = fleet.predictor.decode_step_s(workers[2].session, 4, 400)
+    assert times.prefill_s(512, 0) == prefill_s == pytest.approx(0.0512, rel=0.05)
+    assert times.decode_step_s(4, 400) == decode_s == pytest.approx(0.04, rel=0.05)
+    assert times.choose([worker for worker in workers if worker.role == "decode"])  # they are all that there is
+    assert times.prefill_s(512, 0) > 3 * prefill_s
+    assert not times.choose([])
+
+
+def test_a_pools_workers_say_what_they_hold_as_long_as_they_are_there_and_after() -> None:
+    fleet = Fleet()
+    fleet.join("p-0", max_num_seqs=2, num_blocks=32, max_num_batched_tokens=512)
+    fleet.join("d-0", max_num_seqs=64, num_blocks=4096, max_num_batched_tokens=64)
+    workers = fleet.dispatcher.view().workers
+    limits = TypicalLimits()
+    assert limits.of([]) is None
+    own = limits.of(workers)
+    assert own == WorkerLimits(4096 * SPEC.block_size, 64, 512, SPEC)
+    assert limits.of([worker for worker in workers if worker.role == "prefill"]) == own  # d-0 comes back
+    assert limits.of([]) == replace(own, spec=None)
+    alone = TypicalLimits().of([worker for worker in workers if worker.role == "decode"])
+    assert alone == WorkerLimits(4096 * SPEC.block_size, 64, 64, None)
+
+
 # --- forecast ---------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +131,15 @@ def test_one_long_prompt_among_many_short_ones_is_no_jump() -> None:
     level = forecast.level
     forecast.observe([500.0] * 49 + [100_000.0], 5.0, 0.0)
     assert forecast.level < 1.5 * level
+
+
+def test_a_forecast_that_began_in_silence_takes_noise_for_noise() -> None:
+    """Sixteen prompts after ten are chance, whether or not the first interval was empty."""
+    for counts in ((10, 16), (0, 10, 16)):
+        forecast = RateForecast()
+        for parts in ([500.0] * count for count in counts):
+            forecast.observe(parts, 5.0, 0.0)
+        assert 1000.0 < forecast.level < 1100.0
 
 
 def test_a_trend_is_looked_ahead() -> None:
@@ -177,6 +221,23 @@ def test_long_contexts_need_decode_workers_for_their_memory() -> None:
     assert long.needed(10.0, 0.99) > 3 * short.needed(10.0, 0.99)
 
 
+def test_choices_of_an_answer_run_side_by_side_behind_one_prompt() -> None:
+    """Four choices of 100 tokens are four rows for 100 steps, and no row for 400."""
+    split, whole = (
+        DecodeLoad.from_answers([answer] * 50, LinearTimes(), LIMITS, OBJECTIVES)
+        for answer in (AnswerLengths(1000, 0, 400, num_choices=4), AnswerLengths(1000, 0, 400))
+    )
+    assert split.mean_output == whole.mean_output == 400
+    assert (split.mean_held, whole.mean_held) == (400 * (1000 + 50), 400 * (1000 + 200))
+    assert (split.mean_kept, whole.mean_kept) == (100 * (1000 + 4 * 50), whole.mean_held)
+    assert split.mean_square_output == 4 * whole.mean_square_output  # its rows come and go together
+    steps = [4 * (1000 + step + 0.5) for step in range(100)]
+    assert split.mean_square_held == pytest.approx(sum(held * held for held in steps), rel=1e-3)
+    long = [AnswerLengths(50_000, 0, 800, num_choices=choices) for choices in (8, 1)]
+    of_8, of_1 = (DecodeLoad.from_answers([answer] * 50, LinearTimes(), LIMITS, OBJECTIVES) for answer in long)
+    assert of_8.needed(1.0, 0.99) < of_1.needed(1.0, 0.99)
+
+
 def test_handed_over_contexts_need_the_memory_of_what_is_brought_alone() -> None:
     """Of five in six layers a window: six prompts' blocks lie in one's memory, and steps read all the same."""
     windowed = msgspec.structs.replace(SPEC, num_layers=6, windows=(0, 64, 64, 64, 64, 64))
@@ -199,8 +260,12 @@ def test_limits_know_of_handoffs_where_there_is_a_worker_that_makes_them() -> No
     for name in ("p-0", "d-0"):
         fleet.join(name)
     ready = fleet.dispatcher.view().workers
-    assert worker_limits(ready).spec == SPEC
-    assert worker_limits([view for view in ready if view.role == "decode"]).spec is None
+    specs = []
+    for workers in (ready, [view for view in ready if view.role == "decode"]):
+        limits = TypicalLimits().of(workers)
+        assert limits is not None
+        specs.append(limits.spec)
+    assert specs == [SPEC, None]
 
 
 def test_an_objective_that_no_fleet_can_keep_asks_for_no_fleet_without_end() -> None:
@@ -208,6 +273,43 @@ def test_an_objective_that_no_fleet_can_keep_asks_for_no_fleet_without_end() -> 
     answers = lognormal(100)
     assert DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
     assert PrefillLoad.from_answers(answers, LinearTimes(), LIMITS, hopeless).needed(20.0, 0.99) < 40
+
+
+def both(answers: list[AnswerLengths], rate: float, objectives: Objectives = OBJECTIVES) -> int:
+    """How many workers are needed that do everything."""
+    prompts = PrefillLoad.from_answers(answers, LinearTimes(), LIMITS, objectives)
+    return needed_of_both(
+        prompts, DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, objectives), rate, rate, 0.99
+    )
+
+
+def test_workers_that_do_everything_are_as_many_as_prompts_and_rows_need_together() -> None:
+    long_prompts, long_answers = [AnswerLengths(8000, 0, 20)] * 50, [AnswerLengths(100, 0, 400)] * 50
+    for answers in (long_prompts, long_answers, lognormal(200)):
+        prompts = PrefillLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
+        crowd = DecodeLoad.from_answers(answers, LinearTimes(), LIMITS, OBJECTIVES)
+        work = 20.0 * prompts.mean_s
+        assert both(answers, 20.0) >= max(math.ceil(work), prompts.needed(20.0, 0.99), crowd.needed(20.0, 0.99))
+        assert both(answers, 20.0) >= work + crowd.least_share(20.0, 1)
+        assert both(answers, 0.05) == 1  # one has time for both
+    assert both(long_prompts, 20.0) > 16  # each takes 0.8 s
+    assert both(long_prompts, 0.0) == both([], 20.0) == 0
+    embedded = [AnswerLengths(8000, 0, 0)] * 50
+    assert both(embedded, 20.0) == PrefillLoad.from_answers(embedded, LinearTimes(), LIMITS, OBJECTIVES).needed(
+        20.0, 0.99
+    )
+
+
+@given(st.floats(0.1, 300), st.floats(1.0, 2.0))
+def test_more_load_never_needs_fewer_workers_that_do_everything(rate: float, more: float) -> None:
+    answers = lognormal(50)
+    assert both(answers, rate * more) >= both(answers, rate)
+
+
+def test_an_objective_that_no_worker_can_keep_beside_prompts_asks_for_no_fleet_without_end() -> None:
+    assert both(lognormal(100), 20.0, Objectives(ttft_s=0.001, ttft_stretch=1.0, tpot_s=0.001)) < 60
+    nothing = [AnswerLengths(4000, 0, 100, NO_OBJECTIVES)] * 50
+    assert both(nothing, 2.0) == 1 and both(nothing, 3.0) == 2  # a prompt takes 0.4 s
 
 
 def test_each_class_has_its_share_of_prompts_in_time_however_few_are_of_it() -> None:
@@ -324,6 +426,17 @@ def test_an_embedding_is_the_work_of_a_prompt_and_of_no_answer() -> None:
     assert seen.prompts == (40,) and seen.answers == (AnswerLengths(40, 0, 0),)
     load = DecodeLoad.from_answers(seen.answers, LinearTimes(), LIMITS, OBJECTIVES)
     assert load.needed(100.0, 0.9) == 0
+
+
+def test_an_answers_choices_are_counted_and_told_to_other_routers() -> None:
+    record = LoadRecord()
+    request = RouterRequest("r", range(40), SamplingParams(max_tokens=9), n=3)
+    for choice in request.choices:
+        choice.tokens.extend([SampledToken(1)] * 5)
+    record.on_finished(request)
+    seen = record.take(0)
+    assert seen.answers == (AnswerLengths(40, 0, 15, num_choices=3),)
+    assert SeenLoad.from_event(msgspec.json.decode(msgspec.json.encode(seen.as_event()))).answers == seen.answers
 
 
 def test_answers_of_other_classes_say_what_they_were_to_get_to_other_routers_too() -> None:

@@ -271,12 +271,54 @@ def test_the_launcher_has_a_worker_drained(site: Site) -> None:
     assert message.deadline_s == 7.0
 
 
-def test_nothing_is_decided_while_no_step_times_are_known() -> None:
+def test_nothing_is_sized_while_no_step_times_are_known() -> None:
     site = Site()
-    site.links["d-0"] = site.fleet.join("d-0")
+    for name in ("p-0", "d-0"):
+        site.links[name] = site.fleet.join(name)
     site.fleet_is()
     site.run(5, rate=60)
-    assert not site.wishes()
+    assert all(not any(wish["add"].values()) and not wish["remove"] for wish in site.wishes())
+    assert site.scaling.desired == Counts(1, 1)
+
+
+def test_an_operators_counts_hold_before_any_worker_is_there() -> None:
+    site = Site("off")
+    site.fleet_is(starting={"p-0": "prefill", "d-0": "decode"}, held=[1, 3, None])
+    site.run(2, rate=0)
+    assert site.wishes()[-1]["add"] == {"prefill": 0, "decode": 2}
+
+
+def test_without_a_launcher_nothing_is_said_before_a_worker_is_there() -> None:
+    """Whoever starts workers by the metric would end those that have not come back to a new router yet."""
+    site = Site(launcher=False)
+    site.run(5, rate=60)
+    assert site.scaling.desired is None
+    site.join("p-0", "d-0")
+    site.run(2, rate=60)
+    assert site.scaling.desired is not None
+
+
+def test_workers_are_replaced_though_all_of_them_drain(site: Site) -> None:
+    site.run(5, rate=1)
+    site.load(1)
+    site.interval(p_0={"state": "draining"}, d_0={"state": "draining"})
+    wish = site.wishes()[-1]
+    assert sorted(wish["lost"]) == ["d-0", "p-0"]
+    assert wish["add"] == {"prefill": 1, "decode": 1}
+
+
+def test_a_pool_is_not_sized_by_the_other_ones_limits_while_its_workers_are_away() -> None:
+    site = Site()
+    site.links["d-0"] = site.fleet.join("d-0", samples=SAMPLES, num_blocks=4096, max_num_seqs=256)
+    site.links["p-0"] = site.fleet.join("p-0", samples=SAMPLES, num_blocks=4096, max_num_seqs=1)
+    site.fleet_is()
+    site.run(5, rate=2)
+    before = site.scaling.desired
+    assert before is not None and before.decode == 1
+    site.fleet.dispatcher.worker_left(site.links.pop("d-0"), "gone")
+    site.fleet_is(starting={"d-0": "decode"})
+    site.run(5, rate=2)
+    assert site.scaling.desired == before
 
 
 def test_a_load_comes_through_an_event_as_it_was() -> None:

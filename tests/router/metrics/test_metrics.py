@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvferry.common.request import SamplingParams
+from kvferry.router.metrics import metrics as metrics_module
 from kvferry.router.metrics.metrics import RouterMetrics
 from kvferry.router.state.expert_load import ExpertLoad
 from kvferry.wire.workers import ExpertCounts, TransferReport, WorkerStatus
@@ -70,7 +74,7 @@ def _key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
 
 def _finished(metrics: RouterMetrics) -> None:
     stamps = {"queued": 1.0, "prefill_start": 1.5, "first_token": 3.0, "last_token": 4.0, "finished": 4.1}
-    metrics.on_finished(_Request(stamps))
+    metrics.on_finished(_Request(stamps, num_longest_tokens=11))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +118,20 @@ def test_lengths_are_a_requests(name: str, number: int) -> None:
     metrics.on_finished(_Request(embedding=b"1"))
     has_prompt = name == "request_prompt_tokens"
     assert _samples(metrics)[_key(f"kvferry_{name}_count")] == 2 + has_prompt, "an embedding has no answer"
+
+
+def test_time_per_token_is_that_of_the_longest_choice() -> None:
+    metrics = RouterMetrics("m")
+    metrics.on_finished(
+        _Request({"first_token": 3.0, "last_token": 9.0}, n=2, num_output_tokens=102, num_longest_tokens=101)
+    )
+    samples = _samples(metrics)
+    for name, labels in (
+        ("kvferry_time_per_output_token_seconds", {}),
+        ("vllm:time_per_output_token_seconds", VLLM),
+        ("vllm:request_time_per_output_token_seconds", VLLM),
+    ):
+        assert samples[_key(f"{name}_sum", **labels)] == pytest.approx(0.06)
 
 
 def test_a_gateways_picker_finds_the_caches_sizes() -> None:
@@ -192,7 +210,7 @@ def test_known_labels_stay() -> None:
     metrics.on_retry("transfer", "handoff_failed")
     metrics.on_fallback("local_prefill")
     metrics.on_dropped("stale_attempt")
-    codes = (204, 206, 403, 416, 429, 501, 505, 507)  # answers of this program that are not all day's
+    codes = (204, 206, 403, 409, 416, 422, 429, 501, 505, 507)  # answers of this program that are not all day's
     for code in codes:
         metrics.on_response(code)
     samples = _samples(metrics)
@@ -312,6 +330,54 @@ def test_every_number_of_a_heartbeat_is_exported() -> None:
         value = getattr(_status(), name)
         if isinstance(value, int | float) and name not in ("seq", "step_tokens"):
             assert told(_status(**{name: value + 1})) != plain, name
+
+
+def test_what_goes_up_and_down_is_a_gauge() -> None:
+    view = _View((_Worker("d-0", "decode", _status(loading_adapters=2)),))
+    body, _ = RouterMetrics("m").scrape([("m", view)], num_in_flight=0)()
+    kinds = {family.name: family.type for family in text_string_to_metric_families(body.decode())}
+    assert kinds["kvferry_loading_adapters"] == "gauge"
+    assert not [name for name in kinds if "loading_adapters" in name and name != "kvferry_loading_adapters"]
+
+
+class _Changing(_View):
+    """A pool as the event loop has it; it tells which thread looks at its workers."""
+
+    def __init__(self, looks: list[str]) -> None:
+        self._looks, self.queued_by_class = looks, {"default": 1}
+
+    @property
+    def workers(self) -> tuple[_Worker, ...]:  # type: ignore[override]
+        self._looks.append(threading.current_thread().name)
+        return (_Worker("d-0", "decode", _status()),)
+
+
+def test_a_scrape_takes_a_picture_of_the_pools_and_writes_it_later() -> None:
+    """Workers come and go while a thread writes: it reads what was there, and the event loop writes nothing."""
+    looks: list[str] = []
+    view = _Changing(looks)
+    write = RouterMetrics("m", ("default",)).scrape([("m", view)], num_in_flight=0)
+    assert looks == ["MainThread"]
+    view.queued_by_class["default"] = 7
+    with ThreadPoolExecutor(1) as threads:
+        text = threads.submit(write).result()[0].decode()
+    assert looks == ["MainThread"]
+    assert 'kvferry_queued_requests_by_class{class="default"} 1.0' in text
+    assert 'kvferry_engine_steps_total{pool="decode",worker="d-0"} 9.0' in text
+
+
+def test_a_scrape_leaves_the_families_of_workers_to_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def families(*_: object) -> list[Metric]:
+        written.append("families")
+        return []
+
+    monkeypatch.setattr(metrics_module, "pool_families", families)
+    write = RouterMetrics("m").scrape([("m", _View())], num_in_flight=0)
+    assert not written
+    write()
+    assert written
 
 
 def test_a_skewed_choice_of_experts_shows() -> None:
