@@ -24,7 +24,7 @@ from ..common.clock import Clock, SystemClock, wall_time_s
 from ..common.errors import ConfigError, RequestError
 from .files import read_json
 from .render_budget import RenderBudget, RenderLimits, TemplateOverrun, spending
-from .template_messages import cut_at, mark_end, with_text_content
+from .template_messages import TOOL, UNTOLD, ContentForms, Messages, cut_at, mark_end, with_text_content
 from .template_sandbox import compile_environment
 
 MAX_SOURCE_BYTES = 1 << 20
@@ -51,6 +51,7 @@ class ChatTemplate:
     ) -> None:
         self._clock = clock or SystemClock()
         self._template = _compile(source, origin, now)
+        self._forms: dict[bool, ContentForms] = {}  # of chats with tools, and without
         self.source = source
         self.origin = origin
 
@@ -90,10 +91,11 @@ class ChatTemplate:
             "tools": list(tools) or None,
             "documents": None,
             **kwargs,
-            "messages": flat,
             "add_generation_prompt": add_generation_prompt and mark is None,
         }
         try:
+            forms = self._content_forms(special_tokens, bool(tools), limits or RenderLimits())
+            values["messages"] = list(map(forms.formed, flat))
             text = self._generate(values, limits or RenderLimits())
         except TemplateOverrun as error:
             if limits is not None:
@@ -106,14 +108,37 @@ class ChatTemplate:
             raise ConfigError(reason) from error
         return text if mark is None else cut_at(text, mark)
 
+    def check_users(
+        self, special_tokens: Mapping[str, str], limits: RenderLimits, own: Mapping[str, object] | None = None
+    ) -> None:
+        """Raise ConfigError where it tells nothing of what users say, nor beside a chat's `own` tools and arguments."""
+        if not self._content_forms(special_tokens, False, limits).tells_users:
+            values = {**special_tokens, "tools": None, "documents": None, **(own or {})}
+            if not ContentForms.of(lambda messages: self._tried(values, messages, limits)).tells_users:
+                raise ConfigError(UNTOLD)
+
+    def _content_forms(self, special_tokens: Mapping[str, str], has_tools: bool, limits: RenderLimits) -> ContentForms:
+        """Return the forms in which it takes contents: found by trying, once for each kind of chat."""
+        if (known := self._forms.get(has_tools)) is None:
+            values = {**special_tokens, "tools": [TOOL] if has_tools else None, "documents": None}
+            known = ContentForms.of(lambda messages: self._tried(values, messages, limits))
+            self._forms[has_tools] = known
+        return known
+
     def _renders_plainly(self, special_tokens: Mapping[str, str], limits: RenderLimits) -> bool:
         """Tell whether a plain message is rendered, where others were not."""
-        values = {"tools": None, "documents": None, "messages": [dict(_PLAIN)], "add_generation_prompt": True}
         try:
-            self._generate({**special_tokens, **values}, limits)
-        except (RequestError, SecurityError, TemplateOverrun):
+            return self._tried({**special_tokens, "tools": None, "documents": None}, [_PLAIN], limits) is not None
+        except TemplateOverrun:
             return False
-        return True
+
+    def _tried(self, values: Mapping[str, object], messages: Messages, limits: RenderLimits) -> str | None:
+        """Return a prompt; None: the template refuses the messages, or does with them what it must not."""
+        try:
+            told = list(map(dict, messages))
+            return self._generate({**values, "messages": told, "add_generation_prompt": True}, limits)
+        except (RequestError, SecurityError):
+            return None
 
     def _generate(self, values: Mapping[str, object], limits: RenderLimits) -> str:
         budget = RenderBudget(limits, self._clock)
@@ -186,11 +211,12 @@ def _default_of(found: object, file: Path) -> str:
 def _with_tool_use(default: str, tool_use: object) -> str:
     """Make one template of two: a chat with tools is written by the one that is for them, as in `transformers`.
 
-    Each begins a line, and lacks the line's end that is taken off a template, as if it stood alone.
+    Each begins a line, and lacks the line's end that is taken off a template, as if it stood alone. Jinja knows three
+    ends of a line, and takes each for the same.
     """
     if not isinstance(tool_use, str):
         return default
-    parts = (source.removesuffix("\n") for source in (tool_use, default))
+    parts = (re.sub("\r\n?", "\n", source).removesuffix("\n") for source in (tool_use, default))
     return "{% if tools %}\n" + "{%+ else %}\n".join(parts) + "{%+ endif %}"
 
 

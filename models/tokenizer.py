@@ -110,7 +110,7 @@ class Tokenizer:
         return detokenizer.push(ids) + detokenizer.flush()
 
     def special_text(self) -> SpecialText:
-        """Make what keeps special tokens in users' text apart from the template's; takes up to a second."""
+        """Make what keeps special tokens in users' text apart from the template's; a large vocabulary takes seconds."""
         return SpecialText(self._backend)
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -76,8 +76,10 @@ class PromptReader:
             )
         ignored: list[str] | None = None if refuses_unknown else []
         messages, use, chat, hidden = await self.run(size, _chat, version, body, ignored)
-        continued = str(messages[-1]["content"]) if chat.continue_final_message else ""
         text = await rendered(_render_in(version.renderer, chat), chat.messages, messages[0]["role"] == "system")
+        continued = ""
+        if chat.continue_final_message:
+            continued = _continued(str(messages[-1]["content"]), _shown(version, text, hidden))
         if chat.add_generation_prompt and use.is_forced:
             text += version.dialect.grammar_opening
         # The template writes the special tokens itself.
@@ -155,8 +157,11 @@ def _completion_prompts(version: Version, body: CompletionBody, add_special_toke
 
 def _chat(
     version: Version, body: ChatBody | TokenizeBody, ignored: list[str] | None
-) -> tuple[list[dict[str, object]], ToolUse, Chat, dict[str, str]]:
-    """The messages and tools as checked, what is to be rendered, and which special tokens are hidden in it."""
+) -> tuple[list[dict[str, object]], ToolUse, Chat, dict[str, str] | None]:
+    """The messages and tools as checked, what is to be rendered, and which special tokens are hidden in it.
+
+    None: a client's text spells none.
+    """
     messages = parse_messages(body.messages or [], ignored)
     use = _tool_use(version, body, ignored)
     check_num_bytes(sum(len(str(message["content"])) for message in messages), version.model.max_model_len)
@@ -169,7 +174,7 @@ def _chat(
     is_free = not isinstance(body, ChatBody) or body.asked_grammar is None
     asked, use = use, version.kept_use(use, is_free=is_free)
     tools = use.told()
-    shown, hidden = messages, dict[str, str]()
+    shown, hidden = messages, None
     special = version.special_text
     if special is not None and _spells_special(version, special, messages, asked.told(), kwargs):
         (*both, kwargs), hidden = special.hide([*messages, *tools, kwargs])
@@ -226,11 +231,24 @@ def _spells_special(
     return False
 
 
-def _encode_chat(version: Version, text: str, hidden: dict[str, str], body: ChatBody | TokenizeBody) -> PromptText:
+def _continued(content: str, prompt: str) -> str:
+    """Return what is at the prompt's end of the message that is continued: a template may trim it."""
+    ways = (content, content.rstrip(), content.lstrip(), content.strip())
+    return next((kept for kept in ways if prompt.endswith(kept)), content)
+
+
+def _shown(version: Version, text: str, hidden: dict[str, str] | None) -> str:
+    """Return a rendered text as its client has written it."""
+    return text if version.special_text is None else version.special_text.shown(text, hidden or {})
+
+
+def _encode_chat(
+    version: Version, text: str, hidden: dict[str, str] | None, body: ChatBody | TokenizeBody
+) -> PromptText:
     adds = bool(body.add_special_tokens)
-    if hidden:
+    if hidden is not None:
         assert version.special_text is not None
-        shown = version.special_text.shown(text, hidden)
+        shown = _shown(version, text, hidden)
         check_text_size(shown, version.model.max_model_len)
         prompt = PromptText(version.special_text.encode(text, hidden, adds), shown)
     else:

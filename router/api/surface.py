@@ -88,7 +88,8 @@ class OpenAISurface:
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
         last = chat.messages[-1]
-        echoed = str(last["content"]) if body.echo and last["role"] == "assistant" else ""
+        said = chat.continued if body.continue_final_message else str(last["content"])
+        echoed = said if body.echo and last["role"] == "assistant" else ""
         return ChatForm(context, turns, echoed=echoed, is_forced=chat.use.is_forced)
 
 

@@ -132,7 +132,10 @@ class _Program:
 
         assert self._template is not None
         chat = msgspec.msgpack.decode(payload, type=ChatSpec)
+        limits = RenderLimits(chat.max_s, chat.max_steps, chat.max_chars, chat.max_items)
         try:
+            own = {"tools": list(chat.tools) or None, **chat.template_kwargs}
+            self._template.check_users(self._special_tokens, limits, own)
             text = self._template.render(
                 chat.messages,
                 special_tokens=self._special_tokens,
@@ -140,7 +143,7 @@ class _Program:
                 continue_final_message=chat.continue_final_message,
                 template_kwargs=chat.template_kwargs,
                 tools=chat.tools,
-                limits=RenderLimits(chat.max_s, chat.max_steps, chat.max_chars, chat.max_items),
+                limits=limits,
             )
             return text.encode()
         except TemplateOverrun as error:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from .json_syntaxes import after_mark, find_first
 from .syntax import NAME, Call, Place, Progress, Segment, is_any_name, read_json_calls
-from .values.json_text import skip_blank
+from .values.json_text import skip_gap
 
 _SEPARATOR = "<｜tool▁sep｜>"
 _FENCE = "```"
@@ -57,7 +57,7 @@ HUNYUAN = Marks(
     re.compile(_NAME + _ARGUMENTS),
     has_arrays=True,
 )
-_MAX_HEADER_CHARS = 512  # a longer one is text: names have at most 64 characters
+_MAX_HEADER_CHARS = 512  # with the brace behind it; a longer one is text: it is read anew at each piece of text
 
 
 class DeepSeekSyntax:
@@ -75,17 +75,17 @@ class DeepSeekSyntax:
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         marks, calls = self._marks, progress.calls
         first = len(marks.begin_calls) if text.startswith(marks.begin_calls) else 0
-        if marks.has_arrays and first and text.startswith(("[", "{"), start := skip_blank(text, first)):
+        if marks.has_arrays and first and text.startswith(("[", "{"), start := skip_gap(text, first)):
             read = read_json_calls(text, start, is_any_name, progress, is_final=is_final)
             ends = bool(read.calls) and read.end is not None
             return self._after_calls(text, read.end or 0, list(read.calls), is_final=is_final) if ends else read
         at = progress.at or first
         while True:
-            start = skip_blank(text, at)
+            start = skip_gap(text, at)
             if not text.startswith(marks.begin, start):
                 return self._after_calls(text, at, calls, is_final=is_final)
             start += len(marks.begin)
-            header = marks.header.match(text, start)
+            header = marks.header.match(text, start, start + _MAX_HEADER_CHARS)
             if header is None:
                 is_open = not is_final and self._may_be_header(text[start:])
                 return Segment(calls, None if is_open else at if calls else start)
@@ -99,7 +99,7 @@ class DeepSeekSyntax:
 
     def _after_calls(self, text: str, at: int, calls: list[Call], *, is_final: bool) -> Segment:
         """Return what was read where no further call begins."""
-        rest = text[skip_blank(text, at) :]
+        rest = text[skip_gap(text, at) :]
         if not is_final and (self._marks.begin.startswith(rest) or self._marks.end_calls.startswith(rest)):
             return Segment(calls)
         if not calls:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .json_syntaxes import HERMES_TAGS, HermesSyntax
 from .syntax import Place, Progress, Segment, Syntax, first_place
-from .values.json_text import skip_blank
+from .values.json_text import skip_gap
 
 _JSON = ("{", "[", "`")  # or a fence around it
 
@@ -23,7 +23,7 @@ class EitherSyntax:
         """Read it as Hermes' where JSON follows the tag, which Qwen3-Coder's form and GLM's begin with, too."""
         if not text.startswith(HERMES_TAGS.begin):
             return self._own.read(text, progress, is_final=is_final)
-        at = skip_blank(text, len(HERMES_TAGS.begin))
+        at = skip_gap(text, len(HERMES_TAGS.begin))
         if at == len(text) and not is_final:
             return Segment()
         syntax = self._told if text.startswith(_JSON, at) else self._own

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 
 from .json_syntaxes import after_mark, find_mark
-from .paired import CALL_NAME, Part, TagPattern, literal
+from .paired import BLANK, CALL_NAME, Part, TagPattern, literal
 from .parameter_types import parameter_kinds
 from .syntax import Call, Place, Progress, Schemas, Segment, Tags
 from .values.gemma_text import END_CALL, MARK, ArgumentsWalk
 
 BEGIN_CALL = "<|tool_call>"
 GEMMA_TAGS = Tags(BEGIN_CALL, END_CALL)
-_BLANK = Part(r"\s*+", r"\s*+")
 _BRACE = Part(r"(?=\{)", "")
-_HEAD = TagPattern.of(literal(BEGIN_CALL), _BLANK, literal("call:"), _BLANK, CALL_NAME, _BLANK, _BRACE)
+_HEAD = TagPattern.of(literal(BEGIN_CALL), BLANK, literal("call:"), BLANK, CALL_NAME, BLANK, _BRACE)
 
 
 class GemmaSyntax:

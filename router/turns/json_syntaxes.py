@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 
 from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, Tags, first_place, is_any_name, read_json_calls
-from .values.json_text import ends_with_part_of, skip_blank
+from .values.json_text import GAP, ends_with_part_of, skip_blank, skip_gap
 
 HERMES_TAGS = Tags("<tool_call>", "</tool_call>")
 NEMOTRON_TAGS = Tags("<TOOLCALL>", "</TOOLCALL>")  # of Nemotron Nano 2, around an array of all calls
@@ -15,9 +15,9 @@ LLAMA_TAGS: Mapping[str, str] = {"<|python_tag|>": ""}
 GRANITE_TAGS: Mapping[str, str] = {"<|tool_call|>": "<|/tool_call|>", "<tool_call>": "</tool_call>", "functools": ""}
 COMMAND_TAGS: Mapping[str, str] = {"<|START_ACTION|>": "<|END_ACTION|>"}  # of Command R7B and A
 _NO_TAGS: Mapping[str, str] = {}
-_SEPARATOR = re.compile(r"[\s;,]*+")
-_FENCE = re.compile(r"```(?:json)?+\s*+(?=[{\[])")
-_MAYBE_FENCE = re.compile(r"(?:`{1,2}|```(?:j(?:s(?:on?)?)?)?\s*+)?")
+_SEPARATOR = re.compile(r"[\s;,]{0,1024}+")
+_FENCE = re.compile(rf"```(?:json)?+{GAP}(?=[{{\[])")
+_MAYBE_FENCE = re.compile(rf"(?:`{{1,2}}|```(?:j(?:s(?:on?)?)?)?{GAP})?")
 
 
 def find_mark(text: str, mark: str) -> Place | None:
@@ -49,7 +49,7 @@ class HermesSyntax:
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         begin, end_tag = self._tags
-        at = skip_blank(text, len(begin))
+        at = skip_gap(text, len(begin))
         fence = _FENCE.match(text, at)
         at = at if fence is None else fence.end()
         if not is_final and _MAYBE_FENCE.fullmatch(text, at) is not None:
@@ -84,7 +84,7 @@ def read_several(text: str, at: int, is_name: NameCheck, progress: Progress, *, 
 
 def after_mark(text: str, at: int, mark: str, is_final: bool) -> int | None:
     """Return the place after white space and `mark`; `at` where something else stands there, None: not clear yet."""
-    start = skip_blank(text, at)
+    start = skip_gap(text, at)
     if text.startswith(mark, start):
         return start + len(mark)
     if mark.startswith(text[start:]):
@@ -97,14 +97,17 @@ class MistralSyntax:
 
     BEGIN = "[TOOL_CALLS]"
     marks = frozenset({BEGIN, "[ARGS]", "[CALL_ID]"})
-    _NAMED = re.compile(r"\s*+(" + NAME.pattern + r")(?:\[CALL_ID\][A-Za-z0-9]*+)?(?:\[ARGS\])?\s*+(?=\{)")
-    _MAYBE_NAMED = re.compile(r"\s*+[A-Za-z0-9_.\-]{0,128}(?:\[[A-Z_\]]*+[A-Za-z0-9]*+(?:\[[A-Z\]]*+)?)?\s*+")
+    _ID = r"[A-Za-z0-9]{0,128}+"
+    _NAMED = re.compile(rf"{GAP}({NAME.pattern})(?:\[CALL_ID\]{_ID})?(?:\[ARGS\])?{GAP}(?=\{{)")
+    _MAYBE_NAMED = re.compile(
+        rf"{GAP}[A-Za-z0-9_.\-]{{0,128}}(?:\[[A-Z_]{{0,7}}+(?:\]{_ID})?+(?:\[[A-Z]{{0,4}}+\]?+)?)?{GAP}"
+    )
 
     def find(self, text: str, *, is_start: bool) -> Place | None:
         return find_mark(text, self.BEGIN)
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
-        at = skip_blank(text, len(self.BEGIN))
+        at = skip_gap(text, len(self.BEGIN))
         if at < len(text) and text[at] in "[{":
             return read_json_calls(text, at, is_any_name, progress, is_final=is_final)
         named = self._NAMED.match(text, len(self.BEGIN))
@@ -138,7 +141,7 @@ class BareJsonSyntax:
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         tag = next((tag for tag in self._tags if text.startswith(tag)), "")
-        at = skip_blank(text, len(tag))
+        at = skip_gap(text, len(tag))
         if at == len(text):
             return Segment(end=at) if is_final else Segment()
         if text[at] not in "{[":

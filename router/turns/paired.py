@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from .json_syntaxes import after_mark, find_first
 from .parameter_types import arguments_of, typed
 from .syntax import NAME, Call, Place, Progress, Schemas, Segment
-from .values.json_text import dumps, skip_blank
+from .values.json_text import GAP, dumps, skip_gap
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,7 +35,7 @@ def literal(text: str) -> Part:
 
 def around(tag: str) -> Part:
     """Return the part of a tag around calls, which may be left out."""
-    return Part(rf"(?:{tag}\s*+)?", _beginning(tag))
+    return Part(rf"(?:{tag}{GAP})?", _beginning(tag))
 
 
 def _beginning(*texts: str) -> str:
@@ -73,7 +73,7 @@ class PairedForm:
     more_marks: frozenset[str] = frozenset()
 
 
-_BLANK = Part(r"\s*+", r"\s*+")
+BLANK = Part(GAP, GAP)
 CALL_NAME = Part(f"({NAME.pattern})", r"[A-Za-z0-9_.\-]{0,128}")
 
 
@@ -86,8 +86,8 @@ def _glm() -> PairedForm:
     named = Part(r"([^<>]{1,256})", r"[^<>]{0,256}")
     return PairedForm(
         places=(tool,),
-        head=TagPattern.of(literal(tool), _BLANK, CALL_NAME, _BLANK, behind),
-        pair=TagPattern.of(literal(key), named, literal(end_key), _BLANK, literal(value), other=end),
+        head=TagPattern.of(literal(tool), BLANK, CALL_NAME, BLANK, behind),
+        pair=TagPattern.of(literal(key), named, literal(end_key), BLANK, literal(value), other=end),
         end_value=end_value,
         end_call=end,
         more_marks=frozenset({key, end_key, value, end_value}),
@@ -130,7 +130,7 @@ class PairedSyntax:
             return Segment() if is_open else Segment(end=begun)
         name, at, written = head[1], progress.at or head.end(), progress.written
         while True:
-            start = skip_blank(text, at)
+            start = skip_gap(text, at)
             if text.startswith(form.end_call, start):
                 end = start + len(form.end_call)
                 call = Call(name, arguments_of(written, "}"))

@@ -16,7 +16,7 @@ import re
 from .json_syntaxes import after_mark, find_first
 from .parameter_types import parameter_kinds
 from .syntax import NAME, Call, JsonCall, NameCheck, Place, Progress, Schemas, Segment, is_any_name
-from .values.json_text import dumps, skip_blank
+from .values.json_text import GAP, dumps, skip_blank, skip_gap
 from .values.python_text import ValueWalk, literal
 
 _TAG = "<function_calls>"
@@ -27,11 +27,11 @@ _ENDS = {
     "<|python_tag|>": "",
 }
 _SURE = (_TAG, "<|tool_call_start|>")  # what stands behind is a call, whatever its name
-_HEAD = re.compile(rf"({NAME.pattern})\s*+\(\s*+")
-_MAY_BE_HEAD = re.compile(rf"(?:{NAME.pattern}\s*+)?+")
-_KEY = re.compile(r"([A-Za-z_]\w{0,255})\s*+=")
-_MAY_BE_KEY = re.compile(r"(?:[A-Za-z_]\w{0,255}\s*+)?+")
-_SEPARATOR = re.compile(r"[\s,;]*+")
+_HEAD = re.compile(rf"({NAME.pattern}){GAP}\({GAP}")
+_MAY_BE_HEAD = re.compile(rf"(?:{NAME.pattern}{GAP})?+")
+_KEY = re.compile(rf"([A-Za-z_]\w{{0,255}}){GAP}=")
+_MAY_BE_KEY = re.compile(rf"(?:[A-Za-z_]\w{{0,255}}{GAP})?+")
+_SEPARATOR = re.compile(r"[\s,;]{0,1024}+")
 
 
 class PythonicSyntax:
@@ -48,7 +48,7 @@ class PythonicSyntax:
 
     def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
         begin = next((mark for mark in _ENDS if text.startswith(mark)), "")
-        opening = skip_blank(text, len(begin))
+        opening = skip_gap(text, len(begin))
         if opening == len(text) and not is_final:
             return Segment()
         is_list = text.startswith("[", opening)
@@ -82,9 +82,9 @@ class PythonicSyntax:
         """Read one call: no end, where it goes on; no call, where it is none or nothing shows that it is one."""
         name, at, written = head[1], progress.at or head.end(), progress.written
         while True:
-            start = skip_blank(text, at)
+            start = skip_gap(text, at)
             if written and text.startswith(",", start):
-                start = skip_blank(text, start + 1)
+                start = skip_gap(text, start + 1)
             if text.startswith(")", start):
                 return JsonCall(Call(name, _object(written, "}")), start + 1)
             key = _KEY.match(text, start)

@@ -13,17 +13,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from .values.gemma_text import ArgumentsWalk
-from .values.json_text import Scans, dumps, escaped, loads, skip_blank
+from .values.json_text import GAP, Scans, dumps, escaped, loads, skip_gap
 from .values.python_text import ValueWalk
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
-_HEAD = re.compile(
-    r'\{\s*+(?:"tool_call_id"\s*+:\s*+"[^"\\]*+"\s*+,\s*+)?+"(?:tool_)?+name"\s*+:\s*+"([^"\\]*+)"'
-    r'\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=\{)'
-)
-_FIRST_KEY = re.compile(r'\{\s*+"([^"\\]*+)"')
 _KEYS = {"name", "arguments", "parameters", "type", "id", "tool_name", "tool_call_id"}  # the last two: Command's
-_CLOSING = re.compile(r"\s*+\}")
+_LONGEST_KEY = max(map(len, _KEYS))
+_TEXT = r'[^"\\]{0,128}+'  # as long as a name may be
+_NAME_KEY, _ID_KEY = (rf'"{key}"{GAP}:{GAP}"' for key in ("(?:tool_)?+name", "tool_call_id"))
+_BEGIN = rf'\{{{GAP}(?:{_ID_KEY}{_TEXT}"{GAP},{GAP})?+'
+_HEAD = re.compile(rf'{_BEGIN}{_NAME_KEY}({_TEXT})"{GAP},{GAP}"(?:arguments|parameters)"{GAP}:{GAP}(?=\{{)')
+# Longer than any call's: what began so is told, and not read anew at each piece of text to its end.
+_TOO_LONG = re.compile(rf'{_BEGIN}(?:(?:{_NAME_KEY}|{_ID_KEY}){_TEXT}[^"\\]|\s)')
+_FIRST_KEY = re.compile(rf'\{{{GAP}"(?:([^"\\]{{0,{_LONGEST_KEY}}}+)"|[^"\\]{{{_LONGEST_KEY + 1}}})')
+_CLOSING = re.compile(rf"{GAP}\}}")
 
 Schemas = Mapping[str, Mapping[str, object]]  # a tool's parameters by its name
 
@@ -125,7 +128,7 @@ def read_json_call(text: str, at: int, is_name: NameCheck, scans: Scans, *, is_f
             return JsonCall(call, _object_end(text, at, arguments.end, scans, is_final=is_final))
         return JsonCall(call, arguments.end if is_final or arguments.state == "broken" else None)
     first = _FIRST_KEY.match(text, at)
-    if first is not None and first[1] not in _KEYS:
+    if (first is not None and first[1] not in _KEYS) or _TOO_LONG.match(text, at) is not None:
         return JsonCall(None, at + 1)
     whole = scans.value(text, at)
     if whole.state == "open" and not is_final:
@@ -138,7 +141,7 @@ def _object_end(text: str, start: int, arguments_end: int, scans: Scans, *, is_f
     """Return where the object around the arguments ends; None: not yet."""
     if (closing := _CLOSING.match(text, arguments_end)) is not None:
         return closing.end()
-    if skip_blank(text, arguments_end) == len(text):
+    if skip_gap(text, arguments_end) == len(text):
         return len(text) if is_final else None
     whole = scans.value(text, start)
     if whole.state == "open":
@@ -169,7 +172,7 @@ def read_json_calls(text: str, at: int, is_name: NameCheck, progress: Progress, 
     calls = progress.calls
     at = progress.at or at + 1
     while True:
-        at = skip_blank(text, at)
+        at = skip_gap(text, at)
         if at == len(text):
             return Segment(calls, at if is_final else None)
         if text[at] == "," and calls:

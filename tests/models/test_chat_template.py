@@ -8,6 +8,7 @@ import pytest
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.models import chat_template
 from kvferry.models.chat_template import ChatTemplate, load_chat_template
+from kvferry.models.render_budget import RenderLimits, TemplateOverrun
 from kvferry.tests.fake_clock import FakeClock
 
 CHATML = (
@@ -209,6 +210,121 @@ def test_input_is_bounded_in_size_and_depth_and_type() -> None:
         template.render(HELLO, template_kwargs={"x": Path()})
 
 
+# ---- contents as strings, or as lists of parts
+
+GUARD = (  # as Llama Guard 3 1B's
+    "{% for m in messages %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "<{{ m['role'] }}>{{ c['text'] | trim }}{% endfor %}{% endfor %}"
+)
+PARTS = [
+    GUARD,
+    "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% if m.content[0].type == 'image' %}<image>{% else %}<{{ m.role }}>{% endif %}"
+    "{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text }}{% endfor %}",
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | map(attribute='text') | join }}{% endfor %}",
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ raise_exception('a list') }}{% endif %}"
+    "{{ m.content[0]['text'] }}{% endfor %}",
+    "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}<user>{{ messages[0].content[0].text }}",
+    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content[0].text }}{% endfor %}",
+    "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text | upper | lower }}{% endfor %}",
+]
+EITHER = (
+    "{% for m in messages %}{% if m.content is string %}<string>{{ m.content }}{% else %}"
+    "{% for c in m.content %}<part>{{ c.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+MIXED = (  # its assistant's is a string
+    "{% for m in messages %}{% if m.role == 'user' %}<user>{% for c in m.content %}{{ c.text }}{% endfor %}{% else %}"
+    "<{{ m.role }}>{{ m.content + '.' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", PARTS)
+@pytest.mark.parametrize("content", ["hello", [{"type": "text", "text": "hello"}]])
+def test_a_template_that_takes_parts_gets_them(source: str, content: object) -> None:
+    template = ChatTemplate(source)
+    assert template.render([{"role": "user", "content": content}]) == "<user>hello"
+    template.check_users({}, RenderLimits())
+
+
+@pytest.mark.parametrize("source", PARTS)
+def test_a_message_of_parts_is_continued_too(source: str) -> None:
+    last: dict[str, object] = {"role": "user", "content": "to be"}
+    assert ChatTemplate(source).render([last], continue_final_message=True) == "<user>to be"
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt"),
+    [
+        (CHATML, "<|im_start|>user\nhello<|im_end|>\n"),
+        (EITHER, "<string>hello"),
+        ("{{ messages[-1].content }}", "hello"),
+        ("{{ messages[0]['content'] | upper }}", "HELLO"),
+        ("{{ messages }}", str(HELLO)),
+        ("{{ messages[-1].content if messages[-1].content == 'hello' }}", "hello"),
+    ],
+)
+def test_a_template_that_takes_strings_gets_them(source: str, prompt: str) -> None:
+    assert ChatTemplate(source).render(HELLO, add_generation_prompt=False) == prompt
+
+
+def test_each_roles_content_has_the_form_that_the_template_takes_of_it() -> None:
+    messages: list[dict[str, object]] = [*HELLO, {"role": "assistant", "content": "hi"}, *HELLO]
+    assert ChatTemplate(MIXED).render(messages) == "<user>hello<assistant>hi.<user>hello"
+
+
+def test_a_template_for_tools_may_take_the_other_form(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": GUARD}]
+    template = load_chat_template(tmp_path, {"chat_template": named})
+    assert template is not None
+    assert template.render(HELLO) == ChatTemplate(CHATML).render(HELLO)
+    assert template.render(HELLO, tools=[{"name": "f"}]) == "<user>hello"
+
+
+def test_beside_calls_there_may_be_no_parts() -> None:
+    source = GUARD + "{% if messages[-1].content %}said{% endif %}"
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    last: dict[str, object] = {"role": "assistant", "content": None, "tool_calls": calls}
+    assert ChatTemplate(source).render([*HELLO, last]) == "<user>hello"
+    assert ChatTemplate(source).render([*HELLO, {"role": "assistant", "content": ""}]) == "<user>hello<assistant>said"
+
+
+@pytest.mark.parametrize("source", ["", "Be brief.", "{% for m in messages %}{{ m.text }}{% endfor %}", "{{ tools }}"])
+def test_a_template_that_tells_nothing_of_a_user_is_no_chats(source: str) -> None:
+    with pytest.raises(ConfigError, match=r"prints nothing of what a user says.*--chat-template FILE"):
+        ChatTemplate(source).check_users({}, RenderLimits())
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ raise_exception('no') }}", "{{ messages[7].content.x }}", "{{ {}.update(a=1) }}"]
+)
+def test_of_a_template_that_takes_no_probe_nothing_is_known(source: str) -> None:
+    ChatTemplate(source).check_users({}, RenderLimits())
+
+
+def test_a_probe_is_no_longer_than_a_chat_may_be() -> None:
+    with pytest.raises(TemplateOverrun):
+        ChatTemplate("{% for i in range(1000) %}{% endfor %}").check_users({}, RenderLimits(max_steps=100))
+
+
+# ---- a last message that is continued
+
+TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
+
+
+@pytest.mark.parametrize("source", [CHATML, TRIMMING])
+@pytest.mark.parametrize("content", ["The answer is", "The answer is ", " The answer is \n\n", "\U000f0f0f"])
+def test_a_message_is_continued_as_transformers_does_it(source: str, content: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages: list[dict[str, object]] = [*HELLO, {"role": "assistant", "content": content}]
+    told, _ = render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    assert ChatTemplate(source).render(messages, continue_final_message=True) == told[0]
+    assert told[0].endswith(content if source == CHATML else content.strip())
+
+
 # ---- where the template comes from
 
 
@@ -248,9 +364,11 @@ TOOL_USE = """
 """
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("default", [CHATML, "\n  {% for m in messages %}\n  {{ m.content }}  {% endfor %}\n", " a  "])
-def test_a_chat_with_tools_is_written_by_the_template_for_them(tmp_path: Path, default: str) -> None:
-    named = [{"name": "default", "template": default}, {"name": "tool_use", "template": TOOL_USE}]
+def test_a_chat_with_tools_is_written_by_the_template_for_them(tmp_path: Path, default: str, end: str) -> None:
+    sources = {"default": default, "tool_use": TOOL_USE}
+    named = [{"name": name, "template": source.replace("\n", end)} for name, source in sources.items()]
     template = load_chat_template(tmp_path, {"chat_template": named})
     assert template is not None
     assert template.render(HELLO) == ChatTemplate(default).render(HELLO)

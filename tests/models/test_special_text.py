@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from kvferry.common.errors import RequestError
@@ -33,6 +33,39 @@ def _backend(*, metaspace: bool = False) -> Backend:
     backend.add_special_tokens([START, END, AddedToken("<|mask|>", lstrip=True)])
     backend.add_tokens([THINK])
     return backend
+
+
+LETTERS = "<|>starend \n/acimouybqhpk:"
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
+def _built(kind: str) -> Backend:
+    """Return a tokenizer whose vocabulary has the special tokens too, and makes them of a text's characters."""
+    pieces = [*BYTES, "<unk>", START, END, "<|mask|>", *dict.fromkeys(LETTERS)]
+    if kind == "unigram":
+        scored = [*((piece, -9.0 if len(piece) == 1 else 0.0) for piece in pieces), ("start", -1.0), ("|>", -1.0)]
+        model: models.Model = models.Unigram(scored, unk_id=256, byte_fallback=True)
+    else:
+        merges = list[tuple[str, str]]()
+        for token in (START, END, "<|mask|>"):
+            merges += [(token[:at], token[at]) for at in range(1, len(token))]
+        pieces += [left + right for left, right in merges]
+        vocab = {piece: at for at, piece in enumerate(dict.fromkeys(pieces))}
+        model = models.BPE(
+            vocab=vocab, merges=list(dict.fromkeys(merges)), byte_fallback=True, unk_token="<unk>",
+            ignore_merges=kind == "whole words",
+        )  # fmt: skip
+    backend = Backend(model)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([START, END, AddedToken("<|mask|>", lstrip=True), "<unk>"])
+    backend.add_tokens([THINK])
+    return backend
+
+
+def _id(backend: Backend, token: str) -> int:
+    token_id = backend.token_to_id(token)
+    assert token_id is not None
+    return token_id
 
 
 def _ids(backend: Backend, special: SpecialText, content: str, template: str = TEMPLATE) -> list[int]:
@@ -80,18 +113,61 @@ def test_whatever_a_template_does_to_a_content_no_special_token_comes_of_it(body
     assert not {backend.token_to_id(token) for token in (START, END, "<|mask|>")} & set(ids[1:-1])
 
 
-@pytest.mark.slow
-@given(st.text(st.sampled_from("<|start>end \n\U00100000\U00100001\U000ffffd"), max_size=40))
-def test_no_text_becomes_a_special_token(content: str) -> None:
-    ids = _ids(BACKEND, SPECIAL, content)
-    start, end = BACKEND.token_to_id(START), BACKEND.token_to_id(END)
-    assert [token_id for token_id in ids if token_id in (start, end)] == [start, end, start]
-    rendered = ChatTemplate(TEMPLATE).render([{"role": "user", "content": content}])
-    assert BACKEND.decode(ids, skip_special_tokens=False) == rendered
-
-
 BACKEND = _backend()
 SPECIAL = SpecialText(BACKEND)
+KINDS = {"bytes": BACKEND, **{kind: _built(kind) for kind in ("unigram", "merges", "whole words")}}
+SPECIALS = {kind: SpecialText(backend) for kind, backend in KINDS.items()}
+PARTS = st.sampled_from([*"<|start>end \n\U00100000\U00100001\U000ffffd", START, END, "<|mask|>", THINK, "é"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(PARTS, max_size=30).map("".join))
+def test_no_text_becomes_a_special_token(kind: str, content: str) -> None:
+    backend = KINDS[kind]
+    ids = _ids(backend, SPECIALS[kind], content)
+    start, end, mask = (backend.token_to_id(token) for token in (START, END, "<|mask|>"))
+    assert [token_id for token_id in ids if token_id in (start, end, mask)] == [start, end, start]
+    rendered = ChatTemplate(TEMPLATE).render([{"role": "user", "content": content}])
+    assert backend.decode(ids, skip_special_tokens=False) == rendered
+
+
+@pytest.mark.parametrize("kind", ["unigram", "merges", "whole words"])
+def test_nor_does_a_vocabulary_make_one_of_a_text(kind: str) -> None:
+    backend = KINDS[kind]
+    backend.encode_special_tokens = True
+    assert _id(backend, END) in backend.encode(END, add_special_tokens=False).ids  # so this one would
+    backend.encode_special_tokens = False
+    ids = _ids(backend, SPECIALS[kind], f"hi{END}{START}")
+    assert (ids.count(_id(backend, END)), ids.count(_id(backend, START))) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_other_token_keeps_its_id(kind: str) -> None:
+    backend = KINDS[kind]
+    for content in ("start a match: /é日 <|", f"{THINK}aim\n", "<unk>", "<|end|"):
+        rendered = ChatTemplate(TEMPLATE).render([{"role": "user", "content": content}])
+        assert SPECIALS[kind].encode(rendered, {}, False) == backend.encode(rendered, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", ["bytes", "unigram"])
+def test_what_a_tokenizer_reads_as_a_special_token_is_found_too(kind: str) -> None:
+    """A normalizer makes a narrow sign of a wide one, and a vocabulary a token of it."""
+    backend = _backend() if kind == "bytes" else _built(kind)
+    backend.normalizer = normalizers.NFKC()
+    special, wide = SpecialText(backend), END.translate({ord(char): ord(char) + 0xFEE0 for char in END})
+    assert special.find(f"a{wide}") == END and special.find("\ud800") is None
+    assert _ids(backend, special, wide).count(_id(backend, END)) == 1  # the template's
+
+
+@pytest.mark.parametrize("kind", ["bytes", "unigram"])
+def test_of_a_template_a_tokenizer_takes_the_tokens_that_it_takes_of_any_text(kind: str) -> None:
+    """Some take special tokens for text; their vocabulary may have them all the same."""
+    backend = _backend() if kind == "bytes" else _built(kind)
+    backend.encode_special_tokens = True
+    special, end = SpecialText(backend), _id(backend, END)
+    num_own = backend.encode(END, add_special_tokens=False).ids.count(end)
+    assert num_own == (kind == "unigram") and _ids(backend, special, f"a{END}").count(end) == num_own
 
 
 def test_marks_cannot_be_guessed() -> None:

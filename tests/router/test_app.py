@@ -14,6 +14,7 @@ import pytest
 
 from kvferry import __version__
 from kvferry.common.errors import CapacityError, RequestError
+from kvferry.common.router_config import SpecialTokens
 from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.catalogue.version import ServedModel
 
@@ -401,6 +402,35 @@ async def test_a_final_message_is_continued_and_echoed() -> None:
     assert answer["choices"][0]["message"]["content"] == "Hello world"
     error = await _refused(served, 400, "/v1/chat/completions", continue_final_message=True)
     assert error["param"] == "continue_final_message"
+
+
+TRIMMING = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+
+
+@pytest.mark.parametrize("special_tokens", ["allow", "text"])
+@pytest.mark.parametrize(("trimmed", "told"), [("m.content | trim", "<s>Hello"), ("m.content.lstrip()", "<s>Hello \n")])
+async def test_the_echo_of_a_continued_message_is_what_the_template_has_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trimmed: str, told: str, special_tokens: SpecialTokens
+) -> None:
+    use_template(tmp_path, monkeypatch, TRIMMING.replace("m.content | trim", trimmed))
+    model = ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE, special_tokens=special_tokens)
+    served = serve(Script(" world"), model=model)
+    messages = [*CHAT, {"role": "assistant", "content": " <s>Hello \n"}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
+    answer = await _chat(served, messages=messages, **fields)
+    assert served.request.prompt_token_ids[-5:] == ids_of(told)[-5:]
+    assert answer["choices"][0]["message"]["content"] == f"{told} world"
+
+
+async def test_a_template_that_takes_parts_is_told_what_the_user_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+    use_template(tmp_path, monkeypatch, source)
+    served = serve(Script("ok"), model=ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE, special_tokens="text"))
+    for content in ("a</s>", [{"type": "text", "text": "a</s>"}]):
+        await _chat(served, messages=[{"role": "user", "content": content}])
+        assert served.request.prompt_token_ids == ids_of("a</s>")
 
 
 async def test_chat_logprobs() -> None:

@@ -64,7 +64,7 @@ async def test_no_field_of_a_client_reaches_the_handoff_or_runs_code(name: str, 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"n": 17}, {"n": 0}, {"best_of": 17}, {"logprobs": 21}, {"prompt_logprobs": 21}, {"stop": ["x"] * 17},
+    [{"n": 17}, {"n": 0}, {"best_of": 17}, {"logprobs": 21}, {"prompt_logprobs": 21}, {"stop": ["x"] * 65},
      {"stop": "x" * 257}, {"stop": [""]}, {"logit_bias": {str(i): 1 for i in range(301)}}, {"max_tokens": 10**12},
      {"min_tokens": 10**12}, {"stop_token_ids": list(range(65))}, {"cache_salt": "s" * 257}, {"top_k": 2**31},
      {"priority": 2**31}, {"seed": 2**63}, {"prompt": ["a"] * 257}, {"temperature": -1e300}],

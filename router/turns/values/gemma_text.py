@@ -100,7 +100,9 @@ class ArgumentsWalk:
 
     def _go_into_value(self, text: str) -> bool:
         char = text[self.at]
-        if char in _CLOSING and len(self._open) < _MAX_DEPTH:
+        if char in _CLOSING:
+            if len(self._open) == _MAX_DEPTH:
+                return self._break()
             self._write(char)
             self._open.append(_CLOSING[char])
             self.at += 1
@@ -117,7 +119,7 @@ class ArgumentsWalk:
     def _go_over_word(self, text: str) -> bool:
         """Go over a value without marks: a number, a word of JSON, or what is a text all the same."""
         end = _BEHIND_WORD.search(text, self.at, self.at + _MAX_WORD_CHARS)
-        if end is None and len(text) < self.at + _MAX_WORD_CHARS and text[self.at] not in _CLOSING:
+        if end is None and len(text) < self.at + _MAX_WORD_CHARS:
             return False
         if end is None or end.start() == self.at:
             return self._break()

@@ -23,6 +23,8 @@ State = Literal["open", "done", "broken"]
 _PLAIN = re.compile(r"[\s0-9A-Za-z+\-.,:]++")
 _IN_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _BLANK = re.compile(r"\s*+")
+GAP = r"\s{0,1024}+"  # white space between the parts of a call: bounded, since it is read anew at each piece of text
+_GAP = re.compile(GAP)
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+("|\\?\Z)', re.DOTALL)
 _ESCAPE_OR_RAW = re.compile(r"\\[\x20-\U0010ffff]|\\?[\x00-\x1f]")
 
@@ -122,6 +124,13 @@ def skip_blank(text: str, at: int) -> int:
     blank = _BLANK.match(text, at)
     assert blank is not None
     return blank.end()
+
+
+def skip_gap(text: str, at: int) -> int:
+    """Return the same where a call goes on; behind more white space than a `GAP` none does."""
+    gap = _GAP.match(text, at)
+    assert gap is not None
+    return gap.end()
 
 
 def ends_with_part_of(text: str, mark: str) -> int:

@@ -7,7 +7,9 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,9 +71,11 @@ async def test_prompts_are_the_same_as_here_whichever_process_makes_them() -> No
     [("{{ raise_exception('roles must alternate') }}", {}, RequestError, "roles must alternate"),
      ("{{ messages[7].content }}", {}, RequestError, "cannot render these messages"),
      ("{{ '%1000000000d' % 1 }}", {}, ConfigError, "^the chat template does what the sandbox forbids"),
-     ("{{ {}.update(a=1) if messages[0].content == 'hi' }}", {}, RequestError, "the sandbox forbids.* these messages$"),
+     ("{{ messages[0].content }}{{ {}.update(a=1) if messages[0].content == 'hi' }}", {}, RequestError,
+      "the sandbox forbids.* these messages$"),
+     ("Be brief.", {}, ConfigError, "^the chat template prints nothing of what a user says"),
      ("{{ messages[0].content }}", {"messages": 1}, RequestError, "must not set messages"),
-     ("{{ '\ud800' }}", {}, RequestError, "lone surrogate")],
+     ("{{ messages[0].content }}{{ '\ud800' }}", {}, RequestError, "lone surrogate")],
 )  # fmt: skip
 async def test_errors_are_what_they_are_here(
     source: str, kwargs: Mapping[str, object], error: type[Exception], match: str
@@ -82,11 +86,25 @@ async def test_errors_are_what_they_are_here(
             await renderer.render(_chat("hi", kwargs))
 
 
+@pytest.mark.parametrize(
+    ("source", "fields"),
+    [("{% if tools %}{{ messages[-1].content }}{% endif %}", {"tools": [{"type": "function"}]}),
+     ("{% if guideline %}{{ messages[-1].content }}{% endif %}", {"template_kwargs": {"guideline": "No."}})],
+)  # fmt: skip
+async def test_what_a_user_says_may_be_told_beside_tools_or_arguments_alone(
+    source: str, fields: Mapping[str, Any]
+) -> None:
+    async with _rendering(source) as renderer:
+        assert await renderer.render(replace(_chat(), **fields)) == "hi"
+        with pytest.raises(ConfigError, match="prints nothing of what a user says"):
+            await renderer.render(_chat())
+
+
 @pytest.mark.slow
 async def test_what_is_too_much_for_the_quick_process_gets_its_time_in_the_other_one() -> None:
-    source = "{% for i in range(60000) %}{% if loop.last %}{{ i }}{% endif %}{% endfor %}"
+    source = "{% for i in range(60000) %}{% if loop.last %}{{ i }}{% endif %}{% endfor %}{{ messages[0].content }}"
     async with _rendering(source) as renderer:
-        assert await renderer.render(_chat()) == "59999"
+        assert await renderer.render(_chat()) == "59999hi"
 
 
 @pytest.mark.slow
@@ -105,7 +123,8 @@ async def test_what_is_too_much_for_both_is_the_clients_to_mend(source: str, sta
 # Comparing equal texts of megabytes a million times, in one call: within every bound of the sandbox.
 HOLE = (
     "{% if messages[0].content == 'bomb' %}"
-    "{{ ([{'a': 'a' * 4000000}] * 1000000)|groupby('a', case_sensitive=true)|length }}{% endif %}ok"
+    "{{ ([{'a': 'a' * 4000000}] * 1000000)|groupby('a', case_sensitive=true)|length }}{% endif %}"
+    "ok{{ messages[0].content }}"
 )
 
 
@@ -116,15 +135,15 @@ async def test_what_the_sandbox_cannot_end_is_killed_and_the_next_chat_is_render
     monkeypatch.setattr(chat_renderer, "QUICK", RenderLimits(max_s=0.2))
     monkeypatch.setattr(chat_renderer, "LONG", RenderLimits(max_s=0.2))
     async with _rendering(HOLE) as renderer:
-        assert await renderer.render(_chat()) == "ok"
+        assert await renderer.render(_chat()) == "okhi"
         bombs = [asyncio.create_task(renderer.render(_chat("bomb"))) for _ in range(2)]
         async with asyncio.timeout(20):  # each of them would take a minute
-            assert await renderer.render(_chat()) == "ok"
+            assert await renderer.render(_chat()) == "okhi"
             for bomb in bombs:
                 with pytest.raises(RequestError, match=r"took more than 0.2 s") as caught:
                     await bomb
                 assert caught.value.status == 400
-        assert await renderer.render(_chat()) == "ok"
+        assert await renderer.render(_chat()) == "okhi"
 
 
 @asynccontextmanager

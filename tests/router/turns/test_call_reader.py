@@ -320,3 +320,99 @@ def test_a_long_call_takes_no_more_than_its_text() -> None:
     text = "<function_calls>f(a=[" + "'x', " * 50_000
     assert _streamed(text, PYTHONIC, list(range(1, len(text), 5)))[1] == [CallPiece(0, "f", "")]
     assert read_calls("[" * 100_000, BARE) == ("[" * 100_000, [])
+
+
+COMMAND, GLM, HUNYUAN = (FORMS[name].syntax for name in ("cohere_command3", "glm", "hunyuan_a13b"))
+# What never becomes a call, however long it goes on, and at which length that is clear.
+ENDLESS = [
+    (HERMES, '<tool_call>{"name": "', "a", 128, '", "arguments": {"b": 1}}</tool_call>'),
+    (HERMES, '<tool_call>{"', "a", 12, '": 1, "name": "f"}</tool_call>'),
+    (BARE, '{"name": "search', "h", 122, '", "parameters": {}}'),
+    (GRANITE, '<|tool_call|>[{"name":"search', "h", 122, '", "arguments": {}}]'),
+    (COMMAND, '<|START_ACTION|>[{"tool_call_id":"', "0", 128, '", "tool_name": "search", "parameters": {}}]'),
+    *(
+        (syntax, begin, " ", 1024, rest)
+        for syntax, begin, rest in (
+            (HERMES, "<tool_call>", '{"name": "f", "arguments": {}}</tool_call>'),
+            (HERMES, "<tool_call>{", '"name": "f", "arguments": {}}</tool_call>'),
+            (HERMES, "<tool_call>[", '{"name": "f"}]</tool_call>'),
+            (HERMES, "<tool_call>```json", '{"name": "f"}```</tool_call>'),
+            (MISTRAL, "[TOOL_CALLS]", '[{"name": "f", "arguments": {}}]'),
+            (MISTRAL, "[TOOL_CALLS]f", '{"a": 1}'),
+            (PYTHONIC, "[", "search(limit=1)]"),
+            (PYTHONIC, "[search", "(limit=1)]"),
+            (HUNYUAN, "<tool_calls>", '[{"name": "f", "arguments": {}}]</tool_calls>'),
+            (GLM, "<tool_call>", "search</tool_call>"),
+            (GLM, "<tool_call>search", "</tool_call>"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("syntax", "begin", "more", "most", "rest"), ENDLESS)
+def test_what_is_too_long_for_a_call_is_told_while_it_goes_on(
+    syntax: Syntax, begin: str, more: str, most: int, rest: str
+) -> None:
+    reader = CallReader(syntax)
+    text = begin + more * (most + 1) + "z"
+    assert "".join(reader.push(char).content for char in text) == text
+
+
+@pytest.mark.parametrize(("syntax", "begin", "more", "most", "rest"), ENDLESS)
+def test_what_is_too_long_is_so_wherever_the_text_is_cut(
+    syntax: Syntax, begin: str, more: str, most: int, rest: str
+) -> None:
+    for size in range(most - 1, most + 3):
+        text = begin + more * size + rest + " ok"
+        content, calls = read_calls(text, syntax)
+        border = len(begin) + most
+        for cuts in (list(range(1, len(text))), *([at] for at in range(border - 3, border + 4)), [len(begin), border]):
+            streamed, pieces = _streamed(text, syntax, cuts)
+            assert (streamed, joined_calls(pieces)) == (content, list(calls)), (size, cuts)
+        assert size <= most or (content, calls) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("syntax", "begin", "rest"),
+    [
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"limit": 1}', "}</tool_call>"),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"limit": 1}}', "</tool_call>"),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"limit": 1}}', '{"name": "g"}</tool_call>'),
+        (HERMES, '<tool_call>[{"name": "f", "arguments": {"limit": 1}},', '{"name": "g"}]</tool_call>'),
+        (PYTHONIC, "<function_calls>f(limit=1", ", a=2)</function_calls>"),
+        (PYTHONIC, "<function_calls>f(limit=1,", "a=2)</function_calls>"),
+        (PYTHONIC, "<function_calls>f(limit=1)", "</function_calls>"),
+        (PYTHONIC, "<function_calls>f(limit=1)", "f()</function_calls>"),
+        (GLM, "<tool_call>f<arg_key>limit</arg_key><arg_value>1</arg_value>", "</tool_call>"),
+        (DEEPSEEK, '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"limit": 1}', "<｜tool▁call▁end｜>"),
+        (DEEPSEEK, '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"limit": 1}<｜tool▁call▁end｜>', "<｜tool▁calls▁end｜>"),
+    ],
+)
+def test_white_space_behind_a_call_takes_none_of_it_back(syntax: Syntax, begin: str, rest: str) -> None:
+    for size in (1023, 1024, 1025, 3000):
+        text = begin + " " * size + rest
+        content, calls = read_calls(text, syntax)
+        assert calls[0].name == "f" and json.loads(calls[0].arguments)["limit"] in (1, "1")
+        for cuts in (list(range(1, len(text))), [len(begin)], [len(text) - len(rest)]):
+            streamed, pieces = _streamed(text, syntax, cuts)
+            assert (streamed, joined_calls(pieces)) == (content, list(calls)), (size, cuts)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "begin", "rest"),
+    [
+        (DEEPSEEK, "<｜tool▁call▁begin｜>f", "<｜tool▁sep｜>{}<｜tool▁call▁end｜>"),
+        (DEEPSEEK, "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f", "\n```json\n{}\n```<｜tool▁call▁end｜>"),
+        (HUNYUAN, "<tool_calls><tool_call>f", "\n```json\n{}\n```</tool_call></tool_calls>"),
+    ],
+)
+def test_a_long_header_is_none_wherever_the_text_is_cut(syntax: Syntax, begin: str, rest: str) -> None:
+    seen = set[int]()
+    for size in range(470, 520):
+        text = begin + " " * size + rest
+        content, calls = read_calls(text, syntax)
+        for cuts in (list(range(1, len(text))), [len(begin) + size]):
+            streamed, pieces = _streamed(text, syntax, cuts)
+            assert (streamed, joined_calls(pieces)) == (content, list(calls)), (size, cuts)
+        seen.add(len(calls))
+    assert seen == {0, 1}

@@ -113,6 +113,18 @@ def test_calls_that_are_several_or_broken(text: str, content: str, calls: list[s
     assert read_calls(text, SYNTAX) == (content, [Call("f", arguments) for arguments in calls])
 
 
+@pytest.mark.parametrize("depth", [63, 64, 65, 200])
+def test_arguments_nested_too_deeply_break_at_the_same_place_however_they_are_cut(depth: int) -> None:
+    text = f"<|tool_call>call:f{{days:{'[' * depth}1{']' * depth}}}<tool_call|>"
+    content, (call,) = read_calls(text, SYNTAX)
+    assert ("[" in content, "1" in call.arguments) == (depth > 63, depth <= 63)
+    json.loads(call.arguments)
+    reader = CallReader(SYNTAX)
+    deltas = [*map(reader.push, text), reader.push("", is_final=True)]
+    assert "".join(delta.content for delta in deltas) == content
+    assert joined_calls([piece for delta in deltas for piece in delta.calls]) == [call]
+
+
 @pytest.mark.parametrize(
     "text",
     [
