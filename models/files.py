@@ -27,9 +27,13 @@ from .stored.pointer import LFS_POINTER, refuse_pointer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # data only: no pickles, no code
-# Subfolders, and second copies of the weights. Folders that begin with "1_" or "add" are those of an embedding model's
-# pooling (1_Pooling) and of further chat templates (additional_chat_templates).
-_UNWANTED = ("[!1a]*/*", "1/*", "1[!_]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*", "consolidated*.safetensors")
+# Subfolders, and second copies of the weights. Folders that begin with a number and "_" or with "add" are those of an
+# embedding model's modules (1_Pooling), of which the configs are wanted, and of further chat templates
+# (additional_chat_templates).
+_UNWANTED = (
+    *("[!1-9a]*/*", "[1-9]/*", "[1-9][!_]*/*", "[1-9]_*/*.safetensors"),
+    *("a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*", "consolidated*.safetensors"),
+)
 _MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _MAX_JSON_BYTES = 256 << 20
 

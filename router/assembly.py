@@ -23,7 +23,7 @@ from ..common.clock import Clock, SystemClock, wall_time_us, week_s
 from ..common.errors import ConfigError
 from ..common.router_config import RouterConfig
 from ..models.config import ModelConfig
-from ..models.pooling import read_pooling
+from ..models.pooling import read_embedded_texts, read_pooling
 from ..models.quantization import chosen_quantization
 from ..models.tokenizer import Tokenizer
 from ..settings.quota_board import QuotaBoard
@@ -156,6 +156,7 @@ def _load_model(config: RouterConfig) -> tuple[ServedModel, Tokenizer, GrammarCo
         generates=model_config.has_head,
         hidden_size=model_config.hidden_size,
         pooling=read_pooling(config.model_dir),
+        embedded_texts=read_embedded_texts(config.model_dir),
         defaults=SamplingDefaults.from_dir(config.model_dir),
         deterministic=config.deterministic,
         special_tokens=config.special_tokens_in_messages,

@@ -27,7 +27,9 @@ from .access.credentials import RouterCredentials
 from .server import collect_rarely, serve_router
 
 _CONFIG_EXIT_CODE = 2
-_SWITCH_S = 0.0005  # threads that encode large answers hold the event loop for no longer (Python's default: 5 ms each)
+# Threads that encode large answers hold the event loop for no longer (Python's default: 5 ms each), but where one call
+# into C takes longer: what they encode at once is small.
+_SWITCH_S = 0.0005
 
 
 def main(argv: Sequence[str] | None = None) -> int:

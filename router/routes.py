@@ -60,7 +60,7 @@ class Routes:
         self._root = msgspec.json.encode({"server": "kvferry", "paths": paths})
         self._kept = responses
         self._background = background
-        self.kept = KeptEndpoints(self._kept)
+        self.kept = KeptEndpoints(self._kept, api.kept_answers)
 
     async def completions(self, request: Request) -> Reply:
         return await self._api.complete(request)

@@ -44,6 +44,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "router_logit_softcapping": (0.0,),
 }
+_POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}  # llama.cpp's numbers; 0 is none, 4 the score of a reranker
 _TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>"),
     *("<turn|>", "<|tool_response>"),  # Gemma 4's: the second one behind calls, where results would begin
@@ -171,6 +172,18 @@ def gguf_generation_config(fields: GgufFields, config: Mapping[str, object]) -> 
     if len(ends) > 1:
         special["eos_token_id"] = ends
     return {key: value for key, value in special.items() if value is not None}
+
+
+def gguf_pooling(fields: GgufFields) -> str | None:
+    """Return which tokens make the vector of an embedding model; None: it is a model that generates.
+
+    Raises ValueError for what no worker does.
+    """
+    key = fields.of_model("pooling_type")
+    number = fields.integer(key, 0)
+    if number and number not in _POOLINGS:
+        raise ValueError(f"{key} = {number} is not supported")
+    return _POOLINGS.get(number)
 
 
 def gguf_tokenizer_config(fields: GgufFields, max_model_len: object) -> Json:

@@ -22,6 +22,7 @@ from .config import (
     gguf_architecture,
     gguf_generation_config,
     gguf_model_config,
+    gguf_pooling,
     gguf_tokenizer_config,
 )
 from .experts import MXFP4_STACK, expert_tensors
@@ -75,6 +76,7 @@ def _convert(
     shapes = {tensor.name: shape_of(tensor) for tensor in sources}
     config = gguf_model_config(fields, architecture, shapes, _rope_factors(sources))
     tokenizer_config = gguf_tokenizer_config(fields, config["max_position_embeddings"])
+    pooling = gguf_pooling(fields)
     tensors = list(_stored_tensors(sources, architecture, config, kept))
     write_gguf_tokenizer(target / "tokenizer.json", fields)
     if kept and (quantization := _quantization(tensors)):
@@ -82,6 +84,9 @@ def _convert(
     _write_json(target / "config.json", config)
     _write_json(target / "generation_config.json", gguf_generation_config(fields, config) | dict(sampling))
     _write_json(target / "tokenizer_config.json", tokenizer_config)
+    if pooling is not None:
+        (target / "1_Pooling").mkdir()
+        _write_json(target / "1_Pooling" / "config.json", {"pooling_mode": pooling})
     _write_safetensors(target / "model.safetensors", tensors, progress)
 
 

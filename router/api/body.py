@@ -19,6 +19,7 @@ from ..state.errors import clip
 
 MAX_BODY_BYTES = 32 * 2**20
 MAX_HELD_BYTES = 256 * 2**20
+MAX_VECTOR_BYTES = 512 * 2**20  # of embeddings, as they come from workers: they are held until their clients have them
 BODY_TIMEOUT_S = 10.0
 
 
@@ -27,10 +28,11 @@ class ClientGone(Exception):
 
 
 class BodyRoom:
-    """Bytes of bodies that are held at the same time. Belongs to one loop."""
+    """Bytes of bodies, or of what else calls have, that are held at the same time. Belongs to one loop."""
 
-    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES, what: str = "the bodies under way") -> None:
         self.max_bytes = max_bytes
+        self.what = what
         self.num_bytes = 0
 
     @contextlib.contextmanager
@@ -53,9 +55,9 @@ class HeldBody:
         self.num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        """Raises CapacityError (503) where the bodies of all calls fill the room."""
+        """Raises CapacityError (503) where those of all calls fill the room."""
         if self._room.num_bytes + num_bytes > self._room.max_bytes:
-            raise CapacityError(f"the bodies under way have {self._room.num_bytes} bytes already", status=503)
+            raise CapacityError(f"{self._room.what} have {self._room.num_bytes} bytes already", status=503)
         self._room.num_bytes += num_bytes
         self.num_bytes += num_bytes
 

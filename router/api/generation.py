@@ -36,7 +36,7 @@ from ..state.objectives import BACKGROUND, DEFAULT_CLASS
 from ..state.request import RouterRequest
 from ..state.token_stream import TokenStream
 from .answer import NO_GAPS, Answer, GapObserver, PromptText
-from .body import MAX_BODY_BYTES, BodyRoom, CallBody, HeldBody, read_body, tenant_of
+from .body import MAX_BODY_BYTES, MAX_VECTOR_BYTES, BodyRoom, CallBody, HeldBody, read_body, tenant_of
 from .chat_turns import ChatTurns, TurnOptions
 from .completions import CompletionForm
 from .events import OPENAI_EVENTS, EventFormat
@@ -86,6 +86,7 @@ class Api:
     logged_names: set[str] = field(default_factory=set)  # of ignored fields
     prompts: PromptReader = field(default_factory=PromptReader)
     body_room: BodyRoom = field(default_factory=BodyRoom)
+    vector_room: BodyRoom = field(default_factory=partial(BodyRoom, MAX_VECTOR_BYTES, "the vectors under way"))
     json: JsonParser = field(default_factory=JsonParser)
     kept_answers: KeptAnswers | None = None  # None: nobody finds an answer again
     in_flight: InFlight = field(default_factory=InFlight)

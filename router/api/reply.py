@@ -34,8 +34,7 @@ from .timing import phases_ms, server_timing
 
 _WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
 _NAMED_INLINE = 2048  # tokens and alternatives whose texts are looked up where they are: some milliseconds
-_VECTOR_BYTES_INLINE = 2**16  # of embeddings that are written where they are: some milliseconds
-_CHOICES_INLINE = 256  # choices up to which any other answer is encoded where it is
+_CHOICES_INLINE = 256  # choices up to which an answer is encoded where it is
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -112,25 +111,30 @@ class Reply(Response):
             context.status = CLIENT_CLOSED
 
     async def _send_whole(self, context: RequestContext, send: Send) -> None:
+        await self._send_body(context, send, await self._whole(await self._pieces()))
+
+    async def _send_body(self, context: RequestContext, send: Send, body: bytes) -> None:
+        await self._send_head(context, send, (b"content-length", b"%d" % len(body)))
+        await write_in_parts(partial(send_part, context.send), body)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _pieces(self) -> list[list[TextPiece]]:
+        """Read the answer to its end. Returns the pieces of each choice."""
         pieces: list[list[TextPiece]] = [[] for _ in self._answer.choices]
         while batch := await self._answer.next():
             for index, piece in batch:
                 pieces[index].append(piece)
-        body = await self._whole(pieces)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            *self._more_headers(context),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _write_in_parts(partial(send_part, context.send), body)
-        await send({"type": "http.response.body", "body": b""})
+        return pieces
+
+    async def _send_head(self, context: RequestContext, send: Send, *headers: tuple[bytes, bytes]) -> None:
+        """Send the head of a whole answer."""
+        told = [(b"content-type", b"application/json"), *headers, *self._more_headers(context)]
+        await send({"type": "http.response.start", "status": 200, "headers": told})
 
     async def _whole(self, pieces: list[list[TextPiece]]) -> bytes:
         num_named = sum(1 + len(token.top) for batch in pieces for piece in batch for token in piece.tokens)
         num_named += self._num_named_of_prompts()
-        num_bytes = sum(len(request.embedding) for request in self._answer.requests)
-        if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE or num_bytes > _VECTOR_BYTES_INLINE:
+        if num_named > _NAMED_INLINE or len(pieces) > _CHOICES_INLINE:
             body = await asyncio.to_thread(self._encode, pieces)
         else:
             body = self._encode(pieces)
@@ -159,7 +163,7 @@ class Reply(Response):
             else:
                 events = writer.events(pieces)
             if len(events) > _WRITE_BYTES:
-                await _write_in_parts(write, events)
+                await write_in_parts(write, events)
             elif events:
                 await write(events)
             if is_first:
@@ -235,7 +239,7 @@ def _unknown_event() -> RequestError:
     return RequestError(text, param="Last-Event-ID", code="unknown_event")
 
 
-async def _write_in_parts(write: WritePart, body: bytes) -> None:
+async def write_in_parts(write: WritePart, body: bytes) -> None:
     """No more than a part of it waits in the connection for a client that reads slowly."""
     view = memoryview(body)
     for start in range(0, len(body), _WRITE_BYTES):

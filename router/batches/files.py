@@ -89,11 +89,11 @@ class FileStore:
             raise
         return stored
 
-    def get(self, file_id: str, owner: str) -> StoredFile:
-        """Raises RequestError (404) for what is not there, or is somebody else's."""
+    def get(self, file_id: str, owner: str, param: str = "id") -> StoredFile:
+        """Raises RequestError (404), which names `param`, for what is not there, or is somebody else's."""
         stored = self.folder.record(self._about(file_id), StoredFile) if _ID.fullmatch(file_id) else None
         if stored is None or stored.owner != owner or stored.expires_at <= self._now_s():
-            raise no_file(file_id)
+            raise no_file(file_id, param)
         return stored
 
     def path(self, stored: StoredFile) -> Path:
@@ -135,6 +135,6 @@ class FileStore:
         return self.folder.records(list(self.folder.files.glob("*.json")), StoredFile)
 
 
-def no_file(file_id: str) -> RequestError:
+def no_file(file_id: str, param: str = "id") -> RequestError:
     """Return the refusal of what is not there, or is somebody else's."""
-    return RequestError(f"there is no file {clip(file_id)}", param="id", code="file_not_found", status=404)
+    return RequestError(f"there is no file {clip(file_id)}", param=param, code="file_not_found", status=404)

@@ -3,12 +3,14 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
 
 What stands around a body, the model that it names and whether it wants a stream are checked here, and fail the batch
-with the line's number. What else is wrong in a body is the line's own error, when its turn comes.
+with the line's number. What else is wrong in a body is the line's own error, when its turn comes: also what makes it
+none for this API, though it is JSON, such as a key that stands twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -26,7 +28,10 @@ MAX_FAULTS = 100  # told of one input
 _MAX_ID_CHARS = 512
 _READ_LINES, _READ_BYTES = 256, 4 * 2**20  # in one go of a thread
 _KEYS = frozenset({"custom_id", "method", "url", "body"})
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows' programs put before a text
+# Halves of surrogate pairs, of which msgspec takes no lone ones, and something as long that it takes.
+_SURROGATE, _ANY_OTHER = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}"), rb"\\u0020"
+# Spaces, and byte order marks, which Windows' programs put before a text: several texts may have become one file.
+_BEFORE_A_LINE = re.compile(rb"(?:\xef\xbb\xbf|\s)*")
 
 CheckModel = Callable[[str | None], object]  # raises RequestError for a model that is not served
 
@@ -83,7 +88,17 @@ def read_body(path: Path, line: InputLine) -> bytes:
     """Return the body of one request, as it stands in the file."""
     with path.open("rb") as file:
         file.seek(line.offset)
-        return bytes(msgspec.json.decode(file.read(line.length), type=_Body).body)
+        data = file.read(line.length)
+    return data[_place_of_body(data)]
+
+
+def _place_of_body(data: bytes) -> slice:
+    """Return where a line's body stands. Raises MsgspecError, and RecursionError, for what is no line of JSON."""
+    sound = _SURROGATE.sub(_ANY_OTHER, data) if b"\\u" in data else data
+    body = msgspec.json.decode(sound, type=_Body).body
+    # No string holds the like: the quote before an object's first key would end it.
+    start = sound.rfind(body)
+    return slice(start, start + len(body))
 
 
 def _raw_lines(file: BinaryIO) -> Iterator[_RawLine]:
@@ -95,8 +110,10 @@ def _raw_lines(file: BinaryIO) -> Iterator[_RawLine]:
             while not piece.endswith(b"\n") and (piece := file.readline(MAX_LINE_BYTES)):
                 offset += len(piece)
             yield _RawLine(number, start, None)
-        elif data := piece.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").strip():
-            yield _RawLine(number, start + piece.index(data), data)
+            continue
+        text = _BEFORE_A_LINE.sub(b"", piece, count=1)
+        if data := text.rstrip():
+            yield _RawLine(number, start + len(piece) - len(text), data)
 
 
 def _group(lines: Iterator[_RawLine]) -> list[_RawLine]:
@@ -114,10 +131,7 @@ async def _checked(line: _RawLine, endpoint: str, json: JsonParser, check_model:
     """Return a line's custom_id, and the model that it names. Raises RequestError."""
     if line.data is None:
         raise RequestError(f"the line has more than {MAX_LINE_BYTES} bytes", code="line_too_long")
-    try:
-        request = await json.parse(line.data)
-    except RequestError as error:
-        raise RequestError(str(error), code="invalid_json_line") from None
+    request, is_read = await _parsed(line.data, json)
     custom_id, body = request.get("custom_id"), request.get("body")
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _MAX_ID_CHARS:
         raise _invalid("custom_id", f"must be a string of 1 to {_MAX_ID_CHARS} characters")
@@ -129,9 +143,38 @@ async def _checked(line: _RawLine, endpoint: str, json: JsonParser, check_model:
         raise _invalid("body", "must be an object")
     if unknown := request.keys() - _KEYS:
         raise _invalid(min(unknown), "is no field of a batch's line")
+    if not is_read:
+        return custom_id, None
     if body.get("stream"):
         raise _invalid("body.stream", "a batch's answers are whole: leave it away")
     return custom_id, _checked_model(body.get("model"), check_model)
+
+
+async def _parsed(data: bytes, json: JsonParser) -> tuple[dict[str, object], bool]:
+    """Return a line, and whether its body could be read; where it could not, it is empty. Raises RequestError."""
+    try:
+        return await json.parse(data), True
+    except RequestError as error:
+        fault = _no_json(error)
+    try:
+        place = await asyncio.to_thread(_place_of_body, data)
+    except (msgspec.MsgspecError, RecursionError):
+        raise fault from None
+    body = data[place]
+    if not body.startswith(b"{"):
+        raise fault
+    try:
+        request = await json.parse(b"".join((data[: place.start], b"{}".ljust(len(body)), data[place.stop :])))
+    except RequestError as error:
+        raise _no_json(error) from None
+    try:
+        return {**request, "body": await json.parse(body)}, True  # by itself it is one level less deep
+    except RequestError:
+        return request, False
+
+
+def _no_json(error: RequestError) -> RequestError:
+    return RequestError(str(error), code="invalid_json_line")
 
 
 def _checked_model(model: object, check_model: CheckModel) -> str | None:

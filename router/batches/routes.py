@@ -143,7 +143,7 @@ class BatchRoutes:
         """
         if (known := _made_before(deps, record)) is not None:
             return known
-        stored = deps.files.get(record.input_file_id, record.owner)
+        stored = deps.files.get(record.input_file_id, record.owner, "input_file_id")
         if stored.purpose != INPUT:
             raise RequestError(
                 f"input_file_id: the file's purpose is {stored.purpose}, not {INPUT}", param="input_file_id"
@@ -158,7 +158,7 @@ class BatchRoutes:
         try:
             deps.store.create(record, deps.files.path(stored))
         except FileNotFoundError:  # it was deleted in this moment
-            deps.files.get(record.input_file_id, record.owner)
+            deps.files.get(record.input_file_id, record.owner, "input_file_id")
             raise
         except OSError:
             if (known := _made_before(deps, record)) is None:

@@ -16,6 +16,7 @@ from ...common.errors import RequestError
 from ...common.request import Pooling
 from ...common.router_config import ReasoningParserName, SpecialTokens, ToolParserName
 from ...models.chat_template import ChatTemplate
+from ...models.pooling import EmbeddedTexts
 from ...models.special_text import SpecialText
 from ...models.tokenizer import Tokenizer
 from ..dispatch.dispatcher import Dispatcher
@@ -47,6 +48,12 @@ class ServedModel:
     generates: bool = True  # False: it embeds alone
     hidden_size: int = 0  # the length of its embeddings
     pooling: Pooling = Pooling.LAST  # of its embeddings
+    embedded_texts: EmbeddedTexts = EmbeddedTexts()
+
+    @property
+    def max_embedded_tokens(self) -> int:
+        """The tokens that one input may have whose embedding is asked for."""
+        return min(self.max_model_len, self.embedded_texts.max_tokens or self.max_model_len)
 
     @property
     def fingerprint(self) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import msgspec
 
 from ...common.vectors import unit, values_of
 from ..api.answer import Answer
@@ -51,11 +53,26 @@ class EmbeddingForm:
         """Nobody asks for it again."""
 
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
-        items = [
-            EmbeddingItem(index=index, embedding=self._shown(request.embedding))
-            for index, request in enumerate(self._answer.requests)
-        ]
+        return self._list([self._item(index) for index in range(len(self._answer.requests))])
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all vectors as they came."""
+        return sum(len(request.embedding) for request in self._answer.requests)
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield what `whole` is as JSON, a vector at a time: no call of the encoder has more to do."""
+        before, after = msgspec.json.encode(self._list([])).split(b"[]", 1)
+        yield before + b"["
+        for index in range(len(self._answer.requests)):
+            yield b"," * (index > 0) + msgspec.json.encode(self._item(index))
+        yield b"]" + after
+
+    def _list(self, items: list[EmbeddingItem]) -> EmbeddingList:
         return EmbeddingList(data=items, model=self._model, usage=self._usage())
+
+    def _item(self, index: int) -> EmbeddingItem:
+        return EmbeddingItem(index=index, embedding=self._shown(self._answer.requests[index].embedding))
 
     def _usage(self) -> EmbeddingUsage:
         num_tokens = sum(len(prompt.token_ids) for prompt in self._answer.prompts)

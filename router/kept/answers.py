@@ -118,7 +118,12 @@ class KeptAnswers:
         return answer
 
     def _on_close(self, answer: KeptAnswer) -> None:
-        del self._held[answer.key.name]
+        if self._held.get(answer.key.name) is answer:  # else it was forgotten while it was told, and came again
+            del self._held[answer.key.name]
+
+    def forget(self, name: str) -> None:
+        """Let nobody find the answer of this name any more. Who is just told it gets it to its end."""
+        (self.path / name).unlink(missing_ok=True)
 
     # --- who waits for one that is told here ------------------------------------------------------------------
 

@@ -28,6 +28,10 @@ class Place:
     start_by_s: float  # it misses its objective if it starts later; infinity where it has none, or need not hurry
     is_late: bool = False
 
+    @property
+    def can_miss(self) -> bool:
+        return self.start_by_s != float("inf")
+
 
 @dataclass(slots=True, eq=False)
 class PriorityLevel:
@@ -37,6 +41,7 @@ class PriorityLevel:
     late: FairOrder[TrackedRequest] = field(default_factory=FairOrder)
     num_since_late: int = 0  # timely ones served while a late one waited
     work_since_late_s: float = 0.0  # theirs
+    num_hurried: int = 0  # of all, those that can miss an objective
 
     def __len__(self) -> int:
         return len(self.timely) + len(self.late)

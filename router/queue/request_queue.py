@@ -90,7 +90,9 @@ class RequestQueue:
             self.remove(tracked)
             return
         self._count(tracked, -1)
-        self._levels[tracked.request.priority].take(place)
+        level = self._levels[tracked.request.priority]
+        level.take(place)
+        level.num_hurried -= place.can_miss
         tracked.is_charged = not place.is_late
         self._tidy(tracked.request.priority)
 
@@ -98,7 +100,9 @@ class RequestQueue:
         """Take out a request that has ended, or is to stand in another place. Idempotent."""
         place = self._places.pop(tracked, None)
         if place is not None:
-            self._levels[tracked.request.priority].order_of(place).remove(place.ticket)
+            level = self._levels[tracked.request.priority]
+            level.order_of(place).remove(place.ticket)
+            level.num_hurried -= place.can_miss
             self._tidy(tracked.request.priority)
         elif tracked in self._apart:
             del self._apart[tracked]
@@ -117,8 +121,10 @@ class RequestQueue:
         is_new = not request.attempt_number and not request.is_resume  # else its delay is our doing
         must_hurry = has_objective and is_new
         start_by_s = ticket.due_s - request.unloaded_s if must_hurry else float("inf")
-        self._places[tracked] = Place(ticket, start_by_s)
-        self._level(request.priority).timely.add(ticket, refund=tracked.is_charged)
+        place, level = Place(ticket, start_by_s), self._level(request.priority)
+        self._places[tracked] = place
+        level.timely.add(ticket, refund=tracked.is_charged)
+        level.num_hurried += place.can_miss
         tracked.is_charged = False
 
     def _level(self, priority: int) -> PriorityLevel:
@@ -175,6 +181,8 @@ class RequestQueue:
         `rate`: seconds of work that are done in a second.
         """
         for priority, level in self._levels.items():
+            if not level.num_hurried:
+                continue  # nobody can be late there: a round for each token or vector does not look at hundreds
             if len(level.timely) and (longest_s := arrivals.longest_s(priority, now_s, rate)) != float("inf"):
                 line = self._line(level)
                 level.move_to_late(place for place, one in line if one.work_s >= longest_s and one.can_wait(now_s))

@@ -97,7 +97,7 @@ class BackgroundResponses:
         context.allowance = None  # it is the run's
         encoded = msgspec.json.encode(state)
         try:
-            held, sink.events = self._hold(task, encoded, surface.first_events)
+            held, sink.events = self._hold(task, encoded, surface)
         except OSError as error:
             reply.end(StreamError("it cannot be kept", "not_kept", 503))
             await compute(reply, own, sink)
@@ -108,11 +108,11 @@ class BackgroundResponses:
             return self.follow(task.response_id, task.tenant, -1)
         return Response(encoded, media_type="application/json")
 
-    def _hold(self, task: Task, state: bytes, events: bytes) -> tuple[HeldTask, EventFile | None]:
+    def _hold(self, task: Task, state: bytes, surface: ResponsesSurface) -> tuple[HeldTask, EventFile | None]:
         assert self._states is not None
         if len(self._runs) >= self._max_runs:
             raise OSError(errno.EMFILE, f"{len(self._runs)} are computed at once")
-        return self._states.begin(task, state, events)
+        return self._states.begin(task, state, surface.first_events, surface.what_is_asked(task.response_id))
 
     def follow(self, response_id: str, tenant: bytes, after: int) -> Response:
         """Return the events of a response behind this one, as they come; -1: all.

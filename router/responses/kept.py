@@ -1,17 +1,14 @@
 """Conversations of /v1/responses are kept: `previous_response_id` goes on with one.
 
-Items of answers are found by their ids, as clients that keep none of their own refer to them, and responses whole.
-
-    items, messages, names, response   the parts of one conversation, each as JSON behind the lengths of all
+Items of answers, and of what they answer, are found by their ids, as clients that keep none of their own refer to them,
+and responses whole.
 """
 
 from __future__ import annotations
 
 import errno
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import msgspec
@@ -21,20 +18,18 @@ from ...common.errors import RequestError
 from ..kept.asking import name_of_file
 from ..state.errors import clip, shown
 from ..turns.places import Message
+from .conversation import Asked, Conversation, Earlier, Part
 from .store import ResponseStore
 from .tools import Names
 
 RESPONSE_PREFIX = "resp_"
 MAX_BYTES_OF_ONE = 4 * 2**20
 _OBJECT_BYTES = 256  # of a message or a part of a call in memory, beside its text: a dict and what is in it
-_HEADER = struct.Struct("<4s4I")
-_FORMAT = b"kvr1"  # of the file: another one is not read
 
 Item = Mapping[str, object]
-_ITEM_ID = re.compile(r"[a-z]+_([0-9a-zA-Z-]+)_\d+")
+_ITEM_ID = re.compile(r"[a-z]+_([0-9a-zA-Z-]+)_(in)?\d+")  # in: of an input
 _items_of = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_messages_of = msgspec.json.Decoder(list[Message]).decode
-_names_of = msgspec.json.Decoder(Names).decode
+_NOTHING_ASKED = Asked()
 
 log = structlog.get_logger(__name__)
 
@@ -49,41 +44,6 @@ class _Named(msgspec.Struct):
 
 
 _named = msgspec.json.Decoder(_Named).decode
-
-
-@dataclass(slots=True, frozen=True)
-class _Conversation:
-    """The parts as they are kept; each is decoded by who needs it."""
-
-    items: bytes | memoryview
-    messages: bytes | memoryview
-    names: bytes | memoryview
-    response: bytes | memoryview
-
-    def told(self, param: str) -> tuple[Sequence[Message], Names]:
-        """Return the messages, and the names in them. Raises RequestError (400), which names `param`, without any."""
-        if not self.messages:
-            text = f"{param}: the response has no answer (yet): it is under way, or was cancelled, or has failed"
-            raise RequestError(text, param=param, code="response_not_completed")
-        return _messages_of(self.messages), _names_of(self.names)
-
-    def joined(self) -> bytes:
-        parts = (self.items, self.messages, self.names, self.response)
-        return b"".join((_HEADER.pack(_FORMAT, *map(len, parts)), *parts))
-
-    @classmethod
-    def parted(cls, data: memoryview) -> _Conversation | None:
-        """Return None for what is not whole, as a machine's crash may leave it."""
-        if len(data) < _HEADER.size:
-            return None
-        form, *lengths = _HEADER.unpack_from(data)
-        if form != _FORMAT or _HEADER.size + sum(lengths) != len(data):
-            return None
-        parts, start = [], _HEADER.size
-        for length in lengths:
-            parts.append(data[start : start + length])
-            start += length
-        return cls(*parts)
 
 
 class KeptResponses:
@@ -105,6 +65,7 @@ class KeptResponses:
         items: Sequence[Item] = (),
         response: bytes = b"{}",
         names: Names | None = None,
+        asked: Asked = _NOTHING_ASKED,
     ) -> Callable[[], None]:
         """Return what keeps a conversation that has been answered, when the loop calls it; nothing of one too long.
 
@@ -113,10 +74,12 @@ class KeptResponses:
         if self._store is None:
             return lambda: None
         encode = msgspec.json.encode
-        data = _Conversation(encode(items), encode(messages), encode(names or {}), response).joined()
+        parts = (encode(items), encode(messages), encode(names or {}), response)
         num_objects = _num_objects(messages) + 2 * len(items) + len(names or {})
-        if len(data) + _OBJECT_BYTES * num_objects > MAX_BYTES_OF_ONE:
+        num_bytes = sum(map(len, parts)) + _OBJECT_BYTES * num_objects
+        if max(num_bytes, len(asked.items)) > MAX_BYTES_OF_ONE:
             return lambda: None
+        data = Conversation(*parts, asked.items, asked.answer.encode()).joined()
         return partial(self._write, response_name(response_id, tenant), data)
 
     def _write(self, name: str, data: bytes) -> None:
@@ -126,21 +89,26 @@ class KeptResponses:
         except OSError as error:
             log.warning("response_not_kept", reason=error.strerror or str(error), num_bytes=len(data))
 
-    def keep_state(self, response_id: str, tenant: bytes, response: bytes) -> None:
+    def keep_state(self, response_id: str, tenant: bytes, response: bytes, asked: Asked = _NOTHING_ASKED) -> None:
         """Keep a response that is under way. Raises OSError, also for one that is very long."""
-        if len(response) > MAX_BYTES_OF_ONE:
+        if max(len(response), len(asked.items)) > MAX_BYTES_OF_ONE:
             raise OSError(errno.EFBIG, f"it takes more than {MAX_BYTES_OF_ONE} bytes")
-        self.change_state(response_id, tenant, response)
+        self._write_state(response_id, tenant, response, asked)
 
     def change_state(self, response_id: str, tenant: bytes, response: bytes) -> None:
         """Keep one that is kept already as it goes on, or as it has ended without an answer. Raises OSError."""
+        found = self._find(response_id, tenant)
+        self._write_state(response_id, tenant, response, _NOTHING_ASKED if found is None else found.asked)
+
+    def _write_state(self, response_id: str, tenant: bytes, response: bytes, asked: Asked) -> None:
         if self._store is not None:
-            self._store.write(response_name(response_id, tenant), _Conversation(b"[]", b"", b"{}", response).joined())
+            state = Conversation(b"[]", b"", b"{}", response, asked.items, asked.answer.encode())
+            self._store.write(response_name(response_id, tenant), state.joined())
 
-    def find(self, response_id: object, tenant: bytes) -> tuple[Sequence[Message], Names]:
-        """Return the messages so far, and the names of namespaces' functions in them. May be called from any thread.
+    def find(self, response_id: object, tenant: bytes) -> Earlier:
+        """Return the conversation that ends with this response. May be called from any thread.
 
-        Raises RequestError (404; 400 for no id).
+        Raises RequestError (400), also for what is not kept, as OpenAI has it.
         """
         name = "previous_response_id"
         if not isinstance(response_id, str):
@@ -151,63 +119,81 @@ class KeptResponses:
                 f"{name}: the response {clip(response_id)} is not kept here (any more); send its items as input",
                 param=name,
                 code="previous_response_not_found",
-                status=404,
             )
         return found.told(name)
 
     def num_bytes(self, response_id: object, tenant: bytes) -> int:
-        """Return how many bytes of messages `find` reads; 0 for what is not kept."""
+        """Return how many bytes `find` reads; 0 for what is not kept."""
         found = self._find(response_id, tenant) if isinstance(response_id, str) else None
-        return 0 if found is None else len(found.messages)
+        return 0 if found is None else len(found.messages) + len(found.input) + len(found.items)
 
-    def find_items(self, item_ids: Iterable[object], tenant: bytes) -> dict[object, msgspec.Raw]:
-        """Return those of answers' items that are kept, as JSON, by id. May be called from any thread.
+    def find_items(
+        self, item_ids: Iterable[object], tenant: bytes, earlier: bytes = b"[]"
+    ) -> dict[object, msgspec.Raw]:
+        """Return those of the items that are kept, as JSON, by id. May be called from any thread.
 
-        Each answer is looked through once, and no item is decoded: an answer may have thousands, and be named as often.
-        Raises RequestError (400) where they are too much together.
+        An id of this server tells its response; a client's own is looked for in `earlier`, the items of the
+        conversation that goes on. Each response is looked through once, and no item is decoded: one may have thousands,
+        and be named as often. Raises RequestError (400) where they are too much together.
         """
-        wanted: dict[str, set[str]] = {}  # by the answer's id
+        wanted, missing = dict[tuple[str, bool], set[str]](), set[str]()  # by the response's id, and part
         for item_id in item_ids:
-            if isinstance(item_id, str) and (named := _ITEM_ID.fullmatch(item_id)) is not None:
-                wanted.setdefault(f"{RESPONSE_PREFIX}{named[1]}", set()).add(item_id)
+            if isinstance(item_id, str):
+                missing.add(item_id)
+                if (named := _ITEM_ID.fullmatch(item_id)) is not None:
+                    of = f"{RESPONSE_PREFIX}{named[1]}", named[2] is not None
+                    wanted.setdefault(of, set()).add(item_id)
         found: dict[object, msgspec.Raw] = {}
         num_bytes = 0
-        for response_id, own in wanted.items():
-            kept = self._find(response_id, tenant)
-            for item in () if kept is None else _items_of(kept.items):
-                if (name := _named(item).id) in own:
-                    num_bytes += len(item)
-                    if num_bytes > MAX_BYTES_OF_ONE:
-                        text = f"input: refers to items of more than {MAX_BYTES_OF_ONE} bytes"
-                        raise RequestError(text, param="input")
-                    found[name] = item.copy()  # else each would hold its answer's file open
+        for (response_id, is_input), own in wanted.items():
+            if (kept := self._find(response_id, tenant)) is not None:
+                num_bytes += _take_items(kept.input if is_input else kept.items, own, found, num_bytes)
+        if missing := missing - found.keys():
+            _take_items(earlier, missing, found, num_bytes)
         return found
 
     def response(self, response_id: str, tenant: bytes) -> bytes:
         """Return a response as it was answered. Raises RequestError (404)."""
         return bytes(self._named(response_id, tenant).response)
 
-    def input(self, response_id: str, tenant: bytes) -> tuple[Sequence[Message], Names]:
-        """Return the messages that a response answers, and the names in them. Raises RequestError (404)."""
-        messages, names = self._named(response_id, tenant).told("response_id")
-        return messages[:-1], names
+    def input(self, response_id: str, tenant: bytes) -> list[tuple[str, msgspec.Raw]]:
+        """Return the items that a response answers, by id, earlier turns included. Raises RequestError (404)."""
+        return [(_named(item).id, item) for item in _items_of(self._named(response_id, tenant).input)]
 
-    def forget(self, response_id: str, tenant: bytes) -> None:
-        """Raises RequestError (404)."""
-        self._named(response_id, tenant)
+    def forget(self, response_id: str, tenant: bytes) -> str:
+        """Return the name of the answer that it was told from; empty: there is none. Raises RequestError (404)."""
+        answer = self._named(response_id, tenant).asked.answer
         assert self._store is not None
         self._store.delete(response_name(response_id, tenant))
+        return answer
 
-    def _named(self, response_id: str, tenant: bytes) -> _Conversation:
+    def _named(self, response_id: str, tenant: bytes) -> Conversation:
         found = self._find(response_id, tenant)
         if found is None:
             text = f"the response {clip(response_id)} is not kept here (any more)"
             raise RequestError(text, param="response_id", code="response_not_found", status=404)
         return found
 
-    def _find(self, response_id: str, tenant: bytes) -> _Conversation | None:
+    def _find(self, response_id: str, tenant: bytes) -> Conversation | None:
         data = None if self._store is None else self._store.read(response_name(response_id, tenant))
-        return None if data is None else _Conversation.parted(data)
+        return None if data is None else Conversation.parted(data)
+
+
+def ids_of(items: Part) -> set[str]:
+    """Return the ids of items that are kept."""
+    return {_named(item).id for item in _items_of(items)}
+
+
+def _take_items(items: Part, wanted: set[str], found: dict[object, msgspec.Raw], num_before: int) -> int:
+    """Add those that are wanted, and return how many bytes they have; `num_before`: those of others."""
+    num_bytes = 0
+    for item in _items_of(items):
+        if (name := _named(item).id) in wanted:
+            num_bytes += len(item)
+            if num_before + num_bytes > MAX_BYTES_OF_ONE:
+                raise RequestError(f"input: refers to items of more than {MAX_BYTES_OF_ONE} bytes", param="input")
+            found[name] = item.copy()  # else each would hold its answer's file open
+    return num_bytes
 
 
 def response_name(response_id: str, tenant: bytes) -> str:

@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from ...common.errors import RequestError
+from .conversation import Asked
 from .event_files import EventFile, EventFolder
 from .form import Fields, failed_event
 from .kept import KeptResponses, response_name
@@ -31,14 +32,14 @@ class BackgroundStates:
         self.tasks = tasks
         self.events = events
 
-    def begin(self, task: Task, state: bytes, events: bytes) -> tuple[HeldTask, EventFile | None]:
+    def begin(self, task: Task, state: bytes, events: bytes, asked: Asked) -> tuple[HeldTask, EventFile | None]:
         """Keep and hold a new one. `events` are its first ones; empty: it does not stream. Raises OSError."""
         name = response_name(task.response_id, task.tenant)
         file = self.events.create(name, events) if events else None
         held = None
         try:
             held = self.tasks.create(name, task)
-            self._kept.keep_state(task.response_id, task.tenant, state)
+            self._kept.keep_state(task.response_id, task.tenant, state, asked)
         except BaseException:
             if held is not None:
                 self.tasks.end(held)

@@ -18,9 +18,11 @@ from ..kept.asking import own_key
 from ..kept.kept_answer import AnswerKey
 from ..state.errors import shown
 from ..turns.places import Message, Places
+from .conversation import Asked, Earlier, joined_arrays
 from .form import BEGINNING, Fields, ResponseForm, encode_events, event_format
 from .items import check_num_items
-from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses
+from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses, ids_of
+from .listed import has_own_ids, listed
 from .tools import Names, ResponseTools, names_of_calls, response_tools
 from .translate import FIELD_NAMES, chat_body
 
@@ -56,6 +58,9 @@ class ResponsesSurface:
         self._keeps = keeps
         self._raw: Mapping[str, object] = {}
         self._messages: Sequence[Message] = ()  # without instructions, which hold for one call
+        self._input: object = None  # with items in place of references
+        self._earlier_items = b"[]"  # as JSON
+        self._answer_name = ""  # of the kept answer
         self._places: Places | None = None  # while this surface's own names are looked at
         self._tools = ResponseTools()
         self._names: Names = {}  # in the conversation, with earlier turns
@@ -72,11 +77,12 @@ class ResponsesSurface:
             after = self._num_told if self._num_told > len(BEGINNING) else 0
             self.key = own_key(self._request_id.encode(), self._tenant, PATH, raw, after)
         previous = raw.get("previous_response_id")
-        earlier, names = ((), {}) if previous is None else self._kept.find(previous, self._tenant)
+        earlier = Earlier((), {}, b"[]") if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
-        told = {**raw, "input": self._with_items(raw.get("input"))}
-        self._names = {**names, **names_of_calls(told["input"]), **self._tools.names}
-        body, self._places = chat_body(told, ignored, earlier, self._tools)
+        told = {**raw, "input": self._with_items(raw.get("input"), earlier.items)}
+        self._earlier_items, self._input = earlier.items, told["input"]
+        self._names = {**earlier.names, **names_of_calls(told["input"]), **self._tools.names}
+        body, self._places = chat_body(told, ignored, earlier.messages, self._tools)
         messages = [each.message for each in self._places.messages]
         self._messages = messages[1:] if raw.get("instructions") else messages
         return body
@@ -114,6 +120,8 @@ class ResponsesSurface:
         return renamed(self._tools.own_names(text), FIELD_NAMES, self._places)
 
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form:
+        kept = context.answer.kept
+        self._answer_name = "" if kept is None else kept.key.name
         form = ResponseForm(context, turns, self._raw, self._tools, self._numbers, self._on_end)
         if self.is_background:
             self.begun = form.begun()  # the form is not kept here: it leads back
@@ -122,13 +130,20 @@ class ResponsesSurface:
                 self.events = event_format(self._numbers, len(BEGINNING))
         return form
 
-    def _with_items(self, given: object) -> object:
+    def what_is_asked(self, response_id: str) -> Asked:
+        """Return what is kept of an answer that was begun before there is any of it."""
+        earlier = self._earlier_items
+        items = listed(self._input, response_id, ids_of(earlier) if has_own_ids(self._input) else frozenset())
+        return Asked(joined_arrays(earlier, msgspec.json.encode(items)), self._answer_name)
+
+    def _with_items(self, given: object, earlier: bytes) -> object:
         """Return the input with items in place of references to them. Raises RequestError that names the place."""
         check_num_items(given)
         if not isinstance(given, list) or not any(map(_is_reference, given)):
             return given
         items, num_bytes = list(given), 0
-        found = self._kept.find_items([each.get("id") for each in given if _is_reference(each)], self._tenant)
+        names = [each.get("id") for each in given if _is_reference(each)]
+        found = self._kept.find_items(names, self._tenant, earlier)
         for index, each in enumerate(given):
             if not _is_reference(each):
                 continue
@@ -151,7 +166,8 @@ class ResponsesSurface:
         items, encoded = response["output"], msgspec.json.encode(response)
         assert isinstance(items, list)
         messages = [*self._messages, answer]
-        return self._kept.keeper(response_id, self._tenant, messages, items, encoded, self._names)
+        asked = self.what_is_asked(response_id)
+        return self._kept.keeper(response_id, self._tenant, messages, items, encoded, self._names, asked)
 
 
 def _is_reference(item: object) -> bool:

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from kvferry.common.errors import ConfigError
-from kvferry.models.default import cache_dir, default_model_dir, find_gguf
+from kvferry.common.request import Pooling
+from kvferry.models.default import cache_dir, default_model_dir, find_gguf, gguf_model_dir
 from kvferry.models.gguf.convert import convert_gguf
 from kvferry.models.gguf.tensors import to_bfloat16
+from kvferry.models.pooling import read_pooling
 from kvferry.models.token_bytes import _BYTE_ALPHABET
 from kvferry.models.tokenizer import Tokenizer
 
@@ -57,7 +59,12 @@ def _permuted(rows: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def _write_gguf(
-    path: Path, weights: dict[str, np.ndarray], *, architecture: str = "llama", quantised: bool = False
+    path: Path,
+    weights: dict[str, np.ndarray],
+    *,
+    architecture: str = "llama",
+    quantised: bool = False,
+    pooling: int | None = None,
 ) -> None:
     import gguf
 
@@ -70,6 +77,8 @@ def _write_gguf(
     writer.add_context_length(128)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    if pooling is not None:
+        writer.add_uint32(f"{architecture}.pooling_type", pooling)
     writer.add_vocab_size(len(SPECIAL) + len(TOKENS))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -128,6 +137,22 @@ def test_quantised_rows_are_put_in_order_and_dequantised(tmp_path: Path) -> None
     found = load_file(default_model_dir(cache=tmp_path, source=source) / "model.safetensors")
     for name, values in _weights().items():
         torch.testing.assert_close(found[name].float(), torch.from_numpy(values), atol=0.03, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(None, Pooling.LAST), (0, Pooling.LAST), (1, Pooling.MEAN), (2, Pooling.CLS), (3, Pooling.LAST)],
+)
+def test_embeddings_are_pooled_as_the_file_says(tmp_path: Path, number: int | None, expected: Pooling) -> None:
+    _write_gguf(tmp_path / "m.gguf", _weights(), pooling=number)
+    assert read_pooling(gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")) is expected
+
+
+@pytest.mark.parametrize("number", [4, 9])
+def test_a_pooling_that_no_worker_does_is_named(tmp_path: Path, number: int) -> None:
+    _write_gguf(tmp_path / "m.gguf", _weights(), pooling=number)
+    with pytest.raises(ConfigError, match=rf"llama\.pooling_type = {number} is not supported"):
+        gguf_model_dir(tmp_path / "m.gguf", cache=tmp_path / "cache")
 
 
 def test_bfloat16_rounds_to_nearest_even_as_torch_does() -> None:

@@ -28,6 +28,8 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "original/params.json": b"{}",
         "16bit/config.json": b"{}",
         "1_Pooling/config.json": b"{}",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": b"dense",
         "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
         "adapter/config.json": b"{}",
         "a/config.json": b"{}",
@@ -138,7 +140,7 @@ def cache(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache into which org/model was downloaded."""
     cache = tmp_path_factory.mktemp("hub")
     (model,) = _resolve_apart([("org/model", None)], cache, HF_ENDPOINT=hub)
-    pooling = ["1_Pooling", "1_Pooling/config.json"]
+    pooling = ["1_Pooling", "1_Pooling/config.json", "2_Dense", "2_Dense/config.json"]
     further = ["additional_chat_templates", "additional_chat_templates/tool_use.jinja"]
     assert model["files"] == [*pooling, *further, "chat_template.jinja", "config.json", "model.safetensors"]
     assert model["name"] == "org/model"

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from kvferry.common.errors import ConfigError
 from kvferry.common.request import Pooling
-from kvferry.models.pooling import read_pooling
+from kvferry.models.pooling import EmbeddedTexts, read_embedded_texts, read_pooling
 
 PREFIX = "sentence_transformers.models."
 
@@ -81,3 +81,62 @@ def test_a_broken_list_of_modules_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "modules.json").write_text(text)
     with pytest.raises(ConfigError, match=r"modules\.json"):
         read_pooling(tmp_path)
+
+
+def test_a_pooling_that_is_named_and_not_there_is_refused(tmp_path: Path) -> None:
+    """Else the vectors would be the last token's, without a word."""
+    with pytest.raises(ConfigError, match=r"names 1_Pooling, and there is no .*1_Pooling/config\.json"):
+        read_pooling(_write(tmp_path, None, ["Transformer", "Pooling"]))
+
+
+def test_modules_without_a_pooling_leave_the_usual_folder(tmp_path: Path) -> None:
+    assert read_pooling(_write(tmp_path, {"pooling_mode": "mean"}, ["Transformer", "Normalize"])) is Pooling.MEAN
+
+
+@pytest.mark.parametrize("path", ["1_Pooling/", "1_Pooling"])
+def test_a_modules_folder_may_end_in_a_slash(tmp_path: Path, path: str) -> None:
+    _write(tmp_path, {"pooling_mode_mean_tokens": True})
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": PREFIX + "Pooling", "path": path}]))
+    assert read_pooling(tmp_path) is Pooling.MEAN
+
+
+def test_two_poolings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"modules\.json: embeddings are pooled once, and it names 2 modules"):
+        read_pooling(_write(tmp_path, {"pooling_mode": "mean"}, ["Transformer", "Pooling", "Pooling"]))
+
+
+def test_modules_of_the_checkpoints_own_code_are_told_of(tmp_path: Path) -> None:
+    _write(tmp_path, {"pooling_mode": "mean"}, ["Transformer", "Pooling"])
+    with capture_logs() as told:
+        read_pooling(tmp_path)
+    assert not told
+    entries = [{"type": "custom_st.Transformer", "path": ""}, {"type": PREFIX + "Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(entries))
+    with capture_logs() as told:
+        assert read_pooling(tmp_path) is Pooling.MEAN
+    [entry] = told
+    assert entry["log_level"] == "warning" and "modules.json: custom_st.Transformer is code" in entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("config.json", "{}", EmbeddedTexts()),
+        ("sentence_bert_config.json", "{}", EmbeddedTexts()),
+        ("sentence_bert_config.json", '{"max_seq_length": null, "do_lower_case": false}', EmbeddedTexts()),
+        ("sentence_bert_config.json", '{"max_seq_length": 512, "do_lower_case": true}', EmbeddedTexts(512, True)),
+        ("sentence_xlm-roberta_config.json", '{"max_seq_length": 8}', EmbeddedTexts(8)),
+    ],
+)
+def test_the_texts_that_a_model_has_learnt(tmp_path: Path, name: str, text: str, expected: EmbeddedTexts) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_embedded_texts(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ['{"max_seq_length": 0}', '{"max_seq_length": "8"}', '{"max_seq_length": true}', '{"do_lower_case": 1}']
+)
+def test_texts_that_are_said_otherwise_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sentence_bert_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"sentence_bert_config\.json: (max_seq_length|do_lower_case) must be"):
+        read_embedded_texts(tmp_path)

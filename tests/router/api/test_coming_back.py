@@ -17,6 +17,7 @@ import pytest
 from kvferry.router.access.quota import QuotaLimits
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.kept.answers import KeptAnswers
+from kvferry.router.kept.kept_answer import AnswerKey
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve
 
@@ -133,6 +134,30 @@ async def test_an_answer_that_was_begun_with_more_room_is_told_again(tmp_path: P
     assert (again.status_code, again.json()) == (200, first.json())
     other = await ask(router, "/v1/completions", body, **{"idempotency-key": "another"})
     assert other.status_code == 400 and other.json()["error"]["param"] == "min_tokens"
+
+
+async def test_what_is_deleted_is_not_told_again(tmp_path: Path) -> None:
+    path, body, _ = CALLS["responses"]
+    first = (await ask(served(tmp_path), path, body)).json()
+    assert (await ask(served(tmp_path), path, body)).json()["id"] == first["id"]
+    router = served(tmp_path)
+    async with router.client() as client:
+        assert (await client.delete(f"{path}/{first['id']}")).status_code == 200
+    again = await ask(router, path, body)
+    assert again.json()["id"] != first["id"] and "idempotent-replayed" not in again.headers
+    async with router.client() as client:
+        assert (await client.get(f"{path}/{first['id']}")).status_code == 404
+
+
+async def test_an_answer_that_is_forgotten_while_it_is_told_leaves_another_ones_place(tmp_path: Path) -> None:
+    answers = KeptAnswers(tmp_path)
+    told = await answers.take(AnswerKey("a" * 40, b"asked"), "model")
+    answers.forget("a" * 40)
+    begun = await answers.take(AnswerKey("a" * 40, b"asked"), "model")
+    told.close()
+    assert len(answers) == 1
+    begun.close()
+    assert len(answers) == 0
 
 
 async def test_a_client_that_leaves_costs_nothing_until_it_comes_back(tmp_path: Path) -> None:

@@ -22,11 +22,16 @@ SOON_S = 10.0
 
 
 async def ended(keeper: Keeper, deps: RunDeps, batch_id: str) -> BatchRecord:
-    """Look until the batch has ended."""
+    """Look until the batch has ended, and its place is free."""
+
+    async def look() -> BatchRecord | None:
+        keeper.look_now()
+        await asyncio.sleep(0.001)
+        return None if batch_id in keeper._running else await asyncio.to_thread(deps.store.read, batch_id)
+
     async with asyncio.timeout(SOON_S):
-        while (record := await asyncio.to_thread(deps.store.read, batch_id)) is None or not record.has_ended:
-            keeper.look_now()
-            await asyncio.sleep(0.001)
+        while (record := await look()) is None or not record.has_ended:
+            pass
     return record
 
 

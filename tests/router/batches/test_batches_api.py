@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -154,13 +154,17 @@ async def test_a_batchs_responses_are_not_kept_beside_those_of_conversations(tmp
         (answer,) = await answers(client, (await until_ended(client, batch.id)).output_file_id)
         response = answer["response"]["body"]
         assert response["status"] == "completed" and response["store"] is False
-        with pytest.raises(openai.NotFoundError, match="is not kept here"):
+        with pytest.raises(openai.BadRequestError, match="is not kept here"):
             await client.responses.create(model="toy", input="more", previous_response_id=response["id"])
 
 
-async def _failed(client: openai.AsyncOpenAI, data: bytes) -> list[tuple[Any, ...]]:
+async def _failed(
+    client: openai.AsyncOpenAI,
+    data: bytes,
+    endpoint: Literal["/v1/completions", "/v1/chat/completions"] = "/v1/completions",
+) -> list[tuple[Any, ...]]:
     uploaded = await client.files.create(file=data, purpose="batch")
-    batch = await client.batches.create(input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h")
+    batch = await client.batches.create(input_file_id=uploaded.id, endpoint=endpoint, completion_window="24h")
     batch = await until_ended(client, batch.id)
     assert batch.status == "failed" and batch.failed_at is not None and batch.errors is not None
     assert batch.errors.data is not None
@@ -217,14 +221,15 @@ async def test_a_batch_whose_lock_cannot_be_taken_holds_up_no_other(tmp_path: Pa
 async def test_an_input_may_be_written_on_windows(tmp_path: Path) -> None:
     script = Script(choose=lambda request: bytes(request.prompt_token_ids).decode())
     async with batch_server(tmp_path, script) as (_, address), client_of(address) as client:
-        data = b"\xef\xbb\xbf" + jsonl(line("a"), line("b")).replace(b"\n", b"\r\n")
+        texts = [jsonl(line("a"), line("b")), jsonl(line("c"))]  # written one behind the other
+        data = b"".join(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n") for text in texts)
         uploaded = await client.files.create(file=data, purpose="batch")
         batch = await client.batches.create(
             input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
         )
         batch = await until_ended(client, batch.id)
         found = await answers(client, batch.output_file_id)
-        assert [each["response"]["body"]["choices"][0]["text"] for each in found] == ["a", "b"]
+        assert [each["response"]["body"]["choices"][0]["text"] for each in found] == ["a", "b", "c"]
 
 
 async def test_a_wrong_input_fails_the_batch_with_the_lines_numbers(tmp_path: Path) -> None:
@@ -276,6 +281,77 @@ async def test_a_body_that_is_refused_is_its_lines_own_error(tmp_path: Path) -> 
         (error,) = await answers(client, batch.error_file_id)
         assert error["custom_id"] == "b" and error["response"]["status_code"] == 400
         assert error["response"]["body"]["error"]["param"] == "temperature"
+
+
+BODY_FAULTS = {  # what makes a body none for this API, though it is JSON
+    "surrogate": (rb'{"prompt": "x\ud800y"}', "a lone surrogate in a string"),
+    "twice": (rb'{"prompt": "x", "prompt": "y"}', "the key 'prompt' stands twice"),
+    "integer": (b'{"prompt": "x", "seed": 123456789012345678901}', "is a whole number of more than 64 bits"),
+    "depth": (b'{"prompt": ' + b"[" * 32 + b"]" * 32 + b"}", "nesting deeper than 32"),
+    "much": (b'{"prompt": [' + b"1," * 500_001 + b"1]}", "more than 500000 commas"),
+}
+
+
+@pytest.mark.parametrize("fault", BODY_FAULTS)
+async def test_a_body_that_is_none_for_this_api_is_its_lines_own_error(tmp_path: Path, fault: str) -> None:
+    body, words = BODY_FAULTS[fault]
+    other = b'{"custom_id": "b {}", "method": "POST", "url": "/v1/completions", "body": %b}\n' % body
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        uploaded = await client.files.create(file=jsonl(line("a")) + other + jsonl(line("c")), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        batch = await until_ended(client, batch.id)
+        assert batch.status == "completed" and batch.request_counts is not None, batch.errors
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
+        (error,) = await answers(client, batch.error_file_id)
+    assert error["custom_id"] == "b {}" and error["response"]["status_code"] in (400, 413)
+    assert words in error["response"]["body"]["error"]["message"]
+
+
+async def test_a_body_may_be_as_deep_as_in_a_call_of_its_own(tmp_path: Path) -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    while _depth(schema) < 32 - 3:
+        schema = {"items": schema}
+    asked = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body = {"model": "toy", "messages": [], "response_format": asked}
+    assert _depth(body) == 32
+    deep = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {**body, "stream": True}}
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        failed = await _failed(client, jsonl(deep), endpoint="/v1/chat/completions")
+    assert failed == [(1, "invalid_request", "body.stream")], "it was read"
+
+
+def _depth(value: Any) -> int:
+    return 1 + max(map(_depth, value.values()), default=0) if isinstance(value, dict) else 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        rb'{"custom_id": "\ud800", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}',
+        b'{"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"seed": 1}, "body": {"seed": 1}}',
+        b'{"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": nope}}',
+        rb'{"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": "\ud800"}',
+        rb'{"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": "\ud800", "prompt": x}}',
+        b'{"custom_id": "b", "method": "POST", "body": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)
+async def test_a_frame_that_is_none_for_this_api_fails_the_batch(tmp_path: Path, wrong: bytes) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        assert await _failed(client, jsonl(line("a")) + wrong + b"\n") == [(2, "invalid_json_line", None)]
+
+
+async def test_a_batch_of_a_file_that_is_not_there_names_the_field(tmp_path: Path) -> None:
+    async with batch_server(tmp_path) as (_, address), client_of(address) as client:
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.batches.create(
+                input_file_id="file-" + "0" * 24, endpoint="/v1/completions", completion_window="24h"
+            )
+        assert (caught.value.param, caught.value.code) == ("input_file_id", "file_not_found")
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.files.retrieve("file-" + "0" * 24)
+        assert caught.value.param == "id"
 
 
 async def test_a_cancelled_batch_keeps_what_was_answered(tmp_path: Path) -> None:

@@ -8,11 +8,15 @@ from array import array
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from openai import AsyncOpenAI
 
 from kvferry.common.request import Pooling
+from kvferry.models.pooling import EmbeddedTexts
+from kvferry.router.api.body import MAX_VECTOR_BYTES
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.embeddings import reply
 from kvferry.router.state.errors import StreamError
 from kvferry.router.state.request import RequestStatus, RouterRequest
 from kvferry.router.state.token_stream import TokenStream
@@ -121,7 +125,9 @@ async def test_the_models_pooling_goes_to_the_workers() -> None:
     [
         ({"input": ""}, "input", "input is empty"),
         ({"input": ["a", ""]}, "input[1]", "input[1] is empty"),
-        ({"input": [[1], []]}, "input", "not be empty"),
+        ({"input": [[1], []]}, "input[1]", "not be empty, got an array of 0"),
+        ({"input": [[1], [2, "a"], []]}, "input[1]", "a list of token-id lists"),
+        ({"input": [None, "a"]}, "input[0]", "must be a string"),
         ({"input": ["a", "x" * 513, "b"]}, "input[1]", "input[1] has 513 tokens, more than the context of 512"),
         ({"input": ["a", "x" * 99_999]}, "input[1]", "input[1]: the prompt has at least"),
         ({"input": [[5] * 513]}, "input[0]", "input[0] has 513 tokens"),
@@ -129,7 +135,8 @@ async def test_the_models_pooling_goes_to_the_workers() -> None:
         ({"input": [[5], [6, VOCAB_SIZE]]}, "input[1]", f"input[1]: token id {VOCAB_SIZE} is not in the vocabulary"),
         ({"input": [5, -1]}, "input", "input: token id -1"),
         ({"input": ["a"] * 2049}, "input", "at most 2048 inputs in one call, got 2049"),
-        ({"input": ["a", 5]}, "input", "must be a string"),
+        ({"input": ["a", 5]}, "input[1]", "'input[1]': 'input' must be a string"),
+        ({"input": [5, 6, True]}, "input[2]", "got True"),
         ({"input": []}, "input", "not be empty"),
         ({"dimensions": 5}, "dimensions", "less than or equal to 4, the length of this model's vectors, got 5"),
         ({"dimensions": 0}, "dimensions", "greater than or equal to 1"),
@@ -208,10 +215,76 @@ async def test_a_client_that_leaves_aborts_all_of_its_inputs() -> None:
     assert len(served.dispatcher.aborted) == 3
 
 
-@pytest.mark.slow
-async def test_many_large_vectors_are_whole() -> None:
-    answer = await _embed(_serve(), input=["a"] * 2048)
-    assert len(answer["data"]) == 2048 and answer["data"][-1]["index"] == 2047
+@pytest.mark.parametrize("encoding_format", ["float", "base64"])
+async def test_large_vectors_are_told_one_by_one_and_as_small_ones_are(
+    monkeypatch: pytest.MonkeyPatch, encoding_format: str
+) -> None:
+    encode, most = msgspec.json.encode, 0
+
+    def noting(value: Any) -> bytes:
+        nonlocal most
+        encoded: bytes = encode(value)
+        most = max(most, len(encoded))
+        return encoded
+
+    fields = {"input": ["a"] * 100, "encoding_format": encoding_format}
+    expected = await _embed(_serve(), **fields)
+    monkeypatch.setattr(reply, "_BYTES_INLINE", 100)
+    monkeypatch.setattr(reply, "_GROUP_BYTES", 1000)
+    monkeypatch.setattr(msgspec.json, "encode", noting)
+    async with _serve().client() as client:
+        response = await client.post("/v1/embeddings", json={"model": MODEL, **fields})
+    monkeypatch.undo()
+    assert response.status_code == 200 and response.json() == expected
+    assert "content-length" not in response.headers and response.headers["content-type"] == "application/json"
+    assert most < 1000 < len(response.content), "one call encoded more than a vector"
+
+
+async def test_the_vectors_of_all_calls_have_a_bound() -> None:
+    served = _serve(Script(hold_at=0), model=replace(SERVED, hidden_size=MAX_VECTOR_BYTES // 4 // 3))
+    async with served.client() as client:
+        first = asyncio.create_task(client.post("/v1/embeddings", json={"input": ["a", "b"]}))
+        await served.dispatcher.held.wait()
+        refused = await client.post("/v1/embeddings", json={"input": ["c", "d"]})
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        assert "the vectors under way have" in refused.json()["error"]["message"]
+        assert len(served.dispatcher.requests) == 2
+        served.dispatcher.go.set()
+        assert (await first).status_code == 200
+        assert (await client.post("/v1/embeddings", json={"input": ["e", "f", "g"]})).status_code == 200
+
+
+async def test_vectors_give_back_their_room_when_an_answer_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, groups = _serve(), iter([b"[", b""])
+    room = served.app.state.api.vector_room
+
+    def next_group(_: object) -> bytes:
+        assert room.num_bytes == 2 * HIDDEN * 4
+        if group := next(groups):
+            return group
+        raise OSError("no thread is free")
+
+    monkeypatch.setattr(reply, "_BYTES_INLINE", 0)
+    monkeypatch.setattr(reply, "_next_group", next_group)
+    async with served.client() as client:
+        with pytest.raises(OSError, match="no thread"):  # the head is out: the connection is broken off
+            await client.post("/v1/embeddings", json={"input": ["a", "b"]})
+    assert room.num_bytes == 0 and len(served.app.state.api.in_flight) == 0
+
+
+async def test_texts_are_as_long_and_as_small_as_the_model_has_learnt() -> None:
+    served = _serve(model=replace(SERVED, embedded_texts=EmbeddedTexts(max_tokens=4, are_lower_case=True)))
+    answer = await _embed(served, input=["H\u00c4", "ABCD"])
+    assert [bytes(request.prompt_token_ids).decode() for request in served.dispatcher.requests] == ["h\u00e4", "abcd"]
+    assert answer["usage"]["prompt_tokens"] == 7
+    for given in (["ABCDE"], [ids_of("abcde")]):
+        error = await _refused(served, input=given)
+        assert "input[0] has 5 tokens" in error["message"] and error["code"] == "context_length_exceeded"
+        assert "maximum context length is 4 tokens" in error["message"]
+    assert (await _embed(served, input="ABCDE", truncate_prompt_tokens=-1))["usage"]["prompt_tokens"] == 4
+    async with served.client() as client:
+        chat = await client.post("/v1/completions", json={"prompt": "ABCDE", "max_tokens": 1})
+    assert bytes(served.dispatcher.requests[-1].prompt_token_ids) == b"ABCDE", chat.text
 
 
 def _openai(address: str) -> AsyncOpenAI:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvferry.common.request import SamplingParams
 from kvferry.router.queue.arrival_load import ArrivalLoad
-from kvferry.router.queue.priority_level import LATE_EVERY
+from kvferry.router.queue.priority_level import LATE_EVERY, PriorityLevel
 from kvferry.router.queue.request_queue import RequestQueue, due_s
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.request import RouterRequest
@@ -259,6 +259,28 @@ class QueueMachine(RuleBasedStateMachine):
         assert [each.request.priority for each in found] == sorted(each.request.priority for each in found)
         assert found[:3] == self.queue.first(3, self.now_s)
         assert sum(self.queue.num_by_class.values()) == len(self.here)
+        for priority, level in self.queue._levels.items():
+            hurried = [each for each in ready if each.request.priority == priority and each.request.objectives.ttft_s]
+            assert level.num_hurried == len(hurried)
+
+
+def test_those_that_nobody_can_be_late_for_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, looked = queue_of(*(tracked(unloaded_s=1.0) for _ in range(9))), list[PriorityLevel]()
+
+    def look(self: RequestQueue, level: PriorityLevel) -> list[object]:
+        looked.append(level)
+        return []
+
+    monkeypatch.setattr(RequestQueue, "_line", look)
+    queue.triage(0.0, 1.0, ArrivalLoad())
+    assert not looked
+    queue.add(hurried := tracked(unloaded_s=1.0, ttft_s=1.0))
+    queue.triage(0.0, 1.0, ArrivalLoad())
+    assert looked
+    looked.clear()
+    queue.remove(hurried)
+    queue.triage(0.0, 1.0, ArrivalLoad())
+    assert not looked
 
 
 TestQueue = pytest.mark.slow(QueueMachine.TestCase)

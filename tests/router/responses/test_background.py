@@ -226,6 +226,22 @@ async def test_a_router_without_a_folder_refuses_it() -> None:
     assert response.json()["error"]["param"] == "background"
 
 
+async def test_what_it_answers_is_listed_whatever_becomes_of_it(tmp_path: Path) -> None:
+    served = router(tmp_path, script=Script("x" * 40, hold_at=1))
+
+    async def listed(state: dict[str, Any]) -> list[str]:
+        response = await call(served, "GET", f"/{state['id']}/input_items")
+        assert response.status_code == 200, response.text
+        return [item["content"][0]["text"] for item in response.json()["data"]]
+
+    async with runs(served).keeping():
+        state = await begin(served)
+        await served.dispatcher.held.wait()
+        assert await listed(state) == ["hi"]
+        assert (await call(served, "POST", f"/{state['id']}/cancel")).json()["status"] == "cancelled"
+        assert await listed(state) == ["hi"]
+
+
 async def test_others_find_nothing_and_what_was_waited_for_is_not_cancelled(tmp_path: Path) -> None:
     served = router(tmp_path, keys=ApiKeys(("key-1", "key-2")))
     mine, others = {"authorization": "Bearer key-1"}, {"authorization": "Bearer key-2"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 
 from kvferry.router.access.keys import ApiKeys
@@ -60,6 +61,81 @@ async def test_what_a_response_answers_is_told_as_items_earlier_turns_included()
     assert (older["data"], older["has_more"]) == ([called, thought, user], False)
 
 
+async def _items_of(client: httpx.AsyncClient, said: dict[str, Any]) -> list[dict[str, Any]]:
+    response = await client.get(f"{PATH}/{said['id']}/input_items", params={"order": "asc"})
+    assert response.status_code == 200, response.text
+    items: list[dict[str, Any]] = response.json()["data"]
+    return items
+
+
+async def test_items_that_are_listed_can_be_referred_to_under_their_ids() -> None:
+    served = _served("x" * 40)
+    async with served.client() as client:
+        first = (await client.post(PATH, json={"input": "hi", "max_output_tokens": 3})).json()
+        [answer] = first["output"]
+        assert answer["status"] == "incomplete"
+        body = {"input": "again", "previous_response_id": first["id"]}
+        second = (await client.post(PATH, json=body)).json()
+        asked, before, more = listed = await _items_of(client, second)
+        assert before == answer and [asked] == await _items_of(client, first)
+        assert (more["content"], more["status"]) == ([{"type": "input_text", "text": "again"}], "completed")
+        references = [{"type": "item_reference", "id": item["id"]} for item in listed]
+        referred = (await client.post(PATH, json={"input": references})).json()
+        prompt = served.request.prompt_token_ids
+        assert await _items_of(client, referred) == listed
+        await client.post(PATH, json=body)
+        assert served.request.prompt_token_ids == prompt
+
+
+async def test_items_are_listed_as_they_came() -> None:
+    parts = [{"type": "input_text", "text": "one"}, {"type": "input_text", "text": "two"}]
+    given: list[dict[str, Any]] = [
+        {"type": "message", "role": "user", "id": "msg_mine", "content": parts},
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "thought"}]},
+        {"type": "web_search_call", "id": "ws_1", "status": "failed"},
+        {"type": "function_call", "id": None, "call_id": "c1", "name": "search", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": parts},
+        {"role": "assistant", "content": "A", "status": "incomplete"},
+        {"role": "user", "content": "z"},
+    ]
+    async with _served().client() as client:
+        said = (await client.post(PATH, json={"input": given, "tools": TOOLS})).json()
+        listed = await _items_of(client, said)
+        name = said["id"].removeprefix("resp_")
+        ids = ["msg_mine", "rs_1", "ws_1", f"fc_{name}_in3", f"fco_{name}_in4", f"msg_{name}_in5", f"msg_{name}_in6"]
+        assert [item["id"] for item in listed] == ids
+        assert listed[0] == {**given[0], "status": "completed"}
+        assert listed[1:3] == given[1:3]
+        assert listed[3] == {**given[3], "id": ids[3], "status": "completed"}
+        assert listed[4] == {**given[4], "id": ids[4], "status": "completed"}
+        assert (listed[5]["status"], listed[5]["content"][0]["type"]) == ("incomplete", "output_text")
+        # A client's own ids are found in the conversation that goes on.
+        reference = {"type": "item_reference", "id": "msg_mine"}
+        body = {"input": [reference], "previous_response_id": said["id"]}
+        assert (await client.post(PATH, json=body)).status_code == 200
+        refused = await client.post(PATH, json={"input": [reference]})
+        assert refused.json()["error"]["code"] == "item_not_found"
+
+
+async def test_items_with_an_id_of_others_get_one_of_their_own_so_that_pages_end() -> None:
+    async with _served("x" * 40).client() as client:
+        given = [{"role": "user", "content": text, "id": "mine"} for text in "ab"]
+        first = (await client.post(PATH, json={"input": given})).json()
+        again = [*first["output"], {"type": "item_reference", "id": "mine"}, {"role": "user", "content": "c"}]
+        body = {"input": again, "previous_response_id": first["id"]}
+        second = (await client.post(PATH, json=body)).json()
+        names = [each["id"].removeprefix("resp_") for each in (first, second)]
+        [answer] = first["output"]
+        ids = ["mine", f"msg_{names[0]}_in1", answer["id"], *(f"msg_{names[1]}_in{at}" for at in range(3))]
+        found, asked = [], {"order": "asc", "limit": "1"}
+        for _ in ids:
+            page = (await client.get(f"{PATH}/{second['id']}/input_items", params=asked)).json()
+            found += page["data"]
+            asked["after"] = page["last_id"]
+        assert [item["id"] for item in found] == ids and not page["has_more"]
+        assert [item["content"][0]["text"] for item in found][::4] == ["a", "a"], "what is referred to comes again"
+
+
 @pytest.mark.parametrize("arguments", ['{"a": 1}', "{x", "", None])
 @pytest.mark.parametrize("custom", [[], [{"type": "custom_tool_call", "call_id": "2", "name": "g", "input": "y"}]])
 async def test_a_calls_arguments_are_shown_as_the_text_that_they_came_as(
@@ -89,7 +165,7 @@ async def test_what_is_forgotten_or_anothers_is_not_found() -> None:
             _assert_not_found(await client.get(f"{PATH}/{name}"))
             _assert_not_found(await client.delete(f"{PATH}/{name}"))
         body = {"input": "more", "previous_response_id": said["id"]}
-        assert (await client.post(PATH, json=body)).status_code == 404
+        assert (await client.post(PATH, json=body)).status_code == 400
 
 
 def _assert_not_found(response: Any) -> None:

@@ -156,13 +156,15 @@ async def test_a_response_goes_on_as_if_its_items_were_sent_again(monkeypatch: p
     assert rendered[1] == rendered[2] and "Hm." in str(rendered[1])
 
 
-async def test_what_is_not_kept_is_not_found() -> None:
+async def test_what_is_not_kept_is_refused_as_openai_does() -> None:
     served = _served()
     answer = await _whole(served, store=False)
     assert answer["store"] is False
     for response_id in (answer["id"], "resp_other"):
         response = await _post(served, previous_response_id=response_id)
-        assert response.status_code == 404 and response.json()["error"]["code"] == "previous_response_not_found"
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "previous_response_id")
+        assert (error["type"], error["code"]) == ("invalid_request_error", "previous_response_not_found")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.kept.answers import KeptAnswers
-from kvferry.router.responses.kept import KeptResponses
+from kvferry.router.responses.conversation import Asked, joined_arrays
+from kvferry.router.responses.kept import MAX_BYTES_OF_ONE, KeptResponses
 from kvferry.router.responses.store import MAX_AGE_S, FolderStore, MemoryStore, ResponseStore
 from kvferry.router.responses.tools import OwnName
 from kvferry.tests.fake_clock import FakeClock
@@ -88,7 +89,7 @@ async def test_nothing_is_kept_where_the_operator_says_so(tmp_path: Path, body: 
         assert (await client.delete(f"{PATH}/{response_id}")).status_code == 404
     assert not (tmp_path / "responses").exists()
     refused = await say(served, previous_response_id=response_id)
-    assert (refused["http"], refused["error"]["code"]) == (404, "previous_response_not_found")
+    assert (refused["http"], refused["error"]["code"]) == (400, "previous_response_not_found")
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -102,12 +103,18 @@ async def test_what_is_written_is_read_until_it_is_deleted(store: ResponseStore)
         {"id": "msg_a_0", "type": "message"},
         {"id": "msg_a_1", "type": "message", "n": 2**70},
     ]
-    kept.keeper("resp_a", b"t", MESSAGES, items, b'{"a":1}', NAMES)()
+    given = {"id": "msg_a_in0", "type": "message"}
+    asked = Asked(msgspec.json.encode([given]), "k")
+    kept.keeper("resp_a", b"t", MESSAGES, items, b'{"a":1}', NAMES, asked)()
     kept.keeper("resp_b", b"t", MESSAGES[:1])()
-    assert kept.find("resp_a", b"t") == (MESSAGES, NAMES) and kept.find("resp_b", b"t") == (MESSAGES[:1], {})
-    assert kept.input("resp_a", b"t") == (MESSAGES[:-1], NAMES)
-    found = kept.find_items(["msg_a_1", "msg_b_0", "a", None, {}], b"t")
-    assert {name: msgspec.json.decode(item) for name, item in found.items()} == {"msg_a_1": items[1]}
+    assert kept.find("resp_a", b"t") == (MESSAGES, NAMES, msgspec.json.encode([given, *items]))
+    assert kept.find("resp_b", b"t") == (MESSAGES[:1], {}, b"[]")
+    assert [(name, msgspec.json.decode(item)) for name, item in kept.input("resp_a", b"t")] == [(given["id"], given)]
+    found = kept.find_items(["msg_a_1", "msg_b_0", "msg_a_in0", "msg_a_in1", "a", None, {}], b"t")
+    assert {name: msgspec.json.decode(item) for name, item in found.items()} == {
+        "msg_a_1": items[1],
+        "msg_a_in0": given,
+    }
     assert kept.num_bytes("resp_a", b"t") > kept.num_bytes("resp_b", b"t") > kept.num_bytes("resp_c", b"t") == 0
     assert kept.response("resp_a", b"t") == b'{"a":1}'
     kept.keeper("resp_a", b"t", MESSAGES[:1], response=b"{}")()  # told again
@@ -115,10 +122,33 @@ async def test_what_is_written_is_read_until_it_is_deleted(store: ResponseStore)
     for response_id, tenant in (("resp_a", b"u"), ("resp_c", b"t"), ("../x", b"t"), ("\ud800", b"t"), ("", b"t")):
         with pytest.raises(RequestError):
             kept.find(response_id, tenant)
-    kept.forget("resp_a", b"t")
+    assert kept.forget("resp_a", b"t") == "" and kept.forget("resp_b", b"t") == ""
     with pytest.raises(RequestError):
         kept.forget("resp_a", b"t")
-    assert kept.find("resp_b", b"t")[0] == MESSAGES[:1]
+
+
+@pytest.mark.parametrize(
+    "arrays", [(), (b"[]", b"[]"), (b"[1]", b"[]"), (b"[]", b"[1]"), (b"[1,2]", memoryview(b"[3]"))]
+)
+def test_arrays_are_joined(arrays: tuple[bytes | memoryview, ...]) -> None:
+    expected = [each for array in arrays for each in msgspec.json.decode(array)]
+    assert msgspec.json.decode(joined_arrays(*arrays)) == expected
+
+
+async def test_what_a_response_answers_is_kept_while_it_changes(store: ResponseStore) -> None:
+    kept = KeptResponses(store)
+    kept.keep_state("resp_a", b"", b'{"status":"queued"}', Asked(b'[{"id":"msg_a_in0"}]', "k"))
+    kept.change_state("resp_a", b"", b'{"status":"failed"}')
+    assert [name for name, _ in kept.input("resp_a", b"")] == ["msg_a_in0"]
+    assert kept.response("resp_a", b"") == b'{"status":"failed"}' and kept.forget("resp_a", b"") == "k"
+
+
+async def test_a_long_input_is_not_kept(store: ResponseStore) -> None:
+    kept, long = KeptResponses(store), Asked(b'["%b"]' % (b"x" * MAX_BYTES_OF_ONE))
+    kept.keeper("resp_a", b"", MESSAGES, asked=long)()
+    assert not _is_kept(kept, "resp_a")
+    with pytest.raises(OSError, match="it takes more than"):
+        kept.keep_state("resp_a", b"", b"{}", long)
 
 
 async def test_a_file_that_is_not_whole_is_not_there(tmp_path: Path) -> None:
@@ -131,7 +161,7 @@ async def test_a_file_that_is_not_whole_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="not kept here"):
             kept.find("resp_a", b"")
     path.write_bytes(data)
-    assert kept.find("resp_a", b"") == (MESSAGES, NAMES)
+    assert kept.find("resp_a", b"") == (MESSAGES, NAMES, b"[]")
 
 
 async def test_names_of_before_there_were_custom_tools_are_read(store: ResponseStore) -> None:
@@ -180,7 +210,7 @@ async def test_a_full_disk_costs_no_answer(tmp_path: Path, monkeypatch: pytest.M
     said = await say(served)
     assert said["http"] == 200 and said["output"][0]["content"][0]["text"] == "Hello"
     assert not list((tmp_path / "responses").iterdir())
-    assert (await say(served, previous_response_id=said["id"]))["http"] == 404
+    assert (await say(served, previous_response_id=said["id"]))["http"] == 400
 
 
 def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
