@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +29,13 @@ LONGEST = ("emulation", "e2e", "simulation", "benchmarks", "security", "simulato
 
 
 def pytest_configure() -> None:
-    """An editable install points at the folder that was installed last: a second checkout would test the first."""
+    """Refuse to test another checkout, at which an editable install may point; and let SIGINT interrupt."""
     checkout = Path(__file__).resolve().parent.parent
     imported = Path(kvferry.__file__).resolve().parent
     assert imported == checkout, f"kvferry is {imported}, not this checkout ({checkout}): make install-dev"
+    # A shell starts its background jobs with SIGINT ignored, and so would be what the tests start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

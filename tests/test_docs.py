@@ -16,6 +16,7 @@ ROOT = Path(kvferry.__file__).resolve().parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 METRIC = re.compile(r"\b(?:kvferry_|vllm:)[a-z_]+[a-z]")
+CELL_END = re.compile(r"`[^`]*`|\\\\\||(\|)")  # a bar ends a cell, unless it is within code or escaped
 FILE = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|toml|yaml))`")
 
 
@@ -42,3 +43,17 @@ def test_every_metric_that_is_named_is_scraped() -> None:
     known = set(re.findall(r"^# TYPE (\S+)", body.decode(), re.MULTILINE))
     named = {(page.name, name) for page in PAGES for name in METRIC.findall(page.read_text(encoding="utf-8"))}
     assert named and {(page, name) for page, name in named if name not in known} == set()
+
+
+def uneven_rows(page: Path) -> Iterator[str]:
+    """Yield the rows of tables that have more or fewer cells than the first row of theirs."""
+    num_cells = 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        found = sum(map(bool, CELL_END.findall(line))) if line.startswith("|") else 0
+        if found and num_cells and found != num_cells:
+            yield f"{page.relative_to(ROOT)}:{number}: {found - 1} cells in place of {num_cells - 1}"
+        num_cells = (num_cells or found) if found else 0
+
+
+def test_the_rows_of_a_table_have_as_many_cells() -> None:
+    assert [line for page in PAGES for line in uneven_rows(page)] == []
