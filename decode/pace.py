@@ -17,6 +17,7 @@ from ..common.pacing import MIN_CHUNK_TOKENS, RunningAnswers, WaitingPrompts, lo
 from ..common.request import Sequence
 
 _INITIAL_TOKEN_S = 1e-3  # until chunks have been seen
+_LEAST_TOKEN_S = 1e-7  # less than any takes; what is known at most doubles in a step, so it is soon left again
 _SMOOTHING = 0.3
 _WHOLE_CHUNK = 64  # tokens: what fewer take says more of the step than of them
 _OUTLIER = 2.0  # times what is known: one slow step is no new speed
@@ -69,9 +70,12 @@ class Pace:
 
     def learn(self, step_s: float, *, num_chunk_tokens: int, num_rows: int) -> None:
         if num_chunk_tokens:
-            value = max(step_s - self.decode_s(num_rows), step_s / 4) / num_chunk_tokens
+            # No part of a step is the chunk's for sure: beside rows that take most of what a step may, even a quarter
+            # is more than it takes, and each step would take along less than the one before.
+            value = max(0.0, step_s - self.decode_s(num_rows)) / num_chunk_tokens
             weight = _SMOOTHING * min(1.0, num_chunk_tokens / _WHOLE_CHUNK)
             self.token_s += weight * (min(value, _OUTLIER * self.token_s) - self.token_s)
+            self.token_s = max(_LEAST_TOKEN_S, self.token_s)
         elif num_rows:
             self.row_times.learn(num_rows, step_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,3 +146,22 @@ def test_chunks_are_cut_beside_running_answers_alone() -> None:
     scheduler.queues.running[0].token_ids.append(7)
     scheduler.add(_sequence("late", 600))
     assert _sizes(scheduler.schedule()) == {"alone": 1, "late": scheduler.pace.chunk_tokens(1, [600])}
+
+
+def test_chunks_use_the_room_that_rows_leave_though_these_take_most_of_a_step() -> None:
+    pace, row_s, token_s = Pace(0.05), 0.036, 5e-5
+    pace.learn(row_s, num_chunk_tokens=0, num_rows=8)
+    sizes = []
+    for _ in range(200):
+        sizes.append(pace.chunk_tokens(8, [1000]))
+        pace.learn(row_s + sizes[-1] * token_s, num_chunk_tokens=sizes[-1], num_rows=8)
+    assert sizes[-1] * token_s == pytest.approx(0.85 * 0.05 - row_s, abs=1e-3)
+
+
+def test_rows_that_got_quicker_leave_chunks_a_bounded_size() -> None:
+    pace, row_s, token_s = Pace(0.05), 0.010, 5e-5  # rows are thought to take three times as long
+    pace.learn(0.030, num_chunk_tokens=0, num_rows=8)
+    for _ in range(200):
+        size = min(512, pace.chunk_tokens(8, [1000]))
+        pace.learn(row_s + size * token_s, num_chunk_tokens=size, num_rows=8)
+    assert row_s + size * token_s <= 0.05
