@@ -201,9 +201,10 @@ class Storage:
                 tensors = {"weight": WantedTensor((num_outputs, num_inputs))}
             case _:
                 tensors = self._with_scales(num_outputs, num_inputs)
-        if self.is_ordered and num_groups > 1:
-            tensors[_GROUP_INDEX[self.layout]] = WantedTensor((num_inputs,), _INDICES)
-        return {f"{name}.{suffix}": wanted for suffix, wanted in tensors.items()}
+        named = {f"{name}.{suffix}": wanted for suffix, wanted in tensors.items()}
+        if num_groups > 1 and (index := self.group_index(name)) is not None:
+            named[index] = WantedTensor((num_inputs,), _INDICES)
+        return named
 
     def _with_scales(self, num_outputs: int, num_inputs: int) -> dict[str, WantedTensor]:
         """Return the tensors of a matrix whose numbers stand in it one by one."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 
 from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, Tags, first_place, is_any_name, read_json_calls
-from .values.json_text import GAP, ends_with_part_of, skip_blank, skip_gap
+from .values.json_text import GAP, SEPARATOR, ends_with_part_of, skip_blank, skip_gap
 
 HERMES_TAGS = Tags("<tool_call>", "</tool_call>")
 NEMOTRON_TAGS = Tags("<TOOLCALL>", "</TOOLCALL>")  # of Nemotron Nano 2, around an array of all calls
@@ -15,7 +15,6 @@ LLAMA_TAGS: Mapping[str, str] = {"<|python_tag|>": ""}
 GRANITE_TAGS: Mapping[str, str] = {"<|tool_call|>": "<|/tool_call|>", "<tool_call>": "</tool_call>", "functools": ""}
 COMMAND_TAGS: Mapping[str, str] = {"<|START_ACTION|>": "<|END_ACTION|>"}  # of Command R7B and A
 _NO_TAGS: Mapping[str, str] = {}
-_SEPARATOR = re.compile(r"[\s;,]{0,1024}+")
 _FENCE = re.compile(rf"```(?:json)?+{GAP}(?=[{{\[])")
 _MAYBE_FENCE = re.compile(rf"(?:`{{1,2}}|```(?:j(?:s(?:on?)?)?)?{GAP})?")
 
@@ -72,7 +71,7 @@ def read_several(text: str, at: int, is_name: NameCheck, progress: Progress, *, 
         read = read_json_calls(text, at, is_name, progress.inner, is_final=is_final)
         if not read.calls or read.end is None:
             return Segment([*calls, *read.calls], at if calls and read.end is not None else read.end)
-        separator = _SEPARATOR.match(text, read.end)
+        separator = SEPARATOR.match(text, read.end)
         assert separator is not None
         after = separator.end()
         if after == len(text) or text[after] != "{":

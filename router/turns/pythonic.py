@@ -16,7 +16,7 @@ import re
 from .json_syntaxes import after_mark, find_first
 from .parameter_types import parameter_kinds
 from .syntax import NAME, Call, JsonCall, NameCheck, Place, Progress, Schemas, Segment, is_any_name
-from .values.json_text import GAP, dumps, skip_blank, skip_gap
+from .values.json_text import GAP, SEPARATOR, dumps, skip_blank, skip_gap
 from .values.python_text import ValueWalk, literal
 
 _TAG = "<function_calls>"
@@ -31,7 +31,6 @@ _HEAD = re.compile(rf"({NAME.pattern}){GAP}\({GAP}")
 _MAY_BE_HEAD = re.compile(rf"(?:{NAME.pattern}{GAP})?+")
 _KEY = re.compile(rf"([A-Za-z_]\w{{0,255}}){GAP}=")
 _MAY_BE_KEY = re.compile(rf"(?:[A-Za-z_]\w{{0,255}}{GAP})?+")
-_SEPARATOR = re.compile(r"[\s,;]{0,1024}+")
 
 
 class PythonicSyntax:
@@ -57,7 +56,7 @@ class PythonicSyntax:
         is_name: NameCheck = is_any_name if begin in _SURE else self._schemas.__contains__
         calls, at = progress.calls, progress.at or opening + is_list
         while True:
-            separator = _SEPARATOR.match(text, at)
+            separator = SEPARATOR.match(text, at)
             assert separator is not None
             start = separator.end()
             if is_list and calls and text.startswith("]", start):

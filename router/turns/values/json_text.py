@@ -23,7 +23,10 @@ State = Literal["open", "done", "broken"]
 _PLAIN = re.compile(r"[\s0-9A-Za-z+\-.,:]++")
 _IN_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _BLANK = re.compile(r"\s*+")
-GAP = r"\s{0,1024}+"  # white space between the parts of a call: bounded, since it is read anew at each piece of text
+# Between the parts of a call, and between calls: bounded, since it is read anew at each piece of text.
+_MAX_GAP_CHARS = 1024
+GAP = rf"\s{{0,{_MAX_GAP_CHARS}}}+"
+SEPARATOR = re.compile(rf"[\s;,]{{0,{_MAX_GAP_CHARS}}}+")
 _GAP = re.compile(GAP)
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+("|\\?\Z)', re.DOTALL)
 _ESCAPE_OR_RAW = re.compile(r"\\[\x20-\U0010ffff]|\\?[\x00-\x1f]")
