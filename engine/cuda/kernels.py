@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..nn.attention.flashinfer_package import import_flashinfer
 
+_GATED_MULTIPLE = 16  # the kernel reads 16 bytes at a time, so each half is to begin at such a place
+
 
 class Kernels(Protocol):
     """Names that end in an underscore write into their first arguments."""
@@ -80,6 +82,8 @@ class FusedKernels:
         )
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        if gate_up.shape[-1] % _GATED_MULTIPLE:
+            return _silu_and_mul(gate_up)
         out: Tensor = self._activation.silu_and_mul(gate_up)
         return out
 
@@ -117,8 +121,7 @@ class TorchKernels:
             heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return (F.silu(gate.float()) * up).to(gate.dtype)
+        return _silu_and_mul(gate_up)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden.float() @ weight.float().t()
@@ -134,3 +137,8 @@ class TorchKernels:
         last = (before < limits.unsqueeze(1)).sum(-1, keepdim=True).clamp_(min=1) - 1
         kept = probs.masked_fill(probs < best.gather(1, last), 0.0)
         return kept / kept.sum(-1, keepdim=True)
+
+
+def _silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return (F.silu(gate.float()) * up).to(gate.dtype)

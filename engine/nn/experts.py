@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.parts.expert_plan import Held, copies_of, shares
@@ -57,7 +58,7 @@ class Gate(Linear):
         experts = self.experts
         rows = x.float() if self.factors is None else x.float() * self.factors[0] * x.shape[1] ** -0.5
         logits = self(rows)
-        scores = logits.sigmoid() if experts.scoring == "sigmoid" else logits.softmax(-1)
+        scores = _sigmoid(logits) if experts.scoring == "sigmoid" else logits.softmax(-1)
         ranked = scores if self.score_bias is None else scores + self.score_bias
         if experts.num_groups > 1:
             ranked = self._of_best_groups(ranked)
@@ -84,6 +85,14 @@ class Gate(Linear):
             yield WeightSlot(f"{self.name}.bias", size[:1], self.bias)
         for name, vector in self._vectors.items():
             yield WeightSlot(name, tuple(vector.shape), vector)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    """Return [rows, experts], of 16 rows each one's bits at any place."""
+    if (width := logits.shape[1]) % 2 == 0:
+        return logits.sigmoid()
+    # Torch takes 32 numbers at a time, and rounds otherwise what is left over. Of an even width nothing is.
+    return F.pad(logits, (0, 1)).sigmoid()[:, :width]
 
 
 class SharedGate(Linear):

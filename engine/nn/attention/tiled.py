@@ -159,7 +159,8 @@ class TiledAttention:
         largest, total = torch.full((*shape, 1), _LEAST), torch.zeros(*shape, 1)
         if self._scores.sinks is not None:  # seen before all keys
             sinks = self._scores.sinks[layer_id].float().view(heads, 1, group)
-            largest, total = sinks.expand(heads, _QUERIES, group).reshape(*shape, 1), torch.ones(*shape, 1)
+            largest.view(heads, _QUERIES, group).copy_(sinks)
+            total.fill_(1.0)
         return _Running(
             tile,
             queries.view(*shape, dim),

@@ -72,3 +72,20 @@ def test_more_groups_than_there_are_are_all_of_them(tmp_path: Path) -> None:
     fields = ConfigFields(tmp_path, COMMON | {"intermediate_size": 64, "n_group": 3, "topk_group": 5})
     experts = read_experts(fields, DEEPSEEK_V3)
     assert experts is not None and (experts.num_groups, experts.num_chosen_groups) == (3, 3)
+
+
+def test_a_row_weighs_an_odd_number_of_experts_alike_at_any_place(tmp_path: Path) -> None:
+    """Torch takes 32 numbers at a time, and rounds otherwise what is left over."""
+    fields = ConfigFields(
+        tmp_path, COMMON | {"n_routed_experts": 5, "n_group": 1, "topk_group": 1, "intermediate_size": 64}
+    )
+    experts = read_experts(fields, DEEPSEEK_V3)
+    assert experts is not None and experts.scoring == "sigmoid"
+    model = ModelConfig.from_dir(write_checkpoint(tmp_path, tokenizer=False, hidden_size=SMALL["hidden_size"]))
+    gate = SparseMLP(Builder(model, Communicator(), torch.float32, torch.device("cpu")), "", experts).gate
+    for slot in gate.slots():
+        slot.target.copy_(torch.eye(*slot.shape) if len(slot.shape) == 2 else torch.zeros(slot.shape))
+    rows = torch.randn(300, 16, SMALL["hidden_size"], generator=torch.Generator().manual_seed(0))
+    for tile in rows:
+        here, moved = gate.choose(tile), gate.choose(tile.roll(3, 0))
+        assert all(torch.equal(a.roll(3, 0), b) for a, b in zip(here, moved, strict=True))

@@ -22,7 +22,6 @@ SIZES = {
     "num_hidden_layers": 3,
     "hidden_size": 64,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 16,
     "intermediate_size": 96,
     "vocab_size": 512,
@@ -33,7 +32,7 @@ SIZES = {
 }
 
 
-def _dense_model(path: Path) -> Any:
+def _dense_model(path: Path, num_kv_heads: int) -> Any:
     """Make transformers' model with a Llama's feed-forward in place of experts, and write it."""
     import transformers
     from transformers.models.llama.modeling_llama import LlamaMLP
@@ -44,7 +43,8 @@ def _dense_model(path: Path) -> Any:
 
     yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}
     kinds: Any = transformers
-    config = kinds.GptOssConfig(**SIZES, rope_parameters=yarn | {"rope_theta": 150_000.0}, attn_implementation="eager")
+    sizes = SIZES | {"num_key_value_heads": num_kv_heads}
+    config = kinds.GptOssConfig(**sizes, rope_parameters=yarn | {"rope_theta": 150_000.0}, attn_implementation="eager")
     model, dense = kinds.GptOssForCausalLM(config), kinds.LlamaConfig(hidden_size=64, intermediate_size=96)
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers:
@@ -58,10 +58,12 @@ def _dense_model(path: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+@pytest.mark.parametrize(("exact", "num_kv_heads"), [(False, 2), (True, 2), (True, 4)])
+def test_greedy_tokens_are_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool, num_kv_heads: int
+) -> None:
     monkeypatch.setitem(FAMILIES, NAME, replace(FAMILIES[NAME], experts=None))
-    model = _dense_model(tmp_path)
+    model = _dense_model(tmp_path, num_kv_heads)
     driver = Driver(make_engine(tmp_path, dtype="float32", deterministic=exact))
     asked = prompts([1, 17, 70, 150], 500)
     answers = driver.generate([driver.add(prompt) for prompt in asked], chunk=40)
