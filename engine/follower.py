@@ -23,6 +23,7 @@ from ..common.config import EngineConfig
 from ..common.errors import WorkerLost
 from ..common.logs import configure_logging
 from ..kvcache.disk_files import DiskThread
+from ..kvcache.disk_layout import DiskSet
 from ..kvcache.disk_tier import DiskTask
 from .adapters import AdapterThread
 from .disk import open_disk
@@ -86,7 +87,7 @@ def _follow(start: StartFollower, frames: FrameSocket, inbox: queue.SimpleQueue[
         num_blocks=start.num_blocks,
         store=join_store(start.store_port, start.tp_size),
     )
-    disk = _open_disk(engine, frames)
+    disk: DiskThread | None = None
     adapters = _open_adapters(engine, frames)
     handler = _make_handler(start, engine, lambda payload: frames.send(FrameKind.USER, payload))
     while True:
@@ -95,6 +96,8 @@ def _follow(start: StartFollower, frames: FrameSocket, inbox: queue.SimpleQueue[
             engine.follow(payload, handler.on_layer if handler else None)
         elif kind == FrameKind.USER and handler is not None:
             handler.on_user(payload)
+        elif kind == FrameKind.OPEN_DISK:
+            disk = _open_disk(engine, frames, msgspec.msgpack.decode(payload, type=DiskSet), disk)
         elif kind == FrameKind.DISK and disk is not None:
             engine.host_slots.settle()
             disk.submit(msgspec.msgpack.decode(payload, type=DiskTask))
@@ -108,11 +111,15 @@ def _follow(start: StartFollower, frames: FrameSocket, inbox: queue.SimpleQueue[
         handler.close()
 
 
-def _open_disk(engine: Engine, frames: FrameSocket) -> DiskThread | None:
-    if engine.config.disk_cache_dir is None:
-        return None
-    disk, _ = open_disk(engine, lambda result: frames.send(FrameKind.DISK, msgspec.msgpack.encode(result)))
-    return disk
+def _open_disk(engine: Engine, frames: FrameSocket, wanted: DiskSet, before: DiskThread | None) -> DiskThread:
+    """Open the file that goes with rank 0's, in place of the one `before`, and answer whether there was one."""
+    if before is not None:
+        before.close()
+    file = open_disk(engine, wanted)
+    frames.send(FrameKind.OPEN_DISK, msgspec.msgpack.encode(not file.is_new))
+    return DiskThread(
+        file, engine.host_slots.slot, lambda result: frames.send(FrameKind.DISK, msgspec.msgpack.encode(result))
+    )
 
 
 def _open_adapters(engine: Engine, frames: FrameSocket) -> AdapterThread | None:

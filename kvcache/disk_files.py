@@ -1,6 +1,6 @@
 """One rank's file of KV blocks on the local disk, and the thread that reads and writes it.
 
-    header   what the blocks belong to: model, layout, rank, sizes
+    header   what the blocks belong to: model, layout, rank, sizes; with several ranks, the set that the file is of
     index    a row for each slot: the block's hash, the XXH3 of its bytes, the XXH3 of this row
     data     the slots
 
@@ -25,40 +25,51 @@ import xxhash
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
-from .disk_tier import DiskResult, DiskTask
+from .disk_layout import ALIGN, ROW, DiskLayout, DiskSet
+from .disk_tier import SPOILT, DiskResult, DiskTask
 
-_MAGIC = b"kvferry blocks 2"
-_ALIGN = 4096
-_ROW = np.dtype([("hash", "V16"), ("sum", "<u8"), ("check", "<u8")])
 _MAX_FILES = 256  # workers of one machine that share a directory
 
 
 class DiskFile:
     """Slots of equal size. Raises OSError where the disk does."""
 
-    def __init__(self, fd: int, num_slots: int, slot_bytes: int) -> None:
-        """`fd`: of a file that `open_file` has made."""
-        self.num_slots = num_slots
+    def __init__(self, fd: int, layout: DiskLayout, belongs_to: DiskSet, *, is_new: bool) -> None:
+        """`fd`: of a file that `open_file` has made; `is_new`: just now."""
+        self.num_slots = layout.num_slots
+        self.belongs_to = belongs_to
+        self.is_new = is_new
         self._fd = fd
-        self._slot_bytes = slot_bytes
-        self._data_start = _data_start(num_slots)
-        rows = os.pread(fd, num_slots * _ROW.itemsize, _ALIGN).ljust(num_slots * _ROW.itemsize, b"\0")
-        self._rows = np.frombuffer(bytearray(rows), dtype=_ROW)
+        self._layout = layout
+        self._slot_bytes = layout.slot_bytes
+        self._data_start = layout.data_start
+        rows = os.pread(fd, self.num_slots * ROW.itemsize, ALIGN).ljust(self.num_slots * ROW.itemsize, b"\0")
+        self._rows = np.frombuffer(bytearray(rows), dtype=ROW)
+
+    def begin_anew(self) -> None:
+        """Be the first file of another set, without a block."""
+        self.belongs_to = DiskSet(self._layout.new_set(), self.belongs_to.number)
+        self.is_new = True
+        self._rows[:] = np.zeros(1, dtype=ROW)
+        _write_all(self._fd, memoryview(self._layout.head(self.belongs_to.name)), 0)
+        _write_all(self._fd, memoryview(self._rows.tobytes()), ALIGN)
 
     def stored(self) -> Iterator[tuple[bytes, int]]:
         """Hash and slot of what an earlier process has left. Of two equal ones, the first."""
         seen = set()
-        for slot, row in enumerate(self._rows):
-            if int(row["check"]) == _check(slot, row) and (block_hash := row["hash"].tobytes()) not in seen:
+        rows, checks = self._rows.tobytes(), self._rows["check"].tolist()
+        for slot in np.flatnonzero(self._rows["check"]).tolist():
+            row = rows[slot * ROW.itemsize : (slot + 1) * ROW.itemsize]
+            if checks[slot] == _check(slot, row) and (block_hash := row[:16]) not in seen:
                 seen.add(block_hash)
                 yield block_hash, slot
 
     def write(self, slot: int, block_hash: bytes, data: memoryview) -> None:
         row = self._rows[slot : slot + 1]
         row["hash"], row["sum"] = np.void(block_hash), xxhash.xxh3_64_intdigest(data, slot)
-        row["check"] = _check(slot, row[0])
+        row["check"] = _check(slot, row.tobytes())
         _write_all(self._fd, data, self._data_start + slot * self._slot_bytes)
-        _write_all(self._fd, memoryview(row.tobytes()), _ALIGN + slot * _ROW.itemsize)
+        _write_all(self._fd, memoryview(row.tobytes()), ALIGN + slot * ROW.itemsize)
 
     def read(self, slot: int, block_hash: bytes, into: memoryview) -> bool:
         """Read a slot. False: it is not the block that was written there."""
@@ -72,8 +83,8 @@ class DiskFile:
         os.close(self._fd)
 
 
-def _check(slot: int, row: np.void) -> int:
-    return xxhash.xxh3_64_intdigest(row.tobytes()[:24], slot + 1)
+def _check(slot: int, row: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(row[:24], slot + 1)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -82,25 +93,32 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _data_start(num_slots: int) -> int:
-    return _ALIGN + -(-num_slots * _ROW.itemsize // _ALIGN) * _ALIGN
+def open_file(
+    config: EngineConfig, fingerprint: str, *, slot_bytes: int, rank: int, tp_size: int, wanted: DiskSet | None = None
+) -> DiskFile:
+    """Open a rank's file as the settings ask for it, with all the room that it needs. Raises ConfigError.
 
-
-def open_file(config: EngineConfig, fingerprint: str, *, slot_bytes: int, rank: int, tp_size: int) -> DiskFile:
-    """Open a rank's file as the settings ask for it, with all the room that it needs. Raises ConfigError."""
+    `wanted`: of the file that rank 0 has opened, for the other ranks.
+    """
     assert config.disk_cache_dir is not None
     num_slots = config.disk_cache_bytes // slot_bytes
     if num_slots < 1:
         raise ConfigError(f"disk_cache_bytes: {config.disk_cache_bytes:,} is less than a block's {slot_bytes:,} bytes")
     directory = _private_directory(config.disk_cache_dir)
-    head = b"\n".join((_MAGIC, fingerprint.encode(), f"{rank}/{tp_size} {num_slots} {slot_bytes}".encode()))
-    head = head.ljust(_ALIGN, b"\0")
-    num_bytes = _data_start(num_slots) + num_slots * slot_bytes
-    fd = _lock_one(directory, f"{fingerprint}-{rank}of{tp_size}", head)
+    layout = DiskLayout(fingerprint, rank, tp_size, num_slots, slot_bytes)
+
+    def is_ours(head: bytes) -> bool:
+        name = layout.set_of(head)
+        return name is not None and (wanted is None or name == wanted.name)
+
+    fd, number = _lock_one(directory, layout.file_name, is_ours, wanted.number if wanted is not None else 0)
     try:
-        if os.pread(fd, _ALIGN, 0) != head or os.fstat(fd).st_size != num_bytes:
-            _make(fd, head, num_bytes, directory)
-        return DiskFile(fd, num_slots, slot_bytes)
+        name = layout.set_of(head := os.pread(fd, ALIGN, 0))
+        is_new = not is_ours(head) or os.fstat(fd).st_size != layout.num_bytes
+        if is_new or name is None:
+            name = wanted.name if wanted is not None else layout.new_set()
+            _make(fd, layout.head(name), layout.num_bytes, directory)
+        return DiskFile(fd, layout, DiskSet(name, number), is_new=is_new)
     except BaseException:
         os.close(fd)
         raise
@@ -128,25 +146,27 @@ def check_private(directory: Path) -> None:
         )
 
 
-def _lock_one(directory: Path, name: str, head: bytes) -> int:
-    """Lock a file of this name that no other process has: one with our head if there is any, else the first.
+def _lock_one(directory: Path, name: str, is_ours: Callable[[bytes], bool], preferred: int) -> tuple[int, int]:
+    """Lock a file of this name that no other process has, and return its number with it: one whose head is ours if
+    there is any, else the preferred, else the first.
 
     So a worker finds its own again, also where one with a tier of another size, which would begin it anew, comes first.
     """
     paths = [directory / f"{name}.{number}.kv" for number in range(_MAX_FILES)]
-    for path in (*(path for path in paths if _begins_with(path, head)), *paths):
-        fd = _lock(path)
+    ours = [number for number, path in enumerate(paths) if is_ours(_head_of(path))]
+    for number in (*ours, preferred, *range(_MAX_FILES)):
+        fd = _lock(paths[number])
         if fd is not None:
-            return fd
+            return fd, number
     raise ConfigError(f"disk_cache_dir: {_MAX_FILES} processes use {directory} already")
 
 
-def _begins_with(path: Path, head: bytes) -> bool:
+def _head_of(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(len(head)) == head
+            return file.read(ALIGN)
     except OSError:
-        return False
+        return b""
 
 
 def _lock(path: Path) -> int | None:
@@ -219,7 +239,7 @@ class DiskThread:
             if task.is_write:
                 self._file.write(task.disk_slot, task.block_hash, data)
             elif not self._file.read(task.disk_slot, task.block_hash, data):
-                return "not what was written"
+                return SPOILT
         except OSError as error:
             return f"{error.strerror} ({'write' if task.is_write else 'read'})"
         return ""

@@ -6,6 +6,7 @@
 
 The disk does one operation after the other on a thread of its own, behind `Disk`; a step never waits for it. After
 several failures in a row it is left alone for a while, in which it counts as empty: to routers and whoever else asks.
+A block that is not what was written is forgotten, and no sign of a disk that fails: it was read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _MAX_WAIT_S = 1.0  # for a disk whose speed, or ours, is not known yet; longer r
 _MAX_FAILURES = 4
 _PAUSE_S = 30.0
 DISK = "disk"  # the tier as routers know it
+SPOILT = "not what was written"  # the error of a read that a disk has carried out
 
 
 class DiskTask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -203,8 +205,10 @@ class DiskTier:
             self._num_failed_in_row = 0
             return
         self.num_failures += 1
-        self._num_failed_in_row += 1
         self._report(result)
+        if result.error == SPOILT:
+            return
+        self._num_failed_in_row += 1
         if self._num_failed_in_row >= _MAX_FAILURES:
             is_news = self._paused_until_s is None
             self._paused_until_s = self._clock.now() + _PAUSE_S
@@ -256,7 +260,7 @@ class DiskTier:
 
     def readable(self) -> Iterator[bytes]:
         """Yield the hashes of what can be read from here now."""
-        return iter(()) if self._is_paused else iter(self.index)
+        return iter(()) if self._is_paused else iter(self.index.hashes())
 
     def stored(self, block_hash: bytes, tier: str) -> None:
         """Pass on what the index has gained. Implements `TierListener`, as `evicted`."""

@@ -12,7 +12,7 @@ that evicting costs nothing when it happens.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -53,6 +53,10 @@ class TierIndex:
     def __iter__(self) -> Iterator[bytes]:
         """Yield the hashes that can be found, the next to be evicted first."""
         return iter(self._slot_of)
+
+    def hashes(self) -> Collection[bytes]:
+        """Return the hashes that can be found, in no order: that of eviction takes long to follow through millions."""
+        return dict.keys(self._slot_of)
 
     @property
     def num_free(self) -> int:
@@ -105,9 +109,11 @@ class TierIndex:
         slots = dict(stored)
         taken = set(slots.values())
         self._free = [slot for slot in self._free if slot not in taken]
-        for block_hash, slot in slots.items():
-            self._filling[block_hash] = slot
-            self.fill(block_hash)
+        self._slot_of.update(slots)
+        self.version += len(slots)
+        if self._listener is not None:
+            for block_hash in slots:
+                self._listener.stored(block_hash, self._tier)
 
     def discard(self, block_hash: bytes) -> None:
         """Free the slot, which does not hold the block. Nobody reads it."""

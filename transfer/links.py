@@ -23,13 +23,22 @@ from ..wire.credentials import SharedSecret
 from ..wire.fields import Message
 from .protocol.peer_log import PeerLog
 
-MAX_FRAME_BYTES = 1 << 18  # a renewal names every open of a pair
+MAX_FRAME_BYTES = 1 << 18  # a renewal names many opens of a pair (`send/leases.py`)
 
 log = structlog.get_logger(__name__)
 _MAX_QUEUED_MESSAGES = 4096  # while a link is being opened
 
 _to_server: Decoder[PrefillToDecode | FetcherToLender] = Decoder(PrefillToDecode | FetcherToLender)
 _to_links: Decoder[DecodeToPrefill | LenderToFetcher] = Decoder(DecodeToPrefill | LenderToFetcher)
+
+
+def _send(channel: Channel, message: Message) -> None:
+    """Send, or end the connection: whoever waits for a message that is too large has to learn that it is lost."""
+    try:
+        channel.send(message)
+    except ProtocolError as error:
+        log.error("message_too_large", peer=channel.peer_id, error=str(error))
+        channel.abort()
 
 
 class KVLinks:
@@ -55,7 +64,7 @@ class KVLinks:
         """Queue a message; a link that cannot be opened or breaks ends in `on_lost(kv_address)`."""
         link = self._channels.get(kv_address)
         if isinstance(link, Channel):
-            link.send(message)
+            _send(link, message)
         elif link is not None and len(link) < _MAX_QUEUED_MESSAGES:
             link.append(message)
         elif link is None:
@@ -80,9 +89,9 @@ class KVLinks:
             waiting = self._channels[kv_address]
             assert isinstance(waiting, list)
             self._channels[kv_address] = channel
-            for message in waiting:
-                channel.send(message)
             try:
+                for message in waiting:
+                    channel.send(message)
                 while True:
                     self._on_message(kv_address, _to_links.decode(await channel.recv()))
             finally:
@@ -146,7 +155,7 @@ class KVServer:
         """Send to a session that may be gone already: then the message is dropped, its end was told by `on_lost`."""
         channel = self._sessions.get(session)
         if channel is not None:
-            channel.send(message)
+            _send(channel, message)
 
     async def _accept(self, channel: Channel) -> None:
         session = f"{channel.peer_id}#{next(self._numbers)}"

@@ -27,7 +27,9 @@ from .handshake import ProvenPeer, prove_to_client, prove_to_server
 from .seals import SEAL_BYTES
 
 HELLO_TIMEOUT_S = 5.0
-MAX_PENDING_HELLOS = 64  # connections that have not proved anything yet; more are closed unheard
+# Connections that have not proved anything yet. One more closes the oldest of them: a peer that knows the secret proves
+# it at once, whoever else has connected and says nothing.
+MAX_PENDING_HELLOS = 64
 _NEXT_ADDRESS_S = 0.25  # of a name with several: one that swallows what it is sent would take all the time (RFC 8305)
 _DEAD_LINK_S = 5  # a peer's machine acknowledges nothing for so long
 _PROBE_EVERY_S = 2
@@ -145,13 +147,16 @@ async def serve(
             f"{address} is reachable from other machines and no secret is set; "
             "set --secret-file (or KVFERRY_SECRET), or listen on 127.0.0.1"
         )
-    num_pending = 0
+    pending: dict[asyncio.StreamWriter, None] = {}  # in the order of their coming
 
     async def accept_hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
-        nonlocal num_pending
-        if num_pending >= MAX_PENDING_HELLOS:
-            raise ProtocolError(f"{num_pending} connections have not said hello yet", kind="flood")
-        num_pending += 1
+        if len(pending) >= MAX_PENDING_HELLOS:
+            oldest = next(iter(pending))
+            del pending[oldest]
+            oldest.transport.abort()
+            text = f"{_name_of(oldest)} gave way to a newer one: {MAX_PENDING_HELLOS} have not said hello yet"
+            on_refused(ProtocolError(text, kind="flood"))
+        pending[writer] = None
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 _tune(writer)
@@ -159,7 +164,7 @@ async def serve(
                 peer = await prove_to_client(frames, writer, own_id, secret)
                 return Channel(frames, writer, peer, max_frame_bytes)
         finally:
-            num_pending -= 1
+            pending.pop(writer, None)
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -137,6 +137,12 @@ class StepTokens(Message):
     updates: Annotated[tuple[RequestTokens, ...], msgspec.Meta(max_length=16384)]
 
 
+def halves(message: StepTokens) -> tuple[StepTokens, StepTokens]:
+    """Split what one step has yielded for several requests, in their order."""
+    middle = len(message.updates) // 2
+    return StepTokens(updates=message.updates[:middle]), StepTokens(updates=message.updates[middle:])
+
+
 class WorkerFailure(Message):
     """A request that a worker could not run."""
 

@@ -4,7 +4,8 @@
                                                                     │
                                         away for ROUTER_GONE_S ─────┴──> on_lost: its requests are aborted
 
-What was queued in a broken session is gone with it: the router learned from the break that it has to act.
+What was queued in a broken session is gone with it: the router learned from the break that it has to act. So a message
+that is too large for a frame and cannot be split breaks its session, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..wire.codec import Decoder, RouterToWorker
 from ..wire.credentials import SharedSecret
 from ..wire.fields import Message
 from ..wire.hello import Refused
+from ..wire.results import StepTokens, halves
 from ..wire.workers import Goodbye, WorkerHello, WorkerStatus
 from .tasks import begin
 
@@ -108,10 +110,21 @@ class RouterSessions:
         for router_id, message in messages:
             channel = self._channels.get(router_id)
             if channel is not None:
-                channel.send(message)
+                self._write(channel, message)
                 channels[router_id] = channel
         for channel in channels.values():
             channel.flush()
+
+    def _write(self, channel: Channel, message: Message) -> None:
+        try:
+            channel.send(message)
+        except ProtocolError as error:
+            if isinstance(message, StepTokens) and len(message.updates) > 1:
+                for half in halves(message):
+                    self._write(channel, half)
+            else:
+                log.error("message_too_large", router=channel.peer_id, error=str(error))
+                channel.abort()
 
     def say_goodbye(self) -> None:
         """Tell every router that the end that comes is nobody's failure. `close` follows."""

@@ -31,6 +31,7 @@ class FrameKind(IntEnum):
     DISK = 6  # to a follower: a DiskTask; from it: the DiskResult
     ADAPTER = 7  # to a follower: an AdapterTask; from it: the AdapterResult
     BROKE = 8  # from a follower: it ends, as another rank is gone
+    OPEN_DISK = 9  # to a follower: the DiskSet that its file is to be of; from it: whether there was one, a bool
 
 
 class FollowerLogs(msgspec.Struct, frozen=True, kw_only=True):

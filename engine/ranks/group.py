@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from .frames import FollowerLogs, FrameKind, FrameSocket, StartFollower
 _START_TIMEOUT_S = 120.0  # interpreter and torch imports of a follower on a busy machine
 _SEND_TIMEOUT_S = COLLECTIVE_TIMEOUT_S  # for a rank to take what it is sent: one that does not stands still as well
 _CLOSE_TIMEOUT_S = 5.0  # for a rank to end by itself before it is killed
+_LOOK_S = 0.1  # between two looks at whether a rank that is waited for has ended
 
 
 class RankGroup:
@@ -50,6 +52,7 @@ class RankGroup:
         self._on_message = on_message
         self.on_disk: Callable[[DiskResult], None] | None = None  # in a thread of the group
         self.on_adapter: Callable[[AdapterResult], None] | None = None  # in a thread of the group
+        self._opened: queue.SimpleQueue[bool] = queue.SimpleQueue()  # answers of followers about their disks
         self._sockets: list[FrameSocket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
@@ -154,6 +157,8 @@ class RankGroup:
                 self._failures.append(f"rank {rank}: {payload.decode(errors='replace')}")
             elif kind == FrameKind.DISK and self.on_disk is not None:
                 self.on_disk(msgspec.msgpack.decode(payload, type=DiskResult))
+            elif kind == FrameKind.OPEN_DISK:
+                self._opened.put(msgspec.msgpack.decode(payload, type=bool))
             elif kind == FrameKind.ADAPTER and self.on_adapter is not None:
                 self.on_adapter(msgspec.msgpack.decode(payload, type=AdapterResult))
             elif kind == FrameKind.USER and self._on_message is not None:
@@ -173,6 +178,16 @@ class RankGroup:
 
     def send_step(self, plan: bytes) -> None:
         self._send(FrameKind.STEP, plan)
+
+    def open_disks(self, wanted: bytes) -> bool:
+        """Have every follower open its file of a DiskSet. Return whether all have found one. Raises WorkerLost."""
+        self._send(FrameKind.OPEN_DISK, wanted)
+        answers: list[bool] = []
+        while len(answers) < len(self._sockets):
+            self.check()
+            with contextlib.suppress(queue.Empty):
+                answers.append(self._opened.get(timeout=_LOOK_S))
+        return all(answers)
 
     def send_disk(self, task: bytes) -> None:
         """Have every follower carry out a DiskTask, after the steps that were sent."""

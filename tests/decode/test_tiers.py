@@ -172,6 +172,36 @@ def test_a_prompt_computes_what_the_disk_does_not_bring(how: str) -> None:
     _run(bench)
 
 
+def test_what_waits_for_the_disk_takes_half_of_host_memory_at_most() -> None:
+    """Those that wait keep what was read for them: with all of it, nothing that the device evicts had a place."""
+    bench = _first_on_disk()
+    disk, host = bench.cache.disk, bench.cache.host
+    assert disk is not None and host.num_slots == 10
+    known = [value for value in disk.index if value not in host]
+    assert len(known) > host.num_slots
+    for name, hashes in (("a", known[:4]), ("b", known[4:])):
+        disk.ask(bench.sequence(name, []), hashes, lambda num_blocks: None)
+    assert [task.block_hash for task in bench.disk.tasks if not task.is_write] == known[:5]
+    assert host.num_pinned - disk._num_writes <= 5
+
+
+def test_blocks_that_are_not_what_was_written_do_not_turn_a_disk_off_that_works() -> None:
+    """As all are where another rank's file is not the one that they were written to."""
+    bench = _first_on_disk()
+    disk = bench.cache.disk
+    assert disk is not None
+    spoilt = bench.prompt("again", 5 * BLOCK, 2, first=0).block_hashes[:5]
+    bench.disk.fails = lambda task: "" if task.is_write else "not what was written"
+    assert bench.begin() is None
+    assert len(bench.disk.tasks) >= 4
+    bench.disk.work()
+    disk.advance()
+    assert disk.num_failures >= 4 and not any(disk.has(value) for value in spoilt[:4])
+    assert len(disk.index) and set(disk.readable()) == set(disk.index)
+    bench.disk.fails = lambda task: ""
+    _run(bench)
+
+
 def test_a_disk_that_is_left_alone_counts_as_empty_until_it_is_used_again() -> None:
     """For routers that knew it before, and for one that comes meanwhile. Hosts and devices are told of as ever."""
     bench = _first_on_disk()

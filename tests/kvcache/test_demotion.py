@@ -51,3 +51,30 @@ def test_what_a_block_had_is_copied_while_its_owner_keeps_it_and_not_for_whoever
         pool.free([block, *held])
         pool.check()
         assert demotion.is_quiet
+
+
+def test_a_block_that_is_being_copied_goes_to_nobody_though_its_owner_gives_it_back() -> None:
+    """Who gets it may write at once, as a remote writer does, and the copy would have some of that."""
+    demotion = _full(16)
+    pool = demotion._pool
+    held = pool.allocate(NUM_BLOCKS - 1)
+    [block] = demotion.allocate(1, 0)
+    assert [copied for copied, _ in demotion.copies(1)] == [block]
+    pool.free([block])
+    assert pool.num_free_blocks == 0
+    demotion.end()
+    assert pool.allocate(1) == [block]
+    pool.free([block, *held])
+    pool.check()
+
+
+def test_a_cached_block_that_is_being_copied_ahead_is_not_evicted() -> None:
+    demotion = _full(16)
+    pool = demotion._pool
+    ahead = [block for block, _ in demotion.copies(1)]
+    assert ahead and pool.num_free_blocks == NUM_BLOCKS - len(ahead)
+    others = pool.allocate(pool.num_free_blocks)
+    assert not set(others) & set(ahead)
+    demotion.end()
+    pool.free([*others, *pool.allocate(len(ahead))])
+    pool.check()

@@ -14,6 +14,7 @@ import pytest
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.kvcache.disk_files import DiskFile, DiskThread, open_file
+from kvferry.kvcache.disk_layout import DiskSet
 from kvferry.kvcache.disk_tier import DiskResult, DiskTask
 
 SLOT = 512
@@ -136,6 +137,86 @@ def test_a_worker_finds_its_own_file_again_whichever_starts_first(tmp_path: Path
     for file in (large, small):
         file.close()
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_of_two_slots_with_one_block_the_first_is_found(tmp_path: Path) -> None:
+    """A read failed, and the block was written once more."""
+    file = _open(tmp_path)
+    for slot in (2, 1):
+        file.write(slot, A, _data(1))
+    assert list(file.stored()) == [(A, 1)]
+    file.close()
+
+
+def _open_rank(directory: Path, rank: int, wanted: DiskSet | None = None) -> DiskFile:
+    return open_file(_config(directory), "f0", slot_bytes=SLOT, rank=rank, tp_size=2, wanted=wanted)
+
+
+def test_the_files_of_a_worker_s_ranks_stay_together_whoever_starts_first(tmp_path: Path) -> None:
+    """Two workers of two ranks; after a crash the second one's may look for their files before the first's."""
+    first, second = _open_rank(tmp_path, 0), _open_rank(tmp_path, 0)
+    others = [_open_rank(tmp_path, 1, wanted=file.belongs_to) for file in (second, first)]
+    assert [file.belongs_to.number for file in (first, second, *others)] == [0, 1, 1, 0], "the same of both ranks"
+    assert all(file.is_new for file in (first, second, *others))
+    for file, value in zip((first, second, *others), (A, B, B, A), strict=True):
+        file.write(0, value, _data(1))
+        file.close()
+    first = _open_rank(tmp_path, 0)
+    second = _open_rank(tmp_path, 0)
+    others = [_open_rank(tmp_path, 1, wanted=file.belongs_to) for file in (second, first)]
+    assert not any(file.is_new for file in (first, second, *others))
+    assert [list(file.stored()) for file in (first, second, *others)] == [[(value, 0)] for value in (A, B, B, A)]
+    for file in (first, second, *others):
+        file.close()
+
+
+def test_a_rank_without_a_file_of_the_set_begins_one_and_spoils_no_other_worker_s(tmp_path: Path) -> None:
+    first, second = _open_rank(tmp_path, 0), _open_rank(tmp_path, 0)
+    other = _open_rank(tmp_path, 1, wanted=first.belongs_to)
+    other.write(0, A, _data(1))
+    other.close()
+    other = _open_rank(tmp_path, 1, wanted=second.belongs_to)
+    assert other.is_new and other.belongs_to == second.belongs_to and not list(other.stored())
+    kept = _open_rank(tmp_path, 1, wanted=first.belongs_to)
+    assert not kept.is_new and list(kept.stored()) == [(A, 0)]
+    for file in (first, second, other, kept):
+        file.close()
+
+
+def test_a_file_that_begins_anew_is_of_another_set_and_empty(tmp_path: Path) -> None:
+    file = _open_rank(tmp_path, 0)
+    other = _open_rank(tmp_path, 1, wanted=file.belongs_to)
+    for each in (file, other):
+        each.write(0, A, _data(1))
+    other.close()
+    file.begin_anew()
+    assert file.is_new and not list(file.stored())
+    file.write(1, B, _data(2))
+    wanted = file.belongs_to
+    file.close()
+    file = _open_rank(tmp_path, 0)
+    assert file.belongs_to == wanted and list(file.stored()) == [(B, 1)], "so it is found again"
+    other = _open_rank(tmp_path, 1, wanted=wanted)
+    assert other.is_new and not list(other.stored())
+    for each in (file, other):
+        each.close()
+
+
+def test_of_files_from_before_there_were_sets_a_lone_rank_s_is_read_and_others_begin_anew(tmp_path: Path) -> None:
+    """Nothing ties these to each other."""
+    alone, ranked = _open(tmp_path), _open_rank(tmp_path, 0)
+    for file in (alone, ranked):
+        file.write(0, A, _data(1))
+        file.close()
+    for path in (tmp_path / "cache").iterdir():
+        ranks = path.name.split(".")[0].removeprefix("f0-").replace("of", "/")
+        with path.open("r+b") as raw:
+            raw.write(f"kvferry blocks 2\nf0\n{ranks} 4 {SLOT}".encode().ljust(4096, b"\0"))
+    alone, ranked = _open(tmp_path), _open_rank(tmp_path, 0)
+    assert not alone.is_new and list(alone.stored()) == [(A, 0)]
+    assert ranked.is_new and not list(ranked.stored())
+    for file in (alone, ranked):
+        file.close()
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from random import Random
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvferry.kvcache import journal as journals
 from kvferry.kvcache.blocks import BlockPool, hash_blocks
 from kvferry.kvcache.journal import MAX_HASHES, CacheJournal
+from kvferry.router.state.prefix_index import PrefixIndex
+from kvferry.wire.codec import encode
 from kvferry.wire.workers import CacheChange
 
 HASHES = hash_blocks(list(range(4 * 9)), 4, b"")
@@ -124,15 +127,80 @@ def test_messages_are_bounded() -> None:
     assert sizes == [0, MAX_HASHES, 10]
 
 
+def test_a_large_cache_is_told_in_parts_and_what_changes_meanwhile_before_them() -> None:
+    """A block that goes before its turn is not told of any more, and one that comes is told of at once."""
+    pool = BlockPool(6, 4)
+    journal = _journal(pool, max_told=2)
+    _fill(pool, HASHES[:6])
+    journal.router_joined("r")
+    router = _Listener()
+
+    def drain() -> set[bytes]:
+        before = set(router.held)
+        for _, change in journal.drain():
+            router.take(change)
+        assert router.held <= {("device", value) for value in pool.published()}, "what is not there"
+        return {value for _, value in router.held - before}
+
+    assert drain() == set(HASHES[:2])
+    _fill(pool, HASHES[6:9])  # evicts the first three
+    assert drain() == {*HASHES[6:9], HASHES[3]}
+    _fill(pool, HASHES[:1])  # evicts the fourth, comes back
+    assert drain() == {HASHES[0], HASHES[4], HASHES[5]}
+    assert router.held == {("device", value) for value in pool.published()}
+    assert not drain() and not list(journal.drain())
+
+
+def test_no_drain_has_more_than_a_session_can_queue() -> None:
+    """Else a session ends by what its worker says at its begin, as does the next, for ever."""
+    journal = CacheJournal()
+    stored = [number.to_bytes(16, "big") for number in range(150_000)]
+    journal.add_tier("disk", lambda: stored)
+    journal.router_joined("r")
+    sizes = []
+    while told := list(journal.drain()):
+        sizes.append(sum(len(encode(change)) for _, change in told))
+        if len(sizes) == 2:
+            journal.router_joined("late")  # does not begin the other's anew
+    assert len(sizes) == 5 and max(sizes) < 5 << 19
+    assert sum(sizes) == pytest.approx(2 * 16 * len(stored), rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_router_s_index_holds_what_the_tiers_do_though_changes_come_before_what_they_are_about(seed: int) -> None:
+    random = Random(seed)
+    tiers: dict[str, set[bytes]] = {tier: set(random.sample(HASHES, 5)) for tier in ("device", "host", "disk")}
+    journal, index = CacheJournal(max_told=random.randint(1, 3)), PrefixIndex(num_shards=4)
+    for tier, held in tiers.items():
+        journal.add_tier(tier, held.copy)
+    journal.router_joined("r")
+    for round_number in range(30):
+        for _, change in journal.drain():
+            index.on_change(1, change)
+        found = {value for value in HASHES if index.match([value])}
+        assert found <= set().union(*tiers.values())
+        if round_number < 12:
+            tier, value = random.choice(list(tiers)), random.choice(HASHES)
+            is_held = value in tiers[tier]
+            (tiers[tier].discard if is_held else tiers[tier].add)(value)
+            (journal.evicted if is_held else journal.stored)(value, tier)
+    assert found == set().union(*tiers.values()) and index.num_gaps == 0
+    assert index.num_blocks(1) == len(found)
+
+
 class PoolEvents(RuleBasedStateMachine):
     """Any mix of what is done to a pool, drained now and then to a router that stays and one that comes and goes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(5, 4)
-        self.journal = _journal(self.pool, max_changes=6)
         self.held: list[list[int]] = []
         self.routers = {"a": _Listener(), "b": _Listener()}
+
+    @initialize(max_told=st.sampled_from([1, 2, 100]))
+    def begin(self, max_told: int) -> None:
+        self.max_told = max_told
+        self.journal = _journal(self.pool, max_changes=6, max_told=max_told)
         self.journal.router_joined("a")
 
     @precondition(lambda self: self.pool.num_free_blocks)
@@ -174,9 +242,16 @@ class PoolEvents(RuleBasedStateMachine):
         for who, change in told:
             self.routers[who].take(change)
         stored = {("device", value) for value in self.pool.published()}
-        assert self.routers["a"].held == stored
-        if any(who == "b" for who, _ in told):
-            assert self.routers["b"].held == stored
+        for who in {"a", *(who for who, _ in told)}:
+            held = self.routers[who].held
+            assert held == stored if self.max_told == 100 else held <= stored
+
+    def teardown(self) -> None:
+        """Nothing changes any more: after so many parts all is told."""
+        for _ in range(self.pool.num_blocks + 1):
+            for who, change in self.journal.drain():
+                self.routers[who].take(change)
+        assert self.routers["a"].held == {("device", value) for value in self.pool.published()}
 
     @invariant()
     def books_agree(self) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from kvferry.common.batch import Batch
-from kvferry.common.errors import ConfigError
+from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.common.request import RequestId, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine.disk import open_prefix_cache
@@ -195,8 +196,11 @@ def test_spoilt_files_cost_time_and_no_token(model_dir: Path, expected: list[lis
         file.write(bytes(byte ^ 1 for byte in data))
     worker = _Worker(model_dir, "decode", fields)
     try:
-        assert worker.converse() == expected
-        assert worker.cache.num_failures > 0
+        with capture_logs() as logs:
+            assert worker.converse() == expected
+        assert worker.cache.num_failures > 1
+        levels = [line["log_level"] for line in logs if line["event"] == "disk_cache_failed"]
+        assert levels == ["warning", *["debug"] * (worker.cache.num_failures - 1)], "there may be thousands"
     finally:
         worker.close()
 
@@ -231,6 +235,39 @@ def test_two_ranks_keep_their_parts_in_tiers_of_their_own(
         assert len(list((tmp_path / "cache").iterdir())) == 2
     finally:
         worker.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_two_ranks_that_start_again_hold_the_same_blocks_or_none(
+    model_dir: Path, expected: list[list[int]], tmp_path: Path, is_lost: bool
+) -> None:
+    """None where the other rank has not the file that was written with rank 0's: each of its reads would fail."""
+    fields = _two_ranks(tmp_path)
+    for is_second in (False, True):
+        group = RankGroup.start(engine_config(model_dir, **fields), num_blocks=NUM_BLOCKS)
+        try:
+            worker = _Worker(model_dir, "decode", fields, group)
+            assert worker.cache.disk is not None
+            assert bool(len(worker.cache.disk.index)) == (is_second and not is_lost)
+            assert worker.converse() == expected and worker.cache.num_failures == 0
+            worker.close()
+        finally:
+            group.close()
+        if is_lost:
+            (path,) = (tmp_path / "cache").glob("*-1of2.0.kv")
+            path.unlink()
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_open_its_file_ends_the_start_and_says_why(
+    model_dir: Path, tmp_path: Path, group: RankGroup
+) -> None:
+    fingerprint = make_engine(model_dir).spec.fingerprint
+    (tmp_path / "cache").mkdir(mode=0o700)
+    (tmp_path / "cache" / f"{fingerprint}-1of2.0.kv").mkdir()
+    with pytest.raises(WorkerLost, match=r"rank 1: disk_cache_dir: cannot open .*-1of2\.0\.kv: Is a directory"):
+        _Worker(model_dir, "decode", _two_ranks(tmp_path), group)
 
 
 def test_settings_that_contradict_each_other_are_told(model_dir: Path, tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from structlog.testing import capture_logs
 
 from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.tools.load.server_process import free_port
-from kvferry.transfer.links import KVLinks, KVServer
+from kvferry.transfer.links import MAX_FRAME_BYTES, KVLinks, KVServer
+from kvferry.transfer.send.leases import MAX_OPENS
+from kvferry.wire.codec import encode
 from kvferry.wire.credentials import SharedSecret
+from kvferry.wire.grants import GrantId
 from kvferry.wire.handoff import KVRenew, KVRenewed
 
 
@@ -81,3 +84,43 @@ async def test_a_peer_that_is_refused_is_told_once_for_each_reason() -> None:
     ]
     assert "shared secret" in refused[0]["detail"] and "KVRenewed" in refused[2]["detail"]
     assert lost == ["p-1#1", "p-1#2"]
+
+
+_TOO_LARGE = KVRenewed(opens=tuple((GrantId("d" * 250, 1, number), number, 1.0) for number in range(2000)))
+
+
+async def test_a_message_over_the_bound_ends_its_connection_at_both_ends() -> None:
+    """Whoever waits for it learns that it is lost; the other connections go on."""
+    secret, lost, heard = SharedSecret(b"x" * 32), asyncio.Event(), asyncio.Event()
+    sessions: list[str] = []
+    gone: asyncio.Queue[str] = asyncio.Queue()
+
+    def on_message(session: str, _: object) -> None:
+        sessions.append(session)
+        heard.set()
+
+    server = KVServer("d-0", secret, on_message, gone.put_nowait)
+    address = str(await server.start("127.0.0.1", 0))
+    links = KVLinks("p-0", secret, lambda *_: None, lambda _: lost.set())
+    with capture_logs() as logs:
+        for is_server in (True, False):
+            heard.clear()
+            lost.clear()
+            links.send(address, KVRenew(opens=()))
+            async with asyncio.timeout(20.0):
+                await heard.wait()
+                if is_server:
+                    server.send(sessions[-1], _TOO_LARGE)
+                else:
+                    links.send(address, _TOO_LARGE)
+                await lost.wait()
+                assert await gone.get() == sessions[-1]
+    await links.close()
+    await server.close()
+    told = [(line["peer"], line["log_level"]) for line in logs if line["event"] == "message_too_large"]
+    assert told == [("p-0", "error"), ("d-0", "error")] and sessions == ["p-0#1", "p-0#2"]
+
+
+def test_the_answer_to_all_opens_that_are_asked_for_at_once_fits() -> None:
+    grant_id = GrantId("\N{OX}" * 256, 2**53, 2**53)
+    assert len(encode(KVRenewed(opens=((grant_id, 2**63 - 1, 3.0),) * MAX_OPENS))) < MAX_FRAME_BYTES

@@ -29,7 +29,7 @@ from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.thread import TransferThread
 from kvferry.wire.codec import encode
 from kvferry.wire.fields import Message
-from kvferry.wire.grants import GrantId
+from kvferry.wire.grants import GrantId, RegionInfo
 from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
 from kvferry.wire.results import ChoiceTokens, Grant, HandoffDone
 from kvferry.wire.workers import TransferReport
@@ -150,6 +150,23 @@ def test_the_thread_is_prepared_before_it_does_anything() -> None:
     thread.call(seen.put, "called")
     thread.start()
     assert [seen.get(timeout=WAIT_S) for _ in range(2)] == ["transfer", "called"]
+    thread.close()
+
+
+def test_what_has_arrived_is_handed_out_before_its_agent_is_replaced() -> None:
+    """With the agent it would be gone: a handoff that is complete would be fenced."""
+    network = LocalNetwork()
+    here, there = LocalBackend("a.0.0.0", network), LocalBackend("b", network)
+    region = here.register(_pages(2), rank=0, tp_size=1, generation=0)
+    there.connect(region, ())
+    told: queue.SimpleQueue[object] = queue.SimpleQueue()
+    thread = TransferThread(here, on_arrived=lambda agent, message: told.put(message), on_failure=_fail)
+    there.notify("a.0.0.0", encode(ARRIVED))
+    thread.rotate(1, told.put)
+    thread.start()
+    assert told.get(timeout=WAIT_S) == ARRIVED
+    new_region = told.get(timeout=WAIT_S)
+    assert isinstance(new_region, RegionInfo) and new_region.generation == 1
     thread.close()
 
 

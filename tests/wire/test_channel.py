@@ -305,7 +305,8 @@ async def test_a_connection_that_says_no_hello_is_told_with_its_address(monkeypa
     assert str(error) == f"connecting peer {own} did not say all of a hello within 0.05 s" and error.kind == "hello"
 
 
-async def test_connections_that_say_no_hello_are_bounded_and_time_out_for_others() -> None:
+async def test_connections_that_say_no_hello_are_bounded_and_keep_nobody_out() -> None:
+    """The oldest of them goes. Else strangers who connect and wait could keep out every peer that knows the secret."""
     refused: list[ProtocolError] = []
     async with await serve(
         Address("127.0.0.1", 0), "s", _echo, secret=SharedSecret(b"s"), on_refused=refused.append
@@ -314,19 +315,58 @@ async def test_connections_that_say_no_hello_are_bounded_and_time_out_for_others
         silent = [await asyncio.open_connection(address.host, address.port) for _ in range(MAX_PENDING_HELLOS)]
         for reader, _ in silent:
             await reader.readexactly(4)  # its challenge: it is waited for
-        reader, writer = await asyncio.open_connection(address.host, address.port)
-        assert await reader.read() == b""
+        assert not refused
+        channel = await connect(address, "client", secret=SharedSecret(b"s"))
         assert [error.kind for error in refused] == ["flood"]
-        writer.close()
-        for _, each in silent:
+        oldest = Address(*silent[0][1].get_extra_info("sockname"))
+        assert str(refused[0]).startswith(f"connecting peer {oldest} gave way")
+        with contextlib.suppress(ConnectionResetError):
+            await silent[0][0].read()
+        _, writer = await asyncio.open_connection(address.host, address.port)  # takes the place that is free again
+        message = Abort(request_id="r", attempt=3)
+        channel.send(message)
+        assert decoder.decode(await channel.recv()) == message, "who has proved himself stays"
+        assert len(refused) == 1 and not silent[1][0].at_eof()
+        channel.abort()
+        for _, each in [*silent, (None, writer)]:
             each.transport.abort()
+
+
+async def test_a_peer_that_reads_nothing_loses_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is sent would fill the memory."""
+    monkeypatch.setattr("kvferry.wire.channel._MAX_QUEUED_BYTES", 1 << 16)
+    has_sent, sent = asyncio.Event(), list[Message]()
+
+    async def flood(channel: Channel) -> None:
+        message = NoCapacity(request_id="r", attempt=0, reason="blocks", detail="x" * 4000)
+        while not channel._writer.is_closing() and len(sent) < 40:
+            channel.send(message)
+            sent.append(message)
+        has_sent.set()
+        await channel.recv()
+
+    async with await serve(Address("127.0.0.1", 0), "s", flood) as server:
+        channel = await connect(server_address(server, "127.0.0.1"), "client")
         async with asyncio.timeout(60):
-            while True:
-                try:
-                    channel = await connect(address, "client", secret=SharedSecret(b"s"))
-                    break
-                except WorkerLost:
-                    await asyncio.sleep(0.01)  # the server has not seen all of them go
+            await has_sent.wait()
+            assert 12 < len(sent) < 20
+            with pytest.raises(WorkerLost):
+                await channel.recv()
+        channel.abort()
+
+
+async def test_what_was_said_last_is_sent_though_nobody_stays_to_send_it() -> None:
+    """As why a peer is refused."""
+
+    async def refuse(channel: Channel) -> None:
+        channel.send(Drain(deadline_s=1.0))
+
+    async with await serve(Address("127.0.0.1", 0), "s", refuse) as server:
+        channel = await connect(server_address(server, "127.0.0.1"), "client")
+        async with asyncio.timeout(60):
+            assert decoder.decode(await channel.recv()) == Drain(deadline_s=1.0)
+            with pytest.raises(WorkerLost):
+                await channel.recv()
         channel.abort()
 
 

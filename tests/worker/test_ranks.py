@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import queue
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 
-from kvferry.common.config import LogLevel, WorkerConfig
-from kvferry.common.errors import WorkerLost
-from kvferry.common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
+from kvferry.common.config import EngineConfig, LogLevel, WorkerConfig
+from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.engine.engine import Engine
+from kvferry.engine.follower import FollowerHandler
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.wire.credentials import NO_SECRET
+from kvferry.wire.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
 from kvferry.worker.process import serve_worker
 from kvferry.worker.ranks import Followers
 
@@ -24,16 +26,36 @@ from ..checkpoints import write_checkpoint
 from ..engine_driver import engine_config
 
 
+def fail(engine: Engine, config: bytes, send: Callable[[bytes], None]) -> FollowerHandler:
+    """What a rank runs that has no network."""
+    raise ConfigError("no device for transfers")
+
+
+_FAIL = "kvferry.tests.worker.test_ranks:fail"
+
+
+def _spawning(fault: str) -> Callable[..., None]:
+    """Start ranks with something wrong."""
+    spawn = RankGroup._spawn
+
+    def faulty(self: RankGroup, rank: int, config: EngineConfig, num_blocks: int | None, *others: Any) -> None:
+        handler, *rest = others
+        spawn(self, rank, config, num_blocks, _FAIL if fault == "failed" else handler, *rest)
+        if fault == "killed":
+            self._processes[-1].kill()
+
+    return faulty
+
+
 @pytest.mark.slow
-def test_a_rank_that_fails_before_its_memory_is_registered_says_why(tmp_path: Path) -> None:
-    """Its disk has less room than is asked for; rank 0 makes its own file last."""
+def test_a_rank_that_fails_before_its_memory_is_registered_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RankGroup, "_spawn", _spawning("failed"))
     engine = engine_config(
         write_checkpoint(tmp_path / "model", tokenizer=False),
         tensor_parallel_size=2,
         kv_cache_memory_bytes=1 << 20,
-        host_cache_memory_bytes=1 << 20,
-        disk_cache_dir=tmp_path / "cache",
-        disk_cache_bytes=1 << 55,
     )
     config = WorkerConfig(worker_id="p-0", role="prefill", engine=engine, routers=("127.0.0.1:1",))
     failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
@@ -41,9 +63,9 @@ def test_a_rank_that_fails_before_its_memory_is_registered_says_why(tmp_path: Pa
     group = followers.start()
     try:
         Engine(engine, tp_size=2, group=group)
-        with pytest.raises(WorkerLost, match=r"rank 1: disk_cache_bytes: .* are free"):
+        with pytest.raises(WorkerLost, match="rank 1: no device for transfers"):
             followers.wait_registered()
-        assert "disk_cache_bytes" in str(failures.get_nowait())
+        assert "no device" in str(failures.get_nowait())
     finally:
         followers.close()
 
@@ -53,27 +75,18 @@ def test_a_rank_that_fails_before_its_memory_is_registered_says_why(tmp_path: Pa
     ("fault", "code", "event", "error"),
     [
         ("killed", 1, "broke", "rank 1 did not start: ended by SIGKILL"),
-        ("no room", 2, "failed", "rank 1: disk_cache_bytes: "),
+        ("failed", 2, "failed", "rank 1: no device for transfers"),
     ],
 )
 async def test_a_worker_says_whether_its_ranks_may_start_another_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, code: int, event: str, error: str
 ) -> None:
-    spawn = RankGroup._spawn
-
-    def faulty(self: RankGroup, *others: Any) -> None:
-        spawn(self, *others)
-        if fault == "killed":
-            self._processes[-1].kill()
-
-    monkeypatch.setattr(RankGroup, "_spawn", faulty)
-    more = {"disk_cache_dir": tmp_path / "cache", "disk_cache_bytes": 1 << 55} if fault == "no room" else {}
+    monkeypatch.setattr(RankGroup, "_spawn", _spawning(fault))
     engine = engine_config(
         write_checkpoint(tmp_path / "model"),
         tensor_parallel_size=2,
         kv_cache_memory_bytes=1 << 20,
         host_cache_memory_bytes=1 << 20,
-        **more,
     )
     config = WorkerConfig(worker_id="d-0", role="decode", engine=engine, routers=("127.0.0.1:1",))
     ours, theirs = lifeline_pair()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from kvferry.common.errors import InvalidTransition, WorkerLost
+from kvferry.common.request import SampledToken
 from kvferry.tools.load.server_process import free_port
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, connect, serve, server_address
 from kvferry.wire.codec import Decoder, WorkerToRouter, encode
 from kvferry.wire.credentials import NO_SECRET, SharedSecret
 from kvferry.wire.fields import Message
-from kvferry.wire.results import HandoffDone
+from kvferry.wire.results import ChoiceTokens, HandoffDone, PromptLogprobs, RequestTokens, StepTokens
 from kvferry.wire.workers import Drain, WorkerHello, WorkerStatus
 from kvferry.worker.sessions import RouterSessions
 
@@ -195,3 +197,80 @@ async def test_a_router_that_cannot_be_reached_is_told_once_and_why(monkeypatch:
     [told] = [line for line in logs if line["event"] == "router_unreached"]
     assert told["log_level"] == "warning" and told["router"] == address
     assert f"no connection to {address}: " in told["reason"]
+
+
+async def _heard(sent: list[tuple[str, Message]]) -> tuple[list[list[Message]], list[MutableMapping[str, Any]]]:
+    """What a router hears, session by session, of what a worker sends at once, and what the worker logs."""
+    heard: list[list[Message]] = []
+    is_done = asyncio.Event()
+
+    async def on_channel(channel: Channel) -> None:
+        heard.append([])
+        for _ in range(2):  # hello and first heartbeat
+            await channel.recv()
+        if len(heard) == 1:
+            for router, message in sent:
+                sessions.send(router, message)
+        sessions.send("r", HandoffDone(request_id="last", attempt=0))
+        while True:
+            heard[-1].append(_decoder.decode(await channel.recv()))
+            if heard[-1][-1] == HandoffDone(request_id="last", attempt=0):
+                is_done.set()
+
+    with capture_logs() as logs:
+        server = await serve(Address("127.0.0.1", 0), "r", on_channel)
+        sessions = _sessions(str(server_address(server, "127.0.0.1")))
+        sessions.start()
+        async with asyncio.timeout(60):
+            await is_done.wait()
+        await sessions.close()
+        server.close()
+    return heard, logs
+
+
+async def test_the_tokens_of_a_step_come_whole_however_large_they_are() -> None:
+    """Those of many requests with log-probabilities. A last token that was lost would never come again."""
+    token = SampledToken(150_000, -1.2, tuple((150_000 + place, -2.5) for place in range(20)))
+    updates = tuple(RequestTokens(f"r-{number}", 1, (ChoiceTokens(0, 9, (token,) * 17),)) for number in range(300))
+    assert len(encode(StepTokens(updates=updates))) > 1 << 20
+    [messages], _ = await _heard([("r", StepTokens(updates=updates))])
+    *steps, last = messages
+    assert isinstance(last, HandoffDone) and len(steps) > 1
+    assert sum((step.updates for step in steps if isinstance(step, StepTokens)), ()) == updates
+
+
+async def test_a_message_that_is_too_large_ends_its_session_and_no_other_message_vanishes() -> None:
+    """Its router learns of the loss, and has the request go on."""
+    too_large = PromptLogprobs(request_id="x" * (1 << 20), attempt=0, start=0, tokens=())
+    heard, logs = await _heard(
+        [("elsewhere", too_large), ("r", too_large), ("r", HandoffDone(request_id="a", attempt=0))]
+    )
+    assert heard == [[], [HandoffDone(request_id="last", attempt=0)]]
+    [told] = [line for line in logs if line["event"] == "message_too_large"]
+    assert told["log_level"] == "error" and told["router"] == "r" and "PromptLogprobs of" in told["error"]
+
+
+async def test_the_requests_of_a_router_that_is_back_in_time_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_back = asyncio.Event()
+    timers: list[asyncio.TimerHandle] = []
+
+    async def note(address: Address, own_id: str, *, secret: SharedSecret, max_frame_bytes: int) -> Channel:
+        timers.extend(sessions._lost_timers.values())
+        return await connect(address, own_id, secret=secret, max_frame_bytes=max_frame_bytes)
+
+    async def on_channel(channel: Channel) -> None:
+        await channel.recv()
+        if timers:  # not the first session, which ends at once
+            is_back.set()
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("kvferry.worker.sessions.connect", note)
+    server = await serve(Address("127.0.0.1", 0), "r", on_channel)
+    sessions = _sessions(str(server_address(server, "127.0.0.1")))
+    sessions.start()
+    async with asyncio.timeout(60):
+        await is_back.wait()
+    [timer] = timers
+    assert timer.cancelled(), "it would end them all"
+    await sessions.close()
+    server.close()

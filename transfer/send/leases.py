@@ -1,7 +1,8 @@
-"""Leases seen from the prefill side: one KVRenew per decode worker for all of its shipments, some times in a lease.
+"""Leases seen from the prefill side: a decode worker is asked for all of its shipments at once, some times in a lease.
 
 A lease counts from the time at which the message was sent that it answers, so that we end before the decode worker
-does. The next KVRenew to a worker waits for the answer to the one before. Rank 0 asks for all ranks.
+does. A KVRenew names so many opens at most that it and its answer fit into a frame. The next ones to a worker wait for
+the answers to those before. Rank 0 asks for all ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from ...wire.handoff import KVRenew
 from ..protocol.leases import usable_until
 from .shipment import Shipment, ShipmentState
 
+MAX_OPENS = 200  # of one message, whose frame is bounded (`links.py`), however long the name of a worker
+
 
 @dataclass(slots=True, eq=False)
 class _Peer:
@@ -21,7 +24,8 @@ class _Peer:
 
     kv_address: str
     renew_at: float
-    sent_at: float | None = None  # of the KVRenew that waits for its answer
+    sent_at: float | None = None  # of the KVRenews that wait for answers
+    num_unanswered: int = 0  # KVRenews
 
 
 class Leases:
@@ -53,9 +57,10 @@ class Leases:
                 for shipment in shipments
                 if shipment.peer == key and shipment.state in (ShipmentState.SHIPPING, ShipmentState.TOLD)
             )
-            if opens:
+            for first in range(0, len(opens), MAX_OPENS):
                 peer.sent_at = now
-                self._to_peer(peer.kv_address, KVRenew(opens=opens))
+                peer.num_unanswered += 1
+                self._to_peer(peer.kv_address, KVRenew(opens=opens[first : first + MAX_OPENS]))
 
     def extend(self, shipment: Shipment, lease_s: float, now: float) -> None:
         """Take the answer to a KVRenew that names it. One that nobody has asked for extends nothing."""
@@ -72,15 +77,18 @@ class Leases:
         return self._peers[shipment.peer].sent_at if self._asks else shipment.answered_at
 
     def answered(self, peer: tuple[str, int]) -> None:
-        """Ask it again when its time comes. Every shipment that its answer names was extended before."""
-        if peer in self._peers:
-            self._peers[peer].sent_at = None
+        """Ask it again when its time comes, if this was its last answer, whose shipments were extended before."""
+        found = self._peers.get(peer)
+        if found is not None and found.num_unanswered:
+            found.num_unanswered -= 1
+            if not found.num_unanswered:
+                found.sent_at = None
 
     def peer_lost(self, kv_address: str) -> None:
-        """An answer that was under way is lost."""
+        """Note that what was under way is lost."""
         for peer in self._peers.values():
             if peer.kv_address == kv_address:
-                peer.sent_at = None
+                peer.sent_at, peer.num_unanswered = None, 0
 
     def next_times(self) -> list[float]:
         """Return when `renew` has something to do, unless an answer is waited for."""

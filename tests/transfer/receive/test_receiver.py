@@ -503,6 +503,25 @@ def test_a_wrong_arrival_is_not_adopted(
     assert decode.holds_nothing()  # its one rank said that it writes no more
 
 
+@pytest.mark.parametrize("how", ["intact", "another sum", "other blocks"])
+def test_sums_are_of_the_blocks_that_were_granted(how: str) -> None:
+    """Those of others say nothing of what lies in these, though they are right."""
+    decode = Decode(checks_bytes=True)
+    grant = decode.grant()
+    open_id = decode.open(grant, change={"has_checksums": True})
+    decode.arrive(
+        grant,
+        open_id,
+        verdict=Verdict.CORRUPT if how == "another sum" else Verdict.INTACT,
+        block_ids=grant.block_ids[::-1] if how == "other blocks" else grant.block_ids,
+    )
+    if how == "intact":
+        assert only(decode.said_to_router(), HandoffDone) and decode.receiver.arrived
+    else:
+        assert only(decode.said_to_router(), HandoffFailed).blame == "checksum"
+        assert not decode.receiver.arrived and decode.receiver.counters.checksum_failures == 1
+
+
 def test_a_drafts_state_that_nobody_can_use_is_refused_and_named(decode: Decode) -> None:
     grant, open_id = decode.opened()
     decode.arrive(grant, open_id, draft=b"hidden")

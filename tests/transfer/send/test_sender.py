@@ -387,6 +387,34 @@ def test_a_renewal_is_one_message_for_all_shipments_of_a_pair(prefill: Prefill) 
     assert isinstance(prefill.said[-1], KVRenew)  # the peer answered all the same
 
 
+def test_more_opens_than_a_message_has_room_for_are_renewed_by_several(
+    prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them from the time at which it was asked for; and nothing is asked for anew before all are answered."""
+    monkeypatch.setattr("kvferry.transfer.send.leases.MAX_OPENS", 2)
+    grants = {number: prefill.opened(number) for number in (1, 2, 3)}
+    prefill.clock.advance(1.0)
+    prefill.sender.step()
+
+    def asked() -> list[list[int]]:
+        return [[number for _, number in said.opens] for said in prefill.said if isinstance(said, KVRenew)]
+
+    def answer(*numbers: int) -> None:
+        prefill.sender.on_message(KVRenewed(opens=tuple((grants[number].grant_id, number, 3.0) for number in numbers)))
+
+    assert asked() == [[1, 2], [3]]
+    answer(1, 2)
+    prefill.clock.advance(1.5)
+    prefill.sender.step()
+    assert asked() == [[1, 2], [3]]
+    answer(3)
+    prefill.sender.step()
+    assert asked() == [[1, 2], [3]] * 2
+    prefill.clock.advance(1.3)  # 3.8 s after the opens, 2.8 s after the renewals were sent that have been answered
+    for number, grant in grants.items():
+        assert prefill.sender._shipments[number].deadline > prefill.clock.now(), f"{grant} was extended"
+
+
 class PausingClock(FakeClock):
     """Loses half a second before each look once it is told to: a pause anywhere between two looks."""
 
