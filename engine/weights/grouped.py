@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...models.storage import NO_SHARED_ACT_ORDER
+from ...models.storage import FEWER_RANKS, NO_SHARED_ACT_ORDER
 from .float8 import to_float8
 from .rounding import round_groups
 from .weight import PIECE_ROWS, DenseWeight, StoredMatrix, WeightSlot
@@ -202,8 +202,7 @@ class GroupedWeight:
                 group_size = math.gcd(self.group_size, start, length)
                 return self.raised(8, group_size, has_minima=False).narrow(dim, start, length)
             raise ConfigError(
-                f"a rank's {length} inputs of {self.num_inputs} are no whole groups of {self.group_size}; "
-                "use a smaller --tensor-parallel-size"
+                f"a rank's {length} inputs of {self.num_inputs} are no whole groups of {self.group_size}; {FEWER_RANKS}"
             )
         first, count = start // self.group_size, length // self.group_size
         minima = None if self.minima is None else self.minima.narrow(1, first, count)

@@ -79,6 +79,8 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
         raise ValueError(
             f"{fields.of_model('block_count')} = {fields.count('block_count')}, and it has {len(found_layers)} layers"
         )
+    if "token_embd.weight" not in shapes:
+        raise ValueError("it has no tensor token_embd.weight")
     head_dim = _head_dim(fields, of, hidden_size // num_heads)
     special = {
         f"{name}_token_id": fields.special[key]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from .experts import MXFP4_STACK, expert_tensors
 from .files import read_gguf
 from .latent import HALVES, latent_tensors
 from .model_file import Json
-from .rope import FACTORS
+from .rope import FACTORS, rope_factors
 from .states import grouped_rows, state_tensor
 from .tensors import ITEM_BYTES, Part, StoredTensor, chained, less, shape_of, stored, undo_permutation
 from .tokenizer import write_gguf_tokenizer
@@ -61,7 +62,8 @@ def convert_gguf(
     try:
         _convert(source, target, progress, kept, sampling or {})
     except (KeyError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError) as error:
-        raise ConfigError(f"{source} is not a model that kvferry can read: {error}") from error
+        told = error.args[0] if isinstance(error, KeyError) and error.args else error  # as text it has quotes
+        raise ConfigError(f"{source} is not a model that kvferry can read: {told}") from error
 
 
 def _convert(
@@ -74,10 +76,11 @@ def _convert(
     fields, sources = read_gguf(source)
     architecture = gguf_architecture(fields)
     shapes = {tensor.name: shape_of(tensor) for tensor in sources}
-    config = gguf_model_config(fields, architecture, shapes, _rope_factors(sources))
+    config = gguf_model_config(fields, architecture, shapes, rope_factors(sources))
     tokenizer_config = gguf_tokenizer_config(fields, config["max_position_embeddings"])
     pooling = gguf_pooling(fields)
     tensors = list(_stored_tensors(sources, architecture, config, kept))
+    _check_names(tensors)
     write_gguf_tokenizer(target / "tokenizer.json", fields)
     if kept and (quantization := _quantization(tensors)):
         config["quantization_config"] = quantization
@@ -90,8 +93,11 @@ def _convert(
     _write_safetensors(target / "model.safetensors", tensors, progress)
 
 
-def _rope_factors(sources: list[ReaderTensor]) -> dict[str, list[float]]:
-    return {source.name: [float(factor) for factor in source.data] for source in sources if source.name in FACTORS}
+def _check_names(tensors: list[StoredTensor]) -> None:
+    """Refuse two tensors of one name: a file of safetensors would have room for both, and tell of the last alone."""
+    for name, count in Counter(tensor.name for tensor in tensors).items():
+        if count > 1:
+            raise ValueError(f"{count} of its tensors are the checkpoint's {name}")
 
 
 def _quantization(tensors: list[StoredTensor]) -> Json:

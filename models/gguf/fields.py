@@ -81,11 +81,15 @@ class GgufFields:
         return value[:num_layers]
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Read a float32 field as the decimal that was meant: 9.99999e-06 is 1e-05."""
+        """Read a float32 field as the decimal that was meant, the shortest: 9.99999974e-06 is 1e-05."""
+        import numpy as np
+
         value = self._get(key, default)
         if not isinstance(value, float):
             raise ValueError(f"field {key} is {value!r}, not a number")
-        return float(f"{value:.6g}")
+        with np.errstate(over="ignore"):
+            single = np.float32(value)
+        return float(str(single)) if float(single) == value else value  # a float64 stays as it is
 
     def text(self, key: str) -> str:
         value = self._get(key)

@@ -50,6 +50,7 @@ def read_gguf(path: Path) -> tuple[GgufFields, list[ReaderTensor]]:
     readers = [GGUFReader(file) for file in files]
     fields = GgufFields(readers[0])
     tensors = [tensor for reader in readers for tensor in reader.tensors]
+    owners: dict[str, Path] = {}
     for index, (file, reader) in enumerate(zip(files, readers, strict=True)):
         own = GgufFields(reader)
         number, count = own.integer("split.no", 0), own.integer("split.count", 0) or 1
@@ -57,6 +58,9 @@ def read_gguf(path: Path) -> tuple[GgufFields, list[ReaderTensor]]:
             raise ValueError(
                 f"{file.name} is by its fields part {number + 1} of {count}, by its name {index + 1} of {len(files)}"
             )
+        for tensor in reader.tensors:  # of two in one file the library tells
+            if (first := owners.setdefault(tensor.name, file)) is not file:
+                raise ValueError(f"the tensor {tensor.name} is in two of its files, {first.name} and {file.name}")
     if (told := fields.integer("split.tensors.count", len(tensors))) != len(tensors):
         raise ValueError(f"its files have {len(tensors)} tensors where they tell of {told}")
     return fields, tensors

@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .fields import GgufFields
+from .tensors import Part, shape_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gguf import ReaderTensor
 
 # Tensors that are no weights: by what each rotary frequency is divided.
 LLAMA3_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 FACTORS = (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS)
+_MAX_FACTORS = 1 << 12  # pairs of numbers of a head: more than any head has
 
 # Turns over the original context: of fewer than the first a frequency is divided, of more than the second it is kept.
 # Llama 3.1's and those of all behind it, and Llama 4's, which are a step.
 _BANDS = ((1.0, 4.0), (1.0, 1.0))
 _KINDS = ("none", "linear", "yarn", "longrope")
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+
+
+def rope_factors(sources: Iterable[ReaderTensor]) -> dict[str, list[float]]:
+    """Return by what rotary frequencies are divided, by their tensor's name. Raises ValueError for what is no factor.
+
+    Sizes are looked at before any number is: a small file may claim many.
+    """
+    found = {}
+    for source in sources:
+        if source.name not in FACTORS:
+            continue
+        shape = shape_of(source)
+        if len(shape) != 1 or not 1 <= shape[0] <= _MAX_FACTORS:
+            raise ValueError(
+                f"{source.name} has the shape {list(shape)}; it should be one row of 1 to {_MAX_FACTORS} factors"
+            )
+        found[source.name] = factors = [float(factor) for factor in Part.whole(source).numbers()]
+        if wrong := [factor for factor in factors if not 0 < factor < math.inf]:
+            raise ValueError(f"{source.name} has the factor {wrong[0]}; frequencies are divided by finite ones above 0")
+    return found
 
 
 def rope_fields(

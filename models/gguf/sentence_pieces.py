@@ -20,21 +20,27 @@ if TYPE_CHECKING:
 _SPACE = "\u2581"  # what stands for a space in a piece
 _GEMMA = ("gemma2", "gemma3")  # no space first, and pieces in the order of their merges
 _ALWAYS_A_SPACE = ("phi3",)  # before a text that begins with one, too
+_SCORES = "tokenizer.ggml.scores"
 _MAX_CUT = 1 << 28  # the sum of pieces' squared lengths, which is the work of cutting each everywhere
 _JOINED = {1, 4}  # GGUF's types of pieces that come of a text: normal ones and user-defined ones
 
 
-def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) -> Tokenizer:
-    """Return the tokenizer without its added tokens. Raises ValueError for fields that do not fit."""
+def pieces(fields: GgufFields, texts: list[str]) -> list[str]:
+    """Return the pieces of a file: a Gemma's of spaces alone stand there as spaces."""
+    if fields.architecture not in _GEMMA:
+        return texts
+    return [text if text.strip(" ") else _SPACE * len(text) for text in texts]
+
+
+def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int], marks: Sequence[str]) -> Tokenizer:
+    """Return the tokenizer without its added tokens. Raises ValueError for fields that do not fit.
+
+    `marks`: what a decoder drops of tokens (`spellings.py`).
+    """
     from tokenizers import Tokenizer
 
     is_gemma = fields.architecture in _GEMMA
-    scores: Sequence[float] = fields.numbers("tokenizer.ggml.scores")
-    if not len(tokens) == len(scores) == len(types):
-        raise ValueError(f"{len(tokens)} tokens have {len(scores)} scores and {len(types)} types")
-    if is_gemma:  # pieces of spaces alone stand in the file as spaces; their scores do not tell their order
-        tokens = [_SPACE * len(token) if token.strip(" ") == "" else token for token in tokens]
-        scores = [-float(index) for index in range(len(tokens))]
+    scores = _scores(fields, len(tokens))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     joined = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind in _JOINED}
     unknown = fields.special.get("unknown")
@@ -49,7 +55,19 @@ def pieces_tokenizer(fields: GgufFields, tokens: list[str], types: list[int]) ->
     )
     puts_space = not is_gemma and fields.flag("tokenizer.ggml.add_space_prefix", default=True)
     _set_spaces(tokenizer, puts_space=puts_space, is_always=fields.architecture in _ALWAYS_A_SPACE)
+    _set_decoder(tokenizer, marks, strips_space=puts_space)
     return tokenizer
+
+
+def _scores(fields: GgufFields, num_tokens: int) -> Sequence[float]:
+    """Return the pieces' scores. Where they tell of no order, pieces stand as SentencePiece writes them: best first."""
+    in_order = [-float(index) for index in range(num_tokens)]
+    if fields.find(_SCORES) is None:
+        return in_order
+    scores = fields.numbers(_SCORES)
+    if len(scores) != num_tokens:
+        raise ValueError(f"{_SCORES} has {len(scores)} scores of {num_tokens} tokens")
+    return in_order if fields.architecture in _GEMMA else scores
 
 
 def _merges(fields: GgufFields, scores: Mapping[str, float]) -> Pairs:
@@ -76,7 +94,7 @@ def _rank(pair: tuple[float, str, str]) -> tuple[float, int, int]:
 
 
 def _set_spaces(tokenizer: Tokenizer, *, puts_space: bool, is_always: bool) -> None:
-    from tokenizers import decoders, normalizers, pre_tokenizers
+    from tokenizers import normalizers, pre_tokenizers
 
     if puts_space and is_always:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
@@ -84,7 +102,13 @@ def _set_spaces(tokenizer: Tokenizer, *, puts_space: bool, is_always: bool) -> N
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
     else:
         tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if puts_space:
+
+
+def _set_decoder(tokenizer: Tokenizer, marks: Sequence[str], *, strips_space: bool) -> None:
+    from tokenizers import decoders
+
+    drops = [decoders.Replace(mark, "") for mark in marks]
+    steps: list[decoders.Decoder] = [*drops, decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if strips_space:
         steps.append(decoders.Strip(content=" ", left=1))
     tokenizer.decoder = decoders.Sequence(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +11,16 @@ from ...common.errors import ConfigError
 from .architectures.lookup import nearest
 from .fields import GgufFields
 from .merges import Pairs, byte_pairs, read_merges
-from .sentence_pieces import pieces_tokenizer
+from .sentence_pieces import pieces, pieces_tokenizer
+from .spellings import spellings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# GGUF's types of tokens: the one for what has none, special ones, and ones that are found as a whole in any text.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+# GGUF's types of tokens: ordinary ones, the one for what has none, special ones, ones that are found as a whole in any
+# text, and ones that no text has.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
+_TYPES = "tokenizer.ggml.token_type"
 _KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece's BPE", "gemma4": "the same with merges"}
 # A file says that its texts begin with a token, and the model's own tokenizer does not begin them: its template does.
 _UNFRAMED = ("gemma4",)
@@ -119,19 +123,24 @@ def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
     from tokenizers import AddedToken
 
     kind = fields.text("tokenizer.ggml.model")
-    tokens, types = fields.texts("tokenizer.ggml.tokens"), fields.integers("tokenizer.ggml.token_type")
+    texts = fields.texts("tokenizer.ggml.tokens")
+    types = _types(fields, len(texts))
+    used = (index for index, own in enumerate(types) if own != _UNUSED)
+    tokens, marks = spellings(texts if kind == "gpt2" else pieces(fields, texts), (*used, *fields.special.values()))
     special = {_CONTROL}
     if kind == "gpt2":
         rules = _rules(fields.text("tokenizer.ggml.pre"))
-        tokenizer, puts_bos = _bpe(tokens, read_merges(fields), rules), rules.bos
+        tokenizer, puts_bos = _bpe(tokens, read_merges(fields), rules, marks), rules.bos
     elif kind in ("llama", "gemma4"):
-        tokenizer, puts_bos = pieces_tokenizer(fields, tokens, types), True
+        tokenizer, puts_bos = pieces_tokenizer(fields, tokens, types, marks), True
         special.add(_UNKNOWN)
     else:
         raise ConfigError(_refusal(kind))
     vocabulary = tokenizer.get_vocab()
     for kinds, add in ((special, tokenizer.add_special_tokens), ({_USER_DEFINED}, tokenizer.add_tokens)):
-        found = [token for token, own in zip(tokens, types, strict=True) if own in kinds and token in vocabulary]
+        # A text is of a kind if one of its ids is. A Gemma's spaces are of none: they are merged.
+        ids = [index for index, own in enumerate(types) if own in kinds and texts[index] in vocabulary]
+        found = dict.fromkeys(token for index in ids for token in (texts[index], tokens[index]))
         add([AddedToken(token, special=kinds is special, normalized=False) for token in found])
     puts_bos = fields.flag("tokenizer.ggml.add_bos_token", default=puts_bos) and kind not in _UNFRAMED
     first = _token(fields, tokens, "bos") if puts_bos else None
@@ -139,6 +148,17 @@ def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
     if first is not None or last is not None:
         _frame(tokenizer, first, last)
     tokenizer.save(str(path))
+
+
+def _types(fields: GgufFields, num_tokens: int) -> list[int]:
+    """Return the tokens' types. Without any, tokens are normal, as in llama.cpp, but for those that fields name."""
+    if fields.find(_TYPES) is None:
+        special = set(fields.special.values())
+        return [_CONTROL if index in special else _NORMAL for index in range(num_tokens)]
+    types = fields.integers(_TYPES)
+    if len(types) != num_tokens:
+        raise ValueError(f"{_TYPES} has {len(types)} types of {num_tokens} tokens")
+    return types
 
 
 def _rules(name: str) -> _Rules:
@@ -160,8 +180,8 @@ def _refusal(kind: str) -> str:
     )
 
 
-def _bpe(tokens: list[str], pairs: Pairs, rules: _Rules) -> Tokenizer:
-    """Return a byte-level BPE; no space is put before the text."""
+def _bpe(tokens: list[str], pairs: Pairs, rules: _Rules, marks: Sequence[str]) -> Tokenizer:
+    """Return a byte-level BPE; no space is put before the text. `marks`: what a decoder drops of tokens."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -175,7 +195,8 @@ def _bpe(tokens: list[str], pairs: Pairs, rules: _Rules) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     if rules.normal:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
+    drops = [decoders.Replace(mark, "") for mark in marks]
+    tokenizer.decoder = decoders.Sequence([*drops, decoders.ByteLevel()]) if drops else decoders.ByteLevel()
     return tokenizer
 
 
