@@ -30,8 +30,11 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loads
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-# Files and batches of clients are kept in a folder of the user's, unless KVFERRY_DATA_DIR names another.
+# Files and batches of clients are kept in a folder of the user's, unless KVFERRY_DATA_DIR names another. A file of
+# settings says it by itself: the variable would overrule it.
+ifeq ($(filter --config --config=%,$(ARGS)),)
 serve: export KVFERRY_DATA_DIR ?= $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/kvferry
+endif
 serve: install ## Serve a model (ARGS="MODEL --port 8001 …")
 	@exec $(VENV)/bin/kvferry serve $(ARGS)
 
@@ -49,7 +52,7 @@ $(VENV)/.installed-dev: pyproject.toml $(LOCKS)
 	touch $(VENV)/.installed $@
 
 lock: $(VENV)/.installed ## Write setup/*.lock anew, from pyproject.toml and constraints.txt
-	@command -v uv >/dev/null || test -x $(VENV)/bin/uv || $(VENV)/bin/pip install -qq uv
+	@command -v uv >/dev/null || test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install -qq uv
 	$(VENV)/bin/python setup/lock.py
 
 # The root is the package: through this link it has the package's name, whatever the folder is called.
@@ -99,7 +102,7 @@ coverage: install-dev ## Every test, and which lines of the product it ran
 	@$(PYTEST) --cov --cov-report term:skip-covered tests
 
 clients: install-dev ## Unmodified client libraries call a server, each in an environment of its own
-	@test -x $(VENV)/bin/uv || $(VENV)/bin/pip install -qq uv
+	@test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install -qq uv
 	$(VENV)/bin/python -m kvferry.tests.clients
 
 clean: ## Remove what was installed and built

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = 1
     except (KVFerryError, _USAGE_ERROR) as error:
         code = CONFIG_EXIT_CODE if isinstance(error, ConfigError | _USAGE_ERROR) else 1
-        print(f"kvferry: {_line(error)}", file=sys.stderr)
+        print(f"kvferry: {_line(error, argv)}", file=sys.stderr)
     except PermissionError as error:  # of a path of the operator's: even to ask what is there may not be allowed
         if error.filename is None:
             raise
@@ -80,16 +80,18 @@ def _repeated(words: Sequence[str]) -> list[str]:
     return done
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception, words: Sequence[str]) -> str:
     """Mistakes in flags and mistakes in files read alike; the first also tells where help is."""
     if not isinstance(error, _USAGE_ERROR):
         return str(error)
     context = getattr(error, "ctx", None)
-    if context is not None and getattr(error, "option_name", None) == "--model":  # as other servers want it
-        return f"--model: there is no such flag, the model is the first word: {context.command_path} MODEL"
     name = str(getattr(error, "option_name", ""))
-    if context is not None and type(error).__name__ == "NoSuchOption" and (instead := other_flags.hint(name)):
-        return f"{name}: there is no such flag here: {instead} ({context.command_path} --help)"
+    if context is not None and name in ("--model", "--model-path"):  # as other servers want it
+        return f"{name}: there is no such flag, the model is the first word: {context.command_path} MODEL"
+    if context is not None and type(error).__name__ == "NoSuchOption":
+        name = other_flags.whole(name, words)
+        if instead := other_flags.hint(name):
+            return f"{name}: there is no such flag here: {instead} ({context.command_path} --help)"
     hint = f" ({context.command_path} --help)" if context is not None else ""
     message = error.format_message().strip() or "which command?"  # type: ignore[attr-defined]  # blank: help was shown
     return f"{message}{hint}"

@@ -82,8 +82,11 @@ def config_show(
     loaded: Loaded,
     origins: Annotated[bool, typer.Option("--origins", help="Say where each value comes from.", metavar="")] = False,
 ) -> None:
-    """Print every setting as YAML, as `serve` with the same options would see it."""
-    section = ""
+    """Print every setting as YAML, as `serve` with the same options would see it.
+
+    A default that gives way to another setting is behind a #.
+    """
+    section, remarks = "", loaded.settings.giving_way
     for key in setting_keys().values():
         value = value_of(loaded.settings, key)
         head, _, own = key.rpartition(".")
@@ -92,7 +95,8 @@ def config_show(
         section = head
         shown = ["***"] * len(value) if key in ("api_key", "admin_key") and isinstance(value, tuple) else value
         comment = f"  # {loaded.origins[key]}" if origins else ""
-        print(f"{'  ' if head else ''}{own}: {json.dumps(shown, default=_plain)}{comment}")  # JSON is YAML
+        indent = "  " if head else "# " if key in remarks else ""
+        print(f"{indent}{own}: {json.dumps(shown, default=_plain)}{comment}")  # JSON is YAML
 
 
 def _plain(value: object) -> object:

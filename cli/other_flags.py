@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 HERE = {
     "--trust-remote-code": "code of a checkpoint is never run; models of a known architecture need none",
     "--pipeline-parallel-size": "layers are not shared out; --tensor-parallel-size shares each layer among ranks",
@@ -40,9 +43,20 @@ HERE = {
     "--disable-frontend-multiprocessing": "--routers N says how many processes take requests",
     "--api-server-count": "--routers N says how many processes take requests",
 }
+SHORT = {"-dp": "--data-parallel-size", "-pp": "--pipeline-parallel-size", "-O": "--compilation-config"}
+_RANKS = re.compile(r"-tp(\d+)")
+
+
+def whole(name: str, words: Iterable[str]) -> str:
+    """Return an unknown flag as it was written: of `-dp` the parser names `-d` alone, as if that went with `-p`."""
+    is_letter = len(name) == 2 and name[0] == "-" != name[1]
+    written = (word.partition("=")[0] for word in words if is_letter and word.startswith(name))
+    return next(written, name)
 
 
 def hint(flag: str) -> str | None:
     """Return what to do without a flag of vLLM; None: it is none, or one with a counterpart."""
-    name = flag.replace("_", "-")
+    if match := _RANKS.fullmatch(flag):
+        return f"-tp {match[1]} are two words"
+    name = SHORT.get(flag.rstrip("0123456789"), flag.replace("_", "-"))
     return HERE.get(name) or HERE.get(name.replace("--no-", "--", 1))

@@ -74,7 +74,7 @@ class SpeculativeConfig(Settings):
     @classmethod
     def _make_absolute(cls, model: Path | None) -> Path | None:
         """Name the same directory whatever folder a worker runs in."""
-        return model.expanduser().absolute() if model is not None else None
+        return Path(os.path.expanduser(model)).absolute() if model is not None else None
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:

@@ -163,7 +163,7 @@ def plan_worker(
 
 def absolute(path: Path | None) -> Path | None:
     """The same file whatever folder a child runs in."""
-    return path.expanduser().absolute() if path is not None else None
+    return path.absolute() if path is not None else None
 
 
 def fit_to_host(deployment: Deployment, host: Host, model: ModelConfig | None = None) -> Deployment:

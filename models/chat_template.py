@@ -192,8 +192,10 @@ def _from_file(file: Path, tool_use: Path | None = None) -> ChatTemplate:
 def _text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template {file}: {error}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"the chat template {file} is no text in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the chat template {file}: {error.strerror}") from error
 
 
 def _default_of(found: object, file: Path) -> str:

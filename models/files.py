@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from ..common.config import QuantizationName
 from ..common.errors import ConfigError
@@ -48,7 +49,7 @@ class ResolvedModel:
 
 def is_on_hub(name: str | None) -> bool:
     """Tell whether this names a model of the hub: it may be here already, or still has to be downloaded."""
-    return name is not None and not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
+    return name is not None and not _path_of(name).exists() and _HUB_ID.fullmatch(name) is not None
 
 
 def resolve_model(
@@ -68,7 +69,7 @@ def resolve_model(
         raise ConfigError(f"a revision ({revision}) goes with a hub id such as org/name only")
     if name is None:
         return ResolvedModel(default_model_dir(progress, keeps_blocks=quantization == "gguf"), DEFAULT_MODEL_NAME)
-    path = Path(name).expanduser()
+    path = _path_of(name)
     if path.suffix == ".gguf" and path.is_file():
         refuse_pointer(path, _beginning(path))
         return ResolvedModel(gguf_model_dir(path, progress), gguf_name(path))
@@ -131,6 +132,10 @@ def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[s
     return value
 
 
+def _path_of(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # pathlib's own raises where there is no such user
+
+
 def _beginning(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -140,7 +145,7 @@ def _beginning(path: Path) -> bytes:
 
 
 def _local(name: str) -> ResolvedModel:
-    path = Path(name).expanduser()
+    path = _path_of(name)
     if name and path.is_dir():  # an empty name is not the current directory
         return ResolvedModel(path, path.resolve().name)
     if name and path.exists():
@@ -155,9 +160,19 @@ def _local(name: str) -> ResolvedModel:
 
 def _checked(model: ResolvedModel) -> ResolvedModel:
     if not (model.dir / "config.json").is_file():
+        if (model.dir / "adapter_config.json").is_file():
+            _refuse_adapter(model.dir)
         raise ConfigError(f"{model.dir} has no config.json; a model is a directory with config.json and *.safetensors")
     check_no_code(model.dir)
     return model
+
+
+def _refuse_adapter(path: Path) -> NoReturn:
+    base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    raise ConfigError(
+        f"{path} holds an adapter, not a model: serve the model that it was made for"
+        f"{f', {base!r},' if base else ''} with --enable-lora --lora-modules NAME={path}"
+    )
 
 
 def check_no_code(path: Path) -> None:

@@ -37,7 +37,7 @@ class EngineSettings(Settings):
     tensor_parallel_size: Annotated[PositiveInt, Option("Engine", "Ranks of one worker.", ENGINES, short="-tp")] = 1
     enable_expert_parallel: Annotated[
         bool,
-        Option("Engine", "Give each rank of a worker whole experts instead of a part of each.", ENGINES),
+        Option("Engine", "Give each rank of a worker whole experts instead of a part of each.", ENGINES, short="-ep"),
     ] = False
     expert_plan: Annotated[
         FilePath | None, Option("Engine", "File that says which ones (kvferry experts plan). Default: even.", ENGINES)

@@ -62,6 +62,16 @@ class ServeSettings(
         """Tell whether workers have exact results, where `device` says enough of what they run on."""
         return self.deterministic or (self.speculative_config is not None and self.device != "cuda")
 
+    @property
+    def giving_way(self) -> set[str]:
+        """Name the settings whose defaults others overrule: given as they are, they would be refused."""
+        pool, num_tokens = self.decode, self.decode.max_num_batched_tokens or self.max_num_batched_tokens
+        overruled = {
+            "deterministic": self.is_exact and not self.deterministic,
+            "max_num_seqs": not pool.max_num_seqs and num_tokens is not None and num_tokens < self.max_num_seqs,
+        }
+        return {name for name, is_so in overruled.items() if is_so}
+
     def _check_keys(self) -> None:
         for name, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
             if any("," in key or key != key.strip() or not key for key in keys):

@@ -101,6 +101,8 @@ def _value_flag(name: str, help_text: str, option: Option, text: str, metavar: s
     if default not in (None, ()):
         help_text += f" \\[default: {default}]"
     given = list[str] if default == () else str
+    if (variable := ENV_PREFIX + name.upper()) != _variable(text):
+        help_text += f" \\[variable: {variable}]"
     names = [text, option.short] if option.short else [text]
     kind = Annotated[
         given | None,  # type: ignore[valid-type]  # list[str] where the option is repeatable
@@ -113,10 +115,12 @@ def _switches(field: str, option: Option) -> Iterator[_Flag]:
     """Name `--no-x` where x is on by default, else `--x`; and the other one, hidden, that overrules a file."""
     default = value_of(_DEFAULTS, field)
     for name, value in ((f"no_{field}", False), (field, True)):
+        short = [option.short] if option.short and value != default else []
         kind = Annotated[
             bool,
             typer.Option(
                 _dashed(name),
+                *short,
                 help=option.help,
                 hidden=value == default,
                 rich_help_panel=option.panel,
@@ -140,6 +144,11 @@ def _parameter(name: str, annotation: object, *, default: object = None) -> insp
 
 def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _variable(flag: str) -> str:
+    """Return the variable that one would guess from a flag."""
+    return ENV_PREFIX + flag.removeprefix("--").replace("-", "_").upper()
 
 
 def _kinds(field: str) -> Iterator[object]:

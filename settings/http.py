@@ -57,7 +57,7 @@ class HttpSettings(Settings):
         ),
     ] = None
     store_responses: Annotated[
-        bool, Option("HTTP", "Keep what /v1/responses answered, so that a later request can go on with it.", FRONTS)
+        bool, Option("HTTP", "Keep nothing that /v1/responses answered: no later request can go on with it.", FRONTS)
     ] = True
     max_connections: Annotated[
         Count | None,

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, time
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 from ..common.config import Settings
 from ..common.errors import ConfigError
 from ..wire.credentials import read_private
+from .yaml_values import construct
 
 MAX_KEYS = 10_000
 MAX_FILE_BYTES = 400 * MAX_KEYS  # twice what `kvferry keys add` writes of the longest id and expiry
@@ -174,13 +175,7 @@ def _entry(node: yaml.Node, origin: str) -> KeyEntry:
     names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     if repeated := next((str(name) for name in names if names.count(name) > 1), ""):
         raise ConfigError(f"{origin}: an entry has {repeated} once")
-    loader = yaml.SafeLoader("")
-    try:
-        value: Any = loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{origin}: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+    value = construct(node, origin)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{origin}: an entry is a mapping with `id` and `hash`")
     try:

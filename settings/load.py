@@ -3,7 +3,8 @@
     raw values with their origin, by layer  ->  the highest of each key  ->  ServeSettings, or one line per mistake
 
 Every mistake is found before anything starts, and names its file and line (or flag, or variable), the rule, and the
-nearest right name. The YAML is read with its line numbers and without tags that build objects.
+nearest right name. The YAML is read with its line numbers and without tags that build objects; its words and numbers
+are read as the same texts are that flags and variables have.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
 from ..common.errors import ConfigError
 from ..common.router_config import RequestClass
 from .fields import ENV_PREFIX, ServeSettings, setting_keys
-from .values import parse_classes
+from .values import expanded, parse_classes
+from .yaml_values import construct
 
 DEFAULT = "default"
 _RULES = {  # in our words
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
     "dict_type": "must be a mapping",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
     "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "extra_forbidden": "is not known here",
@@ -44,6 +51,20 @@ _SERVICE_VARIABLE = re.compile(
     r"KVFERRY(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://\S+")  # of NAME_PORT, which for some names is a setting too
+_NOTHING, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+
+
+class _Texts(yaml.SafeLoader):
+    """Leaves words and numbers as they are written: YAML's own are yes for true, 80:30 for 4830 and 017500 for 8000.
+
+    What is not there, null and ~ are nothing still.
+    """
+
+
+_Texts.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag in (_NOTHING, _MERGE)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class Raw(NamedTuple):
@@ -86,6 +107,7 @@ def value_of(settings: BaseModel, dotted_key: str) -> object:
 def read_environment(env: Mapping[str, str], mistakes: list[str]) -> dict[str, Raw]:
     """Read every KVFERRY_ variable but those that are no settings; an unknown one is added to the mistakes."""
     keys = {ENV_PREFIX + name.upper(): key for name, key in setting_keys().items()}
+    as_in_file = {ENV_PREFIX + key.replace(".", "_").upper(): name for name, key in keys.items()}  # `prefill.workers`
     found: dict[str, Raw] = {}
     for name, value in env.items():
         if not name.startswith(ENV_PREFIX) or name in _NO_SETTINGS or _is_of_a_service(name, value):
@@ -93,7 +115,8 @@ def read_environment(env: Mapping[str, str], mistakes: list[str]) -> dict[str, R
         if name in keys:
             found[keys[name]] = Raw(value, name)
         else:
-            mistakes.append(f"{name}: unknown variable{_nearest(name, keys)}")
+            hint = f"; did you mean {as_in_file[name]}?" if name in as_in_file else _nearest(name, keys)
+            mistakes.append(f"{name}: unknown variable{hint}")
     return found
 
 
@@ -107,7 +130,11 @@ def read_yaml(path: Path, mistakes: list[str]) -> dict[str, Raw]:
     Raises ConfigError for a file that cannot be read at all.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        path = Path(expanded(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"config: {error}, not {str(path)!r}") from None
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Texts)
     except UnicodeDecodeError:
         raise ConfigError(f"config: {path} is no text in UTF-8") from None
     except OSError as error:
@@ -137,32 +164,43 @@ def _entries(mapping: yaml.MappingNode, path: Path, prefix: str, mistakes: list[
         if not isinstance(key_node, yaml.ScalarNode):
             mistakes.append(f"{origin}: a key must be the name of a setting")
             continue
+        if key_node.tag == _MERGE:
+            mistakes.append(f"{origin}: {prefix}<<: merge keys are not read here; write the settings themselves")
+            continue
         key = prefix + key_node.value
         if key in sections and isinstance(node, yaml.MappingNode):
             yield from _entries(node, path, f"{key}.", mistakes)
+            continue
+        if key in sections and node.tag == _NOTHING:  # `prefill:` with comments alone behind it
             continue
         if key in sections:  # `prefill: 2`
             key = f"{key}.workers"
         if key not in keys:
             mistakes.append(f"{origin}: {key}: unknown key{_nearest(key, keys | sections)}")
             continue
+        mistakes += [f"{path}:{line}: {key}: {why}" for line, why in _given_twice(node, path)]
         try:
-            yield key, Raw(_construct(node), origin)
-        except (
-            yaml.YAMLError,
-            ValueError,
-            TypeError,
-            AttributeError,
-        ) as error:  # a tag, or a text that it does not permit
-            mistakes.append(f"{origin}: {getattr(error, 'problem', None) or error}")
+            yield key, Raw(construct(node, origin), origin)
+        except ConfigError as error:
+            mistakes.append(str(error))
 
 
-def _construct(node: yaml.Node) -> object:
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    finally:
-        loader.dispose()
+def _given_twice(value: yaml.Node, path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines where a mapping within a value has a key again: of two, YAML would keep the last."""
+    waiting, seen = [(value, "")], set[int]()
+    for node, place in waiting:  # it grows meanwhile
+        if id(node) in seen:  # an alias, which may stand within itself
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(each, place) for each in node.value]
+        lines: dict[str, int] = {}
+        for key_node, own in node.value if isinstance(node, yaml.MappingNode) else ():
+            line, name = key_node.start_mark.line + 1, place + str(key_node.value)
+            waiting.append((own, f"{name}."))
+            if name in lines:
+                yield line, f"{name}: given twice, first at {path}:{lines[name]}"
+            lines.setdefault(name, line)
 
 
 def _nested(values: Mapping[str, object]) -> dict[str, object]:

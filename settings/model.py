@@ -45,8 +45,8 @@ class ModelSettings(Settings):
         WeightsForms,
         Option(
             "Model",
-            "plain, int8, int4, fp8: forms of the weights whose workers may exchange KV, as a plain prefill worker and "
-            "a decode worker in int4. Default: all workers have one.",
+            "Forms of the weights whose workers may exchange KV, as a plain prefill worker and a decode worker in "
+            "int4. Default: all workers have one.",
             ENGINES,
         ),
     ] = ()

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.errors import ConfigError
 from ..common.router_config import RouterConfig
 from ..wire.address import Address
-from ..wire.credentials import read_private
+from ..wire.credentials import open_regular, read_private
 
 _ALPN = "http/1.1"
 
@@ -63,6 +63,7 @@ def _refuse_password() -> str:
 
 def _load_certificates(context: ssl.SSLContext, path: Path, setting: str) -> None:
     try:
+        open_regular(path, setting).close()  # OpenSSL would wait at a pipe for whoever writes into it
         context.load_verify_locations(path)
     except ssl.SSLError:
         raise ConfigError(f"{setting}: {path} holds no certificate in PEM") from None

@@ -1,11 +1,14 @@
 """Types of settings, and how their texts are read: numbers with units, lists, request classes, adapters.
 
-A value that is read from YAML is often of its type already: every reader hands on what it has nothing to do with.
+Flags, variables and scalars of YAML are all texts. Lists and mappings of YAML are such already, and a program may give
+values of their types: every reader hands on what it has nothing to do with.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -27,14 +30,20 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_power, _letter.upper(): 1024**_power}  # as vLLM reads them: 1k = 1000, 1K = 1024
     _UNITS |= {f"{_letter.upper()}iB": 1024**_power, f"{_letter.upper()}B": 1000**_power}
+_SWITCHED = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
+# Bounded, exponents above all: a number of a million digits is not to be computed.
+_NUMBER = re.compile(r"([+-]?\d[\d_]{0,39}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,2})?)\s*([A-Za-z]*)")
 
 
 def parse_number(value: object) -> object:
-    """Read `32K`, `1.5k` and `2GiB` as whole numbers; what is no text goes on to pydantic as it is."""
+    """Read `32K`, `1.5k`, `2GiB`, `32_768` and `8.5e+09` (as templates of YAML files write large ones).
+
+    What is no text goes on to pydantic as it is.
+    """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(-?\d{1,40}(?:\.\d{1,40})?)\s*([A-Za-z]*)\s*", value)
-    number = Fraction(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else None
+    match = _NUMBER.fullmatch(value.strip())
+    number = Fraction(match[1].replace("_", "")) * _UNITS[match[2]] if match and match[2] in _UNITS else None
     if number is None or number.denominator != 1:  # 4.1GB are whole bytes, which 4.1 as a float is not
         raise ValueError("must be a whole number, perhaps with a unit such as 32K or 2GiB")
     return int(number)
@@ -71,14 +80,18 @@ def parse_kv_dtype(value: object) -> object:
 
 
 def parse_classes(value: object) -> object:
-    """Read request classes: a mapping by name (YAML), or texts `name:key=value,key=value` (flags, variable)."""
+    """Read request classes: a mapping by name (YAML, or JSON in a text), or texts `name:key=value,key=value`."""
+    if value is None:  # `classes:` with comments alone behind it
+        return []
     if isinstance(value, Mapping):
         entries = [(name, {} if own is None else own) for name, own in value.items()]
         return [{**own, "name": name} if isinstance(own, Mapping) else own for name, own in entries]
+    if _is_json(value):
+        return parse_classes(parse_object(value))
     texts = value.split() if isinstance(value, str) else value
     if not isinstance(texts, list | tuple):
         return value
-    return [_parse_class(text) if isinstance(text, str) else text for text in texts]
+    return [entry for text in texts for entry in (_parse_class(text) if isinstance(text, str) else [text])]
 
 
 def parse_object(value: object) -> object:
@@ -86,22 +99,39 @@ def parse_object(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        return json.loads(value, object_pairs_hook=_as_in_yaml)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"must be a JSON object: {error}") from None
 
 
-def _parse_class(text: str) -> dict[str, str]:
+def _as_in_yaml(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a key that is given twice, and leave `true` a word: pydantic would take the truth value for a number."""
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key}: given twice")
+        found[key] = json.dumps(value) if isinstance(value, bool) else value
+    return found
+
+
+def _is_json(value: object) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith(("{", "["))
+
+
+def _parse_class(text: str) -> list[object]:
+    if _is_json(text):
+        found = parse_classes(text)
+        return found if isinstance(found, list) else [found]
     name, _, rest = text.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
     if not all(sign for _, sign, _ in pairs):
         raise ValueError(f"{text!r} is not like 'batch:priority=10,deadline_s=600'")
-    return {"name": name.strip(), **{key.strip(): value.strip() for key, _, value in pairs}}
+    return [{"name": name.strip(), **{key.strip(): value.strip() for key, _, value in pairs}}]
 
 
 def on_or_off(value: object) -> object:
-    """YAML takes the bare words for truth values."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    """Read other words for the two states of a switch that has a third one, in any case as those of other switches."""
+    return _SWITCHED.get(str(value).lower(), value)
 
 
 def check_windows(texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,7 +151,16 @@ def check_host(text: str) -> str:
         is_name = False
     if not is_name:
         raise ValueError("must be an address or a name of a host")
+    if set(text) & set("/[]") or (":" in text and not _is_ipv6(text)):
+        raise ValueError("must be an address or a name of a host, without scheme, port and brackets")
     return text
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 def check_name(text: str) -> str:
@@ -138,11 +177,22 @@ def check_names(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.strip() for text in texts))
 
 
+def expanded(path: str) -> str:
+    """Put a user's home in the place of `~`: shells do not where it stands behind a `=`, and files are none of theirs.
+
+    Raises ValueError.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError("a path with ~ must name a user of this machine")
+    return found
+
+
 def _check_path(value: object) -> object:
     """Refuse the path of an unset variable (`--data-dir "$DIR"`): it would be the folder that the command runs in."""
     if value == "" or (isinstance(value, str) and "\0" in value):  # which YAML can write, and no system call takes
         raise ValueError("must be a path")
-    return value
+    return expanded(value) if isinstance(value, str) else value
 
 
 def check_host_names(texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -163,7 +213,7 @@ def check_origins(texts: tuple[str, ...]) -> tuple[str, ...]:
 def _adapters(value: object) -> object:
     """Read texts and mappings of adapters (YAML), one or several; also as JSON in one text (variable)."""
     if isinstance(value, str):
-        value = parse_object(value) if value.lstrip().startswith(("{", "[")) else _split(value)
+        value = parse_object(value) if _is_json(value) else _split(value)
     entries = [value] if isinstance(value, Mapping) else value
     if not isinstance(entries, list | tuple):
         return entries
@@ -180,6 +230,8 @@ def _as_pair(text: str) -> str:
         return text
     fields = parse_object(text)
     if not isinstance(fields, dict) or not {"name", "path"} <= fields.keys() <= {"name", "path", "base_model_name"}:
+        fields = {}
+    if not all(isinstance(fields.get(key), str | int | float) for key in ("name", "path")):  # `name:` alone is nothing
         raise ValueError('each is NAME=DIRECTORY or {"name": NAME, "path": DIRECTORY}')
     if "=" in str(fields["name"]):
         raise ValueError("a name has no =")
@@ -193,7 +245,7 @@ def check_adapters(texts: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError("each is NAME=DIRECTORY")
     if len(set(names)) < len(names):
         raise ValueError("each name once")
-    paths = [Path(text.partition("=")[2]).expanduser().absolute() for text in texts]  # whatever folder a child runs in
+    paths = [Path(expanded(text.partition("=")[2])).absolute() for text in texts]  # whatever folder a child runs in
     return tuple(f"{name}={path}" for name, path in zip(names, paths, strict=True))
 
 

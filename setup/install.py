@@ -193,19 +193,35 @@ def torch_of_files(venv: Path) -> Torch | None:
 
 
 def make_venv(venv: Path, torch: Torch | None) -> None:
-    """An environment that sees the torch of this Python, if there is a usable one."""
-    if (venv / "bin" / "python").exists():
-        return
-    command = [sys.executable, "-m", "venv", *(["--system-site-packages"] if torch is not None else []), str(venv)]
-    if subprocess.run(command, check=False).returncode:
-        sys.exit("no environment could be made; on Debian: apt install python3-venv")
-    if torch is None or find_torch(str(venv / "bin" / "python")) is not None:
+    """An environment with a pip, that sees the torch of this Python, if there is a usable one.
+
+    Nothing is deleted: `-m venv` adds to a folder what is missing, and so completes what was interrupted.
+    """
+    python = venv / "bin" / "python"
+    if not has_pip(python):
+        if (venv / "pyvenv.cfg").exists():
+            print(f"{venv} lacks pip, as an environment does that was left half made: completing it", flush=True)
+        shown = ["--system-site-packages"] if torch is not None else []
+        failed = subprocess.run([sys.executable, "-m", "venv", *shown, str(venv)], check=False).returncode
+        if failed or not has_pip(python):
+            sys.exit(
+                f"no environment with pip could be made in {venv}; on Debian: apt install python3-venv. If that is "
+                f"installed, what is in the folder is in the way: delete it, and run this again"
+            )
+    if torch is None or find_torch(str(python)) is not None:
         return
     # This Python is in an environment itself, whose packages a further one does not see.
-    [packages] = (venv / "lib").glob("python*/site-packages")
-    (packages / "base.pth").write_text(f"{torch.folder}\n")
-    if find_torch(str(venv / "bin" / "python")) is None:
+    look = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True).stdout.strip()
+    Path(packages, "base.pth").write_text(f"{torch.folder}\n")
+    if find_torch(str(python)) is None:
         sys.exit(f"torch {torch.version} of {sys.executable} cannot be imported from {venv}")
+
+
+def has_pip(python: Path) -> bool:
+    """Its metadata are written behind its code: what was interrupted meanwhile has none."""
+    look = "import pip; from importlib.metadata import version; version('pip')"
+    return python.exists() and subprocess.run([python, "-c", look], capture_output=True, check=False).returncode == 0
 
 
 def has_gpu() -> bool:

@@ -188,8 +188,9 @@ def test_a_model_may_have_several_names_in_each_form(run: Run, words: tuple[str,
 
 
 def test_short_flags_and_names_are_those_of_vllm(run: Run) -> None:
-    shown = run("config", "show", "-tp", "2", "-q", "int8", "--kv-cache-dtype", "fp8_e4m3").stdout
-    assert "tensor_parallel_size: 2" in shown and 'quantization: "int8"' in shown and 'kv_cache_dtype: "fp8"' in shown
+    shown = run("config", "show", "-tp", "2", "-ep", "-q", "int8", "--kv-cache-dtype", "fp8_e4m3").stdout
+    assert "tensor_parallel_size: 2" in shown and "enable_expert_parallel: true" in shown
+    assert 'quantization: "int8"' in shown and 'kv_cache_dtype: "fp8"' in shown
     assert_refused(run("config", "show", "--kv-cache-dtype", "fp8_e5m2"), "must be 'auto', 'bfloat16', 'fp8' or 'int8'")
 
 
@@ -247,6 +248,11 @@ def test_misspelt_flag_is_told_the_right_one(run: Run) -> None:
         ("--trust-remote-code", "never run"),
         ("--pipeline_parallel_size=2", "--tensor-parallel-size"),
         ("--no-enable-chunked-prefill", "--max-num-batched-tokens"),
+        ("-dp=2", "--prefill N and --decode N"),
+        ("-pp", "--tensor-parallel-size"),
+        ("-pp2", "--tensor-parallel-size"),
+        ("-tp2", "-tp 2 are two words"),
+        ("-O3", "--enforce-eager"),
     ],
 )
 def test_a_flag_of_another_server_is_told_what_stands_in_its_place(run: Run, flag: str, instead: str) -> None:
@@ -258,13 +264,41 @@ def test_a_flag_of_another_server_is_told_what_stands_in_its_place(run: Run, fla
 def test_what_stands_in_the_place_of_other_flags_is_there() -> None:
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     flags = {flag for param in serve.params for flag in (*param.opts, *param.secondary_opts)}
-    assert not flags & other_flags.HERE.keys()
+    assert not flags & (other_flags.HERE.keys() | other_flags.SHORT.keys())
+    assert set(other_flags.SHORT.values()) <= other_flags.HERE.keys()
     named = {word.strip(".,;:") for text in other_flags.HERE.values() for word in text.split() if word.startswith("--")}
     assert named and named <= flags
 
 
-def test_a_model_behind_a_flag_is_told_its_place(run: Run) -> None:
-    assert_refused(run("serve", "--model", "./m"), r"^kvferry: --model: .* the first word: kvferry serve MODEL$")
+@pytest.mark.parametrize("flag", ["--model", "--model-path"])
+def test_a_model_behind_a_flag_is_told_its_place(run: Run, flag: str) -> None:
+    assert_refused(run("serve", flag, "./m"), rf"^kvferry: {flag}: .* the first word: kvferry serve MODEL$")
+
+
+def test_a_letter_that_is_no_flag_is_told_as_one(run: Run) -> None:
+    assert_refused(run("serve", "-x5"), r"^kvferry: No such option: -x ")
+
+
+def test_the_help_of_a_switch_that_is_on_says_what_turning_it_off_does() -> None:
+    names = [name for name in ServeSettings.model_fields if getattr(ServeSettings(), name) is True]
+    assert {"store_responses", "local_prefill", "enable_prefix_caching"} <= set(names)
+    turned_off = re.compile(r"(Do not|Keep nothing|Never|No|Refuse|Without)\b")
+    assert [name for name in names if not turned_off.match(option_of(name).help)] == []
+
+
+@pytest.mark.parametrize("command", ["serve", "router", "prefill", "decode"])
+def test_the_help_names_the_variable_where_the_flag_does_not(run: Run, command: str) -> None:
+    words = " ".join(run(command, "--help", COLUMNS="400").stdout.split())
+    told = dict(re.findall(r"(--[a-z-]+) [A-Z]+ [^│]*\[variable: (KVFERRY_[A-Z_]+)\]", words))
+    by_hand = {"--host": "KVFERRY_HANDOFF_HOST", "--port": "KVFERRY_HANDOFF_PORT"}
+    pools = {f"--{pool}-{end}": f"KVFERRY_{pool.upper()}_{end.upper()}_WORKERS" for pool in ("prefill", "decode")
+             for end in ("min", "max")}  # fmt: skip
+    assert told == {"serve": pools, "router": {}}.get(command, by_hand)
+
+
+def test_the_help_lists_choices_once(run: Run) -> None:
+    words = " ".join(run("serve", "--help", COLUMNS="400").stdout.split())
+    assert words.count("plain, int8, int4, fp8") == 1
 
 
 def test_ranks_that_cannot_share_the_heads_are_one_line(run: Run, tmp_path: Path) -> None:
@@ -309,7 +343,11 @@ def test_worker_by_hand_needs_a_router(run: Run) -> None:
     assert_refused(run("decode"), "needs --router HOST:PORT")
     for router in ("10.0.0.1", "10.0.0.1:http", "10.0.0.1:\u00b2", f"10.0.0.1:{'9' * 5000}"):
         assert_refused(run("decode", "--router", router), "kvferry: router: '.*' is not host:port")
-    assert_refused(run("decode", "--router", "..:7001"), "kvferry: router: must be an address or a name of a host")
+    refused = "kvferry: router: '{}' is not host:port: the host must be an address or a name of a host"
+    assert_refused(run("decode", "--router", "..:7001"), refused.format("..:7001"))
+    url = "http://10.0.0.1:7001"
+    assert_refused(run("decode", "--router", url), f"{refused.format(url)}, without scheme, port and brackets")
+    assert_refused(run("decode", "--router", "[::1]:7001"), "secret_file: ")
 
 
 def test_worker_by_hand_whose_address_is_taken_or_elsewhere_is_refused_before_it_loads(
@@ -351,11 +389,47 @@ def test_a_switch_that_is_off_by_default_is_turned_on_and_off_again(run: Run, tm
 
 
 def test_what_config_show_prints_can_be_loaded_again(run: Run, tmp_path: Path) -> None:
-    shown = run("config", "show", "--prefill", "3", "--max-model-len", "2K")
+    """Of each kind of value: words that YAML takes for others, numbers with exponents, lists, mappings, nothing."""
+    file = tmp_path / "first.yaml"
+    file.write_text(
+        "max_model_len: 2K\nautoscale: on\nkv_checksum: off\nserved_model_name: [on, 1.0, null-model, 'a: b', '~']\n"
+        "scale_down_after: 1e22\nscale_interval: 1e-7\nenable_lora: yes\n"
+        "lora_modules: [a=~/a, {name: 7, path: 2026-01-01}]\n"
+        "scale_schedule: mon-fri 08:00-18:00 prefill>=4 decode>=2\nmodel: 017\nrevision: '0x10'\ndata_dir: ~/x\n"
+        "classes: {on: {deadline_s: 1e-3}, 1: {priority: -5, weight: .5}, null-one: {ttft_objective_ms: null}}\n"
+        "speculative_config: {method: draft_model, model: ~/d, suffix_decoding_min_token_prob: 1e-5}\n"
+        "prefill: {workers: 3, num_threads: 2}\ndecode: {min_workers: 1, expert_plan: p, enable_prefix_caching: no}\n"
+    )
+    shown = run("config", "show", "--config", str(file))
+    assert shown.returncode == 0, shown.stderr
     (tmp_path / "again.yaml").write_text(shown.stdout)
     again = run("config", "show", "--config", str(tmp_path / "again.yaml"))
     assert again.stdout == shown.stdout
-    assert "max_model_len: 2048" in again.stdout
+    assert "max_model_len: 2048" in again.stdout and '"null-one"' in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "behind"),
+    [
+        ("speculative_config: {method: ngram}", "# deterministic: false"),
+        ("max_num_batched_tokens: 32", "# max_num_seqs: 64"),
+        ("decode: {max_num_batched_tokens: 32}", "# max_num_seqs: 64"),
+        ("deterministic: true\nspeculative_config: {method: ngram}", None),
+        ("device: cuda\nspeculative_config: {method: ngram}", None),
+        ("decode: {max_num_batched_tokens: 32, max_num_seqs: 8}", None),
+        ("prefill: {max_num_batched_tokens: 32}", None),
+    ],
+)
+def test_config_show_does_not_give_what_gives_way(run: Run, tmp_path: Path, text: str, behind: str | None) -> None:
+    """Given, a default that others overrule would be refused: with drafts, for one, `deterministic: false`."""
+    (tmp_path / "first.yaml").write_text(text)
+    shown = run("config", "show", "--config", str(tmp_path / "first.yaml"))
+    assert shown.returncode == 0, shown.stderr
+    assert [line for line in shown.stdout.splitlines() if line.startswith("#")] == ([behind] if behind else [])
+    (tmp_path / "again.yaml").write_text(shown.stdout)
+    again = run("config", "show", "--config", str(tmp_path / "again.yaml"))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == shown.stdout
 
 
 def test_config_check_says_ok_or_every_mistake(run: Run, tmp_path: Path) -> None:

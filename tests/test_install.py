@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -145,6 +146,64 @@ def test_the_torch_of_an_environment_is_seen_from_one_that_is_made_in_it(tmp_pat
     arguments = [python, "-c", program, str(ROOT / "setup" / "install.py"), str(tmp_path / "venv")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert f"Torch(version='2.13.0+cu130', cuda='13.0', folder='{packages}')" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_environment_that_was_left_half_made_is_completed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python links itself into an environment before it puts pip there, whose metadata come last."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    [packages] = (venv / "lib").glob("python*/site-packages")
+    (packages / "pip").mkdir()
+    (packages / "pip" / "__init__.py").touch()
+    (packages / "own.py").write_text("kept = True\n")
+    assert not install.has_pip(venv / "bin" / "python")
+    install.make_venv(venv, None)
+    assert "completing it" in capsys.readouterr().out
+    program = "import own, pip; from importlib.metadata import version; assert own.kept and version('pip')"
+    subprocess.run([venv / "bin" / "python", "-m", "pip", "--version"], check=True)
+    subprocess.run([venv / "bin" / "python", "-c", program], check=True)
+    install.make_venv(venv, None)
+    assert capsys.readouterr().out == ""
+
+
+def test_where_no_pip_can_be_had_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's Python makes environments without one until python3-venv is installed."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nmkdir -p "$3/bin" && ln -sf /bin/false "$3/bin/python"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(install.sys, "executable", str(python))
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"no environment with pip could be made .*: apt install python3-venv"):
+            install.make_venv(tmp_path / "venv", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "folder"),
+    [
+        ("", {}, "/home/of/somebody/.local/share/kvferry"),
+        ("--port 8001", {"XDG_DATA_HOME": "/data"}, "/data/kvferry"),
+        ("--port 8001", {"KVFERRY_DATA_DIR": "/own"}, "/own"),
+        ("--config=f.yaml", {"KVFERRY_DATA_DIR": "/own"}, "/own"),
+        ("MODEL --config f.yaml", {}, "none"),
+        ("--config=f.yaml", {}, "none"),
+    ],
+)
+def test_make_serve_names_a_folder_for_data_where_no_file_of_settings_may(
+    tmp_path: Path, arguments: str, given: dict[str, str], folder: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "kvferry"
+    command.write_text('#!/bin/sh\necho "${KVFERRY_DATA_DIR-none}" "$@"\n')
+    command.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("KVFERRY_", "XDG_", "MAKE"))}
+    env |= {"HOME": "/home/of/somebody", **given}
+    make = ["make", "-s", "-C", str(ROOT), "serve", f"VENV={tmp_path}", f"ARGS={arguments}"]
+    done = subprocess.run(make, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [folder, "serve", *arguments.split()]
 
 
 def test_what_torch_was_built_for_is_read_from_its_files(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import structlog
 from ...common.config import EngineConfig, ExpertExchange
 from ...common.errors import ConfigError, KVFerryError
 from ...models.config import ModelConfig
+from ...models.default import DEFAULT_MODEL_NAME
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu
 from ...tools.load.arguments import Parser, multiple, positive_float, positive_int, share
@@ -70,7 +71,7 @@ def size(options: argparse.Namespace) -> dict[str, object]:
     link = link_bytes_per_s(options, gpu)
     batch = sizer.batch(goals.tpot_s)
     figures: dict[str, object] = {
-        "model": options.model or model.architecture,
+        "model": options.model or DEFAULT_MODEL_NAME,
         "hardware": asdict(gpu),
         "tensor_parallel_size": engine.tensor_parallel_size,
         "quantization": engine.quantization or model.weights_form,

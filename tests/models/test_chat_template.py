@@ -403,8 +403,11 @@ def test_a_template_of_another_type_is_a_config_error(tmp_path: Path, found: obj
 
 
 def test_a_missing_template_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read the chat template .*gone\.jinja"):
+    with pytest.raises(ConfigError, match=r"cannot read the chat template .*gone\.jinja: No such file or directory$"):
         load_chat_template(tmp_path, {}, override=tmp_path / "gone.jinja")
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"the chat template .*bytes\.jinja is no text in UTF-8$"):
+        load_chat_template(tmp_path, {}, override=tmp_path / "bytes.jinja")
 
 
 def test_a_template_of_more_than_a_mebibyte_is_refused() -> None:

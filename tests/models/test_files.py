@@ -284,3 +284,23 @@ def test_an_earlier_checkpoints_index_needs_no_files_beside_one_file_for_all(
         resolve_model("org/partial")
     (tmp_path / "model.safetensors").touch()
     assert resolve_model("org/partial").dir == tmp_path
+
+
+def test_an_adapter_in_place_of_a_model_is_told_how_it_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ConfigError) as caught:
+        resolve_model(str(path))
+    assert str(caught.value) == (
+        f"{path} holds an adapter, not a model: serve the model that it was made for, 'org/base', with --enable-lora "
+        f"--lora-modules NAME={path}"
+    )
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"the model that it was made for with --enable-lora --lora-modules NAME=/"):
+        resolve_model(str(path))
+
+
+def test_a_model_in_the_home_of_nobody_is_refused_as_any_other_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="no model '~nobody-here/m': there is no such directory"):
+        resolve_model("~nobody-here/m")

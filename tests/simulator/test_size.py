@@ -100,6 +100,11 @@ def test_nothing_is_priced_that_has_no_price(model: str, capsys: pytest.CaptureF
     assert "e+" not in shown and re.search(r"cost of a million output tokens\W+\d+,\d{3}\b", shown)
 
 
+def test_where_no_model_is_named_the_built_in_one_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--gpu", "h100"]) == 0
+    assert capsys.readouterr().out.startswith("SmolLM2-135M-Instruct, weights as stored, on 1 x H100 a worker; ")
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
