@@ -37,7 +37,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.", metavar="")] = False,
 ) -> None:
     """Show what runs on this machine: addresses, processes and their states. Exit code 3: nothing does."""
-    found = _running(port, pid_file)
+    found, silent = _running(port, pid_file)
+    for error in silent.values():
+        print(f"another deployment: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps(found, indent=2))
     elif not found:
@@ -89,12 +91,13 @@ def running_admins() -> list[str]:
 
 
 def _one(port: int | None, pid_file: Path | None, *, flags: str = "--port or --pid-file") -> Mapping[str, Any]:
-    found = _running(port, pid_file)
+    found, silent = _running(port, pid_file)
     if not found:
         raise ConfigError(_none(port, pid_file))
-    if len(found) > 1:
-        rows = ", ".join(f"{each['http']} (process {each['pid']}{_admin(each)})" for each in found)
-        raise ConfigError(f"{len(found)} deployments run: {rows}; choose one with {flags}")
+    rows = [f"{each['http']} (process {each['pid']}{_admin(each)})" for each in found]
+    rows += [f"process {pid}, which does not answer" for pid in silent]
+    if len(rows) > 1:
+        raise ConfigError(f"{len(rows)} deployments run: {', '.join(rows)}; choose one with {flags}")
     return found[0]
 
 
@@ -103,13 +106,16 @@ def _none(port: int | None, pid_file: Path | None) -> str:
     return f"no deployment of {which} runs on this machine"
 
 
-def _running(port: int | None, pid_file: Path | None) -> list[dict[str, Any]]:
-    """Return the status of each deployment that answers. Raises ConfigError where none does, but one should."""
+def _running(port: int | None, pid_file: Path | None) -> tuple[list[dict[str, Any]], dict[int, ConfigError]]:
+    """Return the status of each deployment that answers, and by process why another one that may be meant does not.
+
+    Raises ConfigError where none answers, but one should.
+    """
     from ..launch.command_socket import NobodyListens
     from ..launch.running import read_pid, running_pids, runtime_dir
 
     wanted = read_pid(pid_file) if pid_file is not None else None
-    found, silent = [], list[ConfigError]()
+    found, silent = [], dict[int, ConfigError]()
     for pid in running_pids(runtime_dir(environment())):
         if wanted not in (None, pid):
             continue
@@ -117,14 +123,16 @@ def _running(port: int | None, pid_file: Path | None) -> list[dict[str, Any]]:
             answer = _last(_say({"pid": pid}, {"command": "status"}, limit_s=_STATUS_LIMIT_S))
         except NobodyListens:
             continue  # what a killed launcher left
-        except ConfigError as error:  # it hangs, or is just ending: none of ours if another one is found
-            silent.append(error)
+        except ConfigError as error:  # it hangs, or is just ending
+            silent[pid] = error
             continue
-        if port is None or str(answer["http"]).endswith(f":{port}"):
+        if "http" not in answer:
+            silent[pid] = ConfigError(f"process {pid} cannot say how it is: {answer['error']}")
+        elif port is None or str(answer["http"]).endswith(f":{port}"):
             found.append(answer)
     if silent and not found:
-        raise silent[0]
-    return found
+        raise ConfigError("; ".join(map(str, silent.values())))
+    return found, silent if port is None else {}  # one of that port has answered
 
 
 def _say(

@@ -22,6 +22,7 @@ from ..settings.load import Loaded
 from ..settings.pools import PoolSettings
 from ..settings.values import check_host
 from .deployment import description, greeting
+from .inherited import mend_inheritance
 
 if TYPE_CHECKING:
     from ..launch import Launcher
@@ -52,7 +53,9 @@ def serve(
 
     if not dry_run:
         _ignore_reloads()
+    mend_inheritance()
     with kept_imports():
+        from ..common.lines import drain
         from ..common.logs import configure_logging, resolve_format
         from ..launch.preflight import Preflight
         from ..launch.progress import make_display
@@ -75,6 +78,7 @@ def serve(
             asyncio.run(_run(launcher, settings.pid_file, display))
     finally:
         display.done()
+        drain()  # what is said next goes past the log
 
 
 def _ignore_reloads() -> None:
@@ -101,13 +105,27 @@ def _launcher(settings: ServeSettings, deployment: Deployment, model: ModelConfi
 async def _run(launcher: Launcher, pid_path: Path | None, display: Display) -> None:
     import asyncio
 
+    import structlog
+
     from ..launch.command_socket import command_socket
     from ..launch.running import make_runtime_dir, pid_file, socket_of
 
     loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[list[str]]]()
+
+    def reload() -> None:
+        task = loop.create_task(launcher.reload())
+        tasks.add(task)
+        task.add_done_callback(on_reloaded)
+
+    def on_reloaded(task: asyncio.Task[list[str]]) -> None:
+        tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log = structlog.get_logger()
+            log.error("reload_failed", error=f"{type(error).__name__}: {error}", exc_info=error)
+
     loop.add_signal_handler(signal.SIGINT, launcher.stop)
     loop.add_signal_handler(signal.SIGTERM, launcher.drain)
-    loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(loop.create_task(launcher.reload())))
+    loop.add_signal_handler(signal.SIGHUP, reload)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(pid_file(pid_path))
         try:
@@ -135,6 +153,7 @@ def router(loaded: Loaded) -> None:
     from ..wire.address import Address
 
     _ignore_reloads()
+    mend_inheritance()
     settings = loaded.settings
     listen(Address(settings.host, settings.port)).close()
     resolved = resolve_model(settings.model, settings.revision, quantization=settings.quantization)
@@ -172,15 +191,11 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     from ..wire.credentials import read_secrets
 
     _ignore_reloads()
+    mend_inheritance()
     check_platform()
     if not settings.router:
         raise ConfigError(f"router: a {role} worker needs --router HOST:PORT, the control socket of its router")
-    try:
-        routers = [Address.parse(text) for text in settings.router]
-        for address in routers:
-            check_host(address.host)
-    except (ProtocolError, ValueError) as error:
-        raise ConfigError(f"router: {error}") from None
+    routers = [_router_address(text) for text in settings.router]
     secrets = read_secrets(settings.secret_file, environment())
     handoff = Address(settings.handoff_host, settings.handoff_port)
     _check_secret(settings, secrets, [handoff, *routers])
@@ -197,6 +212,19 @@ def _become_worker(settings: ServeSettings, role: Literal["prefill", "decode"]) 
     fitted = fit_to_host(alone, read_host(environment()), model)
     check_kernels(fitted, model)
     _become(WORKER_PROGRAM, fitted.workers[0].config, secrets)
+
+
+def _router_address(text: str) -> Address:
+    from ..wire.address import Address
+
+    try:
+        address = Address.parse(text)
+        check_host(address.host)
+    except ProtocolError as error:
+        raise ConfigError(f"router: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"router: {text!r} is not host:port: the host {error}") from None
+    return address
 
 
 def _check_secret(settings: ServeSettings, secrets: tuple[bytes, ...], addresses: list[Address]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
+
+from .lines import drain
 
 
 def exit_process(code: int) -> NoReturn:
@@ -13,6 +16,9 @@ def exit_process(code: int) -> NoReturn:
     That would take a second to take the libraries apart, and wait for every thread, though one may be within a call of
     the system that does not return: a name is being resolved, a file of a mount that hangs is being opened.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    drain()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # whoever started us may have closed it
+            with contextlib.suppress(OSError):
+                stream.flush()
     os._exit(code)

@@ -7,7 +7,7 @@ name, an id) cannot end a line, colour a terminal or fill a disk: control charac
 
 from __future__ import annotations
 
-import contextlib
+import contextvars
 import logging
 import re
 import sys
@@ -20,6 +20,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from .config import LogFormat
+from .lines import Lines, on_lost
 
 _NOISY = ("httpx", "httpcore", "huggingface_hub", "asyncio", "matplotlib", "uvicorn.access")
 _MAX_TEXT_CHARS = 2048
@@ -33,41 +34,26 @@ _REQUEST = (
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
-class _Lines:
-    """A stream whose lines may get lost: that the log's disk is full, or its reader gone, ends nobody who serves."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-
 def configure_logging(
     level: str = "info", *, log_format: LogFormat = "auto", stream: TextIO | None = None, **context: str
 ) -> None:
     """Set up the process's logging; `context` is bound to each line. Again: replaces the set-up."""
-    stream = stream if stream is not None else sys.stderr
+    lines = Lines(stream if stream is not None else sys.stderr)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    last: list[Processor] = [clean, *_renderers(resolve_format(log_format, stream))]
+    last: list[Processor] = [clean, *_renderers(resolve_format(log_format, lines))]
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(_number(level)),
         # Past the standard library: there is a line for each request.
-        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Lines(stream))),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, lines)),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(lines)
     formatter = structlog.stdlib.ProcessorFormatter
     handler.setFormatter(formatter(foreign_pre_chain=shared, processors=[formatter.remove_processors_meta, *last]))
     root = logging.getLogger()
@@ -78,9 +64,11 @@ def configure_logging(
     sys.excepthook = _log_uncaught
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**context)
+    process = contextvars.copy_context()  # the thread that tells has a context of its own
+    on_lost(lambda count: process.run(structlog.get_logger().warning, "log_lines_lost", count=count))
 
 
-def resolve_format(log_format: LogFormat, stream: TextIO) -> Literal["text", "json"]:
+def resolve_format(log_format: LogFormat, stream: TextIO | Lines) -> Literal["text", "json"]:
     if log_format == "auto":
         return "text" if stream.isatty() else "json"
     return log_format

@@ -1,9 +1,9 @@
 """Run `python -m kvferry.engine.follower_process FD`: a tensor-parallel follower's process, as rank 0 starts it."""
 
-import os
 import signal
 import sys
 
+from ..common.exits import exit_process
 from ..common.imports import kept_imports
 
 # What reaches all processes, as of a service manager that stops them: rank 0 drains, with this one, and ends it then.
@@ -14,6 +14,4 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)
     with kept_imports():
         from .follower import main
-    code = main(int(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(code)  # everything is closed: the interpreter would take long to take the libraries apart
+    exit_process(main(int(sys.argv[1])))

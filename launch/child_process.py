@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from ..common.clock import Clock
-from ..common.lifeline import MAX_EVENT_BYTES, Event, decode_event, lifeline_pair
+from ..wire.lifeline import MAX_EVENT_BYTES, Event, decode_event, lifeline_pair
 from .forking import ForkServer
 
 _STDERR = 2

@@ -4,7 +4,8 @@
     answer    {"note": "d-0 drains"} ...                           a line for each step
               {"ok": true, ...}                                    the last line
 
-Only this user (and root) may connect: the kernel says who it is. The socket is there while its launcher is.
+A restart that only waits yet is given up when its asker leaves; all else is carried out. Only this user (and root) may
+connect: the kernel says who it is. The socket is there while its launcher is.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+
+import structlog
 
 from ..common.errors import ConfigError, KVFerryError
 from .launcher import Launcher
 
 _MAX_LINE_BYTES = 1 << 20
 _COMMAND_LIMIT_S = 5.0
+
+log = structlog.get_logger(__name__)
 
 Answer = dict[str, object]
 
@@ -61,20 +66,37 @@ def _uid_of(writer: asyncio.StreamWriter) -> int:
 
 async def _serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, launcher: Launcher) -> None:
     def say(answer: Answer) -> None:
-        writer.write(json.dumps(answer).encode() + b"\n")
+        if not writer.is_closing():
+            writer.write(json.dumps(answer).encode() + b"\n")
 
     try:
         async with asyncio.timeout(_COMMAND_LIMIT_S):
             command = json.loads(await reader.readline())
-        say(await _carry_out(command, launcher, lambda note: say({"note": note})))
-    except (TimeoutError, ValueError, TypeError, AttributeError):
+    except (TimeoutError, ValueError):
+        command = None
+    if not isinstance(command, dict):
         say({"ok": False, "error": "no command came"})
-    except KVFerryError as error:
-        say({"ok": False, "error": str(error)})
+    else:
+        say(await _answer(command, reader, launcher, lambda note: say({"note": note})))
     await writer.drain()
 
 
-async def _carry_out(command: Answer, launcher: Launcher, note: Callable[[str], None]) -> Answer:
+async def _answer(
+    command: Answer, reader: asyncio.StreamReader, launcher: Launcher, note: Callable[[str], None]
+) -> Answer:
+    """Return the last line for whoever asked, whatever happens."""
+    try:
+        return await _carry_out(command, reader, launcher, note)
+    except KVFerryError as error:
+        return {"ok": False, "error": str(error)}
+    except Exception as error:
+        log.exception("command_failed", command=command.get("command"))
+        return {"ok": False, "error": f"{type(error).__name__}: {error}; the deployment goes on, its log has more"}
+
+
+async def _carry_out(
+    command: Answer, reader: asyncio.StreamReader, launcher: Launcher, note: Callable[[str], None]
+) -> Answer:
     match command.get("command"):
         case "status":
             return {"ok": True, "pid": os.getpid(), **launcher.status()}
@@ -83,12 +105,32 @@ async def _carry_out(command: Answer, launcher: Launcher, note: Callable[[str], 
             return {"ok": not failures, "error": "; ".join(failures)}
         case "restart":
             name = command.get("name")
-            return {"ok": await launcher.restart(note, str(name) if name is not None else None)}
+            restart = launcher.restart(note, str(name) if name is not None else None)
+            return {"ok": await _while_asker_stays(reader, restart)}
         case "drain":
             if not launcher.is_ending:  # a second signal ends at once; who drains twice waits for the same end
                 launcher.drain()
             return {"ok": True}
     return {"ok": False, "error": f"unknown command {str(command.get('command'))[:64]!r}"}
+
+
+async def _while_asker_stays(reader: asyncio.StreamReader, work: Coroutine[object, object, bool]) -> bool:
+    """Carry it out, and cancel it when the asker leaves."""
+
+    async def leave() -> None:
+        with contextlib.suppress(OSError):
+            while await reader.read(_MAX_LINE_BYTES):
+                pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            working.cancel()
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 class NobodyListens(ConfigError):

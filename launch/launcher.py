@@ -34,7 +34,8 @@ class Launcher(Protocol):
     async def restart(self, note: Callable[[str], None], name: str | None = None) -> bool:
         """Restart every process, or the one of this name, one after the other while the others serve.
 
-        Each step is told by `note`. False: it could not begin, or stopped at one that did not come back.
+        Each step is told by `note`. False: it could not begin, or stopped at one that did not come back. Cancelled, it
+        is given up if it only waits yet; what has begun goes on.
         """
         ...
 

@@ -17,7 +17,7 @@ from .plan import Deployment, WorkerPlan
 from .process import Child, ChildTimes
 from .progress import Display
 from .reload import Reload, outcome, read_credentials
-from .rolling import roll
+from .rolling import Roll
 from .routers import RouterGroup
 from .scale_requests import ScaleRequests
 from .status import describe_child, describe_deployment
@@ -49,7 +49,8 @@ class LocalLauncher:
         self._on_serving = on_serving
         self._worker_program = worker_program
         self._stopper = Stopper()
-        self._rolling: asyncio.Task[bool] | None = None
+        self._roll: Roll | None = None  # the last one
+        self._rolling: asyncio.Task[bool] | None = None  # its work
         self._front: asyncio.TaskGroup | None = None  # while everything serves
         self._back: asyncio.TaskGroup | None = None
         self._reload = Reload()
@@ -62,7 +63,7 @@ class LocalLauncher:
             display.note,
             start=self._add_worker,
             retire=self._retire_worker,
-            is_busy=lambda: self._is_rolling,
+            is_busy=lambda: self.is_ending or (self._roll is not None and self._roll.is_under_way),
         )
         self.routers = RouterGroup(
             router,
@@ -122,7 +123,7 @@ class LocalLauncher:
 
     def _restart_as_asked(self) -> None:
         """An operator asked a router for it."""
-        if self._front is not None:
+        if self._front is not None and not self.is_ending:
             self._front.create_task(self.restart(lambda note: None))
 
     async def restart(self, note: Callable[[str], None], name: str | None = None) -> bool:
@@ -130,24 +131,28 @@ class LocalLauncher:
             self._display.note(text)
             note(text)
 
-        workers = [child for child in self.workers if not child.is_retired]
+        names = {child.name for child in (*self.workers, *self.routers.children) if not child.is_retired}
         if self._front is None or self.is_ending:
             tell("no restart: not everything is up")
         elif self._is_rolling:
             tell("no restart: one is under way")
-        elif name is not None and name not in {child.name for child in (*workers, *self.routers.children)}:
+        elif name is not None and name not in names:
             tell(f"no restart: there is no process {name}")
         else:
             self._fork_server.renew()  # the programs may be newer than it is
-            roles = self.routers.roles_now(self._fleet.roles)
-            work = roll(self.routers, workers, roles, self._clock, tell, only=name)
-            self._rolling = self._front.create_task(work)
-            return await asyncio.shield(self._rolling)  # whoever asked may leave
+            roll = Roll(self.routers, self.workers, self._roles, self._clock, tell, only=name)
+            self._roll, self._rolling = roll, self._front.create_task(roll.run())
+            try:
+                return await asyncio.shield(self._rolling)
+            except asyncio.CancelledError:  # whoever asked has left: what has begun is carried out all the same
+                if not roll.is_under_way and self._rolling.cancel() and not self.is_ending:
+                    tell("no restart: who asked for it has left before it began")
+                raise
         return False
 
     async def reload(self) -> list[str]:
         try:
-            read_credentials(self._config, self._deployment_env)
+            await asyncio.to_thread(read_credentials, self._config, self._deployment_env)  # many keys take a while
         except ConfigError as error:
             failures = [str(error)]
         else:
@@ -156,12 +161,15 @@ class LocalLauncher:
         return failures
 
     def status(self) -> dict[str, object]:
-        roles = self.routers.roles_now(self._fleet.roles)
+        roles = self._roles()
         workers = [describe_child(child, roles.get(child.name, "leaving")) for child in self.workers]
         ending = "ending" if self.is_ending else "restarting" if self._is_rolling else "serving"
         state = "starting" if self._front is None else ending
         name = self._config.served_model_name
         return describe_deployment(self.routers, workers, model=name, state=state, launcher="local")
+
+    def _roles(self) -> dict[str, str]:
+        return self.routers.roles_now(self._fleet.roles)
 
     # --- a life -----------------------------------------------------------------------------------------------------
 

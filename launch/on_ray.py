@@ -116,7 +116,9 @@ class RayLauncher:
         if self._routers is None:
             return ["nothing serves yet"]
         try:
-            self._secrets = read_credentials(self._deployment.router, self._env) or self._secrets
+            # On a thread: many keys take a while.
+            secrets = await asyncio.to_thread(read_credentials, self._deployment.router, self._env)
+            self._secrets = secrets or self._secrets
         except ConfigError as error:
             return [str(error)]
         failures = await self._reload.ask(self._routers.children)
@@ -157,7 +159,12 @@ class RayLauncher:
         deployment = replace(fit_to_host(self._deployment, ray_calls.cluster_as_host()), gpus=())
         fleet = Fleet(deployment)
         self._scale_requests = scale_requests = ScaleRequests(
-            fleet, self._clock, self._display.note, start=self._add_worker, retire=self._retire_worker
+            fleet,
+            self._clock,
+            self._display.note,
+            start=self._add_worker,
+            retire=self._retire_worker,
+            is_busy=lambda: self.is_ending,
         )
         self._routers = routers = self._make_routers(deployment, scale_requests)
         workers = [self._worker(plan) for plan in fleet.plans]

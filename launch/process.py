@@ -25,7 +25,7 @@ from enum import Enum
 
 from ..common.clock import Clock
 from ..common.errors import ConfigError, WorkerLost
-from ..common.lifeline import Event
+from ..wire.lifeline import Event
 from .child_process import ChildProcess, Command, running, within
 
 _TICK_S = 0.25

@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import threading
 from collections.abc import Mapping
-from typing import Protocol, TextIO
+from typing import IO, Protocol, TextIO, cast
 
 import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from ..common.lines import Lines, drain
 
 _STEP = 0.25  # of progress: it is logged again after each quarter
 # What a child logs in text form at info or below has no level behind its time (logs.py).
@@ -25,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class Display(Protocol):
-    """Takes what the children report."""
+    """Takes what the children report. No method waits long for a reader, or raises because it has gone."""
 
     @property
     def children_stderr(self) -> int | None:
@@ -92,8 +95,7 @@ class LogDisplay:
 
     def greet(self, greeting: str, facts: Mapping[str, object]) -> None:
         if self._is_text:
-            with contextlib.suppress(OSError):  # as of a line of the log: whoever read it may be gone
-                print(greeting, flush=True)
+            _print(greeting)
         else:
             log.info("serving", **facts)
 
@@ -105,7 +107,7 @@ class BarDisplay:
     """Bars until `done`, lines from then on."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._console = Console(file=stream)
+        self._console = Console(file=cast(IO[str], Lines(stream)))
         self._bars = Progress(
             TextColumn("{task.fields[name]:>8}"),
             BarColumn(),
@@ -138,12 +140,13 @@ class BarDisplay:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def greet(self, greeting: str, facts: Mapping[str, object]) -> None:
-        print(greeting, flush=True)
+        _print(greeting)
 
     def done(self) -> None:
         if self._is_starting:
             self._is_starting = False
             self._bars.stop()
+            drain()  # what others write there from here on would be wiped out with the bars
 
     def _relay(self, fd: int) -> None:
         """Print what children write, above the bars, but for lines that tell of no trouble. On a thread of its own."""
@@ -151,6 +154,12 @@ class BarDisplay:
             for line in lines:
                 if not _QUIET_LINE.match(line):
                     self.note(line.rstrip("\n"))
+
+
+def _print(greeting: str) -> None:
+    stdout = Lines(sys.stdout)
+    stdout.write(f"{greeting}\n")
+    stdout.flush()
 
 
 def _fraction(event: dict[str, object]) -> float:

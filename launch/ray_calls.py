@@ -23,10 +23,10 @@ import structlog
 from ..common.config import WorkerConfig
 from ..common.errors import ConfigError
 from ..common.extras import RAY
-from ..common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
 from ..common.logs import configure_logging
 from ..common.machine import usable_cpus
 from ..wire.credentials import SharedSecret
+from ..wire.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
 from .children import worker_environment
 from .host import Gpu, Host
 from .plan import WorkerPlan
@@ -136,11 +136,13 @@ def connect(address: str | None, num_ranks: int) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
-            ray.init(num_cpus=max(usable_cpus(), num_ranks), include_dashboard=False, logging_level="warning")
+            # Not None: Ray would go by RAY_ADDRESS, or by what runs on this machine.
+            ray.init("local", num_cpus=max(usable_cpus(), num_ranks), include_dashboard=False, logging_level="warning")
         else:
             ray.init(address, logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"ray_address: no Ray cluster at {address}: {error}") from error
+        where = "could be started here" if address is None else f"at {address}"
+        raise ConfigError(f"ray_address: no Ray cluster {where}: {error}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process at once

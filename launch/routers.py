@@ -21,19 +21,25 @@ import structlog
 
 from ..common.clock import Clock
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
-from ..common.lifeline import Event
 from ..common.router_config import RouterConfig
 from ..settings.answers_dir import OwnAnswersDir
 from ..settings.quota_board import QuotaBoard, has_quotas
 from ..settings.sockets import listen
 from ..settings.tls import admin_scheme, http_scheme
 from ..wire.address import Address
+from ..wire.lifeline import Event
+from .child_process import within
 from .children import ROUTER_PROGRAM, RouterChild
 from .forking import ForkServer
 from .process import Child, ChildState, ChildTimes
 from .progress import Display
 
 _NOTE_EVERY_S = 5.0
+_DOWN = {
+    ChildState.STARTING: "starts",
+    ChildState.WAITING: "has ended, and starts after a pause",
+    ChildState.ENDED: "has ended",
+}
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +71,7 @@ class RouterGroup:
 
         `on_reloaded`: a child, a worker too, has read its files again, or could not.
         """
+        self._clock = clock
         self._display = display
         self._config = config
         self._on_restart_wanted = on_restart_wanted
@@ -172,9 +179,31 @@ class RouterGroup:
                 if router.lacks:
                     self._display.note(f"{router.child.name}: waiting: {'; '.join(router.lacks)}")
 
-    async def wait_until_whole(self, workers: Sequence[Child]) -> None:
-        """Every router runs and has the present life of every worker as ready."""
-        await self._until(lambda: all(router.sees(workers) for router in self.routers))
+    async def wait_until_whole(
+        self, workers: Sequence[Child], limit_s: float, tell: Callable[[str], None], *, but: str | None = None
+    ) -> str:
+        """Wait until every router runs and has the present life of every worker as ready, for so long at most.
+
+        Returns what is missing after all; empty: nothing. Tells now and then what it waits for. `but`: a process that
+        may be missing.
+        """
+        until_s = self._clock.now() + limit_s
+        while missing := self._missing(workers, but):
+            left_s = until_s - self._clock.now()
+            if left_s <= 0:
+                break
+            if not await within(min(left_s, _NOTE_EVERY_S), self._until(lambda: not self._missing(workers, but))):
+                tell(missing)
+        return missing
+
+    def _missing(self, workers: Sequence[Child], but: str | None) -> str:
+        routers = [router for router in self.routers if router.child.name != but]
+        there = [worker for worker in workers if worker.name != but and not worker.is_retired]
+        children = [*there, *(router.child for router in routers)]
+        words = [f"{child.name} {_DOWN[child.state]}" for child in children if child.state in _DOWN]
+        for router in routers if not words else ():
+            words += [f"{router.child.name} does not see {each.name}" for each in there if not router.sees([each])]
+        return "; ".join(words)
 
     @property
     def leader(self) -> Child | None:

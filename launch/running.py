@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ..common.config import environment
 from ..common.errors import ConfigError
 
 _MAX_PID_FILE_BYTES = 32
@@ -71,6 +73,19 @@ def _is_ours(folder: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
+def _is_heard(path: Path) -> bool:
+    """Say whether somebody listens at the socket; one that hangs does, though it answers nothing."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(path))
+        except BlockingIOError:
+            return True  # more wait to be heard already than there is room for
+        except OSError:
+            return False
+    return True
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -82,7 +97,8 @@ def is_alive(pid: int) -> bool:
 
 
 def read_pid(path: Path) -> int:
-    """The process that a pid file names. Raises ConfigError."""
+    """The process that a pid file names, as a command has it: perhaps with `~`. Raises ConfigError."""
+    path = Path(os.path.expanduser(path))
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_PID_FILE_BYTES).strip()
@@ -95,18 +111,21 @@ def read_pid(path: Path) -> int:
 
 def check_pid_file(path: Path, folder: Path) -> None:
     """Refuse a file that a running deployment has, or that cannot be written. Raises ConfigError."""
-    if path.exists() and read_pid(path) in running_pids(folder):
-        raise ConfigError(f"pid_file: {path} is of process {read_pid(path)}, which serves; `kvferry drain` ends it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"pid_file: cannot write {path}")
+    # Another process may have the id by now: in a container even this one, which is the first there in each life.
+    if path.exists() and (pid := read_pid(path)) in running_pids(folder) and _is_heard(socket_of(folder, pid)):
+        raise ConfigError(f"pid_file: {path} is of process {pid}, which serves; `kvferry drain` ends it")
+    if not os.access(path.parent, os.W_OK):  # the file itself is put there by a rename
+        why = "its folder may not be written to" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        raise ConfigError(f"pid_file: cannot write {path}: {why}")
 
 
 @contextlib.contextmanager
 def pid_file(path: Path | None) -> Iterator[None]:
-    """Keep this process's id in the file while the block runs."""
+    """Keep this process's id in the file while the block runs. Raises ConfigError as `check_pid_file` does."""
     if path is None:
         yield
         return
+    check_pid_file(path, runtime_dir(environment()))  # once more: what was done since the first time may take long
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         new.write_text(f"{os.getpid()}\n")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..common.clock import Clock
-from ..common.lifeline import Event
+from ..wire.lifeline import Event
 from .fleet import Fleet
 from .plan import WorkerPlan
 from .routers import RouterGroup
@@ -37,7 +37,7 @@ class ScaleRequests:
     ) -> None:
         """`retire`: the worker, and whether it drains already.
 
-        `is_busy`: the launcher does something with every worker, and none may come or go."""
+        `is_busy`: the launcher restarts workers, or ends them all, and none may come or go."""
         self._fleet = fleet
         self._clock = clock
         self._note = note

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from ..common.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, environment, keys_of
 from ..common.errors import ConfigError
-from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
 from ..common.router_config import RouterConfig
+from ..wire.lifeline import Lifeline
 from .access.credentials import RouterCredentials
 from .server import collect_rarely, serve_router
 

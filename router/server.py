@@ -104,7 +104,7 @@ async def serve_router(
                     HttpServer(parts.app, books=books, certificates=credentials.tls).serving(sock)
                 )
                 if admin_socket is not None:
-                    admin = _admin(config, parts, credentials.operators, lifeline)
+                    admin = _admin(config, parts, credentials.operators, lifeline, stop.asked.is_set)
                     await serving.enter_async_context(
                         HttpServer(admin, certificates=credentials.tls if has_admin_tls(config) else None).serving(
                             admin_socket
@@ -182,12 +182,15 @@ async def _scale(scaling: Scaling) -> None:
         scaling.tick()
 
 
-def _admin(config: RouterConfig, parts: RouterParts, keys: ApiKeys, lifeline: Reporter | None) -> ASGIApp:
+def _admin(
+    config: RouterConfig, parts: RouterParts, keys: ApiKeys, lifeline: Reporter | None, is_leaving: Callable[[], bool]
+) -> ASGIApp:
     dispatchers = [version.dispatcher for version in parts.catalogue]
+    scaling = scaling_routes(parts.scaling, is_leaving)
     return build_admin(
-        Admin(dispatchers, parts.scrape, config.drain_timeout, lifeline),
+        Admin(dispatchers, parts.scrape, config.drain_timeout, lifeline, is_leaving),
         keys,
-        [*scaling_routes(parts.scaling), *(adapter_routes(parts.adapters) if parts.adapters is not None else ())],
+        [*scaling, *(adapter_routes(parts.adapters) if parts.adapters is not None else ())],
     )
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import typer
 
 from kvferry.cli.operate import drain, reload, restart, running_admins, status
 from kvferry.common.errors import ConfigError, KVFerryError
-from kvferry.launch.running import make_runtime_dir, runtime_dir, socket_of
+from kvferry.launch.running import check_pid_file, make_runtime_dir, pid_file, read_pid, runtime_dir, socket_of
 
 STATUS = {
     "ok": True,
@@ -60,7 +60,7 @@ def listen(path: Path, answer: bytes) -> Iterator[None]:
                     connection, _ = server.accept()
                 except OSError:
                     return
-                with closing(connection):
+                with closing(connection), suppress(BrokenPipeError):  # who only looks whether somebody listens
                     connection.recv(4096)
                     connection.sendall(answer)
 
@@ -105,6 +105,31 @@ def test_a_deployment_that_is_just_ending_hides_no_other(capsys: pytest.CaptureF
     assert "http://127.0.0.1:8001: serving" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("ending", "serving")
+def test_no_command_is_for_another_deployment_than_the_one_that_does_not_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a flag it may be the one that is meant."""
+    wanted = (
+        rf"2 deployments run: http://127\.0\.0\.1:8001 \(process 1\), process {os.getppid()}, which does not answer; "
+        "choose one with --port or --pid-file"
+    )
+    for command in (reload, restart, drain):
+        with pytest.raises(ConfigError, match=wanted):
+            command()
+    with pytest.raises(ConfigError, match="choose one with --admin"):
+        running_admins()
+    with pytest.raises(typer.Exit) as end:
+        status()
+    assert end.value.exit_code == 0
+    told = capsys.readouterr()
+    assert "http://127.0.0.1:8001: serving" in told.out
+    assert told.err == "another deployment: the deployment ended before it had answered\n"
+    with pytest.raises(typer.Exit):
+        status(port=8001)
+    assert capsys.readouterr().err == "", "it is not the one that is meant"
+
+
 @pytest.mark.parametrize(("of_rank", "told"), [(None, "the mean\n"), (1.2, "the mean, the busiest rank 1.20 times")])
 def test_how_evenly_experts_are_chosen_is_a_line(
     folder: Path, capsys: pytest.CaptureFixture[str], of_rank: float | None, told: str
@@ -120,6 +145,13 @@ def test_how_evenly_experts_are_chosen_is_a_line(
 def test_one_that_does_not_answer_is_told_where_there_is_no_other() -> None:
     with pytest.raises(ConfigError, match="ended before it had answered"):
         status()
+
+
+def test_one_that_cannot_say_how_it_is_is_told(folder: Path) -> None:
+    failure = json.dumps({"ok": False, "error": "KeyError: 'tp'"}).encode() + b"\n"
+    with contextmanager(listen)(socket_of(folder, os.getpid()), failure):
+        with pytest.raises(ConfigError, match=rf"process {os.getpid()} cannot say how it is: KeyError: 'tp'"):
+            reload()
 
 
 @pytest.mark.usefixtures("folder")
@@ -199,6 +231,43 @@ def test_sockets_of_ended_processes_are_swept_when_the_next_deployment_starts(le
     assert left_over.exists()  # its process is there, whosever it is
 
 
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid()], ids=["this process", "another one"])
+def test_a_pid_file_of_a_killed_launcher_keeps_nobody_from_starting(folder: Path, tmp_path: Path, pid: int) -> None:
+    """In a container every life of a launcher is process 1; elsewhere another process may have its id."""
+    file = tmp_path / "pid"
+    file.write_text(f"{pid}\n")
+    path = socket_of(folder, pid)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    check_pid_file(file, folder)
+    path.unlink()
+    with contextmanager(listen)(path, b""), pytest.raises(ConfigError, match=rf"is of process {pid}, which serves"):
+        check_pid_file(file, folder)
+
+
+def test_a_pid_file_of_a_deployment_that_hangs_is_its_own(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    file.write_text(f"{os.getpid()}\n")
+    path = socket_of(folder, os.getpid())
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as waiting:
+        server.bind(str(path))
+        server.listen(0)
+        waiting.connect(str(path))  # nobody accepts it, and there is room for no other
+        with pytest.raises(ConfigError, match="which serves"):
+            check_pid_file(file, folder)
+
+
+def test_a_pid_file_that_another_start_took_meanwhile_is_left_to_it(folder: Path, tmp_path: Path) -> None:
+    """A model may be fetched between the first look at the file and the moment at which it is written."""
+    file, other = tmp_path / "pid", os.getppid()
+    check_pid_file(file, folder)
+    file.write_text(f"{other}\n")
+    with contextmanager(listen)(socket_of(folder, other), b""), pytest.raises(ConfigError, match="which serves"):
+        with pid_file(file):
+            pass
+    assert read_pid(file) == other
+
+
 def test_a_temporary_folder_in_which_nothing_can_be_written_is_left_for_no_other() -> None:
     """As one that is full: another folder's deployments are not the ones that were meant."""
     full = {"TMPDIR": "/proc"}
@@ -206,3 +275,12 @@ def test_a_temporary_folder_in_which_nothing_can_be_written_is_left_for_no_other
     with pytest.raises(ConfigError, match=r"cannot make /proc/.*; set XDG_RUNTIME_DIR to a folder of yours"):
         make_runtime_dir(full)
     assert runtime_dir({"TMPDIR": "/nowhere"}).parent == Path("/tmp")
+
+
+def test_a_pid_file_may_be_in_the_home_of_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `--pid-file=~/pid` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pid").write_text(f"{os.getpid()}\n")
+    assert read_pid(Path("~/pid")) == os.getpid()
+    with pytest.raises(ConfigError, match=r"cannot read ~nobody-here/pid: No such file or directory"):
+        read_pid(Path("~nobody-here/pid"))

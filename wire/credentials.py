@@ -9,9 +9,11 @@ made from the secret that it began with.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from ..common.config import SECRET_VARIABLE
 from ..common.errors import ConfigError
@@ -79,8 +81,8 @@ def _parse_secrets(text: bytes, origin: str) -> tuple[bytes, ...]:
 def read_private(path: Path, setting: str, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
     """Read a file of credentials. Raises ConfigError where it cannot be read, or where every user here can."""
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(path.stat().st_mode)
+        with open_regular(path, setting) as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & (stat.S_IROTH | stat.S_IWOTH):
                 raise ConfigError(f"{setting}: every user may read or write {path} (mode {mode:04o}): chmod 600 {path}")
             data = file.read(max_bytes + 1)
@@ -89,3 +91,17 @@ def read_private(path: Path, setting: str, max_bytes: int = _MAX_FILE_BYTES) -> 
     if len(data) > max_bytes:
         raise ConfigError(f"{setting}: {path} is larger than {max_bytes} bytes")
     return data
+
+
+def open_regular(path: Path, setting: str) -> BinaryIO:
+    """Open a file whose end comes by itself. Raises ConfigError at once where it is a pipe or a device; OSError."""
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - the caller closes it
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ConfigError(f"{setting}: {path} is no regular file")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a pipe, too, without waiting until somebody writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)

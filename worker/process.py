@@ -24,13 +24,13 @@ import structlog
 from ..common.config import WorkerConfig, environment
 from ..common.errors import ConfigError, KVFerryError, WorkerLost
 from ..common.imports import kept_imports
-from ..common.lifeline import Lifeline
 from ..common.logs import configure_logging
 from ..transfer.protocol.rank_messages import FollowerMessage, FollowerSetup
 from ..wire.codec import Decoder
 from ..wire.credentials import SharedSecret, read_secrets
 from ..wire.fields import Message
 from ..wire.frames import max_frame_bytes
+from ..wire.lifeline import Lifeline
 from .courtesy import Courtesy
 from .ranks import Followers
 from .sessions import RouterSessions

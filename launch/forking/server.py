@@ -16,6 +16,7 @@ import importlib
 import os
 import runpy
 import selectors
+import signal
 import socket
 import sys
 from collections import deque
@@ -151,6 +152,7 @@ def _run(job: _Job) -> None:
 
 def main() -> None:
     ended_by_interrupts()  # children too, until they say otherwise
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as others may start us, no end is told
     asks = socket.socket(fileno=int(sys.argv[1]))
     os.set_inheritable(asks.fileno(), False)
     if (job := Server(asks, sys.argv[2:]).serve()) is not None:

@@ -2,7 +2,7 @@
 
     GET  /admin/workers                every worker: state, load, blocks, which handoffs are avoided
     POST /admin/workers/{id}/drain     it takes nothing new and ends; its launcher starts it again
-    POST /admin/restart                the launcher restarts everything, one process at a time
+    POST /admin/restart                the launcher restarts everything, one process at a time; 409 where it is ending
     GET  /admin/experts                of mixtures of experts: how often each was chosen, by worker and layer
     GET  /admin/requests               this router's last requests; ?kind=recent|slowest|failed&class=NAME&limit=N
     GET  /admin/requests/{id}          one of them: where it was placed and why, what was expected and what came
@@ -39,6 +39,7 @@ from ..state.expert_load import ExpertLoad
 from ..state.history import KINDS, MAX_RECENT, Kind
 from ..state.views import PoolView, WorkerView
 from .json_body import json_body
+from .leaving import IsLeaving, check_stays, never_leaving
 
 _MAX_DRAIN_S = 86400.0
 
@@ -107,6 +108,7 @@ class Admin:
     scrape: Callable[[], Callable[[], tuple[bytes, str]]]  # what writes (text, media type) of the metrics, on a thread
     drain_s: float  # a drained worker's limit where the caller gives none
     launcher: AdminLauncher | None
+    is_leaving: IsLeaving = never_leaving
 
     async def workers(self, request: Request) -> Response:
         views = [dispatcher.view() for dispatcher in self.dispatchers]
@@ -160,6 +162,7 @@ class Admin:
             raise RequestError(
                 "this router was started by hand: restart what you started", code="no_launcher", status=409
             )
+        check_stays(self.is_leaving)
         self.launcher.send({"event": "restart_all"})
         return JSONResponse({"state": "restarting"}, 202)
 

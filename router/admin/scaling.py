@@ -3,6 +3,8 @@
 GET    /admin/scaling    mode, workers now and desired, why, the forecast, an operator's edit
 POST   /admin/scaling    {"prefill": 2, "decode": 3, "for_s": 600}: these counts, until released or for a time
 DELETE /admin/scaling    release them
+
+Once the router is ending, nobody would carry out what is ordered: 409.
 """
 
 from __future__ import annotations
@@ -15,20 +17,23 @@ from ...common.errors import RequestError
 from ..autoscaler.scale_types import Counts
 from ..autoscaler.scaling import Scaling
 from .json_body import json_body
+from .leaving import IsLeaving, check_stays, never_leaving
 
 _MAX_HOLD_S = 365 * 86400.0
 
 
-def scaling_routes(scaling: Scaling) -> list[Route]:
+def scaling_routes(scaling: Scaling, is_leaving: IsLeaving = never_leaving) -> list[Route]:
     async def show(_request: Request) -> Response:
         return JSONResponse(scaling.describe())
 
     async def hold(request: Request) -> Response:
         counts, for_s = _parse(await json_body(request, {"prefill", "decode", "for_s"}))
+        check_stays(is_leaving)
         scaling.hold(counts, for_s)
         return JSONResponse({"held": {"prefill": counts.prefill, "decode": counts.decode, "for_s": for_s}}, 202)
 
     async def release(_request: Request) -> Response:
+        check_stays(is_leaving)
         scaling.release()
         return JSONResponse({"held": None}, 202)
 

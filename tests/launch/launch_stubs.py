@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvferry.common.lifeline import Lifeline
+from kvferry.wire.lifeline import Lifeline
 
 if TYPE_CHECKING:  # a hundred of these processes are started: each would take half a second to import pydantic
     from kvferry.wire.credentials import SharedSecret

@@ -113,6 +113,15 @@ async def test_how_a_child_ends_is_known(forks: ForkServer, told: Told, end: str
     assert await ended(process) == code, "whoever asks later is told too"
 
 
+async def test_how_a_child_ends_is_known_where_the_server_inherits_to_ignore_it(forks: ForkServer, told: Told) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = await start(forks, told, "3")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert await ended(process) == 3
+
+
 async def test_a_child_gets_signals(forks: ForkServer, told: Told) -> None:
     process = await start(forks, told, "wait")
     await told.facts()

@@ -228,7 +228,7 @@ def tiny_cache(site: Site) -> Words:
     return ["--kv-cache-memory-bytes", "1K"]
 
 
-@case(r"down_proj: a rank's 96 inputs of 192 are no whole groups of 64; use a smaller --tensor-parallel-size")
+@case(r"down_proj: a rank's 96 inputs of 192 are no whole groups of 64; give a worker fewer ranks, by --tensor-")
 def ranks_that_cut_groups(site: Site) -> Words:
     site.edit_config(intermediate_size=192)
     return ["--load-format", "dummy", "--quantization", "int4", "--tensor-parallel-size", "2"]
@@ -327,7 +327,7 @@ def broken_key_file(site: Site) -> Words:
     return ["--api-key-file", site.file("keys", "- {id: a, hash: sesame}")]
 
 
-@case("pid_file: cannot write /no/such/folder/pid")
+@case("pid_file: cannot write /no/such/folder/pid: there is no folder /no/such/folder$")
 def pid_file_nowhere(site: Site) -> Words:
     return ["--pid-file", "/no/such/folder/pid"]
 
@@ -336,7 +336,9 @@ def pid_file_nowhere(site: Site) -> Words:
 def pid_file_of_a_running_server(site: Site) -> Words:
     folder = Path(environment()["XDG_RUNTIME_DIR"]) / "kvferry"
     folder.mkdir()
-    socket_of(folder, os.getpid()).touch()
+    server = site.stack.enter_context(socket.socket(socket.AF_UNIX))
+    server.bind(str(socket_of(folder, os.getpid())))
+    server.listen()
     return ["--pid-file", site.file("pid", str(os.getpid()))]
 
 

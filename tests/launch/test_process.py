@@ -24,7 +24,7 @@ TIMES = ChildTimes(hang_after_s=1.0, grace_s=1.0, first_backoff_s=0.05)
 PROGRAM = """
 import asyncio, sys, time
 from kvferry.common.clock import OwnTime, SystemClock
-from kvferry.common.lifeline import Lifeline
+from kvferry.wire.lifeline import Lifeline
 from kvferry.router.pulse import Pulse
 
 async def main():

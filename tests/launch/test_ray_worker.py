@@ -15,7 +15,6 @@ import pytest
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import EngineConfig, WorkerConfig
 from kvferry.common.errors import ConfigError, WorkerLost
-from kvferry.common.lifeline import Lifeline
 from kvferry.launch import RayLauncher, ray_calls, ray_worker
 from kvferry.launch.plan import plan
 from kvferry.launch.process import ChildTimes
@@ -23,6 +22,7 @@ from kvferry.launch.progress import LogDisplay
 from kvferry.launch.ray_calls import Pulse, RunEnd, WorkerActor, fair_threads
 from kvferry.launch.ray_worker import RaySite, RayWorker
 from kvferry.settings.fields import ServeSettings
+from kvferry.wire.lifeline import Lifeline
 
 pytest.importorskip("ray")
 from ray.exceptions import ActorUnavailableError
@@ -377,3 +377,28 @@ def test_a_reload_that_fails_is_told_in_the_log_of_the_launcher(tmp_path: Path) 
     launcher = RayLauncher(deployment, {}, SystemClock(), Shown(is_text=False))
     assert asyncio.run(launcher.reload()) == ["nothing serves yet"]
     assert notes == ["reload failed: nothing serves yet"]
+
+
+def test_without_an_address_a_cluster_is_embedded_whatever_ray_would_go_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nobody is there
+    monkeypatch.setattr(ray_calls, "usable_cpus", lambda: 1)
+    ray_calls.connect(None, 3)
+    try:
+        assert ray.cluster_resources()["CPU"] == 3
+    finally:
+        ray.shutdown()
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(*_: object, **__: object) -> None:
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match="no Ray cluster at host:1: refused"):
+        ray_calls.connect("host:1", 1)
+    with pytest.raises(ConfigError, match="no Ray cluster could be started here: refused"):
+        ray_calls.connect(None, 1)

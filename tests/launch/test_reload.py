@@ -21,7 +21,7 @@ WAIT_S = 60.0
 # them in turn; the last of them fails.
 PROGRAM = """
 import sys, threading
-from kvferry.common.lifeline import Lifeline
+from kvferry.wire.lifeline import Lifeline
 
 waiting, num_at_once = [], int(sys.argv[2])
 

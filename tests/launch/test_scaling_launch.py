@@ -16,9 +16,9 @@ import pytest
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import Device, environment
 from kvferry.common.machine import usable_cpus
-from kvferry.launch import LocalLauncher, RayLauncher
+from kvferry.launch import LocalLauncher, RayLauncher, on_ray, ray_calls
 from kvferry.launch.host import Host
-from kvferry.launch.plan import Deployment, fit_to_host, plan
+from kvferry.launch.plan import Deployment, WorkerPlan, fit_to_host, plan
 from kvferry.launch.process import ChildTimes
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
@@ -204,9 +204,59 @@ async def test_a_rolling_restart_passes_over_workers_that_leave(tmp_path: Path) 
         wishes.scale(decode=1)
         await recorder.until_ready("d-1", 1)
         restart = asyncio.create_task(launcher.restart(lambda note: None))
+        await recorder.until(lambda: any(note.startswith("rolling restart 1/") for note in recorder.notes))
         wishes.scale(remove=["d-1"])  # not now
         assert await restart
         assert len(lives(tmp_path, "d-1")) == 2
+
+
+class Placed:
+    """A worker of a cluster that has come up at once."""
+
+    actor = work = None
+
+    def __init__(self, plan: WorkerPlan, *_: object) -> None:
+        self.plan, self.worker_id, self.place = plan, plan.config.worker_id, None
+        self.was_ready, self.retired = asyncio.Event(), asyncio.Event()
+        self.was_ready.set()
+
+    async def keep(self) -> None:
+        await self.retired.wait()
+
+
+async def test_on_ray_too_no_worker_comes_while_the_deployment_drains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever routers still say."""
+
+    async def nothing(*_: object) -> bool:
+        return True
+
+    asked: list[str] = []
+    monkeypatch.setattr(on_ray, "RayWorker", Placed)
+    monkeypatch.setattr(ray_calls, "connect", lambda *_: None)
+    monkeypatch.setattr(ray_calls, "cluster_as_host", lambda: Host(num_cpus=4, free_memory_bytes=1 << 30))
+    monkeypatch.setattr(ray_calls, "ask_for_place", lambda plan: asked.append(plan.config.worker_id))
+    for name in ("wait_for_places", "in_thread"):
+        monkeypatch.setattr(ray_calls, name, nothing)
+    recorder, wishes = Recorder(), StubRequests(tmp_path)
+    display, clock = recorder, SystemClock()
+    launcher = RayLauncher(deployment(tmp_path, device="cpu"), environment(), clock, display, router_program=ROUTER)
+    task = asyncio.create_task(launcher.run())
+    try:
+        await wishes.until(seq=-1)
+        routers = launcher._routers
+        assert routers is not None
+        for number in range(2):
+            add = {"prefill": 0, "decode": 1}
+            routers.on_event("router", {"event": "scale", "seq": number, "add": add, "reason": "a test"})
+            launcher.drain()
+            for _ in range(10):  # what has served is being ended by then, and the router has not ended yet
+                await asyncio.sleep(0)
+    finally:
+        launcher.stop()
+        await asyncio.wait_for(task, WAIT_S)
+    assert asked == ["p-0", "d-0", "d-1"]
 
 
 @pytest.mark.slow

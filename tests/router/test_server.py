@@ -117,6 +117,24 @@ async def test_the_router_reports_where_it_listens_beats_and_ends_on_a_signal(mo
             await asyncio.open_connection(http.host, http.port)
 
 
+async def test_a_router_that_is_ending_takes_no_order_for_its_launcher(model_dir: Path) -> None:
+    with listen(Address("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with (
+        _running(_config(model_dir, admin_port=port)) as (lifeline, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as admin,
+    ):
+        http = Address.parse(str(lifeline.details["http"]))
+        async with httpx.AsyncClient(base_url=f"http://{http}") as client:
+            await client.get("/live")  # its connection may ask once more: so long the router stays
+            assert (await admin.post("/admin/restart")).status_code == 202
+            os.kill(os.getpid(), signal.SIGTERM)
+            counts = {"prefill": 0, "decode": 1}
+            answers = [await admin.post("/admin/restart"), await admin.post("/admin/scaling", json=counts)]
+    assert [answer.status_code for answer in answers] == [409, 409]
+    assert [event["event"] for event in lifeline.events if event["event"] in ("restart_all", "hold")] == ["restart_all"]
+
+
 async def test_a_port_in_use_is_one_clear_line(model_dir: Path) -> None:
     with listen(Address("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import stat
+import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -59,6 +62,19 @@ def test_a_file_that_every_user_may_read_or_write_is_refused(tmp_path: Path, mod
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^secret_file: cannot read .*: No such file"):
         read_secrets(tmp_path / "none", {})
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path, int], None]) -> None:
+    """Nobody writes into the pipe, but after a while: who waited for that would be held up."""
+    path = tmp_path / "s"
+    make(path, 0o600)
+    late = threading.Timer(5.0, lambda: os.close(os.open(path, os.O_RDWR)))
+    late.start()
+    with pytest.raises(ConfigError, match=rf"secret_file: .*{path}.*(is no regular file|Is a directory)"):
+        read_secrets(path, {})
+    assert late.is_alive()
+    late.cancel()
 
 
 async def _echo(channel: Channel) -> None:
@@ -187,6 +203,8 @@ NO_DATES = ("2027", "20271231", "'2027'", "12:30", "1830211200.5")
     [
         ("alice: x", r":1: a list of keys is needed"),
         ("- alice", r":1: an entry is a mapping"),
+        (f"- id: !!bool maybe\n  hash: {HASH}", r":1: the tag !!bool does not permit this value"),
+        (f"- id: a\n  hash: {HASH}\n- id: !!int ''", r":3: the tag !!int does not permit this value"),
         (f"- id: a\n  hash: {HASH}\n- id: 'b c'\n  hash: {HASH}", r":3: id: String should match"),
         ("- id: a\n  hash: sesame", r":1: hash: String should match"),
         (f"- id: a\n  hash: {HASH}\n  expires: soon", r":1: expires"),

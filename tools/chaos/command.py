@@ -62,10 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("kvferry chaos: interrupted, nothing is known", style="red")
         return 130
-    print_tally(found, str(options), report_console())
+    title = options.title(found.num_routers)
+    print_tally(found, title, report_console())
     if options.json_path is not None:
         environment = describe_environment("kvferry chaos", argv)
-        save_json({"environment": asdict(environment), "run": str(options), **found.as_json()}, options.json_path)
+        save_json({"environment": asdict(environment), "run": title, **found.as_json()}, options.json_path)
     errors.print(f"logs of the system: {options.log_dir}", style="dim")
     if found.lack and not any(found.broken.values()):
         hint = f" (restarts that failed: {_RESTARTS_LOG} there)" if "restart" in options.blows else ""
@@ -181,13 +182,14 @@ class _Chaos:
         load.references = self._references.references
         try:
             async with _beside(tail.follow()):
-                await self._until_up(system)
+                admin_urls = await asyncio.to_thread(system.admin_urls)
+                await self._until_up(system, admin_urls)
                 tail.read()
                 workers.check()
                 await self._strike_under_load(load, workers, asks)
                 self._console.print("disturbed: waiting for quiet", style="dim")
                 await workers.until_restarted(_ALL_UP_WITHIN_S)
-                books, settled_s = await settle(system, options.num_workers, _QUIET_WITHIN_S)
+                books, settled_s = await settle(system, options.num_workers, _QUIET_WITHIN_S, admin_urls)
                 tail.read()
         finally:
             load.close()
@@ -198,6 +200,7 @@ class _Chaos:
             workers.strikes,
             books,
             settled_s=settled_s,
+            num_routers=len(admin_urls),
             num_workers=options.num_workers,
             num_joined=workers.num_joined,
         )
@@ -221,8 +224,8 @@ class _Chaos:
         over.set()
         await loading
 
-    async def _until_up(self, system: System) -> None:
-        books, _ = await settle(system, self._options.num_workers, _ALL_UP_WITHIN_S)
+    async def _until_up(self, system: System, admin_urls: Sequence[str]) -> None:
+        books, _ = await settle(system, self._options.num_workers, _ALL_UP_WITHIN_S, admin_urls)
         if books.num_workers != self._options.num_workers:
             raise ConfigError(
                 f"{books.num_workers} of {self._options.num_workers} workers came up:\n{system.process.log_tail()}"

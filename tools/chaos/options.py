@@ -53,7 +53,8 @@ class Options:
         """Return those of the deployment that is disturbed."""
         # A policy that hands every prompt over: handoffs are what is shot at.
         flags = ["--policy", "least_loaded", "--prefill", str(self.num_prefill), "--decode", str(self.num_decode)]
-        return [*flags, *self._common_flags, *self.serve_flags]
+        # An admin listener for each router: it alone tells what that one holds.
+        return [*flags, *self._common_flags, "--admin-port", "0", *self.serve_flags]
 
     @property
     def undisturbed_flags(self) -> list[str]:
@@ -64,9 +65,11 @@ class Options:
         cache = [] if self.model is not None else ["--kv-cache-memory-bytes", _TINY_CACHE]
         return ["--deterministic", *cache]
 
-    def __str__(self) -> str:
+    def title(self, num_routers: int) -> str:
+        """Say what was run; `num_routers` did."""
+        routers = "1 router" if num_routers == 1 else f"{num_routers} routers"
         return (
-            f"1 router, {self.num_prefill} prefill, {self.num_decode} decode workers; a blow every {self.every_s:g} s "
+            f"{routers}, {self.num_prefill} prefill, {self.num_decode} decode workers; a blow every {self.every_s:g} s "
             f"for {self.minutes:g} min under {self.concurrency} requests in flight; seed {self.seed}"
         )
 
@@ -83,6 +86,14 @@ def parse_options(argv: Sequence[str]) -> Options:
     if any(word.partition("=")[0] == "--launcher" for word in parsed.serve_flags):
         raise ConfigError("--serve-flags: no --launcher: what is struck are processes of this machine")
     blows = _known("--blows", parsed.blows, KNOWN_KINDS)
+    ask_kinds = _known("--requests", parsed.requests, ASK_KINDS)
+    adapters = tuple(filter(None, parsed.adapters.split(",")))
+    if parsed.num_requests < (least := len(ask_kinds) * (1 + len(adapters))):
+        raise ConfigError(
+            f"--num-requests {parsed.num_requests}: some would never be asked; {least} is one of each kind"
+            + (" for each model" if adapters else "")
+            + ", or name fewer with --requests"
+        )
     return Options(
         model=parsed.model,
         num_experts=parsed.experts,
@@ -93,8 +104,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         concurrency=parsed.concurrency,
         leaving=parsed.leaving,
         num_asks=parsed.num_requests,
-        ask_kinds=_known("--requests", parsed.requests or ",".join(ASK_KINDS), ASK_KINDS),
-        adapters=tuple(filter(None, parsed.adapters.split(","))),
+        ask_kinds=ask_kinds,
+        adapters=adapters,
         seed=parsed.seed,
         blows=blows,
         serve_flags=parsed.serve_flags,
@@ -131,7 +142,8 @@ def make_parser() -> argparse.ArgumentParser:
     kinds = "rank: another process of a worker; router: clients come back; restart: of all processes in turn"
     blows = f"drawn from, of {', '.join(KNOWN_KINDS)}; {kinds}"
     add("--blows", default=",".join(KINDS), metavar="KINDS", help=f"{blows} (default: %(default)s)")
-    add("--requests", metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
+    kinds = ",".join(ASK_KINDS)
+    add("--requests", default=kinds, metavar="KINDS", help=f"of {', '.join(ASK_KINDS)} (default: all)")
     adapters = "which requests are for too, of --lora-modules among the flags for `kvferry serve`"
     add("--adapters", default="", metavar="NAMES", help=adapters)
     flags = "for `kvferry serve`, in one word: '--dtype bfloat16'"

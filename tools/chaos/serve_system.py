@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -57,10 +58,20 @@ class System:
     _log_offset: int = 0
     _lines: list[LogLine] = field(default_factory=list)
 
-    async def samples(self, client: HttpClient) -> list[Sample]:
-        head, body = await client.read("GET", "/metrics")
+    def admin_urls(self) -> list[str]:
+        """Return where each router's admin listener is: as many as there are routers. Raises ConfigError."""
+        port = self.base_url.rpartition(":")[2]
+        command = [sys.executable, "-m", "kvferry", "status", "--json", "--port", port]
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if told.returncode:
+            raise ConfigError(f"kvferry status --port {port}: {told.stderr or told.stdout}")
+        [deployment] = json.loads(told.stdout)
+        return [str(url) for url in deployment["admin"]]
+
+    async def samples(self, client: HttpClient, path: str = "/metrics") -> list[Sample]:
+        head, body = await client.read("GET", path)
         if head.status != 200:
-            raise ConfigError(f"/metrics answered {head.status}")
+            raise ConfigError(f"{path} answered {head.status}")
         return parse_metrics(body.decode())
 
     async def held_blocks(self, client: HttpClient) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,24 +75,43 @@ class Books:
     num_blocks: int
     num_held: int  # neither free nor cached nor quarantined
     num_quarantined: int
-    num_requests: int  # still in the router or on a worker
+    num_requests: int  # still in a router or on a worker
 
     @property
     def is_quiet(self) -> bool:
         return not (self.num_held or self.num_quarantined or self.num_requests)
 
 
-async def read_books(system: System, client: HttpClient) -> Books:
-    return balance(await system.samples(client))
+async def read_books(system: System, client: HttpClient, admins: Sequence[HttpClient] = ()) -> Books:
+    """Read them of each router's admin listener; without those, of whichever router answers `client`."""
+    seen = [await system.samples(admin, "/admin/metrics") for admin in admins]
+    return balance(*(seen or [await system.samples(client)]))
 
 
-def balance(samples: list[Sample]) -> Books:
+def balance(*seen: list[Sample]) -> Books:
+    """Make the books of what each router tells: every one has its own queue, and sees the same workers."""
+    books = [_books_of(samples) for samples in seen]
+    return Books(
+        num_workers=min(each.num_workers for each in books),
+        num_blocks=max(each.num_blocks for each in books),
+        num_held=max(each.num_held for each in books),
+        num_quarantined=max(each.num_quarantined for each in books),
+        num_requests=sum(map(_num_queued, seen)) + max(each.num_requests for each in books),
+    )
+
+
+def _num_queued(samples: list[Sample]) -> int:
+    return int(sum(sample.value for sample in samples if sample.name == "kvferry_queued_requests"))
+
+
+def _books_of(samples: list[Sample]) -> Books:
+    """Make the books of the workers as one router sees them."""
     blocks = [sample for sample in samples if sample.name == "kvferry_blocks"]
     by_state: dict[str, float] = {}
     for sample in blocks:
         state = sample.labels["state"]
         by_state[state] = by_state.get(state, 0) + sample.value
-    busy = ("kvferry_queued_requests", "kvferry_num_requests_running", "kvferry_num_requests_waiting")
+    busy = ("kvferry_num_requests_running", "kvferry_num_requests_waiting")
     quarantined = by_state.pop("quarantined", 0)
     total = sum(by_state.values()) + quarantined
     return Books(
@@ -104,17 +123,23 @@ def balance(samples: list[Sample]) -> Books:
     )
 
 
-async def settle(system: System, num_workers: int, timeout_s: float) -> tuple[Books, float]:
-    """Wait until every worker is there and no block is held, or the time is over. The books, and how long it took."""
-    client = HttpClient(system.base_url)
+async def settle(
+    system: System, num_workers: int, timeout_s: float, admin_urls: Sequence[str] = ()
+) -> tuple[Books, float]:
+    """Wait until every worker is there and no block is held, or the time is over. The books, and how long it took.
+
+    `admin_urls`: each router's, where all of several are asked.
+    """
+    client, admins = HttpClient(system.base_url), [HttpClient(url) for url in admin_urls]
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     try:
         while True:
-            books = await read_books(system, client)
+            books = await read_books(system, client, admins)
             elapsed_s = loop.time() - began_s
             if elapsed_s > timeout_s or (books.is_quiet and books.num_workers == num_workers):
                 return books, elapsed_s
             await asyncio.sleep(_POLL_S)
     finally:
-        client.close()
+        for each in (client, *admins):
+            each.close()

@@ -48,6 +48,7 @@ class Tally:
     num_breaches: int  # of I6, I8 and I9
     books: Books
     settled_s: float
+    num_routers: int
     num_workers: int  # as there should be
     blows: dict[str, int]
     num_deaths: int
@@ -104,6 +105,7 @@ def tally(
     books: Books,
     *,
     settled_s: float,
+    num_routers: int,
     num_workers: int,
     num_joined: int,
 ) -> Tally:
@@ -129,6 +131,7 @@ def tally(
         num_breaches=len({breach.request for breach in breaches if breach.rule != "EQ"}),
         books=books,
         settled_s=settled_s,
+        num_routers=num_routers,
         num_workers=num_workers,
         blows=dict(Counter(f"{strike.kind} {strike.role}" for strike in strikes)),
         num_deaths=sum(strike.died_s is not None for strike in strikes),

@@ -105,6 +105,16 @@ async def test_a_web_page_cannot_ask_a_listener_that_has_no_key(headers: dict[st
     assert not launcher.events
 
 
+async def test_a_router_that_is_ending_asks_for_no_restart() -> None:
+    launcher = Launcher()
+    ending = Admin([operations()], lambda: lambda: (b"", ""), 30.0, launcher, lambda: True)
+    transport = httpx.ASGITransport(build_admin(ending, ApiKeys()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:9") as c:
+        answer = await c.post("/admin/restart")
+    assert answer.status_code == 409 and error_of(answer)["code"] == "shutting_down"
+    assert not launcher.events
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "localhost:9", "[::1]:9", "localhost"])
 async def test_the_operator_of_this_machine_may(host: str) -> None:
     async with client(operations(), host=host) as c:

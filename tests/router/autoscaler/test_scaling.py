@@ -335,10 +335,12 @@ def test_a_load_comes_through_an_event_as_it_was() -> None:
 # --- over the admin listener ------------------------------------------------------------------------------------
 
 
-def admin(site: Site) -> httpx.AsyncClient:
+def admin(site: Site, *, is_leaving: bool = False) -> httpx.AsyncClient:
     operations = site.fleet.dispatcher
     app = build_admin(
-        Admin([operations], lambda: lambda: (b"", "text/plain"), 30.0, None), ApiKeys(), scaling_routes(site.scaling)
+        Admin([operations], lambda: lambda: (b"", "text/plain"), 30.0, None),
+        ApiKeys(),
+        scaling_routes(site.scaling, lambda: is_leaving),
     )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:9")
 
@@ -353,6 +355,19 @@ async def test_scaling_is_shown_held_and_released(site: Site) -> None:
         assert site.told[-1] == {"event": "hold", "counts": [2, 3], "for_s": 60}
         assert (await client.delete("/admin/scaling")).status_code == 202
         assert site.told[-1] == {"event": "hold", "counts": None}
+
+
+async def test_a_router_that_is_ending_passes_no_counts_on(site: Site) -> None:
+    site.run(5, rate=10)
+    async with admin(site, is_leaving=True) as client:
+        answers = [
+            await client.post("/admin/scaling", json={"prefill": 2, "decode": 3}),
+            await client.delete("/admin/scaling"),
+        ]
+        assert [answer.status_code for answer in answers] == [409, 409]
+        assert {answer.json()["error"]["code"] for answer in answers} == {"shutting_down"}
+        assert (await client.get("/admin/scaling")).status_code == 200
+    assert not [event for event in site.told if event["event"] == "hold"]
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from kvferry.tools.chaos.events import ChoiceAnswer, Cut, Delta, Done, Event, Fa
 from kvferry.tools.chaos.history import Counted, Verdict, judge
 from kvferry.tools.chaos.load import Load, Result, collect
 from kvferry.tools.chaos.options import parse_options
-from kvferry.tools.chaos.requests import Ask, plan_asks
-from kvferry.tools.chaos.serve_system import parse_metrics
-from kvferry.tools.chaos.system import Books, LogTail, balance
+from kvferry.tools.chaos.requests import ASK_KINDS, Ask, plan_asks
+from kvferry.tools.chaos.serve_system import System, parse_metrics
+from kvferry.tools.chaos.system import Books, LogTail, balance, settle
 from kvferry.tools.chaos.tally import Tally, find_gaps, print_tally, tally
 from kvferry.tools.chaos.workers import KINDS, Strike, Workers
 from kvferry.tools.load.http_client import HttpClient
@@ -65,8 +65,22 @@ def test_every_way_to_ask_is_among_them() -> None:
 def test_some_ways_to_ask_may_be_named() -> None:
     asks = plan_asks(4, 0, models=["m"], vocab_size=400, kinds=("guided", "chat tools"))
     assert [ask.kind for ask in asks] == ["guided", "chat tools"] * 2
-    with pytest.raises(ConfigError, match=r"--requests guided,sung: these are known: greedy, .*chat tools"):
-        parse_options(["--requests", "guided,sung"])
+    for named in ("guided,sung", ""):
+        with pytest.raises(ConfigError, match=rf"--requests {named}: these are known: greedy, .*chat tools"):
+            parse_options(["--requests", named])
+
+
+def test_a_run_that_would_never_ask_what_is_named_is_refused() -> None:
+    """As it would be called good of that."""
+    kinds, both = ["--requests", "greedy,chat"], ["--adapters", "red,blue"]
+    assert parse_options([*kinds, "--num-requests", "2"]).num_asks == 2
+    assert parse_options([*kinds, *both, "--num-requests", "6"]).num_asks == 6
+    with pytest.raises(ConfigError, match="--num-requests 1: some would never be asked; 2 is one of each kind, or"):
+        parse_options([*kinds, "--num-requests", "1"])
+    with pytest.raises(ConfigError, match=r"--num-requests 5: .*; 6 is one of each kind for each model, or name fewer"):
+        parse_options([*kinds, *both, "--num-requests", "5"])
+    with pytest.raises(ConfigError, match=f"{3 * len(ASK_KINDS)} is one of each kind for each model"):
+        parse_options([*both, "--num-requests", "12"])
 
 
 def test_a_stop_string_is_taken_from_the_middle_of_the_answer() -> None:
@@ -464,6 +478,34 @@ def test_blocks_are_counted_by_what_holds_them() -> None:
     assert not books.is_quiet
 
 
+async def test_what_any_router_still_holds_is_in_the_books() -> None:
+    """Each has a queue of its own, which no other tells of; the workers are the same."""
+
+    def metrics(*lines: str) -> Script:
+        block = 'kvferry_blocks{pool="decode",state="%s",worker="d-0"} %s'
+        return Script(["\n".join([block % ("free", 1), *lines, ""]).encode()])
+
+    busy = 'kvferry_num_requests_running{pool="decode",worker="d-0"} 1'
+    asked: list[str] = []
+
+    def router(*lines: str) -> Callable[[Received], Script]:
+        def answer(received: Received) -> Script:
+            asked.append(received.path)
+            return metrics(*lines)
+
+        return answer
+
+    async with (
+        scripted_server(router("kvferry_queued_requests 0", busy)) as first,
+        scripted_server(router("kvferry_queued_requests 2", busy)) as second,
+    ):
+        system = System(first.base_url, "m", SimpleNamespace())  # type: ignore[arg-type]  # no process is looked at
+        alone, _ = await settle(system, 1, 0.0)
+        both, _ = await settle(system, 1, 0.0, [first.base_url, second.base_url])
+    assert (alone.num_requests, both.num_requests) == (1, 3)
+    assert asked == ["/metrics", "/admin/metrics", "/admin/metrics"]
+
+
 # --- tally ------------------------------------------------------------------------------------------------------------
 
 QUIET = Books(num_workers=4, num_blocks=100, num_held=0, num_quarantined=0, num_requests=0)
@@ -499,7 +541,7 @@ def _tally(
     strikes = [Strike("kill", "d-0", "decode", 1, at_s=10.0)] * num_strikes
     return tally(
         results, {7: _reference()}, notes if notes is not None else rows, strikes, books,
-        settled_s=0.5, num_workers=4, num_joined=4,
+        settled_s=0.5, num_routers=1, num_workers=4, num_joined=4,
     )  # fmt: skip
 
 
@@ -588,7 +630,9 @@ def test_flags_of_the_system_are_handed_through(tmp_path: Path) -> None:
     options = parse_options(["--decode", "3", "--serve-flags", "--dtype bfloat16", "--log-dir", str(tmp_path)])
     assert options.num_workers == 5
     assert options.flags[:7] == ["--policy", "least_loaded", "--prefill", "2", "--decode", "3", "--deterministic"]
-    assert options.flags[-2:] == ["--dtype", "bfloat16"]
+    assert options.flags[-4:] == ["--admin-port", "0", "--dtype", "bfloat16"]
+    assert options.title(1).startswith("1 router, 2 prefill, 3 decode workers; ")
+    assert options.title(2).startswith("2 routers, 2 prefill")
 
 
 def test_an_undisturbed_deployment_may_have_other_flags() -> None:

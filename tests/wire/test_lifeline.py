@@ -11,11 +11,11 @@ import threading
 
 import pytest
 
-from kvferry.common.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
+from kvferry.wire.lifeline import MAX_EVENT_BYTES, Lifeline, decode_event, lifeline_pair
 
 CHILD = """
 import sys
-from kvferry.common.lifeline import Lifeline
+from kvferry.wire.lifeline import Lifeline
 lifeline = Lifeline.from_fds(int(sys.argv[1]), None)
 lifeline.ready(http="127.0.0.1:8000")
 import threading

@@ -24,7 +24,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 
-from .clock import SystemClock
+from ..common.clock import SystemClock
 
 MAX_EVENT_BYTES = 65536  # a router with a thousand workers names them all
 _LOST_EXIT_CODE = 70
