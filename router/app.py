@@ -37,6 +37,7 @@ from .batches.store import BatchStore
 from .catalogue.catalogue import Catalogue
 from .helpers.json_parser import JsonParser
 from .kept.answers import KeptAnswers
+from .kept.files import TASKS
 from .messages.form import error_body
 from .metrics.metrics import RouterMetrics
 from .responses.background import BackgroundResponses
@@ -44,7 +45,7 @@ from .responses.event_files import EventFolder
 from .responses.kept import KeptResponses
 from .responses.states import BackgroundStates
 from .responses.store import FolderStore, MemoryStore, ResponseStore
-from .responses.task_folder import TASKS, TaskFolder
+from .responses.task_folder import TaskFolder
 from .routes import Routes, add_routes
 from .state.classes import RequestClasses
 

@@ -20,7 +20,7 @@ from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct,
 from .api.reply import Reply
 from .bodies.schemas import ChatBody, CompletionBody
 from .bodies.text_bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
-from .catalogue.version import Version
+from .catalogue.version import ServedModel, Version
 from .embeddings.endpoint import embed
 from .messages.surface import MessagesSurface
 from .metrics.metrics import RouterMetrics
@@ -83,10 +83,11 @@ class Routes:
         return await self._background.begin(request.scope, reply, surface)
 
     async def show_response(self, request: Request, response_id: str) -> Response:
-        after = events_after(request.query_params)
+        after, tenant = events_after(request.query_params), context_of(request.scope).tenant
+        self._background.settle(response_id, tenant)
         if after is None:
             return await self.kept.show(request, response_id)
-        return self._background.follow(response_id, context_of(request.scope).tenant, after)
+        return self._background.follow(response_id, tenant, after)
 
     async def cancel_response(self, request: Request, response_id: str) -> Response:
         return _json_bytes(await self._background.cancel(response_id, context_of(request.scope).tenant))
@@ -124,22 +125,20 @@ class Routes:
         raise unknown_path(request.url.path)
 
     async def models(self, request: Request) -> Response:
-        listed = ModelList(data=[self._model(name, version) for name, version in self._api.catalogue.shown()])
+        listed = ModelList(data=[self._model(request, name, version) for name, version in self._api.catalogue.shown()])
         if _ANTHROPIC in request.headers:
-            listed.data = list(map(_with_anthropics, listed.data))
             listed.has_more = False
             listed.first_id, listed.last_id = (listed.data[at].id if listed.data else None for at in (0, -1))
         return _json(listed)
 
     async def model(self, request: Request, name: str) -> Response:
-        model = self._model(name, self._api.catalogue.version(name))
-        return _json(_with_anthropics(model) if _ANTHROPIC in request.headers else model)
+        return _json(self._model(request, name, self._api.catalogue.version(name)))
 
-    def _model(self, name: str, version: Version) -> Model:
+    def _model(self, request: Request, name: str, version: Version) -> Model:
         model, view = version.model, version.dispatcher.view()
         hellos = [worker.hello for worker in view.workers]
         probes = {hello.quantization: hello.probe for hello in hellos}
-        return Model(
+        shown = Model(
             id=name,
             created=self._api.started_s,
             root=model.name if version.adapter is None else version.adapter.path,
@@ -152,6 +151,7 @@ class Routes:
                 logprob_distance=probe_distance(probes.values()),
             ),
         )
+        return _with_anthropics(shown, model) if _ANTHROPIC in request.headers else shown
 
     async def tokenize(self, request: Request) -> Response:
         prompts = self._api.prompts
@@ -230,11 +230,13 @@ def add_routes(app: FastAPI, routes: Routes) -> None:
     app.add_api_route("/ping", routes.ready, methods=["POST"], include_in_schema=False)  # SageMaker's name of it
 
 
-def _with_anthropics(model: Model) -> Model:
-    """Return the model with the fields that Anthropic's clients read beside OpenAI's."""
-    model.type, model.display_name = "model", model.id
-    model.created_at = datetime.fromtimestamp(model.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return model
+def _with_anthropics(shown: Model, model: ServedModel) -> Model:
+    """Return a model's entry with the fields that Anthropic's clients read beside OpenAI's."""
+    shown.type, shown.display_name, shown.lifecycle = "model", shown.id, "active"
+    shown.created_at = datetime.fromtimestamp(shown.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    shown.max_input_tokens = model.max_model_len if model.generates else model.max_embedded_tokens
+    shown.max_tokens = model.max_model_len if model.generates else None
+    return shown
 
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ MAX_AGE_S = 600  # for which a browser need not ask again
 _METHODS = b"GET, HEAD, POST, DELETE, OPTIONS"
 _EXPOSED = (
     b"x-request-id, request-id, x-kvferry-ignored, idempotent-replayed, server-timing, openai-processing-ms, "
-    b"retry-after, retry-after-ms, "
+    b"retry-after, retry-after-ms, x-should-retry, "
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
     b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )

@@ -2,12 +2,14 @@
 
     enter   a request begins          a place and a request are taken, before its body is read
     charge  its prompt is known       prompt and longest answer are taken
+    waive   it repeats an answer      the request is given back
     settle  it has ended              what was not generated is given back, and prompts that no worker has got
     leave                             the place is given back; a charge that nobody settled, whole
 
 The two rates are buckets that fill evenly and hold a minute's worth. A request that costs more than a full bucket goes
-when the bucket is full, and leaves a debt. Pure: time comes from a clock. Where there are no keys, all clients are one.
-A router counts for itself, or with the others of its launcher (`shared_accounts.py`).
+when the bucket is full, and leaves a debt. One that may repeat an answer enters beside an empty bucket, too, and leaves
+the debt of a request unless that is waived: up to a minute's worth of them. Pure: time comes from a clock. Where there
+are no keys, all clients are one. A router counts for itself, or with the others of its launcher (`shared_accounts.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ class QuotaLimits:
     max_concurrency: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+
+    @property
+    def has_rates(self) -> bool:
+        """Requests or tokens are counted by the minute."""
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
 
 
 class Bucket:
@@ -57,9 +64,9 @@ class Bucket:
         self._at_s = now_s
         return self._level
 
-    def wait_s(self, amount: int, now_s: float) -> float:
-        """Return the time until `amount` can be taken; 0: now."""
-        return self._until(min(amount, self.capacity), now_s)
+    def wait_s(self, amount: int, now_s: float, *, max_debt: int = 0) -> float:
+        """Return the time until `amount` can be taken, where that may leave such a debt; 0: now."""
+        return self._until(min(amount, self.capacity) - max_debt, now_s)
 
     def reset_s(self, now_s: float) -> float:
         """Return the time until it is full."""
@@ -117,19 +124,22 @@ class Quotas:
         self._clock = clock
         self._accounts = OwnAccounts(limits, clock) if accounts is None else accounts
 
-    def enter(self, tenant: bytes) -> Allowance:
-        """Raises CapacityError (429) where the tenant's requests are used up."""
+    def enter(self, tenant: bytes, *, may_repeat: bool = False) -> Allowance:
+        """Let a request in; one that `may_repeat` an answer, and then costs none, also where requests are used up.
+
+        Raises CapacityError (429) where the tenant's requests are used up.
+        """
         now, limit = self._clock.now(), self.limits.max_concurrency
-        allowance = Allowance(self._accounts, tenant, self._clock)
+        allowance = Allowance(self._accounts, tenant, self._clock, may_repeat=may_repeat)
         with self._accounts.using(tenant) as account:
             if limit is not None and account.num_running >= limit:
                 raise QuotaExceeded(f"this key may have {limit} requests at once", _BUSY_RETRY_S, allowance)
-            if account.requests is not None:
-                wait_s = account.requests.wait_s(1, now)
+            if (bucket := account.requests) is not None:
+                max_debt = bucket.capacity if may_repeat else 0
+                wait_s = bucket.wait_s(1, now, max_debt=max_debt)
                 if wait_s > 0:
-                    text = f"this key may send {account.requests.capacity} requests a minute"
-                    raise QuotaExceeded(text, wait_s, allowance)
-                account.requests.take(1, now)
+                    raise QuotaExceeded(f"this key may send {bucket.capacity} requests a minute", wait_s, allowance)
+                bucket.take(1, now)
             account.num_running += 1
         return allowance
 
@@ -137,18 +147,25 @@ class Quotas:
 class Allowance:
     """One request's part of its tenant's account."""
 
-    __slots__ = ("_accounts", "_charged", "_clock", "_has_left", "_tenant")
+    __slots__ = ("_accounts", "_charged", "_clock", "_has_left", "_tenant", "may_repeat")
 
-    def __init__(self, accounts: Accounts, tenant: bytes, clock: Clock) -> None:
+    def __init__(self, accounts: Accounts, tenant: bytes, clock: Clock, *, may_repeat: bool = False) -> None:
         self._accounts, self._tenant = accounts, tenant
         self._clock = clock
         self._charged = 0
         self._has_left = False
+        self.may_repeat = may_repeat  # an answer that was told before
+
+    def waive(self) -> None:
+        """Let it cost no request: what was taken is given back. To be called once."""
+        with self._accounts.using(self._tenant) as account:
+            if account.requests is not None:
+                account.requests.give_back(1, self._clock.now())
 
     def charge(self, num_tokens: int) -> None:
-        """Raises CapacityError (429) where they are not there."""
+        """Raises CapacityError (429) where they are not there. What costs none goes on beside debts, too."""
         with self._accounts.using(self._tenant) as account:
-            if (bucket := account.tokens) is None:
+            if (bucket := account.tokens) is None or not num_tokens:
                 return
             now = self._clock.now()
             wait_s = bucket.wait_s(num_tokens, now)

@@ -27,7 +27,7 @@ from ..catalogue.version import Version
 from ..helpers.json_parser import JsonParser
 from ..helpers.strict_json import MAX_COMMAS
 from ..http.in_flight import InFlight
-from ..kept.answers import KeptAnswers, take
+from ..kept.answers import KeptAnswers
 from ..kept.asking import KEY_HEADER, answer_key, one_key
 from ..kept.kept_answer import given_back, restored, settled
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER, RequestClasses
@@ -51,6 +51,7 @@ from .options import (
     thinking_budget,
     turn_options,
 )
+from .paying import enter, take_paid
 from .prompts import PromptReader
 from .reply import AnswerObserver, Reply
 from .surface import ChatSurface, OpenAISurface, naming_fields
@@ -100,14 +101,14 @@ class Api:
         Raises CapacityError (429) before anything is read where the caller's quota is used up.
         """
         context = context_of(request.scope)
-        if not context.is_background:
-            context.allowance = self.quotas.enter(context.tenant)
+        is_named = KEY_HEADER in context.headers and issubclass(kind, GenerationBody)
+        enter(self.quotas, self.kept_answers, context, is_named=is_named)
         data = await read_body(context.headers, request.receive, held, max_bytes=self.max_body_bytes)
         max_commas = max(MAX_COMMAS, 2 * self.catalogue.max_model_len)
         raw = await self.json.parse(data, max_commas)
         ignored: list[str] | None = None if self.refuses_unknown else []
         size = len(data) // _CHECKED_BYTES_PER_CHAR
-        if KEY_HEADER in context.headers and issubclass(kind, GenerationBody):
+        if is_named:
             path = str(request.scope["path"])
             context.answer_key = await self.prompts.run(size, answer_key, context.headers, context.tenant, path, raw)
         if surface is not None:
@@ -204,9 +205,9 @@ class Api:
         turns: TurnOptions | None = None,
     ) -> Answer:
         sampling = self._sampling(version, body, limits)
-        tokens = zip(prompts, limits, strict=True)
-        self.charge(context, sum(len(prompt.token_ids) + body.num_choices * limit for prompt, limit in tokens))
-        kept = await take(self.kept_answers, context.answer_key, version.identity, sampling)
+        self.in_flight.check_open()
+        num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
+        kept = await take_paid(self.kept_answers, context, version.identity, sampling, body.num_choices, num_prompt)
         if kept is None and KEY_HEADER in context.headers:
             self.tell_ignored(context, ["Idempotency-Key"])
         with given_back(kept):
@@ -218,12 +219,6 @@ class Api:
         options = text_options(body, limits[0], turns)
         observer = NO_GAPS if context.is_background else self.observer
         return Answer(streams, prompts, options, version.tokenizer, clock=self.clock, observer=observer, kept=kept)
-
-    def charge(self, context: RequestContext, num_tokens: int) -> None:
-        """Charge the call's key with what it may cost. Raises CapacityError (429), and where the server ends."""
-        self.in_flight.check_open()
-        if context.allowance is not None:
-            context.allowance.charge(num_tokens)
 
     async def submit(
         self,

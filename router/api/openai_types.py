@@ -199,6 +199,9 @@ class Model(Struct, kw_only=True):
     type: str | UnsetType = UNSET
     display_name: str | UnsetType = UNSET
     created_at: str | UnsetType = UNSET
+    lifecycle: str | UnsetType = UNSET
+    max_input_tokens: int | UnsetType = UNSET
+    max_tokens: int | UnsetType | None = UNSET
 
 
 class ModelList(Struct, kw_only=True):

@@ -86,8 +86,8 @@ class Reply(Response):
 
     @property
     def is_kept(self) -> bool:
-        """The answer goes on behind what was told of it before, if anything was."""
-        return self._answer.kept is not None
+        """The answer goes on behind what was told of it, if anything was: here, and where it is asked for again."""
+        return self._answer.kept is not None and self._answer.kept.is_kept
 
     def end(self, error: Exception) -> None:
         """End the reply from outside."""

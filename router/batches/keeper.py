@@ -119,6 +119,8 @@ class Keeper:
 
     async def _look(self) -> None:
         self._clock.look(self._deps.now_s(), self._now_s())
+        if self._clock.is_believed(self._now_s()):
+            self._deps.files.hidden_by_s = self._clock.now_s
         records = await asyncio.to_thread(self._deps.store.unended)
         self._forget_all_but({record.id for record in records})
         await self._set_aside.probe(records, self._running.keys(), MAX_RUNS, self._now_s())

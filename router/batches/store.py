@@ -107,16 +107,18 @@ class BatchStore:
     # --- who runs it ----------------------------------------------------------------------------------------
 
     def lock(self, batch_id: str) -> BatchLock | None:
-        """Take a batch that nobody runs."""
+        """Take a batch that nobody runs. Raises OSError, as where the file system has no locks (now)."""
         try:
             fd = os.open(self.path(batch_id) / "lock", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BaseException as error:
             os.close(fd)
-            return None
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
         return BatchLock(fd)
 
     # --- who wants no more of it ----------------------------------------------------------------------------

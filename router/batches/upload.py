@@ -33,6 +33,7 @@ _MAX_FIELD_BYTES = 1024
 _MAX_PARTS = 16
 _MAX_NAME_CHARS = 255
 _MAX_FRAMING_BYTES = 64 * 2**10  # of the body, beside the file
+_WRITTEN_BY_BROWSERS = {b"%22": b'"', b"%0A": b"\n", b"%0D": b"\r"}  # in names of files; HTML escapes no others
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f]|[\ud800-\udfff]")
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send is not worth a line
@@ -94,8 +95,7 @@ class Form:
         if self._name == "file":
             if self.filename is not None:
                 raise RequestError("the form has more than one file", param="file")
-            name = options.get(b"filename", b"").decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2]
-            self.filename = _NOT_IN_A_NAME.sub("", name)[:_MAX_NAME_CHARS] or "file"
+            self.filename = _harmless(options.get(b"filename", b""))
         elif self._name in _FIELDS and self._name not in self.fields:
             self.fields[self._name] = b""
         else:
@@ -133,6 +133,14 @@ class Form:
                 "expires_after: needs anchor 'created_at' and a whole number of seconds", param="expires_after"
             )
         return float(seconds)
+
+
+def _harmless(name: bytes) -> str:
+    """Return a file's name without its folders, and without what no line may have."""
+    for written, meant in _WRITTEN_BY_BROWSERS.items():
+        name = name.replace(written, meant)
+    last = name.decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2]
+    return _NOT_IN_A_NAME.sub("", last)[:_MAX_NAME_CHARS] or "file"
 
 
 def too_large(max_bytes: int) -> RequestError:

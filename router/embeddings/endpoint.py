@@ -14,6 +14,7 @@ from ...common.request import SamplingParams
 from ..api.answer import Answer
 from ..api.choice import TextOptions
 from ..api.generation import Api
+from ..api.paying import charge
 from ..bodies.text_bodies import EmbeddingBody
 from ..catalogue.version import Version
 from .form import EmbeddingForm
@@ -36,7 +37,8 @@ async def embed(api: Api, request: Request) -> VectorsReply:
     context.marks["tokenize"] = api.clock.now()
     with ExitStack() as room:
         room.enter_context(api.vector_room.held()).add(len(prompts) * version.model.hidden_size * _VALUE_BYTES)
-        api.charge(context, sum(len(prompt.token_ids) for prompt in prompts))
+        api.in_flight.check_open()
+        charge(context, sum(len(prompt.token_ids) for prompt in prompts))
         made = api.requests(context, version, body, prompts, [_SAMPLING] * len(prompts))
         streams = await api.submit(context, version, made, pooling=version.model.pooling)
         answer = Answer(streams, prompts, _TEXT, version.tokenizer, clock=api.clock, observer=api.observer)

@@ -15,6 +15,7 @@ import errno
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -119,6 +120,16 @@ def _records(data: bytes) -> Iterator[bytes]:
             return
         yield record
         start += length
+
+
+def has_told(path: Path) -> bool:
+    """Tell whether the file of an answer has more than its head, without its lock. A torn record counts, too."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            length = int.from_bytes(file.read(4), "little")
+            return os.fstat(file.fileno()).st_size > _FRAME_BYTES + length
+    except OSError:
+        return False
 
 
 def num_tokens(told: Sequence[Told]) -> int:

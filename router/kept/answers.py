@@ -4,7 +4,8 @@
     wanted/NAME   somebody waits for that answer, whose router looks here and hands it over
 
 A client that comes back is the one that is served: whoever still tells the answer to an older connection ends there.
-What nobody has written to for KEEP_S is deleted, and the oldest before that where all together take too much.
+What nobody has written to for KEEP_S is deleted, and the oldest before that where all together take too much, but for
+the answers of tasks: they go on however long there was no router.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import asyncio
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
 
-from ...common.errors import ConfigError
+from ...common.errors import ConfigError, RequestError
 from ...common.request import SamplingParams
 from ..state.errors import StreamError
-from .answer_log import AnswerLog
-from .asking import key_reused
-from .files import share_of_open_files
+from .answer_log import AnswerLog, has_told
+from .asking import key_name, key_reused
+from .files import is_under_way, share_of_open_files
 from .kept_answer import AnswerKey, KeptAnswer
 from .sweeper import Sweeper
 
@@ -112,8 +113,14 @@ class KeptAnswers:
         fd = _lock(path)
         if fd is None:
             return None
-        (self._wanted / key.name).unlink(missing_ok=True)  # who waited for it may have died
-        answer = self._held[key.name] = KeptAnswer(key, served, path, await _read(fd), self._on_close)
+        opened = await _read(fd)
+        try:
+            (self._wanted / key.name).unlink(missing_ok=True)  # who waited for it may have died
+            answer = KeptAnswer(key, served, path, opened, self._on_close)
+        except BaseException:
+            opened.close()
+            raise
+        self._held[key.name] = answer
         self._watch()
         return answer
 
@@ -156,9 +163,17 @@ async def take(
         return None
 
 
+def names_told(answers: KeptAnswers | None, headers: Mapping[bytes, bytes], tenant: bytes) -> bool:
+    """Tell whether a call's key names an answer of which something was told. It is not taken."""
+    try:
+        name = key_name(headers, tenant)
+    except RequestError:  # it is refused where the body is known
+        return False
+    return answers is not None and name is not None and has_told(answers.path / name)
+
+
 def _delete_unless_told(path: Path) -> bool:
-    fd = _lock(path)
-    if fd is None:
+    if is_under_way(path) or (fd := _lock(path)) is None:
         return False
     try:
         path.unlink(missing_ok=True)
@@ -192,12 +207,26 @@ def _is_at(path: Path, fd: int) -> bool:
 
 
 async def _read(fd: int) -> AnswerLog:
-    """Read the file, a long one on a thread, which has it for itself until it is done."""
+    """Read the file, a long one on a thread, which has it for itself until it is done. Closes what fails."""
     if os.fstat(fd).st_size <= _READ_INLINE:
-        return AnswerLog(fd)
-    reading = asyncio.ensure_future(asyncio.to_thread(AnswerLog, fd))
+        return _opened(fd)
+    reading = asyncio.ensure_future(asyncio.to_thread(_opened, fd))
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:
-        reading.add_done_callback(lambda done: done.result().close())
+        reading.add_done_callback(_close_read)
+        raise
+
+
+def _close_read(reading: asyncio.Future[AnswerLog]) -> None:
+    if reading.exception() is None:
+        reading.result().close()
+
+
+def _opened(fd: int) -> AnswerLog:
+    """Read the file; its lock goes with it where that fails, and others may try."""
+    try:
+        return AnswerLog(fd)
+    except BaseException:
+        os.close(fd)
         raise

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ...common.errors import RequestError
+from .files import answer_of_task
 from .kept_answer import AnswerKey
 
 KEY_HEADER, AFTER_HEADER = b"idempotency-key", b"last-event-id"
@@ -67,9 +68,12 @@ def answer_key(headers: Mapping[bytes, bytes], tenant: bytes, path: str, asked: 
     return AnswerKey(name, _digest(path, asked), int(after))
 
 
-def own_key(name: bytes, tenant: bytes, path: str, asked: object, after: int) -> AnswerKey:
-    """Return a key of the server's own, for an answer that goes on without its client, behind so many events."""
-    return AnswerKey(name_of_file(tenant, b"own " + name), _digest(path, asked), after)
+def own_key(task: str, path: str, asked: object, after: int) -> AnswerKey:
+    """Return a key of the server's own, for an answer that goes on without its client, behind so many events.
+
+    `task`: the name of the file that is there until it has ended.
+    """
+    return AnswerKey(answer_of_task(task), _digest(path, asked), after)
 
 
 def one_key(clients: AnswerKey | None, own: AnswerKey | None) -> AnswerKey | None:

@@ -1,4 +1,9 @@
-"""Folders and open files of what is kept."""
+"""Folders and open files of what is kept.
+
+What belongs to a task that nobody waits for goes by its name: its answer is NAME.own in the folder of answers, where
+clients' keys become names without a suffix, and tasks/NAME is there until it has ended, whoever computes it, and while
+nobody does.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,9 @@ import resource
 from pathlib import Path
 
 from ...common.errors import ConfigError
+
+TASKS = "tasks"  # the folder's name, in that of the answers
+_OF_TASK = ".own"
 
 
 def make_folder(path: Path) -> None:
@@ -19,3 +27,13 @@ def make_folder(path: Path) -> None:
 def share_of_open_files(share: int) -> int:
     """Return how many files of a kind may be open at once, one in `share` of all: connections need the others."""
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // share)
+
+
+def answer_of_task(name: str) -> str:
+    """Return the name of a task's answer."""
+    return f"{name}{_OF_TASK}"
+
+
+def is_under_way(answer: Path) -> bool:
+    """Tell whether an answer is that of a task which has not ended, by its path."""
+    return answer.suffix == _OF_TASK and (answer.parent / TASKS / answer.stem).exists()

@@ -71,6 +71,13 @@ class KeptAnswer:
         """Something of it has been told before."""
         return bool(self.told)
 
+    def num_open_tokens(self, num_choices: int) -> int:
+        """Count the tokens that may still come, of all choices that have not ended: so many for each prompt."""
+        left = [limit for limit in self.begun.limits for _ in range(num_choices)]
+        for portion in self.told:
+            left[portion.index] = max(0, left[portion.index] - len(portion.tokens)) if portion.finish is None else 0
+        return sum(left)
+
     def settle(self, drawn: list[SamplingParams], answer_id: str) -> list[SamplingParams]:
         """Return how the answer is sampled: as it was begun, or as drawn now, which is noted with the answer's name."""
         head = self._log.head

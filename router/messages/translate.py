@@ -65,7 +65,8 @@ FIELD_NAMES: FieldNames = (
     (re.compile(r"\bthinking_token_budget\b"), "thinking.budget_tokens"),
 )
 NO_THREADS = "thread_unsupported_request"  # Anthropic's: its libraries then send the whole conversation
-_THINKING = {"enabled": "medium", "adaptive": "medium", "disabled": "none"}  # as efforts
+# As efforts. Between tools, notes alone may be shown as thoughts: the model does not think.
+_THINKING = {"enabled": "medium", "adaptive": "medium", "between_tools": "none", "disabled": "none"}
 _EFFORTS = (*get_args(Effort), "max")
 _OF_OUTPUT = frozenset({"effort", "format", "task_budget"})  # what a budget says is advice
 _OF_THINKING = frozenset({"type", "budget_tokens", "display"})  # thoughts are shown, whatever is said of it
@@ -93,9 +94,7 @@ def chat_body(
         body["tools"] = tools.functions
     _take_choice(raw.get("tool_choice"), body)
     output_config = _output_config(raw.get("output_config"), ignored)
-    output_format = raw.get("output_format") or output_config.get("format")
-    if output_format is not None:
-        body["response_format"] = _format(output_format)
+    _take_format(raw.get("output_format"), output_config.get("format"), body, placed[-1].where)
     effort = _effort(raw.get("thinking"), output_config, ignored)
     if effort is not None:
         body["reasoning_effort"] = effort
@@ -142,6 +141,17 @@ def _take_choice(raw: object, body: dict[str, object]) -> None:
         body["parallel_tool_calls"] = False
 
 
+def _take_format(older: object, newer: object, body: dict[str, object], last: str) -> None:
+    """Take the format of an answer, by either name of the field. `last`: the place of the last message."""
+    name, asked = ("output_format", older) if older else ("output_config.format", newer)
+    if asked is None:
+        return
+    body["response_format"] = _format(asked)
+    if body.get("continue_final_message"):  # the format is the whole answer's, and this one has begun without
+        text = f"{name} goes with no assistant's text at the end ({last}), which the answer would go on"
+        raise RequestError(f"{text}: leave out one of the two", param=name, code="invalid_value")
+
+
 def _format(raw: object) -> object:
     """Return a format as chats have it."""
     if not isinstance(raw, dict) or raw.get("type") != "json_schema" or raw.keys() - {"type", "schema"}:
@@ -173,7 +183,7 @@ def _thinking(thinking: object, ignored: list[str] | None) -> str:
     kind = thinking.get("type") if isinstance(thinking, dict) else None
     if not isinstance(thinking, dict) or not isinstance(kind, str) or kind not in _THINKING:
         raise RequestError(
-            f"thinking must be an object whose type is enabled, adaptive or disabled, got {shown(thinking)}",
+            f"thinking must be an object whose type is one of {', '.join(_THINKING)}, got {shown(thinking)}",
             param="thinking",
             code="invalid_value",
         )

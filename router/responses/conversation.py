@@ -1,4 +1,4 @@
-"""A conversation as it is kept: its parts, each as JSON behind the lengths of all.
+"""A conversation as it is kept: its parts, each as JSON behind the lengths of all, and their checksums.
 
 items      of the response itself, as it was answered
 messages   what the model is told where it goes on, this answer at the end; empty: there is no answer (yet)
@@ -11,7 +11,8 @@ answer     the name of the kept answer that it was told from; empty: there is no
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,9 +22,11 @@ from ...common.errors import RequestError
 from ..turns.places import Message
 from .tools import Names
 
-_FORMAT = b"kvr2"  # of the file
-_NUM_PARTS = {_FORMAT: 6, b"kvr1": 4}  # by format; the earlier one ends with the response, and no other is read
-_LENGTHS = {form: struct.Struct(f"<{number}I") for form, number in _NUM_PARTS.items()}
+_FORMAT = b"kvr3"  # of the file
+_PARTS = ("items", "messages", "names", "response", "input", "answer")
+# By format, how many parts it has, and how many of them a checksum. No other is read.
+_NUMBERS = {_FORMAT: (6, 6), b"kvr2": (6, 0), b"kvr1": (4, 0)}
+_HEADS = {form: struct.Struct(f"<{parts}I{checksums}I") for form, (parts, checksums) in _NUMBERS.items()}
 
 Part = bytes | memoryview
 
@@ -70,21 +73,31 @@ class Conversation:
 
     def joined(self) -> bytes:
         parts = (self.items, self.messages, self.names, self.response, self.input, self.answer)
-        return b"".join((_FORMAT, _LENGTHS[_FORMAT].pack(*map(len, parts)), *parts))
+        return b"".join((_FORMAT, _HEADS[_FORMAT].pack(*map(len, parts), *map(zlib.crc32, parts)), *parts))
 
     @classmethod
-    def parted(cls, data: memoryview) -> Conversation | None:
-        """Return None for what is not whole, as a machine's crash may leave it."""
-        packed = _LENGTHS.get(bytes(data[: len(_FORMAT)]))
-        if packed is None or len(data) < len(_FORMAT) + packed.size:
+    def parted(cls, data: memoryview, looked_at: Collection[str] = _PARTS) -> Conversation | None:
+        """Return None for what is not whole, as a machine's crash may leave it: nothing waits for the disk.
+
+        `looked_at`: parts that are held against their checksums. Of others the lengths are known, and they are not
+        read.
+        """
+        form = bytes(data[: len(_FORMAT)])
+        head = _HEADS.get(form)
+        if head is None or len(data) < len(_FORMAT) + head.size:
             return None
-        lengths, start = packed.unpack_from(data, len(_FORMAT)), len(_FORMAT) + packed.size
+        numbers, start = head.unpack_from(data, len(_FORMAT)), len(_FORMAT) + head.size
+        num_parts, _ = _NUMBERS[form]
+        lengths, checksums = numbers[:num_parts], numbers[num_parts:]
         if start + sum(lengths) != len(data):
             return None
         parts = []
         for length in lengths:
             parts.append(data[start : start + length])
             start += length
+        summed = zip(_PARTS, parts, checksums, strict=False)  # earlier formats have none
+        if any(name in looked_at and zlib.crc32(part) != checksum for name, part, checksum in summed):
+            return None
         return cls(*parts)
 
 

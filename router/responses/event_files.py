@@ -67,6 +67,12 @@ class EventFile:
         self._grown.set()
         self._grown = asyncio.Event()
 
+    def add_missing(self, first: bytes) -> None:
+        """Append those of an answer's first events that are not there."""
+        *events, _ = first.split(_END)
+        if missing := events[self.num_events :]:
+            self.add(b"".join(event + _END for event in missing))
+
     async def grows(self, timeout_s: float) -> None:
         """Return when something was added, or after so long."""
         await comes_within(self._grown, timeout_s)

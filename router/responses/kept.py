@@ -6,7 +6,6 @@ and responses whole.
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -67,7 +66,7 @@ class KeptResponses:
         names: Names | None = None,
         asked: Asked = _NOTHING_ASKED,
     ) -> Callable[[], None]:
-        """Return what keeps a conversation that has been answered, when the loop calls it; nothing of one too long.
+        """Return what keeps a conversation that has been answered, when the loop calls it; `too_long` for one that is.
 
         `names` are those of namespaces' functions that it may have called. May be called from any thread.
         """
@@ -78,7 +77,7 @@ class KeptResponses:
         num_objects = _num_objects(messages) + 2 * len(items) + len(names or {})
         num_bytes = sum(map(len, parts)) + _OBJECT_BYTES * num_objects
         if max(num_bytes, len(asked.items)) > MAX_BYTES_OF_ONE:
-            return lambda: None
+            return too_long
         data = Conversation(*parts, asked.items, asked.answer.encode()).joined()
         return partial(self._write, response_name(response_id, tenant), data)
 
@@ -90,14 +89,16 @@ class KeptResponses:
             log.warning("response_not_kept", reason=error.strerror or str(error), num_bytes=len(data))
 
     def keep_state(self, response_id: str, tenant: bytes, response: bytes, asked: Asked = _NOTHING_ASKED) -> None:
-        """Keep a response that is under way. Raises OSError, also for one that is very long."""
+        """Keep a response that is under way. Raises OSError, and RequestError (413) for one that is very long."""
         if max(len(response), len(asked.items)) > MAX_BYTES_OF_ONE:
-            raise OSError(errno.EFBIG, f"it takes more than {MAX_BYTES_OF_ONE} bytes")
+            text = f"background: what nobody waits for is kept, and this takes more than {MAX_BYTES_OF_ONE} bytes"
+            text += ": send it without 'background', or with a shorter input"
+            raise RequestError(text, param="background", code="request_too_large", status=413)
         self._write_state(response_id, tenant, response, asked)
 
     def change_state(self, response_id: str, tenant: bytes, response: bytes) -> None:
         """Keep one that is kept already as it goes on, or as it has ended without an answer. Raises OSError."""
-        found = self._find(response_id, tenant)
+        found = self._find(response_id, tenant, "input", "answer")
         self._write_state(response_id, tenant, response, _NOTHING_ASKED if found is None else found.asked)
 
     def _write_state(self, response_id: str, tenant: bytes, response: bytes, asked: Asked) -> None:
@@ -113,7 +114,7 @@ class KeptResponses:
         name = "previous_response_id"
         if not isinstance(response_id, str):
             raise RequestError(f"{name} must be a string, got {shown(response_id)}", param=name)
-        found = self._find(response_id, tenant)
+        found = self._find(response_id, tenant, "items", "messages", "names", "input")
         if found is None:
             raise RequestError(
                 f"{name}: the response {clip(response_id)} is not kept here (any more); send its items as input",
@@ -146,7 +147,7 @@ class KeptResponses:
         found: dict[object, msgspec.Raw] = {}
         num_bytes = 0
         for (response_id, is_input), own in wanted.items():
-            if (kept := self._find(response_id, tenant)) is not None:
+            if (kept := self._find(response_id, tenant, "input" if is_input else "items")) is not None:
                 num_bytes += _take_items(kept.input if is_input else kept.items, own, found, num_bytes)
         if missing := missing - found.keys():
             _take_items(earlier, missing, found, num_bytes)
@@ -154,29 +155,34 @@ class KeptResponses:
 
     def response(self, response_id: str, tenant: bytes) -> bytes:
         """Return a response as it was answered. Raises RequestError (404)."""
-        return bytes(self._named(response_id, tenant).response)
+        return bytes(self._named(response_id, tenant, "response").response)
 
     def input(self, response_id: str, tenant: bytes) -> list[tuple[str, msgspec.Raw]]:
         """Return the items that a response answers, by id, earlier turns included. Raises RequestError (404)."""
-        return [(_named(item).id, item) for item in _items_of(self._named(response_id, tenant).input)]
+        return [(_named(item).id, item) for item in _items_of(self._named(response_id, tenant, "input").input)]
 
     def forget(self, response_id: str, tenant: bytes) -> str:
         """Return the name of the answer that it was told from; empty: there is none. Raises RequestError (404)."""
-        answer = self._named(response_id, tenant).asked.answer
+        answer = self._named(response_id, tenant, "answer").asked.answer
         assert self._store is not None
         self._store.delete(response_name(response_id, tenant))
         return answer
 
-    def _named(self, response_id: str, tenant: bytes) -> Conversation:
-        found = self._find(response_id, tenant)
+    def _named(self, response_id: str, tenant: bytes, *parts: str) -> Conversation:
+        found = self._find(response_id, tenant, *parts)
         if found is None:
             text = f"the response {clip(response_id)} is not kept here (any more)"
             raise RequestError(text, param="response_id", code="response_not_found", status=404)
         return found
 
-    def _find(self, response_id: str, tenant: bytes) -> Conversation | None:
+    def _find(self, response_id: str, tenant: bytes, *parts: str) -> Conversation | None:
+        """Return what is kept, of which these parts are looked at; None: they are not whole, or it is not here."""
         data = None if self._store is None else self._store.read(response_name(response_id, tenant))
-        return None if data is None else Conversation.parted(data)
+        return None if data is None else Conversation.parted(data, parts)
+
+
+def too_long() -> None:
+    """Keep nothing of a conversation that is too long."""
 
 
 def ids_of(items: Part) -> set[str]:

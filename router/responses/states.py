@@ -6,6 +6,7 @@ begin ─> (its run, at one router after the other) ─> ended: with the answer,
 from __future__ import annotations
 
 import contextlib
+import errno
 
 import msgspec
 import structlog
@@ -20,6 +21,14 @@ from .task_folder import HeldTask, Task, TaskFolder
 _UNDER_WAY = frozenset({"queued", "in_progress"})
 CANCELLED: Fields = {"status": "cancelled"}
 _ANSWERED = frozenset({"completed", "incomplete"})
+_TASK_LOST = "what was asked is not kept any more: ask again"
+
+
+class _Status(msgspec.Struct):
+    status: str
+
+
+_status = msgspec.json.Decoder(_Status).decode
 
 log = structlog.get_logger(__name__)
 
@@ -56,7 +65,7 @@ class BackgroundStates:
 
     def is_under_way(self, response_id: str, tenant: bytes) -> bool:
         """Raises RequestError (404)."""
-        return self.state(response_id, tenant)["status"] in _UNDER_WAY
+        return _status(self._kept.response(response_id, tenant)).status in _UNDER_WAY
 
     def has_to_go_on(self, task: Task, events: EventFile | None) -> bool:
         """Tell whether there is more to compute of it, or to tell of what was computed. Raises OSError."""
@@ -75,17 +84,36 @@ class BackgroundStates:
             self._kept.change_state(response_id, tenant, msgspec.json.encode(state))
         return state
 
-    def end(self, held: HeldTask, change: Fields) -> None:
-        """Let go of one that has ended. `change`: how, where no answer is kept, and nobody has ended it before."""
+    def settle(self, response_id: str, tenant: bytes) -> None:
+        """End one whose task was lost, as in a machine's crash: nobody could go on with it, and it would never end.
+
+        For who does not compute it. Raises RequestError (404).
+        """
+        name = response_name(response_id, tenant)
+        if not self.is_under_way(response_id, tenant):
+            return
+        try:
+            if not self.tasks.has(name):  # it may have ended between the two: then nothing is changed
+                self._tell_failure(name, self.change(response_id, tenant, failed(500, _TASK_LOST)))
+        except OSError as error:  # the next one who asks ends it
+            log.warning("background_responses", reason=error.strerror or str(error))
+
+    def end(self, held: HeldTask, change: Fields | None) -> bool:
+        """End the task of one that has ended. Returns false where that cannot be kept now: it is held on.
+
+        `change`: how it has ended, where no answer is kept, and nobody has ended it before; None: with its answer.
+        """
         task = held.task
         try:
             with contextlib.suppress(RequestError):  # it is not kept any more
-                self._tell_failure(held.name, self.change(task.response_id, task.tenant, change))
-        except OSError as error:
+                if change is None and self.is_under_way(task.response_id, task.tenant):
+                    raise OSError(errno.EIO, "the answer could not be kept")
+                self._tell_failure(held.name, self.change(task.response_id, task.tenant, change or {}))
+        except OSError as error:  # it is told again from what is kept, until there is room
             log.warning("background_responses", reason=error.strerror or str(error))
-            held.release()  # told again from what is kept, until there is room
-        else:
-            self.tasks.end(held)
+            return False
+        self.tasks.end(held)
+        return True
 
     def _tell_failure(self, name: str, state: Fields) -> None:
         """Let the last event be told, where it is not the answer's own."""

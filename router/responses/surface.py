@@ -21,7 +21,7 @@ from ..turns.places import Message, Places
 from .conversation import Asked, Earlier, joined_arrays
 from .form import BEGINNING, Fields, ResponseForm, encode_events, event_format
 from .items import check_num_items
-from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses, ids_of
+from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses, ids_of, response_name, too_long
 from .listed import has_own_ids, listed
 from .tools import Names, ResponseTools, names_of_calls, response_tools
 from .translate import FIELD_NAMES, chat_body
@@ -69,13 +69,15 @@ class ResponsesSurface:
         self.events = event_format(self._numbers)
         self.begun: Fields = {}  # a background response before anything of it was told
         self.first_events = b""  # of one that streams: they come at once, and with no piece
+        self.is_too_long = False  # the answer, to be kept
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         self._raw = raw if self._keeps else {**raw, "store": False}
         if _is_background(raw):
             self._check_background()
             after = self._num_told if self._num_told > len(BEGINNING) else 0
-            self.key = own_key(self._request_id.encode(), self._tenant, PATH, raw, after)
+            name = response_name(f"{RESPONSE_PREFIX}{self._request_id}", self._tenant)
+            self.key = own_key(name, PATH, raw, after)
         previous = raw.get("previous_response_id")
         earlier = Earlier((), {}, b"[]") if previous is None else self._kept.find(previous, self._tenant)
         self._tools = response_tools(raw.get("tools"))
@@ -167,7 +169,9 @@ class ResponsesSurface:
         assert isinstance(items, list)
         messages = [*self._messages, answer]
         asked = self.what_is_asked(response_id)
-        return self._kept.keeper(response_id, self._tenant, messages, items, encoded, self._names, asked)
+        keep = self._kept.keeper(response_id, self._tenant, messages, items, encoded, self._names, asked)
+        self.is_too_long = keep is too_long
+        return keep
 
 
 def _is_reference(item: object) -> bool:

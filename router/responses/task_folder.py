@@ -18,9 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from ..kept.files import make_folder
+from ..kept.files import TASKS, make_folder
 
-TASKS = "tasks"  # the folder's name, beside those of states and events
 _CANCEL = ".cancel"
 _NEW = ".new-"
 
@@ -40,7 +39,7 @@ _decode = msgspec.msgpack.Decoder(Task).decode
 
 @dataclass(slots=True, frozen=True)
 class HeldTask:
-    """A task that this router has locked."""
+    """A task that this router has locked, until it releases or ends it, once."""
 
     name: str
     task: Task
@@ -82,16 +81,22 @@ class TaskFolder:
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.stat()  # it may have ended between the two
-            return HeldTask(name, _decode(path.read_bytes()), fd)
-        except (BlockingIOError, FileNotFoundError):
+            return self._locked(name, path, fd)
+        except BaseException as error:
             os.close(fd)
-            return None
-        except msgspec.MsgspecError:  # as a machine's crash may leave it
+            if isinstance(error, (BlockingIOError, FileNotFoundError)):
+                return None
+            raise
+
+    def _locked(self, name: str, path: Path, fd: int) -> HeldTask:
+        """Raises FileNotFoundError where there is none any more, BlockingIOError where somebody holds it."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.stat()  # it may have ended between the two
+        try:
+            return HeldTask(name, _decode(os.pread(fd, os.fstat(fd).st_size, 0)), fd)
+        except msgspec.MsgspecError:  # as a machine's crash may leave it: who asks for its response finds it failed
             path.unlink(missing_ok=True)
-            os.close(fd)
-            return None
+            raise FileNotFoundError(name) from None
 
     def look(self, known: Collection[str], at_most: int) -> tuple[set[str], list[HeldTask]]:
         """Return those that somebody wants no more of, and hold some that nobody holds."""
@@ -121,8 +126,12 @@ class TaskFolder:
         (self._path / f"{name}{_CANCEL}").touch(mode=0o600)
 
     def has(self, name: str) -> bool:
-        """Tell whether a task has not ended."""
-        return (self._path / name).exists()
+        """Tell whether a task has not ended. Raises OSError where nobody can say: it is not taken for lost."""
+        try:
+            os.stat(self._path / name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def cancelled(self) -> set[str]:
         """Return the tasks that somebody wants no more of."""

@@ -15,6 +15,7 @@ import pytest
 from kvferry import __version__
 from kvferry.common.errors import CapacityError, RequestError
 from kvferry.common.router_config import SpecialTokens
+from kvferry.models.pooling import EmbeddedTexts
 from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.catalogue.version import ServedModel
 
@@ -834,8 +835,19 @@ async def test_models_have_anthropics_fields_too_for_its_clients() -> None:
         one = (await client.get(f"/v1/models/{MODEL}")).json()
     assert listed["data"] == [one] and listed["has_more"] is False
     assert listed["first_id"] == listed["last_id"] == one["id"] == one["display_name"] == MODEL
+    assert (one["lifecycle"], one["max_input_tokens"], one["max_tokens"]) == ("active", MAX_MODEL_LEN, MAX_MODEL_LEN)
     assert one["type"] == "model" and datetime.fromisoformat(one["created_at"]).timestamp() == one["created"]
     assert (one["object"], listed["object"]) == ("model", "list")
+
+
+async def test_a_model_that_embeds_alone_has_no_longest_answer() -> None:
+    model = ServedModel(MODEL, MAX_MODEL_LEN, VOCAB_SIZE, generates=False, embedded_texts=EmbeddedTexts(max_tokens=16))
+    async with serve(model=model).client(**{"anthropic-version": "2023-06-01"}) as client:
+        one = (await client.get(f"/v1/models/{MODEL}")).json()
+        assert (one["max_input_tokens"], one["max_tokens"]) == (16, None)
+        del client.headers["anthropic-version"]
+        others = (await client.get(f"/v1/models/{MODEL}")).json()
+    assert not {"lifecycle", "max_input_tokens", "max_tokens"} & others.keys()
 
 
 async def test_tokenize_and_detokenize_undo_each_other() -> None:

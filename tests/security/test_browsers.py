@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.common.router_config import RouterConfig
+from kvferry.router.access.quota import QuotaLimits
+from kvferry.router.kept.answers import KeptAnswers
 from kvferry.settings.exposure import check_exposure
 from kvferry.settings.fields import ServeSettings
 
@@ -14,6 +18,7 @@ from ..router.fakes import Script, serve
 PAGE = "https://chat.example"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 JSON = {"content-type": "application/json"}
+OPEN = {"content-type", "content-length", "vary"}  # the first two are readable without being named
 PREFLIGHT = {
     "origin": PAGE,
     "access-control-request-method": "POST",
@@ -112,6 +117,24 @@ async def test_an_allowed_page_reads_the_answer_and_what_stands_in_its_head(stre
         assert each.headers["access-control-allow-origin"] == PAGE
         exposed = set(each.headers["access-control-expose-headers"].split(", "))
         assert {"x-request-id", "server-timing", "retry-after", "x-ratelimit-remaining-tokens"} <= exposed
+
+
+async def test_a_page_can_read_every_header_that_says_something_of_an_answer(tmp_path: Path) -> None:
+    limits, kept = QuotaLimits(None, 2, 10_000), KeptAnswers(tmp_path)
+    served = serve(Script("ab"), api_keys=("k",), allowed_origins=(PAGE,), quota=limits, kept_answers=kept)
+    headers = {"origin": PAGE, "authorization": "Bearer k"}
+    named = headers | {"idempotency-key": "a"}
+    async with served.client() as client:
+        answers = [await client.post("/v1/chat/completions", json=CHAT, headers=named) for _ in range(2)]
+        answers.append(await client.post("/v1/messages", json={}, headers=headers))
+        answers.append(await client.post("/v1/chat/completions", json=CHAT, headers=headers))
+    assert [each.status_code for each in answers] == [200, 200, 400, 429]
+    assert {"idempotent-replayed", "x-should-retry", "retry-after-ms"} <= {
+        name for each in answers for name in each.headers
+    }
+    for each in answers:
+        exposed = set(each.headers["access-control-expose-headers"].split(", "))
+        assert {name for name in each.headers if not name.startswith("access-control-")} <= exposed | OPEN
 
 
 async def test_every_page_may_ask_a_server_with_keys_that_says_so() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import socket
 import ssl
+import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -302,6 +304,19 @@ def test_files_that_do_not_serve_are_refused_by_name(fields: dict[str, str | Non
     given = {name: places.get(value, value) if value is not None else None for name, value in fields.items()}
     with pytest.raises(ConfigError, match=why):
         read_tls(router_config(**(own | given)))
+
+
+@pytest.mark.parametrize("setting", ["ssl_certfile", "ssl_keyfile", "ssl_ca_certs"])
+def test_a_pipe_is_refused_at_once(setting: str, tmp_path: Path) -> None:
+    """Nobody writes into it, but after a while: a reload that waited would keep its process from ending."""
+    files, pipe = write_certificate(tmp_path), tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    late = threading.Timer(5.0, lambda: os.close(os.open(pipe, os.O_RDWR)))
+    late.start()
+    with pytest.raises(ConfigError, match=rf"^{setting}: {pipe} is no regular file$"):
+        read_tls(router_config(**(files | {setting: pipe})))
+    assert late.is_alive()
+    late.cancel()
 
 
 def test_a_reload_of_files_that_do_not_serve_changes_nothing(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from kvferry.router.access.quota import QuotaLimits
 from kvferry.router.catalogue.version import ServedModel
+from kvferry.router.kept.answer_log import has_told
 from kvferry.router.kept.answers import KeptAnswers
 from kvferry.router.kept.kept_answer import AnswerKey
 
@@ -203,6 +204,135 @@ async def test_what_was_paid_for_is_not_charged_again(tmp_path: Path) -> None:
         await ask(router, "/v1/completions", body)
         after = left(await client.post("/v1/completions", json=body))
     assert 0 < before - after <= 4 + 6  # one request of the two, and what the time between has brought
+
+
+def requests_left(response: httpx.Response) -> int:
+    return int(response.headers["x-ratelimit-remaining-requests"])
+
+
+@pytest.mark.parametrize("name", ["text", "choices", "chat", "responses", "messages"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_is_told_again_needs_no_quota(tmp_path: Path, name: str, stream: bool) -> None:
+    path, body, text = CALLS[name]
+    body = body | {"stream": stream}
+    router = served(tmp_path, text, quota=QuotaLimits(None, 2, 200))
+    first = await ask(router, path, body)
+    assert requests_left(first) == 1
+    for _ in range(3):
+        again = await ask(router, path, body)
+        assert (again.headers["idempotent-replayed"], requests_left(again)) == ("true", 1)
+    async with router.client() as client:
+        spent = await client.post(path, json=body | {"stream": False})
+        assert spent.status_code == 200, spent.text
+        assert (await client.post(path, json=body)).status_code == 429
+    assert (await ask(router, path, body, **{"idempotency-key": "new"})).status_code == 429
+    again = await ask(router, path, body)
+    assert again.status_code == 200 and requests_left(again) == 0
+
+
+async def test_an_answer_that_is_told_again_needs_no_tokens(tmp_path: Path) -> None:
+    router = served(tmp_path, "Hello", quota=QuotaLimits(None, None, 60))
+    body = {"prompt": "ab", "max_tokens": 40}
+    first = await ask(router, "/v1/completions", body)
+    async with router.client() as client:
+        refused = [(await client.post("/v1/completions", json=body)).status_code for _ in range(4)]
+    assert refused[-1] == 429  # 7 of its 42 tokens are used each time
+    again = await ask(router, "/v1/completions", body)
+    assert (again.status_code, again.json()) == (200, first.json())
+
+
+async def test_who_takes_over_an_answer_that_is_told_pays_a_request_and_the_rest_of_it(tmp_path: Path) -> None:
+    router = served(tmp_path, script=Script("Hello, world", hold_at=5), quota=QuotaLimits(None, 2, 100))
+    body = {"prompt": "ab", "max_tokens": 40, "stream": True}
+    older = asyncio.create_task(ask(router, "/v1/completions", body))
+    await router.dispatcher.held.wait()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert has_told(file_in(tmp_path))
+    router.script.hold_at = None
+    newer = await ask(router, "/v1/completions", body)
+    assert '"code":"taken_over"' in (await older).text
+    assert newer.headers["idempotent-replayed"] == "true" and requests_left(newer) == 0
+    assert "".join(json.loads(event[6:])["choices"][0]["text"] for _, event in told(newer)) == "Hello, world"
+    assert newer.headers["x-ratelimit-remaining-tokens"] == "58"  # the prompt's 2 are paid, 40 told or to come
+    router.dispatcher.clock.advance(200)
+    async with router.client() as client:
+        after = await client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1})
+    assert after.headers["x-ratelimit-remaining-tokens"] == "97"
+
+
+async def test_taking_over_an_answer_again_and_again_has_workers_begin_no_more_than_the_quota(tmp_path: Path) -> None:
+    router = served(tmp_path, script=Script("Hello, world", hold_at=5), quota=QuotaLimits(None, 2, None))
+    body = {"prompt": "ab", "max_tokens": 40, "stream": True}
+    asking: list[asyncio.Task[httpx.Response]] = []
+    for number in range(8):
+        asking.append(asyncio.create_task(ask(router, "/v1/completions", body)))
+        async with asyncio.timeout(10):  # until it has the answer, or is refused
+            while len(router.dispatcher.requests) <= number and not asking[-1].done():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await router.dispatcher.held.wait()
+            while not has_told(file_in(tmp_path)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert len(router.dispatcher.requests) == 2 + 2  # two of them as debts, which a minute pays
+    assert [each.done() and each.result().status_code for each in asking] == [200] * 3 + [False] + [429] * 4
+    asking[3].cancel()
+    await asyncio.wait([asking[3]])
+
+
+async def test_a_key_of_which_nothing_is_told_costs_as_a_new_one(tmp_path: Path) -> None:
+    """Else one key, sent again and again, would have workers begin for nothing."""
+    router = served(tmp_path, script=Script("Hello", fail_after=0), quota=QuotaLimits(None, 2, None))
+    body = {"prompt": "ab", "max_tokens": 9}
+    for status in (503, 503, 429):
+        assert (await ask(router, "/v1/completions", body)).status_code == status
+    assert len(router.dispatcher.requests) == 2
+
+
+async def test_the_key_of_an_answer_lets_other_requests_in_as_debts_alone(tmp_path: Path) -> None:
+    router = served(tmp_path, quota=QuotaLimits(None, 2, None))
+    body = {"prompt": "ab", "max_tokens": 9}
+    assert requests_left(await ask(router, "/v1/completions", body)) == 1
+    other = await ask(router, "/v1/completions", body | {"max_tokens": 8})
+    assert other.status_code == 422 and requests_left(other) == 0
+    async with router.client() as client:
+        bodies = ["{", json.dumps(body | {"prompt_logprobs": 1}), "{}"]
+        headers = KEY | {"content-type": "application/json"}
+        refused = [await client.post("/v1/completions", content=each, headers=headers) for each in bodies]
+        counted = await client.post("/v1/messages/count_tokens", json={"messages": CHAT}, headers=KEY)
+    assert [each.status_code for each in refused] == [400, 200, 429] and counted.status_code == 429
+    assert (await ask(router, "/v1/completions", body)).status_code == 429  # who had answers that were no repeats
+
+
+async def test_what_is_not_told_again_after_all_is_paid_for(tmp_path: Path) -> None:
+    body = {"prompt": "ab", "max_tokens": 9}
+    await ask(served(tmp_path), "/v1/completions", body)
+    other = ServedModel(MODEL, 2048, VOCAB_SIZE, quantization="fp8")
+    limits = QuotaLimits(None, 1, 30)
+    router = serve(Script("Hello"), model=other, kept_answers=KeptAnswers(tmp_path), quota=limits)
+    new = await ask(router, "/v1/completions", body)
+    assert new.status_code == 200 and "idempotent-replayed" not in new.headers
+    assert (requests_left(new), new.headers["x-ratelimit-remaining-tokens"]) == (0, "19")
+    async with router.client() as client:
+        assert (await client.post("/v1/completions", json=body)).status_code == 429
+
+
+@pytest.mark.parametrize(("quota", "num_looks"), [(None, 0), (QuotaLimits(3, None, None), 0), (QuotaLimits(3, 9), 1)])
+async def test_the_folder_is_looked_into_before_a_body_is_read_only_where_there_are_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: QuotaLimits | None, num_looks: int
+) -> None:
+    looks: list[Path] = []
+
+    def look(path: Path) -> bool:
+        looks.append(path)
+        return False
+
+    monkeypatch.setattr("kvferry.router.kept.answers.has_told", look)
+    router = served(tmp_path, quota=quota)
+    body = {"prompt": "ab", "max_tokens": 9}
+    assert (await ask(router, "/v1/completions", body)).status_code == 200
+    async with router.client() as client:
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+    assert len(looks) == num_looks
 
 
 async def test_a_key_is_one_callers_and_one_requests(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +89,8 @@ async def test_a_wall_clock_that_is_set_right_again_ends_and_deletes_nothing(
         record = deps.store.read(batch_id)
         assert record is not None and record.status is BatchStatus.IN_PROGRESS
         assert deps.store.read(old_id) is not None and len(list(deps.store.folder.files.glob("*.data"))) == 3
+        assert len(shown := deps.files.owned("o")) == 3  # they are found, too
+        assert [deps.files.get(each.id, "o") for each in shown] == shown
         wall[0] -= 30 * 86400.0
         has_room = True
         assert (await ended(keeper, deps, batch_id)).status is BatchStatus.COMPLETED
@@ -93,6 +98,7 @@ async def test_a_wall_clock_that_is_set_right_again_ends_and_deletes_nothing(
         wall[0] += 30 * 86400.0
         await look(4)
         assert deps.store.read(old_id) is None and not list(deps.store.folder.files.glob("*.data"))
+        assert deps.files.owned("o") == []
 
 
 async def test_a_batch_is_cancelled_without_its_model(tmp_path: Path) -> None:
@@ -240,3 +246,20 @@ async def test_a_place_that_is_free_goes_to_whoever_has_the_fewest(
         await ended(keeper, deps, first[0])
         await _run_by_owner(keeper, {"a": 1, "b": 1})
         assert keeper._running.keys() == {first[1], later[1]}
+
+
+def test_a_batch_that_cannot_be_locked_now_holds_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deps = deps_of(tmp_path, Caller())
+    batch_id, before = create(deps, 1), len(os.listdir("/proc/self/fd"))
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", fails)
+        with pytest.raises(OSError, match="No locks"):
+            deps.store.lock(batch_id)
+    assert len(os.listdir("/proc/self/fd")) == before
+    lock = deps.store.lock(batch_id)
+    assert lock is not None and deps.store.lock(batch_id) is None
+    lock.release()

@@ -68,7 +68,13 @@ async def test_a_wrong_upload_is_refused_and_leaves_nothing(
 
 async def test_names_of_files_are_made_harmless(tmp_path: Path) -> None:
     async with batch_server(tmp_path) as (_, address), http_client(address) as client:
-        for name, kept in (("../../etc/x", "x"), ("C:\\\\a\\\\b", "b"), ("", "file"), ("a\tb", "ab")):
+        for name, kept in (
+            ("../../etc/x", "x"),
+            ("C:\\\\a\\\\b", "b"),
+            ("", "file"),
+            ("a\tb", "ab"),
+            ("%22a%0D%0Ab%22 100%25.jsonl", '"ab" 100%25.jsonl'),
+        ):
             body = form((f'name="file"; filename="{name}"', b"1"), PURPOSE)
             answer = await client.post("/v1/files", content=body, headers=FORM)
             assert answer.json()["filename"] == kept

@@ -308,3 +308,36 @@ async def test_who_stops_waiting_for_a_long_answer_leaves_it_free(
     again = await answers.take(KEY, "m")
     assert again.head is not None
     again.close()
+
+
+@pytest.mark.parametrize("fault", ["the file", "its mark", "what another model has told"])
+@pytest.mark.parametrize("inline", [0, 1 << 20], ids=["on a thread", "at once"])
+async def test_an_answer_that_cannot_be_opened_now_is_free_for_who_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, inline: int
+) -> None:
+    monkeypatch.setattr(answers_module, "_READ_INLINE", inline)
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY, "m")
+    settle(kept)
+    kept.close()
+    assert answers.sweeper.sweeping is not None
+    await answers.sweeper.sweeping
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        match fault:
+            case "the file":
+                patch.setattr(os, "read", fails)
+            case "its mark":
+                patch.setattr(Path, "unlink", fails)
+            case _:
+                patch.setattr(os, "ftruncate", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            await answers.take(KEY, "other" if fault.startswith("what") else "m")
+    assert len(os.listdir("/proc/self/fd")) == before and len(answers) == 0
+    again = await answers.take(KEY, "m")
+    assert again.head is not None
+    again.close()

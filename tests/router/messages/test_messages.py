@@ -17,6 +17,8 @@ from ..fakes import MODEL, VOCAB_SIZE, Script, Served, serve, typed_events
 
 BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 400, "messages": [{"role": "user", "content": "hi"}]}
 TOOLS = [{"name": "search", "description": "Search.", "input_schema": {"type": "object", "properties": {}}}]
+FORMAT = {"type": "json_schema", "schema": {"type": "object"}}
+PREFILLED = {"messages": [*BODY["messages"], {"role": "assistant", "content": "{"}]}
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
 
 
@@ -215,6 +217,15 @@ async def test_the_model_is_told_that_a_tool_has_failed(content: Any, told: str)
     assert f"<tool_response>\n{told}\n</tool_response>" in bytes(served.request.prompt_token_ids).decode()
 
 
+async def test_a_format_goes_with_a_call_at_the_end_or_an_empty_message() -> None:
+    called = [{"type": "text", "text": "Hm."}, {"type": "tool_use", "id": "a", "name": "search", "input": {}}]
+    for content in (called, "", [{"type": "thinking", "thinking": "Hm.", "signature": ""}]):
+        messages = [*BODY["messages"], {"role": "assistant", "content": content}]
+        surface = MessagesSurface()
+        body = surface.chat_body({**BODY, "messages": messages, "output_config": {"format": FORMAT}}, None)
+        assert "response_format" in body and "continue_final_message" not in body
+
+
 @pytest.mark.parametrize("content", ["{", [{"type": "text", "text": "{"}]])
 async def test_a_last_message_of_the_assistant_begins_the_answer(content: Any) -> None:
     served = _served('"a": 1}')
@@ -241,14 +252,17 @@ async def test_thinking_is_an_effort() -> None:
     assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
     await _whole(served, thinking={"type": "disabled"})
     assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
+    await _whole(served, thinking={"type": "between_tools"})  # which is off, as anthropic's types say
+    assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
     await _whole(served, output_config={"effort": "high", "task_budget": {"type": "tokens", "total": 20_000}})
     assert bytes(served.request.prompt_token_ids).endswith(b"<think>")
 
 
 @pytest.mark.parametrize("effort", ["low", "medium", "max"])
-async def test_no_effort_switches_thinking_on_that_is_disabled(effort: str) -> None:
+@pytest.mark.parametrize("kind", ["disabled", "between_tools"])
+async def test_no_effort_switches_thinking_on_that_is_disabled(effort: str, kind: str) -> None:
     served = _served()
-    await _whole(served, thinking={"type": "disabled"}, output_config={"effort": effort})
+    await _whole(served, thinking={"type": kind}, output_config={"effort": effort})
     assert bytes(served.request.prompt_token_ids).endswith(b"<assistant>")
 
 
@@ -287,7 +301,7 @@ def test_an_effort_goes_by_the_name_of_what_asks_for_it(fields: dict[str, Any], 
         ({"output_config": {"format": {"type": "json_schema"}}}, "'output_config.format.schema' is required"),
         ({"output_config": {"format": {"type": "text"}}}, "output_config.format"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"thinking": {"type": "always"}}, "thinking"),
+        ({"thinking": {"type": "always"}}, "one of enabled, adaptive, between_tools, disabled, got an object of 1"),
         ({"thinking": {"type": "enabled", "budget": 5}}, "unknown field 'thinking.budget'; did you mean"),
         ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens must be a whole number"),
         ({"tool_choice": {"type": "any"}}, "tool_choice 'any' needs tools"),
@@ -300,6 +314,9 @@ def test_an_effort_goes_by_the_name_of_what_asks_for_it(fields: dict[str, Any], 
         ({"temperature": -1}, "temperature"),
         ({"output_config": {"colour": 1}}, "unknown field 'output_config.colour'"),
         ({"output_config": "low"}, "output_config must be an object"),
+        (PREFILLED | {"output_config": {"format": FORMAT}}, "output_config.format goes with no assistant's text"),
+        (PREFILLED | {"system": "Hm.", "output_format": FORMAT}, "output_format goes with no assistant's text"),
+        (PREFILLED | {"system": "Hm.", "output_format": FORMAT}, "at the end (messages[1])"),
     ],
 )
 async def test_a_refusal_has_anthropics_shape(fields: dict[str, Any], part: str) -> None:

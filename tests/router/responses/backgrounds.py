@@ -58,6 +58,12 @@ async def shown(served: Served, state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def damage(path: Path) -> None:
+    """Leave of a file what a machine's crash may: its length, and zeros where it was not written yet."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
 async def until(check: Callable[[], Awaitable[bool]]) -> None:
     for _ in range(2_000):
         if await check():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from kvferry.router.access.keys import ApiKeys
 from kvferry.router.access.quota import QuotaLimits
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.responses import background, kept
+from kvferry.router.responses import runs as background_runs
+from kvferry.router.responses.conversation import Conversation
 from kvferry.router.responses.task_folder import Task, TaskFolder
 from kvferry.router.state.errors import StreamError
 
@@ -35,6 +38,7 @@ from .backgrounds import (
 @pytest.fixture(autouse=True)
 def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(background_runs, "RETRY_S", 0.02)
 
 
 async def test_it_is_computed_though_nobody_waits_and_any_router_shows_it(tmp_path: Path) -> None:
@@ -75,6 +79,20 @@ async def test_another_router_goes_on_where_one_ends(tmp_path: Path) -> None:
     [began], [went_on] = first.dispatcher.requests, second.dispatcher.requests
     assert began.sampling.seed == went_on.sampling.seed
     assert not list((tmp_path / "tasks").iterdir())
+
+
+async def test_what_goes_on_costs_no_second_request(tmp_path: Path) -> None:
+    first = router(tmp_path, script=Script("Hello, world", hold_at=4))
+    second = router(tmp_path, quota=QuotaLimits(None, 5, None))
+    async with runs(first).keeping():
+        state = await begin(first)
+        await first.dispatcher.held.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+    async with runs(second).keeping():
+        assert text_of(await ended(second, state)) == "Hello, world"
+    response = await call(second, "POST", json={"input": "more"})
+    assert response.headers["x-ratelimit-remaining-requests"] == "4"
 
 
 async def test_it_goes_on_as_it_was_asked_to(tmp_path: Path) -> None:
@@ -295,7 +313,9 @@ async def test_a_state_that_is_too_long_to_be_kept_is_refused(tmp_path: Path, mo
     monkeypatch.setattr(kept, "MAX_BYTES_OF_ONE", 100)
     response = await call(served, "POST", json=BODY)
     error = response.json()["error"]
-    assert (response.status_code, error["code"]) == (503, "not_kept") and "more than 100 bytes" in error["message"]
+    assert (response.status_code, error["code"]) == (413, "request_too_large")
+    assert error["param"] == "background" and "more than 100 bytes" in error["message"]
+    assert response.headers["x-should-retry"] == "false"
     await served.dispatcher.abort_seen.wait()
     assert not list((tmp_path / "responses").iterdir()) and not list((tmp_path / "tasks").iterdir())
 
@@ -343,7 +363,7 @@ async def test_one_whose_file_is_lost_is_cancelled_by_whoever_is_asked(tmp_path:
 
 
 async def test_so_many_are_computed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_FILES_SHARE", 1 << 40)
+    monkeypatch.setattr(background_runs, "_FILES_SHARE", 1 << 40)
     first, second = (router(tmp_path, script=Script("Hello", hold_at=2)) for _ in range(2))
     state = await begin(first)
     refused = await call(first, "POST", json=BODY)
@@ -367,7 +387,10 @@ async def test_what_needs_no_more_computing_is_not_computed(tmp_path: Path, has_
         state = await begin(first)
     [kept_file] = (tmp_path / "responses").iterdir()
     if has_ended:
-        kept_file.write_bytes(kept_file.read_bytes().replace(b'"in_progress"', b'"completed"  '))
+        found = Conversation.parted(memoryview(kept_file.read_bytes()))
+        assert found is not None
+        said = bytes(found.response).replace(b'"in_progress"', b'"completed"')
+        kept_file.write_bytes(replace(found, response=said).joined())
     else:
         kept_file.unlink()
     async with runs(second).keeping():

@@ -187,13 +187,14 @@ async def test_an_answer_whose_beginning_is_lost_has_failed(tmp_path: Path) -> N
     async with runs(first).keeping():
         begun = await begin(first, tmp_path)
         await first.dispatcher.held.wait()
-    [answer] = (name for name in os.listdir(tmp_path) if len(name) == 40)
+    [answer] = (name for name in os.listdir(tmp_path) if name.endswith(".own"))
     os.unlink(tmp_path / answer)
     async with runs(second).keeping():
         events = read((await begun).text)
     assert events[-1]["type"] == "response.failed" and events[-1]["sequence_number"] == len(events) - 1
     assert events[-1]["response"] == await shown(second, events[0]["response"])
-    assert "the beginning of the answer" in events[-1]["response"]["error"]["message"]
+    error = events[-1]["response"]["error"]
+    assert error["code"] == "server_error" and "the beginning of the answer" in error["message"]
 
 
 async def test_who_cannot_say_what_was_told_leaves_it_to_others(
