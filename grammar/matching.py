@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ..common.errors import ConfigError, RequestError
 from ..common.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarBroken
+from ..models.tokenizer_files import drops_characters
 from .kept import MAY_BE, in_kept_words
 from .limits import SchemaFacts, check_size, keyword_refusal, refusal, unkept_refusal
 from .rewriting import rewritten
@@ -49,6 +50,8 @@ class Vocabulary:
         if not eos_token_ids:
             raise ConfigError("the model has no end token: an answer that follows a grammar could not end")
         ends = sorted(eos_token_ids)
+        if drops_characters(path):  # the library does not drop them, and would take such tokens for others
+            return cls(_from_own_rules(path, vocab_size, ends), vocab_size)
         try:
             tokenizer = LLTokenizer(str(path / "tokenizer.json"), n_vocab=vocab_size, eos_token=ends)
         except ValueError:  # it cannot tell what bytes the tokens stand for
@@ -65,7 +68,8 @@ def _from_own_rules(path: Path, vocab_size: int, ends: list[int]) -> LLTokenizer
 
     pieces = tuple(own.token_bytes(token_id) for token_id in range(vocab_size))
     marks = own.mark_ids
-    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece and i not in marks}
+    # Of several ids of the same bytes the last one: SentencePiece's bytes stand before its pieces.
+    ids = {piece: i for i, piece in enumerate(pieces) if piece and i not in marks}
 
     class Tokens:
         """The library asks this for a tokenizer's parts, and calls it for bytes that a grammar leaves no choice about.

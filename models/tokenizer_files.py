@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -144,6 +144,12 @@ class _Vocabulary(msgspec.Struct):
     vocab: dict[str, int] | list[tuple[str, float]] = {}
 
 
+class _Decoder(msgspec.Struct):
+    """`_Decoder` keeps what makes text of tokens."""
+
+    decoder: dict[str, Any] | None = None
+
+
 class _Model(msgspec.Struct):
     """`_Model` keeps the vocabulary: the token that ends texts may be no added one."""
 
@@ -165,3 +171,15 @@ def read_end_tokens(path: Path) -> list[int]:
         return []  # whoever needs the tokenizer says what is wrong with it
     tokens = vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
     return [tokens[token]] if token in tokens else []
+
+
+def drops_characters(path: Path) -> bool:
+    """Tell whether a model directory's decoder drops characters of tokens, as that of a GGUF file may."""
+    try:
+        decoder = msgspec.json.decode((path / "tokenizer.json").read_bytes(), type=_Decoder).decoder
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return False  # whoever needs the tokenizer says what is wrong with it
+    steps = (decoder or {}).get("decoders")
+    return isinstance(steps, list) and any(
+        isinstance(step, dict) and step.get("type") == "Replace" and step.get("content") == "" for step in steps
+    )

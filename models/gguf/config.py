@@ -166,10 +166,11 @@ def gguf_generation_config(fields: GgufFields, config: Mapping[str, object]) -> 
     """
     special = {f"{name}_token_id": config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
     turns = [fields.special.get(name) for name in ("eot", "eom")]
-    tokens = {token: index for index, token in enumerate(fields.texts("tokenizer.ggml.tokens")) if token in _TURN_ENDS}
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    texts = {*_TURN_ENDS}
     if "<|return|>" in tokens:  # of gpt-oss, where `<|end|>` is between two parts of a turn
-        tokens.pop("<|end|>", None)
-    turns += tokens.values()
+        texts.remove("<|end|>")
+    turns += (index for index, token in enumerate(tokens) if token in texts)  # of one text there may be several
     ends = list(dict.fromkeys(end for end in (special["eos_token_id"], *turns) if isinstance(end, int)))
     if len(ends) > 1:
         special["eos_token_id"] = ends

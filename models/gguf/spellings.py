@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-_MARKS = range(0x100000, 0x10FFFE)  # characters that Unicode leaves to private use
+# Characters that Unicode leaves to private use, and others than those by which `special_text.py` hides tokens: two of
+# them behind a special token must not be another id of it.
+_MARKS = range(0xF0000, 0xFFFF0)
 
 
 def spellings(tokens: Sequence[str], preferred: Iterable[int]) -> tuple[list[str], list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # GGUF's types of tokens: ordinary ones, the one for what has none, special ones, ones that are found as a whole in any
 # text, and ones that no text has.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
+_WHOLE = (_UNKNOWN, _CONTROL, _USER_DEFINED)  # found as a whole in any text
 _TYPES = "tokenizer.ggml.token_type"
 _KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece's BPE", "gemma4": "the same with merges"}
 # A file says that its texts begin with a token, and the model's own tokenizer does not begin them: its template does.
@@ -125,8 +126,7 @@ def write_gguf_tokenizer(path: Path, fields: GgufFields) -> None:
     kind = fields.text("tokenizer.ggml.model")
     texts = fields.texts("tokenizer.ggml.tokens")
     types = _types(fields, len(texts))
-    used = (index for index, own in enumerate(types) if own != _UNUSED)
-    tokens, marks = spellings(texts if kind == "gpt2" else pieces(fields, texts), (*used, *fields.special.values()))
+    tokens, marks = spellings(texts if kind == "gpt2" else pieces(fields, texts), _preferred(types, fields.special))
     special = {_CONTROL}
     if kind == "gpt2":
         rules = _rules(fields.text("tokenizer.ggml.pre"))
@@ -159,6 +159,12 @@ def _types(fields: GgufFields, num_tokens: int) -> list[int]:
     if len(types) != num_tokens:
         raise ValueError(f"{_TYPES} has {len(types)} types of {num_tokens} tokens")
     return types
+
+
+def _preferred(types: Sequence[int], special: Mapping[str, int]) -> list[int]:
+    """List the ids that keep a text which others have, the best last: as in llama.cpp, those found as a whole do."""
+    used = [index for index, own in enumerate(types) if own != _UNUSED]
+    return [*used, *(index for index in used if types[index] in _WHOLE), *special.values()]
 
 
 def _rules(name: str) -> _Rules:

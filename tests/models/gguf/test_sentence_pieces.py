@@ -53,7 +53,7 @@ def _pieces(kind: str) -> tuple[list[str], list[float], list[int]]:
     head = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("<think>", 4)] + [(f"<0x{byte:02X}>", 6) for byte in range(256)]
     if kind == "gemma3":  # spaces stand as spaces, and are user-defined; so are runs of line feeds
         head += [("\n" * count, 4) for count in range(1, 5)] + [(" " * count, 4) for count in range(2, 9)]
-        merged = [piece for piece in merged if piece.strip(SPACE)]
+        merged = [piece for piece in merged if piece.strip(SPACE) and piece.strip("\n")]
     head += [("<unused0>", 5)]
     tokens = [token for token, _ in head] + merged + letters
     scores = [0.0] * len(head) + [-float(rank) for rank in range(len(merged) + len(letters))]

@@ -8,6 +8,8 @@ from pathlib import Path
 import gguf
 import pytest
 
+from kvferry.grammar.matching import Vocabulary
+from kvferry.models.gguf.config import gguf_generation_config
 from kvferry.models.gguf.fields import GgufFields
 from kvferry.models.gguf.spellings import spellings
 from kvferry.models.gguf.tokenizer import write_gguf_tokenizer
@@ -119,6 +121,38 @@ def test_a_special_token_keeps_its_text_before_others_and_stays_out_of_texts(
     assert tokenizer.decode([len(tokens) - 1], skip_special_tokens=False) == "</s>"
 
 
+def test_an_id_that_is_found_as_a_whole_keeps_its_text_before_an_ordinary_one(tmp_path: Path) -> None:
+    tokens = [*BYTES, "<|im_end|>", "<tool>", "<|im_end|>", "<tool>"]
+    types = [*_types(BYTES), CONTROL, USER_DEFINED, NORMAL, NORMAL]
+    tokenizer = _write(tmp_path, "gpt2", tokens, types)
+    ids = [len(BYTES), len(BYTES) + 1]
+    assert tokenizer.encode("<|im_end|><tool>", add_special_tokens=False) == ids
+    fields = GgufFields(gguf.GGUFReader(tmp_path / "m.gguf"))
+    assert gguf_generation_config(fields, {"eos_token_id": 2})["eos_token_id"] == [2, ids[0], ids[0] + 2]
+
+
+def test_two_hidden_tokens_behind_a_special_one_are_no_other_id_of_it(tmp_path: Path) -> None:
+    """Messages may spell special tokens right behind the template's own."""
+    tokens = [*BYTES, "</s>"]
+    tokenizer = _write(tmp_path, "gpt2", tokens, [*_types(BYTES), CONTROL])
+    special = tokenizer.special_text()
+    messages, hidden = special.hide([{"content": "</s><s>"}])
+    ids = special.encode(f"</s>{messages[0]['content']}", hidden, False)
+    assert ids[0] == 2 and tokenizer.decode(ids) == "</s><s>"
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"), [("gpt2", [*BYTES, "ab", '"']), ("llama", [*PIECES, "ab", "<0x22>"])], ids=["gpt2", "llama"]
+)
+def test_grammars_take_each_id_of_a_text_for_it(tmp_path: Path, model: str, tokens: list[str]) -> None:
+    tokenizer = _write(tmp_path, model, tokens, _types(tokens), _scores(tokens))
+    vocabulary = Vocabulary.from_dir(tmp_path, vocab_size=len(tokens), eos_token_ids=frozenset({2}))
+    for first, last in ((tokens.index(text), len(tokens) - at) for text, at in ((tokens[-2], 2), (tokens[-1], 1))):
+        assert first != last and tokenizer.token_bytes(first) == tokenizer.token_bytes(last)
+        for index in (first, last):
+            assert vocabulary.tokenizer.decode_bytes([index]) == tokenizer.token_bytes(index)
+
+
 def test_an_unused_id_takes_no_text_from_another(tmp_path: Path) -> None:
     tokens = [*PIECES, "ab"]
     tokenizer = _write(tmp_path, "llama", tokens, [*_types(PIECES), UNUSED], _scores(tokens))
@@ -128,10 +162,10 @@ def test_an_unused_id_takes_no_text_from_another(tmp_path: Path) -> None:
 
 def test_marks_are_characters_of_no_token() -> None:
     assert spellings(["a", "b"], ()) == (["a", "b"], [])
-    tokens, marks = spellings(["a", "a\U00100000", "a", "a", "a"], ())
-    assert "\U00100000" not in marks and len(set(marks)) == 2
-    assert len(set(tokens)) == 5 and tokens[1] == "a\U00100000" and tokens[4] == "a"
-    assert {token.replace(marks[0], "").replace(marks[1], "") for token in tokens} == {"a", "a\U00100000"}
+    tokens, marks = spellings(["a", "a\U000f0000", "a", "a", "a"], ())
+    assert "\U000f0000" not in marks and len(set(marks)) == 2
+    assert len(set(tokens)) == 5 and tokens[1] == "a\U000f0000" and tokens[4] == "a"
+    assert {token.replace(marks[0], "").replace(marks[1], "") for token in tokens} == {"a", "a\U000f0000"}
 
 
 def test_as_many_alike_as_there_are_tokens_grow_little() -> None:
