@@ -107,15 +107,17 @@ def open_file(
     directory = _private_directory(config.disk_cache_dir)
     layout = DiskLayout(fingerprint, rank, tp_size, num_slots, slot_bytes)
 
-    def is_ours(head: bytes) -> bool:
+    def our_set(head: bytes) -> str | None:
         name = layout.set_of(head)
-        return name is not None and (wanted is None or name == wanted.name)
+        return name if wanted is None or name == wanted.name else None
+
+    def is_ours(head: bytes) -> bool:
+        return our_set(head) is not None
 
     fd, number = _lock_one(directory, layout.file_name, is_ours, wanted.number if wanted is not None else 0)
     try:
-        name = layout.set_of(head := os.pread(fd, ALIGN, 0))
-        is_new = not is_ours(head) or os.fstat(fd).st_size != layout.num_bytes
-        if is_new or name is None:
+        name = our_set(os.pread(fd, ALIGN, 0))
+        if is_new := name is None or os.fstat(fd).st_size != layout.num_bytes:
             name = wanted.name if wanted is not None else layout.new_set()
             _make(fd, layout.head(name), layout.num_bytes, directory)
         return DiskFile(fd, layout, DiskSet(name, number), is_new=is_new)

@@ -84,9 +84,8 @@ class Routes:
 
     async def show_response(self, request: Request, response_id: str) -> Response:
         after, tenant = events_after(request.query_params), context_of(request.scope).tenant
-        self._background.settle(response_id, tenant)
         if after is None:
-            return await self.kept.show(request, response_id)
+            return _json_bytes(self._background.shown(response_id, tenant))
         return self._background.follow(response_id, tenant, after)
 
     async def cancel_response(self, request: Request, response_id: str) -> Response:

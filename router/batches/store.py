@@ -7,7 +7,6 @@ ends, however it ends. Everybody may read records; the holder alone writes one. 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from ...common.errors import RequestError
+from ..kept.files import open_locked
 from ..state.errors import clip
 from .folder import JOURNAL, DataFolder, sync_folder
 from .record import CANCELLABLE, BatchRecord
@@ -109,17 +109,10 @@ class BatchStore:
     def lock(self, batch_id: str) -> BatchLock | None:
         """Take a batch that nobody runs. Raises OSError, as where the file system has no locks (now)."""
         try:
-            fd = os.open(self.path(batch_id) / "lock", os.O_RDWR | os.O_CLOEXEC)
+            fd = open_locked(self.path(batch_id) / "lock")
         except FileNotFoundError:
             return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException as error:
-            os.close(fd)
-            if isinstance(error, BlockingIOError):
-                return None
-            raise
-        return BatchLock(fd)
+        return None if fd is None else BatchLock(fd)
 
     # --- who wants no more of it ----------------------------------------------------------------------------
 

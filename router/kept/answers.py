@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from ...common.request import SamplingParams
 from ..state.errors import StreamError
 from .answer_log import AnswerLog, has_told
 from .asking import key_name, key_reused
-from .files import is_under_way, share_of_open_files
+from .files import is_under_way, open_locked, share_of_open_files
 from .kept_answer import AnswerKey, KeptAnswer
 from .sweeper import Sweeper
 
@@ -184,13 +183,12 @@ def _delete_unless_told(path: Path) -> bool:
 
 def _lock(path: Path) -> int | None:
     """Open the file, which is made where there is none; None while somebody else has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    fd = open_locked(path, os.O_CREAT | os.O_APPEND)
+    if fd is None:
+        return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(path, fd):  # else it was deleted between the two calls
+        if _is_at(path, fd):  # else it was deleted before it was locked
             return fd
-    except BlockingIOError:
-        pass
     except BaseException:
         os.close(fd)
         raise

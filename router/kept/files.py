@@ -7,6 +7,8 @@ nobody does.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import resource
 from pathlib import Path
 
@@ -29,11 +31,33 @@ def share_of_open_files(share: int) -> int:
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // share)
 
 
+def open_locked(path: Path, flags: int = 0) -> int | None:
+    """Open a file that is ours until it is closed; None: somebody else has it. Raises OSError, and leaves none open."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return fd
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is such a file. Raises OSError where nobody can say: it is not taken for lost."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def answer_of_task(name: str) -> str:
     """Return the name of a task's answer."""
     return f"{name}{_OF_TASK}"
 
 
 def is_under_way(answer: Path) -> bool:
-    """Tell whether an answer is that of a task which has not ended, by its path."""
-    return answer.suffix == _OF_TASK and (answer.parent / TASKS / answer.stem).exists()
+    """Tell whether an answer is that of a task which has not ended, by its path. Raises OSError."""
+    return answer.suffix == _OF_TASK and is_there(answer.parent / TASKS / answer.stem)

@@ -90,17 +90,18 @@ class BackgroundResponses:
             return self.follow(task.response_id, task.tenant, -1)
         return Response(encoded, media_type="application/json")
 
-    def settle(self, response_id: str, tenant: bytes) -> None:
-        """End a response that nobody can go on with, before it is shown. Raises RequestError (404)."""
-        if self._runs is not None and self._runs.get(response_name(response_id, tenant)) is None:
-            self._runs.states.settle(response_id, tenant)
+    def shown(self, response_id: str, tenant: bytes) -> bytes:
+        """Return a response as it is kept; ended before, if nobody can go on with it. Raises RequestError (404)."""
+        if self._runs is None or self._runs.get(response_name(response_id, tenant)) is not None:
+            return self._kept.response(response_id, tenant)
+        return self._runs.states.settled(response_id, tenant)
 
     def follow(self, response_id: str, tenant: bytes, after: int) -> Response:
         """Return the events of a response behind this one, as they come; -1: all.
 
         Raises RequestError (404; 400 for one that does not stream), StreamError (503).
         """
-        self._kept.response(response_id, tenant)
+        self.shown(response_id, tenant)
         name, runs = response_name(response_id, tenant), self._runs
         try:
             reader = None if runs is None else runs.states.events.reader(name, after)
@@ -121,7 +122,7 @@ class BackgroundResponses:
             if runs.get(name) is not None or runs.states.tasks.has(name):
                 return False
             with contextlib.suppress(RequestError, OSError):  # it is not kept any more, or cannot be read now
-                self.settle(response_id, tenant)
+                self.shown(response_id, tenant)
             return True
 
         return EventStream(reader, is_over, grows, self._api.in_flight)

@@ -1,4 +1,4 @@
-"""Responses that are kept here: shown, with what they answer, and forgotten. A key finds its own only."""
+"""Responses that are kept here: what they answer is shown, and they are forgotten. A key finds its own only."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ class KeptEndpoints:
     def __init__(self, kept: KeptResponses, answers: KeptAnswers | None) -> None:
         self._kept = kept
         self._answers = answers
-
-    async def show(self, request: Request, response_id: str) -> Response:
-        return _json(self._kept.response(response_id, context_of(request.scope).tenant))
 
     async def items(self, request: Request, response_id: str) -> Response:
         """Return what a response answers, earlier turns included, page by page: the newest first, unless asked."""

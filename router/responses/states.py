@@ -30,6 +30,11 @@ class _Status(msgspec.Struct):
 
 _status = msgspec.json.Decoder(_Status).decode
 
+
+def _is_under_way(response: bytes) -> bool:
+    return _status(response).status in _UNDER_WAY
+
+
 log = structlog.get_logger(__name__)
 
 
@@ -65,7 +70,7 @@ class BackgroundStates:
 
     def is_under_way(self, response_id: str, tenant: bytes) -> bool:
         """Raises RequestError (404)."""
-        return _status(self._kept.response(response_id, tenant)).status in _UNDER_WAY
+        return _is_under_way(self._kept.response(response_id, tenant))
 
     def has_to_go_on(self, task: Task, events: EventFile | None) -> bool:
         """Tell whether there is more to compute of it, or to tell of what was computed. Raises OSError."""
@@ -84,19 +89,20 @@ class BackgroundStates:
             self._kept.change_state(response_id, tenant, msgspec.json.encode(state))
         return state
 
-    def settle(self, response_id: str, tenant: bytes) -> None:
-        """End one whose task was lost, as in a machine's crash: nobody could go on with it, and it would never end.
+    def settled(self, response_id: str, tenant: bytes) -> bytes:
+        """Return one as it is kept, after ending one whose task was lost, as in a machine's crash: it would never end.
 
         For who does not compute it. Raises RequestError (404).
         """
-        name = response_name(response_id, tenant)
-        if not self.is_under_way(response_id, tenant):
-            return
+        name, shown = response_name(response_id, tenant), self._kept.response(response_id, tenant)
         try:
-            if not self.tasks.has(name):  # it may have ended between the two: then nothing is changed
-                self._tell_failure(name, self.change(response_id, tenant, failed(500, _TASK_LOST)))
+            if _is_under_way(shown) and not self.tasks.has(name):
+                state = self.change(response_id, tenant, failed(500, _TASK_LOST))  # unless it has ended between the two
+                self._tell_failure(name, state)
+                return msgspec.json.encode(state)
         except OSError as error:  # the next one who asks ends it
             log.warning("background_responses", reason=error.strerror or str(error))
+        return shown
 
     def end(self, held: HeldTask, change: Fields | None) -> bool:
         """End the task of one that has ended. Returns false where that cannot be kept now: it is held on.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..kept.files import TASKS, make_folder
+from ..kept.files import TASKS, is_there, make_folder, open_locked
 
 _CANCEL = ".cancel"
 _NEW = ".new-"
@@ -77,25 +77,21 @@ class TaskFolder:
         """Hold a task that nobody holds; None: somebody does, or it has ended."""
         path = self._path / name
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = open_locked(path)
+            return None if fd is None else self._held(name, path, fd)
         except FileNotFoundError:
             return None
+
+    def _held(self, name: str, path: Path, fd: int) -> HeldTask:
+        """Read a task that is locked. Raises FileNotFoundError where there is none any more, OSError."""
         try:
-            return self._locked(name, path, fd)
+            path.stat()  # it may have ended before it was locked
+            return HeldTask(name, _decode(os.pread(fd, os.fstat(fd).st_size, 0)), fd)
         except BaseException as error:
             os.close(fd)
-            if isinstance(error, (BlockingIOError, FileNotFoundError)):
-                return None
-            raise
-
-    def _locked(self, name: str, path: Path, fd: int) -> HeldTask:
-        """Raises FileNotFoundError where there is none any more, BlockingIOError where somebody holds it."""
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.stat()  # it may have ended between the two
-        try:
-            return HeldTask(name, _decode(os.pread(fd, os.fstat(fd).st_size, 0)), fd)
-        except msgspec.MsgspecError:  # as a machine's crash may leave it: who asks for its response finds it failed
-            path.unlink(missing_ok=True)
+            if not isinstance(error, msgspec.MsgspecError):
+                raise
+            path.unlink(missing_ok=True)  # as a machine's crash may leave it: who asks for its response finds it failed
             raise FileNotFoundError(name) from None
 
     def look(self, known: Collection[str], at_most: int) -> tuple[set[str], list[HeldTask]]:
@@ -127,11 +123,7 @@ class TaskFolder:
 
     def has(self, name: str) -> bool:
         """Tell whether a task has not ended. Raises OSError where nobody can say: it is not taken for lost."""
-        try:
-            os.stat(self._path / name)
-        except FileNotFoundError:
-            return False
-        return True
+        return is_there(self._path / name)
 
     def cancelled(self) -> set[str]:
         """Return the tasks that somebody wants no more of."""
