@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from .families.nested import NESTED
 from .heads import with_embedding
 from .parts.expert_stacks import StackPart
 from .parts.uneven_heads import made_parts
-from .quantization import Quantization
+from .quantization import Quantization, untold_quantization
 from .storage import BYTES, FLOATS, MXFP4_GROUP, NO_SHARED_ACT_ORDER, Storage, Types, WantedTensor
 from .stored.safetensors import read_header, safetensors_files
 
@@ -225,10 +226,11 @@ def check_names(wanted: set[str], found: set[str], model_dir: Path, config: Mode
         and not _is_of_draft(name, config)
         and not _is_of_borrower(name, config)
     )
+    untold = untold_quantization(extra) if config.quantization is None else ""
     if missing:
-        raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}")
+        raise ConfigError(f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}{untold}")
     if extra:
-        raise ConfigError(f"{model_dir}: {len(extra)} tensors are unknown to this architecture: {_some(extra)}")
+        raise ConfigError(f"{model_dir}: {len(extra)} tensors are unknown to this architecture: {_some(extra)}{untold}")
 
 
 def _is_of_draft(name: str, config: ModelConfig) -> bool:
@@ -249,8 +251,7 @@ def _is_of_borrower(name: str, config: ModelConfig) -> bool:
 def check_tensor(name: str, found: StoredTensor, wanted: WantedTensor) -> None:
     """Raises ConfigError. A scale for a whole tensor, or each output, may stand in any number of dimensions."""
     is_exact = name.endswith((".weight", ".bias"))
-    same = found.shape == wanted.shape if is_exact else _without_ones(found.shape) == _without_ones(wanted.shape)
-    if not same:
+    if found.shape != wanted.shape and (is_exact or _without_ones(found.shape) != _without_ones(wanted.shape)):
         raise ConfigError(f"tensor {name} has shape {list(found.shape)}, config.json implies {list(wanted.shape)}")
     if found.type not in wanted.types:
         raise ConfigError(f"tensor {name} holds {found.type}, config.json implies {_told(wanted.types)}")
@@ -278,12 +279,17 @@ def _read_tensors(path: Path) -> dict[str, StoredTensor]:
             full_name(name): StoredTensor(tuple(int(n) for n in _list(entry["shape"])), str(entry["dtype"]))
             for name, entry in header.items()
         }
-        end = begin + max((int(_list(entry["data_offsets"])[1]) for entry in header.values()), default=0)
+        parts = ((name, _list(entry["data_offsets"])) for name, entry in header.items())
+        ranges = sorted((int(first), int(last), name) for name, (first, last) in parts)
+        end = begin + max((last for _, last, _ in ranges), default=0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: its header is malformed: {error!r}") from error
-    size = path.stat().st_size
-    if size != end:
+    if (size := path.stat().st_size) != end:
         raise ConfigError(f"{path} has {size} bytes where its header tells of {end}: it was cut short, or damaged")
+    for (_, last, _), (first, _, name) in pairwise([(0, 0, ""), *ranges]):
+        if first != last:
+            text = f"{path}: the bytes of {name} begin at {first}, and those before them end at {last}"
+            raise ConfigError(f"{text}: no library reads such a file; save it anew, or copy it again")
     return found
 
 

@@ -247,7 +247,7 @@ def _parse(fields: ConfigFields, generation: Mapping[str, object]) -> ModelConfi
     windows, unturned = read_windows(fields, family), read_unturned(fields, family)
     uneven = read_uneven(fields, family, Heads(num_kv_heads, head_dim), num_qo_heads, windows)
     rotary_dim = head_dim if latent is None else latent.rope_dim
-    rope, local_rope = read_ropes(fields, family, max_model_len, rotary_dim, has_windows=any(windows))
+    rope, local_rope = read_ropes(fields, family, max_model_len, rotary_dim, has_windows=fields.has("sliding_window"))
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.count("num_hidden_layers"),

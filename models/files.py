@@ -160,19 +160,25 @@ def _local(name: str) -> ResolvedModel:
 
 def _checked(model: ResolvedModel) -> ResolvedModel:
     if not (model.dir / "config.json").is_file():
-        if (model.dir / "adapter_config.json").is_file():
-            _refuse_adapter(model.dir)
-        raise ConfigError(f"{model.dir} has no config.json; a model is a directory with config.json and *.safetensors")
+        _refuse_without_config(model.dir)
     check_no_code(model.dir)
     return model
 
 
-def _refuse_adapter(path: Path) -> NoReturn:
-    base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    raise ConfigError(
-        f"{path} holds an adapter, not a model: serve the model that it was made for"
-        f"{f', {base!r},' if base else ''} with --enable-lora --lora-modules NAME={path}"
-    )
+def _refuse_without_config(path: Path) -> NoReturn:
+    if (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise ConfigError(
+            f"{path} holds an adapter, not a model: serve the model that it was made for"
+            f"{f', {base!r},' if base else ''} with --enable-lora --lora-modules NAME={path}"
+        )
+    way_out = "those of the hub are downloaded first: hf download ORG/NAME FILE"
+    if files := sorted(path.glob("*.gguf")):
+        way_out = f"to serve {files[0].name}, name that file"
+    elif (path / "params.json").is_file():
+        way_out = "params.json is of Mistral's or Meta's own form: take the model's files for transformers"
+    what = "a model is a directory with config.json and *.safetensors, or a .gguf file"
+    raise ConfigError(f"{path} has no config.json; {what}; {way_out}")
 
 
 def check_no_code(path: Path) -> None:
@@ -180,10 +186,10 @@ def check_no_code(path: Path) -> None:
     for name in _MAY_ASK_FOR_CODE:
         asked = read_json(path / name, default={})
         if needs_code(asked) if name == "config.json" else "auto_map" in asked:
-            raise ConfigError(
-                f"{path} needs Python code from its own repository (auto_map in {name}), "
-                "which kvferry never runs; use a model of a built-in architecture"
-            )
+            way_out = "take auto_map out of that file if its tokenizer.json is right without the code"
+            way_out = "use a model of a built-in architecture" if name == "config.json" else way_out
+            what = f"{path} needs Python code from its own repository (auto_map in {name})"
+            raise ConfigError(f"{what}, which kvferry never runs; {way_out}")
 
 
 def _download(name: str, revision: str | None, progress: Progress | None) -> Path:

@@ -26,6 +26,17 @@ CARD_ROWS = 128
 FLOAT8_CAPABILITY = (9, 0)  # of GPUs whose products of 8-bit floats take a scale for each row and each column
 FLOAT8_MULTIPLE = 16  # numbers: of which such products take rows and columns
 _GATES = tuple(f".{gate}" for gate in GATES)
+# Tensors of tools that quantize, and of no plain checkpoint.
+_NOT_PLAIN = (
+    ".qweight",
+    ".scales",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".SCB",
+    ".absmax",
+    "_blocks",
+)
 KEPT_GROUP = 16  # inputs: groups of multiples are multiplied by as they are (`engine/cuda/coded_kernel.py`)
 
 
@@ -167,6 +178,16 @@ class Quantization:
             )
         if self.is_rounded_float8 and is_float32:
             raise ConfigError("quantization = fp8: its products are of bfloat16; give --dtype bfloat16")
+
+
+def untold_quantization(names: Iterable[str]) -> str:
+    """Return what is to be told of weights that are not plain, by tensors' names, where config.json says nothing."""
+    found = min((name for name in names if name.endswith(_NOT_PLAIN)), default=None)
+    if found is None:
+        return ""
+    return (
+        f"; {found} is of quantized weights, and config.json has no quantization_config that says how they are stored"
+    )
 
 
 def quantized_at_load(name: str) -> Quantization:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from ..common.errors import ConfigError
 from .families.module_names import full_name
 from .parts.config_fields import ConfigFields
 from .quantization import Quantization, Rule
@@ -27,22 +27,42 @@ from .storage import FLOAT4_KINDS, GGUF_KINDS, Layout, Storage
 MODELOPT_FILE = "hf_quant_config.json"  # what NVIDIA's Model Optimizer writes, and nothing to config.json at first
 
 _KEYS = ("quantization_config", "compression_config")  # the second by compressed-tensors at first
+_MLX_KEY = "quantization"  # a word that other files may have for something else
 _HEAD = Rule("lm_head", None)
 
 
 def read_quantization(config: ConfigFields) -> Quantization | None:
     """Return what config.json says of its matrices; None: they are plain. Raises ConfigError."""
     key = config.told(_KEYS)
+    if not config.has(key) and _is_mlx(config.raw.get(_MLX_KEY)):
+        key = _MLX_KEY
     fields = config.mapping(key)
     if fields is None:
         return None
-    method = fields.raw.get("quant_method")
+    method = _method_of(fields)
     if not isinstance(method, str) or method not in _READERS:
-        raise config.refuse(key, f"of its quant_method, these are read: {', '.join(_READERS)}")
-    found = _READERS[method](fields)
+        raise ConfigError(
+            f"{config.path}: {key}: quant_method {method!r} is not supported; these are: {', '.join(_READERS)}; "
+            "serve the model that was quantized, with --quantization int8, int4 or fp8 where it is to take less"
+        )
+    if (found := _READERS[method](fields)) is None:
+        return None
     is_nested = config.has("text_config")
     rules = [Rule(full_name(rule.target), rule.storage, is_nested=is_nested) for rule in found.rules]
     return replace(found, rules=tuple(rules))
+
+
+def _method_of(fields: ConfigFields) -> object:
+    """Return the tool that quantized a checkpoint: some are known by words of theirs alone."""
+    if fields.has("quant_method"):
+        return fields.raw["quant_method"]
+    if fields.has("load_in_4bit") or fields.has("load_in_8bit"):
+        return "bitsandbytes"
+    return "mlx" if _is_mlx(fields.raw) else None
+
+
+def _is_mlx(value: object) -> bool:
+    return isinstance(value, Mapping) and "bits" in value and "group_size" in value
 
 
 def with_modelopt(config: Mapping[str, object], beside: Mapping[str, object]) -> dict[str, object]:
@@ -56,6 +76,8 @@ def with_modelopt(config: Mapping[str, object], beside: Mapping[str, object]) ->
 def _gptq(fields: ConfigFields) -> Quantization:
     kind = choice_of_any(fields, ("checkpoint_format", "format"), "gptq", ("gptq", "gptq_v2"))
     choice(fields, "pack_dtype", "int32", ("int32",))
+    if fields.flag("is_marlin_format", default=False):  # as it was told before there was a checkpoint_format
+        raise fields.refuse("is_marlin_format", "is not supported; take a checkpoint of GPTQ's own format")
     symmetric = fields.flag("sym", default=True)
     storage = Storage(
         layout="gptq",
@@ -110,8 +132,7 @@ def _modelopt(fields: ConfigFields) -> Quantization:
     if fields.raw.get("quant_algo") == "MIXED_PRECISION":
         return _mixed_modelopt(fields)
     storage = _modelopt_storage(fields)
-    patterns = [*flat(fields.raw.get("exclude_modules")), *flat(fields.raw.get("ignore"))]
-    excluded = [rule_of(fields, _with_wildcards(pattern), None) for pattern in patterns]
+    excluded = [*excluded_by(fields, "exclude_modules"), *excluded_by(fields, "ignore")]
     return named(fields, [*excluded, Rule("Linear", storage)])
 
 
@@ -136,11 +157,6 @@ def _check_group_size(fields: ConfigFields, storage: Storage) -> None:
     size = FLOAT4_KINDS[storage.kind].group_size
     if fields.raw.get("group_size", size) != size:
         raise fields.refuse("group_size", f"of these floats of 4 bits {size} is read")
-
-
-def _with_wildcards(pattern: str) -> str:
-    """Return the target of a module's name in which a star stands for anything. It ends with a part of a name."""
-    return rf"re:{re.escape(pattern).replace(re.escape('*'), '.*')}(?:\.|$)" if "*" in pattern else pattern
 
 
 def _mxfp4(_: ConfigFields) -> Quantization:
@@ -180,7 +196,8 @@ _FORMATS: dict[str, Layout] = {
 _ACT_ORDERS = ("group", "dynamic", True)  # names of one thing; "weight" and "static": groups are of neighbours
 
 
-def _compressed_tensors(fields: ConfigFields) -> Quantization:
+def _compressed_tensors(fields: ConfigFields) -> Quantization | None:
+    """Read the groups of modules; None: there are none, as where the cache alone was calibrated."""
     for name in ("transform_config", "sparsity_config"):
         part = fields.mapping(name)
         if part is not None and part.raw.get("format", name if part.raw else "dense") != "dense":
@@ -205,6 +222,8 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
         if unknown := [target for target in targets if is_class(target) and target != "Linear"]:
             raise group.refuse("targets", f"{unknown[0]} is not supported; Linear, names and re: are")
         rules += [rule_of(fields, target, storage) for target in targets]
+    if not rules and groups is not None and fields.raw.get("format") == "dense":
+        return None
     if not rules:
         raise fields.refuse("config_groups", "names no group")
     return named(fields, [*excluded_by(fields, "ignore"), *sorted(rules, key=lambda rule: order_of(rule.target))])
@@ -248,7 +267,7 @@ def _compressed(weights: ConfigFields, layout: Layout) -> Storage:
     )
 
 
-_READERS: dict[str, Callable[[ConfigFields], Quantization]] = {
+_READERS: dict[str, Callable[[ConfigFields], Quantization | None]] = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,

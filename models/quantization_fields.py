@@ -76,7 +76,28 @@ def is_class(target: str) -> bool:
 
 
 def excluded_by(fields: ConfigFields, key: str) -> list[Rule]:
-    return [rule_of(fields, module, None) for module in flat(fields.raw.get(key))]
+    """Make rules of a list of modules that are plain: a star stands for anything, and dots around a name say nothing.
+
+    Names with stars are one rule together: each module is tried with each rule that is no name, a mixture of experts
+    has tens of thousands of modules, and a list may have a star for each layer.
+    """
+    rules: list[Rule] = []
+    starred: list[Rule] = []
+    for module in flat(fields.raw.get(key)):
+        if module.startswith("re:"):
+            rules.append(rule_of(fields, module, None))
+        elif "*" in module:
+            starred.append(rule_of(fields, f"re:{_expression(module.strip('.'))}", None))
+        else:
+            rules.append(Rule(module.strip("."), None))
+    if starred:
+        rules.append(Rule("re:" + "|".join(rule.target.removeprefix("re:") for rule in starred), None))
+    return rules
+
+
+def _expression(name: str) -> str:
+    """Write a name with stars as an expression, which ends with a part of a name."""
+    return rf"{re.escape(name).replace(re.escape('*'), '.*')}(?:\.|$)"
 
 
 def rule_of(fields: ConfigFields, target: str, storage: Storage | None) -> Rule:

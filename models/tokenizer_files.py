@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Tokenizers of other libraries, of which transformers makes a tokenizer.json.
 _OTHER_KINDS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+_ENDS = ("bos_token", "eos_token")  # of texts
 
 
 def load_backend(path: Path) -> tuple[Backend, DecoderRules]:
@@ -49,9 +50,10 @@ def _missing_tokenizer(path: Path) -> str:
     found = next((name for name in _OTHER_KINDS if (path / name).is_file()), None)
     if found is None:
         return f"{path} has no tokenizer.json"
+    form = ", save_format='hf'" if found == "tekken.json" else ""  # else that file is written again
     return (
         f"{path} has {found} but no tokenizer.json; write one with the transformers library: "
-        f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r}{form})"
     )
 
 
@@ -81,16 +83,17 @@ def splits_special_tokens(path: Path, config: Mapping[str, object]) -> bool:
 
 
 def add_tokens(backend: Backend, config: Mapping[str, object], roles: Mapping[str, str]) -> None:
-    """Let `backend` find what tokenizer_config.json (`config`) calls added tokens, and those that begin and end texts.
+    """Let `backend` find what tokenizer_config.json (`config`) calls added tokens, and those that have `roles`.
 
     Both go before tokenizer.json, as in `transformers`: whoever gives a model other tokens may edit the one file alone.
     No token gets another id than it is told with, and none that is special in either file is an ordinary one.
     """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     told = {token.content: token for token in _told_tokens(backend, config, known)}
-    for content in (roles[role] for role in ("bos_token", "eos_token") if role in roles):
+    for role, content in roles.items():
         token = told.get(content) or known.get(content)
-        if content in told or backend.token_to_id(content) is not None:
+        # Files name pieces of plain text for what is never read, as "!" for padding: no answer is to lack these.
+        if token is not None or (role in _ENDS and backend.token_to_id(content) is not None):
             told[content] = _as_special(content, token)
     backend.add_tokens([token for content, token in told.items() if repr(token) != repr(known.get(content))])
 

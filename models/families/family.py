@@ -17,8 +17,8 @@ HeadNorms = Literal["none", "head", "flagged", "turned", "whole", "bare"]
 # Which layers see a window of keys alone, if there is a window: none; each; with `use_sliding_window` each, or those
 # that `layer_types` names; those that `layer_types` names, or else all but each `sliding_window_pattern`th; or chunks.
 Windows = Literal["none", "every", "every flagged", "flagged", "typed", "chunks"]
-# Which layers turn nothing by positions: none; those that `no_rope_layers` names; where some have a window, all others;
-# those that have no window; all, unless `position_embedding_type` is "rope".
+# Which layers turn nothing by positions: none; those that `no_rope_layers` names; where a window's size is told, those
+# without one; those that have no window; all, unless `position_embedding_type` is "rope".
 Unturned = Literal["none", "named", "beside windows", "without window", "untyped"]
 # What a checkpoint has in one tensor: nothing; gate and up; these, and q, k and v in another.
 Fusion = Literal["none", "mlp", "all"]

@@ -11,8 +11,11 @@ from .table import FAMILIES
 ARCHITECTURES = (*FAMILIES, *NESTED)
 _EXPERTS = [family.experts for family in FAMILIES.values() if family.experts is not None]
 GATES = tuple(sorted({gate for experts in _EXPERTS for gate in experts.gates}))  # names in a layer, of all families
-# A published checkpoint may have another spelling than the class that libraries have by now: K-EXAONE's first one had.
-_EARLIER_NAMES = {"ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM"}
+# A published checkpoint may have another spelling than the class that libraries have by now: ERNIE's, K-EXAONE's.
+_EARLIER_NAMES = {
+    "Ernie4_5_ForCausalLM": "Ernie4_5ForCausalLM",
+    "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
+}
 _ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ...common.errors import ConfigError
 
-# Null says of these that there is none: no window, no cap. Of others it says nothing.
-_TOLD_BY_NULL = {"attn_logit_softcapping", "final_logit_softcapping", "sliding_window"}
+# Null says of these that there is none: no window, no cap, no size of heads of its own. Of others it says nothing.
+_TOLD_BY_NULL = {"attn_logit_softcapping", "final_logit_softcapping", "head_dim", "sliding_window"}
 # Beyond what any model has: a slip of a digit is told, and takes no memory. Each layer and each expert has entries of
 # its own wherever a model is described.
 _MOST = 2**31 - 1

@@ -71,7 +71,7 @@ def read_ropes(
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """Read the rotary positions, and those of local layers where they are others. Raises ConfigError.
 
-    `has_windows`: some layers see a window of keys alone.
+    `has_windows`: the size of a window is told, whether layers have it or not.
     """
     scaling = rotary_fields(fields)
     theta = fields.number("rope_theta", 10_000.0)

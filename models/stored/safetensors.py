@@ -17,6 +17,16 @@ from ...common.errors import ConfigError
 from .pointer import LFS_POINTER, refuse_pointer
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# What a folder has in place of weights that are read, in the order in which one is told of.
+_OTHER_WEIGHTS = {
+    "model-*.safetensors": "copy the index, which names all files of the checkpoint, from where they come from",
+    "consolidated*.safetensors": "that is Mistral's own form: take the model's files for transformers",
+    "adapter_model.safetensors": "that is an adapter: serve the model that it was made for, and it by --lora-modules",
+    "*.safetensors": "if that is the whole checkpoint, call it model.safetensors",
+    "*.gguf": "to serve that file, name it in place of the folder",
+    "pytorch_model*.bin": "convert it by the transformers library: TRANSFORMERS",
+    "*.pt*": "convert it to what the transformers library saves",
+}
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -36,9 +46,18 @@ def safetensors_files(model_dir: Path) -> list[Path]:
     if names:
         return [model_dir / name for name in names]
     raise ConfigError(
-        f"{model_dir} has neither model.safetensors nor model.safetensors.index.json: "
-        "convert the checkpoint to safetensors, or use --load-format dummy for random weights"
+        f"{model_dir} has neither model.safetensors nor model.safetensors.index.json: {_way_out(model_dir)}, "
+        "or use --load-format dummy for random weights"
     )
+
+
+def _way_out(model_dir: Path) -> str:
+    """Tell what to do about the weights that a folder has in place of those that are read."""
+    by_transformers = f"AutoModelForCausalLM.from_pretrained({str(model_dir)!r}).save_pretrained({str(model_dir)!r})"
+    for pattern, what_to_do in _OTHER_WEIGHTS.items():
+        if names := sorted(path.name for path in model_dir.glob(pattern)):
+            return f"it has {names[0]}; {what_to_do}".replace("TRANSFORMERS", by_transformers)
+    return "convert the checkpoint to safetensors"
 
 
 def _indexed_names(index: Path) -> list[str]:

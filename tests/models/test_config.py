@@ -209,7 +209,10 @@ def test_exaone_turns_positions_in_layers_with_a_window_alone(tmp_path: Path) ->
     config = _load(tmp_path, exaone | {"sliding_window_pattern": 4})
     assert config.local_layers == tuple((layer + 1) % 4 != 0 for layer in range(30))
     assert config.rope.kind == "none" and config.local_rope is not None and config.local_rope.kind == "default"
-    for changes in ({"sliding_window": None}, {"layer_types": ["full_attention"] * 30}):
+    full = {"layer_types": ["full_attention"] * 30}
+    config = _load(tmp_path, exaone | full)  # as if others had a window, as in transformers
+    assert config.rope.kind == "none" and not any(config.local_layers)
+    for changes in ({"sliding_window": None}, full | {"sliding_window": None}):
         config = _load(tmp_path, exaone | changes)
         assert config.rope.kind == "default" and config.local_rope is None and not any(config.local_layers)
 
@@ -349,6 +352,12 @@ def test_an_architecture_may_have_the_name_that_it_was_published_under(tmp_path:
     ):
         with pytest.raises(ConfigError, match=message):
             _load(tmp_path, told | changes)
+
+
+def test_ernies_converter_names_another_class(tmp_path: Path) -> None:
+    code = {"AutoModelForCausalLM": "modeling_ernie4_5.Ernie4_5_ForCausalLM"}
+    config = _load(tmp_path, {"architectures": ["Ernie4_5_ForCausalLM"], "auto_map": code})
+    assert config == _load(tmp_path, {"architectures": ["Ernie4_5ForCausalLM"]})
 
 
 def test_minimax_has_words_of_its_own(tmp_path: Path) -> None:
@@ -569,6 +578,13 @@ def test_gemma3_is_the_text_of_a_model_that_sees(tmp_path: Path) -> None:
     assert config.local_rope is not None
     assert (config.local_rope.theta, config.local_rope.kind) == (1e4, "default")
     assert config.score_scale == 256**-0.5 and config.activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize("architecture", ["SeedOssForCausalLM", "Ernie4_5ForCausalLM"])
+def test_a_size_of_heads_that_is_null_is_the_usual_one(tmp_path: Path, architecture: str) -> None:
+    told: dict[str, object] = {"architectures": [architecture]}
+    assert _load(tmp_path, told).head_dim == 128
+    assert _load(tmp_path, told | {"head_dim": None}).head_dim == 64
 
 
 def test_a_cap_that_is_null_is_none(tmp_path: Path) -> None:

@@ -223,6 +223,27 @@ def test_a_directory_without_a_config_says_what_is_missing(tmp_path: Path) -> No
         resolve_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("model-Q8_0.gguf", r"to serve model-Q8_0\.gguf, name that file"),
+        ("params.json", "take the model's files for transformers"),
+        ("model_index.json", "hf download ORG/NAME FILE"),
+    ],
+)
+def test_a_directory_without_a_config_may_be_of_another_form(tmp_path: Path, name: str, way_out: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=rf"has no config\.json; .*{way_out}"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_tokenizer_that_brings_code_may_need_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization.Odd", null]}}')
+    with pytest.raises(ConfigError, match=r"auto_map in tokenizer_config\.json.* take auto_map out of that file"):
+        resolve_model(str(tmp_path))
+
+
 def test_a_model_that_brings_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"auto_map": {}}')
     with pytest.raises(ConfigError, match="kvferry never runs"):

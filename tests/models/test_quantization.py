@@ -25,6 +25,7 @@ GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 128,
 AWQ: dict[str, object] = {"quant_method": "awq", "bits": 4, "group_size": 128}
 WEIGHTS: dict[str, object] = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
 MIXED: dict[str, object] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+HQQ: dict[str, object] = {"quant_config": {"weight_quant_params": {"nbits": 4}}, "quant_method": "hqq"}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -48,8 +49,11 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"bits": 4}, "quant_method"),
-        ({"quant_method": "bitsandbytes"}, "awq, compressed-tensors, fp8, gguf, gptq"),
+        ({"bits": 4}, "quant_method None is not supported; these are: awq, compressed-tensors, fp8, gguf, gptq"),
+        (HQQ, "^config.json: quantization_config: quant_method 'hqq' is not supported.* serve the model that was"),
+        ({"load_in_4bit": True}, "quant_method 'bitsandbytes' is not supported"),
+        ({"bits": 4, "group_size": 64}, "quant_method 'mlx' is not supported"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format = True: is not supported"),
         (GPTQ | {"bits": 3}, "bits = 3"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'.* gptq, gptq_v2"),
         (GPTQ | {"format": "bitblas"}, "format = 'bitblas'.* gptq, gptq_v2"),
@@ -77,6 +81,7 @@ def test_a_checkpoint_without_the_word_is_plain(tmp_path: Path) -> None:
         (_compressed() | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (_compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         (_compressed() | {"config_groups": {}}, "names no group"),
+        ({"quant_method": "compressed-tensors", "format": "dense"}, "names no group"),
         (_compressed(targets=["Embedding"]), "targets = .*: Embedding is not supported; Linear, names and re: are"),
         (
             _compressed("int-quantized", num_bits=8, actorder="group"),
@@ -260,8 +265,32 @@ def test_the_first_name_of_compressed_tensors_key_is_read(tmp_path: Path) -> Non
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": told}))
     assert ModelConfig.from_dir(tmp_path).weights_form == "compressed-tensors int4 in groups of 64"
     (tmp_path / "config.json").write_text(json.dumps(config | {"compression_config": {"quant_method": "sparse"}}))
-    with pytest.raises(ConfigError, match=r"compression_config = .*: of its quant_method, these are read: awq"):
+    with pytest.raises(ConfigError, match="compression_config: quant_method 'sparse' is not supported; these are: awq"):
         ModelConfig.from_dir(tmp_path)
+
+
+def test_mlx_may_tell_of_itself_in_a_key_of_its_own() -> None:
+    raw: dict[str, object] = {"quantization": {"group_size": 64, "bits": 4}}
+    with pytest.raises(ConfigError, match="quantization: quant_method 'mlx' is not supported"):
+        read_quantization(ConfigFields(Path("config.json"), raw))
+
+
+@pytest.mark.parametrize("told", ["none", False, {}, {"bits": 16}])
+def test_mlxs_key_may_be_of_something_else(told: object) -> None:
+    assert read_quantization(ConfigFields(Path("config.json"), {"quantization": told})) is None
+
+
+def test_a_calibrated_cache_alone_leaves_matrices_plain() -> None:
+    config = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    scheme = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    assert read_quantization(ConfigFields(Path("config.json"), {"quantization_config": config | scheme})) is None
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.0.", "model.layers.0", "model.layers.*.up_proj", ".up_proj"])
+def test_excluded_modules_are_named_as_tools_that_look_for_parts_of_names_do(pattern: str) -> None:
+    for config in (AWQ, {"quant_method": "fp8"}):
+        found = _read(config | {"modules_to_not_convert": [pattern]})
+        assert found.storage(UP) is None and found.storage("model.layers.1.mlp.down_proj") is not None
 
 
 def test_fused_parts_take_the_form_that_holds_each_exactly() -> None:
@@ -370,6 +399,24 @@ def test_hundreds_of_excluded_modules_are_not_tried_one_by_one(monkeypatch: pyte
     assert found.storage("model.layers.93.mlp.gate") is None
     assert found.storage("model.layers.93.mlp.experts.127.gate_proj") is not None
     assert tried == ["Linear"]
+
+
+def test_excluded_modules_with_stars_are_one_rule() -> None:
+    """As in Model Optimizer's files, which name the attention of each layer: each module was tried with all."""
+    excluded = [
+        *(f"model.layers.{layer}.self_attn*" for layer in range(61)),
+        "re:.*gate$",
+        "lm_head",
+        "*.mlp.down_proj",
+    ]
+    modelopt: dict[str, object] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    found = _read(modelopt | {"exclude_modules": excluded})
+    assert len(found.rules) == len(["re:.*gate$", "lm_head", "those with stars", "Linear"])
+    for plain in ("layers.0.self_attn.q_proj", "layers.60.self_attn.o_proj", "layers.3.mlp.down_proj"):
+        assert found.storage(f"model.{plain}") is None
+    assert found.storage("model.layers.61.self_attn.q_proj") is not None and found.storage(UP) is not None
+    with pytest.raises(ConfigError, match=r"'re:a\.\*b.*too intricate"):
+        _read(modelopt | {"exclude_modules": ["a*", "a*b*c*d*e*"]})
 
 
 def test_model_optimizer_tells_of_8_bit_floats_in_a_file_of_its_own(tmp_path: Path) -> None:

@@ -286,6 +286,12 @@ def test_a_directory_with_another_librarys_tokenizer_alone_names_the_way_out(tmp
         Tokenizer.from_dir(tmp_path)
 
 
+def test_mistrals_tokenizer_is_saved_in_the_other_form(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"save_pretrained\('/.*', save_format='hf'\)$"):
+        Tokenizer.from_dir(tmp_path)
+
+
 def test_a_directory_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         Tokenizer.from_dir(tmp_path)

@@ -53,6 +53,8 @@ def _without_tokens(tokenizer: Json) -> None:
     [
         (_as_it_is, {}),
         (_without_flags, {}),
+        (_without_flags, {"pad_token": "<|im_end|>"}),
+        (_without_flags, {"image_token": "<|im_end|>"}),
         (_without_tokens, {}),
         (_without_tokens, _told(3, "<|im_end|>")),
         (_as_it_is, _told(3, "<|im_end|>", lstrip=True, rstrip=True)),
@@ -73,6 +75,11 @@ def test_texts_have_the_tokens_that_they_have_in_transformers(
     assert ids == theirs(TEXT)["input_ids"] and ours.eos_token_id in ids
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert read_end_tokens(path) == [ours.eos_token_id]
+
+
+def test_a_piece_of_plain_text_that_pads_is_shown(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_dir(_write(tmp_path, _as_it_is, {"pad_token": "x", "unk_token": "y"}))
+    assert tokenizer.decode(tokenizer.encode("The x router y")) == "The x router y"
 
 
 def test_special_tokens_of_texts_are_split_where_the_model_says_so_as_in_transformers(tmp_path: Path) -> None:
