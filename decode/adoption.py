@@ -52,12 +52,8 @@ class Adoption:
         """Remember that these choices are not wanted any more when the prompt arrives."""
         self._ended_early.setdefault((request_id, attempt), set()).update(choices)
 
-    def forget(self, request_id: str, attempt: int) -> None:
-        self._ended_early.pop((request_id, attempt), None)
-
     def forget_all_but(self, is_awaited: Callable[[str], bool]) -> None:
-        for request_id, attempt in [key for key in self._ended_early if not is_awaited(key[0])]:
-            self.forget(request_id, attempt)
+        self._ended_early = {key: ended for key, ended in self._ended_early.items() if is_awaited(key[0])}
 
     def adopt_arrived(self) -> bool:
         """False: there was nothing."""

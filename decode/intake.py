@@ -108,7 +108,7 @@ class Intake:
         elif request is not None and request.spec.attempt <= attempt:
             self._abort_running(request, message.choices)
         elif not message.choices:
-            self.promises.forget(request_id, attempt)
+            self.promises.drop(request_id, attempt)
             self.requests.note_ended(request_id, attempt)
         else:
             self.promises.drop_choices(request_id, attempt, message.choices)

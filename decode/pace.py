@@ -81,7 +81,7 @@ class Pace:
 
     def decode_s(self, num_rows: int) -> float:
         """Return what a step takes in which these rows feed one token each; of none, what one takes."""
-        return self.row_times.of(max(1, num_rows))
+        return self.row_times.of(num_rows)
 
     def room_s(self, num_rows: int, prompts: list[int]) -> float:
         """Return the seconds that may come between two tokens of so many answers beside their own step.

@@ -55,11 +55,6 @@ class Promises:
         self._receiver.abort(request_id, attempt)
         self._waiting.drop(request_id, attempt)
 
-    def forget(self, request_id: str, attempt: int) -> None:
-        """Drop it, and what is remembered of its choices."""
-        self.drop(request_id, attempt)
-        self._adoption.forget(request_id, attempt)
-
     def abort_unless_arrived(self, router_id: str, request_id: str, attempt: int) -> None:
         """Give it up where its prompt has not come. The router is told which it was."""
         self._waiting.drop(request_id, attempt)

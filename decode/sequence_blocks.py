@@ -250,7 +250,7 @@ class SequenceBlocks:
         seq.num_computed_tokens = num_found * self._pool.block_size
         if slots and slots[-1] == num_found - 1:  # it may be partial
             seq.num_computed_tokens = min(seq.num_computed_tokens, self.swap.num_saved_tokens(seq))
-        seq.num_thin_blocks = max(found.num_thin, seq.num_thin_blocks if slots else 0)
+        seq.num_thin_blocks = found.num_thin
         seq.num_published_blocks = next((n for n in range(num_found) if n not in found.hits), num_found)
         if not seq.has_begun and self.known.looks_up(seq):
             self.prefix_queries += seq.num_prompt_tokens

@@ -37,9 +37,10 @@ from .ngrams import NgramProposer, Proposer
 from .suffixes import EarlierAnswers, SuffixProposer, owner_of, said
 
 _FIRST_SHARE = 0.05  # of a step, that one more fed token costs: a step of one row that reads all weights
+_FIRST_ROWS_SHARE = 0.25  # of a step, that one more token of every row costs at most: many rows share what they read
 _FIRST_DEPTH_SHARE = 0.2  # of a step, that a draft model takes for one more token: a model of a fifth of the weights
 _COST_SMOOTHING = 0.1
-_FORGETTING = 0.99  # of a cost's excess over _FIRST_SHARE, with each step without drafts: a slow step is forgiven
+_FORGETTING = 0.99  # of a cost's excess over the first guess, with each step without drafts: a slow step is forgiven
 _PLAIN_EVERY = 64  # steps: one without drafts, so that their time stays known
 _TRIAL_SHARE = 0.02  # of a step, in which drafts are looked for that are not expected to pay
 _OUTLIER = 2.0  # times what is known: a pause in a search is not what searching takes
@@ -100,7 +101,8 @@ class StepCosts:
         if not num_more:
             self.plain_s[num_rows] = seconds if known is None else known + _COST_SMOOTHING * (seconds - known)
             # Only what is dear is not tried again: what is held to be too cheap is, and so found out.
-            self.share += (1 - _FORGETTING) * min(0.0, _FIRST_SHARE - self.share)
+            first = min(_FIRST_SHARE, _FIRST_ROWS_SHARE / num_rows)
+            self.share += (1 - _FORGETTING) * min(0.0, first - self.share)
             if self.depth_share:
                 self.depth_share += (1 - FORGIVING) * (_FIRST_DEPTH_SHARE - self.depth_share)
         elif known and seconds > 0:

@@ -139,7 +139,7 @@ class Child:
     def retire(self, *, drains: bool = False) -> None:
         """Let this life end in good order, and start no other: `run` returns. Idempotent.
 
-        `drains`: it was told already, by somebody else and with a limit; a second time would end it at once.
+        `drains`: it was told already, by somebody else and with a limit, which SIGTERM could shorten.
         """
         if not self._retired.is_set():
             self._retired.set()

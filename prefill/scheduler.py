@@ -125,7 +125,7 @@ class PrefillScheduler:
             if budget == 0 or len(rows) == self._max_num_seqs:
                 break
             if prompt.started_s is None:
-                if self._awaits(prompt) or not prompt.seq.num_computable_tokens:
+                if self._awaits(prompt):
                     continue
                 # The first that waits for blocks is passed by those alone that hold theirs, or it would wait for ever.
                 may_start = may_start and self._start(prompt)
@@ -142,8 +142,6 @@ class PrefillScheduler:
 
     def _chunk(self, seq: Sequence, budget: int, *, is_first: bool) -> int:
         """Tokens of a prompt; a short rest goes along where it may, for it would be a step of its own."""
-        if not seq.can_sample:
-            return min(budget, seq.num_computable_tokens)
         rest = seq.num_uncomputed_tokens - budget
         if is_first and 0 < rest <= self._min_chunk and seq.num_uncomputed_tokens <= self._max_num_batched_tokens:
             return seq.num_uncomputed_tokens

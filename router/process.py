@@ -60,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"kvferry: {error}", file=sys.stderr)
         return _CONFIG_EXIT_CODE
+    except Exception as error:  # as where no thread can be made: the log has where it comes from
+        if lifeline is not None:
+            lifeline.broke(f"{type(error).__name__}: {error}")
+        raise
 
 
 def parse_config(text: str, env: Mapping[str, str]) -> RouterConfig:

@@ -14,8 +14,9 @@ from .fields import Message, Name, Nonce, Text
 # (`LocalTask.tokens_behind`). Version 10 has the mask of first tokens come with a prompt (`PrefillTask.first_mask`).
 # Version 11 tells the rank of a prompt's token (`SampledToken.rank`). Version 12 has heartbeats count adapters that are
 # being loaded (`WorkerStatus.loading_adapters`). Version 16 has the mask of first tokens come with a prompt that a
-# decode worker computes, too (`LocalTask.first_mask`).
-PROTOCOL_VERSION = 16
+# decode worker computes, too (`LocalTask.first_mask`). Version 17 has a step's tokens come in parts that are known as
+# such (`StepTokens.is_rest`).
+PROTOCOL_VERSION = 17
 
 
 class Challenge(Message):

@@ -135,12 +135,14 @@ class StepTokens(Message):
     """Everything that one step of a decode worker yielded for one router."""
 
     updates: Annotated[tuple[RequestTokens, ...], msgspec.Meta(max_length=16384)]
+    is_rest: bool = False  # of the step that the message before is of
 
 
 def halves(message: StepTokens) -> tuple[StepTokens, StepTokens]:
     """Split what one step has yielded for several requests, in their order."""
     middle = len(message.updates) // 2
-    return StepTokens(updates=message.updates[:middle]), StepTokens(updates=message.updates[middle:])
+    first = StepTokens(updates=message.updates[:middle], is_rest=message.is_rest)
+    return first, StepTokens(updates=message.updates[middle:], is_rest=True)
 
 
 class WorkerFailure(Message):

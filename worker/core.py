@@ -154,9 +154,13 @@ class WorkerCore:
         self._changed()
 
     def drain(self, limit_s: float) -> None:
-        """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere."""
+        """Take nothing new, and say so at once. What is left after `limit_s` goes on elsewhere.
+
+        A drain that is under way ends no later than before.
+        """
         log.info("worker_drains", worker_id=self.config.worker_id, limit_s=limit_s)
-        self._drains_until = self._clock.now() + limit_s
+        until = self._clock.now() + limit_s
+        self._drains_until = until if self._drains_until is None else min(until, self._drains_until)
         self.roles.draining = True
         self._effects.announce()
 

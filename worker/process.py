@@ -62,6 +62,7 @@ class WorkerProcess:
         )
         self._worker: Worker | None = None
         self._sessions: RouterSessions | None = None
+        self._was_told_to_end = False
 
     async def run(self) -> int:
         """Run until it has drained (SIGTERM, or a router's Drain), SIGINT or a failure.
@@ -89,6 +90,10 @@ class WorkerProcess:
         except KVFerryError as error:
             may_pass = isinstance(error, WorkerLost) and not self._followers.have_said_why
             return _refuse(self._config, self._lifeline, error, may_pass=may_pass)
+        except Exception as error:  # as where no thread can be made: the log has where it comes from
+            if self._lifeline is not None:
+                self._lifeline.broke(f"{type(error).__name__}: {error}")
+            raise
         finally:
             await self._close()
 
@@ -106,10 +111,11 @@ class WorkerProcess:
         self._end(0)
 
     def _on_sigterm(self) -> None:
-        """Drain; the second one ends at once."""
-        if self._worker is None or self._sessions is None or self._worker.is_draining:
+        """Drain; the second one ends at once. A drain that a router has ordered goes on."""
+        if self._worker is None or self._sessions is None or self._was_told_to_end:
             self._end_now()
         else:
+            self._was_told_to_end = True
             self._worker.drain(self._config.drain_timeout)
 
     def _on_launcher(self, event: dict[str, object]) -> None:

@@ -117,10 +117,6 @@ class Worker:
         return self._core.roles.active_role
 
     @property
-    def is_draining(self) -> bool:
-        return self._core.is_draining
-
-    @property
     def has_drained(self) -> bool:
         with self._lock:
             return self._core.has_drained

@@ -192,13 +192,11 @@ class Scaling:
         interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.scale_interval), now
         view = self._dispatcher.view()
         self._fleet.measure_starts(view, now)
-        seen = self._record.take(view.num_queued)
+        seen, others, self._seen = self._record.take(view.num_queued), self._seen, []
         if not self._is_leader and self._launcher is not None:
             self._launcher(seen.as_event())
-            return
-        if self._is_decided:
-            self._decide(view, seen.joined(self._seen), interval_s)
-            self._seen = []
+        elif self._is_decided:
+            self._decide(view, seen.joined(others), interval_s)
 
     def _decide(self, view: PoolView, seen: SeenLoad, interval_s: float) -> None:
         now = self._clock.now()

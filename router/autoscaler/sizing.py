@@ -69,7 +69,7 @@ class PrefillLoad:
     ) -> PrefillLoad:
         if not answers:
             return cls(0.0, 0.0, (), (), 0.0)
-        prompts, cached, _, _ = _lengths(answers)
+        prompts, cached = _fields(answers, "num_prompt_tokens", "num_cached_tokens")
         new = np.maximum(1.0, prompts - cached)
         new_tokens, contexts = (each.astype(int).tolist() for each in (new, cached))
         alone_s = np.array(list(map(times.prefill_s, new_tokens, contexts)), np.float64)
@@ -109,10 +109,9 @@ class PrefillLoad:
         return _least(floor, lambda count: self.kept(rate, count) >= target)
 
 
-def _lengths(answers: Sequence[AnswerLengths]) -> _Numbers:
-    """Return the tokens of prompts, those of them that were cached, those of the answers, and their choices."""
-    fields = [attrgetter(f"num_{name}") for name in ("prompt_tokens", "cached_tokens", "output_tokens", "choices")]
-    return np.stack([np.fromiter(map(field, answers), np.float64, len(answers)) for field in fields])
+def _fields(answers: Sequence[AnswerLengths], *names: str) -> _Numbers:
+    """Return a row for each of these fields, with what all answers have there."""
+    return np.stack([np.fromiter(map(attrgetter(name), answers), np.float64, len(answers)) for name in names])
 
 
 def _slack_s(own: Objectives | None, default: Objectives, alone_s: _Numbers) -> _Numbers:
@@ -149,7 +148,8 @@ class DecodeLoad:
     def from_answers(
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> DecodeLoad:
-        count, (prompts, _, outputs, choices) = max(1, len(answers)), _lengths(answers)
+        count = max(1, len(answers))
+        prompts, outputs, choices = _fields(answers, "num_prompt_tokens", "num_output_tokens", "num_choices")
         num_steps = outputs / choices
         held, squares = _held(choices * prompts, choices, num_steps)
         kept, kept_squares = _held(_kept(prompts, limits.spec), choices, num_steps)

@@ -190,7 +190,6 @@ class InFlightRequests:
 
     def _put_off(self, tracked: TrackedRequest, blame: Blame, sessions: frozenset[int], now_s: float) -> None:
         """Charge the retry, and decide when it may begin."""
-        tracked.charge = None
         if not blame.is_charged:
             return
         tracked.num_same = tracked.num_same + 1 if tracked.last_reason == blame.reason else 1
@@ -216,7 +215,6 @@ class InFlightRequests:
 
     def _strike_late(self, tracked: TrackedRequest, life: WorkerLife, now_s: float) -> None:
         """Give a strike for an attempt that has ended before."""
-        tracked.suspicion = None
         self._strike(tracked, life)
         if (error := self.verdicts.error(tracked, now_s)) is not None:
             self.fail(tracked, error)

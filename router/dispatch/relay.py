@@ -96,7 +96,7 @@ class Relay:
         if skip < 0 or request.sampling.prompt_logprobs is None:
             self._observer.on_dropped("prompt_logprobs")
             return
-        known.extend(message.tokens[skip:][: max(0, room)])
+        known.extend(message.tokens[skip:][:room])
         if len(known) >= request.num_prompt_tokens - 1:
             self.release(tracked)
 

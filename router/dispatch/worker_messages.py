@@ -174,7 +174,6 @@ class WorkerMessages:
                 self._in_flight.retry(tracked, Blame("refused", text))
                 return
         if attempt.grant is not None:
-            attempt.return_credit()
             self._send_elsewhere(tracked, text, now)
         else:
             self._in_flight.retry(tracked, Blame("refused", text, is_counted=False))

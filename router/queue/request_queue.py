@@ -30,7 +30,6 @@ from .triage import Waiting, put_off
 
 _MAX_MOVES = 32  # requests that are found to be late in one look at the order: a bound on what it costs
 _MAX_TRIAGED = 256  # of a priority, the first ones: a bound on what a look costs, behind which nobody is put off
-_MAX_IDLE_LEVELS = 64  # priorities that nobody has now, kept because they will come again
 
 
 class RequestQueue:
@@ -135,12 +134,9 @@ class RequestQueue:
         return level
 
     def _tidy(self, priority: int) -> None:
-        level = self._levels[priority]
-        if not len(level):
-            level.num_since_late = 0
-            if len(self._levels) > _MAX_IDLE_LEVELS:
-                del self._levels[priority]
-                self._priorities.remove(priority)
+        if not len(self._levels[priority]):
+            del self._levels[priority]
+            self._priorities.remove(priority)
 
     def set_apart(self, tracked: TrackedRequest) -> None:
         """Let it wait for something else than room: `first` lines it up again once it is not put off any more."""
@@ -171,8 +167,7 @@ class RequestQueue:
         for priority in self._priorities:
             if len(found) >= number:
                 break
-            if len(level := self._levels[priority]):
-                found += self._first_of(level, number - len(found), now_s)
+            found += self._first_of(self._levels[priority], number - len(found), now_s)
         return found
 
     def triage(self, now_s: float, rate: float, arrivals: ArrivalLoad) -> None:
@@ -232,7 +227,7 @@ class RequestQueue:
             if priority < request.priority:
                 tokens += level.timely.num_tokens + level.late.num_tokens
                 number += len(level)
-            elif len(level):
+            else:
                 own_tokens, own_number = level.ahead_of(request, due)
                 tokens, number = tokens + own_tokens, number + own_number
         return tokens, number

@@ -7,15 +7,22 @@ a minute: the openai client gives up at once above two); those that a retry cann
 
 from __future__ import annotations
 
+import errno
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
+import structlog
 
 from ...common.errors import CapacityError, KVFerryError, RequestError
 
 MAX_RETRY_AFTER_S = 60.0
 RETRYABLE = frozenset({429, 503})
+STORAGE_UNAVAILABLE = "storage_unavailable"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# A disk that fails or was mounted anew for reading only, a folder that was taken away. Others are bugs of ours.
+_UNUSABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE})
 
 _TYPES = {
     400: "invalid_request_error",
@@ -23,6 +30,8 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,10 +84,34 @@ def failure_of(error: BaseException) -> HttpFailure:
         case StreamError():
             kind = _TYPES.get(error.status, "server_error")
             return HttpFailure(error.status, str(error), kind, None, error.code, retry_after_s=error.retry_after_s)
+        case OSError() if error.errno in _FULL:
+            text = "the disk of the server's folder is full"
+            return HttpFailure(507, text, "server_error", None, "insufficient_storage")
+        case OSError() if error.errno in _UNUSABLE:
+            text = f"the server's folder on disk cannot be used now: {error.strerror}"
+            return HttpFailure(503, text, "server_error", None, STORAGE_UNAVAILABLE)
         case KVFerryError():
             return HttpFailure(500, str(error), "server_error", None, "internal_error")
         case _:
             return HttpFailure(500, "internal error; the server's log has more", "server_error", None, "internal_error")
+
+
+def log_failure(event: str, error: Exception, **what: object) -> None:
+    """Tell the log of what failed: of a disk the reason, of anything else where in the code."""
+    errors = list(_single(error))
+    if all(isinstance(each, OSError) and each.errno in _FULL | _UNUSABLE for each in errors):
+        log.warning(event, **what, reason=str(errors[0]))
+    else:
+        log.error(event, **what, exc_info=error)
+
+
+def _single(error: Exception) -> Iterator[Exception]:
+    """Yield an error, or those of a group."""
+    if isinstance(error, ExceptionGroup):
+        for each in error.exceptions:
+            yield from _single(each)
+    else:
+        yield error
 
 
 def unknown_path(path: str) -> RequestError:

@@ -193,7 +193,7 @@ class Predictor:
 
     def unloaded_s(self, num_prompt_tokens: int) -> float:
         """A first token on empty workers, of whichever kind; 0 while none is known."""
-        for session in self._workers:
+        for session in filter(self.is_known, self._workers):
             return self.first_token_s(Way.HANDOFF, self.prefill_s(session, num_prompt_tokens, 0))
         return 0.0
 

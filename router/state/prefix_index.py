@@ -50,7 +50,7 @@ class PrefixIndex:
 
     def __init__(self, num_shards: int = _NUM_SHARDS) -> None:
         """`num_shards`: a power of two."""
-        self._shards: list[dict[int, int]] = [{} for _ in range(num_shards)]  # key -> mask of its holders
+        self._shards: list[dict[int, int]] = [{}] * num_shards  # key -> mask of its holders; all one until stored to
         self._which = num_shards - 1
         self._sessions: dict[int, _Session] = {}
         self._session_of: dict[int, int] = {}  # slot -> session
@@ -164,6 +164,8 @@ class PrefixIndex:
             if tier != _DEVICE or key in tiers:
                 tiers[key] = tiers.get(key, 0 if is_new else _DEVICE) | tier
             if is_new:
+                if not shard:  # maybe the one that all begin with
+                    shard = shards[key & which] = {}
                 shard[key] = bit if mask is None else self._shared(mask | bit)
                 state.num_blocks += 1
 

@@ -75,7 +75,7 @@ class RouterWorker:
     _choices_at_status: int = 0
     _freed_blocks: int = 0  # by requests that ended since the heartbeat
     _steps: StepProgress = field(default_factory=StepProgress)
-    # Requests in the last two StepTokens: a step's tokens, and what was adopted between it and the next.
+    # Of `loads`, those in the last two StepTokens with all their parts: a step's, and what was adopted before the next.
     _stepping: deque[frozenset[str]] = field(default_factory=lambda: deque(maxlen=2))
 
     @property
@@ -128,10 +128,10 @@ class RouterWorker:
         """Take the request's load off: its part on this worker has ended. Idempotent."""
         load = self.loads.pop(request_id, None)
         if load is not None:
-            self._freed_blocks += load.num_blocks
+            if self._recent.pop(request_id, None) is None:  # else the heartbeat counts its blocks as free
+                self._freed_blocks += load.num_blocks
             self._own_tokens -= load.num_tokens
             self._own_choices -= load.num_choices
-            self._recent.pop(request_id, None)
             self._arriving.pop(request_id, None)
             self._arrived.discard(request_id)
             if load.pace is not None:
@@ -156,7 +156,8 @@ class RouterWorker:
 
     def note_step(self, message: StepTokens, now_s: float) -> None:
         self.stepped_s = now_s
-        self._stepping.append(frozenset(update.request_id for update in message.updates))
+        before = self._stepping.pop() if message.is_rest and self._stepping else frozenset[str]()
+        self._stepping.append(before.union({update.request_id for update in message.updates} & self.loads.keys()))
 
     def has_stepped_since(self, at_s: float) -> bool:
         """Return whether it is known to run another step now than at that time, or none."""

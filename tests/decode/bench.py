@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from kvferry.common.adapter import Adapters
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.config import TransferConfig
 from kvferry.common.grammar import Grammars
@@ -12,7 +13,7 @@ from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import RequestSpec, SampledToken, SamplingParams, pack_ids
 from kvferry.common.served import Served
 from kvferry.decode.role import DecodeRole
-from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.frame_pool import block_pool
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import open_mac
 from kvferry.transfer.receive.receiver import KVReceiver
@@ -43,15 +44,18 @@ REGION = RegionInfo(
 class Bench:
     """`sent`: what the routers got; `told`: the prefill workers."""
 
-    def __init__(self, num_blocks: int = 64, *, max_num_seqs: int = 8, num_swap_blocks: int = 0) -> None:
+    def __init__(
+        self, num_blocks: int = 64, *, max_num_seqs: int = 8, num_swap_blocks: int = 0, kv: KVCacheSpec = SPEC
+    ) -> None:
         self.sent: list[Message] = []
         self.told: list[Message] = []
-        self.pool = BlockPool(num_blocks, BLOCK)
+        self.kv = kv
+        self.pool = block_pool(kv, num_blocks)
         self.clock = FakeClock()
         self.receiver = KVReceiver(
             worker_id="d",
             incarnation=1,
-            spec=SPEC,
+            spec=kv,
             tp_size=1,
             pool=self.pool,
             regions=(REGION,),
@@ -72,10 +76,11 @@ class Bench:
         num_swap_blocks: int = 0,
         leaving: Callable[[], Callable[[], object]] | None = None,
         grammars: Grammars | None = None,
+        adapters: Adapters | None = None,
     ) -> DecodeRole:
         return DecodeRole(
             pool=self.pool,
-            spec=SPEC,
+            spec=self.kv,
             receiver=self.receiver,
             clock=self.clock,
             to_router=lambda router, message: self.sent.append(message),
@@ -85,7 +90,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             num_swap_blocks=num_swap_blocks,
             leaving=leaving,
-            served=Served(grammars=grammars),
+            served=Served(grammars=grammars, adapters=adapters),
         )
 
     def spec(
@@ -134,7 +139,7 @@ class Bench:
                 mac=open_mac(grant, spec.request_id, spec.attempt),
                 worker_id="p",
                 incarnation=5,
-                spec=SPEC,
+                spec=self.kv,
                 version="0",
                 transport="local",
                 tp_size=1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+import msgspec
 import pytest
 
 from kvferry.common.batch import Batch
@@ -263,5 +264,16 @@ def test_an_abort_that_asks_is_answered_by_what_runs_here() -> None:
     bench.sent.clear()
     bench.send(Abort(request_id="a", attempt=0, unless_arrived=True))
     assert bench.sent == [HandoffDone(request_id="a", attempt=0)]
+    bench.run()
+    assert len(bench.tokens("a")[0]) == 2
+
+
+def test_an_abort_that_asks_about_another_attempt_is_not_answered_by_what_runs_here() -> None:
+    bench = Bench()
+    bench.hand_over(msgspec.structs.replace(bench.spec("a", 6), attempt=1), (first_token(0, 5),))
+    bench.step()
+    bench.sent.clear()
+    bench.send(Abort(request_id="a", attempt=0, unless_arrived=True))
+    assert not any(isinstance(message, HandoffDone) for message in bench.sent)
     bench.run()
     assert len(bench.tokens("a")[0]) == 2

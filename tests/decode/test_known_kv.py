@@ -55,6 +55,17 @@ def test_a_sequence_goes_on_from_what_is_whole_as_far_as_windows_reach(
     assert list(found.hits.values()) == pool.match_prefix([names[place] for place in range(num_hits)])
 
 
+@pytest.mark.parametrize(("num_outputs", "num_reused"), [(0, 0), (1, len(TOKENS) // BLOCK)])
+def test_a_prompt_whose_logprobs_are_wanted_is_computed_once_and_not_after_its_answer_has_begun(
+    num_outputs: int, num_reused: int
+) -> None:
+    pool = BlockPool(16, BLOCK)
+    params = SamplingParams(prompt_logprobs=1)
+    seq = Sequence(RequestId("r"), 0, 0, [*TOKENS, *[7] * num_outputs], len(TOKENS), params)
+    known = KnownKV(pool, SPEC, PrefixCache(pool, spec=SPEC), SwapSpace(0))
+    assert len(known.reusable_hashes(seq)) == num_reused and known.looks_up(seq) is bool(num_reused)
+
+
 def test_what_was_saved_of_thin_blocks_is_thin() -> None:
     pool = BlockPool(16, BLOCK)
     seq = Sequence(RequestId("r"), 0, 0, TOKENS, 20, SamplingParams(), num_thin_blocks=6)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.common.batch import Batch
+from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput
 from kvferry.common.pacing import MIN_CHUNK_TOKENS, RunningAnswers, WaitingPrompts, longest_step_s
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.pace import Pace
@@ -128,6 +128,35 @@ def _sequence(name: str, num_tokens: int, priority: int = 0) -> Sequence:
 def _sizes(batch: Batch | None) -> dict[str, int]:
     assert batch is not None
     return {row.seq.request_id: row.num_scheduled_tokens for row in batch.rows}
+
+
+def test_more_rows_than_were_seen_are_held_for_no_quicker_than_those() -> None:
+    pace = Pace()
+    pace.learn(0.02, num_chunk_tokens=0, num_rows=2)
+    pace.learn(0.01, num_chunk_tokens=0, num_rows=8)
+    assert pace.decode_s(5) == pytest.approx(0.015) and pace.decode_s(100) == 0.01
+
+
+def test_what_a_step_copies_is_no_time_of_its_rows() -> None:
+    pace = Pace()
+    seq = Sequence(RequestId("a"), 0, 0, [1, 2], 1, SamplingParams(), num_computed_tokens=1)
+    pace.observe(Batch([BatchRow(seq, 1)]), StepOutput([RowOutput(())], 0.5, 1, swap_s=0.49))
+    assert pace.decode_s(1) == pace.decode_s(0) == pytest.approx(0.01)
+
+
+def test_a_few_tokens_say_less_of_the_speed_than_many() -> None:
+    few, many = Pace(), Pace()
+    for pace, num_tokens in ((few, 4), (many, 64)):
+        pace.learn(0.0002 * num_tokens, num_chunk_tokens=num_tokens, num_rows=1)
+    assert 0.0005 < many.token_s < few.token_s < 0.001
+
+
+def test_a_step_that_verifies_drafts_tells_nothing_of_others() -> None:
+    pace = Pace()
+    seq = Sequence(RequestId("a"), 0, 0, [1, 2], 1, SamplingParams(), num_computed_tokens=1)
+    batch = Batch([BatchRow(seq, 3, draft=(5, 6))])
+    pace.observe(batch, StepOutput([RowOutput(())], 0.5, batch.num_tokens))
+    assert pace == Pace()
 
 
 def test_chunks_are_cut_beside_running_answers_alone() -> None:

@@ -58,6 +58,16 @@ class _Fetches:
         return True
 
 
+def test_all_choices_of_a_resumed_prompt_wait_for_its_fetch_and_begin_behind_it() -> None:
+    bench, fetches = Bench(), _Fetches()
+    bench.role.fetches = fetches  # type: ignore[assignment]
+    bench.send(LocalTask(spec=bench.spec("a", PROMPT_TOKENS, n=2, outputs=([5], [6])), fetch=SOURCE))
+    assert bench.role.schedule() is None
+    fetches.begun["local a"][1]()
+    batch = bench.role.schedule()
+    assert batch is not None and {row.seq.choice for row in batch.rows} == {0, 1}
+
+
 def test_a_local_prompt_waits_for_its_fetch_while_others_run() -> None:
     bench, fetches = Bench(), _Fetches()
     bench.role.fetches = fetches  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.wire.results import Grant, HandoffDone, HandoffFailed, NoCapacity, StepTokens, TaskRefused, WorkerFailure
 from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
 
-from .bench import EOS, Bench, first_token
+from .bench import BLOCK, EOS, SPEC, Bench, first_token
 
 
 def test_an_arrived_prompt_decodes_from_the_first_token_which_is_repeated() -> None:
@@ -146,6 +146,57 @@ def test_a_resume_over_a_handoff_feeds_the_accepted_tokens_again() -> None:
     bench.pool.check()
 
 
+def test_a_choice_alone_of_several_goes_on_from_its_own_tokens_after_a_handoff() -> None:
+    bench = Bench()
+    spec = msgspec.structs.replace(bench.spec("a", 8, outputs=([5, 6],)), choices=(1,))
+    bench.hand_over(spec, ())
+    batch = bench.step()
+    assert batch is not None and batch.rows[0].seq.token_ids[8:] == [5, 6, 9]
+    bench.run()
+    assert bench.tokens("a") == {1: [(2, 9), (3, 9)]}
+
+
+def test_a_prompt_that_came_without_a_token_counts_as_computed_but_for_what_is_fed_once_more() -> None:
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 8), ())
+    batch = bench.step()
+    assert batch is not None and batch.num_tokens == BLOCK and batch.rows[0].seq.num_cached_tokens == BLOCK
+
+
+def test_what_was_left_out_of_a_handoff_stays_known_while_its_answer_is_preempted() -> None:
+    kv = msgspec.structs.replace(SPEC, num_layers=2, windows=(0, 3))
+    bench = Bench(num_swap_blocks=8, kv=kv)
+    num_thin = kv.num_left_out(6 * BLOCK)
+    bench.hand_over(bench.spec("a", 6 * BLOCK), (first_token(0, 5),))
+    bench.step()
+    [seq] = bench.role.scheduler.queues.running
+    blocks = bench.role.scheduler.blocks
+    for _ in range(2):
+        assert seq.num_thin_blocks == num_thin > 0
+        assert [bench.pool.is_thin(block) for block in seq.block_table[:6]] == [n < num_thin for n in range(6)]
+        blocks.evict(seq)
+        blocks.begin([])
+        blocks.end()
+        assert blocks.restore(seq, 0)
+    bench.run()
+    assert bench.role.is_quiet
+
+
+@pytest.mark.parametrize("retains_prefix", [True, False])
+def test_blocks_that_another_worker_keeps_are_the_first_to_go(retains_prefix: bool) -> None:
+    bench = Bench()
+    spec = bench.spec("a", 2 * BLOCK - 1)
+    bench.send(ReserveKV(spec=spec, retains_prefix=retains_prefix))
+    grant = bench.last(Grant)
+    assert isinstance(grant, Grant)
+    bench.open(spec, grant.grant)
+    bench.arrive(spec, grant.grant, (first_token(0, 5),))
+    bench.run()
+    [prompt, answer] = [bench.pool.block_of(name) for name in bench.pool.published()]
+    assert prompt is not None and answer is not None
+    assert [bench.pool.is_spare(block) for block in (prompt, answer)] == [not retains_prefix] * 2
+
+
 def test_a_prompt_that_is_held_already_is_not_worth_a_handoff() -> None:
     bench = Bench()
     bench.send(LocalTask(spec=bench.spec("a", 8)))
@@ -193,6 +244,15 @@ def test_an_abort_of_one_choice_leaves_the_others() -> None:
     assert bench.pool.num_owned_blocks == 0
 
 
+def test_an_abort_may_name_choices_that_have_ended() -> None:
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6, n=2), (first_token(0, 5, "stop"), first_token(1, 6)))
+    bench.step()
+    bench.send(Abort(request_id="a", attempt=0, choices=(1, 0)))
+    bench.run()
+    assert bench.role.is_quiet and len(bench.tokens("a")[1]) == 2
+
+
 def test_a_choice_that_is_aborted_before_its_prompt_is_here_never_decodes() -> None:
     bench = Bench()
     bench.send(LocalTask(spec=bench.spec("a", 20, n=2)))
@@ -204,10 +264,58 @@ def test_a_choice_that_is_aborted_before_its_prompt_is_here_never_decodes() -> N
     spec = handed.spec("b", 6, n=2)
     handed.send(ReserveKV(spec=spec))
     handed.send(Abort(request_id="b", attempt=0, choices=(0,)))
+    handed.role.tick()
     handed.hand_over(spec, (first_token(0, 5), first_token(1, 6)))
     handed.run()
     assert len(handed.tokens("b").get(0, [])) <= 1 and len(handed.tokens("b")[1]) == 4
     assert handed.pool.num_owned_blocks == 0
+
+
+def test_a_choice_is_forgotten_with_the_handoff_that_it_was_dropped_from() -> None:
+    bench = Bench()
+    bench.send(ReserveKV(spec=bench.spec("a", 6, n=2)))
+    bench.send(Abort(request_id="a", attempt=0, choices=(0,)))
+    bench.role.tick()
+    assert not bench.role.is_quiet
+    bench.clock.advance(60.0)  # nobody has opened it
+    bench.role.tick()
+    assert bench.role.is_quiet
+
+
+def test_an_abort_ends_the_attempts_before_the_one_that_it_names() -> None:
+    bench = Bench()
+    bench.send(LocalTask(spec=bench.spec("a", 6)))
+    bench.send(Abort(request_id="a", attempt=1))
+    bench.run()
+    assert bench.role.num_unfinished == 0 and not bench.tokens("a")
+
+
+def test_an_attempt_whose_abort_has_overtaken_it_is_not_begun() -> None:
+    bench = Bench()
+    bench.send(Abort(request_id="a", attempt=0))
+    bench.send(LocalTask(spec=bench.spec("a", 6)))
+    bench.send(ReserveKV(spec=bench.spec("a", 6)))
+    assert [message.reason for message in bench.sent] == ["stale", "stale"]  # type: ignore[attr-defined]
+    assert bench.role.is_quiet
+
+
+def test_an_abort_that_comes_late_lets_no_attempt_begin_again_that_ended_after_its_own() -> None:
+    bench = Bench()
+    for attempt in (1, 0):
+        bench.send(Abort(request_id="a", attempt=attempt))
+    bench.send(LocalTask(spec=msgspec.structs.replace(bench.spec("a", 6), attempt=1)))
+    refused = bench.last(TaskRefused)
+    assert isinstance(refused, TaskRefused) and refused.reason == "stale" and bench.role.is_quiet
+
+
+def test_tokens_that_wait_are_those_without_kv_but_for_the_next_of_each_answer() -> None:
+    bench = Bench(max_num_seqs=1)
+    for name in "ab":
+        bench.hand_over(bench.spec(name, 6), (first_token(0, 5),))
+    bench.step()
+    assert bench.role.counters().num_waiting == 1 and bench.role.counters().waiting_tokens == 0
+    bench.send(LocalTask(spec=bench.spec("c", 7)))
+    assert bench.role.counters().waiting_tokens == 7
 
 
 def test_unless_arrived_keeps_a_request_that_has_arrived() -> None:
@@ -224,6 +332,18 @@ def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers() -> None:
     bench.send(LocalTask(spec=bench.spec("a", 18)))
     refused = bench.last(TaskRefused)
     assert isinstance(refused, TaskRefused) and refused.reason == "never_fits" and "pool has 2" in refused.detail
+
+
+def test_an_answer_of_which_one_choice_never_fits_leaves_nothing() -> None:
+    bench = Bench(num_blocks=3)
+    bench.send(LocalTask(spec=bench.spec("a", 6, n=2, outputs=([5], [5] * 10))))
+    assert isinstance(bench.last(TaskRefused), TaskRefused) and bench.role.is_quiet
+
+
+def test_a_task_says_how_long_the_prompts_are_that_wait_behind_it() -> None:
+    bench = Bench()
+    bench.send(LocalTask(spec=bench.spec("a", 6), tokens_behind=700))
+    assert bench.role.scheduler.pace.tokens_behind == 700
 
 
 def test_a_draining_worker_takes_nothing_new() -> None:
@@ -289,6 +409,7 @@ def test_a_prompt_that_waits_beyond_its_deadline_is_dropped() -> None:
     refused = bench.last(TaskRefused)
     assert isinstance(refused, TaskRefused) and (refused.request_id, refused.reason) == ("late", "expired")
     assert len(bench.tokens("first")[0]) == 4, "what has begun is its router's to end"
+    assert not bench.tokens("late") and sum(isinstance(message, TaskRefused) for message in bench.sent) == 1
     assert bench.role.is_quiet
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence as Tokens
 from pathlib import Path
 
@@ -153,6 +154,41 @@ def test_many_rows_draft_again_after_many_steps_without() -> None:
     for _ in range(500):
         speculation.observe(Batch(rows_of(seqs)), StepOutput([RowOutput(()) for _ in seqs], STEP_S, 0))
     assert any(play(speculation, seqs, 5, right=True))
+
+
+class OftenRight:
+    """A proposer that is right by chance. What is said is always the same token."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._drawn = rate, random.Random(1)
+
+    def propose(self, tokens: Tokens[int], num_tokens: int) -> tuple[int, ...]:
+        return tuple(1 if self._drawn.random() < self._rate else 7 for _ in range(num_tokens))
+
+
+def speedup(num_rows: int, rows_share: float, *, num_steps: int = 500) -> float:
+    """Return the tokens of a second by those without drafts. `rows_share`: of a step, that a token of each takes."""
+    proposer = OftenRight(0.6)
+    speculation = Speculation(CONFIG, 100_000, lambda seq: proposer)
+    seqs, time, num_said = [sequence(f"r{number}", max_tokens=100_000) for number in range(num_rows)], 0.0, 0
+    for _ in range(num_steps):
+        rows = rows_of(seqs)
+        speculation.draft(rows, 2048, lambda seq, count: count)
+        step = 1 + rows_share * sum(len(row.draft) for row in rows) / num_rows
+        speculation.observe(Batch(rows), StepOutput([RowOutput(()) for _ in rows], STEP_S * step, 0))
+        for row in rows:
+            count = 1 + next((place for place, token in enumerate(row.draft) if token != 1), len(row.draft))
+            row.seq.token_ids.extend([1] * count)
+            row.seq.num_computed_tokens += count
+            num_said += count
+        time += step
+    return num_said / num_rows / time
+
+
+@pytest.mark.parametrize("num_rows", [24, 48])
+def test_drafts_are_tried_in_batches_that_were_never_smaller(num_rows: int) -> None:
+    assert speedup(num_rows, 0.1) > 1.2
+    assert speedup(num_rows, 1.0) > 0.97
 
 
 def test_one_step_in_many_goes_without() -> None:
@@ -417,6 +453,19 @@ def test_what_was_right_is_fed_again_where_layers_keep_states(scheduler: DecodeS
     [row] = step(scheduler).rows
     assert row.draft and row.kind is RowKind.VERIFY and row.token_ids[:2] == [2, 3]
     assert row.num_known_tokens == 2 and row.samples
+
+
+def test_what_is_fed_again_and_fills_a_block_leaves_its_next_token_another(scheduler: DecodeScheduler) -> None:
+    assert scheduler.speculation is not None
+    scheduler.speculation.keeps_states = True
+    seq = running(scheduler, sequence())
+    complete(scheduler, step(scheduler), [1])
+    taken = scheduler._pool.allocate(scheduler._pool.num_free_blocks - 2)
+    complete(scheduler, step(scheduler), [2, 3, 1, 2])
+    assert seq.num_computed_tokens + seq.num_fed_again == len(seq.block_table) * BLOCK
+    batch = step(scheduler)
+    assert batch.rows[0].end <= len(seq.block_table) * BLOCK
+    scheduler._pool.free(taken)
 
 
 def test_a_sequence_that_feeds_tokens_again_decodes_or_is_preempted(scheduler: DecodeScheduler) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
+from kvferry.common.batch import BatchRow
 from kvferry.common.request import RequestId, SamplingParams, Sequence
 from kvferry.decode.sequence_blocks import SequenceBlocks
 from kvferry.decode.thinning import Thinning
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.frame_pool import FramePool
 from kvferry.kvcache.frames import frames_of
-from kvferry.kvcache.prefix_cache import PrefixCache
+from kvferry.kvcache.prefix_cache import PrefixCache, PrefixHit
 from kvferry.kvcache.thin import twin
+from kvferry.kvcache.tiers import TierIndex
 
 from .tagged import BLOCK
 from .tagged import SPEC as PLAIN
@@ -25,14 +27,14 @@ class Bench:
 
     def __init__(self) -> None:
         self.pool = FramePool(NUM_BLOCKS, BLOCK, frames_of(SPEC))
-        self.blocks = SequenceBlocks(self.pool, SPEC, 8, PrefixCache(self.pool, spec=SPEC))
+        self.blocks = SequenceBlocks(self.pool, SPEC, 8, PrefixCache(self.pool, spec=SPEC, host=TierIndex(1)))
         self.thinning = Thinning(self.pool, SPEC, self.blocks)
         self.seq = Sequence(RequestId("a"), 0, 0, list(range(8 * BLOCK)), 8 * BLOCK, SamplingParams())
         assert self.blocks.restore(self.seq, 0)
         self.blocks.begin([])
         self.blocks.end()
         self.blocks.count(self.seq, 8 * BLOCK - 1)
-        self.whole = list(self.seq.block_table)
+        self.whole = self.seq.block_table
         self.num_thin = SPEC.num_left_out(self.seq.num_computed_tokens)
 
     def step(self) -> list[tuple[int, int]]:
@@ -86,6 +88,16 @@ def test_a_sequence_that_ends_before_its_copies_gives_all_back() -> None:
     bench.blocks.check()
 
 
+def test_a_step_copies_the_pages_that_thin_blocks_have() -> None:
+    bench = Bench()
+    bench.pool.allocate(2)
+    bench.thinning.make_room([bench.seq])
+    copies = list(bench.blocks._copies)
+    batch = bench.blocks.begin([BatchRow(bench.seq, 1)])
+    assert batch is not None and len(copies) > 1
+    assert batch.block_copies == [(source, ~target) for source, target in copies]
+
+
 def test_what_others_have_as_well_and_what_is_being_loaded_stays_whole() -> None:
     bench = Bench()
     shared = bench.seq.block_table[:3]
@@ -105,6 +117,21 @@ def test_what_others_have_as_well_and_what_is_being_loaded_stays_whole() -> None
     before = list(bench.seq.block_table)
     bench.thinning.make_room([bench.seq])
     assert bench.seq.block_table == before
+
+
+def test_what_is_copied_in_from_host_memory_with_the_next_step_stays_whole() -> None:
+    bench = Bench()
+    name, host = b"n" * 16, bench.blocks.cache.host
+    host.reserve(name)
+    host.fill(name)
+    bench.blocks.cache.promote(PrefixHit(promoted={0: name}), bench.seq.block_table)
+    bench.pool.allocate(bench.pool.num_free_blocks)
+    before = list(bench.seq.block_table)
+    bench.thinning.make_room([bench.seq])
+    assert bench.seq.block_table == before
+    bench.blocks.cache.cancel(before)
+    bench.thinning.make_room([bench.seq])
+    assert bench.seq.block_table != before
 
 
 def test_nothing_is_thin_where_no_layer_has_a_window() -> None:

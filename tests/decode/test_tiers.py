@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.copy_costs import CopyCosts
 from kvferry.kvcache.disk_tier import DiskTask
 from kvferry.kvcache.journal import open_journal
+from kvferry.kvcache.prefix_cache import PrefixCache
+from kvferry.kvcache.tiers import TierIndex
 
 from .tagged import BLOCK, TaggedScheduler
 
@@ -19,6 +23,7 @@ def _run(bench: TaggedScheduler) -> None:
     for _ in range(300):
         bench.disk.work()
         if bench.step() is None and not bench.live:
+            assert bench.cache.disk is None or not bench.cache.disk._tickets, "nobody waits for what is pinned"
             return
     raise AssertionError("it does not come to an end")
 
@@ -315,3 +320,25 @@ def test_blocks_are_lifted_for_a_reader_elsewhere() -> None:
     assert done == [1] and len(blocks) == 6 and bench.pool.num_owned_blocks == 0
     assert [token for block in blocks for token in bench._memory[block]] == first.token_ids[: 6 * BLOCK]
     assert not bench.cache.lift(hashes, 0, lambda: done.append(1)), "all is there"
+
+
+def test_what_lies_on_the_device_makes_no_room_for_what_is_lifted_behind_it() -> None:
+    pool, host = BlockPool(4, BLOCK), TierIndex(8)
+    cache, names = PrefixCache(pool, host=host), [bytes([number]) * 16 for number in range(5)]
+    blocks = pool.allocate(4)
+    for block, name in zip(blocks, [names[0], b"x" * 16, b"y" * 16, b"z" * 16], strict=True):
+        pool.publish(block, name)
+        pool.free([block])
+    for name in names[1:]:
+        host.reserve(name)
+        host.fill(name)
+    assert not cache.lift(names, 0, lambda: None), "five do not fit"
+    assert cache.lift(names[:4], 0, lambda: None)
+    cache.begin(None)
+    cache.end()
+    assert len(pool.match_prefix(names)) == 4 and pool.num_owned_blocks == 0
+
+
+def test_reads_are_waited_for_as_long_as_computing_would_take_less_their_copies() -> None:
+    costs = CopyCosts(block_s=0.1, token_s=0.1)
+    assert PrefixCache(BlockPool(4, BLOCK), costs=costs)._limit_s(3) == pytest.approx(3 * (BLOCK * 0.1 - 0.1))

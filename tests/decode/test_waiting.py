@@ -11,7 +11,7 @@ from kvferry.common.request import RequestSpec
 from kvferry.kvcache.contents import TokenContents
 from kvferry.wire.fields import Message
 from kvferry.wire.results import Grant, NoCapacity
-from kvferry.wire.tasks import Abort, ReserveKV
+from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
 from kvferry.wire.workers import LiveRequests
 
 from .bench import Bench
@@ -44,9 +44,10 @@ def _answers(bench: Bench) -> list[tuple[str, str]]:
 def test_a_reservation_waits_for_blocks_and_gets_them_when_they_come_free() -> None:
     bench = Bench(num_blocks=16)
     _full(bench)
-    _ask(bench, "large", 20)
+    _ask(bench, "large", 20, router="Q")
     bench.role.tick()
     assert _answers(bench) == [] and bench.role.num_unfinished == 2 and not bench.role.is_quiet
+    assert bench.role.routers == {"R", "Q"}
     bench.send(Abort(request_id="full", attempt=0))
     bench.step()
     assert _answers(bench) == [("large", "grant")]
@@ -125,6 +126,29 @@ def test_others_have_what_a_waiting_one_cannot_get_before_an_older_promise_ends(
     bench.send(Abort(request_id="long", attempt=0))
     bench.step()
     assert _answers(bench) == [("waits", "grant")]
+
+
+def test_what_was_kept_for_one_that_is_given_up_goes_to_the_next() -> None:
+    bench = Bench(num_blocks=16)
+    bench.send(LocalTask(spec=bench.spec("running", 40)))
+    while len(bench.tokens("running").get(0, ())) < 1:
+        bench.step()
+    bench.sent.clear()
+    _ask(bench, "large", 24)
+    _ask(bench, "small", 4, router="Q", arrival=1)
+    bench.role.tick()
+    assert _answers(bench) == []
+    bench.send(Abort(request_id="large", attempt=0))
+    bench.role.tick()
+    assert _answers(bench) == [("small", "grant")]
+
+
+def test_one_that_is_asked_for_again_goes_on_waiting() -> None:
+    bench = Bench(num_blocks=16)
+    _full(bench)
+    for _ in range(2):
+        _ask(bench, "large", 40)
+    assert _answers(bench) == [] and bench.role.num_waiting_reservations == 1
 
 
 def test_only_one_of_a_router_waits_and_that_is_its_oldest() -> None:

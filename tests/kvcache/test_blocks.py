@@ -100,6 +100,47 @@ def test_of_two_blocks_with_the_same_content_the_first_stays_known() -> None:
     pool.check()
 
 
+class Heard:
+    """Implements `CacheListener`."""
+
+    def __init__(self) -> None:
+        self.found: list[bytes] = []
+
+    def stored(self, block_hash: bytes) -> None:
+        self.found.append(block_hash)
+
+    def evicted(self, block_hash: bytes) -> None:
+        self.found.remove(block_hash)
+
+
+def test_whoever_listens_hears_of_what_is_found_no_more() -> None:
+    pool = BlockPool(2, 4)
+    pool.listener = heard = Heard()
+    [block] = pool.allocate(1)
+    pool.publish(block, b"first", spare=True)
+    pool.publish(block, b"second")
+    assert heard.found == [b"first"], "it has one content"
+    pool.check()
+    pool.forget(block)
+    pool.check()
+    assert heard.found == [] and not pool.is_spare(block)
+    pool.publish(block, b"third")
+    pool.free([block])
+    pool.allocate(2)
+    assert heard.found == []
+
+
+def test_a_block_that_is_leaving_counts_as_cached_and_is_nobodys() -> None:
+    pool = BlockPool(2, 4)
+    [block] = pool.allocate(1)
+    pool.publish(block, b"x")
+    pool.free([block])
+    pool.hold([block])
+    assert (pool.num_free_blocks, pool.num_cached_blocks, pool.num_owned_blocks) == (1, 1, 0)
+    pool.unhold()
+    assert (pool.num_free_blocks, pool.num_cached_blocks, pool.num_owned_blocks) == (2, 1, 0)
+
+
 def test_quarantined_blocks_are_out_of_use_until_released() -> None:
     pool = BlockPool(3, 4)
     blocks = pool.allocate(2)

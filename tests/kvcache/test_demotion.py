@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvferry.common.errors import CapacityError
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.copy_costs import CopyCosts
 from kvferry.kvcache.demotion import Demotion
@@ -78,3 +79,31 @@ def test_a_cached_block_that_is_being_copied_ahead_is_not_evicted() -> None:
     demotion.end()
     pool.free([*others, *pool.allocate(len(ahead))])
     pool.check()
+
+
+def test_what_a_grant_takes_is_not_copied_as_a_remote_writer_writes_there_at_once() -> None:
+    demotion = _full(16)
+    pool = demotion._pool
+    [block] = demotion.allocate(1, 0)
+    granted = pool.allocate(1)
+    with pytest.raises(CapacityError):
+        demotion.allocate(NUM_BLOCKS, 0)
+    granted += pool.allocate(1)
+    assert list(pool.displaced) == [block]
+    assert not {copied for copied, _ in demotion.copies(64)} & set(granted)
+
+
+def test_an_idle_step_takes_no_content_from_host_memory() -> None:
+    demotion = _full(16)
+    demotion._host = host = TierIndex(8)
+    for number in range(6):
+        host.reserve(b"%016d" % number)
+        host.fill(b"%016d" % number)
+    assert len(demotion.idle_copies()) == 2 and len(host) == 6
+
+
+def test_where_copies_do_not_pay_one_a_step_shows_a_change() -> None:
+    demotion = _full(16, CopyCosts(block_s=1.0, token_s=1e-3))
+    [displaced] = demotion.allocate(1, 0)
+    [(copied, _)] = demotion.copies(64)
+    assert copied != displaced and not demotion._pool.displaced

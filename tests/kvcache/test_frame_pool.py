@@ -106,6 +106,7 @@ def test_a_cached_share_beside_one_that_is_held_makes_room_for_thin_blocks_alone
     pool.publish(cached, b"cached")
     pool.free([cached])
     assert pool.num_free_blocks == 0 and pool.num_needed(2, 2) == 0 and pool.num_needed(3, 3) == 1
+    assert pool.num_needed(1, 1, [cached]) == 0 and pool.num_needed(2, 2, [cached]) == 1, "what is found gives no way"
     assert list(pool.coldest()) == [] and pool.block_of(b"cached") == cached
     pool.free([held])
     assert pool.num_free_blocks == 1 and list(pool.coldest()) == [b"cached"]

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.request import Sequence
 from kvferry.engine.cuda.rows import foretell
+from kvferry.kvcache.copy_costs import CopyCosts
+from kvferry.kvcache.swap import SwapSpace
 
 from ..decode.tagged import BLOCK, TaggedScheduler
 
@@ -189,3 +191,9 @@ def _arrive(bench: TaggedScheduler, random: Random, number: int) -> None:
     seq = bench.adopted(f"a{number}", length, outputs, **order)
     if random.random() < 0.5:
         bench.fork(seq, 1)
+
+
+def test_a_block_is_worth_saving_where_two_copies_of_it_are_sooner_done_than_its_tokens() -> None:
+    for block_s, is_worth_it in ((0.9, True), (1.1, False)):
+        swap = SwapSpace(4, CopyCosts(block_s=block_s, token_s=1.0))
+        assert swap.wants(4, 8) is is_worth_it and not swap.wants(5, 100) and not swap.wants(0, 100)

@@ -24,6 +24,7 @@ class _Fetches:
         self.is_needed = is_needed
         self.begun: dict[str, tuple[list[bytes], Callable[[], None]]] = {}
         self.cancelled: list[str] = []
+        self.spare: set[str] = set()
 
     def begin(
         self,
@@ -36,6 +37,7 @@ class _Fetches:
         spare: bool = False,
     ) -> bool:
         self.begun[key] = (list(hashes), done)
+        self.spare.update([key] if spare else [])
         return self.is_needed
 
     def cancel(self, key: str) -> None:
@@ -51,6 +53,15 @@ def _bench(fetches: _Fetches) -> _Bench:
 def _fetching_task(bench: _Bench, name: str) -> None:
     task = msgspec.structs.replace(bench.prefill_task(name, 10), fetch=SOURCE)
     bench.role.on_router_message("R", task)
+
+
+def test_what_is_fetched_for_another_worker_to_keep_is_spare() -> None:
+    fetches = _Fetches()
+    bench = _bench(fetches)
+    for name, retains_prefix in (("a", True), ("b", False)):
+        task = msgspec.structs.replace(bench.prefill_task(name, 10), fetch=SOURCE, retains_prefix=retains_prefix)
+        bench.role.on_router_message("R", task)
+    assert fetches.spare == {"task b"}
 
 
 def _arrive(role: PrefillRole) -> None:

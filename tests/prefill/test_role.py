@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
+import pytest
 
 from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.grammar import Grammar, Grammars, pack_mask
@@ -76,7 +77,9 @@ class _Shipping:
 class _Bench:
     """A prefill role over fakes, stepped by hand; each step samples `token`."""
 
-    def __init__(self, num_blocks: int = 16, budget: int = 8, grammars: Grammars | None = None) -> None:
+    def __init__(
+        self, num_blocks: int = 16, budget: int = 8, grammars: Grammars | None = None, max_model_len: int = 1000
+    ) -> None:
         self.shipping, self.sent = _Shipping(), list[tuple[str, Message]]()
         self.pool, self.clock = BlockPool(num_blocks, BLOCK), FakeClock()
         self.role = PrefillRole(
@@ -86,7 +89,7 @@ class _Bench:
             shipping=self.shipping,
             to_router=lambda router, message: self.sent.append((router, message)),
             eos_token_ids=frozenset({EOS}),
-            max_model_len=1000,
+            max_model_len=max_model_len,
             max_num_batched_tokens=budget,
             max_num_seqs=4,
             served=Served(grammars=grammars),
@@ -204,6 +207,48 @@ def test_a_prompt_that_waits_and_is_aborted_ends_its_open_shipment() -> None:
     bench.end(running)
     bench.role.on_source_free(2)
     bench.role.check()
+
+
+def test_a_prompt_that_waits_beyond_its_deadline_ends_its_open_shipment() -> None:
+    bench = _Bench()
+    bench.task("a", 8)
+    running = bench.begin()
+    assert running is not None
+    bench.task("b", 8, first=100, remaining_s=1.5)
+    bench.clock.advance(1.1)
+    bench.role.tick()
+    bench.clock.advance(0.4)
+    bench.end(running)
+    assert bench.begin() is None and bench.shipping.cancelled.keys() == {2}
+
+
+def test_an_abort_that_comes_late_leaves_the_attempt_behind_the_one_that_it_names() -> None:
+    bench = _Bench()
+    bench.task("a", 8, attempt=1)
+    bench.role.on_router_message("R", Abort(request_id="a", attempt=0))
+    bench.run()
+    assert set(bench.shipping.finished) == {1} and not bench.shipping.cancelled
+
+
+def test_a_router_that_knows_a_request_no_more_ends_its_shipment_though_its_prompt_is_computed() -> None:
+    bench = _Bench()
+    for number, name in enumerate("ab"):
+        bench.task(name, 8, first=100 * number)
+    bench.run()
+    assert set(bench.shipping.finished) == {1, 2} and bench.role.routers == {"R"}
+    bench.role.on_router_message("R", LiveRequests(attempts=(("b", 0),)))
+    bench.role.on_router_message("Q", LiveRequests(attempts=()))
+    assert bench.shipping.cancelled.keys() == {1}
+
+
+@pytest.mark.parametrize("retains_prefix", [True, False])
+def test_blocks_that_another_worker_keeps_are_spare(retains_prefix: bool) -> None:
+    bench = _Bench()
+    task = msgspec.structs.replace(bench.prefill_task("a", 8), retains_prefix=retains_prefix)
+    bench.role.on_router_message("R", task)
+    bench.run()
+    blocks = [bench.pool.block_of(name) for name in bench.pool.published()]
+    assert [bench.pool.is_spare(block) for block in blocks if block is not None] == [not retains_prefix] * 2
 
 
 def test_blocks_that_two_shipments_read_are_held_once() -> None:
@@ -405,6 +450,67 @@ def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
     bench.role.check()
     assert bench.role.is_quiet and bench.role.counters().nonfinite_rows == 1
     assert bench.pool.num_owned_blocks == 0 and bench.pool.num_cached_blocks == 1, "b's alone"
+
+
+def test_blocks_of_a_prompt_without_a_distribution_are_found_no_more_those_of_its_first_chunks_too() -> None:
+    bench = _Bench()
+    bench.task("a", 12)
+    batch = bench.begin()
+    assert batch is not None
+    bench.end(batch)
+    assert len(list(bench.pool.published())) == 2
+    batch = bench.begin()
+    assert batch is not None
+    bench.role.complete(batch, StepOutput([RowOutput((), is_finite=False)], 0.01, 4))
+    assert not list(bench.pool.published())
+
+
+@pytest.mark.parametrize(("tokens", "num_handed_over"), [((EOS, 9), 1), ((9, EOS), 1), ((EOS, EOS), 0)])
+def test_a_prompt_is_handed_over_unless_every_choice_ended_with_its_first_token(
+    tokens: tuple[int, int], num_handed_over: int
+) -> None:
+    bench = _Bench()
+    bench.task("a", 8)
+    batch = bench.begin()
+    assert batch is not None
+    row = RowOutput(tuple((SampledToken(token),) for token in tokens))
+    bench.role.complete(batch, StepOutput([row], 0.01, 8))
+    assert len(bench.messages(FirstToken)) == 1 and len(bench.shipping.finished) == num_handed_over
+
+
+def test_a_first_token_tells_how_long_its_prompt_waited_and_was_computed() -> None:
+    bench = _Bench()
+    bench.task("a", 8)
+    bench.clock.advance(2.0)
+    batch = bench.begin()
+    assert batch is not None
+    bench.clock.advance(3.0)
+    bench.end(batch)
+    [first] = bench.messages(FirstToken)
+    assert isinstance(first, FirstToken)
+    assert first.queue_s == pytest.approx(2.0) and first.prefill_s == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("num_tokens", "finish"), [(7, None), (8, FinishReason.LENGTH)])
+def test_a_first_token_that_fills_the_model_is_the_last(num_tokens: int, finish: FinishReason | None) -> None:
+    bench = _Bench(max_model_len=9)
+    bench.task("a", num_tokens)
+    bench.run()
+    [first] = bench.messages(FirstToken)
+    assert isinstance(first, FirstToken) and [choice.finish for choice in first.choices] == [finish] * 2
+
+
+def test_what_a_step_copies_is_no_time_of_its_prompts() -> None:
+    speeds = []
+    for swap_s in (0.0, 5.0):
+        bench = _Bench(num_blocks=64, budget=64)
+        bench.task("a", 64)
+        batch = bench.begin()
+        assert batch is not None
+        row = RowOutput(((SampledToken(9),), (SampledToken(9),)))
+        bench.role.complete(batch, StepOutput([row], 0.01 + swap_s, 64, swap_s=swap_s))
+        speeds.append(bench.role.scheduler._s_per_token)
+    assert speeds[0] == pytest.approx(speeds[1])
 
 
 def test_log_probabilities_of_a_chunk_end_a_request_before_its_last_one() -> None:

@@ -7,10 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.errors import CapacityError
+from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import BACKGROUND_PRIORITY, RequestId, SamplingParams, Sequence
-from kvferry.kvcache.blocks import BlockPool
+from kvferry.kvcache.blocks import BlockPool, hash_blocks
+from kvferry.kvcache.frame_pool import block_pool
+from kvferry.kvcache.prefix_cache import PrefixCache
+from kvferry.kvcache.thin import twin
+from kvferry.kvcache.tiers import TierIndex
 from kvferry.prefill.scheduler import PrefillScheduler, Prompt
 from kvferry.tests.fake_clock import FakeClock
+
+WINDOWED = KVCacheSpec(
+    model="m", num_layers=2, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", windows=(0, 3)
+)
 
 
 def _sequence(name: str, num_tokens: int, *, first: int = 0, priority: int = 0) -> Sequence:
@@ -78,6 +87,52 @@ def test_short_prompts_share_a_step() -> None:
     for name in "abc":
         scheduler.add(_sequence(name, 5, first=ord(name) * 100), b"")
     assert _step(scheduler)[0] == [("a", 5), ("b", 5), ("c", 5)]
+
+
+def test_what_a_prompt_waits_for_from_the_disk_is_let_go_of_when_it_begins_and_when_it_ends_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler, _, _ = _scheduler()
+    asked, forgotten = list[Sequence](), list[Sequence]()
+    monkeypatch.setattr(scheduler.cache, "awaits", lambda seq, hashes: asked.append(seq))
+    monkeypatch.setattr(scheduler.cache, "forget", forgotten.append)
+    prompts = [scheduler.add(_sequence(name, 8), b"") for name in "ab"]
+    assert asked == [prompt.seq for prompt in prompts], "asked for now, it is here when their turn has come"
+    scheduler.remove(prompts[0])
+    assert forgotten == [prompts[0].seq]
+    _step(scheduler)
+    assert forgotten == [prompt.seq for prompt in prompts]
+
+
+def test_a_prompt_that_has_begun_goes_on_beyond_its_deadline() -> None:
+    scheduler, _, clock = _scheduler()
+    scheduler.add(_sequence("a", 40), b"", 1.0)
+    late = scheduler.add(_sequence("b", 40, first=100), b"", 1.0)
+    _step(scheduler)
+    clock.advance(1.0)
+    assert scheduler.expired() == [late]
+
+
+def test_a_step_has_no_more_prompts_than_rows() -> None:
+    scheduler, _, _ = _scheduler(budget=512, rows=2)
+    for number in range(3):
+        scheduler.add(_sequence(f"r{number}", 8, first=100 * number), b"")
+    assert [len(_step(scheduler)[0]) for _ in range(3)] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("is_retained_elsewhere", [True, False])
+def test_what_another_worker_keeps_is_spare_here(is_retained_elsewhere: bool) -> None:
+    scheduler, pool, _ = _scheduler()
+    seq = _sequence("a", 8)
+    seq.is_retained_elsewhere = is_retained_elsewhere
+    scheduler.add(seq, b"")
+    _step(scheduler)
+    assert [pool.is_spare(block) for block in seq.block_table] == [is_retained_elsewhere] * 2
+    pool.free(seq.block_table)
+    again = _sequence("b", 9)
+    scheduler.add(again, b"")
+    _step(scheduler)
+    assert again.num_cached_tokens == 8 and not any(pool.is_spare(block) for block in again.block_table)
 
 
 def test_a_short_prompt_overtakes_a_long_one_that_has_time_left() -> None:
@@ -173,6 +228,47 @@ def test_a_known_prefix_is_not_computed_again_but_the_last_token_always_is() -> 
     again = scheduler.add(_sequence("b", 16), b"")
     assert _step(scheduler)[0] == [("b", 4)]
     assert again.seq.num_cached_tokens == 12
+
+
+def test_what_comes_from_host_memory_is_there_with_the_first_step_and_found_under_its_own_names_behind_it() -> None:
+    pool, host = block_pool(WINDOWED, 16), TierIndex(8)
+    cache = PrefixCache(pool, host=host, spec=WINDOWED)
+    scheduler = PrefillScheduler(pool, FakeClock(), max_num_batched_tokens=64, max_num_seqs=8, cache=cache)
+    seq = _sequence("a", 24)
+    hashes = hash_blocks(seq.token_ids, 4, b"")
+    names = [twin(hashes[0]), twin(hashes[1]), *hashes[2:]]
+    [known] = pool.allocate(1)
+    pool.publish(known, names[0])
+    pool.free([known])
+    for name in names[1:5]:
+        host.reserve(name)
+        host.fill(name)
+    prompt = scheduler.add(seq, b"")
+    scheduled = scheduler.schedule()
+    assert scheduled is not None and scheduled[0].rows[0].num_scheduled_tokens == 4
+    assert (seq.num_cached_tokens, seq.num_promoted_tokens, seq.num_thin_blocks) == (20, 16, 2)
+    assert len(scheduled[0].swap_in) == 4 and list(pool.published()) == [names[0]], "the others are not there yet"
+    cache.end()
+    scheduler.complete(prompt, 4)
+    assert pool.match_prefix(names) == seq.block_table
+
+
+@pytest.mark.parametrize(("num_tokens", "num_cached"), [(21, 0), (23, 20)])
+def test_what_a_handoff_ships_whole_is_found_whole(num_tokens: int, num_cached: int) -> None:
+    """The fourth block is shipped whole for two tokens less, though to compute on from here a thin one would do."""
+    pool = block_pool(WINDOWED, 16)
+    cache = PrefixCache(pool, spec=WINDOWED)
+    scheduler = PrefillScheduler(pool, FakeClock(), max_num_batched_tokens=64, max_num_seqs=8, cache=cache)
+    assert WINDOWED.num_thin_blocks(20) == 4 == WINDOWED.num_left_out(21) + 1
+    seq = _sequence("a", num_tokens)
+    hashes = hash_blocks(seq.token_ids, 4, b"")
+    blocks = pool.allocate(5, 4)
+    for place, block in enumerate(blocks):
+        pool.publish(block, twin(hashes[place]) if place < 4 else hashes[place])
+    pool.free(blocks)
+    scheduler.add(seq, b"")
+    _step(scheduler)
+    assert seq.num_cached_tokens == num_cached
 
 
 def test_prompt_logprobs_skip_the_prefix_cache() -> None:

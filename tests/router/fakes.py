@@ -28,13 +28,14 @@ from kvferry import __version__
 from kvferry.common.request import SampledToken
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.access.keys import ApiKeys
-from kvferry.router.app import build_app
+from kvferry.router.app import Application, build_app
 from kvferry.router.catalogue.catalogue import Catalogue
 from kvferry.router.catalogue.version import ServedModel, Version
 from kvferry.router.dispatch.dispatcher import Dispatcher
 from kvferry.router.dispatch.worker_group import Expected
-from kvferry.router.helpers.chat_renderer import Chat, Renderer
+from kvferry.router.helpers.chat_renderer import Renderer
 from kvferry.router.helpers.grammar_checker import GrammarChecker
+from kvferry.router.helpers.wire import Chat
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
 from kvferry.router.metrics.metrics import RouterMetrics
@@ -226,7 +227,7 @@ class FakeDispatcher:
 class Served:
     """An application over a script."""
 
-    app: FastAPI
+    app: Application
     dispatcher: FakeDispatcher
     metrics: RouterMetrics
     script: Script

@@ -100,6 +100,15 @@ def test_the_first_failure_of_a_kind_is_retried_at_once_and_the_next_after_a_pau
     assert d.take(LocalTask).spec.attempt == 2
 
 
+def test_a_failure_of_another_kind_is_retried_at_once() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.start(p, d)
+    fleet.failed(d, task, "peer")
+    fails(fleet, d, stream)
+    assert stream.request.attempt_number == 2 and stream.request.status is RequestStatus.PREFILLING
+
+
 def test_tokens_between_two_failures_make_the_second_one_the_first_of_its_kind() -> None:
     fleet = Fleet(config(expect_prefill=False))
     d = fleet.join("d-0")
@@ -141,6 +150,65 @@ def test_errors_that_a_death_explains_are_not_charged() -> None:
     assert all(stream.request.status is not RequestStatus.FAILED for stream, _ in started)
     fleet.wait(2.0, d, num_running=1)
     assert fleet.observer.num_exhausted == 0 and not fleet.dispatcher.breaches()
+
+
+def drain(fleet: Fleet) -> RetryBudget:
+    bucket = fleet.dispatcher._in_flight._budget
+    while bucket.charge(frozenset(), fleet.clock.now()).is_paid:
+        pass
+    return bucket
+
+
+def test_a_charge_that_nobody_has_paid_gives_nothing_back() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    d0, d1 = fleet.join("d-0"), fleet.join("d-1")
+    first, second = fleet.submit(), fleet.submit()
+    drain(fleet)
+    fails(fleet, d0, first)
+    fleet.dispatcher.worker_left(d0, "killed")
+    assert first.request.status is RequestStatus.PREFILLING, "a death explains its failure"
+    fails(fleet, d1, second)
+    assert second.request.status is RequestStatus.QUEUED
+
+
+def test_a_charge_is_given_back_though_the_next_attempt_has_ended_without_one() -> None:
+    fleet = Fleet()
+    p0, p1, d = fleet.join("p-0"), fleet.join("p-1"), fleet.join("d-0")
+    first, task = fleet.start(p0, d)
+    drain(fleet).give_back()
+    fleet.failed(d, task, "peer")
+    d.take(Abort)
+    fleet.grant(d)
+    fleet.failed(d, p1.take(PrefillTask), "fenced")  # nobody's fault
+    assert first.request.attempt_number == 2 and first.request.num_failures == 1
+    fleet.dispatcher.worker_left(p0, "killed")
+    second = fleet.submit()
+    fails(fleet, d, second)
+    assert second.request.attempt_number == 1 and second.request.status is not RequestStatus.QUEUED
+
+
+def test_a_pause_is_over_when_a_death_explains_the_failure() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    d0 = fleet.join("d-0")
+    stream = fleet.submit()
+    for _ in range(2):
+        fails(fleet, d0, stream)
+    assert stream.request.status is RequestStatus.QUEUED
+    fleet.dispatcher.worker_left(d0, "killed")
+    assert fleet.join("d-1").take(LocalTask).spec.attempt == 2
+
+
+def test_deaths_that_explain_a_requests_failures_are_not_the_fleets() -> None:
+    fleet = Fleet(config(max_attempts=3, local_prefill=False))
+    d = fleet.join("d-0")
+    stream = fleet.submit()
+    for number in range(3):
+        p = fleet.join(f"p-{number}")
+        fleet.grant(d)
+        fleet.failed(d, p.take(PrefillTask), "peer")
+        fleet.dispatcher.worker_left(p, "killed")
+        d.sent.clear()
+    assert stream.request.status is RequestStatus.FAILED
 
 
 def test_losses_are_never_charged() -> None:

@@ -237,7 +237,7 @@ BUGS = (
     Planted("hits in host memory are not copied", _CONTENT, _replaced(PrefixCache, "promote", _promote_late), 200),
     Planted("demoted blocks stay pinned", frozenset({"I2", "I3"}), _replaced(Demotion, "end", _keep_pinned), 200),
     Planted(
-        "blocks given back are copied out", frozenset({"F5"}), _replaced(BlockPool, "free", _free_with_content), 200
+        "blocks given back are copied out", frozenset({"F5"}), _replaced(BlockPool, "free", _free_with_content), 400
     ),
     Planted("a role change ends answers", frozenset({"I19"}), _replaced(WorkerCore, "set_role", _drop_answers)),
     Planted(

@@ -231,12 +231,14 @@ async def _heard(sent: list[tuple[str, Message]]) -> tuple[list[list[Message]], 
 async def test_the_tokens_of_a_step_come_whole_however_large_they_are() -> None:
     """Those of many requests with log-probabilities. A last token that was lost would never come again."""
     token = SampledToken(150_000, -1.2, tuple((150_000 + place, -2.5) for place in range(20)))
-    updates = tuple(RequestTokens(f"r-{number}", 1, (ChoiceTokens(0, 9, (token,) * 17),)) for number in range(300))
-    assert len(encode(StepTokens(updates=updates))) > 1 << 20
+    updates = tuple(RequestTokens(f"r-{number}", 1, (ChoiceTokens(0, 9, (token,) * 17),)) for number in range(900))
+    assert len(encode(StepTokens(updates=updates))) > 3 << 20
     [messages], _ = await _heard([("r", StepTokens(updates=updates))])
     *steps, last = messages
-    assert isinstance(last, HandoffDone) and len(steps) > 1
-    assert sum((step.updates for step in steps if isinstance(step, StepTokens)), ()) == updates
+    assert isinstance(last, HandoffDone) and len(steps) > 2
+    parts = [step for step in steps if isinstance(step, StepTokens)]
+    assert sum((step.updates for step in parts), ()) == updates
+    assert [step.is_rest for step in parts] == [False] + [True] * (len(parts) - 1)
 
 
 async def test_a_message_that_is_too_large_ends_its_session_and_no_other_message_vanishes() -> None:

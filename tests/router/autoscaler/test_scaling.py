@@ -250,6 +250,17 @@ def test_a_router_that_does_not_decide_sends_its_load_and_shows_the_leaders_deci
     assert site.scaling.describe()["decides_here"] is False
 
 
+def test_what_came_while_nobody_decided_is_not_taken_for_one_intervals_load() -> None:
+    site = Site("off")
+    site.join("p-0", "d-0")
+    site.fleet_is()
+    site.run(10, rate=5)
+    site.fleet_is(held=[1, 1, None])
+    site.run(1, rate=5)
+    forecast = site.scaling.describe()["forecast"]
+    assert isinstance(forecast, dict) and forecast["requests_per_s"] == 5
+
+
 def test_without_a_launcher_roles_change_and_the_rest_is_a_metric() -> None:
     site = Site(launcher=False)
     site.join("p-0", "d-0", "d-1", "d-2")

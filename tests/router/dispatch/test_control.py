@@ -45,7 +45,7 @@ class WatchedDispatcher(Dispatcher):
     def __init__(self, clock: Clock) -> None:
         super().__init__(config(), LeastLoaded(), clock)
         self.changed = asyncio.Event()
-        self.num_ticks = 0
+        self.num_ticks = self.num_left = 0
 
     def tick(self) -> None:
         super().tick()
@@ -58,6 +58,7 @@ class WatchedDispatcher(Dispatcher):
 
     def worker_left(self, link: WorkerLink, reason: str) -> None:
         super().worker_left(link, reason)
+        self.num_left += 1
         self.changed.set()
 
 
@@ -174,6 +175,25 @@ async def test_a_new_life_of_a_worker_ends_the_older_session() -> None:
         with pytest.raises(WorkerLost):
             await old.recv()
         await r.until(lambda: [w.hello.incarnation for w in r.dispatcher.view().workers] == [2])
+
+
+async def test_the_end_of_a_replaced_session_is_not_the_newer_ones() -> None:
+    async with router() as r:
+        await r.join("d-0", incarnation=1)
+        await r.until(lambda: r.ids() == ["d-0"])
+        newer = await r.join("d-0", incarnation=2)
+        await r.until(lambda: r.ids() == ["d-0"] and r.dispatcher.num_left == 2)  # once replaced, once closed
+        await r.server.close()
+        with pytest.raises(WorkerLost):
+            await newer.recv()
+
+
+async def test_the_only_worker_may_come_back_with_another_cache() -> None:
+    async with router() as r:
+        await r.join("d-0", incarnation=1)
+        await r.until(lambda: r.ids() == ["d-0"])
+        await r.join("d-0", incarnation=2, spec=msgspec.structs.replace(SPEC, block_size=32))
+        await r.until(lambda: [w.hello.spec.block_size for w in r.dispatcher.view().workers] == [32])
 
 
 async def test_two_workers_of_one_name_do_not_end_each_other_for_ever() -> None:

@@ -16,7 +16,16 @@ from kvferry.router.state.failures import CLEARED_BY_STEPS
 from kvferry.router.state.predictor import Predictor
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
-from kvferry.wire.results import ChoiceTokens, PromptLogprobs, TaskRefused, WorkerFailure
+from kvferry.wire.results import (
+    ChoiceTokens,
+    HandoffDone,
+    NoCapacity,
+    PromptLogprobs,
+    RequestTokens,
+    StepTokens,
+    TaskRefused,
+    WorkerFailure,
+)
 from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 from kvferry.wire.workers import Drain, LiveRequests, SetRole, TransferReport
 
@@ -128,6 +137,35 @@ def test_a_gap_that_stays_open_makes_the_request_resume() -> None:
     assert text(stream) == [0] and fleet.observer.dropped["stale_attempt"] == 1
 
 
+def test_each_missing_token_is_waited_for_as_long() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.decode(p, d)
+    fleet.step(d, task, tokens(0, 2, 1))
+    fleet.wait(0.5, p, d)
+    fleet.step(d, task, tokens(0, 1, 1))
+    fleet.wait(0.3, p, d)
+    fleet.step(d, task, tokens(0, 4, 1))
+    fleet.wait(0.8, p, d)
+    assert stream.request.attempt_number == 0
+    fleet.wait(0.4, p, d)
+    assert stream.request.attempt_number == 1
+
+
+def test_a_token_that_came_early_is_forgotten_with_its_attempt() -> None:
+    fleet = Fleet()
+    p, d0, d1 = fleet.join("p-0"), fleet.join("d-0"), fleet.join("d-1")
+    stream, task = fleet.decode(p, d0)
+    fleet.step(d0, task, tokens(0, 2, 1, "stop"))  # after a token that nobody will see
+    fleet.dispatcher.worker_left(d0, "killed")
+    fleet.grant(d1)
+    resumed = p.take(PrefillTask)
+    fleet.step(d1, resumed, ChoiceTokens(0, 1, (SampledToken(7),)))
+    assert [one.token_id for one in stream.request.choices[0].tokens] == [1000, 7]
+    fleet.step(d1, resumed, ChoiceTokens(0, 2, (SampledToken(8),)))
+    assert [one.token_id for one in stream.request.choices[0].tokens] == [1000, 7, 8]
+
+
 def test_another_token_at_a_known_index_is_dropped_and_counted() -> None:
     fleet = Fleet()
     p, d = fleet.join("p-0"), fleet.join("d-0")
@@ -186,6 +224,19 @@ def test_no_capacity_anywhere_waits_for_the_next_heartbeat() -> None:
     assert d.take(ReserveKV).spec.attempt == 0
 
 
+def test_a_worker_that_says_when_to_ask_again_is_not_asked_before() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream = fleet.submit()
+    d.take(ReserveKV)
+    answer = NoCapacity(request_id=stream.request.request_id, attempt=0, reason="blocks", retry_after_s=2.0)
+    fleet.dispatcher.on_message(d, answer)
+    fleet.wait(1.8, p, d)
+    assert not d.sent
+    fleet.wait(0.3, p, d)
+    d.take(ReserveKV)
+
+
 def test_a_decode_worker_that_holds_the_prompt_computes_the_rest_itself() -> None:
     fleet = Fleet(config(max_local_prefill_tokens=5))
     p, d = fleet.join("p-0"), fleet.join("d-0")
@@ -193,6 +244,8 @@ def test_a_decode_worker_that_holds_the_prompt_computes_the_rest_itself() -> Non
     assert fleet.refuse(d, "held").max_local_tokens == 5
     task = d.take(LocalTask)
     assert not p.sent and not fleet.observer.fallbacks
+    assert not fleet.dispatcher.breaches(), "the prefill worker is free again"
+    fleet.wait(5.0, p, d, num_running=1)  # longer than an answer may take
     fleet.step(d, task, tokens(0, 0, 1))
     assert state(stream) is RequestStatus.DECODING and stream.request.prefill_worker is None
 
@@ -265,6 +318,33 @@ def test_a_worker_that_comes_back_in_the_step_that_it_hung_in_gets_nothing_befor
     assert back.take(LocalTask).spec.attempt == 1
 
 
+def test_a_worker_that_comes_back_without_the_step_that_it_hung_in_gets_work() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    d = fleet.join("d-0")
+    fleet.submit()
+    for busy_for_s in (0.0, 3.5):
+        fleet.beat(d, num_running=1, steps=5, step_s=0.1, step_tokens=64, busy_for_s=busy_for_s)
+    fleet.dispatcher.tick()
+    back = Link("d-0", 9)
+    fleet.dispatcher.worker_joined(back, hello("d-0", "decode"))
+    back.take(LiveRequests)
+    fleet.beat(back, steps=5)
+    assert back.take(LocalTask).spec.attempt == 1
+
+
+def test_a_missing_token_is_waited_for_anew_after_a_standstill() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.decode(p, d)
+    fleet.step(d, task, tokens(0, 2, 1))
+    fleet.clock.advance(2)
+    fleet.dispatcher.stood_still()
+    fleet.wait(0.8, p, d)
+    assert stream.request.attempt_number == 0
+    fleet.wait(0.4, p, d)
+    assert stream.request.attempt_number == 1
+
+
 def test_an_answer_is_waited_for_anew_after_a_standstill() -> None:
     fleet = Fleet()
     p, d = fleet.join("p-0"), fleet.join("d-0")
@@ -326,6 +406,17 @@ def test_a_refused_task_without_another_worker_gives_the_grant_back() -> None:
     assert d.take(ReserveKV).spec.attempt == 1
 
 
+def test_a_decode_worker_that_prefills_by_now_does_not_hand_over_to_itself() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0", can_change_role=True)
+    stream = fleet.submit()
+    fleet.beat(d, role="prefill")
+    fleet.dispatcher.worker_left(p, "killed")
+    fleet.grant(d)
+    d.take(Abort)
+    assert not d.sent and state(stream) is RequestStatus.QUEUED
+
+
 def test_a_stale_grant_is_not_handed_on() -> None:
     fleet = Fleet()
     p0, p1, d = fleet.join("p-0"), fleet.join("p-1"), fleet.join("d-0")
@@ -352,6 +443,7 @@ def test_the_decode_worker_decides_when_the_prefill_worker_is_lost_after_its_tas
     fleet.dispatcher.worker_left(p0, "killed")
     assert d.take(Abort).unless_arrived and not p1.sent
     fleet.arrived(d, task)
+    fleet.wait(5.0, p1, d, num_running=1)  # longer than an answer may take
     assert state(stream) is RequestStatus.DECODING and not fleet.observer.retries
     fleet.step(d, task, tokens(0, 0, 2))
     assert text(stream) == [0, 1]
@@ -522,6 +614,14 @@ def test_a_choice_that_a_worker_gives_up_is_resumed_not_ended() -> None:
     assert d.take(ReserveKV).spec.output_token_ids(0) == [1000, 1001]
 
 
+def test_a_choice_that_is_given_up_as_another_one_ends_is_resumed() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.decode(p, d, n=2)
+    fleet.step(d, task, tokens(0, 1, 1, "stop"), tokens(1, 1, 1, "abort"))
+    assert stream.request.attempt_number == 1 and stream.request.unfinished == (1,)
+
+
 def test_a_request_that_an_idle_decode_worker_has_forgotten_is_retried() -> None:
     fleet = Fleet()
     p, d = fleet.join("p-0"), fleet.join("d-0")
@@ -541,6 +641,16 @@ def test_a_handoff_that_an_idle_prefill_worker_has_forgotten_is_asked_for() -> N
     fleet.failed(d, task, "unknown")
     d.take(Abort)
     assert d.take(LocalTask).spec.attempt == 1
+
+
+def test_a_decode_worker_that_is_asked_and_does_not_answer_is_asked_once() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, _ = fleet.start(p, d, prompt_logprobs=0)  # which is looked at each second
+    fleet.wait(7.0, p, d)
+    assert d.take(Abort).unless_arrived and not d.sent and stream.request.attempt_number == 0
+    fleet.wait(1.0, p, d)
+    assert stream.request.attempt_number == 1 and fleet.observer.retries == {("prefill", "no_answer"): 1}
 
 
 def test_a_busy_worker_is_not_taken_for_forgetful() -> None:
@@ -581,6 +691,22 @@ def test_a_lost_decode_worker_resumes_with_the_accepted_tokens() -> None:
     fleet.step(d1, resumed, tokens(0, 4, 1, "stop"))
     assert text(stream) == [4] and state(stream) is RequestStatus.FINISHED
     assert fleet.observer.retries == {("decode", "worker_lost"): 1}
+
+
+def test_a_stream_that_pauses_is_counted_once_however_many_attempts_its_next_token_takes() -> None:
+    fleet = Fleet()
+    p, d0, d1 = fleet.join("p-0"), fleet.join("d-0"), fleet.join("d-1")
+    _, task = fleet.decode(p, d0)
+    fleet.dispatcher.worker_left(d0, "killed")
+    fleet.refuse(d1, "stale")
+    d1.take(Abort)
+    fleet.grant(d1)
+    p.sent.clear()
+    assert not fleet.observer.resumed
+    fleet.dispatcher.on_message(d1, HandoffDone(request_id=task.spec.request_id, attempt=2))
+    update = RequestTokens(task.spec.request_id, 2, (tokens(0, 1, 1),))
+    fleet.dispatcher.on_message(d1, StepTokens(updates=(update,)))
+    assert fleet.observer.resumed == {"ok": 1}
 
 
 def test_only_unfinished_choices_are_resumed() -> None:
@@ -709,6 +835,24 @@ def test_a_stop_string_ends_one_choice_and_then_the_request() -> None:
     assert [choice.finish for choice in stream.request.choices] == ["stop", "stop"]
 
 
+def test_nothing_is_missing_of_a_choice_that_a_stop_string_has_ended() -> None:
+    fleet = Fleet()
+    p, d = fleet.join("p-0"), fleet.join("d-0")
+    stream, task = fleet.decode(p, d, n=2)
+    fleet.step(d, task, tokens(0, 2, 1))
+    stream.finish_choice(0)
+    fleet.wait(2.0, p, d, num_running=1)
+    assert stream.request.attempt_number == 0
+
+
+def test_the_room_of_an_answer_that_a_stop_string_ends_is_the_next_ones() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    fleet.join("d-0", max_num_seqs=1)
+    answer, waiting = fleet.submit(), fleet.submit()
+    answer.finish_choice(0)
+    assert state(waiting) is RequestStatus.PREFILLING
+
+
 def test_a_stop_string_during_the_handoff_reaches_both_workers() -> None:
     fleet = Fleet()
     p, d = fleet.join("p-0"), fleet.join("d-0")
@@ -818,6 +962,13 @@ def test_a_first_token_frees_the_prefill_worker_for_the_next_prompt() -> None:
     assert state(second) is RequestStatus.RESERVED
 
 
+def test_requests_that_go_at_once_see_each_others_load() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    streams = [fleet.submit() for _ in range(3)]
+    d = fleet.join("d-0", max_num_seqs=2)
+    assert [state(one) is RequestStatus.QUEUED for one in streams] == [False, False, True] and len(d.sent) == 2
+
+
 def test_a_large_request_is_not_starved_by_small_ones() -> None:
     fleet = Fleet(config(expect_prefill=False))
     d = fleet.join("d-0", max_num_batched_tokens=1024)
@@ -853,6 +1004,34 @@ async def test_nobody_waits_behind_those_that_a_lost_worker_alone_could_hold(pol
     assert {one.request.error_code for one in lost} == {"no_decode_capacity"}
 
 
+def test_a_request_that_a_worker_can_hold_again_waits_there_for_room() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    small, large = fleet.join("d-0", num_blocks=16), fleet.join("d-1", num_blocks=256)
+    fleet.beat(large, num_free_blocks=256)
+    streams = []
+    for _ in range(2):
+        streams.append(fleet.submit(600))
+        fleet.step(large, large.take(LocalTask), tokens(0, 0, CLEARED_BY_STEPS - 1))
+    fleet.dispatcher.worker_left(large, "killed")
+    fleet.wait(10, small)
+    large = fleet.join("d-2", num_blocks=256, max_num_seqs=1)
+    fleet.wait(25, small, large, num_running=1)
+    assert sorted(state(one).value for one in streams) == ["prefilling", "queued"]
+
+
+async def test_small_workers_that_come_do_not_prolong_the_wait_for_a_large_one() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    links = [fleet.join("d-0", num_blocks=16)]
+    large = fleet.join("d-1")
+    stream = fleet.submit(600)
+    fleet.step(large, large.take(LocalTask), tokens(0, 0, 1))
+    fleet.dispatcher.worker_left(large, "killed")
+    for number in (2, 3):
+        fleet.wait(15.5, *links)
+        links.append(fleet.join(f"d-{number}", num_blocks=16))
+    assert (await failure(stream)).code == "no_decode_capacity"
+
+
 def test_a_short_prompt_is_prefilled_where_it_decodes() -> None:
     fleet = Fleet(config(max_local_prefill_tokens=20))
     fleet.join("p-0")
@@ -885,6 +1064,26 @@ async def test_without_local_prefill_the_request_waits_for_a_prefill_worker() ->
     fleet.wait(30.5, d)
     error = await failure(lost)
     assert (error.code, error.status) == ("no_prefill_capacity", 503)
+
+
+def test_a_request_waits_for_room_for_as_long_as_a_worker_is_there() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    fleet.wait(1)  # nobody is there yet
+    d = fleet.join("d-0", max_num_seqs=1)
+    running, waiting = fleet.submit(), fleet.submit()
+    fleet.wait(40, d, num_running=1)
+    assert state(running) is RequestStatus.PREFILLING and state(waiting) is RequestStatus.QUEUED
+
+
+def test_a_request_that_comes_back_waits_its_whole_time_for_a_worker_that_is_long_gone() -> None:
+    fleet = Fleet(config(local_prefill=False))
+    p, d0, d1 = fleet.join("p-0"), fleet.join("d-0"), fleet.join("d-1")
+    stream, _ = fleet.decode(p, d0)
+    fleet.dispatcher.worker_left(p, "killed")
+    fleet.wait(31, d1)  # `d0` is silent, which is seen after three seconds
+    assert state(stream) is RequestStatus.QUEUED
+    fleet.join("p-1")
+    assert state(stream) is RequestStatus.RESERVED
 
 
 async def test_without_any_decode_worker_the_request_fails_after_a_while() -> None:

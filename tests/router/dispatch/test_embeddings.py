@@ -185,6 +185,19 @@ async def test_an_embedding_that_no_worker_computes_fails_after_a_while() -> Non
     assert stream.request.error_code == "no_prefill_capacity"
 
 
+def test_an_embedding_has_no_worker_from_when_the_last_one_of_both_pools_is_gone() -> None:
+    fleet = Fleet()
+    decode = fleet.join("d-0", max_num_seqs=1)
+    fleet.submit()
+    waiting = _embed(fleet)  # no prefill worker is there, and no room beside the answer
+    fleet.wait(20, decode, num_running=1)
+    fleet.dispatcher.worker_left(decode, "killed")
+    fleet.wait(29)
+    assert not fleet.observer.finished
+    fleet.wait(1.5)
+    assert waiting.request.error_code == "no_prefill_capacity"
+
+
 def test_a_request_that_may_kill_workers_is_embedded_alone() -> None:
     fleet = Fleet(config(local_prefill=False))
     links = [fleet.join(name) for name in ("p-0", "p-1", "p-2", "d-0")]

@@ -10,6 +10,7 @@ from kvferry.router.state.errors import StreamError
 from kvferry.router.state.failures import CLEARED_BY_STEPS, NOTICE_S
 from kvferry.router.state.request import RequestStatus
 from kvferry.router.state.token_stream import TokenStream
+from kvferry.wire.results import RequestTokens, StepTokens, TaskRefused, WorkerFailure
 from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 from kvferry.wire.workers import Goodbye, LiveRequests, WorkerStatus
 
@@ -207,6 +208,19 @@ def test_the_step_in_which_an_attempt_is_taken_back_may_end_its_worker_yet(
     assert strikes(fleet, stream) == num_strikes
 
 
+def test_an_attempt_that_nobody_computed_does_not_hide_the_strike_of_the_one_before() -> None:
+    fleet = Fleet()
+    p0, p1, d = fleet.join("p-0"), fleet.join("p-1"), fleet.join("d-0")
+    stream, task = fleet.start(p0, d)
+    fleet.clock.advance(DEATH_S)
+    fleet.failed(d, task, "peer")
+    d.take(Abort)
+    fleet.refuse(d, "stale")
+    assert stream.request.attempt_number == 2 and stream.request.prefill_worker == p1.worker_id
+    kill(fleet, p0)
+    assert strikes(fleet, stream) == 1
+
+
 def test_a_worker_that_comes_back_in_the_same_life_takes_its_strike_back() -> None:
     fleet = Fleet(config(expect_prefill=False))
     d = fleet.join("d-0")
@@ -215,6 +229,23 @@ def test_a_worker_that_comes_back_in_the_same_life_takes_its_strike_back() -> No
     assert strikes(fleet, stream) == 1
     fleet.join("d-0")
     assert strikes(fleet, stream) == 0
+
+
+def test_whoever_had_a_token_in_any_part_of_the_last_step_was_computed() -> None:
+    """What is too large for a frame comes in parts."""
+    fleet = Fleet(config(expect_prefill=False))
+    d = fleet.join("d-0", max_num_seqs=8)
+    streams, tasks = [], []
+    for _ in range(5):
+        streams.append(fleet.submit(max_tokens=8))
+        tasks.append(d.take(LocalTask))
+        fleet.step(d, tasks[-1], tokens(0, 0, 1))
+    fleet.step(d, tasks[0], tokens(0, 1, 1))
+    for place, task in enumerate(tasks[:4]):
+        update = RequestTokens(task.spec.request_id, task.spec.attempt, (tokens(0, 2 if place == 0 else 1, 1),))
+        fleet.dispatcher.on_message(d, StepTokens(updates=(update,), is_rest=place > 0))
+    kill(fleet, d)
+    assert [strikes(fleet, stream) for stream in streams] == [1, 1, 1, 1, 0]
 
 
 # --- alone -----------------------------------------------------------------------------------------------------------
@@ -459,6 +490,22 @@ def test_suspects_one_after_the_other_leave_the_others_half_of_the_only_worker()
     assert late.request.status is RequestStatus.QUEUED and not d.sent, "now the worker is claimed for it"
 
 
+def test_suspects_have_half_of_the_workers_at_most() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    streams = [fleet.submit(), fleet.submit()]
+    for name in "ab":
+        d = fleet.join(f"d-{name}")
+        for _ in streams:
+            d.take(LocalTask)
+        kill(fleet, d)
+    links = []
+    for number, num_running in enumerate((1, 1, 1, 2)):
+        links.append(fleet.join(f"d-{number}"))
+        fleet.wait(0.2, *links)
+        assert sum(bool(link.sent) for link in links) == num_running
+    assert not fleet.dispatcher.breaches()
+
+
 @pytest.mark.parametrize("others_wait", [True, False])
 def test_an_answer_on_the_only_worker_makes_way_for_a_suspect_if_others_wait(others_wait: bool) -> None:
     fleet = Fleet(config(expect_prefill=False))
@@ -485,6 +532,32 @@ def test_an_answer_on_the_only_worker_makes_way_for_a_suspect_if_others_wait(oth
         fleet.step(busy, task, tokens(0, request.num_output_tokens, 1, "stop"))
     assert answer.request.is_finished and answer.request.num_output_tokens == 3
     assert not fleet.dispatcher.breaches()
+
+
+def test_a_suspect_whose_task_is_refused_is_sent_to_nobody_who_was_not_kept_for_it() -> None:
+    fleet = Fleet(config(local_prefill=False))
+    p = fleet.join("p-0")
+    suspect_of_handoffs(fleet, p)
+    d = fleet.join("d-0")
+    other = fleet.join("p-1")
+    spec = fleet.grant(d).spec
+    p.take(PrefillTask)
+    refusal = TaskRefused(request_id=spec.request_id, attempt=spec.attempt, reason="draining")
+    fleet.dispatcher.on_message(p, refusal)
+    assert d.take(Abort).attempt == spec.attempt and not other.sent
+    assert not fleet.dispatcher.breaches()
+
+
+def test_a_suspect_that_finds_no_room_asks_again_when_there_may_be_some() -> None:
+    fleet = Fleet(config(local_prefill=False))
+    p = fleet.join("p-0")
+    suspect_of_handoffs(fleet, p)
+    d = fleet.join("d-0")
+    fleet.refuse(d)
+    assert not d.sent
+    fleet.clock.advance(0.1)
+    fleet.beat(d)
+    d.take(ReserveKV)
 
 
 def test_a_suspect_for_whom_others_made_way_waits_for_the_end_of_their_step() -> None:
@@ -534,6 +607,17 @@ async def test_who_is_lost_with_a_suspect_is_not_to_blame() -> None:
         d.take(LocalTask)
         kill(fleet, d)
     assert fleet.blameless == ["d-b", "d-c"] and stream.request.status is RequestStatus.FAILED
+
+
+def test_who_is_lost_with_the_second_attempt_that_ran_there_is_not_lost_with_a_suspect() -> None:
+    fleet = Fleet(config(expect_prefill=False))
+    d = fleet.join("d-0")
+    stream = fleet.submit()
+    fleet.clock.advance(DEATH_S)
+    fleet.dispatcher.on_message(d, WorkerFailure(request_id=stream.request.request_id, attempt=0, reason="odd"))
+    assert stream.request.attempt_number == 1
+    kill(fleet, d)
+    assert strikes(fleet, stream) == 1 and not fleet.blameless
 
 
 def test_who_is_lost_beside_a_suspect_or_before_it_began_is_told_nothing() -> None:

@@ -9,8 +9,9 @@ from typing import Any, cast
 import pytest
 
 from kvferry.kvcache.blocks import hash_blocks, prefix_salt
-from kvferry.router.dispatch.prefix_fetch import fetch_from
+from kvferry.router.dispatch.prefix_fetch import fetch_from, may_fetch
 from kvferry.router.placement.least_loaded import LeastLoaded
+from kvferry.router.state.adapter_use import AdapterUse
 from kvferry.router.state.demand import Demand, Placement, Wait
 from kvferry.router.state.views import PoolView
 from kvferry.wire.results import TaskRefused
@@ -45,6 +46,24 @@ def test_a_long_prefix_has_half_the_time_that_computing_it_takes(
     found = fetch_from(cast("Any", pools), cast("Any", request), "lender", reader)
     assert (None if found is None else found.within_s) == within_s
     assert found is None or found.num_tokens == num_lent * BLOCK
+
+
+@pytest.mark.parametrize("change", [{"kv_address": ""}, {"tp_size": 2}, {"transport": "local"}])
+def test_nothing_is_read_from_a_worker_that_cannot_lend_it(change: dict[str, object]) -> None:
+    source, reader = _worker("lender", 1), _worker("reader", 2)
+    assert may_fetch(source, reader)
+    vars(source.hello).update(change)
+    assert not may_fetch(source, reader)
+
+
+def test_a_prompts_blocks_have_the_names_that_workers_give_them() -> None:
+    fleet = Fleet()
+    fleet.join("d-0")
+    plain = fleet.submit(40).request
+    own = fleet.submit(40, cache_salt=b"mine", adapter=AdapterUse("digest", "/adapter", 1)).request
+    prompt = range(40)
+    assert plain.block_hashes == hash_blocks(prompt, BLOCK, prefix_salt(SPEC, b"", ""))
+    assert own.block_hashes == hash_blocks(prompt, BLOCK, prefix_salt(SPEC, b"mine", "digest"))
 
 
 class _Fetching(Fleet):

@@ -97,3 +97,18 @@ def test_a_request_may_fail_more_often_where_workers_are_lost(num_others: int, n
         fleet.dispatcher.on_message(worker, Goodbye())
         fleet.dispatcher.worker_left(worker, "drained")
     assert number == stream.request.num_failures == num_attempts
+
+
+def test_what_a_request_was_forgiven_in_a_storm_stays_so() -> None:
+    fleet = Fleet(config(expect_prefill=False, max_attempts=2))
+    lose_idle_workers(fleet, 2)
+    worker = fleet.join("d-0")
+    stream = fleet.submit()
+    for attempt in range(2):
+        failure = WorkerFailure(request_id=stream.request.request_id, attempt=attempt, reason="out of memory")
+        fleet.dispatcher.on_message(worker, failure)
+        fleet.wait(PATIENCE_S, worker, num_running=1)
+    fleet.clock.advance(STORM_S + 1.0)
+    fleet.dispatcher.on_message(worker, Goodbye())
+    fleet.dispatcher.worker_left(worker, "drained")
+    assert (stream.request.status, stream.request.num_failures) == (RequestStatus.QUEUED, 2)

@@ -8,7 +8,7 @@ import msgspec
 
 from kvferry.router.placement.least_loaded import LeastLoaded
 from kvferry.router.state.demand import Demand, Lack, Placement, Reason, Wait
-from kvferry.router.state.views import PoolView, WorkerView
+from kvferry.router.state.views import PoolView, WorkerView, has_gained
 
 from ..fleet import SPEC, hello, status
 
@@ -47,6 +47,28 @@ def test_the_least_loaded_of_each_pool_is_taken() -> None:
     busy_p = replace(P0, ahead_tokens=30, num_bound=1)
     busy_d = replace(D0, num_running=1)
     assert LeastLoaded().place(view(busy_p, P1, busy_d, D1), DEMAND) == Placement("p-1", "d-1", Reason.HANDOFF)
+
+
+def test_a_prefill_worker_that_cannot_hold_the_prompt_is_not_taken_though_it_is_idle() -> None:
+    small = replace(P0, hello=msgspec.structs.replace(P0.hello, num_blocks=1))
+    busy = replace(P1, ahead_tokens=30, num_bound=1)
+    assert LeastLoaded().place(view(small, busy, D0), DEMAND) == Placement("p-1", "d-0", Reason.HANDOFF)
+
+
+def test_who_has_waited_is_sent_to_a_worker_that_others_fill() -> None:
+    own = replace(D0, num_running=8, num_bound=8)
+    others = replace(own, num_others=6, num_bound=2)
+    patient = replace(DEMAND, queue_if_full=True)
+    assert LeastLoaded().place(view(P0, others), patient) == Placement("p-0", "d-0", Reason.HANDOFF)
+    assert isinstance(LeastLoaded().place(view(P0, own), patient), Wait)
+    assert isinstance(LeastLoaded().place(view(P0, others), DEMAND), Wait)
+    assert has_gained(own, others)  # so that it is asked when they come
+
+
+def test_workers_that_are_looked_at_besides_are_ready_and_of_the_role() -> None:
+    draining = replace(worker("d-2", 5), is_ready=False)
+    pool = view(P0, D0, D1, draining, worker("d-3", 6))
+    assert [one.worker_id for one in pool.nearest("decode", 1, [5, 1, 99, 6, 3])] == ["d-0", "d-3"]
 
 
 def test_free_blocks_decide_between_equally_busy_decode_workers() -> None:

@@ -213,7 +213,21 @@ def test_the_rate_is_that_of_the_time_in_which_somebody_waited() -> None:
     assert forecast.first_token_s(100, 1000, 10) == pytest.approx(1.2)
     forecast.observe(4.0, somebody_waits=False)
     forecast.observe(100.0, somebody_waits=True)  # an idle hour says nothing of capacity
+    for index in range(1, 11):
+        forecast.observe(100.0 + index / 10.0, somebody_waits=True)
+        forecast.on_first_token(100, 0.2)
     assert forecast.first_token_s(100, 1000, 10) == pytest.approx(1.2)
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    forecast = QueueForecast()
+    forecast.observe(0.0, somebody_waits=True)
+    for second in range(1, 401):
+        num_tokens = 100 if second <= 300 else 1000
+        forecast.observe(float(second), somebody_waits=True)
+        forecast.on_first_token(num_tokens, 0.2, unloaded_s=num_tokens / 1000)
+    assert forecast.work_rate(1) == pytest.approx(1.0)
+    assert forecast.first_token_s(100, 10_000, 1, unloaded_s=0.1) == pytest.approx(10.1)
 
 
 def test_the_scarcer_of_tokens_and_slots_decides() -> None:

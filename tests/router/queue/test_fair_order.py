@@ -226,3 +226,30 @@ def test_the_order_that_is_read_is_the_order_of_service(asked: list[tuple[str, i
     served(order, before)
     told = list(order)
     assert served(order) == told
+
+
+def test_who_was_ahead_when_nobody_waited_any_more_begins_anew() -> None:
+    order: FairOrder[str] = FairOrder()
+    large, other = ticket("a", tokens=1000), ticket("b")
+    for each in (large, other):
+        order.add(each)
+    order.take(large)
+    order.take(other)
+    order.add(ticket("a", due_s=1.0))
+    order.add(ticket("b", due_s=2.0))
+    assert names(served(order)) == "ab"
+
+
+def test_who_comes_back_and_goes_again_is_as_far_ahead_as_it_was_last() -> None:
+    order: FairOrder[str] = FairOrder()
+    others = [ticket("b", due_s=float(number)) for number in range(9)]
+    small, large = ticket("a"), ticket("a", tokens=1000)
+    for each in (small, *others):
+        order.add(each)
+    order.take(small)
+    order.add(large)
+    order.take(large)
+    for each in others[:4]:  # past where it was ahead the first time
+        order.take(each)
+    order.add(ticket("a", due_s=-1.0))
+    assert names(served(order, 3)) == "bbb"

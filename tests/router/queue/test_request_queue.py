@@ -135,6 +135,14 @@ def test_a_late_request_is_served_after_a_bounded_number_of_others_though_they_n
     assert sorted(waits, key=waits.__getitem__) == list(range(5))  # the one that was due first goes first
 
 
+def test_what_was_served_before_anybody_was_late_is_not_counted() -> None:
+    timely = [tracked(float(number)) for number in range(LATE_EVERY + 1)]
+    queue = queue_of(*timely)
+    served(queue, LATE_EVERY)
+    queue.add(tracked(0.0, ttft_s=1.0))
+    assert served(queue, 1, now_s=10.0) == timely[LATE_EVERY:]
+
+
 def test_late_requests_fill_what_others_leave() -> None:
     late = [tracked(0.0, ttft_s=1.0) for _ in range(4)]
     queue = queue_of(*late)
@@ -175,6 +183,28 @@ def test_tenants_share_what_is_late_too() -> None:
     queue = queue_of(*[tracked(0.0, tenant="a", ttft_s=1.0) for _ in range(50)], tracked(0.1, tenant="b", ttft_s=1.0))
     queue.first(50, 60.0)
     assert "b" in {each.request.tenant for each in served(queue, 2, 60.0)}
+
+
+def test_a_placement_that_found_no_room_is_paid_back_once() -> None:
+    long, back, other = tracked(0.0, tenant="a", tokens=30), tracked(1.0, tenant="a"), tracked(2.0, tenant="b")
+    queue = queue_of(long, back, tracked(1.5, tenant="a"), other, tracked(2.5, tenant="b"))
+    queue.take(long)
+    queue.take(back)
+    for _ in range(2):  # the second time as one that had to stand elsewhere
+        queue.add(back)
+        queue.remove(back)
+    assert served(queue, 1) == [other]
+
+
+def test_a_late_placement_that_found_no_room_gives_no_turn_among_the_timely() -> None:
+    late, first = tracked(0.0, tenant="a", ttft_s=1.0), tracked(20.0, tenant="a")
+    other = tracked(30.0, tenant="b")
+    queue = queue_of(late, first, tracked(21.0, tenant="a"), other, tracked(31.0, tenant="b"))
+    assert served(queue, 1, now_s=10.0) == [first]
+    queue.take(late)
+    late.request.attempt_number = 1
+    queue.add(late)
+    assert served(queue, 1, now_s=10.0) == [other]
 
 
 def test_a_placement_that_found_no_room_keeps_its_turn() -> None:
@@ -339,6 +369,15 @@ def test_a_full_queue_makes_room_at_the_cost_of_who_floods_it() -> None:
     assert queue.victim_for(tracked(tenant="b").request) is flood[-1]
     assert queue.victim_for(tracked(tenant="a").request) is None
     assert queue.victim_for(tracked(tenant="b", priority=1).request) is None
+    nearly_even = queue_of(*flood[:2], tracked(tenant="b"), max_size=3)
+    assert nearly_even.victim_for(tracked(tenant="b").request) is None, "then the other one would have fewer"
+
+
+def test_who_is_late_makes_room_first() -> None:
+    late, timely = tracked(0.0, tenant="a", ttft_s=1.0), [tracked(20.0, tenant="a") for _ in range(2)]
+    queue = queue_of(late, *timely, max_size=3)
+    queue.first(1, 10.0)
+    assert queue.victim_for(tracked(20.0, tenant="b").request) is late
 
 
 def test_requests_are_counted_by_class() -> None:

@@ -7,6 +7,8 @@ import pytest
 from kvferry.router.state.pools import Pools
 from kvferry.router.state.views import RequestLoad
 from kvferry.router.state.worker import RouterWorker
+from kvferry.wire.results import RequestTokens, StepTokens
+from kvferry.wire.workers import StepSample
 
 from ..fleet import Link, hello, status
 
@@ -55,6 +57,16 @@ def test_another_routers_tokens_stay_ahead() -> None:
     assert worker.view(1.0).ahead_tokens == 200
 
 
+def test_a_prompt_that_was_computed_between_heartbeats_is_ahead_of_nobody() -> None:
+    worker = make("decode")
+    worker.bind("a", RequestLoad(100, 1, 7, at_s=0.5))
+    worker.on_status(status(waiting_tokens=40), 1.0)
+    worker.bind("b", RequestLoad(100, 1, 7, at_s=1.5))
+    assert worker.view(1.5).ahead_tokens == 140
+    worker.note_prefilled("b")
+    assert worker.view(1.6).ahead_tokens == 40
+
+
 def test_a_task_that_crossed_the_heartbeat_is_not_lost_from_the_count() -> None:
     worker = make()
     worker.bind("a", RequestLoad(100, 1, 7, at_s=0.99))
@@ -71,6 +83,8 @@ def test_blocks_and_rows_follow_what_the_router_does() -> None:
     assert (worker.view(2.0).num_free_blocks, worker.view(2.0).num_running) == (6, 4)
     worker.release("a")
     assert (worker.view(2.0).num_free_blocks, worker.view(2.0).num_running) == (10, 2)
+    worker.on_status(status(num_free_blocks=10, num_running=2), 3.0)
+    assert (worker.view(3.0).num_free_blocks, worker.view(3.0).num_running) == (10, 2)
 
 
 def test_free_blocks_stay_within_the_pool() -> None:
@@ -81,6 +95,46 @@ def test_free_blocks_stay_within_the_pool() -> None:
     worker.on_status(status(num_free_blocks=7), 3.0)
     worker.release("a")
     assert worker.view(3.0).num_free_blocks == 8
+
+
+def test_the_context_of_a_request_goes_with_it() -> None:
+    worker = make("decode")
+    worker.bind("a", RequestLoad(0, 1, 4, at_s=1.5, context=100))
+    worker.bind("b", RequestLoad(0, 1, 4, at_s=1.5, context=20))
+    assert worker.view(1.5).context == 120
+    worker.release("a")
+    assert worker.view(1.5).context == 20
+    worker.note_prefilled("b")
+    worker.on_status(status(decode_context=25), 2.0)
+    assert worker.view(2.0).context == 25
+
+
+def test_a_request_that_comes_again_is_on_its_way_again() -> None:
+    worker = make("decode")
+    load = RequestLoad(0, 1, 4, at_s=1.5, context=100)
+    worker.bind("a", load)
+    worker.note_prefilled("a")
+    worker.release("a")
+    worker.bind("a", load)
+    worker.on_status(status(), 2.0)
+    assert worker.view(2.0).context == 100
+
+
+def test_a_request_that_came_and_went_between_heartbeats_frees_nothing() -> None:
+    worker = make("decode")
+    worker.on_status(status(num_free_blocks=10), 1.0)
+    worker.bind("a", RequestLoad(0, 1, 4, at_s=1.5))
+    worker.release("a")
+    assert worker.view(1.5).num_free_blocks == 10
+
+
+def test_a_step_whose_parts_never_end_has_no_more_requests_than_the_worker() -> None:
+    worker = make("decode")
+    worker.bind("a", RequestLoad(0, 1, 4, at_s=0.0))
+    for number in range(8):
+        updates = (RequestTokens("a", 0, ()), RequestTokens(f"odd-{number}", 0, ()))
+        worker.note_step(StepTokens(updates=updates, is_rest=number > 0), 1.0)
+    assert worker.decodes("a") and not any(worker.decodes(f"odd-{number}") for number in range(8))
 
 
 def test_silence_is_a_hang() -> None:
@@ -187,6 +241,33 @@ def test_a_failed_pair_is_avoided_longer_each_time_and_forgiven_on_success() -> 
     pools.on_handoff(p, d, 5.0, failed=False)
     pools.on_handoff(p, d, 5.0, failed=True)
     assert not pools.view(6.1).avoided_pairs
+
+
+def test_a_lost_worker_is_the_least_of_nobody() -> None:
+    pools = Pools()
+    small = Link("d-0", 1)
+    pools.join(small, hello("d-0", "decode", num_blocks=8, max_model_len=100), 0.0)
+    pools.join(Link("d-1", 2), hello("d-1", "decode"), 0.0)
+    assert (pools.least_blocks, pools.least_model_len) == (8, 100)
+    pools.leave(small)
+    assert (pools.least_blocks, pools.least_model_len) == (64, 1024)
+
+
+def test_the_end_of_an_older_session_leaves_the_newer_one_its_name() -> None:
+    pools = Pools()
+    older = Link("d-0", 1)
+    pools.join(older, hello("d-0", "decode"), 0.0)
+    newer = pools.join(Link("d-0", 2), hello("d-0", "decode"), 1.0)
+    pools.leave(older)
+    assert pools.named("d-0") is newer
+
+
+def test_what_was_predicted_of_a_session_ends_with_it() -> None:
+    pools, link = Pools(), Link("p-0", 1)
+    pools.join(link, hello("p-0", "prefill", samples=(StepSample(0.01, 64, 2048),)), 0.0)
+    assert pools.predictor.is_known(1)
+    pools.leave(link)
+    assert not pools.predictor.is_known(1)
 
 
 def test_what_is_known_of_a_pair_ends_with_a_session() -> None:

@@ -54,6 +54,14 @@ def test_nothing_is_expected_of_what_nobody_has_seen() -> None:
     assert predictor.chunk_tokens(9, 4, 100, 0, 1.0) == predictor.chunk_step_s(9, 4, 100, 0, 8) == 0
 
 
+def test_prompts_are_expected_to_take_what_they_take_where_that_is_known() -> None:
+    predictor = Predictor()
+    predictor.on_hello(1, hello("d-0", "decode", tp_size=2))
+    assert predictor.unloaded_s(100) == 0.0
+    predictor.on_hello(2, calibrated())
+    assert predictor.unloaded_s(100) == predictor.prefill_s(2, 100, 0) > 0
+
+
 def test_workers_of_one_kind_learn_from_each_other() -> None:
     predictor = known()
     predictor.on_hello(2, hello("p-1", "prefill"))

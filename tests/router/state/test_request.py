@@ -167,3 +167,28 @@ async def test_a_stream_ends_after_every_finish_reason_was_yielded() -> None:
     request.choices[1].accept(update(0, 0, "length", choice=1))
     finishes = [(u.choice, u.finish) async for u in stream]
     assert finishes == [(0, "stop"), (1, "length")]
+
+
+def test_an_end_that_is_taken_in_parts_comes_with_the_last_one() -> None:
+    request = make()
+    stream = make_stream(request)
+    request.choices[0].accept(update(0, 5, "stop"))
+    parts = [(len(one.tokens), one.finish) for _ in range(3) for one in stream.take(2)]
+    assert parts == [(2, None), (2, None), (1, "stop")] and stream.is_exhausted()
+
+
+def test_choices_take_turns_where_little_is_taken() -> None:
+    request = make(n=2)
+    stream = make_stream(request)
+    for choice in (0, 1):
+        request.choices[choice].accept(update(0, 4, choice=choice))
+    assert [one.choice for _ in range(4) for one in stream.take(2)] == [0, 1, 0, 1]
+
+
+def test_a_held_stream_has_no_middle() -> None:
+    request = make()
+    stream = make_stream(request)
+    request.choices[0].accept(update(0, 2))
+    assert len(stream.middle(9)) == 2
+    stream.is_held = True
+    assert not stream.middle(9)
