@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Mapping
 from functools import partial
 
 from fastapi import FastAPI
@@ -17,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
-from ..common.clock import Clock, SystemClock
+from ..common.clock import Clock
 from ..common.router_config import UnknownFields
 from .access.cors import Cors
 from .access.hosts import HostNames
@@ -31,6 +32,7 @@ from .api.middleware import Endpoint, MiddlewareAdapter, RequestMiddleware, on_n
 from .batches.call import EndpointCalls
 from .batches.files import FileStore
 from .batches.folder import DataFolder
+from .batches.keeper import Keeper
 from .batches.routes import BatchRoutes
 from .batches.run import RunDeps
 from .batches.store import BatchStore
@@ -54,8 +56,8 @@ def build_app(
     catalogue: Catalogue,
     metrics: RouterMetrics,
     *,
+    clock: Clock,
     keys: ApiKeys | None = None,
-    clock: Clock | None = None,
     seed: int | None = None,
     quota: QuotaLimits | None = None,
     accounts: Accounts | None = None,
@@ -70,9 +72,9 @@ def build_app(
     adapters: AdapterOperations | None = None,
     kept_answers: KeptAnswers | None = None,
     stores_responses: bool = True,
-) -> FastAPI:
-    """The application; `app.state.api` is the `Api` behind it, `app.state.keeper` runs batches, if there is a `data`
-    folder to keep them in: up to `max_batch_requests` of their requests at once. `clock` is the dispatchers'.
+) -> Application:
+    """The application. Batches run if there is a `data` folder to keep them in: up to `max_batch_requests` of their
+    requests at once. `clock` is the dispatchers'.
 
     `keys`: without them nobody needs one. `seed` makes the seeds drawn for clients that give none repeatable.
     `share_prefix_cache` lets tenants find each other's prefixes. `adapters`: what clients may load; None: they may not.
@@ -82,7 +84,6 @@ def build_app(
     Where no keys are needed, and where `allowed_hosts` are given, a request must name one of those, an address or
     localhost.
     """
-    clock = clock or SystemClock()
     api = Api(
         catalogue=catalogue,
         clock=clock,
@@ -108,17 +109,21 @@ def build_app(
     states = _background_states(kept_answers, responses) if stores_responses else None
     background = BackgroundResponses(api, responses, states)
     routes = Routes(api, metrics, responses, background, has_data=data is not None)
-    app = _Application(middleware, routes)
-    app.state.api = api
-    app.state.background = background
-    batches = _batches(api, routes, metrics, keys, cors, data, max_batch_requests)
-    app.state.keeper = batches.keeper
+    endpoints: dict[str, Endpoint] = {  # of which a batch may ask
+        "/v1/chat/completions": routes.chat_completions,
+        "/v1/completions": routes.completions,
+        "/v1/responses": routes.responses,
+        "/v1/embeddings": routes.embeddings,
+    }
+    batches = _batches(api, endpoints, metrics, keys, cors, data, max_batch_requests)
+    shortcuts = {**endpoints, "/v1/messages": routes.messages}
+    app = Application(middleware, shortcuts, api=api, background=background, keeper=batches.keeper)
     app.add_exception_handler(HTTPException, on_no_endpoint)
     add_routes(app, routes)
     if adapters is not None:
-        endpoints = AdapterEndpoints(adapters, partial(client_body, api.body_room))
-        app.add_api_route(LOAD_PATH, endpoints.load, methods=["POST"])
-        app.add_api_route(UNLOAD_PATH, endpoints.unload, methods=["POST"])
+        loading = AdapterEndpoints(adapters, partial(client_body, api.body_room))
+        app.add_api_route(LOAD_PATH, loading.load, methods=["POST"])
+        app.add_api_route(UNLOAD_PATH, loading.unload, methods=["POST"])
     for method, path, endpoint in batches.table():
         app.add_api_route(path, endpoint, methods=[method])
     return app
@@ -136,20 +141,14 @@ def _background_states(answers: KeptAnswers | None, responses: KeptResponses) ->
 
 def _batches(
     api: Api,
-    routes: Routes,
+    endpoints: Mapping[str, Endpoint],
     metrics: RouterMetrics,
     keys: ApiKeys,
     cors: Cors,
     data: DataFolder | None,
     max_requests: int,
 ) -> BatchRoutes:
-    """Return the endpoints of files and batches, whose lines are calls of the endpoints here."""
-    endpoints: dict[str, Endpoint] = {
-        "/v1/chat/completions": routes.chat_completions,
-        "/v1/completions": routes.completions,
-        "/v1/responses": routes.responses,
-        "/v1/embeddings": routes.embeddings,
-    }
+    """Return the endpoints of files and batches, whose lines are calls of these `endpoints`."""
     deps = None
     if data is not None:
         deps = RunDeps(
@@ -184,24 +183,29 @@ class _WithoutSlash:
         await self._app(scope, receive, send)
 
 
-class _Application(FastAPI):
-    """FastAPI, but for the two endpoints that are called all day: its layers and routes would cost them 40 us."""
+class Application(FastAPI):
+    """FastAPI, but for the endpoints that are called all day: its layers and routes would cost them 40 us."""
 
-    def __init__(self, middleware: RequestMiddleware, routes: Routes) -> None:
+    def __init__(
+        self,
+        middleware: RequestMiddleware,
+        shortcuts: Mapping[str, Endpoint],
+        *,
+        api: Api,
+        background: BackgroundResponses,
+        keeper: Keeper | None,
+    ) -> None:
+        """`shortcuts`: what a POST to these paths gets. `keeper`: runs batches; None: there is no folder for them."""
         super().__init__(title="kvferry", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
         self._middleware = middleware
-        self._shortcuts: dict[tuple[str, str], Endpoint] = {
-            ("POST", "/v1/completions"): routes.completions,
-            ("POST", "/v1/chat/completions"): routes.chat_completions,
-            ("POST", "/v1/messages"): routes.messages,
-            ("POST", "/v1/responses"): routes.responses,
-            ("POST", "/v1/embeddings"): routes.embeddings,
-        }
+        self._shortcuts = shortcuts
+        self.api, self.background, self.keeper = api, background, keeper
         self.add_middleware(_WithoutSlash)  # inside the next one: which path needs no key goes by its exact spelling
         self.add_middleware(MiddlewareAdapter, middleware)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self._shortcuts.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        endpoint = self._shortcuts.get(scope["path"]) if is_post else None
         if endpoint is not None:
             await self._middleware.serve(endpoint, scope, receive, send)
         else:

@@ -9,14 +9,12 @@ Today there is one version, its workers are those of the deployment, and what is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import structlog
-from fastapi import FastAPI
 
 from .. import __version__
 from ..common.clock import Clock, SystemClock, wall_time_us, week_s
@@ -29,13 +27,12 @@ from ..models.tokenizer import Tokenizer
 from ..settings.quota_board import QuotaBoard
 from .access.keys import ApiKeys
 from .access.quota import QuotaLimits
+from .access.reload import LauncherLink
 from .access.shared_accounts import SharedAccounts
-from .api.generation import Api
-from .app import build_app
+from .app import Application, build_app
 from .autoscaler.load_record import LoadRecord, RecordingMetrics
 from .autoscaler.scaling import Scaling
 from .batches.folder import DataFolder
-from .batches.keeper import Keeper
 from .catalogue.adapters import AdapterNames
 from .catalogue.catalogue import Catalogue
 from .catalogue.defaults import SamplingDefaults
@@ -46,7 +43,6 @@ from .helpers.grammar_checker import GrammarCompilers
 from .kept.answers import KeptAnswers
 from .metrics.metrics import RouterMetrics
 from .placement import make_policy
-from .responses.background import BackgroundResponses
 from .state.classes import RequestClasses
 from .state.failures import WorkerLife
 from .state.objectives import BACKGROUND_CLASS, DEFAULT_CLASS
@@ -55,44 +51,20 @@ from .state.predictor import Predictor
 log = structlog.get_logger(__name__)
 
 
-class LauncherLink(Protocol):
-    """The launcher hears what happens here."""
-
-    def send(self, event: Mapping[str, object]) -> None: ...
-
-
 @dataclass(slots=True, frozen=True)
 class RouterParts:
     """The parts of a router process that do not listen."""
 
     catalogue: Catalogue
-    app: FastAPI
+    app: Application
     metrics: RouterMetrics
     scaling: Scaling
     clock: Clock
     adapters: AdapterNames | None  # None: none are served
 
-    @property
-    def api(self) -> Api:
-        api = self.app.state.api
-        assert isinstance(api, Api)
-        return api
-
-    @property
-    def keeper(self) -> Keeper | None:
-        keeper = self.app.state.keeper
-        assert isinstance(keeper, Keeper | None)
-        return keeper
-
-    @property
-    def background(self) -> BackgroundResponses:
-        background = self.app.state.background
-        assert isinstance(background, BackgroundResponses)
-        return background
-
     def scrape(self) -> Callable[[], tuple[bytes, str]]:
         """Return what writes (text, media type) of the metrics, on a thread."""
-        return self.metrics.scrape(self.catalogue.views(), num_in_flight=len(self.api.in_flight))
+        return self.metrics.scrape(self.catalogue.views(), num_in_flight=len(self.app.api.in_flight))
 
 
 async def assemble(config: RouterConfig, keys: ApiKeys, launcher: LauncherLink | None) -> RouterParts:
@@ -187,7 +159,7 @@ def _application(
     keys: ApiKeys,
     classes: RequestClasses,
     adapters: AdapterNames | None,
-) -> FastAPI:
+) -> Application:
     limits = QuotaLimits(
         config.max_concurrency_per_key, config.requests_per_minute_per_key, config.tokens_per_minute_per_key
     )
@@ -206,15 +178,10 @@ def _application(
         unknown_fields=config.unknown_fields,
         data=_data_folder(config),
         max_batch_requests=config.max_batch_requests,
-        kept_answers=_kept_answers(config.answers_dir),
+        kept_answers=None if config.answers_dir is None else KeptAnswers(config.answers_dir),
         stores_responses=config.store_responses,
         adapters=adapters if config.allow_runtime_lora_updating else None,
     )
-
-
-def _kept_answers(path: Path | None) -> KeptAnswers | None:
-    """Raises ConfigError for a folder that cannot be used."""
-    return None if path is None else KeptAnswers(path)
 
 
 def _data_folder(config: RouterConfig) -> DataFolder | None:

@@ -6,7 +6,6 @@ import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -15,8 +14,9 @@ from starlette.responses import Response
 from .. import __version__
 from ..models.probes import probe_distance
 from .api.generation import Api
+from .api.json_answers import Json
 from .api.middleware import context_of
-from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Struct, Tokenized
+from .api.openai_types import Detokenized, Model, ModelList, PoolCounts, Tokenized
 from .api.reply import Reply
 from .bodies.schemas import ChatBody, CompletionBody
 from .bodies.text_bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
@@ -56,8 +56,7 @@ class Routes:
         """`has_data`: there is a folder for files and batches."""
         self._api = api
         self._metrics = metrics
-        paths = _PATHS + _PATHS_OF_DATA * has_data
-        self._root = msgspec.json.encode({"server": "kvferry", "paths": paths})
+        self._root = {"server": "kvferry", "paths": _PATHS + _PATHS_OF_DATA * has_data}
         self._kept = responses
         self._background = background
         self.kept = KeptEndpoints(self._kept, api.kept_answers)
@@ -85,11 +84,11 @@ class Routes:
     async def show_response(self, request: Request, response_id: str) -> Response:
         after, tenant = events_after(request.query_params), context_of(request.scope).tenant
         if after is None:
-            return _json_bytes(self._background.shown(response_id, tenant))
+            return Json(self._background.shown(response_id, tenant))
         return self._background.follow(response_id, tenant, after)
 
     async def cancel_response(self, request: Request, response_id: str) -> Response:
-        return _json_bytes(await self._background.cancel(response_id, context_of(request.scope).tenant))
+        return Json(await self._background.cancel(response_id, context_of(request.scope).tenant))
 
     async def delete_response(self, request: Request, response_id: str) -> Response:
         tenant = context_of(request.scope).tenant
@@ -106,14 +105,13 @@ class Routes:
 
     async def count_messages(self, request: Request) -> Response:
         num_tokens = await self._api.count_chat(request, MessagesSurface(counts_only=True))
-        return Response(msgspec.json.encode({"input_tokens": num_tokens}), media_type="application/json")
+        return Json({"input_tokens": num_tokens})
 
     async def count_response(self, request: Request) -> Response:
         context = context_of(request.scope)
         surface = ResponsesSurface(self._kept, context.tenant, context.request_id, keeps=False)
         num_tokens = await self._api.count_chat(request, surface)
-        counted = {"object": "response.input_tokens", "input_tokens": num_tokens}
-        return Response(msgspec.json.encode(counted), media_type="application/json")
+        return Json({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     async def only_post(self) -> Response:
         """Answer for a path that looks like a response's id and is none."""
@@ -128,10 +126,10 @@ class Routes:
         if _ANTHROPIC in request.headers:
             listed.has_more = False
             listed.first_id, listed.last_id = (listed.data[at].id if listed.data else None for at in (0, -1))
-        return _json(listed)
+        return Json(listed)
 
     async def model(self, request: Request, name: str) -> Response:
-        return _json(self._model(request, name, self._api.catalogue.version(name)))
+        return Json(self._model(request, name, self._api.catalogue.version(name)))
 
     def _model(self, request: Request, name: str, version: Version) -> Model:
         model, view = version.model, version.dispatcher.view()
@@ -162,20 +160,20 @@ class Routes:
         self._api.tell_ignored(context_of(request.scope), ignored)
         names = await prompts.names(version, ids) if body.return_token_strs else None
         limit = version.model.max_model_len
-        return _json(Tokenized(count=len(ids), max_model_len=limit, tokens=ids, token_strs=names))
+        return Json(Tokenized(count=len(ids), max_model_len=limit, tokens=ids, token_strs=names))
 
     async def detokenize(self, request: Request) -> Response:
         with self._api.body_room.held() as held:
             body, version = await self._api.body(request, held, DetokenizeBody)
-            return _json(Detokenized(prompt=await self._api.prompts.decode(version, body.tokens)))
+            return Json(Detokenized(prompt=await self._api.prompts.decode(version, body.tokens)))
 
     async def root(self) -> Response:
         """List what there is."""
-        return Response(self._root, media_type="application/json")
+        return Json(self._root)
 
     async def live(self) -> Response:
         """The process answers."""
-        return Response(b'{"status":"live"}', media_type="application/json")
+        return Json({"status": "live"})
 
     async def ready(self) -> Response:
         """A request that came now would be answered; 503 and why not otherwise."""
@@ -183,10 +181,9 @@ class Routes:
         if self._api.in_flight.is_leaving or self._api.in_flight.is_closing:
             reasons = ["the server is shutting down"]
         if not reasons:
-            return Response(b'{"status":"ready","reasons":[]}', media_type="application/json")
+            return Json({"status": "ready", "reasons": []})
         error = {"message": "; ".join(reasons), "type": "server_error", "param": None, "code": "not_ready"}
-        body = msgspec.json.encode({"status": "not ready", "reasons": reasons, "error": error})
-        return Response(body, 503, {"retry-after": "1"}, media_type="application/json")
+        return Json({"status": "not ready", "reasons": reasons, "error": error}, 503, {"retry-after": "1"})
 
     async def metrics(self) -> Response:
         scrape = self._metrics.scrape(self._api.catalogue.views(), num_in_flight=len(self._api.in_flight))
@@ -194,7 +191,7 @@ class Routes:
         return Response(body, media_type=media_type)
 
     async def version(self) -> Response:
-        return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
+        return Json({"version": __version__})
 
 
 def add_routes(app: FastAPI, routes: Routes) -> None:
@@ -242,11 +239,3 @@ def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     """The body in /openapi.json. It is checked by `schemas.validate`, whose errors are in OpenAI's shape."""
     schema = kind.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _json(value: Struct) -> Response:
-    return _json_bytes(msgspec.json.encode(value))
-
-
-def _json_bytes(value: bytes) -> Response:
-    return Response(value, media_type="application/json")

@@ -14,7 +14,7 @@ import contextlib
 import gc
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
@@ -32,7 +32,7 @@ from ..wire.credentials import SharedSecret
 from ..wire.frames import max_frame_bytes
 from .access.credentials import RouterCredentials
 from .access.keys import ApiKeys
-from .access.reload import reloading
+from .access.reload import ReloadLauncher, reloading
 from .admin.adapters import adapter_routes
 from .admin.admin import Admin, build_admin
 from .admin.scaling import scaling_routes
@@ -42,7 +42,7 @@ from .dispatch.control import ControlServer
 from .http.connection_limits import Connections
 from .http.http_server import HttpServer
 from .pulse import Pulse
-from .shutdown import Stop, wind_down
+from .shutdown import Stop, first_of, wind_down
 from .state.expert_load import most_uneven
 
 REPORT_EVERY_S = 0.1
@@ -54,16 +54,12 @@ _GC_THRESHOLDS = (10_000, 4, 50)
 log = structlog.get_logger(__name__)
 
 
-class Reporter(Protocol):
+class Reporter(ReloadLauncher, Protocol):
     """The launcher's end of the lifeline, as far as the router needs it."""
 
     def ready(self, **details: object) -> None: ...
 
     def beat_with(self, lag_s: Callable[[], float]) -> None: ...
-
-    def send(self, event: Mapping[str, object]) -> None: ...
-
-    def listen(self, on_event: Callable[[dict[str, object]], None]) -> None: ...
 
 
 async def serve_router(
@@ -118,14 +114,14 @@ async def serve_router(
                 scales = asyncio.create_task(_scale(parts.scaling))
                 serving.callback(scales.cancel)
                 async with (
-                    parts.background.keeping(),
-                    parts.keeper.keeping() if parts.keeper is not None else contextlib.nullcontext(),
+                    parts.app.background.keeping(),
+                    parts.app.keeper.keeping() if parts.app.keeper is not None else contextlib.nullcontext(),
                 ):
                     await _until_stopped(stop, control)  # batches and background responses go on with the next router
-                await wind_down(front, parts.catalogue, parts.api.in_flight, stop)
+                await wind_down(front, parts.catalogue, parts.app.api.in_flight, stop)
         finally:
             await control.close()
-            parts.api.close()
+            parts.app.api.close()
     return 0
 
 
@@ -139,14 +135,8 @@ def collect_rarely() -> None:
 
 async def _until_stopped(stop: Stop, control: ControlServer) -> None:
     """Returns on a signal. Raises what ended the control server."""
-    waits = [asyncio.create_task(stop.asked.wait()), asyncio.create_task(control.wait())]
-    try:
-        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in waits:
-            task.cancel()
+    for task in await first_of(stop.asked.wait(), control.wait()):
+        task.result()
 
 
 async def _report(lifeline: Reporter | None, parts: RouterParts, http: Address, control: Address) -> None:

@@ -69,18 +69,19 @@ async def wind_down(front: HttpServer, catalogue: Catalogue, in_flight: InFlight
     front.leave(IDLE_S if stop.is_patient else 0.0)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(stop.limit_s):
-            await _first(front.left(), stop.at_once.wait())
+            await first_of(front.left(), stop.at_once.wait())
     log.info("router_stops", in_flight=len(in_flight))
     in_flight.is_closing = True
     await catalogue.drain(0.0)
     in_flight.end_all()
 
 
-async def _first(*work: Coroutine[object, object, object]) -> None:
-    """Wait until one of them ends."""
+async def first_of(*work: Coroutine[object, object, object]) -> set[asyncio.Task[object]]:
+    """Wait until one of them ends. Returns what has ended; the others are cancelled."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done
     finally:
         for task in tasks:
             task.cancel()

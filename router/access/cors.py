@@ -39,8 +39,7 @@ class Cors:
         if not self._origins or method != "OPTIONS" or b"access-control-request-method" not in headers:
             return None
         if not self.headers(headers):
-            text = clip(headers.get(b"origin", b"").decode("latin-1"))
-            raise RequestError(f"the origin {text} is not allowed", code="origin_not_allowed", status=403)
+            raise _not_allowed(headers.get(b"origin", b""))
         names = headers.get(b"access-control-request-headers", b"")
         return [
             (b"access-control-allow-methods", _METHODS),
@@ -52,8 +51,7 @@ class Cors:
         """Refuse a form of a page that may not ask: browsers send forms anywhere, without a preflight."""
         origin = headers.get(b"origin")
         if origin is not None and not self.headers(headers):
-            text = clip(origin.decode("latin-1"))
-            raise RequestError(f"the origin {text} is not allowed", code="origin_not_allowed", status=403)
+            raise _not_allowed(origin)
 
     def headers(self, headers: Mapping[bytes, bytes]) -> Headers:
         """Return what an answer carries for the page that asked."""
@@ -65,3 +63,8 @@ class Cors:
             (b"access-control-expose-headers", _EXPOSED),
             (b"vary", b"Origin"),
         ]
+
+
+def _not_allowed(origin: bytes) -> RequestError:
+    text = clip(origin.decode("latin-1"))
+    return RequestError(f"the origin {text} is not allowed", code="origin_not_allowed", status=403)

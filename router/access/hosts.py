@@ -16,7 +16,7 @@ from ..state.errors import clip
 class HostNames:
     """An address literal and localhost are always right: nobody else can have them."""
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         """`names`: others, without a port."""
         self._names = frozenset(name.lower().rstrip(".") for name in names)
 

@@ -149,7 +149,7 @@ class Allowance:
 
     __slots__ = ("_accounts", "_charged", "_clock", "_has_left", "_tenant", "may_repeat")
 
-    def __init__(self, accounts: Accounts, tenant: bytes, clock: Clock, *, may_repeat: bool = False) -> None:
+    def __init__(self, accounts: Accounts, tenant: bytes, clock: Clock, *, may_repeat: bool) -> None:
         self._accounts, self._tenant = accounts, tenant
         self._clock = clock
         self._charged = 0

@@ -25,10 +25,14 @@ log = structlog.get_logger(__name__)
 Event = dict[str, object]
 
 
-class ReloadLauncher(Protocol):
-    """The launcher's end of the lifeline."""
+class LauncherLink(Protocol):
+    """The launcher hears what happens here."""
 
     def send(self, event: Mapping[str, object]) -> None: ...
+
+
+class ReloadLauncher(LauncherLink, Protocol):
+    """A launcher that also says what is to be done here."""
 
     def listen(self, on_event: Callable[[Event], None]) -> None: ...
 

@@ -32,8 +32,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...common.errors import KVFerryError, RequestError
 from ..access.hosts import is_of_this_machine
 from ..access.keys import ApiKeys
+from ..access.reload import LauncherLink
 from ..api.body import ClientGone
-from ..api.middleware import CLIENT_CLOSED, check_head, failure_response, on_no_endpoint, send_failure
+from ..api.middleware import CLIENT_CLOSED, check_head, failure_response, on_no_endpoint
 from ..state.errors import clip, failure_of
 from ..state.expert_load import ExpertLoad
 from ..state.history import KINDS, MAX_RECENT, Kind
@@ -54,12 +55,6 @@ class AdminOperations(Protocol):
     def requests(self, kind: Kind, request_class: str | None, limit: int) -> list[dict[str, object]]: ...
 
     def request(self, request_id: str) -> dict[str, object] | None: ...
-
-
-class AdminLauncher(Protocol):
-    """The way to who started this router."""
-
-    def send(self, event: Mapping[str, object]) -> None: ...
 
 
 def build_admin(admin: Admin, keys: ApiKeys, more: Sequence[Route] = ()) -> ASGIApp:
@@ -97,7 +92,7 @@ class _Guard:
                 raise RequestError("not for browsers: set --admin-key", code="forbidden", status=403)
             await self._app(scope, receive, send)
         except KVFerryError as error:
-            await send_failure(send, failure_of(error))
+            await failure_response(failure_of(error))(scope, receive, send)
 
 
 @dataclass(slots=True, frozen=True)
@@ -107,7 +102,7 @@ class Admin:
     dispatchers: Sequence[AdminOperations]  # of every version
     scrape: Callable[[], Callable[[], tuple[bytes, str]]]  # what writes (text, media type) of the metrics, on a thread
     drain_s: float  # a drained worker's limit where the caller gives none
-    launcher: AdminLauncher | None
+    launcher: LauncherLink | None
     is_leaving: IsLeaving = never_leaving
 
     async def workers(self, request: Request) -> Response:

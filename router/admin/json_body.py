@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from ...common.errors import RequestError
-from ..api.body import BODY_TIMEOUT_S, BodyRoom, ClientGone, in_time, read_body, too_large
+from ..api.body import BODY_TIMEOUT_S, BodyRoom, read_body, read_in_time
 from ..api.middleware import context_of
 from ..helpers.strict_json import parse_json
 from ..state.errors import clip
@@ -17,21 +17,9 @@ _MAX_BYTES = 4096
 
 async def json_body(request: Request, known: AbstractSet[str], *, may_be_empty: bool = False) -> dict[str, object]:
     """Raises RequestError (400, 408, 413), or ClientGone. An empty body may stand for an empty object."""
-    try:
-        async with in_time(BODY_TIMEOUT_S):
-            data = await _read(request)
-    except ClientDisconnect:
-        raise ClientGone from None
+    with BodyRoom().held() as held:
+        data = await read_in_time(request.receive, held, _MAX_BYTES, BODY_TIMEOUT_S)
     return _object(data, known) if data or not may_be_empty else {}
-
-
-async def _read(request: Request) -> bytes:
-    data = b""
-    async for piece in request.stream():
-        data += piece
-        if len(data) > _MAX_BYTES:
-            raise too_large(f"more than {_MAX_BYTES} bytes", _MAX_BYTES)
-    return data
 
 
 async def client_body(room: BodyRoom, request: Request, known: AbstractSet[str]) -> dict[str, object]:

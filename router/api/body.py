@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from starlette.types import Message, Receive
@@ -74,17 +74,15 @@ async def read_body(
     _check_kind(headers)
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > max_bytes:
-        raise too_large(f"{declared[:20].decode()} bytes", max_bytes)
-    async with in_time(timeout_s):
-        return await _read(receive, held, max_bytes)
+        raise _too_large(f"{declared[:20].decode()} bytes", max_bytes)
+    return await read_in_time(receive, held, max_bytes, timeout_s)
 
 
-@contextlib.asynccontextmanager
-async def in_time(timeout_s: float) -> AsyncIterator[None]:
-    """Wait so long for a body. Raises RequestError (408) for one that has not arrived by then."""
+async def read_in_time(receive: Receive, held: HeldBody, max_bytes: int, timeout_s: float) -> bytes:
+    """Return the whole body, whatever its kind. Raises RequestError: 413 beyond `max_bytes`, 408 after `timeout_s`."""
     try:
         async with asyncio.timeout(timeout_s):
-            yield
+            return await _read(receive, held, max_bytes)
     except TimeoutError:
         raise RequestError(
             f"the request's body did not arrive within {timeout_s:g} s", code="request_timeout", status=408
@@ -100,7 +98,7 @@ async def _read(receive: Receive, held: HeldBody, max_bytes: int) -> bytes:
         part: bytes = message.get("body", b"")
         held.add(len(part))
         if held.num_bytes > max_bytes:
-            raise too_large(f"more than {max_bytes} bytes", max_bytes)
+            raise _too_large(f"more than {max_bytes} bytes", max_bytes)
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
@@ -129,7 +127,7 @@ def _unsupported(text: str) -> RequestError:
     return RequestError(text, code="unsupported_media_type", status=415)
 
 
-def too_large(size: str, max_bytes: int) -> RequestError:
+def _too_large(size: str, max_bytes: int) -> RequestError:
     return RequestError(
         f"the request's body has {size}; the limit is {max_bytes}", code="request_too_large", status=413
     )

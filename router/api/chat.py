@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
-from ..turns.call_reader import CallPiece, joined_calls
-from ..turns.turn import TurnDelta
+from ..turns.call_reader import joined_calls
+from ..turns.parts import CallPiece, TurnDelta
 from .chat_turns import ChatTurns
 from .choice import TextPiece
-from .form import FormContext
-from .logprobs import chat_logprobs, prompt_logprobs
+from .form import Form, FormContext
+from .logprobs import chat_logprobs
 from .openai_types import (
     ChatChoice,
     ChatChunk,
@@ -21,20 +21,19 @@ from .openai_types import (
     ChatLogprobs,
     ChatMessage,
     FunctionCall,
-    PromptLogprobs,
     Struct,
     ToolCall,
     ToolCallDelta,
 )
 
 
-class ChatForm:
+class ChatForm(Form):
     """`echoed` is the text of the final message that the answer continues, where the client wants it repeated.
 
     `is_forced`: the answer is calls, and has no text.
     """
 
-    def __init__(self, context: FormContext, turns: ChatTurns, *, echoed: str = "", is_forced: bool = False) -> None:
+    def __init__(self, context: FormContext, turns: ChatTurns, *, echoed: str, is_forced: bool) -> None:
         self._context = context
         self._turns = turns
         self._options = context.options
@@ -57,9 +56,6 @@ class ChatForm:
     def usage_chunk(self) -> Struct:
         return self._context.body(ChatChunk, [], self._context.usage())
 
-    def keep(self) -> None:
-        """Nobody asks for it again."""
-
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         choices = [
             ChatChoice(
@@ -68,13 +64,13 @@ class ChatForm:
                 logprobs=self._logprobs(piece),
                 finish_reason=self._turns.finish(index, piece),
                 stop_reason=piece.stop_reason,
-                token_ids=self._token_ids(piece),
+                token_ids=self._context.token_ids(piece),
             )
             for index, piece in enumerate(pieces)
         ]
         whole = self._context.body(ChatCompletion, choices, self._context.usage())
-        whole.prompt_logprobs = self._prompt_logprobs()
-        whole.prompt_token_ids = self._prompt_ids()
+        whole.prompt_logprobs = self._context.prompt_logprobs(0)
+        whole.prompt_token_ids = self._context.prompt_ids(0)
         return whole
 
     def _message(self, index: int, turn: TurnDelta) -> ChatMessage:
@@ -98,7 +94,7 @@ class ChatForm:
         """Return the chunk that says who speaks, before what is said."""
         delta = ChatDelta(role="assistant", content=None if self._is_forced and not self._echoed else self._echoed)
         chunk = self._context.chunk(ChatChunk, ChatChunkChoice(index=index, delta=delta))
-        chunk.prompt_token_ids = self._prompt_ids()
+        chunk.prompt_token_ids = self._context.prompt_ids(0)
         return chunk
 
     def _choice(self, index: int, piece: TextPiece, turn: TurnDelta) -> ChatChunkChoice:
@@ -114,7 +110,7 @@ class ChatForm:
             logprobs=self._logprobs(piece),
             finish_reason=self._turns.finish(index, piece),
             stop_reason=piece.stop_reason if piece.finish is not None else UNSET,
-            token_ids=self._token_ids(piece),
+            token_ids=self._context.token_ids(piece),
         )
 
     def _call(self, index: int, piece: CallPiece) -> ToolCallDelta:
@@ -132,15 +128,3 @@ class ChatForm:
             return None
         context, num_top = self._context, self._options.num_logprobs
         return chat_logprobs(piece.tokens, context.tokenizer, context.token_name, num_top)
-
-    def _token_ids(self, piece: TextPiece) -> list[int] | UnsetType:
-        return [token.token_id for token in piece.tokens] if self._options.return_token_ids else UNSET
-
-    def _prompt_ids(self) -> list[int] | UnsetType:
-        return self._context.answer.prompts[0].token_ids if self._options.return_token_ids else UNSET
-
-    def _prompt_logprobs(self) -> PromptLogprobs | UnsetType:
-        if self._options.num_prompt_logprobs is None:
-            return UNSET
-        scored = self._context.answer.streams[0].prompt_logprobs
-        return prompt_logprobs(scored, self._context.tokenizer, self._options.num_prompt_logprobs)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from ...common.request import FinishReason
 from ..turns.definitions import ToolUse
 from ..turns.dialect import Dialect
+from ..turns.parts import TurnDelta
 from ..turns.reasoning import ReasoningCounter
-from ..turns.turn import TurnDelta, TurnReader, WholeCharacters, call_id
+from ..turns.turn import TurnReader, WholeCharacters, call_id
 from .answer import Answer
 from .choice import TextPiece
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from msgspec import UNSET, UnsetType
-
 from .choice import TextPiece
-from .form import FormContext
-from .logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
-from .openai_types import Completion, CompletionChoice, CompletionLogprobs, PromptLogprobs, Struct
+from .form import Form, FormContext
+from .logprobs import completion_logprobs, echoed_logprobs, joined
+from .openai_types import Completion, CompletionChoice, CompletionLogprobs, Struct
 
 
-class CompletionForm:
+class CompletionForm(Form):
     def __init__(self, context: FormContext) -> None:
         self._context = context
         self._options = context.options
@@ -35,9 +33,6 @@ class CompletionForm:
     def usage_chunk(self) -> Struct:
         return self._context.body(Completion, [], self._context.usage())
 
-    def keep(self) -> None:
-        """Nobody asks for it again."""
-
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         choices: list[CompletionChoice] = []
         for index in self._shown(pieces):
@@ -49,8 +44,8 @@ class CompletionForm:
                 echoed = self._echoed_logprobs(index)
                 if echoed is not None and choice.logprobs is not None:
                     choice.logprobs = joined(echoed, choice.logprobs)
-            choice.prompt_token_ids = self._prompt_ids(index)
-            choice.prompt_logprobs = self._prompt_logprobs(index)
+            choice.prompt_token_ids = self._context.prompt_ids(index)
+            choice.prompt_logprobs = self._context.prompt_logprobs(index)
             choices.append(choice)
         return self._context.body(Completion, choices, self._context.usage())
 
@@ -72,7 +67,7 @@ class CompletionForm:
             logprobs=self._logprobs(index, piece),
             finish_reason=piece.finish,
             stop_reason=piece.stop_reason,
-            token_ids=[token.token_id for token in piece.tokens] if self._options.return_token_ids else UNSET,
+            token_ids=self._context.token_ids(piece),
         )
 
     def _prompt_choice(self, index: int) -> CompletionChoice:
@@ -81,7 +76,7 @@ class CompletionForm:
             index=index,
             text=self._echoed_text(index) if self._options.echo else "",
             logprobs=self._echoed_logprobs(index) if self._options.echo else None,
-            prompt_token_ids=self._prompt_ids(index),
+            prompt_token_ids=self._context.prompt_ids(index),
         )
 
     def _logprobs(self, index: int, piece: TextPiece) -> CompletionLogprobs | None:
@@ -110,15 +105,6 @@ class CompletionForm:
             ids, scored = context.answer.prompt_of(index).token_ids, context.answer.stream_of(index).prompt_logprobs
             self._scored[position] = echoed_logprobs(ids, text, scored, context.tokenizer, context.token_name, num_top)
         return self._scored[position]
-
-    def _prompt_ids(self, index: int) -> list[int] | UnsetType:
-        return self._context.answer.prompt_of(index).token_ids if self._options.return_token_ids else UNSET
-
-    def _prompt_logprobs(self, index: int) -> PromptLogprobs | UnsetType:
-        if self._options.num_prompt_logprobs is None:
-            return UNSET
-        scored = self._context.answer.stream_of(index).prompt_logprobs
-        return prompt_logprobs(scored, self._context.tokenizer, self._options.num_prompt_logprobs)
 
 
 def _mean_logprob(piece: TextPiece) -> float:

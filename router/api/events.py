@@ -11,7 +11,7 @@ bytes before and after its text, and the next text goes between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -37,6 +37,15 @@ def encode_error(failure: HttpFailure) -> bytes:
     return b"data: " + failure.body + b"\n\n"
 
 
+def encode_typed(events: Sequence[object]) -> bytes:
+    """Write events each of which has its type as a field, and as its name before it."""
+    return b"".join([encode_typed_event(event) for event in events if isinstance(event, dict)])
+
+
+def encode_typed_event(event: Mapping[str, object]) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), _encode(event))
+
+
 @dataclass(slots=True, frozen=True)
 class EventFormat:
     """An endpoint's way of writing events: OpenAI's first one, unless it says otherwise."""
@@ -53,7 +62,7 @@ OPENAI_EVENTS = EventFormat()
 class EventNumbers:
     """The numbers of one answer's events, from 1 on, or behind those that were told elsewhere."""
 
-    def __init__(self, kept: KeptAnswer, num_before: int = 0) -> None:
+    def __init__(self, kept: KeptAnswer, num_before: int) -> None:
         self._kept = kept
         self._last = num_before
 

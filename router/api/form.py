@@ -11,8 +11,8 @@ from msgspec import UNSET, UnsetType
 from ...models.tokenizer import Tokenizer
 from .answer import Answer
 from .choice import TextPiece
-from .logprobs import Name, token_names
-from .openai_types import CompletionTokensDetails, PromptTokensDetails, Struct, Usage
+from .logprobs import Name, prompt_logprobs, token_names
+from .openai_types import CompletionTokensDetails, PromptLogprobs, PromptTokensDetails, Struct, Usage
 
 AnswerBody = TypeVar("AnswerBody", bound=Struct)
 ChunkUsage = Usage | UnsetType | None
@@ -55,6 +55,20 @@ class FormContext:
         """The function that names tokens where log probabilities are reported."""
         return token_names(self.tokenizer, as_ids=self.options.names_tokens_by_id)
 
+    def token_ids(self, piece: TextPiece) -> list[int] | UnsetType:
+        return [token.token_id for token in piece.tokens] if self.options.return_token_ids else UNSET
+
+    def prompt_ids(self, index: int) -> list[int] | UnsetType:
+        """Return the tokens of a choice's prompt."""
+        return self.answer.prompt_of(index).token_ids if self.options.return_token_ids else UNSET
+
+    def prompt_logprobs(self, index: int) -> PromptLogprobs | UnsetType:
+        """Return the log probabilities of a choice's prompt."""
+        if self.options.num_prompt_logprobs is None:
+            return UNSET
+        scored = self.answer.stream_of(index).prompt_logprobs
+        return prompt_logprobs(scored, self.tokenizer, self.options.num_prompt_logprobs)
+
     def body(self, kind: Callable[..., AnswerBody], choices: Sequence[Struct], usage: ChunkUsage) -> AnswerBody:
         """Return the body of an answer or of a chunk, around its choices."""
         return kind(
@@ -92,20 +106,21 @@ class FormContext:
 
 
 class Form(Protocol):
-    """One endpoint's words. `chunks` is asked once for each piece, `whole` once with every choice's joined pieces.
-
-    Where it `has_plain_chunks`, no later piece that goes on with its choice need be asked for: only the text differs.
-    """
+    """One endpoint's words. `chunks` is asked once for each piece, `whole` once with every choice's joined pieces."""
 
     @property
-    def has_plain_chunks(self) -> bool: ...
+    def has_plain_chunks(self) -> bool:
+        """True where no later piece that goes on with its choice need be asked for: only the text differs."""
+        return False
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> Sequence[object]: ...
 
-    def usage_chunk(self) -> object: ...
+    def usage_chunk(self) -> object:
+        """Return the last chunk of a stream whose client asks for its usage by `stream_options`."""
+        raise AssertionError("only OpenAI's older endpoints have them")
 
     def whole(self, pieces: Sequence[TextPiece]) -> object: ...
 
     def keep(self) -> None:
         """Let what `whole` told be found again, where its kind is: on the loop, while `whole` may run on any thread."""
-        ...
+        return None

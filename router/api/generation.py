@@ -29,7 +29,7 @@ from ..helpers.strict_json import MAX_COMMAS
 from ..http.in_flight import InFlight
 from ..kept.answers import KeptAnswers
 from ..kept.asking import KEY_HEADER, answer_key, one_key
-from ..kept.kept_answer import given_back, restored, settled
+from ..kept.kept_answer import given_back
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER, RequestClasses
 from ..state.errors import clip
 from ..state.objectives import BACKGROUND, DEFAULT_CLASS
@@ -213,8 +213,11 @@ class Api:
         with given_back(kept):
             if kept is None or kept.head is None:  # else it has begun, with the limits of then
                 body.check_least(min(limits))
-            sampling = settled(kept, sampling, context.request_id)
-            requests = restored(kept, self.requests(context, version, body, prompts, sampling))
+            if kept is not None:
+                sampling = kept.settle(sampling, context.request_id)
+            requests = self.requests(context, version, body, prompts, sampling)
+            if kept is not None:
+                requests = kept.restore(requests)
             streams = await self.submit(context, version, requests, grammar=grammar)
         options = text_options(body, limits[0], turns)
         observer = NO_GAPS if context.is_background else self.observer
@@ -282,15 +285,13 @@ class Api:
                 takes_less=isinstance(body, GenerationBody),
             )
 
-    def reply(
-        self, answer: Answer, form: Form, body: GenerationBody | None = None, events: EventFormat = OPENAI_EVENTS
-    ) -> Reply:
+    def reply(self, answer: Answer, form: Form, body: GenerationBody, events: EventFormat = OPENAI_EVENTS) -> Reply:
         """Answer with one JSON body, or as a stream where `body` asks for one."""
-        options = None if body is None else body.stream_options
+        options = body.stream_options
         return Reply(
             answer,
             form,
-            stream=body is not None and bool(body.stream),
+            stream=bool(body.stream),
             include_usage=options is not None and bool(options.include_usage),
             in_flight=self.in_flight,
             observer=self.observer,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
-import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,9 +28,10 @@ from ..access.hosts import HostNames
 from ..access.keys import ApiKeys, sent_key
 from ..access.quota import Allowance, QuotaExceeded
 from ..http.stream_writer import CHUNK_ENCODER, ChunkEncoder
+from ..http.ways_out import send_failure
 from ..kept.asking import KEY_HEADER
 from ..kept.kept_answer import AnswerKey
-from ..state.errors import HttpFailure, StreamError, failure_of, unknown_path
+from ..state.errors import HttpFailure, StreamError, failure_of, log_failure, unknown_path
 from ..state.objectives import DEFAULT_CLASS
 from .body import ClientGone
 
@@ -48,8 +48,6 @@ Endpoint = Callable[[Request], Awaitable[ASGIApp]]  # its answer is an applicati
 ErrorShape = Callable[[str, HttpFailure], bytes]  # a request's id and its error, as the endpoint words them
 ErrorBody = Callable[[HttpFailure], bytes]
 WritePart = Callable[[bytes], Awaitable[None]]  # a part of a body whose length was not announced
-
-log = structlog.get_logger(__name__)
 
 
 def failure_body(failure: HttpFailure) -> bytes:
@@ -139,17 +137,17 @@ class RequestMiddleware:
         keys: ApiKeys,
         clock: Clock,
         observer: ResponseObserver,
-        hosts: HostNames | None = None,
-        cors: Cors | None = None,
-        error_shapes: Mapping[str, ErrorShape] | None = None,
+        hosts: HostNames | None,
+        cors: Cors,
+        error_shapes: Mapping[str, ErrorShape],
     ) -> None:
         """`hosts`: the names of this server, where a request must have one of them. `cors`: what web pages may do.
 
         `error_shapes`: those of a path and all below it, where they are not OpenAI's but Anthropic's.
         """
-        self._error_shapes = error_shapes or {}
+        self._error_shapes = error_shapes
         self._hosts = hosts
-        self._cors = cors or Cors()
+        self._cors = cors
         self._keys = keys
         self._clock = clock
         self._observer = observer
@@ -225,14 +223,13 @@ class RequestMiddleware:
 
     async def _refuse(self, context: RequestContext, error: Exception, send: Send) -> None:
         self._count(error)
-        if not isinstance(error, (RequestError, CapacityError, StreamError)):
-            log.exception("request_error", request_id=context.request_id)
+        log_fault(error, context.request_id)
         if context.status is not None:  # the head is out: a broken connection is the only honest end
             raise error
         failure = failure_of(error)
         if isinstance(error, QuotaExceeded) and context.allowance is None:
             failure = replace(failure, more_headers=tuple(error.allowance.headers))
-        await send_failure(send, failure, context.error_body)
+        await send_failure(send, failure, context.error_body(failure))
 
     def _count(self, error: Exception) -> None:
         match error:
@@ -285,6 +282,12 @@ def failure_response(failure: HttpFailure, error_body: ErrorBody = failure_body)
     return response
 
 
+def log_fault(error: Exception, request_id: str) -> None:
+    """Tell the log of an error that is a bug, or the disk's, and no answer to what a client asked."""
+    if not isinstance(error, (RequestError, CapacityError, StreamError)):
+        log_failure("request_error", error, request_id=request_id)
+
+
 async def send_part(send: Send, part: bytes) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": True})
 
@@ -292,10 +295,3 @@ async def send_part(send: Send, part: bytes) -> None:
 async def _send_preflight(send: Send, headers: Headers) -> None:
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
-
-
-async def send_failure(send: Send, failure: HttpFailure, error_body: ErrorBody = failure_body) -> None:
-    body = error_body(failure)
-    headers = [*failure.headers, (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

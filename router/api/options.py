@@ -13,6 +13,7 @@ from ...common.clock import wall_time_s
 from ...common.errors import RequestError
 from ...common.grammar import CheckedGrammar, Grammar, pack_mask, unpack_mask
 from ..bodies.fields import not_supported
+from ..bodies.grammars import AskedGrammar
 from ..bodies.schemas import ChatBody, CompletionBody, GenerationBody
 from ..catalogue.version import Version
 from ..helpers.grammar_checker import GrammarChecker
@@ -35,14 +36,11 @@ async def beside_grammar(
     """Return the prompts, and the grammar, which another process compiles while they are made."""
     if body.asked_grammar is None:
         return await prompts, None
-    return await asyncio.gather(prompts, checked_grammar(version, body))
+    return await asyncio.gather(prompts, _checked_grammar(version, body.asked_grammar))
 
 
-async def checked_grammar(version: Version, body: GenerationBody) -> CheckedGrammar | None:
-    """Return the grammar that the answers follow; None: any text. Raises RequestError for one that cannot be kept."""
-    asked = body.asked_grammar
-    if asked is None:
-        return None
+async def _checked_grammar(version: Version, asked: AskedGrammar) -> CheckedGrammar:
+    """Return the grammar that the answers follow. Raises RequestError for one that cannot be kept."""
     if version.grammars is None:
         raise not_supported(asked.param)
     return await version.grammars.check(asked.grammar, asked.param)

@@ -22,7 +22,8 @@ from ..bodies.text_bodies import TokenizeBody
 from ..bodies.values import Cut
 from ..catalogue.infill import InfillForm
 from ..catalogue.version import Version
-from ..helpers.chat_renderer import Chat, Renderer
+from ..helpers.chat_renderer import Renderer
+from ..helpers.wire import Chat
 from ..state.errors import clip
 from ..turns.channel_history import channel_messages, described_tools
 from ..turns.definitions import ToolUse, parse_tool_use

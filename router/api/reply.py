@@ -16,20 +16,19 @@ from typing import Protocol
 
 import msgspec
 import structlog
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ...common.errors import CapacityError, RequestError
+from ...common.errors import RequestError
 from ...common.request import FinishReason
-from ..http.in_flight import InFlight
-from ..http.sending import Sending
+from ..http.in_flight import InFlight, UnderWay
+from ..http.ways_out import send_failure
 from ..kept.asking import REPEATED_HEADER
 from ..state.errors import StreamError, failure_of
 from .answer import Answer
 from .choice import TextPiece
 from .events import OPENAI_EVENTS, EventFormat, EventNumbers, EventWriter
 from .form import Form
-from .middleware import CLIENT_CLOSED, RequestContext, WritePart, context_of, send_failure, send_part
+from .middleware import CLIENT_CLOSED, RequestContext, WritePart, context_of, log_fault, send_part
 from .timing import phases_ms, server_timing
 
 _WRITE_BYTES = 64 * 2**10  # handed to the connection at a time: it waits before the next when it is full
@@ -55,8 +54,8 @@ class AnswerObserver(Protocol):
         ...
 
 
-class Reply(Response):
-    """`Reply` owns `answer` from its construction on; Starlette calls it as an ASGI application."""
+class Reply(UnderWay):
+    """`Reply` owns `answer` from its construction on."""
 
     def __init__(
         self,
@@ -69,29 +68,20 @@ class Reply(Response):
         observer: AnswerObserver,
         events: EventFormat = OPENAI_EVENTS,
     ) -> None:
-        self.background = None
-        self.status_code = 200
-        self.is_background = answer.streams[0].request.is_background
+        super().__init__(in_flight, is_background=answer.streams[0].request.is_background)
         self._answer = answer
         self._form = form
         self._stream = stream
         self._include_usage = include_usage
-        self._in_flight = in_flight
         self._observer = observer
         self._events = events
-        self._sending = Sending()
         if answer.kept is not None:
             answer.kept.on_wanted = partial(self.end, _taken_over())
-        in_flight.add(self)
 
     @property
     def is_kept(self) -> bool:
         """The answer goes on behind what was told of it, if anything was: here, and where it is asked for again."""
         return self._answer.kept is not None and self._answer.kept.is_kept
-
-    def end(self, error: Exception) -> None:
-        """End the reply from outside."""
-        self._sending.end(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
@@ -182,11 +172,10 @@ class Reply(Response):
             self._answer.write_to(fast_writer)
 
     async def _fail(self, context: RequestContext, send: Send, error: Exception) -> None:
-        if not isinstance(error, (RequestError, CapacityError, StreamError)):
-            log.error("request_error", request_id=context.request_id, exc_info=error)
+        log_fault(error, context.request_id)
         failure = failure_of(error)
         if context.status is None:
-            await send_failure(send, failure, context.error_body)
+            await send_failure(send, failure, context.error_body(failure))
         elif self._stream:
             await send({"type": "http.response.body", "body": self._events.error(failure)})
         else:

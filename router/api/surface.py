@@ -25,7 +25,7 @@ FieldNames = Sequence[tuple[re.Pattern[str], str]]
 
 
 class ChatSurface(Protocol):
-    """One call's translator."""
+    """One call's translator. What most of them have in common they inherit."""
 
     @property
     def id_prefix(self) -> str:
@@ -38,21 +38,21 @@ class ChatSurface(Protocol):
     @property
     def left_out(self) -> Sequence[str]:
         """The places of what the model is not told of, for a body that was read."""
-        ...
+        return ()
 
     @property
     def key(self) -> AnswerKey | None:
         """The server's own name for the answer to a body that was read; None: the client may give one."""
-        ...
+        return None
 
     @property
     def num_looked_up(self) -> int:
         """The number of bytes of what is kept here that are part of a body that was read."""
-        ...
+        return 0
 
     def num_to_look_up(self, raw: Mapping[str, object]) -> int:
         """Return how many they may be, of a body that is to be read."""
-        ...
+        return 0
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         """Return the same request as a chat's body. Raises RequestError.
@@ -68,17 +68,11 @@ class ChatSurface(Protocol):
     def form(self, context: FormContext, turns: ChatTurns, body: ChatBody, chat: ChatPrompt) -> Form: ...
 
 
-class OpenAISurface:
+class OpenAISurface(ChatSurface):
     """Chat completions as they are."""
 
     id_prefix = "chatcmpl-"
     events = OPENAI_EVENTS
-    left_out = ()
-    key = None
-    num_looked_up = 0
-
-    def num_to_look_up(self, raw: Mapping[str, object]) -> int:
-        return 0
 
     def chat_body(self, raw: dict[str, object], ignored: list[str] | None) -> dict[str, object]:
         return raw

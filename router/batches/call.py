@@ -14,18 +14,14 @@ from functools import partial
 from typing import Protocol
 
 import msgspec
-import structlog
 from starlette.requests import Request
 from starlette.types import Message, Scope, Send
 
 from ...common.clock import Clock
-from ...common.errors import CapacityError, RequestError
 from ..api.body import WholeBody
-from ..api.middleware import Endpoint, RequestContext, enter, leave, send_part
+from ..api.middleware import Endpoint, RequestContext, enter, leave, log_fault, send_part
 from ..state.errors import HttpFailure, StreamError, failure_of
 from ..state.objectives import BACKGROUND_CLASS
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,8 +69,7 @@ class EndpointCalls:
             reply = await self.endpoints[endpoint](Request(scope, receive))
             await reply(scope, receive, partial(_noting_status, context, kept.send))
         except Exception as error:
-            if not isinstance(error, (RequestError, CapacityError, StreamError)):
-                log.exception("request_error", request_id=request_id)
+            log_fault(error, request_id)
             return _refusal(failure_of(error), request_id)
         finally:
             leave(scope)

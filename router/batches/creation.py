@@ -22,9 +22,9 @@ def new_record(
     endpoints: Collection[str],
     owner: str,
     now_s: float,
-    model: str | None = None,
-    name: str | None = None,
-    taken_by: str = "",
+    model: str | None,
+    name: str | None,
+    taken_by: str,
 ) -> BatchRecord:
     """Return the record of the batch that a body asks for. Raises RequestError (400).
 

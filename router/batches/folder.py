@@ -12,20 +12,19 @@ on threads.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import msgspec
 import structlog
 
-from ...common.errors import ConfigError, RequestError
+from ...common.errors import RequestError
+from ..kept.files import make_usable
 
 JOURNAL = "journal"
 JOURNAL_COPIES = 2  # it counts so often: its answers are written into files before it goes
@@ -50,14 +49,7 @@ class DataFolder:
         self.num_arrived = 0  # these, and those of what was kept
         self.room: Room | None = None  # when it was last measured for the batches that run; None: it was not yet
         self._unread: set[Path] = set()  # records of which a line in the log tells that nobody can read them
-        try:
-            for folder in (path, self.files, self.batches, self._parts):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part = self.new_part()
-            part.touch()
-            part.unlink()
-        except OSError as error:
-            raise ConfigError(f"data_dir: cannot use {path}: {error.strerror or error}") from error
+        make_usable("data_dir", path, self.files, self.batches, self._parts, written=self._parts)
         self.sweep_parts()
 
     def new_part(self) -> Path:
@@ -71,8 +63,7 @@ class DataFolder:
             with part.open("wb") as file:
                 file.write(data)
                 if lasts:
-                    file.flush()
-                    os.fsync(file.fileno())
+                    sync(file)
             self.place(part, target, lasts=lasts)
         except OSError:
             part.unlink(missing_ok=True)
@@ -176,6 +167,12 @@ class Room:
         return self._folder.num_arrived - self._num_arrived
 
 
+def sync(file: BinaryIO) -> None:
+    """Make what was written last."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder last."""
     fd = os.open(path, os.O_RDONLY)
@@ -187,34 +184,16 @@ def sync_folder(path: Path) -> None:
 
 def no_room(max_bytes: int) -> RequestError:
     """Return the refusal of what would fill the folder."""
-    return RequestError(
-        f"the server's folder for files holds {max_bytes} bytes and has no room for this: delete files",
-        code="insufficient_storage",
-        status=507,
-        kind="server_error",
-    )
+    return _refusal(f"the server's folder for files holds {max_bytes} bytes and has no room for this: delete files")
 
 
 def disk_full() -> RequestError:
     """Return the refusal of what the disk has no room for, which the folder's bound does not tell."""
-    return RequestError(
-        "the disk of the server's folder for files is full",
-        code="insufficient_storage",
-        status=507,
-        kind="server_error",
-    )
+    return _refusal("the disk of the server's folder for files is full")
 
 
-@contextlib.contextmanager
-def refusing_full_disk() -> Iterator[None]:
-    """Refuse what a client wants to keep where the disk itself is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        log.warning("data_disk_full", error=str(error))
-        raise disk_full() from error
+def _refusal(text: str) -> RequestError:
+    return RequestError(text, code="insufficient_storage", status=507, kind="server_error")
 
 
 class _Entry:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from .folder import sync
 from .usage import BatchUsage
 
 
@@ -77,8 +78,7 @@ class Journal:
                 usage = usage.plus(BatchUsage.of_answer(each.answer))
                 file.write(record)
                 end += len(record)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         self._size = end
         self.places |= places
         self.usage = usage

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import structlog
 
 from ...common.errors import RequestError
+from ..state.errors import log_failure
 from .aside import SetAside
 from .folder import Room
 from .record import BatchRecord, BatchStatus
@@ -48,7 +49,6 @@ log = structlog.get_logger(__name__)
 @dataclass(slots=True)
 class _Running:
     run: BatchRun
-    lock: BatchLock
     task: asyncio.Task[None]
 
 
@@ -103,15 +103,18 @@ class Keeper:
             self._deps.json.close()
 
     async def _keep(self) -> None:
-        sweep_s = 0.0
+        sweep_s, failed_by = 0.0, ""  # why the last look failed: told once
         while True:
             try:
                 await self._look()
                 if self._now_s() >= sweep_s and self._clock.is_believed(self._now_s()):
                     sweep_s = self._now_s() + SWEEP_S
                     await asyncio.to_thread(self._sweep, self._clock.now_s)
-            except Exception:  # whatever it is, batches are looked at again: nobody else would
-                log.exception("batches_folder_failed")
+                failed_by = ""
+            except Exception as error:  # whatever it is, batches are looked at again: nobody else would
+                if repr(error) != failed_by:
+                    log_failure("batches_folder_failed", error)
+                failed_by = repr(error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self._news.wait()
@@ -150,8 +153,8 @@ class Keeper:
         """Leave a batch alone for a while whose own folder cannot be used: others go on."""
         try:
             yield
-        except OSError:
-            log.exception("batch_unreachable", batch_id=record.id)
+        except OSError as error:
+            log_failure("batch_unreachable", error, batch_id=record.id)
             self._not_before_s[record.id] = self._now_s() + RETRY_S
 
     def _next_owner(self, waiting: dict[str, deque[BatchRecord]]) -> str | None:
@@ -188,7 +191,7 @@ class Keeper:
         run = BatchRun(current, self._deps, is_final=self._has_last_word(current))
         if end is not None:
             run.stop(end)
-        self._running[record.id] = _Running(run, lock, asyncio.create_task(self._run(run, lock)))
+        self._running[record.id] = _Running(run, asyncio.create_task(self._run(run, lock)))
         self._measuring = self._measuring or asyncio.create_task(self._measure_on())
 
     def _is_paused(self, record: BatchRecord) -> bool:
@@ -215,8 +218,8 @@ class Keeper:
         batch_id = run.record.id
         try:
             await run.run()
-        except Exception:  # a full disk, a helper that was killed: all that matters is on disk, and it begins anew
-            log.exception("batch_failed", batch_id=batch_id)
+        except Exception as error:  # a full disk, a lost helper: all that matters is on disk, and it begins anew
+            log_failure("batch_failed", error, batch_id=batch_id)
             self._not_before_s[batch_id] = self._now_s() + RETRY_S
         else:
             self._not_before_s.pop(batch_id, None)
@@ -240,8 +243,8 @@ class Keeper:
             begin_s = self._now_s()
             try:
                 await self._measure()
-            except Exception:  # such as a folder that is out of reach for a while
-                log.exception("batches_room_unknown")
+            except Exception as error:  # such as a folder that is out of reach for a while
+                log_failure("batches_room_unknown", error)
             await asyncio.sleep(max(MEASURE_S, (self._now_s() - begin_s) / MEASURE_SHARE))
 
     async def _measure(self) -> None:

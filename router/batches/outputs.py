@@ -5,7 +5,6 @@ Their names do not depend on the try: who writes them again replaces them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import msgspec
 
 from .call import CallAnswer
 from .files import OUTPUT, FileStore
+from .folder import sync
 from .input import InputLine
 from .journal import Journal
 from .record import BatchRecord, BatchStatus
@@ -42,8 +42,7 @@ def write_files(
                 elif lines:  # else nobody knows its custom_id any more
                     opened[is_ok].write(_unanswered(lines[number], end) + b"\n")
             for file in opened.values():
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
         return _placed(files, record, parts[True], "output"), _placed(files, record, parts[False], "error")
     finally:
         for part in parts.values():

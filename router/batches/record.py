@@ -100,12 +100,11 @@ class BatchRecord(msgspec.Struct, kw_only=True):
         if cancel_asked_s is not None and status in CANCELLABLE:
             status = BatchStatus.CANCELLING
             stamps[status] = int(cancel_asked_s)
-        data = [{"code": e.code, "message": e.message, "line": e.line, "param": e.param} for e in self.errors]
         return {
             "id": self.id,
             "object": "batch",
             "endpoint": self.endpoint,
-            "errors": {"object": "list", "data": data} if data else None,
+            "errors": {"object": "list", "data": msgspec.to_builtins(self.errors)} if self.errors else None,
             "input_file_id": self.input_file_id,
             "completion_window": self.completion_window,
             "status": status,

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ...common.errors import CapacityError, RequestError
 from ..api.body import BodyRoom, read_body
+from ..api.json_answers import Json, listed, ordered, page_of
 from ..api.middleware import context_of
 from ..kept.asking import REPEATED_HEADER, key_name, key_reused
-from ..state.errors import clip
 from .content import content
 from .creation import new_record
 from .files import INPUT
-from .folder import Room, refusing_full_disk
+from .folder import Room
 from .keeper import Keeper
 from .record import BatchRecord
 from .run import RunDeps
@@ -30,14 +27,6 @@ _MAX_BODY_BYTES = 64 * 2**10
 _MAX_FILES, _MAX_BATCHES, _BATCHES_SHOWN = 10_000, 100, 20  # of a page, as OpenAI's
 
 
-class _Listed(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=_Listed)
-
-
 class BatchRoutes:
     """The endpoints. Without a data folder each says which flag gives one."""
 
@@ -46,10 +35,10 @@ class BatchRoutes:
         deps: RunDeps | None,
         *,
         endpoints: Sequence[str],
-        model: str | None = None,
+        model: str | None,
         owner_of: Callable[[bytes], str],
         body_room: BodyRoom,
-        check_form: Callable[[Mapping[bytes, bytes]], None] = lambda headers: None,
+        check_form: Callable[[Mapping[bytes, bytes]], None],
     ) -> None:
         """`model`: what batches that are taken here are for. `owner_of`: a tenant's name on disk.
 
@@ -83,29 +72,23 @@ class BatchRoutes:
         deps, owner = self._ready, self._owner(request)
         headers = context_of(request.scope).headers
         self._check_form(headers)
-        with refusing_full_disk():
-            async with received(headers, request.receive, deps.store.folder) as (form, part):
-                lifetime_s = form.check()
-                assert form.filename is not None
-                stored = await asyncio.to_thread(
-                    deps.files.add, part, owner=owner, filename=form.filename, purpose=INPUT, lifetime_s=lifetime_s
-                )
-        return _json(stored.shown())
+        async with received(headers, request.receive, deps.store.folder) as (form, part):
+            lifetime_s = form.check()
+            assert form.filename is not None
+            stored = await asyncio.to_thread(
+                deps.files.add, part, owner=owner, filename=form.filename, purpose=INPUT, lifetime_s=lifetime_s
+            )
+        return Json(stored.shown())
 
     async def files(self, request: Request) -> Response:
         deps, query = self._ready, request.query_params
-        found = await asyncio.to_thread(deps.files.owned, self._owner(request), query.get("purpose"))
-        order = query.get("order", "desc")
-        if order not in ("asc", "desc"):
-            raise RequestError(f"order: must be asc or desc, got {clip(order)}", param="order")
-        if order == "asc":
-            found.reverse()
-        page, has_more = _page(found, request, _MAX_FILES, _MAX_FILES)
-        return _listed([each.shown() for each in page], has_more=has_more)
+        found = ordered(await asyncio.to_thread(deps.files.owned, self._owner(request), query.get("purpose")), query)
+        page, has_more = page_of(found, [each.id for each in found], query, usual=_MAX_FILES, most=_MAX_FILES)
+        return listed([(each.id, each.shown()) for each in page], has_more=has_more)
 
     async def file(self, request: Request, file_id: str) -> Response:
         stored = await asyncio.to_thread(self._ready.files.get, file_id, self._owner(request))
-        return _json(stored.shown())
+        return Json(stored.shown())
 
     async def content(self, request: Request, file_id: str) -> Response:
         files = self._ready.files
@@ -114,7 +97,7 @@ class BatchRoutes:
 
     async def delete(self, request: Request, file_id: str) -> Response:
         await asyncio.to_thread(self._ready.files.delete, file_id, self._owner(request))
-        return _json({"id": file_id, "object": "file", "deleted": True})
+        return Json({"id": file_id, "object": "file", "deleted": True})
 
     # --- batches --------------------------------------------------------------------------------------------
 
@@ -127,11 +110,10 @@ class BatchRoutes:
         name = key_name(headers, context_of(request.scope).tenant)
         record = new_record(raw, self._endpoints, owner, deps.now_s(), self._model, name, deps.life)
         room = Room(deps.store.folder)
-        with refusing_full_disk():
-            known = await asyncio.to_thread(self._create, deps, record, room)
+        known = await asyncio.to_thread(self._create, deps, record, room)
         assert self.keeper is not None
         self.keeper.look_now()
-        response = _json((known or record).shown())
+        response = Json((known or record).shown())
         if known is not None:
             response.raw_headers.append(REPEATED_HEADER)
         return response
@@ -167,20 +149,20 @@ class BatchRoutes:
         return None
 
     async def batches(self, request: Request) -> Response:
-        deps = self._ready
+        deps, query = self._ready, request.query_params
         found = await asyncio.to_thread(deps.store.owned, self._owner(request))
-        page, has_more = _page(found, request, _BATCHES_SHOWN, _MAX_BATCHES)
-        return _listed([await self._shown(record) for record in page], has_more=has_more)
+        page, has_more = page_of(found, [each.id for each in found], query, usual=_BATCHES_SHOWN, most=_MAX_BATCHES)
+        return listed([(record.id, await self._shown(record)) for record in page], has_more=has_more)
 
     async def batch(self, request: Request, batch_id: str) -> Response:
         record = await asyncio.to_thread(self._ready.store.get, batch_id, self._owner(request))
-        return _json(await self._shown(record))
+        return Json(await self._shown(record))
 
     async def cancel(self, request: Request, batch_id: str) -> Response:
         record = await asyncio.to_thread(self._ready.store.ask_to_cancel, batch_id, self._owner(request))
         assert self.keeper is not None
         self.keeper.look_now()
-        return _json(await self._shown(record))
+        return Json(await self._shown(record))
 
     async def _shown(self, record: BatchRecord) -> dict[str, object]:
         asked_s = await asyncio.to_thread(self._ready.store.cancel_asked_s, record.id)
@@ -207,27 +189,3 @@ def _made_before(deps: RunDeps, record: BatchRecord) -> BatchRecord | None:
     if known is not None and not known.asks_like(record):
         raise key_reused()
     return known
-
-
-def _page(found: list[Item], request: Request, usual: int, most: int) -> tuple[list[Item], bool]:
-    """Return the items behind `after`, `limit` at most, and whether there are more."""
-    limit, after = request.query_params.get("limit", str(usual)), request.query_params.get("after")
-    if not re.fullmatch(r"[0-9]{1,6}", limit) or not 1 <= int(limit) <= most:
-        raise RequestError(f"limit: must be 1 to {most}, got {clip(limit)}", param="limit")
-    start = 0
-    if after is not None:
-        start = next((index + 1 for index, each in enumerate(found) if each.id == after), -1)
-        if start < 0:
-            raise RequestError(f"after: there is no {clip(after)} in this list", param="after")
-    end = start + int(limit)
-    return found[start:end], len(found) > end
-
-
-def _listed(data: list[dict[str, object]], *, has_more: bool) -> Response:
-    ids = [each["id"] for each in data]
-    ends = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
-    return _json({"object": "list", "data": data, **ends, "has_more": has_more})
-
-
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -179,7 +179,7 @@ class BatchRun:
                 if line.model in self.missing:  # an earlier line has found out meanwhile
                     self.deps.slots.release()
                 else:
-                    under_way.create_task(self._ask(number)).add_done_callback(self._free_slot)
+                    under_way.create_task(self._ask(number)).add_done_callback(lambda _: self.deps.slots.release())
 
     async def _take_slot(self) -> None:
         """Wait for a slot while the folder has room for answers. Those of lines under way are written all the same."""
@@ -204,9 +204,6 @@ class BatchRun:
         if errors != self.record.errors:
             self.record.errors, self._told_s = errors, -math.inf
             self._has_news.set()
-
-    def _free_slot(self, _task: asyncio.Task[None]) -> None:
-        self.deps.slots.release()
 
     async def _ask(self, number: int) -> None:
         """Ask one line until there is an answer that stays."""

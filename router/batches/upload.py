@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from ...common.errors import RequestError
 from ..api.body import ClientGone, check_codings
 from ..state.errors import clip
 from .files import INPUT
-from .folder import DataFolder, Room, no_room
+from .folder import DataFolder, Room, no_room, sync
 
 MAX_FILE_BYTES = 512 * 2**20  # OpenAI's limit for any file; of batches 200 MB
 WRITE_BYTES = 512 * 2**10  # parsed and written in one go: larger ones need more memory, smaller ones more threads
@@ -177,7 +176,7 @@ async def received(
         with part.open("wb") as file:
             form = Form(boundary, file, MAX_FILE_BYTES)
             await _receive(receive, form, incoming)
-            await asyncio.to_thread(_sync, file)
+            await asyncio.to_thread(sync, file)
         yield form, part
         incoming.is_kept = True
     finally:
@@ -239,8 +238,3 @@ async def _next(receive: Receive) -> tuple[bytes, bool]:
     if message["type"] == "http.disconnect":
         raise ClientGone
     return message.get("body", b""), message.get("more_body", False)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

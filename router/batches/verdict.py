@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ..state.errors import STORAGE_UNAVAILABLE
 from .call import CallAnswer
 
 MODEL_NOT_FOUND = "model_not_found"
@@ -28,6 +29,7 @@ _NO_ROOM = frozenset(
         "retry_budget_exhausted",  # of all requests together, and it fills again with time
         "router_stopping",
         "shutting_down",
+        STORAGE_UNAVAILABLE,
     }
 )
 

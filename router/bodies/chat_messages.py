@@ -11,7 +11,7 @@ from __future__ import annotations
 from ...common.errors import RequestError
 from ..state.errors import clip, shown
 from ..turns.earlier_calls import parse_calls
-from .fields import not_supported, take_only, unknown_field
+from .fields import checked_object, not_supported, take_only, unknown_field
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
@@ -60,10 +60,8 @@ def _unhinted(raw: object, *inner: str) -> object:
 
 
 def _message(item: object, where: str, ignored: list[str] | None) -> dict[str, object]:
-    if not isinstance(item, dict):
-        raise RequestError(f"{where} must be an object, got {shown(item)}", param=where)
     message: dict[str, object] = {}
-    for name, value in item.items():
+    for name, value in checked_object(item, where).items():
         if value is None:
             continue
         if name in _FIELDS:

@@ -115,6 +115,34 @@ def not_supported(name: str, harmless: tuple[object, ...] = ()) -> RequestError:
     return RequestError(f"'{name}' is not supported by this server{hint}", param=name, code="unsupported_parameter")
 
 
+def checked_object(raw: object, where: str) -> dict[str, object]:
+    """Raises RequestError for what is no object."""
+    if not isinstance(raw, dict):
+        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
+    return raw
+
+
+def checked_array(raw: object, where: str) -> list[object]:
+    """Raises RequestError for what is no array."""
+    if not isinstance(raw, list):
+        raise RequestError(f"{where} must be an array, got {shown(raw)}", param=where)
+    return raw
+
+
+def checked_string(raw: object, where: str) -> str:
+    """Raises RequestError for what is no string."""
+    if not isinstance(raw, str):
+        raise RequestError(f"{where} must be a string, got {shown(raw)}", param=where)
+    return raw
+
+
+def known_object(raw: object, known: frozenset[str], where: str, ignored: list[str] | None) -> dict[str, object]:
+    """Return an object of these fields. Raises RequestError for what is none, and for others as `take_only` does."""
+    given = checked_object(raw, where)
+    take_only(given, known, where, ignored)
+    return given
+
+
 def take_only(given: Mapping[str, object], known: frozenset[str], where: str, ignored: list[str] | None) -> None:
     """Refuse the first of other fields, unless a list takes their names. Those that are null are not there."""
     extra = sorted(name for name, value in given.items() if value is not None and name not in known)

@@ -19,10 +19,9 @@ from typing import NamedTuple
 from ...common.errors import RequestError
 from ...common.grammar import COMPACT, MAX_GRAMMAR_BYTES, MAX_MASK_BYTES, Grammar, pack_mask
 from ...grammar.gbnf import is_lark, unforced
-from ..state.errors import clip, shown
 from ..turns.values.closing import closed
 from .fields import not_supported, take_only
-from .structural_tags import tags_grammar
+from .structural_tags import object_at, tags_grammar, wrong
 
 FIELDS = (
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
@@ -51,7 +50,7 @@ Read = Callable[[str, object], AskedGrammar | None]  # of a form's name and valu
 ReadField = Callable[[str, object, Ignored], AskedGrammar | None]
 
 
-def asked_grammar(fields: Mapping[str, object], ignored: list[str] | None = None) -> AskedGrammar | None:
+def asked_grammar(fields: Mapping[str, object], ignored: list[str] | None) -> AskedGrammar | None:
     """Return what a body's `FIELDS` ask for; None: any text. Raises RequestError that names the field and the rule.
 
     Unknown fields of theirs are refused, unless a list takes their names.
@@ -68,7 +67,7 @@ def asked_grammar(fields: Mapping[str, object], ignored: list[str] | None = None
 
 
 def _response_format(name: str, value: object, ignored: Ignored) -> AskedGrammar | None:
-    fields = _object(name, value)
+    fields = object_at(name, value)
     match fields.get("type"):
         case "text":
             _check_names(name, fields, {"type"}, ignored)
@@ -83,24 +82,24 @@ def _response_format(name: str, value: object, ignored: Ignored) -> AskedGrammar
             _check_names(name, fields, {"type", "structures", "triggers", "format"}, ignored)
             return _structural_tag(name, value)
         case other:
-            raise _wrong(f"{name}.type", "must be text, json_object, json_schema or structural_tag", other)
+            raise wrong(f"{name}.type", "must be text, json_object, json_schema or structural_tag", other)
 
 
 def _named_schema(name: str, value: object, ignored: Ignored) -> AskedGrammar:
-    fields = _object(name, value)
+    fields = object_at(name, value)
     _check_names(name, fields, {"name", "description", "schema", "strict"}, ignored)
     for text in ("name", "description"):
         if not isinstance(fields.get(text), str | None):
-            raise _wrong(f"{name}.{text}", "must be a string", fields[text])
+            raise wrong(f"{name}.{text}", "must be a string", fields[text])
     if not isinstance(fields.get("strict"), bool | None):
-        raise _wrong(f"{name}.strict", "must be true or false", fields["strict"])
+        raise wrong(f"{name}.strict", "must be true or false", fields["strict"])
     if fields.get("schema") is None:
         raise RequestError(f"'{name}.schema' is required", param=f"{name}.schema", code="missing_required_parameter")
     return _json(f"{name}.schema", fields["schema"])
 
 
 def _structured_outputs(name: str, value: object, ignored: Ignored) -> AskedGrammar | None:
-    fields = _object(name, value)
+    fields = object_at(name, value)
     _check_names(name, fields, {*_FORMS, *_OPTIONS}, ignored)
     for option, harmless in _OPTIONS.items():
         if (given := fields.get(option)) is not None and given not in harmless:
@@ -129,7 +128,7 @@ def _json(name: str, value: object, *, is_open: bool = False) -> AskedGrammar:
         except (ValueError, RecursionError):
             return asked  # who compiles it says what is wrong
     if not isinstance(schema, dict | bool):
-        raise _wrong(name, "must be a JSON schema", schema)
+        raise wrong(name, "must be a JSON schema", schema)
     asked = asked or _asked("json_schema", _dumps(schema), name)
     if isinstance(schema, dict) and not is_open:
         with contextlib.suppress(RequestError, RecursionError):  # of one that is longer then than may be, or very deep
@@ -143,7 +142,7 @@ def _dumps(schema: object) -> str:
 
 def _json_object(name: str, value: object) -> AskedGrammar | None:
     if not isinstance(value, bool):
-        raise _wrong(name, "must be true or false", value)
+        raise wrong(name, "must be true or false", value)
     return AskedGrammar(Grammar("json_object", b""), name) if value else None
 
 
@@ -158,17 +157,16 @@ def _grammar(name: str, value: object) -> AskedGrammar:
 
 def _choice(name: str, value: object) -> AskedGrammar:
     if not isinstance(value, list) or not value or set(map(type, value)) != {str}:
-        raise _wrong(name, "must be a list of strings, and not be empty", value)
+        raise wrong(name, "must be a list of strings, and not be empty", value)
     return _asked("choice", json.dumps(value, ensure_ascii=False), name)
 
 
 def _tokens(name: str, value: object) -> AskedGrammar:
     """Tokens, checked before to be numbers, and later to be the vocabulary's."""
     if not isinstance(value, list) or not value:
-        raise _wrong(name, "must be a list of token ids, and not be empty", value)
+        raise wrong(name, "must be a list of token ids, and not be empty", value)
     if not 0 <= min(value) <= max(value) < 8 * MAX_MASK_BYTES:
-        wrong = min(value) if min(value) < 0 else max(value)
-        raise _wrong(name, "must be a list of token ids", wrong)
+        raise wrong(name, "must be a list of token ids", min(value) if min(value) < 0 else max(value))
     mask = bytearray(-(-(max(value) + 1) // 32) * 4)
     for token_id in value:
         mask[token_id >> 3] |= 1 << (token_id & 7)
@@ -181,8 +179,8 @@ def _structural_tag(name: str, value: object) -> AskedGrammar:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise _wrong(name, "must be JSON", value) from None
-    return _asked("lark", tags_grammar(name, _object(name, value)), name)
+            raise wrong(name, "must be JSON", value) from None
+    return _asked("lark", tags_grammar(name, object_at(name, value)), name)
 
 
 def _asked(kind: str, text: str, param: str) -> AskedGrammar:
@@ -203,25 +201,14 @@ def _bounded(kind: str, data: bytes, param: str) -> AskedGrammar:
     return AskedGrammar(Grammar(kind, data), param)
 
 
-def _object(name: str, value: object) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise _wrong(name, "must be an object", value)
-    return value
-
-
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise _wrong(name, "must be a string, and not be empty", value)
+        raise wrong(name, "must be a string, and not be empty", value)
     return value
 
 
 def _check_names(name: str, fields: Mapping[str, object], known: set[str], ignored: Ignored) -> None:
     take_only(fields, frozenset(known), name, ignored)
-
-
-def _wrong(name: str, rule: str, value: object) -> RequestError:
-    got = "nothing" if value is None else shown(value)
-    return RequestError(f"'{name}' {rule}, got {got}", param=clip(name, 128).strip("'"), code="invalid_value")
 
 
 def _plain(read: Read) -> ReadField:

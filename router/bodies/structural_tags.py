@@ -76,10 +76,10 @@ class _Tags:
 
     def format(self, name: str, value: object, end: _End, depth: int) -> str:
         """Return a format with what follows it."""
-        fields = _object(name, value)
+        fields = object_at(name, value)
         kind = fields.get("type")
         if not isinstance(kind, str) or kind not in _KINDS:
-            raise _wrong(f"{name}.type", f"must be one of {', '.join(_KINDS)}", kind)
+            raise wrong(f"{name}.type", f"must be one of {', '.join(_KINDS)}", kind)
         self._check(name, kind, fields, depth)
         return _KINDS[kind].read(self, name, fields, end, depth)
 
@@ -101,7 +101,7 @@ class _Tags:
     def schema(self, name: str, fields: _Fields, end: _End, _depth: int) -> str:
         schema = fields.get("json_schema")
         if not isinstance(schema, dict) and schema is not True:
-            raise _wrong(f"{name}.json_schema", "must be an object, or true", schema)
+            raise wrong(f"{name}.json_schema", "must be an object, or true", schema)
         rule = json_rule(closed(schema) if isinstance(schema, dict) else {})
         return f"{rule} {end.rule}"
 
@@ -110,7 +110,7 @@ class _Tags:
 
         def spelled(found: re.Match[str]) -> str:
             if found[0] == "\\":
-                raise _wrong(f"{name}.pattern", "must not end within an escape", pattern)
+                raise wrong(f"{name}.pattern", "must not end within an escape", pattern)
             return _SPELLED.get(found[0][-1], found[0])
 
         _check_ends(name, "a regex", end)
@@ -145,9 +145,9 @@ class _Tags:
     def _tags(self, name: str, value: object, depth: int) -> Iterator[tuple[str, dict[str, object]]]:
         """Yield the tags of a list, with their places. They need not say that they are tags."""
         for index, tag in enumerate(_list(name, value)):
-            place, fields = f"{name}[{index}]", _object(f"{name}[{index}]", tag)
+            place, fields = f"{name}[{index}]", object_at(f"{name}[{index}]", tag)
             if (kind := fields.get("type", "tag")) != "tag":
-                raise _wrong(f"{place}.type", "must be tag", kind)
+                raise wrong(f"{place}.type", "must be tag", kind)
             self._check(place, "tag", fields, depth)
             yield place, fields
 
@@ -169,10 +169,10 @@ class _Tags:
         """Return the older form: text with tags in it, each of which has a schema."""
         tags = list[tuple[str, dict[str, object]]]()
         for index, given in enumerate(_list(f"{name}.structures", fields.get("structures"))):
-            place, tag = f"{name}.structures[{index}]", _object(f"{name}.structures[{index}]", given)
+            place, tag = f"{name}.structures[{index}]", object_at(f"{name}.structures[{index}]", given)
             schema = {} if tag.get("schema") is None else tag["schema"]
             if not isinstance(schema, dict):
-                raise _wrong(f"{place}.schema", "must be an object", schema)
+                raise wrong(f"{place}.schema", "must be an object", schema)
             tags.append((place, {**tag, "content": {"type": "json_schema", "json_schema": schema}}))
         return self._in_text(name, {"triggers": fields.get("triggers")}, tags, _OF_ANSWER, 1)
 
@@ -194,7 +194,7 @@ class _Tags:
             at_once.append(f"{_literal(name, trigger)} {rest}")
             in_text.append(f"{heads[trigger]} {rest}")
         if unused := [each for each in triggers if each not in heads]:
-            raise _wrong(f"{name}.triggers", "must each begin one of the tags", unused[0])
+            raise wrong(f"{name}.triggers", "must each begin one of the tags", unused[0])
         must, is_one = _flag(name, fields, "at_least_one"), _flag(name, fields, "stop_after_first")
         if must and is_one:
             return f"{_either(at_once)} {end.rule}"
@@ -245,31 +245,31 @@ def _check_ends(name: str, kind: str, end: _End) -> None:
         raise RequestError(text, param=name[:128], code="unsupported_grammar")
 
 
-def _object(name: str, value: object) -> dict[str, object]:
+def object_at(name: str, value: object) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise _wrong(name, "must be an object", value)
+        raise wrong(name, "must be an object", value)
     return value
 
 
 def _list(name: str, value: object) -> list[object]:
     if not isinstance(value, list) or not value:
-        raise _wrong(name, "must be a list, and not be empty", value)
+        raise wrong(name, "must be a list, and not be empty", value)
     return value
 
 
 def _string(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _wrong(name, "must be a string", value)
+        raise wrong(name, "must be a string", value)
     return value
 
 
 def _flag(name: str, fields: _Fields, field: str) -> bool:
     value = fields.get(field)
     if not isinstance(value, bool | None):
-        raise _wrong(f"{name}.{field}", "must be true or false", value)
+        raise wrong(f"{name}.{field}", "must be true or false", value)
     return bool(value)
 
 
-def _wrong(name: str, rule: str, value: object) -> RequestError:
+def wrong(name: str, rule: str, value: object) -> RequestError:
     got = "nothing" if value is None else shown(value)
     return RequestError(f"'{name}' {rule}, got {got}", param=name[:128], code="invalid_value")

@@ -10,6 +10,7 @@ import msgspec
 from ...common.vectors import unit, values_of
 from ..api.answer import Answer
 from ..api.choice import TextPiece
+from ..api.form import Form
 from ..api.openai_types import Struct
 from ..bodies.text_bodies import EmbeddingBody
 
@@ -32,10 +33,8 @@ class EmbeddingList(Struct, kw_only=True):
     usage: EmbeddingUsage
 
 
-class EmbeddingForm:
-    """Implements `Form`. There is nothing to tell before the whole."""
-
-    has_plain_chunks = False
+class EmbeddingForm(Form):
+    """There is nothing to tell before the whole."""
 
     def __init__(self, answer: Answer, model: str, body: EmbeddingBody) -> None:
         self._answer = answer
@@ -45,12 +44,6 @@ class EmbeddingForm:
 
     def chunks(self, index: int, piece: TextPiece, *, is_first: bool) -> Sequence[Struct]:
         return ()
-
-    def usage_chunk(self) -> Struct:
-        return self._usage()
-
-    def keep(self) -> None:
-        """Nobody asks for it again."""
 
     def whole(self, pieces: Sequence[TextPiece]) -> Struct:
         return self._list([self._item(index) for index in range(len(self._answer.requests))])

@@ -9,33 +9,21 @@ the quick one waits for tenths of a second at most, whatever other chats are lik
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 
 from ...common.errors import CapacityError, ConfigError, RequestError
 from ...models.chat_template import ChatTemplate, overrun_error
-from ...models.render_budget import RenderLimits
+from ...models.render_budget import RenderLimits, TemplateOverrun
 from .helper import Helper, HelperLost
-from .wire import REFUSAL, RENDER_CHAT, SET_TEMPLATE, ChatSpec, HelperRefusal, TemplateSetup
+from .wire import REFUSAL, RENDER_CHAT, SET_TEMPLATE, Chat, HelperRefusal, TemplateSetup
 
 QUICK_BYTES = 16 * 2**10
 QUICK = RenderLimits(max_s=0.1, max_steps=10_000, max_chars=2**18, max_items=100_000)
 LONG = RenderLimits()
 _SLACK_S = 0.5  # from the end that a rendering sees itself to its process's
-
-
-@dataclass(slots=True, frozen=True)
-class Chat:
-    """A chat that is to be rendered."""
-
-    messages: Sequence[Mapping[str, object]]
-    template_kwargs: Mapping[str, object]
-    add_generation_prompt: bool
-    continue_final_message: bool
-    tools: Sequence[Mapping[str, object]] = ()
 
 
 class Renderer(Protocol):
@@ -52,14 +40,6 @@ class Renderer(Protocol):
     def close(self) -> None: ...
 
 
-class _RenderOverrun(Exception):
-    """A rendering reached a limit."""
-
-    def __init__(self, message: str, *, is_size: bool = False) -> None:
-        super().__init__(message)
-        self.is_size = is_size
-
-
 class ChatRenderer:
     """`ChatRenderer` renders the chats of one model. Belongs to one loop."""
 
@@ -69,15 +49,15 @@ class ChatRenderer:
         self.quick, self.long = Helper(frame), Helper(frame)
 
     async def render(self, chat: Chat) -> str:
-        payload = _encoded(chat, QUICK)
+        payload = msgspec.msgpack.encode((chat, QUICK))
         if len(payload) <= QUICK_BYTES:
             try:
                 return await _ask(self.quick, payload, QUICK)
-            except _RenderOverrun:
+            except TemplateOverrun:
                 pass
         try:
-            return await _ask(self.long, _encoded(chat, LONG), LONG)
-        except _RenderOverrun as error:
+            return await _ask(self.long, msgspec.msgpack.encode((chat, LONG)), LONG)
+        except TemplateOverrun as error:
             raise overrun_error(str(error), is_size=error.is_size) from None
 
     def start(self) -> None:
@@ -89,34 +69,19 @@ class ChatRenderer:
         self.long.close()
 
 
-def _encoded(chat: Chat, limits: RenderLimits) -> bytes:
-    spec = ChatSpec(
-        messages=[dict(message) for message in chat.messages],
-        tools=[dict(tool) for tool in chat.tools],
-        template_kwargs=dict(chat.template_kwargs),
-        add_generation_prompt=chat.add_generation_prompt,
-        continue_final_message=chat.continue_final_message,
-        max_s=limits.max_s,
-        max_steps=limits.max_steps,
-        max_chars=limits.max_chars,
-        max_items=limits.max_items,
-    )
-    return msgspec.msgpack.encode(spec)
-
-
 async def _ask(helper: Helper, payload: bytes, limits: RenderLimits) -> str:
     try:
         kind, answer = await helper.ask_again(RENDER_CHAT, payload, limits.max_s + _SLACK_S)
     except HelperLost as error:
         if error.is_late:
-            raise _RenderOverrun(f"rendering the chat took more than {limits.max_s:g} s") from None
+            raise TemplateOverrun(f"rendering the chat took more than {limits.max_s:g} s") from None
         raise CapacityError(f"the chat could not be rendered: {error}", status=503) from None
     if kind != REFUSAL:
         return answer.decode()
     refusal = msgspec.msgpack.decode(answer, type=HelperRefusal)
     match refusal.kind:
         case "overrun":
-            raise _RenderOverrun(refusal.message, is_size=refusal.is_size)
+            raise TemplateOverrun(refusal.message, is_size=refusal.is_size)
         case "model":
             raise ConfigError(refusal.message)
         case "request":

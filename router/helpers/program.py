@@ -29,7 +29,7 @@ from .wire import (
     SET_VOCABULARY,
     SETUP,
     VALUE,
-    ChatSpec,
+    Chat,
     HelperRefusal,
     TemplateSetup,
     VocabularySetup,
@@ -131,8 +131,7 @@ class _Program:
         from ...models.render_budget import RenderLimits, TemplateOverrun
 
         assert self._template is not None
-        chat = msgspec.msgpack.decode(payload, type=ChatSpec)
-        limits = RenderLimits(chat.max_s, chat.max_steps, chat.max_chars, chat.max_items)
+        chat, limits = msgspec.msgpack.decode(payload, type=tuple[Chat, RenderLimits])
         try:
             own = {"tools": list(chat.tools) or None, **chat.template_kwargs}
             self._template.check_users(self._special_tokens, limits, own)

@@ -2,7 +2,7 @@
 
 "j" the bound of commas, a body              ─> "v" the value
 "t" a `TemplateSetup`, once, at the start       no answer
-"c" a `ChatSpec`                             ─> "v" the prompt, as UTF-8
+"c" a `Chat`, and its `RenderLimits`         ─> "v" the prompt, as UTF-8
 "s" a `VocabularySetup`, once, at the start     no answer
 "g" a `Grammar`                              ─> "v" its packed first mask: it can be followed
 any of them                                  ─> "e" a `HelperRefusal`: why not
@@ -12,6 +12,8 @@ any of them                                  ─> "e" a `HelperRefusal`: why not
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -51,15 +53,12 @@ class VocabularySetup(msgspec.Struct):
     gives_way: bool = False  # grammars are compiled aside (`aside.py`), and with a niceness where that fails
 
 
-class ChatSpec(msgspec.Struct):
-    """One chat, and what rendering it may spend."""
+@dataclass(slots=True, frozen=True)
+class Chat:
+    """A chat that is to be rendered."""
 
-    messages: list[dict[str, object]]
-    tools: list[dict[str, object]]
-    template_kwargs: dict[str, object]
+    messages: Sequence[Mapping[str, object]]
+    template_kwargs: Mapping[str, object]
     add_generation_prompt: bool
     continue_final_message: bool
-    max_s: float
-    max_steps: int
-    max_chars: int
-    max_items: int
+    tools: Sequence[Mapping[str, object]] = ()

@@ -16,6 +16,7 @@ from .connection_limits import Connections
 from .leaving import Connection
 from .protocol import WRITE_LIMIT_S, DeadlineProtocol
 from .tls_listener import Certificates, Handshake, TlsListener
+from .ways_out import send_failure
 
 KEEP_ALIVE_S = 75
 VANISHED_S = 2 * WRITE_LIMIT_S  # no sign of life: later than one that only does not read is cut for that
@@ -120,10 +121,8 @@ class _Ending:
             if not self._server.is_stopping:
                 raise
             failure = failure_of(CapacityError("the server is shutting down", status=503))
-            headers = [*failure.headers, (b"content-length", b"%d" % len(failure.body))]
             with contextlib.suppress(RuntimeError):  # the head is out: its connection just ends
-                await send({"type": "http.response.start", "status": failure.status, "headers": headers})
-                await send({"type": "http.response.body", "body": failure.body})
+                await send_failure(send, failure, failure.body)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from starlette.responses import Response
 
 from ..state.errors import StreamError
+from .sending import Sending
 
 
-class UnderWay(Protocol):
-    """A client waits for it."""
+class UnderWay(Response):
+    """An answer that is counted, and may be ended from outside. Starlette calls it as an ASGI application."""
 
-    @property
-    def is_background(self) -> bool:
-        """Nobody waits for it."""
-        ...
+    def __init__(self, in_flight: InFlight, *, is_background: bool = False) -> None:
+        """`is_background`: no client waits for it."""
+        self.background = None
+        self.status_code = 200
+        self.is_background = is_background
+        self._in_flight = in_flight
+        self._sending = Sending()
+        in_flight.add(self)
 
     def end(self, error: Exception) -> None:
         """End it from outside."""
-        ...
+        self._sending.end(error)
 
 
 class InFlight:

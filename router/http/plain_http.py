@@ -12,6 +12,7 @@ import socket
 
 from ...common.errors import RequestError
 from ..state.errors import failure_of
+from .ways_out import last_answer
 
 _UNREAD_BYTES = 2**16  # of the request, which are read so that its client reads the answer before the end
 _UNREAD_S = 1.0
@@ -33,12 +34,10 @@ async def tell_to_use_tls(sock: socket.socket) -> None:
     failure = failure_of(
         RequestError("this port speaks HTTPS, and was asked by plain HTTP: use https://", code="https_required")
     )
-    head = [*failure.headers, (b"content-length", b"%d" % len(failure.body)), (b"connection", b"close")]
-    lines = [b"HTTP/1.1 400 Bad Request", *(b"%b: %b" % line for line in head), b"", failure.body]
     loop = asyncio.get_running_loop()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_UNREAD_S):
-            await loop.sock_sendall(sock, b"\r\n".join(lines))
+            await loop.sock_sendall(sock, last_answer(failure))
             sock.shutdown(socket.SHUT_WR)
             num_bytes = 0
             while num_bytes < _UNREAD_BYTES and (data := await loop.sock_recv(sock, _UNREAD_BYTES)):

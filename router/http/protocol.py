@@ -30,18 +30,12 @@ from .connection_limits import Connections, LimitedConnection
 from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
 from .plain_parser import PlainParser
 from .stream_writer import CHUNK_ENCODER, ChunkEncoder, StreamWriter, WriteCoalescer
-from .ways_out import Closer, PlainEncoder, Unframed
+from .ways_out import Closer, PlainEncoder, Unframed, last_answer
 
 HEAD_LIMIT_S = 5.0
 WRITE_LIMIT_S = 30.0
 LINGER_S = 2.0  # reading on after an early answer
 LINGER_BYTES = 64 * 2**20
-_STATUS_LINES = {
-    400: b"HTTP/1.1 400 Bad Request",
-    431: b"HTTP/1.1 431 Request Header Fields Too Large",
-    503: b"HTTP/1.1 503 Service Unavailable",
-}
-
 
 _errors_only = logging.getLogger("uvicorn.error.http")
 _errors_only.setLevel(logging.ERROR)
@@ -251,13 +245,10 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: RequestError | CapacityError) -> None:
         """Answer without the application. The caller ends the connection."""
-        failure = failure_of(error)
-        head = [_STATUS_LINES[failure.status], b"connection: close", b"content-length: %d" % len(failure.body)]
-        head += [name + b": " + value for name, value in failure.headers]
         self._await_nothing()
         self._discard()
         self.stream_writer.flush()
-        self.transport.write(b"\r\n".join([*head, b"", failure.body]))
+        self.transport.write(last_answer(failure_of(error)))
 
     # --- time limits ------------------------------------------------------------------------------------------
 

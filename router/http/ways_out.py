@@ -1,12 +1,16 @@
 """An answer's ways to its connection, as uvicorn takes them, and those of HTTP/1.0, whose clients know no chunks.
 
-There the connection's end is the body's (RFC 9112, 6.1 and 6.3).
+There the connection's end is the body's (RFC 9112, 6.1 and 6.3). What no application answers is here whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 
+from starlette.types import Send
+
+from ..state.errors import HttpFailure
 from .stream_writer import ChunkEncoder
 
 _LINE = b"\r\n"
@@ -52,3 +56,17 @@ class Unframed:
             data = data[: int(size, 16)]
         if data:
             self._write(data)
+
+
+async def send_failure(send: Send, failure: HttpFailure, body: bytes) -> None:
+    """Send a refusal; `body` is its own, or words it as its endpoint does."""
+    headers = [*failure.headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def last_answer(failure: HttpFailure) -> bytes:
+    """Return a refusal as a connection carries it that ends with it."""
+    fields = [*failure.headers, (b"content-length", b"%d" % len(failure.body)), (b"connection", b"close")]
+    line = b"HTTP/1.1 %d %b" % (failure.status, HTTPStatus(failure.status).phrase.encode())
+    return _LINE.join([line, *(b"%b: %b" % field for field in fields), b"", failure.body])

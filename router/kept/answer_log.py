@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -130,7 +130,3 @@ def has_told(path: Path) -> bool:
             return os.fstat(file.fileno()).st_size > _FRAME_BYTES + length
     except OSError:
         return False
-
-
-def num_tokens(told: Sequence[Told]) -> int:
-    return sum(len(portion.tokens) for portion in told)

@@ -11,6 +11,7 @@ the answers of tasks: they go on however long there was no router.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,12 @@ from pathlib import Path
 
 import structlog
 
-from ...common.errors import ConfigError, RequestError
+from ...common.errors import RequestError
 from ...common.request import SamplingParams
 from ..state.errors import StreamError
 from .answer_log import AnswerLog, has_told
 from .asking import key_name, key_reused
-from .files import is_under_way, open_locked, share_of_open_files
+from .files import is_under_way, make_usable, open_locked, share_of_open_files
 from .kept_answer import AnswerKey, KeptAnswer
 from .sweeper import Sweeper
 
@@ -47,14 +48,7 @@ class KeptAnswers:
         self._max_held = share_of_open_files(_FILES_SHARE)
         self._is_watching = False
         self.sweeper = Sweeper(path, KEEP_S, MAX_BYTES, _delete_unless_told)
-        try:
-            for folder in (path, self._wanted):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = path / f"probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(f"answers_dir: cannot use {path}: {error.strerror or error}") from error
+        make_usable("answers_dir", path, self._wanted, written=path)
 
     def __len__(self) -> int:
         """Count the answers that are being told here."""
@@ -140,9 +134,10 @@ class KeptAnswers:
 
     def _look(self) -> None:
         self._is_watching = False
-        for name in os.listdir(self._wanted) if self._held else ():
-            if (answer := self._held.get(name)) is not None:
-                answer.on_wanted()
+        with contextlib.suppress(OSError):  # who waits gives up, or is seen at a later look
+            for name in os.listdir(self._wanted) if self._held else ():
+                if (answer := self._held.get(name)) is not None:
+                    answer.on_wanted()
         self._watch()
 
 

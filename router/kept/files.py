@@ -26,6 +26,18 @@ def make_folder(path: Path) -> None:
         raise ConfigError(f"answers_dir: cannot make {path}: {error.strerror or error}") from error
 
 
+def make_usable(setting: str, path: Path, *inner: Path, written: Path) -> None:
+    """Make a folder and others in it, for this user alone, and try to write to one of them. Raises ConfigError."""
+    try:
+        for folder in (path, *inner):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = written / f"probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{setting}: cannot use {path}: {error.strerror or error}") from error
+
+
 def share_of_open_files(share: int) -> int:
     """Return how many files of a kind may be open at once, one in `share` of all: connections need the others."""
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // share)

@@ -22,7 +22,7 @@ import structlog
 from ...common.clock import wall_time_s
 from ...common.request import SampledToken, SamplingParams
 from ..state.request import RouterRequest
-from .answer_log import AnswerLog, Head, Told, num_tokens
+from .answer_log import AnswerLog, Head, Told
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +52,7 @@ class KeptAnswer:
         self._on_close = on_close
         self._is_open = True
         self.told: Sequence[Told] = log.told  # before; told again first
-        self.num_told_tokens = num_tokens(log.told)
+        self.num_told_tokens = sum(len(portion.tokens) for portion in log.told)
         self.is_kept = True  # what is told now can be found later
         self.on_wanted: Callable[[], None] = _ignore  # somebody else waits for it; may be called again
 
@@ -132,16 +132,6 @@ def given_back(kept: KeptAnswer | None) -> Iterator[None]:
         if kept is not None:
             kept.close()
         raise
-
-
-def settled(kept: KeptAnswer | None, drawn: list[SamplingParams], answer_id: str) -> list[SamplingParams]:
-    """Settle how an answer is sampled: as drawn where it is not kept."""
-    return drawn if kept is None else kept.settle(drawn, answer_id)
-
-
-def restored(kept: KeptAnswer | None, requests: Iterator[RouterRequest]) -> Iterator[RouterRequest]:
-    """Restore a call's requests where its answer is kept."""
-    return requests if kept is None else kept.restore(requests)
 
 
 def _ignore() -> None:

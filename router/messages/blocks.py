@@ -11,7 +11,7 @@ from itertools import chain, groupby
 
 from ...common.errors import RequestError
 from ..bodies.chat_messages import MAX_MESSAGES
-from ..bodies.fields import take_only
+from ..bodies.fields import known_object
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage
 from .texts import Block, joined_text, no_block, read_block, result_text, text_of
@@ -73,10 +73,8 @@ def _turn(neighbours: Sequence[PlacedMessage]) -> PlacedMessage:
 
 
 def _message(raw: object, where: str, ignored: list[str] | None, left_out: list[str]) -> list[PlacedMessage]:
-    if not isinstance(raw, dict):
-        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    take_only(raw, frozenset({"role", "content"}), where, ignored)
-    role, content = raw.get("role"), raw.get("content")
+    given = known_object(raw, frozenset({"role", "content"}), where, ignored)
+    role, content = given.get("role"), given.get("content")
     if role not in ("user", "assistant", "system"):
         raise RequestError(f"{where}.role must be 'user' or 'assistant', got {shown(role)}", param=f"{where}.role")
     if isinstance(content, str):

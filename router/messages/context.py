@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...common.errors import RequestError
-from ..bodies.fields import take_only, whole
+from ..bodies.fields import checked_array, checked_object, known_object, take_only, whole
 from ..state.errors import shown
 from ..turns.places import PlacedMessage
 
@@ -28,15 +28,9 @@ def edit_context(
     """
     if raw is None:
         return
-    if not isinstance(raw, dict):
-        raise RequestError(f"context_management must be an object, got {shown(raw)}", param="context_management")
-    take_only(raw, frozenset({"edits"}), "context_management", ignored)
-    edits = raw.get("edits") or []
-    if not isinstance(edits, list):
-        where = "context_management.edits"
-        raise RequestError(f"{where} must be an array, got {shown(edits)}", param=where)
+    given = known_object(raw, frozenset({"edits"}), "context_management", ignored)
     kept: list[int] = []
-    for index, each in enumerate(edits):
+    for index, each in enumerate(checked_array(given.get("edits") or [], "context_management.edits")):
         where = f"context_management.edits[{index}]"
         if isinstance(each, dict) and each.get("type") in _WITHOUT_EFFECT:
             left_out.append(where)
@@ -49,16 +43,15 @@ def edit_context(
 
 def _kept_turns(raw: object, where: str, ignored: list[str] | None) -> int | None:
     """Return of how many turns the thoughts are kept; None: of all."""
-    if not isinstance(raw, dict):
-        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
-    if raw.get("type") != _CLEAR_THINKING:
+    edit = checked_object(raw, where)
+    if edit.get("type") != _CLEAR_THINKING:
         raise RequestError(
-            f"{where}: edits of type {shown(raw.get('type'))} are not supported, only {_CLEAR_THINKING!r}",
+            f"{where}: edits of type {shown(edit.get('type'))} are not supported, only {_CLEAR_THINKING!r}",
             param=f"{where}.type",
             code="unsupported_value",
         )
-    take_only(raw, frozenset({"type", "keep"}), where, ignored)
-    match raw.get("keep"):
+    take_only(edit, frozenset({"type", "keep"}), where, ignored)
+    match edit.get("keep"):
         case None:
             return _KEPT_TURNS
         case "all" | {"type": "all"}:

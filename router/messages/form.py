@@ -12,8 +12,8 @@ import msgspec
 from ...common.request import FinishReason
 from ..api.chat_turns import TOOL_CALLS, ChatTurns
 from ..api.choice import TextPiece
-from ..api.events import EventFormat
-from ..api.form import FormContext
+from ..api.events import EventFormat, encode_typed
+from ..api.form import Form, FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, Blocks
 from .full import FULL, full_context
@@ -44,25 +44,15 @@ def error_body(request_id: str, failure: HttpFailure) -> bytes:
     return msgspec.json.encode({"type": "error", "error": error, **told})
 
 
-def _encode(events: Sequence[object]) -> bytes:
-    return b"".join([_event(event) for event in events if isinstance(event, dict)])
-
-
-def _event(event: Fields) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), msgspec.json.encode(event))
-
-
 def _error_event(failure: HttpFailure) -> bytes:
     return b"event: error\ndata: " + error_body("", failure) + b"\n\n"
 
 
-MESSAGE_EVENTS = EventFormat(_encode, _error_event, b"")
+MESSAGE_EVENTS = EventFormat(encode_typed, _error_event, b"")
 
 
-class MessageForm:
+class MessageForm(Form):
     """One answer; it has one choice."""
-
-    has_plain_chunks = False
 
     def __init__(self, context: FormContext, turns: ChatTurns) -> None:
         self._context = context
@@ -83,12 +73,6 @@ class MessageForm:
             events.append({"type": "message_delta", "delta": delta, "usage": self._usage()})
             events.append({"type": "message_stop"})
         return events
-
-    def usage_chunk(self) -> object:
-        raise AssertionError("the usage is in message_delta")
-
-    def keep(self) -> None:
-        """Nobody asks for it again."""
 
     def whole(self, pieces: Sequence[TextPiece]) -> Fields:
         (piece,) = pieces

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..api.chat_turns import ChatTurns
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
-from ..api.surface import renamed
+from ..api.surface import ChatSurface, renamed
 from ..bodies.schemas import ChatBody
-from ..turns.places import Places
+from ..turns.places import PlacedTools, Places
 from .form import MESSAGE_EVENTS, MessageForm
-from .tools import MessageTools, message_tools
+from .tools import message_tools
 from .translate import FIELD_NAMES, chat_body
 
 
-class MessagesSurface:
+class MessagesSurface(ChatSurface):
     """Translates one call. For counting, a body may leave its limit out."""
 
     id_prefix = "msg_"
     events = MESSAGE_EVENTS
-    key = None
-    num_looked_up = 0
 
     def __init__(self, *, counts_only: bool = False) -> None:
         self._counts_only = counts_only
-        self._tools = MessageTools()
+        self._tools = PlacedTools()
         self._places: Places | None = None  # while this surface's own names are looked at
         self._has_effort = False  # of its own: else it is thinking's
 
@@ -35,9 +33,6 @@ class MessagesSurface:
         config = raw.get("output_config")
         self._has_effort = isinstance(config, dict) and config.get("effort") is not None
         return body
-
-    def num_to_look_up(self, raw: Mapping[str, object]) -> int:
-        return 0
 
     def own_names(self, text: str) -> str:
         if text == "reasoning_effort" and not self._has_effort:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...common.errors import RequestError
+from ..bodies.fields import checked_string
 from ..state.errors import clip, shown
 
 Block = dict[str, object]
@@ -63,8 +64,10 @@ def result_text(raw: object, where: str, left_out: list[str]) -> str:
     for at, each in enumerate(raw):
         place = f"{where}[{at}]"
         kind, block = read_block(each, place)
-        is_name = kind == "tool_reference"
-        texts.append(_string(block, "tool_name", place) if is_name else text_of(kind, block, place, left_out))
+        if kind == "tool_reference":
+            texts.append(checked_string(block.get("tool_name"), f"{place}.tool_name"))
+        else:
+            texts.append(text_of(kind, block, place, left_out))
     return "\n".join(texts)
 
 
@@ -80,7 +83,7 @@ def _source(raw: object, where: str) -> str:
     if not isinstance(raw, Mapping) or not isinstance(kind, str):
         raise RequestError(f"{place} must be an object with a type, got {shown(raw)}", param=place)
     if kind == "text":
-        return _string(raw, "data", place)
+        return checked_string(raw.get("data"), f"{place}.data")
     if kind == "content":
         return joined_text(raw.get("content"), f"{place}.content")
     text = f"{where}: documents whose source is of type {clip(kind)} are not supported here, only text and content"
@@ -88,11 +91,4 @@ def _source(raw: object, where: str) -> str:
 
 
 def _line(raw: Mapping[str, object], name: str, where: str) -> str:
-    return "" if raw.get(name) is None else _string(raw, name, where)
-
-
-def _string(raw: Mapping[str, object], name: str, where: str) -> str:
-    value = raw.get(name)
-    if not isinstance(value, str):
-        raise RequestError(f"{where}.{name} must be a string, got {shown(value)}", param=f"{where}.{name}")
-    return value
+    return "" if raw.get(name) is None else checked_string(raw[name], f"{where}.{name}")

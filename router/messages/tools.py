@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from ...common.errors import RequestError
+from ..bodies.fields import checked_array, checked_object
 from ..state.errors import shown
+from ..turns.places import PlacedTools
 
-_CHAT_TOOL = re.compile(r"\btools\[(\d+)\]")
 _HOSTED = re.compile(r"(?:web_search|web_fetch|code_execution|tool_search_tool)_\w+|mcp_toolset")
 _OF_CLIENTS = re.compile(r"(bash|text_editor|memory)_\d+")
 _TEXT: Mapping[str, object] = {"type": "string"}
@@ -62,42 +62,21 @@ _PUBLISHED: Mapping[str, tuple[str, Mapping[str, object]]] = {
 }
 
 
-@dataclass(slots=True)
-class MessageTools:
-    """A request's tools. `places` are those of the functions in the client's body; `left_out` are others' too."""
-
-    functions: list[dict[str, object]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def own_names(self, text: str) -> str:
-        """Return the text with the client's places in place of the chat's."""
-        return _CHAT_TOOL.sub(self._place, text)
-
-    def _place(self, found: re.Match[str]) -> str:
-        index = int(found[1])
-        return self.places[index] if index < len(self.places) else found[0]
-
-
-def message_tools(raw: object) -> MessageTools:
+def message_tools(raw: object) -> PlacedTools:
     """Return the tools. Raises RequestError that names the place."""
-    found = MessageTools()
-    if not raw:
-        return found
-    if not isinstance(raw, list):
-        raise RequestError(f"tools must be an array, got {shown(raw)}", param="tools")
-    for index, each in enumerate(raw):
+    found, hosted = PlacedTools(), list[str]()
+    for index, each in enumerate(checked_array(raw, "tools") if raw else ()):
         where = f"tools[{index}]"
-        if not isinstance(each, dict):
-            raise RequestError(f"{where} must be an object, got {shown(each)}", param=where)
-        kind = each.get("type")
+        tool = checked_object(each, where)
+        kind = tool.get("type")
         if isinstance(kind, str) and _HOSTED.fullmatch(kind):
+            hosted.append(kind)
             found.left_out.append(where)
             continue
-        found.functions.append({"type": "function", "function": _function(each, where)})
+        found.functions.append({"type": "function", "function": _function(tool, where)})
         found.places.append(where)
-    if found.left_out and not found.functions:
-        raise _not_run(raw[0]["type"], found.left_out[0])
+    if hosted and not found.functions:
+        raise _not_run(hosted[0], found.left_out[0])
     return found
 
 

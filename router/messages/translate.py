@@ -18,14 +18,13 @@ import msgspec
 
 from ...common.errors import RequestError
 from ..api.surface import FieldNames
-from ..bodies.fields import UNSUPPORTED_EVERYWHERE, check_fields, take_only, whole
+from ..bodies.fields import UNSUPPORTED_EVERYWHERE, check_fields, known_object, take_only, whole
 from ..bodies.values import MAX_STOP_CHARS, MAX_STOPS, Effort
 from ..state.errors import shown
-from ..turns.places import Places
+from ..turns.places import PlacedTools, Places
 from ..turns.values.json_text import loads
 from .blocks import CALL_NAMES, chat_messages, system_messages
 from .context import edit_context
-from .tools import MessageTools
 
 _SAME = (
     *("model", "stream", "temperature", "top_p", "top_k", "max_tokens"),
@@ -73,7 +72,7 @@ _OF_THINKING = frozenset({"type", "budget_tokens", "display"})  # thoughts are s
 
 
 def chat_body(
-    raw: Mapping[str, object], ignored: list[str] | None, tools: MessageTools, *, needs_max_tokens: bool
+    raw: Mapping[str, object], ignored: list[str] | None, tools: PlacedTools, *, needs_max_tokens: bool
 ) -> tuple[dict[str, object], Places]:
     """Return the chat's body, and where its messages stand in this one. Raises RequestError that names the field."""
     check_fields(raw, _KNOWN, ignored, unsupported=_UNSUPPORTED, labels=_IGNORED)
@@ -161,12 +160,7 @@ def _format(raw: object) -> object:
 
 
 def _output_config(raw: object, ignored: list[str] | None) -> Mapping[str, object]:
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise RequestError(f"output_config must be an object, got {shown(raw)}", param="output_config")
-    take_only(raw, _OF_OUTPUT, "output_config", ignored)
-    return raw
+    return {} if raw is None else known_object(raw, _OF_OUTPUT, "output_config", ignored)
 
 
 def _effort(thinking: object, output_config: Mapping[str, object], ignored: list[str] | None) -> object:

@@ -26,10 +26,11 @@ from starlette.types import Scope
 from ...common.errors import CapacityError, RequestError
 from ..api.body import WholeBody
 from ..api.generation import Api
-from ..api.middleware import RequestContext, context_of, enter, leave, send_part
+from ..api.json_answers import Json
+from ..api.middleware import RequestContext, context_of, enter, leave, log_fault, send_part
 from ..api.reply import Reply
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER
-from ..state.errors import StreamError, clip, failure_of
+from ..state.errors import STORAGE_UNAVAILABLE, StreamError, clip, failure_of
 from .event_files import comes_within
 from .event_stream import EventStream
 from .kept import RESPONSE_PREFIX, KeptResponses, response_name
@@ -88,7 +89,7 @@ class BackgroundResponses:
         self._runs.start(held, reply, own, sink, surface)
         if sink.events is not None:
             return self.follow(task.response_id, task.tenant, -1)
-        return Response(encoded, media_type="application/json")
+        return Json(encoded)
 
     def shown(self, response_id: str, tenant: bytes) -> bytes:
         """Return a response as it is kept; ended before, if nobody can go on with it. Raises RequestError (404)."""
@@ -185,6 +186,7 @@ class BackgroundResponses:
     # --- those of others --------------------------------------------------------------------------------------
 
     async def _look(self, runs: Runs) -> None:
+        reason = ""  # why nobody could look the last time: told once
         while not await comes_within(self._leaving, LOOK_EVERY_S):
             try:
                 room = 0 if self._api.catalogue.ready() else runs.num_free
@@ -194,8 +196,11 @@ class BackgroundResponses:
                         run.cancel()
                 for held in free:
                     await self._go_on(runs, held)
+                reason = ""
             except OSError as error:
-                log.warning("background_responses", reason=error.strerror or str(error))
+                before, reason = reason, error.strerror or str(error)
+                if reason != before:
+                    log.warning("background_responses", reason=reason)
             except Exception:  # whatever it is, this router looks again
                 log.exception("background_responses_failed")
 
@@ -236,11 +241,12 @@ class BackgroundResponses:
         except CapacityError:  # nothing is free now: it waits for the next look
             held.release()
         except Exception as error:
-            if not isinstance(error, (RequestError, StreamError)):
-                log.exception("request_error", request_id=request_id)
+            log_fault(error, request_id)
             failure = failure_of(error)
             if failure.code in LEFT_TO_OTHERS:
                 held.release()
+            elif failure.code == STORAGE_UNAVAILABLE:  # what it goes on behind cannot be read now
+                runs.put_off(held)
             else:
                 is_lost = failure.code == "answer_not_kept"
                 runs.end(held, failed(500, _LOST) if is_lost else failed(failure.status, failure.message))

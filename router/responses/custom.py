@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic_core import from_json
 
 from ...common.errors import RequestError
-from ..bodies.fields import unknown_field
+from ..bodies.fields import checked_string, unknown_field
 from ..state.errors import shown
 
 _INPUT = "input"
@@ -48,9 +48,7 @@ def custom_function(tool: Mapping[str, object], where: str, left_out: list[str])
 
 def arguments_of(text: object, where: str) -> str:
     """Return an earlier call's text as the function's arguments. Raises RequestError."""
-    if not isinstance(text, str):
-        raise RequestError(f"{where}.input must be a string, got {shown(text)}", param=f"{where}.input")
-    return json.dumps({_INPUT: text}, ensure_ascii=False)
+    return json.dumps({_INPUT: checked_string(text, f"{where}.input")}, ensure_ascii=False)
 
 
 def input_of(arguments: str) -> str:

@@ -9,22 +9,18 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..api.middleware import CLIENT_CLOSED, RequestContext, context_of
+from ..api.middleware import CLIENT_CLOSED, RequestContext, context_of, log_fault
 from ..api.reply import STREAM_HEADERS
-from ..http.in_flight import InFlight
-from ..http.sending import Sending
+from ..http.in_flight import InFlight, UnderWay
 from ..state.errors import failure_of
 from .event_files import EventReader
 from .form import error_event
 
 
-class EventStream(Response):
-    """`EventStream` owns `reader`; Starlette calls it as an ASGI application."""
-
-    is_background = False
+class EventStream(UnderWay):
+    """`EventStream` owns `reader`."""
 
     def __init__(
         self,
@@ -34,17 +30,10 @@ class EventStream(Response):
         in_flight: InFlight,
     ) -> None:
         """`is_over`: no event comes any more. `grows` returns when there may be one."""
-        self.background = None
-        self.status_code = 200
+        super().__init__(in_flight)
         self._reader = reader
         self._is_over = is_over
         self._grows = grows
-        self._in_flight = in_flight
-        self._sending = Sending()
-        in_flight.add(self)
-
-    def end(self, error: Exception) -> None:
-        self._sending.end(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -57,6 +46,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]})
         error = await self._sending.run(partial(self._tell, context), context.chunk_encoder)
         if error is not None:
+            log_fault(error, context.request_id)
             failure = failure_of(error)
             await send({"type": "http.response.body", "body": error_event(self._reader.last, failure)})
             context.status = failure.status

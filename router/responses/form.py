@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import msgspec
-
 from ...common.request import FinishReason
 from ..api.chat_turns import ChatTurns
 from ..api.choice import TextPiece
-from ..api.events import EventFormat
-from ..api.form import FormContext
+from ..api.events import EventFormat, encode_typed, encode_typed_event
+from ..api.form import Form, FormContext
 from ..state.errors import HttpFailure
 from ..turns.blocks import Block, BlockEvent, BlockKind, Blocks
 from ..turns.places import Message
@@ -37,39 +35,29 @@ _GROWING = frozenset({"arguments", "input", "content"})  # of an item: the first
 BEGINNING = ("created", "in_progress")  # the events before any of the answer
 
 
-def encode_events(events: Sequence[object]) -> bytes:
-    return b"".join([_encode(event) for event in events if isinstance(event, dict)])
-
-
-def _encode(event: Fields) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), msgspec.json.encode(event))
-
-
 def event_format(numbers: Iterator[int], num_before: int = 0) -> EventFormat:
     """Return the way of writing one answer's events, with the numbers that its form takes too.
 
     `num_before`: events that are told elsewhere.
     """
-    return EventFormat(encode_events, lambda failure: error_event(next(numbers), failure), b"", num_before)
+    return EventFormat(encode_typed, lambda failure: error_event(next(numbers), failure), b"", num_before)
 
 
 def error_event(number: int, failure: HttpFailure) -> bytes:
     told = {"code": failure.code, "message": failure.message, "param": failure.param}
-    return _encode({"type": "error", "sequence_number": number, **told})
+    return encode_typed_event({"type": "error", "sequence_number": number, **told})
 
 
 def failed_event(number: int, response: Fields) -> bytes:
-    return _encode({"type": "response.failed", "sequence_number": number, "response": response})
+    return encode_typed_event({"type": "response.failed", "sequence_number": number, "response": response})
 
 
-class ResponseForm:
+class ResponseForm(Form):
     """One answer; it has one choice.
 
     `numbers` are its events'. `on_end` gets the assistant's message and the response when the answer has ended, on any
     thread, and returns what keeps them, on the loop.
     """
-
-    has_plain_chunks = False
 
     def __init__(
         self,
@@ -115,9 +103,6 @@ class ResponseForm:
         """Return the events before any piece, which are not told with the first one then."""
         self._has_begun, response = True, self.begun()
         return [self._of(f"response.{kind}", response=response) for kind in BEGINNING]
-
-    def usage_chunk(self) -> object:
-        raise AssertionError("the usage is in the last event")
 
     def whole(self, pieces: Sequence[TextPiece]) -> Fields:
         (piece,) = pieces

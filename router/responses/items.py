@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...common.errors import RequestError
 from ..bodies.chat_messages import MAX_MESSAGES, ROLES
+from ..bodies.fields import checked_object
 from ..state.errors import clip, shown
 from ..turns.places import Message, PlacedMessage
 from .custom import arguments_of
@@ -55,8 +56,7 @@ def input_messages(raw: object, left_out: list[str]) -> list[PlacedMessage]:
 
 
 def _add_item(messages: list[PlacedMessage], raw: object, where: str) -> None:
-    if not isinstance(raw, dict):
-        raise RequestError(f"{where} must be an object, got {shown(raw)}", param=where)
+    raw = checked_object(raw, where)
     match raw.get("type") or "message":  # clients dump an absent type as null
         case "message":
             if (role := raw.get("role")) not in ROLES:

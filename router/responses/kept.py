@@ -88,7 +88,7 @@ class KeptResponses:
         except OSError as error:
             log.warning("response_not_kept", reason=error.strerror or str(error), num_bytes=len(data))
 
-    def keep_state(self, response_id: str, tenant: bytes, response: bytes, asked: Asked = _NOTHING_ASKED) -> None:
+    def keep_state(self, response_id: str, tenant: bytes, response: bytes, asked: Asked) -> None:
         """Keep a response that is under way. Raises OSError, and RequestError (413) for one that is very long."""
         if max(len(response), len(asked.items)) > MAX_BYTES_OF_ONE:
             text = f"background: what nobody waits for is kept, and this takes more than {MAX_BYTES_OF_ONE} bytes"

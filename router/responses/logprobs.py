@@ -14,7 +14,7 @@ from ..api.chat_turns import ChatTurns
 from ..api.choice import TextPiece
 from ..api.form import FormContext
 from ..api.logprobs import chat_logprobs
-from ..turns.turn import TurnDelta
+from ..turns.parts import TurnDelta
 
 Logprobs = list[object]  # of a token each, as OpenAI's JSON has them
 

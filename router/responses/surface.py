@@ -9,6 +9,7 @@ import msgspec
 
 from ...common.errors import RequestError
 from ..api.chat_turns import ChatTurns
+from ..api.events import encode_typed
 from ..api.form import Form, FormContext
 from ..api.prompts import ChatPrompt
 from ..api.surface import renamed
@@ -19,7 +20,7 @@ from ..kept.kept_answer import AnswerKey
 from ..state.errors import shown
 from ..turns.places import Message, Places
 from .conversation import Asked, Earlier, joined_arrays
-from .form import BEGINNING, Fields, ResponseForm, encode_events, event_format
+from .form import BEGINNING, Fields, ResponseForm, event_format
 from .items import check_num_items
 from .kept import MAX_BYTES_OF_ONE, RESPONSE_PREFIX, KeptResponses, ids_of, response_name, too_long
 from .listed import has_own_ids, listed
@@ -128,7 +129,7 @@ class ResponsesSurface:
         if self.is_background:
             self.begun = form.begun()  # the form is not kept here: it leads back
             if body.stream:
-                self.first_events = encode_events(form.begin())
+                self.first_events = encode_typed(form.begin())
                 self.events = event_format(self._numbers, len(BEGINNING))
         return form
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import msgspec
 
 from ...common.errors import RequestError
+from ..bodies.fields import checked_array, checked_object
 from ..state.errors import shown
 from ..turns.definitions import MAX_NAME_CHARS
+from ..turns.places import PlacedTools
 from .custom import custom_function, input_of
 
-_CHAT_TOOL = re.compile(r"\btools\[(\d+)\](?:\.function\b)?")
 # Agents offer these with every request, whoever answers it.
 _HOSTED = re.compile(
     r"(?:web_search|web_search_preview)(?:_\d{4}_\d{2}_\d{2})?|tool_search|file_search|code_interpreter|image_generation"
@@ -40,28 +42,19 @@ Names = dict[str, OwnName]  # by what the model is told
 
 
 @dataclass(slots=True)
-class ResponseTools:
-    """A request's tools. `places` are those of the functions in the client's body."""
+class ResponseTools(PlacedTools):
+    """A request's tools, with their names."""
 
-    functions: list[dict[str, object]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
     names: Names = field(default_factory=dict)
+
+    _in_chat: ClassVar[re.Pattern[str]] = re.compile(r"\btools\[(\d+)\](?:\.function\b)?")
 
     def own(self, name: str) -> OwnName:
         """Return a called function's name as the client knows it."""
         return _own(self.names, name)
 
     def is_custom(self, name: str) -> bool:
-        return _own(self.names, name).is_custom
-
-    def own_names(self, text: str) -> str:
-        """Return the text with the client's places in place of the chat's."""
-        return _CHAT_TOOL.sub(self._place, text)
-
-    def _place(self, found: re.Match[str]) -> str:
-        index = int(found[1])
-        return self.places[index] if index < len(self.places) else found[0]
+        return self.own(name).is_custom
 
 
 def _own(names: Names, name: str) -> OwnName:
@@ -108,9 +101,8 @@ def response_tools(raw: object) -> ResponseTools:
     found = ResponseTools()
     if not raw:
         return found
-    if not isinstance(raw, list):
-        raise RequestError(f"tools must be an array, got {shown(raw)}", param="tools")
-    for place, tool, namespace in _flat(raw):
+    given = checked_array(raw, "tools")
+    for place, tool, namespace in _flat(given):
         if namespace is None and is_hosted(tool):
             found.left_out.append(place)
             continue
@@ -122,7 +114,7 @@ def response_tools(raw: object) -> ResponseTools:
         found.functions.append({"type": "function" if is_custom else tool.get("type"), "function": function})
         found.places.append(place)
     if not found.functions and found.left_out:
-        kind = next(each["type"] for each in raw if is_hosted(each))
+        kind = next(tool["type"] for _, tool in _placed(given, "tools") if is_hosted(tool))
         raise RequestError(
             f"{found.left_out[0]}.type is {shown(kind)}; such tools run at no server of this kind",
             param=f"{found.left_out[0]}.type",
@@ -140,17 +132,14 @@ def _flat(raw: list[object]) -> Iterator[tuple[str, Mapping[str, object], str | 
         namespace, tools = tool.get("name"), tool.get("tools")
         if not isinstance(namespace, str) or not namespace:
             raise RequestError(f"{place}.name must be a string, got {shown(namespace)}", param=f"{place}.name")
-        if not isinstance(tools, list):
-            raise RequestError(f"{place}.tools must be an array, got {shown(tools)}", param=f"{place}.tools")
-        for inner, each in _placed(tools, f"{place}.tools"):
+        for inner, each in _placed(checked_array(tools, f"{place}.tools"), f"{place}.tools"):
             yield inner, each, namespace
 
 
 def _placed(raw: list[object], where: str) -> Iterator[tuple[str, Mapping[str, object]]]:
     for index, each in enumerate(raw):
-        if not isinstance(each, dict):
-            raise RequestError(f"{where}[{index}] must be an object, got {shown(each)}", param=f"{where}[{index}]")
-        yield f"{where}[{index}]", each
+        place = f"{where}[{index}]"
+        yield place, checked_object(each, place)
 
 
 def is_hosted(tool: object) -> bool:

@@ -15,7 +15,7 @@ import msgspec
 
 from ...common.errors import RequestError
 from ..api.surface import FieldNames
-from ..bodies.fields import UNSUPPORTED_EVERYWHERE, check_fields, not_supported, take_only, whole
+from ..bodies.fields import UNSUPPORTED_EVERYWHERE, check_fields, checked_string, known_object, not_supported, whole
 from ..kept.metadata import checked_metadata
 from ..state.errors import shown
 from ..turns.places import Message, PlacedMessage, Places
@@ -97,8 +97,8 @@ def chat_body(
     includes = _includes(raw.get("include"), tools.left_out)
     body: dict[str, object] = {name: raw[name] for name in _SAME if raw.get(name) is not None}
     instructions = raw.get("instructions")
-    if instructions is not None and not isinstance(instructions, str):
-        raise RequestError(f"instructions must be a string, got {shown(instructions)}", param="instructions")
+    if instructions is not None:
+        checked_string(instructions, "instructions")
     placed = [PlacedMessage(message, "previous_response_id") for message in earlier]
     placed += input_messages(raw.get("input"), tools.left_out)
     if instructions:
@@ -171,15 +171,11 @@ def _named(raw: object) -> object:
 
 
 def _take_text(raw: object, body: dict[str, object], ignored: list[str] | None) -> None:
-    if raw is None:
-        return
-    if not isinstance(raw, dict):
-        raise RequestError(f"text must be an object, got {shown(raw)}", param="text")
-    take_only(raw, _TEXT, "text", ignored)
-    if raw.get("format") is not None:
-        body["response_format"] = _format(raw["format"])
-    if raw.get("verbosity") is not None:
-        body["verbosity"] = raw["verbosity"]
+    text = {} if raw is None else known_object(raw, _TEXT, "text", ignored)
+    if text.get("format") is not None:
+        body["response_format"] = _format(text["format"])
+    if text.get("verbosity") is not None:
+        body["verbosity"] = text["verbosity"]
 
 
 def _format(raw: object) -> object:
@@ -190,10 +186,6 @@ def _format(raw: object) -> object:
 
 
 def _take_reasoning(raw: object, body: dict[str, object], ignored: list[str] | None) -> None:
-    if raw is None:
-        return
-    if not isinstance(raw, dict):
-        raise RequestError(f"reasoning must be an object, got {shown(raw)}", param="reasoning")
-    take_only(raw, _REASONING, "reasoning", ignored)
-    if raw.get("effort") is not None:
-        body["reasoning_effort"] = raw["effort"]
+    reasoning = {} if raw is None else known_object(raw, _REASONING, "reasoning", ignored)
+    if reasoning.get("effort") is not None:
+        body["reasoning_effort"] = reasoning["effort"]

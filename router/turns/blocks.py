@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .call_reader import CallPiece
-from .turn import Thought, TurnDelta
+from .parts import CallPiece, Thought, TurnDelta
 
 BlockKind = Literal["reasoning", "text", "call"]
 

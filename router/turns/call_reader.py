@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+from .parts import CallPiece, TurnDelta
 from .syntax import Call, Progress, Segment, Syntax
 
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -28,37 +28,6 @@ _SETTLED = re.compile(
     rf"(?:[^\\]++|{_HIGH}{_LOW}|{_HIGH}(?!\Z|{_OPEN})|(?!{_HIGH}|{_OPEN})\\(?:u[0-9a-fA-F]{{4}}|.))*+", re.DOTALL
 )
 _ESCAPE = re.compile(rf"{_HIGH}{_LOW}|({_HIGH}|{_LOW})|\\.", re.DOTALL)
-
-
-@dataclass(slots=True)
-class CallPiece:
-    """A part of a call. The first one has the name, and only that one."""
-
-    index: int
-    name: str | None
-    arguments: str
-
-
-@dataclass(slots=True)
-class CallDelta:
-    """The content and the parts of calls that a piece of text adds."""
-
-    parts: list[str | CallPiece] = field(default_factory=list)  # in their order
-
-    @property
-    def content(self) -> str:
-        return "".join([part for part in self.parts if isinstance(part, str)])
-
-    @property
-    def calls(self) -> list[CallPiece]:
-        return [part for part in self.parts if isinstance(part, CallPiece)]
-
-    def say(self, text: str) -> None:
-        """Add content."""
-        if text and self.parts and isinstance(self.parts[-1], str):
-            self.parts[-1] += text
-        elif text:
-            self.parts.append(text)
 
 
 class CallReader:
@@ -97,9 +66,9 @@ class CallReader:
         """The last text may be a call's beginning, or none."""
         return bool(self._rest) and not self.is_inside
 
-    def push(self, text: str, *, is_final: bool = False) -> CallDelta:
+    def push(self, text: str, *, is_final: bool = False) -> TurnDelta:
         """Take what comes next; the last text is final."""
-        delta = CallDelta()
+        delta = TurnDelta()
         self._rest += text
         while self._advance(delta, is_final=is_final):
             pass
@@ -107,7 +76,7 @@ class CallReader:
             delta.say(self._blank)
         return delta
 
-    def _advance(self, delta: CallDelta, *, is_final: bool) -> bool:
+    def _advance(self, delta: TurnDelta, *, is_final: bool) -> bool:
         """Read to the next border; False: not there yet."""
         if not self._is_in_segment:
             return self._find(delta, is_final=is_final)
@@ -126,7 +95,7 @@ class CallReader:
         self._is_in_segment, self._progress = False, Progress()
         return bool(self._rest)
 
-    def _find(self, delta: CallDelta, *, is_final: bool) -> bool:
+    def _find(self, delta: TurnDelta, *, is_final: bool) -> bool:
         place = self._syntax.find(self._rest, is_start=self._is_start)
         start = len(self._rest) if place is None or (is_final and not place.is_sure) else place.start
         self._say(self._rest[:start], delta)
@@ -135,7 +104,7 @@ class CallReader:
         self._is_in_segment = place is not None and place.is_sure
         return self._is_in_segment
 
-    def _tell(self, segment: Segment, delta: CallDelta) -> None:
+    def _tell(self, segment: Segment, delta: TurnDelta) -> None:
         for index in range(max(0, len(self._told) - 1), len(segment.calls)):  # those before are over
             call = segment.calls[index]
             number = self._num_before + index
@@ -148,7 +117,7 @@ class CallReader:
                 delta.parts.append(CallPiece(number, None, call.arguments[len(told) :]))
                 self._told[index] = call
 
-    def _say(self, text: str, delta: CallDelta) -> None:
+    def _say(self, text: str, delta: TurnDelta) -> None:
         text = self._blank + text
         shown = text.rstrip()
         self._blank = text[len(shown) :]
@@ -156,12 +125,6 @@ class CallReader:
             delta.say(shown)
             self._is_start = self._is_after_call = False
             self.calls_at = None
-
-
-def read_calls(text: str, syntax: Syntax) -> tuple[str, Sequence[Call]]:
-    """Return a whole text's content and calls."""
-    delta = CallReader(syntax).push(text, is_final=True)
-    return delta.content, joined_calls(delta.calls)
 
 
 class Arguments:

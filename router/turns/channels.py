@@ -16,8 +16,7 @@ import re
 from collections.abc import Set
 from typing import Literal
 
-from .call_reader import CallPiece
-from .turn import Part, Thought, TurnDelta
+from .parts import CallPiece, Part, Thought, TurnDelta
 from .values.json_text import ends_with_part_of
 
 CHANNEL, MESSAGE, START, END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"

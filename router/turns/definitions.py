@@ -163,11 +163,9 @@ def _check_depth(value: object, where: str, room: int) -> None:
 
 def _choice(raw: object, tools: Sequence[Tool]) -> tuple[Choice, frozenset[str] | None]:
     match raw:
-        case None:
-            return ("auto" if tools else "none"), None
         case "none":
             return "none", None
-        case "auto":
+        case None | "auto":
             return ("auto" if tools else "none"), None
         case "required" if tools:
             return "required", None

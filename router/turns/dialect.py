@@ -14,7 +14,6 @@ from . import channels
 from .call_reader import CallReader
 from .deepseek import DEEPSEEK, HUNYUAN, DeepSeekSyntax
 from .definitions import ToolUse
-from .either_syntax import EitherSyntax
 from .gemma import BEGIN_CALL, GemmaSyntax
 from .json_syntaxes import (
     COMMAND_TAGS,
@@ -22,6 +21,7 @@ from .json_syntaxes import (
     LLAMA_TAGS,
     NEMOTRON_TAGS,
     BareJsonSyntax,
+    EitherSyntax,
     HermesSyntax,
     MistralSyntax,
 )

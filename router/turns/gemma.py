@@ -7,11 +7,11 @@ Arguments are told as JSON while they are being written (values/gemma_text.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Set
 
 from .json_syntaxes import after_mark, find_mark
 from .paired import BLANK, CALL_NAME, Part, TagPattern, literal
-from .parameter_types import parameter_kinds
+from .parameter_types import parameter_kinds, properties_of
 from .syntax import Call, Place, Progress, Schemas, Segment, Tags
 from .values.gemma_text import END_CALL, MARK, ArgumentsWalk
 
@@ -48,6 +48,5 @@ class GemmaSyntax:
 
     def _texts(self, tool: str) -> Set[str]:
         """Return the parameters that can be nothing but texts."""
-        properties = self._schemas.get(tool, {}).get("properties")
-        names = properties if isinstance(properties, Mapping) else ()
+        names = properties_of(self._schemas, tool)
         return {name for name in names if parameter_kinds(self._schemas, tool, name) == {"string"}}

@@ -5,7 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Mapping
 
-from .syntax import NAME, Call, NameCheck, Place, Progress, Segment, Tags, first_place, is_any_name, read_json_calls
+from .syntax import (
+    NAME,
+    Call,
+    NameCheck,
+    Place,
+    Progress,
+    Segment,
+    Syntax,
+    Tags,
+    first_place,
+    is_any_name,
+    read_json_calls,
+)
 from .values.json_text import GAP, SEPARATOR, ends_with_part_of, skip_blank, skip_gap
 
 HERMES_TAGS = Tags("<tool_call>", "</tool_call>")
@@ -14,6 +26,7 @@ LLAMA_TAGS: Mapping[str, str] = {"<|python_tag|>": ""}
 # Of Granite 3.0 and 3.3, of 3.1 and 3.2, of Phi-4-mini as it was trained and as vLLM's template tells it.
 GRANITE_TAGS: Mapping[str, str] = {"<|tool_call|>": "<|/tool_call|>", "<tool_call>": "</tool_call>", "functools": ""}
 COMMAND_TAGS: Mapping[str, str] = {"<|START_ACTION|>": "<|END_ACTION|>"}  # of Command R7B and A
+_JSON_BEGINS = ("{", "[", "`")  # or a fence around it
 _NO_TAGS: Mapping[str, str] = {}
 _FENCE = re.compile(rf"```(?:json)?+{GAP}(?=[{{\[])")
 _MAYBE_FENCE = re.compile(rf"(?:`{{1,2}}|```(?:j(?:s(?:on?)?)?)?{GAP})?")
@@ -60,6 +73,27 @@ class HermesSyntax:
             return read
         end = read.end if fence is None else after_mark(text, read.end, "```", is_final)
         return Segment(read.calls, None if end is None else after_mark(text, end, end_tag, is_final))
+
+
+class EitherSyntax:
+    """Hermes' form (told.py tells it), and another one that an operator has named."""
+
+    def __init__(self, own: Syntax) -> None:
+        self._own, self._told = own, HermesSyntax()
+        self.marks = own.marks | self._told.marks
+
+    def find(self, text: str, *, is_start: bool) -> Place | None:
+        return first_place(syntax.find(text, is_start=is_start) for syntax in (self._own, self._told))
+
+    def read(self, text: str, progress: Progress, *, is_final: bool) -> Segment:
+        """Read it as Hermes' where JSON follows the tag, which Qwen3-Coder's form and GLM's begin with, too."""
+        if not text.startswith(HERMES_TAGS.begin):
+            return self._own.read(text, progress, is_final=is_final)
+        at = skip_gap(text, len(HERMES_TAGS.begin))
+        if at == len(text) and not is_final:
+            return Segment()
+        syntax = self._told if text.startswith(_JSON_BEGINS, at) else self._own
+        return syntax.read(text, progress, is_final=is_final)
 
 
 def read_several(text: str, at: int, is_name: NameCheck, progress: Progress, *, is_final: bool) -> Segment:

@@ -43,9 +43,14 @@ def _loads(text: str) -> object:
 
 def parameter_kinds(schemas: Schemas, tool: str, parameter: str) -> set[str] | None:
     """Return the types that a tool's schema names for a parameter; empty: any; None: it does not know the parameter."""
-    properties = schemas.get(tool, {}).get("properties")
-    schema = properties.get(parameter) if isinstance(properties, dict) else None
+    schema = properties_of(schemas, tool).get(parameter)
     return _kinds(schema) if isinstance(schema, dict) else None
+
+
+def properties_of(schemas: Schemas, tool: str) -> Mapping[str, object]:
+    """Return the parameters that a tool's schema declares."""
+    properties = schemas.get(tool, {}).get("properties")
+    return properties if isinstance(properties, Mapping) else {}
 
 
 def _kinds(schema: Mapping[str, object]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The places of a chat's messages in the body that it was made of: what is wrong is told by the client's own names.
+"""The places of a chat's messages and tools in the body that it was made of: clients are told by their own names.
 
 chat       messages[3].tool_calls[1].function.name   messages[2].tool_call_id          messages[0].content
 another    messages[2].content[1].name               messages[1].content[0].tool_use_id   system
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 Message = dict[str, object]
 
@@ -45,6 +46,25 @@ class Places:
             return _joined(placed.where, placed.names.get(path, path))
         place = placed.calls[int(call)] if int(call) < len(placed.calls) else placed.where
         return _joined(place, self.call_names.get(path, path))
+
+
+@dataclass(slots=True)
+class PlacedTools:
+    """A request's tools as a chat has them. `places` are those of the functions in the client's body."""
+
+    functions: list[dict[str, object]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # places of what the model is not told of, other fields' too
+
+    _in_chat: ClassVar[re.Pattern[str]] = re.compile(r"\btools\[(\d+)\]")
+
+    def own_names(self, text: str) -> str:
+        """Return the text with the client's places in place of the chat's."""
+        return self._in_chat.sub(self._place, text)
+
+    def _place(self, found: re.Match[str]) -> str:
+        index = int(found[1])
+        return self.places[index] if index < len(self.places) else found[0]
 
 
 def _joined(place: str, name: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 from .json_syntaxes import after_mark, find_first
-from .parameter_types import parameter_kinds
+from .parameter_types import arguments_of, parameter_kinds
 from .syntax import NAME, Call, JsonCall, NameCheck, Place, Progress, Schemas, Segment, is_any_name
 from .values.json_text import GAP, SEPARATOR, dumps, skip_blank, skip_gap
 from .values.python_text import ValueWalk, literal
@@ -85,16 +85,16 @@ class PythonicSyntax:
             if written and text.startswith(",", start):
                 start = skip_gap(text, start + 1)
             if text.startswith(")", start):
-                return JsonCall(Call(name, _object(written, "}")), start + 1)
+                return JsonCall(Call(name, arguments_of(written, "}")), start + 1)
             key = _KEY.match(text, start)
             if key is None:
                 is_open = not is_final and _MAY_BE_KEY.fullmatch(text, start) is not None
-                so_far = Call(name, _object(written, "" if is_open else "}")) if written else None
+                so_far = Call(name, arguments_of(written, "" if is_open else "}")) if written else None
                 return JsonCall(so_far, None if is_open else at)
             progress.walk = progress.walk or ValueWalk(key.end())
             end = progress.walk.go_on(text)
             if end is None:
-                return JsonCall(Call(name, _object(written, "")), None)
+                return JsonCall(Call(name, arguments_of(written, "")), None)
             written.append(f"{dumps(key[1])}: {self._typed(name, key[1], text[key.end() : end].strip())}")
             progress.at, progress.walk = end, None
             at = end
@@ -107,10 +107,6 @@ class PythonicSyntax:
             return dumps(text)
         is_text = value is not None and parameter_kinds(self._schemas, name, parameter) == {"string"}
         return dumps(text if is_text and not isinstance(value, str) else value)
-
-
-def _object(written: list[str], end: str) -> str:
-    return "{" + ", ".join(written) + end if written or end else ""
 
 
 def _end(text: str, at: int, begin: str, *, is_final: bool) -> int | None:

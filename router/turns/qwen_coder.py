@@ -15,9 +15,10 @@ type that the tool's schema names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Set
 
 from .paired import CALL_NAME, PairedForm, PairedSyntax, Part, TagPattern, around, literal
+from .parameter_types import properties_of
 from .syntax import Progress, Schemas
 
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
@@ -56,8 +57,7 @@ class QwenCoderSyntax(PairedSyntax):
         looked = max(tag.end(), progress.at)
         closing = text.find(_END_PARAMETER, looked)
         stop = closing if closing >= 0 else len(text)
-        properties = self._schemas.get(tool, {}).get("properties")
-        others = properties.keys() - {tag[1]} if isinstance(properties, Mapping) else set[str]()
+        others = properties_of(self._schemas, tool).keys() - {tag[1]}
         ends = [
             end
             for mark in (_NEXT_PARAMETER, _NEXT_END)

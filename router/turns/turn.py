@@ -5,49 +5,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from .call_reader import Arguments, CallPiece, CallReader
+from .call_reader import Arguments, CallReader
+from .parts import CallPiece, Part, Thought, TurnDelta
 from .reasoning import DraftReader, ReasoningReader
 
 _ID_CHARS = 24
-
-
-@dataclass(slots=True, frozen=True)
-class Thought:
-    """A piece of a turn's reasoning."""
-
-    text: str
-
-
-Part = str | CallPiece | Thought  # a string is content
-
-
-@dataclass(slots=True)
-class TurnDelta:
-    """The parts of a turn by which a piece of text lets it grow, in their order."""
-
-    parts: list[Part] = field(default_factory=list)
-    ends_call: bool = False  # the first call is over
-
-    def __bool__(self) -> bool:
-        return bool(self.parts)
-
-    @property
-    def content(self) -> str:
-        return "".join([part for part in self.parts if isinstance(part, str)])
-
-    @property
-    def reasoning(self) -> str:
-        return "".join([part.text for part in self.parts if isinstance(part, Thought)])
-
-    @property
-    def calls(self) -> list[CallPiece]:
-        return [part for part in self.parts if isinstance(part, CallPiece)]
-
-    def forget_thoughts(self) -> None:
-        self.parts = [part for part in self.parts if not isinstance(part, Thought)]
 
 
 class TurnReader(Protocol):
@@ -120,8 +84,7 @@ class TaggedReader:
             if reasoning:
                 delta.parts.append(Thought(reasoning))
         if self._calls is None:
-            if text:
-                delta.parts.append(text)
+            delta.say(text)
             return delta
         parts = self._calls.push(text, is_final=is_final).parts
         delta.ends_call = self._calls.has_finished
@@ -140,10 +103,10 @@ class TaggedReader:
         rest, answer = drafts.end()
         return reasoning + rest, answer
 
-    def _is_told(self, part: str | CallPiece) -> bool:
-        if isinstance(part, str):
-            return not self._has_calls_alone  # else it is cut within a call that nobody could read
-        return part.index == 0 or not self._has_one_call
+    def _is_told(self, part: Part) -> bool:
+        if isinstance(part, CallPiece):
+            return part.index == 0 or not self._has_one_call
+        return not self._has_calls_alone  # else it is cut within a call that nobody could read
 
 
 class WholeCharacters:

@@ -888,7 +888,7 @@ async def test_readiness_tells_why_not() -> None:
 
 async def test_a_server_that_closes_takes_nothing_new() -> None:
     served = serve()
-    served.app.state.api.in_flight.is_closing = True
+    served.app.api.in_flight.is_closing = True
     assert (await _refused(served, 503))["code"] == "shutting_down"
     async with served.client() as client:
         assert (await client.get("/ready")).status_code == 503

@@ -40,6 +40,13 @@ STREAM = {"prompt": "hi", "stream": True}
 LONG = {"prompt": "hi", "stream": True, "max_tokens": 400, "ignore_eos": True}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_objects_alone() -> None:
+    """Objects of what ran before in this process stay out of collections and lists of objects: each looks at all."""
+    gc.collect()
+    gc.freeze()
+
+
 @asynccontextmanager
 async def _serving() -> AsyncIterator[tuple[str, int]]:
     """A whole router with a worker that makes tokens up."""
@@ -63,7 +70,7 @@ async def _serving() -> AsyncIterator[tuple[str, int]]:
         working.cancel()
         worker.leave()
         await control.close()
-        app.state.api.close()
+        app.api.close()
 
 
 async def _ask(address: tuple[str, int], body: dict[str, object], path: str = "/v1/completions") -> bytes:

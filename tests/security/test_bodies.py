@@ -25,7 +25,7 @@ async def _refused(body: Mapping[str, object] | bytes, status: int, path: str = 
         response = await client.post(path, content=data, headers={"content-type": "application/json"})
     assert response.status_code == status, response.text
     assert served.dispatcher.requests == []
-    served.app.state.api.close()
+    served.app.api.close()
     error: dict[str, object] = response.json()["error"]
     return error
 

@@ -181,7 +181,7 @@ async def test_a_slow_reader_of_a_whole_answer_is_cut_too() -> None:
             async with asyncio.timeout(60):
                 while not count(served, 'kvferry_slow_clients_total{kind="read"}'):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-    assert len(served.app.state.api.in_flight) == 0
+    assert len(served.app.api.in_flight) == 0
 
 
 async def test_a_head_of_too_many_bytes_is_refused_by_name() -> None:
@@ -228,7 +228,7 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(size: 
         async with connected(address) as (reader, writer):  # the server is as it was
             writer.write(GET)
             assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
-    assert served.dispatcher.requests == [] and served.app.state.api.body_room.num_bytes == 0
+    assert served.dispatcher.requests == [] and served.app.api.body_room.num_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ async def test_trailers_without_end_end_the_request(trailers: bytes) -> None:
     status, body, head = await _ask(served, HEAD + b"\r\n" + _chunks(_body(), 100) + trailers)
     assert (status, body["error"]["code"]) == (400, "too_much_framing")  # type: ignore[index]
     assert b"connection: close" in head
-    assert served.dispatcher.requests == [] and served.app.state.api.body_room.num_bytes == 0
+    assert served.dispatcher.requests == [] and served.app.api.body_room.num_bytes == 0
 
 
 # --- chunks -------------------------------------------------------------------------------------------------

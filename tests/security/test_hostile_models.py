@@ -105,7 +105,7 @@ BOMBS = [
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
     "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "{% for a in 'aaaaaaaaaa' %}" * 9 + "x" + "{% endfor %}" * 9,
-    "{% set x %}{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}{% endset %}",
+    "{% set x %}{% for i in range(20000) %}{{ messages[0].content }}{% endfor %}{% endset %}",
     "{{ (messages[0].content | attr('encode'))() }}",
     "{{ ''.join(range(90000) | map('center', 1000)) }}",
     "{{ ''.join((messages * 40000) | map(attribute='content')) }}",
@@ -122,7 +122,7 @@ FORBIDDEN = [
     "{{ (5).to_bytes(2000000000, 'big') | length }}",
     "{% set f = 'a'.encode %}{{ f() }}",
     "{{ ('a' * 4000).translate({97: 'a' * 4000}) }}",
-    "{{ (range(99999) | map('string') | list | batch(1) | list) | sum(start=[]) | length }}",
+    "{{ (range(9999) | map('string') | list | batch(1) | list) | sum(start=[]) | length }}",
     "{{ ([[1] * 900000] * 100) | sum(start=()) }}",
     "{{ 1 | round(100000000, 'ceil') }}",
 ]
@@ -189,7 +189,7 @@ def test_what_has_no_price_is_forbidden(source: str) -> None:
 @pytest.mark.parametrize("expression", ITEMS)
 def test_filters_pay_for_the_items_that_they_go_through(expression: str) -> None:
     source = "{% set numbers = range(1000) | list * 10 %}{% set text = 'x ' * 10000 %}"
-    source += "{% for i in range(20) %}{{ " + expression + " }}{% endfor %}"
+    source += "{% for i in range(5) %}{{ " + expression + " }}{% endfor %}"
     assert ChatTemplate(source).render(HELLO)
     with pytest.raises(TemplateOverrun, match="more than 50000 items"):
         ChatTemplate(source).render(HELLO, limits=RenderLimits(max_items=50_000))

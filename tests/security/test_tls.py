@@ -226,7 +226,7 @@ async def test_a_client_that_does_not_read_is_cut(tls: ServerTls) -> None:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(post(max_tokens=400, logprobs=20, n=16))
             await _comes(lambda: count(served, 'kvferry_slow_clients_total{kind="read"}'))
-            await _comes(lambda: not len(served.app.state.api.in_flight))
+            await _comes(lambda: not len(served.app.api.in_flight))
             writer.transport.abort()
             del reader
 

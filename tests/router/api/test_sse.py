@@ -67,7 +67,7 @@ async def test_a_client_that_leaves_aborts_its_request(stream: bool, hold_at: in
             await served.dispatcher.held.wait()
         await served.dispatcher.abort_seen.wait()
     assert served.dispatcher.aborted == [served.request.request_id]
-    assert len(served.app.state.api.in_flight) == 0
+    assert len(served.app.api.in_flight) == 0
 
 
 async def test_a_client_that_leaves_aborts_every_prompt_of_a_batch() -> None:
@@ -96,7 +96,7 @@ async def test_a_server_that_stops_tells_its_streams() -> None:
         writer.write(_post(BODY))
         await served.dispatcher.held.wait()
         head = await reader.readuntil(b"\r\n\r\n")
-        served.app.state.api.in_flight.end_all()
+        served.app.api.in_flight.end_all()
         found = events(_body_of(head + await reader.readuntil(b"0\r\n\r\n")))
     assert [event for event in found if "error" in event] == found[-1:]
     assert found[-1]["error"]["code"] == "shutting_down"  # type: ignore[index]
@@ -108,7 +108,7 @@ async def test_a_server_that_stops_answers_whole_calls_with_503() -> None:
     async with listening(served.app) as address, _connected(address) as (reader, writer):
         writer.write(_post({**BODY, "stream": False}))
         await served.dispatcher.held.wait()
-        served.app.state.api.in_flight.end_all()
+        served.app.api.in_flight.end_all()
         head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in head
 

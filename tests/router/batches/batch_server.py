@@ -40,7 +40,7 @@ async def batch_server(
 ) -> AsyncIterator[tuple[Served, str]]:
     """Yield the application and its address."""
     served = serve(script, data=data_folder(path, max_bytes), **options)
-    keeper = served.app.state.keeper
+    keeper = served.app.keeper
     assert isinstance(keeper, Keeper)
     async with listening(served.app) as address, keeper.keeping():
         yield served, address

@@ -171,8 +171,8 @@ async def test_a_full_disk_is_told_and_keeps_nothing(tmp_path: Path, monkeypatch
             ):
                 assert (answer.status_code, answer.json()["error"]["code"]) == (507, "insufficient_storage")
                 assert "the disk" in answer.json()["error"]["message"]
-        monkeypatch.setattr(upload, "_sync", broken)
-        assert (await client.post("/v1/files", content=form(FILE, PURPOSE), headers=FORM)).status_code == 500
+        monkeypatch.setattr(upload, "sync", broken)
+        assert (await client.post("/v1/files", content=form(FILE, PURPOSE), headers=FORM)).status_code == 503
         assert stored_in(tmp_path) == before
 
 

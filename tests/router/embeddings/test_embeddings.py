@@ -256,7 +256,7 @@ async def test_the_vectors_of_all_calls_have_a_bound() -> None:
 
 async def test_vectors_give_back_their_room_when_an_answer_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     served, groups = _serve(), iter([b"[", b""])
-    room = served.app.state.api.vector_room
+    room = served.app.api.vector_room
 
     def next_group(_: object) -> bytes:
         assert room.num_bytes == 2 * HIDDEN * 4
@@ -269,7 +269,7 @@ async def test_vectors_give_back_their_room_when_an_answer_breaks_off(monkeypatc
     async with served.client() as client:
         with pytest.raises(OSError, match="no thread"):  # the head is out: the connection is broken off
             await client.post("/v1/embeddings", json={"input": ["a", "b"]})
-    assert room.num_bytes == 0 and len(served.app.state.api.in_flight) == 0
+    assert room.num_bytes == 0 and len(served.app.api.in_flight) == 0
 
 
 async def test_texts_are_as_long_and_as_small_as_the_model_has_learnt() -> None:

@@ -18,7 +18,8 @@ from kvferry.models.chat_template import ChatTemplate
 from kvferry.models.render_budget import RenderLimits
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.router.helpers import chat_renderer
-from kvferry.router.helpers.chat_renderer import QUICK_BYTES, Chat, ChatRenderer
+from kvferry.router.helpers.chat_renderer import QUICK_BYTES, ChatRenderer
+from kvferry.router.helpers.wire import Chat
 
 from ..fakes import Script, serve, write_model_dir
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.request import SampledToken
 from kvferry.router.kept import answer_log
-from kvferry.router.kept.answer_log import AnswerLog, Head, Told, num_tokens
+from kvferry.router.kept.answer_log import AnswerLog, Head, Told
 
 HEAD = Head(b"asked", "m", "name", 7, (1, 2**63 - 1), (16, 4))
 TOLD = [
@@ -43,7 +43,7 @@ def test_what_was_told_is_read_again(tmp_path: Path) -> None:
         assert log.head is None and log.told == []
     written(tmp_path / "a")
     with opened(tmp_path / "a") as log:
-        assert (log.head, log.told, num_tokens(log.told)) == (HEAD, TOLD, 3)
+        assert (log.head, log.told, sum(len(portion.tokens) for portion in log.told)) == (HEAD, TOLD, 3)
 
 
 def test_a_log_that_was_cut_anywhere_goes_on_behind_its_last_whole_record(tmp_path: Path) -> None:

@@ -122,6 +122,26 @@ async def test_whoever_comes_back_gets_the_answer_of_who_still_tells_it(tmp_path
     assert len(answers) == 0 and not names_in(tmp_path / "wanted")
 
 
+async def test_an_answer_is_handed_over_after_a_look_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, others, list_of, num_looks = KeptAnswers(tmp_path), KeptAnswers(tmp_path), os.listdir, 0
+    first = await answers.take(KEY, "m")
+    settle(first)
+    first.on_wanted = first.close
+
+    def failing_first(path: Path) -> list[str]:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return list_of(path)
+
+    monkeypatch.setattr(os, "listdir", failing_first)
+    (await others.take(KEY, "m")).close()
+    assert num_looks > 1
+
+
 async def test_a_mark_that_a_dead_router_left_ends_nobodys_answer(tmp_path: Path) -> None:
     answers = KeptAnswers(tmp_path)
     (tmp_path / "wanted" / KEY.name).touch()

@@ -8,8 +8,8 @@ import pytest
 
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.messages import context
-from kvferry.router.messages.tools import MessageTools
 from kvferry.router.messages.translate import chat_body
+from kvferry.router.turns.places import PlacedTools
 
 from ..fakes import MODEL, VOCAB_SIZE, Script, serve
 
@@ -42,7 +42,7 @@ def _thoughts(**edit: Any) -> list[Any]:
 
 def _thoughts_after(edits: list[dict[str, Any]]) -> list[Any]:
     management = {"edits": edits}
-    body, _ = chat_body({**BODY, "context_management": management}, None, MessageTools(), needs_max_tokens=True)
+    body, _ = chat_body({**BODY, "context_management": management}, None, PlacedTools(), needs_max_tokens=True)
     messages = body["messages"]
     assert isinstance(messages, list) and len(messages) == 9 + 1  # a reminder beside a result is a message of a chat
     return [message["reasoning_content"] for message in messages if "reasoning_content" in message]

@@ -32,7 +32,7 @@ def no_room(*_: object) -> None:
 
 
 def runs(served: Served) -> BackgroundResponses:
-    found = served.app.state.background
+    found = served.app.background
     assert isinstance(found, BackgroundResponses)
     return found
 

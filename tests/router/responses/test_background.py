@@ -294,7 +294,7 @@ async def test_a_full_disk_refuses_it_and_leaves_nothing_running(
     response = await call(served, "POST", json=BODY)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_kept")
     await served.dispatcher.abort_seen.wait()
-    assert len(served.app.state.api.in_flight) == 0 and not list((tmp_path / "tasks").iterdir())
+    assert len(served.app.api.in_flight) == 0 and not list((tmp_path / "tasks").iterdir())
 
 
 async def test_an_answer_that_is_too_long_to_be_kept_has_failed(

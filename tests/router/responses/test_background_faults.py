@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from kvferry.router.kept.answer_log import AnswerLog
 from kvferry.router.kept.answers import KEEP_S, KeptAnswers
 from kvferry.router.responses import background
 from kvferry.router.responses import runs as background_runs
+from kvferry.router.responses.conversation import Earlier
+from kvferry.router.responses.kept import KeptResponses
 from kvferry.router.responses.store import FolderStore
 from kvferry.router.responses.task_folder import Task, TaskFolder
 
@@ -186,6 +189,43 @@ async def test_what_has_no_room_is_not_told_again_at_every_look(
         assert text_of(await ended(served, state)) == "Hello"
 
 
+async def test_one_goes_on_when_what_it_goes_on_behind_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background_runs, "RETRY_S", 0.02)
+    earlier = (await call(router(tmp_path), "POST", json={"input": "hi"})).json()["id"]
+    state = await left_behind(tmp_path, previous_response_id=earlier)
+    served, tries = router(tmp_path), list[object]()
+
+    def unreadable(_: KeptResponses, response_id: object, __: bytes) -> Earlier:
+        tries.append(response_id)
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with runs(served).keeping():
+        with monkeypatch.context() as patch:
+            patch.setattr(KeptResponses, "find", unreadable)
+            await until(lambda: asyncio.sleep(0, len(tries) > 1))
+            assert (await shown(served, state))["status"] == "in_progress"
+        assert text_of(await ended(served, state)) == "Hello, world"
+
+
+async def test_a_folder_of_tasks_that_cannot_be_looked_at_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, num_looks = router(tmp_path), 0
+
+    def unreadable(*_: object) -> None:
+        nonlocal num_looks
+        num_looks += 1
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(TaskFolder, "look", unreadable)
+    with capture_logs() as logs:
+        async with runs(served).keeping():
+            await until(lambda: asyncio.sleep(0, num_looks > 3))
+    assert [each["reason"] for each in logs if each["event"] == "background_responses"] == ["Input/output error"]
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/cancel"), ("DELETE", "")], ids=["cancel", "delete"])
 async def test_what_was_put_off_is_ended_for_who_wants_no_more_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, path: str
@@ -345,5 +385,5 @@ async def test_a_long_input_is_refused_for_good_and_without_background_it_is_ans
         assert (response.status_code, error["param"], error["code"]) == (413, "background", "request_too_large")
         assert "retry-after" not in response.headers
     assert not list((tmp_path / "tasks").iterdir()) and not list((tmp_path / "events").iterdir())
-    assert len(served.app.state.api.in_flight) == 0
+    assert len(served.app.api.in_flight) == 0
     assert (await call(served, "POST", json={"input": items})).status_code == 200

@@ -205,7 +205,7 @@ async def test_who_cannot_say_what_was_told_leaves_it_to_others(
     async with runs(first).keeping():
         begun = await begin(first, tmp_path)
         await first.dispatcher.held.wait()
-    monkeypatch.setattr(second.app.state.api.kept_answers, "_max_held", 0)
+    monkeypatch.setattr(second.app.api.kept_answers, "_max_held", 0)
     async with runs(second).keeping():
         await asyncio.sleep(0.1)
         assert not begun.done()
@@ -220,14 +220,14 @@ async def test_a_router_that_ends_tells_its_followers_behind_what_they_come_back
     name = read(events_in(tmp_path))[0]["response"]["id"]
     following = asyncio.create_task(follow(second, name))
     await asyncio.sleep(0.02)
-    assert len(second.app.state.api.in_flight) == 1  # who drains waits for it
-    second.app.state.api.in_flight.end_all()
+    assert len(second.app.api.in_flight) == 1  # who drains waits for it
+    second.app.api.in_flight.end_all()
     *events, error = read((await following).text)
     assert (error["type"], error["code"], error["sequence_number"]) == ("error", "shutting_down", len(events) - 1)
     first.dispatcher.go.set()
     check_whole(events + await followed(first, name, error["sequence_number"]), "Hello, world")
     check_whole(read((await begun).text), "Hello, world")
-    assert len(first.app.state.api.in_flight) == len(second.app.state.api.in_flight) == 0
+    assert len(first.app.api.in_flight) == len(second.app.api.in_flight) == 0
 
 
 @contextlib.asynccontextmanager
@@ -247,7 +247,7 @@ async def test_a_client_that_leaves_does_not_end_it_and_comes_back(tmp_path: Pat
                 had += text
                 if served.dispatcher.held.is_set() and len(read(had)) > 5:
                     break
-        api = served.app.state.api
+        api = served.app.api
 
         async def has_left() -> bool:
             return len(api.in_flight) == 1  # its run

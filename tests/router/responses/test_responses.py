@@ -9,7 +9,7 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.router.catalogue.defaults import SamplingDefaults
 from kvferry.router.catalogue.version import ServedModel
-from kvferry.router.helpers.chat_renderer import Chat
+from kvferry.router.helpers.wire import Chat
 from kvferry.router.responses.items import input_messages
 from kvferry.router.responses.kept import KeptResponses
 from kvferry.router.responses.store import MAX_AGE_S, MemoryStore

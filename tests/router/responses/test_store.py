@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -211,6 +213,36 @@ async def test_a_full_disk_costs_no_answer(tmp_path: Path, monkeypatch: pytest.M
     assert said["http"] == 200 and said["output"][0]["content"][0]["text"] == "Hello"
     assert not list((tmp_path / "responses").iterdir())
     assert (await say(served, previous_response_id=said["id"]))["http"] == 400
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+async def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    served = router(tmp_path)
+    said = await say(served)
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    async with served.client() as client:
+
+        def calls() -> list[Awaitable[httpx.Response]]:
+            return [
+                client.get(f"{PATH}/{said['id']}"),
+                client.get(f"{PATH}/{said['id']}/input_items"),
+                client.post(PATH, json={"input": "hi", "previous_response_id": said["id"]}),
+                client.delete(f"{PATH}/{said['id']}"),
+            ]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderStore, "read", fail)
+            answers = [await each for each in calls()]
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderStore, "delete", fail)
+            answers.append(await client.delete(f"{PATH}/{said['id']}"))
+        for answer in answers:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_unavailable")
+            assert os.strerror(number) in answer.json()["error"]["message"]
+        assert [(await each).status_code for each in calls()] == [200] * 4
 
 
 def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:

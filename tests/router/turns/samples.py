@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvferry.router.turns.call_reader import CallReader, joined_calls
 from kvferry.router.turns.deepseek import HUNYUAN, DeepSeekSyntax
-from kvferry.router.turns.either_syntax import EitherSyntax
 from kvferry.router.turns.gemma import GemmaSyntax
 from kvferry.router.turns.json_syntaxes import (
     COMMAND_TAGS,
@@ -16,13 +16,14 @@ from kvferry.router.turns.json_syntaxes import (
     LLAMA_TAGS,
     NEMOTRON_TAGS,
     BareJsonSyntax,
+    EitherSyntax,
     HermesSyntax,
     MistralSyntax,
 )
 from kvferry.router.turns.paired import GLM, MINIMAX, PairedSyntax
 from kvferry.router.turns.pythonic import PythonicSyntax
 from kvferry.router.turns.qwen_coder import SEED, QwenCoderSyntax
-from kvferry.router.turns.syntax import Schemas, Syntax
+from kvferry.router.turns.syntax import Call, Schemas, Syntax
 
 NAMES = ("search", "get_weather", "write.file", "a-b")
 SCHEMAS: Schemas = {
@@ -48,6 +49,12 @@ VALUES: tuple[object, ...] = (
     "x", "", "a \"quoted\" \\ back", "{not} [json", "</tool_call>", "line\nbreak", "ü😀", 0, -1.5, True, None, [1, [2]],
     {"deep": {"er": []}}, "<parameter=x>", "[TOOL_CALLS]",
 )  # fmt: skip
+
+
+def read_calls(text: str, syntax: Syntax) -> tuple[str, Sequence[Call]]:
+    """Return a whole text's content and calls."""
+    delta = CallReader(syntax).push(text, is_final=True)
+    return delta.content, joined_calls(delta.calls)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from kvferry.router.turns.call_reader import CallPiece, CallReader, joined_calls, read_calls
+from kvferry.router.turns.call_reader import CallReader, joined_calls
+from kvferry.router.turns.parts import CallPiece
 from kvferry.router.turns.qwen_coder import QwenCoderSyntax
 from kvferry.router.turns.syntax import Call, Syntax
 
-from .samples import FORMS, NAMES, SCHEMAS, arguments_of, text_of
+from .samples import FORMS, NAMES, SCHEMAS, arguments_of, read_calls, text_of
 
 TEXTS = 2100
 CUTS = 30  # places of a text, taken by chance, at each of which it is cut once

@@ -12,7 +12,7 @@ from kvferry.router.turns.channel_history import channel_messages, described_too
 from kvferry.router.turns.channels import MARKS, ChannelCount, ChannelReader
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
-from kvferry.router.turns.turn import Thought, TurnDelta
+from kvferry.router.turns.parts import Thought, TurnDelta
 
 NAMES = frozenset({"f", "g"})
 THOUGHT = "<|channel|>analysis<|message|>Hm, so.<|end|>"

@@ -8,11 +8,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from kvferry.router.turns.call_reader import read_calls
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.forced import forced_grammar
 from kvferry.router.turns.syntax import Call
+
+from .samples import read_calls
 
 TREE = {
     "type": "object",

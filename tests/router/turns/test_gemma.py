@@ -10,15 +10,17 @@ import pytest
 
 from kvferry.models.chat_template import ChatTemplate
 from kvferry.router.catalogue.version import ServedModel
-from kvferry.router.turns.call_reader import CallPiece, CallReader, joined_calls, read_calls
+from kvferry.router.turns.call_reader import CallReader, joined_calls
 from kvferry.router.turns.definitions import parse_tool_use
 from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.gemma import GemmaSyntax
 from kvferry.router.turns.gemma_history import with_responses
+from kvferry.router.turns.parts import CallPiece
 from kvferry.router.turns.syntax import Call
 
 from .. import fakes
 from ..fakes import MODEL, VOCAB_SIZE, Script, serve
+from .samples import read_calls
 
 SYNTAX = GemmaSyntax({"f": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}})
 USE = parse_tool_use([{"type": "function", "function": {"name": "f"}}], None, None)

@@ -12,13 +12,14 @@ import pytest
 from kvferry.common.grammar import GrammarBroken
 from kvferry.grammar.matching import Vocabulary, compile_grammar
 from kvferry.grammar.thinking import FirstMatcher
-from kvferry.router.turns.call_reader import read_calls
 from kvferry.router.turns.definitions import ToolUse, parse_tool_use
 from kvferry.router.turns.dialect import Dialect
 from kvferry.router.turns.gemma import GemmaSyntax
 from kvferry.router.turns.lazy import free_grammar, keeps_schemas, thinking
 from kvferry.tests.checkpoints import write_tokenizer
 from kvferry.tests.matchers import may_end
+
+from .samples import read_calls
 
 EOS = 1
 GEMMA = Dialect("gemma4", "gemma4")
