@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,6 +118,7 @@ def plan(
 
 
 def _saved(file: Path) -> list[dict[str, Any]]:
+    file = Path(os.path.expanduser(file))  # a shell leaves the `~` of `--from=~/counts.json` as it is
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -9,12 +9,17 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 
+from ..common.errors import ConfigError
 from ..common.extras import torch_cuda_version
 from ..common.machine import free_memory_bytes, usable_cpus
 
 _NVIDIA_SMI_TIMEOUT_S = 10.0
 _GPU_FIELDS = "index,uuid,name,memory.total,memory.free"
+_SHARED_MEMORY = Path("/dev/shm")
+_TRANSPORTS, _SHARED_FOLDER = "UCX_TLS", "UCX_POSIX_DIR"  # which UCX takes, and where its files are if not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,22 @@ class Host:
 
 def read_host(env: Mapping[str, str]) -> Host:
     return Host(usable_cpus(), free_memory_bytes(), find_gpus(env) if torch_cuda_version() else ())
+
+
+def check_shared_memory(env: Mapping[str, str]) -> None:
+    """Refuse a folder for shared memory that takes no files: UCX, which does without where there is none, ends there.
+
+    An operator who names transports knows which there are. Raises ConfigError.
+    """
+    if _TRANSPORTS in env or _SHARED_FOLDER in env or not _SHARED_MEMORY.is_dir():
+        return
+    try:
+        TemporaryFile(dir=_SHARED_MEMORY).close()
+    except OSError as error:
+        raise ConfigError(
+            f"transfer: {_SHARED_MEMORY} cannot be written to: {error.strerror or error}; mount it for this user to "
+            f"write (a tmpfs, mode 1777), or go without shared memory: {_TRANSPORTS}=^posix"
+        ) from None
 
 
 def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:

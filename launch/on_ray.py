@@ -142,7 +142,11 @@ class RayLauncher:
     # --- a life -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        ray_calls.connect(self._address, self._deployment.max_ranks)
+        try:
+            ray_calls.connect(self._address, self._deployment.max_ranks)
+        except SystemExit:  # Ray's own handler of SIGTERM is in place meanwhile: it has cleared up, and leaves so
+            self._stopper.stop()
+            return
         try:
             await self._stopper.run(self._run())
         finally:

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
+from ..common.config import environment
 from ..common.errors import ConfigError, ProtocolError
 from ..common.extras import FLASHINFER, RAY, UCXX, nixl
 from ..engine.cpu.build import describe
@@ -47,7 +48,7 @@ from .engine_checks import (
     is_float32,
     read_adapters,
 )
-from .host import Host, read_host
+from .host import Host, check_shared_memory, read_host
 from .plan import Deployment, absolute, fit_to_host, plan
 from .reload import read_credentials
 from .running import check_pid_file, runtime_dir
@@ -290,8 +291,10 @@ def check_kernels(deployment: Deployment, model: ModelConfig) -> str | Check:
 
 
 def check_transfer(settings: ServeSettings) -> str:
-    """The library that moves KV. Raises ConfigError where it is missing."""
+    """The library that moves KV. Raises ConfigError where it is missing, or would not work here."""
     library = nixl() if settings.transfer == "nixl" else UCXX
     if not library.is_installed:
         raise ConfigError(f"transfer: {library.missing}")
+    if settings.launcher == "local":
+        check_shared_memory(environment())
     return settings.transfer

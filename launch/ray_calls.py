@@ -222,8 +222,10 @@ async def wait_for_places(workers: Sequence[WorkerPlan], groups: Sequence[Placem
             for group in groups:
                 await group.ready()
     except TimeoutError:
-        wanted, free = [_bundle(worker) for worker in workers], ray.available_resources()
-        raise ConfigError(f"the Ray cluster has no room for {wanted}: {free} of {ray.cluster_resources()}") from None
+        wanted = [_bundle(worker) for worker in workers]
+        there, free = ray.cluster_resources(), ray.available_resources()
+        left = " and ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        raise ConfigError(f"the Ray cluster has no room for {wanted}, each on one node: {left} are free") from None
 
 
 def free_place(group: PlacementGroup) -> None:

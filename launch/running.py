@@ -17,6 +17,7 @@ from ..common.config import environment
 from ..common.errors import ConfigError
 
 _MAX_PID_FILE_BYTES = 32
+_MAX_SOCKET_BYTES = 107  # of a Unix socket's path, to the kernel
 
 
 def runtime_dir(env: Mapping[str, str]) -> Path:
@@ -32,9 +33,11 @@ def runtime_dir(env: Mapping[str, str]) -> Path:
 def make_runtime_dir(env: Mapping[str, str]) -> Path:
     """Make the folder, for this user alone, and sweep the sockets that killed launchers have left.
 
-    Raises ConfigError where somebody else owns it or may enter it.
+    Raises ConfigError where somebody else owns it or may enter it, or its name is too long for a socket's.
     """
     path = runtime_dir(env)
+    if len(os.fsencode(socket_of(path, os.getpid()))) > _MAX_SOCKET_BYTES:
+        raise ConfigError(f"{path} is too long a name for a socket's folder; set XDG_RUNTIME_DIR to a shorter one")
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()

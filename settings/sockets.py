@@ -14,12 +14,17 @@ _SEND_BUFFER_BYTES = 128 * 2**10  # in the kernel for each connection: a client 
 
 
 def open_listener(address: Address) -> socket.socket:
-    """Open a listening socket; port 0 takes a free one. Raises OSError."""
-    sock = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+    """Open a listening socket; port 0 takes a free one. Of a name's addresses it is the first of IPv4, if it has one.
+
+    Raises OSError.
+    """
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    family, _, _, _, place = min(found, key=lambda each: each[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # accepted sockets inherit it
-        sock.bind((address.host, address.port))
+        sock.bind(place)
         sock.listen(_BACKLOG)
     except OSError:
         sock.close()

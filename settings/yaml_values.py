@@ -18,11 +18,13 @@ class _Constructor(yaml.SafeLoader):
     """PyYAML's constructors do not look at a text before they take it apart: what fails then says nothing of it."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Leave words and numbers as they are written, with a tag too: `!!bool yes` would be 1 where numbers are."""
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (TypeError, AttributeError, LookupError):
             tag = node.tag.replace(_TAGS, "!!")
             raise ConstructorError(None, None, f"the tag {tag} does not permit this value", node.start_mark) from None
+        return node.value if isinstance(value, bool | int | float) else value
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """Join the two escapes by which JSON, which is YAML too, writes one character: `"\\ud83d\\ude00"`."""

@@ -552,6 +552,14 @@ main([*{words}])
     assert (result.returncode, result.stderr) == (2, "kvferry: it went on\n")
 
 
+def test_a_key_file_may_be_in_the_home_of_who_asks(run: Run, tmp_path: Path) -> None:
+    """A shell leaves `--file=~/keys.yaml` as it is."""
+    assert run("keys", "add", "alice", "--file=~/keys.yaml", HOME=str(tmp_path)).returncode == 0
+    assert run("keys", "list", "--file", str(tmp_path / "keys.yaml")).stdout.startswith("alice ")
+    mistake = run("keys", "list", "--file=~nobody-here/keys")
+    assert_refused(mistake, "--file: a path with ~ must name a user of this machine, not '~nobody-here/keys'")
+
+
 def test_keys_are_drawn_listed_and_revoked_by_whose_they_are(run: Run, tmp_path: Path) -> None:
     """The file holds hashes alone: a key is shown once, by the command that draws it."""
     file = tmp_path / "keys.yaml"
@@ -658,6 +666,7 @@ def test_experts_plan_writes_what_serve_takes(run: Run, tmp_path: Path) -> None:
     saved.write_text(json.dumps({"workers": [_experts_of("d-0", [8, 1, 1, 2], [9, 3])] * 2}))
     done = run("experts", "plan", str(plan), "--replicas", "2", "--from", str(saved))
     assert done.returncode == 0, done.stderr
+    assert run("experts", "plan", str(plan), "--replicas=2", "--from=~/counts.json", HOME=str(tmp_path)) == done
     assert "1 layers of 4 experts; each of 2 ranks holds 3" in done.stdout
     assert "by 24: 1.50x split evenly, 1.00x with this plan" in done.stdout
     found = read_plan(plan, num_ranks=2, num_experts=4, sparse_layers=(2,))

@@ -277,6 +277,16 @@ def test_a_temporary_folder_in_which_nothing_can_be_written_is_left_for_no_other
     assert runtime_dir({"TMPDIR": "/nowhere"}).parent == Path("/tmp")
 
 
+def test_a_folder_whose_name_is_too_long_for_a_socket_is_refused_with_what_helps(tmp_path: Path) -> None:
+    env = {"XDG_RUNTIME_DIR": str(tmp_path / ("a" * 100))}
+    with pytest.raises(ConfigError, match="too long a name for a socket's folder; set XDG_RUNTIME_DIR to a shorter"):
+        make_runtime_dir(env)
+    room = 107 - len(str(socket_of(tmp_path / "kvferry", os.getpid())))
+    longest = tmp_path / ("a" * (room - 1))  # and a slash
+    with closing(socket.socket(socket.AF_UNIX)) as sock:
+        sock.bind(str(socket_of(make_runtime_dir({"XDG_RUNTIME_DIR": str(longest)}), os.getpid())))
+
+
 def test_a_pid_file_may_be_in_the_home_of_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell leaves `--pid-file=~/pid` as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))

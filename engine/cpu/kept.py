@@ -28,16 +28,29 @@ _Mark = tuple[int, ...]
 
 def load_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> ctypes.CDLL:
     """Load the library that is kept, built now if it is missing. Raises NativeUnavailable."""
-    for folder in (cache / _FOLDER, Path(tempfile.gettempdir(), f"kvferry-{_FOLDER}-{os.geteuid()}")):
-        try:
-            return _load(_made_folder(folder), isa, compiler)
-        except CannotKeep as reason:
-            log.warning("native_code_not_kept", reason=str(reason), instead_in=tempfile.gettempdir())
+    try:
+        return _load(_made_folder(cache / _FOLDER), isa, compiler)
+    except CannotKeep as reason:
+        temporary = _instead_of_cache(reason)
+    try:
+        return _load(_made_folder(temporary / f"kvferry-{_FOLDER}-{os.geteuid()}"), isa, compiler)
+    except CannotKeep as reason:
+        log.warning("native_code_not_kept", reason=str(reason), instead_in=str(temporary))
     try:
         with tempfile.TemporaryDirectory(prefix="kvferry-native-") as own:
             return opened(compiled(isa, compiler, Path(own)))  # what is loaded outlives its file
     except OSError as error:
         raise NativeUnavailable(f"there is no folder to build in: {error}") from error
+
+
+def _instead_of_cache(reason: CannotKeep) -> Path:
+    """Return the folder of what is temporary. Raises NativeUnavailable: all file systems may be for reading alone."""
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError as error:
+        raise NativeUnavailable(f"{reason}, and elsewhere neither: {error}") from error
+    log.warning("native_code_not_kept", reason=str(reason), instead_in=temporary)
+    return Path(temporary)
 
 
 def is_kept(cache: Path, isa: str, compiler: tuple[str, ...]) -> bool:

@@ -259,6 +259,13 @@ def no_ray(site: Site) -> Words:
     return ["--launcher", "ray"]
 
 
+@case(r"transfer: /proc cannot be written to: .*; mount it for this user to write .*: UCX_TLS=\^posix")
+def shared_memory_that_takes_no_files(site: Site) -> Words:
+    site.patch.setattr(host, "_SHARED_MEMORY", Path("/proc"))
+    site.patch.delenv("UCX_TLS", raising=False)
+    return []
+
+
 @case(r"transfer: ucxx-cu12 is not installed: .* -m pip install 'ucxx-cu12>=")
 def no_ucxx(site: Site) -> Words:
     site.patch.setattr(extras.UCXX.__class__, "is_installed", property(lambda library: library != extras.UCXX))
@@ -460,6 +467,12 @@ def test_all_three_refuse_in_the_same_words(name: str, site: Site, capsys: pytes
     assert code == 1
     assert f"{line.removeprefix('kvferry: ').strip()}\n" in report, report
     assert len(re.findall("^fail ", report, re.MULTILINE)) == 1, report
+
+
+@pytest.mark.parametrize(("folder", "transports"), [("/proc", "^posix"), ("/nowhere", None)])
+def test_shared_memory_is_asked_for_only_where_it_is_used(folder: str, transports: str | None, site: Site) -> None:
+    site.patch.setattr(host, "_SHARED_MEMORY", Path(folder))
+    host.check_shared_memory({} if transports is None else {"UCX_TLS": transports})
 
 
 def test_what_is_right_is_refused_by_none(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,24 @@ class Actor:
         return self._end_of_each
 
 
+class Nowhere:
+    """A place that no node has room for."""
+
+    async def ready(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_cluster_without_room_is_told_with_what_is_free_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"CPU": 2.0, "CPU_group_0_5f": 1.0, "node:__internal_head__": 1.0}
+    monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    monkeypatch.setattr("ray.available_resources", lambda: {"node:__internal_head__": 1.0})
+    monkeypatch.setattr(ray_calls, "_PLACEMENT_TIMEOUT_S", 0.01)
+    [worker, *_] = plan(ServeSettings(), Path("m"), "m").workers
+    says = r"no room for \[\{'CPU': 1\.0\}\], each on one node: 0 of 2 CPU and 0 of 0 GPU are free$"
+    with pytest.raises(ConfigError, match=says):
+        await ray_calls.wait_for_places([worker], [cast(Any, Nowhere())])
+
+
 class Pinged:
     """Its `ping` is answered at once, but for the second one, which is left to `second`; ready from the third on."""
 
@@ -363,6 +381,16 @@ def test_no_actor_is_ended_because_the_launcher_stood_still(monkeypatch: pytest.
         loop.call_later(0.05, stand)
 
     assert killed_by_watch(monkeypatch, stand_still) == []
+
+
+def test_an_end_that_is_asked_for_while_it_connects_is_none_by_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM is Ray's meanwhile, which leaves with the signal's number as the exit code."""
+    monkeypatch.setattr(ray_calls, "connect", lambda *_: sys.exit(15))
+    launcher = RayLauncher(plan(ServeSettings(), tmp_path, "m"), {}, SystemClock(), LogDisplay(is_text=False))
+    asyncio.run(launcher.run())
+    assert launcher.is_ending
 
 
 def test_a_reload_that_fails_is_told_in_the_log_of_the_launcher(tmp_path: Path) -> None:

@@ -262,6 +262,25 @@ def test_where_the_cache_cannot_be_made_it_is_kept_among_what_is_temporary(site:
     assert told["reason"] == f"{site.cache}/native cannot be made: File exists"
 
 
+def test_what_is_kept_is_found_where_nothing_can_be_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose file systems are all for reading alone: Python finds no folder for what is temporary."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    kept_before = site.load()
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    assert site.load() == kept_before and len(site.builds) == 1
+    kept_before.unlink()
+    monkeypatch.setattr(compiler, "_build", _refuse)
+    with pytest.raises(NativeUnavailable, match=r"Read-only file system, and elsewhere neither: .*No usable temporary"):
+        site.load()
+
+
+def _refuse(command: tuple[str, ...], isa: str, library: Path, *, is_portable: bool) -> None:
+    raise OSError(30, "Read-only file system")
+
+
 def test_where_the_cache_is_full_it_is_kept_elsewhere(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     build_library = compiler._build
 
