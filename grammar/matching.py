@@ -29,6 +29,14 @@ from .tokens import ANY, TOKENS, SameTokens, only_token, tokens_mask
 _EMBEDDED = re.compile(r"%json\s*+(?=\{)")  # a schema within a grammar
 _DECODER = json.JSONDecoder()
 _UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]*)"')
+# What the library's reason says where it is about a keyword: a regular expression of each, tried in this order.
+_ABOUT = {
+    "oneOf": "oneOf",
+    "format": "Unknown format",
+    "$ref": "retriev|^Pointer ",
+    "type": "Invalid type",
+    "multipleOf": "'multipleOf' has too many digits",
+}
 # Of what the library quotes of a grammar, and of its words about it, clients are shown the beginning.
 _MAX_REASON_CHARS = 400
 # What may come next, in parts of rules. A schema of MAX_GRAMMAR_BYTES reaches some 20,000, and is slow once (40 ms).
@@ -276,25 +284,13 @@ def _refusal(reason: str, facts: SchemaFacts) -> RequestError:
         if isinstance(draft, str) and "retriev" in reason and (draft.removesuffix("#") or "#") in reason:
             text = f"has the keyword '$schema' at '{place[1:]}', which names no draft that is known: {_clipped(draft)}"
             return refusal(text, place)
-    for keyword in ("oneOf", "format", "$ref", "type", "multipleOf"):
-        if _is_about(keyword, reason) and (path := facts.place_of(keyword, reason)) is not None:
+    for keyword, words in _ABOUT.items():
+        if re.search(words, reason) and (path := facts.place_of(keyword, reason)) is not None:
             return unkept_refusal(keyword, path, reason)
     for path, pattern in facts.patterns:
         if "regex" in reason and pattern[:64] in reason:
-            text = f"has a pattern at '{path[1:]}' that cannot be kept: {reason}"
-            return refusal(text, path)
+            return refusal(f"has a pattern at '{path[1:]}' that cannot be kept: {reason}", path)
     return RequestError(f"cannot be followed: {reason}", param="", code="invalid_grammar")
-
-
-def _is_about(keyword: str, reason: str) -> bool:
-    words = {
-        "oneOf": "oneOf",
-        "format": "Unknown format",
-        "$ref": "retriev",
-        "type": "Invalid type",
-        "multipleOf": "'multipleOf' has too many digits",
-    }
-    return words[keyword] in reason or (keyword == "$ref" and reason.startswith("Pointer "))
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from .outcome import Outcome, RequestOutcome
 from .scenario import Adapters, Day, Drafts, Failure, Fleet, Goals, RoleChange, Router, Scaled, Scenario, Spike, Traffic
-from .simulate import Capacity, at_rate, capacity, simulate
+from .simulate import Capacity, at_rate, capacity, quiet_simulation, simulate
 
 __all__ = [
     "Adapters",
@@ -38,5 +38,6 @@ __all__ = [
     "Traffic",
     "at_rate",
     "capacity",
+    "quiet_simulation",
     "simulate",
 ]

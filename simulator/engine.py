@@ -117,7 +117,7 @@ class Engine:
         if num_steps > 1:
             first_s, slope_s = self._model.run(work.decode_rows, work.decode_context)
         factor = self._draw(num_steps)
-        drafting_s = draft_s(batch, self._model, self._spec.draft_share) * factor
+        drafting_s = draft_s(batch, self._model, self._spec.fleet.draft_share) * factor
         first_s = first_s * factor + swap_s + drafting_s
         size = self._pool.block_size
         step = Step(batch, work, start_s, num_steps, most_steps, first_s, slope_s * factor, size, swap_s, drafting_s)

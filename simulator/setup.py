@@ -16,34 +16,24 @@ from ..wire.workers import StepSample, WorkerHello
 from ..worker.effects import CoreConfig
 from ..worker.roles import RoleName
 from .jobs import END_IDS
-from .scenario import Adapters, Drafts, Scenario
+from .scenario import Fleet, Scenario
 
 MODEL = VERSION = TRANSPORT = "simulated"
 
 
 @dataclass(slots=True, frozen=True)
 class WorkerSpec:
-    """The settings that all workers of a run have in common."""
+    """A worker is made of this, the same for all of a run: their fleet's settings, and what follows from them."""
 
+    fleet: Fleet
     kv: KVCacheSpec
     steps: StepModel
     num_blocks: int
     host_blocks: int
     copy_s: float  # of one block to host memory, or from there
-    max_num_seqs: int
-    max_model_len: int
-    prefill_tokens: int
-    decode_tokens: int
     tpot_objective_s: float | None
-    token_bytes: int
     prefix_caching: bool
-    can_change_role: bool
-    tp_size: int
     jumps: bool
-    adapters: Adapters
-    drafts: Drafts | None
-    draft_share: float
-    keeps_states: bool
 
 
 def router_config(scenario: Scenario) -> RouterConfig:
@@ -85,27 +75,16 @@ def kv_spec(shape: ModelShape, block_tokens: int) -> KVCacheSpec:
 
 def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSpec:
     fleet = scenario.fleet
-    shape = fleet.shape
     return WorkerSpec(
-        kv=kv_spec(shape, block_tokens),
+        fleet=fleet,
+        kv=kv_spec(fleet.shape, block_tokens),
         steps=fleet.step_model(),
         num_blocks=fleet.blocks(block_tokens),
         host_blocks=fleet.host_blocks if hashed else 0,
         copy_s=block_tokens * fleet.kv_token_bytes / fleet.host_bytes_per_s,
-        max_num_seqs=fleet.max_num_seqs,
-        max_model_len=fleet.max_model_len,
-        prefill_tokens=fleet.prefill_tokens,
-        decode_tokens=fleet.decode_tokens,
         tpot_objective_s=scenario.goals.tpot_s if fleet.has_objective else None,
-        token_bytes=fleet.kv_token_bytes,
         prefix_caching=hashed,
-        can_change_role=fleet.can_change_role,
-        tp_size=fleet.gpus_per_worker,
         jumps=scenario.jumps,
-        adapters=fleet.adapters,
-        drafts=fleet.drafts,
-        draft_share=fleet.draft_share,
-        keeps_states=fleet.keeps_states,
     )
 
 
@@ -113,7 +92,7 @@ def unloaded_s(spec: WorkerSpec, num_tokens: int) -> float:
     """Chunks of the largest step, one after another."""
     total_s, done = 0.0, 0
     while done < num_tokens:
-        chunk = min(spec.prefill_tokens, num_tokens - done)
+        chunk = min(spec.fleet.prefill_tokens, num_tokens - done)
         total_s += spec.steps.step_s(StepWork(chunk, chunk * (done + chunk // 2)))
         done += chunk
     return total_s
@@ -121,7 +100,7 @@ def unloaded_s(spec: WorkerSpec, num_tokens: int) -> float:
 
 def calibration(spec: WorkerSpec) -> tuple[StepSample, ...]:
     """Return the samples that a worker measures of itself at start-up."""
-    budget = max(spec.prefill_tokens, spec.decode_tokens)
+    budget = max(spec.fleet.prefill_tokens, spec.fleet.decode_tokens)
     works = [
         StepWork(tokens, tokens * (context + tokens // 2), 0, 0)
         for tokens in sorted({16, 64, 256, budget})
@@ -138,7 +117,8 @@ def calibration(spec: WorkerSpec) -> tuple[StepSample, ...]:
 
 def core_config(spec: WorkerSpec, worker_id: str, incarnation: int, role: RoleName, address: str) -> CoreConfig:
     """Return what a worker's core knows from the start. The largest step is that of the role it starts with."""
-    num_tokens = spec.prefill_tokens if role == "prefill" else spec.decode_tokens
+    fleet = spec.fleet
+    num_tokens = fleet.prefill_tokens if role == "prefill" else fleet.decode_tokens
     return CoreConfig(
         worker_id=worker_id,
         incarnation=incarnation,
@@ -152,11 +132,11 @@ def core_config(spec: WorkerSpec, worker_id: str, incarnation: int, role: RoleNa
         outgoing=TRANSPORT,
         transfer=TransferConfig(kv_checksum="off"),
         eos_token_ids=END_IDS,
-        max_model_len=spec.max_model_len,
+        max_model_len=fleet.max_model_len,
         max_num_batched_tokens=num_tokens,
-        max_num_seqs=min(spec.max_num_seqs, num_tokens),  # each has a token in a step
-        speculative=spec.drafts.config if spec.drafts is not None else None,
-        keeps_states=spec.keeps_states,
+        max_num_seqs=min(fleet.max_num_seqs, num_tokens),  # each has a token in a step
+        speculative=fleet.drafts.config if fleet.drafts is not None else None,
+        keeps_states=fleet.keeps_states,
         tpot_objective_s=spec.tpot_objective_s,
     )
 
@@ -187,15 +167,15 @@ def hello_of(spec: WorkerSpec, config: CoreConfig, labels: Labels) -> WorkerHell
         version=VERSION,
         model=MODEL,
         spec=spec.kv,
-        tp_size=spec.tp_size,
+        tp_size=spec.fleet.gpus_per_worker,
         num_blocks=spec.num_blocks,
-        max_model_len=spec.max_model_len,
+        max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_address=config.kv_address,
         pid=1,
         transport=TRANSPORT,
-        can_change_role=spec.can_change_role,
+        can_change_role=spec.fleet.can_change_role,
         labels=labels,
         samples=calibration(spec),
     )

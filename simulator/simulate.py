@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+
+import structlog
 
 from ..common.errors import ConfigError
 from .lengths import count_too_long
@@ -16,6 +19,11 @@ def simulate(scenario: Scenario) -> Outcome:
     """Run it. Raises ConfigError for a scenario that no run shows, or that no machine simulates."""
     check_span(scenario.traffic)
     return World(scenario).run()
+
+
+def quiet_simulation() -> None:
+    """Leave out all but what is critical: a simulated router logs what a live one would, and nobody reads that."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 @dataclass(slots=True, frozen=True)

@@ -78,11 +78,12 @@ class SimWorker:
     def _make_core(self, role: RoleName) -> WorkerCore:
         spec, kv = self.spec, self.spec.kv
         config = core_config(spec, self.worker_id, self.incarnation, role, self.address)
-        loader = SimLoader(spec.adapters, self.now, self.after) if spec.adapters.count else None
+        adapters, drafts = spec.fleet.adapters, spec.fleet.drafts
+        loader = SimLoader(adapters, self.now, self.after) if adapters.count else None
         if loader is not None:
             loader.wake = self.wake
         endpoint = Endpoint(kv, VERSION, TRANSPORT, config.tp_size)
-        block_bytes = spec.token_bytes * kv.block_size
+        block_bytes = spec.fleet.kv_token_bytes * kv.block_size
         self._shipping = SimShipping(self, endpoint, config.transfer, block_bytes=block_bytes, port=self.sending)
         core = WorkerCore(
             config,
@@ -97,8 +98,8 @@ class SimWorker:
             contents=self.world.contents,
             adapters=loader,
         )
-        if spec.drafts is not None and (speculation := core.decode.scheduler.speculation) is not None:
-            speculation.make_proposer = partial(self._drafts_of, spec.drafts)
+        if drafts is not None and (speculation := core.decode.scheduler.speculation) is not None:
+            speculation.make_proposer = partial(self._drafts_of, drafts)
         return core
 
     def _drafts_of(self, drafts: Drafts, seq: Sequence) -> SimDrafts:

@@ -169,11 +169,11 @@ class World:
     def _next_arrival(self) -> None:
         """Requests are made when they come: a million of them never exist at once."""
         for time_s, row in self._arrivals:
-            adapter = adapter_use(self._adapters.draw(), self.spec.adapters.num_bytes)
+            adapter = adapter_use(self._adapters.draw(), self.spec.fleet.adapters.num_bytes)
             number, taken_s = self._num_arrived, time_s + self.scenario.router_s
             self._num_arrived += 1
             self._last_arrival_s = time_s
-            if is_too_long(row, self.spec.max_model_len):
+            if is_too_long(row, self.spec.fleet.max_model_len):
                 self.kernel.at(taken_s, self._turn_away, number, time_s, row)
             else:
                 self.kernel.at(taken_s, self._submit, self._job_of(number, time_s, row, adapter))
@@ -185,7 +185,7 @@ class World:
         self.recorder.turn_away(number, time_s, row)
 
     def _job_of(self, number: int, time_s: float, row: TraceRow, adapter: AdapterUse | None) -> Job:
-        fitting = cut(row, self.spec.max_model_len)
+        fitting = cut(row, self.spec.fleet.max_model_len)
         job = make_job(number, fitting, time_s, self.block_tokens, hashed=self._hashed, adapter=adapter)
         job.is_cut = fitting is not row
         self.jobs[job.request_id] = job
@@ -195,7 +195,7 @@ class World:
         self._next_arrival()
         most = self.scenario.max_tokens
         if job.num_output_tokens:  # a client that says nothing is allowed what there is room for
-            most = min(most, self.spec.max_model_len - job.num_prompt_tokens)
+            most = min(most, self.spec.fleet.max_model_len - job.num_prompt_tokens)
         request = make_request(job, most, self.block_tokens)
         self.recorder.open(job, request)
         began_s = process_time()

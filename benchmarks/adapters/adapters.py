@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -28,12 +27,12 @@ from rich.table import Table
 from kvferry.benchmarks.adapters.first_tokens import FirstTokens, measure_first_tokens
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, least_ms, num_blocks_of, sequence
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.benchmarks.shared.random_adapter import write_random_adapter
 from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.config import EngineConfig, LoadFormat
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import milliseconds, report_console
@@ -91,9 +90,8 @@ class Report:
         return [*bars, Bar("added to a first token by one never seen", added_ms, _MAX_ADDED_MS, unit="ms", count=count)]
 
 
-@telling_errors("adapters")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("adapters")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = Console(stderr=True)
@@ -218,9 +216,7 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.adapters", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("adapters", __doc__)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
     add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
@@ -231,5 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=positive_int, default=128, metavar="TOKENS", help="of each row (default: %(default)s)")
     add("--rounds", type=positive_int, default=20, help="(default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 where a bar breaks")
-    add("--json", type=Path, default=RESULTS_DIR / "adapters.json", metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--json", type=output_file, default=RESULTS_DIR / "adapters.json", metavar="FILE", help="(default: %(default)s)"
+    )
     return parser

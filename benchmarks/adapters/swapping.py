@@ -27,12 +27,12 @@ from rich.table import Table
 from kvferry.benchmarks.adapters.first_tokens import ask_first_token_s
 from kvferry.benchmarks.peers.vllm_install import default_venv, ensure_vllm
 from kvferry.benchmarks.shared.peers import ADAPTER_RANK, SYSTEMS, VLLM_DTYPES, RunningSystem, Setup, system_names
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.benchmarks.shared.random_adapter import write_random_adapter
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.cores import pin_to_cores
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
@@ -70,9 +70,8 @@ class Row:
         return median(swap.added_ms for swap in self.swaps)
 
 
-@telling_errors("swapping")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("swapping")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
     if any(name.startswith("vllm") for name in flags.systems):
@@ -150,16 +149,14 @@ def _print(rows: Sequence[Row], console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.adapters.swapping", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("adapters.swapping", __doc__)
     add = parser.add_argument
     add("--systems", type=system_names, default=["kvferry-co", "kvferry-pd", "vllm-agg"], metavar="NAMES")
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     add("--adapters", type=positive_int, default=8, metavar="N", help="new ones, of rank 16 (default: %(default)s)")
     add("--vllm-dtype", choices=VLLM_DTYPES, default=VLLM_DTYPES[0], help="(default: %(default)s)")
     add("--peer-venv", type=Path, default=default_venv(), help="vLLM is installed here (default: %(default)s)")
-    add("--json", type=Path, default=RESULTS_DIR / "adapters-swapping.json", help="(default: %(default)s)")
+    add("--json", type=output_file, default=RESULTS_DIR / "adapters-swapping.json", help="(default: %(default)s)")
     return parser
 
 

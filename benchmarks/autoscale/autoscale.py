@@ -13,7 +13,6 @@ exit code 1.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from kvferry.benchmarks.autoscale.fleet import FILL_TOKENS, SETTLED_S, FleetRun
 from kvferry.benchmarks.autoscale.oracle import Oracle
 from kvferry.benchmarks.autoscale.records import Minute, ModelTimes
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import telling_errors
+from kvferry.benchmarks.shared.program import benchmark, parser_of
 from kvferry.router.autoscaler.autoscaler import Autoscaler
 from kvferry.router.autoscaler.scale_types import AnswerLengths, AutoscalerSettings, Bounds, Counts, WorkerLimits
 from kvferry.router.autoscaler.sizing import DecodeLoad, PrefillLoad
@@ -31,7 +30,7 @@ from kvferry.router.state.objectives import Objectives
 from kvferry.sizing.hardware import gpu_named
 from kvferry.sizing.shapes import model_named
 from kvferry.sizing.steps import Roofline
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.plot import COLOURS, check_plot_path, new_figure, save_figure
@@ -82,7 +81,6 @@ def run_day(
     *,
     max_num_seqs: int = 256,
     start_s: float = 40.0,
-    interval_s: float = 5.0,
     target: float = 0.99,
     seed: int = 0,
 ) -> DayResult:
@@ -99,7 +97,6 @@ def run_day(
         num_prefill=begin.prefill,
         num_decode=begin.decode,
         start_s=start_s,
-        interval_s=interval_s,
         gpus_per_worker=model.num_gpus,
     )
     oracle = Oracle(times, limits, objectives, _KEPT_BAR)
@@ -226,11 +223,7 @@ def _as_json(result: DayResult, about: str, environment: Environment) -> dict[st
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kvferry.benchmarks.autoscale",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("autoscale", __doc__)
     parser.add_argument("--trace", type=Path, required=True, help="lengths: an Azure CSV or a Mooncake JSONL")
     parser.add_argument("--model", default="70B")
     parser.add_argument("--gpu", default="H200")
@@ -248,14 +241,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tpot-ms", type=positive_float, default=50.0)
     parser.add_argument("--target", type=positive_float, default=0.99, help="the autoscaler's, for each objective")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=output_file)
+    parser.add_argument("--plot", type=output_file)
     return parser
 
 
-@telling_errors("autoscale")
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("autoscale")
+def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.plot is not None:
         check_plot_path(options.plot)
@@ -283,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(about, highlight=False)
     console.print(bar_table("a day with the autoscaler", bars))
     if options.json is not None:
-        save_json(_as_json(result, about, describe_environment("kvferry.benchmarks.autoscale", argv)), options.json)
+        environment = describe_environment("python -m kvferry.benchmarks.autoscale", argv)
+        save_json(_as_json(result, about, environment), options.json)
     if options.plot is not None:
         plot_day(result, about, options.plot)
     return exit_code(bars)

@@ -30,6 +30,7 @@ from kvferry.router.state.objectives import Objectives
 from kvferry.sizing.steps import StepModel, StepWork
 
 _TICK_S = 0.25
+_DECIDE_EVERY_S = 5.0
 _ROLE_CHANGE_S = 0.5
 FILL_TOKENS = 1024  # from here on a step of more prompts takes longer in proportion: other workers take them
 SETTLED_S = 600.0  # after its begin, every answer of a minute has ended
@@ -48,7 +49,6 @@ class FleetRun:
         num_prefill: int,
         num_decode: int,
         start_s: float,
-        interval_s: float,
         gpus_per_worker: int,
     ) -> None:
         self._autoscaler = autoscaler
@@ -57,7 +57,6 @@ class FleetRun:
         self._limits = limits
         self._objectives = objectives
         self._start_s = start_s
-        self._interval_s = interval_s
         self._gpus = gpus_per_worker
         self._now = 0.0
         self._num_made = 0
@@ -87,7 +86,7 @@ class FleetRun:
             for _ in range(count):
                 self._add(pool, begin_s)  # type: ignore[arg-type]
         pending = next(requests, None)
-        decide_s, end_s = begin_s + self._interval_s, begin_s + duration_s
+        decide_s, end_s = begin_s + _DECIDE_EVERY_S, begin_s + duration_s
         num_settled = 0
         while self._now < end_s:
             until_s = self._now + _TICK_S
@@ -100,7 +99,7 @@ class FleetRun:
             self._decode()
             if self._now >= decide_s:
                 self._apply(self._autoscaler.decide(self._snapshot()))
-                decide_s += self._interval_s
+                decide_s += _DECIDE_EVERY_S
             self._start_batches(self._now)
             if self.minutes[num_settled].start_s + SETTLED_S <= self._now:
                 self._settle(num_settled, on_minute)
@@ -184,7 +183,7 @@ class FleetRun:
             self._waiting.popleft()
 
     def _is_done(self, worker: Worker) -> bool:
-        return worker.is_empty and worker.busy_until_s <= self._now
+        return not worker.rows and worker.busy_until_s <= self._now
 
     def _advance(self, worker: Worker, step_s: float) -> None:
         begin = worker.progress
@@ -236,7 +235,7 @@ class FleetRun:
         members = tuple(self._member(worker) for worker in self._workers)
         load = LoadSnapshot(
             now_s=self._now,
-            interval_s=self._interval_s,
+            interval_s=_DECIDE_EVERY_S,
             week_s=self._now,
             prompts=tuple(self._prompts),
             answers=tuple(self._answers),

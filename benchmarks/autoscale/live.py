@@ -30,11 +30,11 @@ from time import perf_counter
 from rich.table import Table
 
 from kvferry.benchmarks.shared.live_load import REFUSALS, endpoint_of, replay, requests_per_s
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.clock import wall_time_s
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.http_client import HttpClient, HttpError
 from kvferry.tools.load.json_file import save_json
@@ -199,9 +199,8 @@ async def _until_small(system: System, limit_s: float) -> None:
         endpoint.close()
 
 
-@telling_errors("autoscale.live")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("autoscale.live")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     log_dir = flags.log_dir or Path(tempfile.mkdtemp(prefix="autoscale-live-"))
     environment = describe_environment("python -m kvferry.benchmarks.autoscale.live", argv)
@@ -245,11 +244,7 @@ def _table(run: LiveRun) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.autoscale.live",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("autoscale.live", __doc__)
     add = parser.add_argument
     add("--nodes", type=positive_int, default=4, help="of one core; one is the head's (default: %(default)s)")
     add("--calm-s", type=positive_float, default=20.0, help="seconds of the first phase (default: %(default)g)")
@@ -261,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
     add("--seed", type=int, default=0)
     add("--log-dir", type=Path)
-    add("--json", type=Path, default=RESULTS_DIR / "autoscale-live.json", metavar="FILE")
+    add("--json", type=output_file, default=RESULTS_DIR / "autoscale-live.json", metavar="FILE")
     return parser
 
 

@@ -45,10 +45,6 @@ class Worker:
     context: float = 0.0  # tokens held
     rows: list[tuple[float, int, Request]] = field(default_factory=list)  # heap: (progress at its end, number, request)
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.rows
-
 
 @dataclass(slots=True)
 class Minute:

@@ -10,12 +10,10 @@ The exit code is 1 where a bar is missed: each line is answered once, and the me
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import random
 import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +24,10 @@ from time import perf_counter
 from kvferry.benchmarks.batches.client import BatchClient, JsonObject, done_of, line
 from kvferry.benchmarks.restart.load import Ask, asking, keeping
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
@@ -145,19 +143,18 @@ def _prompt(number: int) -> str:
     return f"{number}. Tell us about " + ", ".join(rng.choice(_TOPICS) for _ in range(60)) + "."
 
 
-@telling_errors("batches")
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.batches", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@benchmark("batches")
+def main(argv: list[str]) -> int:
+    parser = parser_of("batches", __doc__)
     parser.add_argument("--lines", type=positive_int, default=500, help="of the batch whose router is killed")
     parser.add_argument("--rounds", type=positive_int, default=6, help="pairs of windows")
     parser.add_argument("--requests", type=positive_int, default=20, help="in each window")
     parser.add_argument("--gap", type=positive_float, default=1.5, help="seconds between them, in the mean")
     parser.add_argument("--max-tokens", type=positive_int, default=16)
     parser.add_argument("--log-dir", type=Path, help="(default: a temporary folder)")
-    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "batches.json", metavar="FILE")
+    parser.add_argument("--json", type=output_file, default=RESULTS_DIR / "batches.json", metavar="FILE")
     options = parser.parse_args(argv)
-    environment = describe_environment(parser.prog, sys.argv[1:] if argv is None else argv)
+    environment = describe_environment(parser.prog, argv)
     with tempfile.TemporaryDirectory() as folder:
         flags = (*_FLAGS, "--data-dir", str(Path(folder) / "data"))
         with serving("batches", default_model_dir(), flags, options.log_dir or Path(folder)) as system:

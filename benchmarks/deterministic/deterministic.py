@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +25,10 @@ from rich.table import Table
 
 from kvferry.benchmarks.engine.cases import decode_cases, prefill_cases
 from kvferry.benchmarks.shared.plain_steps import decoding, feed, num_blocks_of, prefilling, sequence, timed
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.config import EngineConfig
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import milliseconds, report_console
@@ -73,9 +72,8 @@ class Report:
     environment: Environment
 
 
-@telling_errors("deterministic")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("deterministic")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)  # as the launcher does for a worker
     console = Console(stderr=True)
@@ -152,10 +150,10 @@ def _in_turns(name: str, off: Callable[[], None], on: Callable[[], None], rounds
 def _moved(engine: Engine) -> Moved:
     whole, *others = (feed(engine, sequence(engine, 0, _CUT_TOKENS, prompt_logprobs=0), chunk) for chunk in _CUTS)
     differences = [
-        abs(one - other)
+        abs(one.logprob - other.logprob)
         for cut in others
         for one, other in zip(whole, cut, strict=True)
-        if one is not None and other is not None
+        if one.logprob is not None and other.logprob is not None
     ]
     moved = [difference for difference in differences if difference > 0]
     return Moved(engine.config.deterministic, len(moved), len(differences), max(moved, default=0.0))
@@ -182,9 +180,7 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.deterministic", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("deterministic", __doc__)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
@@ -199,5 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefill", type=prefill_cases, default=(2048,), metavar="TOKENS,…", help="(default: 2048)")
     add("--rounds", type=positive_int, default=40, help="pairs of steps of a decode case (default: %(default)s)")
     add("--prompt-rounds", type=positive_int, default=5, metavar="N", help="pairs of prompts (default: %(default)s)")
-    add("--json", type=Path, default=RESULTS_DIR / "deterministic.json", metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--json",
+        type=output_file,
+        default=RESULTS_DIR / "deterministic.json",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
     return parser

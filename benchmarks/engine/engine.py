@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,7 +30,7 @@ from rich.console import Console
 from kvferry.benchmarks.engine.cases import Cases, check_cases, drafting_cases, prefill_cases
 from kvferry.benchmarks.engine.report import EngineReport, plot_engine, print_engine, write_cases, write_engine
 from kvferry.benchmarks.shared.long_model import with_positions
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.benchmarks.shared.shapes import SHAPES, write_shape
 from kvferry.common.config import EngineConfig, KVCacheDtype, SpeculativeConfig, environment
@@ -43,7 +42,7 @@ from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.sizing.memory import block_tokens
 from kvferry.sizing.weights import item_bytes
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.cores import CoreWatch
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.plot import check_plot_path
@@ -58,9 +57,8 @@ _DEFAULT_CASES: dict[str, tuple[str, str]] = {
 }
 
 
-@telling_errors("engine")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("engine")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
     path: Path = flags.json or _RESULTS
@@ -155,7 +153,7 @@ def _measure_engine(
         for case in measure_cases(loaded, cases, lambda name: console.print(name, style="dim")):
             measured.append(case)
             if flags.json is not None:  # what lies where results are kept is replaced once, by all of them
-                judged = [judge(each, loaded, rates[0].rates, flags.shape) for each in measured]
+                judged = [judge(each, loaded, rates[0], flags.shape) for each in measured]
                 write_cases(judged, len(cases.decode) + len(cases.prefill), flags.json)
     finally:
         loaded.close()
@@ -168,16 +166,14 @@ def _measure_engine(
         num_threads=torch.get_num_threads(),
         max_num_batched_tokens=config.max_num_batched_tokens,
         rates=best,
-        cases=tuple(judge(case, loaded, best.rates, flags.shape) for case in measured),
+        cases=tuple(judge(case, loaded, best, flags.shape) for case in measured),
         cores=watch.stop(),
         environment=describe_environment("python -m kvferry.benchmarks.engine", argv),
     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.engine", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("engine", __doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
@@ -198,8 +194,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--rates", type=_given_rates, metavar="FLOP/S,BYTES/S", help="count floors from these (default: measured)")
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 when a bar is missed")
-    add("--json", type=Path, metavar="FILE", help=f"grows with each case (default, once all are done: {_RESULTS})")
-    add("--plot", type=Path, metavar="FILE", help="(default: engine.svg beside the JSON)")
+    add(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help=f"grows with each case (default, once all are done: {_RESULTS})",
+    )
+    add("--plot", type=output_file, metavar="FILE", help="(default: engine.svg beside the JSON)")
     return parser
 
 

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from kvferry.benchmarks.engine.cases import check_cases, prefill_cases
 from kvferry.benchmarks.experts.models import MODELS
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import decoding, least_ms, num_blocks_of, prefilling, timed
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.benchmarks.shared.rates import MeasuredRates, best_of, measure_rates
 from kvferry.common.config import EngineConfig
 from kvferry.models.checkpoint import tensor_shapes
@@ -38,7 +37,7 @@ from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
 from kvferry.sizing.hardware import measured_cpu
 from kvferry.sizing.shapes import shape_of
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import milliseconds, report_console
@@ -90,9 +89,8 @@ class Report:
         ]
 
 
-@telling_errors("experts")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("experts")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     check_cases(flags.rows, flags.prompts)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
@@ -179,9 +177,7 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.experts", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("experts", __doc__)
     add = parser.add_argument
     add("--model", choices=list(MODELS), default="qwen3-moe", help="(default: %(default)s)")
     add("--torch", action="store_true", help="computed by torch in place of C++")
@@ -193,5 +189,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive_int, default=40, help="(default: %(default)s)")
     add("--write", type=Path, metavar="DIR", help="write the model there, and measure nothing")
     add("--check", action="store_true", help="exit with 1 where the bar breaks")
-    add("--json", type=Path, default=RESULTS_DIR / "experts.json", metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=output_file, default=RESULTS_DIR / "experts.json", metavar="FILE", help="(default: %(default)s)")
     return parser

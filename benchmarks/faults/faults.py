@@ -14,11 +14,10 @@ die all the time and every answer is compared with an undisturbed one.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,18 +28,16 @@ from kvferry.benchmarks.faults.cost import CostResult, measure_cost
 from kvferry.benchmarks.faults.gap import GapResult, measure_gaps
 from kvferry.benchmarks.faults.overload import TTFT_OBJECTIVE_MS, OverloadResult, measure_overload
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
 from kvferry.tools.load.tiny_model import write_tiny_model
 
-PARTS = ("aborts", "gap", "overload", "cost")
 _COST_LENS = (128, 512, 2048)
-
 _HANDOFFS = ("--policy", "least_loaded")  # every prompt is handed over
 
 
@@ -66,9 +63,7 @@ def _tiny(name: str, options: Options, *flags: str) -> Iterator[System]:
 
 
 def _aborts(options: Options) -> tuple[AbortResult, list[Bar]]:
-    with _tiny(
-        "aborts", options, "--policy", "least_loaded", "--prefill", "1", "--decode", "1", "--max-num-seqs", "32"
-    ) as system:
+    with _tiny("aborts", options, *_HANDOFFS, "--prefill", "1", "--decode", "1", "--max-num-seqs", "32") as system:
         result = asyncio.run(
             measure_aborts(system, num_aborts=options.num_aborts, num_timed=options.num_timed, seed=options.seed)
         )
@@ -145,7 +140,7 @@ def _cost(options: Options) -> tuple[list[CostResult], list[Bar]]:
     ]
 
 
-_MEASURE: dict[str, Callable[[Options], tuple[object, list[Bar]]]] = {
+PARTS: dict[str, Callable[[Options], tuple[object, list[Bar]]]] = {
     "aborts": _aborts,
     "gap": _gap,
     "overload": _overload,
@@ -153,12 +148,11 @@ _MEASURE: dict[str, Callable[[Options], tuple[object, list[Bar]]]] = {
 }
 
 
-@telling_errors("faults")
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.faults", description=__doc__.splitlines()[0])
+@benchmark("faults")
+def main(argv: list[str]) -> int:
+    parser = parser_of("faults", __doc__)
     parts = f"with commas (default: {','.join(PARTS)})"
-    parser.add_argument("--parts", type=names_of(PARTS), default=PARTS, metavar="NAMES", help=parts)
+    parser.add_argument("--parts", type=names_of(PARTS), default=tuple(PARTS), metavar="NAMES", help=parts)
     parser.add_argument("--aborts", type=positive_int, default=10_000)
     parser.add_argument("--timed-aborts", type=positive_int, default=200)
     parser.add_argument("--kills", type=positive_int, default=40)
@@ -169,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cost-lens", type=prefill_cases, default=_COST_LENS, help=lens)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path)
-    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "faults.json")
+    parser.add_argument("--json", type=output_file, default=RESULTS_DIR / "faults.json")
     args = parser.parse_args(argv)
     console = report_console()
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bars: list[Bar] = []
         figures: dict[str, object] = {}
         for part in args.parts:
-            result, own = _MEASURE[part](options)
+            result, own = PARTS[part](options)
             figures[part] = [asdict(one) for one in result] if isinstance(result, list) else asdict(result)  # type: ignore[call-overload]
             bars += own
             console.print(bar_table(part, own))

@@ -14,8 +14,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvferry.benchmarks.shared.live_load import REFUSALS, VOCAB, endpoint_of, sending
 from kvferry.tools.chaos.serve_system import System
-from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.load import LoadResult, PlannedRequest, poisson_arrivals, run_closed_loop, run_open_loop
 from kvferry.tools.load.prompts import PromptSource
 from kvferry.tools.load.stats import Distribution, describe
@@ -25,8 +25,6 @@ OVERLOAD = 5.0
 _INPUT_LEN = 128
 _OUTPUT_LEN = 16
 _CLOSED_LANES = 8
-_VOCAB = 4096
-_REFUSALS = (429, 503)
 
 
 @dataclass(slots=True, frozen=True)
@@ -52,13 +50,8 @@ class OverloadResult:
 
 
 async def measure_overload(system: System, *, duration_s: float, seed: int) -> OverloadResult:
-    endpoint = Endpoint(
-        system.base_url, model=system.model, ignore_eos=True, temperature=0.0, return_token_ids=False, timeout_s=120.0
-    )
-    prompts = PromptSource(seed, _VOCAB)
-
-    async def send(request: PlannedRequest) -> RequestRecord:
-        return await endpoint.send(request.prompt, request.num_output_tokens, index=request.index)
+    endpoint = endpoint_of(system)
+    prompts, send = PromptSource(seed, VOCAB), sending(endpoint)
 
     def planned(rate_per_s: float, phase_seed: int) -> Iterator[PlannedRequest]:
         arrivals = poisson_arrivals(rate_per_s, phase_seed)
@@ -87,7 +80,7 @@ async def measure_overload(system: System, *, duration_s: float, seed: int) -> O
 def _figures(load: LoadResult, offered_per_s: float, duration_s: float) -> LoadFigures:
     """Goodput counts what came within the phase: what ends after it belongs to the same offered load."""
     answered = [record for record in load.records if record.is_ok]
-    refused = [record for record in load.records if record.status in _REFUSALS]
+    refused = [record for record in load.records if record.status in REFUSALS]
     good = [record for record in answered if record.ttft_s is not None and record.ttft_s * 1e3 <= TTFT_OBJECTIVE_MS]
     return LoadFigures(
         offered_per_s=offered_per_s,

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,27 +37,27 @@ from kvferry.benchmarks.shared.live_load import (
     add_load_flags,
     figures_of,
     measure_unloaded,
+    read_rows,
     replay,
     requests_per_s,
     rows_at_rate,
-    spread_ticks,
 )
 from kvferry.benchmarks.shared.pools import Pools, parse_pools, pool_flags
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.benchmarks.shared.step_tap import Tap, read_tap, tapped_serve
-from kvferry.benchmarks.shared.twin import Machine, SimulatedFigures, lone_ttft_s, quiet_simulation, time_around, twin
+from kvferry.benchmarks.shared.twin import Machine, SimulatedFigures, lone_ttft_s, time_around, twin
 from kvferry.benchmarks.shared.twin import figures_of as simulated_figures
+from kvferry.common.errors import ConfigError
 from kvferry.common.router_config import PolicyName
-from kvferry.simulator import Scenario, simulate
-from kvferry.simulator.sources import trace_path
+from kvferry.simulator import Scenario, quiet_simulation, simulate
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_float
+from kvferry.tools.load.arguments import output_file, positive_float
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.load import LoadResult
 from kvferry.tools.load.plot import check_plot_path
 from kvferry.tools.load.report import report_console
-from kvferry.tools.load.traces import TraceRow, read_trace
+from kvferry.tools.load.traces import TraceRow
 
 UNLOADED_LENS = (64, 512, 2048)
 _LONE_LENS = (48, 160, 400, 700, 1200, 300, 900, 90) * 2
@@ -115,15 +114,14 @@ class Bench:
         times.append(perf_counter())
         load = await replay(system, self.measured_rows, seed=seed + 200)
         times.append(perf_counter())
-        ttft_s = [one.records[0].ttft_s or 0.0 for one in lone]
-        return Live(ttft_s, (times[0], times[1]), (times[1], times[2]), (times[2], times[3]), load)
+        return Live(live_ttft_s(lone), (times[0], times[1]), (times[1], times[2]), (times[2], times[3]), load)
 
     def _compare(self, policy: str, live: Live, tap: Tap) -> tuple[Comparison, Machine]:
         machine = Machine.from_tap(tap.between(*live.learn))
         idle = Machine.from_tap(tap.between(*live.lone))  # steps are quicker where nothing else runs
         lone_s = lone_ttft_s(self._twin(idle, policy, lone_rows(_LONE_EVERY_S)))
         around_s = time_around(lone_s, live.lone_ttft_s)
-        rows = self.measured_rows
+        rows, answered = self.measured_rows, [record for record in live.load.records if record.is_ok]
         comparison = Comparison(
             policy=policy,
             pools=str(self.flags.pools),
@@ -133,8 +131,8 @@ class Bench:
             live=figures_of(live.load, rows, self.objectives, self.flags.seconds),
             simulated=self._simulate(machine, policy, rows, around_s),
             hindsight=self._simulate(Machine.from_tap(tap.between(*live.measured)), policy, rows, around_s),
-            live_ttft_ms=tuple(r.ttft_s * 1e3 for r in live.load.records if r.ttft_s is not None),
-            live_tpot_ms=tuple(r.tpot_s * 1e3 for r in live.load.records if r.tpot_s is not None),
+            live_ttft_ms=tuple(record.ttft_s * 1e3 for record in answered if record.ttft_s is not None),
+            live_tpot_ms=tuple(record.tpot_s * 1e3 for record in answered if record.tpot_s is not None),
         )
         return comparison, machine
 
@@ -152,6 +150,16 @@ class Bench:
             )
             for seed in range(_SEEDS)
         )
+
+
+def live_ttft_s(lone: Sequence[LoadResult]) -> list[float]:
+    """First tokens of requests that came one at a time, in their order. Raises ConfigError where one has none."""
+    records = [record for load in lone for record in load.records]
+    known = [record.ttft_s for record in records if record.is_ok and record.ttft_s is not None]
+    if len(known) < len(records):
+        errors = ", ".join(sorted({str(record.error) for record in records if record.error is not None}))
+        raise ConfigError(f"{len(records) - len(known)} of {len(records)} lone requests were not answered: {errors}")
+    return known
 
 
 def lone_rows(every_s: float = 0.0) -> list[TraceRow]:
@@ -172,15 +180,13 @@ def prepare(flags: argparse.Namespace, rows: list[TraceRow], log_dir: Path) -> t
     return replace(Objectives.from_unloaded(unloaded), ttft_s=flags.ttft_s), rate
 
 
-@telling_errors("fidelity")
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("fidelity")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     check_plot_path(flags.plot)
     console = report_console()
     quiet_simulation()
-    rows = read_trace(trace_path(flags.trace), length_scale=flags.length_scale)
-    rows = spread_ticks(rows) if flags.spread else rows
+    rows = read_rows(flags)
     comparisons: list[Comparison] = []
     machines: dict[str, Machine] = {}
     bars: list[Bar] = []
@@ -211,9 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.fidelity", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("fidelity", __doc__)
     add = parser.add_argument
     policies = names_of(get_args(PolicyName))
     add("--policies", type=policies, default="least_loaded,slo", metavar="NAMES", help="(default: %(default)s)")
@@ -230,6 +234,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--capacity-s", type=positive_float, default=_CAPACITY_S, help="of the closed loop (default: %(default)g)")
     add_load_flags(parser)
-    add("--json", type=Path, default=RESULTS_DIR / "fidelity.json")
-    add("--plot", type=Path, default=RESULTS_DIR / "fidelity.svg")
+    add("--json", type=output_file, default=RESULTS_DIR / "fidelity.json")
+    add("--plot", type=output_file, default=RESULTS_DIR / "fidelity.svg")
     return parser

@@ -14,21 +14,18 @@ production's own.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import process_time
 
-import structlog
 from rich.table import Table
 
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.router.server import collect_rarely
-from kvferry.simulator import Fleet, Router, Scenario, Traffic, simulate
-from kvferry.tools.load.arguments import positive_int
+from kvferry.simulator import Fleet, Router, Scenario, Traffic, quiet_simulation, simulate
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.plot import COLOURS, check_plot_path, new_figure, save_figure
@@ -125,19 +122,18 @@ def bars_of(whole: FleetRun) -> list[Bar]:
     ]
 
 
-@telling_errors("fleet")
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.fleet", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@benchmark("fleet")
+def main(argv: list[str]) -> int:
+    parser = parser_of("fleet", __doc__)
     parser.add_argument("--trace", default="azure-2023-conv", help="name or path")
     parser.add_argument("--workers", type=positive_int, default=1000, help="of the whole run")
     parser.add_argument("--requests", type=positive_int, default=1_000_000, help="of the whole run")
     parser.add_argument("--growth-requests", type=positive_int, default=5000, help="of each run of another size")
-    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "fleet.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS_DIR / "fleet.svg")
+    parser.add_argument("--json", type=output_file, default=RESULTS_DIR / "fleet.json")
+    parser.add_argument("--plot", type=output_file, default=RESULTS_DIR / "fleet.svg")
     args = parser.parse_args(argv)
     check_plot_path(args.plot)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    quiet_simulation()
     collect_rarely()  # as in a router's process
     run(10, 500, args.trace)  # what is loaded late is loaded
     sizes = [run(size, args.growth_requests, args.trace) for size in _SIZES]
@@ -149,9 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bars = bars_of(whole)
     report_console().print(bar_table("Bars", bars))
     plot(sizes, lengths, args.plot)
-    command = f"--workers {args.workers} --requests {args.requests} --growth-requests {args.growth_requests}"
     body = {
-        "environment": asdict(describe_environment("python -m kvferry.benchmarks.fleet", command.split())),
+        "environment": asdict(describe_environment(parser.prog, argv)),
         "sizes": [asdict(one) for one in sizes],
         "lengths": [asdict(one) for one in lengths],
         "whole": asdict(whole),

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +35,9 @@ from kvferry.benchmarks.fuzz.strike import Strike, run_attack
 from kvferry.benchmarks.fuzz.systems import fuzz_systems
 from kvferry.benchmarks.fuzz.target import Target, router
 from kvferry.benchmarks.fuzz.templates import write_template
-from kvferry.benchmarks.shared.program import RESULTS_DIR
-from kvferry.common.errors import ConfigError
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.models.default import default_model_dir
+from kvferry.tools.load.arguments import output_file
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.report import report_console
 from kvferry.tools.load.stats import Distribution, describe
@@ -103,23 +102,19 @@ async def _attack(target: Target, name: str, strike: Strike) -> AttackResult:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+@benchmark("fuzz")
+def main(argv: list[str]) -> int:
     """0: every bar is met; 1: one is not; 2: the settings are wrong."""
-    argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
     log_dir = flags.log_dir or Path(tempfile.mkdtemp(prefix="fuzz-"))
-    try:
-        model_dir = flags.model or default_model_dir()
-        results = run_fuzz(flags.frames, flags.bodies, flags.seed, model_dir, log_dir)
-        if flags.systems:
-            results += fuzz_systems(flags.systems, flags.seed, log_dir, program=tuple(shlex.split(flags.serve)))
-        quiet, attacks = Distribution(0), list[AttackResult]()
-        if flags.attacks:
-            quiet, attacks = run_attacks(flags.attacks, flags.seconds, flags.sockets, model_dir, log_dir, console)
-    except ConfigError as error:
-        console.print(f"fuzz: {error}", markup=False, style="red", soft_wrap=True)
-        return 2
+    model_dir = flags.model or default_model_dir()
+    results = run_fuzz(flags.frames, flags.bodies, flags.seed, model_dir, log_dir)
+    if flags.systems:
+        results += fuzz_systems(flags.systems, flags.seed, log_dir, program=tuple(shlex.split(flags.serve)))
+    quiet, attacks = Distribution(0), list[AttackResult]()
+    if flags.attacks:
+        quiet, attacks = run_attacks(flags.attacks, flags.seconds, flags.sockets, model_dir, log_dir, console)
     environment = describe_environment("python -m kvferry.benchmarks.fuzz", argv)
     report = FuzzReport(tuple(results), tuple(attacks), quiet, environment)
     print_fuzz(report, report_console())
@@ -136,9 +131,7 @@ def _attack_names(text: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.fuzz", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("fuzz", __doc__)
     add = parser.add_argument
     add("--frames", type=int, default=1_000_000, help="wire frames (default: %(default)s; 0: none)")
     add("--bodies", type=int, default=100_000, help="HTTP bodies (default: %(default)s; 0: none)")
@@ -150,5 +143,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     add("--log-dir", type=Path, metavar="DIR", help="logs of the targets (default: a temporary folder)")
-    add("--json", type=Path, metavar="FILE", default=RESULTS_DIR / "fuzz.json", help="(default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", default=RESULTS_DIR / "fuzz.json", help="(default: %(default)s)")
     return parser

@@ -14,85 +14,38 @@ the order of arrival; two of them also behind this router's admission, which ref
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
-import structlog
-
-from kvferry.benchmarks.goodput.report import bars, plot_goodput, print_goodput
+from kvferry.benchmarks.goodput.report import Level, TraceResult, bars, plot_goodput, print_goodput
 from kvferry.benchmarks.goodput.search import Bench, Best, System
 from kvferry.benchmarks.goodput.setup import SETUP
 from kvferry.benchmarks.shared.bars import exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
-from kvferry.tools.load.arguments import positive_int
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
+from kvferry.simulator import quiet_simulation, simulate
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.plot import check_plot_path
 
 
-@dataclass(slots=True, frozen=True)
-class Level:
-    """One system at one rate."""
-
-    system: System
-    rate_per_s: float
-    attainment: float
-    goodput_per_s: float
-    ttft_p50_ms: float | None
-    ttft_p90_ms: float | None
-    tpot_p50_ms: float | None
-    tpot_p90_ms: float | None
-    hit_rate: float
-
-
-@dataclass(slots=True, frozen=True)
-class TraceResult:
-    """All systems on one trace."""
-
-    trace: str
-    part: str
-    ceiling_per_s: float  # of goodput, for the oracle
-    best: tuple[Best, ...]
-    levels: tuple[Level, ...]
-
-    @property
-    def ours(self) -> Best:
-        return next(best for best in self.best if best.system.policy == SETUP.policy)
-
-    @property
-    def baselines(self) -> tuple[Best, ...]:
-        return tuple(best for best in self.best if best.system.policy != SETUP.policy)
-
-    @property
-    def strongest(self) -> Best:
-        return max(self.baselines, key=lambda best: best.goodput_per_s)
-
-    @property
-    def colocated(self) -> Best:
-        """The best of the colocated ones."""
-        return max((b for b in self.baselines if not b.system.prefill), key=lambda best: best.goodput_per_s)
-
-
 def search(task: tuple[Bench, str, bool, float]) -> Best:
     """One system's best split, in a process of its own."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    quiet_simulation()
     bench, name, admits, guess = task
     setup = bench.setup
     if name == "colocated":
-        return bench.best_chunk("least_loaded", guess, admits=admits)
+        return bench.best_chunk(guess, admits=admits)
     starts = (setup.num_workers * 3 // 4, setup.num_workers // 2)
     return bench.best_split(lambda p: System(name, p, setup.num_workers - p, admits=admits), starts, guess)
 
 
 def level(task: tuple[Bench, System, float]) -> Level:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    quiet_simulation()
     bench, system, rate = task
-    outcome = bench.run(system, rate)
+    outcome = simulate(bench.scenario(system, rate))
     return Level(
         system=system,
         rate_per_s=rate,
@@ -123,34 +76,31 @@ def run(benches: list[Bench], num_processes: int, num_level_requests: int | None
         for bench, one in zip(benches, searches, strict=True):
             best = tuple(next(found) for _ in one)
             partial = TraceResult(bench.trace, bench.part, bench.ceiling_per_s(), best, ())
-            rates = [share * partial.strongest.rate_per_s for share in SETUP.levels]
+            highest = partial.strongest.rate_per_s  # 0: no baseline keeps the objectives at any rate
+            rates = [share * highest for share in SETUP.levels] if highest else []
             shown = replace(bench, num_requests=num_level_requests)
             levels = tuple(pool.map(level, [(shown, b.system, rate) for b in best for rate in rates]))
             results.append(TraceResult(bench.trace, bench.part, partial.ceiling_per_s, best, levels))
     return results
 
 
-@telling_errors("goodput")
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.goodput", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@benchmark("goodput")
+def main(argv: list[str]) -> int:
+    parser = parser_of("goodput", __doc__)
     parser.add_argument("--traces", nargs="+", default=list(SETUP.traces), help="names or paths")
     parser.add_argument("--part", choices=("whole", "first", "second"), default="second")
     parser.add_argument("--requests", type=positive_int, default=None, help="of each trace, to search on; default: all")
     parser.add_argument("--level-requests", type=positive_int, default=None, help="to show; default: all")
     parser.add_argument("--processes", type=positive_int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "goodput.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS_DIR / "goodput.svg")
+    parser.add_argument("--json", type=output_file, default=RESULTS_DIR / "goodput.json")
+    parser.add_argument("--plot", type=output_file, default=RESULTS_DIR / "goodput.svg")
     args = parser.parse_args(argv)
     check_plot_path(args.plot)
     benches = [Bench(SETUP, trace, args.part, args.requests) for trace in args.traces]
     results = run(benches, args.processes, args.level_requests)
     print_goodput(results)
-    command = ["--traces", *args.traces, "--part", args.part]
-    command += ["--requests", str(args.requests)] if args.requests is not None else []
-    command += ["--level-requests", str(args.level_requests)] if args.level_requests is not None else []
     body = {
-        "environment": asdict(describe_environment("python -m kvferry.benchmarks.goodput", command)),
+        "environment": asdict(describe_environment(parser.prog, argv)),
         "setup": asdict(SETUP),
         "num_requests": args.requests,
         "num_level_requests": args.level_requests,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvferry.benchmarks.goodput.setup import GoodputSetup
-from kvferry.simulator import Capacity, Fleet, Goals, Outcome, Router, Scenario, Traffic, simulate
+from kvferry.simulator import Capacity, Fleet, Goals, Router, Scenario, Traffic, capacity
 from kvferry.simulator.oracle import bound
 
 Part = Literal["whole", "first", "second"]
@@ -71,36 +71,14 @@ class Bench:
             seed=setup.seed,
         )
 
-    def run(self, system: System, rate_per_s: float) -> Outcome:
-        return simulate(self.scenario(system, rate_per_s))
-
     def ceiling_per_s(self) -> float:
         """Of goodput, for an oracle on the same GPUs."""
         whole = self.scenario(System("slo", self.setup.num_workers - 1, 1))
         return bound(whole, share=self.setup.share).goodput_per_s
 
     def capacity(self, system: System, guess_per_s: float) -> Capacity:
-        """The highest rate that keeps the objectives, by steps of 1.25 and then bisection."""
-        tried: dict[float, Outcome] = {}
-
-        def keeps(rate: float) -> bool:
-            tried[rate] = self.run(system, rate)
-            return tried[rate].attainment >= self.setup.share
-
-        low, high, rate = 0.0, float("inf"), guess_per_s
-        while low == 0.0 or high == float("inf"):
-            if keeps(rate):
-                low, rate = rate, rate * 1.25
-            else:
-                high, rate = rate, rate / 1.25
-            if rate < guess_per_s / 30:
-                break
-        while low and high - low > _PRECISION * low:
-            middle = (low + high) / 2
-            low, high = (middle, high) if keeps(middle) else (low, middle)
-        best = tried.get(low)
-        rows = tuple((rate, outcome.attainment) for rate, outcome in tried.items())
-        return Capacity(low, best.goodput_per_s if best is not None else 0.0, best, rows)
+        """The highest rate that keeps the objectives. Raises ConfigError where none is too high for so few requests."""
+        return capacity(self.scenario(system), share=self.setup.share, precision=_PRECISION, start_per_s=guess_per_s)
 
     def best_split(self, make: Callable[[int], System], starts: Sequence[int], guess_per_s: float) -> Best:
         """Of the splits (prefill workers), uphill from each of `starts`."""
@@ -122,11 +100,11 @@ class Bench:
         tried = tuple((make(prefill), one.goodput_per_s) for prefill, one in sorted(found.items()))
         return Best(make(at), found[at].rate_per_s, found[at].goodput_per_s, tried)
 
-    def best_chunk(self, policy: str, guess_per_s: float, *, admits: bool) -> Best:
+    def best_chunk(self, guess_per_s: float, *, admits: bool) -> Best:
         """Of the colocated workers' step sizes."""
         found: dict[System, Capacity] = {}
         for chunk in self.setup.colocated_chunks:
-            system = System(policy, 0, self.setup.num_workers, chunk, admits)
+            system = System("least_loaded", 0, self.setup.num_workers, chunk, admits)
             guess = max((one.rate_per_s for one in found.values()), default=0.0) or guess_per_s
             found[system] = self.capacity(system, guess)
         best = max(found, key=lambda system: found[system].goodput_per_s)

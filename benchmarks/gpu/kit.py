@@ -20,7 +20,6 @@ another Python. Compiling takes half an hour on two cores; `--work` keeps what i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -35,6 +34,7 @@ from pathlib import Path
 
 import kvferry
 from kvferry.benchmarks.gpu.modules import MODULES
+from kvferry.benchmarks.shared.program import benchmark, parser_of
 from kvferry.common.config import environment
 from kvferry.common.errors import ConfigError
 
@@ -246,8 +246,9 @@ def _run(*command: str, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.gpu.kit")
+@benchmark("gpu.kit")
+def main(argv: list[str]) -> int:
+    parser = parser_of("gpu.kit", __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="emptied first")
     add("--work", type=Path, metavar="DIR", help="downloads and objects (default: DIR of --out + -work)")
@@ -255,16 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--modules", default=",".join(MODULES), help="(default: all)")
     flags = parser.parse_args(argv)
     out = flags.out.resolve()
-    try:
-        build_kit(
-            out,
-            (flags.work or out.with_name(f"{out.name}-work")).resolve(),
-            tuple(flags.modules.split(",")),
-            flags.jobs,
-        )
-    except ConfigError as error:
-        print(f"kit: {error}", file=sys.stderr)
-        return 1
+    work = (flags.work or out.with_name(f"{out.name}-work")).resolve()
+    build_kit(out, work, tuple(flags.modules.split(",")), flags.jobs)
     return 0
 
 

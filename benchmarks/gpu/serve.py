@@ -31,6 +31,7 @@ import httpx
 from rich.console import Console
 
 from kvferry.benchmarks.shared.checks import Check, run_check, write_checks
+from kvferry.benchmarks.shared.program import parser_of
 from kvferry.benchmarks.shared.reference import Answer, answer_gaps
 from kvferry.benchmarks.shared.shapes import SHAPES, write_checkpoint, write_shape
 from kvferry.common.errors import ConfigError
@@ -238,9 +239,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.gpu.serve", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("gpu.serve", __doc__)
     commands = parser.add_subparsers(required=True)
     exposed = commands.add_parser("exposed")
     exposed.set_defaults(run=_run_exposed)

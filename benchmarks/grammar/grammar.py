@@ -23,16 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
 from kvferry.benchmarks.grammar.asking import Asked, Pair, ask_all, ask_pairs
 from kvferry.benchmarks.grammar.schemas import Case, generated, suite
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import cache_dir
-from kvferry.tools.load.arguments import natural, positive_int
+from kvferry.tools.load.arguments import natural, output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
@@ -83,9 +84,8 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float], percent: float) -> fl
     return percentile(sorted(ours), percent) / percentile(sorted(theirs), percent)
 
 
-@telling_errors("grammar")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("grammar")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
     cases = [*suite(cache_dir() / "downloads")[: flags.suite], *generated(flags.generated, flags.seed)]
@@ -111,7 +111,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace, cases: list[Case], console: Console) -> Report:
     if flags.url is not None:
-        return asyncio.run(_measure(flags, flags.url, cases, console))
+        try:
+            return asyncio.run(_measure(flags, flags.url, cases, console))
+        except httpx.ConnectError as error:
+            raise ConfigError(f"--url {flags.url}: {error}") from error
     port = free_port()
     model = [str(flags.model)] if flags.model else []
     command = [sys.executable, "-m", "kvferry", "serve", *model, "--port", str(port), *flags.serve_flags.split()]
@@ -154,9 +157,7 @@ def _print(report: Report, bars: list[Bar], console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.grammar", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("grammar", __doc__)
     add = parser.add_argument
     add("--url", metavar="URL", help="a server that runs (default: one is started)")
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
@@ -168,5 +169,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=positive_int, default=160, metavar="N", help="of an answer (default: %(default)s)")
     add("--concurrency", type=positive_int, default=8, metavar="N", help="answers at once (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    add("--json", type=Path, default=RESULTS_DIR / "grammar.json", metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=output_file, default=RESULTS_DIR / "grammar.json", metavar="FILE", help="(default: %(default)s)")
     return parser

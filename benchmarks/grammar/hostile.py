@@ -24,9 +24,9 @@ from statistics import median
 import httpx
 
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.benchmarks.shared.streams import time_stream
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
@@ -200,9 +200,8 @@ def _sides(pairs: Sequence[Pair]) -> tuple[list[Window], list[Window]]:
     return [pair.without for pair in pairs], [pair.beside for pair in pairs]
 
 
-@telling_errors("hostile")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("hostile")
+def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     kinds = [KINDS[name] for name in options.kinds]
     port = free_port()
@@ -224,9 +223,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.grammar.hostile", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("grammar.hostile", __doc__)
     add = parser.add_argument
     add("--serve-flags", default="", metavar="FLAGS", help="for `kvferry serve`, in one word")
     names = f"of {', '.join(KINDS)} (default: all)"
@@ -235,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--streams", type=positive_int, default=3, metavar="N", help="at once (default: %(default)s)")
     add("--tokens", type=positive_int, default=200, metavar="N", help="of a stream (default: %(default)s)")
     file = RESULTS_DIR / "grammar-hostile.json"
-    add("--json", type=Path, default=file, metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=output_file, default=file, metavar="FILE", help="(default: %(default)s)")
     return parser
 
 

@@ -18,7 +18,6 @@ The first round of each case is compared byte by byte (by checksum) and not coun
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,9 +36,9 @@ from kvferry.benchmarks.handoff.report import (
     write_handoff,
     write_results,
 )
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.common.errors import ConfigError
-from kvferry.tools.load.arguments import natural, positive_float, positive_int
+from kvferry.tools.load.arguments import natural, output_file, positive_float, positive_int
 from kvferry.tools.load.cores import CoreUse, wait_until_quiet
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.plot import check_plot_path
@@ -89,10 +88,9 @@ def measure(
     )
 
 
-@telling_errors("handoff")
-def main(argv: list[str] | None = None) -> int:
+@benchmark("handoff")
+def main(argv: list[str]) -> int:
     """0: every bar was met; 1: some were missed; 2: not measured."""
-    argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     path: Path = flags.json or _RESULTS
     plot = flags.plot or path.with_suffix(".svg")
@@ -138,9 +136,7 @@ def _plan(flags: argparse.Namespace) -> Plan:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.handoff", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("handoff", __doc__)
     add = parser.add_argument
     add("--shapes", type=names_of(SPECS), metavar="NAMES", help=f"of {','.join(SPECS)} (default: all; GPU: the last)")
     add("--blocks", type=_counts, default=(64, 256, 2048), metavar="N,...", help="of a prompt (default: 64,256,2048)")
@@ -156,8 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--transfer", choices=("nixl", "ucx"), default="nixl", help="(default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: both ends on one card (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the block tables (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help=f"grows with each case (default, once all are done: {_RESULTS})")
-    add("--plot", type=Path, metavar="FILE", help="(default: as --json, .svg)")
+    add(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help=f"grows with each case (default, once all are done: {_RESULTS})",
+    )
+    add("--plot", type=output_file, metavar="FILE", help="(default: as --json, .svg)")
     return parser
 
 

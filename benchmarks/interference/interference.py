@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -39,10 +38,10 @@ from kvferry.benchmarks.interference.report import (
 )
 from kvferry.benchmarks.peers.vllm_install import default_venv, ensure_vllm
 from kvferry.benchmarks.shared.peers import DEFAULT_SYSTEMS, SYSTEMS, VLLM_DTYPES, RunningSystem, Setup, system_names
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.cores import CoreUse, CoreWatch, pin_to_cores
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.environment import describe_environment
@@ -210,10 +209,9 @@ def run(setup: Setup, scenario: Scenario, names: Sequence[str], console: Console
     return results
 
 
-@telling_errors("interference")
-def main(argv: list[str] | None = None) -> int:
+@benchmark("interference")
+def main(argv: list[str]) -> int:
     """0: every system was measured; 1: some were; 2: none, or the settings are wrong."""
-    argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     scenario = Scenario(
         quiet_s=flags.quiet,
@@ -250,9 +248,7 @@ def _setup(flags: argparse.Namespace) -> Setup:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.interference", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("interference", __doc__)
     add = parser.add_argument
     names = f"some of {','.join(SYSTEMS)} (default: {','.join(DEFAULT_SYSTEMS)})"
     add("--systems", type=system_names, default=DEFAULT_SYSTEMS, help=names)
@@ -266,6 +262,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     add("--peer-venv", type=Path, default=default_venv(), help="vLLM is installed here (default: %(default)s)")
     add("--log-dir", type=Path, metavar="DIR", help="for the servers' output (default: a new temporary directory)")
-    add("--json", type=Path, default=RESULTS_DIR / "interference.json", metavar="FILE", help="(default: %(default)s)")
-    add("--plot", type=Path, default=RESULTS_DIR / "interference.svg", metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--json",
+        type=output_file,
+        default=RESULTS_DIR / "interference.json",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
+    add(
+        "--plot",
+        type=output_file,
+        default=RESULTS_DIR / "interference.svg",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
     return parser

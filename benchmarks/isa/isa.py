@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ from rich.table import Table
 from kvferry.benchmarks.engine.cases import check_cases, decode_cases, prefill_cases
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.config import CpuIsa, EngineConfig
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import milliseconds, report_console
@@ -71,9 +70,8 @@ class Report:
         return [case.bar for case in self.cases]
 
 
-@telling_errors("isa")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("isa")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     os.environ |= _HELD | {"OMP_NUM_THREADS": str(flags.threads)}
     console = Console(stderr=True)
@@ -138,9 +136,7 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.isa", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("isa", __doc__)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
     add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
@@ -149,5 +145,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive_int, default=20, help="of a decode case (default: %(default)s)")
     add("--prompt-rounds", type=positive_int, default=3, metavar="N", help="of a prompt (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 where AVX2 is not twice as fast as torch")
-    add("--json", type=Path, default=RESULTS_DIR / "isa.json", metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=output_file, default=RESULTS_DIR / "isa.json", metavar="FILE", help="(default: %(default)s)")
     return parser

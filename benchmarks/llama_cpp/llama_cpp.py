@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,11 +29,11 @@ from rich.table import Table
 from kvferry.benchmarks.engine.cases import check_cases, decode_cases, prefill_cases
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.common.config import EngineConfig
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import find_gguf, gguf_model_dir
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import milliseconds, report_console
@@ -60,9 +59,8 @@ class Case:
         return self.ours_ms / self.theirs_ms
 
 
-@telling_errors("llama_cpp")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("llama_cpp")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = report_console()
@@ -158,9 +156,7 @@ def _peer(python: str, file: Path, threads: int, num_cells: int) -> Iterator[Cal
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.llama_cpp", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("llama_cpp", __doc__)
     add = parser.add_argument
     add("--peer", required=True, metavar="PYTHON", help="an interpreter that has llama-cpp-python")
     add("--gguf", type=Path, metavar="FILE", help="(default: that of the built-in model)")
@@ -173,5 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive_int, default=30, metavar="N", help="of a decode case (default: %(default)s)")
     add("--prompt-rounds", type=positive_int, default=5, metavar="N", help="of a prompt (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 where a bar is missed")
-    add("--json", type=Path, default=RESULTS_DIR / "llama_cpp.json", metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--json",
+        type=output_file,
+        default=RESULTS_DIR / "llama_cpp.json",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
     return parser

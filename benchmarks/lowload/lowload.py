@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import itertools
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,13 +27,12 @@ from pathlib import Path
 
 from kvferry.benchmarks.lowload.report import Pair, Phases, draw, phase_table, ratio_bars
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.live_load import VOCAB, endpoint_of
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.live_load import VOCAB, add_system_flags, endpoint_of, sending
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.clock import wall_time_s
 from kvferry.common.errors import ConfigError
-from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import natural, positive_int
+from kvferry.tools.load.arguments import natural, output_file, positive_int
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
@@ -114,22 +112,13 @@ class Duel:
         return pairs
 
     async def _run(self, which: int, planned: Sequence[PlannedRequest]) -> list[RequestRecord]:
-        endpoint = self.endpoints[which]
-
-        async def send(request: PlannedRequest) -> RequestRecord:
-            return await endpoint.send(request.prompt, request.num_output_tokens, index=request.index)
-
-        load = await run_open_loop(planned, send)
+        load = await run_open_loop(planned, sending(self.endpoints[which]))
         return sorted((_check(record) for record in load.records), key=lambda record: record.index)
 
     async def capacity_per_s(self, shape: Shape, seconds: float) -> float:
         """Of the colocated deployment."""
         endless = (self.plan(shape, [0.0])[0] for _ in itertools.count())
-
-        async def send(request: PlannedRequest) -> RequestRecord:
-            return await self.endpoints[1].send(request.prompt, request.num_output_tokens)
-
-        load = await run_closed_loop(endless, send, _IN_FLIGHT, seconds)
+        load = await run_closed_loop(endless, sending(self.endpoints[1]), _IN_FLIGHT, seconds)
         return sum(record.is_ok for record in load.records) / load.duration_s
 
     async def phases(self, load: str, shape: Shape, since_s: float) -> list[Phases]:
@@ -186,9 +175,8 @@ async def measure_all(systems: tuple[System, System], flags: argparse.Namespace)
             endpoint.close()
 
 
-@telling_errors("lowload")
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("lowload")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     check_plot_path(flags.plot)
     console = report_console()
@@ -218,18 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.lowload", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("lowload", __doc__)
     add = parser.add_argument
     add("--pairs", type=positive_int, default=40, help="of each shape, one at a time (default: %(default)s)")
     add("--load-pairs", type=natural, default=24, help="of each shape at 10 %%; 0: none (default: %(default)s)")
     add("--shapes", type=lambda text: [parse_shape(part) for part in text.split(",")], default="128/32,512/32",
         help="prompt/answer tokens (default: %(default)s)")  # fmt: skip
-    add("--serve-flags", default="", metavar="TEXT", help="further flags of both deployments, in one argument")
-    add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
-    add("--seed", type=int, default=0)
-    add("--log-dir", type=Path)
-    add("--json", type=Path, default=RESULTS_DIR / "lowload.json")
-    add("--plot", type=Path, default=RESULTS_DIR / "lowload.svg")
+    add_system_flags(parser)
+    add("--json", type=output_file, default=RESULTS_DIR / "lowload.json")
+    add("--plot", type=output_file, default=RESULTS_DIR / "lowload.svg")
     return parser

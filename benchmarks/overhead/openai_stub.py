@@ -22,9 +22,8 @@ import httptools
 import msgspec
 import uvloop
 
-from kvferry.benchmarks.overhead.steps import Records, Steps, StubStream
+from kvferry.benchmarks.overhead.steps import MODEL, Records, Steps, StubStream
 
-MODEL = "overhead"
 _ABOUT = {
     "status": "ready",
     "model_id": MODEL,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,16 @@ from rich.console import Console
 
 from kvferry.benchmarks.overhead.client import Arrivals, Exchange, Requests, arrivals, closed_loop, open_lanes
 from kvferry.benchmarks.overhead.report import OverheadReport, Phase, plot_overhead, print_overhead, write_overhead
+from kvferry.benchmarks.overhead.steps import MODEL
 from kvferry.benchmarks.overhead.systems import ROUTERS, Setup, Target
-from kvferry.benchmarks.overhead.workers import MODEL
 from kvferry.benchmarks.peers.sglang_install import default_venv, ensure_sglang_router
 from kvferry.benchmarks.shared.bars import exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
+from kvferry.tools.load.plot import check_plot_path
 from kvferry.tools.load.report import report_console
 from kvferry.tools.load.stats import describe
 
@@ -151,11 +151,12 @@ def measure(system: str, setup: Setup, num_words: int, seconds: float, console: 
     return phases
 
 
-@telling_errors("overhead")
-def main(argv: list[str] | None = None) -> int:
+@benchmark("overhead")
+def main(argv: list[str]) -> int:
     """0: every bar is met; 1: one is not; 2: the settings are wrong."""
-    argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
+    plot = flags.json.with_suffix(".svg")
+    check_plot_path(plot)
     console = Console(stderr=True)
     log_dir = flags.log_dir or Path(tempfile.mkdtemp(prefix="overhead-"))
     setup = _setup(flags, log_dir)
@@ -166,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     report = OverheadReport(tuple(phases), setup.num_workers, flags.words, environment)
     print_overhead(report, report_console())
     write_overhead(report, flags.json)
-    plot_overhead(report, flags.json.with_suffix(".svg"))
-    console.print(f"written: {flags.json} and .svg; logs: {log_dir}", style="dim")
+    plot_overhead(report, plot)
+    console.print(f"written: {flags.json}, {plot}; logs: {log_dir}", style="dim")
     return exit_code(report.bars())
 
 
@@ -182,9 +183,7 @@ def _setup(flags: argparse.Namespace, log_dir: Path) -> Setup:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.overhead", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("overhead", __doc__)
     add = parser.add_argument
     add("--systems", type=names_of(ROUTERS), default=tuple(ROUTERS), help="(default: all of them)")
     add("--seconds", type=positive_float, default=6.0, help="of each load (default: %(default)s)")
@@ -193,5 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, metavar="DIR", help="whose tokenizer is used (default: the embedded model)")
     add("--peer-venv", type=Path, default=default_venv(), help="of sglang's router (default: %(default)s)")
     add("--log-dir", type=Path, metavar="DIR", help="logs of the processes (default: a temporary folder)")
-    add("--json", type=Path, metavar="FILE", default=RESULTS_DIR / "overhead.json", help="(default: %(default)s)")
+    add(
+        "--json", type=output_file, metavar="FILE", default=RESULTS_DIR / "overhead.json", help="(default: %(default)s)"
+    )
     return parser

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
+MODEL = "overhead"  # the name that all stubs serve
+
 
 @dataclass(slots=True, eq=False)
 class StubStream:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvferry.benchmarks.overhead.workers import MODEL
+from kvferry.benchmarks.overhead.steps import MODEL
 from kvferry.common.config import API_KEY_VARIABLE, SECRET_VARIABLE
 from kvferry.common.router_config import RouterConfig
 from kvferry.models.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from time import perf_counter
 import uvloop
 
 from kvferry import __version__
-from kvferry.benchmarks.overhead.steps import Records, Steps, StubStream
+from kvferry.benchmarks.overhead.steps import MODEL, Records, Steps, StubStream
 from kvferry.common.config import environment
 from kvferry.common.errors import WorkerLost
 from kvferry.common.kv_spec import KVCacheSpec
@@ -38,7 +38,6 @@ from kvferry.wire.results import ChoiceTokens, FirstToken, Grant, HandoffDone, R
 from kvferry.wire.tasks import Abort, LocalTask, PrefillTask, ReserveKV
 from kvferry.wire.workers import TransferReport, WorkerHello, WorkerStatus
 
-MODEL = "overhead"
 _SPEC = KVCacheSpec(model=MODEL, num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
 _NUM_BLOCKS = 1 << 20
 _MAX_SEQS = 1 << 12

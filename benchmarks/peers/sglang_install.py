@@ -5,12 +5,12 @@ python -m kvferry.benchmarks.peers.sglang_install [--peer-venv DIR]        under
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
+from kvferry.benchmarks.shared.program import benchmark, parser_of
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import cache_dir
 
@@ -35,15 +35,12 @@ def ensure_sglang_router(venv_dir: Path) -> None:
         raise ConfigError(f"pip failed in {venv_dir}: {done.stderr.strip()[-500:]}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+@benchmark("peers.sglang_install")
+def main(argv: list[str]) -> int:
+    parser = parser_of("peers.sglang_install", __doc__)
     parser.add_argument("--peer-venv", type=Path, default=default_venv(), help="(default: %(default)s)")
     flags = parser.parse_args(argv)
-    try:
-        ensure_sglang_router(flags.peer_venv)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    ensure_sglang_router(flags.peer_venv)
     print(f"sglang-router {SGLANG_ROUTER_VERSION} is in {flags.peer_venv}")
     return 0
 

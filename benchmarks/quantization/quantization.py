@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +22,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.plain_steps import feed
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.common.config import EngineConfig
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
@@ -58,9 +58,8 @@ class Report:
     environment: Environment
 
 
-@telling_errors("quantization")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("quantization")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)  # as the launcher does for a worker
     report = _measure(flags, argv)
@@ -119,7 +118,6 @@ def config_of(kind: str, model_dir: Path | None, *, dtype: str, threads: int, cp
 
 def _read(flags: argparse.Namespace, kind: str) -> tuple[list[SampledToken], str, int]:
     """Return the text's tokens as the model judges them, what computed that, and the bytes of its weights."""
-    from kvferry.common.batch import Batch, BatchRow
     from kvferry.common.request import RequestId, SamplingParams, Sequence
     from kvferry.engine.engine import Engine
     from kvferry.models.config import ModelConfig
@@ -132,11 +130,7 @@ def _read(flags: argparse.Namespace, kind: str) -> tuple[list[SampledToken], str
     engine = Engine(config, num_blocks=len(ids) // config.block_tokens + 1)
     seq = Sequence(RequestId("text"), 0, 0, ids, len(ids), SamplingParams(prompt_logprobs=1))
     seq.block_table = list(range(engine.num_blocks))
-    tokens: list[SampledToken] = []
-    while seq.num_uncomputed_tokens:
-        count = min(config.max_num_batched_tokens, seq.num_uncomputed_tokens)
-        tokens += engine.step(Batch([BatchRow(seq, count)])).rows[0].prompt_logprobs
-        seq.num_computed_tokens += count
+    tokens = feed(engine, seq, config.max_num_batched_tokens)
     as_served = config.model_copy(update={"dtype": "bfloat16"})  # in float32 they are widened
     return tokens, type(engine.runner).__name__, weight_bytes(as_served, ModelConfig.from_dir(model_dir))
 
@@ -158,14 +152,18 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.quantization", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("quantization", __doc__)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
     add("--kinds", type=names_of(KINDS), default=KINDS, metavar="KIND,…", help=f"of {', '.join(KINDS)} (default: all)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="(default: %(default)s)")
     add("--tokens", type=positive_int, default=None, metavar="N", help="read so many of the text's (default: all)")
     add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
-    add("--json", type=Path, default=RESULTS_DIR / "quantization.json", metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--json",
+        type=output_file,
+        default=RESULTS_DIR / "quantization.json",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
     return parser

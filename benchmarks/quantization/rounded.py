@@ -9,13 +9,13 @@ The head stays plain, as such checkpoints have it. Numbers are rounded as `--qua
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvferry.benchmarks.shared.program import parser_of
 from kvferry.models.default import default_model_dir
 from kvferry.models.stored.safetensors import safetensors_files
 
@@ -26,12 +26,10 @@ _GROUP = 64  # the largest power of two that divides the inputs of all of its ma
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.quantization.rounded", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("quantization.rounded", __doc__)
     parser.add_argument("kind", choices=("int8", "int4"))
     parser.add_argument("folder", type=Path, metavar="DIR")
-    flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    flags = parser.parse_args(argv)
     write_rounded(flags.folder, flags.kind)
     return 0
 

@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -22,8 +21,8 @@ from kvferry.benchmarks.engine.cases import check_cases, decode_cases, prefill_c
 from kvferry.benchmarks.quantization.quantization import KINDS, config_of
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.plain_steps import cpu_timed, decoding, least_ms, num_blocks_of, prefilling
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
-from kvferry.tools.load.arguments import positive_int
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import milliseconds, report_console
@@ -52,9 +51,8 @@ class Case:
         return found
 
 
-@telling_errors("quantization.speed")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("quantization.speed")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     console = report_console()
@@ -90,9 +88,7 @@ def _engine(flags: argparse.Namespace, kind: str) -> Engine:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.quantization.speed", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("quantization.speed", __doc__)
     add = parser.add_argument
     add("--kinds", type=names_of(KINDS), default=KINDS, metavar="KIND,…", help=f"of {', '.join(KINDS)} (default: all)")
     add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
@@ -103,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-rounds", type=positive_int, default=5, metavar="N", help="of a prompt (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 where a bar is missed")
     file = RESULTS_DIR / "quantization-speed.json"
-    add("--json", type=Path, default=file, metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=output_file, default=file, metavar="FILE", help="(default: %(default)s)")
     return parser
 
 

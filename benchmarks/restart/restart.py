@@ -10,7 +10,6 @@ The exit code is 1 where a request failed or a restart did not end.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 import tempfile
@@ -20,10 +19,10 @@ from time import perf_counter
 
 from kvferry.benchmarks.restart.load import Tally, asking, keep_asking, keeping, undisturbed
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.errors import ConfigError
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
@@ -74,17 +73,16 @@ async def _restart_all(system: System) -> float:
     return perf_counter() - began_s
 
 
-@telling_errors("restart")
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.restart", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@benchmark("restart")
+def main(argv: list[str]) -> int:
+    parser = parser_of("restart", __doc__)
     parser.add_argument("--rounds", type=positive_int, default=5, help="rolling restarts, one after the other")
     parser.add_argument("--clients", type=positive_int, default=6)
     parser.add_argument("--max-tokens", type=positive_int, default=64)
     parser.add_argument("--log-dir", type=Path, help="(default: a temporary folder)")
-    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "restart.json", metavar="FILE")
+    parser.add_argument("--json", type=output_file, default=RESULTS_DIR / "restart.json", metavar="FILE")
     options = parser.parse_args(argv)
-    environment = describe_environment(parser.prog, sys.argv[1:] if argv is None else argv)
+    environment = describe_environment(parser.prog, argv)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_tiny_model(Path(folder) / "tiny")
         with serving("restart", model_dir, _FLAGS, options.log_dir or Path(folder)) as system:

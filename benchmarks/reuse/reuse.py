@@ -17,22 +17,19 @@ became of them. Requests come as recorded, or at another mean rate.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import structlog
 from rich.table import Table
 
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
-from kvferry.simulator import Fleet, Outcome, Router, Scenario, Traffic, simulate
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
+from kvferry.simulator import Fleet, Outcome, Router, Scenario, Traffic, quiet_simulation, simulate
 from kvferry.simulator.traffic import rows_of
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.plot import COLOURS, check_plot_path, new_figure, save_figure
@@ -119,7 +116,7 @@ def replay(rows: Iterable[TraceRow], num_blocks: int | None) -> float:
 
 def reused(case: Case) -> Reused:
     """In a process of its own."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    quiet_simulation()
     outcome = simulate(Scenario(traffic=case.traffic, fleet=case.fleet, router=Router(policy=case.policy)))
     rows = rows_of(case.traffic)[: case.num_requests]
     return Reused(
@@ -187,16 +184,15 @@ def plot(found: Sequence[Reused], path: Path) -> None:
     save_figure(figure, path)
 
 
-@telling_errors("reuse")
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.reuse", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+@benchmark("reuse")
+def main(argv: list[str]) -> int:
+    parser = parser_of("reuse", __doc__)
     parser.add_argument("--trace", default="mooncake-conversation", help="name or path")
     parser.add_argument("--requests", type=positive_int, default=None, help="default: all")
     parser.add_argument("--rate", type=positive_float, default=None, help="mean requests per second; as recorded")
     parser.add_argument("--processes", type=positive_int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS_DIR / "reuse.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS_DIR / "reuse.svg")
+    parser.add_argument("--json", type=output_file, default=RESULTS_DIR / "reuse.json")
+    parser.add_argument("--plot", type=output_file, default=RESULTS_DIR / "reuse.svg")
     args = parser.parse_args(argv)
     check_plot_path(args.plot)
     cases = [Case(policy, tb, args.trace, args.requests, args.rate) for tb in HOST_TB for policy in POLICIES]
@@ -206,11 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     checked = bars(found)
     report_console().print(bar_table("Bars", checked))
     plot(found, args.plot)
-    command = [
-        f"--{name}={value}" for name in ("trace", "requests", "rate") if (value := getattr(args, name)) is not None
-    ]
     body = {
-        "environment": asdict(describe_environment("python -m kvferry.benchmarks.reuse", command)),
+        "environment": asdict(describe_environment(parser.prog, argv)),
         "rows": [asdict(one) for one in found],
         "bars": [bar.as_json() for bar in checked],
     }

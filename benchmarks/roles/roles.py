@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,13 +30,21 @@ from pathlib import Path
 
 from kvferry.benchmarks.roles.report import Case, RoleChange, Run, Sent, bars_of, draw
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.live_load import REFUSALS, Objectives, Unloaded, measure_unloaded, replay, requests_per_s
+from kvferry.benchmarks.shared.live_load import (
+    REFUSALS,
+    Objectives,
+    Unloaded,
+    add_system_flags,
+    add_unloaded_flag,
+    measure_unloaded,
+    replay,
+    requests_per_s,
+)
 from kvferry.benchmarks.shared.pools import Pools, pool_flags
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.common.clock import wall_time_s
-from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.load import poisson_arrivals
@@ -147,9 +154,8 @@ def measure_idle(flags: argparse.Namespace, log_dir: Path) -> Unloaded:
         return asyncio.run(measure_unloaded(system, lengths, num_each=flags.unloaded, seed=flags.seed))
 
 
-@telling_errors("roles")
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("roles")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     check_plot_path(flags.plot)
     console = report_console()
@@ -185,9 +191,7 @@ def _series(case: Case) -> dict[str, list[tuple[float, float]]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.roles", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("roles", __doc__)
     add = parser.add_argument
     cases = f"some of {','.join(KINDS)} (default: all)"
     add("--cases", type=names_of(KINDS), default=tuple(KINDS), metavar="NAMES", help=cases)
@@ -196,20 +200,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--load", type=positive_float, default=0.75, help="of what the best split can answer (default: %(default)g)")
     add("--max-num-seqs", type=positive_int, default=4, help="rows in a step (default: %(default)s)")
     add(
-        "--unloaded",
-        type=positive_int,
-        default=5,
-        help="requests of each length on an idle system (default: %(default)s)",
-    )
-    add(
         "--stuck", action=argparse.BooleanOptionalAction, default=True, help="also the wrong split without role changes"
     )
     add("--policy", default="slo", help="(default: %(default)s)")
     add("--scale-flags", default="", metavar="TEXT", help="further flags beside --autoscale on, in one argument")
-    add("--serve-flags", default="", metavar="TEXT", help="further flags of all deployments, in one argument")
-    add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
-    add("--seed", type=int, default=0)
-    add("--log-dir", type=Path)
-    add("--json", type=Path, default=RESULTS_DIR / "roles.json")
-    add("--plot", type=Path, default=RESULTS_DIR / "roles.svg")
+    add_unloaded_flag(parser)
+    add_system_flags(parser)
+    add("--json", type=output_file, default=RESULTS_DIR / "roles.json")
+    add("--plot", type=output_file, default=RESULTS_DIR / "roles.svg")
     return parser

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -49,12 +48,12 @@ from kvferry.benchmarks.shared.peers import (
     Setup,
     system_names,
 )
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.benchmarks.shared.random_adapter import write_random_adapter
 from kvferry.common.errors import ConfigError
 from kvferry.models.config import ModelConfig
 from kvferry.models.default import default_model_dir
-from kvferry.tools.load.arguments import natural, positive_float, positive_int
+from kvferry.tools.load.arguments import natural, output_file, positive_float, positive_int
 from kvferry.tools.load.cores import pin_to_cores
 from kvferry.tools.load.environment import Environment, describe_environment
 from kvferry.tools.load.plot import check_plot_path
@@ -63,10 +62,9 @@ from kvferry.tools.load.report import report_console
 _KV_GIB = 3  # of each server, on both sides
 
 
-@telling_errors("serve")
-def main(argv: list[str] | None = None) -> int:
+@benchmark("serve")
+def main(argv: list[str]) -> int:
     """0: all was measured, no request failed; 1: some failed; 2: the settings are wrong. Bars do not count here."""
-    argv = sys.argv[1:] if argv is None else argv
     flags = _parser().parse_args(argv)
     console = Console(stderr=True)
     check_plot_path(flags.plot)
@@ -145,9 +143,7 @@ def _setup(flags: argparse.Namespace) -> Setup:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.serve", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("serve", __doc__)
     add = parser.add_argument
     default = tuple(name for name in ORDER if name in DEFAULT_SYSTEMS)
     names = f"some of {','.join(ORDER)}, in the order to start them (default: {','.join(default)})"
@@ -174,8 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--peer-venv", type=Path, default=default_venv(), help="vLLM is installed here (default: %(default)s)")
     add("--log-dir", type=Path, metavar="DIR", help="of servers and clients (default: a new temporary directory)")
-    add("--json", type=Path, default=RESULTS_DIR / "serve.json", metavar="FILE", help="(default: %(default)s)")
-    add("--plot", type=Path, default=RESULTS_DIR / "serve.svg", metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=output_file, default=RESULTS_DIR / "serve.json", metavar="FILE", help="(default: %(default)s)")
+    add("--plot", type=output_file, default=RESULTS_DIR / "serve.svg", metavar="FILE", help="(default: %(default)s)")
     add("--fresh", action="store_true", help="forget the rows that the JSON file has")
     add("--show", action="store_true", help="measure nothing: table and plot of the JSON file")
     return parser

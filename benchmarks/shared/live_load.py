@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -21,17 +21,19 @@ from statistics import median
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
+from kvferry.simulator.sources import trace_path
 from kvferry.tools.chaos.serve_system import System
 from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.load import LoadResult, PlannedRequest, run_closed_loop, run_open_loop
 from kvferry.tools.load.prompts import PromptSource
 from kvferry.tools.load.stats import Distribution, describe
-from kvferry.tools.load.traces import TraceRow
+from kvferry.tools.load.traces import TraceRow, read_trace
 
 REFUSALS = (429, 503)
 VOCAB = 4096
 _ANSWER_LEN = 16
+_TPOT_STRETCH = 3.0
 _WARM_UPS = 2
 _TIMEOUT_S = 180.0
 
@@ -63,8 +65,8 @@ class Objectives:
     ttft_stretch: float = 3.0
 
     @classmethod
-    def from_unloaded(cls, unloaded: Unloaded, *, tpot_stretch: float = 3.0) -> Objectives:
-        return cls(unloaded, round(tpot_stretch * unloaded.tpot_s, 4))
+    def from_unloaded(cls, unloaded: Unloaded) -> Objectives:
+        return cls(unloaded, round(_TPOT_STRETCH * unloaded.tpot_s, 4))
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -137,11 +139,9 @@ def endpoint_of(system: System) -> Endpoint:
     )
 
 
-async def measure_unloaded(
-    system: System, lengths: Sequence[int], *, num_each: int, seed: int, vocab: int = VOCAB
-) -> Unloaded:
+async def measure_unloaded(system: System, lengths: Sequence[int], *, num_each: int, seed: int) -> Unloaded:
     """One request at a time; medians."""
-    endpoint, prompts = endpoint_of(system), PromptSource(seed, vocab)
+    endpoint, prompts = endpoint_of(system), PromptSource(seed, VOCAB)
     ttft_s: dict[int, list[float]] = {length: [] for length in sorted(lengths)}
     tpot_s: list[float] = []
     try:
@@ -164,12 +164,18 @@ async def _send_checked(endpoint: Endpoint, prompts: PromptSource, length: int) 
     return record
 
 
-def spread_ticks(rows: Sequence[TraceRow], seed: int = 0) -> list[TraceRow]:
+def read_rows(flags: argparse.Namespace) -> list[TraceRow]:
+    """Read the trace, as `add_load_flags` has it."""
+    rows = read_trace(trace_path(flags.trace), length_scale=flags.length_scale)
+    return spread_ticks(rows) if flags.spread else rows
+
+
+def spread_ticks(rows: Sequence[TraceRow]) -> list[TraceRow]:
     """Rows that carry the same time come at random times up to the next one's: a recorder's tick is no burst of users.
 
     The Mooncake trace is recorded in steps of three seconds.
     """
-    dice = random.Random(seed)
+    dice = random.Random(0)
     ticks = [list(group) for _, group in groupby(rows, key=lambda row: row.arrival_s)]
     spread: list[TraceRow] = []
     length_s = 0.0
@@ -184,8 +190,8 @@ def spread_ticks(rows: Sequence[TraceRow], seed: int = 0) -> list[TraceRow]:
 def rows_at_rate(rows: Sequence[TraceRow], rate_per_s: float, seconds: float, *, skip: int = 0) -> list[TraceRow]:
     """As many rows from `skip` on as come in that time; their own arrivals, stretched to the rate."""
     count = max(2, round(rate_per_s * seconds))
-    cut = [rows[(skip + number) % len(rows)] for number in range(count)]
-    if skip + count > len(rows):
+    cut = rows[skip : skip + count]
+    if len(cut) < count:
         raise ConfigError(f"the trace has {len(rows)} requests, {skip + count} are needed: use a longer one")
     begin_s, span_s = cut[0].arrival_s, cut[-1].arrival_s - cut[0].arrival_s
     if span_s == 0.0:  # all came at once
@@ -194,37 +200,38 @@ def rows_at_rate(rows: Sequence[TraceRow], rate_per_s: float, seconds: float, *,
     return [replace(row, arrival_s=(row.arrival_s - begin_s) * stretch) for row in cut]
 
 
-def plan_rows(rows: Sequence[TraceRow], seed: int, vocab: int = VOCAB) -> Iterator[PlannedRequest]:
+def plan_rows(rows: Sequence[TraceRow], seed: int) -> Iterator[PlannedRequest]:
     """Prompts share what the trace says they share. Another seed: other prompts, which no cache has seen."""
-    prompts = PromptSource(seed, vocab)
+    prompts = PromptSource(seed, VOCAB)
     for index, row in enumerate(rows):
         yield PlannedRequest(index, prompts.make_for(row), row.num_output_tokens, row.arrival_s)
 
 
-async def replay(system: System, rows: Sequence[TraceRow], *, seed: int, vocab: int = VOCAB) -> LoadResult:
-    """Each row at its time."""
-    endpoint = endpoint_of(system)
+def sending(endpoint: Endpoint) -> Callable[[PlannedRequest], Awaitable[RequestRecord]]:
+    """Return what sends a planned request there."""
 
     async def send(request: PlannedRequest) -> RequestRecord:
         return await endpoint.send(request.prompt, request.num_output_tokens, index=request.index)
 
+    return send
+
+
+async def replay(system: System, rows: Sequence[TraceRow], *, seed: int) -> LoadResult:
+    """Each row at its time."""
+    endpoint = endpoint_of(system)
     try:
-        return await run_open_loop(list(plan_rows(rows, seed, vocab)), send)
+        return await run_open_loop(list(plan_rows(rows, seed)), sending(endpoint))
     finally:
         endpoint.close()
 
 
 async def requests_per_s(
-    system: System, rows: Sequence[TraceRow], *, in_flight: int, seconds: float, seed: int, vocab: int = VOCAB
+    system: System, rows: Sequence[TraceRow], *, in_flight: int, seconds: float, seed: int
 ) -> float:
     """What the system can answer, with so many requests in flight."""
     endpoint = endpoint_of(system)
-
-    async def send(request: PlannedRequest) -> RequestRecord:
-        return await endpoint.send(request.prompt, request.num_output_tokens, index=request.index)
-
     try:
-        load = await run_closed_loop(list(plan_rows(rows, seed, vocab)), send, in_flight, seconds)
+        load = await run_closed_loop(list(plan_rows(rows, seed)), sending(endpoint), in_flight, seconds)
     finally:
         endpoint.close()
     answered = sum(record.is_ok for record in load.records)
@@ -236,12 +243,6 @@ async def requests_per_s(
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
     """What is sent, and to which model: the flags that comparisons on a scaled trace share."""
     add = parser.add_argument
-    add(
-        "--unloaded",
-        type=positive_int,
-        default=5,
-        help="requests of each length on an idle system (default: %(default)s)",
-    )
     add("--trace", default="sample:mooncake-conversation", help="a name, sample:NAME or a file (default: %(default)s)")
     add(
         "--spread",
@@ -250,6 +251,18 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
         help="arrivals of one tick of the trace's clock",
     )
     add("--length-scale", type=positive_float, default=1 / 16, help="(default: %(default)g)")
+    add_unloaded_flag(parser)
+    add_system_flags(parser)
+
+
+def add_unloaded_flag(parser: argparse.ArgumentParser) -> None:
+    text = "requests of each length on an idle system (default: %(default)s)"
+    parser.add_argument("--unloaded", type=positive_int, default=5, help=text)
+
+
+def add_system_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of all that start deployments of their own."""
+    add = parser.add_argument
     add("--serve-flags", default="", metavar="TEXT", help="further flags of all deployments, in one argument")
     add("--model", type=Path, default=default_model_dir(), metavar="DIR", help="(default: the built-in one)")
     add("--seed", type=int, default=0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from kvferry.common.batch import Batch, BatchRow
-from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.common.request import RequestId, SampledToken, SamplingParams, Sequence
 
 if TYPE_CHECKING:
     from kvferry.engine.engine import Engine  # which imports torch
@@ -70,15 +70,14 @@ def prefilling(engine: Engine, tokens: int, context: int = 0) -> Callable[[], No
     return run
 
 
-def feed(engine: Engine, seq: Sequence, chunk: int) -> list[float | None]:
-    """Compute a prompt; return its log-probabilities, where they are asked for."""
-    logprobs: list[float | None] = []
+def feed(engine: Engine, seq: Sequence, chunk: int) -> list[SampledToken]:
+    """Compute a prompt; return its tokens as the model judges them, where that is asked for."""
+    judged: list[SampledToken] = []
     while seq.num_uncomputed_tokens:
         count = min(chunk, seq.num_uncomputed_tokens)
-        output = engine.step(Batch([BatchRow(seq, count)]))
-        logprobs += [entry.logprob for entry in output.rows[0].prompt_logprobs]
+        judged += engine.step(Batch([BatchRow(seq, count)])).rows[0].prompt_logprobs
         seq.num_computed_tokens += count
-    return logprobs
+    return judged
 
 
 def sequence(engine: Engine, row: int, tokens: int, *, prompt_logprobs: int | None = None) -> Sequence:

@@ -30,17 +30,11 @@ _CUDA_ROW = 5  # one pass alone can be lucky with its clock
 
 
 @dataclass(slots=True, frozen=True)
-class MeasuredRates:
+class MeasuredRates(Rates):
     """The rates and how they came about."""
 
-    matmul_flops_per_s: float
-    read_bytes_per_s: float
     matmul: str  # "2048^3 in bfloat16"
     read: str  # "float32 sum over 512 MiB"
-
-    @property
-    def rates(self) -> Rates:
-        return Rates(self.matmul_flops_per_s, self.read_bytes_per_s)
 
 
 def best_of(measured: Iterable[MeasuredRates]) -> MeasuredRates:
@@ -73,9 +67,9 @@ def _cpu_rates(dtype: torch.dtype) -> MeasuredRates:
     size = f"over {buffer_bytes >> 20} MiB"
     as_float = buffer.view(torch.float32)
     reads = {
-        f"float32 sum {size}": buffer_bytes / _best_s(lambda: as_float.sum(), _PASSES),
-        f"int64 sum {size}": buffer_bytes / _best_s(lambda: buffer.sum(), _PASSES),
-        f"int64 maximum {size}": buffer_bytes / _best_s(lambda: buffer.max(), _PASSES),
+        f"float32 sum {size}": buffer_bytes / _best_s(lambda: as_float.sum()),
+        f"int64 sum {size}": buffer_bytes / _best_s(lambda: buffer.sum()),
+        f"int64 maximum {size}": buffer_bytes / _best_s(lambda: buffer.max()),
     }
     matmul, read = max(products, key=lambda key: products[key]), max(reads, key=lambda key: reads[key])
     return MeasuredRates(products[matmul], reads[read], matmul, read)
@@ -85,7 +79,7 @@ def _cpu_matmul(size: int, dtype: torch.dtype) -> float:
     import torch
 
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype).t()
-    return 2.0 * size**3 / _best_s(lambda: a @ b, _PASSES)
+    return 2.0 * size**3 / _best_s(lambda: a @ b)
 
 
 def _cuda_rates(device: torch.device, dtype: torch.dtype) -> MeasuredRates:
@@ -117,10 +111,10 @@ def _cuda_copy(device: torch.device) -> float:
     return 2.0 * _CUDA_COPY_BYTES / _best_cuda_s(lambda: target.copy_(source))
 
 
-def _best_s(run: Callable[[], object], passes: int) -> float:
+def _best_s(run: Callable[[], object]) -> float:
     run()
     times = []
-    for _ in range(passes):
+    for _ in range(_PASSES):
         began_s = time.perf_counter()
         run()
         times.append(time.perf_counter() - began_s)

@@ -20,8 +20,8 @@ import msgspec
 from kvferry import cli
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.launch import LocalLauncher
+from kvferry.router import assembly
 from kvferry.router import process as router_program
-from kvferry.router import server
 from kvferry.router.state.predictor import Predictor
 from kvferry.wire.workers import StepSample, TransferReport, WorkerHello, WorkerStatus
 
@@ -142,9 +142,9 @@ def main() -> int:
         assert defaults is not None and "router_program" in defaults
         defaults["router_program"] = (sys.executable, "-m", _MODULE, "router", path)
         cli.main(["serve", *arguments])
-    assert hasattr(server, "Predictor"), f"{server.__name__} has no Predictor"
+    assert hasattr(assembly, "Predictor"), f"{assembly.__name__} has no Predictor"
     with Path(path).open("a") as file:
-        server.Predictor = lambda: TappedPredictor(file)
+        assembly.Predictor = lambda: TappedPredictor(file)
         sys.argv = ["kvferry.router", *arguments]
         return router_program.main()
 

@@ -6,12 +6,9 @@ tap of a live run ─> step times (measured_steps), blocks and limits (hello), b
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-
-import structlog
 
 from kvferry.benchmarks.shared.live_load import Objectives
 from kvferry.benchmarks.shared.measured_steps import MeasuredSteps, fit_steps
@@ -115,11 +112,6 @@ def twin(
         router_s=around_s,
         seed=seed,
     )
-
-
-def quiet_simulation() -> None:
-    """A simulated router logs what a live one would: nobody reads that."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 def lone_ttft_s(scenario: Scenario) -> list[float]:

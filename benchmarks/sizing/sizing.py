@@ -16,24 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import msgspec
-import structlog
 from rich.console import Console
 from rich.table import Table
 
-from kvferry.benchmarks.shared.program import RESULTS_DIR, names_of, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, names_of, parser_of
 from kvferry.benchmarks.shared.rates import MeasuredRates
 from kvferry.benchmarks.sizing import on_cpu, published
 from kvferry.benchmarks.sizing.ratio import TRACES, Ratio, ratio_of
-from kvferry.tools.load.arguments import positive_float, positive_int
+from kvferry.simulator import quiet_simulation
+from kvferry.tools.load.arguments import output_file, positive_float, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
@@ -41,11 +38,10 @@ from kvferry.tools.load.report import report_console
 _PARTS = ("published", "cpu", "ratio")
 
 
-@telling_errors("sizing")
-def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    flags = _parser().parse_args(words)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+@benchmark("sizing")
+def main(argv: list[str]) -> int:
+    flags = _parser().parse_args(argv)
+    quiet_simulation()
     shown, told = report_console(), Console(stderr=True)
 
     def tell(text: str) -> None:
@@ -54,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     body = json.loads(flags.json.read_text()) if flags.json.is_file() else {}
     met = True
     for part in flags.parts:
-        environment = asdict(describe_environment("python -m kvferry.benchmarks.sizing", words))
+        environment = asdict(describe_environment("python -m kvferry.benchmarks.sizing", argv))
         if part == "published":
             rows = list(published.rows())
             shown.print(_published_table(rows))
@@ -66,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     on_cpu.MODELS, Path(scratch), flags.threads, flags.rounds, tell
                 )
             if flags.rates is not None:
-                flags.rates.write_bytes(msgspec.json.encode(probed))
+                save_json(asdict(probed), flags.rates)
             shown.print(_cpu_table(measured, rates))
             figures = {"rates": asdict(rates), "probed": asdict(probed)}
             figures |= {"rows": [asdict(row) | {"error": row.error} for row in measured]}
@@ -121,17 +117,15 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.sizing", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("sizing", __doc__)
     add = parser.add_argument
     parts = f"with commas (default: {','.join(_PARTS)})"
     add("--parts", type=names_of(_PARTS), default=_PARTS, metavar="NAMES", help=parts)
     add("--threads", type=positive_int, default=os.cpu_count(), metavar="N", help="of the CPU (default: all cores)")
     add("--rounds", type=positive_int, default=3, metavar="N", help="of each case on the CPU (default: %(default)s)")
-    add("--rates", type=Path, metavar="FILE", help="write what `kvferry size --cpu-rates` takes")
+    add("--rates", type=output_file, metavar="FILE", help="write what `kvferry size --cpu-rates` takes")
     add("--request-rates", type=positive_float, nargs="+", default=(60.0, 120.0), metavar="X", help="(default: 60 120)")
     add("--requests", type=positive_int, default=2000, metavar="N", help="of each simulation (default: %(default)s)")
     add("--check", action="store_true", help="exit with 1 when a bar is missed")
-    add("--json", type=Path, default=RESULTS_DIR / "sizing.json", metavar="FILE", help="(default: %(default)s)")
+    add("--json", type=output_file, default=RESULTS_DIR / "sizing.json", metavar="FILE", help="(default: %(default)s)")
     return parser

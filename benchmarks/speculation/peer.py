@@ -16,7 +16,7 @@ from statistics import median
 
 import httpx
 
-from kvferry.benchmarks.shared.program import telling_errors
+from kvferry.benchmarks.shared.program import benchmark
 from kvferry.benchmarks.speculation.speculation import FREE, TEXTS, mean_tpot_s
 from kvferry.tools.load.arguments import positive_int
 from kvferry.tools.load.report import report_console
@@ -72,8 +72,8 @@ async def _run(flags: argparse.Namespace) -> None:
     console.print(f"greedy texts that drafts changed: {num_changed} of {flags.requests}")
 
 
-@telling_errors("speculation.peer")
-def main(argv: Sequence[str] | None = None) -> int:
+@benchmark("speculation.peer")
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvferry.benchmarks.speculation.peer")
     parser.add_argument("plain", metavar="PLAIN_URL")
     parser.add_argument("drafts", metavar="DRAFTS_URL")

@@ -25,7 +25,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,13 +35,13 @@ from statistics import fmean, median
 import httpx
 
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.benchmarks.shared.streams import time_stream
 from kvferry.benchmarks.speculation.models import write_extended, write_truncated
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, parse_metrics, serving, until_ready
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
 from kvferry.tools.load.report import report_console
@@ -75,6 +74,18 @@ class Timing:
     with_ms: float
     ratio: float  # median over the rounds
     num_rounds: int
+
+
+@dataclass(slots=True, frozen=True)
+class Seen:
+    """What both deployments showed."""
+
+    timings: tuple[Timing, ...]
+    num_requests: int
+    num_differ: int
+    num_killed: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
 
 
 async def mean_tpot_s(client: httpx.AsyncClient, bodies: Sequence[Mapping[str, object]]) -> float:
@@ -184,12 +195,7 @@ async def _kill(system: System, every_s: float, killed: list[str]) -> None:
             killed.append(worker_id)
 
 
-async def measure(
-    systems: Sequence[System],
-    rounds: int,
-    num_requests: int,
-    kill_every_s: float | None = None,
-) -> dict[str, object]:
+async def measure(systems: Sequence[System], rounds: int, num_requests: int, kill_every_s: float | None) -> Seen:
     for system in systems:
         await until_ready(system, 120.0)
     sides = [Side(system) for system in systems]
@@ -202,24 +208,10 @@ async def measure(
     num_drafted, num_accepted = await sides[1].counters()
     for side in sides:
         await side.client.aclose()
-    return {
-        "timings": [asdict(timing) for timing in timings],
-        "num_requests": num_requests,
-        "num_differ": num_differ,
-        "num_killed": len(killed),
-        "num_draft_tokens": num_drafted,
-        "num_accepted_tokens": num_accepted,
-    }
+    return Seen(tuple(timings), num_requests, num_differ, len(killed), num_drafted, num_accepted)
 
 
-def bars_of(
-    timings: Sequence[Timing],
-    num_differ: int,
-    num_requests: int,
-    repetitive_bar: float = REPETITIVE_BAR,
-    *,
-    remembers: bool = False,
-) -> list[Bar]:
+def bars_of(seen: Seen, repetitive_bar: float, *, remembers: bool) -> list[Bar]:
     """`remembers`: earlier answers draft as well."""
     free = ("free text",) if remembers else ("free text", "asked again")
     bars = [
@@ -229,14 +221,13 @@ def bars_of(
             FREE_BAR if timing.text in free else repetitive_bar,
             count=timing.num_rounds,
         )
-        for timing in timings
+        for timing in seen.timings
     ]
-    return [*bars, Bar("answers that differ", float(num_differ), 0.0, count=num_requests)]
+    return [*bars, Bar("answers that differ", float(seen.num_differ), 0.0, count=seen.num_requests)]
 
 
-@telling_errors("speculation")
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("speculation")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     console = report_console()
     flags.model = flags.model or default_model_dir()
@@ -248,18 +239,15 @@ def main(argv: list[str] | None = None) -> int:
             serving("plain", model, (*_BASE, "--deterministic"), Path(folder)) as plain,
             serving("drafts", model, (*layout, "--speculative-config", config), Path(folder)) as drafts,
         ):
-            report = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests, flags.kill_every))
-    timings = [Timing(**timing) for timing in report["timings"]]  # type: ignore[attr-defined]  # as `measure` made it
-    num_differ = int(str(report["num_differ"]))
-    remembers = json.loads(config)["method"] == "suffix"
-    bars = bars_of(timings, num_differ, flags.requests, repetitive_bar, remembers=remembers)
+            seen = asyncio.run(measure((plain, drafts), flags.rounds, flags.requests, flags.kill_every))
+    bars = bars_of(seen, repetitive_bar, remembers=json.loads(config)["method"] == "suffix")
     console.print(bar_table(flags.model.name, bars))
-    console.print(f"{report['num_accepted_tokens']} of {report['num_draft_tokens']} drafted tokens were right")
+    console.print(f"{seen.num_accepted_tokens} of {seen.num_draft_tokens} drafted tokens were right")
     if flags.kill_every:
-        console.print(f"{report['num_killed']} decode workers were killed")
-    environment = describe_environment("python -m kvferry.benchmarks.speculation", argv)
-    report["bars"] = [bar.as_json() for bar in bars]
-    save_json({**report, "config": config, "environment": asdict(environment)}, flags.json)
+        console.print(f"{seen.num_killed} decode workers were killed")
+    environment = asdict(describe_environment("python -m kvferry.benchmarks.speculation", argv))
+    body = {**asdict(seen), "bars": [bar.as_json() for bar in bars], "config": config, "environment": environment}
+    save_json(body, flags.json)
     return exit_code(bars)
 
 
@@ -275,9 +263,7 @@ def _subject(flags: argparse.Namespace, folder: Path) -> tuple[Path, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.speculation", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = parser_of("speculation", __doc__)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: built-in model)")
     add("--rounds", type=positive_int, default=6, help="pairs of each text (default: %(default)s)")
@@ -287,5 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     made = parser.add_mutually_exclusive_group().add_argument
     made("--draft-layers", type=positive_int, metavar="N", help="draft by the model's first N layers")
     made("--idle-layers", type=positive_int, metavar="N", help="add N layers that change nothing; the model drafts")
-    add("--json", type=Path, default=RESULTS_DIR / "speculation.json", metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--json",
+        type=output_file,
+        default=RESULTS_DIR / "speculation.json",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
     return parser

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,14 +27,13 @@ from pathlib import Path
 from statistics import median
 
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
-from kvferry.benchmarks.shared.live_load import VOCAB
+from kvferry.benchmarks.shared.live_load import VOCAB, add_system_flags
 from kvferry.benchmarks.shared.pools import parse_pools, pool_flags
-from kvferry.benchmarks.shared.program import RESULTS_DIR, telling_errors
+from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
 from kvferry.common.clock import wall_time_s
 from kvferry.common.errors import ConfigError
-from kvferry.models.default import default_model_dir
 from kvferry.tools.chaos.serve_system import System, serving
-from kvferry.tools.load.arguments import positive_int
+from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.json_file import save_json
@@ -190,9 +188,8 @@ def draw(results: dict[str, list[Conversation]], path: Path, commit: str) -> Non
     save_figure(figure, path)
 
 
-@telling_errors("turns")
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@benchmark("turns")
+def main(argv: list[str]) -> int:
     flags = _parser().parse_args(argv)
     check_plot_path(flags.plot)
     shape = Shape(flags.prompt_len, flags.answer_len, flags.new_len)
@@ -224,9 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvferry.benchmarks.turns", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("turns", __doc__)
     add = parser.add_argument
     add("--conversations", type=positive_int, default=12, help="(default: %(default)s)")
     add("--pools", type=lambda text: [parse_pools(part) for part in text.split(",")], default="1+1,2+2",
@@ -236,11 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--new-len", type=positive_int, default=Shape().num_new_tokens, help="(default: %(default)s)")
     add("--think-s", type=float, default=1.0, help="between two requests (default: %(default)s)")
     add("--policy", default="slo", help="(default: %(default)s)")
-    add("--serve-flags", default="", metavar="TEXT", help="further flags of `kvferry serve`, in one argument")
-    add("--model", type=Path, default=None, metavar="DIR", help="(default: the built-in one)")
-    add("--seed", type=int, default=0)
-    add("--log-dir", type=Path)
-    add("--json", type=Path, default=RESULTS_DIR / "turns.json")
-    add("--plot", type=Path, default=RESULTS_DIR / "turns.svg")
-    parser.set_defaults(model=default_model_dir())
+    add_system_flags(parser)
+    add("--json", type=output_file, default=RESULTS_DIR / "turns.json")
+    add("--plot", type=output_file, default=RESULTS_DIR / "turns.svg")
     return parser

@@ -9,14 +9,11 @@ from published figures of a GPU and a model, or fitted to a live worker's steps 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import get_args
-
-import structlog
 
 from ...common.errors import ConfigError, KVFerryError
 from ...common.router_config import AutoscaleConfig, PolicyName, PoolBounds
@@ -29,7 +26,7 @@ from ...tools.load.report import report_console
 from ..costs.measured import fit, read_samples
 from ..oracle import Bound, bound
 from ..scenario import Adapters, Day, Drafts, Fleet, Goals, Router, Scaled, Scenario, Traffic
-from ..simulate import at_rate, capacity, simulate
+from ..simulate import at_rate, capacity, quiet_simulation, simulate
 from ..traffic import rows_of
 from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_worker
 from .simulate_flags import check_needs, make_parser
@@ -45,7 +42,7 @@ _MOST_LENGTH_SCALE = 1e6
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(words)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    quiet_simulation()
     try:
         if options.plot is not None:
             check_plot_path(options.plot)

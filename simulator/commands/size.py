@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import mean
 from typing import get_args
-
-import structlog
 
 from ...common.config import EngineConfig, ExpertExchange
 from ...common.errors import ConfigError, KVFerryError
@@ -32,6 +29,7 @@ from ..lengths import with_means
 from ..oracle import bound
 from ..ratio import LeastFleet, least_fleet, matched
 from ..scenario import Goals, Router, Scenario, Traffic
+from ..simulate import quiet_simulation
 from ..sources import SOURCES
 from ..traffic import rows_of
 from .checkpoint import add_model_flags, fleet_of, link_bytes_per_s, read_worker
@@ -49,7 +47,7 @@ _MILLION = 1e6
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(words)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    quiet_simulation()
     try:
         figures = size(options)
     except KVFerryError as error:

@@ -261,7 +261,7 @@ from kvferry.router.bodies.grammars import asked_grammar
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
 size = tokenizer.get_vocab_size()
 vocabulary = Vocabulary.from_dir(Path(sys.argv[1]), vocab_size=size, eos_token_ids=frozenset({0}))
-matcher = compile_grammar(vocabulary, asked_grammar(json.loads(sys.argv[2])).grammar)
+matcher = compile_grammar(vocabulary, asked_grammar(json.loads(sys.argv[2]), None).grammar)
 for token in tokenizer.encode(sys.argv[3], add_special_tokens=False).ids:
     matcher.mask()
     matcher.accept([token])

@@ -153,7 +153,7 @@ def test_one_request_takes_what_its_steps_and_its_transfer_take() -> None:
     assert request.unloaded_s == pytest.approx(prefill_s)
     link = scenario.fleet.network.default
     num_shipped = spec.kv.num_blocks_for(400) * spec.kv.block_size  # whole pages, also the one that is partly filled
-    exposed_s = num_shipped * spec.token_bytes / link.bytes_per_s / spec.kv.num_layers + link.latency_s
+    exposed_s = num_shipped * spec.fleet.kv_token_bytes / link.bytes_per_s / spec.kv.num_layers + link.latency_s
     decode_s = sum(steps.step_s(StepWork(0, 0, 1, 401 + number)) for number in range(4))
     assert request.end_s == pytest.approx(request.arrival_s + prefill_s + exposed_s + decode_s)
     assert request.tpot_s == pytest.approx((exposed_s + decode_s) / 4)

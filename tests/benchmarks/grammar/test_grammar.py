@@ -19,6 +19,7 @@ from kvferry.benchmarks.shared.bars import exit_code
 from kvferry.common.grammar import Grammar
 from kvferry.grammar.matching import Vocabulary, compile_grammar
 from kvferry.tests.checkpoints import write_tokenizer
+from kvferry.tools.load.server_process import free_port
 
 CASE = Case("generated", "0", {"type": "object", "required": ["a"]})
 
@@ -107,6 +108,15 @@ def test_a_server_that_answers_nothing_is_told(
     assert (tmp_path / "g.json").exists() == (code == 1)
     assert ("no schema was answered or refused" in capsys.readouterr().err) == (code == 2)
     assert main(["--suite", "0", "--generated", "0"]) == 2
+
+
+def test_a_url_without_a_server_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(grammar, "suite", lambda folder: [])
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    assert main(["--url", url, "--generated", "1", "--json", str(tmp_path / "g.json")]) == 2
+    assert f"grammar: --url {url}: " in capsys.readouterr().err
 
 
 # --- hostile --------------------------------------------------------------------------------------------------

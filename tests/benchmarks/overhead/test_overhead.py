@@ -6,9 +6,11 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kvferry.benchmarks.overhead import overhead
 from kvferry.benchmarks.overhead.client import Exchange, Requests, arrivals
 from kvferry.benchmarks.overhead.overhead import Load, Measured, figures
 from kvferry.benchmarks.overhead.report import OverheadReport, Phase, plot_overhead, write_overhead
@@ -16,6 +18,7 @@ from kvferry.benchmarks.overhead.steps import Records, Steps, StubStream
 from kvferry.benchmarks.overhead.systems import Target
 from kvferry.benchmarks.shared.bars import exit_code
 from kvferry.common.errors import ConfigError
+from kvferry.tools.load import plot
 from kvferry.tools.load.environment import describe_environment
 from kvferry.tools.load.stats import describe
 
@@ -114,3 +117,12 @@ def test_a_peer_stands_beside_ours_and_is_held_to_nothing(tmp_path: Path) -> Non
     assert len(report.bars()) == 10 and exit_code(report.bars()) == 0
     plot_overhead(report, tmp_path / "overhead.svg")
     assert (tmp_path / "overhead.svg").exists()
+
+
+def test_nothing_is_measured_that_cannot_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plot, "MATPLOTLIB", SimpleNamespace(is_installed=False, missing="no matplotlib here"))
+    monkeypatch.setattr(overhead, "measure", lambda *args: pytest.fail("measured"))
+    assert overhead.main(["--systems", "kvferry"]) == 2
+    assert "no matplotlib here" in capsys.readouterr().err

@@ -1,9 +1,19 @@
+import asyncio
+import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from kvferry.benchmarks.shared import step_tap
 from kvferry.benchmarks.shared.step_tap import HelloLine, StepsLine, TappedPredictor, TransferLine, read_tap
 from kvferry.common.kv_spec import KVCacheSpec
+from kvferry.common.router_config import RouterConfig
+from kvferry.router import assembly, placement
+from kvferry.router.access.keys import ApiKeys
+from kvferry.router.placement.policy import RoutingPolicy
+from kvferry.router.state.predictor import Predictor
+from kvferry.tools.load.tiny_model import write_tiny_model
 from kvferry.wire.workers import StepSample, TransferReport, WorkerHello, WorkerStatus
 
 SPEC = KVCacheSpec(model="m", num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
@@ -72,6 +82,26 @@ def test_what_the_router_hears_of_steps_can_be_read_again(tmp_path: Path) -> Non
     assert tap.hellos[0].spec == SPEC and tap.steps[0].worker == "d-0"
     assert [line.exposed_s for line in tap.transfers] == [0.001]
     assert predictor.is_known(3)
+
+
+def test_the_router_that_is_started_writes_down_what_it_hears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_dir, path = write_tiny_model(tmp_path / "model"), tmp_path / "tap"
+
+    def make_policy(config: RouterConfig, predictor: Predictor) -> RoutingPolicy:
+        predictor.on_hello(3, _hello())
+        return placement.make_policy(config, predictor)
+
+    def router() -> int:
+        assert sys.argv[1:] == ["--flag"]
+        asyncio.run(assembly.assemble(RouterConfig(model_dir=model_dir, served_model_name="m"), ApiKeys(), None))
+        return 7
+
+    monkeypatch.setattr(assembly, "Predictor", Predictor)  # as before, afterwards
+    monkeypatch.setattr(assembly, "make_policy", make_policy)
+    monkeypatch.setattr("kvferry.router.process.main", router)
+    monkeypatch.setattr(sys, "argv", ["step_tap", "router", str(path), "--flag"])
+    assert step_tap.main() == 7
+    assert [hello.worker for hello in read_tap(path).hellos] == ["d-0"]
 
 
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@ import pytest
 from kvferry.benchmarks.shared.live_load import Objectives, Unloaded
 from kvferry.benchmarks.shared.measured_steps import Curve, MeasuredSteps
 from kvferry.benchmarks.shared.pools import Pools
-from kvferry.benchmarks.shared.twin import Machine, figures_of, lone_ttft_s, quiet_simulation, time_around, twin
+from kvferry.benchmarks.shared.twin import Machine, figures_of, lone_ttft_s, time_around, twin
 from kvferry.common.errors import ConfigError
 from kvferry.router.state.step_fit import StepCosts
-from kvferry.simulator import simulate
+from kvferry.simulator import quiet_simulation, simulate
 from kvferry.simulator.costs.network import Link
 from kvferry.tools.load.traces import TraceRow
 

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import structlog
 
-from kvferry.benchmarks.sizing import probe, published, ratio
+from kvferry.benchmarks.shared.rates import MeasuredRates
+from kvferry.benchmarks.sizing import on_cpu, probe, published, ratio
 from kvferry.benchmarks.sizing.ratio import Ratio
 from kvferry.benchmarks.sizing.sizing import main
 from kvferry.common.config import EngineConfig
@@ -42,6 +44,17 @@ def test_parts_are_kept_beside_one_another(tmp_path: Path, capsys: pytest.Captur
     assert body["cpu"] == {"rows": []} and len(body["published"]["rows"]) == 13
     assert "MISSED" in capsys.readouterr().out
     assert main(["--parts", "published", "--json", str(path), "--check"]) == 1
+
+
+def test_a_cpus_rates_are_written_for_the_calculator_into_whatever_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, probed = MeasuredRates(1e12, 1e10, "m", "r"), CpuRates(((1, 1e-10),), 1e-9, 1e-9, 1e-11, 1e-10, 1e-4)
+    monkeypatch.setattr(on_cpu, "measure", lambda *args: (measured, probed, []))
+    path = tmp_path / "new" / "rates.json"
+    assert main(["--parts", "cpu", "--rates", str(path), "--json", str(tmp_path / "s.json")]) == 0
+    assert msgspec.json.decode(path.read_bytes(), type=CpuRates) == probed
+    assert json.loads((tmp_path / "s.json").read_text())["cpu"]["rates"]["read_bytes_per_s"] == 1e10
 
 
 @pytest.mark.parametrize("parts", ["publishd", "", "published,cpus"])
