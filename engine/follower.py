@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import queue
@@ -66,7 +67,8 @@ def main(fd: int) -> int:
         _follow(start, frames, inbox)
     except Exception as error:  # the boundary of the process: rank 0 raises it as WorkerLost
         kind = FrameKind.BROKE if isinstance(error, WorkerLost) else FrameKind.FAILED
-        frames.send(kind, describe(error).encode())
+        with contextlib.suppress(OSError):  # rank 0 is gone, as a rule why this one ends
+            frames.send(kind, describe(error).encode())
         return 1
     return 0
 

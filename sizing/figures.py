@@ -8,7 +8,7 @@ the peaks that `hardware.py` assumes, kernels and sums over ranks however short 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..common.config import EngineConfig, ExpertExchange
@@ -74,10 +74,9 @@ class Sizer:
         if context > (longest := engine.max_model_len or model.longest_model_len):
             raise ConfigError(f"context: {context:,} tokens are more than the model's {longest:,}")
         self.engine, self.model, self.gpu, self.context = engine, model, gpu, context
-        self.steps = self._roofline(gpu)
+        self.steps = self._roofline(gpu, shape_of(engine, model, gpu, context))
 
-    def _roofline(self, gpu: Gpu) -> Roofline:
-        shape = shape_of(self.engine, self.model, gpu, self.context)
+    def _roofline(self, gpu: Gpu, shape: ModelShape) -> Roofline:
         share = 1.0 if gpu.is_cpu else self.engine.gpu_memory_utilization
         num_ranks = self.engine.tensor_parallel_size
         if gpu.rates is not None:
@@ -86,7 +85,8 @@ class Sizer:
 
     @cached_property
     def _bound(self) -> Roofline:
-        return self._roofline(self.gpu.at_peak)
+        peak = self.gpu.at_peak  # another in its rates alone: the shape, which takes long to count, is the same
+        return self._roofline(peak, replace(self.shape, kernels_s=self.shape.num_layers * peak.layer_s))
 
     @property
     def shape(self) -> ModelShape:

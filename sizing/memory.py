@@ -201,14 +201,21 @@ def gpu_reserve_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int)
             activations += num_tokens * model.hidden_size * (item_bytes(engine, model) + ITEM_BYTES["float32"])
     if model.states is not None:
         activations += _state_bytes(engine, model, num_tokens)
-    counted = rank_weights(engine.model_copy(update={"device": "cuda"}), model)
-    widening = _WIDENING_BYTES if counted.nibbles or counted.rounded else 0
+    widening = _WIDENING_BYTES if _has_integers(engine, model) else 0
     rows, drafts = engine.max_num_seqs, engine.speculative_config
     if drafts is not None:
         rows = min(rows * (1 + drafts.num_speculative_tokens), max(rows, num_tokens))
     logits = _LOGIT_ARRAYS * rows * model.vocab_size * ITEM_BYTES["float32"]
     drafting = _GPU_DRAFT_BYTES if drafts is not None and drafts.model is not None else 0
     return _GPU_BASE_BYTES + activations + logits + widening + drafting
+
+
+def _has_integers(engine: EngineConfig, model: ModelConfig) -> bool:
+    """Tell whether a GPU multiplies by whole numbers."""
+    if chosen_quantization(model.quantization, engine.quantization) is None:
+        return False
+    counted = rank_weights(engine.model_copy(update={"device": "cuda"}), model)
+    return counted.nibbles > 0 or counted.rounded > 0
 
 
 def _state_bytes(engine: EngineConfig, model: ModelConfig, num_tokens: int) -> int:

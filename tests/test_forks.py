@@ -118,13 +118,11 @@ def test_a_module_is_run_as_a_program_and_errors_go_with_its_output(forks: Forks
     assert "--no-such" in (tmp_path / "log").read_text()
 
 
-def test_programs_end_as_unknown_whose_server_has_gone(program: str) -> None:
-    forks = Forks("torch")
+def test_programs_end_as_unknown_whose_server_has_gone(tmp_path: Path) -> None:
+    (program := tmp_path / "wait.py").write_text("import sys\nsys.stdin.read()\n")
+    forks = Forks()
     pipes: dict[str, Any] = {"stdin": forks.PIPE, "stdout": forks.PIPE, "stderr": forks.DEVNULL}
-    process = forks.Popen([sys.executable, program, "hear"], text=True, **pipes)
-    assert process.stdin is not None
-    process.stdin.write("a line\n")
-    process.stdin.flush()
+    process = forks.Popen([sys.executable, str(program)], text=True, **pipes)
     forks.close()
     assert process.poll() is None
     process.communicate()

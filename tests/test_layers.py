@@ -11,7 +11,7 @@ import graphlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -150,18 +150,21 @@ def room_of(path: Path) -> str:
     return path.stem if folder == "." else folder
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield every module that a file imports, with its full dotted name, wherever in the file."""
-    parts = [PACKAGE, *path.relative_to(ROOT).with_suffix("").parts]
+@cache
+def imports(path: Path) -> list[str]:
+    """Return every module that a file imports, with its full dotted name, wherever in the file."""
+    parts, found = [PACKAGE, *path.relative_to(ROOT).with_suffix("").parts], list[str]()
     for node in ast.walk(product()[path]):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = parts[: -node.level] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
 
 
+@cache
 def file_of(module: str) -> Path | None:
     """Return the file of ours that this module, or a name in it, comes from."""
     parts = module.split(".")

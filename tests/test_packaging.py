@@ -53,9 +53,10 @@ if "-c" not in command:
     os.execv(command[0], command)
 made, source = Path(command[command.index("-o") + 1]), Path(sys.argv[-1])
 digest = hashlib.sha256(subprocess.check_output([command[0], "--version"]))
-digest.update(repr([word for word in command if word not in (str(made), str(source))]).encode())
+paths = str(made), str(source), str(source.parent)  # a checkout's own, and its copy's
+digest.update(repr([word for word in command if word not in paths]).encode())
 for path in sorted(path for path in source.parent.rglob("*") if path.is_file()):
-    digest.update(path.read_bytes())
+    digest.update(repr((str(path.relative_to(source.parent)), path.read_bytes())).encode())
 known = kept / f"{{digest.hexdigest()[:32]}}.o"
 if known.is_file():
     known.touch()
@@ -150,6 +151,21 @@ def hasty_compiler(folder: Path) -> Path:
         script.write_text(HASTY_COMPILER.format(python=sys.executable, found=found, kept=kept, most=most))
         script.chmod(0o755)
     return folder
+
+
+def test_a_header_that_is_renamed_but_not_where_it_is_included_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "cache_dir", lambda: tmp_path / "cache")
+    if not (compiler := hasty_compiler(tmp_path / "bin") / "c++").is_file():
+        pytest.skip("no compiler is installed")
+    (folder := tmp_path / "source").mkdir()
+    (header := folder / "known.hpp").write_text("inline int number() { return 1; }\n")
+    (source := folder / "source.cpp").write_text('#include "known.hpp"\n')
+    command: list[str | Path] = [compiler, "-I", folder, "-c", "-o", tmp_path / "part.o", source]
+    subprocess.run(command, check=True)
+    header.rename(folder / "new.hpp")  # which is sorted as it was
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
 @pytest.mark.slow

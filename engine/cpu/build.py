@@ -53,7 +53,7 @@ def load(folder: Path, isa: CpuIsa = "auto", *, is_float32: bool = False) -> cty
 
 def usable_sets(isa: CpuIsa = "auto", *, is_float32: bool = False) -> list[str]:
     """Return the sets that this processor has, the best one first; a named one alone. Raises as `load` does."""
-    features, sets = _cpu_flags(), FLOAT32_SETS if is_float32 else SETS
+    features, sets = processor_features(), FLOAT32_SETS if is_float32 else SETS
     if isa == "auto":
         found = [name for name, needed in sets.items() if needed <= features]
         if not found:
@@ -126,8 +126,3 @@ def _made(folder: Path, isa: str, reasons: list[NativeUnavailable]) -> ctypes.CD
 
 def _names(features: frozenset[str]) -> str:
     return ", ".join(sorted(features))
-
-
-def _cpu_flags() -> frozenset[str]:
-    """Return the processor's features by Linux's names."""
-    return processor_features()

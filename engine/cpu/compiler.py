@@ -52,10 +52,8 @@ ALL_SETS = ChainMap(X86_SETS, X86_FLOAT32_SETS, ARM_SETS, ARM_FLOAT32_SETS)
 _ARM = "-march=armv8.2-a"
 _ARM_OF_ZIG = "-mcpu=generic"  # which knows processors alone, and takes the same extensions
 _EXTENSIONS = {"asimddp": "dotprod", "atomics": "lse"}  # ARM's features by compilers' names, where these are others
-_BUILD_TIMEOUT_S = (
-    600.0  # a compiler that hangs keeps a start waiting for so long; zig's first use takes a minute or two
-)
-
+# A compiler that hangs keeps a start waiting for so long; zig's first use takes a minute or two.
+_BUILD_TIMEOUT_S = 600.0
 
 # What an old compiler, or one without its libraries, has not.
 _TRIAL = """

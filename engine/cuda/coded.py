@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -29,15 +30,25 @@ from .codes import Code, Codes, code_of
 from .float8 import Float8Weight
 
 TILES = (16, 32, 64, 128)  # rows that are multiplied at once; the kernel is compiled for each
-_tile = ContextVar[int | None]("tile", default=None)  # None: as many as suit the product
+
+
+@dataclass(slots=True)
+class Tile:
+    """A size that `in_tiles_of` asks for."""
+
+    num_rows: int
+    is_taken: bool = False  # by some product
+
+
+_tile = ContextVar[Tile | None]("tile", default=None)  # None: as many rows as suit the product
 
 
 @contextmanager
-def in_tiles_of(num_rows: int) -> Iterator[None]:
+def in_tiles_of(num_rows: int) -> Iterator[Tile]:
     """Have this thread's products take so many rows at once, one of `TILES`: results are the same, a tile is slower."""
-    before = _tile.set(num_rows)
+    before = _tile.set(tile := Tile(num_rows))
     try:
-        yield
+        yield tile
     finally:
         _tile.reset(before)
 
@@ -87,7 +98,10 @@ def product(x: Tensor, codes: Codes, ends: Tensor | None = None, order: Tensor |
     """
     rows, row_scales = groups_to_float8(x, codes.group_size) if codes.rounds_rows else (x.contiguous(), None)
     per_matrix = len(x if order is None else order) / codes.num_matrices
-    tile = _tile.get() or next((size for size in TILES if per_matrix <= size), TILES[-1])
+    if (asked := _tile.get()) is not None:
+        tile, asked.is_taken = asked.num_rows, True
+    else:
+        tile = next((size for size in TILES if per_matrix <= size), TILES[-1])
     parts = (codes.numbers, codes.scales, codes.minima, ends, order)
     return cast(Tensor, _product(rows, row_scales, int(codes.code), *parts, tile))
 

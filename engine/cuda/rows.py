@@ -189,11 +189,10 @@ class Forecast:
                 return False
         return True
 
-    def put_new_pages(self, arrays: StepArrays) -> bool:
-        """Fill in the blocks that have been allocated meanwhile. True: there were some."""
+    def put_new_pages(self, arrays: StepArrays) -> None:
+        """Fill in the blocks that have been allocated meanwhile."""
         for index, row in self.missing:
             arrays.paged_kv_indices[index] = row.table[row.num_pages - 1]
-        return bool(self.missing)
 
 
 def foretell(batch: Batch, block_size: int, max_model_len: int) -> Forecast | None:

@@ -56,7 +56,7 @@ class CudaRunner:
 
         `pages`: all of a block. The last block is owned by no sequence: padding rows and warm-ups write there.
         """
-        model, tp_size = decoder.config, decoder.head.rows.comm.size
+        model, self._comm = decoder.config, decoder.head.rows.comm
         self._device = pages.device
         self._attention = attention
         kernels = FusedKernels()
@@ -68,7 +68,7 @@ class CudaRunner:
         self._warm_up(progress)
         self._decode_device: CudaDecodeDevice | None = None
         self.decode_pipeline: DecodePipeline | None = None
-        if tp_size == 1:
+        if self._comm.size == 1:
             self._decode_device = device = self._make_device(config, model.max_model_len, progress)
             self.decode_pipeline = DecodePipeline(
                 device, self._sampler, pages, spare_block=self._spare_block, max_model_len=model.max_model_len
@@ -98,9 +98,12 @@ class CudaRunner:
             for num_rows in coded.TILES:
                 if self._states is not None:
                     self._states.begin_smallest()
-                with coded.in_tiles_of(num_rows):
+                with coded.in_tiles_of(num_rows) as tile:
                     adapters = tokens.int() if is_adapted else None
                     hidden = self._decoder.forward(tokens, tokens.int(), self._attention, None, adapters)
+                # A rank to whose experts no token goes has taken none, and computes with the others all the same.
+                if self._comm.minimum(int(not tile.is_taken), self._device):
+                    break
         self._decoder.logits(hidden)
 
     def _warm_up_sampling(self) -> None:

@@ -88,6 +88,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, object]]] = {
         "exaone4",
         {"config": {"sliding_window": None, "layer_types": ["full_attention"] * 4}},
     ),
+    "exaone4 full beside a window": ("exaone4", {"config": {"layer_types": ["full_attention"] * 4}}),
     "cwm": ("cwm", {}),
     "phi3 longrope": ("phi3", {"config": {"original_max_position_embeddings": 2048, "rope_scaling": LONGROPE}}),
     "gemma2": ("gemma2", {"head_dim": 32}),

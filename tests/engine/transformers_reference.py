@@ -32,12 +32,15 @@ def reference_logprobs(model_dir: Path, token_ids: tuple[int, ...]) -> Tensor:
 @cache
 def greedy_tokens(model_dir: Path, prompt: tuple[int, ...], num_tokens: int, sure_gap: float) -> list[int]:
     """Return `num_tokens` greedy ones, or fewer: each leads by more than `sure_gap` between two logits."""
-    tokens = list(prompt)
+    tokens: list[int] = []
+    given, kept = list(prompt), None
     with torch.inference_mode():
-        for _ in range(num_tokens):
-            logits = reference_model(model_dir)(torch.tensor([tokens])).logits[0, -1]
+        while len(tokens) < num_tokens:
+            output = reference_model(model_dir)(torch.tensor([given]), past_key_values=kept, use_cache=True)
+            logits, kept = output.logits[0, -1], output.past_key_values
             best = logits.topk(2).values
             if best[0] - best[1] <= sure_gap:
                 break
             tokens.append(int(logits.argmax()))
-    return tokens[len(prompt) :]
+            given = tokens[-1:]
+    return tokens

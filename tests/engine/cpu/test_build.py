@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import structlog
@@ -72,10 +74,12 @@ pytestmark = pytest.mark.usefixtures("isa")
 class Recorded:
     """An engine whose logits can be looked at."""
 
-    def __init__(self, model_dir: Path, *, is_native: bool, cores: CoreSlot | None = None, **fields: Any) -> None:
-        """In bfloat16 unless `fields` say otherwise."""
+    def __init__(
+        self, model_dir: Path, *, is_native: bool, num_blocks: int = 64, cores: CoreSlot | None = None, **fields: Any
+    ) -> None:
+        """In bfloat16 unless `fields` say otherwise. To compare the pages of many blocks takes longer than steps do."""
         config = engine_config(model_dir, **({"dtype": "bfloat16"} | fields))
-        self.engine = Engine(config, num_blocks=400, native=is_native, cores=cores)
+        self.engine = Engine(config, num_blocks=num_blocks, native=is_native, cores=cores)
         self.driver = Driver(self.engine)
         self.native_steps = 0
         self.logits: list[torch.Tensor] = []
@@ -105,24 +109,52 @@ class Recorded:
         return seqs
 
 
-def _decode_beside(native_run: Recorded, torch_run: Recorded, lengths: tuple[int, ...], num_steps: int) -> None:
-    """Both decode the same tokens from the same pages; logits and pages are compared after each step."""
-    ours, theirs = native_run.prefill(lengths), torch_run.prefill(lengths)
-    native_run.engine.kv_pages.copy_(torch_run.engine.kv_pages)
-    native_run.native_steps = 0
-    for step in range(num_steps):
-        for one, other in zip(ours, theirs, strict=True):
-            one.token_ids[:] = other.token_ids
-        native_run.driver.step([(seq, 1) for seq in ours])
-        torch_run.driver.step([(seq, 1) for seq in theirs])
-        _assert_same(native_run, torch_run, len(lengths))
-        assert native_run.native_steps == step + 1
+class Seen(NamedTuple):
+    """What torch has after a step, which is the same whatever the set of instructions."""
+
+    logits: torch.Tensor
+    pages: torch.Tensor
+    token_ids: list[list[int]]
+
+    @classmethod
+    def of(cls, run: Recorded, seqs: list[Sequence]) -> Seen:
+        return cls(run.logits[-1], run.engine.kv_pages.clone(), [list(seq.token_ids) for seq in seqs])
+
+    def take_tokens(self, seqs: list[Sequence]) -> None:
+        """Have other sequences go on with these tokens."""
+        for seq, token_ids in zip(seqs, self.token_ids, strict=True):
+            seq.token_ids[:] = token_ids
 
 
-def _assert_same(native_run: Recorded, torch_run: Recorded, rows: int, tolerance: float = LOGIT_TOLERANCE) -> None:
+@cache
+def _decoded_by_torch(model_dir: Path, lengths: tuple[int, ...], num_steps: int, block_size: int) -> list[Seen]:
+    """Return what torch has after prompts of these lengths, and after each token of their answers."""
+    run = Recorded(model_dir, is_native=False, block_size=block_size)
+    seqs = run.prefill(lengths)
+    seen = [Seen.of(run, seqs)]
+    for _ in range(num_steps):
+        run.driver.step([(seq, 1) for seq in seqs])
+        seen.append(Seen.of(run, seqs))
+    return seen
+
+
+def _decode_beside_torch(model_dir: Path, lengths: tuple[int, ...], num_steps: int, block_size: int = 16) -> None:
+    """Decode torch's tokens from torch's pages; logits and pages are compared after each step."""
+    run = Recorded(model_dir, is_native=True, block_size=block_size)
+    seqs, seen = run.prefill(lengths), _decoded_by_torch(model_dir, lengths, num_steps, block_size)
+    run.engine.kv_pages.copy_(seen[0].pages)
+    run.native_steps = 0
+    for step, (before, after) in enumerate(pairwise(seen), 1):
+        before.take_tokens(seqs)
+        run.driver.step([(seq, 1) for seq in seqs])
+        _assert_same(run, after, len(lengths))
+        assert run.native_steps == step
+
+
+def _assert_same(run: Recorded, seen: Seen, rows: int, tolerance: float = LOGIT_TOLERANCE) -> None:
     """The last logits and all pages."""
-    _assert_logits_close(native_run.logits[-1], torch_run.logits[-1][:rows], tolerance)
-    ours_pages, pages = native_run.engine.kv_pages.float(), torch_run.engine.kv_pages.float()
+    _assert_logits_close(run.logits[-1], seen.logits[:rows], tolerance)
+    ours_pages, pages = run.engine.kv_pages.float(), seen.pages.float()
     assert (ours_pages - pages).abs().max() <= PAGE_TOLERANCE * pages.abs().max()
     assert torch.equal(ours_pages.any(-1), pages.any(-1)), "a slot was written by one and not by the other"
 
@@ -137,39 +169,44 @@ def _assert_logits_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: fl
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("models")
     for name, (family, fields) in VARIANTS.items():
         shape = {"tokenizer": False, "dtype": "bfloat16"} | fields
         write_checkpoint(root / name, family, **shape)  # type: ignore[arg-type]
-    return root
-
-
-def _pair(model_dir: Path, *, block_size: int = 16, num_threads: int = 1) -> tuple[Recorded, Recorded]:
-    ours, theirs = (
-        Recorded(model_dir, is_native=native, block_size=block_size, num_threads=num_threads)
-        for native in (True, False)
-    )
-    return ours, theirs
+    yield root
+    _decoded_by_torch.cache_clear()
+    _prompts_by_torch.cache_clear()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_native_steps_are_those_of_torch(checkpoints: Path, variant: str) -> None:
-    _decode_beside(*_pair(checkpoints / variant), LENGTHS, 3)
+    _decode_beside_torch(checkpoints / variant, LENGTHS, 3)
 
 
 @pytest.mark.parametrize("block_size", [8, 32, 128])
 def test_block_size_does_not_matter(checkpoints: Path, block_size: int) -> None:
-    _decode_beside(*_pair(checkpoints / "mistral window", block_size=block_size), (7, 8, 31, 32, 100), 3)
+    _decode_beside_torch(checkpoints / "mistral window", (7, 8, 31, 32, 100), 3, block_size)
 
 
 def test_contexts_grow_across_blocks(checkpoints: Path) -> None:
-    _decode_beside(*_pair(checkpoints / "llama", block_size=8), (1, 6, 127), 12)
+    _decode_beside_torch(checkpoints / "llama", (1, 6, 127), 12, block_size=8)
 
 
 MANY_TOKENS = (390, 70, 33, 5), ((300, 40, 33, 5), (90, 30, 1, 1), (1, 1, 1, 1))
 FEW_TOKENS = (50, 20, 9, 5), ((20, 10, 9, 5), (30, 10, 1, 1), (1, 1, 1, 1))
+
+
+@cache
+def _prompts_by_torch(model_dir: Path, shape: Shape) -> list[Seen]:
+    lengths, steps = shape
+    run, seen = Recorded(model_dir, is_native=False, block_size=16), list[Seen]()
+    seqs = [run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)]
+    for counts in steps:
+        run.driver.step(list(zip(seqs, counts, strict=True)))
+        seen.append(Seen.of(run, seqs))
+    return seen
 
 
 @pytest.mark.slow
@@ -178,21 +215,22 @@ FEW_TOKENS = (50, 20, 9, 5), ((20, 10, 9, 5), (30, 10, 1, 1), (1, 1, 1, 1))
 def test_native_prompts_are_those_of_torch(checkpoints: Path, variant: str, shape: Shape) -> None:
     """Chunks of several prompts, first and later ones, beside tokens of running answers."""
     lengths, steps = shape
-    runs = _pair(checkpoints / variant)
-    ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)] for run in runs)
-    for counts in steps:
-        for run, seqs in zip(runs, (ours, theirs), strict=True):
-            run.driver.step(list(zip(seqs, counts, strict=True)))
-        for one, other in zip(ours, theirs, strict=True):
-            one.token_ids[:] = other.token_ids
-        _assert_same(*runs, len(runs[0].logits[-1]), 2 * LOGIT_TOLERANCE)  # torch is the one further from float32
-    assert runs[0].native_steps == len(steps)
+    run = Recorded(checkpoints / variant, is_native=True, block_size=16)
+    seqs = [run.driver.add(prompt, SAMPLING) for prompt in prompts(list(lengths), 500)]
+    for counts, seen in zip(steps, _prompts_by_torch(checkpoints / variant, shape), strict=True):
+        run.driver.step(list(zip(seqs, counts, strict=True)))
+        seen.take_tokens(seqs)
+        _assert_same(run, seen, len(run.logits[-1]), 2 * LOGIT_TOLERANCE)  # torch is the one further from float32
+    assert run.native_steps == len(steps)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])  # of two, each has too few tokens of its own: they share columns
 def test_every_prompt_token_can_be_asked_for(checkpoints: Path, num_threads: int) -> None:
     """Log-probabilities of a prompt need the last layer of all its tokens, not only of the last one."""
-    runs = _pair(checkpoints / "mistral window", num_threads=num_threads)
+    runs = [
+        Recorded(checkpoints / "mistral window", is_native=native, block_size=16, num_threads=num_threads)
+        for native in (True, False)
+    ]
     for run in runs:
         (prompt,) = prompts([150], 500)
         seq = run.driver.add(prompt, SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=1))
@@ -262,7 +300,7 @@ def test_without_the_board_a_worker_keeps_to_its_own_threads(checkpoints: Path) 
 
 def test_a_row_does_not_feel_how_many_others_there_are(checkpoints: Path) -> None:
     """To the bit, up to the largest batch: rows are summed up in the same order whatever their number."""
-    run = Recorded(checkpoints / "llama", is_native=True)
+    run = Recorded(checkpoints / "llama", is_native=True, num_blocks=400)
     seqs = run.prefill((40, *range(2, 64), 3, *[2] * 10))
     run.native_steps = 0
     found = []

@@ -40,7 +40,7 @@ if "-o" in sys.argv:
 
 def _features(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Let the processor have these."""
-    monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset(names))
+    monkeypatch.setattr(build, "processor_features", lambda: frozenset(names))
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_whole_numbers_and_experts_are_left_to_torch(checkpoints: Path, tmp_path
 
 def test_a_set_without_float32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "FLOAT32_SETS", X86_FLOAT32_SETS)
-    monkeypatch.setattr(build, "_cpu_flags", lambda: X86_SETS["amx"])
+    monkeypatch.setattr(build, "processor_features", lambda: X86_SETS["amx"])
     assert build.usable_sets(is_float32=True) == build.usable_sets("avx2", is_float32=True) == ["avx2_float32"]
     with pytest.raises(ConfigError, match="cpu_isa: amx computes bfloat16 alone; for float32 use auto or avx2"):
         build.usable_sets("amx", is_float32=True)

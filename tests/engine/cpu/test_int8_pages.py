@@ -43,6 +43,7 @@ def test_float32_computes_what_torch_does(
     """Chunks of several prompts beside running answers, then answers alone, in two threads."""
     sizes, steps = lengths
     fields: dict[str, Any] = {"dtype": "float32", "kv_cache_dtype": "int8", "block_size": block_size, "num_threads": 2}
+    fields["num_blocks"] = 128
     runs = [Recorded(checkpoints / name, is_native=native, **fields) for native in (True, False)]
     ours, theirs = ([run.driver.add(prompt, SAMPLING) for prompt in prompts(list(sizes), 500)] for run in runs)
     for counts in (*steps, *[(1,) * len(sizes)] * 2):

@@ -77,7 +77,7 @@ def test_parts_make_the_whole(checkpoints: Path, variant: str, lengths: tuple[in
 def test_what_an_earlier_owner_left_is_not_seen(checkpoints: Path, deterministic: bool) -> None:
     found = []
     for left in (0.0, float("nan")):
-        run = Recorded(checkpoints / "v3", is_native=True, num_threads=2, deterministic=deterministic)
+        run = Recorded(checkpoints / "v3", is_native=True, num_blocks=128, num_threads=2, deterministic=deterministic)
         run.engine.kv_pages.fill_(left)
         seqs = [run.driver.add(prompt, SAMPLING) for prompt in prompts([30, 1301, 16], 500)]
         for counts in ((30, 1200, 16), (1, 101, 1), (1, 1, 1)):

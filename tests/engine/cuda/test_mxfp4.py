@@ -17,6 +17,7 @@ from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.cuda.stacks import CodedStack, Float8Stack, PlainStack
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.decoder import Decoder
+from kvferry.engine.nn.experts import Gate
 from kvferry.engine.nn.loading import load_weights
 from kvferry.engine.nn.stacked_experts import mxfp4_as_float8, unpack_mxfp4
 from kvferry.engine.ranks.communicator import Communicator
@@ -189,6 +190,23 @@ def test_two_ranks_have_whole_groups_or_widen(
         }
         assert kept == ({CodedStack} if fields else {PlainStack})  # half of 96 columns are no whole groups
         assert 0 < _error(engine, expected) < IN_16_BITS
+
+
+@pytest.mark.usefixtures("few_sizes")
+@pytest.mark.parametrize("device", on_a_card)
+def test_a_rank_whose_experts_nobody_chooses_warms_up_with_the_others(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """It multiplies nothing in few bits: attention is in 16 bits, and rows that are exchanged go to the other rank."""
+
+    def choose(gate: Gate, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.arange(3, device=x.device).expand(len(x), 3), torch.ones(len(x), 3, device=x.device)
+
+    monkeypatch.setattr(Gate, "choose", choose)
+    fields: dict[str, object] = {"enable_expert_parallel": True, "expert_exchange": "all_to_all"}
+    config = _config(checkpoint, dtype="bfloat16", device=device, tensor_parallel_size=2, **fields)
+    with two_ranks(monkeypatch, config, 100) as engine:
+        assert len(prompt_logprobs(engine, PROMPT)) == len(PROMPT) - 1
 
 
 @pytest.mark.parametrize("device", on_a_card)

@@ -185,7 +185,7 @@ def test_the_next_step_is_prepared_as_it_will_be() -> None:
     second.block_table += [1]
     following = _batch(first, second, third)
     assert forecast.fits(following, [50, 51, 52])
-    assert forecast.put_new_pages(prepared)
+    forecast.put_new_pages(prepared)
     direct = _arrays()
     num_pages = _fill(direct, following, size=4)
     assert num_pages == 8

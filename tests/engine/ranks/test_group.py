@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import transformers
@@ -18,10 +19,11 @@ from kvferry.common.batch import Batch, BatchRow
 from kvferry.common.errors import ConfigError, WorkerLost
 from kvferry.common.request import Pooling, SamplingParams
 from kvferry.common.vectors import values_of
+from kvferry.engine import follower
 from kvferry.engine.engine import Engine
 from kvferry.engine.ranks import group
 from kvferry.engine.ranks.communicator import Communicator
-from kvferry.engine.ranks.frames import FrameKind, FrameSocket
+from kvferry.engine.ranks.frames import FrameKind, FrameSocket, StartFollower
 from kvferry.engine.ranks.group import RankGroup
 
 from ...checkpoints import write_checkpoint
@@ -242,6 +244,24 @@ def test_a_followers_error_reaches_rank_0(pair: RankPair) -> None:
     pair.group._readers[0].join(ANSWER_S)
     with pytest.raises(WorkerLost, match="rank 1: asked to fail"):
         pair.group.check()
+
+
+def test_a_follower_ends_without_an_error_of_its_own_where_rank_0_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+
+    def step(*_: object) -> None:
+        ours.close()
+        raise WorkerLost("a collective failed")
+
+    monkeypatch.setattr(follower, "_receive", lambda *_: None)  # which ends the process, if it is the first to notice
+    monkeypatch.setattr(follower, "_follow", step)
+    start = StartFollower(
+        engine_config="", tp_rank=1, tp_size=2, store_port=0, num_blocks=None, handler="", handler_config=b""
+    )
+    FrameSocket(ours).send(FrameKind.START, msgspec.msgpack.encode(start))
+    with theirs:
+        monkeypatch.setattr(socket, "socket", lambda fileno: theirs)
+        assert follower.main(theirs.fileno()) == 1
 
 
 @pytest.mark.slow
