@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from ..common.config import ADMIN_KEY_VARIABLE
 from ..common.errors import ConfigError
 from .console import make_console
+from .paths import at_home
 
 _HOTTEST = 3  # experts of a worker that the table names
 
@@ -83,7 +83,7 @@ def plan(
     admin_key: AdminKey = None,
     counts: Annotated[
         Path | None,
-        typer.Option("--from", help="A saved answer of /admin/experts, not --admin.", metavar="FILE"),
+        typer.Option("--from", help="A saved answer of /admin/experts, not --admin.", metavar="FILE", callback=at_home),
     ] = None,
     pool: Annotated[str | None, typer.Option(help="Count this pool's alone.", metavar="prefill|decode")] = None,
     ranks: Annotated[int | None, typer.Option(help="Of a worker. Default: as they have.", metavar="N", min=1)] = None,
@@ -118,7 +118,6 @@ def plan(
 
 
 def _saved(file: Path) -> list[dict[str, Any]]:
-    file = Path(os.path.expanduser(file))  # a shell leaves the `~` of `--from=~/counts.json` as it is
     try:
         content = file.read_bytes()
     except OSError as error:

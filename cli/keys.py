@@ -9,18 +9,9 @@ from typing import Annotated
 import typer
 
 from ..common.errors import ConfigError
-from ..settings.values import expanded
+from .paths import at_home
 
-
-def _at_home(file: Path) -> Path:
-    """A shell leaves the `~` of `--file=~/keys.yaml` as it is."""
-    try:
-        return Path(expanded(str(file)))
-    except ValueError as error:
-        raise ConfigError(f"--file: {error}, not {str(file)!r}") from None
-
-
-File = Annotated[Path, typer.Option(help="The key file.", metavar="FILE", callback=_at_home)]
+File = Annotated[Path, typer.Option(help="The key file.", metavar="FILE", callback=at_home)]
 Id = Annotated[str, typer.Argument(metavar="ID", help="Whose key: the tenant's name.")]
 
 keys_app = typer.Typer(

@@ -17,12 +17,15 @@ import typer
 from ..common.config import environment
 from ..common.errors import ConfigError, KVFerryError
 from .console import make_console
+from .paths import at_home
 
 _STATUS_LIMIT_S = 5.0
 _NOT_RUNNING_EXIT_CODE = 3  # as init scripts say it
 
 Port = Annotated[int | None, typer.Option(help="Which deployment: the one that serves this port.", metavar="N")]
-PidFile = Annotated[Path | None, typer.Option(help="Which deployment: the one of this pid file.", metavar="FILE")]
+PidFile = Annotated[
+    Path | None, typer.Option(help="Which deployment: the one of this pid file.", metavar="FILE", callback=at_home)
+]
 
 
 def register(app: typer.Typer) -> None:

@@ -552,8 +552,11 @@ main([*{words}])
     assert (result.returncode, result.stderr) == (2, "kvferry: it went on\n")
 
 
-def test_a_key_file_may_be_in_the_home_of_who_asks(run: Run, tmp_path: Path) -> None:
+def test_a_file_may_be_in_the_home_of_who_asks(run: Run, tmp_path: Path) -> None:
     """A shell leaves `--file=~/keys.yaml` as it is."""
+    (tmp_path / "kvferry.pid").write_text("0")
+    asked = [run("status", f"--pid-file={home}/kvferry.pid", HOME=str(tmp_path)) for home in ("~", tmp_path)]
+    assert asked[0] == asked[1] and str(tmp_path) in asked[0].stderr, asked[0].stderr
     assert run("keys", "add", "alice", "--file=~/keys.yaml", HOME=str(tmp_path)).returncode == 0
     assert run("keys", "list", "--file", str(tmp_path / "keys.yaml")).stdout.startswith("alice ")
     mistake = run("keys", "list", "--file=~nobody-here/keys")
