@@ -2,92 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
-from kvferry.common.config import TransferConfig
 from kvferry.common.errors import ProtocolError
 from kvferry.engine.loop import StepFigures
-from kvferry.kvcache.blocks import BlockPool
-from kvferry.kvcache.prefix_cache import PrefixCache
-from kvferry.transfer.send.counters import SendCounters
 from kvferry.wire.fields import Message
+from kvferry.wire.results import Grant
 from kvferry.wire.tasks import Abort, FetchFrom, LocalTask, ReserveKV
 from kvferry.wire.workers import CacheChange, Drain, SetRole, WorkerStatus
-from kvferry.worker.core import WorkerCore
-from kvferry.worker.effects import CoreConfig
 from kvferry.worker.status import make_status
 
-from ..decode.bench import BLOCK, REGION, SPEC, Bench
-
-
-class Outside:
-    """Implements `Effects` and a `Shipping` with nothing to ship; `done`: what was asked for, by name."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[str, tuple[object, ...]]] = []
-        self.sent: list[tuple[str, Message]] = []
-        self.num_shipments = 0
-
-    def to_router(self, router_id: str, message: Message) -> None:
-        self.sent.append((router_id, message))
-
-    def leaving(self) -> Callable[[], None]:
-        return lambda: None
-
-    def counters(self) -> SendCounters:
-        return SendCounters(self.num_shipments, 0, 0, 0)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args: self.done.append((name, args))
-
-    def count(self, name: str) -> int:
-        return sum(done == name for done, _ in self.done)
-
-
-def outside() -> Any:
-    """Return what stands for two protocols, all methods of which are not there."""
-    return Outside()
+from ..decode.bench import Bench
+from .core_bench import Outside, make_core
 
 
 class CoreBench:
     """A core with one router, and requests for it."""
 
     def __init__(self) -> None:
-        self.outside = outside()
+        self.outside = Outside()
         self.bench = Bench()
         self.clock = self.bench.clock
-        pool = BlockPool(64, BLOCK)
-        config = CoreConfig(
-            worker_id="d",
-            incarnation=1,
-            version="0",
-            served_model="m",
-            role="decode",
-            spec=SPEC,
-            tp_size=1,
-            kv_address="x:1",
-            incoming="local",
-            outgoing="local",
-            transfer=TransferConfig(),
-            eos_token_ids=frozenset(),
-            max_model_len=1000,
-            max_num_batched_tokens=64,
-            max_num_seqs=8,
-        )
-        self.core = WorkerCore(
-            config,
-            pool=pool,
-            cache=PrefixCache(pool, spec=SPEC),
-            clock=self.clock,
-            effects=self.outside,
-            shipping=self.outside,
-            reading=self.outside,
-            regions=(REGION,),
-        )
-        self.core.on_router_joined("R")
+        self.core = make_core(self.outside, self.clock, 64)
 
     def send(self, message: Message, router_id: str = "R") -> None:
         self.core.on_router_message(router_id, message)
@@ -170,15 +106,17 @@ def test_others_writes_are_watched_while_there_may_be_some() -> None:
     spec = bench.bench.spec("a", 6)
     bench.send(ReserveKV(spec=spec))
     assert bench.outside.count("watch") == 0, "nobody may write yet"
-    [grant] = [message.grant for _, message in bench.outside.sent]
+    [(_, granted)] = bench.outside.sent
+    assert isinstance(granted, Grant)
+    grant = granted.grant
     bench.bench.receiver = bench.core.receiver
     bench.bench.open(spec, grant)
     bench.core.tick()
     bench.core.tick()
-    assert [args for name, args in bench.outside.done if name == "watch"] == [(True,)]
+    assert bench.outside.told("watch") == [(True,)]
     bench.bench.arrive(spec, grant, ())
     bench.core.tick()
-    assert [args for name, args in bench.outside.done if name == "watch"] == [(True,), (False,)]
+    assert bench.outside.told("watch") == [(True,), (False,)]
 
 
 def test_a_prompt_waits_for_no_worker_to_which_the_connection_has_ended() -> None:

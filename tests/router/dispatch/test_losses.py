@@ -253,12 +253,19 @@ def test_whoever_had_a_token_in_any_part_of_the_last_step_was_computed() -> None
 
 def suspect(fleet: Fleet, names: str = "ab", max_tokens: int = 8) -> TokenStream:
     """A request that two workers did not survive. Colocated."""
-    stream = fleet.submit(max_tokens=max_tokens)
+    (stream,) = suspects(fleet, 1, names, max_tokens)
+    return stream
+
+
+def suspects(fleet: Fleet, num_requests: int, names: str = "ab", max_tokens: int = 8) -> list[TokenStream]:
+    """Requests that were on the same two workers."""
+    streams = [fleet.submit(max_tokens=max_tokens) for _ in range(num_requests)]
     for name in names:
         d = fleet.join(f"d-{name}")
-        d.take(LocalTask)
+        for _ in streams:
+            d.take(LocalTask)
         kill(fleet, d)
-    return stream
+    return streams
 
 
 def suspect_beside(fleet: Fleet, busy: Link) -> TokenStream:
@@ -466,12 +473,7 @@ def test_a_request_that_becomes_a_suspect_while_it_is_queued_is_placed_as_one() 
 
 def test_suspects_one_after_the_other_leave_the_others_half_of_the_only_worker() -> None:
     fleet = Fleet(config(expect_prefill=False))
-    streams = [fleet.submit(), fleet.submit()]
-    for name in "ab":
-        d = fleet.join(f"d-{name}")
-        for _ in streams:
-            d.take(LocalTask)
-        kill(fleet, d)
+    suspects(fleet, 2)
     d = fleet.join("d-0")
     first = d.take(LocalTask)
     other = fleet.submit()
@@ -492,12 +494,7 @@ def test_suspects_one_after_the_other_leave_the_others_half_of_the_only_worker()
 
 def test_suspects_have_half_of_the_workers_at_most() -> None:
     fleet = Fleet(config(expect_prefill=False))
-    streams = [fleet.submit(), fleet.submit()]
-    for name in "ab":
-        d = fleet.join(f"d-{name}")
-        for _ in streams:
-            d.take(LocalTask)
-        kill(fleet, d)
+    suspects(fleet, 2)
     links = []
     for number, num_running in enumerate((1, 1, 1, 2)):
         links.append(fleet.join(f"d-{number}"))
