@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from datetime import UTC, datetime
 from typing import Any
 
@@ -235,6 +236,7 @@ def _with_anthropics(shown: Model, model: ServedModel) -> Model:
     return shown
 
 
+@functools.cache
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     """The body in /openapi.json. It is checked by `schemas.validate`, whose errors are in OpenAI's shape."""
     schema = kind.model_json_schema()

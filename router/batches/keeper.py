@@ -176,23 +176,36 @@ class Keeper:
         room = MAX_RUNS + (end is not None)
         if len(self._running) >= room or self._is_paused(record):
             return
-        store = self._deps.store
-        lock = await asyncio.to_thread(store.lock, record.id)
-        if lock is None:
-            return
+        taking = asyncio.ensure_future(asyncio.to_thread(self._take, record.id))
         try:
-            current = await asyncio.to_thread(store.read, record.id)  # its last holder may have gone on since
-        except BaseException:
-            lock.release()
+            taken = await asyncio.shield(taking)
+        except asyncio.CancelledError:  # what the thread takes meanwhile is the next one's
+            await asyncio.wait([taking])
+            if taking.exception() is None and (taken := taking.result()):
+                taken[0].release()
             raise
-        if current is None or current.has_ended:
-            lock.release()
+        if taken is None:
             return
+        lock, current = taken
         run = BatchRun(current, self._deps, is_final=self._has_last_word(current))
         if end is not None:
             run.stop(end)
-        self._running[record.id] = _Running(run, asyncio.create_task(self._run(run, lock)))
+        task = asyncio.create_task(self._run(run))
+        task.add_done_callback(lambda _: self._over(record.id, lock))  # also of a task that never came to run
+        self._running[record.id] = _Running(run, task)
         self._measuring = self._measuring or asyncio.create_task(self._measure_on())
+
+    def _take(self, batch_id: str) -> tuple[BatchLock, BatchRecord] | None:
+        """Take a batch as its last holder left it; None: somebody runs it, or it has ended."""
+        store, current = self._deps.store, None
+        if (lock := store.lock(batch_id)) is None:
+            return None
+        try:
+            current = store.read(batch_id)
+        finally:
+            if current is None or current.has_ended:
+                lock.release()
+        return None if current is None or current.has_ended else (lock, current)
 
     def _is_paused(self, record: BatchRecord) -> bool:
         return self._now_s() < self._not_before_s.get(record.id, 0.0)
@@ -214,7 +227,7 @@ class Keeper:
             return False
         return True
 
-    async def _run(self, run: BatchRun, lock: BatchLock) -> None:
+    async def _run(self, run: BatchRun) -> None:
         batch_id = run.record.id
         try:
             await run.run()
@@ -227,13 +240,11 @@ class Keeper:
                 self._set_aside.add(run.record, run.missing, self._now_s())
             if any(map(self._is_served, run.missing)):  # it has just come: each beginning reads the whole input
                 self._not_before_s[batch_id] = self._now_s() + RETRY_S
-        finally:
-            del self._running[batch_id]
-            lock.release()
-            self._rest()
 
-    def _rest(self) -> None:
+    def _over(self, batch_id: str, lock: BatchLock) -> None:
         """Measure no more where none run, and forget what was measured: what is deleted meanwhile is not seen."""
+        del self._running[batch_id]
+        lock.release()
         if not self._running and self._measuring is not None:
             self._measuring.cancel()
             self._measuring = self._deps.store.folder.room = None

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from kvferry.router.batches.call import CallAnswer
 from kvferry.router.batches.keeper import Keeper
 from kvferry.router.batches.record import BatchRecord, BatchStatus
 from kvferry.router.batches.run import BatchRun, RunDeps
+from kvferry.router.batches.store import BatchLock
 
 from .test_batch_run import NO_ROOM, Caller, create, deps_of, output, run_of
 
@@ -53,6 +55,30 @@ async def test_the_end_of_a_batch_does_not_wait_for_those_that_run(
         deps.store.ask_to_cancel(other, "o")
         assert (await ended(keeper, deps, other)).status is BatchStatus.CANCELLED
         assert first in keeper._running
+
+
+async def test_what_a_thread_takes_as_the_keeper_ends_is_the_next_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deps = deps_of(tmp_path, Caller())
+    batch_id, lock = create(deps, 1), deps.store.lock
+    is_taking, may_take, has_taken = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(batch_id: str) -> BatchLock | None:
+        is_taking.set()
+        may_take.wait(SOON_S)
+        taken = lock(batch_id)
+        has_taken.set()
+        return taken
+
+    monkeypatch.setattr(deps.store, "lock", slow)
+    async with Keeper(deps).keeping():
+        await asyncio.to_thread(is_taking.wait, SOON_S)
+        asyncio.get_running_loop().call_later(0.01, may_take.set)
+    await asyncio.to_thread(has_taken.wait, SOON_S)
+    free = lock(batch_id)
+    assert free is not None
+    free.release()
 
 
 async def test_a_wall_clock_that_is_set_right_again_ends_and_deletes_nothing(
