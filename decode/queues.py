@@ -92,10 +92,11 @@ class Queues:
         return [*self.running, *self.parked, *self.waiting, *self.misfits]
 
     def check(self) -> None:
-        """Assert that each queue is in order, and that who waits has no blocks."""
+        """Assert that each queue is in order, and that who waits has no blocks, nor counts what lay in some."""
         for queue in (self.waiting, self.parked, self.running):
             assert queue == sorted(queue, key=_age)
-        assert not any(seq.block_table for seq in self.waiting)
+        for seq in self.waiting:
+            assert not (seq.block_table or seq.num_computed_tokens or seq.num_published_blocks or seq.num_fed_again)
 
 
 def oldest(*queues: list[Sequence]) -> Sequence | None:

@@ -95,7 +95,6 @@ class RunningRequests:
         """Nobody waits for the rest of it."""
         for seq in request.sequences.values():
             self._scheduler.remove(seq)
-        request.sequences.clear()
         self._outbox.drop(request)
         self.finish(request)
 

@@ -92,9 +92,10 @@ class StepResults:
             return
         choices, seq.pending_choices = seq.pending_choices, ()
         request.num_cached_tokens = seq.num_cached_tokens
-        if seq.grammar is not request.grammar:  # the mask of first tokens
-            seq.grammar, seq.matcher = self._served.grammar(request.spec, is_awaited=True), None
-            request.grammar = seq.grammar
+        if (grammar := request.grammar) is not None and seq.grammar is not grammar:  # the mask of first tokens
+            if not grammar.is_ready:
+                grammar = request.grammar = self._served.grammar(request.spec, is_awaited=True)
+            seq.grammar, seq.matcher = grammar, None
         runs = {choice: run for choice, run in zip(choices, result.runs, strict=True) if choice not in request.dropped}
         for choice, run in runs.items():
             if choice != seq.choice:
@@ -135,7 +136,7 @@ class StepResults:
         """Take what comes after a run's first token at once, as far as none of it can be the last; say how many."""
         sampling, ends = seq.sampling, self._eos_token_ids.union(seq.sampling.stop_token_ids)
         room = min(sampling.max_tokens - seq.num_output_tokens, self._max_model_len - seq.num_tokens)
-        token_ids = [token.token_id for token in run[1 : max(1, room)]]
+        token_ids = [token.token_id for token in run[1:room]]
         if not ends.isdisjoint(token_ids):
             del token_ids[next(place for place, token_id in enumerate(token_ids) if token_id in ends) :]
         seq.token_ids.extend(token_ids)

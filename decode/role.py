@@ -187,7 +187,6 @@ class DecodeRole:
         if failpoints.armed:
             failpoints.hit("decode.stepped")
         self._results.take(batch, output)
-        self._end_misfits()
         self._outbox.flush()
 
     def tick(self) -> None:

@@ -206,13 +206,12 @@ class DecodeScheduler:
 
     def _decode_rows(self) -> list[BatchRow]:
         rows, budget = [], self._max_num_batched_tokens
-        for seq in list(self.queues.running):
-            # A sequence without blocks was preempted for an older one a moment ago.
-            count, is_ready = 1 + seq.num_fed_again, seq.can_sample and not seq.awaits_adapter and seq.block_table
+        for seq in self.queues.running:  # who is preempted for one of them stands behind it, and leaves the list
+            count, is_ready = 1 + seq.num_fed_again, seq.can_sample and not seq.awaits_adapter
             if seq.num_uncomputed_tokens == count <= budget and is_ready and self._grow(seq):
                 rows.append(BatchRow(seq, count))
                 budget -= count
-        return [row for row in rows if row.seq.block_table]
+        return rows
 
     def _grow(self, seq: Sequence) -> bool:
         """Room for the sequence's next token; preempts younger ones, or itself, where there is none."""

@@ -76,8 +76,8 @@ class DiskFile:
         row = self._rows[slot]
         if row["hash"].tobytes() != block_hash:
             return False
-        num_bytes = os.preadv(self._fd, [into], self._data_start + slot * self._slot_bytes)
-        return num_bytes == len(into) and xxhash.xxh3_64_intdigest(into, slot) == int(row["sum"])
+        os.preadv(self._fd, [into], self._data_start + slot * self._slot_bytes)
+        return xxhash.xxh3_64_intdigest(into, slot) == int(row["sum"])
 
     def close(self) -> None:
         os.close(self._fd)
@@ -174,7 +174,7 @@ def _head_of(path: Path) -> bytes:
 def _lock(path: Path) -> int | None:
     """Open a file that is ours alone; None: another process has it. Raises ConfigError."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(f"disk_cache_dir: cannot open {path}: {error.strerror}") from error
     try:

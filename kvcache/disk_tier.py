@@ -117,9 +117,9 @@ class DiskTier:
         ticket = self._tickets[seq] = _Ticket([], self._clock.now())
         self.advance()
         num_asked = sum(len(other.hashes) for other in self._tickets.values())
-        hashes = hashes[: max(0, self.host.num_slots // 2 - num_asked)]
+        hashes = hashes[: self.host.num_slots // 2 - num_asked]
         within_s = limit_s(len(hashes))
-        if not hashes or self._is_paused or (within_s is not None and self._expected_s(len(hashes)) >= within_s):
+        if self._is_paused or (within_s is not None and self._expected_s(len(hashes)) >= within_s):
             return
         for block_hash in hashes:
             if block_hash not in self.host and not self._read(block_hash):
@@ -242,7 +242,7 @@ class DiskTier:
 
     def _write(self, block_hash: bytes) -> None:
         host_slot = self.host.find(block_hash)
-        if host_slot is None or block_hash in self.index:
+        if host_slot is None:
             return
         disk_slot = self.index.reserve(block_hash)
         if disk_slot is None:

@@ -161,6 +161,7 @@ class Lookahead:
     def __init__(self) -> None:
         self._queue: deque[bytes] = deque()
         self._seen_version = -1
+        self._seen_window = 0
 
     def __len__(self) -> int:
         """Count the blocks that were seen and not handed out."""
@@ -179,7 +180,8 @@ class Lookahead:
         return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
 
     def look(self, order: Iterable[bytes], *, window: int, version: int, is_kept: Callable[[bytes], bool]) -> None:
-        """Look for candidates now, unless some are left or nothing has changed."""
-        if not self._queue and window > 0 and version != self._seen_version:
+        """Look for candidates now, unless some are left or there is nothing that was not seen."""
+        is_news = version != self._seen_version or window > self._seen_window
+        if not self._queue and window > 0 and is_news:
             self._queue.extend(known for known in islice(order, window) if not is_kept(known))
-            self._seen_version = version
+            self._seen_version, self._seen_window = version, window

@@ -68,8 +68,8 @@ class AdapterCache:
         self._known.move_to_end(digest)
         if digest in self._host:
             self._host.move_to_end(digest)
+        held.path = path  # from there, if it is to be loaded again: where it was may be gone
         if held.slot is None:
-            held.path = path
             self.is_settled = False
         return held
 
@@ -165,7 +165,6 @@ class AdapterCache:
     def _keep(self, digest: str) -> tuple[str, ...]:
         """Note that host memory has it from now on. Returns which ones it has no longer."""
         self._host[digest] = None
-        self._host.move_to_end(digest)
         forgotten = []
         while len(self._host) > self._loader.num_host:
             forgotten.append(self._host.popitem(last=False)[0])

@@ -200,8 +200,7 @@ class RouterSessions:
             log.error("router_session_refused", router=router_id, error=str(error))
         finally:
             channel.abort()
-            if self._channels.get(router_id) is channel:
-                del self._channels[router_id]
+            del self._channels[router_id]
             self._lost_timers[router_id] = self._loop.call_later(ROUTER_GONE_S, self._on_lost, router_id)
 
     async def close(self) -> None:

@@ -72,6 +72,7 @@ class Bench:
     def make_role(
         self,
         *,
+        max_model_len: int = 1000,
         max_num_seqs: int = 8,
         num_swap_blocks: int = 0,
         leaving: Callable[[], Callable[[], object]] | None = None,
@@ -85,7 +86,7 @@ class Bench:
             clock=self.clock,
             to_router=lambda router, message: self.sent.append(message),
             eos_token_ids=frozenset({EOS}),
-            max_model_len=1000,
+            max_model_len=max_model_len,
             max_num_batched_tokens=16,
             max_num_seqs=max_num_seqs,
             num_swap_blocks=num_swap_blocks,

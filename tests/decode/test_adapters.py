@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvferry.wire.results import TaskRefused
-from kvferry.wire.tasks import LocalTask, ReserveKV
+from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
 
 from .bench import Bench, first_token
 
@@ -60,11 +60,25 @@ def test_an_answer_whose_adapter_has_no_slot_stands_still_while_others_go_on() -
     bench.hand_over(bench.spec("a", 6, n=2, adapter="ab"), (first_token(0, 5), first_token(1, 5)))
     bench.hand_over(bench.spec("b", 6), (first_token(0, 5),))
     adapters.held.slot = None
-    batch = bench.step()
+    batch = bench.role.schedule()
     assert batch is not None and [row.seq.request_id for row in batch.rows] == ["b"]
+    is_vain = [bench.role.scheduler.is_step_vain]
+    bench.send(Abort(request_id="b", attempt=0))
+    is_vain.append(bench.role.scheduler.is_step_vain)
+    assert is_vain == [False, True], "whoever else runs has no row in it"
+    bench.complete(batch)
     adapters.held.slot = 1
     bench.run()
     assert bench.tokens("a") == {choice: [(0, 5), (1, 9), (2, 9), (3, 9)] for choice in (0, 1)} and bench.role.is_quiet
+
+
+def test_choices_of_a_prompt_that_is_computed_here_have_its_adapter() -> None:
+    bench, adapters = _bench()
+    adapters.held = _Held(slot=2, is_open=True)
+    bench.send(LocalTask(spec=bench.spec("a", 6, n=2, adapter="ab")))
+    for num_rows in (1, 2):
+        batch = bench.step()
+        assert batch is not None and [row.seq.adapter_slot for row in batch.rows] == [2] * num_rows
 
 
 def test_an_adapter_that_is_lost_and_cannot_be_loaded_again_ends_its_answers() -> None:

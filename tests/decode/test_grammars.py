@@ -51,10 +51,14 @@ def test_a_prompt_whose_first_tokens_are_known_does_not_wait_for_its_grammar() -
     bench, grammars = _bench()
     spec = bench.spec("a", 9, n=2, grammar=GRAMMAR)
     bench.send(LocalTask(spec=spec, first_mask=pack_mask(b"\x02" * 64)))
-    batch = bench.step()
+    batch = bench.role.schedule()
     assert batch is not None
     [row] = batch.rows
+    assert row.seq.grammar is not None
+    row.seq.matcher = row.seq.grammar.matcher()
+    bench.complete(batch)
     assert row.num_scheduled_tokens == 9 and bench.tokens("a") == {0: [(0, 9)], 1: [(0, 9)]}
+    assert [row.seq.matcher for row in batch.rows] == [None], "it was the mask's"
     assert grammars.awaited == [GRAMMAR], "its first tokens are there, and go on by the grammar"
     assert bench.step() is None
     grammars.known[GRAMMAR].is_ready = True
@@ -62,6 +66,15 @@ def test_a_prompt_whose_first_tokens_are_known_does_not_wait_for_its_grammar() -
     assert batch is not None and [row.seq.grammar for row in batch.rows] == [grammars.known[GRAMMAR]] * 2
     bench.run()
     assert bench.tokens("a") == {choice: [(index, 9) for index in range(4)] for choice in (0, 1)}
+
+
+def test_a_grammar_that_became_ready_during_the_prompt_is_not_asked_for_again() -> None:
+    """Those of many others may have taken its place: it would be compiled anew, and the answer stand still."""
+    bench, grammars = _bench()
+    bench.send(LocalTask(spec=bench.spec("a", 20, grammar=GRAMMAR), first_mask=pack_mask(b"\x02" * 64)))
+    assert _rows(bench) == [("a", 16)]
+    grammars.known.pop(GRAMMAR).is_ready = True
+    assert [_rows(bench) for _ in range(3)] == [[("a", 4)], [("a", 1)], [("a", 1)]] and not grammars.known
 
 
 def test_first_tokens_of_a_grammar_that_is_known_may_force_others() -> None:
@@ -150,6 +163,35 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_requests_with_why() -> None:
     assert bench.role.is_quiet and bench.pool.num_owned_blocks == 0
 
 
+def test_a_grammar_that_fails_ends_the_attempt_that_is_there_by_now() -> None:
+    bench, grammars = _bench()
+    specs = [msgspec.structs.replace(bench.spec("a", 9, grammar=GRAMMAR), attempt=attempt) for attempt in range(2)]
+    for spec in specs:
+        bench.send(LocalTask(spec=spec))
+    grammars.known[GRAMMAR].failure = "it is too much"
+    bench.step()
+    assert [message.attempt for message in bench.sent if isinstance(message, TaskRefused)] == [1]
+    assert bench.role.is_quiet
+
+
+def test_a_grammar_that_is_compiled_anew_and_fails_ends_the_answer_that_waits_for_it() -> None:
+    bench, grammars = _bench()
+    bench.send(LocalTask(spec=bench.spec("a", 9, grammar=GRAMMAR), first_mask=pack_mask(b"\x02" * 64)))
+    del grammars.known[GRAMMAR]
+    bench.step()
+    grammars.known[GRAMMAR].failure = "it is too much"
+    bench.step()
+    assert isinstance(bench.sent[-1], TaskRefused) and bench.role.is_quiet
+
+
+def test_no_token_follows_the_refusal_of_what_arrived_with_one() -> None:
+    bench, grammars = _bench()
+    bench.hand_over(bench.spec("a", 6, grammar=GRAMMAR), (first_token(0, 5),))
+    grammars.known[GRAMMAR].failure = "it is too much"
+    bench.step()
+    assert isinstance(bench.sent[-1], TaskRefused) and not bench.tokens("a") and bench.role.is_quiet
+
+
 def test_an_answer_whose_grammar_breaks_ends_alone_and_leaves_its_blocks_cached() -> None:
     bench, grammars = _bench()
     bench.send(LocalTask(spec=bench.spec("a", 8, grammar=GRAMMAR)))
@@ -178,10 +220,10 @@ def _forcing(bench: Bench, *forced: int) -> tuple[RowKind, int, list[int]]:
     return fed
 
 
-def _answering(**sampling: object) -> Bench:
+def _answering(num_tokens: int = 6, /, **sampling: object) -> Bench:
     """One request whose prompt fills a block and a half of four tokens."""
     bench, grammars = _bench()
-    spec = bench.spec("a", 6, grammar=GRAMMAR)
+    spec = bench.spec("a", num_tokens, grammar=GRAMMAR)
     spec = msgspec.structs.replace(spec, sampling=SamplingParams(temperature=0.0, **sampling))  # type: ignore[arg-type]
     bench.send(LocalTask(spec=spec))
     grammars.known[GRAMMAR].is_ready = True
@@ -199,6 +241,7 @@ def test_forced_tokens_come_with_the_drawn_one_and_are_computed_with_the_next_st
 def test_forced_tokens_end_an_answer_where_it_would_have_ended() -> None:
     for sampling, forced, wanted in (
         ({"max_tokens": 3}, (7, 8, 7), [9, 7, 8]),
+        ({"max_tokens": 1}, (7, 8, 7), [9]),
         ({"max_tokens": 20}, (7, EOS, 8), [9, 7, EOS]),
         ({"max_tokens": 20, "stop_token_ids": (8,)}, (7, 8, 7), [9, 7, 8]),
     ):
@@ -207,14 +250,16 @@ def test_forced_tokens_end_an_answer_where_it_would_have_ended() -> None:
         assert bench.tokens("a") == {0: list(enumerate(wanted))} and bench.role.is_quiet
 
 
-def test_forced_tokens_without_room_come_one_by_one() -> None:
-    bench = _answering(max_tokens=60)
+@pytest.mark.parametrize(("num_tokens", "tokens"), [(6, [9, 10]), (7, [9]), (8, [9])])
+def test_forced_tokens_without_room_come_one_by_one(num_tokens: int, tokens: list[int]) -> None:
+    """Two blocks of four have room for one more than the drawn token, or for that alone, or not even for it."""
+    bench = _answering(num_tokens, max_tokens=60)
     bench.pool.allocate(bench.pool.num_blocks - 2)
     batch = bench.role.schedule()
     assert batch is not None
     output = bench.output(batch, 9)
-    bench.role.complete(batch, StepOutput([output.rows[0]._replace(forced=tuple(range(10, 30)))], 0.01, 6))
-    assert bench.tokens("a") == {0: [(0, 9), (1, 10)]}, "two blocks of four have room for one more than the drawn token"
+    bench.role.complete(batch, StepOutput([output.rows[0]._replace(forced=tuple(range(10, 30)))], 0.01, num_tokens))
+    assert bench.tokens("a") == {0: list(enumerate(tokens))}
 
 
 def test_a_row_that_was_postponed_is_computed_again() -> None:

@@ -65,6 +65,45 @@ def test_a_higher_class_takes_blocks_from_lower_ones_if_they_suffice() -> None:
     bench.run()
 
 
+def test_a_step_that_only_copies_out_is_not_in_vain() -> None:
+    bench = TaggedScheduler(6, num_swap_blocks=8)
+    seq = bench.adopted("a", 15, 5)
+    bench.step()
+    bench.scheduler._preempt(seq)
+    seq.is_fetching = True
+    batch = bench.begin()
+    assert batch is not None and batch.swap_out and not batch.rows and not bench.scheduler.is_step_vain
+
+
+def test_of_a_preempted_sequence_those_tokens_wait_that_were_not_saved() -> None:
+    bench = TaggedScheduler(6, num_swap_blocks=8)
+    low = bench.adopted("low", 15, 5, arrival=0, priority=1)
+    bench.step()
+    bench.prompt("urgent", 16, 1, arrival=1, priority=0, first=100)
+    bench.step()
+    assert not low.block_table and bench.scheduler.waiting_tokens == 1
+    bench.run()
+
+
+def test_blocks_to_grow_into_are_not_kept_for_those_who_are_preempted() -> None:
+    bench = TaggedScheduler(6)
+    bench.adopted("low", 11, 3, arrival=0, priority=1)
+    bench.step()
+    bench.prompt("urgent", 23, 1, arrival=1, priority=0, first=100)
+    assert names(bench.step()) == ["urgent"], "all six blocks are for it"
+    bench.run()
+
+
+def test_no_more_are_preempted_than_a_higher_class_needs_blocks_of() -> None:
+    bench = TaggedScheduler(8)
+    for arrival, name in enumerate(("kept", "low")):
+        bench.adopted(name, 11, 3, arrival=arrival, priority=1, first=100 * arrival)
+    bench.step()
+    bench.prompt("urgent", 15, 1, arrival=2, priority=0, first=200)
+    assert names(bench.step()) == ["kept", "urgent"] and bench.scheduler.num_preemptions == 1
+    bench.run()
+
+
 def test_nobody_is_preempted_for_blocks_that_a_higher_class_has_in_common_with_it() -> None:
     bench = TaggedScheduler(8)
     bench.adopted("kept", 6, 3, arrival=0, priority=0)

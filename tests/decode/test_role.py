@@ -10,8 +10,10 @@ import pytest
 
 from kvferry.common.batch import RowOutput, StepOutput
 from kvferry.common.request import SampledToken, SamplingParams
+from kvferry.decode import running
 from kvferry.wire.results import Grant, HandoffDone, HandoffFailed, NoCapacity, StepTokens, TaskRefused, WorkerFailure
 from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
+from kvferry.wire.workers import LiveRequests
 
 from .bench import BLOCK, EOS, SPEC, Bench, first_token
 
@@ -31,6 +33,10 @@ def test_the_router_hears_from_either_worker_how_much_of_a_prompt_was_cached() -
     bench.run()
     told = [update for message in bench.sent if isinstance(message, StepTokens) for update in message.updates]
     assert [(update.request_id, update.num_cached_tokens) for update in told] == [("a", 4)]
+    bench.send(LocalTask(spec=bench.spec("b", 9)))
+    bench.step()
+    message = bench.sent[-1]
+    assert isinstance(message, StepTokens) and [update.num_cached_tokens for update in message.updates] == [4]
 
 
 def test_a_router_hears_of_an_adoption_before_the_step_that_may_be_the_workers_last() -> None:
@@ -102,6 +108,17 @@ def test_a_run_ends_where_its_tokens_would_have_ended_one_by_one(tokens: tuple[i
     at_once.check()
 
 
+def test_a_run_ends_with_the_models_length() -> None:
+    bench = Bench()
+    bench.role = bench.make_role(max_model_len=9)
+    bench.hand_over(bench.spec("a", 6), (first_token(0, 5),))
+    batch = bench.role.schedule()
+    assert batch is not None
+    run = tuple(SampledToken(token) for token in (6, 7, 8))
+    bench.role.complete(batch, StepOutput([RowOutput((run,))], 0.01, 1))
+    assert bench.tokens("a") == {0: [(0, 5), (1, 6), (2, 7)]} and bench.role.is_quiet
+
+
 def test_a_choice_that_ended_with_its_first_token_takes_no_row() -> None:
     bench = Bench()
     bench.hand_over(bench.spec("a", 6, n=2), (first_token(0, EOS, "stop"), first_token(1, 5)))
@@ -161,6 +178,7 @@ def test_a_prompt_that_came_without_a_token_counts_as_computed_but_for_what_is_f
     bench.hand_over(bench.spec("a", 8), ())
     batch = bench.step()
     assert batch is not None and batch.num_tokens == BLOCK and batch.rows[0].seq.num_cached_tokens == BLOCK
+    assert bench.role.counters().prefix_queries == 8, "it was looked for once, with its reservation"
 
 
 def test_what_was_left_out_of_a_handoff_stays_known_while_its_answer_is_preempted() -> None:
@@ -318,6 +336,14 @@ def test_tokens_that_wait_are_those_without_kv_but_for_the_next_of_each_answer()
     assert bench.role.counters().waiting_tokens == 7
 
 
+def test_of_an_answer_that_goes_on_here_all_tokens_but_the_last_wait_for_its_row() -> None:
+    bench = Bench(max_num_seqs=1)
+    bench.hand_over(bench.spec("a", 6), (first_token(0, 5),))
+    bench.hand_over(bench.spec("b", 6, outputs=([5, 6, 7],), arrival=1), ())
+    bench.step()
+    assert bench.role.counters().num_waiting == 1 and bench.role.counters().waiting_tokens == 2
+
+
 def test_unless_arrived_keeps_a_request_that_has_arrived() -> None:
     bench = Bench()
     bench.hand_over(bench.spec("a", 6), (first_token(0, 5),))
@@ -404,7 +430,7 @@ def test_a_prompt_that_waits_beyond_its_deadline_is_dropped() -> None:
     bench.step()
     bench.send(LocalTask(spec=bench.spec("late", 16, remaining_s=1.0, arrival=1, cache_salt=b"x")))
     bench.step()
-    bench.clock.advance(1.1)
+    bench.clock.advance(1.0)
     bench.run()
     refused = bench.last(TaskRefused)
     assert isinstance(refused, TaskRefused) and (refused.request_id, refused.reason) == ("late", "expired")
@@ -448,6 +474,48 @@ def test_an_attempt_that_has_ended_is_not_begun_again() -> None:
     refused, full = bench.last(TaskRefused), bench.last(NoCapacity)
     assert isinstance(refused, TaskRefused) and isinstance(full, NoCapacity)
     assert refused.reason == full.reason == "stale" and bench.role.is_quiet
+    assert bench.role.counters().stale_messages == 2
+
+
+def test_of_requests_that_have_ended_those_are_forgotten_that_nothing_was_heard_of_for_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(running, "_MAX_REMEMBERED", 2)
+    bench, ended = Bench(), running.EndedAttempts()
+    for name in ("a", "b", "a", "c"):
+        ended.add(name, 0)
+    assert [name for name in "abc" if ended.has(bench.spec(name, 6))] == ["a", "c"]
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_step_that_was_stopped_tells_nothing_of_what_one_takes(is_stopped: bool) -> None:
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6), (first_token(0, 5),))
+    batch = bench.role.schedule()
+    assert batch is not None
+    output = bench.output(batch, 9)
+    output.is_stopped = is_stopped
+    bench.role.complete(batch, output)
+    assert bool(bench.role.scheduler.pace.decode_s(1)) != is_stopped
+
+
+def test_an_attempt_that_runs_is_not_begun_a_second_time() -> None:
+    bench = Bench()
+    for _ in range(2):
+        bench.send(LocalTask(spec=bench.spec("a", 6)))
+    assert not bench.sent and bench.role.counters().stale_messages == 1
+    bench.run()
+    assert bench.tokens("a") == {0: [(index, 9) for index in range(4)]} and bench.role.is_quiet
+
+
+def test_a_router_that_is_back_keeps_what_it_lists_by_attempt_and_other_routers_keep_theirs() -> None:
+    bench = Bench()
+    for name in ("kept", "older"):
+        bench.send(LocalTask(spec=bench.spec(name, 6)))
+    bench.role.on_router_message("another", LocalTask(spec=bench.spec("others", 6)))
+    bench.send(LiveRequests(attempts=(("kept", 0), ("older", 1))))
+    bench.run()
+    assert [name for name in ("kept", "older", "others") if bench.tokens(name)] == ["kept", "others"]
 
 
 def test_a_sequence_that_outgrows_the_pool_is_told_as_a_failure() -> None:
@@ -504,6 +572,17 @@ def test_logits_that_are_no_distribution_end_their_request_alone() -> None:
     assert bench.tokens("b") == {choice: [(0, 5), (1, 9), (2, 9), (3, 9)] for choice in (0, 1)}
     assert bench.pool.num_owned_blocks == 0 and bench.role.counters().nonfinite_rows == 1
     assert bench.role.is_quiet and not isinstance(bench.sent[-1], WorkerFailure)
+
+
+def test_blocks_of_every_choice_without_a_distribution_are_not_found_again() -> None:
+    bench = Bench()
+    bench.hand_over(bench.spec("a", 6, n=2), (first_token(0, 5), first_token(1, 6)))
+    for _ in range(2):
+        bench.step()
+    batch = bench.role.schedule()
+    assert batch is not None and len(list(bench.pool.published())) == 3, "each choice has a full block of its own"
+    bench.role.complete(batch, StepOutput([RowOutput((), is_finite=False)] * 2, 0.01, 2))
+    assert bench.pool.num_cached_blocks == bench.pool.num_owned_blocks == 0
 
 
 def test_blocks_of_a_request_without_a_distribution_are_not_found_again() -> None:

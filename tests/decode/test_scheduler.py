@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from kvferry.common.batch import Batch
+from kvferry.common.batch import Batch, RowOutput, StepOutput
 from kvferry.common.errors import CapacityError
 from kvferry.common.kv_spec import KVCacheSpec
 from kvferry.common.request import BACKGROUND_PRIORITY, RequestId, SamplingParams, Sequence
@@ -60,6 +60,45 @@ def test_decode_rows_come_first_and_chunks_fill_the_rest_of_the_budget() -> None
     _adopted(scheduler, pool, "d", 5)
     scheduler.add(_prompt("p", 40, arrival=1))
     assert _step(scheduler) == [("d", 1), ("p", 15)]
+
+
+def test_what_has_no_room_to_feed_its_answer_again_waits_without_blocks() -> None:
+    scheduler, pool = _scheduler(num_blocks=4)
+    seq = _prompt("a", 8)
+    seq.block_table, seq.num_computed_tokens, seq.num_published_blocks = pool.allocate(2), 8, 2
+    seq.token_ids += range(500, 505)
+    taken = pool.allocate(1)
+    scheduler.adopt(seq)
+    assert scheduler.queues.waiting == [seq]
+    scheduler.check()
+    pool.free(taken)
+    assert _step(scheduler) == [("a", 13)]
+
+
+def test_who_is_preempted_for_an_older_one_has_no_row_in_the_same_step() -> None:
+    """Its prompt has one token: without blocks it looks like one that decodes."""
+    scheduler, pool = _scheduler(num_blocks=3)
+    _adopted(scheduler, pool, "old", 8)
+    young = _prompt("young", 1, arrival=1, first=900)
+    young.block_table = pool.allocate(1)
+    scheduler.adopt(young)
+    assert _step(scheduler) == [("old", 1)] and scheduler.queues.waiting == [young] and not young.block_table
+
+
+def test_a_chunk_of_one_token_stands_with_the_rows_that_decode() -> None:
+    scheduler, _ = _scheduler(budget=8)
+    scheduler.add(_prompt("first", 7, arrival=0))
+    scheduler.add(_prompt("second", 20, arrival=1, first=500))
+    assert _step(scheduler) == [("second", 1), ("first", 7)]
+
+
+def test_what_a_step_takes_is_known_to_those_that_are_cut_by_it() -> None:
+    scheduler, pool = _scheduler()
+    _adopted(scheduler, pool, "d", 5)
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.observe(batch, StepOutput([RowOutput(())], 0.02, 1))
+    assert scheduler.pace.decode_s(1) == 0.02
 
 
 def test_prompts_in_the_background_are_cut_though_no_answer_runs() -> None:

@@ -439,8 +439,9 @@ def test_rejected_tokens_are_neither_counted_nor_published(scheduler: DecodeSche
     assert seq.num_computed_tokens == 14 and seq.num_tokens == 15
     assert seq.num_published_blocks == 14 // BLOCK
     assert scheduler.draft_counters.accepted_tokens == 1
+    assert scheduler.speculation is not None and scheduler.speculation._tracks
     scheduler.remove(seq)
-    assert scheduler.is_quiet and not scheduler._pool.num_owned_blocks
+    assert scheduler.is_quiet and not scheduler._pool.num_owned_blocks and not scheduler.speculation._tracks
 
 
 def test_what_was_right_is_fed_again_where_layers_keep_states(scheduler: DecodeScheduler) -> None:
@@ -453,6 +454,19 @@ def test_what_was_right_is_fed_again_where_layers_keep_states(scheduler: DecodeS
     [row] = step(scheduler).rows
     assert row.draft and row.kind is RowKind.VERIFY and row.token_ids[:2] == [2, 3]
     assert row.num_known_tokens == 2 and row.samples
+
+
+def test_what_is_fed_again_takes_no_more_than_a_step_has() -> None:
+    pool, speculation = BlockPool(8, BLOCK), Speculation(CONFIG, MAX_MODEL_LEN, keeps_states=True)
+    scheduler = DecodeScheduler(pool, SPEC, max_num_batched_tokens=4, max_num_seqs=4, speculation=speculation)
+    for name in "ab":
+        running(scheduler, sequence(name)).num_computed_tokens = 9
+    for seq in scheduler.queues.running:
+        seq.num_fed_again = 2
+    batch = step(scheduler)
+    assert [(row.seq.request_id, row.num_scheduled_tokens) for row in batch.rows] == [("a", 3)]
+    complete(scheduler, batch, [1])
+    assert [(row.seq.request_id, row.num_scheduled_tokens) for row in step(scheduler).rows] == [("a", 1), ("b", 3)]
 
 
 def test_what_is_fed_again_and_fills_a_block_leaves_its_next_token_another(scheduler: DecodeScheduler) -> None:
@@ -482,6 +496,29 @@ def test_a_sequence_that_feeds_tokens_again_decodes_or_is_preempted(scheduler: D
     seq.num_fed_again = 1
     scheduler._preempt(seq)
     assert (seq.num_computed_tokens, seq.num_fed_again) == (0, 0)
+
+
+def test_rows_without_a_draft_stand_before_those_with_one(scheduler: DecodeScheduler) -> None:
+    drafting, plain = running(scheduler, sequence("drafting")), running(scheduler, sequence("plain"))
+    plain.token_ids[:] = range(12)
+    for names in (["drafting", "plain"], ["plain", "drafting"]):  # the first time tells what a step takes
+        batch = step(scheduler)
+        assert [row.seq.request_id for row in batch.rows] == names
+        scheduler.observe(batch, StepOutput([RowOutput(())] * 2, STEP_S, batch.num_tokens))
+        scheduler.complete(batch)
+        for row in batch.rows:
+            row.seq.token_ids.append(1 if row.seq is drafting else 50)
+
+
+def test_a_step_has_no_draft_where_a_prompt_takes_all_of_its_tokens() -> None:
+    scheduler = DecodeScheduler(
+        BlockPool(32, BLOCK), SPEC, max_num_batched_tokens=12, max_num_seqs=4, speculation=Speculation(CONFIG, 200)
+    )
+    running(scheduler, sequence())
+    complete(scheduler, step(scheduler), [1])
+    scheduler.add(Sequence(RequestId("prompt"), 0, 0, list(range(40)), 40, SamplingParams(), arrival=1))
+    batch = step(scheduler)
+    assert [(row.kind, row.num_scheduled_tokens) for row in batch.rows] == [(RowKind.DECODE, 1), (RowKind.CHUNK, 11)]
 
 
 def test_a_draft_takes_no_block_that_somebody_may_need(scheduler: DecodeScheduler) -> None:

@@ -6,6 +6,7 @@ import msgspec
 
 from kvferry.common.batch import BatchRow
 from kvferry.common.request import RequestId, SamplingParams, Sequence
+from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.decode.sequence_blocks import SequenceBlocks
 from kvferry.decode.thinning import Thinning
 from kvferry.kvcache.blocks import BlockPool
@@ -75,6 +76,19 @@ def test_blocks_behind_all_windows_lie_in_shares_and_their_frames_are_free_behin
     pool.free(others)
     blocks.check()
     assert pool.num_free_blocks == NUM_BLOCKS
+
+
+def test_what_waits_for_a_row_is_made_thin_as_well() -> None:
+    pool = FramePool(NUM_BLOCKS, BLOCK, frames_of(SPEC))
+    scheduler = DecodeScheduler(pool, SPEC, max_num_batched_tokens=16, max_num_seqs=1)
+    for arrival, num_blocks in enumerate((1, 8)):
+        length = num_blocks * BLOCK
+        seq = Sequence(RequestId("a"), 0, 0, list(range(length)), length, SamplingParams(), arrival=arrival)
+        seq.block_table, seq.num_computed_tokens = pool.allocate(num_blocks), length - 1
+        scheduler.adopt(seq)
+    scheduler.schedule()
+    assert [seq.num_thin_blocks for seq in scheduler.queues.parked] == [2], "one frame more is free: a fifth of all"
+    scheduler.check()
 
 
 def test_a_sequence_that_ends_before_its_copies_gives_all_back() -> None:

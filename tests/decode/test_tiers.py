@@ -159,6 +159,14 @@ def test_what_host_memory_evicts_comes_back_from_the_disk() -> None:
     assert bench.cache.num_failures == 0
 
 
+def test_nothing_stays_pinned_for_what_ends_while_it_waits_for_the_disk() -> None:
+    bench = _first_on_disk()
+    seq = bench.prompt("again", 5 * BLOCK, 2, first=0)
+    assert bench.begin() is None
+    bench.end(seq)
+    _run(bench)
+
+
 @pytest.mark.parametrize("how", ["late", "spoilt"])
 def test_a_prompt_computes_what_the_disk_does_not_bring(how: str) -> None:
     bench = _first_on_disk()

@@ -7,7 +7,9 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,20 +59,28 @@ def test_what_was_written_is_read_again_by_the_process_and_by_the_next_one(tmp_p
     file.close()
 
 
+def _num_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 def test_a_file_is_private_and_belongs_to_one_model_size_and_process(tmp_path: Path) -> None:
+    tmp_path /= "new"
     first = _open(tmp_path)
-    first.write(0, A, _data(1))
     (path,) = (tmp_path / "cache").iterdir()
+    assert path.stat().st_blocks * 512 >= path.stat().st_size, "it has its room"
+    first.write(0, A, _data(1))
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    num_open = _num_open()
     second = _open(tmp_path)
     assert not list(second.stored()), "the first one is in use"
     second.close()
+    assert _num_open() == num_open
     first.close()
     other = _open(tmp_path, "f1")
     assert not list(other.stored())
     other.close()
-    smaller = _open(tmp_path, num_bytes=2 * SLOT)
-    assert not list(smaller.stored()) and smaller.num_slots == 2
+    smaller = _open(tmp_path, num_bytes=SLOT)
+    assert not list(smaller.stored()) and smaller.num_slots == 1
     smaller.close()
 
 
@@ -89,17 +99,36 @@ def test_a_spoilt_byte_is_a_miss(tmp_path: Path, offset: int) -> None:
     file.close()
 
 
-def test_a_spoilt_row_is_nobodys(tmp_path: Path) -> None:
+def test_many_slots_and_their_rows_lie_apart_though_a_disk_takes_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda fd, data, offset: pwrite(fd, data[:200], offset))
+    file, names = _open(tmp_path, num_bytes=200 * SLOT), [bytes([number]) * 16 for number in range(200)]
+    for slot, name in enumerate(names):
+        file.write(slot, name, _data(slot))
+    file.close()
+    file = _open(tmp_path, num_bytes=200 * SLOT)
+    assert list(file.stored()) == [(name, slot) for slot, name in enumerate(names)]
+    assert all(_read(file, slot, name) == _data(slot) for slot, name in enumerate(names))
+    file.close()
+
+
+@pytest.mark.parametrize("what", ["hash", "sum", "place"])
+def test_a_spoilt_row_is_nobodys(tmp_path: Path, what: str) -> None:
     file = _open(tmp_path)
     file.write(0, A, _data(1))
     file.write(1, B, _data(2))
+    file.write(2, C, _data(3))
     file.close()
     (path,) = (tmp_path / "cache").iterdir()
     with path.open("r+b") as raw:
-        raw.seek(4096)
-        raw.write(C)
+        raw.seek(4096 + 64)
+        row = raw.read(32)
+        raw.seek(4096 + (16 if what == "sum" else 0))
+        raw.write(row if what == "place" else row[:8])
     file = _open(tmp_path)
-    assert list(file.stored()) == [(B, 1)]
+    assert list(file.stored()) == [(B, 1), (C, 2)]
     file.close()
 
 
@@ -114,14 +143,23 @@ def test_a_truncated_file_starts_empty(tmp_path: Path) -> None:
     file.close()
 
 
-def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ConfigError, match=r"disk_cache_dir: cannot use .*cache"):
         _open(tmp_path)
     (tmp_path / "cache").unlink()
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(0o755)
-    with pytest.raises(ConfigError, match=r"others may look into .*chmod 700"):
+    for mode in (0o710, 0o701):
+        (tmp_path / "cache").chmod(mode)
+        with pytest.raises(ConfigError, match=r"others may look into .*chmod 700"):
+            _open(tmp_path)
+    (tmp_path / "cache").chmod(0o700)
+    (tmp_path / "cache" / "f0-0of1.0.kv").symlink_to(tmp_path / "another")
+    with pytest.raises(ConfigError, match=r"cannot open .*f0-0of1\.0\.kv"):
+        _open(tmp_path)
+    owner = os.geteuid()
+    monkeypatch.setattr("os.geteuid", lambda: owner + 1)
+    with pytest.raises(ConfigError, match=rf"belongs to user {owner}, not to us \({owner + 1}\)"):
         _open(tmp_path)
 
 
@@ -184,13 +222,15 @@ def test_a_rank_without_a_file_of_the_set_begins_one_and_spoils_no_other_worker_
 
 
 def test_a_file_that_begins_anew_is_of_another_set_and_empty(tmp_path: Path) -> None:
-    file = _open_rank(tmp_path, 0)
+    first, file = _open_rank(tmp_path, 0), _open_rank(tmp_path, 0)
     other = _open_rank(tmp_path, 1, wanted=file.belongs_to)
     for each in (file, other):
         each.write(0, A, _data(1))
-    other.close()
+        each.close()
+    file = _open_rank(tmp_path, 0)
+    assert list(file.stored()) == [(A, 0)] and file.belongs_to.number == 1
     file.begin_anew()
-    assert file.is_new and not list(file.stored())
+    assert file.is_new and file.belongs_to.number == 1 and not list(file.stored())
     file.write(1, B, _data(2))
     wanted = file.belongs_to
     file.close()
@@ -198,7 +238,7 @@ def test_a_file_that_begins_anew_is_of_another_set_and_empty(tmp_path: Path) -> 
     assert file.belongs_to == wanted and list(file.stored()) == [(B, 1)], "so it is found again"
     other = _open_rank(tmp_path, 1, wanted=wanted)
     assert other.is_new and not list(other.stored())
-    for each in (file, other):
+    for each in (first, file, other):
         each.close()
 
 
@@ -223,14 +263,30 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     def flock(fd: int, how: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
+    num_open = _num_open()
     monkeypatch.setattr("fcntl.flock", flock)
     with pytest.raises(ConfigError, match=r"cannot lock .*f0-0of1\.0\.kv: Function not implemented; take a local disk"):
         _open(tmp_path)
+    assert _num_open() == num_open
 
 
-def test_too_little_room_is_told_with_numbers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"disk_cache_bytes: [\d,]+ bytes are needed .* [\d,]+ are free"):
-        _open(tmp_path, num_bytes=1 << 60, slot_bytes=1 << 50)
+def test_no_more_processes_share_a_directory_than_there_are_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvferry.kvcache.disk_files._MAX_FILES", 1)
+    file = _open(tmp_path)
+    with pytest.raises(ConfigError, match=r"1 processes use .*cache already"):
+        _open(tmp_path)
+    file.close()
+
+
+def test_too_little_room_is_told_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_open, room = _num_open(), SimpleNamespace(f_bavail=2, f_bfree=3, f_blocks=1 << 60, f_frsize=4096)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fstatvfs", lambda fd: room)
+        with pytest.raises(ConfigError, match=r"disk_cache_bytes: 10,240 bytes are needed .* 8,192 are free"):
+            _open(tmp_path)
+    assert _num_open() == num_open
     with pytest.raises(ConfigError, match="less than a block's 512 bytes"):
         _open(tmp_path, num_bytes=511)
 
@@ -272,3 +328,28 @@ def test_the_thread_reads_before_it_writes_and_tells_what_failed(tmp_path: Path)
     thread.submit(DiskTask(False, B, 3, 2))
     assert results.get().error == "not what was written"
     thread.close()
+    assert list(_open(tmp_path).stored()) == [(A, 2)], "it is nobody's any more"
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_the_thread_reads_before_it_writes_and_ends_after_the_task_that_runs(tmp_path: Path, is_closed: bool) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def slot_bytes(slot: int) -> memoryview:
+        begun.set()
+        assert may_go_on.wait(10)
+        return _data(slot)
+
+    results: queue.SimpleQueue[DiskResult] = queue.SimpleQueue()
+    thread = DiskThread(_open(tmp_path), slot_bytes, results.put)
+    tasks = [DiskTask(number < 3, A, number, number % 4) for number in range(5)]
+    for task in tasks:
+        thread.submit(task)
+        assert begun.wait(10)
+    if is_closed:
+        threading.Timer(0.05, may_go_on.set).start()
+    else:
+        may_go_on.set()
+        assert [results.get().task for _ in tasks] == [tasks[0], *tasks[3:], *tasks[1:3]]
+    thread.close()
+    assert results.qsize() == is_closed

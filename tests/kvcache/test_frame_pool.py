@@ -53,6 +53,15 @@ def test_other_blocks_lie_as_they_are_numbered(changes: dict[str, tuple[int, ...
     assert layer_pages(pages, spec) is pages and type(block_pool(spec, 4)) is BlockPool
 
 
+@pytest.mark.parametrize(("windows", "num_shares"), [((), 1), ((5, 0) * 3, 2), (SPEC.windows, 3)])
+def test_a_pool_is_made_as_it_is_asked_for(windows: tuple[int, ...], num_shares: int) -> None:
+    spec = msgspec.structs.replace(PLAIN, windows=windows)
+    for is_enabled in (False, True):
+        pool = block_pool(spec, 4, stride=5, enable_prefix_caching=is_enabled)
+        assert pool.num_blocks == 4 and pool.num_shares == num_shares and pool.enable_prefix_caching == is_enabled
+        assert pool.num_ids == (frames_of(spec).num_ids(5) if num_shares > 1 else 4)
+
+
 def test_each_layer_is_viewed_with_as_many_blocks_as_it_has_ids() -> None:
     pages = torch.arange(6 * 4).view(6, 4, 1, 1, 1, 1).expand(6, 4, 2, 2, 4, 8).contiguous()
     views = layer_pages(pages, SPEC)
@@ -117,6 +126,59 @@ def test_a_cached_share_beside_one_that_is_held_makes_room_for_thin_blocks_alone
     pool.on_evicted = lambda block, name: told.append(name)
     assert pool.allocate(1) == [0] and not pool.knows(b"cached") and not told
     pool.check()
+
+
+def test_a_thin_block_takes_a_cached_one_s_place_where_a_whole_one_takes_the_last_empty_frame() -> None:
+    pool = FramePool(2, 4, frames_of(SPEC))
+    *held, cached = pool.allocate(3, 3)
+    pool.publish(cached, b"cached")
+    pool.free([cached])
+    assert pool.num_free_blocks == 1 and pool.num_needed(1, 1) == pool.num_needed(2, 1) == 1
+    thin, whole = pool.allocate(2, 1)
+    assert thin == cached and not pool.is_thin(whole) and not pool.knows(b"cached")
+    pool.free([*held, thin, whole])
+    pool.check()
+
+
+def test_thin_blocks_take_the_place_of_the_oldest_cached_one_where_no_frame_is_empty() -> None:
+    pool, told = FramePool(2, 4, frames_of(SPEC)), list[tuple[int, bytes]]()
+    pool.on_evicted = lambda block, name: told.append((block, name))
+    held, *cached = pool.allocate(3, 3)
+    for block, name in zip(cached, (b"old", b"new"), strict=True):
+        pool.publish(block, name)
+        pool.free([block])
+    in_empty = pool.allocate(3, 3)
+    assert not told and pool.knows(b"old")
+    assert pool.allocate(1, 1) == cached[:1] and told == [(cached[0], b"old")] and pool.knows(b"new")
+    pool.free([held, *in_empty, cached[0]])
+    pool.check()
+
+
+class _Listener:
+    def __init__(self) -> None:
+        self.held: set[bytes] = set()
+
+    def stored(self, block_hash: bytes) -> None:
+        self.held.add(block_hash)
+
+    def evicted(self, block_hash: bytes) -> None:
+        self.held.remove(block_hash)
+
+
+def test_whole_blocks_are_evicted_by_age_and_spare_ones_before_them_untold() -> None:
+    pool, told = FramePool(3, 4, frames_of(SPEC)), list[tuple[int, bytes]]()
+    pool.on_evicted = lambda block, name: told.append((block, name))
+    pool.listener = listener = _Listener()
+    old, new, spare = pool.allocate(3)
+    for block, name in ((old, b"old"), (new, b"new"), (spare, b"spare")):
+        pool.publish(block, name, spare=block == spare)
+        pool.free([block])
+    assert pool.version == 3 and listener.held == {b"old", b"new", b"spare"}
+    pool.pin([new])
+    assert pool.version == 4
+    pool.free([new])
+    assert [pool.allocate(1) for _ in range(3)] == [[spare], [old], [new]]
+    assert told == [(old, b"old"), (new, b"new")] and pool.version == 8 and not listener.held
 
 
 def test_what_is_lost_is_told_where_its_bytes_are_its_heirs_to_copy() -> None:
@@ -244,6 +306,14 @@ class Frameworks(RuleBasedStateMachine):
         self.pool.check()
         references = [block for blocks in self.owned for block in blocks]
         assert all(self.pool.ref_count(block) == references.count(block) for block in range(self.pool.num_ids))
+        owned, leaving, quarantined, published = (
+            {block % 10 for block in blocks}  # their frames
+            for blocks in (references, self.pool._leaving, self.quarantined, self.names.values())
+        )
+        assert self.pool.num_owned_blocks == len(owned)
+        assert self.pool.num_leaving_blocks == len(leaving - owned)
+        cached = published - owned - leaving - quarantined
+        assert self.pool.num_cached_blocks == len(cached) + len(leaving - owned)
 
     @invariant()
     def no_page_has_two_owners(self) -> None:

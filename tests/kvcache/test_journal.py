@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvferry.kvcache import journal as journals
 from kvferry.kvcache.blocks import BlockPool, hash_blocks
-from kvferry.kvcache.journal import MAX_HASHES, CacheJournal
+from kvferry.kvcache.journal import MAX_HASHES, CacheJournal, _Session
 from kvferry.router.state.prefix_index import PrefixIndex
 from kvferry.wire.codec import encode
 from kvferry.wire.workers import CacheChange
@@ -102,12 +102,17 @@ def test_every_router_has_numbers_of_its_own() -> None:
 
 def test_more_changes_than_are_kept_tell_everything_anew() -> None:
     pool = BlockPool(3, 4)
-    journal = _journal(pool, max_changes=4)
+    journal = _journal(pool, max_changes=3)
     journal.router_joined("r")
     list(journal.drain())
-    _fill(pool, HASHES)
+    _fill(pool, HASHES[:3])
+    assert [change.seq for _, change in journal.drain()] == [1]
+    _fill(pool, HASHES[3:5])  # evicts two
     told = [change for _, change in journal.drain()]
     assert told[0].seq == 0
+    _fill(pool, HASHES[5:6])
+    told += (change for _, change in journal.drain())
+    assert [change.seq for change in told] == [0, 1, 2]
     router = _Listener()
     for change in told:
         router.take(change)
@@ -149,6 +154,7 @@ def test_a_large_cache_is_told_in_parts_and_what_changes_meanwhile_before_them()
     assert drain() == {HASHES[0], HASHES[4], HASHES[5]}
     assert router.held == {("device", value) for value in pool.published()}
     assert not drain() and not list(journal.drain())
+    assert journal._sessions == {"r": _Session(next_seq=6)}, "no memory of what was told in parts"
 
 
 def test_no_drain_has_more_than_a_session_can_queue() -> None:
@@ -176,6 +182,7 @@ def test_a_router_s_index_holds_what_the_tiers_do_though_changes_come_before_wha
     journal.router_joined("r")
     for round_number in range(30):
         for _, change in journal.drain():
+            assert change.stored or change.evicted or change.seq == 0
             index.on_change(1, change)
         found = {value for value in HASHES if index.match([value])}
         assert found <= set().union(*tiers.values())

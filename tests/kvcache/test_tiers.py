@@ -138,6 +138,9 @@ def test_a_lookahead_names_the_next_ones_that_are_not_kept_and_looks_again_after
     assert take(2, 12) == []
     order.pop(0)
     assert take(9, 13) == [_key(3), _key(4), _key(5)]
+    for window, names in ((4, []), (5, [_key(3), _key(4), _key(5), _key(6)])):
+        lookahead.look(order, window=window, version=13, is_kept=kept.__contains__)
+        assert take(9, 13) == names, "what was seen is not looked at again, and what lies behind it is"
     order.clear()
     lookahead.look(order, window=4, version=14, is_kept=kept.__contains__)
     assert take(1, 15) == [] and lookahead.take(1, order=order, window=0, version=99, is_kept=kept.__contains__) == []

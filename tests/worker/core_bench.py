@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvferry.common.adapter import AdapterLoader
 from kvferry.common.config import TransferConfig
 from kvferry.kvcache.blocks import BlockPool
 from kvferry.kvcache.prefix_cache import PrefixCache
@@ -31,6 +32,10 @@ class Outside:
     def leaving(self) -> Callable[[], None]:
         return lambda: None
 
+    def open(self, *args: object) -> int:
+        self.done.append(("open", args))
+        return self.count("open")
+
     def counters(self) -> SendCounters:
         return SendCounters(self.num_shipments, 0, 0, 0)
 
@@ -45,7 +50,7 @@ class Outside:
         return len(self.told(name))
 
 
-def make_core(outside: Outside, clock: FakeClock, num_blocks: int) -> WorkerCore:
+def make_core(outside: Outside, clock: FakeClock, num_blocks: int, adapters: AdapterLoader | None = None) -> WorkerCore:
     """Return the core of a decode worker with one router, R."""
     pool = BlockPool(num_blocks, BLOCK)
     config = CoreConfig(
@@ -75,6 +80,7 @@ def make_core(outside: Outside, clock: FakeClock, num_blocks: int) -> WorkerCore
         shipping=everything,
         reading=everything,
         regions=(REGION,),
+        adapters=adapters,
     )
     core.on_router_joined("R")
     return core

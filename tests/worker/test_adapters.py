@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from kvferry.common.adapter import AdapterResult, AdapterTask, HeldAdapter
 from kvferry.worker.adapters import LOAD_LIMIT_S, PATIENCE_S, AdapterCache
@@ -61,7 +62,7 @@ def test_it_is_loaded_when_it_is_asked_for_and_stays() -> None:
     held = cache.get("aa", "/a")
     assert slot_of(held) is None and not loader.tasks
     cache.serve(set(), ["aa"])
-    assert loader.tasks == [AdapterTask("aa", "/a", 0)]
+    assert loader.tasks == [AdapterTask("aa", "/a", 0)] and not cache.loaded and cache.num_loading == 1
     loader.end()
     cache.serve(set(), ["aa"])
     assert slot_of(held) == 0 and held.is_open and cache.loaded == ("aa",)
@@ -85,6 +86,86 @@ def test_who_runs_keeps_its_slot_and_takes_no_more_once_another_one_has_waited()
     loader.end()
     cache.serve(set(), ["aa", "bb"])
     assert second.is_open
+
+
+def load(cache: AdapterCache, loader: FakeLoader, digest: str, *live: str) -> HeldAdapter:
+    """Ask for it and have it loaded, while requests for others wait."""
+    held = cache.get(digest, "/x")
+    cache.serve(set(), [*live, digest])
+    loader.end()
+    cache.serve(set(), [*live, digest])
+    return held
+
+
+def test_the_least_recently_asked_for_makes_way_in_slots_and_in_host_memory() -> None:
+    cache, loader, clock = make(num_slots=2, num_host=3)
+    load(cache, loader, "aa")
+    load(cache, loader, "bb")
+    cache.get("aa", "/x")
+    load(cache, loader, "cc")
+    assert set(cache.loaded) == {"aa", "cc"}
+    load(cache, loader, "dd")
+    assert set(cache.loaded) == {"cc", "dd"} and loader.host == {"aa", "cc", "dd"}
+    cache.get("cc", "/x")
+    cache.get("aa", "/x")
+    cache.serve(set(), ["cc", "dd", "aa"])  # all are asked for, and none has begun
+    clock.advance(PATIENCE_S)
+    cache.serve(set(), ["cc", "dd", "aa"])
+    assert cache.loaded == ("cc",) and cache.num_loading == 1
+
+
+def test_one_alone_takes_no_more_and_takes_more_again_when_nobody_waits_or_when_it_is_back() -> None:
+    cache, loader, clock = make(num_slots=2, num_host=3)
+    first, second = load(cache, loader, "aa"), load(cache, loader, "bb")
+    third = cache.get("cc", "/x")
+    cache.serve({"aa", "bb"}, ["cc"])
+    clock.advance(PATIENCE_S)
+    for digest in ("aa", "bb"):  # whichever was asked for later
+        cache.serve({"aa", "bb"}, ["cc"])
+        assert not takes_more(first) and takes_more(second)
+        cache.get(digest, "/x")
+    cache.serve({"aa", "bb"}, [])
+    assert takes_more(first) and takes_more(second)
+    third = cache.get("cc", "/x")
+    cache.serve({"aa", "bb"}, ["cc"])
+    clock.advance(PATIENCE_S)
+    cache.serve({"aa", "bb"}, ["aa", "cc"])
+    assert not takes_more(first)
+    cache.serve({"bb"}, ["aa", "cc"])
+    loader.end()
+    cache.get("dd", "/x")
+    cache.serve({"bb"}, ["aa", "cc", "dd"])
+    assert third.is_open and slot_of(first) is None
+    clock.advance(PATIENCE_S)
+    cache.serve({"bb"}, ["aa", "dd"])
+    loader.end()
+    cache.serve({"bb"}, ["aa", "dd"])
+    assert takes_more(first), "while another one waits"
+
+
+def test_what_nobody_waits_for_any_more_is_loaded_all_the_same() -> None:
+    cache, loader, _ = make()
+    held = cache.get("aa", "/a")
+    cache.serve(set(), ["aa"])
+    cache.serve(set(), [])
+    cache.check()
+    assert cache.get("aa", "/a") is held
+    loader.end()
+    cache.serve(set(), [])
+    assert held.is_open and cache.num_loads == 1
+
+
+def test_it_is_loaded_again_from_where_it_was_last_said_to_be() -> None:
+    cache, loader, clock = make(num_host=1)
+    load(cache, loader, "aa")
+    cache.get("aa", "/moved")
+    cache.get("bb", "/b")
+    cache.serve(set(), ["aa", "bb"])
+    clock.advance(PATIENCE_S)
+    cache.serve(set(), ["aa", "bb"])
+    loader.end()
+    cache.serve(set(), ["aa"])
+    assert loader.tasks == [AdapterTask("aa", "/moved", 0, ("bb",))]
 
 
 def test_who_was_not_waited_for_is_forgotten_though_others_wait() -> None:
@@ -113,6 +194,10 @@ def test_a_failure_is_told_once_and_tried_again_by_the_next_request() -> None:
     loader.end("no such file")
     cache.serve(set(), ["aa"])
     assert held.failure == "no such file" and held.slot is None
+    cache.get("bb", "/b")
+    cache.serve(set(), ["bb"])
+    assert set(cache._known) == {"bb"}
+    loader.end()
     again = cache.get("aa", "/a")
     assert again is not held
     cache.serve(set(), ["aa"])
@@ -134,10 +219,13 @@ def test_a_load_that_does_not_end_is_not_waited_for_nor_what_would_come_behind_i
     ready = cache.get("cc", "/c")
     cache.serve(set(), ["cc"])
     loader.end()
+    clock.advance(10 * LOAD_LIMIT_S)  # stopped: that is no time of its loads
     held = cache.get("aa", "/a")
     run(cache, clock, LOAD_LIMIT_S, ["aa"])
     assert held.failure == "" and cache.num_loading == 1
-    run(cache, clock, 0.5, ["aa"])
+    with capture_logs() as logs:
+        run(cache, clock, 1.0, ["aa"])
+    assert [line["event"] for line in logs] == ["adapter_late"]
     assert held.failure == "loading /a takes more than 60 s" and cache.num_loading == 0
     assert cache.get("aa", "/a") is held, "who asks meanwhile is told the same at once"
     behind = cache.get("bb", "/b")

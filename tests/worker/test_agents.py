@@ -72,6 +72,28 @@ def test_only_the_answers_of_all_ranks_end_a_rotation(ranks: Ranks) -> None:
     assert [(region.rank, region.agent) for region in regions] == [(0, "d-0.1.1.0"), (1, "d-0.1.1.1")]
 
 
+def test_regions_come_in_the_order_of_their_ranks_whoever_answers_first() -> None:
+    ranks = Ranks(3)
+    try:
+        ranks.agents.start(1)
+        for rank in (2, 1):
+            ranks.answer(rank, 1)
+        regions = ranks.done.get(timeout=WAIT_S)
+        assert regions is not None and [region.rank for region in regions] == [0, 1, 2]
+    finally:
+        ranks.thread.close()
+
+
+def test_an_old_try_that_all_ranks_answer_late_ends_nothing(ranks: Ranks) -> None:
+    for generation in (1, 2):
+        ranks.agents.start(generation)
+    for rank, backend in enumerate((ranks.backend, *ranks.others)):
+        ranks.agents.on_rank(rotated(rank, 1, backend._region(1)))
+    ranks.answer(1, 2)
+    regions = ranks.done.get(timeout=WAIT_S)
+    assert regions is not None and {region.generation for region in regions} == {2}
+
+
 def test_one_rank_without_an_agent_means_that_it_failed_and_its_late_answers_do_not_count(ranks: Ranks) -> None:
     ranks.network.can_make_agents = False
     ranks.agents.start(1)
@@ -119,8 +141,8 @@ def test_a_follower_carries_out_what_rank_0_calls_and_answers(ranks: Ranks) -> N
 
 def test_an_outage_is_one_warning_however_often_it_is_tried(ranks: Ranks) -> None:
     with capture_logs() as logs:
-        for generation in (1, 2, 3, 4):
-            ranks.network.can_make_agents = generation == 4
+        for generation in (1, 2, 3, 4, 5):
+            ranks.network.can_make_agents = generation >= 4
             ranks.agents.start(generation)
             ranks.agents.on_rank(rotated(1, generation, ranks.others[0]._region(generation)))
             assert (ranks.done.get(timeout=WAIT_S) is None) == (generation < 4)

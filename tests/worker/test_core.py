@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import pytest
 
+from kvferry.common.adapter import AdapterLoader
+from kvferry.common.batch import stopped_output
 from kvferry.common.errors import ProtocolError
 from kvferry.engine.loop import StepFigures
+from kvferry.transfer.send.counters import SendCounters
+from kvferry.wire.fetches import KVFetch, KVFetchDone
 from kvferry.wire.fields import Message
 from kvferry.wire.results import Grant
 from kvferry.wire.tasks import Abort, FetchFrom, LocalTask, ReserveKV
-from kvferry.wire.workers import CacheChange, Drain, SetRole, WorkerStatus
+from kvferry.wire.workers import CacheChange, Drain, SetRole, StepSample, WorkerStatus
+from kvferry.worker.adapters import PATIENCE_S
+from kvferry.worker.roles import RoleName
 from kvferry.worker.status import make_status
 
-from ..decode.bench import Bench
+from ..decode.bench import SPEC
+from .bench import BothBench
 from .core_bench import Outside, make_core
+from .test_adapters import FakeLoader
 
 
 class CoreBench:
     """A core with one router, and requests for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: AdapterLoader | None = None) -> None:
         self.outside = Outside()
-        self.bench = Bench()
+        self.bench = BothBench()
         self.clock = self.bench.clock
-        self.core = make_core(self.outside, self.clock, 64)
+        self.core = make_core(self.outside, self.clock, 64, adapters)
 
     def send(self, message: Message, router_id: str = "R") -> None:
         self.core.on_router_message(router_id, message)
@@ -52,6 +60,25 @@ def test_heartbeats_come_with_every_tick_of_a_worker_that_works_and_with_every_t
     assert bench.outside.count("announce") == 6, "that it is idle is news"
     bench.core.tick()
     assert bench.outside.count("announce") == 6
+
+
+def test_a_heartbeat_tells_every_figure_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = CoreBench()
+    core = bench.core
+    monkeypatch.setattr(bench.outside, "counters", lambda: SendCounters(0, 11, 12, 13))
+    core.receiver.counters.num_failures, core.receiver.counters.checksum_failures = 100, 2
+    core.receiver.rotation.timer.num_rotations, core.receiver.rotation.timer.num_failures = 21, 22
+    core.fetches.num_fetches, core.fetches.num_bytes, core.fetches.seconds = 31, 32, 33.0
+    core.cache.num_promoted_blocks = 41
+    held, cached, *_ = blocks = core.pool.allocate(4)
+    core.pool.publish(cached, b"h" * 16)
+    core.pool.free([block for block in blocks if block != held])
+    told = bench.status()
+    assert (told.transfer_bytes, told.transfer_failures, told.wire_bytes) == (11, 112, 13)
+    assert (told.checksum_failures, told.num_fences, told.num_failed_fences) == (2, 21, 22)
+    assert (told.num_fetches, told.failed_fetches, told.fetched_bytes, told.fetch_s) == (31, 0, 32, 33.0)
+    assert (told.promoted_blocks, told.demoted_blocks) == (41, 0)
+    assert (told.num_blocks, told.num_free_blocks, told.num_cached_blocks) == (64, 63, 1)
 
 
 def test_a_drain_is_over_with_the_last_request_and_shipment_or_with_its_time() -> None:
@@ -89,7 +116,8 @@ def test_whatever_waits_for_a_router_is_dropped_when_it_is_lost_and_begun_anew_w
     assert not bench.status().samples
     bench.send(LocalTask(spec=bench.bench.spec("a", 6)))
     bench.step()
-    assert bench.status().samples and not bench.status().samples, "told once"
+    [sample] = bench.status().samples
+    assert sample == StepSample(0.01, prefill_tokens=6, prefill_pairs=18) and not bench.status().samples, "told once"
     bench.step()
     bench.core.on_router_lost("R")
     assert bench.core.num_unfinished == 0 and not bench.status().samples
@@ -117,6 +145,76 @@ def test_others_writes_are_watched_while_there_may_be_some() -> None:
     bench.bench.arrive(spec, grant, ())
     bench.core.tick()
     assert bench.outside.told("watch") == [(True,), (False,)]
+
+
+def test_others_reads_are_watched_while_blocks_are_lent() -> None:
+    bench = CoreBench()
+    blocks = bench.core.pool.allocate(1)
+    bench.core.pool.publish(blocks[0], b"h" * 16)
+    question = KVFetch(
+        fetch_id=1, hashes=b"h" * 16, spec=SPEC, version="0", transport="local", tp_size=1, wants_checksums=True
+    )
+    bench.core.on_peer_message("f#1", question)
+    bench.core.tick()
+    assert bench.outside.told("watch") == [(True,)]
+    bench.core.on_peer_message("f#1", KVFetchDone(fetch_id=1))
+    assert bench.outside.told("watch") == [(True,), (False,)]
+
+
+def test_a_request_begins_as_soon_as_its_adapter_is_loaded_and_a_step_keeps_it_to_its_end() -> None:
+    loader = FakeLoader(num_slots=1, num_host=2)
+    bench = CoreBench(loader)
+    bench.send(LocalTask(spec=bench.bench.spec("a", 6, adapter="aa")))
+    bench.core.tick()
+    assert bench.core.steps.schedule() is None and bench.status().loading_adapters == 1
+    loader.end()
+    batch = bench.core.steps.schedule()
+    assert batch is not None and bench.status().adapters == ("aa",)
+    bench.send(Abort(request_id="a", attempt=0))
+    bench.send(LocalTask(spec=bench.bench.spec("b", 6, adapter="bb")))
+    for _ in range(2):
+        bench.core.tick()
+        assert not loader.tasks, "it is computed with"
+        bench.clock.advance(PATIENCE_S)
+    bench.core.steps.complete(batch, stopped_output(batch, 0.001))
+    bench.core.steps.note_turn(0.01)
+    bench.core.tick()
+    assert [task.digest for task in loader.tasks] == ["bb"]
+    assert not bench.status().samples, "of a step that was stopped"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_what_has_begun_keeps_its_adapter_between_its_steps(role: RoleName) -> None:
+    loader = FakeLoader(num_slots=1, num_host=2)
+    bench = CoreBench(loader)
+    bench.core.set_role(role)
+    for name, adapter in (("a", "aa"), ("b", "bb")):
+        spec = bench.bench.spec(name, 100, adapter=adapter)
+        bench.send(LocalTask(spec=spec) if role == "decode" else bench.bench.task(spec))
+        bench.core.tick()
+        if name == "a":
+            loader.end()
+            bench.step()
+    for _ in range(2):
+        assert not loader.tasks
+        bench.clock.advance(PATIENCE_S)
+        bench.core.tick()
+    bench.send(Abort(request_id="a", attempt=0))
+    bench.core.tick()
+    assert [task.digest for task in loader.tasks] == ["bb"]
+
+
+def test_deadlines_of_both_roles_are_looked_at() -> None:
+    bench = CoreBench()
+    bench.send(ReserveKV(spec=bench.bench.spec("granted", 6)))
+    bench.core.set_role("prefill")
+    bench.send(bench.bench.task(bench.bench.spec("prompt", 6)))
+    bench.core.tick()
+    assert bench.outside.count("open") == 0 and bench.core.decode.num_unfinished == 1
+    bench.clock.advance(2.5)
+    bench.core.tick()
+    assert bench.outside.count("open") == 1, "the prompt's grant"
+    assert bench.core.decode.num_unfinished == 0, "nobody has opened it"
 
 
 def test_a_prompt_waits_for_no_worker_to_which_the_connection_has_ended() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvferry.common.batch import stopped_output
+from kvferry.common.batch import Batch, stopped_output
 from kvferry.prefill.scheduler import MAX_STEP_S
 from kvferry.wire.results import ChoiceTokens, FirstToken, Grant, HandoffDone, NoCapacity, TaskRefused
 from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
@@ -131,6 +131,57 @@ def test_steps_of_prompts_are_short_while_answers_run() -> None:
     bench.step()
     bench.step()
     assert bench.prefill.scheduler.max_step_s == bench.role.scheduler.pace.room_s(1, [60]) < 0.1
+    bench.role.scheduler.pace.objective_s = 10 * MAX_STEP_S
+    bench.step()
+    assert bench.prefill.scheduler.max_step_s == MAX_STEP_S, "however long its answers may wait"
+
+
+def test_a_step_of_copies_alone_is_the_decode_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = BothBench("prefill")
+    bench.send(bench.task(bench.spec("prompt", 6)))
+    bench.run()
+    assert bench.both.stepping == "prefill"
+    monkeypatch.setattr(bench.role.scheduler.blocks.cache, "idle", lambda: Batch([]))
+    assert bench.both.schedule() is not None and bench.both.stepping == "decode"
+
+
+def test_what_a_prompt_takes_is_learned_of_large_steps_without_answers() -> None:
+    bench = BothBench()
+    learned = []
+    for sample in (
+        StepSample(9.0, prefill_tokens=640, decode_rows=2),
+        StepSample(9.0, prefill_tokens=63),
+        StepSample(6.4, prefill_tokens=64),
+    ):
+        bench.both.learn([sample])
+        learned.append(bench.prefill.scheduler._s_per_token)
+    assert learned[0] == learned[1] != learned[2] == 0.1
+
+
+def test_answers_begin_after_the_worker_was_idle() -> None:
+    bench = BothBench()
+    bench.send(LocalTask(spec=bench.spec("before", 6)))
+    bench.run()
+    bench.both.set_role("prefill")
+    bench.send(bench.task(bench.spec("prompt", 60)))
+    bench.both.set_role("decode")
+    bench.send(LocalTask(spec=bench.spec("answer", 6)))
+    bench.kinds.clear()
+    bench.run()
+    assert bench.kinds == ["decode", "prefill"] * 4
+
+
+def test_either_role_has_routers_and_is_busy_by_itself() -> None:
+    bench = BothBench()
+    bench.send(LocalTask(spec=bench.spec("answer", 6)))
+    assert bench.both.routers == {"R"} and not bench.both.is_quiet
+    bench.both.set_role("prefill")
+    bench.both.on_router_message("Q", bench.task(bench.spec("prompt", 6)))
+    assert bench.both.routers == {"R", "Q"}
+    bench.send(Abort(request_id="answer", attempt=0))
+    assert bench.both.routers == {"Q"} and not bench.both.is_quiet
+    bench.run()
+    assert bench.both.is_quiet
 
 
 def test_a_prompt_does_not_take_the_blocks_that_an_answer_waits_for() -> None:
