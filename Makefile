@@ -16,6 +16,8 @@ PRODUCT := __init__.py __main__.py cli common wire settings models kvcache sizin
 LINT_ROOT := $(VENV)/lint
 # TORCH=any takes the torch of pip's index unchecked: an index of your own may have a build that no lock knows.
 INSTALL_FLAGS := $(if $(filter any,$(TORCH)),--any-torch)
+# Asked first: an older one cannot even read setup/install.py.
+NEW_PYTHON := import sys; sys.version_info >= (3, 11) or sys.exit("kvferry needs Python 3.11 or newer: make install PYTHON=python3.12")
 ARGS ?=
 ROOM ?=
 # One more than there are cores, for a quarter of a test is waiting. PROCESSES=1 leaves the machine to others.
@@ -30,10 +32,14 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loads
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
+# What is installed is for this folder and this Python, and names them: where one has changed, it is installed anew.
+PLACE = $$(pwd -P), $$($(VENV)/bin/python -V 2>&1)
+$(shell [ ! -s $(VENV)/.installed ] || [ "$$(cat $(VENV)/.installed)" = "$(PLACE)" ] || rm -f $(VENV)/.installed*)
+
 # Files and batches of clients are kept in a folder of the user's, unless KVFERRY_DATA_DIR names another. A file of
 # settings says it by itself: the variable would overrule it.
 ifeq ($(filter --config --config=%,$(ARGS)),)
-serve: export KVFERRY_DATA_DIR ?= $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/kvferry
+serve: export KVFERRY_DATA_DIR ?= $(if $(filter /%,$(firstword $(XDG_DATA_HOME))),$(XDG_DATA_HOME),~/.local/share)/kvferry
 endif
 serve: install ## Serve a model (ARGS="MODEL --port 8001 …")
 	@exec $(VENV)/bin/kvferry serve $(ARGS)
@@ -44,12 +50,14 @@ install-dev: $(VENV)/.installed-dev ## That, and what the tests need
 
 # What is installed, and how it is chosen: setup/install.py. Every file is checked against the hashes in setup/*.lock.
 $(VENV)/.installed: pyproject.toml $(LOCKS)
-	@$(PYTHON) setup/install.py --venv $(VENV) $(INSTALL_FLAGS)
-	touch $@
+	@$(PYTHON) -c '$(NEW_PYTHON)'
+	$(PYTHON) setup/install.py --venv $(VENV) $(INSTALL_FLAGS)
+	echo "$(PLACE)" > $@
 
 $(VENV)/.installed-dev: pyproject.toml $(LOCKS)
-	@$(PYTHON) setup/install.py --venv $(VENV) --dev $(INSTALL_FLAGS)
-	touch $(VENV)/.installed $@
+	@$(PYTHON) -c '$(NEW_PYTHON)'
+	$(PYTHON) setup/install.py --venv $(VENV) --dev $(INSTALL_FLAGS)
+	echo "$(PLACE)" | tee $(VENV)/.installed > $@
 
 lock: $(VENV)/.installed ## Write setup/*.lock anew, from pyproject.toml and constraints.txt
 	@command -v uv >/dev/null || test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install -qq uv
@@ -67,7 +75,7 @@ style: install-dev
 	$(VENV)/bin/ruff format --check .
 
 types: install-dev $(LINT_ROOT)/kvferry
-	@MYPYPATH=$(LINT_ROOT) $(VENV)/bin/mypy $(addprefix $(LINT_ROOT)/kvferry/,$(PRODUCT) tests)
+	@MYPYPATH=$(LINT_ROOT) $(VENV)/bin/python -m mypy $(addprefix $(LINT_ROOT)/kvferry/,$(PRODUCT) tests)
 
 format: install-dev ## Put the code into shape
 	@$(VENV)/bin/ruff check --fix .

@@ -81,8 +81,13 @@ def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
         index, uuid, name, total_mib, free_mib, *capability = (part.strip() for part in line.split(","))
         major, _, minor = "".join(capability).partition(".")
         known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-        gpu = Gpu(index, name, int(total_mib) << 20, int(free_mib) << 20, known)
+        gpu = Gpu(index, name, _bytes(total_mib), _bytes(free_mib), known)
         by_name |= {index: gpu, uuid: gpu}
     if visible is None:
         return tuple(gpu for name, gpu in by_name.items() if name == gpu.index)
     return tuple(by_name[name] for name in (part.strip() for part in visible.split(",")) if name in by_name)
+
+
+def _bytes(mib: str) -> int:
+    """Return what a card tells of its memory. One that shares the machine's (GB10, Jetson) tells "[N/A]"."""
+    return int(mib) << 20 if mib.isdigit() else free_memory_bytes()

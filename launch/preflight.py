@@ -252,8 +252,8 @@ def _check_folder(setting: str, folder: Path) -> None:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         TemporaryFile(dir=there).close()  # tried, as root may write everywhere by what `access` says, /proc included
     except OSError as error:  # or a folder above it may not be read
-        why = error.strerror or error
-        raise ConfigError(f"{setting}: {folder} cannot be made or written to: {why}") from None
+        why, flag = error.strerror or error, setting.replace("_", "-")
+        raise ConfigError(f"{setting}: {folder} cannot be made or written to: {why}; set another --{flag}") from None
 
 
 def check_platform() -> str:

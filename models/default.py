@@ -47,8 +47,9 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the directory in which kvferry keeps what it made itself."""
     if own := environ.get("KVFERRY_CACHE"):
         return Path(own).expanduser()
-    if xdg := environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "kvferry"
+    # The standard has relative ones ignored: each folder in which something is started would have a cache of its own.
+    if (xdg := environ.get("XDG_CACHE_HOME")) and (folder := Path(xdg).expanduser()).is_absolute():
+        return folder / "kvferry"
     try:
         return Path("~/.cache/kvferry").expanduser()
     except RuntimeError:  # a container may run under a number that no list of users has

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ _COMPILE = "from kvferry.engine.cpu.build import load; from kvferry.models.defau
 # Compilers know the flag -std=c++20 before they have all of its library: GCC 10 lacks this.
 _CPP20 = "#include <atomic>\nvoid wait(std::atomic<unsigned>& value) { value.wait(0); }\n"
 _SHARED = ("-std=c++20", "-fPIC", "-pthread", "-shared")
+_GPU_TIMEOUT_S = 60.0
 _SIZES = {
     "torch": "torch (200 MB for CPU, 800 MB with CUDA)",
     "cuda": "CUDA's libraries (2 GB)",
@@ -120,7 +122,8 @@ class Installer:
 
     def _run(self, *words: str) -> None:
         command = [self.python, "-m", "pip", "--disable-pip-version-check", *words]
-        if subprocess.run(command, check=False).returncode:
+        env = {**os.environ, "PIP_USER": "0"}  # an environment has no place of a user's, whatever pip's settings say
+        if subprocess.run(command, env=env, check=False).returncode:
             sys.exit(f"this failed: {' '.join(command)}")
 
 
@@ -198,6 +201,11 @@ def make_venv(venv: Path, torch: Torch | None) -> None:
     Nothing is deleted: `-m venv` adds to a folder what is missing, and so completes what was interrupted.
     """
     python = venv / "bin" / "python"
+    try:
+        venv.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=venv).close()  # tried, as root may write everywhere by what `access` says
+    except OSError as error:
+        sys.exit(f"{venv} cannot be made or written to: {error.strerror}: install from a clone of your own")
     if not has_pip(python):
         if (venv / "pyvenv.cfg").exists():
             print(f"{venv} lacks pip, as an environment does that was left half made: completing it", flush=True)
@@ -229,7 +237,11 @@ def has_gpu() -> bool:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return False
-    done = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False, timeout=60)
+    try:
+        done = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False, timeout=_GPU_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        print(f"  no FlashInfer: nvidia-smi is silent for {_GPU_TIMEOUT_S:g} s; later: make -B install", flush=True)
+        return False
     return done.returncode == 0 and "GPU 0" in done.stdout
 
 

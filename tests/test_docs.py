@@ -57,3 +57,9 @@ def uneven_rows(page: Path) -> Iterator[str]:
 
 def test_the_rows_of_a_table_have_as_many_cells() -> None:
     assert [line for page in PAGES for line in uneven_rows(page)] == []
+
+
+def test_no_command_names_a_day_that_will_be_over() -> None:
+    command = re.compile(r"^\S*\$ .*--expires \d.*", re.MULTILINE)
+    found = [line for page in PAGES for line in command.findall(page.read_text(encoding="utf-8"))]
+    assert found == []

@@ -180,11 +180,95 @@ def test_where_no_pip_can_be_had_it_is_said(tmp_path: Path, monkeypatch: pytest.
             install.make_venv(tmp_path / "venv", None)
 
 
+def test_where_nothing_can_be_written_it_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"file/venv cannot be made or written to: Not a directory: install from a"):
+        install.make_venv(tmp_path / "file" / "venv", None)
+
+
+def test_packages_come_into_the_environment_also_where_pip_is_set_up_for_a_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`user = true` in pip.conf: pip refuses that in an environment."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f"#!/bin/sh\necho $PIP_USER > '{tmp_path}/said'\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("PIP_USER", "1")
+    install.Installer(tmp_path).lock("model")
+    assert (tmp_path / "said").read_text() == "0\n"
+
+
+def test_a_driver_that_hangs_ends_no_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(install, "_GPU_TIMEOUT_S", 0.1)
+    assert not install.has_gpu()
+    assert "no FlashInfer: nvidia-smi is silent" in capsys.readouterr().out
+
+
+class Checkout:
+    """Runs `make` with an interpreter that only notes what it was to install."""
+
+    def __init__(self, folder: Path) -> None:
+        self._venv, self._notes = folder / "venv", folder / "notes"
+        (self._venv / "bin").mkdir(parents=True)
+        self._python = folder / "python"
+        self._python.write_text(
+            f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} -c "import sys; $AGE; $2"; fi\n'
+            f"echo $* >> {self._notes}\n"
+        )
+        self._python.chmod(0o755)
+        self.upgrade("3.11.2")
+
+    def upgrade(self, version: str) -> None:
+        python = self._venv / "bin" / "python"
+        python.write_text(f"#!/bin/sh\necho Python {version}\n")
+        python.chmod(0o755)
+
+    def move_from(self, place: str) -> None:
+        for marker in (found := sorted(self._venv.glob(".installed*"))):
+            marker.write_text(marker.read_text().replace(str(ROOT), place))
+        assert found
+
+    def make(self, target: str, *, age: str = "pass") -> tuple[int, str]:
+        """Return whether it failed, and what was installed or said of it."""
+        self._notes.write_text("")
+        make = ["make", "-s", "-C", str(ROOT), target, f"VENV={self._venv}", f"PYTHON={self._python}"]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | {"AGE": age}
+        done = subprocess.run(make, env=env, capture_output=True, text=True, check=False)
+        return done.returncode, self._notes.read_text().replace(str(self._venv), "VENV").strip() or done.stderr.strip()
+
+
+def test_what_a_moved_folder_or_another_python_spoiled_is_installed_anew(tmp_path: Path) -> None:
+    """Scripts name the folder that they were made in, and packages lie in a folder of one version's."""
+    checkout = Checkout(tmp_path)
+    plain = (0, "setup/install.py --venv VENV")
+    assert [checkout.make("install") for _ in range(2)] == [plain, (0, "")]
+    checkout.move_from("/where/it/was")
+    assert [checkout.make("install") for _ in range(2)] == [plain, (0, "")]
+    assert [checkout.make("install-dev") for _ in range(2)] == [(0, f"{plain[1]} --dev"), (0, "")]
+    assert checkout.make("install") == (0, "")
+    checkout.upgrade("3.13.1")
+    assert [checkout.make("install-dev") for _ in range(2)] == [(0, f"{plain[1]} --dev"), (0, "")]
+
+
+def test_an_old_python_is_told_before_it_reads_what_it_does_not_understand(tmp_path: Path) -> None:
+    code, said = Checkout(tmp_path).make("install", age="sys.version_info = (3, 6, 8)")
+    assert code != 0
+    assert said.startswith("kvferry needs Python 3.11 or newer: make install PYTHON=python3.12\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "given", "folder"),
     [
-        ("", {}, "/home/of/somebody/.local/share/kvferry"),
+        ("", {}, "~/.local/share/kvferry"),  # which is read as in any setting, also where HOME is not set
         ("--port 8001", {"XDG_DATA_HOME": "/data"}, "/data/kvferry"),
+        ("--port 8001", {"XDG_DATA_HOME": "data"}, "~/.local/share/kvferry"),  # none, as the standard has it
         ("--port 8001", {"KVFERRY_DATA_DIR": "/own"}, "/own"),
         ("--config=f.yaml", {"KVFERRY_DATA_DIR": "/own"}, "/own"),
         ("MODEL --config f.yaml", {}, "none"),
@@ -200,7 +284,7 @@ def test_make_serve_names_a_folder_for_data_where_no_file_of_settings_may(
     command.chmod(0o755)
     (tmp_path / ".installed").touch()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("KVFERRY_", "XDG_", "MAKE"))}
-    env |= {"HOME": "/home/of/somebody", **given}
+    env |= given
     make = ["make", "-s", "-C", str(ROOT), "serve", f"VENV={tmp_path}", f"ARGS={arguments}"]
     done = subprocess.run(make, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [folder, "serve", *arguments.split()]

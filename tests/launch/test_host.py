@@ -27,6 +27,11 @@ def test_visible_devices_select_and_order_gpus() -> None:
     assert parse_gpus("", None) == ()
 
 
+def test_a_card_without_memory_of_its_own_has_the_machines() -> None:
+    [gpu] = parse_gpus("0, GPU-1, NVIDIA GB10, [N/A], [N/A], 12.1\n", None)
+    assert gpu.total_bytes > 0 and gpu.free_bytes > 0 and gpu.capability == (12, 1)
+
+
 @pytest.mark.parametrize(
     ("knows", "capabilities"), [("compute_cap", [(9, 0), None]), ("memory.free", [None, None]), ("nothing", [])]
 )

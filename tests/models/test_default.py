@@ -236,7 +236,7 @@ def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest
 def test_the_cache_is_where_the_environment_says() -> None:
     assert cache_dir({"KVFERRY_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
     assert cache_dir({"XDG_CACHE_HOME": "/b"}) == Path("/b/kvferry")
-    assert cache_dir({}) == Path.home() / ".cache/kvferry"
+    assert cache_dir({}) == cache_dir({"XDG_CACHE_HOME": "cache"}) == Path.home() / ".cache/kvferry"
 
 
 # ---- the real wheel
