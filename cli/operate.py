@@ -16,6 +16,7 @@ import typer
 
 from ..common.config import environment
 from ..common.errors import ConfigError, KVFerryError
+from ..launch.running import NobodyListens, ask, read_pid, running_pids, runtime_dir, socket_of, wait_for_end
 from .console import make_console
 from .paths import at_home
 
@@ -75,8 +76,6 @@ def restart(
 
 def drain(port: Port = None, pid_file: PidFile = None) -> None:
     """Take no new requests, let running answers finish, then end the deployment. Returns when it has ended."""
-    from ..launch.running import wait_for_end
-
     deployment = _one(port, pid_file)
     answer = _last(_say(deployment, {"command": "drain"}))
     if not answer["ok"]:
@@ -114,9 +113,6 @@ def _running(port: int | None, pid_file: Path | None) -> tuple[list[dict[str, An
 
     Raises ConfigError where none answers, but one should.
     """
-    from ..launch.command_socket import NobodyListens
-    from ..launch.running import read_pid, running_pids, runtime_dir
-
     wanted = read_pid(pid_file) if pid_file is not None else None
     found, silent = [], dict[int, ConfigError]()
     for pid in running_pids(runtime_dir(environment())):
@@ -141,9 +137,6 @@ def _running(port: int | None, pid_file: Path | None) -> tuple[list[dict[str, An
 def _say(
     deployment: Mapping[str, Any], command: dict[str, object], *, limit_s: float | None = None
 ) -> Iterable[dict[str, Any]]:
-    from ..launch.command_socket import ask
-    from ..launch.running import runtime_dir, socket_of
-
     return ask(socket_of(runtime_dir(environment()), int(deployment["pid"])), command, limit_s=limit_s)
 
 

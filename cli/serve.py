@@ -25,7 +25,7 @@ from .deployment import description, greeting
 from .inherited import mend_inheritance
 
 if TYPE_CHECKING:
-    from ..launch import Launcher
+    from ..launch.launcher import Launcher
     from ..launch.plan import Deployment
     from ..launch.progress import Display
     from ..models.config import ModelConfig
@@ -91,7 +91,8 @@ def _ignore_reloads() -> None:
 
 def _launcher(settings: ServeSettings, deployment: Deployment, model: ModelConfig, display: Display) -> Launcher:
     from ..common.clock import SystemClock
-    from ..launch import LocalLauncher, RayLauncher
+    from ..launch.local import LocalLauncher
+    from ..launch.on_ray import RayLauncher
 
     def on_serving(http: Address) -> None:
         display.greet(*greeting(settings, deployment, model, http))

@@ -8,11 +8,3 @@
 Routers are local children in both cases. A worker does the same work under both launchers, and no request ever
 passes through here. Ray is imported in `on_ray` and `ray_calls` alone, inside what needs it.
 """
-
-from __future__ import annotations
-
-from .launcher import Launcher
-from .local import LocalLauncher
-from .on_ray import RayLauncher
-
-__all__ = ["Launcher", "LocalLauncher", "RayLauncher"]

@@ -1,4 +1,4 @@
-"""The socket at which `kvferry status`, `reload`, `restart` and `drain` reach a running deployment.
+"""The socket at which `kvferry status`, `reload`, `restart` and `drain` reach a running deployment (`running.ask`).
 
     command   {"command": "restart", "name": "d-0"}                one line
     answer    {"note": "d-0 drains"} ...                           a line for each step
@@ -16,12 +16,12 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import structlog
 
-from ..common.errors import ConfigError, KVFerryError
+from ..common.errors import KVFerryError
 from .launcher import Launcher
 
 _MAX_LINE_BYTES = 1 << 20
@@ -131,23 +131,3 @@ async def _while_asker_stays(reader: asyncio.StreamReader, work: Coroutine[objec
     finally:
         working.cancel()
         leaving.cancel()
-
-
-class NobodyListens(ConfigError):
-    """A socket without a launcher: it was killed, and another process may have its id by now."""
-
-
-def ask(path: Path, command: Answer, *, limit_s: float | None = None) -> Iterator[Answer]:
-    """Say a command and yield each line of the answer. Raises NobodyListens; ConfigError where one hangs or ends."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(limit_s)
-        try:
-            sock.connect(str(path))
-            sock.sendall(json.dumps(command).encode() + b"\n")
-            with sock.makefile("rb") as lines:
-                for line in lines:
-                    yield json.loads(line)
-        except (ConnectionRefusedError, FileNotFoundError) as error:
-            raise NobodyListens(f"process {path.stem} has no deployment: nobody listens at {path}") from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"process {path.stem} does not answer at {path}: {error}") from error

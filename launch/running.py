@@ -6,6 +6,7 @@ $XDG_RUNTIME_DIR/kvferry/PID.sock, else /tmp/kvferry-UID/PID.sock, with TMPDIR t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import socket
@@ -141,6 +142,29 @@ def pid_file(path: Path | None) -> Iterator[None]:
         with contextlib.suppress(ConfigError, OSError):
             if read_pid(path) == os.getpid():
                 path.unlink()
+
+
+class NobodyListens(ConfigError):
+    """A socket without a launcher: it was killed, and another process may have its id by now."""
+
+
+def ask(path: Path, command: dict[str, object], *, limit_s: float | None = None) -> Iterator[dict[str, object]]:
+    """Say a command at a deployment's socket and yield each line of the answer (`command_socket` has both).
+
+    Raises NobodyListens; ConfigError where one hangs or ends.
+    """
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(limit_s)
+        try:
+            sock.connect(str(path))
+            sock.sendall(json.dumps(command).encode() + b"\n")
+            with sock.makefile("rb") as lines:
+                for line in lines:
+                    yield json.loads(line)
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise NobodyListens(f"process {path.stem} has no deployment: nobody listens at {path}") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"process {path.stem} does not answer at {path}: {error}") from error
 
 
 def wait_for_end(pid: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from kvferry import cli
-from kvferry.launch import LocalLauncher
+from kvferry.launch.local import LocalLauncher
 from kvferry.transfer.receive import grants, opens
 from kvferry.transfer.send import sender
 from kvferry.worker import process as worker

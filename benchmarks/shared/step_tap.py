@@ -19,7 +19,7 @@ import msgspec
 
 from kvferry import cli
 from kvferry.common.kv_spec import KVCacheSpec
-from kvferry.launch import LocalLauncher
+from kvferry.launch.local import LocalLauncher
 from kvferry.router import assembly
 from kvferry.router import process as router_program
 from kvferry.router.state.predictor import Predictor

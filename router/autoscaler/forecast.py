@@ -87,7 +87,7 @@ class RateForecast:
         rate = sum(parts) / interval_s
         self._day_s = day_s
         self._profile.observe(day_s, rate, interval_s)
-        gain = min(1.0, 1.0 - math.exp(-interval_s / self._memory_s))
+        gain = 1.0 - math.exp(-interval_s / self._memory_s)
         if rate > 0:
             part = sum(x * x for x in parts) / sum(parts)
             self._part = self._part + gain * (part - self._part) if self._part else part

@@ -141,7 +141,7 @@ class AutoscalerSettings:
     decode: Bounds
     total: int
     objectives: Objectives  # of the class "default"
-    schedule: tuple[str, ...] = ()  # "HH:MM-HH:MM prefill>=4 decode>=2", see autoscaler_schedule.py
+    schedule: tuple[str, ...] = ()  # "HH:MM-HH:MM prefill>=4 decode>=2", see settings/windows.py
     spare_workers: int = 0  # ready beyond the need
     target: float = 0.99  # share of requests that are to meet each objective
     headroom: float = 0.08  # a smaller fleet must carry so much more than the forecast

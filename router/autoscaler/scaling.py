@@ -106,10 +106,9 @@ class Scaling:
 
     def _on_held(self, held: object, now: float) -> None:
         if isinstance(held, list) and len(held) == 3:
-            left_s = held[2]
-            self._autoscaler.hold(
-                Counts(int(held[0]), int(held[1])), now + left_s if isinstance(left_s, int | float) else None
-            )
+            before, counts, left_s = self._autoscaler.held, Counts(int(held[0]), int(held[1])), held[2]
+            self._autoscaler.hold(counts, now + left_s if isinstance(left_s, int | float) else None)
+            self._is_wanted |= before is None or before[0] != counts
         else:
             self._autoscaler.release()
 
@@ -130,7 +129,7 @@ class Scaling:
             self._launcher({"event": "hold", "counts": [counts.prefill, counts.decode], "for_s": for_s})
         else:
             self._autoscaler.hold(counts, None if for_s is None else self._clock.now() + for_s)
-        self._is_wanted = True
+            self._is_wanted = True
 
     def release(self) -> None:
         if self._launcher is not None:
@@ -189,7 +188,7 @@ class Scaling:
         if now - self._decided_s < self._config.scale_interval and not self._is_wanted:
             return
         self._is_wanted = False
-        interval_s, self._decided_s = min(now - self._decided_s, 2 * self._config.scale_interval), now
+        interval_s, self._decided_s = now - self._decided_s, now
         view = self._dispatcher.view()
         self._fleet.measure_starts(view, now)
         seen, others, self._seen = self._record.take(view.num_queued), self._seen, []

@@ -19,8 +19,7 @@ import psutil
 
 from kvferry.common.config import SECRET_VARIABLE
 from kvferry.common.errors import ConfigError
-from kvferry.launch.command_socket import ask
-from kvferry.launch.running import runtime_dir, socket_of
+from kvferry.launch.running import ask, runtime_dir, socket_of
 from kvferry.tools.chaos.programs import program_name
 from kvferry.tools.load.server_process import free_port, tied
 

@@ -30,6 +30,7 @@ NAME = "kvferry.tests.e2e.forked_command"
 # What a launcher, a router, a worker and its other ranks import, now or later.
 IMPORTS = (
     *("kvferry.cli", "kvferry.launch.preflight", "kvferry.launch.progress", "kvferry.launch.command_socket"),
+    *("kvferry.launch.local", "kvferry.launch.on_ray"),
     *("kvferry.router.process", "kvferry.worker.build", "kvferry.worker.worker", "kvferry.engine.follower"),
 )
 _FORK_SERVER = "kvferry.launch.forking.server"

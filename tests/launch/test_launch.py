@@ -22,11 +22,13 @@ import pytest
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import environment
 from kvferry.common.errors import ConfigError, WorkerLost
-from kvferry.launch import LocalLauncher, RayLauncher
-from kvferry.launch.command_socket import ask, command_socket
+from kvferry.launch.command_socket import command_socket
 from kvferry.launch.host import Host
+from kvferry.launch.local import LocalLauncher
+from kvferry.launch.on_ray import RayLauncher
 from kvferry.launch.plan import Deployment, fit_to_host, plan
 from kvferry.launch.process import ChildState, ChildTimes
+from kvferry.launch.running import ask
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 from kvferry.wire.address import Address

@@ -349,7 +349,7 @@ def pid_file_of_a_running_server(site: Site) -> Words:
     return ["--pid-file", site.file("pid", str(os.getpid()))]
 
 
-@case("disk_cache_dir: .* cannot be made or written to")
+@case("disk_cache_dir: .* cannot be made or written to: Not a directory; set another --disk-cache-dir")
 def disk_cache_in_a_file(site: Site) -> Words:
     return ["--disk-cache-dir", site.file("file", "") + "/cache"]
 
@@ -372,7 +372,7 @@ def data_in_a_file(site: Site) -> Words:
     return ["--data-dir", site.file("file", "") + "/data"]
 
 
-@case("data_dir: /proc/data cannot be made or written to: ")
+@case("data_dir: /proc/data cannot be made or written to: .*; set another --data-dir")
 def data_where_nobody_may_write(site: Site) -> Words:
     """Root may, by what the file system says before it is tried."""
     return ["--data-dir", "/proc/data"]
@@ -434,8 +434,8 @@ def site(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> I
     async def started(launcher: object) -> None:
         raise AssertionError("it was started")
 
-    monkeypatch.setattr("kvferry.launch.LocalLauncher.run", started)
-    monkeypatch.setattr("kvferry.launch.RayLauncher.run", started)
+    monkeypatch.setattr("kvferry.launch.local.LocalLauncher.run", started)
+    monkeypatch.setattr("kvferry.launch.on_ray.RayLauncher.run", started)
     model = tmp_path / "tiny"
     shutil.copytree(checkpoint, model)
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,8 @@ import pytest
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import EngineConfig, WorkerConfig
 from kvferry.common.errors import ConfigError, WorkerLost
-from kvferry.launch import RayLauncher, ray_calls, ray_worker
+from kvferry.launch import ray_calls, ray_worker
+from kvferry.launch.on_ray import RayLauncher
 from kvferry.launch.plan import plan
 from kvferry.launch.process import ChildTimes
 from kvferry.launch.progress import LogDisplay

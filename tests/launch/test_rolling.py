@@ -17,9 +17,11 @@ import pytest
 
 from kvferry.common.clock import SystemClock
 from kvferry.common.errors import ConfigError
-from kvferry.launch import LocalLauncher, local, on_ray, rolling, routers
-from kvferry.launch.command_socket import ask, command_socket
+from kvferry.launch import local, on_ray, rolling, routers
+from kvferry.launch.command_socket import command_socket
+from kvferry.launch.local import LocalLauncher
 from kvferry.launch.process import ChildState, ChildTimes
+from kvferry.launch.running import ask
 
 from .test_launch import WAIT_S, Recorder, deployment, lives, running
 from .test_scaling_launch import StubRequests, fitted

@@ -16,8 +16,10 @@ import pytest
 from kvferry.common.clock import SystemClock
 from kvferry.common.config import Device, environment
 from kvferry.common.machine import usable_cpus
-from kvferry.launch import LocalLauncher, RayLauncher, on_ray, ray_calls
+from kvferry.launch import on_ray, ray_calls
 from kvferry.launch.host import Host
+from kvferry.launch.local import LocalLauncher
+from kvferry.launch.on_ray import RayLauncher
 from kvferry.launch.plan import Deployment, WorkerPlan, fit_to_host, plan
 from kvferry.launch.process import ChildTimes
 from kvferry.settings.fields import ServeSettings

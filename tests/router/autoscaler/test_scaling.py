@@ -442,6 +442,63 @@ def test_what_an_operator_asks_for_between_two_intervals_counts_as_no_longer_tha
     seen = site.scaling.describe()["forecast"]
     site.load(10)
     site.fleet.clock.advance(0.5)
-    site.scaling.hold(Counts(2, 2), None)
+    site.fleet_is(held=[2, 2, None])
     site.scaling.tick()
+    assert site.scaling.desired == Counts(2, 2)
     assert site.scaling.describe()["forecast"] == seen
+
+
+def test_a_router_that_hung_takes_what_came_meanwhile_for_what_came_in_that_time(site: Site) -> None:
+    site.run(60, rate=5)
+    site.fleet.clock.advance(9.0)
+    site.run(1, rate=50)
+    forecast = site.scaling.describe()["forecast"]
+    assert isinstance(forecast, dict) and forecast["requests_per_s"] == 5
+
+
+def test_prompts_that_wait_in_the_queue_need_workers_too() -> None:
+    needed = []
+    for num_queued in (0, 3000):
+        site = Site()
+        site.join("p-0", "d-0")
+        site.fleet_is()
+        site.run(20, rate=5)
+        seen = SeenLoad((500,) * 5, (AnswerLengths(500, 0, 50),) * 5, num_queued=num_queued)
+        site.scaling.on_launcher(seen.as_event())
+        site.interval()
+        forecast = site.scaling.describe()["forecast"]
+        assert isinstance(forecast, dict)
+        needed.append(forecast["needed"]["prefill"])
+    assert needed[0] < needed[1]
+
+
+def test_a_start_is_expected_to_take_as_long_as_the_last_ones_did(site: Site) -> None:
+    for seq, seconds in enumerate((40.0, 20.0)):
+        site.fleet_is(seq=seq, starting={f"d-{seq + 1}": "decode"})
+        site.fleet.clock.advance(seconds - 1.0)
+        site.join(f"d-{seq + 1}")
+        site.interval()
+    assert site.scaling.describe()["start_s"] == 30.0
+
+
+def test_a_worker_that_is_to_leave_is_no_more_of_the_fleet_though_it_is_ready_still(site: Site) -> None:
+    site.join("d-1")
+    site.fleet_is(seq=0, leaving=("d-1",))
+    site.interval()
+    assert site.scaling.current() == Counts(1, 1)
+
+
+@pytest.mark.parametrize("launcher", [True, False])
+def test_an_operators_counts_are_carried_out_before_the_interval_is_over(launcher: bool) -> None:
+    site = Site(launcher=launcher)
+    site.join("p-0", "p-1", "d-0")
+    site.fleet_is()
+    site.interval()
+    for counts in (Counts(1, 2), Counts(2, 1)):
+        site.scaling.hold(counts, None)
+        site.scaling.tick()
+        if launcher:  # its word comes to every router, and first after a tick
+            site.fleet_is(held=[counts.prefill, counts.decode, None])
+            site.scaling.tick()
+        assert site.scaling.desired == counts
+    assert site.roles_given()["p-0"] == "decode"
