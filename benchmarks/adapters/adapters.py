@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
 def _measure(flags: argparse.Namespace, folder: Path, argv: list[str]) -> Report:
     model_dir: Path = flags.model or default_model_dir()
     engine = _engine(flags, model_dir, max(flags.rank, flags.large_rank), "auto")
-    loads = [_load(engine, folder, rank) for rank in (flags.rank, flags.large_rank)]
+    loads = [_load(engine, folder, rank) for rank in dict.fromkeys((flags.rank, flags.large_rank))]
     paths = [folder / f"slot-{slot}" for slot in range(flags.rows)]
     for slot, path in enumerate(paths):
         write_random_adapter(path, engine.model_config, flags.rank, seed=slot)

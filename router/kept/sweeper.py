@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..state.errors import log_failure
+
 _EVERY_S = 10.0
 _BLOCK_BYTES = 4096
 
@@ -34,15 +36,20 @@ class Sweeper:
 
     def sweep(self) -> None:
         """Delete what is too old or too much. A folder that has gone needs it no more."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             entries = sorted(_entries(self._path), key=lambda entry: entry.stat().st_mtime)
-            num_bytes, oldest_s = sum(map(_num_bytes, entries)), time.time() - self._keep_s
-            for entry in entries:
-                if entry.stat().st_mtime >= oldest_s and num_bytes <= self._max_bytes:
-                    break
-                with contextlib.suppress(OSError):
-                    if self._delete(Path(entry.path)):
-                        num_bytes -= _num_bytes(entry)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log_failure("folder_not_swept", error)
+            return
+        num_bytes, oldest_s = sum(map(_num_bytes, entries)), time.time() - self._keep_s
+        for entry in entries:
+            if entry.stat().st_mtime >= oldest_s and num_bytes <= self._max_bytes:
+                break
+            with contextlib.suppress(OSError):
+                if self._delete(Path(entry.path)):
+                    num_bytes -= _num_bytes(entry)
 
 
 def _num_bytes(entry: os.DirEntry[str]) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from kvferry.common.errors import ConfigError, RequestError
 from kvferry.router.kept.answers import KeptAnswers
@@ -200,6 +201,19 @@ async def test_writing_sweeps(tmp_path: Path) -> None:
     assert store.sweeper.sweeping is not None
     await store.sweeper.sweeping
     assert [path.name for path in (tmp_path / "responses").iterdir()] == ["new"]
+
+
+def test_a_folder_that_cannot_be_listed_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderStore(tmp_path / "responses")
+
+    def refused(path: Path) -> Iterator[os.DirEntry[str]]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with capture_logs() as logs:
+        store.sweeper.sweep()
+    [told] = logs
+    assert told["event"] == "folder_not_swept" and str(tmp_path) in told["reason"]
 
 
 async def test_a_full_disk_costs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
