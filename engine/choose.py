@@ -139,9 +139,7 @@ def _device_slots(
 
 
 @torch.inference_mode()
-def pack_weights(
-    decoder: Decoder, device: torch.device, *, native: bool = True, isa: CpuIsa = "auto"
-) -> NativeModel | None:
+def pack_weights(decoder: Decoder, device: torch.device, *, native: bool, isa: CpuIsa) -> NativeModel | None:
     """Trade the loaded weights for the form in which this rank's runner reads them, on a CPU: C++'s, which is returned,
     or torch's. `native` False: no C++. Raises ConfigError for an instruction set that the processor lacks.
     """
@@ -207,17 +205,15 @@ def choose_runner(
     native_model: NativeModel | None,  # as `pack_weights` made it of `decoder`
     pages: LayerPages,  # the model's part of what `kvcache.pages.allocate_pages` makes
     *,
-    whole: Tensor | None = None,  # all of that, where the model's part is not all
-    cores: CoreSlot | None = None,
+    whole: Tensor,  # all of that
+    cores: CoreSlot | None,
     progress: Progress | None = None,
 ) -> Runner:
     """Make this rank's runner; it compiles now what the first request would wait for. Raises ConfigError."""
-    if whole is None and isinstance(pages, Tensor):
-        whole = pages
     if (uneven := decoder.config.uneven) is not None:
         pages = layers_of_pages(pages, uneven)
     attention = _attention(config, decoder, pages)
-    if whole is not None and whole.device.type == "cuda":
+    if whole.device.type == "cuda":
         return _cuda_runner(config, decoder, attention, whole, progress)
     if native_model is not None:
         native = NativeDecoder(

@@ -18,13 +18,14 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..common.errors import ConfigError
-from .checkpoint import Shape, tensor_shapes
+from .checkpoint import tensor_shapes
 from .config import ModelConfig
 from .digest import file_digest
 from .families.module_names import full_name
-from .files import read_json
 from .parts.lora import CONFIG_NAME, Scales, check_targets, checked_settings
-from .stored.safetensors import parse_header, read_header
+from .storage import Shape
+from .stored.json_files import read_json
+from .stored.safetensors import Entry, Header, parse_header, read_header
 
 MAX_RANK = 256  # vLLM's largest --max-lora-rank that is common; a larger one would take memory in every slot
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -108,9 +109,8 @@ Take = Callable[[AdaptedModule, StoredTensor, memoryview], None]  # of a module,
 def inspect_adapter(path: Path) -> Adapter:
     """Read all but the numbers, and the digest from a side file where there is one. Raises ConfigError."""
     config, weights = _read_config(path), _weights_file(path)
-    begin, header = read_header(weights)
-    size = weights.stat().st_size
-    return Adapter(_digest(config, file_digest(weights)), _modules(path, config, begin, header, size), size)
+    header, size = read_header(weights), weights.stat().st_size
+    return Adapter(_digest(config, file_digest(weights)), _modules(path, config, header, size), size)
 
 
 def read_adapter(path: Path, begin: Callable[[Sequence[AdaptedModule]], None], take: Take) -> Adapter:
@@ -123,8 +123,8 @@ def read_adapter(path: Path, begin: Callable[[Sequence[AdaptedModule]], None], t
     try:
         with weights.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            start, header = parse_header(weights, lambda first, count: os.pread(file.fileno(), count, first))
-            modules = _modules(path, config, start, header, size)
+            header = parse_header(weights, lambda first, count: os.pread(file.fileno(), count, first))
+            modules = _modules(path, config, header, size)
             begin(modules)
             digest = _read_through(file, modules, take)
     except (OSError, MemoryError) as error:
@@ -179,13 +179,11 @@ def _weights_file(path: Path) -> Path:
     return weights
 
 
-def _modules(
-    path: Path, config: bytes, begin: int, header: Mapping[str, Mapping[str, object]], size: int
-) -> tuple[AdaptedModule, ...]:
-    """Check the settings, and the tensors of a file of `size` whose bytes begin at `begin`. Raises ConfigError."""
+def _modules(path: Path, config: bytes, header: Header, size: int) -> tuple[AdaptedModule, ...]:
+    """Check the settings, and the tensors of a file of `size`. Raises ConfigError."""
     fields = checked_settings(path, config)
     pairs: dict[str, dict[str, StoredTensor]] = {}
-    for tensor in [_stored(path, name, entry, begin, size) for name, entry in header.items()]:
+    for tensor in [_stored(path, name, entry, size) for name, entry in header.entries.items()]:
         module, side = _place(path, tensor.name)
         pairs.setdefault(module, {})[side] = tensor
     if not pairs:
@@ -198,25 +196,18 @@ def _modules(
     raise ConfigError(f"{path} adapts a module under two names")
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, object], begin: int, size: int) -> StoredTensor:
-    dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
-    if not shape or len(offsets) != 2:
-        raise ConfigError(f"{path}: the header's entry of {name} is malformed")
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ConfigError(f"{path}: {name} is of type {dtype}, not one of {', '.join(ITEM_BYTES)}")
-    rows, columns = shape if len(shape) == 2 else (0, 0)
-    first, last = begin + offsets[0], begin + offsets[1]
-    if rows * columns == 0 or last - first != rows * columns * ITEM_BYTES[dtype]:
-        raise ConfigError(f"{path}: {name} is no matrix of its size: shape {shape}, {last - first} bytes")
-    if last > size:
-        raise ConfigError(f"{path}: the file has {size} bytes, {name} ends at {last}: it was cut short, or damaged")
-    return StoredTensor(name, dtype, (rows, columns), first)
-
-
-def _counts(value: object) -> list[int]:
-    """Return whole numbers as they are, and nothing for anything else."""
-    is_right = isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
-    return list(value) if is_right and isinstance(value, list) else []
+def _stored(path: Path, name: str, entry: Entry, size: int) -> StoredTensor:
+    if entry.dtype not in ITEM_BYTES:
+        raise ConfigError(f"{path}: {name} is of type {entry.dtype}, not one of {', '.join(ITEM_BYTES)}")
+    rows, columns = entry.shape if len(entry.shape) == 2 else (0, 0)
+    num_bytes = entry.end - entry.begin
+    if rows * columns == 0 or num_bytes != rows * columns * ITEM_BYTES[entry.dtype]:
+        raise ConfigError(f"{path}: {name} is no matrix of its size: shape {[*entry.shape]}, {num_bytes} bytes")
+    if entry.end > size:
+        raise ConfigError(
+            f"{path}: the file has {size} bytes, {name} ends at {entry.end}: it was cut short, or damaged"
+        )
+    return StoredTensor(name, entry.dtype, (rows, columns), entry.begin)
 
 
 def _place(path: Path, name: str) -> tuple[str, str]:

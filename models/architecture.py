@@ -47,11 +47,8 @@ def _architecture(fields: ConfigFields) -> str:
         whole = name.removesuffix("Model") + "ForCausalLM"
         name = whole if whole in FAMILIES else name
     if name not in ARCHITECTURES:
-        near = nearest(name) if isinstance(name, str) else None
-        raise ConfigError(
-            f"{fields.path}: architecture {name!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
-            + (f"; the nearest is {near}" if near is not None else "")
-        )
+        known = f"{', '.join(ARCHITECTURES)}{nearest(name) if isinstance(name, str) else ''}"
+        raise ConfigError(f"{fields.path}: architecture {name!r} is not supported; these are: {known}")
     return str(name)
 
 

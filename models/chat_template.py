@@ -22,8 +22,8 @@ from jinja2.exceptions import SecurityError
 
 from ..common.clock import Clock, SystemClock, wall_time_s
 from ..common.errors import ConfigError, RequestError
-from .files import read_json
 from .render_budget import RenderBudget, RenderLimits, TemplateOverrun, spending
+from .stored.json_files import read_json
 from .template_messages import TOOL, UNTOLD, ContentForms, Messages, cut_at, mark_end, with_text_content
 from .template_sandbox import compile_environment
 

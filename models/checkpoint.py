@@ -17,7 +17,7 @@ from .heads import with_embedding
 from .parts.expert_stacks import StackPart
 from .parts.uneven_heads import made_parts
 from .quantization import Quantization, untold_quantization
-from .storage import BYTES, FLOATS, MXFP4_GROUP, NO_SHARED_ACT_ORDER, Storage, Types, WantedTensor
+from .storage import BYTES, FLOATS, MXFP4_GROUP, NO_SHARED_ACT_ORDER, Shape, Storage, Types, WantedTensor
 from .stored.safetensors import read_header, safetensors_files
 
 # Of a cache in 8 bits, as quantising tools name them: a key is stored as key / k_scale, or as what k_proj yields.
@@ -38,7 +38,6 @@ _SEEING = tuple(
     )
 )
 
-Shape = tuple[int, ...]
 _WHOLE_NUMBERS = {"I32": "i", "I64": "q"}  # by their codes in an array
 
 
@@ -91,17 +90,15 @@ def check_act_order(model_dir: Path, quantization: Quantization | None, modules:
     indices = ((own.group_index(module), module) for module, own in stored if own is not None)
     names = {index: module for index, module in indices if index is not None}
     for path in safetensors_files(model_dir) if names else ():
-        begin, header = read_header(path)
-        for name, entry in header.items():
-            code = _WHOLE_NUMBERS.get(str(entry.get("dtype")))
+        for name, entry in read_header(path).entries.items():
+            code = _WHOLE_NUMBERS.get(entry.dtype)
             if (module := names.get(full_name(name))) is None or code is None:
                 continue
             try:
-                first, end = _list(entry["data_offsets"])
                 with path.open("rb") as file:
-                    file.seek(begin + first)
-                    groups = array(code, file.read(end - first)).tolist()
-            except (OSError, KeyError, TypeError, ValueError) as error:
+                    file.seek(entry.begin)
+                    groups = array(code, file.read(entry.end - entry.begin)).tolist()
+            except (OSError, ValueError, MemoryError) as error:
                 raise ConfigError(f"{path} cannot be read: {name}: {error!r}") from error
             if groups != sorted(groups):
                 raise ConfigError(f"{model_dir}: {module}: {NO_SHARED_ACT_ORDER}")
@@ -273,27 +270,13 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 def _read_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return what a file's header tells of its tensors."""
-    begin, header = read_header(path)
-    try:
-        found = {
-            full_name(name): StoredTensor(tuple(int(n) for n in _list(entry["shape"])), str(entry["dtype"]))
-            for name, entry in header.items()
-        }
-        parts = ((name, _list(entry["data_offsets"])) for name, entry in header.items())
-        ranges = sorted((int(first), int(last), name) for name, (first, last) in parts)
-        end = begin + max((last for _, last, _ in ranges), default=0)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: its header is malformed: {error!r}") from error
+    header = read_header(path)
+    ranges = sorted((entry.begin, entry.end, name) for name, entry in header.entries.items())
+    end = max((last for _, last, _ in ranges), default=header.end)
     if (size := path.stat().st_size) != end:
         raise ConfigError(f"{path} has {size} bytes where its header tells of {end}: it was cut short, or damaged")
-    for (_, last, _), (first, _, name) in pairwise([(0, 0, ""), *ranges]):
+    for (_, last, _), (first, _, name) in pairwise([(0, header.end, ""), *ranges]):
         if first != last:
             text = f"{path}: the bytes of {name} begin at {first}, and those before them end at {last}"
             raise ConfigError(f"{text}: no library reads such a file; save it anew, or copy it again")
-    return found
-
-
-def _list(value: object) -> list[int]:
-    if not isinstance(value, list):
-        raise TypeError(value)
-    return value
+    return {full_name(name): StoredTensor(entry.shape, entry.dtype) for name, entry in header.entries.items()}

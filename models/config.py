@@ -16,7 +16,7 @@ from .families.family import Bias, Family, NormNames
 from .families.table import FAMILIES
 from .heads import has_other_head, lacks_head
 from .parts.activation import Activation, read_activation
-from .parts.config_fields import ConfigFields, count_draft_layers, read_end_ids, read_json
+from .parts.config_fields import ConfigFields, count_draft_layers, read_end_ids
 from .parts.experts import ExpertsConfig, read_experts, read_sparse_layers
 from .parts.factors import read_factors
 from .parts.latent import LatentConfig, read_latent
@@ -30,6 +30,7 @@ from .parts.states import StatesConfig
 from .parts.uneven_heads import Heads, LayerInputs, UnevenHeads, read_layer_inputs, read_uneven
 from .quantization import Quantization
 from .quantization_config import MODELOPT_FILE, read_quantization, with_modelopt
+from .stored.json_files import read_json
 from .stored.safetensors import stored_dtype
 from .tokenizer_files import read_end_tokens
 
@@ -85,12 +86,11 @@ class ModelConfig:
     @classmethod
     def from_dir(cls, model_dir: Path) -> ModelConfig:
         """Raises ConfigError with the file's name and the value that does not fit."""
-        generation, beside = (
-            read_json(model_dir / name) if (model_dir / name).is_file() else {}
-            for name in ("generation_config.json", MODELOPT_FILE)
-        )
-        raw = with_modelopt(read_json(model_dir / "config.json"), beside)
-        config = _parse(ConfigFields(model_dir / "config.json", raw), generation)
+        if not (path := model_dir / "config.json").is_file():
+            raise ConfigError(f"{path} is missing: a model is a local Hugging Face directory")
+        generation = read_json(model_dir / "generation_config.json", default={})
+        raw = with_modelopt(read_json(path), read_json(model_dir / MODELOPT_FILE, default={}))
+        config = _parse(ConfigFields(path, raw), generation)
         if not config.tie_embeddings and lacks_head(model_dir):
             config = replace(config, tie_embeddings=True, has_head=False)
         elif config.tie_embeddings and has_other_head(model_dir):

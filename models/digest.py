@@ -32,6 +32,7 @@ from .config import ModelConfig
 from .default import cache_dir
 from .files import write_whole
 from .quantization import AT_LOAD
+from .stored.json_files import read_json
 from .stored.safetensors import safetensors_files
 
 _READ_BYTES = 8 << 20  # at once: enough for several threads
@@ -81,7 +82,7 @@ def model_digest(
     digest = blake3(b"kvferry model 2")
     model = ModelConfig.from_dir(model_dir)
     eos_token_ids = sorted(model.eos_token_ids)
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_json(model_dir / "config.json")
     digest.update(json.dumps([config, eos_token_ids], sort_keys=True).encode())
     if mixed:
         digest.update(f"mixed:{','.join(sorted(set(mixed)))}".encode())

@@ -1,4 +1,4 @@
-"""Resolves what the user named to a local model directory, and reads the small JSON files in it.
+"""Resolves what the user named to a local model directory.
 
 A model is named in one of four ways: not at all (the embedded default), by a directory or a GGUF file, or by a hub id
 `org/name`, whose snapshot is downloaded once and then found in the hub's cache, without a network too. Only data is
@@ -7,7 +7,6 @@ ever fetched or read: a model whose config asks for code of its own is refused.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -24,6 +23,7 @@ from .default import DEFAULT_MODEL_NAME, Progress, default_model_dir, gguf_model
 from .families.lookup import needs_code
 from .gguf.files import gguf_name
 from .quantization_config import MODELOPT_FILE
+from .stored.json_files import read_json
 from .stored.pointer import LFS_POINTER, refuse_pointer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -36,7 +36,6 @@ _UNWANTED = (
     *("a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*", "consolidated*.safetensors"),
 )
 _MAY_ASK_FOR_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-_MAX_JSON_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +111,6 @@ def resolve_config(name: str | None, revision: str | None = None) -> Path:
         return resolve_model(name, revision).dir
     wanted = (*_MAY_ASK_FOR_CODE, "generation_config.json", MODELOPT_FILE)
     return _checked(ResolvedModel(_snapshot(name, revision, None, wanted=wanted), name)).dir
-
-
-def read_json(path: Path, *, default: dict[str, object] | None = None) -> dict[str, object]:
-    """Read the JSON object in a file; `default` where there is no such file. Raises ConfigError."""
-    if default is not None and not path.is_file():
-        return default
-    try:
-        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-            raise ConfigError(f"{path} has {size} bytes; at most {_MAX_JSON_BYTES} are read")
-        refuse_pointer(path, data := path.read_bytes())
-        value = json.loads(data)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return value
 
 
 def _path_of(name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from ..common.errors import ConfigError
 from .families.module_names import full_name, is_bare
-from .stored.safetensors import read_header, safetensors_files
+from .stored.safetensors import Entry, read_header, safetensors_files
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PIECE_BYTES = 4 << 20  # compared at once: matrices that differ do so in the first piece
@@ -23,18 +23,16 @@ T = TypeVar("T")
 
 class _Stored(NamedTuple):
     path: Path
-    dtype: object
-    begin: int
-    end: int
+    entry: Entry
 
 
 def lacks_head(model_dir: Path) -> bool:
     """Tell whether weights were saved without a head, and by themselves, as embedding models' are."""
     try:
         files = safetensors_files(model_dir)
-        if not any(map(is_bare, read_header(files[0])[1])):  # of large models one header is read, not all
+        if not any(map(is_bare, read_header(files[0]).entries)):  # of large models one header is read, not all
             return False
-        return not any(name.startswith("lm_head.") for file in files for name in read_header(file)[1])
+        return not any(name.startswith("lm_head.") for file in files for name in read_header(file).entries)
     except ConfigError:  # whoever loads the weights says what is wrong with them
         return False
 
@@ -44,7 +42,7 @@ def has_other_head(model_dir: Path) -> bool:
     try:
         found = _find(model_dir)
         return len(found) == 2 and not _are_equal(found[_HEAD], found[_EMBEDDING])
-    except (ConfigError, OSError, KeyError, IndexError, TypeError, ValueError):  # as above
+    except (ConfigError, OSError):  # as above
         return False
 
 
@@ -60,23 +58,21 @@ def with_embedding(found: dict[str, T], *, is_tied: bool) -> dict[str, T]:
 
 def _find(model_dir: Path) -> dict[str, _Stored]:
     """Return where the head and the embedding lie, as far as they are there."""
-    found = {}
-    for path in safetensors_files(model_dir):
-        begin, header = read_header(path)
-        for name, entry in header.items():
-            offsets = entry["data_offsets"]
-            if (known := full_name(name)) in (_HEAD, _EMBEDDING) and isinstance(offsets, list):
-                first, last = map(int, offsets)
-                found[known] = _Stored(path, entry.get("dtype"), begin + first, begin + last)
-    return found
+    files = safetensors_files(model_dir)
+    stored = ((full_name(name), path, entry) for path in files for name, entry in read_header(path).entries.items())
+    return {name: _Stored(path, entry) for name, path, entry in stored if name in (_HEAD, _EMBEDDING)}
 
 
 def _are_equal(one: _Stored, other: _Stored) -> bool:
-    if (one.dtype, one.end - one.begin) != (other.dtype, other.end - other.begin):
+    begin, other_begin, num_bytes = one.entry.begin, other.entry.begin, one.entry.end - one.entry.begin
+    if one.entry.dtype != other.entry.dtype or num_bytes != other.entry.end - other_begin:
         return False
     with one.path.open("rb") as first, other.path.open("rb") as second:
-        for at in range(0, one.end - one.begin, _PIECE_BYTES):
-            size = min(_PIECE_BYTES, one.end - one.begin - at)
-            if os.pread(first.fileno(), size, one.begin + at) != os.pread(second.fileno(), size, other.begin + at):
+        for at in range(0, num_bytes, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, num_bytes - at)
+            piece = os.pread(first.fileno(), size, begin + at)
+            if piece != os.pread(second.fileno(), size, other_begin + at):
                 return False
+            if not piece:
+                break  # both end before their headers say: whoever loads the weights says so
     return True

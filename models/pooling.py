@@ -9,7 +9,6 @@ A checkpoint without these is a model that generates: its last token has seen th
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import structlog
 
 from ..common.errors import ConfigError
 from ..common.request import Pooling
-from .files import read_json
+from .stored.json_files import read_json, read_json_list
 
 log = structlog.get_logger(__name__)
 
@@ -30,7 +29,6 @@ _FLAGS = {
     "pooling_mode_cls_token": Pooling.CLS,
 }
 _NAMES = {"lasttoken": Pooling.LAST, "mean": Pooling.MEAN, "cls": Pooling.CLS}
-_MAX_MODULES_BYTES = 1 << 20
 _OWN_MODULES = "sentence_transformers."  # how the types of its own modules begin
 _TEXTS = tuple(  # the file's names, by the model that it was first written for
     f"sentence_{kind}_config.json"
@@ -104,7 +102,7 @@ def _pooling_dir(model_dir: Path) -> str | None:
     file = model_dir / _MODULES
     if not file.is_file():
         return None
-    modules = _read_modules(file)
+    modules = read_json_list(file)
     types = [str(module.get("type", "")) for module in modules]
     kinds = [name.rpartition(".")[2] for name in types]
     if unknown := sorted(set(kinds) - _KNOWN):
@@ -120,17 +118,3 @@ def _pooling_dir(model_dir: Path) -> str | None:
     if Path(folder).name != folder or not folder:
         raise ConfigError(f"{file}: {folders[0][:200]!r} is no folder beside it")
     return folder
-
-
-def _read_modules(file: Path) -> list[dict[str, object]]:
-    try:
-        if (size := file.stat().st_size) > _MAX_MODULES_BYTES:
-            raise ConfigError(f"{file} has {size} bytes; at most {_MAX_MODULES_BYTES} are read")
-        modules = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise ConfigError(f"{file} holds no list of modules")
-    return modules

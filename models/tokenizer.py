@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import RequestError
 from .chat_template import ChatTemplate, load_chat_template
-from .files import check_no_code, read_json
+from .files import check_no_code
 from .special_text import SpecialText
+from .stored.json_files import read_json
 from .token_bytes import DecoderRules
 from .tokenizer_files import add_tokens, load_backend, read_special_tokens, splits_special_tokens
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..common.errors import ConfigError
-from .files import read_json
+from .stored.json_files import read_json
 from .token_bytes import DecoderRules, decoder_rules
 
 if TYPE_CHECKING:

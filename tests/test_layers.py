@@ -29,9 +29,9 @@ HOUSE = """
 common
 wire                 common
 settings             common wire
-models/gguf/architectures
-models/gguf          common models/gguf/architectures
 models/families
+models/gguf/architectures models/families
+models/gguf          common models/families models/gguf/architectures
 models/parts         common models/families
 models/stored        common
 models               common models/gguf models/families models/parts models/stored
@@ -278,10 +278,13 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_command_line_starts_without_torch_and_ray() -> None:
-    assert not modules_after("import kvferry.cli") & {"torch", "ray", "numpy", "fastapi", "kvferry.worker.process"}
+    heavy = {"torch", "ray", "numpy", "fastapi", "structlog", "kvferry.launch.plan", "kvferry.worker.process"}
+    assert not modules_after("import kvferry.cli") & heavy
 
 
 def test_settings_check_and_plan_need_no_torch() -> None:
     common = ", ".join(f"kvferry.common.{path.stem}" for path in (ROOT / "common").glob("*.py"))
-    statement = f"import {common}, kvferry.launch.plan, kvferry.models.files, kvferry.launch"
+    statement = (
+        f"import {common}, kvferry.launch.plan, kvferry.models.files, kvferry.launch.local, kvferry.launch.on_ray"
+    )
     assert "torch" not in modules_after(statement)

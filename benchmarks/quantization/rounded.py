@@ -57,9 +57,10 @@ def _stored(name: str, matrix: Tensor, kind: str) -> dict[str, Tensor]:
     import torch
 
     from kvferry.engine.weights.grouped import GroupedWeight
+    from kvferry.models.storage import Form
 
     size = matrix.shape[1] if kind == "int8" else _GROUP
-    rounded = GroupedWeight.quantized(matrix, bits=int(kind[-1]), group_size=size, symmetric=True)
+    rounded = GroupedWeight.quantized(matrix, Form(int(kind[-1]), size, has_minima=False))
     scales = rounded.scales.to(torch.bfloat16)
     if kind == "int8":
         return {name: rounded.numbers, f"{name}_scale": scales}

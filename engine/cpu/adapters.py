@@ -51,7 +51,7 @@ def whole_strips(columns: int) -> int:
 
 
 def _num_columns(part: LinearPart) -> int:
-    return whole_strips(part.rows.stop - part.rows.start)
+    return whole_strips(part.num_outputs)
 
 
 class SlotMemory:
@@ -139,7 +139,7 @@ class StripAdapters:
                 up=ctypes.addressof(self._slots[index].up),
                 ranks=ctypes.addressof(self._slots[index].ranks),
                 first=part.rows.start,
-                outputs=part.rows.stop - part.rows.start,
+                outputs=part.num_outputs,
                 pairs=self._inputs // 2,
             )
 

@@ -15,7 +15,7 @@ from ..nn.residual import InputTable
 from ..nn.stacked_experts import StackedExpert
 from ..weights.weight import DenseWeight
 from .blocks import Blocks
-from .described import ExpertParts, LayerInputParts, LayerParts, MLPParts, OwnInputParts
+from .described import ExpertParts, LayerInputParts, LayerParts, MLPParts
 from .packing import address
 from .weights import Weights, weight_of
 
@@ -31,9 +31,7 @@ def describe_feed_forward(weights: Weights, block: Blocks, target: LayerParts) -
     """Describe a block's MLP or experts, or both, or nothing."""
     feed_forward, beside = block.feed_forward, block.beside
     if isinstance(feed_forward, MLP):
-        target.mlp = _mlp(weights, feed_forward)
-        gate_up, down = feed_forward.gate_up_proj, feed_forward.down_proj
-        weights.linears += [(gate_up, target.mlp.gate_up), (down, target.mlp.down)]
+        _place_mlp(weights, feed_forward, target.mlp)
     if isinstance(feed_forward, SparseMLP):
         target.experts = ctypes.pointer(_experts(weights, feed_forward, block.layers[1].mlp_norm))
     elif beside is not None:
@@ -45,17 +43,15 @@ def describe_end(weights: Weights, layer: DecoderLayer, target: LayerParts) -> N
     """Describe what a layer does to the residual stream behind its blocks."""
     target.factor = 1.0 if layer.factor is None else float(layer.factor.weight)
     if (own := layer.own_input) is not None:
-        gate, projection = weights.linear(own.gate, None), weights.linear(own.projection, None)
-        target.own_input = OwnInputParts(gate, projection, address(own.norm.weight))
-        described = target.own_input
-        weights.linears += [(own.gate, described.gate), (own.projection, described.projection)]
+        weights.place(target.own_input.gate, own.gate, None)
+        weights.place(target.own_input.projection, own.projection, None)
+        target.own_input.norm = address(own.norm.weight)
 
 
 def describe_inputs(weights: Weights, table: InputTable) -> LayerInputParts:
     """Describe how layers' own inputs are made."""
     num_own = table.size // table.table.comm.size
     described = LayerInputParts(
-        made=weights.linear(table.projection, None),
         norm=address(table.norm.weight),
         table=address(table.table.weight.plain),
         size=table.size,
@@ -66,24 +62,21 @@ def describe_inputs(weights: Weights, table: InputTable) -> LayerInputParts:
         made_factor=table.made_multiplier,
         table_factor=table.multiplier,
     )
-    weights.linears.append((table.projection, described.made))
+    weights.place(described.made, table.projection, None)
     return described
 
 
-def _mlp(weights: Weights, mlp: MLP | StackedExpert) -> MLPParts:
-    gate_up, down = mlp.gate_up_proj, mlp.down_proj
-    bias = down.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
-    return MLPParts(weights.linear(gate_up, gate_up.bias), weights.linear(down, bias))
+def _place_mlp(weights: Weights, mlp: MLP | StackedExpert, target: MLPParts) -> None:
+    bias = mlp.down_proj.bias if isinstance(mlp, StackedExpert) else mlp.down_proj.sum_bias
+    weights.place(target.gate_up, mlp.gate_up_proj, mlp.gate_up_proj.bias)
+    weights.place(target.down, mlp.down_proj, bias)
 
 
 def _experts(weights: Weights, sparse: SparseMLP, norm: RMSNorm | None) -> ExpertParts:
     config, factors = sparse.gate.experts, sparse.gate.factors
-    experts = (MLPParts * len(sparse.experts))(*(_mlp(weights, expert) for expert in sparse.experts))
+    experts = (MLPParts * len(sparse.experts))()
     for expert, target in zip(sparse.experts, experts, strict=True):
-        weights.of_experts |= {id(expert.gate_up_proj): target.gate_up, id(expert.down_proj): target.down}
-    shared = None if sparse.shared is None else _mlp(weights, sparse.shared)
-    if sparse.shared is not None and shared is not None:
-        weights.linears += [(sparse.shared.gate_up_proj, shared.gate_up), (sparse.shared.down_proj, shared.down)]
+        _place_mlp(weights, expert, target)
     described = ExpertParts(
         gate=weights.linear(sparse.gate, sparse.gate.bias),
         norm=weight_of(norm),
@@ -91,7 +84,6 @@ def _experts(weights: Weights, sparse: SparseMLP, norm: RMSNorm | None) -> Exper
         weights=None if factors is None else address(factors[1]),
         score_bias=address(sparse.gate.score_bias),
         experts=experts,
-        shared=None if shared is None else ctypes.pointer(shared),
         shared_gate=None if sparse.shared_gate is None else _plain(sparse.shared_gate),
         num_experts=config.num_experts,
         num_chosen=config.num_chosen,
@@ -109,9 +101,13 @@ def _experts(weights: Weights, sparse: SparseMLP, norm: RMSNorm | None) -> Exper
         copies=None if sparse.replicas is None else address(sparse.replicas.copies),
         turn=None if sparse.replicas is None else address(sparse.replicas.turn),
     )
+    if sparse.shared is not None:
+        shared = MLPParts()
+        _place_mlp(weights, sparse.shared, shared)
+        described.shared = ctypes.pointer(shared)
     if (thin := sparse.narrowing) is not None:
-        described.before, described.behind = weights.linear(thin.before, None), weights.linear(thin.behind, None)
-        weights.linears += [(thin.before, described.before), (thin.behind, described.behind)]
+        weights.place(described.before, thin.before, None)
+        weights.place(described.behind, thin.behind, None)
     return described
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...models.config import ModelConfig
 from ...models.parts.chunks import Chunk
-from ..nn.delta_net import GatedDeltaNet
 from ..nn.latent import LatentAttention
 from ..nn.mixer import Attention, NormedValueAttention
 from . import states
@@ -28,23 +27,21 @@ def describe_mixers(weights: Weights, block: Blocks, target: AttentionParts, con
     output = None if attention is None else attention.o_proj
     bias = None if output is None else output.sum_bias
     if mixer is not None:
-        state = _state(weights, mixer, multipliers.state_in / multipliers.attention_in)
+        state = states.describe(weights, mixer, multipliers.state_in / multipliers.attention_in)
         weights.keep.append(state)
         target.state = ctypes.cast(ctypes.byref(state), ctypes.POINTER(StateParts))
         if output is None:
             output, bias = mixer.out_proj, mixer.out_proj.sum_bias
         else:
             state.out_factor = multipliers.state_out / multipliers.attention_out
-            state.out = weights.linear(mixer.out_proj, None)
+            weights.place(state.out, mixer.out_proj, None)
             bias = _sum(bias, mixer.out_proj.sum_bias, state.out_factor)
-            weights.linears.append((mixer.out_proj, state.out))
     assert output is not None
-    target.o = weights.linear(output, bias)
-    weights.linears.append((output, target.o))
+    weights.place(target.o, output, bias)
 
 
 def _describe_heads(weights: Weights, attention: Attention, target: AttentionParts, window: int | None) -> None:
-    target.qkv = weights.linear(attention.qkv_proj, attention.qkv_proj.bias)
+    weights.place(target.qkv, attention.qkv_proj, attention.qkv_proj.bias)
     target.num_made, target.norms_values = attention.num_made, isinstance(attention, NormedValueAttention)
     norms = attention.head_norms or attention.whole_norms
     for name, norm in zip(("q_norm", "k_norm"), norms, strict=False):
@@ -55,7 +52,6 @@ def _describe_heads(weights: Weights, attention: Attention, target: AttentionPar
     if attention.sinks is not None:
         target.sinks = address(attention.sinks.weight)
     target.sight = SightParts(window or 0, isinstance(window, Chunk))
-    weights.linears.append((attention.qkv_proj, target.qkv))
 
 
 def _latents(weights: Weights, attention: LatentAttention) -> LatentParts:
@@ -63,8 +59,6 @@ def _latents(weights: Weights, attention: LatentAttention) -> LatentParts:
     packed = [weights.heads(matrices) for matrices in attention.heads.take()]
     of_keys, of_values = (each.tiles for each in packed)
     described = LatentParts(
-        inputs=weights.linear(attention.a_proj, attention.a_proj.bias),
-        queries=weights.linear(attention.q_proj, None),
         to_keys=of_keys,
         to_values=of_values,
         kv_norm=address(norm.weight),
@@ -76,16 +70,8 @@ def _latents(weights: Weights, attention: LatentAttention) -> LatentParts:
         is_interleaved=latent.is_interleaved,
         norm_eps=norm.eps,
     )
-    weights.linears += [(attention.a_proj, described.inputs), (attention.q_proj, described.queries)]
-    return described
-
-
-def _state(weights: Weights, mixer: states.Stateful, inputs: float) -> StateParts:
-    described = states.describe(mixer, weights.linear, weights.keep, inputs=inputs)
-    if isinstance(mixer, GatedDeltaNet):
-        weights.linears += [(mixer.rows_proj, described.rows), (mixer.rates_proj, described.rates)]
-    else:
-        weights.linears.append((mixer.in_proj, described.rows))
+    weights.place(described.inputs, attention.a_proj, attention.a_proj.bias)
+    weights.place(described.queries, attention.q_proj, None)
     return described
 
 

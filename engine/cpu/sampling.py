@@ -22,7 +22,6 @@ from ..sampling.sampling import (
     forget_others,
     mask_logits,
     plain_tokens,
-    uniform,
 )
 from ..sampling.seen import SeenTokens
 from .decoder import NativeDecoder
@@ -68,7 +67,7 @@ class NativeSampler:
         if not drawn:
             return []
         size, counts = logits.shape[1], [len(rows[index].choices) for index in drawn]
-        uniforms = np.array([number for index in drawn for number in _uniforms(rows[index])])
+        uniforms = np.array([number for index in drawn for number in rows[index].uniforms])
         tokens, masks = np.empty(len(uniforms), np.int32), [self._mask(rows[index], size) for index in drawn]
         draws, at = (Draw * len(drawn))(), 0
         for draw, index, count, mask in zip(draws, drawn, counts, masks, strict=True):
@@ -153,10 +152,6 @@ _NOTHING = _Logprobs(None, 0.0, [])
 def _changes(row: SampleRow) -> bool:
     """Tell whether its logits are others in the end: a mask is heeded beside them where something is drawn."""
     return row.edits_numbers or (row.params.is_greedy and row.mask is not None)
-
-
-def _uniforms(row: SampleRow) -> list[float]:
-    return [uniform(row.params.seed, choice, row.output_index) for choice in row.choices]
 
 
 def _row_at(logits: Tensor, index: int) -> int:

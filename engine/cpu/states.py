@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TypedDict
 
 import torch
-from torch import Tensor
 
 from ..nn.convolution import Convolution, ShortConvolution
 from ..nn.delta_net import GatedDeltaNet
-from ..nn.layers import Linear
 from ..nn.mamba import Mamba
-from .described import DELTA_NET, MAMBA, SHORT_CONVOLUTION, DeltaNetParts, LinearParts, MambaParts, StateParts
+from .described import DELTA_NET, MAMBA, SHORT_CONVOLUTION, DeltaNetParts, MambaParts, StateParts
 from .packing import address
+from .weights import Weights
 
 Stateful = GatedDeltaNet | Mamba | ShortConvolution
-Described = Callable[[Linear, Tensor | None], LinearParts]  # a matrix with its bias
 
 
 class _CommonParts(TypedDict):
@@ -31,11 +28,11 @@ class _CommonParts(TypedDict):
     memory_size: int
 
 
-def _common_parts(convolution: Convolution, keep: list[object]) -> _CommonParts:
-    """Describe what all kinds have. `keep` gets what is pointed to and nobody else keeps."""
+def _common_parts(weights: Weights, convolution: Convolution) -> _CommonParts:
+    """Describe what all kinds have."""
     config = convolution.config
     by_token = convolution.weight.squeeze(1).T.contiguous()
-    keep.append(by_token)
+    weights.keep.append(by_token)
     return {
         "convolution": address(by_token),
         "convolution_bias": address(convolution.bias),
@@ -46,32 +43,26 @@ def _common_parts(convolution: Convolution, keep: list[object]) -> _CommonParts:
     }
 
 
-def describe(mixer: Stateful, linear: Described, keep: list[object], *, inputs: float = 1.0) -> StateParts:
-    """Describe it, as its kind is. `keep` gets what is pointed to and nobody else keeps. `inputs`: what the mixer's are
-    multiplied by, if it stands beside attention.
-    """
+def describe(weights: Weights, mixer: Stateful, inputs: float) -> StateParts:
+    """Describe it, as its kind is. `inputs`: what the mixer's are multiplied by, if it stands beside attention."""
     if isinstance(mixer, Mamba):
-        return _mamba(mixer, linear, keep, inputs)
+        return _mamba(weights, mixer, inputs)
     assert inputs == 1.0
-    return _delta_net(mixer, linear, keep) if isinstance(mixer, GatedDeltaNet) else _convolution(mixer, linear, keep)
+    return _delta_net(weights, mixer) if isinstance(mixer, GatedDeltaNet) else _convolution(weights, mixer)
 
 
-def _convolution(mixer: ShortConvolution, linear: Described, keep: list[object]) -> StateParts:
-    return StateParts(
-        kind=SHORT_CONVOLUTION,
-        rows=linear(mixer.in_proj, mixer.in_proj.bias),
-        **_common_parts(mixer.convolution, keep),
-    )
+def _convolution(weights: Weights, mixer: ShortConvolution) -> StateParts:
+    described = StateParts(kind=SHORT_CONVOLUTION, **_common_parts(weights, mixer.convolution))
+    weights.place(described.rows, mixer.in_proj, mixer.in_proj.bias)
+    return described
 
 
-def _delta_net(net: GatedDeltaNet, linear: Described, keep: list[object]) -> DeltaNetParts:
+def _delta_net(weights: Weights, net: GatedDeltaNet) -> DeltaNetParts:
     config, vectors = net.config, net.vectors.by_name
     forgetting = vectors["A_log"].exp()
-    keep.append(forgetting)
-    return DeltaNetParts(
+    weights.keep.append(forgetting)
+    described = DeltaNetParts(
         kind=DELTA_NET,
-        rows=linear(net.rows_proj, None),
-        rates=linear(net.rates_proj, None),
         num_rates=net.rates_proj.weight.num_outputs,
         forgetting=address(forgetting),
         rate_bias=address(vectors["dt_bias"]),
@@ -82,20 +73,22 @@ def _delta_net(net: GatedDeltaNet, linear: Described, keep: list[object]) -> Del
         value_dim=config.value_dim,
         is_grouped=config.is_grouped,
         norm_eps=net.norm.eps,
-        **_common_parts(net.convolution, keep),
+        **_common_parts(weights, net.convolution),
     )
+    weights.place(described.rows, net.rows_proj, None)
+    weights.place(described.rates, net.rates_proj, None)
+    return described
 
 
-def _mamba(mixer: Mamba, linear: Described, keep: list[object], inputs: float) -> MambaParts:
+def _mamba(weights: Weights, mixer: Mamba, inputs: float) -> MambaParts:
     config, vectors, bias, factors = mixer.config, mixer.vectors.by_name, mixer.in_proj.bias, mixer.factors
     forgetting = vectors["A_log"].exp()
     if inputs != 1.0:  # of products in place of what is multiplied
         factors = inputs * (torch.ones(mixer.in_proj.weight.num_outputs) if factors is None else factors)
         bias = None if bias is None else bias / inputs
-    keep += [forgetting, factors]
-    return MambaParts(
+    weights.keep += [forgetting, factors]
+    described = MambaParts(
         kind=MAMBA,
-        rows=linear(mixer.in_proj, bias),
         factors=address(factors),
         num_rates=config.num_heads,
         forgetting=address(forgetting),
@@ -111,5 +104,7 @@ def _mamba(mixer: Mamba, linear: Described, keep: list[object], inputs: float) -
         norm_eps=mixer.eps,
         least_step=config.step_limits[0],
         most_step=config.step_limits[1],
-        **_common_parts(mixer.convolution, keep),
+        **_common_parts(weights, mixer.convolution),
     )
+    weights.place(described.rows, mixer.in_proj, bias)
+    return described

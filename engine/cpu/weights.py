@@ -35,6 +35,15 @@ class Weights:
             self.keep.append(bias := bias.to(self._dtype))  # a gate's is float32
         return LinearParts(self._packed[id(linear.weight)].tiles, address(bias))
 
+    def place(self, target: LinearParts, linear: Linear, bias: Tensor | None) -> None:
+        """Describe a linear in its field of a layer's description, where its adapters are told of later."""
+        described = self.linear(linear, bias)
+        target.weight, target.bias = described.weight, described.bias
+        if linear.takes_some_rows:
+            self.of_experts[id(linear)] = target
+        else:
+            self.linears.append((linear, target))
+
     def heads(self, matrices: Tensor) -> Packed:
         """Pack matrices [heads, outputs, inputs]: `Packer.heads`."""
         self.keep.append(packed := self._pack.heads(matrices))

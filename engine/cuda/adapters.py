@@ -55,8 +55,9 @@ class StackedMatrices:
         self._rows = rows
         dtype, num_inputs = linear.weight.dtype, linear.weight.num_inputs
         self._down = torch.zeros(len(self.parts), num_slots, max_rank, num_inputs, dtype=dtype, device=device)
-        sizes = [part.rows.stop - part.rows.start for part in self.parts]
-        self._up = [torch.zeros(num_slots, max_rank, size, dtype=dtype, device=device) for size in sizes]
+        self._up = [
+            torch.zeros(num_slots, max_rank, part.num_outputs, dtype=dtype, device=device) for part in self.parts
+        ]
 
     def hold(self, weights: AdapterWeights, ranks: Mapping[str, int]) -> None:
         for part, up in zip(self.parts, self._up, strict=True):

@@ -86,13 +86,12 @@ def collect_edits(
         return None
     edits = Edits()
     for index, row in enumerate(rows):
-        params = row.params
-        if params.logit_bias:
-            ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
-            edits.biased.add(index, ids)
-            edits.bias += [params.logit_bias[i] for i in ids]
-        if row.mask is None and (barred := row.banned(eos_token_ids)):
-            edits.banned.add(index, [i for i in barred if 0 <= i < vocab_size])
+        params, biases = row.params, row.biases(vocab_size)
+        if biases:
+            edits.biased.add(index, [*biases])
+            edits.bias += biases.values()
+        if row.mask is None and (barred := row.banned(vocab_size, eos_token_ids)):
+            edits.banned.add(index, barred)
         if params.repetition_penalty != 1:
             edits.repeated.add(index, row.seen_tokens(seen))
             edits.repetition.append(params.repetition_penalty)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.quantization import CARD_ROWS
-from ...models.storage import CARD_OUTPUTS, Form
+from ...models.storage import CARD_OUTPUTS
 from ..nn.decoder import Decoder
 from ..weights.grouped import GroupedWeight, join_nibbles
 from ..weights.weight import LoadedWeight
@@ -52,7 +52,7 @@ class Int4Weight(LoadedWeight):
         self._order = None if weight.order is None else weight.order.to(weight.numbers.device)
         # Of the result, [out] float32; None: scales are the groups' own.
         self._scales = weight.scales[:, 0].clone() if _is_of_whole_rows(weight) else None
-        self._group_size = _group_size(weight)
+        self._group_size = weight.form.card_group
         self._factors = torch.cat(_factors(weight, self._group_size), 1).transpose(0, 1).contiguous()
         bytes_ = torch.cat(_halves(weight.numbers), 1) if weight.bits == 8 else weight.numbers
         num_tiles = math.gcd(_MOST_TILES, bytes_.shape[1] * 2 // _TILE_INPUTS)
@@ -99,16 +99,8 @@ class Int4Weight(LoadedWeight):
 
 def takes(weight: GroupedWeight) -> bool:
     """Tell whether torch's product multiplies by it: of whole tiles, in groups of 32 inputs or multiples of them."""
-    return (
-        weight.dtype == torch.bfloat16
-        and not (weight.is_e2m1 or weight.is_e4m3)
-        and weight.num_outputs % CARD_OUTPUTS == 0
-        and _group_size(weight) > 0
-    )
-
-
-def _group_size(weight: GroupedWeight) -> int:
-    return Form(weight.bits, weight.group_size, weight.minima is not None).card_group
+    is_whole = weight.num_outputs % CARD_OUTPUTS == 0 and weight.form.card_group > 0
+    return is_whole and weight.dtype == torch.bfloat16
 
 
 def _is_of_whole_rows(weight: GroupedWeight) -> bool:

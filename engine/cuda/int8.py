@@ -30,8 +30,7 @@ _SUMS = 1 << 25  # of whole numbers at once: 128 MiB, and as much again in float
 
 def takes(weight: GroupedWeight) -> bool:
     """Tell whether a matrix has such numbers, and sizes that CUDA's product takes."""
-    form = Form(weight.bits, weight.group_size, weight.minima is not None, is_e4m3=weight.is_e4m3)
-    is_whole = form == Form(8, weight.num_inputs, has_minima=False)
+    is_whole = weight.form == Form(8, weight.num_inputs, has_minima=False)
     return is_whole and weight.num_outputs % CARD_OUTPUTS == 0  # of inputs `coded.obstacle` says more
 
 

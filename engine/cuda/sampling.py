@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...common.request import SampledToken
-from ..sampling.sampling import SampleRow, uniform
+from ..sampling.sampling import SampleRow
 from ..sampling.seen import SeenTokens
 from .edits import Edits, SeenPlaces, collect_edits
 from .kernels import Kernels
@@ -239,6 +239,5 @@ def invert(probs: Tensor, draws: Tensor) -> Tensor:
 def _uniforms(rows: Sequence[SampleRow], most: int) -> NDArray[np.float64]:
     draws = np.zeros((len(rows), most))
     for index, row in enumerate(rows):
-        for slot, choice in enumerate(row.choices):
-            draws[index, slot] = uniform(row.params.seed, choice, row.output_index)
+        draws[index, : len(row.choices)] = row.uniforms
     return draws

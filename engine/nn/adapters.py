@@ -36,7 +36,7 @@ class LinearAdapters:
         self.parts = tuple(linear.parts_of_rank())
         self._step = step
         dtype, num_inputs = linear.weight.dtype, linear.weight.num_inputs
-        sizes = [part.rows.stop - part.rows.start for part in self.parts]
+        sizes = [part.num_outputs for part in self.parts]
         self.down = [torch.zeros(num_slots, max_rank, num_inputs, dtype=dtype, device=device) for _ in sizes]
         self.up = [torch.zeros(num_slots, size, max_rank, dtype=dtype, device=device) for size in sizes]
         self.ranks = [[0] * num_slots for _ in sizes]  # 0: this part is not adapted

@@ -42,17 +42,7 @@ class Builder:
         if form is None:
             return DenseWeight(self.empty(num_outputs, num_inputs))
         form = form.of_rank(modules[0], num_inputs, num_ranks)
-        return GroupedWeight.empty(
-            num_outputs,
-            num_inputs,
-            bits=form.bits,
-            group_size=form.group_size,
-            has_minima=form.has_minima,
-            is_e2m1=form.is_e2m1,
-            is_e4m3=form.is_e4m3,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return GroupedWeight.empty(num_outputs, num_inputs, form, dtype=self.dtype, device=self.device)
 
     def head_form(self, name: str) -> Form | None:
         """Return the form of the head's matrix, which the checkpoint has as `name`; None: plain, as on every GPU."""

@@ -156,14 +156,14 @@ class LinearFactors:
         self._pairs: list[list[Pair | None]] = [[None] * form.num_slots for _ in self.parts]
 
     def num_values(self, ranks: Mapping[str, int]) -> int:
-        sizes = {part.module: self._num_inputs + part.rows.stop - part.rows.start for part in self.parts}
+        sizes = {part.module: self._num_inputs + part.num_outputs for part in self.parts}
         return sum(ranks[module] * size for module, size in sizes.items() if module in ranks)
 
     def hold(self, weights: AdapterWeights, ranks: Mapping[str, int]) -> None:
         for part in self.parts:
             if (rank := ranks.get(part.module)) is not None:
                 down = self._form.take(rank, self._num_inputs)
-                weights[part.module] = Pair(down, self._form.take(part.rows.stop - part.rows.start, rank))
+                weights[part.module] = Pair(down, self._form.take(part.num_outputs, rank))
 
     def write(self, target: Tensor, matrix: Tensor, scale: float) -> None:
         target.copy_(scaled(matrix, scale))

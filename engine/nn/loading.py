@@ -201,13 +201,7 @@ def _put(slot: WeightSlot, matrix: Tensor | GroupedWeight, quantization: Quantiz
         return
     form = quantization.form([slot.name.removesuffix(".weight")], slot.shape[1]) if quantization is not None else None
     if form is not None and not isinstance(matrix, GroupedWeight):
-        matrix = GroupedWeight.quantized(
-            matrix,
-            bits=form.bits,
-            group_size=form.group_size,
-            symmetric=not form.has_minima,
-            is_e2m1=form.is_e2m1,
-        )
+        matrix = GroupedWeight.quantized(matrix, form)
     slot.rows.put(matrix, slot.dim, slot.start)
 
 

@@ -86,13 +86,25 @@ class SampleRow:
         """Tell whether the best token is asked for and nothing else."""
         return self.params.is_greedy and self.params.logprobs is None and not self.edits_logits
 
-    def banned(self, eos_token_ids: frozenset[int]) -> Set[int]:
-        """Return the tokens that may not come next: they would end the answer too early, or complete a bad word."""
-        last = self._ends_of_bad_words()
+    @property
+    def uniforms(self) -> list[float]:
+        """Return the number of each choice by which its token is drawn."""
+        return [uniform(self.params.seed, choice, self.output_index) for choice in self.choices]
+
+    def biases(self, vocab_size: int) -> dict[int, float]:
+        """Return what is added to the logits of a vocabulary's tokens."""
+        return {token: bias for token, bias in self.params.logit_bias.items() if 0 <= token < vocab_size}
+
+    def banned(self, vocab_size: int, eos_token_ids: frozenset[int]) -> list[int]:
+        """Return a vocabulary's tokens that may not come next: they would end the answer too early, or complete a bad
+        word.
+        """
+        found = self._ends_of_bad_words()
         if self.forbids_end:
-            return last | eos_token_ids | set(self.params.stop_token_ids)
-        goes_on = self.params.ignore_eos and self.mask is not None and self.ends_by_grammar
-        return last | eos_token_ids if goes_on else last
+            found = found | eos_token_ids | set(self.params.stop_token_ids)
+        elif self.params.ignore_eos and self.mask is not None and self.ends_by_grammar:
+            found = found | eos_token_ids
+        return [token for token in found if 0 <= token < vocab_size]
 
     def _ends_of_bad_words(self) -> Set[int]:
         if not self.params.bad_words:
@@ -110,9 +122,8 @@ class SampleRow:
         assert self.mask is not None
         num_words = -(-vocab_size // 32)
         bits = bytearray(self.mask[: 4 * num_words].ljust(4 * num_words, b"\0"))
-        for token_id in self.banned(eos_token_ids):
-            if 0 <= token_id < vocab_size:
-                bits[token_id >> 3] &= ~(1 << (token_id & 7))
+        for token_id in self.banned(vocab_size, eos_token_ids):
+            bits[token_id >> 3] &= ~(1 << (token_id & 7))
         words = np.frombuffer(bits, np.dtype("<u4"))
         return words if words.any() else np.frombuffer(self.mask.ljust(4 * num_words, b"\0"), "<u4", num_words)
 
@@ -203,12 +214,11 @@ def _report_logprobs(logits: Tensor, rows: Sequence[SampleRow]) -> Logprobs | No
 
 def edit_logits(logits: Tensor, row: SampleRow, eos_token_ids: frozenset[int], seen: SeenTokens) -> None:
     """Do to one row all that its request asks for but its grammar's mask."""
-    params, vocab_size = row.params, logits.shape[0]
-    if params.logit_bias:
-        ids = [i for i in params.logit_bias if 0 <= i < vocab_size]
-        logits[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=logits.device)
-    if row.mask is None and (banned := row.banned(eos_token_ids)):
-        logits[[i for i in banned if 0 <= i < vocab_size]] = float("-inf")
+    vocab_size = logits.shape[0]
+    if biases := row.biases(vocab_size):
+        logits[[*biases]] += torch.tensor([*biases.values()], device=logits.device)
+    if row.mask is None and (banned := row.banned(vocab_size, eos_token_ids)):
+        logits[banned] = float("-inf")
     if row.has_penalties:
         _penalize(logits, row, seen)
 
@@ -247,9 +257,7 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> list[list[int]]:
         whole = logits if len(random) == len(rows) else logits[random]
         temperatures = torch.tensor([rows[index].params.temperature for index in random]).unsqueeze(1)
         for index, probabilities in zip(random, torch.softmax(whole / temperatures, -1).numpy(), strict=True):
-            row = rows[index]
-            uniforms = [uniform(row.params.seed, choice, row.output_index) for choice in row.choices]
-            chosen[index] = draw(probabilities, row.params, uniforms)
+            chosen[index] = draw(probabilities, rows[index].params, rows[index].uniforms)
     return chosen
 
 

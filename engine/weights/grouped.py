@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...models.storage import FEWER_RANKS, NO_SHARED_ACT_ORDER
+from ...models.storage import FEWER_RANKS, NO_SHARED_ACT_ORDER, Form
 from .float8 import to_float8
 from .rounding import round_groups
 from .weight import PIECE_ROWS, DenseWeight, StoredMatrix, WeightSlot
@@ -69,58 +69,33 @@ class GroupedWeight:
         assert self.num_inputs == self.group_size * scales.shape[1], (numbers.shape, scales.shape)
 
     @classmethod
-    def empty(
-        cls,
-        num_outputs: int,
-        num_inputs: int,
-        *,
-        bits: int,
-        group_size: int,
-        has_minima: bool,
-        is_e2m1: bool = False,
-        is_e4m3: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Self:
+    def empty(cls, num_outputs: int, num_inputs: int, form: Form, *, dtype: torch.dtype, device: torch.device) -> Self:
         """Make one to be filled by `put`."""
-        number_type = torch.float8_e4m3fn if is_e4m3 else torch.uint8 if bits == 4 else torch.int8
-        numbers = torch.zeros(num_outputs, num_inputs * bits // 8, dtype=number_type, device=device)
-        scales = torch.zeros(num_outputs, num_inputs // group_size, device=device)
-        minima = torch.zeros_like(scales) if has_minima else None
-        return cls(numbers, scales, minima, dtype=dtype, is_e2m1=is_e2m1)
+        number_type = torch.float8_e4m3fn if form.is_e4m3 else torch.uint8 if form.bits == 4 else torch.int8
+        numbers = torch.zeros(num_outputs, num_inputs * form.bits // 8, dtype=number_type, device=device)
+        scales = torch.zeros(num_outputs, num_inputs // form.group_size, device=device)
+        minima = torch.zeros_like(scales) if form.has_minima else None
+        return cls(numbers, scales, minima, dtype=dtype, is_e2m1=form.is_e2m1)
 
     @classmethod
-    def quantized(
-        cls,
-        matrix: Tensor,
-        *,
-        bits: int,
-        group_size: int,
-        symmetric: bool,
-        is_e2m1: bool = False,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
+    def quantized(cls, matrix: Tensor, form: Form, *, dtype: torch.dtype | None = None) -> Self:
         """Round each number of a plain matrix to the nearest one that its group can hold (`rounding.py`)."""
-        made = cls.empty(
-            len(matrix),
-            matrix.shape[1],
-            bits=bits,
-            group_size=group_size,
-            has_minima=not symmetric and not is_e2m1,
-            is_e2m1=is_e2m1,
-            dtype=dtype or matrix.dtype,
-            device=matrix.device,
-        )
-        floats = E2M1[: len(E2M1) // 2] if is_e2m1 else ()
+        assert not form.is_e4m3, "`to_float8` rounds to these"
+        made = cls.empty(len(matrix), matrix.shape[1], form, dtype=dtype or matrix.dtype, device=matrix.device)
+        symmetric, floats = not form.has_minima, E2M1[: len(E2M1) // 2] if form.is_e2m1 else ()
         for at in range(0, len(matrix), PIECE_ROWS):
             rows = slice(at, at + PIECE_ROWS)
-            groups = matrix[rows].float().reshape(-1, matrix.shape[1] // group_size, group_size)
-            numbers, made.scales[rows], minima = round_groups(groups, bits, symmetric=symmetric, floats=floats)
+            groups = matrix[rows].float().reshape(-1, matrix.shape[1] // form.group_size, form.group_size)
+            numbers, made.scales[rows], minima = round_groups(groups, form.bits, symmetric=symmetric, floats=floats)
             numbers = numbers.flatten(1)
-            made.numbers[rows] = join_nibbles(numbers.to(torch.uint8)) if bits == 4 else numbers
+            made.numbers[rows] = join_nibbles(numbers.to(torch.uint8)) if form.bits == 4 else numbers
             if made.minima is not None and minima is not None:
                 made.minima[rows] = minima
         return made
+
+    @property
+    def form(self) -> Form:
+        return Form(self.bits, self.group_size, self.minima is not None, self.is_e2m1, self.is_e4m3)
 
     # --- what it stands for --------------------------------------------------------------------------------------
 
@@ -200,7 +175,7 @@ class GroupedWeight:
         if start % self.group_size or length % self.group_size:
             if self.is_e4m3:  # blocks are cut into smaller ones of the same scale
                 group_size = math.gcd(self.group_size, start, length)
-                return self.raised(8, group_size, has_minima=False).narrow(dim, start, length)
+                return self.raised(self.form._replace(group_size=group_size)).narrow(dim, start, length)
             raise ConfigError(
                 f"a rank's {length} inputs of {self.num_inputs} are no whole groups of {self.group_size}; {FEWER_RANKS}"
             )
@@ -219,9 +194,8 @@ class GroupedWeight:
 
         Raises ConfigError where its inputs stand in another order than those of other rows.
         """
-        raised = part.raised(self.bits, self.group_size, has_minima=self.minima is not None)
-        are_alike = raised.is_e2m1 == self.is_e2m1 and raised.is_e4m3 == self.is_e4m3
-        assert are_alike, "numbers that mean something else"
+        raised = part.raised(self.form)
+        assert raised.form == self.form, "numbers that mean something else"
         self.numbers[rows] = raised.numbers
         self.scales[rows] = raised.scales
         if self.minima is not None and raised.minima is not None:
@@ -232,23 +206,23 @@ class GroupedWeight:
         elif not _same_order(order, self.order):
             raise ConfigError("its inputs are in another act-order than those of the matrix that it is fused with")
 
-    def raised(self, bits: int, group_size: int, *, has_minima: bool) -> GroupedWeight:
+    def raised(self, form: Form) -> GroupedWeight:
         """Return the same weights in a form of no fewer bits, no larger groups, and minima if there are any."""
         numbers, minima, scales = self.numbers, self.minima, self.scales
-        if bits < self.bits or self.group_size % group_size or (minima is not None and not has_minima):
-            raise AssertionError(f"{self.bits} bits in groups of {self.group_size} are not {bits} in {group_size}")
-        if bits == 8 and self.is_e2m1:
+        if form.bits < self.bits or self.group_size % form.group_size or (minima is not None and not form.has_minima):
+            raise AssertionError(f"{self.form} is not raised to {form}")
+        if form.bits == 8 and self.is_e2m1:
             numbers, scales = (2 * self._meant()).to(torch.int8), scales / 2
-        elif bits == 8 and self.bits == 4:
+        elif form.bits == 8 and self.bits == 4:
             numbers = split_nibbles(numbers).to(torch.int8)
             numbers = numbers if minima is not None else numbers.sub_(_ZERO)
-        if has_minima and minima is None:
-            zero = _ZERO if bits == 4 else 0  # of nibbles with minima the number meant is the nibble itself
+        if form.has_minima and minima is None:
+            zero = _ZERO if form.bits == 4 else 0  # of nibbles with minima the number meant is the nibble itself
             minima = scales * -zero
-        repeats = self.group_size // group_size
+        repeats = self.group_size // form.group_size
         scales = scales.repeat_interleave(repeats, 1)
         minima = None if minima is None else minima.repeat_interleave(repeats, 1)
-        is_e2m1 = self.is_e2m1 and bits == 4
+        is_e2m1 = self.is_e2m1 and form.bits == 4
         return GroupedWeight(numbers, scales, minima, self.order, dtype=self.dtype, is_e2m1=is_e2m1)
 
 

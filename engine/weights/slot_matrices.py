@@ -22,6 +22,12 @@ class LinearPart:
     outputs: tuple[slice, ...]  # of the module, as they stand in `rows`
     first_input: int = 0
 
+    @property
+    def num_outputs(self) -> int:
+        """Count this rank's outputs."""
+        count: int = self.rows.stop - self.rows.start
+        return count
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:

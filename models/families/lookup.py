@@ -36,11 +36,11 @@ def _of_today(name: object) -> object:
     return _EARLIER_NAMES.get(name, name) if isinstance(name, str) else name
 
 
-def nearest(name: str) -> str | None:
-    """Return the known architecture whose name is most like another's; None where none is."""
+def nearest(name: str) -> str:
+    """Tell the known architecture whose name is most like another's, behind a list of all; nothing where none is."""
     stems = {_stem(known): known for known in reversed(ARCHITECTURES)}
     found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
-    return stems[found[0]] if found else None
+    return f"; the nearest is {stems[found[0]]}" if found else ""
 
 
 def _stem(architecture: str) -> str:

@@ -88,9 +88,9 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
         if name != "unk" and key in fields.special
     }
     config: Json = {
-        "architectures": [of.family],
-        "model_type": of.model_type,
-        "hidden_act": of.activation,
+        "architectures": [of.checkpoint],
+        "model_type": of.family.name,
+        "hidden_act": of.family.defaults.get("hidden_act", "silu"),
         "hidden_size": hidden_size,
         "intermediate_size": max(fields.of_layers("feed_forward_length", num_layers, 0)),
         "num_hidden_layers": num_layers,
@@ -103,16 +103,11 @@ def gguf_model_config(fields: GgufFields, of: Architecture, shapes: Shapes, fact
         "mlp_bias": file.has("ffn_up.bias"),
         "tie_word_embeddings": "output.weight" not in shapes,
         "vocab_size": shapes["token_embd.weight"][0],
-        **rope_fields(
-            fields,
-            head_dim,
-            {} if of.turns_fastest else factors,
-            may_turn_parts=of.turns_parts or of.turns_fastest,
-        ),
+        **rope_fields(fields, head_dim, {} if of.family.has_wide_layers else factors, may_turn_parts=of.may_turn_parts),
         **special,
         "torch_dtype": "bfloat16",
     }
-    if of.experts != "none" and fields.find(fields.of_model("expert_count")):
+    if of.family.experts is not None and fields.find(fields.of_model("expert_count")):
         config |= _expert_fields(fields)
     own = OWN_FIELDS.get(fields.architecture)
     return config if own is None else config | own(replace(file, config=config))
@@ -131,10 +126,10 @@ def _epsilon(fields: GgufFields) -> float:
 
 def _head_dim(fields: GgufFields, of: Architecture, default: int) -> int:
     """Return the numbers of a head; of latents, those that positions turn."""
-    if of.is_latent:
+    if of.family.is_latent:
         return fields.count("rope.dimension_count")
     narrow = fields.find(fields.of_model("attention.key_length_swa"))
-    if of.turns_fastest and narrow is not None:
+    if of.family.has_wide_layers and narrow is not None:
         return fields.count("attention.key_length_swa")
     head_dim = fields.integer(fields.of_model("attention.key_length"), default)
     if (value_dim := fields.integer(fields.of_model("attention.value_length"), head_dim)) != head_dim:

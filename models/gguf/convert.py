@@ -132,20 +132,23 @@ def _stored_tensors(
         if int(layer) >= config["num_hidden_layers"]:
             continue  # it predicts further tokens
         is_vector = f"{own}.{match[3]}" in of.layer
-        stack = _EXPERTS.fullmatch(own) if of.experts != "none" and not is_vector else None
+        stack = _EXPERTS.fullmatch(own) if of.family.experts is not None and not is_vector else None
         if stack is not None:
             stacks.setdefault(layer, {})[f"{stack[1]}.{match[3]}"] = part
-        elif of.is_latent and own in HALVES:
+        elif of.family.is_latent and own in HALVES:
             halves.setdefault(layer, {})[own] = part
         elif own in of.fused:
             fused.setdefault(f"model.layers.{layer}.{of.fused[own]}.{match[3]}", {})[own] = part
         else:
             yield _layer_tensor(part, match, of, config, kept)
-    yield from expert_tensors(stacks, of, kept)
+    if of.family.experts is not None:
+        yield from expert_tensors(stacks, of.family.experts, kept)
     yield from latent_tensors(halves, kept)
     for name, parts in fused.items():
         in_order = [parts[own] for own in of.fused if own in parts]
-        yield chained(grouped_rows(in_order, config) if of.states == "grouped delta nets" else in_order, name, kept)
+        yield chained(
+            grouped_rows(in_order, config) if of.family.states == "grouped delta nets" else in_order, name, kept
+        )
 
 
 def _layer_tensor(
@@ -162,20 +165,20 @@ def _layer_tensor(
         part = undo_permutation(part, config[_HEADS[own]])
     if own in _ROWS and len(part.shape) == 1:
         part = part.as_row()
-    if of.states != "none" and (found := state_tensor(part, own, name, of, config, kept)) is not None:
+    if of.family.states is not None and (found := state_tensor(part, own, name, of, config, kept)) is not None:
         return found
     return _tensor(part, name, of, kept)
 
 
 def _tensor(part: Part, name: str, of: Architecture, kept: Collection[str]) -> StoredTensor:
-    if of.norm_offset and name.endswith("norm.weight"):
-        return less(part, name, of.norm_offset)
+    if of.family.norm_offset and name.endswith("norm.weight"):
+        return less(part, name, of.family.norm_offset)
     return stored(part, name, kept)
 
 
 def _outer_name(name: str, of: Architecture) -> str:
     if name in FINAL_NORMS:
-        return f"model.{of.final_norm}.weight"
+        return f"model.{of.family.final_norm}.weight"
     if (found := TENSORS.get(name)) is None:
         raise ValueError(f"unknown tensor {name}")
     return found

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .architectures.architecture import Architecture
+from ..families.experts import ExpertTraits
 from .tensors import PLAIN, Part, StoredTensor, bytes_of, stored, to_bfloat16
 
 if TYPE_CHECKING:
@@ -28,24 +28,24 @@ _MXFP4_BYTES = 17  # of a block: the exponent, and 32 numbers of 4 bits
 Stacks = Mapping[str, Mapping[str, Part]]  # layer -> "gate.weight", "up.weight" ... -> all experts' of that layer
 
 
-def expert_tensors(stacks: Stacks, of: Architecture, kept: Collection[str]) -> Iterator[StoredTensor]:
+def expert_tensors(stacks: Stacks, of: ExpertTraits, kept: Collection[str]) -> Iterator[StoredTensor]:
     """Yield the tensors of all layers' experts. Raises ValueError where a layer lacks one."""
-    wanted = [f"{part}.weight" for part in ("gate", "up", "down")[-len(of.expert_parts) :]]
-    wanted += ["gate.bias", "up.bias", "down.bias"] if of.experts == "stacked" else []
+    wanted = [f"{part}.weight" for part in ("gate", "up", "down")[-len(of.parts) :]]
+    wanted += ["gate.bias", "up.bias", "down.bias"] if of.is_stacked else []
     stacks = {layer: _apart(parts) for layer, parts in stacks.items()}
     for layer, parts in stacks.items():
         if parts.keys() != set(wanted):
             found = ", ".join(sorted(parts))
             raise ValueError(f"blk.{layer} has of its experts {found} and needs {', '.join(wanted)}")
-    if of.experts == "stacked":
+    if of.is_stacked:
         are_mxfp4 = all(parts[name].kind == MXFP4 for parts in stacks.values() for name in wanted[:3])
         for layer, parts in stacks.items():
-            yield from _stacked(f"model.layers.{layer}.{of.expert_module}.experts", parts, are_mxfp4=are_mxfp4)
+            yield from _stacked(f"model.layers.{layer}.{of.module}.experts", parts, are_mxfp4=are_mxfp4)
         return
     for layer, parts in stacks.items():
-        for name, own in zip(wanted, of.expert_parts, strict=True):
+        for name, own in zip(wanted, of.parts, strict=True):
             for index, part in enumerate(parts[name].of_experts()):
-                module = ".".join(filter(None, (f"model.layers.{layer}", of.expert_module, f"experts.{index}.{own}")))
+                module = ".".join(filter(None, (f"model.layers.{layer}", of.module, f"experts.{index}.{own}")))
                 yield stored(part, f"{module}.weight", kept, may_widen=True)
 
 

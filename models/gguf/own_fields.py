@@ -31,7 +31,7 @@ def _gemma(file: ModelFile) -> Json:
             file.config["hidden_size"] // file.config["num_attention_heads"] if is_27b else file.config["head_dim"]
         ),
         **caps,  # what a file does not tell is its family's
-        **windows(file.fields, file.config["num_hidden_layers"]),
+        **windows(file),
     }
     if file.fields.architecture == "gemma2":
         return found | ({} if found["sliding_window"] else {"sliding_window": 4096})  # older files tell none
@@ -49,7 +49,7 @@ def _gemma(file: ModelFile) -> Json:
 def _gemma4(file: ModelFile) -> Json:
     """Return Gemma 4's own fields: heads of two sizes, and what later layers borrow and are given."""
     num_layers = file.config["num_hidden_layers"]
-    found = windows(file.fields, num_layers)
+    found = windows(file)
     narrow, wide = (
         [layer for layer, kind in enumerate(found["layer_types"]) if kind == f"{name}_attention"]
         for name in ("sliding", "full")
@@ -89,7 +89,7 @@ def _granite(file: ModelFile) -> Json:
 
 def _gpt_oss(file: ModelFile) -> Json:
     """Return gpt-oss's own fields. Its yarn is not rounded to whole frequencies, which no field tells."""
-    found = windows(file.fields, file.config["num_hidden_layers"])
+    found = windows(file)
     found["intermediate_size"] = file.fields.count("expert_feed_forward_length")
     if file.config["rope_scaling"] is not None:
         found["rope_scaling"] = file.config["rope_scaling"] | {"truncate": False}
@@ -98,7 +98,7 @@ def _gpt_oss(file: ModelFile) -> Json:
 
 def _olmo(file: ModelFile) -> Json:
     """Return OLMo 3's own fields: layers with a window have no scaling. OLMo 2, the same without windows, has none."""
-    of_layers = windows(file.fields, file.config["num_hidden_layers"])
+    of_layers = windows(file)
     if of_layers["sliding_window"] is None:
         return {}
     plain = {"rope_type": "default", "rope_theta": file.config["rope_theta"]}
@@ -115,12 +115,8 @@ def _phi3(file: ModelFile) -> Json:
     return {"sliding_window": file.integer("attention.sliding_window", 0) or None}
 
 
-def _typed_windows(file: ModelFile) -> Json:
-    return windows(file.fields, file.config["num_hidden_layers"])
-
-
 def _cohere(file: ModelFile) -> Json:
-    return _typed_windows(file) | {"logit_scale": file.number("logit_scale")}
+    return windows(file) | {"logit_scale": file.number("logit_scale")}
 
 
 def _ministral(file: ModelFile) -> Json:
@@ -138,7 +134,7 @@ def _llama4(file: ModelFile) -> Json:
     num_layers, window = file.config["num_hidden_layers"], file.fields.of_model("attention.sliding_window")
     if file.fields.find(window) == 0:
         raise ValueError(f"{window} = 0: a Llama 4 none of whose layers attend in chunks is not supported")
-    kinds = windows(file.fields, num_layers)["layer_types"]
+    kinds = windows(file)["layer_types"]
     turned = [int((layer + 1) % _LLAMA4_PERIOD != 0) for layer in range(num_layers)]
     if [kind == "sliding_attention" for kind in kinds] != [bool(each) for each in turned]:
         raise ValueError(f"{window}_pattern: all but each {_LLAMA4_PERIOD}th layer attend in chunks and turn positions")
@@ -175,7 +171,7 @@ OWN_FIELDS: dict[str, Callable[[ModelFile], Json]] = {
     "cohere2": _cohere,
     "deepseek2": latent_fields,
     "ernie4_5": _ernie,
-    "exaone4": _typed_windows,
+    "exaone4": windows,
     "gemma2": _gemma,
     "gemma3": _gemma,
     "gemma4": _gemma4,

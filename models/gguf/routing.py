@@ -7,7 +7,6 @@ llama.cpp knows of some architectures by its code alone whether the weights of a
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from .model_file import Json, ModelFile
 from .windows import windows
@@ -41,9 +40,9 @@ def shared_size(file: ModelFile, name: str) -> Json:
     return {name: file.integer("expert_shared_feed_forward_length", found)}
 
 
-def _qwen_moe(file: ModelFile, *, is_normed: bool) -> Json:
+def _qwen2_moe(file: ModelFile) -> Json:
     size = shared_size(file, "shared_expert_intermediate_size")
-    return {"norm_topk_prob": is_normed, "qkv_bias": file.config["attention_bias"], **size}
+    return {"norm_topk_prob": False, "qkv_bias": file.config["attention_bias"], **size}
 
 
 def _glm4_moe(file: ModelFile) -> Json:
@@ -66,7 +65,7 @@ def _ernie_moe(file: ModelFile) -> Json:
 
 
 def _exaone_moe(file: ModelFile) -> Json:
-    return routing_fields(file) | windows(file.fields, file.config["num_hidden_layers"])
+    return routing_fields(file) | windows(file)
 
 
 SPARSE_FIELDS: dict[str, Callable[[ModelFile], Json]] = {
@@ -77,5 +76,5 @@ SPARSE_FIELDS: dict[str, Callable[[ModelFile], Json]] = {
     "hunyuan-moe": lambda file: {"n_shared_experts": file.integer("expert_shared_count", 1)},
     "minimax-m2": _minimax,
     "olmoe": lambda _: {"norm_topk_prob": False},
-    "qwen2moe": partial(_qwen_moe, is_normed=False),
+    "qwen2moe": _qwen2_moe,
 }

@@ -34,7 +34,7 @@ def state_tensor(
     `own`: the file's name of it in its layer, `name`: the checkpoint's. Raises ValueError.
     """
     is_weight = name.endswith(".weight")
-    heads = _Heads.of(config) if of.states == "delta nets" else None
+    heads = _Heads.of(config) if of.family.states == "delta nets" else None
     if own == "ssm_dt":
         return computed(part, f"{name.removesuffix('dt.bias')}dt_bias", (part.shape[0],), partial(_flat, heads))
     if own == "ssm_a":

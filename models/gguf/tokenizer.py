@@ -170,20 +170,15 @@ def _preferred(types: Sequence[int], special: Mapping[str, int]) -> list[int]:
 def _rules(name: str) -> _Rules:
     if (found := _RULES.get(name)) is not None:
         return found
-    near = nearest(name, _RULES)
-    raise ConfigError(
-        f"the GGUF file's pre-tokenizer is {name}; kvferry converts {', '.join(_RULES)}"
-        + (f"; the nearest is {near}" if near is not None else "")
-    )
+    known = f"{', '.join(_RULES)}{nearest(name, _RULES)}"
+    raise ConfigError(f"the GGUF file's pre-tokenizer is {name}; kvferry converts {known}")
 
 
 def _refusal(kind: str) -> str:
     what = f" ({_OTHER_KINDS[kind]})" if kind in _OTHER_KINDS else ""
     known = ", ".join(f"{name} ({meaning})" for name, meaning in _KINDS.items())
-    near = "llama" if kind.startswith(("t5", "gemma", "plamo")) else nearest(kind, _KINDS)
-    return f"the GGUF file's tokenizer is of the kind {kind}{what}; kvferry converts {known}" + (
-        f"; the nearest is {near}" if near is not None else ""
-    )
+    near = nearest("llama" if kind.startswith(("t5", "gemma", "plamo")) else kind, _KINDS)
+    return f"the GGUF file's tokenizer is of the kind {kind}{what}; kvferry converts {known}{near}"
 
 
 def _bpe(tokens: list[str], pairs: Pairs, rules: _Rules, marks: Sequence[str]) -> Tokenizer:

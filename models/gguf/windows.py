@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .fields import GgufFields
-from .model_file import Json
+from .model_file import Json, ModelFile
 
 # Of layers, the last of which sees everything.
 _PERIODS = {
@@ -14,9 +13,10 @@ _PERIODS = {
 }
 
 
-def windows(fields: GgufFields, num_layers: int) -> Json:
+def windows(file: ModelFile) -> Json:
     """Return the window, and which layers have it: each of a list, or all but the last of each period."""
-    window = fields.integer(fields.of_model("attention.sliding_window"), 0)
+    fields, num_layers = file.fields, file.config["num_hidden_layers"]
+    window = file.integer("attention.sliding_window", 0)
     pattern = fields.find(fields.of_model("attention.sliding_window_pattern"))
     if pattern is None:
         pattern = _PERIODS[fields.architecture]

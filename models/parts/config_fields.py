@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,19 +19,6 @@ _MOST_OF = {
 }
 _MAX_CHARS = 200  # of a value that is told
 _LARGEST = 2.0**53  # of numbers with a fraction
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Return the object that a file holds. Raises ConfigError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: a model is a local Hugging Face directory") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 class ConfigFields:

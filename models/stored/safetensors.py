@@ -7,13 +7,16 @@ are found in milliseconds, by whoever starts a deployment, without torch.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
 
 from ...common.errors import ConfigError
+from .json_files import read_json
 from .pointer import LFS_POINTER, refuse_pointer
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -28,6 +31,37 @@ _OTHER_WEIGHTS = {
     "*.pt*": "convert it to what the transformers library saves",
 }
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Entry(NamedTuple):
+    """A tensor of a file, by the file's header."""
+
+    dtype: str  # by the format's name
+    shape: tuple[int, ...]
+    begin: int  # its first byte in the file
+    end: int  # behind its last one
+
+
+class Header(NamedTuple):
+    """A file's header."""
+
+    end: int  # where it ends, and the tensors' bytes begin
+    entries: dict[str, Entry]  # by name
+
+
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]  # no file is as large, and places of larger ones overflow
+
+
+class _Told(msgspec.Struct):
+    """`_Told` is what a header says of a tensor, in the format's own words."""
+
+    dtype: str
+    shape: tuple[_Number, ...]
+    data_offsets: tuple[_Number, _Number]  # its bytes, from the header's end on
+
+
+_ALL_TOLD = msgspec.json.Decoder(dict[str, msgspec.Raw])  # what `__metadata__` has is of no form
+_TOLD = msgspec.json.Decoder(_Told)
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:
@@ -61,15 +95,13 @@ def _way_out(model_dir: Path) -> str:
 
 
 def _indexed_names(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} is not an index of safetensors files: {error!r}") from error
+    if not isinstance(weight_map := read_json(index).get("weight_map"), dict):
+        raise ConfigError(f"{index} is not an index of safetensors files: its weight_map is no JSON object")
+    return sorted({str(name) for name in weight_map.values()})
 
 
-def read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
-    """Return where the tensors' bytes begin, and each tensor's entry. Raises ConfigError for any other file."""
+def read_header(path: Path) -> Header:
+    """Return what a safetensors file says of its tensors. Raises ConfigError for any other file."""
     try:
         with path.open("rb") as file:
             return parse_header(path, lambda start, size: os.pread(file.fileno(), size, start))
@@ -77,7 +109,7 @@ def read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def parse_header(path: Path, read: Callable[[int, int], bytes]) -> tuple[int, dict[str, dict[str, object]]]:
+def parse_header(path: Path, read: Callable[[int, int], bytes]) -> Header:
     """Return what `read_header` does; `read(start, size)` returns the file's bytes. Raises ConfigError likewise."""
     try:
         prefix = read(0, 8)
@@ -87,23 +119,33 @@ def parse_header(path: Path, read: Callable[[int, int], bytes]) -> tuple[int, di
             raise ConfigError(f"{path} cannot be read: it is not a safetensors file")
         if len(text := read(8, size)) < size:
             raise ConfigError(f"{path} has {8 + len(text)} bytes and a header of {size}: it was cut short, or damaged")
-        header = json.loads(text)
+        told = _ALL_TOLD.decode(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ConfigError(f"{path} cannot be read: it is not a safetensors file")
-    header.pop("__metadata__", None)
-    return 8 + size, header
+        raise ConfigError(f"{path} cannot be read: its header is malformed: {error}") from error
+    told.pop("__metadata__", None)
+    return Header(8 + size, {name: _entry(path, name, of_one, 8 + size) for name, of_one in told.items()})
+
+
+def _entry(path: Path, name: str, told: msgspec.Raw, begin: int) -> Entry:
+    """Return what a header has `told` of a tensor, the first of which has its bytes from `begin` on."""
+    try:
+        found = _TOLD.decode(told)
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: what its header says of {name} is malformed: {error}") from error
+    first, last = found.data_offsets
+    if first > last:
+        raise ConfigError(f"{path} cannot be read: by its header {name} begins at {first} and ends at {last}")
+    return Entry(found.dtype, found.shape, begin + first, begin + last)
 
 
 def stored_dtype(model_dir: Path) -> str | None:
     """Return the type that the embedding is stored in, by its name in config.json; None: it says nothing of others."""
     try:
-        headers = [read_header(path)[1] for path in safetensors_files(model_dir)]
+        headers = [read_header(path).entries for path in safetensors_files(model_dir)]
     except ConfigError:  # whoever loads the weights says what is wrong with them
         return None
     found = {name: entry for header in headers for name, entry in header.items()}
     for last in ("embed_tokens.weight", "backbone.embeddings.weight", "lm_head.weight"):  # a tied head may stand alone
         if entries := [entry for name, entry in found.items() if name.endswith(last)]:
-            return _DTYPES.get(str(entries[0].get("dtype")))
+            return _DTYPES.get(entries[0].dtype)
     return None

@@ -39,9 +39,10 @@ from kvferry.benchmarks.gpu.run import NO_GPU_EXIT_CODE, TimePlan, check, main, 
 from kvferry.benchmarks.gpu.serve import Exposure, check_gaps
 from kvferry.benchmarks.gpu.serve import main as serve_main
 from kvferry.common.clock import SystemClock
-from kvferry.engine.cuda.kernels import TorchKernels
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.tools.load.environment import describe_environment
+
+from ..engine.cuda.torch_kernels import TorchKernels
 
 QUIET = Console(file=io.StringIO())
 CPU = torch.device("cpu")

@@ -706,7 +706,15 @@ def test_what_would_run_wrongly_is_refused(tmp_path: Path, changes: dict[str, ob
         _load(tmp_path, changes)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "is missing"), ("{", "as JSON"), ("[1]", "JSON object")])
+def test_a_mark_of_byte_order_is_no_part_of_a_config(tmp_path: Path) -> None:
+    """Editors of some systems write one; all of a directory's JSON files are read alike."""
+    plain = _load(tmp_path, {})
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert ModelConfig.from_dir(tmp_path) == plain
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "is missing"), ("{", "valid JSON"), ("[1]", "JSON object")])
 def test_unreadable_config_names_the_file(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)

@@ -14,7 +14,8 @@ import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.models import files
-from kvferry.models.files import read_json, resolve_model
+from kvferry.models.files import resolve_model
+from kvferry.models.stored.json_files import read_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORIES: dict[str, dict[str, bytes]] = {

@@ -61,8 +61,6 @@ class AttentionMetadata:
 class AttentionBackend(Protocol):
     """Attention of one rank's heads over its pages."""
 
-    name: str
-
     def plan(self, metadata: AttentionMetadata) -> None:
         """Prepare a step. What `forward` needs is kept until the next plan."""
         ...

@@ -38,9 +38,8 @@ KVScales = Sequence[tuple[float, float]]  # of each layer: k_scale, v_scale
 
 
 class FlashInferAttention:
-    """Owned by the engine's thread."""
+    """Implements `DeviceAttention`. Owned by the engine's thread."""
 
-    name = "flashinfer"
     keeps_values = True
     value_dim: int | None = None
 
@@ -109,7 +108,6 @@ class FlashInferAttention:
         self.plan_with(metadata, ())
 
     def plan_with(self, metadata: AttentionMetadata, more: Sequence[Tensor]) -> list[Tensor]:
-        """Plan, and upload further arrays of int32 together with the plan's. Returns those, on the device."""
         step = upload_step(metadata, self.device, more)
         self.plan_step(metadata, step)
         return step.more
@@ -128,7 +126,6 @@ class FlashInferAttention:
 
     @property
     def positions(self) -> Tensor:
-        """Return the position of each of the planned step's tokens, [num_tokens] int32 on the device."""
         assert self._index is not None, "nothing is planned"
         return self._index.positions
 
@@ -175,7 +172,6 @@ class FlashInferAttention:
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, out: Tensor | None = None) -> Tensor:
-        """Do as `AttentionBackend.forward`. `out`: where the result goes, of q's shape and contiguous."""
         assert self._index is not None, "forward before plan"
         num_tokens, rows = self._num_tokens, self._num_decode_rows
         if num_tokens:
@@ -221,7 +217,6 @@ class FlashInferAttention:
         )
 
     def plan_nothing(self) -> None:
-        """Plan a step of padding alone."""
         self._num_tokens = self._num_decode_rows = 0
         self._index = PageIndex.of_nothing(self.device)
 
@@ -237,14 +232,13 @@ class FlashInferAttention:
     # --- graphs -----------------------------------------------------------------------------------------------
 
     def for_graph(self, index: PageIndex) -> DecodeGraphAttention:
-        """Decode of as many rows as `index` has, reading its tensors, which stay where they are."""
         if self._int_workspace is None:
             self._int_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
         return DecodeGraphAttention(self, index, self._int_workspace)
 
 
 class DecodeGraphAttention:
-    """Attention within a graph: `forward` is captured, `plan` is called before each replay, outside of it."""
+    """Implements `GraphAttention`."""
 
     def __init__(self, attention: FlashInferAttention, index: PageIndex, int_workspace: Tensor) -> None:
         self._attention = attention
@@ -258,11 +252,6 @@ class DecodeGraphAttention:
         self._wrapper.reset_workspace_buffer(attention.workspace, int_workspace)
 
     def plan(self, indptr: Tensor, last_page_len: Tensor, num_pages: int) -> None:
-        """Split the rows' work and queue its upload, with that of `indptr` [rows + 1] and `last_page_len` [rows], both
-        in pinned memory that stays as it is until they are uploaded. The page ids are uploaded already.
-
-        What a graph has captured of a plan depends on the number of rows alone.
-        """
         indices = self._index.paged_kv_indices[:num_pages]
         self._attention._plan_wrapper(self._wrapper, indptr, indices, last_page_len)
 

@@ -63,7 +63,6 @@ def attention_in_parts(pages: LayerPages, windows: Sequence[int | None], make: M
 class FlashInferParts:
     """Implements `DeviceAttention`. Owned by the engine's thread."""
 
-    name = "flashinfer"
     keeps_values = True
     value_dim: int | None = None
 

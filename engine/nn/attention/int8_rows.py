@@ -31,16 +31,6 @@ def write_rows(layer: Tensor, part: int, blocks: Tensor, offsets: Tensor, rows: 
     numbers[blocks, part, :, offsets], scales[blocks, part, :, offsets] = quantized(rows)
 
 
-def write_tokens(layer: Tensor, blocks: Tensor, offsets: Tensor, *parts: Tensor) -> None:
-    """Put tokens' keys, and values, each at least [tokens, heads, head_dim], into a layer's pages.
-
-    Those without heads are left out.
-    """
-    for part, rows in enumerate(parts):
-        if rows.shape[1]:
-            write_rows(layer, part, blocks, offsets, rows[: len(blocks)])
-
-
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return [..., head_dim] as int8, and the scales [...] float32. What is not finite makes its whole row NaN."""
     rows = rows.float()

@@ -32,7 +32,6 @@ _NEWEST_CAPABILITY = (9, 0)  # of the cards that FlashInfer's newest kernels for
 class FlashInferLatentAttention:
     """Implements `DeviceAttention`. Owned by the engine's thread."""
 
-    name = "flashinfer"
     keeps_values = False
 
     def __init__(self, pages: Tensor, num_heads: int, scores: Scores) -> None:

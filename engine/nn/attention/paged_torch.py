@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ....models.parts.chunks import Chunk, first_seen
-from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, row_steps
-from .int8_rows import stored_head_dim, widened, write_tokens
+from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores
+from .int8_rows import widened
+from .paged_heads import PagedHeads
 from .paged_plan import DecodeGroup, Planner, PrefillRow, WindowPlan
 
 _CACHE_BYTES = 8 << 20  # what a product's operands should stay within; measured
@@ -28,10 +29,8 @@ _MIN_TILE = 8  # queries: a product of fewer reads its keys too often for what i
 _NO = float("-inf")
 
 
-class CPUAttention:
-    """Owned by the engine's thread: scratch memory is reused from call to call."""
-
-    name = "cpu"
+class CPUAttention(PagedHeads):
+    """Implements `AttentionBackend`: scratch memory is reused from call to call."""
 
     def __init__(
         self,
@@ -47,50 +46,32 @@ class CPUAttention:
         faster, keys and values being widened where they are gathered anyway: on a Zen 3, 9 query and 3 KV heads of 64,
         a chunk of 512 tokens in 8 ms in place of 131, eight lone tokens behind 1,024 in 5.4 in place of 8.6.
         """
-        self._layers = [pages[layer] for layer in range(len(pages))]
-        _, _, self._num_kv_heads, self._block_size, _ = self._layers[0].shape
-        assert num_qo_heads % self._num_kv_heads == 0, (num_qo_heads, self._num_kv_heads)
-        self._head_dim = stored_head_dim(self._layers[0])
+        super().__init__(pages, num_qo_heads, sliding_windows, scores, dtype)
         self._num_qo_heads = num_qo_heads
-        self._group_size = num_qo_heads // self._num_kv_heads
-        self._value_dim = scores.value_dim or self._head_dim
-        self._scale = scores.scale_of(self._head_dim)
-        self._cap = scores.cap
-        self._sinks = scores.sinks
-        self._windows = tuple(sliding_windows)
-        self._dtype = dtype or self._layers[0].dtype
         self._score_bytes = cache_bytes  # scores of one prefill tile over several heads
         self._max_score_bytes = 4 * cache_bytes  # scores of one prefill tile of one KV head
-        self._has_values = scores.value_dim is None  # else they are a part of the keys
         self._planner = Planner(
             num_kv_heads=self._num_kv_heads,
             block_size=self._block_size,
-            steps=row_steps(self._layers[0]),
+            steps=self._steps,
             key_bytes=self._num_kv_heads * self._head_dim * self._dtype.itemsize,
             group_bytes=cache_bytes // 2,
         )
-        self._page_rows = [heads_of_pages(layer) for layer in self._layers]
         self._tile = 128 if self._dtype == torch.bfloat16 else 64  # queries; measured
         self._causal = torch.full((self._tile, self._tile), _NO, dtype=self._dtype).triu_(1)
         self._scratch: dict[str, Tensor] = {}
         self._plans: dict[int | None, WindowPlan] = {}
-        self._num_tokens = 0
-        self._blocks = self._offsets = torch.empty(0, dtype=torch.int64)
 
     def plan(self, metadata: AttentionMetadata) -> None:
-        self._num_tokens = metadata.num_tokens
-        self._blocks = metadata.slot_mapping // self._block_size
-        self._offsets = metadata.slot_mapping % self._block_size
+        super().plan(metadata)
         self._plans = {window: self._planner.plan(metadata, window) for window in set(self._windows)}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
-        num_tokens = self._num_tokens
-        parts = (k, v) if self._has_values else (k,)
-        write_tokens(self._layers[layer_id], self._blocks, self._offsets, *parts)
+        self._write(k, v, layer_id)
         plan = self._plans[self._windows[layer_id]]
         scaled = (q * self._scale).to(self._dtype)  # contiguous, unlike q
         out = self._take("out", q.shape[0], self._num_qo_heads, self._value_dim)
-        out[num_tokens:].zero_()
+        out[len(self._blocks) :].zero_()  # padding
         page_rows = self._page_rows[layer_id]
         for group in plan.groups:
             self._decode(group, scaled, page_rows, layer_id, out)
@@ -173,19 +154,17 @@ class CPUAttention:
 
     def _bound(self, scores: Tensor) -> Tensor:
         """Keep scores below the cap, in place."""
-        return scores if self._cap is None else scores.div_(self._cap).tanh_().mul_(self._cap)
+        cap = self._scores.cap
+        return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
     def _softmax(self, scores: Tensor, layer_id: int, heads: slice, out: Tensor | None = None) -> Tensor:
         """Weigh keys by their scores, [n * KV heads, rows, keys], rows being a group's query heads, each n in turn."""
-        if self._sinks is None:
+        if self._scores.sinks is None:
             return torch.softmax(scores, -1, out=out)
-        sinks = self._sinks[layer_id].view(self._num_kv_heads, self._group_size, 1)[heads].to(scores.dtype)
+        sinks = self._scores.sinks[layer_id].view(self._num_kv_heads, self._group_size, 1)[heads].to(scores.dtype)
         sinks = sinks.repeat(len(scores) // len(sinks), 1, 1)
         sinks = sinks.repeat_interleave(scores.shape[1] // self._group_size, 1)
         return torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]
-
-    def warm_up(self) -> None:
-        """Nothing is compiled here."""
 
     def _gather(self, name: str, page_rows: Tensor, index: Tensor) -> Tensor:
         if page_rows.dtype != self._dtype:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores, heads_of_pages, row_steps
-from .int8_rows import stored_head_dim, widened, write_tokens
+from .base import PLAIN_SCORES, AttentionMetadata, LayerPages, Scores
+from .int8_rows import widened
+from .paged_heads import PagedHeads
 
 _QUERIES = 8  # tokens of a tile
 _KEYS = 256  # of a tile: a multiple of it, and of every block size
@@ -68,10 +69,8 @@ class _Running:
     sums: Tensor  # [num_kv_heads, rows, value_dim]
 
 
-class TiledAttention:
-    """Owned by the engine's thread, which calculates alone: torch cuts sums and functions where its threads meet."""
-
-    name = "cpu"
+class TiledAttention(PagedHeads):
+    """Implements `AttentionBackend` for a thread that calculates alone: torch cuts sums where its threads meet."""
 
     def __init__(
         self,
@@ -83,29 +82,15 @@ class TiledAttention:
         dtype: torch.dtype | None = None,
     ) -> None:
         """`dtype`: the model's, where pages are in another."""
-        self._layers = [pages[layer] for layer in range(len(pages))]
-        _, _, self._num_kv_heads, self._block_size, _ = self._layers[0].shape
-        self._head_dim = stored_head_dim(self._layers[0])
-        self._dtype = dtype or self._layers[0].dtype
-        assert num_qo_heads % self._num_kv_heads == 0, (num_qo_heads, self._num_kv_heads)
-        self._page_rows = [heads_of_pages(layer) for layer in self._layers]
-        self._steps = row_steps(self._layers[0])
-        self._group_size = num_qo_heads // self._num_kv_heads
-        self._scale = scores.scale_of(self._head_dim)
-        self._scores = scores
-        self._has_values = scores.value_dim is None  # else they are a part of the keys
-        self._value_dim = scores.value_dim or self._head_dim
-        self._windows = tuple(sliding_windows)
+        super().__init__(pages, num_qo_heads, sliding_windows, scores, dtype)
         self._rows: list[_Row] = []
-        self._blocks = self._offsets = torch.empty(0, dtype=torch.int64)
         self._places = torch.arange(_QUERIES).unsqueeze(1)
         self._columns = torch.arange(_KEYS)
 
     # --- planning ------------------------------------------------------------------------------------------
 
     def plan(self, metadata: AttentionMetadata) -> None:
-        self._blocks = metadata.slot_mapping // self._block_size
-        self._offsets = metadata.slot_mapping % self._block_size
+        super().plan(metadata)
         tokens, pages = metadata.qo_indptr.tolist(), metadata.paged_kv_indptr.tolist()
         self._rows = [
             _Row(
@@ -126,8 +111,7 @@ class TiledAttention:
     # --- running -------------------------------------------------------------------------------------------
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int) -> Tensor:
-        pages = self._layers[layer_id]
-        write_tokens(pages, self._blocks, self._offsets, *((k, v) if self._has_values else (k,)))
+        self._write(k, v, layer_id)
         out = torch.zeros(*q.shape[:2], self._value_dim, dtype=q.dtype)
         for row in self._rows:
             self._attend(row, q, layer_id, out)
@@ -199,9 +183,6 @@ class TiledAttention:
         result = part.sums.div_(part.total).view(heads, _QUERIES, group, dim).transpose(0, 1)
         tokens = out[tile.token : tile.token + tile.num_tokens].view(tile.num_tokens, heads, group, dim)
         tokens.copy_(result[tile.slot : tile.slot + tile.num_tokens])
-
-    def warm_up(self) -> None:
-        """Nothing is compiled here."""
 
 
 def _query_tiles(token: int, num_tokens: int, kv_len: int) -> Iterator[_QueryTile]:

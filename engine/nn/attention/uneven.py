@@ -38,8 +38,6 @@ def by_shape(layers: Sequence[Tensor]) -> list[list[int]]:
 class UnevenAttention:
     """Implements `AttentionBackend`."""
 
-    name = "cpu"
-
     def __init__(self, layers: Sequence[Tensor], windows: Sequence[int | None], make: Make) -> None:
         self._backends: list[AttentionBackend] = []
         self._of_layer: dict[int, tuple[AttentionBackend, int]] = {}

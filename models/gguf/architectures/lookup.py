@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from .architecture import Architecture
 from .dense import DENSE
-from .reads import WINDOW
 from .sparse import MIXTRAL, WITH_EXPERTS
 from .stateful import WITH_STATES
 
@@ -29,9 +28,9 @@ ARCHITECTURES |= {
     "nemotron_h_moe": ARCHITECTURES["nemotron_h"],
 }
 # A file of `deepseek2` whose experts are scored by a sigmoid.
-_DEEPSEEK_V3 = replace(ARCHITECTURES["deepseek2"], family="DeepseekV3ForCausalLM", model_type="deepseek_v3")
+_DEEPSEEK_V3 = replace(ARCHITECTURES["deepseek2"], checkpoint="DeepseekV3ForCausalLM")
 # A file of `olmo2` with a window.
-_OLMO3 = Architecture(family="Olmo3ForCausalLM", model_type="olmo3", layer=ARCHITECTURES["olmo2"].layer, reads=WINDOW)
+_OLMO3 = replace(ARCHITECTURES["olmo2"], checkpoint="Olmo3ForCausalLM")
 
 
 def architecture(name: str, *, num_experts: int, window: int, has_sigmoid: bool) -> Architecture:
@@ -43,15 +42,12 @@ def architecture(name: str, *, num_experts: int, window: int, has_sigmoid: bool)
     if name == "deepseek2" and has_sigmoid:
         return _DEEPSEEK_V3
     if (found := ARCHITECTURES.get(name)) is None:
-        near = nearest(name, ARCHITECTURES)
-        raise ValueError(
-            f"its architecture is {name}; these are read: {', '.join(ARCHITECTURES)}"
-            + (f"; the nearest is {near}" if near is not None else "")
-        )
+        known = f"{', '.join(ARCHITECTURES)}{nearest(name, ARCHITECTURES)}"
+        raise ValueError(f"its architecture is {name}; these are read: {known}")
     return found
 
 
-def nearest(name: str, known: Mapping[str, object]) -> str | None:
-    """Return the known name that is most like another; None where none is."""
+def nearest(name: str, known: Mapping[str, object]) -> str:
+    """Tell the known name that is most like another, behind a list of all; nothing where none is."""
     found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_ALIKE)
-    return found[0] if found else None
+    return f"; the nearest is {found[0]}" if found else ""

@@ -21,78 +21,26 @@ from .reads import MULTIPLIERS, ROUTING, SHARED_SIZE
 
 _QWEN_NEXT = {**ATTENTION, **HEAD_NORMS, **NORMS_AROUND, **DELTA_NETS}
 WITH_STATES: dict[str, Architecture] = {
-    "lfm2": Architecture(
-        family="Lfm2ForCausalLM", model_type="lfm2", layer=LFM2, final_norm="embedding_norm", states="convolutions"
-    ),
+    "lfm2": Architecture(checkpoint="Lfm2ForCausalLM", layer=LFM2),
     "lfm2moe": Architecture(
-        family="Lfm2MoeForCausalLM",
-        model_type="lfm2_moe",
+        checkpoint="Lfm2MoeForCausalLM",
         layer={**LFM2, "ffn_gate_inp": "feed_forward.gate", "exp_probs_b": "feed_forward.expert_bias"},
-        final_norm="embedding_norm",
         reads=ROUTING,
-        states="convolutions",
-        experts="single",
-        expert_module="feed_forward",
-        expert_parts=("w1", "w3", "w2"),
     ),
     "granitehybrid": Architecture(
-        family="GraniteMoeHybridForCausalLM",
-        model_type="granitemoehybrid",
+        checkpoint="GraniteMoeHybridForCausalLM",
         layer=GRANITE_HYBRID,
         reads=(*MULTIPLIERS, *SHARED_SIZE),
         permutes=True,
-        states="mamba",
         fused=GRANITE_INPUTS,
-        experts="single",
-        expert_module="block_sparse_moe",
     ),
-    "nemotron_h": Architecture(
-        family="NemotronHForCausalLM",
-        model_type="nemotron_h",
-        layer=NEMOTRON_H,
-        final_norm="norm_f",
-        activation="relu2",
-        reads=ROUTING,
-        turns_parts=True,  # of any length: none is turned
-        states="mamba",
-        experts="single",
-        expert_module="mixer",
-        expert_parts=("up_proj", "down_proj"),
-    ),
-    "falcon-h1": Architecture(
-        family="FalconH1ForCausalLM",
-        model_type="falcon_h1",
-        layer=FALCON_H1,
-        final_norm="final_layernorm",
-        states="mamba",
-    ),
+    "nemotron_h": Architecture(checkpoint="NemotronHForCausalLM", layer=NEMOTRON_H, reads=ROUTING),
+    "falcon-h1": Architecture(checkpoint="FalconH1ForCausalLM", layer=FALCON_H1),
     "qwen3next": Architecture(
-        family="Qwen3NextForCausalLM",
-        model_type="qwen3_next",
-        layer={**_QWEN_NEXT, **QWEN_SHARED},
-        reads=SHARED_SIZE,
-        turns_parts=True,
-        norm_offset=1.0,
-        states="grouped delta nets",
-        fused=GROUPED_INPUTS,
-        experts="single",
+        checkpoint="Qwen3NextForCausalLM", layer={**_QWEN_NEXT, **QWEN_SHARED}, reads=SHARED_SIZE, fused=GROUPED_INPUTS
     ),
-    "qwen35": Architecture(
-        family="Qwen3_5ForCausalLM",
-        model_type="qwen3_5_text",
-        layer={**_QWEN_NEXT, **MLP},
-        turns_parts=True,
-        norm_offset=1.0,
-        states="delta nets",
-    ),
+    "qwen35": Architecture(checkpoint="Qwen3_5ForCausalLM", layer={**_QWEN_NEXT, **MLP}),
     "qwen35moe": Architecture(
-        family="Qwen3_5MoeForCausalLM",
-        model_type="qwen3_5_moe_text",
-        layer={**_QWEN_NEXT, **QWEN_SHARED},
-        reads=SHARED_SIZE,
-        turns_parts=True,
-        norm_offset=1.0,
-        states="delta nets",
-        experts="single",
+        checkpoint="Qwen3_5MoeForCausalLM", layer={**_QWEN_NEXT, **QWEN_SHARED}, reads=SHARED_SIZE
     ),
 }

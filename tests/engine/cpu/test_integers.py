@@ -27,6 +27,7 @@ from kvferry.engine.nn.decoder import Decoder
 from kvferry.engine.nn.layers import Linear
 from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.models.default import cache_dir
+from kvferry.models.storage import Form
 
 from ...checkpoints import put_nan, write_checkpoint
 from ...engine_driver import Driver, engine_config, prompts
@@ -148,7 +149,7 @@ def test_the_largest_numbers_do_not_saturate(library: ctypes.CDLL, bits: int, sy
 @pytest.mark.parametrize("bits", [4, 8])
 def test_extreme_rows_keep_to_themselves(library: ctypes.CDLL, bits: int) -> None:
     matrix = torch.randn(70, 128).bfloat16()
-    weight = GroupedWeight.quantized(matrix, bits=bits, group_size=32, symmetric=False)
+    weight = GroupedWeight.quantized(matrix, Form(bits, 32, has_minima=True))
     packed = _packed(library, weight)
     x = _rows(9, 128)
     sound = _multiply(library, packed, x)
@@ -167,13 +168,13 @@ def test_extreme_rows_keep_to_themselves(library: ctypes.CDLL, bits: int) -> Non
 
 
 def test_groups_without_weight_add_nothing(library: ctypes.CDLL) -> None:
-    weight = GroupedWeight.quantized(torch.zeros(64, 64), bits=4, group_size=16, symmetric=True, dtype=torch.bfloat16)
+    weight = GroupedWeight.quantized(torch.zeros(64, 64), Form(4, 16, has_minima=False), dtype=torch.bfloat16)
     assert not weight.scales.any()
     assert not _multiply(library, _packed(library, weight), _rows(3, 64)).any()
 
 
 def test_factors_are_halves_where_these_are_exact(library: ctypes.CDLL) -> None:
-    weight = GroupedWeight.quantized(torch.randn(64, 64), bits=8, group_size=16, symmetric=True, dtype=torch.bfloat16)
+    weight = GroupedWeight.quantized(torch.randn(64, 64), Form(8, 16, has_minima=False), dtype=torch.bfloat16)
     sizes = []
     for scales in (weight.scales, weight.scales.half().float()):
         packed = Packer(library, torch.bfloat16)(GroupedWeight(weight.numbers, scales, dtype=torch.bfloat16))
@@ -195,7 +196,7 @@ def test_factors_of_floats_are_bytes_where_these_are_exact(library: ctypes.CDLL)
 
 
 def test_groups_that_there_are_no_products_for_are_left_to_torch() -> None:
-    weight = GroupedWeight.quantized(torch.randn(8, 24).bfloat16(), bits=8, group_size=12, symmetric=True)
+    weight = GroupedWeight.quantized(torch.randn(8, 24).bfloat16(), Form(8, 12, has_minima=False))
     with pytest.raises(NativeUnavailable, match="12 inputs to a group"):
         check_known(Linear("some", weight), torch.bfloat16)
 
@@ -227,9 +228,8 @@ def _quantize(decoder: Decoder, bits: int, group_size: int) -> None:
     for linear in decoder.linears():
         plain = linear.weight.plain  # type: ignore[attr-defined]
         if "0.mlp.down" not in linear.name:
-            linear.weight = GroupedWeight.quantized(
-                plain, bits=bits, group_size=group_size or plain.shape[1], symmetric=bits == 8, dtype=decoder.dtype
-            )
+            form = Form(bits, group_size or plain.shape[1], has_minima=bits == 4)
+            linear.weight = GroupedWeight.quantized(plain, form, dtype=decoder.dtype)
 
 
 def _engine(model_dir: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, **fields: object) -> Engine:

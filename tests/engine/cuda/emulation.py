@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kvferry.common.batch import Batch, RowOutput
-from kvferry.engine.cuda.kernels import TorchKernels
 from kvferry.engine.cuda.pipeline import DecodePipeline
 from kvferry.engine.cuda.rows import StepArrays, graph_sizes
 from kvferry.engine.cuda.sampling import DeviceSampler
@@ -25,6 +24,7 @@ from kvferry.engine.nn.runner import OnLayer
 from kvferry.engine.nn.torch_runner import TorchRunner
 
 from ...engine_driver import engine_config
+from .torch_kernels import TorchKernels
 
 MAX_ROWS, NUM_BLOCKS, SPARE = 8, 128, 127
 

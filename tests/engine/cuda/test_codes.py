@@ -22,6 +22,7 @@ from kvferry.engine.engine import Engine
 from kvferry.engine.weights.float8 import groups_to_float8
 from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.engine.weights.weight import DenseWeight
+from kvferry.models import storage
 from kvferry.tests.emulation.products import COMPILED, meant_by
 from kvferry.tests.emulation.stream import Event
 
@@ -37,17 +38,17 @@ flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, 
 
 def _weights(count: int, **form: object) -> list[GroupedWeight]:
     made = torch.randn(count, 48, 128)
-    asked = {"bits": 4, "group_size": 32, "symmetric": True, "dtype": torch.bfloat16} | form
-    return [GroupedWeight.quantized(matrix, **asked) for matrix in made]  # type: ignore[arg-type]
+    asked = storage.Form(4, 32, has_minima=False)._replace(**form)  # type: ignore[arg-type]
+    return [GroupedWeight.quantized(matrix, asked, dtype=torch.bfloat16) for matrix in made]
 
 
 @pytest.mark.parametrize(
     ("form", "code"),
     [
         ({}, Code.INT4),
-        ({"symmetric": False}, Code.INT4),
+        ({"has_minima": True}, Code.INT4),
         ({"bits": 8}, Code.INT8),
-        ({"bits": 8, "symmetric": False, "group_size": 128}, Code.INT8),
+        ({"bits": 8, "has_minima": True, "group_size": 128}, Code.INT8),
         ({"is_e2m1": True, "group_size": 16}, Code.E2M1),
     ],
 )

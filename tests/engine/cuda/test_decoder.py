@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kvferry.engine.cuda.decoder import FusedDecoder, cos_sin_table
-from kvferry.engine.cuda.kernels import TorchKernels
 from kvferry.engine.nn import decoder as decoders
 from kvferry.engine.nn.attention.base import AttentionMetadata, Scores
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
@@ -19,6 +18,7 @@ from kvferry.models.config import ModelConfig
 
 from ...checkpoints import Family, Shape, write_checkpoint
 from ..nn.test_blocks import Experts
+from .torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 20

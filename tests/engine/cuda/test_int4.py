@@ -41,7 +41,7 @@ CLOSE = 2e-2  # of the range
 
 def _weight(bits: int, group_size: int, num_inputs: int = 256, *, symmetric: bool = True) -> GroupedWeight:
     matrix = torch.randn(48, num_inputs, generator=torch.Generator().manual_seed(bits + group_size))
-    return GroupedWeight.quantized(matrix, bits=bits, group_size=group_size, symmetric=symmetric, dtype=torch.bfloat16)
+    return GroupedWeight.quantized(matrix, Form(bits, group_size, not symmetric), dtype=torch.bfloat16)
 
 
 def _on(device: str, weight: GroupedWeight) -> GroupedWeight:
@@ -158,8 +158,8 @@ def test_groups_of_32_inputs_and_multiples_are_taken(group_size: int, num_inputs
 
 def test_other_types_and_parts_of_tiles_are_not_taken() -> None:
     matrix = torch.randn(48, 64)
-    assert not takes(GroupedWeight.quantized(matrix, bits=4, group_size=32, symmetric=True))
-    part = GroupedWeight.quantized(matrix[:44], bits=8, group_size=32, symmetric=True, dtype=torch.bfloat16)
+    assert not takes(GroupedWeight.quantized(matrix, Form(4, 32, has_minima=False)))
+    part = GroupedWeight.quantized(matrix[:44], Form(8, 32, has_minima=False), dtype=torch.bfloat16)
     assert not takes(part)
 
 

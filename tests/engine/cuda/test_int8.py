@@ -16,6 +16,7 @@ from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.weights.grouped import GroupedWeight, has_triton
 from kvferry.models.quantization import CARD_ROWS
+from kvferry.models.storage import Form
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, engine_config, prompt_logprobs, prompts
@@ -37,7 +38,7 @@ CLOSE = 2e-2  # RMS of log-probabilities, of their range: a row's numbers are ro
 
 def _weight(num_outputs: int = 48, num_inputs: int = 256) -> GroupedWeight:
     matrix = torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(num_inputs))
-    return GroupedWeight.quantized(matrix, bits=8, group_size=num_inputs, symmetric=True, dtype=torch.bfloat16)
+    return GroupedWeight.quantized(matrix, Form(8, num_inputs, has_minima=False), dtype=torch.bfloat16)
 
 
 def _on(device: str, weight: GroupedWeight) -> Int8Weight:
@@ -90,11 +91,11 @@ def test_scales_of_whole_outputs_without_minima_are_taken() -> None:
     matrix = torch.randn(48, 64)
 
     def made(**fields: object) -> GroupedWeight:
-        given = {"bits": 8, "group_size": 64, "symmetric": True, "dtype": torch.bfloat16} | fields
-        return GroupedWeight.quantized(matrix, **given)  # type: ignore[arg-type]
+        form = Form(8, 64, has_minima=False)._replace(**fields)  # type: ignore[arg-type]
+        return GroupedWeight.quantized(matrix, form, dtype=torch.bfloat16)
 
     assert takes(made())
-    assert not any(takes(other) for other in (made(bits=4), made(group_size=32), made(symmetric=False)))
+    assert not any(takes(other) for other in (made(bits=4), made(group_size=32), made(has_minima=True)))
     assert not takes(made().narrow(0, 0, 44)), "outputs are no multiple of 8"
 
 

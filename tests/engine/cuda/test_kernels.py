@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kvferry.common.errors import ConfigError
-from kvferry.engine.cuda.kernels import FusedKernels, TorchKernels
+from kvferry.engine.cuda.kernels import FusedKernels
+
+from .torch_kernels import TorchKernels
 
 has_flashinfer = importlib.util.find_spec("flashinfer") is not None
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.common.request import SampledToken, SamplingParams
-from kvferry.engine.cuda.kernels import FusedKernels, Kernels, TorchKernels
+from kvferry.engine.cuda.kernels import FusedKernels, Kernels
 from kvferry.engine.cuda.sampling import DeviceSampler, invert
 from kvferry.engine.sampling.sampling import SampleRow, sample
 from kvferry.tests.sampled import assert_same
+
+from .torch_kernels import TorchKernels
 
 VOCAB = 700
 EOS = frozenset({1, 3})

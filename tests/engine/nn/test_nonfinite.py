@@ -15,13 +15,13 @@ from torch import Tensor
 
 from kvferry.common.batch import Batch, BatchRow, RowOutput
 from kvferry.common.request import SampledToken, SamplingParams
-from kvferry.engine.cuda.kernels import TorchKernels
 from kvferry.engine.cuda.sampling import DeviceSampler
 from kvferry.engine.sampling.logprobs import prompt_logprobs
 from kvferry.engine.sampling.sampling import SampleRow, sample, sample_each
 
 from ...checkpoints import put_nan, write_checkpoint
 from ...engine_driver import GREEDY, Driver, make_engine, prompts
+from ..cuda.torch_kernels import TorchKernels
 
 Sampler = Callable[[Tensor, Sequence[SampleRow], frozenset[int]], list[tuple[SampledToken, ...]]]
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvferry.common.request import SamplingParams
-from kvferry.engine.cuda.kernels import TorchKernels
 from kvferry.engine.cuda.sampling import DeviceSampler
 from kvferry.engine.sampling.sampling import SampleRow, sample, sample_each
 from kvferry.engine.sampling.seen import SeenTokens
+
+from ..cuda.torch_kernels import TorchKernels
 
 VOCAB = 40
 Edit = Callable[[Tensor, Sequence[SampleRow]], Tensor]  # logits, which it may write to, -> as they are penalized

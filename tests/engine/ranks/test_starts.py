@@ -50,7 +50,7 @@ def test_a_rank_that_cannot_make_its_engine_says_why(
     monkeypatch.setattr(rank_group, "subprocess", rank_forks)
     group = RankGroup.start(config)
     try:
-        with pytest.raises(WorkerLost, match="rank 1: max_model_len = 1000000 is longer than the model's"):
+        with pytest.raises(WorkerLost, match="rank 1: max_model_len: 1000000 is more than the model's"):
             Engine(config, tp_size=2, num_blocks=64, group=group)
     finally:
         group.close()

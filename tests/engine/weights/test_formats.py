@@ -21,7 +21,7 @@ from kvferry.engine.weights.grouped import GroupedWeight
 from kvferry.engine.weights.weight import DenseWeight
 from kvferry.models.checkpoint import check_act_order, check_checkpoint
 from kvferry.models.config import ModelConfig
-from kvferry.models.storage import GGUF_KINDS
+from kvferry.models.storage import GGUF_KINDS, Form
 
 from ...checkpoints import write_checkpoint
 from ...engine_driver import Driver, make_engine, prompts
@@ -129,12 +129,10 @@ def test_a_plain_checkpoint_is_rounded_while_it_is_loaded(
     rounded = dict(tensors)
     for name, matrix in tensors.items():
         if name.endswith("_proj.weight"):
-            weight = GroupedWeight.quantized(
-                matrix, bits=bits, group_size=128 if bits == 4 else matrix.shape[1], symmetric=True
-            )
-            rounded[name] = weight.dequantized()
+            form = Form(bits, 128 if bits == 4 else matrix.shape[1], has_minima=False)
+            rounded[name] = GroupedWeight.quantized(matrix, form).dequantized()
     head = tensors["model.embed_tokens.weight"]
-    rounded["lm_head.weight"] = GroupedWeight.quantized(head, bits=8, group_size=256, symmetric=True).dequantized()
+    rounded["lm_head.weight"] = GroupedWeight.quantized(head, Form(8, 256, has_minima=False)).dequantized()
     other = write_checkpoint(tmp_path / "rounded", tokenizer=False, shape=SHAPE)
     save_file(rounded, other / "model.safetensors", metadata={"format": "pt"})
     assert_as_transformers(path, other, quantization=asked)

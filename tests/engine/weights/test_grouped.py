@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,19 +9,25 @@ from kvferry.common.errors import ConfigError
 from kvferry.engine.weights import grouped
 from kvferry.engine.weights.grouped import E2M1, GroupedWeight, join_nibbles, split_nibbles
 from kvferry.engine.weights.weight import PIECE_ROWS
+from kvferry.models.storage import Form
 
 MATRIX = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
 SCHEMES = [
     (bits, group_size, symmetric) for bits in (4, 8) for group_size in (16, 32, 128) for symmetric in (True, False)
 ]
+FLOATS = Form(4, 16, has_minima=False, is_e2m1=True)
 
 
 def _quantized(bits: int, group_size: int, *, symmetric: bool) -> GroupedWeight:
-    return GroupedWeight.quantized(MATRIX, bits=bits, group_size=group_size, symmetric=symmetric)
+    return GroupedWeight.quantized(MATRIX, Form(bits, group_size, not symmetric))
+
+
+def _empty(form: Form) -> GroupedWeight:
+    return GroupedWeight.empty(48, 128, form, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def _floats() -> GroupedWeight:
-    return GroupedWeight.quantized(MATRIX, bits=4, group_size=16, symmetric=True, is_e2m1=True)
+    return GroupedWeight.quantized(MATRIX, FLOATS)
 
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), SCHEMES)
@@ -43,8 +47,13 @@ def test_each_float_of_4_bits_is_the_nearest_of_its_group() -> None:
     every = torch.tensor(E2M1) * reach.unsqueeze(3) / 6  # what each number's group can hold
     wanted = (every - MATRIX.view(24, -1, 16, 1)).abs().amin(3)
     assert torch.allclose((weight.dequantized() - MATRIX).view(24, -1, 16).abs(), wanted, rtol=0, atol=1e-6)
-    zeros = GroupedWeight.quantized(torch.zeros(4, 128), bits=4, group_size=16, symmetric=True, is_e2m1=True)
+    zeros = GroupedWeight.quantized(torch.zeros(4, 128), FLOATS)
     assert not zeros.dequantized().any()
+
+
+def test_whole_numbers_are_not_taken_for_floats_of_8_bits() -> None:
+    with pytest.raises(AssertionError, match="to_float8"):
+        GroupedWeight.quantized(MATRIX, Form(8, 128, has_minima=False, is_e4m3=True))
 
 
 def test_4_bits_mean_floats() -> None:
@@ -58,15 +67,13 @@ def test_4_bits_mean_floats() -> None:
 def test_floats_of_4_bits_are_twice_whole_numbers() -> None:
     weight = _floats()
     for has_minima in (False, True):
-        raised = weight.raised(8, 16, has_minima=has_minima)
+        raised = weight.raised(Form(8, 16, has_minima))
         assert raised.bits == 8 and not raised.is_e2m1
         assert torch.equal(raised.dequantized(), weight.dequantized())
     halves = [weight.narrow(1, start, 64).dequantized() for start in (0, 64)]
     assert torch.equal(torch.cat(halves, 1), weight.dequantized())
     nibbles = _quantized(4, 32, symmetric=True)
-    fused = GroupedWeight.empty(
-        48, 128, bits=8, group_size=16, has_minima=False, dtype=torch.float32, device=torch.device("cpu")
-    )
+    fused = _empty(Form(8, 16, has_minima=False))
     fused.put(slice(0, 24), weight)
     fused.put(slice(24, 48), nibbles)
     assert torch.equal(fused.dequantized(), torch.cat([weight.dequantized(), nibbles.dequantized()]))
@@ -74,7 +81,7 @@ def test_floats_of_4_bits_are_twice_whole_numbers() -> None:
 
 def test_zeros_stay_zeros() -> None:
     for bits, group_size, symmetric in SCHEMES:
-        zeros = GroupedWeight.quantized(torch.zeros(4, 128), bits=bits, group_size=group_size, symmetric=symmetric)
+        zeros = GroupedWeight.quantized(torch.zeros(4, 128), Form(bits, group_size, not symmetric))
         assert not zeros.dequantized().any()
 
 
@@ -102,17 +109,15 @@ def test_raising_changes_no_weight(bits: int, group_size: int, symmetric: bool) 
     weight = _quantized(bits, group_size, symmetric=symmetric)
     wanted = weight.dequantized()
     for has_minima in (not symmetric, True):
-        raised = weight.raised(8, 16, has_minima=has_minima)
+        raised = weight.raised(Form(8, 16, has_minima))
         assert (raised.bits, raised.group_size, raised.minima is not None) == (8, 16, has_minima)
         assert torch.allclose(raised.dequantized(), wanted, rtol=0, atol=1e-6)  # one addition more is rounded
-        same = weight.raised(bits, group_size, has_minima=has_minima)
+        same = weight.raised(Form(bits, group_size, has_minima))
         assert torch.allclose(same.dequantized(), wanted, rtol=0, atol=1e-6)
 
 
 def test_parts_of_other_kinds_are_put_beside_one_another() -> None:
-    fused = GroupedWeight.empty(
-        48, 128, bits=8, group_size=16, has_minima=True, dtype=torch.float32, device=torch.device("cpu")
-    )
+    fused = _empty(Form(8, 16, has_minima=True))
     nibbles, bytes_ = _quantized(4, 32, symmetric=False), _quantized(8, 16, symmetric=True)
     fused.put(slice(0, 24), nibbles)
     fused.put(slice(24, 48), bytes_)
@@ -140,9 +145,7 @@ def test_a_cut_group_is_refused() -> None:
 
 
 def test_fused_parts_have_one_act_order() -> None:
-    weight = GroupedWeight.empty(
-        48, 128, bits=4, group_size=32, has_minima=False, dtype=torch.float32, device=torch.device("cpu")
-    )
+    weight = _empty(Form(4, 32, has_minima=False))
     plain = _quantized(4, 32, symmetric=True)
     weight.put(slice(0, 24), plain)
     ordered = GroupedWeight(plain.numbers, plain.scales, order=torch.arange(128).int(), dtype=torch.float32)
@@ -169,11 +172,11 @@ def test_a_large_matrix_is_rounded_and_widened_in_pieces(
 ) -> None:
     """So that it is never there in float32, which takes twice its room, or eight times that of 4 bits."""
     matrix = torch.randn(2 * PIECE_ROWS + 40, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    asked: dict[str, Any] = {"bits": 4, "group_size": 16, "symmetric": symmetric, "is_e2m1": is_e2m1}
+    form = Form(4, 16, not symmetric and not is_e2m1, is_e2m1)
     rounded = _told(monkeypatch, grouped, "round_groups")
-    weight = GroupedWeight.quantized(matrix, **asked)
+    weight = GroupedWeight.quantized(matrix, form)
     assert rounded == [PIECE_ROWS, PIECE_ROWS, 40] and weight.dtype == torch.bfloat16
-    parts = [GroupedWeight.quantized(matrix[at : at + 7], **asked).dequantized() for at in range(0, len(matrix), 7)]
+    parts = [GroupedWeight.quantized(matrix[at : at + 7], form).dequantized() for at in range(0, len(matrix), 7)]
     plain = weight.dequantized()
     assert torch.equal(plain, torch.cat(parts))
     widened = _told(monkeypatch, GroupedWeight, "dequantized")

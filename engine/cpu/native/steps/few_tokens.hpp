@@ -72,36 +72,12 @@ private:
 
     // A layer; of the last one its keys and values alone.
     void compute(const Step& step, std::size_t index, Team::Member& by) {
-        each_panel(step.num_tokens, [&](Range tokens) { project(step, index, tokens, by); });
+        each_panel(step.num_tokens, [&](Range tokens) { stages_.project(step, index, tokens, w_.shared, by, by); });
         stages_.report(step, index, by);
         if (index == step.last_layer()) return;
         stages_.mix(step, index, by);
         by.meet();
         finish(w_.layers[index], w_.residual(0), w_.attended_rows(step), w_.own_rows(index), by);
-    }
-
-    // To K and V of `tokens`, a panel, in the pages.
-    void project(const Step& step, std::size_t index, Range tokens, Team::Member& by) {
-        const Layer& layer = w_.layers[index];
-        const Linear& qkv = layer.attention.qkv;
-        const long stride = w_.strides.qkv, count = tokens.last - tokens.first;
-        float* projected = w_.shared.qkv.data();
-        const Rows normed = w_.math.normalize(w_.residual(tokens.first), count, layer.input_norm, w_.own(by).panel,
-                                              step.slots_from(tokens.first));
-        if (layer.attention.latents != nullptr) {
-            return stages_.place_latents(step, index, tokens, normed, w_.shared, by, by);
-        }
-        if (const StateLayer* state = layer.attention.state) {
-            stages_.states.project(*state, tokens, normed, w_.shared, by);
-            by.meet();
-            if (!layer.attention.attends()) return;
-        }
-        w_.math.set(projected, stride, normed, qkv, by);
-        w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
-        by.meet();
-        const Range mine = by.part(count);
-        stages_.place(step, index, {tokens.first + mine.first, tokens.first + mine.last}, projected + mine.first * stride, by);
-        by.meet();
     }
 
     // From attention to a layer's end.

@@ -67,31 +67,12 @@ private:
     void project_and_attend(const Step& step, std::size_t index, Team::Member& by) {
         panels_taken_[index].take(long(panels_.size()), [&](long i) {
             if (index > step.first_layer() && w_.layers[index - 1].experts == nullptr) finish(step, index - 1, panels_[i], by);
-            project(step, index, panels_[i], by);
+            Alone alone;
+            stages_.project(step, index, panels_[i], w_.own(by).panel, alone, by);
         });
         by.meet();
         stages_.report(step, index, by);
         if (index < step.last_layer()) stages_.mix(step, index, by);
-    }
-
-    void project(const Step& step, std::size_t index, Range tokens, const Team::Member& by) {
-        const Layer& layer = w_.layers[index];
-        const Linear& qkv = layer.attention.qkv;
-        const long stride = w_.strides.qkv;
-        Panel& panel = w_.own(by).panel;
-        Alone alone;
-        const Rows normed = w_.math.normalize(w_.residual(tokens.first), tokens.last - tokens.first, layer.input_norm, panel,
-                                              step.slots_from(tokens.first));
-        if (layer.attention.latents != nullptr) {
-            return stages_.place_latents(step, index, tokens, normed, panel, alone, by);
-        }
-        if (const StateLayer* state = layer.attention.state) {
-            stages_.states.project(*state, tokens, normed, panel, alone);
-            if (!layer.attention.attends()) return;
-        }
-        w_.math.set(panel.qkv.data(), stride, normed, qkv, alone);
-        w_.math.adapt(panel.qkv.data(), stride, normed, qkv, panel, alone);
-        stages_.place(step, index, tokens, panel.qkv.data(), by);
     }
 
     // From attention to a layer's end.

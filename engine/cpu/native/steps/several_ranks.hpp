@@ -63,28 +63,10 @@ private:
     // To K and V of all tokens in the pages.
     void project(const Step& step, std::size_t index, Team::Member& by) {
         const Layer& layer = w_.layers[index];
-        const Linear& qkv = layer.attention.qkv;
-        const long stride = w_.strides.qkv;
-        float* projected = w_.shared.qkv.data();
         each_panel(step.num_tokens, [&](long first, long rows) {
-            const Rows normed =
-                w_.math.normalize(w_.residual(first), rows, layer.input_norm, w_.own(by).panel, step.slots_from(first));
-            if (layer.attention.latents != nullptr) {
-                return stages_.place_latents(step, index, {first, first + rows}, normed, w_.shared, by, by);
-            }
-            if (const StateLayer* state = layer.attention.state) {
-                stages_.states.project(*state, {first, first + rows}, normed, w_.shared, by);
-                by.meet();
-                if (!layer.attention.attends()) return;
-            }
-            w_.math.set(projected, stride, normed, qkv, by);
-            w_.math.adapt(projected, stride, normed, qkv, w_.shared, by);
-            by.meet();
-            const Range mine = by.part(rows);
-            const Range tokens{first + mine.first, first + mine.last};
-            const Squares* squares = layer.attention.has_whole_norms ? sum_squares(layer, rows, by) + mine.first : nullptr;
-            stages_.place(step, index, tokens, projected + mine.first * stride, by, squares);
-            by.meet();
+            stages_.project(step, index, {first, first + rows}, w_.shared, by, by, [&](long count) -> const Squares* {
+                return layer.attention.has_whole_norms ? sum_squares(layer, count, by) : nullptr;
+            });
         });
     }
 

@@ -50,38 +50,36 @@ public:
         by.meet();
     }
 
-    // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
-    // `squares`: of each token of them, over the ranks; null: nobody asks for more than this rank's.
-    void place(const Step& step, std::size_t index, Range tokens, const float* qkv, const Team::Member& by,
-               const Squares* squares = nullptr) {
+    // To K and V of `tokens`, a panel, in the pages, when all have met. `common`: what `by` share; `self`: who of the step's
+    // threads this is. `squares_of(rows)`: of each of the panel's rows, over the ranks, once all have been projected, or null.
+    template <class By, class SquaresOf>
+    void project(const Step& step, std::size_t index, Range tokens, Panel& common, By& by, const Team::Member& self,
+                 SquaresOf squares_of) {
         const Layer& layer = w_.layers[index];
-        HeadScratch& own = w_.own(by).heads_of(layer);
-        each(step, tokens, [&](const Row& row, long token) {
-            const long i = token - tokens.first;
-            const Squares* all = squares == nullptr ? nullptr : squares + i;
-            w_.heads_of(layer).place(layer, row, token, qkv + i * w_.strides.qkv, all, attended(token), gates(token), own);
-        });
+        const Linear& qkv = layer.attention.qkv;
+        const long stride = w_.strides.qkv, count = tokens.last - tokens.first;
+        float* const projected = common.qkv.data();
+        const Rows normed = w_.math.normalize(w_.residual(tokens.first), count, layer.input_norm, w_.own(self).panel,
+                                              step.slots_from(tokens.first));
+        if (layer.attention.latents != nullptr) return place_latents(step, index, tokens, normed, common, by, self);
+        if (const StateLayer* state = layer.attention.state) {
+            states.project(*state, tokens, normed, common, by);
+            by.meet();
+            if (!layer.attention.attends()) return;
+        }
+        w_.math.set(projected, stride, normed, qkv, by);
+        w_.math.adapt(projected, stride, normed, qkv, common, by);
+        by.meet();
+        const Squares* const squares = squares_of(count);
+        const Range mine = by.part(count);
+        place(step, index, {tokens.first + mine.first, tokens.first + mine.last}, projected + mine.first * stride, self,
+              squares == nullptr ? nullptr : squares + mine.first);
+        by.meet();
     }
-
-    // Products and places of a panel with latents, to what attention takes, when all have met. `common`: what `by` share;
-    // `self`: who of the step's threads this is.
+    // The same where nobody asks for more than this rank's squares.
     template <class By>
-    void place_latents(const Step& step, std::size_t index, Range tokens, const Rows& normed, Panel& common, By& by,
-                       const Team::Member& self) {
-        const Layer& layer = w_.layers[index];
-        const Latents& latents = *layer.attention.latents;
-        ThreadSpace& own = w_.own(self);
-        w_.latent_math.project(latents, normed, own.panel, common, by);
-        by.meet();
-        const Range mine = by.part(normed.count);
-        each(step, {tokens.first + mine.first, tokens.first + mine.last}, [&](const Row& row, long token) {
-            const long i = token - tokens.first;
-            w_.heads_of(layer).place_latent(layer, row, token, common.qkv.data() + i * w_.strides.qkv, attended(token),
-                                  common.asked.data() + i * w_.strides.asked, own.heads_of(layer));
-        });
-        by.meet();
-        w_.latent_math.ask(latents, normed.count, common, attended(tokens.first), by);
-        by.meet();
+    void project(const Step& step, std::size_t index, Range tokens, Panel& common, By& by, const Team::Member& self) {
+        project(step, index, tokens, common, by, self, [](long) -> const Squares* { return nullptr; });
     }
 
     // What `o` multiplies of some rows' attention, when all have met.
@@ -185,6 +183,40 @@ public:
     StateStages states;  // of layers that keep one
 
 private:
+    // The products of `tokens` to their places: K and V to their slots, queries to where attention's result will be.
+    // `squares`: of each token of them, over the ranks; null: nobody asks for more than this rank's.
+    void place(const Step& step, std::size_t index, Range tokens, const float* qkv, const Team::Member& by,
+               const Squares* squares) {
+        const Layer& layer = w_.layers[index];
+        HeadScratch& own = w_.own(by).heads_of(layer);
+        each(step, tokens, [&](const Row& row, long token) {
+            const long i = token - tokens.first;
+            const Squares* all = squares == nullptr ? nullptr : squares + i;
+            w_.heads_of(layer).place(layer, row, token, qkv + i * w_.strides.qkv, all, attended(token), gates(token), own);
+        });
+    }
+
+    // Products and places of a panel with latents, to what attention takes, when all have met. `common`: what `by` share;
+    // `self`: who of the step's threads this is.
+    template <class By>
+    void place_latents(const Step& step, std::size_t index, Range tokens, const Rows& normed, Panel& common, By& by,
+                       const Team::Member& self) {
+        const Layer& layer = w_.layers[index];
+        const Latents& latents = *layer.attention.latents;
+        ThreadSpace& own = w_.own(self);
+        w_.latent_math.project(latents, normed, own.panel, common, by);
+        by.meet();
+        const Range mine = by.part(normed.count);
+        each(step, {tokens.first + mine.first, tokens.first + mine.last}, [&](const Row& row, long token) {
+            const long i = token - tokens.first;
+            w_.heads_of(layer).place_latent(layer, row, token, common.qkv.data() + i * w_.strides.qkv, attended(token),
+                                  common.asked.data() + i * w_.strides.asked, own.heads_of(layer));
+        });
+        by.meet();
+        w_.latent_math.ask(latents, normed.count, common, attended(tokens.first), by);
+        by.meet();
+    }
+
     Element* attended(long token) { return w_.attended.data() + token * w_.strides.attended; }
     Element* gates(long token) { return w_.model.has_gates ? w_.gates.data() + token * w_.strides.attended : nullptr; }
 
