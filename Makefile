@@ -6,6 +6,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
+# Two that install at once would be in each other's way; -j may come from MAKEFLAGS.
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -32,9 +34,11 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadfile --no-loads
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-# What is installed is for this folder and this Python, and names them: where one has changed, it is installed anew.
-PLACE = $$(pwd -P), $$($(VENV)/bin/python -V 2>&1)
-$(shell [ ! -s $(VENV)/.installed ] || [ "$$(cat $(VENV)/.installed)" = "$(PLACE)" ] || rm -f $(VENV)/.installed*)
+# What is installed is for this folder and this Python, and names them: where one has changed, it is installed anew. It is
+# used as it is by those who may not change it.
+PLACE = $$(pwd -P), $$($(VENV)/bin/python -V 2>/dev/null)
+$(shell [ ! -s $(VENV)/.installed ] || [ "$$(cat $(VENV)/.installed)" = "$(PLACE)" ] || rm -f $(VENV)/.installed* 2>/dev/null || \
+	echo "$(VENV) may not be changed, and was installed for $$(cat $(VENV)/.installed)" >&2)
 
 # Files and batches of clients are kept in a folder of the user's, unless KVFERRY_DATA_DIR names another. A file of
 # settings says it by itself: the variable would overrule it.

@@ -77,17 +77,22 @@ def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
 
 def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
     by_name: dict[str, Gpu] = {}
+    machines = free_memory_bytes()
     for line in csv.strip().splitlines():
         index, uuid, name, total_mib, free_mib, *capability = (part.strip() for part in line.split(","))
         major, _, minor = "".join(capability).partition(".")
         known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-        gpu = Gpu(index, name, _bytes(total_mib), _bytes(free_mib), known)
+        total = _bytes(total_mib, machines)
+        gpu = Gpu(index, name, total, _bytes(free_mib, min(total, machines)), known)
         by_name |= {index: gpu, uuid: gpu}
     if visible is None:
         return tuple(gpu for name, gpu in by_name.items() if name == gpu.index)
     return tuple(by_name[name] for name in (part.strip() for part in visible.split(",")) if name in by_name)
 
 
-def _bytes(mib: str) -> int:
-    """Return what a card tells of its memory. One that shares the machine's (GB10, Jetson) tells "[N/A]"."""
-    return int(mib) << 20 if mib.isdigit() else free_memory_bytes()
+def _bytes(mib: str, otherwise: int) -> int:
+    """Return what a card tells of its memory, or what there is otherwise.
+
+    One that shares the machine's (GB10, Jetson) tells "[N/A]", one in slices no user what is free of it.
+    """
+    return int(mib) << 20 if mib.isdigit() else otherwise

@@ -198,7 +198,8 @@ def torch_of_files(venv: Path) -> Torch | None:
 def make_venv(venv: Path, torch: Torch | None) -> None:
     """An environment with a pip, that sees the torch of this Python, if there is a usable one.
 
-    Nothing is deleted: `-m venv` adds to a folder what is missing, and so completes what was interrupted.
+    Nothing is deleted but links to a Python that is gone: `-m venv` adds to a folder what is missing, and so completes
+    what was interrupted.
     """
     python = venv / "bin" / "python"
     try:
@@ -209,6 +210,9 @@ def make_venv(venv: Path, torch: Torch | None) -> None:
     if not has_pip(python):
         if (venv / "pyvenv.cfg").exists():
             print(f"{venv} lacks pip, as an environment does that was left half made: completing it", flush=True)
+        for link in (venv / "bin").glob("python*"):
+            if not link.exists():  # `-m venv` takes any link for its own
+                link.unlink()
         shown = ["--system-site-packages"] if torch is not None else []
         failed = subprocess.run([sys.executable, "-m", "venv", *shown, str(venv)], check=False).returncode
         if failed or not has_pip(python):

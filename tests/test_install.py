@@ -169,6 +169,17 @@ def test_an_environment_that_was_left_half_made_is_completed(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
+def test_an_environment_whose_python_is_gone_gets_another_one(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    for link in (venv / "bin").glob("python*"):
+        link.unlink()
+        link.symlink_to("/gone/bin/python")
+    install.make_venv(venv, None)
+    assert install.has_pip(venv / "bin" / "python")
+
+
 def test_where_no_pip_can_be_had_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's Python makes environments without one until python3-venv is installed."""
     python = tmp_path / "python"
@@ -227,7 +238,7 @@ class Checkout:
 
     def upgrade(self, version: str) -> None:
         python = self._venv / "bin" / "python"
-        python.write_text(f"#!/bin/sh\necho Python {version}\n")
+        python.write_text(f"#!/bin/sh\necho $NOISE >&2\necho Python {version}\n")
         python.chmod(0o755)
 
     def move_from(self, place: str) -> None:
@@ -235,11 +246,12 @@ class Checkout:
             marker.write_text(marker.read_text().replace(str(ROOT), place))
         assert found
 
-    def make(self, target: str, *, age: str = "pass") -> tuple[int, str]:
+    def make(self, *targets: str, age: str = "pass", noise: str = "") -> tuple[int, str]:
         """Return whether it failed, and what was installed or said of it."""
         self._notes.write_text("")
-        make = ["make", "-s", "-C", str(ROOT), target, f"VENV={self._venv}", f"PYTHON={self._python}"]
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | {"AGE": age}
+        make = ["make", "-s", "-C", str(ROOT), *targets, f"VENV={self._venv}", f"PYTHON={self._python}"]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        env |= {"AGE": age, "NOISE": noise}
         done = subprocess.run(make, env=env, capture_output=True, text=True, check=False)
         return done.returncode, self._notes.read_text().replace(str(self._venv), "VENV").strip() or done.stderr.strip()
 
@@ -255,6 +267,28 @@ def test_what_a_moved_folder_or_another_python_spoiled_is_installed_anew(tmp_pat
     assert checkout.make("install") == (0, "")
     checkout.upgrade("3.13.1")
     assert [checkout.make("install-dev") for _ in range(2)] == [(0, f"{plain[1]} --dev"), (0, "")]
+
+
+def test_what_an_interpreter_complains_of_is_no_other_python(tmp_path: Path) -> None:
+    """As of an LD_PRELOAD that names no library: one terminal has it, another one has not."""
+    checkout = Checkout(tmp_path)
+    assert checkout.make("install", noise="cannot be preloaded") == (0, "setup/install.py --venv VENV")
+    assert checkout.make("install") == (0, "")
+
+
+def test_two_targets_do_not_install_at_once(tmp_path: Path) -> None:
+    assert Checkout(tmp_path).make("-j2", "install-dev", "install") == (0, "setup/install.py --venv VENV --dev")
+
+
+def test_what_may_not_be_changed_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = Checkout(tmp_path)
+    checkout.make("install")
+    checkout.move_from("/where/it/was")
+    (tmp_path / "rm").write_text("#!/bin/sh\necho Read-only file system >&2\nexit 1\n")  # root may delete elsewhere
+    (tmp_path / "rm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    said = f"{tmp_path}/venv may not be changed, and was installed for /where/it/was, Python 3.11.2"
+    assert checkout.make("install") == (0, said)
 
 
 def test_an_old_python_is_told_before_it_reads_what_it_does_not_understand(tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ class FleetMembers:
         """Say whether the launcher means this worker to be there."""
         return worker_id in self._planned
 
+    @property
+    def is_told(self) -> bool:
+        """Say whether a word of the launcher's came."""
+        return self._first_seen is not None
+
     def on_launcher(self, event: Mapping[str, object], now_s: float) -> None:
         """Take the launcher's word about the fleet."""
         workers, leaving, seq = event.get("workers"), event.get("leaving"), event.get("seq")

@@ -82,7 +82,7 @@ class LoadSnapshot:
     """The load since the snapshot before, and the fleet as it is now."""
 
     now_s: float
-    interval_s: float  # since the snapshot before
+    interval_s: float  # since the snapshot before; 0: a decision was asked for in between
     week_s: float  # since Monday's midnight, in the operator's zone
     prompts: tuple[int, ...]  # tokens of each request that came, refused ones included
     answers: tuple[AnswerLengths, ...]  # of requests that ended; an even choice of them is enough

@@ -70,7 +70,7 @@ class Scaling:
         self._fleet = FleetMembers()
         self._is_leader = launcher is None
         self._seen: list[SeenLoad] = []  # by other routers
-        self._decided_s = clock.now()
+        self._began_s = clock.now()  # the interval that is under way
         self._is_wanted = False  # a decision, by an operator: at the next tick
         self._seq = 0
         self._asked_s: float | None = None  # when the launcher was asked for what it has not answered yet
@@ -92,23 +92,24 @@ class Scaling:
                 self._dispatcher.drain_worker(str(event.get("worker_id")), limit_s)
 
     def _on_fleet(self, event: Mapping[str, object]) -> None:
-        now = self._clock.now()
+        now, is_later = self._clock.now(), self._fleet.is_told
         self._fleet.on_launcher(event, now)
         if self._fleet.seq >= self._seq:
             self._asked_s = None
         if (is_leader := bool(event.get("leader"))) and not self._is_leader:
             self._seq = max(self._seq, self._fleet.seq)
         self._is_leader = is_leader
-        self._on_held(event.get("held"), now)
+        self._on_held(event.get("held"), now, is_later=is_later)
         desired = event.get("desired")
         if not self._is_leader and self._is_decided and isinstance(desired, list) and len(desired) == 2:
             self._shown = Counts(int(desired[0]), int(desired[1])), str(event.get("reason", ""))
 
-    def _on_held(self, held: object, now: float) -> None:
+    def _on_held(self, held: object, now: float, *, is_later: bool) -> None:
+        """`is_later`: the first word tells what was asked for long ago, and workers have yet to say what they are."""
         if isinstance(held, list) and len(held) == 3:
             before, counts, left_s = self._autoscaler.held, Counts(int(held[0]), int(held[1])), held[2]
             self._autoscaler.hold(counts, now + left_s if isinstance(left_s, int | float) else None)
-            self._is_wanted |= before is None or before[0] != counts
+            self._is_wanted |= is_later and (before is None or before[0] != counts)
         else:
             self._autoscaler.release()
 
@@ -185,11 +186,16 @@ class Scaling:
         self._autoscaler.lapse(now)
         if not self._is_decided:
             self._shown, self._decision = None, None
-        if now - self._decided_s < self._config.scale_interval and not self._is_wanted:
+        interval_s = now - self._began_s
+        is_over = interval_s >= self._config.scale_interval
+        if not is_over and not self._is_wanted:
             return
-        self._is_wanted = False
-        interval_s, self._decided_s = now - self._decided_s, now
-        view = self._dispatcher.view()
+        self._is_wanted, view = False, self._dispatcher.view()
+        if not is_over:  # what came is counted when it is: other routers tell theirs once in each
+            if self._is_leader and self._is_decided:
+                self._decide(view, SeenLoad(num_queued=view.num_queued), 0.0)
+            return
+        self._began_s = now
         self._fleet.measure_starts(view, now)
         seen, others, self._seen = self._record.take(view.num_queued), self._seen, []
         if not self._is_leader and self._launcher is not None:

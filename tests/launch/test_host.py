@@ -29,7 +29,12 @@ def test_visible_devices_select_and_order_gpus() -> None:
 
 def test_a_card_without_memory_of_its_own_has_the_machines() -> None:
     [gpu] = parse_gpus("0, GPU-1, NVIDIA GB10, [N/A], [N/A], 12.1\n", None)
-    assert gpu.total_bytes > 0 and gpu.free_bytes > 0 and gpu.capability == (12, 1)
+    assert gpu.total_bytes >= gpu.free_bytes > 0 and gpu.capability == (12, 1)
+
+
+def test_a_card_that_keeps_to_itself_what_is_free_has_no_more_than_all_of_it() -> None:
+    [gpu] = parse_gpus("0, GPU-1, NVIDIA H200, 64, [Insufficient Permissions], 9.0\n", None)
+    assert gpu.free_bytes == gpu.total_bytes == 64 << 20
 
 
 @pytest.mark.parametrize(

@@ -502,3 +502,29 @@ def test_an_operators_counts_are_carried_out_before_the_interval_is_over(launche
             site.scaling.tick()
         assert site.scaling.desired == counts
     assert site.roles_given()["p-0"] == "decode"
+
+
+def test_a_router_that_starts_again_leaves_what_is_held_alone_until_workers_have_connected() -> None:
+    """The launcher knows the roles in which they began: one has another by now."""
+    site = Site()
+    site.fleet_is(seq=3, starting={"p-0": "prefill", "p-1": "prefill", "d-0": "decode"}, held=[1, 2, None])
+    site.fleet.clock.advance(0.2)
+    site.scaling.tick()
+    site.join("p-0", "p-1", "d-0")
+    site.interval(p_1={"role": "decode"})
+    assert site.scaling.desired == site.scaling.current() == Counts(1, 2)
+    assert not site.roles_given() and not any(wish["remove"] or any(wish["add"].values()) for wish in site.wishes())
+
+
+def test_what_operators_ask_for_makes_no_more_of_what_another_router_saw_in_a_whole_interval(site: Site) -> None:
+    site.run(20, rate=20)
+    seen = site.scaling.describe()["forecast"]
+    site.load(20)
+    site.fleet.clock.advance(0.2)
+    site.fleet_is(held=[2, 1, None])
+    site.scaling.tick()
+    assert site.scaling.desired == Counts(2, 1)
+    assert site.scaling.describe()["forecast"] == seen
+    site.fleet.clock.advance(0.8)
+    site.scaling.tick()
+    assert site.scaling.describe()["forecast"] == seen
