@@ -196,12 +196,6 @@ class FairOrder(Generic[Item]):
                 turn.ticket = following[2]
                 heappush(ahead, (turn.start, turn.ticket.number, turn))
 
-    def all(self) -> Iterator[Ticket[Item]]:
-        """Yield all tickets, in no order."""
-        for tenant in self._tenants.values():
-            for _, _, ticket in tenant.tickets:
-                yield ticket
-
     def ahead_of(self, tenant: str, due_s: float, num_tokens: int) -> tuple[int, int]:
         """Tokens and number of those that a newcomer waits behind: its tenant's that are due before it, and of each
         other tenant as many tokens as its own tenant gets until then, if they are there."""

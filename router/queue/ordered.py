@@ -44,10 +44,6 @@ class Ordered(Generic[Entry]):
         return self._runs[0][0]
 
     @property
-    def last(self) -> Entry:
-        return self._lasts[-1]
-
-    @property
     def weight(self) -> int:
         """The weight of all entries."""
         return sum(self._sums)

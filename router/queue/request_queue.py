@@ -225,7 +225,7 @@ class RequestQueue:
             if priority > request.priority:
                 break
             if priority < request.priority:
-                tokens += level.timely.num_tokens + level.late.num_tokens
+                tokens += level.num_tokens
                 number += len(level)
             else:
                 own_tokens, own_number = level.ahead_of(request, due)

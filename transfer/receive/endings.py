@@ -132,7 +132,8 @@ class Endings:
             self._to_peer(writer.session, KVDone(grant_id=reservation.grant.grant_id, open_id=writer.open_id))
 
     def tell_arrived(self, reservation: Reservation) -> None:
-        num_bytes = self._spec.worker_bytes(len(reservation.block_ids), len(reservation.grant.ranks))
+        num_blocks, num_ranks = len(reservation.block_ids), len(reservation.grant.ranks)
+        num_bytes = self._spec.worker_bytes(num_blocks, num_ranks, reservation.num_new_thin)
         spec = reservation.spec
         done = HandoffDone(request_id=spec.request_id, attempt=spec.attempt, num_bytes=num_bytes)
         self._to_router(reservation.router_id, done)

@@ -103,7 +103,7 @@ class Opens:
             self._counters.stale_messages += 1
             self._counters.grant_rejects[refusal.kind] += 1
             self._log.warn(message.worker_id, refusal.kind, detail=refusal.reason)
-            refused = KVRefused(grant_id=message.grant_id, open_id=message.open_id, reason=refusal.reason)
+            refused = KVRefused(grant_id=message.grant_id, open_id=message.open_id, reason=refusal.reason[:4096])
             self._to_peer(session, refused)
             if refusal.kind != "mac" and reservation is not None and reservation.state is ReservationState.GRANTED:
                 # Whom it was given to asks no second time, and the request would wait until the grant lapses.

@@ -81,3 +81,20 @@ def test_the_load_below_the_limit_fits(works: list[float], rate: float) -> None:
     assert fitting <= rate
     if longest_s == math.inf:
         assert sum(works) / len(works) == pytest.approx(fitting)
+
+
+def test_an_overload_is_seen_soon_after_the_start() -> None:
+    assert arrivals((0, 1.0, 2.0), seconds=6.0).longest_s(0, 6.0, RATE) <= 1.0
+
+
+def test_no_prompt_is_too_long_to_be_counted() -> None:
+    assert arrivals((0, 1e6, 1.0)).longest_s(0, 60.0, RATE) <= 1e6
+
+
+def test_priorities_of_long_ago_leave_their_places_to_others() -> None:
+    load = ArrivalLoad()
+    for priority in range(64):
+        load.add(priority, 1.0, 0.0)
+    load.add(0, 5.0, 1000.0)
+    load.add(1000, 2.0, 1000.0)
+    assert {priority: sum(level) for priority, level in load._levels.items()} == {0: 5.0, 1000: 2.0}

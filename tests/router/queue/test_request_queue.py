@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvferry.common.request import SamplingParams
+from kvferry.common.request import SampledToken, SamplingParams
 from kvferry.router.queue.arrival_load import ArrivalLoad
 from kvferry.router.queue.priority_level import LATE_EVERY, PriorityLevel
 from kvferry.router.queue.request_queue import RequestQueue, due_s
@@ -146,13 +146,15 @@ def test_what_was_served_before_anybody_was_late_is_not_counted() -> None:
 def test_late_requests_fill_what_others_leave() -> None:
     late = [tracked(0.0, ttft_s=1.0) for _ in range(4)]
     queue = queue_of(*late)
+    assert queue.first(9, 9.0) == late
     assert served(queue, 4, 9.0) == late
 
 
 def test_retries_and_streams_that_go_on_are_never_late() -> None:
-    retry, fresh = tracked(0.0, ttft_s=1.0), tracked(8.9, ttft_s=1.0)
+    retry, resumed, fresh = (tracked(at_s, ttft_s=1.0) for at_s in (0.0, 0.1, 8.9))
     retry.request.attempt_number = 1
-    assert queue_of(fresh, retry).first(2, 9.0) == [retry, fresh]
+    resumed.request.choices[0].tokens.append(SampledToken(1))
+    assert queue_of(fresh, resumed, retry).first(3, 9.0) == [retry, resumed, fresh]
 
 
 def test_a_deadline_counts_as_an_objective() -> None:
@@ -165,6 +167,8 @@ def test_many_that_become_late_at_once_are_moved_in_parts() -> None:
     queue = queue_of(*lives)
     found = queue.first(16, 9.0)
     assert len(found) == 16 == len(set(found))
+    [level] = queue._levels.values()
+    assert len(level.late) == 32  # a look does not cost more for more that are late
     assert len(served(queue, 200, 9.0)) == 200
 
 
@@ -433,3 +437,122 @@ def test_prompts_too_long_for_the_load_make_way_if_they_have_time_for_a_lull() -
         assert queue.first(3, 60.0) == [hasty, long, short]
     queue.triage(60.0, 10.0, arrivals)
     assert queue.first(3, 60.0) == [hasty, short, long]
+
+
+# --- the late ones' share --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("unloaded_s", "places"), [(0.0, [7, 15]), (2.0, [14, 29])])
+def test_a_late_request_waits_for_so_many_others_and_so_many_times_its_own_work(
+    unloaded_s: float, places: list[int]
+) -> None:
+    late = [tracked(0.0, ttft_s=1.0, unloaded_s=unloaded_s) for _ in range(2)]
+    queue = queue_of(*late, *(tracked(10.0, unloaded_s=1.0) for _ in range(40)))
+    told = queue.first(42, 10.0)
+    assert [told.index(each) for each in late] == places
+    assert served(queue, 42, 10.0) == told
+
+
+def test_a_newcomer_waits_for_the_late_ones_whose_turn_comes_before_it() -> None:
+    queue = queue_of(*(tracked(0.0, ttft_s=1.0) for _ in range(3)), *(tracked(10.0) for _ in range(14)))
+    queue.first(1, 10.0)
+    assert queue.ahead_of(tracked().request, 10.0) == (160, 16)
+
+
+def test_a_flood_of_late_requests_makes_room_too() -> None:
+    late = [tracked(0.0, tenant="a", ttft_s=1.0) for _ in range(3)]
+    queue = queue_of(*late, max_size=3)
+    queue.first(1, 10.0)
+    assert queue.victim_for(tracked(20.0, tenant="b").request) is late[-1]
+
+
+# --- what does not count ---------------------------------------------------------------------------------------------
+
+
+def test_background_requests_take_nobodys_place_and_make_none() -> None:
+    queue = queue_of(*(tracked(tenant="a", priority=1, is_background=True) for _ in range(3)), max_size=1)
+    assert not queue.is_full and queue.num_bounded == 0
+    assert queue.victim_for(tracked(tenant="b").request) is None
+    queue.add(tracked())
+    assert queue.is_full
+
+
+def test_tokens_are_those_of_a_priority_and_of_what_is_more_urgent() -> None:
+    queue = queue_of(tracked(priority=0, tokens=7), tracked(priority=1, tokens=20), tracked(priority=5, tokens=100))
+    assert [queue.tokens_up_to(priority) for priority in (-1, 0, 1, 9)] == [0, 7, 27, 127]
+
+
+def test_priorities_of_which_nobody_waits_any_more_are_forgotten() -> None:
+    placed, gone = tracked(priority=3), tracked(priority=4)
+    queue = queue_of(placed, gone)
+    queue.take(placed)
+    queue.remove(gone)
+    assert not queue._levels and not queue._priorities
+
+
+def test_who_stands_apart_is_placed_from_there() -> None:
+    apart = tracked()
+    queue = RequestQueue(10)
+    queue.add(apart, apart=True)
+    queue.take(apart)
+    assert not len(queue) and queue.num_by_class == {"default": 0}
+
+
+def test_who_no_worker_could_hold_is_looked_at_again_once_when_the_workers_are_others() -> None:
+    aside = tracked()
+    queue = queue_of(aside)
+    seen = []
+    for membership in (1, 1, 2):
+        aside.search.is_aside = True
+        queue.set_apart(aside)
+        queue.look_again(membership)
+        seen.append(queue.first(1, 0.0) == [aside])
+    assert seen == [True, False, True]
+
+
+def test_one_kind_alone_goes_by_priority_and_then_by_due_time() -> None:
+    less_urgent, second, first, embedding = tracked(0.0, priority=1), tracked(5.0), tracked(1.0), tracked(0.0)
+    embedding.request.pooling = "last"  # type: ignore[assignment]
+    queue = queue_of(less_urgent, second, first, embedding)
+    assert queue.first(9, 0.0, embeddings=False) == [first, second, less_urgent]
+    assert queue.first(9, 0.0, embeddings=True) == [embedding]
+
+
+def test_who_runs_alone_goes_by_priority_and_then_by_arrival_once_its_time_has_come() -> None:
+    lives = [tracked(priority=1), tracked(), tracked(), tracked()]
+    queue = RequestQueue(10)
+    for each in lives[0], lives[2], lives[1], lives[3]:
+        each.strikes = {("d-0", 1), ("d-1", 1)}
+        queue.add(each, apart=True)
+    lives[3].not_before_s = 5.0
+    assert queue.alone(1.0) == [lives[1], lives[2], lives[0]]
+
+
+def test_a_newcomers_own_deadline_moves_it_forward() -> None:
+    queue = queue_of(tracked(0.0, ttft_s=5.0), tracked(0.0, ttft_s=5.0))
+    assert queue.ahead_of(tracked(ttft_s=5.0).request, 1.0) == (20, 2)
+    assert queue.ahead_of(tracked(ttft_s=5.0, timeout_s=1.0).request, 1.0) == (0, 0)
+
+
+def test_by_arrival_a_long_prompt_is_neither_overtaken_nor_behind_who_comes_later() -> None:
+    long, short = tracked(0.0, unloaded_s=10.0), tracked(1.0)
+    queue = RequestQueue(10, by_arrival=True)
+    queue.add(short)
+    queue.add(long)
+    assert queue.first(2, 1.0) == [long, short]
+    assert queue.ahead_of(tracked(unloaded_s=10.0).request, 0.5) == (10, 1)
+
+
+def test_of_two_that_have_more_the_one_that_has_most_makes_room() -> None:
+    most = [tracked(tenant="a") for _ in range(4)]
+    queue = queue_of(*most, *(tracked(tenant="c") for _ in range(2)), max_size=6)
+    assert queue.victim_for(tracked(tenant="b").request) is most[-1]
+
+
+def test_of_two_that_cannot_both_make_it_the_longer_one_makes_way() -> None:
+    long, short = tracked(unloaded_s=10.0, ttft_s=1.0), tracked(unloaded_s=0.1, ttft_s=31.0)
+    queue = queue_of(long, short)
+    queue.triage(0.0, 1.0, ArrivalLoad())
+    assert queue.first(2, 0.0) == [long, short]
+    queue.triage(0.0, 0.3, ArrivalLoad())
+    assert queue.first(2, 0.0) == [short, long]

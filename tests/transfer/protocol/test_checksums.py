@@ -117,6 +117,19 @@ def test_bytes_that_are_missing_wrong_or_elsewhere_are_found(change: Callable[[t
     assert shipped.verdict() is Verdict.CORRUPT
 
 
+def test_keys_of_some_heads_in_the_place_of_their_values_are_found() -> None:
+    shipped = Shipped(2, 1, rank=1)
+    shipped.there[0, 9, [0, 1], 2:] = shipped.there[0, 9, [1, 0], 2:]
+    assert shipped.verdict() is Verdict.CORRUPT
+
+
+@pytest.mark.parametrize("page", [-1, 3 * NUM_BLOCKS])
+def test_pages_outside_of_the_pool_are_not_summed(page: int) -> None:
+    pages, slots = np.array([page], dtype=np.int32), np.zeros(1, dtype=np.int32)
+    with pytest.raises(AssertionError, match="outside of the pool"):
+        PageSums(_pages(1)).add(np.zeros(1, dtype=np.uint64), slots, pages, pages, ((0, 8),))
+
+
 def test_what_another_rank_wrote_into_the_same_page_does_not_matter() -> None:
     shipped = Shipped(2, 1, rank=1)
     shipped.there[:, :, :, :2] = 3.0  # the other half of the heads

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -77,8 +78,20 @@ def test_processes_of_other_hosts_are_not_watched() -> None:
 
 def test_another_process_with_the_same_number_is_not_taken_for_it() -> None:
     mark = own_mark()
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(ProcessLookupError, match=f"process {mark.pid}"):
         watch([mark, msgspec.structs.replace(mark, started=mark.started - 1)])
+    assert os.listdir("/proc/self/fd") == before, "no descriptor is left open"
+
+
+def test_a_name_with_brackets_does_not_change_a_mark() -> None:
+    mark, comm = own_mark(), Path(f"/proc/self/task/{os.getpid()}/comm")
+    name = comm.read_text()
+    comm.write_text("a) b")
+    try:
+        assert own_mark() == mark
+    finally:
+        comm.write_text(name.rstrip("\n"))
 
 
 def test_a_process_that_has_ended_before_is_not_found() -> None:

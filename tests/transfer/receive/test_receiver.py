@@ -17,10 +17,13 @@ from kvferry.kvcache.blocks import hash_blocks, prefix_salt
 from kvferry.kvcache.frame_pool import block_pool
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.protocol.handoff import Endpoint, Verdict, are_ids, check_grant, open_mac
+from kvferry.transfer.receive import reservations
 from kvferry.transfer.receive.opens import WatchProcesses
 from kvferry.transfer.receive.processes import watch as watch_processes
 from kvferry.transfer.receive.receiver import KVReceiver
-from kvferry.transfer.receive.reservation import _NEXT, Reservation, ReservationState
+from kvferry.transfer.receive.reservation import Reservation, ReservationState
+from kvferry.transfer.receive.reservations import Kept
+from kvferry.wire.codec import Decoder, encode
 from kvferry.wire.fields import Message
 from kvferry.wire.grants import GrantId, GrantInfo, RegionInfo
 from kvferry.wire.handoff import CancelKV, KVArrived, KVClosed, KVDone, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
@@ -157,6 +160,7 @@ class Decode:
         verdict: Verdict = Verdict.UNCHECKED,
         block_ids: tuple[int, ...] = (),
         draft: bytes = b"",
+        num_cached_tokens: int = 0,
     ) -> None:
         self.receiver.on_arrived(
             decode_rank,
@@ -168,6 +172,7 @@ class Decode:
                 first_tokens=first_tokens if source_rank == 0 else (),
                 block_ids=block_ids,
                 draft=draft,
+                num_cached_tokens=num_cached_tokens,
             ),
             verdict,
         )
@@ -241,6 +246,48 @@ def test_whole_blocks_that_are_held_are_pinned_and_not_shipped(decode: Decode) -
     assert [decode.pool.ref_count(block) for block in blocks[:2]] == [1, 1]
     decode.receiver.abort("b", 0)
     assert [decode.pool.ref_count(block) for block in blocks[:2]] == [0, 0]
+    counters = decode.receiver.counters
+    assert (counters.prefix_queries, counters.prefix_hits) == (10 + 11, 8)
+
+
+def test_a_pool_that_caches_nothing_is_asked_for_no_prefix(decode: Decode) -> None:
+    decode.pool.enable_prefix_caching = False
+    decode.grant()
+    assert decode.receiver.counters.prefix_queries == 0
+
+
+def test_a_refusal_says_what_is_free_and_what_is_cached(decode: Decode) -> None:
+    _adopted(decode, "a", 10)
+    answer = decode.reserve("b", num_tokens=11, growth_reserve=64)
+    assert isinstance(answer, NoCapacity) and answer.reason == "growth"
+    assert (answer.num_free_blocks, answer.num_cached_tokens) == (64, 8)
+
+
+def test_what_is_kept_for_others_is_not_promised(decode: Decode) -> None:
+    spec = RequestSpec(request_id="a", attempt=0, prompt=pack_ids(list(range(10))), sampling=SamplingParams())
+    for kept in (Kept(num_free=62), Kept(num_promised=30)):
+        assert _refused(decode.receiver.reserve(spec, R, kept=kept)) == "growth"
+    assert isinstance(decode.receiver.reserve(spec, R, kept=Kept(num_free=61, num_promised=29)), Grant)
+
+
+def test_blocks_are_spare_while_every_request_of_theirs_is_kept_elsewhere(decode: Decode) -> None:
+    for name, retains_prefix, is_spare in (("a", False, True), ("b", False, True), ("c", True, False)):
+        prompt = pack_ids(list(range(11)))
+        spec = RequestSpec(request_id=name, attempt=0, prompt=prompt, sampling=SamplingParams())
+        answer = decode.receiver.reserve(spec, R, retains_prefix=retains_prefix)
+        assert isinstance(answer, Grant)
+        decode.granted_to[answer.grant.grant_id.epoch] = (name, 0)
+        decode.arrive(answer.grant, decode.open(answer.grant))
+        blocks, _ = decode.receiver.adopt(decode.receiver.arrived[0])
+        assert [decode.pool.is_spare(block) for block in blocks] == [is_spare, is_spare, False]
+        decode.pool.free(blocks)
+
+
+def test_hashes_that_somebody_keeps_are_not_computed_again(decode: Decode) -> None:
+    _adopted(decode, "a", 10)
+    spec = RequestSpec(request_id="b", attempt=0, prompt=pack_ids(list(range(11))), sampling=SamplingParams())
+    answer = decode.receiver.reserve(spec, R, hashes=lambda: [b"one", b"two"])
+    assert isinstance(answer, Grant) and answer.grant.num_computed_tokens == 0
 
 
 def test_another_tenants_blocks_are_no_hits(decode: Decode) -> None:
@@ -270,6 +317,33 @@ def test_shortage_says_what_is_short() -> None:
     assert _refused(decode.reserve(num_tokens=12)) == "blocks"
 
 
+def test_a_prompt_may_take_the_whole_pool(decode: Decode) -> None:
+    assert len(decode.grant(num_tokens=64 * 4).block_ids) == 64
+
+
+def test_hits_that_would_be_pinned_are_not_free() -> None:
+    decode = Decode(num_blocks=4)
+    _adopted(decode, "a", 8)
+    assert _refused(decode.reserve("b", num_tokens=16, growth_reserve=1)) == "growth"
+    [block] = decode.pool.allocate(1)
+    assert _refused(decode.reserve("b", num_tokens=16)) == "blocks"
+    decode.pool.free([block])
+    assert decode.grant("b", num_tokens=16).num_computed_tokens == 8
+
+
+def test_a_promise_has_its_turn_while_older_ones_and_it_are_half_of_the_pool_at_most() -> None:
+    decode = Decode(num_blocks=16)
+    books = decode.receiver.reservations
+    decode.grant("a", num_tokens=20)
+    decode.opened("b")
+    older = books.promises
+    assert len(older) == 2 and books.num_granted_blocks == 8
+    assert books.has_turn(0, older) and not books.has_turn(1, older)
+    assert books.has_turn(16, frozenset()), "nobody is before it"
+    decode.receiver.abort("b", 0)
+    assert books.has_turn(3, older) and not books.has_turn(4, older)
+
+
 def _refused(answer: Grant | NoCapacity) -> str:
     assert isinstance(answer, NoCapacity), answer
     return answer.reason
@@ -285,9 +359,17 @@ def test_promises_stay_below_half_of_the_pool_but_one_passes() -> None:
     assert _refused(decode.reserve("e", num_tokens=4, first=200)) == "growth"
 
 
+def test_what_is_cached_is_not_promised() -> None:
+    decode = Decode(num_blocks=16)
+    _adopted(decode, "a", 16)
+    decode.grant("b", num_tokens=24, first=100)
+    assert len(decode.grant("c", num_tokens=24).block_ids) == 2
+
+
 def test_quarantine_counts_as_promised() -> None:
     decode = Decode(num_blocks=16)
-    _, _ = decode.opened("a", num_tokens=24)
+    decode.opened("a", num_tokens=24)
+    assert decode.receiver.reservations.num_granted_blocks == 6
     decode.receiver.abort("a", 0)
     decode.grant("b", num_tokens=8, first=100)
     assert _refused(decode.reserve("c", num_tokens=4, first=200)) == "growth"
@@ -295,6 +377,8 @@ def test_quarantine_counts_as_promised() -> None:
 
 def test_the_same_reserve_again_gets_the_same_grant(decode: Decode) -> None:
     assert decode.grant() == decode.grant()
+    decode.open(decode.grant())
+    assert _refused(decode.reserve()) == "stale" and decode.receiver.counters.stale_messages == 1
 
 
 def test_a_higher_attempt_ends_the_lower_one(decode: Decode) -> None:
@@ -322,9 +406,18 @@ def test_a_draining_worker_grants_and_opens_nothing(decode: Decode) -> None:
     grant = decode.grant()
     decode.receiver.draining = True
     assert _refused(decode.reserve("b")) == "draining"
+    decode.receiver.is_active = False
+    assert _refused(decode.reserve("b")) == "draining"
     decode.open(grant)
     assert only(decode.said_to_peer(), KVRefused).reason == "draining"
     assert only(decode.said_to_router(), HandoffFailed).blame == "draining" and decode.holds_nothing()
+
+
+def test_a_newer_attempt_ends_the_older_one_where_nothing_is_granted(decode: Decode) -> None:
+    decode.grant("a", 0)
+    decode.receiver.draining = True
+    assert _refused(decode.reserve("a", 1)) == "draining"
+    assert decode.holds_nothing()
 
 
 # --- GRANTED -----------------------------------------------------------------------------------------------------
@@ -332,11 +425,34 @@ def test_a_draining_worker_grants_and_opens_nothing(decode: Decode) -> None:
 
 def test_a_granted_reservation_that_is_aborted_is_free_at_once(decode: Decode) -> None:
     grant = decode.grant()
+    reservation = decode.receiver.reservations.of_request("a")
     decode.receiver.abort("a", 0)
+    assert reservation is not None and reservation.state is ReservationState.RELEASED
     assert decode.holds_nothing()
     decode.open(grant)
     assert isinstance(decode.said_to_peer()[-1], KVRefused)
     assert decode.said_to_router() == []
+
+
+def test_copies_that_were_granted_are_free_with_the_rest(decode: Decode) -> None:
+    decode.reserve(choices=(0, 1, 2))
+    decode.receiver.abort("a", 0)
+    assert decode.holds_nothing()
+
+
+def test_an_open_that_was_closed_before_it_came_binds_nobody(decode: Decode) -> None:
+    grant = decode.grant()
+    decode.close(grant, 1000)
+    assert only(decode.said_to_peer(), KVDone).open_id == 1000
+    assert decode.open(grant) == 1000
+    assert only(decode.said_to_peer(), KVRefused).reason == "the open was closed before"
+    assert only(decode.said_to_router(), HandoffFailed).blame == "refused" and decode.holds_nothing()
+
+
+def test_a_long_reason_is_cut_to_what_a_message_may_hold(decode: Decode) -> None:
+    decode.open(decode.grant(), change={"spec": msgspec.structs.replace(SPEC, windows=4096 * (7,))})
+    for message in (only(decode.said_to_peer(), KVRefused), only(decode.said_to_router(), HandoffFailed)):
+        assert Decoder(type(message)).decode(encode(message)) == message
 
 
 def test_a_grant_that_nobody_opens_lapses_and_its_router_hears_so(decode: Decode) -> None:
@@ -407,6 +523,26 @@ def test_an_open_that_does_not_fit_is_refused(decode: Decode, change: dict[str, 
     assert decode.receiver.counters.stale_messages == 1
 
 
+def test_a_worker_that_requires_checksums_refuses_who_makes_none() -> None:
+    decode = Decode(config=TransferConfig(kv_checksum="on"), checks_bytes=True)
+    decode.open(decode.grant("a"))
+    assert "checksums are required here" in only(decode.said_to_peer(), KVRefused).reason
+    decode.open(decode.grant("b"), change={"has_checksums": True})
+    assert isinstance(decode.said_to_peer()[-1], KVOpened)
+
+
+def test_an_open_that_is_told_again_is_answered_while_the_worker_drains_and_refused_when_it_is_over(
+    decode: Decode,
+) -> None:
+    grant, open_id = decode.opened()
+    decode.receiver.draining = True
+    decode.open(grant, change={"open_id": open_id})
+    assert isinstance(decode.said_to_peer()[-1], KVOpened)
+    decode.receiver.abort("a", 0)
+    decode.open(grant, change={"open_id": open_id})
+    assert only(decode.said_to_peer(), KVRefused).reason == "the grant was opened before"
+
+
 def test_the_router_of_a_grant_that_may_not_be_opened_hears_so_at_once(decode: Decode) -> None:
     decode.open(decode.grant(), change={"version": "0.0.9"})
     failed = only(decode.said_to_router(), HandoffFailed)
@@ -460,10 +596,11 @@ def test_renewals_keep_the_lease_and_silence_ends_it(decode: Decode) -> None:
 
 def test_an_arrival_hands_over_and_tells_everybody(decode: Decode) -> None:
     grant, open_id = decode.opened()
-    decode.arrive(grant, open_id)
+    decode.arrive(grant, open_id, num_cached_tokens=4)
     assert only(decode.said_to_router(), HandoffDone).num_bytes == 3 * SPEC.block_bytes()
     assert only(decode.said_to_peer(), KVDone).open_id == open_id
     reservation = decode.receiver.arrived[0]
+    assert reservation.num_cached_by_writer == 4
     assert reservation.first_tokens == FIRST and reservation.num_tokens == 10
     assert not decode.receiver.has_open
     blocks, copies = decode.receiver.adopt(reservation)
@@ -489,7 +626,10 @@ def test_only_the_full_set_of_rank_pairs_is_an_arrival() -> None:
         decode.arrive(grant, open_id, source_rank=source, decode_rank=source // 2)
         decode.arrive(grant, open_id, source_rank=source, decode_rank=source // 2)
     assert decode.receiver.arrived[0].first_tokens == FIRST
-    assert only(decode.said_to_router(), HandoffDone)
+    assert only(decode.said_to_router(), HandoffDone).num_bytes == 3 * SPEC.block_bytes()
+    assert decode.receiver.counters.stale_messages == 4
+    done = [message for message in decode.said_to_peer() if isinstance(message, KVDone)]
+    assert len(done) == 2, "the last one's repetition is answered"
 
 
 @pytest.mark.parametrize(("num_tokens", "first_tokens"), [(9, FIRST), (10, (ChoiceTokens(3, 0, (SampledToken(1),)),))])
@@ -520,6 +660,14 @@ def test_sums_are_of_the_blocks_that_were_granted(how: str) -> None:
     else:
         assert only(decode.said_to_router(), HandoffFailed).blame == "checksum"
         assert not decode.receiver.arrived and decode.receiver.counters.checksum_failures == 1
+
+
+@pytest.mark.parametrize(("are_made", "are_checked"), [(False, True), (True, False)])
+def test_sums_that_one_side_has_not_are_not_asked_for(are_made: bool, are_checked: bool) -> None:
+    decode = Decode(checks_bytes=are_checked)
+    grant = decode.grant()
+    decode.arrive(grant, decode.open(grant, change={"has_checksums": are_made}))
+    assert only(decode.said_to_router(), HandoffDone) and decode.receiver.arrived
 
 
 def test_a_drafts_state_that_nobody_can_use_is_refused_and_named(decode: Decode) -> None:
@@ -558,9 +706,26 @@ def test_a_close_dooms_and_a_clean_one_ends(decode: Decode, clean: bool, blame: 
     grant, open_id = decode.opened()
     decode.close(grant, open_id, clean=clean)
     assert only(decode.said_to_router(), HandoffFailed).blame == blame
+    assert decode.receiver.counters.num_failures == 1
     assert decode.holds_nothing() is clean
     decode.close(grant, open_id, clean=clean)
     assert decode.holds_nothing() is clean
+
+
+def test_a_rank_that_the_writer_has_not_closes_nothing(decode: Decode) -> None:
+    decode.close(*decode.opened(), source_rank=1)
+    assert decode.said_to_router() == [] and decode.receiver.counters.stale_messages == 1
+    assert decode.receiver.reservations.in_state(ReservationState.OPEN)
+
+
+def test_an_end_is_told_in_the_writers_words_and_answered_where_it_was_told(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    closed = KVClosed(grant_id=grant.grant_id, open_id=open_id, source_rank=0, clean=False, reason="no memory")
+    decode.receiver.on_message(P, closed)
+    assert only(decode.said_to_router(), HandoffFailed).reason == "no memory"
+    decode.receiver.on_message("p-0#2", msgspec.structs.replace(closed, clean=True))
+    session, done = decode.to_peer[-1]
+    assert session == "p-0#2" and isinstance(done, KVDone) and decode.holds_nothing()
 
 
 def test_a_lost_connection_dooms_the_opens_of_that_session_alone(decode: Decode) -> None:
@@ -614,14 +779,28 @@ def test_a_renewal_of_a_doomed_one_repeats_the_cancel(decode: Decode) -> None:
     decode.receiver.abort("a", 0)
     decode.said_to_peer()
     decode.receiver.on_message("p-0#2", KVRenew(opens=((grant.grant_id, open_id),)))
-    assert [type(message) for message in decode.said_to_peer()] == [CancelKV, KVRenewed]
+    cancel, renewed = decode.said_to_peer()
+    assert isinstance(cancel, CancelKV)
+    assert isinstance(renewed, KVRenewed) and renewed.opens == ((grant.grant_id, open_id, 3.0),)
+
+
+def test_a_renewal_of_what_has_arrived_gets_no_lease(decode: Decode) -> None:
+    grant, open_id = decode.opened()
+    decode.arrive(grant, open_id)
+    decode.said_to_peer()
+    decode.receiver.on_message(P, KVRenew(opens=((grant.grant_id, open_id),)))
+    assert only(decode.said_to_peer(), KVRenewed).opens == ((grant.grant_id, open_id, 0.0),)
 
 
 def test_a_quarantine_is_counted_by_its_writer(decode: Decode) -> None:
     decode.opened("a")
+    decode.opened("b")
+    decode.wait(1.0)
     decode.receiver.abort("a", 0)
     assert decode.receiver.reservations.num_quarantined_blocks == 3
-    decode.wait(2.0)
+    decode.wait(1.5)
+    decode.receiver.abort("b", 0)
+    decode.wait(0.5)
     assert decode.receiver.quarantine_s() == decode.receiver.quarantine_s(7) == 2.0
     assert decode.receiver.quarantine_s(8) == 0.0
 
@@ -633,6 +812,10 @@ def test_an_abort_after_the_arrival_frees(decode: Decode) -> None:
     decode.arrive(*decode.opened())
     decode.receiver.abort("a", 0)
     assert decode.holds_nothing() and not decode.receiver.arrived
+    decode.said_to_router()
+    for attempt in (0, 1):
+        decode.receiver.abort("a", attempt, unless_arrived=True)
+    assert [type(message) for message in decode.said_to_router()] == [HandoffDone, HandoffFailed]
 
 
 @pytest.mark.parametrize("adopted", [False, True])
@@ -654,7 +837,8 @@ def test_an_abort_unless_arrived_ends_what_has_not(decode: Decode, is_open: bool
     decode.receiver.abort("a", 0, unless_arrived=True)
     decode.receiver.abort("a", 0, unless_arrived=True)
     answers = decode.said_to_router()
-    assert [type(answer) for answer in answers] == [HandoffFailed, HandoffFailed]
+    told = [(answer.blame, answer.worker_id) for answer in answers if isinstance(answer, HandoffFailed)]
+    assert told == [("abort", "p-0" if is_open else ""), ("ended", "")]
     assert not decode.receiver.arrived and decode.receiver.reservations.num_granted_blocks == 0
 
 
@@ -669,6 +853,8 @@ def test_an_abort_of_an_older_attempt_changes_nothing(decode: Decode) -> None:
     decode.grant("a", 2)
     decode.receiver.abort("a", 1)
     assert decode.receiver.reservations.num_granted_blocks == 3
+    decode.receiver.abort("a", 3)
+    assert decode.holds_nothing()
 
 
 # --- latecomers ------------------------------------------------------------------------------------------------
@@ -697,6 +883,18 @@ def test_messages_with_another_open_id_change_nothing(decode: Decode) -> None:
     assert decode.receiver.has_open and decode.receiver.counters.stale_messages == 3
 
 
+_DRAWN = "granted open, granted released, open arrived, open doomed, arrived adopted, arrived released"
+_EDGES = {tuple(edge.split()) for edge in f"{_DRAWN}, adopted released, doomed released".split(", ")}
+
+
+def test_of_opens_that_are_over_the_last_ones_are_remembered(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reservations, "_MAX_REMEMBERED", 2)
+    books = decode.receiver.reservations
+    for open_id in (1, 2, 1, 3):
+        books.remember_open(open_id, P)
+    assert [books.session_of_ended(open_id) for open_id in (1, 2, 3)] == [P, None, P]
+
+
 @pytest.mark.parametrize("state", ReservationState)
 @pytest.mark.parametrize("to", ReservationState)
 def test_only_the_drawn_edges_exist(decode: Decode, state: ReservationState, to: ReservationState) -> None:
@@ -704,7 +902,7 @@ def test_only_the_drawn_edges_exist(decode: Decode, state: ReservationState, to:
     reservation = next(iter(decode.receiver.reservations.live.values()))
     assert isinstance(reservation, Reservation)
     reservation.state = state
-    if to in _NEXT[state]:
+    if (state.value, to.value) in _EDGES:
         reservation.advance(to, 0.0)
         assert reservation.state is to
     else:
@@ -729,6 +927,12 @@ def test_what_comes_thin_is_promised_the_memory_that_it_takes() -> None:
     assert _refused(shared.reserve("c", num_tokens=40, first=100)) == "growth"
 
 
+def test_growth_is_weighed_against_the_memory_that_thin_blocks_take() -> None:
+    decode = Decode(10, spec=msgspec.structs.replace(SPEC, windows=(0, 7)))
+    assert _refused(decode.reserve(num_tokens=40, growth_reserve=4)) == "growth"
+    assert isinstance(decode.reserve(num_tokens=40, growth_reserve=3), Grant)
+
+
 def test_thin_blocks_of_a_doomed_grant_are_in_quarantine_one_by_one() -> None:
     decode = Decode(28, spec=msgspec.structs.replace(SPEC, windows=(0, 7)))
     grant = decode.grant("a", num_tokens=40)
@@ -746,7 +950,9 @@ def test_a_doomed_grant_with_hits_has_in_quarantine_what_was_to_come_alone() -> 
     decode = Decode(28, spec=msgspec.structs.replace(SPEC, windows=(0, 7)))
     grant = decode.grant("a", num_tokens=40)
     decode.arrive(grant, decode.open(grant, change={"spec": grant.spec}))
+    assert only(decode.said_to_router(), HandoffDone).num_bytes == grant.spec.block_bytes() * (3 + 7 / 2)
     blocks, _ = decode.receiver.adopt(decode.receiver.arrived[0])
+    assert decode.pool.match_prefix(hash_blocks(list(range(40)), 4, prefix_salt(grant.spec, b""))) == []
     decode.pool.free(blocks)
     longer = decode.grant("b", num_tokens=60)  # ten blocks are here; of five that are not three come thin
     assert (longer.num_computed_tokens, len(longer.block_ids)) == (40, 5)
@@ -754,4 +960,5 @@ def test_a_doomed_grant_with_hits_has_in_quarantine_what_was_to_come_alone() -> 
     decode.open(longer, change={"spec": grant.spec})
     decode.wait(1000.0)
     assert decode.receiver.reservations.num_quarantined_blocks == 2 + 2
-    assert decode.pool.num_quarantined_blocks == 5
+    assert decode.pool.num_quarantined_blocks == 5 and decode.pool.num_owned_blocks == 0
+    assert decode.receiver.reservations.in_state(ReservationState.DOOMED)[0].hit_blocks == []

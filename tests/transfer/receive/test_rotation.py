@@ -98,6 +98,82 @@ def test_agents_that_were_made_during_an_outage_are_replaced_when_it_may_be_over
     assert host.rotations == [1, 2]
 
 
+def test_an_open_that_came_while_a_repair_waited_is_answered_when_it_is_put_off(host: Host) -> None:
+    host.left("a")
+    host.wait(10.1)
+    host.finish_rotation(lacks_device=True)
+    host.wait(REPAIR_S - 1.0)
+    host.open(host.grant("b", first=100))
+    host.wait(1.1)
+    host.said_to_peer()
+    open_id = host.open(host.grant("c", first=200))
+    assert host.said_to_peer() == []
+    host.wait(1.1)
+    assert only(host.said_to_peer(), KVOpened).open_id == open_id and host.rotations == [1]
+
+
+def _settling(host: Host) -> int:
+    """Have an open that waits, as agents are to be replaced once another has arrived. The quarantine's open id."""
+    quarantined = host.left("a")
+    host.wait(9.0)
+    host.open(host.grant("b", first=100), change={"incarnation": 8})
+    host.wait(1.1)
+    host.open(host.grant("c", first=200), change={"incarnation": 8})
+    assert host.rotations == [] and not host.receiver.rotation.timer.is_idle
+    host.said_to_peer()
+    return quarantined
+
+
+def test_an_open_that_waits_is_answered_at_once_when_the_quarantine_ends_by_itself(host: Host) -> None:
+    open_id = _settling(host)
+    host.close(host.grants[open_id], open_id)
+    assert any(isinstance(said, KVOpened) for said in host.said_to_peer()) and host.rotations == []
+
+
+def test_an_open_that_waits_is_refused_where_the_worker_has_begun_to_drain(host: Host) -> None:
+    open_id = _settling(host)
+    host.receiver.draining = True
+    host.close(host.grants[open_id], open_id)
+    assert only(host.said_to_peer(), KVRefused).reason == "draining"
+
+
+def test_a_refusal_for_the_share_that_a_quarantine_takes_of_all_promises_begins_a_rotation(host: Host) -> None:
+    host.left("a")
+    host.wait(2.0)
+    host.grant("b", num_tokens=29 * 4, first=5000)
+    host.wait(0.1)
+    assert host.rotations == []
+    answer = host.reserve("c", num_tokens=4, first=9000)
+    assert isinstance(answer, NoCapacity) and answer.reason == "growth"
+    host.wait(0.1)
+    assert host.rotations == [1]
+
+
+def test_a_refusal_is_forgotten_after_a_second(host: Host) -> None:
+    host.left("a")
+    host.wait(0.5)
+    assert isinstance(host.reserve("b", num_tokens=63 * 4), NoCapacity)
+    host.wait(1.5)
+    assert host.rotations == []
+
+
+def test_a_quarantine_is_as_old_as_the_first_of_its_writer(host: Host) -> None:
+    host.open(host.grant("b", first=100))
+    host.left("a")
+    host.wait(0.5)
+    host.receiver.abort("b", 0)
+    host.wait(9.6)
+    assert host.rotations == [1]
+
+
+def test_a_quarantine_that_ends_while_agents_are_replaced_ends_once(host: Host) -> None:
+    open_id = host.left("a")
+    host.wait(10.1)
+    host.close(host.grants[open_id], open_id)
+    assert host.rotations == [1] and host.holds_nothing()
+    assert host.finish_rotation() == 0 and host.holds_nothing()
+
+
 def test_an_old_quarantine_of_another_host_is_freed_by_a_rotation_alone(host: Host) -> None:
     host.left()
     host.wait(9.9)
@@ -136,8 +212,9 @@ def test_a_held_open_that_is_closed_frees_its_grant_and_tells_its_router_at_once
     host.close(grant, open_id)
     failed = only(host.said_to_router(), HandoffFailed)
     assert (failed.request_id, failed.blame) == ("b", "refused")
+    assert only(host.said_to_peer(), KVRefused).reason == "the open was closed before"
     assert host.finish_rotation() == 3 and host.holds_nothing()
-    assert host.said_to_router() == []
+    assert host.said_to_router() == [] and not any(isinstance(said, KVRefused) for said in host.said_to_peer())
 
 
 def test_a_held_open_that_is_none_of_the_grants_ends_no_grant_when_it_is_closed(host: Host) -> None:
@@ -181,11 +258,26 @@ def test_a_writer_of_this_host_that_destroyed_its_agent_is_behind_the_network(ho
     host.wait(11.0)
     assert host.rotations == []
     closed = KVClosed(grant_id=grant.grant_id, open_id=open_id, source_rank=0, clean=False, detached=True)
+    host.receiver.on_message("p-0#1", msgspec.structs.replace(closed, detached=False))
+    host.wait(0.1)
+    assert host.rotations == []  # it may still copy
     host.receiver.on_message("p-0#1", closed)
     assert host.receiver.reservations.num_quarantined_blocks == 3  # loopback's buffers may still hold some
     host.wait(0.1)
     assert host.rotations == [1]
     assert host.finish_rotation() == 3 and host.holds_nothing()
+
+
+def test_a_writer_is_behind_the_network_when_each_rank_has_ended_or_destroyed_its_agent(host: Host) -> None:
+    grant = host.grant("a")
+    open_id = host.open(grant, tp_size=2, change={"processes": (HERE,)})
+    host.close(grant, open_id)
+    host.wait(11.0)
+    assert host.rotations == []
+    closed = KVClosed(grant_id=grant.grant_id, open_id=open_id, source_rank=1, clean=False, detached=True)
+    host.receiver.on_message("p-0#1", closed)
+    host.wait(0.1)
+    assert host.rotations == [1] and host.finish_rotation() == 3
 
 
 def test_the_death_of_a_writer_ends_its_opens_and_frees_at_once_what_is_wanted() -> None:
@@ -250,7 +342,9 @@ def test_a_live_neighbour_gets_time_to_end_cleanly_before_the_agents_go(host: Ho
     grant = host.grant("b", first=5000)
     open_id = host.open(grant, change={"incarnation": 8, "processes": (HERE,)})
     host.wait(1.5)
-    assert host.rotations == []
+    host.said_to_peer()
+    host.wait(1.0)
+    assert only(host.said_to_peer(), CancelKV).open_id == open_id and host.rotations == []
     host.close(grant, open_id)
     assert host.rotations == [1] and host.receiver.reservations.num_quarantined_blocks == 3
     assert host.finish_rotation() == 3 and host.holds_nothing()
@@ -284,6 +378,19 @@ def test_an_open_that_comes_during_a_rotation_is_answered_after_it(host: Host) -
     host.finish_rotation()
     opened = [message for message in host.said_to_peer() if isinstance(message, KVOpened)]
     assert [(message.open_id, message.generation) for message in opened] == [(open_id, 1)]
+    host.wait(0.1)
+    assert host.said_to_peer() == []
+
+
+def test_a_refusal_that_no_rotation_would_have_spared_begins_none(host: Host) -> None:
+    host.left("a")
+    host.wait(2.0)
+    assert isinstance(host.reserve("b", num_tokens=65 * 4), NoCapacity)
+    host.wait(0.1)
+    assert host.rotations == []
+    assert isinstance(host.reserve("b", num_tokens=63 * 4), NoCapacity)
+    host.wait(0.1)
+    assert host.rotations == [1]
 
 
 def test_an_open_whose_connection_ended_meanwhile_binds_nobody(host: Host) -> None:
@@ -335,6 +442,30 @@ def test_an_incarnation_is_watched_once_and_one_that_is_not_found_opens_nothing(
     host.open(host.grant("c", first=9000), change={"incarnation": 9, "processes": (ProcessMark("here", 0, 1),)})
     assert "not found" in only(host.said_to_peer()[-1:], KVRefused).reason
     assert host.receiver.counters.grant_rejects == {"process": 1}
+
+
+def test_an_incarnation_that_comes_back_is_watched_anew(host: Host) -> None:
+    host.close(grant := host.grant("a"), host.open(grant, change={"processes": (HERE,)}))
+    host.wait(0.1)
+    assert [watch.is_closed for watch in host.watches] == [True]
+    host.open(host.grant("b", first=5000), change={"processes": (HERE,)})
+    host.wait(0.1)
+    assert [watch.is_closed for watch in host.watches] == [True, False]
+
+
+def test_the_first_open_that_waits_for_agents_binds_and_shortens_no_grant(host: Host) -> None:
+    host.left("a")
+    host.wait(10.1)
+    grant = host.grant("b", first=5000)
+    reservation = host.receiver.reservations.of_request("b")
+    assert reservation is not None
+    reservation.deadline += 10.0
+    open_id = host.open(grant)
+    host.open(grant, session="p-0#9")
+    host.wait(5.0)
+    host.said_to_peer()
+    host.finish_rotation()
+    assert only(host.said_to_peer(), KVOpened).open_id == open_id
 
 
 def test_without_a_way_to_rotate_only_a_clean_end_frees() -> None:
