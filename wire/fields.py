@@ -10,7 +10,8 @@ from ..common.adapter import MAX_ADAPTERS
 from ..common.request import MAX_CHOICES, SampledToken
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
-Text = Annotated[str, msgspec.Meta(max_length=4096)]
+MAX_TEXT = 4096  # characters: what may be longer is cut by who sends it
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Nonce = Annotated[bytes, msgspec.Meta(max_length=64)]
 Choice = Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHOICES)]

@@ -33,6 +33,7 @@ from .folder import Room
 from .record import BatchRecord, BatchStatus
 from .run import BatchRun, RunDeps
 from .store import BatchLock
+from .threads import unhurried
 
 TICK_S = 1.0  # until a batch of a router that has ended is taken over, or a cancellation is seen by another one
 SWEEP_S = 300.0
@@ -176,14 +177,7 @@ class Keeper:
         room = MAX_RUNS + (end is not None)
         if len(self._running) >= room or self._is_paused(record):
             return
-        taking = asyncio.ensure_future(asyncio.to_thread(self._take, record.id))
-        try:
-            taken = await asyncio.shield(taking)
-        except asyncio.CancelledError:  # what the thread takes meanwhile is the next one's
-            await asyncio.wait([taking])
-            if taking.exception() is None and (taken := taking.result()):
-                taken[0].release()
-            raise
+        taken = await unhurried(self._take, record.id, undo=_give_back)
         if taken is None:
             return
         lock, current = taken
@@ -273,3 +267,8 @@ class Keeper:
 
     def _now_s(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _give_back(taken: tuple[BatchLock, BatchRecord] | None) -> None:
+    if taken is not None:
+        taken[0].release()

@@ -16,7 +16,7 @@ from ...common.clock import Clock
 from ...common.kv_spec import KVCacheSpec
 from ...common.request import RequestSpec
 from ...kvcache.blocks import BlockPool
-from ...wire.fields import Message
+from ...wire.fields import MAX_TEXT, Message
 from ...wire.handoff import CancelKV, KVDone
 from ...wire.results import HandoffDone, HandoffFailed
 from .reservation import Reservation, ReservationState
@@ -147,7 +147,7 @@ class Endings:
             HandoffFailed(
                 request_id=spec.request_id,
                 attempt=spec.attempt,
-                reason=reason[:4096],
+                reason=reason[:MAX_TEXT],
                 blame=blame,
                 worker_id=writer.worker_id if writer is not None else "",
             ),

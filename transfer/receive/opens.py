@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ...common.clock import Clock
 from ...common.config import TransferConfig
 from ...common.kv_spec import KVCacheSpec
-from ...wire.fields import Message
+from ...wire.fields import MAX_TEXT, Message
 from ...wire.grants import GrantId, ProcessMark, RegionInfo
 from ...wire.handoff import CancelKV, KVOpen, KVOpened, KVRefused, KVRenew, KVRenewed
 from ..protocol.handoff import Endpoint, check_compatible, is_minted
@@ -103,7 +103,7 @@ class Opens:
             self._counters.stale_messages += 1
             self._counters.grant_rejects[refusal.kind] += 1
             self._log.warn(message.worker_id, refusal.kind, detail=refusal.reason)
-            refused = KVRefused(grant_id=message.grant_id, open_id=message.open_id, reason=refusal.reason[:4096])
+            refused = KVRefused(grant_id=message.grant_id, open_id=message.open_id, reason=refusal.reason[:MAX_TEXT])
             self._to_peer(session, refused)
             if refusal.kind != "mac" and reservation is not None and reservation.state is ReservationState.GRANTED:
                 # Whom it was given to asks no second time, and the request would wait until the grant lapses.

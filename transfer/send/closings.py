@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...wire.fields import Message
+from ...wire.fields import MAX_TEXT, Message
 from ...wire.grants import GrantId
 from ...wire.handoff import KVClosed
 from ..backends.base import TransferState
@@ -124,7 +124,7 @@ class Closings:
             open_id=found.open_id,
             source_rank=self._rank,
             clean=found.is_clean,
-            reason=found.reason[:4096],
+            reason=found.reason[:MAX_TEXT],
             detached=found.is_detached,
         )
         self._to_peer(found.kv_address, closed)
