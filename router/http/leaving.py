@@ -7,6 +7,9 @@
 
 A client that keeps connections open may send its next request in the very moment in which a server closes one: it
 would see a request fail that nobody worked on. Hence the while, and a last look for bytes that came meanwhile.
+
+A TLS connection is over when both have said so. A client that idles says nothing: it is not waited for, once its
+machine has all that was written.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import termios
 from .protocol import DeadlineProtocol
 
 _LOOK_AGAIN_S = 0.05
+_GOODBYE = "goodbye"  # waited for: the client's, under TLS
 
 
 class Connection(DeadlineProtocol):
@@ -39,21 +43,29 @@ class Connection(DeadlineProtocol):
         if self.is_leaving:
             self.cycle.keep_alive = False
 
+    def end(self) -> None:
+        super().end()
+        if self.is_leaving and self.transport.is_closing():
+            self._set_wait_timer(_LOOK_AGAIN_S, _GOODBYE)
+
     def _cut(self, kind: str) -> None:
-        if not self.is_leaving or kind != "idle":
+        if kind == _GOODBYE:
+            if self._in_kernel(termios.TIOCOUTQ):
+                self._set_wait_timer(_LOOK_AGAIN_S, _GOODBYE)
+            else:
+                self.transport.abort()
+        elif not self.is_leaving or kind != "idle":
             super()._cut(kind)
-        elif self._has_unread():
+        elif self.flow.is_held or self._in_kernel(termios.FIONREAD):  # bytes have come that this loop has not come to
             self._set_wait_timer(_LOOK_AGAIN_S, "idle")
         else:
             self.end()
 
-    def _has_unread(self) -> bool:
-        """Bytes have come that this loop has not come to."""
-        if self.flow.is_held:
-            return True
+    def _in_kernel(self, queue: int) -> int:
+        """Return how many bytes one of the socket's queues holds."""
         sock = self.transport.get_extra_info("socket")
         if sock is None or sock.fileno() < 0:
-            return False
+            return 0
         count = array.array("i", [0])
-        fcntl.ioctl(sock.fileno(), termios.FIONREAD, count)
-        return count[0] > 0
+        fcntl.ioctl(sock.fileno(), queue, count)
+        return count[0]

@@ -253,6 +253,37 @@ async def test_a_handshake_that_has_begun_when_the_server_leaves_is_answered_onc
             await server.left()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 400])
+async def test_a_client_that_says_no_goodbye_is_not_waited_for_and_has_all_that_was_written(
+    tls: ServerTls, num_tokens: int
+) -> None:
+    sock = listen(Address("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    server = HttpServer(serve(Script("x" * 400, tokens_per_update=400)).app, certificates=tls)
+
+    def ask() -> ssl.SSLSocket:
+        """Ask and read nothing."""
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.connect(sock.getsockname())
+        client = client_context().wrap_socket(own, server_hostname="localhost")
+        client.sendall(post(max_tokens=num_tokens, logprobs=20))
+        return client
+
+    async with server.serving(sock):
+        with await asyncio.to_thread(ask) as client:
+            await _comes(lambda: server.connections and server.connections[0].cycle is not None)
+            await _comes(lambda: not server.connections[0].has_request)
+            server.leave(0.05)
+            if num_tokens > 1:  # more than the sockets hold
+                await asyncio.sleep(0.3)
+                assert server.connections
+                answer = await asyncio.to_thread(lambda: b"".join(iter(lambda: client.recv(2**16), b"")))
+                assert len(answer) > 2**15 and answer.endswith(b"}")
+            async with asyncio.timeout(_LIMIT_S / 3):
+                await server.left()
+
+
 async def test_a_server_that_stops_waits_for_no_handshake(tls: ServerTls) -> None:
     sock = listen(Address("127.0.0.1", 0))
     server = HttpServer(serve().app, certificates=tls)
