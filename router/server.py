@@ -46,6 +46,7 @@ from .shutdown import Stop, first_of, wind_down
 from .state.expert_load import most_uneven
 
 REPORT_EVERY_S = 0.1
+_ADMIN_CONNECTIONS = 64  # of the files that a router has beside its clients' (settings/open_files.py)
 _SCALE_TICK_S = 0.25
 # Objects more than before, young collections, middle ones: until the next collection of each kind. Python's own are
 # 700, 10, 10. A finished request leaves nothing to collect; what lives should not be gone through often, nor for long.
@@ -101,10 +102,10 @@ async def serve_router(
                 )
                 if admin_socket is not None:
                     admin = _admin(config, parts, credentials.operators, lifeline, stop.asked.is_set)
+                    own = Connections(_ADMIN_CONNECTIONS, _ADMIN_CONNECTIONS)
+                    certificates = credentials.tls if has_admin_tls(config) else None
                     await serving.enter_async_context(
-                        HttpServer(admin, certificates=credentials.tls if has_admin_tls(config) else None).serving(
-                            admin_socket
-                        )
+                        HttpServer(admin, books=own, certificates=certificates).serving(admin_socket)
                     )
                 address = Address(config.host, sock.getsockname()[1])
                 on_ready()

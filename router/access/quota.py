@@ -65,7 +65,7 @@ class Bucket:
         return self._level
 
     def wait_s(self, amount: int, now_s: float, *, max_debt: int = 0) -> float:
-        """Return the time until `amount` can be taken, where that may leave such a debt; 0: now."""
+        """Return the time until `amount` can be taken, where that may leave such a debt; not above 0: now."""
         return self._until(min(amount, self.capacity) - max_debt, now_s)
 
     def reset_s(self, now_s: float) -> float:
@@ -73,13 +73,13 @@ class Bucket:
         return self._until(self.capacity, now_s)
 
     def _until(self, level: float, now_s: float) -> float:
-        return max(0.0, level - self.level(now_s)) * _WINDOW_S / self.capacity
+        return (level - self.level(now_s)) * _WINDOW_S / self.capacity
 
     def take(self, amount: int, now_s: float) -> None:
         self._level = self.level(now_s) - amount
 
     def give_back(self, amount: int, now_s: float) -> None:
-        self._level = min(self.capacity, self.level(now_s) + amount)
+        self._level = self.level(now_s) + amount
 
 
 class Account:
@@ -191,8 +191,7 @@ class Allowance:
             self._has_left = True
             with self._accounts.using(self._tenant) as account:
                 account.num_running -= 1
-                if self._charged:
-                    self._settle(account, 0)
+                self._settle(account, 0)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:

@@ -124,7 +124,7 @@ class Admin:
 
     async def drain(self, request: Request) -> Response:
         worker_id = request.path_params["worker_id"]
-        limit_s = _limit_of(await json_body(request, {"timeout_s"}, may_be_empty=True), self.drain_s)
+        limit_s = _limit_of(await json_body(request, {"timeout_s"}), self.drain_s)
         if not any(dispatcher.drain_worker(worker_id, limit_s) for dispatcher in self.dispatchers):
             raise RequestError(f"no worker {clip(worker_id)} is connected", code="worker_not_found", status=404)
         return JSONResponse({"worker_id": worker_id, "state": "draining", "timeout_s": limit_s}, 202)

@@ -147,7 +147,7 @@ def _decision(decision: _Row) -> RenderableType:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column("")
     for one in decision["candidates"]:
-        is_chosen = not one["rejected"] and _pair(one) == _pair(decision)
+        is_chosen = _pair(one) == _pair(decision)
         cells = ["" if one["rejected"] else _cell(name, one[name]) for name in columns]
         table.add_row(_pair(one), *cells, one["rejected"] or ("chosen" if is_chosen else ""))
     return table

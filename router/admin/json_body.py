@@ -15,11 +15,11 @@ from ..state.errors import clip
 _MAX_BYTES = 4096
 
 
-async def json_body(request: Request, known: AbstractSet[str], *, may_be_empty: bool = False) -> dict[str, object]:
-    """Raises RequestError (400, 408, 413), or ClientGone. An empty body may stand for an empty object."""
+async def json_body(request: Request, known: AbstractSet[str]) -> dict[str, object]:
+    """Raises RequestError (400, 408, 413), or ClientGone. An empty body stands for an empty object."""
     with BodyRoom().held() as held:
         data = await read_in_time(request.receive, held, _MAX_BYTES, BODY_TIMEOUT_S)
-    return _object(data, known) if data or not may_be_empty else {}
+    return _object(data, known) if data else {}
 
 
 async def client_body(room: BodyRoom, request: Request, known: AbstractSet[str]) -> dict[str, object]:

@@ -3,27 +3,30 @@
     open ─> waits for a request ─> works on one ─> waits ... ─> close
                └─ may be closed for a newcomer      └─ may not: then the newcomer is refused
 
-A connection that waits, or whose request's head is not whole, holds nothing but a socket. Where there is no room, the
-one that has waited longest is closed: idle connections and those that trickle their heads keep nobody out.
+A connection that waits, or whose request's head is not whole, holds nothing but a socket, unless its client has not got
+all of its last answer yet. Where there is no room, the one that has waited longest is closed: idle connections and
+those that trickle their heads keep nobody out.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections import Counter, OrderedDict
+from itertools import islice
 from typing import Protocol
 
 from ...settings.open_files import MAX_CONNECTIONS
 
 MAX_CONNECTIONS_PER_ADDRESS = 1024
+_MAX_ASKED = 16  # those that have waited longest, for a newcomer's place
 _IPV6_SITE_BITS = 64  # one customer's network: its addresses cost nothing
 
 
 class LimitedConnection(Protocol):
     """The books need this of a connection."""
 
-    def evict(self) -> None:
-        """End at once, for another one."""
+    def evict(self) -> bool:
+        """End at once, for another one. False: an answer is still on its way."""
         ...
 
 
@@ -121,13 +124,13 @@ class Connections:
             self._waiting_from.pop(site, None)
 
     def _evict(self, waiting: OrderedDict[LimitedConnection, None] | None) -> bool:
-        if not waiting:
-            return False
-        oldest = next(iter(waiting))
-        self.close(oldest)
-        self.observer.on_refused_connection("evicted")
-        oldest.evict()
-        return True
+        for oldest in list(islice(waiting or (), _MAX_ASKED)):
+            if oldest.evict():
+                self.close(oldest)
+                self.observer.on_refused_connection("evicted")
+                return True
+            self.wait(oldest)
+        return False
 
 
 def _site(host: str) -> str:

@@ -8,16 +8,13 @@
 A client that keeps connections open may send its next request in the very moment in which a server closes one: it
 would see a request fail that nobody worked on. Hence the while, and a last look for bytes that came meanwhile.
 
-A TLS connection is over when both have said so. A client that idles says nothing: it is not waited for, once its
-machine has all that was written.
+A TLS connection is over when both have said so. A client that idles says nothing: once its machine has all that was
+written, the connection is closed as if it had.
 """
 
 from __future__ import annotations
 
-import array
-import fcntl
-import termios
-
+from .kernel import end_reading, num_unread
 from .protocol import DeadlineProtocol
 
 _LOOK_AGAIN_S = 0.05
@@ -38,34 +35,30 @@ class Connection(DeadlineProtocol):
         elif self.cycle is not None and not self.cycle.response_complete and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        if self.is_leaving:
-            self.cycle.keep_alive = False
+    @property
+    def may_go_on(self) -> bool:
+        return super().may_go_on and not self.is_leaving
+
+    def shutdown(self) -> None:
+        """The server stops: what idles ends, and half a head."""
+        self.leave(0.0)
+        if self._message.is_in_head:
+            self.end()
 
     def end(self) -> None:
         super().end()
-        if self.is_leaving and self.transport.is_closing():
+        if self.scheme == "https" and self.transport.is_closing():
             self._set_wait_timer(_LOOK_AGAIN_S, _GOODBYE)
 
     def _cut(self, kind: str) -> None:
         if kind == _GOODBYE:
-            if self._in_kernel(termios.TIOCOUTQ):
+            if self.stream_writer.has_unsent():
                 self._set_wait_timer(_LOOK_AGAIN_S, _GOODBYE)
             else:
-                self.transport.abort()
+                end_reading(self.transport)  # `abort` would drop what the transport may still hold
         elif not self.is_leaving or kind != "idle":
             super()._cut(kind)
-        elif self.flow.is_held or self._in_kernel(termios.FIONREAD):  # bytes have come that this loop has not come to
+        elif self.flow.is_held or num_unread(self.transport):  # has come, and this loop not to it
             self._set_wait_timer(_LOOK_AGAIN_S, "idle")
         else:
             self.end()
-
-    def _in_kernel(self, queue: int) -> int:
-        """Return how many bytes one of the socket's queues holds."""
-        sock = self.transport.get_extra_info("socket")
-        if sock is None or sock.fileno() < 0:
-            return 0
-        count = array.array("i", [0])
-        fcntl.ioctl(sock.fileno(), queue, count)
-        return count[0]

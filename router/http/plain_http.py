@@ -29,6 +29,17 @@ async def is_plain(sock: socket.socket) -> bool:
     return sock.recv(1, socket.MSG_PEEK).isupper()
 
 
+def has_come(sock: socket.socket) -> bool:
+    """Tell whether a connection has something to read, its end included."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 async def tell_to_use_tls(sock: socket.socket) -> None:
     """Answer, and wait a moment for the client's end. Raises OSError."""
     failure = failure_of(

@@ -95,7 +95,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         if full:
             whose = "from this address" if full == "address" else "to this server"
             self._refuse(CapacityError(f"there are too many connections {whose}", status=503))
-            self.transport.close()
+            self.end()
         else:
             self._await_request()
 
@@ -148,9 +148,12 @@ class DeadlineProtocol(HttpToolsProtocol):
     def release(self) -> None:
         self.flow.release()
 
-    def evict(self) -> None:
-        """A newcomer needs the room, and nothing is under way here."""
+    def evict(self) -> bool:
+        """A newcomer needs the room, and nothing is computed here."""
+        if self.stream_writer.has_unsent():
+            return False
         self.transport.abort()
+        return True
 
     @property
     def has_request(self) -> bool:
@@ -204,6 +207,7 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._fault = error
             raise _Unwanted from error
         super().on_headers_complete()
+        self.cycle.keep_alive = False  # until its body is whole: after an answer before that nothing more is parsed
         self._await_nothing()
         self.books.work(self)
         is_plain = self.scope["http_version"] == "1.0"
@@ -215,6 +219,16 @@ class DeadlineProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._message.add_content(len(body))
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if not self.cycle.response_started:
+            self.cycle.keep_alive = self.may_go_on
+
+    @property
+    def may_go_on(self) -> bool:
+        """Another request may follow the one that has been read."""
+        return self.scope["http_version"] != "1.0" and self.parser.should_keep_alive()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -14,6 +14,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+from .kernel import num_unsent
+
 CHUNK_ENCODER = "kvferry.chunk_encoder"  # where the server lends its own way, in the scope
 
 _HELD_BYTES = 64 * 2**10  # more is written at once, so that the transport can say that it is full
@@ -94,6 +96,11 @@ class StreamWriter:
                 self._transport.write(whole[start : start + _TLS_PIECE_BYTES])
         else:
             self._transport.write(data)
+
+    def has_unsent(self) -> bool:
+        """Tell whether the client's machine lacks a part of what was written."""
+        self.flush()
+        return bool(self._transport.get_write_buffer_size() or num_unsent(self._transport))
 
 
 class Flow(Protocol):

@@ -20,7 +20,7 @@ import structlog
 
 from .connection_limits import Connections
 from .leaving import Connection
-from .plain_http import is_plain, tell_to_use_tls
+from .plain_http import has_come, is_plain, tell_to_use_tls
 from .protocol import DeadlineProtocol
 
 HANDSHAKE_LIMIT_S = 5.0
@@ -44,13 +44,15 @@ class Handshake:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.is_refused = False  # there was no room, and it is told so
+        self.has_begun = False  # its client has sent something
         self.is_whole = False  # the HTTP connection has the socket
         self.task: asyncio.Task[None] | None = None
 
-    def evict(self) -> None:
+    def evict(self) -> bool:
         """A newcomer needs the room."""
         if self.task is not None:
             self.task.cancel()
+        return True
 
 
 class TlsListener:
@@ -88,8 +90,14 @@ class TlsListener:
         self._sock.close()
 
     def leave(self, idle_s: float) -> None:
-        """Let connections that are still to come of handshakes leave."""
+        """Let connections that are still to come of handshakes leave; those of silent clients end after so long."""
         self._idle_s = idle_s
+        self._loop.call_later(idle_s, self._end_silent)
+
+    def _end_silent(self) -> None:
+        for handshake in self._handshakes:
+            if not handshake.has_begun and not has_come(handshake.sock):
+                handshake.evict()
 
     async def wait_closed(self) -> None:
         tasks = [each.task for each in self._handshakes if each.task is not None]
@@ -136,6 +144,7 @@ class TlsListener:
         try:
             async with asyncio.timeout_at(until_s):
                 has_no_tls = await is_plain(handshake.sock)
+            handshake.has_begun = True
             if has_no_tls:
                 await tell_to_use_tls(handshake.sock)
                 raise ConnectionAbortedError

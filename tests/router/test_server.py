@@ -21,7 +21,7 @@ from kvferry.launch.children import RouterChild
 from kvferry.launch.process import ChildTimes
 from kvferry.router.access.credentials import RouterCredentials
 from kvferry.router.process import main, parse_config
-from kvferry.router.server import serve_router
+from kvferry.router.server import _ADMIN_CONNECTIONS, serve_router
 from kvferry.settings.exposure import check_exposure
 from kvferry.settings.sockets import listen
 from kvferry.wire.address import Address
@@ -117,7 +117,7 @@ async def test_the_router_reports_where_it_listens_beats_and_ends_on_a_signal(mo
             await asyncio.open_connection(http.host, http.port)
 
 
-async def test_a_router_that_is_ending_takes_no_order_for_its_launcher(model_dir: Path) -> None:
+async def test_the_admin_listener_has_few_connections_and_takes_no_order_once_the_router_ends(model_dir: Path) -> None:
     with listen(Address("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     async with (
@@ -127,7 +127,11 @@ async def test_a_router_that_is_ending_takes_no_order_for_its_launcher(model_dir
         http = Address.parse(str(lifeline.details["http"]))
         async with httpx.AsyncClient(base_url=f"http://{http}") as client:
             await client.get("/live")  # its connection may ask once more: so long the router stays
+            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(_ADMIN_CONNECTIONS)]
             assert (await admin.post("/admin/restart")).status_code == 202
+            assert await idle[0][0].read() == b""  # the one that waited longest has made room
+            for _, writer in idle:
+                writer.close()
             os.kill(os.getpid(), signal.SIGTERM)
             counts = {"prefill": 0, "decode": 1}
             answers = [await admin.post("/admin/restart"), await admin.post("/admin/scaling", json=counts)]

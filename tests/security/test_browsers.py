@@ -47,7 +47,7 @@ async def test_a_server_without_keys_does_not_answer_to_a_strange_name(host: str
              "kvferry.internal", "KVferry.Internal:443", "kvferry.internal.:443"],
 )  # fmt: skip
 async def test_addresses_localhost_and_given_names_are_right(host: str) -> None:
-    async with serve(allowed_hosts=("kvferry.internal",)).client() as client:
+    async with serve(allowed_hosts=("KVferry.internal.",)).client() as client:
         assert (await client.get("/v1/models", headers={"host": host})).status_code == 200
 
 
@@ -87,6 +87,8 @@ async def test_without_origins_a_preflight_is_a_method_that_does_not_exist() -> 
 async def test_a_preflight_of_an_allowed_page_is_answered_before_keys() -> None:
     async with serve(api_keys=("k",), allowed_origins=(PAGE,)).client() as client:
         answer = await client.options("/v1/chat/completions", headers=PREFLIGHT)
+        for method, headers in (("POST", PREFLIGHT), ("OPTIONS", {"origin": PAGE})):  # nothing else is one
+            assert (await client.request(method, "/v1/chat/completions", headers=headers)).status_code == 401
     assert answer.status_code == 204 and answer.content == b""
     assert answer.headers["access-control-allow-origin"] == PAGE
     assert answer.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]

@@ -90,11 +90,13 @@ async def test_a_connection_that_ended_makes_room() -> None:
 class _Named:
     """A connection that only the books know."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_end: bool = True) -> None:
+        self.may_end = may_end
         self.is_evicted = False
 
-    def evict(self) -> None:
-        self.is_evicted = True
+    def evict(self) -> bool:
+        self.is_evicted = self.may_end
+        return self.may_end
 
 
 def test_an_ipv6_network_is_one_address_and_a_mapped_ipv4_address_is_itself() -> None:
@@ -108,6 +110,17 @@ def test_an_ipv6_network_is_one_address_and_a_mapped_ipv4_address_is_itself() ->
     assert books.open(mapped, "::ffff:10.0.0.1") == ""
     books.work(mapped)
     assert books.open(_Named(), "10.0.0.1") == "address"
+
+
+@pytest.mark.parametrize(("num_busy", "told"), [(1, ["", ""]), (17, ["total", ""]), (20, ["total", "total"])])
+def test_an_answer_on_its_way_keeps_its_place_and_few_are_asked_for_theirs(num_busy: int, told: list[str]) -> None:
+    books = Connections(20, 20)
+    old = [_Named(may_end=at >= num_busy) for at in range(20)]
+    assert [books.open(each, "10.0.0.1") for each in old] == [""] * 20
+    assert [books.open(_Named(), "10.0.0.2") for _ in told] == told
+    num_evicted = told.count("")
+    assert [each.is_evicted for each in old] == [num_busy <= at < num_busy + num_evicted for at in range(20)]
+    assert len(books) == 20
 
 
 def test_the_books_forget_what_has_ended() -> None:

@@ -9,15 +9,15 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.router.access.tls import ServerTls
-from kvferry.router.http import tls_listener
+from kvferry.router.http import http_server, stream_writer, tls_listener
 from kvferry.router.http.connection_limits import Connections
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.leaving import Connection
@@ -231,16 +231,19 @@ async def test_a_client_that_does_not_read_is_cut(tls: ServerTls) -> None:
             del reader
 
 
-async def test_a_handshake_that_has_begun_when_the_server_leaves_is_answered_once(tls: ServerTls) -> None:
+async def test_a_handshake_that_has_begun_when_the_server_leaves_is_answered_once(
+    tls: ServerTls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose client has said nothing is waited for as long as an idle connection."""
+    monkeypatch.setattr(tls_listener, "HANDSHAKE_LIMIT_S", 2 * _LIMIT_S)
     sock = listen(Address("127.0.0.1", 0))
     server = HttpServer(serve().app, certificates=tls)
     async with server.serving(sock):
         address = sock.getsockname()
         early = socket.create_connection(address)
-        idle = socket.create_connection(address)
+        silent = socket.create_connection(address)
         await _comes(lambda: server._server.is_shaking)
-        await asyncio.sleep(0.05)
-        server.leave(0.2)
+        server.leave(0.5)
         early.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=early, ssl=client_context(), server_hostname="localhost")
         writer.write(GET)
@@ -248,49 +251,111 @@ async def test_a_handshake_that_has_begun_when_the_server_leaves_is_answered_onc
         assert head.startswith(b"HTTP/1.1 200 ") and b"connection: close" in head
         assert await reader.read() == b""
         writer.close()
-        idle.close()
         async with asyncio.timeout(_LIMIT_S):
+            await server.left()
+        silent.close()
+
+
+async def test_a_client_whose_hello_has_just_come_is_not_taken_for_a_silent_one(tls: ServerTls) -> None:
+    sock = listen(Address("127.0.0.1", 0))
+    server = HttpServer(serve().app, certificates=tls)
+    async with server.serving(sock):
+        with socket.create_connection(sock.getsockname()) as client:
+            await _comes(lambda: server._server.is_shaking)
+            [listener] = server._server.servers
+            assert isinstance(listener, tls_listener.TlsListener)
+            client.sendall(b"\x16")
+            listener._end_silent()  # before the loop looks at the socket
+            await asyncio.sleep(0.05)
+            assert listener.is_shaking
+
+
+def blocking_client(address: tuple[str, int], tls: ssl.SSLContext | None, said: bytes = b"") -> socket.socket:
+    """It reads as it is told to, and says goodbye to nobody."""
+    own = socket.socket()
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    own.connect(address)
+    client = own if tls is None else tls.wrap_socket(own, server_hostname="localhost")
+    client.sendall(said)
+    return client
+
+
+@asynccontextmanager
+async def slow_client(
+    num_tokens: int = 400, *, tls: ServerTls | None = None, books: Connections | None = None
+) -> AsyncIterator[tuple[HttpServer, socket.socket]]:
+    """A client that has not read its answer yet, which is more than the sockets hold if it has 400 tokens."""
+    sock = listen(Address("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    server = HttpServer(serve(Script("x" * 400, tokens_per_update=400)).app, certificates=tls, books=books)
+    context, asked = None if tls is None else client_context(), post(max_tokens=num_tokens, logprobs=20)
+    async with server.serving(sock):
+        with await asyncio.to_thread(blocking_client, sock.getsockname(), context, asked) as client:
+            await _comes(lambda: server.connections and server.connections[0].cycle is not None)
+            await _comes(lambda: not server.connections[0].has_request)
+            yield server, client
+
+
+async def read_large_answer(client: socket.socket) -> bytes:
+    def read() -> bytes:
+        answer = b""
+        while not answer.endswith(b"}}}"):
+            part = client.recv(2**16)
+            assert part, "the answer was cut"
+            answer += part
+        return answer
+
+    return await asyncio.to_thread(read)
+
+
+async def test_a_client_that_idles_and_says_no_goodbye_is_not_waited_for(tls: ServerTls) -> None:
+    async with slow_client(1, tls=tls) as (server, _):
+        server.leave(0.05)
+        async with asyncio.timeout(_LIMIT_S / 3):
             await server.left()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 400])
-async def test_a_client_that_says_no_goodbye_is_not_waited_for_and_has_all_that_was_written(
-    tls: ServerTls, num_tokens: int
+@pytest.mark.parametrize("is_kernel_quick", [False, True])
+async def test_a_client_that_says_no_goodbye_has_all_that_was_written(
+    tls: ServerTls, is_kernel_quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sock = listen(Address("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    server = HttpServer(serve(Script("x" * 400, tokens_per_update=400)).app, certificates=tls)
-
-    def ask() -> ssl.SSLSocket:
-        """Ask and read nothing."""
-        own = socket.socket()
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        own.connect(sock.getsockname())
-        client = client_context().wrap_socket(own, server_hostname="localhost")
-        client.sendall(post(max_tokens=num_tokens, logprobs=20))
-        return client
-
-    async with server.serving(sock):
-        with await asyncio.to_thread(ask) as client:
-            await _comes(lambda: server.connections and server.connections[0].cycle is not None)
-            await _comes(lambda: not server.connections[0].has_request)
-            server.leave(0.05)
-            if num_tokens > 1:  # more than the sockets hold
-                await asyncio.sleep(0.3)
-                assert server.connections
-                answer = await asyncio.to_thread(lambda: b"".join(iter(lambda: client.recv(2**16), b"")))
-                assert len(answer) > 2**15 and answer.endswith(b"}")
-            async with asyncio.timeout(_LIMIT_S / 3):
-                await server.left()
+    async with slow_client(tls=tls) as (server, client):
+        if is_kernel_quick:  # it has sent all that it was given, and the transport has more
+            monkeypatch.setattr(stream_writer, "num_unsent", lambda _: 0)
+        server.leave(0.01)
+        await asyncio.sleep(0.15)
+        assert server.connections
+        await read_large_answer(client)
+        async with asyncio.timeout(_LIMIT_S / 3):
+            await server.left()
 
 
-async def test_a_server_that_stops_waits_for_no_handshake(tls: ServerTls) -> None:
-    sock = listen(Address("127.0.0.1", 0))
-    server = HttpServer(serve().app, certificates=tls)
+@pytest.mark.parametrize("by_tls", [False, True])
+async def test_a_newcomer_takes_no_place_of_one_whose_answer_is_on_its_way(tls: ServerTls, by_tls: bool) -> None:
+    books = Connections(1, 1)
+    async with slow_client(tls=tls if by_tls else None, books=books) as (server, client):
+        context = client_context() if by_tls else None
+        with await asyncio.to_thread(blocking_client, client.getpeername(), context) as refused:
+            assert (await asyncio.to_thread(refused.recv, 2**12)).startswith(b"HTTP/1.1 503 ")
+            async with asyncio.timeout(_LIMIT_S / 3):  # whom no place is for holds no file either
+                await _comes(lambda: len(server.connections) == 1)
+        await read_large_answer(client)
+        await _comes(lambda: not server.connections[0].stream_writer.has_unsent())
+        async with connected(client.getpeername(), tls=context) as (reader, writer):
+            writer.write(GET)
+            assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_server_that_stops_waits_for_no_handshake_and_for_no_goodbye(
+    tls: ServerTls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_FLUSH_S", 2 * _LIMIT_S)
     async with asyncio.timeout(tls_listener.HANDSHAKE_LIMIT_S):
-        async with server.serving(sock):
-            with socket.create_connection(sock.getsockname()):
+        async with slow_client(1, tls=tls) as (server, idle):
+            with socket.create_connection(idle.getpeername()):
                 await _comes(lambda: server._server.is_shaking)
+                server.stop()
+                await server.left()
         assert not server._server.is_shaking
 
 

@@ -75,6 +75,7 @@ def test_a_request_larger_than_the_bucket_goes_when_it_is_full_and_leaves_a_debt
         quotas.enter(b"").charge(1)
     assert caught.value.retry_after_s == pytest.approx(61.0)
     allowance.settle(30)
+    allowance.leave()
     quotas.enter(b"").charge(30)
     with pytest.raises(CapacityError):
         quotas.enter(b"").charge(1)
@@ -85,8 +86,9 @@ def test_what_nobody_settled_comes_back_whole_and_once(make_quotas: MakeQuotas) 
     for _ in range(5):
         allowance = quotas.enter(b"")
         allowance.charge(10)
-        with pytest.raises(CapacityError, match="1 requests at once"):
+        with pytest.raises(CapacityError, match="1 requests at once") as refused:
             quotas.enter(b"")
+        assert refused.value.retry_after_s == 1.0
         allowance.leave()
         allowance.leave()
     assert dict(quotas.enter(b"").headers)[b"x-ratelimit-remaining-tokens"] == b"10"
@@ -121,6 +123,8 @@ def test_requests_that_are_not_waived_are_debts_of_a_minute_at_most(make_quotas:
         with pytest.raises(CapacityError, match="2 requests a minute") as refused:
             quotas.enter(b"", may_repeat=may_repeat)
         assert refused.value.retry_after_s == pytest.approx(wait_s)
+    told = dict(under_way[-1].headers)
+    assert (told[b"x-ratelimit-remaining-requests"], told[b"x-ratelimit-reset-requests"]) == (b"0", b"120.000s")
     for allowance in under_way:
         allowance.leave()
     clock.advance(89)

@@ -106,7 +106,7 @@ async def test_what_goes_wrong_is_said_in_the_listeners_words() -> None:
         ):
             with pytest.raises(KVFerryError, match=why):
                 await asyncio.to_thread(fetch, address, path, key)
-        assert (await asyncio.to_thread(fetch, address, path_of("r-0"), "key"))["request_id"] == "r-0"
+        assert (await asyncio.to_thread(fetch, f"{address}/", path_of("r-0"), "key"))["request_id"] == "r-0"
     with pytest.raises(KVFerryError, match="no answer from"):
         fetch(address, path_of("r-0"), "")
     # A port beyond 65535 would be asked as another one, with an operator's key.

@@ -98,6 +98,19 @@ async def test_an_unknown_model_is_told_what_there_is() -> None:
         site.catalogue.version("other")
 
 
+async def test_names_have_bounds_and_not_all_of_many_are_told() -> None:
+    catalogue, use = Site().catalogue, AdapterUse("d", "/a", 1)
+    for name in ("", "x" * 257, "a\nb"):
+        with pytest.raises(ConfigError, match="1 to 256 printable characters"):
+            catalogue.add_adapter(name, use)
+    for number in range(40):
+        catalogue.add_adapter(f"{number:0256}", use)
+    with pytest.raises(RequestError, match="'other' does not exist") as told:
+        catalogue.version("other")
+    assert str(told.value).count("'") == 2 * (1 + 32)
+    assert catalogue.max_model_len == 512  # the longest of all: frames have room for it
+
+
 async def test_a_model_has_further_names() -> None:
     site = Site()
     site.catalogue.add_alias("latest", "large")

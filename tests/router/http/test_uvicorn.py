@@ -15,6 +15,7 @@ from uvicorn.server import Server, ServerState
 
 from kvferry.router.http.http_server import _Uvicorn
 from kvferry.router.http.intake import HeldFlow
+from kvferry.router.http.leaving import Connection
 from kvferry.router.http.protocol import DeadlineProtocol
 
 from ...test_layers import ROOT
@@ -22,14 +23,15 @@ from ...test_layers import ROOT
 OVERRIDDEN = {
     (DeadlineProtocol, HttpToolsProtocol): (
         *("__init__", "connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing"),
-        *("on_message_begin", "on_header", "on_headers_complete", "on_body", "on_response_complete"),
-        *("send_400_response", "timeout_keep_alive_handler", "_unsupported_upgrade_warning"),
+        *("on_message_begin", "on_header", "on_headers_complete", "on_body", "on_message_complete"),
+        *("on_response_complete", "send_400_response", "timeout_keep_alive_handler", "_unsupported_upgrade_warning"),
     ),
+    (Connection, HttpToolsProtocol): ("shutdown",),
     (HeldFlow, FlowControl): ("pause_reading", "resume_reading"),
     (_Uvicorn, Server): ("capture_signals", "startup"),
 }
 CALLED = {
-    HttpToolsProtocol: ("_unset_keepalive_if_required", "on_url", "on_message_complete"),
+    HttpToolsProtocol: ("_unset_keepalive_if_required", "on_url"),
     FlowControl: ("drain", "pause_reading", "resume_reading", "pause_writing", "resume_writing"),
     Server: ("serve",),
 }

@@ -72,9 +72,9 @@ def _key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
     return name, frozenset(labels.items())
 
 
-def _finished(metrics: RouterMetrics) -> None:
+def _finished(metrics: RouterMetrics, *, is_background: bool = False) -> None:
     stamps = {"queued": 1.0, "prefill_start": 1.5, "first_token": 3.0, "last_token": 4.0, "finished": 4.1}
-    metrics.on_finished(_Request(stamps, num_longest_tokens=11))
+    metrics.on_finished(_Request(stamps, num_longest_tokens=11, is_background=is_background))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def _finished(metrics: RouterMetrics) -> None:
 def test_latencies_are_differences_of_a_requests_stamps(name: str, seconds: float) -> None:
     metrics = RouterMetrics("m")
     _finished(metrics)
+    _finished(metrics, is_background=True)  # nobody waited
     samples = _samples(metrics)
     assert samples[_key(f"kvferry_{name}_sum")] == pytest.approx(seconds)
     assert samples[_key(f"vllm:{name}_sum", **VLLM)] == pytest.approx(seconds)
@@ -125,6 +126,7 @@ def test_time_per_token_is_that_of_the_longest_choice() -> None:
     metrics.on_finished(
         _Request({"first_token": 3.0, "last_token": 9.0}, n=2, num_output_tokens=102, num_longest_tokens=101)
     )
+    metrics.on_finished(_Request({"first_token": 3.0, "last_token": 3.0}, num_longest_tokens=1))  # none after the first
     samples = _samples(metrics)
     for name, labels in (
         ("kvferry_time_per_output_token_seconds", {}),
@@ -132,6 +134,7 @@ def test_time_per_token_is_that_of_the_longest_choice() -> None:
         ("vllm:request_time_per_output_token_seconds", VLLM),
     ):
         assert samples[_key(f"{name}_sum", **labels)] == pytest.approx(0.06)
+        assert samples[_key(f"{name}_count", **labels)] == 1
 
 
 def test_a_gateways_picker_finds_the_caches_sizes() -> None:
@@ -221,7 +224,8 @@ def test_known_labels_stay() -> None:
 
 
 def test_workers_gauges_are_their_last_heartbeats() -> None:
-    view = _View((_Worker("d-0", "decode", _status()), _Worker("p-0", "prefill", None)), num_queued=6)
+    starting = _Worker("d-1", "decode", _status(state="starting", num_blocks=0, num_free_blocks=0), is_ready=False)
+    view = _View((_Worker("d-0", "decode", _status()), _Worker("p-0", "prefill", None), starting), num_queued=6)
     samples = _samples(RouterMetrics("m"), view)
     blocks = {"free": 10, "cached": 30, "granted": 5, "quarantined": 1, "active": 54}
     for state, count in blocks.items():
@@ -229,6 +233,8 @@ def test_workers_gauges_are_their_last_heartbeats() -> None:
     assert samples[_key("kvferry_worker_state", worker="d-0", pool="decode", state="ready")] == 1
     assert samples[_key("kvferry_worker_state", worker="p-0", pool="prefill", state="starting")] == 1
     assert samples[_key("kvferry_worker_state", worker="p-0", pool="prefill", state="ready")] == 0
+    assert samples[_key("kvferry_worker_state", worker="d-1", pool="decode", state="starting")] == 1
+    assert samples[_key("vllm:kv_cache_usage_perc", model_name="m", engine="d-1")] == 0
     assert samples[_key("kvferry_queued_requests")] == 6
     engine = {"model_name": "m", "engine": "d-0"}
     assert samples[_key("vllm:num_requests_running", **engine)] == 3
@@ -346,10 +352,12 @@ class _Changing(_View):
     def __init__(self, looks: list[str]) -> None:
         self._looks, self.queued_by_class = looks, {"default": 1}
 
+        self.joined = [_Worker("d-0", "decode", _status())]
+
     @property
-    def workers(self) -> tuple[_Worker, ...]:  # type: ignore[override]
+    def workers(self) -> list[_Worker]:  # type: ignore[override]
         self._looks.append(threading.current_thread().name)
-        return (_Worker("d-0", "decode", _status()),)
+        return self.joined
 
 
 def test_a_scrape_takes_a_picture_of_the_pools_and_writes_it_later() -> None:
@@ -359,6 +367,7 @@ def test_a_scrape_takes_a_picture_of_the_pools_and_writes_it_later() -> None:
     write = RouterMetrics("m", ("default",)).scrape([("m", view)], num_in_flight=0)
     assert looks == ["MainThread"]
     view.queued_by_class["default"] = 7
+    view.joined.clear()
     with ThreadPoolExecutor(1) as threads:
         text = threads.submit(write).result()[0].decode()
     assert looks == ["MainThread"]
