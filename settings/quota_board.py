@@ -7,9 +7,10 @@
     a row    the tenant's digest, two buckets (level, when it was that: seconds of the system's clock), and for each
              column how many requests run there
 
-A router that died leaves a column behind, which the next one clears and takes. The lock is held for microseconds; where
-somebody is stopped who holds it the others go on without, for a limit that is a request off hurts less than a router
-that stands still. Anonymous memory of the launcher: it is gone when the last of them is.
+A router that died leaves a column behind, which the next one clears and takes. Until then its requests count only as
+long as the limit is not reached (`living`). The lock is held for microseconds; where somebody is stopped who holds it
+the others go on without, for a limit that is a request off hurts less than a router that stands still. Anonymous memory
+of the launcher: it is gone when the last of them is.
 """
 
 from __future__ import annotations
@@ -79,13 +80,16 @@ class QuotaBoard:
         """Return a column that nobody counts in, cleared. Raises OSError where there is none."""
         with self.locked():
             for column in range(self._num_columns):
-                place = _COUNT.size * (1 + column)
-                (pid,) = _COUNT.unpack_from(self._memory, place)
+                pid = self._pid(column)
                 if pid == os.getpid() or not _runs(pid):
-                    _COUNT.pack_into(self._memory, place, os.getpid())
+                    _COUNT.pack_into(self._memory, _COUNT.size * (1 + column), os.getpid())
                     self._clear(column)
                     return column
         raise OSError("every column of the board is taken")
+
+    def _pid(self, column: int) -> int:
+        (pid,) = _COUNT.unpack_from(self._memory, _COUNT.size * (1 + column))
+        return int(pid)
 
     def _clear(self, column: int) -> None:
         behind = self._row.size - _COUNT.size * (self._num_columns - column)
@@ -125,6 +129,10 @@ class QuotaBoard:
         else:
             place = self._first_row + first * self._row.size
         return place, BoardRow(None, [0] * self._num_columns)
+
+    def living(self, running: list[int]) -> list[int]:
+        """Return a row's counts without those of routers that died: what they had running has ended."""
+        return [count if count and _runs(self._pid(column)) else 0 for column, count in enumerate(running)]
 
     def put(self, place: int, key: bytes, row: BoardRow) -> None:
         assert row.buckets is not None

@@ -72,7 +72,7 @@ router/turns         common router/state router/turns/values
 router/placement     common router/state
 router/dispatch      common wire kvcache router/state router/queue router/placement
 router/autoscaler    common settings kvcache router/state router/metrics
-router/catalogue     common models router/state router/dispatch router/helpers router/turns
+router/catalogue     common models models/stored router/state router/dispatch router/helpers router/turns
 router/bodies        common grammar models router/state router/catalogue router/turns router/turns/values
 router/api           common models router/state router/http router/access router/helpers router/kept router/catalogue
 router/api           router/bodies router/turns router/turns/values

@@ -30,6 +30,8 @@ class SharedAccounts:
                 for bucket, state in zip(buckets, (row.buckets[:2], row.buckets[2:]), strict=True):
                     if bucket is not None:
                         bucket.state = state
+            if (limit := self._limits.max_concurrency) is not None and sum(row.running) >= limit:
+                row.running = self._board.living(row.running)  # a system call for each: only where it decides something
             account.num_running = before = sum(row.running)
             try:
                 yield account

@@ -270,7 +270,7 @@ class Api:
         objectives = BACKGROUND if context.is_background else self.classes.named(context.request_class)
         for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
             yield RouterRequest(
-                f"{context.request_id}-{index}",
+                f"{context.request_id}-{index}{context.run}",
                 prompt.token_ids,
                 params,
                 n=body.num_choices,

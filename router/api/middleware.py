@@ -70,6 +70,7 @@ class RequestContext:
     timeout_s: float | None = None  # what the client gives us, from `started_s` on
     request_class: str = DEFAULT_CLASS
     answer_key: AnswerKey | None = None  # under which its answer is kept; None: the client gave none
+    run: str = ""  # of an answer that goes on: workers may still know the one of the router that began it
     is_background: bool = False  # nobody waits for it: no quota, and it makes way for all others
     error_body: ErrorBody = failure_body
     ignored: list[str] = field(default_factory=list)  # fields of its body that had no effect

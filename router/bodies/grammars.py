@@ -176,11 +176,11 @@ def _tokens(name: str, value: object) -> AskedGrammar:
 def _structural_tag(name: str, value: object) -> AskedGrammar:
     if isinstance(value, str):
         _asked("lark", value, name)  # bounded, before it is parsed
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise wrong(name, "must be JSON", value) from None
-    return _asked("lark", tags_grammar(name, object_at(name, value)), name)
+    try:
+        tag = json.loads(value) if isinstance(value, str) else value
+        return _asked("lark", tags_grammar(name, object_at(name, tag)), name)
+    except (ValueError, RecursionError):
+        raise wrong(name, "must be JSON, and not nested too deep", value) from None
 
 
 def _asked(kind: str, text: str, param: str) -> AskedGrammar:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...common.errors import ConfigError
+from ...models.stored.json_files import read_json
 
 
 @dataclass(slots=True, frozen=True)
@@ -22,12 +23,10 @@ class SamplingDefaults:
     @classmethod
     def from_dir(cls, model_dir: Path) -> SamplingDefaults:
         path = model_dir / "generation_config.json"
-        if not path.is_file():
-            return cls()
+        found: dict[str, Any] = read_json(path, default={})
         try:
-            found = json.loads(path.read_bytes())
-            values = {name: found[name] for name in cls.__slots__ if found.get(name) is not None}
+            values = {name: float(found[name]) for name in cls.__slots__ if found.get(name) is not None}
             top_k = max(int(values.pop("top_k", 0)), 0)
-            return cls(top_k=top_k, **{name: float(value) for name, value in values.items()})
-        except (ValueError, TypeError, AttributeError) as error:
+            return cls(top_k=top_k, **values)
+        except (ValueError, TypeError, OverflowError) as error:
             raise ConfigError(f"{path} is not a generation config: {error}") from error

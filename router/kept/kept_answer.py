@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,8 @@ class KeptAnswer:
             write()
         except OSError as error:
             self.is_kept = False
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # where that fails, too, who comes back goes on behind what was kept
+                self._path.unlink(missing_ok=True)
             log.warning("answer_not_kept", reason=error.strerror or str(error), num_bytes=self._log.num_bytes)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from ..api.middleware import RequestContext, context_of, enter, leave, log_fault
 from ..api.reply import Reply
 from ..state.classes import CLASS_HEADER, TIMEOUT_HEADER
 from ..state.errors import STORAGE_UNAVAILABLE, StreamError, clip, failure_of
+from ..state.request import RUN_MARK
 from .event_files import comes_within
 from .event_stream import EventStream
 from .kept import RESPONSE_PREFIX, KeptResponses, response_name
@@ -231,7 +233,17 @@ class BackgroundResponses:
         headers = {**dict(task.headers), **body.headers}
         write = partial(send_part, sink.send)
         now_s = self._api.clock.now()
-        context = RequestContext(request_id, request_id, now_s, sink.send, write, headers=headers, tenant=task.tenant)
+        context = RequestContext(
+            request_id,
+            request_id,
+            now_s,
+            sink.send,
+            write,
+            headers=headers,
+            tenant=task.tenant,
+            # To a worker, whatever another router asks for under a name that it knows is the same attempt.
+            run=f"{RUN_MARK}{secrets.token_hex(4)}",
+        )
         scope: Scope = {"type": "http", "method": "POST", "path": PATH, "headers": [*headers.items()]}
         enter(scope, context)
         num_told = 0 if sink.events is None else sink.events.num_events

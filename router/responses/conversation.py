@@ -79,8 +79,7 @@ class Conversation:
     def parted(cls, data: memoryview, looked_at: Collection[str] = _PARTS) -> Conversation | None:
         """Return None for what is not whole, as a machine's crash may leave it: nothing waits for the disk.
 
-        `looked_at`: parts that are held against their checksums. Of others the lengths are known, and they are not
-        read.
+        `looked_at`: parts that are held against their checksums.
         """
         form = bytes(data[: len(_FORMAT)])
         head = _HEADS.get(form)

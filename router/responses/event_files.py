@@ -61,7 +61,8 @@ class EventFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self.is_kept = False
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the answer goes on, though its disk may be mounted for reading only
+                self._path.unlink(missing_ok=True)
             log.warning("events_not_kept", reason=error.strerror or str(error), num_bytes=self._num_bytes)
         self._num_bytes += len(part)
         self._grown.set()

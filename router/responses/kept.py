@@ -125,8 +125,9 @@ class KeptResponses:
 
     def num_bytes(self, response_id: object, tenant: bytes) -> int:
         """Return how many bytes `find` reads; 0 for what is not kept."""
-        found = self._find(response_id, tenant) if isinstance(response_id, str) else None
-        return 0 if found is None else len(found.messages) + len(found.input) + len(found.items)
+        if self._store is None or not isinstance(response_id, str):
+            return 0
+        return self._store.size(response_name(response_id, tenant))
 
     def find_items(
         self, item_ids: Iterable[object], tenant: bytes, earlier: bytes = b"[]"
@@ -198,7 +199,7 @@ def _take_items(items: Part, wanted: set[str], found: dict[object, msgspec.Raw],
             num_bytes += len(item)
             if num_before + num_bytes > MAX_BYTES_OF_ONE:
                 raise RequestError(f"input: refers to items of more than {MAX_BYTES_OF_ONE} bytes", param="input")
-            found[name] = item.copy()  # else each would hold its answer's file open
+            found[name] = item.copy()  # else each would hold all of its answer
     return num_bytes
 
 

@@ -9,7 +9,6 @@ The oldest leave first, but for the state of what is under way. What a client is
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import time
 from collections import OrderedDict
@@ -35,6 +34,9 @@ class ResponseStore(Protocol):
 
     def read(self, name: str) -> memoryview | None:
         """Return None for what is not here (any more). The data stays readable while somebody has it."""
+
+    def size(self, name: str) -> int:
+        """Return how many bytes there are to read."""
 
     def delete(self, name: str) -> None:
         """Forget what is there."""
@@ -62,18 +64,19 @@ class FolderStore:
         self.sweeper.now_and_then()
 
     def read(self, name: str) -> memoryview | None:
+        """Read all of it, though few parts may be looked at: a disk that fails would end whoever had it mapped."""
         try:
-            fd = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
+            with (self._path / name).open("rb", buffering=0) as file:
+                is_old = os.fstat(file.fileno()).st_mtime < time.time() - MAX_AGE_S
+                return None if is_old else memoryview(file.readall())
         except FileNotFoundError:
             return None
+
+    def size(self, name: str) -> int:
         try:
-            stat = os.fstat(fd)
-            if stat.st_mtime < time.time() - MAX_AGE_S or not stat.st_size:
-                return None
-            # The parts of it that nobody looks at are not read. Nobody writes to a file that has its name.
-            return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
-        finally:
-            os.close(fd)
+            return (self._path / name).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def delete(self, name: str) -> None:
         (self._path / name).unlink(missing_ok=True)
@@ -101,6 +104,9 @@ class MemoryStore:
     def read(self, name: str) -> memoryview | None:
         kept_s, data = self._by_name.get(name, (float("-inf"), b""))
         return None if kept_s < self._oldest_s() else memoryview(data)
+
+    def size(self, name: str) -> int:
+        return len(self._by_name.get(name, (0.0, b""))[1])
 
     def delete(self, name: str) -> None:
         _, data = self._by_name.pop(name, (0.0, None))

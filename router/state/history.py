@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from .decisions import Decision
 from .outcome import ServiceOutcome, judge
-from .request import RouterRequest
+from .request import RUN_MARK, RouterRequest
 
 MAX_RECENT = 1000
 MAX_FAILED = 200
@@ -163,10 +163,13 @@ class RequestHistory:
 
 
 def is_named(request_id: str, name: str) -> bool:
-    """`name`: the id itself, or the call's, under which its client knows it (the first prompt's of a batch)."""
+    """`name`: the id itself, or the call's, under which its client knows it (the first prompt's of a batch).
+
+    Of an answer that several routers ran, a call's name means whichever run this one had.
+    """
     prefix = next((known for known in _ID_PREFIXES if name.startswith(known)), "")
     call = name.removeprefix(prefix)
-    return request_id in (call, f"{call}-0")
+    return request_id == name or request_id.partition(RUN_MARK)[0] in (call, f"{call}-0")
 
 
 def _ttft_s(record: Record) -> float:

@@ -57,6 +57,7 @@ _STAMP = {
     RequestStatus.PREFILLING: "prefill_start",
     RequestStatus.DECODING: "arrived",
 }
+RUN_MARK = "+"  # in a request's name, before what tells runs of one answer by several routers apart
 
 
 @dataclass(slots=True, eq=False)

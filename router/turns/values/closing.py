@@ -33,7 +33,8 @@ def is_plain(schema: Schema) -> bool:
     properties, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, Mapping) or not isinstance(required, list) or not schema.keys() <= _PLAIN:
         return False
-    return schema.get("type", "object") == "object" and all(name in properties for name in required)
+    is_object = schema.get("type", "object") == "object"
+    return is_object and all(isinstance(name, str) and name in properties for name in required)
 
 
 def closed(schema: Schema) -> Schema:

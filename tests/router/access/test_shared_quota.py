@@ -72,15 +72,30 @@ def test_processes_at_once_let_in_as_many_as_one_may(board: QuotaBoard, monkeypa
     assert 120 <= sum(counts) <= 122 + came_back, "60 of each, and one a second"
 
 
-def test_requests_of_a_router_that_died_are_forgotten_when_another_one_counts(board: QuotaBoard) -> None:
+def test_requests_of_a_router_that_died_count_no_more_for_those_that_live_and_those_that_come(
+    board: QuotaBoard,
+) -> None:
     path = board.path
-    assert in_another_process(lambda: len(entered(quotas_on(path, max_concurrency=3), b"a", 9))) == 3
     quotas = quotas_on(path, max_concurrency=3)
+    assert in_another_process(lambda: len(entered(quotas_on(path, max_concurrency=3), b"a", 9))) == 3
     kept = entered(quotas, b"a", 9)
     assert len(kept) == 3
     assert in_another_process(lambda: len(entered(quotas_on(path, max_concurrency=3), b"a", 9))) == 0
     kept.pop().leave()
     assert in_another_process(lambda: len(entered(quotas_on(path, max_concurrency=3), b"a", 9))) == 1
+
+
+def test_who_lives_is_asked_only_where_that_decides(board: QuotaBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    quotas, asked = quotas_on(board.path, max_concurrency=2), list[int]()
+
+    def runs(pid: int) -> bool:
+        asked.append(pid)
+        return True
+
+    monkeypatch.setattr(quota_board, "_runs", runs)
+    entered(quotas, b"a", 2)
+    assert asked == []
+    assert entered(quotas, b"a", 1) == [] and asked == [os.getpid()]
 
 
 def test_a_board_without_a_column_is_told_and_one_that_is_gone(board: QuotaBoard) -> None:

@@ -186,3 +186,21 @@ async def test_an_answer_that_is_not_plain_never_pours(
     await turns()
     assert (scene.told, scene.fast_writer.calls) == (["a", "b"], [])
     reader.cancel()
+
+
+async def test_others_have_their_turn_while_what_has_piled_up_is_told(tokenizer: Tokenizer) -> None:
+    scene, told, num_turns = Scene(tokenizer), list[tuple[int, int]](), 0
+
+    async def take_turns() -> None:
+        nonlocal num_turns
+        while True:
+            num_turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(take_turns())
+    scene.send("x" * 100, "length")
+    async with asyncio.timeout(30):
+        while pieces := await scene.answer.next():
+            told.append((sum(len(piece.text) for _, piece in pieces), num_turns))
+    other.cancel()
+    assert told == [(64, 0), (36, 1)]

@@ -10,6 +10,7 @@ import pytest
 from kvferry.common.errors import RequestError
 from kvferry.common.grammar import MAX_GRAMMAR_BYTES, Grammar, pack_mask
 from kvferry.grammar.gbnf import unforced
+from kvferry.router.bodies import structural_tags
 from kvferry.router.bodies.schemas import ChatBody, CompletionBody, validate
 
 SCHEMA = {"type": "object", "properties": {"é": {"type": "string"}}, "required": ["é"]}
@@ -193,6 +194,15 @@ def test_what_is_wrong_is_refused_by_its_place(fields: dict[str, Any], param: st
     with pytest.raises(RequestError, match=match) as caught:
         asked(**fields)
     assert (caught.value.param, caught.value.status) == (param, 400)
+
+
+def test_a_tag_that_can_just_be_parsed_may_be_nested_too_deep_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_deep(_schema: object) -> object:
+        raise RecursionError
+
+    monkeypatch.setattr(structural_tags, "closed", too_deep)
+    with pytest.raises(RequestError, match="not nested too deep"):
+        asked(structured_outputs={"structural_tag": json.dumps({"format": JSON_FORMAT})})
 
 
 def test_what_would_be_too_long_if_it_were_closed_stays_open() -> None:

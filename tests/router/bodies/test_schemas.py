@@ -326,9 +326,10 @@ def test_generation_config_gives_defaults(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 2}))
     assert SamplingDefaults.from_dir(tmp_path) == SamplingDefaults(temperature=0.6, top_k=20)
-    file.write_text('{"temperature": "warm"}')
-    with pytest.raises(ConfigError, match=r"generation_config\.json"):
-        SamplingDefaults.from_dir(tmp_path)
+    for wrong in ('{"temperature": "warm"}', '{"top_k": 1e999}', "[1]", "[" * 100_000):
+        file.write_text(wrong)
+        with pytest.raises(ConfigError, match=r"generation_config\.json"):
+            SamplingDefaults.from_dir(tmp_path)
 
 
 # --- messages ---------------------------------------------------------------------------------------------

@@ -8,14 +8,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvferry.common.errors import CapacityError, RequestError
 from kvferry.common.grammar import Grammar, unpack_mask
 from kvferry.grammar.matching import Vocabulary, compile_grammar
 from kvferry.router.helpers import grammar_checker
-from kvferry.router.helpers.grammar_checker import QUICK_BYTES, GrammarCompilers
+from kvferry.router.helpers.grammar_checker import QUICK_BYTES, QUICK_LIMIT_S, TIME_LIMIT_S, GrammarCompilers
 from kvferry.router.helpers.helper import HelperLost
+from kvferry.router.helpers.wire import VALUE
 from kvferry.tests.checkpoints import write_tokenizer
 
 EOS = frozenset({1})
@@ -107,10 +109,33 @@ async def test_what_takes_too_long_is_refused_and_nobody_waits_for_it(
 async def test_a_small_grammar_that_is_costly_gets_what_is_left_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    limits: list[float] = []
+
+    async def compiled(_kind: bytes, _payload: bytes, limit_s: float) -> tuple[bytes, bytes]:
+        limits.append(limit_s)
+        return VALUE, b"mask"
+
     async with _checking(tmp_path) as checker:
         monkeypatch.setattr(checker.quick, "ask", _late)
-        await checker.check(Grammar("regex", b"a{500}(b{3}|c){500}"), "guided_regex")
-        assert checker.long.pid is not None
+        monkeypatch.setattr(checker.long, "ask", compiled)
+        assert (await checker.check(Grammar("regex", b"a"), "guided_regex")).first_mask == b"mask"
+        await checker.check(LARGE, "guided_json")
+    assert limits == [TIME_LIMIT_S - QUICK_LIMIT_S, TIME_LIMIT_S]
+
+
+async def test_the_grammars_are_known_that_were_used_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_checker, "MAX_KNOWN", 2)
+    asked: list[bytes] = []
+
+    async def compiled(_kind: bytes, payload: bytes, _limit_s: float) -> tuple[bytes, bytes]:
+        asked.append(msgspec.msgpack.decode(payload, type=Grammar).text)
+        return VALUE, b"mask"
+
+    async with _checking(tmp_path) as checker:
+        monkeypatch.setattr(checker.quick, "ask", compiled)
+        for text in (b"a", b"b", b"a", b"c", b"a", b"b"):
+            await checker.check(Grammar("regex", text), "guided_regex")
+    assert asked == [b"a", b"b", b"c", b"b"]
 
 
 async def test_what_ends_its_process_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -62,6 +63,10 @@ async def swept(answers: KeptAnswers, key: AnswerKey) -> None:
     (await answers.take(key, "m")).close()
     assert answers.sweeper.sweeping is not None
     await answers.sweeper.sweeping
+
+
+def read_only(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def settle(kept: object, seed: int = 1, limit: int = 8) -> list[SamplingParams]:
@@ -184,11 +189,21 @@ async def test_a_key_stands_for_one_request(tmp_path: Path) -> None:
     kept = await answers.take(KEY, "m")
     settle(kept)
     kept.close()
-    with pytest.raises(RequestError) as error:
-        await answers.take(AnswerKey("name", b"something else"), "m")
-    assert (error.value.code, error.value.status) == ("idempotency_key_reused", 422)
+    for version in ("m", "another"):
+        with pytest.raises(RequestError) as error:
+            await answers.take(AnswerKey("name", b"something else"), version)
+        assert (error.value.code, error.value.status) == ("idempotency_key_reused", 422)
     assert len(answers) == 0
     (await answers.take(KEY, "m")).close()
+
+
+async def test_of_many_answers_one_look_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, due = KeptAnswers(tmp_path), list[object]()
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda *call: due.append(call))
+    held = [await answers.take(AnswerKey(name, b""), "m") for name in "abc"]
+    assert len(due) == 1
+    for kept in held:
+        kept.close()
 
 
 async def test_events_of_an_answer_that_is_not_here_are_refused(tmp_path: Path) -> None:
@@ -237,6 +252,25 @@ async def test_a_record_that_did_not_fit_ends_what_is_kept(tmp_path: Path, monke
     monkeypatch.undo()
     assert not kept.is_kept and names_in(tmp_path) == {"wanted"}
     kept.close()
+
+
+async def test_an_answer_goes_on_where_its_disk_takes_no_changes_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept as far as it came, and can be gone on with from there."""
+    answers = KeptAnswers(tmp_path)
+    kept = await answers.take(KEY, "m")
+    settle(kept)
+    kept.add(0, [SampledToken(5)], None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", read_only)
+        patch.setattr(os, "unlink", read_only)
+        kept.add(0, [SampledToken(6)], None)
+    assert not kept.is_kept
+    kept.close()
+    again = await answers.take(KEY, "m")
+    assert [portion.tokens[0].token_id for portion in again.told] == [5]
+    again.close()
 
 
 async def test_a_dead_routers_answer_is_free_and_whole(tmp_path: Path) -> None:

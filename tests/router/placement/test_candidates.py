@@ -306,6 +306,10 @@ def test_records_are_found_by_class_and_by_the_id_that_a_client_has() -> None:
         found = history.find(name)
         assert found is not None and found.request_id == "a1b2-0"
     assert history.find("a1b") is None
+    history.add(ended("a1b3-0+f00d"))
+    for name in ("a1b3-0+f00d", "a1b3-0", "a1b3", "resp_a1b3"):
+        assert (found := history.find(name)) is not None and found.request_id == "a1b3-0+f00d"
+    assert history.find("a1b3-0+beef") is None
 
 
 def test_an_error_is_told_by_its_code() -> None:

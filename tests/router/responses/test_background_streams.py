@@ -304,6 +304,19 @@ async def test_events_that_cannot_be_kept_are_told_to_nobody_and_the_answer_is_t
     assert (again.status_code, again.json()["error"]["param"]) == (400, "stream")
 
 
+async def test_an_answer_goes_on_where_its_events_can_be_neither_kept_nor_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk was mounted anew, for reading only."""
+    file = EventFolder(tmp_path / "events").create("name", b"event: a\ndata: {}\n\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", no_room)
+        patch.setattr(os, "unlink", no_room)
+        file.add(b"event: b\ndata: {}\n\n")
+    assert not file.is_kept
+    file.close()
+
+
 async def test_a_full_disk_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = router(tmp_path, script=Script("Hello", hold_at=3))
     with monkeypatch.context() as patch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,16 @@ async def test_the_loop_looks_for_no_items_and_reads_no_long_conversation(
     assert readers[-1] == threading.main_thread().name
 
 
-async def test_no_answers_file_stays_open_for_items_that_were_found(tmp_path: Path) -> None:
+async def test_items_that_were_found_do_not_hold_all_of_their_answers(tmp_path: Path) -> None:
     kept = KeptResponses(FolderStore(tmp_path))
-    names = [f"{number:032x}" for number in range(50)]
+    names = [f"{number:032x}" for number in range(3)]
     for name in names:
         item = {"type": "message", "id": f"msg_{name}_0", "role": "assistant", "content": []}
-        kept.keeper(f"resp_{name}", b"", [], [item], b"{}", None)()
-    before = len(os.listdir("/proc/self/fd"))
-    found = kept.find_items([f"msg_{name}_0" for name in names], b"")
-    assert len(found) == len(names) and len(os.listdir("/proc/self/fd")) == before
+        kept.keeper(f"resp_{name}", b"", [], [item], bytes(2**20), None)()
+    tracemalloc.start()
+    try:
+        found = kept.find_items([f"msg_{name}_0" for name in names], b"")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == len(names) and held < 2**20

@@ -259,6 +259,13 @@ async def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         assert [(await each).status_code for each in calls()] == [200] * 4
 
 
+def test_what_a_disk_cannot_read_ends_the_call_alone(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    (tmp_path / "name").symlink_to("/proc/self/mem")  # nothing is at its beginning
+    with pytest.raises(OSError, match="Input/output error"):
+        store.read("name")
+
+
 def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "responses").touch()
     with pytest.raises(ConfigError, match=r"answers_dir: cannot make .*responses"):

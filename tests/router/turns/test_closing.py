@@ -23,6 +23,7 @@ ADDRESS = {"$ref": "#/$defs/Address"}
         (A, A | NO_MORE),
         ({"type": "object"}, {"type": "object"}),
         (A | {"required": ["b"]}, A | {"required": ["b"]}),
+        (A | {"required": [["a"]]}, A | {"required": [["a"]]}),  # who compiles it says what is wrong
         (A | {"additionalProperties": True}, A | {"additionalProperties": True}),
         (A | {"patternProperties": {"^x": {}}}, A | {"patternProperties": {"^x": {}}}),
         (A | {"minProperties": 2}, A | {"minProperties": 2}),
