@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import structlog
+
 from ..common.errors import ConfigError
 from ..common.extras import torch_cuda_version
 from ..common.machine import free_memory_bytes, usable_cpus
@@ -20,6 +22,10 @@ _NVIDIA_SMI_TIMEOUT_S = 10.0
 _GPU_FIELDS = "index,uuid,name,memory.total,memory.free"
 _SHARED_MEMORY = Path("/dev/shm")
 _TRANSPORTS, _SHARED_FOLDER = "UCX_TLS", "UCX_POSIX_DIR"  # which UCX takes, and where its files are if not there
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_NO_DEVICES = ("", "-1", "NoDevFiles")  # how that is written for none
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ def check_shared_memory(env: Mapping[str, str]) -> None:
 
 
 def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """The NVIDIA devices that CUDA_VISIBLE_DEVICES leaves visible."""
+    """The NVIDIA devices that CUDA_VISIBLE_DEVICES leaves visible; none where the driver's tool is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -68,10 +74,13 @@ def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
         query = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         try:
             done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=False)
-        except (OSError, subprocess.SubprocessError):
-            return ()
+        except (OSError, subprocess.SubprocessError) as error:
+            why = str(error)
+            break
         if done.returncode == 0:
-            return parse_gpus(done.stdout, env.get("CUDA_VISIBLE_DEVICES"))
+            return parse_gpus(done.stdout, env.get(_VISIBLE))
+        why = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"  # it writes to either
+    log.warning("gpus_unknown", tool=tool, reason=why)
     return ()
 
 
@@ -87,7 +96,10 @@ def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
         by_name |= {index: gpu, uuid: gpu}
     if visible is None:
         return tuple(gpu for name, gpu in by_name.items() if name == gpu.index)
-    return tuple(by_name[name] for name in (part.strip() for part in visible.split(",")) if name in by_name)
+    names = [part.strip() for part in visible.split(",")]
+    if unknown := [name for name in names if name not in by_name and name not in _NO_DEVICES]:
+        log.warning("gpus_unknown", names=unknown, reason=f"{_VISIBLE} has them, and nvidia-smi does not")
+    return tuple(by_name[name] for name in names if name in by_name)
 
 
 def _bytes(mib: str, otherwise: int) -> int:

@@ -11,10 +11,11 @@ A tenant may have several keys, so that one can be replaced by another without a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime, time
 from itertools import pairwise
 from pathlib import Path
@@ -97,43 +98,45 @@ def keys_of(text: bytes, path: Path, setting: str) -> tuple[KeyEntry, ...]:
 
 def add_key(path: Path, key_id: str, expires: datetime | None) -> str:
     """Draw a key and write its hash at the end of the file, made if need be. Returns the key, which is kept nowhere."""
-    data = key_file_text(path, "file") if path.exists() else b""
-    if len(_entries(data, path, "file")) >= MAX_KEYS:
-        raise ConfigError(f"file: {path} holds {MAX_KEYS} keys already")
-    key = _PREFIX + secrets.token_urlsafe(32)
-    try:
-        entry = KeyEntry(id=key_id, hash=_HASH + digest_of(key.encode()).hex(), expires=expires)
-    except ValidationError:
-        raise ConfigError(f"id: {key_id!r} is not 1 to 64 letters, digits and _ . @ + -") from None
-    text = data.decode()
-    if text and not text.endswith("\n"):
-        text += "\n"
-    expiry = f"  expires: {entry.expires.isoformat()}\n" if entry.expires is not None else ""
-    text += f"- id: {entry.id}\n  hash: {entry.hash}\n{expiry}"
-    if len(text.encode()) > MAX_FILE_BYTES:
-        raise ConfigError(
-            f"file: {path} would be larger than {MAX_FILE_BYTES} bytes with one more key: take keys or remarks out"
-        )
-    _write(path, text)
-    return key
+    with _turn_at(path) as path:
+        data = key_file_text(path, "file") if path.exists() else b""
+        if len(_entries(data, path, "file")) >= MAX_KEYS:
+            raise ConfigError(f"file: {path} holds {MAX_KEYS} keys already")
+        key = _PREFIX + secrets.token_urlsafe(32)
+        try:
+            entry = KeyEntry(id=key_id, hash=_HASH + digest_of(key.encode()).hex(), expires=expires)
+        except ValidationError:
+            raise ConfigError(f"id: {key_id!r} is not 1 to 64 letters, digits and _ . @ + -") from None
+        text = data.decode()
+        if text and not text.endswith("\n"):
+            text += "\n"
+        expiry = f"  expires: {entry.expires.isoformat()}\n" if entry.expires is not None else ""
+        text += f"- id: {entry.id}\n  hash: {entry.hash}\n{expiry}"
+        if len(text.encode()) > MAX_FILE_BYTES:
+            raise ConfigError(
+                f"file: {path} would be larger than {MAX_FILE_BYTES} bytes with one more key: take keys or remarks out"
+            )
+        _write(path, text)
+        return key
 
 
 def revoke_keys(path: Path, key_id: str) -> int:
     """Take all keys of this id out of the file; how many there were. Other lines stay as they are."""
-    data = key_file_text(path, "file")
-    entries = _entries(data, path, "file")
-    for (_, (_, end)), (_, (first, _)) in pairwise(entries):
-        if first < end:
-            raise ConfigError(f"file: {path}:{first + 1}: two keys stand in one line; give each lines of its own")
-    found = [lines for entry, lines in entries if entry.id == key_id]
-    if found:
-        kept = data.decode().splitlines(keepends=True)
-        for first, end in reversed(found):
-            while kept[end - 1].strip()[:1] in ("", "#"):  # a remark before the next key is that one's
-                end -= 1
-            del kept[first:end]
-        _write(path, "".join(kept))
-    return len(found)
+    with _turn_at(path) as path:
+        data = key_file_text(path, "file")
+        entries = _entries(data, path, "file")
+        for (_, (_, end)), (_, (first, _)) in pairwise(entries):
+            if first < end:
+                raise ConfigError(f"file: {path}:{first + 1}: two keys stand in one line; give each lines of its own")
+        found = [lines for entry, lines in entries if entry.id == key_id]
+        if found:
+            kept = data.decode().splitlines(keepends=True)
+            for first, end in reversed(found):
+                while kept[end - 1].strip()[:1] in ("", "#"):  # a remark before the next key is that one's
+                    end -= 1
+                del kept[first:end]
+            _write(path, "".join(kept))
+        return len(found)
 
 
 def _entries(text: bytes, path: Path, setting: str) -> list[tuple[KeyEntry, tuple[int, int]]]:
@@ -184,6 +187,18 @@ def _entry(node: yaml.Node, origin: str) -> KeyEntry:
         first = error.errors(include_url=False, include_input=False)[0]
         rule = first["msg"].replace("Input should be", "must be")
         raise ConfigError(f"{origin}: {'.'.join(map(str, first['loc']))}: {rule}") from None
+
+
+@contextlib.contextmanager
+def _turn_at(path: Path) -> Iterator[Path]:
+    """Wait until nobody else edits it: who had read the same would undo the edit. Yields the file that a link names."""
+    path = Path(os.path.realpath(path))
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # of a folder that is not there, as is told by who reads or writes the file
+            folder = os.open(path.parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield path
 
 
 def _write(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ _ARM_OF_ZIG = "-mcpu=generic"  # which knows processors alone, and takes the sam
 _EXTENSIONS = {"asimddp": "dotprod", "atomics": "lse"}  # ARM's features by compilers' names, where these are others
 # A compiler that hangs keeps a start waiting for so long; zig's first use takes a minute or two.
 _BUILD_TIMEOUT_S = 600.0
+_BUILDS_WITHIN_S = 3600.0  # longer than any build: what is older in a folder that is locked was left behind
 
 # What an old compiler, or one without its libraries, has not.
 _TRIAL = """
@@ -169,9 +171,17 @@ def _turn_in(folder: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(locked, fcntl.LOCK_EX)
+            _sweep(folder)
         yield
     finally:
         os.close(locked)  # which unlocks it, as the end of the process does
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what processes left that were killed while they compiled."""
+    for path in folder.glob(".kernels-*"):
+        if time.time() - path.stat().st_mtime > _BUILDS_WITHIN_S:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _build(compiler: tuple[str, ...], isa: str, library: Path, *, is_portable: bool = False) -> None:

@@ -43,8 +43,8 @@ class FleetMembers:
         workers, leaving, seq = event.get("workers"), event.get("leaving"), event.get("seq")
         self._planned = {str(name): _pool(role) for name, role in workers.items()} if isinstance(workers, dict) else {}
         self._leaving = frozenset(map(str, leaving)) if isinstance(leaving, list) else frozenset()
-        # To a router that comes later the first word names workers of any age.
-        began_s = -1.0 if self._first_seen is None and isinstance(seq, int) and seq >= 0 else now_s
+        # The first word names workers of any age: they serve already, or the router comes later.
+        began_s = -1.0 if self._first_seen is None else now_s
         self.seq = seq if isinstance(seq, int) else -1
         known = self._first_seen or {}
         self._first_seen = {name: known.get(name, began_s) for name in self._planned}
@@ -64,12 +64,11 @@ class FleetMembers:
 
     def _member(self, worker: WorkerView) -> Member:
         pool = self._given[worker.worker_id][0] if worker.worker_id in self._given else _pool(worker.role)
-        if worker.is_ready and worker.worker_id not in self._leaving:
-            state = MemberState.READY
-        elif worker.worker_id in self._leaving or (worker.status is not None and worker.status.state != "starting"):
+        is_starting = worker.status is None or worker.status.state == "starting"
+        if worker.worker_id in self._leaving or not (worker.is_ready or is_starting):
             state = MemberState.DRAINING
         else:
-            state = MemberState.PENDING
+            state = MemberState.READY if worker.is_ready else MemberState.PENDING
         load = worker.num_running + worker.num_bound + worker.ahead_tokens / max(1, worker.hello.max_num_batched_tokens)
         return Member(worker.worker_id, pool, state, load, worker.hello.can_change_role)
 
@@ -82,9 +81,8 @@ class FleetMembers:
         for worker in view.workers:
             began_s = first_seen.get(worker.worker_id)
             if worker.is_ready and began_s is not None and began_s >= 0:
-                if now_s > began_s and self.seq >= 0:
-                    took_s = max(1.0, now_s - began_s)
-                    self.start_s = took_s if self.start_s is None else 0.5 * (self.start_s + took_s)
+                took_s = now_s - began_s
+                self.start_s = took_s if self.start_s is None else 0.5 * (self.start_s + took_s)
                 first_seen[worker.worker_id] = -1.0
 
 

@@ -95,10 +95,8 @@ class Scaling:
         now, is_later = self._clock.now(), self._fleet.is_told
         self._fleet.on_launcher(event, now)
         if self._fleet.seq >= self._seq:
-            self._asked_s = None
-        if (is_leader := bool(event.get("leader"))) and not self._is_leader:
-            self._seq = max(self._seq, self._fleet.seq)
-        self._is_leader = is_leader
+            self._seq, self._asked_s = self._fleet.seq, None
+        self._is_leader = bool(event.get("leader"))
         self._on_held(event.get("held"), now, is_later=is_later)
         desired = event.get("desired")
         if not self._is_leader and self._is_decided and isinstance(desired, list) and len(desired) == 2:

@@ -178,16 +178,16 @@ async def test_a_renewed_server_imports_anew_and_the_old_one_ends_after_its_last
     forks: ForkServer, told: Told
 ) -> None:
     first = await start(forks, told, "wait")
-    before = (await told.facts())["imported_by"]
+    before = psutil.Process((await told.facts())["imported_by"])
     forks.renew()
     with contextlib.closing(Told()) as others:
         second = await start(forks, others, "0")
-        assert (await others.facts())["imported_by"] != before
+        assert (await others.facts())["imported_by"] != before.pid
         assert await ended(second) == 0
     assert len(_servers()) == 2
     told.ours.send(b"x")
     assert await ended(first) == 0, "the old one saw it"
-    await asyncio.to_thread(psutil.Process(before).wait, LIMIT_S)
+    await asyncio.to_thread(before.wait, LIMIT_S)
     assert len(_servers()) == 1
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import structlog
 
 from kvferry.launch.host import find_gpus, parse_gpus, read_host
 
@@ -23,8 +24,11 @@ def test_all_gpus_are_visible_by_default() -> None:
 def test_visible_devices_select_and_order_gpus() -> None:
     assert [gpu.index for gpu in parse_gpus(SMI, "1,0")] == ["1", "0"]
     assert [gpu.index for gpu in parse_gpus(SMI, "GPU-bb")] == ["1"]
-    assert parse_gpus(SMI, "") == ()
-    assert parse_gpus("", None) == ()
+    with structlog.testing.capture_logs() as logs:
+        assert parse_gpus(SMI, "") == parse_gpus(SMI, "-1") == parse_gpus("", None) == ()
+        assert not logs
+        assert [gpu.index for gpu in parse_gpus(SMI, "MIG-cc, 0")] == ["0"]
+    assert [line["names"] for line in logs] == [["MIG-cc"]]
 
 
 def test_a_card_without_memory_of_its_own_has_the_machines() -> None:
@@ -43,13 +47,15 @@ def test_a_card_that_keeps_to_itself_what_is_free_has_no_more_than_all_of_it() -
 def test_an_old_driver_does_not_know_what_cards_can_do(
     knows: str, capabilities: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that fails altogether has no cards."""
+    """One that fails altogether has no cards, and is told of: a machine of GPUs would serve on its CPU."""
     tool = tmp_path / "nvidia-smi"
     (tmp_path / "out").write_text(SMI if knows == "compute_cap" else re.sub(r", [^,]*$", "", SMI, flags=re.MULTILINE))
-    tool.write_text(f'#!/bin/sh\ncase "$1" in *{knows}) cat {tmp_path}/out;; *) exit 2;; esac\n')
+    tool.write_text(f'#!/bin/sh\ncase "$1" in *{knows}) cat {tmp_path}/out;; *) echo no driver; exit 2;; esac\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert [gpu.capability for gpu in find_gpus({})] == capabilities
+    with structlog.testing.capture_logs() as logs:
+        assert [gpu.capability for gpu in find_gpus({})] == capabilities
+    assert [line["reason"] for line in logs] == ([] if capabilities else ["no driver"])
 
 
 def test_this_machine_can_be_read() -> None:

@@ -142,12 +142,6 @@ async def test_status_tells_what_routers_see_of_workers(tmp_path: Path) -> None:
         assert {row["name"]: row["role"] for row in rows} == {"router": "router", "p-0": "decode", "d-0": "decode"}
 
 
-async def test_no_more_than_the_deployments_bound_are_started(tmp_path: Path) -> None:
-    async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, _):
-        told = await wishes.until(seq=wishes.scale(prefill=3, decode=5))
-        assert len(told["workers"]) == len(launcher.workers) == 5
-
-
 async def test_a_new_worker_that_cannot_start_is_given_up_and_the_others_serve_on(tmp_path: Path) -> None:
     async with scaling(fitted(tmp_path), tmp_path) as (launcher, wishes, recorder):
         (tmp_path / "fault").write_text("unknown model")

@@ -164,6 +164,7 @@ def test_answers_begin_after_the_worker_was_idle() -> None:
     bench.run()
     bench.both.set_role("prefill")
     bench.send(bench.task(bench.spec("prompt", 60)))
+    assert not bench.both.is_quiet
     bench.both.set_role("decode")
     bench.send(LocalTask(spec=bench.spec("answer", 6)))
     bench.kinds.clear()

@@ -106,6 +106,17 @@ def test_nobody_else_can_write_what_is_made(site: Site) -> None:
     assert site.load() == site.library() and len(site.builds) == 1
 
 
+def test_what_a_killed_build_left_is_deleted_by_the_next_one(site: Site) -> None:
+    """Not at once: two machines may share the folder and not each other's locks."""
+    left, another = (site.cache / "native" / f".kernels-{name}.abc" for name in ("left", "another"))
+    for folder in (left, another):
+        folder.mkdir(parents=True)
+        (folder / "part.o").touch()
+    os.utime(left, (0, 0))
+    made = site.load()
+    assert set(made.parent.iterdir()) == {made, another}
+
+
 def test_a_folder_that_others_may_read_is_as_good(site: Site) -> None:
     site.cache.mkdir(mode=0o755)
     (site.cache / "native").mkdir(mode=0o755)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -63,6 +64,26 @@ def test_a_key_that_was_taken_out_is_refused_after_a_reload_and_others_are_not(t
     keys.take(keys.read())
     assert [code_of(keys, key) for key in (alice, bob, "fixed")] == ["invalid_api_key", None, None]
     assert keys.check(f"Bearer {bob}".encode()) == tenant
+
+
+def test_of_two_who_edit_a_file_at_once_none_undoes_the_others_edit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, link, draw = tmp_path / "keys", tmp_path / "link", secrets.token_urlsafe
+    add_key(path, "alice", None)
+    link.symlink_to(path)
+    second = threading.Thread(target=revoke_keys, args=(path, "alice"))
+
+    def draw_meanwhile(num_bytes: int) -> str:
+        second.start()
+        second.join(0.1)
+        return draw(num_bytes)
+
+    monkeypatch.setattr(secrets, "token_urlsafe", draw_meanwhile)
+    bob = add_key(link, "bob", None)
+    second.join()
+    assert link.is_symlink() and [entry.id for entry in keys_of(path.read_bytes(), path, "file")] == ["bob"]
+    assert code_of(ApiKeys(file=path), bob) is None
 
 
 def test_without_any_key_in_its_file_nobody_is_served(tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ def test_more_load_is_a_wish_that_is_said_once_until_it_is_answered(site: Site) 
     [wish] = site.wishes()[-1:]
     assert wish["add"]["prefill"] >= 2
     assert wish["desired"][0] == 1 + wish["add"]["prefill"]
-    num_wishes = len(site.wishes())
+    num_wishes, desired = len(site.wishes()), site.scaling.desired
+    site.fleet_is(desired=[6, 2])  # no answer to it: a worker ended, and what another router decided is told with that
+    assert site.scaling.desired == desired
     site.run(5, rate=60)
     assert len(site.wishes()) == num_wishes
     added = {f"p-{n}": "prefill" for n in range(1, 1 + wish["add"]["prefill"])}
@@ -128,6 +130,10 @@ def test_more_load_is_a_wish_that_is_said_once_until_it_is_answered(site: Site) 
     site.run(10, rate=60)
     assert not any(wish["add"]["prefill"] for wish in site.wishes()[num_wishes:])
     assert site.scaling.current().total == 2 + len(added)
+    num_wishes = len(site.wishes())
+    site.fleet_is(seq=wish["seq"])  # they could not start: others are asked for
+    site.run(1, rate=60)
+    assert any(wish["add"]["prefill"] for wish in site.wishes()[num_wishes:])
 
 
 def test_an_unanswered_wish_is_repeated_after_a_while(site: Site) -> None:
@@ -147,6 +153,23 @@ def test_a_role_is_given_to_the_emptiest_worker(site: Site) -> None:
     assert "d-0" not in site.roles_given()
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "given"),
+    [
+        ({"num_running": 1}, {"waiting_tokens": 32}, {"d-1": "prefill"}),  # which is half a step's
+        ({"waiting_tokens": 32}, {}, {"d-1": "prefill"}),
+        ({"num_running": 1}, {"state": "starting"}, {}),  # and the other is the last one that takes work
+    ],
+)
+def test_a_prompt_that_waits_is_load_and_who_starts_keeps_its_role(
+    site: Site, first: dict[str, object], second: dict[str, object], given: dict[str, str]
+) -> None:
+    site.join("d-1")
+    site.fleet_is(held=[2, 1, None])
+    site.interval(d_0=first, d_1=second)
+    assert site.roles_given() == given
+
+
 def test_a_worker_that_was_given_a_role_counts_in_its_new_pool_at_once(site: Site) -> None:
     site.join("d-1", "d-2", "d-3")
     site.fleet_is()
@@ -156,6 +179,8 @@ def test_a_worker_that_was_given_a_role_counts_in_its_new_pool_at_once(site: Sit
     assert site.scaling.current().prefill == 1 + len(given)
     messages = [message for link in site.links.values() for message in link.sent if isinstance(message, SetRole)]
     assert len(messages) == len(given)  # each was told once
+    site.fleet.clock.advance(5.0)
+    assert site.scaling.current().prefill == 1  # none of them says that it has changed
 
 
 def test_advice_changes_nothing() -> None:
@@ -182,6 +207,8 @@ def test_switched_off_it_decides_nothing_but_an_operators_counts_hold() -> None:
     site.fleet_is(held=[2, 2, None])
     site.run(2, rate=60)
     assert site.wishes()[-1]["add"] == {"prefill": 1, "decode": 1}
+    site.fleet_is(held=None)
+    assert site.scaling.describe()["held"] is None
 
 
 @pytest.mark.parametrize("leader", [True, False])
@@ -191,6 +218,7 @@ def test_switched_off_nothing_is_wanted_once_an_operators_counts_are_over(leader
     site.run(2, rate=60)
     held: Any = {"leader": leader, "held": [1, 2, 4.0], "desired": [1, 2]}
     site.fleet_is(**held)
+    assert site.scaling.describe()["held"] == {"prefill": 1, "decode": 2, "for_s": 4.0}
     site.run(3, rate=60)
     assert site.scaling.describe()["desired"] == {"prefill": 1, "decode": 2}
     site.run(3, rate=60)
@@ -207,6 +235,17 @@ def test_fewer_workers_are_a_wish_too_and_name_who_leaves(site: Site) -> None:
     site.run(30, rate=1)
     removed = {name for wish in site.wishes() for name in wish["remove"]}
     assert removed and removed <= {"d-0", "d-1", "d-2"}
+
+
+def test_what_a_busy_launcher_has_not_carried_out_is_asked_for_again(site: Site) -> None:
+    site.join("d-1")
+    site.fleet_is(held=[1, 1, None])
+    for _ in range(31):
+        site.interval()
+    assert [wish["remove"] for wish in site.wishes()] == [["d-0"]] * 2
+    for _ in range(30):
+        site.interval(d_0={"state": "draining"})
+    assert [(wish["remove"], wish["lost"]) for wish in site.wishes()[2:]] == [([], ["d-0"])]
 
 
 def test_a_worker_that_drains_is_not_counted_and_shall_not_come_back(site: Site) -> None:
@@ -259,6 +298,8 @@ def test_what_came_while_nobody_decided_is_not_taken_for_one_intervals_load() ->
     site.run(1, rate=5)
     forecast = site.scaling.describe()["forecast"]
     assert isinstance(forecast, dict) and forecast["requests_per_s"] == 5
+    site.run(3, rate=5)
+    assert len(site.wishes()) == 1  # what is desired is told when it is news
 
 
 def test_without_a_launcher_roles_change_and_the_rest_is_a_metric() -> None:
@@ -304,6 +345,10 @@ def test_without_a_launcher_nothing_is_said_before_a_worker_is_there() -> None:
     site = Site(launcher=False)
     site.run(5, rate=60)
     assert site.scaling.desired is None
+    held = Site(launcher=False)  # an operator says it
+    held.scaling.hold(Counts(2, 2), None)
+    held.scaling.tick()
+    assert held.scaling.desired == Counts(2, 2)
     site.join("p-0", "d-0")
     site.run(2, rate=60)
     assert site.scaling.desired is not None
@@ -362,8 +407,8 @@ async def test_scaling_is_shown_held_and_released(site: Site) -> None:
         told = (await client.get("/admin/scaling")).json()
         assert told["mode"] == "on" and told["decides_here"] and told["current"] == {"prefill": 1, "decode": 1}
         assert told["forecast"]["requests_per_s"] > 5
-        assert (await client.post("/admin/scaling", json={"prefill": 2, "decode": 3, "for_s": 60})).status_code == 202
-        assert site.told[-1] == {"event": "hold", "counts": [2, 3], "for_s": 60}
+        assert (await client.post("/admin/scaling", json={"prefill": 5, "decode": 3, "for_s": 60})).status_code == 202
+        assert site.told[-1] == {"event": "hold", "counts": [5, 3], "for_s": 60}
         assert (await client.delete("/admin/scaling")).status_code == 202
         assert site.told[-1] == {"event": "hold", "counts": None}
 
@@ -409,6 +454,7 @@ def test_a_router_refuses_prefill_workers_where_there_is_no_such_pool() -> None:
     )
     with pytest.raises(RequestError, match="no prefill workers"):
         scaling.hold(Counts(1, 1), None)
+    scaling.hold(Counts(0, 1), None)
 
 
 def test_a_router_that_comes_later_takes_no_workers_connecting_for_its_start() -> None:
@@ -419,22 +465,32 @@ def test_a_router_that_comes_later_takes_no_workers_connecting_for_its_start() -
     site.interval()
     assert site.scaling.describe()["start_s"] is None
     site.fleet_is(seq=4, starting={"d-1": "decode"})
-    site.fleet.clock.advance(39.0)
+    site.fleet.clock.advance(38.0)
     site.join("d-1")
+    site.interval(d_1={"state": "starting"})
+    assert site.scaling.describe()["start_s"] is None
     site.interval()
     assert site.scaling.describe()["start_s"] == 40.0
+
+
+def test_workers_that_serve_when_a_deployment_begins_are_not_taken_for_quick_starts(site: Site) -> None:
+    """Though the launcher answers a first request, an operator's, before the first interval is over."""
+    site.fleet_is(seq=0)
+    site.interval()
+    assert site.scaling.describe()["start_s"] is None
 
 
 def test_a_router_that_decides_later_knows_how_long_starts_took(site: Site) -> None:
     site.join("p-0", "d-0")
     site.fleet_is(leader=False)
-    site.fleet_is(leader=False, seq=0, starting={"d-1": "decode"})
+    site.fleet_is(leader=False, seq=6, starting={"d-1": "decode"})
     site.fleet.clock.advance(39.0)
     site.join("d-1")
     site.run(600, rate=0)
-    site.fleet_is(leader=True, seq=0)
+    site.fleet_is(leader=True, seq=6)
     site.interval()
     assert site.scaling.describe()["start_s"] == 40.0
+    assert site.wishes()[0]["seq"] == 7  # else the launcher's last answer to the router before would be one to it
 
 
 def test_what_an_operator_asks_for_between_two_intervals_counts_as_no_longer_than_it_was(site: Site) -> None:
@@ -446,6 +502,10 @@ def test_what_an_operator_asks_for_between_two_intervals_counts_as_no_longer_tha
     site.scaling.tick()
     assert site.scaling.desired == Counts(2, 2)
     assert site.scaling.describe()["forecast"] == seen
+    num_wishes = len(site.wishes())
+    site.fleet_is(held=[2, 2, None], seq=site.wishes()[-1]["seq"])  # there was no room for them
+    site.scaling.tick()
+    assert len(site.wishes()) == num_wishes  # asked again once an interval, not at each answer
 
 
 def test_a_router_that_hung_takes_what_came_meanwhile_for_what_came_in_that_time(site: Site) -> None:
@@ -484,8 +544,9 @@ def test_a_start_is_expected_to_take_as_long_as_the_last_ones_did(site: Site) ->
 def test_a_worker_that_is_to_leave_is_no_more_of_the_fleet_though_it_is_ready_still(site: Site) -> None:
     site.join("d-1")
     site.fleet_is(seq=0, leaving=("d-1",))
-    site.interval()
-    assert site.scaling.current() == Counts(1, 1)
+    for state in ("ready", "starting"):  # a step of it hangs
+        site.interval(d_1={"state": state})
+        assert site.scaling.current() == Counts(1, 1)
 
 
 @pytest.mark.parametrize("launcher", [True, False])
@@ -502,6 +563,8 @@ def test_an_operators_counts_are_carried_out_before_the_interval_is_over(launche
             site.scaling.tick()
         assert site.scaling.desired == counts
     assert site.roles_given()["p-0"] == "decode"
+    site.scaling.release()
+    assert bool(site.scaling.describe()["held"]) == launcher  # which tells all when it is over
 
 
 def test_a_router_that_starts_again_leaves_what_is_held_alone_until_workers_have_connected() -> None:
