@@ -81,7 +81,7 @@ class RankAdapters:
     def __init__(self, engine: Engine, group: RankGroup | None) -> None:
         assert engine.adapters is not None
         self.num_slots = engine.config.max_loras
-        self.num_host = max(self.num_slots, engine.config.max_cpu_loras or self.num_slots)
+        self.num_host = engine.config.max_cpu_loras or self.num_slots
         self.wake: Callable[[], None] = lambda: None
         self._group = group
         self._num_ranks = engine.tp_size

@@ -107,7 +107,7 @@ class MaskThread:
     def _masks(self, jobs: Sequence[_Job], others: int) -> list[GrammarMask | None]:
         """Wait for the masks that come soon. `others`: rows of the step that need none."""
         while (job := self._overdue(jobs)) is not None:
-            self._give_up(job, [one for one in jobs if not one.future.done() and one is not job])
+            self._give_up(job, jobs)
         late = [job for job in jobs if job.is_late]
         if len(late) == len(jobs) and not others:  # nobody would be served by going on
             wait([job.future for job in late], self._idle_s, return_when=FIRST_COMPLETED)
@@ -119,12 +119,12 @@ class MaskThread:
         wait([job.future for job in awaited], self._patience_s)
         return next((job for job in awaited if not job.future.done()), None)
 
-    def _give_up(self, late: _Job, behind: Sequence[_Job]) -> None:
-        """Leave the job to its thread, and those behind it to a new one."""
+    def _give_up(self, late: _Job, jobs: Sequence[_Job]) -> None:
+        """Leave the job to its thread, and those of the step that have not begun to a new one."""
         late.is_late = True
         self._late.append(late)
         before, self._thread = self._thread, _new_thread()
-        for job in behind:
+        for job in jobs:
             if not job.is_late and job.future.cancel():
                 self._submit(job)
         before.shutdown(wait=False)
@@ -166,7 +166,7 @@ def _found(row: BatchRow, patience_s: float) -> GrammarMask | None:
         return None
     began_s = time.thread_time()
     mask = find_mask(row, patience_s)
-    mask_s = (time.thread_time() - began_s) / (1 if mask is None else 1 + len(mask.behind_draft))
+    mask_s = (time.thread_time() - began_s) / (1 + len(mask.behind_draft))
     row.seq.mask_s, row.seq.draft_limit = mask_s, max(0, int(patience_s / max(mask_s, _LEAST_S)) - 1)
     return mask
 

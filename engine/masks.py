@@ -28,8 +28,8 @@ MOST_S = 0.25
 log = structlog.get_logger(__name__)
 
 
-def find_mask(row: BatchRow, patience_s: float = math.inf) -> GrammarMask | None:
-    """Return the mask of a row that samples; None: it follows no grammar. What has failed does so again at once.
+def find_mask(row: BatchRow, patience_s: float = math.inf) -> GrammarMask:
+    """Return the mask of a row that samples by a grammar. What has failed does so again at once.
 
     `patience_s`: of the thread's own time. Masks behind a draft that would take more of it are not looked for.
     """
@@ -38,7 +38,7 @@ def find_mask(row: BatchRow, patience_s: float = math.inf) -> GrammarMask | None
     began_s = time.thread_time()
     try:
         words = next_mask(row.seq)
-        behind = masks_behind(row.seq, words, row.draft, began_s, patience_s) if words is not None and row.draft else ()
+        behind = masks_behind(row.seq, words, row.draft, began_s, patience_s) if row.draft else ()
     except GrammarBroken as error:
         log.warning("grammar_broken", request_id=row.seq.request_id, choice=row.seq.choice, error=str(error))
         return _failed(row.seq, str(error))
@@ -47,7 +47,7 @@ def find_mask(row: BatchRow, patience_s: float = math.inf) -> GrammarMask | None
     except BaseException as error:  # a panic of the library: others' answers go on
         log.error("grammar_panic", request_id=row.seq.request_id, error=repr(error))
         return _failed(row.seq, "the matcher has failed")
-    return None if words is None else mask_of(words, behind)
+    return mask_of(words, behind)
 
 
 def mask_of(words: bytes, behind: tuple[bytes, ...]) -> GrammarMask:
@@ -61,10 +61,8 @@ def _failed(seq: Sequence, reason: str) -> GrammarMask:
     return GrammarMask(b"", reason)
 
 
-def next_mask(seq: Sequence) -> bytes | None:
-    """Return the mask of the token after the sequence's last one; None: it follows no grammar. Raises GrammarBroken."""
-    if seq.grammar is None:
-        return None
+def next_mask(seq: Sequence) -> bytes:
+    """Return the mask of the token after the sequence's last one. Raises GrammarBroken."""
     matcher = matcher_of(seq)
     catch_up(seq, matcher)
     return _mask_of(matcher)
@@ -132,7 +130,7 @@ def with_forced(batch: Batch, outputs: list[RowOutput]) -> list[RowOutput]:
     """Return a step's output with the tokens that must follow what was drawn."""
     return [
         output._replace(forced=forced_after(row.seq, [token.token_id for token in output.runs[0]]))
-        if row.seq.grammar is not None and row.samples and output.runs and row.choices == (row.seq.choice,)
+        if row.seq.grammar is not None and output.runs and row.choices == (row.seq.choice,)
         else output
         for row, output in zip(batch.rows, outputs, strict=True)
     ]

@@ -15,6 +15,7 @@ import structlog
 from hypothesis import settings
 
 import kvferry
+from kvferry.tests.forks import Forks
 
 # No test asserts a time: Hypothesis would fail an example that takes 200 ms, which a busy machine makes of any.
 settings.register_profile("kvferry", deadline=None)
@@ -63,6 +64,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     properties = [each for report in terminalreporter.getreports("passed") for each in report.user_properties]
     if counts := [count for name, count in properties if name == "emulated_gpu_tests"]:
         terminalreporter.write_line(f"{sum(counts)} tests for a GPU passed on an emulated one")
+
+
+@pytest.fixture(scope="session")
+def rank_forks() -> Iterator[Forks]:
+    """Other ranks as forks of one process: they import nothing anew."""
+    forks = Forks("kvferry.engine.follower")
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(autouse=True)

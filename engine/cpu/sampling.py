@@ -41,13 +41,13 @@ class NativeSampler:
 
         `logits` [rows, vocab] float32 is overwritten where rows edit it.
         """
+        forget_others(self._seen, rows)
         if all(row.is_plain for row in rows):
             return list(map(plain_tokens, best_tokens(logits), rows))
         logprobs = self._logprobs(logits, rows)
         for index, row in enumerate(rows):
             if row.edits_numbers:
                 edit_logits(logits[index], row, self._eos_token_ids, self._seen)
-        forget_others(self._seen, rows)
         greedy = [index for index, row in enumerate(rows) if row.params.is_greedy]
         chosen = dict(zip(greedy, self._best(logits, rows, greedy), strict=True))
         drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]

@@ -82,6 +82,7 @@ def collect_edits(
     rows: Sequence[SampleRow], vocab_size: int, eos_token_ids: frozenset[int], seen: SeenTokens
 ) -> Edits | None:
     """Gather what the rows ask for; None: nothing."""
+    forget_others(seen, rows)
     if not any(row.edits_logits for row in rows):
         return None
     edits = Edits()
@@ -99,5 +100,4 @@ def collect_edits(
             edits.counted.add(index, row.output_tokens(seen))
             edits.frequency.append(params.frequency_penalty)
             edits.presence.append(params.presence_penalty)
-    forget_others(seen, rows)
     return edits

@@ -97,6 +97,7 @@ class ExpertSlots:
         self._form.begin(count)
         for one in matrices:
             one.hold(weights, ranks)
+        self._form.begin(0)  # an empty rest of that memory would hold all of it once nobody has the adapter
         weights.experts = tuple(matrices)
 
     def _check_memory(self, num_bytes: int) -> None:

@@ -206,9 +206,8 @@ class SparseMLP:
             self.shared = make_mlp(
                 shared_by, name, experts.shared_size, experts.shared_parts, fused=experts.shared_fused
             )
-        self.shared_gate: SharedGate | None = None
-        if experts.shared_gate is not None:
-            self.shared_gate = SharedGate(builder, f"{layer}.{experts.shared_gate}")
+        gate = experts.shared_gate
+        self.shared_gate = None if gate is None else SharedGate(builder, f"{layer}.{gate}")
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.grouped is not None:
@@ -278,9 +277,8 @@ class SparseMLP:
     def adapted_linears(self) -> Iterator[Linear]:
         """Yield those of this rank's linears that are given some of a step's rows."""
         blocks = self.experts if self.shared is None else [*self.experts, self.shared]
-        for linear in (linear for block in blocks for linear in (block.gate_up_proj, block.down_proj)):
-            if linear.takes_some_rows:
-                yield linear
+        linears = (linear for block in blocks for linear in (block.gate_up_proj, block.down_proj))
+        yield from (linear for linear in linears if linear.takes_some_rows)
 
     def adapted_modules(self) -> Iterator[str]:
         """Yield the names of these linears' modules in the checkpoint, on all ranks."""
@@ -293,10 +291,7 @@ class SparseMLP:
         yield self.gate
         if self.narrowing is not None:
             yield from (self.narrowing.before, self.narrowing.behind)
-        if self.row_norm is not None:
-            yield self.row_norm
-        if self.stack is not None:
-            yield self.stack
+        yield from filter(None, (self.row_norm, self.stack))
         for expert in self.experts:
             yield from expert.leaves()
         if self.shared is not None:

@@ -109,9 +109,9 @@ class SampleRow:
     def _ends_of_bad_words(self) -> Set[int]:
         if not self.params.bad_words:
             return frozenset()
-        longest = min(self.output_index, max(map(len, self.params.bad_words)) - 1)
-        known = self.token_ids[len(self.token_ids) - max(0, longest - len(self.draft)) :]
-        before = (*known, *self.draft)
+        longest = max(map(len, self.params.bad_words))
+        first = max(self.num_prompt_tokens, len(self.token_ids) + len(self.draft) + 1 - longest)
+        before = (*self.token_ids[first:], *self.draft)
         return {run[-1] for run in self.params.bad_words if before[len(before) - len(run) + 1 :] == run[:-1]}
 
     def allowed_words(self, vocab_size: int, eos_token_ids: frozenset[int]) -> NDArray[np.uint32]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.float32]]  # each once, in no order, and how often it came
+_FEW = 16  # texts that stay though no row has them
 
 
 class SeenTokens:
@@ -31,9 +32,11 @@ class SeenTokens:
         return counted.with_draft(draft)
 
     def keep(self, texts: Iterable[Sequence[int]]) -> None:
-        """Forget all others, once they are many."""
+        """Forget all others, once they are many. Most steps know none, and look at no text."""
+        if len(self._texts) <= _FEW:
+            return
         kept = set(map(id, texts))
-        if len(self._texts) > 2 * len(kept) + 16:
+        if len(self._texts) > 2 * len(kept) + _FEW:
             self._texts = {key: counted for key, counted in self._texts.items() if key[0] in kept}
 
 

@@ -11,13 +11,6 @@ from kvferry.engine.ranks import group
 from ..forks import Forks
 
 
-@pytest.fixture(scope="session")
-def rank_forks() -> Iterator[Forks]:
-    forks = Forks("kvferry.engine.follower")
-    yield forks
-    forks.close()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def ranks_are_forks(request: pytest.FixtureRequest, rank_forks: Forks) -> Iterator[None]:
     """Other ranks import nothing anew, but in the tests of how they are started."""
@@ -32,5 +25,5 @@ def few_sizes() -> Iterator[None]:
     """Few sizes of graphs in pieces are captured: each takes as long as some tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvferry.engine.cuda.pieces.SIZES", (16, 128))
-        patch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 3, 128))
+        patch.setattr("kvferry.engine.cuda.pieces.RANK_SIZES", (1, 4, 128))
         yield

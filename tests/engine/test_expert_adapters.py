@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -367,10 +368,16 @@ def test_memory_is_taken_when_it_is_needed_and_not_beyond(
     attention = write_adapter(tmp_path / "attention", model_dir, rank=16, targets=("q_proj",))
     with pytest.raises(ConfigError, match="its matrices for experts take 0 MiB, of free memory 0 MiB may be taken"):
         put(engine, 0, large)
-    put(engine, 0, small)
-    put(engine, 0, attention)
     assert engine.adapters is not None
+    with torch.inference_mode():
+        weights = engine.adapters.read(small)[1]
+        engine.adapters.put(0, weights)
+    memory = weakref.ref(next(iter(weights.values())).down.untyped_storage())
+    del weights
+    assert memory() is not None
+    put(engine, 0, attention)
     assert engine.adapters.experts._in_slots == {0: ()}
+    assert memory() is None, "neither a slot nor the host has it any more"
 
 
 def test_experts_that_no_form_takes_are_refused(models: Callable[[str], Path]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
+
+import pytest
 
 from kvferry.common.batch import Batch, BatchRow, RowOutput, StepOutput
 from kvferry.common.request import RequestId, SamplingParams, Sequence
@@ -52,22 +55,51 @@ class _Role:
         self.turns_s.append(turn_s)
 
 
-def test_a_turn_is_told_when_its_step_is_complete() -> None:
-    is_over, lock = threading.Event(), threading.Condition()
+def test_a_turn_is_told_when_its_step_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of blocks left out, and what the loop does when it has been told."""
+    is_over, lock, now_s = threading.Event(), threading.Condition(), [0.0]
     role = _Role(is_over, lock)
+    monkeypatch.setattr("kvferry.engine.loop.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
 
     def step(batch: Batch, on_layer: object) -> StepOutput:
         assert loop.figures().busy_for_s > 0
-        return StepOutput([RowOutput(()) for _ in batch.rows], 0.25, batch.num_tokens)
+        now_s[0] += 2.0
+        return StepOutput([RowOutput(()) for _ in batch.rows], 0.25, batch.num_tokens, swap_s=0.5)
+
+    def note_turn(turn_s: float) -> None:
+        _Role.note_turn(role, turn_s)
+        now_s[0] += 7.0
+
+    monkeypatch.setattr(role, "note_turn", note_turn)
 
     loop = EngineLoop(role, step, lambda error: None, lock=lock, prepare=lambda: role.calls.append("prepare"))
     loop.start()
     assert is_over.wait(10)
     loop.stop()
+    assert not loop._thread.is_alive()
     assert role.calls == ["prepare", *["schedule", "begin_step", "complete", "note_turn"] * 3]
-    assert all(turn_s > 0 for turn_s in role.turns_s) and loop.lock is lock
+    assert role.turns_s == [1.5] * 3 and loop.lock is lock
     figures = loop.figures()
     assert (figures.steps, figures.busy_for_s, figures.step_s, figures.step_tokens) == (3, 0.0, 0.25, 1)
+
+
+def test_an_error_ends_the_loop_and_reaches_its_owner() -> None:
+    is_over, lock, failures = threading.Event(), threading.Condition(), list[BaseException]()
+
+    def step(batch: Batch, on_layer: object) -> StepOutput:
+        raise KeyError("a step's")
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        is_over.set()
+
+    loop = EngineLoop(_Role(is_over, lock), step, fail, lock=lock)
+    loop.stop()  # before it was started
+    loop = EngineLoop(_Role(is_over, lock), step, fail, lock=lock)
+    loop.start()
+    assert is_over.wait(10)
+    loop.stop()
+    assert [repr(error) for error in failures] == ['KeyError("a step\'s")'] and loop.figures().steps == 0
 
 
 def test_a_step_is_not_older_for_a_standstill_of_its_process() -> None:

@@ -22,7 +22,7 @@ from kvferry.common.request import (
     pack_ids,
 )
 from kvferry.engine import masks
-from kvferry.engine.masks import find_mask, forced_after, next_mask, with_masks_heeded
+from kvferry.engine.masks import find_mask, forced_after, next_mask, with_forced, with_masks_heeded
 
 
 class _Matcher:
@@ -69,10 +69,6 @@ def _sequence(grammar: _Grammar | None, *output: int) -> Sequence:
     return Sequence(RequestId("r"), 0, 0, [7, 8, *output], 2, SamplingParams(), grammar=grammar)
 
 
-def test_without_a_grammar_there_is_no_mask() -> None:
-    assert next_mask(_sequence(None, 1)) is None
-
-
 def test_one_matcher_takes_each_token_once() -> None:
     grammar = _Grammar()
     seq = _sequence(grammar)
@@ -95,7 +91,7 @@ def test_a_mask_that_takes_too_long_ends_its_row_before_its_token_is_taken(monke
     grammar = _Grammar()
     row = BatchRow(_sequence(grammar, 1), 1)
     found = find_mask(row)
-    assert found is not None and "too ambiguous" in found.failure and grammar.log == [[1]]
+    assert "too ambiguous" in found.failure and grammar.log == [[1]]
     monkeypatch.undo()
     assert find_mask(row) == found, "its row was postponed meanwhile: the mask was late"
 
@@ -193,6 +189,29 @@ def test_an_end_is_forced_though_no_matcher_takes_it() -> None:
     assert next_mask(seq) == bytes((1,)), "a matcher that is broken is not asked again"
 
 
+def test_no_more_are_forced_at_once_than_a_step_has_room_for() -> None:
+    class Endless(_Matcher):
+        def forced(self) -> int | None:
+            return 1
+
+    seq = _sequence(_Grammar())
+    seq.matcher = Endless([])
+    assert forced_after(seq, (2,)) == (1,) * masks.MAX_FORCED
+
+
+def test_rows_go_on_with_forced_tokens_where_one_answer_was_drawn_by_a_grammar() -> None:
+    plain, several, silent, stopped = (_sequence(_Grammar(), 1) for _ in range(4))
+    several.pending_choices, silent.samples = (0, 1), False
+    run = (SampledToken(15),)
+    rows = [(plain, (run,)), (several, (run, run)), (silent, ()), (stopped, ()), (_sequence(None, 1), (run,))]
+    for seq, _ in rows[:4]:
+        next_mask(seq)
+    batch = Batch([BatchRow(seq, seq.num_tokens) for seq, _ in rows])
+    outputs = with_forced(batch, [RowOutput(runs) for _, runs in rows])
+    assert [output.forced for output in outputs] == [(16, 17), (), (), (), ()]
+    assert [output.runs for output in outputs] == [runs for _, runs in rows]
+
+
 def test_tokens_with_log_probabilities_are_not_forced() -> None:
     seq = _sequence(_Grammar(), 1)
     seq.sampling = SamplingParams(logprobs=0)
@@ -218,6 +237,8 @@ class _Panic(BaseException):
 class _Wide(_Matcher):
     """All tokens may come at every place; a mask takes its thread so many seconds."""
 
+    words = b"\xff" * 16
+
     def __init__(self, clock: list[float], mask_s: float, breaks_at: int, error: BaseException) -> None:
         super().__init__([])
         self._clock, self._mask_s, self._breaks_at, self._error = clock, mask_s, breaks_at, error
@@ -226,7 +247,7 @@ class _Wide(_Matcher):
         if len(self._taken) >= self._breaks_at:
             raise self._error
         self._clock[0] += self._mask_s
-        return b"\xff" * 16
+        return self.words
 
 
 def _found_behind(
@@ -243,7 +264,7 @@ def _found_behind(
     monkeypatch.setattr(masks, "MOST_S", math.inf)
     seq.matcher = _Wide(clock, mask_s, breaks_at, error)
     mask = find_mask(BatchRow(seq, 1 + len(draft), draft), 1.0)
-    assert mask is not None and not mask.failure
+    assert not mask.failure
     return mask, seq
 
 
@@ -253,7 +274,19 @@ def test_masks_behind_a_draft_are_looked_for_while_there_is_time(
 ) -> None:
     mask, seq = _found_behind(monkeypatch, (5, 6, 7, 8), mask_s=mask_s)
     assert len(mask.behind_draft) == num_behind
-    assert seq.matcher is not None and next_mask(seq) == b"\xff" * 16, "and the matcher stands where it stood"
+    assert isinstance(seq.matcher, _Wide) and not seq.matcher._taken, "the matcher stands where it stood"
+
+
+@pytest.mark.parametrize(
+    ("draft", "num_behind"), [((0, 127, 5), 3), ((5, 128, 6), 1), ((-1, 5), 0), ((9, 5), 0), ((5, 9, 6), 1)]
+)
+def test_masks_behind_a_draft_end_at_a_token_that_may_not_come(
+    monkeypatch: pytest.MonkeyPatch, draft: tuple[int, ...], num_behind: int
+) -> None:
+    """Of 128 tokens, of which one may not."""
+    monkeypatch.setattr(_Wide, "words", (~(1 << 9) & (1 << 128) - 1).to_bytes(16, "little"))
+    mask, _ = _found_behind(monkeypatch, draft)
+    assert len(mask.behind_draft) == num_behind
 
 
 @pytest.mark.parametrize("breaks_at", [1, 2, 3])
@@ -263,6 +296,13 @@ def test_a_grammar_that_fails_behind_a_draft_fails_where_the_answer_comes_so_far
 ) -> None:
     mask, seq = _found_behind(monkeypatch, (5, 6, 7), breaks_at=breaks_at, error=error)
     assert len(mask.behind_draft) == breaks_at - 1 and not seq.grammar_failure
+    assert next_mask(seq) == b"", "a matcher that is broken is not asked again"
+
+
+def test_a_mask_without_tokens_is_a_failure() -> None:
+    seq = _sequence(_Grammar())
+    seq.matcher = _Matcher([])
+    assert "no token of the vocabulary" in find_mask(BatchRow(seq, 1)).failure
 
 
 def test_what_was_drawn_without_a_mask_does_not_count() -> None:

@@ -15,6 +15,7 @@ from kvferry.common.request import RequestId, Sequence
 from kvferry.decode.scheduler import DecodeScheduler
 from kvferry.engine.disk import open_prefix_cache
 from kvferry.engine.engine import Engine
+from kvferry.engine.ranks import group as rank_group
 from kvferry.engine.ranks.group import RankGroup
 from kvferry.kvcache.blocks import BlockPool, prefix_salt
 from kvferry.prefill.scheduler import PrefillScheduler
@@ -22,6 +23,7 @@ from kvferry.tests.fake_clock import FakeClock
 
 from ..checkpoints import write_checkpoint
 from ..engine_driver import GREEDY, Driver, engine_config, make_engine, prompts
+from ..forks import Forks
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, tokens, head_dim, float32
 ANSWER_S = 60.0
@@ -203,6 +205,11 @@ def test_spoilt_files_cost_time_and_no_token(model_dir: Path, expected: list[lis
         assert levels == ["warning", *["debug"] * (worker.cache.num_failures - 1)], "there may be thousands"
     finally:
         worker.close()
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_forks(monkeypatch: pytest.MonkeyPatch, rank_forks: Forks) -> None:
+    monkeypatch.setattr(rank_group, "subprocess", rank_forks)
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ class Engine:
     def _check_masks(self, rows: list[BatchRow]) -> None:
         """What may come next is what the answer's own grammar says at this place."""
         for row in rows:
-            mask = find_mask(row)
+            mask = None if row.seq.grammar is None else find_mask(row)
             answer = self._oracles[row.seq.request_id].answers[row.choices[0]]
             index = row.seq.num_output_tokens
             wanted = answer.allowed[index] if index < len(answer.allowed) else None

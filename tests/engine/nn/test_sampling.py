@@ -107,26 +107,33 @@ def test_draws_follow_the_distribution() -> None:
             assert drawn[token] / count == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / count) + 1e-3)
 
 
+_few = st.integers(2, 4)  # so that words are met with
+
+
 @given(
-    output=st.lists(st.integers(2, 5), max_size=6),
-    draft=st.lists(st.integers(2, 5), max_size=3),
-    words=st.lists(st.lists(st.integers(2, 5), min_size=1, max_size=4).map(tuple), max_size=5).map(tuple),
+    output=st.lists(_few, max_size=6),
+    draft=st.lists(_few, max_size=3),
+    words=st.lists(st.lists(_few, min_size=1, max_size=4).map(tuple), min_size=1, max_size=5).map(tuple),
     is_masked=st.booleans(),
 )
 def test_no_bad_word_is_completed(
     output: list[int], draft: list[int], words: tuple[tuple[int, ...], ...], is_masked: bool
 ) -> None:
     params = SamplingParams(temperature=0.0, bad_words=words)
-    mask = (0b111100).to_bytes(8, "little") if is_masked else None
+    mask = (0b11100).to_bytes(8, "little") if is_masked else None
     row = SampleRow(params, (0,), [2, 3, 2, *output], 3, mask, tuple(draft))
     known = [*output, *draft]
     barred = {word[-1] for word in words if [*known, word[-1]][-len(word) :] == list(word)}
     logits = torch.full((1, VOCAB), -5.0)
-    logits[0, 2:6] = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    left = [token_id for token_id in range(2, 6) if token_id not in barred]
+    logits[0, 2:5] = torch.tensor([3.0, 2.0, 1.0])
+    left = [token_id for token_id in range(2, 5) if token_id not in barred]
     # Where a grammar lets nothing else come, it does; without one any other token may.
     wanted = left[0] if left else 2 if is_masked else 0
     assert _one(logits, row).token_id == wanted
+    sample(logits, [row], EOS)
+    assert {token_id for token_id in range(2, 5) if logits[0, token_id] == -math.inf} == (
+        barred if left or not is_masked else set()
+    )
 
 
 def _kept(logits: Tensor, params: SamplingParams) -> set[int]:
@@ -221,15 +228,16 @@ def test_penalties_are_the_plain_formula(
 
 
 def test_logit_bias_moves_tokens_and_ignores_ids_beyond_the_vocabulary() -> None:
-    params = SamplingParams(temperature=0.0, logit_bias={8: 100.0, VOCAB + 3: 100.0})
-    assert _one(_logits(), _row(params)).token_id == 8
+    for token_id in (0, 8, VOCAB - 1):
+        params = SamplingParams(temperature=0.0, logit_bias={token_id: 90.0, VOCAB: 99.0, -1: 99.0})
+        assert _one(_logits(), _row(params)).token_id == token_id
 
 
 def test_no_end_before_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [0, 1, 9]] = torch.tensor([9.0, 8.0, 7.0])
     logits[0, 20] = 5.0
-    params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(9,))
+    params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(9, VOCAB))
     assert _one(logits, _row(params)).token_id == 20
     assert _one(logits, _row(params, output=[20])).token_id == 20
     assert _one(logits, _row(params, output=[20, 20])).token_id == 0

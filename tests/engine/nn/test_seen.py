@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvferry.common.request import SamplingParams
+from kvferry.engine.cpu.sampling import NativeSampler
 from kvferry.engine.cuda.sampling import DeviceSampler
 from kvferry.engine.sampling.sampling import SampleRow, sample, sample_each
 from kvferry.engine.sampling.seen import SeenTokens
@@ -43,7 +45,27 @@ def on_device() -> Edit:
     return edit
 
 
-everywhere = pytest.mark.parametrize("make", [on_host, on_device])
+def one_by_one() -> Edit:
+    seen = SeenTokens()
+
+    def edit(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+        sample_each(logits, rows, frozenset(), seen)
+        return logits
+
+    return edit
+
+
+def natively() -> Edit:
+    sampler = NativeSampler(None, frozenset())  # type: ignore[arg-type]  # greedy rows need no library
+
+    def edit(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+        sampler.sample(logits, rows)
+        return logits
+
+    return edit
+
+
+everywhere = pytest.mark.parametrize("make", [on_host, on_device, natively])
 
 
 class Watched(list[int]):
@@ -141,14 +163,25 @@ def test_rows_that_are_sampled_one_by_one_keep_what_each_has_read() -> None:
     assert {text.num_read for text in texts} == {9}
 
 
-def test_texts_that_are_gone_are_forgotten() -> None:
-    seen = SeenTokens()
-    gone = [Watched(range(9)) for _ in range(40)]
-    for text in gone:
-        seen.of(text, 0)
-    stays = Watched(range(9))
-    seen.of(stays, 0)
-    seen.keep([stays])
-    for text in (*gone, stays):
-        seen.of(text, 0)
-    assert {text.num_read for text in gone} == {18} and stays.num_read == 9
+@pytest.mark.parametrize("num_plain", [0, 40])
+@pytest.mark.parametrize("make", [on_host, on_device, natively, one_by_one])
+def test_texts_that_are_gone_are_forgotten(make: Callable[[], Edit], num_plain: int) -> None:
+    edit, params = make(), SamplingParams(temperature=0.0, repetition_penalty=1.1)
+    texts = [Watched(range(9)) for _ in range(40)]
+    edit(torch.zeros(40, VOCAB), [SampleRow(params, (0,), text, 5) for text in texts])
+    gone, stays = [weakref.ref(text) for text in texts[1:]], texts[0]
+    del texts
+    plain = [SampleRow(SamplingParams(temperature=0.0), (0,), Watched(range(9)), 5) for _ in range(num_plain)]
+    edit(torch.zeros(num_plain + 1, VOCAB), [SampleRow(params, (0,), stays, 5), *plain])
+    assert not any(text() for text in gone) and stays.num_read == 9
+
+
+@pytest.mark.parametrize("make", [on_host, on_device, natively, one_by_one])
+def test_rows_without_penalties_let_texts_be_forgotten(make: Callable[[], Edit]) -> None:
+    edit, params = make(), SamplingParams(temperature=0.0, repetition_penalty=1.1)
+    texts = [Watched(range(9)) for _ in range(40)]
+    edit(torch.zeros(40, VOCAB), [SampleRow(params, (0,), text, 5) for text in texts])
+    gone = [weakref.ref(text) for text in texts]
+    del texts
+    edit(torch.zeros(1, VOCAB), [SampleRow(SamplingParams(temperature=0.0), (0,), [3, 4], 1)])
+    assert not any(text() for text in gone)

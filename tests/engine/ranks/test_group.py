@@ -21,7 +21,7 @@ from kvferry.common.request import Pooling, SamplingParams
 from kvferry.common.vectors import values_of
 from kvferry.engine import follower
 from kvferry.engine.engine import Engine
-from kvferry.engine.ranks import group
+from kvferry.engine.ranks import communicator, group
 from kvferry.engine.ranks.communicator import Communicator
 from kvferry.engine.ranks.frames import FrameKind, FrameSocket, StartFollower
 from kvferry.engine.ranks.group import RankGroup
@@ -189,6 +189,7 @@ def test_every_rank_swaps_its_part_of_the_blocks(pair: RankPair, model_dir: Path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_follower_that_dies_is_a_lost_worker(pair: RankPair) -> None:
     driver = Driver(pair.engine)
     seq = driver.add(prompts([3])[0])
@@ -213,7 +214,8 @@ def test_a_rank_that_takes_nothing_any_more_is_lost_and_ended(model_dir: Path, m
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_ranks_wait_for_one_another_longer_than_for_a_collective() -> None:
+def test_ranks_wait_for_one_another_longer_than_for_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
     import torch.distributed as dist
 
     store, met = dist.HashStore(), list[int]()  # type: ignore[attr-defined]
@@ -224,6 +226,12 @@ def test_ranks_wait_for_one_another_longer_than_for_a_collective() -> None:
 
     with pytest.raises(WorkerLost, match="rank 1 ended"):
         ranks[0].meet("loaded", lost)
+    with pytest.raises(WorkerLost, match="rank 1 ended"):
+        communicator.connect(store, 0, 2, torch.device("cpu"), check=lost)
+    monkeypatch.setattr(communicator, "LOAD_TIMEOUT_S", 0.0)
+    with pytest.raises(WorkerLost, match="rank 0: others are not loaded after 0 s"):
+        ranks[0].meet("loaded")
+    monkeypatch.undo()
 
     def come() -> None:
         ranks[0].meet("ready")
@@ -239,6 +247,7 @@ def test_ranks_wait_for_one_another_longer_than_for_a_collective() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_followers_error_reaches_rank_0(pair: RankPair) -> None:
     pair.group.broadcast(b"fail")
     pair.group._readers[0].join(ANSWER_S)
@@ -321,6 +330,27 @@ def test_one_rank_needs_no_group() -> None:
     x = torch.ones(2, 2)
     assert comm.all_reduce(x) is x and comm.all_gather(x) is x and comm.minimum(7, x.device) == 7
     assert comm.all_gather_rows(x) is x and comm.all_to_all(x, [2], [2]) is x
+
+
+@pytest.mark.parametrize("in_rank_order", [False, True])
+def test_ranks_sum_join_and_agree(in_rank_order: bool) -> None:
+    import torch
+
+    def job(comm: Communicator) -> list[object]:
+        own = torch.tensor([[comm.rank, 10.0 * comm.rank], [7.0, 8.0]])
+        joined, rows = comm.all_gather(own), comm.all_gather_rows(own)
+        summed = comm.all_reduce(own)
+        assert summed is own, "in place"
+        rounded = comm.all_reduce(torch.full((40,), [1e8, 1.0, -1e8][comm.rank]))
+        least = comm.minimum(5 - comm.rank, own.device)
+        found = [each.tolist() for each in (joined, rows, summed)]
+        return [*found, least, rounded.tolist() if in_rank_order else None]
+
+    joined = [[0.0, 0.0, 1.0, 10.0, 2.0, 20.0], [7.0, 8.0] * 3]
+    rows = [[0.0, 0.0], [7.0, 8.0], [1.0, 10.0], [7.0, 8.0], [2.0, 20.0], [7.0, 8.0]]
+    # What rank 1 adds is lost where rank 0's is there before it, and rank 2's is not.
+    wanted = [joined, rows, [[3.0, 30.0], [21.0, 24.0]], 3, [0.0] * 40 if in_rank_order else None]
+    assert on_ranks(3, job, in_rank_order=in_rank_order) == [wanted] * 3
 
 
 @pytest.mark.parametrize(

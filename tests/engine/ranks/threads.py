@@ -14,7 +14,7 @@ T = TypeVar("T")
 JOIN_S = 60.0
 
 
-def on_ranks(size: int, job: Callable[[Communicator], T]) -> list[T]:
+def on_ranks(size: int, job: Callable[[Communicator], T], *, in_rank_order: bool = False) -> list[T]:
     """Run the job as each rank of so many, in threads that meet over loopback."""
     import torch.distributed as dist
 
@@ -23,7 +23,7 @@ def on_ranks(size: int, job: Callable[[Communicator], T]) -> list[T]:
     def run(rank: int) -> None:
         try:
             with torch.inference_mode():
-                found[rank] = job(connect(store, rank, size, torch.device("cpu")))
+                found[rank] = job(connect(store, rank, size, torch.device("cpu"), in_rank_order=in_rank_order))
         except BaseException as error:
             failed.append(error)
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvferry.engine.nn.attention.cut_rows import ChunkCut, WindowCut
+from kvferry.engine.nn.attention.base import AttentionMetadata
+from kvferry.engine.nn.attention.cut_rows import ChunkCut, Cut, WindowCut
 from kvferry.engine.nn.attention.paged_torch import CPUAttention
 from kvferry.models.parts.chunks import Chunk
 
@@ -24,12 +25,13 @@ def test_attention_is_the_same(rows: list[tuple[int, int]], blocks_of_chunk: int
     pages = _pages(blocks=128)
     _fill_history(pages, metadata, generator)
     q, k, v = (torch.randn(metadata.num_tokens, heads, 16, generator=generator) for heads in (4, 2, 2))
-    found = []
-    for window, plan in ((Chunk(chunk), metadata), (None, ChunkCut(chunk, BLOCK).rows(metadata))):
+    found, cut = [], ChunkCut(chunk, BLOCK)
+    for window, plan in ((Chunk(chunk), metadata), (None, cut.rows(metadata))):
         attention = CPUAttention(pages.clone(), 4, [window])
         attention.plan(plan)
         found.append(attention.forward(q, k, v, 0).clone())
     torch.testing.assert_close(found[1], found[0])
+    _check_pages(cut, metadata)
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,6 +49,11 @@ def test_attention_of_windows_is_the_same(rows: list[tuple[int, int]], window: i
         attention.plan(plan)
         found.append(attention.forward(q, k, v, 0).clone())
     torch.testing.assert_close(found[1], found[0])
+    _check_pages(cut, metadata)
+
+
+def _check_pages(cut: Cut, metadata: AttentionMetadata) -> None:
+    """Check that rows of one token have as many pages as a graph works out."""
     counts = cut.rows(metadata).paged_kv_indptr.diff()
     assert (counts[: metadata.num_decode_rows] <= cut.max_pages).all() and (counts > 0).all()
     positions = torch.tensor(metadata.kv_lens[: metadata.num_decode_rows], dtype=torch.int32) - 1
@@ -64,3 +71,4 @@ def test_rows_of_one_token_lead_and_tokens_go_where_they_went() -> None:
     assert torch.equal(cut.slot_mapping, metadata.slot_mapping)
     [of_third] = metadata.paged_kv_indices[int(metadata.paged_kv_indptr[3]) - 1 :][:1]
     assert cut.paged_kv_indices[3] == of_third, "the last of seven blocks, which its chunk begins with"
+    _check_pages(ChunkCut(32, BLOCK), metadata)  # at the first and the last token of a chunk, too
