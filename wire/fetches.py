@@ -39,7 +39,7 @@ class KVFetchSums(Message):
 
 
 class KVFetchRefused(Message):
-    """`reason`: gone, full, draining, checksum, or what does not fit, in words."""
+    """`reason`: gone, full, checksum, or what does not fit, in words."""
 
     fetch_id: U64
     reason: Text

@@ -72,7 +72,7 @@ class HostWindow:
             return None
         try:
             window = cls(mark.pid, os.pidfd_open(mark.pid))
-        except OSError:
+        except (OSError, OverflowError):  # no process has a number of so many bits
             return None
         if window._read_mark(mark.address) == mark.content:
             return window

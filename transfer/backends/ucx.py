@@ -41,7 +41,6 @@ class _Handle:
     agent: str
     write_id: int
     num_bytes: int
-    is_read: bool = False
     state: TransferState = TransferState.PENDING
 
 
@@ -167,7 +166,7 @@ class UcxBackend:
         if pieces is None or not self._own.is_there:
             raise TransferError(f"agent {agent} is not connected", peer=agent, may_land=False)
         num_bytes = len(local_pages) * sum(piece.num_bytes for piece in pieces)
-        handle = _Handle(agent, secrets.randbits(48), num_bytes, is_read=True)
+        handle = _Handle(agent, secrets.randbits(48), num_bytes)
         incoming = self._own.receive_bytes(num_bytes, handle.write_id, self._pages.device)
         self._reading.append(_Reading(handle, incoming, list(local_pages), _local_runs(pieces)))
         self._handles[handle.write_id] = handle
@@ -241,10 +240,9 @@ class UcxBackend:
                 self._target.inbox.append((agent, payload))
 
     def _on_ack(self, write_id: int, num_bytes: int) -> None:
+        """Take the end of a write, or the refusal of a read, which else ends with its bytes."""
         handle = self._handles.get(write_id)
-        if handle is not None and handle.is_read:  # a read ends with its bytes: this one is refused
-            handle.state = TransferState.FAILED
-        elif handle is not None:
+        if handle is not None:
             handle.state = TransferState.DONE if num_bytes else TransferState.FAILED
             self.telemetry_bytes += num_bytes
 

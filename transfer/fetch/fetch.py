@@ -56,7 +56,7 @@ class Part:
     fetch_id: int
     first: int  # place of the first in the prompt
     hashes: list[bytes]
-    num_thin: int  # leading ones that are read thin
+    num_thin: int  # leading ones that are read thin; more than there are: all
     asked_at: float
     kv_address: str
     deadline: float | None = None  # of the lease; None: not answered
@@ -91,7 +91,7 @@ class Fetch:
 
     def part_of(self, hashes: list[bytes], fetch_id: int, now: float) -> Part:
         """Make the next part: of these blocks, the first that are not found."""
-        num_thin = min(max(0, self.num_thin - self.num_found), len(hashes))
+        num_thin = max(0, self.num_thin - self.num_found)
         self.part = Part(fetch_id, self.num_found, hashes, num_thin, now, self.source.kv_address)
         return self.part
 

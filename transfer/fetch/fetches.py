@@ -72,7 +72,7 @@ class Fetches:
         self._needs_checksums = needs_checksums
         self._reserve = reserve
         self._also_held = also_held
-        self._part_blocks = min(MAX_PART_BLOCKS, max(1, part_bytes // endpoint.spec.block_bytes()))
+        self._part_blocks = max(1, part_bytes // endpoint.spec.block_bytes())
         self._fetches: dict[str, Fetch] = {}  # by key
         self._parts: dict[int, Fetch] = {}  # by fetch id
         self.given_up = GivenUp(pool)
@@ -80,7 +80,6 @@ class Fetches:
         self.failures: Counter[FetchFailure] = Counter()
         self.num_bytes = 0  # of blocks that were used, on all ranks
         self.seconds = 0.0  # of fetches that ended
-        self.stale_messages = 0
         self._log = PeerLog("prefix_fetch_failed")
 
     def __len__(self) -> int:
@@ -100,8 +99,7 @@ class Fetches:
         `done` is called once, later. False: nothing is missing.
         """
         self.cancel(key)
-        size = self._endpoint.spec.block_size
-        hashes = hashes[: source.num_tokens // size]
+        hashes = hashes[: source.num_tokens // self._endpoint.spec.block_size]
         fetch = Fetch(key, source, hashes, done, self._clock.now(), rule(len(hashes)), is_spare=spare)
         self._skip_held(fetch)
         if fetch.num_found == len(fetch.hashes) or not self._room(fetch):
@@ -121,12 +119,11 @@ class Fetches:
 
     def _skip_held(self, fetch: Fetch) -> None:
         """Take what has come into the cache, and leave out what is not to be asked for."""
-        while fetch.num_found < len(fetch.hashes):
-            forms = fetch.next_forms()
-            name = next(filter(self._pool.knows, forms), None)
-            if name is None and not any(map(self._also_held, forms)):
+        while forms := fetch.next_forms():
+            known = list(filter(self._pool.knows, forms))[:1]
+            if not known and not any(map(self._also_held, forms)):
                 return
-            found = [] if name is None else self._pool.match_prefix([name])
+            found = self._pool.match_prefix(known)
             self._pool.pin(found)
             fetch.held += found
             fetch.num_found += 1
@@ -152,8 +149,7 @@ class Fetches:
         """Take an answer of the worker that was asked."""
         fetch = self._parts.get(message.fetch_id)
         if fetch is None or fetch.part is None:
-            self.stale_messages += 1
-            return
+            return  # it ended
         part = fetch.part
         match message:
             case KVFetchRefused(reason="gone") if fetch.num_parts:
@@ -169,13 +165,13 @@ class Fetches:
     def _on_fetchable(self, fetch: Fetch, part: Part, message: KVFetchable) -> None:
         part.deadline = usable_until(part.asked_at, message.lease_s)
         part.has_checksums = message.has_checksums
-        count = len(message.block_ids)
         misfit = check_answer(part, message, self._endpoint, needs_checksums=self._needs_checksums)
         if misfit is not None:
             self._fail(fetch, FetchFailure.MISFIT, misfit)
             return
-        num_thin = min(part.num_thin, count)
-        needed = self._pool.num_needed(count, num_thin)
+        count = len(message.block_ids)
+        part.num_thin = min(part.num_thin, count)
+        needed = self._pool.num_needed(count, part.num_thin)
         if needed > self._pool.num_free_blocks - self._reserve():
             self._fail(fetch, FetchFailure.NO_ROOM, f"{needed} blocks, {self._pool.num_free_blocks} are free")
             return
@@ -183,14 +179,13 @@ class Fetches:
             self._fail(fetch, FetchFailure.LEASE_OVER, "with the answer")
             return
         fetch.advance(FetchState.READING)
-        part.blocks = self._pool.allocate(count, num_thin)
+        part.blocks = self._pool.allocate(count, part.num_thin)
         part.waits_for = set(range(self._endpoint.tp_size))
-        part.num_thin = num_thin
         blocks = tuple(part.blocks), message.block_ids
         self._reading.read(part.fetch_id, part.kv_address, message.ranks, *blocks, part.num_thin, part.has_checksums)
 
     def on_read(self, rank: int, fetch_id: int, outcome: ReadOutcome, sums: bytes) -> None:
-        """One rank's reads of a part."""
+        """Take a rank's word about its reads of a part."""
         if fetch_id in self.given_up:
             if outcome is not ReadOutcome.FAILED:
                 self.given_up.rank_over(fetch_id, rank)
@@ -199,11 +194,10 @@ class Fetches:
         if fetch is None or fetch.part is None:
             return
         part = fetch.part
-        if outcome is not ReadOutcome.FAILED:
-            part.waits_for.discard(rank)
         if outcome is not ReadOutcome.DONE:
             self._fail(fetch, FetchFailure.READ_FAILED, f"on rank {rank}")
             return
+        part.waits_for.discard(rank)
         part.our_sums[rank] = sums
         if not part.waits_for:
             if failpoints.armed:
@@ -251,8 +245,7 @@ class Fetches:
         """Some ten times a second: leases, answers that do not come, prompts that have waited long enough."""
         now = self._clock.now()
         for fetch in list(self._fetches.values()):
-            failure = fetch.failure_at(now)
-            if failure is not None:
+            if (failure := fetch.failure_at(now)) is not None:
                 self._fail(fetch, failure)
 
     def _over(self, fetch: Fetch, part: Part) -> None:

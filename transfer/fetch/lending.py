@@ -58,9 +58,10 @@ class Lending:
     ) -> None:
         """`regions()`: of the agents through which our pages are read now.
 
-        `sum_blocks(fetch_id, blocks, num_thin)`: begin to make checksums on all ranks, answered by `on_sums`; None: no
-        sums are made. `reserve()`: blocks that must stay free or evictable. `lift(hashes, num_thin, done)`: bring what
-        lies in host memory to the device first; False: nothing does.
+        `sum_blocks(fetch_id, blocks, num_thin)`: begin to make checksums on all ranks, answered by `on_sums`, of which
+        the first `num_thin`, or all, are read as thin ones; None: no sums are made. `reserve()`: blocks that must stay
+        free or evictable. `lift(hashes, num_thin, done)`: bring what lies in host memory to the device first; False:
+        nothing does.
         """
         self._pool = pool
         self._endpoint = endpoint
@@ -87,22 +88,24 @@ class Lending:
             return
         if message.fetch_id in self._leases:
             return  # it was answered
-        refusal = self._refusal(message)
-        hashes = _split(message.hashes)[: self._most] if refusal is None else []
+        if (refusal := self._refusal(message)) is not None:
+            self._refuse(session, message, refusal)
+            return
+        hashes = _split(message.hashes)[: self._most]
         if not self._lift(hashes, message.num_thin, lambda: self._answer(session, message)):
-            self._answer(session, message, refusal)
+            self._answer(session, message)
 
-    def _answer(self, session: str, message: KVFetch, refusal: str | None = None) -> None:
+    def _answer(self, session: str, message: KVFetch) -> None:
         if message.fetch_id in self._leases:
             return  # it was asked again meanwhile
-        names = leading(_split(message.hashes), self._pool.knows, message.num_thin) if refusal is None else []
-        found = self._pool.match_prefix(names)
-        blocks = self._lendable(found)
-        if blocks:
+        found = self._pool.match_prefix(leading(_split(message.hashes), self._pool.knows, message.num_thin))
+        if blocks := self._lendable(found):
             self._lend(session, message, blocks)
         else:
-            reason = refusal if refusal is not None else "full" if found else "gone"
-            self._to_peer(session, KVFetchRefused(fetch_id=message.fetch_id, reason=reason))
+            self._refuse(session, message, "full" if found else "gone")
+
+    def _refuse(self, session: str, message: KVFetch, reason: str) -> None:
+        self._to_peer(session, KVFetchRefused(fetch_id=message.fetch_id, reason=reason))
 
     def _refusal(self, message: KVFetch) -> str | None:
         theirs = Endpoint(message.spec, message.version, message.transport, message.tp_size)
@@ -118,7 +121,7 @@ class Lending:
     @property
     def _most(self) -> int:
         """Return how many more blocks may be lent."""
-        return max(0, int(MAX_LENT_SHARE * self._pool.num_blocks) - self._num_lent)
+        return int(MAX_LENT_SHARE * self._pool.num_blocks) - self._num_lent
 
     def _lendable(self, blocks: list[BlockId]) -> list[BlockId]:
         """Return the leading blocks that may be lent: the reader asks for the rest when it has given these back."""
@@ -136,7 +139,7 @@ class Lending:
         self._leases[message.fetch_id] = _Lease(session, blocks, self._clock.now() + self._lease_s)
         if failpoints.armed:
             failpoints.hit("fetch.lent")
-        makes_sums = message.wants_checksums and self._sum_blocks is not None
+        sum_blocks = self._sum_blocks if message.wants_checksums else None
         self._to_peer(
             session,
             KVFetchable(
@@ -144,11 +147,11 @@ class Lending:
                 lease_s=self._lease_s,
                 block_ids=tuple(blocks),
                 ranks=self._regions(),
-                has_checksums=makes_sums,
+                has_checksums=sum_blocks is not None,
             ),
         )
-        if makes_sums and self._sum_blocks is not None:
-            self._sum_blocks(message.fetch_id, tuple(blocks), min(message.num_thin, len(blocks)))
+        if sum_blocks is not None:
+            sum_blocks(message.fetch_id, tuple(blocks), message.num_thin)
 
     def on_sums(self, rank: int, fetch_id: int, checksum: bytes) -> None:
         """One rank has summed the pages of a lease's blocks; after the lease they may have been another's."""

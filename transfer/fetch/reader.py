@@ -172,7 +172,7 @@ class KVReader:
         """One piece, if there is one to post and room for it."""
         first = read.num_posted
         end = min(len(read.local), first + self._max_read_pages)
-        if first == end or (read.pieces and read.in_flight_bytes >= self._max_in_flight_bytes):
+        if first == end or read.in_flight_bytes >= self._max_in_flight_bytes:
             return
         if failpoints.armed:
             failpoints.hit("fetch.read")

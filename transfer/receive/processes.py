@@ -90,7 +90,7 @@ def _open(mark: ProcessMark) -> int:
     lost = ProcessLookupError(f"process {mark.pid}, which is said to be of this host, is not found here")
     try:
         descriptor = os.pidfd_open(mark.pid)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # no process has a number of so many bits
         raise lost from error
     if _started(mark.pid) != mark.started:
         os.close(descriptor)

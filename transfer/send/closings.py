@@ -104,7 +104,7 @@ class Closings:
     def wants_new_agent(self, now: float) -> bool:
         """Nothing but the end of our agent ends some of them."""
         return now >= self._next_agent_at and any(
-            now - found.since >= (FAILED_AFTER_S if found.has_failed and not found.num_writes else STUCK_AFTER_S)
+            now - found.since >= (STUCK_AFTER_S if found.num_writes else FAILED_AFTER_S)
             for found in self._found.values()
             if self._must_detach(found)
         )

@@ -70,11 +70,10 @@ class Endings:
 
     def fail(self, shipment: Shipment, reason: str, *, has_failed: bool = False) -> None:
         """End a shipment whose posts may still land. `has_failed`: nobody will tell when they no longer can."""
-        if shipment.state in (ShipmentState.SHIPPING, ShipmentState.CLOSING):
-            self.num_failures += 1
-            kind = "write failed" if has_failed else "write timed out"
-            self._log.warn(shipment.peer[0], kind, detail=reason, request_id=shipment.request_id)
-            self.end(shipment, clean=False, reason=reason, has_failed=has_failed)
+        self.num_failures += 1
+        kind = "write failed" if has_failed else "write timed out"
+        self._log.warn(shipment.peer[0], kind, detail=reason, request_id=shipment.request_id)
+        self.end(shipment, clean=False, reason=reason, has_failed=has_failed)
 
     def end(
         self, shipment: Shipment, *, clean: bool, reason: str = "", has_failed: bool = False, is_known: bool = False

@@ -66,7 +66,7 @@ class Leases:
         """Take the answer to a KVRenew that names it. One that nobody has asked for extends nothing."""
         asked_at = self._asked_at(shipment)
         if asked_at is not None:
-            shipment.deadline = max(shipment.deadline, usable_until(asked_at, lease_s))
+            shipment.deadline = usable_until(asked_at, lease_s)
             shipment.answered_at = now
 
     def _asked_at(self, shipment: Shipment) -> float | None:

@@ -131,7 +131,7 @@ class Shipment:
     def wants_turn(self) -> bool:
         """Tell whether it has something to post or to tell, or its last word may still need progress to leave."""
         if self.state is ShipmentState.SHIPPING:
-            return not self.is_posted or self.finished
+            return not self.is_posted
         return self.state in (ShipmentState.TOLD, ShipmentState.CLOSING)
 
     @property

@@ -250,11 +250,13 @@ def test_pages_of_a_process_of_this_host_are_written_without_its_help(pages: tor
     peer.tell("show")
     assert peer.read()["digest"] == _digest(expected)
     assert backend.telemetry_bytes == len(local) * PAGE_BYTES
+    window = backend._peers[peer.region.agent].window
     peer.end()
     with pytest.raises(TransferError, match="has ended") as caught:
         backend.write(peer.region.agent, local, remote)
     assert caught.value.peer == peer.region.agent
     backend.close()
+    assert window is not None and window.window._pidfd is None
 
 
 def test_notification_of_its_own_reaches_the_peer(backend: TransferBackend, peer: Peer, pages: torch.Tensor) -> None:
@@ -317,6 +319,8 @@ def test_without_an_interface_there_is_no_agent_and_later_there_is_one(
 ) -> None:
     backend.register(pages, rank=0, tp_size=1, generation=0)
     backend.connect(peer.region, WHOLE)
+    every = list(range(LAYERS * BLOCKS))
+    under_way = backend.read(peer.region.agent, every, every)
     monkeypatch.setenv("UCX_NET_DEVICES", "nosuch0")
     with pytest.raises(TransferError, match="making an agent"):
         backend.rotate(1)
@@ -333,6 +337,7 @@ def test_without_an_interface_there_is_no_agent_and_later_there_is_one(
     monkeypatch.setenv("UCX_NET_DEVICES", "lo")
     backend.rotate(2)
     backend.connect(peer.region, WHOLE)
+    assert backend.poll(under_way) is TransferState.FAILED, "it went with its agent"
     expected = torch.zeros(LAYERS * BLOCKS, PAGE_BYTES, dtype=torch.uint8)
     expected[20] = page_rows(pages)[3]
     assert _write_and_wait(backend, peer, [3], [20]) == _digest(expected)
@@ -392,10 +397,28 @@ def test_a_write_that_could_not_be_posted_leaves_nothing_behind(pages: torch.Ten
     backend = UcxBackend(f"p-0.{next(_incarnations)}.0.0")
     region = backend.register(pages, rank=0, tp_size=1, generation=0)
     backend.connect(region, WHOLE)
+    under_way = backend.write(region.agent, [0], [0])
     backend._own.forget(region.agent)  # as one whose connection has broken
     with pytest.raises(TransferError, match="not reached"):
         backend.write(region.agent, [0], [0])
-    assert not backend._handles
+    assert list(backend._handles.values()) == [under_way]
+    backend.connect(region, WHOLE)
+    assert backend.poll(under_way) is TransferState.FAILED, "its answer would come over the connection before"
+    backend.close()
+
+
+@pytest.mark.parametrize("piece", [Piece(0, PAGE_BYTES, 4), Piece(0, 0, PAGE_BYTES)], ids=["offset", "page"])
+def test_what_a_target_does_not_have_is_neither_written_nor_read(piece: Piece, pages: torch.Tensor) -> None:
+    pytest.importorskip("ucxx", exc_type=ImportError)
+    backend = UcxBackend(f"p-0.{next(_incarnations)}.0.0")
+    region = backend.register(pages, rank=0, tp_size=1, generation=0)
+    before = pages.clone()
+    backend.connect(region, (piece,))
+    place = LAYERS * BLOCKS - (piece.remote_offset > 0)
+    for handle in (backend.write(region.agent, [0], [place], b"arrived"), backend.read(region.agent, [0], [place])):
+        assert _until_ended(backend, handle) is TransferState.FAILED
+        backend.release(handle)
+    assert torch.equal(pages, before) and backend.notifications() == [] and backend.telemetry_bytes == 0
     backend.close()
 
 

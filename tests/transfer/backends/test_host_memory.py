@@ -92,7 +92,15 @@ def test_memory_that_is_not_there_fails_the_write(window: HostWindow) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"content": b"?" * 16}, {"host": "another"}, {"host": ""}, {"pid": 2**22 + 1}, {"address": 8}]
+    "change",
+    [
+        {"content": b"?" * 16},
+        {"host": "another"},
+        {"host": ""},
+        {"pid": 2**22 + 1},
+        {"pid": 2**31},
+        {"address": 8},
+    ],
 )
 def test_a_mark_that_is_not_found_opens_nothing(marker: Marker, change: dict[str, object]) -> None:
     assert HostWindow.open(msgspec.structs.replace(marker.mark, **change)) is None

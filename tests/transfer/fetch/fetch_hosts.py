@@ -159,10 +159,12 @@ class Pair:
     def _on_sums(self, rank: int, fetch_id: int, checksum: bytes) -> None:
         self.lending.on_sums(rank, fetch_id, checksum)
 
-    def begin(self, hashes: Sequence[bytes], key: str = "q", within_s: float = 10.0) -> bool:
-        source = FetchFrom(
-            worker_id="lender", kv_address=ADDRESS, num_tokens=SPEC.block_size * len(hashes), within_s=within_s
-        )
+    def begin(
+        self, hashes: Sequence[bytes], key: str = "q", within_s: float = 10.0, num_blocks: int | None = None
+    ) -> bool:
+        """`num_blocks`: that the lender is said to have; None: all."""
+        num_tokens = SPEC.block_size * (len(hashes) if num_blocks is None else num_blocks)
+        source = FetchFrom(worker_id="lender", kv_address=ADDRESS, num_tokens=num_tokens, within_s=within_s)
         return self.fetches.begin(key, hashes, source, thin_rule(self.lender.spec), lambda: self.ended.append(key))
 
     def deliver(self, *, to_lender: bool) -> bool:

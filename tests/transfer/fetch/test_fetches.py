@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 from structlog.testing import capture_logs
@@ -41,28 +43,59 @@ def test_what_lies_elsewhere_is_found_here_afterwards(pair: Pair) -> None:
     assert pair.lender.pool.num_owned_blocks == pair.fetcher.pool.num_owned_blocks == 0
 
 
-def test_only_what_is_missing_is_asked_for(pair: Pair) -> None:
+def test_only_what_is_missing_and_lies_there_is_asked_for(pair: Pair) -> None:
     pair.lender.store(HASHES[:4])
     pair.fetcher.store(HASHES[:2])
-    assert pair.begin(HASHES[:4])
+    assert pair.begin(HASHES[:6], num_blocks=4)
     question = pair.to_lender[0]
     assert isinstance(question, KVFetch)
     assert question.hashes == b"".join(HASHES[2:4])
+    for num_owned in (2, 4):
+        assert pair.fetcher.pool.num_owned_blocks == num_owned, "what is here stays here meanwhile"
+        assert sum(map(len, pair.fetches.references())) == num_owned
+        pair.deliver(to_lender=True)
+        pair.deliver(to_lender=False)
     pair.settle()
-    assert _num_held(pair, 4) == 4
+    assert _num_held(pair, 4) == 4 and pair.fetches.num_failures == 0
+
+
+def test_what_has_come_meanwhile_is_not_asked_for() -> None:
+    pair = Pair(num_blocks=24, part_blocks=2)
+    pair.lender.store(HASHES[:4])
+    pair.begin(HASHES[:4])
+    pair.fetcher.store(HASHES[2:3])
+    pair.settle()
+    assert _num_held(pair, 4) == 4 and pair.lending.num_lent_blocks == 3
+
+
+def test_what_lies_in_a_lower_tier_is_not_asked_for(pair: Pair) -> None:
+    pair.fetches._also_held = lambda name: name == HASHES[1]
+    pair.lender.store(HASHES[:3])
+    pair.fetcher.store(HASHES[:1])
+    assert pair.begin(HASHES[:3])
+    question = pair.to_lender[0]
+    assert isinstance(question, KVFetch) and question.hashes == HASHES[2]
+    assert pair.fetcher.pool.num_owned_blocks == 1
+    pair.settle()
+    assert pair.fetcher.pool.match_prefix(HASHES[2:3]) and _num_held(pair, 3) == 1
+    assert pair.fetcher.pool.num_owned_blocks == 0
 
 
 def test_nothing_is_begun_where_nothing_is_missing_or_nothing_has_room(pair: Pair) -> None:
     pair.fetcher.store(HASHES[:2])
     assert not pair.begin(HASHES[:2])
+    assert pair.fetcher.pool.num_owned_blocks == 0
     pair.fetcher.pool.allocate(pair.fetcher.pool.num_free_blocks)
+    assert not pair.begin(HASHES[:3])
+    pair.fetches._reserve = lambda: 1
     assert not pair.begin(HASHES[:3])
     assert not pair.to_lender and not pair.ended
     assert not pair.fetches.references()
 
 
-def test_a_long_prefix_comes_in_parts() -> None:
-    pair = Pair(num_blocks=24, part_blocks=2)
+@pytest.mark.parametrize("part_blocks", [0, 2])
+def test_a_long_prefix_comes_in_parts(part_blocks: int) -> None:
+    pair = Pair(num_blocks=24, part_blocks=part_blocks)
     pair.lender.store(HASHES[:5])
     pair.begin(HASHES[:5])
     pair.settle()
@@ -70,7 +103,11 @@ def test_a_long_prefix_comes_in_parts() -> None:
     assert pair.ended == ["q"] and pair.fetches.num_failures == 0
 
 
-def test_each_part_is_twice_as_large_as_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "expected"), [(4096, [1, 2, 3]), (2, [1, 2, 2, 1])])
+def test_each_part_is_twice_as_large_as_the_one_before_up_to_a_bound(
+    most: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvferry.transfer.fetch.fetches.MAX_PART_BLOCKS", most)
     pair, sizes = Pair(num_blocks=24, part_blocks=1), list[int]()
     lend = pair.lending.on_message
 
@@ -83,7 +120,7 @@ def test_each_part_is_twice_as_large_as_the_one_before(monkeypatch: pytest.Monke
     pair.lender.store(HASHES[:6])
     pair.begin(HASHES[:6])
     pair.settle()
-    assert sizes == [1, 2, 3] and _num_held(pair, 6) == 6
+    assert sizes == expected and _num_held(pair, 6) == 6
 
 
 def test_what_is_here_of_a_prefix_stays_when_the_rest_fails() -> None:
@@ -96,6 +133,32 @@ def test_what_is_here_of_a_prefix_stays_when_the_rest_fails() -> None:
     assert pair.fetches.num_failures == 1
     assert pair.fetches.failures == {FetchFailure.EVICTED: 1}
     assert pair.fetches.num_bytes == 3 * SPEC.block_bytes()
+
+
+def test_what_is_here_of_a_prefix_stays_when_the_rest_has_no_room() -> None:
+    pair = Pair(num_blocks=24, part_blocks=2)
+    pair.lender.store(HASHES[:5])
+    pair.begin(HASHES[:5])
+    pair.deliver(to_lender=True)
+    pair.deliver(to_lender=False)
+    pair.fetcher.pool.allocate(pair.fetcher.pool.num_free_blocks)
+    pair.settle()
+    assert pair.ended == ["q"] and _num_held(pair, 5) == 2
+    assert pair.fetches.failures == {FetchFailure.NO_ROOM: 1}
+    assert not pair.fetches.references() and not len(pair.lending)
+
+
+@pytest.mark.parametrize(("num_free", "reserve", "fits"), [(2, 0, True), (1, 0, False), (2, 1, False)])
+def test_an_answer_for_which_there_is_no_room_any_more_brings_nothing(
+    pair: Pair, num_free: int, reserve: int, fits: bool
+) -> None:
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.fetcher.pool.allocate(pair.fetcher.pool.num_free_blocks - num_free)
+    pair.fetches._reserve = lambda: reserve
+    pair.settle()
+    assert pair.ended == ["q"] and not pair.fetches.references()
+    assert pair.fetches.failures == ({} if fits else {FetchFailure.NO_ROOM: 1})
 
 
 def test_what_the_lender_has_evicted_is_refused(pair: Pair) -> None:
@@ -119,9 +182,12 @@ def test_lent_blocks_are_not_evicted_while_the_lease_lasts(pair: Pair) -> None:
     pair.advance(LEASE_S - 0.01)
     pair.tick()
     assert len(pair.lending) == 1
+    lent = next(iter(pair.lending._leases))
     pair.advance(0.02)
     pair.tick()
     assert not len(pair.lending) and pair.lender.pool.num_owned_blocks == 0
+    pair.lending.on_sums(0, lent, b"late")
+    assert not pair.to_fetcher
 
 
 def test_more_than_a_share_of_the_pool_is_lent_one_share_after_the_other(pair: Pair) -> None:
@@ -148,14 +214,59 @@ def test_where_a_share_of_the_pool_is_lent_already_nothing_is(pair: Pair) -> Non
     assert isinstance(refused, KVFetchRefused) and refused.reason == "full"
 
 
-@pytest.mark.parametrize(("reserve", "lent"), [(9, 3), (10, 2), (12, 0), (13, 0)])
-def test_no_more_is_lent_than_leaves_the_lender_what_it_needs(reserve: int, lent: int) -> None:
+@pytest.mark.parametrize(
+    ("is_held", "reserve", "lent"),
+    [(False, 9, 3), (False, 10, 2), (False, 12, 0), (False, 13, 0), (True, 9, 3), (True, 10, 0)],
+)
+def test_no_more_is_lent_than_leaves_the_lender_what_it_needs(is_held: bool, reserve: int, lent: int) -> None:
     pair = Pair()
     pair.lending._reserve = lambda: reserve
-    pair.lender.store(HASHES[:3])
+    pair.lender.store(HASHES[:3], keep=is_held)
     pair.begin(HASHES[:3])
     pair.deliver(to_lender=True)
     assert pair.lending.num_lent_blocks == lent
+
+
+@pytest.mark.parametrize("is_lifted", [False, True])
+def test_a_question_that_is_asked_again_is_answered_once(is_lifted: bool) -> None:
+    pair, lifts = Pair(), list[Callable[[], None]]()
+
+    def lift(hashes: list[bytes], num_thin: int, done: Callable[[], None]) -> bool:
+        lifts.append(done)
+        assert (hashes, num_thin) == (HASHES[:3], 0), "no more than may be lent"
+        return is_lifted
+
+    pair.lending._lift = lift
+    pair.lender.store(HASHES[:4])
+    pair.begin(HASHES[:4])
+    for _ in range(2):
+        pair.lending.on_message("s", pair.to_lender[0])  # type: ignore[arg-type]
+    assert len(lifts) == 1 + is_lifted and len(pair.to_fetcher) == (not is_lifted)
+    for done in lifts:
+        done()
+    assert len(pair.to_fetcher) == len(pair.lending) == 1 and pair.lending.num_lent_blocks == 3
+    pair.advance(LEASE_S)
+    pair.tick()
+    assert not len(pair.lending) and pair.lender.pool.num_owned_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": "2"}, "kvferry 1 here, 2 there"),
+        ({"transport": "ucx"}, "transport"),
+        ({"tp_size": 2}, "1 tensor-parallel ranks here, 2 there"),
+    ],
+)
+def test_who_does_not_fit_is_told_why_and_nothing_is_lifted(change: dict[str, object], words: str) -> None:
+    pair = Pair(spec=msgspec.structs.replace(SPEC, num_kv_heads=2))
+    pair.lending._lift = lambda hashes, num_thin, done: bool(hashes)
+    pair.lender.store(HASHES[:1])
+    pair.begin(HASHES[:1])
+    question = msgspec.structs.replace(pair.to_lender[0], **change)
+    pair.lending.on_message("s", question)  # type: ignore[arg-type]
+    refused = pair.to_fetcher.pop()
+    assert isinstance(refused, KVFetchRefused) and words in refused.reason and not len(pair.lending)
 
 
 def test_a_lease_that_is_over_before_the_read_has_ended_brings_nothing(pair: Pair) -> None:
@@ -185,7 +296,7 @@ def test_the_lease_counts_from_the_question_and_not_from_the_answer(pair: Pair) 
     pair.advance(LEASE_S - 1.0)  # the lender still has 1 s
     pair.settle()
     assert pair.fetches.num_failures == 1
-    assert pair.fetches.failures == {FetchFailure.LEASE_OVER: 1}
+    assert pair.fetches.failures == {FetchFailure.LEASE_OVER: 1} and pair.reader.num_bytes == 0
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for(pair: Pair) -> None:
@@ -195,12 +306,11 @@ def test_an_answer_that_does_not_come_is_not_waited_for(pair: Pair) -> None:
     assert not pair.ended
     pair.advance(0.1)  # the other half is for reading
     pair.tick()
-    assert pair.fetches.failures == {FetchFailure.NO_ANSWER: 1}
+    assert pair.fetches.failures == {FetchFailure.NO_ANSWER: 1} and pair.fetches.seconds == pytest.approx(1.0)
     assert pair.ended == ["q"] and not pair.fetches.references()
     pair.lender.store(HASHES[:2])
     pair.settle()  # the question and its end arrive after all
     assert not len(pair.lending)
-    assert pair.fetches.stale_messages >= 1
 
 
 def test_a_prompt_waits_for_no_longer_than_the_router_said(pair: Pair) -> None:
@@ -223,6 +333,7 @@ def test_blocks_of_a_read_that_was_given_up_stay_out_of_use_until_it_ends(pair: 
     pair.settle()
     assert pair.ended == ["q"]
     assert pair.fetches.given_up.num_blocks == pair.fetcher.pool.num_owned_blocks == 2
+    assert len(pair.fetches) == 1
     pair.fetcher.store(HASHES[5:15])  # all that is left
     pair.network.clear_fault(pair.lender.region.agent)  # it lands
     pair.settle()
@@ -263,6 +374,8 @@ def test_a_broken_connection_ends_the_fetches_from_there(pair: Pair) -> None:
     pair.begin(HASHES[:2])
     pair.deliver(to_lender=True)
     pair.deliver(to_lender=False)
+    pair.fetches.on_peer_lost("another:1")
+    assert not pair.ended
     pair.cut()
     pair.settle()
     assert pair.ended == ["q"] and not pair.fetches.references()
@@ -292,6 +405,28 @@ def test_checksums_that_are_required_and_not_made_refuse_the_fetch() -> None:
     pair.settle()
     assert pair.fetches.num_failures == 2 and _num_held(pair, 2) == 0
     assert pair.fetches.failures == {FetchFailure.REFUSED: 1, FetchFailure.MISFIT: 1}
+    pair = Pair(checksums=True)
+    pair.lending._needs_checksums = pair.fetches._needs_checksums = True
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.settle()
+    assert pair.fetches.num_failures == 0 and _num_held(pair, 2) == 2
+
+
+@pytest.mark.parametrize("side", ["lender", "fetcher"])
+def test_without_checksums_on_one_side_nothing_is_summed(side: str) -> None:
+    pair = Pair(checksums=True)
+    if side == "lender":
+        pair.lending._sum_blocks = None
+    else:
+        pair.fetches._has_checksums = False
+    pair.lender.store(HASHES[:2])
+    pair.begin(HASHES[:2])
+    pair.deliver(to_lender=True)
+    [answer] = pair.to_fetcher
+    assert isinstance(answer, KVFetchable) and not answer.has_checksums
+    pair.settle()
+    assert pair.fetches.num_failures == 0 and _num_held(pair, 2) == 2
 
 
 def test_a_cancelled_prompt_is_not_called_and_its_blocks_come_back(pair: Pair) -> None:
@@ -301,8 +436,20 @@ def test_a_cancelled_prompt_is_not_called_and_its_blocks_come_back(pair: Pair) -
     pair.deliver(to_lender=False)
     pair.fetches.cancel("q")
     pair.fetches.cancel("q")
+    assert pair.fetches.given_up.num_blocks == 2
     pair.settle()
     assert not pair.ended and not pair.fetches.references() and not len(pair.lending)
+
+
+def test_a_prompt_that_comes_again_begins_anew(pair: Pair) -> None:
+    """A decode worker does not cancel what an attempt that has ended was waiting for."""
+    pair.lender.store(HASHES[:2])
+    for _ in range(2):
+        assert pair.begin(HASHES[:2])
+    assert len(pair.fetches) == 1
+    pair.settle()
+    assert pair.ended == ["q"] and _num_held(pair, 2) == 2
+    assert not len(pair.fetches) and not pair.fetches.references()
 
 
 def test_answers_that_no_lender_gives_are_refused(pair: Pair) -> None:
@@ -317,6 +464,8 @@ def test_answers_that_no_lender_gives_are_refused(pair: Pair) -> None:
         {"ranks": (region, region)},
         {"ranks": (msgspec.structs.replace(region, shard=Shard(0, 1, 0, 1)),)},
         {"ranks": (msgspec.structs.replace(region, num_blocks=2**40),)},
+        {"ranks": (msgspec.structs.replace(region, page_bytes=7),)},
+        {"ranks": (msgspec.structs.replace(region, transport="ucx"),)},
     ):
         pair.begin(HASHES[:3])
         question = pair.to_lender.popleft()
@@ -364,13 +513,35 @@ def test_a_fetch_moves_along_its_states_alone(pair: Pair) -> None:
                     fetch.advance(to)
 
 
+@pytest.mark.parametrize(
+    ("state", "deadline", "after_s", "failure"),
+    [
+        (FetchState.ASKING, None, 4.9, None),
+        (FetchState.ASKING, None, 5.0, FetchFailure.NO_ANSWER),
+        (FetchState.READING, 108.0, 7.9, None),
+        (FetchState.READING, 108.0, 8.0, FetchFailure.LEASE_OVER),
+        (FetchState.READING, 120.0, 10.0, FetchFailure.LATE),
+        (FetchState.CHECKING, 108.0, 9.9, None),
+        (FetchState.CHECKING, 108.0, 10.0, FetchFailure.LATE),
+    ],
+)
+def test_each_state_has_its_time(
+    pair: Pair, state: FetchState, deadline: float | None, after_s: float, failure: FetchFailure | None
+) -> None:
+    pair.begin(HASHES[:2], within_s=10.0)
+    [fetch] = pair.fetches._fetches.values()
+    assert fetch.part is not None
+    fetch.state, fetch.part.deadline = state, deadline
+    assert fetch.failure_at(100.0 + after_s) is failure
+
+
 WINDOWED = msgspec.structs.replace(SPEC, windows=(0, 6))  # of five blocks no window reaches three
 
 
 @pytest.mark.parametrize("checksums", [False, True])
-@pytest.mark.parametrize("part_blocks", [1, 8])
-def test_what_no_window_reaches_is_not_read(checksums: bool, part_blocks: int) -> None:
-    pair = Pair(num_blocks=24, checksums=checksums, part_blocks=part_blocks, spec=WINDOWED)
+@pytest.mark.parametrize(("num_blocks", "part_blocks"), [(24, 1), (24, 8), (8, 8)])  # of eight, two are lent at once
+def test_what_no_window_reaches_is_not_read(checksums: bool, num_blocks: int, part_blocks: int) -> None:
+    pair = Pair(num_blocks=num_blocks, checksums=checksums, part_blocks=part_blocks, spec=WINDOWED)
     pair.lender.store(HASHES[:5])
     assert pair.begin(HASHES[:5])
     pair.settle()

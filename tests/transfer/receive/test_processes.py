@@ -94,6 +94,11 @@ def test_a_name_with_brackets_does_not_change_a_mark() -> None:
         comm.write_text(name.rstrip("\n"))
 
 
+def test_a_number_that_no_process_can_have_is_not_found() -> None:
+    with pytest.raises(ProcessLookupError, match=str(2**31)):
+        watch([msgspec.structs.replace(own_mark(), pid=2**31)])
+
+
 def test_a_process_that_has_ended_before_is_not_found() -> None:
     child = Child()
     child.end()

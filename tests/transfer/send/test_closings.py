@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 
 from kvferry.tests.decode.bench import REGION, SPEC
-from kvferry.transfer.send.closings import FAILED_AFTER_S, GIVE_UP_S, Closings
+from kvferry.transfer.backends.base import TransferState
+from kvferry.transfer.send.closings import FAILED_AFTER_S, GIVE_UP_S, MIN_INTERVAL_S, STUCK_AFTER_S, Closings
 from kvferry.transfer.send.shipment import Shipment
 from kvferry.wire.fields import Message
 from kvferry.wire.grants import GrantId, GrantInfo
@@ -55,7 +56,77 @@ def test_an_end_is_told_after_an_hour_of_outage_and_ever_more_rarely(is_clean: b
 
 
 def test_nobody_is_told_for_ever() -> None:
-    closings = Closings(0, lambda address, message: None, copies_itself=True)
-    closings.add(Shipment(7, "a", 0, GRANT, [], 0.0, 0.0, 0.0), 0.0, "it failed", clean=True)
-    closings.repeat(GIVE_UP_S, 1.0)
-    assert not closings
+    bench = Bench()
+    bench.add(0, clean=True)
+    for after_s in (GIVE_UP_S - 1.0, GIVE_UP_S):
+        assert bench.closings
+        bench.closings.repeat(100.0 + after_s, 1.0)
+    assert not bench.closings
+
+
+class Bench:
+    """Closings, and what was told, with shipments that have ended at 100 s."""
+
+    def __init__(self, *, copies_itself: bool = True) -> None:
+        self.told: list[KVClosed] = []
+        self.closings = Closings(3, self._to_peer, copies_itself=copies_itself)
+
+    def _to_peer(self, kv_address: str, message: Message) -> None:
+        assert isinstance(message, KVClosed) and message.source_rank == 3
+        self.told.append(message)
+
+    def add(self, num_writes: int, *, clean: bool = False, has_failed: bool = False, open_id: int = 7) -> None:
+        shipment = Shipment(open_id, "a", 0, GRANT, [], 0.0, 0.0, 0.0, num_writes=num_writes)
+        self.closings.add(shipment, 100.0, "given up", clean=clean, has_failed=has_failed)
+
+
+@pytest.mark.parametrize("first", [TransferState.DONE, TransferState.FAILED])
+def test_an_end_is_clean_after_all_when_the_last_of_its_writes_is_done(first: TransferState) -> None:
+    bench = Bench()
+    bench.add(2)
+    for open_id, state in ((8, TransferState.DONE), (7, first)):
+        bench.closings.write_ended(open_id, state, 101.0)
+    assert [(told.clean, told.reason) for told in bench.told] == [(False, "given up")]
+    bench.closings.write_ended(7, TransferState.DONE, 102.0)
+    is_clean = first is TransferState.DONE
+    assert [told.clean for told in bench.told] == [False, *([True] if is_clean else [])]
+    assert bench.closings.wants_new_agent(103.0) is not is_clean
+    assert bench.closings.next_call_at(1.0) == (103.0 if is_clean else 101.0)
+
+
+@pytest.mark.parametrize(
+    ("num_writes", "has_failed", "after_s"),
+    [(0, True, FAILED_AFTER_S), (1, True, STUCK_AFTER_S), (1, False, STUCK_AFTER_S)],
+)
+def test_our_agent_is_to_go_where_nothing_else_ends_what_it_does(
+    num_writes: int, has_failed: bool, after_s: float
+) -> None:
+    bench, remote = Bench(), Bench(copies_itself=False)
+    for each in (bench, remote):
+        each.add(num_writes, has_failed=has_failed)
+        each.add(0, clean=True, open_id=8)
+    assert not bench.closings.wants_new_agent(100.0 + after_s - 0.1)
+    assert bench.closings.wants_new_agent(100.0 + after_s)
+    assert not remote.closings.wants_new_agent(100.0 + GIVE_UP_S)
+    bench.told.clear()
+    bench.closings.detached(100.0 + after_s)
+    assert [(told.open_id, told.clean, told.detached) for told in bench.told] == [(7, False, True)]
+    assert not bench.closings.wants_new_agent(100.0 + GIVE_UP_S)
+
+
+def test_our_agents_keep_their_distance() -> None:
+    bench = Bench()
+    bench.closings.detached(98.0)
+    bench.add(0, has_failed=True)
+    assert not bench.closings.wants_new_agent(98.0 + MIN_INTERVAL_S - 0.1)
+    assert bench.closings.wants_new_agent(98.0 + MIN_INTERVAL_S)
+
+
+def test_what_only_the_end_of_our_agent_ends_is_not_given_up_before() -> None:
+    bench = Bench()
+    bench.add(1)
+    bench.closings.repeat(100.0 + GIVE_UP_S, 1.0)
+    assert bench.closings
+    bench.closings.detached(100.0 + GIVE_UP_S)
+    bench.closings.repeat(100.0 + GIVE_UP_S, 1.0)
+    assert not bench.closings

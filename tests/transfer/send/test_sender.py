@@ -17,10 +17,12 @@ from kvferry.common.request import SampledToken
 from kvferry.tests.fake_clock import FakeClock
 from kvferry.transfer.backends.local import LocalBackend, LocalFault, LocalNetwork
 from kvferry.transfer.backends.reach import REPAIR_S
+from kvferry.transfer.fetch.reader import MIN_INTERVAL_S
 from kvferry.transfer.protocol.checksums import PageSums
 from kvferry.transfer.protocol.handoff import open_mac
+from kvferry.transfer.protocol.rank_messages import ReadOutcome
 from kvferry.transfer.send import sender as sender_module
-from kvferry.transfer.send.closings import GIVE_UP_S
+from kvferry.transfer.send.closings import FAILED_AFTER_S, GIVE_UP_S
 from kvferry.transfer.send.sender import KVSender
 from kvferry.transfer.send.shipment import _NEXT, Shipment, ShipmentState
 from kvferry.wire.codec import Decoder
@@ -67,6 +69,7 @@ class Prefill:
         self.said: list[Message] = []
         self.reports: list[TransferReport] = []
         self.freed: list[int] = []
+        self.reads: list[ReadOutcome] = []
         self.epochs = itertools.count(1)
         self.sender = KVSender(
             rank=rank,
@@ -82,6 +85,7 @@ class Prefill:
             to_peer=lambda address, message: self.said.append(message),
             report=lambda open_id, report: self.reports.append(report),
             source_free=self.freed.append,
+            on_read=lambda fetch_id, outcome, sums: self.reads.append(outcome),
             sums=PageSums(self.local),
             processes=(ProcessMark("here", 1, 1),) if copies_itself else (),
             max_in_flight_bytes=max_in_flight_bytes,
@@ -176,6 +180,16 @@ def test_the_answer_to_another_open_is_ignored(prefill: Prefill) -> None:
     assert prefill.num_written == 0
 
 
+def test_what_is_said_once_more_or_of_another_grant_changes_nothing(prefill: Prefill) -> None:
+    grant = prefill.opened()
+    prefill.answer_open(grant)
+    _refuse(prefill, grant)
+    _be_gone(prefill, msgspec.structs.replace(grant, grant_id=GrantId("d-0", 1, 99)))
+    prefill.ready(grant)
+    prefill.sender.step()
+    assert prefill.num_written == 6 and prefill.freed == []
+
+
 def _refuse(prefill: Prefill, grant: GrantInfo) -> None:
     prefill.sender.on_message(KVRefused(grant_id=grant.grant_id, open_id=1, reason="no"))
 
@@ -237,6 +251,7 @@ def test_an_open_that_comes_to_nothing_ends_cleanly(prefill: Prefill, event: obj
     prefill.sender.finish(1, FIRST)
     prefill.sender.layers_done(1)
     prefill.sender.on_message(KVDone(grant_id=grant.grant_id, open_id=1))
+    prefill.sender.cancel(1, "aborted")
     assert prefill.sender.step() is None
     assert prefill.num_written == 0 and prefill.arrivals() == []
 
@@ -282,10 +297,12 @@ def test_an_agent_is_not_forgotten_before_the_last_write_to_it_has_ended(prefill
 
 def test_an_arrival_is_told_again_over_an_agent_whose_control_connection_broke(prefill: Prefill) -> None:
     prefill.told()
-    prefill.sender.on_peer_lost(KV)
-    prefill.clock.advance(1.0)
-    prefill.sender.step()
-    assert _is_connected(prefill) and len(prefill.arrivals()) == 1
+    for _ in range(2):  # the renewal that the connection took with it is asked for again
+        prefill.clock.advance(1.0)
+        prefill.sender.step()
+        prefill.sender.on_peer_lost(KV)
+        assert _is_connected(prefill) and len(prefill.arrivals()) == 1
+    assert [isinstance(message, KVRenew) for message in prefill.said] == [False, True, True]
 
 
 def test_a_decode_worker_that_comes_back_is_written_to_again(prefill: Prefill) -> None:
@@ -321,8 +338,10 @@ def test_pages_go_out_as_they_are_ready_and_each_once(prefill: Prefill) -> None:
     assert prefill.arrivals() == []  # the last token is not sampled yet
     with pytest.raises(AssertionError, match="shipped before"):
         prefill.ready(grant, range(1, 2))
+    prefill.clock.advance(0.5)
+    prefill.sender.layers_done(1)  # everything was written before
     prefill.sender.finish(1, FIRST)
-    prefill.sender.step()
+    assert prefill.sender.step() == 0.0
     arrived = prefill.arrivals()[0]
     assert (arrived.num_tokens, arrived.first_tokens, arrived.source_rank) == (8, FIRST, 0)
     assert prefill.freed == [1]
@@ -330,7 +349,8 @@ def test_pages_go_out_as_they_are_ready_and_each_once(prefill: Prefill) -> None:
     assert prefill.sender.num_unfinished == 0 and prefill.sender.step() is None
     assert not any(isinstance(message, KVClosed) for message in prefill.said)
     report = prefill.reports[0]
-    assert report.clean and report.num_bytes == prefill.sender.num_bytes == 2 * SPEC.block_bytes()
+    assert report.clean and report.exposed_s == 0.0
+    assert report.num_bytes == prefill.sender.num_bytes == 2 * SPEC.block_bytes()
     assert prefill.sender._backend.telemetry_bytes == 2 * SPEC.block_bytes()
 
 
@@ -346,9 +366,12 @@ def test_what_is_exposed_counts_from_the_last_layer(prefill: Prefill) -> None:
     prefill.ready(grant)
     prefill.network.set_fault(AGENT, LocalFault.HOLD)
     prefill.sender.step()
+    assert prefill.sender.num_bytes == 0 and not prefill.sender.made_progress
     prefill.clock.advance(0.25)
     prefill.sender.layers_done(1)
     prefill.sender.finish(1, FIRST)
+    prefill.sender.step()
+    assert prefill.arrivals() == [] and prefill.freed == [], "not everything is written"
     prefill.clock.advance(0.5)
     prefill.network.clear_fault(AGENT)
     prefill.sender.step()
@@ -530,6 +553,7 @@ def test_a_closing_shipment_with_a_stuck_write_ends_unclean(prefill: Prefill) ->
     prefill.network.set_fault(AGENT, LocalFault.HOLD)
     prefill.ready(grant)
     prefill.sender.step()
+    prefill.clock.advance(0.5)
     prefill.sender.cancel(1, "aborted")
     prefill.clock.advance(1.9)
     prefill.sender.step()
@@ -553,14 +577,64 @@ def test_one_peer_has_a_bounded_number_of_bytes_in_flight() -> None:
     assert prefill.num_written == 6
 
 
+def test_writes_that_nobody_waits_for_leave_room_for_others() -> None:
+    prefill = Prefill(max_in_flight_bytes=2 * SPEC.page_bytes())
+    prefill.network.set_fault(AGENT, LocalFault.HOLD)
+    prefill.ready(prefill.opened(1), range(1))
+    prefill.sender.step()
+    prefill.clock.advance(2.1)
+    prefill.sender.step()
+    assert not prefill.closed().clean
+    prefill.ready(prefill.opened(2), range(1), open_id=2)
+    prefill.sender.step()
+    assert len(prefill.network.late) == 2
+
+
+def test_a_post_that_raises_may_have_begun() -> None:
+    prefill = Prefill(copies_itself=True)
+    grant = prefill.opened()
+    prefill.network.set_fault(AGENT, LocalFault.GONE)
+    prefill.ready(grant)
+    prefill.sender.step()
+    assert not prefill.closed().clean and prefill.sender.num_failures == 1
+    prefill.clock.advance(FAILED_AFTER_S)
+    prefill.sender.step()
+    assert prefill.sender._backend.agent == "p-0.1.1.0"
+
+
+# --- reads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [None, LocalFault.FAIL])
+def test_reads_share_the_senders_turns_and_its_agent(fault: LocalFault | None) -> None:
+    prefill = Prefill()
+    reader = prefill.sender.reader
+    assert reader is not None and prefill.sender.step() is None
+    if fault is not None:
+        prefill.network.set_fault(AGENT, fault)
+    reader.begin(9, KV, (prefill.region,), (5, 6), (9, 3), 0, False)
+    wait_s = prefill.sender.step()
+    assert prefill.sender.made_progress and (wait_s is None) is (fault is None), "what failed is looked at again"
+    for _ in range(6):
+        prefill.sender.step()
+    assert prefill.reads == [ReadOutcome.DONE if fault is None else ReadOutcome.FAILED]
+    for _ in range(4):
+        prefill.clock.advance(FAILED_AFTER_S)
+        prefill.sender.step()
+    assert prefill.reads[1:] == ([] if fault is None else [ReadOutcome.OVER])
+    assert prefill.sender._backend.agent == ("p-0.1.0.0" if fault is None else "p-0.1.1.0")
+    assert reader._next_agent_at == (0.0 if fault is None else 100.0 + FAILED_AFTER_S + MIN_INTERVAL_S)
+
+
 # --- TOLD ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_arrival_is_told_again_until_somebody_answers(prefill: Prefill) -> None:
     grant = prefill.told()
-    prefill.clock.advance(1.0)
-    prefill.sender.step()
-    assert len(prefill.arrivals()) == 1
+    for num_told in (0, 1):
+        prefill.clock.advance(0.5)
+        prefill.sender.step()
+        assert len(prefill.arrivals()) == num_told
     prefill.sender.on_message(CancelKV(grant_id=grant.grant_id, open_id=1))
     prefill.sender.cancel(1, "aborted")
     assert len(prefill.arrivals()) == 1
@@ -590,6 +664,7 @@ def test_an_end_is_told_until_it_is_answered(prefill: Prefill) -> None:
     grant = prefill.opened()
     prefill.sender.cancel(1, "aborted")
     prefill.sender.step()
+    _cancel(prefill, grant)
     for _ in range(3):
         prefill.clock.advance(1.0)
         prefill.sender.step()
@@ -625,7 +700,7 @@ def test_a_failed_write_to_this_host_ends_with_our_agent() -> None:
     assert backend.agent == "p-0.1.0.0"
     prefill.ready(other, range(1, 2), open_id=2)
     prefill.clock.advance(0.1)
-    prefill.sender.step()
+    assert prefill.sender.step() == 0.0, "nothing is posted yet"
     assert backend.agent == "p-0.1.1.0"
     closed = prefill.said[-1]
     assert isinstance(closed, KVClosed) and closed.detached and not closed.clean and closed.open_id == 1
@@ -693,7 +768,7 @@ def test_without_an_agent_of_ours_it_is_tried_again(is_answered: bool) -> None:
         for _ in range(3):
             prefill.clock.advance(0.5)
             prefill.sender.step()
-        assert not _has_agent(prefill)
+        assert not _has_agent(prefill) and prefill.sender._backend.agent == "p-0.1.2.0"
         wait_s = prefill.sender.step()
         assert wait_s is not None and wait_s <= 1.0  # no call will come for it
         prefill.network.can_make_agents = True
