@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ from kvferry.tests.fake_clock import FakeClock
 from kvferry.tools.load.environment import describe_environment
 
 from ..engine.cuda.torch_kernels import TorchKernels
+from ..forks import Forks
 
 QUIET = Console(file=io.StringIO())
 CPU = torch.device("cpu")
@@ -166,12 +168,21 @@ def test_a_program_of_checks_that_is_cut_says_how_far_it_came(tmp_path: Path) ->
     )
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Starts programs that have torch from one process."""
+    with closing(Forks("torch", "kvferry.engine.engine", "kvferry.benchmarks.shared.checks")) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("each", [part for part in PARTS if part.name != "tests"], ids=lambda part: part.name)
-def test_parts_name_programs_that_are_there(each: Part, tmp_path: Path) -> None:
+def test_parts_name_programs_that_are_there(forks: Forks, each: Part, tmp_path: Path) -> None:
     command = each.command(tmp_path / "out")
-    done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--json" in done.stdout or "{exposed,tokens}" in done.stdout
+    with (tmp_path / "told").open("w+b") as told:
+        done = forks.Popen([*command[:3], "--help"], stdout=told, stderr=told, env=os.environ)
+        assert done.wait() == 0, (tmp_path / "told").read_text()
+    shown = (tmp_path / "told").read_text()
+    assert "--json" in shown or "{exposed,tokens}" in shown
 
 
 # --- judging ------------------------------------------------------------------------------------------------
@@ -221,18 +232,22 @@ def test_tests_are_counted_and_named(tmp_path: Path) -> None:
     assert judge_tests(finished(tmp_path, "", 4)).reason == "exit code 4, without a result: the last line"
 
 
+def gpu_tests(output: Path, file: Path) -> list[str]:
+    """What runs the tests for a GPU, with this file in place of all that have some."""
+    tests = next(part for part in PARTS if part.name == "tests")
+    files = {str(path) for path in gpu_test_files(ROOT / "tests")}
+    return [*(word for word in tests.command(output) if word not in files), str(file)]
+
+
 def test_tests_that_are_cut_short_still_tell_what_passed(tmp_path: Path) -> None:
     endless = tmp_path / "test_endless.py"
     endless.write_text(
         "import os, signal, time\n\ndef test_quick(): ...\n\n"
         "def test_endless():\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(600)\n"
     )
-    tests = next(part for part in PARTS if part.name == "tests")
-    files = {str(path) for path in gpu_test_files(ROOT / "tests")}
 
     def command(output: Path) -> list[str]:
-        flags = [word for word in tests.command(output) if word not in files and word not in ("-m", "gpu")]
-        return [*flags, str(endless)]
+        return [word for word in gpu_tests(output, endless) if word not in ("-m", "gpu")]
 
     [result] = run([Part("tests", "", 1.0, (), command, judge_tests)], tmp_path)
     assert (result.verdict.status, result.verdict.reason) == ("fail", "exit code 2: 1 passed")
@@ -246,8 +261,8 @@ def test_files_with_gpu_tests_are_found_by_their_marker(tmp_path: Path) -> None:
 
 
 def test_tests_for_a_gpu_are_skipped_with_a_reason_where_there_is_none(tmp_path: Path) -> None:
-    tests = next(part for part in PARTS if part.name == "tests")
-    command = tests.command(tmp_path / "out")
+    """One file's: that none runs without one is seen wherever all tests are run."""
+    command = gpu_tests(tmp_path / "out", Path(__file__).parents[1] / "engine" / "test_cuda_states.py")
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     verdict = judge_tests(Finished(done.returncode, tmp_path / "out", done.stdout, 60.0))

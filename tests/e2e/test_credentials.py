@@ -47,8 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     flags = (*flags, "--routers", "2", "--max-concurrency-per-key", "4")
     files = write_certificate(folder / "certificates")
     by_tls = ("--ssl-certfile", str(files["ssl_certfile"]), "--ssl-keyfile", str(files["ssl_keyfile"]))
-    # A fork's environment is not in /proc.
-    with serve(model_dir, folder / "log", *flags, *by_tls, is_fork=False, tls=TLS) as cluster:
+    with serve(model_dir, folder / "log", *flags, *by_tls, tls=TLS) as cluster:
         yield Site(cluster, keys, secret, folder / "certificates")
 
 
@@ -187,15 +186,13 @@ def test_a_secret_is_rotated_on_a_running_deployment_and_no_request_fails(site: 
         asking.join()
     assert stream.is_whole()
     assert len(statuses) > 3 and set(statuses) == {200}
-    environments = [child.environ() for child in site.cluster.children()]
-    assert all("KVFERRY_SECRET" not in environ for environ in environments)
 
 
 KEY, ADMIN_KEY = "sesame-for-clients", "sesame-for-operators"
 
 
 class Alone(NamedTuple):
-    """A deployment of one worker that was given its keys on the command line, and a pid file."""
+    """A deployment of one worker that was given its keys on the command line, a file of its secret, and a pid file."""
 
     cluster: Cluster
     pid_file: Path
@@ -204,19 +201,22 @@ class Alone(NamedTuple):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     folder = tmp_path_factory.mktemp("alone")
-    path = folder / "pid"
+    path, secret = folder / "pid", folder / "secret"
+    write_secret(secret, OLD)
     flags: tuple[str, ...] = (*FLAGS, "--api-key", KEY, f"--admin-key={ADMIN_KEY}", "--admin-port", str(free_port()))
-    flags = (*flags, "--prefill", "0", "--pid-file", str(path))
+    flags = (*flags, "--prefill", "0", "--pid-file", str(path), "--secret-file", str(secret))
+    # A fork's environment is not in /proc.
     with serve(write_checkpoint(folder / "tiny"), folder / "log", *flags, is_fork=False) as cluster:
         yield Alone(cluster, path)
 
 
-def test_keys_on_the_command_line_are_in_no_processs_arguments(alone: Alone) -> None:
+def test_keys_are_in_no_processs_arguments_and_a_secret_in_no_environment(alone: Alone) -> None:
     cluster = alone.cluster
     processes = [psutil.Process(cluster.process.pid), *cluster.children()]
     words = [word for process in processes for word in process.cmdline()]
     assert len(processes) >= 4  # launcher, router, its renderer of chats, decode worker
     assert not [word for word in words if KEY in word or ADMIN_KEY in word]
+    assert all("KVFERRY_SECRET" not in process.environ() for process in processes[1:])
     assert ask(cluster, KEY) == 200 and ask(cluster, ADMIN_KEY) == 401
     [admin] = cluster.admin_urls
     headers = {"authorization": f"Bearer {ADMIN_KEY}"}

@@ -19,6 +19,8 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 
+from kvferry.common.config import API_KEY_VARIABLE
+
 from ..checkpoints import write_checkpoint
 from .cluster import Cluster, serve, wait_until
 
@@ -306,8 +308,7 @@ def test_a_colocated_cluster_with_a_key_draws_the_same_tokens(client: OpenAI, mo
     body: dict[str, Any] = {"prompt": PROMPT, "n": 3, "logprobs": 2, **RANDOM}
     greedy = both(client.completions.create, prompt=PROMPT)
     drawn = both(client.completions.create, **body)
-    flags = (*FLAGS, "--prefill", "0", "--api-key", "secret")
-    with serve(model_dir, tmp_path / "log", *flags, is_fork=False) as colocated:
+    with serve(model_dir, tmp_path / "log", *FLAGS, "--prefill", "0", env={API_KEY_VARIABLE: "secret"}) as colocated:
         with OpenAI(base_url=f"{colocated.base_url}/v1", api_key="secret", max_retries=0) as keyed:
             assert both(keyed.completions.create, prompt=PROMPT) == greedy
             for here, there in zip(both(keyed.completions.create, **body), drawn, strict=True):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,10 @@ from kvferry.router.state.worker import WorkerLink
 from kvferry.tools.load.tiny_model import write_tiny_model
 from kvferry.wire.address import Address
 from kvferry.wire.fields import Message
+
+from ..forks import Fork
+from .cluster import FORKS
+from .forked_command import NAME
 
 ROLES = {"w-0": "prefill", "w-1": "decode", "w-2": "decode"}
 FLAGS = (
@@ -104,21 +110,22 @@ async def serving(model_dir: Path, log: Path, *flags: str) -> AsyncIterator[Flee
     expected = Expected(version=__version__, model="tiny", max_model_len=None, deterministic=True)
     control = ControlServer([WorkerGroup(expected, dispatcher)], router_id="router-test")
     address = await control.start(Address("127.0.0.1", 0))
-    fleet, processes = Fleet(dispatcher, log), []
+    fleet = Fleet(dispatcher, log)
+    processes: list[Fork] = []
     with log.open("wb") as output:
         try:
             for name, role in ROLES.items():
-                command = [sys.executable, "-m", "kvferry", role, str(model_dir), "--worker-id", name]
+                command = [sys.executable, "-m", NAME, role, str(model_dir), "--worker-id", name]
                 command += ["--router", str(address), *FLAGS, *flags]
-                processes.append(await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output))
+                start = partial(FORKS.Popen, command, stdout=output, stderr=FORKS.STDOUT)
+                processes.append(await asyncio.to_thread(start))
             for name in ROLES:
                 await fleet.until(lambda name=name: (v := fleet.worker(name)) and v.is_ready, name, START_S)
             yield fleet
         finally:
             for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-            await asyncio.gather(*(process.wait() for process in processes))
+                process.send_signal(signal.SIGTERM)
+            await asyncio.gather(*(asyncio.to_thread(process.wait) for process in processes))
             await control.close()
 
 

@@ -36,7 +36,7 @@ def test_prompts_and_answers_are_measured_and_nothing_is_left_in_the_pool(model_
     samples = calibrate(engine, pool, 1.2)
     pool.check()
     assert pool.num_free_blocks == 512 and pool.num_cached_blocks == 0
-    assert 0 < len(samples) <= MAX_SAMPLES and all(sample.step_s > 0 for sample in samples)
+    assert 0 < len(samples) <= MAX_SAMPLES and all(0 < sample.step_s < 60 for sample in samples)
     assert {sample.decode_rows for sample in samples if not sample.prefill_tokens} >= {1, 4}
     assert {sample.prefill_tokens for sample in samples} >= {0, 64}
 

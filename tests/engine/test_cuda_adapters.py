@@ -20,6 +20,7 @@ from ..engine_driver import Driver, engine_config, prompts
 from .test_adapters import TARGETS, Held, put
 
 pytestmark = [
+    pytest.mark.usefixtures("few_sizes"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),

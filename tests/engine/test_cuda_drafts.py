@@ -126,7 +126,7 @@ def test_answers_that_a_scheduler_drafts_are_the_models_best_tokens(
     fields = _write(tmp_path / "model", "heads") | {"device": "cuda", "max_num_seqs": 9, "max_model_len": 512}
     config = engine_config(tmp_path / "model", **fields, block_size=8, speculative_config=NGRAM)
     worker = EngineWorker(config, num_blocks=40, max_num_seqs=9)
-    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     texts = prompts([60, 39, 21, 72, 48, 27])
     before = worker.run(texts, [params])
     speculation = worker.role.scheduler.speculation
@@ -137,7 +137,7 @@ def test_answers_that_a_scheduler_drafts_are_the_models_best_tokens(
     assert worker.role.scheduler.num_preemptions > 0 and counters.draft_tokens > counters.accepted_tokens > 100
     judge = engine_config(tmp_path / "model", **fields, block_size=8)
     driver = Driver(Engine(judge, num_blocks=100))
-    assert len(answers) == 8 and all(len(answer) == 60 for answer in answers.values())
+    assert len(answers) == 8 and all(len(answer) == 40 for answer in answers.values())
     for (name, _), answer in answers.items():
         whole = [*texts[int(name)], *(token.token_id for token in answer)]
         _judge(driver, whole, len(texts[int(name)]))
@@ -182,11 +182,11 @@ def test_a_draft_model_drafts_in_graphs_and_keeps_its_own_pages(
     write_checkpoint(tmp_path / "small", dtype="bfloat16", **small)  # type: ignore[arg-type]
     drafting = {"method": "draft_model", "model": tmp_path / ("model" if own else "small"), "num_speculative_tokens": 4}
     fields |= {"block_size": 8, "kv_cache_dtype": cache}
-    worker = EngineWorker(engine_config(tmp_path / "model", **fields, speculative_config=drafting), 64, max_num_seqs=9)
+    worker = EngineWorker(engine_config(tmp_path / "model", **fields, speculative_config=drafting), 48, max_num_seqs=9)
     texts = prompts([60, 39, 21, 72, 48, 27])
     for name in ("r", "s"):  # the second time with cached beginnings
-        answers = worker.run(texts, [SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)], name)
-        assert len(answers) == 8 and all(len(answer) == 50 for answer in answers.values())
+        answers = worker.run(texts, [SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)], name)
+        assert len(answers) == 8 and all(len(answer) == 30 for answer in answers.values())
     scheduler = worker.role.scheduler
     counters = scheduler.draft_counters
     assert scheduler.num_preemptions > 0 and counters.draft_tokens > 100

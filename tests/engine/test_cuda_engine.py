@@ -23,13 +23,15 @@ from ..deepseek import EXPERTS, write_deepseek, write_for_cuda
 from ..engine_driver import Driver, engine_config, prompt_logprobs, prompts
 
 pytestmark = [
+    pytest.mark.usefixtures("few_sizes"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="needs the extra kvferry[gpu]"),
 ]
 
 SURE_GAP = 0.25  # of log-probability; below it 16 bits may choose another token than float32
-NUM_TOKENS = 24
+NUM_TOKENS = 14
+LENGTHS = [5, 16, 31, 33, 17, 14, 9]  # to a block's end and past it, and no more than the longest pieces together
 VARIANTS: dict[str, tuple[Family | Literal["deepseek", "shapes"], dict[str, object]]] = {
     "llama": ("llama", {"num_qo_heads": 8, "num_kv_heads": 2}),
     "few queries a head": ("llama", {"num_qo_heads": 3, "num_kv_heads": 3, "hidden_size": 192}),
@@ -81,7 +83,7 @@ def llama(checkpoints: Path) -> Engine:
 
 
 def _engine(model_dir: Path, **fields: object) -> Engine:
-    defaults: dict[str, object] = {"device": "cuda", "max_num_seqs": 16, "max_model_len": 1024}
+    defaults: dict[str, object] = {"device": "cuda", "max_num_seqs": 8, "max_model_len": 1024}
     return Engine(engine_config(model_dir, **(defaults | fields)), num_blocks=256)
 
 
@@ -94,12 +96,12 @@ def _mixed() -> list[SamplingParams]:
     common = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
     return [
         SamplingParams(temperature=0.0, **common),  # type: ignore[arg-type]
+        SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True),  # the rows behind it move up
         SamplingParams(seed=1, **common),  # type: ignore[arg-type]
         SamplingParams(seed=2, top_p=0.9, temperature=0.8, logprobs=3, **common),  # type: ignore[arg-type]
         SamplingParams(seed=3, top_k=20, min_p=0.02, **common),  # type: ignore[arg-type]
         SamplingParams(seed=4, repetition_penalty=1.2, presence_penalty=0.3, **common),  # type: ignore[arg-type]
         SamplingParams(temperature=0.0, logit_bias={9: 3.0}, min_tokens=8, logprobs=0, **common),  # type: ignore[arg-type]
-        SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True),
     ]
 
 
@@ -107,7 +109,7 @@ def _generate(
     engine: Engine, sampling: list[SamplingParams], before_step: Callable[[], None] = lambda: None
 ) -> list[list[SampledToken]]:
     driver = Driver(engine)
-    seqs = [driver.add(prompt, s) for prompt, s in zip(prompts([5, 16, 31, 33, 64, 14, 40]), sampling, strict=False)]
+    seqs = [driver.add(prompt, s) for prompt, s in zip(prompts(LENGTHS), sampling, strict=False)]
     tokens: dict[int, list[SampledToken]] = {id(seq): [] for seq in seqs}
     while running := [seq for seq in seqs if seq.num_output_tokens < seq.sampling.max_tokens]:
         before_step()
@@ -274,7 +276,7 @@ def test_a_stream_goes_on_the_same_on_another_engine(checkpoints: Path, llama: E
 def test_experts_count_tokens_and_no_padding(checkpoints: Path) -> None:
     engine = _engine(checkpoints / "experts")
     driver = Driver(engine)
-    seqs = [driver.add(prompt, _greedy(4)) for prompt in prompts([5, 20, 9])]  # padded to 64 tokens, then to 4 rows
+    seqs = [driver.add(prompt, _greedy(4)) for prompt in prompts([5, 20, 9])]  # padded to 128 tokens, then to 4 rows
     driver.generate(seqs)
     num_tokens = sum(seq.num_computed_tokens for seq in seqs)
     engine.runner.wait()  # for the last step's counts

@@ -23,6 +23,7 @@ from ..checkpoints import Shape, write_checkpoint
 from ..engine_driver import Driver, engine_config, prompts
 from ..forks import Forks
 from .cuda.emulation import LateDevice
+from .test_runners import _Residues
 
 BLOCK = 8
 KINDS: dict[str, dict[str, object]] = {
@@ -102,6 +103,24 @@ def test_tokens_are_the_same_and_a_target_that_drafts_for_itself_is_always_right
         assert num_right == num_drafted
     else:
         assert num_right < num_drafted
+
+
+def test_an_answer_follows_its_grammar_whatever_is_drafted(models: dict[str, Path]) -> None:
+    answers = []
+    for draft in (None, "small"):
+        driver = Driver(make(models, draft, "tiled"))
+        seqs = [driver.add(prompt) for prompt in prompts([9, 20], 500)]
+        seqs[0].grammar = _Residues()
+        driver.step([(seq, seq.num_tokens) for seq in seqs])
+        drafted = {id(seq): seq.num_computed_tokens for seq in seqs}
+        while min(seq.num_output_tokens for seq in seqs) < 6:
+            if draft is None:
+                driver.step([(seq, 1) for seq in seqs])
+            else:
+                verify(driver, seqs, drafted, 2)
+        answers.append([seq.output_token_ids[:6] for seq in seqs])
+    assert answers[0] == answers[1]
+    assert [token % 7 for token in answers[0][0]] == list(range(6)) != [token % 7 for token in answers[0][1]]
 
 
 def test_graphs_draft_what_is_drafted_one_by_one(models: dict[str, Path]) -> None:

@@ -31,7 +31,7 @@ from ..transformers_checkpoints import (
 from .test_adapters import put, sequence
 from .transformers_reference import reference_logprobs
 
-NUM_TOKENS = 20  # past the end of a block
+NUM_TOKENS = 17  # past the end of a block
 NEAR = 1e-3  # logits that a rounding may bring into the other order
 EXPERTS: dict[str, object] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 LFM2: dict[str, object] = {
@@ -224,15 +224,20 @@ def test_a_token_that_is_computed_again_is_told_from_the_next_one(checkpoints: P
         engine.step(Batch([BatchRow(seq, 1)], may_postpone=True))
 
 
-def test_no_row_is_postponed(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(checkpoints / "qwen3.5")
+@pytest.mark.parametrize("has_states", [True, False])
+def test_no_row_of_a_model_with_states_is_postponed(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_states: bool
+) -> None:
+    if not has_states:
+        write_model(tmp_path, transformers.Qwen3Config(**SMALL))
+    engine = make_engine(checkpoints / "qwen3.5" if has_states else tmp_path)
     driver, begun = Driver(engine), list[bool]()
     monkeypatch.setattr(engine._masks, "begin", lambda batch: begun.append(batch.may_postpone))
     seq = driver.add(range(4, 24))
     driver.grow(seq, 20)
     batch = Batch([BatchRow(seq, 20)], may_postpone=True)
     engine.step(batch)
-    assert begun == [False] and batch.may_postpone
+    assert begun == [not has_states] and batch.may_postpone
 
 
 def test_long_blocks_are_for_states(tmp_path: Path) -> None:

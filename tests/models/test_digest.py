@@ -61,10 +61,13 @@ def _is_believed(side_file: Path, path: Path, tmp_path: Path) -> bool:
 # --- what it covers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(size=st.integers(1, 5000) | st.just((8 << 20) + 3), place=st.integers(0), change=st.integers(1, 255))
-def test_one_byte_anywhere_gives_another_digest(tmp_path: Path, size: int, place: int, change: int) -> None:
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 5000), place=st.integers(0), change=st.integers(1, 255))
+def test_one_byte_anywhere_gives_another_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, place: int, change: int
+) -> None:
+    """Of files that are read in up to ten parts. The next test has one of two parts that are as long as served ones."""
+    monkeypatch.setattr(digest_module, "_READ_BYTES", 512)
     path, data = tmp_path / "model.safetensors", bytearray(os.urandom(size))
     path.write_bytes(data)
     before = _digest(path, tmp_path)

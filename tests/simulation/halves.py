@@ -6,7 +6,7 @@ from .runner import render, run_requests
 from .scenario import KINDS
 
 NUM_HALVES = 2
-NUM_REQUESTS = 10_000  # of both; `make long` runs 200,000
+NUM_REQUESTS = 6_000  # of both; `make long` runs 200,000
 # What the faults must have reached, or they are not about what they are meant for.
 WAYS = (
     *("landings of a part of each page", "reads by other ranks"),

@@ -45,25 +45,26 @@ def test_good_requests_of_one_moment_are_those_of_a_second() -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario",
+    ("policy", "scenario"),
     [
-        azure(num_requests=70),
-        azure(num_requests=70, prefill=0),
-        azure(rate_per_s=14.0, num_requests=120, prefill=1, decode=1, num_blocks=700, block_tokens=16),
-        mooncake(num_requests=40),
-        mooncake(num_requests=40, num_blocks=150, prefill=0, decode=3),
-        mooncake(num_blocks=200, host_blocks=400, num_requests=60),
-        mooncake(num_requests=40, num_blocks=150, host_blocks=200, prefill=0, decode=3),
-        azure(num_requests=70, adapters=Adapters(12, max_loras=3, max_cpu_loras=5)),
-        azure(num_requests=70, adapters=Adapters(12, num_bytes=10**9, max_loras=2), prefill=0),
+        ("slo", azure(num_requests=70)),
+        ("least_loaded", azure(num_requests=70, prefill=0)),
+        ("slo", azure(rate_per_s=14.0, num_requests=120, prefill=1, decode=1, num_blocks=700, block_tokens=16)),
+        ("least_loaded", mooncake(num_requests=40)),
+        ("slo", mooncake(num_requests=40, num_blocks=150, prefill=0, decode=3)),
+        ("least_loaded", mooncake(num_blocks=200, host_blocks=400, num_requests=60)),
+        ("slo", mooncake(num_blocks=200, host_blocks=400, num_requests=60)),
+        ("slo", mooncake(num_requests=40, num_blocks=150, host_blocks=200, prefill=0, decode=3)),
+        ("least_loaded", azure(num_requests=70, adapters=Adapters(12, max_loras=3, max_cpu_loras=5))),
+        ("slo", azure(num_requests=70, adapters=Adapters(12, num_bytes=10**9, max_loras=2), prefill=0)),
     ],
     ids=[
-        *("split", "colocated", "full", "shared prefixes", "evictions", "host memory", "host memory, colocated"),
-        *("adapters", "adapters, colocated"),
+        *("split", "colocated", "full", "shared prefixes", "evictions", "host memory", "host memory, slo"),
+        *("host memory, colocated", "adapters", "adapters, colocated"),
     ],
 )
-@pytest.mark.parametrize("policy", ["least_loaded", "slo"])
-def test_a_jump_over_decode_steps_changes_nothing(scenario: Scenario, policy: str) -> None:
+def test_a_jump_over_decode_steps_changes_nothing(policy: str, scenario: Scenario) -> None:
+    """Jumps are the workers': each kind of those is beside one of the policies, the one with most waits beside both."""
     scenario = replace(scenario, router=Router(policy=policy))
     jumped, stepped = simulate(scenario), simulate(replace(scenario, jumps=False))
     assert jumped.num_events < stepped.num_events
@@ -276,7 +277,7 @@ def test_an_autoscaled_fleet_grows_with_the_load_and_costs_what_it_had() -> None
     most = PoolBounds(at_least=1, at_most=4)
     config = AutoscaleConfig(mode="on", prefill=most, decode=most, max_workers=8)
     scenario = replace(
-        azure(rate_per_s=40.0, num_requests=1400, prefill=1, decode=1), scaled=Scaled(config, start_s=5.0)
+        azure(rate_per_s=40.0, num_requests=600, prefill=1, decode=1), scaled=Scaled(config, start_s=5.0)
     )
     world, outcome = run(scenario)
     assert world.leftovers() == []

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvferry.common.config import SECRET_VARIABLE
 from kvferry.common.errors import ConfigError, ProtocolError
+from kvferry.settings import key_file
 from kvferry.settings.key_file import MAX_FILE_BYTES, MAX_KEYS, add_key, digest_of, read_key_file, revoke_keys
 from kvferry.wire.address import Address
 from kvferry.wire.channel import Channel, connect, serve, server_address
@@ -242,15 +243,18 @@ def test_an_id_that_no_file_could_hold_is_refused_before_it_is_written(tmp_path:
     assert not (tmp_path / "keys.yaml").exists()
 
 
-@pytest.mark.slow
-def test_as_many_keys_as_a_file_may_hold_can_be_read_again(tmp_path: Path) -> None:
+def test_as_many_keys_as_a_file_may_hold_can_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that may hold fewer, as many bytes for each."""
+    num_keys = 100
+    monkeypatch.setattr(key_file, "MAX_KEYS", num_keys)
+    monkeypatch.setattr(key_file, "MAX_FILE_BYTES", MAX_FILE_BYTES * num_keys // MAX_KEYS)
     path, until = tmp_path / "keys.yaml", datetime(2027, 1, 31, 12, 30, 15, 123456, tzinfo=UTC)
     entry = f"- id: {'a' * 64}\n  hash: blake2b:%064x\n  expires: {until.isoformat()}\n"
-    path.write_text("".join(entry % number for number in range(MAX_KEYS - 1)))
+    path.write_text("".join(entry % number for number in range(num_keys - 1)))
     path.chmod(0o600)
     add_key(path, "a" * 64, until)
-    assert len(read_key_file(path, "file")) == MAX_KEYS
-    with pytest.raises(ConfigError, match=f"holds {MAX_KEYS} keys already"):
+    assert len(read_key_file(path, "file")) == num_keys
+    with pytest.raises(ConfigError, match=f"holds {num_keys} keys already"):
         add_key(path, "one-more", None)
 
 

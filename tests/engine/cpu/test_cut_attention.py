@@ -38,9 +38,10 @@ def write_long_model(root: Path, name: str) -> Path:
     return write_checkpoint(root / name, family, tokenizer=False, dtype="bfloat16", max_model_len=4096, **fields)
 
 
-def gap_of_threads(model_dir: Path, lengths: tuple[int, ...], **fields: Any) -> float:
+def gap_of_threads(model_dir: Path, lengths: tuple[int, ...], num_blocks: int = 400, **fields: Any) -> float:
     """Decode from the same pages with one thread, which cuts nothing, and with two; return how far logits are apart."""
-    one, two = (Recorded(model_dir, is_native=True, num_blocks=400, num_threads=count, **fields) for count in (1, 2))
+    fields |= {"is_native": True, "num_blocks": num_blocks}
+    one, two = (Recorded(model_dir, num_threads=count, **fields) for count in (1, 2))
     has_states = one.engine.model_config.states is not None  # a state says of which token it is, and is computed
     seqs = one.prefill(lengths) if has_states else with_random_pages(one, lengths)
     others = [two.driver.add(seq.token_ids[: seq.num_prompt_tokens], SAMPLING) for seq in seqs]

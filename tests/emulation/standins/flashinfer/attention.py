@@ -143,18 +143,21 @@ def attend(
         raw = pages.view(torch.uint8)[ids].view(pages.dtype) if pages.dtype.itemsize == 1 else pages[ids]
         keys, values = raw.float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :count].unbind()  # [kv_heads, keys, dim]
         queries = q[begin:end].float().view(end - begin, plan.num_kv_heads, group, plan.head_dim).permute(1, 2, 0, 3)
-        scores = torch.einsum("hgqd,hkd->hgqk", queries, keys) * scale
+        shape = plan.num_kv_heads, group, end - begin
+        scores = (queries.flatten(1, 2) @ keys.transpose(1, 2)).view(*shape, count) * scale
         if plan.cap is not None:
             scores = plan.cap * torch.tanh(scores / plan.cap)
-        distance = torch.arange(count - (end - begin), count).unsqueeze(1) - torch.arange(count)
-        hidden = distance < 0
-        if plan.window_left >= 0:
-            hidden |= distance > plan.window_left
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+        if end - begin > 1 or plan.window_left >= 0:
+            distance = torch.arange(count - (end - begin), count).unsqueeze(1) - torch.arange(count)
+            hidden = distance < 0
+            if plan.window_left >= 0:
+                hidden |= distance > plan.window_left
+            scores.masked_fill_(hidden, float("-inf"))
+        weights = scores.softmax(-1)
         if log_sums is not None:  # to base 2, as the kernels write them
             log_sums[begin:end] = (scores.logsumexp(-1) / math.log(2)).permute(2, 0, 1).flatten(1)
-        found = torch.einsum("hgqk,hkd->qhgd", weights, values)
-        out[begin:end] = found.reshape(end - begin, plan.num_qo_heads, plan.head_dim).to(out.dtype)
+        found = (weights.flatten(1, 2) @ values).view(*shape, plan.head_dim).permute(2, 0, 1, 3)
+        out[begin:end] = found.flatten(1, 2)
 
 
 def _note(kind: str, plan: _Plan) -> None:
