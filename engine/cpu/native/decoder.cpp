@@ -100,7 +100,7 @@ public:
                 const Rows normed = w_.math.normalize(hidden + first * w_.strides.hidden, std::min(kPanelRows, rows - first),
                                                       w_.model.final_norm, w_.own(by).panel);
                 multiply(normed, head, by, [&](long row, long column, const float* sums) {
-                    std::copy_n(sums, kTileColumns, logits + (first + row) * head.count() * kTileColumns + column);
+                    store(logits + (first + row) * head.count() * kTileColumns + column, load(sums));
                 });
             }
         });
@@ -183,7 +183,7 @@ void kvferry_multiply(const Tiles* w, const Element* x, long stride, long rows, 
                       float* y) {
     Some some{{first, last}};
     multiply({x, stride, rows, nullptr, may_widen}, *w, some, [&](long row, long column, const float* sums) {
-        std::copy_n(sums, kTileColumns, y + row * w->count() * kTileColumns + column);
+        store(y + row * w->count() * kTileColumns + column, load(sums));
     });
 }
 

@@ -51,33 +51,41 @@ def _pack(pack: Packer, matrix: Tensor) -> tuple[Tiles, Tensor]:
     return tiles, memory
 
 
-def _unpacked(memory: Tensor, num_inputs: int) -> Tensor:
-    """[padded outputs, padded inputs] from [outputs / 64, inputs / 2, 64, 2]."""
+@pytest.fixture(scope="module")
+def side_by_side(isa: str) -> int:
+    """Return how many outputs' pairs stand side by side."""
+    return 32 if isa == "amx" else 64
+
+
+def _unpacked(memory: Tensor, num_inputs: int, side_by_side: int) -> Tensor:
+    """[padded outputs, padded inputs] from [outputs / `side_by_side`, inputs / 2, `side_by_side`, 2]."""
     num_pairs = -(-num_inputs // 32) * 16
-    return memory.view(-1, num_pairs, 64, 2).transpose(1, 2).reshape(-1, 2 * num_pairs)
+    return memory.view(-1, num_pairs, side_by_side, 2).transpose(1, 2).reshape(-1, 2 * num_pairs)
 
 
 @given(st.integers(1, 200), st.integers(1, 150))
 @settings(max_examples=60, deadline=None)
-def test_packing_loses_nothing_and_pads_with_zeros(pack: Packer, num_outputs: int, num_inputs: int) -> None:
+def test_packing_loses_nothing_and_pads_with_zeros(
+    pack: Packer, side_by_side: int, num_outputs: int, num_inputs: int
+) -> None:
     matrix = _matrix(num_outputs, num_inputs)
     tiles, memory = _pack(pack, matrix)
-    found = _unpacked(memory, num_inputs)
+    found = _unpacked(memory, num_inputs, side_by_side)
     assert torch.equal(found[:num_outputs, :num_inputs], matrix)
     assert not found[num_outputs:].any() and not found[:, num_inputs:].any()
     assert (tiles.weights, tiles.columns) == (memory.data_ptr(), num_outputs)
     assert (tiles.pairs * 2, len(found)) == (found.shape[1], -(-num_outputs // 64) * 64)
 
 
-def test_a_units_tile_of_pairs_is_read_as_it_lies(pack: Packer) -> None:
-    """16 pairs of 16 outputs are 16 rows of 64 bytes, 256 bytes apart, as a matrix unit loads one of its tiles."""
+def test_a_units_tile_of_pairs_is_read_as_it_lies(pack: Packer, side_by_side: int) -> None:
+    """16 pairs of 16 outputs are 16 rows of 64 bytes, one pair's apart, as a matrix unit loads one of its tiles."""
     matrix, x = _matrix(128, 64), torch.randn(64).bfloat16()
     _, memory = _pack(pack, matrix)
     sums = torch.zeros(128)
     for output in range(0, 128, 16):
         for pair in range(0, 32, 16):
-            start = output // 64 * 64 * 64 + pair * 128 + output % 64 * 2
-            tile = memory.as_strided((16, 16, 2), (128, 2, 1), start).float()
+            start = output // side_by_side * side_by_side * 64 + (pair * side_by_side + output % side_by_side) * 2
+            tile = memory.as_strided((16, 16, 2), (2 * side_by_side, 2, 1), start).float()
             inputs = x[2 * pair : 2 * pair + 32].float().view(16, 1, 2)
             sums[output : output + 16] += (tile * inputs).sum((0, 2))
     torch.testing.assert_close(sums, matrix.float() @ x.float())
@@ -109,7 +117,7 @@ def _swap_halves(tiles: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("plant", [_swap_pairs, _shift_columns, _swap_halves])
 def test_a_wrong_packing_is_noticed(
-    pack: Packer, plant: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pack: Packer, side_by_side: int, plant: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, tokenizer=False, dtype="bfloat16", tie_embeddings=True, vocab_size=515)
     expected, right = _answers(tmp_path), Packer.__call__
@@ -125,7 +133,7 @@ def test_a_wrong_packing_is_noticed(
     monkeypatch.setattr(Packer, "__call__", planted)
     assert _answers(tmp_path) != expected
     with pytest.raises(AssertionError):
-        test_packing_loses_nothing_and_pads_with_zeros.hypothesis.inner_test(pack, 70, 40)  # type: ignore[attr-defined]
+        test_packing_loses_nothing_and_pads_with_zeros.hypothesis.inner_test(pack, side_by_side, 70, 40)  # type: ignore[attr-defined]
 
 
 def _decoder(path: Path) -> Decoder:

@@ -92,5 +92,6 @@ inline bool may_use_tiles() { return true; }
 #define RELEASE_TILES() release_tiles()
 #define CLEAR_TILE(tile) clear_tile(tile)
 #define LOAD_TILE(tile, source, stride) load_tile(tile, source, stride)
+#define LOAD_TILE_ONCE(tile, source, stride) load_tile(tile, source, stride)
 #define STORE_TILE(tile, target, stride) store_tile(tile, target, stride)
 #define ADD_PRODUCTS_OF_TILES(sums, inputs, weights) add_products_of_tiles(sums, inputs, weights)

@@ -15,7 +15,7 @@ class ExactAttention : public TokenAttention {
 public:
     ExactAttention(int group, int kv_heads, int head_dim, float cap)
         : TokenAttention(group, kv_heads, head_dim, cap), queries_(kv_heads * group * stride_),
-          keys_(kTileColumns * head_dim) {}
+          keys_(kPartColumns * head_dim) {}
 
     // As `Attention::attend`, for the token at `position`; what follows is not asked for.
     void attend(const StoredPages& stored, int kv_heads, const Element* queries, long position, Sight sight,
@@ -26,9 +26,9 @@ public:
         const long first = sight.first_key(position), last = position + 1;
         const long start = first / kTileKeys * kTileKeys;
         add_up(stored, kv_heads, start, first, last, sinks, {}, [&](const Pages& pages, long begin, long visible, long end) {
-            long key = begin + (visible - begin) / kTileColumns * kTileColumns;
-            for (; key < end; key += kTileColumns) {
-                const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kTileColumns);
+            long key = begin + (visible - begin) / kPartColumns * kPartColumns;
+            for (; key < end; key += kPartColumns) {
+                const long from = std::max(key, visible) / 16 * 16, to = std::min(end, key + kPartColumns);
                 for (int kv = 0; kv < kv_heads; kv++) {
                     if (!kFetchesEvenly && !pages.are_near) {
                         for (long at = from; at < to; at += 16) stored.of_head(kv).fetch_ahead(at, last);
@@ -44,7 +44,7 @@ public:
 private:
     // Of the group of heads from `head` on, with the keys [first, end), which are some of a tile's columns from `at` on.
     void score(const Pages& pages, long first, long end, long last, int head, long at) {
-        for (long key = first; key < end; key += 16) pack(pages, key, last, keys_.data() + key % kTileColumns * 2);
+        for (long key = first; key < end; key += 16) pack(pages, key, last, keys_.data() + key % kPartColumns * 2);
         for (const int end = head + group_; head < end; head += kRowsAtOnce) {
             add_products<true, 0>(std::min(end - head, kRowsAtOnce), queries_.data() + head * stride_, stride_,
                                   keys_.data(), head_dim_ / 2, scores(head) + at, kScoreStride, nullptr);
@@ -55,10 +55,10 @@ private:
     void pack(const Pages& pages, long key, long last, Element* target) const {
         const Element* source[16];
         for (long i = 0; i < 16; i++) source[i] = pages.key(std::min(key + i, last - 1));
-        LinesAhead ahead = keys_ahead(pages, key, kTileColumns, last);
+        LinesAhead ahead = keys_ahead(pages, key, kPartColumns, last);
         for (int at = 0; at < head_dim_; at += 32) {
             if (kFetchesEvenly) ahead.fetch<16 * 32 * sizeof(Element) / 64>();
-            pack_keys(source, head_dim_, at, target + at * kTileColumns);
+            pack_keys(source, head_dim_, at, target + at * kPartColumns);
         }
     }
 

@@ -24,7 +24,7 @@ inline void pack_keys(const Element* const* source, int head_dim, int at, Elemen
 
 class PromptAttention {
 public:
-    static constexpr long kRows = 240;  // query rows, tokens x heads, that a tile is packed for
+    static constexpr long kRows = kSumsInRegisters ? 240 : 480;  // query rows, tokens x heads, that a tile is packed for
     static constexpr long kKeys = kTileKeys;
 
     // `value_dim`: of a head's value; of latents, where that is the beginning of its key, each call says how many heads there
@@ -92,6 +92,7 @@ public:
     }
 
 private:
+    static constexpr long kWeighed = RunningSoftmax::kTogether;
     static constexpr int kFetchedParts = 4;  // a line for each pair
     static constexpr long kAhead = 32;  // latents that come while others are packed: all heads' work is on what is near
 
@@ -129,12 +130,12 @@ private:
         for (long i = 0; i < count; i++) source[i] = pages.key(begin + i);
         for (long i = count; i < whole; i++) source[i] = nullptr;
         for (long key = 0; key < whole; key += 16) {
-            Element* target = keys_.data() + key / kTileColumns * (inputs_ * kTileColumns) + key % kTileColumns * 2;
+            Element* target = keys_.data() + place_of(key, inputs_ / 2);
             const Element* ahead[16];
             const int fetched = pages.values == 0 ? later_keys(pages, begin + key + kAhead, last, ahead) : 0;
             for (int at = 0; at < head_dim_; at += 32) {
                 for (int i = 0; i < fetched; i++) fetch_lines(ahead[i] + at, 32 * sizeof(Element));
-                pack_keys(source + key, head_dim_, at, target + at * kTileColumns);
+                pack_keys(source + key, head_dim_, at, target + at * kPartColumns);
             }
         }
         for (long key = 0; key < whole; key += 2) {
@@ -151,8 +152,7 @@ private:
 
     // 16 dimensions of two keys, side by side.
     void pack_values(long values, const Element* const* source, long key, int at) {
-        Element* target = values_.data() + at / kTileColumns * (kKeys * kTileColumns) + key * kTileColumns +
-                       at % kTileColumns * 2;
+        Element* target = values_.data() + place_of(at, kKeys / 2) + key * kPartColumns;
         const auto row = [&](const Element* key) { return key == nullptr ? nullptr : key + values + at; };
         store_pairs(target, zip(row(source[0]), row(source[1])));
     }
@@ -188,20 +188,43 @@ private:
         if (visible <= 0 || begin + count <= sight.first_key(first)) return;
         alignas(64) float scores[kRowsAtOnce * kKeys];
         alignas(64) Element weights[kRowsAtOnce * kKeys];
-        const long width = padded(visible, kTileColumns);
-        for (long key = 0; key < width; key += kTileColumns) {
+        const long width = padded(visible, kPartColumns);
+        for (long key = 0; key < width; key += kPartColumns) {
             multiply<true>(rows, queries_.data() + row * inputs_, inputs_, keys_.data() + key * inputs_, inputs_ / 2,
                            scores + key, kKeys);
         }
-        for (long i = 0; i < rows; i++) {
-            const long at = position + (row + i) / num_heads_;
-            const Range seen{std::max(0L, sight.first_key(at) - begin), std::min(at + 1 - begin, count)};
-            const float factor = softmax_.weigh(row + i, scores + i * kKeys, seen, width, weights + i * kKeys);
-            if (factor != 1.0f) scale(sums(row + i), factor);
+        const Range first_seen = seen(first, sight, begin, count), last_seen = seen(last, sight, begin, count);
+        const bool see_all = last_seen.first == 0 && first_seen.last >= width;
+        for (long i = 0; i < rows; i += kWeighed) {
+            const auto see = [&](long of) {
+                return see_all ? Range{0, width} : seen(position + (row + i + of) / num_heads_, sight, begin, count);
+            };
+            weigh(row + i, std::min(rows - i, long(kWeighed)), see, width, scores + i * kKeys, weights + i * kKeys);
         }
-        for (int tile = 0; tile < value_tiles_; tile++) {
-            multiply<false>(rows, weights, kKeys, values_.data() + tile * (kKeys * kTileColumns), width / 2,
-                            sums(row) + tile * kTileColumns, value_tiles_ * kTileColumns);
+        for (long at = 0; at < padded(value_dim_, kPartColumns); at += kPartColumns) {
+            multiply<false>(rows, weights, kKeys, values_.data() + place_of(at, kKeys / 2), width / 2, sums(row) + at,
+                            value_tiles_ * kTileColumns);
+        }
+    }
+
+    // The tile's keys that the token at `position` sees.
+    static Range seen(long position, Sight sight, long begin, long count) {
+        return {std::max(0L, sight.first_key(position) - begin), std::min(position + 1 - begin, count)};
+    }
+
+    // Scores to weights, of kWeighed rows or fewer.
+    template <class See>
+    void weigh(long row, long rows, See see, long width, float* scores, Element* weights) {
+        alignas(64) float factors[kWeighed];
+        if constexpr (kSumsInRegisters) {  // to the bit what ExactAttention has of a row
+            for (long i = 0; i < rows; i++) {
+                factors[i] = softmax_.weigh(row + i, scores + i * kKeys, see(i), width, weights + i * kKeys);
+            }
+        } else {
+            softmax_.weigh_together(row, rows, see, width, scores, kKeys, weights, factors);
+        }
+        for (long i = 0; i < rows; i++) {
+            if (factors[i] != 1.0f) scale(sums(row + i), factors[i]);
         }
     }
 

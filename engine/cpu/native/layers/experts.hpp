@@ -70,11 +70,8 @@ public:
             multiply(inputs, down.weight, mine, [&](long index, long column, const float* sums) {
                 const long slot = slots.first + index;
                 const Vector weight = repeat(grouping.weight[slot]);
-                float* target = sums_of + grouping.row[slot] * stride + column;
-                for (int i = 0; i < kTileColumns; i += 16) {
-                    const Vector values = with_bias(sums + i, down.bias, column + i, down.weight.columns);
-                    store(target + i, fma(values, weight, load(target + i)));
-                }
+                float* const target = sums_of + grouping.row[slot] * stride + column;
+                store(target, fma(with_bias(sums, down.bias, column, down.weight.columns), weight, load(target)));
             });
             if (adapters != nullptr) adapt_down(grouping, slots, mine.tiles, all, sums_of, stride);
         }

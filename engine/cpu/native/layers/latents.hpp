@@ -15,19 +15,17 @@
 #include "machine/vectors.hpp"
 
 // The tiles that `by` takes of heads that have so many each; a head's inputs stand `step` behind those of the one before.
-// Calls finish(row, head, column, sums) with each row's 64 sums from the head's `column` on.
+// Calls finish(row, head, column, sums) with each row's 16 sums from the head's `column` on.
 template <class By, class Finish>
 void multiply_heads(const Rows& x, long step, const Tiles& w, long tiles_of_head, By& by, Finish finish) {
-    by.take(w.count(), ElementProducts(x, w).groups(), [&](long index, long group) {
+    by.take(w.count(), ElementProducts(x, w).units(), [&](long index, long unit) {
         const long head = index / tiles_of_head;
         const Rows own{x.values + head * step, x.stride, x.count};
         const ElementProducts products(own, w);
-        alignas(64) float sums[ElementProducts::kRows * kTileColumns];
-        products.set(index, group, sums);
-        const Range rows = products.rows(group);
-        for (long row = rows.first; row < rows.last; row++) {
-            finish(row, head, index % tiles_of_head * kTileColumns, sums + (row - rows.first) * kTileColumns);
-        }
+        alignas(64) float sums[products.kRows * products.kColumns];
+        products.set(index, unit, sums);
+        each_sixteen(products, index % tiles_of_head, unit,
+                     [&](long row, long column, long at) { finish(row, head, column, sums + at); });
     });
 }
 
@@ -53,10 +51,8 @@ public:
     void ask(const Latents& w, long rows, Panel& common, Element* queries, By& by) const {
         const Vector factor = repeat(float(m_.heads[0].query_factor));
         const auto finish = [&](long row, long head, long column, const float* sums) {
-            Element* const target = queries + row * s_.attended + head * m_.heads[0].dim + column;
-            for (long i = 0; i < std::min<long>(kTileColumns, w.kv_rank - column); i += 16) {
-                store(target + i, load(sums + i) * factor);
-            }
+            if (column >= w.kv_rank) return;
+            store(queries + row * s_.attended + head * m_.heads[0].dim + column, load(sums) * factor);
         };
         multiply_heads({common.asked.data(), s_.asked, rows}, w.asked_dim(), w.to_keys, tiles_of_head(w.to_keys), by, finish);
     }
@@ -65,8 +61,8 @@ public:
     template <class By>
     Rows answer(const Latents& w, const Rows& attended, Panel& common, By& by) const {
         const auto finish = [&](long row, long head, long column, const float* sums) {
-            Element* const target = common.answered.data() + row * s_.answered + head * w.value_dim + column;
-            for (long i = 0; i < std::min<long>(kTileColumns, w.value_dim - column); i += 16) store(target + i, load(sums + i));
+            if (column >= w.value_dim) return;
+            store(common.answered.data() + row * s_.answered + head * w.value_dim + column, load(sums));
         };
         multiply_heads(attended, m_.heads[0].dim, w.to_values, tiles_of_head(w.to_values), by, finish);
         by.meet();

@@ -131,9 +131,7 @@ public:
     static void set(float* y, long stride, const Rows& x, const Linear& w, By& by) {
         if (w.bias == nullptr && w.weight.integers == nullptr) return put_products(x, w.weight, by, y, stride);
         multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
-            for (int i = 0; i < kTileColumns; i += 16) {
-                store(y + row * stride + column + i, with_bias(sums + i, w.bias, column + i, w.weight.columns));
-            }
+            store(y + row * stride + column, with_bias(sums, w.bias, column, w.weight.columns));
         });
     }
 
@@ -141,11 +139,8 @@ public:
     template <class By>
     void add(float* y, const Rows& x, const Linear& w, By& by, float factor) const {
         multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
-            for (int i = 0; i < kTileColumns; i += 16) {
-                float* target = y + row * s_.hidden + column + i;
-                const Vector sum = with_bias(sums + i, w.bias, column + i, w.weight.columns);
-                store(target, load(target) + sum * repeat(factor));
-            }
+            float* const target = y + row * s_.hidden + column;
+            store(target, load(target) + with_bias(sums, w.bias, column, w.weight.columns) * repeat(factor));
         });
     }
 
@@ -153,10 +148,7 @@ public:
     template <class By, class Function>
     void set_activated(Element* activated, const Rows& x, const Linear& w, By& by, Function act) const {
         multiply(x, w.weight, by, [&](long row, long column, const float* sums) {
-            for (int i = 0; i < kTileColumns; i += 16) {
-                store(activated + row * s_.activated + column + i,
-                      act(with_bias(sums + i, w.bias, column + i, w.weight.columns)));
-            }
+            store(activated + row * s_.activated + column, act(with_bias(sums, w.bias, column, w.weight.columns)));
         });
     }
 
@@ -165,11 +157,8 @@ public:
     void set_gated(Element* activated, const Rows& x, const Linear& w, By& by, Function act) const {
         const long columns = w.weight.columns, inner = columns / 2;
         multiply_halves(x, w.weight, by, [&](long row, long column, const float* gate, const float* up) {
-            for (int i = 0; i < kTileColumns; i += 16) {
-                const Vector gated = with_bias(gate + i, w.bias, column + i, columns);
-                store(activated + row * s_.activated + column + i,
-                      act(gated) * with_bias(up + i, w.bias, inner + column + i, columns));
-            }
+            const Vector gated = act(with_bias(gate, w.bias, column, columns));
+            store(activated + row * s_.activated + column, gated * with_bias(up, w.bias, inner + column, columns));
         });
     }
 
@@ -213,7 +202,7 @@ public:
         const Vector by = repeat(float(m_.gate_factor));
         if (m_.activation == kGeluTanh) job([=](Vector x) { return gelu_tanh(x * by); });
         else if (m_.activation == kSquaredRelu) job([=](Vector x) { return squared_relu(x * by); });
-        else job([=](Vector x) { return silu(x * by); });
+        else job([=](Vector x) { return silu_rough(x * by); });
     }
 
     // A rank's inner columns.

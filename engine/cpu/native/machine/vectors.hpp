@@ -23,10 +23,12 @@ using Element = bf16;
 
 #ifdef __ARM_NEON
 #include "sets/neon.hpp"
+#include "sets/across.hpp"
 #elif defined(__AVX512BF16__) && !defined(KVFERRY_FLOAT32)
 #include "sets/avx512.hpp"
 #else
 #include "sets/avx2.hpp"
+#include "sets/across.hpp"
 #endif
 
 #ifdef KVFERRY_FLOAT32
@@ -82,6 +84,16 @@ inline Vector exp2(Vector x) {
 // 2^-125 for all that is less. NaN stays.
 #ifdef KVFERRY_FLOAT32
 inline Vector exp2_rough(Vector x) { return exp2(x); }
+#elif defined(__AMX_BF16__)
+inline Vector exp2_rough(Vector x) {  // Intel's cores find the fraction in one instruction, and the power of its floor
+    x = max(repeat(-125.0f), x);
+    const Vector r = above_floor(x);
+    Vector y = repeat(7.80242800e-2f);
+    y = fma(y, r, repeat(2.26067270e-1f));
+    y = fma(y, r, repeat(6.95833630e-1f));
+    y = fma(y, r, repeat(9.99925190e-1f));
+    return times_power(y, x);
+}
 #else
 inline Vector exp2_rough(Vector x) {
     x = max(repeat(-125.0f), x);
@@ -99,6 +111,13 @@ inline Vector silu(Vector x) {
     const Vector one = repeat(1.0f);
     return x / (one + exp2(x * repeat(-kLog2E)));
 }
+
+// The same to what is left of it in an element, where that is found sooner.
+#if defined(__AMX_BF16__)
+inline Vector silu_rough(Vector x) { return x * nearly_inverse(repeat(1.0f) + exp2_rough(x * repeat(-kLog2E))); }
+#else
+inline Vector silu_rough(Vector x) { return silu(x); }
+#endif
 
 inline Vector sigmoid(Vector x) {
     const Vector one = repeat(1.0f);

@@ -259,12 +259,12 @@ void products_of_group(Range rows, long index, long groups, const IntegerRows& x
 }
 
 // As ElementProducts in linear.hpp. Rows become whole numbers where the first of them are wanted.
-class IntegerProducts : public RowGroups {
+class IntegerProducts : public TileUnits<kTileColumns> {
 public:
     static constexpr int kRows = std::size(kVectorsAtOnce);
 
     IntegerProducts(const bf16* x, long stride, long count, const IntegerTiles& w)
-        : RowGroups(count, kRows), x_(x), stride_(stride), w_(w),
+        : TileUnits(count, kRows), x_(x), stride_(stride), w_(w),
           set_(kIsZen4 ? products_of<Near::kSecond>(w) : products_of<Near::kFirst>(w)) {}
 
     void set(long index, long group, float* sums) {

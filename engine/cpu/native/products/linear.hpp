@@ -14,7 +14,7 @@
 #include "machine/tiles.hpp"
 #include "machine/vectors.hpp"
 
-constexpr int kPairLines = 2 * kTileColumns / kLine;  // cache lines that a tile's pair of inputs takes
+constexpr int kPairLines = 2 * kPartColumns / kLine;  // cache lines that a pair of inputs takes
 
 // Of these a group of rows fetches one part of PARTS, for each pair that it multiplies; 0: none.
 template <int PARTS>
@@ -53,17 +53,18 @@ struct Rows {
 // Up to kRowsTogether rows are one group, which passes over a tile stretch by stretch: all of them multiply weights that are
 // at their nearest, and what comes next is fetched as evenly as for a few rows. Of more rows the first group waits for a
 // tile's weights and the others find them near; while these compute, the next tile comes.
-class ElementProducts : public RowGroups {
+class ElementProducts : public TileUnits<kPartColumns> {
 public:
     static constexpr int kRows = kRowsTogether;  // of a group, at most
 
     ElementProducts(const Rows& x, const Tiles& w)
-        : RowGroups(x.count, x.count <= kRowsTogether ? kRowsTogether : kRowsAtOnce), x_(x), w_(w) {}
+        : TileUnits(x.count, x.count <= kRowsTogether ? kRowsTogether : kRowsAtOnce), x_(x), w_(w) {}
 
-    // sums [rows][stride], 64 of each: of a group's rows and a tile
-    void set(long index, long group, float* sums, long stride = kTileColumns) const {
-        const Range rows = this->rows(group);
-        const Element *weights = w_.tile(index), *next = w_.tile(index + 1);
+    // sums [rows][stride], kColumns of each: of a unit of a tile
+    void set(long index, long unit, float* sums, long stride = kColumns) const {
+        const Range rows = this->rows(unit);
+        const Element* const weights = w_.tile(index) + place_of(column(unit), w_.pairs);
+        const Element* const next = weights + place_of(kColumns, w_.pairs);
         const int count = int(rows.last - rows.first);
         if constexpr (kRowsTogether > kRowsAtOnce) {
             if (count > 2 * kRowsAtOnce) return pass<4>(weights, sums, stride);
@@ -73,7 +74,7 @@ public:
             const Element* x = x_.values + rows.first * x_.stride;
             add_products<true, PARTS>(count, x, x_.stride, weights, w_.pairs, sums, stride, ahead);
         };
-        const auto part_of_next = [&](int parts) { return next + group % parts * ((next - weights) / parts); };
+        const auto part_of_next = [&](int parts) { return next + unit % groups_ % parts * ((next - weights) / parts); };
         if (groups_ == 1) add.template operator()<1>(weights + near_lines(count) * kLine);
         else if (groups_ < 4) add.template operator()<2>(part_of_next(2));
         else if (groups_ < kMostParts) add.template operator()<4>(part_of_next(4));
@@ -110,9 +111,20 @@ private:
 template <class By>
 void put_products(const Rows& x, const Tiles& w, By& by, float* y, long stride) {
     const ElementProducts products(x, w);
-    by.take(w.count(), products.groups(), [&](long index, long group) {
-        products.set(index, group, y + products.rows(group).first * stride + index * kTileColumns, stride);
+    by.take(w.count(), products.units(), [&](long index, long unit) {
+        const long column = index * kTileColumns + products.column(unit);
+        products.set(index, unit, y + products.rows(unit).first * stride + column, stride);
     });
+}
+
+// Calls job(row, column, at) for each 16 of a unit's sums, which stand `at` behind the first.
+template <class Products, class Job>
+void each_sixteen(const Products& products, long index, long unit, Job job) {
+    const Range rows = products.rows(unit);
+    const long first = index * kTileColumns + products.column(unit);
+    for (long row = rows.first, at = 0; row < rows.last; row++) {
+        for (long column = 0; column < products.kColumns; column += 16, at += 16) job(row, first + column, at);
+    }
 }
 
 // Calls job(products) with the rows' products with the weights, whichever these are.
@@ -132,17 +144,14 @@ void with_products(const Rows& x, const Tiles& w, Job job) {
     job(products);
 }
 
-// The tiles that `by` takes, in groups of rows: calls finish(row, column, sums) with each row's 64 sums from `column` on.
+// The tiles that `by` takes, unit by unit: calls finish(row, column, sums) with each row's 16 sums from `column` on.
 template <class By, class Finish>
 void multiply(const Rows& x, const Tiles& w, By& by, Finish finish) {
     with_products(x, w, [&](auto& products) {
-        by.take(w.count(), products.groups(), [&](long index, long group) {
-            alignas(64) float sums[products.kRows * kTileColumns];
-            products.set(index, group, sums);
-            const Range rows = products.rows(group);
-            for (long row = rows.first; row < rows.last; row++) {
-                finish(row, index * kTileColumns, sums + (row - rows.first) * kTileColumns);
-            }
+        by.take(w.count(), products.units(), [&](long index, long unit) {
+            alignas(64) float sums[products.kRows * products.kColumns];
+            products.set(index, unit, sums);
+            each_sixteen(products, index, unit, [&](long row, long column, long at) { finish(row, column, sums + at); });
         });
     });
 }
@@ -153,14 +162,18 @@ template <class By, class Finish>
 void multiply_halves(const Rows& x, const Tiles& w, By& by, Finish finish) {
     with_products(x, w, [&](auto& products) {
         const long half = w.count() / 2;
-        by.take(half, products.groups(), [&](long index, long group) {
-            alignas(64) float sums[products.kRows * kTileColumns], others[products.kRows * kTileColumns];
-            products.set(index, group, sums);
-            products.set(half + index, group, others);
-            const Range rows = products.rows(group);
-            for (long row = rows.first; row < rows.last; row++) {
-                const long at = (row - rows.first) * kTileColumns;
-                finish(row, index * kTileColumns, sums + at, others + at);
+        constexpr bool kStay = products.kColumnsStay;
+        const long together = kStay ? products.groups() : 1;  // groups, for which a half's columns stay near
+        by.take(half, products.units() / together, [&](long index, long turn) {
+            constexpr int kSize = products.kRows * products.kColumns, kGroups = kStay ? kPanelRows / products.kRows : 1;
+            alignas(64) float sums[kGroups * kSize], others[kSize];
+            const long first = turn * together;
+            for (long i = 0; i < together; i++) products.set(index, first + i, sums + i * kSize);
+            for (long i = 0; i < together; i++) {
+                products.set(half + index, first + i, others);
+                each_sixteen(products, index, first + i, [&](long row, long column, long at) {
+                    finish(row, column, sums + i * kSize + at, others + at);
+                });
             }
         });
     });

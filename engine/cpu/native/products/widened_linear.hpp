@@ -12,7 +12,7 @@
 inline void widen_four(Bytes bytes, Vector scale, Vector offset, Element* target) {
     const auto meant = [&](Vector number) { return fma(number, scale, offset); };
     store_pairs(target, to_pairs(meant(byte_as_float<0>(bytes)), meant(byte_as_float<1>(bytes))));
-    store_pairs(target + 2 * kTileColumns, to_pairs(meant(byte_as_float<2>(bytes)), meant(byte_as_float<3>(bytes))));
+    store_pairs(target + 2 * kPartColumns, to_pairs(meant(byte_as_float<2>(bytes)), meant(byte_as_float<3>(bytes))));
 }
 
 // A tile as tiles.hpp has it, to w.inputs * 64 elements.
@@ -32,17 +32,17 @@ void widen(const IntegerTiles& w, const std::uint8_t* tile, Element* target) {
         for (long units = w.units(w.group); units > 0; units--) {
             for (int i = 0; i < 4; i++) {
                 const Bytes bytes = load_bytes(tile + 64 * i);
-                Element* const place = target + 32 * i;
+                Element* const place = target + place_of(16 * i, w.inputs / 2);
                 if (NUMBERS == kBytes) {
                     widen_four(bytes, scale[i], offset[i], place);
                     continue;
                 }
                 const Bytes low = low_nibbles(bytes), high = high_nibbles(bytes);
                 widen_four(NUMBERS == kE2m1 ? twice_e2m1(low) : low, scale[i], offset[i], place);
-                widen_four(NUMBERS == kE2m1 ? twice_e2m1(high) : high, scale[i], offset[i], place + 4 * kTileColumns);
+                widen_four(NUMBERS == kE2m1 ? twice_e2m1(high) : high, scale[i], offset[i], place + 4 * kPartColumns);
             }
             tile += 4 * kTileColumns;
-            target += (NUMBERS == kBytes ? 4 : 8) * kTileColumns;
+            target += (NUMBERS == kBytes ? 4 : 8) * kPartColumns;
         }
     }
 }
@@ -60,12 +60,12 @@ inline WidenedTiles& own_widened_tiles() {
 }
 
 // As ElementProducts in linear.hpp.
-class WidenedProducts : public RowGroups {
+class WidenedProducts : public TileUnits<kPartColumns> {
 public:
     static constexpr int kRows = kRowsAtOnce;
 
     WidenedProducts(const Element* x, long stride, long count, const IntegerTiles& w)
-        : RowGroups(count, kRows), x_(x), stride_(stride), w_(w) {
+        : TileUnits(count, kRows), x_(x), stride_(stride), w_(w) {
         for (int i = 0; i < 2; i++) {
             tiles_.index[i] = -1;
             if (long(tiles_.memory[i].size()) < w.inputs * kTileColumns) tiles_.memory[i].resize(w.inputs * kTileColumns);
@@ -78,16 +78,17 @@ public:
     }
 
     // Meanwhile the first groups of rows fetch the next tile, each as much as it multiplies at most.
-    void set(long index, long group, float* sums) {
-        const Range range = rows(group);
-        const Element *const x = x_ + range.first * stride_, *const weights = widened(index);
+    void set(long index, long unit, float* sums) {
+        const Range range = rows(unit);
+        const Element* const x = x_ + range.first * stride_;
+        const Element* const weights = widened(index) + place_of(column(unit), w_.inputs / 2);
         const int count = int(range.last - range.first);
-        const long part = w_.inputs * kTileColumns / kMostParts * long(sizeof(Element)), at = group * part;
+        const long part = w_.inputs * kColumns / kMostParts * long(sizeof(Element)), at = unit * part;
         if (at < w_.tile_size()) {
             const auto* const ahead = (const Element*)(w_.tile(index + 1) + at);
-            add_products<true, kMostParts>(count, x, stride_, weights, w_.inputs / 2, sums, kTileColumns, ahead);
+            add_products<true, kMostParts>(count, x, stride_, weights, w_.inputs / 2, sums, kColumns, ahead);
         } else {
-            add_products<true, 0>(count, x, stride_, weights, w_.inputs / 2, sums, kTileColumns, nullptr);
+            add_products<true, 0>(count, x, stride_, weights, w_.inputs / 2, sums, kColumns, nullptr);
         }
     }
 

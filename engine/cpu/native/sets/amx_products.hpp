@@ -1,8 +1,7 @@
-// The inner loop by AMX tiles of bfloat16, 16 pairs of inputs at a time: 32 rows and 32 columns, or up to 16 rows and all 64.
+// The inner loop by AMX tiles of bfloat16, 16 pairs of inputs at a time: up to 32 rows and 32 columns.
 //
 // A product of tiles sums up its 16 pairs' first products and their second ones, each in order, adds both and then what
-// was there. So a row's sums do not depend on the other rows, nor on which of the two ways it goes, but are not those of
-// the other instruction sets.
+// was there. So a row's sums do not depend on the other rows, but are not those of the other instruction sets.
 #pragma once
 
 #include "sets/tile_unit.hpp"
@@ -65,93 +64,64 @@ void fetch(const Element* ahead) {
     }
 }
 
-// The four tiles of sums at these places, rows `stride` apart: zeros if FRESH.
-template <bool FRESH>
-void begin_sums(const float* a, const float* b, const float* c, const float* d, long stride) {
-    if (FRESH) {
-        CLEAR_TILE(0);
-        CLEAR_TILE(1);
-        CLEAR_TILE(2);
-        CLEAR_TILE(3);
-    } else {
-        LOAD_TILE(0, a, 4 * stride);
-        LOAD_TILE(1, b, 4 * stride);
-        LOAD_TILE(2, c, 4 * stride);
-        LOAD_TILE(3, d, 4 * stride);
+// The sums of 16 rows at this place, in tiles FIRST and the next one: zeros if FRESH.
+#define BEGIN_SUMS(FIRST, NEXT, place)              \
+    if (FRESH) {                                    \
+        CLEAR_TILE(FIRST);                          \
+        CLEAR_TILE(NEXT);                           \
+    } else {                                        \
+        LOAD_TILE(FIRST, place, 4 * stride);        \
+        LOAD_TILE(NEXT, (place) + 16, 4 * stride);  \
     }
-}
 
-inline void store_sums(float* a, float* b, float* c, float* d, long stride) {
-    STORE_TILE(0, a, 4 * stride);
-    STORE_TILE(1, b, 4 * stride);
-    STORE_TILE(2, c, 4 * stride);
-    STORE_TILE(3, d, 4 * stride);
-}
+struct Nothing {
+    void operator()() const {}
+};
 
-template <bool FRESH, int PARTS>
-void add_few_rows(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
-                  const Element* ahead) {
+// Rows are loaded past the nearest cache where weights are to stay in it.
+template <bool FRESH, int PARTS, bool WIDE, class Beside>
+void add_tiles(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
+               const Element* ahead, Beside& beside) {
     constexpr int kLines = kTileLines<PARTS>;
     constexpr bool kNear = PARTS == 1;
-    begin_sums<FRESH>(sums, sums + 16, sums + 32, sums + 48, stride);
-    for (long pair = 0; pair < pairs; pair += kTilePairs, weights += kTilePairs * 2 * kTileColumns) {
-        LOAD_TILE(4, x + 2 * pair, 2 * x_stride);
+    const Element* const lower_x = x + kTileRows * x_stride;
+    float* const lower_sums = sums + kTileRows * stride;
+    BEGIN_SUMS(0, 1, sums)
+    if (WIDE) { BEGIN_SUMS(2, 3, lower_sums) }
+    for (long pair = 0; pair < pairs; pair += kTilePairs, weights += kTilePairs * 2 * kPartColumns) {
+        if (PARTS > 1) LOAD_TILE_ONCE(4, x + 2 * pair, 2 * x_stride);
+        else LOAD_TILE(4, x + 2 * pair, 2 * x_stride);
         fetch<kLines, kNear, 0>(ahead);
-        LOAD_TILE(6, weights, 4 * kTileColumns);
-        ADD_PRODUCTS_OF_TILES(0, 4, 6);
+        if (WIDE && PARTS > 1) LOAD_TILE_ONCE(5, lower_x + 2 * pair, 2 * x_stride);
+        else if (WIDE) LOAD_TILE(5, lower_x + 2 * pair, 2 * x_stride);
+        LOAD_TILE(6, weights, 4 * kPartColumns);
         fetch<kLines, kNear, 1>(ahead);
-        LOAD_TILE(7, weights + 32, 4 * kTileColumns);
-        ADD_PRODUCTS_OF_TILES(1, 4, 7);
+        LOAD_TILE(7, weights + 32, 4 * kPartColumns);
+        ADD_PRODUCTS_OF_TILES(0, 4, 6);
         fetch<kLines, kNear, 2>(ahead);
-        LOAD_TILE(6, weights + 64, 4 * kTileColumns);
-        ADD_PRODUCTS_OF_TILES(2, 4, 6);
+        ADD_PRODUCTS_OF_TILES(1, 4, 7);
+        if (WIDE) ADD_PRODUCTS_OF_TILES(2, 5, 6);
         fetch<kLines, kNear, 3>(ahead);
-        LOAD_TILE(7, weights + 96, 4 * kTileColumns);
-        ADD_PRODUCTS_OF_TILES(3, 4, 7);
+        if (WIDE) ADD_PRODUCTS_OF_TILES(3, 5, 7);
         ahead += kLines * kLine;
+        beside();
     }
-    store_sums(sums, sums + 16, sums + 32, sums + 48, stride);
-}
-
-template <bool FRESH, int PARTS>
-void add_many_rows(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
-                   const Element* ahead) {
-    constexpr int kLines = kTileLines<PARTS> / 2;
-    constexpr bool kNear = PARTS == 1;
-    const Element* lower_x = x + kTileRows * x_stride;
-    for (int half = 0; half < 2; half++, weights += kTileColumns, sums += 32) {
-        float* lower_sums = sums + kTileRows * stride;
-        begin_sums<FRESH>(sums, sums + 16, lower_sums, lower_sums + 16, stride);
-        const Element* tile = weights;
-        for (long pair = 0; pair < pairs; pair += kTilePairs, tile += kTilePairs * 2 * kTileColumns) {
-            LOAD_TILE(4, x + 2 * pair, 2 * x_stride);
-            fetch<kLines, kNear, 0>(ahead);
-            LOAD_TILE(5, lower_x + 2 * pair, 2 * x_stride);
-            LOAD_TILE(6, tile, 4 * kTileColumns);
-            fetch<kLines, kNear, 1>(ahead);
-            LOAD_TILE(7, tile + 32, 4 * kTileColumns);
-            ADD_PRODUCTS_OF_TILES(0, 4, 6);
-            fetch<kLines, kNear, 2>(ahead);
-            ADD_PRODUCTS_OF_TILES(1, 4, 7);
-            ADD_PRODUCTS_OF_TILES(2, 5, 6);
-            fetch<kLines, kNear, 3>(ahead);
-            ADD_PRODUCTS_OF_TILES(3, 5, 7);
-            ahead += kLines * kLine;
-        }
-        store_sums(sums, sums + 16, lower_sums, lower_sums + 16, stride);
+    STORE_TILE(0, sums, 4 * stride);
+    STORE_TILE(1, sums + 16, 4 * stride);
+    if (WIDE) {
+        STORE_TILE(2, lower_sums, 4 * stride);
+        STORE_TILE(3, lower_sums + 16, 4 * stride);
     }
 }
 
-// sums [rows][stride], 64 of each row: the products of the rows' inputs with one tile's weights, `pairs` of them, a
-// multiple of 16; added to what is there unless FRESH. One part of PARTS of a tile is fetched from `ahead` on; 0: nothing.
-template <bool FRESH, int PARTS>
+// sums [rows][stride], 32 of each row: the products of the rows' inputs with a part of a tile, `pairs` of them, a multiple
+// of 16; added to what is there unless FRESH. One share of PARTS of a part is fetched from `ahead` on; 0: nothing. beside()
+// is called between products, for vectors to work while the unit does.
+template <bool FRESH, int PARTS, class Beside = Nothing>
 void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
-                  const Element* ahead) {
+                  const Element* ahead, Beside beside = {}) {
     asm volatile("" ::: "memory");  // compilers do not know that tiles are loaded from what was written before
     MatrixUnit::shape(rows);
-    if (rows <= kTileRows) {
-        add_few_rows<FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
-    } else {
-        add_many_rows<FRESH, PARTS>(x, x_stride, weights, pairs, sums, stride, ahead);
-    }
+    if (rows <= kTileRows) add_tiles<FRESH, PARTS, false>(x, x_stride, weights, pairs, sums, stride, ahead, beside);
+    else add_tiles<FRESH, PARTS, true>(x, x_stride, weights, pairs, sums, stride, ahead, beside);
 }

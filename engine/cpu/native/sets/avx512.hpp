@@ -28,6 +28,9 @@ inline void store(bf16* target, Vector values) { _mm256_storeu_si256((__m256i*)t
 inline void store(bf16* target, Vector values, Lanes lanes) {
     _mm256_mask_storeu_epi16(target, lanes, (__m256i)_mm512_cvtneps_pbh(values));
 }
+inline void store(bf16* target, Vector one, Vector next) {  // side by side
+    _mm512_storeu_si512(target, (__m512i)_mm512_cvtne2ps_pbh(next, one));
+}
 inline void store(bf16* target, __m256 values) { _mm_storeu_si128((__m128i*)target, (__m128i)_mm256_cvtneps_pbh(values)); }
 
 inline Vector select(Lanes lanes, Vector values, Vector others) { return _mm512_mask_blend_ps(lanes, others, values); }
@@ -38,6 +41,8 @@ inline Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }  // of NaN
 inline Vector nearest(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vector times_power(Vector y, Vector whole) { return _mm512_scalef_ps(y, whole); }  // y * 2^whole
 inline Vector times_normal_power(Vector y, Vector whole) { return times_power(y, whole); }
+inline Vector above_floor(Vector x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+inline Vector nearly_inverse(Vector x) { return _mm512_rcp14_ps(x); }  // relative error below 2^-14
 inline float lane_0(Vector x) { return _mm512_cvtss_f32(x); }
 inline float max_of(Vector x) { return _mm512_reduce_max_ps(x); }
 
@@ -46,6 +51,24 @@ inline float sum_of(Vector x) {  // halves, quarters and so on: the order is eve
     const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
     const __m128 two = four + _mm_movehl_ps(four, four);
     return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
+}
+
+// Lane i of the result is what op(a, b) makes of all lanes of v[i].
+template <class Op>
+Vector across(const Vector* v, Op op) {
+    const auto halves = [&](Vector a, Vector b) {
+        return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    Vector eights[8], fours[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) eights[i] = op(_mm512_unpacklo_ps(v[i], v[i + 8]), _mm512_unpackhi_ps(v[i], v[i + 8]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {  // in each 128 bits: parts of i, i + 8, i + 4, i + 12
+        const __m512d a = (__m512d)eights[i], b = (__m512d)eights[i + 4];
+        fours[i] = op((Vector)_mm512_unpacklo_pd(a, b), (Vector)_mm512_unpackhi_pd(a, b));
+    }
+    const __m512i order = _mm512_setr_epi32(0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15);
+    return _mm512_permutexvar_ps(order, halves(halves(fours[0], fours[2]), halves(fours[1], fours[3])));
 }
 
 // --- pairs of bfloat16 --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@
 #define RELEASE_TILES() _tile_release()
 #define CLEAR_TILE(tile) _tile_zero(tile)
 #define LOAD_TILE(tile, source, stride) _tile_loadd(tile, source, stride)
+#define LOAD_TILE_ONCE(tile, source, stride) _tile_stream_loadd(tile, source, stride)
 #define STORE_TILE(tile, target, stride) _tile_stored(tile, target, stride)
 #define ADD_PRODUCTS_OF_TILES(sums, inputs, weights) _tile_dpbf16ps(sums, inputs, weights)
 
