@@ -46,12 +46,15 @@ def examine(settings: ServeSettings, env: Mapping[str, str]) -> Iterator[Check]:
 
 
 def _torch(env: Mapping[str, str]) -> Iterator[Check]:
-    version, cuda, gpus = _version("torch"), torch_cuda_version(), find_gpus(env)
+    version, cuda, lacks = _version("torch"), torch_cuda_version(), list[str]()
+    gpus = find_gpus(env, lacks.append)
     if version is None:
         return  # said already
     yield Check("torch", Level.OK, f"{version}, {'CUDA ' + cuda if cuda else 'for CPU'}")
     names = ", ".join(f"{gpu.name} ({gpu.free_bytes // _GIB} of {gpu.total_bytes // _GIB} GiB free)" for gpu in gpus)
-    if not gpus:
+    if lacks:
+        yield Check("gpu", Level.WARN, lacks[0], "CUDA_VISIBLE_DEVICES= where none is to be used")
+    elif not gpus:
         yield Check("gpu", Level.OK, "none: the CPU is used")
     elif cuda is None:
         yield Check("gpu", Level.WARN, f"{names}, but torch is built for CPU", "install torch with CUDA: pytorch.org")

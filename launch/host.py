@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,6 +26,10 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NO_DEVICES = ("", "-1", "NoDevFiles")  # how that is written for none
 
 log = structlog.get_logger(__name__)
+
+
+def _warn(reason: str) -> None:
+    log.warning("gpus_unknown", reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,13 @@ def check_shared_memory(env: Mapping[str, str]) -> None:
         ) from None
 
 
-def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """The NVIDIA devices that CUDA_VISIBLE_DEVICES leaves visible; none where the driver's tool is missing or fails."""
+def find_gpus(env: Mapping[str, str], tell: Callable[[str], None] = _warn) -> tuple[Gpu, ...]:
+    """The NVIDIA devices that CUDA_VISIBLE_DEVICES leaves visible; none where the driver's tool is missing or fails.
+
+    `tell(reason)`: there may be others.
+    """
     tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if tool is None or env.get(_VISIBLE) in _NO_DEVICES:
         return ()
     for fields in (f"{_GPU_FIELDS},compute_cap", _GPU_FIELDS):  # drivers of before 2022 do not know the last one
         query = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
@@ -78,13 +85,13 @@ def find_gpus(env: Mapping[str, str]) -> tuple[Gpu, ...]:
             why = str(error)
             break
         if done.returncode == 0:
-            return parse_gpus(done.stdout, env.get(_VISIBLE))
+            return parse_gpus(done.stdout, env.get(_VISIBLE), tell)
         why = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"  # it writes to either
-    log.warning("gpus_unknown", tool=tool, reason=why)
+    tell(f"{tool} fails: {why}")
     return ()
 
 
-def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
+def parse_gpus(csv: str, visible: str | None, tell: Callable[[str], None] = _warn) -> tuple[Gpu, ...]:
     by_name: dict[str, Gpu] = {}
     machines = free_memory_bytes()
     for line in csv.strip().splitlines():
@@ -98,7 +105,7 @@ def parse_gpus(csv: str, visible: str | None) -> tuple[Gpu, ...]:
         return tuple(gpu for name, gpu in by_name.items() if name == gpu.index)
     names = [part.strip() for part in visible.split(",")]
     if unknown := [name for name in names if name not in by_name and name not in _NO_DEVICES]:
-        log.warning("gpus_unknown", names=unknown, reason=f"{_VISIBLE} has them, and nvidia-smi does not")
+        tell(f"{_VISIBLE} has {', '.join(unknown)}, and nvidia-smi does not")
     return tuple(by_name[name] for name in names if name in by_name)
 
 

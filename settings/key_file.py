@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime, time
 from itertools import pairwise
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Annotated
 
 import yaml
@@ -36,6 +37,7 @@ _PREFIX = "kvf-"  # so that a key that leaked is recognised as one
 _HASH = "blake2b:"
 _DIGEST_BYTES = 32
 _PERSON = b"kvferry-api-key"
+_TURN_S, _LOOK_EVERY_S = 60.0, 0.01  # an edit of the largest file takes a second; longer hides one that stands still
 _MAX_DEPTH = 8  # of lists and mappings in one another: a file of keys has two
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
 
@@ -191,14 +193,33 @@ def _entry(node: yaml.Node, origin: str) -> KeyEntry:
 
 @contextlib.contextmanager
 def _turn_at(path: Path) -> Iterator[Path]:
-    """Wait until nobody else edits it: who had read the same would undo the edit. Yields the file that a link names."""
+    """Wait until nobody else edits it: who had read the same would undo the edit. Yields the file that a link names.
+
+    Raises ConfigError where somebody keeps the lock, as any user may who can list the folder.
+    """
     path = Path(os.path.realpath(path))
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # of a folder that is not there, as is told by who reads or writes the file
             folder = os.open(path.parent, os.O_RDONLY)
             stack.callback(os.close, folder)
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            _lock(folder, path)
         yield path
+
+
+def _lock(folder: int, path: Path) -> None:
+    """Raises OSError where nothing can be locked."""
+    until = monotonic() + _TURN_S
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if monotonic() >= until:
+                raise ConfigError(
+                    f"file: {path} was not edited: another process has had {path.parent} locked for {_TURN_S:g} s "
+                    f"(fuser -v {path.parent} names it)"
+                ) from None
+        sleep(_LOOK_EVERY_S)
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ import array
 import asyncio
 import contextlib
 import fcntl
-import os
 import socket
 import termios
 
@@ -24,8 +23,10 @@ def num_unsent(transport: asyncio.Transport) -> int:
 def end_reading(transport: asyncio.Transport) -> None:
     """Let a transport see the other one's end, though it has not come: it goes on as if it had."""
     if (number := _number(transport)) >= 0:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as own:
+        own = socket.socket(fileno=number)  # no file of its own: there may be no more
+        with contextlib.suppress(OSError):
             own.shutdown(socket.SHUT_RD)
+        own.detach()
 
 
 def _num_bytes(transport: asyncio.Transport, queue: int) -> int:

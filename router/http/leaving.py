@@ -47,7 +47,7 @@ class Connection(DeadlineProtocol):
 
     def end(self) -> None:
         super().end()
-        if self.scheme == "https" and self.transport.is_closing():
+        if self.scheme == "https" and self.transport.is_closing() and self in self.connections:
             self._set_wait_timer(_LOOK_AGAIN_S, _GOODBYE)
 
     def _cut(self, kind: str) -> None:
@@ -55,7 +55,7 @@ class Connection(DeadlineProtocol):
             if self.stream_writer.has_unsent():
                 self._set_wait_timer(_LOOK_AGAIN_S, _GOODBYE)
             else:
-                end_reading(self.transport)  # `abort` would drop what the transport may still hold
+                end_reading(self.transport)  # no `abort`, as in `evict`
         elif not self.is_leaving or kind != "idle":
             super()._cut(kind)
         elif self.flow.is_held or num_unread(self.transport):  # has come, and this loop not to it

@@ -28,6 +28,7 @@ from ...common.errors import CapacityError, RequestError
 from ..state.errors import failure_of
 from .connection_limits import Connections, LimitedConnection
 from .intake import PIECE_BYTES, HeldFlow, Intake, MessageBytes, Sink
+from .kernel import end_reading
 from .plain_parser import PlainParser
 from .stream_writer import CHUNK_ENCODER, ChunkEncoder, StreamWriter, WriteCoalescer
 from .ways_out import Closer, PlainEncoder, Unframed, last_answer
@@ -152,7 +153,8 @@ class DeadlineProtocol(HttpToolsProtocol):
         """A newcomer needs the room, and nothing is computed here."""
         if self.stream_writer.has_unsent():
             return False
-        self.transport.abort()
+        self.end()
+        end_reading(self.transport)  # `abort` would drop what a TLS transport has given to the one below it
         return True
 
     @property
@@ -181,8 +183,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._end_timer = self.loop.call_later(self.linger_s, self.transport.abort)
 
     def _discard(self) -> None:
-        if self._num_discarded is None:
-            self._num_discarded = 0
+        self._num_discarded = self._num_discarded or 0
 
     # --- reading ----------------------------------------------------------------------------------------------
 

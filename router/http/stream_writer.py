@@ -99,8 +99,7 @@ class StreamWriter:
 
     def has_unsent(self) -> bool:
         """Tell whether the client's machine lacks a part of what was written."""
-        self.flush()
-        return bool(self._transport.get_write_buffer_size() or num_unsent(self._transport))
+        return bool(self._parts or self._transport.get_write_buffer_size() or num_unsent(self._transport))
 
 
 class Flow(Protocol):

@@ -71,7 +71,7 @@ class TlsListener:
         self._make, self._certificates, self._books = make, certificates, books
         self._handshakes: set[Handshake] = set()
         self._num_refusing = 0
-        self._idle_s: float | None = None  # of connections that are leaving
+        self._idle_s = 0.0  # of connections that come when no more are accepted
         self._loop = asyncio.get_running_loop()
         self._again: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._sock, self._accept)
@@ -155,7 +155,7 @@ class TlsListener:
                 ssl_handshake_timeout=max(until_s - self._loop.time(), 0.001),
             )
             handshake.is_whole = True
-            if self._idle_s is not None and isinstance(connection, Connection):
+            if self._sock.fileno() < 0 and isinstance(connection, Connection):
                 connection.leave(self._idle_s)
         except OSError:  # of TLS, of the network, or as it takes too long
             self._books.observer.on_slow_client("handshake")

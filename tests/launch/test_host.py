@@ -28,7 +28,7 @@ def test_visible_devices_select_and_order_gpus() -> None:
         assert parse_gpus(SMI, "") == parse_gpus(SMI, "-1") == parse_gpus("", None) == ()
         assert not logs
         assert [gpu.index for gpu in parse_gpus(SMI, "MIG-cc, 0")] == ["0"]
-    assert [line["names"] for line in logs] == [["MIG-cc"]]
+    assert [line["reason"] for line in logs] == ["CUDA_VISIBLE_DEVICES has MIG-cc, and nvidia-smi does not"]
 
 
 def test_a_card_without_memory_of_its_own_has_the_machines() -> None:
@@ -55,7 +55,8 @@ def test_an_old_driver_does_not_know_what_cards_can_do(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with structlog.testing.capture_logs() as logs:
         assert [gpu.capability for gpu in find_gpus({})] == capabilities
-    assert [line["reason"] for line in logs] == ([] if capabilities else ["no driver"])
+        assert find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()  # where none is to be used nobody is asked
+    assert [line["reason"] for line in logs] == ([] if capabilities else [f"{tool} fails: no driver"])
 
 
 def test_this_machine_can_be_read() -> None:

@@ -510,6 +510,21 @@ def test_nixl_that_opens_no_agent_is_told_with_what_helps(
     assert outcome(capsys, "doctor", *words, "nixl")[0] == 1
 
 
+def test_gpus_that_nobody_can_see_are_told(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = site.folder / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho no driver; exit 9\n")
+    tool.chmod(0o755)
+    site.patch.setenv("PATH", str(site.folder), prepend=os.pathsep)
+    words = ["doctor", str(site.model), "--port", "0", "--pid-file", str(site.folder / "pid")]
+    for devices, line in (
+        ("0", f"warn  gpu +{tool} fails: no driver -> CUDA_VISIBLE"),
+        ("", "ok    gpu +none: the CPU"),
+    ):
+        site.patch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        code, report = outcome(capsys, *words)
+        assert code == 0 and re.search(f"^{line}", report, re.MULTILINE), report
+
+
 def test_a_gpu_without_flashinfer_is_refused_before_weights_are_read(site: Site) -> None:
     from kvferry.launch.host import Gpu
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from kvferry.router.http.connection_limits import Connections
@@ -17,6 +17,7 @@ from kvferry.wire.address import Address
 
 from ..router.fakes import Served
 
+LIMIT_S = 30.0
 GET = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -65,3 +66,9 @@ def count(served: Served, name: str) -> float:
     """A counter's value, over all of its labels."""
     text = served.metrics.scrape([("toy", served.dispatcher.pools)], num_in_flight=0)()[0].decode()
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+async def comes(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():  # noqa: ASYNC110  # what is waited for tells nobody
+            await asyncio.sleep(0.01)

@@ -9,15 +9,14 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from kvferry.common.errors import ConfigError
 from kvferry.router.access.tls import ServerTls
-from kvferry.router.http import http_server, stream_writer, tls_listener
+from kvferry.router.http import tls_listener
 from kvferry.router.http.connection_limits import Connections
 from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.leaving import Connection
@@ -27,9 +26,8 @@ from kvferry.wire.address import Address
 
 from ..certificates import client_context, common_name, router_config, write_certificate
 from ..router.fakes import Script, serve
-from .connections import GET, connected, count, listening, post, read_answer
+from .connections import GET, LIMIT_S, comes, connected, count, listening, post, read_answer
 
-_LIMIT_S = 30.0
 LOCKED = """-----BEGIN ENCRYPTED PRIVATE KEY-----
 MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAjnf90BSZ7EpwICCAAw
 DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEELzMaw8D4jy6fqkVEsu5mQEgZAQ
@@ -43,12 +41,6 @@ bEVN5BaJeUOpmBcyO/PW2++5d1yY5wCQSwTPermFUX297nzyB+0MGdoqH2ms6hI=
 @pytest.fixture
 def tls(tmp_path: Path) -> ServerTls:
     return ServerTls(router_config(**write_certificate(tmp_path)))
-
-
-async def _comes(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(_LIMIT_S):
-        while not condition():  # noqa: ASYNC110  # what is waited for tells nobody
-            await asyncio.sleep(0.01)
 
 
 async def test_answers_and_streams_come_by_tls(tls: ServerTls) -> None:
@@ -87,7 +79,7 @@ async def test_who_asks_by_plain_http_is_told_to_use_tls(tls: ServerTls, asked: 
         assert head.startswith(b"HTTP/1.1 400 ") and b"connection: close" in head
         assert "https://" in json.loads(body)["error"]["message"] and await reader.read() == b""
         writer.close()
-        await _comes(lambda: count(served, 'kvferry_slow_clients_total{kind="handshake"}'))
+        await comes(lambda: count(served, 'kvferry_slow_clients_total{kind="handshake"}'))
     assert not served.dispatcher.requests
 
 
@@ -99,9 +91,9 @@ async def test_what_is_no_handshake_or_has_no_end_is_cut_and_counted(
     served = serve()
     async with listening(served, certificates=tls) as address, connected(address) as (reader, writer):
         writer.write(said)
-        async with asyncio.timeout(_LIMIT_S):
+        async with asyncio.timeout(LIMIT_S):
             assert b"HTTP" not in await reader.read()
-        await _comes(lambda: count(served, 'kvferry_slow_clients_total{kind="handshake"}'))
+        await comes(lambda: count(served, 'kvferry_slow_clients_total{kind="handshake"}'))
 
 
 async def test_handshakes_without_end_keep_nobody_out(tls: ServerTls) -> None:
@@ -179,7 +171,7 @@ async def test_clients_show_a_certificate_where_authorities_are_named(tmp_path: 
 @pytest.mark.parametrize("way", ["closed", "cut"])
 async def test_a_client_that_leaves_is_noticed(tls: ServerTls, way: str) -> None:
     served = serve(Script("ab", hold_at=0))
-    async with listening(served, certificates=tls) as address, asyncio.timeout(_LIMIT_S):
+    async with listening(served, certificates=tls) as address, asyncio.timeout(LIMIT_S):
         _, writer = await asyncio.open_connection(*address, ssl=client_context())
         writer.write(post(stream=True))
         await served.dispatcher.held.wait()
@@ -225,138 +217,10 @@ async def test_a_client_that_does_not_read_is_cut(tls: ServerTls) -> None:
             reader, writer = await asyncio.open_connection(sock=sock, ssl=client_context(), server_hostname="localhost")
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(post(max_tokens=400, logprobs=20, n=16))
-            await _comes(lambda: count(served, 'kvferry_slow_clients_total{kind="read"}'))
-            await _comes(lambda: not len(served.app.api.in_flight))
+            await comes(lambda: count(served, 'kvferry_slow_clients_total{kind="read"}'))
+            await comes(lambda: not len(served.app.api.in_flight))
             writer.transport.abort()
             del reader
-
-
-async def test_a_handshake_that_has_begun_when_the_server_leaves_is_answered_once(
-    tls: ServerTls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One whose client has said nothing is waited for as long as an idle connection."""
-    monkeypatch.setattr(tls_listener, "HANDSHAKE_LIMIT_S", 2 * _LIMIT_S)
-    sock = listen(Address("127.0.0.1", 0))
-    server = HttpServer(serve().app, certificates=tls)
-    async with server.serving(sock):
-        address = sock.getsockname()
-        early = socket.create_connection(address)
-        silent = socket.create_connection(address)
-        await _comes(lambda: server._server.is_shaking)
-        server.leave(0.5)
-        early.setblocking(False)
-        reader, writer = await asyncio.open_connection(sock=early, ssl=client_context(), server_hostname="localhost")
-        writer.write(GET)
-        head, _ = await read_answer(reader)
-        assert head.startswith(b"HTTP/1.1 200 ") and b"connection: close" in head
-        assert await reader.read() == b""
-        writer.close()
-        async with asyncio.timeout(_LIMIT_S):
-            await server.left()
-        silent.close()
-
-
-async def test_a_client_whose_hello_has_just_come_is_not_taken_for_a_silent_one(tls: ServerTls) -> None:
-    sock = listen(Address("127.0.0.1", 0))
-    server = HttpServer(serve().app, certificates=tls)
-    async with server.serving(sock):
-        with socket.create_connection(sock.getsockname()) as client:
-            await _comes(lambda: server._server.is_shaking)
-            [listener] = server._server.servers
-            assert isinstance(listener, tls_listener.TlsListener)
-            client.sendall(b"\x16")
-            listener._end_silent()  # before the loop looks at the socket
-            await asyncio.sleep(0.05)
-            assert listener.is_shaking
-
-
-def blocking_client(address: tuple[str, int], tls: ssl.SSLContext | None, said: bytes = b"") -> socket.socket:
-    """It reads as it is told to, and says goodbye to nobody."""
-    own = socket.socket()
-    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    own.connect(address)
-    client = own if tls is None else tls.wrap_socket(own, server_hostname="localhost")
-    client.sendall(said)
-    return client
-
-
-@asynccontextmanager
-async def slow_client(
-    num_tokens: int = 400, *, tls: ServerTls | None = None, books: Connections | None = None
-) -> AsyncIterator[tuple[HttpServer, socket.socket]]:
-    """A client that has not read its answer yet, which is more than the sockets hold if it has 400 tokens."""
-    sock = listen(Address("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    server = HttpServer(serve(Script("x" * 400, tokens_per_update=400)).app, certificates=tls, books=books)
-    context, asked = None if tls is None else client_context(), post(max_tokens=num_tokens, logprobs=20)
-    async with server.serving(sock):
-        with await asyncio.to_thread(blocking_client, sock.getsockname(), context, asked) as client:
-            await _comes(lambda: server.connections and server.connections[0].cycle is not None)
-            await _comes(lambda: not server.connections[0].has_request)
-            yield server, client
-
-
-async def read_large_answer(client: socket.socket) -> bytes:
-    def read() -> bytes:
-        answer = b""
-        while not answer.endswith(b"}}}"):
-            part = client.recv(2**16)
-            assert part, "the answer was cut"
-            answer += part
-        return answer
-
-    return await asyncio.to_thread(read)
-
-
-async def test_a_client_that_idles_and_says_no_goodbye_is_not_waited_for(tls: ServerTls) -> None:
-    async with slow_client(1, tls=tls) as (server, _):
-        server.leave(0.05)
-        async with asyncio.timeout(_LIMIT_S / 3):
-            await server.left()
-
-
-@pytest.mark.parametrize("is_kernel_quick", [False, True])
-async def test_a_client_that_says_no_goodbye_has_all_that_was_written(
-    tls: ServerTls, is_kernel_quick: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with slow_client(tls=tls) as (server, client):
-        if is_kernel_quick:  # it has sent all that it was given, and the transport has more
-            monkeypatch.setattr(stream_writer, "num_unsent", lambda _: 0)
-        server.leave(0.01)
-        await asyncio.sleep(0.15)
-        assert server.connections
-        await read_large_answer(client)
-        async with asyncio.timeout(_LIMIT_S / 3):
-            await server.left()
-
-
-@pytest.mark.parametrize("by_tls", [False, True])
-async def test_a_newcomer_takes_no_place_of_one_whose_answer_is_on_its_way(tls: ServerTls, by_tls: bool) -> None:
-    books = Connections(1, 1)
-    async with slow_client(tls=tls if by_tls else None, books=books) as (server, client):
-        context = client_context() if by_tls else None
-        with await asyncio.to_thread(blocking_client, client.getpeername(), context) as refused:
-            assert (await asyncio.to_thread(refused.recv, 2**12)).startswith(b"HTTP/1.1 503 ")
-            async with asyncio.timeout(_LIMIT_S / 3):  # whom no place is for holds no file either
-                await _comes(lambda: len(server.connections) == 1)
-        await read_large_answer(client)
-        await _comes(lambda: not server.connections[0].stream_writer.has_unsent())
-        async with connected(client.getpeername(), tls=context) as (reader, writer):
-            writer.write(GET)
-            assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
-
-
-async def test_a_server_that_stops_waits_for_no_handshake_and_for_no_goodbye(
-    tls: ServerTls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_server, "_FLUSH_S", 2 * _LIMIT_S)
-    async with asyncio.timeout(tls_listener.HANDSHAKE_LIMIT_S):
-        async with slow_client(1, tls=tls) as (server, idle):
-            with socket.create_connection(idle.getpeername()):
-                await _comes(lambda: server._server.is_shaking)
-                server.stop()
-                await server.left()
-        assert not server._server.is_shaking
 
 
 def test_the_admin_listener_speaks_tls_where_others_reach_it(tmp_path: Path) -> None:

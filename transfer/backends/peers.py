@@ -15,6 +15,10 @@ from ...common.errors import TransferError
 from ...wire.grants import RegionInfo
 from .base import Piece, TransferBackend, is_same_rank
 
+# Of one agent of ours: NIXL keeps a socket of each that fails at once, as to an agent of this host that has ended. More
+# come near a limit of 1024 open files; fewer have healthy peers connect anew more often.
+MAX_FAILED = 200
+
 log = structlog.get_logger(__name__)
 
 
@@ -25,6 +29,7 @@ class Peers:
         self._backend = backend
         self._addresses: dict[str, str] = {}  # connected agent -> control address of its worker
         self._lost: set[str] = set()  # agents that are to be forgotten
+        self._num_failed = 0  # connections, of the agent that we have now
         self._users: list[Callable[[], Iterable[str]]] = []
 
     def needs(self, agents: Callable[[], Iterable[str]]) -> None:
@@ -33,7 +38,11 @@ class Peers:
 
     def connect(self, kv_address: str, region: RegionInfo, pieces: tuple[Piece, ...]) -> None:
         """Raises TransferError. The agents that this one follows are gone."""
-        self._backend.connect(region, pieces)
+        try:
+            self._backend.connect(region, pieces)
+        except TransferError:
+            self._num_failed += 1
+            raise
         if region.agent not in self._addresses:
             self._lost.update(agent for agent in self._addresses if is_same_rank(agent, region.agent))
         self._addresses[region.agent] = kv_address
@@ -47,6 +56,12 @@ class Peers:
         """Our own agent is about to go: it has no connections afterwards."""
         self._addresses.clear()
         self._lost.clear()
+        self._num_failed = 0
+
+    @property
+    def wants_new_agent(self) -> bool:
+        """Tell whether so many connections have failed that our agent is to go, and what is left of them with it."""
+        return self._num_failed >= MAX_FAILED
 
     def forget_lost(self) -> None:
         """Disconnect from the agents of lost workers that nobody needs any more."""

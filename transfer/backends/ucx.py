@@ -71,7 +71,7 @@ class UcxBackend:
         self._pieces: dict[str, tuple[Piece, ...]] = {}  # of connected agents
         self._handles: dict[int, _Handle] = {}
         self._reading: list[_Reading] = []
-        self._given_up: list[_Reading] = []  # failed; their buffers are UCX's as long as its worker lives
+        self._given_up: list[_Reading] = []  # ended early; their buffers are UCX's as long as its worker lives
 
     @property
     def _pages(self) -> UcxPages:
@@ -207,9 +207,10 @@ class UcxBackend:
                 self.telemetry_bytes += handle.num_bytes
             else:
                 handle.state = TransferState.FAILED
-        if handle.state is TransferState.FAILED and not incoming.is_over:
+        is_over = handle.state is not TransferState.PENDING
+        if is_over and not incoming.is_over:  # whatever the target says of them: they may still come
             self._given_up.append(reading)
-        return handle.state is not TransferState.PENDING
+        return is_over
 
     # --- progress: frames in, pages written, messages out -----------------------------------------------------------
 

@@ -4,9 +4,9 @@
 
 What failed of it may go on to copy, into a decode worker's memory (`closings.py`) or into our own
 (`../fetch/reader.py`). Both share the agent, so it goes when either of them needs its end, and both have that as soon
-as it is gone. Where no new one can be made, as while an interface is down, it is due again every second until there is
-one, whether or not anybody needs anything of it. Where the new one lacks a network device it is due ever more rarely,
-until one has it.
+as it is gone. So has what is left of connections that failed (`../backends/peers.py`). Where no new one can be made, as
+while an interface is down, it is due again every second until there is one, whether or not anybody needs anything of
+it. Where the new one lacks a network device it is due ever more rarely, until one has it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import structlog
 
 from ...common.errors import TransferError
 from ..backends.base import TransferBackend
+from ..backends.peers import Peers
 from ..backends.reach import Repair
 from ..fetch.reader import KVReader
 from .closings import Closings
@@ -29,10 +30,18 @@ class OutgoingAgent:
     """One source rank's. Driven by its transfer thread alone."""
 
     def __init__(
-        self, backend: TransferBackend, writes: Writes, closings: Closings, reader: KVReader | None, *, rank: int
+        self,
+        backend: TransferBackend,
+        peers: Peers,
+        writes: Writes,
+        closings: Closings,
+        reader: KVReader | None,
+        *,
+        rank: int,
     ) -> None:
         """`reader` None: there are no reads."""
         self._backend = backend
+        self._peers = peers
         self._writes = writes
         self._closings = closings
         self._reader = reader
@@ -45,7 +54,7 @@ class OutgoingAgent:
         """Tell whether the agent is to go once no write of a shipment is under way: until then none is posted."""
         if self._retry_at is not None:
             return now >= self._retry_at
-        if self._closings.wants_new_agent(now) or self._repair.is_due(now):
+        if self._peers.wants_new_agent or self._closings.wants_new_agent(now) or self._repair.is_due(now):
             return True
         return self._reader is not None and self._reader.wants_new_agent(now)
 

@@ -115,7 +115,7 @@ class KVSender:
         )
         self._leases = Leases(rank, config.renew_every_s, to_peer)
         self._closings = Closings(rank, to_peer, copies_itself=bool(processes))
-        self._agent = OutgoingAgent(backend, self._writes, self._closings, self.reader, rank=rank)
+        self._agent = OutgoingAgent(backend, peers, self._writes, self._closings, self.reader, rank=rank)
         self._endings = Endings(
             self._shipments,
             self._writes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import secrets
 import signal
@@ -84,6 +85,20 @@ def test_of_two_who_edit_a_file_at_once_none_undoes_the_others_edit(
     second.join()
     assert link.is_symlink() and [entry.id for entry in keys_of(path.read_bytes(), path, "file")] == ["bob"]
     assert code_of(ApiKeys(file=path), bob) is None
+
+
+def test_who_keeps_others_from_editing_a_file_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys"
+    add_key(path, "alice", None)
+    monkeypatch.setattr("kvferry.settings.key_file._TURN_S", 0.0)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_SH)
+    with pytest.raises(ConfigError, match=f"keys was not edited: another process has had {tmp_path} locked"):
+        revoke_keys(path, "alice")
+    os.close(folder)
+    assert revoke_keys(path, "alice") == 1
 
 
 def test_without_any_key_in_its_file_nobody_is_served(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvferry.router.http import http_server
 from kvferry.router.http.http_server import VANISHED_S, HttpServer
+from kvferry.router.http.leaving import Connection
 from kvferry.settings.sockets import listen
 from kvferry.wire.address import Address
 
@@ -156,6 +157,54 @@ async def test_half_a_head_is_waited_for() -> None:
         s.front.leave(0.0)
         client.writer.write(b"\r\n")
         assert b"connection: close" in await client.head()
+
+
+async def test_half_a_head_is_not_waited_for_by_a_server_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_FLUSH_S", 2 * WAIT_S)
+    monkeypatch.setattr(Connection, "head_limit_s", 2 * WAIT_S)
+    async with site() as s:
+        client = await s.connect()
+        client.writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\n")
+        while not any(connection.has_request for connection in s.front.connections):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        s.front.stop()
+        assert await client.rest() == b""
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+async def test_what_has_come_before_an_idle_connection_is_closed_is_answered(is_read: bool) -> None:
+    async with site() as s:
+        client = await s.connect()
+        client.ask()
+        await client.whole()
+        s.front.leave(LONG_S)
+        [connection] = s.front.connections
+        if is_read:  # and waits for its turn to be parsed
+            connection.hold()
+        else:
+            client.ask()  # the kernel has it
+        connection.timeout_keep_alive_handler()
+        if is_read:
+            connection.release()
+            client.ask()
+        assert b"connection: close" in await client.whole()
+
+
+async def test_a_connection_that_was_told_to_close_does_so_though_the_rest_of_the_body_came_meanwhile() -> None:
+    async def answer_early(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    sock = listen(Address("127.0.0.1", 0))
+    async with HttpServer(answer_early).serving(sock):
+        client = Client(*await asyncio.open_connection(*sock.getsockname()))
+        client.writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n")
+        assert b"connection: close" in await client.head()
+        client.writer.write(b"hi")
+        assert await client.rest() == b"ok"
+        client.writer.close()
 
 
 async def test_a_client_whose_machine_is_gone_is_noticed_by_its_silence() -> None:

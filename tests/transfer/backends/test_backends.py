@@ -9,7 +9,9 @@ import select
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -419,6 +421,24 @@ def test_what_a_target_does_not_have_is_neither_written_nor_read(piece: Piece, p
         assert _until_ended(backend, handle) is TransferState.FAILED
         backend.release(handle)
     assert torch.equal(pages, before) and backend.notifications() == [] and backend.telemetry_bytes == 0
+    backend.close()
+
+
+def test_a_read_that_ends_without_its_bytes_leaves_them_a_buffer(
+    pages: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a peer may have it that says so wrongly: what it sends later must land in nobody else's memory."""
+    pytest.importorskip("ucxx", exc_type=ImportError)
+    backend = UcxBackend(f"p-0.{next(_incarnations)}.0.0")
+    region = backend.register(pages, rank=0, tp_size=1, generation=0)
+    backend.connect(region, WHOLE)
+    for num_bytes, state in ((0, TransferState.FAILED), (PAGE_BYTES, TransferState.DONE)):
+        say = partial(backend._target._answer, num_bytes=num_bytes)
+        monkeypatch.setattr(backend._target, "on_read", lambda read, say=say: say(read.agent, read.read_id))
+        handle = backend.read(region.agent, [0], [1])
+        staging = weakref.ref(backend._reading[0].incoming.staging.untyped_storage())
+        assert _until_ended(backend, handle) is state and not backend._reading
+        assert staging() is not None
     backend.close()
 
 

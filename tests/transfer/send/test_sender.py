@@ -808,6 +808,31 @@ def test_an_agent_of_ours_that_lacks_a_device_is_replaced_again_and_shipments_go
     assert backend.agent == whole
 
 
+@pytest.mark.parametrize("is_read", [False, True])
+def test_what_failed_connections_leave_behind_goes_with_our_agent(
+    is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvferry.transfer.backends.peers.MAX_FAILED", 3)
+    prefill = Prefill()
+    reader = prefill.sender.reader
+    assert reader is not None
+    prefill.network.set_fault(AGENT, LocalFault.GONE)
+    agents = []
+    for number in range(1, 8):
+        if is_read:
+            reader.begin(number, KV, (prefill.region,), (5, 6), (9, 3), 0, False)
+        else:
+            prefill.opened(number)
+        for _ in range(2):  # a read connects at the end of a step
+            prefill.sender.step()
+        agents.append(prefill.sender._backend.agent.split(".")[2])
+    assert agents == ["0", "0", "1", "1", "1", "2", "2"]
+    prefill.network.clear_fault(AGENT)
+    prefill.ready(prefill.opened(8), open_id=8)
+    prefill.sender.step()
+    assert prefill.num_written == 6
+
+
 def test_without_an_agent_of_ours_shipments_end_cleanly() -> None:
     prefill, _ = _lose_our_agent()
     shipping, asked = prefill.opened(2), prefill.open(3)
