@@ -46,14 +46,12 @@ public:
 
 private:
     // Panels for threads to take one by one: whole ones as long as there is much to take, so that weights are read less
-    // often, and small ones at last, so that threads end together though their cores be unequal. For the matrix unit, which
-    // waits for weights, a thread's last one is all of its part.
+    // often, and small ones at last, so that threads end together though their cores be unequal.
     void plan(long tokens) {
         const int threads = threads_.max_size();
         panels_.clear();
         for (long first = 0; first < tokens;) {
-            const long left = tokens - first, parts = kSumsInRegisters ? 2 * threads : threads;
-            const long fair = left / parts / kRowsAtOnce * kRowsAtOnce;
+            const long left = tokens - first, fair = left / (2 * threads) / kRowsAtOnce * kRowsAtOnce;
             long size = threads == 1 ? kPanelRows : std::clamp(fair, kLeastPanelRows, kPanelRows);
             if (left - size < kLeastPanelRows / 2) size = std::min(left, kPanelRows);
             panels_.push_back({first, first + size});
