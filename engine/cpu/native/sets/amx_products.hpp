@@ -74,14 +74,10 @@ void fetch(const Element* ahead) {
         LOAD_TILE(NEXT, (place) + 16, 4 * stride);  \
     }
 
-struct Nothing {
-    void operator()() const {}
-};
-
 // Rows are loaded past the nearest cache where weights are to stay in it.
-template <bool FRESH, int PARTS, bool WIDE, class Beside>
+template <bool FRESH, int PARTS, bool WIDE>
 void add_tiles(const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
-               const Element* ahead, Beside& beside) {
+               const Element* ahead) {
     constexpr int kLines = kTileLines<PARTS>;
     constexpr bool kNear = PARTS == 1;
     const Element* const lower_x = x + kTileRows * x_stride;
@@ -104,7 +100,6 @@ void add_tiles(const Element* x, long x_stride, const Element* weights, long pai
         fetch<kLines, kNear, 3>(ahead);
         if (WIDE) ADD_PRODUCTS_OF_TILES(3, 5, 7);
         ahead += kLines * kLine;
-        beside();
     }
     STORE_TILE(0, sums, 4 * stride);
     STORE_TILE(1, sums + 16, 4 * stride);
@@ -115,13 +110,12 @@ void add_tiles(const Element* x, long x_stride, const Element* weights, long pai
 }
 
 // sums [rows][stride], 32 of each row: the products of the rows' inputs with a part of a tile, `pairs` of them, a multiple
-// of 16; added to what is there unless FRESH. One share of PARTS of a part is fetched from `ahead` on; 0: nothing. beside()
-// is called between products, for vectors to work while the unit does.
-template <bool FRESH, int PARTS, class Beside = Nothing>
+// of 16; added to what is there unless FRESH. One share of PARTS of a part is fetched from `ahead` on; 0: nothing.
+template <bool FRESH, int PARTS>
 void add_products(int rows, const Element* x, long x_stride, const Element* weights, long pairs, float* sums, long stride,
-                  const Element* ahead, Beside beside = {}) {
+                  const Element* ahead) {
     asm volatile("" ::: "memory");  // compilers do not know that tiles are loaded from what was written before
     MatrixUnit::shape(rows);
-    if (rows <= kTileRows) add_tiles<FRESH, PARTS, false>(x, x_stride, weights, pairs, sums, stride, ahead, beside);
-    else add_tiles<FRESH, PARTS, true>(x, x_stride, weights, pairs, sums, stride, ahead, beside);
+    if (rows <= kTileRows) add_tiles<FRESH, PARTS, false>(x, x_stride, weights, pairs, sums, stride, ahead);
+    else add_tiles<FRESH, PARTS, true>(x, x_stride, weights, pairs, sums, stride, ahead);
 }
