@@ -14,7 +14,7 @@ from ...checkpoints import write_checkpoint
 from ...engine_driver import prompts
 from .test_build import SAMPLING, Recorded
 
-TOLERANCE = 0.015  # of the range of logits: sums are rounded in another order, attention's results to elements
+TOLERANCE = 0.012  # of the range of logits: sums are rounded in another order, attention's results to elements
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": ("llama", {"num_qo_heads": 9, "num_kv_heads": 3, "head_dim": 64}),
     "one head for all": ("llama", {"num_qo_heads": 7, "num_kv_heads": 1, "head_dim": 128}),

@@ -190,7 +190,7 @@ private:
         alignas(64) Element weights[kRowsAtOnce * kKeys];
         const long width = padded(visible, kPartColumns);
         for (long key = 0; key < width; key += kPartColumns) {
-            multiply<true>(rows, queries_.data() + row * inputs_, inputs_, keys_.data() + key * inputs_, inputs_ / 2,
+            multiply<true>(rows, queries_.data() + row * inputs_, inputs_, keys_.data() + place_of(key, inputs_ / 2), inputs_ / 2,
                            scores + key, kKeys);
         }
         const Range first_seen = seen(first, sight, begin, count), last_seen = seen(last, sight, begin, count);
@@ -199,9 +199,9 @@ private:
             const auto see = [&](long of) {
                 return see_all ? Range{0, width} : seen(position + (row + i + of) / num_heads_, sight, begin, count);
             };
-            weigh(row + i, std::min(rows - i, long(kWeighed)), see, width, scores + i * kKeys, weights + i * kKeys);
+            weigh(row + i, std::min(rows - i, kWeighed), see, width, scores + i * kKeys, weights + i * kKeys);
         }
-        for (long at = 0; at < padded(value_dim_, kPartColumns); at += kPartColumns) {
+        for (long at = 0; at < value_dim_; at += kPartColumns) {
             multiply<false>(rows, weights, kKeys, values_.data() + place_of(at, kKeys / 2), width / 2, sums(row) + at,
                             value_tiles_ * kTileColumns);
         }

@@ -68,7 +68,8 @@ public:
             if (const Range seen = see(i); seen.first < seen.last) found[i] = most(scores + i * stride, seen, width);
         }
         const Vector largest = max(most_before, across(found, [](Vector a, Vector b) { return max(a, b); }));
-        store(factors, exp2((most_before - largest) * scale));  // NaN, of rows that have seen nothing, becomes 0
+        const Vector factor = exp2((most_before - largest) * scale);  // NaN, of rows that have seen nothing, becomes 0
+        store(factors, factor);
         alignas(64) float shifts[kTogether];
         store(shifts, largest * scale);
         for (Vector& each : found) each = repeat(0.0f);
@@ -78,7 +79,7 @@ public:
             else std::fill_n(weights + i * stride, width, Element(0));
         }
         const Vector total = across(found, [](Vector a, Vector b) { return a + b; });
-        store(total_.data() + row, fma(load(total_.data() + row, there), load(factors), total), there);
+        store(total_.data() + row, fma(load(total_.data() + row, there), factor, total), there);
         store(most_.data() + row, largest, there);
     }
 
