@@ -40,7 +40,7 @@ def slow_pace() -> Pace:
 
 
 def test_without_one_a_step_takes_so_many_milliseconds_or_half_a_decode_step_more() -> None:
-    for tokens_behind, step_s in ((0, 0.02), (None, 2.5 * ROW_S)):
+    for tokens_behind, step_s in ((0, 0.035), (None, 2.5 * ROW_S)):
         pace = taught(Pace(tokens_behind=tokens_behind))
         assert abs(ROW_S + pace.chunk_tokens(4, [100]) * TOKEN_S - step_s) < 0.002
     assert abs(0.1 + slow_pace().chunk_tokens(4, [500]) * TOKEN_S - 0.15) < 0.01
@@ -65,7 +65,7 @@ def test_the_more_waits_and_the_fewer_read_the_longer_a_step_may_take(
     assert beside_more <= max(seconds, least * decode_s * (1 + 1e-9))
     assert seconds <= longest_s(num_answers, 2 * waiting_s, num_waiting)
     assert seconds <= longest_s(num_answers, waiting_s, 2 * num_waiting)
-    assert decode_s <= seconds <= max(0.02, 12 * decode_s), "answers never stand still"
+    assert decode_s <= seconds <= max(0.05, 12 * decode_s), "answers never stand still"
     if num_answers >= 8:
         assert 2.25 * decode_s <= seconds, "prompts move on"
 
