@@ -85,9 +85,9 @@ private:
         const Vector factor = repeat(127.0f / largest);
         Vector sums = repeat(0.0f);  // whole numbers
         for (long i = 0; i < size; i += 16) {
-            const Vector whole = nearest(load(x + i) * factor);
+            const Vector whole = nearest(load(x + i, lanes(size - i)) * factor);
             store_inputs(numbers + i * kInputSize<BITS>, whole, std::bool_constant<kHasWideInputs<BITS>>());
-            sums = sums + select(lanes(size - i), whole, repeat(0.0f));
+            sums = sums + whole;
         }
         return {std::int32_t(sum_of(sums)), largest / 127.0f};
     }
