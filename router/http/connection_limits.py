@@ -4,8 +4,8 @@
                └─ may be closed for a newcomer      └─ may not: then the newcomer is refused
 
 A connection that waits, or whose request's head is not whole, holds nothing but a socket, unless its client has not got
-all of its last answer yet. Where there is no room, the one that has waited longest is closed: idle connections and
-those that trickle their heads keep nobody out.
+all of its last answer yet, or has sent what waits to be parsed. Where there is no room, the one that has waited longest
+is closed: idle connections and those that trickle their heads keep nobody out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LimitedConnection(Protocol):
     """The books need this of a connection."""
 
     def evict(self) -> bool:
-        """End at once, for another one. False: an answer is still on its way."""
+        """End at once, for another one. False: a request has come, or an answer is still on its way."""
         ...
 
 

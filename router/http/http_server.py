@@ -18,7 +18,7 @@ from .protocol import WRITE_LIMIT_S, DeadlineProtocol
 from .tls_listener import Certificates, Handshake, TlsListener
 from .ways_out import send_failure
 
-KEEP_ALIVE_S = 75
+KEEP_ALIVE_S = 620  # longer than proxies keep idle ones, whose requests would meet the end: Google's do for 600 s
 VANISHED_S = 2 * WRITE_LIMIT_S  # no sign of life: later than one that only does not read is cut for that
 _PROBE_EVERY_S = 10
 _FLUSH_S = 2  # for the last bytes of the last answers

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 from ...common.clock import Clock, SystemClock
 from ...common.errors import RequestError
+from .kernel import num_unread
 
 PIECE_BYTES = 4096  # of one connection before the next one's: half a millisecond at worst
 TURN_S = 0.004
@@ -85,6 +86,11 @@ class HeldFlow(FlowControl):
     """uvicorn's, with a second reason not to read."""
 
     is_held = False
+
+    @property
+    def has_unread(self) -> bool:
+        """Something has come that is not parsed: it waits for its turn, or the kernel has it."""
+        return self.is_held or num_unread(self._transport) > 0
 
     def pause_reading(self) -> None:
         if self.is_held:

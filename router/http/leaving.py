@@ -14,7 +14,7 @@ written, the connection is closed as if it had.
 
 from __future__ import annotations
 
-from .kernel import end_reading, num_unread
+from .kernel import end_reading
 from .protocol import DeadlineProtocol
 
 _LOOK_AGAIN_S = 0.05
@@ -58,7 +58,7 @@ class Connection(DeadlineProtocol):
                 end_reading(self.transport)  # no `abort`, as in `evict`
         elif not self.is_leaving or kind != "idle":
             super()._cut(kind)
-        elif self.flow.is_held or num_unread(self.transport):  # has come, and this loop not to it
+        elif self.flow.has_unread:
             self._set_wait_timer(_LOOK_AGAIN_S, "idle")
         else:
             self.end()

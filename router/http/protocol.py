@@ -150,8 +150,8 @@ class DeadlineProtocol(HttpToolsProtocol):
         self.flow.release()
 
     def evict(self) -> bool:
-        """A newcomer needs the room, and nothing is computed here."""
-        if self.stream_writer.has_unsent():
+        """A newcomer needs the room, and nothing is computed here. A request that has come is answered."""
+        if self.flow.has_unread or self.stream_writer.has_unsent():
             return False
         self.end()
         end_reading(self.transport)  # `abort` would drop what a TLS transport has given to the one below it

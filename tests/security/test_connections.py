@@ -11,7 +11,10 @@ from contextlib import AsyncExitStack
 import pytest
 
 from kvferry.router.http.connection_limits import Connections
+from kvferry.router.http.http_server import HttpServer
 from kvferry.router.http.protocol import DeadlineProtocol
+from kvferry.settings.sockets import listen
+from kvferry.wire.address import Address
 
 from ..router.fakes import Script, serve
 from .connections import GET, connected, count, listening, post, read_answer
@@ -64,6 +67,37 @@ async def test_a_newcomer_takes_the_place_of_the_one_that_has_waited_longest() -
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await old.readexactly(1)
     assert count(served, 'kvferry_refused_connections_total{reason="evicted"}') == 2
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+async def test_a_request_that_has_come_is_answered_though_a_newcomer_wants_its_place(is_read: bool) -> None:
+    """A proxy under a burst asks by all connections that it kept, and opens more."""
+    served, sock = serve(), listen(Address("127.0.0.1", 0))
+    books = Connections(1, 1, served.metrics)
+    server = HttpServer(served.app, books=books)
+    async with server.serving(sock), connected(sock.getsockname()) as (reader, writer):
+        writer.write(GET)
+        await read_answer(reader)
+        [connection] = server.connections
+        if is_read:  # and waits for its turn to be parsed
+            connection.hold()
+        else:
+            writer.write(GET)  # the kernel has it
+        assert books.open(_Named(), "127.0.0.1") == "address"
+        if is_read:
+            connection.release()
+            writer.write(GET)
+        assert (await read_answer(reader))[0].startswith(b"HTTP/1.1 200 ")
+
+
+async def test_an_idle_connection_is_kept_for_longer_than_proxies_keep_theirs() -> None:
+    """Else a proxy's request may meet the end of its connection; Google's balancers keep them for 600 s, for good."""
+    served, sock = serve(), listen(Address("127.0.0.1", 0))
+    server = HttpServer(served.app)
+    async with server.serving(sock), connected(sock.getsockname()) as (reader, writer):
+        writer.write(GET)
+        await read_answer(reader)
+        assert server.connections[0].timeout_keep_alive > 600
 
 
 async def test_one_address_that_is_full_leaves_the_others_alone() -> None:
